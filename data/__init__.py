@@ -1,0 +1,1 @@
+"""Samples, shards and the streaming loader; knows nothing of models, training or FAISS."""

@@ -1,0 +1,285 @@
+"""Packing: pairs of any source become WebDataset shards, checked, resumable, the same bytes each time."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.console import progress, track
+from vlm.data.decode import open_picture, to_rgb
+from vlm.data.encode import encode_pair
+from vlm.data.holdout import HeldOut, SampleGroups, thumbnail_of
+from vlm.data.samples import Pair, select_languages
+from vlm.data.shards import shards_fingerprint
+from vlm.data.sources.source import PairSource
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.files import append_line, read_lines, replacing, write_text
+from vlm.manifest import FileRecord, Manifest, begin_folder, record_file, write_manifest
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+REJECTED = "rejected.jsonl"
+_JOURNAL = ".shards-done.jsonl"
+_HELD_OUT = ".held-out.json"
+_GROUPING_PIXELS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How pairs become shards.
+
+    hold_out: at least so many samples go to `val-*.tar`, the rest to `train-*.tar`; those with a common caption or
+        the same picture stay on one side.
+    seed: of the draw of what is held out.
+    max_bad_share: largest share of unusable pairs, in [0, 1], before the work stops.
+    languages: captions kept, the first one first; all of them, as the source has them, if empty.
+    verify: decode each picture, to reject damaged ones.
+    """
+
+    samples_per_shard: int = 1000
+    hold_out: int = 0
+    seed: int = 0
+    max_bad_share: float = 0.01
+    languages: tuple[str, ...] = ()
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1 or self.hold_out < 0 or not 0 <= self.max_bad_share <= 1:
+            raise UsageError(
+                f"samples_per_shard = {self.samples_per_shard} must be at least 1, hold_out = {self.hold_out} at least "
+                f"0, and max_bad_share = {self.max_bad_share} between 0 and 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """What was packed; `seconds` and `pairs_per_second` are of this run, without what an earlier one had done."""
+
+    out: str
+    samples: int
+    bad: int
+    shards: int
+    splits: dict[str, int]
+    rejected: dict[str, int]
+    held_out: dict[str, int]
+    fingerprint: str
+    seconds: float
+    pairs_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """A finished shard: `upto` pairs of its split are dealt with, among them those rejected since the last one."""
+
+    name: str
+    split: str
+    samples: int
+    upto: int
+    bytes: int
+    sha256: str
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+
+def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> PackSummary:
+    """Write the pairs of a source as shards into a new folder, or go on where an interrupted run stopped.
+
+    The folder ends with the same bytes however often it was interrupted. Unusable pairs are listed in
+    `rejected.jsonl`.
+
+    Raises:
+        UsageError: `out` holds something else already, or so many samples cannot be held out.
+        VlmError: too many pairs are unusable.
+    """
+    config = config or PackConfig()
+    # another limit must not forbid going on
+    identity = {name: value for name, value in asdict(config).items() if name != "max_bad_share"}
+    is_resumed = begin_folder(out, kind="shards", configuration=identity | {"source": source.fingerprint()})
+    if is_resumed:
+        for half_written in out.glob(".*.part"):
+            half_written.unlink()
+    started = time.perf_counter()
+    held_out = _hold_out(source, out, config) if config.hold_out else None
+    splits = _splits(len(source), held_out)
+    shards = _read_journal(out)
+    already = sum(shard.samples + len(shard.rejected) for shard in shards)
+    with progress(total=len(source), what="packing", done=already, unit="pair") as shown:
+        work = _Packing(source, out, config, shards=shards, shown=shown)
+        for split, numbers in splits.items():
+            work.write_split(split, numbers)
+    manifest = _finish(source, out, config, work, held_out)
+    seconds = time.perf_counter() - started
+    return PackSummary(
+        out=str(out),
+        samples=manifest.counts["samples"],
+        bad=manifest.counts["bad"],
+        shards=manifest.counts["shards"],
+        splits={split: manifest.counts.get(split, 0) for split in splits} if held_out else {},
+        rejected=manifest.details["rejected"],
+        held_out=manifest.details["held_out"],
+        fingerprint=manifest.fingerprint,
+        seconds=seconds,
+        pairs_per_second=(len(source) - already) / seconds,
+    )
+
+
+class _Packing:
+    """The shards written so far, and the next ones."""
+
+    def __init__(
+        self, source: PairSource, out: Path, config: PackConfig, *, shards: list[_Shard], shown: "tqdm"
+    ) -> None:
+        self.shards = shards
+        self.rejected = [reject for shard in shards for reject in shard.rejected]
+        self._source, self._out, self._config, self._shown = source, out, config, shown
+        self._upto = 0
+        self._since_last: list[dict[str, Any]] = []
+
+    def write_split(self, split: str, numbers: Sequence[int]) -> None:
+        """Write what is missing of a split, a shard at a time."""
+        from webdataset.writer import TarWriter
+
+        done = [shard for shard in self.shards if shard.split == split]
+        samples = self._samples(numbers, first=done[-1].upto if done else 0)
+        size = self._config.samples_per_shard
+        digits = max(5, len(str(len(numbers) // size)))
+        for place, sample in enumerate(samples, start=len(done)):
+            path = self._out / f"{split}-{place:0{digits}d}.tar"
+            count = 0
+            with (
+                replacing(path) as file,
+                TarWriter(file, encoder=False, mtime=0) as tar,
+            ):
+                for member in chain([sample], islice(samples, size - 1)):
+                    tar.write(member)
+                    count += 1
+            self._record(path, split, count)
+
+    def _record(self, path: Path, split: str, count: int) -> None:
+        file = record_file(path)
+        shard = _Shard(
+            name=path.name,
+            split=split,
+            samples=count,
+            upto=self._upto,
+            bytes=file.bytes,
+            sha256=file.sha256,
+            rejected=self._since_last,
+        )
+        append_line(self._out / _JOURNAL, json.dumps(asdict(shard)))
+        self.shards.append(shard)
+        self._since_last = []
+
+    def _samples(self, numbers: Sequence[int], *, first: int) -> Iterator[dict[str, Any]]:
+        """The usable pairs as WebDataset samples, from place `first` of the numbers on."""
+        for place in range(first, len(numbers)):
+            self._upto = place + 1
+            self._shown.update()
+            try:
+                pair = _read_pair(self._source, numbers[place], self._config)
+                yield encode_pair(pair, verify=self._config.verify)
+            except BadSample as error:
+                self._reject(numbers[place], error)
+
+    def _reject(self, number: int, error: BadSample) -> None:
+        reject = {"number": number, "reason": error.reason, "detail": error.detail}
+        self.rejected.append(reject)
+        self._since_last.append(reject)
+        total, limit = len(self._source), self._config.max_bad_share
+        if len(self.rejected) > limit * total:
+            first = "; ".join(f"number {bad['number']}: {bad['reason']}: {bad['detail']}" for bad in self.rejected[:3])
+            raise VlmError(
+                f"{len(self.rejected):,} of {total:,} pairs cannot be used so far, more than the {limit:.1%} allowed. "
+                f"The first: {first}. Mend the source, or allow more with --max-bad (up to 1)."
+            )
+
+
+def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair:
+    """A pair with the captions that are wanted, of which there is one at least."""
+    pair = source.read(number)
+    captions = select_languages(pair.captions, config.languages) if config.languages else pair.captions
+    if not captions:
+        raise BadSample("no caption", f"key {pair.key!r}")
+    return replace(pair, captions=captions)
+
+
+def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOut:
+    """The split, from an earlier run if it came so far; bad pairs are left to the packing to name."""
+    kept = out / _HELD_OUT
+    if kept.is_file():
+        values = json.loads(kept.read_text(encoding="utf-8"))
+        return HeldOut(**values | {"numbers": frozenset(values["numbers"])})
+    groups = SampleGroups(by_caption=not source.captions_are_labels)
+    for number in track(range(len(source)), total=len(source), what="grouping", unit="pair"):
+        try:
+            pair = _read_pair(source, number, config)
+            picture = open_picture(pair.image)
+            rgb = to_rgb(picture, resolution=min(1.0, _GROUPING_PIXELS / min(picture.size)))
+        except BadSample:
+            continue
+        groups.add(number, pair.key, pair.captions, thumbnail_of(rgb))
+    held_out = groups.hold_out(config.hold_out, seed=config.seed)
+    write_text(kept, json.dumps(asdict(held_out) | {"numbers": sorted(held_out.numbers)}))
+    return held_out
+
+
+def _splits(total: int, held_out: HeldOut | None) -> dict[str, Sequence[int]]:
+    """The numbers of the pairs of each split, by the name its shards begin with."""
+    if held_out is None:
+        return {"shard": range(total)}
+    train = [number for number in range(total) if number not in held_out.numbers]
+    return {"train": train, "val": sorted(held_out.numbers)}
+
+
+def _read_journal(out: Path) -> list[_Shard]:
+    """The shards an earlier run finished; a line it could not finish is removed.
+
+    Raises:
+        VlmError: one of them is no longer there as it was.
+    """
+    journal = out / _JOURNAL
+    lines = read_lines(journal)
+    if journal.exists():
+        write_text(journal, "".join(line + "\n" for line in lines))
+    shards = [_Shard(**json.loads(line)) for line in lines]
+    for shard in shards:
+        path = out / shard.name
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise VlmError(f"{path} was changed since it was packed; remove {out} and pack again.")
+    return shards
+
+
+def _finish(source: PairSource, out: Path, config: PackConfig, work: _Packing, held_out: HeldOut | None) -> Manifest:
+    if not work.shards:
+        raise VlmError(f"None of the {len(source):,} pairs can be used; the first: {work.rejected[0]['detail']}.")
+    shards = sorted(work.shards, key=lambda shard: shard.name)
+    files = {shard.name: FileRecord(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
+    if work.rejected:
+        write_text(out / REJECTED, "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in work.rejected))
+        files[REJECTED] = record_file(out / REJECTED)
+    samples: Counter[str] = Counter()
+    for shard in shards:
+        samples[shard.split] += shard.samples
+    counts = {"samples": samples.total(), "bad": len(work.rejected), "shards": len(shards)}
+    facts = {name: value for name, value in asdict(held_out).items() if name != "numbers"} if held_out else {}
+    manifest = Manifest(
+        kind="shards",
+        fingerprint=shards_fingerprint([str(out / shard.name) for shard in shards]),
+        counts=counts | (dict(samples) if held_out else {}),
+        configuration=asdict(config),
+        inputs={"source": source.fingerprint()},
+        files=files,
+        details={
+            "source": source.describe(),
+            "rejected": dict(Counter(reject["reason"] for reject in work.rejected)),
+            "held_out": facts,
+        },
+    )
+    write_manifest(out, manifest)
+    (out / _JOURNAL).unlink()
+    (out / _HELD_OUT).unlink(missing_ok=True)
+    return manifest

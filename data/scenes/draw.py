@@ -1,0 +1,167 @@
+"""Scenes as small RGB pictures: same facts, never the same pixels."""
+
+import math
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlm.data.scenes.scene import Scene
+
+# Every background is lighter than every colour. With contrast both ways the tiny model
+# knew 52% of the shapes it had trained on after 32,000 pictures; with this, 94%.
+COLOUR_RGB: dict[str, tuple[int, int, int]] = {
+    "red": (222, 32, 40),
+    "orange": (250, 130, 10),
+    "black": (24, 24, 28),
+    "green": (36, 158, 62),
+    "blue": (44, 98, 238),
+    "purple": (142, 52, 198),
+    "pink": (234, 66, 156),
+    "brown": (132, 80, 42),
+}
+BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
+    "white": (249, 249, 251),
+    "grey": (196, 199, 204),
+    "beige": (236, 218, 184),
+    "yellow": (252, 238, 130),
+    "turquoise": (142, 228, 222),
+    "lavender": (220, 204, 248),
+}
+
+# Lengths in widths of the picture. Four large shapes with their gaps are two thirds of a picture wide.
+RADIUS = {"small": 0.11, "large": 0.16}
+GAP = 0.034
+CENTRES = {
+    "left": (0.26, 0.5),
+    "right": (0.74, 0.5),
+    "top": (0.5, 0.26),
+    "bottom": (0.5, 0.74),
+    "centre": (0.5, 0.5),
+}
+PLACE_JITTER = 0.025
+TURN_DEGREES = 12.0
+MARGIN = 0.012
+SUPERSAMPLING = 4
+
+Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+
+def draw_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Image.Image:
+    """A square RGB picture of `pixels` x `pixels`; `rng` decides what the scene leaves open.
+
+    Open are exact places and turns, tints, light and texture. Shapes of a group never touch.
+    """
+    radius = RADIUS[scene.size] * rng.uniform(0.94, 1.06)
+    canvas = Image.new("L", (pixels * SUPERSAMPLING,) * 2)
+    brush = ImageDraw.Draw(canvas)
+    for centre in _places(scene, radius=radius, rng=rng):
+        turn = math.radians(rng.uniform(-TURN_DEGREES, TURN_DEGREES))
+        for outline, is_filled in _outlines(scene.shape):
+            corners = (_rotate(outline, turn) * radius + centre) * canvas.width
+            brush.polygon(corners.ravel().tolist(), fill=255 if is_filled else 0)
+    coverage = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)[..., None] / 255
+    ground = _paint(BACKGROUND_RGB[scene.background], pixels=pixels, rng=rng)
+    ink = _paint(COLOUR_RGB[scene.colour], pixels=pixels, rng=rng)
+    picture = ground + coverage * (ink - ground)
+    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+
+
+def _places(scene: Scene, *, radius: float, rng: np.random.Generator) -> Points:
+    """Centres of the shapes, in widths of the picture, all shapes inside the picture."""
+    spacing = 2 * radius + GAP
+    if scene.count == 1:
+        offsets = np.zeros((1, 2))
+    else:
+        # A regular polygon whose sides are `spacing`; a square may turn less, so that it
+        # still fits beside the middle.
+        start = rng.uniform(0, 2 * math.pi) if scene.count < 4 else rng.uniform(-0.2, 0.2)
+        angles = start + math.pi / 4 + 2 * math.pi * np.arange(scene.count) / scene.count
+        reach = spacing / (2 * math.sin(math.pi / scene.count))
+        offsets = reach * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    offsets = offsets + rng.uniform(-GAP / 6, GAP / 6, size=offsets.shape)
+    centre = np.array(CENTRES[scene.position]) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, size=2)
+    lowest = MARGIN + radius - offsets.min(axis=0)
+    highest = 1 - MARGIN - radius - offsets.max(axis=0)
+    return np.clip(centre, lowest, highest) + offsets
+
+
+def _paint(
+    rgb: tuple[int, int, int], *, pixels: int, rng: np.random.Generator
+) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
+    """A surface of about this colour: own tint, light from one side, soft blotches."""
+    tint = np.array(rgb, dtype=np.float32) + rng.uniform(-7, 7, size=3).astype(np.float32)
+    blotches = Image.fromarray(rng.normal(0, 3.5, size=(7, 7)).astype(np.float32))
+    surface = np.array(blotches.resize((pixels, pixels), Image.Resampling.BICUBIC))
+    ramp = np.linspace(-1, 1, pixels, dtype=np.float32)
+    slope_x, slope_y = rng.uniform(-7, 7, size=2)
+    surface += np.float32(slope_x) * ramp[None, :] + np.float32(slope_y) * ramp[:, None]
+    return tint + surface[..., None]
+
+
+def _rotate(points: Points, radians: float) -> Points:
+    cosine, sine = math.cos(radians), math.sin(radians)
+    return points @ np.array([[cosine, sine], [-sine, cosine]])
+
+
+def _arc(*, start: float, stop: float, number: int = 40) -> Points:
+    """Points on the unit circle, from angle to angle in degrees; 0 is right, 90 is down."""
+    angles = np.radians(np.linspace(start, stop, number))
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star() -> Points:
+    corners = _arc(start=-90, stop=234, number=10)
+    corners[1::2] *= 0.42
+    return corners * 1.1 + (0, 0.06)
+
+
+def _heart() -> Points:
+    t = np.linspace(0, 2 * math.pi, 60)
+    x = 16 * np.sin(t) ** 3
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([x, y - 2.5], axis=1) / 16
+
+
+def _cross() -> Points:
+    arm, half = 0.98, 0.31
+    quarter = np.array([(half, -arm), (half, -half), (arm, -half)])
+    return np.concatenate([_rotate(quarter, math.pi / 2 * turn) for turn in range(4)])
+
+
+def _crescent() -> Points:
+    """The unit disc less a disc of radius 0.82 whose centre lies 0.5 to the right."""
+    tip = math.degrees(math.acos((1 + 0.5**2 - 0.82**2) / (2 * 0.5)))
+    inner_tip = math.degrees(math.atan2(math.sin(math.radians(tip)), _cosine(tip) - 0.5))
+    outer = _arc(start=tip, stop=360 - tip)
+    inner = _arc(start=360 - inner_tip, stop=inner_tip) * 0.82 + (0.5, 0)
+    return np.concatenate([outer, inner]) + (0.1, 0)
+
+
+def _cosine(degrees: float) -> float:
+    return math.cos(math.radians(degrees))
+
+
+@cache
+def _outlines(shape: str) -> tuple[tuple[Points, bool], ...]:
+    """Polygons of a shape of radius about 1 around 0, painted in turn: filled, or cut out."""
+    disc = _arc(start=0, stop=360)
+    match shape:
+        case "circle":
+            return ((disc * 0.96, True),)
+        case "ring":
+            return ((disc, True), (disc * 0.52, False))
+        case "square":
+            return ((_arc(start=45, stop=315, number=4) * 1.06, True),)
+        case "triangle":
+            return ((_arc(start=-90, stop=150, number=3) * 1.16 + (0, 0.2), True),)
+        case "star":
+            return ((_star(), True),)
+        case "heart":
+            return ((_heart(), True),)
+        case "cross":
+            return ((_cross(), True),)
+        case "crescent":
+            return ((_crescent(), True),)
+        case _:
+            raise ValueError(f"no outline for shape {shape!r}")

@@ -1,0 +1,225 @@
+"""Captions to token rows and back: CLIP's BPE, a SentencePiece model, a Hugging Face folder."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from typing_extensions import override
+
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of, write_bytes, write_text
+
+DESCRIPTION = "vlm_tokenizer.json"
+CLIP_CONTEXT_LENGTH = 77
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Rows of `context_length` ids: start_token, pieces, end_token, then pad_token."""
+
+    context_length: int
+    vocab_size: int
+    start_token: int
+    end_token: int
+    pad_token: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts to int64 [T, L]; what does not fit is cut, the end token is kept."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of one row, up to its end token."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `open_tokenizer(folder)` needs."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identity of the mapping from text to ids."""
+        ...
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's byte-pair encoding of 49,408 pieces, as open_clip ships it."""
+
+    start_token, end_token, pad_token = 49406, 49407, 0
+
+    def __init__(self, context_length: int = CLIP_CONTEXT_LENGTH) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self._bpe = SimpleTokenizer(context_length=context_length)
+        self.context_length, self.vocab_size = context_length, self._bpe.vocab_size
+
+    @override
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return self._bpe(list(texts)).numpy()
+
+    @override
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._bpe.decode(_inner(self, tokens)).strip()
+
+    @override
+    def save(self, folder: Path) -> None:
+        _describe(folder, {"kind": "clip", "context_length": self.context_length})
+
+    @override
+    def fingerprint(self) -> str:
+        return fingerprint_of("clip", str(self.context_length))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with padding as piece 0; start and end follow its vocabulary.
+
+    The end token is thereby the largest id, which open_clip's `argmax` pooling looks for.
+    """
+
+    pad_token = 0
+
+    def __init__(self, model: bytes, context_length: int = 32) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        self._pieces = SentencePieceProcessor(model_proto=model)
+        if self._pieces.pad_id() != self.pad_token:
+            raise UsageError(
+                f"The SentencePiece model has its padding at {self._pieces.pad_id()}, not 0; train it with "
+                "pad_id=0 (vlm tokenizer train does)."
+            )
+        size = self._pieces.vocab_size()
+        self.context_length, self.vocab_size = context_length, size + 2
+        self.start_token, self.end_token = size, size + 1
+
+    @override
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.full((len(texts), self.context_length), self.pad_token, dtype=np.int64)
+        for row, pieces in zip(rows, self._pieces.encode(list(texts)), strict=True):
+            tokens = [self.start_token, *pieces[: self.context_length - 2], self.end_token]
+            row[: len(tokens)] = tokens
+        return rows
+
+    @override
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._pieces.decode(_inner(self, tokens))
+
+    @override
+    def save(self, folder: Path) -> None:
+        write_bytes(folder / "tokenizer.model", self._model)
+        _describe(folder, {"kind": "sentencepiece", "context_length": self.context_length})
+
+    @override
+    def fingerprint(self) -> str:
+        return fingerprint_of("sentencepiece", self._model, str(self.context_length))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A Hugging Face tokenizer folder, or a name the network or cache can resolve, through open_clip."""
+
+    def __init__(self, source: str, context_length: int = CLIP_CONTEXT_LENGTH) -> None:
+        from open_clip.tokenizer import HFTokenizer
+
+        try:
+            self._wrapped = HFTokenizer(source, context_length=context_length)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"No Hugging Face tokenizer at {source!r}: {error}") from error
+        inner: Any = self._wrapped.tokenizer
+        self.context_length, self.vocab_size = context_length, len(inner)
+        self.pad_token = inner.pad_token_id or 0
+        self.start_token = _first_given(inner.bos_token_id, inner.cls_token_id, self.pad_token)
+        self.end_token = _first_given(inner.eos_token_id, inner.sep_token_id, self.pad_token)
+
+    @override
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return self._wrapped(list(texts)).numpy().astype(np.int64)
+
+    @override
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._wrapped.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+    @override
+    def save(self, folder: Path) -> None:
+        self._wrapped.tokenizer.save_pretrained(folder)
+        _describe(folder, {"kind": "huggingface", "context_length": self.context_length})
+
+    @override
+    def fingerprint(self) -> str:
+        vocabulary = json.dumps(self._wrapped.tokenizer.get_vocab(), sort_keys=True)
+        return fingerprint_of("huggingface", vocabulary, str(self.context_length))
+
+
+_SAVED: dict[str, Callable[[Path, int], Tokenizer]] = {
+    "clip": lambda _, length: ClipTokenizer(length),
+    "sentencepiece": lambda folder, length: SentencePieceTokenizer((folder / "tokenizer.model").read_bytes(), length),
+    "huggingface": lambda folder, length: HuggingFaceTokenizer(str(folder), length),
+}
+
+
+def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
+    """The tokenizer named by `clip`, a SentencePiece `.model` file, a saved folder, or a Hugging Face folder.
+
+    Raises:
+        UsageError: nothing of the kind is there.
+    """
+    path = Path(source)
+    if source == "clip":
+        return ClipTokenizer(context_length or CLIP_CONTEXT_LENGTH)
+    if path.is_file():
+        return SentencePieceTokenizer(path.read_bytes(), context_length or 32)
+    if (path / DESCRIPTION).is_file():
+        saved = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        return _SAVED[saved["kind"]](path, context_length or saved["context_length"])
+    if path.is_dir():
+        return HuggingFaceTokenizer(source, context_length or CLIP_CONTEXT_LENGTH)
+    raise UsageError(
+        f"There is no tokenizer {source!r}; give clip, a SentencePiece .model file (vlm tokenizer train makes one), "
+        "or a Hugging Face folder."
+    )
+
+
+def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
+    """A unigram SentencePiece model of the captions, case folded, unknown characters as bytes.
+
+    Its vocabulary is smaller than asked when the captions do not hold that many pieces.
+    """
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(captions),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        byte_fallback=vocab_size >= 1024,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=0,
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _inner(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    inner: list[int] = []
+    for token in tokens:
+        if token == tokenizer.end_token:
+            break
+        if token not in (tokenizer.start_token, tokenizer.pad_token):
+            inner.append(int(token))
+    return inner
+
+
+def _first_given(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
+
+
+def _describe(folder: Path, values: dict[str, Any]) -> None:
+    write_text(folder / DESCRIPTION, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,77 @@
+"""Fixtures of all rooms."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def free_port():
+    """A function that names a port of this machine nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real pictures and captions; skips where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "datasets"
+    if not folder.is_dir():
+        pytest.skip("../shared/datasets is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_shards(tmp_path_factory) -> Path:
+    """A folder with shards of drawn scenes: train/ (96 in 3 shards) and val/ (40 distinct ones)."""
+    from vlm.data.pack import PackConfig, pack
+    from vlm.data.sources import SceneOptions, SourceOptions, open_source
+
+    folder = tmp_path_factory.mktemp("scenes")
+    train = SceneOptions(split="train", number=96, pixels=32)
+    val = SceneOptions(split="val", number=40, pixels=32, is_distinct=True)
+    for scenes in (train, val):
+        source = open_source("scenes", SourceOptions(scenes=scenes))
+        pack(source, folder / scenes.split, PackConfig(samples_per_shard=40))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_tokenizer(scene_shards, tmp_path_factory) -> Path:
+    """A SentencePiece model of the scenes' captions."""
+    from vlm.cli.tokenizer_train import train_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "scenes.model"
+    train_tokenizer(str(scene_shards / "train"), path, vocabulary=300, languages=("en",))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def micro_architectures(monkeypatch):
+    """Networks small enough to train in a second, with dropout-like randomness in the image tower."""
+    from vlm.models import architectures
+
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1, "patch_dropout": 0.25}
+    text = {"context_length": 24, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1}
+    micro: dict[str, Any] = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    micro_coca = {
+        "embed_dim": 32,
+        "vision_cfg": vision
+        | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8, "output_tokens": True},
+        "text_cfg": text | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 24, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1},
+        "custom_text": True,
+    }
+    monkeypatch.setitem(architectures.ARCHITECTURES, "micro", micro)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "micro-coca", micro_coca)

@@ -1,0 +1,109 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.data.decode import MAX_PIXELS, open_picture, to_rgb, upright_size
+from vlm.errors import BadSample
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def decoded(data: bytes, **options) -> np.ndarray:
+    return np.asarray(to_rgb(open_picture(data), **options))
+
+
+@pytest.fixture
+def halves():
+    """Left red, right blue, 40×20."""
+    picture = Image.new("RGB", (40, 20), (255, 0, 0))
+    picture.paste((0, 0, 255), (20, 0, 40, 20))
+    return picture
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(halves, orientation):
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = halves.transpose(turns[orientation]) if orientation in turns else halves
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, "PNG", exif=exif)
+    assert upright_size(open_picture(data)) == (40, 20)
+    assert (decoded(data) == np.asarray(halves)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_transparency_is_laid_on_white(kind):
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    pixels = decoded(encoded(picture, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert pixels[4, 1].tolist() == [0, 0, 255]
+    assert pixels[4, 6].tolist() == [255, 255, 255]
+
+
+def test_transparent_palettes_and_grey_with_alpha_are_laid_on_white():
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.paste(1, (0, 0, 4, 8))
+    pixels = decoded(encoded(palette, "PNG", transparency=0))
+    assert pixels[0, 0].tolist() == [200, 100, 50]
+    assert pixels[0, 7].tolist() == [255, 255, 255]
+    assert decoded(encoded(Image.new("LA", (4, 4), (0, 128)), "PNG"))[0, 0].tolist() == [127, 127, 127]
+
+
+def test_sixteen_bits_become_the_upper_eight():
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    pixels = decoded(encoded(Image.fromarray(values), "PNG"))
+    assert (pixels == (values >> 8).astype(np.uint8)[..., None]).all()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("L", "JPEG"), ("1", "PNG"), ("YCbCr", "JPEG")])
+def test_other_colour_spaces_become_rgb(mode, kind):
+    picture = Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode)
+    pixels = decoded(encoded(picture, kind))
+    assert pixels.shape == (16, 16, 3)
+    expected = np.asarray(picture.convert("RGB"), dtype=int)
+    assert np.abs(pixels.astype(int) - expected).max() <= 6
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed(make_picture):
+    data = make_picture(0, size=(800, 600))
+    assert decoded(data).shape == (600, 800, 3)
+    assert decoded(data, resolution=0.5).shape == (300, 400, 3)
+    assert decoded(data, resolution=0.3).shape == (300, 400, 3)
+    assert decoded(data, resolution=0.1).shape == (75, 100, 3)
+    whole = np.asarray(to_rgb(open_picture(data)).resize((100, 75), Image.Resampling.BOX), dtype=int)
+    assert np.abs(whole - decoded(data, resolution=0.1)).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_pictures_are_bad_samples(make_picture, kind):
+    data = make_picture(0, size=(200, 200), kind=kind)
+    for broken in (data[: len(data) // 2], data[:30], b"", b"no picture at all"):
+        with pytest.raises(BadSample, match="unreadable picture"):
+            decoded(broken)
+        if kind == "JPEG":
+            with pytest.raises(BadSample, match="unreadable picture"):
+                decoded(broken, resolution=1 / 8)
+
+
+def test_bombs_are_refused_by_their_header():
+    width = MAX_PIXELS // 10_000 + 1
+    bomb = encoded(Image.new("1", (width, 10_000)), "PNG")
+    with pytest.raises(BadSample, match="too large"):
+        open_picture(bomb)
+    with pytest.raises(BadSample, match="too narrow"):
+        open_picture(encoded(Image.new("L", (1, 2000)), "PNG"))

@@ -1,0 +1,123 @@
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from vlm.data.encode import encode_pair
+from vlm.data.samples import Pair
+from vlm.data.shards import ShardReader, count_samples, expand_shards, shards_fingerprint
+from vlm.errors import BadSample, UsageError, VlmError
+
+
+@pytest.fixture
+def write_shard(tmp_path):
+    from webdataset.writer import TarWriter
+
+    def write(name, samples) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with TarWriter(str(path), encoder=False, mtime=0) as tar:
+            for sample in samples:
+                tar.write(sample)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def some(make_picture):
+    def make(number, *, prefix="k"):
+        return [
+            encode_pair(Pair(key=f"{prefix}{n}", image=make_picture(n), captions={"": (f"c{n}",)}, metadata={"n": n}))
+            for n in range(number)
+        ]
+
+    return make
+
+
+def test_addresses_name_shards_in_order(write_shard, some, tmp_path):
+    made = [write_shard(f"train-{n:05d}.tar", some(1)) for n in (2, 0, 1)]
+    (tmp_path / "._train-00000.tar").write_bytes(b"left by another system")
+    in_order = sorted(made)
+    assert expand_shards(str(tmp_path)) == in_order
+    assert expand_shards(f"{tmp_path}/train-{{00000..00002}}.tar") == in_order
+    assert expand_shards(f"{tmp_path}/train-*.tar") == in_order
+    assert expand_shards(f"{in_order[2]}::{in_order[0]}") == [in_order[2], in_order[0]]
+    assert expand_shards("http://host/{0..1}.tar") == ["http://host/0.tar", "http://host/1.tar"]
+
+
+@pytest.mark.parametrize("address", ["", "none.tar", "none-{0..3}.tar", "none-*.tar"])
+def test_an_address_without_shards_is_refused(tmp_path, address):
+    with pytest.raises(UsageError, match=r"[Nn]o shard"):
+        expand_shards(f"{tmp_path}/{address}")
+
+
+def test_samples_are_read_in_any_order(write_shard, some, make_picture):
+    reader = ShardReader(write_shard("0.tar", some(4)))
+    for number in (3, 0, 2):
+        sample = reader.read(number)
+        assert (sample.key, sample.image) == (f"k{number}", make_picture(number))
+        assert (sample.captions, sample.metadata["n"]) == ({"": (f"c{number}",)}, number)
+    reader.close()
+    reader.close()
+
+
+def test_a_sample_that_cannot_be_used_says_why(write_shard, some):
+    samples = some(4)
+    del samples[0]["jpg"]
+    samples[1]["json"] = b"[]"
+    samples[2]["json"] = b"{oops"
+    address = write_shard("0.tar", samples)
+    with tarfile.open(address) as tar:
+        in_last_picture = next(entry for entry in tar if entry.name == "k3.jpg").offset_data + 50
+    with open(address, "r+b") as file:
+        file.truncate(in_last_picture)
+    reader = ShardReader(address)
+    for number, reason in enumerate(["no picture", "unreadable json", "unreadable json", "cut short"]):
+        with pytest.raises(BadSample) as error:
+            reader.read(number)
+        assert error.value.reason == reason
+    reader.close()
+
+
+def test_a_shard_cut_short_is_refused_unless_allowed(write_shard, some):
+    address = write_shard("0.tar", some(4))
+    with open(address, "r+b") as file:
+        file.truncate(10_000)
+    with pytest.raises(VlmError, match=r"is damaged: .* samples before it are whole.*--allow-damage"):
+        count_samples([address])
+    assert 1 <= count_samples([address], allow_damage=True)[0] < 4
+    with pytest.raises(VlmError, match="holds no samples"):
+        count_samples([write_shard("1.tar", [])])
+
+
+def test_the_fingerprint_follows_content_and_order_but_not_the_place(write_shard, some, tmp_path):
+    shards = [write_shard("0.tar", some(3)), write_shard("1.tar", some(3, prefix="x"))]
+    original = shards_fingerprint(shards)
+    shutil.copytree(tmp_path, tmp_path.with_name("moved"), ignore=shutil.ignore_patterns(".*"))
+    moved = [str(tmp_path.with_name("moved") / name) for name in ("0.tar", "1.tar")]
+    assert shards_fingerprint(moved) == original
+    assert shards_fingerprint(shards[::-1]) != original
+    assert shards_fingerprint(shards[:1]) != original
+    changed = some(3)
+    changed[1]["txt"] = b"another caption"
+    assert shards_fingerprint([write_shard("0.tar", changed), shards[1]]) != original
+
+
+def test_captions_of_a_foreign_shard_are_found_in_its_json(write_shard, make_picture):
+    content = {"captions": ["a man", "A person ."], "captions_zh": ["人"], "width": 40}
+    sample = {"__key__": "1", "jpg": make_picture(0), "txt": b"a man", "json": json.dumps(content).encode()}
+    reader = ShardReader(write_shard("0.tar", [sample]))
+    assert reader.read(0).captions == {"": ("a man", "A person ."), "zh": ("人",)}
+    reader.close()
+
+
+def test_flickr8k_is_read_as_it_is(datasets):
+    shards = expand_shards(f"{datasets}/flickr8k/train-{{00000..00011}}.tar")
+    assert sum(count_samples(shards)) == 6000
+    reader = ShardReader(shards[3])
+    sample = reader.read(17)
+    assert len(sample.captions[""]) == 5
+    assert len(sample.captions["zh"]) == 5
+    reader.close()

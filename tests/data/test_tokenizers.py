@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece
+from vlm.errors import UsageError
+
+CAPTIONS = [
+    "a small red circle",
+    "two large blue squares on a white background",
+    "ein roter Kreis",
+    "一个红色的圆",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return SentencePieceTokenizer(train_sentencepiece(CAPTIONS, vocab_size=120), context_length=24)
+
+
+def test_rows_begin_with_start_end_with_end_and_are_padded_with_zero(pieces):
+    rows = pieces.encode(["a small red circle", ""])
+    assert rows.shape == (2, 24)
+    assert (rows[:, 0] == pieces.start_token).all()
+    assert rows[1].tolist() == [pieces.start_token, pieces.end_token] + [0] * 22
+
+
+def test_the_end_token_is_the_largest_id_for_argmax_pooling(pieces):
+    rows = pieces.encode(CAPTIONS)
+    assert (rows[np.arange(len(rows)), rows.argmax(axis=1)] == pieces.end_token).all()
+
+
+@pytest.mark.parametrize("text", ["two large blue squares", "ein roter kreis", "一个红色的圆"])
+def test_decode_gives_back_what_was_encoded(pieces, text):
+    assert pieces.decode(pieces.encode([text])[0].tolist()) == text
+
+
+def test_a_long_caption_is_cut_but_keeps_its_end(pieces):
+    row = pieces.encode(["circle " * 100])[0]
+    assert row[-1] == pieces.end_token
+
+
+@pytest.mark.parametrize("kind", ["clip", "sentencepiece"])
+def test_a_saved_tokenizer_opens_as_the_same(tmp_path, pieces, kind):
+    tokenizer = pieces if kind == "sentencepiece" else ClipTokenizer(20)
+    tokenizer.save(tmp_path)
+    again = open_tokenizer(str(tmp_path))
+    assert again.fingerprint() == tokenizer.fingerprint()
+    assert (again.encode(CAPTIONS) == tokenizer.encode(CAPTIONS)).all()
+
+
+def test_clip_encodes_as_open_clip_does():
+    import open_clip
+
+    assert (ClipTokenizer().encode(CAPTIONS) == open_clip.get_tokenizer("ViT-B-32")(CAPTIONS).numpy()).all()
+    assert ClipTokenizer().decode(ClipTokenizer().encode(["a small red circle"])[0].tolist()) == "a small red circle"
+
+
+def test_a_hugging_face_folder_is_read(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "red", "circle"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path)
+    tokenizer = open_tokenizer(str(tmp_path), 8)
+    assert tokenizer.encode(["red circle"]).shape == (1, 8)
+    assert tokenizer.decode(tokenizer.encode(["red circle"])[0].tolist()) == "red circle"
+
+
+def test_an_unknown_tokenizer_is_refused_with_what_would_do():
+    with pytest.raises(UsageError, match="give clip, a SentencePiece"):
+        open_tokenizer("nowhere.model")
+
+
+def test_a_sentencepiece_model_with_other_padding_is_refused(tmp_path):
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    with pytest.raises(UsageError, match="pad_id=0"):
+        SentencePieceTokenizer(model.getvalue())

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+import torch
+
+from vlm.errors import UsageError
+from vlm.evaluation.zeroshot import class_embeddings, measure_zero_shot
+
+NAMES = ["cat", "dog", "car"]
+
+
+class Reader:
+    """Knows each class by its word, and so classifies perfectly."""
+
+    def embed_texts(self, texts):
+        rows = [[float(name in text) for name in NAMES] for text in texts]
+        return torch.nn.functional.normalize(torch.tensor(rows) + 1e-6, dim=-1)
+
+
+def test_a_model_that_knows_the_words_is_right_everywhere():
+    classifier = class_embeddings(Reader(), NAMES, ("a photo of a {}.", "{}"))
+    images = np.eye(3, dtype=np.float32)
+    found = measure_zero_shot([(images, ["cat", "dog", "car"])], classifier, NAMES)
+    assert (found.top1, found.mean_per_class, found.num_images) == (1.0, 1.0, 3)
+
+
+def test_mean_per_class_weighs_rare_classes_alike():
+    classifier = np.eye(3, dtype=np.float32)
+    images = np.eye(3, dtype=np.float32)[[0, 0, 0, 0]]
+    found = measure_zero_shot([(images, ["cat", "cat", "cat", "dog"])], classifier, NAMES)
+    assert found.top1 == pytest.approx(0.75)
+    assert found.mean_per_class == pytest.approx(0.5)
+    assert found.majority == pytest.approx(0.75)
+    assert {score.name: score.accuracy for score in found.classes} == {"cat": 1.0, "dog": 0.0}
+
+
+def test_a_classifier_that_cannot_tell_gets_chance_level():
+    found = measure_zero_shot([(np.ones((1, 2), np.float32), ["cat"])], np.ones((3, 2), np.float32), NAMES)
+    assert found.top1 == pytest.approx(1 / 3)
+
+
+def test_an_unknown_class_is_refused_by_name():
+    with pytest.raises(UsageError, match="bird"):
+        measure_zero_shot([(np.ones((1, 3), np.float32), ["bird"])], np.eye(3, dtype=np.float32), NAMES)
+
+
+def test_a_template_without_a_place_is_refused():
+    with pytest.raises(UsageError, match=r"no \{\} for"):
+        class_embeddings(Reader(), NAMES, ("a photo",))

@@ -1,0 +1,93 @@
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from vlm.data.samples import Captions
+from vlm.errors import VlmError
+from vlm.index.catalogue import Catalogue, write_catalogue
+from vlm.index.parts import Origin
+
+
+def origin(number: int, captions: Captions, *, uid: str = "") -> Origin:
+    return Origin(
+        uid=uid or f"u{number}",
+        key=f"k{number}",
+        shard=f"/shards/{number % 2}.tar",
+        number=number,
+        image_offset=512 * number,
+        image_size=100,
+        caption_number=None,
+        captions=captions,
+        metadata={"number": number, "tags": ["a"]},
+    )
+
+
+CAPTIONS: list[Captions] = [
+    {"": ("A dog runs through water", "wet dog")},
+    {"": ("two cats",), "zh": ("一只狗在水中奔跑",)},
+    {"de": ("Ein Hündchen läuft",)},
+    {},
+    {"": ("a dog", "a dog", "the dog and a cat")},
+]
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Catalogue:
+    write_catalogue(tmp_path / "c.sqlite", [origin(n, captions) for n, captions in enumerate(CAPTIONS)])
+    return Catalogue(tmp_path / "c.sqlite")
+
+
+def test_entries_are_the_origins_in_the_order_asked(catalogue: Catalogue) -> None:
+    entries = catalogue.entries([3, 0, 3])
+    assert [entry.row for entry in entries] == [3, 0, 3]
+    assert asdict(entries[1]) == asdict(origin(0, CAPTIONS[0])) | {"row": 0}
+    assert len(catalogue) == 5
+
+
+def test_an_entry_is_found_by_its_uid(catalogue: Catalogue) -> None:
+    found = catalogue.find("u2")
+    assert found is not None
+    assert found.row == 2
+    assert catalogue.find("nobody") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ("dog", [4, 0]),
+        ("DOG water", [0]),
+        ("dog cat", [4]),
+        ("Hundchen", [2]),
+        ("狗", [1]),
+        ("水中", [1]),
+        ("中水", []),
+        ("dog !", [4, 0]),
+        ('dog" OR "cats', []),
+        ("cats NOT dog", []),
+        ("text:dog", []),
+        ("", []),
+        ('" *', []),
+    ],
+)
+def test_words_find_the_captions_that_hold_all_of_them(catalogue: Catalogue, words: str, rows: list[int]) -> None:
+    assert [entry.row for entry in catalogue.search_text(words, 10)] == rows
+
+
+def test_no_more_entries_are_given_than_asked_for(catalogue: Catalogue) -> None:
+    assert len(catalogue.search_text("dog", 1)) == 1
+
+
+def test_two_origins_with_one_uid_are_refused(tmp_path: Path) -> None:
+    twice = [origin(0, {}, uid="same"), origin(1, {}, uid="same")]
+    with pytest.raises(VlmError, match="same uid"):
+        write_catalogue(tmp_path / "c.sqlite", twice)
+
+
+def test_a_file_that_is_no_catalogue_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    path.write_bytes(b"rubbish" * 1000)
+    with pytest.raises(VlmError, match=r"c\.sqlite cannot be read"):
+        len(Catalogue(path))
+    with pytest.raises(VlmError, match="cannot be read"):
+        Catalogue(tmp_path / "none.sqlite")

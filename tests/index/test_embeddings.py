@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm.errors import UsageError, VlmError
+from vlm.index.embeddings import Embeddings, unit_rows
+
+Write = Callable[..., Path]
+
+
+def random_vectors(rows: int, dimension: int = 16) -> np.ndarray:
+    return unit_rows(np.random.default_rng(0).standard_normal((rows, dimension)).astype(np.float32))
+
+
+def test_the_rows_come_back_in_order_and_of_unit_length(embed_vectors: Write) -> None:
+    vectors = random_vectors(2500)
+    embeddings = Embeddings.open(embed_vectors(vectors))
+    rows = np.concatenate(list(embeddings.blocks(rows_at_once=300)))
+    assert rows.dtype == np.float32
+    assert np.allclose(rows, vectors, atol=1e-3)
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert [origin.number for origin in embeddings.origins()] == list(range(2500))
+
+
+def test_a_sample_of_rows_is_drawn_without_repeats_from_all_parts_by_its_seed(embed_vectors: Write) -> None:
+    vectors = random_vectors(2500)
+    embeddings = Embeddings.open(embed_vectors(vectors))
+    drawn = embeddings.sample(500, seed=1)
+    rows = (drawn @ vectors.T).argmax(axis=1)
+    assert len(set(rows)) == 500
+    assert set(rows // 1000) == {0, 1, 2}
+    assert np.array_equal(drawn, embeddings.sample(500, seed=1))
+    assert not np.array_equal(drawn, embeddings.sample(500, seed=2))
+    assert len(embeddings.sample(9999, seed=1)) == 2500
+
+
+@pytest.mark.parametrize("name", ["parts/part-00001.npy", "parts/part-00000.parquet", "parts.jsonl"])
+def test_a_missing_or_shortened_file_is_found_on_opening(embed_vectors: Write, name: str) -> None:
+    folder = embed_vectors(random_vectors(1500))
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1])
+    with pytest.raises(VlmError, match=f"{name} is damaged.*vlm embed"):
+        Embeddings.open(folder)
+    (folder / name).unlink()
+    with pytest.raises(VlmError, match=f"{name} is missing.*vlm embed"):
+        Embeddings.open(folder)
+
+
+def test_a_changed_byte_is_found_when_verifying(embed_vectors: Write) -> None:
+    folder = embed_vectors(random_vectors(10))
+    path = folder / "parts" / "part-00000.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    Embeddings.open(folder)
+    with pytest.raises(VlmError, match="checksum"):
+        Embeddings.open(folder, verify=True)
+
+
+def test_a_folder_of_another_kind_is_refused(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'index'.*'embeddings' was expected"):
+        Embeddings.open(index)
+    with pytest.raises(UsageError, match=r"has no manifest\.json"):
+        Embeddings.open(tmp_path / "nothing")

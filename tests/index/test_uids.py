@@ -1,0 +1,46 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vlm.errors import UsageError
+from vlm.index.uids import UidNamer, name_shards
+
+Shard = Callable[..., str]
+
+
+def test_a_key_that_is_unique_is_the_uid(shards: list[str]) -> None:
+    assert UidNamer(shards).name(1, 0, "10") == "10"
+
+
+def test_captions_are_numbered(shards: list[str]) -> None:
+    assert UidNamer(shards).name(1, 0, "10", 2) == "10#2"
+
+
+def test_samples_that_share_a_key_are_told_apart_by_shard_and_number(
+    tmp_path: Path, write_shard: Shard, paint: Callable[..., bytes]
+) -> None:
+    sample = [("a", paint("red"), ["x"]), ("b", paint("red"), ["x"]), ("a", paint("blue"), ["x"])]
+    paths = [write_shard(tmp_path / folder / "0.tar", rows) for folder, rows in (("l", sample), ("r", sample[:2]))]
+    namer = UidNamer(paths)
+    names = [namer.name(0, 0, "a"), namer.name(0, 2, "a"), namer.name(1, 0, "a"), namer.name(0, 1, "b")]
+    assert names == ["a@l/0:0", "a@l/0:2", "a@r/0", "b@l/0"]
+
+
+@pytest.mark.parametrize(
+    ("shards", "names"),
+    [
+        (["/a/0.tar"], ["0"]),
+        (["/a/0.tar", "/a/1.tar"], ["0", "1"]),
+        (["/a/x/0.tar", "/b/x/0.tar"], ["a/x/0", "b/x/0"]),
+        (["s3://one/0.tar", "/one/0.tar"], ["s3://one/0", "/one/0"]),
+        ([], []),
+    ],
+)
+def test_shards_are_named_as_shortly_as_they_can_be(shards: list[str], names: list[str]) -> None:
+    assert name_shards(shards) == names
+
+
+def test_a_shard_given_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"/a/0.tar is given 2 times"):
+        name_shards(["/a/0.tar", "/a/0.tar"])

@@ -1,0 +1,121 @@
+import base64
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm.index.build import build_index
+from vlm.index.embed import embed_shards
+from vlm.service.gallery import gallery_page, write_gallery
+from vlm.service.search import Question, SearchService
+
+EVIL = '<script>alert("1")</script> & "red"'
+
+
+@pytest.fixture
+def service(index: Path, make_model: Callable[..., Any]) -> SearchService:
+    return SearchService.open(index, load=lambda _: make_model())
+
+
+def page(service: SearchService, *questions: Question) -> str:
+    return gallery_page([service.answer(q) for q in questions], title="Answers", info=service.index.info())
+
+
+def shown_pictures(html: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+
+
+class Nesting(HTMLParser):
+    """Fails where a tag is closed that was not opened last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Remember what is open."""
+        self.tags.add(tag)
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Only the last may be closed."""
+        assert self.open.pop() == tag
+
+
+def test_each_hit_shows_its_picture_caption_key_and_score(service: SearchService) -> None:
+    html = page(service, Question(texts=("green and magenta",), top=4))
+    pictures = shown_pictures(html)
+    assert len(pictures) == 4
+    left, right = pictures[0].getpixel((2, 8)), pictures[0].getpixel((14, 8))
+    assert isinstance(left, tuple)
+    assert isinstance(right, tuple)
+    assert max(left[0], left[2]) < 60 < 200 < left[1]
+    assert right[1] < 60 < 200 < min(right[0], right[2])
+    first = html.split('<li class="hit">')[1]
+    for text in ("green and magenta</p>", "<li>stripes of magenta", "1.000</span>", ">22</p>", "width:100.0%"):
+        assert text in first
+
+
+def test_every_question_has_its_section_and_its_own_picture(
+    service: SearchService, paint: Callable[..., bytes]
+) -> None:
+    questions = [Question(texts=("red",), top=2), Question(images=(paint("blue"),), minus=("white",), top=2)]
+    html = page(service, *questions)
+    assert html.count("<section") == 2
+    assert 'href="#q2"' in html
+    assert len(shown_pictures(html)) == 5
+
+
+def test_nothing_in_a_sample_or_a_question_becomes_markup(
+    tmp_path: Path, write_shard: Callable[..., str], paint: Callable[..., bytes], make_model: Callable[..., Any]
+) -> None:
+    shard = write_shard(tmp_path / "a&b.tar", [('k"<i>', paint("red"), [EVIL, EVIL])])
+    embed_shards(make_model(), [shard], tmp_path / "e", model_spec="<b>colours</b>")
+    build_index(tmp_path / "e", tmp_path / "i")
+    service = SearchService.open(tmp_path / "i", load=lambda _: make_model())
+    html = gallery_page([service.answer(Question(texts=(EVIL,)))], title=EVIL, info=service.index.info())
+    assert "&lt;script&gt;alert" in html
+    checked = Nesting()
+    checked.feed(html)
+    assert checked.open == []
+    assert not checked.tags & {"script", "i", "b"}
+
+
+def test_the_page_asks_nothing_of_other_hosts(service: SearchService) -> None:
+    html = page(service, Question(texts=("red",)))
+    assert "http" not in html
+    assert "<link" not in html
+    assert "url(" not in html
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "00000.tar is no longer there"),
+        (lambda path: path.write_bytes(b"short"), "00000.tar is shorter than it was"),
+        (lambda path: path.write_bytes(b"\0" * 100_000), "picture cannot be shown"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_any_more_gets_a_tile_that_says_so(
+    service: SearchService, shards: list[str], damage: Callable[[Path], object], message: str
+) -> None:
+    damage(Path(shards[0]))
+    html = page(service, Question(texts=("red",), top=11))
+    assert html.count('<p class="missing">') == 4
+    assert message in html
+    assert len(shown_pictures(html)) == 7
+
+
+def test_the_page_is_written_whole(tmp_path: Path, service: SearchService) -> None:
+    path = tmp_path / "new" / "gallery.html"
+    write_gallery(path, [service.answer(Question(texts=("red",)))], title="A", info=service.index.info())
+    assert path.read_text().endswith("</html>\n")
+    assert list(path.parent.iterdir()) == [path]

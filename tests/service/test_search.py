@@ -1,0 +1,120 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm.errors import UsageError, VlmError
+from vlm.index.embeddings import unit_rows
+from vlm.service.search import Answer, Question, SearchService, mix_terms
+
+
+@pytest.fixture
+def service(index: Path, make_model: Callable[..., Any]) -> SearchService:
+    return SearchService.open(index, load=lambda _: make_model())
+
+
+def first_caption(answer: Answer) -> str:
+    return answer.hits[0].entry.captions[""][0]
+
+
+def test_a_text_finds_the_picture_it_describes(service: SearchService) -> None:
+    answer = service.answer(Question(texts=("green and magenta",), top=3))
+    assert first_caption(answer) == "green and magenta"
+    assert answer.hits[0].score == pytest.approx(1, abs=1e-3)
+    assert len(answer.hits) == 3
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_a_picture_finds_its_like(
+    tmp_path: Path, service: SearchService, paint: Callable[..., bytes], as_bytes: bool
+) -> None:
+    (tmp_path / "q.png").write_bytes(paint("cyan", "red"))
+    image = paint("cyan", "red") if as_bytes else tmp_path / "q.png"
+    assert first_caption(service.answer(Question(images=(image,)))) == "cyan and red"
+
+
+def test_terms_are_added_and_minus_terms_taken_away(service: SearchService, paint: Callable[..., bytes]) -> None:
+    mixed = service.answer(Question(texts=("magenta",), images=(paint("blue", "green"),), minus=("blue",), top=11))
+    model = service.model
+    texts = model.embed_texts(["magenta", "blue", "blue and green"]).numpy()
+    expected = unit_rows((texts[0] + texts[2] - texts[1])[None])
+    assert [hit.score for hit in mixed.hits] == pytest.approx(
+        [hit.score for hit in service.index.search(expected, 11)[0]], abs=1e-5
+    )
+
+
+def test_weights_belong_to_the_terms_in_their_order(service: SearchService) -> None:
+    little_red = Question(texts=("red", "blue"), minus=("green",), weights=(0.01, 1.0, 0.01))
+    little_blue = Question(texts=("red", "blue"), minus=("green",), weights=(1.0, 0.01, 0.01))
+    assert "blue" in first_caption(service.answer(little_red))
+    assert "red" in first_caption(service.answer(little_blue))
+
+
+@given(weights=st.lists(st.floats(0.01, 100), min_size=3, max_size=3), factor=st.floats(0.01, 100))
+def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights: list[float], factor: float) -> None:
+    terms = unit_rows(np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32))
+    mixed = mix_terms(terms, np.asarray(weights, np.float32))
+    assert float(np.linalg.norm(mixed)) == pytest.approx(1, abs=1e-5)
+    assert np.allclose(mixed, mix_terms(terms, np.asarray(weights, np.float32) * np.float32(factor)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question(), "needs a text or a picture"),
+        (Question(minus=("red",)), "minus alone is none"),
+        (Question(texts=(" ",)), "is empty"),
+        (Question(texts=("red",), weights=(1.0, 1.0)), "1 terms need as many weights"),
+        (Question(texts=("red",), weights=(0.0,)), "weights above 0"),
+        (Question(texts=("red",), weights=(float("nan"),)), "weights above 0"),
+        (Question(texts=("red",), minus=("red",)), "cancel each other"),
+        (Question(texts=("red",), top=0), "top = 0"),
+        (Question(images=(Path("/nowhere.png"),)), r"/nowhere\.png cannot be read: No such file"),
+    ],
+)
+def test_a_question_that_means_nothing_is_refused(service: SearchService, question: Question, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        service.answer(question)
+
+
+def test_a_picture_that_cannot_be_read_is_named(service: SearchService, tmp_path: Path) -> None:
+    (tmp_path / "q.png").write_bytes(b"no picture")
+    with pytest.raises(VlmError, match=r"q\.png cannot be used as a question: unreadable picture"):
+        service.answer(Question(images=(tmp_path / "q.png",)))
+
+
+def test_the_model_named_by_the_index_is_loaded_once_with_the_first_question(
+    index: Path, make_model: Callable[..., Any]
+) -> None:
+    loaded: list[str] = []
+
+    def load(spec: str) -> Any:
+        loaded.append(spec)
+        return make_model()
+
+    service = SearchService.open(index, load=load)
+    assert loaded == []
+    for _ in range(2):
+        service.answer(Question(texts=("red",)))
+    assert loaded == ["colours"]
+
+
+def test_a_question_through_another_model_is_refused(index: Path, make_model: Callable[..., Any]) -> None:
+    service = SearchService.open(index, model_spec="runs/b", load=lambda _: make_model(fingerprint="shapes"))
+    with pytest.raises(UsageError, match="runs/b is another model"):
+        service.answer(Question(texts=("red",)))
+
+
+def test_an_answer_can_be_written_as_json(service: SearchService, paint: Callable[..., bytes]) -> None:
+    answer = service.answer(Question(texts=("red",), images=(paint("red"),), minus=("blue",), top=2))
+    values = json.loads(json.dumps(answer.to_json()))
+    assert values["question"]["weights"] == [1, 1, -1]
+    assert [hit["rank"] for hit in values["hits"]] == [1, 2]
+    assert values["hits"][0]["key"] == answer.hits[0].entry.key
+    assert values["embed_milliseconds"] >= 0
+    assert values["search_milliseconds"] >= 0

@@ -1,0 +1,148 @@
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm.errors import UsageError, VlmError
+from vlm.manifest import read_manifest
+from vlm.models.loading import load_model
+from vlm.train.run import train
+from vlm.train.state import list_checkpoints
+
+
+def weights_of(run):
+    return load_file(Path(run) / "model" / "open_clip_model.safetensors")
+
+
+def assert_same_weights(one, other):
+    first, second = weights_of(one), weights_of(other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def interrupt_after(config, whole, step):
+    """A copy of a finished run as a kill after `step` would have left it: checkpoints up to it, no end."""
+    run = Path(config.run)
+    shutil.copytree(whole, run)
+    for name in ("manifest.json", "model", "curves.png", "ledger.json"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = (run / "config.toml").read_text().replace(str(whole), str(run))
+    (run / "config.toml").write_text(text)
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    return run
+
+
+def test_a_run_leaves_what_explains_and_repeats_it(configure, scene_shards):
+    config = configure("run", val=str(scene_shards / "val"), val_captions_each=1)
+    summary = train(config)
+    run = Path(config.run)
+    assert summary.steps == 12
+    assert summary.samples == 240
+    assert tomllib.loads((run / "config.toml").read_text())["batch_size"] == 20
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    manifest = read_manifest(run, "run")
+    assert manifest.fingerprint == load_model(str(run)).fingerprint
+    assert manifest.details["environment"]["torch"] == torch.__version__
+    assert 0 <= summary.metrics["text_to_image_recall@1"] <= 1
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert sum(shard["visits"] for shard in ledger["shards"]) == 240
+
+
+def test_training_lowers_the_loss_below_chance(configure, history):
+    config = configure("run", steps=60, model={"architecture": "micro"})
+    train(config)
+    losses = [loss for _, loss, _ in history(config.run)]
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_resumed_run_sees_the_same_samples_and_losses_with_any_number_of_workers(configure, history, workers):
+    whole = configure("whole")
+    train(whole)
+    again = configure("again", loader={"workers": workers})
+    interrupt_after(again, whole.run, 8)
+    train(again, resume=True)
+    assert history(again.run) == history(whole.run)
+    assert_same_weights(again.run, whole.run)
+
+
+def test_the_number_of_workers_changes_nothing(configure, history):
+    runs = [configure(f"run{workers}", steps=4, loader={"workers": workers}) for workers in (0, 2)]
+    for config in runs:
+        train(config)
+    assert history(runs[0].run) == history(runs[1].run)
+
+
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(configure, history, capsys):
+    whole = configure("whole")
+    train(whole)
+    torn = configure("torn")
+    run = interrupt_after(torn, whole.run, 12)
+    weights = list_checkpoints(run / "checkpoints")[-1] / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    train(torn, resume=True)
+    assert "trying the one before" in capsys.readouterr().err
+    assert history(torn.run) == history(whole.run)
+
+
+def test_all_checkpoints_damaged_is_an_error_that_says_so(configure):
+    whole = configure("whole")
+    train(whole)
+    torn = configure("torn")
+    run = interrupt_after(torn, whole.run, 12)
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        (checkpoint / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(VlmError, match="All 2 checkpoints"):
+        train(torn, resume=True)
+
+
+def test_a_run_that_exists_is_not_overwritten(configure):
+    config = configure("run", steps=2)
+    train(config)
+    with pytest.raises(UsageError, match="go on with --resume"):
+        train(config)
+
+
+def test_a_resumed_run_refuses_another_configuration_and_names_the_difference(configure):
+    train(configure("run", steps=2))
+    with pytest.raises(UsageError, match=r"batch_size: 20 → 30"):
+        train(configure("run", steps=2, batch_size=30), resume=True)
+
+
+def test_no_steps_save_the_fresh_model(configure):
+    config = configure("fresh", steps=0)
+    train(config)
+    assert load_model(config.run).embedding_size == 16
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(configure):
+    config = configure("run", optimizer={"learning_rate": 1e20, "clip_norm": 0.0, "warmup_steps": 0})
+    with pytest.raises(VlmError, match=r"The loss is (nan|inf)"):
+        train(config)
+
+
+def test_a_captioner_trains_and_writes(configure):
+    config = configure("coca", model={"architecture": "micro-coca"}, objective={"objective": "coca"}, steps=3)
+    summary = train(config)
+    assert summary.metrics["caption"] > 0
+    model = load_model(config.run)
+    assert all(isinstance(text, str) for text in model.caption_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)))
+
+
+def test_coca_without_a_decoder_is_refused(configure):
+    with pytest.raises(UsageError, match="needs a network with a decoder"):
+        train(configure("run", objective={"objective": "coca"}))
+
+
+def test_fine_tuning_starts_from_a_model(configure):
+    first = configure("first", steps=3)
+    train(first)
+    second = configure("second", steps=0, model={"start_from": first.run})
+    train(second)
+    assert_same_weights(first.run, second.run)

@@ -1,0 +1,1 @@
+"""Pretraining: objectives, optimiser, state, the loop; knows nothing of FAISS or HTTP."""

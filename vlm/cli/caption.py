@@ -1,0 +1,39 @@
+"""Write a sentence for each picture, with a model that has a decoder (vlm train tiny-coca makes one)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from vlm.console import show_json, show_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm caption`."""
+
+    model: tyro.conf.Positional[str]
+    """Run folder, model folder, or open_clip NAME:WEIGHTS (coca_…)."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Picture files."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …"""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Caption the pictures."""
+    from vlm.data.pictures import view_files
+    from vlm.models.loading import load_model
+
+    model = load_model(arguments.model, device=arguments.device)
+    captions = model.caption_images(view_files(arguments.images, model.view))
+    rows = [{"image": str(path), "caption": text} for path, text in zip(arguments.images, captions, strict=True)]
+    if arguments.json:
+        show_json(rows)
+    else:
+        show_table(["image", "caption"], [list(row.values()) for row in rows])

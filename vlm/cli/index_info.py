@@ -1,0 +1,30 @@
+"""What an index holds, and what it was made from."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from vlm.console import show_facts, show_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm index info`."""
+
+    index: tyro.conf.Positional[Path]
+    """Folder that `vlm index build` made."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Show the facts."""
+    from vlm.index.read import Index
+
+    facts = asdict(Index.open(arguments.index).info())
+    if arguments.json:
+        show_json(facts)
+    else:
+        show_facts({name.replace("_", " "): value for name, value in facts.items()})

@@ -1,0 +1,122 @@
+"""From a command line to a verb: parse, run, and say in one sentence what went wrong."""
+
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from vlm import __version__
+from vlm.config import nearest
+from vlm.errors import UsageError, VlmError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "quickstart": ("quickstart", "the whole loop on drawn scenes, in minutes on two CPU cores"),
+    "pack": ("pack", "folder, CSV, JSONL, Parquet or img2dataset output → shards"),
+    "inspect": ("inspect", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
+    "tokenizer train": ("tokenizer_train", "a SentencePiece model from the captions of shards"),
+    "train": ("train", "pretrain or fine-tune on shards"),
+    "eval": ("eval", "zero-shot, retrieval and caption truth of a model, as JSON and a page"),
+    "classify": ("classify", "pictures into classes named on the spot"),
+    "caption": ("caption", "a sentence for a picture, from a model with a decoder"),
+    "embed": ("embed", "shards → embeddings, resumable"),
+    "index build": ("index_build", "embeddings → a FAISS index with its catalogue"),
+    "index info": ("index_info", "what an index holds"),
+    "search": ("search", "ask an index, by text, by picture, by a mix"),
+}
+"""Each verb with its module in `vlm.cli` and its line of help. Adding a verb is one file and one line here."""
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 misused."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0 if words else 2
+        if words[0] == "--version":
+            print(f"vlm {__version__}")
+            return 0
+        verb, rest = split_verb(words)
+        run_verb(verb, rest)
+        return 0
+    except VlmError as error:
+        return complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return complain("interrupted; what was finished is kept, and the same command goes on from there.", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return complain(_explain(error), 1)
+
+
+def overview() -> str:
+    """The help of `vlm` itself."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: vlm VERB …        (vlm VERB --help tells more; vlm --version)",
+            "",
+            "pairs ─pack▶ shards ─train▶ run ─embed▶ embeddings ─index build▶ index ─search▶ answers",
+            "",
+            *lines,
+            "",
+            "Results go to stdout, talk to stderr; --json is for machines. Exit: 0 done, 1 failed, 2 misused.",
+        ]
+    )
+
+
+def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb (one word or two) and what follows it.
+
+    Raises:
+        UsageError: there is no such verb; the nearest is named.
+    """
+    for length in (2, 1):
+        verb = " ".join(words[:length])
+        if len(words) >= length and verb in VERBS:
+            return verb, list(words[length:])
+    family = [verb for verb in VERBS if verb.startswith(f"{words[0]} ")]
+    asked = " ".join(words[:2]) if family else words[0]
+    raise UsageError(f"There is no verb {asked!r}; {nearest(asked, family or list(VERBS))} (vlm --help lists all)")
+
+
+def run_verb(verb: str, words: list[str]) -> None:
+    """Parse the words into the verb's `Arguments` and run it."""
+    import tyro
+
+    module = importlib.import_module(f"vlm.cli.{VERBS[verb][0]}")
+    arguments = tyro.cli(
+        module.Arguments,
+        args=words,
+        default=_defaults(module, words),
+        prog=f"vlm {verb}",
+        description=module.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    module.run(arguments)
+
+
+def complain(message: str, exit_code: int) -> int:
+    """One line on stderr; returns the exit code."""
+    print(f"vlm: {message}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _defaults(module: ModuleType, words: list[str]) -> object | None:
+    """The defaults a verb derives from its first word (a preset), if it does."""
+    return module.defaults(words) if hasattr(module, "defaults") else None
+
+
+def _explain(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in DISK_FULL:
+        return f"the disk is full{where}: free some space and repeat the command; nothing half-written was left."
+    return f"{error.strerror or error}{where}"

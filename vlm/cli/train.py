@@ -1,0 +1,54 @@
+"""Pretrain or fine-tune on shards.
+
+The first word is a preset (tiny, tiny-coca, fashion, flickr8k), a TOML file, a run folder (its configuration), or an
+architecture of open_clip. Everything it sets can be overridden by the options below.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tyro
+
+from vlm.console import say, show_facts, show_json
+from vlm.train.config import TrainConfig
+from vlm.train.presets import PRESETS, open_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm train`."""
+
+    preset: tyro.conf.Positional[str]
+    """Preset, TOML file, run folder, or open_clip architecture."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint of the run, if there is one."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def defaults(words: list[str]) -> Arguments:
+    """The arguments a preset stands for; without one, those of the first preset, for the help text."""
+    if not words or words[0].startswith("-"):
+        return Arguments(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
+    return Arguments(preset=words[0], config=open_preset(words[0]))
+
+
+def run(arguments: Arguments) -> None:
+    """Train, then say what came out and what to type next."""
+    from vlm.train.run import train
+
+    summary = train(arguments.config, resume=arguments.resume)
+    if arguments.json:
+        show_json(asdict(summary))
+        return
+    facts = {"steps": summary.steps, "samples": summary.samples, "bad samples": summary.bad_samples}
+    facts |= {"minutes": round(summary.seconds / 60, 2)}
+    facts |= {
+        name: value for name, value in summary.metrics.items() if isinstance(value, float) and "memory" not in name
+    }
+    show_facts(facts, title=summary.run)
+    say(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {summary.run} --retrieval SHARDS")

@@ -1,0 +1,80 @@
+"""Typed configurations: frozen dataclasses to TOML and back, with unknown keys refused."""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from vlm.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint naming the known word nearest to `name`, or all of them when none is near.
+
+    >>> nearest("learning_rat", ["learning_rate", "steps"])
+    "did you mean 'learning_rate'?"
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def choose(table: dict[str, Config], name: str, what: str) -> Config:
+    """The entry `name` of a table; a UsageError naming the nearest one when it is absent."""
+    if name not in table:
+        raise UsageError(f"Unknown {what} {name!r}; {nearest(name, list(table))}")
+    return table[name]
+
+
+def to_toml(config: Any) -> str:
+    """A dataclass as TOML; fields that are None are left out and come back as None."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(asdict(config)))
+
+
+def from_toml(cls: type[Config], path: Path) -> Config:
+    """Read a dataclass from TOML; absent keys keep their defaults.
+
+    Raises:
+        UsageError: the file is not TOML, a key is unknown (the nearest is named), or a value does not fit.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    return from_values(cls, values, where=str(path))
+
+
+def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Config:
+    """Build a (nested) dataclass from plain values, checking names and types."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _refuse_unknown(cls, values, where=where, prefix="")
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{where}: {key} = {first['input']!r} does not fit: {first['msg']}.") from error
+
+
+def _refuse_unknown(cls: type, values: dict[str, Any], *, where: str, prefix: str) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(f"{where}: unknown key {prefix + name!r}; {nearest(name, sorted(known))}")
+        if isinstance(value, dict) and is_dataclass(hints[name]):
+            _refuse_unknown(hints[name], value, where=where, prefix=f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value

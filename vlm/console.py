@@ -1,0 +1,102 @@
+"""What people see: talk on stderr, results on stdout as a table or as JSON."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+_QUIET_INTERVAL_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """One line of talk on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show_json(result: Any) -> None:
+    """A result on stdout for machines."""
+    print(json.dumps(result, ensure_ascii=False, indent=2, default=str), flush=True)
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
+    """A table on stdout; numbers are set right-aligned, floats with four digits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    materialised = [list(row) for row in rows]
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for number, name in enumerate(columns):
+        is_number = all(isinstance(row[number], int | float) for row in materialised) and bool(materialised)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in materialised:
+        table.add_row(*(_cell(value) for value in row))
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(table)
+
+
+def show_facts(facts: dict[str, Any], *, title: str = "") -> None:
+    """Names and values, a line each, on stdout."""
+    show_table(["", ""], [[name, _cell(value)] for name, value in facts.items()], title=title)
+
+
+def bar(share: float, *, width: int = 30) -> str:
+    """A bar of `width` characters filled to `share` in [0, 1].
+
+    >>> bar(0.5, width=4)
+    '██··'
+    """
+    filled = round(min(max(share, 0.0), 1.0) * width)
+    return "█" * filled + "·" * (width - filled)
+
+
+def progress(*, total: int, what: str, done: int = 0, unit: str = "it") -> "tqdm[NoReturn]":
+    """A bar with rate and time left on stderr; off a terminal, a line every ten seconds."""
+    from tqdm import tqdm
+
+    is_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        initial=done,
+        unit=unit,
+        file=sys.stderr if is_terminal else _Lines(sys.stderr),
+        mininterval=0.1 if is_terminal else _QUIET_INTERVAL_SECONDS,
+        dynamic_ncols=is_terminal,
+        ascii=not is_terminal,
+    )
+
+
+class _Lines:
+    """A text stream on which a bar that redraws itself becomes lines, as logs want them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        stripped = text.strip("\r\n ")
+        if stripped:
+            self._stream.write(f"{stripped}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def track(items: Iterable[Item], *, total: int, what: str, unit: str = "it") -> Iterator[Item]:
+    """Yield the items, showing progress and the time left on stderr."""
+    with progress(total=total, what=what, unit=unit) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))

@@ -1,0 +1,109 @@
+"""Classification by class names alone: sentences made of them act as the classifier (CLIP §3.1.2)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from vlm.errors import UsageError
+from vlm.evaluation.ranks import rank_answers
+from vlm.tensors import Array, Float32, Tensor
+
+# three sentences do most of what CLIP's eighty do, and suit drawings and product photos as well
+DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of {}.", "{}")
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What a zero-shot classifier needs of a model."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
+        """Unit vectors of texts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """One class: its pictures, and the share of them classified rightly."""
+
+    name: str
+    num_images: int
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """Shares in [0, 1]. mean_per_class weighs each class present alike; majority is the largest class's share."""
+
+    top1: float
+    top5: float
+    mean_per_class: float
+    majority: float
+    num_images: int
+    num_classes: int
+    classes: tuple[ClassScore, ...]
+
+
+def class_embeddings(
+    model: TextEncoder, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+) -> Float32[Array, "K D"]:
+    """A unit vector per class: the mean over the templates of the unit vectors of its sentences.
+
+    Raises:
+        UsageError: a template has no place for the name.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise UsageError(f"The template {template!r} has no {{}} for the class name.")
+    sentences = [template.format(name) for name in names for template in templates]
+    vectors = model.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
+    return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+
+def measure_zero_shot(
+    batches: Iterable[tuple[Float32[Array, "B D"], Sequence[str]]],
+    classifier: Float32[Array, "K D"],
+    names: Sequence[str],
+) -> ZeroShot:
+    """Accuracy of nearest-class classification of embedded pictures with their true class names.
+
+    Raises:
+        UsageError: no picture, or a true class that is not among the names.
+    """
+    number_of = {name: number for number, name in enumerate(names)}
+    top1: list[np.ndarray] = []
+    top5: list[np.ndarray] = []
+    truths: list[int] = []
+    for images, labels in batches:
+        unknown = set(labels) - set(number_of)
+        if unknown:
+            raise UsageError(f"{len(unknown)} classes of the pictures are not among the names: {sorted(unknown)[:5]}")
+        truth = [number_of[label] for label in labels]
+        ranks = rank_answers(images, classifier, [[number] for number in truth])
+        top1.append(ranks.hits(1))
+        top5.append(ranks.hits(5))
+        truths += truth
+    if not truths:
+        raise UsageError("There is no picture with a class to measure on.")
+    return _summary(np.concatenate(top1), np.concatenate(top5), np.asarray(truths), names)
+
+
+def _summary(top1: np.ndarray, top5: np.ndarray, truths: np.ndarray, names: Sequence[str]) -> ZeroShot:
+    totals = np.bincount(truths, minlength=len(names))
+    right = np.bincount(truths, weights=top1, minlength=len(names))
+    classes = tuple(
+        ClassScore(name=name, num_images=int(total), accuracy=float(hits / total))
+        for name, total, hits in zip(names, totals, right, strict=True)
+        if total
+    )
+    return ZeroShot(
+        top1=float(top1.mean()),
+        top5=float(top5.mean()),
+        mean_per_class=float(np.mean([score.accuracy for score in classes])),
+        majority=float(totals.max() / len(truths)),
+        num_images=len(truths),
+        num_classes=len(names),
+        classes=classes,
+    )

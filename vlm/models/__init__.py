@@ -1,0 +1,1 @@
+"""Dual encoders and captioners on open_clip's towers; knows nothing of training or FAISS."""

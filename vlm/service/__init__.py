@@ -1,0 +1,1 @@
+"""Questions to an index answered with pictures, without HTTP; knows nothing of training."""
