@@ -23,13 +23,15 @@ def show_json(result: Any) -> None:
     print(json.dumps(result, ensure_ascii=False, indent=2, default=str), flush=True)
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
+def show_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", has_header: bool = True
+) -> None:
     """A table on stdout; numbers are set right-aligned, floats with four digits."""
     from rich.console import Console
     from rich.table import Table
 
     materialised = [list(row) for row in rows]
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=title or None, title_justify="left", header_style="bold", show_header=has_header)
     for number, name in enumerate(columns):
         is_number = all(isinstance(row[number], int | float) for row in materialised) and bool(materialised)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
@@ -41,7 +43,9 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: 
 
 def show_facts(facts: dict[str, Any], *, title: str = "") -> None:
     """Names and values, a line each, on stdout."""
-    show_table(["", ""], [[name, _cell(value)] for name, value in facts.items()], title=title)
+    show_table(
+        ["fact", "value"], [[name, _cell(value)] for name, value in facts.items()], title=title, has_header=False
+    )
 
 
 def bar(share: float, *, width: int = 30) -> str:

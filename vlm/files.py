@@ -41,9 +41,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and fsync it, so that what it announces is durable once this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Append one line and fsync it, so that what it announces is durable once this returns.
+
+    A line that a crash or a full disk left half-written at the end of the file is cut off first.
+    """
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -53,7 +61,7 @@ def read_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return whole.splitlines()
+    return whole.split("\n") if whole else []
 
 
 def sync_folder(folder: Path) -> None:

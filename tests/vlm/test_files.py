@@ -1,0 +1,37 @@
+import errno
+
+import pytest
+
+from vlm.files import append_line, fingerprint_of, read_lines, replacing, write_text
+
+
+def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="full"), replacing(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "full")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_lines_survive_odd_separators_and_half_a_line_is_left_out(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, "one\u2028still one\x85")
+    with path.open("a") as file:
+        file.write("cut")
+    assert read_lines(path) == ["one\u2028still one\x85"]
+
+
+def test_a_line_after_a_torn_one_stands_alone(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, "whole")
+    with path.open("a") as file:
+        file.write("torn")
+    append_line(path, "next")
+    assert read_lines(path) == ["whole", "next"]
+
+
+def test_fingerprints_keep_parts_apart():
+    assert fingerprint_of("ab", "c") != fingerprint_of("a", "bc")
+    assert fingerprint_of("a") == fingerprint_of(b"a")
