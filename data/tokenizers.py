@@ -179,9 +179,10 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
-    """A unigram SentencePiece model of the captions, case folded, unknown characters as bytes.
+    """A byte-pair SentencePiece model of the captions, case folded; large ones spell unknown characters in bytes.
 
-    Its vocabulary is smaller than asked when the captions do not hold that many pieces.
+    Byte pairs, because the unigram model split the few words of small corpora (docs/log.md). The vocabulary is
+    smaller than asked when the captions do not hold that many pieces.
     """
     import io
 
@@ -192,7 +193,7 @@ def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
         sentence_iterator=iter(captions),
         model_writer=model,
         vocab_size=vocab_size,
-        model_type="unigram",
+        model_type="bpe",
         hard_vocab_limit=False,
         byte_fallback=vocab_size >= 1024,
         character_coverage=1.0,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from vlm.data.scenes.languages.english import COUNT_WORDS, PLACES, PLURALS
-from vlm.data.scenes.scene import BACKGROUNDS, COLOURS, POSITIONS, SIZES, Scene
+from vlm.data.scenes.scene import BACKGROUNDS, COLOURS, SIZES, Scene
 
 COUNTS_SAID = {word: count for count, word in COUNT_WORDS.items()} | {"an": 1, "one": 1}
 SHAPES_SAID = {plural: shape for shape, plural in PLURALS.items()} | {shape: shape for shape in PLURALS}
@@ -26,7 +26,8 @@ class CaptionCheck:
 def check_caption(caption: str, scene: Scene) -> CaptionCheck:
     """True if the caption is built like those of `describe` and every fact it says holds.
 
-    It must name shape and colour. "two red circle" is forgiven its number, not its count.
+    It must name shape and colour: "something small on the left" is too vague to be true.
+    "two red circle" is forgiven its number, not its count.
 
     >>> scene = Scene(shape="star", colour="red", size="small", count=3,
     ...               position="left", background="white")
@@ -39,8 +40,10 @@ def check_caption(caption: str, scene: Scene) -> CaptionCheck:
         return CaptionCheck(is_true=False, facts={}, wrong=(), reason="not a caption of a scene")
     facts = _facts(match.groupdict())
     wrong = tuple(fact for fact, said in facts.items() if said != getattr(scene, fact))
-    reason = ", ".join(f"said {fact} {facts[fact]}, is {getattr(scene, fact)}" for fact in wrong)
-    return CaptionCheck(is_true=not wrong, facts=facts, wrong=wrong, reason=reason)
+    reasons = [f"said {fact} {facts[fact]}, is {getattr(scene, fact)}" for fact in wrong]
+    if not {"shape", "colour"} <= facts.keys():
+        reasons.append("does not name shape and colour")
+    return CaptionCheck(is_true=not reasons, facts=facts, wrong=wrong, reason=", ".join(reasons))
 
 
 def _facts(said: Mapping[str, str | None]) -> dict[str, str | int]:
@@ -58,7 +61,7 @@ def _facts(said: Mapping[str, str | None]) -> dict[str, str | int]:
 
 @cache
 def _forms() -> tuple[re.Pattern[str], ...]:
-    """The grammar: shapes then ground, ground then shapes, and tags."""
+    """The grammar: shapes then ground, ground then shapes, and vague hints."""
     group = (
         rf"(?:{_one_of('count', COUNTS_SAID)} )?(?:{_one_of('size', SIZES)} )?"
         rf"{_one_of('colour', COLOURS)} {_one_of('shape', SHAPES_SAID)}"
@@ -70,8 +73,7 @@ def _forms() -> tuple[re.Pattern[str], ...]:
         rf"{opening}{group}(?: {place})?(?: on {ground})?",
         rf"{opening}{group} {place} of {ground}",
         rf"{opening}{ground} with {group}(?: {place})?",
-        rf"{_one_of('colour', COLOURS)} {_one_of('shape', SHAPES_SAID)}"
-        rf"(?:, {_one_of('size', SIZES)})?(?:, {_one_of('position', POSITIONS)})?",
+        rf"something (?:{_one_of('size', SIZES)} )?{place}",
     )
     return tuple(re.compile(rf"{pattern}\.?\Z") for pattern in patterns)
 

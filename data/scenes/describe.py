@@ -19,9 +19,9 @@ LANGUAGES: dict[str, Callable[[Scene], tuple[str, ...]]] = {
 def describe(scene: Scene, language: str = "en") -> tuple[str, ...]:
     """Captions that are all true and all different.
 
-    The first two say all six facts, and so belong to this scene alone; the others say
-    some of them, and the last one is a list of tags that does not say how many.
-    `language` is a key of `LANGUAGES`.
+    The first two say all six facts, and so belong to this scene alone. The others say
+    fewer: in-batch contrast teaches a fact only where the rest of the caption does not
+    give the picture away. `language` is a key of `LANGUAGES`.
 
     >>> scene = Scene(shape="star", colour="red", size="small", count=3,
     ...               position="left", background="white")

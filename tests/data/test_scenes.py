@@ -157,10 +157,11 @@ def test_captions_agree_in_gender_number_and_measure_word(
     assert caption in describe(replace(THREE_STARS, **facts), language)
 
 
-def test_every_english_caption_is_true_of_its_scene() -> None:
+def test_every_english_caption_is_true_of_its_scene_but_for_the_vague_one() -> None:
     for _, scene in sample_scenes("train", 300, seed=1):
-        for caption in describe(scene):
-            assert check_caption(caption, scene).is_true, caption
+        *precise, vague = describe(scene)
+        assert all(check_caption(caption, scene).is_true for caption in precise)
+        assert check_caption(vague, scene).reason == "does not name shape and colour"
 
 
 def test_the_full_captions_say_all_six_facts() -> None:
@@ -172,9 +173,9 @@ def test_the_full_captions_say_all_six_facts() -> None:
 def test_a_caption_is_false_of_a_scene_that_differs_in_a_fact_it_says(fact: str) -> None:
     other = replace(THREE_STARS, **{fact: OTHERS[fact]})
     for caption in describe(THREE_STARS):
-        is_said = fact in check_caption(caption, THREE_STARS).facts
-        check = check_caption(caption, other)
-        assert check.is_true != is_said
+        before, check = check_caption(caption, THREE_STARS), check_caption(caption, other)
+        is_said = fact in before.facts
+        assert check.is_true == (before.is_true and not is_said)
         assert check.wrong == ((fact,) if is_said else ())
 
 
@@ -250,7 +251,7 @@ def test_groups_stand_where_the_scene_says(position: str, axis: int, is_low: boo
     for count in COUNTS:
         scene = replace(THREE_STARS, size="large", count=count, position=position)
         middle = np.argwhere(inked(scene, picture_of(scene))).mean(axis=0) / 96 - 0.5
-        assert (middle[axis] < -0.1) if is_low else (middle[axis] > 0.1)
+        assert (middle[axis] < -0.07) if is_low else (middle[axis] > 0.07)
         assert abs(middle[1 - axis]) < 0.08
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,13 +13,13 @@ from vlm.console import say, show_facts, show_json
 class Arguments:
     """Command line of `vlm embed`."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Run folder, model folder, or open_clip NAME:WEIGHTS."""
 
-    shards: tyro.conf.Positional[str]
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """Shards to embed."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the embeddings."""
 
     modality: Literal["image", "text"] = "image"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Command line of `vlm eval`."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Run folder, model folder, or open_clip NAME:WEIGHTS."""
 
     retrieval: str = ""
@@ -129,10 +129,12 @@ def zero_shot(model: "VisionLanguageModel", arguments: Arguments) -> "ZeroShot":
 
 
 def read_names(given: str) -> list[str]:
-    """Class names from `a,b,c` or from a file with one a line."""
-    path = Path(given)
-    text = path.read_text(encoding="utf-8").replace("\n", ",") if given and path.is_file() else given
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Class names from `a,b,c` or, where there is no comma, from a file with one a line."""
+    if given and "," not in given:
+        if not Path(given).is_file():
+            raise UsageError(f"There is no file {given!r} of class names; give one, or names as a,b,c.")
+        given = Path(given).read_text(encoding="utf-8").replace("\n", ",")
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:

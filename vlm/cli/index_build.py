@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,10 +13,10 @@ from vlm.console import say, show_facts, show_json
 class Arguments:
     """Command line of `vlm index build`."""
 
-    embeddings: tyro.conf.Positional[Path]
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
     """Folder that `vlm embed` made."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the index."""
 
     kind: str = "auto"

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +13,7 @@ from vlm.console import show_facts, show_json
 class Arguments:
     """Command line of `vlm index info`."""
 
-    index: tyro.conf.Positional[Path]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Folder that `vlm index build` made."""
 
     json: bool = False

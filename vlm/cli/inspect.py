@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Command line of `vlm inspect`."""
 
-    shards: tyro.conf.Positional[str]
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """Shards to look into."""
 
     sample: int | None = None

@@ -6,6 +6,7 @@ output of img2dataset or any WebDataset tars, one tar that holds any of these, o
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -17,10 +18,10 @@ from vlm.data.sources.source import SceneOptions, SourceKind
 class Arguments:
     """Command line of `vlm pack`."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Where the pairs are."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the shards; an interrupted pack is continued by the same command."""
 
     kind: SourceKind | None = None

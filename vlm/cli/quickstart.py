@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -17,12 +18,12 @@ from vlm.data.scenes import shape_colour_classes
 from vlm.files import write_text
 from vlm.manifest import is_complete
 
-NUM_TRAIN, NUM_VAL = 12_000, 1_000
+NUM_TRAIN, NUM_VAL = 16_000, 1_000
 CLASSES = "classes.txt"
 QUESTIONS = (
-    ("two large yellow stars at the top",),
+    ("two large green stars at the top",),
     ("a small blue heart on a white background",),
-    ("three green triangles",),
+    ("three orange triangles",),
 )
 
 
@@ -30,7 +31,7 @@ QUESTIONS = (
 class Arguments:
     """Command line of `vlm quickstart`."""
 
-    out: tyro.conf.Positional[Path] = Path("quickstart-out")
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = Path("quickstart-out")
     """Folder for everything; what is finished in it is not done again."""
 
     scenes: int = NUM_TRAIN
@@ -120,10 +121,10 @@ def ask_questions(out: Path) -> None:
 
     service = SearchService.open(out / "index")
     questions = [Question(texts=texts, top=8) for texts in QUESTIONS]
-    questions.append(Question(texts=("a red ring",), minus=("a large ring",), top=8))
+    questions.append(Question(texts=("a red circle",), minus=("something large",), top=8))
     answers = [service.answer(question) for question in questions]
     picture = read_picture(answers[0].hits[0].entry)
-    answers.append(service.answer(Question(images=(picture,), texts=("on a black background",), top=8)))
+    answers.append(service.answer(Question(images=(picture,), texts=("a yellow background",), top=8)))
     for answer in answers:
         show_answer(answer)
     write_gallery(out / "gallery.html", answers, title="Drawn scenes", info=service.index.info())
@@ -160,7 +161,7 @@ def what_next(out: Path) -> str:
             "",
             f"Look at:  {out}/gallery.html · {out}/evaluation/report.html · {out}/run/curves.png",
             "Ask it:",
-            f'  vlm search {out}/index "four purple crosses on the left" --html answer.html',
+            f'  vlm search {out}/index "three purple crosses on the left" --html answer.html',
             f"  vlm classify {out}/run PICTURE --classes 'red circle,blue star,green heart'",
             "Train one that writes captions (about 5 minutes), and check what it writes:",
             f"  vlm train tiny-coca --data {out}/shards/train --val {out}/shards/val --run {out}/captioner "

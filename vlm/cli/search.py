@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class Arguments:
     """Command line of `vlm search`."""
 
-    index: tyro.conf.Positional[Path]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Folder that `vlm index build` made."""
 
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")] = ()
     """What to look for; several are added up."""
 
     image: tuple[Path, ...] = ()

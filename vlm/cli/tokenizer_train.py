@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,10 +13,10 @@ from vlm.console import say, show_facts, show_json
 class Arguments:
     """Command line of `vlm tokenizer train`."""
 
-    shards: tyro.conf.Positional[str]
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """Shards whose captions are read."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The model file to write, ending in .model."""
 
     vocabulary: int = 8192

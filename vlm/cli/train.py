@@ -6,6 +6,7 @@ architecture of open_clip. Everything it sets can be overridden by the options b
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ from vlm.train.presets import PRESETS, open_preset
 class Arguments:
     """Command line of `vlm train`."""
 
-    preset: tyro.conf.Positional[str]
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Preset, TOML file, run folder, or open_clip architecture."""
 
     resume: bool = False

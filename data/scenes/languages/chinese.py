@@ -10,8 +10,6 @@ NOUNS = {
     "star": ("颗", "星星"),
     "heart": ("颗", "爱心"),
     "cross": ("个", "十字"),
-    "ring": ("个", "圆环"),
-    "crescent": ("弯", "月牙"),
 }
 COLOURS = {
     "red": "红色",
@@ -33,11 +31,11 @@ GROUNDS = {
     "lavender": "淡紫色背景",
 }
 PLACES = {"left": "左侧", "right": "右侧", "top": "上方", "bottom": "下方", "centre": "中央"}
-NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四"}
+NUMBERS = {1: "一", 2: "两", 3: "三"}
 
 
 def describe_in_chinese(scene: Scene) -> tuple[str, ...]:
-    """Captions from the one that says everything down to the bare tag."""
+    """Captions from those that say everything down to the bare name and a vague hint."""
     measure, noun = NOUNS[scene.shape]
     number = f"{NUMBERS[scene.count]}{measure}"
     colour, size = COLOURS[scene.colour], SIZES[scene.size]
@@ -48,5 +46,8 @@ def describe_in_chinese(scene: Scene) -> tuple[str, ...]:
         f"{place}有{number}{colour}{noun}",
         f"{ground}上有{number}{colour}{noun}",
         f"一张有{number}{colour}{noun}的图片",
-        f"{colour}{noun}、{size}、{place}",
+        f"{number}{colour}{noun}",
+        f"{colour}{noun}",
+        f"{place}的{size}图形",
+        f"{place}有图形",
     )

@@ -2,7 +2,7 @@
 
 from vlm.data.scenes.scene import Scene
 
-COUNT_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 PLURALS = {
     "circle": "circles",
     "square": "squares",
@@ -10,8 +10,6 @@ PLURALS = {
     "star": "stars",
     "heart": "hearts",
     "cross": "crosses",
-    "ring": "rings",
-    "crescent": "crescents",
 }
 PLACES = {
     "left": "on the left",
@@ -23,7 +21,7 @@ PLACES = {
 
 
 def describe_in_english(scene: Scene) -> tuple[str, ...]:
-    """Captions from the one that says everything down to the bare tag."""
+    """Captions from those that say everything down to the bare name and vague hints."""
     number = COUNT_WORDS[scene.count]
     shape = scene.shape if scene.count == 1 else PLURALS[scene.shape]
     place = PLACES[scene.position]
@@ -36,7 +34,10 @@ def describe_in_english(scene: Scene) -> tuple[str, ...]:
         f"{plain} {shape} {place}",
         f"{plain} {shape} on a {ground}",
         f"a picture of {plain} {shape}",
-        f"{scene.colour} {scene.shape}, {scene.size}, {scene.position}",
+        f"{plain} {shape}",
+        f"{scene.colour} {scene.shape}",
+        f"something {scene.size} {place}",
+        f"something {place}",
     )
 
 

@@ -10,8 +10,6 @@ NOUNS = {
     "star": ("m", "Stern", "Sterne", "Sternen"),
     "heart": ("n", "Herz", "Herzen", "Herzen"),
     "cross": ("n", "Kreuz", "Kreuze", "Kreuzen"),
-    "ring": ("m", "Ring", "Ringe", "Ringen"),
-    "crescent": ("f", "Mondsichel", "Mondsicheln", "Mondsicheln"),
 }
 # Stems that take endings; "orange", "lila" and "rosa" do not, hence "-farben" and "violett".
 ADJECTIVES = {
@@ -39,12 +37,12 @@ PLACES = {
     "bottom": "unten",
     "centre": "in der Mitte",
 }
-NUMBERS = {2: "zwei", 3: "drei", 4: "vier"}
+NUMBERS = {2: "zwei", 3: "drei"}
 STRONG_ENDINGS = {"m": "er", "f": "e", "n": "es"}
 
 
 def describe_in_german(scene: Scene) -> tuple[str, ...]:
-    """Captions from the one that says everything down to the bare tag."""
+    """Captions from those that say everything down to the bare name and a vague hint."""
     gender, singular, _, _ = NOUNS[scene.shape]
     size, colour = ADJECTIVES[scene.size], ADJECTIVES[scene.colour]
     ground = ADJECTIVES[scene.background]
@@ -55,7 +53,10 @@ def describe_in_german(scene: Scene) -> tuple[str, ...]:
         f"{place} {_nominative(scene, colour)}",
         f"{_nominative(scene, colour)} auf {ground}em Hintergrund",
         f"ein Bild mit {_dative(scene, colour)}",
-        f"{colour}{STRONG_ENDINGS[gender]} {singular}, {size}, {place}",
+        _nominative(scene, colour),
+        f"{colour}{STRONG_ENDINGS[gender]} {singular}",
+        f"etwas {size.capitalize()}es {place}",
+        f"etwas {place}",
     )
 
 

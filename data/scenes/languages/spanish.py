@@ -10,8 +10,6 @@ NOUNS = {
     "star": (True, "estrella", "estrellas"),
     "heart": (False, "corazón", "corazones"),
     "cross": (True, "cruz", "cruces"),
-    "ring": (False, "anillo", "anillos"),
-    "crescent": (True, "media luna", "medias lunas"),
 }
 # Masculine singular; a final "o" becomes "a" for feminine nouns.
 ADJECTIVES = {
@@ -41,25 +39,26 @@ PLACES = {
     "bottom": "abajo",
     "centre": "en el centro",
 }
-NUMBERS = {2: "dos", 3: "tres", 4: "cuatro"}
+NUMBERS = {2: "dos", 3: "tres"}
 
 
 def describe_in_spanish(scene: Scene) -> tuple[str, ...]:
-    """Captions from the one that says everything down to the bare tag."""
+    """Captions from those that say everything down to the bare name and a vague hint."""
     is_feminine, singular, _ = NOUNS[scene.shape]
     place, ground = PLACES[scene.position], GROUNDS[scene.background]
     sized = _group(scene, scene.colour, scene.size)
     plain = _group(scene, scene.colour)
-    colour, size = (
-        _agree(ADJECTIVES[word], is_feminine=is_feminine, is_plural=False) for word in (scene.colour, scene.size)
-    )
+    colour = _agree(ADJECTIVES[scene.colour], is_feminine=is_feminine, is_plural=False)
     return (
         f"{sized} {place} sobre {ground}",
         f"{ground} con {sized} {place}",
         f"{place} {plain}",
         f"{plain} sobre {ground}",
         f"una imagen de {plain}",
-        f"{singular} {colour}, {size}, {place}",
+        plain,
+        f"{singular} {colour}",
+        f"algo {ADJECTIVES[scene.size]} {place}",
+        f"algo {place}",
     )
 
 
