@@ -11,7 +11,7 @@ class ModelConfig:
     """Which network, and how it reads text."""
 
     architecture: str = "tiny"
-    """One of ours (tiny, tiny-coca, small, small-coca) or any open_clip name (ViT-B-32, coca_ViT-L-14, …)."""
+    """One of ours (tiny, tiny-coca, small) or any open_clip name (ViT-B-32, coca_ViT-L-14, …)."""
 
     start_from: str = ""
     """MODEL whose weights, view and tokenizer the run starts from; empty starts from fresh weights."""

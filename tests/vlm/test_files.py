@@ -8,9 +8,14 @@ from vlm.files import append_line, fingerprint_of, read_lines, replacing, write_
 def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "x.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="full"), replacing(path) as file:
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "full")
+
+    def fill_the_disk():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        fill_the_disk()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
 

@@ -21,7 +21,7 @@ from vlm.manifest import is_complete
 NUM_TRAIN, NUM_VAL = 16_000, 1_000
 CLASSES = "classes.txt"
 QUESTIONS = (
-    ("two large green stars at the top",),
+    ("two green stars at the top",),
     ("a small blue heart on a white background",),
     ("three orange triangles",),
 )
@@ -95,7 +95,18 @@ def plan_steps(arguments: Arguments) -> list[Step]:
     return [
         step("drawing training scenes", train, "pack", "scenes", train, *drawn),
         step("drawing held-out scenes", val, "pack", "scenes", val, *distinct),
-        step("learning words", tokenizer, "tokenizer", "train", train, tokenizer, "--vocabulary", "512"),
+        step(
+            "learning words",
+            tokenizer,
+            "tokenizer",
+            "train",
+            train,
+            tokenizer,
+            "--vocabulary",
+            "256",
+            "--languages",
+            "en",
+        ),
         step(
             "training",
             f"{out}/run",
@@ -105,7 +116,8 @@ def plan_steps(arguments: Arguments) -> list[Step]:
             "evaluating",
             f"{out}/evaluation/report.html",
             *["eval", f"{out}/run", "--retrieval", val, "--captions-each", "1", "--languages", "en"],
-            *["--classes", val, "--class-names", f"{out}/{CLASSES}", "--out", f"{out}/evaluation"],
+            *["--classes", val, "--class-names", f"{out}/{CLASSES}"],
+            *["--templates", "{}", "a picture of a {}", "--out", f"{out}/evaluation"],
         ),
         step("embedding", f"{out}/embeddings", "embed", f"{out}/run", f"{train}::{val}", f"{out}/embeddings"),
         step("indexing", f"{out}/index", "index", "build", f"{out}/embeddings", f"{out}/index"),

@@ -71,7 +71,7 @@ def run(arguments: Arguments) -> None:
 def show_answer(answer: "Answer") -> None:
     """The hits as a table."""
     asked = answer.question
-    terms = [*asked.texts, *(str(image) for image in asked.images), *(f"−{text}" for text in asked.minus)]
+    terms = [*asked.texts, *asked.to_json()["images"], *(f"−{text}" for text in asked.minus)]
     rows = [
         [rank, hit.score, hit.entry.uid, next((texts[0] for texts in hit.entry.captions.values() if texts), "")]
         for rank, hit in enumerate(answer.hits, 1)

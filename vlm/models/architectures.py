@@ -17,7 +17,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tiny": {
         "embed_dim": 128,
         "vision_cfg": _TINY_VISION,
-        "text_cfg": {"context_length": 20, "vocab_size": 258, "width": 96, "heads": 3, "layers": 1},
+        "text_cfg": {"context_length": 16, "vocab_size": 258, "width": 96, "heads": 3, "layers": 1},
         "custom_text": True,
     },
     "tiny-coca": {
@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vision_cfg": _TINY_VISION
         | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 16, "output_tokens": True},
         "text_cfg": {
-            "context_length": 20,
+            "context_length": 16,
             "vocab_size": 258,
             "width": 128,
             "heads": 4,
@@ -33,7 +33,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "embed_cls": True,
             "output_tokens": True,
         },
-        "multimodal_cfg": {"context_length": 20, "vocab_size": 258, "width": 128, "heads": 4, "layers": 1},
+        "multimodal_cfg": {"context_length": 16, "vocab_size": 258, "width": 128, "heads": 4, "layers": 1},
+        "custom_text": True,
+    },
+    "small": {
+        "embed_dim": 192,
+        "vision_cfg": {
+            "timm_model_name": "test_convnext3",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 64,
+        },
+        "text_cfg": {"context_length": 32, "vocab_size": 2050, "width": 192, "heads": 3, "layers": 1},
         "custom_text": True,
     },
 }

@@ -1,0 +1,222 @@
+import errno
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm.cli.main import VERBS, main
+from vlm.cli.reference import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of a command."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture(scope="module")
+def loop(scene_shards, scene_tokenizer, tmp_path_factory):
+    """A tiny run with its embeddings and index, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("loop")
+    train, val = scene_shards / "train", scene_shards / "val"
+    flags = ["--steps", "3", "--batch-size", "16", "--workers", "0", "--tokenizer", scene_tokenizer]
+    commands = [
+        ["train", "tiny", "--data", train, "--run", folder / "run", *flags],
+        ["train", "tiny", "--data", train, "--run", folder / "other", *flags, "--seed", "1"],
+        ["embed", folder / "run", val, folder / "embeddings", "--workers", "0"],
+        ["index", "build", folder / "embeddings", folder / "index"],
+    ]
+    for words in commands:
+        assert main([str(word) for word in words]) == 0
+    return folder
+
+
+def test_the_help_lists_every_verb(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(capsys, verb):
+    code, out, _ = run(capsys, *verb.split(), "--help")
+    assert code == 0
+    assert f"usage: vlm {verb}" in out
+
+
+def test_the_reference_page_is_what_the_commands_print():
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference(), (
+        "python -m vlm.cli.reference > docs/cli.md"
+    )
+
+
+def test_search_answers_with_key_score_and_caption(capsys, loop):
+    code, out, _ = run(capsys, "search", loop / "index", "a red circle", "--top", "3", "--json")
+    hits = json.loads(out)["hits"]
+    assert code == 0
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert hits[0]["score"] >= hits[1]["score"]
+    assert hits[0]["key"].startswith("val-")
+    assert hits[0]["captions"]["en"]
+
+
+def test_search_by_picture_finds_the_picture_itself(capsys, loop, scene_shards, tmp_path):
+    from vlm.data.shards import ShardReader
+
+    sample = ShardReader(str(scene_shards / "val" / "shard-00000.tar")).read(7)
+    (tmp_path / "x.jpg").write_bytes(sample.image)
+    page = tmp_path / "page.html"
+    code, out, _ = run(capsys, "search", loop / "index", "--image", tmp_path / "x.jpg", "--html", page, "--json")
+    assert code == 0
+    assert json.loads(out)["hits"][0]["key"] == sample.key
+    assert "data:image" in page.read_text()
+
+
+def test_classify_gives_probabilities_that_add_up(capsys, loop, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
+    code, out, _ = run(
+        capsys, "classify", loop / "run", tmp_path / "x.png", "--classes", "red circle,blue star", "--json"
+    )
+    assert code == 0
+    assert sum(entry["probability"] for entry in json.loads(out)[0]["classes"]) == pytest.approx(1)
+
+
+def test_eval_writes_json_and_a_page(capsys, loop, scene_shards, tmp_path):
+    words = [
+        "--retrieval",
+        scene_shards / "val",
+        "--classes",
+        scene_shards / "val",
+        "--languages",
+        "en",
+        "--workers",
+        "0",
+    ]
+    code, out, _ = run(capsys, "eval", loop / "run", *words, "--out", tmp_path / "report", "--json")
+    values = json.loads(out)
+    assert code == 0
+    assert values["retrieval"]["num_images"] == 40
+    assert values == json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert "Zero-shot" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_an_index_of_another_model_is_refused(capsys, loop):
+    code, _, err = run(capsys, "search", loop / "index", "a red circle", "--model", loop / "other")
+    assert code == 2
+    assert "fingerprint" in err or "another model" in err
+
+
+def test_caption_with_a_model_that_cannot_is_refused(capsys, loop, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    code, _, err = run(capsys, "caption", loop / "run", tmp_path / "x.png")
+    assert code == 2
+    assert "no caption decoder" in err
+
+
+def table(folder, text):
+    (folder / "captions.csv").write_text(text)
+    return folder
+
+
+def test_missing_columns_are_named_with_those_found(capsys, tmp_path):
+    code, _, err = run(capsys, "pack", table(tmp_path, "picture_name,words\na.jpg,hello\n"), tmp_path / "out")
+    assert code == 2
+    assert "picture_name" in err
+    assert "--caption-column" in err or "--image-column" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_unreadable_pictures_end_the_pack_with_their_names(capsys, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    code, _, err = run(capsys, "pack", table(tmp_path, "file,caption\na.jpg,hello\n"), tmp_path / "out")
+    assert code == 1
+    assert "a.jpg" in err or "unreadable" in err
+    assert "--max-bad" in err
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_an_empty_folder_is_refused(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(capsys, "pack", tmp_path / "empty", tmp_path / "out")
+    assert code == 2
+    assert "empty" in err
+
+
+def test_an_unknown_verb_preset_and_key_name_the_nearest(capsys, tmp_path):
+    assert "did you mean 'train'" in run(capsys, "trian")[2]
+    assert "did you mean 'tiny'" in run(capsys, "train", "tinny")[2]
+    (tmp_path / "x.toml").write_text("batch_sise = 3\n")
+    code, _, err = run(capsys, "train", tmp_path / "x.toml")
+    assert code == 2
+    assert "did you mean 'batch_size'" in err
+
+
+def test_a_misspelt_flag_is_misuse_and_hints_at_the_right_one(capsys):
+    code, out, err = run(capsys, "train", "tiny", "--learning-rat", "1")
+    assert code == 2
+    assert "--learning-rate" in out + err
+
+
+def test_a_tar_cut_short_is_refused_by_name(capsys, scene_shards, scene_tokenizer, tmp_path):
+    shutil.copytree(scene_shards / "train", tmp_path / "shards")
+    shard = tmp_path / "shards" / "shard-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-30_000])
+    words = ["train", "tiny", "--data", tmp_path / "shards", "--run", tmp_path / "run", "--tokenizer", scene_tokenizer]
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "shard-00001.tar" in err
+    assert "--allow-damage" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [("pack", "scenes"), ("index", "build", "embeddings"), ("embed", "run", "val")])
+def test_an_out_that_exists_is_left_alone(capsys, words, loop, scene_shards, tmp_path):
+    places = {"embeddings": loop / "embeddings", "run": loop / "run", "val": scene_shards / "val"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    code, _, err = run(capsys, *[places.get(word, word) for word in words], tmp_path / "out")
+    assert code == 2
+    assert "exists" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(capsys, monkeypatch, tmp_path):
+    import vlm.files
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(vlm.files.os, "fsync", full)
+    code, _, err = run(capsys, "pack", "scenes", tmp_path / "out", "--scenes.number", "5")
+    assert code == 1
+    assert "disk is full" in err
+    assert not list(tmp_path.rglob("*.tar"))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_nothing_to_measure_and_nothing_to_ask_are_misuse(capsys, loop):
+    assert run(capsys, "eval", loop / "run")[0] == 2
+    assert run(capsys, "search", loop / "index")[0] == 2
+
+
+def test_a_missing_shard_is_named(capsys, loop):
+    code, _, err = run(capsys, "eval", loop / "run", "--retrieval", "nowhere/{00..01}.tar")
+    assert code == 2
+    assert "nowhere/00.tar" in err
+
+
+def test_the_version_is_told(capsys):
+    assert run(capsys, "--version")[1].startswith("vlm ")
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,92 @@
+"""A run killed by SIGKILL between two checkpoints, in a process of its own, goes on as if it had not been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlm.train.telemetry import read_metrics
+
+STEPS = 40
+
+
+def command(scene_shards, scene_tokenizer, run, workers, *more):
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(scene_shards / "train"),
+        "--run",
+        str(run),
+        "--tokenizer",
+        str(scene_tokenizer),
+    ]
+    words += [
+        "--steps",
+        str(STEPS),
+        "--batch-size",
+        "16",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "5",
+        "--warmup-steps",
+        "2",
+    ]
+    return [sys.executable, "-m", "vlm", *words, "--workers", str(workers), *more]
+
+
+def history(run):
+    return [(line["step"], line["loss"], line["samples"]) for line in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(scene_shards, scene_tokenizer, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(scene_shards, scene_tokenizer, run, 0), check=True, capture_output=True)
+    return history(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_killed_run_resumes_to_the_same_samples_and_losses(
+    workers, uninterrupted, scene_shards, scene_tokenizer, tmp_path
+):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(scene_shards, scene_tokenizer, run, workers), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = [step for step, _, _ in history(run)] if (run / "metrics.jsonl").exists() else []
+        if steps and steps[-1] >= 12 and steps[-1] % 5:
+            break
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "manifest.json").exists()
+    before = history(run)
+    subprocess.run(command(scene_shards, scene_tokenizer, run, workers, "--resume"), check=True, capture_output=True)
+    assert before == uninterrupted[: len(before)]
+    assert history(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scene_shards, scene_tokenizer, tmp_path):
+    run = tmp_path / "run"
+    more = ("--checkpoint-every", "1000")
+    process = subprocess.Popen(command(scene_shards, scene_tokenizer, run, 1, *more), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (Path(run / "metrics.jsonl").exists() and len(history(run)) >= 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, talk = process.communicate()
+    assert process.returncode == 1
+    assert "all is saved" in talk
+    assert f"vlm train {run} --resume" in talk
+    subprocess.run([sys.executable, "-m", "vlm", "train", str(run), "--resume"], check=True, capture_output=True)
+    assert history(run) == uninterrupted
