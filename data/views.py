@@ -115,7 +115,7 @@ class RandomView:
 
     def _crop(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(left, top, width, height) in pixels; the centre, as large as the ratio allows, after ten misses."""
-        if self.scale[0] == 1.0:
+        if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
             return 0, 0, width, height
         for _ in range(10):
             area = width * height * rng.uniform(*self.scale)

@@ -29,8 +29,8 @@ BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
     "lavender": (220, 204, 248),
 }
 
-# Lengths in widths of the picture. Three large shapes with their gaps are 0.8 of a picture wide.
-RADIUS = {"small": 0.14, "large": 0.195}
+# Lengths in widths of the picture. Larger ones would leave three large shapes no place but the middle.
+RADIUS = {"small": 0.13, "large": 0.172}
 GAP = 0.032
 CENTRES = {
     "left": (0.26, 0.5),

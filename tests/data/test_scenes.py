@@ -30,7 +30,7 @@ from vlm.data.scenes.draw import BACKGROUND_RGB, COLOUR_RGB, RADIUS
 
 THREE_STARS = Scene(shape="star", colour="red", size="small", count=3, position="left", background="white")
 OTHERS: dict[str, str | int] = {
-    "shape": "ring",
+    "shape": "cross",
     "colour": "blue",
     "size": "large",
     "count": 2,
@@ -93,8 +93,8 @@ def test_training_never_shows_a_held_out_combination_and_validation_shows_all_of
 def test_about_a_sixth_is_held_out_and_every_shape_and_colour_is_still_trained() -> None:
     assert 1 / 8 < len(HELD_OUT) / (len(SHAPES) * len(COLOURS)) < 1 / 5
     trained = {(scene.shape, scene.colour) for scene in every_scene("train")}
-    for word in (*SHAPES, *COLOURS):
-        assert sum(word in pair for pair in trained) >= 6
+    assert all(sum(shape in pair for pair in trained) >= len(COLOURS) - 2 for shape in SHAPES)
+    assert all(sum(colour in pair for pair in trained) >= len(SHAPES) - 2 for colour in COLOURS)
 
 
 def test_single_scenes_come_from_the_split_they_are_asked_for() -> None:
@@ -142,7 +142,7 @@ def test_an_unknown_language_is_refused_with_those_there_are() -> None:
         ("en", {"shape": "cross", "count": 2}, "a picture of two red crosses"),
         ("de", {"count": 1}, "ein kleiner roter Stern links auf weißem Hintergrund"),
         ("de", {"count": 1, "shape": "heart"}, "ein Bild mit einem roten Herz"),
-        ("de", {"count": 1, "shape": "crescent"}, "ein Bild mit einer roten Mondsichel"),
+        ("de", {"count": 1, "shape": "cross"}, "ein Bild mit einem roten Kreuz"),
         ("de", {"colour": "purple"}, "weißer Hintergrund mit drei kleinen violetten Sternen links"),
         ("es", {"shape": "cross"}, "tres cruces rojas pequeñas a la izquierda sobre fondo blanco"),
         ("es", {"count": 1, "colour": "blue"}, "una imagen de una estrella azul"),
@@ -157,11 +157,12 @@ def test_captions_agree_in_gender_number_and_measure_word(
     assert caption in describe(replace(THREE_STARS, **facts), language)
 
 
-def test_every_english_caption_is_true_of_its_scene_but_for_the_vague_one() -> None:
+def test_every_english_caption_is_true_of_its_scene_but_for_the_vague_ones() -> None:
     for _, scene in sample_scenes("train", 300, seed=1):
-        *precise, vague = describe(scene)
+        *precise, hint, vaguer = describe(scene)
         assert all(check_caption(caption, scene).is_true for caption in precise)
-        assert check_caption(vague, scene).reason == "does not name shape and colour"
+        for vague in (hint, vaguer):
+            assert check_caption(vague, scene).reason == "does not name shape and colour"
 
 
 def test_the_full_captions_say_all_six_facts() -> None:
