@@ -73,6 +73,7 @@ def _forms() -> tuple[re.Pattern[str], ...]:
         rf"{opening}{group}(?: {place})?(?: on {ground})?",
         rf"{opening}{group} {place} of {ground}",
         rf"{opening}{ground} with {group}(?: {place})?",
+        rf"{_one_of('count', COUNTS_SAID)} {_one_of('shape', SHAPES_SAID)}",
         rf"something (?:{_one_of('size', SIZES)} )?{place}",
     )
     return tuple(re.compile(rf"{pattern}\.?\Z") for pattern in patterns)

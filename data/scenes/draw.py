@@ -30,7 +30,7 @@ BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
 }
 
 # Lengths in widths of the picture. Larger ones would leave three large shapes no place but the middle.
-RADIUS = {"small": 0.13, "large": 0.172}
+RADIUS = {"small": 0.14, "large": 0.172}
 GAP = 0.032
 CENTRES = {
     "left": (0.26, 0.5),

@@ -159,9 +159,10 @@ def test_captions_agree_in_gender_number_and_measure_word(
 
 def test_every_english_caption_is_true_of_its_scene_but_for_the_vague_ones() -> None:
     for _, scene in sample_scenes("train", 300, seed=1):
-        *precise, hint, vaguer = describe(scene)
-        assert all(check_caption(caption, scene).is_true for caption in precise)
-        for vague in (hint, vaguer):
+        captions = describe(scene)
+        vague_ones = (captions[3], *captions[7:])
+        assert all(check_caption(caption, scene).is_true for caption in captions if caption not in vague_ones)
+        for vague in vague_ones:
             assert check_caption(vague, scene).reason == "does not name shape and colour"
 
 

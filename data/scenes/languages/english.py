@@ -32,7 +32,7 @@ def describe_in_english(scene: Scene) -> tuple[str, ...]:
         f"{sized} {place} of a {ground}",
         f"a {ground} with {sized} {place}",
         f"{plain} {shape} {place}",
-        f"{plain} {shape} on a {ground}",
+        f"{number} {shape}",
         f"a picture of {plain} {shape}",
         f"{plain} {shape}",
         f"{scene.colour} {scene.shape}",
