@@ -29,7 +29,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             objective=ObjectiveConfig(objective="coca", contrastive_weight=1.0, caption_weight=1.5),
             optimizer=_QUICK,
             batch_size=128,
-            epochs=9.0,
+            epochs=8.5,
             val_captions_each=1,
         ),
     ),

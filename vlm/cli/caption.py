@@ -19,6 +19,9 @@ class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """Picture files."""
 
+    prompt: str = ""
+    """Words every caption begins with, such as "a picture of"."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1, …"""
 
@@ -32,7 +35,7 @@ def run(arguments: Arguments) -> None:
     from vlm.models.loading import load_model
 
     model = load_model(arguments.model, device=arguments.device)
-    captions = model.caption_images(view_files(arguments.images, model.view))
+    captions = model.caption_images(view_files(arguments.images, model.view), arguments.prompt)
     rows = [{"image": str(path), "caption": text} for path, text in zip(arguments.images, captions, strict=True)]
     if arguments.json:
         show_json(rows)

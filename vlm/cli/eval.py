@@ -42,6 +42,9 @@ class Arguments:
     captions: str = ""
     """Shards of drawn scenes that the model captions, each caption checked against its scene."""
 
+    prompt: str = ""
+    """Words every caption begins with, such as "a picture of"."""
+
     languages: tuple[str, ...] = ()
     """Languages of the captions used in retrieval; empty takes the first of each sample."""
 
@@ -108,7 +111,9 @@ def evaluate(model: "VisionLanguageModel", arguments: Arguments) -> "Evaluation"
         if arguments.retrieval
         else None,
         zero_shot=zero_shot(model, arguments) if arguments.classes else None,
-        caption_truth=measure_caption_truth(model, expand_shards(arguments.captions), workers=workers)
+        caption_truth=measure_caption_truth(
+            model, expand_shards(arguments.captions), prompt=arguments.prompt, workers=workers
+        )
         if arguments.captions
         else None,
     )

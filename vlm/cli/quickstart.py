@@ -178,7 +178,7 @@ def what_next(out: Path) -> str:
             "Train one that writes captions (about 5 minutes), and check what it writes:",
             f"  vlm train tiny-coca --data {out}/shards/train --val {out}/shards/val --run {out}/captioner "
             f"--tokenizer {out}/tokenizer.model",
-            f"  vlm eval {out}/captioner --captions {out}/shards/val",
+            f"  vlm eval {out}/captioner --captions {out}/shards/val --prompt 'a picture of'",
             "Your own data:",
             "  vlm pack FOLDER shards && vlm train tiny --data shards --run runs/mine",
         ]

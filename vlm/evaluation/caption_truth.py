@@ -21,7 +21,7 @@ class Captioner(Protocol):
         """How a picture is fitted."""
         ...
 
-    def caption_images(self, images: UInt8[Tensor, "B 3 H W"]) -> list[str]:
+    def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
         """A caption for each picture."""
         ...
 
@@ -37,7 +37,7 @@ class CaptionTruth:
 
 
 def measure_caption_truth(
-    model: Captioner, shards: Sequence[str], *, limit: int = 1000, workers: int = 0
+    model: Captioner, shards: Sequence[str], *, prompt: str = "", limit: int = 1000, workers: int = 0
 ) -> CaptionTruth:
     """Caption the first `limit` scenes of the shards and check each caption.
 
@@ -50,7 +50,7 @@ def measure_caption_truth(
     for batch in read_items(shards, model.view, workers=workers):
         if total >= limit or not batch.items:
             break
-        for item, caption in zip(batch.items, model.caption_images(batch.images), strict=True):
+        for item, caption in zip(batch.items, model.caption_images(batch.images, prompt), strict=True):
             if "scene" not in item.metadata:
                 raise UsageError(f"Sample {item.key!r} is no drawn scene; captions are checked against scenes only.")
             check = check_caption(caption, Scene(**item.metadata["scene"]))

@@ -68,8 +68,8 @@ class VisionLanguageModel:
         return torch.cat(parts) if parts else torch.zeros(0, self.embedding_size)
 
     @torch.inference_mode()
-    def caption_images(self, images: UInt8[Tensor, "B 3 H W"]) -> list[str]:
-        """A caption for each picture, written greedily.
+    def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
+        """A caption for each picture, written greedily, beginning with the prompt.
 
         Raises:
             UsageError: the model has no decoder.
@@ -77,7 +77,7 @@ class VisionLanguageModel:
         if not self.can_caption:
             raise UsageError(f"{self.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
         with self._inference():
-            rows = write_captions(self.network, self._pixels(images), self.tokenizer)
+            rows = write_captions(self.network, self._pixels(images), self.tokenizer, prompt)
         return [self.tokenizer.decode(row) for row in rows.tolist()]
 
     @property
