@@ -3,7 +3,7 @@
 import os
 import stat
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -14,9 +14,11 @@ import pyarrow as pa
 from vlm.errors import UsageError, VlmError
 from vlm.files import fingerprint_of, replacing
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
-_FORMAT = "3"
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif"})
+_ARRAY = ".npy"
+_FORMAT = "4"
 _ROLES = ("image", "text", "json")
+_ARRAY_TYPE = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
 class Span(NamedTuple):
@@ -28,24 +30,32 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One sample of a tar: its key and where its parts lie; None for a part it lacks."""
+    """One sample of a tar: its key and where its parts lie; None for a part it lacks.
+
+    arrays: the stored arrays (`key.NAME.npy`) by name.
+    """
 
     key: str
     image: Span | None
     text: Span | None
     json: Span | None
+    arrays: dict[str, Span]
 
 
 class TarIndex:
     """The samples of one tar in file order; about 60 bytes each, memory-mapped.
 
     A sample is a run of consecutive members sharing the name up to the first dot of the base name
-    (the WebDataset convention). damage: why the tar ends early, or empty.
+    (the WebDataset convention). damage: why the tar ends early, or empty. fingerprint: of the keys and the
+    sizes of all parts; moving or renaming the tar does not change it.
     """
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
-        self.damage = (table.schema.metadata or {}).get(b"damage", b"").decode()
+        described = table.schema.metadata or {}
+        self.damage = described.get(b"damage", b"").decode()
+        self.fingerprint = described[b"fingerprint"].decode()
+        self._arrays = table.column("arrays")
         self._keys = table.column("key")
         self._spans = {
             role: (
@@ -63,15 +73,12 @@ class TarIndex:
         for role, (offsets, sizes) in self._spans.items():
             size = int(sizes[number])
             spans[role] = Span(int(offsets[number]), size) if size >= 0 else None
-        return Member(key=self._keys[number].as_py(), **spans)
+        arrays = {name: Span(offset, size) for name, offset, size in map(dict.values, self._arrays[number].as_py())}
+        return Member(key=self._keys[number].as_py(), arrays=arrays, **spans)
 
     def sample_keys(self) -> list[str]:
         """The keys of all samples."""
         return self._keys.to_pylist()
-
-    def sizes(self) -> list[bytes]:
-        """The sizes of all pictures, of all texts and of all JSONs, as little-endian int64; -1 for what is absent."""
-        return [sizes.astype("<i8").tobytes() for _, sizes in self._spans.values()]
 
     def image_bytes(self) -> int:
         """Sum of the picture sizes, in bytes."""
@@ -147,16 +154,42 @@ def _read_cache(cache: Path, identity: bytes) -> pa.Table | None:
 def _scan(address: str, identity: bytes) -> pa.Table:
     with cast(BinaryIO, cast(fsspec.core.OpenFile, fsspec.open(address, "rb")).open()) as file:
         entries, damage = read_entries(file, address)
-    rows: list[tuple[str, dict[str, Span]]] = []
+    rows: list[_Row] = []
     for entry in entries:
         _place(rows, entry)
-    columns: dict[str, Any] = {"key": pa.array([key for key, _ in rows], pa.string())}
+    table = _table(rows)
+    return table.replace_schema_metadata(
+        {"identity": identity, "damage": damage, "fingerprint": _content_fingerprint(table)}
+    )
+
+
+@dataclass
+class _Row:
+    key: str
+    parts: dict[str, Span] = field(default_factory=dict)
+    arrays: dict[str, Span] = field(default_factory=dict)
+
+
+def _table(rows: list[_Row]) -> pa.Table:
+    columns: dict[str, Any] = {"key": pa.array([row.key for row in rows], pa.string())}
     absent = Span(-1, -1)
     for role in _ROLES:
-        spans = [parts.get(role, absent) for _, parts in rows]
+        spans = [row.parts.get(role, absent) for row in rows]
         columns[f"{role}_offset"] = pa.array([span.offset for span in spans], pa.int64())
         columns[f"{role}_size"] = pa.array([span.size for span in spans], pa.int64())
-    return pa.table(columns, metadata={"identity": identity, "damage": damage})
+    arrays = [[(name, *span) for name, span in row.arrays.items()] for row in rows]
+    columns["arrays"] = pa.array(arrays, pa.list_(_ARRAY_TYPE))
+    return pa.table(columns)
+
+
+def _content_fingerprint(table: pa.Table) -> str:
+    sizes = [table.column(f"{role}_size").to_numpy().astype("<i8").tobytes() for role in _ROLES]
+    arrays = [
+        f"{number}/{name}/{size}"
+        for number, row in enumerate(table.column("arrays").to_pylist())
+        for name, _, size in map(dict.values, row)
+    ]
+    return fingerprint_of("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
 
 
 def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], str]:
@@ -199,15 +232,18 @@ def _missing_end(file: BinaryIO, offset: int) -> str:
     return f"cut short at byte {offset:,}, without its end mark" if is_cut else f"unreadable header at byte {offset:,}"
 
 
-def _place(rows: list[tuple[str, dict[str, Span]]], entry: tarfile.TarInfo) -> None:
+def _place(rows: list[_Row], entry: tarfile.TarInfo) -> None:
     folder, _, name = entry.name.rpartition("/")
     stem, _, extension = name.partition(".")
     extension = extension.lower()
     if not stem or not extension:
         return
     key = f"{folder}/{stem}" if folder else stem
+    if not rows or rows[-1].key != key:
+        rows.append(_Row(key))
+    span = Span(entry.offset_data, entry.size)
     role = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text", "json": "json"}.get(extension)
-    if not rows or rows[-1][0] != key:
-        rows.append((key, {}))
     if role:
-        rows[-1][1][role] = Span(entry.offset_data, entry.size)
+        rows[-1].parts[role] = span
+    elif extension.endswith(_ARRAY):
+        rows[-1].arrays[extension.removesuffix(_ARRAY)] = span

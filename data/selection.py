@@ -1,0 +1,196 @@
+"""A selection: how often each sample of some shards is seen in an epoch, applied while streaming; nothing is re-packed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vlm.data.tar_index import open_index
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of, replacing
+from vlm.tensors import Array, Float, UInt16
+
+FORMAT = "1"
+SUFFIX = ".selection"
+MAX_TIMES = np.iinfo(np.uint16).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedShard:
+    """A shard a selection speaks of. fingerprint: of its content (`TarIndex.fingerprint`), so it may be moved."""
+
+    name: str
+    fingerprint: str
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How often each sample is seen in an epoch: `times[shard][number]`, 0 leaves it out.
+
+    lineage: what was done to get here, one plain JSON object a step, in order.
+    Two bytes a sample, memory-mapped when read from a file.
+    """
+
+    shards: tuple[SelectedShard, ...]
+    times: tuple[UInt16[Array, " N"], ...]
+    lineage: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def visits(self) -> int:
+        """Samples an epoch sees, repeats included."""
+        return sum(int(times.sum(dtype=np.int64)) for times in self.times)
+
+    @property
+    def kept(self) -> int:
+        """Distinct samples an epoch sees."""
+        return sum(int(np.count_nonzero(times)) for times in self.times)
+
+    @property
+    def samples(self) -> int:
+        """Samples there are."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity: the content of the shards and the times, whatever led to them."""
+        names = [shard.fingerprint for shard in self.shards]
+        return fingerprint_of(*names, *(times.astype("<u2").tobytes() for times in self.times))
+
+    def times_of(self, shards: Sequence[str]) -> list[UInt16[Array, " N"]]:
+        """The times of the samples of each of these tars, found by content, so that tars may be moved or reordered.
+
+        Raises:
+            UsageError: a tar is not among those the selection was made for.
+        """
+        by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
+        found: list[UInt16[Array, " N"]] = []
+        for address in shards:
+            times = by_content.get(open_index(address).fingerprint)
+            if times is None:
+                raise UsageError(
+                    f"The selection knows nothing of {address} (it was made for {len(self.shards):,} shards, the first "
+                    f"is {self.shards[0].name}); the tar has changed since, or is another one: run vlm curate on it."
+                )
+            found.append(times)
+        return found
+
+
+def whole_selection(shards: Sequence[str]) -> Selection:
+    """Every sample of the tars once."""
+    described = []
+    for address in shards:
+        index = open_index(address)
+        name = address.rpartition("/")[2]
+        described.append(SelectedShard(name=name, fingerprint=index.fingerprint, samples=len(index)))
+    times = tuple(np.ones(shard.samples, np.uint16) for shard in described)
+    return Selection(shards=tuple(described), times=times)
+
+
+def write_selection(path: Path, selection: Selection) -> None:
+    """Write a selection as one Arrow file, atomically: a record batch a shard."""
+    described = [[shard.name, shard.fingerprint, shard.samples] for shard in selection.shards]
+    schema = pa.schema(
+        [("times", pa.uint16())],
+        metadata={
+            "vlm-selection": FORMAT,
+            "shards": json.dumps(described),
+            "lineage": json.dumps(selection.lineage, ensure_ascii=False),
+        },
+    )
+    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for times in selection.times:
+            writer.write_batch(pa.record_batch([pa.array(times, pa.uint16())], schema=schema))
+
+
+def read_selection(path: Path) -> Selection:
+    """Read a selection; its times stay on disk and are memory-mapped.
+
+    Raises:
+        UsageError: there is no such file, or it is no selection of this format.
+    """
+    if not path.is_file():
+        raise UsageError(f"There is no selection {str(path)!r}; vlm curate SHARDS OUT{SUFFIX} writes one.")
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        described = reader.schema.metadata or {}
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is no selection, or is damaged ({error}); make it again by vlm curate.") from error
+    if described.get(b"vlm-selection") != FORMAT.encode():
+        raise UsageError(f"{path} is no selection of format {FORMAT}; make it again by vlm curate.")
+    shards = [
+        SelectedShard(name=name, fingerprint=fingerprint, samples=samples)
+        for name, fingerprint, samples in json.loads(described[b"shards"])
+    ]
+    return Selection(
+        shards=tuple(shards),
+        times=tuple(batch.column(0).to_numpy() for batch in batches),
+        lineage=tuple(json.loads(described[b"lineage"])),
+    )
+
+
+def keep_both(one: Selection, other: Selection) -> Selection:
+    """And: the samples in both, as often as the product of their times says."""
+    theirs = _times_for(one, other)
+    times = [_limited(a.astype(np.int64) * b) for a, b in zip(one.times, theirs, strict=True)]
+    return _composed("and", one, other, times)
+
+
+def leave_out(one: Selection, other: Selection) -> Selection:
+    """Minus: the samples of `one` that are not in `other`."""
+    theirs = _times_for(one, other)
+    times = [np.where(b == 0, a, 0).astype(np.uint16) for a, b in zip(one.times, theirs, strict=True)]
+    return _composed("minus", one, other, times)
+
+
+def add(one: Selection, other: Selection) -> Selection:
+    """Plus: each sample as often as in both together."""
+    theirs = _times_for(one, other)
+    times = [_limited(a.astype(np.int64) + b) for a, b in zip(one.times, theirs, strict=True)]
+    return _composed("plus", one, other, times)
+
+
+def weigh(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
+    """Every sample `weight` times as often; what is left of a whole number is drawn from the seed.
+
+    Weight 1.5 sees each sample once and half of them, drawn, once more.
+    """
+    if not 0 <= weight <= MAX_TIMES:
+        raise UsageError(f"A weight of {weight} is outside 0 to {MAX_TIMES:,}.")
+    times = [
+        round_times(times * np.float64(weight), np.random.default_rng([seed, number]))
+        for number, times in enumerate(selection.times)
+    ]
+    step = {"step": "weight", "weight": weight, "seed": seed}
+    return Selection(shards=selection.shards, times=tuple(times), lineage=(*selection.lineage, step))
+
+
+def round_times(expected: Float[Array, " N"], rng: np.random.Generator) -> UInt16[Array, " N"]:
+    """Whole times with the expected mean: the floor, and one more with the probability of what is left."""
+    whole = np.floor(expected)
+    return _limited(whole + (rng.random(len(expected)) < expected - whole))
+
+
+def _limited(times: np.ndarray) -> UInt16[Array, " N"]:
+    return np.minimum(times, MAX_TIMES).astype(np.uint16)
+
+
+def _times_for(one: Selection, other: Selection) -> list[UInt16[Array, " N"]]:
+    by_content = {shard.fingerprint: times for shard, times in zip(other.shards, other.times, strict=True)}
+    missing = [shard.name for shard in one.shards if shard.fingerprint not in by_content]
+    if missing:
+        raise UsageError(
+            f"The selections speak of different shards: {missing[0]} and {len(missing) - 1:,} more are missing in the "
+            "second; curate both over the same shards."
+        )
+    return [by_content[shard.fingerprint] for shard in one.shards]
+
+
+def _composed(step: str, one: Selection, other: Selection, times: list[UInt16[Array, " N"]]) -> Selection:
+    record = {"step": step, "with": other.fingerprint, "lineage": list(other.lineage)}
+    return Selection(shards=one.shards, times=tuple(times), lineage=(*one.lineage, record))
