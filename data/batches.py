@@ -1,4 +1,4 @@
-"""What a batch holds: for training one view and one caption a sample, for evaluation and embedding everything."""
+"""What a batch of evaluation and embedding holds: each sample with its fixed view, all captions, its metadata."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,84 +8,25 @@ import torch
 
 from vlm.data.loader import ShardSet
 from vlm.data.order import Address
-from vlm.data.plan import TrainingPlan
-from vlm.data.samples import Captions, Sample, draw_caption, sample_rng
-from vlm.data.tokenizers import Tokenizer
-from vlm.data.views import FixedView, RandomView
-from vlm.errors import BadSample, VlmError
-from vlm.tensors import Int64, Tensor, UInt8
-
-MAX_BAD_IN_A_ROW = 100
+from vlm.data.samples import Captions, Sample
+from vlm.data.views import FixedView
+from vlm.errors import BadSample
+from vlm.tensors import Tensor, UInt8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
-    """A sample that could not be used: where it is, its key if known, why."""
+    """A sample that could not be used: where it is, its key, the byte offset of its first part in the tar, and why.
 
-    address: Address
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingBatch:
-    """One process's share of a global batch.
-
-    images are raw bytes of colour, normalised on the device. addresses are those asked for; where one could not be
-    used, `incidents` says why and its row holds a stand-in.
+    is_stand_in: it was not asked for itself, but tried in place of another.
     """
 
-    images: UInt8[Tensor, "B 3 H W"]
-    tokens: Int64[Tensor, "B L"]
-    keys: tuple[str, ...]
-    captions: tuple[str, ...]
-    addresses: tuple[Address, ...]
-    incidents: tuple[Incident, ...]
-
-    def pin_memory(self) -> "TrainingBatch":
-        """The same batch in page-locked memory, for overlapped copies to a GPU."""
-        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssembleTraining:
-    """Draws a view and a caption for each sample; replaces what cannot be used by a stand-in."""
-
-    plan: TrainingPlan
-    view: RandomView
-    tokenizer: Tokenizer
-    languages: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> TrainingBatch:
-        """Read, view, draw and tokenize the samples at these addresses."""
-        incidents: list[Incident] = []
-        rows = [self._row(address, shards, incidents) for address in addresses]
-        captions = tuple(caption for _, _, caption in rows)
-        return TrainingBatch(
-            images=torch.from_numpy(np.stack([image for _, image, _ in rows])),
-            tokens=torch.from_numpy(self.tokenizer.encode(captions)),
-            keys=tuple(key for key, _, _ in rows),
-            captions=captions,
-            addresses=tuple(addresses),
-            incidents=tuple(incidents),
-        )
-
-    def _row(self, asked: Address, shards: ShardSet, incidents: list[Incident]) -> tuple[str, np.ndarray, str]:
-        address = asked
-        for attempt in range(1, MAX_BAD_IN_A_ROW + 1):
-            try:
-                sample = shards.read(address)
-                rng = sample_rng(self.seed, address.epoch, sample.key)
-                caption = draw_caption(sample.captions, self.languages, rng)
-                return sample.key, self.view(sample.image, rng), caption
-            except BadSample as error:
-                incidents.append(Incident(address=address, reason=error.reason, detail=error.detail))
-                address = self.plan.stand_in(asked, attempt)
-        raise VlmError(
-            f"{MAX_BAD_IN_A_ROW} samples in a row cannot be used, from number {asked.number} of "
-            f"{shards.shards[asked.shard]} on; the last: {incidents[-1].reason}: {incidents[-1].detail}"
-        )
+    address: Address
+    key: str
+    offset: int
+    reason: str
+    detail: str
+    is_stand_in: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +47,21 @@ class ItemBatch:
     items: tuple[Item, ...]
     incidents: tuple[Incident, ...] = field(default_factory=tuple)
 
+    def with_images(self, images: UInt8[Tensor, "..."]) -> "ItemBatch":
+        """The same batch with other pictures."""
+        return replace(self, images=images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AssembleItems:
     """Each sample with its fixed view, all its captions and its metadata; without a view, no picture is decoded."""
 
     view: FixedView | None
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of a picture as the model sees it."""
+        return 3 * self.view.size**2 if self.view else 0
 
     def __call__(self, addresses: list[Address], shards: ShardSet) -> ItemBatch:
         """Read the samples at these addresses."""
@@ -125,7 +75,17 @@ class AssembleItems:
                     images.append(self.view(sample.image))
                 items.append(Item(address=address, key=sample.key, captions=sample.captions, metadata=sample.metadata))
             except BadSample as error:
-                incidents.append(Incident(address=address, reason=error.reason, detail=error.detail))
+                incidents.append(incident_of(address, error, shards))
         size = self.view.size if self.view else 0
-        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+        stacked = shards.new_images((len(images), 3, size, size))
+        if images:
+            np.stack(images, out=stacked)
         return ItemBatch(images=torch.from_numpy(stacked), items=tuple(items), incidents=tuple(incidents))
+
+
+def incident_of(address: Address, error: BadSample, shards: ShardSet, *, is_stand_in: bool = False) -> Incident:
+    """What is told of a sample that cannot be used."""
+    key, offset = shards.place(address)
+    return Incident(
+        address=address, key=key, offset=offset, reason=error.reason, detail=error.detail, is_stand_in=is_stand_in
+    )

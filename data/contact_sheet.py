@@ -1,64 +1,36 @@
 """An inspection as one HTML page that needs no other file, host or script."""
 
 import base64
-from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from vlm.data.inspection import BadRecord, Inspection, LanguageFacts, Shown, Spread
+from vlm.data.look.findings import BadRecord, ColumnFacts, Inspection, LanguageFacts, Shown
+from vlm.data.look.plots import always, aspect_name, bars, histogram, size_name, table
+from vlm.data.look.style import STYLE
 from vlm.data.samples import UNNAMED
 
 _MOST_BAD_SHOWN = 100
-_NUMBER = ' class="number"'
-_STYLE = """
-:root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e8eaed); --soft: light-dark(#5c6670, #9aa4ae);
-  --paper: light-dark(#f6f7f9, #14171b); --card: light-dark(#fff, #1d2126); --line: light-dark(#dfe3e8, #2e343b);
-  --accent: light-dark(#2c62ee, #7ea2ff); --bad: light-dark(#b3261e, #ff8a80); }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1400px; padding: 2rem clamp(1rem, 3vw, 3rem) 4rem; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem; }
-p.lead { margin: .2rem 0 0; color: var(--soft); }
-.facts, .plots { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem;
-  min-width: 0; }
-.card b { display: block; font-size: 1.45rem; font-weight: 650; font-variant-numeric: tabular-nums; }
-.card span, figcaption { color: var(--soft); font-size: .85rem; }
-.card.bad b { color: var(--bad); }
-figure { margin: 0; } svg { display: block; width: 100%; height: 76px; margin: .5rem 0 .2rem; fill: var(--accent); }
-.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: .78rem; }
-.pictures { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.pictures figure { padding: 0; overflow: hidden; }
-.pictures img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
-  background: light-dark(#eceff2, #0d0f12); }
-.pictures div { padding: .6rem .8rem .8rem; overflow-wrap: anywhere; }
-.pictures p { margin: .15rem 0; } .pictures small, code { color: var(--soft); }
-details summary { cursor: pointer; color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-"""
+_MOST_VALUES_SHOWN = 8
 
 
 def contact_sheet(inspection: Inspection, *, title: str) -> str:
-    """The page: facts, histograms, what is bad, and pictures with their captions."""
+    """The page: facts, what is bad, histograms, metadata, and pictures with their captions."""
     sections = [
         _facts(inspection),
-        _bad("Damaged shards", inspection.damaged),
-        _bad("Samples that cannot be used", inspection.corrupt),
-        _plots(inspection),
+        _damaged(inspection.damaged),
+        _corrupt(inspection.corrupt, inspection.unusable),
+        _pictures_spread(inspection),
+        _captions_spread(inspection),
+        _columns(inspection),
         _pictures(inspection),
         _repeated(inspection),
     ]
-    lead = f"{inspection.samples:,} samples in {inspection.shards:,} shards"
-    if inspection.looked_at < inspection.samples:
-        lead += f"; {inspection.looked_at:,} of them, evenly spread, were looked at"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f'<header><h1>{escape(title)}</h1><p class="lead">{lead}</p></header>{"".join(sections)}</body></html>\n'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f'<header><h1>{escape(title)}</h1><p class="lead">{_lead(inspection)}</p></header>{"".join(sections)}'
+        "</body></html>\n"
     )
 
 
@@ -67,95 +39,141 @@ def language_name(code: str) -> str:
     return "unnamed" if code == UNNAMED else code
 
 
+def _lead(inspection: Inspection) -> str:
+    lead = f"{inspection.samples:,} samples in {inspection.shards:,} shards"
+    considered = inspection.samples
+    if inspection.selected is not None:
+        considered = inspection.selected
+        lead += f"; the selection keeps {considered:,}"
+    if inspection.looked_at < considered:
+        lead += f"; {inspection.looked_at:,} of them, evenly spread, were looked at"
+    return lead
+
+
 def _facts(inspection: Inspection) -> str:
     captions = sum(language.captions for language in inspection.languages.values())
+    bad = inspection.unusable
     cards = [
         ("samples", f"{inspection.samples:,}", False),
-        ("of pictures", _size(inspection.image_bytes), False),
+        ("of pictures", size_name(inspection.image_bytes), False),
         ("captions", f"{captions:,}", False),
         ("languages", f"{len(inspection.languages)}", False),
-        (", ".join(inspection.formats) or "formats", " / ".join(f"{n:,}" for n in inspection.formats.values()), False),
         ("same pictures again", f"{inspection.duplicate_pictures:,}", False),
         ("same keys again", f"{inspection.duplicate_keys:,}", inspection.duplicate_keys > 0),
-        ("cannot be used", f"{len(inspection.corrupt):,}", bool(inspection.corrupt)),
+        ("cannot be used", f"{bad:,}", bad > 0),
         ("damaged shards", f"{len(inspection.damaged):,}", bool(inspection.damaged)),
     ]
+    if inspection.near_duplicates is not None:
+        cards.insert(5, ("look like an earlier one", f"{inspection.near_duplicates:,}", False))
+    if inspection.context_length is not None:
+        cut = sum(language.cut for language in inspection.languages.values())
+        name = f"captions longer than {inspection.context_length} tokens"
+        cards.insert(4, (name, f"{cut / max(captions, 1):.1%}", False))
     shown = "".join(
-        f'<div class="card{" bad" if is_bad else ""}"><b>{value or "0"}</b><span>{escape(name)}</span></div>'
+        f'<div class="card{" bad" if is_bad else ""}"><b>{value}</b><span>{escape(name)}</span></div>'
         for name, value, is_bad in cards
     )
-    return f'<h2>Facts</h2><div class="facts">{shown}</div>'
+    return f'<div class="facts">{shown}</div>'
 
 
-def _plots(inspection: Inspection) -> str:
-    plots = [("Width, pixels", inspection.widths), ("Height, pixels", inspection.heights)]
-    for code, language in inspection.languages.items():
-        plots += _language_plots(code, language)
-    shown = "".join(_histogram(name, spread) for name, spread in plots if spread is not None)
-    return f'<h2>How it is spread</h2><div class="plots">{shown}</div>' if shown else ""
+def _pictures_spread(inspection: Inspection) -> str:
+    shown = _shapes(inspection)
+    if inspection.sizes is not None:
+        shown.append(histogram("Size of a picture", inspection.sizes, value_name=size_name, note="log scale"))
+    if inspection.formats:
+        special = {name: count for name, count in inspection.traits.items() if name not in inspection.formats}
+        shown.append(bars("Formats and modes", inspection.formats | special, of=sum(inspection.formats.values())))
+    return _section("Pictures", "".join(shown))
 
 
-def _language_plots(code: str, language: LanguageFacts) -> list[tuple[str, Spread | None]]:
-    of = "" if code == UNNAMED else f" · {code}"
-    length = ("characters", language.characters) if language.words.most < 2 else ("words", language.words)
+def _shapes(inspection: Inspection) -> list[str]:
+    widths, heights, aspects = inspection.widths, inspection.heights, inspection.aspects
+    if widths is None or heights is None or aspects is None:
+        return []
+    if widths.least == widths.most and heights.least == heights.most:
+        return [always("Width × height", f"{widths.least:,g} × {heights.least:,g}", note="pixels")]
     return [
-        (f"Captions a picture{of} ({language.captions:,}, {language.distinct:,} distinct)", language.per_picture),
-        (f"Caption length{of}, {length[0]}", length[1]),
+        histogram("Width", widths, note="pixels"),
+        histogram("Height", heights, note="pixels"),
+        histogram("Width : height", aspects, value_name=aspect_name, note="log scale"),
     ]
 
 
-def _histogram(name: str, spread: Spread) -> str:
-    if spread.least == spread.most:
-        return f'<figure class="card"><figcaption>{escape(name)}</figcaption>always<b>{spread.least:,g}</b></figure>'
-    top, width = max(spread.counts), 100 / len(spread.counts)
-    bars = "".join(
-        f'<rect x="{place * width:.2f}" y="{76 - height:.1f}" width="{width * 0.86:.2f}" height="{height:.1f}">'
-        f"<title>{_bin_name(spread, place)}: {count:,}</title></rect>"
-        for place, count in enumerate(spread.counts)
-        if (height := max(76 * count / top, 1.5 if count else 0))
-    )
-    return (
-        f'<figure class="card"><figcaption>{escape(name)}</figcaption>'
-        f'<svg viewBox="0 0 100 76" preserveAspectRatio="none" role="img">{bars}</svg>'
-        f'<div class="axis"><span>{spread.least:,g}</span><span>median {spread.median:,g}</span>'
-        f"<span>{spread.most:,g}</span></div></figure>"
-    )
+def _captions_spread(inspection: Inspection) -> str:
+    return "".join(_language(code, facts, inspection) for code, facts in inspection.languages.items())
 
 
-def _bin_name(spread: Spread, place: int) -> str:
-    first, last = spread.edges[place], spread.edges[place + 1] - 1
-    return f"{first:,g}" if first == last else f"{first:,g} to {last:,g}"
+def _language(code: str, language: LanguageFacts, inspection: Inspection) -> str:
+    of = f" · {escape(language_name(code))}" if len(inspection.languages) > 1 or code != UNNAMED else ""
+    has_words = language.words.most > 1
+    cards = [
+        histogram("Captions a picture", language.per_picture),
+        histogram("Length", language.words if has_words else language.characters, note=_unit(has_words)),
+    ]
+    if language.tokens is not None:
+        note = f"{language.cut / max(language.captions, 1):.1%} over {inspection.context_length}"
+        cards.append(histogram("Tokens", language.tokens, note=note))
+    note = f"{language.captions:,}, {language.distinct:,} of them distinct"
+    return _section(f"Captions{of}", "".join(cards), note=note)
 
 
-def _bad(title: str, records: tuple[BadRecord, ...]) -> str:
+def _unit(has_words: bool) -> str:
+    return "words" if has_words else "characters"
+
+
+def _columns(inspection: Inspection) -> str:
+    cards = [
+        _column_card(name, column, inspection.looked_at) for name, column in inspection.columns.items() if column.most
+    ]
+    without = [name for name, column in inspection.columns.items() if not column.most]
+    note = f"also {', '.join(without)}" if without else ""
+    return _section("Metadata", "".join(cards), note=note)
+
+
+def _column_card(name: str, column: ColumnFacts, looked_at: int) -> str:
+    note = f"{'' if column.is_exact else '≥ '}{column.distinct:,} values"
+    if column.samples < looked_at:
+        note += f"; {column.samples / looked_at:.0%} have it"
+    return bars(name, dict(list(column.most.items())[:_MOST_VALUES_SHOWN]), of=column.samples, note=note)
+
+
+def _section(title: str, cards: str, *, note: str = "") -> str:
+    if not cards:
+        return ""
+    small = f" <small>{escape(note)}</small>" if note else ""
+    return f'<h2>{title}{small}</h2><div class="plots">{cards}</div>'
+
+
+def _damaged(records: tuple[BadRecord, ...]) -> str:
     if not records:
         return ""
-    rows = [[record.shard, record.key, record.reason, record.detail] for record in records[:_MOST_BAD_SHOWN]]
-    more = len(records) - len(rows)
-    note = f"<p><small>… and {more:,} more.</small></p>" if more else ""
-    return f"<h2>{title}</h2>{_table(['shard', 'key', 'reason', 'detail'], rows)}{note}"
+    rows = [[record.shard, record.reason, record.detail] for record in records[:_MOST_BAD_SHOWN]]
+    return f"<h2>Damaged shards{_first(rows, len(records))}</h2>{table(['shard', 'reason', 'detail'], rows)}"
+
+
+def _corrupt(records: tuple[BadRecord, ...], total: int) -> str:
+    if not records:
+        return ""
+    shown = records[:_MOST_BAD_SHOWN]
+    rows = [[record.shard, record.key, record.offset, record.reason, record.detail] for record in shown]
+    listed = table(["shard", "key", "at byte", "reason", "detail"], rows, numbers=frozenset({"at byte"}))
+    return f"<h2>Samples that cannot be used{_first(rows, total)}</h2>{listed}"
+
+
+def _first(rows: list[list[Any]], total: int) -> str:
+    return f" <small>the first {len(rows):,} of {total:,}</small>" if total > len(rows) else ""
 
 
 def _repeated(inspection: Inspection) -> str:
     if not inspection.repeated_captions:
         return ""
     rows = [[text, count] for text, count in inspection.repeated_captions.items()]
-    return f"<h2>Captions that occur most</h2>{_table(['caption', 'times'], rows)}"
-
-
-def _table(columns: list[str], rows: Iterable[list[Any]]) -> str:
-    head = "".join(f"<th{_NUMBER if name == 'times' else ''}>{escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _cell(value: Any) -> str:
-    return f"<td{_NUMBER}>{value:,}</td>" if isinstance(value, int) else f"<td>{escape(str(value))}</td>"
+    return f"<h2>Captions that occur most</h2>{table(['caption', 'times'], rows, numbers=frozenset({'times'}))}"
 
 
 def _pictures(inspection: Inspection) -> str:
     shown = "".join(map(_picture, inspection.shown))
-    return f'<h2>Pictures</h2><div class="pictures">{shown}</div>' if shown else ""
+    return f'<h2>Samples</h2><div class="pictures">{shown}</div>' if shown else ""
 
 
 def _picture(sample: Shown) -> str:
@@ -170,16 +188,3 @@ def _picture(sample: Shown) -> str:
         f'<figure class="card"><img src="data:image/jpeg;base64,{data}" alt="{escape(sample.key)}" loading="lazy">'
         f"<div>{first}{more}<small>{escape(sample.key)} · {sample.width}×{sample.height}</small></div></figure>"
     )
-
-
-def _size(number_of_bytes: int) -> str:
-    """Bytes for people.
-
-    >>> _size(1536)
-    '1.5 KB'
-    """
-    size, units = float(number_of_bytes), ["B", "KB", "MB", "GB", "TB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

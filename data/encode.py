@@ -4,6 +4,8 @@ import io
 import json
 from typing import Any
 
+import numpy as np
+
 from vlm.data.decode import open_picture, to_rgb
 from vlm.data.samples import UNNAMED, Captions, Pair
 
@@ -11,17 +13,18 @@ _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
-    """A pair as `__key__`, `jpg` or `png` or `webp`, `txt` and `json`, ready for webdataset's TarWriter.
+    """A pair as `__key__`, a picture, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
 
     The text is the first caption of the first language; the JSON holds the metadata with all captions.
 
     Raises:
-        BadSample: the picture cannot be decoded (JPEG, PNG and WebP are only looked into if `verify`).
+        BadSample: the picture cannot be decoded (what is kept as it is is only looked into if `verify`).
     """
     extension, image = storable_picture(pair.image, verify=verify)
     text = next(iter(pair.captions.values()))[0]
     content = json.dumps(pair.metadata | written_captions(pair.captions), ensure_ascii=False)
-    return {
+    arrays = {f"{name}.npy": _array_file(array) for name, array in pair.arrays.items()}
+    return arrays | {
         "__key__": pair.key,
         extension: image,
         "txt": text.encode(errors="replace"),
@@ -30,7 +33,7 @@ def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
 
 
 def storable_picture(image: bytes, *, verify: bool) -> tuple[str, bytes]:
-    """Extension and bytes: JPEG, PNG and WebP as they are, anything else upright, in RGB, as PNG.
+    """Extension and bytes: JPEG, PNG and WebP, which all readers know, as they are, the rest upright, in RGB, as PNG.
 
     Raises:
         BadSample: it cannot be decoded.
@@ -59,3 +62,9 @@ def written_captions(captions: Captions) -> dict[str, Any]:
         return {"captions": named}
     beside = {f"captions_{language}": texts for language, texts in named.items()}
     return {"captions": list(captions[UNNAMED])} | beside
+
+
+def _array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

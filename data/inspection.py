@@ -1,266 +1,163 @@
-"""Looking at shards: what they hold, what is damaged, what is there twice."""
+"""Looking into shards: what they hold, what is damaged, what is there twice."""
 
-import hashlib
-import io
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from vlm.console import progress
-from vlm.data.decode import open_picture, to_rgb, upright_size
-from vlm.data.samples import Captions, Sample
+from vlm.data.look.digests import digest_of
+from vlm.data.look.findings import BadRecord, Inspection
+from vlm.data.look.glance import Portion, Wanted
+from vlm.data.look.processes import glance_all
+from vlm.data.look.tally import Tally
 from vlm.data.shards import ShardReader
 from vlm.data.tar_index import open_index
-from vlm.errors import BadSample, VlmError
+from vlm.data.tokenizers import open_tokenizer
+from vlm.errors import UsageError, VlmError
 
-_MOST_SHOWN = 20
-_THUMBNAIL_PIXELS = 200
+if TYPE_CHECKING:
+    from vlm.data.selection import Selection
 
+NEAR_LIMIT = 100_000
+"""Samples up to which near duplicates are looked for: 1,160 bytes each, and all are compared."""
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """How numbers are spread; `edges` are the bounds of the bins whose sizes `counts` gives."""
-
-    least: float
-    median: float
-    most: float
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
+_PORTION = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class LanguageFacts:
-    """Captions of one language; an empty code stands for captions that do not name theirs."""
-
-    captions: int
-    distinct: int
-    per_picture: Spread
-    words: Spread
-    characters: Spread
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadRecord:
-    """A sample that cannot be used, or a whole shard that ends early (then without a key)."""
-
-    shard: str
-    key: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A sample for the contact sheet; `picture` is a small JPEG."""
-
-    key: str
-    picture: bytes = field(repr=False)
-    width: int
-    height: int
-    captions: Captions
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What shards hold.
-
-    samples, image_bytes: of all shards; everything else is about the `looked_at` samples among them.
-    corrupt: samples by what is wrong; damaged: shards that end early or cannot be read.
-    duplicate_pictures: samples whose picture, bit for bit, an earlier one has; duplicate_keys likewise.
-    repeated_captions: the most frequent captions that occur more than once, with their numbers.
-    """
-
-    shards: int
-    samples: int
-    image_bytes: int
-    looked_at: int
-    damaged: tuple[BadRecord, ...]
-    corrupt: tuple[BadRecord, ...]
-    formats: dict[str, int]
-    widths: Spread | None
-    heights: Spread | None
-    languages: dict[str, LanguageFacts]
-    duplicate_pictures: int
-    duplicate_keys: int
-    repeated_captions: dict[str, int]
-    shown: tuple[Shown, ...]
-
-    def facts(self) -> dict[str, Any]:
-        """All but the pictures, as plain values."""
-        values = asdict(self)
-        del values["shown"]
-        return values
-
-
-def inspect_shards(shards: Sequence[str], *, sample: int | None = None, pictures: int = 48) -> Inspection:
+def inspect_shards(
+    shards: Sequence[str],
+    *,
+    sample: int | None = None,
+    pictures: int = 48,
+    workers: int = 0,
+    selection: "Selection | None" = None,
+    tokenizer: str = "",
+    context_length: int | None = None,
+    near_limit: int = NEAR_LIMIT,
+) -> Inspection:
     """Read and decode the samples of shards, never stopping at a bad one.
 
     sample: look at no more than so many, evenly spread; None looks at all.
     pictures: how many to keep for the contact sheet, evenly spread.
+    workers: processes that read and decode; the result is the same for any number.
+    selection: look only at what it keeps.
+    near_limit: look for near duplicates among no more samples than that.
+    tokenizer: as `open_tokenizer` takes it, with its context length or another; counts the tokens of captions.
+
+    Raises:
+        UsageError: a number is out of range, there is no such tokenizer, or the selection is of other shards.
     """
-    counts, image_bytes, damaged = _open_all(shards)
-    total = sum(counts)
-    numbers = _spread_evenly(total, total if sample is None else sample)
-    shown = {int(numbers[place]) for place in _spread_evenly(len(numbers), pictures)}
-    look = _Look()
+    if workers < 0 or pictures < 0 or (sample is not None and sample < 1):
+        raise UsageError(f"workers = {workers} and pictures = {pictures} must be 0 or more, sample = {sample} above 0.")
+    limit = open_tokenizer(tokenizer, context_length).context_length if tokenizer else None
+    opened = _Opened(shards)
+    there = opened.chosen(selection)
+    numbers = there[spread_evenly(len(there), len(there) if sample is None else sample)]
+    shown = frozenset(numbers[spread_evenly(len(numbers), pictures)].tolist())
+    tally = Tally(limit)
+    wanted = Wanted(tokenizer=tokenizer, looks=len(numbers) <= near_limit)
     with progress(total=len(numbers), what="inspecting", unit="sample") as bar:
-        first = 0
-        for shard, count in zip(shards, counts, strict=True):
-            chosen = numbers[(numbers >= first) & (numbers < first + count)]
-            reader = ShardReader(shard) if len(chosen) else None
-            for number in chosen.tolist():
-                if reader is not None:
-                    look.at(reader, number - first, keep=number in shown)
-                bar.update()
-            if reader is not None:
-                reader.close()
-            first += count
-    return look.result(shards=len(shards), samples=total, image_bytes=image_bytes, damaged=damaged)
+        for glances in glance_all(opened.portions(numbers, shown), wanted, workers=workers):
+            for seen in glances:
+                tally.add(seen)
+            bar.update(len(glances))
+    return _inspection(
+        opened,
+        tally,
+        selected=None if selection is None else len(there),
+        context_length=limit,
+        near_duplicates=tally.near_duplicates() if wanted.looks else None,
+    )
 
 
-def _open_all(shards: Sequence[str]) -> tuple[list[int], int, tuple[BadRecord, ...]]:
-    """Samples of each shard, bytes of all pictures, and the shards that end early or cannot be opened."""
-    counts: list[int] = []
-    image_bytes = 0
-    damaged: list[BadRecord] = []
-    for shard in shards:
-        try:
-            index = open_index(shard)
-        except VlmError as error:
-            counts.append(0)
-            damaged.append(BadRecord(shard=shard, key="", reason="unreadable", detail=str(error)))
-            continue
-        counts.append(len(index))
-        image_bytes += index.image_bytes()
-        if index.damage:
-            damaged.append(BadRecord(shard=shard, key="", reason="ends early", detail=index.damage))
-    return counts, image_bytes, tuple(damaged)
-
-
-def _spread_evenly(total: int, wanted: int) -> np.ndarray:
+def spread_evenly(total: int, wanted: int) -> np.ndarray:
     """Up to `wanted` numbers below `total`, ascending, evenly apart."""
     wanted = min(wanted, total)
     return (np.arange(wanted, dtype=np.int64) * total) // max(wanted, 1)
 
 
-class _Look:
-    """What was seen so far."""
+class _Opened:
+    """The shards with what their indexes say; samples are numbered through over all shards.
 
-    def __init__(self) -> None:
-        self._looked_at = 0
-        self._corrupt: list[BadRecord] = []
-        self._formats: Counter[str] = Counter()
-        self._sizes: list[tuple[int, int]] = []
-        self._digests: set[bytes] = set()
-        self._keys: set[str] = set()
-        self._duplicate_pictures = self._duplicate_keys = 0
-        self._captions: dict[str, Counter[str]] = {}
-        self._per_picture: dict[str, list[int]] = {}
-        self._shown: list[Shown] = []
-
-    def at(self, reader: ShardReader, number: int, *, keep: bool) -> None:
-        """Take in one sample."""
-        self._looked_at += 1
-        try:
-            sample = reader.read(number)
-            self._take_captions(sample.captions)
-            self._take_identity(sample)
-            self._take_picture(sample, keep=keep)
-            if not sample.captions:
-                raise BadSample("no caption", "neither a text nor captions")
-        except BadSample as error:
-            key = reader.index[number].key
-            self._corrupt.append(BadRecord(shard=reader.address, key=key, reason=error.reason, detail=error.detail))
-
-    def result(self, *, shards: int, samples: int, image_bytes: int, damaged: tuple[BadRecord, ...]) -> Inspection:
-        """The whole picture."""
-        sizes = np.array(self._sizes).reshape(-1, 2)
-        all_captions = sum(self._captions.values(), Counter())
-        return Inspection(
-            shards=shards,
-            samples=samples,
-            image_bytes=image_bytes,
-            looked_at=self._looked_at,
-            damaged=damaged,
-            corrupt=tuple(self._corrupt),
-            formats=dict(self._formats.most_common()),
-            widths=spread(sizes[:, 0]) if len(sizes) else None,
-            heights=spread(sizes[:, 1]) if len(sizes) else None,
-            languages={name: self._language(name) for name in self._captions},
-            duplicate_pictures=self._duplicate_pictures,
-            duplicate_keys=self._duplicate_keys,
-            repeated_captions={text: n for text, n in all_captions.most_common(_MOST_SHOWN) if n > 1},
-            shown=tuple(self._shown),
-        )
-
-    def _take_captions(self, captions: Captions) -> None:
-        for language, texts in captions.items():
-            self._captions.setdefault(language, Counter()).update(texts)
-            self._per_picture.setdefault(language, []).append(len(texts))
-
-    def _take_identity(self, sample: Sample) -> None:
-        digest = hashlib.sha256(sample.image).digest()
-        self._duplicate_pictures += digest in self._digests
-        self._duplicate_keys += sample.key in self._keys
-        self._digests.add(digest)
-        self._keys.add(sample.key)
-
-    def _take_picture(self, sample: Sample, *, keep: bool) -> None:
-        picture = open_picture(sample.image)
-        width, height = upright_size(picture)
-        name = picture.format or "unknown"
-        rgb = to_rgb(picture, resolution=min(1.0, _THUMBNAIL_PIXELS / max(width, height)))
-        self._formats[name] += 1
-        self._sizes.append((width, height))
-        if keep:
-            self._shown.append(
-                Shown(
-                    key=sample.key,
-                    picture=_thumbnail(rgb),
-                    width=width,
-                    height=height,
-                    captions=sample.captions,
-                )
-            )
-
-    def _language(self, name: str) -> LanguageFacts:
-        texts = self._captions[name]
-        times = list(texts.values())
-        return LanguageFacts(
-            captions=sum(times),
-            distinct=len(texts),
-            per_picture=spread(np.array(self._per_picture[name])),
-            words=spread(np.repeat([len(text.split()) for text in texts], times)),
-            characters=spread(np.repeat([len(text) for text in texts], times)),
-        )
-
-
-def _thumbnail(picture: Image.Image) -> bytes:
-    small = picture.copy()
-    small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-    file = io.BytesIO()
-    small.save(file, format="JPEG", quality=80)
-    return file.getvalue()
-
-
-def spread(values: np.ndarray, *, bins: int = 24) -> Spread:
-    """Least, median, most, and a histogram; whole numbers get bins of whole width.
-
-    >>> spread(np.array([1, 1, 2, 4])).counts
-    (2, 1, 0, 1)
+    starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be opened.
     """
-    least, most = int(values.min()), int(values.max())
-    width = -(-(most - least + 1) // bins)
-    edges = np.arange(least, most + width + 1, width)
-    counts, _ = np.histogram(values, bins=edges)
-    return Spread(
-        least=least,
-        median=float(np.median(values)),
-        most=most,
-        edges=tuple(edges.tolist()),
-        counts=tuple(counts.tolist()),
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        self.shards = tuple(shards)
+        self.starts = [0]
+        self.image_bytes = 0
+        self.damaged: list[BadRecord] = []
+        for shard in shards:
+            try:
+                index = open_index(shard)
+            except VlmError as error:
+                self.starts.append(self.starts[-1])
+                self.damaged.append(BadRecord(shard=shard, key="", reason="unreadable", detail=str(error)))
+                continue
+            self.starts.append(self.starts[-1] + len(index))
+            self.image_bytes += index.image_bytes()
+            if index.damage:
+                self.damaged.append(BadRecord(shard=shard, key="", reason="ends early", detail=index.damage))
+
+    def chosen(self, selection: "Selection | None") -> np.ndarray:
+        """The numbers of the samples a selection keeps, ascending."""
+        if selection is None:
+            return np.arange(self.starts[-1], dtype=np.int64)
+        whole = [place for place in range(len(self.shards)) if self.starts[place] < self.starts[place + 1]]
+        times = selection.times_of([self.shards[place] for place in whole])
+        kept = [np.flatnonzero(of) + self.starts[place] for place, of in zip(whole, times, strict=True)]
+        return np.concatenate([np.zeros(0, np.int64), *kept])
+
+    def portions(self, numbers: np.ndarray, shown: frozenset[int]) -> Iterator[Portion]:
+        """The samples to look at, in order, none of two shards in one portion."""
+        for place, shard in enumerate(self.shards):
+            first, last = self.starts[place : place + 2]
+            inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, last)] - first
+            for begin in range(0, len(inside), _PORTION):
+                part = inside[begin : begin + _PORTION].tolist()
+                kept = shown.intersection(first + number for number in part)
+                yield Portion(shard, first, tuple(part), kept)
+
+    def texts(self, repeated: list[tuple[int, bytes, int]]) -> dict[str, int]:
+        """The captions behind digests, read again, with how often they occur."""
+        found: dict[str, int] = {}
+        for number, digest, times in repeated:
+            place = bisect_right(self.starts, number) - 1
+            reader = ShardReader(self.shards[place])
+            try:
+                captions = reader.read(number - self.starts[place]).captions
+            finally:
+                reader.close()
+            found |= {text: times for texts in captions.values() for text in texts if digest_of(text) == digest}
+        return found
+
+
+def _inspection(
+    opened: _Opened, tally: Tally, *, selected: int | None, context_length: int | None, near_duplicates: int | None
+) -> Inspection:
+    return Inspection(
+        shards=len(opened.shards),
+        samples=opened.starts[-1],
+        selected=selected,
+        image_bytes=opened.image_bytes,
+        looked_at=tally.looked_at,
+        damaged=tuple(opened.damaged),
+        corrupt=tuple(tally.bad),
+        reasons=dict(tally.reasons.most_common()),
+        formats=dict(tally.formats.most_common()),
+        traits=dict(tally.traits.most_common()),
+        languages=tally.languages(),
+        context_length=context_length,
+        columns=tally.columns(),
+        near_duplicates=near_duplicates,
+        repeated_captions=opened.texts(tally.repeated_captions()),
+        shown=tuple(tally.shown),
+        duplicate_pictures=tally.duplicate_pictures,
+        duplicate_keys=tally.duplicate_keys,
+        widths=tally.widths,
+        heights=tally.heights,
+        aspects=tally.aspects,
+        sizes=tally.sizes,
     )

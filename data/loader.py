@@ -2,57 +2,130 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from vlm.data.hand_over import Slot, SlotMemory
 from vlm.data.order import Address
 from vlm.data.samples import Sample
 from vlm.data.shards import ShardReader
+from vlm.data.storage.addresses import needs_cache
+from vlm.data.storage.cache import ShardCache, default_cache
+from vlm.data.storage.prefetch import Prefetcher
+from vlm.errors import VlmError
+from vlm.tensors import Array, UInt8
 
-Made = TypeVar("Made", covariant=True)
+
+class HasImages(Protocol):
+    """A batch with pictures [B, 3, H, W]."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Raw bytes of colour."""
+        ...
+
+    def with_images(self, images: torch.Tensor) -> Self:
+        """The same batch with other pictures."""
+        ...
+
+
+Made = TypeVar("Made", bound=HasImages, covariant=True)
 
 _MAX_OPEN_SHARDS = 64
+_SLOTS_IN_USE = 2
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @runtime_checkable
 class Plan(Protocol):
     """Which samples batch `number` holds."""
 
+    @property
+    def largest(self) -> int:
+        """Most samples a batch may hold."""
+        ...
+
     def __getitem__(self, number: int) -> list[Address]: ...
+
+    def shards_from(self, number: int) -> list[int]:
+        """The shards that batch `number` and those soon after it need, in order."""
+        ...
 
 
 class ShardSet:
-    """Samples by address; keeps the shards used last open. Each worker process has its own."""
+    """Samples by address; keeps the shards used last open. Each worker process has its own.
 
-    def __init__(self, shards: Sequence[str]) -> None:
-        self.shards = tuple(shards)
+    cache: where remote and compressed shards are kept; the default one if not given.
+    """
+
+    def __init__(self, shards: Sequence[str], cache: ShardCache | None = None) -> None:
+        self.shards, self.cache = tuple(shards), cache or default_cache()
         self._open: dict[int, ShardReader] = {}
+        self.slots: SlotMemory | None = None
 
-    def read(self, address: Address) -> Sample:
-        """The sample at an address.
+    def new_images(self, shape: tuple[int, ...]) -> UInt8[Array, "B 3 H W"]:
+        """Room for the pictures of a batch: in a worker where they are handed over without a copy, if there is any."""
+        worker = get_worker_info()
+        taken = self.slots.take(worker.id, shape) if self.slots and worker else None
+        return np.empty(shape, np.uint8) if taken is None else taken
+
+    def read(self, address: Address, arrays: tuple[str, ...] = ()) -> Sample:
+        """The sample at an address, with the stored arrays of these names.
 
         Raises:
             BadSample: it cannot be read.
+            VlmError: its shard cannot be.
         """
-        reader = self._open.pop(address.shard, None) or ShardReader(self.shards[address.shard])
-        self._open[address.shard] = reader
+        return self._reader(address.shard).read(address.number, arrays=arrays)
+
+    def place(self, address: Address) -> tuple[str, int]:
+        """Key of a sample and the byte offset of its first part."""
+        return self._reader(address.shard).place(address.number)
+
+    def _reader(self, shard: int) -> ShardReader:
+        reader = self._open.pop(shard, None) or ShardReader(self.shards[shard], self.cache)
+        self._open[shard] = reader
         if len(self._open) > _MAX_OPEN_SHARDS:
             self._open.pop(next(iter(self._open))).close()
-        return reader.read(address.number)
+        return reader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_open": {}}
+        return self.__dict__ | {"_open": {}}
 
 
 @runtime_checkable
 class Assemble(Protocol[Made]):
-    """Turns the addresses of a batch into a batch; runs in the workers, so it must pickle."""
+    """Turns the addresses of a batch into a batch; runs in the workers.
+
+    Pictures in memory of `ShardSet.new_images` are handed over without a copy.
+    """
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the picture of a sample in the batch."""
+        ...
 
     def __call__(self, addresses: list[Address], shards: ShardSet) -> Made:
         """The batch made of the samples at these addresses."""
         ...
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What ended a worker, carried as a value: torch would bury the message in a traceback."""
+
+    error: VlmError
+
+
+@dataclass(frozen=True)
+class _HandedOver(Generic[Made]):
+    """A batch whose pictures lie in a slot."""
+
+    batch: Made
+    slot: Slot
 
 
 @dataclass
@@ -61,30 +134,69 @@ class _Batches(Dataset, Generic[Made]):
     shards: ShardSet
     assemble: Assemble[Made]
 
-    def __getitem__(self, index: int) -> Made:
-        return self.assemble(self.plan[index], self.shards)
+    def __getitem__(self, index: int) -> "Made | _HandedOver[Made] | _Failure":
+        try:
+            batch = self.assemble(self.plan[index], self.shards)
+        except VlmError as error:
+            return _Failure(error)
+        slots, worker = self.shards.slots, get_worker_info()
+        slot = slots.slot_of(worker.id, batch.images.numpy()) if slots and worker else None
+        return batch if slot is None else _HandedOver(batch.with_images(_NOTHING), slot)
 
 
 def stream_batches(
-    plan: Plan, shards: Sequence[str], assemble: Assemble[Made], *, numbers: range, workers: int = 0, prefetch: int = 4
+    plan: Plan,
+    shards: Sequence[str],
+    assemble: Assemble[Made],
+    *,
+    numbers: range,
+    workers: int = 0,
+    prefetch: int = 4,
+    cache: ShardCache | None = None,
 ) -> Iterator[Made]:
     """The batches of the given numbers, in order.
 
     workers: processes that read, decode and tokenize; 0 does it in this one. Which worker makes a batch has no
         influence on what is in it, and nothing here draws from a global random generator.
     prefetch: batches each worker keeps ready.
+    cache: where remote and compressed shards are kept; those of the next window are fetched while this one is read.
+
+    Raises:
+        VlmError: a shard cannot be read, or too many samples in a row cannot be used.
     """
-    loader: DataLoader[Made] = DataLoader(
-        _Batches(plan, ShardSet(shards), assemble),
+    opened = ShardSet(shards, cache)
+    if workers and assemble.image_bytes:
+        slot_bytes = plan.largest * assemble.image_bytes
+        opened.slots = SlotMemory(workers=workers, slots=prefetch + _SLOTS_IN_USE, slot_bytes=slot_bytes)
+    loader = DataLoader(
+        _Batches(plan, opened, assemble),
         batch_size=None,
         sampler=numbers,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_use_one_thread,
+        multiprocessing_context="fork" if workers else None,
     )
-    return iter(loader)
+    return _received(iter(loader), plan, opened, numbers)
+
+
+def _received(
+    made: "Iterator[Made | _HandedOver[Made] | _Failure]", plan: Plan, opened: ShardSet, numbers: range
+) -> Iterator[Made]:
+    """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
+    is_fetched = any(map(needs_cache, opened.shards))
+    with Prefetcher(opened.cache, opened.shards) as prefetcher:
+        for number in numbers:
+            if is_fetched:
+                prefetcher.want(plan.shards_from(number))
+            batch = next(made)
+            if isinstance(batch, _Failure):
+                raise batch.error
+            if isinstance(batch, _HandedOver):
+                assert opened.slots is not None
+                batch = batch.batch.with_images(opened.slots.open(batch.slot))
+            yield batch
 
 
 def _use_one_thread(_: int) -> None:

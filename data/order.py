@@ -1,64 +1,185 @@
 """The order in which samples are seen: a pure function of seed, epoch and shard sizes, addressed by one number."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 DEFAULT_WINDOW = 1 << 16
+_KEPT_WINDOWS = 4
+_KEPT_SHARDS = 256
+
+Value = TypeVar("Value")
 
 
 class Address(NamedTuple):
-    """A sample at one visit: in which epoch, from which shard, which number in it."""
+    """A sample at one visit: in which epoch of its source, from which shard, which number in it.
+
+    repeat: which visit of this sample in the epoch, from 0; a selection may ask for several.
+    """
 
     epoch: int
     shard: int
     number: int
+    repeat: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@runtime_checkable
+class Order(Protocol):
+    """An endless sequence of visits, addressed by position."""
+
+    @property
+    def num_samples(self) -> int:
+        """Visits in one epoch of the whole."""
+        ...
+
+    def locate(self, positions: Sequence[int]) -> list[Address]:
+        """The visits at the given positions."""
+        ...
+
+    def stand_in(self, address: Address, attempt: int) -> Address:
+        """The visit `attempt` places further in file order, in place of one that cannot be used."""
+        ...
+
+    def shards_from(self, position: int) -> list[int]:
+        """The shards of the window at a position and of the next, in the order in which windows need them."""
+        ...
+
+    def finished_epochs(self, position: int) -> tuple[int, ...]:
+        """Whole epochs that lie before a position, for each source."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SampleOrder:
     """Two-level shuffle: the shards, then the samples inside windows over the shuffled shards.
 
-    Every sample occurs exactly once in an epoch. Position p counts samples from the first epoch on, so that
-    epoch = p // num_samples; a batch over the end of an epoch is filled from both sides.
-    Memory: one permutation of at most `window` samples (4 bytes each) for each of the last few windows used.
+    Every sample occurs exactly once in an epoch, or as often as its selection says. Position p counts visits from the
+    first epoch on, so that epoch = p // num_samples; a batch over the end of an epoch is filled from both sides.
+
+    counts: visits of each shard in an epoch. times: how often each sample of each shard is visited (a selection's,
+    memory-mapped); without it, once each.
+
+    Memory: 20 bytes a shard, and for the windows and shards used last one permutation of at most `window` visits
+    (4 bytes each) and the running sums of their times (4 bytes a sample). Nothing grows with the samples besides
+    `times` itself: 2 bytes a sample, on disk.
     """
 
     counts: tuple[int, ...]
     seed: int = 0
     window: int = DEFAULT_WINDOW
+    times: Sequence[np.ndarray] | None = None
+    _kept: dict[str, "_Recent"] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_selection(cls, times: Sequence[np.ndarray], *, seed: int = 0, window: int = DEFAULT_WINDOW) -> "SampleOrder":
+        """The order of visits that a selection asks for."""
+        counts = tuple(int(part.sum(dtype=np.int64)) for part in times)
+        return cls(counts=counts, seed=seed, window=window, times=times)
 
     @property
     def num_samples(self) -> int:
-        """Samples in one epoch."""
+        """Visits in one epoch."""
+        return self._total
+
+    @cached_property
+    def _total(self) -> int:
         return sum(self.counts)
 
     def locate(self, positions: Sequence[int]) -> list[Address]:
-        """The samples at the given positions."""
-        total = self.num_samples
-        return [self._address(position // total, position % total) for position in positions]
+        """The visits at the given positions."""
+        return [self._address(*divmod(position, self.num_samples)) for position in positions]
+
+    def stand_in(self, address: Address, attempt: int) -> Address:
+        """The visit `attempt` places further in file order."""
+        shard = address.shard
+        place = self._place_in_shard(address) + attempt
+        while place >= self.counts[shard]:
+            place -= self.counts[shard]
+            shard = (shard + 1) % len(self.counts)
+        return self._visit(address.epoch, shard, place)
+
+    def shards_from(self, position: int) -> list[int]:
+        """The shards of the window at a position and of the next one, also across the end of an epoch."""
+        found: dict[int, None] = {}
+        for _ in range(2):
+            epoch, offset = divmod(position, self.num_samples)
+            shards, starts = self._shuffled_shards(epoch)
+            first = offset - offset % self.window
+            last = min(first + self.window, self.num_samples)
+            slots = range(int(np.searchsorted(starts, first, "right")) - 1, int(np.searchsorted(starts, last, "left")))
+            found |= dict.fromkeys(int(shards[slot]) for slot in slots if self.counts[int(shards[slot])])
+            position += last - offset
+        return list(found)
+
+    def finished_epochs(self, position: int) -> tuple[int, ...]:
+        """Whole epochs before a position."""
+        return (position // self.num_samples,)
 
     def _address(self, epoch: int, offset: int) -> Address:
-        shards, starts = _shuffled_shards(self.counts, self.seed, epoch)
+        shards, starts = self._shuffled_shards(epoch)
         first = offset - offset % self.window
-        length = min(self.window, int(starts[-1]) - first)
-        within = _window_permutation(self.seed, epoch, first, length)[offset - first]
-        place = first + int(within)
-        slot = int(np.searchsorted(starts, place, side="right")) - 1
-        return Address(epoch, int(shards[slot]), place - int(starts[slot]))
+        place = first + int(self._window_permutation(epoch, first)[offset - first])
+        slot = int(starts.searchsorted(place, "right")) - 1
+        return self._visit(epoch, int(shards[slot]), place - int(starts[slot]))
+
+    def _visit(self, epoch: int, shard: int, place: int) -> Address:
+        if self.times is None:
+            return Address(epoch, shard, place)
+        ends = self._ends(shard)
+        number = int(ends.searchsorted(place, "right"))
+        return Address(epoch, shard, number, place - int(ends[number - 1] if number else 0))
+
+    def _place_in_shard(self, address: Address) -> int:
+        if self.times is None:
+            return address.number
+        ends = self._ends(address.shard)
+        return int(ends[address.number - 1] if address.number else 0) + address.repeat
+
+    def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers in this epoch's order, and where each begins in it, with the total at the end."""
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            shards = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.counts))
+            return shards, np.concatenate([[0], np.cumsum(np.asarray(self.counts, dtype=np.int64)[shards])])
+
+        return self._recent("epochs", _KEPT_WINDOWS).get(epoch, make)
+
+    def _window_permutation(self, epoch: int, first: int) -> np.ndarray:
+        def make() -> np.ndarray:
+            length = min(self.window, self.num_samples - first)
+            return np.random.default_rng([self.seed, epoch, 1, first]).permutation(length).astype(np.uint32)
+
+        return self._recent("windows", _KEPT_WINDOWS).get((epoch, first), make)
+
+    def _ends(self, shard: int) -> np.ndarray:
+        """Where the visits of each sample of a shard end, among the shard's visits."""
+        assert self.times is not None
+        times = self.times[shard]
+        return self._recent("ends", _KEPT_SHARDS).get(shard, lambda: np.cumsum(times, dtype=np.uint32))
+
+    def _recent(self, name: str, size: int) -> "_Recent":
+        return self._kept.setdefault(name, _Recent(size))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}
 
 
-@lru_cache(maxsize=4)
-def _shuffled_shards(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shard numbers in this epoch's order, and where each begins in it, with the total at the end."""
-    shards = np.random.default_rng([seed, epoch, 0]).permutation(len(counts))
-    starts = np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64)[shards])])
-    return shards, starts
+class _Recent:
+    """The values made last, by key."""
 
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
 
-@lru_cache(maxsize=4)
-def _window_permutation(seed: int, epoch: int, first: int, length: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 1, first]).permutation(length).astype(np.uint32)
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        if key in self._values:
+            self._values.move_to_end(key)
+        else:
+            self._values[key] = make()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return self._values[key]

@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from vlm.data.order import Address, SampleOrder
+import numpy as np
+
+from vlm.data.order import Address, Order
 from vlm.errors import UsageError
+
+_SHARDS_AHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +20,7 @@ class TrainingPlan:
     even share of it, so any number of processes sees the same global batches.
     """
 
-    order: SampleOrder
+    order: Order
     batch_size: int
     position: int = 0
     process: int = 0
@@ -29,35 +33,63 @@ class TrainingPlan:
                 "choose a multiple."
             )
 
+    @property
+    def largest(self) -> int:
+        """Samples of each batch of this process."""
+        return self.batch_size // self.num_processes
+
     def __getitem__(self, number: int) -> list[Address]:
-        share = self.batch_size // self.num_processes
-        first = self.position + number * self.batch_size + self.process * share
-        return self.order.locate(range(first, first + share))
+        first = self.position + number * self.batch_size + self.process * self.largest
+        return self.order.locate(range(first, first + self.largest))
+
+    def shards_from(self, number: int) -> list[int]:
+        """The shards that batch `number` and those soon after it need."""
+        return self.order.shards_from(self.position + number * self.batch_size)
 
     def stand_in(self, address: Address, attempt: int) -> Address:
         """The sample `attempt` places further in file order, in place of one that cannot be read."""
-        shard, number = address.shard, address.number + attempt
-        while number >= self.order.counts[shard]:
-            number -= self.order.counts[shard]
-            shard = (shard + 1) % len(self.order.counts)
-        return Address(address.epoch, shard, number)
+        return self.order.stand_in(address, attempt)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ShardPlan:
-    """Every sample once, in file order; no batch holds samples of two shards, the last of each may be short."""
+    """Every sample once, in file order; no batch holds samples of two shards, the last of each may be short.
+
+    times: of a selection; samples with 0 are left out.
+    """
 
     counts: Sequence[int]
     batch_size: int
+    times: Sequence[np.ndarray] | None = None
+
+    @property
+    def largest(self) -> int:
+        """Most samples a batch may hold."""
+        return self.batch_size
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """Samples of each shard that are in some batch."""
+        if self.times is None:
+            return list(self.counts)
+        return [int(np.count_nonzero(times)) for times in self.times]
 
     @cached_property
     def _batches(self) -> list[tuple[int, int]]:
-        return [(shard, first) for shard, count in enumerate(self.counts) for first in range(0, count, self.batch_size)]
+        return [(shard, first) for shard, count in enumerate(self.kept) for first in range(0, count, self.batch_size)]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, number: int) -> list[Address]:
         shard, first = self._batches[number]
-        last = min(first + self.batch_size, self.counts[shard])
-        return [Address(0, shard, place) for place in range(first, last)]
+        last = min(first + self.batch_size, self.kept[shard])
+        places = range(first, last) if self.times is None else np.flatnonzero(self.times[shard])[first:last].tolist()
+        return [Address(0, shard, place) for place in places]
+
+    def shards_from(self, number: int) -> list[int]:
+        """The shard of batch `number` and the next few."""
+        if number >= len(self._batches):
+            return []
+        shard = self._batches[number][0]
+        return list(range(shard, min(shard + _SHARDS_AHEAD, len(self.counts))))

@@ -21,23 +21,25 @@ class Pair:
 
     key: unlike that of any other pair of its source, without a dot.
     image: the encoded file as it was found, of any kind.
-    metadata: plain JSON values, kept in `key.json`.
+    metadata: plain JSON values, kept in `key.json`. arrays: kept as `key.NAME.npy`.
     """
 
     key: str
     image: bytes
     captions: Captions
     metadata: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sample as it lies in a shard: encoded picture, captions, metadata."""
+    """One sample as it lies in a shard: encoded picture, captions, metadata, and the stored arrays asked for."""
 
     key: str
     image: bytes
     captions: Captions
     metadata: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def captions_of(text: str | None, metadata: dict[str, Any]) -> Captions:
@@ -78,16 +80,13 @@ def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions
     return chosen
 
 
-def draw_caption(captions: Captions, languages: tuple[str, ...], rng: np.random.Generator) -> str:
-    """One caption: a language drawn evenly, then a caption of it drawn evenly."""
-    by_language = list(select_languages(captions, languages).values())
-    texts = by_language[int(rng.integers(len(by_language)))]
-    return texts[int(rng.integers(len(texts)))]
+def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Generator:
+    """The generator of every random choice about one sample at one visit (crop, caption, language).
 
-
-def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """The generator of every random choice about one sample in one epoch (crop, caption, language)."""
-    return np.random.Generator(np.random.SFC64(int(fingerprint_of(f"{seed}/{epoch}/{key}"), 16)))
+    repeat: which visit of the sample in this epoch, from 0, where a selection asks for several.
+    """
+    visit = f"{seed}/{epoch}/{key}/{repeat}" if repeat else f"{seed}/{epoch}/{key}"
+    return np.random.Generator(np.random.SFC64(int(fingerprint_of(visit), 16)))
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A selection: how often each sample of some shards is seen in an epoch, applied while streaming; nothing is re-packed."""
+"""A selection: how often each sample of some shards is seen in an epoch, applied while streaming."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, UInt16
+from numpy import ndarray as Array
 
+from vlm.data.storage.cache import ShardCache
 from vlm.data.tar_index import open_index
 from vlm.errors import UsageError
 from vlm.files import fingerprint_of, replacing
-from vlm.tensors import Array, Float, UInt16
 
 FORMAT = "1"
 SUFFIX = ".selection"
@@ -61,7 +63,7 @@ class Selection:
         names = [shard.fingerprint for shard in self.shards]
         return fingerprint_of(*names, *(times.astype("<u2").tobytes() for times in self.times))
 
-    def times_of(self, shards: Sequence[str]) -> list[UInt16[Array, " N"]]:
+    def times_of(self, shards: Sequence[str], *, cache: ShardCache | None = None) -> list[UInt16[Array, " N"]]:
         """The times of the samples of each of these tars, found by content, so that tars may be moved or reordered.
 
         Raises:
@@ -70,7 +72,7 @@ class Selection:
         by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
         found: list[UInt16[Array, " N"]] = []
         for address in shards:
-            times = by_content.get(open_index(address).fingerprint)
+            times = by_content.get(open_index(address, cache).fingerprint)
             if times is None:
                 raise UsageError(
                     f"The selection knows nothing of {address} (it was made for {len(self.shards):,} shards, the first "
@@ -80,11 +82,11 @@ class Selection:
         return found
 
 
-def whole_selection(shards: Sequence[str]) -> Selection:
+def whole_selection(shards: Sequence[str], *, cache: ShardCache | None = None) -> Selection:
     """Every sample of the tars once."""
     described = []
     for address in shards:
-        index = open_index(address)
+        index = open_index(address, cache)
         name = address.rpartition("/")[2]
         described.append(SelectedShard(name=name, fingerprint=index.fingerprint, samples=len(index)))
     times = tuple(np.ones(shard.samples, np.uint16) for shard in described)

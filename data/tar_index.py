@@ -6,19 +6,29 @@ import tarfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
 import pyarrow as pa
 
-from vlm.errors import UsageError, VlmError
+from vlm.data.storage.addresses import base_name, is_remote, local_path, needs_cache, neighbour
+from vlm.data.storage.cache import ShardCache, default_cache
+from vlm.data.storage.remote import Identity, identity_of, read_small
+from vlm.data.tar_scan import read_entries
 from vlm.files import fingerprint_of, replacing
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif"})
 _ARRAY = ".npy"
-_FORMAT = "4"
+_FORMAT = "5"
+_MAX_INDEX_BYTES = 256 << 20
 _ROLES = ("image", "text", "json")
-_ARRAY_TYPE = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+_ARRAYS = pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        *((f"{role}_{what}", pa.int64()) for role in _ROLES for what in ("offset", "size")),
+        ("arrays", _ARRAYS),
+    ]
+)
 
 
 class Span(NamedTuple):
@@ -86,29 +96,34 @@ class TarIndex:
         return int(sizes[sizes > 0].sum())
 
 
-def open_index(address: str) -> TarIndex:
+def open_index(address: str, cache: ShardCache | None = None) -> TarIndex:
     """The index of a tar: from its cache if that still fits the tar, else scanned and cached.
 
-    The cache lies beside the tar where its folder may be written, else under `~/.cache/vlm`.
+    The cache lies beside the tar where its folder may be written, else under `~/.cache/vlm`. For a remote tar an index
+    that lies beside it there is taken if it was made of a tar of the same size; else the tar is fetched and scanned.
+    cache: where remote and compressed tars are kept; the default one if not given.
 
     Raises:
-        UsageError: there is no such tar, or it is compressed.
-        VlmError: nothing in it can be read.
+        UsageError: there is no such tar, or it is compressed without saying so by its name.
+        VlmError: nothing in it can be read, or it cannot be fetched.
     """
-    return _open_version(address, _identity(address))
+    address = local_path(address)
+    return _open_version(address, identity_of(address, cache.patience if cache else None), cache)
 
 
 @lru_cache(maxsize=256)
-def _open_version(address: str, identity: bytes) -> TarIndex:
-    for cache in _cache_paths(address, identity):
-        table = _read_cache(cache, identity)
+def _open_version(address: str, identity: Identity, cache: ShardCache | None) -> TarIndex:
+    stamp = f"{_FORMAT}/{identity.token}".encode()
+    for path in _cache_paths(address, stamp):
+        table = _read_cache(path, stamp)
         if table is not None:
             return TarIndex(table)
-    table = _scan(address, identity)
-    for cache in _cache_paths(address, identity):
+    table = _beside_remote(address, identity, stamp, cache) if is_remote(address) else None
+    table = table or _scan(address, identity, stamp, cache)
+    for path in _cache_paths(address, stamp):
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(cache) as file, pa.ipc.new_file(file, table.schema) as writer:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
             break
         except OSError:
@@ -116,51 +131,69 @@ def _open_version(address: str, identity: bytes) -> TarIndex:
     return TarIndex(table)
 
 
-def _identity(address: str) -> bytes:
-    """What tells one version of a tar from another: its size and time of change."""
-    try:
-        if "://" not in address:
-            status = os.stat(address)
-            return f"{_FORMAT}/{status.st_size}/{status.st_mtime_ns}".encode()
-        system, path = fsspec.core.url_to_fs(address)
-        info = system.info(path)
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no shard {address!r}.") from error
-    changed = info.get("ETag") or info.get("LastModified") or info.get("mtime") or ""
-    return f"{_FORMAT}/{info['size']}/{changed}".encode()
-
-
-def _cache_paths(address: str, identity: bytes) -> list[Path]:
+def _cache_paths(address: str, stamp: bytes) -> list[Path]:
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    central = base / "vlm" / "shard-index" / f"{fingerprint_of(address, identity)}.arrow"
-    if "://" in address:
+    central = base / "vlm" / "shard-index" / f"{fingerprint_of(address, stamp)}.arrow"
+    if is_remote(address):
         return [central]
     path = Path(address).absolute()
     # the mode is asked, not os.access: root may write into folders that are meant to be read-only
     is_writable = path.parent.stat().st_mode & stat.S_IWUSR and os.access(path.parent, os.W_OK)
-    return [path.parent / f".{path.name}.vlm-index", central] if is_writable else [central]
+    return [path.parent / _index_name(path.name), central] if is_writable else [central]
 
 
-def _read_cache(cache: Path, identity: bytes) -> pa.Table | None:
+def _index_name(name: str) -> str:
+    return f".{name}.vlm-index"
+
+
+def _read_cache(cache: Path, stamp: bytes) -> pa.Table | None:
     if not cache.is_file():
         return None
     try:
         table = pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
     except (pa.ArrowInvalid, OSError):
         return None
-    return table if (table.schema.metadata or {}).get(b"identity") == identity else None
+    return table if (table.schema.metadata or {}).get(b"identity") == stamp else None
 
 
-def _scan(address: str, identity: bytes) -> pa.Table:
-    with cast(BinaryIO, cast(fsspec.core.OpenFile, fsspec.open(address, "rb")).open()) as file:
-        entries, damage = read_entries(file, address)
+def _beside_remote(address: str, identity: Identity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
+    """The index that lies beside a remote tar, if it is whole and of a tar of this size."""
+    beside = neighbour(address, _index_name(base_name(address)))
+    data = read_small(beside, max_bytes=_MAX_INDEX_BYTES, patience=cache.patience if cache else None)
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    facts = table.schema.metadata or {}
+    is_ours = facts.get(b"format") == _FORMAT.encode() and b"fingerprint" in facts
+    has_columns = table.schema.remove_metadata() == _SCHEMA and not any(column.null_count for column in table.columns)
+    if not is_ours or not has_columns or facts.get(b"tar_size") != str(identity.size).encode():
+        return None
+    return table.replace_schema_metadata({**facts, b"identity": stamp})
+
+
+def _scan(address: str, identity: Identity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
     rows: list[_Row] = []
+    with _open_plain(address, identity, cache) as file:
+        entries, damage = read_entries(file, address)
+    if needs_cache(address):
+        damage = (cache or default_cache()).damage(address, identity) or damage
     for entry in entries:
         _place(rows, entry)
     table = _table(rows)
-    return table.replace_schema_metadata(
-        {"identity": identity, "damage": damage, "fingerprint": _content_fingerprint(table)}
-    )
+    facts = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
+    return table.replace_schema_metadata({**facts, "fingerprint": _content_fingerprint(table)})
+
+
+def _open_plain(address: str, identity: Identity, cache: ShardCache | None) -> BinaryIO:
+    if not needs_cache(address):
+        return open(address, "rb")
+    while True:
+        try:
+            return (cache or default_cache()).local_path(address, identity).open("rb")
+        except FileNotFoundError:  # made room for another in between
+            continue
 
 
 @dataclass
@@ -178,8 +211,8 @@ def _table(rows: list[_Row]) -> pa.Table:
         columns[f"{role}_offset"] = pa.array([span.offset for span in spans], pa.int64())
         columns[f"{role}_size"] = pa.array([span.size for span in spans], pa.int64())
     arrays = [[(name, *span) for name, span in row.arrays.items()] for row in rows]
-    columns["arrays"] = pa.array(arrays, pa.list_(_ARRAY_TYPE))
-    return pa.table(columns)
+    columns["arrays"] = pa.array(arrays, _ARRAYS)
+    return pa.table(columns, _SCHEMA)
 
 
 def _content_fingerprint(table: pa.Table) -> str:
@@ -190,46 +223,6 @@ def _content_fingerprint(table: pa.Table) -> str:
         for name, _, size in map(dict.values, row)
     ]
     return fingerprint_of("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
-
-
-def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], str]:
-    """The regular files of a plain tar, and why it ends early, or an empty string.
-
-    Raises:
-        UsageError: it is compressed.
-        VlmError: not even its first header can be read.
-    """
-    if file.read(2) == b"\x1f\x8b":
-        raise UsageError(f"{address} is compressed; tars are read by position: unpack it with gunzip first.")
-    file.seek(0)
-    entries: list[tarfile.TarInfo] = []
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for entry in tar:
-                if entry.size < 0:  # would send tarfile backwards, for ever
-                    return entries, f"a negative size at byte {entry.offset:,}"
-                if entry.isreg():
-                    entries.append(entry)
-            damage = _missing_end(file, tar.offset)
-    except tarfile.TarError as error:
-        if not entries:
-            raise VlmError(f"{address} is not a tar, or is damaged from the start: {error}.") from error
-        last = entries[-1]
-        damage = f"{error} after byte {last.offset_data:,} ({last.name})"
-    return entries, damage
-
-
-def _missing_end(file: BinaryIO, offset: int) -> str:
-    """Why reading stopped at `offset`; empty at the block of zeros that closes a whole tar.
-
-    tarfile itself takes a cut between two members, or an unreadable header, for the end.
-    """
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if block == bytes(tarfile.BLOCKSIZE):
-        return ""
-    is_cut = len(block) < tarfile.BLOCKSIZE
-    return f"cut short at byte {offset:,}, without its end mark" if is_cut else f"unreadable header at byte {offset:,}"
 
 
 def _place(rows: list[_Row], entry: tarfile.TarInfo) -> None:

@@ -11,6 +11,7 @@ from vlm.console import progress, say
 from vlm.data.batches import AssembleItems
 from vlm.data.loader import stream_batches
 from vlm.data.plan import ShardPlan
+from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
 from vlm.index.collect import PartRows
 from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, check_same_origin, part_name
@@ -47,6 +48,7 @@ def embed_shards(
     batch_size: int = 256,
     workers: int = 0,
     allow_damage: bool = False,
+    selection: Selection | None = None,
 ) -> EmbedSummary:
     """Embed the picture, or each caption, of every sample of the shards into the folder `out`.
 
@@ -57,6 +59,7 @@ def embed_shards(
         shards: addresses as `expand_shards` gives them.
         model_spec: what the model was loaded from; kept absolute, so that a search finds it again.
         allow_damage: embed what lies before the damage of a tar cut short.
+        selection: embed only the samples it names, each once.
 
     Raises:
         UsageError: `out` holds something else, or the work of another model or of other shards.
@@ -66,7 +69,11 @@ def embed_shards(
     addresses = [_absolute(shard) for shard in shards]
     inputs = {"model": model.fingerprint, "shards": shards_fingerprint(addresses)}
     counts = count_samples(addresses, allow_damage=allow_damage)
+    if selection:
+        inputs["selection"] = selection.fingerprint
     identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses}
+    times = selection.times_of(addresses) if selection else None
+    plan = ShardPlan(counts=counts, batch_size=batch_size, times=times)
     if was_complete := is_complete(out):
         manifest, new_rows = check_same_origin(out, identity), 0
         say(f"{out} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
@@ -74,7 +81,7 @@ def embed_shards(
         spec, size = absolute_spec(model_spec), model.embedding_size
         space = Space(model=spec, fingerprint=model.fingerprint, dimension=size, modality=modality)
         writer = EmbeddingsWriter(out, space=space, identity=identity)
-        new_rows = _write_missing_parts(writer, model, addresses, counts, batch_size=batch_size, workers=workers)
+        new_rows = _write_missing_parts(writer, model, addresses, plan, workers=workers)
         manifest = writer.finish(inputs=inputs, details={"shards": addresses, "batch_size": batch_size})
     return _summary(out, manifest, new_rows=new_rows, seconds=time.perf_counter() - started, was_complete=was_complete)
 
@@ -89,20 +96,18 @@ def _write_missing_parts(
     writer: EmbeddingsWriter,
     model: Encoder,
     shards: Sequence[str],
-    counts: Sequence[int],
+    plan: ShardPlan,
     *,
-    batch_size: int,
     workers: int,
 ) -> int:
     """Write the part of each shard that has none yet; the number of rows written."""
     modality, dimension, done = writer.space.modality, writer.space.dimension, len(writer.parts)
-    num_batches = [-(-count // batch_size) for count in counts]
-    plan = ShardPlan(counts=counts, batch_size=batch_size)
+    num_batches = [-(-count // plan.batch_size) for count in plan.kept]
     assemble = AssembleItems(view=model.view if modality == "image" else None)
     missing = range(sum(num_batches[:done]), len(plan))
     stream = stream_batches(plan, shards, assemble, numbers=missing, workers=workers)
     namer, new_rows = UidNamer(shards), 0
-    with progress(total=sum(counts), done=sum(counts[:done]), what="embed", unit=" samples") as shown:
+    with progress(total=sum(plan.kept), done=sum(plan.kept[:done]), what="embed", unit=" samples") as shown:
         for number in range(done, len(shards)):
             rows = PartRows(name=part_name(number), shard=shards[number], number=number, namer=namer)
             for batch in islice(stream, num_batches[number]):

@@ -36,8 +36,20 @@ class LoaderConfig:
     shuffle_window: int = 65536
     """Samples that are shuffled together after the shards are."""
 
+    selection: str = ""
+    """File of `vlm curate` that says which samples are seen, and how often; empty sees each once an epoch."""
+
     languages: tuple[str, ...] = ()
-    """Languages captions are drawn from; empty takes the first of each sample."""
+    """Languages captions are drawn from; empty takes the first of each sample. `tags` stands for its tags."""
+
+    language_weights: tuple[float, ...] = ()
+    """How often each of them is drawn, in proportion; empty draws evenly."""
+
+    sentences: bool = False
+    """Show one sentence, drawn, of a long caption instead of the whole."""
+
+    arrays: tuple[str, ...] = ()
+    """Arrays stored in the shards that batches carry: teacher_image, teacher_text, text_embedding."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Range of the random crop's share of the picture's area."""
@@ -50,6 +62,15 @@ class LoaderConfig:
 
     max_bad: float = 0.01
     """Share of unusable samples past which the run fails."""
+
+    max_bad_in_a_row: int = 100
+    """Unusable samples one after the other at which the run fails."""
+
+    cache: str = ""
+    """Folder in which remote and compressed shards are kept; empty takes $VLM_CACHE or ~/.cache/vlm/shards."""
+
+    cache_gb: float = 0.0
+    """Bound of that folder in 10⁹ bytes; 0 takes $VLM_CACHE_GB or 50."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +118,7 @@ class TrainConfig:
     """A pretraining run."""
 
     data: str = ""
-    """Shards to train on: a folder, pattern, several joined with ::, or an address."""
+    """Shards to train on: a folder, pattern, several joined with ::, or an address; or a mixture file (.toml)."""
 
     val: str = ""
     """Shards to measure retrieval on while training; empty measures nothing."""
@@ -157,6 +178,8 @@ class TrainConfig:
             ("keep_checkpoints", self.keep_checkpoints, 1),
             ("workers", self.loader.workers, 0),
             ("shuffle_window", self.loader.shuffle_window, 1),
+            ("max_bad_in_a_row", self.loader.max_bad_in_a_row, 1),
+            ("cache_gb", self.loader.cache_gb, 0),
             ("steps", self.steps, -1),
         )
         for name, value, least in limits:
@@ -164,6 +187,8 @@ class TrainConfig:
                 raise UsageError(f"{name} = {value} is too small; give at least {least}.")
         if self.steps < 0 and self.epochs <= 0:
             raise UsageError(f"epochs = {self.epochs} is no length; give a positive number, or --steps.")
+        if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
+            raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
             raise UsageError(f"crop_scale = {self.loader.crop_scale} is no range inside (0, 1].")
 
@@ -171,6 +196,10 @@ class TrainConfig:
 FREE_ON_RESUME = frozenset(
     {
         "loader.workers",
+        "loader.max_bad",
+        "loader.max_bad_in_a_row",
+        "loader.cache",
+        "loader.cache_gb",
         "evaluate_every",
         "checkpoint_every",
         "keep_checkpoints",

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
-from vlm.train.ledger import Ledger
+from vlm.data.ledger import Ledger
 
 Item = TypeVar("Item")
 

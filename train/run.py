@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.console import say
+from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval import evaluate_retrieval
 from vlm.files import fingerprint_of
 from vlm.models.loading import CHECKPOINTS
+from vlm.train.accounts import close_epochs, ledger_table, refuse_too_many_bad
 from vlm.train.config import TrainConfig
 from vlm.train.finish import finish_run
-from vlm.train.ledger import Ledger
 from vlm.train.processes import gathered, is_true_anywhere, mean_of_parts, summed_ledger
 from vlm.train.setup import Session, open_session
 from vlm.train.state import save_checkpoint
@@ -22,7 +23,7 @@ from vlm.train.telemetry import METRICS, MetricsLog, ProgressLine, StepClock, re
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """How a run ended: where it is, its counts, its time, and the last value of each metric."""
+    """How a run ended: where it is, its counts, its time, the last value of each metric, the ledger as a table."""
 
     run: str
     steps: int
@@ -30,6 +31,7 @@ class RunSummary:
     bad_samples: int
     seconds: float
     metrics: dict[str, Any]
+    ledger: tuple[list[str], list[list[Any]]]
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
@@ -49,13 +51,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunSummary:
             state.elapsed_seconds = time.monotonic() - begun
             clock.tick()
             shown.step()
-            refuse_too_many_bad(state.ledger, config.loader.max_bad, session.shards)
+            refuse_too_many_bad(state.ledger, config.loader.max_bad, session.corpus)
+            close_epochs(session, before=state.position - config.batch_size)
 
             is_last = state.step == session.steps
             is_stopping = is_true_anywhere(bool(stop), state.model.device)
             values: dict[str, Any] = {}
             if state.step % config.log_every == 0 or is_last:
-                samples = fingerprint_of(*gathered(list(batch.keys)))
+                samples = fingerprint_of(
+                    *gathered([f"{key}\t{text}" for key, text in zip(batch.keys, batch.captions, strict=True)])
+                )
                 values = describe_step(session, result) | clock.read() | {"samples": samples}
                 shown.update(values)
             before = time.monotonic()
@@ -86,7 +91,7 @@ def describe_step(session: Session, result: StepResult) -> dict[str, Any]:
         "gradient_norm": result.gradient_norm,
         "logit_scale": state.model.logit_scale,
         "seen": state.position,
-        "bad": state.ledger.num_bad,
+        "bad": state.ledger.num_replaced,
         "seconds": state.elapsed_seconds,
     }
 
@@ -122,21 +127,6 @@ def save(session: Session) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def refuse_too_many_bad(ledger: Ledger, limit: float, shards: list[str]) -> None:
-    """End the run when more samples than allowed cannot be used; the first ten are always allowed.
-
-    Raises:
-        VlmError: naming one of them.
-    """
-    if ledger.num_bad > max(limit * ledger.num_visits, 10):
-        example = ledger.examples[-1]
-        raise VlmError(
-            f"{ledger.num_bad:,} of {ledger.num_visits:,} samples cannot be used, more than the limit of {limit:.1%}; "
-            f"e.g. number {example['number']} of {shards[example['shard']]}: {example['reason']}: "
-            f"{example['detail']}. See vlm inspect, or raise --max-bad."
-        )
-
-
 def summarise(session: Session, ledger: Ledger) -> RunSummary:
     """What is said at the end."""
     last: dict[str, Any] = {}
@@ -146,7 +136,8 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
         run=str(session.folder),
         steps=session.state.step,
         samples=session.state.position,
-        bad_samples=ledger.num_bad,
+        bad_samples=ledger.num_replaced,
         seconds=session.state.elapsed_seconds,
         metrics=last,
+        ledger=ledger_table(session.corpus, ledger),
     )

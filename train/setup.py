@@ -15,12 +15,17 @@ from torch import nn
 from vlm import __version__
 from vlm.config import from_toml, to_toml
 from vlm.console import say
-from vlm.data.batches import AssembleTraining, TrainingBatch
+from vlm.data.arrays import StoredArrays
+from vlm.data.captions import CaptionDraw
+from vlm.data.corpus import Corpus, open_corpus, read_sources
+from vlm.data.ledger import Ledger
 from vlm.data.loader import stream_batches
-from vlm.data.order import SampleOrder
 from vlm.data.plan import TrainingPlan
-from vlm.data.shards import count_samples, expand_shards
+from vlm.data.shards import expand_shards
+from vlm.data.storage.cache import ShardCache, default_cache
 from vlm.data.tokenizers import open_tokenizer
+from vlm.data.training_batches import AssembleTraining, TrainingBatch
+from vlm.data.transfer import DeviceAhead
 from vlm.data.views import FixedView, RandomView
 from vlm.errors import UsageError
 from vlm.files import write_text
@@ -28,8 +33,7 @@ from vlm.manifest import is_complete
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.loading import CHECKPOINTS, load_model
 from vlm.models.network import build_network, fit_to_tokenizer, model_config
-from vlm.train.config import FREE_ON_RESUME, TrainConfig, differences
-from vlm.train.ledger import Ledger
+from vlm.train.config import FREE_ON_RESUME, LoaderConfig, TrainConfig, differences
 from vlm.train.optimizer import build_optimizer
 from vlm.train.state import TrainState, restore_newest
 
@@ -70,7 +74,7 @@ class Session:
 
     config: TrainConfig
     folder: Path
-    shards: list[str]
+    corpus: Corpus
     val_shards: list[str]
     accelerator: Accelerator
     state: TrainState
@@ -86,18 +90,18 @@ def open_session(config: TrainConfig, *, resume: bool) -> Session:
         UsageError: the configuration cannot work, or does not fit the run being resumed.
     """
     config.check()
-    shards = expand_shards(config.data)
+    cache = choose_cache(config.loader)
+    corpus = find_corpus(config, cache)
     val_shards = expand_shards(config.val) if config.val else []
-    counts = tuple(count_samples(shards, allow_damage=config.loader.allow_damage))
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     model = build_model(config, accelerator.device)
     if accelerator.is_main_process:
         claim_folder(config, resume=resume)
     accelerator.wait_for_everyone()
-    state = open_state(config, model, resume=resume, is_main=accelerator.is_main_process)
-    steps = total_steps(config, sum(counts))
+    state = open_state(config, model, corpus, resume=resume, is_main=accelerator.is_main_process)
+    steps = total_steps(config, corpus.order.num_samples)
     plan = TrainingPlan(
-        order=SampleOrder(counts=counts, seed=config.seed, window=config.loader.shuffle_window),
+        order=corpus.order,
         batch_size=config.batch_size,
         position=state.position,
         process=accelerator.process_index,
@@ -105,27 +109,63 @@ def open_session(config: TrainConfig, *, resume: bool) -> Session:
     )
     assemble = assemble_training(config, plan, model)
     numbers = range(steps - state.step)
+    batches = stream_batches(plan, corpus.shards, assemble, numbers=numbers, workers=config.loader.workers, cache=cache)
     return Session(
         config=config,
         folder=Path(config.run),
-        shards=shards,
+        corpus=corpus,
         val_shards=val_shards,
         accelerator=accelerator,
         state=state,
         trained=accelerator.prepare_model(model.network.train()),
         steps=steps,
-        batches=stream_batches(plan, shards, assemble, numbers=numbers, workers=config.loader.workers),
+        batches=iter(DeviceAhead(batches, accelerator.device)),
     )
 
 
-def open_state(config: TrainConfig, model: VisionLanguageModel, *, resume: bool, is_main: bool) -> TrainState:
-    """A fresh state, or that of the newest undamaged checkpoint."""
-    state = TrainState(model=model, optimizer=build_optimizer(model.network, config.optimizer))
-    if resume and restore_newest(Path(config.run) / CHECKPOINTS, state):
-        if is_main:
-            say(f"Resuming {config.run} after step {state.step:,}.")
-        else:
-            state.ledger = Ledger()  # the saved one is the sum over processes; the main process carries it on
+def find_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
+    """What the configuration says to stream."""
+    return open_corpus(
+        read_sources(config.data, config.loader.selection),
+        seed=config.seed,
+        window=config.loader.shuffle_window,
+        allow_damage=config.loader.allow_damage,
+        cache=cache,
+    )
+
+
+def choose_cache(loader: LoaderConfig) -> ShardCache:
+    """Where remote and compressed shards are kept: as configured, else as the environment says."""
+    default = default_cache()
+    return dataclasses.replace(
+        default,
+        folder=Path(loader.cache) if loader.cache else default.folder,
+        max_bytes=int(loader.cache_gb * 1e9) or default.max_bytes,
+    )
+
+
+def open_state(
+    config: TrainConfig, model: VisionLanguageModel, corpus: Corpus, *, resume: bool, is_main: bool
+) -> TrainState:
+    """A fresh state, or that of the newest undamaged checkpoint.
+
+    Raises:
+        UsageError: the checkpoint belongs to another sequence of samples.
+    """
+    state = TrainState(
+        model=model, optimizer=build_optimizer(model.network, config.optimizer), sequence=corpus.fingerprint
+    )
+    if not (resume and restore_newest(Path(config.run) / CHECKPOINTS, state)):
+        return state
+    if state.sequence != corpus.fingerprint:
+        raise UsageError(
+            f"{config.data} is not what {config.run} was begun with: shards, selections or shares have changed since, "
+            "so the run cannot go on from its place. Restore them, or begin another run with --start-from this one."
+        )
+    if is_main:
+        say(f"Resuming {config.run} after step {state.step:,}.")
+    else:
+        state.ledger = Ledger()  # the saved one is the sum over processes; the main process carries it on
     return state
 
 
@@ -140,8 +180,14 @@ def assemble_training(config: TrainConfig, plan: TrainingPlan, model: VisionLang
             interpolation=model.view.interpolation,
         ),
         tokenizer=model.tokenizer,
-        languages=config.loader.languages,
+        draw=CaptionDraw(
+            languages=config.loader.languages,
+            language_weights=config.loader.language_weights,
+            sentences=config.loader.sentences,
+        ),
+        arrays=StoredArrays(names=config.loader.arrays),
         seed=config.seed,
+        max_bad_in_a_row=config.loader.max_bad_in_a_row,
     )
 
 

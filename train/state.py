@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm.console import say
+from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
 from vlm.files import fingerprint_of, sync_folder, write_text
 from vlm.manifest import record_file
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.folder import WEIGHTS, save_model
-from vlm.train.ledger import Ledger
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -27,6 +27,7 @@ STATE = "state.json"
 @dataclass
 class TrainState:
     """step: optimiser steps done. position: samples drawn so far, over all processes and epochs.
+    sequence: fingerprint of the sequence of samples the position is in.
 
     Random generators are no part of it: each step seeds them from (seed, step, process), see `seed_step`.
     """
@@ -35,6 +36,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     position: int = 0
+    sequence: str = ""
     elapsed_seconds: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -74,6 +76,7 @@ def save_checkpoint(folder: Path, state: TrainState, *, keep: int) -> Path:
         plain = {
             "step": state.step,
             "position": state.position,
+            "sequence": state.sequence,
             "elapsed_seconds": state.elapsed_seconds,
             "ledger": state.ledger.to_values(),
             "files": records,
@@ -126,7 +129,7 @@ def _restore(path: Path, state: TrainState) -> None:
             values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if values:
                 state.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
-    state.step, state.position = plain["step"], plain["position"]
+    state.step, state.position, state.sequence = plain["step"], plain["position"], plain["sequence"]
     state.elapsed_seconds = plain["elapsed_seconds"]
     state.ledger = Ledger.from_values(plain["ledger"])
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm.data.batches import TrainingBatch
+from vlm.data.training_batches import TrainingBatch
 from vlm.errors import VlmError
 from vlm.models.encoder import normalise
 from vlm.train.objectives import LossParts, choose_objective

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards, is_remote
 from vlm.data.sources.class_folder import ClassFolderSource, is_classified
 from vlm.data.sources.drawn_scenes import SceneSource
@@ -52,7 +53,10 @@ def open_source(address: str, options: SourceOptions | None = None) -> PairSourc
             raise UsageError(_nothing_found(place))
         source = kind.open(place)
     else:
-        source = KINDS[options.kind].open(place)
+        kind = KINDS[options.kind]
+        source = kind.open(place)
+    if options.selection and not isinstance(source, ShardSource):
+        raise UsageError(f"{address!r} is no shards, so {options.selection} cannot choose among its samples.")
     if not len(source):
         raise UsageError(_nothing_found(place))
     return source
@@ -107,6 +111,15 @@ def _holds_shards(place: Place) -> bool:
     return bool(tars) and looks_like_shard(TarFiles(Path(place.files.address) / tars[0]).names())
 
 
+def _open_shards(place: Place) -> PairSource:
+    chosen = place.options.selection
+    return ShardSource(
+        expand_shards(place.address),
+        allow_damage=place.options.allow_damage,
+        selection=read_selection(chosen) if chosen else None,
+    )
+
+
 KINDS: dict[SourceKind, Kind] = {
     "scenes": Kind(
         looks=f"the word {SCENES} (pictures drawn by rule)",
@@ -116,7 +129,7 @@ KINDS: dict[SourceKind, Kind] = {
     "shards": Kind(
         looks="*.tar with key.jpg and key.txt or key.json (WebDataset, img2dataset)",
         fits=_holds_shards,
-        open=lambda place: ShardSource(expand_shards(place.address), allow_damage=place.options.allow_damage),
+        open=_open_shards,
     ),
     "table": Kind(
         looks="captions.csv, .tsv, .jsonl or .parquet with the pictures it names (also inside one .tar)",

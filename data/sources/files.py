@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from vlm.data.tar_index import Span, read_entries
+from vlm.data.tar_index import Span
+from vlm.data.tar_scan import read_entries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import fingerprint_of
 

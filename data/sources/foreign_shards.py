@@ -6,36 +6,48 @@ from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from vlm.data.samples import Pair
+from vlm.data.selection import Selection
 from vlm.data.shards import ShardReader, count_samples, shards_fingerprint
 from vlm.data.sources.files import PICTURE_SUFFIXES
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar_index import open_index
 from vlm.errors import BadSample
+from vlm.files import fingerprint_of
 
 
 class ShardSource:
-    """The samples of existing shards, in their order; what img2dataset marks as failed is a bad sample."""
+    """The samples of existing shards, in their order; what img2dataset marks as failed is a bad sample.
+
+    selection: only these samples, each as often as it says.
+    """
 
     captions_are_labels = False
 
-    def __init__(self, shards: list[str], *, allow_damage: bool = False) -> None:
-        self._shards = shards
+    def __init__(self, shards: list[str], *, allow_damage: bool = False, selection: Selection | None = None) -> None:
+        self._shards, self._selection = shards, selection
         self._ends = list(accumulate(count_samples(shards, allow_damage=allow_damage)))
         self._reader = ShardReader(shards[0])
+        self._numbers = np.arange(self._ends[-1])
+        if selection is not None:
+            self._numbers = np.repeat(self._numbers, np.concatenate(selection.times_of(shards)))
         keys = [key for shard in shards for key in open_index(shard).sample_keys()]
-        self._keys = unique_keys([(key, None) for key in keys])
+        self._keys = unique_keys([(keys[number], None) for number in self._numbers])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._numbers)
 
     def read(self, number: int) -> Pair:
         """The sample as it lies in its shard, without the captions among its metadata."""
-        place = bisect_right(self._ends, number)
-        if self._reader.address != self._shards[place]:
+        place_of_all = int(self._numbers[number])
+        shard = bisect_right(self._ends, place_of_all)
+        if self._reader.address != self._shards[shard]:
             self._reader.close()
-            self._reader = ShardReader(self._shards[place])
-        sample = self._reader.read(number - (self._ends[place - 1] if place else 0))
+            self._reader = ShardReader(self._shards[shard])
+        place = place_of_all - (self._ends[shard - 1] if shard else 0)
+        sample = self._reader.read(place, arrays=tuple(self._reader.index[place].arrays))
         status = sample.metadata.get("status", "success")
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {sample.metadata.get('error_message')}")
@@ -46,15 +58,23 @@ class ShardSource:
             for name, value in sample.metadata.items()
             if name not in ("caption", "captions") and not name.startswith("captions_")
         }
-        return Pair(key=self._keys[number], image=sample.image, captions=sample.captions, metadata=metadata)
+        return Pair(
+            key=self._keys[number],
+            image=sample.image,
+            captions=sample.captions,
+            metadata=metadata,
+            arrays=sample.arrays,
+        )
 
     def fingerprint(self) -> str:
-        """Keys and sizes, from the indexes of the shards."""
-        return shards_fingerprint(self._shards)
+        """Keys and sizes, from the indexes of the shards, and what is selected of them."""
+        content = shards_fingerprint(self._shards)
+        return content if self._selection is None else fingerprint_of(content, self._selection.fingerprint)
 
     def describe(self) -> dict[str, Any]:
         """The shards by address."""
-        return {"kind": "shards", "shards": self._shards}
+        lineage = {} if self._selection is None else {"selection": list(self._selection.lineage)}
+        return {"kind": "shards", "shards": self._shards} | lineage
 
 
 def looks_like_shard(names: Sequence[str]) -> bool:

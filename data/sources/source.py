@@ -1,6 +1,7 @@
 """What a source of pairs is, and what can be said about how to read it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from vlm.data.samples import Pair
@@ -57,6 +58,7 @@ class SourceOptions:
     image_column, caption_column: of a table; found by name if not given.
     template: the caption of a class folder, with {} for the class.
     allow_damage: read what is whole of a shard that was cut short.
+    selection: of the samples of shards, only those of this file, each as often as it says.
     scenes: for `vlm pack scenes`.
     """
 
@@ -66,4 +68,5 @@ class SourceOptions:
     caption_column: str | None = None
     template: str = "a photo of a {}."
     allow_damage: bool = False
+    selection: Path | None = None
     scenes: SceneOptions = field(default_factory=SceneOptions)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.decode import MAX_PIXELS, open_picture, to_rgb, upright_size
+from vlm.data.decode import MAX_PIXELS, EncodedPicture, open_picture, to_rgb, upright_size
 from vlm.errors import BadSample
 
 
@@ -43,6 +43,10 @@ def test_pictures_are_turned_upright(halves, orientation):
     data = encoded(stored, "PNG", exif=exif)
     assert upright_size(open_picture(data)) == (40, 20)
     assert (decoded(data) == np.asarray(halves)).all()
+    assert (EncodedPicture(data).pixels() == np.asarray(halves)).all()
+    jpeg = EncodedPicture(encoded(stored, "JPEG", exif=exif, quality=95, subsampling=0))
+    assert (jpeg.width, jpeg.height, jpeg.is_jpeg, jpeg.orientation) == (40, 20, True, orientation)
+    assert np.abs(jpeg.pixels().astype(int) - np.asarray(halves)).max() <= 4
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -107,3 +111,77 @@ def test_bombs_are_refused_by_their_header():
         open_picture(bomb)
     with pytest.raises(BadSample, match="too narrow"):
         open_picture(encoded(Image.new("L", (1, 2000)), "PNG"))
+
+
+@pytest.mark.parametrize("size", [(800, 600), (801, 599), (17, 33), (8, 8), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}])
+def test_the_fast_way_decodes_what_pillow_decodes(make_picture, size, options):
+    picture = Image.open(io.BytesIO(make_picture(1, size=size, kind="PNG")))
+    data = encoded(picture, "JPEG", quality=90, **options)
+    encoded_picture = EncodedPicture(data)
+    assert encoded_picture.is_jpeg
+    assert (encoded_picture.width, encoded_picture.height) == size
+    for resolution in (1.0, 0.45, 0.2, 0.1, 0.01):
+        pixels, expected = encoded_picture.pixels(resolution=resolution), decoded(data, resolution=resolution)
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels.astype(int) - expected).mean() < 1.5
+
+
+def test_grey_and_rgb_jpegs_take_the_fast_way_and_four_colours_do_not(make_picture):
+    grey = EncodedPicture(make_picture(0, mode="L"))
+    assert grey.is_jpeg
+    assert (np.ptp(grey.pixels(), axis=2) == 0).all()
+    assert EncodedPicture(encoded(Image.new("RGB", (9, 9), "red"), "JPEG", keep_rgb=True)).is_jpeg
+    inks = make_picture(0, mode="CMYK")
+    assert not EncodedPicture(inks).is_jpeg
+    assert (EncodedPicture(inks).pixels() == decoded(inks)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "AVIF"])
+def test_of_an_animation_the_first_picture_is_taken(kind):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.abs(EncodedPicture(data).pixels().astype(int) - [255, 0, 0]).max() <= 6
+
+
+def test_pixels_may_be_written_to(make_picture):
+    for kind in ("JPEG", "PNG"):
+        assert EncodedPicture(make_picture(0, kind=kind)).pixels().flags.writeable
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, 2000])
+def test_a_jpeg_cut_anywhere_is_a_bad_sample(cut):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG")
+    picture = EncodedPicture(data[:-cut])
+    for resolution in (1.0, 0.125):
+        with pytest.raises(BadSample, match="unreadable picture"):
+            picture.pixels(resolution=resolution)
+
+
+def test_what_libjpeg_only_warns_of_passes_as_it_does_with_pillow(make_picture):
+    data = make_picture(0, size=(200, 200))
+    padded = data[:-2] + b"\x00" * 9 + data[-2:]  # extraneous bytes before the end marker
+    assert np.abs(EncodedPicture(padded).pixels().astype(int) - decoded(data)).max() <= 8
+
+
+def test_a_header_that_promises_more_than_the_file_can_hold_is_refused(make_picture):
+    data = bytearray(make_picture(0, size=(64, 64)))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (9_000).to_bytes(2, "big") * 2
+    for read in (EncodedPicture, open_picture):
+        with pytest.raises(BadSample, match="9000×9000 pixels cannot lie in a JPEG of"):
+            read(bytes(data))
+
+
+def test_limits_hold_for_jpegs_on_the_fast_way(monkeypatch, make_picture):
+    with pytest.raises(BadSample, match="too narrow"):
+        EncodedPicture(encoded(Image.new("L", (1, 2000)), "JPEG"))
+    monkeypatch.setattr("vlm.data.decode.MAX_PIXELS", 1000)
+    with pytest.raises(BadSample, match="too large"):
+        EncodedPicture(make_picture(0, size=(40, 30)))
+
+
+def test_postscript_is_not_given_to_ghostscript():
+    with pytest.raises(BadSample, match="unreadable picture"):
+        open_picture(encoded(Image.new("RGB", (8, 8)), "EPS"))

@@ -1,13 +1,23 @@
+import io
 import json
+import tarfile
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm.data.contact_sheet import contact_sheet
 from vlm.data.encode import encode_pair
-from vlm.data.inspection import inspect_shards, spread
+from vlm.data.inspection import inspect_shards
+from vlm.data.look.digests import Digests, digest_of
+from vlm.data.look.glance import columns_of, token_lengths, traits_of
+from vlm.data.look.plots import aspect_name
+from vlm.data.look.spread import BoundedCounter, log_spread, spread, spread_counts
 from vlm.data.samples import Pair
+from vlm.data.tokenizers import open_tokenizer
+from vlm.errors import UsageError
 
 
 @pytest.fixture
@@ -46,6 +56,8 @@ def test_everything_is_counted_and_the_corrupt_are_named(shards):
         (shards[0], "k4", "no picture"),
         (shards[1], "k12", "unreadable json"),
     ]
+    assert found.unusable == 3
+    assert found.reasons == {"unreadable picture": 1, "no picture": 1, "unreadable json": 1}
     assert (found.duplicate_pictures, found.duplicate_keys) == (1, 1)
     assert found.formats == {"JPEG": 17}
     assert found.widths is not None
@@ -76,6 +88,160 @@ def test_a_part_is_looked_at_evenly(shards):
     found = inspect_shards(shards, sample=5, pictures=2)
     assert (found.samples, found.looked_at, len(found.shown)) == (20, 5, 2)
     assert found.shown[0].key == "k0"
+
+
+def test_a_bad_sample_is_named_with_its_place_in_the_tar(shards):
+    with tarfile.open(shards[0]) as tar:
+        begins = {entry.name.partition(".")[0]: entry.offset_data for entry in reversed(tar.getmembers())}
+    found = inspect_shards(shards)
+    assert {bad.key: bad.offset for bad in found.corrupt[:2]} == {"k3": begins["k3"], "k4": begins["k4"]}
+
+
+def test_any_number_of_processes_finds_the_same(shards, scene_tokenizer):
+    alone = inspect_shards(shards, tokenizer=str(scene_tokenizer))
+    assert inspect_shards(shards, tokenizer=str(scene_tokenizer), workers=2) == alone
+
+
+def test_a_selection_says_what_is_looked_at(shards):
+    from vlm.data.selection import whole_selection
+
+    whole = whole_selection(shards)
+    times = tuple(np.where(np.arange(10) % 2, 3, 0).astype(np.uint16) for _ in shards)
+    found = inspect_shards(shards, selection=replace(whole, times=times))
+    assert (found.samples, found.selected, found.looked_at) == (20, 10, 10)
+    assert [bad.key for bad in found.corrupt] == ["k3"]
+    assert "the selection keeps 10" in contact_sheet(found, title="some")
+
+
+def test_tokens_are_counted_uncut_and_those_over_the_context_told(shards, scene_tokenizer):
+    tokenizer = open_tokenizer(str(scene_tokenizer), 512)
+    expected = [
+        token_lengths(tokenizer, [f"caption number {place % 17}"])[0] for place in range(20) if place not in (4, 12)
+    ]
+    found = inspect_shards(shards, tokenizer=str(scene_tokenizer), context_length=min(expected))
+    english = found.languages["en"]
+    assert english.tokens is not None
+    assert english.tokens.most == max(expected)
+    assert english.cut == sum(length > min(expected) for length in expected)
+    assert found.context_length == min(expected)
+    assert "Tokens" in contact_sheet(found, title="tokens")
+    assert inspect_shards(shards).languages["en"].tokens is None
+
+
+def test_token_lengths_count_start_and_end(scene_tokenizer):
+    tokenizer = open_tokenizer(str(scene_tokenizer), 64)
+    pieces = [
+        len([token for token in row if token != tokenizer.pad_token]) for row in tokenizer.encode(["a", "a red star"])
+    ]
+    assert token_lengths(tokenizer, ["a", "a red star"]) == pieces
+    assert token_lengths(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("numbers", [{"workers": -1}, {"sample": 0}, {"pictures": -1}])
+def test_numbers_out_of_range_are_refused(shards, numbers):
+    with pytest.raises(UsageError, match="must be 0 or more"):
+        inspect_shards(shards, **numbers)
+
+
+def test_a_picture_encoded_anew_looks_like_the_first(tmp_path, make_picture):
+    from webdataset.writer import TarWriter
+
+    first = make_picture(1, size=(120, 90))
+    again = io.BytesIO()
+    Image.open(io.BytesIO(first)).save(again, format="JPEG", quality=60)
+    with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
+        for number, image in enumerate([first, make_picture(2, size=(120, 90)), again.getvalue()]):
+            tar.write({"__key__": str(number), "jpg": image, "txt": b"a thing"})
+    found = inspect_shards([str(tmp_path / "0.tar")])
+    assert (found.duplicate_pictures, found.near_duplicates) == (0, 1)
+    assert inspect_shards([str(tmp_path / "0.tar")], near_limit=2).near_duplicates is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "traits"),
+    [
+        ("RGB", "JPEG", ()),
+        ("CMYK", "JPEG", ("CMYK",)),
+        ("L", "PNG", ("grey",)),
+        ("RGBA", "PNG", ("alpha",)),
+        ("P", "PNG", ("palette",)),
+        ("I;16", "PNG", ("grey", "16-bit")),
+    ],
+)
+def test_what_is_special_about_a_picture_is_told_from_its_header(mode, kind, traits):
+    file = io.BytesIO()
+    Image.new(mode, (8, 8)).save(file, format=kind)
+    assert traits_of(Image.open(file)) == traits
+
+
+def test_animated_and_turned_pictures_are_told():
+    file = io.BytesIO()
+    frames = [Image.new("L", (8, 8), 80 * number) for number in range(3)]
+    frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:])
+    assert "animated" in traits_of(Image.open(file))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 8)).save(file := io.BytesIO(), format="JPEG", exif=exif)
+    assert traits_of(Image.open(file)) == ("turned by EXIF",)
+
+
+def test_columns_of_the_metadata_are_counted(tmp_path, make_picture):
+    from webdataset.writer import TarWriter
+
+    with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
+        for number in range(6):
+            metadata = {"tags": ["dog", "wet"] if number % 2 else ["dog"], "url": f"u{number}", "width": 3}
+            pair = Pair(key=f"k{number}", image=make_picture(number), captions={"": ("a",)}, metadata=metadata)
+            tar.write(encode_pair(pair))
+    found = inspect_shards([str(tmp_path / "0.tar")])
+    assert found.columns["tags"].most == {"dog": 6, "wet": 3}
+    assert (found.columns["url"].distinct, found.columns["url"].most) == (6, {})
+    assert (found.columns["width"].samples, found.columns["width"].distinct) == (6, 0)
+    assert "dog" in contact_sheet(found, title="tags")
+
+
+def test_captions_are_no_columns():
+    assert columns_of({"caption": "a", "captions": ["b"], "captions_zh": ["c"], "caption_weights": [1]}) == {}
+
+
+def test_repeats_are_found_by_digest():
+    texts = ["a", "b", "a", "c", "b", "a"]
+    digests = Digests()
+    for text in texts:
+        digests.add(digest_of(text))
+    assert digests.distinct() == 3
+    assert digests.distinct(np.array([True, False, True, False, False, False])) == 1
+    assert digests.most_repeated(5) == [(0, 3), (1, 2)]
+    assert [digests[place] for place in range(6)] == [digest_of(text) for text in texts]
+    assert Digests().most_repeated(5) == []
+
+
+def test_a_bounded_counter_keeps_the_frequent():
+    counter = BoundedCounter(limit=10)
+    for number in range(100):
+        counter.add("often")
+        counter.add(f"once {number}")
+    assert counter.most_common(1) == {"often": 100}
+    assert len(counter) <= 10
+    assert not counter.is_exact
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [0.5, 1.0, 2.0, 250.0], [3.0, 7.0]])
+def test_a_log_spread_counts_every_value_once(values):
+    found = log_spread(np.array(values))
+    assert sum(found.counts) == len(values)
+    assert (found.least, found.most, found.median) == (min(values), max(values), np.median(values))
+
+
+def test_counted_values_spread_like_the_values_themselves():
+    values = np.random.default_rng(0).integers(0, 300, 1000)
+    distinct, times = np.unique(values, return_counts=True)
+    assert spread_counts(dict(zip(distinct.tolist(), times.tolist(), strict=True))) == spread(values)
+    assert spread(values).median == np.median(values)
+
+
+def test_aspects_are_read_either_way():
+    assert (aspect_name(1.5), aspect_name(1 / 1.5), aspect_name(1.0)) == ("1.5 : 1", "1 : 1.5", "1 : 1")
 
 
 @pytest.mark.parametrize("values", [[5], [1, 1, 2, 4], list(range(1000)), [0, 10**6]])

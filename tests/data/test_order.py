@@ -1,33 +1,64 @@
 from collections import Counter
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm.data.mixture import Mixture, whole_shares
 from vlm.data.order import SampleOrder
 from vlm.data.plan import ShardPlan, TrainingPlan
 from vlm.errors import UsageError
 
-shard_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+shard_sizes = st.lists(st.integers(1, 500), min_size=1, max_size=40)
+
+
+@st.composite
+def selections(draw):
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    times = [rng.choice([0, 0, 1, 1, 2, 5], size).astype(np.uint16) for size in sizes]
+    times[-1][-1] = 1
+    return times
+
+
+@st.composite
+def orders(draw):
+    seed, window = draw(st.integers(0, 5)), draw(st.integers(1, 3000))
+    if draw(st.booleans()):
+        return SampleOrder.of_selection(draw(selections()), seed=seed, window=window)
+    return SampleOrder(counts=tuple(draw(shard_sizes)), seed=seed, window=window)
+
+
+@st.composite
+def mixtures(draw):
+    parts = draw(st.lists(orders(), min_size=1, max_size=4))
+    shares = draw(st.lists(st.integers(1, 50), min_size=len(parts), max_size=len(parts)))
+    whole = whole_shares([Fraction(share) for share in shares])
+    return Mixture(orders=tuple(parts), shares=whole, num_samples=sum(part.num_samples for part in parts))
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=shard_sizes, window=st.integers(1, 200), seed=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_every_epoch_holds_every_sample_exactly_once(counts, window, seed, epoch):
-    order = SampleOrder(counts=tuple(counts), seed=seed, window=window)
+@given(order=orders(), epoch=st.integers(0, 3))
+def test_every_epoch_holds_every_sample_as_often_as_its_selection_says(order, epoch):
     first = epoch * order.num_samples
-    seen = Counter(order.locate(range(first, first + order.num_samples)))
-    assert set(seen.values()) == {1}
-    assert {(address.shard, address.number) for address in seen} == {
-        (shard, number) for shard, count in enumerate(counts) for number in range(count)
-    }
-    assert {address.epoch for address in seen} == {epoch}
+    visits = order.locate(range(first, first + order.num_samples))
+    assert max(Counter(visits).values()) == 1
+    assert {visit.epoch for visit in visits} == {epoch}
+    times = order.times or [np.ones(count, int) for count in order.counts]
+    asked = {(s, n): int(part[n]) for s, part in enumerate(times) for n in np.flatnonzero(part).tolist()}
+    assert Counter(visit[1:3] for visit in visits) == asked
 
 
 @settings(max_examples=40, deadline=None)
-@given(counts=shard_sizes, share=st.integers(1, 5), processes=st.integers(1, 4), batch=st.integers(0, 30))
-def test_any_number_of_processes_sees_the_same_global_batch(counts, share, processes, batch):
-    order = SampleOrder(counts=tuple(counts), window=16)
+@given(
+    order=st.one_of(orders(), mixtures()),
+    share=st.integers(1, 5),
+    processes=st.integers(1, 4),
+    batch=st.integers(0, 300),
+)
+def test_any_number_of_processes_sees_the_same_global_batch(order, share, processes, batch):
     size = share * processes
     whole = TrainingPlan(order=order, batch_size=size)[batch]
     parts = [
@@ -38,14 +69,53 @@ def test_any_number_of_processes_sees_the_same_global_batch(counts, share, proce
 
 
 @settings(max_examples=40, deadline=None)
-@given(counts=shard_sizes, size=st.integers(1, 20), done=st.integers(0, 20))
-def test_a_plan_from_a_position_goes_on_where_the_first_would_have(counts, size, done):
-    order = SampleOrder(counts=tuple(counts), window=10)
-    whole, rest = (
-        TrainingPlan(order=order, batch_size=size),
-        TrainingPlan(order=order, batch_size=size, position=done * size),
-    )
-    assert [rest[number] for number in range(4)] == [whole[done + number] for number in range(4)]
+@given(order=st.one_of(orders(), mixtures()), size=st.integers(1, 40), done=st.integers(0, 400))
+def test_a_plan_from_a_position_goes_on_where_the_first_would_have(order, size, done):
+    whole, rest = TrainingPlan(order=order, batch_size=size), TrainingPlan(order=order, batch_size=1, position=done)
+    alone = [address for number in range(4 * size) for address in rest[number]]
+    every = [address for number in range(done // size + 6) for address in whole[number]]
+    assert alone == every[done : done + 4 * size]
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixture=mixtures(), cycle=st.integers(0, 3), data=st.data())
+def test_a_mixture_keeps_its_proportions_in_every_stretch(mixture, cycle, data):
+    length = sum(mixture.shares)
+    exact = Counter(mixture.place(place)[0] for place in range(cycle * length, (cycle + 1) * length))
+    assert [exact[source] for source in range(len(mixture.shares))] == list(mixture.shares)
+    first, stretch = data.draw(st.integers(0, 4 * length)), data.draw(st.integers(1, 2 * length))
+    found = Counter(mixture.place(place)[0] for place in range(first, first + stretch))
+    for source, share in enumerate(mixture.shares):
+        assert abs(found[source] - stretch * share / length) <= len(mixture.shares)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mixture=mixtures())
+def test_each_source_of_a_mixture_shows_its_own_order_without_gap(mixture):
+    visits = mixture.locate(range(300))
+    first = 0
+    for source, order in enumerate(mixture.orders):
+        own = [v._replace(shard=v.shard - first) for v in visits if mixture.source_of(v.shard) == source]
+        assert own == order.locate(range(len(own)))
+        assert mixture.positions_at(300)[source] == len(own)
+        assert mixture.finished_epochs(300)[source] == len(own) // order.num_samples
+        first += len(order.counts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.one_of(orders(), mixtures()), position=st.integers(0, 5000))
+def test_the_shards_named_ahead_are_those_the_next_samples_come_from(order, position):
+    named = order.shards_from(position)
+    assert len(named) == len(set(named))
+    assert {visit.shard for visit in order.locate(range(position, position + 2))} <= set(named)
+
+
+def test_the_windows_ahead_are_the_current_and_the_next():
+    order = SampleOrder(counts=(10,) * 10, window=20)
+    for position in (0, 25, 95, 130):
+        start = position - position % 20
+        ahead = {v.shard for v in order.locate(range(start, start + 40))}
+        assert set(order.shards_from(position)) == ahead
 
 
 def test_epochs_and_seeds_give_different_orders_and_the_same_ones_again():
@@ -67,17 +137,33 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused():
         TrainingPlan(order=SampleOrder(counts=(5,)), batch_size=10, num_processes=3)
 
 
-def test_a_stand_in_walks_through_all_shards_before_it_returns():
-    plan = TrainingPlan(order=SampleOrder(counts=(2, 1, 3)), batch_size=1)
-    start = plan[0][0]
-    walked = [plan.stand_in(start, attempt)[1:] for attempt in range(6)]
-    assert len(set(walked)) == 6
+@settings(max_examples=40, deadline=None)
+@given(order=st.one_of(orders(), mixtures()), position=st.integers(0, 2000))
+def test_a_stand_in_walks_through_all_visits_of_its_source_before_it_returns(order, position):
+    start = order.locate([position])[0]
+    source = order.orders[order.source_of(start.shard)] if isinstance(order, Mixture) else order
+    walked = [order.stand_in(start, attempt)[1:] for attempt in range(min(source.num_samples, 400))]
+    assert walked[0] == start[1:]
+    assert len(set(walked)) == len(walked)
 
 
-def test_the_shard_plan_gives_all_in_file_order_and_never_mixes_shards():
-    plan = ShardPlan(counts=[5, 1, 4], batch_size=2)
+@settings(max_examples=30, deadline=None)
+@given(times=selections(), size=st.integers(1, 20))
+def test_the_shard_plan_gives_all_selected_in_file_order_and_never_mixes_shards(times, size):
+    plan = ShardPlan(counts=[len(part) for part in times], batch_size=size, times=times)
     batches = [plan[number] for number in range(len(plan))]
-    assert [len(batch) for batch in batches] == [2, 2, 1, 1, 2, 2]
-    assert [a[1:] for batch in batches for a in batch] == [(0, n) for n in range(5)] + [(1, 0)] + [
-        (2, n) for n in range(4)
-    ]
+    assert all(len({address.shard for address in batch}) == 1 for batch in batches)
+    asked = [(shard, number) for shard, part in enumerate(times) for number in np.flatnonzero(part).tolist()]
+    assert [address[1:3] for batch in batches for address in batch] == asked
+
+
+def test_without_a_selection_the_shard_plan_gives_all():
+    plan = ShardPlan(counts=[5, 1, 4], batch_size=2)
+    assert [len(plan[number]) for number in range(len(plan))] == [2, 2, 1, 1, 2, 2]
+    assert plan.shards_from(3) == [1, 2]
+
+
+def test_a_mixture_costs_no_memory_however_large_its_shares_are():
+    big = SampleOrder(counts=(10**9,) * 7, window=64)
+    mixture = Mixture(orders=(big, big), shares=(3 * 10**11 + 1, 7 * 10**11), num_samples=10**12)
+    assert {visit.epoch for visit in mixture.locate([10**15])} == {mixture.positions_at(10**15)[0] // (7 * 10**9)}

@@ -1,11 +1,9 @@
-from collections import Counter
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm.data.encode import written_captions
-from vlm.data.samples import captions_of, draw_caption, sample_rng, select_languages
+from vlm.data.samples import captions_of, sample_rng, select_languages
 from vlm.errors import BadSample
 
 
@@ -43,17 +41,8 @@ def test_languages_are_selected_in_the_order_asked_for():
         select_languages(captions, ("fr",))
 
 
-def test_languages_and_then_captions_are_drawn_evenly():
-    captions = {"en": ("a", "b", "c"), "de": ("d",), "fr": ("never",)}
-    rng = sample_rng(0, 0, "key")
-    drawn = Counter(draw_caption(captions, ("en", "de"), rng) for _ in range(6000))
-    assert set(drawn) == {"a", "b", "c", "d"}
-    assert 2800 < drawn["d"] < 3200
-    assert all(850 < drawn[text] < 1150 for text in "abc")
-
-
 def test_chance_depends_on_seed_epoch_and_key():
     first = sample_rng(1, 2, "key").integers(1 << 60)
     assert sample_rng(1, 2, "key").integers(1 << 60) == first
-    others = [sample_rng(2, 2, "key"), sample_rng(1, 3, "key"), sample_rng(1, 2, "kez")]
+    others = [sample_rng(2, 2, "key"), sample_rng(1, 3, "key"), sample_rng(1, 2, "kez"), sample_rng(1, 2, "key", 1)]
     assert first not in [rng.integers(1 << 60) for rng in others]

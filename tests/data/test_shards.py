@@ -1,7 +1,10 @@
+import io
 import json
+import pickle
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 
 from vlm.data.encode import encode_pair
@@ -110,6 +113,105 @@ def test_captions_of_a_foreign_shard_are_found_in_its_json(write_shard, make_pic
     sample = {"__key__": "1", "jpg": make_picture(0), "txt": b"a man", "json": json.dumps(content).encode()}
     reader = ShardReader(write_shard("0.tar", [sample]))
     assert reader.read(0).captions == {"": ("a man", "A person ."), "zh": ("人",)}
+    reader.close()
+
+
+def npy(array, **options) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def test_stored_arrays_come_when_asked_for(write_shard, make_picture):
+    teacher, seeds = np.arange(12, dtype=np.float16).reshape(3, 4), np.asfortranarray(np.ones((2, 3), np.uint64))
+    sample = {
+        "__key__": "1",
+        "jpg": make_picture(0),
+        "txt": b"a",
+        "teacher_image.npy": npy(teacher),
+        "s.npy": npy(seeds),
+    }
+    reader = ShardReader(write_shard("0.tar", [sample]))
+    assert reader.read(0).arrays == {}
+    found = reader.read(0, arrays=("s", "teacher_image")).arrays
+    assert list(found) == ["s", "teacher_image"]
+    assert (found["teacher_image"].dtype, found["teacher_image"].tolist()) == (np.float16, teacher.tolist())
+    assert (found["s"].dtype, found["s"].tolist()) == (np.uint64, seeds.tolist())
+    with pytest.raises(BadSample, match=r"no array: key '1' has no text\.npy"):
+        reader.read(0, arrays=("text",))
+    reader.close()
+
+
+HEADER = b"\x93NUMPY\x01\x00"
+
+
+def with_header(text: str, data: bytes = b"") -> bytes:
+    return HEADER + len(text).to_bytes(2, "little") + text.encode() + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not numpy",
+        npy(np.array([{"a": 1}], dtype=object), allow_pickle=True),
+        npy(np.arange(9))[:-1],
+        npy(np.arange(9)) + b"x",
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}"),
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 0)}"),
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': __import__('os')}"),
+        with_header("(" * 9000),
+        HEADER + b"\xff\xff",
+        b"PK\x03\x04" + bytes(40),
+        pickle.dumps(np.arange(3)),
+    ],
+)
+def test_arrays_that_are_none_are_refused_without_being_run(write_shard, make_picture, data):
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "a.npy": data}]))
+    with pytest.raises(BadSample, match=r"unreadable array: 1\.a\.npy"):
+        reader.read(0, arrays=("a",))
+    reader.close()
+
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b'{"n": ' + b"9" * 100_000 + b"}", b'{"a": "\xff"}', b"\x00", b""])
+def test_json_bombs_are_bad_samples(write_shard, make_picture, data):
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "json": data}]))
+    with pytest.raises(BadSample, match="unreadable json"):
+        reader.read(0)
+    reader.close()
+
+
+def test_half_of_a_surrogate_pair_becomes_text(write_shard, make_picture):
+    content = b'{"captions": ["a \\ud83d dog", "\\ud83d\\ude00"], "\\udc00": "\\udc00"}'
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "json": content}]))
+    sample = reader.read(0)
+    assert sample.captions == {"": ("a ? dog", "\U0001f600")}
+    json.dumps(sample.metadata, ensure_ascii=False).encode()
+    reader.close()
+
+
+def test_a_sample_has_a_place_for_messages(write_shard, some):
+    address = write_shard("0.tar", some(3))
+    reader = ShardReader(address)
+    with tarfile.open(address) as tar:
+        firsts = {entry.name.partition(".")[0]: entry.offset_data for entry in reversed(tar.getmembers())}
+    assert [reader.place(number) for number in range(3)] == list(firsts.items())[::-1]
+    reader.close()
+
+
+def test_a_size_beyond_the_tar_takes_no_memory(write_shard, some):
+    address = write_shard("0.tar", some(2))
+    with tarfile.open(address) as tar:
+        last = tar.getmembers()[-1]
+    last.size = 1 << 45
+    with open(address, "r+b") as file:
+        file.seek(last.offset)
+        file.write(last.tobuf(tarfile.GNU_FORMAT))
+    reader = ShardReader(address)
+    assert "cut short" in reader.index.damage
+    with pytest.raises(BadSample, match="cut short: 35,184,372,088,832 bytes"):
+        reader.read(1)
+    assert reader.read(0).key == "k0"
     reader.close()
 
 

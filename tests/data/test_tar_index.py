@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import io
 import tarfile
@@ -7,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.data import tar_index
+from vlm.data.shards import ShardReader
 from vlm.data.tar_index import Span, open_index
-from vlm.errors import UsageError, VlmError
+from vlm.errors import BadSample, UsageError, VlmError
 
 
 def tar_bytes(members, **options) -> bytes:
@@ -117,6 +119,105 @@ def test_what_is_no_tar_is_refused(write_tar, tmp_path):
         open_index(write_tar(gzip.compress(tar_bytes(members_of(2))), "1.tar"))
     with pytest.raises(UsageError, match="There is no shard"):
         open_index(str(tmp_path / "none.tar"))
+
+
+def header(name: str, size: int = 0, *, kind: bytes = tarfile.REGTYPE) -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = size, kind
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+def signed(block: bytes) -> bytes:
+    """A header with its checksum made right again."""
+    blank = block[:148] + b" " * 8 + block[156:]
+    return block[:148] + b"%06o\0 " % sum(blank) + block[156:]
+
+
+def with_size(block: bytes, field: bytes) -> bytes:
+    return signed(block[:124] + field.ljust(12, b"\0") + block[136:])
+
+
+GOOD = tar_bytes(members_of(1))[: 3 * 1024 - 512]
+NEGATIVE = b"\xff" * 12
+HUGE = b"\x80" + b"\x7f" * 11
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        with_size(header("x.jpg"), HUGE),
+        with_size(header("x.jpg"), NEGATIVE),
+        with_size(header("x", kind=tarfile.XHDTYPE), NEGATIVE),
+        with_size(header("x", kind=tarfile.GNUTYPE_LONGNAME), NEGATIVE),
+        with_size(header("x", kind=tarfile.GNUTYPE_LONGNAME), HUGE),
+        header("x", 7 << 30, kind=tarfile.XHDTYPE) + bytes(4096),
+        header("x", 7 << 30, kind=tarfile.XGLTYPE) + bytes(4096),
+        header("x", 512, kind=tarfile.XHDTYPE) + b"30 path=".ljust(512, b"\xfe") + header("y.jpg"),
+        header("x", 512, kind=tarfile.XHDTYPE) + b"13 size=-512\n".ljust(512, b"\0") + header("y.jpg"),
+        header("x", 512, kind=tarfile.XHDTYPE) + b"0 path=x\n".ljust(512, b"\0") + header("y.jpg"),
+        header("x", 512, kind=tarfile.XHDTYPE) * 3000,
+        header("x", 512, kind=tarfile.XHDTYPE) + b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n".ljust(512, b"\0")
+        + header("y.jpg", 512) + b"99999999999\n".ljust(512, b"1"),
+        signed(header("x", kind=b"S")[:386] + b"\xff" * 96 + b"\1" + header("x")[483:]) * 3,
+        with_size(header("x.jpg"), b"zzzz"),
+        bytes(512) + b"rubbish" * 100,
+    ],
+)  # fmt: skip
+def test_absurd_headers_are_damage_at_most(write_tar, rest):
+    address = write_tar(GOOD + rest)
+    index = open_index(address)
+    assert index.sample_keys()[0] == "k0"
+    assert index[0].image is not None
+    assert index[0].image.offset == 512
+    alone = write_tar(rest, "alone.tar")
+    with contextlib.suppress(VlmError):
+        assert len(open_index(alone)) <= 1
+
+
+def test_names_are_only_names(write_tar):
+    names = ["../../etc/passwd.jpg", "/etc/shadow.jpg", "a\\b.jpg"]
+    assert open_index(write_tar(tar_bytes([(name, b"1") for name in names]))).sample_keys() == [
+        "../../etc/passwd", "/etc/shadow", "a\\b"
+    ]  # fmt: skip
+
+
+def test_names_that_are_no_text_stay_distinct(write_tar):
+    data = b"".join(
+        signed(header("xx.jpg", 1).replace(b"xx.jpg", b"\xff%c.jpg" % letter, 1)) + b"1".ljust(512, b"\0")
+        for letter in b"\x80\x81"
+    )
+    index = open_index(write_tar(data + bytes(1024)))
+    assert (index.damage, index.sample_keys()) == ("", ["\\udcff\\udc80", "\\udcff\\udc81"])
+
+
+def test_devices_pipes_and_sparse_files_are_no_samples(write_tar):
+    kinds = [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE, b"Z"]
+    data = b"".join(header(f"{place}.jpg", kind=kind) for place, kind in enumerate(kinds))
+    index = open_index(write_tar(GOOD + data + bytes(1024)))
+    assert index.sample_keys() in (["k0"], ["k0", "4"])  # a kind of file nobody knows counts as plain
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_mutated_tars_end_in_an_index_or_a_clear_error(tmp_path_factory, data):
+    whole = bytearray(
+        tar_bytes(members_of(3), format=data.draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])))
+    )
+    for _ in range(data.draw(st.integers(1, 6))):
+        start = data.draw(st.integers(0, len(whole) - 1))
+        piece = data.draw(st.binary(min_size=1, max_size=16))
+        whole[start : start + len(piece)] = piece
+        if data.draw(st.booleans()):
+            block = start // 512 * 512
+            whole[block : block + 512] = signed(bytes(whole[block : block + 512]).ljust(512, b"\0"))
+    path = tmp_path_factory.mktemp("mutated") / "0.tar"
+    path.write_bytes(whole)
+    with contextlib.suppress(VlmError):
+        reader = ShardReader(str(path))
+        for number in range(len(reader)):
+            with contextlib.suppress(BadSample):
+                assert reader.read(number).key == reader.place(number)[0]
+        reader.close()
 
 
 def test_the_index_is_scanned_once_and_again_when_the_tar_changes(write_tar, monkeypatch):

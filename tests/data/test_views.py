@@ -1,14 +1,16 @@
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.decode import open_picture, to_rgb
+from vlm.data.decode import EncodedPicture, open_picture, to_rgb
 from vlm.data.samples import sample_rng
-from vlm.data.views import CLIP_MEAN, CLIP_STD, FixedView, RandomView
-from vlm.errors import UsageError
+from vlm.data.shards import ShardReader
+from vlm.data.views import CLIP_MEAN, CLIP_STD, Crop, FixedView, RandomView, resize_antialiased
+from vlm.errors import BadSample, UsageError
 
 SIZES = [(40, 30), (31, 57), (224, 224), (225, 224), (97, 301), (640, 427), (333, 500), (12, 9), (1, 3)]
 
@@ -103,21 +105,21 @@ def test_a_turned_jpeg_gives_the_view_of_the_upright_one():
 
 
 def test_crops_keep_their_share_and_ratio():
-    view = RandomView(size=10, scale=(0.25, 0.5), ratio=(0.8, 1.25))
+    view = RandomView(size=60, scale=(0.25, 0.5), ratio=(0.8, 1.25))
     rng = np.random.default_rng(0)
     for _ in range(500):
-        left, top, width, height = view._crop(300, 200, rng)
-        assert left >= 0
-        assert top >= 0
-        assert left + width <= 300
-        assert top + height <= 200
-        assert 0.24 < width * height / 60_000 < 0.51
-        assert 0.78 < width / height < 1.28
+        crop = view.draw(300, 200, rng)
+        assert crop.left >= 0
+        assert crop.top >= 0
+        assert crop.left + crop.width <= 300
+        assert crop.top + crop.height <= 200
+        assert 0.24 < crop.width * crop.height / 60_000 < 0.51
+        assert 0.78 < crop.width / crop.height < 1.28
 
 
 def test_a_crop_that_never_fits_becomes_the_middle():
     view = RandomView(size=10, scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    assert view._crop(400, 20, np.random.default_rng(0)) == (190, 0, 20, 20)
+    assert view.draw(400, 20, np.random.default_rng(0)) == Crop(left=190, top=0, width=20, height=20)
 
 
 @pytest.mark.parametrize("width", [1, 2, 25, 29, 50, 51, 58, 100, 201])
@@ -125,3 +127,96 @@ def test_no_size_breaks_the_reduced_crop(make_picture, width):
     image = make_picture(0, size=(width, 200))
     for number in range(5):
         assert RandomView(size=6, scale=(1.0, 1.0))(image, sample_rng(0, number, "k")).shape == (3, 6, 6)
+
+
+def test_crops_lie_on_whole_pixels_of_the_reduced_jpeg():
+    view = RandomView(size=20, scale=(0.25, 0.5))
+    rng = np.random.default_rng(0)
+    for side, step in [(50, 1), (100, 2), (200, 4), (400, 8)]:
+        for _ in range(50):
+            crop = view.draw(side, side, rng)
+            shorter = min(crop.width, crop.height)
+            assert shorter >= 20
+            fitting = step if shorter >= step * 20 else step // 2
+            assert not any(edge % fitting for edge in (crop.left, crop.top, crop.width, crop.height))
+
+
+def test_what_is_drawn_does_not_depend_on_the_kind_of_picture(make_picture):
+    view = RandomView(size=40, scale=(0.2, 1.0), flip=0.5)
+    shown, rngs = [], []
+    for kind in ("JPEG", "PNG", "WEBP"):
+        rng = sample_rng(0, 3, "key")
+        shown.append(view(make_picture(0, size=(400, 300), kind=kind), rng).astype(int))
+        rngs.append(rng.random())
+    assert len(set(rngs)) == 1
+    assert max(np.abs(shown[0] - other).mean() for other in shown[1:]) < 1.5
+
+
+def test_flips_are_as_frequent_as_asked_and_mirror_the_crop(make_picture):
+    image = EncodedPicture(make_picture(0, size=(90, 70)))
+    view = RandomView(size=32, flip=0.25)
+    rng = np.random.default_rng(0)
+    crops = [view.draw(90, 70, rng) for _ in range(2000)]
+    assert 0.21 < np.mean([crop.is_mirrored for crop in crops]) < 0.29
+    plain = view.show(image, replace(crops[0], is_mirrored=False))
+    mirrored = view.show(image, replace(crops[0], is_mirrored=True))
+    assert (mirrored == plain[..., ::-1]).all()
+    for shown in (plain, mirrored):  # channels last in memory
+        assert shown.transpose(1, 2, 0).flags.c_contiguous
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(224, 224), (61, 97), (301, 90), (2, 3), (1, 1)])
+def test_resizing_is_that_of_pillow(shape, interpolation):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), filters[interpolation])).transpose(2, 0, 1)
+    found = resize_antialiased(pixels, 48, interpolation=interpolation)
+    assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+def test_views_of_real_photos_are_close_to_those_of_the_whole_decoding(datasets):
+    reader = ShardReader(str(datasets / "flickr8k" / "val-00000.tar"))
+    for size, least in [(96, 45), (48, 38)]:
+        view, rng = RandomView(size=size), np.random.default_rng(0)
+        errors = []
+        for number in range(40):
+            image = reader.read(number).image
+            picture = EncodedPicture(image)
+            crop = view.draw(picture.width, picture.height, rng)
+            box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+            whole = to_rgb(open_picture(image)).resize((size, size), Image.Resampling.BICUBIC, box=box)
+            errors.append(view.show(picture, crop).transpose(1, 2, 0).astype(int) - np.asarray(whole))
+        assert 10 * np.log10(255**2 / np.mean(np.square(errors))) > least
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF"])
+def test_mutated_pictures_are_shown_or_refused(make_picture, kind):
+    rng = np.random.default_rng(0)
+    whole = make_picture(0, size=(80, 60), kind=kind)
+    views = [RandomView(size=32, scale=(0.2, 1.0)), RandomView(size=8)]
+    refused = 0
+    for number in range(150):
+        image = mutated(whole, rng)
+        try:
+            assert views[number % 2](image, rng).dtype == np.uint8
+        except BadSample:
+            refused += 1
+    assert refused > 30
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    first, last = sorted(int(place) for place in rng.integers(len(data), size=2))
+    match int(rng.integers(4)):
+        case 0:
+            return data[:first]
+        case 1:
+            for place in rng.integers(len(data), size=5):
+                changed[place] = rng.integers(256)
+        case 2:
+            del changed[first:last]
+        case _:
+            changed[2 : 2 + int(rng.integers(40))] = rng.bytes(int(rng.integers(60)))
+    return bytes(changed)

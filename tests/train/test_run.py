@@ -51,7 +51,7 @@ def test_a_run_leaves_what_explains_and_repeats_it(configure, scene_shards):
     assert manifest.details["environment"]["torch"] == torch.__version__
     assert 0 <= summary.metrics["text_to_image_recall@1"] <= 1
     ledger = json.loads((run / "ledger.json").read_text())
-    assert sum(shard["visits"] for shard in ledger["shards"]) == 240
+    assert sum(shard["asked"] for shard in ledger["shards"]) == ledger["total"]["seen"] == 240
 
 
 def test_training_lowers_the_loss_below_chance(configure, history):

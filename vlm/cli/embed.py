@@ -34,6 +34,9 @@ class Arguments:
     allow_damage: bool = False
     """Embed the whole samples of shards that are cut short."""
 
+    selection: Path | None = None
+    """Embed only what this file of vlm curate selects."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1, …"""
 
@@ -46,6 +49,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Load the model, embed, say what to do next."""
+    from vlm.data.selection import read_selection
     from vlm.data.shards import expand_shards
     from vlm.index.embed import embed_shards
     from vlm.models.loading import load_model
@@ -60,6 +64,7 @@ def run(arguments: Arguments) -> None:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         allow_damage=arguments.allow_damage,
+        selection=read_selection(arguments.selection) if arguments.selection else None,
     )
     if arguments.json:
         show_json(asdict(summary))

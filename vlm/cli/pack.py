@@ -60,6 +60,9 @@ class Arguments:
     allow_damage: bool = False
     """Read the whole samples of source tars that are cut short."""
 
+    selection: Path | None = None
+    """Where SOURCE is shards: pack only what this file of vlm curate selects."""
+
     json: bool = False
     """Print the result as JSON."""
 
@@ -78,6 +81,7 @@ def run(arguments: Arguments) -> None:
         caption_column=arguments.caption_column,
         template=arguments.template,
         allow_damage=arguments.allow_damage,
+        selection=arguments.selection,
         scenes=arguments.scenes,
     )
     config = PackConfig(

@@ -7,6 +7,8 @@ from pathlib import Path
 import fsspec
 
 from vlm.data.decode import open_picture, to_rgb, upright_size
+from vlm.data.storage.addresses import is_compressed
+from vlm.data.storage.cache import default_cache
 from vlm.errors import BadSample, VlmError
 from vlm.index.catalogue import Entry
 
@@ -20,7 +22,9 @@ def read_picture(entry: Entry) -> bytes:
         VlmError: the shard is gone, cannot be reached, or is shorter than it was.
     """
     try:
-        system, path = fsspec.core.url_to_fs(entry.shard)
+        # the byte range is that of the plain tar
+        address = str(default_cache().local_path(entry.shard)) if is_compressed(entry.shard) else entry.shard
+        system, path = fsspec.core.url_to_fs(address)
         data: bytes = system.cat_file(path, start=entry.image_offset, end=entry.image_offset + entry.image_size)
     except (OSError, ValueError, ImportError) as error:
         name = Path(entry.shard).name

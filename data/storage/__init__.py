@@ -1,0 +1,1 @@
+"""Where shards are kept: addresses, remote files, and the bounded cache on this machine."""

@@ -1,0 +1,61 @@
+"""How each side of the loader benchmark is asked to measure: one line of JSON in, one line out, until the input ends.
+
+Imported by all sides, also by that of open_clip's own environment, so it may import nothing of vlm.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+
+
+def serve(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Say that the imports are done, then answer each request by what `measure` returns."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+    answers.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        answers.write(json.dumps(measure(json.loads(line))) + "\n")
+
+
+def time_stream(open_stream: Callable[[], Iterator[int]], request: dict[str, Any]) -> dict[str, float]:
+    """Time a stream that yields the number of images of each batch.
+
+    The rate is taken from the arrival of batch number `skip` to that of the last, so that starting the workers is not
+    in it. first_s: from the call to the first batch. memory_mb: proportional set size of all processes at the end.
+    """
+    began = time.perf_counter()
+    stream = open_stream()
+    arrivals: list[float] = []
+    images: list[int] = []
+    for count in stream:
+        arrivals.append(time.perf_counter())
+        images.append(count)
+        if len(arrivals) == request["batches"]:
+            break
+    memory = memory_mb()
+    del stream
+    gc.collect()
+    skip = request["skip"]
+    return {
+        "images_per_s": sum(images[skip:]) / (arrivals[-1] - arrivals[skip - 1]),
+        "first_s": arrivals[0] - began,
+        "memory_mb": memory,
+    }
+
+
+def memory_mb() -> float:
+    """Proportional set size of this process and all it started, in MB: shared pages are counted once."""
+    this = psutil.Process()
+    total = 0
+    for process in (this, *this.children(recursive=True)):
+        try:
+            total += process.memory_full_info().pss
+        except psutil.NoSuchProcess:
+            continue
+    return total / 1e6

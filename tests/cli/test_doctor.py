@@ -1,0 +1,102 @@
+import json
+
+import pytest
+
+from vlm.cli.main import main
+
+DATA_STAGES = [
+    "disk, in order",
+    "disk, at random",
+    "index, scanned",
+    "index, cached",
+    "read",
+    "decode",
+    "view",
+    "tokenize",
+    "stack",
+    "assemble",
+    "hand-over",
+]
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture(scope="module")
+def fresh_run(scene_shards, scene_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doctor") / "run"
+    flags = ["--steps", "0", "--batch-size", "16", "--workers", "0", "--tokenizer", scene_tokenizer]
+    words = ["train", "tiny", "--data", scene_shards / "train", "--run", folder, *flags]
+    assert main([str(word) for word in words]) == 0
+    return folder
+
+
+@pytest.fixture
+def small(scene_tokenizer):
+    return ["--samples", 32, "--batch-size", 16, "--workers", "0,1", "--tokenizer", scene_tokenizer]
+
+
+def test_all_stages_of_the_data_are_measured_and_one_is_named(capsys, scene_shards, small):
+    code, out, _ = run(capsys, "doctor", scene_shards / "train", *small, "--size", 32, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [stage["name"] for stage in found["stages"]] == DATA_STAGES
+    assert [tried["workers"] for tried in found["loader"]] == [0, 1]
+    assert found["verdict"]["slowest"] in DATA_STAGES
+    assert found["samples"] == 32
+
+
+def test_a_model_adds_its_stages_and_brings_its_size(capsys, scene_shards, fresh_run, small):
+    code, out, _ = run(capsys, "doctor", scene_shards / "train", fresh_run, *small, "--device", "cpu", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [stage["name"] for stage in found["stages"]] == [
+        *DATA_STAGES,
+        "model, forward",
+        "model, forward and backward",
+    ]
+    assert found["shares_cores"] is True
+
+
+def test_people_see_a_bar_for_each_stage_and_the_verdict(capsys, scene_shards, small):
+    code, out, _ = run(capsys, "doctor", scene_shards / "train", *small, "--size", 32)
+    assert code == 0
+    assert all(name in out for name in DATA_STAGES)
+    assert out.count("→") == 1
+    assert "█" in out
+    assert "Give MODEL" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workers", "two"], "give numbers from 0 on"),
+        (["--workers", "-1"], "give numbers from 0 on"),
+        (["--workers", ""], "give numbers from 0 on"),
+        (["--samples", "4", "--batch-size", "8"], "must hold a batch"),
+        (["--device", "abacus"], "There is no device"),
+        (["--device", "cuda:99"], "torch sees no device"),
+        (["--tokenizer", "nowhere"], "There is no tokenizer"),
+    ],
+)
+def test_misuse_is_explained(capsys, scene_shards, scene_tokenizer, flags, words):
+    flags = flags if "--tokenizer" in flags else ["--tokenizer", str(scene_tokenizer), *flags]
+    joined = [f"{name}={value}" for name, value in zip(flags[::2], flags[1::2], strict=True)]
+    code, _, err = run(capsys, "doctor", scene_shards / "train", *joined)
+    assert code == 2
+    assert words in err
+
+
+def test_a_size_that_is_not_the_models_is_refused(capsys, scene_shards, fresh_run):
+    code, _, err = run(capsys, "doctor", scene_shards / "train", fresh_run, "--size", 1000)
+    assert code == 2
+    assert "leave out --size 1000" in err
+
+
+def test_shards_that_are_not_there_are_named(capsys, tmp_path, scene_tokenizer):
+    code, _, err = run(capsys, "doctor", tmp_path / "none.tar", "--tokenizer", scene_tokenizer)
+    assert code == 2
+    assert "none.tar" in err

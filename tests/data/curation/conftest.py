@@ -1,0 +1,61 @@
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vlm.data.curation.columns import Columns
+from vlm.data.curation.curate import Curated, curate
+from vlm.data.curation.rule import parse_rule
+from vlm.data.curation.rules import RULES
+
+MakeShard = Callable[..., str]
+
+
+@pytest.fixture
+def make_shard(tmp_path, make_picture) -> MakeShard:
+    """Write a tar of samples given as dicts: key, and if wanted image, captions, or any other metadata."""
+
+    def make(samples, *, name="a.tar"):
+        path = tmp_path / name
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, given in enumerate(samples):
+                metadata = {k: v for k, v in given.items() if k not in ("key", "image")}
+                image = given.get("image", make_picture(number))
+                key = given.get("key", f"s{number:05}")
+                for extension, data in (("jpg", image), ("json", json.dumps(metadata).encode())):
+                    entry = tarfile.TarInfo(f"{key}.{extension}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        return str(path)
+
+    return make
+
+
+def run_rules(shards, *rules, columns=(), **options) -> Curated:
+    shards = [shards] if isinstance(shards, str | Path) else shards
+    return curate(
+        [str(shard) for shard in shards],
+        [parse_rule(rule, RULES) for rule in rules],
+        columns=Columns(columns),
+        **options,
+    )
+
+
+@pytest.fixture
+def apply() -> Callable[..., Curated]:
+    """Curate shards by rules as people write them."""
+    return run_rules
+
+
+@pytest.fixture
+def times_by() -> Callable[..., list[int]]:
+    """The times of all samples after rules."""
+
+    def run(shards, *rules, **options):
+        selection = run_rules(shards, *rules, **options).selection
+        return [int(times) for part in selection.times for times in part]
+
+    return run

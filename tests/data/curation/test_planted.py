@@ -1,0 +1,131 @@
+"""Duplicates planted among real photos are all found, and nothing that only resembles them."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from vlm.data.pack import PackConfig, pack
+from vlm.data.shards import ShardReader
+from vlm.data.sources import SourceOptions, open_source
+
+# another colour or another print of the same product (fashion), another moment of the same scene (Flickr8k)
+ALIKE = {
+    "fashion": [("18831", "18829"), ("13382", "13388"), ("17310", "17311"), ("17855", "17856"), ("20562", "20456")],
+    "flickr8k": [
+        ("384465370_9918873f9a", "384465575_31294122c0"),
+        ("186890601_8a6b0f1769", "186890605_ddff5b694e"),
+        ("482882719_165722082d", "482882307_7dcb9eee11"),
+    ],
+}
+SHARDS_OF_ALIKE = ["train-00003", "train-00004", "train-00006", "train-00008", "val-00001"]
+
+
+def encoded(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **({"quality": 90} | options if kind != "PNG" else options))
+    return file.getvalue()
+
+
+def cut(picture: Image.Image, share: float) -> Image.Image:
+    across, down = round(picture.width * share / 2), round(picture.height * share / 2)
+    return picture.crop((across, down, picture.width - across, picture.height - down))
+
+
+def scaled(picture: Image.Image, times: float) -> Image.Image:
+    return picture.resize((round(picture.width * times), round(picture.height * times)), Image.Resampling.LANCZOS)
+
+
+COPIES: dict[str, Callable[[Image.Image], bytes]] = {
+    "quality 50": lambda picture: encoded(picture, quality=50),
+    "quality 85": lambda picture: encoded(picture, quality=85),
+    "webp": lambda picture: encoded(picture, "WEBP", quality=80),
+    "png": lambda picture: encoded(picture, "PNG"),
+    "half": lambda picture: encoded(scaled(picture, 0.5)),
+    "larger": lambda picture: encoded(scaled(picture, 1.7)),
+    "brighter": lambda picture: encoded(ImageEnhance.Brightness(picture).enhance(1.03)),
+    "cut by 2%": lambda picture: encoded(cut(picture, 0.02)),
+}
+OTHERS: dict[str, Callable[[Image.Image], bytes]] = {
+    "mirrored": lambda picture: encoded(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+    "cut by 20%": lambda picture: encoded(cut(picture, 0.2)),
+    "grey": lambda picture: encoded(picture.convert("L").convert("RGB")),
+}
+
+
+def is_colourful(picture: Image.Image) -> bool:
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float64)
+    return float(np.abs(np.asarray(picture) - grey).mean()) > 10
+
+
+def photos_of(name, datasets, every) -> dict[str, bytes]:
+    """Some photos by key, those of `ALIKE` among them."""
+    named = {key for pair in ALIKE[name] for key in pair}
+    if name == "fashion":
+        source = open_source(str(datasets / "fashion" / "fashion.tar"), SourceOptions())
+        keys = [source.read(number).key for number in range(len(source))]
+        wanted = [n for n, key in enumerate(keys) if n % every == 0 or key in named]
+        return {keys[number]: source.read(number).image for number in wanted}
+    found = {}
+    for shard in SHARDS_OF_ALIKE:
+        reader = ShardReader(str(datasets / "flickr8k" / f"{shard}.tar"))
+        for number, key in enumerate(reader.index.sample_keys()):
+            if number % every == 0 or key in named:
+                found[key] = reader.read(number).image
+        reader.close()
+    return found
+
+
+@pytest.mark.parametrize(("name", "every"), [("fashion", 200), ("flickr8k", 50)])
+def test_all_planted_duplicates_are_found_and_no_near_miss(name, every, datasets, make_shard, apply):
+    photos = photos_of(name, datasets, every)
+    assert {key for pair in ALIKE[name] for key in pair} <= set(photos)
+    samples = [{"key": key, "image": image} for key, image in photos.items()]
+    for key, image in photos.items():
+        picture = Image.open(io.BytesIO(image)).convert("RGB")
+        copies = {what: make(picture) for what, make in COPIES.items()} | {"bytes": image}
+        others = {what: make(picture) for what, make in OTHERS.items() if what != "grey" or is_colourful(picture)}
+        for what, data in copies.items():
+            samples.append({"key": f"{key} copy {what}", "image": data})
+        for what, data in others.items():
+            samples.append({"key": f"{key} other {what}", "image": data})
+    curated = apply(make_shard(samples), "near-duplicates")
+    keys = [sample["key"] for sample in samples]
+    verdict = curated.steps[0].verdict
+    assert verdict.twins is not None
+    kept = {place: place if twin < 0 else int(twin) for place, twin in enumerate(verdict.twins)}
+    groups: dict[int, set[str]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(kept[place], set()).add(key)
+    expected = [{key, *(f"{key} copy {what}" for what in [*COPIES, "bytes"])} for key in photos]
+    found = sorted(map(sorted, (group for group in groups.values() if len(group) > 1)))
+    assert found == sorted(map(sorted, expected))
+    assert all(keys[place].endswith("larger") for place in groups if len(groups[place]) > 1)
+
+
+@pytest.mark.parametrize("what", COPIES)
+def test_a_copy_is_found_without_other_copies_that_lead_to_it(what, datasets, make_shard, apply):
+    photos = photos_of("flickr8k", datasets, 50)
+    copies = {
+        f"{key} copy": COPIES[what](Image.open(io.BytesIO(image)).convert("RGB")) for key, image in photos.items()
+    }
+    samples = [{"key": key, "image": image} for key, image in (photos | copies).items()]
+    step = apply(make_shard(samples), "near-duplicates").steps[0]
+    assert step.verdict.twins is not None
+    found = {frozenset((place, int(twin))) for place, twin in enumerate(step.verdict.twins) if twin >= 0}
+    assert found == {frozenset((place, place + len(photos))) for place in range(len(photos))}
+
+
+@pytest.mark.slow
+def test_the_natural_duplicates_of_flickr8k_are_the_one_pair_there_is(datasets, apply):
+    curated = apply(sorted((datasets / "flickr8k").glob("*.tar")), "near-duplicates")
+    assert (curated.selection.samples, curated.selection.kept) == (7000, 6999)
+
+
+@pytest.mark.slow
+def test_the_natural_duplicates_of_fashion_were_looked_at_and_are_true(datasets, tmp_path, apply):
+    pack(open_source(str(datasets / "fashion" / "fashion.tar"), SourceOptions()), tmp_path / "fashion", PackConfig())
+    curated = apply(sorted((tmp_path / "fashion").glob("*.tar")), "exact-duplicates", "near-duplicates")
+    assert [step.dropped for step in curated.steps] == [118, 2]

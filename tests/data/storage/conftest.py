@@ -1,0 +1,80 @@
+import io
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.data.storage.faulty import FaultyServer, folder_answer, serving
+from vlm.data.storage import checksums, remote
+from vlm.data.storage.cache import ShardCache
+from vlm.data.storage.retry import Patience
+
+QUICK = Patience(attempts=4, seconds=20, first_wait=0.01, longest_wait=0.05)
+
+
+@pytest.fixture
+def served(tmp_path) -> Path:
+    """The folder that `faulty_server` serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def faulty_server(served) -> Iterator[FaultyServer]:
+    """A web server over the folder `served`; put faults into `.faults`, see what came in `.requests`."""
+    with serving(folder_answer(served)) as server:
+        yield server
+
+
+@pytest.fixture
+def make_cache(tmp_path):
+    """Caches that give up soon; those of the same name share a folder."""
+
+    def make(max_bytes: int = 1 << 30, *, name: str = "cache", patience: Patience = QUICK) -> ShardCache:
+        return ShardCache(tmp_path / name, max_bytes, patience)
+
+    return make
+
+
+@pytest.fixture
+def write_shards(make_picture):
+    """Write `number` shards of `samples` each into a folder, each picture with so many bytes after it; their names."""
+
+    def write(folder: Path, number: int, *, samples: int = 4, padding: int = 0) -> list[str]:
+        names = [f"{place:02d}.tar" for place in range(number)]
+        for place, name in enumerate(names):
+            members: list[tuple[str, bytes]] = []
+            for sample in range(samples):
+                key, picture = f"{place}-{sample}", make_picture(place * samples + sample)
+                members += [(f"{key}.jpg", picture + bytes(padding)), (f"{key}.txt", f"c{sample}".encode())]
+            with tarfile.open(folder / name, "w") as tar:
+                for member, data in members:
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        return names
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory() -> None:
+    """No test knows of files another one saw."""
+    remote.forget_identities()
+    checksums._manifest_files.cache_clear()
+
+
+@pytest.fixture
+def wait_for():
+    """Wait until something is so."""
+
+    def wait(is_so, seconds=20.0):
+        end = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    return wait

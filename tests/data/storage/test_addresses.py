@@ -1,0 +1,64 @@
+import pytest
+
+from vlm.data.shards import ShardReader, expand_shards
+from vlm.data.storage import addresses
+from vlm.data.storage.addresses import base_name, is_compressed, is_remote, local_path, needs_cache, neighbour
+from vlm.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    "address", ["http://h/a.tar", "https://h/a.tar", "s3://b/a.tar", "gs://b/a.tar", "hf://x/a.tar"]
+)
+def test_allowed_protocols_are_remote(address):
+    assert is_remote(address)
+    assert needs_cache(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:cat /etc/passwd",
+        "pipe://cat.tar",
+        "ssh://host/a.tar",
+        "sftp://host/a.tar",
+        "ftp://host/a.tar",
+        "zip://a.tar::http://h/a.zip",
+        "simplecache::s3://bucket/a.tar",
+        "github://owner:repo@/a.tar",
+        "data:text/plain,x.tar",
+        "HDFS://host/a.tar",
+    ],
+)
+def test_other_protocols_are_refused_by_name(address):
+    for use in (expand_shards, ShardReader):
+        with pytest.raises(UsageError, match=r"(?i)The protocol '\w+' of .*http://, https://, s3://"):
+            use(address)
+
+
+def test_files_of_this_machine_stay_local_whatever_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data:2024.tar").touch()
+    (tmp_path / "ftp:old").mkdir()
+    for address in ("data:2024.tar", "ftp:old/a.tar", "/data/a.tar", "file:///data/a.tar", "train:1.tar", "C:/a.tar"):
+        assert not is_remote(address)
+    assert local_path("file:///data/a%20b.tar") == "/data/a b.tar"
+    assert expand_shards(f"file://{tmp_path}/data:2024.tar") == [f"{tmp_path}/data:2024.tar"]
+
+
+def test_a_missing_package_is_named_with_its_cure(monkeypatch):
+    monkeypatch.setitem(addresses.PROTOCOLS, "s3", "no_such_package")
+    with pytest.raises(UsageError, match=r'no_such_package; install it with: pip install "vlm\[remote\]"'):
+        ShardReader("s3://bucket/a.tar")
+
+
+def test_the_parts_of_web_addresses_end_at_their_query():
+    address = "https://host/a/B.TAR.GZ?key=1/2.tar"
+    assert base_name(address) == "B.TAR.GZ"
+    assert is_compressed(address)
+    assert neighbour(address, "manifest.json") == "https://host/a/manifest.json"
+    assert base_name("s3://bucket/a?b.tar") == "a?b.tar"
+
+
+def test_hosts_may_be_numbers_with_colons():
+    found = expand_shards("http://[::1]:80/0.tar::http://[fe80::2]/{0..1}.tar")
+    assert found == ["http://[::1]:80/0.tar", "http://[fe80::2]/0.tar", "http://[fe80::2]/1.tar"]

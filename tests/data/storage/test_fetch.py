@@ -1,0 +1,234 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.data.storage.faulty import Fault
+from vlm.data.shards import ShardReader, count_samples, expand_shards
+from vlm.data.storage.remote import forget_identities
+from vlm.data.storage.retry import Patience
+from vlm.errors import UsageError, VlmError
+from vlm.files import sha256_of
+
+FAULTS = {
+    "none": [],
+    "cut in the body": [Fault(path=".tar", cut=5000)],
+    "cut again and again": [Fault(path=".tar", cut=9000, times=3)],
+    "cut at once": [Fault(path=".tar", cut=0, times=3)],
+    "errors at first": [Fault(path=".tar", status=500), Fault(path=".tar", status=503, times=2)],
+    "errors of the size": [Fault(path=".tar", status=500, methods=("HEAD", "GET"), times=4)],
+    "too many requests": [Fault(path=".tar", status=429, times=2)],
+    "slow": [Fault(path=".tar", pause=0.02)],
+    "promises too much": [Fault(path=".tar", length=1000)],
+    "promises too little": [Fault(path=".tar", length=-1000)],
+}
+
+
+def read_all(address, cache=None):
+    reader = ShardReader(address, cache)
+    samples = [reader.read(number) for number in range(len(reader))]
+    reader.close()
+    return samples
+
+
+@pytest.mark.parametrize("ignores_range", [False, True], ids=["with ranges", "without ranges"])
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
+def test_each_fault_is_survived_with_the_same_samples(
+    faulty_server, served, write_shards, make_cache, faults, ignores_range
+):
+    (name,) = write_shards(served, 1)
+    faulty_server.faults = [Fault(**vars(fault)) for fault in faults]
+    faulty_server.ignores_range = ignores_range
+    cache = make_cache()
+    assert read_all(f"{faulty_server.url}/{name}", cache) == read_all(str(served / name))
+    assert cache.local_path(f"{faulty_server.url}/{name}").read_bytes() == (served / name).read_bytes()
+    assert all(fault.times == 0 for fault in faulty_server.faults)
+
+
+def test_after_a_cut_only_the_rest_is_asked_for(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    faulty_server.faults = [Fault(path=name, cut=5000)]
+    make_cache().local_path(f"{faulty_server.url}/{name}")
+    assert [seen.start for seen in faulty_server.gets(name)] == [None, 5000]
+
+
+def test_giving_up_names_address_cause_attempts_and_cure(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    address = f"{faulty_server.url}/{name}"
+    faulty_server.faults = [Fault(path=name, cut=5000), Fault(path=name, status=503, times=10)]
+    with pytest.raises(VlmError, match=rf"{address} cannot be read: .*503.*after 4 attempts.*run again: .* kept"):
+        make_cache().local_path(address)
+    assert [seen.start for seen in faulty_server.gets(name)] == [None, 5000, 5000, 5000]
+    faulty_server.faults.clear()
+    make_cache().local_path(address)
+    assert faulty_server.gets(name)[-1].start == 5000
+
+
+def test_giving_up_counts_time_too(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    faulty_server.faults = [Fault(path=name, methods=("GET", "HEAD"), status=500, times=1000)]
+    patience = Patience(attempts=1000, seconds=0.2, first_wait=0.02, longest_wait=0.02)
+    with pytest.raises(VlmError, match=r"500.*Given up after \d+ attempts in 0 s"):
+        ShardReader(f"{faulty_server.url}/{name}", make_cache(patience=patience))
+
+
+def test_a_server_that_is_not_there_is_named(make_cache, free_port):
+    address = f"http://127.0.0.1:{free_port()}/0.tar"
+    with pytest.raises(VlmError, match=f"{address} cannot be read: .*Connect.*Given up after 4 attempts"):
+        ShardReader(address, make_cache())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said"), [(404, UsageError, "There is no shard"), (403, VlmError, "may not be read")]
+)
+def test_what_is_absent_or_forbidden_is_not_tried_again(
+    faulty_server, served, write_shards, make_cache, status, kind, said
+):
+    (name,) = write_shards(served, 1)
+    faulty_server.faults = [Fault(path=name, methods=("GET", "HEAD"), status=status, times=100)]
+    with pytest.raises(kind, match=said):
+        ShardReader(f"{faulty_server.url}/{name}", make_cache())
+    assert len(faulty_server.requests) == 2  # HEAD, then GET for servers that know no HEAD
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from vlm.data.storage.cache import ShardCache
+ShardCache(Path(sys.argv[1]), 1 << 30).local_path(sys.argv[2])
+"""
+
+
+def test_a_killed_fetch_is_resumed(faulty_server, served, write_shards, make_cache, wait_for):
+    (name,) = write_shards(served, 1, padding=50_000)
+    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    faulty_server.faults = [Fault(path=name, pause=0.05)]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(cache.folder), address])
+    wait_for(lambda: any(part.stat().st_size > 20_000 for part in cache.folder.glob("*.part")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (part,) = cache.folder.glob("*.part")
+    have = part.stat().st_size
+    assert cache.local_path(address).read_bytes() == (served / name).read_bytes()
+    assert [seen.start for seen in faulty_server.gets(name)] == [None, have]
+
+
+def test_a_changed_file_is_fetched_anew(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    assert len(read_all(address, cache)) == 4
+    write_shards(served, 1, samples=6)
+    assert len(read_all(address, cache)) == 4  # a run sees one version
+    forget_identities()
+    assert read_all(address, cache) == read_all(str(served / name))
+
+
+def test_a_half_fetched_file_that_changed_is_not_gone_on_with(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    faulty_server.faults = [Fault(path=name, cut=5000), Fault(path=name, status=500, times=3)]
+    with pytest.raises(VlmError, match="Given up after 4"):
+        cache.local_path(address)
+    os.utime(served / name, ns=(1, 1))
+    forget_identities()
+    faulty_server.requests.clear()
+    cache.local_path(address)
+    assert [seen.start for seen in faulty_server.gets(name)] == [None]
+
+
+def test_a_file_that_changes_during_a_run_is_refused(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    reader = ShardReader(address, cache)
+    for path in cache.folder.glob("*.tar"):
+        path.unlink()
+    os.utime(served / name, ns=(1, 1))
+    with pytest.raises(VlmError, match=rf"{address} changed since it was first looked at .*start again"):
+        reader.read(0)
+    assert not list(cache.folder.glob("*.part"))
+
+
+def write_manifest_of(folder, name, sha256):
+    record = {"bytes": (folder / name).stat().st_size, "sha256": sha256}
+    (folder / "manifest.json").write_text(json.dumps({"kind": "shards", "files": {name: record}}))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_wrong_bytes_are_found_by_their_checksum_and_fetched_again(
+    faulty_server, served, write_shards, make_cache, suffix
+):
+    (name,) = write_shards(served, 1)
+    name, data = name + suffix, (served / name).read_bytes()
+    (served / name).write_bytes(gzip.compress(data) if suffix else data)
+    write_manifest_of(served, name, sha256_of(served / name))
+    address = f"{faulty_server.url}/{name}"
+    faulty_server.faults = [Fault(path=name, flip=3000)]
+    assert make_cache().local_path(address).read_bytes() == data
+    assert [seen.start for seen in faulty_server.gets(name)] == [None, None]
+
+
+def test_bytes_that_stay_wrong_are_an_error(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    write_manifest_of(served, name, "0" * 64)
+    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    with pytest.raises(VlmError, match=rf"{address} came twice with the checksum \w+, where 0{{64}} .* copy it again"):
+        cache.local_path(address)
+    assert not list(cache.folder.glob("*.part"))
+    assert not list(cache.folder.glob("*.tar"))
+
+
+def test_a_manifest_is_asked_for_once_and_believed_for_its_size_alone(faulty_server, served, write_shards, make_cache):
+    names = write_shards(served, 3)
+    write_manifest_of(served, names[0], "0" * 64)
+    with open(served / names[0], "ab") as file:
+        file.write(bytes(512))
+    for name in names:
+        make_cache().local_path(f"{faulty_server.url}/{name}")
+    assert len(faulty_server.gets("manifest.json")) == 1
+
+
+def test_a_page_instead_of_a_manifest_or_an_index_is_no_harm(faulty_server, served, write_shards, make_cache):
+    (name,) = write_shards(served, 1)
+    for other in ("manifest.json", f".{name}.vlm-index"):
+        (served / other).write_text("<html>welcome</html>")
+    assert len(read_all(f"{faulty_server.url}/{name}", make_cache())) == 4
+
+
+def test_an_index_beside_a_remote_tar_spares_fetching_it(faulty_server, served, write_shards, make_cache):
+    names = write_shards(served, 2)
+    for name in names:
+        ShardReader(str(served / name)).close()
+    os.truncate(served / names[1], (served / names[1]).stat().st_size - 512)  # its index is now of another size
+    addresses = [f"{faulty_server.url}/{name}" for name in names]
+    assert count_samples(addresses, cache=make_cache()) == [4, 4]
+    assert not faulty_server.gets(f"/{names[0]}")
+    assert faulty_server.gets(f"/{names[1]}")
+
+
+def test_remote_folders_are_listed(faulty_server, served, write_shards):
+    (served / "set").mkdir()
+    names = write_shards(served / "set", 3)
+    (served / "set" / "manifest.json").write_text("{}")
+    wanted = [f"{faulty_server.url}/set/{name}" for name in names]
+    assert expand_shards(f"{faulty_server.url}/set/") == wanted
+    assert expand_shards(f"{faulty_server.url}/set/0[01]*.tar") == wanted[:2]
+    assert expand_shards(f"{faulty_server.url}/set/{{00..02}}.tar") == wanted
+    with pytest.raises(UsageError, match=r"Nothing can be listed at .*give the shards by name"):
+        expand_shards(f"{faulty_server.url}/other/")
+    (served / "set" / "manifest.json").rename(served / "set" / "progress.json")
+    with pytest.raises(UsageError, match="is unfinished"):
+        expand_shards(f"{faulty_server.url}/set/")
+
+
+def test_many_remote_shards_are_counted_together(faulty_server, served, write_shards, make_cache):
+    names = write_shards(served, 9, samples=2)
+    faulty_server.faults = [Fault(path=names[4], cut=3000), Fault(path=names[7], status=500, methods=("HEAD", "GET"))]
+    assert count_samples([f"{faulty_server.url}/{name}" for name in names], cache=make_cache()) == [2] * 9
+    forget_identities()
+    (served / names[5]).unlink()
+    with pytest.raises(UsageError, match=f"There is no shard .*{names[5]}"):
+        count_samples([f"{faulty_server.url}/{name}" for name in names], cache=make_cache())

@@ -1,0 +1,44 @@
+"""Tars of tiny samples, made fast, some of them damaged on purpose."""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+DAMAGES = ("", "no picture", "unreadable picture", "unreadable json", "no caption")
+
+
+def tiny_picture(number: int) -> bytes:
+    file = io.BytesIO()
+    colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+    Image.new("RGB", (12, 10), colour).save(file, format="JPEG")
+    return file.getvalue()
+
+
+def members(key: str, number: int, damage: str = "") -> list[tuple[str, bytes]]:
+    captions = [] if damage == "no caption" else [f"{key} one", f"{key} two", f"{key} three"]
+    parts = [
+        (f"{key}.jpg", b"\xff\xd8 not much more" if damage == "unreadable picture" else tiny_picture(number)),
+        (f"{key}.json", b"{" if damage == "unreadable json" else json.dumps({"captions": captions}).encode()),
+    ]
+    return parts[1:] if damage == "no picture" else parts
+
+
+def write_tar(path: Path, damages: Sequence[str], *, prefix: str = "") -> str:
+    """A tar with a sample for each entry, whole where it is empty, else damaged as it says."""
+    with tarfile.open(path, "w") as tar:
+        for number, damage in enumerate(damages):
+            for name, data in members(f"{prefix}{path.stem}-{number}", number, damage):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return str(path)
+
+
+def damages_for(size: int, share: float, rng: np.random.Generator) -> list[str]:
+    """A damage for about `share` of `size` samples."""
+    return [DAMAGES[int(rng.integers(1, len(DAMAGES)))] if rng.random() < share else "" for _ in range(size)]

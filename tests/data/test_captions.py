@@ -1,0 +1,84 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vlm.data.captions import CaptionDraw, split_sentences, tags_of
+from vlm.data.samples import Sample, captions_of
+from vlm.errors import BadSample, UsageError
+
+
+def sample_of(**metadata):
+    return Sample(key="k", image=b"", captions=captions_of(None, metadata), metadata=metadata)
+
+
+def drawn(sample, times=4000, **options):
+    rng = np.random.default_rng(0)
+    return Counter((c.language, c.number, c.text) for c in (CaptionDraw(**options)(sample, rng) for _ in range(times)))
+
+
+def shares(counts):
+    total = sum(counts.values())
+    return {key: count / total for key, count in counts.items()}
+
+
+MANY = {"captions": {"en": ["dog", "hound", "pet"], "de": ["Hund"]}}
+
+
+def test_a_language_is_drawn_evenly_then_a_caption_of_it():
+    found = shares(drawn(sample_of(**MANY), languages=("en", "de")))
+    assert found[("de", 3, "Hund")] == pytest.approx(0.5, abs=0.05)
+    assert found[("en", 1, "hound")] == pytest.approx(1 / 6, abs=0.05)
+
+
+def test_without_a_wish_the_first_language_is_taken():
+    assert {language for language, _, _ in drawn(sample_of(**MANY), times=50)} == {"en"}
+
+
+def test_languages_and_captions_are_drawn_by_their_weights():
+    weighted = sample_of(**MANY, caption_weights={"en": [6, 3, 1]})
+    found = shares(drawn(weighted, languages=("en", "de"), language_weights=(0.9, 0.1)))
+    assert found[("de", 3, "Hund")] == pytest.approx(0.1, abs=0.03)
+    assert found[("en", 0, "dog")] == pytest.approx(0.54, abs=0.05)
+    assert found[("en", 2, "pet")] == pytest.approx(0.09, abs=0.03)
+
+
+def test_a_named_group_of_captions_is_asked_for_like_a_language():
+    mixed = sample_of(captions=["alt text"], captions_synthetic=["a dog"])
+    found = drawn(mixed, languages=("en", "synthetic"), language_weights=(0, 1), times=50)
+    assert set(found) == {("synthetic", 1, "a dog")}
+    assert set(drawn(mixed, languages=("en",), times=50)) == {("en", 0, "alt text")}
+
+
+def test_tags_are_shown_in_a_drawn_order():
+    tagged = sample_of(captions=["a dog"], tags=["dog", "wet"])
+    assert set(drawn(tagged, languages=("tags",), times=50)) == {("tags", -1, "dog, wet"), ("tags", -1, "wet, dog")}
+    assert tags_of({"tags": "dog, wet ,"}) == ("dog", "wet")
+    assert tags_of({"tags": 3}) == ()
+
+
+def test_a_long_caption_is_shown_a_sentence_at_a_time():
+    long = sample_of(captions=["A dog runs. It is wet! 狗在跑。水很冷。"])
+    found = {text for _, _, text in drawn(long, sentences=True, times=200)}
+    assert found == {"A dog runs.", "It is wet!", "狗在跑。", "水很冷。"}
+    assert split_sentences("no end mark") == ["no end mark"]
+    assert split_sentences("a 3.5 inch disk.") == ["a 3.5 inch disk."]
+
+
+@pytest.mark.parametrize("weights", [[1], [0, 0, 0], [1, -1, 1], "much", ["a", "b", "c"], [1, 2, float("inf")]])
+def test_weights_that_do_not_fit_make_a_bad_sample(weights):
+    with pytest.raises(BadSample, match="bad caption weights"):
+        drawn(sample_of(captions=["a", "b", "c"], caption_weights=weights), times=1)
+
+
+def test_no_caption_in_the_languages_asked_makes_a_bad_sample():
+    with pytest.raises(BadSample, match="no caption"):
+        drawn(sample_of(**MANY), languages=("fr",))
+    with pytest.raises(BadSample, match="weight 0"):
+        drawn(sample_of(captions={"de": ["Hund"]}), languages=("en", "de"), language_weights=(1, 0))
+
+
+@pytest.mark.parametrize("weights", [(1,), (0, 0), (2, -1)])
+def test_language_weights_that_cannot_work_are_refused(weights):
+    with pytest.raises(UsageError, match="language_weights"):
+        CaptionDraw(languages=("en", "de"), language_weights=weights)

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from tests.data.tars import write_tar
+from vlm.data.corpus import open_corpus, read_sources
+from vlm.data.mixture import Mixture
+from vlm.data.selection import Selection, whole_selection, write_selection
+from vlm.data.shards import expand_shards
+from vlm.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two sources: `a` with shards of 6 and 4, `b` with one of 5; and a selection of `a` that doubles one sample."""
+    for name, sizes in {"a": (6, 4), "b": (5,)}.items():
+        (tmp_path / name).mkdir()
+        for number, size in enumerate(sizes):
+            write_tar(tmp_path / name / f"{number}.tar", [""] * size, prefix=name)
+    whole = whole_selection(expand_shards(str(tmp_path / "a")))
+    times = (np.array([2, 0, 1, 1, 1, 1], np.uint16), np.array([0, 0, 0, 1], np.uint16))
+    write_selection(tmp_path / "a.selection", Selection(shards=whole.shards, times=times))
+    return tmp_path
+
+
+def mixture_file(folder, text):
+    (folder / "mix.toml").write_text(text.replace("FOLDER", str(folder)))
+    return str(folder / "mix.toml")
+
+
+def test_an_address_is_one_source(folder):
+    corpus = open_corpus(read_sources(str(folder / "a")), seed=3)
+    assert (corpus.samples, corpus.filtered, corpus.order.num_samples) == ((6, 4), (0, 0), 10)
+    assert corpus.shards_of(0) == range(2)
+
+
+def test_a_selection_says_what_an_epoch_is(folder):
+    corpus = open_corpus(read_sources(str(folder / "a"), str(folder / "a.selection")))
+    assert (corpus.filtered, corpus.order.num_samples) == ((1, 3), 7)
+    other = open_corpus(read_sources(str(folder / "a")))
+    assert other.fingerprint != corpus.fingerprint
+
+
+def test_a_mixture_names_weights_and_numbers_its_shards_through(folder):
+    text = "[[source]]\ndata='FOLDER/a'\nweight=0.5\nselection='FOLDER/a.selection'\n"
+    text += "[[source]]\nname='letters'\ndata='FOLDER/b'\nweight=1.25\n"
+    corpus = open_corpus(read_sources(mixture_file(folder, text)))
+    assert isinstance(corpus.order, Mixture)
+    assert corpus.order.shares == (2, 5)
+    assert [source.name for source in corpus.sources] == ["source-1", "letters"]
+    assert (corpus.shards_of(0), corpus.shards_of(1)) == (range(2), range(2, 3))
+    assert corpus.samples == (6, 4, 5)
+
+
+def test_repeats_weigh_sources_by_their_visits(folder):
+    text = "[[source]]\ndata='FOLDER/a'\n[[source]]\ndata='FOLDER/b'\nrepeats=3\n"
+    corpus = open_corpus(read_sources(mixture_file(folder, text)))
+    assert isinstance(corpus.order, Mixture)
+    assert (corpus.order.shares, corpus.order.num_samples) == ((2, 3), 25)
+    assert corpus.order.finished_epochs(25) == (1, 3)
+
+
+def test_the_fingerprint_changes_with_what_changes_the_sequence(folder):
+    sources = read_sources(str(folder / "a"))
+    assert open_corpus(sources).fingerprint == open_corpus(sources).fingerprint
+    assert len({open_corpus(sources, seed=seed, window=w).fingerprint for seed in (0, 1) for w in (4, 8)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "no [[source]]"),
+        ("[[source]]\n", "data is needed"),
+        ("[[source]]\ndata='FOLDER/a'\nwieght=2\n", "weight"),
+        ("[[source]]\ndata=3\n", "must be a string"),
+        ("[[source]]\ndata='FOLDER/a'\nweight='much'\n", "must be a number"),
+        ("[[source]]\ndata='FOLDER/a'\nweight=-1\n", "above 0"),
+        ("[[source]]\ndata='FOLDER/a'\nrepeats=0\n", "above 0"),
+        ("[[source]]\ndata='FOLDER/a'\nweight=1\n[[source]]\ndata='FOLDER/b'\n", "weight to some"),
+        ("[[source]", "not TOML"),
+        ("[[source]]\ndata='FOLDER/a'\nselection='FOLDER/none.selection'\n", "no selection"),
+        ("[[source]]\ndata='FOLDER/b'\nselection='FOLDER/a.selection'\n", "knows nothing"),
+    ],
+)
+def test_a_mixture_that_cannot_work_is_refused(folder, text, told):
+    with pytest.raises(UsageError) as caught:
+        open_corpus(read_sources(mixture_file(folder, text)))
+    assert told in str(caught.value)
+
+
+def test_a_mixture_file_takes_no_selection_beside(folder):
+    with pytest.raises(UsageError, match="leave out --selection"):
+        read_sources(mixture_file(folder, "[[source]]\ndata='FOLDER/a'\n"), "a.selection")
+    with pytest.raises(UsageError, match="no mixture file"):
+        read_sources("none.toml")
+
+
+def test_a_selection_that_leaves_nothing_is_refused(folder):
+    whole = whole_selection(expand_shards(str(folder / "b")))
+    write_selection(folder / "b.selection", Selection(shards=whole.shards, times=(np.zeros(5, np.uint16),)))
+    with pytest.raises(UsageError, match="leaves nothing"):
+        open_corpus(read_sources(str(folder / "b"), str(folder / "b.selection")))

@@ -1,0 +1,108 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm.data import device_decode
+from vlm.data.device_decode import prepare_view, show_on_device
+from vlm.data.samples import sample_rng
+from vlm.data.shards import ShardReader
+from vlm.data.views import RandomView
+from vlm.errors import BadSample
+
+CPU = torch.device("cpu")
+
+
+def views_of(images, view, device=CPU):
+    prepared = [prepare_view(image, view, sample_rng(0, 0, str(number))) for number, image in enumerate(images)]
+    return prepared, show_on_device(prepared, view, device)
+
+
+def random_views(images, view):
+    return np.stack([view(image, sample_rng(0, 0, str(number))) for number, image in enumerate(images)])
+
+
+def noisy(size=(96, 64), kind="JPEG", **options) -> bytes:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    coarse.resize(size).save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def test_the_device_shows_what_the_random_view_shows(make_picture):
+    view = RandomView(size=48, scale=(0.3, 1.0), flip=0.5)
+    images = [make_picture(number, size=(60 + 11 * number, 130)) for number in range(12)]
+    prepared, found = views_of(images, view)
+    assert all(one.encoded for one in prepared)
+    assert not found.damaged
+    assert (found.images.shape, found.images.dtype) == ((12, 3, 48, 48), torch.uint8)
+    errors = np.abs(found.images.numpy().astype(int) - random_views(images, view))
+    assert errors.mean() < 1.5
+
+
+def test_real_photos_agree_to_38_decibels(datasets):
+    reader = ShardReader(str(datasets / "flickr8k" / "val-00000.tar"))
+    images = [reader.read(number).image for number in range(40)]
+    reader.close()
+    for size in (112, 48):
+        view = RandomView(size=size, flip=0.5)
+        errors = views_of(images, view)[1].images.numpy().astype(int) - random_views(images, view)
+        assert 10 * np.log10(255**2 / np.mean(np.square(errors))) > 38
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_shown_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    view = RandomView(size=32, scale=(0.3, 0.6))
+    images = [noisy(exif=exif, quality=95, subsampling=0)]
+    found = views_of(images, view)[1].images.numpy().astype(int)
+    assert np.abs(found - random_views(images, view)).mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF"])
+def test_other_kinds_are_decoded_by_the_workers_and_stand_in_their_rows(make_picture, kind):
+    view = RandomView(size=32)
+    images = [noisy(), noisy(kind=kind), make_picture(0, mode="CMYK"), noisy((64, 64))]
+    prepared, found = views_of(images, view)
+    assert [one.shown is None for one in prepared] == [True, False, False, True]
+    expected = random_views(images, view)
+    assert (found.images[1:3].numpy() == expected[1:3]).all()
+    assert np.abs(found.images.numpy().astype(int) - expected).mean() < 1.5
+
+
+def test_a_cut_jpeg_is_found_by_the_worker():
+    view = RandomView(size=32)
+    with pytest.raises(BadSample, match="unreadable picture"):
+        prepare_view(noisy()[:-200], view, np.random.default_rng(0))
+
+
+def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_other(monkeypatch):
+    view = RandomView(size=32)
+    whole = noisy()
+    prepared, expected = views_of([whole, whole, whole], view)
+
+    def refuse(images, device):
+        raise RuntimeError("one of them is damaged")
+
+    monkeypatch.setattr(device_decode, "_decoder", lambda: refuse)
+    cut = whole[: len(whole) // 2]
+    broken = device_decode.PreparedView(crop=prepared[1].crop, encoded=cut)
+    found = show_on_device([prepared[0], broken, prepared[2]], view, CPU)
+    assert list(found.damaged) == [1]
+    assert found.damaged[1].reason == "unreadable picture"
+    assert not found.images[1].any()
+    errors = (found.images[::2].int() - expected.images[::2].int()).abs()
+    assert errors.float().mean() < 1.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_shows_what_the_cpu_shows():
+    view = RandomView(size=64, flip=0.5)
+    images = [noisy((96 + 8 * number, 128)) for number in range(8)]
+    there = views_of(images, view, torch.device("cuda"))[1].images.cpu().int()
+    assert (there - views_of(images, view)[1].images.int()).abs().float().mean() < 2

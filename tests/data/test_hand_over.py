@@ -1,0 +1,66 @@
+import gc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm.data.hand_over import SlotMemory
+
+SHAPE = (2, 3, 4, 4)
+
+
+@pytest.fixture
+def memory():
+    return SlotMemory(workers=2, slots=2, slot_bytes=96)
+
+
+def filled(memory, worker, value):
+    array = memory.take(worker, SHAPE)
+    array[:] = value
+    return memory.slot_of(worker, array)
+
+
+def test_what_a_worker_fills_the_reader_opens(memory):
+    slots = [filled(memory, worker, value) for worker, value in ((0, 1), (1, 2), (0, 3))]
+    opened = [memory.open(slot) for slot in slots]
+    assert [tensor.unique().tolist() for tensor in opened] == [[1], [2], [3]]
+    assert memory.take(0, SHAPE) is None
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [lambda t: t[0], lambda t: t.view(-1), lambda t: t.numpy()[1:], lambda t: t.permute(0, 2, 3, 1), np.asarray],
+    ids=["row", "view", "numpy slice", "permuted", "array"],
+)
+def test_a_slot_stays_taken_while_anything_shares_its_memory(memory, derive):
+    filled(memory, 0, 9)
+    kept = derive(memory.open(filled(memory, 0, 5)))
+    gc.collect()
+    assert memory.take(0, SHAPE) is None
+    assert set(np.asarray(kept).ravel().tolist()) == {5}
+    del kept
+    gc.collect()
+    assert memory.take(0, SHAPE) is not None
+
+
+def test_what_does_not_fit_or_lies_elsewhere_is_left_alone(memory):
+    assert memory.take(0, (5000,)) is None
+    assert memory.slot_of(0, np.zeros(SHAPE, np.uint8)) is None
+    assert memory.slot_of(1, memory.take(0, SHAPE)) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.booleans()), max_size=60))
+def test_no_batch_is_ever_written_over_while_it_is_held(actions):
+    memory, held = SlotMemory(workers=2, slots=3, slot_bytes=96), []
+    for value, (worker, is_dropped) in enumerate(actions):
+        array = memory.take(worker, SHAPE)
+        if array is not None:
+            array[:] = value
+            held.append((value, memory.open(memory.slot_of(worker, array))))
+            del array
+        if is_dropped and held:
+            held.pop(0)
+        assert all(torch.equal(tensor, torch.full(SHAPE, value, dtype=torch.uint8)) for value, tensor in held)

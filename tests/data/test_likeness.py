@@ -1,0 +1,56 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm.data.likeness import THUMBNAIL_BYTES, look_of, near_hashes
+from vlm.data.same_picture import compare, is_same_picture, same_looks
+
+
+def pairs_of(blocks):
+    return [(int(one), int(other)) for some, others in blocks for one, other in zip(some, others, strict=True)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), number=st.integers(0, 60), distance=st.integers(0, 15))
+def test_every_pair_of_near_hashes_is_found_once(seed, number, distance):
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, 2**64, 4, dtype=np.uint64)
+    flips = [sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 9), replace=False)) for _ in range(number)]
+    hashes = centres[rng.integers(0, 4, number)] ^ np.array(flips, dtype=np.uint64)
+    found = pairs_of(near_hashes(hashes, distance=distance))
+    expected = {
+        (one, other)
+        for one in range(number)
+        for other in range(one + 1, number)
+        if int(hashes[one] ^ hashes[other]).bit_count() <= distance
+    }
+    assert set(found) == expected
+    assert len(found) == len(expected)
+
+
+def test_a_look_does_not_depend_on_the_scale_it_was_decoded_at(make_picture):
+    small, large = (look_of(make_picture(3, size=size)) for size in ((160, 120), (640, 480)))
+    assert (small.hash ^ large.hash).bit_count() <= 6
+    assert small.thumbnail.shape == (THUMBNAIL_BYTES,)
+    assert small.thumbnail.dtype == np.uint8
+    thumbnails = np.stack([small.thumbnail, large.thumbnail])
+    assert is_same_picture(thumbnails, np.array([0]), np.array([1])).all()
+
+
+def test_looks_equal_bit_for_bit_are_paired_with_the_first(make_picture):
+    looks = [look_of(make_picture(number)) for number in (1, 0, 0, 1, 0, 2)]
+    hashes = np.array([look.hash for look in looks], dtype=np.uint64)
+    thumbnails = np.stack([look.thumbnail for look in looks])
+    assert sorted(pairs_of(same_looks(hashes, thumbnails, distance=10))) == [(0, 3), (1, 2), (1, 4)]
+    assert pairs_of(same_looks(hashes[:0], thumbnails[:0], distance=10)) == []
+
+
+def test_brightness_is_explained_and_another_colour_is_not(make_picture):
+    one = look_of(make_picture(5, size=(160, 120))).thumbnail[None].astype(np.float32)
+    brighter, coloured = one.copy(), one.copy()
+    brighter[:, :1024] = np.minimum(brighter[:, :1024] * 1.02 + 2, 255)
+    coloured[:, 1024:] += 4
+    left = compare(one, brighter)
+    assert left.is_same().all()
+    assert left.shift[0] > 2
+    assert not compare(one, coloured).is_same().any()

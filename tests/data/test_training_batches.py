@@ -1,0 +1,118 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.tars import write_tar
+from vlm.data.arrays import StoredArrays, view_rng
+from vlm.data.encode import encode_pair
+from vlm.data.loader import ShardSet
+from vlm.data.order import SampleOrder
+from vlm.data.plan import TrainingPlan
+from vlm.data.samples import Pair
+from vlm.data.training_batches import AssembleTraining
+from vlm.data.views import RandomView
+from vlm.errors import VlmError
+
+
+class Lengths:
+    """Tokenizes a text as its length."""
+
+    def encode(self, texts):
+        return np.array([[len(text)] for text in texts], np.int64)
+
+
+def assemble(plan, **options):
+    view = options.pop("view", RandomView(size=8))
+    tokenizer: Any = Lengths()
+    return AssembleTraining(plan=plan, view=view, tokenizer=tokenizer, **options)
+
+
+def plan_of(*counts, batch_size):
+    return TrainingPlan(order=SampleOrder(counts=counts, window=1), batch_size=batch_size)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A shard of six samples: the second and the third unusable."""
+    return write_tar(tmp_path / "0.tar", ["", "no picture", "unreadable json", "", "", ""])
+
+
+def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
+    plan = plan_of(6, batch_size=6)
+    shards = ShardSet([damaged])
+    made = assemble(plan)(plan[0], shards)
+    by_number = {asked.number: used.number for asked, used in zip(made.addresses, made.used, strict=True)}
+    assert by_number == {0: 0, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}
+    assert {(i.key, i.reason, i.address.number, i.is_stand_in) for i in made.incidents} == {
+        ("0-1", "no picture", 1, False),
+        ("0-2", "unreadable json", 1 + 1, True),
+        ("0-2", "unreadable json", 2, False),
+    }
+    for incident in made.incidents:
+        assert incident.offset == shards.place(incident.address)[1] > 0
+    rows = {used.number: image.tobytes() for used, image in zip(made.used, made.images.numpy(), strict=True)}
+    assert len(set(rows.values())) == 4
+
+
+def test_too_many_unusable_in_a_row_end_the_run_with_the_last_one_named(tmp_path):
+    address = write_tar(tmp_path / "0.tar", ["no picture"] * 5)
+    plan = plan_of(5, batch_size=1)
+    with pytest.raises(VlmError, match=r"3 samples in a row.*no picture.*max-bad-in-a-row"):
+        assemble(plan, max_bad_in_a_row=3)(plan[0], ShardSet([address]))
+
+
+def test_which_caption_was_drawn_is_recorded(damaged):
+    plan = plan_of(6, batch_size=1)
+    made = [assemble(plan)(plan[number], ShardSet([damaged])) for number in range(60)]
+    drawn = {(row.number, row.text.rpartition(" ")[2]) for batch in made for row in batch.drawn}
+    assert drawn == {(0, "one"), (1, "two"), (2, "three")}
+    assert made[0].captions == (made[0].drawn[0].text,)
+
+
+def test_a_repeated_visit_is_drawn_anew(damaged):
+    order = SampleOrder.of_selection([np.array([40, 0, 0, 0, 0, 0], np.uint16)])
+    plan = TrainingPlan(order=order, batch_size=40)
+    made = assemble(plan)(plan[0], ShardSet([damaged]))
+    assert set(made.keys) == {"0-0"}
+    assert len(set(made.captions)) == 3
+
+
+@pytest.fixture
+def reinforced(tmp_path, make_picture):
+    """A shard of three samples with two stored views and two captions each."""
+    from webdataset.writer import TarWriter
+
+    path = tmp_path / "r.tar"
+    with TarWriter(str(path), encoder=False) as tar:
+        for number in range(3):
+            arrays = {
+                "view_seeds": np.array([10 * number + 1, 10 * number + 2], np.uint64),
+                "teacher_image": np.array([[number, 1], [number, 2]], np.float16),
+                "teacher_text": np.array([[number, 10], [number, 20]], np.float32),
+            }
+            captions = {"": (f"{number} a", f"{number} bb")}
+            tar.write(encode_pair(Pair(key=f"k{number}", image=make_picture(number), captions=captions, arrays=arrays)))
+    return str(path)
+
+
+def test_the_student_sees_the_view_the_teacher_saw(reinforced, make_picture):
+    plan, view = plan_of(3, batch_size=12), RandomView(size=16, scale=(0.2, 1.0), flip=0.5)
+    stored = StoredArrays(names=("teacher_image", "teacher_text"))
+    made = assemble(plan, view=view, arrays=stored)(plan[0], ShardSet([reinforced]))
+    seen_views = set()
+    for key, image, drawn, teacher_image, teacher_text in zip(
+        made.keys, made.images, made.drawn, made.arrays["teacher_image"], made.arrays["teacher_text"], strict=True
+    ):
+        number, stored_view = int(teacher_image[0]), int(teacher_image[1])
+        seen_views.add(stored_view)
+        assert key == f"k{number}"
+        assert np.array_equal(image, view(make_picture(number), view_rng(10 * number + stored_view)))
+        assert teacher_text.tolist() == [number, 10 * (drawn.number + 1)]
+    assert seen_views == {1, 2}
+
+
+def test_a_sample_without_the_arrays_asked_for_is_bad(damaged):
+    plan = plan_of(6, batch_size=1)
+    with pytest.raises(VlmError, match="no array"):
+        assemble(plan, arrays=StoredArrays(names=("text_embedding",)))(plan[0], ShardSet([damaged]))

@@ -1,0 +1,229 @@
+"""Measure each stage between the disk and the model alone, and name the one that holds a run back.
+
+Without MODEL the stages up to the device are measured. Times are medians of a few repeats on this machine as it is now:
+let nothing else run on it.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from vlm.console import bar, say, show_facts, show_json, show_table
+from vlm.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm.data.diagnosis.preparing import Trial
+    from vlm.data.diagnosis.stages import Diagnosis, Stage
+    from vlm.data.diagnosis.verdict import Verdict
+    from vlm.models.encoder import VisionLanguageModel
+
+_QUIET_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm doctor`."""
+
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """Shards to train on."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = ""
+    """Run folder, model folder, or NAME:WEIGHTS of open_clip; brings its size and its tokenizer."""
+
+    workers: str = "0,1,2,4"
+    """Numbers of worker processes to try, separated by commas."""
+
+    samples: int = 512
+    """Samples to measure with."""
+
+    batch_size: int = 64
+    """Samples in a batch."""
+
+    size: int | None = None
+    """Pixels of the view; that of MODEL if not given, else 224."""
+
+    tokenizer: str = "clip"
+    """Where MODEL brings none: clip, a SentencePiece .model file, or a tokenizer folder."""
+
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the model."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Measure, judge, show."""
+    from vlm.data.diagnosis.verdict import judge
+
+    diagnosis = diagnose(arguments)
+    verdict = judge(diagnosis)
+    if arguments.json:
+        show_json(asdict(diagnosis) | {"verdict": asdict(verdict)})
+    else:
+        show_diagnosis(diagnosis, verdict)
+
+
+def diagnose(arguments: Arguments) -> "Diagnosis":
+    """Measure all stages.
+
+    Raises:
+        UsageError: a number is out of range, or there are no such shards, model or tokenizer.
+        VlmError: no sample can be used.
+    """
+    import psutil
+
+    from vlm.data.diagnosis.loading import measure_hand_over, measure_loader
+    from vlm.data.diagnosis.preparing import measure_preparing
+    from vlm.data.diagnosis.stages import Diagnosis
+
+    workers, device = worker_counts(arguments.workers), _device(arguments.device)
+    model = _load(arguments) if arguments.model else None
+    trial = _trial(arguments, model)
+    busy = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
+    say(f"Measuring with {trial.num_batches * trial.batch_size:,} samples of {len(trial.shards):,} shards …")
+    stages = _storage(trial)
+    prepared = measure_preparing(trial)
+    stages += [*prepared.stages, measure_hand_over(trial)]
+    loader = measure_loader(trial, workers)
+    stages += _computing(trial, model, device)
+    return Diagnosis(
+        cores=_cores(),
+        busy_cores=busy,
+        device=_name(device),
+        shares_cores=device.type == "cpu",
+        precision=arguments.precision,
+        samples=trial.num_batches * trial.batch_size,
+        unusable=prepared.unusable,
+        batch_size=trial.batch_size,
+        size=trial.view.size,
+        picture_format=prepared.picture_format,
+        shrink=prepared.shrink,
+        stages=tuple(stages),
+        loader=tuple(loader),
+    )
+
+
+def worker_counts(text: str) -> tuple[int, ...]:
+    """Numbers of workers from "0,1,2".
+
+    Raises:
+        UsageError: something in it is not a number from 0 on.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise UsageError(f"--workers {text!r}: give numbers from 0 on, separated by commas, as 0,1,2.")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def show_diagnosis(diagnosis: "Diagnosis", verdict: "Verdict") -> None:
+    """Tables for people: each stage with its time a sample as a bar, the loader by workers, and the verdict."""
+    facts = {
+        "samples": f"{diagnosis.samples:,} in batches of {diagnosis.batch_size:,}, seen at {diagnosis.size} px",
+        "pictures": f"mostly {diagnosis.picture_format}, {diagnosis.shrink:.1f} times as large as they are seen",
+        "processor cores": f"{diagnosis.cores}, of which other work took {diagnosis.busy_cores:.1f}",
+        "device": diagnosis.device,
+    }
+    if diagnosis.unusable:
+        facts["cannot be used"] = f"{diagnosis.unusable:,}, see vlm inspect"
+    show_facts(facts)
+    rows = [_row(stage, slowest=verdict.slowest, longest=_longest(diagnosis)) for stage in diagnosis.stages]
+    show_table(["stage, alone", "samples/s", "of", "µs a sample", "", "note"], rows)
+    fastest = max(tried.rate for tried in diagnosis.loader)
+    show_table(
+        ["loader, workers", "samples/s", "first batch after", ""],
+        [
+            [tried.workers, round(tried.rate), f"{tried.first_batch_seconds:.2f} s", bar(tried.rate / fastest)]
+            for tried in diagnosis.loader
+        ],
+    )
+    print("\n".join(verdict.sentences))
+
+
+def _longest(diagnosis: "Diagnosis") -> float:
+    return max(1 / stage.rate for stage in diagnosis.stages)
+
+
+def _row(stage: "Stage", *, slowest: str, longest: float) -> list[object]:
+    micros = 1e6 / stage.rate
+    moved = f"{stage.bytes_rate / 1e6:,.0f} MB/s" if stage.bytes_rate else ""
+    note = "; ".join(part for part in (moved, stage.note) if part)
+    name = f"→ {stage.name}" if stage.name == slowest else f"  {stage.name}"
+    owner = "a process" if stage.each == "process" else f"{stage.cores} cores" if stage.cores > 1 else "the machine"
+    shown = f"{micros:,.1f}" if micros < 100 else f"{micros:,.0f}"
+    return [name, round(stage.rate), owner, shown.rjust(7), bar(1 / stage.rate / longest, width=24), note]
+
+
+def _load(arguments: Arguments) -> "VisionLanguageModel":
+    from vlm.models.loading import load_model
+
+    return load_model(arguments.model, device=arguments.device, precision=arguments.precision)
+
+
+def _trial(arguments: Arguments, model: "VisionLanguageModel | None") -> "Trial":
+    from vlm.data.diagnosis.preparing import Trial
+    from vlm.data.shards import expand_shards
+    from vlm.data.tokenizers import open_tokenizer
+    from vlm.data.views import RandomView
+
+    size = arguments.size or (model.view.size if model else 224)
+    if model and size != model.view.size:
+        raise UsageError(f"{arguments.model} sees {model.view.size} px; leave out --size {size}.")
+    return Trial(
+        shards=tuple(expand_shards(arguments.shards)),
+        view=RandomView(size=size),
+        tokenizer=model.tokenizer if model else open_tokenizer(arguments.tokenizer),
+        samples=arguments.samples,
+        batch_size=arguments.batch_size,
+    )
+
+
+def _storage(trial: "Trial") -> list["Stage"]:
+    from vlm.data.diagnosis.disk import measure_disk, measure_index
+
+    plan = trial.plan()
+    places = [(address.shard, address.number) for number in range(trial.num_batches) for address in plan[number]]
+    return [*measure_disk(trial.shards, places), *measure_index(trial.shards)]
+
+
+def _computing(trial: "Trial", model: "VisionLanguageModel | None", device: "torch.device") -> list["Stage"]:
+    from vlm.data.loader import ShardSet
+    from vlm.models.speed import measure_copy, measure_model
+
+    plan = trial.plan()
+    batch = trial.assemble(plan)(plan[0], ShardSet(trial.shards))
+    stages = measure_copy(batch.images, device)
+    return stages if model is None else [*stages, *measure_model(model, batch.images, batch.tokens)]
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    from vlm.models.loading import choose_device
+
+    try:
+        device = choose_device(name)
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {name!r}; give auto, cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UsageError(f"torch sees no device {name!r} here; give auto or cpu.")
+    return device
+
+
+def _name(device: "torch.device") -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no accelerator"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
