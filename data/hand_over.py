@@ -22,11 +22,12 @@ _PAGE = mmap.PAGESIZE
 
 @dataclass(frozen=True)
 class Slot:
-    """A filled slot: of which worker, which one, and the shape of what is in it."""
+    """A filled slot: of which worker, which one, and how the tensor in it is laid out."""
 
     worker: int
     number: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class SlotMemory:
@@ -48,19 +49,19 @@ class SlotMemory:
         self._is_taken[worker, free[0]] = 1
         return self._memory[worker, free[0], :size].reshape(shape)
 
-    def slot_of(self, worker: int, filled: UInt8[Array, "..."]) -> Slot | None:
-        """The slot an array lies in; None if it lies elsewhere."""
-        distance = filled.ctypes.data - self._memory[worker].ctypes.data
+    def slot_of(self, worker: int, filled: UInt8[Tensor, "..."]) -> Slot | None:
+        """The slot at whose beginning a tensor lies; None if it lies elsewhere."""
+        distance = filled.data_ptr() - self._memory[worker].ctypes.data
         if not 0 <= distance < self._memory[worker].size:
             return None
-        return Slot(worker, distance // self._slot_bytes, filled.shape)
+        return Slot(worker, distance // self._slot_bytes, tuple(filled.shape), filled.stride())
 
     def open(self, slot: Slot) -> UInt8[Tensor, "..."]:
         """In the reader: what is in a slot, which is free once this tensor and all that share its memory are gone."""
-        size = math.prod(slot.shape)
-        array = self._memory[slot.worker, slot.number, :size].reshape(slot.shape)
+        array = self._memory[slot.worker, slot.number, : math.prod(slot.shape)]
         weakref.finalize(array, self._free, slot.worker, slot.number)
-        return torch.from_numpy(array)  # whose storage keeps this very array
+        # the storage of the tensor keeps this very array
+        return torch.from_numpy(array).as_strided(slot.shape, slot.strides)
 
     def _free(self, worker: int, number: int) -> None:
         self._is_taken[worker, number] = 0

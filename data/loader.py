@@ -66,7 +66,7 @@ class ShardSet:
         self._open: dict[int, ShardReader] = {}
         self.slots: SlotMemory | None = None
 
-    def new_images(self, shape: tuple[int, ...]) -> UInt8[Array, "B 3 H W"]:
+    def new_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
         """Room for the pictures of a batch: in a worker where they are handed over without a copy, if there is any."""
         worker = get_worker_info()
         taken = self.slots.take(worker.id, shape) if self.slots and worker else None
@@ -140,7 +140,7 @@ class _Batches(Dataset, Generic[Made]):
         except VlmError as error:
             return _Failure(error)
         slots, worker = self.shards.slots, get_worker_info()
-        slot = slots.slot_of(worker.id, batch.images.numpy()) if slots and worker else None
+        slot = slots.slot_of(worker.id, batch.images) if slots and worker else None
         return batch if slot is None else _HandedOver(batch.with_images(_NOTHING), slot)
 
 

@@ -32,6 +32,7 @@ from vlm.manifest import MANIFEST, PROGRESS
 
 __all__ = ["ShardReader", "count_samples", "expand_shards", "is_remote", "shards_fingerprint"]
 
+_GAP_BYTES = 16_384
 _THREADS = 8
 _MANY_REMOTE = 4
 _TRIES = 100
@@ -214,7 +215,12 @@ def _read_spans(descriptor: int, spans: Sequence[Span], address: str) -> list[by
     for span in spans:  # asked first: a header may promise more than there is memory
         if span.offset < 0 or span.size < 0 or span.offset + span.size > end:
             raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {address}, which ends at {end:,}")
-    return [os.pread(descriptor, span.size, span.offset) for span in spans]
+    first = min((span.offset for span in spans), default=0)
+    last = max((span.offset + span.size for span in spans), default=0)
+    if last - first - sum(span.size for span in spans) > _GAP_BYTES:
+        return [os.pread(descriptor, span.size, span.offset) for span in spans]
+    together = os.pread(descriptor, last - first, first)
+    return [together[span.offset - first : span.offset - first + span.size] for span in spans]
 
 
 def count_samples(shards: list[str], *, allow_damage: bool = False, cache: ShardCache | None = None) -> list[int]:

@@ -66,6 +66,7 @@ class TarIndex:
         self.damage = described.get(b"damage", b"").decode()
         self.fingerprint = described[b"fingerprint"].decode()
         self._arrays = table.column("arrays")
+        self._has_arrays = any(len(chunk.flatten()) for chunk in self._arrays.chunks)
         self._keys = table.column("key")
         self._spans = {
             role: (
@@ -83,7 +84,8 @@ class TarIndex:
         for role, (offsets, sizes) in self._spans.items():
             size = int(sizes[number])
             spans[role] = Span(int(offsets[number]), size) if size >= 0 else None
-        arrays = {name: Span(offset, size) for name, offset, size in map(dict.values, self._arrays[number].as_py())}
+        stored = self._arrays[number].as_py() if self._has_arrays else ()
+        arrays = {name: Span(offset, size) for name, offset, size in map(dict.values, stored)}
         return Member(key=self._keys[number].as_py(), arrays=arrays, **spans)
 
     def sample_keys(self) -> list[str]:

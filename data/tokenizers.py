@@ -13,6 +13,7 @@ from vlm.files import fingerprint_of, write_bytes, write_text
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
+_WORDS_KEPT = 1 << 17
 
 
 @runtime_checkable
@@ -43,7 +44,10 @@ class Tokenizer(Protocol):
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding of 49,408 pieces, as open_clip ships it."""
+    """CLIP's byte-pair encoding of 49,408 pieces, as open_clip ships it.
+
+    No piece reaches over a space, so the pieces of words are kept: most words of a caption have been met before.
+    """
 
     start_token, end_token, pad_token = 49406, 49407, 0
 
@@ -52,10 +56,30 @@ class ClipTokenizer(Tokenizer):
 
         self._bpe = SimpleTokenizer(context_length=context_length)
         self.context_length, self.vocab_size = context_length, self._bpe.vocab_size
+        self._words: dict[str, list[int]] = {}
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return self._bpe(list(texts)).numpy()
+        rows = np.zeros((len(texts), self.context_length), np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            pieces = [self.start_token, *self._pieces(text)[: self.context_length - 2], self.end_token]
+            row[: len(pieces)] = pieces
+        return rows
+
+    def _pieces(self, text: str) -> list[int]:
+        # anything else is cleaned by open_clip's tokenizer, which may join or part words
+        is_plain = text.isascii() and text.isprintable() and "&" not in text
+        if not is_plain:
+            return self._bpe.encode(text)
+        return [piece for word in text.lower().split() for piece in self._pieces_of_word(word)]
+
+    def _pieces_of_word(self, word: str) -> list[int]:
+        found = self._words.get(word)
+        if found is None:
+            if len(self._words) >= _WORDS_KEPT:
+                self._words.clear()
+            found = self._words[word] = self._bpe.encode(word)
+        return found
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:

@@ -24,7 +24,8 @@ MAX_BAD_IN_A_ROW = 100
 class TrainingBatch:
     """One process's share of a global batch.
 
-    images are raw bytes of colour, normalised on the device. drawn: which caption of each sample is in `tokens`.
+    images are raw bytes of colour, channels-last in memory, normalised on the device. drawn: which caption of each
+    sample is in `tokens`.
     addresses are those asked for, used those shown: they differ where a stand-in was needed, and `incidents` says why.
     arrays: stored rows (`StoredArrays`) by name.
     """
@@ -84,10 +85,11 @@ class AssembleTraining:
         incidents: list[Incident] = []
         rows = [self._usable(address, shards, incidents) for address in addresses]
         keys = tuple(row.key for row in rows)
-        images = shards.new_images((len(rows), 3, self.view.size, self.view.size))
-        np.stack([row.image for row in rows], out=images)
+        # views are channels-last in memory, as decoders leave them, and stay so
+        images = shards.new_images((len(rows), self.view.size, self.view.size, 3))
+        np.stack([row.image.transpose(1, 2, 0) for row in rows], out=images)
         return TrainingBatch(
-            images=torch.from_numpy(images),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),
             tokens=torch.from_numpy(self.tokenizer.encode([row.caption.text for row in rows])),
             keys=keys,
             drawn=tuple(row.caption for row in rows),

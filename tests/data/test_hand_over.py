@@ -1,4 +1,5 @@
 import gc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +20,24 @@ def memory():
 def filled(memory, worker, value):
     array = memory.take(worker, SHAPE)
     array[:] = value
-    return memory.slot_of(worker, array)
+    return memory.slot_of(worker, torch.from_numpy(array))
 
 
 def test_what_a_worker_fills_the_reader_opens(memory):
-    slots = [filled(memory, worker, value) for worker, value in ((0, 1), (1, 2), (0, 3))]
+    slots: list[Any] = [filled(memory, worker, value) for worker, value in ((0, 1), (1, 2), (0, 3))]
     opened = [memory.open(slot) for slot in slots]
     assert [tensor.unique().tolist() for tensor in opened] == [[1], [2], [3]]
     assert memory.take(0, SHAPE) is None
+
+
+def test_the_layout_in_memory_is_kept(memory):
+    array = memory.take(0, (2, 4, 4, 3))
+    array[..., 0], array[..., 1:] = 7, 1
+    slot: Any = memory.slot_of(0, torch.from_numpy(array).permute(0, 3, 1, 2))
+    opened = memory.open(slot)
+    assert opened.shape == (2, 3, 4, 4)
+    assert opened.is_contiguous(memory_format=torch.channels_last)
+    assert opened[:, 0].unique().tolist() == [7]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +58,8 @@ def test_a_slot_stays_taken_while_anything_shares_its_memory(memory, derive):
 
 def test_what_does_not_fit_or_lies_elsewhere_is_left_alone(memory):
     assert memory.take(0, (5000,)) is None
-    assert memory.slot_of(0, np.zeros(SHAPE, np.uint8)) is None
-    assert memory.slot_of(1, memory.take(0, SHAPE)) is None
+    assert memory.slot_of(0, torch.zeros(SHAPE, dtype=torch.uint8)) is None
+    assert memory.slot_of(1, torch.from_numpy(memory.take(0, SHAPE))) is None
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,7 +70,7 @@ def test_no_batch_is_ever_written_over_while_it_is_held(actions):
         array = memory.take(worker, SHAPE)
         if array is not None:
             array[:] = value
-            held.append((value, memory.open(memory.slot_of(worker, array))))
+            held.append((value, memory.open(memory.slot_of(worker, torch.from_numpy(array)))))
             del array
         if is_dropped and held:
             held.pop(0)

@@ -48,10 +48,27 @@ def test_a_saved_tokenizer_opens_as_the_same(tmp_path, pieces, kind):
     assert (again.encode(CAPTIONS) == tokenizer.encode(CAPTIONS)).all()
 
 
-def test_clip_encodes_as_open_clip_does():
+ODD = [
+    "it's a dog's, can't won't I'LL o'clock 's 't",
+    "a  b\tc",
+    "<br> x <|endoftext|> hi a<start_of_text>b foo<end_of_text>",
+    "don't1234 5.5% a_b--c...",
+    "A&amp;B",
+    "‘quote’ café",
+    "\x1b[31mred",
+    "x" * 400,
+    "",
+    " ".join(["word"] * 100),
+    "http://a.b/c?d=e#f",
+]
+
+
+def test_clip_encodes_as_open_clip_does_also_what_it_has_met_before():
     import open_clip
 
-    assert (ClipTokenizer().encode(CAPTIONS) == open_clip.get_tokenizer("ViT-B-32")(CAPTIONS).numpy()).all()
+    ours, theirs = ClipTokenizer(), open_clip.get_tokenizer("ViT-B-32")
+    for texts in (CAPTIONS, ODD, [text.upper() for text in ODD], ODD):
+        assert (ours.encode(texts) == theirs(texts).numpy()).all()
     assert ClipTokenizer().decode(ClipTokenizer().encode(["a small red circle"])[0].tolist()) == "a small red circle"
 
 
