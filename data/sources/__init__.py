@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm.data.selection import read_selection
-from vlm.data.shards import expand_shards, is_remote
+from vlm.data.shards import expand_shards
 from vlm.data.sources.class_folder import ClassFolderSource, is_classified
 from vlm.data.sources.drawn_scenes import SceneSource
 from vlm.data.sources.files import FolderFiles, SourceFiles, TarFiles, open_files
@@ -13,6 +13,7 @@ from vlm.data.sources.foreign_shards import ShardSource, looks_like_shard
 from vlm.data.sources.source import PairSource, SceneOptions, SourceKind, SourceOptions
 from vlm.data.sources.table import TableSource, find_table
 from vlm.data.sources.table_rows import TABLE_KINDS, ending_of
+from vlm.data.storage.addresses import needs_cache
 from vlm.errors import UsageError
 
 __all__ = ["KINDS", "PairSource", "SceneOptions", "SourceKind", "SourceOptions", "open_source"]
@@ -64,7 +65,7 @@ def open_source(address: str, options: SourceOptions | None = None) -> PairSourc
 
 def _look(address: str, options: SourceOptions) -> Place:
     is_drawn = options.kind == SCENES or (address == SCENES and not Path(address).exists())
-    is_pattern = is_remote(address) or any(sign in address for sign in "{*") or "::" in address
+    is_pattern = needs_cache(address) or any(sign in address for sign in "{*") or "::" in address
     if is_drawn or is_pattern:
         return Place(address=address, options=options, files=None, names=())
     if not Path(address).exists():

@@ -1,12 +1,15 @@
 """Shards of others are read by us, and ours by them."""
 
+import gzip
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.tars import write_tar
 from vlm.data.pack import pack
 from vlm.data.selection import Selection, whole_selection, write_selection
 from vlm.data.shards import ShardReader, count_samples, expand_shards
@@ -18,7 +21,8 @@ def written_by_webdataset(tmp_path, make_picture):
     """Two shards of webdataset's own ShardWriter, its encoders used: pictures as arrays, metadata as objects."""
     import webdataset
 
-    with webdataset.ShardWriter(str(tmp_path / "wds-%06d.tar"), maxcount=3, verbose=0) as writer:  # pyright: ignore[reportPrivateImportUsage]
+    theirs: Any = webdataset
+    with theirs.ShardWriter(str(tmp_path / "wds-%06d.tar"), maxcount=3, verbose=0) as writer:
         for number in range(5):
             picture = np.asarray(Image.open(io.BytesIO(make_picture(number))))
             parts = {"png": picture, "txt": f"caption {number}", "json": {"n": number}, "cls": number}
@@ -47,7 +51,7 @@ def written_like_img2dataset(tmp_path, make_picture):
     with TarWriter(str(folder / "00000.tar"), encoder=False) as tar:
         for number in range(6):
             status = "failed_to_download" if number == 2 else "success"
-            told = {"url": f"http://host/{number}.jpg", "key": f"00000{number:04d}", "status": status}
+            told: dict[str, Any] = {"url": f"http://host/{number}.jpg", "key": f"00000{number:04d}", "status": status}
             told |= {
                 "error_message": "404" if number == 2 else None,
                 "width": 40,
@@ -83,7 +87,8 @@ def test_webdataset_reads_what_we_pack(written_like_img2dataset, make_picture, t
 
     pack(open_source(str(written_like_img2dataset)), tmp_path / "ours")
     (shard,) = expand_shards(str(tmp_path / "ours"))
-    pipeline = webdataset.WebDataset(shard, shardshuffle=False)  # pyright: ignore[reportPrivateImportUsage]
+    reader: Any = webdataset
+    pipeline = reader.WebDataset(shard, shardshuffle=False)
     read = list(pipeline.decode("pil").to_tuple("__key__", "jpg;webp", "txt", "json"))
     assert [key for key, *_ in read] == [f"00000{number:04d}" for number in (0, 1, 3, 4, 5)]
     assert [text for _, _, text, _ in read] == [f"alt {number}" for number in (0, 1, 3, 4, 5)]
@@ -105,3 +110,11 @@ def test_a_selection_while_streaming_is_the_same_as_its_subset_packed(written_by
     assert [sample.key for sample in kept] == ["sample000", "sample002", "sample004"]
     manifest = json.loads((tmp_path / "subset" / "manifest.json").read_text())
     assert "by hand" in json.dumps(manifest)
+
+
+def test_a_compressed_shard_is_packed_like_a_plain_one(tmp_path):
+    write_tar(tmp_path / "0.tar", [""] * 3)
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    pack(open_source(str(tmp_path / "0.tar.gz")), tmp_path / "packed")
+    (shard,) = expand_shards(str(tmp_path / "packed"))
+    assert [ShardReader(shard).read(number).key for number in range(3)] == ["0-0", "0-1", "0-2"]

@@ -1,4 +1,5 @@
 import io
+import logging
 import tarfile
 import time
 from collections.abc import Iterator
@@ -6,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.storage.faulty import FaultyServer, folder_answer, serving
+from tests.data.storage.faulty import FaultyServer, folder_answer, proxy_answer, serving
 from vlm.data.storage import checksums, remote
 from vlm.data.storage.cache import ShardCache
 from vlm.data.storage.retry import Patience
 
+BUCKET = "pictures"
 QUICK = Patience(attempts=4, seconds=20, first_wait=0.01, longest_wait=0.05)
 
 
@@ -78,3 +80,42 @@ def wait_for():
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[FaultyServer]:
+    """An S3 emulator behind a faulty server."""
+    pytest.importorskip("moto", reason="the S3 emulator is not installed: pip install 'moto[s3]' flask flask-cors")
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'vlm[remote]'")
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    emulator.start()
+    try:
+        with serving(proxy_answer(*emulator.get_host_and_port())) as server:
+            yield server
+    finally:
+        emulator.stop()
+
+
+@pytest.fixture
+def bucket(s3: FaultyServer, served, write_shards, monkeypatch):
+    """Three shards in `s3://pictures/set/`; their names."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3.url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3.faults = []
+    names = write_shards(served, 3)
+    system, _ = remote.open_system(f"s3://{BUCKET}/set/0.tar")
+    if not system.exists(BUCKET):
+        system.mkdir(BUCKET)
+    for name in (*names, "readme.txt"):
+        system.pipe_file(f"{BUCKET}/set/{name}", (served / name).read_bytes() if name in names else b"hello")
+    s3.requests.clear()
+    return names

@@ -1,55 +1,12 @@
-import logging
-
 import pytest
 
-from tests.data.storage.faulty import Fault, FaultyServer, proxy_answer, serving
+from tests.data.storage.conftest import BUCKET
+from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shards import ShardReader, count_samples, expand_shards
 from vlm.data.storage import remote
 from vlm.data.storage.retry import Patience
 from vlm.errors import UsageError, VlmError
-
-pytest.importorskip("moto", reason="the S3 emulator moto is not installed: pip install 'moto[server]'")
-pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'vlm[remote]'")
-
-BUCKET = "pictures"
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """An S3 emulator behind a faulty server."""
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    emulator.start()
-    try:
-        with serving(proxy_answer(*emulator.get_host_and_port())) as server:
-            yield server
-    finally:
-        emulator.stop()
-
-
-@pytest.fixture
-def bucket(s3: FaultyServer, served, write_shards, monkeypatch):
-    """Three shards in `s3://pictures/set/`; their names."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3.url,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3.faults = []
-    names = write_shards(served, 3)
-    system, _ = remote.open_system(f"s3://{BUCKET}/set/0.tar")
-    if not system.exists(BUCKET):
-        system.mkdir(BUCKET)
-    for name in (*names, "readme.txt"):
-        system.pipe_file(f"{BUCKET}/set/{name}", (served / name).read_bytes() if name in names else b"hello")
-    s3.requests.clear()
-    return names
 
 
 def test_a_bucket_is_listed(bucket):
