@@ -5,19 +5,21 @@ a little, since the GPU decodes whole pictures and has a decoder of its own.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 
 from vlm.data.decode import EncodedPicture
 from vlm.data.views import Crop, RandomView
-from vlm.errors import BadSample
+from vlm.errors import BadSample, UsageError
 from vlm.tensors import Array, Float, Tensor, UInt8
 
+_SCAN, _APP1, _APP15 = 0xDA, 0xE1, 0xEF
 _END = b"\xff\xd9"
 # how far from the end of the file the end mark may lie: cameras pad
 _END_WITHIN = 4096
@@ -38,7 +40,7 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 class PreparedView:
     """A view on its way to the device: an encoded JPEG with the crop to show, or the view itself.
 
-    Exactly one of encoded and shown is given. orientation: EXIF's, of the stored pixels.
+    Exactly one of encoded and shown is given. orientation: EXIF's, of the stored pixels; `encoded` does not say it.
     """
 
     crop: Crop
@@ -64,21 +66,23 @@ def prepare_view(image: bytes, view: RandomView, rng: np.random.Generator) -> Pr
     picture = EncodedPicture(image)
     crop = view.draw(picture.width, picture.height, rng)
     # GPU decoders fill the rest of a cut file with grey without a word
-    if picture.is_jpeg and image.rfind(_END, -_END_WITHIN) >= 0:
-        return PreparedView(crop=crop, orientation=picture.orientation, encoded=image)
+    if picture.is_jpeg and _has_end(image):
+        # of the decoders, some turn the picture themselves
+        encoded = image if picture.orientation == 1 else _without_exif(image)
+        return PreparedView(crop=crop, orientation=picture.orientation, encoded=encoded)
     return PreparedView(crop=crop, shown=view.show(picture, crop))
 
 
 def show_on_device(prepared: Sequence[PreparedView], view: RandomView, device: torch.device) -> DeviceViews:
     """Decode, crop and resize a batch of prepared views on the device.
 
-    view: that which they were prepared with. With a CPU device it works too, slowly.
+    view: that which they were prepared with. The pixels of a row do not depend on the others. With a CPU device it
+    works too, slowly.
     """
     rows = torch.zeros((len(prepared), 3, view.size, view.size), dtype=torch.uint8, device=device)
     damaged: dict[int, BadSample] = {}
     encoded = {row: one.encoded for row, one in enumerate(prepared) if one.encoded is not None}
-    decoded = _decode_batch(list(encoded.values()), device)
-    pixels = dict(zip(encoded, decoded or [None] * len(encoded), strict=True))
+    pixels = dict(zip(encoded, _decode_batch(list(encoded.values()), device), strict=True))
     for row, one in enumerate(prepared):
         try:
             if one.shown is not None:
@@ -90,12 +94,56 @@ def show_on_device(prepared: Sequence[PreparedView], view: RandomView, device: t
     return DeviceViews(images=rows, damaged=damaged)
 
 
+def check_decoder(device: torch.device) -> None:
+    """Decode a JPEG on the device, so that a run without a decoder ends before it begins, not slowly on the CPU.
+
+    Raises:
+        UsageError: the device has no decoder.
+    """
+    try:
+        _decoder()([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))], device)
+    except (RuntimeError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"JPEGs cannot be decoded on {device} here: {reason}. Install a torchvision or "
+            "torchcodec built for CUDA, or leave out --decode-on-device."
+        ) from error
+
+
+def _header(image: bytes) -> Iterator[tuple[int, int]]:
+    """Place and marker of each segment of a JPEG up to its first scan, that included."""
+    place = 2
+    while image[place : place + 1] == b"\xff":
+        while image[place + 1 : place + 2] == b"\xff":
+            place += 1
+        marker = int.from_bytes(image[place + 1 : place + 2])
+        yield place, marker
+        if marker == _SCAN:
+            return
+        place += 2 + int.from_bytes(image[place + 2 : place + 4])
+
+
+def _has_end(image: bytes) -> bool:
+    """Whether a JPEG ends in the end mark; that of a picture embedded in its header does not count."""
+    scan = max((place for place, marker in _header(image) if marker == _SCAN), default=len(image))
+    return image.rfind(_END, max(scan, len(image) - _END_WITHIN)) >= 0
+
+
+def _without_exif(image: bytes) -> bytes:
+    """The JPEG with its APP1 segments, which hold EXIF, named otherwise, so that no decoder reads them."""
+    changed = bytearray(image)
+    for place, marker in _header(image):
+        if marker == _APP1:
+            changed[place + 1] = _APP15
+    return bytes(changed)
+
+
 def _upright(one: PreparedView, stored: Tensor | None, device: torch.device) -> UInt8[Tensor, "3 H W"]:
-    """Upright pixels; decoded on the CPU, one by one, where the batch could not be."""
+    """Upright pixels; decoded on the CPU, one by one, where the device could not."""
     if stored is None:
         assert one.encoded is not None
         pixels = np.ascontiguousarray(EncodedPicture(one.encoded).pixels())
-        return torch.from_numpy(pixels).permute(2, 0, 1).to(device)
+        stored = torch.from_numpy(pixels).permute(2, 0, 1).to(device)
     return _TURNS[one.orientation](stored) if one.orientation in _TURNS else stored
 
 
@@ -107,14 +155,19 @@ def _resized(pixels: UInt8[Tensor, "3 H W"], crop: Crop, view: RandomView) -> Fl
     return shown.flip(2) if crop.is_mirrored else shown
 
 
-def _decode_batch(images: list[bytes], device: torch.device) -> list[Tensor] | None:
-    """Stored pixels of each JPEG; None if one of them cannot be decoded, which fails the whole batch."""
+def _decode_batch(images: list[bytes], device: torch.device) -> list[Tensor | None]:
+    """Stored pixels of each JPEG; None for one that cannot be decoded so."""
     if not images:
         return []
+    if device.type == "cuda":
+        # the decoder writes on a stream of its own, maybe into memory that this one is still reading
+        torch.cuda.current_stream(device).synchronize()
     try:
-        return _decoder()(images, device)
+        return list(_decoder()(images, device))
     except RuntimeError:
-        return None
+        # one of them fails the whole batch
+        halves = (images[: len(images) // 2], images[len(images) // 2 :])
+        return [None] if len(images) == 1 else [pixels for half in halves for pixels in _decode_batch(half, device)]
 
 
 def _decoder() -> Callable[[list[bytes], torch.device], list[Tensor]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlm.data.decode import open_picture, to_rgb
+from vlm.data.decode import open_picture, to_rgb, upright_size
 
 SIDE = 32
 COLOUR_SIDE = 8
@@ -45,9 +45,13 @@ def look_of(data: bytes) -> Look:
         BadSample: the picture cannot be decoded.
     """
     picture = open_picture(data)
-    rgb = to_rgb(picture, resolution=min(1.0, _DECODED_SIDE / min(picture.size)))
+    width, height = upright_size(picture)
+    rgb = to_rgb(picture, resolution=min(1.0, _DECODED_SIDE / min(width, height)))
+    # of a JPEG decoded at 1/2, 1/4 or 1/8 the last pixels of a side may lie partly outside the picture
+    reduction = round(width / rgb.width)
     # a triangle, not a box: Pillow's box takes whole pixels only, so that copies of another size would differ
-    small = np.asarray(rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
+    frame = (0, 0, width / reduction, height / reduction)
+    small = np.asarray(rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=frame), dtype=np.float32)
     luma = small @ _LUMA
     lowest = (_COSINES @ luma @ _COSINES.T)[_ROWS, _COLUMNS]
     bits = np.packbits(lowest > np.median(lowest))

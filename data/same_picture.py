@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,34 +11,34 @@ from vlm.data.likeness import COLOUR_SIDE, SIDE, near_hashes
 _FITS_AT_ONCE = 512
 _EDGE = 2
 _WHITE = 245.0
-_MAX_MOVED_PIXELS = 0.6
-_MAX_GAIN = 0.16
+# of the brightest channel, in levels: where some of a pixel may be clipped, and where all of it may
+_MAYBE_CLIPPED, _SURELY_CLIPPED = 190.0, 240.0
+_DOUBTFUL_WEIGHT = 0.02
+_FEWEST_PIXELS, _FEWEST_BLOCKS = 60, 4
+_MAX_MOVED_PIXELS = 0.75
+_MAX_GAIN = 0.18
 _MAX_UNFITTED_LEVELS = 22.0
 _MAX_UNFITTED_COLOUR = 16.0
 _SHIFT_LEVELS = 60.0
+_MAX_SHIFT = 14.0
 # gradients where nothing moved are noise; a gain is told from an offset only where there is contrast
-_RIDGE = np.diag(np.array([1, 1, 1, 1, 1e3, 10], dtype=np.float32))
+_RIDGE = np.diag(np.array([20, 20, 20, 20, 1e3, 10], dtype=np.float32))
+_RAMP = np.linspace(-1, 1, SIDE, dtype=np.float32)
+_BLOCK = SIDE // COLOUR_SIDE
 
-# Set on 336 fashion and 280 Flickr8k photos against their copies: JPEG at quality 50 and 85, WebP, PNG, twice the size
-# and a cut of 2% leave at most luma 1.02 rms and 4.5, colour 1.15 of bias. The nearest different photos of fashion, and
-# copies of them, leave 1.23 of bias (belts in brown and tan), 1.28 rms (briefs with another band) or 1.23 rms after 7
-# levels of brightening (shoes in brown and grey). Checked on others (227 fashion, 250 Flickr8k, 341 full-size clothing
-# photos), each copy against its original alone: all found of quality 50 and 85, WebP, PNG and larger; half the size
-# 99.1 / 100 / 100%, quality 30 100 / 99.6 / 100%, 3% brighter 99.6 / 100 / 100%, 5% brighter 66 / 95 / 98%, cut by 2%
-# 100 / 100 / 90%; no two different photos joined, none mirrored, cut by 20% or made grey. Below 64 pixels a side the
-# colours of a JPEG are too coarse, and copies of another size may be missed.
-MAX_LUMA_RMS, MAX_LUMA = 1.05, 4.5
-MAX_COLOUR_BIAS, MAX_COLOUR_RMS, MAX_COLOUR = 1.2, 2.3, 7.0
+# limits
+MAX_LUMA_RMS, MAX_LUMA = 0.95, 5.0
+MAX_COLOUR_BIAS, MAX_COLOUR_RMS, MAX_COLOUR = 1.4, 2.3, 9.0
+MAX_TOGETHER = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remainder:
     """What is left between P pairs of thumbnails after the fit, in levels, each float32 [P].
 
-    luma_rms, luma: root mean square, and the largest, lessened where the picture is steep.
+    luma_rms, luma: root mean square of what is not white, and the largest, lessened where the picture is steep.
     colour_bias: of the mean colour of what is not white; colour_rms, colour: root mean square and largest.
-    moved: pixels an edge moved by; gain: change of contrast; shift: mean change of
-    brightness by gain and offset.
+    moved: pixels an edge moved by; gain: change of contrast; shift: mean change of brightness by gain and offset.
     """
 
     luma_rms: np.ndarray
@@ -51,16 +52,17 @@ class Remainder:
 
     def is_same(self) -> np.ndarray:
         """bool [P]: whether the change was small and what is left is noise; brighter pictures may leave more."""
-        slack = 1 + self.shift / _SHIFT_LEVELS
-        return (
-            (self.moved <= _MAX_MOVED_PIXELS)
-            & (self.gain <= _MAX_GAIN)
-            & (self.luma_rms <= MAX_LUMA_RMS * slack)
-            & (self.luma <= MAX_LUMA * slack)
-            & (self.colour_bias <= MAX_COLOUR_BIAS * slack)
-            & (self.colour_rms <= MAX_COLOUR_RMS * slack)
-            & (self.colour <= MAX_COLOUR * slack)
-        )
+        shares = [
+            self.luma_rms / MAX_LUMA_RMS,
+            self.luma / MAX_LUMA,
+            self.colour_bias / MAX_COLOUR_BIAS,
+            self.colour_rms / MAX_COLOUR_RMS,
+            self.colour / MAX_COLOUR,
+        ]
+        left = np.stack(shares) / (1 + self.shift / _SHIFT_LEVELS)
+        is_noise = (left.max(axis=0) <= 1) & ((left**2).sum(axis=0) <= MAX_TOGETHER**2)
+        is_small = (self.moved <= _MAX_MOVED_PIXELS) & (self.gain <= _MAX_GAIN) & (self.shift <= _MAX_SHIFT)
+        return is_noise & is_small
 
 
 def same_looks(hashes: np.ndarray, thumbnails: np.ndarray, *, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -103,54 +105,104 @@ def compare(one: np.ndarray, other: np.ndarray) -> Remainder:
     """Explain the change from one to other (float32 [P, 1152]) by small changes, and say what is left.
 
     By least squares the luma may be shifted and stretched along each side, and made brighter by a gain and an offset
-    (one linear step of Lucas and Kanade 1981); what is brighter than white is clipped. The colours follow the gain
-    alone, so that another colour stays another. The outermost pixels, where a cut shows, do not count.
+    (one linear step of Lucas and Kanade 1981). Where a channel of the brighter may be clipped at 255, any part of the
+    brightening may be missing. The colours follow the movement and the gain alone, so that another colour stays
+    another. The outermost pixels, where a cut shows, do not count.
     """
     a, b = _smoothed(one), _smoothed(other)
+    colours, others_colours = _colours(one), _colours(other)
+    peak = np.maximum(a, b) + _above_luma((colours + others_colours) / 2)
+    doubt = np.clip((peak - _MAYBE_CLIPPED) / (_SURELY_CLIPPED - _MAYBE_CLIPPED), 0, 1)
     middle = (a + b) / 2
     down, across = np.gradient(middle, axis=1), np.gradient(middle, axis=2)
-    ramp = np.linspace(-1, 1, SIDE, dtype=np.float32)
-    terms = [across, across * ramp, down, down * ramp[:, None], middle - 128, np.ones_like(middle)]
-    design = _inner(np.stack(terms, axis=-1)).reshape(len(one), -1, 6)
-    a, b = _inner(a).reshape(len(one), -1), _inner(b).reshape(len(one), -1)
-    is_grey = (np.maximum(a, b) < _WHITE).astype(np.float32)
-    weighed = (design * is_grey[..., None]).transpose(0, 2, 1)
-    found = np.linalg.solve(weighed @ design + _RIDGE, weighed @ (b - a)[..., None])
-    explained = (design @ found)[..., 0]
-    brightening = (design[..., 4:] @ found[:, 4:])[..., 0]
-    shift = (brightening * is_grey).sum(axis=1) / np.maximum(is_grey.sum(axis=1), 1)
-    brighter = b - np.minimum(a + explained, 255)
-    darker = np.minimum(b - explained, 255) - a
-    left = np.where(shift[:, None] >= 0, brighter, darker) * (np.minimum(a, b) < _WHITE)
-    steepness = _inner(np.hypot(down, across)).reshape(len(one), -1)
-    size = np.abs(found[:, :, 0])
-    bias, rms, largest = _colours_left(one, other, gain=found[:, 4, 0], luma=middle)
+    terms = [across, across * _RAMP, down, down * _RAMP[:, None], middle - 128, np.ones_like(middle)]
+    fit = _fit(_inner(a), _inner(b), _inner(np.stack(terms, axis=-1)), doubt=_inner(doubt))
+    left = fit.left / np.sqrt(1 + (0.1 * _inner(np.hypot(down, across))) ** 2)
+    colour_left = _colours_left(colours, others_colours, fit.found, luma=middle, doubt=doubt)
+    is_coloured = (_blocks(middle) < _WHITE)[..., None].astype(np.float32)
+    number = np.maximum(is_coloured.sum(axis=(1, 2, 3)), _FEWEST_BLOCKS)
+    size = np.abs(fit.found)
     return Remainder(
-        luma_rms=np.sqrt(np.mean(left**2, axis=1)),
-        luma=np.abs(left / np.sqrt(1 + (0.1 * steepness) ** 2)).max(axis=1),
-        colour_bias=bias,
-        colour_rms=rms,
-        colour=largest,
+        luma_rms=np.sqrt((left**2).sum(axis=(1, 2)) / np.maximum(fit.num_pixels, _FEWEST_PIXELS)),
+        luma=np.abs(left).max(axis=(1, 2)),
+        colour_bias=np.abs((colour_left * is_coloured).sum(axis=(1, 2))).max(axis=1) / number,
+        colour_rms=np.sqrt((colour_left**2 * is_coloured).sum(axis=(1, 2, 3)) / (2 * number)),
+        colour=np.abs(colour_left).max(axis=(1, 2, 3)),
         moved=np.maximum(size[:, 0] + size[:, 1], size[:, 2] + size[:, 3]),
         gain=size[:, 4],
-        shift=np.abs(shift),
+        shift=fit.shift,
     )
 
 
+class _Fit(NamedTuple):
+    """The six terms' sizes [P, 6], luma left [P, H, W], pixels that count [P], and the mean brightening [P]."""
+
+    found: np.ndarray
+    left: np.ndarray
+    num_pixels: np.ndarray
+    shift: np.ndarray
+
+
+def _fit(a: np.ndarray, b: np.ndarray, design: np.ndarray, *, doubt: np.ndarray) -> _Fit:
+    """Fit b - a, [P, H, W], by the design's terms [P, H, W, 6].
+
+    doubt: how much of each pixel may be clipped, 0 to 1. A doubtful pixel hardly counts, unless the first fit leaves it
+    brighter than clipping can; what is white in both never counts.
+    """
+    shape = a.shape
+    design = design.reshape(len(a), -1, 6)
+    a, b, doubt = (part.reshape(len(a), -1) for part in (a, b, doubt))
+    is_grey = (np.maximum(a, b) < _WHITE).astype(np.float32)
+    counts = np.minimum(a, b) < _WHITE
+    trust = is_grey * np.maximum(1 - doubt, _DOUBTFUL_WEIGHT)
+
+    def fitted() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        weighed = (design * trust[..., None]).transpose(0, 2, 1)
+        found = np.linalg.solve(weighed @ design + _RIDGE, weighed @ (b - a)[..., None])
+        brightening = (design[..., 4:] @ found[:, 4:])[..., 0]
+        shift = (brightening * is_grey).sum(axis=1) / np.maximum(is_grey.sum(axis=1), 1)
+        sign = np.where(shift >= 0, 1, -1).astype(np.float32)[:, None]
+        dark, bright = np.where(sign > 0, a, b), np.where(sign > 0, b, a)
+        left = (bright - np.minimum(dark + sign * (design @ found)[..., 0], 255)) * counts
+        return found[..., 0], left, np.maximum(sign * brightening, 0), np.abs(shift)
+
+    trust = np.where((fitted()[1] > 0) & counts, 1, trust)
+    found, left, brightening, shift = fitted()
+    left += np.clip(-left, 0, doubt * brightening)
+    return _Fit(found, left.reshape(shape), counts.sum(axis=1), shift)
+
+
+def _colours(thumbnails: np.ndarray) -> np.ndarray:
+    """The colour differences [P, 8, 8, 2], blue then red, centred at 0."""
+    return thumbnails[:, SIDE * SIDE :].reshape(-1, COLOUR_SIDE, COLOUR_SIDE, 2) - 128
+
+
+def _above_luma(colours: np.ndarray) -> np.ndarray:
+    """Levels by which the brightest channel exceeds the luma, [P, 32, 32]."""
+    blue, red = colours[..., 0] / 0.564, colours[..., 1] / 0.713
+    green = -(0.299 * red + 0.114 * blue) / 0.587
+    return np.maximum(np.maximum(blue, red), green).repeat(_BLOCK, axis=1).repeat(_BLOCK, axis=2)
+
+
 def _colours_left(
-    one: np.ndarray, other: np.ndarray, *, gain: np.ndarray, luma: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bias, root mean square and largest change of colour, less what the gain explains, of what is not white."""
-    a, b = (part[:, SIDE * SIDE :].reshape(-1, COLOUR_SIDE, COLOUR_SIDE, 2) - 128 for part in (one, other))
-    half = gain[:, None, None, None] / 2
-    left = b * (1 - half) - a * (1 + half)
-    block = SIDE // COLOUR_SIDE
-    lightness = luma.reshape(-1, COLOUR_SIDE, block, COLOUR_SIDE, block).mean(axis=(2, 4))
-    counts = (lightness < _WHITE)[..., None].astype(np.float32)
-    number = np.maximum(counts.sum(axis=(1, 2, 3)), 4)
-    bias = np.abs((left * counts).sum(axis=(1, 2))).max(axis=1) / number
-    rms = np.sqrt((left**2 * counts).sum(axis=(1, 2, 3)) / (2 * number))
-    return bias, rms, np.abs(left).max(axis=(1, 2, 3))
+    a: np.ndarray, b: np.ndarray, found: np.ndarray, *, luma: np.ndarray, doubt: np.ndarray
+) -> np.ndarray:
+    """Change of colour [P, 8, 8, 2] less what gain, movement and clipping (where in doubt) explain."""
+    gain, offset = found[:, 4, None, None, None], found[:, 5, None, None]
+    middle = (a + b) / 2
+    ramp = _RAMP.reshape(COLOUR_SIDE, _BLOCK).mean(axis=1)[:, None]
+    right, right_stretch, down, down_stretch = found[:, :4, None, None, None].transpose(1, 0, 2, 3, 4)
+    moved = np.gradient(middle, axis=2) * (right + right_stretch * ramp)
+    moved += np.gradient(middle, axis=1) * (down + down_stretch * ramp[:, None])
+    left = b - a - gain * middle - moved / _BLOCK
+    brightening = _blocks(np.abs(gain[..., 0] * (luma - 128) + offset))[..., None]
+    clipped = _blocks(doubt)[..., None] * (brightening + np.abs(gain * middle))
+    return left - np.clip(left, -clipped, clipped)
+
+
+def _blocks(images: np.ndarray) -> np.ndarray:
+    """Means of 4×4 pixels, [P, 8, 8]."""
+    return images.reshape(-1, COLOUR_SIDE, _BLOCK, COLOUR_SIDE, _BLOCK).mean(axis=(2, 4))
 
 
 def _smoothed(thumbnails: np.ndarray) -> np.ndarray:

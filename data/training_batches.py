@@ -8,6 +8,7 @@ import torch
 from vlm.data.arrays import StoredArrays
 from vlm.data.batches import Incident, incident_of
 from vlm.data.captions import CaptionDraw, DrawnCaption
+from vlm.data.device_decode import PreparedView, prepare_view
 from vlm.data.loader import ShardSet
 from vlm.data.order import Address
 from vlm.data.plan import TrainingPlan
@@ -28,6 +29,8 @@ class TrainingBatch:
     sample is in `tokens`.
     addresses are those asked for, used those shown: they differ where a stand-in was needed, and `incidents` says why.
     arrays: stored rows (`StoredArrays`) by name.
+    prepared: pictures that are yet to be decoded on the device (`DeviceAhead` does it); images is [0, 3, H, W] until
+    then. offsets: byte offsets of those samples' first parts in their shards.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -38,6 +41,8 @@ class TrainingBatch:
     used: tuple[Address, ...]
     incidents: tuple[Incident, ...]
     arrays: dict[str, Float[Tensor, "B D"]] = field(default_factory=dict)
+    prepared: tuple[PreparedView, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -51,21 +56,25 @@ class TrainingBatch:
     def pin_memory(self) -> "TrainingBatch":
         """The same batch in page-locked memory, for overlapped copies to a GPU."""
         arrays = {name: rows.pin_memory() for name, rows in self.arrays.items()}
-        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory(), arrays=arrays)
+        images = self.images if self.prepared else self.images.pin_memory()
+        return replace(self, images=images, tokens=self.tokens.pin_memory(), arrays=arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     used: Address
     key: str
-    image: np.ndarray
+    image: np.ndarray | PreparedView
     caption: DrawnCaption
     arrays: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssembleTraining:
-    """Draws a view and a caption for each sample; replaces what cannot be used by a stand-in."""
+    """Draws a view and a caption for each sample; replaces what cannot be used by a stand-in.
+
+    decode_on_device: leave the decoding to the device; batches then hold prepared pictures.
+    """
 
     plan: TrainingPlan
     view: RandomView
@@ -74,20 +83,24 @@ class AssembleTraining:
     arrays: StoredArrays = field(default_factory=StoredArrays)
     seed: int = 0
     max_bad_in_a_row: int = MAX_BAD_IN_A_ROW
+    decode_on_device: bool = False
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of a picture as the model sees it."""
-        return 3 * self.view.size**2
+        """Bytes of a picture as the model sees it; 0 where it is not decoded here."""
+        return 0 if self.decode_on_device else 3 * self.view.size**2
 
     def __call__(self, addresses: list[Address], shards: ShardSet) -> TrainingBatch:
         """Read, view, draw and tokenize the samples at these addresses."""
         incidents: list[Incident] = []
         rows = [self._usable(address, shards, incidents) for address in addresses]
         keys = tuple(row.key for row in rows)
+        shown = [row.image for row in rows if isinstance(row.image, np.ndarray)]
+        prepared = tuple(row.image for row in rows if isinstance(row.image, PreparedView))
         # views are channels-last in memory, as decoders leave them, and stay so
-        images = shards.new_images((len(rows), self.view.size, self.view.size, 3))
-        np.stack([row.image.transpose(1, 2, 0) for row in rows], out=images)
+        images = shards.new_images((len(shown), self.view.size, self.view.size, 3))
+        if shown:
+            np.stack([image.transpose(1, 2, 0) for image in shown], out=images)
         return TrainingBatch(
             images=torch.from_numpy(images).permute(0, 3, 1, 2),
             tokens=torch.from_numpy(self.tokenizer.encode([row.caption.text for row in rows])),
@@ -97,6 +110,8 @@ class AssembleTraining:
             used=tuple(row.used for row in rows),
             incidents=tuple(incidents),
             arrays=self.arrays.stack([row.arrays for row in rows], keys),
+            prepared=prepared,
+            offsets=tuple(shards.place(row.used)[1] for row in rows) if prepared else (),
         )
 
     def _usable(self, asked: Address, shards: ShardSet, incidents: list[Incident]) -> _Row:
@@ -123,7 +138,10 @@ class AssembleTraining:
         return _Row(
             used=address,
             key=sample.key,
-            image=self.view(sample.image, view_rng),
+            image=self._picture(sample.image, view_rng),
             caption=caption,
             arrays=self.arrays.rows(sample, view=view, caption=caption),
         )
+
+    def _picture(self, image: bytes, rng: np.random.Generator) -> np.ndarray | PreparedView:
+        return prepare_view(image, self.view, rng) if self.decode_on_device else self.view(image, rng)

@@ -183,8 +183,14 @@ class SignalWriter:
             values=values[chosen],
         )
         write_column(path, name, rows, model=self.images.space.fingerprint, details=facts)
-        spread = {"least": values[chosen].min(), "median": np.median(values[chosen]), "most": values[chosen].max()}
-        return Signal(name=name, path=path, rows=len(chosen), facts=facts | {k: v.item() for k, v in spread.items()})
+        return Signal(name=name, path=path, rows=len(chosen), facts=facts | _spread(values[chosen]))
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """Least, median and most of scores; nothing of the numbers of groups."""
+    if values.dtype.kind != "f":
+        return {}
+    return {"least": values.min().item(), "median": np.median(values).item(), "most": values.max().item()}
 
 
 class _Groups:

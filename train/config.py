@@ -57,6 +57,9 @@ class LoaderConfig:
     flip: float = 0.0
     """Probability of mirroring a picture; leave at 0 where captions say left and right."""
 
+    decode_on_device: bool = False
+    """Decode JPEGs on the GPU instead of in the workers; workers then read, draw and tokenize only."""
+
     allow_damage: bool = False
     """Read the whole samples of shards that are cut short instead of refusing them."""
 

@@ -31,6 +31,10 @@ def finish_run(session: Session, ledger: Ledger) -> None:
             counts={"steps": state.step, "samples": state.position, "bad": ledger.num_replaced},
             configuration=asdict(config),
             inputs={"shards": data, "sequence": session.corpus.fingerprint},
-            details={"environment": environment(), "repeat": f"vlm train {run / CONFIG} --run NEW"},
+            details={
+                "sources": [asdict(source) for source in session.corpus.sources],
+                "environment": environment(),
+                "repeat": f"vlm train {run / CONFIG} --run NEW",
+            },
         ),
     )

@@ -18,6 +18,7 @@ from vlm.console import say
 from vlm.data.arrays import StoredArrays
 from vlm.data.captions import CaptionDraw
 from vlm.data.corpus import Corpus, open_corpus, read_sources
+from vlm.data.device_decode import check_decoder
 from vlm.data.ledger import Ledger
 from vlm.data.loader import stream_batches
 from vlm.data.plan import TrainingPlan
@@ -94,6 +95,8 @@ def open_session(config: TrainConfig, *, resume: bool) -> Session:
     corpus = find_corpus(config, cache)
     val_shards = expand_shards(config.val) if config.val else []
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    if config.loader.decode_on_device:
+        check_decoder(accelerator.device)
     model = build_model(config, accelerator.device)
     if accelerator.is_main_process:
         claim_folder(config, resume=resume)
@@ -119,7 +122,7 @@ def open_session(config: TrainConfig, *, resume: bool) -> Session:
         state=state,
         trained=accelerator.prepare_model(model.network.train()),
         steps=steps,
-        batches=iter(DeviceAhead(batches, accelerator.device)),
+        batches=iter(DeviceAhead(batches, accelerator.device, assemble.view if assemble.decode_on_device else None)),
     )
 
 
@@ -188,6 +191,7 @@ def assemble_training(config: TrainConfig, plan: TrainingPlan, model: VisionLang
         arrays=StoredArrays(names=config.loader.arrays),
         seed=config.seed,
         max_bad_in_a_row=config.loader.max_bad_in_a_row,
+        decode_on_device=config.loader.decode_on_device,
     )
 
 

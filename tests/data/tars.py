@@ -42,3 +42,13 @@ def write_tar(path: Path, damages: Sequence[str], *, prefix: str = "") -> str:
 def damages_for(size: int, share: float, rng: np.random.Generator) -> list[str]:
     """A damage for about `share` of `size` samples."""
     return [DAMAGES[int(rng.integers(1, len(DAMAGES)))] if rng.random() < share else "" for _ in range(size)]
+
+
+def without_tables(jpeg: bytes) -> bytes:
+    """The JPEG less its quantization tables: its header can be read, its pixels cannot."""
+    place, kept = 2, jpeg[:2]
+    while jpeg[place + 1] != 0xDA:
+        after = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+        kept += b"" if jpeg[place + 1] == 0xDB else jpeg[place:after]
+        place = after
+    return kept + jpeg[place:]

@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.tars import without_tables
 from vlm.data import device_decode
-from vlm.data.device_decode import prepare_view, show_on_device
+from vlm.data.device_decode import check_decoder, prepare_view, show_on_device
 from vlm.data.samples import sample_rng
 from vlm.data.shards import ShardReader
 from vlm.data.views import RandomView
-from vlm.errors import BadSample
+from vlm.errors import BadSample, UsageError
 
 CPU = torch.device("cpu")
 
@@ -78,6 +79,39 @@ def test_a_cut_jpeg_is_found_by_the_worker():
     view = RandomView(size=32)
     with pytest.raises(BadSample, match="unreadable picture"):
         prepare_view(noisy()[:-200], view, np.random.default_rng(0))
+
+
+def test_the_end_of_a_picture_embedded_in_the_header_is_not_taken_for_the_end_of_the_file():
+    view = RandomView(size=32)
+    whole = noisy(comment=b"ends \xff\xd9 here")
+    assert prepare_view(whole, view, np.random.default_rng(0)).encoded == whole
+    assert prepare_view(whole + bytes(2000), view, np.random.default_rng(0)).encoded
+    with pytest.raises(BadSample, match="truncated"):
+        prepare_view(whole[:-200], view, np.random.default_rng(0))
+
+
+def test_damage_that_only_the_decoder_finds_changes_no_pixel_of_the_other_rows(make_picture):
+    view = RandomView(size=32)
+    images = [make_picture(number) for number in range(5)]
+    expected = views_of(images, view)[1].images
+    images[3] = without_tables(images[3])
+    found = views_of(images, view)[1]
+    assert {row: error.reason for row, error in found.damaged.items()} == {3: "unreadable picture"}
+    expected[3] = 0
+    assert torch.equal(found.images, expected)
+
+
+def test_a_device_without_a_decoder_is_refused(monkeypatch):
+    check_decoder(CPU)
+
+    def refuse(images, device):
+        raise RuntimeError("not compiled with nvJPEG support\nat line 1")
+
+    monkeypatch.setattr(device_decode, "_decoder", lambda: refuse)
+    with pytest.raises(
+        UsageError, match=r"on cpu here: not compiled with nvJPEG support\. Install .*--decode-on-device"
+    ):
+        check_decoder(CPU)
 
 
 def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_other(monkeypatch):

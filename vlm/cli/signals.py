@@ -73,7 +73,7 @@ def run(arguments: Arguments) -> None:
             [
                 signal.name,
                 signal.rows,
-                *(signal.facts[name] for name in spread),
+                *(signal.facts.get(name, "") for name in spread),
                 ", ".join(f"{name} {value}" for name, value in signal.facts.items() if name not in spread),
             ]
             for signal in written
