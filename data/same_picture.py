@@ -26,7 +26,16 @@ _RIDGE = np.diag(np.array([20, 20, 20, 20, 1e3, 10], dtype=np.float32))
 _RAMP = np.linspace(-1, 1, SIDE, dtype=np.float32)
 _BLOCK = SIDE // COLOUR_SIDE
 
-# limits
+# Set on one half (by hash of the key) of 800 fashion, 800 Flickr8k and 341 full-size clothing photos: all 13 kinds of
+# copy below stay within these limits there, and no two different photos of the whole of fashion. Different pictures
+# come nearest at 1.05 times a limit (shoes with a pink and a blue stripe, one made darker) and 1.10 (black and brown
+# belts). Found on the other half of all photos (4,205 fashion, 3,432 Flickr8k, 174 clothing), each copy against its
+# original alone: darker by 5%, JPEG at quality 85 and PNG all; quality 50, WebP, 1.5 times the size and 3% brighter
+# all but 1 of 7,811 each; 3% more contrast all but 1, 5% all but 7; half the size all but 7; a cut of 2% all but 5;
+# quality 30 all but 5; 5% brighter all but 18, all of fashion (pale products on white, whose edges are clipped away).
+# Of these none was mirrored, cut by 20%, made grey or turned in hue and still joined; one of 2,728 was with red and
+# blue swapped. Of the three pairs joined among the originals of fashion all are one photo.
+# Below 64 pixels a side the colours of a JPEG are too coarse, and copies of another size may be missed.
 MAX_LUMA_RMS, MAX_LUMA = 0.95, 5.0
 MAX_COLOUR_BIAS, MAX_COLOUR_RMS, MAX_COLOUR = 1.4, 2.3, 9.0
 MAX_TOGETHER = 1.5

@@ -70,7 +70,8 @@ def test_no_batch_is_ever_written_over_while_it_is_held(actions):
         array = memory.take(worker, SHAPE)
         if array is not None:
             array[:] = value
-            held.append((value, memory.open(memory.slot_of(worker, torch.from_numpy(array)))))
+            slot: Any = memory.slot_of(worker, torch.from_numpy(array))
+            held.append((value, memory.open(slot)))
             del array
         if is_dropped and held:
             held.pop(0)

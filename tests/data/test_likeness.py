@@ -1,6 +1,9 @@
+import io
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlm.data.likeness import THUMBNAIL_BYTES, look_of, near_hashes
 from vlm.data.same_picture import compare, is_same_picture, same_looks
@@ -54,3 +57,40 @@ def test_brightness_is_explained_and_another_colour_is_not(make_picture):
     assert left.is_same().all()
     assert left.shift[0] > 2
     assert not compare(one, coloured).is_same().any()
+
+
+def test_a_jpeg_decoded_at_a_reduced_size_is_not_shifted(make_picture):
+    picture = Image.open(io.BytesIO(make_picture(4, size=(401, 533)))).convert("RGB")
+    thumbnails = []
+    for kind in ("PNG", "JPEG"):
+        file = io.BytesIO()
+        picture.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+        thumbnails.append(look_of(file.getvalue()).thumbnail[None].astype(np.float32))
+    assert compare(*thumbnails).moved[0] < 0.05
+
+
+def luma_ramp(*, colour: int = 0) -> np.ndarray:
+    """Slopes of luma 40 to 250, blue difference as given."""
+    steps = np.linspace(0, 1, 32)
+    luma = 40 + 150 * steps[:, None] + 60 * np.abs(np.sin(9 * steps))[None, :]
+    return np.concatenate([luma.ravel(), np.full(64 * 2, 128 + colour)]).astype(np.float32)[None]
+
+
+def test_brightening_that_is_clipped_is_explained_and_too_much_is_not():
+    one = luma_ramp()
+    brighter, much_brighter = one.copy(), one.copy()
+    brighter[:, :1024] = np.minimum(one[:, :1024] * 1.05, 245)
+    much_brighter[:, :1024] = np.minimum(one[:, :1024] * 1.12, 255)
+    assert compare(one, brighter).is_same().all()
+    assert compare(brighter, one).is_same().all()
+    assert not compare(one, much_brighter).is_same().any()
+
+
+def test_darkening_takes_white_along():
+    one = np.concatenate([np.full((32, 32), 255.0).ravel(), np.full(128, 128)]).astype(np.float32)[None]
+    one[:, :1024].reshape(32, 32)[8:24, 8:24] = luma_ramp()[0, :1024].reshape(32, 32)[8:24, 8:24]
+    darker, spoilt = one.copy(), one.copy()
+    darker[:, :1024] *= 0.95
+    spoilt[:, :1024].reshape(32, 32)[:4] = 235
+    assert compare(one, darker).is_same().all()
+    assert not compare(one, spoilt).is_same().any()

@@ -1,4 +1,8 @@
-"""Duplicates planted among real photos are all found, and nothing that only resembles them."""
+"""Duplicates planted among real photos are all found, and nothing that only resembles them.
+
+Not promised, though found in nearly all photos (figures in vlm.data.same_picture): quality below 50, and a brightening
+by 5% or more, which clips pale products and saturated colours.
+"""
 
 import io
 from collections.abc import Callable
@@ -39,6 +43,7 @@ def scaled(picture: Image.Image, times: float) -> Image.Image:
 
 
 COPIES: dict[str, Callable[[Image.Image], bytes]] = {
+    "quality 30": lambda picture: encoded(picture, quality=30),
     "quality 50": lambda picture: encoded(picture, quality=50),
     "quality 85": lambda picture: encoded(picture, quality=85),
     "webp": lambda picture: encoded(picture, "WEBP", quality=80),
@@ -46,13 +51,18 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
     "half": lambda picture: encoded(scaled(picture, 0.5)),
     "larger": lambda picture: encoded(scaled(picture, 1.7)),
     "brighter": lambda picture: encoded(ImageEnhance.Brightness(picture).enhance(1.03)),
+    "brighter by 5%": lambda picture: encoded(ImageEnhance.Brightness(picture).enhance(1.05)),
+    "darker by 5%": lambda picture: encoded(ImageEnhance.Brightness(picture).enhance(0.95)),
+    "more contrast": lambda picture: encoded(ImageEnhance.Contrast(picture).enhance(1.03)),
     "cut by 2%": lambda picture: encoded(cut(picture, 0.02)),
 }
 OTHERS: dict[str, Callable[[Image.Image], bytes]] = {
     "mirrored": lambda picture: encoded(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
     "cut by 20%": lambda picture: encoded(cut(picture, 0.2)),
     "grey": lambda picture: encoded(picture.convert("L").convert("RGB")),
+    "red and blue swapped": lambda picture: encoded(Image.merge("RGB", picture.split()[::-1])),
 }
+NEED_COLOUR = {"grey", "red and blue swapped"}
 
 
 def is_colourful(picture: Image.Image) -> bool:
@@ -86,7 +96,9 @@ def test_all_planted_duplicates_are_found_and_no_near_miss(name, every, datasets
     for key, image in photos.items():
         picture = Image.open(io.BytesIO(image)).convert("RGB")
         copies = {what: make(picture) for what, make in COPIES.items()} | {"bytes": image}
-        others = {what: make(picture) for what, make in OTHERS.items() if what != "grey" or is_colourful(picture)}
+        others = {
+            what: make(picture) for what, make in OTHERS.items() if what not in NEED_COLOUR or is_colourful(picture)
+        }
         for what, data in copies.items():
             samples.append({"key": f"{key} copy {what}", "image": data})
         for what, data in others.items():
@@ -106,8 +118,9 @@ def test_all_planted_duplicates_are_found_and_no_near_miss(name, every, datasets
 
 
 @pytest.mark.parametrize("what", COPIES)
-def test_a_copy_is_found_without_other_copies_that_lead_to_it(what, datasets, make_shard, apply):
-    photos = photos_of("flickr8k", datasets, 50)
+@pytest.mark.parametrize(("name", "every"), [("fashion", 200), ("flickr8k", 50)])
+def test_a_copy_is_found_without_other_copies_that_lead_to_it(name, every, what, datasets, make_shard, apply):
+    photos = photos_of(name, datasets, every)
     copies = {
         f"{key} copy": COPIES[what](Image.open(io.BytesIO(image)).convert("RGB")) for key, image in photos.items()
     }
@@ -128,4 +141,4 @@ def test_the_natural_duplicates_of_flickr8k_are_the_one_pair_there_is(datasets, 
 def test_the_natural_duplicates_of_fashion_were_looked_at_and_are_true(datasets, tmp_path, apply):
     pack(open_source(str(datasets / "fashion" / "fashion.tar"), SourceOptions()), tmp_path / "fashion", PackConfig())
     curated = apply(sorted((tmp_path / "fashion").glob("*.tar")), "exact-duplicates", "near-duplicates")
-    assert [step.dropped for step in curated.steps] == [118, 2]
+    assert [step.dropped for step in curated.steps] == [118, 3]
