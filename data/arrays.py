@@ -55,7 +55,7 @@ class StoredArrays:
             BadSample: the seeds are no list of whole numbers.
         """
         seeds = sample.arrays[VIEW_SEEDS]
-        if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui":
+        if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui" or seeds.min() < 0:
             raise BadSample("bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is wanted")
         number = int(rng.integers(len(seeds)))
         return number, view_rng(int(seeds[number]))
@@ -74,7 +74,11 @@ class StoredArrays:
                     "bad array",
                     f"{name} has shape {array.shape} of {array.dtype}; row {row} of a float matrix is wanted",
                 )
-            found.append(array[row].astype(np.float32))
+            with np.errstate(over="ignore"):
+                values = array[row].astype(np.float32)
+            if not np.isfinite(values).all():
+                raise BadSample("bad array", f"{name} has values in row {row} that are no finite float32")
+            found.append(values)
         return tuple(found)
 
     def stack(

@@ -1,5 +1,6 @@
 """Which caption of a sample is shown: drawn by language and probability, whole or one sentence of it."""
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import takewhile
@@ -51,7 +52,9 @@ class CaptionDraw:
             raise UsageError(
                 f"{len(self.language_weights)} language_weights for {len(self.languages)} languages; give one each."
             )
-        if self.language_weights and (min(self.language_weights) < 0 or sum(self.language_weights) <= 0):
+        if len(set(self.languages)) < len(self.languages):
+            raise UsageError(f"languages = {self.languages} names one twice; name each once, with a weight if need be.")
+        if self.language_weights and (min(self.language_weights) < 0 or not 0 < sum(self.language_weights) < math.inf):
             raise UsageError(f"language_weights = {self.language_weights}: give numbers from 0 on, not all 0.")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> DrawnCaption:
@@ -114,10 +117,15 @@ def _caption_weights(sample: Sample, language: str, number: int) -> list[float] 
     weights = given.get(language) if isinstance(given, dict) else given
     if weights is None or (isinstance(given, list) and language != next(iter(sample.captions))):
         return None
-    is_sound = isinstance(weights, list) and all(isinstance(weight, int | float) for weight in weights)
-    if not is_sound or len(weights) != number or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise BadSample("bad caption weights", f"{number} weights from 0 on are wanted for {language!r}: {weights!r}")
-    return weights
+    try:
+        numbers = [float(weight) for weight in weights]
+        is_sound = len(numbers) == number and min(numbers) >= 0 and 0 < sum(numbers) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        is_sound, numbers = False, []
+    if not is_sound:
+        told = repr(weights)[:80]
+        raise BadSample("bad caption weights", f"{number} weights from 0 on are wanted for {language!r}: {told}")
+    return numbers
 
 
 def _number_of(captions: Captions, language: str, place: int) -> int:

@@ -1,17 +1,16 @@
 """What a run streams: one address, or several sources in proportions, each with its selection."""
 
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from vlm.config import nearest
 from vlm.data.mixture import Mixture, whole_shares
+from vlm.data.mixture_file import Source
 from vlm.data.order import DEFAULT_WINDOW, Order, SampleOrder
 from vlm.data.selection import read_selection
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
@@ -19,22 +18,7 @@ from vlm.data.storage.cache import ShardCache
 from vlm.errors import UsageError
 from vlm.files import fingerprint_of
 
-MIXTURE_SUFFIX = ".toml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Shards that share an order.
-
-    weight: its share of what is drawn, against the weights of the others; 0 lets its visits times `repeats` decide.
-    selection: file of a selection; empty takes every sample once.
-    """
-
-    data: str
-    name: str = ""
-    selection: str = ""
-    weight: float = 0.0
-    repeats: float = 1.0
+_MOST_VISITS = 10**15
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,31 +40,6 @@ class Corpus:
     def shards_of(self, source: int) -> range:
         """The numbers of the shards of a source."""
         return range(*(*self.first_shards, len(self.shards))[source : source + 2])
-
-
-def read_sources(address: str, selection: str = "") -> tuple[Source, ...]:
-    """The sources an address means: a mixture file (`.toml` with `[[source]]` tables), or shards.
-
-    Raises:
-        UsageError: the file does not exist or says what a source does not have.
-    """
-    if not address.endswith(MIXTURE_SUFFIX):
-        return (Source(data=address, selection=selection, name="data"),)
-    if selection:
-        raise UsageError(f"{address} names a selection for each of its sources; leave out --selection {selection}.")
-    path = Path(address)
-    if not path.is_file():
-        raise UsageError(f"There is no mixture file {address!r}.")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("source", [])
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{address} is not TOML: {error}.") from error
-    sources = tuple(_source(table, f"{address}, source {number}") for number, table in enumerate(tables, 1))
-    if not sources:
-        raise UsageError(f"{address} has no [[source]] table; write one for each source, with data = 'SHARDS'.")
-    if len({source.weight > 0 for source in sources}) > 1:
-        raise UsageError(f"{address} gives a weight to some sources only; give one to each, or to none.")
-    return tuple(replace(source, name=source.name or f"source-{number}") for number, source in enumerate(sources, 1))
 
 
 def open_corpus(
@@ -109,7 +68,9 @@ def open_corpus(
         samples=tuple(count for one in opened for count in one.samples),
         filtered=tuple(count for one in opened for count in one.filtered),
         order=order,
-        fingerprint=fingerprint_of(str(seed), str(window), *(one.identity for one in opened), *map(str, shares)),
+        fingerprint=fingerprint_of(
+            *map(str, (seed, window, order.num_samples, *shares)), *(one.identity for one in opened)
+        ),
     )
 
 
@@ -156,20 +117,9 @@ def _mixed(sources: Sequence[Source], orders: Sequence[SampleOrder]) -> tuple[Or
     visits = [order.num_samples * times for order, times in zip(orders, repeats, strict=True)]
     weights = [Fraction(str(source.weight)) for source in sources]
     shares = whole_shares(weights if weights[0] else visits)
-    return Mixture(orders=tuple(orders), shares=shares, num_samples=max(1, round(sum(visits)))), shares
-
-
-def _source(table: dict[str, Any], where: str) -> Source:
-    known = Source.__dataclass_fields__
-    for name, value in table.items():
-        if name not in known:
-            raise UsageError(f"{where}: unknown key {name!r}; {nearest(name, list(known))}.")
-        is_number = name in ("weight", "repeats")
-        if not isinstance(value, (int, float) if is_number else str) or isinstance(value, bool):
-            raise UsageError(f"{where}: {name} = {value!r} must be a {'number' if is_number else 'string'}.")
-    if not table.get("data"):
-        raise UsageError(f"{where}: data is needed: a folder, pattern or address of shards.")
-    source = Source(**table)
-    if not 0 <= source.weight < float("inf") or not 0 < source.repeats < float("inf"):
-        raise UsageError(f"{where}: weight = {source.weight}, repeats = {source.repeats}; they must be above 0.")
-    return source
+    length = max(1, round(sum(visits)))
+    if length > _MOST_VISITS:
+        raise UsageError(
+            f"repeats make an epoch of {length:.3g} visits; give less, at most {_MOST_VISITS:.0e} together."
+        )
+    return Mixture(orders=tuple(orders), shares=shares, num_samples=length), shares

@@ -1,6 +1,7 @@
 """The streaming loader: batches by number, read and prepared in worker processes, the same for any number of them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
@@ -167,7 +168,8 @@ def stream_batches(
     opened = ShardSet(shards, cache)
     if workers and assemble.image_bytes:
         slot_bytes = plan.largest * assemble.image_bytes
-        opened.slots = SlotMemory(workers=workers, slots=prefetch + _SLOTS_IN_USE, slot_bytes=slot_bytes)
+        with suppress(OSError):  # so much cannot be mapped; fresh memory is taken batch by batch
+            opened.slots = SlotMemory(workers=workers, slots=prefetch + _SLOTS_IN_USE, slot_bytes=slot_bytes)
     loader = DataLoader(
         _Batches(plan, opened, assemble),
         batch_size=None,
@@ -190,13 +192,25 @@ def _received(
         for number in numbers:
             if is_fetched:
                 prefetcher.want(plan.shards_from(number))
-            batch = next(made)
+            batch = _next(made)
             if isinstance(batch, _Failure):
                 raise batch.error
             if isinstance(batch, _HandedOver):
                 assert opened.slots is not None
                 batch = batch.batch.with_images(opened.slots.open(batch.slot))
             yield batch
+
+
+def _next(made: "Iterator[Made | _HandedOver[Made] | _Failure]") -> "Made | _HandedOver[Made] | _Failure":
+    try:
+        return next(made)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise VlmError(
+            f"A loader worker was killed ({error}), often for want of memory: take fewer --workers or a smaller batch. "
+            "What was saved is kept; go on with --resume."
+        ) from error
 
 
 def _use_one_thread(_: int) -> None:

@@ -41,7 +41,7 @@ class Order(Protocol):
         ...
 
     def stand_in(self, address: Address, attempt: int) -> Address:
-        """The visit `attempt` places further in file order, in place of one that cannot be used."""
+        """The sample `attempt` places further in file order, in place of one that cannot be used."""
         ...
 
     def shards_from(self, position: int) -> list[int]:
@@ -94,13 +94,13 @@ class SampleOrder:
         return [self._address(*divmod(position, self.num_samples)) for position in positions]
 
     def stand_in(self, address: Address, attempt: int) -> Address:
-        """The visit `attempt` places further in file order."""
-        shard = address.shard
-        place = self._place_in_shard(address) + attempt
-        while place >= self.counts[shard]:
-            place -= self.counts[shard]
+        """The first visit of the sample `attempt` places further in file order, among those that are visited."""
+        shard, place = address.shard, self._rank(address) + attempt
+        while place >= (kept := self._kept_samples(shard)):
+            place -= kept
             shard = (shard + 1) % len(self.counts)
-        return self._visit(address.epoch, shard, place)
+        number = place if self.times is None else int(self._numbers(shard)[place])
+        return Address(address.epoch, shard, number)
 
     def shards_from(self, position: int) -> list[int]:
         """The shards of the window at a position and of the next one, also across the end of an epoch."""
@@ -130,14 +130,17 @@ class SampleOrder:
         if self.times is None:
             return Address(epoch, shard, place)
         ends = self._ends(shard)
-        number = int(ends.searchsorted(place, "right"))
+        number = int(ends.searchsorted(ends.dtype.type(place), "right"))
         return Address(epoch, shard, number, place - int(ends[number - 1] if number else 0))
 
-    def _place_in_shard(self, address: Address) -> int:
+    def _rank(self, address: Address) -> int:
+        """Which of the visited samples of its shard this is."""
         if self.times is None:
             return address.number
-        ends = self._ends(address.shard)
-        return int(ends[address.number - 1] if address.number else 0) + address.repeat
+        return int(self._numbers(address.shard).searchsorted(address.number))
+
+    def _kept_samples(self, shard: int) -> int:
+        return self.counts[shard] if self.times is None else len(self._numbers(shard))
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard numbers in this epoch's order, and where each begins in it, with the total at the end."""
@@ -160,6 +163,12 @@ class SampleOrder:
         assert self.times is not None
         times = self.times[shard]
         return self._recent("ends", _KEPT_SHARDS).get(shard, lambda: np.cumsum(times, dtype=np.uint32))
+
+    def _numbers(self, shard: int) -> np.ndarray:
+        """The samples of a shard that are visited."""
+        assert self.times is not None
+        times = self.times[shard]
+        return self._recent("numbers", _KEPT_WINDOWS).get(shard, lambda: np.flatnonzero(times).astype(np.uint32))
 
     def _recent(self, name: str, size: int) -> "_Recent":
         return self._kept.setdefault(name, _Recent(size))

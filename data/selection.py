@@ -72,8 +72,9 @@ class Selection:
         by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
         found: list[UInt16[Array, " N"]] = []
         for address in shards:
-            times = by_content.get(open_index(address, cache).fingerprint)
-            if times is None:
+            index = open_index(address, cache)
+            times = by_content.get(index.fingerprint)
+            if times is None or len(times) != len(index):
                 raise UsageError(
                     f"The selection knows nothing of {address} (it was made for {len(self.shards):,} shards, the first "
                     f"is {self.shards[0].name}); the tar has changed since, or is another one: run vlm curate on it."
@@ -118,21 +119,30 @@ def read_selection(path: Path) -> Selection:
     if not path.is_file():
         raise UsageError(f"There is no selection {str(path)!r}; vlm curate SHARDS OUT{SUFFIX} writes one.")
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        described = reader.schema.metadata or {}
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except (pa.ArrowInvalid, OSError) as error:
+        return _read(path)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no selection, or is damaged ({error}); make it again by vlm curate.") from error
-    if described.get(b"vlm-selection") != FORMAT.encode():
-        raise UsageError(f"{path} is no selection of format {FORMAT}; make it again by vlm curate.")
-    shards = [
-        SelectedShard(name=name, fingerprint=fingerprint, samples=samples)
+
+
+def _read(path: Path) -> Selection:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    described = reader.schema.metadata or {}
+    if described.get(b"vlm-selection") != FORMAT.encode() or reader.schema.types != [pa.uint16()]:
+        raise ValueError(f"not of format {FORMAT}")
+    shards = tuple(
+        SelectedShard(name=str(name), fingerprint=str(fingerprint), samples=int(samples))
         for name, fingerprint, samples in json.loads(described[b"shards"])
-    ]
+    )
+    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    for batch in batches:
+        batch.validate(full=True)
+    if [batch.num_rows for batch in batches] != [shard.samples for shard in shards] or not shards:
+        raise ValueError("it does not hold as many times as its shards have samples")
+    lineage = json.loads(described[b"lineage"])
+    if any(batch.column(0).null_count for batch in batches) or not isinstance(lineage, list):
+        raise ValueError("values are missing")
     return Selection(
-        shards=tuple(shards),
-        times=tuple(batch.column(0).to_numpy() for batch in batches),
-        lineage=tuple(json.loads(described[b"lineage"])),
+        shards=shards, times=tuple(batch.column(0).to_numpy() for batch in batches), lineage=tuple(lineage)
     )
 
 
@@ -162,8 +172,8 @@ def weigh(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
 
     Weight 1.5 sees each sample once and half of them, drawn, once more.
     """
-    if not 0 <= weight <= MAX_TIMES:
-        raise UsageError(f"A weight of {weight} is outside 0 to {MAX_TIMES:,}.")
+    if not 0 <= weight <= MAX_TIMES or seed < 0:
+        raise UsageError(f"A weight of {weight} is outside 0 to {MAX_TIMES:,}, or the seed {seed} below 0.")
     times = [
         round_times(times * np.float64(weight), np.random.default_rng([seed, number]))
         for number, times in enumerate(selection.times)

@@ -69,8 +69,7 @@ def embed_shards(
     addresses = [_absolute(shard) for shard in shards]
     inputs = {"model": model.fingerprint, "shards": shards_fingerprint(addresses)}
     counts = count_samples(addresses, allow_damage=allow_damage)
-    if selection:
-        inputs["selection"] = selection.fingerprint
+    inputs["selection"] = selection.fingerprint if selection else ""
     identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses}
     times = selection.times_of(addresses) if selection else None
     plan = ShardPlan(counts=counts, batch_size=batch_size, times=times)

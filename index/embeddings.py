@@ -200,7 +200,7 @@ def check_same_origin(folder: Path, identity: dict[str, Any]) -> Manifest:
     """
     manifest = read_manifest(folder, "embeddings")
     for name, value in json.loads(json.dumps(identity)).items():
-        if manifest.configuration.get(name) != value:
+        if manifest.configuration.get(name, "") != value:
             raise UsageError(
                 f"{folder} is complete, but was made with another {name} ({_brief(manifest.configuration.get(name))} "
                 f"instead of {_brief(value)}); name another folder or remove it."

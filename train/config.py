@@ -1,9 +1,13 @@
 """What a run is told, as frozen dataclasses; saved with the run as TOML and read back."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from vlm.errors import UsageError
+
+_LEAST_CACHE_GB = 1e-3
+_MOST_EPOCHS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +177,8 @@ class TrainConfig:
         for name, value in (("--data", self.data), ("--run", self.run)):
             if not value:
                 raise UsageError(f"{name} is needed.")
-        limits = (
+        limits: tuple[tuple[str, float, float], ...] = (
+            ("seed", self.seed, 0),
             ("batch_size", self.batch_size, 2),
             ("log_every", self.log_every, 1),
             ("evaluate_every", self.evaluate_every, 1),
@@ -186,9 +191,16 @@ class TrainConfig:
             ("steps", self.steps, -1),
         )
         for name, value, least in limits:
-            if value < least:
-                raise UsageError(f"{name} = {value} is too small; give at least {least}.")
-        if self.steps < 0 and self.epochs <= 0:
+            if not least <= value < math.inf:
+                raise UsageError(f"{name} = {value} is outside its range; give at least {least}.")
+        for name, value in (("flip", self.loader.flip), ("max_bad", self.loader.max_bad)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} = {value} is no share; give a number from 0 to 1.")
+        if 0 < self.loader.cache_gb < _LEAST_CACHE_GB:
+            raise UsageError(f"cache_gb = {self.loader.cache_gb} holds no shard; give gigabytes, or 0 for the default.")
+        if self.val.endswith(".toml"):
+            raise UsageError(f"val = {self.val!r} is a mixture; retrieval is measured on shards: name them.")
+        if self.steps < 0 and not 0 < self.epochs < _MOST_EPOCHS:
             raise UsageError(f"epochs = {self.epochs} is no length; give a positive number, or --steps.")
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
             raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")

@@ -91,7 +91,7 @@ def describe_step(session: Session, result: StepResult) -> dict[str, Any]:
         "gradient_norm": result.gradient_norm,
         "logit_scale": state.model.logit_scale,
         "seen": state.position,
-        "bad": state.ledger.num_replaced,
+        "bad": sum(gathered([state.ledger.num_replaced])),
         "seconds": state.elapsed_seconds,
     }
 

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from vlm.config import from_toml, to_toml
 from vlm.console import say
 from vlm.data.arrays import StoredArrays
 from vlm.data.captions import CaptionDraw
-from vlm.data.corpus import Corpus, open_corpus, read_sources
+from vlm.data.corpus import Corpus, open_corpus
 from vlm.data.device_decode import check_decoder
 from vlm.data.ledger import Ledger
 from vlm.data.loader import stream_batches
+from vlm.data.mixture_file import read_sources
 from vlm.data.plan import TrainingPlan
-from vlm.data.shards import expand_shards
+from vlm.data.shards import count_samples, expand_shards
 from vlm.data.storage.cache import ShardCache, default_cache
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.training_batches import AssembleTraining, TrainingBatch
@@ -94,6 +96,7 @@ def open_session(config: TrainConfig, *, resume: bool) -> Session:
     cache = choose_cache(config.loader)
     corpus = find_corpus(config, cache)
     val_shards = expand_shards(config.val) if config.val else []
+    count_samples(val_shards, cache=cache)  # refused now rather than at the first evaluation
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     if config.loader.decode_on_device:
         check_decoder(accelerator.device)
@@ -143,7 +146,7 @@ def choose_cache(loader: LoaderConfig) -> ShardCache:
     return dataclasses.replace(
         default,
         folder=Path(loader.cache) if loader.cache else default.folder,
-        max_bytes=int(loader.cache_gb * 1e9) or default.max_bytes,
+        max_bytes=int(loader.cache_gb * 1e9) if loader.cache_gb else default.max_bytes,
     )
 
 
@@ -199,7 +202,7 @@ def total_steps(config: TrainConfig, num_samples: int) -> int:
     """Optimiser steps of the run; the last epoch is filled up to a whole batch."""
     if config.steps >= 0:
         return config.steps
-    return max(1, -(-int(config.epochs * num_samples) // config.batch_size))
+    return max(1, -(-round(Fraction(str(config.epochs)) * num_samples) // config.batch_size))
 
 
 def build_model(config: TrainConfig, device: torch.device) -> VisionLanguageModel:

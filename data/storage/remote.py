@@ -78,7 +78,7 @@ def ask_identity(address: str, patience: Patience | None = None, stop: threading
             status = os.stat(address)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UsageError(f"There is no shard {address!r}.") from error
-        return Identity(size=status.st_size, version=str(status.st_mtime_ns))
+        return Identity(size=status.st_size, version=f"{status.st_mtime_ns}/{status.st_ctime_ns}")
     info = _patiently(address, _info, patience, stop)
     if not isinstance(info.get("size"), int):
         raise VlmError(f"The server of {address} does not say its size; copy the shard to this machine first.")

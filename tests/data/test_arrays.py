@@ -45,6 +45,8 @@ def test_only_what_is_needed_is_read():
         {"teacher_image": np.zeros((3, 2), np.int64)},
         {"teacher_image": np.zeros(3, np.float32)},
         {"teacher_text": np.zeros((2, 2), np.float32)},
+        {"teacher_text": np.full((5, 2), 1e300)},
+        {"view_seeds": np.array([1, -2, 3])},
     ],
 )
 def test_arrays_that_do_not_fit_make_a_bad_sample(changed):

@@ -65,7 +65,9 @@ def test_a_long_caption_is_shown_a_sentence_at_a_time():
     assert split_sentences("a 3.5 inch disk.") == ["a 3.5 inch disk."]
 
 
-@pytest.mark.parametrize("weights", [[1], [0, 0, 0], [1, -1, 1], "much", ["a", "b", "c"], [1, 2, float("inf")]])
+@pytest.mark.parametrize(
+    "weights", [[1], [0, 0, 0], [1, -1, 1], "much", ["a", "b", "c"], [1, 2, float("inf")], [10**400, 1, 1]]
+)
 def test_weights_that_do_not_fit_make_a_bad_sample(weights):
     with pytest.raises(BadSample, match="bad caption weights"):
         drawn(sample_of(captions=["a", "b", "c"], caption_weights=weights), times=1)
@@ -78,7 +80,7 @@ def test_no_caption_in_the_languages_asked_makes_a_bad_sample():
         drawn(sample_of(captions={"de": ["Hund"]}), languages=("en", "de"), language_weights=(1, 0))
 
 
-@pytest.mark.parametrize("weights", [(1,), (0, 0), (2, -1)])
+@pytest.mark.parametrize("weights", [(1,), (0, 0), (2, -1), (float("nan"), 1), (float("inf"), 1)])
 def test_language_weights_that_cannot_work_are_refused(weights):
     with pytest.raises(UsageError, match="language_weights"):
         CaptionDraw(languages=("en", "de"), language_weights=weights)

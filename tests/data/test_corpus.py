@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from tests.data.tars import write_tar
-from vlm.data.corpus import open_corpus, read_sources
+from vlm.data.corpus import open_corpus
 from vlm.data.mixture import Mixture
+from vlm.data.mixture_file import read_sources
 from vlm.data.selection import Selection, whole_selection, write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError
@@ -65,6 +66,14 @@ def test_the_fingerprint_changes_with_what_changes_the_sequence(folder):
     assert len({open_corpus(sources, seed=seed, window=w).fingerprint for seed in (0, 1) for w in (4, 8)}) == 4
 
 
+def test_another_length_of_an_epoch_is_another_sequence(folder):
+    once, thrice = (
+        open_corpus(read_sources(mixture_file(folder, f"[[source]]\ndata='FOLDER/a'\nrepeats={times}\n")))
+        for times in (2, 3)
+    )
+    assert once.fingerprint != thrice.fingerprint
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -77,6 +86,15 @@ def test_the_fingerprint_changes_with_what_changes_the_sequence(folder):
         ("[[source]]\ndata='FOLDER/a'\nrepeats=0\n", "above 0"),
         ("[[source]]\ndata='FOLDER/a'\nweight=1\n[[source]]\ndata='FOLDER/b'\n", "weight to some"),
         ("[[source]", "not TOML"),
+        ("source = 3\n", "no [[source]]"),
+        ("source = [1, 2]\n", "no [[source]]"),
+        ("[source]\ndata='FOLDER/a'\n", "no [[source]]"),
+        ("seed = 1\n[[source]]\ndata='FOLDER/a'\n", "unknown key 'seed'"),
+        ("[[source]]\ndata='FOLDER/a'\nweight=nan\n", "above 0"),
+        ("[[source]]\ndata='FOLDER/a'\nrepeats=1e300\n", "repeats make an epoch"),
+        ("[[source]]\ndata='FOLDER/a'\nname='../../evil'\n", "names files"),
+        ("[[source]]\ndata='FOLDER/a'\nname='x'\n[[source]]\ndata='FOLDER/b'\nname='x'\n", "one name"),
+        ("[[source]]\ndata='FOLDER/a'\n[[source]]\ndata='FOLDER/b'\nname='source-1'\n", "one name"),
         ("[[source]]\ndata='FOLDER/a'\nselection='FOLDER/none.selection'\n", "no selection"),
         ("[[source]]\ndata='FOLDER/b'\nselection='FOLDER/a.selection'\n", "knows nothing"),
     ],

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.tars import damages_for, write_tar
-from vlm.data.corpus import Corpus, open_corpus, read_sources
+from vlm.data.corpus import Corpus, open_corpus
 from vlm.data.ledger import Ledger, total_of
 from vlm.data.loader import stream_batches
 from vlm.data.mixture import Mixture
+from vlm.data.mixture_file import read_sources
 from vlm.data.pack import pack
 from vlm.data.plan import TrainingPlan
 from vlm.data.selection import Selection, whole_selection, write_selection

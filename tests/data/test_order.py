@@ -139,12 +139,20 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused():
 
 @settings(max_examples=40, deadline=None)
 @given(order=st.one_of(orders(), mixtures()), position=st.integers(0, 2000))
-def test_a_stand_in_walks_through_all_visits_of_its_source_before_it_returns(order, position):
+def test_a_stand_in_walks_through_all_samples_of_its_source_before_it_returns(order, position):
     start = order.locate([position])[0]
     source = order.orders[order.source_of(start.shard)] if isinstance(order, Mixture) else order
-    walked = [order.stand_in(start, attempt)[1:] for attempt in range(min(source.num_samples, 400))]
-    assert walked[0] == start[1:]
+    kept = sum(source.counts) if source.times is None else sum(int(np.count_nonzero(part)) for part in source.times)
+    walked = [order.stand_in(start, attempt)[1:] for attempt in range(min(kept, 400))]
+    assert walked[0] == (*start[1:3], 0)
     assert len(set(walked)) == len(walked)
+    assert order.stand_in(start, kept)[1:] == walked[0]
+
+
+def test_the_repeats_of_a_bad_sample_do_not_stand_in_for_it():
+    order = SampleOrder.of_selection([np.array([1, 200, 0, 1], np.uint16)])
+    start = next(visit for visit in order.locate(range(202)) if visit.number == 1)
+    assert [order.stand_in(start, attempt).number for attempt in (1, 2, 3)] == [3, 0, 1]
 
 
 @settings(max_examples=30, deadline=None)

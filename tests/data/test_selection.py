@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,30 @@ def test_times_are_found_by_content_and_unknown_shards_are_refused(scene_shards)
 def test_selections_of_different_shards_are_not_composed():
     with pytest.raises(UsageError, match="different shards"):
         keep_both(selection_of([1], [1]), selection_of([1]))
+
+
+def test_a_damaged_selection_is_refused_or_read_as_it_was(tmp_path):
+    path = tmp_path / "a.selection"
+    write_selection(path, selection_of([0, 1, 3] * 20, [2] * 9, lineage=({"step": "rule"},)))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        data[int(rng.integers(len(data)))] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+        with contextlib.suppress(UsageError):
+            found = read_selection(path)
+            assert [len(times) for times in found.times] == [shard.samples for shard in found.shards]
+
+
+def test_times_of_another_length_than_the_tar_are_not_applied(tmp_path, scene_shards):
+    (shard, *_) = expand_shards(str(scene_shards / "train"))
+    whole = whole_selection([shard])
+    short = Selection(shards=whole.shards, times=(np.ones(3, np.uint16),))
+    write_selection(tmp_path / "a.selection", short)
+    with pytest.raises(UsageError, match="as many times"):
+        read_selection(tmp_path / "a.selection")
+    with pytest.raises(UsageError, match="knows nothing"):
+        short.times_of([shard])
 
 
 @pytest.mark.parametrize("content", [b"", b"not arrow", b"ARROW1" * 40])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlm.data.selection import Selection, whole_selection
 from vlm.errors import UsageError, VlmError
 from vlm.index.embed import embed_shards
 from vlm.index.embeddings import Embeddings, Modality
@@ -262,3 +263,15 @@ def test_the_shards_are_the_same_wherever_they_lie(tmp_path: Path, shards: list[
     first = embed(model, moved, tmp_path / "out").manifest
     back = [str(Path(shard).rename(tmp_path / "shards" / Path(shard).name)) for shard in moved]
     assert embed(model, back, tmp_path / "again").manifest.inputs == first.inputs
+
+
+def test_a_selection_embeds_only_what_it_names_and_is_part_of_what_the_folder_is(tmp_path, shards, model):
+    whole = whole_selection(shards)
+    times = (np.array([1, 0, 3, 0], np.uint16), np.zeros(4, np.uint16), np.ones(4, np.uint16))
+    some = Selection(shards=whole.shards, times=times)
+    summary = embed_shards(model, shards, tmp_path / "some", model_spec="colours", batch_size=3, selection=some)
+    assert summary.rows == 6
+    keys = [origin.key for origin in Embeddings.open(tmp_path / "some").origins()]
+    assert keys == ["00", "02", "20", "21", "22", "23"]
+    with pytest.raises(UsageError, match="another selection"):
+        embed_shards(model, shards, tmp_path / "some", model_spec="colours", batch_size=3)

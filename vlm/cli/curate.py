@@ -10,6 +10,7 @@ balance:concepts=FILE,cap=,languages=, sample:share=, weight:times=; and from st
 similarity:min=,top=, near:min=,top=, typical:k=,share=, atypical:k=,share=, cluster-balance:cap=.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,7 +78,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Curate, compose, write, and show the steps."""
-    refuse_out(arguments)
+    refuse_early(arguments)
     from vlm.data.curation.columns import Columns
     from vlm.data.curation.curate import curate
     from vlm.data.curation.page import curation_page
@@ -108,14 +109,20 @@ def run(arguments: Arguments) -> None:
     show(curated, selection, arguments)
 
 
-def refuse_out(arguments: Arguments) -> None:
-    """Refuse a place where the selection cannot go.
+def refuse_early(arguments: Arguments) -> None:
+    """Refuse, before the long scan, places where the results cannot go and numbers that cannot work.
 
     Raises:
-        UsageError: OUT lacks the suffix, is there already, or its folder is not.
+        UsageError: OUT lacks the suffix or is there already, a folder is not there, or a number is out of range.
     """
     from vlm.errors import UsageError
 
+    for name in ("seed", "workers", "weight"):
+        if not 0 <= (value := getattr(arguments, name)) < math.inf:
+            raise UsageError(f"{name} = {value} is outside its range; give a number from 0 on.")
+    for page in (arguments.html, arguments.report):
+        if page is not None and not page.absolute().parent.is_dir():
+            raise UsageError(f"There is no folder {str(page.parent)!r} for {page.name}; make it first.")
     out = arguments.out
     if out.suffix != _SUFFIX:
         raise UsageError(f"{str(out)!r} is no name for a selection; end it in {_SUFFIX}: {out.with_suffix(_SUFFIX)}")
@@ -179,5 +186,7 @@ def show(curated: "Curated", selection: "Selection", arguments: Arguments) -> No
     show_table(columns, rows)
     if arguments.dry_run:
         say("Dry run: no selection was written.")
+    elif not selection.kept:
+        say("Nothing is left; nothing can be trained on this selection.")
     else:
         say(f"Next: vlm train … --data {arguments.shards} --selection {arguments.out}")

@@ -45,22 +45,22 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Compute what is asked for, say how it is spread."""
     asked = (arguments.texts, arguments.duplicates, arguments.clusters, arguments.near, arguments.overlap)
-    if not any(asked):
+    if all(given is None for given in asked):
         raise UsageError("Nothing is asked for; give --texts, --duplicates, --clusters, --near or --overlap.")
     from vlm.index.embeddings import Embeddings
     from vlm.index.signals import Signal, SignalWriter
 
     writer = SignalWriter(Embeddings.open(arguments.embeddings))
     written: list[Signal] = []
-    if arguments.texts:
+    if arguments.texts is not None:
         written.append(writer.similarity(Embeddings.open(arguments.texts)))
-    if arguments.duplicates:
+    if arguments.duplicates is not None:
         written.append(writer.duplicates(arguments.duplicates))
-    if arguments.clusters:
+    if arguments.clusters is not None:
         written += writer.clusters(arguments.clusters, seed=arguments.seed)
-    if arguments.near:
+    if arguments.near is not None:
         written.append(writer.near(Embeddings.open(arguments.near)))
-    if arguments.overlap:
+    if arguments.overlap is not None:
         written.append(writer.overlap(Embeddings.open(arguments.overlap)))
     if arguments.json:
         show_json([vars(signal) for signal in written])
