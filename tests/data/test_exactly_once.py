@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from vlm.data.shards import expand_shards
 from vlm.data.sources import SourceOptions, open_source
 from vlm.data.training_batches import AssembleTraining
 from vlm.data.views import RandomView
+from vlm.errors import VlmError
 
 SEED = 11
 
@@ -213,3 +215,17 @@ def test_a_selection_while_streaming_shows_what_the_same_subset_packed_would(tmp
         for corpus in (streamed, packed)
     ]
     assert shown[0] == shown[1]
+
+
+def test_a_killed_worker_ends_the_run_with_a_word(tmp_path):
+    corpus = make_corpus(tmp_path, [([200], False)], bad=0.0, seed=0)
+    plan = TrainingPlan(order=corpus.order, batch_size=10)
+    tokenizer: Any = Letters()
+    assemble = AssembleTraining(plan=plan, view=RandomView(size=8), tokenizer=tokenizer)
+    before = set(psutil.Process().children())
+    batches = stream_batches(plan, corpus.shards, assemble, numbers=range(10_000), workers=1)
+    next(batches)
+    (worker,) = set(psutil.Process().children()) - before
+    worker.kill()
+    with pytest.raises(VlmError, match="worker was killed"):
+        list(batches)
