@@ -74,7 +74,7 @@ class CaptionDraw:
         text = texts[place]
         if self.sentences:
             sentences = split_sentences(text)
-            text = sentences[int(rng.integers(len(sentences)))]
+            text = sentences[_draw(rng, None, len(sentences))]
         return DrawnCaption(text=text, language=language, number=_number_of(sample.captions, kept_as, place))
 
     def _weights_of(self, chosen: tuple[str, ...]) -> list[float] | None:
@@ -105,7 +105,7 @@ def tags_of(metadata: dict[str, Any]) -> tuple[str, ...]:
 
 def _draw(rng: np.random.Generator, weights: list[float] | None, number: int) -> int:
     if weights is None:
-        return int(rng.integers(number))
+        return int(rng.random() * number)
     ends = np.cumsum(weights)
     return min(int(np.searchsorted(ends, rng.random() * ends[-1], side="right")), number - 1)
 

@@ -1,12 +1,13 @@
 """What travels through the data rooms: a pair on its way into a shard, a sample on its way out."""
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from vlm.errors import BadSample
-from vlm.files import fingerprint_of
 
 UNNAMED = ""
 """The language of captions that do not say theirs."""
@@ -86,7 +87,18 @@ def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Ge
     repeat: which visit of the sample in this epoch, from 0, where a selection asks for several.
     """
     visit = f"{seed}/{epoch}/{key}/{repeat}" if repeat else f"{seed}/{epoch}/{key}"
-    return np.random.Generator(np.random.SFC64(int(fingerprint_of(visit), 16)))
+    digest: Any = _Digest(visit)  # what numpy takes, though its annotations do not say so
+    return np.random.Generator(np.random.SFC64(digest))
+
+
+class _Digest(ISeedSequence):
+    """A generator's first state out of a SHA-256, in a fifth of the time numpy takes to stretch a number to it."""
+
+    def __init__(self, text: str) -> None:
+        self._digest = sha256(text.encode(errors="surrogatepass")).digest()
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return np.frombuffer(self._digest, np.dtype(dtype).newbyteorder("<"), n_words).astype(dtype, copy=False)
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -94,4 +106,4 @@ def _texts(value: Any) -> tuple[str, ...]:
         value = [value]
     if not isinstance(value, list | tuple):
         return ()
-    return tuple(text.strip() for text in value if isinstance(text, str) and text.strip())
+    return tuple([stripped for text in value if isinstance(text, str) and (stripped := text.strip())])

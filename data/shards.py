@@ -175,9 +175,10 @@ class _LocalBytes:
 
     def __init__(self, path: str) -> None:
         self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
+        self._end = os.fstat(self._descriptor).st_size
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
-        return _read_spans(self._descriptor, spans, self._path)
+        return _read_spans(self._descriptor, spans, self._path, end=self._end)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -198,7 +199,7 @@ class _CachedBytes:
             except FileNotFoundError:  # made room for another just now
                 continue
             try:
-                return _read_spans(descriptor, spans, self._address)
+                return _read_spans(descriptor, spans, self._address, end=os.fstat(descriptor).st_size)
             finally:
                 os.close(descriptor)
         raise VlmError(
@@ -210,17 +211,23 @@ class _CachedBytes:
         """Nothing is held."""
 
 
-def _read_spans(descriptor: int, spans: Sequence[Span], address: str) -> list[bytes]:
-    end = os.fstat(descriptor).st_size
-    for span in spans:  # asked first: a header may promise more than there is memory
-        if span.offset < 0 or span.size < 0 or span.offset + span.size > end:
-            raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {address}, which ends at {end:,}")
-    first = min((span.offset for span in spans), default=0)
-    last = max((span.offset + span.size for span in spans), default=0)
-    if last - first - sum(span.size for span in spans) > _GAP_BYTES:
-        return [os.pread(descriptor, span.size, span.offset) for span in spans]
-    together = os.pread(descriptor, last - first, first)
-    return [together[span.offset - first : span.offset - first + span.size] for span in spans]
+def _read_spans(descriptor: int, spans: Sequence[Span], address: str, *, end: int) -> list[bytes]:
+    first, last, wanted = end, 0, 0
+    for offset, size in spans:
+        if offset < 0 or size < 0 or offset + size > end:  # asked first: a header may promise more than there is memory
+            raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {address}, which ends at {end:,}")
+        first, last, wanted = min(first, offset), max(last, offset + size), wanted + size
+    if last - first - wanted > _GAP_BYTES:
+        return [_read_span(descriptor, span, address) for span in spans]
+    together = _read_span(descriptor, Span(first, max(last - first, 0)), address)
+    return [together[offset - first : offset - first + size] for offset, size in spans]
+
+
+def _read_span(descriptor: int, span: Span, address: str) -> bytes:
+    data = os.pread(descriptor, span.size, span.offset)
+    if len(data) != span.size:
+        raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {address}, {len(data):,} are there")
+    return data
 
 
 def count_samples(shards: list[str], *, allow_damage: bool = False, cache: ShardCache | None = None) -> list[int]:

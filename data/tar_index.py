@@ -82,8 +82,8 @@ class TarIndex:
     def __getitem__(self, number: int) -> Member:
         spans: dict[str, Any] = {}
         for role, (offsets, sizes) in self._spans.items():
-            size = int(sizes[number])
-            spans[role] = Span(int(offsets[number]), size) if size >= 0 else None
+            size = sizes.item(number)
+            spans[role] = Span(offsets.item(number), size) if size >= 0 else None
         stored = self._arrays[number].as_py() if self._has_arrays else ()
         arrays = {name: Span(offset, size) for name, offset, size in map(dict.values, stored)}
         return Member(key=self._keys[number].as_py(), arrays=arrays, **spans)

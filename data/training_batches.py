@@ -1,6 +1,7 @@
 """What a training batch holds: of each sample one view and one caption, with what replaced the unusable ones."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,15 @@ class TrainingBatch:
     def captions(self) -> tuple[str, ...]:
         """The text of each sample that was tokenized."""
         return tuple(caption.text for caption in self.drawn)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On the way from a worker, small tensors go as plain arrays: each tensor would open a shared file."""
+        arrays = {name: rows.cpu().numpy() for name, rows in self.arrays.items()}
+        return self.__dict__ | {"tokens": self.tokens.cpu().numpy(), "arrays": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: torch.from_numpy(rows) for name, rows in state["arrays"].items()}
+        self.__dict__.update(state | {"tokens": torch.from_numpy(state["tokens"]), "arrays": arrays})
 
     def with_images(self, images: UInt8[Tensor, "..."]) -> "TrainingBatch":
         """The same batch with other pictures."""

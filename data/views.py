@@ -144,8 +144,9 @@ class RandomView:
 
         Otherwise a reduced picture would be shown shifted by part of a pixel against the same one decoded whole.
         """
+        width, height = shape
         step = next((step for step in REDUCTIONS if step * self.size <= min(shape)), 1)
-        width, height = (side - side % step for side in shape)
+        width, height = width - width % step, height - height % step
         return Crop(left=left - left % step, top=top - top % step, width=width, height=height, is_mirrored=is_mirrored)
 
     def show(self, picture: EncodedPicture, crop: Crop) -> UInt8[Array, "3 S S"]:
