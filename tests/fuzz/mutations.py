@@ -142,10 +142,12 @@ def pax_rubbish(data: bytearray, rng: Rng) -> bytearray:
 def hurt_picture(data: bytearray, rng: Rng) -> bytearray:
     """Bytes of one picture change, its headers above all; the tar stays sound."""
     at = _header(data, rng, kinds=(b".jpg", b".png", b".webp", b".gif", b".avif"))
-    size = int(data[at + 124 : at + 135].split(b"\0")[0] or b"0", 8)
+    said = bytes(data[at + 124 : at + 135]).split(b"\0")[0]
+    size = int(said, 8) if said.isdigit() and b"8" not in said and b"9" not in said else 0  # another mutation was here
+    size = min(size, len(data) - at - BLOCK)
     for _ in range(int(rng.integers(1, 30))):
         reach = size if rng.random() < 0.5 else min(size, 80)
-        if reach:
+        if reach > 0:
             data[at + BLOCK + int(rng.integers(reach))] = int(rng.integers(256))
     return data
 
