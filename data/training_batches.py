@@ -1,7 +1,7 @@
 """What a training batch holds: of each sample one view and one caption, with what replaced the unusable ones."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,13 +70,14 @@ class TrainingBatch:
         return replace(self, images=images, tokens=self.tokens.pin_memory(), arrays=arrays)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
+class _Row(NamedTuple):
     used: Address
     key: str
-    image: np.ndarray | PreparedView
     caption: DrawnCaption
     arrays: tuple[np.ndarray, ...]
+
+
+_RowAndPicture = tuple[_Row, np.ndarray | PreparedView]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +104,19 @@ class AssembleTraining:
     def __call__(self, addresses: list[Address], shards: ShardSet) -> TrainingBatch:
         """Read, view, draw and tokenize the samples at these addresses."""
         incidents: list[Incident] = []
-        rows = [self._usable(address, shards, incidents) for address in addresses]
-        keys = tuple(row.key for row in rows)
-        shown = [row.image for row in rows if isinstance(row.image, np.ndarray)]
-        prepared = tuple(row.image for row in rows if isinstance(row.image, PreparedView))
+        rows: list[_Row] = []
+        prepared: list[PreparedView] = []
+        number = 0 if self.decode_on_device else len(addresses)
         # views are channels-last in memory, as decoders leave them, and stay so
-        images = shards.new_images((len(shown), self.view.size, self.view.size, 3))
-        if shown:
-            np.stack([image.transpose(1, 2, 0) for image in shown], out=images)
+        images = shards.new_images((number, self.view.size, self.view.size, 3))
+        for place, address in enumerate(addresses):
+            row, image = self._usable(address, shards, incidents)
+            rows.append(row)
+            if isinstance(image, PreparedView):
+                prepared.append(image)
+            else:  # copied at once, while it is in the processor's cache
+                images[place] = image.transpose(1, 2, 0)
+        keys = tuple(row.key for row in rows)
         return TrainingBatch(
             images=torch.from_numpy(images).permute(0, 3, 1, 2),
             tokens=torch.from_numpy(self.tokenizer.encode([row.caption.text for row in rows])),
@@ -120,11 +126,11 @@ class AssembleTraining:
             used=tuple(row.used for row in rows),
             incidents=tuple(incidents),
             arrays=self.arrays.stack([row.arrays for row in rows], keys),
-            prepared=prepared,
+            prepared=tuple(prepared),
             offsets=tuple(shards.place(row.used)[1] for row in rows) if prepared else (),
         )
 
-    def _usable(self, asked: Address, shards: ShardSet, incidents: list[Incident]) -> _Row:
+    def _usable(self, asked: Address, shards: ShardSet, incidents: list[Incident]) -> _RowAndPicture:
         """The row of the sample asked for, or of the first usable one after it."""
         address = asked
         for attempt in range(1, self.max_bad_in_a_row + 1):
@@ -139,19 +145,15 @@ class AssembleTraining:
             f"{incidents[-1].detail}. See vlm inspect; --max-bad-in-a-row raises the limit."
         )
 
-    def _row(self, address: Address, shards: ShardSet) -> _Row:
+    def _row(self, address: Address, shards: ShardSet) -> _RowAndPicture:
         sample = shards.read(address, self.arrays.members)
         rng = view_rng = sample_rng(self.seed, address.epoch, sample.key, address.repeat)
         caption, view = self.draw(sample, rng), 0
         if self.arrays.has_views:
             view, view_rng = self.arrays.draw_view(sample, rng)
-        return _Row(
-            used=address,
-            key=sample.key,
-            image=self._picture(sample.image, view_rng),
-            caption=caption,
-            arrays=self.arrays.rows(sample, view=view, caption=caption),
-        )
+        image = self._picture(sample.image, view_rng)
+        arrays = self.arrays.rows(sample, view=view, caption=caption)
+        return _Row(address, sample.key, caption, arrays), image
 
     def _picture(self, image: bytes, rng: np.random.Generator) -> np.ndarray | PreparedView:
         return prepare_view(image, self.view, rng) if self.decode_on_device else self.view(image, rng)
