@@ -116,7 +116,8 @@ class ShardReader:
         self.address = address
         self.index: TarIndex = open_index(address, cache)
         path = local_path(address)
-        self._bytes = _CachedBytes(path, cache or default_cache()) if needs_cache(path) else _LocalBytes(path)
+        is_cached = needs_cache(path)
+        self._bytes: _Bytes = _CachedBytes(path, cache or default_cache()) if is_cached else _LocalBytes(path)
 
     def __len__(self) -> int:
         return len(self.index)
