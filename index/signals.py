@@ -21,6 +21,7 @@ import numpy as np
 
 from vlm.console import track
 from vlm.data.curation.columns import SampleValues, write_column
+from vlm.data.curation.groups import join_pairs
 from vlm.data.tar_index import open_index
 from vlm.errors import UsageError
 from vlm.index.embeddings import Embeddings
@@ -104,12 +105,7 @@ class SignalWriter:
         """
         if not 0 < threshold <= 1:
             raise UsageError(f"A cosine of {threshold} is outside 0 to 1.")
-        groups = _Groups(len(self.vectors))
-        for first, (limits, neighbours) in self._linked(threshold):
-            for row in range(len(limits) - 1):
-                for other in neighbours[limits[row] : limits[row + 1]]:
-                    groups.join(first + row, int(other))
-        found = groups.numbers()
+        found = join_pairs(self._linked(threshold), len(self.vectors))
         sizes = np.bincount(found)
         found[sizes[found] == 1] = _ALONE
         facts = {"threshold": threshold, "groups of several": int((sizes > 1).sum())}
@@ -151,7 +147,8 @@ class SignalWriter:
             index.add(block)
         return np.concatenate([index.search(block, 1)[0][:, 0] for block in _blocks(self.vectors, what)])
 
-    def _linked(self, threshold: float) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    def _linked(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows and the rows they are linked to, pair by pair."""
         count, dimension = self.vectors.shape
         index: faiss.Index = faiss.IndexFlatIP(dimension)
         if count > _MOST_EXACT:
@@ -163,7 +160,7 @@ class SignalWriter:
         first = 0
         for block in _blocks(self.vectors, "duplicates"):
             limits, _, neighbours = index.range_search(block, threshold)
-            yield first, (limits.astype(np.int64), neighbours)
+            yield first + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))), neighbours
             first += len(block)
 
     def _refuse_other_space(self, other: Embeddings) -> None:
@@ -191,26 +188,6 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     if values.dtype.kind != "f":
         return {}
     return {"least": values.min().item(), "median": np.median(values).item(), "most": values.max().item()}
-
-
-class _Groups:
-    """Union-find over rows; the number of a group is its least row."""
-
-    def __init__(self, size: int) -> None:
-        self._parents = list(range(size))
-
-    def join(self, one: int, other: int) -> None:
-        one, other = self._root(one), self._root(other)
-        self._parents[max(one, other)] = min(one, other)
-
-    def numbers(self) -> np.ndarray:
-        return np.array([self._root(row) for row in range(len(self._parents))], np.int64)
-
-    def _root(self, row: int) -> int:
-        while self._parents[row] != row:
-            self._parents[row] = self._parents[self._parents[row]]
-            row = self._parents[row]
-        return row
 
 
 def _blocks(vectors: Float32[Array, "N D"], what: str) -> Iterator[Float32[Array, "N D"]]:
