@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vlm.data.captions import DrawnCaption
-from vlm.data.samples import Sample
+from vlm.data.samples import Chance, Sample, pick
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.tensors import Array, Float, Tensor
 
@@ -48,7 +48,7 @@ class StoredArrays:
         """Whether views are those a teacher saw."""
         return any(ROWS[name] == "view" for name in self.names)
 
-    def draw_view(self, sample: Sample, rng: np.random.Generator) -> tuple[int, np.random.Generator]:
+    def draw_view(self, sample: Sample, rng: Chance) -> tuple[int, np.random.Generator]:
         """The number of a stored view, drawn, and the generator that draws it again.
 
         Raises:
@@ -57,7 +57,7 @@ class StoredArrays:
         seeds = sample.arrays[VIEW_SEEDS]
         if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui" or seeds.min() < 0:
             raise BadSample("bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is wanted")
-        number = int(rng.integers(len(seeds)))
+        number = pick(rng, len(seeds))
         return number, view_rng(int(seeds[number]))
 
     def rows(self, sample: Sample, *, view: int, caption: DrawnCaption) -> tuple[Float[Array, " D"], ...]:

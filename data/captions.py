@@ -2,13 +2,12 @@
 
 import math
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
+from itertools import accumulate, takewhile
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from vlm.data.samples import UNNAMED, Captions, Sample, select_languages
+from vlm.data.samples import UNNAMED, Captions, Chance, Sample, pick, select_languages, shuffled
 from vlm.errors import BadSample, UsageError
 
 TAGS = "tags"
@@ -18,8 +17,7 @@ _WEIGHTS = "caption_weights"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。!?])")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawnCaption:
+class DrawnCaption(NamedTuple):
     """A caption as it was drawn.
 
     number: its place among all captions of the sample, languages in their order; -1 for tags.
@@ -57,7 +55,7 @@ class CaptionDraw:
         if self.language_weights and (min(self.language_weights) < 0 or not 0 < sum(self.language_weights) < math.inf):
             raise UsageError(f"language_weights = {self.language_weights}: give numbers from 0 on, not all 0.")
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> DrawnCaption:
+    def __call__(self, sample: Sample, rng: Chance) -> DrawnCaption:
         """Draw one caption.
 
         Raises:
@@ -65,7 +63,7 @@ class CaptionDraw:
         """
         captions = sample.captions
         if TAGS in self.languages and (tags := tags_of(sample.metadata)):
-            captions = captions | {TAGS: (", ".join(tags[place] for place in rng.permutation(len(tags))),)}
+            captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
         chosen = select_languages(captions, self.languages)
         language = list(chosen)[_draw(rng, self._weights_of(tuple(chosen)), len(chosen))]
         texts = chosen[language]
@@ -74,8 +72,19 @@ class CaptionDraw:
         text = texts[place]
         if self.sentences:
             sentences = split_sentences(text)
-            text = sentences[_draw(rng, None, len(sentences))]
+            text = sentences[pick(rng, len(sentences))]
         return DrawnCaption(text=text, language=language, number=_number_of(sample.captions, kept_as, place))
+
+    def sentences_of(self, sample: Sample) -> list[str]:
+        """The different sentences of all captions in the languages asked for, in their order; tags are none."""
+        asked = tuple(language for language in self.languages if language != TAGS)
+        weights = dict(zip(self.languages, self.language_weights, strict=False))
+        try:
+            chosen = select_languages(sample.captions, asked) if asked or not self.languages else {}
+        except BadSample:
+            return []
+        texts = [text for language in chosen if weights.get(language, 1) > 0 for text in chosen[language]]
+        return list(dict.fromkeys(sentence for text in texts for sentence in split_sentences(text)))
 
     def _weights_of(self, chosen: tuple[str, ...]) -> list[float] | None:
         if not self.language_weights:
@@ -103,11 +112,11 @@ def tags_of(metadata: dict[str, Any]) -> tuple[str, ...]:
     return tuple(tag.strip() for tag in parts if isinstance(tag, str) and tag.strip())
 
 
-def _draw(rng: np.random.Generator, weights: list[float] | None, number: int) -> int:
+def _draw(rng: Chance, weights: list[float] | None, number: int) -> int:
     if weights is None:
-        return int(rng.random() * number)
-    ends = np.cumsum(weights)
-    return min(int(np.searchsorted(ends, rng.random() * ends[-1], side="right")), number - 1)
+        return pick(rng, number)
+    ends = list(accumulate(weights))
+    return min(bisect_right(ends, rng.random() * ends[-1]), number - 1)
 
 
 def _caption_weights(sample: Sample, language: str, number: int) -> list[float] | None:

@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 REDUCTIONS = (8, 4, 2)
 
 _ORIENTATION = 0x0112
+_MARKER, _SCAN, _APP1 = 0xFF, 0xDA, 0xE1
 # a JPEG spends a bit at least on each block of 8 by 8; one that promises more pixels is cut, and not worth its memory
 _MAX_PIXELS_PER_BYTE = 1024
 # of pictures decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
@@ -48,25 +49,26 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 class EncodedPicture:
     """A picture of which the header has been read; its pixels are decoded when asked for.
 
-    width, height: in pixels, after the EXIF orientation is applied. is_jpeg: it is a JPEG in RGB, YCbCr or grey, and
-    orientation is that of its stored pixels (EXIF's 1 to 8).
+    data: the encoded file. width, height: in pixels, after the EXIF orientation is applied. is_jpeg: it is a JPEG in
+    RGB, YCbCr or grey, and orientation is that of its stored pixels (EXIF's 1 to 8).
 
     Raises:
         BadSample: as `open_picture`.
     """
 
-    __slots__ = ("_data", "height", "is_jpeg", "orientation", "width")
+    __slots__ = ("_stored", "data", "height", "is_jpeg", "orientation", "width")
 
     def __init__(self, data: bytes) -> None:
-        self._data, self.orientation = data, 1
+        self.data, self.orientation = data, 1
         size = _jpeg_size(data)
         self.is_jpeg = size is not None
         if size is None or _may_be_turned(data):
             picture = open_picture(data)
             self.orientation = _orientation(picture)
+            self._stored = picture.size
             self.width, self.height = upright_size(picture)
         else:
-            self.width, self.height = size
+            self._stored = self.width, self.height = size
             _check_size(*size, num_bytes=len(data))
 
     def pixels(self, *, resolution: float = 1.0) -> UInt8[Array, "H W 3"]:
@@ -79,12 +81,25 @@ class EncodedPicture:
         """
         if self.is_jpeg:
             try:
-                stored = _decode_jpeg(self._data, resolution)
+                stored = _decode_jpeg(self.data, self._stored, resolution)
             except (ValueError, MemoryError):
                 pass  # also for what libjpeg only warns of, which Pillow lets pass unless the file is cut
             else:
                 return _TURNS[self.orientation](stored) if self.orientation in _TURNS else stored
-        return np.array(to_rgb(open_picture(self._data), resolution=resolution))
+        return np.array(to_rgb(open_picture(self.data), resolution=resolution))
+
+    def step_of(self, pixels: UInt8[Array, "H W 3"]) -> int:
+        """Pixels of the picture to one of these that were decoded from it: 1, 2, 4 or 8."""
+        # the last row and column of a reduced JPEG reach over the edge, so the sizes do not divide
+        return round(max(self.width, self.height) / max(pixels.shape[:2]))
+
+
+def reduction(resolution: float) -> int:
+    """The step at which a JPEG is decoded where this share of its width and height is needed: 1, 2, 4 or 8."""
+    for step in REDUCTIONS:
+        if resolution * step <= 1.0:
+            return step
+    return 1
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -143,26 +158,23 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def _may_be_turned(data: bytes) -> bool:
     """Whether a JPEG has an APP1 segment (EXIF or XMP) before its first scan, or oddities that hide one."""
-    place = 2
-    while data[place : place + 1] == b"\xff":
-        marker = data[place + 1 : place + 2]
-        if marker == b"\xda":
+    place, end = 2, len(data) - 3
+    while place < end and data[place] == _MARKER:
+        marker = data[place + 1]
+        if marker == _SCAN:
             return False
-        if marker == b"\xe1":
+        if marker == _APP1:
             return True
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        place += 2 + (data[place + 2] << 8 | data[place + 3])
     return True
 
 
-def _decode_jpeg(data: bytes, resolution: float) -> UInt8[Array, "H W 3"]:
-    """Pixels as stored; ValueError for anything that libjpeg warns of."""
-    least = (0, 0)
-    scale = next((scale for scale in REDUCTIONS if resolution * scale <= 1.0), 1)
-    if scale > 1:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        least = (ceil(int(height) / scale), ceil(int(width) / scale))
-    is_repeated = scale == 1 and resolution <= _REPEATED_CHROMA
-    return simplejpeg.decode_jpeg(data, "RGB", fastupsample=is_repeated, min_height=least[0], min_width=least[1])
+def _decode_jpeg(data: bytes, size: tuple[int, int], resolution: float) -> UInt8[Array, "H W 3"]:
+    """Pixels as stored; ValueError for anything that libjpeg warns of. size: (width, height) as stored."""
+    step = reduction(resolution)
+    if step == 1:
+        return simplejpeg.decode_jpeg(data, "RGB", fastupsample=resolution <= _REPEATED_CHROMA)
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=ceil(size[1] / step), min_width=ceil(size[0] / step))
 
 
 def _check_size(width: int, height: int, *, num_bytes: int | None) -> None:

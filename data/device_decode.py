@@ -57,14 +57,13 @@ class DeviceViews:
     damaged: dict[int, BadSample]
 
 
-def prepare_view(image: bytes, view: RandomView, rng: np.random.Generator) -> PreparedView:
-    """Read the header and draw the crop; what is no whole, plain JPEG is decoded right here. For the workers.
+def prepare_view(picture: EncodedPicture, crop: Crop, view: RandomView) -> PreparedView:
+    """A drawn view for the device; what is no whole, plain JPEG is decoded right here. For the workers.
 
     Raises:
-        BadSample: the header cannot be read, or what was decoded is damaged.
+        BadSample: what was decoded is damaged.
     """
-    picture = EncodedPicture(image)
-    crop = view.draw(picture.width, picture.height, rng)
+    image = picture.data
     # GPU decoders fill the rest of a cut file with grey without a word
     if picture.is_jpeg and _has_end(image):
         # of the decoders, some turn the picture themselves

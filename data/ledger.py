@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlm.data.order import Address
 from vlm.data.training_batches import TrainingBatch
 
 MAX_FAILURES = 1000
@@ -16,7 +17,8 @@ class ShardCount:
 
     asked: visits the order asked for. seen: those that showed the sample asked for, of which `repeated` showed one that
     its epoch had shown already, as its selection wants. replaced: those whose sample cannot be used, so that another
-    stood in; asked = seen + replaced. corrupt: the same by reason. stood_in: visits of this shard's samples in
+    stood in. passed_over: those that training left out because the run went back from steps that could not be used;
+    asked = seen + replaced + passed_over. corrupt: replaced by reason. stood_in: visits of this shard's samples in
     place of others; over all shards as many as `replaced`.
     """
 
@@ -25,11 +27,12 @@ class ShardCount:
     repeated: int = 0
     replaced: int = 0
     stood_in: int = 0
+    passed_over: int = 0
     corrupt: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "ShardCount") -> None:
         """Add the visits of another count."""
-        for name in ("asked", "seen", "repeated", "replaced", "stood_in"):
+        for name in ("asked", "seen", "repeated", "replaced", "stood_in", "passed_over"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.corrupt.update(other.corrupt)
 
@@ -83,6 +86,14 @@ class Ledger:
             if len(self.failures) < MAX_FAILURES:
                 told = {"key": incident.key, "offset": incident.offset, "reason": incident.reason}
                 self.failures.setdefault((place.shard, place.number), told | {"detail": incident.detail})
+
+    def pass_over(self, visits: Iterable[Address]) -> None:
+        """Add visits that training leaves out."""
+        for visit in visits:
+            count = self._of(visit.epoch, visit.shard)
+            count.asked += 1
+            count.passed_over += 1
+            self.num_asked += 1
 
     def by_shard(self) -> Epoch:
         """All epochs together, by shard."""

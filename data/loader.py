@@ -1,5 +1,6 @@
 """The streaming loader: batches by number, read and prepared in worker processes, the same for any number of them."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def stream_batches(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_settle,
         multiprocessing_context="fork" if workers else None,
     )
     return _received(iter(loader), plan, opened, numbers)
@@ -213,5 +214,7 @@ def _next(made: "Iterator[Made | _HandedOver[Made] | _Failure]") -> "Made | _Han
         ) from error
 
 
-def _use_one_thread(_: int) -> None:
+def _settle(_: int) -> None:
     torch.set_num_threads(1)
+    # what was there before the fork stays; each collection would go through all of it, and take a copy by writing to it
+    gc.freeze()

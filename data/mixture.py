@@ -26,12 +26,13 @@ class Mixture:
 
     def locate(self, positions: Sequence[int]) -> list[Address]:
         """The visits at the given positions."""
-        found: list[Address] = []
-        for position in positions:
-            source, rank = self.place(position)
-            address = self.orders[source].locate([rank])[0]
-            found.append(address._replace(shard=address.shard + self._first_shards[source]))
-        return found
+        places = [self.place(position) for position in positions]
+        found = [
+            iter(order.locate([rank for source, rank in places if source == number]))
+            for number, order in enumerate(self.orders)
+        ]
+        addresses = [(next(found[source]), self._first_shards[source]) for source, _ in places]
+        return [address._replace(shard=address.shard + first) for address, first in addresses]
 
     def place(self, position: int) -> tuple[int, int]:
         """The source at a position, and the position in that source.

@@ -1,9 +1,10 @@
 """The order in which samples are seen: a pure function of seed, epoch and shard sizes, addressed by one number."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,14 @@ class Address(NamedTuple):
     shard: int
     number: int
     repeat: int = 0
+
+
+class Visits(list[Address]):
+    """The visits at consecutive positions of a run, from `position` on."""
+
+    def __init__(self, addresses: Iterable[Address], *, position: int) -> None:
+        super().__init__(addresses)
+        self.position = position
 
 
 @runtime_checkable
@@ -91,7 +100,11 @@ class SampleOrder:
 
     def locate(self, positions: Sequence[int]) -> list[Address]:
         """The visits at the given positions."""
-        return [self._address(*divmod(position, self.num_samples)) for position in positions]
+        return [
+            address
+            for (epoch, first), inside in groupby(positions, self._window_of)
+            for address in self._addresses(epoch, first, [position % self.num_samples - first for position in inside])
+        ]
 
     def stand_in(self, address: Address, attempt: int) -> Address:
         """The first visit of the sample `attempt` places further in file order, among those that are visited."""
@@ -119,12 +132,18 @@ class SampleOrder:
         """Whole epochs before a position."""
         return (position // self.num_samples,)
 
-    def _address(self, epoch: int, offset: int) -> Address:
+    def _window_of(self, position: int) -> tuple[int, int]:
+        """The epoch of a position, and where its window begins in it."""
+        epoch, offset = divmod(position, self.num_samples)
+        return epoch, offset - offset % self.window
+
+    def _addresses(self, epoch: int, first: int, offsets: list[int]) -> list[Address]:
+        """The visits at these offsets from the beginning of a window."""
         shards, starts = self._shuffled_shards(epoch)
-        first = offset - offset % self.window
-        place = first + int(self._window_permutation(epoch, first)[offset - first])
-        slot = int(starts.searchsorted(place, "right")) - 1
-        return self._visit(epoch, int(shards[slot]), place - int(starts[slot]))
+        places = self._window_permutation(epoch, first)[offsets] + np.int64(first)
+        slots = starts.searchsorted(places, "right") - 1
+        inside = (places - starts[slots]).tolist()
+        return [self._visit(epoch, shard, place) for shard, place in zip(shards[slots].tolist(), inside, strict=True)]
 
     def _visit(self, epoch: int, shard: int, place: int) -> Address:
         if self.times is None:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vlm.data.order import Address, Order
+from vlm.data.order import Address, Order, Visits
 from vlm.errors import UsageError
 
 _SHARDS_AHEAD = 4
@@ -18,6 +18,7 @@ class TrainingPlan:
 
     The global batch n holds positions position + n*batch_size ... in order; each process takes its own
     even share of it, so any number of processes sees the same global batches.
+    parts: even parts in which a share is handed over, one after the other; number n*parts + i is part i of batch n.
     """
 
     order: Order
@@ -25,6 +26,7 @@ class TrainingPlan:
     position: int = 0
     process: int = 0
     num_processes: int = 1
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_processes:
@@ -32,19 +34,34 @@ class TrainingPlan:
                 f"The global batch of {self.batch_size} does not divide by {self.num_processes} processes; "
                 "choose a multiple."
             )
+        if self.share % self.parts:
+            raise UsageError(
+                f"A process's share of {self.share} samples does not divide into {self.parts} even parts; choose the "
+                "batch as a multiple of the parts."
+            )
+
+    @property
+    def share(self) -> int:
+        """Samples of a global batch that this process takes."""
+        return self.batch_size // self.num_processes
 
     @property
     def largest(self) -> int:
-        """Samples of each batch of this process."""
-        return self.batch_size // self.num_processes
+        """Samples handed over at once."""
+        return self.share // self.parts
 
-    def __getitem__(self, number: int) -> list[Address]:
-        first = self.position + number * self.batch_size + self.process * self.largest
-        return self.order.locate(range(first, first + self.largest))
+    def __getitem__(self, number: int) -> Visits:
+        first = self.first_position(number)
+        return Visits(self.order.locate(range(first, first + self.largest)), position=first)
+
+    def first_position(self, number: int) -> int:
+        """Position of the first sample handed over under this number."""
+        batch, part = divmod(number, self.parts)
+        return self.position + batch * self.batch_size + self.process * self.share + part * self.largest
 
     def shards_from(self, number: int) -> list[int]:
-        """The shards that batch `number` and those soon after it need."""
-        return self.order.shards_from(self.position + number * self.batch_size)
+        """The shards that number and those soon after it need, of any process."""
+        return self.order.shards_from(self.position + number // self.parts * self.batch_size)
 
     def stand_in(self, address: Address, attempt: int) -> Address:
         """The sample `attempt` places further in file order, in place of one that cannot be read."""

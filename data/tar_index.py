@@ -38,8 +38,7 @@ class Span(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
+class Member(NamedTuple):
     """One sample of a tar: its key and where its parts lie; None for a part it lacks.
 
     arrays: the stored arrays (`key.NAME.npy`) by name.
@@ -80,13 +79,16 @@ class TarIndex:
         return self.table.num_rows
 
     def __getitem__(self, number: int) -> Member:
-        spans: dict[str, Any] = {}
-        for role, (offsets, sizes) in self._spans.items():
+        spans: list[Span | None] = []
+        for offsets, sizes in self._spans.values():
             size = sizes.item(number)
-            spans[role] = Span(offsets.item(number), size) if size >= 0 else None
-        stored = self._arrays[number].as_py() if self._has_arrays else ()
-        arrays = {name: Span(offset, size) for name, offset, size in map(dict.values, stored)}
-        return Member(key=self._keys[number].as_py(), arrays=arrays, **spans)
+            spans.append(Span(offsets.item(number), size) if size >= 0 else None)
+        arrays: dict[str, Span] = {}
+        if self._has_arrays:
+            stored = map(dict.values, self._arrays[number].as_py())
+            arrays = {name: Span(offset, size) for name, offset, size in stored}
+        image, text, json = spans
+        return Member(self._keys[number].as_py(), image, text, json, arrays)
 
     def sample_keys(self) -> list[str]:
         """The keys of all samples."""

@@ -14,6 +14,7 @@ from vlm.files import fingerprint_of, write_bytes, write_text
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
 _WORDS_KEPT = 1 << 17
+_WIDTH_STEP = 8
 
 
 @runtime_checkable
@@ -78,8 +79,17 @@ class ClipTokenizer(Tokenizer):
         if found is None:
             if len(self._words) >= _WORDS_KEPT:
                 self._words.clear()
-            found = self._words[word] = self._bpe.encode(word)
+            found = self._words[word] = [
+                piece for part in self._bpe.pat.findall(word) for piece in self._pieces_of_part(part)
+            ]
         return found
+
+    def _pieces_of_part(self, part: str) -> list[int]:
+        """The pieces of what holds neither spaces nor both letters and signs."""
+        ids = self._bpe.encoder
+        # what the vocabulary has whole is left whole by its merges (there is a test), which take ten times as long
+        whole = ids.get(f"{part}</w>")
+        return [ids[piece] for piece in self._bpe.bpe(part).split(" ")] if whole is None else [whole]
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:
@@ -150,6 +160,11 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UsageError(f"No Hugging Face tokenizer at {source!r}: {error}") from error
         inner: Any = self._wrapped.tokenizer
         self.context_length, self.vocab_size = context_length, len(inner)
+        if inner.pad_token_id is None:
+            if inner.eos_token_id is None:
+                raise UsageError(f"The tokenizer of {source} has neither a padding nor an end token; give it one.")
+            inner.pad_token = inner.eos_token
+        inner.padding_side = "right"
         self.pad_token = inner.pad_token_id or 0
         self.start_token = _first_given(inner.bos_token_id, inner.cls_token_id, self.pad_token)
         self.end_token = _first_given(inner.eos_token_id, inner.sep_token_id, self.pad_token)
@@ -230,6 +245,18 @@ def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def trimmed(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Rows of ids [..., L] cut to the longest of them, rounded up to a multiple of 8, so that few widths occur.
+
+    Where padding is the end token itself, one is kept.
+    """
+    used = np.flatnonzero((tokens != tokenizer.pad_token).reshape(-1, tokens.shape[-1]).any(axis=0))
+    longest = int(used[-1]) + 1 if len(used) else 1
+    if tokenizer.pad_token == tokenizer.end_token:
+        longest += 1
+    return tokens[..., : -(-longest // _WIDTH_STEP) * _WIDTH_STEP]
 
 
 def _inner(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:

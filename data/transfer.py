@@ -51,12 +51,7 @@ class DeviceAhead:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             if self.view is not None:
                 batch = decode_batch(batch, self.view, self.device)
-            return replace(
-                batch,
-                images=batch.images.to(self.device, non_blocking=True),
-                tokens=batch.tokens.to(self.device, non_blocking=True),
-                arrays={name: rows.to(self.device, non_blocking=True) for name, rows in batch.arrays.items()},
-            )
+            return batch.changed(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
 def decode_batch(batch: TrainingBatch, view: RandomView, device: torch.device) -> TrainingBatch:
@@ -97,14 +92,11 @@ def _with_stand_ins(batch: TrainingBatch, damaged: dict[int, BadSample]) -> Trai
         for row, error in damaged.items()
     ]
     return replace(
-        batch,
-        images=batch.images[rows],
-        tokens=batch.tokens[rows],
+        batch.changed(lambda tensor: tensor[rows]),
         keys=tuple(batch.keys[row] for row in rows),
         drawn=tuple(batch.drawn[row] for row in rows),
         used=tuple(batch.used[row] for row in rows),
         incidents=(*batch.incidents, *incidents),
-        arrays={name: values[rows] for name, values in batch.arrays.items()},
         offsets=(),
     )
 
@@ -113,5 +105,5 @@ def _hand_to_current_stream(batch: TrainingBatch, stream: torch.cuda.Stream) -> 
     """Let the stream that computes wait for the copies, and keep their memory until it has used them."""
     computing = torch.cuda.current_stream(stream.device)
     computing.wait_stream(stream)
-    for tensor in (batch.images, batch.tokens, *batch.arrays.values()):
+    for tensor in batch.tensors:
         tensor.record_stream(computing)

@@ -1,17 +1,18 @@
 """A picture as a model sees it: the random view of training and the fixed view of everything else."""
 
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from math import exp, log, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from vlm.data.decode import REDUCTIONS, EncodedPicture, open_picture, to_rgb
+from vlm.data.decode import EncodedPicture, open_picture, reduction, to_rgb
+from vlm.data.samples import Chance
 from vlm.errors import UsageError
-from vlm.tensors import Array, UInt8
+from vlm.tensors import Array, Tensor, UInt8
 
 # OpenAI CLIP's channel statistics, which open_clip keeps as its default
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -83,8 +84,7 @@ class FixedView:
         return picture.crop((left, top, left + size, top + size))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crop:
+class Crop(NamedTuple):
     """A piece of an upright picture, in its pixels, and whether it is shown mirrored."""
 
     left: int
@@ -108,7 +108,7 @@ class RandomView:
     flip: float = 0.0
     interpolation: str = "bicubic"
 
-    def __call__(self, image: bytes, rng: np.random.Generator) -> UInt8[Array, "3 S S"]:
+    def __call__(self, image: bytes, rng: Chance) -> UInt8[Array, "3 S S"]:
         """Encoded picture to its view; the channels of a pixel lie side by side in memory (as of `show`).
 
         Raises:
@@ -117,37 +117,41 @@ class RandomView:
         picture = EncodedPicture(image)
         return self.show(picture, self.draw(picture.width, picture.height, rng))
 
-    def draw(self, width: int, height: int, rng: np.random.Generator) -> Crop:
+    def draw(self, width: int, height: int, rng: Chance) -> Crop:
         """The crop of an upright picture of this size; the middle, as large as the ratio allows, after ten misses.
 
         What is drawn from the generator depends on the size alone, not on how the picture is decoded.
         """
-        is_mirrored = bool(rng.random() < self.flip)
+        is_mirrored = rng.random() < self.flip
         if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
-            return self._on_grid(0, 0, (width, height), is_mirrored=is_mirrored)
-        low, high = log(self.ratio[0]), log(self.ratio[1])
+            return self._on_grid(0, 0, width, height, is_mirrored)
+        low, span = self._log_ratio
         for _ in range(10):
-            share, shape, across, down = rng.random(4).tolist()
+            share, shape, across, down = rng.random(), rng.random(), rng.random(), rng.random()
             area = width * height * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
-            aspect = exp(low + shape * (high - low))
+            aspect = exp(low + shape * span)
             crop_width, crop_height = round(sqrt(area * aspect)), round(sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
-                return self._on_grid(left, top, (crop_width, crop_height), is_mirrored=is_mirrored)
+                return self._on_grid(left, top, crop_width, crop_height, is_mirrored)
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
         crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
-        return self._on_grid(left, top, (crop_width, crop_height), is_mirrored=is_mirrored)
+        return self._on_grid(left, top, crop_width, crop_height, is_mirrored)
 
-    def _on_grid(self, left: int, top: int, shape: tuple[int, int], *, is_mirrored: bool) -> Crop:
+    @cached_property
+    def _log_ratio(self) -> tuple[float, float]:
+        return log(self.ratio[0]), log(self.ratio[1]) - log(self.ratio[0])
+
+    def _on_grid(self, left: int, top: int, width: int, height: int, is_mirrored: bool) -> Crop:
         """The crop with its edges on whole pixels of the reduced JPEG, for every kind of picture.
 
         Otherwise a reduced picture would be shown shifted by part of a pixel against the same one decoded whole.
         """
-        width, height = shape
-        step = next((step for step in REDUCTIONS if step * self.size <= min(shape)), 1)
-        width, height = width - width % step, height - height % step
-        return Crop(left=left - left % step, top=top - top % step, width=width, height=height, is_mirrored=is_mirrored)
+        step = reduction(self.size / min(width, height))
+        if step == 1:
+            return Crop(left, top, width, height, is_mirrored)
+        return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_mirrored)
 
     def show(self, picture: EncodedPicture, crop: Crop) -> UInt8[Array, "3 S S"]:
         """Decode a picture and resize its crop; the channels of a pixel lie side by side in memory.
@@ -155,25 +159,47 @@ class RandomView:
         Raises:
             BadSample: it cannot be decoded.
         """
-        pixels = picture.pixels(resolution=min(1.0, self.size / min(crop.width, crop.height)))
-        # 1, 2, 4 or 8; the last row and column of a reduced JPEG reach over the edge, so the sizes do not divide
-        step = round(max(picture.width, picture.height) / max(pixels.shape[:2]))
+        shown = np.empty((self.size, self.size, 3), np.uint8)
+        self.cut(picture, picture.pixels(resolution=self.resolution(crop)), crop, out=shown)
+        return shown.transpose(2, 0, 1)
+
+    def resolution(self, crop: Crop) -> float:
+        """Share of the picture's width and height at which its crop still fills the view."""
+        return min(1.0, self.size / min(crop.width, crop.height))
+
+    def cut(
+        self, picture: EncodedPicture, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "S S 3"]
+    ) -> None:
+        """Write the resized crop of the picture's pixels, whole or reduced, to `out`."""
+        step = picture.step_of(pixels)
         rows = slice(crop.top // step, max((crop.top + crop.height) // step, 1))
         columns = slice(crop.left // step, max((crop.left + crop.width) // step, 1))
-        view = resize_antialiased(pixels[rows, columns], self.size, interpolation=self.interpolation)
-        return view[:, :, ::-1].copy(order="K") if crop.is_mirrored else view
+        resize_antialiased(pixels[rows, columns], out, interpolation=self.interpolation)
+        if crop.is_mirrored:
+            out[:] = out[:, ::-1]
 
 
-def resize_antialiased(pixels: UInt8[Array, "H W 3"], size: int, *, interpolation: str) -> UInt8[Array, "3 S S"]:
-    """Resize to a square by torch's antialiased filter: Pillow's results within two levels, in a fifth of its time.
-
-    The channels of a pixel lie side by side in memory, as they come.
+def resize_antialiased(
+    pixels: UInt8[Array, "H W 3"], out: UInt8[Array, "height width 3"], *, interpolation: str
+) -> None:
+    """Resize to the size of `out` by torch's antialiased filter: Pillow's results within two levels, in a fifth of its
+    time.
     """
     if min(pixels.strides) < 0:  # a turned picture; torch has no negative strides
         pixels = np.ascontiguousarray(pixels)
+    # what F.interpolate calls, but it has no `out`, and a view that is copied later has left the processor's cache
+    _RESIZE[interpolation](_batch_of_one(pixels), out.shape[:2], False, out=_batch_of_one(out))
+
+
+_RESIZE = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+
+
+def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
     # in this order of steps torch sees channels last, for which it has its fastest filter
-    batch = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
-    return F.interpolate(batch, (size, size), mode=interpolation, antialias=True)[0].numpy()
+    return torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
 
 
 def _channels_first(picture: Image.Image) -> np.ndarray:

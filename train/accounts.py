@@ -9,8 +9,9 @@ from vlm.data.corpus import Corpus
 from vlm.data.ledger import Epoch, Ledger, ShardCount, total_of
 from vlm.errors import VlmError
 from vlm.files import write_text
+from vlm.train.guard.rewind import PassedOver, visits_in
 from vlm.train.processes import summed_ledger
-from vlm.train.setup import Session
+from vlm.train.session import Session
 
 FOLDER = "ledger"
 _ALWAYS_ALLOWED = 10
@@ -29,6 +30,18 @@ def close_epochs(session: Session, *, before: int) -> None:
         if session.accelerator.is_main_process:
             path = session.folder / FOLDER / f"{corpus.sources[source].name}-epoch-{epoch:05d}.json"
             write_ledger(path, corpus, counts, whole, shards=shards)
+
+
+def count_passed_over(session: Session, passed: PassedOver) -> None:
+    """Count the visits that a run which went back passes over, and close the epochs they end; all processes call it.
+
+    The main process carries on the restored ledger, which is that of all.
+    """
+    order, state = session.corpus.order, session.state
+    if session.accelerator.is_main_process:
+        for visits in visits_in(passed, order.locate):
+            state.ledger.pass_over(visits)
+    close_epochs(session, before=passed.first)
 
 
 def write_ledger(path: Path, corpus: Corpus, counts: Epoch, ledger: Ledger, *, shards: Iterable[int]) -> None:
@@ -77,7 +90,8 @@ def ledger_table(corpus: Corpus, ledger: Ledger, *, most: int = 20) -> tuple[lis
     """Columns and rows for people: the sum, then the shards that lost most."""
     counts = ledger.by_shard()
     reasons = sorted({reason for count in counts.values() for reason in count.corrupt})
-    columns = ["shard", "samples", "filtered", "asked", "seen", "repeated", "replaced", "stood in", *reasons]
+    columns = ["shard", "samples", "filtered", "asked", "seen", "repeated", "replaced", "stood in", "passed over"]
+    columns += reasons
     losing = sorted((shard for shard in counts if counts[shard].replaced), key=lambda shard: -counts[shard].replaced)
     rows = [_row("all", sum(corpus.samples), sum(corpus.filtered), total_of(counts), reasons)]
     for shard in losing[:most]:
@@ -87,5 +101,5 @@ def ledger_table(corpus: Corpus, ledger: Ledger, *, most: int = 20) -> tuple[lis
 
 
 def _row(name: str, samples: int, filtered: int, count: ShardCount, reasons: list[str]) -> list[Any]:
-    numbers = [count.asked, count.seen, count.repeated, count.replaced, count.stood_in]
+    numbers = [count.asked, count.seen, count.repeated, count.replaced, count.stood_in, count.passed_over]
     return [name, samples, filtered, *numbers, *(count.corrupt[reason] for reason in reasons)]

@@ -6,17 +6,22 @@ import torch
 from torch import nn
 
 from vlm.train.config import OptimizerConfig
+from vlm.train.sharding import by_kind
 
 MAX_LOG_SCALE = log(100)
 """The temperature is kept from falling below 0.01 (CLIP §2.5)."""
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices with weight decay; gains, biases, temperature without (as in CLIP §2.5)."""
+    """AdamW with weight decay for matrices, and without for gains, biases and temperature (as in CLIP §2.5)."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": kind, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (others, 0.0))
+        for kind in by_kind(parameters)
+        if kind
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)

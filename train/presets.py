@@ -1,4 +1,7 @@
-"""Named runs: a model with the settings that train it well. Adding one is one entry."""
+"""Named runs: a model with the settings that train it well. Adding one is one entry.
+
+What is expected of each, and where its figures are from, stands in `vlm.train.recipes.table`.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,17 @@ from vlm.train.config import LoaderConfig, ModelConfig, ObjectiveConfig, Optimiz
 
 _SCENES = LoaderConfig(languages=("en",), crop_scale=(1.0, 1.0))
 _QUICK = OptimizerConfig(learning_rate=2e-3, beta2=0.95, warmup_steps=80)
+_SMALL = OptimizerConfig(learning_rate=2e-3, weight_decay=0.2, warmup_steps=100)
+_EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")
+
+# CLIP §2.5 and table 20, as open_clip trains by default: AdamW 0.9, 0.98, 1e-6, decay 0.2
+_CLIP = OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=2000)
+# DataComp's scale_configs.py, small and medium: as open_clip, with a shorter warm-up
+_DATACOMP = OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=500)
+# DataComp's scale_configs.py, xlarge: what open_clip's authors use at batches of 90,000
+_HUGE_BATCH = OptimizerConfig(learning_rate=1e-3, beta2=0.95, weight_decay=0.2, warmup_steps=10_000)
+# crops of nine tenths and more, as open_clip's
+_WEB = LoaderConfig(workers=12)
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "tiny": (
@@ -26,7 +40,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             model=ModelConfig(architecture="tiny-coca"),
             loader=_SCENES,
-            objective=ObjectiveConfig(objective="coca", contrastive_weight=1.0, caption_weight=1.5),
+            objective=ObjectiveConfig(objective="clip + 1.5*caption"),
             optimizer=_QUICK,
             batch_size=128,
             epochs=8.5,
@@ -38,7 +52,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             model=ModelConfig(architecture="small"),
             loader=LoaderConfig(crop_scale=(0.7, 1.0), flip=0.5),
-            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.2, warmup_steps=100),
+            optimizer=_SMALL,
             batch_size=256,
             epochs=32.0,
         ),
@@ -48,9 +62,101 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             model=ModelConfig(architecture="small"),
             loader=LoaderConfig(crop_scale=(0.6, 1.0), flip=0.5),
-            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.2, warmup_steps=100),
+            optimizer=_SMALL,
             batch_size=256,
             epochs=12.0,
+        ),
+    ),
+    "emoji": (
+        "names of 7,000 emoji drawings in twelve languages, on two CPU cores",
+        TrainConfig(
+            model=ModelConfig(architecture="small"),
+            loader=LoaderConfig(languages=_EMOJI_LANGUAGES, crop_scale=(0.8, 1.0)),
+            optimizer=_SMALL,
+            batch_size=256,
+            epochs=40.0,
+            val_captions_each=1,
+            evaluate_every=250,
+        ),
+    ),
+    "cc3m": (
+        "CLIP ViT-B/16 on CC3M for 40 epochs, as in SLIP",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-16"),
+            loader=LoaderConfig(workers=12, crop_scale=(0.5, 1.0)),
+            optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.5, epsilon=1e-8, warmup_steps=700),
+            batch_size=4096,
+            epochs=40.0,
+            precision="bf16",
+        ),
+    ),
+    "cc12m": (
+        "CLIP ViT-B/16 on CC12M for 35 epochs, as in SLIP",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-16"),
+            loader=LoaderConfig(workers=12, crop_scale=(0.5, 1.0)),
+            optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.5, epsilon=1e-8, warmup_steps=2600),
+            batch_size=4096,
+            epochs=35.0,
+            precision="bf16",
+        ),
+    ),
+    "datacomp-small": (
+        "DataComp's small track: ViT-B/32, 12.8 million samples seen",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-32"),
+            loader=_WEB,
+            optimizer=_DATACOMP,
+            batch_size=4096,
+            steps=3125,
+            precision="bf16",
+        ),
+    ),
+    "datacomp-medium": (
+        "DataComp's medium track: ViT-B/32, 128 million samples seen",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-32"),
+            loader=_WEB,
+            optimizer=_DATACOMP,
+            batch_size=4096,
+            steps=31_250,
+            precision="bf16",
+        ),
+    ),
+    "laion": (
+        "CLIP ViT-B/32 on LAION-400M for 32 epochs, as open_clip's first replication",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-32"),
+            loader=_WEB,
+            optimizer=_CLIP,
+            batch_size=32_768,
+            epochs=32.0,
+            precision="bf16",
+        ),
+    ),
+    "lit": (
+        "locked-image tuning: a text tower learns to read a trained image tower (give --start-from)",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-16", lock="image"),
+            loader=LoaderConfig(workers=12, crop_scale=(0.9, 1.0), flip=0.5),
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3, beta2=0.999, epsilon=1e-8, weight_decay=0.1, warmup_steps=800
+            ),
+            batch_size=4096,
+            epochs=10.0,
+            precision="bf16",
+        ),
+    ),
+    "coca": (
+        "CoCa ViT-B/32 on LAION-2B, 13 billion samples seen",
+        TrainConfig(
+            model=ModelConfig(architecture="coca_ViT-B-32"),
+            loader=_WEB,
+            objective=ObjectiveConfig(objective="coca"),
+            optimizer=_HUGE_BATCH,
+            batch_size=90_112,
+            steps=144_266,
+            precision="bf16",
         ),
     ),
 }
@@ -77,13 +183,13 @@ def open_preset(name: str) -> TrainConfig:
 def _of_architecture(name: str) -> TrainConfig:
     import open_clip
 
-    if open_clip.get_model_config(name) is None:
+    if "+" not in name and open_clip.get_model_config(name) is None:
         return _refuse(name)
     is_coca = name.startswith("coca_")
     return TrainConfig(
         model=ModelConfig(architecture=name),
         objective=ObjectiveConfig(objective="coca" if is_coca else "clip"),
-        optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=2000),
+        optimizer=_CLIP,
         batch_size=1024,
         precision="bf16",
     )

@@ -17,22 +17,12 @@ def gathered(items: list[Item]) -> list[Item]:
 
 
 def mean_of_parts(parts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Loss parts averaged over the processes, and their sum as `loss`."""
+    """Loss parts averaged over the processes."""
     values = torch.stack([part.detach().float() for part in parts.values()])
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
-    named = dict(zip(parts, values.tolist(), strict=True))
-    return {"loss": sum(named.values()), **named}
-
-
-def is_true_anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag), device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
+    return dict(zip(parts, values.tolist(), strict=True))
 
 
 def summed_ledger(ledger: Ledger) -> Ledger:

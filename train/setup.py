@@ -1,10 +1,10 @@
-"""Opening a run: its folder and configuration, its data, its model, its state."""
+"""The pieces of a run: its folder and configuration, its data, its model, its state."""
 
 import dataclasses
+import math
 import platform
 import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,114 +19,58 @@ from vlm.console import say
 from vlm.data.arrays import StoredArrays
 from vlm.data.captions import CaptionDraw
 from vlm.data.corpus import Corpus, open_corpus
-from vlm.data.device_decode import check_decoder
-from vlm.data.ledger import Ledger
-from vlm.data.loader import stream_batches
+from vlm.data.local_views import LocalViews
 from vlm.data.mixture_file import read_sources
 from vlm.data.plan import TrainingPlan
-from vlm.data.shards import count_samples, expand_shards
 from vlm.data.storage.cache import ShardCache, default_cache
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.training_batches import AssembleTraining, TrainingBatch
-from vlm.data.transfer import DeviceAhead
+from vlm.data.training_batches import AssembleTraining
 from vlm.data.views import FixedView, RandomView
 from vlm.errors import UsageError
 from vlm.files import write_text
 from vlm.manifest import is_complete
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.loading import CHECKPOINTS, load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
-from vlm.train.config import FREE_ON_RESUME, LoaderConfig, TrainConfig, differences
-from vlm.train.optimizer import build_optimizer
-from vlm.train.state import TrainState, restore_newest
+from vlm.models.network import build_network, fit_to_tokenizer, model_config, set_dropout
+from vlm.models.short_texts import accept_short_texts
+from vlm.models.towers.batch_norm import batch_norm_layers
+from vlm.train.checkpoints.mirror import Mirror
+from vlm.train.checkpoints.restore import restore_newest
+from vlm.train.config import FREE_ON_RESUME, LoaderConfig, ModelConfig, TrainConfig, differences
+from vlm.train.guard.allowed import check_allow, refusal, still_refused
+from vlm.train.sharding import shard_student
+from vlm.train.state import TrainState
 
 CONFIG = "config.toml"
 
 
-def claim_folder(config: TrainConfig, *, resume: bool) -> None:
+def claim_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> None:
     """Make the run's folder, with `config.toml` in it.
+
+    allow: keys, or groups of them, that may differ from those the run was begun with.
 
     Raises:
         UsageError: the folder is in use and `resume` was not asked for, or the run was begun otherwise.
     """
     run = Path(config.run)
     saved = run / CONFIG
+    check_allow(allow, asdict(config))
+    mirror = open_mirror(config)
+    if not resume and mirror and mirror.names():
+        raise UsageError(
+            f"{mirror.place} holds checkpoints of a run already; go on with --resume, or name another run."
+        )
     if resume and saved.is_file():
-        changed = [
-            line
-            for line in differences(asdict(from_toml(TrainConfig, saved)), asdict(config))
-            if line.split(":")[0] not in FREE_ON_RESUME
-        ]
-        if changed:
-            raise UsageError(
-                f"{run} was begun with another configuration ({'; '.join(changed)}). Resume it as it was by "
-                f"vlm train {run} --resume, or name another run."
-            )
+        changed = differences(asdict(from_toml(TrainConfig, saved)), asdict(config))
+        refused = still_refused(changed, allow, free=FREE_ON_RESUME)
+        if refused:
+            raise refusal(run, refused)
+        for line in still_refused(changed, (), free=FREE_ON_RESUME):
+            say(f"Changed, as allowed: {line}")
     elif run.exists() and (is_complete(run) or any(run.iterdir())):
         raise UsageError(f"{run} exists already; go on with --resume, name another run, or remove it.")
     run.mkdir(parents=True, exist_ok=True)
     write_text(saved, to_toml(config))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """A run as it is opened: what stays the same while its state changes.
-
-    trained is the network as the accelerator wraps it; steps is the number of the last step.
-    """
-
-    config: TrainConfig
-    folder: Path
-    corpus: Corpus
-    val_shards: list[str]
-    accelerator: Accelerator
-    state: TrainState
-    trained: nn.Module
-    steps: int
-    batches: Iterator[TrainingBatch]
-
-
-def open_session(config: TrainConfig, *, resume: bool) -> Session:
-    """Open a run, new or resumed.
-
-    Raises:
-        UsageError: the configuration cannot work, or does not fit the run being resumed.
-    """
-    config.check()
-    cache = choose_cache(config.loader)
-    corpus = find_corpus(config, cache)
-    val_shards = expand_shards(config.val) if config.val else []
-    count_samples(val_shards, cache=cache)  # refused now rather than at the first evaluation
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
-    if config.loader.decode_on_device:
-        check_decoder(accelerator.device)
-    model = build_model(config, accelerator.device)
-    if accelerator.is_main_process:
-        claim_folder(config, resume=resume)
-    accelerator.wait_for_everyone()
-    state = open_state(config, model, corpus, resume=resume, is_main=accelerator.is_main_process)
-    steps = total_steps(config, corpus.order.num_samples)
-    plan = TrainingPlan(
-        order=corpus.order,
-        batch_size=config.batch_size,
-        position=state.position,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    assemble = assemble_training(config, plan, model)
-    numbers = range(steps - state.step)
-    batches = stream_batches(plan, corpus.shards, assemble, numbers=numbers, workers=config.loader.workers, cache=cache)
-    return Session(
-        config=config,
-        folder=Path(config.run),
-        corpus=corpus,
-        val_shards=val_shards,
-        accelerator=accelerator,
-        state=state,
-        trained=accelerator.prepare_model(model.network.train()),
-        steps=steps,
-        batches=iter(DeviceAhead(batches, accelerator.device, assemble.view if assemble.decode_on_device else None)),
-    )
 
 
 def find_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
@@ -150,19 +94,34 @@ def choose_cache(loader: LoaderConfig) -> ShardCache:
     )
 
 
-def open_state(
-    config: TrainConfig, model: VisionLanguageModel, corpus: Corpus, *, resume: bool, is_main: bool
-) -> TrainState:
-    """A fresh state, or that of the newest undamaged checkpoint.
+def open_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, processes and precision."""
+    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+
+
+def wrap_student(accelerator: Accelerator, student: nn.Module, config: TrainConfig) -> nn.Module:
+    """The student as its processes train it together; make the optimiser afterwards, since weights may be spread."""
+    student.train()
+    if config.model.channels_last:
+        student.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.model.compile:
+        student.compile()
+    if config.sharding == "fsdp":
+        shard_student(student, accelerator.device, is_bf16=config.precision == "bf16")
+        return student
+    return accelerator.prepare_model(student)
+
+
+def restore_state(
+    config: TrainConfig, state: TrainState, corpus: Corpus, *, mirror: Mirror | None, is_main: bool
+) -> None:
+    """Be what the newest undamaged checkpoint says, if there is one.
 
     Raises:
         UsageError: the checkpoint belongs to another sequence of samples.
     """
-    state = TrainState(
-        model=model, optimizer=build_optimizer(model.network, config.optimizer), sequence=corpus.fingerprint
-    )
-    if not (resume and restore_newest(Path(config.run) / CHECKPOINTS, state)):
-        return state
+    if not restore_newest(Path(config.run) / CHECKPOINTS, state, mirror=mirror, is_main=is_main):
+        return
     if state.sequence != corpus.fingerprint:
         raise UsageError(
             f"{config.data} is not what {config.run} was begun with: shards, selections or shares have changed since, "
@@ -170,21 +129,26 @@ def open_state(
         )
     if is_main:
         say(f"Resuming {config.run} after step {state.step:,}.")
-    else:
-        state.ledger = Ledger()  # the saved one is the sum over processes; the main process carries it on
-    return state
+
+
+def open_mirror(config: TrainConfig) -> Mirror | None:
+    """Where checkpoints are copied to."""
+    address = config.safety.checkpoint_to
+    return Mirror(address=address, run=Path(config.run).name) if address else None
 
 
 def assemble_training(config: TrainConfig, plan: TrainingPlan, model: VisionLanguageModel) -> AssembleTraining:
     """What the workers do with the samples of a batch."""
+    view = RandomView(
+        size=model.view.size,
+        scale=config.loader.crop_scale,
+        flip=config.loader.flip,
+        interpolation=model.view.interpolation,
+    )
+    crops = config.objective.local_views
     return AssembleTraining(
         plan=plan,
-        view=RandomView(
-            size=model.view.size,
-            scale=config.loader.crop_scale,
-            flip=config.loader.flip,
-            interpolation=model.view.interpolation,
-        ),
+        view=view,
         tokenizer=model.tokenizer,
         draw=CaptionDraw(
             languages=config.loader.languages,
@@ -195,6 +159,10 @@ def assemble_training(config: TrainConfig, plan: TrainingPlan, model: VisionLang
         seed=config.seed,
         max_bad_in_a_row=config.loader.max_bad_in_a_row,
         decode_on_device=config.loader.decode_on_device,
+        num_sentences=config.objective.sub_captions,
+        local=LocalViews.beside(view, number=crops) if crops else None,
+        has_identities=config.objective.same_pairs != "negative",
+        trim_text=config.loader.trim_text,
     )
 
 
@@ -205,24 +173,68 @@ def total_steps(config: TrainConfig, num_samples: int) -> int:
     return max(1, -(-round(Fraction(str(config.epochs)) * num_samples) // config.batch_size))
 
 
-def build_model(config: TrainConfig, device: torch.device) -> VisionLanguageModel:
-    """The model to train: that of `start_from`, or the architecture with fresh weights drawn from the seed."""
+def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = False) -> VisionLanguageModel:
+    """The model to train: that of `start_from`, or the architecture with fresh weights drawn from the seed.
+
+    with_bias: give fresh logits the bias and temperature sigmoid losses start from (SigLIP, Zhai et al. 2023, §3.2).
+
+    Raises:
+        UsageError: the model cannot be trained as asked.
+    """
     chosen = config.model
     if chosen.start_from:
-        model = load_model(chosen.start_from, device=str(device))
-        return dataclasses.replace(model, name=config.run)
+        model = dataclasses.replace(load_model(chosen.start_from, device=str(device)), name=config.run)
+        if chosen.dropout or chosen.drop_path or chosen.patch_dropout:
+            model = _with_dropout(model, chosen)
+    else:
+        model = _fresh_model(config, device, with_bias=with_bias)
+    statistics = batch_norm_layers(model.network)
+    if statistics and config.micro_batch:
+        raise UsageError(
+            f"{chosen.architecture} normalises by statistics of the batch ({statistics[0]} and {len(statistics) - 1} "
+            "more layers), so a batch in parts would not be the whole one. Leave out --micro-batch, or take a tower "
+            "with layer norms (a ViT, a ConvNeXt)."
+        )
+    if config.loader.trim_text:
+        accept_short_texts(model.network)
+    if chosen.gradient_checkpointing:
+        model.network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) -> VisionLanguageModel:
+    chosen = config.model
     architecture = model_config(chosen.architecture)
     length = chosen.context_length or architecture["text_cfg"].get("context_length")
     tokenizer = open_tokenizer(chosen.tokenizer, length)
-    architecture = fit_to_tokenizer(architecture, tokenizer)
     if chosen.image_size:
         architecture["vision_cfg"]["image_size"] = chosen.image_size
+    architecture = set_dropout(
+        fit_to_tokenizer(architecture, tokenizer),
+        dropout=chosen.dropout,
+        drop_path=chosen.drop_path,
+        patch_dropout=chosen.patch_dropout,
+    )
+    if config.loader.trim_text and "multimodal_cfg" not in architecture:
+        architecture["custom_text"] = True  # open_clip's other layout adds the positions of the whole context
+    if with_bias:
+        architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     torch.manual_seed(config.seed)
     network = build_network(architecture).to(device)
     view = FixedView(size=_side(architecture["vision_cfg"].get("image_size", 224)))
     return VisionLanguageModel(
         name=config.run, network=network, config=architecture, view=view, tokenizer=tokenizer, device=device
     )
+
+
+def _with_dropout(model: VisionLanguageModel, chosen: ModelConfig) -> VisionLanguageModel:
+    """The same weights in a network that drops at random."""
+    architecture = set_dropout(
+        model.config, dropout=chosen.dropout, drop_path=chosen.drop_path, patch_dropout=chosen.patch_dropout
+    )
+    network = build_network(architecture).to(model.device)
+    network.load_state_dict(model.network.state_dict())
+    return dataclasses.replace(model, network=network, config=architecture)
 
 
 def environment() -> dict[str, Any]:

@@ -1,56 +1,98 @@
-"""One optimiser step on one batch."""
+"""One optimiser step on one global batch."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from vlm.data.training_batches import TrainingBatch
-from vlm.errors import VlmError
-from vlm.models.encoder import normalise
-from vlm.train.objectives import LossParts, choose_objective
+from vlm.train.exact import Parts, backward_exactly
+from vlm.train.guard.bad_steps import put_back, running_statistics, why_skip
+from vlm.train.guard.rewind import SkippedStep, note_skip
+from vlm.train.inputs import StepInputs
 from vlm.train.optimizer import learning_rate_at, limit_temperature, set_learning_rate
-from vlm.train.setup import Session
-from vlm.train.state import seed_step
+from vlm.train.processes import gathered, mean_of_parts
+from vlm.train.session import Session
+from vlm.train.sharding import average_whole_gradients, clip_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Weighted loss parts of this process, the learning rate used, the gradient's norm before it was cut."""
+    """Weighted loss parts, averaged over processes; the learning rate; the gradient's norm before it was cut."""
 
-    parts: LossParts
+    parts: dict[str, float]
     learning_rate: float
     gradient_norm: float
 
 
-def train_step(session: Session, batch: TrainingBatch) -> StepResult:
-    """Forward, backward, update; counts the step and its samples in the state.
+def take_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
+    """Forward and backward on one process's share of a global batch, given in parts; the update unless it is bad.
 
-    Raises:
-        VlmError: the loss is not finite; the weights are then as before.
+    A step whose loss or gradient is not finite, or whose loss is a spike, leaves weights, optimiser and averages as
+    they were; it is noted in the state (`vlm.train.guard`). Either way the step and its samples are counted.
     """
-    config, state, model = session.config, session.state, session.state.model
-    seed_step(config.seed, state.step, session.accelerator.process_index)
-    rate = learning_rate_at(state.step, config.optimizer, session.steps)
-    set_learning_rate(state.optimizer, rate)
-
-    pixels = normalise(batch.images.to(model.device, non_blocking=True), model.view)
-    outputs = session.trained(pixels, batch.tokens.to(model.device, non_blocking=True))
-    parts = choose_objective(config.objective)(outputs, config.objective, model.tokenizer.pad_token)
-    loss = torch.stack(list(parts.values())).sum()
-    if not torch.isfinite(loss):
-        raise VlmError(
-            f"The loss is {float(loss.detach())} at step {state.step + 1:,} (first sample of the batch: "
-            f"{batch.keys[0]!r}); the weights are as before this step. Try a lower learning rate, a longer "
-            "warm-up or --precision fp32, and go on from the last checkpoint with --resume."
+    state, safety = session.state, session.config.safety
+    statistics = running_statistics(session.trained)
+    result = compute_gradients(session, batches)
+    reason = why_skip(result.parts, result.gradient_norm, state.guard.losses, spike_factor=safety.spike_factor)
+    if reason:
+        put_back(statistics)
+        skipped = SkippedStep(
+            step=state.step + 1,
+            position=state.position,
+            reason=reason,
+            first_key=gathered([batches[0].keys[0]])[0],
+            learning_rate=result.learning_rate,
         )
-    session.accelerator.backward(loss)
-    limit = config.optimizer.clip_norm or torch.inf
-    norm = session.accelerator.clip_grad_norm_(session.trained.parameters(), limit)
-    state.optimizer.step()
+        note_skip(state, skipped)
+    else:
+        state.guard.accept(sum(result.parts.values()))
+        update_weights(session, result)
     state.optimizer.zero_grad(set_to_none=True)
-    limit_temperature(model.network)
-
     state.step += 1
-    state.position += config.batch_size
-    state.ledger.count(batch)
-    return StepResult(parts=parts, learning_rate=rate, gradient_norm=float(norm) if norm is not None else 0.0)
+    state.position += session.config.batch_size
+    for batch in batches:
+        state.ledger.count(batch)
+    return result
+
+
+def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
+    """The gradient of the global batch, cut to the largest norm allowed; the weights stay as they are."""
+    state, accelerator = session.state, session.accelerator
+    inputs = StepInputs(
+        batches=batches,
+        view=state.model.view,
+        device=state.model.device,
+        noise=session.noise,
+        seed=session.config.seed,
+        step=state.step,
+        process=accelerator.process_index,
+        first_row=state.position + accelerator.process_index * session.share,
+        with_same=session.config.objective.same_pairs != "negative",
+        providers=session.providers,
+    )
+    parts = Parts(
+        number=len(batches),
+        inputs=inputs,
+        counted=inputs.counted,
+        forward=session.trained,
+        backward=accelerator.backward,
+        waiting=session.waiting,
+    )
+    losses = backward_exactly(parts, session.terms, session.options)
+    average_whole_gradients(state.student)
+    limit = session.config.optimizer.clip_norm or math.inf
+    return StepResult(
+        parts=mean_of_parts(losses),
+        learning_rate=learning_rate_at(state.step, session.config.optimizer, session.steps),
+        gradient_norm=clip_gradients(list(state.student.parameters()), limit),
+    )
+
+
+def update_weights(session: Session, result: StepResult) -> None:
+    """Move the weights along the gradients, and their running mean after them."""
+    state = session.state
+    set_learning_rate(state.optimizer, result.learning_rate)
+    state.optimizer.step()
+    limit_temperature(state.model.network)
+    if session.average is not None:
+        session.average.update(state.model.network, state.step + 1)

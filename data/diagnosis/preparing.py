@@ -15,7 +15,7 @@ from vlm.data.diagnosis.stages import Stage, StageName, seconds_of
 from vlm.data.loader import ShardSet
 from vlm.data.order import Address, SampleOrder
 from vlm.data.plan import TrainingPlan
-from vlm.data.samples import Sample, sample_rng
+from vlm.data.samples import Sample, SampleChance
 from vlm.data.shards import count_samples
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.training_batches import AssembleTraining
@@ -110,8 +110,8 @@ def _usable(trial: Trial, addresses: Sequence[Address], opened: ShardSet) -> lis
     for address in addresses:
         try:
             sample = opened.read(address)
-            trial.draw(sample, sample_rng(0, 0, sample.key))
-            trial.view(sample.image, sample_rng(0, 0, sample.key))
+            trial.draw(sample, SampleChance(0, 0, sample.key))
+            trial.view(sample.image, SampleChance(0, 0, sample.key))
         except BadSample:
             continue
         found.append((address, sample))
@@ -128,7 +128,7 @@ def _pictures(trial: Trial, samples: list[Sample]) -> list[Stage]:
 
     def view() -> None:
         for sample in samples:
-            trial.view(sample.image, sample_rng(0, 0, sample.key))
+            trial.view(sample.image, SampleChance(0, 0, sample.key))
 
     decoding = seconds_of(decode)
     # noise may make the whole shorter than its part
@@ -137,13 +137,13 @@ def _pictures(trial: Trial, samples: list[Sample]) -> list[Stage]:
 
 
 def _tokens(trial: Trial, samples: list[Sample]) -> Stage:
-    captions = [trial.draw(sample, sample_rng(0, 0, sample.key)).text for sample in samples]
+    captions = [trial.draw(sample, SampleChance(0, 0, sample.key)).text for sample in samples]
     parts = [captions[first : first + trial.batch_size] for first in range(0, len(captions), trial.batch_size)]
     return _stage("tokenize", len(samples), seconds_of(lambda: [trial.tokenizer.encode(part) for part in parts]))
 
 
 def _stack(trial: Trial, samples: list[Sample]) -> Stage:
-    views = [trial.view(sample.image, sample_rng(0, 0, sample.key)) for sample in samples[: trial.batch_size]]
+    views = [trial.view(sample.image, SampleChance(0, 0, sample.key)) for sample in samples[: trial.batch_size]]
     return _stage("stack", len(views), seconds_of(lambda: np.stack(views)))
 
 

@@ -9,7 +9,7 @@ from vlm.errors import BadSample, UsageError
 
 
 def sample_of(**metadata):
-    return Sample(key="k", image=b"", captions=captions_of(None, metadata), metadata=metadata)
+    return Sample(key="k", image=b"", captions=captions_of(None, metadata), metadata=metadata, arrays={})
 
 
 def drawn(sample, times=4000, **options):
@@ -63,6 +63,20 @@ def test_a_long_caption_is_shown_a_sentence_at_a_time():
     assert found == {"A dog runs.", "It is wet!", "狗在跑。", "水很冷。"}
     assert split_sentences("no end mark") == ["no end mark"]
     assert split_sentences("a 3.5 inch disk.") == ["a 3.5 inch disk."]
+
+
+def test_sentences_are_those_of_all_captions_in_the_languages_asked_for_each_once():
+    sample = sample_of(
+        captions={"en": ["A dog runs. It is wet!", "It is wet! Look."], "de": ["Ein Hund."], "zh": ["狗。"]},
+        tags=["wet"],
+    )
+    english = ["A dog runs.", "It is wet!", "Look."]
+    assert CaptionDraw().sentences_of(sample) == english
+    assert CaptionDraw(languages=("de", "tags", "en")).sentences_of(sample) == ["Ein Hund.", *english]
+    weighted = CaptionDraw(languages=("en", "zh"), language_weights=(0, 1))
+    assert weighted.sentences_of(sample) == ["狗。"]
+    assert CaptionDraw(languages=("tags",)).sentences_of(sample) == []
+    assert CaptionDraw(languages=("tags", "fr")).sentences_of(sample) == []
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from PIL import Image
 
 from tests.data.tars import without_tables
 from vlm.data import device_decode
+from vlm.data.decode import EncodedPicture
 from vlm.data.device_decode import check_decoder, prepare_view, show_on_device
-from vlm.data.samples import sample_rng
+from vlm.data.samples import SampleChance
 from vlm.data.shards import ShardReader
 from vlm.data.views import RandomView
 from vlm.errors import BadSample, UsageError
@@ -16,13 +17,19 @@ from vlm.errors import BadSample, UsageError
 CPU = torch.device("cpu")
 
 
+def prepare(image, view, rng):
+    """The view drawn by these random numbers, prepared."""
+    picture = EncodedPicture(image)
+    return prepare_view(picture, view.draw(picture.width, picture.height, rng), view)
+
+
 def views_of(images, view, device=CPU):
-    prepared = [prepare_view(image, view, sample_rng(0, 0, str(number))) for number, image in enumerate(images)]
+    prepared = [prepare(image, view, SampleChance(0, 0, str(number))) for number, image in enumerate(images)]
     return prepared, show_on_device(prepared, view, device)
 
 
 def random_views(images, view):
-    return np.stack([view(image, sample_rng(0, 0, str(number))) for number, image in enumerate(images)])
+    return np.stack([view(image, SampleChance(0, 0, str(number))) for number, image in enumerate(images)])
 
 
 def noisy(size=(96, 64), kind="JPEG", **options) -> bytes:
@@ -78,16 +85,16 @@ def test_other_kinds_are_decoded_by_the_workers_and_stand_in_their_rows(make_pic
 def test_a_cut_jpeg_is_found_by_the_worker():
     view = RandomView(size=32)
     with pytest.raises(BadSample, match="unreadable picture"):
-        prepare_view(noisy()[:-200], view, np.random.default_rng(0))
+        prepare(noisy()[:-200], view, np.random.default_rng(0))
 
 
 def test_the_end_of_a_picture_embedded_in_the_header_is_not_taken_for_the_end_of_the_file():
     view = RandomView(size=32)
     whole = noisy(comment=b"ends \xff\xd9 here")
-    assert prepare_view(whole, view, np.random.default_rng(0)).encoded == whole
-    assert prepare_view(whole + bytes(2000), view, np.random.default_rng(0)).encoded
+    assert prepare(whole, view, np.random.default_rng(0)).encoded == whole
+    assert prepare(whole + bytes(2000), view, np.random.default_rng(0)).encoded
     with pytest.raises(BadSample, match="truncated"):
-        prepare_view(whole[:-200], view, np.random.default_rng(0))
+        prepare(whole[:-200], view, np.random.default_rng(0))
 
 
 def test_damage_that_only_the_decoder_finds_changes_no_pixel_of_the_other_rows(make_picture):

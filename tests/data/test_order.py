@@ -51,6 +51,12 @@ def test_every_epoch_holds_every_sample_as_often_as_its_selection_says(order, ep
     assert Counter(visit[1:3] for visit in visits) == asked
 
 
+@settings(max_examples=60, deadline=None)
+@given(order=st.one_of(orders(), mixtures()), positions=st.lists(st.integers(0, 20_000), max_size=40))
+def test_positions_are_located_together_as_one_by_one(order, positions):
+    assert order.locate(positions) == [order.locate([position])[0] for position in positions]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     order=st.one_of(orders(), mixtures()),

@@ -1,9 +1,12 @@
+from collections import Counter
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm.data.encode import written_captions
-from vlm.data.samples import captions_of, sample_rng, select_languages
+from vlm.data.samples import SampleChance, captions_of, select_languages, shuffled
 from vlm.errors import BadSample
 
 
@@ -41,8 +44,31 @@ def test_languages_are_selected_in_the_order_asked_for():
         select_languages(captions, ("fr",))
 
 
-def test_chance_depends_on_seed_epoch_and_key():
-    first = sample_rng(1, 2, "key").integers(1 << 60)
-    assert sample_rng(1, 2, "key").integers(1 << 60) == first
-    others = [sample_rng(2, 2, "key"), sample_rng(1, 3, "key"), sample_rng(1, 2, "kez"), sample_rng(1, 2, "key", 1)]
-    assert first not in [rng.integers(1 << 60) for rng in others]
+def test_chance_depends_on_seed_epoch_key_repeat_and_purpose():
+    visits = [(1, 2, "key"), (2, 2, "key"), (1, 3, "key"), (1, 2, "kez"), (1, 2, "key", 1), (1, 2, "key", 0, "local")]
+    numbers = [[chance.random() for _ in range(20)] for chance in [SampleChance(*visit) for visit in visits]]
+    assert len({number for some in numbers for number in some}) == 20 * len(visits)
+    again = SampleChance(1, 2, "key")
+    assert [again.random() for _ in range(20)] == numbers[0]
+
+
+def test_chance_is_even_over_samples_and_over_draws():
+    chances = [SampleChance(0, 0, str(number)) for number in range(3000)]
+    by_sample = np.array([[chance.random() for _ in range(12)] for chance in chances])
+    assert by_sample.min() >= 0
+    assert by_sample.max() < 1
+    counts = np.apply_along_axis(lambda column: np.histogram(column, 10, (0, 1))[0], 0, by_sample)
+    # 9 degrees of freedom: past 33.7 once in ten thousand
+    assert (((counts - 300) ** 2 / 300).sum(axis=0) < 33.7).all()
+    assert np.abs(np.corrcoef(by_sample.T) - np.eye(12)).max() < 0.08
+
+
+def test_any_order_comes_out_of_shuffling_equally_often():
+    orders = Counter(tuple(shuffled("abc", SampleChance(0, 0, str(number)))) for number in range(6000))
+    assert set(map("".join, orders)) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert all(850 < count < 1150 for count in orders.values())
+    two = Counter(tuple(shuffled("abc", SampleChance(0, 0, str(number)), 2)) for number in range(6000))
+    assert len(two) == 6
+    assert all(850 < count < 1150 for count in two.values())
+    assert sorted(shuffled("abc", SampleChance(0, 0, "k"), 9)) == ["a", "b", "c"]
+    assert shuffled((), SampleChance(0, 0, "k"), 2) == []

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece
+from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece, trimmed
 from vlm.errors import UsageError
 
 CAPTIONS = [
@@ -39,6 +42,24 @@ def test_a_long_caption_is_cut_but_keeps_its_end(pieces):
     assert row[-1] == pieces.end_token
 
 
+def test_rows_are_trimmed_to_the_longest_in_steps_of_eight(pieces):
+    rows = pieces.encode(["a", "a small red circle " * 2])
+    used = int((rows != pieces.pad_token).sum(axis=1).max())
+    cut = trimmed(rows, pieces)
+    assert cut.shape == (2, -(-used // 8) * 8)
+    assert (rows[:, : cut.shape[1]] == cut).all()
+    assert trimmed(pieces.encode(["circle " * 100]), pieces).shape == (1, 24)
+    assert trimmed(np.zeros((2, 3, 24), np.int64), pieces).shape == (2, 3, 8)
+
+
+def test_an_end_token_that_is_also_padding_is_not_trimmed_away():
+    tokenizer: Any = SimpleNamespace(pad_token=5, end_token=5)
+    rows = np.full((1, 20), 5)
+    rows[0, :8] = range(10, 18)
+    assert trimmed(rows, tokenizer).shape == (1, 16)
+    assert trimmed(rows[:, ::-1], tokenizer).shape == (1, 20)
+
+
 @pytest.mark.parametrize("kind", ["clip", "sentencepiece"])
 def test_a_saved_tokenizer_opens_as_the_same(tmp_path, pieces, kind):
     tokenizer = pieces if kind == "sentencepiece" else ClipTokenizer(20)
@@ -70,6 +91,24 @@ def test_clip_encodes_as_open_clip_does_also_what_it_has_met_before():
     for texts in (CAPTIONS, ODD, [text.upper() for text in ODD], ODD):
         assert (ours.encode(texts) == theirs(texts).numpy()).all()
     assert ClipTokenizer().decode(ClipTokenizer().encode(["a small red circle"])[0].tolist()) == "a small red circle"
+
+
+def test_clip_leaves_whole_what_its_vocabulary_has_whole():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs = SimpleTokenizer()
+    whole = [piece.removesuffix("</w>") for piece in theirs.encoder if piece.endswith("</w>") and piece.isascii()]
+    assert len(whole) > 30_000
+    assert [word for word in whole if word and theirs.bpe(word) != f"{word}</w>"] == []
+
+
+def test_clip_encodes_words_it_has_never_met_as_open_clip_does():
+    import open_clip
+
+    rng = np.random.default_rng(0)
+    signs = [chr(code) for code in range(32, 127)] + ["the", "dogs", "'s", "<end_of_text>", "ing", "xylo"]
+    texts = ["".join(rng.choice(signs, 30)) for _ in range(400)]
+    assert (ClipTokenizer().encode(texts) == open_clip.get_tokenizer("ViT-B-32")(texts).numpy()).all()
 
 
 def test_a_hugging_face_folder_is_read(tmp_path):

@@ -1,13 +1,15 @@
+import io
+import tarfile
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.data.tars import write_tar
+from tests.data.tars import members, without_tables, write_tar
 from vlm.data.arrays import StoredArrays, view_rng
 from vlm.data.encode import encode_pair
 from vlm.data.loader import ShardSet
-from vlm.data.order import SampleOrder
+from vlm.data.order import Address, SampleOrder
 from vlm.data.plan import TrainingPlan
 from vlm.data.samples import Pair
 from vlm.data.training_batches import AssembleTraining
@@ -60,6 +62,41 @@ def test_too_many_unusable_in_a_row_end_the_run_with_the_last_one_named(tmp_path
     plan = plan_of(5, batch_size=1)
     with pytest.raises(VlmError, match=r"3 samples in a row.*no picture.*max-bad-in-a-row"):
         assemble(plan, max_bad_in_a_row=3)(plan[0], ShardSet([address]))
+
+
+def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_one_stands_in(tmp_path):
+    damages = ["", "no tables", "no picture", "no tables", "no caption", ""]
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, damage in enumerate(damages):
+            for name, data in members(f"k{number}", number, damage):
+                broken = without_tables(data) if damage == "no tables" and name.endswith("jpg") else data
+                entry = tarfile.TarInfo(name)
+                entry.size = len(broken)
+                tar.addfile(entry, io.BytesIO(broken))
+    plan, shards = plan_of(6, batch_size=6), ShardSet([str(path)])
+    asked = [Address(0, 0, number) for number in (3, 1, 5, 2, 0)]
+    made = assemble(plan, has_identities=True)(asked, shards)
+    assert [address.number for address in made.used] == [5, 5, 5, 5, 0]
+    assert made.keys == ("k5", "k5", "k5", "k5", "k0")
+    told = [(i.key, i.reason, i.is_stand_in) for i in made.incidents]
+    three, four = ("k3", "unreadable picture"), ("k4", "no caption")
+    assert told == [
+        (*three, False),
+        (*four, True),
+        ("k1", "unreadable picture", False),
+        ("k2", "no picture", True),
+        (*three, True),
+        (*four, True),
+        ("k2", "no picture", False),
+        (*three, True),
+        (*four, True),
+    ]
+    images = made.images.numpy()
+    assert all((images[place] == images[2]).all() for place in (0, 1, 3))
+    assert (images[4] != images[2]).any()
+    with pytest.raises(VlmError, match=r"2 samples in a row.*from number 3 .*no caption"):
+        assemble(plan, max_bad_in_a_row=2)(asked, shards)
 
 
 def test_which_caption_was_drawn_is_recorded(damaged):

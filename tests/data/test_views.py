@@ -1,5 +1,4 @@
 import io
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vlm.data.decode import EncodedPicture, open_picture, to_rgb
-from vlm.data.samples import sample_rng
+from vlm.data.samples import SampleChance
 from vlm.data.shards import ShardReader
 from vlm.data.views import CLIP_MEAN, CLIP_STD, Crop, FixedView, RandomView, resize_antialiased
 from vlm.errors import BadSample, UsageError
@@ -69,10 +68,10 @@ def test_preprocessing_is_written_and_read_back():
 def test_a_random_view_is_a_function_of_its_generator(make_picture):
     image = make_picture(0, size=(120, 90))
     view = RandomView(size=48, scale=(0.3, 1.0), flip=0.5)
-    first = view(image, sample_rng(0, 0, "key"))
+    first = view(image, SampleChance(0, 0, "key"))
     assert (first.shape, first.dtype) == ((3, 48, 48), np.uint8)
-    assert (view(image, sample_rng(0, 0, "key")) == first).all()
-    assert (view(image, sample_rng(0, 1, "key")) != first).any()
+    assert (view(image, SampleChance(0, 0, "key")) == first).all()
+    assert (view(image, SampleChance(0, 1, "key")) != first).any()
 
 
 @pytest.mark.parametrize("size", [(800, 600), (801, 599), (1201, 333), (333, 1201)])
@@ -82,8 +81,8 @@ def test_a_view_of_a_reduced_jpeg_shows_what_the_whole_picture_shows(make_pictur
     to_rgb(open_picture(jpeg)).save(png, format="PNG")  # cannot be reduced while decoding
     view = RandomView(size=64, scale=(0.2, 1.0), flip=0.5)
     for number in range(20):
-        reduced = view(jpeg, sample_rng(0, number, "key")).astype(int)
-        whole = view(png.getvalue(), sample_rng(0, number, "key")).astype(int)
+        reduced = view(jpeg, SampleChance(0, number, "key")).astype(int)
+        whole = view(png.getvalue(), SampleChance(0, number, "key")).astype(int)
         assert np.abs(reduced - whole).mean() < 1
         assert np.abs(reduced - whole).max() < 12
 
@@ -98,7 +97,7 @@ def test_a_turned_jpeg_gives_the_view_of_the_upright_one():
     upright.save(plain, format="JPEG", quality=95)
     for number in range(10):
         views = [
-            RandomView(size=64, scale=(0.2, 1.0))(data.getvalue(), sample_rng(0, number, "k")).astype(int)
+            RandomView(size=64, scale=(0.2, 1.0))(data.getvalue(), SampleChance(0, number, "k")).astype(int)
             for data in (turned, plain)
         ]
         assert np.abs(views[0] - views[1]).mean() < 2
@@ -126,7 +125,7 @@ def test_a_crop_that_never_fits_becomes_the_middle():
 def test_no_size_breaks_the_reduced_crop(make_picture, width):
     image = make_picture(0, size=(width, 200))
     for number in range(5):
-        assert RandomView(size=6, scale=(1.0, 1.0))(image, sample_rng(0, number, "k")).shape == (3, 6, 6)
+        assert RandomView(size=6, scale=(1.0, 1.0))(image, SampleChance(0, number, "k")).shape == (3, 6, 6)
 
 
 def test_crops_lie_on_whole_pixels_of_the_reduced_jpeg():
@@ -145,7 +144,7 @@ def test_what_is_drawn_does_not_depend_on_the_kind_of_picture(make_picture):
     view = RandomView(size=40, scale=(0.2, 1.0), flip=0.5)
     shown, rngs = [], []
     for kind in ("JPEG", "PNG", "WEBP"):
-        rng = sample_rng(0, 3, "key")
+        rng = SampleChance(0, 3, "key")
         shown.append(view(make_picture(0, size=(400, 300), kind=kind), rng).astype(int))
         rngs.append(rng.random())
     assert len(set(rngs)) == 1
@@ -158,8 +157,8 @@ def test_flips_are_as_frequent_as_asked_and_mirror_the_crop(make_picture):
     rng = np.random.default_rng(0)
     crops = [view.draw(90, 70, rng) for _ in range(2000)]
     assert 0.21 < np.mean([crop.is_mirrored for crop in crops]) < 0.29
-    plain = view.show(image, replace(crops[0], is_mirrored=False))
-    mirrored = view.show(image, replace(crops[0], is_mirrored=True))
+    plain = view.show(image, crops[0]._replace(is_mirrored=False))
+    mirrored = view.show(image, crops[0]._replace(is_mirrored=True))
     assert (mirrored == plain[..., ::-1]).all()
     for shown in (plain, mirrored):  # channels last in memory
         assert shown.transpose(1, 2, 0).flags.c_contiguous
@@ -170,8 +169,9 @@ def test_flips_are_as_frequent_as_asked_and_mirror_the_crop(make_picture):
 def test_resizing_is_that_of_pillow(shape, interpolation):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), filters[interpolation])).transpose(2, 0, 1)
-    found = resize_antialiased(pixels, 48, interpolation=interpolation)
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), filters[interpolation]))
+    found = np.empty((48, 48, 3), np.uint8)
+    resize_antialiased(pixels, found, interpolation=interpolation)
     assert np.abs(found.astype(int) - expected).max() <= 2
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm.errors import VlmError
 from vlm.evaluation.ranks import rank_answers
 
 
@@ -55,3 +56,9 @@ def test_a_model_that_says_the_same_of_everything_gets_chance_level():
     assert ranks.recall(1) == pytest.approx(0.1)
     assert ranks.recall(5) == pytest.approx(0.5)
     assert ranks.median() == pytest.approx(5.5)
+
+
+def test_embeddings_that_are_not_finite_have_no_ranks():
+    queries = np.array([[1.0, 0.0], [np.nan, 1.0]], np.float32)
+    with pytest.raises(VlmError, match="diverged"):
+        rank_answers(queries, np.eye(2, dtype=np.float32), [[0], [1]])

@@ -27,10 +27,10 @@ def configure(scene_shards, scene_tokenizer, tmp_path) -> Callable[..., TrainCon
             "batch_size": 20,
             "steps": 12,
             "log_every": 1,
-            "checkpoint_every": 4,
             "evaluate_every": 100,
             "model": SMALL | {"tokenizer": str(scene_tokenizer)} | changes.pop("model", {}),
             "loader": {"workers": 0, "shuffle_window": 50, "languages": ("en",)} | changes.pop("loader", {}),
+            "safety": {"checkpoint_every": 4} | changes.pop("safety", {}),
             "optimizer": {"warmup_steps": 2, "learning_rate": 3e-3} | changes.pop("optimizer", {}),
         }
         return from_values(TrainConfig, values | changes, where="test")
@@ -41,7 +41,7 @@ def configure(scene_shards, scene_tokenizer, tmp_path) -> Callable[..., TrainCon
 @pytest.fixture
 def history() -> Callable[[Path | str], list[tuple]]:
     """A function from a run to (step, loss, digest of the sample keys) of each logged step."""
-    from vlm.train.telemetry import read_metrics
+    from vlm.train.telemetry.metrics import read_metrics
 
     return lambda run: [
         (line["step"], line["loss"], line["samples"]) for line in read_metrics(Path(run) / "metrics.jsonl")

@@ -1,6 +1,7 @@
 """A run killed by SIGKILL between two checkpoints, in a process of its own, goes on as if it had not been."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm.train.telemetry import read_metrics
+from tests.train.kill_many import Trial, kill_many
+from vlm.train.telemetry.metrics import read_metrics
 
 STEPS = 40
 
@@ -90,3 +92,33 @@ def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scen
     assert f"vlm train {run} --resume" in talk
     subprocess.run([sys.executable, "-m", "vlm", "train", str(run), "--resume"], check=True, capture_output=True)
     assert history(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_sigusr1_saves_and_goes_on(uninterrupted, scene_shards, scene_tokenizer, tmp_path):
+    run = tmp_path / "run"
+    more = ("--checkpoint-every", "1000")
+    process = subprocess.Popen(command(scene_shards, scene_tokenizer, run, 1, *more), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (Path(run / "metrics.jsonl").exists() and len(history(run)) >= 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    _, talk = process.communicate()
+    assert process.returncode == 0
+    assert "SIGUSR1: saving after this step, and going on" in talk
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+    assert history(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_three_kills_one_of_them_while_a_checkpoint_is_written_change_nothing(scene_shards, scene_tokenizer, tmp_path):
+    told = kill_many(
+        Trial(
+            shards=scene_shards / "train",
+            tokenizer=scene_tokenizer,
+            work=tmp_path,
+            kills=3,
+            chance=random.Random(os.urandom(8)),
+        )
+    )
+    assert told.startswith("3 kills, ")

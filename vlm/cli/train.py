@@ -1,7 +1,7 @@
 """Pretrain or fine-tune on shards.
 
-The first word is a preset (tiny, tiny-coca, fashion, flickr8k), a TOML file, a run folder (its configuration), or an
-architecture of open_clip. Everything it sets can be overridden by the options below.
+The first word is a preset (tiny, fashion, flickr8k, emoji, cc3m, …: docs/recipes.md), a TOML file, a run folder (its
+configuration), or an architecture. Everything it sets can be overridden by the options below.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -25,6 +25,9 @@ class Arguments:
     resume: bool = False
     """Go on from the newest checkpoint of the run, if there is one."""
 
+    allow: tuple[str, ...] = ()
+    """Settings, or groups of them, that may change as a run is resumed, e.g. optimizer.learning_rate."""
+
     json: bool = False
     """Print the result as JSON."""
 
@@ -40,13 +43,18 @@ def defaults(words: list[str]) -> Arguments:
 
 def run(arguments: Arguments) -> None:
     """Train, then say what came out and what to type next."""
+    from accelerate import PartialState
+
     from vlm.train.run import train
 
-    summary = train(arguments.config, resume=arguments.resume)
+    summary = train(arguments.config, resume=arguments.resume, allow=arguments.allow)
+    if not PartialState().is_main_process:
+        return
     if arguments.json:
         show_json(asdict(summary))
         return
     facts = {"steps": summary.steps, "samples": summary.samples, "bad samples": summary.bad_samples}
+    facts |= {"skipped steps": summary.skipped_steps}
     facts |= {"minutes": round(summary.seconds / 60, 2)}
     facts |= {
         name: value for name, value in summary.metrics.items() if isinstance(value, float) and "memory" not in name

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlm.errors import VlmError
 from vlm.tensors import Array, Float, Float32, Int
 
 QUERIES_AT_ONCE = 512
@@ -61,11 +62,19 @@ def rank_answers(
 
     right: for each query the numbers of its right answers, at least one.
     Memory: queries_at_once × N scores.
+
+    Raises:
+        VlmError: a score is not finite: the model has diverged, and ranks would mean nothing.
     """
     above, tied_wrong, tied_right = [np.empty(len(queries), np.int64) for _ in range(3)]
     for first in range(0, len(queries), queries_at_once):
         chunk = slice(first, min(first + queries_at_once, len(queries)))
         scores = queries[chunk] @ answers.T
+        if not np.isfinite(scores).all():
+            raise VlmError(
+                "The model gives embeddings that are not finite: its weights have diverged. Measure an earlier "
+                "checkpoint, or train it anew with a lower learning rate."
+            )
         rows = np.repeat(np.arange(len(scores)), [len(found) for found in right[chunk]])
         columns = np.concatenate([np.asarray(found, dtype=np.int64) for found in right[chunk]])
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)

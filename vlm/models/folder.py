@@ -1,4 +1,4 @@
-"""The model folder: open_clip's own format, with tokenizer, fingerprint and manifest beside it."""
+"""The model folder: open_clip's own format where it can say the towers, with tokenizer, fingerprint and manifest."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
 from vlm.models.encoder import VisionLanguageModel, space_fingerprint
 from vlm.models.network import ModelConfig, build_network
+from vlm.models.towers.portable import config_to_save
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -27,12 +28,15 @@ def save_model(
     view: FixedView,
     tokenizer: Tokenizer,
 ) -> None:
-    """Write the files that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, and the tokenizer's."""
+    """Write the files that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, and the tokenizer's.
+
+    Towers that open_clip's format cannot say are named by a `tower` key, which open_clip refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder)
-    values = {"model_cfg": config, "preprocess_cfg": view.to_preprocess()}
+    values = {"model_cfg": config_to_save(config, weights), "preprocess_cfg": view.to_preprocess()}
     write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 

@@ -1,0 +1,73 @@
+"""A part of a benchmark in a process of its own, ended when its time is up; what it gave until then is kept."""
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+Row = dict[str, Any]
+Part = Callable[..., Iterator[Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a part gave. problem: why it is not whole, in words; empty if it is."""
+
+    rows: list[Row]
+    seconds: float
+    problem: str = ""
+
+
+def run_limited(part: Part, *arguments: Any, limit_s: float) -> Outcome:
+    """Run a generator in a process forked from this one, which has imported what it needs but touched no GPU."""
+    context, began = multiprocessing.get_context("fork"), time.monotonic()
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send_rows, args=(sending, part, arguments))
+    process.start()
+    sending.close()
+    rows: list[Row] = []
+    problem = f"ended after its {limit_s:.0f} s"
+    while receiving.poll(max(0.0, began + limit_s - time.monotonic())):
+        try:
+            row, said = receiving.recv()
+        except EOFError:
+            said = "its process was killed"
+            row = None
+        if row is None:
+            problem = said
+            break
+        rows.append(row)
+    assert process.pid is not None
+    _end(process.pid)
+    process.join()
+    return Outcome(rows=rows, seconds=time.monotonic() - began, problem=problem)
+
+
+def _send_rows(sending: Connection, part: Part, arguments: tuple[Any, ...]) -> None:
+    said = ""
+    try:
+        for row in part(*arguments):
+            sending.send((row, ""))
+    except Exception as error:
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"
+    sending.send((None, said))
+
+
+def _end(pid: int) -> None:
+    """End a process with all it started."""
+    try:
+        process = psutil.Process(pid)
+        started = process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for one in (*started, process):
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue

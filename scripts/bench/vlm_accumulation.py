@@ -1,0 +1,80 @@
+"""Gradients of our exact split on the weights and the batch of open_clip_accumulation.py: `vlm_accumulation.py FOUND`.
+
+Prints as JSON, for each objective, side and k: the gradient of temperature and bias, how many times that of k = 1 it
+is, and the largest difference of any other weight's gradient from that of k = 1, relative to its largest entry.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from vlm.data.tokenizers import open_tokenizer
+from vlm.data.views import FixedView
+from vlm.models.encoder import VisionLanguageModel
+from vlm.models.network import build_network
+from vlm.train.config import ObjectiveConfig
+from vlm.train.exact import Parts, backward_exactly
+from vlm.train.objectives.table import parse_objective
+from vlm.train.objectives.term import Inputs, TermOptions
+from vlm.train.student import Student, build_student
+
+Gradients = dict[str, torch.Tensor]
+SHARED = ("logit_scale", "logit_bias")
+
+
+def open_student(config: dict[str, Any], found: dict[str, Any], objective: str) -> tuple[Student, TermOptions]:
+    """The same network, to be trained for the same objective."""
+    network = build_network(config | found["start"]).double()
+    network.load_state_dict(found["weights"])
+    tokenizer = open_tokenizer("clip", config["text_cfg"]["context_length"])
+    view = FixedView(size=config["vision_cfg"]["image_size"])
+    model = VisionLanguageModel(name="bench", network=network, config=config, view=view, tokenizer=tokenizer)
+    options = TermOptions(config=ObjectiveConfig(objective=objective), pad_token=tokenizer.pad_token)
+    return build_student(model, parse_objective(objective), options).train(), options
+
+
+def gradients(student: Student, options: TermOptions, images: torch.Tensor, texts: torch.Tensor, k: int) -> Gradients:
+    """Those of the batch in k parts."""
+    size = len(images) // k
+
+    def part(number: int, names: frozenset[str] = frozenset()) -> Inputs:
+        chosen = slice(number * size, (number + 1) * size)
+        return {"pixels": images[chosen], "tokens": texts[chosen]}
+
+    student.zero_grad(set_to_none=True)
+    parts = Parts(number=k, inputs=part, counted=part, forward=student, backward=lambda loss: loss.backward())
+    backward_exactly(parts, parse_objective(options.config.objective), options)
+    named = student.network.named_parameters()
+    return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+
+def compared(by_k: dict[int, Gradients]) -> dict[int, dict[str, Any]]:
+    """Each k beside the first, which is the undivided batch."""
+    whole = next(iter(by_k.values()))
+    return {k: _beside(found, whole) for k, found in by_k.items()}
+
+
+def _beside(found: Gradients, whole: Gradients) -> dict[str, Any]:
+    shared = [name for name in SHARED if name in whole]
+    others = whole.keys() - set(shared)
+    return {
+        "gradients": {name: float(found[name]) for name in shared},
+        "times": {name: float(found[name] / whole[name]) for name in shared},
+        "others": max(float((found[name] - whole[name]).abs().max() / whole[name].abs().max()) for name in others),
+    }
+
+
+def main(config: dict[str, Any], path: str) -> dict[str, Any]:
+    """Both sides, for every objective and k."""
+    result: dict[str, Any] = {}
+    for objective, found in torch.load(path).items():
+        student, options = open_student(config, found, objective)
+        ours = {k: gradients(student, options, found["images"], found["texts"], k) for k in found["gradients"]}
+        result[objective] = {"open_clip": compared(found["gradients"]), "ours": compared(ours)}
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]), sys.argv[2])))

@@ -1,0 +1,98 @@
+import json
+
+import open_clip
+import pytest
+import torch
+
+from vlm.cli.main import main
+from vlm.data.tokenizers import open_tokenizer
+from vlm.data.views import FixedView
+from vlm.models.encoder import VisionLanguageModel
+from vlm.models.folder import save_model_folder
+from vlm.models.loading import load_model
+from vlm.models.network import build_network, fit_to_tokenizer, model_config
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of a command."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def saved(folder, architecture, tokenizer):
+    config = fit_to_tokenizer(model_config(architecture), tokenizer)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(
+        name="test",
+        network=build_network(config).eval(),
+        config=config,
+        view=FixedView(size=32, mean=(0.4, 0.5, 0.6)),
+        tokenizer=tokenizer,
+    )
+    save_model_folder(folder, model, inputs={})
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["micro", "micro-coca"])
+def test_open_clip_loads_what_is_exported_and_the_fingerprint_stays(capsys, scene_tokenizer, tmp_path, architecture):
+    model = saved(tmp_path / "model", architecture, open_tokenizer(str(scene_tokenizer), 24))
+    code, out, err = run(capsys, "export", tmp_path / "model", tmp_path / "out", "--to", "open-clip", "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    assert values["fingerprint"] == model.fingerprint
+    assert values["largest_difference"] <= 1e-5
+    assert not values["has_tokenizer"]
+    assert "cannot make this model's tokens" in err
+    opened = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")[0]
+    assert torch.equal(opened.state_dict()["logit_scale"], model.network.state_dict()["logit_scale"])
+    assert load_model(str(tmp_path / "out"), device="cpu").fingerprint == model.fingerprint
+
+
+def test_the_tokens_of_clip_are_open_clips_own(capsys, tmp_path):
+    saved(tmp_path / "model", "micro", open_tokenizer("clip", 24))
+    code, out, err = run(capsys, "export", tmp_path / "model", tmp_path / "out")
+    assert code == 0, err
+    assert "True" in out
+    assert "cannot make" not in err
+
+
+def test_a_network_that_embeds_otherwise_there_is_not_handed_over(capsys, scene_tokenizer, tmp_path, monkeypatch):
+    saved(tmp_path / "model", "micro", open_tokenizer(str(scene_tokenizer), 24))
+    genuine = open_clip.create_model_and_transforms
+
+    def spoiled(name):
+        network, train, view = genuine(name)
+        with torch.no_grad():
+            network.get_parameter("visual.proj").mul_(torch.linspace(1, 1.01, 16))
+        return network, train, view
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", spoiled)
+    code, _, err = run(capsys, "export", tmp_path / "model", tmp_path / "out")
+    assert code == 1
+    assert "embeds otherwise" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_network_open_clip_does_not_know_is_refused(scene_tokenizer, tmp_path):
+    from vlm.errors import UsageError
+    from vlm.models.export import export_open_clip
+
+    model = saved(tmp_path / "model", "micro", open_tokenizer(str(scene_tokenizer), 24))
+    model.config["vision_cfg"]["pooling_of_ours"] = "simpool"
+    with pytest.raises(UsageError, match=r"open_clip cannot build the network.*pooling_of_ours"):
+        export_open_clip(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_misuse_is_said(capsys, scene_tokenizer, tmp_path):
+    saved(tmp_path / "model", "micro", open_tokenizer(str(scene_tokenizer), 24))
+    code, _, err = run(capsys, "export", tmp_path / "model", tmp_path / "model")
+    assert code == 2
+    assert "exists" in err
+    code, out, err = run(capsys, "export", tmp_path / "model", tmp_path / "out", "--to", "onnx")
+    assert code == 2
+    assert "open-clip" in out + err

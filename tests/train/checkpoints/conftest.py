@@ -1,0 +1,63 @@
+"""States small enough to save in milliseconds."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.checkpoints.small import small_state
+from vlm.train.state import TrainState
+
+
+@pytest.fixture
+def make_state() -> Callable[..., TrainState]:
+    """A function from a seed to a state whose optimiser has made a step."""
+    return small_state
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where a run keeps its checkpoints."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture
+def tensors() -> Callable[[TrainState], dict[str, Any]]:
+    """A function from a state to copies of all its tensors by file and name."""
+    from vlm.train.checkpoints.snapshot import tensors_of
+
+    return lambda state: {
+        f"{file}:{name}": tensor.clone() for file, held in tensors_of(state).items() for name, tensor in held.items()
+    }
+
+
+@pytest.fixture
+def s3_bucket(monkeypatch) -> Iterator[str]:
+    """A bucket of an S3 emulator."""
+    pytest.importorskip("moto", reason="the S3 emulator is not installed: pip install 'moto[s3]' flask flask-cors")
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'vlm[remote]'")
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    from vlm.data.storage import remote
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    emulator.start()
+    host, port = emulator.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_SYSTEMS", {})
+    system, _ = remote.open_system("s3://copies/x")
+    system.mkdir("copies")
+    yield "copies"
+    emulator.stop()

@@ -1,0 +1,146 @@
+"""One objective on a small network with everything that draws at random, as a whole batch and in parts."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from vlm.models.row_noise import RowNoise, draw_by_row
+from vlm.train.config import ObjectiveConfig
+from vlm.train.exact import Parts, backward_exactly
+from vlm.train.objectives.table import parse_objective
+from vlm.train.objectives.term import Inputs, TermOptions
+from vlm.train.student import Student, build_student
+
+SAMPLES, LENGTH, VOCABULARY, PAD, SIZE, WIDTH = 8, 10, 40, 0, 32, 16
+
+
+class Case:
+    """A student with its inputs; the same in every process, drawn from the seed."""
+
+    def __init__(self, expression: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> None:
+        self.config = ObjectiveConfig(objective=expression, text_embedding_size=12, **config)
+        self.options = TermOptions(config=self.config, pad_token=PAD)
+        self.terms = parse_objective(expression)
+        self.noise = RowNoise(seed=seed)
+        torch.manual_seed(seed)
+        model = small_model()
+        assert draw_by_row(model.network, self.noise) >= 2
+        self.student: Student = build_student(model, self.terms, self.options).to(dtype).train()
+        self.inputs = draw_inputs(seed, dtype)
+
+    def gradients(
+        self, *, split: int = 1, process: int = 0, processes: int = 1
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Loss parts and gradients of this process's share of the batch, in `split` parts."""
+        self.student.zero_grad(set_to_none=True)
+        wrapped = DistributedDataParallel(self.student) if processes > 1 else self.student
+        share = SAMPLES // processes
+        size = share // split
+
+        def part(number: int, names: frozenset[str] = frozenset(self.inputs)) -> Inputs:
+            first = process * share + number * size
+            rows = {name: tensor[first : first + size] for name, tensor in self.inputs.items()}
+            self.noise.rows = rows["rows"]
+            return rows
+
+        parts = Parts(
+            number=split,
+            inputs=part,
+            counted=part,
+            forward=wrapped,
+            backward=lambda loss: loss.backward(),
+            waiting=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
+        )
+        losses = backward_exactly(parts, self.terms, self.options)
+        found = {
+            name: parameter.grad.clone()
+            for name, parameter in self.student.named_parameters()
+            if parameter.grad is not None
+        }
+        return losses, found
+
+
+def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    """The plain way: one forward pass, the terms added up, one backward pass."""
+    case.student.zero_grad(set_to_none=True)
+    case.noise.rows = case.inputs["rows"]
+    outputs = case.student(case.inputs)
+    total = torch.zeros((), dtype=case.inputs["pixels"].dtype)
+    for part in case.terms:
+        if part.term.across:
+            total = total + part.weight * part.term.across(outputs, case.inputs, case.options)
+        if part.term.within:
+            units = part.term.units(case.inputs, case.options)
+            total = total + part.weight * part.term.within(outputs, case.inputs, case.options) / units
+    total.backward()
+    found = {name: tensor.grad for name, tensor in case.student.named_parameters() if tensor.grad is not None}
+    return float(total.detach()), {name: gradient.clone() for name, gradient in found.items()}
+
+
+def small_model():
+    """A captioner with patch dropout, dropout, a temperature and a bias."""
+    from vlm.data.tokenizers import open_tokenizer
+    from vlm.data.views import FixedView
+    from vlm.models.encoder import VisionLanguageModel
+    from vlm.models.network import build_network
+
+    size = {"width": WIDTH, "heads": 2, "layers": 1, "context_length": LENGTH, "vocab_size": VOCABULARY}
+    config: dict[str, Any] = {
+        "embed_dim": WIDTH,
+        "vision_cfg": {
+            "image_size": SIZE,
+            "patch_size": 8,
+            "width": WIDTH,
+            "head_width": 8,
+            "layers": 1,
+            "patch_dropout": 0.25,
+        }
+        | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True},
+        "text_cfg": size | {"embed_cls": True, "output_tokens": True, "pad_id": PAD},
+        "multimodal_cfg": size,
+        "custom_text": True,
+        "init_logit_bias": -2.0,
+    }
+    network = build_network(config)
+    text = network.get_submodule("text")
+    text.token_embedding = nn.Sequential(text.get_submodule("token_embedding"), nn.Dropout(0.2))
+    tokenizer = open_tokenizer("clip", LENGTH)
+    return VisionLanguageModel(
+        name="small", network=network, config=config, view=FixedView(size=SIZE), tokenizer=tokenizer
+    )
+
+
+def draw_inputs(seed: int, dtype: torch.dtype) -> Inputs:
+    """Inputs of every kind for a batch; three samples share identities with another."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    def tokens(*shape: int) -> torch.Tensor:
+        words = torch.randint(3, VOCABULARY, (*shape, LENGTH), generator=draw)
+        lengths = torch.randint(4, LENGTH + 1, shape, generator=draw)
+        places = torch.arange(LENGTH)
+        words = torch.where(places == lengths[..., None] - 1, 2, words)
+        return torch.where(places < lengths[..., None], words, PAD)
+
+    same = torch.arange(1, SAMPLES + 1)[:, None].repeat(1, 2)
+    same[5, 0], same[6, 1], same[7, 1] = same[1, 0], same[2, 1], 0
+    sub_tokens = tokens(SAMPLES, 3)
+    sub_tokens[2, 1:] = PAD
+    return {
+        "pixels": values(SAMPLES, 3, SIZE, SIZE),
+        "tokens": tokens(SAMPLES),
+        "rows": torch.arange(100, 100 + SAMPLES),
+        "same": same,
+        "sub_tokens": sub_tokens,
+        "local_pixels": values(SAMPLES, 2, 3, SIZE, SIZE),
+        "teacher_image": F.normalize(values(SAMPLES, 12), dim=-1),
+        "teacher_text": F.normalize(values(SAMPLES, 12), dim=-1),
+        "text_embedding": values(SAMPLES, 12),
+        "global_target": F.normalize(values(SAMPLES, WIDTH), dim=-1),
+    }

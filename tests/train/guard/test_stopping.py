@@ -1,0 +1,47 @@
+import os
+import signal
+
+import pytest
+
+from vlm.train.stopping import StopRequest
+
+
+def test_sigterm_and_sigint_are_remembered_and_a_second_sigint_ends(capsys):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with StopRequest() as stop:
+            assert not stop
+            os.kill(os.getpid(), number)
+            assert stop
+            assert stop.signal_name == number.name
+            assert not stop.is_save_wanted
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert "SIGTERM: saving after this step" in capsys.readouterr().err
+
+
+def test_sigusr1_asks_for_a_checkpoint_again_and_again(capsys):
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.is_save_wanted
+            assert not stop
+            stop.saved()
+            assert not stop.is_save_wanted
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert "going on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "want"), [(signal.SIGUSR1, 7), (signal.SIGINT, 7), (signal.SIGTERM, -signal.SIGTERM)]
+)
+def test_in_a_worker_only_sigterm_has_an_effect(number, want, capfd):
+    with StopRequest() as stop:
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), number)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == want
+        assert not stop
+        assert not stop.is_save_wanted
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,90 @@
+"""Every objective trains from shards, in parts, is resumed, and is refused where its inputs are missing."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from vlm.errors import UsageError
+from vlm.train.objectives.table import TERMS
+from vlm.train.run import train
+
+CAPTIONER = {"architecture": "micro-coca"}
+SETTINGS = {
+    "clip": {},
+    "siglip": {},
+    "dcl": {"objective": {"same_pairs": "ignore"}},
+    "ranking": {"objective": {"negatives": "hardest"}},
+    "caption": {"model": CAPTIONER},
+    "cappa": {"model": CAPTIONER},
+    "sub_captions": {"objective": {"sub_captions": 2}},
+    "grouping": {"objective": {"sub_captions": 2}},
+    "local_to_global": {"objective": {"local_views": 2}, "optimizer": {"average_decay": 0.9}},
+}
+OF_STORED_ARRAYS = {"distill", "text_align"}
+
+
+def test_every_term_is_tried():
+    assert SETTINGS.keys() | OF_STORED_ARRAYS == TERMS.keys()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_term_trains_in_parts_and_is_resumed(configure, name):
+    settings = {group: dict(values) for group, values in SETTINGS[name].items()}
+    expression = f"clip + {name}" if name == "local_to_global" else name
+    settings["objective"] = settings.get("objective", {}) | {"objective": expression}
+    summary = train(configure(name, steps=2, micro_batch=5, **settings))
+    assert math.isfinite(summary.metrics[name])
+    summary = train(configure(name, steps=3, micro_batch=10, **settings), resume=True, allow=("steps", "micro_batch"))
+    assert summary.steps == 3
+    assert summary.skipped_steps == 0
+
+
+def test_a_live_teacher_is_learnt_from(configure):
+    teacher = configure("teacher", steps=2)
+    train(teacher)
+    told = {"objective": "clip + distill", "teacher": teacher.run}
+    summary = train(configure("student", steps=3, micro_batch=5, objective=told))
+    assert summary.metrics["distill"] > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "cure"),
+    [
+        ("distill", "--teacher MODEL"),
+        ("sub_captions", "--sub-captions N"),
+        ("local_to_global", "--average-decay"),
+        ("clip + nonsense", "did you mean|known"),
+        ("2**clip", "is no term"),
+        ("clip + clip", "twice"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_cure(configure, objective, cure):
+    config = configure("run", objective={"objective": objective})
+    with pytest.raises(UsageError, match=cure):
+        train(config)
+    assert not Path(config.run).exists()
+
+
+def test_a_locked_tower_stays(configure):
+    import torch
+    from safetensors.torch import load_file
+
+    first, second = configure("fresh", steps=0), configure("lit", steps=3, model={"lock": "image"})
+    train(first)
+    train(second)
+    before, after = (load_file(Path(run.run) / "model" / "open_clip_model.safetensors") for run in (first, second))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not [name for name in moved if name.startswith("visual.")]
+
+
+def test_trimmed_texts_train_as_whole_ones(configure, history):
+    runs = [
+        configure(f"trim{trim}", steps=3, model={"architecture": "small"}, loader={"trim_text": trim})
+        for trim in (True, False)
+    ]
+    for config in runs:
+        train(config)
+    trimmed, whole = (history(config.run) for config in runs)
+    assert [loss for _, loss, _ in trimmed] == pytest.approx([loss for _, loss, _ in whole], rel=1e-5)

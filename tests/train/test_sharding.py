@@ -1,0 +1,38 @@
+"""Weights spread over two processes (FSDP2) are trained, measured, averaged and saved as whole ones are."""
+
+import subprocess
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train.test_processes import command, environment
+from vlm.train.telemetry.metrics import read_metrics
+
+
+def options(scene_shards):
+    steps = ["--steps", "6", "--checkpoint-every", "2", "--micro-batch", "3", "--evaluate-every", "3"]
+    return [*steps, "--val", str(scene_shards / "val"), "--average-decay", "0.5"]
+
+
+@pytest.mark.slow
+def test_spread_weights_train_as_whole_ones_and_go_on_in_one_process(
+    scene_shards, scene_tokenizer, tmp_path, free_port
+):
+    for kind in ("none", "fsdp"):
+        launched = command(
+            scene_shards / "train", scene_tokenizer, tmp_path / kind, processes=2, workers=0, port=free_port()
+        )
+        words = [*launched, *options(scene_shards), "--sharding", kind]
+        subprocess.run(words, check=True, capture_output=True, env=environment())
+    whole, spread = (read_metrics(tmp_path / kind / "metrics.jsonl") for kind in ("none", "fsdp"))
+    for name in ("loss", "gradient_norm", "logit_scale"):
+        assert [line[name] for line in spread] == pytest.approx([line[name] for line in whole], rel=1e-4)
+    assert spread[-1]["text_to_image_recall@10"] == pytest.approx(whole[-1]["text_to_image_recall@10"], abs=0.1)
+    ours, theirs = (load_file(tmp_path / kind / "model" / "open_clip_model.safetensors") for kind in ("fsdp", "none"))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
+
+    alone = command(scene_shards / "train", scene_tokenizer, tmp_path / "fsdp", processes=1, workers=0, port=0)
+    more = ["--steps", "8", "--resume", "--allow", "sharding", "steps"]
+    subprocess.run([*alone, *options(scene_shards), *more], check=True, capture_output=True, env=environment())
+    assert read_metrics(tmp_path / "fsdp" / "metrics.jsonl")[-1]["step"] == 8

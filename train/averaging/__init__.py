@@ -1,0 +1,1 @@
+"""Weights averaged: while training, over runs, between two models."""

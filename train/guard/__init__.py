@@ -1,0 +1,1 @@
+"""What keeps a run alive: bad steps skipped, rewinding, a watchdog."""

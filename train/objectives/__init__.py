@@ -1,0 +1,1 @@
+"""What can be minimised: terms, and the expression that adds them up."""

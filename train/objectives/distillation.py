@@ -1,0 +1,100 @@
+"""Objectives that learn from embeddings another model made, stored in the shards or made while training."""
+
+from torch import nn
+from torch.nn import functional as F
+
+from vlm.errors import UsageError
+from vlm.models.encoder import VisionLanguageModel
+from vlm.tensors import Float, Tensor
+from vlm.train.objectives.gathering import gather_detached, gather_with_gradient
+from vlm.train.objectives.pairwise import at_least_single, similarities, sum_over_blocks
+from vlm.train.objectives.term import Heads, Inputs, Outputs, Term, TermOptions
+
+
+def distill(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+    """KL(teacher ‖ student) of the similarities of each picture with all texts, and the reverse; the mean of both.
+
+    MobileCLIP (Vasu et al. 2023), equations 2 and 3, with one teacher; dataset reinforcement (Faghri et al. 2023), §2,
+    where its embeddings are stored. The teacher's rows may be of any length; they are brought to unit length, and get
+    no gradient. Its inverse temperature is `config.teacher_scale`, the student's its own. It is 0 where both
+    agree; open_clip's cross-entropy is larger by the teacher's entropy, a constant.
+    """
+    images, texts = at_least_single(outputs["image_features"]), at_least_single(outputs["text_features"])
+    scale, teacher_scale = outputs["logit_scale"], options.config.teacher_scale
+    teacher_images, teacher_texts = unit_rows(inputs["teacher_image"]), unit_rows(inputs["teacher_text"])
+
+    def direction(rows: Tensor, others: Tensor, teacher_rows: Tensor, teacher_others: Tensor) -> Tensor:
+        columns, teacher_columns = gather_with_gradient(others), gather_detached(teacher_others)
+
+        def block_loss(rows: Tensor, teacher_rows: Tensor) -> Tensor:
+            student = scale * similarities(rows, columns)
+            teacher = teacher_scale * similarities(teacher_rows, teacher_columns)
+            return divergence_rows(student, teacher).sum()
+
+        return sum_over_blocks(block_loss, [rows, teacher_rows], options.config.similarity_block) / len(rows)
+
+    by_image = direction(images, texts, teacher_images, teacher_texts)
+    by_text = direction(texts, images, teacher_texts, teacher_images)
+    return (by_image + by_text) / 2
+
+
+def divergence_rows(student: Float[Tensor, "B N"], teacher: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """KL(teacher ‖ student) of the softmaxes of each row of logits."""
+    divergences = F.kl_div(student.log_softmax(dim=1), teacher.log_softmax(dim=1), reduction="none", log_target=True)
+    return divergences.sum(dim=1)
+
+
+def unit_rows(rows: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """The rows at unit length, as constants, in single precision or better."""
+    return F.normalize(at_least_single(rows.detach()), dim=1)
+
+
+def text_align(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+    """1 - cosine of the projected picture and the stored embedding of its text, summed (GPT4Image, Ding et al. 2023).
+
+    The paper compares a classifier's features with the embedding of a description; here the projection is of the
+    picture's joint embedding, so that the loss reaches all of the image tower.
+
+    Raises:
+        UsageError: the stored embeddings have another length than the head.
+    """
+    projected, target = outputs["aligned_image"], inputs["text_embedding"]
+    if projected.shape[1] != target.shape[1]:
+        raise UsageError(
+            f"text_embedding_size = {projected.shape[1]}, but the stored text embeddings have {target.shape[1]} "
+            f"numbers; give --text-embedding-size {target.shape[1]}."
+        )
+    return (1 - (F.normalize(at_least_single(projected), dim=1) * unit_rows(target)).sum(dim=1)).sum()
+
+
+def alignment_head(model: VisionLanguageModel, options: TermOptions) -> Heads:
+    """The linear map from the picture's embedding to the space of the stored text embeddings.
+
+    Raises:
+        UsageError: their length was not given.
+    """
+    size = options.config.text_embedding_size
+    if size < 1:
+        raise UsageError(
+            f"text_embedding_size = {size}: text_align needs the length of the stored text embeddings; "
+            "give it, e.g. --text-embedding-size 768."
+        )
+    return {"text_align": nn.Linear(model.embedding_size, size, bias=False)}
+
+
+DISTILL = Term(
+    summary="the similarities a teacher sees between the pairs of the batch",
+    paper="Vasu et al. 2023, MobileCLIP, equations 2 and 3; Faghri et al. 2023, dataset reinforcement",
+    outputs=("image_features", "text_features", "logit_scale"),
+    inputs=("teacher_image", "teacher_text"),
+    across=distill,
+)
+
+TEXT_ALIGN = Term(
+    summary="a linear map of the picture's embedding towards the stored embedding of its text",
+    paper="Ding et al. 2023, GPT4Image",
+    outputs=("aligned_image",),
+    inputs=("text_embedding",),
+    within=text_align,
+    heads=alignment_head,
+)

@@ -1,0 +1,1 @@
+"""Recipes: a preset with the commands around it, and what is expected of it."""

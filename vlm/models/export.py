@@ -1,0 +1,143 @@
+"""Models that leave for other tools, tried there before they are handed over."""
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm.errors import UsageError, VlmError
+from vlm.files import sync_folder
+from vlm.models.encoder import VisionLanguageModel
+from vlm.models.folder import save_model_folder
+from vlm.tensors import Tensor
+
+TOLERANCE = 1e-5
+
+_TEXTS = ("a small red circle", "two large blue stars on a white background", "Ein Hund läuft über die Wiese.", "")
+_SIZES = ((57, 41), (32, 32), (90, 200))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written.
+
+    largest_difference: between an entry of a unit vector here and there, over the pictures and texts that were tried.
+    has_tokenizer: whether the other tool makes the same tokens of a text by itself.
+    """
+
+    out: str
+    fingerprint: str
+    largest_difference: float
+    has_tokenizer: bool
+
+
+def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
+    """A new folder that `open_clip.create_model_and_transforms("local-dir:OUT")` loads, and was seen to load.
+
+    Pictures of noise go through open_clip's own preprocessing and network, texts through its network.
+
+    Raises:
+        UsageError: `out` exists, or open_clip cannot build this network. VlmError: it embeds otherwise than we do.
+    """
+    with new_folder(out) as folder:
+        save_model_folder(folder, model, inputs={"model": model.fingerprint})
+        network, preprocess = _opened_by_open_clip(folder, model.name)
+        difference = max(_image_difference(model, network, preprocess), _text_difference(model, network))
+        if not difference <= TOLERANCE:
+            raise VlmError(
+                f"open_clip embeds otherwise than {model.name} does: an entry of a unit vector differs by "
+                f"{difference:.1e}, more than {TOLERANCE:.0e}; nothing was written."
+            )
+        has_tokenizer = _open_clip_tokenizes_alike(folder, model)
+    return Export(
+        out=str(out), fingerprint=model.fingerprint, largest_difference=difference, has_tokenizer=has_tokenizer
+    )
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the block has succeeded, and is removed when it has not.
+
+    Raises:
+        UsageError: `out` exists.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        folder.mkdir()
+        yield folder
+        for path in folder.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        folder.rename(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse a folder that is in use.
+
+    Raises:
+        UsageError: `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already; name another folder or remove it.")
+
+
+def _opened_by_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
+    import open_clip
+
+    try:
+        opened: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
+        raise UsageError(
+            f"open_clip cannot build the network of {name} ({error}): a tower of it is of vlm's own making. "
+            "It stays usable here; for open_clip, train one of its architectures."
+        ) from error
+    network, _, preprocess = opened
+    return network.eval(), preprocess
+
+
+@torch.inference_mode()
+def _image_difference(model: VisionLanguageModel, network: Any, preprocess: Any) -> float:
+    chance = np.random.default_rng(0)
+    pictures = [Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
+    ours = model.embed_images(torch.from_numpy(np.stack([model.view(_png(picture)) for picture in pictures])))
+    theirs = network.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+    return _largest(ours, theirs)
+
+
+@torch.inference_mode()
+def _text_difference(model: VisionLanguageModel, network: Any) -> float:
+    tokens = torch.from_numpy(model.tokenizer.encode(_TEXTS))
+    return _largest(model.embed_texts(_TEXTS), network.encode_text(tokens, normalize=True))
+
+
+def _open_clip_tokenizes_alike(folder: Path, model: VisionLanguageModel) -> bool:
+    import open_clip
+
+    try:
+        theirs: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
+        return bool(np.array_equal(np.asarray(theirs(list(_TEXTS))), model.tokenizer.encode(_TEXTS)))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _largest(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max())
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,152 @@
+"""What an image tower makes of its patches, and of crops smaller than the pictures it was built for."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vlm.errors import UsageError
+from vlm.tensors import Float, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReading:
+    """One pass of the image tower.
+
+    image: the embedding, of any length. memory: what a caption decoder attends to, where the tower gives it.
+    patches: the patches in the joint space, where they were asked for; not of unit length.
+    """
+
+    image: Float[Tensor, "B D"]
+    memory: Float[Tensor, "B M W"] | None = None
+    patches: Float[Tensor, "B P D"] | None = None
+
+
+def read_image(network: nn.Module, pixels: Float[Tensor, "B 3 H W"], *, with_patches: bool = False) -> ImageReading:
+    """Run the image tower once.
+
+    The features of a patch are what the tower's own head makes of a picture all of whose places are that patch, so
+    they lie in the space of the picture's embedding and need no weights of their own. Class and register tokens are
+    left out. A tower that is neither open_clip's ViT nor its timm adapter says how by a method
+    `forward_with_patches(pixels) -> (image, patches)`.
+
+    Raises:
+        UsageError: patches are asked of a tower that has none to give.
+    """
+    visual = network.get_submodule("visual")
+    if with_patches:
+        return _read_patches(visual, pixels)
+    if getattr(visual, "output_tokens", False):
+        image, memory = cast(tuple[Tensor, Tensor], visual(pixels))
+        return ImageReading(image=image, memory=memory)
+    return ImageReading(image=network.encode_image(pixels))  # pyright: ignore[reportCallIssue]
+
+
+def has_patches(network: nn.Module) -> bool:
+    """Whether `read_image` can give the patches of this network's image tower."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    visual = getattr(network, "visual", None)
+    if isinstance(visual, VisionTransformer):
+        return getattr(visual, "attn_pool_contrastive", None) is None
+    if isinstance(visual, TimmModel):
+        return "pool" not in dict(visual.head.named_children())
+    return hasattr(visual, "forward_with_patches")
+
+
+def read_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B D"]:
+    """Embeddings, of any length, of square crops whose side need not be `size`, the one the network was built for.
+
+    open_clip's ViTs read a crop at its own size, with their position embeddings interpolated (as Caron et al. 2021
+    do); other towers see it enlarged to `size`, unless they say `takes_any_size`.
+
+    Raises:
+        UsageError: the crop is no whole number of patches.
+    """
+    from open_clip.transformer import VisionTransformer
+
+    visual = network.get_submodule("visual")
+    if crops.shape[-1] == size or getattr(visual, "takes_any_size", False):
+        return read_image(network, crops).image
+    if isinstance(visual, VisionTransformer):
+        return _read_resized(visual, crops)
+    enlarged = F.interpolate(crops, size=(size, size), mode="bilinear", align_corners=False)
+    return read_image(network, enlarged).image
+
+
+def _read_patches(visual: nn.Module, pixels: Float[Tensor, "B 3 H W"]) -> ImageReading:
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(visual, VisionTransformer):
+        tokens = visual.transformer(visual._embeds(pixels))
+        pooled, memory = visual._pool(tokens)
+        projection = visual.get_parameter("proj")
+        patches = _through_pooling(visual, tokens[:, 1:]) @ projection
+        return ImageReading(image=pooled @ projection, memory=memory, patches=patches)
+    if isinstance(visual, TimmModel):
+        features = visual.trunk.forward_features(pixels)  # pyright: ignore[reportCallIssue]
+        image = visual.head(visual.trunk.forward_head(features))  # pyright: ignore[reportCallIssue]
+        return ImageReading(image=image, patches=_through_head(visual, features))
+    if hasattr(visual, "forward_with_patches"):
+        image, patches = cast(tuple[Tensor, Tensor], visual.forward_with_patches(pixels))  # pyright: ignore[reportCallIssue]
+        return ImageReading(image=image, patches=patches)
+    raise UsageError(f"{type(visual).__name__} gives no features of patches; train a ViT or a timm tower.")
+
+
+def _through_pooling(visual: nn.Module, patches: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
+    """Pooling and last norm of open_clip's ViT, for each patch as if it were the only one."""
+    pool = getattr(visual, "attn_pool", None)
+    if pool is not None:
+        patches = _attended_alone(pool.attn, pool.ln_k(patches))
+    return visual.get_submodule("ln_post")(patches)
+
+
+def _attended_alone(attention: nn.MultiheadAttention, keys: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
+    """What any query gets from a sequence of one: its value, whatever the query."""
+    width = attention.embed_dim
+    weight = attention.v_proj_weight if attention.v_proj_weight is not None else attention.in_proj_weight[2 * width :]
+    bias = attention.in_proj_bias[2 * width :] if attention.in_proj_bias is not None else None
+    return attention.out_proj(F.linear(keys, weight, bias))
+
+
+def _through_head(visual: nn.Module, features: Tensor) -> Float[Tensor, "B P D"]:
+    """Pooling, norm and projection of a timm tower, for each place of its tokens or of its map."""
+    trunk = visual.get_submodule("trunk")
+    prefix = int(getattr(trunk, "num_prefix_tokens", 0) or 0)
+    if features.ndim == 3:
+        places = features[:, prefix:]
+        # repeated, so that a head that reads the class token finds the patch there too
+        alone = places.flatten(0, 1)[:, None].expand(-1, prefix + 1, -1)
+    elif getattr(trunk, "output_fmt", "NCHW") == "NHWC":
+        places = features.flatten(1, 2)
+        alone = places.flatten(0, 1)[:, None, None]
+    else:
+        places = features.flatten(2).transpose(1, 2)
+        alone = places.flatten(0, 1)[:, :, None, None]
+    projected = visual.get_submodule("head")(trunk.forward_head(alone))  # pyright: ignore[reportCallIssue]
+    return projected.unflatten(0, places.shape[:2])
+
+
+def _read_resized(visual: nn.Module, crops: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+    patch = visual.patch_size[0]  # pyright: ignore[reportIndexIssue]
+    if crops.shape[-1] % patch:
+        raise UsageError(f"Crops of {crops.shape[-1]} pixels are no whole number of patches of {patch}.")
+    grid = visual.get_submodule("conv1")(crops)
+    positions = _resized_positions(visual.get_parameter("positional_embedding"), visual.grid_size, grid.shape[-2:])  # pyright: ignore[reportArgumentType]
+    first = visual.get_parameter("class_embedding").to(grid.dtype).expand(len(crops), 1, -1)
+    tokens = torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1) + positions.to(grid.dtype)
+    tokens = visual.get_submodule("ln_pre")(visual.get_submodule("patch_dropout")(tokens))
+    pooled, _ = visual._pool(visual.get_submodule("transformer")(tokens))  # pyright: ignore[reportCallIssue]
+    return pooled @ visual.get_parameter("proj")
+
+
+def _resized_positions(
+    positions: Float[Tensor, "L W"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "M W"]:
+    grid = positions[1:].T.reshape(1, -1, *old)
+    resized = F.interpolate(grid, size=tuple(new), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([positions[:1], resized.flatten(2)[0].T])

@@ -1,0 +1,155 @@
+"""Dropout that belongs to the sample: what is dropped depends on the sample's number, the layer and the place.
+
+torch's dropout draws one mask for whatever goes through the layer at once, so a batch in two halves, or on two
+processes, drops something else than the whole. Here every random number is a hash of (seed, number of the sample in the
+run, layer, place): the split batch drops what the whole does, and a resumed run what an uninterrupted one would have.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vlm.errors import VlmError
+from vlm.files import fingerprint_of
+from vlm.tensors import Float, Int, Int64, Tensor
+
+_LOW_32 = 0xFFFFFFFF
+
+
+@dataclass(eq=False)
+class RowNoise:
+    """The numbers of the samples that are in the network now, int64 [B]; set before each forward pass."""
+
+    seed: int
+    rows: Int64[Tensor, " B"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def uniform(self, layer: int, rows: int, places: int, device: torch.device) -> Float[Tensor, "N P"]:
+        """Numbers in [0, 1) for N = `rows` rows of `places` places each.
+
+        Where a layer sees several rows a sample (windows, sentences), these are the sample's in their order.
+
+        Raises:
+            VlmError: N is no multiple of the samples.
+        """
+        return _uniform(self._keys(layer, rows, device)[:, None], torch.arange(places, device=device)[None, :])
+
+    def _keys(self, layer: int, rows: int, device: torch.device) -> Int64[Tensor, " N"]:
+        samples = self.rows.to(device)
+        if not len(samples) or rows % len(samples):
+            raise VlmError(
+                f"A layer that drops at random was given {rows} rows for {len(samples)} samples; set their numbers."
+            )
+        each = rows // len(samples)
+        within = torch.arange(each, device=device).repeat(len(samples))
+        # two words of 32 bits, mixed one after the other, hold every number of a sample that can occur
+        low, high = samples & _LOW_32, (samples >> 32) & _LOW_32
+        keys = _mix(_mix(low ^ (self.seed & _LOW_32)) ^ high ^ layer)
+        return _mix(keys.repeat_interleave(each) ^ within)
+
+
+def _mix(words: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """Hash words of 32 bits, kept in 64 (the constants are those of Wellons' lowbias32 search)."""
+    words = words & _LOW_32
+    words = words ^ (words >> 16)
+    words = (words * 0x7FEB352D) & _LOW_32
+    words = words ^ (words >> 15)
+    words = (words * 0x846CA68B) & _LOW_32
+    return words ^ (words >> 16)
+
+
+def _uniform(keys: Int64[Tensor, "N 1"], places: Int64[Tensor, "1 P"]) -> Float[Tensor, "N P"]:
+    return (_mix(keys ^ _mix(places + 1)) >> 8).to(torch.float32) * 2.0**-24
+
+
+class _RowLayer(nn.Module):
+    def __init__(self, noise: RowNoise, name: str) -> None:
+        super().__init__()
+        self.noise = noise
+        self.layer = int(fingerprint_of(name)[:8], 16)
+
+    def numbers(self, rows: int, places: int, device: torch.device) -> Float[Tensor, "N P"]:
+        """Uniform numbers of this layer."""
+        return self.noise.uniform(self.layer, rows, places, device)
+
+
+class RowDropout(_RowLayer):
+    """Dropout (Srivastava et al. 2014) by sample; the first axis is the batch."""
+
+    def __init__(self, noise: RowNoise, name: str, probability: float) -> None:
+        super().__init__(noise, name)
+        self.p = probability
+
+    def forward(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Zero values with probability p and scale the others by 1 / (1 - p), while training."""
+        if not self.training or self.p == 0:
+            return values
+        numbers = self.numbers(len(values), values[0].numel(), values.device).view(values.shape)
+        return values * (numbers >= self.p).to(values.dtype) / (1 - self.p)
+
+
+class RowDropPath(_RowLayer):
+    """Stochastic depth (Huang et al. 2016) by sample: the whole branch of a row is dropped."""
+
+    def __init__(self, noise: RowNoise, name: str, probability: float, *, rescale: bool) -> None:
+        super().__init__(noise, name)
+        self.drop_prob, self.rescale = probability, rescale
+
+    def forward(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Zero rows with the probability of this layer, while training."""
+        if not self.training or self.drop_prob == 0:
+            return values
+        kept = (self.numbers(len(values), 1, values.device) >= self.drop_prob).to(values.dtype)
+        kept = kept.view(-1, *[1] * (values.ndim - 1))
+        return values * (kept / (1 - self.drop_prob) if self.rescale else kept)
+
+
+class RowPatchDropout(_RowLayer):
+    """Leave out patches by sample (FLIP, Li et al. 2023); prefix tokens stay."""
+
+    def __init__(self, noise: RowNoise, name: str, probability: float, *, prefix_tokens: int) -> None:
+        super().__init__(noise, name)
+        self.prob, self.prefix_tokens = probability, prefix_tokens
+
+    def forward(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B K D"]:
+        """Keep the share 1 - p of the patches of each row, in their order, while training."""
+        if not self.training or self.prob == 0:
+            return tokens
+        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+        count = max(1, int(patches.shape[1] * (1 - self.prob)))
+        places = self.kept_places(len(patches), patches.shape[1], count, tokens.device)
+        kept = patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2]))
+        return torch.cat([prefix, kept], dim=1)
+
+    def kept_places(self, rows: int, patches: int, count: int, device: torch.device) -> Int[Tensor, "B K"]:
+        """Which patches of each row stay, ascending."""
+        return self.numbers(rows, patches, device).topk(count, dim=1).indices.sort(dim=1).values
+
+
+def draw_by_row(network: nn.Module, noise: RowNoise) -> int:
+    """Replace the layers of a network that drop at random by ones that draw from `noise`; returns how many.
+
+    Replaced are torch's Dropout, timm's DropPath and PatchDropout, open_clip's PatchDropout. What draws inside a
+    function (dropout in a fused attention of some Hugging Face towers) is not seen; the step seeds torch's generator.
+    """
+    found: list[tuple[nn.Module, str, nn.Module]] = []
+    for path, parent in network.named_modules():
+        for name, child in parent.named_children():
+            replaced = _by_row(child, noise, f"{path}.{name}")
+            if replaced is not None:
+                found.append((parent, name, replaced.train(child.training)))
+    for parent, name, replaced in found:
+        setattr(parent, name, replaced)
+    return len(found)
+
+
+def _by_row(layer: nn.Module, noise: RowNoise, name: str) -> nn.Module | None:
+    kind = type(layer).__name__
+    if isinstance(layer, nn.Dropout) and layer.p:
+        return RowDropout(noise, name, layer.p)
+    if kind == "DropPath" and getattr(layer, "drop_prob", 0):
+        return RowDropPath(noise, name, layer.drop_prob, rescale=getattr(layer, "scale_by_keep", True))  # pyright: ignore[reportArgumentType]
+    if kind == "PatchDropout" and getattr(layer, "prob", 0):
+        prefix = getattr(layer, "num_prefix_tokens", int(getattr(layer, "exclude_first_token", True)))
+        return RowPatchDropout(noise, name, layer.prob, prefix_tokens=prefix)  # pyright: ignore[reportArgumentType]
+    return None

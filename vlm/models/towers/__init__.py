@@ -1,0 +1,1 @@
+"""Towers: image and text encoders by name, pooling, projection."""

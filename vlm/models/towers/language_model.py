@@ -1,0 +1,171 @@
+"""A frozen causal language model as text tower, its embeddings made beforehand (FLAME)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of
+from vlm.models.towers.config import TextTowerConfig
+from vlm.models.towers.hf_config import open_config, read_hf, weight_files
+from vlm.models.towers.hf_image import load_weights
+from vlm.models.towers.hf_text import check_length
+from vlm.models.towers.text import TextTower, pool_states, projection, real_tokens
+from vlm.tensors import Bool, Float, Int64, Tensor
+
+_CHUNK = 1 << 24
+
+
+class LanguageModel:
+    """A language model in a folder: read when it is first asked, part of no network, never copied with one."""
+
+    def __init__(self, folder: str, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        self._model: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageModel":
+        return self
+
+    def states(self, tokens: Int64[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
+        """The last hidden states in float32, without gradient."""
+        model = self._read().to(tokens.device)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            return model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+
+    def _read(self) -> Any:
+        if self._model is None:
+            values, weights = read_language_model(self.folder)
+            if lm_fingerprint(self.folder) != self.fingerprint:
+                raise UsageError(
+                    f"{self.folder} is not the language model this tower was made for; put that one back, or give "
+                    "its folder in the text_cfg of the model folder."
+                )
+            with torch.inference_mode(False):
+                self._model = load_weights(open_config(values, use_cache=False), weights).eval().requires_grad_(False)
+        return self._model
+
+
+class FrozenLanguageTower(TextTower):
+    """FLAME (Cao et al. 2024): a frozen language model embeds the text, a head projects it to the joint space.
+
+    The model's weights are no part of the state; a digest of what the embeddings depend on is, so that spaces of
+    different models are told apart. embedding_size: E.
+    """
+
+    takes_embeddings = True
+
+    def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config.folder, config.lm_fingerprint)
+        self.pad_id, self.end_id, self.pooling = config.pad_id, config.eos_id, config.pooling
+        self.prompts, self.facets = config.prompt_tokens, config.facets
+        copies = len(self.prompts) if self.prompts and config.facets == "concat" else 1
+        self.embedding_size = config.lm_width * copies
+        self.norm = nn.LayerNorm(self.embedding_size)
+        self.head = projection(self.embedding_size, config.hidden, embed_dim, config.dropout)
+        digest = fingerprint_of(config.lm_fingerprint, repr(self.prompts), config.facets, config.pooling)
+        self.register_buffer("language_model_digest", torch.tensor(list(digest.encode()), dtype=torch.uint8))
+
+    def embed(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B E"]:
+        """What the language model makes of the texts: the pooled state, or that at the end of each facet prompt.
+
+        A prompt follows the text, whose end token is left out (FLAME §3.2); each is read by itself, which gives what
+        its facet-decoupled attention gives.
+        """
+        mask = real_tokens(tokens, self.pad_id)
+        if not self.prompts:
+            return pool_states(self.language_model.states(tokens, mask), mask, self.pooling)
+        lengths = mask.sum(dim=1)
+        last = tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+        lengths = lengths - (last == self.end_id).long()
+        found = [self._facet(tokens, lengths, prompt) for prompt in self.prompts]
+        return torch.cat(found, dim=1) if self.facets == "concat" else torch.stack(found).mean(dim=0)
+
+    def _facet(
+        self, tokens: Int64[Tensor, "B L"], lengths: Int64[Tensor, " B"], prompt: tuple[int, ...]
+    ) -> Float[Tensor, "B C"]:
+        added = torch.tensor(prompt, device=tokens.device).expand(len(tokens), -1)
+        longer = nn.functional.pad(tokens, (0, len(prompt)), value=self.pad_id)
+        places = lengths[:, None] + torch.arange(len(prompt), device=tokens.device)
+        longer = longer.scatter(1, places, added)
+        mask = torch.arange(longer.shape[1], device=tokens.device) < (lengths + len(prompt))[:, None]
+        return pool_states(self.language_model.states(longer, mask), mask, "last")
+
+    def project(self, embeddings: Float[Tensor, "B E"]) -> Float[Tensor, "B D"]:
+        """Embeddings to vectors of the joint space, not normalised."""
+        return self.head(self.norm(embeddings.to(self.norm.weight.dtype)))
+
+    def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        """Vectors of the joint space, not normalised; reads the language model."""
+        return self.project(self.embed(tokens))
+
+
+def build_lm(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower:
+    """`lm:FOLDER`.
+
+    Raises:
+        UsageError: the configuration was not completed from the folder (`complete_lm`).
+    """
+    if not (config.lm_fingerprint and config.lm_width):
+        raise UsageError(f"{config.tower}: the language model's fingerprint and width are missing; name its folder.")
+    return FrozenLanguageTower(config, embed_dim)
+
+
+def complete_lm(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The text_cfg of `lm:FOLDER` with what must be known of the folder.
+
+    Raises:
+        UsageError: the folder holds no causal language model with weights, or captions and prompts are too long for it.
+    """
+    found, _ = read_language_model(name)
+    config = open_config(found)
+    prompts = list(values.get("prompts", ()))
+    tokens = _prompt_tokens(name, prompts)
+    longest = max((len(prompt) for prompt in tokens), default=0)
+    check_length(f"lm:{name}", config, values.get("context_length", 1) + longest)
+    return {
+        **values,
+        "folder": str(Path(name).resolve()),
+        "lm_fingerprint": lm_fingerprint(name),
+        "lm_width": int(config.hidden_size),
+        "pooling": values.get("pooling") or "last",
+        **({"prompts": prompts, "prompt_tokens": tokens} if prompts else {}),
+    }
+
+
+def read_language_model(folder: str) -> tuple[dict[str, Any], str]:
+    """Configuration and weights of a language model's folder.
+
+    Raises:
+        UsageError: it holds no weights.
+    """
+    values, weights = read_hf(folder)
+    if not weights:
+        raise UsageError(f"{folder} holds no language model with weights; a frozen one needs them.")
+    return values, weights
+
+
+def lm_fingerprint(folder: str) -> str:
+    """Identity of a language model: its configuration and the bytes of its weights."""
+    from hashlib import blake2b
+
+    found = blake2b((Path(folder) / "config.json").read_bytes(), digest_size=16)
+    for path in weight_files(Path(folder)):
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    return found.hexdigest()
+
+
+def _prompt_tokens(folder: str, prompts: list[str]) -> list[list[int]]:
+    if not prompts:
+        return []
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} has no tokenizer for the facet prompts: {error}") from error
+    return [list(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
