@@ -51,7 +51,7 @@ def test_a_run_decodes_on_the_device_and_accounts_for_what_is_damaged(configure,
 
 
 def test_a_run_resumed_with_device_decoding_goes_on_as_if_never_stopped(configure, history, photos):
-    options = {"data": str(photos), "batch_size": 10, "steps": 4, "checkpoint_every": 2}
+    options = {"data": str(photos), "batch_size": 10, "steps": 4, "safety": {"checkpoint_every": 2}}
     whole, again = (configure(name, loader={"decode_on_device": True}, **options) for name in ("whole", "again"))
     train(whole)
     interrupt_after(again, whole.run, 2)

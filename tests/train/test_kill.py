@@ -54,7 +54,7 @@ def uninterrupted(scene_shards, scene_tokenizer, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_a_killed_run_resumes_to_the_same_samples_and_losses(
     workers, uninterrupted, scene_shards, scene_tokenizer, tmp_path
 ):
@@ -106,19 +106,21 @@ def test_sigusr1_saves_and_goes_on(uninterrupted, scene_shards, scene_tokenizer,
     _, talk = process.communicate()
     assert process.returncode == 0
     assert "SIGUSR1: saving after this step, and going on" in talk
-    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+    kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    assert kept[0] == 0
+    assert 3 <= kept[1] < kept[2] == STEPS
     assert history(run) == uninterrupted
 
 
 @pytest.mark.slow
-def test_three_kills_one_of_them_while_a_checkpoint_is_written_change_nothing(scene_shards, scene_tokenizer, tmp_path):
+def test_two_kills_one_of_them_while_a_checkpoint_is_written_change_nothing(scene_shards, scene_tokenizer, tmp_path):
     told = kill_many(
         Trial(
             shards=scene_shards / "train",
             tokenizer=scene_tokenizer,
             work=tmp_path,
-            kills=3,
+            kills=2,
             chance=random.Random(os.urandom(8)),
         )
     )
-    assert told.startswith("3 kills, ")
+    assert told.startswith("2 kills, ")

@@ -10,7 +10,7 @@ from vlm.train.telemetry.metrics import read_metrics
 
 
 def options(scene_shards):
-    steps = ["--steps", "6", "--checkpoint-every", "2", "--micro-batch", "3", "--evaluate-every", "3"]
+    steps = ["--steps", "4", "--checkpoint-every", "2", "--micro-batch", "3", "--evaluate-every", "2"]
     return [*steps, "--val", str(scene_shards / "val"), "--average-decay", "0.5"]
 
 
@@ -18,9 +18,9 @@ def options(scene_shards):
 def test_spread_weights_train_as_whole_ones_and_go_on_in_one_process(
     scene_shards, scene_tokenizer, tmp_path, free_port
 ):
-    for kind in ("none", "fsdp"):
+    for kind, processes in (("none", 1), ("fsdp", 2)):
         launched = command(
-            scene_shards / "train", scene_tokenizer, tmp_path / kind, processes=2, workers=0, port=free_port()
+            scene_shards / "train", scene_tokenizer, tmp_path / kind, processes=processes, workers=0, port=free_port()
         )
         words = [*launched, *options(scene_shards), "--sharding", kind]
         subprocess.run(words, check=True, capture_output=True, env=environment())
@@ -33,6 +33,6 @@ def test_spread_weights_train_as_whole_ones_and_go_on_in_one_process(
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
 
     alone = command(scene_shards / "train", scene_tokenizer, tmp_path / "fsdp", processes=1, workers=0, port=0)
-    more = ["--steps", "8", "--resume", "--allow", "sharding", "steps"]
+    more = ["--steps", "6", "--resume", "--allow", "sharding", "steps"]
     subprocess.run([*alone, *options(scene_shards), *more], check=True, capture_output=True, env=environment())
-    assert read_metrics(tmp_path / "fsdp" / "metrics.jsonl")[-1]["step"] == 8
+    assert read_metrics(tmp_path / "fsdp" / "metrics.jsonl")[-1]["step"] == 6

@@ -84,7 +84,7 @@ class Teachers:
             _put(made, "text_embedding", _rows(embedded, numbers, kind, (self.text_name,), usable))
 
 
-def _joined(parts: Sequence[Float32[Tensor, "N d"]]) -> Float32[Tensor, "N D"]:
+def _joined(parts: Sequence[Float32[Tensor, "N _"]]) -> Float32[Tensor, "N D"]:
     """The teachers' unit vectors side by side, at unit length again."""
     return torch.cat(list(parts), dim=1) / math.sqrt(len(parts))
 
