@@ -13,11 +13,12 @@ from vlm.console import progress, track
 from vlm.data.decode import open_picture, to_rgb
 from vlm.data.encode import encode_pair
 from vlm.data.holdout import HeldOut, SampleGroups, thumbnail_of
+from vlm.data.journal import read_journal
 from vlm.data.samples import Pair, select_languages
 from vlm.data.shards import shards_fingerprint
 from vlm.data.sources.source import PairSource
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import append_line, read_lines, replacing, write_text
+from vlm.files import append_line, replacing, write_text
 from vlm.manifest import FileRecord, Manifest, begin_folder, record_file, write_manifest
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
     started = time.perf_counter()
     held_out = _hold_out(source, out, config) if config.hold_out else None
     splits = _splits(len(source), held_out)
-    shards = _read_journal(out)
+    shards = read_journal(out / _JOURNAL, _Shard)
     already = sum(shard.samples + len(shard.rejected) for shard in shards)
     with progress(total=len(source), what="packing", done=already, unit="pair") as shown:
         work = _Packing(source, out, config, shards=shards, shown=shown)
@@ -233,24 +234,6 @@ def _splits(total: int, held_out: HeldOut | None) -> dict[str, Sequence[int]]:
         return {"shard": range(total)}
     train = [number for number in range(total) if number not in held_out.numbers]
     return {"train": train, "val": sorted(held_out.numbers)}
-
-
-def _read_journal(out: Path) -> list[_Shard]:
-    """The shards an earlier run finished; a line it could not finish is removed.
-
-    Raises:
-        VlmError: one of them is no longer there as it was.
-    """
-    journal = out / _JOURNAL
-    lines = read_lines(journal)
-    if journal.exists():
-        write_text(journal, "".join(line + "\n" for line in lines))
-    shards = [_Shard(**json.loads(line)) for line in lines]
-    for shard in shards:
-        path = out / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise VlmError(f"{path} was changed since it was packed; remove {out} and pack again.")
-    return shards
 
 
 def _finish(source: PairSource, out: Path, config: PackConfig, work: _Packing, held_out: HeldOut | None) -> Manifest:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.data.journal import read_journal
 from vlm.data.shards import shards_fingerprint
 from vlm.data.storage.addresses import SHARD_SUFFIXES, base_name
-from vlm.errors import VlmError
-from vlm.files import append_line, read_lines, write_text
+from vlm.files import append_line, write_text
 from vlm.manifest import FileRecord, Manifest, record_file, write_manifest
 from vlm.train.reinforcement.views import REINFORCEMENT
 
@@ -52,21 +52,12 @@ def note_done(out: Path, shard: ReinforcedShard) -> None:
 
 
 def read_done(out: Path) -> list[ReinforcedShard]:
-    """The shards an earlier run finished; a line it could not finish is removed.
+    """The shards an earlier run finished.
 
     Raises:
         VlmError: one of them is no longer there as it was.
     """
-    journal = out / _JOURNAL
-    lines = read_lines(journal)
-    if journal.exists():
-        write_text(journal, "".join(line + "\n" for line in lines))
-    shards = [ReinforcedShard(**json.loads(line)) for line in lines]
-    for shard in shards:
-        path = out / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise VlmError(f"{path} was changed since it was written; remove {out} and repeat the command.")
-    return shards
+    return read_journal(out / _JOURNAL, ReinforcedShard)
 
 
 def finish_folder(
