@@ -1,5 +1,6 @@
 """An image tower: a trunk, its patches pooled, and a projection to the joint space."""
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -14,7 +15,7 @@ from vlm.models.towers.pooling import Pool, make_pool
 from vlm.tensors import Float, Tensor
 
 
-class ImageTower(nn.Module):
+class ImageTower(nn.Module, ABC):
     """Pictures to vectors of the joint space, through any trunk; subclasses say how a trunk is asked.
 
     The names of its parts are those of open_clip's TimmModel (trunk, head.proj), so that it can be saved as one.
@@ -51,17 +52,17 @@ class ImageTower(nn.Module):
         for name in measured.idle_native if self.is_native else measured.idle:
             trunk.get_parameter(name).requires_grad_(False)  # they have no gradient, which DDP would wait for
 
+    @abstractmethod
     def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
         """The trunk's maps, as it gives them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """One vector a picture, by the trunk's own pooling."""
-        raise NotImplementedError
 
+    @abstractmethod
     def native_of(self, features: Features) -> Float[Tensor, "B F"]:
         """The same of the trunk's maps."""
-        raise NotImplementedError
 
     def parameter_groups(self) -> list[list[str]]:
         """Names of the trunk's parameters, a group a layer, from the first to the last."""
@@ -119,9 +120,9 @@ class ImageTower(nn.Module):
             still = [name for name in batch_norm_layers(self.trunk) if _owner_is_locked(self.trunk, name, locked)]
             freeze_batch_norm(self.trunk, still)
 
+    @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the trunk's activations again in the backward pass."""
-        raise NotImplementedError
 
 
 def group_by_layer(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:

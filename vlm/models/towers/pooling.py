@@ -1,5 +1,6 @@
 """From the patches of a map to one vector."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -14,14 +15,14 @@ _BLOCKS = 2
 _HEAD_WIDTH = 64
 
 
-class Pool(nn.Module):
+class Pool(nn.Module, ABC):
     """A way from a map to one vector of `width`."""
 
     width: int
 
+    @abstractmethod
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
         """One vector a picture."""
-        raise NotImplementedError
 
 
 class AveragePool(Pool):

@@ -1,12 +1,14 @@
 """Text towers: token rows to vectors of the joint space."""
 
+from abc import ABC, abstractmethod
+
 from torch import nn
 
 from vlm.models.towers.image import group_by_layer
 from vlm.tensors import Bool, Float, Int64, Tensor
 
 
-class TextTower(nn.Module):
+class TextTower(nn.Module, ABC):
     """Token rows to vectors of the joint space.
 
     takes_embeddings: whether it reads embeddings made beforehand, by `project`.
@@ -14,9 +16,9 @@ class TextTower(nn.Module):
 
     takes_embeddings = False
 
+    @abstractmethod
     def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
         """Vectors of the joint space, not normalised."""
-        raise NotImplementedError
 
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
         """What pretraining may have given; locking keeps it. Here everything."""
