@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -40,6 +39,17 @@ def command(scene_shards, scene_tokenizer, run, workers, *more):
         "2",
     ]
     return [sys.executable, "-m", "vlm", *words, "--workers", str(workers), *more]
+
+
+def signalled(words, run, number):
+    """Exit code and talk of a run that is sent a signal after its third step, and saves for no other reason."""
+    process = subprocess.Popen([*words, "--checkpoint-every", "1000"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and len(history(run)) >= 3):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, talk = process.communicate()
+    return process.returncode, talk
 
 
 def history(run):
@@ -80,14 +90,8 @@ def test_a_killed_run_resumes_to_the_same_samples_and_losses(
 @pytest.mark.slow
 def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scene_shards, scene_tokenizer, tmp_path):
     run = tmp_path / "run"
-    more = ("--checkpoint-every", "1000")
-    process = subprocess.Popen(command(scene_shards, scene_tokenizer, run, 1, *more), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (Path(run / "metrics.jsonl").exists() and len(history(run)) >= 3):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    _, talk = process.communicate()
-    assert process.returncode == 1
+    code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGTERM)
+    assert code == 1
     assert "all is saved" in talk
     assert f"vlm train {run} --resume" in talk
     subprocess.run([sys.executable, "-m", "vlm", "train", str(run), "--resume"], check=True, capture_output=True)
@@ -97,14 +101,8 @@ def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scen
 @pytest.mark.slow
 def test_sigusr1_saves_and_goes_on(uninterrupted, scene_shards, scene_tokenizer, tmp_path):
     run = tmp_path / "run"
-    more = ("--checkpoint-every", "1000")
-    process = subprocess.Popen(command(scene_shards, scene_tokenizer, run, 1, *more), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (Path(run / "metrics.jsonl").exists() and len(history(run)) >= 3):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGUSR1)
-    _, talk = process.communicate()
-    assert process.returncode == 0
+    code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGUSR1)
+    assert code == 0
     assert "SIGUSR1: saving after this step, and going on" in talk
     kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
     assert kept[0] == 0

@@ -1,120 +1,35 @@
+"""Shards with what teachers make of them: whole, resumable, and what the student is shown."""
+
 import errno
 import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from vlm.data.arrays import StoredArrays, view_rng
-from vlm.data.captions import CaptionDraw
-from vlm.data.encode import encode_pair
-from vlm.data.loader import ShardSet
-from vlm.data.order import SampleOrder
-from vlm.data.plan import TrainingPlan
-from vlm.data.samples import Pair
-from vlm.data.shards import ShardReader, count_samples, expand_shards
-from vlm.data.tokenizers import open_tokenizer
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import FixedView, RandomView
+from tests.train.reinforcement.case import (
+    CONFIG,
+    GEOMETRY,
+    LOADER,
+    batch_of,
+    content_of,
+    tars,
+    teachers_of,
+    write_shards,
+)
+from vlm.data.arrays import view_rng
+from vlm.data.shards import ShardReader, expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
 from vlm.models.encoder import VisionLanguageModel
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
-from vlm.train.config import LoaderConfig
 from vlm.train.reinforcement.folder import UNREINFORCED
-from vlm.train.reinforcement.reinforce import ReinforceConfig, reinforce
+from vlm.train.reinforcement.reinforce import reinforce
 from vlm.train.reinforcement.rows import Teachers
 from vlm.train.reinforcement.views import ViewGeometry, check_views, reinforcement_of, view_seeds
-
-GEOMETRY = ViewGeometry(crop_scale=(0.3, 0.8), flip=0.5)
-CONFIG = ReinforceConfig(num_views=3, geometry=GEOMETRY, seed=4)
-LOADER = LoaderConfig(arrays=("teacher_image", "teacher_text"), crop_scale=(0.3, 0.8), flip=0.5)
-
-
-@pytest.fixture
-def make_teacher(scene_tokenizer):
-    """A function from a seed, and the pixels it sees, to a small model with weights drawn from the seed."""
-
-    def make(seed: int, *, size: int = 32, embed_dim: int = 16) -> VisionLanguageModel:
-        tokenizer = open_tokenizer(str(scene_tokenizer), 24)
-        config: dict[str, Any] = fit_to_tokenizer(model_config("micro"), tokenizer) | {"embed_dim": embed_dim}
-        config["vision_cfg"]["image_size"] = size
-        torch.manual_seed(seed)
-        network = build_network(config).eval()
-        with torch.no_grad():  # fresh towers make nearly the same of everything
-            for parameter in network.parameters():
-                if parameter.ndim > 1:
-                    parameter *= 4
-        view = FixedView(size=size)
-        return VisionLanguageModel(name=str(seed), network=network, config=config, view=view, tokenizer=tokenizer)
-
-    return make
-
-
-def teachers_of(*models, **changes):
-    return Teachers(models=models, names=tuple(model.name for model in models), **changes)
-
-
-def photo(number: int, *, size=(90, 70)) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-def write_shards(folder: Path, numbers, *, per_shard=4, bad=()) -> list[str]:
-    """Shards of pictures with captions in two languages; of the bad ones the picture is cut or the captions missing."""
-    from webdataset.writer import TarWriter
-
-    folder.mkdir()
-    for first in range(0, len(numbers), per_shard):
-        with (
-            (folder / f"{first // per_shard:05d}.tar").open("wb") as file,
-            TarWriter(file, encoder=False, mtime=0) as tar,
-        ):
-            for number in numbers[first : first + per_shard]:
-                captions = {"": (f"a red circle {number}", f"number {number}"), "de": (f"Bild {number}",)}
-                sample = encode_pair(Pair(key=f"k{number}", image=photo(number), captions=captions))
-                if number in bad:
-                    sample |= {"jpg": sample["jpg"][:40]} if number % 2 else {"json": b"{}", "txt": b""}
-                tar.write(sample)
-    return expand_shards(str(folder))
-
-
-def batch_of(shards, *, size, languages=("en", "de"), names=LOADER.arrays, epoch=0, geometry=GEOMETRY):
-    """The batch that training makes of all the samples, once each."""
-    counts = tuple(count_samples(shards))
-    plan = TrainingPlan(
-        order=SampleOrder(counts=counts, window=100), batch_size=sum(counts), position=epoch * sum(counts)
-    )
-    lengths: Any = LengthTokenizer()
-    assemble = AssembleTraining(
-        plan=plan,
-        view=geometry.view_for(FixedView(size=size)),
-        tokenizer=lengths,
-        draw=CaptionDraw(languages=languages),
-        arrays=StoredArrays(names=names),
-    )
-    return assemble(plan[0], ShardSet(shards))
-
-
-class LengthTokenizer:
-    def encode(self, texts):
-        return np.array([[len(text)] for text in texts], np.int64)
-
-
-def content_of(sample):
-    return sample.key, sample.image, sample.captions, sample.metadata
-
-
-def tars(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.suffix in (".tar", ".jsonl")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -175,27 +90,6 @@ def test_dot_products_of_several_teachers_are_their_mean(tmp_path, make_teacher)
         cosines += model.embed_images(torch.from_numpy(np.stack(views))) @ model.embed_texts(captions).T / 3
     np.testing.assert_allclose(image @ texts.T, cosines.numpy(), atol=2e-3)
     assert image.shape == (3, 56)
-
-
-@pytest.mark.parametrize("crop_scale", [(0.1, 1.0), (0.9, 1.0), (1.0, 1.0)])
-def test_a_seed_gives_the_same_crop_at_any_size_up_to_a_pixel_of_it(crop_scale):
-    geometry, rng = ViewGeometry(crop_scale=crop_scale, flip=0.5), np.random.default_rng(0)
-    for seed in range(300):
-        width, height = rng.integers(40, 3000, 2).tolist()
-        exact = geometry.view_for(FixedView(size=5000)).draw(width, height, view_rng(seed))  # never on a coarser grid
-        for size in (32, 224, 384):
-            crop = geometry.view_for(FixedView(size=size)).draw(width, height, view_rng(seed))
-            assert crop.is_mirrored == exact.is_mirrored
-            pixel = max(min(exact.width, exact.height) / size, 1)
-            for edge in ("left", "top", "width", "height"):
-                assert 0 <= getattr(exact, edge) - getattr(crop, edge) < pixel
-
-
-def test_the_seeds_depend_on_seed_key_and_number_alone():
-    assert view_seeds(0, "a", 5)[:2].tolist() == view_seeds(0, "a", 2).tolist()
-    drawn = [seed for key in ("a", "b", "0/a") for base in (0, 1) for seed in view_seeds(base, key, 4).tolist()]
-    assert len(set(drawn)) == len(drawn)
-    assert view_seeds(0, "ä\udcff", 1).dtype == np.uint64
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 3, 4])
@@ -290,37 +184,6 @@ def test_a_text_model_alone_decodes_no_picture(tmp_path, make_teacher):
     assert "views" not in reinforcement_of(expand_shards(str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        (
-            {"crop_scale": (0.9, 1.0)},
-            r"crops of 0\.3 to 0\.8 .*crops of 0\.9 to 1 .*give --crop-scale 0\.3 0\.8",
-        ),
-        ({"flip": 0.0}, r"with probability 0\.5 .*probability 0: give .*--flip 0\.5"),
-    ],
-)
-def test_the_student_must_draw_as_the_teacher_did(tmp_path, make_teacher, changes, expected):
-    reinforce(write_shards(tmp_path / "in", range(2)), tmp_path / "out", teachers_of(make_teacher(1)), CONFIG)
-    shards = expand_shards(str(tmp_path / "out"))
-    with pytest.raises(UsageError, match=expected):
-        check_views(shards, replace(LOADER, **changes))
-    check_views(shards, replace(LOADER, arrays=("teacher_text",), **changes))  # rows of captions know no views
-    with pytest.raises(UsageError, match="crops of"):
-        check_views([*expand_shards(str(tmp_path / "in")), *shards], replace(LOADER, **changes))
-
-
-@pytest.mark.parametrize("manifest", [None, "{}", "[]", "{", '{"details": {"reinforcement": 3}}'])
-def test_shards_that_do_not_tell_their_views_are_talked_of(tmp_path, capsys, manifest):
-    shards = write_shards(tmp_path / "in", range(2))
-    if manifest is not None:
-        (tmp_path / "in" / "manifest.json").write_text(manifest)
-    check_views(shards, LOADER)
-    assert "does not say how the stored views were cropped" in capsys.readouterr().err
-    check_views(shards, LoaderConfig())
-    assert not capsys.readouterr().err
-
-
 def test_shards_of_one_name_are_numbered(tmp_path, make_teacher):
     shards = [*write_shards(tmp_path / "a", range(2)), *write_shards(tmp_path / "b", range(2, 4))]
     reinforce(shards, tmp_path / "out", teachers_of(make_teacher(1)), CONFIG)
@@ -347,14 +210,3 @@ def test_a_full_disk_leaves_no_half_written_tar(tmp_path, make_teacher, monkeypa
             reinforce(shards, tmp_path / "out", teachers_of(teacher), CONFIG)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if ".tar" in path.name) == ["00000.tar"]
     assert reinforce(shards, tmp_path / "out", teachers_of(teacher), CONFIG).samples == 8
-
-
-@pytest.mark.parametrize("changes", [{"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.9, 0.5)}, {"flip": 1.5}])
-def test_impossible_views_are_refused(changes):
-    with pytest.raises(UsageError, match=next(iter(changes))):
-        ViewGeometry(**changes)
-
-
-def test_the_default_views_are_those_of_training():
-    loader = LoaderConfig()
-    assert ViewGeometry() == ViewGeometry(crop_scale=loader.crop_scale, flip=loader.flip, ratio=RandomView().ratio)
