@@ -12,10 +12,14 @@ class Written(Protocol):
     """What a line tells at least: the shard's file name and its size."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """File name, in the journal's folder."""
+        ...
 
     @property
-    def bytes(self) -> int: ...
+    def bytes(self) -> int:
+        """Size of the file."""
+        ...
 
 
 Entry = TypeVar("Entry", bound=Written)
