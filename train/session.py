@@ -18,8 +18,10 @@ from vlm.data.storage.cache import ShardCache
 from vlm.data.training_batches import TrainingBatch
 from vlm.data.transfer import DeviceAhead
 from vlm.errors import UsageError
+from vlm.models.allocator import keep_freed_memory
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.row_noise import RowNoise, draw_by_row
+from vlm.models.short_texts import accept_short_texts
 from vlm.train.averaging.running_mean import RunningMean
 from vlm.train.config import TrainConfig
 from vlm.train.inputs import Provider
@@ -51,6 +53,7 @@ from vlm.train.telemetry.flops import FlopCounts
 class Session:
     """trained: the student as the accelerator wraps it. steps: number of the last step. parts: how often a process goes
     through the network in one. flops: counts those of the student. noise: what the network's layers draw from.
+    trims_text: whether batches are cut to their longest caption.
     """
 
     config: TrainConfig
@@ -68,6 +71,7 @@ class Session:
     flops: FlopCounts
     steps: int
     parts: int
+    trims_text: bool
 
     def waiting(self) -> AbstractContextManager[object]:
         """A context in which gradients are not yet exchanged between processes."""
@@ -91,7 +95,7 @@ class Session:
             num_processes=self.accelerator.num_processes,
             parts=self.parts,
         )
-        assemble = assemble_training(config, plan, state.model)
+        assemble = assemble_training(config, plan, state.model, trim_text=self.trims_text)
         stream = stream_batches(
             plan,
             self.corpus.shards,
@@ -132,9 +136,12 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     config.check()
     terms = parse_objective(config.objective.objective)
     accelerator = open_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     corpus, val_shards = open_data(config, choose_cache(config.loader), accelerator.device)
     parts = parts_of_share(config, accelerator.num_processes)
     model = build_model(config, accelerator.device, with_bias=any("logit_bias" in part.term.outputs for part in terms))
+    trims_text = config.loader.trim_text and not config.model.compile and accept_short_texts(model.network)
     options = TermOptions(config=config.objective, pad_token=model.tokenizer.pad_token)
     noise = RowNoise(seed=config.seed)
     student = open_student(config, model, terms, options, noise)
@@ -165,6 +172,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         flops=flops,
         steps=total_steps(config, corpus.order.num_samples),
         parts=parts,
+        trims_text=trims_text,
     )
 
 

@@ -32,7 +32,6 @@ from vlm.manifest import is_complete
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.loading import CHECKPOINTS, load_model
 from vlm.models.network import build_network, fit_to_tokenizer, model_config, set_dropout
-from vlm.models.short_texts import accept_short_texts
 from vlm.models.towers.batch_norm import batch_norm_layers
 from vlm.train.checkpoints.mirror import Mirror
 from vlm.train.checkpoints.restore import restore_newest
@@ -137,8 +136,10 @@ def open_mirror(config: TrainConfig) -> Mirror | None:
     return Mirror(address=address, run=Path(config.run).name) if address else None
 
 
-def assemble_training(config: TrainConfig, plan: TrainingPlan, model: VisionLanguageModel) -> AssembleTraining:
-    """What the workers do with the samples of a batch."""
+def assemble_training(
+    config: TrainConfig, plan: TrainingPlan, model: VisionLanguageModel, *, trim_text: bool
+) -> AssembleTraining:
+    """What the workers do with the samples of a batch. trim_text: cut its tokens to the longest caption."""
     view = RandomView(
         size=model.view.size,
         scale=config.loader.crop_scale,
@@ -162,7 +163,7 @@ def assemble_training(config: TrainConfig, plan: TrainingPlan, model: VisionLang
         num_sentences=config.objective.sub_captions,
         local=LocalViews.beside(view, number=crops) if crops else None,
         has_identities=config.objective.same_pairs != "negative",
-        trim_text=config.loader.trim_text,
+        trim_text=trim_text,
     )
 
 
@@ -195,8 +196,6 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
             "more layers), so a batch in parts would not be the whole one. Leave out --micro-batch, or take a tower "
             "with layer norms (a ViT, a ConvNeXt)."
         )
-    if config.loader.trim_text:
-        accept_short_texts(model.network)
     if chosen.gradient_checkpointing:
         model.network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
     return model
@@ -215,7 +214,7 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
         drop_path=chosen.drop_path,
         patch_dropout=chosen.patch_dropout,
     )
-    if config.loader.trim_text and "multimodal_cfg" not in architecture:
+    if config.loader.trim_text and not chosen.compile and "multimodal_cfg" not in architecture:
         architecture["custom_text"] = True  # open_clip's other layout adds the positions of the whole context
     if with_bias:
         architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}

@@ -1,7 +1,7 @@
 import pytest
 import torch
+from torch import nn
 
-from vlm.errors import UsageError
 from vlm.models.network import build_network, model_config
 from vlm.models.short_texts import accept_short_texts
 
@@ -22,12 +22,19 @@ def test_cut_rows_give_the_vectors_of_whole_ones():
     torch.manual_seed(0)
     network = build_network(model_config("micro") | {"custom_text": True}).eval()
     whole = encode(network, short_rows())
-    accept_short_texts(network)
+    assert accept_short_texts(network)
     assert torch.allclose(encode(network, short_rows()[:, :8]), whole, atol=1e-6)
     assert torch.allclose(encode(network, short_rows()), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "why"), [("micro-coca", "class token"), ("micro", "adds all positions")])
-def test_networks_that_need_the_whole_row_are_refused(name, why):
-    with pytest.raises(UsageError, match=why):
-        accept_short_texts(build_network(model_config(name)))
+@pytest.mark.parametrize("name", ["micro-coca", "micro"])  # class token at the end; positions of the whole context
+def test_networks_that_need_the_whole_row_are_left_alone(name):
+    network = build_network(model_config(name))
+    assert not accept_short_texts(network)
+    assert not any(layer._forward_pre_hooks for layer in network.modules())
+
+
+def test_texts_that_pass_through_dropout_stay_whole():
+    network = build_network(model_config("micro") | {"custom_text": True})
+    network.get_submodule("text").add_module("drop", nn.Dropout(0.1))
+    assert not accept_short_texts(network)

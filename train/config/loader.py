@@ -52,5 +52,5 @@ class LoaderConfig:
     cache_gb: float = 0.0
     """Bound of that folder in 10⁹ bytes; 0 takes $VLM_CACHE_GB or 50."""
 
-    trim_text: bool = False
-    """Cut a batch's tokens to its longest caption."""
+    trim_text: bool = True
+    """Cut a batch's tokens to its longest caption, where the text tower gives the same vectors and is not compiled."""
