@@ -45,8 +45,8 @@ THEIR_VARIANTS: dict[str, list[str]] = {"learning rate 2e-3": ["--lr", "2e-3"]}
 
 LINEAR: dict[str, dict[str, tuple[float, float, float, float | None]]] = {
     "fashion": {
-        "linear (scripts/linear_baseline.py)": (0.310, 0.589, 0.743, 0.580),
-        "linear (the data sets' README, another split)": (0.202, 0.522, 0.690, 0.517),
+        "linear (linear_baseline.py)": (0.310, 0.589, 0.743, 0.580),
+        "linear (README, other split)": (0.202, 0.522, 0.690, 0.517),
     }
 }
 """Text→image recall@1, 5, 10 and zero-shot top-1 of linear methods, as docs/benchmarks.md has them."""

@@ -16,7 +16,6 @@ import torch
 from bench.quality_data import NETWORK, DataSet, their_network
 from bench.quality_measure import measure
 
-from vlm.config import to_toml
 from vlm.console import say
 from vlm.data.tokenizers import ClipTokenizer
 from vlm.data.views import FixedView
@@ -24,6 +23,7 @@ from vlm.errors import VlmError
 from vlm.files import append_line, fingerprint_of, read_lines
 from vlm.models.folder import save_model
 from vlm.models.loading import load_model
+from vlm.train.config import FREE_ON_RESUME
 from vlm.train.presets import open_preset
 
 BENCH = Path(__file__).parent
@@ -56,7 +56,7 @@ class Run:
     @property
     def identity(self) -> str:
         """What its figures hang on: another recipe, preset or length is another run."""
-        preset = to_toml(open_preset(self.data.name)) if self.trainer == "ours" else json.dumps(their_network())
+        preset = json.dumps(_settings(self.data.name) if self.trainer == "ours" else their_network())
         numbers = (self.data.num_train, self.seed, self.epochs, self.batch_size)
         return fingerprint_of(self.data.name, self.trainer, preset, *map(str, numbers), *self.words)
 
@@ -68,6 +68,14 @@ class Run:
             "{warmup}": str(ceil(self.steps / 10)),
         }
         return [places.get(word, word) for word in self.words]
+
+
+def _settings(preset: str) -> dict[str, Any]:
+    """The settings of a preset that have influence on the weights, by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(open_preset(preset)).items():
+        flat |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if name not in FREE_ON_RESUME}
 
 
 @dataclass(frozen=True, kw_only=True)
