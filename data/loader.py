@@ -1,6 +1,9 @@
 """The streaming loader: batches by number, read and prepared in worker processes, the same for any number of them."""
 
 import gc
+import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ Made = TypeVar("Made", bound=HasImages, covariant=True)
 
 _MAX_OPEN_SHARDS = 64
 _SLOTS_IN_USE = 2
+_PARENT_SECONDS = 2.0
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
@@ -215,6 +219,14 @@ def _next(made: "Iterator[Made | _HandedOver[Made] | _Failure]") -> "Made | _Han
 
 
 def _settle(_: int) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     torch.set_num_threads(1)
     # what was there before the fork stays; each collection would go through all of it, and take a copy by writing to it
     gc.freeze()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent was killed: torch's own would wait for ever to hand over its last batches."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.train.kill_many import Trial, kill_many
@@ -78,8 +79,11 @@ def test_a_killed_run_resumes_to_the_same_samples_and_losses(
         if steps and steps[-1] >= 12 and steps[-1] % 5:
             break
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    with_it = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    _, left = psutil.wait_procs(with_it, timeout=30)
+    assert not left, "loader workers outlived the run"
     assert not (run / "manifest.json").exists()
     before = history(run)
     subprocess.run(command(scene_shards, scene_tokenizer, run, workers, "--resume"), check=True, capture_output=True)
