@@ -18,7 +18,6 @@ from vlm.data.storage.cache import ShardCache
 from vlm.data.training_batches import TrainingBatch
 from vlm.data.transfer import DeviceAhead
 from vlm.errors import UsageError
-from vlm.models.allocator import keep_freed_memory
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.row_noise import RowNoise, draw_by_row
 from vlm.models.short_texts import accept_short_texts
@@ -136,8 +135,6 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     config.check()
     terms = parse_objective(config.objective.objective)
     accelerator = open_accelerator(config)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     corpus, val_shards = open_data(config, choose_cache(config.loader), accelerator.device)
     parts = parts_of_share(config, accelerator.num_processes)
     model = build_model(config, accelerator.device, with_bias=any("logit_bias" in part.term.outputs for part in terms))
@@ -151,11 +148,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     providers = open_providers(config, model, terms, average)
     check_inputs(config, terms, student, providers)
     state = open_state(config, student, model, corpus, average)
-    if accelerator.is_main_process:
-        claim_folder(config, resume=resume, allow=allow)
-    accelerator.wait_for_everyone()
-    if resume:
-        restore_state(config, state, corpus, mirror=open_mirror(config), is_main=accelerator.is_main_process)
+    open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     return Session(
         config=config,
         folder=Path(config.run),
@@ -174,6 +167,23 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         parts=parts,
         trims_text=trims_text,
     )
+
+
+def open_folder(
+    config: TrainConfig,
+    state: TrainState,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    allow: tuple[str, ...],
+) -> None:
+    """Claim the run's folder for this configuration; with `resume`, bring the state to where the run had come."""
+    if accelerator.is_main_process:
+        claim_folder(config, resume=resume, allow=allow)
+    accelerator.wait_for_everyone()
+    if resume:
+        restore_state(config, state, corpus, mirror=open_mirror(config), is_main=accelerator.is_main_process)
 
 
 def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, list[str]]:

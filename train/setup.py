@@ -29,6 +29,7 @@ from vlm.data.views import FixedView, RandomView
 from vlm.errors import UsageError
 from vlm.files import write_text
 from vlm.manifest import is_complete
+from vlm.models.allocator import keep_freed_memory
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.loading import CHECKPOINTS, load_model
 from vlm.models.network import build_network, fit_to_tokenizer, model_config, set_dropout
@@ -94,8 +95,11 @@ def choose_cache(loader: LoaderConfig) -> ShardCache:
 
 
 def open_accelerator(config: TrainConfig) -> Accelerator:
-    """Device, processes and precision."""
-    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    """Device, processes and precision; on a CPU, this process keeps the memory it frees from now on."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def wrap_student(accelerator: Accelerator, student: nn.Module, config: TrainConfig) -> nn.Module:

@@ -107,17 +107,22 @@ def _work(seeds: list[int], folder: str, results: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
     signal.signal(signal.SIGALRM, _alarm)
+    before = _peak_bytes()
     for seed in seeds:
         results.put(("begun", seed))
         signal.alarm(SECONDS_A_CASE)
         outcome = run_case(seed, Path(folder))
         signal.alarm(0)
         results.put(("done", outcome))
-    results.put(("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    results.put(("peak", _peak_bytes() - before))
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fuzz(first: int, cases: int) -> tuple[list[Outcome], int]:
-    """The outcomes of so many cases from seed `first` on, and the peak memory of a process in bytes."""
+    """The outcomes of so many cases from seed `first` on, and the bytes by which the peak memory of a process grew."""
     outcomes: list[Outcome] = []
     peak = 0
     context = multiprocessing.get_context("fork")

@@ -31,10 +31,10 @@ def page_faults(**variables):
 def test_freed_memory_is_used_again():
     is_kept, faults = page_faults()
     assert is_kept == "True"
-    assert faults < 1000  # a tensor alone has 8,192 pages
+    assert faults < 20 * 8192 / 2  # a tensor has 8,192 pages, of which the kernel may reclaim some meanwhile
 
 
 def test_settings_of_the_environment_stay():
     is_kept, faults = page_faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert is_kept == "False"
-    assert platform.libc_ver()[0] != "glibc" or faults > 8192
+    assert platform.libc_ver()[0] != "glibc" or faults > 20 * 8192 / 2

@@ -94,9 +94,18 @@ def s3() -> Iterator[FaultyServer]:
     emulator.start()
     try:
         with serving(proxy_answer(*emulator.get_host_and_port())) as server:
+            _forget_systems()  # xdist may tear a session's fixture down and set it up again, at another port
             yield server
     finally:
         emulator.stop()
+
+
+def _forget_systems() -> None:
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    for key in [key for key in remote._SYSTEMS if key[2].startswith("s3/")]:
+        del remote._SYSTEMS[key]
 
 
 @pytest.fixture
