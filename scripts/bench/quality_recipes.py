@@ -5,7 +5,7 @@ trained on the data set; {first_captions}: its training shards with the first ca
 a tenth of the steps.
 """
 
-EPOCHS: dict[str, int] = {"fashion": 24, "flickr8k": 12}
+EPOCHS: dict[str, int] = {"fashion": 16, "flickr8k": 12}
 """Passes over each data set, the same for both sides."""
 
 BATCH_SIZE = 256
