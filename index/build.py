@@ -7,19 +7,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from vlm.console import progress, say
+import numpy as np
+
+from vlm.console import say
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, replacing, sync_folder
-from vlm.index.catalogue import write_catalogue
+from vlm.files import fingerprint_of, sync_folder
+from vlm.index.catalogue_writing import write_catalogue
 from vlm.index.embeddings import Embeddings
-from vlm.index.kinds import KINDS, Prepared, Tuning, choose_kind, load_faiss
-from vlm.index.layout import CATALOGUE, Details, Segment, segment_file
-from vlm.manifest import Manifest, record_file, write_manifest
+from vlm.index.kinds import Tuning, choose_kind
+from vlm.index.layout import Details, catalogue_file
+from vlm.index.segments import Written, write_segment
+from vlm.index.vectors import stored_blocks
+from vlm.manifest import Manifest, write_manifest
 
-if TYPE_CHECKING:
-    import faiss
+_GENERATION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +38,18 @@ class BuildSummary:
     seconds: float
 
 
-def build_index(embeddings: Path, out: Path, *, kind: str = "auto", tuning: Tuning | None = None) -> BuildSummary:
+def build_index(
+    embeddings: Path,
+    out: Path,
+    *,
+    kind: str = "auto",
+    tuning: Tuning | None = None,
+    evidence: dict[str, Any] | None = None,
+) -> BuildSummary:
     """Build an index of a finished embeddings folder, whose checksums are verified on the way.
 
-    kind: flat, ivf, or auto (`kinds.choose_kind`). The work is done beside `out` and renamed at the end.
+    kind: one of `kinds.KINDS`, or auto (`kinds.choose_kind`). evidence: why this kind, kept in the manifest as plain
+    values. The work is done beside `out` and renamed at the end.
 
     Raises:
         UsageError: `out` exists, the embeddings are unfinished, or the kind does not fit them.
@@ -47,53 +58,59 @@ def build_index(embeddings: Path, out: Path, *, kind: str = "auto", tuning: Tuni
     started = time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; name another folder or remove it.")
-    source = Embeddings.open(embeddings, verify=True)
+    source, wishes = Embeddings.open(embeddings, verify=True), tuning or Tuning()
     chosen = choose_kind(kind, len(source))
     if kind != chosen:
         say(f"{len(source):,} rows: a {chosen} index.")
-    prepared = KINDS[chosen](source, tuning or Tuning())
     with _beside(out) as folder:
-        (folder / segment_file(0)).parent.mkdir()
-        _fill(prepared.index, source)
-        _write_segment(folder / segment_file(0), prepared.index)
-        write_catalogue(folder / CATALOGUE, source.origins())
-        manifest = _manifest(folder, source, chosen, prepared)
-        write_manifest(folder, manifest)
+        written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return BuildSummary(
         folder=str(out),
         kind=chosen,
-        parameters=prepared.parameters,
+        parameters=written.segment.parameters,
         rows=len(source),
         dimension=source.dimension,
-        bytes=sum(record.bytes for record in manifest.files.values()),
+        bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _fill(index: "faiss.Index", source: Embeddings) -> None:
-    with progress(total=len(source), what="index", unit=" rows") as shown:
-        for block in source.blocks():
-            index.add(block)
-            shown.update(len(block))
+def _fill(
+    folder: Path, source: Embeddings, chosen: str, wishes: Tuning, *, wanted: str, evidence: dict[str, Any]
+) -> Written:
+    """Write all there is to an index of its first generation; the manifest last."""
+    rows, catalogue = np.arange(len(source)), catalogue_file(_GENERATION)
+    written = write_segment(
+        folder, 0, stored_blocks(source), rows, dimension=source.dimension, kind=chosen, tuning=wishes
+    )
+    write_catalogue(folder / catalogue, enumerate(source.origins()), generation=_GENERATION)
+    details = Details(
+        space=source.space,
+        catalogue=catalogue,
+        segments=(written.segment,),
+        next_row=len(source),
+        next_segment=1,
+        kind=wanted,
+        tuning=asdict(wishes),
+        shards=tuple(source.manifest.details["shards"]),
+        sources=(source.manifest.fingerprint,),
+        evidence=evidence,
+    )
+    write_manifest(folder, _manifest(source, written, details))
+    return written
 
 
-def _write_segment(path: Path, index: "faiss.Index") -> None:
-    faiss = load_faiss()
-    with replacing(path) as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-
-
-def _manifest(folder: Path, source: Embeddings, kind: str, prepared: Prepared) -> Manifest:
-    segment = Segment(file=segment_file(0), kind=kind, parameters=prepared.parameters, first_row=0, rows=len(source))
-    details = Details(space=source.space, segments=(segment,), shards=tuple(source.manifest.details["shards"]))
+def _manifest(source: Embeddings, written: Written, details: Details) -> Manifest:
+    segment = written.segment
     return Manifest(
         kind="index",
-        fingerprint=fingerprint_of(source.manifest.fingerprint, kind, repr(sorted(prepared.parameters.items()))),
-        generation=1,
-        counts={"rows": len(source)},
-        configuration={"embeddings": str(source.folder.absolute()), "kind": kind, **prepared.parameters},
+        fingerprint=fingerprint_of(source.manifest.fingerprint, segment.kind, repr(sorted(segment.parameters.items()))),
+        generation=_GENERATION,
+        counts={"rows": segment.rows, "dead": 0},
+        configuration={"embeddings": str(source.folder.absolute()), "kind": segment.kind, **segment.parameters},
         inputs={"model": source.space.fingerprint, "embeddings": source.manifest.fingerprint},
-        files={name: record_file(folder / name) for name in (segment_file(0), CATALOGUE)},
+        files=written.files,
         details=asdict(details),
     )
 

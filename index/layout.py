@@ -1,49 +1,128 @@
 """The files of an index folder and the typed form of its manifest's details."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from vlm.errors import UsageError
 from vlm.index.embeddings import Space
 
-CATALOGUE = "catalogue.sqlite"
+LAYOUT = 2
+SEGMENTS, TOMBSTONES = "segments", "tombstones"
 METRIC = "inner product of unit vectors"
+CURE = "build the index again with vlm index build"
+
+WritePoint = Callable[[str], None]
+"""Is told before each step that changes a folder; tests hand in one that ends the process there."""
+
+
+def unhindered(point: str) -> None:
+    """The write point of ordinary work: it does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One FAISS file: position p in it is row first_row + p of the catalogue."""
+    """Rows that were indexed together and never change; position p of its FAISS file is the p-th of its rows.
 
-    file: str
+    kind, parameters: of its FAISS index. rows: how many it has, dead ones too.
+    rerank: 0 where the scores of FAISS are exact; else `rerank` times the answers wanted are asked of FAISS, and the
+        stored rows decide.
+    """
+
+    number: int
     kind: str
     parameters: dict[str, int]
-    first_row: int
     rows: int
+    rerank: int = 0
+
+    @property
+    def index_file(self) -> str:
+        """The FAISS index."""
+        return segment_file(self.number, "faiss")
+
+    @property
+    def vectors_file(self) -> str:
+        """The rows as float16."""
+        return segment_file(self.number, "npy")
+
+    @property
+    def rows_file(self) -> str:
+        """The catalogue's row of each position, int64, ascending."""
+        return segment_file(self.number, "rows.npy")
+
+    @property
+    def files(self) -> tuple[str, str, str]:
+        """All three."""
+        return self.index_file, self.vectors_file, self.rows_file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What the manifest of an index says besides its counts: whose vectors, in which segments, from which shards."""
+    """What the manifest of an index says besides its counts.
+
+    catalogue: the SQLite file. tombstones: the file of the dead rows, empty if there are none.
+    segments: in the order of their rows, which never overlap.
+    next_row, next_segment: numbers not given yet; none is ever given twice.
+    kind, tuning: as they were wished for, for `compact`. evidence: what the planner found, if it chose.
+    shards, sources: addresses of the tars, and fingerprints of the embeddings, that ever came in.
+    """
 
     space: Space
+    catalogue: str
     segments: tuple[Segment, ...]
+    next_row: int
+    next_segment: int
+    kind: str
+    tuning: dict[str, Any]
     shards: tuple[str, ...]
+    sources: tuple[str, ...]
+    tombstones: str = ""
+    evidence: dict[str, Any] = field(default_factory=dict)
     metric: str = METRIC
+    layout: int = LAYOUT
 
     @classmethod
-    def from_manifest(cls, details: dict[str, Any]) -> "Details":
-        """From the plain values of a manifest."""
-        return cls(
-            space=Space(**details["space"]),
-            segments=tuple(Segment(**segment) for segment in details["segments"]),
-            shards=tuple(details["shards"]),
-            metric=details["metric"],
-        )
+    def from_manifest(cls, details: dict[str, Any], folder: Path) -> "Details":
+        """From the plain values of the manifest of `folder`.
+
+        Raises:
+            UsageError: an older or newer version wrote them.
+        """
+        layout = details.get("layout", 1)
+        if layout != LAYOUT:
+            raise UsageError(f"{folder} has the index layout {layout}, this version reads {LAYOUT}; {CURE}.")
+        values = details | {
+            "space": Space(**details["space"]),
+            "segments": tuple(Segment(**segment) for segment in details["segments"]),
+            "shards": tuple(details["shards"]),
+            "sources": tuple(details["sources"]),
+        }
+        return cls(**values)
 
 
-def segment_file(number: int) -> str:
-    """Where segment `number` lies in an index folder.
+def segment_file(number: int, suffix: str) -> str:
+    """Where a file of segment `number` lies in an index folder.
 
-    >>> segment_file(0)
-    'segments/segment-00000.faiss'
+    >>> segment_file(3, "rows.npy")
+    'segments/segment-00003.rows.npy'
     """
-    return f"segments/segment-{number:05d}.faiss"
+    return f"{SEGMENTS}/segment-{number:05d}.{suffix}"
+
+
+def catalogue_file(generation: int) -> str:
+    """The name of a catalogue that was begun in a generation.
+
+    >>> catalogue_file(1)
+    'catalogue-00001.sqlite'
+    """
+    return f"catalogue-{generation:05d}.sqlite"
+
+
+def tombstones_file(generation: int) -> str:
+    """Where the dead rows of a generation are named.
+
+    >>> tombstones_file(2)
+    'tombstones/00002.npy'
+    """
+    return f"{TOMBSTONES}/{generation:05d}.npy"

@@ -1,23 +1,24 @@
-"""An open index: checked against its manifest, asked with unit vectors, answering with scores and catalogue entries."""
+"""An open index: asked with unit vectors, answering with scores and catalogue entries, and kept up with its folder."""
 
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from vlm.errors import UsageError, VlmError
+from vlm.errors import UsageError
 from vlm.index.catalogue import Catalogue, Entry
-from vlm.index.embeddings import Modality, check_files, unit_rows
-from vlm.index.kinds import load_faiss
-from vlm.index.layout import CATALOGUE, Details, Segment
-from vlm.manifest import Manifest, read_manifest
-from vlm.tensors import Array, Float, Float32, Int64
+from vlm.index.embeddings import Modality, unit_rows
+from vlm.index.generations import Generation, open_generation
+from vlm.index.layout import Details
+from vlm.index.search_plan import Answers, Selected, nearest
+from vlm.manifest import MANIFEST, Manifest
+from vlm.tensors import Array, Float, Int64
 
-if TYPE_CHECKING:
-    import faiss
-
-_CURE = "build the index again with vlm index build"
+RowSet = Int64[Array, " N"]
+"""Rows to search among: their numbers, rising."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,32 @@ class Hit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmentInfo:
+    """Facts about one segment; `rows` and `dead` are those in it that live and that do not."""
+
+    number: int
+    kind: str
+    parameters: dict[str, int]
+    rerank: int
+    rows: int
+    dead: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexInfo:
-    """Facts about an index, for people."""
+    """Facts about an index, for people.
+
+    kind, parameters: of the segment with most rows. dead: rows that searches leave out until `vlm index compact`.
+    fresh: rows outside that segment.
+    """
 
     folder: str
     kind: str
     parameters: dict[str, int]
     rows: int
+    dead: int
+    fresh: int
     dimension: int
     modality: Modality
     metric: str
@@ -47,15 +67,16 @@ class IndexInfo:
     num_shards: int
     made_by: str
     made_at: str
+    segments: tuple[SegmentInfo, ...]
+    evidence: dict[str, Any]
 
 
 class Index:
-    """One generation of an index folder, open for reading."""
+    """An index folder open for reading: one generation of it, until `refresh` moves on to the newest."""
 
-    def __init__(self, folder: Path, manifest: Manifest, segment: "faiss.Index", catalogue: Catalogue) -> None:
-        self.folder, self.manifest, self.catalogue = folder, manifest, catalogue
-        self.details = Details.from_manifest(manifest.details)
-        self._segment = segment
+    def __init__(self, generation: Generation, stamp: tuple[int, ...]) -> None:
+        self.generation, self._stamp = generation, stamp
+        self._moving = threading.Lock()
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
@@ -63,22 +84,51 @@ class Index:
 
         Raises:
             UsageError: it is unfinished, of another kind, or of another format.
-            VlmError: a file is missing or damaged, or segment and catalogue do not have the same rows.
+            VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
         """
-        manifest = read_manifest(folder, "index")
-        check_files(folder, manifest.files, verify=False, cure=_CURE)
-        details = Details.from_manifest(manifest.details)
-        (described,) = details.segments
-        segment = _read_segment(folder, described, details.space.dimension)
-        catalogue = Catalogue(folder / CATALOGUE)
-        if len(catalogue) != manifest.counts["rows"]:
-            raise VlmError(
-                f"{catalogue.path} has {len(catalogue):,} rows, {manifest.counts['rows']:,} were written; {_CURE}."
-            )
-        return cls(folder, manifest, segment, catalogue)
+        stamp = _stamp(folder)
+        return cls(open_generation(folder), stamp)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.generation.folder
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of this generation."""
+        return self.generation.manifest
+
+    @property
+    def details(self) -> Details:
+        """What the manifest says, typed."""
+        return self.generation.details
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The catalogue as this generation sees it."""
+        return self.generation.catalogue
 
     def __len__(self) -> int:
-        return self.manifest.counts["rows"]
+        return len(self.generation)
+
+    def refresh(self) -> bool:
+        """Move to the newest generation, if there is a newer one; whether it moved.
+
+        Costs one look at the manifest's date while nothing has changed. Searches under way finish on the old
+        generation.
+
+        Raises:
+            VlmError: the folder is gone or damaged; the old generation stays open.
+        """
+        with self._moving:
+            stamp = _stamp(self.folder)
+            if stamp == self._stamp:
+                return False
+            newest = open_generation(self.folder, before=self.generation)
+            moved = newest.manifest != self.manifest
+            self.generation, self._stamp = newest, stamp
+            return moved
 
     def close(self) -> None:
         """Release the catalogue."""
@@ -104,75 +154,91 @@ class Index:
             f"index again with {name}."
         )
 
-    def search(self, queries: Float[Array, "Q D"], top: int) -> list[list[Hit]]:
-        """The `top` rows nearest to each query, best first; ties by row. Fewer only if the index has fewer rows.
+    def search(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> list[list[Hit]]:
+        """The `top` rows nearest to each query, best first; ties by row. Fewer only if there are fewer rows.
+
+        among: only these rows may answer (as `Catalogue.where` gives them); dead ones never do.
 
         Raises:
             UsageError: another dimension, a query that is zero or not finite, or top < 1.
         """
-        self._check_queries(queries, top)
-        scores, rows = self._nearest(unit_rows(queries), min(top, len(self)))
-        order = np.lexsort((rows, -scores), axis=1)
-        answers: list[list[Hit]] = []
-        for number, ranks in enumerate(order):
-            entries = self.catalogue.entries(rows[number, ranks].tolist())
-            answers.append(
-                [Hit(score=s, entry=entry) for s, entry in zip(scores[number, ranks].tolist(), entries, strict=True)]
-            )
-        return answers
+        generation = self.generation
+        scores, rows = _nearest(generation, queries, top, among)
+        wanted = np.unique(rows)
+        entries = dict(zip(wanted.tolist(), generation.catalogue.entries(wanted.tolist()), strict=True))
+        return [
+            [Hit(score=score, entry=entries[row]) for score, row in zip(*line, strict=True)]
+            for line in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
+
+    def nearest(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> Answers:
+        """As `search`, but scores and rows alone, without a look into the catalogue."""
+        return _nearest(self.generation, queries, top, among)
 
     def info(self) -> IndexInfo:
-        """What the manifest says, in one place."""
-        segment, space, manifest = self.details.segments[0], self.details.space, self.manifest
+        """What manifest and segments say, in one place."""
+        space, manifest, details = self.details.space, self.manifest, self.details
+        segments = tuple(_segment_info(selected, manifest) for selected in self.generation.selected)
+        largest = max(segments, key=lambda segment: segment.rows, default=None)
+        in_files = sum(record.bytes for record in manifest.files.values())
         return IndexInfo(
             folder=str(self.folder),
-            kind=segment.kind,
-            parameters=segment.parameters,
+            kind=largest.kind if largest else details.kind,
+            parameters=largest.parameters if largest else {},
             rows=len(self),
+            dead=manifest.counts["dead"],
+            fresh=len(self) - (largest.rows if largest else 0),
             dimension=space.dimension,
             modality=space.modality,
-            metric=self.details.metric,
-            bytes=sum(record.bytes for record in manifest.files.values()),
+            metric=details.metric,
+            bytes=in_files + self.catalogue.path.stat().st_size,
             generation=manifest.generation,
             model=space.model,
             model_fingerprint=space.fingerprint,
             embeddings_fingerprint=manifest.inputs["embeddings"],
-            num_shards=len(self.details.shards),
+            num_shards=len(details.shards),
             made_by=manifest.made_by,
             made_at=manifest.made_at,
+            segments=segments,
+            evidence=details.evidence,
         )
 
-    def _check_queries(self, queries: Float[Array, "Q D"], top: int) -> None:
-        if top < 1:
-            raise UsageError(f"top = {top} does not fit: at least one answer must be asked for.")
-        dimension = self.details.space.dimension
-        if queries.shape[1] != dimension:
-            raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
-        lengths = np.linalg.norm(queries, axis=1)
-        wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-        if len(wrong):
-            raise UsageError(f"Query {wrong[0]} has length {lengths[wrong[0]]}: it must be finite and not zero.")
 
-    def _nearest(self, queries: Float32[Array, "Q D"], top: int) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
-        scores, rows = self._segment.search(queries, top)
-        short = np.flatnonzero((rows < 0).any(axis=1))
-        if len(short):
-            # the lists read held fewer rows than asked for: read them all
-            faiss = load_faiss()
-            everything = faiss.SearchParametersIVF(nprobe=self._segment.nlist)  # pyright: ignore[reportAttributeAccessIssue]
-            scores[short], rows[short] = self._segment.search(queries[short], top, params=everything)
-        return scores, rows
+def _nearest(generation: Generation, queries: Float[Array, "Q D"], top: int, among: RowSet | None) -> Answers:
+    _check_queries(queries, top, generation.details.space.dimension)
+    if among is not None and not (np.diff(among) > 0).all():
+        raise UsageError("The rows to search among must rise, each given once, as Catalogue.where gives them.")
+    return nearest(generation.selected, unit_rows(queries), top, among)
 
 
-def _read_segment(folder: Path, described: Segment, dimension: int) -> "faiss.Index":
-    path = folder / described.file
+def _check_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> None:
+    if top < 1:
+        raise UsageError(f"top = {top} does not fit: at least one answer must be asked for.")
+    if queries.shape[1] != dimension:
+        raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
+    lengths = np.linalg.norm(queries, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        raise UsageError(f"Query {wrong[0]} has length {lengths[wrong[0]]}: it must be finite and not zero.")
+
+
+def _segment_info(selected: Selected, manifest: Manifest) -> SegmentInfo:
+    described = selected.segment.described
+    return SegmentInfo(
+        number=described.number,
+        kind=described.kind,
+        parameters=described.parameters,
+        rerank=described.rerank,
+        rows=selected.count,
+        dead=described.rows - selected.count,
+        bytes=sum(manifest.files[name].bytes for name in described.files),
+    )
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What changes whenever the manifest is replaced; all zero if there is none."""
     try:
-        segment = load_faiss().read_index(str(path))
-    except RuntimeError as error:
-        raise VlmError(f"{path} is damaged ({error}); {_CURE}.") from error
-    if segment.ntotal != described.rows or segment.d != dimension:
-        raise VlmError(
-            f"{path} holds {segment.ntotal:,} rows of {segment.d} dimensions, {described.rows:,} of {dimension} were "
-            f"written; {_CURE}."
-        )
-    return segment
+        found = os.stat(folder / MANIFEST)
+    except OSError:
+        return (0, 0, 0, 0)
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size

@@ -5,7 +5,7 @@ trained on the data set; {first_captions}: its training shards with the first ca
 a tenth of the steps.
 """
 
-EPOCHS: dict[str, int] = {"fashion": 16, "flickr8k": 12}
+EPOCHS: dict[str, int] = {"fashion": 4, "flickr8k": 12}
 """Passes over each data set, the same for both sides."""
 
 BATCH_SIZE = 256
@@ -13,8 +13,9 @@ BATCH_SIZE = 256
 LABELS: dict[str, str] = {"fashion": "articleType"}
 """Metadata field whose values are classified zero-shot, from the bare names."""
 
-OURS: dict[str, list[str]] = {"fashion": [], "flickr8k": []}
-"""Per data set, what is added to `vlm train PRESET`; nothing where the preset is the recipe."""
+OURS: dict[str, list[str]] = {"fashion": ["--architecture", "small", "--average-decay", "0.95"], "flickr8k": []}
+"""Per data set, what is added to `vlm train PRESET`: fashion's own text tower is none that open_clip has,
+and so few steps want a shorter mean of the weights."""
 
 OPEN_CLIP: list[str] = ["--warmup", "{warmup}", "--beta2", "0.98", "--eps", "1e-6"]
 """What is changed of open_clip's defaults: its warm-up of 10,000 steps is longer than the whole run, and its AdamW is
@@ -33,7 +34,6 @@ ABLATIONS: dict[str, list[str]] = {
     "CLIP's loss": ["--objective", "clip"],
     "same pairs as negatives": ["--same-pairs", "negative"],
     "no dropout": ["--dropout", "0", "--drop-path", "0", "--patch-dropout", "0"],
-    "plain text tower": ["--architecture", "small"],
 }
 """Each switches one default of ours back to open_clip's; what a recipe has not changed is left out of its table."""
 

@@ -19,9 +19,9 @@ Write = Callable[..., Path]
 def test_the_manifest_traces_the_index_to_its_embeddings_and_model(embeddings: Path, index: Path) -> None:
     manifest, source = read_manifest(index, "index"), Embeddings.open(embeddings)
     assert manifest.generation == 1
-    assert manifest.counts == {"rows": 11}
+    assert manifest.counts == {"rows": 11, "dead": 0}
     assert manifest.inputs == {"model": "colours", "embeddings": source.manifest.fingerprint}
-    assert sorted(manifest.files) == ["catalogue.sqlite", "segments/segment-00000.faiss"]
+    assert sorted(manifest.files) == [f"segments/segment-00000.{suffix}" for suffix in ("faiss", "npy", "rows.npy")]
 
 
 def test_a_folder_that_exists_is_refused_and_left_alone(embeddings: Path, index: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_folder_that_exists_is_refused_and_left_alone(embeddings: Path, index:
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, embeddings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill_the_disk(*_: Any) -> None:
+    def fill_the_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     before = sorted(tmp_path.iterdir())

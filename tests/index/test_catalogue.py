@@ -5,7 +5,8 @@ import pytest
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
-from vlm.index.catalogue import Catalogue, write_catalogue
+from vlm.index.catalogue import Catalogue
+from vlm.index.catalogue_writing import write_catalogue
 from vlm.index.parts import Origin
 
 
@@ -34,7 +35,7 @@ CAPTIONS: list[Captions] = [
 
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Catalogue:
-    write_catalogue(tmp_path / "c.sqlite", [origin(n, captions) for n, captions in enumerate(CAPTIONS)])
+    write_catalogue(tmp_path / "c.sqlite", enumerate(origin(n, captions) for n, captions in enumerate(CAPTIONS)))
     return Catalogue(tmp_path / "c.sqlite")
 
 
@@ -81,7 +82,7 @@ def test_no_more_entries_are_given_than_asked_for(catalogue: Catalogue) -> None:
 def test_two_origins_with_one_uid_are_refused(tmp_path: Path) -> None:
     twice = [origin(0, {}, uid="same"), origin(1, {}, uid="same")]
     with pytest.raises(VlmError, match="same uid"):
-        write_catalogue(tmp_path / "c.sqlite", twice)
+        write_catalogue(tmp_path / "c.sqlite", enumerate(twice))
 
 
 def test_a_file_that_is_no_catalogue_is_named(tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ import pytest
 
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import unit_rows
-from vlm.index.kinds import KINDS, Tuning, choose_kind, load_faiss, prepare_ivf
+from vlm.index.kinds import KINDS, Tuning, choose_kind, load_faiss
+from vlm.index.kinds.searching import candidates_for, most_effort, rerank, search_parameters
+
+WITH_LISTS = ("ivf", "ivfsq", "ivfpq", "rabitq")
 
 
 class RandomRows:
     """Rows of any number, of which only the sample exists."""
 
-    dimension = 4
-
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, dimension: int = 4) -> None:
+        self.count, self.dimension = count, dimension
 
     def __len__(self) -> int:
         return self.count
@@ -24,6 +25,20 @@ class RandomRows:
         """As many as there are."""
         number = min(count, self.count)
         return unit_rows(np.random.default_rng(seed).standard_normal((number, self.dimension)).astype(np.float32))
+
+
+def filled(kind: str, vectors: np.ndarray, **wishes: int) -> Any:
+    """A kind prepared for these vectors, and holding them."""
+    rows = RandomRows(len(vectors), vectors.shape[1])
+    rows.sample = lambda count, *, seed: vectors[:count]  # pyright: ignore[reportAttributeAccessIssue]
+    prepared = KINDS[kind](rows, Tuning(**wishes))
+    prepared.index.add(vectors)  # pyright: ignore[reportCallIssue]
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return RandomRows(2000, 16).sample(2000, seed=3)
 
 
 @pytest.mark.parametrize(("rows", "kind"), [(1, "flat"), (49_999, "flat"), (50_000, "ivf")])
@@ -39,11 +54,14 @@ def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("rows", "nlist", "nprobe"), [(312, 8, 8), (1000, 25, 8), (20_000, 512, 32), (40_000, 800, 50)]
 )
-def test_ivf_takes_four_root_n_lists_of_at_least_39_rows(rows: int, nlist: int, nprobe: int) -> None:
-    prepared = prepare_ivf(RandomRows(rows), Tuning())
-    assert prepared.parameters == {"nlist": nlist, "nprobe": nprobe, "seed": 0}
-    assert prepared.index.is_trained
-    assert prepared.index.ntotal == 0
+@pytest.mark.parametrize("kind", WITH_LISTS)
+def test_lists_are_four_root_n_of_at_least_39_rows(kind: str, rows: int, nlist: int, nprobe: int) -> None:
+    parameters = KINDS[kind].parameters_for(rows, Tuning())
+    assert {name: parameters[name] for name in ("nlist", "nprobe", "seed")} == {
+        "nlist": nlist,
+        "nprobe": nprobe,
+        "seed": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -51,8 +69,13 @@ def test_ivf_takes_four_root_n_lists_of_at_least_39_rows(rows: int, nlist: int, 
     [
         ("ivf", 311, Tuning(), "at least 312 rows, there are 311; use the kind flat"),
         ("ivf", 50, Tuning(nlist=51), "nlist = 51 does not fit: 1 to 50"),
-        ("ivf", 50, Tuning(nlist=5, nprobe=6), "nprobe = 6 does not fit: 1 to 5"),
-        ("flat", 50, Tuning(nprobe=6), "flat index has no lists"),
+        ("rabitq", 50, Tuning(nlist=5, nprobe=6), "nprobe = 6 does not fit: 1 to 5"),
+        ("flat", 50, Tuning(nprobe=6), "kind flat has no nprobe: it has nothing to tune"),
+        ("ivf", 400, Tuning(rerank=2), "kind ivf has no rerank: it takes nlist, nprobe"),
+        ("sq8", 50, Tuning(rerank=0), "rerank = 0 does not fit"),
+        ("hnsw", 50, Tuning(links=1), "links = 1 does not fit: 2 to 256"),
+        ("hnsw", 50, Tuning(ef_search=5000), "ef_search = 5,000 does not fit"),
+        ("hnsw", 50, Tuning(nlist=8), "kind hnsw has no nlist: it takes links"),
     ],
 )
 def test_wishes_that_do_not_fit_are_refused(kind: str, rows: int, tuning: Tuning, message: str) -> None:
@@ -61,11 +84,88 @@ def test_wishes_that_do_not_fit_are_refused(kind: str, rows: int, tuning: Tuning
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_every_kind_gives_an_index_that_finds_the_rows_put_in(kind: str) -> None:
+def test_every_kind_is_prepared_empty_with_the_parameters_it_names(kind: str) -> None:
     rows = RandomRows(400)
-    index: Any = KINDS[kind](rows, Tuning()).index
-    index.add(rows.sample(400, seed=3))
-    assert index.search(rows.sample(400, seed=3)[7:8], 1)[1].tolist() == [[7]]
+    prepared = KINDS[kind](rows, Tuning())
+    assert (prepared.index.is_trained, prepared.index.ntotal) == (True, 0)
+    assert prepared.parameters == KINDS[kind].parameters_for(400, Tuning())
+    assert prepared.rerank == prepared.parameters.get("rerank", 0)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_with_all_effort_and_reranking_every_kind_gives_what_a_scan_gives(kind: str, vectors: np.ndarray) -> None:
+    prepared, queries = filled(kind, vectors), RandomRows(20, 16).sample(20, seed=8)
+    parameters = search_parameters(prepared.index, effort=most_effort(prepared.index))
+    wanted = 10 * (60 if prepared.rerank else 1)
+    scores, positions = prepared.index.search(queries, wanted, params=parameters)
+    if prepared.rerank:
+        scores, positions = rerank(vectors.astype(np.float16), queries, positions, 10)
+    exact = np.sort(queries @ vectors.T, axis=1)[:, :-11:-1]
+    np.testing.assert_allclose(scores, exact, atol=1e-3 if prepared.rerank else 1e-6)
+    np.testing.assert_allclose(np.einsum("qd,qkd->qk", queries, vectors[positions]), exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_selector_keeps_all_others_out_of_every_kind(kind: str, vectors: np.ndarray) -> None:
+    prepared, chosen = filled(kind, vectors), np.arange(0, 2000, 7)
+    selector = load_faiss().IDSelectorBatch(chosen)
+    parameters = search_parameters(prepared.index, selector=selector, effort=most_effort(prepared.index))
+    found = prepared.index.search(vectors[:5], 20, params=parameters)[1]
+    assert set(found.ravel().tolist()) <= {*chosen.tolist(), -1}
+    assert 0 in found[0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].effort])
+def test_effort_is_that_of_the_file_unless_given(kind: str, vectors: np.ndarray) -> None:
+    few = filled(kind, vectors, **{str(KINDS[kind].effort): 1})
+    queries = vectors[:100]
+    stored = few.index.search(queries, 10)[1]
+    as_stored = few.index.search(queries, 10, params=search_parameters(few.index))[1]
+    more = few.index.search(queries, 10, params=search_parameters(few.index, effort=most_effort(few.index)))[1]
+    np.testing.assert_array_equal(stored, as_stored)
+    assert (more != stored).any()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_memory_by_formula_is_that_of_the_file(kind: str, vectors: np.ndarray) -> None:
+    wishes = {"nlist": 10} if kind in WITH_LISTS else {}
+    prepared = filled(kind, vectors, **wishes)
+    measured = len(load_faiss().serialize_index(prepared.index))
+    assert KINDS[kind].resident_bytes(2000, 16, prepared.parameters) == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", [*WITH_LISTS, "sq8"])
+def test_the_same_seed_gives_the_same_index(kind: str, vectors: np.ndarray) -> None:
+    one, same, other = (
+        load_faiss().serialize_index(filled(kind, vectors, seed=seed).index).tobytes() for seed in (5, 5, 6)
+    )
+    assert one == same
+    assert (one != other) == (kind != "sq8")
+
+
+def test_work_grows_with_what_is_read() -> None:
+    lists = {"nlist": 100, "nprobe": 10}
+    assert KINDS["flat"].work(1000, {}) == 1000
+    assert KINDS["ivf"].work(1000, lists) == 200
+    assert KINDS["hnsw"].work(1024, {"ef_search": 16}) == 160
+
+
+def test_reranking_is_by_exact_cosine_with_ties_by_position() -> None:
+    rows = np.array([[1, 0], [0, 2], [0.6, 0.8], [0, 1], [-1, 0]], np.float16)
+    scores, positions = rerank(rows, np.array([[0, 1]], np.float32), np.array([[4, 3, 2, 1, -1]]), 4)
+    assert positions.tolist() == [[1, 3, 2, 4]]
+    np.testing.assert_allclose(scores, [[1, 1, 0.8, 0]], atol=1e-3)
+
+
+def test_reranking_says_what_it_could_not_fill() -> None:
+    scores, positions = rerank(np.eye(2, dtype=np.float16), np.eye(2, dtype=np.float32)[:1], np.array([[1, -1, -1]]), 2)
+    assert positions.tolist() == [[1, -1]]
+    assert scores.tolist() == [[0, -np.inf]]
+
+
+def test_one_answer_has_as_many_candidates_as_ten() -> None:
+    assert [candidates_for(top, 4) for top in (1, 10, 11)] == [40, 40, 44]
+    assert candidates_for(3, 0) == 3
 
 
 def test_a_missing_faiss_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

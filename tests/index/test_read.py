@@ -115,7 +115,7 @@ def test_the_length_of_a_query_does_not_matter(index: Path) -> None:
     assert [hit.score for hit in long] == pytest.approx([hit.score for hit in short], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["segments/segment-00000.faiss", "catalogue.sqlite"])
+@pytest.mark.parametrize("name", ["segments/segment-00000.faiss", "catalogue-00001.sqlite"])
 def test_a_missing_shortened_or_overwritten_file_is_named_with_its_cure(index: Path, name: str) -> None:
     path = index / name
     data = path.read_bytes()

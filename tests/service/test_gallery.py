@@ -119,3 +119,16 @@ def test_the_page_is_written_whole(tmp_path: Path, service: SearchService) -> No
     write_gallery(path, [service.answer(Question(texts=("red",)))], title="A", info=service.index.info())
     assert path.read_text().endswith("</html>\n")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_narrows_the_answers_and_how_many_are_alike_is_said(service: SearchService) -> None:
+    uid = service.answer(Question(texts=("red",))).hits[0].entry.uid
+    question = Question(
+        texts=("red",), items=(uid,), where="width < 99", words="red", duplicates=0.01, diversity=0.25, at_least=-0.5
+    )
+    html = page(service, question)
+    for said in ("where width &lt; 99", "with the words red", "alike from 0.01", "diversity 0.25", "at least -0.5"):
+        assert said in html
+    assert f'<span class="text">{uid}</span>' in html
+    assert re.search(r"[1-9] more like it", html)
+    assert "where" not in page(service, Question(texts=("red",))).split("</style>")[1]

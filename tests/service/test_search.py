@@ -66,7 +66,7 @@ def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (Question(), "needs a text or a picture"),
+        (Question(), "needs a text or a picture or an item"),
         (Question(minus=("red",)), "minus alone is none"),
         (Question(texts=(" ",)), "is empty"),
         (Question(texts=("red",), weights=(1.0, 1.0)), "1 terms need as many weights"),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import show_facts, show_json
+from vlm.console import show_facts, show_json, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,16 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    """Show the facts."""
+    """Show the facts, and a line for each segment."""
     from vlm.index.read import Index
 
     facts = asdict(Index.open(arguments.index).info())
     if arguments.json:
         show_json(facts)
-    else:
-        show_facts({name.replace("_", " "): value for name, value in facts.items()})
+        return
+    segments, evidence = facts.pop("segments"), facts.pop("evidence")
+    show_facts({name.replace("_", " "): value for name, value in facts.items()})
+    if segments:
+        show_table(list(segments[0]), [list(segment.values()) for segment in segments], title="segments")
+    if "why" in evidence:
+        show_facts({"why this kind": evidence["why"]})

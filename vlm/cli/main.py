@@ -31,6 +31,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "reinforce": ("reinforce", "shards → shards with what teachers make of views and captions, resumable"),
     "signals": ("signals", "embeddings → similarity, duplicates, clusters, nearness for vlm curate"),
     "index build": ("index_build", "embeddings → a FAISS index with its catalogue"),
+    "index add": ("index_add", "embeddings → rows of an index that is there"),
+    "index update": ("index_update", "the same, in the place of rows with the same uid"),
+    "index delete": ("index_delete", "rows away, by uid or by a filter"),
+    "index compact": ("index_compact", "all segments of an index into one, without the dead rows"),
+    "index check": ("index_check", "checksums, joins, counts and distances of an index"),
     "index info": ("index_info", "what an index holds"),
     "search": ("search", "ask an index, by text, by picture, by a mix"),
 }

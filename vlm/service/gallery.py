@@ -9,7 +9,8 @@ from vlm.files import write_text
 from vlm.index.read import Hit, IndexInfo
 from vlm.service.gallery_style import STYLE
 from vlm.service.pictures import read_picture, thumbnail
-from vlm.service.search import Answer
+from vlm.service.question import Question
+from vlm.service.search import Answer, Found
 
 # twice the width of a card's picture, for screens with two pixels a point
 THUMBNAIL_PIXELS = 420
@@ -60,7 +61,7 @@ def _contents(answers: Sequence[Answer]) -> str:
 def _plain(answer: Answer) -> str:
     question = answer.question
     names = ["a picture" if isinstance(image, bytes) else image.name for image in question.images]
-    return " + ".join([*question.texts, *names]) + "".join(f" − {text}" for text in question.minus)
+    return " + ".join([*question.texts, *names, *question.items]) + "".join(f" − {text}" for text in question.minus)
 
 
 def _section(answer: Answer, number: int) -> str:
@@ -69,15 +70,28 @@ def _section(answer: Answer, number: int) -> str:
     took = f"embedded in {answer.embed_milliseconds:.1f} ms, found in {answer.search_milliseconds:.1f} ms"
     return f"""<section id="q{number}">
 <h2 class="question">{_terms(answer)}</h2>
-<p class="took">{len(answer.hits)} nearest · {took}</p>
+<p class="took">{escape(" · ".join([f"{len(answer.hits)} nearest", *_limits(answer.question), took]))}</p>
 {f'<ol class="hits">{hits}</ol>' if hits else '<p class="none">Nothing was found.</p>'}
 </section>"""
+
+
+def _limits(question: Question) -> list[str]:
+    """What narrows and orders the answers, where it is asked for."""
+    limits = {
+        "where": question.where,
+        "with the words": question.words,
+        "cosine at least": "" if question.at_least is None else f"{question.at_least:g}",
+        "one of those alike from": "" if question.duplicates is None else f"{question.duplicates:g}",
+        "diversity": f"{question.diversity:g}" if question.diversity else "",
+    }
+    return [f"{name} {value}" for name, value in limits.items() if value]
 
 
 def _terms(answer: Answer) -> str:
     question, terms = answer.question, []
     shown = [f"“{escape(text)}”" for text in question.texts]
     shown += [_question_picture(image) for image in question.images]
+    shown += [escape(uid) for uid in question.items]
     shown += [f"“{escape(text)}”" for text in question.minus]
     for term, weight in zip(shown, question.signed_weights(), strict=True):
         sign = "−" if weight < 0 else "+" if terms else ""
@@ -95,17 +109,18 @@ def _question_picture(image: Path | bytes) -> str:
     return f'<img src="{thumbnail(data, pixels=_QUESTION_PIXELS)}" alt="{escape(name)}" title="{escape(name)}">'
 
 
-def _card(hit: Hit, rank: int, best: float) -> str:
+def _card(hit: Found, rank: int, best: float) -> str:
     entry = hit.entry
     captions = [text for texts in entry.captions.values() for text in texts]
     share = max(hit.score, 0.0) / best if best > 0 else 0.0
+    similar = f'<p class="similar">{hit.similar} more like it</p>\n' if hit.similar else ""
     place = f"{entry.uid} · sample {entry.number} of {entry.shard}"
     return f"""<li class="hit">
 <div class="picture">{_picture(hit)}</div>
 <div class="score"><span class="rank">{rank}</span><div class="track"><span style="width:{share:.1%}"></span></div>\
 <span class="value">{hit.score:.3f}</span></div>
 {f'<p class="caption" title="{escape(captions[0])}">{escape(captions[0])}</p>' if captions else ""}
-{_more(captions[1:])}<p class="key" title="{escape(place)}">{escape(entry.key)}</p>
+{_more(captions[1:])}{similar}<p class="key" title="{escape(place)}">{escape(entry.key)}</p>
 </li>"""
 
 

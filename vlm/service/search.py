@@ -1,9 +1,10 @@
 """Questions in words and pictures to an index, and their answers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +12,13 @@ import numpy as np
 import torch
 
 from vlm.errors import BadSample, UsageError, VlmError
+from vlm.index.catalogue import Entry
 from vlm.index.encoder import Encoder
+from vlm.index.generations import Generation
 from vlm.index.read import Hit, Index
+from vlm.index.stored import stored_vectors
+from vlm.service.question import Question
+from vlm.service.ranking import Ranker, Ranking, rows_among
 from vlm.tensors import Array, Float32
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a mixture this short has no direction
@@ -20,55 +26,33 @@ _SHORTEST_MIXTURE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is looked for: the sum of all texts and pictures, less the `minus` texts.
+class Found(Hit):
+    """A hit of a question.
 
-    images: files, or encoded pictures as bytes. weights: one a term, in the order texts, images, minus; empty
-    counts every term once. top: how many answers.
+    fused: the score that orders the hits of a question with words. similar: how many worse hits it stands for.
     """
 
-    texts: tuple[str, ...] = ()
-    images: tuple[Path | bytes, ...] = ()
-    minus: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-    top: int = 10
-
-    def signed_weights(self) -> list[float]:
-        """The factor of each term in the order texts, images, minus; those of minus terms are negative.
-
-        Raises:
-            UsageError: nothing to look for is given, or the weights do not fit the terms.
-        """
-        num_plus, num_terms = len(self.texts) + len(self.images), self.num_terms
-        if not num_plus:
-            raise UsageError("A question needs a text or a picture to look for; minus alone is none.")
-        if any(not text.strip() for text in (*self.texts, *self.minus)):
-            raise UsageError("A text of the question is empty.")
-        weights = self.weights or (1.0,) * num_terms
-        if len(weights) != num_terms or not all(np.isfinite(weight) and weight > 0 for weight in weights):
-            raise UsageError(f"{num_terms} terms need as many weights above 0, given: {list(weights)}.")
-        return [weight if number < num_plus else -weight for number, weight in enumerate(weights)]
-
-    @property
-    def num_terms(self) -> int:
-        """Texts, pictures and minus texts together."""
-        return len(self.texts) + len(self.images) + len(self.minus)
+    fused: float | None = None
+    similar: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a picture given as bytes is told by its size."""
-        names = [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images]
-        return {"texts": list(self.texts), "images": names, "minus": list(self.minus)} | {
-            "weights": self.signed_weights(),
-            "top": self.top,
-        }
+        """Plain values; what the question did not ask for is left out."""
+        asked = {"fused": self.fused, "similar": self.similar}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return {"score": self.score} | given | asdict(self.entry)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The hits of a question, best first, and how long the embedding of the question and the search took."""
+    """The hits of a question, best first, and how long the embedding of the question and the search took.
+
+    next: the cursor to go on from, empty where there is no more. generation: of the index that answered.
+    """
 
     question: Question
-    hits: tuple[Hit, ...]
+    hits: tuple[Found, ...]
+    next: str
+    generation: int
     embed_milliseconds: float
     search_milliseconds: float
 
@@ -76,7 +60,9 @@ class Answer:
         """Plain values for people's scripts: what `vlm search --json` prints."""
         return {
             "question": self.question.to_json(),
-            "hits": [{"rank": rank, "score": hit.score} | asdict(hit.entry) for rank, hit in enumerate(self.hits, 1)],
+            "hits": [{"rank": rank} | hit.to_json() for rank, hit in enumerate(self.hits, 1)],
+            "next": self.next,
+            "generation": self.generation,
             "embed_milliseconds": round(self.embed_milliseconds, 3),
             "search_milliseconds": round(self.search_milliseconds, 3),
         }
@@ -118,43 +104,98 @@ class SearchService:
         Raises:
             UsageError: there is no such model, or its fingerprint is another.
         """
-        spec = self.model_spec or self.index.details.space.model
-        model = self.load(spec)
-        self.index.require_model(model.fingerprint, spec)
+        model = self.load(self._spec)
+        self.index.require_model(model.fingerprint, self._spec)
         return model
 
+    @property
+    def _spec(self) -> str:
+        return self.model_spec or self.index.details.space.model
+
     def answer(self, question: Question) -> Answer:
-        """The rows nearest to a question.
+        """The rows nearest to a question, in the newest generation of the index.
 
         Raises:
-            UsageError: the question is empty, its weights do not fit, or its terms cancel each other out.
-            VlmError: a picture of the question cannot be read.
+            UsageError: the question is empty, its filter, cursor or weights do not fit, or its terms cancel each other
+                out.
+            VlmError: a picture of the question cannot be read, or the index has been damaged.
         """
-        weights = question.signed_weights()
-        model = self.model
-        started = time.perf_counter()
-        query = mix_terms(self._embed_terms(model, question), np.asarray(weights, np.float32))
-        embedded = time.perf_counter()
-        hits = self.index.search(query[None], question.top)[0]
-        searched = time.perf_counter()
-        return Answer(
-            question=question,
-            hits=tuple(hits),
-            embed_milliseconds=(embedded - started) * 1000,
-            search_milliseconds=(searched - embedded) * 1000,
-        )
+        return self.answer_all([question])[0]
 
-    def _embed_terms(self, model: Encoder, question: Question) -> Float32[Array, "T D"]:
-        """Unit vectors in the order texts, images, minus."""
-        words = [*question.texts, *question.minus]
-        num_texts, terms = len(question.texts), []
-        texts = model.embed_texts(words).numpy() if words else np.zeros((0, model.embedding_size), np.float32)
-        terms.append(texts[:num_texts])
-        if question.images:
-            pixels = np.stack([_view_picture(model, image) for image in question.images])
-            terms.append(model.embed_images(torch.from_numpy(pixels)).numpy())
-        terms.append(texts[num_texts:])
-        return np.concatenate(terms)
+    def answer_all(self, questions: Sequence[Question]) -> list[Answer]:
+        """The answers to several questions, from one generation; their texts are embedded together.
+
+        Raises: as `answer` does.
+        """
+        self.index.refresh()
+        generation = self.index.generation
+        for question in questions:
+            question.check()
+        among = {where: rows_among(generation, where) for where in {question.where for question in questions}}
+        started = time.perf_counter()
+        queries = self._embed(questions, generation)
+        embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(questions))
+        answers = []
+        for question, query in zip(questions, queries, strict=True):
+            started = time.perf_counter()
+            ranking, after = Ranker(generation, query, question, among[question.where]).page()
+            hits = _found(ranking, generation.catalogue.entries(ranking.rows.tolist()))
+            answers.append(
+                Answer(
+                    question=question,
+                    hits=hits,
+                    next=after,
+                    generation=generation.number,
+                    embed_milliseconds=embed_milliseconds,
+                    search_milliseconds=(time.perf_counter() - started) * 1000,
+                )
+            )
+        return answers
+
+    def _embed(self, questions: Sequence[Question], generation: Generation) -> list[Float32[Array, " D"]]:
+        """The unit vector of each question; questions about items alone need no model."""
+        words = [text for question in questions for text in (*question.texts, *question.minus)]
+        texts, queries = iter(self._checked_model().embed_texts(words).numpy() if words else ()), []
+        for question in questions:
+            plus = list(islice(texts, len(question.texts)))
+            pictures, items = self._embed_pictures(question.images), _item_vectors(generation, question.items)
+            terms = np.stack([*plus, *pictures, *items, *islice(texts, len(question.minus))])
+            queries.append(mix_terms(terms, np.asarray(question.signed_weights(), np.float32)))
+        return queries
+
+    def _embed_pictures(self, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
+        if not images:
+            return []
+        model = self._checked_model()
+        pixels = np.stack([_view_picture(model, image) for image in images])
+        return list(model.embed_images(torch.from_numpy(pixels)).numpy())
+
+    def _checked_model(self) -> Encoder:
+        """The model, whose space is still that of the index; another may lie there by now."""
+        model = self.model
+        self.index.require_model(model.fingerprint, self._spec)
+        return model
+
+
+def _item_vectors(generation: Generation, uids: Sequence[str]) -> Float32[Array, "N D"]:
+    rows = generation.catalogue.rows_of(uids)
+    for uid in uids:
+        if uid not in rows:
+            raise UsageError(f"{generation.folder} has no item {uid!r}; take the uid from an answer.")
+    return stored_vectors(generation, np.array([rows[uid] for uid in uids], np.int64))
+
+
+def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
+    nothing = [None] * len(ranking)
+    columns = (
+        ranking.cosines.tolist(),
+        nothing if ranking.fused is None else ranking.fused.tolist(),
+        nothing if ranking.similar is None else ranking.similar.tolist(),
+    )
+    return tuple(
+        Found(score=score, entry=entry, fused=fused, similar=similar)
+        for entry, score, fused, similar in zip(entries, *columns, strict=True)
+    )
 
 
 def mix_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:

@@ -1,0 +1,127 @@
+"""What a kind of index is: how it is prepared, what it needs in memory, and which number trades time for recall."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from vlm.errors import UsageError, VlmError
+from vlm.tensors import Array, Float32
+
+if TYPE_CHECKING:
+    import faiss
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What a kind may ask about the rows it will hold."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        ...
+
+    def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
+        """Distinct rows drawn evenly."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Wishes about an index; None leaves the number to the kind's rule.
+
+    nlist: lists of an IVF index. nprobe: lists a search reads.
+    links: edges of a node in an HNSW graph (M).
+    ef_construction, ef_search: candidates kept while a graph is built, and while it is searched.
+    rerank: how many times more rows than asked for are taken by their codes, for exact cosines to decide.
+    seed: of the training sample and of k-means.
+    """
+
+    nlist: int | None = None
+    nprobe: int | None = None
+    links: int | None = None
+    ef_construction: int | None = None
+    ef_search: int | None = None
+    rerank: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A trained index without rows, and the parameters it was made with.
+
+    rerank: 0 if the scores are exact cosines; else FAISS is to be asked for more rows (`searching.candidates_for`), and
+        the cosines with the stored float16 rows decide among them (`searching.rerank`).
+    """
+
+    index: "faiss.Index"
+    parameters: dict[str, int]
+    rerank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of index; called with rows and wishes it prepares one.
+
+    parameters: all its numbers for so many rows, from the wishes and its own rule.
+    prepare: makes the trained, empty index of these parameters.
+    resident_bytes: memory an index of (rows, dimension, parameters) must hold, as read from its file; the float16
+        rows that re-ranking maps from disk are not in it.
+    work: distances a question computes in an index of (rows, parameters), to scale a latency with the size.
+    wishes: the fields of `Tuning` it heeds besides the seed.
+    effort: the parameter that trades time for recall and can be changed after the build; None: there is none.
+    """
+
+    name: str
+    parameters: Callable[[int, Tuning], dict[str, int]]
+    prepare: Callable[[Rows, dict[str, int]], "faiss.Index"]
+    resident_bytes: Callable[[int, int, Mapping[str, int]], int]
+    work: Callable[[int, Mapping[str, int]], float]
+    wishes: tuple[str, ...] = ()
+    effort: str | None = None
+
+    def parameters_for(self, num_rows: int, tuning: Tuning) -> dict[str, int]:
+        """All numbers of an index of so many rows.
+
+        Raises:
+            UsageError: a wish that this kind cannot heed, a number out of range, or too few rows.
+        """
+        for name, value in asdict(tuning).items():
+            if name != "seed" and value is not None and name not in self.wishes:
+                takes = f"it takes {', '.join(self.wishes)}" if self.wishes else "it has nothing to tune"
+                raise UsageError(f"An index of kind {self.name} has no {name}: {takes}. Leave {name} out.")
+        return self.parameters(num_rows, tuning)
+
+    def __call__(self, rows: Rows, tuning: Tuning) -> Prepared:
+        """A trained index without rows.
+
+        Raises:
+            UsageError: as `parameters_for`.
+        """
+        parameters = self.parameters_for(len(rows), tuning)
+        return Prepared(index=self.prepare(rows, parameters), parameters=parameters, rerank=parameters.get("rerank", 0))
+
+
+def load_faiss() -> ModuleType:
+    """The faiss module.
+
+    Raises:
+        VlmError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise VlmError(f'FAISS cannot be imported ({error}); pip install "vlm[cpu]" brings it.') from error
+    return faiss
+
+
+def check_range(name: str, value: int, limit: int, what: str, *, least: int = 1) -> None:
+    """Refuse a number that is not in least … limit; `what` says where the limit comes from.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not least <= value <= limit:
+        raise UsageError(f"{name} = {value:,} does not fit: {least} to {limit:,} ({what}) can be.")

@@ -1,0 +1,82 @@
+"""Searching any kind of FAISS index: with more or less effort, among chosen positions, exact cosines at the end."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm.index.kinds.kind import load_faiss
+from vlm.tensors import Array, Float, Float32, Int64
+
+if TYPE_CHECKING:
+    import faiss
+
+_LEAST_ANSWERS = 10
+
+
+def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int | None = None) -> Any:
+    """FAISS's parameters of one search, of the class that this index wants.
+
+    selector: an IDSelector of the positions that may be found; None: all.
+    effort: nprobe of an index with lists, efSearch of a graph; None: what the index was stored with. A flat index
+        takes none.
+    """
+    faiss = load_faiss()
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        within = search_parameters(inner.index, selector=selector, effort=effort)
+        return faiss.SearchParametersPreTransform(index_params=within)
+    chosen = {} if selector is None else {"sel": selector}
+    if isinstance(inner, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=inner.hnsw.efSearch if effort is None else effort, **chosen)
+    if isinstance(inner, faiss.IndexIVFRaBitQ):
+        parameters = faiss.IVFRaBitQSearchParameters()
+        parameters.nprobe = inner.nprobe if effort is None else effort
+        parameters.qb, parameters.centered = inner.qb, False
+        if selector is not None:
+            parameters.sel, parameters.keeps_alive = selector, selector
+        return parameters
+    if isinstance(inner, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=inner.nprobe if effort is None else effort, **chosen)
+    return faiss.SearchParameters(**chosen)
+
+
+def most_effort(index: "faiss.Index") -> int | None:
+    """nlist of an index with lists, as many as its rows of a graph; None where there is nothing to trade."""
+    faiss = load_faiss()
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        return most_effort(inner.index)
+    if isinstance(inner, faiss.IndexHNSW):
+        return inner.ntotal
+    return inner.nlist if isinstance(inner, faiss.IndexIVF) else None
+
+
+def candidates_for(top: int, factor: int) -> int:
+    """How many rows to take by their codes for `top` answers: `factor` times as many, but never fewer than for ten.
+
+    The first by its codes is seldom the first indeed, so one answer needs as many candidates as ten.
+
+    >>> candidates_for(1, 4), candidates_for(100, 4), candidates_for(100, 0)
+    (40, 400, 100)
+    """
+    return max(top, _LEAST_ANSWERS) * factor if factor else top
+
+
+def rerank(
+    rows: Float[Array, "N D"], queries: Float32[Array, "Q D"], positions: Int64[Array, "Q C"], top: int
+) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
+    """The `top` of the candidates by exact cosine, best first, ties by position.
+
+    rows: as stored, float16, not quite of unit length. positions: -1 where there is no candidate; K is `top` or C,
+    whichever is less, and what could not be filled has position -1 and score -inf.
+    """
+    kept = min(top, positions.shape[1])
+    scores = np.full((len(queries), kept), -np.inf, np.float32)
+    found = np.full((len(queries), kept), -1, np.int64)
+    for number, (query, candidates) in enumerate(zip(queries, positions, strict=True)):
+        there = np.sort(candidates[candidates >= 0])
+        near = rows[there].astype(np.float32)
+        cosines = (near @ query) / np.sqrt(np.einsum("nd,nd->n", near, near))
+        best = np.argsort(-cosines, kind="stable")[:kept]
+        scores[number, : len(best)], found[number, : len(best)] = cosines[best], there[best]
+    return scores, found

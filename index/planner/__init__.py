@@ -1,0 +1,7 @@
+"""From a promise about recall, latency and memory to the kind of index that keeps it, with the measurements."""
+
+from vlm.index.planner.choice import Plan, choose
+from vlm.index.planner.confirm import Confirmation, confirm
+from vlm.index.planner.promise import Promise
+
+__all__ = ["Confirmation", "Plan", "Promise", "choose", "confirm"]

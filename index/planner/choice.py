@@ -1,0 +1,264 @@
+"""Try the ladder, judge what it gives against the promise, take the quickest that keeps it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from vlm.config import choose as choose_from
+from vlm.console import say
+from vlm.errors import UsageError
+from vlm.index.embeddings import Embeddings
+from vlm.index.kinds import KINDS, Tuning
+from vlm.index.kinds.scalar import MAX_RERANK
+from vlm.index.planner.drawing import SHOWN, Drawn, Questions, draw
+from vlm.index.planner.ladder import LADDER, Rung
+from vlm.index.planner.promise import Promise, show_bytes
+from vlm.index.planner.recall import lower_bound
+from vlm.index.planner.trial import Built, Trial, wishes_of
+from vlm.index.planner.tuning import Setting, extrapolated
+from vlm.tensors import Array, Float32
+
+MAX_ROWS, MAX_QUESTIONS = 200_000, 1000
+# medians nearer to each other than this are equally quick: a machine's noise is of that size
+_AS_QUICK = 1.1
+# share of the sample at which a setting is found a second time, when the sample is not all there is
+_SMALL_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The kind that keeps the promise, its tuning, why it was taken, and everything that was measured.
+
+    direction: the one the promise was judged by. is_optimistic: rows were asked with, for there were no texts.
+    num_rows, sample_rows: rows of all, and rows indexed in the trials.
+    left_out: kinds that were not measured, and why. questions: those of the promised direction it was judged by.
+    """
+
+    kind: str
+    tuning: Tuning
+    why: str
+    promise: Promise
+    direction: str
+    is_optimistic: bool
+    num_rows: int
+    sample_rows: int
+    tuned_with: int
+    judged_by: dict[str, int]
+    trials: tuple[Trial, ...]
+    left_out: dict[str, str]
+    questions: Float32[Array, "Q D"] = field(repr=False, compare=False)
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """All of it but the questions, in the plain values that JSON has, for the manifest."""
+        found = asdict(self)
+        del found["questions"]
+        return json.loads(json.dumps(found))
+
+    @property
+    def winner(self) -> Trial:
+        """The trial of the kind taken."""
+        return next(trial for trial in self.trials if trial.kind == self.kind and trial.wishes == _given(self.tuning))
+
+
+def choose(
+    source: Embeddings,
+    texts: Embeddings | None,
+    promise: Promise,
+    *,
+    kinds: Sequence[str] = (),
+    max_rows: int = MAX_ROWS,
+    max_questions: int = MAX_QUESTIONS,
+    seed: int = 0,
+) -> Plan:
+    """The kind of index, and its tuning, that keeps a promise about all rows of `source` with the least latency.
+
+    texts: questions of the other modality, none of them a row; without them rows are asked with, whose recall is
+        better than a text's. kinds: those that may be taken; none: all of the ladder.
+    max_rows: the sample tried on; beyond it effort is extrapolated from two sizes and latency by the kind's work.
+    max_questions: tuned with, and judged by, at most.
+
+    Raises:
+        UsageError: no kind keeps the promise (the nearest is named), an unknown kind, texts of another model.
+    """
+    for kind in kinds:
+        choose_from(KINDS, kind, "index kind")
+    drawn = draw(source, texts, max_rows=max_rows, max_questions=max_questions, seed=seed)
+    if texts is None:
+        say("No texts to ask with: recall is measured with rows held out, which is optimistic for questions in words.")
+    whole = len(source)
+    table = _Table(drawn, promise, whole=whole, seed=seed)
+    for rung in (rung for rung in LADDER if not kinds or rung.kind in kinds):
+        table.try_rung(rung)
+    best = pick(table.trials, promise, left_out=table.left_out)
+    return Plan(
+        kind=best.kind,
+        tuning=Tuning(**best.wishes),
+        why=reason(best, table.trials, promise),
+        promise=promise,
+        direction=drawn.promised,
+        is_optimistic=texts is None,
+        num_rows=whole,
+        sample_rows=len(drawn.rows),
+        tuned_with=len(drawn.tune),
+        judged_by={direction: len(asked) for direction, asked in drawn.judge.items()},
+        trials=tuple(table.trials),
+        left_out=table.left_out,
+        questions=drawn.judge[drawn.promised],
+    )
+
+
+def pick(trials: Sequence[Trial], promise: Promise, *, left_out: dict[str, str]) -> Trial:
+    """Of those that keep the promise the least median latency; of those within 10% of it the least memory.
+
+    Raises:
+        UsageError: none keeps it; the message names the one that comes nearest and what it has.
+    """
+    keeping = [trial for trial in trials if not trial.misses]
+    if keeping:
+        quickest = min(trial.latency.p50_ms for trial in keeping)
+        as_quick = [trial for trial in keeping if trial.latency.p50_ms <= quickest * _AS_QUICK]
+        return min(as_quick, key=lambda trial: (trial.resident_bytes, trial.latency.p50_ms))
+    reasons = "; ".join(f"{kind}: {why}" for kind, why in left_out.items())
+    if not trials:
+        raise UsageError(f"No kind of index can promise {promise.in_words()}. {reasons}.")
+    nearest = min(trials, key=lambda trial: _shortfall(trial, promise))
+    raise UsageError(
+        f"No kind of index keeps {promise.in_words()}. The nearest is {nearest.label}, with recall@{promise.at} "
+        f"{_promised_recall(nearest, promise):.4f}, {nearest.latency.p95_ms:.3g} ms (p95) and "
+        f"{show_bytes(nearest.resident_bytes)}: it misses {' and '.join(nearest.misses)}. Promise what it has, or less."
+        + (f" Not tried: {reasons}." if reasons else "")
+    )
+
+
+def reason(best: Trial, trials: Sequence[Trial], promise: Promise) -> str:
+    """Why it was taken, in one sentence."""
+    keeping = [trial for trial in trials if not trial.misses]
+    has = (
+        f"recall@{promise.at} {_promised_recall(best, promise):.4f} (≥ {best.bound:.4f} with 95% confidence), "
+        f"{best.latency.p95_ms:.3g} ms (p95), {show_bytes(best.resident_bytes)}"
+    )
+    others = [trial for trial in keeping if trial is not best]
+    if not others:
+        return f"{best.label} is the only kind of {len(trials)} tried that keeps {promise.in_words()}: {has}."
+    quickest = min(keeping, key=lambda trial: trial.latency.p50_ms)
+    if quickest is best:
+        ground = f"is the quickest of {len(keeping)} kinds that keep {promise.in_words()}"
+    else:
+        ground = f"needs the least memory of those as quick as {quickest.label} that keep {promise.in_words()}"
+    return f"{best.label} {ground}: {has}."
+
+
+def misses_of(trial: Trial, promise: Promise) -> tuple[str, ...]:
+    """What the promise asks and the trial does not keep, in words."""
+    found = []
+    if _promised_recall(trial, promise) < promise.recall:
+        found.append(f"recall {promise.recall:g}")
+    if promise.latency_ms is not None and trial.latency.p95_ms > promise.latency_ms:
+        found.append(f"{promise.latency_ms:g} ms")
+    if promise.memory_bytes is not None and trial.resident_bytes > promise.memory_bytes:
+        found.append(show_bytes(promise.memory_bytes))
+    return tuple(found)
+
+
+class _Table:
+    """The trials, as they are made."""
+
+    def __init__(self, drawn: Drawn, promise: Promise, *, whole: int, seed: int) -> None:
+        self.promise, self.whole, self.seed, self.rows = promise, whole, seed, drawn.rows
+        self._vectors, self._top = drawn.tune, max(*SHOWN, promise.at)
+        self.judge = [Questions.ask(name, asked, drawn.rows, self._top) for name, asked in drawn.judge.items()]
+        self.tune = Questions.ask(drawn.promised, drawn.tune, drawn.rows, self._top)
+        self.trials: list[Trial] = []
+        self.left_out: dict[str, str] = {}
+
+    def try_rung(self, rung: Rung) -> None:
+        """Build, tune, judge and time it, unless it cannot fit."""
+        name = f"{rung.kind} ({rung.lists_per_root}√N lists)" if rung.lists_per_root else rung.kind
+        limit = self.promise.memory_bytes
+        try:
+            least = self._parameters(rung, Setting(effort=None, rerank=0))
+            needed = KINDS[rung.kind].resident_bytes(self.whole, self.rows.dimension, least)
+            if limit is not None and needed > limit:
+                self.left_out[name] = f"needs {show_bytes(needed)}"
+                return
+            built = Built(rung, self.rows, seed=self.seed)
+        except UsageError as error:
+            self.left_out[name] = str(error).rstrip(".")
+            return
+        trial = self._measure(rung, built)
+        self.trials.append(trial)
+        say(
+            f"{trial.label}: recall@{self.promise.at} {_promised_recall(trial, self.promise):.4f}, "
+            f"p50 {trial.latency.p50_ms:.3g} ms, {show_bytes(trial.resident_bytes)}"
+            + (f"; misses {' and '.join(trial.misses)}" if trial.misses else "")
+        )
+
+    def _measure(self, rung: Rung, built: Built) -> Trial:
+        promise = self.promise
+        # a kind that cannot keep the recall is shown at its best
+        setting = built.tune(self.tune, promise) or Setting(effort=built.most, rerank=128 if built.is_reranked else 0)
+        recalls = built.judge(setting, self.judge, promise.at)
+        measured = built.time(setting, self.judge[0].vectors, promise.at)
+        wide = self._for_all_rows(rung, built, setting)
+        parameters, kind = self._parameters(rung, wide), built.kind
+        now = built.parameters | wishes_of(rung, len(self.rows), setting, seed=self.seed)
+        ratio = kind.work(self.whole, parameters) / kind.work(len(self.rows), now)
+        trial = Trial(
+            kind=kind.name,
+            wishes=wishes_of(rung, self.whole, wide, seed=self.seed),
+            parameters=parameters,
+            recall={way: {n: float(each.mean()) for n, each in found.items()} for way, found in recalls.items()},
+            bound=lower_bound(recalls[self.tune.direction][promise.at], seed=self.seed),
+            measured=measured,
+            latency=measured.scaled(ratio),
+            resident_bytes=kind.resident_bytes(self.whole, self.rows.dimension, parameters),
+            mapped_bytes=2 * self.whole * self.rows.dimension if built.is_reranked else 0,
+            build_seconds=built.build_seconds,
+            curve=built.curve(setting, self.judge[0], promise.at),
+        )
+        return replace(trial, misses=misses_of(trial, promise))
+
+    def _parameters(self, rung: Rung, setting: Setting) -> dict[str, int]:
+        kind = KINDS[rung.kind]
+        tuning = rung.wishes(self.whole, seed=self.seed, effort=kind.effort, setting=setting)
+        return kind.parameters_for(self.whole, tuning)
+
+    def _for_all_rows(self, rung: Rung, built: Built, setting: Setting) -> Setting:
+        """The setting for all rows, from what a quarter of the sample and the sample need."""
+        held_out = max(len(questions.vectors) for questions in self.judge)
+        if self.whole <= len(self.rows) + held_out:
+            return setting
+        few = self.rows.part(_SMALL_SHARE)
+        asked = Questions.ask(self.tune.direction, self.tune.vectors, few, self._top)
+        try:
+            less = Built(rung, few, seed=self.seed).tune(asked, self.promise)
+        except UsageError:
+            less = None
+        if less is None:
+            return setting
+
+        def carried(small: int, large: int) -> int:
+            return extrapolated((len(few), small), (len(self.rows), large), self.whole)
+
+        effort = setting.effort and carried(less.effort or 1, setting.effort)
+        return Setting(
+            effort=effort, rerank=min(carried(less.rerank, setting.rerank), MAX_RERANK) if setting.rerank else 0
+        )
+
+
+def _promised_recall(trial: Trial, promise: Promise) -> float:
+    return next(iter(trial.recall.values()))[promise.at]
+
+
+def _shortfall(trial: Trial, promise: Promise) -> float:
+    """How far from the promise: the greatest ratio of what it has to what was promised; of recall, the share missed."""
+    missed = (1 - _promised_recall(trial, promise)) / max(1 - promise.recall, 1e-3)
+    latency = trial.latency.p95_ms / promise.latency_ms if promise.latency_ms else 0.0
+    memory = trial.resident_bytes / promise.memory_bytes if promise.memory_bytes else 0.0
+    return max(missed, latency, memory)
+
+
+def _given(tuning: Tuning) -> dict[str, int]:
+    return {name: value for name, value in asdict(tuning).items() if value is not None}

@@ -1,0 +1,70 @@
+"""How much effort, and how much re-ranking, a recall needs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil, log
+
+# the factors of re-ranking that are tried
+_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a search may be told after the build. effort: nprobe or ef_search; rerank: see `Prepared`."""
+
+    effort: int | None
+    rerank: int
+
+
+def least_effort(reaches: Callable[[int], bool], most: int) -> int | None:
+    """The least effort in 1 … most that reaches the goal, if more effort never reaches less; None if not even `most`.
+
+    Doubles until it does, then halves the interval, so that most trials are cheap.
+
+    >>> least_effort(lambda effort: effort >= 37, 1000)
+    37
+    """
+    missed, effort = 0, 1
+    while not reaches(effort):
+        if effort == most:
+            return None
+        missed, effort = effort, min(2 * effort, most)
+    while effort - missed > 1:
+        middle = (effort + missed) // 2
+        missed, effort = (missed, middle) if reaches(middle) else (middle, effort)
+    return effort
+
+
+def settings_that_reach(
+    reaches: Callable[[Setting], bool], *, most: int | None, is_reranked: bool
+) -> Iterator[Setting]:
+    """Settings that reach the goal: each with the least effort for its factor of re-ranking.
+
+    Of the factors those are tried that suffice when every row is read: the least, and twice it, which may need so much
+    less effort that it is quicker. Nothing comes if the goal cannot be reached. What has neither effort nor re-ranking
+    is exact, and not asked.
+    """
+    factors: tuple[int, ...] = (0,)
+    if is_reranked:
+        enough = next((factor for factor in _FACTORS if reaches(Setting(effort=most, rerank=factor))), None)
+        factors = () if enough is None else (enough,) if most is None else (enough, 2 * enough)
+    for factor in factors:
+        if most is None:
+            yield Setting(effort=None, rerank=factor)
+            continue
+        effort = least_effort(lambda effort, factor=factor: reaches(Setting(effort=effort, rerank=factor)), most)
+        if effort is not None:
+            yield Setting(effort=effort, rerank=factor)
+
+
+def extrapolated(small: tuple[int, int], large: tuple[int, int], rows: int) -> int:
+    """A number measured at two sizes, as (rows, number), carried on to more rows by the power of the size they show.
+
+    The power is held between 0 and 1: no effort falls as rows are added, and none need outgrow them.
+
+    >>> extrapolated((10_000, 10), (40_000, 20), 160_000)
+    40
+    """
+    (few, less), (many, more) = small, large
+    power = min(max(log(more / less) / log(many / few), 0.0), 1.0) if many > few else 0.0
+    return ceil(more * (rows / many) ** power - 1e-9)

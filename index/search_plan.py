@@ -1,0 +1,139 @@
+"""How a search is done: by FAISS with a selector, or by an exact scan; never with fewer answers than there are.
+
+Of each segment those positions may answer that are living and that a filter chose. A filter that leaves few rows is
+answered by comparing them all; one that leaves many, by a FAISS search that passes the others over and visits more
+lists or nodes for it, so that as many rows are compared as without a filter.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from vlm.index.kinds import load_faiss
+from vlm.index.kinds.searching import candidates_for, rerank, search_parameters
+from vlm.index.segments import OpenSegment
+from vlm.tensors import Array, Bool, Float32, Int64, UInt8
+
+EXACT_ROWS = 10_000
+EXACT_SHARE = 0.02
+_ROWS_AT_ONCE = 16_384
+_QUERIES_AT_ONCE = 1024
+_NOBODY = -1
+
+Answers = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
+"""Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """A segment and the positions of it that may answer; `mask` None: all of them."""
+
+    segment: OpenSegment
+    mask: Bool[Array, " N"] | None = None
+
+    @cached_property
+    def count(self) -> int:
+        """How many may answer."""
+        return len(self.segment) if self.mask is None else int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def positions(self) -> Int64[Array, " M"]:
+        """Those that may answer, ascending."""
+        return np.arange(len(self.segment)) if self.mask is None else np.flatnonzero(self.mask)
+
+    @cached_property
+    def bitmap(self) -> UInt8[Array, " _"]:
+        """The mask, a bit a position, as FAISS reads it."""
+        assert self.mask is not None
+        return np.packbits(self.mask, bitorder="little")
+
+    def rows(self) -> Int64[Array, " M"]:
+        """The catalogue's rows of those that may answer, ascending."""
+        return self.segment.rows[self.positions] if self.mask is not None else np.asarray(self.segment.rows)
+
+    def without(self, rows: Int64[Array, " M"]) -> "Selected":
+        """Less the given rows, which are sorted."""
+        dead = self.segment.positions_of(rows)
+        if not len(dead):
+            return self
+        mask = np.ones(len(self.segment), bool) if self.mask is None else self.mask.copy()
+        mask[dead] = False
+        return replace(self, mask=mask)
+
+    def among(self, rows: Int64[Array, " M"]) -> "Selected":
+        """Of these only the given rows, which are sorted."""
+        chosen, mask = self.segment.positions_of(rows), np.zeros(len(self.segment), bool)
+        mask[chosen] = True if self.mask is None else self.mask[chosen]
+        return replace(self, mask=mask)
+
+    def search(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+        """The nearest by FAISS, re-ranked where its scores are not exact; by a scan where it finds too few."""
+        top, more = min(top, self.count), self.segment.described.rerank
+        scores, positions = self._ask_faiss(queries, min(candidates_for(top, more), self.count))
+        if more:
+            scores, positions = rerank(self.segment.vectors.stored, queries, positions, top)
+        short = np.flatnonzero((positions == _NOBODY).any(axis=1))
+        rows = self.segment.rows[positions]
+        if len(short):
+            scores[short], rows[short] = self.scan(queries[short], top)
+        return scores, rows
+
+    def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+        """The nearest by comparing all that may answer, with the stored rows."""
+        found = [(np.full((len(queries), 0), 0, np.float32), np.full((len(queries), 0), 0, np.int64))]
+        for first in range(0, self.count, _ROWS_AT_ONCE):
+            positions = self.positions[first : first + _ROWS_AT_ONCE]
+            scores = queries @ self.segment.vectors.take(positions).T
+            rows = np.broadcast_to(self.segment.rows[positions], scores.shape)
+            found = [merge([*found, _best(scores, rows, top)], top)]
+        return found[0]
+
+    def _ask_faiss(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+        if self.mask is None:
+            return self.segment.index.search(queries, top)
+        selector = load_faiss().IDSelectorBitmap(self.bitmap)
+        effort = self.segment.effort(self.count / len(self.segment))
+        parameters = search_parameters(self.segment.index, selector=selector, effort=effort)
+        return self.segment.index.search(queries, top, params=parameters)
+
+
+def nearest(
+    selected: Sequence[Selected], queries: Float32[Array, "Q D"], top: int, among: Int64[Array, " N"] | None = None
+) -> Answers:
+    """The `top` nearest of all that are selected, or of the rows `among` them (sorted).
+
+    There are fewer columns only if there are fewer rows.
+    """
+    chosen = list(selected) if among is None else [one.among(among) for one in selected]
+    chosen = [one for one in chosen if one.count]
+    total, living = sum(one.count for one in chosen), sum(one.count for one in selected)
+    is_small = among is not None and total <= max(EXACT_ROWS, EXACT_SHARE * living)
+    answers = []
+    for block in _blocks(queries):
+        empty = np.zeros((len(block), 0), np.float32), np.zeros((len(block), 0), np.int64)
+        found = [one.scan(block, top) if is_small else one.search(block, top) for one in chosen]
+        answers.append(merge([empty, *found], min(top, total)))
+    return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
+
+
+def merge(answers: Sequence[Answers], top: int) -> Answers:
+    """The best `top` of several lists of answers to the same queries; ties by row."""
+    scores = np.concatenate([scores for scores, _ in answers], axis=1)
+    rows = np.concatenate([rows for _, rows in answers], axis=1)
+    order = np.lexsort((rows, -scores), axis=1)[:, :top]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _blocks(queries: Float32[Array, "Q D"]) -> Iterator[Float32[Array, "_ D"]]:
+    for first in range(0, max(1, len(queries)), _QUERIES_AT_ONCE):
+        yield queries[first : first + _QUERIES_AT_ONCE]
+
+
+def _best(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top: int) -> Answers:
+    """The `top` highest of each line, in no order."""
+    if scores.shape[1] <= top:
+        return scores, rows
+    chosen = np.argpartition(-scores, top - 1, axis=1)[:, :top]
+    return np.take_along_axis(scores, chosen, axis=1), np.take_along_axis(rows, chosen, axis=1)

@@ -1,0 +1,90 @@
+"""Vectors for the index benchmark: real embeddings, or drawn ones of the same structure."""
+
+from pathlib import Path
+
+import numpy as np
+
+from vlm.errors import UsageError
+from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Modality, Space, unit_rows
+from vlm.index.parts import Origin
+from vlm.index.planner.drawing import vectors_at
+from vlm.tensors import Array, Float32
+
+# spread of pictures around their cluster, of texts around their picture, and the distance of the two modalities
+_PICTURE_SPREAD, _TEXT_SPREAD, _GAP = 0.7, 1.5, 0.8
+_ROWS_A_CLUSTER = 100
+_ROWS_A_PART = 100_000
+
+
+def draw_vectors(
+    rows: int, questions: int, dimension: int, *, seed: int
+) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
+    """Unit vectors of pictures and of texts about some of them.
+
+    Pictures are a mixture of Gaussians, a cluster for 100 rows; a text is its picture with noise; the two modalities
+    lie on either side of a gap, as those of contrastive models do (Liang et al. 2022, "Mind the gap"). Spreads are
+    lengths, not standard deviations, so that a dimension more does not blur them.
+    """
+    generator = np.random.default_rng(seed)
+
+    def noise(count: int, length: float) -> Float32[Array, "N D"]:
+        return generator.standard_normal((count, dimension), dtype=np.float32) * np.float32(length / dimension**0.5)
+
+    centres = noise(max(1, rows // _ROWS_A_CLUSTER), 1.0)
+    gap = noise(1, _GAP / 2)
+    pictures = centres[generator.integers(0, len(centres), rows)] + noise(rows, _PICTURE_SPREAD)
+    texts = pictures[generator.integers(0, rows, questions)] + noise(questions, _TEXT_SPREAD)
+    return unit_rows(pictures + gap), unit_rows(texts - gap)
+
+
+def write_vectors(folder: Path, vectors: Float32[Array, "N D"], *, modality: Modality) -> Path:
+    """An embeddings folder of them, each row a sample of its own."""
+    space = Space(model="drawn", fingerprint="drawn", dimension=vectors.shape[1], modality=modality)
+    writer = EmbeddingsWriter(folder, space=space, identity={"rows": len(vectors)})
+    for first in range(0, len(vectors), _ROWS_A_PART):
+        block = vectors[first : first + _ROWS_A_PART]
+        shard = f"/drawn/{modality}-{first // _ROWS_A_PART:05d}.tar"
+        origins = [
+            Origin(
+                uid=f"{modality}{row}",
+                key=f"{row}",
+                shard=shard,
+                number=row - first,
+                image_offset=0,
+                image_size=0,
+                caption_number=0 if modality == "text" else None,
+                captions={},
+                metadata={},
+            )
+            for row in range(first, first + len(block))
+        ]
+        writer.add(shard, block, origins)
+    writer.finish(inputs={}, details={"shards": sorted({part.shard for part in writer.parts})})
+    return folder
+
+
+def read_vectors(folder: Path) -> Float32[Array, "N D"]:
+    """All rows of an embeddings folder.
+
+    Raises:
+        UsageError: it is unfinished.
+    """
+    embeddings = Embeddings.open(folder)
+    if not len(embeddings):
+        raise UsageError(f"{folder} has no rows.")
+    return np.concatenate(list(embeddings.blocks()))
+
+
+def halves(folder: Path, count: int, *, seed: int) -> tuple[Float32[Array, "Q D"], Float32[Array, "P D"]]:
+    """`count` rows of an embeddings folder, drawn by sample, in two halves that share no sample."""
+    embeddings = Embeddings.open(folder)
+    places: dict[tuple[str, int], int] = {}
+    samples = np.array(
+        [places.setdefault((origin.shard, origin.number), len(places)) for origin in embeddings.origins()]
+    )
+    generator = np.random.default_rng(seed)
+    is_second = (generator.permutation(len(places)) % 2 == 1)[samples]
+    first, second = (
+        np.sort(generator.permutation(np.flatnonzero(chosen))[: count // 2]) for chosen in (~is_second, is_second)
+    )
+    return vectors_at(embeddings, first), vectors_at(embeddings, second)

@@ -1,0 +1,40 @@
+"""An environment of its own for a tool that cannot share ours."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.console import say
+from vlm.errors import VlmError
+
+# it wants NumPy 1, which newer pyarrow refuses without saying so in its requirements
+AUTOFAISS = ("autofaiss==2.18.0", "pyarrow<20", "psutil")
+
+
+def own_python(folder: Path, packages: Sequence[str]) -> Path:
+    """The interpreter of an environment in `folder` with these packages, which is made if it is not there.
+
+    Raises:
+        VlmError: it cannot be made.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / "ready").is_file():
+        say(f"Installing {', '.join(packages)} into {folder} …")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        uv = shutil.which("uv")
+        if uv:
+            _run([uv, "venv", "--allow-existing", "--python", sys.executable, str(folder)])
+            _run([uv, "pip", "install", "--python", str(python), *packages])
+        else:
+            _run([sys.executable, "-m", "venv", str(folder)])
+            _run([str(python), "-m", "pip", "install", *packages])
+        (folder / "ready").touch()
+    return python
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise VlmError(f"{' '.join(command[:4])} … failed: {(done.stderr or done.stdout)[-2000:]}")

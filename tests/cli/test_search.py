@@ -1,0 +1,116 @@
+"""`vlm search` over an index of points on a circle, asked by stored items, so that no model is needed."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm.cli.main import main
+from vlm.index.build import build_index
+from vlm.index.embeddings import EmbeddingsWriter, Space
+from vlm.index.parts import Origin
+
+
+def origin(number: int) -> Origin:
+    return Origin(
+        uid=f"u{number}",
+        key=f"u{number}",
+        shard="/nowhere/0.tar",
+        number=number,
+        image_offset=0,
+        image_size=0,
+        caption_number=None,
+        captions={"en": (f"caption {number}",)},
+        metadata={"n": number},
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    angles = np.radians(np.arange(0, 90, 10))
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    space = Space(model="nowhere", fingerprint="none", dimension=2, modality="image")
+    writer = EmbeddingsWriter(tmp_path / "vectors", space=space, identity={})
+    writer.add("/nowhere/0.tar", vectors, [origin(number) for number in range(len(vectors))])
+    writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
+    build_index(tmp_path / "vectors", tmp_path / "index", kind="flat")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def search(index: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of `vlm search INDEX …`."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["search", str(index), *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+Search = Callable[..., tuple[int, str, str]]
+
+
+def test_a_filter_narrows_and_the_cursor_goes_on(search: Search) -> None:
+    words = ["--like", "u0", "--where", "n >= 2 and n != 3", "--top", "2"]
+    code, out, err = search(*words)
+    assert code == 0
+    assert "caption 2" in out
+    assert "caption 4" in out
+    after = err.split("--after ")[1].split()[0]
+    code, out, _ = search(*words, "--after", after, "--json")
+    assert [hit["uid"] for hit in json.loads(out)["hits"]] == ["u5", "u6"]
+
+
+def test_words_duplicates_diversity_and_the_lowest_cosine_reach_the_question(search: Search) -> None:
+    code, out, _ = search(
+        *("--like", "u0", "--words", "caption 3", "--group-duplicates", "0.99", "--diversity", "0.1"),
+        *("--at-least", "0.2", "--json"),
+    )
+    assert code == 0
+    answer = json.loads(out)
+    asked = {name: answer["question"][name] for name in ("words", "duplicates", "diversity", "at_least")}
+    assert asked == {"words": "caption 3", "duplicates": 0.99, "diversity": 0.1, "at_least": 0.2}
+    assert {"fused", "similar", "score"} <= set(answer["hits"][0])
+    assert "u3" in {hit["uid"] for hit in answer["hits"]}
+
+
+def test_grouped_answers_show_their_number(search: Search) -> None:
+    _, out, _ = search("--like", "u0", "--group-duplicates", "0.9")
+    assert "more like it" in out
+
+
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_questions_of_a_file_are_answered_in_lines(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_piped: bool
+) -> None:
+    text = '{"items": ["u8"]}\n\n{"items": ["u0"], "minus": [], "top": 1}\n'
+    (tmp_path / "questions").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    code, out, _ = search("--queries", "-" if is_piped else str(tmp_path / "questions"), "--top", "2")
+    assert code == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [[hit["uid"] for hit in answer["hits"]] for answer in answers] == [["u8", "u7"], ["u0"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--like", "u0", "--where", "n >"), "place 4"),
+        (("--like", "u0", "--where", "m = 1"), "known: caption, key, language, n"),
+        (("--like", "nobody"), "no item 'nobody'"),
+        (("--like", "u0", "--after", "x"), "'x' is no cursor"),
+        (("--queries", "/nowhere/q"), "/nowhere/q cannot be read"),
+        (("a text", "--queries", "-"), "leave TEXT and --html out"),
+        ((), "needs a text or a picture or an item"),
+    ],
+)
+def test_misuse_is_said_in_a_line(search: Search, words: tuple[str, ...], message: str) -> None:
+    code, out, err = search(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1

@@ -1,0 +1,90 @@
+import math
+import sqlite3
+from typing import Any
+
+import pytest
+
+from vlm.data.samples import Captions
+from vlm.index.facts import LONGEST_TEXT, SCHEMA, facts_of, field_kinds, insert_facts
+from vlm.index.parts import Origin
+
+
+def origin(metadata: dict[str, Any], captions: Captions | None = None, key: str = "k") -> Origin:
+    return Origin(
+        uid=key,
+        key=key,
+        shard="/shards/0.tar",
+        number=0,
+        image_offset=0,
+        image_size=0,
+        caption_number=None,
+        captions=captions or {},
+        metadata=metadata,
+    )
+
+
+@pytest.fixture
+def database() -> sqlite3.Connection:
+    opened = sqlite3.connect(":memory:")
+    opened.executescript(SCHEMA)
+    return opened
+
+
+def facts(database: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    return database.execute(
+        "SELECT name, value, row FROM facts JOIN fields ON fields.id = field ORDER BY row, name, value"
+    ).fetchall()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"width": 640, "ratio": 1.5}, {("width", 640), ("ratio", 1.5)}),
+        ({"exif": {"width": 640, "lens": {"name": "x"}}}, {("exif.width", 640), ("exif.lens.name", "x")}),
+        ({"objects": [{"label": "dog"}, {"label": "cat"}]}, {("objects.label", "dog"), ("objects.label", "cat")}),
+        ({"tags": ["dog", "wet"]}, {("tags", "dog"), ("tags", "wet")}),
+        ({"tags": "dog, wet,,"}, {("tags", "dog"), ("tags", "wet")}),
+        ({"good": True, "bad": False}, {("good", 1), ("bad", 0)}),
+        ({"nothing": None, "none": [], "empty": {}, "nan": math.nan}, set()),
+        ({"captions": ["x"], "captions_zh": ["y"], "caption_weights": [1]}, set()),
+        ({"vector": [0.5] * 33, "box": [1, 2, 3, 4]}, {("box", number) for number in (1, 2, 3, 4)}),
+        ({"long": "x" * 5000}, {("long", "x" * LONGEST_TEXT)}),
+        ({"big": 2**70, "huge": -(10**400)}, {("big", 2.0**70), ("huge", -math.inf)}),
+        ({"odd": "a\0b\ud800"}, {("odd", "a\N{REPLACEMENT CHARACTER}b?")}),
+    ],
+)
+def test_metadata_become_facts(metadata: dict[str, Any], expected: set[tuple[str, Any]]) -> None:
+    assert set(facts_of(origin(metadata))) == expected | {("key", "k")}
+
+
+def test_key_languages_and_captions_are_fields_beside_what_metadata_calls_so() -> None:
+    given = origin({"language": "fr", "caption": "un chien"}, {"": ("a dog",), "zh": ("狗", "犬")}, key="7")
+    assert set(facts_of(given)) == {
+        ("key", "7"),
+        ("language", "zh"),
+        ("language", "fr"),
+        *(("caption", text) for text in ("a dog", "狗", "犬", "un chien")),
+    }
+
+
+def test_what_is_nested_without_end_is_left_out() -> None:
+    nested: dict[str, Any] = {"x": 1}
+    for _ in range(500):
+        nested = {"x": nested}
+    assert set(facts_of(origin(nested))) == {("key", "k")}
+
+
+def test_values_keep_their_kind_and_are_kept_once(database: sqlite3.Connection) -> None:
+    insert_facts(database, [(3, origin({"a": [1, 1.0, "1", True], "b": "x"})), (5, origin({"a": 0.5}))])
+    insert_facts(database, [(6, origin({"c": "later", "b": 2}))])
+    assert facts(database) == [
+        ("a", 1, 3), ("a", "1", 3), ("b", "x", 3), ("key", "k", 3),
+        ("a", 0.5, 5), ("key", "k", 5),
+        ("b", 2, 6), ("c", "later", 6), ("key", "k", 6),
+    ]  # fmt: skip
+    assert field_kinds(database) == {
+        "a": ("number", "text"),
+        "b": ("number", "text"),
+        "c": ("text",),
+        "key": ("text",),
+    }

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from vlm.errors import UsageError
+from vlm.service.question import Question
+from vlm.service.question_file import read_questions
+
+
+def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
+    lines = [
+        "a dog\n",
+        "\n",
+        '{"texts": ["a", "b"], "minus": ["c"], "weights": [1, 2, 3], "top": 3, "where": "x = 1"}',
+        '  {"images": ["q.png"], "words": "w", "duplicates": 0.9, "diversity": 0, "after": "z"}  ',
+        "[1] is a text",
+    ]
+    defaults = Question(top=7, where="y = 2")
+    assert read_questions(lines, defaults) == [
+        Question(texts=("a dog",), top=7, where="y = 2"),
+        Question(texts=("a", "b"), minus=("c",), weights=(1.0, 2.0, 3.0), top=3, where="x = 1"),
+        Question(images=(Path("q.png"),), top=7, where="y = 2", words="w", duplicates=0.9, after="z"),
+        Question(texts=("[1] is a text",), top=7, where="y = 2"),
+    ]
+    assert read_questions([], defaults) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"texts": ["a"', "Line 2 of the questions: it begins like a JSON object"),
+        ("{" + '"a":{' * 100_000, "Line 2 .* begins like a JSON object"),
+        ('{"text": ["a"]}', "no 'text'; did you mean 'texts'?"),
+        ('{"texts": "a"}', "texts must be a list of texts, given: 'a'"),
+        ('{"texts": [1]}', "texts must be a list of texts"),
+        ('{"texts": ["a"], "top": 1.5}', "top must be a whole number, given: 1.5"),
+        ('{"texts": ["a"], "top": true}', "top must be a whole number"),
+        ('{"texts": ["a"], "top": NaN}', "top must be a whole number"),
+        ('{"texts": ["a"], "top": Infinity}', "top must be a whole number"),
+        ('{"texts": ["a"], "top": 0}', "Line 2 .* top = 0 does not fit"),
+        ('{"texts": ["a"], "weights": [1, "x"]}', "weights must be a list of numbers"),
+        ('{"texts": ["a"], "where": 1}', "where must be a text"),
+        ('{"texts": ["a"], "duplicates": null}', "duplicates must be a number"),
+        ('{"texts": ["a"], "diversity": 7}', "diversity of 7.0 is outside"),
+        ("{}", "Line 2 .* needs a text or a picture"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(line: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_questions(["a dog", line], Question())

@@ -1,0 +1,50 @@
+"""Add the rows of an embeddings folder to an index; searches go on meanwhile."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vlm.console import say, show_facts, show_json
+
+if TYPE_CHECKING:
+    from vlm.index.changes import Change
+
+# from here on dead rows cost a search more than a compaction is put off for
+_MANY_DEAD = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm index add`."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """Folder that `vlm index build` made."""
+
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Folder that `vlm embed` made with the same model."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Add, then say what there is."""
+    from vlm.index.changes import NewRows
+    from vlm.index.writer import IndexWriter
+
+    new = NewRows.of_folder(arguments.embeddings)
+    with IndexWriter(arguments.index) as writer:
+        change = writer.add(new)
+    show_change(change, arguments.index, as_json=arguments.json)
+
+
+def show_change(change: "Change", index: Path, *, as_json: bool) -> None:
+    """What a change did, and whether it is time to compact."""
+    if as_json:
+        show_json(asdict(change))
+        return
+    show_facts(asdict(change))
+    if change.dead > _MANY_DEAD * (change.dead + change.rows):
+        say(f"Next: vlm index compact {index}, for {change.dead:,} dead rows are passed over by each search.")

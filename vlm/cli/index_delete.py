@@ -1,0 +1,55 @@
+"""Delete rows of an index, by their uids or by a filter."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vlm.cli.index_add import show_change
+from vlm.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm index delete`."""
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """Folder that `vlm index build` made."""
+
+    uid: tuple[str, ...] = ()
+    """Rows to delete; one that is not there is an error, and nothing is deleted."""
+
+    uids: Path | None = None
+    """A file with the uids, one a line; - is standard input."""
+
+    where: str = ""
+    """Delete what this filter chooses, as "split = 'old' and width < 64"."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Delete, then say what is left."""
+    from vlm.index.where import parse_where
+    from vlm.index.writer import IndexWriter
+
+    uids = [*arguments.uid, *_read_lines(arguments.uids)]
+    if bool(uids) == bool(arguments.where):
+        raise UsageError("Say what to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
+    condition = parse_where(arguments.where) if arguments.where else None
+    with IndexWriter(arguments.index) as writer:
+        if condition is None:
+            change = writer.delete(uids)
+        else:
+            change = writer.delete_rows(writer.generation.catalogue.where(condition))
+    show_change(change, arguments.index, as_json=arguments.json)
+
+
+def _read_lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line]

@@ -1,0 +1,184 @@
+"""One page of answers out of one generation of an index: chosen, fused, without duplicates, diverse."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vlm.errors import UsageError
+from vlm.index.facts import clean
+from vlm.index.generations import Generation
+from vlm.index.reorder import diversify, fuse_ranks, lead_duplicates
+from vlm.index.search_plan import nearest
+from vlm.index.stored import stored_vectors
+from vlm.index.where import parse_where
+from vlm.service.pages import Cursor
+from vlm.service.question import Question
+from vlm.tensors import Array, Float32, Int64
+
+CANDIDATES = 1000
+"""How many of each ranking are fused, and how many are put in a diverse order; a page ends where they end."""
+
+# FAISS adds up in single precision, and keeps any of several rows of one score
+_TIE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Rows with the cosine of each to the question, best first.
+
+    fused: the score of the fusion that orders them; None where the cosine does.
+    similar: how many worse answers each stands for.
+    """
+
+    rows: Int64[Array, " N"]
+    cosines: Float32[Array, " N"]
+    fused: Float32[Array, " N"] | None = None
+    similar: Int64[Array, " N"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def behind(self, after: Cursor) -> "Ranking":
+        """Those that rank after the cursor."""
+        last = np.float32(after.score)
+        is_behind = (self.cosines < last) | ((self.cosines == last) & (self.rows > after.row))
+        return self.take(np.flatnonzero(is_behind))
+
+    def take(self, places: Int64[Array, " M"]) -> "Ranking":
+        """Those at the given places, in that order."""
+        fused = None if self.fused is None else self.fused[places]
+        similar = None if self.similar is None else self.similar[places]
+        return Ranking(rows=self.rows[places], cosines=self.cosines[places], fused=fused, similar=similar)
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Answers one question from one generation.
+
+    query: unit vector. among: the rows that may answer, rising; None: all that live.
+    """
+
+    generation: Generation
+    query: Float32[Array, " D"]
+    question: Question
+    among: Int64[Array, " N"] | None
+
+    def page(self) -> tuple[Ranking, str]:
+        """The answers after the question's cursor, and the cursor to go on from; empty at the end.
+
+        Raises:
+            UsageError: the cursor is none, of another question, or of another generation where the order may have
+                changed with it.
+        """
+        after = self._cursor()
+        found = self._next_nearest(after) if self.question.is_plain else self._next_chosen(after.seen if after else 0)
+        page = found.take(np.arange(min(len(found), self.question.top)))
+        if len(page) == len(found):
+            return page, ""
+        end = Cursor(
+            generation=self.generation.number,
+            question=self.question.digest(),
+            seen=(after.seen if after else 0) + len(page),
+            score=float(page.cosines[-1]),
+            row=int(page.rows[-1]),
+        )
+        return page, end.to_word()
+
+    def _cursor(self) -> Cursor | None:
+        if not self.question.after:
+            return None
+        after = Cursor.from_word(self.question.after)
+        if after.question != self.question.digest():
+            raise UsageError("The cursor belongs to another question; ask this one from its first page.")
+        if after.generation != self.generation.number and not self.question.is_plain:
+            raise UsageError(
+                f"The index has moved from generation {after.generation} to {self.generation.number} since the last "
+                "page, and the order of these answers with it; ask again from the first page."
+            )
+        return after
+
+    def _next_nearest(self, after: Cursor | None) -> Ranking:
+        """The nearest rows behind the cursor, one more than asked for if there are."""
+        depth = (after.seen if after else 0) + self.question.top + 2
+        while True:
+            found, is_all = self._surely_nearest(depth)
+            behind = found if after is None else found.behind(after)
+            # rows that came into the index since may rank before the cursor, so that more have to be passed over
+            if is_all or len(behind) > self.question.top:
+                return behind
+            depth *= 2
+
+    def _next_chosen(self, seen: int) -> Ranking:
+        """The answers in the order of fusion, without duplicates, diverse; those seen passed over."""
+        question = self.question
+        wanted = CANDIDATES if question.diversity else seen + question.top + 1
+        found = self._without_duplicates(wanted)
+        if question.diversity:
+            found = found.take(np.arange(min(len(found), CANDIDATES)))
+            relevance = found.cosines if found.fused is None else found.fused
+            vectors = stored_vectors(self.generation, found.rows)
+            found = found.take(diversify(relevance, vectors, question.diversity, seen + question.top + 1))
+        return found.take(np.arange(seen, len(found)))
+
+    def _without_duplicates(self, wanted: int) -> Ranking:
+        """The answers that stand for themselves: the first `wanted`, if there are so many, or without a wish to see no
+        duplicates all that were looked at."""
+        threshold, depth = self.question.duplicates, max(wanted, CANDIDATES)
+        if threshold is None:
+            return self._fused() if self.question.words else self._nearest(CANDIDATES)
+        while True:
+            found, is_all = (self._fused(), True) if self.question.words else self._surely_nearest(depth)
+            leaders = lead_duplicates(stored_vectors(self.generation, found.rows), threshold, most=wanted)
+            places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
+            if is_all or len(places) >= wanted:
+                return replace(found.take(places), similar=sizes - 1)
+            depth *= 4
+
+    def _surely_nearest(self, depth: int) -> tuple[Ranking, bool]:
+        """The nearest rows down to a score of which none was cut off among equals, and whether these are all rows."""
+        found = self._nearest(depth)
+        if len(found) < depth:
+            return found, True
+        return found.take(np.flatnonzero(found.cosines > found.cosines[-1] + _TIE)), False
+
+    def _nearest(self, depth: int) -> Ranking:
+        _, rows = nearest(self.generation.selected, self.query[None], depth, self.among)
+        cosines = self._cosines(rows[0])
+        order = np.lexsort((rows[0], -cosines))
+        return self._near_enough(Ranking(rows=rows[0][order], cosines=cosines[order]))
+
+    def _fused(self) -> Ranking:
+        by_cosine = self._nearest(CANDIDATES).rows
+        rows, fused = fuse_ranks([by_cosine, self._with_words(CANDIDATES)])
+        cosines = self._cosines(rows)
+        order = np.lexsort((rows, -cosines, -fused))
+        return self._near_enough(Ranking(rows=rows[order], cosines=cosines[order], fused=fused[order]))
+
+    def _with_words(self, depth: int) -> Int64[Array, " N"]:
+        """The rows whose captions hold the words, best first."""
+        asked = depth
+        while True:
+            found = self.generation.catalogue.search_text(clean(self.question.words), asked)
+            rows = np.array([entry.row for entry in found], np.int64)
+            kept = rows if self.among is None else rows[np.isin(rows, self.among)]
+            if len(kept) >= depth or len(found) < asked:
+                return kept[:depth]
+            asked *= 4
+
+    def _near_enough(self, found: Ranking) -> Ranking:
+        lowest = self.question.at_least
+        return found if lowest is None else found.take(np.flatnonzero(found.cosines >= lowest))
+
+    def _cosines(self, rows: Int64[Array, " N"]) -> Float32[Array, " N"]:
+        # in double precision, so that a row has the same score whichever way and in whatever company it was found
+        exact = stored_vectors(self.generation, rows).astype(np.float64) @ self.query.astype(np.float64)
+        return exact.astype(np.float32)
+
+
+def rows_among(generation: Generation, where: str) -> Int64[Array, " N"] | None:
+    """The living rows that a filter chooses; None without a filter.
+
+    Raises:
+        UsageError: the filter is malformed or fits no field.
+    """
+    return generation.catalogue.where(parse_where(where)) if where else None
