@@ -57,7 +57,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             model=ModelConfig(architecture="timm:test_convnext3+bag@192", image_size=64),
             loader=LoaderConfig(flip=0.5),
             objective=_REPEATED,
-            optimizer=_SMALL_AVERAGED,
+            optimizer=replace(_SMALL_AVERAGED, warmup_steps=100),
             batch_size=256,
             epochs=14.0,
         ),
