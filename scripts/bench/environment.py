@@ -1,12 +1,11 @@
 """The environment of its own that open_clip's pipeline runs in, and the shards both sides read."""
 
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torchvision
+from bench.own_environment import own_python, run_quietly
 
 from vlm.console import say
 from vlm.data.shards import expand_shards
@@ -22,27 +21,15 @@ def open_clip_python(folder: Path) -> Path:
     Raises:
         VlmError: it cannot be made.
     """
-    python = folder / "bin" / "python"
-    if not (folder / "ready").is_file():
-        same = (f"torch=={torch.__version__.split('+')[0]}", f"torchvision=={torchvision.__version__.split('+')[0]}")
-        say(f"Installing {', '.join((*PINNED, *same))} into {folder} …")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        uv = shutil.which("uv")
-        if uv:
-            _run([uv, "venv", "--allow-existing", "--python", sys.executable, str(folder)])
-            _run([uv, "pip", "install", "--python", str(python), *PINNED, *same, "psutil", "pandas"])
-        else:
-            _run([sys.executable, "-m", "venv", str(folder)])
-            _run([str(python), "-m", "pip", "install", *PINNED, *same, "psutil", "pandas"])
-        (folder / "ready").touch()
-    return python
+    same = (f"torch=={torch.__version__.split('+')[0]}", f"torchvision=={torchvision.__version__.split('+')[0]}")
+    return own_python(folder, (*PINNED, *same, "psutil", "pandas"))
 
 
 def packed_clothing(folder: Path) -> str:
     """The full-size photos in six shards, packed as they are by `vlm pack` if they are not there yet."""
     say(f"Packing {DATASETS / 'clothing'} into {folder} …")
     source = str(DATASETS / "clothing" / "clothing.tar")
-    _run([sys.executable, "-m", "vlm", "pack", source, str(folder), "--samples-per-shard", "64"])
+    run_quietly([sys.executable, "-m", "vlm", "pack", source, str(folder), "--samples-per-shard", "64"])
     return str(folder)
 
 
@@ -63,9 +50,3 @@ def shards_of(names: tuple[str, ...], folder: Path, workers: int) -> dict[str, l
         if len(found[name]) < workers:
             raise VlmError(f"{name} has {len(found[name])} shards; open_clip needs at least as many as workers.")
     return found
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise VlmError(f"{' '.join(command[:4])} … failed: {(done.stderr or done.stdout)[-2000:]}")

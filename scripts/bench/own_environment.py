@@ -25,16 +25,21 @@ def own_python(folder: Path, packages: Sequence[str]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         uv = shutil.which("uv")
         if uv:
-            _run([uv, "venv", "--allow-existing", "--python", sys.executable, str(folder)])
-            _run([uv, "pip", "install", "--python", str(python), *packages])
+            run_quietly([uv, "venv", "--allow-existing", "--python", sys.executable, str(folder)])
+            run_quietly([uv, "pip", "install", "--python", str(python), *packages])
         else:
-            _run([sys.executable, "-m", "venv", str(folder)])
-            _run([str(python), "-m", "pip", "install", *packages])
+            run_quietly([sys.executable, "-m", "venv", str(folder)])
+            run_quietly([str(python), "-m", "pip", "install", *packages])
         (folder / "ready").touch()
     return python
 
 
-def _run(command: list[str]) -> None:
+def run_quietly(command: list[str]) -> None:
+    """Run a command.
+
+    Raises:
+        VlmError: it fails; the end of what it said is given.
+    """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise VlmError(f"{' '.join(command[:4])} … failed: {(done.stderr or done.stdout)[-2000:]}")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.index.changes import SPACE, MakeIndex, origins, vectors
 from vlm.data.views import FixedView
 from vlm.index.build import build_index
 from vlm.index.embed import embed_shards
 from vlm.index.embeddings import EmbeddingsWriter, Modality, Space
+from vlm.index.kinds import Tuning
 from vlm.index.parts import Origin
 from vlm.tensors import Float32, Tensor, UInt8
 
@@ -161,3 +163,17 @@ def embed_vectors(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def make_index(tmp_path: Path) -> MakeIndex:
+    """Builds an index of random rows named k0, k1, …"""
+
+    def build(count: int = 300, *, kind: str = "flat", tuning: Tuning | None = None) -> Path:
+        writer = EmbeddingsWriter(tmp_path / "embeddings", space=SPACE, identity={})
+        writer.add("/nowhere/0.tar", vectors(count, 0), origins([f"k{n}" for n in range(count)], split="first"))
+        writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
+        build_index(tmp_path / "embeddings", tmp_path / "index", kind=kind, tuning=tuning)
+        return tmp_path / "index"
+
+    return build

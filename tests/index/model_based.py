@@ -16,58 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.index.model_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
 from vlm.index.build import build_index
-from vlm.index.changes import NewRows
-from vlm.index.embeddings import EmbeddingsWriter, Space, unit_rows
+from vlm.index.embeddings import EmbeddingsWriter, unit_rows
 from vlm.index.kinds import Tuning
-from vlm.index.parts import Origin
 from vlm.index.read import Index
 from vlm.index.where import parse_where
 from vlm.index.writer import IndexWriter
 
-DIMENSION = 8
-SPACE = Space(model="given", fingerprint="given", dimension=DIMENSION, modality="image")
-COLOURS = ("red", "green", "blue")
 KILLED = 77
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the oracle knows of a row."""
-
-    vector: np.ndarray
-    colour: str
-    size: int
-
-
-Rows = dict[str, Row]
-
-
-def origin(uid: str, row: Row) -> Origin:
-    """The row's place in the catalogue."""
-    return Origin(
-        uid=uid,
-        key=uid,
-        shard="/nowhere/0.tar",
-        number=0,
-        image_offset=0,
-        image_size=0,
-        caption_number=None,
-        captions={"": (f"a {row.colour} thing",)},
-        metadata={"colour": row.colour, "size": row.size},
-    )
-
-
-def new_rows(rows: Rows) -> NewRows:
-    """As they come into an index."""
-    return NewRows.of_arrays(
-        np.stack([row.vector for row in rows.values()]), [origin(*item) for item in rows.items()], SPACE
-    )
-
-
-def as_stored(vector: np.ndarray) -> np.ndarray:
-    """The row that an index compares: rounded to float16, then of unit length."""
-    return unit_rows(vector.astype(np.float16)[None])[0]
 
 
 @dataclass

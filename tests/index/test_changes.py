@@ -1,75 +1,24 @@
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from vlm.errors import UsageError, VlmError
+from tests.index.changes import SPACE, MakeIndex, given, origins, uids_of, vectors
+from vlm.errors import UsageError
 from vlm.index.build import build_index
 from vlm.index.changes import NewRows
-from vlm.index.embeddings import EmbeddingsWriter, Space, unit_rows
 from vlm.index.kinds import Tuning
-from vlm.index.parts import Origin
 from vlm.index.read import Index
 from vlm.index.where import parse_where
 from vlm.index.writer import IndexWriter
 from vlm.manifest import read_manifest
-
-SPACE = Space(model="given", fingerprint="given", dimension=16, modality="image")
-Make = Callable[..., Path]
-
-
-def vectors(count: int, seed: int) -> np.ndarray:
-    return unit_rows(np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32))
-
-
-def origins(uids: Sequence[str], **metadata: object) -> list[Origin]:
-    return [
-        Origin(
-            uid=uid,
-            key=uid,
-            shard="/nowhere/1.tar",
-            number=number,
-            image_offset=0,
-            image_size=0,
-            caption_number=None,
-            captions={"": (f"caption of {uid}",)},
-            metadata={"number": number} | metadata,
-        )
-        for number, uid in enumerate(uids)
-    ]
-
-
-def given(count: int, seed: int, name: str = "n", **metadata: object) -> NewRows:
-    return NewRows.of_arrays(vectors(count, seed), origins([f"{name}{n}" for n in range(count)], **metadata), SPACE)
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Builds an index of random rows named k0, k1, …"""
-
-    def build(count: int = 300, *, kind: str = "flat", tuning: Tuning | None = None) -> Path:
-        writer = EmbeddingsWriter(tmp_path / "embeddings", space=SPACE, identity={})
-        writer.add("/nowhere/0.tar", vectors(count, 0), origins([f"k{n}" for n in range(count)], split="first"))
-        writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
-        build_index(tmp_path / "embeddings", tmp_path / "index", kind=kind, tuning=tuning)
-        return tmp_path / "index"
-
-    return build
-
-
-def uids_of(index: Index, query: np.ndarray, top: int = 5, **more: np.ndarray) -> list[str]:
-    return [hit.entry.uid for hit in index.search(query[None], top, **more)[0]]
 
 
 def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file()} - {"manifest.json", "writer.lock"}
 
 
-def test_added_rows_are_found_and_the_ones_before_them_too(make: Make) -> None:
-    folder, new = make(), vectors(20, 1)
+def test_added_rows_are_found_and_the_ones_before_them_too(make_index: MakeIndex) -> None:
+    folder, new = make_index(), vectors(20, 1)
     with IndexWriter(folder) as writer:
         change = writer.add(given(20, 1))
     assert (change.generation, change.rows, change.added, change.segments) == (2, 320, 20, 2)
@@ -79,8 +28,8 @@ def test_added_rows_are_found_and_the_ones_before_them_too(make: Make) -> None:
     assert [entry.uid for entry in index.catalogue.search_text("n7", 5)] == ["n7"]
 
 
-def test_a_uid_that_is_there_is_not_added_but_updated(make: Make) -> None:
-    folder = make()
+def test_a_uid_that_is_there_is_not_added_but_updated(make_index: MakeIndex) -> None:
+    folder = make_index()
     new = NewRows.of_arrays(vectors(3, 5), origins(["k4", "fresh", "k9"]), SPACE)
     with IndexWriter(folder) as writer:
         with pytest.raises(UsageError, match=r"has 'k[49]' already \(2 of the 3 new rows.*vlm index update"):
@@ -96,8 +45,8 @@ def test_a_uid_that_is_there_is_not_added_but_updated(make: Make) -> None:
     assert entry.shard == "/nowhere/1.tar"
 
 
-def test_deleted_rows_are_never_found_again_by_vector_word_uid_or_filter(make: Make) -> None:
-    folder = make()
+def test_deleted_rows_are_never_found_again_by_vector_word_uid_or_filter(make_index: MakeIndex) -> None:
+    folder = make_index()
     with IndexWriter(folder) as writer:
         change = writer.delete(["k0", "k7"])
     assert (change.removed, change.rows, change.dead) == (2, 298, 2)
@@ -110,15 +59,15 @@ def test_deleted_rows_are_never_found_again_by_vector_word_uid_or_filter(make: M
     assert len(index.catalogue.where(parse_where("split = 'first'"))) == 298
 
 
-def test_deleting_what_is_not_there_names_it_and_deletes_nothing(make: Make) -> None:
-    folder = make()
+def test_deleting_what_is_not_there_names_it_and_deletes_nothing(make_index: MakeIndex) -> None:
+    folder = make_index()
     with IndexWriter(folder) as writer, pytest.raises(UsageError, match=r"no 'ghost' \(1 of 2 uids.*nothing was"):
         writer.delete(["k1", "ghost"])
     assert read_manifest(folder, "index").generation == 1
 
 
-def test_rows_are_deleted_by_a_filter(make: Make) -> None:
-    folder = make()
+def test_rows_are_deleted_by_a_filter(make_index: MakeIndex) -> None:
+    folder = make_index()
     with IndexWriter(folder) as writer:
         condition = parse_where("number < 10 or number >= 290")
         assert writer.delete_rows(writer.generation.catalogue.where(condition)).removed == 20
@@ -126,8 +75,8 @@ def test_rows_are_deleted_by_a_filter(make: Make) -> None:
     assert read_manifest(folder, "index").generation == 2
 
 
-def test_a_uid_may_come_back_after_its_deletion_and_its_row_number_does_not(make: Make) -> None:
-    folder, numbers = make(), []
+def test_a_uid_may_come_back_after_its_deletion_and_its_row_number_does_not(make_index: MakeIndex) -> None:
+    folder, numbers = make_index(), []
     with IndexWriter(folder) as writer:
         for _ in range(3):
             writer.add(given(1, 1))
@@ -139,8 +88,8 @@ def test_a_uid_may_come_back_after_its_deletion_and_its_row_number_does_not(make
     assert numbers == [300, 301, 302]
 
 
-def test_everything_may_be_deleted_and_filled_again(make: Make) -> None:
-    folder = make(40)
+def test_everything_may_be_deleted_and_filled_again(make_index: MakeIndex) -> None:
+    folder = make_index(40)
     with IndexWriter(folder) as writer:
         writer.delete([f"k{n}" for n in range(40)])
         assert Index.open(folder).search(vectors(2, 3), 5) == [[], []]
@@ -150,8 +99,8 @@ def test_everything_may_be_deleted_and_filled_again(make: Make) -> None:
     assert uids_of(Index.open(folder), vectors(6, 1)[2], 1) == ["n2"]
 
 
-def test_compaction_leaves_one_segment_of_the_index_kind_and_no_dead_rows(make: Make) -> None:
-    folder = make(500, kind="ivf", tuning=Tuning(nlist=10, nprobe=10))
+def test_compaction_leaves_one_segment_of_the_index_kind_and_no_dead_rows(make_index: MakeIndex) -> None:
+    folder = make_index(500, kind="ivf", tuning=Tuning(nlist=10, nprobe=10))
     with IndexWriter(folder) as writer:
         writer.add(given(100, 1))
         writer.delete([f"k{n}" for n in range(50)])
@@ -169,9 +118,9 @@ def test_compaction_leaves_one_segment_of_the_index_kind_and_no_dead_rows(make: 
 
 
 def test_a_kind_that_no_longer_fits_gives_way_to_flat_and_says_so(
-    make: Make, capsys: pytest.CaptureFixture[str]
+    make_index: MakeIndex, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = make(500, kind="ivf")
+    folder = make_index(500, kind="ivf")
     with IndexWriter(folder) as writer:
         writer.delete([f"k{n}" for n in range(450)])
         writer.compact()
@@ -182,8 +131,8 @@ def test_a_kind_that_no_longer_fits_gives_way_to_flat_and_says_so(
     assert Index.open(folder).info().kind == "flat"
 
 
-def test_many_small_additions_stay_few_segments(make: Make) -> None:
-    folder = make(200)
+def test_many_small_additions_stay_few_segments(make_index: MakeIndex) -> None:
+    folder = make_index(200)
     with IndexWriter(folder) as writer:
         changes = [writer.add(given(1, number, name=f"x{number}-")) for number in range(33)]
     assert max(change.segments for change in changes) <= 8
@@ -191,8 +140,8 @@ def test_many_small_additions_stay_few_segments(make: Make) -> None:
     assert uids_of(Index.open(folder), vectors(1, 20)[0], 1) == ["x20-0"]
 
 
-def test_a_reader_stays_on_its_generation_until_it_refreshes(make: Make) -> None:
-    folder, new = make(), vectors(20, 1)
+def test_a_reader_stays_on_its_generation_until_it_refreshes(make_index: MakeIndex) -> None:
+    folder, new = make_index(), vectors(20, 1)
     readers = [Index.open(folder), Index.open(folder)]
     with IndexWriter(folder) as writer:
         writer.add(given(20, 1))
@@ -210,8 +159,8 @@ def test_a_reader_stays_on_its_generation_until_it_refreshes(make: Make) -> None
     assert "k1" not in uids_of(readers[1], vectors(300, 0)[1], 1000)
 
 
-def test_refreshing_opens_only_what_is_new(make: Make) -> None:
-    folder = make()
+def test_refreshing_opens_only_what_is_new(make_index: MakeIndex) -> None:
+    folder = make_index()
     index = Index.open(folder)
     held = index.generation.selected[0].segment
     with IndexWriter(folder) as writer:
@@ -220,8 +169,8 @@ def test_refreshing_opens_only_what_is_new(make: Make) -> None:
     assert index.generation.selected[0].segment is held
 
 
-def test_a_folder_built_anew_under_the_same_name_is_noticed(make: Make, tmp_path: Path) -> None:
-    folder = make()
+def test_a_folder_built_anew_under_the_same_name_is_noticed(make_index: MakeIndex, tmp_path: Path) -> None:
+    folder = make_index()
     index = Index.open(folder)
     folder.rename(tmp_path / "away")
     with pytest.raises(UsageError, match="has no manifest"):
@@ -232,43 +181,8 @@ def test_a_folder_built_anew_under_the_same_name_is_noticed(make: Make, tmp_path
     assert uids_of(index, vectors(300, 0)[5], 1) == ["k5"]
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf", "sq8", "hnsw", "ivfpq"])
-@pytest.mark.parametrize(("number", "top"), [(3, 10), (60, 20), (600, 50), (1900, 1000)])
-def test_a_filtered_search_is_complete_and_true_for_every_kind(
-    make: Make, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, top: int
-) -> None:
-    folder = make(2000, kind=kind)
-    monkeypatch.setattr("vlm.index.search_plan.EXACT_ROWS", 10)
-    with IndexWriter(folder) as writer:
-        writer.delete([f"k{n}" for n in range(0, 2000, 100)])
-        writer.add(given(50, 1))
-    index, rows, queries = Index.open(folder), vectors(2000, 0), vectors(4, 8)
-    among = index.catalogue.where(parse_where(f"split = 'first' and number < {number}"))
-    allowed = [n for n in range(number) if n % 100]
-    assert among.tolist() == allowed
-    for query, hits in zip(queries, index.search(queries, top, among=among), strict=True):
-        numbers = [int(hit.entry.uid[1:]) for hit in hits]
-        assert len(set(numbers)) == len(numbers) == min(top, len(allowed))
-        assert set(numbers) <= set(allowed)
-        assert np.allclose([hit.score for hit in hits], rows[numbers] @ query, atol=1e-3)
-        best = np.sort(rows[allowed] @ query)[::-1][: len(hits)]
-        assert np.mean([hit.score >= best[-1] - 1e-3 for hit in hits]) >= (1.0 if kind == "flat" else 0.8)
-
-
-def test_a_filter_that_leaves_few_rows_is_answered_exactly_by_a_lossy_kind(make: Make) -> None:
-    folder = make(2000, kind="ivfpq")
-    index, query = Index.open(folder), vectors(1, 8)
-    among = index.catalogue.where(parse_where("number < 500"))
-    _, rows = index.nearest(query, 30, among)
-    truth = np.argsort(-(vectors(2000, 0)[:500] @ query[0]))[:30]
-    assert len(set(rows[0]) & set(truth)) >= 29
-    assert index.nearest(query, 30, np.array([], np.int64))[1].shape == (1, 0)
-    with pytest.raises(UsageError, match="must rise"):
-        index.nearest(query, 30, np.array([3, 1]))
-
-
-def test_rows_that_no_segment_has_any_more_leave_the_catalogue_with_the_next_compaction(make: Make) -> None:
-    folder = make(40)
+def test_rows_that_no_segment_has_any_more_leave_the_catalogue_with_the_next_compaction(make_index: MakeIndex) -> None:
+    folder = make_index(40)
     with IndexWriter(folder) as writer:
         writer.add(given(4, 1))
         writer.delete([f"n{n}" for n in range(4)])
@@ -278,70 +192,8 @@ def test_rows_that_no_segment_has_any_more_leave_the_catalogue_with_the_next_com
         assert writer.compact().generation == 4
 
 
-@pytest.mark.parametrize(
-    ("space", "message"),
-    [
-        ({"fingerprint": "other", "model": "runs/b"}, r"by given \(fingerprint given\).*runs/b \(fingerprint other\)"),
-        ({"modality": "text"}, "image embeddings of 16 dimensions, the new rows are text embeddings of 16"),
-        ({"dimension": 8}, "16 dimensions, the new rows are image embeddings of 8"),
-    ],
-)
-def test_rows_of_another_space_are_refused(make: Make, space: dict[str, Any], message: str) -> None:
-    folder = make(20)
-    given_space: dict[str, Any] = {"model": "given", "fingerprint": "given", "dimension": 16, "modality": "image"}
-    other = Space(**given_space | space)
-    rows = vectors(2, 1)[:, : other.dimension]
-    with IndexWriter(folder) as writer, pytest.raises(UsageError, match=message):
-        writer.add(NewRows.of_arrays(rows, origins(["a", "b"]), other))
-
-
-@pytest.mark.parametrize(("value", "length"), [(0.0, "0"), (np.nan, "nan"), (np.inf, "inf")])
-def test_vectors_without_a_direction_are_refused_and_nothing_is_lost(make: Make, value: float, length: str) -> None:
-    folder, rows = make(20), vectors(3, 1)
-    rows[1] = value
-    with pytest.raises(UsageError, match=f"Vector 1 has length {length}"):
-        NewRows.of_arrays(rows, origins(["a", "b", "c"]), SPACE)
-    stored = NewRows(
-        space=SPACE,
-        count=3,
-        source="",
-        shards=(),
-        blocks=lambda: [rows.astype(np.float16)],
-        origins=lambda: origins(["a", "b", "c"]),
-    )
-    before = files_in(folder)
-    with IndexWriter(folder) as writer:
-        with pytest.raises(VlmError, match=rf"Row 1 of the embeddings has length {length}.*Embed again"):
-            writer.add(stored)
-        assert files_in(folder) == before
-        assert writer.add(given(2, 1)).rows == 22
-
-
-def test_two_new_rows_with_one_uid_are_refused(make: Make) -> None:
-    folder = make(20)
-    with IndexWriter(folder) as writer, pytest.raises(VlmError, match="same uid 'a'"):
-        writer.add(NewRows.of_arrays(vectors(2, 1), origins(["a", "a"]), SPACE))
-
-
-def test_a_second_writer_is_refused_and_the_first_is_named(make: Make) -> None:
-    folder = make(20)
-    with IndexWriter(folder), pytest.raises(UsageError, match=rf"changed by another process \({os.getpid()}\)"):
-        IndexWriter(folder)
-    with IndexWriter(folder) as writer:
-        writer.delete(["k1"])
-
-
-def test_an_index_of_an_older_layout_is_refused_with_its_cure(make: Make) -> None:
-    folder = make(20)
-    path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"layout": 2', '"layout": 1'))
-    for opened in (Index.open, IndexWriter):
-        with pytest.raises(UsageError, match="index layout 1, this version reads 2; build the index again"):
-            opened(folder)
-
-
-def test_info_tells_what_lives_and_where(make: Make) -> None:
-    folder = make(500, kind="ivf")
+def test_info_tells_what_lives_and_where(make_index: MakeIndex) -> None:
+    folder = make_index(500, kind="ivf")
     with IndexWriter(folder) as writer:
         writer.add(given(30, 1))
         writer.delete(["k0", "n0"])

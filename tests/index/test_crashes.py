@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
+from tests.index.origins import make_origin
 from vlm.errors import UsageError, VlmError
 from vlm.index.build import build_index
 from vlm.index.changes import NewRows
@@ -31,10 +32,7 @@ def rows(uids: list[str], seed: int) -> NewRows:
 
 
 def origin(uid: str, seed: int) -> Origin:
-    return Origin(
-        uid=uid, key=uid, shard="/nowhere/0.tar", number=0, image_offset=0, image_size=0, caption_number=None,
-        captions={"": (f"{uid} of {seed}",)}, metadata={"seed": seed},
-    )  # fmt: skip
+    return make_origin(uid, {"seed": seed}, {"": (f"{uid} of {seed}",)})
 
 
 @pytest.fixture

@@ -4,23 +4,8 @@ from typing import Any
 
 import pytest
 
-from vlm.data.samples import Captions
+from tests.index.origins import make_origin
 from vlm.index.facts import LONGEST_TEXT, SCHEMA, facts_of, field_kinds, insert_facts
-from vlm.index.parts import Origin
-
-
-def origin(metadata: dict[str, Any], captions: Captions | None = None, key: str = "k") -> Origin:
-    return Origin(
-        uid=key,
-        key=key,
-        shard="/shards/0.tar",
-        number=0,
-        image_offset=0,
-        image_size=0,
-        caption_number=None,
-        captions=captions or {},
-        metadata=metadata,
-    )
 
 
 @pytest.fixture
@@ -54,11 +39,11 @@ def facts(database: sqlite3.Connection) -> list[tuple[Any, ...]]:
     ],
 )
 def test_metadata_become_facts(metadata: dict[str, Any], expected: set[tuple[str, Any]]) -> None:
-    assert set(facts_of(origin(metadata))) == expected | {("key", "k")}
+    assert set(facts_of(make_origin("k", metadata))) == expected | {("key", "k")}
 
 
 def test_key_languages_and_captions_are_fields_beside_what_metadata_calls_so() -> None:
-    given = origin({"language": "fr", "caption": "un chien"}, {"": ("a dog",), "zh": ("狗", "犬")}, key="7")
+    given = make_origin("7", {"language": "fr", "caption": "un chien"}, {"": ("a dog",), "zh": ("狗", "犬")})
     assert set(facts_of(given)) == {
         ("key", "7"),
         ("language", "zh"),
@@ -71,12 +56,14 @@ def test_what_is_nested_without_end_is_left_out() -> None:
     nested: dict[str, Any] = {"x": 1}
     for _ in range(500):
         nested = {"x": nested}
-    assert set(facts_of(origin(nested))) == {("key", "k")}
+    assert set(facts_of(make_origin("k", nested))) == {("key", "k")}
 
 
 def test_values_keep_their_kind_and_are_kept_once(database: sqlite3.Connection) -> None:
-    insert_facts(database, [(3, origin({"a": [1, 1.0, "1", True], "b": "x"})), (5, origin({"a": 0.5}))])
-    insert_facts(database, [(6, origin({"c": "later", "b": 2}))])
+    insert_facts(
+        database, [(3, make_origin("k", {"a": [1, 1.0, "1", True], "b": "x"})), (5, make_origin("k", {"a": 0.5}))]
+    )
+    insert_facts(database, [(6, make_origin("k", {"c": "later", "b": 2}))])
     assert facts(database) == [
         ("a", 1, 3), ("a", "1", 3), ("b", "x", 3), ("key", "k", 3),
         ("a", 0.5, 5), ("key", "k", 5),

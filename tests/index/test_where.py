@@ -1,43 +1,12 @@
 import sqlite3
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
+from tests.index.filtered import Metadata, chosen, open_facts
 from vlm.errors import UsageError
-from vlm.index.facts import SCHEMA, insert_facts
-from vlm.index.parts import Origin
-from vlm.index.where import parse_where, rows_where
+from vlm.index.where import parse_where
 from vlm.index.where.conditions import Every, Like, Missing, Not, OneOf, Ordered, Some
 from vlm.index.where.words import LONGEST_FILTER
-
-Metadata = dict[str, Any]
-
-
-def open_facts(rows: Sequence[Metadata]) -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:")
-    database.executescript(SCHEMA)
-    origins = [
-        Origin(
-            uid=f"u{row}",
-            key=f"k{row}",
-            shard="/0.tar",
-            number=row,
-            image_offset=0,
-            image_size=0,
-            caption_number=None,
-            captions={},
-            metadata=metadata,
-        )
-        for row, metadata in enumerate(rows)
-    ]
-    insert_facts(database, list(enumerate(origins)))
-    return database
-
-
-def chosen(database: sqlite3.Connection, text: str) -> list[int]:
-    return rows_where(database, parse_where(text)).tolist()
-
 
 PICTURES: list[Metadata] = [
     {"width": 640, "language": "en", "tags": ["dog", "wet"], "date": "2024-05-31", "exif": {"iso": 100}},

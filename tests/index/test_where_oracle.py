@@ -3,45 +3,15 @@
 import contextlib
 import random
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.index.filtered import Metadata, chosen, open_facts
 from vlm.errors import UsageError
-from vlm.index.facts import SCHEMA, insert_facts
-from vlm.index.parts import Origin
-from vlm.index.where import parse_where, rows_where
-
-Metadata = dict[str, Any]
-
-
-def open_facts(rows: Sequence[Metadata]) -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:")
-    database.executescript(SCHEMA)
-    origins = [
-        Origin(
-            uid=f"u{row}",
-            key=f"k{row}",
-            shard="/0.tar",
-            number=row,
-            image_offset=0,
-            image_size=0,
-            caption_number=None,
-            captions={},
-            metadata=metadata,
-        )
-        for row, metadata in enumerate(rows)
-    ]
-    insert_facts(database, list(enumerate(origins)))
-    return database
-
-
-def chosen(database: sqlite3.Connection, text: str) -> list[int]:
-    return rows_where(database, parse_where(text)).tolist()
-
 
 NUMBERS = st.sampled_from([0, 1, -1, 2, 0.5, 1.0, 2**62, 2**62 + 1, float(2**62)])
 TEXTS = st.sampled_from(["", "a", "A", "ab", "b", "ä", "Ä", "1", "a'b", "a_b", "axb", "狗"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.index.origins import make_origin
 from vlm.data.views import FixedView
 from vlm.errors import UsageError
 from vlm.index.build import build_index
@@ -50,17 +51,7 @@ def points(degrees: Sequence[float]) -> np.ndarray:
 
 
 def origin(uid: str, caption: str = "", **metadata: Any) -> Origin:
-    return Origin(
-        uid=uid,
-        key=uid,
-        shard="/nowhere/0.tar",
-        number=0,
-        image_offset=0,
-        image_size=0,
-        caption_number=None,
-        captions={"en": (caption,)} if caption else {},
-        metadata=metadata,
-    )
+    return make_origin(uid, metadata, {"en": (caption,)} if caption else {})
 
 
 @pytest.fixture

@@ -1,0 +1,40 @@
+"""Indexes of random rows, and rows to bring into them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tests.index.origins import make_origin
+from vlm.index.changes import NewRows
+from vlm.index.embeddings import Space, unit_rows
+from vlm.index.parts import Origin
+from vlm.index.read import Index
+
+SPACE = Space(model="given", fingerprint="given", dimension=16, modality="image")
+MakeIndex = Callable[..., Path]
+
+
+def vectors(count: int, seed: int) -> np.ndarray:
+    """Random unit rows."""
+    return unit_rows(np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32))
+
+
+def origins(uids: Sequence[str], **metadata: object) -> list[Origin]:
+    """Numbered from 0."""
+    return [
+        make_origin(
+            uid, {"number": number} | metadata, {"": (f"caption of {uid}",)}, shard="/nowhere/1.tar", number=number
+        )
+        for number, uid in enumerate(uids)
+    ]
+
+
+def given(count: int, seed: int, name: str = "n", **metadata: object) -> NewRows:
+    """New rows named n0, n1, …"""
+    return NewRows.of_arrays(vectors(count, seed), origins([f"{name}{n}" for n in range(count)], **metadata), SPACE)
+
+
+def uids_of(index: Index, query: np.ndarray, top: int = 5, **more: np.ndarray) -> list[str]:
+    """The names of the answers."""
+    return [hit.entry.uid for hit in index.search(query[None], top, **more)[0]]

@@ -1,0 +1,24 @@
+"""Facts in memory, and what a filter chooses among them."""
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+from tests.index.origins import make_origin
+from vlm.index.facts import SCHEMA, insert_facts
+from vlm.index.where import parse_where, rows_where
+
+Metadata = dict[str, Any]
+
+
+def open_facts(rows: Sequence[Metadata]) -> sqlite3.Connection:
+    """The metadata of rows 0, 1, …, whose keys are k0, k1, …"""
+    database = sqlite3.connect(":memory:")
+    database.executescript(SCHEMA)
+    insert_facts(database, [(row, make_origin(f"k{row}", metadata)) for row, metadata in enumerate(rows)])
+    return database
+
+
+def chosen(database: sqlite3.Connection, text: str) -> list[int]:
+    """The rows of a filter."""
+    return rows_where(database, parse_where(text)).tolist()

@@ -1,0 +1,43 @@
+"""What the model of an index knows of its rows, and how they come into one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.index.origins import make_origin
+from vlm.index.changes import NewRows
+from vlm.index.embeddings import Space, unit_rows
+from vlm.index.parts import Origin
+
+DIMENSION = 8
+SPACE = Space(model="given", fingerprint="given", dimension=DIMENSION, modality="image")
+COLOURS = ("red", "green", "blue")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the oracle knows of a row."""
+
+    vector: np.ndarray
+    colour: str
+    size: int
+
+
+Rows = dict[str, Row]
+
+
+def origin(uid: str, row: Row) -> Origin:
+    """The row's place in the catalogue."""
+    return make_origin(uid, {"colour": row.colour, "size": row.size}, {"": (f"a {row.colour} thing",)})
+
+
+def new_rows(rows: Rows) -> NewRows:
+    """As they come into an index."""
+    return NewRows.of_arrays(
+        np.stack([row.vector for row in rows.values()]), [origin(*item) for item in rows.items()], SPACE
+    )
+
+
+def as_stored(vector: np.ndarray) -> np.ndarray:
+    """The row that an index compares: rounded to float16, then of unit length."""
+    return unit_rows(vector.astype(np.float16)[None])[0]

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+
+from tests.index.changes import MakeIndex, given, vectors
+from vlm.errors import UsageError
+from vlm.index.read import Index
+from vlm.index.where import parse_where
+from vlm.index.writer import IndexWriter
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "sq8", "hnsw", "ivfpq"])
+@pytest.mark.parametrize(("number", "top"), [(3, 10), (60, 20), (600, 50), (1900, 1000)])
+def test_a_filtered_search_is_complete_and_true_for_every_kind(
+    make_index: MakeIndex, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, top: int
+) -> None:
+    folder = make_index(2000, kind=kind)
+    monkeypatch.setattr("vlm.index.search_plan.EXACT_ROWS", 10)
+    with IndexWriter(folder) as writer:
+        writer.delete([f"k{n}" for n in range(0, 2000, 100)])
+        writer.add(given(50, 1))
+    index, rows, queries = Index.open(folder), vectors(2000, 0), vectors(4, 8)
+    among = index.catalogue.where(parse_where(f"split = 'first' and number < {number}"))
+    allowed = [n for n in range(number) if n % 100]
+    assert among.tolist() == allowed
+    for query, hits in zip(queries, index.search(queries, top, among=among), strict=True):
+        numbers = [int(hit.entry.uid[1:]) for hit in hits]
+        assert len(set(numbers)) == len(numbers) == min(top, len(allowed))
+        assert set(numbers) <= set(allowed)
+        assert np.allclose([hit.score for hit in hits], rows[numbers] @ query, atol=1e-3)
+        best = np.sort(rows[allowed] @ query)[::-1][: len(hits)]
+        assert np.mean([hit.score >= best[-1] - 1e-3 for hit in hits]) >= (1.0 if kind == "flat" else 0.8)
+
+
+def test_a_filter_that_leaves_few_rows_is_answered_exactly_by_a_lossy_kind(make_index: MakeIndex) -> None:
+    folder = make_index(2000, kind="ivfpq")
+    index, query = Index.open(folder), vectors(1, 8)
+    among = index.catalogue.where(parse_where("number < 500"))
+    _, rows = index.nearest(query, 30, among)
+    truth = np.argsort(-(vectors(2000, 0)[:500] @ query[0]))[:30]
+    assert len(set(rows[0]) & set(truth)) >= 29
+    assert index.nearest(query, 30, np.array([], np.int64))[1].shape == (1, 0)
+    with pytest.raises(UsageError, match="must rise"):
+        index.nearest(query, 30, np.array([3, 1]))

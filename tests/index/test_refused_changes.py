@@ -1,0 +1,81 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.index.changes import SPACE, MakeIndex, given, origins, vectors
+from vlm.errors import UsageError, VlmError
+from vlm.index.changes import NewRows
+from vlm.index.embeddings import Space
+from vlm.index.read import Index
+from vlm.index.writer import IndexWriter
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()} - {"manifest.json", "writer.lock"}
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"fingerprint": "other", "model": "runs/b"}, r"by given \(fingerprint given\).*runs/b \(fingerprint other\)"),
+        ({"modality": "text"}, "image embeddings of 16 dimensions, the new rows are text embeddings of 16"),
+        ({"dimension": 8}, "16 dimensions, the new rows are image embeddings of 8"),
+    ],
+)
+def test_rows_of_another_space_are_refused(make_index: MakeIndex, space: dict[str, Any], message: str) -> None:
+    folder = make_index(20)
+    given_space: dict[str, Any] = {"model": "given", "fingerprint": "given", "dimension": 16, "modality": "image"}
+    other = Space(**given_space | space)
+    rows = vectors(2, 1)[:, : other.dimension]
+    with IndexWriter(folder) as writer, pytest.raises(UsageError, match=message):
+        writer.add(NewRows.of_arrays(rows, origins(["a", "b"]), other))
+
+
+@pytest.mark.parametrize(("value", "length"), [(0.0, "0"), (np.nan, "nan"), (np.inf, "inf")])
+def test_vectors_without_a_direction_are_refused_and_nothing_is_lost(
+    make_index: MakeIndex, value: float, length: str
+) -> None:
+    folder, rows = make_index(20), vectors(3, 1)
+    rows[1] = value
+    with pytest.raises(UsageError, match=f"Vector 1 has length {length}"):
+        NewRows.of_arrays(rows, origins(["a", "b", "c"]), SPACE)
+    stored = NewRows(
+        space=SPACE,
+        count=3,
+        source="",
+        shards=(),
+        blocks=lambda: [rows.astype(np.float16)],
+        origins=lambda: origins(["a", "b", "c"]),
+    )
+    before = files_in(folder)
+    with IndexWriter(folder) as writer:
+        with pytest.raises(VlmError, match=rf"Row 1 of the embeddings has length {length}.*Embed again"):
+            writer.add(stored)
+        assert files_in(folder) == before
+        assert writer.add(given(2, 1)).rows == 22
+
+
+def test_two_new_rows_with_one_uid_are_refused(make_index: MakeIndex) -> None:
+    folder = make_index(20)
+    with IndexWriter(folder) as writer, pytest.raises(VlmError, match="same uid 'a'"):
+        writer.add(NewRows.of_arrays(vectors(2, 1), origins(["a", "a"]), SPACE))
+
+
+def test_a_second_writer_is_refused_and_the_first_is_named(make_index: MakeIndex) -> None:
+    folder = make_index(20)
+    with IndexWriter(folder), pytest.raises(UsageError, match=rf"changed by another process \({os.getpid()}\)"):
+        IndexWriter(folder)
+    with IndexWriter(folder) as writer:
+        writer.delete(["k1"])
+
+
+def test_an_index_of_an_older_layout_is_refused_with_its_cure(make_index: MakeIndex) -> None:
+    folder = make_index(20)
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"layout": 2', '"layout": 1'))
+    for opened in (Index.open, IndexWriter):
+        with pytest.raises(UsageError, match="index layout 1, this version reads 2; build the index again"):
+            opened(folder)
