@@ -15,7 +15,7 @@ from vlm.index.search_plan import Selected
 from vlm.index.segments import OpenSegment
 from vlm.index.vectors import open_array
 from vlm.manifest import FileRecord, Manifest, read_manifest
-from vlm.tensors import Array, Int64
+from vlm.tensors import Array, Float32, Int64
 
 # how often a folder may change between reading its manifest and opening its files before that counts as a fault
 _MOST_TRIES = 100
@@ -47,6 +47,14 @@ class Generation:
     def rows(self) -> Int64[Array, " N"]:
         """All living rows, rising."""
         return np.concatenate([np.zeros(0, np.int64), *(selected.rows() for selected in self.selected)])
+
+    def vectors(self, rows: Int64[Array, " N"]) -> Float32[Array, "N D"]:
+        """The stored unit vectors of living or dead rows, in the order asked; all must be in its segments."""
+        wanted, places = np.unique(rows, return_inverse=True)
+        # segments lie in the order of their rows, which never overlap
+        segments = [selected.segment for selected in self.selected]
+        blocks = [segment.vectors.take(segment.positions_of(wanted)) for segment in segments]
+        return np.concatenate([np.zeros((0, self.details.space.dimension), np.float32), *blocks])[places]
 
 
 def open_generation(folder: Path, *, before: Generation | None = None) -> Generation:

@@ -155,7 +155,9 @@ class Index:
         )
 
     def search(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> list[list[Hit]]:
-        """The `top` rows nearest to each query, best first; ties by row. Fewer only if there are fewer rows.
+        """The `top` rows nearest to each query, best first. Fewer only if there are fewer rows.
+
+        Ties are ordered by row; which of several equal rows at the cut are among the `top` is up to FAISS.
 
         among: only these rows may answer (as `Catalogue.where` gives them); dead ones never do.
 

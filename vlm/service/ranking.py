@@ -9,7 +9,6 @@ from vlm.index.facts import clean
 from vlm.index.generations import Generation
 from vlm.index.reorder import diversify, fuse_ranks, lead_duplicates
 from vlm.index.search_plan import nearest
-from vlm.index.stored import stored_vectors
 from vlm.index.where import parse_where
 from vlm.service.pages import Cursor
 from vlm.service.question import Question
@@ -116,7 +115,7 @@ class Ranker:
         if question.diversity:
             found = found.take(np.arange(min(len(found), CANDIDATES)))
             relevance = found.cosines if found.fused is None else found.fused
-            vectors = stored_vectors(self.generation, found.rows)
+            vectors = self.generation.vectors(found.rows)
             found = found.take(diversify(relevance, vectors, question.diversity, seen + question.top + 1))
         return found.take(np.arange(seen, len(found)))
 
@@ -128,7 +127,7 @@ class Ranker:
             return self._fused() if self.question.words else self._nearest(CANDIDATES)
         while True:
             found, is_all = (self._fused(), True) if self.question.words else self._surely_nearest(depth)
-            leaders = lead_duplicates(stored_vectors(self.generation, found.rows), threshold, most=wanted)
+            leaders = lead_duplicates(self.generation.vectors(found.rows), threshold, most=wanted)
             places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
             if is_all or len(places) >= wanted:
                 return replace(found.take(places), similar=sizes - 1)
@@ -171,7 +170,7 @@ class Ranker:
 
     def _cosines(self, rows: Int64[Array, " N"]) -> Float32[Array, " N"]:
         # in double precision, so that a row has the same score whichever way and in whatever company it was found
-        exact = stored_vectors(self.generation, rows).astype(np.float64) @ self.query.astype(np.float64)
+        exact = self.generation.vectors(rows).astype(np.float64) @ self.query.astype(np.float64)
         return exact.astype(np.float32)
 
 

@@ -16,7 +16,6 @@ from vlm.index.catalogue import Entry
 from vlm.index.encoder import Encoder
 from vlm.index.generations import Generation
 from vlm.index.read import Hit, Index
-from vlm.index.stored import stored_vectors
 from vlm.service.question import Question
 from vlm.service.ranking import Ranker, Ranking, rows_among
 from vlm.tensors import Array, Float32
@@ -182,7 +181,7 @@ def _item_vectors(generation: Generation, uids: Sequence[str]) -> Float32[Array,
     for uid in uids:
         if uid not in rows:
             raise UsageError(f"{generation.folder} has no item {uid!r}; take the uid from an answer.")
-    return stored_vectors(generation, np.array([rows[uid] for uid in uids], np.int64))
+    return generation.vectors(np.array([rows[uid] for uid in uids], np.int64))
 
 
 def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
