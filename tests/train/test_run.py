@@ -72,6 +72,16 @@ def test_a_resumed_run_sees_the_same_samples_and_losses_with_any_number_of_worke
     assert_same_weights(again.run, whole.run)
 
 
+def test_muon_resumes_as_adamw_does(configure, history):
+    muon = {"warmup_steps": 2, "learning_rate": 3e-3, "optimizer": "muon", "table_rate": 5.0}
+    whole, again = (configure(name, optimizer=muon) for name in ("whole", "again"))
+    train(whole)
+    interrupt_after(again, whole.run, 8)
+    train(again, resume=True)
+    assert history(again.run) == history(whole.run)
+    assert_same_weights(again.run, whole.run)
+
+
 def test_the_number_of_workers_changes_nothing(configure, history):
     runs = [configure(f"run{workers}", steps=4, loader={"workers": workers}) for workers in (0, 2)]
     for config in runs:

@@ -1,14 +1,30 @@
 """How the weights move."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """AdamW, or Muon beside it, with linear warm-up and cosine decay to zero."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices inside the towers move by orthogonalised momentum, all else by AdamW, at one learning rate."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
+
+    table_rate: float = 1.0
+    """Learning rate of tables of tokens, relative to the others'."""
+
+    gain_rate: float = 1.0
+    """The same, of gains and biases."""
+
+    kernel_rate: float = 1.0
+    """The same, of kernels of convolutions, patch embeddings among them."""
+
+    temperature_rate: float = 1.0
+    """The same, of temperature and bias of the similarities."""
 
     weight_decay: float = 0.1
     """On matrices only; gains, biases and the temperature are left alone."""

@@ -93,6 +93,8 @@ class TrainConfig:
             raise UsageError(f"epochs = {self.epochs} is no length; give a positive number, or --steps.")
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
             raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")
+        if self.optimizer.optimizer == "muon" and self.sharding == "fsdp":
+            raise UsageError("--optimizer muon needs whole matrices, and fsdp spreads them; give --optimizer adamw.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
             raise UsageError(f"crop_scale = {self.loader.crop_scale} is no range inside (0, 1].")
 
@@ -124,6 +126,10 @@ def _least_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
         ("teacher_scale", objective.teacher_scale, 0),
         ("sub_captions", objective.sub_captions, 0),
         ("local_views", objective.local_views, 0),
+        ("table_rate", config.optimizer.table_rate, 0),
+        ("gain_rate", config.optimizer.gain_rate, 0),
+        ("kernel_rate", config.optimizer.kernel_rate, 0),
+        ("temperature_rate", config.optimizer.temperature_rate, 0),
         ("unlocked_groups", config.model.unlocked_groups, 0),
     )
 
