@@ -62,7 +62,7 @@ def build_index(
     chosen = choose_kind(kind, len(source))
     if kind != chosen:
         say(f"{len(source):,} rows: a {chosen} index.")
-    with _beside(out) as folder:
+    with beside(out) as folder:
         written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return BuildSummary(
@@ -116,7 +116,7 @@ def _manifest(source: Embeddings, written: Written, details: Details) -> Manifes
 
 
 @contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def beside(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its name if the block succeeds, and is removed if it fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{os.getpid()}.part")

@@ -1,0 +1,212 @@
+"""Vectors of other tools as an embeddings folder: joins checked, rows normalised, columns kept as metadata."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vlm.console import progress
+from vlm.errors import UsageError, VlmError
+from vlm.index.build import beside
+from vlm.index.embeddings import EmbeddingsWriter, Modality, Space
+from vlm.index.encoder import Encoder, absolute_spec
+from vlm.index.exchange.columns import Wishes, captions_of, plain
+from vlm.index.exchange.folders import exported_space, refuse_existing
+from vlm.index.exchange.naming import RowNamer
+from vlm.index.exchange.pairs import find_pairs
+from vlm.index.exchange.source import Block, open_parts, read_blocks
+from vlm.index.float16 import to_float32
+from vlm.index.parts import IncidentRecord, Origin, captions_from_json, part_name
+from vlm.manifest import Manifest
+
+UNKNOWN = "unknown"
+"""The model of vectors of which nobody knows what made them."""
+
+# rows of float16 that were of unit length are off by less
+_ROUNDING = 2e-3
+# the length of a shorter row is not exact in single precision
+_SHORTEST = 1e-15
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """What came in.
+
+    files: pairs of vectors and table. bad: rows left out, named in `incidents.jsonl`. scaled: rows that were not of
+    unit length. renamed: rows that share the key with another. left_out: columns that cannot be metadata.
+    """
+
+    folder: str
+    model: str
+    modality: Modality
+    dimension: int
+    files: int
+    rows: int
+    bad: int
+    scaled: int
+    renamed: int
+    uid_column: str
+    left_out: tuple[str, ...]
+    seconds: float
+
+
+def import_embeddings(
+    source: Path,
+    out: Path,
+    *,
+    model_spec: str,
+    load: Callable[[str], Encoder],
+    modality: Modality | None = None,
+    metadata: Path | None = None,
+    wishes: Wishes | None = None,
+) -> ImportSummary:
+    """Write the rows of `source` (as `find_pairs` takes it) as an embeddings folder `out`, whole or not at all.
+
+    Args:
+        model_spec: whose vectors they are, as `load` takes it; `unknown`; or empty if `vlm index export` wrote them.
+        modality: image if not given, or what an export says.
+        metadata: where the tables are, if not beside the vectors.
+
+    Raises:
+        UsageError: files do not belong together, a column is missing, the model has another dimension, or `out` is
+            there.
+        VlmError: a file is damaged, the disk is full, or not one row can be used.
+    """
+    started = time.perf_counter()
+    refuse_existing(out)
+    written = exported_space(source)
+    kind = modality or (written.modality if written else "image")
+    parts = open_parts(find_pairs(source, modality=kind, metadata=metadata), wishes or Wishes())
+    namer = RowNamer(parts)
+    space = _choose_space(model_spec, parts[0].dimension, kind, written, load)
+    identity = {"modality": kind, "model": space.fingerprint, "source": str(source.absolute())}
+    with beside(out) as folder, progress(total=sum(part.rows for part in parts), what="import", unit=" rows") as shown:
+        bringing = _Bringing(EmbeddingsWriter(folder, space=space, identity=identity), namer)
+        for number, part in enumerate(parts):
+            for block in read_blocks(part):
+                bringing.bring(number, block)
+                shown.update(len(block.vectors))
+        manifest = bringing.finish()
+    return ImportSummary(
+        folder=str(out),
+        model=space.model,
+        modality=kind,
+        dimension=space.dimension,
+        files=len(parts),
+        rows=manifest.counts["rows"],
+        bad=manifest.counts["bad"],
+        scaled=bringing.scaled,
+        renamed=namer.num_shared,
+        uid_column=parts[0].columns.uid if parts[0].columns else "",
+        left_out=tuple(dict.fromkeys(name for part in parts if part.columns for name in part.columns.left_out)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _choose_space(
+    spec: str, dimension: int, modality: Modality, written: Space | None, load: Callable[[str], Encoder]
+) -> Space:
+    if not spec and written is None:
+        raise UsageError(
+            f"Say by --model whose vectors these are, or --model {UNKNOWN}: then only stored items can be asked with."
+        )
+    if spec == UNKNOWN:
+        return Space(model=UNKNOWN, fingerprint=UNKNOWN, dimension=dimension, modality=modality)
+    if spec:
+        model = load(spec)
+        space = Space(
+            model=absolute_spec(spec),
+            fingerprint=model.fingerprint,
+            dimension=model.embedding_size,
+            modality=modality,
+        )
+        if written is not None and written.fingerprint != space.fingerprint:
+            raise UsageError(
+                f"These vectors are of {written.model} (fingerprint {written.fingerprint}), not of {spec} (fingerprint "
+                f"{space.fingerprint}); leave --model out."
+            )
+    else:
+        assert written is not None
+        space = replace(written, modality=modality)
+    if space.dimension != dimension:
+        raise UsageError(
+            f"The vectors have {dimension} dimensions, those of {space.model} {space.dimension}; name the model that "
+            f"made them, or --model {UNKNOWN}."
+        )
+    return space
+
+
+class _Bringing:
+    """Blocks on their way into an embeddings folder, and what was seen of them."""
+
+    def __init__(self, writer: EmbeddingsWriter, namer: RowNamer) -> None:
+        self._writer, self._namer = writer, namer
+        self._shards: dict[str, None] = {}
+        self._blocks, self.rows, self.scaled = 0, 0, 0
+
+    def bring(self, part: int, block: Block) -> None:
+        """Write the rows of a block that can be used."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            vectors = to_float32(block.vectors)
+            lengths = np.linalg.norm(vectors, axis=1)
+        is_usable = np.isfinite(lengths) & (lengths >= _SHORTEST)
+        is_off = is_usable & (np.abs(lengths - 1) > _ROUNDING)
+        rows = vectors[is_usable] / np.where(is_off, lengths, 1)[is_usable, None]
+        origins, incidents = [], []
+        for place, length in enumerate(lengths.tolist()):
+            origin = self._origin(part, block, place)
+            if is_usable[place]:
+                origins.append(origin)
+                self._shards[origin.shard] = None
+            else:
+                incidents.append(self._leave_out(origin, block, place, length))
+        self._writer.add(str(block.part.place.absolute()), rows, origins, incidents)
+        self._blocks += 1
+        self.rows += len(origins)
+        self.scaled += int(is_off.sum())
+
+    def finish(self) -> Manifest:
+        """Write the manifest.
+
+        Raises:
+            VlmError: there is not one row.
+        """
+        if not self.rows:
+            raise VlmError("Not one vector can be used: each is zero or not finite. Nothing was imported.")
+        space = self._writer.space
+        return self._writer.finish(inputs={"model": space.fingerprint}, details={"shards": list(self._shards)})
+
+    def _origin(self, part: int, block: Block, place: int) -> Origin:
+        number, columns = block.first + place, block.part.columns
+        record = block.records[place] if block.records is not None else {}
+        key = str(record[columns.uid]) if columns and columns.uid else str(block.part.first + number)
+        uid = self._namer.uid(part, number, key)
+        if columns and columns.is_ours:
+            captions, metadata = captions_from_json(record["captions"]), json.loads(record["metadata"])
+            return Origin(**record | {"uid": uid, "captions": captions, "metadata": metadata})
+        values = {name: plain(record[name]) for name in columns.metadata} if columns else {}
+        return Origin(
+            uid=uid,
+            key=key,
+            shard=str(block.part.pair.path.absolute()),
+            number=number,
+            image_offset=0,
+            image_size=0,
+            caption_number=0 if self._writer.space.modality == "text" else None,
+            captions=captions_of(record[columns.caption]) if columns and columns.caption else {},
+            metadata={name: value for name, value in values.items() if value is not None},
+        )
+
+    def _leave_out(self, origin: Origin, block: Block, place: int, length: float) -> IncidentRecord:
+        number = block.first + place
+        return IncidentRecord(
+            part=part_name(self._blocks),
+            shard=origin.shard,
+            number=number,
+            key=origin.key,
+            reason="no direction" if length < _SHORTEST else "not finite",
+            detail=f"row {number} of {block.part.place} has length {length:.4g}",
+        )

@@ -1,0 +1,356 @@
+"""Folders as clip-retrieval and autofaiss leave them, written by hand, become embeddings that an index takes."""
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vlm.cli.main import main
+from vlm.errors import UsageError, VlmError
+from vlm.files import read_lines
+from vlm.index.build import build_index
+from vlm.index.changes import NewRows
+from vlm.index.embeddings import Embeddings
+from vlm.index.exchange import UNKNOWN, ImportSummary, Wishes, import_embeddings
+from vlm.index.parts import Origin
+from vlm.index.read import Index
+from vlm.index.where import parse_where
+from vlm.index.writer import IndexWriter
+from vlm.service.question import Question
+from vlm.service.search import SearchService
+
+D = 8
+
+
+def unit(count: int, seed: int = 0, dtype: str = "float16") -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((count, D))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def write_matrix(path: Path, rows: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, rows)
+    return path
+
+
+def clip_retrieval(folder: Path, counts: tuple[int, ...] = (3, 2), *, width: int = 1) -> np.ndarray:
+    """Its inference over several partitions, numbers padded with zeros to `width`; the image embeddings."""
+    everything = []
+    for part, count in enumerate(counts):
+        number, images = str(part).zfill(width), unit(count, seed=part)
+        write_matrix(folder / "img_emb" / f"img_emb_{number}.npy", images)
+        write_matrix(folder / "text_emb" / f"text_emb_{number}.npy", unit(count, seed=100 + part))
+        names = [f"{part:05d}{row:04d}" for row in range(count)]
+        columns = {
+            "image_path": names,
+            "caption": [f"caption {name}" if row else None for row, name in enumerate(names)],
+            "key": names,
+            "url": [f"http://nowhere/{name}.jpg" for name in names],
+            "width": [100 * (part + 1) + row for row in range(count)],
+            "exif.iso": [100.5, float("nan"), *[200.0] * (count - 2)],
+        }
+        write_table(folder / "metadata" / f"metadata_{number}.parquet", columns)
+        everything.append(images)
+    return np.concatenate(everything)
+
+
+def bring(source: Path, out: Path, *, wishes: Wishes | None = None, **options: Any) -> ImportSummary:
+    given = {"model_spec": UNKNOWN, "load": pytest.fail} | options
+    return import_embeddings(source, out, wishes=wishes, **given)
+
+
+def origins_in(folder: Path) -> list[Origin]:
+    return list(Embeddings.open(folder, verify=True).origins())
+
+
+def rows_in(folder: Path) -> np.ndarray:
+    return np.concatenate(list(Embeddings.open(folder).blocks()))
+
+
+def test_a_clip_retrieval_folder_comes_in_part_by_part_and_row_by_row(tmp_path):
+    # eleven parts, so that 10 would stand before 2 if names were sorted as texts
+    images = clip_retrieval(tmp_path / "source", (2,) * 11)
+    summary = bring(tmp_path / "source", tmp_path / "out")
+    assert (summary.rows, summary.bad, summary.scaled, summary.files, summary.dimension) == (22, 0, 0, 11, D)
+    found = origins_in(tmp_path / "out")
+    assert [origin.uid for origin in found] == [f"{part:05d}{row:04d}" for part in range(11) for row in range(2)]
+    np.testing.assert_allclose(rows_in(tmp_path / "out"), images.astype(np.float32), atol=1e-3)
+    last = found[-1]
+    assert last.captions == {"": ("caption 000100001",)}
+    assert last.metadata == {"image_path": last.key, "url": f"http://nowhere/{last.key}.jpg", "width": 1101}
+    assert (last.number, last.image_size, last.shard) == (
+        1, 0, str(tmp_path / "source" / "metadata" / "metadata_10.parquet"),
+    )  # fmt: skip
+    assert found[0].captions == {}
+    assert found[0].metadata["exif.iso"] == 100.5
+
+
+def test_its_texts_come_in_as_captions(tmp_path):
+    clip_retrieval(tmp_path / "source", width=2)
+    summary = bring(tmp_path / "source", tmp_path / "out", modality="text")
+    assert summary.modality == "text"
+    assert [origin.caption_number for origin in origins_in(tmp_path / "out")] == [0] * 5
+    np.testing.assert_allclose(rows_in(tmp_path / "out")[:3], unit(3, 100).astype(np.float32), atol=1e-3)
+
+
+def test_an_imported_index_answers_filters_words_and_stored_items(tmp_path):
+    images = clip_retrieval(tmp_path / "source", (30, 30))
+    bring(tmp_path / "source", tmp_path / "out")
+    build_index(tmp_path / "out", tmp_path / "index")
+    index = Index.open(tmp_path / "index")
+    chosen = index.catalogue.where(parse_where("width >= 205 and exif.iso > 150 and url like 'http://%'"))
+    assert chosen.tolist() == list(range(35, 60))
+    hits = index.search(images[40:41].astype(np.float32), 3, chosen)[0]
+    assert hits[0].entry.row == 40
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    assert [entry.row for entry in index.catalogue.search_text("caption 000010007", 5)] == [37]
+    service = SearchService(index=index, load=pytest.fail)
+    answer = service.answer(Question(items=("000010010",), top=2, where="width > 200"))
+    assert answer.hits[0].entry.uid == "000010010"
+
+
+def test_a_second_import_is_added_to_the_index_of_the_first(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        write_matrix(tmp_path / f"{name}.npy", unit(4, seed))
+        write_table(tmp_path / f"{name}.parquet", {"key": [f"{name}{row}" for row in range(4)]})
+        assert bring(tmp_path / f"{name}.npy", tmp_path / name).rows == 4
+    build_index(tmp_path / "a", tmp_path / "index")
+    with IndexWriter(tmp_path / "index") as writer:
+        assert writer.add(NewRows.of_folder(tmp_path / "b")).rows == 8
+
+
+def test_npy_alone_is_named_by_number_over_all_files(tmp_path):
+    write_matrix(tmp_path / "source" / "x2.npy", unit(2, 2, "float32"))
+    write_matrix(tmp_path / "source" / "x10.npy", unit(3, 10, "float64"))
+    bring(tmp_path / "source", tmp_path / "out")
+    assert [(origin.uid, origin.number) for origin in origins_in(tmp_path / "out")] == [
+        ("0", 0), ("1", 1), ("2", 0), ("3", 1), ("4", 2),
+    ]  # fmt: skip
+    np.testing.assert_allclose(rows_in(tmp_path / "out"), np.concatenate([unit(2, 2), unit(3, 10)]), atol=1e-3)
+
+
+def test_tables_elsewhere_are_named(tmp_path):
+    write_matrix(tmp_path / "e" / "emb_0.npy", unit(2))
+    write_table(tmp_path / "m" / "meta_0.parquet", {"id": [7, 8]})
+    bring(tmp_path / "e", tmp_path / "out", metadata=tmp_path / "m", wishes=Wishes(uid="id"))
+    assert [(origin.uid, origin.metadata) for origin in origins_in(tmp_path / "out")] == [
+        ("7", {"id": 7}),
+        ("8", {"id": 8}),
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float16(), D), pa.large_list(pa.float64())])
+def test_vectors_in_a_column_of_parquet(tmp_path, kind):
+    rows = unit(5, dtype="float32")
+    lists = pa.array([row.astype(np.float16) if "half" in str(kind) else row for row in rows], kind)
+    other = pa.array([[0.5, 0.5]] * 5, pa.list_(pa.float32()))
+    columns = {"id": list("abcde"), "embedding": lists, "text_embedding": other, "thumb": [b"\xff"] * 5}
+    write_table(tmp_path / "source.parquet", columns)
+    summary = bring(tmp_path / "source.parquet", tmp_path / "out", wishes=Wishes(uid="id"))
+    assert summary.left_out == ("text_embedding", "thumb")
+    np.testing.assert_allclose(rows_in(tmp_path / "out"), rows, atol=1e-3)
+    assert origins_in(tmp_path / "out")[4].metadata == {"id": "e"}
+
+
+def test_values_become_what_json_and_filters_can_hold(tmp_path):
+    write_matrix(tmp_path / "source" / "e.npy", unit(2))
+    times = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns", "UTC"))
+    columns = {
+        "key": ["a", "b"],
+        "at": times,
+        "day": [datetime.date(2024, 5, 31), None],
+        "tags": [["dog", "wet"], []],
+        "score": [float("inf"), 0.5],
+        "ok": [True, False],
+        "exif": [{"iso": 100, "raw": None}, None],
+        "split": pa.array(["train", "val"]).dictionary_encode(),
+        "__index_level_0__": [5, 6],
+    }
+    write_table(tmp_path / "source" / "e.parquet", columns)
+    bring(tmp_path / "source", tmp_path / "out")
+    first, second = origins_in(tmp_path / "out")
+    assert first.metadata == {
+        "at": "2023-11-14T22:13:20.123456+00:00", "day": "2024-05-31", "tags": ["dog", "wet"], "ok": True,
+        "exif": {"iso": 100, "raw": None}, "split": "train",
+    }  # fmt: skip
+    assert second.metadata == {"tags": [], "score": 0.5, "ok": False, "split": "val"}
+    build_index(tmp_path / "out", tmp_path / "index")
+    catalogue = Index.open(tmp_path / "index").catalogue
+    assert catalogue.where(parse_where("tags has 'dog' and at < '2024' and ok = true and exif.iso = 100")).tolist() == [
+        0
+    ]
+
+
+def test_rows_without_direction_are_left_out_by_number_and_others_scaled(tmp_path):
+    rows = unit(6, dtype="float32") * np.array([1, 3, 1, 1e-30, 1, 1e30], np.float32)[:, None]
+    rows[2, 1], rows[4] = np.nan, 0
+    write_matrix(tmp_path / "source" / "e.npy", rows)
+    write_table(tmp_path / "source" / "e.parquet", {"key": list("abcdef")})
+    summary = bring(tmp_path / "source", tmp_path / "out")
+    assert (summary.rows, summary.bad, summary.scaled) == (2, 4, 1)
+    assert [origin.uid for origin in origins_in(tmp_path / "out")] == ["a", "b"]
+    np.testing.assert_allclose(rows_in(tmp_path / "out"), unit(6)[:2].astype(np.float32), atol=1e-3)
+    incidents = [json.loads(line) for line in read_lines(tmp_path / "out" / "incidents.jsonl")]
+    assert [(line["number"], line["key"], line["reason"]) for line in incidents] == [
+        (2, "c", "not finite"), (3, "d", "no direction"), (4, "e", "no direction"), (5, "f", "not finite"),
+    ]  # fmt: skip
+
+
+def test_a_missing_vector_in_a_table_is_left_out(tmp_path):
+    vectors = pa.array([[1.0] + [0.0] * (D - 1), None, [0.0] * (D - 1) + [1.0]], pa.list_(pa.float32()))
+    write_table(tmp_path / "s.parquet", {"key": list("abc"), "v": vectors})
+    assert bring(tmp_path / "s.parquet", tmp_path / "out").bad == 1
+    assert [origin.uid for origin in origins_in(tmp_path / "out")] == ["a", "c"]
+
+
+def test_shared_keys_are_told_apart_as_among_shards(tmp_path):
+    for name, keys in (("m_0", ["x", "y", "y"]), ("m_1", ["x", "z"])):
+        write_matrix(tmp_path / "source" / f"{name}.npy", unit(len(keys)))
+        write_table(tmp_path / "source" / f"{name}.parquet", {"key": keys})
+    summary = bring(tmp_path / "source", tmp_path / "out")
+    assert summary.renamed == 4
+    assert [origin.uid for origin in origins_in(tmp_path / "out")] == ["x@m_0", "y@m_0:1", "y@m_0:2", "x@m_1", "z"]
+
+
+def damaged(folder: Path, what: str) -> None:
+    """One fault in a folder of two parts."""
+    clip_retrieval(folder)
+    table, matrix = folder / "metadata" / "metadata_1.parquet", folder / "img_emb" / "img_emb_1.npy"
+    if what == "rows":
+        write_matrix(matrix, unit(4))
+    elif what == "dimensions":
+        write_matrix(matrix, np.ones((2, D + 1), np.float16))
+    elif what == "no table":
+        table.unlink()
+    elif what == "no tables":
+        (folder / "metadata").rename(folder / "elsewhere")
+    elif what == "cut npy":
+        matrix.write_bytes(matrix.read_bytes()[:-5])
+    elif what == "no npy":
+        matrix.write_bytes(b"<html>")
+    elif what == "cut parquet":
+        table.write_bytes(table.read_bytes()[:-5])
+    elif what == "damaged column":
+        data = bytearray(table.read_bytes())
+        data[4:60] = bytes(56)
+        table.write_bytes(data)
+    elif what == "integers":
+        write_matrix(matrix, np.ones((2, D), np.int8))
+    elif what == "null uid":
+        write_table(table, {"key": ["a", None], "image_path": ["a", "b"], "caption": ["", ""]})
+    elif what == "no column":
+        write_table(table, {"url": ["a", "b"]})
+    elif what == "zeros":
+        for path in (matrix, folder / "img_emb" / "img_emb_0.npy"):
+            write_matrix(path, np.zeros_like(np.load(path)))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rows", r"img_emb_1.npy has 4 rows and .*metadata_1.parquet 2"),
+        ("dimensions", r"img_emb_0.npy has vectors of 8 dimensions, .*img_emb_1.npy of 9"),
+        ("no table", r"img_emb_1.npy has no partner"),
+        ("no tables", r"no tables in metadata/"),
+        ("cut npy", r"img_emb_1.npy cannot be read as an array"),
+        ("no npy", r"img_emb_1.npy cannot be read as an array"),
+        ("cut parquet", r"metadata_1.parquet cannot be read as Parquet"),
+        ("damaged column", r"metadata_1.parquet cannot be read as Parquet"),
+        ("integers", r"img_emb_1.npy holds int8 of shape \(2, 8\)"),
+        ("null uid", r"Row 1 of .*metadata_1.parquet has no 'key'"),
+        ("no column", r"metadata_1.parquet has no column 'key'"),
+        ("zeros", r"Not one vector can be used"),
+    ],
+)
+def test_what_does_not_hold_together_is_refused_and_leaves_nothing(tmp_path, what, message):
+    damaged(tmp_path / "source", what)
+    with pytest.raises(VlmError, match=message):
+        bring(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (Wishes(uid="kye"), "no column 'kye'; did you mean 'key'"),
+        (Wishes(caption="title"), "no column 'title'"),
+        (Wishes(uid="exif.iso"), "holds double; a uid is a text or a whole number"),
+    ],
+)
+def test_a_column_that_is_not_there_or_does_not_fit_is_refused(tmp_path, wishes, message):
+    clip_retrieval(tmp_path / "source")
+    with pytest.raises(UsageError, match=message):
+        bring(tmp_path / "source", tmp_path / "out", wishes=wishes)
+
+
+def test_the_column_of_vectors_must_be_clear(tmp_path):
+    vectors = pa.array([[1.0, 0.0]], pa.list_(pa.float32()))
+    write_table(tmp_path / "s.parquet", {"a": vectors, "b": vectors, "n": [1]})
+    with pytest.raises(UsageError, match="several: a, b"):
+        bring(tmp_path / "s.parquet", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"'n' .* does not hold lists"):
+        bring(tmp_path / "s.parquet", tmp_path / "out", wishes=Wishes(embedding="n"))
+    assert bring(tmp_path / "s.parquet", tmp_path / "out", wishes=Wishes(embedding="b")).left_out == ("a",)
+
+
+def test_sources_without_vectors_and_folders_that_are_there_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="There is no"):
+        bring(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"neither \.npy nor \.parquet"):
+        bring(tmp_path / "empty", tmp_path / "out")
+    write_matrix(tmp_path / "e.npy", unit(2))
+    bring(tmp_path / "e.npy", tmp_path / "out")
+    with pytest.raises(UsageError, match="exists already"):
+        bring(tmp_path / "e.npy", tmp_path / "out")
+    with pytest.raises(UsageError, match="embeddings folder already"):
+        bring(tmp_path / "out", tmp_path / "again")
+    write_matrix(tmp_path / "text_emb" / "text_emb_0.npy", unit(2))
+    with pytest.raises(UsageError, match="--modality text"):
+        bring(tmp_path, tmp_path / "again")
+
+
+def test_the_model_is_loaded_and_its_dimension_compared(tmp_path, make_model: Callable[..., Any]):
+    write_matrix(tmp_path / "e.npy", unit(2))
+    bring(tmp_path / "e.npy", tmp_path / "out", model_spec="colours", load=lambda spec: make_model())
+    space = Embeddings.open(tmp_path / "out").space
+    assert (space.model, space.fingerprint, space.dimension) == ("colours", "colours", 8)
+    with pytest.raises(UsageError, match="8 dimensions, those of wide 9"):
+        bring(tmp_path / "e.npy", tmp_path / "o2", model_spec="wide", load=lambda spec: make_model(embedding_size=9))
+    with pytest.raises(UsageError, match="Say by --model"):
+        bring(tmp_path / "e.npy", tmp_path / "o2", model_spec="")
+
+
+def test_the_command_imports_and_says_what_it_did(tmp_path, capsys):
+    clip_retrieval(tmp_path / "source")
+    rows = np.load(tmp_path / "source" / "img_emb" / "img_emb_0.npy") * 2
+    write_matrix(tmp_path / "source" / "img_emb" / "img_emb_0.npy", rows)
+    words = ["index", "import", str(tmp_path / "source"), str(tmp_path / "out"), "--model", "unknown", "--json"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert (summary["rows"], summary["scaled"], summary["uid_column"]) == (5, 3, "key")
+    assert "3 vectors were not of unit length" in printed.err
+    assert main(["index", "build", str(tmp_path / "out"), str(tmp_path / "index"), "--json"]) == 0
+    assert main(["index", "check", str(tmp_path / "index"), "--json"]) == 0
+    capsys.readouterr()
+    # an imported row has no picture in a shard: the page says so
+    page = tmp_path / "page.html"
+    words = ["search", str(tmp_path / "index"), "--like", "000000001", "--where", "width < 200", "--html", str(page)]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["uid"] == "000000001"
+    assert "missing" in page.read_text()
+    assert main(["index", "import", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err

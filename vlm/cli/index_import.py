@@ -1,0 +1,79 @@
+"""Embeddings that clip-retrieval, autofaiss or others made, as a folder for vlm index build and vlm index add."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vlm.console import say, show_facts, show_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm index import`."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Output folder of clip-retrieval (img_emb, text_emb, metadata); folder of .npy with Parquet files of the same
+    names or numbers, of .npy alone, or of Parquet with a column of vectors; one such file; or what vlm index export
+    wrote."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the embeddings."""
+
+    model: str = ""
+    """The model that made the vectors: run folder, model folder, or open_clip NAME:WEIGHTS. With "unknown" only stored
+    items can be asked with. Exports of vlm say it themselves."""
+
+    modality: Literal["image", "text"] | None = None
+    """What was embedded; image if not given."""
+
+    metadata: Path | None = None
+    """Parquet file or folder of the tables, if not beside the vectors; row i tells about vector i."""
+
+    uid_column: str = ""
+    """Names the rows: uid, key or image_path if not given, else their numbers."""
+
+    caption_column: str = ""
+    """Captions, a text or a list: caption, captions or text if not given."""
+
+    embedding_column: str = ""
+    """Vectors in a Parquet source: embedding, or the only column of such lists, if not given."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Import, then say what could not be as it was."""
+    from vlm.index.exchange import UNKNOWN, Wishes, import_embeddings
+    from vlm.service.search import load_encoder
+
+    summary = import_embeddings(
+        arguments.source,
+        arguments.out,
+        model_spec=arguments.model,
+        load=load_encoder,
+        modality=arguments.modality,
+        metadata=arguments.metadata,
+        wishes=Wishes(
+            uid=arguments.uid_column,
+            caption=arguments.caption_column,
+            embedding=arguments.embedding_column,
+        ),
+    )
+    if summary.bad:
+        say(f"{summary.bad:,} vectors are zero or not finite and were left out: {arguments.out / 'incidents.jsonl'}")
+    if summary.scaled:
+        say(f"{summary.scaled:,} vectors were not of unit length and were brought to it; cosines are compared.")
+    if summary.renamed:
+        say(f"{summary.renamed:,} rows share their {summary.uid_column}; their uids name file and row too.")
+    if summary.left_out:
+        say(f"Columns that cannot be metadata were left out: {', '.join(summary.left_out)}")
+    if summary.model == UNKNOWN:
+        say("The model is unknown: ask by vlm search --like UID, and add only what the same model made.")
+    if arguments.json:
+        show_json(asdict(summary))
+        return
+    show_facts({name.replace("_", " "): value for name, value in asdict(summary).items()})
+    say(f"Next: vlm index build {arguments.out} INDEX")
