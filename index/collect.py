@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from vlm.data.batches import Item, ItemBatch
+from vlm.data.batches import Incident, Item
 from vlm.data.samples import Captions
-from vlm.data.tar_index import Span, open_index
-from vlm.index.embeddings import IncidentRecord, Modality
+from vlm.data.tar_index import Span, TarIndex, open_index
+from vlm.index.batches import EmbedBatch
+from vlm.index.embeddings import Modality
 from vlm.index.encoder import Encoder, check_unit_vectors
-from vlm.index.parts import Origin
+from vlm.index.parts import IncidentRecord, Origin
 from vlm.index.uids import UidNamer
 from vlm.tensors import Array, Float32
 
@@ -23,20 +25,22 @@ class PartRows:
     shard: str
     number: int
     namer: UidNamer
+    modality: Modality
     vectors: list[Float32[Array, "_ D"]] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     incidents: list[IncidentRecord] = field(default_factory=list)
 
-    def take(self, batch: ItemBatch, model: Encoder, modality: Modality) -> None:
+    def take(self, batch: EmbedBatch, model: Encoder) -> None:
         """Embed the pictures of a batch, or every caption of its samples.
 
         Raises:
             VlmError: the model gave a vector that is not of unit length.
         """
-        for incident in batch.incidents:
-            self._leave_out(incident.address.number, incident.reason, incident.detail)
-        if modality == "image":
-            origins = [self._picture(item) for item in batch.items]
+        is_image = self.modality == "image"
+        for incident in sorted((*batch.unread, *(batch.undecoded if is_image else ())), key=_number):
+            self._leave_out(_number(incident), incident.reason, incident.detail)
+        if is_image:
+            origins = [self._picture(item) for item in batch.pictures]
             embedded = model.embed_images(batch.images) if origins else None
         else:
             origins = [origin for item in batch.items for origin in self._captions(item)]
@@ -51,8 +55,12 @@ class PartRows:
         """All vectors so far."""
         return np.concatenate([np.zeros((0, dimension), np.float32), *self.vectors])
 
+    @cached_property
+    def _index(self) -> TarIndex:
+        return open_index(self.shard)
+
     def _picture(self, item: Item) -> Origin:
-        place = open_index(self.shard)[item.address.number].image or Span(0, 0)
+        place = self._index[item.address.number].image or Span(0, 0)
         return Origin(
             uid=self.namer.name(self.number, item.address.number, item.key),
             key=item.key,
@@ -76,10 +84,14 @@ class PartRows:
             self._leave_out(item.address.number, "no caption", "a text embedding needs one")
 
     def _leave_out(self, number: int, reason: str, detail: str) -> None:
-        key = open_index(self.shard)[number].key
+        key = self._index[number].key
         self.incidents.append(
             IncidentRecord(part=self.name, shard=self.shard, number=number, key=key, reason=reason, detail=detail)
         )
+
+
+def _number(incident: Incident) -> int:
+    return incident.address.number
 
 
 def _only_caption(captions: Captions) -> str:

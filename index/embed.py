@@ -1,30 +1,57 @@
-"""The embedding stage: shards through a model into an embeddings folder, one part per shard, resumed after a crash."""
+"""The embedding stage: shards through a model into embeddings folders, one part per shard, resumed after a crash."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vlm.console import progress, say
-from vlm.data.batches import AssembleItems
-from vlm.data.loader import stream_batches
-from vlm.data.plan import ShardPlan
+from vlm.console import say
 from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
-from vlm.index.collect import PartRows
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, check_same_origin, part_name
+from vlm.errors import UsageError
+from vlm.index.batch_size import fastest_batch_size
+from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, check_same_origin
 from vlm.index.encoder import Encoder, absolute_spec
-from vlm.index.uids import UidNamer
-from vlm.manifest import Manifest, is_complete
+from vlm.index.missing_parts import Pass, Target
+from vlm.index.parts import FLOAT16, Storage
+from vlm.index.share import ALONE, Share
+from vlm.index.unfinished import agree_on_batch_size, agreed_batch_size, alone, tidy
+from vlm.manifest import is_complete
+
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """How shards are embedded.
+
+    model_spec: what the model was loaded from; kept absolute, so that a search finds it again.
+    batch_size: samples at once; auto tries which is fastest and keeps to it when the work goes on after a crash.
+    workers: processes that read and decode ahead of the model; with 0, reading and the model take turns.
+    allow_damage: embed what lies before the damage of a tar cut short.
+    selection: embed only the samples it names, each once.
+    is_compiled: let torch compile the model for pictures.
+    share: which of several processes that fill the folders together this one is.
+    """
+
+    model_spec: str
+    batch_size: int | Literal["auto"] = BATCH_SIZE
+    workers: int = 0
+    allow_damage: bool = False
+    selection: Selection | None = None
+    storage: Storage = FLOAT16
+    is_compiled: bool = False
+    share: Share = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedSummary:
     """What the folder holds, and what this call did: `new_rows` in `seconds`.
 
-    bad: samples left out, named in `incidents.jsonl`. was_complete: there was nothing left to do.
+    bad: samples left out, named in `incidents.jsonl`. incidents: how many for which reason.
+    missing_parts: what other processes have still to write; 0 when the folder is whole.
+    was_complete: there was nothing left to do.
     """
 
     folder: str
@@ -33,6 +60,8 @@ class EmbedSummary:
     parts: int
     rows: int
     bad: int
+    incidents: dict[str, int]
+    missing_parts: int
     new_rows: int
     seconds: float
     was_complete: bool
@@ -45,44 +74,61 @@ def embed_shards(
     *,
     model_spec: str,
     modality: Modality = "image",
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     workers: int = 0,
     allow_damage: bool = False,
     selection: Selection | None = None,
 ) -> EmbedSummary:
-    """Embed the picture, or each caption, of every sample of the shards into the folder `out`.
+    """Embed the picture, or each caption, of every sample of the shards into the folder `out` (see `embed_into`)."""
+    options = EmbedOptions(
+        model_spec=model_spec,
+        batch_size=batch_size,
+        workers=workers,
+        allow_damage=allow_damage,
+        selection=selection,
+    )
+    return embed_into(model, shards, {modality: out}, options)[modality]
 
-    Killed at any moment and repeated with the same batch size, it leaves the files of an uninterrupted run; repeated
-    when complete, it does nothing.
+
+def embed_into(
+    model: Encoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
+) -> dict[Modality, EmbedSummary]:
+    """Embed the shards into a folder for each modality, reading every sample once.
+
+    Killed at any moment and repeated with the same batch size, by any number of processes, it leaves the files of an
+    uninterrupted run; repeated when complete, it does nothing. Of several processes, each writes the parts of its own
+    shards; the one that finds all parts there ends the work.
 
     Args:
         shards: addresses as `expand_shards` gives them.
-        model_spec: what the model was loaded from; kept absolute, so that a search finds it again.
-        allow_damage: embed what lies before the damage of a tar cut short.
-        selection: embed only the samples it names, each once.
 
     Raises:
-        UsageError: `out` holds something else, or the work of another model or of other shards.
-        VlmError: a shard is damaged, a vector is not of unit length, or not one sample can be used.
+        UsageError: a folder holds something else, or the work of another model or of other shards.
+        VlmError: a shard is damaged, a vector is not of unit length, memory is short, or not one sample can be used.
     """
-    started = time.perf_counter()
-    addresses = [_absolute(shard) for shard in shards]
+    started, addresses = time.perf_counter(), [_absolute(shard) for shard in shards]
     inputs = {"model": model.fingerprint, "shards": shards_fingerprint(addresses)}
-    counts = count_samples(addresses, allow_damage=allow_damage)
-    inputs["selection"] = selection.fingerprint if selection else ""
-    identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses}
-    times = selection.times_of(addresses) if selection else None
-    plan = ShardPlan(counts=counts, batch_size=batch_size, times=times)
-    if was_complete := is_complete(out):
-        manifest, new_rows = check_same_origin(out, identity), 0
-        say(f"{out} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
-    else:
-        spec, size = absolute_spec(model_spec), model.embedding_size
-        space = Space(model=spec, fingerprint=model.fingerprint, dimension=size, modality=modality)
-        writer = EmbeddingsWriter(out, space=space, identity=identity)
-        new_rows = _write_missing_parts(writer, model, addresses, plan, workers=workers)
-        manifest = writer.finish(inputs=inputs, details={"shards": addresses, "batch_size": batch_size})
-    return _summary(out, manifest, new_rows=new_rows, seconds=time.perf_counter() - started, was_complete=was_complete)
+    counts = count_samples(addresses, allow_damage=options.allow_damage)
+    times = options.selection.times_of(addresses) if options.selection else None
+    inputs["selection"] = options.selection.fingerprint if options.selection else ""
+    if options.is_compiled and "image" not in folders:
+        raise UsageError("Only the model's part for pictures is compiled; leave --compile out for texts.")
+    targets = [_open(model, path, modality, addresses, inputs, options) for modality, path in folders.items()]
+    if unfinished := [target for target in targets if target.writer]:
+        batch_size = _batch_size(model, targets, options, largest=max(counts))
+        way = Pass(
+            shards=addresses,
+            counts=counts,
+            times=times,
+            batch_size=batch_size,
+            workers=options.workers,
+            is_compiled=options.is_compiled,
+        )
+        way.write_missing(model, unfinished, options.share.of(len(addresses)))
+        for target in unfinished:
+            _finish(target, inputs, {"shards": addresses, "batch_size": batch_size})
+    seconds = time.perf_counter() - started
+    return {target.space.modality: _summary(target, len(addresses), seconds) for target in targets}
 
 
 def _absolute(shard: str) -> str:
@@ -91,40 +137,70 @@ def _absolute(shard: str) -> str:
     return shard if is_remote(shard) else str(path.parent.resolve() / path.name)
 
 
-def _write_missing_parts(
-    writer: EmbeddingsWriter,
+def _open(
     model: Encoder,
-    shards: Sequence[str],
-    plan: ShardPlan,
-    *,
-    workers: int,
-) -> int:
-    """Write the part of each shard that has none yet; the number of rows written."""
-    modality, dimension, done = writer.space.modality, writer.space.dimension, len(writer.parts)
-    num_batches = [-(-count // plan.batch_size) for count in plan.kept]
-    assemble = AssembleItems(view=model.view if modality == "image" else None)
-    missing = range(sum(num_batches[:done]), len(plan))
-    stream = stream_batches(plan, shards, assemble, numbers=missing, workers=workers)
-    namer, new_rows = UidNamer(shards), 0
-    with progress(total=sum(plan.kept), done=sum(plan.kept[:done]), what="embed", unit=" samples") as shown:
-        for number in range(done, len(shards)):
-            rows = PartRows(name=part_name(number), shard=shards[number], number=number, namer=namer)
-            for batch in islice(stream, num_batches[number]):
-                rows.take(batch, model, modality)
-                shown.update(len(batch.items) + len(batch.incidents))
-            writer.add(rows.shard, rows.matrix(dimension), rows.origins, rows.incidents)
-            new_rows += len(rows.origins)
-    return new_rows
+    path: Path,
+    modality: Modality,
+    addresses: list[str],
+    inputs: dict[str, str],
+    options: EmbedOptions,
+) -> Target:
+    identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses, **asdict(options.storage)}
+    spec, size = absolute_spec(options.model_spec), model.embedding_size
+    space = Space(model=spec, fingerprint=model.fingerprint, dimension=size, modality=modality)
+    if not is_complete(path):
+        try:
+            writer = EmbeddingsWriter(path, space=space, identity=identity, storage=options.storage)
+            return Target(path=path, space=space, writer=writer)
+        except UsageError:
+            if not is_complete(path):  # else another process finished it just now
+                raise
+    manifest = check_same_origin(path, identity)
+    tidy(path)
+    say(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
+    return Target(path=path, space=space, writer=None, manifest=manifest)
 
 
-def _summary(out: Path, manifest: Manifest, *, new_rows: int, seconds: float, was_complete: bool) -> EmbedSummary:
-    space = Space(**manifest.details["space"])
+def _batch_size(model: Encoder, targets: Sequence[Target], options: EmbedOptions, *, largest: int) -> int:
+    if options.batch_size != "auto":
+        if options.batch_size < 1:
+            raise UsageError(f"batch_size = {options.batch_size}; one sample at once is the least.")
+        return options.batch_size
+    if all(target.space.modality == "text" for target in targets):
+        return BATCH_SIZE
+    finished = [target.manifest.details["batch_size"] for target in targets if target.manifest]
+    unfinished = [target.path for target in targets if target.writer]
+    with alone(unfinished[0]):
+        known = [*finished, *filter(None, map(agreed_batch_size, unfinished))]
+        size = known[0] if known else fastest_batch_size(model, largest=largest)
+        for path in unfinished:
+            agree_on_batch_size(path, size)
+    return size
+
+
+def _finish(target: Target, inputs: dict[str, str], details: dict[str, Any]) -> None:
+    """Write the manifest if all parts are there."""
+    assert target.writer is not None
+    if all(target.writer.part(number) for number in range(len(details["shards"]))):
+        target.manifest = target.writer.finish(inputs=inputs, details=details)
+
+
+def _summary(target: Target, num_parts: int, seconds: float) -> EmbedSummary:
+    if target.manifest is not None:
+        counts, incidents = target.manifest.counts, target.manifest.details.get("incidents", {})
+    else:
+        assert target.writer is not None
+        there = [part for number in range(num_parts) if (part := target.writer.part(number))]
+        rows, bad = sum(part.rows for part in there), sum(part.bad for part in there)
+        counts, incidents = {"rows": rows, "bad": bad, "parts": len(there)}, {}
     return EmbedSummary(
-        folder=str(out),
-        modality=space.modality,
-        dimension=space.dimension,
-        new_rows=new_rows,
+        folder=str(target.path),
+        modality=target.space.modality,
+        dimension=target.space.dimension,
+        incidents=incidents,
+        missing_parts=num_parts - counts["parts"],
+        new_rows=target.new_rows,
         seconds=seconds,
-        was_complete=was_complete,
-        **manifest.counts,
+        was_complete=target.writer is None,
+        **counts,
     )

@@ -1,7 +1,8 @@
 """The embeddings folder: parts written one by one and resumed after a crash, then read as one matrix with its rows."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,25 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.errors import UsageError, VlmError
-from vlm.files import append_line, fingerprint_of, read_lines, sha256_of, write_text
-from vlm.index.parts import PARTS, Origin, Part, open_vectors, read_origins, write_part
-from vlm.manifest import FileRecord, Manifest, begin_folder, read_manifest, record_file, write_manifest
+from vlm.files import fingerprint_of, read_lines, sha256_of, write_text
+from vlm.index.codes import Code
+from vlm.index.parts import (
+    FLOAT16,
+    IncidentRecord,
+    Marked,
+    Origin,
+    Part,
+    Storage,
+    mark_done,
+    open_codes,
+    open_vectors,
+    part_name,
+    read_marker,
+    read_origins,
+    write_part,
+)
+from vlm.index.unfinished import alone, begin, tidy
+from vlm.manifest import FileRecord, Manifest, is_complete, read_manifest, record_file, write_manifest
 from vlm.tensors import Array, Float, Float32
 
 Modality = Literal["image", "text"]
@@ -33,35 +50,29 @@ class Space:
     modality: Modality
 
 
-@dataclass(frozen=True, kw_only=True)
-class IncidentRecord:
-    """A sample that has no embedding, and why: one line of `incidents.jsonl`."""
-
-    part: str
-    shard: str
-    number: int
-    key: str
-    reason: str
-    detail: str
-
-
 class EmbeddingsWriter:
-    """Writes parts in the order of the shards; opened again after a crash, it goes on after the last whole part.
+    """Writes parts, each whole or absent, in any order and from any number of processes.
+
+    Opened again after a crash, what was added is there still.
 
     identity: what makes the folder what it is (model, shards, modality); unfinished work of another identity is
         refused with a UsageError.
     """
 
-    def __init__(self, folder: Path, *, space: Space, identity: dict[str, Any]) -> None:
-        begin_folder(folder, kind="embeddings", configuration=identity)
-        (folder / PARTS).mkdir(exist_ok=True)
-        self.folder, self.space, self.identity = folder, space, identity
-        self.parts = list(_whole_parts(folder))
-        done = {part.name for part in self.parts}
-        incidents = [line for line in read_lines(folder / INCIDENT_LINES) if json.loads(line)["part"] in done]
-        # rewritten, because a crash may have cut the last line or left the incidents of a part without the part
-        _write_lines(folder / PART_LINES, [part.to_line() for part in self.parts])
-        _write_lines(folder / INCIDENT_LINES, incidents)
+    def __init__(self, folder: Path, *, space: Space, identity: dict[str, Any], storage: Storage = FLOAT16) -> None:
+        begin(folder, identity)
+        self.folder, self.space, self.identity, self.storage = folder, space, identity, storage
+        self._next: int | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that are there, in order, up to the first that is not."""
+        return [marked.part for marked in self._marked()]
+
+    def part(self, number: int, *, verify: bool = False) -> Part | None:
+        """A part if it is there; with `verify`, its checksums are compared, too."""
+        marked = read_marker(self.folder, part_name(number), verify=verify)
+        return marked.part if marked else None
 
     def add(
         self,
@@ -69,44 +80,68 @@ class EmbeddingsWriter:
         vectors: Float[Array, "N D"],
         origins: Sequence[Origin],
         incidents: Sequence[IncidentRecord] = (),
+        *,
+        number: int | None = None,
     ) -> Part:
-        """Write the next part; once this returns, it survives any crash."""
-        part = write_part(self.folder, part_name(len(self.parts)), vectors, origins, shard=shard, bad=len(incidents))
-        if incidents:
-            append_line(
-                self.folder / INCIDENT_LINES,
-                "\n".join(json.dumps(asdict(incident), ensure_ascii=False) for incident in incidents),
-            )
-        append_line(self.folder / PART_LINES, part.to_line())
-        self.parts.append(part)
+        """Write a part; once this returns, it survives any crash.
+
+        number: without, what follows `parts` as they were at the first such call, then one after the other.
+        """
+        if number is None:
+            number = len(self.parts) if self._next is None else self._next
+            self._next = number + 1
+        name, bad = part_name(number), len(incidents)
+        part = write_part(self.folder, name, vectors, origins, shard=shard, bad=bad, storage=self.storage)
+        mark_done(self.folder, part, incidents)
         return part
 
     def finish(self, *, inputs: dict[str, str], details: dict[str, Any]) -> Manifest:
-        """Write the manifest: the folder is whole.
+        """Write the manifest: the folder is whole. If another process did it already, that manifest is given.
 
         Raises:
             VlmError: there is not one row.
         """
-        rows, bad = sum(part.rows for part in self.parts), sum(part.bad for part in self.parts)
+        with alone(self.folder):
+            if not is_complete(self.folder):
+                self._write_manifest(inputs, details)
+            tidy(self.folder)
+        return read_manifest(self.folder, "embeddings")
+
+    def _write_manifest(self, inputs: dict[str, str], details: dict[str, Any]) -> None:
+        marked = list(self._marked())
+        parts, incidents = [each.part for each in marked], [line for each in marked for line in each.incidents]
+        _write_lines(self.folder / PART_LINES, (part.to_line() for part in parts))
+        _write_lines(
+            self.folder / INCIDENT_LINES,
+            (json.dumps(asdict(incident), ensure_ascii=False) for incident in incidents),
+        )
+        rows, bad = sum(part.rows for part in parts), sum(part.bad for part in parts)
+        reasons = Counter(incident.reason for incident in incidents)
         if not rows:
-            first = json.loads(next(iter(read_lines(self.folder / INCIDENT_LINES)), '{"reason": "there was none"}'))
+            first = f"{incidents[0].key} {incidents[0].reason} {incidents[0].detail}" if incidents else "there was none"
             raise VlmError(
-                f"Not one of {bad:,} samples could be embedded; the first: {first.get('key', '')} {first['reason']} "
-                f"{first.get('detail', '')}. All are in {self.folder / INCIDENT_LINES}."
+                f"Not one of {bad:,} samples could be embedded; the first: {first}. "
+                f"All are in {self.folder / INCIDENT_LINES}."
             )
-        files = {name: record for part in self.parts for name, record in part.files.items()}
+        files = {name: record for part in parts for name, record in part.files.items()}
         files |= {name: record_file(self.folder / name) for name in (PART_LINES, INCIDENT_LINES)}
         manifest = Manifest(
             kind="embeddings",
             fingerprint=fingerprint_of(self.space.fingerprint, *(files[name].sha256 for name in sorted(files))),
-            counts={"rows": rows, "bad": bad, "parts": len(self.parts)},
+            counts={"rows": rows, "bad": bad, "parts": len(parts)},
             configuration=self.identity,
             inputs=inputs,
             files=files,
-            details=details | {"space": asdict(self.space)},
+            details=details
+            | {"space": asdict(self.space), **asdict(self.storage), "incidents": dict(sorted(reasons.items()))},
         )
         write_manifest(self.folder, manifest)
-        return manifest
+
+    def _marked(self) -> Iterator[Marked]:
+        number = 0
+        while (marked := read_marker(self.folder, part_name(number))) is not None:
+            yield marked
+            number += 1
 
 
 class Embeddings:
@@ -143,11 +178,22 @@ class Embeddings:
             yield from read_origins(self.folder, part)
 
     def blocks(self, rows_at_once: int = 65_536) -> Iterator[Float32[Array, "N D"]]:
-        """All rows in order, float32, brought back to unit length after their storage as float16."""
+        """All rows in order, float32, brought back to unit length after their storage."""
         for part in self.parts:
             vectors = open_vectors(self.folder, part)
             for first in range(0, part.rows, rows_at_once):
                 yield unit_rows(vectors[first : first + rows_at_once])
+
+    def codes(self, code: Code) -> Iterator[tuple[Array, ...]]:
+        """The arrays of a code, part by part (`parts.open_codes`).
+
+        Raises:
+            UsageError: the folder was embedded without.
+        """
+        if code not in self.manifest.details.get("codes", ()):
+            raise UsageError(f"{self.folder} has no {code} codes; embed again with --codes {code}.")
+        for part in self.parts:
+            yield open_codes(self.folder, part, code)
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
         """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
@@ -158,15 +204,6 @@ class Embeddings:
             for part, first in zip(self.parts, starts, strict=False)
         ]
         return unit_rows(np.concatenate(taken))
-
-
-def part_name(number: int) -> str:
-    """The name of the part of shard `number`.
-
-    >>> part_name(3)
-    'part-00003'
-    """
-    return f"part-{number:05d}"
 
 
 def unit_rows(vectors: Float[Array, "N D"]) -> Float32[Array, "N D"]:
@@ -208,18 +245,7 @@ def check_same_origin(folder: Path, identity: dict[str, Any]) -> Manifest:
     return Embeddings.open(folder).manifest
 
 
-def _whole_parts(folder: Path) -> Iterator[Part]:
-    """The parts finished before a crash, up to the first whose files are not as they were written."""
-    for line in read_lines(folder / PART_LINES):
-        part = Part.from_line(line)
-        for name, record in part.files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != record.bytes:
-                return
-        yield part
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm.data.views import FixedView
 from vlm.errors import VlmError
+from vlm.models.prefix import SIGN, split_spec
 from vlm.tensors import Array, Float32, Tensor, UInt8
 
 # unit vectors rounded to bfloat16 after their normalisation are off by up to 2^-8; more is a fault of the model
@@ -61,4 +62,7 @@ def check_unit_vectors(vectors: Float32[Array, "N D"], names: Sequence[str]) -> 
 
 def absolute_spec(spec: str) -> str:
     """A model's folder as an absolute path, so that it is found from anywhere; a name as it is."""
-    return str(Path(spec).resolve()) if Path(spec).exists() else spec
+    model, kept = split_spec(spec)
+    if Path(model).exists():
+        model = str(Path(model).resolve())
+    return model if kept is None else f"{model}{SIGN}{kept}"

@@ -11,6 +11,16 @@ from vlm.errors import VlmError
 
 # it wants NumPy 1, which newer pyarrow refuses without saying so in its requirements
 AUTOFAISS = ("autofaiss==2.18.0", "pyarrow<20", "psutil")
+# sentence-transformers 2, which it imports, wants transformers 4
+CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "transformers<5", "setuptools<81")
+
+
+def same_torch() -> tuple[str, ...]:
+    """torch and torchvision of this environment, for one in which speed is compared."""
+    import torch
+    import torchvision
+
+    return tuple(f"{module.__name__}=={module.__version__.split('+')[0]}" for module in (torch, torchvision))
 
 
 def own_python(folder: Path, packages: Sequence[str]) -> Path:

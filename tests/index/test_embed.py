@@ -64,7 +64,7 @@ def test_a_run_killed_inside_a_part_and_repeated_leaves_the_files_of_an_uninterr
     root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], cwd=root, capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    assert len((killed / "parts.jsonl").read_text().splitlines()) == 1
+    assert [path.name for path in killed.glob("parts/part-*.json")] == ["part-00000.json"]
     with pytest.raises(UsageError, match="unfinished"):
         Embeddings.open(killed)
     assert embed(model, shards, killed).manifest.fingerprint == expected.fingerprint
@@ -84,29 +84,49 @@ def test_a_run_stopped_at_any_batch_goes_on_after_the_last_whole_part(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_lines_cut_or_orphaned_by_a_crash_are_mended(
-    tmp_path: Path, shards: list[str], make_model: Callable[..., Any]
+@pytest.mark.parametrize("suffix", ["npy", "parquet", "json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_part_lost_or_damaged_before_the_end_is_embedded_again_and_no_other(
+    tmp_path: Path, shards: list[str], make_model: Callable[..., Any], suffix: str, damage: str
 ) -> None:
     embed(make_model(), shards, tmp_path / "whole")
-    out = tmp_path / "out"
+    out, resumed = tmp_path / "out", make_model()
     with pytest.raises(InterruptedError):
         embed(make_model(fail_on_batch=5), shards, out)
-    whole_lines = (out / "parts.jsonl").read_text().splitlines()
-    (out / "parts.jsonl").write_text(whole_lines[0] + "\n" + whole_lines[1][:50])
-    embed(make_model(), shards, out)
+    path = out / "parts" / f"part-00000.{suffix}"
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] if damage == "cut" else data[:-9] + b"?" + data[-8:])
+    if damage == "missing":
+        path.unlink()
+    embed(resumed, shards, out)
+    assert resumed.batches == 4
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_part_lost_before_the_end_is_embedded_again(
-    tmp_path: Path, shards: list[str], make_model: Callable[..., Any]
+@pytest.mark.parametrize("left", [".progress.json.1.part", "parts/.part-00001.npy.1.part", ".manifest.json.1.part"])
+def test_what_a_killed_process_left_half_written_is_gone_in_the_end(
+    tmp_path: Path, shards: list[str], make_model: Callable[..., Any], left: str
 ) -> None:
     embed(make_model(), shards, tmp_path / "whole")
-    out = tmp_path / "out"
-    with pytest.raises(InterruptedError):
-        embed(make_model(fail_on_batch=5), shards, out)
-    (out / "parts" / "part-00001.npy").unlink()
-    embed(make_model(), shards, out)
-    assert contents(out) == contents(tmp_path / "whole")
+    path = tmp_path / "out" / left
+    if "progress" not in left:
+        with pytest.raises(InterruptedError):
+            embed(make_model(fail_on_batch=3), shards, tmp_path / "out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"{")
+    embed(make_model(), shards, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_killed_just_after_the_manifest_is_tidied_by_the_next(
+    tmp_path: Path, shards: list[str], model: Encoder
+) -> None:
+    embed(model, shards, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for name in ("progress.json", ".lock", ".batch-size", "parts/.part-00000.npy.7.part"):
+        (tmp_path / "out" / name).write_text("1")
+    embed(model, shards, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.index.changes import SPACE, origins, vectors
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import Embeddings, unit_rows
+from vlm.index.embeddings import Embeddings, EmbeddingsWriter, unit_rows
 
 Write = Callable[..., Path]
 
@@ -64,3 +65,21 @@ def test_a_folder_of_another_kind_is_refused(index: Path, tmp_path: Path) -> Non
         Embeddings.open(index)
     with pytest.raises(UsageError, match=r"has no manifest\.json"):
         Embeddings.open(tmp_path / "nothing")
+
+
+def test_a_writer_goes_on_in_order_after_the_first_part_that_is_lost(tmp_path: Path) -> None:
+    def written(folder: Path, first: int) -> EmbeddingsWriter:
+        writer = EmbeddingsWriter(folder, space=SPACE, identity={})
+        assert len(writer.parts) == first
+        for number in range(first, 4):
+            keys = [f"{number}-{row}" for row in range(5)]
+            writer.add(f"{number}.tar", vectors(5, number), origins(keys))
+        return writer
+
+    written(tmp_path / "whole", 0).finish(inputs={}, details={})
+    written(tmp_path / "out", 0)
+    (tmp_path / "out" / "parts" / "part-00001.npy").unlink()
+    written(tmp_path / "out", 1).finish(inputs={}, details={})
+    found = [Embeddings.open(tmp_path / name, verify=True) for name in ("whole", "out")]
+    assert found[0].manifest.files == found[1].manifest.files
+    assert [part.shard for part in found[1].parts] == ["0.tar", "1.tar", "2.tar", "3.tar"]

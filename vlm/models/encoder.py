@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from vlm.data.tokenizers import Tokenizer
+from vlm.data.tokenizers import Tokenizer, trimmed
 from vlm.data.views import FixedView
 from vlm.errors import UsageError
 from vlm.files import fingerprint_of
 from vlm.models.captioner import write_captions
+from vlm.models.likelihood import text_likelihoods
 from vlm.models.network import ModelConfig, is_captioner
 from vlm.tensors import Float, Float32, Tensor, UInt8
 
@@ -22,6 +23,7 @@ class VisionLanguageModel:
     """A dual encoder with the view and the tokenizer it was trained with.
 
     name: where it was loaded from, for people; the identity is `fingerprint`.
+    trims_text: rows of tokens are cut to the longest text (`accept_short_texts` says whether the network takes them).
     """
 
     name: str
@@ -31,6 +33,7 @@ class VisionLanguageModel:
     tokenizer: Tokenizer
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32
+    trims_text: bool = False
     _fingerprint: str = field(default="", init=False, repr=False)
 
     @property
@@ -61,9 +64,10 @@ class VisionLanguageModel:
         """Unit vectors of texts, on the CPU."""
         parts: list[Tensor] = []
         for first in range(0, len(texts), TEXTS_AT_ONCE):
-            tokens = torch.from_numpy(self.tokenizer.encode(list(texts[first : first + TEXTS_AT_ONCE])))
+            tokens = self.tokenizer.encode(list(texts[first : first + TEXTS_AT_ONCE]))
+            rows = torch.from_numpy(trimmed(tokens, self.tokenizer) if self.trims_text else tokens).to(self.device)
             with self._inference():
-                features = self.network.encode_text(tokens.to(self.device))  # pyright: ignore[reportCallIssue]
+                features = self.network.encode_text(rows)  # pyright: ignore[reportCallIssue]
             parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
         return torch.cat(parts) if parts else torch.zeros(0, self.embedding_size)
 
@@ -74,16 +78,31 @@ class VisionLanguageModel:
         Raises:
             UsageError: the model has no decoder.
         """
-        if not self.can_caption:
-            raise UsageError(f"{self.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
+        self._require_decoder()
         with self._inference():
             rows = write_captions(self.network, self._pixels(images), self.tokenizer, prompt)
         return [self.tokenizer.decode(row) for row in rows.tolist()]
+
+    @torch.inference_mode()
+    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+        """Mean log-likelihood of each text's tokens given each picture, in nats, on the CPU.
+
+        Raises:
+            UsageError: the model has no decoder.
+        """
+        self._require_decoder()
+        tokens = torch.from_numpy(self.tokenizer.encode(list(texts))).to(self.device)
+        with self._inference():
+            return text_likelihoods(self.network, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
 
     @property
     def logit_scale(self) -> float:
         """The learned inverse temperature that turns cosines into logits."""
         return float(self.network.get_parameter("logit_scale").detach().exp())
+
+    def _require_decoder(self) -> None:
+        if not self.can_caption:
+            raise UsageError(f"{self.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
 
     def _pixels(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return normalise(images.to(self.device, non_blocking=True), self.view)

@@ -14,6 +14,7 @@ from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
 from vlm.models.encoder import VisionLanguageModel, space_fingerprint
 from vlm.models.network import ModelConfig, build_network
+from vlm.models.short_texts import accept_short_texts
 from vlm.models.towers.portable import config_to_save
 
 CONFIG = "open_clip_config.json"
@@ -92,6 +93,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         tokenizer=open_tokenizer(source, text.get("context_length")),
         device=device,
         precision=precision,
+        trims_text=accept_short_texts(network),
     )
     if is_complete(folder) and read_manifest(folder, "model").fingerprint != model.fingerprint:
         raise VlmError(

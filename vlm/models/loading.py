@@ -1,4 +1,4 @@
-"""MODEL as people write it: a run folder, a model folder, or an open_clip name."""
+"""MODEL as people write it: a run folder, a model folder, an upgrade folder, or an open_clip name."""
 
 from pathlib import Path
 
@@ -7,22 +7,31 @@ import torch
 from vlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, open_tokenizer
 from vlm.data.views import FixedView
 from vlm.errors import UsageError, VlmError
+from vlm.models.compatible import CompatibleModel, is_upgrade, read_head
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.folder import CONFIG, load_model_folder
+from vlm.models.prefix import PrefixModel, split_spec
+from vlm.models.short_texts import accept_short_texts
 
 RUN_MODEL = "model"
 CHECKPOINTS = "checkpoints"
 
 
 def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
-    """The model named by a run folder (its final model, else its newest checkpoint), a model folder, or an
-    open_clip name with its weights (`ViT-B-32:laion2b_s34b_b79k`).
+    """The model named by a run folder (its final model, else its newest checkpoint), a model folder, an upgrade
+    folder (the new model with the head on top), or an open_clip name with its weights (`ViT-B-32:laion2b_s34b_b79k`).
+    Any of them followed by `#64` keeps the first 64 dimensions.
 
     Raises:
-        UsageError: there is no such model. VlmError: its weights cannot be had.
+        UsageError: there is no such model, or it has fewer dimensions. VlmError: its weights cannot be had.
     """
     where, dtype = choose_device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    whole, kept = split_spec(spec)
+    if kept is not None:
+        return PrefixModel.of(load_model(whole, device=device, precision=precision), kept)
     path = Path(spec)
+    if is_upgrade(path):
+        return _load_upgraded(path, device, precision)
     if path.is_dir():
         return load_model_folder(_model_folder(path), where, dtype)
     if ":" not in spec:
@@ -30,6 +39,17 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
             f"There is no model {spec!r}: give a run folder, a model folder, or NAME:WEIGHTS of open_clip."
         )
     return _load_pretrained(spec, where, dtype)
+
+
+def _load_upgraded(folder: Path, device: str, precision: str) -> CompatibleModel:
+    head = read_head(folder)
+    base = load_model(head.model, device=device, precision=precision)
+    if base.fingerprint != head.new:
+        raise UsageError(
+            f"{head.model} has changed since the head {folder} was fitted to it: its fingerprint was {head.new} and is "
+            f"now {base.fingerprint}. Put the model back, or fit the head again."
+        )
+    return CompatibleModel.of(base, head, str(folder))
 
 
 def choose_device(device: str) -> torch.device:
@@ -73,6 +93,7 @@ def _load_pretrained(spec: str, device: torch.device, precision: torch.dtype) ->
         tokenizer=tokenizer,
         device=device,
         precision=precision,
+        trims_text=accept_short_texts(network),
     )
 
 

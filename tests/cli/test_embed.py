@@ -1,0 +1,67 @@
+import json
+
+import pytest
+import torch
+
+from tests.data.tars import write_tar
+from vlm.cli.main import main
+from vlm.data.tokenizers import open_tokenizer
+from vlm.data.views import FixedView
+from vlm.index.embeddings import Embeddings
+from vlm.models.encoder import VisionLanguageModel
+from vlm.models.folder import save_model_folder
+from vlm.models.loading import load_model
+from vlm.models.network import build_network, fit_to_tokenizer, model_config
+
+
+@pytest.fixture
+def model(scene_tokenizer, tmp_path):
+    """A folder with a tiny model of random weights."""
+    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
+    config = fit_to_tokenizer(model_config("micro"), tokenizer)
+    torch.manual_seed(0)
+    made = VisionLanguageModel(
+        name="micro",
+        network=build_network(config).eval(),
+        config=config,
+        view=FixedView(size=32),
+        tokenizer=tokenizer,
+    )
+    save_model_folder(tmp_path / "model", made, inputs={})
+    return tmp_path / "model"
+
+
+def test_both_modalities_of_a_prefix_with_codes_by_two_processes(scene_shards, model, tmp_path, capfd):
+    write_tar(tmp_path / "broken.tar", ["", "unreadable picture", ""])
+    words = ["embed", f"{model}#8", f"{scene_shards / 'val'}::{tmp_path / 'broken.tar'}"]
+    options = ["--modality", "both", "--store", "float32", "--codes", "int8", "binary", "--json", "--workers", "0"]
+    assert main([*words, str(tmp_path / "out"), *options, "--processes", "2"]) == 0
+    printed = capfd.readouterr()
+    told = json.loads(printed.out)
+    images = Embeddings.open(tmp_path / "out" / "images", verify=True)
+    texts = Embeddings.open(tmp_path / "out" / "texts", verify=True)
+    assert (told["image"]["rows"], told["image"]["missing_parts"], told["image"]["bad"]) == (len(images), 0, 1)
+    assert told["image"]["incidents"] == {"unreadable picture": 1}
+    assert "unreadable picture" in printed.err
+    assert "incidents.jsonl" in printed.err
+    for found in (images, texts):
+        assert found.dimension == 8
+        assert found.space.model == f"{model}#8"
+        assert found.space.fingerprint == load_model(found.space.model).fingerprint
+        assert len(list(found.codes("int8"))) == 2
+    assert main([*words, str(tmp_path / "alone"), *options]) == 0
+    again = Embeddings.open(tmp_path / "alone" / "images")
+    assert again.manifest.files == images.manifest.files
+
+
+def test_mistakes_are_told_before_anything_is_written(scene_shards, model, tmp_path, capsys):
+    place = [str(scene_shards / "val"), str(tmp_path / "out")]
+    assert main(["embed", f"{model}#17", *place]) == 2
+    assert "have 16 dimensions" in capsys.readouterr().err
+    assert main(["embed", f"{model}#x", *place]) == 2
+    assert "no number of dimensions" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    assert main(["embed", str(model), *place, "--modality", "both"]) == 2
+    assert "needs a folder of its own" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.index.conftest import ColourModel
+from vlm.errors import UsageError
+from vlm.index.embed import EmbedOptions, embed_into
+from vlm.index.embeddings import Embeddings
+from vlm.index.share import Share
+
+ROOT = Path(__file__).parents[2]
+
+EMBED_SHARE = """
+import json, runpy, sys
+from dataclasses import asdict
+from pathlib import Path
+from vlm.index.embed import EmbedOptions, embed_into
+from vlm.index.share import Share
+Model = runpy.run_path(sys.argv[1])["ColourModel"]
+options = EmbedOptions(model_spec="colours", batch_size=3, share=Share.from_environment())
+out = Path(sys.argv[2])
+done = embed_into(Model(), sys.argv[3:], {"image": out / "images", "text": out / "texts"}, options)
+print(json.dumps({modality: asdict(summary) for modality, summary in done.items()}))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files; of the manifest what does not tell when and by which command it was written."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in [name for name in found if name.endswith("manifest.json")]:
+        values = json.loads(found[name])
+        del values["made_at"], values["command"]
+        found[name] = json.dumps(values).encode()
+    return found
+
+
+def embed_alone(shards: list[str], out: Path, share: Share | None = None) -> dict:
+    options = EmbedOptions(model_spec="colours", batch_size=3, share=share or Share())
+    return embed_into(ColourModel(), shards, {"image": out / "images", "text": out / "texts"}, options)
+
+
+def start(shards: list[str], out: Path, rank: int, world: int) -> subprocess.Popen:
+    told = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    arguments = [str(Path(__file__).with_name("conftest.py")), str(out), *shards]
+    return subprocess.Popen(
+        [sys.executable, "-c", EMBED_SHARE, *arguments],
+        cwd=ROOT,
+        env=os.environ | told,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_real_processes_started_at_once_leave_the_files_of_one(tmp_path: Path, shards: list[str], world: int) -> None:
+    embed_alone(shards, tmp_path / "whole")
+    started = [start(shards, tmp_path / "out", rank, world) for rank in range(world)]
+    ended = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0] * world, ended
+    summaries = [json.loads(out)["image"] for out, _ in ended]
+    assert sum(summary["new_rows"] for summary in summaries) == 11
+    assert min(summary["missing_parts"] for summary in summaries) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_each_process_writes_its_own_shards_and_the_last_one_ends_the_work(tmp_path: Path, shards: list[str]) -> None:
+    embed_alone(shards, tmp_path / "whole")
+    out = tmp_path / "out"
+    first = embed_alone(shards, out, Share(1, 2))["image"]
+    assert (first.parts, first.missing_parts, first.rows, first.new_rows) == (1, 2, 3, 3)
+    with pytest.raises(UsageError, match="unfinished"):
+        Embeddings.open(out / "images")
+    last = embed_alone(shards, out, Share(0, 2))["image"]
+    assert (last.parts, last.missing_parts, last.rows, last.new_rows) == (3, 0, 11, 8)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_work_begun_by_three_is_ended_by_one(tmp_path: Path, shards: list[str]) -> None:
+    embed_alone(shards, tmp_path / "whole")
+    embed_alone(shards, tmp_path / "out", Share(2, 3))
+    assert embed_alone(shards, tmp_path / "out")["text"].new_rows == 16
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_process_is_known_by_what_its_launcher_tells() -> None:
+    assert Share.from_environment({}) == Share(0, 1, 0)
+    assert Share.from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Share(5, 8, 1)
+    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}
+    assert Share.from_environment(slurm) == Share(3, 4, 0)
+    assert Share.from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Share()
+    assert list(Share(1, 3).of(8)) == [1, 4, 7]
+    for told in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+        with pytest.raises(UsageError, match="name no process"):
+            Share.from_environment(told)

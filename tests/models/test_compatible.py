@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+from vlm.data.tokenizers import open_tokenizer
+from vlm.data.views import FixedView
+from vlm.errors import UsageError
+from vlm.models.compatible import Head, save_upgrade
+from vlm.models.encoder import VisionLanguageModel
+from vlm.models.folder import save_model_folder
+from vlm.models.loading import load_model
+from vlm.models.network import build_network, fit_to_tokenizer, model_config
+
+TEXTS = ["a small red circle", "two large blue stars on a white background"]
+
+
+def make_model(scene_tokenizer, seed=0):
+    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
+    config = fit_to_tokenizer(model_config("micro"), tokenizer)
+    torch.manual_seed(seed)
+    return VisionLanguageModel(
+        name="test", network=build_network(config).eval(), config=config, view=FixedView(size=32), tokenizer=tokenizer
+    )
+
+
+def head_for(size, fingerprint, folder, *, old="old", extra=5):
+    matrix = np.linalg.qr(np.random.default_rng(0).standard_normal((size + extra, size)))[0]
+    return Head(
+        matrix=torch.from_numpy(matrix.astype(np.float32)), old_dimension=7, old=old, new=fingerprint, model=str(folder)
+    )
+
+
+@pytest.fixture
+def new(scene_tokenizer, tmp_path):
+    model = make_model(scene_tokenizer)
+    save_model_folder(tmp_path / "new", model, inputs={})
+    head = head_for(model.embedding_size, model.fingerprint, tmp_path / "new")
+    save_upgrade(tmp_path / "head", head, configuration={}, details={})
+    return model
+
+
+def test_an_upgrade_folder_is_a_model(new, tmp_path):
+    model = load_model(str(tmp_path / "head"))
+    assert model.embedding_size == new.embedding_size + 5
+    assert model.fingerprint not in (new.fingerprint, "old")
+    assert model.view == new.view
+    pictures = torch.randint(0, 255, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    for ours, theirs in (
+        (model.embed_images(pictures), new.embed_images(pictures)),
+        (model.embed_texts(TEXTS), new.embed_texts(TEXTS)),
+        (model.embed_texts([]), torch.zeros(0, new.embedding_size)),
+    ):
+        assert ours.shape == (len(theirs), model.embedding_size)
+        assert torch.allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-6)
+
+
+def test_a_head_may_stand_on_a_head(new, tmp_path):
+    below = load_model(str(tmp_path / "head"))
+    head = head_for(below.embedding_size, below.fingerprint, tmp_path / "head", extra=2)
+    save_upgrade(tmp_path / "second", head, configuration={}, details={})
+    above = load_model(str(tmp_path / "second"))
+    assert above.embedding_size == new.embedding_size + 7
+    assert torch.allclose(above.embed_texts(TEXTS), below.embed_texts(TEXTS) @ head.matrix.T, atol=1e-6)
+
+
+def test_the_space_is_of_both_models_and_of_the_matrix(new, tmp_path):
+    size = new.embedding_size
+    one = head_for(size, new.fingerprint, tmp_path)
+    others = [
+        head_for(size, new.fingerprint, tmp_path, old="another"),
+        head_for(size, "another", tmp_path),
+        head_for(size, new.fingerprint, tmp_path, extra=6),
+    ]
+    assert len({head.fingerprint for head in (one, *others)}) == 4
+    assert head_for(size, new.fingerprint, tmp_path / "moved").fingerprint == one.fingerprint
+
+
+def test_a_model_that_has_changed_is_refused(new, tmp_path, scene_tokenizer):
+    (tmp_path / "new" / "manifest.json").unlink()
+    save_model_folder(tmp_path / "new", make_model(scene_tokenizer, seed=1), inputs={})
+    with pytest.raises(UsageError, match="has changed since the head"):
+        load_model(str(tmp_path / "head"))
