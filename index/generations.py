@@ -1,6 +1,6 @@
 """One generation of an index folder, open for reading: its manifest, its catalogue and the living of its segments."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from vlm.errors import VlmError
 from vlm.index.catalogue import Catalogue
 from vlm.index.embeddings import check_files
 from vlm.index.layout import CURE, Details
+from vlm.index.parts import Origin
 from vlm.index.search_plan import Selected
 from vlm.index.segments import OpenSegment
 from vlm.index.vectors import open_array
@@ -19,6 +20,7 @@ from vlm.tensors import Array, Float32, Int64
 
 # how often a folder may change between reading its manifest and opening its files before that counts as a fault
 _MOST_TRIES = 100
+_ENTRIES_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +49,12 @@ class Generation:
     def rows(self) -> Int64[Array, " N"]:
         """All living rows, rising."""
         return np.concatenate([np.zeros(0, np.int64), *(selected.rows() for selected in self.selected)])
+
+    def entries(self) -> Iterator[tuple[int, Origin]]:
+        """Each living row with what it was made from, rising."""
+        for first in range(0, len(self.rows), _ENTRIES_AT_ONCE):
+            for entry in self.catalogue.entries(self.rows[first : first + _ENTRIES_AT_ONCE].tolist()):
+                yield entry.row, entry
 
     def vectors(self, rows: Int64[Array, " N"]) -> Float32[Array, "N D"]:
         """The stored unit vectors of living or dead rows, in the order asked; all must be in its segments."""

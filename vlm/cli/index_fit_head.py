@@ -1,0 +1,90 @@
+"""Fit a head by which a new model can ask the rows of an old one, from embeddings of the same samples by both.
+
+The head is a MODEL from then on: vlm index upgrade carries an index over to it, vlm embed adds rows by it. New rows
+are found exactly as by the new model alone. Recall is measured on a part that is held out; samples that neither model
+was trained on make the better pairs, for on them both embed as they will embed what is to come.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vlm.console import say, show_facts, show_json, show_table
+
+if TYPE_CHECKING:
+    from vlm.evaluation.retrieval import Retrieval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of `vlm index fit-head`."""
+
+    old: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OLD-EMBEDDINGS")]
+    """Pictures embedded by the old model (or by an older head)."""
+
+    new: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NEW-EMBEDDINGS")]
+    """The same pictures embedded by the new model."""
+
+    head: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HEAD")]
+    """Folder for the head."""
+
+    old_texts: Path
+    """Captions of these pictures embedded by the old model (vlm embed --modality text)."""
+
+    new_texts: Path
+    """The same captions embedded by the new model."""
+
+    held_out: float = 0.1
+    """Share of the pictures that the head is measured on."""
+
+    pictures: int = 20_000
+    """Pictures used, drawn evenly from those there are."""
+
+    seed: int = 0
+    """Of what is drawn and held out."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Fit, measure, save, show."""
+    from vlm.index.compat.fit import fit_head
+    from vlm.index.compat.measure import measure_head
+    from vlm.index.compat.pairs import read_pairs
+    from vlm.models.compatible import save_upgrade
+    from vlm.models.export import refuse_existing
+
+    refuse_existing(arguments.head)
+    pairs = read_pairs(
+        arguments.old,
+        arguments.new,
+        arguments.old_texts,
+        arguments.new_texts,
+        most=arguments.pictures,
+        seed=arguments.seed,
+    )
+    fitting, held = pairs.split(arguments.held_out, seed=arguments.seed)
+    fitted = fit_head(fitting, seed=arguments.seed)
+    recall = measure_head(held, fitted.head, seed=arguments.seed)
+    found = asdict(fitted.choice) | {"recall": {name: one.metrics() for name, one in recall.items()}}
+    configuration = {name: getattr(arguments, name) for name in ("held_out", "pictures", "seed")}
+    save_upgrade(arguments.head, fitted.head, configuration=configuration, details={"evidence": found})
+    if arguments.json:
+        show_json({"head": str(arguments.head), "fingerprint": fitted.head.fingerprint} | found)
+        return
+    show_facts(asdict(fitted.choice))
+    show_recall(recall, title=f"{len(held):,} pictures held out")
+    say(f"Next: vlm index upgrade INDEX OUT --head {arguments.head}")
+
+
+def show_recall(recall: "dict[str, Retrieval]", *, title: str) -> None:
+    """A line for who asks and which rows answer."""
+    at = next(iter(recall.values())).text_to_image.recall
+    columns = ["asked → rows", *(f"{way} R@{k}" for way in ("text→image", "image→text") for k in at)]
+    rows = [
+        [name, *one.text_to_image.recall.values(), *one.image_to_text.recall.values()] for name, one in recall.items()
+    ]
+    show_table(columns, rows, title=title)
