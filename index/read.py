@@ -10,12 +10,12 @@ import numpy as np
 
 from vlm.errors import UsageError
 from vlm.index.catalogue import Catalogue, Entry
-from vlm.index.embeddings import Modality, unit_rows
+from vlm.index.embeddings import Modality
 from vlm.index.generations import Generation, open_generation
 from vlm.index.layout import Details
 from vlm.index.search_plan import Answers, Selected, nearest
 from vlm.manifest import MANIFEST, Manifest
-from vlm.tensors import Array, Float, Int64
+from vlm.tensors import Array, Float, Float32, Int64
 
 RowSet = Int64[Array, " N"]
 """Rows to search among: their numbers, rising."""
@@ -207,21 +207,24 @@ class Index:
 
 
 def _nearest(generation: Generation, queries: Float[Array, "Q D"], top: int, among: RowSet | None) -> Answers:
-    _check_queries(queries, top, generation.details.space.dimension)
+    units = _unit_queries(queries, top, generation.details.space.dimension)
     if among is not None and not (np.diff(among) > 0).all():
         raise UsageError("The rows to search among must rise, each given once, as Catalogue.where gives them.")
-    return nearest(generation.selected, unit_rows(queries), top, among)
+    return nearest(generation.selected, units, top, among)
 
 
-def _check_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> None:
+def _unit_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:
     if top < 1:
         raise UsageError(f"top = {top} does not fit: at least one answer must be asked for.")
     if queries.shape[1] != dimension:
         raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
-    lengths = np.linalg.norm(queries, axis=1)
-    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if len(wrong):
-        raise UsageError(f"Query {wrong[0]} has length {lengths[wrong[0]]}: it must be finite and not zero.")
+    wide = queries.astype(np.float32, copy=False)
+    lengths = np.sqrt(np.vecdot(wide, wide))
+    # never so of NaN
+    if not (lengths.min(initial=1) > 0 and lengths.max(initial=1) < np.inf):
+        wrong = int(np.argmin((lengths > 0) & (lengths < np.inf)))
+        raise UsageError(f"Query {wrong} has length {lengths[wrong]}: it must be finite and not zero.")
+    return wide / lengths[:, None]
 
 
 def _segment_info(selected: Selected, manifest: Manifest) -> SegmentInfo:

@@ -74,15 +74,16 @@ class Selected:
         scores, positions = self._ask_faiss(queries, min(candidates_for(top, more), self.count))
         if more:
             scores, positions = rerank(self.segment.vectors.stored, queries, positions, top)
-        short = np.flatnonzero((positions == _NOBODY).any(axis=1))
+        # nobody stands last
+        is_short = positions[:, -1] == _NOBODY
         rows = self.segment.rows[positions]
-        if len(short):
-            scores[short], rows[short] = self.scan(queries[short], top)
+        if np.count_nonzero(is_short):
+            scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
         return scores, rows
 
     def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         """The nearest by comparing all that may answer, with the stored rows."""
-        found = [(np.full((len(queries), 0), 0, np.float32), np.full((len(queries), 0), 0, np.int64))]
+        found = [_none(queries)]
         for first in range(0, self.count, _ROWS_AT_ONCE):
             positions = self.positions[first : first + _ROWS_AT_ONCE]
             scores = queries @ self.segment.vectors.take(positions).T
@@ -112,18 +113,31 @@ def nearest(
     is_small = among is not None and total <= max(EXACT_ROWS, EXACT_SHARE * living)
     answers = []
     for block in _blocks(queries):
-        empty = np.zeros((len(block), 0), np.float32), np.zeros((len(block), 0), np.int64)
         found = [one.scan(block, top) if is_small else one.search(block, top) for one in chosen]
-        answers.append(merge([empty, *found], min(top, total)))
+        answers.append(merge(found or [_none(block)], min(top, total)))
+    if len(answers) == 1:
+        return answers[0]
     return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
 
 
 def merge(answers: Sequence[Answers], top: int) -> Answers:
     """The best `top` of several lists of answers to the same queries; ties by row."""
+    if len(answers) == 1 and _falls(answers[0][0]):
+        scores, rows = answers[0]
+        return scores[:, :top], rows[:, :top]
     scores = np.concatenate([scores for scores, _ in answers], axis=1)
     rows = np.concatenate([rows for _, rows in answers], axis=1)
     order = np.lexsort((rows, -scores), axis=1)[:, :top]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _falls(scores: Float32[Array, "Q K"]) -> bool:
+    """Whether every line strictly falls: it is in order and has no ties."""
+    return not np.count_nonzero(scores[:, 1:] >= scores[:, :-1])
+
+
+def _none(queries: Float32[Array, "Q D"]) -> Answers:
+    return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
 
 
 def _blocks(queries: Float32[Array, "Q D"]) -> Iterator[Float32[Array, "_ D"]]:

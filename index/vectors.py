@@ -8,6 +8,7 @@ import numpy as np
 from vlm.errors import VlmError
 from vlm.files import replacing
 from vlm.index.embeddings import Embeddings, unit_rows
+from vlm.index.float16 import to_float32
 from vlm.index.layout import CURE, WritePoint, unhindered
 from vlm.index.parts import open_vectors
 from vlm.tensors import Array, Float, Float32, Int64
@@ -35,13 +36,13 @@ class Vectors:
     def blocks(self, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Float32[Array, "N D"]]:
         """All rows in order."""
         for first in range(0, len(self), rows_at_once):
-            yield unit_rows(self.stored[first : first + rows_at_once])
+            yield unit_rows(to_float32(self.stored[first : first + rows_at_once]))
 
     def take(self, positions: Int64[Array, " N"]) -> Float32[Array, "N D"]:
         """The rows at the given positions."""
         if len(positions) and positions[-1] - positions[0] == len(positions) - 1 and (np.diff(positions) == 1).all():
-            return unit_rows(self.stored[positions[0] : positions[-1] + 1])
-        return unit_rows(self.stored[positions])
+            return unit_rows(to_float32(self.stored[positions[0] : positions[-1] + 1]))
+        return unit_rows(to_float32(self.stored[positions]))
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
         """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
@@ -95,11 +96,12 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
             f"{path} is damaged: it holds {found.dtype} of shape {found.shape}, {dtype} of {shape} were written; "
             f"{CURE}."
         )
-    return found
+    # numpy asks and answers a memmap in Python, at microseconds each time
+    return np.asarray(found)
 
 
 def _check_lengths(block: Float[Array, "N D"], first: int) -> None:
-    lengths = np.linalg.norm(block.astype(np.float32), axis=1)
+    lengths = np.linalg.norm(to_float32(block), axis=1)
     wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
     if len(wrong):
         number = int(wrong[0])

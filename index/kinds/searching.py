@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm.index.float16 import to_float32
 from vlm.index.kinds.kind import load_faiss
 from vlm.tensors import Array, Float, Float32, Int64
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import faiss
 
 _LEAST_ANSWERS = 10
+# so many numbers of candidates are compared at once: 1 MB, which stays in a processor's cache
+_NUMBERS_AT_ONCE = 262_144
 
 
 def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int | None = None) -> Any:
@@ -67,16 +70,26 @@ def rerank(
 ) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
     """The `top` of the candidates by exact cosine, best first, ties by position.
 
-    rows: as stored, float16, not quite of unit length. positions: -1 where there is no candidate; K is `top` or C,
-    whichever is less, and what could not be filled has position -1 and score -inf.
+    rows: as stored, float16, not quite of unit length. positions: -1, last, where there is no candidate. K is `top` or
+    C, whichever is less, and what could not be filled has position -1 and score -inf.
     """
-    kept = min(top, positions.shape[1])
-    scores = np.full((len(queries), kept), -np.inf, np.float32)
-    found = np.full((len(queries), kept), -1, np.int64)
-    for number, (query, candidates) in enumerate(zip(queries, positions, strict=True)):
-        there = np.sort(candidates[candidates >= 0])
-        near = rows[there].astype(np.float32)
-        cosines = (near @ query) / np.sqrt(np.einsum("nd,nd->n", near, near))
-        best = np.argsort(-cosines, kind="stable")[:kept]
-        scores[number, : len(best)], found[number, : len(best)] = cosines[best], there[best]
-    return scores, found
+    at_once = max(1, _NUMBERS_AT_ONCE // max(1, positions.shape[1] * rows.shape[1]))
+    if len(queries) <= at_once:
+        return _rerank(rows, queries, positions, top)
+    blocks = [
+        _rerank(rows, queries[first : first + at_once], positions[first : first + at_once], top)
+        for first in range(0, len(queries), at_once)
+    ]
+    return np.concatenate([scores for scores, _ in blocks]), np.concatenate([found for _, found in blocks])
+
+
+def _rerank(
+    rows: Float[Array, "N D"], queries: Float32[Array, "Q D"], positions: Int64[Array, "Q C"], top: int
+) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
+    near = to_float32(rows.take(positions, axis=0, mode="wrap"))
+    cosines = np.vecdot(near, queries[:, None]) / np.sqrt(np.vecdot(near, near))
+    if np.count_nonzero(positions[:, -1] < 0):
+        cosines[positions < 0] = -np.inf
+    best = np.lexsort((positions, -cosines), axis=1)[:, :top]
+    line = np.arange(len(best))[:, None]
+    return cosines[line, best], positions[line, best]

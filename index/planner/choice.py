@@ -15,8 +15,9 @@ from vlm.index.planner.drawing import SHOWN, Drawn, Questions, draw
 from vlm.index.planner.ladder import LADDER, Rung
 from vlm.index.planner.promise import Promise, show_bytes
 from vlm.index.planner.recall import lower_bound
-from vlm.index.planner.trial import Built, Trial, wishes_of
+from vlm.index.planner.trial import Built, Trial, Turned, wishes_of
 from vlm.index.planner.tuning import Setting, extrapolated
+from vlm.index.planner.turned import turn
 from vlm.tensors import Array, Float32
 
 MAX_ROWS, MAX_QUESTIONS = 200_000, 1000
@@ -30,9 +31,10 @@ _SMALL_SHARE = 0.25
 class Plan:
     """The kind that keeps the promise, its tuning, why it was taken, and everything that was measured.
 
-    direction: the one the promise was judged by. is_optimistic: rows were asked with, for there were no texts.
+    direction: the one the promise was judged by. is_optimistic: asked with rows, or others alike.
     num_rows, sample_rows: rows of all, and rows indexed in the trials.
-    left_out: kinds that were not measured, and why. questions: those of the promised direction it was judged by.
+    left_out: kinds that were not measured, and why. unturned: directions that were not, and why.
+    questions: those of the promised direction it was judged by.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Plan:
     judged_by: dict[str, int]
     trials: tuple[Trial, ...]
     left_out: dict[str, str]
+    unturned: dict[str, str]
     questions: Float32[Array, "Q D"] = field(repr=False, compare=False)
 
     @property
@@ -67,6 +70,7 @@ def choose(
     texts: Embeddings | None,
     promise: Promise,
     *,
+    images: Embeddings | None = None,
     kinds: Sequence[str] = (),
     max_rows: int = MAX_ROWS,
     max_questions: int = MAX_QUESTIONS,
@@ -74,8 +78,10 @@ def choose(
 ) -> Plan:
     """The kind of index, and its tuning, that keeps a promise about all rows of `source` with the least latency.
 
-    texts: questions of the other modality, none of them a row; without them rows are asked with, whose recall is
-        better than a text's. kinds: those that may be taken; none: all of the ladder.
+    texts, images: questions, none of them a row; the promise is about the texts, else about the images, else about rows
+        held out, whose recall is better than that of the other modality. With 1,000 questions of the other modality
+        each kind is measured the other way round too: they as rows, asked with rows held out.
+    kinds: those that may be taken; none: all of the ladder.
     max_rows: the sample tried on; beyond it effort is extrapolated from two sizes and latency by the kind's work.
     max_questions: tuned with, and judged by, at most.
 
@@ -84,9 +90,10 @@ def choose(
     """
     for kind in kinds:
         choose_from(KINDS, kind, "index kind")
-    drawn = draw(source, texts, max_rows=max_rows, max_questions=max_questions, seed=seed)
-    if texts is None:
-        say("No texts to ask with: recall is measured with rows held out, which is optimistic for questions in words.")
+    others = _checked_questions(texts, images)
+    drawn = draw(source, others, max_rows=max_rows, max_questions=max_questions, seed=seed)
+    is_optimistic = not others or (texts is None and source.space.modality == "image")
+    _say_limits(drawn, is_optimistic=is_optimistic)
     whole = len(source)
     table = _Table(drawn, promise, whole=whole, seed=seed)
     for rung in (rung for rung in LADDER if not kinds or rung.kind in kinds):
@@ -98,15 +105,23 @@ def choose(
         why=reason(best, table.trials, promise),
         promise=promise,
         direction=drawn.promised,
-        is_optimistic=texts is None,
+        is_optimistic=is_optimistic,
         num_rows=whole,
         sample_rows=len(drawn.rows),
         tuned_with=len(drawn.tune),
         judged_by={direction: len(asked) for direction, asked in drawn.judge.items()},
         trials=tuple(table.trials),
         left_out=table.left_out,
+        unturned=drawn.unturned,
         questions=drawn.judge[drawn.promised],
     )
+
+
+def _say_limits(drawn: Drawn, *, is_optimistic: bool) -> None:
+    if is_optimistic:
+        say(f"No texts to ask with: recall of {drawn.promised} is optimistic for questions in words.")
+    for direction, why in drawn.unturned.items():
+        say(f"{direction} is not measured: {why}.")
 
 
 def pick(trials: Sequence[Trial], promise: Promise, *, left_out: dict[str, str]) -> Trial:
@@ -170,6 +185,10 @@ class _Table:
         self._vectors, self._top = drawn.tune, max(*SHOWN, promise.at)
         self.judge = [Questions.ask(name, asked, drawn.rows, self._top) for name, asked in drawn.judge.items()]
         self.tune = Questions.ask(drawn.promised, drawn.tune, drawn.rows, self._top)
+        self.turned = {
+            direction: (rows, Questions.ask(direction, drawn.held_out, rows, self._top))
+            for direction, rows in drawn.turned.items()
+        }
         self.trials: list[Trial] = []
         self.left_out: dict[str, str] = {}
 
@@ -217,8 +236,16 @@ class _Table:
             mapped_bytes=2 * self.whole * self.rows.dimension if built.is_reranked else 0,
             build_seconds=built.build_seconds,
             curve=built.curve(setting, self.judge[0], promise.at),
+            turned=self._turn(rung, setting),
         )
         return replace(trial, misses=misses_of(trial, promise))
+
+    def _turn(self, rung: Rung, setting: Setting) -> dict[str, Turned]:
+        found = {
+            direction: turn(rung, setting, rows, questions, self.promise.at, seed=self.seed)
+            for direction, (rows, questions) in self.turned.items()
+        }
+        return {direction: turned for direction, turned in found.items() if turned is not None}
 
     def _parameters(self, rung: Rung, setting: Setting) -> dict[str, int]:
         kind = KINDS[rung.kind]
@@ -246,6 +273,15 @@ class _Table:
         return Setting(
             effort=effort, rerank=min(carried(less.rerank, setting.rerank), MAX_RERANK) if setting.rerank else 0
         )
+
+
+def _checked_questions(texts: Embeddings | None, images: Embeddings | None) -> list[Embeddings]:
+    for given, modality in ((texts, "text"), (images, "image")):
+        if given is not None and given.space.modality != modality:
+            raise UsageError(
+                f"{given.folder} holds {given.space.modality} embeddings; {modality} ones are needed here."
+            )
+    return [given for given in (texts, images) if given is not None]
 
 
 def _promised_recall(trial: Trial, promise: Promise) -> float:

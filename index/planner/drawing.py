@@ -1,6 +1,7 @@
 """The sample a plan is made on: rows to index, and questions that are not among them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from vlm.tensors import Array, Float, Float32, Int64
 _HELD_OUT_SHARE = 0.1
 # answers whose recall is shown
 SHOWN = (1, 10, 100)
+# rows of an index turned round: with fewer, 100 answers are more than a tenth of it; more would only take longer
+LEAST_TURNED, MOST_TURNED = 1000, 20_000
 
 
 class DrawnRows:
@@ -58,26 +61,36 @@ class Questions:
 class Drawn:
     """Rows to index, questions to tune with, and questions of each direction to judge by.
 
-    judge: the first direction is the one the promise is about, whose questions are none of those tuned with.
+    judge: the first direction is the one the promise is about, whose questions are none of those tuned with; the last
+        is that of rows held out.
+    turned: rows of the other modality for these rows to ask, by direction. unturned: why there are none, by direction.
     """
 
     rows: DrawnRows
     tune: Float32[Array, "Q D"]
     judge: dict[str, Float32[Array, "P D"]]
+    turned: dict[str, DrawnRows] = field(default_factory=dict)
+    unturned: dict[str, str] = field(default_factory=dict)
 
     @property
     def promised(self) -> str:
         """The direction the promise is about."""
         return next(iter(self.judge))
 
+    @property
+    def held_out(self) -> Float32[Array, "P D"]:
+        """Rows that are not in the index."""
+        return next(reversed(self.judge.values()))
 
-def draw(source: Embeddings, texts: Embeddings | None, *, max_rows: int, max_questions: int, seed: int) -> Drawn:
-    """A random sample of the rows, some of them held out to ask with, and the questions of `texts` in two halves.
 
-    All texts of one sample come into the same half. Without texts the held-out rows are tuned with and judged by.
+def draw(source: Embeddings, others: Sequence[Embeddings], *, max_rows: int, max_questions: int, seed: int) -> Drawn:
+    """A random sample of the rows, some of them held out to ask with, and questions of each other folder in two halves.
+
+    All questions of one sample come into the same half. The first folder is tuned with and promised about; without any
+    the held-out rows are. A folder of the other modality gives an index turned round too.
 
     Raises:
-        UsageError: texts of another model or dimension, or too few rows or texts to hold any out.
+        UsageError: questions of another model or dimension, or too few rows or questions to hold any out.
     """
     generator = np.random.default_rng(seed)
     sample = generator.permutation(source.sample(max_rows, seed=seed))
@@ -86,14 +99,33 @@ def draw(source: Embeddings, texts: Embeddings | None, *, max_rows: int, max_que
         raise UsageError(f"{len(sample)} rows are too few to plan with; name the kind flat, which is exact.")
     own = f"{source.space.modality}→{source.space.modality}"
     asked, rows = sample[:held], DrawnRows(sample[held:])
-    if texts is None:
+    if not others:
         return Drawn(rows=rows, tune=asked[::2], judge={own: asked[1::2]})
-    _check_space(source, texts)
-    tune, judge = _two_halves(texts, max_questions, generator)
-    across = f"{texts.space.modality}→{source.space.modality}"
-    if across == own:
-        across = f"other {own}"
-    return Drawn(rows=rows, tune=tune, judge={across: judge, own: asked})
+    judge: dict[str, Float32[Array, "P D"]] = {}
+    tunes: list[Float32[Array, "Q D"]] = []
+    for other in others:
+        _check_space(source, other)
+        tune, judged = _two_halves(other, max_questions, generator)
+        across = f"{other.space.modality}→{source.space.modality}"
+        judge[f"other {own}" if across == own else across] = judged
+        tunes.append(tune)
+    turned, unturned = _turn(source, others, seed=seed)
+    return Drawn(rows=rows, tune=tunes[0], judge=judge | {own: asked}, turned=turned, unturned=unturned)
+
+
+def _turn(
+    source: Embeddings, others: Sequence[Embeddings], *, seed: int
+) -> tuple[dict[str, DrawnRows], dict[str, str]]:
+    turned, unturned = {}, {}
+    for other in others:
+        direction = f"{source.space.modality}→{other.space.modality}"
+        if other.space.modality == source.space.modality:
+            continue
+        if len(other) < LEAST_TURNED:
+            unturned[direction] = f"{len(other):,} {other.space.modality}s are too few, {LEAST_TURNED:,} are needed"
+        else:
+            turned[direction] = DrawnRows(other.sample(MOST_TURNED, seed=seed))
+    return turned, unturned
 
 
 def vectors_at(embeddings: Embeddings, numbers: Int64[Array, " N"]) -> Float32[Array, "N D"]:
@@ -108,30 +140,33 @@ def vectors_at(embeddings: Embeddings, numbers: Int64[Array, " N"]) -> Float32[A
 
 
 def _two_halves(
-    texts: Embeddings, count: int, generator: np.random.Generator
+    asked: Embeddings, count: int, generator: np.random.Generator
 ) -> tuple[Float32[Array, "Q D"], Float32[Array, "P D"]]:
     places: dict[tuple[str, int], int] = {}
     samples = np.fromiter(
-        (places.setdefault((origin.shard, origin.number), len(places)) for origin in texts.origins()),
+        (places.setdefault((origin.shard, origin.number), len(places)) for origin in asked.origins()),
         np.int64,
-        len(texts),
+        len(asked),
     )
     half_of = generator.permutation(len(places)) % 2
     halves = []
     for half in (0, 1):
         numbers = np.flatnonzero(half_of[samples] == half)
         if not len(numbers):
-            raise UsageError(f"{texts.folder} has texts of {len(places)} sample; two at least are needed to plan with.")
-        halves.append(vectors_at(texts, np.sort(generator.permutation(numbers)[: max(1, count)])))
+            raise UsageError(
+                f"{asked.folder} has {asked.space.modality}s of {len(places)} sample; "
+                "two at least are needed to plan with."
+            )
+        halves.append(vectors_at(asked, np.sort(generator.permutation(numbers)[: max(1, count)])))
     return halves[0], halves[1]
 
 
-def _check_space(source: Embeddings, texts: Embeddings) -> None:
-    if texts.space.fingerprint != source.space.fingerprint:
+def _check_space(source: Embeddings, asked: Embeddings) -> None:
+    if asked.space.fingerprint != source.space.fingerprint:
         raise UsageError(
-            f"{texts.folder} was embedded by {texts.space.model} (fingerprint {texts.space.fingerprint}), "
+            f"{asked.folder} was embedded by {asked.space.model} (fingerprint {asked.space.fingerprint}), "
             f"{source.folder} by {source.space.model} (fingerprint {source.space.fingerprint}); "
             "embed both with one model."
         )
-    if texts.dimension != source.dimension:
-        raise UsageError(f"{texts.folder} has {texts.dimension} dimensions, {source.folder} {source.dimension}.")
+    if asked.dimension != source.dimension:
+        raise UsageError(f"{asked.folder} has {asked.dimension} dimensions, {source.folder} {source.dimension}.")

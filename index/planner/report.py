@@ -19,6 +19,10 @@ def show_plan(plan: Plan) -> None:
     show_table(columns, [_recall_cells(trial, plan, counts) for trial in plan.trials], title=_heading(plan))
     columns = ["kind", "p50 ms", "p95 ms", "p99 ms", "questions/s", "memory", "mapped from disk", "built in s"]
     show_table(columns, [_cost_cells(trial) for trial in plan.trials], title="One question at a time on one thread")
+    for direction in sorted({direction for trial in plan.trials for direction in trial.turned}):
+        _show_turned(plan, direction)
+    for direction, why in plan.unturned.items():
+        print(f"Not measured: {direction}: {why}.")
     for name, why in plan.left_out.items():
         print(f"Not tried: {name}: {why}.")
     print(f"Taken: {plan.why}")
@@ -26,30 +30,40 @@ def show_plan(plan: Plan) -> None:
         print("Its recall is optimistic: rows were asked with, and texts need more. Give --texts with text embeddings.")
 
 
+def _show_turned(plan: Plan, direction: str) -> None:
+    turned = {trial.label: trial.turned[direction] for trial in plan.trials if direction in trial.turned}
+    first = next(iter(turned.values()))
+    columns = ["kind", *(f"{_short(direction)} R@{count}" for count in first.recall), "p50 ms", "p95 ms", "p99 ms"]
+    rows = [
+        [
+            label,
+            *(f"{recall:.3f}" for recall in found.recall.values()),
+            *(f"{ms:.3g}" for ms in (found.latency.p50_ms, found.latency.p95_ms, found.latency.p99_ms)),
+        ]
+        for label, found in turned.items()
+    ]
+    asked, rows_of = direction.split("→")
+    show_table(columns, rows, title=f"The other way round: {first.rows:,} {rows_of}s as rows, asked with {asked}s")
+
+
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Recall of the promised direction against median latency, a line a kind, as a PNG."""
+    """Recall of the promised direction against median latency, as a PNG.
+
+    A line is a kind with less effort and with more, a square the setting that was tuned or a kind without effort.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, trial in enumerate(plan.trials):
-        colour, label = f"C{number}", f"{trial.label}, {show_bytes(trial.resident_bytes)}"
+        colour, is_taken = f"C{number}", trial is plan.winner
+        curve = [(point.ms, point.recall) for point in trial.curve]
+        axes.plot(*_columns(curve), marker="o", markersize=3.5, linewidth=1.2, color=colour)
         axes.plot(
-            [point.ms for point in trial.curve],
-            [point.recall for point in trial.curve],
-            marker="o",
-            markersize=3.5,
-            linewidth=1.2,
-            color=colour,
-            label=label if trial.curve else "",
-        )
-        is_taken = trial is plan.winner
-        at = (trial.measured.p50_ms, trial.recall[plan.direction][plan.promise.at])
-        axes.plot(
-            *at,
-            label="" if trial.curve else label,
+            *_tuned_point(trial, plan),
+            label=f"{trial.label}, {show_bytes(trial.resident_bytes)}",
             linestyle="none",
             marker="*" if is_taken else "s",
             markersize=15 if is_taken else 6,
@@ -57,20 +71,45 @@ def draw_plan(plan: Plan, path: Path) -> None:
             zorder=3,
         )
     axes.axhline(plan.promise.recall, color="0.4", linestyle=":", linewidth=1)
+    _scale(axes, plan)
     _label(axes, plan)
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-def _label(axes: Any, plan: Plan) -> None:
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [ms for ms, _ in points], [recall for _, recall in points]
+
+
+def _tuned_point(trial: Trial, plan: Plan) -> tuple[float, float]:
+    return trial.measured.p50_ms, trial.recall[plan.direction][plan.promise.at]
+
+
+def _scale(axes: Any, plan: Plan) -> None:
+    """Room around what is shown, and no recall above 1; latencies in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    points = [_tuned_point(trial, plan) for trial in plan.trials]
+    points += [(point.ms, point.recall) for trial in plan.trials for point in trial.curve]
+    milliseconds, recalls = _columns(points)
+    lowest = min(*recalls, plan.promise.recall)
+    room = 0.05 * max(1 - lowest, 0.01)
+    axes.set_ylim(lowest - room, 1 + room)
     axes.set_xscale("log")
+    axes.set_xlim(min(milliseconds) / 2, max(milliseconds) * 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Any, plan: Plan) -> None:
     axes.set_xlabel(f"median of one question on one thread, ms ({plan.sample_rows:,} rows)", fontsize=9)
     axes.set_ylabel(f"{plan.direction} recall@{plan.promise.at}", fontsize=9)
     axes.set_title(f"{plan.winner.label} taken (★); dotted: {plan.promise.in_words()}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def _heading(plan: Plan) -> str:

@@ -15,13 +15,14 @@ from vlm.index.planner.drawing import SHOWN, DrawnRows, Questions
 from vlm.index.planner.ladder import Rung
 from vlm.index.planner.promise import Promise
 from vlm.index.planner.recall import lower_bound, recall_of_each
-from vlm.index.planner.tuning import Setting, settings_that_reach
+from vlm.index.planner.tuning import Setting, settings_that_reach, settled
 from vlm.tensors import Array, Float, Float32
 
 _WARM_UP = 10
 # a percentile of 99 wants hundreds of questions, a slow kind must not take minutes for them
 _TIMED_QUESTIONS, _TIMED_SECONDS = 1000, 3.0
-_CURVE_QUESTIONS = 100
+# a setting is looked for, and the curve drawn, with few
+_FEW_QUESTIONS = 100
 _CURVE_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
 
 
@@ -54,6 +55,18 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turned:
+    """What a kind gives when its index is turned round, with the effort that was found for the index to be built.
+
+    rows: indexed. recall: by number of answers. latency: as measured, of these rows.
+    """
+
+    rows: int
+    recall: dict[int, float]
+    latency: Latency
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """What was measured of one kind.
 
@@ -62,6 +75,7 @@ class Trial:
     measured: on the sample. latency, resident_bytes: expected of all rows, by the kind's formulas.
     build_seconds: of the sample. mapped_bytes: of the float16 rows it re-ranks from.
     curve: recall and median latency around the setting. misses: what the promise asks and this does not keep.
+    turned: the other way round, by direction.
     """
 
     kind: str
@@ -75,7 +89,8 @@ class Trial:
     mapped_bytes: int
     build_seconds: float
     curve: tuple[Point, ...] = ()
-    misses: tuple[str, ...] = field(default=())
+    misses: tuple[str, ...] = ()
+    turned: dict[str, Turned] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -109,18 +124,26 @@ class Built:
         return Searcher(self, setting, top)
 
     def tune(self, questions: Questions, promise: Promise) -> Setting | None:
-        """The quickest setting whose recall, by the bound of its mean, keeps the promise; None if none does."""
+        """The quickest setting whose recall, by the bound of its mean, keeps the promise; None if none does.
+
+        It is looked for with few questions, and then settled with all.
+        """
+        at = promise.at
 
         def reaches(setting: Setting) -> bool:
-            found = self.searcher(setting, promise.at).scores(questions.vectors)
-            recalls = recall_of_each(found, questions.scores, promise.at)
-            return lower_bound(recalls, seed=self.seed) >= promise.recall
+            return float(self._recall_of_each(setting, questions, at, few=True).mean()) >= promise.recall
+
+        def holds(setting: Setting) -> bool:
+            return lower_bound(self._recall_of_each(setting, questions, at), seed=self.seed) >= promise.recall
 
         found = list(settings_that_reach(reaches, most=self.most, is_reranked=self.is_reranked))
+        if self.most or self.is_reranked:
+            settled_ones = (settled(setting, holds, most=self.most) for setting in found)
+            found = [setting for setting in settled_ones if setting is not None]
         if len(found) < 2:
             return found[0] if found else None
-        some = questions.vectors[:_CURVE_QUESTIONS]
-        return min(found, key=lambda setting: self.time(setting, some, promise.at).p50_ms)
+        some = questions.vectors[:_FEW_QUESTIONS]
+        return min(found, key=lambda setting: self.time(setting, some, at).p50_ms)
 
     def time(self, setting: Setting, vectors: Float32[Array, "Q D"], top: int) -> Latency:
         """Ask one question after the other on one thread, for three seconds at most."""
@@ -145,9 +168,8 @@ class Built:
         points = []
         for effort in sorted({min(max(1, round(setting.effort * factor)), self.most) for factor in _CURVE_FACTORS}):
             tried = Setting(effort=effort, rerank=setting.rerank)
-            found = self.searcher(tried, at).scores(questions.vectors)
-            recall = float(recall_of_each(found, questions.scores, at).mean())
-            timed = self.time(tried, questions.vectors[:_CURVE_QUESTIONS], at)
+            recall = float(self._recall_of_each(tried, questions, at, few=True).mean())
+            timed = self.time(tried, questions.vectors[:_FEW_QUESTIONS], at)
             points.append(Point(effort=effort, recall=recall, ms=timed.p50_ms))
         return tuple(points)
 
@@ -163,6 +185,13 @@ class Built:
                 count: recall_of_each(found.get(count, found[counts[-1]]), questions.scores, count) for count in counts
             }
         return recalls
+
+    def _recall_of_each(
+        self, setting: Setting, questions: Questions, at: int, *, few: bool = False
+    ) -> Float[Array, " Q"]:
+        some = slice(_FEW_QUESTIONS if few else None)
+        found = self.searcher(setting, at).scores(questions.vectors[some])
+        return recall_of_each(found, questions.scores[some], at)
 
 
 class Searcher:

@@ -1,7 +1,7 @@
 """How much effort, and how much re-ranking, a recall needs."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log
 
 # the factors of re-ranking that are tried
@@ -14,6 +14,24 @@ class Setting:
 
     effort: int | None
     rerank: int
+
+    def less(self) -> "Setting | None":
+        """With a ninth less effort; None if there is none to spare.
+
+        >>> Setting(effort=90, rerank=2).less()
+        Setting(effort=80, rerank=2)
+        """
+        return replace(self, effort=self.effort * 8 // 9) if self.effort is not None and self.effort > 1 else None
+
+    def more(self, most: int | None) -> "Setting | None":
+        """With an eighth more effort; where there is no more, with twice the re-ranking; None at the end of both.
+
+        >>> Setting(effort=80, rerank=2).more(100), Setting(effort=100, rerank=2).more(100)
+        (Setting(effort=90, rerank=2), Setting(effort=100, rerank=4))
+        """
+        if self.effort is not None and most is not None and self.effort < most:
+            return replace(self, effort=min(most, self.effort + ceil(self.effort / 8)))
+        return replace(self, rerank=2 * self.rerank) if 0 < self.rerank < _FACTORS[-1] else None
 
 
 def least_effort(reaches: Callable[[int], bool], most: int) -> int | None:
@@ -55,6 +73,24 @@ def settings_that_reach(
         effort = least_effort(lambda effort, factor=factor: reaches(Setting(effort=effort, rerank=factor)), most)
         if effort is not None:
             yield Setting(effort=effort, rerank=factor)
+
+
+def settled(start: Setting, holds: Callable[[Setting], bool], *, most: int | None) -> Setting | None:
+    """From a setting that holds or nearly does, in small steps, to the least one that holds; None if none above does.
+
+    >>> settled(Setting(effort=50, rerank=0), lambda setting: (setting.effort or 0) >= 60, most=1000)
+    Setting(effort=64, rerank=0)
+    """
+    setting = start
+    if holds(setting):
+        while (less := setting.less()) is not None and holds(less):
+            setting = less
+        return setting
+    while (more := setting.more(most)) is not None:
+        if holds(more):
+            return more
+        setting = more
+    return None
 
 
 def extrapolated(small: tuple[int, int], large: tuple[int, int], rows: int) -> int:

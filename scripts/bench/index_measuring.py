@@ -48,6 +48,10 @@ class PeakMemory:
         """So far."""
         return _status_mb("VmHWM") - self._before
 
+    def whole_mb(self) -> float:
+        """So far, with what was held before."""
+        return _status_mb("VmHWM")
+
 
 def _status_mb(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()

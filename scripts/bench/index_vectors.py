@@ -16,25 +16,44 @@ _ROWS_A_CLUSTER = 100
 _ROWS_A_PART = 100_000
 
 
-def draw_vectors(
-    rows: int, questions: int, dimension: int, *, seed: int
-) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
-    """Unit vectors of pictures and of texts about some of them.
+class Mixture:
+    """Where pictures, and texts about some of them, are drawn from.
 
     Pictures are a mixture of Gaussians, a cluster for 100 rows; a text is its picture with noise; the two modalities
     lie on either side of a gap, as those of contrastive models do (Liang et al. 2022, "Mind the gap"). Spreads are
     lengths, not standard deviations, so that a dimension more does not blur them.
+
+    decay: the i-th strongest dimension has a variance in proportion to i^-decay; with 0 all are alike, which is harder
+        than embeddings of models are.
     """
-    generator = np.random.default_rng(seed)
 
-    def noise(count: int, length: float) -> Float32[Array, "N D"]:
-        return generator.standard_normal((count, dimension), dtype=np.float32) * np.float32(length / dimension**0.5)
+    def __init__(self, rows: int, dimension: int, *, seed: int, decay: float = 0.0) -> None:
+        generator = np.random.default_rng(seed)
+        spectrum = np.random.default_rng((seed, 2)).permutation(np.arange(1.0, dimension + 1) ** -decay)
+        self._deviations = np.sqrt(spectrum / spectrum.sum()).astype(np.float32)
+        self._centres = self._noise(generator, max(1, rows // _ROWS_A_CLUSTER), 1.0)
+        self._gap = self._noise(generator, 1, _GAP / 2)
 
-    centres = noise(max(1, rows // _ROWS_A_CLUSTER), 1.0)
-    gap = noise(1, _GAP / 2)
-    pictures = centres[generator.integers(0, len(centres), rows)] + noise(rows, _PICTURE_SPREAD)
-    texts = pictures[generator.integers(0, rows, questions)] + noise(questions, _TEXT_SPREAD)
-    return unit_rows(pictures + gap), unit_rows(texts - gap)
+    def draw(
+        self, rows: int, questions: int, generator: np.random.Generator
+    ) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
+        """Unit vectors of pictures and of texts about some of these."""
+        chosen = generator.integers(0, len(self._centres), rows)
+        pictures = self._centres[chosen] + self._noise(generator, rows, _PICTURE_SPREAD)
+        about = generator.integers(0, rows, questions)
+        texts = pictures[about] + self._noise(generator, questions, _TEXT_SPREAD)
+        return unit_rows(pictures + self._gap), unit_rows(texts - self._gap)
+
+    def _noise(self, generator: np.random.Generator, count: int, length: float) -> Float32[Array, "N D"]:
+        drawn = generator.standard_normal((count, len(self._deviations)), dtype=np.float32)
+        return drawn * (np.float32(length) * self._deviations)
+
+
+def draw_vectors(
+    rows: int, questions: int, dimension: int, *, seed: int, decay: float = 0.0
+) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
+    """Unit vectors of pictures and of texts about some of them, of one mixture."""
+    return Mixture(rows, dimension, seed=seed, decay=decay).draw(rows, questions, np.random.default_rng((seed, 1)))
 
 
 def write_vectors(folder: Path, vectors: Float32[Array, "N D"], *, modality: Modality) -> Path:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.index.spaces import CAPTIONS, draw_spaces, write
 from vlm.cli.main import main
 from vlm.errors import UsageError
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Modality, Space, unit_rows
-from vlm.index.kinds import KINDS
-from vlm.index.parts import Origin
+from vlm.index.embeddings import Embeddings
+from vlm.index.kinds import KINDS, Tuning
 from vlm.index.planner import Plan, Promise, choose, confirm
 from vlm.index.planner.drawing import DrawnRows, draw, vectors_at
 from vlm.index.planner.report import draw_plan, show_plan
@@ -19,36 +19,11 @@ from vlm.index.read import Index
 from vlm.manifest import read_manifest
 
 Build = Callable[..., tuple[int, str, str]]
-CAPTIONS = 5
-
-
-def write(folder: Path, vectors: np.ndarray, *, modality: Modality, fingerprint: str = "drawn") -> Path:
-    """An embeddings folder; five texts belong to one sample, a picture is a sample of its own."""
-    space = Space(model="drawn", fingerprint=fingerprint, dimension=vectors.shape[1], modality=modality)
-    writer, a_sample = EmbeddingsWriter(folder, space=space, identity={}), CAPTIONS if modality == "text" else 1
-    for first in range(0, len(vectors), 1000):
-        numbers = range(first, min(first + 1000, len(vectors)))
-        origins = [
-            Origin(
-                uid=f"{modality}{row}", key=f"{row // a_sample}", shard="/drawn/0.tar", number=row // a_sample,
-                image_offset=0, image_size=0, caption_number=None, captions={}, metadata={},
-            )
-            for row in numbers
-        ]  # fmt: skip
-        writer.add("/drawn/0.tar", vectors[first : first + 1000], origins)
-    writer.finish(inputs={}, details={"shards": ["/drawn/0.tar"]})
-    return folder
 
 
 @pytest.fixture(scope="module")
 def spaces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """3,000 pictures in clusters, and 400 texts about them on the other side of a gap."""
-    generator, folder = np.random.default_rng(1), tmp_path_factory.mktemp("spaces")
-    centres, gap = generator.standard_normal((60, 16)), generator.standard_normal(16)
-    pictures = centres[generator.integers(0, 60, 3000)] + 0.5 * generator.standard_normal((3000, 16))
-    texts = pictures[generator.integers(0, 3000, 400)] + 0.8 * generator.standard_normal((400, 16))
-    rows, asked = ((unit_rows(each.astype(np.float32))) for each in (pictures + 0.5 * gap, texts - 0.5 * gap))
-    return write(folder / "images", rows, modality="image"), write(folder / "texts", asked, modality="text")
+    return draw_spaces(tmp_path_factory.mktemp("spaces"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +34,7 @@ def plan(spaces: tuple[Path, Path]) -> Plan:
 
 def test_all_texts_of_a_sample_are_in_one_half(spaces: tuple[Path, Path]) -> None:
     texts = Embeddings.open(spaces[1])
-    drawn = draw(Embeddings.open(spaces[0]), texts, max_rows=3000, max_questions=1000, seed=4)
+    drawn = draw(Embeddings.open(spaces[0]), [texts], max_rows=3000, max_questions=1000, seed=4)
     everything = np.concatenate(list(texts.blocks()))
     half_of = {}
     for half, vectors in (("tune", drawn.tune), ("judge", drawn.judge["text→image"])):
@@ -70,7 +45,7 @@ def test_all_texts_of_a_sample_are_in_one_half(spaces: tuple[Path, Path]) -> Non
 
 
 def test_pictures_asked_with_are_not_in_the_index(spaces: tuple[Path, Path]) -> None:
-    drawn = draw(Embeddings.open(spaces[0]), None, max_rows=500, max_questions=40, seed=4)
+    drawn = draw(Embeddings.open(spaces[0]), [], max_rows=500, max_questions=40, seed=4)
     asked = np.concatenate([drawn.tune, drawn.judge["image→image"]])
     assert (len(asked), len(drawn.rows)) == (40, 460)
     assert (asked @ drawn.rows.vectors.T).max() < 1 - 1e-4
@@ -198,8 +173,10 @@ def test_the_plan_is_shown_and_drawn(plan: Plan, tmp_path: Path, capsys: pytest.
         "optimistic",
     ):
         assert shown in printed
-    draw_plan(plan, tmp_path / "plan.png")
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    for shown in (plan, replace(plan, trials=tuple(one for one in plan.trials if not one.curve))):
+        alone = shown if shown is plan else replace(shown, kind="flat", tuning=Tuning(seed=0))
+        draw_plan(alone, tmp_path / "plan.png")
+        assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_any_part_of_the_rows_is_the_first_of_them() -> None:

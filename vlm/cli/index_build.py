@@ -21,7 +21,7 @@ class Arguments:
     """Command line of `vlm index build`."""
 
     embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
-    """Folder that `vlm embed` made."""
+    """Folder that `vlm embed` or `vlm index import` made."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the index."""
@@ -44,7 +44,10 @@ class Arguments:
 
     texts: Path | None = None
     """Plan: embeddings of questions in words, by the same model (`vlm embed --modality text`); without them rows
-    are asked with."""
+    are asked with. From 1,000 on they are also taken as rows and asked with pictures."""
+
+    images: Path | None = None
+    """Plan: embeddings of pictures to ask with, for an index of texts."""
 
     plan_rows: int = 200_000
     """Plan: rows of the sample it tries kinds on."""
@@ -77,7 +80,7 @@ class Arguments:
     @property
     def is_planned(self) -> bool:
         """Whether anything is promised."""
-        return any(value is not None for value in (self.recall, self.latency_ms, self.memory, self.texts))
+        return any(value is not None for value in (self.recall, self.latency_ms, self.memory, self.texts, self.images))
 
 
 def run(arguments: Arguments) -> None:
@@ -148,6 +151,7 @@ def _plan(arguments: Arguments) -> "Plan":
         Embeddings.open(arguments.embeddings),
         Embeddings.open(arguments.texts) if arguments.texts else None,
         promise,
+        images=Embeddings.open(arguments.images) if arguments.images else None,
         kinds=() if arguments.kind == "auto" else (arguments.kind,),
         max_rows=arguments.plan_rows,
         seed=arguments.seed,
