@@ -97,6 +97,19 @@ def test_questions_of_a_file_are_answered_in_lines(
     assert [[hit["uid"] for hit in answer["hits"]] for answer in answers] == [["u8", "u7"], ["u0"]]
 
 
+def test_a_vector_asks_alone_or_a_row_after_the_other(search: Search, tmp_path: Path) -> None:
+    rows = np.array([[0, 2], [3, 0]], np.float32)
+    np.save(tmp_path / "one.npy", rows[0])
+    np.save(tmp_path / "all.npy", rows)
+    code, out, _ = search("--vector", str(tmp_path / "one.npy"), "--top", "1", "--json")
+    assert (code, [hit["uid"] for hit in json.loads(out)["hits"]]) == (0, ["u8"])
+    code, out, _ = search("--queries", str(tmp_path / "all.npy"), "--top", "1")
+    assert code == 0
+    assert [json.loads(line)["hits"][0]["uid"] for line in out.splitlines()] == ["u8", "u0"]
+    code, _, err = search("--vector", str(tmp_path / "all.npy"))
+    assert (code, "holds 2 vectors" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -105,6 +118,9 @@ def test_questions_of_a_file_are_answered_in_lines(
         (("--like", "nobody"), "no item 'nobody'"),
         (("--like", "u0", "--after", "x"), "'x' is no cursor"),
         (("--queries", "/nowhere/q"), "/nowhere/q cannot be read"),
+        (("--queries", "/nowhere/q.npy"), "/nowhere/q.npy cannot be read as .npy"),
+        (("--like", "u0", "--rerank", "nowhere"), "this question has no text"),
+        (("a dog", "--rerank", "nowhere"), "There is no model 'nowhere'"),
         (("a text", "--queries", "-"), "leave TEXT and --html out"),
         ((), "needs a text or a picture or an item"),
     ],

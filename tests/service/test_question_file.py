@@ -13,6 +13,7 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         "\n",
         '{"texts": ["a", "b"], "minus": ["c"], "weights": [1, 2, 3], "top": 3, "where": "x = 1"}',
         '  {"images": ["q.png"], "words": "w", "duplicates": 0.9, "diversity": 0, "after": "z"}  ',
+        '{"vectors": [[1, 2.5]], "texts": [], "rerank_top": 0}',
         "[1] is a text",
     ]
     defaults = Question(top=7, where="y = 2")
@@ -20,6 +21,7 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         Question(texts=("a dog",), top=7, where="y = 2"),
         Question(texts=("a", "b"), minus=("c",), weights=(1.0, 2.0, 3.0), top=3, where="x = 1"),
         Question(images=(Path("q.png"),), top=7, where="y = 2", words="w", duplicates=0.9, after="z"),
+        Question(vectors=((1.0, 2.5),), top=7, where="y = 2"),
         Question(texts=("[1] is a text",), top=7, where="y = 2"),
     ]
     assert read_questions([], defaults) == []
@@ -39,6 +41,8 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         ('{"texts": ["a"], "top": Infinity}', "top must be a whole number"),
         ('{"texts": ["a"], "top": 0}', "Line 2 .* top = 0 does not fit"),
         ('{"texts": ["a"], "weights": [1, "x"]}', "weights must be a list of numbers"),
+        ('{"vectors": [1, 2]}', "vectors must be a list of lists of numbers"),
+        ('{"texts": ["a"], "rerank_top": 1.5}', "rerank_top must be a whole number"),
         ('{"texts": ["a"], "where": 1}', "where must be a text"),
         ('{"texts": ["a"], "duplicates": null}', "duplicates must be a number"),
         ('{"texts": ["a"], "diversity": 7}', "diversity of 7.0 is outside"),

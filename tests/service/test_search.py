@@ -55,6 +55,55 @@ def test_weights_belong_to_the_terms_in_their_order(service: SearchService) -> N
     assert "red" in first_caption(service.answer(little_blue))
 
 
+def test_a_weight_below_0_takes_its_term_away(service: SearchService, paint: Callable[..., bytes]) -> None:
+    away = Question(texts=("red", "blue"), images=(paint("blue"),), weights=(1.0, 1.0, -0.5))
+    minus = Question(texts=("red", "blue"), minus=("blue",), weights=(1.0, 1.0, 0.5))
+    answers = service.answer_all([away, minus])
+    assert [hit.score for hit in answers[0].hits] == pytest.approx([hit.score for hit in answers[1].hits], abs=1e-6)
+    assert away.in_words() == "red + blue − a picture"
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8)])
+def test_a_vector_asks_without_a_model(service: SearchService, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    service_model = service.model
+    service.load = lambda _: pytest.fail("the model was loaded")
+    vector = 7 * service_model.embed_texts(["cyan and red"]).numpy()[0]
+    np.save(tmp_path / "q.npy", vector.astype(np.float64).reshape(shape))
+    del service.model
+    by_file = service.answer(Question(vectors=(tmp_path / "q.npy",)))
+    by_numbers = service.answer(Question(vectors=(tuple(vector.tolist()),)))
+    assert first_caption(by_file) == "cyan and red"
+    assert by_file.hits[0].score == pytest.approx(1, abs=1e-3)
+    assert [hit.entry.uid for hit in by_numbers.hits] == [hit.entry.uid for hit in by_file.hits]
+    assert by_numbers.to_json()["question"]["vectors"] == ["(8 numbers)"]
+
+
+def test_vectors_are_added_between_items_and_minus_terms(service: SearchService) -> None:
+    green, blue = (tuple(row) for row in service.model.embed_texts(["green", "blue"]).tolist())
+    uid = service.answer(Question(texts=("green",), top=1)).hits[0].entry.uid
+    question = Question(texts=("red",), items=(uid,), vectors=(green, blue), minus=("red",), weights=(4, 1, 1, 9, 4))
+    asked = service.answer(question)
+    plain = service.answer(Question(texts=("green", "blue"), items=(uid,), weights=(1, 9, 1)))
+    assert [hit.score for hit in asked.hits] == pytest.approx([hit.score for hit in plain.hits], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.ones((2, 8), np.float32), "holds 2 vectors; a question takes one, --queries takes them all"),
+        (np.array(["red"]), "holds no vectors"),
+        (np.ones((1, 1, 8), np.float32), "holds no vectors"),
+        (np.array([{}], object), "cannot be read as .npy"),
+    ],
+)
+def test_a_file_that_is_no_vector_is_named(
+    service: SearchService, tmp_path: Path, rows: np.ndarray, message: str
+) -> None:
+    np.save(tmp_path / "q.npy", rows)
+    with pytest.raises(UsageError, match=rf"q\.npy {message}"):
+        service.answer(Question(vectors=(tmp_path / "q.npy",)))
+
+
 @given(weights=st.lists(st.floats(0.01, 100), min_size=3, max_size=3), factor=st.floats(0.01, 100))
 def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights: list[float], factor: float) -> None:
     terms = unit_rows(np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32))
@@ -66,12 +115,18 @@ def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (Question(), "needs a text or a picture or an item"),
+        (Question(), "needs a text or a picture or an item or a vector"),
         (Question(minus=("red",)), "minus alone is none"),
         (Question(texts=(" ",)), "is empty"),
         (Question(texts=("red",), weights=(1.0, 1.0)), "1 terms need as many weights"),
-        (Question(texts=("red",), weights=(0.0,)), "weights above 0"),
-        (Question(texts=("red",), weights=(float("nan"),)), "weights above 0"),
+        (Question(texts=("red",), weights=(0.0,)), "weights that are not 0"),
+        (Question(texts=("red",), weights=(float("nan"),)), "weights that are not 0"),
+        (Question(texts=("red",), weights=(-1.0,)), "above 0, and so must one of the others"),
+        (Question(texts=("red",), minus=("blue",), weights=(1.0, -1.0)), "those of minus terms must be above 0"),
+        (Question(vectors=((1.0, 0.0),)), "The vector has 2 numbers; the rows of this index have 8"),
+        (Question(vectors=((0.0,) * 8,)), "The vector has length 0.0"),
+        (Question(vectors=((float("inf"),) * 8,)), "must be finite"),
+        (Question(vectors=(Path("/nowhere.npy"),)), r"/nowhere\.npy cannot be read as \.npy"),
         (Question(texts=("red",), minus=("red",)), "cancel each other"),
         (Question(texts=("red",), top=0), "top = 0"),
         (Question(images=(Path("/nowhere.png"),)), r"/nowhere\.png cannot be read: No such file"),

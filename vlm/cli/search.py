@@ -34,11 +34,16 @@ class Arguments:
     like: tuple[str, ...] = ()
     """Items of the index to look for the like of, by uid; added too. Alone they need no model."""
 
+    vector: tuple[Path, ...] = ()
+    """Vectors of the index's space, each an .npy file of one row; added too. They need no model, and none is
+    checked."""
+
     minus: tuple[str, ...] = ()
     """Texts taken away."""
 
     weights: tuple[float, ...] = ()
-    """One for each term, in the order texts, pictures, items, minus; empty weighs all alike."""
+    """One for each term, in the order texts, pictures, items, vectors, minus; one below 0 takes its term away; empty
+    weighs all alike."""
 
     top: int = 10
     """Answers wanted."""
@@ -59,13 +64,20 @@ class Arguments:
     diversity: float = 0.0
     """From 0, the nearest first, to 1, the most unlike each other first."""
 
+    rerank: str = ""
+    """A model with a caption decoder, which may be the index's own: the nearest are ordered by how likely it finds the
+    texts, given their pictures."""
+
+    rerank_top: int = 50
+    """How many of the nearest are re-ranked."""
+
     after: str = ""
     """The cursor an answer ended with: the next page of the same question."""
 
     queries: Path | None = None
-    """A file of questions, - for stdin: a text a line, or a JSON object with texts, images, items, minus, weights, top,
-    where, at_least, words, duplicates, diversity, after. What a line leaves out is as the options say. Answers are
-    JSON, one a line."""
+    """A file of questions, - for stdin: a text a line, or a JSON object with texts, images, items, vectors, minus,
+    weights, top, where, at_least, words, duplicates, diversity, rerank_top, after; or an .npy file, a vector a row.
+    What is left out is as the options say. Answers are JSON, one a line."""
 
     model: str = ""
     """Another place of the index's model, should it have moved."""
@@ -80,12 +92,12 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Open the index, ask, show."""
     from vlm.service.question import Question
-    from vlm.service.search import SearchService
 
     question = Question(
         texts=arguments.texts,
         images=arguments.image,
         items=arguments.like,
+        vectors=arguments.vector,
         minus=arguments.minus,
         weights=arguments.weights,
         top=arguments.top,
@@ -94,16 +106,17 @@ def run(arguments: Arguments) -> None:
         words=arguments.words,
         duplicates=arguments.group_duplicates,
         diversity=arguments.diversity,
+        rerank_top=arguments.rerank_top if arguments.rerank else 0,
         after=arguments.after,
     )
     if arguments.queries is None:
         question.check()
-        _show(arguments, SearchService.open(arguments.index, model_spec=arguments.model), question)
+        _show(arguments, _open(arguments), question)
         return
     if arguments.texts or arguments.html:
         raise UsageError("--queries brings its texts, and answers in lines of JSON; leave TEXT and --html out.")
     questions = _read_file(arguments.queries, question)
-    service = SearchService.open(arguments.index, model_spec=arguments.model)
+    service = _open(arguments)
     for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
         for answer in service.answer_all(questions[first : first + _QUESTIONS_AT_ONCE]):
             print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
@@ -112,18 +125,38 @@ def run(arguments: Arguments) -> None:
 def show_answer(answer: "Answer") -> None:
     """The hits as a table."""
     asked = answer.question
-    terms = [*asked.texts, *asked.to_json()["images"], *asked.items, *(f"−{text}" for text in asked.minus)]
-    narrowed = f"  where {asked.where}" if asked.where else ""
     columns, rows = ["", "score", "uid", "caption"], []
     for rank, hit in enumerate(answer.hits, 1):
         caption = next((texts[0] for texts in hit.entry.captions.values() if texts), "")
-        rows.append([rank, hit.score, hit.entry.uid, caption, *([] if hit.similar is None else [hit.similar])])
+        rows.append([rank, hit.score, hit.entry.uid, caption])
+        if asked.rerank_top:
+            rows[-1].insert(2, "–" if hit.likelihood is None else hit.likelihood)
+        if hit.similar is not None:
+            rows[-1].append(hit.similar)
+    if asked.rerank_top:
+        columns.insert(2, "likelihood")
     if asked.duplicates is not None:
         columns.append("more like it")
-    show_table(columns, rows, title=" + ".join(terms) + narrowed)
-    say(f"embedded in {answer.embed_milliseconds:.0f} ms, searched in {answer.search_milliseconds:.2f} ms")
+    show_table(columns, rows, title=asked.in_words() + (f"  where {asked.where}" if asked.where else ""))
+    _show_times(answer)
     if answer.next:
         say(f"There is more: --after {answer.next}")
+
+
+def _show_times(answer: "Answer") -> None:
+    parts = [f"embedded in {answer.embed_milliseconds:.0f} ms", f"searched in {answer.search_milliseconds:.2f} ms"]
+    if answer.rerank_milliseconds is not None:
+        parts.append(f"re-ranked in {answer.rerank_milliseconds:.0f} ms")
+    say(", ".join(parts))
+    if answer.unread:
+        uid, reason = next(iter(answer.unread.items()))
+        say(f"Not re-ranked, because their pictures cannot be read: {len(answer.unread)}; the first, {uid}: {reason}")
+
+
+def _open(arguments: Arguments) -> "SearchService":
+    from vlm.service.search import SearchService
+
+    return SearchService.open(arguments.index, model_spec=arguments.model, rerank_spec=arguments.rerank)
 
 
 def _show(arguments: Arguments, service: "SearchService", question: "Question") -> None:
@@ -141,7 +174,10 @@ def _show(arguments: Arguments, service: "SearchService", question: "Question") 
 
 def _read_file(path: Path, defaults: "Question") -> "list[Question]":
     from vlm.service.question_file import read_questions
+    from vlm.service.raw_vectors import vector_questions
 
+    if path.suffix == ".npy":
+        return vector_questions(path, defaults)
     if str(path) == "-":
         return read_questions(sys.stdin, defaults)
     try:

@@ -54,20 +54,20 @@ def gallery_page(answers: Sequence[Answer], *, title: str, info: IndexInfo) -> s
 
 
 def _contents(answers: Sequence[Answer]) -> str:
-    links = [f'<a href="#q{number}">{escape(_plain(answer))}</a>' for number, answer in enumerate(answers, 1)]
+    links = [
+        f'<a href="#q{number}">{escape(answer.question.in_words())}</a>' for number, answer in enumerate(answers, 1)
+    ]
     return f"<nav>{''.join(links)}</nav>\n"
-
-
-def _plain(answer: Answer) -> str:
-    question = answer.question
-    names = ["a picture" if isinstance(image, bytes) else image.name for image in question.images]
-    return " + ".join([*question.texts, *names, *question.items]) + "".join(f" − {text}" for text in question.minus)
 
 
 def _section(answer: Answer, number: int) -> str:
     best = max((hit.score for hit in answer.hits), default=0.0)
     hits = "\n".join(_card(hit, rank, best) for rank, hit in enumerate(answer.hits, 1))
     took = f"embedded in {answer.embed_milliseconds:.1f} ms, found in {answer.search_milliseconds:.1f} ms"
+    if answer.rerank_milliseconds is not None:
+        took += f", re-ranked in {answer.rerank_milliseconds:.0f} ms"
+    if answer.unread:
+        took += f", but for {len(answer.unread)} whose pictures cannot be read"
     return f"""<section id="q{number}">
 <h2 class="question">{_terms(answer)}</h2>
 <p class="took">{escape(" · ".join([f"{len(answer.hits)} nearest", *_limits(answer.question), took]))}</p>
@@ -83,6 +83,7 @@ def _limits(question: Question) -> list[str]:
         "cosine at least": "" if question.at_least is None else f"{question.at_least:g}",
         "one of those alike from": "" if question.duplicates is None else f"{question.duplicates:g}",
         "diversity": f"{question.diversity:g}" if question.diversity else "",
+        "re-ranked by likelihood: the first": str(question.rerank_top or ""),
     }
     return [f"{name} {value}" for name, value in limits.items() if value]
 
@@ -92,6 +93,7 @@ def _terms(answer: Answer) -> str:
     shown = [f"“{escape(text)}”" for text in question.texts]
     shown += [_question_picture(image) for image in question.images]
     shown += [escape(uid) for uid in question.items]
+    shown += [escape(vector.name) if isinstance(vector, Path) else "a vector" for vector in question.vectors]
     shown += [f"“{escape(text)}”" for text in question.minus]
     for term, weight in zip(shown, question.signed_weights(), strict=True):
         sign = "−" if weight < 0 else "+" if terms else ""
@@ -113,14 +115,16 @@ def _card(hit: Found, rank: int, best: float) -> str:
     entry = hit.entry
     captions = [text for texts in entry.captions.values() for text in texts]
     share = max(hit.score, 0.0) / best if best > 0 else 0.0
-    similar = f'<p class="similar">{hit.similar} more like it</p>\n' if hit.similar else ""
+    likely = "" if hit.likelihood is None else f"{hit.likelihood:.3f} nats a token"
+    notes = [note for note in (likely, f"{hit.similar} more like it" if hit.similar else "") if note]
+    more = f'<p class="note">{" · ".join(notes)}</p>\n' if notes else ""
     place = f"{entry.uid} · sample {entry.number} of {entry.shard}"
     return f"""<li class="hit">
 <div class="picture">{_picture(hit)}</div>
 <div class="score"><span class="rank">{rank}</span><div class="track"><span style="width:{share:.1%}"></span></div>\
 <span class="value">{hit.score:.3f}</span></div>
 {f'<p class="caption" title="{escape(captions[0])}">{escape(captions[0])}</p>' if captions else ""}
-{_more(captions[1:])}{similar}<p class="key" title="{escape(place)}">{escape(entry.key)}</p>
+{_more(captions[1:])}{more}<p class="key" title="{escape(place)}">{escape(entry.key)}</p>
 </li>"""
 
 

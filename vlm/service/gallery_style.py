@@ -54,7 +54,7 @@ section { margin-top: 2.2rem; padding-top: 1.6rem; border-top: 1px solid var(--l
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 5; line-clamp: 5; overflow: hidden;
   margin: 0.45rem 0.8rem 0; overflow-wrap: anywhere;
 }
-.similar { margin: 0.3rem 0.8rem 0; color: var(--soft); font-size: 0.85rem; }
+.note { margin: 0.3rem 0.8rem 0; color: var(--soft); font-size: 0.85rem; }
 details { padding: 0.3rem 0.8rem 0; color: var(--soft); font-size: 0.85rem; }
 summary { cursor: pointer; }
 details ul { margin: 0.3rem 0 0; padding-left: 1.1rem; }

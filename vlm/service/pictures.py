@@ -19,8 +19,10 @@ def read_picture(entry: Entry) -> bytes:
     """The encoded picture of an entry, read from its shard by byte range.
 
     Raises:
-        VlmError: the shard is gone, cannot be reached, or is shorter than it was.
+        VlmError: it was imported without one, or the shard is gone, cannot be reached, or is shorter than it was.
     """
+    if not entry.image_size:
+        raise VlmError("The row was imported and has no picture in a shard")
     try:
         # the byte range is that of the plain tar
         address = str(default_cache().local_path(entry.shard)) if is_compressed(entry.shard) else entry.shard

@@ -10,23 +10,29 @@ import numpy as np
 
 from vlm.errors import UsageError
 
+MAX_RERANK = 1000
+"""More pictures than this are not read for one question."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is looked for: the sum of all texts, pictures and stored items, less the `minus` texts.
+    """What is looked for: the sum of all texts, pictures, stored items and vectors, less the `minus` texts.
 
-    images: files, or encoded pictures as bytes. items: uids of rows of the index. weights: one a term, in the order
-    texts, images, items, minus; empty counts every term once. top: how many answers.
+    images: files, or encoded pictures as bytes. items: uids of rows of the index. vectors: .npy files of one vector, or
+    its numbers; of the index's space, which cannot be checked. weights: one a term, in the order texts, images, items,
+    vectors, minus; one below 0 takes its term away; empty counts every term once. top: how many answers.
     where: a filter (`vlm.index.where`); empty lets every row answer. at_least: the lowest cosine of an answer.
     words: captions that hold these words come first, by reciprocal rank fusion with the cosines.
     duplicates: answers whose cosine with a better one is at least this are counted, not shown; None shows all.
     diversity: from 0, the nearest first, to 1, the most unlike each other first (`reorder.diversify`).
+    rerank_top: so many of the first answers are put in the order of likelihood (`reranking`); 0 leaves them.
     after: the `next` of an answer to this question, to go on from there.
     """
 
     texts: tuple[str, ...] = ()
     images: tuple[Path | bytes, ...] = ()
     items: tuple[str, ...] = ()
+    vectors: tuple[Path | tuple[float, ...], ...] = ()
     minus: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     top: int = 10
@@ -35,6 +41,7 @@ class Question:
     words: str = ""
     duplicates: float | None = None
     diversity: float = 0.0
+    rerank_top: int = 0
     after: str = ""
 
     def check(self) -> None:
@@ -54,9 +61,10 @@ class Question:
             raise UsageError(f"Answers of at least a cosine of {self.at_least}: it must be in -1 to 1.")
         if self.duplicates is not None and not 0 < self.duplicates <= 1:
             raise UsageError(f"Duplicates from a cosine of {self.duplicates}: it must be above 0 and at most 1.")
+        self._check_rerank()
 
     def signed_weights(self) -> list[float]:
-        """The factor of each term in the order texts, images, items, minus; those of minus terms are negative.
+        """The factor of each term in the order texts, images, items, vectors, minus; minus terms are below 0.
 
         Raises:
             UsageError: nothing to look for is given, or the weights do not fit the terms.
@@ -64,34 +72,72 @@ class Question:
         num_terms = self.num_terms
         num_plus = num_terms - len(self.minus)
         if not num_plus:
-            raise UsageError("A question needs a text or a picture or an item to look for; minus alone is none.")
+            raise UsageError(
+                "A question needs a text or a picture or an item or a vector to look for; minus alone is none."
+            )
         if any(not text.strip() for text in (*self.texts, *self.minus)):
             raise UsageError("A text of the question is empty.")
         weights = self.weights or (1.0,) * num_terms
-        if len(weights) != num_terms or not all(np.isfinite(weight) and weight > 0 for weight in weights):
-            raise UsageError(f"{num_terms} terms need as many weights above 0, given: {list(weights)}.")
+        is_usable = [np.isfinite(weight) and weight != 0 for weight in weights]
+        if len(weights) != num_terms or not all(is_usable):
+            raise UsageError(f"{num_terms} terms need as many weights that are not 0, given: {list(weights)}.")
+        if any(weight < 0 for weight in weights[num_plus:]) or all(weight < 0 for weight in weights[:num_plus]):
+            raise UsageError(
+                f"Weights {list(weights)}: those of minus terms must be above 0, and so must one of the others."
+            )
         return [weight if number < num_plus else -weight for number, weight in enumerate(weights)]
 
     @property
     def num_terms(self) -> int:
-        """Texts, pictures, items and minus texts together."""
-        return len(self.texts) + len(self.images) + len(self.items) + len(self.minus)
+        """Texts, pictures, items, vectors and minus texts together."""
+        return sum(map(len, (self.texts, self.images, self.items, self.vectors, self.minus)))
 
     @property
     def is_plain(self) -> bool:
         """Whether the nearest rows in their order are the answer."""
-        return not (self.words or self.diversity or self.duplicates is not None)
+        return not (self.words or self.diversity or self.duplicates is not None or self.rerank_top)
 
-    def digest(self) -> int:
-        """CRC-32 of all that decides the order of the answers; pictures count by their bytes or by their names."""
+    def digest(self, *, reranker: str = "") -> int:
+        """CRC-32 of all that decides the order of the answers; pictures count by their bytes or by their names.
+
+        reranker: fingerprint of the model that re-ranks.
+        """
         images = [zlib.crc32(image) if isinstance(image, bytes) else str(image) for image in self.images]
-        asked = self.to_json() | {"images": images, "top": 0, "after": ""}
+        vectors = [str(vector) if isinstance(vector, Path) else list(vector) for vector in self.vectors]
+        asked = self.to_json() | {"images": images, "vectors": vectors, "reranker": reranker, "top": 0, "after": ""}
         return zlib.crc32(json.dumps(asked, sort_keys=True).encode())
 
+    def in_words(self) -> str:
+        """The terms as a sum.
+
+        >>> Question(texts=("a dog", "snow"), items=("a/7",), minus=("a cat",), weights=(1, -1, 1, 1)).in_words()
+        'a dog + a/7 − snow − a cat'
+        """
+        names = ["a picture" if isinstance(image, bytes) else image.name for image in self.images]
+        vectors = [vector.name if isinstance(vector, Path) else "a vector" for vector in self.vectors]
+        terms = list(zip([*self.texts, *names, *self.items, *vectors, *self.minus], self.signed_weights(), strict=True))
+        plus = " + ".join(name for name, weight in terms if weight > 0)
+        return plus + "".join(f" − {name}" for name, weight in terms if weight < 0)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a picture given as bytes is told by its size."""
-        names = [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images]
-        options = ("top", "where", "at_least", "words", "duplicates", "diversity", "after")
+        """Plain values; a picture given as bytes, or a vector as numbers, is told by its size."""
+        options = ("top", "where", "at_least", "words", "duplicates", "diversity", "rerank_top", "after")
         plain = {name: getattr(self, name) for name in options}
-        terms = {"texts": list(self.texts), "images": names, "items": list(self.items), "minus": list(self.minus)}
+        terms = {
+            "texts": list(self.texts),
+            "images": [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images],
+            "items": list(self.items),
+            "vectors": [
+                str(vector) if isinstance(vector, Path) else f"({len(vector):,} numbers)" for vector in self.vectors
+            ],
+            "minus": list(self.minus),
+        }
         return terms | {"weights": self.signed_weights()} | plain
+
+    def _check_rerank(self) -> None:
+        if not 0 <= self.rerank_top <= MAX_RERANK:
+            raise UsageError(f"rerank_top = {self.rerank_top} does not fit: 0 to {MAX_RERANK:,} can be re-ranked.")
+        if self.rerank_top and not self.texts:
+            raise UsageError("Re-ranking asks how likely a text is, given a picture; this question has no text.")
+        if self.rerank_top and self.diversity:
+            raise UsageError("Re-ranking puts the likeliest first, diversity the unlike: ask for one of them.")

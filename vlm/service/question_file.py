@@ -67,18 +67,25 @@ def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _TEXTS = (_list_of(_is_text), "a list of texts", tuple)
 _TEXT = (_is_text, "a text", str)
 _NUMBER = (_is_number, "a number", float)
+_WHOLE = (lambda value: _is_number(value) and isinstance(value, int), "a whole number", int)
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "texts": _TEXTS,
     "images": (_list_of(_is_text), "a list of files", lambda names: tuple(map(Path, names))),
     "items": _TEXTS,
+    "vectors": (
+        _list_of(_list_of(_is_number)),
+        "a list of lists of numbers",
+        lambda vectors: tuple(tuple(map(float, vector)) for vector in vectors),
+    ),
     "minus": _TEXTS,
     "weights": (_list_of(_is_number), "a list of numbers", lambda numbers: tuple(map(float, numbers))),
-    "top": (lambda value: _is_number(value) and isinstance(value, int), "a whole number", int),
+    "top": _WHOLE,
     "where": _TEXT,
     "at_least": _NUMBER,
     "words": _TEXT,
     "duplicates": _NUMBER,
     "diversity": _NUMBER,
+    "rerank_top": _WHOLE,
     "after": _TEXT,
 }
 """For each field of a question: whether a value of JSON fits, what is meant, and how it becomes the field's."""

@@ -12,6 +12,7 @@ from vlm.index.search_plan import nearest
 from vlm.index.where import parse_where
 from vlm.service.pages import Cursor
 from vlm.service.question import Question
+from vlm.service.reranking import Reranking
 from vlm.tensors import Array, Float32, Int64
 
 CANDIDATES = 1000
@@ -26,13 +27,14 @@ class Ranking:
     """Rows with the cosine of each to the question, best first.
 
     fused: the score of the fusion that orders them; None where the cosine does.
-    similar: how many worse answers each stands for.
+    similar: how many worse answers each stands for. likelihoods: those of the re-ranking, NaN where it gave none.
     """
 
     rows: Int64[Array, " N"]
     cosines: Float32[Array, " N"]
     fused: Float32[Array, " N"] | None = None
     similar: Int64[Array, " N"] | None = None
+    likelihoods: Float32[Array, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,22 +47,23 @@ class Ranking:
 
     def take(self, places: Int64[Array, " M"]) -> "Ranking":
         """Those at the given places, in that order."""
-        fused = None if self.fused is None else self.fused[places]
-        similar = None if self.similar is None else self.similar[places]
-        return Ranking(rows=self.rows[places], cosines=self.cosines[places], fused=fused, similar=similar)
+        extras = {"fused": self.fused, "similar": self.similar, "likelihoods": self.likelihoods}
+        given = {name: values[places] for name, values in extras.items() if values is not None}
+        return Ranking(rows=self.rows[places], cosines=self.cosines[places], **given)
 
 
 @dataclass(frozen=True)
 class Ranker:
     """Answers one question from one generation.
 
-    query: unit vector. among: the rows that may answer, rising; None: all that live.
+    query: unit vector. among: the rows that may answer, rising; None: all that live. reranking: of the first answers.
     """
 
     generation: Generation
     query: Float32[Array, " D"]
     question: Question
     among: Int64[Array, " N"] | None
+    reranking: Reranking | None = None
 
     def page(self) -> tuple[Ranking, str]:
         """The answers after the question's cursor, and the cursor to go on from; empty at the end.
@@ -76,18 +79,22 @@ class Ranker:
             return page, ""
         end = Cursor(
             generation=self.generation.number,
-            question=self.question.digest(),
+            question=self._digest,
             seen=(after.seen if after else 0) + len(page),
             score=float(page.cosines[-1]),
             row=int(page.rows[-1]),
         )
         return page, end.to_word()
 
+    @property
+    def _digest(self) -> int:
+        return self.question.digest(reranker=self.reranking.captioner.fingerprint if self.reranking else "")
+
     def _cursor(self) -> Cursor | None:
         if not self.question.after:
             return None
         after = Cursor.from_word(self.question.after)
-        if after.question != self.question.digest():
+        if after.question != self._digest:
             raise UsageError("The cursor belongs to another question; ask this one from its first page.")
         if after.generation != self.generation.number and not self.question.is_plain:
             raise UsageError(
@@ -108,10 +115,12 @@ class Ranker:
             depth *= 2
 
     def _next_chosen(self, seen: int) -> Ranking:
-        """The answers in the order of fusion, without duplicates, diverse; those seen passed over."""
+        """The answers in the order of fusion, without duplicates, re-ranked or diverse; those seen passed over."""
         question = self.question
-        wanted = CANDIDATES if question.diversity else seen + question.top + 1
+        wanted = CANDIDATES if question.diversity else max(seen + question.top + 1, question.rerank_top)
         found = self._without_duplicates(wanted)
+        if self.reranking and seen < question.rerank_top:
+            found = _reranked(found, self.reranking, question.rerank_top)
         if question.diversity:
             found = found.take(np.arange(min(len(found), CANDIDATES)))
             relevance = found.cosines if found.fused is None else found.fused
@@ -120,17 +129,20 @@ class Ranker:
         return found.take(np.arange(seen, len(found)))
 
     def _without_duplicates(self, wanted: int) -> Ranking:
-        """The answers that stand for themselves: the first `wanted`, if there are so many, or without a wish to see no
-        duplicates all that were looked at."""
-        threshold, depth = self.question.duplicates, max(wanted, CANDIDATES)
-        if threshold is None:
-            return self._fused() if self.question.words else self._nearest(CANDIDATES)
+        """The answers that stand for themselves, or without a wish to see no duplicates all: the first `wanted` at
+        least, if there are so many; of those fused with words no more than were looked at."""
+        threshold = self.question.duplicates
+        depth = (wanted if threshold is None else max(wanted, CANDIDATES)) + 2
         while True:
             found, is_all = (self._fused(), True) if self.question.words else self._surely_nearest(depth)
-            leaders = lead_duplicates(self.generation.vectors(found.rows), threshold, most=wanted)
-            places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
-            if is_all or len(places) >= wanted:
-                return replace(found.take(places), similar=sizes - 1)
+            if threshold is None:
+                if is_all or len(found) >= wanted:
+                    return found
+            else:
+                leaders = lead_duplicates(self.generation.vectors(found.rows), threshold, most=wanted)
+                places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
+                if is_all or len(places) >= wanted:
+                    return replace(found.take(places), similar=sizes - 1)
             depth *= 4
 
     def _surely_nearest(self, depth: int) -> tuple[Ranking, bool]:
@@ -172,6 +184,15 @@ class Ranker:
         # in double precision, so that a row has the same score whichever way and in whatever company it was found
         exact = self.generation.vectors(rows).astype(np.float64) @ self.query.astype(np.float64)
         return exact.astype(np.float32)
+
+
+def _reranked(found: Ranking, reranking: Reranking, count: int) -> Ranking:
+    """The first `count` in the order of likelihood, the others behind them as they were."""
+    places, likelihoods = reranking.order(found.rows[:count])
+    rest = np.arange(len(places), len(found))
+    nothing = np.full(len(rest), np.nan, np.float32)
+    ordered = found.take(np.concatenate([places, rest]))
+    return replace(ordered, likelihoods=np.concatenate([likelihoods, nothing]))
 
 
 def rows_among(generation: Generation, where: str) -> Int64[Array, " N"] | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
+from math import isnan
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +14,14 @@ import torch
 
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalogue import Entry
-from vlm.index.encoder import Encoder
+from vlm.index.encoder import Encoder, absolute_spec
+from vlm.index.exchange import UNKNOWN
 from vlm.index.generations import Generation
 from vlm.index.read import Hit, Index
 from vlm.service.question import Question
 from vlm.service.ranking import Ranker, Ranking, rows_among
+from vlm.service.raw_vectors import unit_vector
+from vlm.service.reranking import Captioner, Reranking, as_captioner
 from vlm.tensors import Array, Float32
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a mixture this short has no direction
@@ -29,14 +33,16 @@ class Found(Hit):
     """A hit of a question.
 
     fused: the score that orders the hits of a question with words. similar: how many worse hits it stands for.
+    likelihood: of the question's texts given the picture (`Reranking.order`); None where the hit was not re-ranked.
     """
 
     fused: float | None = None
     similar: int | None = None
+    likelihood: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what the question did not ask for is left out."""
-        asked = {"fused": self.fused, "similar": self.similar}
+        asked = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood}
         given = {name: value for name, value in asked.items() if value is not None}
         return {"score": self.score} | given | asdict(self.entry)
 
@@ -46,6 +52,8 @@ class Answer:
     """The hits of a question, best first, and how long the embedding of the question and the search took.
 
     next: the cursor to go on from, empty where there is no more. generation: of the index that answered.
+    rerank_milliseconds: None where nothing was re-ranked. unread: uids that kept their place because their pictures
+    could not be read, with the reason.
     """
 
     question: Question
@@ -54,10 +62,12 @@ class Answer:
     generation: int
     embed_milliseconds: float
     search_milliseconds: float
+    rerank_milliseconds: float | None = None
+    unread: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for people's scripts: what `vlm search --json` prints."""
-        return {
+        plain = {
             "question": self.question.to_json(),
             "hits": [{"rank": rank} | hit.to_json() for rank, hit in enumerate(self.hits, 1)],
             "next": self.next,
@@ -65,6 +75,9 @@ class Answer:
             "embed_milliseconds": round(self.embed_milliseconds, 3),
             "search_milliseconds": round(self.search_milliseconds, 3),
         }
+        if self.rerank_milliseconds is None:
+            return plain
+        return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
 
 
 def load_encoder(spec: str) -> Encoder:
@@ -79,18 +92,25 @@ class SearchService:
     """An open index with the model that asks it; the model is loaded with the first question.
 
     model_spec: another place of the same model, or empty for the one the index names.
+    rerank_spec: the model that re-ranks; any with a caption decoder, for it reads pictures, not vectors.
     """
 
     index: Index
     model_spec: str = ""
+    rerank_spec: str = ""
     load: Callable[[str], Encoder] = field(default=load_encoder)
 
     @classmethod
     def open(
-        cls, folder: Path, *, model_spec: str = "", load: Callable[[str], Encoder] = load_encoder
+        cls,
+        folder: Path,
+        *,
+        model_spec: str = "",
+        rerank_spec: str = "",
+        load: Callable[[str], Encoder] = load_encoder,
     ) -> "SearchService":
         """Open an index folder; raises as `Index.open` does."""
-        return cls(index=Index.open(folder), model_spec=model_spec, load=load)
+        return cls(index=Index.open(folder), model_spec=model_spec, rerank_spec=rerank_spec, load=load)
 
     def close(self) -> None:
         """Release the index."""
@@ -101,11 +121,28 @@ class SearchService:
         """The model, whose space is that of the index.
 
         Raises:
-            UsageError: there is no such model, or its fingerprint is another.
+            UsageError: there is no such model, its fingerprint is another, or the rows came without one.
         """
+        if self.index.details.space.fingerprint == UNKNOWN:
+            raise UsageError(
+                f"{self.index.folder} was imported without its model: ask with stored items (--like UID) or vectors "
+                "(--vector FILE.npy), or import again with --model."
+            )
         model = self.load(self._spec)
         self.index.require_model(model.fingerprint, self._spec)
         return model
+
+    @cached_property
+    def captioner(self) -> Captioner:
+        """The model that re-ranks.
+
+        Raises:
+            UsageError: none was named, there is no such model, or it has no caption decoder.
+        """
+        if not self.rerank_spec:
+            raise UsageError("The question asks for a re-ranking, but no model for it was named: --rerank MODEL.")
+        is_own = absolute_spec(self.rerank_spec) == absolute_spec(self._spec)
+        return as_captioner(self.model if is_own else self.load(self.rerank_spec), self.rerank_spec)
 
     @property
     def _spec(self) -> str:
@@ -131,14 +168,19 @@ class SearchService:
         for question in questions:
             question.check()
         among = {where: rows_among(generation, where) for where in {question.where for question in questions}}
+        captioner = self.captioner if any(question.rerank_top for question in questions) else None
         started = time.perf_counter()
         queries = self._embed(questions, generation)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(questions))
         answers = []
         for question, query in zip(questions, queries, strict=True):
+            reranking = None
+            if captioner and question.rerank_top:
+                reranking = Reranking(captioner, question, generation.catalogue)
             started = time.perf_counter()
-            ranking, after = Ranker(generation, query, question, among[question.where]).page()
+            ranking, after = Ranker(generation, query, question, among[question.where], reranking).page()
             hits = _found(ranking, generation.catalogue.entries(ranking.rows.tolist()))
+            rerank_milliseconds = reranking.milliseconds if reranking else 0.0
             answers.append(
                 Answer(
                     question=question,
@@ -146,19 +188,22 @@ class SearchService:
                     next=after,
                     generation=generation.number,
                     embed_milliseconds=embed_milliseconds,
-                    search_milliseconds=(time.perf_counter() - started) * 1000,
+                    search_milliseconds=(time.perf_counter() - started) * 1000 - rerank_milliseconds,
+                    rerank_milliseconds=rerank_milliseconds if reranking else None,
+                    unread=reranking.unread if reranking else {},
                 )
             )
         return answers
 
     def _embed(self, questions: Sequence[Question], generation: Generation) -> list[Float32[Array, " D"]]:
-        """The unit vector of each question; questions about items alone need no model."""
+        """The unit vector of each question; questions about items and vectors alone need no model."""
         words = [text for question in questions for text in (*question.texts, *question.minus)]
         texts, queries = iter(self._checked_model().embed_texts(words).numpy() if words else ()), []
         for question in questions:
             plus = list(islice(texts, len(question.texts)))
             pictures, items = self._embed_pictures(question.images), _item_vectors(generation, question.items)
-            terms = np.stack([*plus, *pictures, *items, *islice(texts, len(question.minus))])
+            given = [unit_vector(vector, self.index.details.space.dimension) for vector in question.vectors]
+            terms = np.stack([*plus, *pictures, *items, *given, *islice(texts, len(question.minus))])
             queries.append(mix_terms(terms, np.asarray(question.signed_weights(), np.float32)))
         return queries
 
@@ -190,10 +235,17 @@ def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
         ranking.cosines.tolist(),
         nothing if ranking.fused is None else ranking.fused.tolist(),
         nothing if ranking.similar is None else ranking.similar.tolist(),
+        nothing if ranking.likelihoods is None else ranking.likelihoods.tolist(),
     )
     return tuple(
-        Found(score=score, entry=entry, fused=fused, similar=similar)
-        for entry, score, fused, similar in zip(entries, *columns, strict=True)
+        Found(
+            score=score,
+            entry=entry,
+            fused=fused,
+            similar=similar,
+            likelihood=None if likelihood is None or isnan(likelihood) else likelihood,
+        )
+        for entry, score, fused, similar, likelihood in zip(entries, *columns, strict=True)
     )
 
 

@@ -1,0 +1,212 @@
+"""Re-ranking by a captioner whose likelihoods are known: how much of a picture has the colours a text names."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.cli.search import show_answer
+from vlm.data.views import FixedView
+from vlm.errors import UsageError
+from vlm.index.writer import IndexWriter
+from vlm.service.gallery import gallery_page
+from vlm.service.search import Answer, Question, SearchService
+from vlm.tensors import Float32, Tensor, UInt8
+
+
+@dataclass
+class Reader:
+    """Finds a text likely if the first of its colours, as numbers of the palette, is the picture's last column."""
+
+    colours: Any
+    fingerprint: str = "reader"
+    view: FixedView = field(default_factory=lambda: FixedView(size=8))
+    can_caption: bool = True
+    pictures: int = 0
+
+    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+        self.pictures += len(images)
+        right = images.clone()
+        right[..., : right.shape[-1] // 2] = right[..., right.shape[-1] // 2 :]
+        return self.colours.embed_images(right) @ self.colours.embed_texts(texts).T - 1
+
+
+@pytest.fixture
+def reader(make_model: Callable[..., Any]) -> Reader:
+    return Reader(make_model())
+
+
+@pytest.fixture
+def service(index: Path, make_model: Callable[..., Any], reader: Reader) -> SearchService:
+    models: dict[str, Any] = {"colours": make_model(), "reader": reader}
+    return SearchService.open(index, rerank_spec="reader", load=lambda spec: models[spec])
+
+
+def captions(answer: Answer) -> list[str]:
+    return [hit.entry.captions[""][0] for hit in answer.hits]
+
+
+def uids(answer: Answer) -> list[str]:
+    return [hit.entry.uid for hit in answer.hits]
+
+
+def pages(service: SearchService, question: Question) -> list[str]:
+    found, answer = [], service.answer(question)
+    while True:
+        found += uids(answer)
+        if not answer.next:
+            return found
+        answer = service.answer(replace(question, after=answer.next))
+
+
+def test_the_likeliest_of_the_nearest_come_first_and_the_others_stay(service: SearchService) -> None:
+    question = Question(texts=("green",), top=11)
+    by_cosine = service.answer(question)
+    answer = service.answer(replace(question, rerank_top=3))
+    assert by_cosine.hits[0].likelihood is None
+    assert "likelihood" not in by_cosine.hits[0].to_json()
+    # green is half of several pictures, and the right half of some
+    assert [caption.endswith("green") for caption in captions(answer)[:3]] == sorted(
+        (caption.endswith("green") for caption in captions(answer)[:3]), reverse=True
+    )
+    assert captions(answer)[0].endswith("green")
+    assert sorted(uids(answer)[:3]) == sorted(uids(by_cosine)[:3])
+    assert uids(answer)[3:] == uids(by_cosine)[3:]
+    likelihoods = [hit.likelihood for hit in answer.hits]
+    assert likelihoods[3:] == [None] * 8
+    assert likelihoods[:3] == sorted((value for value in likelihoods if value is not None), reverse=True)
+    assert answer.to_json()["hits"][0]["likelihood"] == likelihoods[0] == pytest.approx(0, abs=1e-6)
+    assert answer.rerank_milliseconds is not None
+
+
+def test_texts_count_by_their_weights_and_minus_texts_against(service: SearchService) -> None:
+    items = tuple(uids(service.answer(Question(texts=("red",), top=1))))
+    weights = (1.0, 3.0, 9.0, 2.0)
+    question = Question(texts=("green", "blue"), items=items, minus=("red",), weights=weights, top=11, rerank_top=11)
+    for hit in service.answer(question).hits:
+        last = hit.entry.captions[""][0].split()[-1]
+        expected = {"green": (0 - 3 + 2) / 6, "blue": (-1 + 0 + 2) / 6, "red": (-1 - 3 - 0) / 6}.get(last, -2 / 6)
+        assert hit.likelihood == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"words": "stripes"}, {"duplicates": 0.9999}, {"where": "width > 1"}])
+@pytest.mark.parametrize("count", [1, 4, 11, 50])
+def test_pages_put_together_are_the_one_long_answer(
+    service: SearchService, options: dict[str, Any], count: int
+) -> None:
+    question = Question(texts=("green and blue",), rerank_top=count, **options)
+    whole = service.answer(replace(question, top=99))
+    assert whole.next == ""
+    assert len(whole.hits) > 5
+    for top in (1, 3, 4, 10):
+        assert pages(service, replace(question, top=top)) == uids(whole)
+
+
+def test_pages_behind_the_reranked_ask_the_captioner_no_more(service: SearchService, reader: Reader) -> None:
+    question = Question(texts=("green",), top=4, rerank_top=4)
+    after = service.answer(question).next
+    assert reader.pictures == 4
+    second = service.answer(replace(question, after=after))
+    assert reader.pictures == 4
+    assert [hit.likelihood for hit in second.hits] == [None] * 4
+
+
+def test_a_cursor_belongs_to_its_captioner_its_count_and_its_generation(
+    service: SearchService, reader: Reader, index: Path
+) -> None:
+    question = Question(texts=("green",), top=2, rerank_top=4)
+    after = service.answer(question).next
+    reader.fingerprint = "another"
+    for other in (question, replace(question, rerank_top=5), replace(question, rerank_top=0)):
+        with pytest.raises(UsageError, match="belongs to another question"):
+            service.answer(replace(other, after=after))
+    reader.fingerprint = "reader"
+    with IndexWriter(index) as writer:
+        writer.delete([service.answer(question).hits[0].entry.uid])
+    with pytest.raises(UsageError, match="generation 1 to 2 since the last page"):
+        service.answer(replace(question, after=after))
+
+
+def test_a_picture_that_cannot_be_read_keeps_its_place(service: SearchService, tmp_path: Path) -> None:
+    question = Question(texts=("green",), top=11)
+    by_cosine = service.answer(question)
+    gone = tmp_path / "shards" / "00001.tar"
+    lost = [place for place, hit in enumerate(by_cosine.hits) if hit.entry.shard == str(gone)]
+    gone.unlink()
+    answer = service.answer(replace(question, rerank_top=11))
+    assert 0 < len(lost) < 11
+    assert [uids(answer)[place] for place in lost] == [uids(by_cosine)[place] for place in lost]
+    assert set(answer.unread) == {uids(by_cosine)[place] for place in lost}
+    assert set(answer.unread.values()) == {"The shard 00001.tar is no longer there"}
+    assert answer.to_json()["unread"] == answer.unread
+    read = [hit.likelihood for place, hit in enumerate(answer.hits) if place not in lost]
+    assert read == sorted((value for value in read if value is not None), reverse=True)
+    assert all(answer.hits[place].likelihood is None for place in lost)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.unlink()
+    assert uids(service.answer(replace(question, rerank_top=11))) == uids(by_cosine)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question(items=("0/0",), rerank_top=5), "this question has no text"),
+        (Question(texts=("red",), rerank_top=-1), "rerank_top = -1 does not fit"),
+        (Question(texts=("red",), rerank_top=1001), "0 to 1,000"),
+        (Question(texts=("red",), rerank_top=5, diversity=0.1), "ask for one of them"),
+    ],
+)
+def test_a_question_that_cannot_be_reranked_is_refused(
+    service: SearchService, question: Question, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        service.answer(question)
+
+
+def test_a_model_that_cannot_rerank_is_refused(service: SearchService, reader: Reader) -> None:
+    question = Question(texts=("red",), rerank_top=5)
+    reader.can_caption = False
+    with pytest.raises(UsageError, match="reader has no caption decoder to re-rank with"):
+        service.answer(question)
+    reader.can_caption, service.rerank_spec = True, "colours"
+    with pytest.raises(UsageError, match="colours has no caption decoder"):
+        service.answer(question)
+    service.rerank_spec = ""
+    with pytest.raises(UsageError, match="no model for it was named"):
+        service.answer(question)
+
+
+def test_the_model_of_the_index_is_loaded_once_for_both(index: Path, make_model: Callable[..., Any]) -> None:
+    loaded: list[str] = []
+
+    def load(spec: str) -> Any:
+        loaded.append(spec)
+        model = make_model()
+        both = Reader(model)
+        for name in ("embed_texts", "embed_images", "embedding_size"):
+            setattr(both, name, getattr(model, name))
+        both.fingerprint = model.fingerprint
+        return both
+
+    service = SearchService.open(index, rerank_spec="colours", load=load)
+    assert captions(service.answer(Question(texts=("green",), rerank_top=5)))[0].endswith("green")
+    assert loaded == ["colours"]
+
+
+def test_likelihoods_and_unread_pictures_are_shown(
+    service: SearchService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shards" / "00001.tar").unlink()
+    answer = service.answer(Question(texts=("green",), top=11, rerank_top=11))
+    show_answer(answer)
+    printed = capsys.readouterr()
+    assert "likelihood" in printed.out
+    assert f"{answer.hits[0].likelihood:.4f}" in printed.out
+    assert "re-ranked in" in printed.err
+    assert f"cannot be read: {len(answer.unread)}; the first, 1" in printed.err
+    page = gallery_page([answer], title="Green", info=service.index.info())
+    assert page.count("nats a token") == 11 - len(answer.unread)
+    assert "re-ranked by likelihood: the first 11" in page
+    assert f"but for {len(answer.unread)} whose pictures cannot be read" in page

@@ -1,0 +1,52 @@
+"""Vectors that people bring themselves, as a question or a file of questions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vlm.errors import UsageError
+from vlm.service.question import Question
+from vlm.tensors import Array, Float32
+
+
+def unit_vector(given: Path | Sequence[float], dimension: int) -> Float32[Array, " D"]:
+    """The vector brought to unit length; of a file the only row.
+
+    Raises:
+        UsageError: the file is no vector, or the vector has another dimension, is zero or not finite.
+    """
+    if isinstance(given, Path):
+        rows, name = read_rows(given), str(given)
+        if len(rows) != 1:
+            raise UsageError(f"{given} holds {len(rows):,} vectors; a question takes one, --queries takes them all.")
+        vector = rows[0]
+    else:
+        vector, name = np.asarray(given, np.float32), "The vector"
+    if len(vector) != dimension:
+        raise UsageError(f"{name} has {len(vector)} numbers; the rows of this index have {dimension}.")
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    if not (np.isfinite(length) and length > 0):
+        raise UsageError(f"{name} has length {length}: it must be finite and not zero.")
+    return (vector / length).astype(np.float32)
+
+
+def read_rows(path: Path) -> Float32[Array, "N D"]:
+    """The rows of an .npy file, which is a matrix or one vector.
+
+    Raises:
+        UsageError: it cannot be read or holds something else.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read as .npy: {error}.") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.ndim not in (1, 2):
+        raise UsageError(f"{path} holds no vectors: a matrix of numbers or one row of them is needed.")
+    return np.atleast_2d(found).astype(np.float32)
+
+
+def vector_questions(path: Path, defaults: Question) -> list[Question]:
+    """A question for each row of an .npy file; the rest is as in `defaults`. Raises as `read_rows` does."""
+    return [replace(defaults, vectors=(tuple(row),)) for row in read_rows(path).tolist()]
