@@ -13,11 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import sync_folder
 from vlm.index import facts
-from vlm.index.layout import WritePoint, unhindered
-from vlm.index.parts import Origin, to_json
+from vlm.index.layout import CURE, WritePoint, unhindered
+from vlm.index.parts import Origin, captions_from_json, to_json
 from vlm.tensors import Array, Int64
 
 LATEST = 2**63 - 1
@@ -40,16 +43,30 @@ CREATE TABLE rows (
     metadata TEXT NOT NULL,
     digest INTEGER NOT NULL,
     born INTEGER NOT NULL,
-    died INTEGER NOT NULL DEFAULT {LATEST},
-    UNIQUE (uid, died)
+    died INTEGER NOT NULL DEFAULT {LATEST}
 );
-CREATE INDEX rows_born ON rows(born);
-CREATE INDEX rows_died ON rows(died) WHERE died < {LATEST};
 CREATE TABLE shards (id INTEGER PRIMARY KEY, address TEXT NOT NULL UNIQUE);
 CREATE VIRTUAL TABLE captions_text USING fts5(text, content='', tokenize='unicode61 remove_diacritics 2');
 {facts.SCHEMA}
 """
+# made once the rows are there: sorted in one go
+_INDEXES = (
+    "CREATE UNIQUE INDEX rows_uid ON rows(uid, died)",
+    "CREATE INDEX rows_born ON rows(born)",
+    f"CREATE INDEX rows_died ON rows(died) WHERE died < {LATEST}",
+)
 _INSERT = f"INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {LATEST})"
+# facts in the order of their table, so that each is put behind the one before
+_COPY = (
+    "INSERT INTO main.shards SELECT * FROM old.shards",
+    "INSERT INTO main.fields SELECT * FROM old.fields",
+    "INSERT INTO main.rows SELECT row, uid, key, shard, number, image_offset, image_size, caption_number, captions,"
+    f" metadata, digest, :generation, {LATEST} FROM old.rows WHERE born <= :seen AND died > :seen ORDER BY row",
+    "INSERT INTO main.facts SELECT field, value, row FROM old.facts WHERE row NOT IN"
+    " (SELECT row FROM old.rows WHERE born > :seen UNION ALL"
+    f" SELECT row FROM old.rows WHERE died <= :seen AND died < {LATEST}) ORDER BY field, value, row",
+    "INSERT INTO main.captions_text(rowid, text) SELECT row, words(captions) FROM main.rows",
+)
 # Chinese and Japanese are written without spaces: each of their characters counts as a word, neighbours as a phrase
 _IDEOGRAPH = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 
@@ -60,16 +77,25 @@ def write_catalogue(path: Path, rows: Iterable[tuple[int, Origin]], *, generatio
     Raises:
         VlmError: two rows have the same uid, or the disk is full.
     """
-    with _explaining(path), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        # no journal: a file that is not finished is never named by a manifest
-        database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = FULL; {_SCHEMA}")
-        database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
-        database.execute("BEGIN")
-        count = insert_rows(database, rows, generation=generation)
-        database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
-        database.execute("COMMIT")
-    sync_folder(path.parent)
-    return count
+    with _new(path) as database:
+        return insert_rows(database, rows, generation=generation)
+
+
+def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: int, generation: int) -> None:
+    """Write a new catalogue of the rows that generation `seen` sees in another one, born in `generation`.
+
+    rows: their numbers as the segments have them, rising.
+
+    Raises:
+        VlmError: the other catalogue has other rows, is damaged, or the disk is full.
+    """
+    with _new(path, beside=source) as database:
+        database.create_function("words", 1, _words_of, deterministic=True)
+        for statement in _COPY:
+            database.execute(statement, {"seen": seen, "generation": generation})
+        listed = [row for (row,) in database.execute("SELECT row FROM main.rows ORDER BY row")]
+        if not np.array_equal(listed, rows):
+            raise VlmError(f"{source} and the segments beside it have different rows; {CURE}.")
 
 
 def change_catalogue(
@@ -122,6 +148,24 @@ def last_row(path: Path) -> int:
         return database.execute("SELECT coalesce(max(row), -1) FROM rows").fetchone()[0]
 
 
+@contextlib.contextmanager
+def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connection]:
+    """A new catalogue in its one transaction; its indexes are made on leaving. beside: attached as `old`."""
+    with _explaining(path), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        # no journal: a file that is not finished is never named by a manifest
+        database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = FULL; {_SCHEMA}")
+        database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
+        if beside:
+            database.execute("ATTACH ? AS old", (str(beside),))
+        database.execute("BEGIN")
+        yield database
+        for index in _INDEXES:
+            database.execute(index)
+        database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
+        database.execute("COMMIT")
+    sync_folder(path.parent)
+
+
 def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]], *, generation: int) -> int:
     """Add rows with their facts and words; how many. Nothing is committed."""
     numbered, count = iter(rows), 0
@@ -132,7 +176,7 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
                 shards[address] = len(shards)
                 database.execute("INSERT INTO shards VALUES (?, ?)", (shards[address], address))
         lines = [(number, *_values(origin, shards[origin.shard]), generation) for number, origin in block]
-        texts = [(number, "\n".join(map(as_words, _texts(origin)))) for number, origin in block]
+        texts = [(number, _words(origin.captions)) for number, origin in block]
         database.executemany(_INSERT, lines)
         database.executemany("INSERT INTO captions_text(rowid, text) VALUES (?, ?)", texts)
         facts.insert_facts(database, block)
@@ -157,9 +201,12 @@ def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
     return (origin.uid, origin.key, shard, *place, *described, digest)
 
 
-def _texts(origin: Origin) -> Iterator[str]:
-    for captions in origin.captions.values():
-        yield from captions
+def _words(captions: Captions) -> str:
+    return "\n".join(as_words(text) for texts in captions.values() for text in texts)
+
+
+def _words_of(captions: str) -> str:
+    return _words(captions_from_json(captions))
 
 
 @contextlib.contextmanager

@@ -17,8 +17,7 @@ import numpy as np
 
 from vlm.console import say
 from vlm.errors import UsageError
-from vlm.index.catalogue import Catalogue
-from vlm.index.catalogue_writing import change_catalogue, last_row, write_catalogue
+from vlm.index.catalogue_writing import change_catalogue, copy_catalogue, last_row
 from vlm.index.changes import Change, NewRows
 from vlm.index.commit import Draft, commit, draft_next
 from vlm.index.generations import open_generation
@@ -32,7 +31,6 @@ from vlm.index.segments import Written, write_segment
 from vlm.manifest import read_manifest
 from vlm.tensors import Array, Float, Int64
 
-_ENTRIES_AT_ONCE = 10_000
 _NOBODY = np.zeros(0, np.int64)
 
 
@@ -199,8 +197,8 @@ class IndexWriter:
         change_catalogue(path, generation=draft.number, born=born, died=dying, reached=self._reached)
 
     def _rewrite_catalogue(self, draft: Draft) -> None:
-        living = _entries(self.generation.catalogue, self.generation.rows)
-        write_catalogue(self.folder / draft.details.catalogue, living, generation=draft.number)
+        now, path = self.generation, self.folder / draft.details.catalogue
+        copy_catalogue(now.catalogue.path, path, now.rows, seen=now.number, generation=draft.number)
 
     def _commit(self, draft: Draft, change: Callable[[], None]) -> None:
         commit(self.folder, draft, change, reached=self._reached)
@@ -237,9 +235,3 @@ class IndexWriter:
             removed=removed,
             seconds=time.perf_counter() - started,
         )
-
-
-def _entries(catalogue: Catalogue, rows: Int64[Array, " N"]) -> Iterator[tuple[int, Origin]]:
-    for first in range(0, len(rows), _ENTRIES_AT_ONCE):
-        for entry in catalogue.entries(rows[first : first + _ENTRIES_AT_ONCE].tolist()):
-            yield entry.row, entry

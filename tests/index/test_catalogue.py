@@ -1,12 +1,18 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.index.catalogue import Catalogue
-from vlm.index.catalogue_writing import write_catalogue
+from vlm.index.catalogue_writing import (
+    change_catalogue,
+    copy_catalogue,
+    restore_catalogue,
+    write_catalogue,
+)
 from vlm.index.parts import Origin
 
 
@@ -92,3 +98,39 @@ def test_a_file_that_is_no_catalogue_is_named(tmp_path: Path) -> None:
         len(Catalogue(path))
     with pytest.raises(VlmError, match="cannot be read"):
         Catalogue(tmp_path / "none.sqlite")
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Catalogue:
+    """Generation 2 of a catalogue with rows born and dead, before it and after it, and some taken back."""
+    path, nobody = tmp_path / "changed.sqlite", np.zeros(0, np.int64)
+    write_catalogue(path, enumerate(origin(n, captions) for n, captions in enumerate(CAPTIONS)))
+    again = origin(1, CAPTIONS[4], uid="u1")
+    change_catalogue(path, generation=2, born=[(5, again), (6, origin(6, CAPTIONS[0]))], died=np.array([1, 3]))
+    change_catalogue(path, generation=3, born=[(7, origin(7, {}))], died=np.array([0]))
+    restore_catalogue(path, generation=2)
+    change_catalogue(path, generation=3, born=[(8, origin(8, {}))], died=nobody)
+    return Catalogue(path, 2)
+
+
+def test_a_copy_is_what_writing_its_living_rows_gives(tmp_path: Path, changed: Catalogue) -> None:
+    rows = changed.rows()
+    assert rows.tolist() == [0, 2, 4, 5, 6]
+    copy_catalogue(changed.path, tmp_path / "copy.sqlite", rows, seen=2, generation=3)
+    write_catalogue(tmp_path / "new.sqlite", ((entry.row, entry) for entry in changed.entries(rows.tolist())))
+    copy, new = Catalogue(tmp_path / "copy.sqlite", 3), Catalogue(tmp_path / "new.sqlite")
+    assert copy.entries(copy.rows().tolist()) == new.entries(new.rows().tolist())
+    assert copy.facts_of(rows.tolist()) == new.facts_of(rows.tolist())
+    assert list(copy.faults()) == []
+    assert len(copy) == 5
+    assert copy.count_hidden() == 0
+    assert len(copy.at(2)) == 0
+    for words in ("dog", "狗", "cat", "nobody"):
+        assert copy.search_text(words, 10) == new.search_text(words, 10)
+    change_catalogue(copy.path, generation=4, born=[(9, origin(9, {}))], died=np.array([0]))
+    assert copy.at(4).rows().tolist() == [2, 4, 5, 6, 9]
+
+
+def test_a_copy_of_other_rows_than_the_segments_have_is_refused(tmp_path: Path, changed: Catalogue) -> None:
+    with pytest.raises(VlmError, match="different rows"):
+        copy_catalogue(changed.path, tmp_path / "copy.sqlite", np.array([0, 2, 4, 5]), seen=2, generation=3)

@@ -1,0 +1,123 @@
+"""Every kind on the same rows: tuned for promises with one half of the texts, measured with the other."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from vlm.console import say
+from vlm.errors import UsageError
+from vlm.index.build import build_index
+from vlm.index.embeddings import Embeddings
+from vlm.index.kinds import KINDS
+from vlm.index.planner import Promise, choose
+from vlm.index.planner.drawing import DrawnRows, Questions
+from vlm.index.planner.ladder import LADDER
+from vlm.index.planner.recall import exact_scores, lower_bound, recall_of_each
+from vlm.index.planner.trial import Built
+from vlm.index.read import Index
+from vlm.tensors import Array, Float32
+
+AT = 10
+_COUNTS = (1, 10, 100)
+TEXTS, PICTURES = "text→image", "image→image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """Rows in random order, those of them that are asked with left out, and texts to tune with and to judge by."""
+
+    rows: DrawnRows
+    tune: Questions
+    judge: list[Questions]
+
+    @classmethod
+    def of(cls, images: Path, planned: Path, asked: Path, *, questions: int, seed: int) -> "Material":
+        """From embeddings folders. questions: pictures held out to ask with."""
+        source = np.concatenate(list(Embeddings.open(images).blocks()))
+        shuffled = source[np.random.default_rng(seed).permutation(len(source))]
+        rows, top = DrawnRows(shuffled[questions:]), max(_COUNTS)
+        ask = [(TEXTS, _all(asked)), (PICTURES, shuffled[:questions])]
+        return cls(
+            rows=rows,
+            tune=Questions.ask(TEXTS, _all(planned), rows, top),
+            judge=[Questions.ask(name, vectors, rows, top) for name, vectors in ask],
+        )
+
+
+def try_kinds(material: Material, promises: tuple[float, ...], *, seed: int) -> Iterator[dict[str, Any]]:
+    """Of each kind and promise what it was tuned to, what it then has on questions never seen, and what it costs."""
+    for rung in LADDER:
+        say(f"{rung.kind} …")
+        built = Built(rung, material.rows, seed=seed)
+        index_bytes = len(faiss.serialize_index(built.index)) / len(material.rows)
+        shared = {
+            "kind": rung.kind + (f" {built.parameters['nlist']}" if rung.lists_per_root else ""),
+            "build_s": built.build_seconds,
+            "index_bytes": index_bytes,
+            "mapped_bytes": 2 * material.rows.dimension if built.is_reranked else 0,
+        }
+        for promise in promises:
+            setting = built.tune(material.tune, Promise(recall=promise, at=AT))
+            if setting is None:
+                yield {**shared, "promise": promise, "failed": "not reached"}
+                continue
+            recalls = built.judge(setting, material.judge, AT)
+            latency = built.time(setting, material.judge[0].vectors, AT)
+            yield {
+                **shared,
+                "promise": promise,
+                "effort": setting.effort,
+                "rerank": setting.rerank,
+                "recall": {way: {n: float(each.mean()) for n, each in found.items()} for way, found in recalls.items()},
+                "bound": lower_bound(recalls[TEXTS][AT], seed=seed),
+                "p50_ms": latency.p50_ms,
+                "p95_ms": latency.p95_ms,
+                "p99_ms": latency.p99_ms,
+            }
+
+
+def keep_promises(
+    folder: Path, images: Path, planned: Path, asked: Path, promises: tuple[float, ...], *, sample: int
+) -> Iterator[dict[str, Any]]:
+    """The planner from end to end: planned on a sample with some texts, built whole, asked with others."""
+    source, texts, questions = Embeddings.open(images), Embeddings.open(planned), _all(asked)
+    truth = exact_scores(source.blocks(), questions, AT)
+    for promise in promises:
+        try:
+            plan = choose(source, texts, Promise(recall=promise, at=AT), max_rows=sample)
+        except UsageError as error:
+            yield {"promise": promise, "failed": str(error)}
+            continue
+        out = folder / f"index-{promise}"
+        build_index(images, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+        index = Index.open(out)
+        recalls = recall_of_each(index.nearest(questions, AT)[0], truth, AT)
+        index.close()
+        tuned = {
+            name: plan.winner.wishes[name] for name in ("nprobe", "ef_search", "rerank") if name in plan.winner.wishes
+        }
+        yield {
+            "promise": promise,
+            "chosen": plan.winner.label,
+            "tuned": tuned,
+            "expected": plan.winner.recall[plan.direction][AT],
+            "expected_bound": plan.winner.bound,
+            "measured": float(recalls.mean()),
+            "bound": lower_bound(recalls),
+            "questions": len(questions),
+        }
+
+
+def effort_of(trial: dict[str, Any]) -> str:
+    """The setting of a trial, in words."""
+    name = KINDS[trial["kind"].split()[0]].effort
+    words = [f"{name} {trial['effort']}"] if name and trial["effort"] is not None else []
+    return ", ".join([*words, *([f"rerank {trial['rerank']}"] if trial["rerank"] else [])]) or "–"
+
+
+def _all(folder: Path) -> Float32[Array, "Q D"]:
+    return np.concatenate(list(Embeddings.open(folder).blocks()))
