@@ -14,6 +14,20 @@ _SCENES = LoaderConfig(languages=("en",), crop_scale=(1.0, 1.0))
 _QUICK = OptimizerConfig(learning_rate=2e-3, beta2=0.95, warmup_steps=80)
 _SMALL = OptimizerConfig(learning_rate=2e-3, weight_decay=0.2, warmup_steps=30)
 _SMALL_AVERAGED = replace(_SMALL, average_decay=0.98)
+# a network this small on a few thousand photos learns with Muon as much in four epochs as with AdamW in sixteen
+# (docs/log.md); a cut gradient or one rate for all weights loses half of that
+_MUON = OptimizerConfig(
+    optimizer="muon",
+    learning_rate=4e-3,
+    table_rate=2.5,
+    gain_rate=3.0,
+    kernel_rate=0.25,
+    temperature_rate=25.0,
+    weight_decay=1.0,
+    clip_norm=0.0,
+    warmup_steps=30,
+    average_decay=0.98,
+)
 # product titles and short captions come again, on other pictures
 _REPEATED = ObjectiveConfig(same_pairs="positive")
 _EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")
@@ -57,7 +71,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             model=ModelConfig(architecture="timm:test_convnext3+bag@192", image_size=64),
             loader=LoaderConfig(flip=0.5),
             objective=_REPEATED,
-            optimizer=replace(_SMALL_AVERAGED, warmup_steps=100),
+            optimizer=_MUON,
             batch_size=256,
             epochs=14.0,
         ),
