@@ -12,6 +12,8 @@ from vlm.index.parts import Origin
 from vlm.index.vectors import stored_blocks
 from vlm.tensors import Array, Float
 
+_UNIT_TOLERANCE = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewRows:
@@ -47,7 +49,7 @@ class NewRows:
 
     @classmethod
     def of_arrays(cls, vectors: Float[Array, "N D"], origins: Sequence[Origin], space: Space) -> "NewRows":
-        """Rows at hand; they are brought to unit length.
+        """Rows at hand; they are brought to unit length, and stored as they are if they have it.
 
         Raises:
             UsageError: a vector is zero or not finite, or there are not as many as origins.
@@ -58,7 +60,9 @@ class NewRows:
             raise UsageError(f"Vector {wrong[0]} has length {lengths[wrong[0]]}: it must be finite and not zero.")
         if len(vectors) != len(origins):
             raise UsageError(f"{len(vectors):,} vectors and {len(origins):,} origins were given: one each is needed.")
-        rows = (vectors / lengths[:, None]).astype(np.float16)
+        # scaled by a rounding error, a number may round to float16's other neighbour than where it was embedded
+        scales = np.where(np.abs(lengths - 1) < _UNIT_TOLERANCE, 1, lengths)
+        rows = (vectors / scales[:, None]).astype(np.float16)
         shards = tuple(dict.fromkeys(origin.shard for origin in origins))
         return cls(
             space=space, count=len(rows), source="", shards=shards, blocks=lambda: [rows], origins=lambda: origins

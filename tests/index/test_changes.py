@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.index.changes import SPACE, MakeIndex, given, origins, uids_of, vectors
@@ -26,6 +27,12 @@ def test_added_rows_are_found_and_the_ones_before_them_too(make_index: MakeIndex
     assert uids_of(index, new[7], 1) == ["n7"]
     assert uids_of(index, vectors(300, 0)[123], 1) == ["k123"]
     assert [entry.uid for entry in index.catalogue.search_text("n7", 5)] == ["n7"]
+
+
+def test_rows_of_unit_length_are_stored_as_an_embeddings_folder_stores_them() -> None:
+    unit = vectors(3000, 4)
+    (stored,) = NewRows.of_arrays(unit, origins([f"n{number}" for number in range(3000)]), SPACE).blocks()
+    assert np.array_equal(stored, unit.astype(np.float16))
 
 
 def test_a_uid_that_is_there_is_not_added_but_updated(make_index: MakeIndex) -> None:
