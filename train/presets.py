@@ -18,11 +18,11 @@ _SMALL_AVERAGED = replace(_SMALL, average_decay=0.98)
 # (docs/log.md); a cut gradient or one rate for all weights loses half of that
 _MUON = OptimizerConfig(
     optimizer="muon",
-    learning_rate=4e-3,
-    table_rate=2.5,
+    learning_rate=5e-3,
+    table_rate=2.0,
     gain_rate=3.0,
-    kernel_rate=0.25,
-    temperature_rate=25.0,
+    kernel_rate=0.2,
+    temperature_rate=20.0,
     weight_decay=1.0,
     clip_norm=0.0,
     warmup_steps=30,
