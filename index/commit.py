@@ -10,6 +10,7 @@ import numpy as np
 from vlm import __version__
 from vlm.files import fingerprint_of, replacing
 from vlm.index.generations import Generation
+from vlm.index.kinds import settings_of
 from vlm.index.layout import Details, WritePoint, tombstones_file
 from vlm.index.merging import settle
 from vlm.index.segments import Written
@@ -72,6 +73,21 @@ def draft_next(
         command="",
     )
     return Draft(manifest=manifest, details=changed, dead=dead)
+
+
+def searched_with(draft: Draft, *, effort: int | None, rerank: int) -> Draft:
+    """The same, with another effort and re-ranking of its largest segment, also when it is compacted."""
+    largest = max(draft.details.segments, key=lambda segment: segment.rows)
+    told = settings_of(largest.kind, effort=effort, rerank=rerank)
+    changed = replace(
+        draft.details,
+        segments=tuple(
+            replace(segment, parameters=segment.parameters | told, rerank=rerank) if segment is largest else segment
+            for segment in draft.details.segments
+        ),
+        tuning=draft.details.tuning | told,
+    )
+    return replace(draft, details=changed, manifest=replace(draft.manifest, details=asdict(changed)))
 
 
 def commit(folder: Path, draft: Draft, change_catalogue: Callable[[], None], *, reached: WritePoint) -> None:

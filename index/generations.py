@@ -10,7 +10,7 @@ import numpy as np
 from vlm.errors import VlmError
 from vlm.index.catalogue import Catalogue
 from vlm.index.embeddings import check_files
-from vlm.index.layout import CURE, Details
+from vlm.index.layout import CURE, Details, Segment
 from vlm.index.parts import Origin
 from vlm.index.search_plan import Selected
 from vlm.index.segments import OpenSegment
@@ -20,6 +20,8 @@ from vlm.tensors import Array, Float32, Int64
 
 # how often a folder may change between reading its manifest and opening its files before that counts as a fault
 _MOST_TRIES = 100
+
+_Identity = tuple[str, tuple[tuple[str, FileRecord], ...]]
 _ENTRIES_AT_ONCE = 10_000
 
 
@@ -88,7 +90,7 @@ def _open(folder: Path, manifest: Manifest, before: Generation | None) -> Genera
     check_files(folder, manifest.files, verify=False, cure=CURE)
     held = _held(before)
     segments = [
-        held.get(_identity(manifest.files, segment.files)) or OpenSegment(folder, segment, details.space.dimension)
+        held.get(_identity(manifest.files, segment)) or OpenSegment(folder, segment, details.space.dimension)
         for segment in details.segments
     ]
     dead = _read_tombstones(folder, details, manifest)
@@ -109,15 +111,16 @@ def _open(folder: Path, manifest: Manifest, before: Generation | None) -> Genera
     return generation
 
 
-def _held(before: Generation | None) -> Mapping[tuple[tuple[str, FileRecord], ...], OpenSegment]:
+def _held(before: Generation | None) -> Mapping[_Identity, OpenSegment]:
     if before is None:
         return {}
     open_ones = (selected.segment for selected in before.selected)
-    return {_identity(before.manifest.files, segment.described.files): segment for segment in open_ones}
+    return {_identity(before.manifest.files, segment.described): segment for segment in open_ones}
 
 
-def _identity(files: Mapping[str, FileRecord], names: tuple[str, ...]) -> tuple[tuple[str, FileRecord], ...]:
-    return tuple((name, files[name]) for name in names)
+def _identity(files: Mapping[str, FileRecord], segment: Segment) -> _Identity:
+    """Of files and of how they are searched."""
+    return repr(segment), tuple((name, files[name]) for name in segment.files)
 
 
 def _open_catalogue(path: Path, generation: int, before: Generation | None) -> Catalogue:

@@ -12,7 +12,7 @@ from vlm.console import progress
 from vlm.errors import VlmError
 from vlm.files import replacing
 from vlm.index.kinds import KINDS, Tuning, load_faiss
-from vlm.index.kinds.searching import most_effort
+from vlm.index.kinds.searching import most_effort, set_effort
 from vlm.index.layout import CURE, Segment, WritePoint, segment_file, unhindered
 from vlm.index.vectors import Vectors, open_array, write_vectors
 from vlm.manifest import FileRecord, record_file
@@ -132,4 +132,6 @@ def _read_index(path: Path, described: Segment, dimension: int) -> "faiss.Index"
             f"{path} holds {index.ntotal:,} rows of {index.d} dimensions, {described.rows:,} of {dimension} were "
             f"written; {CURE}."
         )
+    if name := KINDS[described.kind].effort:
+        set_effort(index, described.parameters[name])
     return index

@@ -19,7 +19,7 @@ from vlm.console import say
 from vlm.errors import UsageError
 from vlm.index.catalogue_writing import change_catalogue, copy_catalogue, last_row
 from vlm.index.changes import Change, NewRows
-from vlm.index.commit import Draft, commit, draft_next
+from vlm.index.commit import Draft, commit, draft_next, searched_with
 from vlm.index.generations import open_generation
 from vlm.index.kinds import Tuning, choose_kind
 from vlm.index.layout import Details, WritePoint, catalogue_file, unhindered
@@ -123,6 +123,15 @@ class IndexWriter:
             details = wishes | {"catalogue": catalogue, "next_row": next_row}
             draft = draft_next(now, what="compact", keep=0, written=written, dying=_NOBODY, **details)
             self._commit(draft, lambda: self._rewrite_catalogue(draft))
+        return self._done(started)
+
+    def set_search(self, *, effort: int | None, rerank: int) -> Change:
+        """The largest segment is searched with another effort (nprobe, ef_search) and re-ranking from now on."""
+        started, now = time.perf_counter(), self.generation
+        with self._changing():
+            draft = draft_next(now, what="search", keep=len(now.selected), written=None, dying=_NOBODY)
+            draft = searched_with(draft, effort=effort, rerank=rerank)
+            self._commit(draft, lambda: self._change_catalogue(draft, _NOBODY))
         return self._done(started)
 
     def _is_compact(self) -> bool:

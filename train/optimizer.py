@@ -29,10 +29,9 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     if not matrices:
         return adamw
     groups = [{"params": weights, _RELATIVE_RATE: 1.0} for weights in by_kind(matrices) if weights]
-    muon = torch.optim.Muon(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    return MuonWithAdamW(
+        groups, adamw, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return MuonWithAdamW(muon, adamw)
 
 
 def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -7,13 +7,24 @@ from vlm.index.kinds.inverted import IVF, IVFPQ, IVFSQ, RABITQ
 from vlm.index.kinds.kind import Kind, Prepared, Rows, Tuning, load_faiss
 from vlm.index.kinds.scalar import SQ8
 
-__all__ = ["AUTO", "KINDS", "Kind", "Prepared", "Rows", "Tuning", "choose_kind", "load_faiss"]
+__all__ = ["AUTO", "KINDS", "Kind", "Prepared", "Rows", "Tuning", "choose_kind", "load_faiss", "settings_of"]
 
 AUTO = "auto"
 # below it an exact scan of 512 dimensions takes about 5 ms on one core, so there is nothing to win
 FLAT_BELOW_ROWS = 50_000
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (FLAT, IVF, IVFSQ, IVFPQ, RABITQ, SQ8, HNSW)}
+
+
+def settings_of(kind: str, *, effort: int | None, rerank: int) -> dict[str, int]:
+    """The parameters of a kind that may change after the build, by their names.
+
+    >>> settings_of("ivfsq", effort=40, rerank=2), settings_of("flat", effort=None, rerank=0)
+    ({'nprobe': 40, 'rerank': 2}, {})
+    """
+    name = KINDS[kind].effort
+    found = {name: effort} if name is not None and effort is not None else {}
+    return found | ({"rerank": rerank} if rerank else {})
 
 
 def choose_kind(kind: str, num_rows: int) -> str:

@@ -54,6 +54,18 @@ def most_effort(index: "faiss.Index") -> int | None:
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else None
 
 
+def set_effort(index: "faiss.Index", effort: int) -> None:
+    """Search with this effort (nprobe, efSearch) from now on, if the kind has any."""
+    faiss = load_faiss()
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        set_effort(inner.index, effort)
+    elif isinstance(inner, faiss.IndexHNSW):
+        inner.hnsw.efSearch = effort
+    elif isinstance(inner, faiss.IndexIVF):
+        inner.nprobe = effort
+
+
 def candidates_for(top: int, factor: int) -> int:
     """How many rows to take by their codes for `top` answers: `factor` times as many, but never fewer than for ten.
 

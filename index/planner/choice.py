@@ -34,7 +34,7 @@ class Plan:
     direction: the one the promise was judged by. is_optimistic: asked with rows, or others alike.
     num_rows, sample_rows: rows of all, and rows indexed in the trials.
     left_out: kinds that were not measured, and why. unturned: directions that were not, and why.
-    questions: those of the promised direction it was judged by.
+    questions: those of the promised direction it was judged by. tuning_questions: those it was tuned with.
     """
 
     kind: str
@@ -51,12 +51,12 @@ class Plan:
     left_out: dict[str, str]
     unturned: dict[str, str]
     questions: Float32[Array, "Q D"] = field(repr=False, compare=False)
+    tuning_questions: Float32[Array, "P D"] = field(repr=False, compare=False)
 
     @property
     def evidence(self) -> dict[str, Any]:
         """All of it but the questions, in the plain values that JSON has, for the manifest."""
-        found = asdict(self)
-        del found["questions"]
+        found = {name: value for name, value in asdict(self).items() if not name.endswith("questions")}
         return json.loads(json.dumps(found))
 
     @property
@@ -78,9 +78,9 @@ def choose(
 ) -> Plan:
     """The kind of index, and its tuning, that keeps a promise about all rows of `source` with the least latency.
 
-    texts, images: questions, none of them a row; the promise is about the texts, else about the images, else about rows
-        held out, whose recall is better than that of the other modality. With 1,000 questions of the other modality
-        each kind is measured the other way round too: they as rows, asked with rows held out.
+    texts, images: questions, none a row; the promise is about the texts, else the images, else rows held out, whose
+        recall is better than that of the other modality. With 1,000 of the other modality each kind is measured the
+        other way round too: they as rows, asked with rows held out.
     kinds: those that may be taken; none: all of the ladder.
     max_rows: the sample tried on; beyond it effort is extrapolated from two sizes and latency by the kind's work.
     max_questions: tuned with, and judged by, at most.
@@ -94,8 +94,7 @@ def choose(
     drawn = draw(source, others, max_rows=max_rows, max_questions=max_questions, seed=seed)
     is_optimistic = not others or (texts is None and source.space.modality == "image")
     _say_limits(drawn, is_optimistic=is_optimistic)
-    whole = len(source)
-    table = _Table(drawn, promise, whole=whole, seed=seed)
+    table = _Table(drawn, promise, whole=len(source), seed=seed)
     for rung in (rung for rung in LADDER if not kinds or rung.kind in kinds):
         table.try_rung(rung)
     best = pick(table.trials, promise, left_out=table.left_out)
@@ -106,7 +105,7 @@ def choose(
         promise=promise,
         direction=drawn.promised,
         is_optimistic=is_optimistic,
-        num_rows=whole,
+        num_rows=len(source),
         sample_rows=len(drawn.rows),
         tuned_with=len(drawn.tune),
         judged_by={direction: len(asked) for direction, asked in drawn.judge.items()},
@@ -114,6 +113,7 @@ def choose(
         left_out=table.left_out,
         unturned=drawn.unturned,
         questions=drawn.judge[drawn.promised],
+        tuning_questions=drawn.tune,
     )
 
 

@@ -1,7 +1,7 @@
 """Every kind on the same rows: tuned for promises with one half of the texts, measured with the other."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from vlm.errors import UsageError
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
 from vlm.index.kinds import KINDS
-from vlm.index.planner import Promise, choose
+from vlm.index.planner import Promise, choose, settle
 from vlm.index.planner.drawing import DrawnRows, Questions
 from vlm.index.planner.ladder import LADDER
 from vlm.index.planner.recall import exact_scores, lower_bound, recall_of_each
@@ -94,6 +94,7 @@ def keep_promises(
             continue
         out = folder / f"index-{promise}"
         build_index(images, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+        setting = settle(out, source, plan)
         index = Index.open(out)
         recalls = recall_of_each(index.nearest(questions, AT)[0], truth, AT)
         index.close()
@@ -104,6 +105,7 @@ def keep_promises(
             "promise": promise,
             "chosen": plan.winner.label,
             "tuned": tuned,
+            "settled": setting and asdict(setting),
             "expected": plan.winner.recall[plan.direction][AT],
             "expected_bound": plan.winner.bound,
             "measured": float(recalls.mean()),

@@ -12,7 +12,7 @@ from vlm.errors import UsageError
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
 from vlm.index.kinds import KINDS, Tuning
-from vlm.index.planner import Plan, Promise, choose, confirm
+from vlm.index.planner import Plan, Promise, choose, confirm, settle
 from vlm.index.planner.drawing import DrawnRows, draw, vectors_at
 from vlm.index.planner.report import draw_plan, show_plan
 from vlm.index.read import Index
@@ -120,6 +120,30 @@ def test_a_broken_promise_is_confirmed_as_broken(plan: Plan, spaces: tuple[Path,
     recall, latency = found.breaks
     assert recall == f"recall@10 {found.recall:.4f} instead of 0.9"
     assert latency.endswith("ms (p95) instead of 1e-06")
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw", "ivfsq"])
+def test_effort_that_a_sample_misjudged_is_settled_on_all_rows(
+    kind: str, plan: Plan, spaces: tuple[Path, Path], tmp_path: Path
+) -> None:
+    small = {"ivf": {"nlist": 60, "nprobe": 1}, "hnsw": {"ef_search": 1}, "ivfsq": {"nlist": 60, "nprobe": 1}}
+    tuning = replace(plan.tuning, **(_NONE | small[kind]))
+    build_index(spaces[0], tmp_path / "out", kind=kind, tuning=tuning)
+    source, wanted = Embeddings.open(spaces[0]), replace(plan, kind=kind, promise=Promise(recall=0.95))
+    reader = Index.open(tmp_path / "out")
+    assert confirm(reader, source, wanted).recall < 0.95
+    setting = settle(tmp_path / "out", source, wanted)
+    assert setting is not None
+    assert reader.refresh()
+    assert setting.effort in reader.info().parameters.values()
+    # judged by other questions than it was settled with
+    assert confirm(reader, source, wanted).recall > 0.93
+    reader.close()
+
+
+def test_an_exact_kind_has_nothing_to_settle(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
+    build_index(spaces[0], tmp_path / "out", kind="flat")
+    assert settle(tmp_path / "out", Embeddings.open(spaces[0]), replace(plan, kind="flat")) is None
 
 
 def test_kinds_too_large_or_without_rows_enough_are_left_out_with_the_reason(spaces: tuple[Path, Path]) -> None:

@@ -101,10 +101,10 @@ def run(arguments: Arguments) -> None:
 
 
 def _build_planned(arguments: Arguments) -> None:
-    """Plan, build, leave the plot in the folder, and measure the finished index."""
+    """Plan, build, leave the plot in the folder, then set and measure the finished index."""
     from vlm.index.build import build_index
     from vlm.index.embeddings import Embeddings
-    from vlm.index.planner import confirm
+    from vlm.index.planner import confirm, settle
     from vlm.index.planner.report import PLOT, draw_plan, show_plan
     from vlm.index.read import Index
 
@@ -115,11 +115,14 @@ def _build_planned(arguments: Arguments) -> None:
         arguments.embeddings, arguments.out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence
     )
     draw_plan(plan, arguments.out / PLOT)
+    source = Embeddings.open(arguments.embeddings)
+    setting = settle(arguments.out, source, plan)
     index = Index.open(arguments.out)
-    found = confirm(index, Embeddings.open(arguments.embeddings), plan)
+    found = confirm(index, source, plan)
     index.close()
     if arguments.json:
-        show_json(asdict(summary) | {"plan": plan.evidence, "confirmed": asdict(found)})
+        measured = {"setting": setting and asdict(setting), "confirmed": asdict(found)}
+        show_json(asdict(summary) | {"plan": plan.evidence} | measured)
     else:
         show_facts(asdict(found), title=f"The finished index, asked {plan.direction}")
         _show(summary, arguments)
