@@ -1,5 +1,6 @@
 """The embedding stage: shards through a model into embeddings folders, one part per shard, resumed after a crash."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from vlm.index.missing_parts import Pass, Target
 from vlm.index.parts import FLOAT16, Storage
 from vlm.index.share import ALONE, Share
 from vlm.index.unfinished import agree_on_batch_size, agreed_batch_size, alone, tidy
-from vlm.manifest import is_complete
+from vlm.manifest import is_complete, read_manifest
 
 BATCH_SIZE = 256
 
@@ -51,7 +52,7 @@ class EmbedSummary:
 
     bad: samples left out, named in `incidents.jsonl`. incidents: how many for which reason.
     missing_parts: what other processes have still to write; 0 when the folder is whole.
-    was_complete: there was nothing left to do.
+    was_complete: there was nothing left to do. ended_here: of several processes, this one wrote the last manifest.
     """
 
     folder: str
@@ -65,6 +66,7 @@ class EmbedSummary:
     new_rows: int
     seconds: float
     was_complete: bool
+    ended_here: bool
 
 
 def embed_shards(
@@ -114,6 +116,7 @@ def embed_into(
     if options.is_compiled and "image" not in folders:
         raise UsageError("Only the model's part for pictures is compiled; leave --compile out for texts.")
     targets = [_open(model, path, modality, addresses, inputs, options) for modality, path in folders.items()]
+    ended = False
     if unfinished := [target for target in targets if target.writer]:
         batch_size = _batch_size(model, targets, options, largest=max(counts))
         way = Pass(
@@ -125,10 +128,12 @@ def embed_into(
             is_compiled=options.is_compiled,
         )
         way.write_missing(model, unfinished, options.share.of(len(addresses)))
-        for target in unfinished:
-            _finish(target, inputs, {"shards": addresses, "batch_size": batch_size})
+        ended = _finish(unfinished, inputs, {"shards": addresses, "batch_size": batch_size})
+    ended_here = bool(unfinished) and ended and all(target.manifest for target in targets)
     seconds = time.perf_counter() - started
-    return {target.space.modality: _summary(target, len(addresses), seconds) for target in targets}
+    return {
+        target.space.modality: _summary(target, len(addresses), seconds, ended_here=ended_here) for target in targets
+    }
 
 
 def _absolute(shard: str) -> str:
@@ -178,14 +183,24 @@ def _batch_size(model: Encoder, targets: Sequence[Target], options: EmbedOptions
     return size
 
 
-def _finish(target: Target, inputs: dict[str, str], details: dict[str, Any]) -> None:
-    """Write the manifest if all parts are there."""
-    assert target.writer is not None
-    if all(target.writer.part(number) for number in range(len(details["shards"]))):
-        target.manifest = target.writer.finish(inputs=inputs, details=details)
+def _finish(targets: Sequence[Target], inputs: dict[str, str], details: dict[str, Any]) -> bool:
+    """Write the manifests of those that have all parts; whether one was still to be written.
+
+    One process at a time does so in all of its folders, so that exactly one finds that it wrote the last.
+    """
+    wrote = False
+    with contextlib.ExitStack() as stack:
+        for target in targets:
+            stack.enter_context(alone(target.path))
+        for target in targets:
+            assert target.writer is not None
+            if all(target.writer.part(number) for number in range(len(details["shards"]))):
+                wrote |= target.writer.end(inputs=inputs, details=details)
+                target.manifest = read_manifest(target.path, "embeddings")
+    return wrote
 
 
-def _summary(target: Target, num_parts: int, seconds: float) -> EmbedSummary:
+def _summary(target: Target, num_parts: int, seconds: float, *, ended_here: bool) -> EmbedSummary:
     if target.manifest is not None:
         counts, incidents = target.manifest.counts, target.manifest.details.get("incidents", {})
     else:
@@ -202,5 +217,6 @@ def _summary(target: Target, num_parts: int, seconds: float) -> EmbedSummary:
         new_rows=target.new_rows,
         seconds=seconds,
         was_complete=target.writer is None,
+        ended_here=ended_here,
         **counts,
     )

@@ -102,10 +102,16 @@ class EmbeddingsWriter:
             VlmError: there is not one row.
         """
         with alone(self.folder):
-            if not is_complete(self.folder):
-                self._write_manifest(inputs, details)
-            tidy(self.folder)
+            self.end(inputs=inputs, details=details)
         return read_manifest(self.folder, "embeddings")
+
+    def end(self, *, inputs: dict[str, str], details: dict[str, Any]) -> bool:
+        """As `finish`, for who is alone in the folder already; whether the manifest was still to be written."""
+        is_first = not is_complete(self.folder)
+        if is_first:
+            self._write_manifest(inputs, details)
+        tidy(self.folder)
+        return is_first
 
     def _write_manifest(self, inputs: dict[str, str], details: dict[str, Any]) -> None:
         marked = list(self._marked())

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.index.conftest import ColourModel
 from vlm.errors import UsageError
 from vlm.index.embed import EmbedOptions, embed_into
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings import Embeddings, Modality
 from vlm.index.share import Share
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 EMBED_SHARE = """
 import json, runpy, sys
 from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from vlm.index.embed import EmbedOptions, embed_into
 from vlm.index.share import Share
@@ -97,3 +99,15 @@ def test_a_process_is_known_by_what_its_launcher_tells() -> None:
     for told in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
         with pytest.raises(UsageError, match="name no process"):
             Share.from_environment(told)
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_of_several_at_once_exactly_one_ends_the_work(attempt: int, tmp_path: Path, shards: list[str]) -> None:
+    folders: dict[Modality, Path] = {"image": tmp_path / "i", "text": tmp_path / "t"}
+
+    def fill(rank: int) -> bool:
+        options = EmbedOptions(model_spec="colours", share=Share(rank, 3))
+        return embed_into(ColourModel(), shards, folders, options)["image"].ended_here
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sum(pool.map(fill, range(3))) == 1

@@ -116,7 +116,7 @@ def embed(arguments: Arguments) -> None:
             f"Process {share.rank} of {share.world} has written {rows:,} rows; {missing} parts are left to others. "
             "If those have ended, repeat the command."
         )
-    elif share.world == 1 or not all(summary.was_complete for summary in summaries):
+    elif share.world == 1 or summaries[0].ended_here:
         _show(summaries, arguments)
 
 
