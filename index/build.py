@@ -1,10 +1,6 @@
 """From an embeddings folder to an index folder: FAISS segment, catalogue, manifest; whole or absent."""
 
-import contextlib
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from vlm.console import say
-from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, sync_folder
+from vlm.errors import VlmError
+from vlm.files import fingerprint_of, new_folder, refuse_existing
 from vlm.index.catalogue_writing import write_catalogue
 from vlm.index.embeddings import Embeddings
 from vlm.index.kinds import Tuning, choose_kind
@@ -53,18 +49,20 @@ def build_index(
 
     Raises:
         UsageError: `out` exists, the embeddings are unfinished, or the kind does not fit them.
-        VlmError: the embeddings are damaged.
+        VlmError: the embeddings are damaged, or the disk is full or cannot be written.
     """
     started = time.perf_counter()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already; name another folder or remove it.")
+    refuse_existing(out)
     source, wishes = Embeddings.open(embeddings, verify=True), tuning or Tuning()
     chosen = choose_kind(kind, len(source))
     if kind != chosen:
         say(f"{len(source):,} rows: a {chosen} index.")
-    with beside(out) as folder:
-        written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    try:
+        with new_folder(out) as folder:
+            written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})
+            num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise VlmError(f"{out} cannot be written: {error}; nothing of it was kept.") from error
     return BuildSummary(
         folder=str(out),
         kind=chosen,
@@ -113,19 +111,3 @@ def _manifest(source: Embeddings, written: Written, details: Details) -> Manifes
         files=written.files,
         details=asdict(details),
     )
-
-
-@contextlib.contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its name if the block succeeds, and is removed if it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise VlmError(f"{out} cannot be written: {error}; nothing of it was kept.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -3,9 +3,12 @@
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from vlm.errors import UsageError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -71,6 +74,40 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the block has succeeded, and is removed when it has not.
+
+    Raises:
+        UsageError: something lies at `out`.
+        OSError: the disk is full or cannot be written.
+    """
+    refuse_existing(out)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        folder.rename(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse to write a folder where something lies; an empty one may be there.
+
+    Raises:
+        UsageError: `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already; name another folder or remove it.")
 
 
 def sha256_of(path: Path) -> str:

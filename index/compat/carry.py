@@ -11,8 +11,7 @@ import numpy as np
 from vlm import __version__
 from vlm.console import say
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
-from vlm.index.build import beside
+from vlm.files import fingerprint_of, new_folder, refuse_existing
 from vlm.index.catalogue_writing import write_catalogue
 from vlm.index.embeddings import Space
 from vlm.index.encoder import absolute_spec
@@ -23,7 +22,6 @@ from vlm.index.merging import living_blocks
 from vlm.index.segments import Written, write_segment
 from vlm.manifest import write_manifest
 from vlm.models.compatible import Head
-from vlm.models.export import refuse_existing
 from vlm.tensors import Array, Float
 
 _GENERATION = 1
@@ -58,7 +56,7 @@ def upgrade_index(index: Path, out: Path, head: Head, *, head_spec: str) -> Carr
     refuse_existing(out)
     now = open_generation(index)
     _require_old_space(now, head)
-    with beside(out) as folder:
+    with new_folder(out) as folder:
         written = _write_rows(folder, now, head) if len(now) else None
         catalogue = catalogue_file(_GENERATION)
         write_catalogue(folder / catalogue, now.entries(), generation=_GENERATION)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
-from vlm.index.build import beside
+from vlm.files import new_folder, refuse_existing
 from vlm.index.embeddings import EmbeddingsWriter, Modality, Space
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.exchange.columns import Wishes, captions_of, plain
-from vlm.index.exchange.folders import exported_space, refuse_existing
+from vlm.index.exchange.folders import exported_space
 from vlm.index.exchange.naming import RowNamer
 from vlm.index.exchange.pairs import find_pairs
-from vlm.index.exchange.source import Block, open_parts, read_blocks
+from vlm.index.exchange.source import Block, SourcePart, open_parts, read_blocks
 from vlm.index.float16 import to_float32
 from vlm.index.parts import IncidentRecord, Origin, captions_from_json, part_name
 from vlm.manifest import Manifest
@@ -73,7 +73,7 @@ def import_embeddings(
     Raises:
         UsageError: files do not belong together, a column is missing, the model has another dimension, or `out` is
             there.
-        VlmError: a file is damaged, the disk is full, or not one row can be used.
+        VlmError: a file is damaged, or not one row can be used. OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
     refuse_existing(out)
@@ -83,12 +83,9 @@ def import_embeddings(
     namer = RowNamer(parts)
     space = _choose_space(model_spec, parts[0].dimension, kind, written, load)
     identity = {"modality": kind, "model": space.fingerprint, "source": str(source.absolute())}
-    with beside(out) as folder, progress(total=sum(part.rows for part in parts), what="import", unit=" rows") as shown:
+    with new_folder(out) as folder:
         bringing = _Bringing(EmbeddingsWriter(folder, space=space, identity=identity), namer)
-        for number, part in enumerate(parts):
-            for block in read_blocks(part):
-                bringing.bring(number, block)
-                shown.update(len(block.vectors))
+        bringing.bring_all(parts)
         manifest = bringing.finish()
     return ImportSummary(
         folder=str(out),
@@ -146,6 +143,14 @@ class _Bringing:
         self._writer, self._namer = writer, namer
         self._shards: dict[str, None] = {}
         self._blocks, self.rows, self.scaled = 0, 0, 0
+
+    def bring_all(self, parts: Sequence[SourcePart]) -> None:
+        """Every row, in order."""
+        with progress(total=sum(part.rows for part in parts), what="import", unit=" rows") as shown:
+            for number, part in enumerate(parts):
+                for block in read_blocks(part):
+                    self.bring(number, block)
+                    shown.update(len(block.vectors))
 
     def bring(self, part: int, block: Block) -> None:
         """Write the rows of a block that can be used."""

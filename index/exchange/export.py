@@ -11,9 +11,8 @@ import numpy as np
 
 from vlm.console import say
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of, replacing
-from vlm.index.build import beside
-from vlm.index.exchange.folders import EXPORT, refuse_existing
+from vlm.files import fingerprint_of, new_folder, refuse_existing, replacing
+from vlm.index.exchange.folders import EXPORT
 from vlm.index.exchange.pairs import TABLE_FOLDER, VECTOR_FOLDERS
 from vlm.index.exchange.rows_table import Precision, as_asked, stored_rows, write_rows
 from vlm.index.generations import Generation, open_generation
@@ -75,14 +74,14 @@ def export_index(
 
     Raises:
         UsageError: no row is chosen, the filter is malformed, `out` is there, or `index` is no index.
-        VlmError: the index is damaged or the disk is full.
+        VlmError: the index is damaged. OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
     refuse_existing(out)
     generation = open_generation(index)
     try:
         chosen = _choose(generation, where, precision or ("float32" if to == "parquet" else "float16"))
-        with beside(out) as folder:
+        with new_folder(out) as folder:
             kind = _WRITERS[to](folder, chosen)
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
             _write_manifest(folder, chosen, to, where, files)

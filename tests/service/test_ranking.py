@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.index.origins import make_origin
+from tests.service.paging import pages, uids
 from vlm.data.views import FixedView
 from vlm.errors import UsageError
 from vlm.index.build import build_index
@@ -19,7 +20,7 @@ from vlm.index.parts import Origin
 from vlm.index.writer import IndexWriter
 from vlm.service import ranking
 from vlm.service.pages import Cursor
-from vlm.service.search import Answer, Question, SearchService
+from vlm.service.search import Question, SearchService
 from vlm.tensors import Float32, Tensor, UInt8
 
 SPACE = Space(model="circle", fingerprint="circle", dimension=2, modality="image")
@@ -69,21 +70,6 @@ def open_service(tmp_path: Path) -> Callable[..., SearchService]:
         return SearchService.open(tmp_path / "index", load=lambda _: model)
 
     return make
-
-
-def uids(answer: Answer) -> list[str]:
-    return [hit.entry.uid for hit in answer.hits]
-
-
-def pages(service: SearchService, question: Question) -> list[str]:
-    """The uids of all pages, one after the other."""
-    found, answer = [], service.answer(question)
-    while True:
-        found += uids(answer)
-        if not answer.next:
-            return found
-        assert len(answer.hits) == question.top
-        answer = service.answer(replace(question, after=answer.next))
 
 
 def test_only_rows_that_the_filter_chooses_answer(open_service: Callable[..., SearchService]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.service.paging import pages, uids
 from vlm.cli.search import show_answer
 from vlm.data.views import FixedView
 from vlm.errors import UsageError
@@ -46,19 +47,6 @@ def service(index: Path, make_model: Callable[..., Any], reader: Reader) -> Sear
 
 def captions(answer: Answer) -> list[str]:
     return [hit.entry.captions[""][0] for hit in answer.hits]
-
-
-def uids(answer: Answer) -> list[str]:
-    return [hit.entry.uid for hit in answer.hits]
-
-
-def pages(service: SearchService, question: Question) -> list[str]:
-    found, answer = [], service.answer(question)
-    while True:
-        found += uids(answer)
-        if not answer.next:
-            return found
-        answer = service.answer(replace(question, after=answer.next))
 
 
 def test_the_likeliest_of_the_nearest_come_first_and_the_others_stay(service: SearchService) -> None:

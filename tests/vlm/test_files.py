@@ -2,7 +2,8 @@ import errno
 
 import pytest
 
-from vlm.files import append_line, fingerprint_of, read_lines, replacing, write_text
+from vlm.errors import UsageError
+from vlm.files import append_line, fingerprint_of, new_folder, read_lines, replacing, write_text
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -40,3 +41,16 @@ def test_a_line_after_a_torn_one_stands_alone(tmp_path):
 def test_fingerprints_keep_parts_apart():
     assert fingerprint_of("ab", "c") != fingerprint_of("a", "bc")
     assert fingerprint_of("a") == fingerprint_of(b"a")
+
+
+def test_a_new_folder_takes_its_name_only_when_the_work_is_done(tmp_path):
+    with new_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "within").mkdir()
+        (folder / "within" / "a").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "within" / "a").read_text() == "a"
+    with pytest.raises(UsageError, match="out exists already"), new_folder(tmp_path / "deep" / "out"):
+        pytest.fail("it began")
+    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "other"):
+        raise OSError(errno.ENOSPC, "full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["deep", "out", "within", "a"]

@@ -31,7 +31,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Load the model, export it, say how it is opened there."""
-    from vlm.models.export import export_open_clip, refuse_existing
+    from vlm.files import refuse_existing
+    from vlm.models.export import export_open_clip
     from vlm.models.loading import load_model
 
     refuse_existing(arguments.out)

@@ -134,6 +134,7 @@ def _build_planned(arguments: Arguments) -> None:
 
 
 def _plan(arguments: Arguments) -> "Plan":
+    from vlm.files import refuse_existing
     from vlm.index.embeddings import Embeddings
     from vlm.index.planner import Promise, choose
     from vlm.index.planner.promise import parse_bytes
@@ -142,8 +143,7 @@ def _plan(arguments: Arguments) -> "Plan":
     if given:
         option = given[0].replace("_", "-")
         raise UsageError(f"--{option} is for the plan to find; leave it out, or leave the promises out.")
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise UsageError(f"{arguments.out} exists already; name another folder or remove it.")
+    refuse_existing(arguments.out)
     promise = Promise(
         recall=0.95 if arguments.recall is None else arguments.recall,
         at=arguments.recall_at,

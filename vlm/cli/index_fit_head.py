@@ -51,11 +51,11 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Fit, measure, save, show."""
+    from vlm.files import refuse_existing
     from vlm.index.compat.fit import fit_head
     from vlm.index.compat.measure import measure_head
     from vlm.index.compat.pairs import read_pairs
     from vlm.models.compatible import save_upgrade
-    from vlm.models.export import refuse_existing
 
     refuse_existing(arguments.head)
     pairs = read_pairs(

@@ -73,8 +73,7 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Average, write, show what went in."""
     from vlm.data.shards import expand_shards, shards_fingerprint
-    from vlm.files import write_text
-    from vlm.models.export import new_folder, refuse_existing
+    from vlm.files import new_folder, refuse_existing, write_text
     from vlm.models.folder import save_model_folder
 
     refuse_misuse(arguments)

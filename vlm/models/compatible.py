@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm.errors import VlmError
-from vlm.files import fingerprint_of
+from vlm.files import fingerprint_of, new_folder
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.models.encoder import VisionLanguageModel
-from vlm.models.export import new_folder
 from vlm.tensors import Float32, Tensor, UInt8
 
 KIND = "upgrade"

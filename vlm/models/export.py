@@ -1,10 +1,6 @@
 """Models that leave for other tools, tried there before they are handed over."""
 
-import contextlib
 import io
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ import torch
 from PIL import Image
 
 from vlm.errors import UsageError, VlmError
-from vlm.files import sync_folder
+from vlm.files import new_folder
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.folder import save_model_folder
 from vlm.tensors import Tensor
@@ -60,38 +56,6 @@ def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
     return Export(
         out=str(out), fingerprint=model.fingerprint, largest_difference=difference, has_tokenizer=has_tokenizer
     )
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block has succeeded, and is removed when it has not.
-
-    Raises:
-        UsageError: `out` exists.
-    """
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir()
-        yield folder
-        for path in folder.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        folder.rename(out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuse a folder that is in use.
-
-    Raises:
-        UsageError: `out` is a file, or a folder that is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already; name another folder or remove it.")
 
 
 def _opened_by_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
