@@ -38,13 +38,24 @@ class Watch:
 
 
 def folder_bytes(folder) -> int:
-    total = 0
+    """Bytes the folder held at one moment: of files seen before and after it, since they come and go while one looks.
+
+    Files only grow, so the sizes seen before are no more than those of the moment.
+    """
+    before, after = sizes_in(folder), sizes_in(folder)
+    return sum(size for file, size in before.items() if file in after)
+
+
+def sizes_in(folder) -> dict[tuple[str, int], int]:
+    """Bytes by name and inode."""
+    sizes = {}
     for file in os.scandir(folder) if folder.exists() else []:
         try:
-            total += file.stat().st_size
+            found = file.stat()
         except FileNotFoundError:
             continue
-    return total
+        sizes[file.name, found.st_ino] = found.st_size
+    return sizes
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
