@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from vlm.console import say
 from vlm.errors import UsageError
 from vlm.index.catalogue import Catalogue, Entry
 from vlm.index.embeddings import Modality
 from vlm.index.generations import Generation, open_generation
+from vlm.index.kinds import Copy
 from vlm.index.layout import Details
 from vlm.index.search_plan import Answers, Selected, nearest
 from vlm.manifest import MANIFEST, Manifest
@@ -74,20 +76,26 @@ class IndexInfo:
 class Index:
     """An index folder open for reading: one generation of it, until `refresh` moves on to the newest."""
 
-    def __init__(self, generation: Generation, stamp: tuple[int, ...]) -> None:
-        self.generation, self._stamp = generation, stamp
+    def __init__(self, generation: Generation, stamp: tuple[int, ...], gpu: Copy | None = None) -> None:
+        self.generation, self._stamp, self._gpu = generation, stamp, gpu
         self._moving = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path) -> "Index":
+    def open(cls, folder: Path, *, gpu: Copy | None = None) -> "Index":
         """Open an index folder.
+
+        gpu: where copies of the segments it can search are held (`find_gpu`), which costs its memory and their way
+            there, and pays for many questions. Questions with a filter, and of segments with dead rows, stay here.
 
         Raises:
             UsageError: it is unfinished, of another kind, or of another format.
             VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
         """
         stamp = _stamp(folder)
-        return cls(open_generation(folder), stamp)
+        generation = open_generation(folder)
+        for reason in _move(generation, gpu):
+            say(reason)
+        return cls(generation, stamp, gpu)
 
     @property
     def folder(self) -> Path:
@@ -126,6 +134,7 @@ class Index:
             if stamp == self._stamp:
                 return False
             newest = open_generation(self.folder, before=self.generation)
+            _move(newest, self._gpu)
             moved = newest.manifest != self.manifest
             self.generation, self._stamp = newest, stamp
             return moved
@@ -204,6 +213,14 @@ class Index:
             segments=segments,
             evidence=details.evidence,
         )
+
+
+def _move(generation: Generation, gpu: Copy | None) -> list[str]:
+    """Have the GPU, if there is one, answer for the segments it can; why it cannot for the others."""
+    if gpu is None:
+        return []
+    tried = {one.segment.described.number: one.segment.move(gpu) for one in generation.selected}
+    return [f"Segment {number} is searched on the CPU: {reason}." for number, reason in tried.items() if reason]
 
 
 def _nearest(generation: Generation, queries: Float[Array, "Q D"], top: int, among: RowSet | None) -> Answers:

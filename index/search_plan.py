@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from vlm.index.kinds import load_faiss
+from vlm.index.kinds.gpu import MOST_ANSWERS
 from vlm.index.kinds.searching import candidates_for, rerank, search_parameters
 from vlm.index.segments import OpenSegment
 from vlm.tensors import Array, Bool, Float32, Int64, UInt8
@@ -93,7 +94,8 @@ class Selected:
 
     def _ask_faiss(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         if self.mask is None:
-            return self.segment.index.search(queries, top)
+            on_gpu = self.segment.on_gpu if top <= MOST_ANSWERS else None
+            return (on_gpu or self.segment.index).search(queries, top)
         selector = load_faiss().IDSelectorBitmap(self.bitmap)
         effort = self.segment.effort(self.count / len(self.segment))
         parameters = search_parameters(self.segment.index, selector=selector, effort=effort)

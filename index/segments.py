@@ -1,6 +1,6 @@
 """A segment of an index: written once, then open for searches by FAISS and for exact scans of its float16 rows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -11,12 +11,13 @@ import numpy as np
 from vlm.console import progress
 from vlm.errors import VlmError
 from vlm.files import replacing
-from vlm.index.kinds import KINDS, Tuning, load_faiss
+from vlm.index.kinds import KINDS, Copy, Tuning, load_faiss
+from vlm.index.kinds.gpu import adder, find_gpu, why_not
 from vlm.index.kinds.searching import most_effort, set_effort
 from vlm.index.layout import CURE, Segment, WritePoint, segment_file, unhindered
 from vlm.index.vectors import Vectors, open_array, write_vectors
 from vlm.manifest import FileRecord, record_file
-from vlm.tensors import Array, Float, Int64
+from vlm.tensors import Array, Float, Float32, Int64
 
 if TYPE_CHECKING:
     import faiss
@@ -63,8 +64,9 @@ def write_segment(
     with replacing(rows_path) as file:
         np.save(file, rows, allow_pickle=False)
     vectors = Vectors(vectors_path, count, dimension)
-    prepared = KINDS[kind](vectors, tuning)
-    _fill(prepared.index, vectors)
+    gpu = find_gpu()
+    prepared = KINDS[kind](vectors, tuning, gpu)
+    _fill(vectors, adder(prepared.index, gpu))
     segment = Segment(number=number, kind=kind, parameters=prepared.parameters, rows=count, rerank=prepared.rerank)
     reached(f"{segment.index_file}")
     faiss = load_faiss()
@@ -74,19 +76,24 @@ def write_segment(
     return Written(segment=segment, files={name: record_file(folder / name) for name in segment.files})
 
 
-def _fill(index: "faiss.Index", vectors: Vectors) -> None:
+def _fill(vectors: Vectors, add: Callable[[Float32[Array, "N D"]], None]) -> None:
     if len(vectors) < _ROWS_WORTH_A_BAR:
         for block in vectors.blocks():
-            index.add(block)
+            add(block)
         return
     with progress(total=len(vectors), what="index", unit=" rows") as shown:
         for block in vectors.blocks():
-            index.add(block)
+            add(block)
             shown.update(len(block))
 
 
 class OpenSegment:
-    """A segment open for reading; its files may be unlinked meanwhile."""
+    """A segment open for reading; its files may be unlinked meanwhile.
+
+    on_gpu: a copy of the FAISS index there, which answers where all rows may; None: there is none.
+    """
+
+    on_gpu: "faiss.Index | None" = None
 
     def __init__(self, folder: Path, described: Segment, dimension: int) -> None:
         self.described = described
@@ -96,6 +103,16 @@ class OpenSegment:
 
     def __len__(self) -> int:
         return self.described.rows
+
+    def move(self, copy: Copy) -> str:
+        """Have a GPU answer where all rows may; if it cannot, why."""
+        reason = why_not(self.index)
+        if not reason and self.on_gpu is None:
+            try:
+                self.on_gpu = copy(self.index)
+            except RuntimeError as error:  # of CUDA, mostly for want of memory
+                reason = f"it cannot be copied there: {str(error).splitlines()[0]}"
+        return reason
 
     def positions_of(self, rows: Int64[Array, " M"]) -> Int64[Array, " K"]:
         """The positions of those of the sorted rows that are here, ascending."""

@@ -4,10 +4,10 @@ from vlm.config import choose
 from vlm.index.kinds.flat import FLAT
 from vlm.index.kinds.hnsw import HNSW
 from vlm.index.kinds.inverted import IVF, IVFPQ, IVFSQ, RABITQ
-from vlm.index.kinds.kind import Kind, Prepared, Rows, Tuning, load_faiss
+from vlm.index.kinds.kind import Copy, Kind, Prepared, Rows, Tuning, load_faiss
 from vlm.index.kinds.scalar import SQ8
 
-__all__ = ["AUTO", "KINDS", "Kind", "Prepared", "Rows", "Tuning", "choose_kind", "load_faiss", "settings_of"]
+__all__ = ["AUTO", "KINDS", "Copy", "Kind", "Prepared", "Rows", "Tuning", "choose_kind", "load_faiss", "settings_of"]
 
 AUTO = "auto"
 # below it an exact scan of 512 dimensions takes about 5 ms on one core, so there is nothing to win

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vlm.index.kinds.kind import Kind, Rows, Tuning, load_faiss
+from vlm.index.kinds.kind import Copy, Kind, Rows, Tuning, load_faiss
 
 if TYPE_CHECKING:
     import faiss
@@ -15,7 +15,7 @@ def _parameters(rows: int, tuning: Tuning) -> dict[str, int]:
     return {}
 
 
-def _prepare(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     return load_faiss().IndexFlatIP(rows.dimension)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import log2
 from typing import TYPE_CHECKING
 
-from vlm.index.kinds.kind import Kind, Rows, Tuning, check_range, load_faiss
+from vlm.index.kinds.kind import Copy, Kind, Rows, Tuning, check_range, load_faiss
 
 if TYPE_CHECKING:
     import faiss
@@ -29,7 +29,7 @@ def _parameters(rows: int, tuning: Tuning) -> dict[str, int]:
     return {"links": links, "ef_construction": ef_construction, "ef_search": ef_search}
 
 
-def _prepare(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     """HNSW over float32 rows by inner product: at unit length the nearest by it are the nearest by Euclid too.
 
     A graph built with several threads is not the same twice.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.console import say
 from vlm.errors import UsageError
-from vlm.index.kinds.kind import Kind, Rows, Tuning, check_range, load_faiss
+from vlm.index.kinds.gpu import train
+from vlm.index.kinds.kind import Copy, Kind, Rows, Tuning, check_range, load_faiss
 from vlm.index.kinds.scalar import rerank_of
 
 if TYPE_CHECKING:
@@ -53,26 +54,26 @@ def _with_rerank(default: int) -> Callable[[int, Tuning], dict[str, int]]:
     return lambda rows, tuning: _parameters(rows, tuning) | {"rerank": rerank_of(tuning, default)}
 
 
-def _prepare_ivf(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare_ivf(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     """Rows as they are; scores are exact."""
     faiss, dimension = load_faiss(), rows.dimension
     quantizer = faiss.IndexFlatIP(dimension)
     return _trained(
-        faiss.IndexIVFFlat(quantizer, dimension, parameters["nlist"], faiss.METRIC_INNER_PRODUCT), rows, parameters
+        faiss.IndexIVFFlat(quantizer, dimension, parameters["nlist"], faiss.METRIC_INNER_PRODUCT), rows, parameters, gpu
     )
 
 
-def _prepare_ivfsq(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare_ivfsq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     """8 bits a dimension of the difference to the centroid (FAISS QT_8bit)."""
     faiss, dimension = load_faiss(), rows.dimension
     quantizer, code = faiss.IndexFlatIP(dimension), faiss.ScalarQuantizer.QT_8bit
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, dimension, parameters["nlist"], code, faiss.METRIC_INNER_PRODUCT, True
     )
-    return _trained(index, rows, parameters)
+    return _trained(index, rows, parameters, gpu)
 
 
-def _prepare_ivfpq(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare_ivfpq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     """Product codes of 4 bits for every two dimensions (D / 4 bytes a row), scanned in registers.
 
     Product quantization: Jégou et al. 2011; the scan: André et al. 2015 (FAISS wiki, "Fast accumulation of PQ and
@@ -83,20 +84,22 @@ def _prepare_ivfpq(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
     index = faiss.IndexIVFPQFastScan(
         faiss.IndexFlatIP(dimension), dimension, nlist, _subvectors(dimension), 4, faiss.METRIC_INNER_PRODUCT
     )
-    return _trained(index, rows, parameters)
+    return _trained(index, rows, parameters, gpu)
 
 
-def _prepare_rabitq(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare_rabitq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     """One bit a dimension and two factors (RaBitQ: Gao and Long 2024), after the random rotation its bound rests on."""
     faiss, dimension = load_faiss(), rows.dimension
     quantizer = faiss.IndexFlatIP(dimension)
     index = faiss.IndexIVFRaBitQ(quantizer, dimension, parameters["nlist"], faiss.METRIC_INNER_PRODUCT)
     rotation = faiss.RandomRotationMatrix(dimension, dimension)
     rotation.init(parameters["seed"])
-    return _trained(index, rows, parameters, rotation=rotation)
+    return _trained(index, rows, parameters, gpu, rotation=rotation)
 
 
-def _trained(index: Any, rows: Rows, parameters: dict[str, int], *, rotation: Any = None) -> "faiss.Index":
+def _trained(
+    index: Any, rows: Rows, parameters: dict[str, int], gpu: Copy | None, *, rotation: Any = None
+) -> "faiss.Index":
     """The index with its centroids (spherical k-means) and codes, rotated if there is a rotation."""
     nlist, seed = parameters["nlist"], parameters["seed"]
     wanted = nlist * TRAINING_ROWS_PER_LIST
@@ -104,7 +107,7 @@ def _trained(index: Any, rows: Rows, parameters: dict[str, int], *, rotation: An
     index.nprobe, index.cp.seed, index.cp.min_points_per_centroid = parameters["nprobe"], seed, 1
     say(f"Training {nlist:,} lists on {len(training):,} rows.")
     whole = index if rotation is None else load_faiss().IndexPreTransform(rotation, index)
-    whole.train(training)
+    train(whole, training, gpu)
     return whole
 
 
@@ -145,7 +148,7 @@ def _work(rows: int, parameters: Mapping[str, int]) -> float:
 
 def _kind(
     name: str,
-    prepare: Callable[[Rows, dict[str, int]], "faiss.Index"],
+    prepare: Callable[[Rows, dict[str, int], Copy | None], "faiss.Index"],
     resident_bytes: Callable[[int, int, Mapping[str, int]], int],
     *,
     rerank: int = 0,

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import faiss
 
 
+Copy = Callable[["faiss.Index"], "faiss.Index"]
+"""Makes the copy of an index that lives on a GPU; such a copy must not outlive it."""
+
+
 @runtime_checkable
 class Rows(Protocol):
     """What a kind may ask about the rows it will hold."""
@@ -66,7 +70,7 @@ class Kind:
     """One kind of index; called with rows and wishes it prepares one.
 
     parameters: all its numbers for so many rows, from the wishes and its own rule.
-    prepare: makes the trained, empty index of these parameters.
+    prepare: makes the trained, empty index of these parameters; with a GPU at hand it may learn there.
     resident_bytes: memory an index of (rows, dimension, parameters) must hold, as read from its file; the float16
         rows that re-ranking maps from disk are not in it.
     work: distances a question computes in an index of (rows, parameters), to scale a latency with the size.
@@ -76,7 +80,7 @@ class Kind:
 
     name: str
     parameters: Callable[[int, Tuning], dict[str, int]]
-    prepare: Callable[[Rows, dict[str, int]], "faiss.Index"]
+    prepare: Callable[[Rows, dict[str, int], Copy | None], "faiss.Index"]
     resident_bytes: Callable[[int, int, Mapping[str, int]], int]
     work: Callable[[int, Mapping[str, int]], float]
     wishes: tuple[str, ...] = ()
@@ -94,14 +98,15 @@ class Kind:
                 raise UsageError(f"An index of kind {self.name} has no {name}: {takes}. Leave {name} out.")
         return self.parameters(num_rows, tuning)
 
-    def __call__(self, rows: Rows, tuning: Tuning) -> Prepared:
-        """A trained index without rows.
+    def __call__(self, rows: Rows, tuning: Tuning, gpu: Copy | None = None) -> Prepared:
+        """A trained index without rows; learned on a GPU, if one is given and the kind can.
 
         Raises:
             UsageError: as `parameters_for`.
         """
         parameters = self.parameters_for(len(rows), tuning)
-        return Prepared(index=self.prepare(rows, parameters), parameters=parameters, rerank=parameters.get("rerank", 0))
+        index = self.prepare(rows, parameters, gpu)
+        return Prepared(index=index, parameters=parameters, rerank=parameters.get("rerank", 0))
 
 
 def load_faiss() -> ModuleType:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vlm.index.kinds.kind import Kind, Rows, Tuning, check_range, load_faiss
+from vlm.index.kinds.kind import Copy, Kind, Rows, Tuning, check_range, load_faiss
 
 if TYPE_CHECKING:
     import faiss
@@ -19,7 +19,7 @@ def _parameters(rows: int, tuning: Tuning) -> dict[str, int]:
     return {"rerank": rerank_of(tuning, DEFAULT_RERANK), "seed": tuning.seed}
 
 
-def _prepare(rows: Rows, parameters: dict[str, int]) -> "faiss.Index":
+def _prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
     """8 bits a dimension between the least and the greatest value of a training sample (FAISS QT_8bit)."""
     faiss = load_faiss()
     index = faiss.IndexScalarQuantizer(rows.dimension, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)

@@ -1,8 +1,9 @@
 """One side of the trainer benchmark: single steps on a batch in memory, asked for one at a time.
 
 A request names the step: `kind` ours (the run's own step but for the loader) or bare (forward, loss, backward, cut,
-update, as one writes it by hand), the batch, and how much of it goes through the network at once. The first request for
-a step opens it and takes it twice to warm up; each request takes and times it once.
+update, as one writes it by hand), the batch, and how much of it goes through the network at once. Texts have their
+full length, which is all the bare step can take. The first request for a step opens it and takes it twice to warm up;
+each request takes and times it once.
 """
 
 import json
@@ -61,7 +62,7 @@ def open_batch(request: dict[str, Any]) -> tuple[Session, list[TrainingBatch]]:
         micro_batch=micro if micro < request["batch"] else 0,
         steps=_ENDLESS,
         model=ModelConfig(architecture=request["network"]),
-        loader=LoaderConfig(workers=0),
+        loader=LoaderConfig(workers=0, trim_text=False),
         optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=2000, clip_norm=1.0),
     )
     session = open_session(config, resume=False)

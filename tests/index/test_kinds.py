@@ -6,7 +6,7 @@ import pytest
 
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import unit_rows
-from vlm.index.kinds import KINDS, Tuning, choose_kind, load_faiss
+from vlm.index.kinds import KINDS, Copy, Tuning, choose_kind, load_faiss
 from vlm.index.kinds.searching import candidates_for, most_effort, rerank, search_parameters
 
 WITH_LISTS = ("ivf", "ivfsq", "ivfpq", "rabitq")
@@ -27,11 +27,11 @@ class RandomRows:
         return unit_rows(np.random.default_rng(seed).standard_normal((number, self.dimension)).astype(np.float32))
 
 
-def filled(kind: str, vectors: np.ndarray, **wishes: int) -> Any:
+def filled(kind: str, vectors: np.ndarray, gpu: Copy | None = None, **wishes: int) -> Any:
     """A kind prepared for these vectors, and holding them."""
     rows = RandomRows(len(vectors), vectors.shape[1])
     rows.sample = lambda count, *, seed: vectors[:count]  # pyright: ignore[reportAttributeAccessIssue]
-    prepared = KINDS[kind](rows, Tuning(**wishes))
+    prepared = KINDS[kind](rows, Tuning(**wishes), gpu)
     prepared.index.add(vectors)  # pyright: ignore[reportCallIssue]
     return prepared
 

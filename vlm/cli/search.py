@@ -77,7 +77,8 @@ class Arguments:
     queries: Path | None = None
     """A file of questions, - for stdin: a text a line, or a JSON object with texts, images, items, vectors, minus,
     weights, top, where, at_least, words, duplicates, diversity, rerank_top, after; or an .npy file, a vector a row.
-    What is left out is as the options say. Answers are JSON, one a line."""
+    What is left out is as the options say. Answers are JSON, one a line; the index gives them on
+    a GPU where FAISS sees one."""
 
     model: str = ""
     """Another place of the index's model, should it have moved."""
@@ -154,9 +155,15 @@ def _show_times(answer: "Answer") -> None:
 
 
 def _open(arguments: Arguments) -> "SearchService":
+    from vlm.index.kinds.gpu import find_gpu
     from vlm.service.search import SearchService
 
-    return SearchService.open(arguments.index, model_spec=arguments.model, rerank_spec=arguments.rerank)
+    return SearchService.open(
+        arguments.index,
+        model_spec=arguments.model,
+        rerank_spec=arguments.rerank,
+        gpu=find_gpu() if arguments.queries else None,
+    )
 
 
 def _show(arguments: Arguments, service: "SearchService", question: "Question") -> None:

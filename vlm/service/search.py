@@ -17,6 +17,7 @@ from vlm.index.catalogue import Entry
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.exchange import UNKNOWN
 from vlm.index.generations import Generation
+from vlm.index.kinds import Copy
 from vlm.index.read import Hit, Index
 from vlm.service.question import Question
 from vlm.service.ranking import Ranker, Ranking, rows_among
@@ -108,9 +109,10 @@ class SearchService:
         model_spec: str = "",
         rerank_spec: str = "",
         load: Callable[[str], Encoder] = load_encoder,
+        gpu: Copy | None = None,
     ) -> "SearchService":
-        """Open an index folder; raises as `Index.open` does."""
-        return cls(index=Index.open(folder), model_spec=model_spec, rerank_spec=rerank_spec, load=load)
+        """Open an index folder; gpu and raises as of `Index.open`."""
+        return cls(index=Index.open(folder, gpu=gpu), model_spec=model_spec, rerank_spec=rerank_spec, load=load)
 
     def close(self) -> None:
         """Release the index."""
