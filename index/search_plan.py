@@ -75,10 +75,9 @@ class Selected:
         scores, positions = self._ask_faiss(queries, min(candidates_for(top, more), self.count))
         if more:
             scores, positions = rerank(self.segment.vectors.stored, queries, positions, top)
-        # nobody stands last
-        is_short = positions[:, -1] == _NOBODY
-        rows = self.segment.rows[positions]
-        if np.count_nonzero(is_short):
+        rows = self.segment.rows.take(positions, mode="wrap")
+        if _NOBODY in (last := positions[:, -1]).tolist():  # nobody stands last
+            is_short = last == _NOBODY
             scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
         return scores, rows
 

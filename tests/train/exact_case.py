@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -12,16 +13,22 @@ from vlm.models.row_noise import RowNoise, draw_by_row
 from vlm.train.config import ObjectiveConfig
 from vlm.train.exact import Parts, backward_exactly
 from vlm.train.objectives.table import parse_objective
-from vlm.train.objectives.term import Inputs, TermOptions
+from vlm.train.objectives.term import Inputs, Outputs, TermOptions
 from vlm.train.student import Student, build_student
 
 SAMPLES, LENGTH, VOCABULARY, PAD, SIZE, WIDTH = 8, 10, 40, 0, 32, 16
 
 
 class Case:
-    """A student with its inputs; the same in every process, drawn from the seed."""
+    """A student with its inputs; the same in every process, drawn from the seed.
+
+    dtype: of weights and inputs; bfloat16 stands for mixed precision as accelerate does it: weights and loss in
+    float32, the forward pass under autocast.
+    """
 
     def __init__(self, expression: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> None:
+        self.is_mixed = dtype == torch.bfloat16
+        dtype = torch.float32 if self.is_mixed else dtype
         self.config = ObjectiveConfig(objective=expression, text_embedding_size=12, **config)
         self.options = TermOptions(config=self.config, pad_token=PAD)
         self.terms = parse_objective(expression)
@@ -38,6 +45,10 @@ class Case:
         """Loss parts and gradients of this process's share of the batch, in `split` parts."""
         self.student.zero_grad(set_to_none=True)
         wrapped = DistributedDataParallel(self.student) if processes > 1 else self.student
+
+        def forward(inputs: Inputs, names: frozenset[str] | None) -> Outputs:
+            return self.forward(wrapped, inputs, names)
+
         share = SAMPLES // processes
         size = share // split
 
@@ -51,7 +62,7 @@ class Case:
             number=split,
             inputs=part,
             counted=part,
-            forward=wrapped,
+            forward=forward,
             backward=lambda loss: loss.backward(),
             waiting=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
         )
@@ -64,11 +75,18 @@ class Case:
         return losses, found
 
 
+    def forward(self, student: nn.Module, inputs: Inputs, names: frozenset[str] | None = None) -> Outputs:
+        """The student's outputs, in float32 also where it computes in bfloat16."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_mixed):
+            outputs = student(inputs, names)
+        return convert_to_fp32(outputs) if self.is_mixed else outputs
+
+
 def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
     """The plain way: one forward pass, the terms added up, one backward pass."""
     case.student.zero_grad(set_to_none=True)
     case.noise.rows = case.inputs["rows"]
-    outputs = case.student(case.inputs)
+    outputs = case.forward(case.student, case.inputs)
     total = torch.zeros((), dtype=case.inputs["pixels"].dtype)
     for part in case.terms:
         if part.term.across:

@@ -8,7 +8,8 @@ from tests.train.exact_case import Case, undivided
 from vlm.train.objectives.table import TERMS
 
 OBJECTIVES = [*TERMS, "clip + 2*caption"]
-BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5}
+# of the largest gradient of a weight; bfloat16 rounds each part's share of it to 1 in 256
+BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
 def assert_alike(found, wanted, bound):
@@ -33,6 +34,14 @@ def test_it_holds_in_single_precision(split):
     case = Case("clip + 2*caption", dtype=torch.float32)
     _, wanted = undivided(case)
     assert_alike(case.gradients(split=split)[1], wanted, BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_in_mixed_precision_it_holds_as_far_as_bfloat16_goes(objective, split):
+    case = Case(objective, dtype=torch.bfloat16)
+    _, wanted = undivided(case)
+    assert_alike(case.gradients(split=split)[1], wanted, BOUNDS[torch.bfloat16])
 
 
 def _compare_in_process(rank, world, port, queue):
