@@ -33,6 +33,7 @@ class EmbedOptions:
     allow_damage: embed what lies before the damage of a tar cut short.
     selection: embed only the samples it names, each once.
     is_compiled: let torch compile the model for pictures.
+    precision: what the model computes in, fp32 or bf16; rows of both do not come into one folder.
     share: which of several processes that fill the folders together this one is.
     """
 
@@ -43,6 +44,7 @@ class EmbedOptions:
     selection: Selection | None = None
     storage: Storage = FLOAT16
     is_compiled: bool = False
+    precision: str = "fp32"
     share: Share = ALONE
 
 
@@ -151,6 +153,7 @@ def _open(
     options: EmbedOptions,
 ) -> Target:
     identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses, **asdict(options.storage)}
+    identity["precision"] = options.precision
     spec, size = absolute_spec(options.model_spec), model.embedding_size
     space = Space(model=spec, fingerprint=model.fingerprint, dimension=size, modality=modality)
     if not is_complete(path):

@@ -60,7 +60,7 @@ class Arguments:
     recall: float = 0.99
     """Text-to-image recall@10 that our plan shall promise."""
 
-    plan_rows: int = 200_000
+    plan_rows: int = 50_000
     """Rows of the sample our plan tries kinds on."""
 
     autofaiss_memory: str = "16G"

@@ -20,7 +20,7 @@ from vlm.index.planner.tuning import Setting, extrapolated
 from vlm.index.planner.turned import turn
 from vlm.tensors import Array, Float32
 
-MAX_ROWS, MAX_QUESTIONS = 200_000, 1000
+MAX_ROWS, MAX_QUESTIONS = 50_000, 1000
 # medians nearer to each other than this are equally quick: a machine's noise is of that size
 _AS_QUICK = 1.1
 # share of the sample at which a setting is found a second time, when the sample is not all there is

@@ -106,6 +106,7 @@ def embed(arguments: Arguments) -> None:
         selection=read_selection(arguments.selection) if arguments.selection else None,
         storage=Storage(store=arguments.store, codes=tuple(sorted(set(arguments.codes)))),
         is_compiled=arguments.compile,
+        precision=arguments.precision,
         share=share,
     )
     model = load_model(arguments.model, device=_device(arguments.device, share), precision=arguments.precision)

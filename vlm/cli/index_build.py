@@ -49,7 +49,7 @@ class Arguments:
     images: Path | None = None
     """Plan: embeddings of pictures to ask with, for an index of texts."""
 
-    plan_rows: int = 200_000
+    plan_rows: int = 50_000
     """Plan: rows of the sample it tries kinds on."""
 
     nlist: int | None = None
