@@ -31,7 +31,7 @@ from vlm.files import write_text
 from vlm.manifest import is_complete
 from vlm.models.allocator import keep_freed_memory
 from vlm.models.encoder import VisionLanguageModel
-from vlm.models.loading import CHECKPOINTS, load_model
+from vlm.models.loading import CHECKPOINTS, load_network
 from vlm.models.network import build_network, fit_to_tokenizer, model_config, set_dropout
 from vlm.models.towers.batch_norm import batch_norm_layers
 from vlm.train.checkpoints.mirror import Mirror
@@ -188,7 +188,7 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
     """
     chosen = config.model
     if chosen.start_from:
-        model = dataclasses.replace(load_model(chosen.start_from, device=str(device)), name=config.run)
+        model = dataclasses.replace(load_network(chosen.start_from, device=str(device)), name=config.run)
         if chosen.dropout or chosen.drop_path or chosen.patch_dropout:
             model = _with_dropout(model, chosen)
     else:

@@ -96,3 +96,15 @@ def test_misuse_is_said(capsys, scene_tokenizer, tmp_path):
     code, out, err = run(capsys, "export", tmp_path / "model", tmp_path / "out", "--to", "onnx")
     assert code == 2
     assert "open-clip" in out + err
+
+
+@pytest.mark.parametrize(
+    "words", [("export", "{}", "{out}", "--to", "open-clip"), ("soup", "{}", "{}", "--out", "{out}")]
+)
+def test_a_prefix_has_no_weights_to_give(capsys, scene_tokenizer, tmp_path, words):
+    saved(tmp_path / "model", "micro", open_tokenizer(str(scene_tokenizer), 24))
+    filled = [word.format(f"{tmp_path / 'model'}#4", out=tmp_path / "out") for word in words]
+    code, _, err = run(capsys, *filled)
+    assert code == 2
+    assert f"made of those of {tmp_path / 'model'}. Give that one." in err
+    assert not (tmp_path / "out").exists()

@@ -74,7 +74,6 @@ class Case:
         }
         return losses, found
 
-
     def forward(self, student: nn.Module, inputs: Inputs, names: frozenset[str] | None = None) -> Outputs:
         """The student's outputs, in float32 also where it computes in bfloat16."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_mixed):

@@ -116,10 +116,10 @@ def refuse_misuse(arguments: Arguments) -> None:
 
 def cook(arguments: Arguments, shards: list[str]) -> "Soup":
     """The soup that was asked for, with a bar of the models opened or measured."""
-    from vlm.models.loading import load_model
+    from vlm.models.loading import load_network
     from vlm.train.averaging.soup import greedy_soup, interpolate, weighted_soup
 
-    open_model = functools.partial(load_model, device=arguments.device, precision=arguments.precision)
+    open_model = functools.partial(load_network, device=arguments.device, precision=arguments.precision)
     names, number = arguments.models, len(arguments.models)
     alphas = read_numbers(arguments.alphas, "--alphas") or (_ALPHAS if shards else (0.5,))
     if arguments.interpolate:

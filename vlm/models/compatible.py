@@ -72,6 +72,11 @@ class CompatibleModel(VisionLanguageModel):
         return self.head.fingerprint
 
     @property
+    def made_of(self) -> str:
+        """The model without its head."""
+        return self.base.name
+
+    @property
     def embedding_size(self) -> int:
         """S."""
         return self.head.dimension

@@ -43,6 +43,11 @@ class VisionLanguageModel:
         return self._fingerprint
 
     @property
+    def made_of(self) -> str:
+        """The MODEL from whose embeddings this one makes its own; empty where they are the network's."""
+        return ""
+
+    @property
     def embedding_size(self) -> int:
         """D, the length of an embedding."""
         return int(self.config["embed_dim"])

@@ -41,6 +41,20 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     return _load_pretrained(spec, where, dtype)
 
 
+def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
+    """A model to take weights from: one whose embeddings are those of its network.
+
+    Raises:
+        UsageError: it is a prefix or has a head; otherwise as `load_model`.
+    """
+    model = load_model(spec, device=device, precision=precision)
+    if model.made_of:
+        raise UsageError(
+            f"{spec} has no weights of its own: its embeddings are made of those of {model.made_of}. Give that one."
+        )
+    return model
+
+
 def _load_upgraded(folder: Path, device: str, precision: str) -> CompatibleModel:
     head = read_head(folder)
     base = load_model(head.model, device=device, precision=precision)

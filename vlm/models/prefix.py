@@ -49,6 +49,11 @@ class PrefixModel(VisionLanguageModel):
         return fingerprint_of(self.whole.fingerprint, "prefix", str(self.dimensions))
 
     @property
+    def made_of(self) -> str:
+        """The whole model."""
+        return self.whole.name
+
+    @property
     def embedding_size(self) -> int:
         """As many as are kept."""
         return self.dimensions
