@@ -72,11 +72,11 @@ def test_storage_is_part_of_what_a_folder_is(tmp_path: Path, shards: list[str]) 
         embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, other)
 
 
-def test_rows_of_another_precision_do_not_join_those_there(shards, tmp_path):
-    out = {"image": tmp_path / "out"}
-    embed_into(ColourModel(), shards, out, OPTIONS)
-    with pytest.raises(UsageError, match="made with another precision"):
-        embed_into(ColourModel(), shards, out, EmbedOptions(model_spec="colours", batch_size=3, precision="bf16"))
+def test_rows_of_another_precision_do_not_join_those_there(tmp_path: Path, shards: list[str]) -> None:
+    embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, OPTIONS)
+    other = EmbedOptions(model_spec="colours", batch_size=3, precision="bf16")
+    with pytest.raises(UsageError, match="another precision"):
+        embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, other)
 
 
 def test_what_cannot_be_compiled_is_refused(tmp_path: Path, shards: list[str]) -> None:

@@ -27,7 +27,7 @@ class RandomRows:
         return unit_rows(np.random.default_rng(seed).standard_normal((number, self.dimension)).astype(np.float32))
 
 
-def filled(kind: str, vectors: np.ndarray, gpu: Copy | None = None, **wishes: int) -> Any:
+def filled(kind: str, vectors: np.ndarray, gpu: Copy | None = None, /, **wishes: int) -> Any:
     """A kind prepared for these vectors, and holding them."""
     rows = RandomRows(len(vectors), vectors.shape[1])
     rows.sample = lambda count, *, seed: vectors[:count]  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
 """One objective on a small network with everything that draws at random, as a whole batch and in parts."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import convert_to_fp32
@@ -78,7 +78,7 @@ class Case:
         """The student's outputs, in float32 also where it computes in bfloat16."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_mixed):
             outputs = student(inputs, names)
-        return convert_to_fp32(outputs) if self.is_mixed else outputs
+        return cast(Outputs, convert_to_fp32(outputs)) if self.is_mixed else outputs
 
 
 def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
