@@ -193,6 +193,14 @@ def _show_memory(found: dict[str, Any], arguments: Arguments) -> None:
         ],
         title="Peak memory of all processes in MB, shared pages once (goal: ratio ≤ 1.3)",
     )
+    show_table(
+        ["trainer", "KB a sample", *(f"{room} GB" for room in trainer_parts.MEMORY_GB)],
+        [
+            [side, f"{line['kb_a_sample']:.0f}", *(f"{batch:,}" for batch in line["largest"].values())]
+            for side, line in found["lines"].items()
+        ],
+        title=f"Largest batch in parts of {arguments.batch:,} by memory, on the line through these two",
+    )
 
 
 def _show_split(found: dict[str, Any], arguments: Arguments) -> None:

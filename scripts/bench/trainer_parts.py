@@ -15,6 +15,8 @@ from bench.trainer_runs import NETWORK, Network, Trainer, TrainerRun, Trainers
 from vlm.console import say
 from vlm.errors import VlmError
 
+MEMORY_GB = (8, 16, 64, 128)
+"""For which the largest batch is told."""
 _OVERCOUNT_SAMPLES = 16
 _OVERCOUNT_SPLITS = (1, 2, 4)
 _TINY = Network(width=32, layers=1, text_layers=1, image_size=32, patch_size=8, context_length=77)
@@ -62,7 +64,10 @@ def _compare_trainers(
 
 
 def memory(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any]:
-    """Peak memory of both trainers with a batch and with a large one in parts of that size, two steps of each."""
+    """Peak memory of both trainers with a batch and with a large one in parts of that size, two steps of each.
+
+    On the line through both lie the bytes of a sample more, and the largest batch of a given memory.
+    """
     peaks: dict[str, dict[int, list[float]]] = {}
     for repeat in range(sizes.repeats):
         for trainer in ("ours", "open_clip"):
@@ -73,7 +78,18 @@ def memory(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any
                 peaks.setdefault(trainer, {}).setdefault(batch, []).append(peak)
     medians = {side: {batch: median(found) for batch, found in each.items()} for side, each in peaks.items()}
     ratios = {side: each[sizes.large] / each[sizes.batch] for side, each in medians.items()}
-    return {"peak_mb": medians, "ratio": ratios, "runs": peaks}
+    lines = {side: _line(each[sizes.batch], each[sizes.large], sizes) for side, each in medians.items()}
+    return {"peak_mb": medians, "ratio": ratios, "runs": peaks, "lines": lines}
+
+
+def _line(small_mb: float, large_mb: float, sizes: Sizes) -> dict[str, Any]:
+    """KB that a sample more in a batch in parts takes, and the largest such batch, in whole parts, by GB of memory."""
+    slope = max(large_mb - small_mb, 0) / (sizes.large - sizes.batch)
+    if not slope:
+        return {"kb_a_sample": 0.0, "largest": {}}
+    free = {room: room * 1e3 - small_mb for room in MEMORY_GB}
+    largest = {room: max(0, sizes.batch + int(mb / slope) // sizes.batch * sizes.batch) for room, mb in free.items()}
+    return {"kb_a_sample": slope * 1e3, "largest": largest}
 
 
 def step_cost(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any]:

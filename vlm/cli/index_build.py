@@ -124,7 +124,8 @@ def _build_planned(arguments: Arguments) -> None:
         measured = {"setting": setting and asdict(setting), "confirmed": asdict(found)}
         show_json(asdict(summary) | {"plan": plan.evidence} | measured)
     else:
-        show_facts(asdict(found), title=f"The finished index, asked {plan.direction}")
+        facts = {name: value for name, value in asdict(found).items() if name != "breaks"}
+        show_facts(facts, title=f"The finished index, asked {plan.direction}")
         _show(summary, arguments)
     if found.breaks:
         raise VlmError(
