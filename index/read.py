@@ -238,8 +238,8 @@ def _unit_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Flo
         raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
     wide = queries.astype(np.float32, copy=False)
     lengths = np.sqrt(np.vecdot(wide, wide))
-    # never so of NaN; of few numbers, which is the rule, Python is quicker than numpy
-    if not all(0 < length < inf for length in lengths.tolist()):
+    # not so of NaN; and of few numbers, which is the rule, Python is quicker than numpy
+    if not all([0 < length < inf for length in lengths.tolist()]):
         wrong = int(np.argmin((lengths > 0) & (lengths < np.inf)))
         raise UsageError(f"Query {wrong} has length {lengths[wrong]}: it must be finite and not zero.")
     return wide / lengths[:, None]

@@ -5,7 +5,7 @@ answered by comparing them all; one that leaves many, by a FAISS search that pas
 lists or nodes for it, so that as many rows are compared as without a filter.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -108,16 +108,17 @@ def nearest(
 
     There are fewer columns only if there are fewer rows.
     """
-    chosen = list(selected) if among is None else [one.among(among) for one in selected]
-    chosen = [one for one in chosen if one.count]
-    total, living = sum(one.count for one in chosen), sum(one.count for one in selected)
-    is_small = among is not None and total <= max(EXACT_ROWS, EXACT_SHARE * living)
-    answers = []
-    for block in _blocks(queries):
-        found = [one.scan(block, top) if is_small else one.search(block, top) for one in chosen]
-        answers.append(merge(found or [_none(block)], min(top, total)))
-    if len(answers) == 1:
-        return answers[0]
+    chosen = selected if among is None else [one.among(among) for one in selected]
+    total = sum([one.count for one in chosen])
+    is_small = among is not None and total <= max(EXACT_ROWS, EXACT_SHARE * sum([one.count for one in selected]))
+
+    def ask(block: Float32[Array, "_ D"]) -> Answers:
+        found = [one.scan(block, top) if is_small else one.search(block, top) for one in chosen if one.count]
+        return merge(found or [_none(block)], min(top, total))
+
+    if len(queries) <= _QUERIES_AT_ONCE:
+        return ask(queries)
+    answers = [ask(queries[first : first + _QUERIES_AT_ONCE]) for first in range(0, len(queries), _QUERIES_AT_ONCE)]
     return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
 
 
@@ -139,11 +140,6 @@ def _falls(scores: Float32[Array, "Q K"]) -> bool:
 
 def _none(queries: Float32[Array, "Q D"]) -> Answers:
     return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-
-
-def _blocks(queries: Float32[Array, "Q D"]) -> Iterator[Float32[Array, "_ D"]]:
-    for first in range(0, max(1, len(queries)), _QUERIES_AT_ONCE):
-        yield queries[first : first + _QUERIES_AT_ONCE]
 
 
 def _best(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top: int) -> Answers:
