@@ -109,8 +109,8 @@ def band_of_runs(
     runs: lines and planned steps of n runs that differ in their seed alone. The band is the prediction interval of a
     normal variable, mean ± t · s · √(1 + 1/n). Since three runs say little about the spread at one point, s² is the
     mean over the points (for a loss relative to its mean there, which falls by much in a run), and t that of
-    (n - 1) · K / 2 degrees of freedom, for neighbouring points of a run are not independent. Shares at which a run
-    measured nothing are left out.
+    (n - 1) · K / 2 degrees of freedom, n - 1 at the least, for neighbouring points of a run are not independent. Shares
+    at which a run measured nothing are left out.
 
     Raises:
         UsageError: fewer than two runs, or nothing of this metric in all of them.
@@ -130,7 +130,7 @@ def band_of_runs(
         )
     is_relative = metric == "loss"
     spread = sqrt(fmean(variance(values) / (fmean(values) ** 2 if is_relative else 1.0) for values in at.values()))
-    freedom = max((len(runs) - 1) * len(at) // 2, 1)
+    freedom = (len(runs) - 1) * max(len(at) // 2, 1)
     half = _T[min(freedom, len(_T)) - 1] * sqrt(1 + 1 / len(runs)) * spread
     points = [(share, fmean(values), half * (fmean(values) if is_relative else 1.0)) for share, values in at.items()]
     limits = [(share, middle - reach, middle + reach) for share, middle, reach in points]

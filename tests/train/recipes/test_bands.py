@@ -111,3 +111,10 @@ def test_a_band_is_printed_as_source_that_makes_it_again():
     assert (again.metric, again.kind, again.source, again.width) == (made.metric, made.kind, made.source, made.width)
     for point, printed in zip(made.points, again.points, strict=True):
         assert printed == pytest.approx(point, rel=1e-3)
+
+
+def test_at_one_point_three_runs_leave_two_degrees_of_freedom():
+    runs = [([{"step": 100, "text_to_image_recall@10": 0.8 + shift}], 100) for shift in (-0.01, 0.0, 0.01)]
+    ((_, low, high),) = band_of_runs(runs, "text_to_image_recall@10", source="").points
+    half = 4.30 * math.sqrt(4 / 3) * 0.01
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=1e-3)
