@@ -42,12 +42,12 @@ def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: Copy | None) 
     if copy is None or lists is None:
         index.train(rows)
         return
-    lists.clustering_index = finder = copy(load_faiss().IndexFlatIP(lists.d))
+    finder = copy(load_faiss().IndexFlatIP(lists.d))
+    lists.clustering_index = finder  # held there by its address alone
     try:
         index.train(rows)
     finally:
         lists.clustering_index = None
-        del finder
 
 
 def adder(index: "faiss.Index", copy: Copy | None) -> Callable[[Float32[Array, "N D"]], None]:
