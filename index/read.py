@@ -86,8 +86,8 @@ class Index:
         """Open an index folder.
 
         gpu: where copies of the segments it can search are held (`find_gpu`), which costs its memory and their way
-            there, and pays for many questions. Questions with a filter, and of segments with dead rows, stay here. FAISS
-            lets one thread ask a GPU at a time.
+            there, and pays for many questions. Questions with a filter, and of segments with dead rows, stay here.
+            FAISS lets one thread ask a GPU at a time.
 
         Raises:
             UsageError: it is unfinished, of another kind, or of another format.
