@@ -23,7 +23,7 @@ from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
 from vlm.index.kinds import KINDS, Copy, Tuning, load_faiss
 from vlm.index.kinds.gpu import adder, find_gpu, gpu_missing, why_not
-from vlm.index.planner.recall import exact_scores
+from vlm.index.planner.drawing import DrawnRows, Questions
 from vlm.tensors import Array, Float32
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,25 +57,6 @@ class Arguments:
     """Print the results as JSON."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Vectors in memory, as a kind asks for them."""
-
-    vectors: Float32[Array, "N D"]
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    @property
-    def dimension(self) -> int:
-        """D."""
-        return self.vectors.shape[1]
-
-    def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
-        """Distinct rows drawn evenly."""
-        return self.vectors[np.random.default_rng(seed).permutation(len(self.vectors))[:count]]
-
-
 def run(arguments: Arguments) -> None:
     """Measure and print.
 
@@ -88,9 +69,9 @@ def run(arguments: Arguments) -> None:
     if arguments.threads:
         load_faiss().omp_set_num_threads(arguments.threads)
     vectors, texts = draw_vectors(arguments.rows, arguments.questions, arguments.dimension, seed=0, decay=1.5)
-    blocks = (vectors[first : first + _ROWS_AT_ONCE] for first in range(0, len(vectors), _ROWS_AT_ONCE))
-    lowest = exact_scores(blocks, texts, _TOP)[:, -1]
-    rows = [row for kind in arguments.kinds for row in _compare(kind, Drawn(vectors), texts, lowest, copy)]
+    drawn = DrawnRows(vectors)
+    lowest = Questions.ask("text→image", texts, drawn, _TOP).scores[:, -1]
+    rows = [row for kind in arguments.kinds for row in _compare(kind, drawn, texts, lowest, copy)]
     command = shlex.join(["scripts/bench_index_gpu.py", *sys.argv[1:]])
     if arguments.json:
         show_json({"command": command, "rows": rows})
@@ -101,7 +82,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _compare(
-    kind: str, rows: Drawn, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: Copy
+    kind: str, rows: DrawnRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: Copy
 ) -> Iterator[dict[str, Any]]:
     for where, chosen in (("CPU", None), ("GPU", copy)):
         say(f"{kind} on the {where} …")
@@ -109,7 +90,7 @@ def _compare(
 
 
 def _measure(
-    kind: str, rows: Drawn, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: Copy | None
+    kind: str, rows: DrawnRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: Copy | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
     index: Any = KINDS[kind](rows, Tuning(), copy).index

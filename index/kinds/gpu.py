@@ -5,6 +5,7 @@ in another order do. CUDA_VISIBLE_DEVICES= hides it.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vlm.index.kinds.kind import Copy, load_faiss
@@ -31,9 +32,13 @@ def find_gpu() -> Copy | None:
     """The way to the first GPU that FAISS sees, if it sees one."""
     if gpu_missing():
         return None
-    faiss = load_faiss()
-    resources = faiss.StandardGpuResources()
-    return lambda index: faiss.index_cpu_to_gpu(resources, 0, index)
+    return lambda index: load_faiss().index_cpu_to_gpu(_resources(), 0, index)
+
+
+@cache
+def _resources() -> Any:
+    """Working memory on the GPU, more than a gigabyte of it: taken with the first copy, and once in a process."""
+    return load_faiss().StandardGpuResources()
 
 
 def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: Copy | None) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 Copy = Callable[["faiss.Index"], "faiss.Index"]
-"""Makes the copy of an index that lives on a GPU; such a copy must not outlive it."""
+"""Makes the copy of an index that lives on a GPU."""
 
 
 @runtime_checkable
