@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlm.index.kinds.kind import Copy, load_faiss
+from vlm.index.kinds.kind import Copy, load_faiss, unwrapped
 from vlm.tensors import Array, Float32
 
 if TYPE_CHECKING:
@@ -88,11 +88,8 @@ def why_not(index: "faiss.Index") -> str:
 
 def lists_of(index: "faiss.Index") -> Any:
     """The index with lists inside an index, as FAISS's own class; None if there is none."""
-    faiss = load_faiss()
-    inner = faiss.downcast_index(index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        return lists_of(inner.index)
-    return inner if isinstance(inner, faiss.IndexIVF) else None
+    inner = unwrapped(index)
+    return inner if isinstance(inner, load_faiss().IndexIVF) else None
 
 
 def _transforms(index: "faiss.Index") -> list[Any]:

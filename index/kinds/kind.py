@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vlm.errors import UsageError, VlmError
 from vlm.tensors import Array, Float32
@@ -120,6 +120,13 @@ def load_faiss() -> ModuleType:
     except ImportError as error:
         raise VlmError(f'FAISS cannot be imported ({error}); pip install "vlm[cpu]" brings it.') from error
     return faiss
+
+
+def unwrapped(index: "faiss.Index") -> Any:
+    """The index behind the transforms of its rows, if it has any, as FAISS's own class; it lives as long as `index`."""
+    faiss = load_faiss()
+    inner = faiss.downcast_index(index)
+    return unwrapped(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 
 
 def check_range(name: str, value: int, limit: int, what: str, *, least: int = 1) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm.index.float16 import to_float32
-from vlm.index.kinds.kind import load_faiss
+from vlm.index.kinds.kind import load_faiss, unwrapped
 from vlm.tensors import Array, Float, Float32, Int64
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int
 
 def most_effort(index: "faiss.Index") -> int | None:
     """nlist of an index with lists, as many as its rows of a graph; None where there is nothing to trade."""
-    faiss = load_faiss()
-    inner = faiss.downcast_index(index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        return most_effort(inner.index)
+    faiss, inner = load_faiss(), unwrapped(index)
     if isinstance(inner, faiss.IndexHNSW):
         return inner.ntotal
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else None
@@ -56,11 +53,8 @@ def most_effort(index: "faiss.Index") -> int | None:
 
 def set_effort(index: "faiss.Index", effort: int) -> None:
     """Search with this effort (nprobe, efSearch) from now on, if the kind has any."""
-    faiss = load_faiss()
-    inner = faiss.downcast_index(index)
-    if isinstance(inner, faiss.IndexPreTransform):
-        set_effort(inner.index, effort)
-    elif isinstance(inner, faiss.IndexHNSW):
+    faiss, inner = load_faiss(), unwrapped(index)
+    if isinstance(inner, faiss.IndexHNSW):
         inner.hnsw.efSearch = effort
     elif isinstance(inner, faiss.IndexIVF):
         inner.nprobe = effort
