@@ -20,6 +20,9 @@ from vlm.index.search_plan import Answers, Selected, nearest
 from vlm.manifest import MANIFEST, Manifest
 from vlm.tensors import Array, Float, Float32, Int64
 
+# the square of a unit vector's length in float32 is no further from 1
+_ROUNDING = 1e-6
+
 RowSet = Int64[Array, " N"]
 """Rows to search among: their numbers, rising."""
 
@@ -238,12 +241,16 @@ def _unit_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Flo
     if queries.shape[1] != dimension:
         raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
     wide = queries.astype(np.float32, copy=False)
-    lengths = np.sqrt(np.vecdot(wide, wide))
-    # not so of NaN; and of few numbers, which is the rule, Python is quicker than numpy
-    if not all([0 < length < inf for length in lengths.tolist()]):
-        wrong = int(np.argmin((lengths > 0) & (lengths < np.inf)))
-        raise UsageError(f"Query {wrong} has length {lengths[wrong]}: it must be finite and not zero.")
-    return wide / lengths[:, None]
+    squares = np.vecdot(wide, wide)
+    each = squares.tolist()
+    # of few numbers, which is the rule, Python is quicker than numpy
+    if all([-_ROUNDING < square - 1 < _ROUNDING for square in each]):
+        return wide
+    # not so of NaN
+    if not all([0 < square < inf for square in each]):
+        wrong = int(np.argmin((squares > 0) & (squares < np.inf)))
+        raise UsageError(f"Query {wrong} has length {np.sqrt(squares[wrong])}: it must be finite and not zero.")
+    return wide / np.sqrt(squares)[:, None]
 
 
 def _segment_info(selected: Selected, manifest: Manifest) -> SegmentInfo:

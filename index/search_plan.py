@@ -22,6 +22,8 @@ EXACT_SHARE = 0.02
 _ROWS_AT_ONCE = 16_384
 _QUERIES_AT_ONCE = 1024
 _NOBODY = -1
+# FAISS gives nobody the least float32; no code of a unit vector gives a cosine near it
+_LEAST_SCORE = -1e30
 
 Answers = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
 """Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
@@ -71,15 +73,20 @@ class Selected:
 
     def search(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         """The nearest by FAISS, re-ranked where its scores are not exact; by a scan where it finds too few."""
-        top, more = min(top, self.count), self.segment.described.rerank
-        scores, positions = self._ask_faiss(queries, min(candidates_for(top, more), self.count))
+        segment, top = self.segment, min(top, self.count)
+        more = segment.described.rerank
+        scores, positions = self._ask_faiss(queries, min(candidates_for(top, more), self.count) if more else top)
         if more:
-            scores, positions = rerank(self.segment.vectors.stored, queries, positions, top)
-        rows = self.segment.rows.take(positions, mode="wrap")
-        if _NOBODY in (last := positions[:, -1]).tolist():  # nobody stands last
-            is_short = last == _NOBODY
+            scores, positions = rerank(segment.vectors.stored, queries, positions, top)
+        rows = segment.rows_at(positions)
+        # of few numbers, which is the rule, Python is quicker than numpy
+        each = scores.ravel().tolist()
+        if min(each, default=0.0) < _LEAST_SCORE:
+            is_short = positions[:, -1] == _NOBODY  # nobody stands last
             scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
-        return scores, rows
+        if more or len(set(each)) == len(each):
+            return scores, rows
+        return _ordered(scores, rows, top)  # there may be ties
 
     def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         """The nearest by comparing all that may answer, with the stored rows."""
@@ -94,7 +101,7 @@ class Selected:
     def _ask_faiss(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         if self.mask is None:
             on_gpu = self.segment.on_gpu if top <= MOST_ANSWERS else None
-            return (on_gpu or self.segment.index).search(queries, top)
+            return self.segment.ask(queries, top) if on_gpu is None else on_gpu.search(queries, top)
         selector = load_faiss().IDSelectorBitmap(self.bitmap)
         effort = self.segment.effort(self.count / len(self.segment))
         parameters = search_parameters(self.segment.index, selector=selector, effort=effort)
@@ -108,34 +115,32 @@ def nearest(
 
     There are fewer columns only if there are fewer rows.
     """
-    chosen = selected if among is None else [one.among(among) for one in selected]
-    total = sum([one.count for one in chosen])
-    is_small = among is not None and total <= max(EXACT_ROWS, EXACT_SHARE * sum([one.count for one in selected]))
-
-    def ask(block: Float32[Array, "_ D"]) -> Answers:
-        found = [one.scan(block, top) if is_small else one.search(block, top) for one in chosen if one.count]
-        return merge(found or [_none(block)], min(top, total))
-
-    if len(queries) <= _QUERIES_AT_ONCE:
-        return ask(queries)
-    answers = [ask(queries[first : first + _QUERIES_AT_ONCE]) for first in range(0, len(queries), _QUERIES_AT_ONCE)]
-    return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
+    if len(queries) > _QUERIES_AT_ONCE:
+        starts = range(0, len(queries), _QUERIES_AT_ONCE)
+        answers = [nearest(selected, queries[first : first + _QUERIES_AT_ONCE], top, among) for first in starts]
+        return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
+    if among is None:
+        if len(selected) == 1 and selected[0].count:
+            return selected[0].search(queries, top)
+        return merge([one.search(queries, top) for one in selected if one.count] or [_none(queries)], top)
+    chosen = [one.among(among) for one in selected]
+    total = sum(one.count for one in chosen)
+    is_small = total <= max(EXACT_ROWS, EXACT_SHARE * sum(one.count for one in selected))
+    found = [one.scan(queries, top) if is_small else one.search(queries, top) for one in chosen if one.count]
+    return merge(found or [_none(queries)], top)
 
 
 def merge(answers: Sequence[Answers], top: int) -> Answers:
-    """The best `top` of several lists of answers to the same queries; ties by row."""
-    if len(answers) == 1 and _falls(answers[0][0]):
-        scores, rows = answers[0]
-        return scores[:, :top], rows[:, :top]
+    """The best `top` of several lists of answers to the same queries, each in order; ties by row."""
+    if len(answers) == 1:
+        return answers[0]
     scores = np.concatenate([scores for scores, _ in answers], axis=1)
-    rows = np.concatenate([rows for _, rows in answers], axis=1)
-    order = np.lexsort((rows, -scores), axis=1)[:, :top]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    return _ordered(scores, np.concatenate([rows for _, rows in answers], axis=1), top)
 
 
-def _falls(scores: Float32[Array, "Q K"]) -> bool:
-    """Whether every line strictly falls: it is in order and has no ties."""
-    return not np.count_nonzero(scores[:, 1:] >= scores[:, :-1])
+def _ordered(scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> Answers:
+    order, line = np.lexsort((rows, -scores), axis=1)[:, :top], np.arange(len(scores))[:, None]
+    return scores[line, order], rows[line, order]
 
 
 def _none(queries: Float32[Array, "Q D"]) -> Answers:

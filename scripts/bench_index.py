@@ -4,8 +4,8 @@
     scripts/bench_index.py [--rows 200000 --dimension 192] [--images EMBEDDINGS --texts EMBEDDINGS] [--json]
 
 Every side lives in a process of its own and gets the same vectors; all are judged by the same text questions, which no
-plan has seen. Their measurements alternate, and medians are shown. Without embeddings, vectors are drawn: clusters of
-pictures, and texts on the other side of a gap.
+plan has seen. Their measurements alternate in short rounds, since such machines change their pace within seconds, and
+medians are shown. Without embeddings, vectors are drawn: clusters of pictures, and texts on the other side of a gap.
 """
 
 import shlex
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import progress, say, show_json, show_table
 from vlm.errors import UsageError, VlmError
 from vlm.index.planner.recall import exact_scores
 
@@ -69,8 +69,8 @@ class Arguments:
     autofaiss: bool = True
     """Measure autofaiss too."""
 
-    repeats: int = 3
-    """Measurements of each side, taken in turn."""
+    rounds: int = 50
+    """Measurements of each side, taken in turn, of a fifth of a second each."""
 
     seed: int = 0
     """Of drawn vectors."""
@@ -134,17 +134,39 @@ def _compare(arguments: Arguments, folder: Path) -> dict[str, Any]:
     built["bare FAISS"] = sides["bare FAISS"].ask(do="build", folder=str(folder), **same)
     if arguments.autofaiss:
         _add_autofaiss(arguments, folder, sides, built)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for repeat in range(arguments.repeats):
-        say(f"Measurement {repeat + 1} of {arguments.repeats} …")
-        for name, side in sides.items():
-            runs[name].append(side.ask(do="measure", folder=str(folder)))
+    say("Measuring recall …")
+    recalls = {name: side.ask(do="recall", folder=str(folder)) for name, side in sides.items()}
+    seconds = _time(arguments, folder, sides)
     for side in sides.values():
         side.close()
-    medians = {
-        name: {field: median(run[field] for run in found) for field in _MEASURED} for name, found in runs.items()
-    }
-    return {"built": built, "medians": medians, "ratios": _ratios(built, runs), "runs": runs}
+    medians = {name: recalls[name] | _speed(found) for name, found in seconds.items()}
+    rounds = {name: [_rate(each) for each in found] for name, found in seconds.items()}
+    return {"built": built, "medians": medians, "ratios": _ratios(built, seconds), "questions_per_s": rounds}
+
+
+def _time(arguments: Arguments, folder: Path, sides: dict[str, Side]) -> dict[str, list[list[float]]]:
+    """Of each side and round the seconds of each question; who comes first changes from round to round."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
+    names, places = list(sides), dict.fromkeys(sides, 0)
+    with progress(total=arguments.rounds, what="measure", unit=" rounds") as shown:
+        for turn in range(arguments.rounds):
+            for number in range(len(names)):
+                name = names[(turn + number) % len(names)]
+                found = sides[name].ask(do="time", folder=str(folder), first=places[name])
+                seconds[name].append(found["seconds"])
+                places[name] = found["next"]
+            shown.update(1)
+    return seconds
+
+
+def _speed(rounds: list[list[float]]) -> dict[str, float]:
+    """Median and 95th percentile of all questions; questions a second in the median round."""
+    p50, p95 = (float(value) * 1000 for value in np.percentile(np.concatenate(rounds), (50, 95)))
+    return {"p50_ms": p50, "p95_ms": p95, "questions_per_s": median(map(_rate, rounds))}
+
+
+def _rate(seconds: list[float]) -> float:
+    return len(seconds) / sum(seconds)
 
 
 def _add_autofaiss(
@@ -165,20 +187,21 @@ def _add_autofaiss(
         sides["autofaiss"] = side
 
 
-def _ratios(built: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Ours to each other side: questions a second by the median of neighbours in time, and seconds of the build."""
-    return {
-        name: {
-            "questions_per_s": median(
-                mine["questions_per_s"] / theirs["questions_per_s"]
-                for mine, theirs in zip(runs["ours"], found, strict=True)
-            ),
+def _ratios(built: dict[str, dict[str, Any]], seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
+    """Ours to each other side: questions a second by the median of rounds, with quartiles, and seconds of the build."""
+    ratios = {}
+    for name, found in seconds.items():
+        if name == "ours":
+            continue
+        each = [_rate(mine) / _rate(theirs) for mine, theirs in zip(seconds["ours"], found, strict=True)]
+        low, middle, high = np.percentile(each, (25, 50, 75)).tolist()
+        ratios[name] = {
+            "questions_per_s": middle,
+            "quartiles": [low, high],
             "build_s": built["ours"]["build_s"] / built[name]["build_s"],
             "plan_and_build_s": (built["ours"]["plan_s"] + built["ours"]["build_s"]) / built[name]["build_s"],
         }
-        for name, found in runs.items()
-        if name != "ours"
-    }
+    return ratios
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -200,9 +223,15 @@ def _show(result: dict[str, Any]) -> None:
     cells = [_cells(name, built, result["medians"].get(name)) for name, built in result["built"].items()]
     show_table(columns, cells, title=f"{rows:,} × {dimension}, text questions, one thread")
     show_table(
-        ["ours to", "questions a second", "build time", "plan and build"],
+        ["ours to", "questions a second", "half of the rounds", "build time", "plan and build"],
         [
-            [name, *(f"{ratio[field]:.2f}" for field in ("questions_per_s", "build_s", "plan_and_build_s"))]
+            [
+                name,
+                f"{ratio['questions_per_s']:.2f}",
+                " to ".join(f"{quartile:.2f}" for quartile in ratio["quartiles"]),
+                f"{ratio['build_s']:.2f}",
+                f"{ratio['plan_and_build_s']:.2f}",
+            ]
             for name, ratio in result["ratios"].items()
         ],
     )

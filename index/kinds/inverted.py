@@ -64,9 +64,12 @@ def _prepare_ivf(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "f
 
 
 def _prepare_ivfsq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
-    """8 bits a dimension of the difference to the centroid (FAISS QT_8bit)."""
+    """8 bits a dimension of the difference to the centroid, of one range for all dimensions (FAISS QT_8bit_uniform).
+
+    A range for each dimension (QT_8bit) finds as many at the same re-ranking, but takes a fifth longer to scan.
+    """
     faiss, dimension = load_faiss(), rows.dimension
-    quantizer, code = faiss.IndexFlatIP(dimension), faiss.ScalarQuantizer.QT_8bit
+    quantizer, code = faiss.IndexFlatIP(dimension), faiss.ScalarQuantizer.QT_8bit_uniform
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, dimension, parameters["nlist"], code, faiss.METRIC_INNER_PRODUCT, True
     )

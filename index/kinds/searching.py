@@ -1,5 +1,6 @@
 """Searching any kind of FAISS index: with more or less effort, among chosen positions, exact cosines at the end."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,29 @@ if TYPE_CHECKING:
 _LEAST_ANSWERS = 10
 # so many numbers of candidates are compared at once: 1 MB, which stays in a processor's cache
 _NUMBERS_AT_ONCE = 262_144
+
+
+Found = tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]
+"""Scores, best first, and positions; -1 where nothing was found."""
+
+
+def asker(index: "faiss.Index") -> Callable[[Float32[Array, "Q D"], int], Found]:
+    """What `index.search(queries, top)` gives, 2 to 3 µs sooner: FAISS's C++ search without its wrapper in Python.
+
+    The next ten instructions of Python run with a cold cache after a walk through a graph, so each counts.
+    """
+    wrapped: Any = index
+    search, pointer, dimension = wrapped.search_c, load_faiss().swig_ptr, index.d
+
+    def ask(queries: Float32[Array, "Q D"], top: int) -> Found:
+        queries, count = np.ascontiguousarray(queries, np.float32), len(queries)
+        if queries.shape[1] != dimension:
+            raise ValueError(f"queries of {queries.shape[1]} dimensions, the index has {dimension}")
+        scores, positions = np.empty((count, top), np.float32), np.empty((count, top), np.int64)
+        search(count, pointer(queries), top, pointer(scores), pointer(positions))
+        return scores, positions
+
+    return ask
 
 
 def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int | None = None) -> Any:
@@ -79,6 +103,8 @@ def rerank(
     rows: as stored, float16, not quite of unit length. positions: -1, last, where there is no candidate. K is `top` or
     C, whichever is less, and what could not be filled has position -1 and score -inf.
     """
+    if len(queries) == 1:
+        return _rerank_one(rows, queries[0], positions[0], top)
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, positions.shape[1] * rows.shape[1]))
     if len(queries) <= at_once:
         return _rerank(rows, queries, positions, top)
@@ -87,6 +113,19 @@ def rerank(
         for first in range(0, len(queries), at_once)
     ]
     return np.concatenate([scores for scores, _ in blocks]), np.concatenate([found for _, found in blocks])
+
+
+def _rerank_one(
+    rows: Float[Array, "N D"], query: Float32[Array, " D"], positions: Int64[Array, " C"], top: int
+) -> tuple[Float32[Array, "1 K"], Int64[Array, "1 K"]]:
+    """As `_rerank`, in two thirds of its time: one question at a time is what people ask."""
+    near = to_float32(rows.take(positions, axis=0, mode="wrap"))
+    # each row alone, as there: a product of the matrix may round equal rows otherwise by their place
+    cosines = np.vecdot(near, query) / np.sqrt(np.vecdot(near, near))
+    if len(positions) and positions.item(-1) < 0:
+        cosines[positions < 0] = -np.inf
+    best = np.lexsort((positions, -cosines))[:top]
+    return cosines[best][None], positions[best][None]
 
 
 def _rerank(

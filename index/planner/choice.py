@@ -13,7 +13,9 @@ from vlm.index.kinds import KINDS, Tuning
 from vlm.index.kinds.scalar import MAX_RERANK
 from vlm.index.planner.drawing import SHOWN, Drawn, Questions, draw
 from vlm.index.planner.ladder import LADDER, Rung
+from vlm.index.planner.picking import misses_of, pick, promised_recall, reason
 from vlm.index.planner.promise import Promise, show_bytes
+from vlm.index.planner.race import Asked, Pace, near_quickest, race
 from vlm.index.planner.recall import lower_bound
 from vlm.index.planner.trial import Built, Trial, Turned, wishes_of
 from vlm.index.planner.tuning import Setting, extrapolated
@@ -21,8 +23,6 @@ from vlm.index.planner.turned import turn
 from vlm.tensors import Array, Float32
 
 MAX_ROWS, MAX_QUESTIONS = 50_000, 1000
-# medians nearer to each other than this are equally quick: a machine's noise is of that size
-_AS_QUICK = 1.1
 # share of the sample at which a setting is found a second time, when the sample is not all there is
 _SMALL_SHARE = 0.25
 
@@ -82,7 +82,7 @@ def choose(
         recall is better than that of the other modality. With 1,000 of the other modality each kind is measured the
         other way round too: they as rows, asked with rows held out.
     kinds: those that may be taken; none: all of the ladder.
-    max_rows: the sample tried on; beyond it effort is extrapolated from two sizes and latency by the kind's work.
+    max_rows: the sample tried on; beyond it effort is extrapolated from two sizes, and latency by the kind's work.
     max_questions: tuned with, and judged by, at most.
 
     Raises:
@@ -97,6 +97,7 @@ def choose(
     table = _Table(drawn, promise, whole=len(source), seed=seed)
     for rung in (rung for rung in LADDER if not kinds or rung.kind in kinds):
         table.try_rung(rung)
+    table.race()
     best = pick(table.trials, promise, left_out=table.left_out)
     return Plan(
         kind=best.kind,
@@ -124,59 +125,6 @@ def _say_limits(drawn: Drawn, *, is_optimistic: bool) -> None:
         say(f"{direction} is not measured: {why}.")
 
 
-def pick(trials: Sequence[Trial], promise: Promise, *, left_out: dict[str, str]) -> Trial:
-    """Of those that keep the promise the least median latency; of those within 10% of it the least memory.
-
-    Raises:
-        UsageError: none keeps it; the message names the one that comes nearest and what it has.
-    """
-    keeping = [trial for trial in trials if not trial.misses]
-    if keeping:
-        quickest = min(trial.latency.p50_ms for trial in keeping)
-        as_quick = [trial for trial in keeping if trial.latency.p50_ms <= quickest * _AS_QUICK]
-        return min(as_quick, key=lambda trial: (trial.resident_bytes, trial.latency.p50_ms))
-    reasons = "; ".join(f"{kind}: {why}" for kind, why in left_out.items())
-    if not trials:
-        raise UsageError(f"No kind of index can promise {promise.in_words()}. {reasons}.")
-    nearest = min(trials, key=lambda trial: _shortfall(trial, promise))
-    raise UsageError(
-        f"No kind of index keeps {promise.in_words()}. The nearest is {nearest.label}, with recall@{promise.at} "
-        f"{_promised_recall(nearest, promise):.4f}, {nearest.latency.p95_ms:.3g} ms (p95) and "
-        f"{show_bytes(nearest.resident_bytes)}: it misses {' and '.join(nearest.misses)}. Promise what it has, or less."
-        + (f" Not tried: {reasons}." if reasons else "")
-    )
-
-
-def reason(best: Trial, trials: Sequence[Trial], promise: Promise) -> str:
-    """Why it was taken, in one sentence."""
-    keeping = [trial for trial in trials if not trial.misses]
-    has = (
-        f"recall@{promise.at} {_promised_recall(best, promise):.4f} (≥ {best.bound:.4f} with 95% confidence), "
-        f"{best.latency.p95_ms:.3g} ms (p95), {show_bytes(best.resident_bytes)}"
-    )
-    others = [trial for trial in keeping if trial is not best]
-    if not others:
-        return f"{best.label} is the only kind of {len(trials)} tried that keeps {promise.in_words()}: {has}."
-    quickest = min(keeping, key=lambda trial: trial.latency.p50_ms)
-    if quickest is best:
-        ground = f"is the quickest of {len(keeping)} kinds that keep {promise.in_words()}"
-    else:
-        ground = f"needs the least memory of those as quick as {quickest.label} that keep {promise.in_words()}"
-    return f"{best.label} {ground}: {has}."
-
-
-def misses_of(trial: Trial, promise: Promise) -> tuple[str, ...]:
-    """What the promise asks and the trial does not keep, in words."""
-    found = []
-    if _promised_recall(trial, promise) < promise.recall:
-        found.append(f"recall {promise.recall:g}")
-    if promise.latency_ms is not None and trial.latency.p95_ms > promise.latency_ms:
-        found.append(f"{promise.latency_ms:g} ms")
-    if promise.memory_bytes is not None and trial.resident_bytes > promise.memory_bytes:
-        found.append(show_bytes(promise.memory_bytes))
-    return tuple(found)
-
-
 class _Table:
     """The trials, as they are made."""
 
@@ -190,6 +138,7 @@ class _Table:
             for direction, rows in drawn.turned.items()
         }
         self.trials: list[Trial] = []
+        self._paces: dict[int, Pace] = {}
         self.left_out: dict[str, str] = {}
 
     def try_rung(self, rung: Rung) -> None:
@@ -206,24 +155,36 @@ class _Table:
         except UsageError as error:
             self.left_out[name] = str(error).rstrip(".")
             return
-        trial = self._measure(rung, built)
+        trial, self._paces[len(self.trials)] = self._measure(rung, built)
         self.trials.append(trial)
+        near = near_quickest(self.trials)
+        self._paces = {place: pace for place, pace in self._paces.items() if place in near}
         say(
-            f"{trial.label}: recall@{self.promise.at} {_promised_recall(trial, self.promise):.4f}, "
+            f"{trial.label}: recall@{self.promise.at} {promised_recall(trial, self.promise):.4f}, "
             f"p50 {trial.latency.p50_ms:.3g} ms, {show_bytes(trial.resident_bytes)}"
             + (f"; misses {' and '.join(trial.misses)}" if trial.misses else "")
         )
 
-    def _measure(self, rung: Rung, built: Built) -> Trial:
-        promise = self.promise
+    def race(self) -> None:
+        """Time those again that may win, in turn."""
+        if len(self._paces) < 2:
+            return
+        for place, (measured, expected) in race(self._paces, self.judge[0].vectors, self.promise.at).items():
+            trial = replace(self.trials[place], measured=measured, latency=expected)
+            self.trials[place] = replace(trial, misses=misses_of(trial, self.promise))
+        timed = [self.trials[place] for place in self._paces]
+        say(f"Timed again, in turn: {'; '.join(f'{one.label}: p50 {one.latency.p50_ms:.3g} ms' for one in timed)}.")
+
+    def _measure(self, rung: Rung, built: Built) -> tuple[Trial, Pace]:
+        promise, kind = self.promise, built.kind
         # a kind that cannot keep the recall is shown at its best
         setting = built.tune(self.tune, promise) or Setting(effort=built.most, rerank=128 if built.is_reranked else 0)
         recalls = built.judge(setting, self.judge, promise.at)
-        measured = built.time(setting, self.judge[0].vectors, promise.at)
-        wide = self._for_all_rows(rung, built, setting)
-        parameters, kind = self._parameters(rung, wide), built.kind
-        now = built.parameters | wishes_of(rung, len(self.rows), setting, seed=self.seed)
-        ratio = kind.work(self.whole, parameters) / kind.work(len(self.rows), now)
+        fewer = self._asked_fewer(rung)
+        wide = self._for_all_rows(setting, fewer)
+        parameters, here = self._parameters(rung, wide), self._asked(built, setting)
+        pace = Pace(here=here, fewer=fewer, work=kind.work(self.whole, parameters))
+        measured, expected = pace.time(self.judge[0].vectors, promise.at)
         trial = Trial(
             kind=kind.name,
             wishes=wishes_of(rung, self.whole, wide, seed=self.seed),
@@ -231,14 +192,19 @@ class _Table:
             recall={way: {n: float(each.mean()) for n, each in found.items()} for way, found in recalls.items()},
             bound=lower_bound(recalls[self.tune.direction][promise.at], seed=self.seed),
             measured=measured,
-            latency=measured.scaled(ratio),
+            latency=expected,
             resident_bytes=kind.resident_bytes(self.whole, self.rows.dimension, parameters),
             mapped_bytes=2 * self.whole * self.rows.dimension if built.is_reranked else 0,
             build_seconds=built.build_seconds,
             curve=built.curve(setting, self.judge[0], promise.at),
             turned=self._turn(rung, setting),
         )
-        return replace(trial, misses=misses_of(trial, promise))
+        return replace(trial, misses=misses_of(trial, promise)), pace
+
+    def _asked(self, built: Built, setting: Setting) -> Asked:
+        rows = len(built.rows)
+        numbers = built.parameters | wishes_of(built.rung, rows, setting, seed=self.seed)
+        return Asked(built=built, setting=setting, work=built.kind.work(rows, numbers))
 
     def _turn(self, rung: Rung, setting: Setting) -> dict[str, Turned]:
         found = {
@@ -252,22 +218,28 @@ class _Table:
         tuning = rung.wishes(self.whole, seed=self.seed, effort=kind.effort, setting=setting)
         return kind.parameters_for(self.whole, tuning)
 
-    def _for_all_rows(self, rung: Rung, built: Built, setting: Setting) -> Setting:
-        """The setting for all rows, from what a quarter of the sample and the sample need."""
+    def _asked_fewer(self, rung: Rung) -> Asked | None:
+        """The kind with a quarter of the sample, tuned; None if the sample is all there is, or nothing can be."""
         held_out = max(len(questions.vectors) for questions in self.judge)
         if self.whole <= len(self.rows) + held_out:
-            return setting
+            return None
         few = self.rows.part(_SMALL_SHARE)
         asked = Questions.ask(self.tune.direction, self.tune.vectors, few, self._top)
         try:
-            less = Built(rung, few, seed=self.seed).tune(asked, self.promise)
+            built = Built(rung, few, seed=self.seed)
+            setting = built.tune(asked, self.promise)
         except UsageError:
-            less = None
-        if less is None:
+            return None
+        return setting and self._asked(built, setting)
+
+    def _for_all_rows(self, setting: Setting, fewer: Asked | None) -> Setting:
+        """The setting for all rows, from what a quarter of the sample and the sample need."""
+        if fewer is None:
             return setting
+        few, less = len(fewer.built.rows), fewer.setting
 
         def carried(small: int, large: int) -> int:
-            return extrapolated((len(few), small), (len(self.rows), large), self.whole)
+            return extrapolated((few, small), (len(self.rows), large), self.whole)
 
         effort = setting.effort and carried(less.effort or 1, setting.effort)
         return Setting(
@@ -282,18 +254,6 @@ def _checked_questions(texts: Embeddings | None, images: Embeddings | None) -> l
                 f"{given.folder} holds {given.space.modality} embeddings; {modality} ones are needed here."
             )
     return [given for given in (texts, images) if given is not None]
-
-
-def _promised_recall(trial: Trial, promise: Promise) -> float:
-    return next(iter(trial.recall.values()))[promise.at]
-
-
-def _shortfall(trial: Trial, promise: Promise) -> float:
-    """How far from the promise: the greatest ratio of what it has to what was promised; of recall, the share missed."""
-    missed = (1 - _promised_recall(trial, promise)) / max(1 - promise.recall, 1e-3)
-    latency = trial.latency.p95_ms / promise.latency_ms if promise.latency_ms else 0.0
-    memory = trial.resident_bytes / promise.memory_bytes if promise.memory_bytes else 0.0
-    return max(missed, latency, memory)
 
 
 def _given(tuning: Tuning) -> dict[str, int]:

@@ -76,21 +76,35 @@ def settings_that_reach(
 
 
 def settled(start: Setting, holds: Callable[[Setting], bool], *, most: int | None) -> Setting | None:
-    """From a setting that holds or nearly does, in small steps, to the least one that holds; None if none above does.
+    """From a setting that holds or nearly does, to nearly the least that holds; None if none above does.
 
     >>> settled(Setting(effort=50, rerank=0), lambda setting: (setting.effort or 0) >= 60, most=1000)
-    Setting(effort=64, rerank=0)
+    Setting(effort=60, rerank=0)
     """
-    setting = start
+    setting, missing = start, 0
     if holds(setting):
-        while (less := setting.less()) is not None and holds(less):
+        while (less := setting.less()) is not None:
+            if not holds(less):
+                missing = less.effort or 0
+                break
             setting = less
-        return setting
+        return _finest(setting, missing, holds)
     while (more := setting.more(most)) is not None:
         if holds(more):
-            return more
+            return _finest(more, setting.effort or 0, holds) if more.rerank == setting.rerank else more
         setting = more
     return None
+
+
+def _finest(setting: Setting, missing: int, holds: Callable[[Setting], bool]) -> Setting:
+    """A setting that holds, with an effort at most a fiftieth above one that does not, as `missing` does not."""
+    while setting.effort is not None and setting.effort - missing > max(1, setting.effort // 50):
+        middle = replace(setting, effort=(setting.effort + missing) // 2)
+        if holds(middle):
+            setting = middle
+        else:
+            missing = middle.effort or 0
+    return setting
 
 
 def extrapolated(small: tuple[int, int], large: tuple[int, int], rows: int) -> int:

@@ -18,8 +18,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Build what autofaiss chooses, or measure it."""
     folder = Path(request["folder"])
     faiss.omp_set_num_threads(1)
-    if request["do"] == "measure":
-        return measure(lambda queries, top: built["index"].search(queries, top)[1], folder)
+    if request["do"] != "build":
+        return measure(lambda queries, top: built["index"].search(queries, top)[1], request)
     rows, peak = np.load(folder / "rows.npy"), PeakMemory()
     began = time.perf_counter()
     index, infos = build_index(

@@ -21,8 +21,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Plan and build, or measure what was built."""
     folder = Path(request["folder"])
     load_faiss().omp_set_num_threads(1)
-    if request["do"] == "measure":
-        return measure(lambda queries, top: opened["index"].nearest(queries, top)[1], folder)
+    if request["do"] != "build":
+        return measure(lambda queries, top: opened["index"].nearest(queries, top)[1], request)
     out, peak = folder / "index", PeakMemory()
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()

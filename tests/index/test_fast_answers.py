@@ -65,14 +65,22 @@ def test_reranking_in_blocks_equals_one_by_one(monkeypatch: pytest.MonkeyPatch, 
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
-def test_one_answer_in_order_is_left_alone_and_any_other_is_sorted() -> None:
-    scores, rows = np.array([[3, 2, 1], [3, 2, 1]], np.float32), np.array([[7, 8, 9], [1, 2, 3]])
-    kept = merge([(scores, rows)], 2)
-    np.testing.assert_array_equal(kept[0], scores[:, :2])
-    np.testing.assert_array_equal(kept[1], rows[:, :2])
-    assert merge([(np.array([[1, 3, 2]], np.float32), rows[:1])], 3)[1].tolist() == [[8, 9, 7]]
-    assert merge([(np.array([[3, 3, 1]], np.float32), np.array([[8, 7, 9]]))], 1)[1].tolist() == [[7]]
-    assert merge([(scores[:, :0], rows[:, :0])], 5)[1].shape == (2, 0)
+def test_several_answers_are_merged_by_score_and_then_by_row() -> None:
+    one = np.array([[3, 1], [5, 4]], np.float32), np.array([[7, 8], [1, 2]])
+    other = np.array([[3, 2], [6, 5]], np.float32), np.array([[4, 9], [3, 0]])
+    assert merge([one], 2) is one
+    scores, rows = merge([one, other], 3)
+    assert scores.tolist() == [[3, 3, 2], [6, 5, 5]]
+    assert rows.tolist() == [[4, 7, 9], [3, 0, 1]]
+
+
+def test_a_query_of_unit_length_is_taken_as_it_is_and_any_other_scaled(make_index: MakeIndex) -> None:
+    index, query = Index.open(make_index(200, kind="flat")), vectors(1, 3)
+    scores, rows = index.nearest(query, 5)
+    for factor in (1 + 4e-7, 0.5, 1e-12, 1e12):
+        scaled, same = index.nearest(query * np.float32(factor), 5)
+        np.testing.assert_allclose(scaled, scores, atol=1e-6)
+        np.testing.assert_array_equal(same, rows)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -106,3 +114,16 @@ def test_questions_of_any_precision_are_asked_as_float32(make_index: MakeIndex, 
     truth = unit_rows(queries) @ vectors(300, 0).T
     np.testing.assert_array_equal(rows, np.argsort(-truth, axis=1)[:, :4])
     assert index.nearest(queries[:0], 4)[1].shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_asking_without_faiss_wrapper_gives_what_it_gives(make_index: MakeIndex, kind: str) -> None:
+    segment = Index.open(make_index(800, kind=kind)).generation.selected[0].segment
+    every_other = vectors(20, 5)[::2]
+    for answers in (1, 10):
+        scores, positions = segment.ask(every_other, answers)
+        expected, truth = segment.index.search(every_other, answers)
+        np.testing.assert_array_equal(positions, truth)
+        np.testing.assert_array_equal(scores, expected)
+    with pytest.raises(ValueError, match="dimensions"):
+        segment.ask(every_other[:, 1:], 10)

@@ -170,7 +170,7 @@ def test_beyond_the_sample_numbers_are_those_of_all_rows(spaces: tuple[Path, Pat
     assert coarse.wishes["nlist"] == round(3000**0.5)
     assert coarse.resident_bytes == 3000 * (64 + 8) + 55 * 64
     flat = next(one for one in carried.trials if one.kind == "flat")
-    assert flat.latency.p50_ms == pytest.approx(2 * flat.measured.p50_ms)
+    assert flat.measured.p50_ms <= flat.latency.p50_ms <= 2.001 * flat.measured.p50_ms
 
 
 def test_an_unknown_kind_is_refused(spaces: tuple[Path, Path]) -> None:

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from vlm.errors import UsageError
 from vlm.index.planner import Promise
-from vlm.index.planner.choice import misses_of, pick, reason
 from vlm.index.planner.ladder import Rung
+from vlm.index.planner.picking import misses_of, pick, reason
 from vlm.index.planner.promise import parse_bytes
 from vlm.index.planner.recall import exact_scores, lower_bound, recall_of_each
 from vlm.index.planner.trial import Latency, Trial
-from vlm.index.planner.tuning import Setting, extrapolated, least_effort, settings_that_reach
+from vlm.index.planner.tuning import Setting, extrapolated, least_effort, settings_that_reach, settled
 
 
 def trial(kind: str = "ivf", *, p50: float = 1.0, memory: int = 100, recall: float = 0.99) -> Trial:
@@ -130,6 +130,20 @@ def test_effort_is_carried_on_by_the_power_it_shows(
     assert extrapolated(small, large, rows) == expected
 
 
+@given(st.integers(1, 2000), st.integers(1, 2000))
+def test_a_settled_effort_is_within_a_fiftieth_of_the_least(start: int, least: int) -> None:
+    found = settled(Setting(effort=start, rerank=0), lambda setting: (setting.effort or 0) >= least, most=2000)
+    assert found is not None
+    assert least <= (found.effort or 0) <= least + max(1, least // 49)
+
+
+def test_what_has_no_effort_is_settled_by_re_ranking() -> None:
+    assert settled(Setting(effort=None, rerank=2), lambda one: one.rerank >= 8, most=None) == Setting(
+        effort=None, rerank=8
+    )
+    assert settled(Setting(effort=5, rerank=0), lambda _: False, most=9) is None
+
+
 def test_a_rung_asks_for_its_share_of_lists_and_never_probes_more() -> None:
     rung = Rung(kind="ivf", lists_per_root=2)
     assert rung.wishes(10_000, seed=0).nlist == 200
@@ -141,6 +155,12 @@ def test_the_quickest_is_picked_and_among_as_quick_the_smallest() -> None:
     slow, quick, small = trial(p50=2), trial("hnsw", p50=1, memory=300), trial("ivfpq", p50=1.05, memory=50)
     assert pick([slow, quick, small], Promise(), left_out={}) is small
     assert pick([slow, quick], Promise(), left_out={}) is quick
+    nearly, large = trial("ivfsq", p50=1.2, memory=150), trial("ivf", p50=1.2, memory=151)
+    assert pick([slow, quick, nearly], Promise(), left_out={}) is nearly
+    assert pick([slow, quick, large], Promise(), left_out={}) is quick
+    why = reason(nearly, [slow, quick, nearly], Promise())
+    assert "is 20% slower than hnsw" in why
+    assert "needs 150 B in place of 300 B" in why
     assert "needs the least memory of those as quick as hnsw" in reason(small, [slow, quick, small], Promise())
     assert "is the quickest of 2 kinds" in reason(quick, [slow, quick], Promise())
     assert "the only kind of 1 tried" in reason(slow, [slow], Promise())
