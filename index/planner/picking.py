@@ -8,14 +8,10 @@ from vlm.index.planner.trial import Trial
 
 # medians nearer to each other than this are equally quick: a machine's noise is of that size
 _AS_QUICK = 1.1
-# so much slower is worth so much less memory
-_WORTHWHILE, _LESS_MEMORY = 1.25, 0.5
 
 
 def pick(trials: Sequence[Trial], promise: Promise, *, left_out: dict[str, str]) -> Trial:
     """Of those that keep the promise the least median latency; of those within 10% of it the least memory.
-
-    One that is up to 25% slower than the quickest is taken where it needs half of that memory or less.
 
     Raises:
         UsageError: none keeps it; the message names the one that comes nearest and what it has.
@@ -23,8 +19,8 @@ def pick(trials: Sequence[Trial], promise: Promise, *, left_out: dict[str, str])
     keeping = [trial for trial in trials if not trial.misses]
     if keeping:
         quickest = min(trial.latency.p50_ms for trial in keeping)
-        as_quick, nearly = (_within(keeping, quickest * limit) for limit in (_AS_QUICK, _WORTHWHILE))
-        return nearly if nearly.resident_bytes <= _LESS_MEMORY * as_quick.resident_bytes else as_quick
+        as_quick = [trial for trial in keeping if trial.latency.p50_ms <= quickest * _AS_QUICK]
+        return min(as_quick, key=lambda trial: (trial.resident_bytes, trial.latency.p50_ms))
     reasons = "; ".join(f"{kind}: {why}" for kind, why in left_out.items())
     if not trials:
         raise UsageError(f"No kind of index can promise {promise.in_words()}. {reasons}.")
@@ -48,23 +44,11 @@ def reason(best: Trial, trials: Sequence[Trial], promise: Promise) -> str:
     if not others:
         return f"{best.label} is the only kind of {len(trials)} tried that keeps {promise.in_words()}: {has}."
     quickest = min(keeping, key=lambda trial: trial.latency.p50_ms)
-    slower = best.latency.p50_ms / quickest.latency.p50_ms
     if quickest is best:
         ground = f"is the quickest of {len(keeping)} kinds that keep {promise.in_words()}"
-    elif slower > _AS_QUICK:
-        ground = (
-            f"is {slower - 1:.0%} slower than {quickest.label}, the quickest that keeps {promise.in_words()}, but needs "
-            f"{show_bytes(best.resident_bytes)} in place of {show_bytes(quickest.resident_bytes)}"
-        )
     else:
         ground = f"needs the least memory of those as quick as {quickest.label} that keep {promise.in_words()}"
     return f"{best.label} {ground}: {has}."
-
-
-def _within(keeping: Sequence[Trial], p50_ms: float) -> Trial:
-    """The one that needs the least memory, of those that take no longer."""
-    quick = [trial for trial in keeping if trial.latency.p50_ms <= p50_ms]
-    return min(quick, key=lambda trial: (trial.resident_bytes, trial.latency.p50_ms))
 
 
 def misses_of(trial: Trial, promise: Promise) -> tuple[str, ...]:

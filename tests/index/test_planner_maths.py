@@ -155,12 +155,6 @@ def test_the_quickest_is_picked_and_among_as_quick_the_smallest() -> None:
     slow, quick, small = trial(p50=2), trial("hnsw", p50=1, memory=300), trial("ivfpq", p50=1.05, memory=50)
     assert pick([slow, quick, small], Promise(), left_out={}) is small
     assert pick([slow, quick], Promise(), left_out={}) is quick
-    nearly, large = trial("ivfsq", p50=1.2, memory=150), trial("ivf", p50=1.2, memory=151)
-    assert pick([slow, quick, nearly], Promise(), left_out={}) is nearly
-    assert pick([slow, quick, large], Promise(), left_out={}) is quick
-    why = reason(nearly, [slow, quick, nearly], Promise())
-    assert "is 20% slower than hnsw" in why
-    assert "needs 150 B in place of 300 B" in why
     assert "needs the least memory of those as quick as hnsw" in reason(small, [slow, quick, small], Promise())
     assert "is the quickest of 2 kinds" in reason(quick, [slow, quick], Promise())
     assert "the only kind of 1 tried" in reason(slow, [slow], Promise())
