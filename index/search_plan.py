@@ -22,8 +22,6 @@ EXACT_SHARE = 0.02
 _ROWS_AT_ONCE = 16_384
 _QUERIES_AT_ONCE = 1024
 _NOBODY = -1
-# FAISS gives nobody the least float32; no code of a unit vector gives a cosine near it
-_LEAST_SCORE = -1e30
 
 Answers = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
 """Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
@@ -79,14 +77,11 @@ class Selected:
         if more:
             scores, positions = rerank(segment.vectors.stored, queries, positions, top)
         rows = segment.rows_at(positions)
-        # of few numbers, which is the rule, Python is quicker than numpy
-        each = scores.ravel().tolist()
-        if min(each, default=0.0) < _LEAST_SCORE:
-            is_short = positions[:, -1] == _NOBODY  # nobody stands last
+        if _NOBODY in (last := positions[:, -1]).tolist():  # nobody stands last
+            is_short = last == _NOBODY
             scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
-        if more or len(set(each)) == len(each):
-            return scores, rows
-        return _ordered(scores, rows, top)  # there may be ties
+        # re-ranked ones are in order
+        return _ordered(scores, rows, top) if not more and _have_ties(scores) else (scores, rows)
 
     def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         """The nearest by comparing all that may answer, with the stored rows."""
@@ -136,6 +131,14 @@ def merge(answers: Sequence[Answers], top: int) -> Answers:
         return answers[0]
     scores = np.concatenate([scores for scores, _ in answers], axis=1)
     return _ordered(scores, np.concatenate([rows for _, rows in answers], axis=1), top)
+
+
+def _have_ties(scores: Float32[Array, "Q K"]) -> bool:
+    """Whether a line, falling, has equal scores; of one line, which is the rule, Python is quicker than numpy."""
+    if len(scores) == 1:
+        line = scores[0].tolist()
+        return len(set(line)) < len(line)
+    return bool((scores[:, 1:] == scores[:, :-1]).any())
 
 
 def _ordered(scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> Answers:

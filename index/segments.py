@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # a bar is shown for work of some seconds only
 _ROWS_WORTH_A_BAR = 50_000
-# what is written in large pieces the system keeps, and maps, in pages of 2 MB: graphs are walked an eighth faster
+# what is written in large pieces the system keeps, and maps, in pages of 2 MB: graphs are walked a tenth faster
 _BYTES_AT_ONCE = 64 << 20
 
 

@@ -24,7 +24,7 @@ Found = tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]
 def asker(index: "faiss.Index") -> Callable[[Float32[Array, "Q D"], int], Found]:
     """What `index.search(queries, top)` gives, 2 to 3 µs sooner: FAISS's C++ search without its wrapper in Python.
 
-    The next ten instructions of Python run with a cold cache after a walk through a graph, so each counts.
+    After a walk through a graph Python runs with a cold cache, and each of its steps takes two or three times as long.
     """
     wrapped: Any = index
     search, pointer, dimension = wrapped.search_c, load_faiss().swig_ptr, index.d

@@ -82,7 +82,7 @@ def choose(
         recall is better than that of the other modality. With 1,000 of the other modality each kind is measured the
         other way round too: they as rows, asked with rows held out.
     kinds: those that may be taken; none: all of the ladder.
-    max_rows: the sample tried on; beyond it effort is extrapolated from two sizes, and latency by the kind's work.
+    max_rows: the sample tried on; beyond it effort and latency are carried on from a quarter of it and all of it.
     max_questions: tuned with, and judged by, at most.
 
     Raises:

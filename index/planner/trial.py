@@ -72,7 +72,8 @@ class Trial:
 
     wishes: what to ask of the kind for all rows. parameters: what it will then have.
     recall: by direction and number of answers; `bound`: what the promised one is at least, with 95% confidence.
-    measured: on the sample. latency, resident_bytes: expected of all rows, by the kind's formulas.
+    measured: on the sample. latency: expected of all rows (`race.growth`). resident_bytes: of all rows, by the kind's
+        formula.
     build_seconds: of the sample. mapped_bytes: of the float16 rows it re-ranks from.
     curve: recall and median latency around the setting. misses: what the promise asks and this does not keep.
     turned: the other way round, by direction.

@@ -81,14 +81,11 @@ def settled(start: Setting, holds: Callable[[Setting], bool], *, most: int | Non
     >>> settled(Setting(effort=50, rerank=0), lambda setting: (setting.effort or 0) >= 60, most=1000)
     Setting(effort=60, rerank=0)
     """
-    setting, missing = start, 0
+    setting = start
     if holds(setting):
-        while (less := setting.less()) is not None:
-            if not holds(less):
-                missing = less.effort or 0
-                break
+        while (less := setting.less()) is not None and holds(less):
             setting = less
-        return _finest(setting, missing, holds)
+        return _finest(setting, (less and less.effort) or 0, holds)
     while (more := setting.more(most)) is not None:
         if holds(more):
             return _finest(more, setting.effort or 0, holds) if more.rerank == setting.rerank else more
