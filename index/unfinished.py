@@ -30,7 +30,8 @@ def begin(folder: Path, identity: dict[str, Any]) -> None:
             begin_folder(folder, kind="embeddings", configuration=identity)
             break
         except UsageError:
-            if was_begun or not (_is_begun(folder) or _left_by_a_beginner(folder)):
+            # in this order: between the two looks a beginner may have ended its marker
+            if was_begun or not (_left_by_a_beginner(folder) or _is_begun(folder)):
                 raise
         for path in _left_by_a_beginner(folder):
             with contextlib.suppress(FileNotFoundError):

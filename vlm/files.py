@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     If the block raises (a full disk, a signal), `path` stays as it was and the neighbour is removed.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = _half_written(path)
     try:
         with beside.open("wb") as file:
             yield file
@@ -85,7 +86,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         OSError: the disk is full or cannot be written.
     """
     refuse_existing(out)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
+    folder = _half_written(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
@@ -98,6 +99,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_folder(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _half_written(path: Path) -> Path:
+    """A name beside `path` that no other writer has: threads share a process number, and containers theirs."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
 
 
 def refuse_existing(out: Path) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -12,6 +13,7 @@ from vlm.errors import UsageError
 from vlm.index.embed import EmbedOptions, embed_into
 from vlm.index.embeddings import Embeddings, Modality
 from vlm.index.share import Share
+from vlm.index.unfinished import begin
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +101,18 @@ def test_a_process_is_known_by_what_its_launcher_tells() -> None:
     for told in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
         with pytest.raises(UsageError, match="name no process"):
             Share.from_environment(told)
+
+
+def test_many_begin_a_folder_at_one_moment_and_none_is_in_the_way(tmp_path: Path) -> None:
+    def start_together(barrier: Barrier, folder: Path) -> None:
+        barrier.wait()
+        begin(folder, {"model": "colours"})
+
+    with ThreadPoolExecutor(4) as pool:
+        for folder in (tmp_path / str(attempt) for attempt in range(60)):
+            barrier = Barrier(4)
+            list(pool.map(start_together, [barrier] * 4, [folder] * 4))
+            assert sorted(path.name for path in folder.iterdir()) == ["parts", "progress.json"]
 
 
 @pytest.mark.parametrize("attempt", range(5))

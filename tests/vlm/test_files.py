@@ -21,6 +21,15 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
 
 
+def test_two_writers_of_a_file_in_one_process_do_not_meet(tmp_path):
+    path = tmp_path / "x.txt"
+    with replacing(path) as first:
+        first.write(b"first")
+        write_text(path, "second, and sooner")
+    assert path.read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
+
+
 def test_lines_survive_odd_separators_and_half_a_line_is_left_out(tmp_path):
     path = tmp_path / "lines"
     append_line(path, "one\u2028still one\x85")
