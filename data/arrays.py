@@ -8,6 +8,7 @@ Faghri et al. 2023, section 3; in image-text form Vasu et al. 2023, MobileCLIP, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -38,12 +39,12 @@ class StoredArrays:
             if name not in ROWS:
                 raise UsageError(f"There is no stored array {name!r}; it must be one of {', '.join(ROWS)}.")
 
-    @property
+    @cached_property
     def members(self) -> tuple[str, ...]:
         """What has to be read of each sample."""
         return (VIEW_SEEDS, *self.names) if self.has_views else self.names
 
-    @property
+    @cached_property
     def has_views(self) -> bool:
         """Whether views are those a teacher saw."""
         return any(ROWS[name] == "view" for name in self.names)

@@ -27,12 +27,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 REDUCTIONS = (8, 4, 2)
 
 _ORIENTATION = 0x0112
-_MARKER, _SCAN, _APP1 = 0xFF, 0xDA, 0xE1
+_JPEG_BEGINS, _MARKER, _SCAN, _APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
+# Huffman-coded frames: baseline, extended and progressive; the bytes of such a segment up to its number of colours
+_FRAMES, _FRAME_BYTES = frozenset({0xC0, 0xC1, 0xC2}), 10
+_NUM_COLOURS = frozenset({1, 3})
+# tables, restart interval, APP segments and comments; of any other marker libjpeg might read on elsewhere than we
+_PASSED_OVER = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 # a JPEG spends a bit at least on each block of 8 by 8; one that promises more pixels is cut, and not worth its memory
 _MAX_PIXELS_PER_BYTE = 1024
 # of pictures decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
 _REPEATED_CHROMA = 0.75
-_COLOURS = frozenset({"YCbCr", "RGB", "Gray"})
 
 # EXIF orientation → the stored pixels upright, as a view of them
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -60,16 +64,17 @@ class EncodedPicture:
 
     def __init__(self, data: bytes) -> None:
         self.data, self.orientation = data, 1
-        size = _jpeg_size(data)
-        self.is_jpeg = size is not None
-        if size is None or _may_be_turned(data):
+        header = _read_jpeg_header(data)
+        self.is_jpeg = header is not None
+        if header is None or header[2]:
             picture = open_picture(data)
             self.orientation = _orientation(picture)
             self._stored = picture.size
             self.width, self.height = upright_size(picture)
         else:
-            self._stored = self.width, self.height = size
-            _check_size(*size, num_bytes=len(data))
+            self.width, self.height, _ = header
+            self._stored = self.width, self.height
+            _check_size(self.width, self.height, num_bytes=len(data))
 
     def pixels(self, *, resolution: float = 1.0) -> UInt8[Array, "H W 3"]:
         """Upright RGB, transparency laid on white; writable, not always contiguous in memory.
@@ -145,28 +150,27 @@ def to_rgb(picture: Image.Image, *, resolution: float = 1.0) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as stored; None for what is not plainly a JPEG, which is for Pillow to read."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
-    try:
-        stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    return (int(stored_width), int(stored_height)) if colours in _COLOURS else None
+def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
+    """(width, height) as stored, and whether there is an APP1 segment (EXIF or XMP) before the first scan.
 
-
-def _may_be_turned(data: bytes) -> bool:
-    """Whether a JPEG has an APP1 segment (EXIF or XMP) before its first scan, or oddities that hide one."""
-    place, end = 2, len(data) - 3
+    None for what is not plainly a JPEG in RGB, YCbCr or grey, which is for Pillow to read.
+    """
+    if not data.startswith(_JPEG_BEGINS):
+        return None
+    width = height = 0
+    place, end, may_be_turned = 2, len(data) - _FRAME_BYTES, False
     while place < end and data[place] == _MARKER:
         marker = data[place + 1]
-        if marker == _SCAN:
-            return False
-        if marker == _APP1:
-            return True
+        if marker in _FRAMES and not width and data[place + 9] in _NUM_COLOURS:
+            height, width = data[place + 5] << 8 | data[place + 6], data[place + 7] << 8 | data[place + 8]
+        elif marker == _APP1:
+            may_be_turned = True
+        elif marker == _SCAN and width and height:
+            return width, height, may_be_turned
+        elif marker not in _PASSED_OVER:
+            return None
         place += 2 + (data[place + 2] << 8 | data[place + 3])
-    return True
+    return None
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], resolution: float) -> UInt8[Array, "H W 3"]:

@@ -32,6 +32,7 @@ from vlm.manifest import MANIFEST, PROGRESS
 
 __all__ = ["ShardReader", "count_samples", "expand_shards", "is_remote", "shards_fingerprint"]
 
+_NOTHING = Span(0, 0)
 _GAP_BYTES = 16_384
 _THREADS = 8
 _MANY_REMOTE = 4
@@ -145,16 +146,15 @@ class ShardReader:
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
-        wanted = [member.image, member.text, member.json, *(member.arrays[name] for name in arrays)]
-        found = iter(self._bytes.read([span for span in wanted if span is not None]))
-        image, text, content = (next(found) if span is not None else None for span in wanted[:3])
-        metadata = _json_object(content) if content is not None else {}
+        spans = [member.image, member.text or _NOTHING, member.json or _NOTHING]
+        image, text, content, *stored = self._bytes.read(spans + [member.arrays[name] for name in arrays])
+        metadata = _json_object(content) if member.json else {}
         return Sample(
             key=member.key,
-            image=image or b"",
-            captions=captions_of(text.decode("utf-8", errors="replace") if text is not None else None, metadata),
+            image=image,
+            captions=captions_of(text.decode("utf-8", errors="replace"), metadata),
             metadata=metadata,
-            arrays={name: _array(data, f"{member.key}.{name}.npy") for name, data in zip(arrays, found, strict=True)},
+            arrays={name: _array(data, f"{member.key}.{name}.npy") for name, data in zip(arrays, stored, strict=True)},
         )
 
 
@@ -215,9 +215,12 @@ class _CachedBytes:
 def _read_spans(descriptor: int, spans: Sequence[Span], address: str, *, end: int) -> list[bytes]:
     first, last, wanted = end, 0, 0
     for offset, size in spans:
-        if offset < 0 or size < 0 or offset + size > end:  # asked first: a header may promise more than there is memory
+        if not size:
+            continue
+        stop = offset + size
+        if offset < 0 or size < 0 or stop > end:  # asked first: a header may promise more than there is memory
             raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {address}, which ends at {end:,}")
-        first, last, wanted = min(first, offset), max(last, offset + size), wanted + size
+        first, last, wanted = offset if offset < first else first, stop if stop > last else last, wanted + size
     if last - first - wanted > _GAP_BYTES:
         return [_read_span(descriptor, span, address) for span in spans]
     together = _read_span(descriptor, Span(first, max(last - first, 0)), address)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,32 +58,26 @@ class ClipTokenizer(Tokenizer):
 
         self._bpe = SimpleTokenizer(context_length=context_length)
         self.context_length, self.vocab_size = context_length, self._bpe.vocab_size
-        self._words: dict[str, list[int]] = {}
+        self._words: dict[str, tuple[int, ...]] = {}
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        rows = np.zeros((len(texts), self.context_length), np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            pieces = [self.start_token, *self._pieces(text)[: self.context_length - 2], self.end_token]
-            row[: len(pieces)] = pieces
-        return rows
+        return _rows_of(map(self._pieces, texts), self)
 
     def _pieces(self, text: str) -> list[int]:
         # anything else is cleaned by open_clip's tokenizer, which may join or part words
         is_plain = text.isascii() and text.isprintable() and "&" not in text
         if not is_plain:
             return self._bpe.encode(text)
-        return [piece for word in text.lower().split() for piece in self._pieces_of_word(word)]
+        known = self._words
+        return [piece for word in text.lower().split() for piece in known.get(word) or self._pieces_of_word(word)]
 
-    def _pieces_of_word(self, word: str) -> list[int]:
-        found = self._words.get(word)
-        if found is None:
-            if len(self._words) >= _WORDS_KEPT:
-                self._words.clear()
-            found = self._words[word] = [
-                piece for part in self._bpe.pat.findall(word) for piece in self._pieces_of_part(part)
-            ]
-        return found
+    def _pieces_of_word(self, word: str) -> tuple[int, ...]:
+        if len(self._words) >= _WORDS_KEPT:
+            self._words.clear()
+        parts = self._bpe.pat.findall(word)
+        self._words[word] = tuple(piece for part in parts for piece in self._pieces_of_part(part))
+        return self._words[word]
 
     def _pieces_of_part(self, part: str) -> list[int]:
         """The pieces of what holds neither spaces nor both letters and signs."""
@@ -128,11 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        rows = np.full((len(texts), self.context_length), self.pad_token, dtype=np.int64)
-        for row, pieces in zip(rows, self._pieces.encode(list(texts)), strict=True):
-            tokens = [self.start_token, *pieces[: self.context_length - 2], self.end_token]
-            row[: len(tokens)] = tokens
-        return rows
+        return _rows_of(self._pieces.encode(list(texts)), self)
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:
@@ -257,6 +248,16 @@ def trimmed(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     if tokenizer.pad_token == tokenizer.end_token:
         longest += 1
     return tokens[..., : -(-longest // _WIDTH_STEP) * _WIDTH_STEP]
+
+
+def _rows_of(texts: Iterable[list[int]], tokenizer: Tokenizer) -> np.ndarray:
+    """Pieces of each text between start and end token, cut and padded: int64 [T, L]."""
+    room, start, end = tokenizer.context_length - 2, tokenizer.start_token, tokenizer.end_token
+    kept = [[start, *pieces[:room], end] for pieces in texts]
+    rows = np.full((len(kept), tokenizer.context_length), tokenizer.pad_token, np.int64)
+    is_given = np.arange(tokenizer.context_length) < np.fromiter(map(len, kept), np.int64)[:, None]
+    rows[is_given] = np.fromiter(chain.from_iterable(kept), np.int64)
+    return rows
 
 
 def _inner(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:

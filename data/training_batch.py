@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from vlm.data.captions import DrawnCaption
 from vlm.data.device_decode import PreparedView
 from vlm.data.order import Address
 from vlm.tensors import Float, Int64, Tensor, UInt8
+
+_RECORDS = {"drawn": DrawnCaption, "addresses": Address, "used": Address}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +66,16 @@ class TrainingBatch:
         return torch.arange(self.position, self.position + len(self.addresses), device=self.tokens.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """On the way from a worker, small tensors go as plain arrays: each tensor would open a shared file."""
-        return self.__dict__ | self._each_small(lambda tensor: tensor.cpu().numpy())
+        """On the way from a worker, small tensors go as plain arrays: each tensor would open a shared file.
+
+        Records go as columns: pickle calls a function for each.
+        """
+        columns = {name: tuple(zip(*self.__dict__[name], strict=True)) for name in _RECORDS}
+        return self.__dict__ | columns | self._each_small(lambda tensor: tensor.cpu().numpy())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        records = {name: tuple(starmap(kind, zip(*state[name], strict=True))) for name, kind in _RECORDS.items()}
+        self.__dict__.update(state | records)
         self.__dict__.update(self._each_small(torch.from_numpy))
 
     def with_images(self, images: UInt8[Tensor, "..."]) -> "TrainingBatch":

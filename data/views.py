@@ -125,10 +125,10 @@ class RandomView:
         is_mirrored = rng.random() < self.flip
         if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
             return self._on_grid(0, 0, width, height, is_mirrored)
-        low, span = self._log_ratio
+        random, pixels, (low, span), (least, most) = rng.random, width * height, self._log_ratio, self.scale
         for _ in range(10):
-            share, shape, across, down = rng.random(), rng.random(), rng.random(), rng.random()
-            area = width * height * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
+            share, shape, across, down = random(), random(), random(), random()
+            area = pixels * (least + share * (most - least))
             aspect = exp(low + shape * span)
             crop_width, crop_height = round(sqrt(area * aspect)), round(sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
@@ -198,8 +198,8 @@ _RESIZE = {
 
 
 def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
-    # in this order of steps torch sees channels last, for which it has its fastest filter
-    return torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
+    # torch sees channels last, for which it has its fastest filter; numpy turns axes in half of torch's time
+    return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
 
 
 def _channels_first(picture: Image.Image) -> np.ndarray:

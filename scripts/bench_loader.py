@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The loader's speed beside open_clip's training pipeline and the bare decoding of the same photos, in one run.
+"""The loader's speed beside open_clip's training pipeline and two kinds of bare decoding, in one run.
 
     scripts/bench_loader.py [--shards clothing flickr8k] [--workers 1 2] [--json]
 
@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench.environment import open_clip_python, shards_of
 
 BENCH = Path(__file__).parent / "bench"
-SIDES = ("ours", "ours, float", "open_clip", "bare")
+SIDES = ("ours", "ours, float", "open_clip", "bare", "bare, Pillow")
+RATIOS = (("ours", "open_clip"), ("ours, float", "open_clip"), ("ours", "bare"), ("ours", "bare, Pillow"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def run(arguments: Arguments) -> None:
     shards = shards_of(arguments.shards, cache, max(arguments.workers))
     theirs = Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py")
     ours, bare = Side(sys.executable, "vlm_loader.py"), Side(sys.executable, "bare_decoding.py")
-    asked = {"ours": ours, "ours, float": ours, "open_clip": theirs, "bare": bare}
+    asked = {"ours": ours, "ours, float": ours, "open_clip": theirs, "bare": bare, "bare, Pillow": bare}
     result = {
         "command": shlex.join(["scripts/bench_loader.py", *sys.argv[1:]]),
         "speed": [
@@ -139,7 +140,8 @@ def _compare(
     for repeat in range(arguments.repeats):
         say(f"{name}, {workers} workers, run {repeat + 1} of {arguments.repeats} …")
         for side in SIDES:
-            answer = asked[side].ask(**request, shards=shards, workers=workers, is_float=side == "ours, float")
+            how = {"is_float": side == "ours, float", "by_pillow": side == "bare, Pillow"}
+            answer = asked[side].ask(**request, **how, shards=shards, workers=workers)
             runs[side].append(answer)
     medians = {side: {field: median(run[field] for run in found) for field in found[0]} for side, found in runs.items()}
     # each run of ours against its neighbours in time, which the noise of a shared machine changes least
@@ -147,7 +149,7 @@ def _compare(
         f"{mine} / {other}": median(
             one["images_per_s"] / two["images_per_s"] for one, two in zip(runs[mine], runs[other], strict=True)
         )
-        for mine, other in (("ours", "open_clip"), ("ours, float", "open_clip"), ("ours", "bare"))
+        for mine, other in RATIOS
     }
     return {"shards": name, "workers": workers, "medians": medians, "ratios": ratios, "runs": runs}
 
@@ -169,7 +171,7 @@ def _plan(samples: int) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     show_table(
-        ["shards", "workers", *SIDES, "× open_clip", "float × open_clip", "of bare"],
+        ["shards", "workers", *SIDES, "× open_clip", "float × open_clip", "of bare", "of bare, Pillow"],
         [_speed_row(row) for row in result["speed"]],
         title="Images a second",
     )

@@ -1,9 +1,11 @@
 """One side of the loader benchmark, the limit of the others: JPEGs in memory to uint8 views, and nothing else.
 
-The same decoder, filter and reduced scales as the loader's, with the crops drawn beforehand: no tar, no captions, no
-batches, nothing handed from process to process.
+With the crops drawn beforehand, no tar, no captions, no batches, nothing handed from process to process. Either with
+the loader's own decoder, filter and reduced scales, or as one would write it with Pillow alone: its scaled decoding
+(`draft`) and its mean over areas (`BOX`).
 """
 
+import io
 import multiprocessing
 import time
 from math import ceil
@@ -14,6 +16,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from serving import serve
 
 from vlm.data.shards import ShardReader
@@ -27,7 +30,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     barrier, spans = context.Barrier(request["workers"]), context.SimpleQueue()
     processes = [
-        context.Process(target=_decode_many, args=(images, request["size"], count, number, barrier, spans))
+        context.Process(target=_decode_many, args=(images, request, count, number, barrier, spans))
         for number in range(request["workers"])
     ]
     for process in processes:
@@ -46,8 +49,11 @@ def _images(shard: str) -> list[bytes]:
     return images
 
 
-def _decode_many(images: list[bytes], size: int, count: int, number: int, barrier: Barrier, spans: Any) -> None:
+def _decode_many(
+    images: list[bytes], request: dict[str, Any], count: int, number: int, barrier: Barrier, spans: Any
+) -> None:
     torch.set_num_threads(1)
+    size, decode = request["size"], _decode_by_pillow if request["by_pillow"] else _decode
     rng = np.random.default_rng(number)
     chosen = [images[place] for place in rng.integers(len(images), size=count)]
     view = RandomView(size=size)
@@ -58,7 +64,7 @@ def _decode_many(images: list[bytes], size: int, count: int, number: int, barrie
     barrier.wait()
     began = time.perf_counter()
     for image, crop in zip(chosen, crops, strict=True):
-        _decode(image, crop, size)
+        decode(image, crop, size)
     spans.put((began, time.perf_counter()))
 
 
@@ -74,6 +80,17 @@ def _decode(image: bytes, crop: Crop, size: int) -> np.ndarray:
     columns = slice(crop.left // step, (crop.left + crop.width) // step)
     batch = torch.from_numpy(pixels[rows, columns]).unsqueeze(0).permute(0, 3, 1, 2)
     return F.interpolate(batch, (size, size), mode="bicubic", antialias=True)[0].numpy()
+
+
+def _decode_by_pillow(image: bytes, crop: Crop, size: int) -> np.ndarray:
+    picture = Image.open(io.BytesIO(image))
+    whole, share = picture.width, size / min(crop.width, crop.height)
+    picture.draft("RGB", (int(picture.width * share), int(picture.height * share)))
+    step = whole / picture.width
+    right = min((crop.left + crop.width) / step, picture.width)
+    bottom = min((crop.top + crop.height) / step, picture.height)
+    box = (crop.left / step, crop.top / step, right, bottom)
+    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX, box=box))
 
 
 if __name__ == "__main__":

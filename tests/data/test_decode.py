@@ -137,6 +137,23 @@ def test_grey_and_rgb_jpegs_take_the_fast_way_and_four_colours_do_not(make_pictu
     assert (EncodedPicture(inks).pixels() == decoded(inks)).all()
 
 
+def test_what_libjpeg_might_read_otherwise_than_we_is_left_to_pillow(make_picture):
+    """A marker without a length hides a frame of other size from who takes the next two bytes for one."""
+    plain = make_picture(0, size=(40, 30))
+    frame = next(plain.find(bytes([0xFF, kind])) for kind in (0xC0, 0xC2) if bytes([0xFF, kind]) in plain)
+    small = bytearray(plain[frame : frame + 19])
+    small[5:9] = 0, 4, 0, 4
+    odd = plain[:2] + b"\xff\x01" + plain[2:]
+    hidden = plain[:2] + b"\xff\x01\x00\x02" + bytes(small) + plain[2:]
+    twice = plain[:frame] + bytes(small) + plain[frame:]
+    unscanned = plain[: plain.find(b"\xff\xda")]
+    for data in (odd, hidden, unscanned):
+        with pytest.raises(BadSample, match="unreadable picture"):
+            EncodedPicture(data).pixels()
+    assert not EncodedPicture(twice).is_jpeg
+    assert EncodedPicture(plain).is_jpeg
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "AVIF"])
 def test_of_an_animation_the_first_picture_is_taken(kind):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 0), (0, 0, 255))]

@@ -25,6 +25,7 @@ def test_rows_begin_with_start_end_with_end_and_are_padded_with_zero(pieces):
     assert rows.shape == (2, 24)
     assert (rows[:, 0] == pieces.start_token).all()
     assert rows[1].tolist() == [pieces.start_token, pieces.end_token] + [0] * 22
+    assert pieces.encode([]).shape == (0, 24)
 
 
 def test_the_end_token_is_the_largest_id_for_argmax_pooling(pieces):

@@ -1,12 +1,16 @@
 import io
+import pickle
 import tarfile
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.data.tars import members, without_tables, write_tar
 from vlm.data.arrays import StoredArrays, view_rng
+from vlm.data.captions import DrawnCaption
 from vlm.data.encode import encode_pair
 from vlm.data.loader import ShardSet
 from vlm.data.order import Address, SampleOrder
@@ -97,6 +101,19 @@ def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_on
     assert (images[4] != images[2]).any()
     with pytest.raises(VlmError, match=r"2 samples in a row.*from number 3 .*no caption"):
         assemble(plan, max_bad_in_a_row=2)(asked, shards)
+
+
+@pytest.mark.parametrize("size", [6, 0])
+def test_a_batch_arrives_from_a_worker_as_it_was_sent(damaged, size):
+    plan = plan_of(6, batch_size=6)
+    sent = assemble(plan, has_identities=True)(plan[0][:size], ShardSet([damaged]))
+    received = pickle.loads(ForkingPickler.dumps(sent))
+    for name in ("keys", "drawn", "addresses", "used", "incidents", "position", "captions"):
+        assert getattr(received, name) == getattr(sent, name)
+    assert {type(row) for row in received.addresses + received.used} <= {Address}
+    assert {type(row) for row in received.drawn} <= {DrawnCaption}
+    for arrived, left in zip(received.tensors, sent.tensors, strict=True):
+        assert torch.equal(arrived, left)
 
 
 def test_which_caption_was_drawn_is_recorded(damaged):
