@@ -12,7 +12,7 @@ from vlm.data.look.findings import BadRecord, Inspection
 from vlm.data.look.glance import Portion, Wanted
 from vlm.data.look.processes import glance_all
 from vlm.data.look.tally import Tally
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.tar_index import open_index
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from vlm.data.hand_over import Slot, SlotMemory
 from vlm.data.order import Address
 from vlm.data.samples import Sample
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.storage.addresses import needs_cache
 from vlm.data.storage.cache import ShardCache, default_cache
 from vlm.data.storage.prefetch import Prefetcher

@@ -11,7 +11,7 @@ from vlm.data.curation.facts import Facts
 from vlm.data.decode import open_picture, to_rgb
 from vlm.data.look.plots import table
 from vlm.data.look.style import STYLE
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.errors import BadSample
 
 _SHOWN_DROPPED = 18

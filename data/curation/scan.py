@@ -15,7 +15,8 @@ from vlm.data.curation.facts import DIGEST_BYTES, Facts, Need, ScannedShard, sch
 from vlm.data.decode import open_picture, to_rgb, upright_size
 from vlm.data.likeness import THUMBNAIL_BYTES, look_of
 from vlm.data.samples import Sample
-from vlm.data.shards import ShardReader, count_samples
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import count_samples
 from vlm.data.tar_index import open_index
 from vlm.errors import BadSample, UsageError, VlmError
 

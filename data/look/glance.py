@@ -14,7 +14,7 @@ from vlm.data.likeness import Look, look_of
 from vlm.data.look.digests import digest_of
 from vlm.data.look.findings import BadRecord, Shown
 from vlm.data.samples import Captions, Sample
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.errors import BadSample
 

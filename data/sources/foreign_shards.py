@@ -10,7 +10,8 @@ import numpy as np
 
 from vlm.data.samples import Pair
 from vlm.data.selection import Selection
-from vlm.data.shards import ShardReader, count_samples, shards_fingerprint
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.sources.files import PICTURE_SUFFIXES
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar_index import open_index

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from serving import serve
 
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.views import Crop, RandomView
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from serving import serve
 
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.tokenizers import trimmed
 from vlm.models.encoder import VisionLanguageModel
 from vlm.models.loading import load_model

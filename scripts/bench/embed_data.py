@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.views import FixedView
 from vlm.errors import VlmError

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vlm.cli.main import main
-from vlm.data.shards import ShardReader, expand_shards
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import expand_shards
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.views import FixedView
 from vlm.models.encoder import VisionLanguageModel

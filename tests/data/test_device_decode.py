@@ -10,7 +10,7 @@ from vlm.data import device_decode
 from vlm.data.decode import EncodedPicture
 from vlm.data.device_decode import check_decoder, prepare_view, show_on_device
 from vlm.data.samples import SampleChance
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.views import RandomView
 from vlm.errors import BadSample, UsageError
 

@@ -13,7 +13,8 @@ from webdataset.compat import WebDataset
 
 from vlm.data.pack import PackConfig, pack
 from vlm.data.samples import Pair
-from vlm.data.shards import ShardReader, expand_shards, shards_fingerprint
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources import SceneOptions, SourceOptions, open_source
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.manifest import read_manifest

@@ -9,7 +9,8 @@ import pytest
 
 from vlm.data.encode import encode_pair
 from vlm.data.samples import Pair
-from vlm.data.shards import ShardReader, count_samples, expand_shards, shards_fingerprint
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
 from vlm.errors import BadSample, UsageError, VlmError
 
 

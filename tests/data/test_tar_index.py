@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.data import tar_index
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.tar_index import Span, open_index
 from vlm.errors import BadSample, UsageError, VlmError
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from vlm.data.decode import EncodedPicture, open_picture, to_rgb
 from vlm.data.samples import SampleChance
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.views import CLIP_MEAN, CLIP_STD, Crop, FixedView, RandomView, resize_antialiased
 from vlm.errors import BadSample, UsageError
 

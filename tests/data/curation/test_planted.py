@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from vlm.data.pack import PackConfig, pack
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.sources import SourceOptions, open_source
 
 # another colour or another print of the same product (fashion), another moment of the same scene (Flickr8k)

@@ -1,6 +1,7 @@
 import pytest
 
-from vlm.data.shards import ShardReader, expand_shards
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import expand_shards
 from vlm.data.storage import addresses
 from vlm.data.storage.addresses import base_name, is_compressed, is_remote, local_path, needs_cache, neighbour
 from vlm.errors import UsageError

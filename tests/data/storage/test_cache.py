@@ -11,7 +11,8 @@ import pytest
 
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
-from vlm.data.shards import ShardReader, count_samples
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import count_samples
 from vlm.data.storage.cache import ShardCache, default_cache
 from vlm.errors import UsageError, VlmError
 
@@ -136,7 +137,7 @@ def _read_in_child(addresses, cache, found):
 READ_ALL = """
 import sys
 from pathlib import Path
-from vlm.data.shards import ShardReader
+from vlm.data.shard_reader import ShardReader
 from vlm.data.storage.cache import ShardCache
 cache = ShardCache(Path(sys.argv[1]), int(sys.argv[2]))
 readers = [ShardReader(address, cache) for address in sys.argv[3:]]

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tests.data.storage.faulty import Fault
-from vlm.data.shards import ShardReader, count_samples, expand_shards
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import count_samples, expand_shards
 from vlm.data.storage.remote import forget_identities
 from vlm.data.storage.retry import Patience
 from vlm.errors import UsageError, VlmError

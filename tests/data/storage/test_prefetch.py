@@ -3,7 +3,8 @@ import time
 
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
-from vlm.data.shards import ShardReader, count_samples
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import count_samples
 from vlm.data.storage.prefetch import Prefetcher
 
 

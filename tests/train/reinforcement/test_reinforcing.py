@@ -22,7 +22,8 @@ from tests.train.reinforcement.case import (
     write_shards,
 )
 from vlm.data.arrays import view_rng
-from vlm.data.shards import ShardReader, expand_shards
+from vlm.data.shard_reader import ShardReader
+from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
 from vlm.models.encoder import VisionLanguageModel
