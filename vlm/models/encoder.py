@@ -119,8 +119,16 @@ class VisionLanguageModel:
 
 def normalise(images: UInt8[Tensor, "B 3 H W"], view: FixedView) -> Float32[Tensor, "B 3 H W"]:
     """Bytes of colour to the floats the network was trained on: (x / 255 - mean) / std."""
-    mean = torch.tensor(view.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(view.std, device=images.device).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(values, device=images.device) for values in (view.mean, view.std))
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return _scaled(images, mean.view(3, 1, 1), std.view(3, 1, 1))
+    # by whole rows of a picture: three values at a time would leave the processor's vectors all but empty
+    width = images.shape[3]
+    rows = images.permute(0, 2, 3, 1).flatten(2)
+    return _scaled(rows, mean.repeat(width), std.repeat(width)).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+
+def _scaled(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
