@@ -1,6 +1,6 @@
 """`python -m vlm` is the same as `vlm`."""
 
-from vlm.cli.main import main
+from vlm.cli.main import enter
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    enter()

@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -220,3 +221,34 @@ def test_a_missing_shard_is_named(capsys, loop):
 def test_the_version_is_told(capsys):
     assert run(capsys, "--version")[1].startswith("vlm ")
     assert sys.version_info >= (3, 11)
+
+
+ENTERED = """
+import atexit, os, sys, torch
+import vlm.cli.main
+class Kept:
+    write = staticmethod(os.write)
+    def __del__(self):
+        self.write(1, b"the interpreter was taken apart")
+def work():
+    sys.kept = Kept()
+    atexit.register(print, "exit functions ran")
+    print("words")
+    if sys.argv[1] == "fails":
+        raise ValueError("by a mistake")
+    return int(sys.argv[1])
+vlm.cli.main.main = work
+vlm.cli.main.enter()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_command_that_used_torch_ends_before_the_interpreter_is_taken_apart(code):
+    done = subprocess.run([sys.executable, "-c", ENTERED, str(code)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "words\nexit functions ran\n")
+
+
+def test_a_mistake_in_a_command_ends_as_mistakes_do():
+    done = subprocess.run([sys.executable, "-c", ENTERED, "fails"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ValueError: by a mistake" in done.stderr

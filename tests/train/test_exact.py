@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from tests.leaving import leave_group
 from tests.train.exact_case import Case, undivided
 from vlm.train.objectives.table import TERMS
 
@@ -62,7 +63,7 @@ def _compare_in_process(rank, world, port, queue):
             torch.distributed.all_reduce(total)
             if rank == 0:
                 queue.put((objective, split, float(total), {name: value.tolist() for name, value in found.items()}))
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_are_one(free_port):

@@ -1,5 +1,7 @@
 """From a command line to a verb: parse, run, and say in one sentence what went wrong."""
 
+import atexit
+import contextlib
 import errno
 import importlib
 import logging
@@ -7,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from vlm import __version__
 from vlm.config import nearest
@@ -46,6 +49,27 @@ VERBS: dict[str, tuple[str, str]] = {
 """Each verb with its module in `vlm.cli` and its line of help. Adding a verb is one file and one line here."""
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def enter() -> NoReturn:
+    """The command `vlm`: `main`, then an end that torch's threads cannot turn into an abort.
+
+    A thread of torch (of gloo, of autograd) that gives up its last tensor while the interpreter is taken apart aborts
+    the process: all was done and saved, and yet it fails (PyTorch issue 190489). So where torch was used and `main`
+    came to its end, the process ends once all that waits for the exit has run, its interpreter whole.
+    """
+    codes: list[int] = []
+    atexit.register(_end, codes)  # the first registered runs last
+    codes.append(main())
+    sys.exit(codes[0])
+
+
+def _end(codes: list[int]) -> None:
+    if codes and "torch" in sys.modules:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(codes[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.slow
 def test_the_mean_of_a_network_spread_over_two_processes_is_that_of_the_whole_one(free_port):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launch += ["-m", "tests.train.averaging.sharded"]
     done = subprocess.run(
-        [sys.executable, *launch, str(Path(__file__).with_name("sharded.py"))],
+        [sys.executable, *launch],
         cwd=ROOT,
         capture_output=True,
         text=True,

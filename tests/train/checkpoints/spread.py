@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.leaving import leave_group
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
 from vlm.train.checkpoints.cadence import agree
@@ -45,7 +46,7 @@ def work(process: int, processes: int, kind: str, root: str) -> None:
         torch.manual_seed(3)
         step(state, torch.randn(6, 4))
         writer.save(state, ledger=Ledger(num_asked=6), is_regular=True)
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

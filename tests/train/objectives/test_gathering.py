@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from tests.leaving import leave_group
 from tests.train.objectives.pair_case import TERMS, TREATMENTS, batch, value_and_gradients
 from vlm.train.objectives.gathering import gather_detached, gather_with_gradient, own_columns
 from vlm.train.objectives.term import SHARED_OUTPUTS
@@ -56,7 +57,7 @@ def _measure(rank, world, port, queue):
     places = own_columns(3, torch.device("cpu")).tolist()
     if rank == world - 1:
         queue.put(([[tensor.tolist() for tensor in tensors] for tensors in found], places))
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")
