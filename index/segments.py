@@ -92,7 +92,7 @@ def _fill(vectors: Vectors, add: Callable[[Float32[Array, "N D"]], None]) -> Non
 class OpenSegment:
     """A segment open for reading; its files may be unlinked meanwhile.
 
-    ask: searches the FAISS index, here and among all rows.
+    ask: searches the FAISS index, here and among all rows. is_approximate: it visits some of the rows only.
     on_gpu: a copy of the FAISS index there, which answers where all rows may; None: there is none.
     """
 
@@ -104,6 +104,7 @@ class OpenSegment:
         self.vectors = Vectors(folder / described.vectors_file, described.rows, dimension)
         self.index = _read_index(folder / described.index_file, described, dimension)
         self.ask = asker(self.index)
+        self.is_approximate = KINDS[described.kind].effort is not None
         # that of a new index: rows rise, so the last tells that none is left out
         self._is_first = not described.rows or self.rows.item(-1) == described.rows - 1
 

@@ -55,7 +55,9 @@ def _setting_of(segment: OpenSegment) -> Setting:
 def _asked_with(selected: Selected, setting: Setting) -> Selected:
     """The same segment, searched with a setting."""
     segment = copy(selected.segment)
-    segment.described = replace(segment.described, rerank=setting.rerank)
+    described = segment.described
+    told = settings_of(described.kind, effort=setting.effort, rerank=0)
+    segment.described = replace(described, rerank=setting.rerank, parameters=described.parameters | told)
     if setting.effort is not None:
         set_effort(segment.index, setting.effort)
     return Selected(segment)

@@ -80,6 +80,8 @@ def settled(start: Setting, holds: Callable[[Setting], bool], *, most: int | Non
 
     >>> settled(Setting(effort=50, rerank=0), lambda setting: (setting.effort or 0) >= 60, most=1000)
     Setting(effort=60, rerank=0)
+    >>> settled(Setting(effort=50, rerank=1), lambda setting: setting.rerank == 2 and setting.effort >= 30, most=1000)
+    Setting(effort=30, rerank=2)
     """
     setting = start
     if holds(setting):
@@ -87,8 +89,8 @@ def settled(start: Setting, holds: Callable[[Setting], bool], *, most: int | Non
             setting = less
         return _finest(setting, (less and less.effort) or 0, holds)
     while (more := setting.more(most)) is not None:
-        if holds(more):
-            return _finest(more, setting.effort or 0, holds) if more.rerank == setting.rerank else more
+        if holds(more):  # with more re-ranking, anything may be enough
+            return _finest(more, (setting.effort or 0) if more.rerank == setting.rerank else 0, holds)
         setting = more
     return None
 

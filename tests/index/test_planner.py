@@ -224,12 +224,13 @@ def build(spaces: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_build_with_a_promise_plans_draws_and_confirms(
     build: Build, spaces: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    code, out, _ = build("--recall", 0.8, "--texts", spaces[1], "--kind", "ivfsq", "--memory", "1MB", "--json")
+    code, out, _ = build("--recall", 0.8, "--texts", spaces[1], "--kind", "ivfsq", "--plan-rows", 600, "--json")
     said = json.loads(out)
     assert (code, said["kind"]) == (0, "ivfsq")
     assert said["confirmed"]["recall"] >= 0.8
     assert read_manifest(tmp_path / "out", "index").details["evidence"] == said["plan"]
-    assert said["parameters"] == said["plan"]["trials"][0]["parameters"]
+    (selected,) = Index.open(tmp_path / "out").generation.selected
+    assert said["parameters"] == selected.segment.described.parameters != said["plan"]["trials"][0]["parameters"]
     assert (tmp_path / "out" / "plan.png").is_file()
 
 

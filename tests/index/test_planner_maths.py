@@ -144,6 +144,12 @@ def test_what_has_no_effort_is_settled_by_re_ranking() -> None:
     assert settled(Setting(effort=5, rerank=0), lambda _: False, most=9) is None
 
 
+def test_more_re_ranking_needs_no_more_effort_than_before() -> None:
+    """With 1 nothing is enough; the way there must not leave the effort at its most."""
+    found = settled(Setting(effort=14, rerank=1), lambda one: one.rerank >= 2 and (one.effort or 0) >= 20, most=435)
+    assert found == Setting(effort=20, rerank=2)
+
+
 def test_a_rung_asks_for_its_share_of_lists_and_never_probes_more() -> None:
     rung = Rung(kind="ivf", lists_per_root=2)
     assert rung.wishes(10_000, seed=0).nlist == 200

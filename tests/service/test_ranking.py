@@ -1,85 +1,26 @@
-"""Filters, words, duplicates, diversity and pages, over vectors on a circle whose answers can be worked out by hand."""
+"""Filters, words, duplicates and diversity, over vectors on a circle whose answers can be worked out by hand."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from tests.index.origins import make_origin
+from tests.service.circle import OpenService, origin
 from tests.service.paging import pages, uids
-from vlm.data.views import FixedView
 from vlm.errors import UsageError
-from vlm.index.build import build_index
-from vlm.index.changes import NewRows
-from vlm.index.embeddings import EmbeddingsWriter, Space
-from vlm.index.parts import Origin
-from vlm.index.writer import IndexWriter
 from vlm.service import ranking
-from vlm.service.pages import Cursor
-from vlm.service.search import Question, SearchService
-from vlm.tensors import Float32, Tensor, UInt8
-
-SPACE = Space(model="circle", fingerprint="circle", dimension=2, modality="image")
+from vlm.service.search import Question
 
 
-@dataclass
-class CircleModel:
-    """A text is an angle in degrees."""
-
-    fingerprint: str = "circle"
-    embedding_size: int = 2
-    calls: int = 0
-
-    @property
-    def view(self) -> FixedView:
-        return FixedView(size=8)
-
-    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
-        raise AssertionError("No picture is asked for.")
-
-    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
-        self.calls += 1
-        return torch.from_numpy(points([float(text) for text in texts]))
-
-
-def points(degrees: Sequence[float]) -> np.ndarray:
-    angles = np.radians(np.asarray(degrees, np.float64))
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
-def origin(uid: str, caption: str = "", **metadata: Any) -> Origin:
-    return make_origin(uid, metadata, {"en": (caption,)} if caption else {})
-
-
-@pytest.fixture
-def open_service(tmp_path: Path) -> Callable[..., SearchService]:
-    """An index of points on the circle, flat, with the origins given or named by their number."""
-
-    def make(degrees: Sequence[float], origins: Sequence[Origin] = ()) -> SearchService:
-        writer = EmbeddingsWriter(tmp_path / "vectors", space=SPACE, identity={})
-        writer.add(
-            "/nowhere/0.tar", points(degrees), list(origins) or [origin(f"u{n}", n=n) for n in range(len(degrees))]
-        )
-        writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
-        build_index(tmp_path / "vectors", tmp_path / "index", kind="flat")
-        model: Any = CircleModel()
-        return SearchService.open(tmp_path / "index", load=lambda _: model)
-
-    return make
-
-
-def test_only_rows_that_the_filter_chooses_answer(open_service: Callable[..., SearchService]) -> None:
+def test_only_rows_that_the_filter_chooses_answer(open_service: OpenService) -> None:
     service = open_service(range(0, 100, 10))
     assert uids(service.answer(Question(texts=("0",), where="n >= 3 and n != 4", top=3))) == ["u3", "u5", "u6"]
     assert uids(service.answer(Question(texts=("0",), where="key in ('u9', 'u2')"))) == ["u2", "u9"]
     assert uids(service.answer(Question(texts=("0",), where="n > 100"))) == []
 
 
-def test_a_wrong_filter_is_refused_before_the_model_is_loaded(open_service: Callable[..., SearchService]) -> None:
+def test_a_wrong_filter_is_refused_before_the_model_is_loaded(open_service: OpenService) -> None:
     service = open_service([0, 1])
 
     def refuse(_: str) -> Any:
@@ -91,7 +32,7 @@ def test_a_wrong_filter_is_refused_before_the_model_is_loaded(open_service: Call
             service.answer(Question(texts=("0",), where=where))
 
 
-def test_an_item_finds_its_like_without_a_model(open_service: Callable[..., SearchService]) -> None:
+def test_an_item_finds_its_like_without_a_model(open_service: OpenService) -> None:
     service = open_service([0, 10, 80, 90])
     service.load = lambda _: pytest.fail("the model was loaded")
     assert uids(service.answer(Question(items=("u3",), top=2))) == ["u3", "u2"]
@@ -100,7 +41,7 @@ def test_an_item_finds_its_like_without_a_model(open_service: Callable[..., Sear
         service.answer(Question(items=("u0", "u4")))
 
 
-def test_items_are_added_between_pictures_and_minus_terms(open_service: Callable[..., SearchService]) -> None:
+def test_items_are_added_between_pictures_and_minus_terms(open_service: OpenService) -> None:
     service = open_service([0, 10, 80, 90])
     answer = service.answer(Question(texts=("0",), items=("u3",), minus=("180",), weights=(2.0, 3.0, 1.0), top=1))
     # 2 (1, 0) + 3 (0, 1) - (-1, 0) points to 45 degrees
@@ -108,9 +49,7 @@ def test_items_are_added_between_pictures_and_minus_terms(open_service: Callable
 
 
 @pytest.mark.parametrize("options", [{}, {"words": "nothing"}, {"duplicates": 0.9999}, {"diversity": 0.01}])
-def test_no_answer_is_further_than_the_lowest_cosine(
-    open_service: Callable[..., SearchService], options: dict[str, Any]
-) -> None:
+def test_no_answer_is_further_than_the_lowest_cosine(open_service: OpenService, options: dict[str, Any]) -> None:
     service = open_service([0, 10, 20, 30, 40, 180])
     question = Question(texts=("0",), at_least=float(np.cos(np.radians(25))), **options)
     answer = service.answer(question)
@@ -123,7 +62,7 @@ def test_no_answer_is_further_than_the_lowest_cosine(
 CAPTIONED = [origin("a", "a dog"), origin("b", "a cat"), origin("c", "the dog", n=1), origin("d", "dog dog dog", n=1)]
 
 
-def test_words_put_captions_that_hold_them_first(open_service: Callable[..., SearchService]) -> None:
+def test_words_put_captions_that_hold_them_first(open_service: OpenService) -> None:
     service = open_service([50, 0, 60, 70], CAPTIONED)
     answer = service.answer(Question(texts=("0",), words="DOG"))
     by_vector, by_words = ["b", "a", "c", "d"], [entry.uid for entry in service.index.catalogue.search_text("dog", 9)]
@@ -138,7 +77,7 @@ def test_words_put_captions_that_hold_them_first(open_service: Callable[..., Sea
 
 
 def test_words_are_looked_for_among_the_filtered_only(
-    open_service: Callable[..., SearchService], monkeypatch: pytest.MonkeyPatch
+    open_service: OpenService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranking, "CANDIDATES", 1)
     service = open_service([50, 0, 60, 70], CAPTIONED)
@@ -147,7 +86,7 @@ def test_words_are_looked_for_among_the_filtered_only(
     assert uids(service.answer(Question(texts=("0",), words="nowhere \0 \ud800", top=1))) == ["b"]
 
 
-def test_duplicates_are_counted_behind_the_best_of_them(open_service: Callable[..., SearchService]) -> None:
+def test_duplicates_are_counted_behind_the_best_of_them(open_service: OpenService) -> None:
     service = open_service([0, 1, 2, 40, 41, 90, 200])
     answer = service.answer(Question(texts=("0",), duplicates=float(np.cos(np.radians(3))), top=3))
     assert uids(answer) == ["u0", "u3", "u5"]
@@ -156,9 +95,7 @@ def test_duplicates_are_counted_behind_the_best_of_them(open_service: Callable[.
     assert pages(service, replace(answer.question, top=1)) == ["u0", "u3", "u5", "u6"]
 
 
-def test_more_is_looked_at_until_enough_differ(
-    open_service: Callable[..., SearchService], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_is_looked_at_until_enough_differ(open_service: OpenService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking, "CANDIDATES", 4)
     service = open_service([*np.linspace(0, 1, 300), 30, 60, 90])
     answer = service.answer(Question(texts=("0",), duplicates=0.99, top=3))
@@ -166,7 +103,7 @@ def test_more_is_looked_at_until_enough_differ(
     assert answer.hits[0].similar == 299
 
 
-def test_diverse_answers_come_before_more_of_the_same(open_service: Callable[..., SearchService]) -> None:
+def test_diverse_answers_come_before_more_of_the_same(open_service: OpenService) -> None:
     service = open_service([-10, -9, 30, 90])
     assert uids(service.answer(Question(texts=("0",), top=3))) == ["u1", "u0", "u2"]
     # after u1, with relevances 1, 0.997, 0.877, 0: 0.6 * 0.877 - 0.4 cos 39° is more than 0.6 * 0.997 - 0.4 cos 1°
@@ -174,78 +111,8 @@ def test_diverse_answers_come_before_more_of_the_same(open_service: Callable[...
     assert uids(service.answer(Question(texts=("0",), diversity=0.001, top=3))) == ["u1", "u0", "u2"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"where": "n >= 5 and n < 90"},
-        {"words": "row"},
-        {"duplicates": 0.9999},
-        {"diversity": 0.5},
-        {"words": "row", "duplicates": 0.9999, "diversity": 0.5, "where": "n != 7"},
-    ],
-)
-def test_pages_put_together_are_the_one_long_answer(
-    open_service: Callable[..., SearchService], options: dict[str, Any]
-) -> None:
-    # a hundred rows at few angles: equals have an order too
-    degrees = np.random.default_rng(0).integers(0, 36, 100) * 5
-    captions = ["row" if number % 3 else "other" for number in range(100)]
-    service = open_service(degrees, [origin(f"u{n}", caption, n=n) for n, caption in enumerate(captions)])
-    question = Question(texts=("33",), **options)
-    whole = service.answer(replace(question, top=1000))
-    assert whole.next == ""
-    assert len(set(uids(whole))) == len(whole.hits) > 50 * (not options.get("duplicates"))
-    for top in (1, 7, 99):
-        assert pages(service, replace(question, top=top)) == uids(whole)
-
-
-def test_a_page_goes_on_behind_its_last_answer_when_the_index_has_changed(
-    open_service: Callable[..., SearchService],
-) -> None:
-    service = open_service([0, 10, 20, 30, 40])
-    question = Question(texts=("0",), top=2)
-    first = service.answer(question)
-    with IndexWriter(service.index.folder) as writer:
-        added = [5, 25, *np.linspace(1, 4, 30)]
-        writer.add(NewRows.of_arrays(points(added), [origin(f"n{n}") for n in range(len(added))], SPACE))
-        writer.delete(["u1", "u2"])
-    second = service.answer(replace(question, after=first.next))
-    assert uids(first) == ["u0", "u1"]
-    assert uids(second) == ["n1", "u3"]
-    assert second.generation == first.generation + 2
-    assert uids(service.answer(replace(question, after=second.next))) == ["u4"]
-
-
-def test_a_page_whose_order_the_change_may_have_touched_is_refused(
-    open_service: Callable[..., SearchService],
-) -> None:
-    service = open_service([0, 10, 20, 30, 40])
-    question = Question(texts=("0",), top=2, diversity=0.5)
-    first = service.answer(question)
-    with IndexWriter(service.index.folder) as writer:
-        writer.delete(["u1"])
-    with pytest.raises(UsageError, match="generation 1 to 2 since the last page"):
-        service.answer(replace(question, after=first.next))
-
-
-def test_a_cursor_of_another_question_is_refused(open_service: Callable[..., SearchService]) -> None:
-    service = open_service([0, 10, 20])
-    after = service.answer(Question(texts=("0",), top=1)).next
-    assert uids(service.answer(Question(texts=("0",), top=2, after=after))) == ["u1", "u2"]
-    for other in (Question(texts=("1",), after=after), Question(texts=("0",), where="n < 9", after=after)):
-        with pytest.raises(UsageError, match="belongs to another question"):
-            service.answer(other)
-
-
-@pytest.mark.parametrize("word", ["x", "ä", "AAAA", "", "=" * 32])
-def test_a_word_that_is_no_cursor_is_named(word: str) -> None:
-    with pytest.raises(UsageError, match="is no cursor"):
-        Cursor.from_word(word)
-
-
 def test_several_questions_are_embedded_together_and_answered_alike(
-    open_service: Callable[..., SearchService],
+    open_service: OpenService,
 ) -> None:
     service = open_service(range(0, 90, 5))
     questions = [
@@ -274,7 +141,7 @@ def test_several_questions_are_embedded_together_and_answered_alike(
     ],
 )
 def test_options_that_mean_nothing_are_refused(
-    open_service: Callable[..., SearchService], options: dict[str, Any], message: str
+    open_service: OpenService, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         open_service([0]).answer(Question(texts=("0",), **options))

@@ -1,6 +1,6 @@
 """Build a FAISS index with its catalogue from embeddings."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +104,7 @@ def _build_planned(arguments: Arguments) -> None:
     """Plan, build, leave the plot in the folder, then set and measure the finished index."""
     from vlm.index.build import build_index
     from vlm.index.embeddings import Embeddings
+    from vlm.index.kinds import settings_of
     from vlm.index.planner import confirm, settle
     from vlm.index.planner.report import PLOT, draw_plan, show_plan
     from vlm.index.read import Index
@@ -117,6 +118,9 @@ def _build_planned(arguments: Arguments) -> None:
     draw_plan(plan, arguments.out / PLOT)
     source = Embeddings.open(arguments.embeddings)
     setting = settle(arguments.out, source, plan)
+    if setting:
+        told = settings_of(plan.kind, effort=setting.effort, rerank=setting.rerank)
+        summary = replace(summary, parameters=summary.parameters | told)
     index = Index.open(arguments.out)
     found = confirm(index, source, plan)
     index.close()

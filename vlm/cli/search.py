@@ -56,13 +56,14 @@ class Arguments:
     'a%', is missing, not, or, parentheses. Fields are those of the metadata, and key, language and caption."""
 
     words: str = ""
-    """Put captions with all these words first: their rank in the full text is fused with the rank of the vectors."""
+    """Raise captions with all these words: the first 1,000 of the full text and the first 1,000 of the vectors are
+    fused by reciprocal rank; all others follow by cosine."""
 
     group_duplicates: float | None = None
     """Show one of the answers that are alike, with their number: those with at least this cosine, as 0.95."""
 
     diversity: float = 0.0
-    """From 0, the nearest first, to 1, the most unlike each other first."""
+    """From 0, the nearest first, to 1, the most unlike each other first; of the first 1,000, and the others follow."""
 
     rerank: str = ""
     """A model with a caption decoder, which may be the index's own: the nearest are ordered by how likely it finds the

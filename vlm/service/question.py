@@ -22,7 +22,8 @@ class Question:
     its numbers; of the index's space, which cannot be checked. weights: one a term, in the order texts, images, items,
     vectors, minus; one below 0 takes its term away; empty counts every term once. top: how many answers.
     where: a filter (`vlm.index.where`); empty lets every row answer. at_least: the lowest cosine of an answer.
-    words: captions that hold these words come first, by reciprocal rank fusion with the cosines.
+    words: captions that hold these words are raised, by reciprocal rank fusion of the first of them with the first by
+        cosine; all others follow by cosine.
     duplicates: answers whose cosine with a better one is at least this are counted, not shown; None shows all.
     diversity: from 0, the nearest first, to 1, the most unlike each other first (`reorder.diversify`).
     rerank_top: so many of the first answers are put in the order of likelihood (`reranking`); 0 leaves them.

@@ -16,7 +16,7 @@ from vlm.service.reranking import Reranking
 from vlm.tensors import Array, Float32, Int64
 
 CANDIDATES = 1000
-"""How many of each ranking are fused, and how many are put in a diverse order; a page ends where they end."""
+"""How many of each ranking are fused, and how many are put in a diverse order; the others follow as they were."""
 
 # FAISS adds up in single precision, and keeps any of several rows of one score
 _TIE = 1e-6
@@ -26,7 +26,7 @@ _TIE = 1e-6
 class Ranking:
     """Rows with the cosine of each to the question, best first.
 
-    fused: the score of the fusion that orders them; None where the cosine does.
+    fused: the score of the fusion that orders them, NaN where the cosine does; None where it does for all.
     similar: how many worse answers each stands for. likelihoods: those of the re-ranking, NaN where it gave none.
     """
 
@@ -44,6 +44,13 @@ class Ranking:
         last = np.float32(after.score)
         is_behind = (self.cosines < last) | ((self.cosines == last) & (self.rows > after.row))
         return self.take(np.flatnonzero(is_behind))
+
+    def joined(self, others: "Ranking") -> "Ranking":
+        """These, then of the others those that are not among them; of neither duplicates were left out."""
+        others = others.take(np.flatnonzero(~np.isin(others.rows, self.rows)))
+        fused = None if self.fused is None else np.append(self.fused, np.full(len(others), np.nan, np.float32))
+        rows, cosines = np.append(self.rows, others.rows), np.append(self.cosines, others.cosines)
+        return Ranking(rows=rows, cosines=cosines, fused=fused)
 
     def take(self, places: Int64[Array, " M"]) -> "Ranking":
         """Those at the given places, in that order."""
@@ -73,14 +80,21 @@ class Ranker:
                 changed with it.
         """
         after = self._cursor()
-        found = self._next_nearest(after) if self.question.is_plain else self._next_chosen(after.seen if after else 0)
+        seen = after.seen if after else 0
+        if after and after.generation != self.generation.number:
+            found = self._next_nearest(after)
+        else:
+            found = self._in_order(seen, after.first if after else self.question.top)
         page = found.take(np.arange(min(len(found), self.question.top)))
+        if self.question.is_plain:
+            page = page.take(np.lexsort((page.rows, -page.cosines)))
         if len(page) == len(found):
             return page, ""
         end = Cursor(
-            generation=self.generation.number,
+            generation=after.generation if after else self.generation.number,
             question=self._digest,
-            seen=(after.seen if after else 0) + len(page),
+            first=after.first if after else self.question.top,
+            seen=seen + len(page),
             score=float(page.cosines[-1]),
             row=int(page.rows[-1]),
         )
@@ -103,47 +117,73 @@ class Ranker:
             )
         return after
 
-    def _next_nearest(self, after: Cursor | None) -> Ranking:
-        """The nearest rows behind the cursor, one more than asked for if there are."""
-        depth = (after.seen if after else 0) + self.question.top + 2
+    def _next_nearest(self, after: Cursor) -> Ranking:
+        """The nearest rows that rank after a cursor of another generation, one more than asked for if there are."""
+        depth = after.seen + self.question.top + 2
         while True:
             found, is_all = self._surely_nearest(depth)
-            behind = found if after is None else found.behind(after)
+            behind = found.behind(after)
             # rows that came into the index since may rank before the cursor, so that more have to be passed over
             if is_all or len(behind) > self.question.top:
                 return behind
             depth *= 2
 
-    def _next_chosen(self, seen: int) -> Ranking:
-        """The answers in the order of fusion, without duplicates, re-ranked or diverse; those seen passed over."""
+    def _in_order(self, seen: int, first: int) -> Ranking:
+        """The answers in the order of fusion, without duplicates, re-ranked or diverse; those seen passed over.
+
+        There is one more than asked for, if there are so many. first: answers on the first page, on which the order
+        hangs.
+        """
         question = self.question
-        wanted = CANDIDATES if question.diversity else max(seen + question.top + 1, question.rerank_top)
-        found = self._without_duplicates(wanted)
+        wanted = seen + question.top + 1
+        found = self._without_duplicates(
+            max(wanted, question.rerank_top, CANDIDATES if question.diversity else 0), first
+        )
         if self.reranking and seen < question.rerank_top:
             found = _reranked(found, self.reranking, question.rerank_top)
         if question.diversity:
-            found = found.take(np.arange(min(len(found), CANDIDATES)))
-            relevance = found.cosines if found.fused is None else found.fused
-            vectors = self.generation.vectors(found.rows)
-            found = found.take(diversify(relevance, vectors, question.diversity, seen + question.top + 1))
+            found = self._diverse(found, wanted)
         return found.take(np.arange(seen, len(found)))
 
-    def _without_duplicates(self, wanted: int) -> Ranking:
+    def _diverse(self, found: Ranking, wanted: int) -> Ranking:
+        """The first in a diverse order, the others behind them as they were."""
+        chosen = found.take(np.arange(min(len(found), CANDIDATES)))
+        relevance = chosen.cosines if chosen.fused is None else chosen.fused
+        vectors = self.generation.vectors(chosen.rows)
+        order = diversify(relevance, vectors, self.question.diversity, wanted)
+        rest = np.arange(len(chosen), len(found)) if wanted > len(chosen) else np.arange(0)
+        return found.take(np.concatenate([order, rest]))
+
+    def _without_duplicates(self, wanted: int, first: int) -> Ranking:
         """The answers that stand for themselves, or without a wish to see no duplicates all: the first `wanted` at
-        least, if there are so many; of those fused with words no more than were looked at."""
+        least, if there are so many."""
         threshold = self.question.duplicates
-        depth = (wanted if threshold is None else max(wanted, CANDIDATES)) + 2
+        if threshold is None:
+            return self._ranked(wanted, first)[0]
+        depth = max(wanted, CANDIDATES)
         while True:
-            found, is_all = (self._fused(), True) if self.question.words else self._surely_nearest(depth)
-            if threshold is None:
-                if is_all or len(found) >= wanted:
-                    return found
-            else:
-                leaders = lead_duplicates(self.generation.vectors(found.rows), threshold, most=wanted)
-                places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
-                if is_all or len(places) >= wanted:
-                    return replace(found.take(places), similar=sizes - 1)
+            found, is_all = self._ranked(depth, first)
+            leaders = lead_duplicates(self.generation.vectors(found.rows), threshold, most=wanted)
+            places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
+            if is_all or len(places) >= wanted:
+                return replace(found.take(places), similar=sizes - 1)
             depth *= 4
+
+    def _ranked(self, wanted: int, first: int) -> tuple[Ranking, bool]:
+        """The first `wanted` rows at least, and whether these are all.
+
+        Those fused with words come first, then the nearest of the others. An index that is not exact may find, searched
+        deeper, rows that it missed before; they follow those found before, so that the order is the same however far
+        it is asked for, and pages show every row once.
+        """
+        nobody = Ranking(rows=np.zeros(0, np.int64), cosines=np.zeros(0, np.float32))
+        ranked, is_all = self._fused() if self.question.words else nobody, False
+        depth = max(first, self.question.rerank_top) + 3
+        while len(ranked) < wanted and not is_all:
+            found, is_all = self._surely_nearest(depth)
+            ranked = ranked.joined(found)
+            depth *= 4
+        return ranked, is_all
 
     def _surely_nearest(self, depth: int) -> tuple[Ranking, bool]:
         """The nearest rows down to a score of which none was cut off among equals, and whether these are all rows."""

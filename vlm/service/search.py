@@ -33,7 +33,8 @@ _SHORTEST_MIXTURE = 1e-5
 class Found(Hit):
     """A hit of a question.
 
-    fused: the score that orders the hits of a question with words. similar: how many worse hits it stands for.
+    fused: the score that orders the hits of a question with words; None behind the last of these.
+    similar: how many worse hits it stands for.
     likelihood: of the question's texts given the picture (`Reranking.order`); None where the hit was not re-ranked.
     """
 
@@ -243,12 +244,16 @@ def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
         Found(
             score=score,
             entry=entry,
-            fused=fused,
+            fused=_unless_nan(fused),
             similar=similar,
-            likelihood=None if likelihood is None or isnan(likelihood) else likelihood,
+            likelihood=_unless_nan(likelihood),
         )
         for entry, score, fused, similar, likelihood in zip(entries, *columns, strict=True)
     )
+
+
+def _unless_nan(value: float | None) -> float | None:
+    return None if value is None or isnan(value) else value
 
 
 def mix_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:
