@@ -23,7 +23,7 @@ class LoaderConfig:
     """How often each of them is drawn, in proportion; empty draws evenly."""
 
     sentences: bool = False
-    """Show one sentence, drawn, of a long caption instead of the whole."""
+    """Show one sentence, drawn, of a long caption; cut after . ! ? before a space ("Dr. Smith" too), after 。！？."""
 
     arrays: tuple[str, ...] = ()
     """Arrays stored in the shards that batches carry: teacher_image, teacher_text, text_embedding."""
