@@ -41,7 +41,7 @@ class LoaderConfig:
     """Read the whole samples of shards that are cut short instead of refusing them."""
 
     max_bad: float = 0.01
-    """Share of unusable samples past which the run fails."""
+    """Share of unusable samples past which the run fails; the first ten never count as too many, unless it is 0."""
 
     max_bad_in_a_row: int = 100
     """Unusable samples one after the other at which the run fails."""
