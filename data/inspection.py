@@ -49,8 +49,15 @@ def inspect_shards(
     Raises:
         UsageError: a number is out of range, there is no such tokenizer, or the selection is of other shards.
     """
-    if workers < 0 or pictures < 0 or (sample is not None and sample < 1):
-        raise UsageError(f"workers = {workers} and pictures = {pictures} must be 0 or more, sample = {sample} above 0.")
+    for name, value, least in (
+        ("workers", workers, 0),
+        ("pictures", pictures, 0),
+        ("near_limit", near_limit, 0),
+        ("sample", sample, 1),
+        ("context_length", context_length, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{name} = {value} is outside its range; give {least} or more.")
     limit = open_tokenizer(tokenizer, context_length).context_length if tokenizer else None
     opened = _Opened(shards)
     there = opened.chosen(selection)

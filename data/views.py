@@ -100,6 +100,9 @@ class RandomView:
 
     scale: range of the crop's share of the area. ratio: range of its width / height.
     flip: probability of mirroring. interpolation: bicubic or bilinear, both antialiased.
+
+    Raises:
+        UsageError: size is below 1.
     """
 
     size: int = 224
@@ -107,6 +110,10 @@ class RandomView:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"size = {self.size} pixels show nothing; give 1 or more.")
 
     def __call__(self, image: bytes, rng: Chance) -> UInt8[Array, "3 S S"]:
         """Encoded picture to its view; the channels of a pixel lie side by side in memory (as of `show`).

@@ -137,9 +137,11 @@ def test_token_lengths_count_start_and_end(scene_tokenizer):
     assert token_lengths(tokenizer, []) == []
 
 
-@pytest.mark.parametrize("numbers", [{"workers": -1}, {"sample": 0}, {"pictures": -1}])
+@pytest.mark.parametrize(
+    "numbers", [{"workers": -1}, {"sample": 0}, {"pictures": -1}, {"near_limit": -1}, {"context_length": -3}]
+)
 def test_numbers_out_of_range_are_refused(shards, numbers):
-    with pytest.raises(UsageError, match="must be 0 or more"):
+    with pytest.raises(UsageError, match=r"= (-?\d) is outside its range; give [01] or more"):
         inspect_shards(shards, **numbers)
 
 

@@ -65,6 +65,12 @@ def test_preprocessing_is_written_and_read_back():
         FixedView.from_preprocess({"size": [32, 64]})
 
 
+def test_a_view_without_pixels_is_refused():
+    for size in (0, -3):
+        with pytest.raises(UsageError, match=rf"size = {size} pixels show nothing; give 1 or more"):
+            RandomView(size=size)
+
+
 def test_a_random_view_is_a_function_of_its_generator(make_picture):
     image = make_picture(0, size=(120, 90))
     view = RandomView(size=48, scale=(0.3, 1.0), flip=0.5)

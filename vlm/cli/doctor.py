@@ -173,7 +173,8 @@ def _trial(arguments: Arguments, model: "VisionLanguageModel | None") -> "Trial"
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.views import RandomView
 
-    size = arguments.size or (model.view.size if model else 224)
+    own_size = model.view.size if model else 224
+    size = own_size if arguments.size is None else arguments.size
     if model and size != model.view.size:
         raise UsageError(f"{arguments.model} sees {model.view.size} px; leave out --size {size}.")
     return Trial(
