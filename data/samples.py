@@ -58,7 +58,9 @@ def captions_of(text: str | None, metadata: dict[str, Any]) -> Captions:
     if isinstance(given, dict):
         found = {str(language): _texts(texts) for language, texts in given.items()}
     else:
-        found = {UNNAMED: _texts(given) or _texts(text) or _texts(metadata.get("caption"))}
+        found = {UNNAMED: _texts(given)}
+    if not any(found.values()):
+        found = {UNNAMED: _texts(text) or _texts(metadata.get("caption"))}
     for name, value in metadata.items():
         if name.startswith("captions_"):
             found[name.removeprefix("captions_")] = _texts(value)

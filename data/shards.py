@@ -123,7 +123,9 @@ def _count(shard: str, index: TarIndex, *, allow_damage: bool) -> int:
             "Fetch or pack the shard again, or go on without the rest by --allow-damage."
         )
     if not len(index):
-        raise VlmError(f"{shard} holds no samples (key.jpg|png|webp with key.txt or key.json); leave it out.")
+        raise VlmError(
+            f"{shard} holds no samples (key.jpg|jpeg|png|webp|avif|gif with key.txt or key.json); leave it out."
+        )
     return len(index)
 
 

@@ -67,6 +67,14 @@ def test_samples_are_read_in_any_order(write_shard, some, make_picture):
     reader.close()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_caption(write_shard, make_picture):
+    reader = ShardReader(
+        write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "txt": "\ufeffa dog".encode()}])
+    )
+    assert reader.read(0).captions == {"": ("a dog",)}
+    reader.close()
+
+
 def test_a_sample_that_cannot_be_used_says_why(write_shard, some):
     samples = some(4)
     del samples[0]["jpg"]
