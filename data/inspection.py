@@ -48,6 +48,7 @@ def inspect_shards(
 
     Raises:
         UsageError: a number is out of range, there is no such tokenizer, or the selection is of other shards.
+        VlmError: none of the shards can be read.
     """
     for name, value, least in (
         ("workers", workers, 0),
@@ -89,6 +90,9 @@ class _Opened:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
     starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be opened.
+
+    Raises:
+        VlmError: none can be opened.
     """
 
     def __init__(self, shards: Sequence[str]) -> None:
@@ -96,6 +100,7 @@ class _Opened:
         self.starts = [0]
         self.image_bytes = 0
         self.damaged: list[BadRecord] = []
+        is_any_read = False
         for shard in shards:
             try:
                 index = open_index(shard)
@@ -105,8 +110,12 @@ class _Opened:
                 continue
             self.starts.append(self.starts[-1] + len(index))
             self.image_bytes += index.image_bytes()
+            is_any_read = True
             if index.damage:
                 self.damaged.append(BadRecord(shard=shard, key="", reason="ends early", detail=index.damage))
+        if self.damaged and not is_any_read:
+            others = f" The other {len(shards) - 1:,} cannot be read either." if len(shards) > 1 else ""
+            raise VlmError(f"{self.damaged[0].detail}{others}")
 
     def chosen(self, selection: "Selection | None") -> np.ndarray:
         """The numbers of the samples a selection keeps, ascending."""

@@ -138,7 +138,7 @@ def test_a_header_that_cannot_be_read_is_damage_not_the_end(write_tar):
 def test_what_is_no_tar_is_refused(write_tar, tmp_path):
     with pytest.raises(VlmError, match="is not a tar"):
         open_index(write_tar(b"never a tar" * 200))
-    with pytest.raises(UsageError, match="unpack it with gunzip"):
+    with pytest.raises(UsageError, match=r"rename it to end in \.tar\.gz, or unpack it with gunzip"):
         open_index(write_tar(gzip.compress(tar_bytes(members_of(2))), "1.tar"))
     with pytest.raises(UsageError, match="There is no shard"):
         open_index(str(tmp_path / "none.tar"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.console import bar, say, show_facts, show_json, show_table
+from vlm.console import bar, counted, say, show_facts, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def diagnose(arguments: Arguments) -> "Diagnosis":
     model = _load(arguments) if arguments.model else None
     trial = _trial(arguments, model)
     busy = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
-    say(f"Measuring with {trial.num_batches * trial.batch_size:,} samples of {len(trial.shards):,} shards …")
+    num_samples = counted(trial.num_batches * trial.batch_size, "sample")
+    say(f"Measuring with {num_samples} of {counted(len(trial.shards), 'shard')} …")
     stages = _storage(trial)
     prepared = measure_preparing(trial)
     stages += [*prepared.stages, measure_hand_over(trial)]
