@@ -14,7 +14,7 @@ TAGS = "tags"
 """The language under which the tags of a sample can be asked for."""
 
 _WEIGHTS = "caption_weights"
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。!?])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])(?![.!?。！？])")
 
 
 class DrawnCaption(NamedTuple):
@@ -98,6 +98,9 @@ class CaptionDraw:
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a caption; a text without an end mark is one.
+
+    Cut is after . ! ? before a space, and after 。！？ anywhere; several marks in a row end one sentence.
+    Abbreviations are not known: "Dr. Smith" is cut too.
 
     >>> split_sentences("A dog runs. It is wet!")
     ['A dog runs.', 'It is wet!']

@@ -4,6 +4,7 @@ import base64
 from html import escape
 from typing import Any
 
+from vlm.console import counted
 from vlm.data.look.findings import BadRecord, ColumnFacts, Inspection, LanguageFacts, Shown
 from vlm.data.look.plots import always, aspect_name, bars, histogram, size_name, table
 from vlm.data.look.style import STYLE
@@ -40,7 +41,7 @@ def language_name(code: str) -> str:
 
 
 def _lead(inspection: Inspection) -> str:
-    lead = f"{inspection.samples:,} samples in {inspection.shards:,} shards"
+    lead = f"{counted(inspection.samples, 'sample')} in {counted(inspection.shards, 'shard')}"
     considered = inspection.samples
     if inspection.selected is not None:
         considered = inspection.selected
@@ -57,7 +58,7 @@ def _facts(inspection: Inspection) -> str:
         ("samples", f"{inspection.samples:,}", False),
         ("of pictures", size_name(inspection.image_bytes), False),
         ("captions", f"{captions:,}", False),
-        ("languages", f"{len(inspection.languages)}", False),
+        ("language" if len(inspection.languages) == 1 else "languages", f"{len(inspection.languages)}", False),
         ("same pictures again", f"{inspection.duplicate_pictures:,}", False),
         ("same keys again", f"{inspection.duplicate_keys:,}", inspection.duplicate_keys > 0),
         ("cannot be used", f"{bad:,}", bad > 0),

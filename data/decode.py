@@ -48,6 +48,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
     8: lambda stored: stored.transpose(1, 0, 2)[::-1],
 }
+# those of them that have the stored end on the left, and at the top
+_FROM_THE_RIGHT, _FROM_BELOW = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
 
 
 class EncodedPicture:
@@ -97,6 +99,16 @@ class EncodedPicture:
         """Pixels of the picture to one of these that were decoded from it: 1, 2, 4 or 8."""
         # the last row and column of a reduced JPEG reach over the edge, so the sizes do not divide
         return round(max(self.width, self.height) / max(pixels.shape[:2]))
+
+    def overhang(self, step: int) -> tuple[int, int]:
+        """Pixels by which the first column and the first row, decoded at this step, reach over the left and upper edge.
+
+        As stored it is the last ones that do; an EXIF turn may bring them to the front.
+        """
+        return (
+            -self.width % step if self.orientation in _FROM_THE_RIGHT else 0,
+            -self.height % step if self.orientation in _FROM_BELOW else 0,
+        )
 
 
 def reduction(resolution: float) -> int:

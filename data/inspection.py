@@ -48,9 +48,17 @@ def inspect_shards(
 
     Raises:
         UsageError: a number is out of range, there is no such tokenizer, or the selection is of other shards.
+        VlmError: none of the shards can be read.
     """
-    if workers < 0 or pictures < 0 or (sample is not None and sample < 1):
-        raise UsageError(f"workers = {workers} and pictures = {pictures} must be 0 or more, sample = {sample} above 0.")
+    for name, value, least in (
+        ("workers", workers, 0),
+        ("pictures", pictures, 0),
+        ("near_limit", near_limit, 0),
+        ("sample", sample, 1),
+        ("context_length", context_length, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{name} = {value} is outside its range; give {least} or more.")
     limit = open_tokenizer(tokenizer, context_length).context_length if tokenizer else None
     opened = _Opened(shards)
     there = opened.chosen(selection)
@@ -82,6 +90,9 @@ class _Opened:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
     starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be opened.
+
+    Raises:
+        VlmError: none can be opened.
     """
 
     def __init__(self, shards: Sequence[str]) -> None:
@@ -89,6 +100,7 @@ class _Opened:
         self.starts = [0]
         self.image_bytes = 0
         self.damaged: list[BadRecord] = []
+        is_any_read = False
         for shard in shards:
             try:
                 index = open_index(shard)
@@ -98,8 +110,12 @@ class _Opened:
                 continue
             self.starts.append(self.starts[-1] + len(index))
             self.image_bytes += index.image_bytes()
+            is_any_read = True
             if index.damage:
                 self.damaged.append(BadRecord(shard=shard, key="", reason="ends early", detail=index.damage))
+        if self.damaged and not is_any_read:
+            others = f" The other {len(shards) - 1:,} cannot be read either." if len(shards) > 1 else ""
+            raise VlmError(f"{self.damaged[0].detail}{others}")
 
     def chosen(self, selection: "Selection | None") -> np.ndarray:
         """The numbers of the samples a selection keeps, ascending."""

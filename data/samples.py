@@ -55,9 +55,8 @@ def captions_of(text: str | None, metadata: dict[str, Any]) -> Captions:
     {'': ('a dog',), 'zh': ('狗',)}
     """
     given = metadata.get("captions")
-    if isinstance(given, dict):
-        found = {str(language): _texts(texts) for language, texts in given.items()}
-    else:
+    found = {str(language): _texts(texts) for language, texts in given.items()} if isinstance(given, dict) else {}
+    if not any(found.values()):
         found = {UNNAMED: _texts(given) or _texts(text) or _texts(metadata.get("caption"))}
     for name, value in metadata.items():
         if name.startswith("captions_"):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,7 +57,7 @@ class ShardReader:
         """
         member = self.index[number]
         if member.image is None:
-            raise BadSample("no picture", f"key {member.key!r} has no jpg, png or webp")
+            raise BadSample("no picture", f"key {member.key!r} has no jpg, jpeg, png, webp, avif or gif")
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
@@ -66,7 +67,7 @@ class ShardReader:
         return Sample(
             key=member.key,
             image=image,
-            captions=captions_of(text.decode("utf-8", errors="replace"), metadata),
+            captions=captions_of(text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace"), metadata),
             metadata=metadata,
             arrays={name: _array(data, f"{member.key}.{name}.npy") for name, data in zip(arrays, stored, strict=True)},
         )

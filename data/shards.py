@@ -119,11 +119,13 @@ def count_samples(shards: list[str], *, allow_damage: bool = False, cache: Shard
 def _count(shard: str, index: TarIndex, *, allow_damage: bool) -> int:
     if index.damage and not allow_damage:
         raise VlmError(
-            f"{shard} is damaged: {index.damage}; {len(index):,} samples before it are whole. "
+            f"{shard} is damaged: {index.damage}; whole samples before it: at least {max(len(index) - 1, 0):,}. "
             "Fetch or pack the shard again, or go on without the rest by --allow-damage."
         )
     if not len(index):
-        raise VlmError(f"{shard} holds no samples (key.jpg|png|webp with key.txt or key.json); leave it out.")
+        raise VlmError(
+            f"{shard} holds no samples (key.jpg|jpeg|png|webp|avif|gif with key.txt or key.json); leave it out."
+        )
     return len(index)
 
 

@@ -18,9 +18,10 @@ from vlm.files import fingerprint_of, replacing
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif"})
 _ARRAY = ".npy"
-_FORMAT = "5"
+_FORMAT = "6"
 _MAX_INDEX_BYTES = 256 << 20
 _ROLES = ("image", "text", "json")
+_ROLE_OF = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "text", "json": "json"}
 _ARRAYS = pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
 _SCHEMA = pa.schema(
     [
@@ -55,8 +56,9 @@ class TarIndex:
     """The samples of one tar in file order; about 60 bytes each, memory-mapped.
 
     A sample is a run of consecutive members sharing the name up to the first dot of the base name
-    (the WebDataset convention). damage: why the tar ends early, or empty. fingerprint: of the keys and the
-    sizes of all parts; moving or renaming the tar does not change it.
+    (the WebDataset convention); a member that the run has already begins another sample, of the same key. Of pictures
+    under several extensions the first is the sample's. damage: why the tar ends early, or empty. fingerprint: of the
+    keys and the sizes of all parts; moving or renaming the tar does not change it.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -205,6 +207,7 @@ class _Row:
     key: str
     parts: dict[str, Span] = field(default_factory=dict)
     arrays: dict[str, Span] = field(default_factory=dict)
+    extensions: set[str] = field(default_factory=set)
 
 
 def _table(rows: list[_Row]) -> pa.Table:
@@ -235,12 +238,15 @@ def _place(rows: list[_Row], entry: tarfile.TarInfo) -> None:
     extension = extension.lower()
     if not stem or not extension:
         return
+    role = _ROLE_OF.get(extension)
     key = f"{folder}/{stem}" if folder else stem
-    if not rows or rows[-1].key != key:
+    if not rows or rows[-1].key != key or extension in rows[-1].extensions:
         rows.append(_Row(key))
-    span = Span(entry.offset_data, entry.size)
-    role = "image" if extension in IMAGE_EXTENSIONS else {"txt": "text", "json": "json"}.get(extension)
+    row, span = rows[-1], Span(entry.offset_data, entry.size)
     if role:
-        rows[-1].parts[role] = span
+        row.parts.setdefault(role, span)
     elif extension.endswith(_ARRAY):
-        rows[-1].arrays[extension.removesuffix(_ARRAY)] = span
+        row.arrays[extension.removesuffix(_ARRAY)] = span
+    else:
+        return
+    row.extensions.add(extension)

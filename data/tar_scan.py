@@ -34,7 +34,7 @@ def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], s
         VlmError: not even its first header can be read.
     """
     if file.read(2) == b"\x1f\x8b":
-        raise UsageError(f"{address} is compressed; tars are read by position: unpack it with gunzip first.")
+        raise UsageError(f"{address} is compressed; rename it to end in .tar.gz, or unpack it with gunzip.")
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     entries: list[tarfile.TarInfo] = []

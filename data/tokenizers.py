@@ -14,6 +14,7 @@ from vlm.files import fingerprint_of, write_bytes, write_text
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
+_LEAST_CONTEXT = 3
 _WORDS_KEPT = 1 << 17
 _WIDTH_STEP = 8
 
@@ -189,9 +190,15 @@ _SAVED: dict[str, Callable[[Path, int], Tokenizer]] = {
 def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
     """The tokenizer named by `clip`, a SentencePiece `.model` file, a saved folder, or a Hugging Face folder.
 
+    context_length: tokens a row; None or 0 takes the tokenizer's own.
+
     Raises:
-        UsageError: nothing of the kind is there.
+        UsageError: nothing of the kind is there, or the context length holds no piece.
     """
+    if context_length and context_length < _LEAST_CONTEXT:
+        raise UsageError(
+            f"context_length = {context_length} holds no piece between start and end; give {_LEAST_CONTEXT} or more."
+        )
     path = Path(source)
     if source == "clip":
         return ClipTokenizer(context_length or CLIP_CONTEXT_LENGTH)

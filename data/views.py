@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from math import exp, log, sqrt
+from math import ceil, exp, log, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +100,9 @@ class RandomView:
 
     scale: range of the crop's share of the area. ratio: range of its width / height.
     flip: probability of mirroring. interpolation: bicubic or bilinear, both antialiased.
+
+    Raises:
+        UsageError: size is below 1.
     """
 
     size: int = 224
@@ -107,6 +110,10 @@ class RandomView:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"size = {self.size} pixels show nothing; give 1 or more.")
 
     def __call__(self, image: bytes, rng: Chance) -> UInt8[Array, "3 S S"]:
         """Encoded picture to its view; the channels of a pixel lie side by side in memory (as of `show`).
@@ -172,11 +179,36 @@ class RandomView:
     ) -> None:
         """Write the resized crop of the picture's pixels, whole or reduced, to `out`."""
         step = picture.step_of(pixels)
-        rows = slice(crop.top // step, max((crop.top + crop.height) // step, 1))
-        columns = slice(crop.left // step, max((crop.left + crop.width) // step, 1))
-        resize_antialiased(pixels[rows, columns], out, interpolation=self.interpolation)
+        if picture.orientation != 1 and any(overhang := picture.overhang(step)):
+            self._cut_between_pixels(pixels, crop, step, overhang, out=out)
+        else:
+            rows = slice(crop.top // step, max((crop.top + crop.height) // step, 1))
+            columns = slice(crop.left // step, max((crop.left + crop.width) // step, 1))
+            resize_antialiased(pixels[rows, columns], out, interpolation=self.interpolation)
         if crop.is_mirrored:
             out[:] = out[:, ::-1]
+
+    def _cut_between_pixels(
+        self,
+        pixels: UInt8[Array, "H W 3"],
+        crop: Crop,
+        step: int,
+        overhang: tuple[int, int],
+        *,
+        out: UInt8[Array, "S S 3"],
+    ) -> None:
+        """As `cut` where the reduced pixels do not begin at the picture's corner; torch cuts at whole ones only."""
+        left, right = _reduced_edges(crop.left, crop.width, overhang[0], step, pixels.shape[1])
+        top, bottom = _reduced_edges(crop.top, crop.height, overhang[1], step, pixels.shape[0])
+        first_row, first_column = int(top), int(left)
+        piece = Image.fromarray(np.ascontiguousarray(pixels[first_row : ceil(bottom), first_column : ceil(right)]))
+        box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
+        out[:] = piece.resize((self.size, self.size), _FILTERS[self.interpolation], box=box)
+
+
+def _reduced_edges(first: int, length: int, overhang: int, step: int, most: int) -> tuple[float, float]:
+    """Where a stretch of a picture lies among its reduced pixels."""
+    return (first + overhang) / step, min((first + length + overhang) / step, most)
 
 
 def resize_antialiased(

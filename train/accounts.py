@@ -14,7 +14,7 @@ from vlm.train.processes import summed_ledger
 from vlm.train.session import Session
 
 FOLDER = "ledger"
-_ALWAYS_ALLOWED = 10
+_ALLOWED_AT_FIRST = 10
 
 
 def close_epochs(session: Session, *, before: int) -> None:
@@ -72,12 +72,13 @@ def failure_rows(corpus: Corpus, ledger: Ledger, shards: set[int]) -> list[dict[
 
 
 def refuse_too_many_bad(ledger: Ledger, limit: float, corpus: Corpus) -> None:
-    """End the run when more samples than allowed cannot be used; the first ten are always allowed.
+    """End the run when more samples than allowed cannot be used; the first ten are allowed unless the limit is 0.
 
     Raises:
         VlmError: naming one of them.
     """
-    if ledger.num_replaced > max(limit * ledger.num_asked, _ALWAYS_ALLOWED):
+    allowed = max(limit * ledger.num_asked, _ALLOWED_AT_FIRST) if limit else 0
+    if ledger.num_replaced > allowed:
         told = failure_rows(corpus, ledger, set(range(len(corpus.shards))))[-1]
         raise VlmError(
             f"{ledger.num_replaced:,} of {ledger.num_asked:,} samples cannot be used, the limit is {limit:.1%}; "

@@ -48,6 +48,15 @@ def show_facts(facts: dict[str, Any], *, title: str = "") -> None:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "shard"), counted(2000, "shard")
+    ('1 shard', '2,000 shards')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def bar(share: float, *, width: int = 30) -> str:
     """A bar of `width` characters filled to `share` in [0, 1].
 

@@ -6,6 +6,7 @@ from html import escape
 
 import numpy as np
 
+from vlm.console import counted
 from vlm.data.curation.curate import Curated, Step
 from vlm.data.curation.facts import Facts
 from vlm.data.decode import open_picture, to_rgb
@@ -31,7 +32,7 @@ def curation_page(curated: Curated, *, title: str) -> str:
     sections = "".join(_step(step, number, pictures) for number, step in enumerate(curated.steps, start=1))
     kept = curated.selection
     lead = (
-        f"{kept.kept:,} of {kept.samples:,} samples in {len(kept.shards):,} shards are kept, "
+        f"{kept.kept:,} of {counted(kept.samples, 'sample')} in {counted(len(kept.shards), 'shard')} are kept, "
         f"seen {kept.visits:,} times in an epoch"
     )
     return (

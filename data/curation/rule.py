@@ -124,6 +124,8 @@ def parse_rule(text: str, rules: Mapping[str, Rule]) -> AskedRule:
         parameter = parameter.strip().replace("-", "_")
         if not equals:
             raise UsageError(f"--rule {text!r}: {part!r} lacks a value; it is written {rule.usage(name)}")
+        if parameter in values:
+            raise UsageError(f"--rule {text!r} gives {parameter}= twice; give it once.")
         is_list = get_origin(hints.get(parameter)) is tuple
         values[parameter] = [each for each in value.split("+") if each] if is_list else value.strip()
     try:

@@ -49,7 +49,7 @@ def scan(shards: Sequence[str], needs: Iterable[Need], *, workers: int = 1, allo
     on `workers` (1 works in this process).
 
     Raises:
-        UsageError: two of the shards have the same content.
+        UsageError: two of the shards have the same fingerprint.
         VlmError: a shard is damaged (unless allowed) or empty, or a worker was killed.
     """
     counts = count_samples(list(shards), allow_damage=allow_damage)
@@ -77,8 +77,9 @@ def _refuse_twins(shards: list[ScannedShard]) -> None:
     for shard in shards:
         if shard.fingerprint in first:
             raise UsageError(
-                f"{first[shard.fingerprint]} and {shard.address} are the same tar; give it once "
-                "(vlm curate … --weight 2 sees its samples twice)."
+                f"{first[shard.fingerprint]} and {shard.address} have the same keys and sizes, so they are taken for "
+                "the same tar; give it once (vlm curate … --weight 2 sees its samples twice). Where they differ after "
+                "all, curate each alone."
             )
         first[shard.fingerprint] = shard.address
 

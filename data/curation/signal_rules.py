@@ -17,7 +17,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class AtLeast:
     """min: the least value kept; top: or the share of samples kept, those of the highest values."""
 
-    min: float | None = None
+    min: Annotated[float, Field(allow_inf_nan=False)] | None = None
     top: Share | None = None
 
     def __post_init__(self) -> None:

@@ -9,11 +9,11 @@ from vlm.data.shards import expand_shards
 from vlm.data.sources.class_folder import ClassFolderSource, is_classified
 from vlm.data.sources.drawn_scenes import SceneSource
 from vlm.data.sources.files import FolderFiles, SourceFiles, TarFiles, open_files
-from vlm.data.sources.foreign_shards import ShardSource, looks_like_shard
+from vlm.data.sources.foreign_shards import ShardSource, holds_samples, looks_like_shard
 from vlm.data.sources.source import PairSource, SceneOptions, SourceKind, SourceOptions
 from vlm.data.sources.table import TableSource, find_table
 from vlm.data.sources.table_rows import TABLE_KINDS, ending_of
-from vlm.data.storage.addresses import needs_cache
+from vlm.data.storage.addresses import is_shard, needs_cache
 from vlm.errors import UsageError
 
 __all__ = ["KINDS", "PairSource", "SceneOptions", "SourceKind", "SourceOptions", "open_source"]
@@ -73,14 +73,15 @@ def _look(address: str, options: SourceOptions) -> Place:
     if Path(address).is_file() and ending_of(address) in TABLE_KINDS:
         files: SourceFiles | None = FolderFiles(Path(address).parent / options.folder)
     else:
-        files = open_files(address, options.folder)
+        files = open_files(address, options.folder, allow_damage=options.allow_damage)
     return Place(address=address, options=options, files=files, names=tuple(files.names()) if files else ())
 
 
 def _nothing_found(place: Place) -> str:
     inside = f"it holds {', '.join(place.names[:3])} …" if place.names else "it is empty"
     looked = "; ".join(kind.looks for kind in KINDS.values())
-    return f"Nothing to pack at {place.address!r} ({inside}). Looked for: {looked}."
+    cure = "Tars that hold samples all the same are read by --kind shards."
+    return f"Nothing to pack at {place.address!r} ({inside}). Looked for: {looked}. {cure}"
 
 
 def _table_name(place: Place) -> str | None:
@@ -108,8 +109,8 @@ def _holds_shards(place: Place) -> bool:
         return looks_like_shard(place.names)
     if place.files is None:
         return place.address != SCENES
-    tars = [name for name in place.names if "/" not in name and name.endswith(".tar")]
-    return bool(tars) and looks_like_shard(TarFiles(Path(place.files.address) / tars[0]).names())
+    tars = (Path(place.files.address) / name for name in place.names if "/" not in name and is_shard(name))
+    return any(map(holds_samples, tars))
 
 
 def _open_shards(place: Place) -> PairSource:
@@ -128,7 +129,7 @@ KINDS: dict[SourceKind, Kind] = {
         open=lambda place: SceneSource(place.options.scenes),
     ),
     "shards": Kind(
-        looks="*.tar with key.jpg and key.txt or key.json (WebDataset, img2dataset)",
+        looks="*.tar, *.tar.gz with key.jpg and key.txt or key.json (WebDataset, img2dataset)",
         fits=_holds_shards,
         open=_open_shards,
     ),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
+from vlm.data.storage.addresses import is_shard
 from vlm.data.tar_index import Span
 from vlm.data.tar_scan import read_entries
 from vlm.errors import BadSample, UsageError, VlmError
@@ -71,19 +72,23 @@ class FolderFiles:
 
 
 class TarFiles:
-    """The files inside a plain tar, read in place; `folder` narrows it to what lies under that folder."""
+    """The files inside a plain tar, read in place; `folder` narrows it to what lies under that folder.
 
-    def __init__(self, path: Path, folder: str = "") -> None:
+    allow_damage: of a tar cut short take the files that are whole.
+    """
+
+    def __init__(self, path: Path, folder: str = "", *, allow_damage: bool = False) -> None:
         self.address = str(path)
         prefix = f"{PurePosixPath(folder)}/" if folder else ""
         with path.open("rb") as file:
             entries, damage = read_entries(file, str(path))
-        if damage:
-            raise VlmError(f"{path} is damaged: {damage}; fetch it again, or unpack what is whole and pack that.")
+            end = file.seek(0, os.SEEK_END)
+        if damage and not allow_damage:
+            raise VlmError(f"{path} is damaged: {damage}; fetch it again, or read what is whole by --allow-damage.")
         self._spans: dict[str, Span] = {}
         for entry in entries:
-            name = entry.name.removeprefix("./")
-            if name.startswith(prefix) and not any(part.startswith(".") for part in name.split("/")):
+            name, is_whole = entry.name.removeprefix("./"), entry.offset_data + entry.size <= end
+            if is_whole and name.startswith(prefix) and not any(part.startswith(".") for part in name.split("/")):
                 self._spans[name.removeprefix(prefix)] = Span(entry.offset_data, entry.size)
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
@@ -104,10 +109,10 @@ class TarFiles:
         return fingerprint_of(*(f"{name}\n{self._spans[name].size}" for name in self.names()))
 
 
-def open_files(address: str, folder: str = "") -> SourceFiles | None:
-    """The files at an address: a folder, a tar, or a folder that holds nothing but one tar.
+def open_files(address: str, folder: str = "", *, allow_damage: bool = False) -> SourceFiles | None:
+    """The files at an address: a folder, a plain tar, or a folder that holds nothing but one plain tar.
 
-    None if there is neither a folder nor a tar of that name on this machine.
+    None if there is neither a folder nor a tar of that name on this machine. allow_damage: as of `TarFiles`.
 
     Raises:
         UsageError: `folder` is not in it.
@@ -117,13 +122,13 @@ def open_files(address: str, folder: str = "") -> SourceFiles | None:
     path = Path(address)
     if path.is_dir():
         shown = [inner for inner in path.iterdir() if not inner.name.startswith(".")]
-        is_wrapped_tar = len(shown) == 1 and shown[0].suffix == ".tar" and shown[0].is_file()
+        is_wrapped_tar = len(shown) == 1 and shown[0].suffix.lower() == ".tar" and shown[0].is_file()
         path = shown[0] if is_wrapped_tar else path
     files: SourceFiles | None = None
     if path.is_dir():
         files = FolderFiles(path / folder)
-    elif path.is_file() and path.name.endswith((".tar", ".tar.gz", ".tgz")):
-        files = TarFiles(path, folder)
+    elif path.is_file() and is_shard(path.name):
+        files = TarFiles(path, folder, allow_damage=allow_damage)
     if folder and files is not None and not files.names():
         raise UsageError(f"{address} has no folder {folder!r}, or it is empty.")
     return files

@@ -2,8 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
-from pathlib import PurePosixPath
+from io import BytesIO
+from itertools import accumulate, islice
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,16 @@ from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.sources.files import PICTURE_SUFFIXES
 from vlm.data.sources.table import unique_keys
+from vlm.data.storage.inflate import Inflater
 from vlm.data.tar_index import open_index
-from vlm.errors import BadSample
+from vlm.data.tar_scan import read_entries
+from vlm.errors import BadSample, VlmError
 from vlm.files import fingerprint_of
+
+_GZIP_BEGINS = b"\x1f\x8b"
+# of up to 1 MiB of plain bytes each, 64 KiB where they do not shrink
+_PIECES_LOOKED_AT = 128
+_LOOKED_AT_BYTES = _PIECES_LOOKED_AT * 65_536
 
 
 class ShardSource:
@@ -76,6 +84,26 @@ class ShardSource:
         """The shards by address."""
         lineage = {} if self._selection is None else {"selection": list(self._selection.lineage)}
         return {"kind": "shards", "shards": self._shards} | lineage
+
+
+def holds_samples(tar: Path) -> bool:
+    """Whether a tar, plain or compressed, whole or cut short, holds samples.
+
+    Of a compressed one only the beginning is looked at: the rest takes as long as unpacking it.
+    """
+    try:
+        with tar.open("rb") as file:
+            is_compressed = file.read(len(_GZIP_BEGINS)) == _GZIP_BEGINS
+            entries, _ = read_entries(BytesIO(_inflated_beginning(tar)) if is_compressed else file, str(tar))
+    except VlmError:
+        return False
+    return looks_like_shard([entry.name for entry in entries])
+
+
+def _inflated_beginning(tar: Path) -> bytes:
+    with tar.open("rb") as file:
+        pieces = Inflater(str(tar)).feed(file.read(_LOOKED_AT_BYTES))
+        return b"".join(islice(pieces, _PIECES_LOOKED_AT))
 
 
 def looks_like_shard(names: Sequence[str]) -> bool:

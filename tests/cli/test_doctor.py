@@ -77,6 +77,8 @@ def test_people_see_a_bar_for_each_stage_and_the_verdict(capsys, scene_shards, s
         (["--workers", "-1"], "give numbers from 0 on"),
         (["--workers", ""], "give numbers from 0 on"),
         (["--samples", "4", "--batch-size", "8"], "must hold a batch"),
+        (["--size", "0"], "size = 0 pixels show nothing"),
+        (["--size", "-3"], "size = -3 pixels show nothing"),
         (["--device", "abacus"], "There is no device"),
         (["--device", "cuda:99"], "torch sees no device"),
         (["--tokenizer", "nowhere"], "There is no tokenizer"),

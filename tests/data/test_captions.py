@@ -65,6 +65,20 @@ def test_a_long_caption_is_shown_a_sentence_at_a_time():
     assert split_sentences("a 3.5 inch disk.") == ["a 3.5 inch disk."]
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("你好！再见？好。", ["你好！", "再见？", "好。"]),
+        ("真的？！是。。。 对", ["真的？！", "是。。。", "对"]),
+        ("Wow!!! Great?! Yes...", ["Wow!!!", "Great?!", "Yes..."]),
+        ("click here?x=1 now!important", ["click here?x=1 now!important"]),
+        ("Dr. Smith", ["Dr.", "Smith"]),
+    ],
+)
+def test_sentences_end_with_all_their_marks(text, sentences):
+    assert split_sentences(text) == sentences
+
+
 def test_sentences_are_those_of_all_captions_in_the_languages_asked_for_each_once():
     sample = sample_of(
         captions={"en": ["A dog runs. It is wet!", "It is wet! Look."], "de": ["Ein Hund."], "zh": ["狗。"]},

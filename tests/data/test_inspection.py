@@ -137,9 +137,11 @@ def test_token_lengths_count_start_and_end(scene_tokenizer):
     assert token_lengths(tokenizer, []) == []
 
 
-@pytest.mark.parametrize("numbers", [{"workers": -1}, {"sample": 0}, {"pictures": -1}])
+@pytest.mark.parametrize(
+    "numbers", [{"workers": -1}, {"sample": 0}, {"pictures": -1}, {"near_limit": -1}, {"context_length": -3}]
+)
 def test_numbers_out_of_range_are_refused(shards, numbers):
-    with pytest.raises(UsageError, match="must be 0 or more"):
+    with pytest.raises(UsageError, match=r"= (-?\d) is outside its range; give [01] or more"):
         inspect_shards(shards, **numbers)
 
 
@@ -290,5 +292,5 @@ def test_the_contact_sheet_shows_what_is_wrong(shards, tmp_path):
     assert "Damaged shards" in page
     assert "cut short" in page or "ends early" in page
     assert "unreadable json" in page
-    nothing = contact_sheet(inspect_shards([str(tmp_path / "none.tar")]), title="nothing")
-    assert "There is no shard" in nothing
+    partly = contact_sheet(inspect_shards([*shards, str(tmp_path / "none.tar")]), title="partly")
+    assert "There is no shard" in partly

@@ -67,6 +67,14 @@ def test_samples_are_read_in_any_order(write_shard, some, make_picture):
     reader.close()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_caption(write_shard, make_picture):
+    reader = ShardReader(
+        write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "txt": "\ufeffa dog".encode()}])
+    )
+    assert reader.read(0).captions == {"": ("a dog",)}
+    reader.close()
+
+
 def test_a_sample_that_cannot_be_used_says_why(write_shard, some):
     samples = some(4)
     del samples[0]["jpg"]
@@ -89,7 +97,7 @@ def test_a_shard_cut_short_is_refused_unless_allowed(write_shard, some):
     address = write_shard("0.tar", some(4))
     with open(address, "r+b") as file:
         file.truncate(10_000)
-    with pytest.raises(VlmError, match=r"is damaged: .* samples before it are whole.*--allow-damage"):
+    with pytest.raises(VlmError, match=r"is damaged: .*; whole samples before it: at least 2\. .*--allow-damage"):
         count_samples([address])
     assert 1 <= count_samples([address], allow_damage=True)[0] < 4
     with pytest.raises(VlmError, match="holds no samples"):

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -196,6 +197,46 @@ def test_img2dataset_output_is_read_with_its_failures(tmp_path, make_picture):
         pairs.read(3)
 
 
+def samples_of(make_picture, number):
+    return [m for n in range(number) for m in [(f"{n}.jpg", make_picture(n)), (f"{n}.txt", b"a thing")]]
+
+
+def test_shards_are_recognised_compressed_in_capitals_and_behind_empty_or_damaged_ones(tmp_path, make_picture):
+    write_shard(tmp_path / "whole.tar", samples_of(make_picture, 2))
+    whole = (tmp_path / "whole.tar").read_bytes()
+    write_shard(tmp_path / "none.tar", [])
+    nothing = (tmp_path / "none.tar").read_bytes()
+    zipped = gzip.compress(whole)
+    folders = {
+        "capitals": {"A.TAR": whole, "B.TAR": whole},
+        "zipped": {"a.tar.gz": zipped, "b.TGZ": zipped},
+        "one": {"a.tar.gz": zipped},
+        "cut": {"a.tar.gz": zipped[:-30]},
+        "behind": {"a.tar": b"no tar" * 200, "b.tar": nothing, "c.tar.gz": b"\x1f\x8b", "d.tar": whole[:-3000]},
+    }
+    for name, files in folders.items():
+        (tmp_path / name).mkdir()
+        for file, data in files.items():
+            (tmp_path / name / file).write_bytes(data)
+    assert [len(open_source(str(tmp_path / name))) for name in ("capitals", "zipped", "one")] == [4, 4, 2]
+    with pytest.raises(VlmError, match=r"gzip is cut short.*--allow-damage"):
+        open_source(str(tmp_path / "cut"))
+    with pytest.raises(VlmError, match=r"a\.tar is not a tar"):
+        open_source(str(tmp_path / "behind"))
+
+
+def test_of_a_tar_cut_short_the_whole_samples_are_read_where_that_is_allowed(tmp_path, make_picture):
+    write_shard(tmp_path / "cut.tar", samples_of(make_picture, 3))
+    with (tmp_path / "cut.tar").open("r+b") as file:
+        file.truncate(len(make_picture(0)) + len(make_picture(1)) + 4 * 512)
+    for kind in (None, "shards"):
+        with pytest.raises(VlmError, match=r"is damaged: .*--allow-damage"):
+            open_source(str(tmp_path / "cut.tar"), SourceOptions(kind=kind))
+        pairs = open_source(str(tmp_path / "cut.tar"), SourceOptions(kind=kind, allow_damage=True))
+        assert pairs.read(0).image == make_picture(0)
+    assert TarFiles(tmp_path / "cut.tar", allow_damage=True).names() == ["0.jpg", "0.txt"]
+
+
 def test_scenes_are_the_same_each_time_and_speak_four_languages():
     options = SourceOptions(scenes=SceneOptions(split="val", number=5, seed=3))
     one, other = open_source("scenes", options), open_source("scenes", options)
@@ -210,7 +251,9 @@ def test_scenes_are_the_same_each_time_and_speak_four_languages():
 
 
 def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path):
-    with pytest.raises(UsageError, match=r"it is empty\). Looked for: .*captions.csv.*CLASS/picture.jpg"):
+    with pytest.raises(
+        UsageError, match=r"it is empty\). Looked for: .*captions.csv.*CLASS/picture.jpg.*--kind shards"
+    ):
         open_source(str(tmp_path))
     with pytest.raises(UsageError, match="There is no"):
         open_source(str(tmp_path / "nowhere"))

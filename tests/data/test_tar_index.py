@@ -69,6 +69,29 @@ def test_the_key_ends_at_the_first_dot_and_keeps_its_folder(write_tar):
     assert index[1].image is not None
 
 
+def test_members_of_one_name_side_by_side_are_samples_of_one_key(write_tar):
+    names = ["a.jpg", "a.txt", "a.jpg", "a.txt", "a.txt", "b.json", "b.v.npy", "b.jpg", "b.v.npy", "b.cls", "b.cls"]
+    address = write_tar(tar_bytes([(name, f"{number}".encode()) for number, name in enumerate(names)]))
+    index = open_index(address)
+    parts = [[read(address, span) for span in (*index[n][1:4], index[n].arrays.get("v"))] for n in range(len(index))]
+    assert index.sample_keys() == ["a", "a", "a", "b", "b"]
+    assert parts == [
+        [b"0", b"1", None, None],
+        [b"2", b"3", None, None],
+        [None, b"4", None, None],
+        [b"7", None, b"5", b"6"],
+        [None, None, None, b"8"],
+    ]
+
+
+def test_of_pictures_under_several_extensions_the_first_is_the_samples(write_tar):
+    names = ["a.jpg", "a.png", "a.txt", "a.jpg", "a.png", "a.txt", "b.WEBP", "b.jpg", "b.webp"]
+    address = write_tar(tar_bytes([(name, f"{number}".encode()) for number, name in enumerate(names)]))
+    index = open_index(address)
+    assert index.sample_keys() == ["a", "a", "b", "b"]
+    assert [read(address, index[number].image) for number in range(4)] == [b"0", b"3", b"6", b"8"]
+
+
 def test_long_and_foreign_names_are_whole(write_tar):
     names = ["x" * 150 + ".jpg", "folder/" * 30 + "y.jpg", "写真.jpg"]
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
@@ -115,7 +138,7 @@ def test_a_header_that_cannot_be_read_is_damage_not_the_end(write_tar):
 def test_what_is_no_tar_is_refused(write_tar, tmp_path):
     with pytest.raises(VlmError, match="is not a tar"):
         open_index(write_tar(b"never a tar" * 200))
-    with pytest.raises(UsageError, match="unpack it with gunzip"):
+    with pytest.raises(UsageError, match=r"rename it to end in \.tar\.gz, or unpack it with gunzip"):
         open_index(write_tar(gzip.compress(tar_bytes(members_of(2))), "1.tar"))
     with pytest.raises(UsageError, match="There is no shard"):
         open_index(str(tmp_path / "none.tar"))

@@ -130,6 +130,9 @@ def test_a_hugging_face_folder_is_read(tmp_path):
 def test_an_unknown_tokenizer_is_refused_with_what_would_do():
     with pytest.raises(UsageError, match="give clip, a SentencePiece"):
         open_tokenizer("nowhere.model")
+    for length in (-3, 2):
+        with pytest.raises(UsageError, match=rf"context_length = {length} holds no piece .* give 3 or more"):
+            open_tokenizer("clip", length)
 
 
 def test_a_sentencepiece_model_with_other_padding_is_refused(tmp_path):

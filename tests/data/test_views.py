@@ -65,6 +65,12 @@ def test_preprocessing_is_written_and_read_back():
         FixedView.from_preprocess({"size": [32, 64]})
 
 
+def test_a_view_without_pixels_is_refused():
+    for size in (0, -3):
+        with pytest.raises(UsageError, match=rf"size = {size} pixels show nothing; give 1 or more"):
+            RandomView(size=size)
+
+
 def test_a_random_view_is_a_function_of_its_generator(make_picture):
     image = make_picture(0, size=(120, 90))
     view = RandomView(size=48, scale=(0.3, 1.0), flip=0.5)
@@ -101,6 +107,23 @@ def test_a_turned_jpeg_gives_the_view_of_the_upright_one():
             for data in (turned, plain)
         ]
         assert np.abs(views[0] - views[1]).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("size", [(901, 601), (640, 427), (333, 1201)])
+def test_a_turned_jpeg_of_any_size_is_shown_where_the_upright_one_is(make_picture, size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned, upright = io.BytesIO(), io.BytesIO()
+    Image.open(io.BytesIO(make_picture(1, size=size))).save(turned, format="JPEG", quality=95, exif=exif)
+    to_rgb(open_picture(turned.getvalue())).save(upright, format="PNG")
+    for view in (RandomView(size=64, scale=(0.5, 1.0)), RandomView(size=40, scale=(0.2, 1.0), flip=0.5)):
+        for number in range(6):
+            reduced, whole = (
+                view(data.getvalue(), SampleChance(0, number, "k")).astype(int) for data in (turned, upright)
+            )
+            assert np.abs(reduced - whole).mean() < 1
+            assert np.abs(reduced - whole).max() < 12
 
 
 def test_crops_keep_their_share_and_ratio():

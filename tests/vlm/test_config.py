@@ -57,6 +57,10 @@ def test_an_unknown_preset_names_the_nearest():
             {"data": "x", "run": "y", "sharding": "fsdp", "optimizer": {"optimizer": "muon"}},
             "muon needs whole matrices",
         ),
+        (
+            {"data": "x", "run": "y", "model": {"image_size": -1}},
+            "image_size = -1 is outside its range; give at least 0",
+        ),
         ({"data": "x", "run": "y", "batch_size": 1}, "batch_size = 1 is outside its range; give at least 2"),
         ({"data": "x", "run": "y", "epochs": 0.0}, "epochs = 0.0 is no length"),
         ({"data": "x", "run": "y", "loader": {"crop_scale": (0.5, 2.0)}}, "no range inside"),

@@ -23,7 +23,7 @@ class LoaderConfig:
     """How often each of them is drawn, in proportion; empty draws evenly."""
 
     sentences: bool = False
-    """Show one sentence, drawn, of a long caption instead of the whole."""
+    """Show one sentence, drawn, of a long caption; cut after . ! ? before a space ("Dr. Smith" too), after 。！？."""
 
     arrays: tuple[str, ...] = ()
     """Arrays stored in the shards that batches carry: teacher_image, teacher_text, text_embedding."""
@@ -41,7 +41,7 @@ class LoaderConfig:
     """Read the whole samples of shards that are cut short instead of refusing them."""
 
     max_bad: float = 0.01
-    """Share of unusable samples past which the run fails."""
+    """Share of unusable samples past which the run fails; the first ten never count as too many, unless it is 0."""
 
     max_bad_in_a_row: int = 100
     """Unusable samples one after the other at which the run fails."""

@@ -130,6 +130,8 @@ def _least_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
         ("gain_rate", config.optimizer.gain_rate, 0),
         ("kernel_rate", config.optimizer.kernel_rate, 0),
         ("temperature_rate", config.optimizer.temperature_rate, 0),
+        ("image_size", config.model.image_size, 0),
+        ("context_length", config.model.context_length, 0),
         ("unlocked_groups", config.model.unlocked_groups, 0),
     )
 

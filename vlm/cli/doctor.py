@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.console import bar, say, show_facts, show_json, show_table
+from vlm.console import bar, counted, say, show_facts, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def diagnose(arguments: Arguments) -> "Diagnosis":
     model = _load(arguments) if arguments.model else None
     trial = _trial(arguments, model)
     busy = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
-    say(f"Measuring with {trial.num_batches * trial.batch_size:,} samples of {len(trial.shards):,} shards …")
+    num_samples = counted(trial.num_batches * trial.batch_size, "sample")
+    say(f"Measuring with {num_samples} of {counted(len(trial.shards), 'shard')} …")
     stages = _storage(trial)
     prepared = measure_preparing(trial)
     stages += [*prepared.stages, measure_hand_over(trial)]
@@ -173,7 +174,8 @@ def _trial(arguments: Arguments, model: "VisionLanguageModel | None") -> "Trial"
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.views import RandomView
 
-    size = arguments.size or (model.view.size if model else 224)
+    own_size = model.view.size if model else 224
+    size = own_size if arguments.size is None else arguments.size
     if model and size != model.view.size:
         raise UsageError(f"{arguments.model} sees {model.view.size} px; leave out --size {size}.")
     return Trial(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlm.console import say, show_facts, show_json, show_table
+from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.data.look.findings import ColumnFacts, Inspection, LanguageFacts
@@ -50,6 +51,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Inspect, show, and name what is damaged."""
+    if arguments.html and not arguments.html.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {str(arguments.html.parent)!r} for {arguments.html.name}; make it first.")
     from vlm.data.contact_sheet import contact_sheet
     from vlm.data.inspection import inspect_shards
     from vlm.data.shards import expand_shards
@@ -90,11 +93,13 @@ def show_inspection(found: "Inspection") -> None:
 
 
 def _facts(found: "Inspection") -> dict[str, Any]:
+    from vlm.data.look.plots import size_name
+
     facts: dict[str, Any] = {"shards": found.shards, "samples": found.samples}
     if found.selected is not None:
         facts["kept by the selection"] = found.selected
     facts |= {
-        "megabytes of pictures": round(found.image_bytes / 1e6, 1),
+        "size of pictures": size_name(found.image_bytes),
         "looked at": found.looked_at,
         "formats": _counts(found.formats),
         "modes": _counts(found.traits) or "nothing special",

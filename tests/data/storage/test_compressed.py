@@ -113,7 +113,7 @@ def test_bombs_are_refused_by_their_ratio_and_by_the_bound(served, packed, make_
 
 def test_a_tar_that_hides_its_compression_is_named(served, packed):
     _, data, write = packed
-    with pytest.raises(UsageError, match="unpack it with gunzip"):
+    with pytest.raises(UsageError, match=r"rename it to end in \.tar\.gz, or unpack it with gunzip"):
         open_index(str(served / write(gzip.compress(data), "hidden.tar")))
 
 

@@ -1,0 +1,36 @@
+import pytest
+
+from tests.data.tars import write_tar
+from vlm.cli.main import main
+from vlm.data import inspection
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_shards_of_which_none_can_be_read_end_in_the_cause(tmp_path, capsys, number):
+    for place in range(number):
+        (tmp_path / f"{place}.tar").write_bytes(b"this was never a tar" * 100)
+    assert main(["inspect", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "0.tar is not a tar" in shown.err
+    assert ("The other 2 cannot be read either" in shown.err) == (number == 3)
+    assert shown.out == ""
+    write_tar(tmp_path / "whole.tar", ["", ""])
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "damaged shards" in capsys.readouterr().out
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    shard = write_tar(tmp_path / "0.tar", [""])
+    monkeypatch.setattr(inspection, "inspect_shards", lambda *_, **__: pytest.fail("the shards are read first"))
+    assert main(["inspect", shard, "--html", str(tmp_path / "none" / "x.html")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_facts_are_told_in_units_and_numbers_that_fit(tmp_path, capsys):
+    shard = write_tar(tmp_path / "0.tar", [""])
+    assert main(["inspect", shard, "--html", str(tmp_path / "x.html")]) == 0
+    facts = dict(line.strip("│ ").split("│")[:2] for line in capsys.readouterr().out.splitlines() if "│" in line)
+    assert {name.strip(): value.strip() for name, value in facts.items()}["size of pictures"].endswith(" B")
+    page = (tmp_path / "x.html").read_text()
+    assert "1 sample in 1 shard<" in page
+    assert "<b>1</b><span>language</span>" in page
