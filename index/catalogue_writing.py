@@ -5,6 +5,7 @@ generation g sees the rows with born <= g < died, so that a change shows only on
 """
 
 import contextlib
+import json
 import re
 import sqlite3
 import zlib
@@ -20,7 +21,7 @@ from vlm.errors import VlmError
 from vlm.files import sync_folder
 from vlm.index import facts
 from vlm.index.layout import CURE, WritePoint, unhindered
-from vlm.index.parts import Origin, captions_from_json, to_json
+from vlm.index.parts import Origin, captions_from_json
 from vlm.tensors import Array, Int64
 
 LATEST = 2**63 - 1
@@ -196,7 +197,7 @@ def as_words(text: str) -> str:
 
 def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
     place = (origin.number, origin.image_offset, origin.image_size, origin.caption_number)
-    described = (to_json(origin.captions), to_json(origin.metadata))
+    described = tuple(json.dumps(value, ensure_ascii=False) for value in (origin.captions, origin.metadata))
     digest = digest_of(origin.uid, origin.key, origin.shard, *place, *described)
     return (origin.uid, origin.key, shard, *place, *described, digest)
 

@@ -14,6 +14,7 @@ from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import replacing, sha256_of, write_text
 from vlm.index.codes import CODE_FILES, Code, encode
+from vlm.json_text import json_text
 from vlm.manifest import FileRecord, record_file
 from vlm.tensors import Array, Float
 
@@ -228,18 +229,13 @@ def read_origins(folder: Path, part: Part) -> Iterator[Origin]:
         raise VlmError(f"{path} cannot be read ({error}); remove {folder} and embed again.") from error
 
 
-def to_json(value: Captions | dict[str, Any]) -> str:
-    """Captions or metadata as they are kept in the Parquet table and the catalogue."""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def captions_from_json(text: str) -> Captions:
-    """The inverse of `to_json` for captions."""
+    """Captions as they are kept in the Parquet table and the catalogue."""
     return {language: tuple(texts) for language, texts in json.loads(text).items()}
 
 
 def _table(origins: Sequence[Origin]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [getattr(origin, name) for origin in origins] for name in _SCHEMA.names}
-    columns["captions"] = [to_json(origin.captions) for origin in origins]
-    columns["metadata"] = [to_json(origin.metadata) for origin in origins]
+    columns["captions"] = [json_text(origin.captions) for origin in origins]
+    columns["metadata"] = [json_text(origin.metadata) for origin in origins]
     return pa.table(columns, schema=_SCHEMA)

@@ -1,9 +1,10 @@
 """What people see: talk on stderr, results on stdout as a table or as JSON."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+
+from vlm.json_text import json_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -19,8 +20,8 @@ def say(message: str) -> None:
 
 
 def show_json(result: Any) -> None:
-    """A result on stdout for machines."""
-    print(json.dumps(result, ensure_ascii=False, indent=2, default=str), flush=True)
+    """A result on stdout for machines; numbers that are not finite are null."""
+    print(json_text(result, indent=2, default=str), flush=True)
 
 
 def show_table(

@@ -65,3 +65,16 @@ def test_mistakes_are_told_before_anything_is_written(scene_shards, model, tmp_p
     (tmp_path / "out" / "manifest.json").write_text("{}")
     assert main(["embed", str(model), *place, "--modality", "both"]) == 2
     assert "needs a folder of its own" in capsys.readouterr().err
+
+
+def test_a_number_that_json_has_not_is_null_from_shards_to_answers(model, tmp_path, capsys):
+    write_tar(tmp_path / "odd.tar", [""], metadata={"nan": float("nan"), "far": [float("inf"), 1.5]})
+    embeddings, index = tmp_path / "embeddings", tmp_path / "index"
+    assert main(["embed", str(model), str(tmp_path / "odd.tar"), str(embeddings), "--workers", "0"]) == 0
+    (origin,) = Embeddings.open(embeddings).origins()
+    assert (origin.metadata["nan"], origin.metadata["far"]) == (None, [None, 1.5])
+    assert main(["index", "build", str(embeddings), str(index)]) == 0
+    capsys.readouterr()
+    assert main(["search", str(index), "--like", origin.uid, "--json"]) == 0
+    hit = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["hits"][0]
+    assert hit["metadata"]["nan"] is None

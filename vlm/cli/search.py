@@ -1,6 +1,5 @@
 """Ask an index: by texts, by pictures, by a mix of both, less what is not wanted."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import tyro
 
 from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
+from vlm.json_text import json_text
 
 if TYPE_CHECKING:
     from vlm.service.question import Question
@@ -120,7 +120,7 @@ def run(arguments: Arguments) -> None:
     service = _open(arguments)
     for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
         for answer in service.answer_all(questions[first : first + _QUESTIONS_AT_ONCE]):
-            print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
+            print(json_text(answer.to_json()), flush=True)
 
 
 def show_answer(answer: "Answer") -> None:
