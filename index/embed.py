@@ -47,6 +47,13 @@ class EmbedOptions:
     precision: str = "fp32"
     share: Share = ALONE
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, before a folder is begun."""
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise UsageError(f"batch_size = {self.batch_size}; one sample at once is the least.")
+        if self.workers < 0:
+            raise UsageError(f"workers = {self.workers}; 0 is the least: reading and the model take turns then.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedSummary:
@@ -171,8 +178,6 @@ def _open(
 
 def _batch_size(model: Encoder, targets: Sequence[Target], options: EmbedOptions, *, largest: int) -> int:
     if options.batch_size != "auto":
-        if options.batch_size < 1:
-            raise UsageError(f"batch_size = {options.batch_size}; one sample at once is the least.")
         return options.batch_size
     if all(target.space.modality == "text" for target in targets):
         return BATCH_SIZE

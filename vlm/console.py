@@ -32,7 +32,7 @@ def show_table(
     from rich.table import Table
 
     materialised = [list(row) for row in rows]
-    table = Table(title=title or None, title_justify="left", header_style="bold", show_header=has_header)
+    table = Table(title=_cell(title) or None, title_justify="left", header_style="bold", show_header=has_header)
     for number, name in enumerate(columns):
         is_number = all(isinstance(row[number], int | float) for row in materialised) and bool(materialised)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
@@ -104,4 +104,5 @@ def _cell(value: Any) -> str:
 
     if isinstance(value, float):
         return f"{value:.4f}"
-    return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return escape(text.encode(errors="replace").decode())  # a file's name may hold bytes that are not UTF-8

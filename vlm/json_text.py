@@ -9,13 +9,21 @@ from typing import Any
 def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
     """The value as JSON; numbers that are not finite become null.
 
+    Where a text holds what UTF-8 cannot (half of a surrogate pair), all is written in ASCII.
+
     >>> json_text({"width": 4, "scores": [0.5, float("nan")]})
     '{"width": 4, "scores": [0.5, null]}'
     """
     try:
-        return json.dumps(value, ensure_ascii=False, indent=indent, default=default, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, indent=indent, default=default, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, indent=indent, default=default, allow_nan=False)
+        value = _finite(value)
+        text = json.dumps(value, ensure_ascii=False, indent=indent, default=default, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, default=default, allow_nan=False)
+    return text
 
 
 def _finite(value: Any) -> Any:

@@ -76,6 +76,23 @@ def test_uids_to_delete_are_read_from_a_file_or_from_standard_input(capsys, inde
     assert (code, json.loads(out)["rows"]) == (0, 17)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_uid(capsys, index, tmp_path):
+    (tmp_path / "uids.txt").write_text("a1\r\na2\r\n", encoding="utf-8-sig", newline="")
+    code, out, _ = run(capsys, "index", "delete", index, "--uids", tmp_path / "uids.txt", "--json")
+    assert (code, json.loads(out)["removed"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"caf\xe9\n", "uids.txt is not UTF-8 text: byte 3 is 0xe9"), (b"\n\n", "uids.txt holds no uid")],
+)
+def test_a_file_that_holds_no_uids_is_refused(capsys, index, tmp_path, content, message):
+    (tmp_path / "uids.txt").write_bytes(content)
+    code, _, err = run(capsys, "index", "delete", index, "--uids", tmp_path / "uids.txt")
+    assert code == 2
+    assert message in err
+
+
 def test_many_dead_rows_call_for_a_compaction(capsys, index):
     _, _, err = run(capsys, "index", "delete", index, "--where", "width < 10")
     assert f"Next: vlm index compact {index}, for 10 dead rows" in err

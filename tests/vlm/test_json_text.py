@@ -16,6 +16,12 @@ def test_numbers_that_are_not_finite_become_null_at_any_depth():
     assert json.loads(json_text(value), parse_constant=pytest.fail) == {"a": [None, [None, 1]], "b": {"c": None}}
 
 
+def test_what_utf_8_cannot_hold_is_escaped():
+    value = {"name": "caf\udce9 \u72d7", "score": float("nan")}
+    assert json.loads(json_text(value)) == {"name": "caf\udce9 \u72d7", "score": None}
+    assert json_text(value).isascii()
+
+
 def test_results_for_machines_hold_no_nan(capsys):
     show_json({"recall": float("nan"), "path": ...})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"recall": None, "path": "Ellipsis"}
