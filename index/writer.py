@@ -45,7 +45,7 @@ class IndexWriter:
     """
 
     def __init__(self, folder: Path, *, reached: WritePoint = unhindered) -> None:
-        Details.from_manifest(read_manifest(folder, "index").details, folder)
+        Details.from_manifest(read_manifest(folder, "index"), folder)
         self.folder, self._reached, self._is_unsettled = folder, reached, False
         self._lock = WriterLock(folder)
         try:
