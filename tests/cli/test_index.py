@@ -93,6 +93,30 @@ def test_a_file_that_holds_no_uids_is_refused(capsys, index, tmp_path, content, 
     assert message in err
 
 
+def test_an_index_of_nothing_answers_every_filter_with_nothing(capsys, index):
+    run(capsys, "index", "delete", index, "--where", "width >= 0")
+    run(capsys, "index", "compact", index)
+    for where in ("width < 3", "hight = 'x'", "hight is missing", "not width = 1"):
+        code, out, _ = run(capsys, "index", "delete", index, "--where", where, "--json")
+        assert (code, json.loads(out)["removed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("sample", ["0", "-3"])
+def test_a_check_of_no_rows_is_refused(capsys, index, sample):
+    code, _, err = run(capsys, "index", "check", index, "--sample", sample)
+    assert (code, f"--sample {sample} does not fit" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--held-out", "nan"), ("--held-out", "0"), ("--held-out", "1"), ("--pictures", "-5"), ("--pictures", "0")],
+)
+def test_a_head_is_not_fitted_to_what_cannot_be(capsys, index, tmp_path, option, value):
+    texts = ("--old-texts", index, "--new-texts", index)
+    code, _, err = run(capsys, "index", "fit-head", index, index, tmp_path / "head", *texts, option, value)
+    assert (code, f"{option} {float(value) if option == '--held-out' else value} does not fit" in err) == (2, True)
+
+
 def test_many_dead_rows_call_for_a_compaction(capsys, index):
     _, _, err = run(capsys, "index", "delete", index, "--where", "width < 10")
     assert f"Next: vlm index compact {index}, for 10 dead rows" in err

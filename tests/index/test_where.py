@@ -153,3 +153,14 @@ def test_a_filter_cannot_write(pictures: sqlite3.Connection) -> None:
 def test_the_longest_filter_is_read() -> None:
     values = ",".join(["1"] * ((LONGEST_FILTER - 8) // 2))
     assert chosen(open_facts([{"x": 1}, {"x": 2}]), f"x in ({values})") == [0]
+
+
+def test_a_field_that_rows_had_once_is_missing_in_all_that_are_left() -> None:
+    database = open_facts([{"mark": 1}, {"x": 2}])
+    database.execute("DELETE FROM facts WHERE row = 0")
+    assert chosen(database, "mark is missing") == [1]
+    assert chosen(database, "mark is not missing") == []
+
+
+def test_of_no_rows_every_filter_chooses_none() -> None:
+    assert chosen(open_facts([]), "whatever = 'x' or not y is missing") == []

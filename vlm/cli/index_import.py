@@ -69,7 +69,8 @@ def run(arguments: Arguments) -> None:
     if summary.renamed:
         say(f"{summary.renamed:,} rows share their {summary.uid_column}; their uids name file and row too.")
     if summary.left_out:
-        say(f"Columns that cannot be metadata were left out: {', '.join(summary.left_out)}")
+        names = ", ".join(name or "one without a name" for name in summary.left_out)
+        say(f"Columns that cannot be metadata were left out: {names}")
     if summary.model == UNKNOWN:
         say("The model is unknown: ask by vlm search --like UID, and add only what the same model made.")
     if arguments.json:
