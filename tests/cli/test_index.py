@@ -68,6 +68,16 @@ def test_rows_come_and_go_by_the_commands(capsys, index, tmp_path):
     assert (info["rows"], info["generation"], [segment["rows"] for segment in info["segments"]]) == (14, 5, [14])
 
 
+def test_an_update_may_be_narrowed_by_a_filter(capsys, index, tmp_path):
+    more = embed(tmp_path / "more", ["a0", "a1", "b0"], seed=1)
+    code, out, _ = run(capsys, "index", "update", index, more, "--where", "key = 'a1'", "--json")
+    change = json.loads(out)
+    assert code == 0
+    assert [change[name] for name in ("added", "replaced", "left_out", "rows")] == [0, 1, 2, 20]
+    code, _, err = run(capsys, "index", "update", index, more, "--where", "key =")
+    assert (code, "filter" in err) == (2, True)
+
+
 def test_uids_to_delete_are_read_from_a_file_or_from_standard_input(capsys, index, tmp_path, monkeypatch):
     (tmp_path / "uids.txt").write_text("a1\na2\n")
     assert run(capsys, "index", "delete", index, "--uids", tmp_path / "uids.txt")[0] == 0
