@@ -46,7 +46,8 @@ def shared_keys(keyed: pa.Table) -> pa.Array:
     shared = counted.filter(pc.field("count_all") > 1).column("key").combine_chunks()
     known, alike = set(shared.to_pylist()), []
     others = counted.filter(pc.field("count_all") == 1).column("key") if known else pa.chunked_array([], pa.string())
-    for key in sorted(others.filter(pc.match_substring(others, "@")).to_pylist(), key=len):
+    has_sign = pc.call_function("match_substring", [others], pc.MatchSubstringOptions("@"))
+    for key in sorted(others.filter(has_sign).to_pylist(), key=len):
         if any(letter == "@" and key[:place] in known for place, letter in enumerate(key)):
             known.add(key)
             alike.append(key)
