@@ -27,8 +27,8 @@ def rows_where(database: sqlite3.Connection, condition: Condition) -> Int64[Arra
     """The numbers of the rows a condition chooses, rising, of living and dead rows alike.
 
     Raises:
-        UsageError: it names a field that no row has (unless to say that it is missing, where rows had it once), or
-            compares numbers with texts.
+        UsageError: it names a field that no row has (unless to say that it is missing, where it was null or rows had
+            it once), or compares numbers with texts.
     """
     kinds, fields = field_kinds(database), dict(database.execute("SELECT name, id FROM fields"))
     if not kinds:  # every row has a key
