@@ -20,7 +20,7 @@ from vlm.data.shard_reader import ShardReader
 from vlm.data.storage.addresses import needs_cache
 from vlm.data.storage.cache import ShardCache, default_cache
 from vlm.data.storage.prefetch import Prefetcher
-from vlm.errors import VlmError
+from vlm.errors import UsageError, VlmError
 from vlm.tensors import Array, UInt8
 
 
@@ -168,8 +168,11 @@ def stream_batches(
     cache: where remote and compressed shards are kept; those of the next window are fetched while this one is read.
 
     Raises:
+        UsageError: fewer workers than 0.
         VlmError: a shard cannot be read, or too many samples in a row cannot be used.
     """
+    if workers < 0:
+        raise UsageError(f"workers = {workers}; 0 is the least: then this process reads and decodes.")
     opened = ShardSet(shards, cache)
     if workers and assemble.image_bytes:
         slot_bytes = plan.largest * assemble.image_bytes

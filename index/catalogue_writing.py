@@ -5,6 +5,7 @@ generation g sees the rows with born <= g < died, so that a change shows only on
 """
 
 import contextlib
+import json
 import re
 import sqlite3
 import zlib
@@ -20,12 +21,14 @@ from vlm.errors import VlmError
 from vlm.files import sync_folder
 from vlm.index import facts
 from vlm.index.layout import CURE, WritePoint, unhindered
-from vlm.index.parts import Origin, captions_from_json, to_json
+from vlm.index.parts import Origin, captions_from_json
 from vlm.tensors import Array, Int64
 
 LATEST = 2**63 - 1
 _ROWS_AT_ONCE = 10_000
 _PATIENCE_SECONDS = 60.0
+# the first is said of a file without our tables
+_DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # changed pages up to so many KiB are kept in memory, so that readers are held up only by the commit itself
 _CACHE_KIBIBYTES = 262_144
 # `captions_text` keeps no copy of the text (content=''), only the words; its rowid is the row
@@ -196,7 +199,7 @@ def as_words(text: str) -> str:
 
 def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
     place = (origin.number, origin.image_offset, origin.image_size, origin.caption_number)
-    described = (to_json(origin.captions), to_json(origin.metadata))
+    described = tuple(json.dumps(value, ensure_ascii=False) for value in (origin.captions, origin.metadata))
     digest = digest_of(origin.uid, origin.key, origin.shard, *place, *described)
     return (origin.uid, origin.key, shard, *place, *described, digest)
 
@@ -236,6 +239,8 @@ def _explaining(path: Path) -> Iterator[None]:
     except sqlite3.IntegrityError as error:
         raise VlmError(f"Two embeddings have the same uid ({error}); embed again with distinct keys.") from error
     except sqlite3.Error as error:
+        if not path.is_file() or error.sqlite_errorcode & 0xFF in _DAMAGED:
+            raise VlmError(f"{path} is missing or damaged ({error}); {CURE}.") from error
         raise VlmError(
             f"{path} cannot be written: {error}; if the disk is full, make room on it and try again."
         ) from error

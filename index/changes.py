@@ -1,7 +1,8 @@
 """What a change of an index brings, and what it did."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import Embeddings, Space
 from vlm.index.parts import Origin
 from vlm.index.vectors import stored_blocks
-from vlm.tensors import Array, Float
+from vlm.tensors import Array, Bool, Float
 
 _UNIT_TOLERANCE = 1e-5
 
@@ -81,6 +82,16 @@ class NewRows:
             seen.add(origin.uid)
             yield origin.uid
 
+    def only(self, uids: Container[str]) -> "NewRows":
+        """Those of these names."""
+        keep = np.fromiter((origin.uid in uids for origin in self.origins()), bool, self.count)
+        return replace(
+            self,
+            count=int(keep.sum()),
+            blocks=lambda: _kept(self.blocks(), keep),
+            origins=lambda: compress(self.origins(), keep),
+        )
+
     def require_space(self, space: Space, folder: Path) -> None:
         """Refuse rows that cannot be compared with those of an index.
 
@@ -100,11 +111,20 @@ class NewRows:
             )
 
 
+def _kept(blocks: Iterable[Float[Array, "_ D"]], keep: Bool[Array, " N"]) -> Iterator[Float[Array, "_ D"]]:
+    """The rows to keep, block by block."""
+    first = 0
+    for block in blocks:
+        yield block[keep[first : first + len(block)]]
+        first += len(block)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """What a change did: the generation it made, and how many rows there are now.
 
     added: rows that were not there. replaced: those whose uid was there. removed: those deleted.
+    left_out: new rows whose uid no row has that an update's filter chooses.
     dead: rows that searches leave out until `compact`.
     """
 
@@ -115,4 +135,5 @@ class Change:
     added: int = 0
     replaced: int = 0
     removed: int = 0
+    left_out: int = 0
     seconds: float = 0.0

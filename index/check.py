@@ -71,7 +71,7 @@ def check_index(folder: Path, *, sample: int = 1000, seed: int = 0) -> CheckRepo
 
 
 def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> CheckReport:
-    details = Details.from_manifest(manifest.details, folder)
+    details = Details.from_manifest(manifest, folder)
     faults = [Fault(part="files", what=what) for what in _file_faults(folder, manifest)]
     faults += [Fault(part="catalogue", what=what) for what in _catalogue_faults(folder / details.catalogue)]
     compared = 0

@@ -12,13 +12,13 @@ from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
 from vlm.errors import UsageError
 from vlm.index.batch_size import fastest_batch_size
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, check_same_origin
+from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, check_same_origin, first_fault
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.missing_parts import Pass, Target
 from vlm.index.parts import FLOAT16, Storage
 from vlm.index.share import ALONE, Share
 from vlm.index.unfinished import agree_on_batch_size, agreed_batch_size, alone, tidy
-from vlm.manifest import is_complete, read_manifest
+from vlm.manifest import is_complete, read_manifest, reopen_folder
 
 BATCH_SIZE = 256
 
@@ -46,6 +46,13 @@ class EmbedOptions:
     is_compiled: bool = False
     precision: str = "fp32"
     share: Share = ALONE
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, before a folder is begun."""
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise UsageError(f"batch_size = {self.batch_size}; one sample at once is the least.")
+        if self.workers < 0:
+            raise UsageError(f"workers = {self.workers}; 0 is the least: reading and the model take turns then.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +107,8 @@ def embed_into(
     """Embed the shards into a folder for each modality, reading every sample once.
 
     Killed at any moment and repeated with the same batch size, by any number of processes, it leaves the files of an
-    uninterrupted run; repeated when complete, it does nothing. Of several processes, each writes the parts of its own
-    shards; the one that finds all parts there ends the work.
+    uninterrupted run; repeated when complete, it makes again what is damaged. Of several processes, each writes the
+    parts of its own shards; the one that finds all parts there ends the work.
 
     Args:
         shards: addresses as `expand_shards` gives them.
@@ -164,15 +171,27 @@ def _open(
             if not is_complete(path):  # else another process finished it just now
                 raise
     manifest = check_same_origin(path, identity)
+    if fault := first_fault(path, manifest.files, verify=True):
+        say(f"{path} was complete: {fault}. The damaged parts are made again.")
+        _reopen(path, identity)
+        return _open(model, path, modality, addresses, inputs, options)
     tidy(path)
     say(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
     return Target(path=path, space=space, writer=None, manifest=manifest)
 
 
+def _reopen(path: Path, identity: dict[str, Any]) -> None:
+    """Make a complete but damaged folder unfinished, unless another process does so or has mended it already."""
+    with alone(path):
+        if is_complete(path):
+            manifest = check_same_origin(path, identity)
+            if first_fault(path, manifest.files, verify=True):
+                agree_on_batch_size(path, manifest.details["batch_size"])
+                reopen_folder(path, kind="embeddings", configuration=identity)
+
+
 def _batch_size(model: Encoder, targets: Sequence[Target], options: EmbedOptions, *, largest: int) -> int:
     if options.batch_size != "auto":
-        if options.batch_size < 1:
-            raise UsageError(f"batch_size = {options.batch_size}; one sample at once is the least.")
         return options.batch_size
     if all(target.space.modality == "text" for target in targets):
         return BATCH_SIZE

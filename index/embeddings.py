@@ -28,7 +28,16 @@ from vlm.index.parts import (
     write_part,
 )
 from vlm.index.unfinished import alone, begin, tidy
-from vlm.manifest import FileRecord, Manifest, is_complete, read_manifest, record_file, write_manifest
+from vlm.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    explaining_damage,
+    is_complete,
+    read_manifest,
+    record_file,
+    write_manifest,
+)
 from vlm.tensors import Array, Float, Float32
 
 Modality = Literal["image", "text"]
@@ -155,8 +164,10 @@ class Embeddings:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.space = Space(**manifest.details["space"])
-        self.parts = [Part.from_line(line) for line in read_lines(folder / PART_LINES)]
+        with explaining_damage(folder / MANIFEST):
+            self.space = Space(**manifest.details["space"])
+        with explaining_damage(folder / PART_LINES):
+            self.parts = [Part.from_line(line) for line in read_lines(folder / PART_LINES)]
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "Embeddings":
@@ -167,7 +178,8 @@ class Embeddings:
             VlmError: a file is missing or not as it was written.
         """
         manifest = read_manifest(folder, "embeddings")
-        check_files(folder, manifest.files, verify=verify, cure="remove the folder and run vlm embed again")
+        again = "import the rows again" if "source" in manifest.configuration else "run the same vlm embed again"
+        check_files(folder, manifest.files, verify=verify, cure=again)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -224,22 +236,28 @@ def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cur
     Raises:
         VlmError: a file is missing or differs; the message ends with the cure.
     """
+    if fault := first_fault(folder, files, verify=verify):
+        raise VlmError(f"{fault}; {cure}.")
+
+
+def first_fault(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> str:
+    """What is wrong with the first of a folder's files that is not as its manifest says; empty if all are."""
     for name, record in files.items():
         path = folder / name
         if not path.is_file():
-            raise VlmError(f"{path} is missing; {cure}.")
+            return f"{path} is missing"
         if (size := path.stat().st_size) != record.bytes:
-            raise VlmError(f"{path} is damaged: {size:,} bytes, {record.bytes:,} were written; {cure}.")
+            return f"{path} is damaged: {size:,} bytes, {record.bytes:,} were written"
         if verify and sha256_of(path) != record.sha256:
-            raise VlmError(f"{path} is damaged: its checksum is not the one it was written with; {cure}.")
+            return f"{path} is damaged: its checksum is not the one it was written with"
+    return ""
 
 
 def check_same_origin(folder: Path, identity: dict[str, Any]) -> Manifest:
-    """The manifest of a finished folder, checked to be made from this model and these shards, with its files there.
+    """The manifest of a finished folder, checked to be made from this model and these shards.
 
     Raises:
         UsageError: it was made from something else; the first difference is named.
-        VlmError: a file of it is missing or damaged.
     """
     manifest = read_manifest(folder, "embeddings")
     for name, value in json.loads(json.dumps(identity)).items():
@@ -248,7 +266,7 @@ def check_same_origin(folder: Path, identity: dict[str, Any]) -> Manifest:
                 f"{folder} is complete, but was made with another {name} ({_brief(manifest.configuration.get(name))} "
                 f"instead of {_brief(value)}); name another folder or remove it."
             )
-    return Embeddings.open(folder).manifest
+    return manifest
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

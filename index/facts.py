@@ -5,8 +5,9 @@ of its values, and so may a row have several values of one field. Beside the met
 `language` (of its captions) and `caption`; `tags` may be a list or words separated by commas. A value is a number or a
 text; true and false are the numbers 1 and 0.
 
-Left out: null, NaN, lists of more than 32 numbers (vectors are no facts), what lies more than 8 names deep, and
-`captions`, `captions_NAME` and `caption_weights`, which `caption` holds. Texts are kept up to 1,000 characters.
+Left out: null (the name of the field is kept), NaN, lists of more than 32 numbers (vectors are no facts), what lies
+more than 8 names deep, and `captions`, `captions_NAME` and `caption_weights`, which `caption` holds. Texts are kept
+up to 1,000 characters.
 """
 
 import math
@@ -40,12 +41,18 @@ _FROM_CAPTIONS = ("captions", "caption_weights")
 
 
 def insert_facts(database: sqlite3.Connection, rows: Sequence[tuple[int, Origin]]) -> None:
-    """Add the facts of rows, given as row number and origin; nothing is committed."""
+    """Add the facts of rows, given as row number and origin; nothing is committed.
+
+    Metadata that is null gives no fact, but its name is known: a filter may say that it is missing.
+    """
     columns: defaultdict[tuple[str, bool], list[tuple[Value, int]]] = defaultdict(list)
+    empty: set[str] = set()
     for row, origin in rows:
+        empty |= {clean(name) for name, value in origin.metadata.items() if value is None and _is_field(name)}
         for name, value in facts_of(origin):
             columns[name, isinstance(value, str)].append((value, row))
-    database.executemany("INSERT OR IGNORE INTO fields(name) VALUES (?)", sorted({(name,) for name, _ in columns}))
+    names = sorted({name for name, _ in columns} | empty)
+    database.executemany("INSERT OR IGNORE INTO fields(name) VALUES (?)", [(name,) for name in names])
     numbers: dict[str, int] = dict(database.execute("SELECT name, id FROM fields"))
     # in the order of the table, so that neighbours are written together
     for name, is_text in sorted(columns, key=lambda column: (numbers[column[0]], column[1])):
@@ -86,8 +93,12 @@ def facts_of(origin: Origin) -> Iterator[tuple[str, Value]]:
     for name, value in origin.metadata.items():
         if name == "tags" and isinstance(value, str):
             value = tags_of(origin.metadata)
-        if name not in _FROM_CAPTIONS and not name.startswith("captions_"):
+        if _is_field(name):
             yield from _flattened(clean(name), value, 1)
+
+
+def _is_field(name: str) -> bool:
+    return name not in _FROM_CAPTIONS and not name.startswith("captions_")
 
 
 def clean(text: str) -> str:

@@ -86,7 +86,7 @@ def open_generation(folder: Path, *, before: Generation | None = None) -> Genera
 
 
 def _open(folder: Path, manifest: Manifest, before: Generation | None) -> Generation:
-    details = Details.from_manifest(manifest.details, folder)
+    details = Details.from_manifest(manifest, folder)
     check_files(folder, manifest.files, verify=False, cure=CURE)
     held = _held(before)
     segments = [

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm.errors import UsageError
 from vlm.index.embeddings import Space
+from vlm.manifest import MANIFEST, Manifest, explaining_damage
 
 LAYOUT = 2
 SEGMENTS, TOMBSTONES = "segments", "tombstones"
@@ -83,22 +84,27 @@ class Details:
     layout: int = LAYOUT
 
     @classmethod
-    def from_manifest(cls, details: dict[str, Any], folder: Path) -> "Details":
+    def from_manifest(cls, manifest: Manifest, folder: Path) -> "Details":
         """From the plain values of the manifest of `folder`.
 
         Raises:
-            UsageError: an older or newer version wrote them.
+            UsageError: an older or newer version wrote them. VlmError: they are damaged.
         """
-        layout = details.get("layout", 1)
-        if layout != LAYOUT:
-            raise UsageError(f"{folder} has the index layout {layout}, this version reads {LAYOUT}; {CURE}.")
-        values = details | {
-            "space": Space(**details["space"]),
-            "segments": tuple(Segment(**segment) for segment in details["segments"]),
-            "shards": tuple(details["shards"]),
-            "sources": tuple(details["sources"]),
-        }
-        return cls(**values)
+        with explaining_damage(folder / MANIFEST):
+            details = manifest.details
+            layout = details.get("layout", 1)
+            if layout != LAYOUT:
+                raise UsageError(f"{folder} has the index layout {layout}, this version reads {LAYOUT}; {CURE}.")
+            values = details | {
+                "space": Space(**details["space"]),
+                "segments": tuple(Segment(**segment) for segment in details["segments"]),
+                "shards": tuple(details["shards"]),
+                "sources": tuple(details["sources"]),
+            }
+            for name, told in (("rows", manifest.counts), ("dead", manifest.counts), ("embeddings", manifest.inputs)):
+                if name not in told:
+                    raise KeyError(name)
+            return cls(**values)
 
 
 def segment_file(number: int, suffix: str) -> str:

@@ -14,6 +14,7 @@ from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import replacing, sha256_of, write_text
 from vlm.index.codes import CODE_FILES, Code, encode
+from vlm.json_text import json_text
 from vlm.manifest import FileRecord, record_file
 from vlm.tensors import Array, Float
 
@@ -179,7 +180,10 @@ def open_vectors(folder: Path, part: Part) -> Float[Array, "N D"]:
     """
     vectors = _open_array(folder, part, "npy")
     if vectors.ndim != 2:
-        raise VlmError(f"{part.name}.npy of {folder} has shape {vectors.shape}, two axes were written; embed again.")
+        raise VlmError(
+            f"{part.name}.npy of {folder} has shape {vectors.shape}, two axes were written; run the same vlm embed "
+            "again."
+        )
     return vectors
 
 
@@ -198,9 +202,9 @@ def _open_array(folder: Path, part: Part, suffix: str) -> Array:
     try:
         found = np.load(path, mmap_mode="r" if part.rows else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise VlmError(f"{path} cannot be read ({error}); remove {folder} and embed again.") from error
+        raise VlmError(f"{path} cannot be read ({error}); run the same vlm embed again.") from error
     if len(found) != part.rows:
-        raise VlmError(f"{path} has {len(found):,} rows, {part.rows:,} were written; embed again.")
+        raise VlmError(f"{path} has {len(found):,} rows, {part.rows:,} were written; run the same vlm embed again.")
     return found
 
 
@@ -218,28 +222,25 @@ def read_origins(folder: Path, part: Part) -> Iterator[Origin]:
     try:
         table = pq.ParquetFile(path)
         if table.metadata.num_rows != part.rows:
-            raise VlmError(f"{path} has {table.metadata.num_rows:,} rows, the matrix {part.rows:,}; embed again.")
+            raise VlmError(
+                f"{path} has {table.metadata.num_rows:,} rows, the matrix {part.rows:,}; run the same vlm embed again."
+            )
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 row["captions"] = captions_from_json(row["captions"])
                 row["metadata"] = json.loads(row["metadata"])
                 yield Origin(**row)
     except (pa.ArrowInvalid, OSError) as error:
-        raise VlmError(f"{path} cannot be read ({error}); remove {folder} and embed again.") from error
-
-
-def to_json(value: Captions | dict[str, Any]) -> str:
-    """Captions or metadata as they are kept in the Parquet table and the catalogue."""
-    return json.dumps(value, ensure_ascii=False)
+        raise VlmError(f"{path} cannot be read ({error}); run the same vlm embed again.") from error
 
 
 def captions_from_json(text: str) -> Captions:
-    """The inverse of `to_json` for captions."""
+    """Captions as they are kept in the Parquet table and the catalogue."""
     return {language: tuple(texts) for language, texts in json.loads(text).items()}
 
 
 def _table(origins: Sequence[Origin]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [getattr(origin, name) for origin in origins] for name in _SCHEMA.names}
-    columns["captions"] = [to_json(origin.captions) for origin in origins]
-    columns["metadata"] = [to_json(origin.metadata) for origin in origins]
+    columns["captions"] = [json_text(origin.captions) for origin in origins]
+    columns["metadata"] = [json_text(origin.metadata) for origin in origins]
     return pa.table(columns, schema=_SCHEMA)

@@ -16,7 +16,7 @@ def recover(folder: Path, *, reached: WritePoint = unhindered) -> None:
         VlmError: the catalogue is damaged or the disk is full.
     """
     manifest = read_manifest(folder, "index")
-    details = Details.from_manifest(manifest.details, folder)
+    details = Details.from_manifest(manifest, folder)
     if is_ahead(folder / details.catalogue, generation=manifest.generation):
         reached("taking back the catalogue")
         restore_catalogue(folder / details.catalogue, generation=manifest.generation)

@@ -16,7 +16,7 @@ class UidNamer:
 
     A uid is the sample's key. Samples of several shards that share a key get `key@shard` (the shard by as much of the
     end of its path as tells it from the others); those inside one shard `key@shard:number`. Text embeddings add
-    `#caption_number`. Nothing is merged.
+    `#caption_number`. Nothing is merged: a key that begins like such a uid (`a@x`, where `a` is shared) gets one, too.
 
     Memory: one Arrow string column with the keys while it is made, then the shared keys only.
     """
@@ -24,8 +24,7 @@ class UidNamer:
     def __init__(self, shards: Sequence[str]) -> None:
         self._names = name_shards(shards)
         tables = [open_index(shard).table.select(["key"]).replace_schema_metadata() for shard in shards]
-        counted = pa.concat_tables(tables).group_by("key").aggregate([([], "count_all")])
-        is_shared = pc.field("key").isin(counted.filter(pc.field("count_all") > 1).column("key").combine_chunks())
+        is_shared = pc.field("key").isin(shared_keys(pa.concat_tables(tables)))
         self._shared = Counter(
             (shard, key)
             for shard, table in enumerate(tables)
@@ -39,6 +38,20 @@ class UidNamer:
         if times:
             uid += f"@{self._names[shard]}" + (f":{number}" if times > 1 else "")
         return uid if caption_number is None else f"{uid}#{caption_number}"
+
+
+def shared_keys(keyed: pa.Table) -> pa.Array:
+    """What the column `key` has several times, and what begins like one of these with an @ behind it."""
+    counted = keyed.group_by("key").aggregate([([], "count_all")])
+    shared = counted.filter(pc.field("count_all") > 1).column("key").combine_chunks()
+    known, alike = set(shared.to_pylist()), []
+    others = counted.filter(pc.field("count_all") == 1).column("key") if known else pa.chunked_array([], pa.string())
+    has_sign = pc.call_function("match_substring", [others], pc.MatchSubstringOptions("@"))
+    for key in sorted(others.filter(has_sign).to_pylist(), key=len):
+        if any(letter == "@" and key[:place] in known for place, letter in enumerate(key)):
+            known.add(key)
+            alike.append(key)
+    return pa.concat_arrays([shared, pa.array(alike, shared.type)])
 
 
 def name_shards(shards: Sequence[str]) -> list[str]:

@@ -45,7 +45,7 @@ class IndexWriter:
     """
 
     def __init__(self, folder: Path, *, reached: WritePoint = unhindered) -> None:
-        Details.from_manifest(read_manifest(folder, "index").details, folder)
+        Details.from_manifest(read_manifest(folder, "index"), folder)
         self.folder, self._reached, self._is_unsettled = folder, reached, False
         self._lock = WriterLock(folder)
         try:
@@ -75,9 +75,12 @@ class IndexWriter:
         """
         return self._bring(new, replaces=False)
 
-    def update(self, new: NewRows) -> Change:
-        """As `add`, but a row whose uid is there takes the place of the one that has it."""
-        return self._bring(new, replaces=True)
+    def update(self, new: NewRows, *, among: Int64[Array, " N"] | None = None) -> Change:
+        """As `add`, but a row whose uid is there takes the place of the one that has it.
+
+        among: only these rows (as `Catalogue.where` gives them) are replaced; new rows of other uids are left out.
+        """
+        return self._bring(new, replaces=True, among=among)
 
     def delete(self, uids: Sequence[str]) -> Change:
         """The rows of these uids die.
@@ -141,17 +144,21 @@ class IndexWriter:
         is_one = len(now.selected) <= 1 and kinds <= {choose_kind(now.details.kind, len(now))}
         return is_one and not len(now.dead) and not now.catalogue.count_hidden()
 
-    def _bring(self, new: NewRows, *, replaces: bool) -> Change:
-        started, now = time.perf_counter(), self.generation
+    def _bring(self, new: NewRows, *, replaces: bool, among: Int64[Array, " N"] | None = None) -> Change:
+        started, now, given = time.perf_counter(), self.generation, new.count
         new.require_space(now.details.space, self.folder)
         old = now.catalogue.rows_of(new.uids())
+        if among is not None:
+            chosen = set(among.tolist())
+            old = {uid: row for uid, row in old.items() if row in chosen}
+            new = new.only(old)
         if old and not replaces:
             raise UsageError(
                 f"{self.folder} has {next(iter(old))!r} already ({len(old):,} of the {new.count:,} new rows are "
                 "there); nothing was added: vlm index update replaces them."
             )
         if not new.count:
-            return self._done(started)
+            return self._done(started, left_out=given)
         dying = np.sort(np.array(list(old.values()), np.int64))
         with self._changing():
             first = max(now.details.next_row, last_row(now.catalogue.path) + 1)
@@ -165,7 +172,8 @@ class IndexWriter:
             what = "update" if replaces else "add"
             draft = draft_next(now, what=what, keep=keep, written=written, dying=dying, **details)
             self._commit(draft, lambda: self._change_catalogue(draft, dying, enumerate(new.origins(), first)))
-        return self._done(started, added=new.count - len(old), replaced=len(old))
+        left_out = given - new.count
+        return self._done(started, added=new.count - len(old), replaced=len(old), left_out=left_out)
 
     def _write_behind(self, new: NewRows, keep: int, dying: Int64[Array, " N"], first: int) -> Written:
         """The segment of new rows, with what lives of the segments from `keep` on."""
@@ -232,7 +240,9 @@ class IndexWriter:
         self.generation = open_generation(self.folder, before=self.generation)
         self._is_unsettled = False
 
-    def _done(self, started: float, *, added: int = 0, replaced: int = 0, removed: int = 0) -> Change:
+    def _done(
+        self, started: float, *, added: int = 0, replaced: int = 0, removed: int = 0, left_out: int = 0
+    ) -> Change:
         now = self.generation
         return Change(
             generation=now.number,
@@ -242,5 +252,6 @@ class IndexWriter:
             added=added,
             replaced=replaced,
             removed=removed,
+            left_out=left_out,
             seconds=time.perf_counter() - started,
         )

@@ -1,9 +1,10 @@
 """What people see: talk on stderr, results on stdout as a table or as JSON."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+
+from vlm.json_text import json_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -19,8 +20,8 @@ def say(message: str) -> None:
 
 
 def show_json(result: Any) -> None:
-    """A result on stdout for machines."""
-    print(json.dumps(result, ensure_ascii=False, indent=2, default=str), flush=True)
+    """A result on stdout for machines; numbers that are not finite are null."""
+    print(json_text(result, indent=2, default=str), flush=True)
 
 
 def show_table(
@@ -31,7 +32,7 @@ def show_table(
     from rich.table import Table
 
     materialised = [list(row) for row in rows]
-    table = Table(title=title or None, title_justify="left", header_style="bold", show_header=has_header)
+    table = Table(title=_cell(title) or None, title_justify="left", header_style="bold", show_header=has_header)
     for number, name in enumerate(columns):
         is_number = all(isinstance(row[number], int | float) for row in materialised) and bool(materialised)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
@@ -112,4 +113,5 @@ def _cell(value: Any) -> str:
 
     if isinstance(value, float):
         return f"{value:.4f}"
-    return escape(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return escape(text.encode(errors="replace").decode())  # a file's name may hold bytes that are not UTF-8

@@ -1,7 +1,9 @@
 """The `manifest.json` by which stages meet: what a folder holds, what made it, and from what."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,16 +64,14 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
     Raises:
         UsageError: no manifest, another kind of folder, or a format this version cannot read.
+        VlmError: it is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = (folder / PROGRESS).is_file()
         why = "is unfinished: run the command that makes it again" if unfinished else f"has no {MANIFEST}"
         raise UsageError(f"{folder} {why}; a finished {kind} folder was expected.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise VlmError(f"{path} is damaged ({error}); make the folder again.") from error
+    values = _read_object(path)
     if values.get("kind") != kind:
         raise UsageError(f"{folder} holds {values.get('kind')!r}, but {kind!r} was expected.")
     if values.get("format") != FORMAT:
@@ -79,8 +79,31 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
             f"{folder} has format {values.get('format')}, this vlm {__version__} reads {FORMAT}: "
             "use the version that made it, or make it again."
         )
-    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-    return Manifest(**values)
+    with explaining_damage(path):
+        values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+        return Manifest(**values)
+
+
+@contextlib.contextmanager
+def explaining_damage(path: Path) -> Iterator[None]:
+    """What a JSON file that is not as it was written does to its reader becomes a message.
+
+    Raises:
+        VlmError: the block failed at it.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise VlmError(f"{path} is damaged ({what}); put back a copy of it, or make the folder again.") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    with explaining_damage(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("it holds no JSON object")
+    return values
 
 
 def is_complete(folder: Path) -> bool:
@@ -100,13 +123,12 @@ def begin_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> b
         UsageError: the folder is finished, holds something else, or was begun with another
             configuration; nothing in it is touched.
     """
-    identity = fingerprint_of(kind, json.dumps(configuration, sort_keys=True, default=str))
     if is_complete(folder):
         raise UsageError(f"{folder} exists already and is complete; name another folder or remove it.")
     marker = folder / PROGRESS
     if marker.is_file():
-        begun = json.loads(marker.read_text(encoding="utf-8"))
-        if begun.get("identity") != identity:
+        begun = _read_object(marker)
+        if begun.get("identity") != _identity_of(kind, configuration):
             raise UsageError(
                 f"{folder} holds unfinished work ({begun.get('kind')}) begun with another input or "
                 "configuration; repeat that command, name another folder, or remove it."
@@ -115,5 +137,20 @@ def begin_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> b
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists already and is not empty; name another folder or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(marker, json.dumps({"kind": kind, "identity": identity, "configuration": configuration}, default=str))
+    _mark_begun(folder, kind, configuration)
     return False
+
+
+def reopen_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> None:
+    """Make a finished folder unfinished again, as if it had been begun with this configuration."""
+    _mark_begun(folder, kind, configuration)
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _mark_begun(folder: Path, kind: str, configuration: dict[str, Any]) -> None:
+    begun = {"kind": kind, "identity": _identity_of(kind, configuration), "configuration": configuration}
+    write_text(folder / PROGRESS, json.dumps(begun, default=str))
+
+
+def _identity_of(kind: str, configuration: dict[str, Any]) -> str:
+    return fingerprint_of(kind, json.dumps(configuration, sort_keys=True, default=str))

@@ -37,6 +37,7 @@ class ImportSummary:
 
     files: pairs of vectors and table. bad: rows left out, named in `incidents.jsonl`. scaled: rows that were not of
     unit length. renamed: rows that share the key with another. left_out: columns that cannot be metadata.
+    approximate: the kind of the FAISS file whose codes the rows were made from; empty: they are as they were.
     """
 
     folder: str
@@ -50,6 +51,7 @@ class ImportSummary:
     renamed: int
     uid_column: str
     left_out: tuple[str, ...]
+    approximate: str
     seconds: float
 
 
@@ -99,6 +101,7 @@ def import_embeddings(
         renamed=namer.num_shared,
         uid_column=parts[0].columns.uid if parts[0].columns else "",
         left_out=tuple(dict.fromkeys(name for part in parts if part.columns for name in part.columns.left_out)),
+        approximate=parts[0].faiss.kind if parts[0].faiss and not parts[0].faiss.is_exact else "",
         seconds=time.perf_counter() - started,
     )
 

@@ -37,7 +37,8 @@ class Wishes:
 class Columns:
     """The columns of one table; empty where there is none.
 
-    metadata: all others that can be kept. left_out: those that cannot: bytes, and vectors beside those imported.
+    metadata: all others that can be kept. left_out: those that cannot: bytes, vectors beside those imported, and what
+        has no name.
     is_ours: `vlm index export` wrote the table, so that a row says itself what it is.
     """
 
@@ -81,9 +82,9 @@ def choose_columns(schema: pa.Schema, wishes: Wishes, path: Path, *, has_vectors
     vectors = [field.name for field in schema if _is_vector(field.type)] if has_vectors else []
     embedding = _choose_embedding(vectors, wishes.embedding, path) if has_vectors else ""
     # a row is found by its key and uid without their being metadata too
-    special = {embedding, caption, uid if uid in ("uid", "key") else ""}
+    special = {embedding, caption, uid if uid in ("uid", "key") else ""} - {""}
     others = [name for name in names if name not in special and not name.startswith(_LABELS)]
-    left_out = [name for name in others if name in vectors or _is_binary(schema.field(name).type)]
+    left_out = [name for name in others if not name or name in vectors or _is_binary(schema.field(name).type)]
     return Columns(
         uid=uid,
         caption=caption,

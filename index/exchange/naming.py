@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm.index.exchange.source import SourcePart, read_names
-from vlm.index.uids import name_shards
+from vlm.index.uids import name_shards, shared_keys
 
 
 class RowNamer:
@@ -28,8 +28,7 @@ class RowNamer:
         named = [read_names(part) for part in parts]
         chunks = [chunk for names in named if names is not None for chunk in names.chunks]
         keyed = pa.table({"key": pa.chunked_array(chunks, pa.string())})
-        counted = keyed.group_by("key").aggregate([([], "count_all")])
-        is_shared = pc.field("key").isin(counted.filter(pc.field("count_all") > 1).column("key").combine_chunks())
+        is_shared = pc.field("key").isin(shared_keys(keyed))
         self._shared = Counter(
             (number, key)
             for number, names in enumerate(named)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlm.errors import UsageError
 from vlm.index.embeddings import PART_LINES, Modality
+from vlm.index.exchange.faiss_rows import FAISS_SUFFIXES
 
 VECTOR_FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
 TABLE_FOLDER = "metadata"
@@ -16,12 +17,14 @@ TABLE_FOLDER = "metadata"
 class Pair:
     """Files whose rows belong together by position.
 
-    vectors: a .npy matrix; None: they are a column of the table.
+    vectors: a .npy matrix or a FAISS file; None: they are a column of the table.
     table: Parquet; None: nothing is known of the rows but their number.
+    is_slice: several tables, one behind the other, tell about the rows of one FAISS file.
     """
 
     vectors: Path | None
     table: Path | None
+    is_slice: bool = False
 
     @property
     def path(self) -> Path:
@@ -35,7 +38,8 @@ def find_pairs(source: Path, *, modality: Modality, metadata: Path | None = None
     """The files of a source, in the order of their numbers.
 
     source: a folder of clip-retrieval (`img_emb`, `text_emb`, `metadata`), a folder of .npy and Parquet files, of .npy
-        alone, or of Parquet alone; or one such file, whose table may lie beside it under the same name.
+        alone, or of Parquet alone; a folder with a FAISS file in place of .npy, whose tables may lie in `metadata`; or
+        one such file, whose table may lie beside it under the same name.
     metadata: where the tables are, if elsewhere.
 
     Raises:
@@ -49,11 +53,13 @@ def find_pairs(source: Path, *, modality: Modality, metadata: Path | None = None
     if metadata is not None and not (vectors and tables):
         raise UsageError(f"{source if tables else metadata} holds no {'.npy' if tables else '.parquet'} file.")
     if not vectors and not tables:
-        raise UsageError(f"{source} holds neither .npy nor .parquet files.")
+        raise UsageError(f"{source} holds neither .npy nor .parquet nor FAISS files (.faiss, .index).")
     if not vectors:
         return [Pair(vectors=None, table=table) for table in tables]
     if not tables:
         return [Pair(vectors=matrix, table=None) for matrix in vectors]
+    if vectors[0].suffix in FAISS_SUFFIXES:
+        return [Pair(vectors=vectors[0], table=table, is_slice=True) for table in tables]
     return _join(vectors, tables)
 
 
@@ -61,9 +67,12 @@ def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[
     """Vectors and tables; either may be empty."""
     present = [name for name in VECTOR_FOLDERS.values() if (source / name).is_dir()]
     if not present:
-        vectors = _files(source, ".npy")
+        vectors = _files(source, ".npy") or _faiss_file(source, modality)
         beside = source if source.is_dir() else source.with_suffix(".parquet")
-        return vectors, _files(metadata or beside, ".parquet")
+        tables = _files(metadata or beside, ".parquet")
+        if vectors and not tables and vectors[0].suffix in FAISS_SUFFIXES and metadata is None:
+            tables = _files(source / TABLE_FOLDER, ".parquet")
+        return vectors, tables
     folder = VECTOR_FOLDERS[modality]
     if folder not in present:
         other = next(name for name in VECTOR_FOLDERS if name != modality)
@@ -75,6 +84,20 @@ def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[
             "or the place of the tables as --metadata."
         )
     return _files(source / folder, ".npy"), tables
+
+
+def _faiss_file(source: Path, modality: Modality) -> list[Path]:
+    """The one of a folder; clip-retrieval's back end has `image.index` and `text.index` beside each other."""
+    found = [path for suffix in FAISS_SUFFIXES for path in _files(source, suffix)]
+    named = {f"{name}.index": name for name in VECTOR_FOLDERS}
+    if len(found) > 1 and all(path.name in named for path in found):
+        found = [path for path in found if named[path.name] == modality]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{source} holds several FAISS files ({names}); give one, and its tables as --metadata.")
+    if found and named.get(found[0].name, modality) != modality:
+        raise UsageError(f"{source} has {found[0].name} only; import it with --modality {named[found[0].name]}.")
+    return found
 
 
 def _files(place: Path, suffix: str) -> list[Path]:

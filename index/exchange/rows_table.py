@@ -13,8 +13,8 @@ from vlm.index.catalogue import Catalogue, Entry
 from vlm.index.embeddings import unit_rows
 from vlm.index.exchange.columns import EMBEDDING, ORIGIN
 from vlm.index.float16 import to_float32
-from vlm.index.parts import to_json
 from vlm.index.search_plan import Selected
+from vlm.json_text import json_text
 from vlm.tensors import Array, Float, Int64
 
 Precision = Literal["float16", "float32"]
@@ -76,7 +76,7 @@ def as_asked(stored: Float[Array, "N D"], precision: Precision) -> Float[Array, 
 
 def _value(entry: Entry, name: str) -> Any:
     value = getattr(entry, name)
-    return to_json(value) if name in ("captions", "metadata") else value
+    return json_text(value) if name in ("captions", "metadata") else value
 
 
 def _shown(entry: Entry, name: str) -> str | None:

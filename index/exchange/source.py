@@ -1,7 +1,7 @@
 """Vectors and tables of other tools: checked against each other before anything is written, then read in blocks."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 
 from vlm.errors import UsageError, VlmError
 from vlm.index.exchange.columns import Columns, Wishes, choose_columns, readable
+from vlm.index.exchange.faiss_rows import FAISS_SUFFIXES, FaissRows, open_faiss
 from vlm.index.exchange.pairs import Pair
 from vlm.tensors import Array, Float
 
 ROWS_AT_ONCE = 16_384
+
+Slices = Callable[[int, int], Float[Array, "N D"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class SourcePart:
     """A pair that fits together.
 
     first: the number of its first row in the whole source. dimension: D. columns: None if the table tells nothing.
+    faiss: where the vectors are in a FAISS file.
     """
 
     pair: Pair
@@ -31,6 +35,17 @@ class SourcePart:
     rows: int
     dimension: int
     columns: Columns | None
+    faiss: FaissRows | None = None
+
+    def vectors(self) -> "Slices | None":
+        """What gives the vectors of the rows from one to another; None: they are in the table."""
+        if self.faiss is not None:
+            rows, offset = self.faiss, self.first if self.pair.is_slice else 0
+            return lambda first, last: rows.rows(offset + first, offset + last)
+        if self.pair.vectors is None:
+            return None
+        matrix = _open_matrix(self.pair.vectors)
+        return lambda first, last: matrix[first:last]
 
     @property
     def place(self) -> Path:
@@ -57,8 +72,9 @@ def open_parts(pairs: Sequence[Pair], wishes: Wishes) -> list[SourcePart]:
         VlmError: a file is damaged.
     """
     parts: list[SourcePart] = []
+    faiss = _open_faiss(pairs[0])
     for pair in pairs:
-        part = _open_part(pair, wishes, first=parts[-1].first + parts[-1].rows if parts else 0)
+        part = _open_part(pair, wishes, faiss, first=parts[-1].first + parts[-1].rows if parts else 0)
         if not part.rows:
             continue
         if parts and part.dimension != parts[0].dimension:
@@ -70,6 +86,9 @@ def open_parts(pairs: Sequence[Pair], wishes: Wishes) -> list[SourcePart]:
         parts.append(part)
     if not parts:
         raise UsageError(f"There is not one row in {pairs[0].path}" + (" or the other files." if pairs[1:] else "."))
+    if faiss is not None:
+        tables = str(pairs[0].path) + (f" to {pairs[-1].path.name}" if pairs[1:] else "")
+        _check_count(faiss.path, len(faiss), tables, parts[-1].first + parts[-1].rows)
     return parts
 
 
@@ -79,19 +98,20 @@ def read_blocks(part: SourcePart) -> Iterator[Block]:
     Raises:
         VlmError: the table is damaged, or a vector in it has another length than the rest.
     """
-    matrix = _open_matrix(part.pair.vectors) if part.pair.vectors else None
+    given = part.vectors()
     if part.columns is None:
-        assert matrix is not None
+        assert given is not None
         for first in range(0, part.rows, ROWS_AT_ONCE):
-            yield Block(part=part, first=first, vectors=matrix[first : first + ROWS_AT_ONCE], records=None)
+            vectors = given(first, min(first + ROWS_AT_ONCE, part.rows))
+            yield Block(part=part, first=first, vectors=vectors, records=None)
         return
     first, columns = 0, part.columns
     wanted = [*columns.described, *([columns.embedding] if columns.embedding else [])]
     for batch in _batches(part.pair.path, wanted):
-        rows = slice(first, first + len(batch))
-        vectors = matrix[rows] if matrix is not None else _vectors_in(batch, part, columns.embedding)
+        last = first + len(batch)
+        vectors = given(first, last) if given else _vectors_in(batch, part, columns.embedding)
         yield Block(part=part, first=first, vectors=vectors, records=readable(batch, columns.described))
-        first += len(batch)
+        first = last
 
 
 def read_names(part: SourcePart) -> pa.ChunkedArray | None:
@@ -114,26 +134,46 @@ def read_names(part: SourcePart) -> pa.ChunkedArray | None:
     return names
 
 
-def _open_part(pair: Pair, wishes: Wishes, first: int) -> SourcePart:
-    matrix = _open_matrix(pair.vectors) if pair.vectors else None
+def _open_part(pair: Pair, wishes: Wishes, faiss: FaissRows | None, first: int) -> SourcePart:
+    """A pair as it is; `faiss` has the vectors of all if it is there."""
+    count, dimension = _shape(pair, faiss)
     if pair.table is None:
-        assert matrix is not None
-        return SourcePart(pair=pair, first=first, rows=len(matrix), dimension=matrix.shape[1], columns=None)
+        return SourcePart(pair=pair, first=first, rows=count, dimension=dimension, columns=None, faiss=faiss)
     with _explaining(pair.table) as table:
         rows, schema = table.metadata.num_rows, table.schema_arrow
-    if matrix is not None and len(matrix) != rows:
-        raise UsageError(
-            f"{pair.vectors} has {len(matrix):,} rows and {pair.table} {rows:,}. Rows are joined by position, so these "
-            "two do not belong together; nothing was imported."
-        )
-    columns = choose_columns(schema, wishes, pair.table, has_vectors=matrix is None)
+    if pair.vectors is not None and not pair.is_slice:
+        _check_count(pair.vectors, count, str(pair.table), rows)
+    columns = choose_columns(schema, wishes, pair.table, has_vectors=pair.vectors is None)
     return SourcePart(
         pair=pair,
         first=first,
         rows=rows,
-        dimension=_dimension_in(pair.table, columns.embedding) if matrix is None else matrix.shape[1],
+        dimension=dimension if pair.vectors else _dimension_in(pair.table, columns.embedding),
         columns=columns if columns.described or columns.embedding else None,
+        faiss=faiss,
     )
+
+
+def _open_faiss(pair: Pair) -> FaissRows | None:
+    """Where the vectors of a source are in a FAISS file, it is the only one."""
+    is_faiss = pair.vectors is not None and pair.vectors.suffix in FAISS_SUFFIXES
+    return open_faiss(pair.vectors) if is_faiss and pair.vectors else None
+
+
+def _shape(pair: Pair, faiss: FaissRows | None) -> tuple[int, int]:
+    """Rows and dimension of the file with the vectors; zeros where they are in the table."""
+    if faiss is not None:
+        return len(faiss), faiss.dimension
+    matrix = _open_matrix(pair.vectors) if pair.vectors else np.zeros((0, 0))
+    return matrix.shape[0], matrix.shape[1]
+
+
+def _check_count(vectors: Path, count: int, table: str, rows: int) -> None:
+    if count != rows:
+        raise UsageError(
+            f"{vectors} has {count:,} rows and {table} {rows:,}. Rows are joined by position, so these do not belong "
+            "together; nothing was imported."
+        )
 
 
 def _open_matrix(path: Path) -> Float[Array, "N D"]:

@@ -27,12 +27,16 @@ def rows_where(database: sqlite3.Connection, condition: Condition) -> Int64[Arra
     """The numbers of the rows a condition chooses, rising, of living and dead rows alike.
 
     Raises:
-        UsageError: it names a field that no row has, or compares numbers with texts.
+        UsageError: it names a field that no row has (unless to say that it is missing, where it was null or rows had
+            it once), or compares numbers with texts.
     """
-    kinds = field_kinds(database)
+    kinds, fields = field_kinds(database), dict(database.execute("SELECT name, id FROM fields"))
+    if not kinds:  # every row has a key
+        return np.zeros(0, np.int64)
     for leaf in leaves(condition):
-        _check(leaf, kinds)
-    return _Search(database, dict(database.execute("SELECT name, id FROM fields"))).rows(condition)
+        if not (isinstance(leaf, Missing) and leaf.field in fields):
+            _check(leaf, kinds)
+    return _Search(database, fields).rows(condition)
 
 
 def _check(leaf: Leaf, kinds: dict[str, tuple[Kind, ...]]) -> None:

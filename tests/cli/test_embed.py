@@ -65,3 +65,32 @@ def test_mistakes_are_told_before_anything_is_written(scene_shards, model, tmp_p
     (tmp_path / "out" / "manifest.json").write_text("{}")
     assert main(["embed", str(model), *place, "--modality", "both"]) == 2
     assert "needs a folder of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--workers", "-1"), "workers = -1; 0 is the least"),
+        (("--batch-size", "0"), "batch_size = 0; one sample"),
+        (("--device", "foo"), "There is no device 'foo'"),
+        (("--device", "cuda:99"), "torch sees no device 'cuda:99' here"),
+        (("--device", "meta"), "torch sees no device 'meta' here"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_folder_is_begun(scene_shards, model, tmp_path, capsys, words, message):
+    assert main(["embed", str(model), str(scene_shards / "val"), str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_that_json_has_not_is_null_from_shards_to_answers(model, tmp_path, capsys):
+    write_tar(tmp_path / "odd.tar", [""], metadata={"nan": float("nan"), "far": [float("inf"), 1.5]})
+    embeddings, index = tmp_path / "embeddings", tmp_path / "index"
+    assert main(["embed", str(model), str(tmp_path / "odd.tar"), str(embeddings), "--workers", "0"]) == 0
+    (origin,) = Embeddings.open(embeddings).origins()
+    assert (origin.metadata["nan"], origin.metadata["far"]) == (None, [None, 1.5])
+    assert main(["index", "build", str(embeddings), str(index)]) == 0
+    capsys.readouterr()
+    assert main(["search", str(index), "--like", origin.uid, "--json"]) == 0
+    hit = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["hits"][0]
+    assert hit["metadata"]["nan"] is None

@@ -68,12 +68,63 @@ def test_rows_come_and_go_by_the_commands(capsys, index, tmp_path):
     assert (info["rows"], info["generation"], [segment["rows"] for segment in info["segments"]]) == (14, 5, [14])
 
 
+def test_an_update_may_be_narrowed_by_a_filter(capsys, index, tmp_path):
+    more = embed(tmp_path / "more", ["a0", "a1", "b0"], seed=1)
+    code, out, _ = run(capsys, "index", "update", index, more, "--where", "key = 'a1'", "--json")
+    change = json.loads(out)
+    assert code == 0
+    assert [change[name] for name in ("added", "replaced", "left_out", "rows")] == [0, 1, 2, 20]
+    code, _, err = run(capsys, "index", "update", index, more, "--where", "key =")
+    assert (code, "filter" in err) == (2, True)
+
+
 def test_uids_to_delete_are_read_from_a_file_or_from_standard_input(capsys, index, tmp_path, monkeypatch):
     (tmp_path / "uids.txt").write_text("a1\na2\n")
     assert run(capsys, "index", "delete", index, "--uids", tmp_path / "uids.txt")[0] == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("a3\n"))
     code, out, _ = run(capsys, "index", "delete", index, "--uids", "-", "--json")
     assert (code, json.loads(out)["rows"]) == (0, 17)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_uid(capsys, index, tmp_path):
+    (tmp_path / "uids.txt").write_text("a1\r\na2\r\n", encoding="utf-8-sig", newline="")
+    code, out, _ = run(capsys, "index", "delete", index, "--uids", tmp_path / "uids.txt", "--json")
+    assert (code, json.loads(out)["removed"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"caf\xe9\n", "uids.txt is not UTF-8 text: byte 3 is 0xe9"), (b"\n\n", "uids.txt holds no uid")],
+)
+def test_a_file_that_holds_no_uids_is_refused(capsys, index, tmp_path, content, message):
+    (tmp_path / "uids.txt").write_bytes(content)
+    code, _, err = run(capsys, "index", "delete", index, "--uids", tmp_path / "uids.txt")
+    assert code == 2
+    assert message in err
+
+
+def test_an_index_of_nothing_answers_every_filter_with_nothing(capsys, index):
+    run(capsys, "index", "delete", index, "--where", "width >= 0")
+    run(capsys, "index", "compact", index)
+    for where in ("width < 3", "hight = 'x'", "hight is missing", "not width = 1"):
+        code, out, _ = run(capsys, "index", "delete", index, "--where", where, "--json")
+        assert (code, json.loads(out)["removed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("sample", ["0", "-3"])
+def test_a_check_of_no_rows_is_refused(capsys, index, sample):
+    code, _, err = run(capsys, "index", "check", index, "--sample", sample)
+    assert (code, f"--sample {sample} does not fit" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--held-out", "nan"), ("--held-out", "0"), ("--held-out", "1"), ("--pictures", "-5"), ("--pictures", "0")],
+)
+def test_a_head_is_not_fitted_to_what_cannot_be(capsys, index, tmp_path, option, value):
+    texts = ("--old-texts", index, "--new-texts", index)
+    code, _, err = run(capsys, "index", "fit-head", index, index, tmp_path / "head", *texts, option, value)
+    assert (code, f"{option} {float(value) if option == '--held-out' else value} does not fit" in err) == (2, True)
 
 
 def test_many_dead_rows_call_for_a_compaction(capsys, index):

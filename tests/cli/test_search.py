@@ -110,6 +110,58 @@ def test_a_vector_asks_alone_or_a_row_after_the_other(search: Search, tmp_path: 
     assert (code, "holds 2 vectors" in err) == (2, True)
 
 
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_a_byte_order_mark_is_no_part_of_the_first_question(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_piped: bool
+) -> None:
+    (tmp_path / "questions").write_text('{"items": ["u8"], "top": 1}\r\n', encoding="utf-8-sig", newline="")
+    monkeypatch.setattr("sys.stdin", io.StringIO((tmp_path / "questions").read_text(encoding="utf-8")))
+    code, out, _ = search("--queries", "-" if is_piped else str(tmp_path / "questions"))
+    assert (code, [hit["uid"] for hit in json.loads(out)["hits"]]) == (0, ["u8"])
+
+
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_questions_that_are_not_utf_8_are_refused(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_piped: bool
+) -> None:
+    (tmp_path / "questions").write_bytes("ein Café\n".encode("latin-1"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("ein Café\n".encode("latin-1")), "utf-8"))
+    code, out, err = search("--queries", "-" if is_piped else str(tmp_path / "questions"))
+    assert (code, out) == (2, "")
+    assert "is not UTF-8 text: byte 7 is 0xe9; save it as UTF-8" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"items": ["nope"]}', "no item 'nope'"),
+        ('{"items": ["u1"], "where": "m = 1"}', "No row has the field 'm'"),
+        ('{"items": ["u1"], "where": "n >"}', "place 4"),
+        ('{"items": ["u1"], "after": "x"}', "'x' is no cursor"),
+        ('{"items": [], "vectors": [[1, 2, 3]]}', "3 numbers; the rows of this index have 2"),
+        ('{"items": [], "vectors": [[0, 0]]}', "has length 0.0"),
+        ('{"images": ["/nowhere.png"]}', "/nowhere.png cannot be read"),
+    ],
+)
+def test_the_line_of_a_question_that_cannot_be_answered_is_named(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    monkeypatch.setattr("vlm.service.search.SearchService._checked_model", lambda _: object())
+    (tmp_path / "questions").write_text('{"items": ["u1"]}\n\n' * 140 + line + '\n{"items": ["u1"]}\n')
+    code, _, err = search("--queries", str(tmp_path / "questions"), "--top", "1")
+    assert code == 2
+    assert "Line 281 of the questions: " in err
+    assert message in err
+
+
+def test_the_row_of_a_vector_that_cannot_be_asked_is_named(search: Search, tmp_path: Path) -> None:
+    rows = np.ones((300, 2), np.float32)
+    rows[290, 1] = np.nan
+    np.save(tmp_path / "all.npy", rows)
+    code, _, err = search("--queries", str(tmp_path / "all.npy"), "--top", "1")
+    assert (code, "Row 290 (from 0) of" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,20 +20,21 @@ def tiny_picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def members(key: str, number: int, damage: str = "") -> list[tuple[str, bytes]]:
+def members(key: str, number: int, damage: str = "", metadata: dict[str, Any] | None = None) -> list[tuple[str, bytes]]:
     captions = [] if damage == "no caption" else [f"{key} one", f"{key} two", f"{key} three"]
+    described = {"captions": captions} | (metadata or {})
     parts = [
         (f"{key}.jpg", b"\xff\xd8 not much more" if damage == "unreadable picture" else tiny_picture(number)),
-        (f"{key}.json", b"{" if damage == "unreadable json" else json.dumps({"captions": captions}).encode()),
+        (f"{key}.json", b"{" if damage == "unreadable json" else json.dumps(described).encode()),
     ]
     return parts[1:] if damage == "no picture" else parts
 
 
-def write_tar(path: Path, damages: Sequence[str], *, prefix: str = "") -> str:
+def write_tar(path: Path, damages: Sequence[str], *, prefix: str = "", metadata: dict[str, Any] | None = None) -> str:
     """A tar with a sample for each entry, whole where it is empty, else damaged as it says."""
     with tarfile.open(path, "w") as tar:
         for number, damage in enumerate(damages):
-            for name, data in members(f"{prefix}{path.stem}-{number}", number, damage):
+            for name, data in members(f"{prefix}{path.stem}-{number}", number, damage, metadata):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))

@@ -7,6 +7,7 @@ from tests.index.changes import SPACE, MakeIndex, given, origins, uids_of, vecto
 from vlm.errors import UsageError
 from vlm.index.build import build_index
 from vlm.index.changes import NewRows
+from vlm.index.check import check_index
 from vlm.index.kinds import Tuning
 from vlm.index.read import Index
 from vlm.index.where import parse_where
@@ -210,3 +211,21 @@ def test_info_tells_what_lives_and_where(make_index: MakeIndex) -> None:
         ("ivf", 499, 1),
         ("flat", 29, 1),
     ]
+
+
+def test_only_rows_of_a_filter_are_replaced(make_index: MakeIndex) -> None:
+    folder = make_index(50)
+    rows, new = vectors(30, 7), origins([f"k{n}" for n in range(25, 50)] + [f"n{n}" for n in range(5)], split="new")
+    with IndexWriter(folder) as writer:
+        chosen = writer.generation.catalogue.where(parse_where("number >= 40 or number < 3"))
+        change = writer.update(NewRows.of_arrays(rows, new, SPACE), among=chosen)
+        assert (change.added, change.replaced, change.left_out, change.rows, change.dead) == (0, 10, 20, 50, 10)
+        nobody = writer.generation.catalogue.where(parse_where("number < 3 and split = 'first'"))
+        change = writer.update(NewRows.of_arrays(rows, new, SPACE), among=nobody)
+        assert (change.replaced, change.left_out, change.generation) == (0, 30, 2)
+    index = Index.open(folder)
+    replaced = index.catalogue.where(parse_where("split = 'new'"))
+    assert {entry.uid for entry in index.catalogue.entries(replaced.tolist())} == {f"k{n}" for n in range(40, 50)}
+    assert uids_of(index, rows[15], 1) == ["k40"]
+    assert uids_of(index, vectors(50, 0)[30], 1) == ["k30"]
+    assert check_index(folder).faults == ()

@@ -17,13 +17,15 @@ from vlm.index.embeddings import Embeddings, Modality
 from vlm.index.encoder import Encoder
 
 KILLED_RUN = """
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
 from pathlib import Path
 from vlm.index.embed import embed_shards
 Model = runpy.run_path(sys.argv[1])["ColourModel"]
 class Killed(Model):
     def embed_images(self, images):
         if self.batches == 3:
+            while not Path(sys.argv[2], "parts", "part-00000.json").exists():
+                time.sleep(0.01)  # the part before is written meanwhile
             os.kill(os.getpid(), signal.SIGKILL)
         return super().embed_images(images)
 embed_shards(Killed(), sys.argv[3:], Path(sys.argv[2]), model_spec="colours", batch_size=3)

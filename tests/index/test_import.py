@@ -179,6 +179,25 @@ def test_shared_keys_are_told_apart_as_among_shards(tmp_path):
     assert [origin.uid for origin in origins_in(tmp_path / "out")] == ["x@m_0", "y@m_0:1", "y@m_0:2", "x@m_1", "z"]
 
 
+def test_keys_that_look_like_names_of_shared_ones_do_not_meet_them(tmp_path):
+    write_matrix(tmp_path / "a.npy", unit(5))
+    write_table(tmp_path / "a.parquet", {"key": ["k", "k", "k@a:1", "k@a:1@a", "j@a"]})
+    bring(tmp_path / "a.npy", tmp_path / "out")
+    found = [origin.uid for origin in origins_in(tmp_path / "out")]
+    assert found == ["k@a:0", "k@a:1", "k@a:1@a", "k@a:1@a@a", "j@a"]
+
+
+def test_a_column_without_a_name_is_left_out_and_said(tmp_path, capsys):
+    write_matrix(tmp_path / "a.npy", unit(1))
+    write_table(tmp_path / "a.parquet", {"key": ["k"], "": [1], "n": [2]})
+    words = ["index", "import", str(tmp_path / "a.npy"), str(tmp_path / "out"), "--model", "unknown", "--json"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["left_out"] == [""]
+    assert "left out: one without a name" in printed.err
+    assert origins_in(tmp_path / "out")[0].metadata == {"n": 2}
+
+
 def test_the_model_is_loaded_and_its_dimension_compared(tmp_path, make_model: Callable[..., Any]):
     write_matrix(tmp_path / "e.npy", unit(2))
     bring(tmp_path / "e.npy", tmp_path / "out", model_spec="colours", load=lambda spec: make_model())

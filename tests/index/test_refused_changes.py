@@ -1,4 +1,5 @@
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def test_rows_of_another_space_are_refused(make_index: MakeIndex, space: dict[st
     rows = vectors(2, 1)[:, : other.dimension]
     with IndexWriter(folder) as writer, pytest.raises(UsageError, match=message):
         writer.add(NewRows.of_arrays(rows, origins(["a", "b"]), other))
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "cut", "overwritten", "no tables"])
+def test_a_damaged_catalogue_is_named_and_not_the_disk(make_index: MakeIndex, what: str) -> None:
+    folder = make_index(2000)
+    (path,) = folder.glob("catalogue-*.sqlite")
+    data = path.read_bytes()
+    path.unlink()
+    if what == "no tables":
+        sqlite3.connect(path).execute("CREATE TABLE other (x)").connection.close()
+    elif what != "missing":
+        contents = {"empty": b"", "cut": data[: len(data) // 2], "overwritten": b"\xff" * len(data)}
+        path.write_bytes(contents[what])
+    with pytest.raises(VlmError, match=r"(damaged|missing).*build the index again") as raised:
+        IndexWriter(folder)
+    assert "disk is full" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("value", "length"), [(0.0, "0"), (np.nan, "nan"), (np.inf, "inf")])

@@ -27,6 +27,15 @@ def test_samples_that_share_a_key_are_told_apart_by_shard_and_number(
     assert names == ["a@l/0:0", "a@l/0:2", "a@r/0", "b@l/0"]
 
 
+def test_a_key_that_looks_like_the_name_of_a_shared_one_does_not_meet_it(
+    tmp_path: Path, write_shard: Shard, paint: Callable[..., bytes]
+) -> None:
+    keys = ["a", "b@0:1", "a", "a@0:2"]
+    namer = UidNamer([write_shard(tmp_path / "0.tar", [(key, paint("red"), ["x"]) for key in keys])])
+    names = [namer.name(0, number, key) for number, key in enumerate(keys)]
+    assert names == ["a@0:0", "b@0:1", "a@0:2", "a@0:2@0"]
+
+
 @pytest.mark.parametrize(
     ("shards", "names"),
     [

@@ -153,3 +153,22 @@ def test_a_filter_cannot_write(pictures: sqlite3.Connection) -> None:
 def test_the_longest_filter_is_read() -> None:
     values = ",".join(["1"] * ((LONGEST_FILTER - 8) // 2))
     assert chosen(open_facts([{"x": 1}, {"x": 2}]), f"x in ({values})") == [0]
+
+
+def test_a_field_that_rows_had_once_is_missing_in_all_that_are_left() -> None:
+    database = open_facts([{"mark": 1}, {"x": 2}])
+    database.execute("DELETE FROM facts WHERE row = 0")
+    assert chosen(database, "mark is missing") == [1]
+    assert chosen(database, "mark is not missing") == []
+
+
+def test_a_field_that_is_null_in_every_row_is_missing_in_all() -> None:
+    database = open_facts([{"note": None, "captions_x": None}, {"note": None, "x": 2}])
+    assert chosen(database, "note is missing") == [0, 1]
+    assert chosen(database, "note is missing and x = 2") == [1]
+    with pytest.raises(UsageError, match="captions_x"):
+        chosen(database, "captions_x is missing")
+
+
+def test_of_no_rows_every_filter_chooses_none() -> None:
+    assert chosen(open_facts([]), "whatever = 'x' or not y is missing") == []

@@ -17,14 +17,15 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         "[1] is a text",
     ]
     defaults = Question(top=7, where="y = 2")
-    assert read_questions(lines, defaults) == [
+    assert list(read_questions(lines, defaults)) == [f"Line {n} of the questions" for n in (1, 3, 4, 5, 6)]
+    assert list(read_questions(lines, defaults).values()) == [
         Question(texts=("a dog",), top=7, where="y = 2"),
         Question(texts=("a", "b"), minus=("c",), weights=(1.0, 2.0, 3.0), top=3, where="x = 1"),
         Question(images=(Path("q.png"),), top=7, where="y = 2", words="w", duplicates=0.9, after="z"),
         Question(vectors=((1.0, 2.5),), top=7, where="y = 2"),
         Question(texts=("[1] is a text",), top=7, where="y = 2"),
     ]
-    assert read_questions([], defaults) == []
+    assert read_questions([], defaults) == {}
 
 
 @pytest.mark.parametrize(

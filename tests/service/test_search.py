@@ -104,6 +104,17 @@ def test_a_file_that_is_no_vector_is_named(
         service.answer(Question(vectors=(tmp_path / "q.npy",)))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e-320, 1e-200, 1e200, 1e308])
+def test_only_the_direction_of_a_vector_counts_however_long_it_is(
+    service: SearchService, tmp_path: Path, size: float
+) -> None:
+    vector = np.sign(service.model.embed_texts(["cyan and red"]).numpy()[0]).astype(np.float64) * size
+    np.save(tmp_path / "q.npy", vector)
+    asked = Question(vectors=(tmp_path / "q.npy", tuple(vector.tolist())))
+    assert first_caption(service.answer(asked)) == "cyan and red"
+
+
 @given(weights=st.lists(st.floats(0.01, 100), min_size=3, max_size=3), factor=st.floats(0.01, 100))
 def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights: list[float], factor: float) -> None:
     terms = unit_rows(np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32))
@@ -130,6 +141,12 @@ def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights:
         (Question(texts=("red",), minus=("red",)), "cancel each other"),
         (Question(texts=("red",), top=0), "top = 0"),
         (Question(images=(Path("/nowhere.png"),)), r"/nowhere\.png cannot be read: No such file"),
+        (Question(images=(Path("a\0.png"),)), "cannot be read: that is no name of a file"),
+        (Question(images=(Path("\ud83d.png"),)), "cannot be read: that is no name of a file"),
+        (Question(texts=("caf\udce9",)), r"'caf\\udce9' is not Unicode text: its character 4"),
+        (Question(texts=("red",), minus=("\ud83d cat",)), "is not Unicode text: its character 1"),
+        (Question(texts=("red", "blue"), weights=(1.0, 1e-320)), "each must be from 1e-06 to 1e\\+06"),
+        (Question(texts=("red", "blue"), weights=(1.0, 1e308)), "each must be from 1e-06 to 1e\\+06"),
     ],
 )
 def test_a_question_that_means_nothing_is_refused(service: SearchService, question: Question, message: str) -> None:

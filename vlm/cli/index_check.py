@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from vlm.console import show_facts, show_json, show_table
-from vlm.errors import VlmError
+from vlm.errors import UsageError, VlmError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ def run(arguments: Arguments) -> None:
     """Check; a fault makes the command fail."""
     from vlm.index.check import check_index
 
+    if arguments.sample < 1:
+        raise UsageError(f"--sample {arguments.sample} does not fit: one row at least is looked at.")
     report = check_index(arguments.index, sample=arguments.sample, seed=arguments.seed)
     if arguments.json:
         show_json(asdict(report))

@@ -1,6 +1,5 @@
 """Delete rows of an index, by their uids or by a filter."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from vlm.cli.index_add import show_change
+from vlm.cli.text_input import read_text
 from vlm.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> None:
     from vlm.index.where import parse_where
     from vlm.index.writer import IndexWriter
 
-    uids = [*arguments.uid, *_read_lines(arguments.uids)]
+    uids = [*arguments.uid, *(_read_uids(arguments.uids) if arguments.uids else ())]
     if bool(uids) == bool(arguments.where):
         raise UsageError("Say what to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
     condition = parse_where(arguments.where) if arguments.where else None
@@ -48,8 +48,8 @@ def run(arguments: Arguments) -> None:
     show_change(change, arguments.index, as_json=arguments.json)
 
 
-def _read_lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line]
+def _read_uids(path: Path) -> list[str]:
+    uids = [line for line in read_text(path).split("\n") if line]
+    if not uids:
+        raise UsageError(f"{path} holds no uid: one a line was expected; nothing was deleted.")
+    return uids

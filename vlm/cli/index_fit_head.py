@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlm.console import say, show_facts, show_json, show_table
+from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.evaluation.retrieval import Retrieval
@@ -57,6 +58,10 @@ def run(arguments: Arguments) -> None:
     from vlm.index.compat.pairs import read_pairs
     from vlm.models.compatible import save_upgrade
 
+    if not 0 < arguments.held_out < 1:
+        raise UsageError(f"--held-out {arguments.held_out} does not fit: a share between 0 and 1 is measured on.")
+    if arguments.pictures < 1:
+        raise UsageError(f"--pictures {arguments.pictures} does not fit: one at least is needed.")
     refuse_existing(arguments.head)
     pairs = read_pairs(
         arguments.old,

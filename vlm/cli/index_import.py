@@ -15,8 +15,8 @@ class Arguments:
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Output folder of clip-retrieval (img_emb, text_emb, metadata); folder of .npy with Parquet files of the same
-    names or numbers, of .npy alone, or of Parquet with a column of vectors; one such file; or what vlm index export
-    wrote."""
+    names or numbers, of .npy alone, of Parquet with a column of vectors, or with one FAISS file (knn.index,
+    image.index) and Parquet files beside it or in metadata; one such file; or what vlm index export wrote."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the embeddings."""
@@ -66,10 +66,16 @@ def run(arguments: Arguments) -> None:
         say(f"{summary.bad:,} vectors are zero or not finite and were left out: {arguments.out / 'incidents.jsonl'}")
     if summary.scaled:
         say(f"{summary.scaled:,} vectors were not of unit length and were brought to it; cosines are compared.")
+    if summary.approximate:
+        say(
+            f"The FAISS file ({summary.approximate}) keeps codes of the vectors: the rows are only near to what they "
+            "were. Import the vectors themselves where they still are."
+        )
     if summary.renamed:
         say(f"{summary.renamed:,} rows share their {summary.uid_column}; their uids name file and row too.")
     if summary.left_out:
-        say(f"Columns that cannot be metadata were left out: {', '.join(summary.left_out)}")
+        names = ", ".join(name or "one without a name" for name in summary.left_out)
+        say(f"Columns that cannot be metadata were left out: {names}")
     if summary.model == UNKNOWN:
         say("The model is unknown: ask by vlm search --like UID, and add only what the same model made.")
     if arguments.json:

@@ -19,6 +19,10 @@ class Arguments:
     embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
     """Folder that `vlm embed` made with the same model; rows with a new uid are added."""
 
+    where: str = ""
+    """Replace only what this filter chooses, as "split = 'old' and width < 64"; other rows of EMBEDDINGS, new ones too,
+    are left out and counted."""
+
     json: bool = False
     """Print the result as JSON."""
 
@@ -26,9 +30,12 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Replace and add, then say what there is."""
     from vlm.index.changes import NewRows
+    from vlm.index.where import parse_where
     from vlm.index.writer import IndexWriter
 
+    condition = parse_where(arguments.where) if arguments.where else None
     new = NewRows.of_folder(arguments.embeddings)
     with IndexWriter(arguments.index) as writer:
-        change = writer.update(new)
+        among = writer.generation.catalogue.where(condition) if condition else None
+        change = writer.update(new, among=among)
     show_change(change, arguments.index, as_json=arguments.json)

@@ -1,15 +1,16 @@
 """Ask an index: by texts, by pictures, by a mix of both, less what is not wanted."""
 
-import json
-import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlm.cli.text_input import read_text
 from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
+from vlm.json_text import json_text
 
 if TYPE_CHECKING:
     from vlm.service.question import Question
@@ -117,11 +118,11 @@ def run(arguments: Arguments) -> None:
         return
     if arguments.texts or arguments.html:
         raise UsageError("--queries brings its texts, and answers in lines of JSON; leave TEXT and --html out.")
-    questions = _read_file(arguments.queries, question)
+    questions = iter(_read_file(arguments.queries, question).items())
     service = _open(arguments)
-    for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
-        for answer in service.answer_all(questions[first : first + _QUESTIONS_AT_ONCE]):
-            print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
+    while named := dict(islice(questions, _QUESTIONS_AT_ONCE)):
+        for answer in service.answer_all(list(named.values()), names=list(named)):
+            print(json_text(answer.to_json()), flush=True)
 
 
 def show_answer(answer: "Answer") -> None:
@@ -180,16 +181,10 @@ def _show(arguments: Arguments, service: "SearchService", question: "Question") 
         show_answer(answer)
 
 
-def _read_file(path: Path, defaults: "Question") -> "list[Question]":
+def _read_file(path: Path, defaults: "Question") -> "dict[str, Question]":
     from vlm.service.question_file import read_questions
     from vlm.service.raw_vectors import vector_questions
 
     if path.suffix == ".npy":
         return vector_questions(path, defaults)
-    if str(path) == "-":
-        return read_questions(sys.stdin, defaults)
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return read_questions(lines, defaults)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.") from error
+    return read_questions(read_text(path).split("\n"), defaults)

@@ -67,10 +67,23 @@ def _load_upgraded(folder: Path, device: str, precision: str) -> CompatibleModel
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU where torch sees one."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is a GPU where torch sees one.
+
+    Raises:
+        UsageError: there is no such device, or it cannot be used.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {device!r}; give auto, cpu, cuda or cuda:1.") from error
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"torch sees no device {device!r} here ({reason}); give auto or cpu.") from error
+    return chosen
 
 
 def _model_folder(folder: Path) -> Path:

@@ -14,6 +14,10 @@ MAX_RERANK = 1000
 """More pictures than this are not read for one question."""
 
 
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Single precision adds up terms of these weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What is looked for: the sum of all texts, pictures, stored items and vectors, less the `minus` texts.
@@ -52,6 +56,7 @@ class Question:
             UsageError: nothing to look for is given, or a value does not fit.
         """
         self.signed_weights()
+        self._check_texts()
         if self.top < 1:
             raise UsageError(f"top = {self.top} does not fit: at least one answer must be asked for.")
         if self.words and not self.words.strip():
@@ -82,6 +87,11 @@ class Question:
         is_usable = [np.isfinite(weight) and weight != 0 for weight in weights]
         if len(weights) != num_terms or not all(is_usable):
             raise UsageError(f"{num_terms} terms need as many weights that are not 0, given: {list(weights)}.")
+        if not all(LEAST_WEIGHT <= abs(weight) <= MOST_WEIGHT for weight in weights):
+            raise UsageError(
+                f"Weights {list(weights)}: without its sign each must be from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}; "
+                "only their ratios count."
+            )
         if any(weight < 0 for weight in weights[num_plus:]) or all(weight < 0 for weight in weights[:num_plus]):
             raise UsageError(
                 f"Weights {list(weights)}: those of minus terms must be above 0, and so must one of the others."
@@ -134,6 +144,16 @@ class Question:
             "minus": list(self.minus),
         }
         return terms | {"weights": self.signed_weights()} | plain
+
+    def _check_texts(self) -> None:
+        for text in (*self.texts, *self.minus):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{text!r} is not Unicode text: its character {error.start + 1} is half of a pair, or a byte "
+                    "that is not UTF-8; give the text as UTF-8."
+                ) from error
 
     def _check_rerank(self) -> None:
         if not 0 <= self.rerank_top <= MAX_RERANK:

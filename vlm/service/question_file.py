@@ -12,25 +12,26 @@ from vlm.errors import UsageError
 from vlm.service.question import Question
 
 
-def read_questions(lines: Iterable[str], defaults: Question) -> list[Question]:
-    """A question for each line that is not empty; what a line does not say is as in `defaults`.
+def read_questions(lines: Iterable[str], defaults: Question) -> dict[str, Question]:
+    """A question for each line that is not empty, under the line's name; what it does not say is as in `defaults`.
 
-    >>> read_questions(["a dog", '{"texts": ["a cat"], "top": 3}'], Question(where="width > 9"))[1].top
+    >>> read_questions(["a dog", "", '{"texts": ["a cat"], "top": 3}'], Question())["Line 3 of the questions"].top
     3
 
     Raises:
         UsageError: a line is no question; its number is named.
     """
-    questions = []
+    questions = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        name = f"Line {number} of the questions"
         try:
             question = _read_question(line.strip(), defaults)
             question.check()
         except UsageError as error:
-            raise UsageError(f"Line {number} of the questions: {error}") from error
-        questions.append(question)
+            raise UsageError(f"{name}: {error}") from error
+        questions[name] = question
     return questions
 
 

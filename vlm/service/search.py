@@ -1,7 +1,8 @@
 """Questions in words and pictures to an index, and their answers."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
-from vlm.errors import BadSample, UsageError, VlmError
+from vlm.errors import UsageError, VlmError
 from vlm.index.catalogue import Entry
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.exchange import UNKNOWN
@@ -23,10 +23,8 @@ from vlm.service.question import Question
 from vlm.service.ranking import Ranker, Ranking, rows_among
 from vlm.service.raw_vectors import unit_vector
 from vlm.service.reranking import Captioner, Reranking, as_captioner
-from vlm.tensors import Array, Float32
-
-# two opposite unit vectors computed in float32 leave about 1e-7; a mixture this short has no direction
-_SHORTEST_MIXTURE = 1e-5
+from vlm.service.terms import embed_pictures, item_vectors, mix_terms
+from vlm.tensors import Array, Float32, Int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,27 +159,29 @@ class SearchService:
         """
         return self.answer_all([question])[0]
 
-    def answer_all(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer_all(self, questions: Sequence[Question], *, names: Sequence[str] = ()) -> list[Answer]:
         """The answers to several questions, from one generation; their texts are embedded together.
+
+        names: of the questions; a message about one of them begins with its name.
 
         Raises: as `answer` does.
         """
         self.index.refresh()
         generation = self.index.generation
-        for question in questions:
-            question.check()
-        among = {where: rows_among(generation, where) for where in {question.where for question in questions}}
+        asked = list(zip(names or [""] * len(questions), questions, strict=True))
+        among = _narrowed(asked, generation)
         captioner = self.captioner if any(question.rerank_top for question in questions) else None
         started = time.perf_counter()
-        queries = self._embed(questions, generation)
+        queries = self._embed(asked, generation)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(questions))
         answers = []
-        for question, query in zip(questions, queries, strict=True):
+        for (name, question), query in zip(asked, queries, strict=True):
             reranking = None
             if captioner and question.rerank_top:
                 reranking = Reranking(captioner, question, generation.catalogue)
             started = time.perf_counter()
-            ranking, after = Ranker(generation, query, question, among[question.where], reranking).page()
+            with _naming(name):
+                ranking, after = Ranker(generation, query, question, among[question.where], reranking).page()
             hits = _found(ranking, generation.catalogue.entries(ranking.rows.tolist()))
             rerank_milliseconds = reranking.milliseconds if reranking else 0.0
             answers.append(
@@ -198,24 +198,20 @@ class SearchService:
             )
         return answers
 
-    def _embed(self, questions: Sequence[Question], generation: Generation) -> list[Float32[Array, " D"]]:
+    def _embed(self, asked: Sequence[tuple[str, Question]], generation: Generation) -> list[Float32[Array, " D"]]:
         """The unit vector of each question; questions about items and vectors alone need no model."""
-        words = [text for question in questions for text in (*question.texts, *question.minus)]
-        texts, queries = iter(self._checked_model().embed_texts(words).numpy() if words else ()), []
-        for question in questions:
+        words = [text for _, question in asked for text in (*question.texts, *question.minus)]
+        model = self._checked_model() if words or any(question.images for _, question in asked) else None
+        texts, queries = iter(model.embed_texts(words).numpy() if model and words else ()), []
+        for name, question in asked:
             plus = list(islice(texts, len(question.texts)))
-            pictures, items = self._embed_pictures(question.images), _item_vectors(generation, question.items)
-            given = [unit_vector(vector, self.index.details.space.dimension) for vector in question.vectors]
-            terms = np.stack([*plus, *pictures, *items, *given, *islice(texts, len(question.minus))])
-            queries.append(mix_terms(terms, np.asarray(question.signed_weights(), np.float32)))
+            with _naming(name):
+                pictures = embed_pictures(model, question.images) if model and question.images else []
+                items = item_vectors(generation, question.items)
+                given = [unit_vector(vector, self.index.details.space.dimension) for vector in question.vectors]
+                terms = np.stack([*plus, *pictures, *items, *given, *islice(texts, len(question.minus))])
+                queries.append(mix_terms(terms, np.asarray(question.signed_weights(), np.float32)))
         return queries
-
-    def _embed_pictures(self, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
-        if not images:
-            return []
-        model = self._checked_model()
-        pixels = np.stack([_view_picture(model, image) for image in images])
-        return list(model.embed_images(torch.from_numpy(pixels)).numpy())
 
     def _checked_model(self) -> Encoder:
         """The model, whose space is still that of the index; another may lie there by now."""
@@ -224,12 +220,26 @@ class SearchService:
         return model
 
 
-def _item_vectors(generation: Generation, uids: Sequence[str]) -> Float32[Array, "N D"]:
-    rows = generation.catalogue.rows_of(uids)
-    for uid in uids:
-        if uid not in rows:
-            raise UsageError(f"{generation.folder} has no item {uid!r}; take the uid from an answer.")
-    return generation.vectors(np.array([rows[uid] for uid in uids], np.int64))
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What the block raises begins with the name of the question it is about, if that has one."""
+    try:
+        yield
+    except VlmError as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _narrowed(asked: Sequence[tuple[str, Question]], generation: Generation) -> dict[str, Int64[Array, " N"] | None]:
+    """The rows that each filter of the questions chooses; every question is checked."""
+    among = {}
+    for name, question in asked:
+        with _naming(name):
+            question.check()
+            if question.where not in among:
+                among[question.where] = rows_among(generation, question.where)
+    return among
 
 
 def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
@@ -254,26 +264,3 @@ def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
 
 def _unless_nan(value: float | None) -> float | None:
     return None if value is None or isnan(value) else value
-
-
-def mix_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:
-    """The weighted sum of unit vectors, brought to unit length.
-
-    Raises:
-        UsageError: the terms cancel each other out.
-    """
-    mixture = weights @ terms
-    length = float(np.linalg.norm(mixture))
-    if not length > _SHORTEST_MIXTURE * float(np.abs(weights).sum()):
-        raise UsageError("The terms of the question cancel each other out; change the minus terms or the weights.")
-    return mixture / np.float32(length)
-
-
-def _view_picture(model: Encoder, image: Path | bytes) -> np.ndarray:
-    name = "the picture" if isinstance(image, bytes) else str(image)
-    try:
-        return model.view(image if isinstance(image, bytes) else image.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read: {error.strerror or error}.") from error
-    except BadSample as error:
-        raise VlmError(f"{name} cannot be used as a question: {error}.") from error
