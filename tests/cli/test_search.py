@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.service.circle import CircleModel
 from vlm.cli.main import main
 from vlm.index.build import build_index
 from vlm.index.embeddings import EmbeddingsWriter, Space
@@ -146,7 +147,7 @@ def test_questions_that_are_not_utf_8_are_refused(
 def test_the_line_of_a_question_that_cannot_be_answered_is_named(
     search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    monkeypatch.setattr("vlm.service.search.SearchService._checked_model", lambda _: object())
+    monkeypatch.setattr("vlm.service.search.SearchService._checked_model", lambda _: CircleModel())
     (tmp_path / "questions").write_text('{"items": ["u1"]}\n\n' * 140 + line + '\n{"items": ["u1"]}\n')
     code, _, err = search("--queries", str(tmp_path / "questions"), "--top", "1")
     assert code == 2
