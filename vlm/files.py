@@ -116,6 +116,16 @@ def refuse_existing(out: Path) -> None:
         raise UsageError(f"{out} exists already; name another folder or remove it.")
 
 
+def refuse_homeless(out: Path) -> None:
+    """Refuse a file whose folder is not there, before the work whose result it is to hold.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {str(out.parent)!r} for {out.name}; make it first.")
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()

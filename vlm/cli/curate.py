@@ -116,13 +116,14 @@ def refuse_early(arguments: Arguments) -> None:
         UsageError: OUT lacks the suffix or is there already, a folder is not there, or a number is out of range.
     """
     from vlm.errors import UsageError
+    from vlm.files import refuse_homeless
 
     for name in ("seed", "workers", "weight"):
         if not 0 <= (value := getattr(arguments, name)) < math.inf:
             raise UsageError(f"{name} = {value} is outside its range; give a number from 0 on.")
     for page in (arguments.html, arguments.report):
-        if page is not None and not page.absolute().parent.is_dir():
-            raise UsageError(f"There is no folder {str(page.parent)!r} for {page.name}; make it first.")
+        if page is not None:
+            refuse_homeless(page)
     out = arguments.out
     if out.suffix != _SUFFIX:
         raise UsageError(f"{str(out)!r} is no name for a selection; end it in {_SUFFIX}: {out.with_suffix(_SUFFIX)}")
@@ -130,8 +131,7 @@ def refuse_early(arguments: Arguments) -> None:
         return
     if out.exists():
         raise UsageError(f"{out} is already there, and runs may rest on it; remove it or choose another name.")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {str(out.parent)!r} for {out.name}; make it first.")
+    refuse_homeless(out)
 
 
 def compose(selection: "Selection", arguments: Arguments, others: dict[Path, "Selection"]) -> "Selection":

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlm.console import say, show_facts, show_json, show_table
-from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.data.look.findings import ColumnFacts, Inspection, LanguageFacts
@@ -51,13 +50,13 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Inspect, show, and name what is damaged."""
-    if arguments.html and not arguments.html.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {str(arguments.html.parent)!r} for {arguments.html.name}; make it first.")
     from vlm.data.contact_sheet import contact_sheet
     from vlm.data.inspection import inspect_shards
     from vlm.data.shards import expand_shards
-    from vlm.files import write_text
+    from vlm.files import refuse_homeless, write_text
 
+    if arguments.html:
+        refuse_homeless(arguments.html)
     found = inspect_shards(
         expand_shards(arguments.shards),
         sample=arguments.sample,

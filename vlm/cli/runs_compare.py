@@ -142,10 +142,10 @@ def sentences(name: str, record: "RunRecord", verdicts: "Sequence[Verdict]") -> 
 
 def draw(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recipe: "Recipe | None") -> None:
     """The curves over one another, with the bands of the recipe behind them."""
+    from vlm.files import refuse_homeless
     from vlm.train.telemetry.curves import draw_comparison
 
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {str(path.parent)!r} for {path.name}; make it first.")
+    refuse_homeless(path)
     draw_comparison(
         {name: record.measured() for name, record in zip(names, records, strict=True)},
         path,
