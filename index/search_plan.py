@@ -74,9 +74,10 @@ class Selected:
         return replace(self, mask=mask)
 
     def search(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
-        """The nearest by FAISS, re-ranked where its scores are not exact; by a scan where it finds too few."""
+        """The nearest by FAISS, re-ranked where its scores are not exact; by a scan where it finds too few, or where
+        so many are asked for that nothing would be saved."""
         segment, top = self.segment, min(top, self.count)
-        if top > DEEP and segment.is_approximate and top > EXACT_SHARE * self.count:
+        if self.is_scanned(top):
             return self.scan(queries, top)
         more, deeper = segment.described.rerank, sqrt(top / DEEP) if top > DEEP else 1.0
         candidates = min(candidates_for(top, more), self.count) if more else top
@@ -89,6 +90,10 @@ class Selected:
             scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
         # re-ranked ones are in order
         return _ordered(scores, rows, top) if not more and _have_ties(scores) else (scores, rows)
+
+    def is_scanned(self, top: int) -> bool:
+        """Whether so many are found by comparing all, whatever the segment's effort."""
+        return top > DEEP and self.segment.is_approximate and top > EXACT_SHARE * self.count
 
     def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
         """The nearest by comparing all that may answer, with the stored rows."""

@@ -20,7 +20,8 @@ from vlm.index.writer import IndexWriter
 def settle(folder: Path, source: Embeddings, plan: Plan) -> Setting | None:
     """Give a new index of all rows of `source` the least effort that keeps the plan's promise, by its tuning questions.
 
-    None, and nothing changes, if the kind has nothing to set or nothing it can be set to is enough.
+    None, and nothing changes, if the kind has nothing to set, nothing it can be set to is enough, or so many answers
+    are promised that a search compares all rows: by these any effort would do, and shorter answers need the plan's.
     """
     index = Index.open(folder)
     try:
@@ -29,6 +30,8 @@ def settle(folder: Path, source: Embeddings, plan: Plan) -> Setting | None:
         if start.effort is None and not start.rerank:
             return None
         at, questions = plan.promise.at, plan.tuning_questions
+        if selected.is_scanned(at):
+            return None
         truth = exact_scores(source.blocks(), questions, at)
 
         def holds(setting: Setting) -> bool:

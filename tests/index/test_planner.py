@@ -141,6 +141,18 @@ def test_effort_that_a_sample_misjudged_is_settled_on_all_rows(
     reader.close()
 
 
+def test_answers_too_long_for_effort_to_matter_leave_it_as_planned(
+    plan: Plan, spaces: tuple[Path, Path], tmp_path: Path
+) -> None:
+    build_index(
+        spaces[0], tmp_path / "out", kind="ivf", tuning=replace(plan.tuning, **(_NONE | {"nlist": 60, "nprobe": 20}))
+    )
+    wanted = replace(plan, kind="ivf", promise=Promise(recall=0.9, at=500))
+    assert settle(tmp_path / "out", Embeddings.open(spaces[0]), wanted) is None
+    (selected,) = Index.open(tmp_path / "out").generation.selected
+    assert selected.segment.described.parameters["nprobe"] == 20
+
+
 def test_an_exact_kind_has_nothing_to_settle(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
     build_index(spaces[0], tmp_path / "out", kind="flat")
     assert settle(tmp_path / "out", Embeddings.open(spaces[0]), replace(plan, kind="flat")) is None

@@ -64,7 +64,7 @@ class Arguments:
     """Show one of the answers that are alike, with their number: those with at least this cosine, as 0.95."""
 
     diversity: float = 0.0
-    """From 0, the nearest first, to 1, the most unlike each other first; of the first 1,000, and the others follow."""
+    """From 0, the nearest first, to 1, the most unlike each other first, among the nearest 1,000; the others follow."""
 
     rerank: str = ""
     """A model with a caption decoder, which may be the index's own: the nearest are ordered by how likely it finds the

@@ -14,9 +14,8 @@ _LAYOUT = struct.Struct(">IIIIfq")
 class Cursor:
     """The last answer shown.
 
-    generation, first: of the index, and answers asked for, when the first page was shown. question: digest of what was
-    asked.
-    seen: answers shown so far. score, row: of the last of them.
+    generation, first: of the index, and answers asked for, when the first page was shown.
+    question: digest of what was asked. seen: answers shown so far. score, row: of the last of them.
     """
 
     generation: int

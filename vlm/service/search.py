@@ -228,7 +228,8 @@ def _naming(name: str) -> Iterator[None]:
     except VlmError as error:
         if not name:
             raise
-        raise type(error)(f"{name}: {error}") from error
+        kind = UsageError if isinstance(error, UsageError) else VlmError
+        raise kind(f"{name}: {error}") from error
 
 
 def _narrowed(asked: Sequence[tuple[str, Question]], generation: Generation) -> dict[str, Int64[Array, " N"] | None]:
