@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm.data.order import Address
-from vlm.data.training_batches import TrainingBatch
+from vlm.data.collate import TrainingBatch
+from vlm.data.sampler import Address
 
 MAX_FAILURES = 1000
 

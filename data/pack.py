@@ -1,5 +1,11 @@
-"""Packing: pairs of any source become WebDataset shards, checked, resumable, the same bytes each time."""
+"""Packing: pairs of any source become WebDataset shards, checked, resumable, the same bytes each time.
 
+A pair as the members of a WebDataset sample.
+
+The journal of a folder of shards that is being written: a line for each that is whole.
+"""
+
+import io
 import json
 import time
 from collections import Counter
@@ -7,22 +13,118 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
 
 from vlm.console import progress, track
 from vlm.data.decode import open_picture, to_rgb
-from vlm.data.encode import encode_pair
-from vlm.data.holdout import HeldOut, SampleGroups, thumbnail_of
-from vlm.data.journal import read_journal
-from vlm.data.samples import Pair, select_languages
+from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
 from vlm.data.shards import shards_fingerprint
 from vlm.data.sources.source import PairSource
+from vlm.data.split import HeldOut, SampleGroups, thumbnail_of
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import append_line, replacing, write_text
+from vlm.files import append_line, read_lines, replacing, write_text
 from vlm.manifest import FileRecord, Manifest, begin_folder, record_file, write_manifest
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
+    """A pair as `__key__`, a picture, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
+
+    The text is the first caption of the first language; the JSON holds the metadata with all captions.
+
+    Raises:
+        BadSample: the picture cannot be decoded (what is kept as it is is only looked into if `verify`).
+    """
+    extension, image = storable_picture(pair.image, verify=verify)
+    text = next(iter(pair.captions.values()))[0]
+    content = json.dumps(pair.metadata | written_captions(pair.captions), ensure_ascii=False)
+    arrays = {f"{name}.npy": _array_file(array) for name, array in pair.arrays.items()}
+    return arrays | {
+        "__key__": pair.key,
+        extension: image,
+        "txt": text.encode(errors="replace"),
+        "json": content.encode(errors="replace"),
+    }
+
+
+def storable_picture(image: bytes, *, verify: bool) -> tuple[str, bytes]:
+    """Extension and bytes: JPEG, PNG and WebP, which all readers know, as they are, the rest upright, in RGB, as PNG.
+
+    Raises:
+        BadSample: it cannot be decoded.
+    """
+    picture = open_picture(image)
+    extension = _KEPT_FORMATS.get(picture.format or "")
+    if extension is not None:
+        if verify:
+            to_rgb(picture, resolution=1 / 8)
+        return extension, image
+    file = io.BytesIO()
+    to_rgb(picture).save(file, format="PNG")
+    return "png", file.getvalue()
+
+
+def written_captions(captions: Captions) -> dict[str, Any]:
+    """Captions as `captions_of` reads them from `key.json`.
+
+    >>> written_captions({"": ("a dog",), "zh": ("狗",)})
+    {'captions': ['a dog'], 'captions_zh': ['狗']}
+    >>> written_captions({"de": ("Hund",)})
+    {'captions': {'de': ['Hund']}}
+    """
+    named = {language: list(texts) for language, texts in captions.items() if language != UNNAMED}
+    if UNNAMED not in captions:
+        return {"captions": named}
+    beside = {f"captions_{language}": texts for language, texts in named.items()}
+    return {"captions": list(captions[UNNAMED])} | beside
+
+
+def _array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+class Written(Protocol):
+    """What a line tells at least: the shard's file name and its size."""
+
+    @property
+    def name(self) -> str:
+        """File name, in the journal's folder."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        ...
+
+
+Entry = TypeVar("Entry", bound=Written)
+
+
+def read_journal(journal: Path, kind: type[Entry]) -> list[Entry]:
+    """The shards an earlier run finished, in the journal's folder; a line it could not finish is removed.
+
+    Raises:
+        VlmError: one of them is no longer there as it was.
+    """
+    lines = read_lines(journal)
+    if journal.exists():
+        write_text(journal, "".join(line + "\n" for line in lines))
+    shards = [kind(**json.loads(line)) for line in lines]
+    for shard in shards:
+        path = journal.parent / shard.name
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise VlmError(f"{path} was changed since it was written; remove {journal.parent} and repeat the command.")
+    return shards
+
 
 REJECTED = "rejected.jsonl"
 _JOURNAL = ".shards-done.jsonl"

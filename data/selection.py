@@ -11,8 +11,8 @@ import pyarrow as pa
 from jaxtyping import Float, UInt16
 from numpy import ndarray as Array
 
-from vlm.data.storage.cache import ShardCache
-from vlm.data.tar_index import open_index
+from vlm.data.shard_cache import ShardCache
+from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.files import fingerprint_of, replacing
 

@@ -7,21 +7,13 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from vlm.console import track
-from vlm.data.storage.addresses import (
-    SHARD_SUFFIXES,
-    base_name,
-    is_remote,
-    is_shard,
-    local_path,
-    needs_cache,
-    split_addresses,
-)
-from vlm.data.storage.cache import ShardCache
-from vlm.data.storage.remote import list_files
-from vlm.data.tar_index import TarIndex, open_index
+from vlm.data.shard_cache import ShardCache
+from vlm.data.tar import TarIndex, open_index
 from vlm.errors import UsageError, VlmError
 from vlm.files import fingerprint_of
 from vlm.manifest import MANIFEST, PROGRESS
+from vlm.storage.remote import list_files
+from vlm.storage.urls import SHARD_SUFFIXES, base_name, is_remote, is_shard, local_path, needs_cache, split_addresses
 
 __all__ = ["count_samples", "expand_shards", "is_remote", "shards_fingerprint"]
 

@@ -10,12 +10,12 @@ import numpy as np
 from vlm.console import say
 from vlm.errors import VlmError
 from vlm.files import fingerprint_of, new_folder, refuse_existing
-from vlm.index.catalogue_writing import write_catalogue
+from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_types import choose_kind
+from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings import Embeddings
-from vlm.index.kinds import Tuning, choose_kind
 from vlm.index.layout import Details, catalogue_file
-from vlm.index.segments import Written, write_segment
-from vlm.index.vectors import stored_blocks
+from vlm.index.segments import Written, stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest
 
 _GENERATION = 1

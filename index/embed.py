@@ -1,24 +1,270 @@
-"""The embedding stage: shards through a model into embeddings folders, one part per shard, resumed after a crash."""
+"""The embedding stage: shards through a model into embeddings folders, one part per shard, resumed after a crash.
+
+Which of several processes this one is, and which shards are its own.
+
+From the batches of one shard to the rows of its part: vectors, where they come from, and what had to be left out.
+
+The parts that embeddings folders lack, made in one pass over their shards.
+"""
 
 import contextlib
+import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.console import say
+import numpy as np
+import torch
+
+from vlm.console import progress, say
+from vlm.data.collate import AssembleForEmbedding, EmbedBatch, Incident, Item
+from vlm.data.loader import stream_batches
+from vlm.data.sampler import ShardPlan
+from vlm.data.samples import Captions
 from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
-from vlm.errors import UsageError
-from vlm.index.batch_size import fastest_batch_size
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, check_same_origin, first_fault
-from vlm.index.encoder import Encoder, absolute_spec
-from vlm.index.missing_parts import Pass, Target
-from vlm.index.parts import FLOAT16, Storage
-from vlm.index.share import ALONE, Share
-from vlm.index.unfinished import agree_on_batch_size, agreed_batch_size, alone, tidy
-from vlm.manifest import is_complete, read_manifest, reopen_folder
+from vlm.data.tar import Span, TarIndex, open_index
+from vlm.errors import UsageError, VlmError
+from vlm.index.embeddings import (
+    FLOAT16,
+    EmbeddingsWriter,
+    IncidentRecord,
+    Modality,
+    Origin,
+    Space,
+    Storage,
+    agree_on_batch_size,
+    agreed_batch_size,
+    alone,
+    check_same_origin,
+    first_fault,
+    part_name,
+    tidy,
+)
+from vlm.index.encoder import Encoder, absolute_spec, check_unit_vectors, compile_encoder, fastest_batch_size
+from vlm.index.ids import UidNamer
+from vlm.manifest import Manifest, is_complete, read_manifest, reopen_folder
+from vlm.tensors import Array, Float32
+
+# torchrun and accelerate launch set the first; srun sets the second for each process of a step, and only then
+_NAMES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Process `rank` of `world`; `local_rank` is its number on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    def of(self, count: int) -> range:
+        """The numbers below `count` that are this process's: they are the same whatever is done already."""
+        return range(self.rank, count, self.world)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Share":
+        """As torchrun, accelerate launch or srun started this process; alone where none of them did.
+
+        Raises:
+            UsageError: the numbers do not fit together.
+        """
+        for names in _NAMES:
+            if all(name in environment for name in names[:2]):
+                told = {name: environment.get(name, environment[names[0]]) for name in names}
+                if not all(value.isdecimal() for value in told.values()) or int(told[names[0]]) >= int(told[names[1]]):
+                    raise UsageError(f"{told} name no process: {names[0]} counts from 0 to {names[1]} - 1.")
+                return cls(*map(int, told.values()))
+        return cls()
+
+
+ALONE = Share()
+
+
+@dataclass(kw_only=True)
+class PartRows:
+    """The rows of the part of shard `number` while they grow, batch by batch."""
+
+    name: str
+    shard: str
+    number: int
+    namer: UidNamer
+    modality: Modality
+    vectors: list[Float32[Array, "_ D"]] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    incidents: list[IncidentRecord] = field(default_factory=list)
+
+    def take(self, batch: EmbedBatch, model: Encoder) -> None:
+        """Embed the pictures of a batch, or every caption of its samples.
+
+        Raises:
+            VlmError: the model gave a vector that is not of unit length.
+        """
+        is_image = self.modality == "image"
+        for incident in sorted((*batch.unread, *(batch.undecoded if is_image else ())), key=_number):
+            self._leave_out(_number(incident), incident.reason, incident.detail)
+        if is_image:
+            origins = [self._picture(item) for item in batch.pictures]
+            embedded = model.embed_images(batch.images) if origins else None
+        else:
+            origins = [origin for item in batch.items for origin in self._captions(item)]
+            embedded = model.embed_texts([_only_caption(origin.captions) for origin in origins]) if origins else None
+        if embedded is not None:
+            vectors = embedded.float().numpy()
+            check_unit_vectors(vectors, [f"{origin.uid} of {origin.shard}" for origin in origins])
+            self.vectors.append(vectors)
+            self.origins += origins
+
+    def matrix(self, dimension: int) -> Float32[Array, "N D"]:
+        """All vectors so far."""
+        return np.concatenate([np.zeros((0, dimension), np.float32), *self.vectors])
+
+    @cached_property
+    def _index(self) -> TarIndex:
+        return open_index(self.shard)
+
+    def _picture(self, item: Item) -> Origin:
+        place = self._index[item.address.number].image or Span(0, 0)
+        return Origin(
+            uid=self.namer.name(self.number, item.address.number, item.key),
+            key=item.key,
+            shard=self.shard,
+            number=item.address.number,
+            image_offset=place.offset,
+            image_size=place.size,
+            caption_number=None,
+            captions=item.captions,
+            metadata=item.metadata,
+        )
+
+    def _captions(self, item: Item) -> Iterator[Origin]:
+        picture, count = self._picture(item), 0
+        for language, texts in item.captions.items():
+            for text in texts:
+                uid = self.namer.name(self.number, item.address.number, item.key, count)
+                yield replace(picture, uid=uid, caption_number=count, captions={language: (text,)})
+                count += 1
+        if not count:
+            self._leave_out(item.address.number, "no caption", "a text embedding needs one")
+
+    def _leave_out(self, number: int, reason: str, detail: str) -> None:
+        key = self._index[number].key
+        self.incidents.append(
+            IncidentRecord(part=self.name, shard=self.shard, number=number, key=key, reason=reason, detail=detail)
+        )
+
+
+def _number(incident: Incident) -> int:
+    return incident.address.number
+
+
+def _only_caption(captions: Captions) -> str:
+    ((text,),) = captions.values()
+    return text
+
+
+@dataclass(kw_only=True)
+class Target:
+    """A folder to fill. writer: None where it was complete. manifest: once it is whole. new_rows: written by us."""
+
+    path: Path
+    space: Space
+    writer: EmbeddingsWriter | None
+    manifest: Manifest | None = None
+    new_rows: int = 0
+
+    def lacks(self, number: int) -> bool:
+        """Whether a part is not there, or not as it was written."""
+        return self.writer is not None and self.writer.part(number, verify=True) is None
+
+    def add(self, rows: PartRows) -> None:
+        """Write a part."""
+        assert self.writer is not None
+        vectors = rows.matrix(self.space.dimension)
+        self.writer.add(rows.shard, vectors, rows.origins, rows.incidents, number=rows.number)
+        self.new_rows += len(rows.origins)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """A way through shards. counts: samples of each. times: of a selection (`ShardPlan`)."""
+
+    shards: Sequence[str]
+    counts: Sequence[int]
+    times: Sequence[np.ndarray] | None
+    batch_size: int
+    workers: int
+    is_compiled: bool
+
+    def write_missing(self, model: Encoder, targets: Sequence[Target], numbers: range) -> None:
+        """Write those parts of these numbers that are missing; what is finished stays whatever happens then.
+
+        Raises:
+            VlmError: a shard cannot be read, a vector is not of unit length, or a batch does not fit into memory.
+        """
+        lacking = {number: [target for target in targets if target.lacks(number)] for number in numbers}
+        lacking = {number: lacks for number, lacks in lacking.items() if lacks}
+        if not lacking:
+            return
+        has_pictures = any(target.space.modality == "image" for lacks in lacking.values() for target in lacks)
+        try:
+            if has_pictures and self.is_compiled:
+                model = compile_encoder(model, self.batch_size)
+            self._write(model, lacking, all_numbers=numbers, has_pictures=has_pictures)
+        except torch.OutOfMemoryError as error:
+            raise VlmError(
+                f"A batch of {self.batch_size} does not fit into memory; finished parts are kept: repeat with a "
+                "smaller --batch-size."
+            ) from error
+
+    def _write(
+        self, model: Encoder, lacking: dict[int, list[Target]], *, all_numbers: range, has_pictures: bool
+    ) -> None:
+        plan, namer = self._plan(lacking), UidNamer(self.shards)
+        shards = [self.shards[number] for number in lacking]
+        assemble = AssembleForEmbedding(view=model.view if has_pictures else None)
+        stream = stream_batches(plan, shards, assemble, numbers=range(len(plan)), workers=self.workers)
+        total, pending = sum(self._plan(all_numbers).kept), None
+        with (
+            progress(total=total, done=total - sum(plan.kept), what="embed", unit=" samples") as shown,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            for (number, targets), kept in zip(lacking.items(), plan.kept, strict=True):
+                made = [(target, self._rows(number, target, namer)) for target in targets]
+                for batch in islice(stream, -(-kept // self.batch_size)):
+                    for _, rows in made:
+                        rows.take(batch, model)
+                    shown.update(len(batch.items) + len(batch.unread))
+                if pending:
+                    pending.result()
+                pending = pool.submit(_add, made)  # written while the next part is embedded
+            if pending:
+                pending.result()
+
+    def _rows(self, number: int, target: Target, namer: UidNamer) -> PartRows:
+        return PartRows(
+            name=part_name(number),
+            shard=self.shards[number],
+            number=number,
+            namer=namer,
+            modality=target.space.modality,
+        )
+
+    def _plan(self, numbers: Iterable[int]) -> ShardPlan:
+        chosen = list(numbers)
+        times = None if self.times is None else [self.times[number] for number in chosen]
+        return ShardPlan(counts=[self.counts[number] for number in chosen], batch_size=self.batch_size, times=times)
+
+
+def _add(made: list[tuple[Target, PartRows]]) -> None:
+    for target, rows in made:
+        target.add(rows)
+
 
 BATCH_SIZE = 256
 

@@ -1,14 +1,24 @@
-"""What this room asks of a model, and the check of what it gives."""
+"""What this room asks of a model, and the check of what it gives.
 
-from collections.abc import Sequence
+The batch size at which a model embeds fastest, found by trying.
+
+A model compiled by torch for batches of one size.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
-from vlm.data.views import FixedView
-from vlm.errors import VlmError
-from vlm.models.prefix import SIGN, split_spec
+from vlm.console import say
+from vlm.data.transforms import FixedView
+from vlm.errors import UsageError, VlmError
+from vlm.models.model import VisionLanguageModel
+from vlm.models.variants import SIGN, split_spec
 from vlm.tensors import Array, Float32, Tensor, UInt8
 
 # unit vectors rounded to bfloat16 after their normalisation are off by up to 2^-8; more is a fault of the model
@@ -66,3 +76,106 @@ def absolute_spec(spec: str) -> str:
     if Path(model).exists():
         model = str(Path(model).resolve())
     return model if kept is None else f"{model}{SIGN}{kept}"
+
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+_TRIALS = 2
+# a batch that takes longer tells enough; of a rate this far below the best one, larger batches make no better
+_LONGEST_SECONDS = 5.0
+_HOPELESS = 0.9
+
+
+def fastest_batch_size(model: Encoder, *, largest: int) -> int:
+    """The size of the most pictures per second, each size tried with random pixels of the model's view.
+
+    largest: samples of the largest shard; no batch is larger.
+
+    Raises:
+        VlmError: not even the smallest fits into memory.
+    """
+    rates: dict[int, float] = {}
+    for size, seconds in _tried(model, largest):
+        rates[size] = size / seconds
+        if seconds > _LONGEST_SECONDS or rates[size] < _HOPELESS * max(rates.values()):
+            break
+    if not rates:
+        raise VlmError(f"Not even {SIZES[0]} pictures at once fit into memory; give a smaller --batch-size.")
+    best = max(rates, key=rates.__getitem__)
+    tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
+    say(f"Batch size {best}, the fastest of these (samples per second by size): {tried}.")
+    return best
+
+
+def _tried(model: Encoder, largest: int) -> Iterator[tuple[int, float]]:
+    """Sizes, as far as they fit into memory, and the seconds a batch takes."""
+    generator, side = torch.Generator().manual_seed(0), model.view.size
+    sizes = [size for size in SIZES if size < 2 * largest]
+    for size in sizes or SIZES[:1]:
+        images = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
+        try:
+            model.embed_images(images)
+            yield size, min(_seconds(model, images) for _ in range(_TRIALS))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return
+
+
+def _seconds(model: Encoder, images: torch.Tensor) -> float:
+    started = time.perf_counter()
+    model.embed_images(images)
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class CompiledEncoder:
+    """Shows the model pictures in batches of just `batch_size`, the last ones filled up with black."""
+
+    model: VisionLanguageModel
+    batch_size: int
+
+    @property
+    def view(self) -> FixedView:
+        """Of the model."""
+        return self.model.view
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model: compiling changes no weight."""
+        return self.model.fingerprint
+
+    @property
+    def embedding_size(self) -> int:
+        """D."""
+        return self.model.embedding_size
+
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
+        """Unit vectors of pictures, as many at most as the batch size."""
+        missing = self.batch_size - len(images)
+        if missing:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        return self.model.embed_images(images)[: self.batch_size - missing]
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
+        """Unit vectors of texts."""
+        return self.model.embed_texts(texts)
+
+
+def compile_encoder(model: Encoder, batch_size: int) -> CompiledEncoder:
+    """Compile the image tower of a model and try it.
+
+    Raises:
+        UsageError: it is no network. VlmError: torch cannot compile it here.
+    """
+    if not isinstance(model, VisionLanguageModel):
+        raise UsageError(f"A {type(model).__name__} cannot be compiled; leave --compile out.")
+    model.fingerprint  # noqa: B018  taken of the weights before anything is changed
+    network, encoder, side = model.network, CompiledEncoder(model, batch_size), model.view.size
+    network.encode_image = torch.compile(network.encode_image)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    try:
+        encoder.embed_images(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever compilers stumble over
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise VlmError(f"{model.name} cannot be compiled on {model.device}: {reason}. Leave --compile out.") from error
+    return encoder

@@ -1,8 +1,20 @@
-"""A segment of an index: written once, then open for searches by FAISS and for exact scans of its float16 rows."""
+"""A segment of an index: written once, then open for searches by FAISS and for exact scans of its float16 rows.
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from math import ceil
+The float16 rows of a segment: written in blocks, then memory-mapped for training, re-ranking and exact scans.
+
+How a search is done: by FAISS with a selector, or by an exact scan; never with fewer answers than there are.
+
+Of each segment those positions may answer that are living and that a filter chose. A filter that leaves few rows is
+answered by comparing them all; one that leaves many, by a FAISS search that passes the others over and visits more
+lists or nodes for it, so that as many rows are compared as without a filter. More than a
+hundred answers visit more lists or nodes, so that their recall is about that of a hundred, and a fiftieth of the rows
+or more are found by comparing them all.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +23,124 @@ import numpy as np
 from vlm.console import progress
 from vlm.errors import VlmError
 from vlm.files import replacing
-from vlm.index.kinds import KINDS, Copy, Tuning, load_faiss
-from vlm.index.kinds.gpu import adder, find_gpu, why_not
-from vlm.index.kinds.searching import asker, most_effort, set_effort
+from vlm.index.ann.faiss_search import (
+    asker,
+    candidates_for,
+    most_effort,
+    rerank,
+    search_parameters,
+    set_effort,
+    to_float32,
+)
+from vlm.index.ann.gpu import MOST_ANSWERS, adder, find_gpu, why_not
+from vlm.index.ann.index_type import Copy, Tuning, load_faiss
+from vlm.index.ann.index_types import KINDS
+from vlm.index.embeddings import Embeddings, open_vectors, unit_rows
 from vlm.index.layout import CURE, Segment, WritePoint, segment_file, unhindered
-from vlm.index.vectors import Vectors, open_array, write_vectors
 from vlm.manifest import FileRecord, record_file
-from vlm.tensors import Array, Float, Float32, Int64
+from vlm.tensors import Array, Bool, Float, Float32, Int64, UInt8
 
 if TYPE_CHECKING:
     import faiss
+
+
+# float16 holds a unit vector's length to about 1e-3; what is further off was never normalised
+_LENGTH_TOLERANCE = 0.01
+_ROWS_AT_ONCE = 65_536
+
+
+class Vectors:
+    """Rows on disk, of unit length up to their rounding; they come back as float32 of exactly unit length."""
+
+    def __init__(self, path: Path, rows: int, dimension: int) -> None:
+        self.path = path
+        self.stored = open_array(path, np.dtype(np.float16), (rows, dimension))
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.stored.shape[1]
+
+    def blocks(self, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Float32[Array, "N D"]]:
+        """All rows in order."""
+        for first in range(0, len(self), rows_at_once):
+            yield unit_rows(to_float32(self.stored[first : first + rows_at_once]))
+
+    def take(self, positions: Int64[Array, " N"]) -> Float32[Array, "N D"]:
+        """The rows at the given positions."""
+        if len(positions) and positions[-1] - positions[0] == len(positions) - 1 and (np.diff(positions) == 1).all():
+            return unit_rows(to_float32(self.stored[positions[0] : positions[-1] + 1]))
+        return unit_rows(to_float32(self.stored[positions]))
+
+    def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
+        """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+
+def write_vectors(
+    path: Path, blocks: Iterable[Float[Array, "_ D"]], shape: tuple[int, int], *, reached: WritePoint = unhindered
+) -> None:
+    """Write blocks of unit vectors as one float16 matrix of a shape (N, D), atomically.
+
+    Raises:
+        VlmError: a row is not finite or not of unit length, or there are not N of them; nothing is written.
+    """
+    rows = 0
+    with replacing(path) as file:
+        described = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, described)
+        for block in blocks:
+            _check_lengths(block, rows)
+            file.write(np.ascontiguousarray(block, np.float16).tobytes())
+            rows += len(block)
+        if rows != shape[0]:
+            raise VlmError(f"{rows:,} vectors came for {shape[0]:,} rows; the embeddings are damaged: embed again.")
+        reached(f"{path.name} before its rename")
+
+
+def stored_blocks(source: Embeddings) -> Iterator[Float[Array, "_ D"]]:
+    """The rows of an embeddings folder as they are stored."""
+    for part in source.parts:
+        vectors = open_vectors(source.folder, part)
+        for first in range(0, part.rows, _ROWS_AT_ONCE):
+            yield vectors[first : first + _ROWS_AT_ONCE]
+
+
+def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a .npy file, memory-mapped.
+
+    Raises:
+        VlmError: it cannot be read, or is not of this type and shape.
+    """
+    try:
+        # a mapping of no bytes is refused by the system
+        found = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise VlmError(f"{path} is damaged ({error}); {CURE}.") from error
+    if found.dtype != dtype or found.shape != shape:
+        raise VlmError(
+            f"{path} is damaged: it holds {found.dtype} of shape {found.shape}, {dtype} of {shape} were written; "
+            f"{CURE}."
+        )
+    # numpy asks and answers a memmap in Python, at microseconds each time
+    return np.asarray(found)
+
+
+def _check_lengths(block: Float[Array, "N D"], first: int) -> None:
+    lengths = np.linalg.norm(to_float32(block), axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
+    if len(wrong):
+        number = int(wrong[0])
+        raise VlmError(
+            f"Row {first + number:,} of the embeddings has length {lengths[number]:.4g} ({len(wrong):,} such rows in "
+            "its block); 1 was expected: the embeddings are damaged or were never normalised. Embed again."
+        )
+
 
 # a bar is shown for work of some seconds only
 _ROWS_WORTH_A_BAR = 50_000
@@ -163,3 +283,157 @@ def _read_index(path: Path, described: Segment, dimension: int) -> "faiss.Index"
     if name := KINDS[described.kind].effort:
         set_effort(index, described.parameters[name])
     return index
+
+
+EXACT_ROWS = 10_000
+EXACT_SHARE = 0.02
+DEEP = 100
+_SCAN_ROWS_AT_ONCE = 16_384
+_QUERIES_AT_ONCE = 1024
+_NOBODY = -1
+
+Answers = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
+"""Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """A segment and the positions of it that may answer; `mask` None: all of them."""
+
+    segment: OpenSegment
+    mask: Bool[Array, " N"] | None = None
+
+    @cached_property
+    def count(self) -> int:
+        """How many may answer."""
+        return len(self.segment) if self.mask is None else int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def positions(self) -> Int64[Array, " M"]:
+        """Those that may answer, ascending."""
+        return np.arange(len(self.segment)) if self.mask is None else np.flatnonzero(self.mask)
+
+    @cached_property
+    def bitmap(self) -> UInt8[Array, " _"]:
+        """The mask, a bit a position, as FAISS reads it."""
+        assert self.mask is not None
+        return np.packbits(self.mask, bitorder="little")
+
+    def rows(self) -> Int64[Array, " M"]:
+        """The catalogue's rows of those that may answer, ascending."""
+        return self.segment.rows[self.positions] if self.mask is not None else np.asarray(self.segment.rows)
+
+    def without(self, rows: Int64[Array, " M"]) -> "Selected":
+        """Less the given rows, which are sorted."""
+        dead = self.segment.positions_of(rows)
+        if not len(dead):
+            return self
+        mask = np.ones(len(self.segment), bool) if self.mask is None else self.mask.copy()
+        mask[dead] = False
+        return replace(self, mask=mask)
+
+    def among(self, rows: Int64[Array, " M"]) -> "Selected":
+        """Of these only the given rows, which are sorted."""
+        chosen, mask = self.segment.positions_of(rows), np.zeros(len(self.segment), bool)
+        mask[chosen] = True if self.mask is None else self.mask[chosen]
+        return replace(self, mask=mask)
+
+    def search(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+        """The nearest by FAISS, re-ranked where its scores are not exact; by a scan where it finds too few, or where
+        so many are asked for that nothing would be saved."""
+        segment, top = self.segment, min(top, self.count)
+        if self.is_scanned(top):
+            return self.scan(queries, top)
+        more, deeper = segment.described.rerank, sqrt(top / DEEP) if top > DEEP else 1.0
+        candidates = min(candidates_for(top, more), self.count) if more else top
+        scores, positions = self._ask_faiss(queries, candidates, deeper)
+        if more:
+            scores, positions = rerank(segment.vectors.stored, queries, positions, top)
+        rows = segment.rows_at(positions)
+        if _NOBODY in (last := positions[:, -1]).tolist():  # nobody stands last
+            is_short = last == _NOBODY
+            scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
+        # re-ranked ones are in order
+        return _ordered(scores, rows, top) if not more and _have_ties(scores) else (scores, rows)
+
+    def is_scanned(self, top: int) -> bool:
+        """Whether so many are found by comparing all, whatever the segment's effort."""
+        return top > DEEP and self.segment.is_approximate and top > EXACT_SHARE * self.count
+
+    def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+        """The nearest by comparing all that may answer, with the stored rows."""
+        found = [_none(queries)]
+        for first in range(0, self.count, _SCAN_ROWS_AT_ONCE):
+            positions = self.positions[first : first + _SCAN_ROWS_AT_ONCE]
+            scores = queries @ self.segment.vectors.take(positions).T
+            rows = np.broadcast_to(self.segment.rows[positions], scores.shape)
+            found = [merge([*found, _best(scores, rows, top)], top)]
+        return found[0]
+
+    def _ask_faiss(self, queries: Float32[Array, "Q D"], top: int, deeper: float) -> Answers:
+        """deeper: by this factor more lists or nodes than the segment's own effort; a GPU keeps to its own."""
+        if self.mask is None:
+            on_gpu = self.segment.on_gpu if top <= MOST_ANSWERS else None
+            if on_gpu is not None:
+                return on_gpu.search(queries, top)
+            if deeper == 1 or not self.segment.is_approximate:
+                return self.segment.ask(queries, top)
+        selector = None if self.mask is None else load_faiss().IDSelectorBitmap(self.bitmap)
+        effort = self.segment.effort(self.count / len(self.segment) / deeper)
+        parameters = search_parameters(self.segment.index, selector=selector, effort=effort)
+        return self.segment.index.search(queries, top, params=parameters)
+
+
+def nearest(
+    selected: Sequence[Selected], queries: Float32[Array, "Q D"], top: int, among: Int64[Array, " N"] | None = None
+) -> Answers:
+    """The `top` nearest of all that are selected, or of the rows `among` them (sorted).
+
+    There are fewer columns only if there are fewer rows.
+    """
+    if len(queries) > _QUERIES_AT_ONCE:
+        starts = range(0, len(queries), _QUERIES_AT_ONCE)
+        answers = [nearest(selected, queries[first : first + _QUERIES_AT_ONCE], top, among) for first in starts]
+        return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
+    if among is None:
+        if len(selected) == 1 and selected[0].count:
+            return selected[0].search(queries, top)
+        return merge([one.search(queries, top) for one in selected if one.count] or [_none(queries)], top)
+    chosen = [one.among(among) for one in selected]
+    total = sum(one.count for one in chosen)
+    is_small = total <= max(EXACT_ROWS, EXACT_SHARE * sum(one.count for one in selected))
+    found = [one.scan(queries, top) if is_small else one.search(queries, top) for one in chosen if one.count]
+    return merge(found or [_none(queries)], top)
+
+
+def merge(answers: Sequence[Answers], top: int) -> Answers:
+    """The best `top` of several lists of answers to the same queries, each in order; ties by row."""
+    if len(answers) == 1:
+        return answers[0]
+    scores = np.concatenate([scores for scores, _ in answers], axis=1)
+    return _ordered(scores, np.concatenate([rows for _, rows in answers], axis=1), top)
+
+
+def _have_ties(scores: Float32[Array, "Q K"]) -> bool:
+    """Whether a line, falling, has equal scores; of one line, which is the rule, Python is quicker than numpy."""
+    if len(scores) == 1:
+        line = scores[0].tolist()
+        return len(set(line)) < len(line)
+    return bool((scores[:, 1:] == scores[:, :-1]).any())
+
+
+def _ordered(scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> Answers:
+    order, line = np.lexsort((rows, -scores), axis=1)[:, :top], np.arange(len(scores))[:, None]
+    return scores[line, order], rows[line, order]
+
+
+def _none(queries: Float32[Array, "Q D"]) -> Answers:
+    return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+
+
+def _best(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top: int) -> Answers:
+    """The `top` highest of each line, in no order."""
+    if scores.shape[1] <= top:
+        return scores, rows
+    chosen = np.argpartition(-scores, top - 1, axis=1)[:, :top]
+    return np.take_along_axis(scores, chosen, axis=1), np.take_along_axis(rows, chosen, axis=1)

@@ -143,7 +143,8 @@ def settings_of(arguments: Arguments, shards: str) -> Any:
 def draw_scenes(arguments: Arguments, folder: Path) -> str:
     """Drawn scenes packed into shards."""
     from vlm.data.pack import PackConfig, pack
-    from vlm.data.sources import SceneOptions, SourceOptions, open_source
+    from vlm.data.sources.source import SceneOptions, SourceOptions
+    from vlm.data.sources.source_registry import open_source
 
     number, pixels = (64, 64) if arguments.tiny else (arguments.scenes, arguments.scene_pixels)
     say(f"Drawing {number:,} scenes of {pixels} × {pixels} pixels …")

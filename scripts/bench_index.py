@@ -21,7 +21,7 @@ import tyro
 
 from vlm.console import progress, say, show_json, show_table
 from vlm.errors import UsageError, VlmError
-from vlm.index.planner.recall import exact_scores
+from vlm.index.autotune.query_sampling import exact_scores
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.index_vectors import draw_vectors, halves, read_vectors, write_vectors

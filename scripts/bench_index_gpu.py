@@ -21,9 +21,10 @@ import tyro
 from vlm.cli.main import complain
 from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
-from vlm.index.kinds import KINDS, Copy, Tuning, load_faiss
-from vlm.index.kinds.gpu import adder, find_gpu, gpu_missing, why_not
-from vlm.index.planner.drawing import DrawnRows, Questions
+from vlm.index.ann.gpu import adder, find_gpu, gpu_missing, why_not
+from vlm.index.ann.index_type import Copy, Tuning, load_faiss
+from vlm.index.ann.index_types import KINDS
+from vlm.index.autotune.query_sampling import DrawnRows, Questions
 from vlm.tensors import Array, Float32
 
 sys.path.insert(0, str(Path(__file__).parent))

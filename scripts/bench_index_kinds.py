@@ -24,7 +24,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import replacing
 from vlm.index.embed import embed_shards
 from vlm.manifest import is_complete
-from vlm.models.loading import load_model
+from vlm.models.load import load_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.kinds_rows import embed_copies, split_texts

@@ -19,7 +19,7 @@ import tyro
 
 from vlm.console import say, show_json, show_table
 from vlm.files import write_text
-from vlm.index.planner.promise import parse_bytes
+from vlm.index.autotune.trial import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.scale_tables import growth_table, needs_table, searches_table, steps_table

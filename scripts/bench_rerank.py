@@ -28,7 +28,7 @@ import tyro
 from vlm.cli.main import complain
 from vlm.console import show_facts, show_json, show_table, track
 from vlm.errors import UsageError, VlmError
-from vlm.index.reorder import fuse_ranks
+from vlm.service.ranking import fuse_ranks
 from vlm.service.search import Answer, Question, SearchService
 
 _COUNTS = (1, 5, 10)

@@ -25,13 +25,22 @@ from vlm.cli.main import complain
 from vlm.console import show_facts, show_json
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval import Retrieval
+from vlm.index.backward_compat import (
+    Pairs,
+    ask_mixed,
+    ask_old,
+    basis_change,
+    fit_head,
+    make_head,
+    measure_head,
+    padded,
+    predict_old,
+    through,
+    upgrade_index,
+)
 from vlm.index.build import build_index
-from vlm.index.compat.carry import upgrade_index
-from vlm.index.compat.fit import basis_change, fit_head, make_head, predict_old
-from vlm.index.compat.measure import ask_mixed, ask_old, measure_head, padded, through
-from vlm.index.compat.pairs import Pairs
-from vlm.index.read import Index
-from vlm.models.compatible import Head
+from vlm.index.reader import Index
+from vlm.models.variants import Head
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.quality_data import prepare

@@ -16,11 +16,10 @@ import tyro
 from vlm.cli.eval import show_evaluation
 from vlm.console import show_json
 from vlm.data.shards import expand_shards
-from vlm.data.views import FixedView
-from vlm.evaluation.labelled import label_of
-from vlm.evaluation.report import Evaluation
+from vlm.data.transforms import FixedView
+from vlm.evaluation.eval_report import Evaluation
 from vlm.evaluation.retrieval import measure_retrieval, read_items
-from vlm.evaluation.zeroshot import ZeroShot, measure_zero_shot
+from vlm.evaluation.zero_shot import ZeroShot, label_of, measure_zero_shot
 
 
 @dataclass(frozen=True, kw_only=True)

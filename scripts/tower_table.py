@@ -109,11 +109,11 @@ def try_family(family: Family) -> str:
     import torch
 
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.views import FixedView
+    from vlm.data.transforms import FixedView
     from vlm.errors import UsageError
-    from vlm.models.encoder import VisionLanguageModel
-    from vlm.models.network import fit_to_tokenizer, model_config
-    from vlm.models.towers.batch_norm import batch_norm_layers
+    from vlm.models.factory import fit_to_tokenizer, model_config
+    from vlm.models.model import VisionLanguageModel
+    from vlm.models.towers.tower import batch_norm_layers
 
     tokenizer = open_tokenizer("clip", 16)
     config = fit_to_tokenizer(model_config(f"{family.tower}+bag,width=16@64"), tokenizer)
@@ -145,7 +145,7 @@ def build_small(config: dict[str, Any], own_size: int) -> tuple[Any, int]:
     import torch
 
     from vlm.errors import UsageError
-    from vlm.models.network import build_network
+    from vlm.models.factory import build_network
 
     sizes = [size for size in SIZES if size < own_size] + [own_size]
     if "giant_patch14" in config["vision_cfg"]["tower"]:
@@ -166,7 +166,7 @@ def one_step(model: Any, images: Any) -> tuple[float, float]:
     import torch
     from torch.nn import functional as F
 
-    from vlm.models.encoder import normalise
+    from vlm.models.model import normalise
 
     network = model.network.train()
     tokens = torch.from_numpy(model.tokenizer.encode(TEXTS))
@@ -195,7 +195,7 @@ def embedding_check(model: Any, images: Any) -> str:
     """Whether a saved folder, loaded twice, gives the same unit vectors."""
     import torch
 
-    from vlm.models.folder import load_model_folder, save_model_folder
+    from vlm.models.load import load_model_folder, save_model_folder
 
     expected = model.embed_images(images)
     assert torch.allclose(expected.norm(dim=1), torch.ones(BATCH), atol=1e-5)

@@ -36,7 +36,8 @@ def real_data() -> Path:
 def scene_shards(tmp_path_factory) -> Path:
     """A folder with shards of drawn scenes: train/ (96 in 3 shards) and val/ (40 distinct ones)."""
     from vlm.data.pack import PackConfig, pack
-    from vlm.data.sources import SceneOptions, SourceOptions, open_source
+    from vlm.data.sources.source import SceneOptions, SourceOptions
+    from vlm.data.sources.source_registry import open_source
 
     folder = tmp_path_factory.mktemp("scenes")
     train = SceneOptions(split="train", number=96, pixels=32)
@@ -50,7 +51,7 @@ def scene_shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def scene_tokenizer(scene_shards, tmp_path_factory) -> Path:
     """A SentencePiece model of the scenes' captions."""
-    from vlm.cli.tokenizer_train import train_tokenizer
+    from vlm.cli.tokenizer import train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "scenes.model"
     train_tokenizer(str(scene_shards / "train"), path, vocabulary=300, languages=("en",))
@@ -60,7 +61,7 @@ def scene_tokenizer(scene_shards, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def micro_architectures(monkeypatch):
     """Networks small enough to train in a second, with dropout-like randomness in the image tower."""
-    from vlm.models import architectures
+    from vlm.models import factory
 
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1, "patch_dropout": 0.25}
     text = {"context_length": 24, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1}
@@ -73,5 +74,5 @@ def micro_architectures(monkeypatch):
         "multimodal_cfg": {"context_length": 24, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1},
         "custom_text": True,
     }
-    monkeypatch.setitem(architectures.ARCHITECTURES, "micro", micro)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "micro-coca", micro_coca)
+    monkeypatch.setitem(factory.ARCHITECTURES, "micro", micro)
+    monkeypatch.setitem(factory.ARCHITECTURES, "micro-coca", micro_coca)

@@ -30,17 +30,26 @@ def test_imports_flow_one_way():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 300
-    assert path.stem not in {"utils", "helpers", "common", "misc"}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            limit = 80 if node.name == "train" else 40
-            own = length - len((ast.get_docstring(node) or "").splitlines())
-            assert own <= limit, f"{path.name}:{node.lineno} {node.name} has {own} lines"
+def test_modules_hold_one_idea_and_functions_stay_short():
+    too_long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > 700:
+            too_long.append(f"{path} has more than 700 lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                own = length - len((ast.get_docstring(node) or "").splitlines())
+                if own > (80 if node.name == "train" else 60):
+                    too_long.append(f"{path.name}:{node.lineno} {node.name} has {own} lines")
+    assert not too_long
+
+
+def test_no_file_name_stands_twice():
+    """Except that a verb in `vlm/cli` may be called as the module whose calls it shows."""
+    stems = [path.stem for path in SOURCES if path.parent.name != "cli" and path.stem != "__init__"]
+    assert not {stem for stem in stems if stems.count(stem) > 1}
+    assert not {"utils", "helpers", "common", "misc"} & set(stems)
 
 
 def test_the_package_list_is_the_tree():

@@ -1,21 +1,35 @@
-"""From the batches a loader hands over to the inputs a network is given, part by part."""
+"""From the batches a loader hands over to the inputs a network is given, part by part.
+
+Models that say, while training, what the student is to learn from: a teacher, or its own average.
+
+Where the inputs of the terms come from: the batches, or models that make them while training.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
-from vlm.data.training_batches import TrainingBatch
-from vlm.data.views import FixedView
-from vlm.models.encoder import normalise
-from vlm.models.row_noise import RowNoise
-from vlm.tensors import Int64, Tensor, UInt8
-from vlm.train.objectives.term import Inputs
+from vlm.data.collate import TrainingBatch
+from vlm.data.transforms import FixedView
+from vlm.errors import UsageError
+from vlm.models.dropout import RowNoise
+from vlm.models.load import load_model
+from vlm.models.model import VisionLanguageModel, normalise
+from vlm.tensors import Float, Int64, Tensor, UInt8
+from vlm.train.averaging import RunningMean
+from vlm.train.objectives.loss_term import Inputs
+from vlm.train.objectives.objective_registry import WeightedTerm
+from vlm.train.run_config import TrainConfig
 from vlm.train.state import seed_step
+from vlm.train.task import Student
 
 Provider = Callable[[UInt8[Tensor, "B 3 H W"], Sequence[str]], Inputs]
-"""Inputs that a model makes of pictures and captions while training, without gradient (`vlm.train.teachers`)."""
+"""Inputs that a model makes of pictures and captions while training, without gradient (`vlm.train.inputs`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +92,156 @@ def identities_of(batch: TrainingBatch) -> Int64[Tensor, "B G"]:
 def _hash(text: str) -> int:
     """64 bits of a text, never 0; 0 for an empty one, which is the same as nothing."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1 if text else 0
+
+
+class LiveTeacher:
+    """Another model, run on what the student is shown: gives `teacher_image` and `teacher_text`, of unit length.
+
+    Pictures come in the student's view and are brought to the size and the statistics of the teacher's; captions go
+    through the teacher's own tokenizer. The teacher is frozen and runs in its own precision.
+    """
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.model = model
+        model.network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], captions: Sequence[str]) -> Inputs:
+        """Embeddings of pictures and captions, on the teacher's device."""
+        model = self.model
+        pixels = normalise(resize(images.to(model.device), model.view.size, model.view.interpolation), model.view)
+        tokens = torch.from_numpy(model.tokenizer.encode(list(captions))).to(model.device)
+        is_lower = model.precision != torch.float32
+        with torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower):
+            image = model.network.encode_image(pixels)  # pyright: ignore[reportCallIssue]
+            text = model.network.encode_text(tokens)  # pyright: ignore[reportCallIssue]
+        return {
+            "teacher_image": F.normalize(image.float(), dim=-1),
+            "teacher_text": F.normalize(text.float(), dim=-1),
+        }
+
+
+class AverageTeacher:
+    """The student's own image tower with the running mean of its weights (EMA): gives `global_target`.
+
+    weights: by the names they have in the network; read anew in each call, so they may be updated in place. What is
+    not among them (buffers) is the student's own. The tower runs as in evaluation, so it neither drops anything nor
+    touches statistics.
+
+    Raises:
+        UsageError: the weights are not the network's.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], model: VisionLanguageModel) -> None:
+        unknown = weights.keys() - model.network.state_dict().keys()
+        if unknown:
+            raise UsageError(f"The averaged weights are of another network: it has no {min(unknown)}.")
+        self.model = model
+        self.weights = weights
+        self._encoder = _ImageEncoder(model.network)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], captions: Sequence[str]) -> Inputs:
+        """Unit vectors of the whole view; captions are not read."""
+        pixels = normalise(images.to(self.model.device), self.model.view)
+        modes = {module: module.training for module in self._encoder.modules()}
+        self._encoder.eval()
+        try:
+            named = {f"network.{name}": tensor for name, tensor in self.weights.items()}
+            image: Tensor = functional_call(self._encoder, named, (pixels,))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return {"global_target": F.normalize(image.float(), dim=-1)}
+
+
+def resize(images: UInt8[Tensor, "B 3 H W"], size: int, interpolation: str) -> UInt8[Tensor, "B 3 S S"]:
+    """Square pictures at another size, antialiased; as they are where the size is theirs."""
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = F.interpolate(images.float(), size=(size, size), mode=interpolation, antialias=True, align_corners=False)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+class _ImageEncoder(nn.Module):
+    """`encode_image` as the forward pass, since that is what `functional_call` calls."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.network.encode_image(pixels)  # pyright: ignore[reportCallIssue]
+
+
+_TEACHER = frozenset({"teacher_image", "teacher_text"})
+_AVERAGE = frozenset({"global_target"})
+_CURES = {
+    "sub_tokens": "--sub-captions N, the sentences shown of each sample",
+    "local_pixels": "--local-views N, the small crops of each picture",
+    "teacher_image": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
+    "teacher_text": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
+    "text_embedding": "--arrays text_embedding of shards made by vlm reinforce --text-model",
+}
+_ALWAYS = frozenset({"pixels", "tokens", "rows", "same"})
+
+
+def needs_average(config: TrainConfig, terms: Sequence[WeightedTerm]) -> bool:
+    """Whether a running mean of the weights is kept.
+
+    Raises:
+        UsageError: a term learns from it, and it has no decay.
+    """
+    learns = any(_AVERAGE & set(part.term.inputs) for part in terms)
+    if learns and not config.optimizer.average_decay:
+        raise UsageError(
+            f"objective = {config.objective.objective!r} learns from the running mean of the weights; give its decay, "
+            "e.g. --average-decay 0.996."
+        )
+    return bool(config.optimizer.average_decay)
+
+
+def open_providers(
+    config: TrainConfig, model: VisionLanguageModel, terms: Sequence[WeightedTerm], average: RunningMean | None
+) -> dict[str, Provider]:
+    """Models that make inputs while training, by the inputs they make.
+
+    Raises:
+        UsageError: a teacher is named and no term learns from it, or there is no such model.
+    """
+    read = {name for part in terms for name in part.term.inputs}
+    found: dict[str, Provider] = {}
+    if config.objective.teacher:
+        if not _TEACHER & read:
+            raise UsageError(
+                f"teacher = {config.objective.teacher!r}, but the objective {config.objective.objective!r} learns from "
+                "none; add a term, e.g. 'clip + distill'."
+            )
+        teacher = LiveTeacher(load_model(config.objective.teacher, device=str(model.device)))
+        found |= dict.fromkeys(_TEACHER & read, teacher)
+    if average and _AVERAGE & read:
+        if config.sharding == "fsdp":
+            raise UsageError("local_to_global learns from the whole mean of the weights; leave out --sharding fsdp.")
+        found |= dict.fromkeys(_AVERAGE, AverageTeacher(average.weights, model))
+    return found
+
+
+def check_inputs(
+    config: TrainConfig, terms: Sequence[WeightedTerm], student: Student, providers: dict[str, Provider]
+) -> None:
+    """Refuse terms whose inputs nothing gives.
+
+    Raises:
+        UsageError: naming the input and what gives it.
+    """
+    if {part.name for part in terms} == {"local_to_global"}:
+        raise UsageError(
+            "objective = 'local_to_global' alone is least where all pictures are alike; add a term that tells them "
+            "apart, e.g. 'clip + local_to_global'."
+        )
+    given = _ALWAYS | providers.keys() | set(config.loader.arrays)
+    given |= {"sub_tokens"} if config.objective.sub_captions else set[str]()
+    given |= {"local_pixels"} if config.objective.local_views else set[str]()
+    wanted = {name for part in terms for name in part.term.inputs} | student.inputs
+    for name in sorted(wanted - given):
+        raise UsageError(f"objective = {config.objective.objective!r} needs {name}: give {_CURES.get(name, name)}.")

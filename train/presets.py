@@ -1,6 +1,6 @@
 """Named runs: a model with the settings that train it well. Adding one is one entry.
 
-What is expected of each, and where its figures are from, stands in `vlm.train.recipes.table`.
+What is expected of each, and where its figures are from, stands in `vlm.train.recipes`.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlm.config import from_toml, nearest
 from vlm.errors import UsageError
-from vlm.train.config import LoaderConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 _SCENES = LoaderConfig(languages=("en",), crop_scale=(1.0, 1.0))
 _QUICK = OptimizerConfig(learning_rate=2e-3, beta2=0.95, warmup_steps=80)

@@ -1,34 +1,148 @@
-"""A pretraining run, as one story: open, restore, then step, log, evaluate, save, until done or stopped."""
+"""A pretraining run, as one story: open, restore, then step, log, evaluate, save, until done or stopped.
+
+Saving or ending a run between two steps when the system or a person asks for it.
+
+What a finished run leaves: the model, the ledger, the curves and the manifest.
+"""
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
 from typing import Any
+
+import torch
+from torch import nn
 
 from vlm.console import say
 from vlm.data.ledger import Ledger
+from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval import evaluate_retrieval
-from vlm.models.loading import CHECKPOINTS
-from vlm.train.accounts import close_epochs, count_passed_over, ledger_table, refuse_too_many_bad
-from vlm.train.checkpoints.cadence import Cadence, agree
-from vlm.train.checkpoints.retention import improved
-from vlm.train.checkpoints.writer import CheckpointWriter
-from vlm.train.config import TrainConfig
-from vlm.train.finish import finish_run
-from vlm.train.guard.lost_worker import explain_lost_worker, lost_worker
-from vlm.train.guard.rewind import go_back, must_go_back
-from vlm.train.guard.watchdog import Watchdog
-from vlm.train.processes import summed_ledger
-from vlm.train.recorder import Recorder
-from vlm.train.session import Session, open_session
-from vlm.train.setup import open_mirror
-from vlm.train.sharding import whole_weights
+from vlm.manifest import Manifest, write_manifest
+from vlm.models.factory import build_network
+from vlm.models.load import CHECKPOINTS, RUN_MODEL, save_model_folder
+from vlm.models.model import VisionLanguageModel
+from vlm.tensors import Tensor
+from vlm.train.checkpoint.format import improved
+from vlm.train.checkpoint.manager import Cadence, CheckpointWriter, agree
+from vlm.train.distributed import summed_ledger, whole, whole_weights
+from vlm.train.history import METRICS, read_metrics
+from vlm.train.logger import Recorder, close_epochs, count_passed_over, ledger_table, refuse_too_many_bad, write_ledger
+from vlm.train.metrics import Utilisation
+from vlm.train.plots import draw_curves
+from vlm.train.recovery import Watchdog, explain_lost_worker, go_back, lost_worker, must_go_back
+from vlm.train.run_config import TrainConfig
+from vlm.train.session import CONFIG, Session, environment, open_mirror, open_session
 from vlm.train.state import TrainState
 from vlm.train.step import take_step
-from vlm.train.stopping import StopRequest
-from vlm.train.telemetry.metrics import METRICS, read_metrics
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While entered, signals are remembered instead of ending the process; a second SIGINT ends it.
+
+    SIGTERM and SIGINT: save and end. SIGUSR1: save and go on, as batch systems warn with it whether or not the end
+    follows. Enter it before worker processes are forked: in these SIGUSR1 and SIGINT, which terminals and batch systems
+    send to them too, then do nothing, and SIGTERM ends them.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._is_save_wanted = False
+        self._before: dict[signal.Signals, object] = {}
+        self._process = os.getpid()
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+    @property
+    def is_save_wanted(self) -> bool:
+        """Whether SIGUSR1 came since the last `saved`."""
+        return self._is_save_wanted
+
+    def saved(self) -> None:
+        """What SIGUSR1 asked for is done."""
+        self._is_save_wanted = False
+
+    def __enter__(self) -> "StopRequest":
+        self._process = os.getpid()
+        for number in _HANDLED:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGUSR1:
+            self._is_save_wanted = True
+            say("\nSIGUSR1: saving after this step, and going on.")
+            return
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        say(f"\n{self.signal_name}: saving after this step; press Ctrl-C again to stop at once without saving.")
+
+
+def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> None:
+    """Write model/ (with the mean of the weights where one is kept), ledger.json, curves.png, and last the manifest."""
+    weights = final_weights(session.state)
+    if session.accelerator.is_main_process:
+        _write_run(session, ledger, utilisation, final_model(session.state.model, weights))
+
+
+def final_weights(state: TrainState) -> dict[str, Tensor]:
+    """The weights that are left behind, whole and on the CPU; all processes call it."""
+    held = state.average if state.average is not None else state.network.state_dict()
+    return {name: whole(tensor).detach().cpu() for name, tensor in held.items()}
+
+
+def final_model(model: VisionLanguageModel, weights: dict[str, Tensor]) -> VisionLanguageModel:
+    """The model with these weights, in a network as it is loaded from a folder."""
+    network = build_network(model.config)
+    if "logit_bias" in weights and getattr(network, "logit_bias", None) is None:
+        network.register_parameter("logit_bias", nn.Parameter(torch.zeros_like(weights["logit_bias"])))
+    kinds = network.state_dict()
+    network.load_state_dict({name: tensor.to(kinds[name].dtype) for name, tensor in weights.items()})
+    return replace(model, network=network.eval(), device=torch.device("cpu"))
+
+
+def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model: VisionLanguageModel) -> None:
+    run, state, config = session.folder, session.state, session.config
+    data = shards_fingerprint(session.corpus.shards)
+    save_model_folder(run / RUN_MODEL, model, inputs={"shards": data})
+    everything = range(len(session.corpus.shards))
+    write_ledger(run / "ledger.json", session.corpus, ledger.by_shard(), ledger, shards=everything)
+    title = f"{run.name}: {config.model.architecture}, {state.step:,} steps of {config.batch_size:,}"
+    draw_curves(read_metrics(run / METRICS), run / "curves.png", title=title)
+    write_manifest(
+        run,
+        Manifest(
+            kind="run",
+            fingerprint=model.fingerprint,
+            counts={"steps": state.step, "samples": state.position, "bad": ledger.num_replaced},
+            configuration=asdict(config),
+            inputs={"shards": data, "sequence": session.corpus.fingerprint},
+            details={
+                "sources": [asdict(source) for source in session.corpus.sources],
+                "environment": environment(),
+                "utilisation": utilisation.facts(),
+                "skipped": state.skipped,
+                "repeat": f"vlm train {run / CONFIG} --run NEW",
+            },
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,19 @@ from torch import nn
 
 from vlm.data.ledger import Ledger
 from vlm.files import fingerprint_of
-from vlm.models.encoder import VisionLanguageModel
-from vlm.train.checkpoints.retention import Best
-from vlm.train.guard.bad_steps import Guard
-from vlm.train.student import Student
-from vlm.train.telemetry.window import WindowMean
+from vlm.models.model import VisionLanguageModel
+from vlm.train.loss_guard import Guard
+from vlm.train.metrics import WindowMean
+from vlm.train.task import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best value of a metric so far, higher being better, and the step it was measured at."""
+
+    metric: str
+    value: float
+    step: int
 
 
 @dataclass

@@ -1,13 +1,19 @@
-"""What people see: talk on stderr, results on stdout as a table or as JSON."""
+"""What people see: talk on stderr, results on stdout as a table or as JSON.
+
+Text that a command reads from a file or from standard input.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
-from vlm.json_text import json_text
+from vlm.errors import UsageError
+from vlm.files import json_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
 
 Item = TypeVar("Item")
 
@@ -56,6 +62,19 @@ def counted(number: int, noun: str) -> str:
     ('1 shard', '2,000 shards')
     """
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in its two largest units.
+
+    >>> [duration(seconds) for seconds in (8, 75, 3750, 200_000)]
+    ['8 s', '1 min 15 s', '1 h 2 min', '2 d 7 h']
+    """
+    whole = round(seconds)
+    for size, unit, next_size, next_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // next_size} {next_unit}"
+    return f"{whole} s"
 
 
 def bar(share: float, *, width: int = 30) -> str:
@@ -115,3 +134,22 @@ def _cell(value: Any) -> str:
         return f"{value:.4f}"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return escape(text.encode(errors="replace").decode())  # a file's name may hold bytes that are not UTF-8
+
+
+def read_text(path: Path) -> str:
+    """What a file, or standard input for -, holds as UTF-8, less the byte order mark that some editors begin it with.
+
+    Raises:
+        UsageError: it cannot be read or is no UTF-8.
+    """
+    is_piped = str(path) == "-"
+    name = "Standard input" if is_piped else str(path)
+    try:
+        text = sys.stdin.read() if is_piped else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8 text: byte {error.start:,} is 0x{error.object[error.start]:02x}; save it as UTF-8."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read: {error}.") from error
+    return text.removeprefix("\ufeff")

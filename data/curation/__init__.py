@@ -1,1 +1,1 @@
-"""Curation: facts of samples, rules over them, and the selection that comes out."""
+"""Filters that choose samples, and the selection they write."""

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from serving import serve
 
-from vlm.data.shard_reader import ShardReader
-from vlm.data.views import Crop, RandomView
+from vlm.data.tar import ShardReader
+from vlm.data.transforms import Crop, RandomView
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from serving import serve
 
-from vlm.data.shard_reader import ShardReader
+from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import trimmed
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.loading import load_model
-from vlm.models.short_texts import accept_short_texts
+from vlm.models.factory import accept_short_texts
+from vlm.models.load import load_model
+from vlm.models.model import VisionLanguageModel
 
 loaded: dict[str, VisionLanguageModel] = {}
 _WARM_UP = 2

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from vlm.data.shard_reader import ShardReader
+from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import VlmError
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import WEIGHTS, save_model_folder
-from vlm.models.network import build_network, fit_to_tokenizer
+from vlm.models.factory import build_network, fit_to_tokenizer
+from vlm.models.load import WEIGHTS, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 ARCHITECTURE = "vlm-bench"
 _PIXELS = 224

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import open_clip  # noqa: F401  so that it is imported once, before the parts are forked
 import torch
 
-from vlm.data.training_batches import TrainingBatch
-from vlm.train.config import LoaderConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from vlm.train.recorder import Recorder
+from vlm.data.collate import TrainingBatch
+from vlm.train.logger import Recorder
+from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from vlm.train.session import Session, open_session
 from vlm.train.step import compute_gradients, take_step
 

@@ -8,11 +8,12 @@ from typing import Any
 from index_measuring import PeakMemory, measure
 from serving import serve
 
+from vlm.index.ann.index_type import load_faiss
+from vlm.index.autotune.autotuner import choose, settle
+from vlm.index.autotune.trial import Promise
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
-from vlm.index.kinds import load_faiss
-from vlm.index.planner import Promise, choose, settle
-from vlm.index.read import Index
+from vlm.index.reader import Index
 
 opened: dict[str, Index] = {}
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Modality, Space, unit_rows
-from vlm.index.parts import Origin
-from vlm.index.planner.drawing import vectors_at
+from vlm.index.autotune.query_sampling import vectors_at
+from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Modality, Origin, Space, unit_rows
 from vlm.tensors import Array, Float32
 
 # spread of pictures around their cluster, of texts around their picture, and the distance of the two modalities

@@ -9,13 +9,12 @@ import torch
 
 from vlm.data.decode import EncodedPicture
 from vlm.data.loader import ShardSet
-from vlm.data.order import Address
+from vlm.data.sampler import Address
 from vlm.data.samples import SampleChance
 from vlm.data.shards import count_samples
-from vlm.data.views import RandomView
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Space, unit_rows
+from vlm.data.transforms import RandomView
+from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Origin, Space, open_vectors, read_origins, unit_rows
 from vlm.index.encoder import Encoder, absolute_spec
-from vlm.index.parts import Origin, open_vectors, read_origins
 from vlm.manifest import is_complete
 from vlm.tensors import Array, Float32, UInt8
 

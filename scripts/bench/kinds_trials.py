@@ -10,15 +10,13 @@ import numpy as np
 
 from vlm.console import say
 from vlm.errors import UsageError
+from vlm.index.ann.index_types import KINDS
+from vlm.index.autotune.autotuner import choose, settle
+from vlm.index.autotune.query_sampling import DrawnRows, Questions, exact_scores, lower_bound, recall_of_each
+from vlm.index.autotune.trial import LADDER, Built, Promise
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
-from vlm.index.kinds import KINDS
-from vlm.index.planner import Promise, choose, settle
-from vlm.index.planner.drawing import DrawnRows, Questions
-from vlm.index.planner.ladder import LADDER
-from vlm.index.planner.recall import exact_scores, lower_bound, recall_of_each
-from vlm.index.planner.trial import Built
-from vlm.index.read import Index
+from vlm.index.reader import Index
 from vlm.tensors import Array, Float32
 
 AT = 10

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from vlm.data.order import SampleOrder
-from vlm.data.plan import TrainingPlan
+from vlm.data.sampler import SampleOrder, TrainingPlan
 from vlm.data.selection import SelectedShard, Selection, read_selection, write_selection
 
 BATCH, BATCHES = 64, 200

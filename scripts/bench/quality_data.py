@@ -16,7 +16,7 @@ from vlm.console import say
 from vlm.data.shards import count_samples, expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.files import replacing, write_text
-from vlm.models.architectures import ARCHITECTURES
+from vlm.models.factory import ARCHITECTURES
 
 NETWORK = "clip-small"
 """Name of the network in open_clip's trainer."""

@@ -13,9 +13,8 @@ from vlm.cli.eval import Arguments as EvalArguments
 from vlm.cli.eval import zero_shot
 from vlm.data.samples import select_languages
 from vlm.data.shards import expand_shards
-from vlm.evaluation.ranks import rank_answers
-from vlm.evaluation.retrieval import measure_retrieval, read_items
-from vlm.models.encoder import VisionLanguageModel
+from vlm.evaluation.retrieval import measure_retrieval, rank_answers, read_items
+from vlm.models.model import VisionLanguageModel
 
 _BOOTSTRAP_SEED = 0
 _AT = 10

@@ -8,10 +8,9 @@ from bench.quality_data import DataSet
 from bench.quality_recipes import ABLATIONS, EVERYTHING, OPEN_CLIP, OURS, THEIR_VARIANTS
 from bench.quality_runs import Run, Trainer, our_words
 
-from vlm.cli.train import Arguments as TrainArguments
-from vlm.cli.train import defaults
+from vlm.cli.train import Arguments, defaults
 from vlm.console import say
-from vlm.train.config import TrainConfig
+from vlm.train.run_config import TrainConfig
 
 
 def recipe_run(data: DataSet, trainer: Trainer, *, seed: int, epochs: int, batch_size: int) -> Run:
@@ -54,6 +53,6 @@ def configuration(run: Run) -> TrainConfig | None:
     if run.trainer != "ours":
         return None
     words = our_words(run, Path("run"))
-    config = tyro.cli(TrainArguments, default=defaults(words), args=words).config
+    config = tyro.cli(Arguments, default=defaults(words), args=words).config
     config.check()
     return config

@@ -18,13 +18,12 @@ from bench.quality_measure import measure
 
 from vlm.console import say
 from vlm.data.tokenizers import ClipTokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import VlmError
 from vlm.files import append_line, fingerprint_of, read_lines
-from vlm.models.folder import save_model
-from vlm.models.loading import load_model
-from vlm.train.config import FREE_ON_RESUME
+from vlm.models.load import load_model, save_model
 from vlm.train.presets import open_preset
+from vlm.train.run_config import FREE_ON_RESUME
 
 BENCH = Path(__file__).parent
 Trainer = Literal["ours", "open_clip"]

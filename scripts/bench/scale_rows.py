@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from index_vectors import Mixture
 
-from vlm.index.embeddings import EmbeddingsWriter, Space
-from vlm.index.parts import Origin
+from vlm.index.embeddings import EmbeddingsWriter, Origin, Space
 from vlm.tensors import Array, Float32
 
 _ROWS_A_PART = 50_000

@@ -14,13 +14,12 @@ from scale_rows import read_questions, write_rows
 from serving import serve
 
 from vlm.index import build
-from vlm.index.changes import NewRows
-from vlm.index.check import check_index
-from vlm.index.kinds import load_faiss
-from vlm.index.planner.recall import exact_scores, recall_of_each
-from vlm.index.read import Index
-from vlm.index.where import parse_where
-from vlm.index.writer import IndexWriter
+from vlm.index.ann.index_type import load_faiss
+from vlm.index.autotune.query_sampling import exact_scores, recall_of_each
+from vlm.index.filters import parse_where
+from vlm.index.reader import Index
+from vlm.index.verify import check_index
+from vlm.index.writer import IndexWriter, NewRows
 from vlm.manifest import is_complete
 from vlm.tensors import Array, Float32, Int64
 

@@ -5,8 +5,9 @@ from itertools import pairwise
 from math import log
 from typing import Any
 
-from vlm.index.kinds import KINDS, Tuning
-from vlm.index.planner.promise import show_bytes
+from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_types import KINDS
+from vlm.index.autotune.trial import show_bytes
 
 Steps = dict[str, dict[str, Any]]
 Measured = dict[int, Steps]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from vlm.errors import VlmError
-from vlm.train.telemetry.metrics import METRICS, read_metrics
+from vlm.train.history import METRICS, read_metrics
 
 BENCH = Path(__file__).parent
 NETWORK = "vit-bench"

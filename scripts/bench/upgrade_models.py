@@ -9,7 +9,7 @@ from bench.quality_data import DataSet
 
 from vlm.cli.main import main
 from vlm.errors import VlmError
-from vlm.index.compat.pairs import Pairs, read_pairs
+from vlm.index.backward_compat import Pairs, read_pairs
 
 ROLES = ("old", "new", "newer")
 _OLD = ["--architecture", "small", "--epochs", "4", "--warmup-steps", "30", "--average-decay", "0.95", "--seed", "0"]

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.network import build_network
-from vlm.train.config import ObjectiveConfig
-from vlm.train.exact import Parts, backward_exactly
-from vlm.train.objectives.table import parse_objective
-from vlm.train.objectives.term import Inputs, TermOptions
-from vlm.train.student import Student, build_student
+from vlm.data.transforms import FixedView
+from vlm.models.factory import build_network
+from vlm.models.model import VisionLanguageModel
+from vlm.train.objectives.loss_term import Inputs, TermOptions
+from vlm.train.objectives.objective_registry import parse_objective
+from vlm.train.run_config import ObjectiveConfig
+from vlm.train.step import Parts, backward_exactly
+from vlm.train.task import Student, build_student
 
 Gradients = dict[str, torch.Tensor]
 SHARED = ("logit_scale", "logit_bias")

@@ -5,14 +5,13 @@ from typing import Any
 
 from serving import memory_mb, serve, time_stream
 
+from vlm.data.collate import AssembleTraining, TrainingBatch
 from vlm.data.loader import stream_batches
-from vlm.data.order import SampleOrder
-from vlm.data.plan import TrainingPlan
+from vlm.data.sampler import SampleOrder, TrainingPlan
 from vlm.data.shards import count_samples
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.training_batches import AssembleTraining, TrainingBatch
-from vlm.data.views import FixedView, RandomView
-from vlm.models.encoder import normalise
+from vlm.data.transforms import FixedView, RandomView
+from vlm.models.model import normalise
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:

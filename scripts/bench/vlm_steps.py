@@ -19,12 +19,12 @@ from serving import serve
 from torch import nn
 from torch.nn import functional as F
 
-from vlm.data.training_batches import TrainingBatch
-from vlm.models.encoder import normalise
-from vlm.models.network import build_network
-from vlm.train.config import LoaderConfig, ModelConfig, OptimizerConfig, TrainConfig
-from vlm.train.optimizer import build_optimizer
-from vlm.train.recorder import Recorder
+from vlm.data.collate import TrainingBatch
+from vlm.models.factory import build_network
+from vlm.models.model import normalise
+from vlm.train.logger import Recorder
+from vlm.train.optim import build_optimizer
+from vlm.train.run_config import LoaderConfig, ModelConfig, OptimizerConfig, TrainConfig
 from vlm.train.session import Session, open_session
 from vlm.train.step import take_step
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vlm.cli.main import main
-from vlm.data.curation.rules import RULES
+from vlm.data.curation.pipeline import RULES
 from vlm.data.selection import read_selection
 
 

@@ -6,12 +6,11 @@ import torch
 from tests.data.tars import write_tar
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.index.embeddings import Embeddings
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
-from vlm.models.loading import load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ import torch
 
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
-from vlm.models.loading import load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.data.transforms import FixedView
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 
 def run(capsys, *words):

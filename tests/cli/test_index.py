@@ -9,8 +9,7 @@ import pytest
 
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, Space, unit_rows
-from vlm.index.parts import Origin
+from vlm.index.embeddings import EmbeddingsWriter, Origin, Space, unit_rows
 from vlm.index.writer import IndexWriter
 
 

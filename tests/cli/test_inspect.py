@@ -1,8 +1,8 @@
 import pytest
 
+import vlm.data.inspection.inspection as inspection
 from tests.data.tars import write_tar
 from vlm.cli.main import main
-from vlm.data import inspection
 
 
 @pytest.mark.parametrize("number", [1, 3])

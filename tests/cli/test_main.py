@@ -70,7 +70,7 @@ def test_search_answers_with_key_score_and_caption(capsys, loop):
 
 
 def test_search_by_picture_finds_the_picture_itself(capsys, loop, scene_shards, tmp_path):
-    from vlm.data.shard_reader import ShardReader
+    from vlm.data.tar import ShardReader
 
     sample = ShardReader(str(scene_shards / "val" / "shard-00000.tar")).read(7)
     (tmp_path / "x.jpg").write_bytes(sample.image)

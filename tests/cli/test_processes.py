@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from vlm.cli.embed import Arguments, run
-from vlm.cli.processes import run_in_processes
+from vlm.cli.launch import run_in_processes
 from vlm.errors import UsageError, VlmError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ ENDLESS = """
 import sys
 from pathlib import Path
 from tests.cli.test_processes import Task, work
-from vlm.cli.processes import run_in_processes
+from vlm.cli.launch import run_in_processes
 if __name__ == "__main__":
     run_in_processes(work, Task(folder=Path(sys.argv[1]), endless=True), 2)
 """

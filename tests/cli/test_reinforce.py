@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from vlm.cli.main import main
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import expand_shards
+from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
-from vlm.models.loading import load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.data.transforms import FixedView
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 
 @pytest.fixture

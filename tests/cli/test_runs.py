@@ -4,8 +4,8 @@ import pytest
 
 from tests.train.telemetry.run_folders import falling, write_run
 from vlm.cli.main import main
-from vlm.train.recipes import table
-from vlm.train.recipes.bands import Band
+from vlm.train import recipes
+from vlm.train.recipes import Band
 
 
 def run(capsys, *words):
@@ -23,9 +23,9 @@ def banded(monkeypatch):
     """The fashion recipe, with a band that `falling` stays in."""
     points = tuple((share, 4.0 - 3 * share, 6.0 - 3 * share) for share in (0.2, 0.4, 0.6, 0.8, 1.0))
     band = Band(metric="loss", kind="measured", source="three hands", width=0.1, points=points)
-    recipe = table.RECIPES["fashion"]
+    recipe = recipes.RECIPES["fashion"]
     changed = type(recipe)(preset="fashion", data="", prepare=(), train="", bands=(band,))
-    monkeypatch.setitem(table.RECIPES, "fashion", changed)
+    monkeypatch.setitem(recipes.RECIPES, "fashion", changed)
 
 
 def test_runs_are_listed_with_state_speed_and_best(capsys, tmp_path):

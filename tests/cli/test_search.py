@@ -11,8 +11,7 @@ import pytest
 from tests.service.circle import CircleModel
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, Space
-from vlm.index.parts import Origin
+from vlm.index.embeddings import EmbeddingsWriter, Origin, Space
 
 
 def origin(number: int) -> Origin:

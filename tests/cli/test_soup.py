@@ -5,11 +5,10 @@ import torch
 
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
-from vlm.models.loading import load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.data.transforms import FixedView
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 
 def run(capsys, *words):
@@ -167,12 +166,12 @@ def test_an_out_that_exists_is_left_alone(capsys, tuned):
 def test_a_full_disk_leaves_nothing_half_written(capsys, tuned, monkeypatch):
     import errno
 
-    import vlm.models.folder
+    import vlm.models.load
 
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(vlm.models.folder, "save_file", full)
+    monkeypatch.setattr(vlm.models.load, "save_file", full)
     before = sorted(tuned.iterdir())
     code, _, err = run(capsys, "soup", tuned / "a", tuned / "b", "--out", tuned / "soup")
     assert code == 1

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from vlm.data.arrays import StoredArrays, view_rng
-from vlm.data.captions import DrawnCaption
-from vlm.data.samples import Sample
+from vlm.data.precomputed import StoredArrays, view_rng
+from vlm.data.samples import DrawnCaption, Sample
 from vlm.errors import BadSample, UsageError, VlmError
 
 NAMES = ("teacher_image", "teacher_text")

@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from tests.data.tars import write_tar
-from vlm.data.captions import split_sentences
+from vlm.data.collate import AssembleTraining
 from vlm.data.decode import EncodedPicture, open_picture, to_rgb
-from vlm.data.encode import encode_pair
 from vlm.data.loader import ShardSet, stream_batches
-from vlm.data.local_views import LocalViews
-from vlm.data.order import Address, SampleOrder
-from vlm.data.plan import TrainingPlan
-from vlm.data.samples import Pair, SampleChance
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import RandomView
+from vlm.data.pack import encode_pair
+from vlm.data.sampler import Address, SampleOrder, TrainingPlan
+from vlm.data.samples import Pair, SampleChance, split_sentences
+from vlm.data.transforms import LocalViews, RandomView
 from vlm.errors import UsageError
 
 LONG = "One is short. Two is a little longer! Three, which is the longest, ends here?"
@@ -112,7 +109,7 @@ def test_sentences_are_drawn_without_replacement_and_padded_by_empty_rows(shard)
 def test_a_batch_without_sentences_has_rows_of_padding(tmp_path, make_picture):
     from webdataset.writer import TarWriter
 
-    from vlm.data.captions import CaptionDraw
+    from vlm.data.samples import CaptionDraw
 
     with TarWriter(str(tmp_path / "t.tar"), encoder=False) as tar:
         pair = Pair(key="k", image=make_picture(0), captions={"de": ("Hund.",)}, metadata={"tags": ["dog"]})
@@ -268,7 +265,7 @@ def test_tokens_are_cut_to_the_longest_caption_of_the_batch(shard):
 
 def test_extras_go_with_the_row_that_stands_in_on_the_device(tmp_path, make_picture):
     from tests.data.tars import without_tables
-    from vlm.data.transfer import DeviceAhead
+    from vlm.data.device_prefetch import DeviceAhead
 
     images = [make_picture(number, size=(60, 50)) for number in range(4)]
     images[2] = without_tables(images[2])

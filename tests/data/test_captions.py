@@ -3,8 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlm.data.captions import CaptionDraw, split_sentences, tags_of
-from vlm.data.samples import Sample, captions_of
+from vlm.data.samples import CaptionDraw, Sample, captions_of, split_sentences, tags_of
 from vlm.errors import BadSample, UsageError
 
 

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 
 from tests.data.tars import write_tar
-from vlm.data.corpus import open_corpus
-from vlm.data.mixture import Mixture
-from vlm.data.mixture_file import read_sources
+from vlm.data.corpus import open_corpus, read_sources
+from vlm.data.sampler import Mixture
 from vlm.data.selection import Selection, whole_selection, write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError

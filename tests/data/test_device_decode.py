@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from tests.data.tars import without_tables
-from vlm.data import device_decode
+from vlm.data import gpu_decode
 from vlm.data.decode import EncodedPicture
-from vlm.data.device_decode import check_decoder, prepare_view, show_on_device
+from vlm.data.gpu_decode import check_decoder, prepare_view, show_on_device
 from vlm.data.samples import SampleChance
-from vlm.data.shard_reader import ShardReader
-from vlm.data.views import RandomView
+from vlm.data.tar import ShardReader
+from vlm.data.transforms import RandomView
 from vlm.errors import BadSample, UsageError
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_a_device_without_a_decoder_is_refused(monkeypatch):
     def refuse(images, device):
         raise RuntimeError("not compiled with nvJPEG support\nat line 1")
 
-    monkeypatch.setattr(device_decode, "_decoder", lambda: refuse)
+    monkeypatch.setattr(gpu_decode, "_decoder", lambda: refuse)
     with pytest.raises(
         UsageError, match=r"on cpu here: not compiled with nvJPEG support\. Install .*--decode-on-device"
     ):
@@ -129,9 +129,9 @@ def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_oth
     def refuse(images, device):
         raise RuntimeError("one of them is damaged")
 
-    monkeypatch.setattr(device_decode, "_decoder", lambda: refuse)
+    monkeypatch.setattr(gpu_decode, "_decoder", lambda: refuse)
     cut = whole[: len(whole) // 2]
-    broken = device_decode.PreparedView(crop=prepared[1].crop, encoded=cut)
+    broken = gpu_decode.PreparedView(crop=prepared[1].crop, encoded=cut)
     found = show_on_device([prepared[0], broken, prepared[2]], view, CPU)
     assert list(found.damaged) == [1]
     assert found.damaged[1].reason == "unreadable picture"

@@ -4,14 +4,25 @@ from typing import Any, cast
 
 import pytest
 
-from vlm.data.diagnosis.disk import cached_share, measure_disk, measure_index
-from vlm.data.diagnosis.loading import measure_hand_over, measure_loader
-from vlm.data.diagnosis.preparing import Trial, measure_preparing
-from vlm.data.diagnosis.stages import PARTS, Diagnosis, LoaderRate, Stage, StageName, seconds_of
-from vlm.data.diagnosis.verdict import judge
+from vlm.data.bottleneck import judge
+from vlm.data.profiling import (
+    PARTS,
+    Diagnosis,
+    LoaderRate,
+    Stage,
+    StageName,
+    Trial,
+    cached_share,
+    measure_disk,
+    measure_hand_over,
+    measure_index,
+    measure_loader,
+    measure_preparing,
+    seconds_of,
+)
 from vlm.data.shards import expand_shards
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import RandomView
+from vlm.data.transforms import RandomView
 from vlm.errors import UsageError, VlmError
 
 RATES = {

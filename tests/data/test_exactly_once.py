@@ -13,18 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.tars import damages_for, write_tar
-from vlm.data.corpus import Corpus, open_corpus
+from vlm.data.collate import AssembleTraining
+from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.ledger import Ledger, total_of
 from vlm.data.loader import stream_batches
-from vlm.data.mixture import Mixture
-from vlm.data.mixture_file import read_sources
 from vlm.data.pack import pack
-from vlm.data.plan import TrainingPlan
+from vlm.data.sampler import Mixture, TrainingPlan
 from vlm.data.selection import Selection, whole_selection, write_selection
 from vlm.data.shards import expand_shards
-from vlm.data.sources import SourceOptions, open_source
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import RandomView
+from vlm.data.sources.source import SourceOptions
+from vlm.data.sources.source_registry import open_source
+from vlm.data.transforms import RandomView
 from vlm.errors import VlmError
 
 SEED = 11

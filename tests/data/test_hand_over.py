@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.data.hand_over import SlotMemory
+from vlm.data.loader import SlotMemory
 
 SHAPE = (2, 3, 4, 4)
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm.data.decode import open_picture, to_rgb
-from vlm.data.holdout import MAX_LEVELS, MAX_RMS_LEVELS, SampleGroups, same_pictures, thumbnail_of
-from vlm.data.sources import open_source
+from vlm.data.sources.source_registry import open_source
+from vlm.data.split import MAX_LEVELS, MAX_RMS_LEVELS, SampleGroups, same_pictures, thumbnail_of
 from vlm.errors import UsageError
 
 WORDS = ["a dog", "A  Dog", "a cat", "ein Hund", "狗", "red", "blue"]

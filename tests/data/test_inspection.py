@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.contact_sheet import contact_sheet
-from vlm.data.encode import encode_pair
-from vlm.data.inspection import inspect_shards
-from vlm.data.look.digests import Digests, digest_of
-from vlm.data.look.glance import columns_of, token_lengths, traits_of
-from vlm.data.look.plots import aspect_name
-from vlm.data.look.spread import BoundedCounter, log_spread, spread, spread_counts
+from vlm.data.dedup import Digests, digest_of
+from vlm.data.inspection.contact_sheet import contact_sheet
+from vlm.data.inspection.inspection import inspect_shards
+from vlm.data.inspection.sample_scan import columns_of, token_lengths, traits_of
+from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError
+from vlm.pages import BoundedCounter, aspect_name, log_spread, spread, spread_counts
 
 
 @pytest.fixture

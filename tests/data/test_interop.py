@@ -12,9 +12,10 @@ from PIL import Image
 from tests.data.tars import write_tar
 from vlm.data.pack import pack
 from vlm.data.selection import Selection, whole_selection, write_selection
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import count_samples, expand_shards
-from vlm.data.sources import SourceOptions, open_source
+from vlm.data.sources.source import SourceOptions
+from vlm.data.sources.source_registry import open_source
+from vlm.data.tar import ShardReader
 
 
 @pytest.fixture

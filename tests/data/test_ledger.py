@@ -1,10 +1,9 @@
 import numpy as np
 import torch
 
-from vlm.data.batches import Incident
+from vlm.data.collate import Incident, TrainingBatch
 from vlm.data.ledger import MAX_FAILURES, Ledger, total_of
-from vlm.data.order import Address
-from vlm.data.training_batches import TrainingBatch
+from vlm.data.sampler import Address
 
 
 def batch(pairs, incidents=()):

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.data.likeness import THUMBNAIL_BYTES, look_of, near_hashes
-from vlm.data.same_picture import compare, is_same_picture, same_looks
+from vlm.data.dedup import THUMBNAIL_BYTES, compare, is_same_picture, look_of, near_hashes, same_looks
 
 
 def pairs_of(blocks):

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.data.mixture import Mixture, whole_shares
-from vlm.data.order import SampleOrder
-from vlm.data.plan import ShardPlan, TrainingPlan
+from vlm.data.sampler import Mixture, SampleOrder, ShardPlan, TrainingPlan, whole_shares
 from vlm.errors import UsageError
 
 shard_sizes = st.lists(st.integers(1, 500), min_size=1, max_size=40)

@@ -13,9 +13,10 @@ from webdataset.compat import WebDataset
 
 from vlm.data.pack import PackConfig, pack
 from vlm.data.samples import Pair
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import expand_shards, shards_fingerprint
-from vlm.data.sources import SceneOptions, SourceOptions, open_source
+from vlm.data.sources.source import SceneOptions, SourceOptions
+from vlm.data.sources.source_registry import open_source
+from vlm.data.tar import ShardReader
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.manifest import read_manifest
 
@@ -268,5 +269,6 @@ def test_long_keys_and_other_scripts_survive(tmp_path, make_picture):
 
 
 def test_importing_it_does_not_import_torch():
-    code = "import sys, vlm.data.pack, vlm.data.sources, vlm.data.inspection; sys.exit('torch' in sys.modules)"
+    modules = "vlm.data.pack, vlm.data.sources.source_registry, vlm.data.inspection.inspection"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

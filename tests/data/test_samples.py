@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.data.encode import written_captions
+from vlm.data.pack import written_captions
 from vlm.data.samples import SampleChance, captions_of, select_languages, shuffled
 from vlm.errors import BadSample
 

@@ -5,20 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlm.data.scenes import (
+from vlm.data.synthetic.shape_captions import LANGUAGES, check_caption, describe
+from vlm.data.synthetic.shapes import (
+    BACKGROUND_RGB,
     BACKGROUNDS,
+    COLOUR_RGB,
     COLOURS,
     COUNTS,
     HELD_OUT,
-    LANGUAGES,
     POSITIONS,
+    RADIUS,
     SHAPES,
     SIZES,
     SPLITS,
     Scene,
     Split,
-    check_caption,
-    describe,
     draw_scene,
     every_scene,
     sample_scene,
@@ -26,7 +27,6 @@ from vlm.data.scenes import (
     shape_colour_class,
     shape_colour_classes,
 )
-from vlm.data.scenes.draw import BACKGROUND_RGB, COLOUR_RGB, RADIUS
 
 THREE_STARS = Scene(shape="star", colour="red", size="small", count=3, position="left", background="white")
 OTHERS: dict[str, str | int] = {

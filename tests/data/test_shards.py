@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from vlm.data.encode import encode_pair
+from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
+from vlm.data.tar import ShardReader
 from vlm.errors import BadSample, UsageError, VlmError
 
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from vlm.data.sources import SceneOptions, SourceOptions, open_source
-from vlm.data.sources.files import FolderFiles, TarFiles
+from vlm.data.sources.source import FolderFiles, SceneOptions, SourceOptions, TarFiles
+from vlm.data.sources.source_registry import open_source
 from vlm.errors import BadSample, UsageError, VlmError
 
 

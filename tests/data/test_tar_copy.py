@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.tars import tiny_picture
-from vlm.data.shard_reader import ShardReader
-from vlm.data.tar_copy import copy_with_arrays
+from vlm.data.tar import ShardReader, copy_with_arrays
 
 CAPTION = json.dumps({"captions": ["one"]}).encode()
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.data import tar_index
-from vlm.data.shard_reader import ShardReader
-from vlm.data.tar_index import Span, open_index
+from vlm.data import tar
+from vlm.data.tar import ShardReader, Span, open_index
 from vlm.errors import BadSample, UsageError, VlmError
 
 
@@ -245,11 +244,11 @@ def test_mutated_tars_end_in_an_index_or_a_clear_error(tmp_path_factory, data):
 
 def test_the_index_is_scanned_once_and_again_when_the_tar_changes(write_tar, monkeypatch):
     scans = []
-    plain_scan = tar_index._scan
-    monkeypatch.setattr(tar_index, "_scan", lambda *arguments: scans.append(1) or plain_scan(*arguments))
+    plain_scan = tar._scan
+    monkeypatch.setattr(tar, "_scan", lambda *arguments: scans.append(1) or plain_scan(*arguments))
     address = write_tar(tar_bytes(members_of(3)))
     assert len(open_index(address)) == 3
-    tar_index._open_version.cache_clear()
+    tar._open_version.cache_clear()
     assert open_index(address).sample_keys() == ["k0", "k1", "k2"]
     assert len(scans) == 1
     write_tar(tar_bytes(members_of(4)))
@@ -260,7 +259,7 @@ def test_the_index_is_scanned_once_and_again_when_the_tar_changes(write_tar, mon
 def test_a_damaged_cache_is_replaced(write_tar, tmp_path):
     address = write_tar(tar_bytes(members_of(3)))
     open_index(address)
-    tar_index._open_version.cache_clear()
+    tar._open_version.cache_clear()
     (tmp_path / ".0.tar.vlm-index").write_bytes(b"rubbish")
     assert len(open_index(address)) == 3
 

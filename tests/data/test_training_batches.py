@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from tests.data.tars import members, without_tables, write_tar
-from vlm.data.arrays import StoredArrays, view_rng
-from vlm.data.captions import DrawnCaption
-from vlm.data.encode import encode_pair
+from vlm.data.collate import AssembleTraining
 from vlm.data.loader import ShardSet
-from vlm.data.order import Address, SampleOrder
-from vlm.data.plan import TrainingPlan
-from vlm.data.samples import Pair
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import RandomView
+from vlm.data.pack import encode_pair
+from vlm.data.precomputed import StoredArrays, view_rng
+from vlm.data.sampler import Address, SampleOrder, TrainingPlan
+from vlm.data.samples import DrawnCaption, Pair
+from vlm.data.transforms import RandomView
 from vlm.errors import VlmError
 
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from tests.data.tars import without_tables
-from vlm.data.captions import DrawnCaption
-from vlm.data.device_decode import PreparedView
+from vlm.data.collate import AssembleTraining, TrainingBatch
+from vlm.data.device_prefetch import DeviceAhead, decode_batch
+from vlm.data.gpu_decode import PreparedView
 from vlm.data.ledger import Ledger, total_of
 from vlm.data.loader import stream_batches
-from vlm.data.order import Address, SampleOrder
-from vlm.data.plan import TrainingPlan
-from vlm.data.training_batches import AssembleTraining, TrainingBatch
-from vlm.data.transfer import DeviceAhead, decode_batch
-from vlm.data.views import Crop, RandomView
+from vlm.data.sampler import Address, SampleOrder, TrainingPlan
+from vlm.data.samples import DrawnCaption
+from vlm.data.transforms import Crop, RandomView
 from vlm.errors import VlmError
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from PIL import Image
 
 from vlm.data.decode import EncodedPicture, open_picture, to_rgb
 from vlm.data.samples import SampleChance
-from vlm.data.shard_reader import ShardReader
-from vlm.data.views import CLIP_MEAN, CLIP_STD, Crop, FixedView, RandomView, resize_antialiased
+from vlm.data.tar import ShardReader
+from vlm.data.transforms import CLIP_MEAN, CLIP_STD, Crop, FixedView, RandomView, resize_antialiased
 from vlm.errors import BadSample, UsageError
 
 SIZES = [(40, 30), (31, 57), (224, 224), (225, 224), (97, 301), (640, 427), (333, 500), (12, 9), (1, 3)]

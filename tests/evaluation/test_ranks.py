@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import VlmError
-from vlm.evaluation.ranks import rank_answers
+from vlm.evaluation.retrieval import rank_answers
 
 
 def slow_hits(scores, right, k):

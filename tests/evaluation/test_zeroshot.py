@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vlm.errors import UsageError
-from vlm.evaluation.zeroshot import class_embeddings, measure_zero_shot
+from vlm.evaluation.zero_shot import class_embeddings, measure_zero_shot
 
 NAMES = ["cat", "dog", "car"]
 

@@ -20,15 +20,14 @@ import numpy as np
 
 from tests.fuzz.mutations import mutated_tar
 from vlm.console import progress
-from vlm.data.arrays import StoredArrays
-from vlm.data.corpus import open_corpus
+from vlm.data.collate import AssembleTraining
+from vlm.data.corpus import Source, open_corpus
 from vlm.data.ledger import Ledger, total_of
 from vlm.data.loader import stream_batches
-from vlm.data.mixture_file import Source
-from vlm.data.plan import TrainingPlan
-from vlm.data.tar_index import open_index
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import RandomView
+from vlm.data.precomputed import StoredArrays
+from vlm.data.sampler import TrainingPlan
+from vlm.data.tar import open_index
+from vlm.data.transforms import RandomView
 from vlm.errors import VlmError
 
 SECONDS_A_CASE = 20

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.origins import make_origin
-from vlm.index.changes import NewRows
-from vlm.index.embeddings import Space, unit_rows
-from vlm.index.parts import Origin
-from vlm.index.read import Index
+from vlm.index.embeddings import Origin, Space, unit_rows
+from vlm.index.reader import Index
+from vlm.index.writer import NewRows
 
 SPACE = Space(model="given", fingerprint="given", dimension=16, modality="image")
 MakeIndex = Callable[..., Path]

@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 
 from tests.index.changes import SPACE, MakeIndex, origins, vectors
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
 from vlm.index.embed import embed_shards
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Space
-from vlm.index.kinds import Tuning
-from vlm.index.parts import Origin
+from vlm.index.embeddings import EmbeddingsWriter, Modality, Origin, Space
 from vlm.tensors import Float32, Tensor, UInt8
 
 COLOURS = {

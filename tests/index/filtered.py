@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.index.origins import make_origin
-from vlm.index.facts import SCHEMA, insert_facts
-from vlm.index.where import parse_where, rows_where
+from vlm.index.filters import parse_where, rows_where
+from vlm.index.metadata import SCHEMA, insert_facts
 
 Metadata = dict[str, Any]
 

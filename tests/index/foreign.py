@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm.index.exchange import UNKNOWN, ImportSummary, Wishes, import_embeddings
+from vlm.index.interop.import_sources import Wishes
+from vlm.index.interop.importer import UNKNOWN, ImportSummary, import_embeddings
 
 D = 8
 

@@ -233,13 +233,14 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     """Shards of six drawn scenes, some with broken samples between them, and a tiny model with random weights."""
     import torch
 
-    from vlm.cli.tokenizer_train import train_tokenizer
+    from vlm.cli.tokenizer import train_tokenizer
     from vlm.data.pack import PackConfig, pack
-    from vlm.data.sources import SceneOptions, SourceOptions, open_source
+    from vlm.data.sources.source import SceneOptions, SourceOptions
+    from vlm.data.sources.source_registry import open_source
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.views import FixedView
-    from vlm.models.folder import save_model
-    from vlm.models.network import build_network, fit_to_tokenizer, model_config
+    from vlm.data.transforms import FixedView
+    from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+    from vlm.models.load import save_model
 
     source = open_source("scenes", SourceOptions(scenes=SceneOptions(number=6 * shards, pixels=32)))
     pack(source, folder / "shards", PackConfig(samples_per_shard=6))

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.model_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
 from vlm.index.embeddings import EmbeddingsWriter, unit_rows
-from vlm.index.kinds import Tuning
-from vlm.index.read import Index
-from vlm.index.where import parse_where
+from vlm.index.filters import parse_where
+from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 
 KILLED = 77

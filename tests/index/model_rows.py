@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.index.origins import make_origin
-from vlm.index.changes import NewRows
-from vlm.index.embeddings import Space, unit_rows
-from vlm.index.parts import Origin
+from vlm.index.embeddings import Origin, Space, unit_rows
+from vlm.index.writer import NewRows
 
 DIMENSION = 8
 SPACE = Space(model="given", fingerprint="given", dimension=DIMENSION, modality="image")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, unit_rows
-from vlm.index.parts import Origin
+from vlm.index.embeddings import EmbeddingsWriter, Modality, Origin, Space, unit_rows
 
 CAPTIONS = 5
 

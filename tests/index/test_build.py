@@ -7,10 +7,10 @@ import pytest
 
 import vlm.index.build
 from vlm.errors import UsageError, VlmError
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings, unit_rows
-from vlm.index.kinds import Tuning
-from vlm.index.read import Index
+from vlm.index.reader import Index
 from vlm.manifest import read_manifest
 
 Write = Callable[..., Path]

@@ -6,14 +6,8 @@ import pytest
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
-from vlm.index.catalogue import Catalogue
-from vlm.index.catalogue_writing import (
-    change_catalogue,
-    copy_catalogue,
-    restore_catalogue,
-    write_catalogue,
-)
-from vlm.index.parts import Origin
+from vlm.index.catalog import Catalogue, change_catalogue, copy_catalogue, restore_catalogue, write_catalogue
+from vlm.index.embeddings import Origin
 
 
 def origin(number: int, captions: Captions, *, uid: str = "") -> Origin:

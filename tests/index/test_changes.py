@@ -5,13 +5,12 @@ import pytest
 
 from tests.index.changes import SPACE, MakeIndex, given, origins, uids_of, vectors
 from vlm.errors import UsageError
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
-from vlm.index.changes import NewRows
-from vlm.index.check import check_index
-from vlm.index.kinds import Tuning
-from vlm.index.read import Index
-from vlm.index.where import parse_where
-from vlm.index.writer import IndexWriter
+from vlm.index.filters import parse_where
+from vlm.index.reader import Index
+from vlm.index.verify import check_index
+from vlm.index.writer import IndexWriter, NewRows
 from vlm.manifest import read_manifest
 
 

@@ -9,8 +9,8 @@ import pytest
 from vlm.errors import UsageError
 from vlm.files import sha256_of
 from vlm.index.build import build_index
-from vlm.index.check import check_index
 from vlm.index.embeddings import unit_rows
+from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 
 SEGMENT = "segments/segment-00000"

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.codes import from_int8, to_int8, to_signs
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Space, unit_rows
-from vlm.index.parts import Origin, Storage
+from vlm.index.embeddings import (
+    Embeddings,
+    EmbeddingsWriter,
+    Origin,
+    Space,
+    Storage,
+    from_int8,
+    to_int8,
+    to_signs,
+    unit_rows,
+)
 
 
 def rows(count: int, dimension: int) -> np.ndarray:

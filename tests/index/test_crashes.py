@@ -12,14 +12,12 @@ import pytest
 
 from tests.index.origins import make_origin
 from vlm.errors import UsageError, VlmError
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
-from vlm.index.changes import NewRows
-from vlm.index.check import check_index
-from vlm.index.embeddings import EmbeddingsWriter, Space, unit_rows
-from vlm.index.kinds import Tuning
-from vlm.index.parts import Origin
-from vlm.index.read import Index
-from vlm.index.writer import IndexWriter
+from vlm.index.embeddings import EmbeddingsWriter, Origin, Space, unit_rows
+from vlm.index.reader import Index
+from vlm.index.verify import check_index
+from vlm.index.writer import IndexWriter, NewRows
 
 SPACE = Space(model="given", fingerprint="given", dimension=8, modality="image")
 KILLED = 77

@@ -8,7 +8,7 @@ import pytest
 
 from vlm.errors import VlmError
 from vlm.index.embeddings import Embeddings
-from vlm.index.read import Index
+from vlm.index.reader import Index
 from vlm.manifest import MANIFEST, begin_folder
 
 Damage = Callable[[bytes], bytes]

@@ -6,8 +6,7 @@ from tests.index.conftest import ColourModel
 from tests.index.test_embed_processes import contents
 from vlm.errors import UsageError, VlmError
 from vlm.index.embed import EmbedOptions, embed_into, embed_shards
-from vlm.index.embeddings import Embeddings, Modality
-from vlm.index.parts import Storage
+from vlm.index.embeddings import Embeddings, Modality, Storage
 
 OPTIONS = EmbedOptions(model_spec="colours", batch_size=3)
 

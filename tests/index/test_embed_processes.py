@@ -10,10 +10,8 @@ import pytest
 
 from tests.index.conftest import ColourModel
 from vlm.errors import UsageError
-from vlm.index.embed import EmbedOptions, embed_into
-from vlm.index.embeddings import Embeddings, Modality
-from vlm.index.share import Share
-from vlm.index.unfinished import begin
+from vlm.index.embed import EmbedOptions, Share, embed_into
+from vlm.index.embeddings import Embeddings, Modality, begin
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +21,7 @@ from dataclasses import asdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from vlm.index.embed import EmbedOptions, embed_into
-from vlm.index.share import Share
+from vlm.index.embed import Share
 Model = runpy.run_path(sys.argv[1])["ColourModel"]
 options = EmbedOptions(model_spec="colours", batch_size=3, share=Share.from_environment())
 out = Path(sys.argv[2])

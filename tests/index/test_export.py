@@ -14,13 +14,13 @@ from tests.index.changes import SPACE, MakeIndex, given, vectors
 from tests.index.origins import make_origin
 from vlm.cli.main import main
 from vlm.errors import UsageError
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter
-from vlm.index.exchange import ImportSummary, Target, export_index, import_embeddings
-from vlm.index.kinds import Tuning
-from vlm.index.parts import Origin
-from vlm.index.read import Index
-from vlm.index.where import parse_where
+from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Origin
+from vlm.index.filters import parse_where
+from vlm.index.interop.exporter import Target, export_index
+from vlm.index.interop.importer import ImportSummary, import_embeddings
+from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 
 QUERIES = vectors(20, 99)

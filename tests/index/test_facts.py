@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.index.origins import make_origin
-from vlm.index.facts import LONGEST_TEXT, SCHEMA, facts_of, field_kinds, insert_facts
+from vlm.index.metadata import LONGEST_TEXT, SCHEMA, facts_of, field_kinds, insert_facts
 
 
 @pytest.fixture

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from tests.index.changes import MakeIndex, given, vectors
+from vlm.index.ann.faiss_search import rerank, to_float32
+from vlm.index.ann.index_types import KINDS
 from vlm.index.build import build_index
 from vlm.index.embeddings import unit_rows
-from vlm.index.float16 import to_float32
-from vlm.index.kinds import KINDS
-from vlm.index.kinds.searching import rerank
-from vlm.index.read import Index
-from vlm.index.search_plan import Answers, merge
-from vlm.index.vectors import open_array
+from vlm.index.reader import Index
+from vlm.index.segments import Answers, merge, open_array
 from vlm.index.writer import IndexWriter
 
 
@@ -53,7 +51,7 @@ def test_rows_of_a_file_are_converted_without_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("numbers_at_once", [1, 30 * 16 * 3, 2**20])
 @pytest.mark.parametrize("top", [1, 7, 50])
 def test_reranking_in_blocks_equals_one_by_one(monkeypatch: pytest.MonkeyPatch, numbers_at_once: int, top: int) -> None:
-    monkeypatch.setattr("vlm.index.kinds.searching._NUMBERS_AT_ONCE", numbers_at_once)
+    monkeypatch.setattr("vlm.index.ann.faiss_search._NUMBERS_AT_ONCE", numbers_at_once)
     rng = np.random.default_rng(4)
     rows, queries = vectors(200, 1).astype(np.float16), vectors(11, 2)
     rows[100:] = rows[:100]

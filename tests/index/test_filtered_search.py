@@ -3,8 +3,8 @@ import pytest
 
 from tests.index.changes import MakeIndex, given, vectors
 from vlm.errors import UsageError
-from vlm.index.read import Index
-from vlm.index.where import parse_where
+from vlm.index.filters import parse_where
+from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 
 
@@ -14,7 +14,7 @@ def test_a_filtered_search_is_complete_and_true_for_every_kind(
     make_index: MakeIndex, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, top: int
 ) -> None:
     folder = make_index(2000, kind=kind)
-    monkeypatch.setattr("vlm.index.search_plan.EXACT_ROWS", 10)
+    monkeypatch.setattr("vlm.index.segments.EXACT_ROWS", 10)
     with IndexWriter(folder) as writer:
         writer.delete([f"k{n}" for n in range(0, 2000, 100)])
         writer.add(given(50, 1))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests.index.test_kinds import WITH_LISTS, filled
+from vlm.index.ann import gpu
+from vlm.index.ann.index_types import KINDS
 from vlm.index.embeddings import unit_rows
-from vlm.index.kinds import KINDS, gpu
-from vlm.index.read import Index
+from vlm.index.reader import Index
 from vlm.index.segments import OpenSegment
 from vlm.index.writer import IndexWriter
 

@@ -15,14 +15,12 @@ from vlm.cli.main import main
 from vlm.errors import UsageError
 from vlm.files import read_lines
 from vlm.index.build import build_index
-from vlm.index.changes import NewRows
-from vlm.index.embeddings import Embeddings
-from vlm.index.exchange import Wishes
-from vlm.index.parts import Origin
-from vlm.index.read import Index
-from vlm.index.where import parse_where
-from vlm.index.writer import IndexWriter
-from vlm.service.question import Question
+from vlm.index.embeddings import Embeddings, Origin
+from vlm.index.filters import parse_where
+from vlm.index.interop.import_sources import Wishes
+from vlm.index.reader import Index
+from vlm.index.writer import IndexWriter, NewRows
+from vlm.service.query import Question
 from vlm.service.search import SearchService
 
 

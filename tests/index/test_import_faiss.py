@@ -10,10 +10,11 @@ from tests.index.changes import MakeIndex, vectors
 from tests.index.foreign import D, bring, unit, write_table
 from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
+from vlm.index.ann.index_type import Tuning
 from vlm.index.embeddings import Embeddings
-from vlm.index.exchange import export_index, import_embeddings
-from vlm.index.kinds import Tuning
-from vlm.index.read import Index
+from vlm.index.interop.exporter import export_index
+from vlm.index.interop.importer import import_embeddings
+from vlm.index.reader import Index
 
 
 def write_faiss(path: Path, rows: np.ndarray, spec: str = "Flat") -> Path:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
+from vlm.index.ann.faiss_search import candidates_for, most_effort, rerank, search_parameters
+from vlm.index.ann.index_type import Copy, Tuning, load_faiss
+from vlm.index.ann.index_types import KINDS, choose_kind
 from vlm.index.embeddings import unit_rows
-from vlm.index.kinds import KINDS, Copy, Tuning, choose_kind, load_faiss
-from vlm.index.kinds.searching import candidates_for, most_effort, rerank, search_parameters
 
 WITH_LISTS = ("ivf", "ivfsq", "ivfpq", "rabitq")
 

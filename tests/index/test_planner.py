@@ -9,13 +9,15 @@ import pytest
 from tests.index.spaces import CAPTIONS, draw_spaces, write
 from vlm.cli.main import main
 from vlm.errors import UsageError
+from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_types import KINDS
+from vlm.index.autotune.autotune_report import draw_plan, show_plan
+from vlm.index.autotune.autotuner import Plan, choose, confirm, settle
+from vlm.index.autotune.query_sampling import DrawnRows, draw, vectors_at
+from vlm.index.autotune.trial import Promise
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
-from vlm.index.kinds import KINDS, Tuning
-from vlm.index.planner import Plan, Promise, choose, confirm, settle
-from vlm.index.planner.drawing import DrawnRows, draw, vectors_at
-from vlm.index.planner.report import draw_plan, show_plan
-from vlm.index.read import Index
+from vlm.index.reader import Index
 from vlm.manifest import read_manifest
 
 Build = Callable[..., tuple[int, str, str]]

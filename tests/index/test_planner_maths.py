@@ -6,13 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import UsageError
-from vlm.index.planner import Promise
-from vlm.index.planner.ladder import Rung
-from vlm.index.planner.picking import misses_of, pick, reason
-from vlm.index.planner.promise import parse_bytes
-from vlm.index.planner.recall import exact_scores, lower_bound, recall_of_each
-from vlm.index.planner.trial import Latency, Trial
-from vlm.index.planner.tuning import Setting, extrapolated, least_effort, settings_that_reach, settled
+from vlm.index.autotune.autotuner import misses_of, pick, reason
+from vlm.index.autotune.query_sampling import exact_scores, lower_bound, recall_of_each
+from vlm.index.autotune.trial import (
+    Latency,
+    Promise,
+    Rung,
+    Setting,
+    Trial,
+    extrapolated,
+    least_effort,
+    parse_bytes,
+    settings_that_reach,
+    settled,
+)
 
 
 def trial(kind: str = "ivf", *, p50: float = 1.0, memory: int = 100, recall: float = 0.99) -> Trial:

@@ -7,10 +7,12 @@ import pytest
 
 from tests.index.spaces import draw_spaces
 from vlm.errors import UsageError
+from vlm.index.autotune import query_sampling
+from vlm.index.autotune.autotune_report import show_plan
+from vlm.index.autotune.autotuner import Plan, choose
+from vlm.index.autotune.query_sampling import draw
+from vlm.index.autotune.trial import Promise
 from vlm.index.embeddings import Embeddings
-from vlm.index.planner import Plan, Promise, choose, drawing
-from vlm.index.planner.drawing import draw
-from vlm.index.planner.report import show_plan
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def turned(spaces: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Plan:
     """A plan whose few texts are taken as rows too."""
-    monkeypatch.setattr(drawing, "LEAST_TURNED", 400)
+    monkeypatch.setattr(query_sampling, "LEAST_TURNED", 400)
     images, texts = (Embeddings.open(folder) for folder in spaces)
     return choose(images, texts, Promise(recall=0.9), kinds=["flat", "ivf", "ivfsq", "hnsw"], max_questions=100)
 

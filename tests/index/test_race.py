@@ -7,8 +7,7 @@ import pytest
 
 from tests.index.changes import vectors
 from tests.index.test_planner_maths import trial
-from vlm.index.planner.race import growth, near_quickest, race
-from vlm.index.planner.trial import Latency
+from vlm.index.autotune.trial import Latency, growth, near_quickest, race
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings, unit_rows
-from vlm.index.kinds import Tuning
-from vlm.index.read import Index
+from vlm.index.reader import Index
 
 Write = Callable[..., Path]
 

@@ -8,10 +8,9 @@ import pytest
 
 from tests.index.changes import SPACE, MakeIndex, given, origins, vectors
 from vlm.errors import UsageError, VlmError
-from vlm.index.changes import NewRows
 from vlm.index.embeddings import Space
-from vlm.index.read import Index
-from vlm.index.writer import IndexWriter
+from vlm.index.reader import Index
+from vlm.index.writer import IndexWriter, NewRows
 
 
 def files_in(folder: Path) -> set[str]:

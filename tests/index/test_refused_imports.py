@@ -8,7 +8,7 @@ import pytest
 
 from tests.index.foreign import D, bring, clip_retrieval, unit, write_matrix, write_table
 from vlm.errors import UsageError, VlmError
-from vlm.index.exchange import Wishes
+from vlm.index.interop.import_sources import Wishes
 
 
 def damaged(folder: Path, what: str) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm.index.embeddings import unit_rows
-from vlm.index.reorder import diversify, fuse_ranks, lead_duplicates
+from vlm.service.ranking import diversify, fuse_ranks, lead_duplicates
 
 
 def circle(*degrees: float) -> np.ndarray:

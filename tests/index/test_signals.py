@@ -2,15 +2,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vlm.data.curation.columns import Columns
-from vlm.data.curation.curate import curate
-from vlm.data.curation.rule import parse_rule
-from vlm.data.curation.rules import RULES
-from vlm.data.tar_index import open_index
+from vlm.data.curation.filter import parse_rule
+from vlm.data.curation.pipeline import RULES, curate
+from vlm.data.curation.score_columns import Columns
+from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.index.embed import embed_shards
 from vlm.index.embeddings import Embeddings
-from vlm.index.signals import SignalWriter
+from vlm.index.scores import SignalWriter
 
 
 @pytest.fixture

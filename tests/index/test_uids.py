@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
-from vlm.index.uids import UidNamer, name_shards
+from vlm.index.ids import UidNamer, name_shards
 
 Shard = Callable[..., str]
 

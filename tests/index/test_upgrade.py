@@ -11,17 +11,23 @@ import pytest
 from tests.index.upgrade_worlds import TRAITS, World, join, space, turn, write, write_world
 from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
+from vlm.index.backward_compat import (
+    basis_change,
+    fit_head,
+    make_head,
+    measure_head,
+    padded,
+    predict_old,
+    through,
+    upgrade_index,
+)
 from vlm.index.build import build_index
-from vlm.index.changes import NewRows
-from vlm.index.check import check_index
-from vlm.index.compat.carry import upgrade_index
-from vlm.index.compat.fit import basis_change, fit_head, make_head, predict_old
-from vlm.index.compat.measure import measure_head, padded, through
 from vlm.index.embeddings import Embeddings
-from vlm.index.read import Index
-from vlm.index.where import parse_where
-from vlm.index.writer import IndexWriter
-from vlm.models.compatible import Head, read_head, save_upgrade
+from vlm.index.filters import parse_where
+from vlm.index.reader import Index
+from vlm.index.verify import check_index
+from vlm.index.writer import IndexWriter, NewRows
+from vlm.models.variants import Head, read_head, save_upgrade
 
 EVERYTHING = np.eye(TRAITS)
 HALF = EVERYTHING[: TRAITS // 2]

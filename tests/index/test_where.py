@@ -4,9 +4,7 @@ import pytest
 
 from tests.index.filtered import Metadata, chosen, open_facts
 from vlm.errors import UsageError
-from vlm.index.where import parse_where
-from vlm.index.where.conditions import Every, Like, Missing, Not, OneOf, Ordered, Some
-from vlm.index.where.words import LONGEST_FILTER
+from vlm.index.filters import LONGEST_FILTER, Every, Like, Missing, Not, OneOf, Ordered, Some, parse_where
 
 PICTURES: list[Metadata] = [
     {"width": 640, "language": "en", "tags": ["dog", "wet"], "date": "2024-05-31", "exif": {"iso": 100}},

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.origins import make_origin
-from vlm.index.compat.pairs import Pairs, read_pairs
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Space, unit_rows
-from vlm.index.parts import Origin
+from vlm.index.backward_compat import Pairs, read_pairs
+from vlm.index.embeddings import EmbeddingsWriter, Modality, Origin, Space, unit_rows
 
 TRAITS = 12
 CAPTIONS_EACH = 2

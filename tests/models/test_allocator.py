@@ -7,7 +7,7 @@ import pytest
 
 PAGE_FAULTS = """
 import resource, torch
-from vlm.models.allocator import keep_freed_memory
+from vlm.train.session import keep_freed_memory
 is_kept = keep_freed_memory()
 for _ in range(3):
     torch.ones(8 << 20)

@@ -3,13 +3,12 @@ import pytest
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
-from vlm.models.compatible import Head, save_upgrade
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
-from vlm.models.loading import load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
+from vlm.models.variants import Head, save_upgrade
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]
 

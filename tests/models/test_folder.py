@@ -8,12 +8,11 @@ import torch
 from PIL import Image
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError, VlmError
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
-from vlm.models.loading import load_model
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]
 
@@ -135,7 +134,7 @@ def test_captions_end_at_the_end_token_and_greedy_is_the_likeliest(model):
         with pytest.raises(UsageError, match="no caption decoder"):
             model.caption_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         return
-    from vlm.models.captioner import write_captions
+    from vlm.models.coca import write_captions
 
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

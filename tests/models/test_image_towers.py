@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.models.towers.batch_norm import batch_norm_layers, freeze_batch_norm
-from vlm.models.towers.config import read_image_config
-from vlm.models.towers.features import MapLayout, TokenMap, as_tokens, read_layout
-from vlm.models.towers.pooling import POOLS, heads_of
-from vlm.models.towers.table import build_image_tower, complete_towers
+from vlm.models.towers.pooling import POOLS, MapLayout, TokenMap, as_tokens, heads_of, read_layout
+from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
+from vlm.models.towers.tower_config import read_image_config
+from vlm.models.towers.tower_registry import build_image_tower, complete_towers
 
 SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}
 

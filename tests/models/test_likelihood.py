@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlm.models.likelihood import text_likelihoods
-from vlm.models.network import build_network, model_config
+from vlm.models.coca import text_likelihoods
+from vlm.models.factory import build_network, model_config
 
 PAD, START, END = 0, 1, 2
 

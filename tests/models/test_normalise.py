@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vlm.data.views import FixedView
-from vlm.models.encoder import normalise
+from vlm.data.transforms import FixedView
+from vlm.models.model import normalise
 
 LAYOUTS = {
     "channels first": lambda pictures: pictures,

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.models import patches
-from vlm.models.network import build_network, model_config
-from vlm.models.patches import has_patches, read_crops
+from vlm.models import patch_features
+from vlm.models.factory import build_network, model_config
+from vlm.models.patch_features import has_patches, read_crops
 
 
 def network_of(name: str = "micro", **vision) -> Any:
@@ -40,7 +40,7 @@ def pictures(count: int = 2, size: int = 32):
 
 
 def read_image(*given, **options) -> Any:
-    return patches.read_image(*given, **options)
+    return patch_features.read_image(*given, **options)
 
 
 def tokens_of(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_the_positions_of_a_small_crop_lie_between_those_of_the_picture():
     with torch.no_grad():
         grid = torch.arange(4.0)
         network.visual.positional_embedding[1:] = (4 * grid[:, None] + grid).flatten()[:, None]
-    small = patches._resized_positions(network.visual.positional_embedding, (4, 4), (2, 2))[1:, 0]
+    small = patch_features._resized_positions(network.visual.positional_embedding, (4, 4), (2, 2))[1:, 0]
     assert torch.allclose(small.sort().values, small)
     assert float(small.detach().mean()) == pytest.approx(7.5, abs=1e-4)
     assert read_crops(network, pictures(3, 16), 32).shape == (3, 16)

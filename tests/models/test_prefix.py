@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
 from vlm.files import fingerprint_of
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.prefix import PrefixModel, split_spec
+from vlm.models.model import VisionLanguageModel
+from vlm.models.variants import PrefixModel, split_spec
 
 
 class Network(nn.Module):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from vlm.errors import VlmError
-from vlm.models.row_noise import RowDropout, RowDropPath, RowNoise, RowPatchDropout, draw_by_row
+from vlm.models.dropout import RowDropout, RowDropPath, RowNoise, RowPatchDropout, draw_by_row
 
 
 def noise_of(rows, seed=7):

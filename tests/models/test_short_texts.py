@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.models.network import build_network, model_config
-from vlm.models.short_texts import accept_short_texts
+from vlm.models.factory import accept_short_texts, build_network, model_config
 
 
 def encode(network, tokens):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from vlm.errors import UsageError
-from vlm.models.towers.config import read_text_config
+from vlm.models.towers.bag_of_words import hash_ngrams
 from vlm.models.towers.language_model import FrozenLanguageTower, complete_lm, lm_fingerprint
-from vlm.models.towers.table import build_text_tower, complete_towers
-from vlm.models.towers.text import pool_states, real_tokens
-from vlm.models.towers.words import hash_ngrams
+from vlm.models.towers.tower import pool_states, real_tokens
+from vlm.models.towers.tower_config import read_text_config
+from vlm.models.towers.tower_registry import build_text_tower, complete_towers
 
 ROWS = torch.tensor([[90, 5, 6, 7, 91, 0, 0, 0], [90, 8, 91, 0, 0, 0, 0, 0], [90, 5, 9, 10, 11, 12, 13, 91]])
 IDS: dict[str, Any] = {"context_length": 8, "vocab_size": 100, "pad_id": 0, "eos_id": 91}

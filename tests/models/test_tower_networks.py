@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import load_model_folder, save_model_folder
-from vlm.models.network import build_network, fit_to_tokenizer, model_config, set_dropout
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.load import load_model_folder, save_model_folder
+from vlm.models.model import VisionLanguageModel
+from vlm.models.towers.tower_registry import set_dropout
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]
 CPU = torch.device("cpu")

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from tests.index.origins import make_origin
-from vlm.data.views import FixedView
-from vlm.index.embeddings import Space
-from vlm.index.parts import Origin
+from vlm.data.transforms import FixedView
+from vlm.index.embeddings import Origin, Space
 from vlm.service.search import SearchService
 from vlm.tensors import Float32, Tensor, UInt8
 

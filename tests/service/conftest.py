@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from tests.service.circle import SPACE, CircleModel, OpenService, origin, points
+from vlm.index.ann.index_type import Tuning
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter
-from vlm.index.kinds import Tuning
-from vlm.index.parts import Origin
+from vlm.index.embeddings import EmbeddingsWriter, Origin
 from vlm.service.search import SearchService
 
 _SHARED = runpy.run_path(str(Path(__file__).parents[1] / "index" / "conftest.py"))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from vlm.service.question import Question
+from vlm.service.query import Question
 from vlm.service.search import Answer, SearchService
 
 

@@ -10,10 +10,9 @@ from tests.index.origins import make_origin
 from tests.service.circle import SPACE, OpenService, origin, points
 from tests.service.paging import pages, uids
 from vlm.errors import UsageError
-from vlm.index.changes import NewRows
-from vlm.index.writer import IndexWriter
+from vlm.index.writer import IndexWriter, NewRows
 from vlm.service import ranking
-from vlm.service.pages import Cursor
+from vlm.service.query import Cursor
 from vlm.service.search import Question
 
 

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
-from vlm.service.question import Question
-from vlm.service.question_file import read_questions
+from vlm.service.query import Question, read_questions
 
 
 def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.service.paging import pages, uids
 from vlm.cli.search import show_answer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
 from vlm.index.writer import IndexWriter
 from vlm.service.gallery import gallery_page

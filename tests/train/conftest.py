@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vlm.config import from_values
-from vlm.train.config import TrainConfig
+from vlm.train.run_config import TrainConfig
 
 SMALL = {
     "architecture": "micro",
@@ -41,7 +41,7 @@ def configure(scene_shards, scene_tokenizer, tmp_path) -> Callable[..., TrainCon
 @pytest.fixture
 def history() -> Callable[[Path | str], list[tuple]]:
     """A function from a run to (step, loss, digest of the sample keys) of each logged step."""
-    from vlm.train.telemetry.metrics import read_metrics
+    from vlm.train.history import read_metrics
 
     return lambda run: [
         (line["step"], line["loss"], line["samples"]) for line in read_metrics(Path(run) / "metrics.jsonl")

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.models.row_noise import RowNoise, draw_by_row
-from vlm.train.config import ObjectiveConfig
-from vlm.train.exact import Parts, backward_exactly
-from vlm.train.objectives.table import parse_objective
-from vlm.train.objectives.term import Inputs, Outputs, TermOptions
-from vlm.train.student import Student, build_student
+from vlm.models.dropout import RowNoise, draw_by_row
+from vlm.train.objectives.loss_term import Inputs, Outputs, TermOptions
+from vlm.train.objectives.objective_registry import parse_objective
+from vlm.train.run_config import ObjectiveConfig
+from vlm.train.step import Parts, backward_exactly
+from vlm.train.task import Student, build_student
 
 SAMPLES, LENGTH, VOCABULARY, PAD, SIZE, WIDTH = 8, 10, 40, 0, 32, 16
 
@@ -101,9 +101,9 @@ def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
 def small_model():
     """A captioner with patch dropout, dropout, a temperature and a bias."""
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.views import FixedView
-    from vlm.models.encoder import VisionLanguageModel
-    from vlm.models.network import build_network
+    from vlm.data.transforms import FixedView
+    from vlm.models.factory import build_network
+    from vlm.models.model import VisionLanguageModel
 
     size = {"width": WIDTH, "heads": 2, "layers": 1, "context_length": LENGTH, "vocab_size": VOCABULARY}
     config: dict[str, Any] = {

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from vlm.train.checkpoints.files import damage_of, list_checkpoints
-from vlm.train.telemetry.metrics import read_metrics
+from vlm.train.checkpoint.format import damage_of, list_checkpoints
+from vlm.train.history import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BETWEEN = 3
@@ -30,14 +30,14 @@ DEADLINE_SECONDS = 600.0
 
 SLOWED = """
 import sys, time
-import vlm.train.checkpoints.files as files
+from vlm.train.checkpoint import format as checkpoint_files
 def slow(real):
     def call(*args, **more):
         time.sleep({pause})
         return real(*args, **more)
     return call
 for name in ("save_model", "save_file", "write_text", "sync_folder"):
-    setattr(files, name, slow(getattr(files, name)))
+    setattr(checkpoint_files, name, slow(getattr(checkpoint_files, name)))
 from vlm.cli.main import main
 sys.argv[0] = "vlm"
 main()
@@ -205,9 +205,10 @@ def kill_many(trial: Trial) -> str:
 
 def draw_data(folder: Path) -> tuple[Path, Path]:
     """Shards of drawn scenes, and a tokenizer of their captions."""
-    from vlm.cli.tokenizer_train import train_tokenizer
+    from vlm.cli.tokenizer import train_tokenizer
     from vlm.data.pack import PackConfig, pack
-    from vlm.data.sources import SceneOptions, SourceOptions, open_source
+    from vlm.data.sources.source import SceneOptions, SourceOptions
+    from vlm.data.sources.source_registry import open_source
 
     source = open_source("scenes", SourceOptions(scenes=SceneOptions(split="train", number=96, pixels=32)))
     pack(source, folder / "train", PackConfig(samples_per_shard=40))

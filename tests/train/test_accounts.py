@@ -1,10 +1,9 @@
 import pytest
 
-from vlm.data.corpus import open_corpus
+from vlm.data.corpus import Source, open_corpus
 from vlm.data.ledger import Ledger
-from vlm.data.mixture_file import Source
 from vlm.errors import VlmError
-from vlm.train.accounts import refuse_too_many_bad
+from vlm.train.logger import refuse_too_many_bad
 
 
 @pytest.mark.parametrize(

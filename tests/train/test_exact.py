@@ -6,7 +6,7 @@ import torch.multiprocessing as multiprocessing
 
 from tests.leaving import leave_group
 from tests.train.exact_case import Case, undivided
-from vlm.train.objectives.table import TERMS
+from vlm.train.objectives.objective_registry import TERMS
 
 OBJECTIVES = [*TERMS, "clip + 2*caption"]
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5}

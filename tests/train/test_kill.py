@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.train.kill_many import Trial, kill_many
-from vlm.train.telemetry.metrics import read_metrics
+from vlm.train.history import read_metrics
 
 STEPS = 40
 

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import UsageError
-from vlm.models.network import build_network, model_config
-from vlm.train.locking import freeze_unread, lock_tower
+from vlm.models.factory import build_network, model_config
+from vlm.train.task import freeze_unread, lock_tower
 
 TOKENS = torch.tensor([[1, 9, 2, *[0] * 21], [1, 8, 2, *[0] * 21]])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
-from vlm.train.objectives.table import TERMS
+from vlm.train.objectives.objective_registry import TERMS
 from vlm.train.run import train
 
 CAPTIONER = {"architecture": "micro-coca"}

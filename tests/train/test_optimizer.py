@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.train.config import OptimizerConfig
-from vlm.train.optimizer import build_optimizer, set_learning_rate
+from vlm.train.optim import build_optimizer, set_learning_rate
+from vlm.train.run_config import OptimizerConfig
 
 
 class Tower(nn.Module):

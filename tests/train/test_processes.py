@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.data.tars import write_tar
-from vlm.train.telemetry.metrics import read_metrics
+from vlm.train.history import read_metrics
 
 STEPS = 30
 BATCH = 12

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
-from vlm.models.loading import load_model
-from vlm.train.checkpoints.files import list_checkpoints
+from vlm.models.load import load_model
+from vlm.train.checkpoint.format import list_checkpoints
 from vlm.train.run import train
 
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.train.test_processes import command, environment
-from vlm.train.telemetry.metrics import read_metrics
+from vlm.train.history import read_metrics
 
 
 def options(scene_shards):

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.network import build_network, model_config
-from vlm.train.config import ObjectiveConfig
-from vlm.train.objectives.table import TERMS, parse_objective
-from vlm.train.objectives.term import TermOptions
-from vlm.train.student import MAKERS, Student, build_student
+from vlm.models.factory import build_network, model_config
+from vlm.models.model import VisionLanguageModel
+from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.objectives.objective_registry import TERMS, parse_objective
+from vlm.train.run_config import ObjectiveConfig
+from vlm.train.task import MAKERS, Student, build_student
 
 SIZE, LENGTH, PAD = 32, 24, 0
 SENTENCES = torch.tensor([[[1, 9, 2, 0], [1, 8, 7, 2]], [[1, 6, 2, 0], [0, 0, 0, 0]], [[1, 5, 4, 2], [1, 3, 2, 0]]])

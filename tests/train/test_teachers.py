@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
-from vlm.models.encoder import VisionLanguageModel, normalise
-from vlm.models.network import build_network, model_config
-from vlm.train.teachers import AverageTeacher, LiveTeacher, resize
+from vlm.models.factory import build_network, model_config
+from vlm.models.model import VisionLanguageModel, normalise
+from vlm.train.inputs import AverageTeacher, LiveTeacher, resize
 
 
 def model_of(seed=0, size=32, **view) -> Any:

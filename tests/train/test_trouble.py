@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from tests.train.test_kill import command
 from vlm.errors import VlmError
-from vlm.train.objectives import table
+from vlm.train.objectives import objective_registry
 from vlm.train.objectives.contrastive import CLIP
-from vlm.train.objectives.term import Term
+from vlm.train.objectives.loss_term import Term
 from vlm.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def plant(monkeypatch):
             return CLIP.across(outputs, inputs, options) * (factor if is_hit else 1.0)
 
         term = Term(summary="planted", paper="", outputs=CLIP.outputs, inputs=("rows", "same"), across=planted)
-        monkeypatch.setitem(table.TERMS, "planted", term)
+        monkeypatch.setitem(objective_registry.TERMS, "planted", term)
 
     return make
 

@@ -4,8 +4,8 @@ import pytest
 
 from vlm.config import from_toml, from_values, to_toml
 from vlm.errors import UsageError
-from vlm.train.config import TrainConfig, differences
 from vlm.train.presets import PRESETS, open_preset
+from vlm.train.run_config import TrainConfig, differences
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vlm.console import show_json
-from vlm.json_text import json_text
+from vlm.files import json_text
 
 
 def test_what_json_can_hold_is_written_as_python_writes_it():

@@ -31,8 +31,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Caption the pictures."""
-    from vlm.data.pictures import view_files
-    from vlm.models.loading import load_model
+    from vlm.data.transforms import view_files
+    from vlm.models.load import load_model
 
     model = load_model(arguments.model, device=arguments.device)
     captions = model.caption_images(view_files(arguments.images, model.view), arguments.prompt)

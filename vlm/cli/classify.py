@@ -41,9 +41,9 @@ def run(arguments: Arguments) -> None:
     import torch
 
     from vlm.cli.eval import read_names
-    from vlm.data.pictures import view_files
-    from vlm.evaluation.zeroshot import DEFAULT_TEMPLATES, class_embeddings
-    from vlm.models.loading import load_model
+    from vlm.data.transforms import view_files
+    from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings
+    from vlm.models.load import load_model
 
     names = read_names(arguments.classes)
     if len(names) < 2:

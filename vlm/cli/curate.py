@@ -20,7 +20,7 @@ import tyro
 from vlm.console import say, show_json, show_table
 
 if TYPE_CHECKING:
-    from vlm.data.curation.curate import Curated
+    from vlm.data.curation.pipeline import Curated
     from vlm.data.selection import Selection
 
 _SUFFIX = ".selection"
@@ -79,11 +79,10 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Curate, compose, write, and show the steps."""
     refuse_early(arguments)
-    from vlm.data.curation.columns import Columns
-    from vlm.data.curation.curate import curate
-    from vlm.data.curation.page import curation_page
-    from vlm.data.curation.rule import parse_rule
-    from vlm.data.curation.rules import RULES
+    from vlm.data.curation.curation_report import curation_page
+    from vlm.data.curation.filter import parse_rule
+    from vlm.data.curation.pipeline import RULES, curate
+    from vlm.data.curation.score_columns import Columns
     from vlm.data.selection import read_selection, write_selection
     from vlm.data.shards import expand_shards
     from vlm.files import write_text
@@ -173,7 +172,7 @@ def facts_of(curated: "Curated", selection: "Selection") -> dict[str, Any]:
 
 def show(curated: "Curated", selection: "Selection", arguments: Arguments) -> None:
     """The table of steps and what to do next, or all of it as JSON."""
-    from vlm.data.curation.page import step_rows
+    from vlm.data.curation.curation_report import step_rows
 
     if arguments.json:
         written = {} if arguments.dry_run else {"out": str(arguments.out)}

@@ -16,10 +16,9 @@ from vlm.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from vlm.data.diagnosis.preparing import Trial
-    from vlm.data.diagnosis.stages import Diagnosis, Stage
-    from vlm.data.diagnosis.verdict import Verdict
-    from vlm.models.encoder import VisionLanguageModel
+    from vlm.data.bottleneck import Verdict
+    from vlm.data.profiling import Diagnosis, Stage, Trial
+    from vlm.models.model import VisionLanguageModel
 
 _QUIET_SECONDS = 0.5
 
@@ -61,7 +60,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Measure, judge, show."""
-    from vlm.data.diagnosis.verdict import judge
+    from vlm.data.bottleneck import judge
 
     diagnosis = diagnose(arguments)
     verdict = judge(diagnosis)
@@ -80,9 +79,7 @@ def diagnose(arguments: Arguments) -> "Diagnosis":
     """
     import psutil
 
-    from vlm.data.diagnosis.loading import measure_hand_over, measure_loader
-    from vlm.data.diagnosis.preparing import measure_preparing
-    from vlm.data.diagnosis.stages import Diagnosis
+    from vlm.data.profiling import Diagnosis, measure_hand_over, measure_loader, measure_preparing
 
     workers, device = worker_counts(arguments.workers), _device(arguments.device)
     model = _load(arguments) if arguments.model else None
@@ -163,16 +160,16 @@ def _row(stage: "Stage", *, slowest: str, longest: float) -> list[object]:
 
 
 def _load(arguments: Arguments) -> "VisionLanguageModel":
-    from vlm.models.loading import load_model
+    from vlm.models.load import load_model
 
     return load_model(arguments.model, device=arguments.device, precision=arguments.precision)
 
 
 def _trial(arguments: Arguments, model: "VisionLanguageModel | None") -> "Trial":
-    from vlm.data.diagnosis.preparing import Trial
+    from vlm.data.profiling import Trial
     from vlm.data.shards import expand_shards
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.views import RandomView
+    from vlm.data.transforms import RandomView
 
     own_size = model.view.size if model else 224
     size = own_size if arguments.size is None else arguments.size
@@ -188,7 +185,7 @@ def _trial(arguments: Arguments, model: "VisionLanguageModel | None") -> "Trial"
 
 
 def _storage(trial: "Trial") -> list["Stage"]:
-    from vlm.data.diagnosis.disk import measure_disk, measure_index
+    from vlm.data.profiling import measure_disk, measure_index
 
     plan = trial.plan()
     places = [(address.shard, address.number) for number in range(trial.num_batches) for address in plan[number]]
@@ -197,7 +194,7 @@ def _storage(trial: "Trial") -> list["Stage"]:
 
 def _computing(trial: "Trial", model: "VisionLanguageModel | None", device: "torch.device") -> list["Stage"]:
     from vlm.data.loader import ShardSet
-    from vlm.models.speed import measure_copy, measure_model
+    from vlm.models.throughput import measure_copy, measure_model
 
     plan = trial.plan()
     batch = trial.assemble(plan)(plan[0], ShardSet(trial.shards))
@@ -206,7 +203,7 @@ def _computing(trial: "Trial", model: "VisionLanguageModel | None", device: "tor
 
 
 def _device(name: str) -> "torch.device":
-    from vlm.models.loading import choose_device
+    from vlm.models.load import choose_device
 
     device = choose_device(name)
     if device.type not in ("cpu", "cuda"):

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.cli.processes import run_in_processes
+from vlm.cli.launch import run_in_processes
 from vlm.console import say, show_facts, show_json
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.index.embed import EmbedSummary
+    from vlm.index.embed import EmbedSummary, Share
     from vlm.index.embeddings import Modality
-    from vlm.index.share import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Embed, in as many processes as wished for."""
-    from vlm.index.share import Share
+    from vlm.index.embed import Share
 
     share = Share.from_environment()
     if arguments.processes < 1:
@@ -92,10 +91,9 @@ def embed(arguments: Arguments) -> None:
     """Load the model, embed this process's share; the process that ends the work says what there is."""
     from vlm.data.selection import read_selection
     from vlm.data.shards import expand_shards
-    from vlm.index.embed import EmbedOptions, embed_into
-    from vlm.index.parts import Storage
-    from vlm.index.share import Share
-    from vlm.models.loading import load_model
+    from vlm.index.embed import EmbedOptions, Share, embed_into
+    from vlm.index.embeddings import Storage
+    from vlm.models.load import load_model
 
     share, shards, folders = Share.from_environment(), expand_shards(arguments.shards), _folders(arguments)
     options = EmbedOptions(

@@ -12,9 +12,9 @@ from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.evaluation.report import Evaluation
-    from vlm.evaluation.zeroshot import ZeroShot
-    from vlm.models.encoder import VisionLanguageModel
+    from vlm.evaluation.eval_report import Evaluation
+    from vlm.evaluation.zero_shot import ZeroShot
+    from vlm.models.model import VisionLanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +71,13 @@ def run(arguments: Arguments) -> None:
     """Load the model, measure what was asked, show it."""
     if not (arguments.retrieval or arguments.classes or arguments.captions):
         raise UsageError("Nothing to measure: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
-    from vlm.models.loading import load_model
+    from vlm.models.load import load_model
 
     model = load_model(arguments.model, device=arguments.device, precision=arguments.precision)
     evaluation = evaluate(model, arguments)
     values = asdict(evaluation)
     if arguments.out:
-        from vlm.evaluation.report import write_report
+        from vlm.evaluation.eval_report import write_report
         from vlm.files import write_text
 
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -93,8 +93,8 @@ def run(arguments: Arguments) -> None:
 def evaluate(model: "VisionLanguageModel", arguments: Arguments) -> "Evaluation":
     """Run the evaluators that were asked for."""
     from vlm.data.shards import expand_shards
-    from vlm.evaluation.caption_truth import measure_caption_truth
-    from vlm.evaluation.report import Evaluation
+    from vlm.evaluation.caption_accuracy import measure_caption_truth
+    from vlm.evaluation.eval_report import Evaluation
     from vlm.evaluation.retrieval import evaluate_retrieval
 
     workers = arguments.workers
@@ -123,8 +123,7 @@ def zero_shot(model: "VisionLanguageModel", arguments: Arguments) -> "ZeroShot":
     """Embed the labelled pictures once, then classify them by the class names."""
     import torch
 
-    from vlm.evaluation.labelled import read_labelled
-    from vlm.evaluation.zeroshot import DEFAULT_TEMPLATES, class_embeddings, measure_zero_shot
+    from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings, measure_zero_shot, read_labelled
 
     labelled = read_labelled(arguments.classes, arguments.label, model.view, workers=arguments.workers)
     batches = [(model.embed_images(torch.from_numpy(images)).numpy(), labels) for images, labels in labelled]

@@ -33,7 +33,7 @@ def run(arguments: Arguments) -> None:
     """Load the model, export it, say how it is opened there."""
     from vlm.files import refuse_existing
     from vlm.models.export import export_open_clip
-    from vlm.models.loading import load_network
+    from vlm.models.load import load_network
 
     refuse_existing(arguments.out)
     export = export_open_clip(load_network(arguments.model, device="cpu"), arguments.out)

@@ -9,7 +9,7 @@ import tyro
 from vlm.console import say, show_facts, show_json
 
 if TYPE_CHECKING:
-    from vlm.index.changes import Change
+    from vlm.index.writer import Change
 
 # from here on dead rows cost a search more than a compaction is put off for
 _MANY_DEAD = 0.2
@@ -31,8 +31,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Add, then say what there is."""
-    from vlm.index.changes import NewRows
-    from vlm.index.writer import IndexWriter
+    from vlm.index.writer import IndexWriter, NewRows
 
     new = NewRows.of_folder(arguments.embeddings)
     with IndexWriter(arguments.index) as writer:

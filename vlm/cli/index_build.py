@@ -10,8 +10,8 @@ from vlm.console import say, show_facts, show_json
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
+    from vlm.index.autotune.autotuner import Plan
     from vlm.index.build import BuildSummary
-    from vlm.index.planner import Plan
 
 _NUMBERS = ("nlist", "nprobe", "links", "ef_construction", "ef_search", "rerank")
 
@@ -85,8 +85,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Build, after a plan if something is promised, then say what to ask."""
+    from vlm.index.ann.index_type import Tuning
     from vlm.index.build import build_index
-    from vlm.index.kinds import Tuning
 
     if arguments.is_planned:
         _build_planned(arguments)
@@ -102,12 +102,12 @@ def run(arguments: Arguments) -> None:
 
 def _build_planned(arguments: Arguments) -> None:
     """Plan, build, leave the plot in the folder, then set and measure the finished index."""
+    from vlm.index.ann.index_types import settings_of
+    from vlm.index.autotune.autotune_report import PLOT, draw_plan, show_plan
+    from vlm.index.autotune.autotuner import confirm, settle
     from vlm.index.build import build_index
     from vlm.index.embeddings import Embeddings
-    from vlm.index.kinds import settings_of
-    from vlm.index.planner import confirm, settle
-    from vlm.index.planner.report import PLOT, draw_plan, show_plan
-    from vlm.index.read import Index
+    from vlm.index.reader import Index
 
     plan = _plan(arguments)
     if not arguments.json:
@@ -140,9 +140,9 @@ def _build_planned(arguments: Arguments) -> None:
 
 def _plan(arguments: Arguments) -> "Plan":
     from vlm.files import refuse_existing
+    from vlm.index.autotune.autotuner import choose
+    from vlm.index.autotune.trial import Promise, parse_bytes
     from vlm.index.embeddings import Embeddings
-    from vlm.index.planner import Promise, choose
-    from vlm.index.planner.promise import parse_bytes
 
     given = [name for name in _NUMBERS if getattr(arguments, name) is not None]
     if given:

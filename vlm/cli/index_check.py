@@ -29,7 +29,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Check; a fault makes the command fail."""
-    from vlm.index.check import check_index
+    from vlm.index.verify import check_index
 
     if arguments.sample < 1:
         raise UsageError(f"--sample {arguments.sample} does not fit: one row at least is looked at.")

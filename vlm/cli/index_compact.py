@@ -25,7 +25,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Compact, then say what there is."""
-    from vlm.index.kinds import Tuning
+    from vlm.index.ann.index_type import Tuning
     from vlm.index.writer import IndexWriter
 
     with IndexWriter(arguments.index) as writer:

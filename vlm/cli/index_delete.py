@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from vlm.cli.index_add import show_change
-from vlm.cli.text_input import read_text
+from vlm.console import read_text
 from vlm.errors import UsageError
 
 
@@ -33,7 +33,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Delete, then say what is left."""
-    from vlm.index.where import parse_where
+    from vlm.index.filters import parse_where
     from vlm.index.writer import IndexWriter
 
     uids = [*arguments.uid, *(_read_uids(arguments.uids) if arguments.uids else ())]

@@ -36,7 +36,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Export, then list the files."""
-    from vlm.index.exchange import export_index
+    from vlm.index.interop.exporter import export_index
 
     summary = export_index(
         arguments.index, arguments.out, to=arguments.to, where=arguments.where, precision=arguments.precision

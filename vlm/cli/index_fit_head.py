@@ -53,10 +53,8 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Fit, measure, save, show."""
     from vlm.files import refuse_existing
-    from vlm.index.compat.fit import fit_head
-    from vlm.index.compat.measure import measure_head
-    from vlm.index.compat.pairs import read_pairs
-    from vlm.models.compatible import save_upgrade
+    from vlm.index.backward_compat import fit_head, measure_head, read_pairs
+    from vlm.models.variants import save_upgrade
 
     if not 0 < arguments.held_out < 1:
         raise UsageError(f"--held-out {arguments.held_out} does not fit: a share between 0 and 1 is measured on.")

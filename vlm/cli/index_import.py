@@ -46,7 +46,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Import, then say what could not be as it was."""
-    from vlm.index.exchange import UNKNOWN, Wishes, import_embeddings
+    from vlm.index.interop.import_sources import Wishes
+    from vlm.index.interop.importer import UNKNOWN, import_embeddings
     from vlm.service.search import load_encoder
 
     summary = import_embeddings(

@@ -22,7 +22,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Show the facts, and a line for each segment."""
-    from vlm.index.read import Index
+    from vlm.index.reader import Index
 
     facts = asdict(Index.open(arguments.index).info())
     if arguments.json:

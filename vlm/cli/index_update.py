@@ -29,9 +29,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Replace and add, then say what there is."""
-    from vlm.index.changes import NewRows
-    from vlm.index.where import parse_where
-    from vlm.index.writer import IndexWriter
+    from vlm.index.filters import parse_where
+    from vlm.index.writer import IndexWriter, NewRows
 
     condition = parse_where(arguments.where) if arguments.where else None
     new = NewRows.of_folder(arguments.embeddings)

@@ -31,8 +31,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Carry over, then say how to go on."""
-    from vlm.index.compat.carry import upgrade_index
-    from vlm.models.compatible import read_head
+    from vlm.index.backward_compat import upgrade_index
+    from vlm.models.variants import read_head
 
     carried = upgrade_index(arguments.index, arguments.out, read_head(arguments.head), head_spec=str(arguments.head))
     if arguments.json:

@@ -9,8 +9,8 @@ import tyro
 from vlm.console import say, show_facts, show_json, show_table
 
 if TYPE_CHECKING:
-    from vlm.data.look.findings import ColumnFacts, Inspection, LanguageFacts
-    from vlm.data.look.spread import Spread
+    from vlm.data.inspection.findings import ColumnFacts, Inspection, LanguageFacts
+    from vlm.pages import Spread
 
 _MOST_BAD_SHOWN = 20
 _MOST_VALUES_SHOWN = 5
@@ -50,8 +50,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Inspect, show, and name what is damaged."""
-    from vlm.data.contact_sheet import contact_sheet
-    from vlm.data.inspection import inspect_shards
+    from vlm.data.inspection.contact_sheet import contact_sheet
+    from vlm.data.inspection.inspection import inspect_shards
     from vlm.data.shards import expand_shards
     from vlm.files import refuse_homeless, write_text
 
@@ -92,7 +92,7 @@ def show_inspection(found: "Inspection") -> None:
 
 
 def _facts(found: "Inspection") -> dict[str, Any]:
-    from vlm.data.look.plots import size_name
+    from vlm.pages import size_name
 
     facts: dict[str, Any] = {"shards": found.shards, "samples": found.samples}
     if found.selected is not None:

@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
     "curate": ("curate", "filter, deduplicate, balance → a selection; nothing is re-packed"),
     "doctor": ("doctor", "disk → decode → augment → device → model, each alone: which one holds you back"),
-    "tokenizer train": ("tokenizer_train", "a SentencePiece model from the captions of shards"),
+    "tokenizer train": ("tokenizer", "a SentencePiece model from the captions of shards"),
     "train": ("train", "pretrain or fine-tune on shards"),
     "runs": ("runs", "list runs: how far each is, how good and how fast"),
     "runs compare": ("runs_compare", "runs side by side with their curves, or against the band of a recipe"),

@@ -72,7 +72,8 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Open the source, pack it, say what came out."""
     from vlm.data.pack import PackConfig, pack
-    from vlm.data.sources import SourceOptions, open_source
+    from vlm.data.sources.source import SourceOptions
+    from vlm.data.sources.source_registry import open_source
 
     options = SourceOptions(
         kind=arguments.kind,

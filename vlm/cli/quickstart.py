@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from vlm.console import say, show_json, show_table
-from vlm.data.scenes import shape_colour_classes
+from vlm.data.synthetic.shapes import shape_colour_classes
 from vlm.files import write_text
 from vlm.manifest import is_complete
 
@@ -128,7 +128,7 @@ def ask_questions(out: Path) -> None:
     """Three texts, a picture with a text, and a text less another; answers as tables and as one page."""
     from vlm.cli.search import show_answer
     from vlm.service.gallery import write_gallery
-    from vlm.service.pictures import read_picture
+    from vlm.service.images import read_picture
     from vlm.service.search import Question, SearchService
 
     service = SearchService.open(out / "index")

@@ -16,7 +16,7 @@ import tyro
 from vlm.console import say, show_facts, show_json
 
 if TYPE_CHECKING:
-    from vlm.train.reinforcement.rows import Teachers
+    from vlm.train.reinforce import Teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Load the models, write the shards, say how to train on them."""
     from vlm.data.shards import expand_shards
-    from vlm.train.reinforcement.reinforce import ReinforceConfig, reinforce
-    from vlm.train.reinforcement.views import ViewGeometry
+    from vlm.train.reinforce import ReinforceConfig, reinforce
+    from vlm.train.teacher_views import ViewGeometry
 
     config = ReinforceConfig(
         num_views=arguments.views,
@@ -109,9 +109,9 @@ def run(arguments: Arguments) -> None:
 
 
 def _teachers(arguments: Arguments) -> "Teachers":
-    from vlm.models.language_model import load_text_model
-    from vlm.models.loading import load_model
-    from vlm.train.reinforcement.rows import Teachers
+    from vlm.models.load import load_model
+    from vlm.models.text_embedder import load_text_model
+    from vlm.train.reinforce import Teachers
 
     on = {"device": arguments.device, "precision": arguments.precision}
     text_model = None

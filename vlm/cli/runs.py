@@ -9,7 +9,7 @@ import tyro
 from vlm.console import say, show_json, show_table
 
 if TYPE_CHECKING:
-    from vlm.train.telemetry.runs import RunRecord
+    from vlm.train.history import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Read the runs and show a line for each."""
-    from vlm.train.telemetry.runs import find_runs, read_run
+    from vlm.train.history import find_runs, read_run
 
     records = [read_run(folder) for folder in find_runs(arguments.folder)]
     facts = [facts_of(record, arguments.folder) for record in records]
@@ -56,8 +56,8 @@ def run(arguments: Arguments) -> None:
 
 def facts_of(record: "RunRecord", root: Path) -> dict[str, Any]:
     """What a run is, with names; None where it is not known."""
-    from vlm.train.recipes.likeness import recipe_of
-    from vlm.train.telemetry.runs import BEST_OF
+    from vlm.train.history import BEST_OF
+    from vlm.train.recipes import recipe_of
 
     configuration = record.configuration
     best = record.best()
@@ -82,8 +82,8 @@ def facts_of(record: "RunRecord", root: Path) -> dict[str, Any]:
 
 def row_of(fact: dict[str, Any]) -> list[str]:
     """The facts as cells."""
-    from vlm.train.telemetry.progress import duration
-    from vlm.train.telemetry.runs import BEST_OF
+    from vlm.console import duration
+    from vlm.train.history import BEST_OF
 
     steps = f"{fact['step']:,}" + (f" of {fact['planned_steps']:,}" if fact["planned_steps"] else "")
     best = fact["best"]

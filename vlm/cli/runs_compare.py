@@ -15,9 +15,8 @@ from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.train.recipes.bands import Verdict
-    from vlm.train.recipes.table import Recipe
-    from vlm.train.telemetry.runs import RunRecord
+    from vlm.train.history import RunRecord
+    from vlm.train.recipes import Recipe, Verdict
 
 LAST = (
     "loss",
@@ -57,8 +56,8 @@ def run(arguments: Arguments) -> None:
     """
     if len(arguments.runs) < (1 if arguments.to else 2):
         raise UsageError("One run cannot be compared with itself: name another, or a recipe by --to.")
-    from vlm.train.recipes.table import find_recipe
-    from vlm.train.telemetry.runs import read_run
+    from vlm.train.history import read_run
+    from vlm.train.recipes import find_recipe
 
     recipe = find_recipe(arguments.to) if arguments.to else None
     records = [read_run(folder) for folder in dict.fromkeys(arguments.runs)]
@@ -92,7 +91,7 @@ def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") 
     from dataclasses import asdict
 
     from vlm.train.presets import PRESETS
-    from vlm.train.recipes.likeness import differing
+    from vlm.train.recipes import differing
 
     first = [asdict(PRESETS[recipe.preset][1])] if recipe else []
     return differing([*first, *(record.configuration for record in records)])
@@ -113,7 +112,7 @@ def verdicts_of(record: "RunRecord", recipe: "Recipe") -> "list[Verdict]":
     Raises:
         UsageError: nobody knows how long the run was to be.
     """
-    from vlm.train.recipes.bands import judge
+    from vlm.train.recipes import judge
 
     if recipe.bands and not record.planned_steps:
         raise UsageError(f"{record.folder} does not say how many steps it was to have; go on with it by --resume.")
@@ -123,7 +122,7 @@ def verdicts_of(record: "RunRecord", recipe: "Recipe") -> "list[Verdict]":
 def sentences(name: str, record: "RunRecord", verdicts: "Sequence[Verdict]") -> list[str]:
     """The verdict on a run for people, with its sources."""
     if not verdicts:
-        return [f"{name}: this recipe has no band yet; three runs of it give one: python -m vlm.train.recipes.measure"]
+        return [f"{name}: this recipe has no band yet; three runs of it give one: python -m vlm.train.recipes"]
     compared = [verdict for verdict in verdicts if verdict.compared]
     worse = [verdict for verdict in compared if any(not out.is_better for out in verdict.departures)]
     better = [verdict for verdict in compared if verdict.departures and verdict not in worse]
@@ -143,7 +142,7 @@ def sentences(name: str, record: "RunRecord", verdicts: "Sequence[Verdict]") -> 
 def draw(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recipe: "Recipe | None") -> None:
     """The curves over one another, with the bands of the recipe behind them."""
     from vlm.files import refuse_homeless
-    from vlm.train.telemetry.curves import draw_comparison
+    from vlm.train.plots import draw_comparison
 
     refuse_homeless(path)
     draw_comparison(

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.text_input import read_text
-from vlm.console import say, show_json, show_table
+from vlm.console import read_text, say, show_json, show_table
 from vlm.errors import UsageError
-from vlm.json_text import json_text
+from vlm.files import json_text
 
 if TYPE_CHECKING:
-    from vlm.service.question import Question
+    from vlm.service.query import Question
     from vlm.service.search import Answer, SearchService
 
 _QUESTIONS_AT_ONCE = 256
@@ -94,7 +93,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Open the index, ask, show."""
-    from vlm.service.question import Question
+    from vlm.service.query import Question
 
     question = Question(
         texts=arguments.texts,
@@ -157,7 +156,7 @@ def _show_times(answer: "Answer") -> None:
 
 
 def _open(arguments: Arguments) -> "SearchService":
-    from vlm.index.kinds.gpu import find_gpu
+    from vlm.index.ann.gpu import find_gpu
     from vlm.service.search import SearchService
 
     return SearchService.open(
@@ -182,8 +181,7 @@ def _show(arguments: Arguments, service: "SearchService", question: "Question") 
 
 
 def _read_file(path: Path, defaults: "Question") -> "dict[str, Question]":
-    from vlm.service.question_file import read_questions
-    from vlm.service.raw_vectors import vector_questions
+    from vlm.service.query import read_questions, vector_questions
 
     if path.suffix == ".npy":
         return vector_questions(path, defaults)

@@ -48,7 +48,7 @@ def run(arguments: Arguments) -> None:
     if all(given is None for given in asked):
         raise UsageError("Nothing is asked for; give --texts, --duplicates, --clusters, --near or --overlap.")
     from vlm.index.embeddings import Embeddings
-    from vlm.index.signals import Signal, SignalWriter
+    from vlm.index.scores import Signal, SignalWriter
 
     writer = SignalWriter(Embeddings.open(arguments.embeddings))
     written: list[Signal] = []

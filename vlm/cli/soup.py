@@ -17,7 +17,7 @@ from vlm.console import progress, say, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.train.averaging.soup import Measure, OpenModel, Soup
+    from vlm.train.averaging import Measure, OpenModel, Soup
 
 RECIPE = "soup.json"
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -74,7 +74,7 @@ def run(arguments: Arguments) -> None:
     """Average, write, show what went in."""
     from vlm.data.shards import expand_shards, shards_fingerprint
     from vlm.files import new_folder, refuse_existing, write_text
-    from vlm.models.folder import save_model_folder
+    from vlm.models.load import save_model_folder
 
     refuse_misuse(arguments)
     refuse_existing(arguments.out)
@@ -116,8 +116,8 @@ def refuse_misuse(arguments: Arguments) -> None:
 
 def cook(arguments: Arguments, shards: list[str]) -> "Soup":
     """The soup that was asked for, with a bar of the models opened or measured."""
-    from vlm.models.loading import load_network
-    from vlm.train.averaging.soup import greedy_soup, interpolate, weighted_soup
+    from vlm.models.load import load_network
+    from vlm.train.averaging import greedy_soup, interpolate, weighted_soup
 
     open_model = functools.partial(load_network, device=arguments.device, precision=arguments.precision)
     names, number = arguments.models, len(arguments.models)

@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 
 from vlm.console import say, show_facts, show_json, show_table
-from vlm.train.config import TrainConfig
 from vlm.train.presets import PRESETS, open_preset
+from vlm.train.run_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

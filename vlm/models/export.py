@@ -11,8 +11,8 @@ from PIL import Image
 
 from vlm.errors import UsageError, VlmError
 from vlm.files import new_folder
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.folder import save_model_folder
+from vlm.models.load import save_model_folder
+from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Tensor
 
 TOLERANCE = 1e-5

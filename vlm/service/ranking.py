@@ -1,19 +1,183 @@
-"""One page of answers out of one generation of an index: chosen, fused, without duplicates, diverse."""
+"""One page of answers out of one generation of an index: chosen, fused, without duplicates, diverse.
 
+Answers put in another order: several rankings fused, near-duplicates behind one, diverse ones first.
+
+The first answers of a question, put in the order in which a captioner finds the question's texts likely.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
-from vlm.errors import UsageError
-from vlm.index.facts import clean
-from vlm.index.generations import Generation
-from vlm.index.reorder import diversify, fuse_ranks, lead_duplicates
-from vlm.index.search_plan import nearest
-from vlm.index.where import parse_where
-from vlm.service.pages import Cursor
-from vlm.service.question import Question
-from vlm.service.reranking import Reranking
-from vlm.tensors import Array, Float32, Int64
+from vlm.data.transforms import FixedView
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.index.catalog import Catalogue, Entry
+from vlm.index.filters import parse_where
+from vlm.index.metadata import clean
+from vlm.index.reader import Generation
+from vlm.index.segments import nearest
+from vlm.service.images import read_picture
+from vlm.service.query import Cursor, Question
+from vlm.tensors import Array, Float32, Int64, Tensor, UInt8
+
+RANK_CONSTANT = 60
+
+
+def fuse_ranks(
+    rankings: Sequence[Int64[Array, " _"]], *, constant: int = RANK_CONSTANT
+) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
+    """Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): each row once, rising, with its score.
+
+    A row's score is the sum over the rankings that have it of 1 / (constant + rank), ranks from 1.
+
+    >>> rows, scores = fuse_ranks([np.array([7, 3]), np.array([3])])
+    >>> rows.tolist(), [round(score, 5) for score in scores.tolist()]
+    ([3, 7], [0.03252, 0.01639])
+    """
+    rows, places = np.unique(np.concatenate([np.zeros(0, np.int64), *rankings]), return_inverse=True)
+    ranks = np.concatenate([np.zeros(0), *(np.arange(1.0, len(ranking) + 1) for ranking in rankings)])
+    return rows, np.bincount(places, 1 / (constant + ranks), len(rows)).astype(np.float32)
+
+
+def lead_duplicates(vectors: Float32[Array, "N D"], threshold: float, *, most: int) -> Int64[Array, " N"]:
+    """For each of the unit vectors, best first, the number of the one that stands for it.
+
+    That is itself, or the first of those that stand for themselves whose cosine with it is at least `threshold`.
+    Only `most` are looked for that stand for themselves; -1 if none of these stands for a vector.
+    """
+    leaders = np.full(len(vectors), -1, np.int64)
+    for _ in range(most):
+        open_ones = np.flatnonzero(leaders < 0)
+        if not len(open_ones):
+            break
+        first = open_ones[0]
+        is_like = vectors[open_ones] @ vectors[first] >= threshold
+        # a vector is its own duplicate, whatever rounding says
+        is_like[0] = True
+        leaders[open_ones[is_like]] = first
+    return leaders
+
+
+def diversify(
+    relevance: Float32[Array, " N"], vectors: Float32[Array, "N D"], diversity: float, top: int
+) -> Int64[Array, " K"]:
+    """The `top` candidates by maximal marginal relevance (Carbonell and Goldstein 1998), in the order they are chosen.
+
+    Each next one has the highest (1 - diversity) relevance - diversity * likeness, where likeness is its highest cosine
+    with those chosen before. Unlike in the paper, relevance is first brought to 0 for the least and 1 for the most of
+    the candidates: cosines of a text with pictures lie so close together that likeness would decide alone.
+
+    Args:
+        relevance: of each candidate, in any unit.
+        vectors: unit vectors of the candidates.
+        diversity: 0 keeps the order of relevance, 1 looks at likeness alone.
+    """
+    spread = float(np.ptp(relevance)) if len(relevance) else 0.0
+    scaled = (relevance - relevance.min()) / spread if spread else np.zeros(len(relevance), np.float32)
+    likeness = np.zeros(len(relevance), np.float32)
+    is_left, chosen = np.ones(len(relevance), bool), []
+    while len(chosen) < min(top, len(relevance)):
+        gain = np.where(is_left, (1 - diversity) * scaled - diversity * likeness, -np.inf)
+        best = int(gain.argmax())
+        is_left[best] = False
+        cosines = vectors @ vectors[best]
+        likeness = np.maximum(likeness, cosines) if chosen else cosines
+        chosen.append(best)
+    return np.array(chosen, np.int64)
+
+
+_PICTURES_AT_ONCE = 64
+_READERS = 8
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """A model that says how likely a text is, given a picture."""
+
+    @property
+    def view(self) -> FixedView:
+        """From an encoded picture to the pixels the model sees."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Models with the same fingerprint give the same likelihoods."""
+        ...
+
+    @property
+    def can_caption(self) -> bool:
+        """Whether it has a caption decoder."""
+        ...
+
+    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+        """Mean log-likelihood of each text's tokens given each picture, in nats."""
+        ...
+
+
+def as_captioner(model: object, spec: str) -> Captioner:
+    """The model, if it can re-rank.
+
+    Raises:
+        UsageError: it has no caption decoder.
+    """
+    if isinstance(model, Captioner) and model.can_caption:
+        return model
+    raise UsageError(f"{spec} has no caption decoder to re-rank with; train one, e.g. vlm train tiny-coca.")
+
+
+class Reranking:
+    """The re-ranking of one question.
+
+    unread: why a picture could not be read, by uid. milliseconds: spent reading pictures and asking the captioner.
+    """
+
+    def __init__(self, captioner: Captioner, question: Question, catalogue: Catalogue) -> None:
+        self.captioner, self.catalogue = captioner, catalogue
+        self.unread: dict[str, str] = {}
+        self.milliseconds = 0.0
+        self._texts = [*question.texts, *question.minus]
+        weights = question.signed_weights()
+        chosen = [*weights[: len(question.texts)], *weights[len(weights) - len(question.minus) :]]
+        self._weights = torch.tensor(chosen) / sum(map(abs, chosen))
+
+    def order(self, rows: Int64[Array, " N"]) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
+        """Places of the rows, the likeliest first, and the likelihood of each in this order.
+
+        The likelihood of a row is the weighted mean over the texts of log p(text | picture) / tokens, in nats; minus
+        texts count against it. A row whose picture cannot be read keeps its place, and its likelihood is NaN.
+        """
+        started = time.perf_counter()
+        likelihoods = self._likelihoods(self.catalogue.entries(rows.tolist()))
+        is_read = ~np.isnan(likelihoods)
+        places, readable = np.arange(len(rows)), np.flatnonzero(is_read)
+        places[is_read] = readable[np.argsort(-likelihoods[readable], kind="stable")]
+        self.milliseconds += (time.perf_counter() - started) * 1000
+        return places, likelihoods[places]
+
+    def _likelihoods(self, entries: Sequence[Entry]) -> Float32[Array, " N"]:
+        found = np.full(len(entries), np.nan, np.float32)
+        with ThreadPoolExecutor(_READERS) as readers:
+            for first in range(0, len(entries), _PICTURES_AT_ONCE):
+                views = list(readers.map(self._view, entries[first : first + _PICTURES_AT_ONCE]))
+                places = [first + place for place, view in enumerate(views) if view is not None]
+                pixels = [view for view in views if view is not None]
+                if pixels:
+                    images = torch.from_numpy(np.stack(pixels))
+                    found[places] = (self.captioner.text_likelihoods(images, self._texts) @ self._weights).numpy()
+        return found
+
+    def _view(self, entry: Entry) -> UInt8[Array, "3 H W"] | None:
+        try:
+            return self.captioner.view(read_picture(entry))
+        except (VlmError, BadSample) as error:
+            self.unread[entry.uid] = str(error)
+            return None
+
 
 CANDIDATES = 1000
 """How many of each ranking are fused, and how many are put in a diverse order; the others follow as they were."""

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm.data.curation.columns import Columns
-from vlm.data.curation.curate import Curated, curate
-from vlm.data.curation.rule import parse_rule
-from vlm.data.curation.rules import RULES
+from vlm.data.curation.filter import parse_rule
+from vlm.data.curation.pipeline import RULES, Curated, curate
+from vlm.data.curation.score_columns import Columns
 
 MakeShard = Callable[..., str]
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vlm.data.curation.concepts import read_concepts, spaced
+from vlm.data.curation.caption_filters import read_concepts, spaced
 from vlm.errors import UsageError
 
 

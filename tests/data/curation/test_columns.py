@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from vlm.data.curation.columns import Columns, SampleValues, write_column
-from vlm.data.tar_index import open_index
+from vlm.data.curation.score_columns import Columns, SampleValues, write_column
+from vlm.data.tar import open_index
 from vlm.errors import UsageError, VlmError
 
 

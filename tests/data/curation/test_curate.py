@@ -2,9 +2,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm.data.curation.facts import Need
-from vlm.data.curation.page import curation_page
-from vlm.data.curation.scan import scan
+from vlm.data.curation.curation_report import curation_page
+from vlm.data.curation.sample_table import Need, scan
 from vlm.data.selection import keep_both, leave_out, read_selection, write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError

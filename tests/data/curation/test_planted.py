@@ -1,6 +1,6 @@
 """Duplicates planted among real photos are all found, and nothing that only resembles them.
 
-All of these photos, that is: of others each kind here misses up to 2 in 1,000 (figures in vlm.data.same_picture). Not
+All of these photos, that is: of others each kind here misses up to 2 in 1,000 (figures in vlm.data.dedup). Not
 promised at all are quality below 50, 5% more contrast, and 5% more brightness, which clips pale products.
 """
 
@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from vlm.data.pack import PackConfig, pack
-from vlm.data.shard_reader import ShardReader
-from vlm.data.sources import SourceOptions, open_source
+from vlm.data.sources.source import SourceOptions
+from vlm.data.sources.source_registry import open_source
+from vlm.data.tar import ShardReader
 
 # another colour or another print of the same product (fashion), another moment of the same scene (Flickr8k)
 ALIKE = {

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from vlm.data.curation.caption_rules import script_share
-from vlm.data.curation.rule import parse_rule
-from vlm.data.curation.rules import RULES, listed_rules
+from vlm.data.curation.caption_filters import script_share
+from vlm.data.curation.filter import parse_rule
+from vlm.data.curation.pipeline import RULES, listed_rules
 from vlm.errors import UsageError
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.storage.faulty import FaultyServer, folder_answer, proxy_answer, serving
-from vlm.data.storage import checksums, remote
-from vlm.data.storage.cache import ShardCache
-from vlm.data.storage.retry import Patience
+from vlm.data import shard_cache
+from vlm.data.shard_cache import ShardCache
+from vlm.storage import remote
+from vlm.storage.remote import Patience
 
 BUCKET = "pictures"
 QUICK = Patience(attempts=4, seconds=20, first_wait=0.01, longest_wait=0.05)
@@ -66,7 +67,7 @@ def write_shards(make_picture):
 def fresh_memory() -> None:
     """No test knows of files another one saw."""
     remote.forget_identities()
-    checksums._manifest_files.cache_clear()
+    shard_cache._manifest_files.cache_clear()
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import pytest
 
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import expand_shards
-from vlm.data.storage import addresses
-from vlm.data.storage.addresses import base_name, is_compressed, is_remote, local_path, needs_cache, neighbour
+from vlm.data.tar import ShardReader
 from vlm.errors import UsageError
+from vlm.storage import urls
+from vlm.storage.urls import base_name, is_compressed, is_remote, local_path, needs_cache, neighbour
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_files_of_this_machine_stay_local_whatever_their_name(tmp_path, monkeypa
 
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch):
-    monkeypatch.setitem(addresses.PROTOCOLS, "s3", "no_such_package")
+    monkeypatch.setitem(urls.PROTOCOLS, "s3", "no_such_package")
     with pytest.raises(UsageError, match=r'no_such_package; install it with: pip install "vlm\[remote\]"'):
         ShardReader("s3://bucket/a.tar")
 

@@ -11,9 +11,9 @@ import pytest
 
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
-from vlm.data.shard_reader import ShardReader
+from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples
-from vlm.data.storage.cache import ShardCache, default_cache
+from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 
 
@@ -137,8 +137,8 @@ def _read_in_child(addresses, cache, found):
 READ_ALL = """
 import sys
 from pathlib import Path
-from vlm.data.shard_reader import ShardReader
-from vlm.data.storage.cache import ShardCache
+from vlm.data.tar import ShardReader
+from vlm.data.shard_cache import ShardCache
 cache = ShardCache(Path(sys.argv[1]), int(sys.argv[2]))
 readers = [ShardReader(address, cache) for address in sys.argv[3:]]
 print(" ".join(reader.read(n).key for reader in readers for n in range(len(reader))))

@@ -8,10 +8,9 @@ import pytest
 
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
-from vlm.data.shard_reader import ShardReader
+from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
-from vlm.data.storage.inflate import Inflater
-from vlm.data.tar_index import open_index
+from vlm.data.tar import ShardReader, open_index
 from vlm.errors import UsageError, VlmError
 
 

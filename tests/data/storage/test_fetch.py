@@ -8,12 +8,11 @@ import sys
 import pytest
 
 from tests.data.storage.faulty import Fault
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import count_samples, expand_shards
-from vlm.data.storage.remote import forget_identities
-from vlm.data.storage.retry import Patience
+from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 from vlm.files import sha256_of
+from vlm.storage.remote import Patience, forget_identities
 
 FAULTS = {
     "none": [],
@@ -99,7 +98,7 @@ def test_what_is_absent_or_forbidden_is_not_tried_again(
 KILLED = """
 import sys
 from pathlib import Path
-from vlm.data.storage.cache import ShardCache
+from vlm.data.shard_cache import ShardCache
 ShardCache(Path(sys.argv[1]), 1 << 30).local_path(sys.argv[2])
 """
 

@@ -8,15 +8,14 @@ import pytest
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_cache import Watch
-from vlm.data.corpus import open_corpus
+from vlm.data.collate import AssembleTraining
+from vlm.data.corpus import Source, open_corpus
 from vlm.data.ledger import Ledger, total_of
 from vlm.data.loader import stream_batches
-from vlm.data.mixture_file import Source
-from vlm.data.plan import TrainingPlan
-from vlm.data.storage import remote
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import RandomView
+from vlm.data.sampler import TrainingPlan
+from vlm.data.transforms import RandomView
 from vlm.errors import VlmError
+from vlm.storage import remote
 
 BATCH = 6
 

@@ -3,9 +3,9 @@ import time
 
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
-from vlm.data.shard_reader import ShardReader
+from vlm.data.shard_cache import Prefetcher
 from vlm.data.shards import count_samples
-from vlm.data.storage.prefetch import Prefetcher
+from vlm.data.tar import ShardReader
 
 
 def cached(cache, addresses):

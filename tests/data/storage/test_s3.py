@@ -3,11 +3,11 @@ import pytest
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
-from vlm.data.shard_reader import ShardReader
 from vlm.data.shards import count_samples, expand_shards
-from vlm.data.storage import remote
-from vlm.data.storage.retry import Patience
+from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
+from vlm.storage import remote
+from vlm.storage.remote import Patience
 
 
 def test_a_bucket_is_listed(bucket):

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.leaving import leave_group
-from vlm.train.averaging.running_mean import RunningMean
+from vlm.train.averaging import RunningMean
 
 
 def whole(tensor: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vlm.errors import VlmError
-from vlm.train.averaging.running_mean import RunningMean
+from vlm.train.averaging import RunningMean
 
 
 def network(seed=0, dtype=torch.float32):

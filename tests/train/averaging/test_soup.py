@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError, VlmError
-from vlm.models.encoder import VisionLanguageModel
-from vlm.train.averaging.soup import greedy_soup, interpolate, weighted_soup
+from vlm.models.model import VisionLanguageModel
+from vlm.train.averaging import greedy_soup, interpolate, weighted_soup
 
 
 class Words(Tokenizer):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vlm.errors import VlmError
-from vlm.train.averaging.weighted_mean import WeightedMean
+from vlm.train.averaging import WeightedMean
 
 
 def weights(seed, dtype=torch.float32):

@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def tensors() -> Callable[[TrainState], dict[str, Any]]:
     """A function from a state to copies of all its tensors by file and name."""
-    from vlm.train.checkpoints.snapshot import tensors_of
+    from vlm.train.checkpoint.format import tensors_of
 
     return lambda state: {
         f"{file}:{name}": tensor.clone() for file, held in tensors_of(state).items() for name, tensor in held.items()
@@ -41,7 +41,7 @@ def s3_bucket(monkeypatch) -> Iterator[str]:
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'vlm[remote]'")
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
-    from vlm.data.storage import remote
+    from vlm.storage import remote
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

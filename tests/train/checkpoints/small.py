@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.views import FixedView
-from vlm.models.encoder import VisionLanguageModel
+from vlm.data.transforms import FixedView
+from vlm.models.model import VisionLanguageModel
 from vlm.train.state import TrainState
-from vlm.train.student import Student
+from vlm.train.task import Student
 
 
 class NoTokenizer(Tokenizer):

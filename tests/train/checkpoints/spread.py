@@ -13,9 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.leaving import leave_group
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
-from vlm.train.checkpoints.cadence import agree
-from vlm.train.checkpoints.restore import restore_newest
-from vlm.train.checkpoints.writer import CheckpointWriter
+from vlm.train.checkpoint.manager import CheckpointWriter, agree, restore_newest
 from vlm.train.state import TrainState
 
 

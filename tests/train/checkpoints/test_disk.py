@@ -16,9 +16,9 @@ import torch
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
-from vlm.train.checkpoints import files
-from vlm.train.checkpoints.files import damage_of, list_checkpoints
-from vlm.train.checkpoints.writer import CheckpointWriter
+from vlm.train.checkpoint import format as checkpoint_files
+from vlm.train.checkpoint.format import damage_of, list_checkpoints
+from vlm.train.checkpoint.manager import CheckpointWriter
 
 def fill(folder, left):
     space = os.statvfs(folder)
@@ -29,7 +29,7 @@ def spoil(kind, folder):
     if kind == "full":
         fill(folder, 1 << 20)
     elif kind == "fills":
-        files._BESIDES_BYTES = 0
+        checkpoint_files._BESIDES_BYTES = 0
         fill(folder, 8192)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)

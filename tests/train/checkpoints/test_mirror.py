@@ -7,14 +7,13 @@ import torch
 
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
-from vlm.data.storage.retry import Patience
 from vlm.errors import UsageError, VlmError
-from vlm.train.checkpoints import mirror as mirror_module
-from vlm.train.checkpoints.files import list_checkpoints
-from vlm.train.checkpoints.mirror import Mirror
-from vlm.train.checkpoints.restore import restore_newest
-from vlm.train.checkpoints.retention import Best
-from vlm.train.checkpoints.writer import CheckpointWriter
+from vlm.storage.remote import Patience
+from vlm.train.checkpoint import remote_checkpoints
+from vlm.train.checkpoint.format import list_checkpoints
+from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
+from vlm.train.checkpoint.remote_checkpoints import Mirror
+from vlm.train.state import Best
 
 QUICK = Patience(attempts=3, seconds=5, first_wait=0.01, longest_wait=0.02)
 
@@ -106,7 +105,7 @@ def test_state_json_is_the_last_to_come_and_the_first_to_go(folder, monkeypatch)
 
 def test_a_failing_address_is_tried_again_then_said_while_training_goes_on(folder, tmp_path, monkeypatch, capsys):
     mirror = Mirror(address=str(tmp_path / "copies"), run="run", patience=QUICK)
-    tries, real, is_broken = [], mirror_module._open, [True]
+    tries, real, is_broken = [], remote_checkpoints._open, [True]
 
     def opened(place):
         tries.append(place)
@@ -114,7 +113,7 @@ def test_a_failing_address_is_tried_again_then_said_while_training_goes_on(folde
             raise ConnectionError("unplugged")
         return real(place)
 
-    monkeypatch.setattr(mirror_module, "_open", opened)
+    monkeypatch.setattr(remote_checkpoints, "_open", opened)
     state = small_state()
     writer = CheckpointWriter(folder, keep=2, mirror=mirror)
     writer.save(state, ledger=Ledger(), is_regular=True)
@@ -175,7 +174,7 @@ def test_unreachable_copies_do_not_hide_the_own_ones_but_nothing_is_begun_anew(f
     def refuse(place):
         raise ConnectionError("unplugged")
 
-    monkeypatch.setattr(mirror_module, "_open", refuse)
+    monkeypatch.setattr(remote_checkpoints, "_open", refuse)
     assert restore_newest(folder, small_state(), mirror=mirror)
     assert "going by the checkpoints in" in capsys.readouterr().err
     with pytest.raises(VlmError, match="cannot be listed"):

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
-from vlm.train.checkpoints.files import list_checkpoints
-from vlm.train.checkpoints.restore import restore_newest
-from vlm.train.checkpoints.writer import CheckpointWriter
+from vlm.train.checkpoint.format import list_checkpoints
+from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
 
 
 def read(path):

@@ -8,12 +8,18 @@ import torch
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
 from vlm.errors import UsageError, VlmError
-from vlm.models.folder import WEIGHTS
-from vlm.train.checkpoints import writer as writer_module
-from vlm.train.checkpoints.files import damage_of, list_checkpoints, remove_leavings
-from vlm.train.checkpoints.restore import restore_newest
-from vlm.train.checkpoints.retention import Best, Facts, improved, steps_to_remove
-from vlm.train.checkpoints.writer import CheckpointWriter
+from vlm.models.load import WEIGHTS
+from vlm.train.checkpoint import manager
+from vlm.train.checkpoint.format import (
+    Best,
+    Facts,
+    damage_of,
+    improved,
+    list_checkpoints,
+    remove_leavings,
+    steps_to_remove,
+)
+from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
 
 
 def save(writer, state, *, is_regular=True):
@@ -71,8 +77,8 @@ def test_without_heads_and_average_there_are_no_such_files(folder):
 
 def test_what_is_saved_is_the_step_of_the_call_though_training_goes_on(folder, make_state, tensors, monkeypatch):
     may_write = threading.Event()
-    real = writer_module.write_checkpoint
-    monkeypatch.setattr(writer_module, "write_checkpoint", lambda *rest: may_write.wait(20) and real(*rest))
+    real = manager.write_checkpoint
+    monkeypatch.setattr(manager, "write_checkpoint", lambda *rest: may_write.wait(20) and real(*rest))
     state = make_state()
     with CheckpointWriter(folder, keep=2) as writer:
         save(writer, state)
@@ -90,7 +96,7 @@ def test_what_is_saved_is_the_step_of_the_call_though_training_goes_on(folder, m
 
 def test_a_second_request_waits_for_the_first(folder, make_state, monkeypatch):
     running, most = [0], [0]
-    real = writer_module.write_checkpoint
+    real = manager.write_checkpoint
 
     def slow(*rest):
         running[0] += 1
@@ -99,7 +105,7 @@ def test_a_second_request_waits_for_the_first(folder, make_state, monkeypatch):
         running[0] -= 1
         return made
 
-    monkeypatch.setattr(writer_module, "write_checkpoint", slow)
+    monkeypatch.setattr(manager, "write_checkpoint", slow)
     state = make_state()
     with CheckpointWriter(folder, keep=9) as writer:
         for _ in range(5):
@@ -115,7 +121,7 @@ def test_an_error_of_the_thread_comes_up_at_the_next_call(folder, make_state, mo
     def fail(*rest):
         raise VlmError("no such luck")
 
-    monkeypatch.setattr(writer_module, "write_checkpoint", fail)
+    monkeypatch.setattr(manager, "write_checkpoint", fail)
     writer, state = CheckpointWriter(folder, keep=2), make_state()
     save(writer, state)
     assert writer._writing
@@ -136,7 +142,7 @@ def test_an_error_that_ends_the_run_is_not_hidden_by_one_of_the_writer(folder, m
             save(writer, make_state())
             raise VlmError("the true reason")
 
-    monkeypatch.setattr(writer_module, "write_checkpoint", fail)
+    monkeypatch.setattr(manager, "write_checkpoint", fail)
     with pytest.raises(VlmError, match="the true reason"):
         run()
     assert "no such luck" in capsys.readouterr().err

@@ -3,8 +3,7 @@ from dataclasses import asdict
 import pytest
 
 from vlm.errors import UsageError
-from vlm.train.config import FREE_ON_RESUME, TrainConfig, differences
-from vlm.train.guard.allowed import check_allow, refusal, still_refused
+from vlm.train.run_config import FREE_ON_RESUME, TrainConfig, check_allow, differences, refusal, still_refused
 
 CHANGED = ["batch_size: 20 → 30", "optimizer.learning_rate: 0.1 → 0.2", "optimizer.beta1: 0.9 → 0.8", "val: '' → 'x'"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.train.guard.bad_steps import LOSSES_KEPT, Guard, put_back, running_statistics, spike_limit, why_skip
+from vlm.train.loss_guard import LOSSES_KEPT, Guard, put_back, running_statistics, spike_limit, why_skip
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.errors import VlmError
-from vlm.train.guard.lost_worker import explain_lost_worker, lost_worker
+from vlm.train.recovery import explain_lost_worker, lost_worker
 
 
 class Deadly(Dataset):

@@ -10,23 +10,11 @@ import torch
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
-from vlm.train.checkpoints.cadence import Cadence
-from vlm.train.checkpoints.files import list_checkpoints
-from vlm.train.checkpoints.restore import restore_newest
-from vlm.train.checkpoints.retention import Facts
-from vlm.train.checkpoints.snapshot import tensors_of
-from vlm.train.checkpoints.writer import CheckpointWriter
-from vlm.train.config import SafetyConfig
-from vlm.train.guard.bad_steps import why_skip
-from vlm.train.guard.rewind import (
-    MAX_SKIPS_KEPT,
-    SkippedStep,
-    choose_target,
-    go_back,
-    must_go_back,
-    note_skip,
-    visits_in,
-)
+from vlm.train.checkpoint.format import Facts, list_checkpoints, tensors_of
+from vlm.train.checkpoint.manager import Cadence, CheckpointWriter, restore_newest
+from vlm.train.loss_guard import why_skip
+from vlm.train.recovery import MAX_SKIPS_KEPT, SkippedStep, choose_target, go_back, must_go_back, note_skip, visits_in
+from vlm.train.run_config import SafetyConfig
 
 BATCH = 6
 SAFETY = SafetyConfig(checkpoint_every=3, skip_limit=3, rewind_limit=2, keep_checkpoints=2)

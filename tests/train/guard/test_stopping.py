@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from vlm.train.stopping import StopRequest
+from vlm.train.run import StopRequest
 
 
 def test_sigterm_and_sigint_are_remembered_and_a_second_sigint_ends(capsys):

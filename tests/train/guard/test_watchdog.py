@@ -24,7 +24,7 @@ def hang(tmp_path, body, *, minutes=0.02):
     script = f"""
     import sys, time
     from pathlib import Path
-    from vlm.train.guard.watchdog import Watchdog
+    from vlm.train.recovery import Watchdog
     folder = Path({str(tmp_path)!r})
     with Watchdog(folder, minutes={minutes}, process=3, num_processes=1) as watchdog:
         watchdog.note("step 12", after="step 11 is done")
@@ -101,8 +101,8 @@ def test_a_process_that_goes_on_is_left_alone_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_code_that_holds_pythons_lock_is_ended_too(tmp_path):
     body = """
-        import vlm.train.guard.watchdog as module
-        module._FALLBACK_SECONDS = 1.0
+        from vlm.train import recovery
+        recovery._FALLBACK_SECONDS = 1.0
         import ctypes
         watchdog.note("step 13")
         ctypes.PyDLL(None).sleep(300)

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from vlm.train.config import ObjectiveConfig
-from vlm.train.objectives.contrastive import CLIP, DCL, SIGLIP
+from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP
 from vlm.train.objectives.distillation import DISTILL
-from vlm.train.objectives.ranking import RANKING
-from vlm.train.objectives.term import Inputs, Loss, Outputs, TermOptions
+from vlm.train.objectives.loss_term import Inputs, Loss, Outputs, TermOptions
+from vlm.train.run_config import ObjectiveConfig
 
 TERMS = {"clip": CLIP, "siglip": SIGLIP, "dcl": DCL, "ranking": RANKING, "distill": DISTILL}
 LOSSES: dict[str, Loss] = {name: term.across for name, term in TERMS.items() if term.across}

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from vlm.train.config import ObjectiveConfig
 from vlm.train.objectives.captioning import CAPTION, caption, next_token_loss
-from vlm.train.objectives.term import TermOptions
+from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.run_config import ObjectiveConfig
 
 OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
 LABELS = torch.tensor([[3, 4, 2, 0, 0], [2, 0, 0, 0, 0], [5, 6, 7, 8, 2], [1, 2, 0, 0, 0]])

@@ -16,7 +16,7 @@ from tests.train.objectives.pair_case import (
     unit,
     value_and_gradients,
 )
-from vlm.train.config import ObjectiveConfig
+from vlm.train.run_config import ObjectiveConfig
 
 CONTRASTIVE = ("clip", "siglip", "dcl")
 

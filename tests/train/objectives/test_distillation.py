@@ -5,8 +5,8 @@ import torch
 
 from tests.train.objectives.pair_case import batch, options, slow_loss, unit, value_and_gradients
 from vlm.errors import UsageError
-from vlm.train.config import ObjectiveConfig
 from vlm.train.objectives.distillation import alignment_head, distill, text_align
+from vlm.train.run_config import ObjectiveConfig
 
 
 @pytest.mark.parametrize("block", [2, 100])
@@ -75,8 +75,8 @@ def test_the_head_maps_embeddings_to_the_stored_length(small_embedder):
 def small_embedder():
     """A model of 16-number embeddings."""
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.views import FixedView
-    from vlm.models.encoder import VisionLanguageModel
+    from vlm.data.transforms import FixedView
+    from vlm.models.model import VisionLanguageModel
 
     return VisionLanguageModel(
         name="small",

@@ -6,8 +6,8 @@ import torch.multiprocessing as multiprocessing
 
 from tests.leaving import leave_group
 from tests.train.objectives.pair_case import TERMS, TREATMENTS, batch, value_and_gradients
-from vlm.train.objectives.gathering import gather_detached, gather_with_gradient, own_columns
-from vlm.train.objectives.term import SHARED_OUTPUTS
+from vlm.train.distributed import gather_detached, gather_with_gradient, own_columns
+from vlm.train.objectives.loss_term import SHARED_OUTPUTS
 
 PAIRS = 6
 CASES = [
@@ -49,10 +49,10 @@ def _as_averaged(rank, world, name, config):
 def _measure(rank, world, port, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    from vlm.train.objectives import gathering
+    from vlm.train import distributed
 
     found = [_as_averaged(rank, world, name, config) for name, config in CASES]
-    gathering._WITHOUT_REDUCE_SCATTER = frozenset({"gloo"})
+    distributed._WITHOUT_REDUCE_SCATTER = frozenset({"gloo"})
     found += [_as_averaged(rank, world, name, config) for name, config in CASES]
     places = own_columns(3, torch.device("cpu")).tolist()
     if rank == world - 1:

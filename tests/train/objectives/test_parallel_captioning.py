@@ -3,15 +3,15 @@ import torch
 from torch.nn import functional as F
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
+from vlm.data.transforms import FixedView
 from vlm.errors import UsageError
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.network import build_network, model_config
-from vlm.models.parallel_captioner import mask_width, parallel_logits
-from vlm.models.patches import read_image
-from vlm.train.config import ObjectiveConfig
-from vlm.train.objectives.parallel_captioning import CAPPA, add_mask_embedding, cappa, draw_parallel
-from vlm.train.objectives.term import TermOptions
+from vlm.models.coca import mask_width, parallel_logits
+from vlm.models.factory import build_network, model_config
+from vlm.models.model import VisionLanguageModel
+from vlm.models.patch_features import read_image
+from vlm.train.objectives.captioning import CAPPA, add_mask_embedding, cappa, draw_parallel
+from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.run_config import ObjectiveConfig
 
 OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
 TOKENS = torch.tensor([[1, 9, 8, 7, 2, 0, 0], [1, 30, 2, 0, 0, 0, 0], [1, 11, 12, 13, 14, 15, 2]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.train.objectives.pair_case import TREATMENTS, batch, slow_loss, value_and_gradients
-from vlm.train.config import ObjectiveConfig
+from vlm.train.run_config import ObjectiveConfig
 
 NEGATIVES = ("both", "images", "texts", "hardest")
 

@@ -1,9 +1,9 @@
 import torch
 from torch.nn import functional as F
 
-from vlm.train.config import ObjectiveConfig
-from vlm.train.objectives.self_distillation import LOCAL_TO_GLOBAL, local_to_global
-from vlm.train.objectives.term import TermOptions
+from vlm.train.objectives.distillation import LOCAL_TO_GLOBAL, local_to_global
+from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.run_config import ObjectiveConfig
 
 OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlm.train.config import ObjectiveConfig
-from vlm.train.objectives.sub_captions import GROUPING, grouping, sparse_weights, sub_captions
-from vlm.train.objectives.term import TermOptions
+from vlm.train.objectives.fine_grained import GROUPING, grouping, sparse_weights, sub_captions
+from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.run_config import ObjectiveConfig
 
 OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
 BATCH, SENTENCES, WIDTH, PATCHES = 5, 3, 6, 7

@@ -4,8 +4,7 @@ import pytest
 
 from tests.train.telemetry.run_folders import falling
 from vlm.errors import UsageError
-from vlm.train.recipes.bands import Band, band_of_runs, judge, value_at
-from vlm.train.recipes.measure import entry_of
+from vlm.train.recipes import Band, band_of_runs, entry_of, judge, value_at
 
 
 def band(points, *, metric="loss", width=0.1):

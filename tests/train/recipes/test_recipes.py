@@ -8,12 +8,10 @@ import pytest
 from vlm.cli.main import VERBS, split_verb
 from vlm.config import from_values, to_toml
 from vlm.errors import UsageError
-from vlm.train.config import TrainConfig
-from vlm.train.objectives.table import parse_objective
+from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.presets import PRESETS
-from vlm.train.recipes.likeness import differing, recipe_of
-from vlm.train.recipes.page import page
-from vlm.train.recipes.table import RECIPES, find_recipe
+from vlm.train.recipes import RECIPES, differing, find_recipe, page, recipe_of
+from vlm.train.run_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 

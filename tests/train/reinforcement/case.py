@@ -7,20 +7,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm.data.arrays import StoredArrays
-from vlm.data.captions import CaptionDraw
-from vlm.data.encode import encode_pair
+from vlm.data.collate import AssembleTraining
 from vlm.data.loader import ShardSet
-from vlm.data.order import SampleOrder
-from vlm.data.plan import TrainingPlan
-from vlm.data.samples import Pair
+from vlm.data.pack import encode_pair
+from vlm.data.precomputed import StoredArrays
+from vlm.data.sampler import SampleOrder, TrainingPlan
+from vlm.data.samples import CaptionDraw, Pair
 from vlm.data.shards import count_samples, expand_shards
-from vlm.data.training_batches import AssembleTraining
-from vlm.data.views import FixedView
-from vlm.train.config import LoaderConfig
-from vlm.train.reinforcement.reinforce import ReinforceConfig
-from vlm.train.reinforcement.rows import Teachers
-from vlm.train.reinforcement.views import ViewGeometry
+from vlm.data.transforms import FixedView
+from vlm.train.reinforce import ReinforceConfig, Teachers
+from vlm.train.run_config import LoaderConfig
+from vlm.train.teacher_views import ViewGeometry
 
 GEOMETRY = ViewGeometry(crop_scale=(0.3, 0.8), flip=0.5)
 CONFIG = ReinforceConfig(num_views=3, geometry=GEOMETRY, seed=4)

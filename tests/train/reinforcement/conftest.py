@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.views import FixedView
-from vlm.models.encoder import VisionLanguageModel
-from vlm.models.network import build_network, fit_to_tokenizer, model_config
+from vlm.data.transforms import FixedView
+from vlm.models.factory import build_network, fit_to_tokenizer, model_config
+from vlm.models.model import VisionLanguageModel
 
 
 @pytest.fixture

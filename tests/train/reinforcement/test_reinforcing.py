@@ -21,16 +21,14 @@ from tests.train.reinforcement.case import (
     teachers_of,
     write_shards,
 )
-from vlm.data.arrays import view_rng
-from vlm.data.shard_reader import ShardReader
+from vlm.data.precomputed import view_rng
 from vlm.data.shards import expand_shards
+from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
-from vlm.models.encoder import VisionLanguageModel
-from vlm.train.reinforcement.folder import UNREINFORCED
-from vlm.train.reinforcement.reinforce import reinforce
-from vlm.train.reinforcement.rows import Teachers
-from vlm.train.reinforcement.views import ViewGeometry, check_views, reinforcement_of, view_seeds
+from vlm.models.model import VisionLanguageModel
+from vlm.train.reinforce import UNREINFORCED, Teachers, reinforce
+from vlm.train.teacher_views import ViewGeometry, check_views, reinforcement_of, view_seeds
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from tests.train.reinforcement.case import CONFIG, LOADER, teachers_of, write_shards
-from vlm.data.arrays import view_rng
+from vlm.data.precomputed import view_rng
 from vlm.data.shards import expand_shards
-from vlm.data.views import FixedView, RandomView
+from vlm.data.transforms import FixedView, RandomView
 from vlm.errors import UsageError
-from vlm.train.config import LoaderConfig
-from vlm.train.reinforcement.reinforce import reinforce
-from vlm.train.reinforcement.views import ViewGeometry, check_views, view_seeds
+from vlm.train.reinforce import reinforce
+from vlm.train.run_config import LoaderConfig
+from vlm.train.teacher_views import ViewGeometry, check_views, view_seeds
 
 
 @pytest.mark.parametrize("crop_scale", [(0.1, 1.0), (0.9, 1.0), (1.0, 1.0)])

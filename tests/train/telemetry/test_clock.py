@@ -1,9 +1,7 @@
 import pytest
 
-from vlm.train.telemetry.clock import StepClock, Utilisation, over_processes
-from vlm.train.telemetry.flops import SampleFlops
-from vlm.train.telemetry.peaks import Peak
-from vlm.train.telemetry.progress import progress_note
+from vlm.train.flops import Peak, SampleFlops
+from vlm.train.metrics import StepClock, Utilisation, over_processes, progress_note
 
 
 class Hand:
@@ -88,10 +86,10 @@ def test_one_process_s_reading_is_that_of_all():
 
 
 def test_processes_are_summed_averaged_or_the_largest(monkeypatch):
-    from vlm.train.telemetry import clock
+    import vlm.train.metrics as module
 
     other = {"samples_per_second": 3.0, "images_per_second": 4.0, "data_wait": 0.1, "memory_bytes": 9.0, "mfu": 0.2}
-    monkeypatch.setattr(clock, "gathered", lambda readings: [*readings, other])
+    monkeypatch.setattr(module, "gathered", lambda readings: [*readings, other])
     own = {"samples_per_second": 3.0, "images_per_second": 2.0, "data_wait": 0.5, "memory_bytes": 7.0, "mfu": 0.4}
     merged = over_processes(own)
     assert merged == pytest.approx(

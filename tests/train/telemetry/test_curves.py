@@ -1,16 +1,16 @@
 import pytest
 
 from tests.train.telemetry.run_folders import falling
-from vlm.train.recipes.bands import Band
-from vlm.train.telemetry import curves
-from vlm.train.telemetry.curves import draw_comparison, draw_curves
+from vlm.train import plots
+from vlm.train.plots import draw_comparison, draw_curves
+from vlm.train.recipes import Band
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """What was drawn: heading of each panel → (label → points), and labels of bands."""
     found: dict[str, dict[str, list]] = {}
-    finished = curves._draw_panels
+    finished = plots._draw_panels
 
     def spy(panels, draw, path, *, title):
         def note(axes, panel):
@@ -21,13 +21,13 @@ def drawn(monkeypatch):
 
         finished(panels, note, path, title=title)
 
-    monkeypatch.setattr(curves, "_draw_panels", spy)
+    monkeypatch.setattr(plots, "_draw_panels", spy)
     return found
 
 
 def test_a_run_is_drawn_as_it_was_measured(tmp_path, drawn):
-    draw_curves(falling(), tmp_path / "curves.png", title="a run")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    draw_curves(falling(), tmp_path / "plots.png", title="a run")
+    assert (tmp_path / "plots.png").read_bytes().startswith(b"\x89PNG")
     assert drawn["loss"]["loss"][0] == pytest.approx([5, 4.85])
     assert drawn["recall on val"]["text→image @10"][-1] == pytest.approx([100, 0.5])
     assert drawn["inverse temperature"]["logit_scale"][-1] == pytest.approx([100, 24])
@@ -36,12 +36,12 @@ def test_a_run_is_drawn_as_it_was_measured(tmp_path, drawn):
 
 def test_parts_of_the_loss_are_drawn_where_there_are_several(tmp_path, drawn):
     lines = [line | {"clip": 1.0, "caption": 2.0} for line in falling()]
-    draw_curves(lines, tmp_path / "curves.png", title="")
+    draw_curves(lines, tmp_path / "plots.png", title="")
     assert set(drawn["loss"]) == {"loss", "clip", "caption"}
 
 
 def test_what_was_not_measured_is_left_out(tmp_path, drawn):
-    draw_curves([{"step": 1, "loss": 2.0}], tmp_path / "curves.png", title="")
+    draw_curves([{"step": 1, "loss": 2.0}], tmp_path / "plots.png", title="")
     assert set(drawn) == {"loss"}
     draw_curves([], tmp_path / "empty.png", title="")
     assert (tmp_path / "empty.png").is_file()
@@ -49,7 +49,7 @@ def test_what_was_not_measured_is_left_out(tmp_path, drawn):
 
 def test_many_points_are_smoothed_but_never_past_their_ends(tmp_path, drawn):
     lines = [{"step": step, "loss": float(step % 2)} for step in range(400)]
-    draw_curves(lines, tmp_path / "curves.png", title="")
+    draw_curves(lines, tmp_path / "plots.png", title="")
     smooth = drawn["loss"]["loss"]
     assert smooth[0] == [0, 0]
     assert smooth[-1] == [399, 1]

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm.models.row_noise import RowDropout, RowNoise
-from vlm.train.telemetry.flops import FlopCounts, count_flops
+from vlm.models.dropout import RowDropout, RowNoise
+from vlm.train.flops import FlopCounts, count_flops
 
 
 class Named(nn.Module):

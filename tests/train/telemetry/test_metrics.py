@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from vlm.errors import UsageError
-from vlm.train.telemetry.metrics import MetricsLog, read_metrics
-from vlm.train.telemetry.tensorboard import TensorBoardLog
+from vlm.train.history import MetricsLog, read_metrics
+from vlm.train.metrics import TensorBoardLog
 
 
 def test_nothing_after_a_resumed_step_survives(tmp_path):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vlm.train.telemetry import peaks
-from vlm.train.telemetry.peaks import device_peak, find_peak
+from vlm.train import flops
+from vlm.train.flops import device_peak, find_peak
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_a_gpu_is_looked_up_and_counts_in_tf32_where_that_is_allowed(monkeypatch
 
 
 def test_a_cpu_is_measured_and_says_so(monkeypatch):
-    monkeypatch.setattr(peaks, "_CPU_SIDE", 64)
-    monkeypatch.setattr(peaks, "_MEASURING_SECONDS", 0.0)
+    monkeypatch.setattr(flops, "_CPU_SIDE", 64)
+    monkeypatch.setattr(flops, "_MEASURING_SECONDS", 0.0)
     peak = device_peak(torch.device("cpu"), "fp32")
     assert peak.flops > 0
     assert "measured here: fp32" in peak.source
 
 
 def test_bf16_is_never_slower_than_tf32_nor_tf32_than_fp32():
-    for name, peak in peaks.PEAKS.items():
+    for name, peak in flops.PEAKS.items():
         assert peak["bf16"] >= peak["tf32"] >= peak["fp32"], name

@@ -4,7 +4,7 @@ import pytest
 
 from tests.train.telemetry.run_folders import falling, write_run
 from vlm.errors import UsageError
-from vlm.train.telemetry.runs import find_runs, read_run, write_telemetry
+from vlm.train.history import find_runs, read_run, write_telemetry
 
 
 def test_runs_are_found_however_deep_and_nothing_else_is(tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from vlm.train.telemetry.window import WindowMean
+from vlm.train.metrics import WindowMean
 
 
 def test_the_mean_is_over_the_steps_since_the_last_reading():

@@ -8,11 +8,9 @@ from torch import nn
 
 from vlm.errors import UsageError
 from vlm.files import fingerprint_of
-from vlm.models.towers.config import TextTowerConfig
-from vlm.models.towers.hf_config import open_config, read_hf, weight_files
-from vlm.models.towers.hf_image import load_weights
-from vlm.models.towers.hf_text import check_length
-from vlm.models.towers.text import TextTower, pool_states, projection, real_tokens
+from vlm.models.towers.huggingface import check_length, load_weights, open_config, read_hf, weight_files
+from vlm.models.towers.tower import TextTower, pool_states, projection, real_tokens
+from vlm.models.towers.tower_config import TextTowerConfig
 from vlm.tensors import Bool, Float, Int64, Tensor
 
 _CHUNK = 1 << 24

@@ -1,0 +1,314 @@
+"""Rules by the captions alone.
+
+Balancing over concepts, after MetaCLIP.
+"""
+
+import json
+import re
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from vlm.data.curation.filter import Situation, Verdict, need_one_of
+from vlm.data.curation.sample_table import Facts, compute
+from vlm.data.samples import UNNAMED
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of
+
+# scripts written without spaces: each character counts as a word
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# the same, for Python's regular expressions, which know no scripts
+UNSPACED_CHARACTERS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+)
+_WORD = rf"[{UNSPACED}]|[^\s{UNSPACED}]+"
+_LATIN = ("LATIN",)
+_CYRILLIC = ("CYRILLIC",)
+_ARABIC = ("ARABIC",)
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "nb", "no", "fi", "pl", "cs"), _LATIN),
+    **dict.fromkeys(("tr", "ro", "hu", "id", "ms", "vi", "ca", "hr", "sk", "sl", "et", "lv", "lt", "sw"), _LATIN),
+    **dict.fromkeys(("ru", "uk", "bg", "be", "mk"), _CYRILLIC),
+    **dict.fromkeys(("ar", "fa", "ur"), _ARABIC),
+    "zh": ("CJK",),
+    "ja": ("CJK", "HIRAGANA", "KATAKANA"),
+    "ko": ("HANGUL",),
+    "he": ("HEBREW",),
+    "hi": ("DEVANAGARI",),
+    "mr": ("DEVANAGARI",),
+    "bn": ("BENGALI",),
+    "ta": ("TAMIL",),
+    "el": ("GREEK",),
+    "th": ("THAI",),
+}
+"""Scripts by language, as the names of their characters begin in Unicode; other languages are taken at their word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthLimits:
+    """min, max: of a caption; languages: look at these only; of: whether any or all captions of a sample must fit."""
+
+    min: Annotated[int, Field(ge=0)] | None = None
+    max: Annotated[int, Field(ge=0)] | None = None
+    languages: tuple[str, ...] = ()
+    of: Literal["any", "all"] = "any"
+
+    def __post_init__(self) -> None:
+        need_one_of(self, "min", "max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise UsageError(f"min = {self.min} is above max = {self.max}; no caption fits.")
+
+
+def by_words(situation: Situation, given: LengthLimits) -> Verdict:
+    """Keep samples with a caption of so many words; a character of a script without spaces counts as one."""
+    places, _, texts = situation.facts.captions(given.languages)
+    counts = compute.count_substring_regex(texts, _WORD).to_numpy()
+    return _by_length(situation.facts, given, places, counts, "words")
+
+
+def by_characters(situation: Situation, given: LengthLimits) -> Verdict:
+    """Keep samples with a caption of so many characters."""
+    places, _, texts = situation.facts.captions(given.languages)
+    return _by_length(situation.facts, given, places, compute.utf8_length(texts).to_numpy(), "characters")
+
+
+def _by_length(facts: Facts, given: LengthLimits, places: np.ndarray, counts: np.ndarray, unit: str) -> Verdict:
+    fits = np.ones(len(counts), dtype=bool)
+    if given.min is not None:
+        fits &= counts >= given.min
+    if given.max is not None:
+        fits &= counts <= given.max
+    weights = _any_or_all(places, fits, len(facts), given.of)
+
+    def why(place: int) -> str:
+        start, end = np.searchsorted(places, [place, place + 1])
+        return f"{', '.join(map(str, counts[start:end])) or 'no'} {unit}"
+
+    return Verdict(weights=weights, why=why)
+
+
+def _any_or_all(places: np.ndarray, fits: np.ndarray, samples: int, of: str) -> np.ndarray:
+    fitting, all_of = np.bincount(places[fits], minlength=samples), np.bincount(places, minlength=samples)
+    is_kept = (fitting > 0) if of == "any" else (fitting > 0) & (fitting == all_of)
+    return is_kept.astype(np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Languages:
+    """any: languages one of which a caption must be in; script: share of its letters in that language's script.
+
+    A caption that does not name its language counts as the first of `any`.
+    """
+
+    any: tuple[str, ...]
+    script: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.any:
+            raise UsageError("any= names no language; give some, as any=en+de.")
+
+
+def by_language(situation: Situation, given: Languages) -> Verdict:
+    """Keep samples with a caption in one of the languages, written in its script."""
+    places, languages, texts = situation.facts.captions((*given.any, UNNAMED))
+    named = compute.if_else(compute.equal(languages, UNNAMED), given.any[0], languages)
+    is_ascii = compute.string_is_ascii(texts).to_numpy()
+    fits = np.zeros(len(texts), dtype=bool)
+    for language in given.any:
+        rows = np.flatnonzero(compute.equal(named, language).to_numpy())
+        scripts = SCRIPTS.get(language)
+        for row in rows:
+            is_plain = is_ascii[row] and scripts == _LATIN
+            fits[row] = not scripts or is_plain or script_share(texts[int(row)].as_py(), scripts) >= given.script
+    weights = _any_or_all(places, fits, len(situation.facts), "any")
+
+    def why(place: int) -> str:
+        start, end = np.searchsorted(places, [place, place + 1])
+        return f"{end - start} in {'+'.join(given.any)}, {int(fits[start:end].sum())} of them in its script"
+
+    return Verdict(weights=weights, why=why)
+
+
+def script_share(text: str, scripts: tuple[str, ...]) -> float:
+    """Share of the letters of a text that are of these scripts; 1 for a text without letters.
+
+    >>> script_share("Hallo мир", ("LATIN",))
+    0.625
+    """
+    letters = [character for character in text if character.isalpha()]
+    return sum(_script(letter) in scripts for letter in letters) / len(letters) if letters else 1.0
+
+
+@lru_cache(maxsize=65536)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "").split(" ", 1)[0].split("-", 1)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionLimit:
+    """max: samples that may have the same caption."""
+
+    max: Annotated[int, Field(ge=1)] = 10
+
+
+def by_repetition(situation: Situation, given: CaptionLimit) -> Verdict:
+    """Keep no caption more than `max` times: of its samples the first in an order drawn from the seed.
+
+    Captions that differ only in case and spaces are the same. A sample of several captions goes as soon as one of
+    them is used up.
+    """
+    facts = situation.facts
+    places, _, texts = facts.captions()
+    is_left = situation.is_left[places]
+    places, texts = places[is_left], texts.filter(pa.array(is_left))
+    words = compute.utf8_trim_whitespace(compute.replace_substring_regex(compute.utf8_lower(texts), r"\s+", " "))
+    coded = words.combine_chunks().dictionary_encode()
+    codes = (coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded).indices.to_numpy()
+    pairs = np.unique(np.stack([places, codes], axis=1), axis=0) if len(places) else np.zeros((0, 2), np.int64)
+    counts = np.bincount(pairs[:, 1])
+    pairs = pairs[counts[pairs[:, 1]] > given.max]
+    starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
+    weights = np.ones(len(facts))
+    used: Counter[int] = Counter()
+    for group in situation.rng.permutation(len(starts)):
+        end = starts[group + 1] if group + 1 < len(starts) else len(pairs)
+        repeated = pairs[starts[group] : end, 1].tolist()
+        if all(used[code] < given.max for code in repeated):
+            used.update(repeated)
+        else:
+            weights[pairs[starts[group], 0]] = 0
+    worst = np.zeros(len(facts), dtype=np.int64)
+    np.maximum.at(worst, pairs[:, 0], counts[pairs[:, 1]])
+    return Verdict(weights=weights, why=lambda place: f"caption of {max(worst[place], 1):,} samples")
+
+
+_PUNCTUATION = re.compile(r"([,.;:?!`])")
+_CAPTIONS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptCap:
+    """concepts: a file, a JSON list or a concept a line; cap: samples expected of a concept, more or less.
+
+    languages: look at these captions only (`tags` for tags).
+    """
+
+    concepts: Path
+    cap: Annotated[float, Field(gt=0)] = 20_000
+    languages: tuple[str, ...] = ()
+
+
+def by_concepts(situation: Situation, given: ConceptCap) -> Verdict:
+    """Keep samples of frequent concepts less often (Xu et al. 2024, arXiv 2309.16671, algorithm 1).
+
+    A concept matches a sample when it stands, between word borders, in one of its captions. With `count` samples
+    matched, each match keeps its sample with probability min(1, cap / count), independently, so a sample is kept with
+    1 - Π (1 - p) over its concepts; one that matches nothing is dropped. As in the paper a frequent concept may end
+    above the cap, kept by the rarer concepts beside it. Theirs counts pairs of picture and caption, this one samples.
+    """
+    facts = situation.facts
+    names = read_concepts(given.concepts)
+    places, _, texts = facts.captions(given.languages)
+    is_left = situation.is_left[places]
+    samples, concepts = match(names, places[is_left], texts.filter(pa.array(is_left)))
+    counts = np.bincount(concepts, minlength=len(names))
+    chances = np.minimum(1.0, given.cap / np.maximum(counts, 1))
+    weights = keep_probabilities(samples, chances[concepts], len(facts))
+    kept = np.bincount(concepts, weights=weights[samples], minlength=len(names))
+    order = np.argsort(-counts, kind="stable")
+    matched = int(np.count_nonzero(counts))
+
+    def why(place: int) -> str:
+        own = concepts[samples == place]
+        if not len(own):
+            return "matches no concept"
+        rarest = own[np.argmin(counts[own])]
+        return f"{weights[place]:.2f} · {names[rarest]} ({counts[rarest]:,})"
+
+    return Verdict(
+        weights=weights,
+        why=why,
+        record={
+            "concepts": fingerprint_of(*names),
+            "concepts_given": len(names),
+            "concepts_matched": matched,
+            "concepts_above_cap": int((counts > given.cap).sum()),
+            "samples_matched": len(np.unique(samples)),
+        },
+        curve=[
+            {"concept": names[place], "matches": int(counts[place]), "expected": float(kept[place])}
+            for place in order[:matched].tolist()
+        ],
+    )
+
+
+def keep_probabilities(samples: np.ndarray, chances: np.ndarray, number: int) -> np.ndarray:
+    """float64 [number]: 1 - Π (1 - chance) over the matches of each sample, 0 without any.
+
+    >>> keep_probabilities(np.array([0, 0, 2]), np.array([0.5, 0.5, 1.0]), 3).round(6).tolist()
+    [0.75, 0.0, 1.0]
+    """
+    with np.errstate(divide="ignore"):
+        missed = np.bincount(samples, weights=np.log1p(-chances), minlength=number)
+    return 0.0 - np.expm1(missed)
+
+
+def read_concepts(path: Path) -> list[str]:
+    """The concepts of a file, each once, lower case, in their order.
+
+    Raises:
+        UsageError: there is no such file, or no concept in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The concepts {str(path)!r} cannot be read: {error}.") from error
+    names = list(dict.fromkeys(spaced(name) for name in listed if isinstance(name, str) and name.strip()))
+    if not names:
+        raise UsageError(f"{path} names no concept; write one a line, or a JSON list.")
+    return names
+
+
+def spaced(text: str) -> str:
+    """A text as it is matched: lower case, `, . ; : ? ! \\`` set apart, words one space apart.
+
+    >>> spaced("A Dog,  running.")
+    'a dog , running .'
+    """
+    return " ".join(_PUNCTUATION.sub(r" \1 ", text.lower()).split())
+
+
+def match(names: Sequence[str], places: np.ndarray, texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Which concepts stand in the captions of which samples: parallel arrays of places and concepts, each pair once.
+
+    names: as `spaced` gives them; places (int64, ascending): the sample of each text. One pass of Aho and
+    Corasick (1975) a caption, whatever the number of concepts.
+    """
+    import ahocorasick_rs
+
+    patterns = [name if UNSPACED_CHARACTERS.search(name) else f" {name} " for name in names]
+    automaton = ahocorasick_rs.AhoCorasick(patterns)
+    samples, concepts = array("q"), array("q")
+    for start in range(0, len(texts), _CAPTIONS_AT_ONCE):
+        block = texts.slice(start, _CAPTIONS_AT_ONCE).to_pylist()
+        for place, text in zip(places[start : start + _CAPTIONS_AT_ONCE].tolist(), block, strict=True):
+            found = _found(automaton.find_matches_as_indexes(f" {spaced(text)} ", overlapping=True))
+            samples.extend([place] * len(found))
+            concepts.extend(found)
+    pairs = np.stack([np.array(samples, dtype=np.int64), np.array(concepts, dtype=np.int64)], axis=1)
+    pairs = np.unique(pairs, axis=0)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _found(matches: Iterable[tuple[int, int, int]]) -> set[int]:
+    return {concept for concept, _, _ in matches}

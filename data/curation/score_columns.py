@@ -1,0 +1,191 @@
+"""Values that a model or a search for neighbours gave to samples, kept beside the embeddings, read by rules.
+
+A file is Parquet, a row a sample, with the columns
+
+- `shard` (string): `TarIndex.fingerprint` of the tar, so that tars may be moved and renamed;
+- `number` (int64): the sample's place in that tar;
+- `key` (string): its key, to tell a changed tar;
+- `value`: float32 for a score, int64 for the number of a group (below 0: in none), as `SIGNALS` says;
+
+and the schema metadata `vlm-column` (the format, "1"), `signal` (a name of `SIGNALS`), `model` (fingerprint of the
+model that embedded, may be empty) and `details` (a JSON object; for `overlap` it holds `against`, the list of the
+fingerprints of the evaluation shards). A signal may be spread over several files (one a shard, say), of one model and
+with the same details. Shards and samples in any order; a sample has one row or none. A sample without a row, or with
+a value that is not a number, is dropped by the rules that ask, and counted as `without value`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm.config import nearest
+from vlm.data.curation.sample_table import Facts, compute
+from vlm.errors import UsageError, VlmError
+from vlm.files import replacing
+
+FORMAT = "1"
+SIGNALS: dict[str, tuple[pa.DataType, str]] = {
+    "similarity": (pa.float32(), "cosine of picture and caption, the highest of a sample's captions"),
+    "duplicates": (pa.int64(), "group of samples with nearly the same embedding, below 0 for a sample alone"),
+    "cluster": (pa.int64(), "cluster the sample is in"),
+    "centre-distance": (pa.float32(), "distance to the centre of the sample's cluster, smaller is more typical"),
+    "near": (pa.float32(), "nearness to a target set, larger is nearer"),
+    "overlap": (pa.float32(), "cosine to the nearest sample of the evaluation shards in the details"),
+}
+"""Signals by name: type of the value and meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleValues:
+    """The rows of one signal: parallel shard (fingerprint), number, key, value."""
+
+    shards: Sequence[str]
+    numbers: Sequence[int] | np.ndarray
+    keys: Sequence[str]
+    values: Sequence[float] | np.ndarray
+
+
+def write_column(
+    path: Path, signal: str, rows: SampleValues, *, model: str = "", details: Mapping[str, Any] | None = None
+) -> None:
+    """Write one signal of some samples, atomically.
+
+    Raises:
+        UsageError: there is no such signal.
+    """
+    kind = _kind_of(signal)
+    fields = {"shard": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64(), "key": pa.string(), "value": kind}
+    described = {
+        "vlm-column": FORMAT,
+        "signal": signal,
+        "model": model,
+        "details": json.dumps(dict(details or {}), ensure_ascii=False, sort_keys=True),
+    }
+    columns = [
+        pa.array(rows.shards, pa.string()).dictionary_encode(),
+        pa.array(np.asarray(rows.numbers, dtype=np.int64)),
+        pa.array(rows.keys, pa.string()),
+        pa.array(np.asarray(rows.values), kind),
+    ]
+    with replacing(path) as file:
+        pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata=described)), file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """A signal laid along the samples of some facts: values [N], and whether each has one (bool [N])."""
+
+    values: np.ndarray
+    has_value: np.ndarray
+    model: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Columns:
+    """The stored columns of some files, or of the folders that hold them.
+
+    Raises:
+        UsageError: a path is not there, or a file is no stored column.
+    """
+
+    def __init__(self, paths: Sequence[Path] = ()) -> None:
+        self._files: dict[str, list[Path]] = {}
+        for path in paths:
+            for file in _column_files(path):
+                self._files.setdefault(_described(file)["signal"], []).append(file)
+
+    def __contains__(self, signal: str) -> bool:
+        return signal in self._files
+
+    def values_of(self, signal: str, facts: Facts) -> Values:
+        """A signal along the samples of `facts`.
+
+        Raises:
+            UsageError: no file holds it; the command that makes it is named.
+            VlmError: its files are of several models, speak twice of a sample, or of other samples than there are.
+        """
+        _kind_of(signal)
+        if signal not in self:
+            raise UsageError(
+                f"There is no {signal!r} ({SIGNALS[signal][1]}) among the columns given ({_listed(self._files)}): "
+                f"make it by vlm signals EMBEDDINGS and give it by --columns FILE."
+            )
+        files = self._files[signal]
+        described = [_described(file) for file in files]
+        for file, other in zip(files, described, strict=True):
+            if other != described[0]:
+                raise VlmError(
+                    f"{files[0]} and {file} hold {signal!r} of different models or details; give those of one."
+                )
+        table = pa.concat_tables(
+            [
+                pq.read_table(file, columns=["shard", "number", "key", "value"]).replace_schema_metadata()
+                for file in files
+            ]
+        )
+        values, has_value = _laid_along(table, facts, f"{signal!r} ({files[0]})")
+        return Values(
+            values=values,
+            has_value=has_value,
+            model=described[0]["model"],
+            details=json.loads(described[0]["details"]),
+        )
+
+
+def _laid_along(table: pa.Table, facts: Facts, what: str) -> tuple[np.ndarray, np.ndarray]:
+    known = pa.array([shard.fingerprint for shard in facts.shards], pa.string())
+    shard = compute.fill_null(compute.index_in(table.column("shard").cast(pa.string()), known), -1).to_numpy()
+    rows = np.flatnonzero(shard >= 0)
+    numbers = table.column("number").to_numpy()[rows]
+    sizes = np.array([each.samples for each in facts.shards], dtype=np.int64)[shard[rows]]
+    if np.any((numbers < 0) | (numbers >= sizes)):
+        raise VlmError(f"{what} speaks of sample {numbers.max():,} of a shard of {sizes.min():,}; make it again.")
+    places = facts.starts[shard[rows]] + numbers
+    if len(np.unique(places)) < len(places):
+        raise VlmError(f"{what} speaks twice of a sample; give each file once.")
+    expected = facts.table.column("key").take(pa.array(places))
+    is_equal = compute.equal(table.column("key").take(pa.array(rows)).cast(pa.large_string()), expected).to_numpy()
+    if not is_equal.all():
+        wrong = int(np.flatnonzero(~is_equal)[0])
+        raise VlmError(
+            f"{what} calls sample {numbers[wrong]:,} of a shard {table.column('key')[int(rows[wrong])]!s}, the shard "
+            f"{expected[wrong]!s}: the shards have changed since; embed and make the column again."
+        )
+    stored = table.column("value").to_numpy()[rows]
+    values = np.zeros(len(facts), dtype=stored.dtype)
+    has_value = np.zeros(len(facts), dtype=bool)
+    values[places], has_value[places] = stored, np.isfinite(stored)
+    return values, has_value
+
+
+def _kind_of(signal: str) -> pa.DataType:
+    if signal not in SIGNALS:
+        raise UsageError(f"There is no signal {signal!r}; {nearest(signal, list(SIGNALS))}")
+    return SIGNALS[signal][0]
+
+
+def _column_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UsageError(f"There is no column file (*.parquet) at {str(path)!r}; vlm signals EMBEDDINGS writes them.")
+    return files
+
+
+def _described(file: Path) -> dict[str, str]:
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{file} is no stored column, or is damaged ({error}); make it again.") from error
+    if metadata.get(b"vlm-column") != FORMAT.encode():
+        raise UsageError(f"{file} is no stored column of format {FORMAT}; vlm signals EMBEDDINGS writes them.")
+    return {name: metadata[name.encode()].decode() for name in ("signal", "model", "details")}
+
+
+def _listed(files: Mapping[str, Any]) -> str:
+    return ", ".join(files) or "none was given"

@@ -1,0 +1,108 @@
+"""Batches on the device one step ahead: the next one is copied, or decoded there, while one computes on the current."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlm.data.collate import Incident, TrainingBatch
+from vlm.data.gpu_decode import show_on_device
+from vlm.data.transforms import RandomView
+from vlm.errors import BadSample, VlmError
+
+
+@dataclass
+class DeviceAhead:
+    """Yields the batches with their tensors on `device`; a thread gets the next one there on a stream of its own.
+
+    view: of the prepared pictures of the batches, which are decoded on the device, be it the CPU. Otherwise there is
+    nothing to do on the CPU, and the batches pass through.
+
+    Raises:
+        VlmError: no picture of a batch can be decoded; also whatever `batches` raises.
+    """
+
+    batches: Iterator[TrainingBatch]
+    device: torch.device
+    view: RandomView | None = None
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if stream is None and self.view is None:
+            yield from self.batches
+            return
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            coming = ahead.submit(self._next, stream)
+            while (current := coming.result()) is not None:
+                if stream is not None:
+                    _hand_to_current_stream(current, stream)
+                coming = ahead.submit(self._next, stream)
+                yield current
+
+    def _next(self, stream: torch.cuda.Stream | None) -> TrainingBatch | None:
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        if stream is not None:
+            batch = batch.pin_memory()
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            if self.view is not None:
+                batch = decode_batch(batch, self.view, self.device)
+            return batch.changed(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+
+def decode_batch(batch: TrainingBatch, view: RandomView, device: torch.device) -> TrainingBatch:
+    """Decode the prepared pictures of a batch on the device; the next whole row stands in for a damaged one.
+
+    Which row stands in depends on the rows of this process alone, so with damage that only the device finds, what is
+    seen depends on the number of processes.
+
+    Raises:
+        VlmError: none of them can be decoded.
+    """
+    shown = show_on_device(batch.prepared, view, device)
+    batch = replace(batch, images=shown.images, prepared=())
+    return _with_stand_ins(batch, shown.damaged) if shown.damaged else replace(batch, offsets=())
+
+
+def _with_stand_ins(batch: TrainingBatch, damaged: dict[int, BadSample]) -> TrainingBatch:
+    number = len(batch.keys)
+    if len(damaged) == number:
+        row, error = next(iter(damaged.items()))
+        raise VlmError(
+            f"None of the {number} pictures of a batch can be decoded; the first, {batch.keys[row]!r}: {error}. "
+            "See vlm inspect, or train without --decode-on-device."
+        )
+    rows = [
+        next(place % number for place in range(row, row + number) if place % number not in damaged)
+        for row in range(number)
+    ]
+    incidents = [
+        Incident(
+            address=batch.used[row],
+            key=batch.keys[row],
+            offset=batch.offsets[row],
+            reason=error.reason,
+            detail=error.detail,
+            is_stand_in=batch.used[row] != batch.addresses[row],
+        )
+        for row, error in damaged.items()
+    ]
+    return replace(
+        batch.changed(lambda tensor: tensor[rows]),
+        keys=tuple(batch.keys[row] for row in rows),
+        drawn=tuple(batch.drawn[row] for row in rows),
+        used=tuple(batch.used[row] for row in rows),
+        incidents=(*batch.incidents, *incidents),
+        offsets=(),
+    )
+
+
+def _hand_to_current_stream(batch: TrainingBatch, stream: torch.cuda.Stream) -> None:
+    """Let the stream that computes wait for the copies, and keep their memory until it has used them."""
+    computing = torch.cuda.current_stream(stream.device)
+    computing.wait_stream(stream)
+    for tensor in batch.tensors:
+        tensor.record_stream(computing)

@@ -1,0 +1,188 @@
+"""Decoding on the device: workers read headers and draw crops, the GPU's JPEG decoder does the rest.
+
+For machines whose CPU cores cannot keep the GPU fed. What is drawn is the same as with `RandomView`; the pixels differ
+a little, since the GPU decodes whole pictures and has a decoder of its own.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+
+from vlm.data.decode import EncodedPicture
+from vlm.data.transforms import Crop, RandomView
+from vlm.errors import BadSample, UsageError
+from vlm.tensors import Array, Float, Tensor, UInt8
+
+_SCAN, _APP1, _APP15 = 0xDA, 0xE1, 0xEF
+_END = b"\xff\xd9"
+# how far from the end of the file the end mark may lie: cameras pad
+_END_WITHIN = 4096
+
+# EXIF orientation → the stored pixels [3, H, W] upright
+_TURNS: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda stored: stored.flip(2),
+    3: lambda stored: stored.flip(1, 2),
+    4: lambda stored: stored.flip(1),
+    5: lambda stored: stored.transpose(1, 2),
+    6: lambda stored: stored.transpose(1, 2).flip(2),
+    7: lambda stored: stored.flip(1, 2).transpose(1, 2),
+    8: lambda stored: stored.transpose(1, 2).flip(1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedView:
+    """A view on its way to the device: an encoded JPEG with the crop to show, or the view itself.
+
+    Exactly one of encoded and shown is given. orientation: EXIF's, of the stored pixels; `encoded` does not say it.
+    """
+
+    crop: Crop
+    orientation: int = 1
+    encoded: bytes | None = None
+    shown: UInt8[Array, "3 S S"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceViews:
+    """Views on the device. damaged: rows whose picture turned out to be damaged, and why; they are black."""
+
+    images: UInt8[Tensor, "B 3 S S"]
+    damaged: dict[int, BadSample]
+
+
+def prepare_view(picture: EncodedPicture, crop: Crop, view: RandomView) -> PreparedView:
+    """A drawn view for the device; what is no whole, plain JPEG is decoded right here. For the workers.
+
+    Raises:
+        BadSample: what was decoded is damaged.
+    """
+    image = picture.data
+    # GPU decoders fill the rest of a cut file with grey without a word
+    if picture.is_jpeg and _has_end(image):
+        # of the decoders, some turn the picture themselves
+        encoded = image if picture.orientation == 1 else _without_exif(image)
+        return PreparedView(crop=crop, orientation=picture.orientation, encoded=encoded)
+    return PreparedView(crop=crop, shown=view.show(picture, crop))
+
+
+def show_on_device(prepared: Sequence[PreparedView], view: RandomView, device: torch.device) -> DeviceViews:
+    """Decode, crop and resize a batch of prepared views on the device.
+
+    view: that which they were prepared with. The pixels of a row do not depend on the others. With a CPU device it
+    works too, slowly.
+    """
+    rows = torch.zeros((len(prepared), 3, view.size, view.size), dtype=torch.uint8, device=device)
+    damaged: dict[int, BadSample] = {}
+    encoded = {row: one.encoded for row, one in enumerate(prepared) if one.encoded is not None}
+    pixels = dict(zip(encoded, _decode_batch(list(encoded.values()), device), strict=True))
+    for row, one in enumerate(prepared):
+        try:
+            if one.shown is not None:
+                rows[row] = torch.from_numpy(one.shown)
+            elif one.encoded is not None:
+                rows[row] = _resized(_upright(one, pixels[row], device), one.crop, view)
+        except BadSample as error:
+            damaged[row] = error
+    return DeviceViews(images=rows, damaged=damaged)
+
+
+def check_decoder(device: torch.device) -> None:
+    """Decode a JPEG on the device, so that a run without a decoder ends before it begins, not slowly on the CPU.
+
+    Raises:
+        UsageError: the device has no decoder.
+    """
+    try:
+        _decoder()([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))], device)
+    except (RuntimeError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"JPEGs cannot be decoded on {device} here: {reason}. Install a torchvision or "
+            "torchcodec built for CUDA, or leave out --decode-on-device."
+        ) from error
+
+
+def _header(image: bytes) -> Iterator[tuple[int, int]]:
+    """Place and marker of each segment of a JPEG up to its first scan, that included."""
+    place = 2
+    while image[place : place + 1] == b"\xff":
+        while image[place + 1 : place + 2] == b"\xff":
+            place += 1
+        marker = int.from_bytes(image[place + 1 : place + 2])
+        yield place, marker
+        if marker == _SCAN:
+            return
+        place += 2 + int.from_bytes(image[place + 2 : place + 4])
+
+
+def _has_end(image: bytes) -> bool:
+    """Whether a JPEG ends in the end mark; that of a picture embedded in its header does not count."""
+    scan = max((place for place, marker in _header(image) if marker == _SCAN), default=len(image))
+    return image.rfind(_END, max(scan, len(image) - _END_WITHIN)) >= 0
+
+
+def _without_exif(image: bytes) -> bytes:
+    """The JPEG with its APP1 segments, which hold EXIF, named otherwise, so that no decoder reads them."""
+    changed = bytearray(image)
+    for place, marker in _header(image):
+        if marker == _APP1:
+            changed[place + 1] = _APP15
+    return bytes(changed)
+
+
+def _upright(one: PreparedView, stored: Tensor | None, device: torch.device) -> UInt8[Tensor, "3 H W"]:
+    """Upright pixels; decoded on the CPU, one by one, where the device could not."""
+    if stored is None:
+        assert one.encoded is not None
+        pixels = np.ascontiguousarray(EncodedPicture(one.encoded).pixels())
+        stored = torch.from_numpy(pixels).permute(2, 0, 1).to(device)
+    return _TURNS[one.orientation](stored) if one.orientation in _TURNS else stored
+
+
+def _resized(pixels: UInt8[Tensor, "3 H W"], crop: Crop, view: RandomView) -> Float[Tensor, "3 S S"]:
+    piece = pixels[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    # on CUDA the antialiased filter wants floats
+    batch = F.interpolate(piece.unsqueeze(0).float(), (view.size, view.size), mode=view.interpolation, antialias=True)
+    shown = batch[0].round().clamp(0, 255)
+    return shown.flip(2) if crop.is_mirrored else shown
+
+
+def _decode_batch(images: list[bytes], device: torch.device) -> list[Tensor | None]:
+    """Stored pixels of each JPEG; None for one that cannot be decoded so."""
+    if not images:
+        return []
+    if device.type == "cuda":
+        # the decoder writes on a stream of its own, maybe into memory that this one is still reading
+        torch.cuda.current_stream(device).synchronize()
+    try:
+        return list(_decoder()(images, device))
+    except RuntimeError:
+        # one of them fails the whole batch
+        halves = (images[: len(images) // 2], images[len(images) // 2 :])
+        return [None] if len(images) == 1 else [pixels for half in halves for pixels in _decode_batch(half, device)]
+
+
+def _decoder() -> Callable[[list[bytes], torch.device], list[Tensor]]:
+    """TorchCodec's decoder where it is installed, else torchvision's, which is on its way out."""
+    try:
+        from torchcodec.decoders import decode_jpeg  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError, OSError):
+        return _decode_by_torchvision
+    return lambda images, device: decode_jpeg(images, mode="RGB", device=device)
+
+
+def _decode_by_torchvision(images: list[bytes], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    tensors = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        decoded: Any = decode_jpeg(tensors, ImageReadMode.RGB, device=device)
+    return decoded

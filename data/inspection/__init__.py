@@ -1,0 +1,1 @@
+"""`vlm inspect`: one scan of a dataset, its statistics and its contact sheet."""

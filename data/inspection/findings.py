@@ -1,0 +1,113 @@
+"""What was found in shards, as plain data."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vlm.data.samples import Captions
+from vlm.pages import Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageFacts:
+    """Captions of one language; an empty code stands for captions that do not name theirs.
+
+    tokens: of a caption with its start and end, uncut; None where no tokenizer was given.
+    cut: captions longer than the context.
+    """
+
+    captions: int
+    distinct: int
+    per_picture: Spread
+    words: Spread
+    characters: Spread
+    tokens: Spread | None = None
+    cut: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnFacts:
+    """A column of the metadata: the samples that have it, and its most frequent texts (or list entries).
+
+    distinct: different texts; a lower bound where `is_exact` is False.
+    """
+
+    samples: int
+    distinct: int
+    is_exact: bool
+    most: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """A sample that cannot be used, or a whole shard that ends early (then without a key and an offset).
+
+    offset: of its first part in the tar, in bytes.
+    """
+
+    shard: str
+    key: str
+    reason: str
+    detail: str
+    offset: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A sample for the contact sheet; `picture` is a small JPEG."""
+
+    key: str
+    picture: bytes = field(repr=False)
+    width: int
+    height: int
+    captions: Captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What shards hold.
+
+    samples, image_bytes: of all shards; everything else is about the `looked_at` samples among them.
+    selected: samples left by the selection; None without one.
+    damaged: shards that end early or cannot be read. corrupt: the first samples that cannot be used; reasons counts
+        all of them.
+    traits: pictures with alpha, a palette, CMYK, grey or 16-bit values, several frames, an EXIF turn.
+    sizes: bytes a picture. aspects: width / height.
+    duplicate_pictures: samples whose picture, bit for bit, an earlier one has; duplicate_keys likewise.
+    near_duplicates: samples that look like an earlier one, the former included; None where that was not asked.
+    repeated_captions: the most frequent captions that occur more than once, with their numbers.
+    context_length: of the tokenizer, if one was given.
+    """
+
+    shards: int
+    samples: int
+    selected: int | None
+    image_bytes: int
+    looked_at: int
+    damaged: tuple[BadRecord, ...]
+    corrupt: tuple[BadRecord, ...]
+    reasons: dict[str, int]
+    formats: dict[str, int]
+    traits: dict[str, int]
+    widths: Spread | None
+    heights: Spread | None
+    aspects: Spread | None
+    sizes: Spread | None
+    languages: dict[str, LanguageFacts]
+    context_length: int | None
+    columns: dict[str, ColumnFacts]
+    duplicate_pictures: int
+    duplicate_keys: int
+    near_duplicates: int | None
+    repeated_captions: dict[str, int]
+    shown: tuple[Shown, ...]
+
+    @property
+    def unusable(self) -> int:
+        """Samples that cannot be used."""
+        return sum(self.reasons.values())
+
+    def facts(self) -> dict[str, Any]:
+        """All but the pictures, as plain values."""
+        values = asdict(self)
+        del values["shown"]
+        return values

@@ -1,0 +1,103 @@
+"""Arrays stored beside a sample: what a teacher made of drawn views and of captions, text embeddings made beforehand.
+
+A sample may hold `key.NAME.npy` members. Those of NAME `view_seeds` (uint64 [A]) are seeds of A views a teacher saw;
+`teacher_image` (float [A, D]) is what it made of them: the student is shown the same view (dataset reinforcement,
+Faghri et al. 2023, section 3; in image-text form Vasu et al. 2023, MobileCLIP, section 4). `teacher_text` and
+`text_embedding` (float [T, D]) have a row for each caption, languages in their order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from vlm.data.samples import Chance, DrawnCaption, Sample, pick
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.tensors import Array, Float, Tensor
+
+VIEW_SEEDS = "view_seeds"
+ROWS: dict[str, Literal["view", "caption"]] = {
+    "teacher_image": "view",
+    "teacher_text": "caption",
+    "text_embedding": "caption",
+}
+"""The arrays training may ask for, and what their rows stand for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredArrays:
+    """Which stored arrays a batch carries. names: keys of `ROWS`."""
+
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in ROWS:
+                raise UsageError(f"There is no stored array {name!r}; it must be one of {', '.join(ROWS)}.")
+
+    @cached_property
+    def members(self) -> tuple[str, ...]:
+        """What has to be read of each sample."""
+        return (VIEW_SEEDS, *self.names) if self.has_views else self.names
+
+    @cached_property
+    def has_views(self) -> bool:
+        """Whether views are those a teacher saw."""
+        return any(ROWS[name] == "view" for name in self.names)
+
+    def draw_view(self, sample: Sample, rng: Chance) -> tuple[int, np.random.Generator]:
+        """The number of a stored view, drawn, and the generator that draws it again.
+
+        Raises:
+            BadSample: the seeds are no list of whole numbers.
+        """
+        seeds = sample.arrays[VIEW_SEEDS]
+        if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui" or seeds.min() < 0:
+            raise BadSample("bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is wanted")
+        number = pick(rng, len(seeds))
+        return number, view_rng(int(seeds[number]))
+
+    def rows(self, sample: Sample, *, view: int, caption: DrawnCaption) -> tuple[Float[Array, " D"], ...]:
+        """The row of each array that belongs to the drawn view and caption.
+
+        Raises:
+            BadSample: an array has no such row.
+        """
+        found: list[np.ndarray] = []
+        for name in self.names:
+            array, row = sample.arrays[name], view if ROWS[name] == "view" else caption.number
+            if array.ndim != 2 or array.dtype.kind != "f" or not 0 <= row < len(array):
+                raise BadSample(
+                    "bad array",
+                    f"{name} has shape {array.shape} of {array.dtype}; row {row} of a float matrix is wanted",
+                )
+            with np.errstate(over="ignore"):
+                values = array[row].astype(np.float32)
+            if not np.isfinite(values).all():
+                raise BadSample("bad array", f"{name} has values in row {row} that are no finite float32")
+            found.append(values)
+        return tuple(found)
+
+    def stack(
+        self, rows: Sequence[tuple[Float[Array, " D"], ...]], keys: Sequence[str]
+    ) -> dict[str, Float[Tensor, "B D"]]:
+        """The rows of a batch as float32 matrices, by name.
+
+        Raises:
+            VlmError: they differ in length.
+        """
+        stacked: dict[str, torch.Tensor] = {}
+        for place, name in enumerate(self.names):
+            sizes = {row[place].size: key for row, key in zip(rows, keys, strict=True)}
+            if len(sizes) > 1:
+                raise VlmError(f"{name} has rows of different lengths ({sizes}, one key each); store them alike.")
+            stacked[name] = torch.from_numpy(np.stack([row[place] for row in rows]))
+        return stacked
+
+
+def view_rng(seed: int) -> np.random.Generator:
+    """The generator that draws the view of a stored seed."""
+    return np.random.Generator(np.random.SFC64(seed))

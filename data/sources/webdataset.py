@@ -1,0 +1,111 @@
+"""Pairs out of shards that others wrote: img2dataset's output and any WebDataset tars."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import accumulate, islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from vlm.data.samples import Pair
+from vlm.data.selection import Selection
+from vlm.data.shard_cache import Inflater
+from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.sources.source import PICTURE_SUFFIXES
+from vlm.data.sources.table import unique_keys
+from vlm.data.tar import ShardReader, open_index, read_entries
+from vlm.errors import BadSample, VlmError
+from vlm.files import fingerprint_of
+
+_GZIP_BEGINS = b"\x1f\x8b"
+# of up to 1 MiB of plain bytes each, 64 KiB where they do not shrink
+_PIECES_LOOKED_AT = 128
+_LOOKED_AT_BYTES = _PIECES_LOOKED_AT * 65_536
+
+
+class ShardSource:
+    """The samples of existing shards, in their order; what img2dataset marks as failed is a bad sample.
+
+    selection: only these samples, each as often as it says.
+    """
+
+    captions_are_labels = False
+
+    def __init__(self, shards: list[str], *, allow_damage: bool = False, selection: Selection | None = None) -> None:
+        self._shards, self._selection = shards, selection
+        self._ends = list(accumulate(count_samples(shards, allow_damage=allow_damage)))
+        self._reader = ShardReader(shards[0])
+        self._numbers = np.arange(self._ends[-1])
+        if selection is not None:
+            self._numbers = np.repeat(self._numbers, np.concatenate(selection.times_of(shards)))
+        keys = [key for shard in shards for key in open_index(shard).sample_keys()]
+        self._keys = unique_keys([(keys[number], None) for number in self._numbers])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def read(self, number: int) -> Pair:
+        """The sample as it lies in its shard, without the captions among its metadata."""
+        place_of_all = int(self._numbers[number])
+        shard = bisect_right(self._ends, place_of_all)
+        if self._reader.address != self._shards[shard]:
+            self._reader.close()
+            self._reader = ShardReader(self._shards[shard])
+        place = place_of_all - (self._ends[shard - 1] if shard else 0)
+        sample = self._reader.read(place, arrays=tuple(self._reader.index[place].arrays))
+        status = sample.metadata.get("status", "success")
+        if status != "success":
+            raise BadSample("not downloaded", f"status {status!r}: {sample.metadata.get('error_message')}")
+        if not sample.captions:
+            raise BadSample("no caption", f"key {sample.key!r} has neither text nor captions")
+        metadata = {
+            name: value
+            for name, value in sample.metadata.items()
+            if name not in ("caption", "captions") and not name.startswith("captions_")
+        }
+        return Pair(
+            key=self._keys[number],
+            image=sample.image,
+            captions=sample.captions,
+            metadata=metadata,
+            arrays=sample.arrays,
+        )
+
+    def fingerprint(self) -> str:
+        """Keys and sizes, from the indexes of the shards, and what is selected of them."""
+        content = shards_fingerprint(self._shards)
+        return content if self._selection is None else fingerprint_of(content, self._selection.fingerprint)
+
+    def describe(self) -> dict[str, Any]:
+        """The shards by address."""
+        lineage = {} if self._selection is None else {"selection": list(self._selection.lineage)}
+        return {"kind": "shards", "shards": self._shards} | lineage
+
+
+def holds_samples(tar: Path) -> bool:
+    """Whether a tar, plain or compressed, whole or cut short, holds samples.
+
+    Of a compressed one only the beginning is looked at: the rest takes as long as unpacking it.
+    """
+    try:
+        with tar.open("rb") as file:
+            is_compressed = file.read(len(_GZIP_BEGINS)) == _GZIP_BEGINS
+            entries, _ = read_entries(BytesIO(_inflated_beginning(tar)) if is_compressed else file, str(tar))
+    except VlmError:
+        return False
+    return looks_like_shard([entry.name for entry in entries])
+
+
+def _inflated_beginning(tar: Path) -> bytes:
+    with tar.open("rb") as file:
+        pieces = Inflater(str(tar)).feed(file.read(_LOOKED_AT_BYTES))
+        return b"".join(islice(pieces, _PIECES_LOOKED_AT))
+
+
+def looks_like_shard(names: Sequence[str]) -> bool:
+    """Whether files of a tar are samples: some picture has its text or JSON beside it, under the same name."""
+    told = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
+    pictures = (name for name in names if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES)
+    return any(name.rpartition(".")[0] in told for name in pictures)

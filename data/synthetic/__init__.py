@@ -1,0 +1,1 @@
+"""The synthetic shapes dataset: drawn scenes with captions in four languages."""

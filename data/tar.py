@@ -1,0 +1,573 @@
+"""Reading the headers of a plain tar that nobody vouches for: whole, damaged, or made to do harm.
+
+The per-shard index: where each sample's members lie in a plain tar, built on first read and cached.
+
+Samples out of one tar, by number.
+
+A tar copied member by member, with arrays put beside its samples.
+"""
+
+import io
+import json
+import math
+import os
+import stat
+import tarfile
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+
+from vlm.data.samples import Sample, captions_of
+from vlm.data.shard_cache import ShardCache, default_cache
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.files import fingerprint_of, replacing
+from vlm.storage.remote import Identity, identity_of, read_small
+from vlm.storage.urls import base_name, is_remote, local_path, needs_cache, neighbour
+
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_SIZE = 1 << 62
+
+
+class _Guarded:
+    """A file that refuses reads no honest header asks for: tarfile takes the size of an extended header at its word."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {size:,} bytes")
+        return self._file.read(size)
+
+
+def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], str]:
+    """The regular files of a plain tar, and why it ends early, or an empty string.
+
+    Links, devices, folders and sparse files are left out. Names are only names: they may hold `..` or begin with `/`,
+    and what is no UTF-8 in them is written out as `\\udcXX`. The last file may reach beyond the end of the tar.
+
+    Raises:
+        UsageError: it is compressed.
+        VlmError: not even its first header can be read.
+    """
+    if file.read(2) == b"\x1f\x8b":
+        raise UsageError(f"{address} is compressed; rename it to end in .tar.gz, or unpack it with gunzip.")
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    entries: list[tarfile.TarInfo] = []
+    try:
+        with tarfile.open(fileobj=cast(BinaryIO, _Guarded(file)), mode="r:") as tar:
+            damage = _collect(tar, entries, end) or _missing_end(file, tar.offset)
+    except Exception as error:  # on garbage tarfile raises whatever its parsing stumbles over
+        why = " ".join(str(error).split()) or type(error).__name__
+        if not entries:
+            raise VlmError(f"{address} is not a tar, or is damaged from the start: {why}.") from error
+        last = entries[-1]
+        damage = f"{why} after byte {last.offset_data:,} ({last.name})"
+    return entries, damage
+
+
+def _collect(tar: tarfile.TarFile, entries: list[tarfile.TarInfo], end: int) -> str:
+    """Append the regular files one by one; why it stops before the end, or empty."""
+    before = -1
+    for entry in tar:
+        if entry.size < 0:  # would send tarfile backwards, for ever
+            return f"a negative size at byte {entry.offset:,}"
+        if entry.size > _MAX_SIZE:
+            return f"an absurd size, {entry.size:,}, at byte {entry.offset:,}"
+        if entry.offset_data <= before:
+            return f"a header at byte {entry.offset:,} that leads back"
+        before = entry.offset_data
+        if not entry.isreg() or entry.issparse():
+            continue
+        entry.name = entry.name.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
+        entries.append(entry)
+        if entry.offset_data + entry.size > end:
+            return f"cut short at byte {end:,}, inside {entry.name}"
+    return ""
+
+
+def _missing_end(file: BinaryIO, offset: int) -> str:
+    """Why reading stopped at `offset`; empty at the block of zeros that closes a whole tar.
+
+    tarfile itself takes a cut between two members, or an unreadable header, for the end.
+    """
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block == bytes(tarfile.BLOCKSIZE):
+        return ""
+    is_cut = len(block) < tarfile.BLOCKSIZE
+    return f"cut short at byte {offset:,}, without its end mark" if is_cut else f"unreadable header at byte {offset:,}"
+
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif"})
+_ARRAY = ".npy"
+_FORMAT = "6"
+_MAX_INDEX_BYTES = 256 << 20
+_ROLES = ("image", "text", "json")
+_ROLE_OF = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "text", "json": "json"}
+_ARRAYS = pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        *((f"{role}_{what}", pa.int64()) for role in _ROLES for what in ("offset", "size")),
+        ("arrays", _ARRAYS),
+    ]
+)
+
+
+class Span(NamedTuple):
+    """A byte range of the tar."""
+
+    offset: int
+    size: int
+
+
+class Member(NamedTuple):
+    """One sample of a tar: its key and where its parts lie; None for a part it lacks.
+
+    arrays: the stored arrays (`key.NAME.npy`) by name.
+    """
+
+    key: str
+    image: Span | None
+    text: Span | None
+    json: Span | None
+    arrays: dict[str, Span]
+
+
+class TarIndex:
+    """The samples of one tar in file order; about 60 bytes each, memory-mapped.
+
+    A sample is a run of consecutive members sharing the name up to the first dot of the base name
+    (the WebDataset convention); a member that the run has already begins another sample, of the same key. Of pictures
+    under several extensions the first is the sample's. damage: why the tar ends early, or empty. fingerprint: of the
+    keys and the sizes of all parts; moving or renaming the tar does not change it.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        described = table.schema.metadata or {}
+        self.damage = described.get(b"damage", b"").decode()
+        self.fingerprint = described[b"fingerprint"].decode()
+        self._arrays = table.column("arrays")
+        self._has_arrays = any(len(chunk.flatten()) for chunk in self._arrays.chunks)
+        self._keys = table.column("key")
+        self._spans = {
+            role: (
+                table.column(f"{role}_offset").to_numpy(zero_copy_only=False),
+                table.column(f"{role}_size").to_numpy(zero_copy_only=False),
+            )
+            for role in _ROLES
+        }
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, number: int) -> Member:
+        spans: list[Span | None] = []
+        for offsets, sizes in self._spans.values():
+            size = sizes.item(number)
+            spans.append(Span(offsets.item(number), size) if size >= 0 else None)
+        arrays: dict[str, Span] = {}
+        if self._has_arrays:
+            stored = map(dict.values, self._arrays[number].as_py())
+            arrays = {name: Span(offset, size) for name, offset, size in stored}
+        image, text, json = spans
+        return Member(self._keys[number].as_py(), image, text, json, arrays)
+
+    def sample_keys(self) -> list[str]:
+        """The keys of all samples."""
+        return self._keys.to_pylist()
+
+    def image_bytes(self) -> int:
+        """Sum of the picture sizes, in bytes."""
+        sizes = self._spans["image"][1]
+        return int(sizes[sizes > 0].sum())
+
+
+def open_index(address: str, cache: ShardCache | None = None) -> TarIndex:
+    """The index of a tar: from its cache if that still fits the tar, else scanned and cached.
+
+    The cache lies beside the tar where its folder may be written, else under `~/.cache/vlm`. For a remote tar an index
+    that lies beside it there is taken if it was made of a tar of the same size; else the tar is fetched and scanned.
+    cache: where remote and compressed tars are kept; the default one if not given.
+
+    Raises:
+        UsageError: there is no such tar, or it is compressed without saying so by its name.
+        VlmError: nothing in it can be read, or it cannot be fetched.
+    """
+    address = local_path(address)
+    return _open_version(address, identity_of(address, cache.patience if cache else None), cache)
+
+
+@lru_cache(maxsize=256)
+def _open_version(address: str, identity: Identity, cache: ShardCache | None) -> TarIndex:
+    stamp = f"{_FORMAT}/{identity.token}".encode()
+    for path in _cache_paths(address, stamp):
+        table = _read_cache(path, stamp)
+        if table is not None:
+            return TarIndex(table)
+    table = _beside_remote(address, identity, stamp, cache) if is_remote(address) else None
+    table = table or _scan(address, identity, stamp, cache)
+    for path in _cache_paths(address, stamp):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+            break
+        except OSError:
+            continue
+    return TarIndex(table)
+
+
+def _cache_paths(address: str, stamp: bytes) -> list[Path]:
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    central = base / "vlm" / "shard-index" / f"{fingerprint_of(address, stamp)}.arrow"
+    if is_remote(address):
+        return [central]
+    path = Path(address).absolute()
+    # the mode is asked, not os.access: root may write into folders that are meant to be read-only
+    is_writable = path.parent.stat().st_mode & stat.S_IWUSR and os.access(path.parent, os.W_OK)
+    return [path.parent / _index_name(path.name), central] if is_writable else [central]
+
+
+def _index_name(name: str) -> str:
+    return f".{name}.vlm-index"
+
+
+def _read_cache(cache: Path, stamp: bytes) -> pa.Table | None:
+    if not cache.is_file():
+        return None
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
+    except (pa.ArrowInvalid, OSError):
+        return None
+    return table if (table.schema.metadata or {}).get(b"identity") == stamp else None
+
+
+def _beside_remote(address: str, identity: Identity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
+    """The index that lies beside a remote tar, if it is whole and of a tar of this size."""
+    beside = neighbour(address, _index_name(base_name(address)))
+    data = read_small(beside, max_bytes=_MAX_INDEX_BYTES, patience=cache.patience if cache else None)
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    facts = table.schema.metadata or {}
+    is_ours = facts.get(b"format") == _FORMAT.encode() and b"fingerprint" in facts
+    has_columns = table.schema.remove_metadata() == _SCHEMA and not any(column.null_count for column in table.columns)
+    if not is_ours or not has_columns or facts.get(b"tar_size") != str(identity.size).encode():
+        return None
+    return table.replace_schema_metadata({**facts, b"identity": stamp})
+
+
+def _scan(address: str, identity: Identity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
+    rows: list[_Row] = []
+    with _open_plain(address, identity, cache) as file:
+        entries, damage = read_entries(file, address)
+    if needs_cache(address):
+        damage = (cache or default_cache()).damage(address, identity) or damage
+    for entry in entries:
+        _place(rows, entry)
+    table = _table(rows)
+    facts = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
+    return table.replace_schema_metadata({**facts, "fingerprint": _content_fingerprint(table)})
+
+
+def _open_plain(address: str, identity: Identity, cache: ShardCache | None) -> BinaryIO:
+    if not needs_cache(address):
+        return open(address, "rb")
+    while True:
+        try:
+            return (cache or default_cache()).local_path(address, identity).open("rb")
+        except FileNotFoundError:  # made room for another in between
+            continue
+
+
+@dataclass
+class _Row:
+    key: str
+    parts: dict[str, Span] = field(default_factory=dict)
+    arrays: dict[str, Span] = field(default_factory=dict)
+    extensions: set[str] = field(default_factory=set)
+
+
+def _table(rows: list[_Row]) -> pa.Table:
+    columns: dict[str, Any] = {"key": pa.array([row.key for row in rows], pa.string())}
+    absent = Span(-1, -1)
+    for role in _ROLES:
+        spans = [row.parts.get(role, absent) for row in rows]
+        columns[f"{role}_offset"] = pa.array([span.offset for span in spans], pa.int64())
+        columns[f"{role}_size"] = pa.array([span.size for span in spans], pa.int64())
+    arrays = [[(name, *span) for name, span in row.arrays.items()] for row in rows]
+    columns["arrays"] = pa.array(arrays, _ARRAYS)
+    return pa.table(columns, _SCHEMA)
+
+
+def _content_fingerprint(table: pa.Table) -> str:
+    sizes = [table.column(f"{role}_size").to_numpy().astype("<i8").tobytes() for role in _ROLES]
+    arrays = [
+        f"{number}/{name}/{size}"
+        for number, row in enumerate(table.column("arrays").to_pylist())
+        for name, _, size in map(dict.values, row)
+    ]
+    return fingerprint_of("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
+
+
+def _place(rows: list[_Row], entry: tarfile.TarInfo) -> None:
+    folder, _, name = entry.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    extension = extension.lower()
+    if not stem or not extension:
+        return
+    role = _ROLE_OF.get(extension)
+    key = f"{folder}/{stem}" if folder else stem
+    if not rows or rows[-1].key != key or extension in rows[-1].extensions:
+        rows.append(_Row(key))
+    row, span = rows[-1], Span(entry.offset_data, entry.size)
+    if role:
+        row.parts.setdefault(role, span)
+    elif extension.endswith(_ARRAY):
+        row.arrays[extension.removesuffix(_ARRAY)] = span
+    else:
+        return
+    row.extensions.add(extension)
+
+
+_NOTHING = Span(0, 0)
+_GAP_BYTES = 16_384
+_TRIES = 100
+
+
+class ShardReader:
+    """One tar: its index, and samples by number in any order.
+
+    cache: where a remote or compressed tar is kept; the default one if not given.
+    """
+
+    def __init__(self, address: str, cache: ShardCache | None = None) -> None:
+        self.address = address
+        self.index: TarIndex = open_index(address, cache)
+        path = local_path(address)
+        is_cached = needs_cache(path)
+        self._bytes: _Bytes = _CachedBytes(path, cache or default_cache()) if is_cached else _LocalBytes(path)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._bytes.close()
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Key of a sample and where its first part begins, in bytes from the start of the plain tar."""
+        member = self.index[number]
+        spans = [span for span in (member.image, member.text, member.json, *member.arrays.values()) if span]
+        return member.key, min((span.offset for span in spans), default=0)
+
+    def read(self, number: int, *, arrays: tuple[str, ...] = ()) -> Sample:
+        """Sample `number` of this tar, with its arrays (`key.NAME.npy`) of these names.
+
+        Raises:
+            BadSample: it has no picture, lacks an array, is cut short, or its JSON or an array cannot be read.
+            VlmError: a shard that made room in the cache cannot be fetched again.
+        """
+        member = self.index[number]
+        if member.image is None:
+            raise BadSample("no picture", f"key {member.key!r} has no jpg, jpeg, png, webp, avif or gif")
+        for name in arrays:
+            if name not in member.arrays:
+                raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
+        spans = [member.image, member.text or _NOTHING, member.json or _NOTHING]
+        image, text, content, *stored = self._bytes.read(spans + [member.arrays[name] for name in arrays])
+        metadata = _json_object(content) if member.json else {}
+        return Sample(
+            key=member.key,
+            image=image,
+            captions=captions_of(text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace"), metadata),
+            metadata=metadata,
+            arrays={name: _array(data, f"{member.key}.{name}.npy") for name, data in zip(arrays, stored, strict=True)},
+        )
+
+
+@runtime_checkable
+class _Bytes(Protocol):
+    """The content of a tar by position."""
+
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of each span; raises BadSample where the tar is too short."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+class _LocalBytes:
+    """A tar that is read where it lies, and kept open."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
+        self._end = os.fstat(self._descriptor).st_size
+
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        return _read_spans(self._descriptor, spans, self._path, end=self._end)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _CachedBytes:
+    """A tar in the cache: opened for each sample, so that it takes no space once it made room for another."""
+
+    def __init__(self, address: str, cache: ShardCache) -> None:
+        self._address, self._cache, self._identity = address, cache, identity_of(address, cache.patience)
+
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        for _ in range(_TRIES):
+            try:
+                descriptor = os.open(self._cache.local_path(self._address, self._identity), os.O_RDONLY)
+            except FileNotFoundError:  # made room for another just now
+                continue
+            try:
+                return _read_spans(descriptor, spans, self._address, end=os.fstat(descriptor).st_size)
+            finally:
+                os.close(descriptor)
+        raise VlmError(
+            f"{self._address} left the cache at {self._cache.folder} {_TRIES} times before it could be read: too many "
+            f"shards are read at once for its {self._cache.max_bytes:,} bytes; allow more by VLM_CACHE_GB."
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _read_spans(descriptor: int, spans: Sequence[Span], address: str, *, end: int) -> list[bytes]:
+    first, last, wanted = end, 0, 0
+    for offset, size in spans:
+        if not size:
+            continue
+        stop = offset + size
+        if offset < 0 or size < 0 or stop > end:  # asked first: a header may promise more than there is memory
+            raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {address}, which ends at {end:,}")
+        first, last, wanted = offset if offset < first else first, stop if stop > last else last, wanted + size
+    if last - first - wanted > _GAP_BYTES:
+        return [_read_span(descriptor, span, address) for span in spans]
+    together = _read_span(descriptor, Span(first, max(last - first, 0)), address)
+    return [together[offset - first : offset - first + size] for offset, size in spans]
+
+
+def _read_span(descriptor: int, span: Span, address: str) -> bytes:
+    data = os.pread(descriptor, span.size, span.offset)
+    if len(data) != span.size:
+        raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {address}, {len(data):,} are there")
+    return data
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+        if b"\\u" in data:  # half a surrogate pair is JSON, but no text
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable json", str(error)) from error
+    if not isinstance(value, dict):
+        raise BadSample("unreadable json", f"an object was expected, found {type(value).__name__}")
+    return value
+
+
+def _array(data: bytes, name: str) -> np.ndarray:
+    """An array from the bytes of an .npy file; its header is checked before any memory is taken."""
+    try:
+        file = io.BytesIO(data)
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+        shape, is_fortran, dtype = read_header(file)
+        rest = memoryview(data)[file.tell() :]
+        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(rest):
+            raise ValueError(f"{dtype} of shape {shape} in {len(rest):,} bytes")
+        return np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C").copy()
+    except Exception as error:  # numpy evaluates the header, and raises whatever that stumbles over
+        raise BadSample("unreadable array", f"{name}: {error}") from error
+
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def copy_with_arrays(address: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
+    """Write the tar at `address` anew, with `KEY.NAME.npy` after the last part of each sample.
+
+    Names, contents and order of the regular files stay; times, owners, links and folders are left out, so the same
+    arrays give the same bytes. A stored array that the sample had under the same name is replaced. Of a tar cut short,
+    the file that is cut is left out.
+
+    Args:
+        arrays: those of each sample in the order of the index, by name; empty for a sample that gets none.
+        cache: where remote and compressed tars are kept; the default one if not given.
+    """
+    index = open_index(address, cache)
+    members = [index[number] for number in range(len(index))]
+    sample_at = {offset: number for number, member in enumerate(members) for offset in _offsets(member)}
+    number, added = -1, Arrays()
+    with _open_for_copy(address, cache) as file, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        end = file.seek(0, os.SEEK_END)
+        for entry in read_entries(file, address)[0]:
+            if entry.offset_data + entry.size > end:
+                break
+            here = sample_at.get(entry.offset_data, -1)  # -1: no part of a sample, as the index sees it
+            while number < here:
+                number, added = number + 1, next(arrays)
+            if here < 0 or not _is_replaced(entry, members[here], added):
+                file.seek(entry.offset_data)
+                tar.addfile(_entry(entry.name, entry.size), file)
+            if here >= 0 and entry.offset_data == max(_offsets(members[here])):
+                for name in sorted(added):
+                    data = _array_file(added[name])
+                    tar.addfile(_entry(f"{members[here].key}.{name}.npy", len(data)), io.BytesIO(data))
+        for _ in arrays:  # of samples without any part that is known
+            pass
+
+
+def _offsets(member: Member) -> list[int]:
+    spans = (member.image, member.text, member.json, *member.arrays.values())
+    return [span.offset for span in spans if span is not None]
+
+
+def _is_replaced(entry: tarfile.TarInfo, member: Member, added: Arrays) -> bool:
+    return any(span.offset == entry.offset_data for name, span in member.arrays.items() if name in added)
+
+
+def _entry(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    return entry
+
+
+def _array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _open_for_copy(address: str, cache: ShardCache | None) -> BinaryIO:
+    if not needs_cache(address):
+        return open(local_path(address), "rb")
+    cache = cache or default_cache()
+    while True:
+        try:
+            return cache.local_path(address, identity_of(address, cache.patience)).open("rb")
+        except FileNotFoundError:  # made room for another in between
+            continue

@@ -1,0 +1,313 @@
+"""A picture as a model sees it: the random view of training and the fixed view of everything else.
+
+Small crops of a picture beside its view, for objectives that hold parts against the whole.
+
+Picture files given by a person, as a model sees them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from math import ceil, exp, log, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm.data.decode import EncodedPicture, open_picture, reduction, to_rgb
+from vlm.data.samples import Chance
+from vlm.errors import BadSample, UsageError
+from vlm.tensors import Array, Tensor, UInt8
+
+# OpenAI CLIP's channel statistics, which open_clip keeps as its default
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedView:
+    """Resize and crop without chance, pixel for pixel as open_clip's evaluation transform does.
+
+    size: pixels of the square. mean, std: of the channels in [0, 1], applied on the device.
+    resize_mode: shortest (then centre crop), squash, or longest (then pad with fill_color).
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def from_preprocess(cls, values: dict[str, Any]) -> "FixedView":
+        """From the `preprocess_cfg` of an open_clip model folder."""
+        known = {field.name for field in fields(cls)}
+        kept: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
+        }
+        if isinstance(kept.get("size"), tuple):
+            height, width = kept["size"]
+            if height != width:
+                raise UsageError(f"The model wants {height}×{width} pictures; only square ones are supported.")
+            kept["size"] = height
+        return cls(**kept)
+
+    def to_preprocess(self) -> dict[str, Any]:
+        """As the `preprocess_cfg` of an open_clip model folder."""
+        return asdict(self) | {"mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
+
+    def __call__(self, image: bytes) -> np.ndarray:
+        """Encoded picture to uint8 [3, size, size].
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        picture = to_rgb(open_picture(image))
+        return _channels_first(self._fit(picture))
+
+    def _fit(self, picture: Image.Image) -> Image.Image:
+        size, resample = self.size, _FILTERS[self.interpolation]
+        if self.resize_mode == "squash":
+            return picture.resize((size, size), resample)
+        width, height = picture.size
+        if self.resize_mode == "longest":
+            ratio = max(width, height) / size
+            small = picture.resize((max(round(width / ratio), 1), max(round(height / ratio), 1)), resample)
+            square = Image.new("RGB", (size, size), (self.fill_color,) * 3)
+            square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+            return square
+        if width <= height:
+            new_width, new_height = size, int(size * height / width)
+        else:
+            new_width, new_height = int(size * width / height), size
+        if (new_width, new_height) != picture.size:
+            picture = picture.resize((new_width, new_height), resample)
+        left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+        return picture.crop((left, top, left + size, top + size))
+
+
+class Crop(NamedTuple):
+    """A piece of an upright picture, in its pixels, and whether it is shown mirrored."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    is_mirrored: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomView:
+    """A random crop, resized (Inception's RandomResizedCrop), decoded no larger than it needs.
+
+    scale: range of the crop's share of the area. ratio: range of its width / height.
+    flip: probability of mirroring. interpolation: bicubic or bilinear, both antialiased.
+
+    Raises:
+        UsageError: size is below 1.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"size = {self.size} pixels show nothing; give 1 or more.")
+
+    def __call__(self, image: bytes, rng: Chance) -> UInt8[Array, "3 S S"]:
+        """Encoded picture to its view; the channels of a pixel lie side by side in memory (as of `show`).
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        picture = EncodedPicture(image)
+        return self.show(picture, self.draw(picture.width, picture.height, rng))
+
+    def draw(self, width: int, height: int, rng: Chance) -> Crop:
+        """The crop of an upright picture of this size; the middle, as large as the ratio allows, after ten misses.
+
+        What is drawn from the generator depends on the size alone, not on how the picture is decoded.
+        """
+        is_mirrored = rng.random() < self.flip
+        if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
+            return self._on_grid(0, 0, width, height, is_mirrored)
+        random, pixels, (low, span), (least, most) = rng.random, width * height, self._log_ratio, self.scale
+        for _ in range(10):
+            share, shape, across, down = random(), random(), random(), random()
+            area = pixels * (least + share * (most - least))
+            aspect = exp(low + shape * span)
+            crop_width, crop_height = round(sqrt(area * aspect)), round(sqrt(area / aspect))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
+                return self._on_grid(left, top, crop_width, crop_height, is_mirrored)
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return self._on_grid(left, top, crop_width, crop_height, is_mirrored)
+
+    @cached_property
+    def _log_ratio(self) -> tuple[float, float]:
+        return log(self.ratio[0]), log(self.ratio[1]) - log(self.ratio[0])
+
+    def _on_grid(self, left: int, top: int, width: int, height: int, is_mirrored: bool) -> Crop:
+        """The crop with its edges on whole pixels of the reduced JPEG, for every kind of picture.
+
+        Otherwise a reduced picture would be shown shifted by part of a pixel against the same one decoded whole.
+        """
+        step = reduction(self.size / min(width, height))
+        if step == 1:
+            return Crop(left, top, width, height, is_mirrored)
+        return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_mirrored)
+
+    def show(self, picture: EncodedPicture, crop: Crop) -> UInt8[Array, "3 S S"]:
+        """Decode a picture and resize its crop; the channels of a pixel lie side by side in memory.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        shown = np.empty((self.size, self.size, 3), np.uint8)
+        self.cut(picture, picture.pixels(resolution=self.resolution(crop)), crop, out=shown)
+        return shown.transpose(2, 0, 1)
+
+    def resolution(self, crop: Crop) -> float:
+        """Share of the picture's width and height at which its crop still fills the view."""
+        return min(1.0, self.size / min(crop.width, crop.height))
+
+    def cut(
+        self, picture: EncodedPicture, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "S S 3"]
+    ) -> None:
+        """Write the resized crop of the picture's pixels, whole or reduced, to `out`."""
+        step = picture.step_of(pixels)
+        if picture.orientation != 1 and any(overhang := picture.overhang(step)):
+            self._cut_between_pixels(pixels, crop, step, overhang, out=out)
+        else:
+            rows = slice(crop.top // step, max((crop.top + crop.height) // step, 1))
+            columns = slice(crop.left // step, max((crop.left + crop.width) // step, 1))
+            resize_antialiased(pixels[rows, columns], out, interpolation=self.interpolation)
+        if crop.is_mirrored:
+            out[:] = out[:, ::-1]
+
+    def _cut_between_pixels(
+        self,
+        pixels: UInt8[Array, "H W 3"],
+        crop: Crop,
+        step: int,
+        overhang: tuple[int, int],
+        *,
+        out: UInt8[Array, "S S 3"],
+    ) -> None:
+        """As `cut` where the reduced pixels do not begin at the picture's corner; torch cuts at whole ones only."""
+        left, right = _reduced_edges(crop.left, crop.width, overhang[0], step, pixels.shape[1])
+        top, bottom = _reduced_edges(crop.top, crop.height, overhang[1], step, pixels.shape[0])
+        first_row, first_column = int(top), int(left)
+        piece = Image.fromarray(np.ascontiguousarray(pixels[first_row : ceil(bottom), first_column : ceil(right)]))
+        box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
+        out[:] = piece.resize((self.size, self.size), _FILTERS[self.interpolation], box=box)
+
+
+def _reduced_edges(first: int, length: int, overhang: int, step: int, most: int) -> tuple[float, float]:
+    """Where a stretch of a picture lies among its reduced pixels."""
+    return (first + overhang) / step, min((first + length + overhang) / step, most)
+
+
+def resize_antialiased(
+    pixels: UInt8[Array, "H W 3"], out: UInt8[Array, "height width 3"], *, interpolation: str
+) -> None:
+    """Resize to the size of `out` by torch's antialiased filter: Pillow's results within two levels, in a fifth of its
+    time.
+    """
+    if min(pixels.strides) < 0:  # a turned picture; torch has no negative strides
+        pixels = np.ascontiguousarray(pixels)
+    # what F.interpolate calls, but it has no `out`, and a view that is copied later has left the processor's cache
+    _RESIZE[interpolation](_batch_of_one(pixels), out.shape[:2], False, out=_batch_of_one(out))
+
+
+_RESIZE = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+
+
+def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
+    # torch sees channels last, for which it has its fastest filter; numpy turns axes in half of torch's time
+    return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
+
+
+def _channels_first(picture: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+LOCAL_SCALE = (0.05, 0.4)
+"""Range of a crop's share of the area, as in the multi-crop of DINO (Caron et al. 2021)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalViews:
+    """So many crops of a picture, each drawn as `view` says."""
+
+    number: int
+    view: RandomView
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise UsageError(f"{self.number} local crops: give 1 or more, or none at all.")
+
+    @classmethod
+    def beside(
+        cls, view: RandomView, *, number: int, size: int = 0, scale: tuple[float, float] = LOCAL_SCALE
+    ) -> "LocalViews":
+        """Crops that go with a view, mirrored as often and resized alike. size: of their side; 0 is half the view's."""
+        return cls(number=number, view=replace(view, size=size or max(view.size // 2, 1), scale=scale))
+
+    def draw(self, width: int, height: int, rng: Chance) -> list[Crop]:
+        """The crops of an upright picture of this size."""
+        return [self.view.draw(width, height, rng) for _ in range(self.number)]
+
+    def show(
+        self,
+        picture: EncodedPicture,
+        crops: Sequence[Crop],
+        decoded: UInt8[Array, "H W 3"],
+        *,
+        out: UInt8[Array, "V h w 3"],
+    ) -> None:
+        """Write the resized crops to `out`.
+
+        decoded: the picture as its view needed it, which serves unless the crops need it finer; then it is decoded a
+        second time.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        resolution = max(self.view.resolution(crop) for crop in crops)
+        if picture.step_of(decoded) > reduction(resolution):
+            decoded = picture.pixels(resolution=resolution)
+        for row, crop in zip(out, crops, strict=True):
+            self.view.cut(picture, decoded, crop, out=row)
+
+
+def view_files(paths: Sequence[Path], view: FixedView) -> UInt8[Tensor, "B 3 H W"]:
+    """Read, decode and fit each file.
+
+    Raises:
+        UsageError: none is given, or one does not exist or is no picture.
+    """
+    if not paths:
+        raise UsageError("No picture was given.")
+    views: list[np.ndarray] = []
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"There is no picture {str(path)!r}.")
+        try:
+            views.append(view(path.read_bytes()))
+        except BadSample as error:
+            raise UsageError(f"{path} cannot be used: {error}") from error
+    return torch.from_numpy(np.stack(views))

@@ -1,0 +1,1 @@
+"""FAISS and nothing else: index types, their parameters, searching, GPU copies."""

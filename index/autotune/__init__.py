@@ -1,0 +1,1 @@
+"""From a target of recall, latency and memory to the index type that meets it, measured."""

@@ -1,0 +1,1 @@
+"""Embeddings and indexes of other tools, read and written."""

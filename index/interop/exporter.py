@@ -1,0 +1,281 @@
+"""The rows of an index as a Parquet table for other tools, with or without their vectors.
+
+The living rows of one generation of an index for other tools: npy, FAISS, Parquet, clip-retrieval's folders.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm.console import say
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of, json_text, new_folder, refuse_existing, replacing
+from vlm.index.ann.faiss_search import to_float32
+from vlm.index.ann.index_type import Tuning, load_faiss
+from vlm.index.ann.index_types import choose_kind
+from vlm.index.catalog import Catalogue, Entry
+from vlm.index.embeddings import unit_rows
+from vlm.index.filters import parse_where
+from vlm.index.interop.import_sources import EMBEDDING, ORIGIN, TABLE_FOLDER, VECTOR_FOLDERS
+from vlm.index.interop.importer import EXPORT
+from vlm.index.layout import SEGMENTS
+from vlm.index.reader import Generation, open_generation
+from vlm.index.segments import Selected, write_segment
+from vlm.manifest import Manifest, record_file, write_manifest
+from vlm.tensors import Array, Float, Int64
+
+Precision = Literal["float16", "float32"]
+
+_ROWS_AT_ONCE = 8192
+_TYPES = {
+    "shard": pa.dictionary(pa.int32(), pa.string()),
+    "number": pa.int64(),
+    "image_offset": pa.int64(),
+    "image_size": pa.int64(),
+    "caption_number": pa.int32(),
+}
+# what clip-retrieval's own back end shows of a row
+_SHOWN = ("image_path", "caption", "url")
+
+
+def write_rows(
+    path: Path,
+    catalogue: Catalogue,
+    selected: Iterable[Selected],
+    *,
+    precision: Precision | None = None,
+    for_clip_retrieval: bool = False,
+) -> None:
+    """Write a row for each that is selected, in their order, atomically.
+
+    Columns are those of `Origin`, captions and metadata as JSON; with `precision` also `embedding`, the unit vector;
+    for clip-retrieval also `image_path`, `caption` and `url`.
+    """
+    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in ORIGIN])
+    for name in _SHOWN if for_clip_retrieval else ():
+        schema = schema.append(pa.field(name, pa.string()))
+    if precision is not None:
+        schema = schema.append(pa.field(EMBEDDING, pa.list_(pa.float16() if precision == "float16" else pa.float32())))
+    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for rows, stored in stored_rows(selected):
+            entries = catalogue.entries(rows.tolist())
+            columns: dict[str, Any] = {name: [_value(entry, name) for entry in entries] for name in ORIGIN}
+            if for_clip_retrieval:
+                columns |= {name: [_shown(entry, name) for entry in entries] for name in _SHOWN}
+            if precision is not None:
+                columns[EMBEDDING] = _lists(as_asked(stored, precision))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def stored_rows(selected: Iterable[Selected]) -> Iterator[tuple[Int64[Array, " N"], Float[Array, "N D"]]]:
+    """The catalogue's rows and the vectors as they are stored, float16, block by block."""
+    for one in selected:
+        rows = one.rows()
+        for first in range(0, one.count, _ROWS_AT_ONCE):
+            places = slice(first, first + _ROWS_AT_ONCE)
+            yield rows[places], one.segment.vectors.stored[one.positions[places]]
+
+
+def as_asked(stored: Float[Array, "N D"], precision: Precision) -> Float[Array, "N D"]:
+    """Stored vectors as they are, or as float32 of exactly unit length."""
+    return unit_rows(to_float32(stored)) if precision == "float32" else np.asarray(stored)
+
+
+def _value(entry: Entry, name: str) -> Any:
+    value = getattr(entry, name)
+    return json_text(value) if name in ("captions", "metadata") else value
+
+
+def _shown(entry: Entry, name: str) -> str | None:
+    if name == "caption":
+        return next((text for texts in entry.captions.values() for text in texts), None)
+    value = entry.metadata.get(name, entry.key if name == "image_path" else None)
+    return None if value is None else str(value)
+
+
+def _lists(vectors: Float[Array, "N D"]) -> pa.ListArray:
+    offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)))
+
+
+Target = Literal["npy", "clip-retrieval", "faiss", "parquet"]
+
+FAISS_FILE, MATRIX, TABLE, WITH_VECTORS = "index.faiss", "embeddings.npy", "metadata.parquet", "embeddings.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What was written, and of which generation. faiss_kind: of the FAISS file, empty where there is none."""
+
+    folder: str
+    to: Target
+    generation: int
+    rows: int
+    dimension: int
+    precision: Precision
+    faiss_kind: str
+    files: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """The rows to export, segment by segment."""
+
+    generation: Generation
+    selected: Sequence[Selected]
+    precision: Precision
+
+    @property
+    def rows(self) -> int:
+        return sum(one.count for one in self.selected)
+
+    @property
+    def dimension(self) -> int:
+        return self.generation.details.space.dimension
+
+
+def export_index(
+    index: Path, out: Path, *, to: Target, where: str = "", precision: Precision | None = None
+) -> ExportSummary:
+    """Write the living rows of the newest generation, or those a filter chooses, into the folder `out`, whole or not.
+
+    Row i of the vectors, or id i of the FAISS file, is row i of the Parquet table.
+
+    Args:
+        precision: of the vectors; left out, float16 as they are stored, and float32 for Parquet, which few tools read
+            with float16. A FAISS file has its own.
+
+    Raises:
+        UsageError: no row is chosen, the filter is malformed, `out` is there, or `index` is no index.
+        VlmError: the index is damaged. OSError: the disk is full or cannot be written.
+    """
+    started = time.perf_counter()
+    refuse_existing(out)
+    generation = open_generation(index)
+    try:
+        chosen = _choose(generation, where, precision or ("float32" if to == "parquet" else "float16"))
+        with new_folder(out) as folder:
+            kind = _WRITERS[to](folder, chosen)
+            files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+            _write_manifest(folder, chosen, to, where, files)
+            num_bytes = sum((folder / name).stat().st_size for name in files)
+    finally:
+        generation.catalogue.close()
+    return ExportSummary(
+        folder=str(out),
+        to=to,
+        generation=generation.number,
+        rows=chosen.rows,
+        dimension=chosen.dimension,
+        precision=chosen.precision,
+        faiss_kind=kind,
+        files=tuple(files),
+        bytes=num_bytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _choose(generation: Generation, where: str, precision: Precision) -> _Chosen:
+    selected = generation.selected
+    if where:
+        rows = generation.catalogue.where(parse_where(where))
+        selected = tuple(one.among(rows) for one in selected)
+    chosen = _Chosen(generation=generation, selected=[one for one in selected if one.count], precision=precision)
+    if not chosen.rows:
+        why = f"the filter {where!r} chooses none" if where else "it is empty"
+        raise UsageError(f"{generation.folder} has no row to export: {why}.")
+    return chosen
+
+
+def _write_npy(folder: Path, chosen: _Chosen) -> str:
+    _write_matrix(folder / MATRIX, chosen)
+    write_rows(folder / TABLE, chosen.generation.catalogue, chosen.selected)
+    return ""
+
+
+def _write_clip_retrieval(folder: Path, chosen: _Chosen) -> str:
+    """One numbered part, as clip-retrieval's inference leaves it."""
+    name = VECTOR_FOLDERS[chosen.generation.details.space.modality]
+    for inside in (name, TABLE_FOLDER):
+        (folder / inside).mkdir()
+    _write_matrix(folder / name / f"{name}_0.npy", chosen)
+    table = folder / TABLE_FOLDER / f"{TABLE_FOLDER}_0.parquet"
+    write_rows(table, chosen.generation.catalogue, chosen.selected, for_clip_retrieval=True)
+    return ""
+
+
+def _write_parquet(folder: Path, chosen: _Chosen) -> str:
+    catalogue = chosen.generation.catalogue
+    write_rows(folder / WITH_VECTORS, catalogue, chosen.selected, precision=chosen.precision)
+    return ""
+
+
+def _write_faiss(folder: Path, chosen: _Chosen) -> str:
+    """The FAISS index of the only segment if all of it is wanted, else one made of all rows; its kind."""
+    write_rows(folder / TABLE, chosen.generation.catalogue, chosen.selected)
+    only = chosen.selected[0]
+    if len(chosen.selected) > 1 or only.count < len(only.segment):
+        return _build_faiss(folder, chosen)
+    faiss = load_faiss()
+    with replacing(folder / FAISS_FILE) as file:
+        faiss.write_index(only.segment.index, faiss.PyCallbackIOWriter(file.write))
+    return only.segment.described.kind
+
+
+def _build_faiss(folder: Path, chosen: _Chosen) -> str:
+    details, rows = chosen.generation.details, np.arange(chosen.rows)
+
+    def write(kind: str, tuning: Tuning) -> str:
+        blocks = (stored for _, stored in stored_rows(chosen.selected))
+        written = write_segment(folder, 0, blocks, rows, dimension=chosen.dimension, kind=kind, tuning=tuning)
+        (folder / written.segment.index_file).replace(folder / FAISS_FILE)
+        shutil.rmtree(folder / SEGMENTS)
+        return kind
+
+    try:
+        return write(choose_kind(details.kind, chosen.rows), Tuning(**details.tuning))
+    except UsageError as error:
+        say(f"The kind {details.kind} does not fit these rows, a flat index is made: {error}")
+        shutil.rmtree(folder / SEGMENTS, ignore_errors=True)
+        return write("flat", Tuning())
+
+
+def _write_matrix(path: Path, chosen: _Chosen) -> None:
+    shape, dtype = (chosen.rows, chosen.dimension), np.dtype(chosen.precision)
+    with replacing(path) as file:
+        described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, described)
+        for _, stored in stored_rows(chosen.selected):
+            file.write(np.ascontiguousarray(as_asked(stored, chosen.precision), dtype).tobytes())
+
+
+def _write_manifest(folder: Path, chosen: _Chosen, to: Target, where: str, files: Sequence[str]) -> None:
+    before, space = chosen.generation.manifest, chosen.generation.details.space
+    manifest = Manifest(
+        kind=EXPORT,
+        fingerprint=fingerprint_of(before.fingerprint, to, where, chosen.precision),
+        counts={"rows": chosen.rows},
+        configuration={"index": str(chosen.generation.folder.absolute()), "to": to, "where": where},
+        inputs={"model": space.fingerprint, "index": before.fingerprint},
+        files={name: record_file(folder / name) for name in files},
+        details={"space": asdict(space)},
+        generation=before.generation,
+    )
+    write_manifest(folder, manifest)
+
+
+_WRITERS: dict[Target, Callable[[Path, _Chosen], str]] = {
+    "npy": _write_npy,
+    "clip-retrieval": _write_clip_retrieval,
+    "faiss": _write_faiss,
+    "parquet": _write_parquet,
+}

@@ -1,0 +1,583 @@
+"""What the columns of another tool's table are for, and its values as plain ones.
+
+The rows of a FAISS file, reconstructed: as they were where it keeps vectors, nearly so where it keeps codes.
+
+Which files of another tool hold vectors, and which table tells about the rows of each.
+
+Vectors and tables of other tools: checked against each other before anything is written, then read in blocks.
+"""
+
+import contextlib
+import datetime
+import decimal
+import math
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlm.config import nearest
+from vlm.data.samples import Captions
+from vlm.errors import UsageError, VlmError
+from vlm.index.ann.index_type import load_faiss
+from vlm.index.embeddings import PART_LINES, Modality, Origin
+from vlm.tensors import Array, Float, Float32
+
+ORIGIN = tuple(field.name for field in fields(Origin))
+EMBEDDING = "embedding"
+_UIDS = ("uid", "key", "image_path")
+_CAPTIONS = ("caption", "captions", "text", "TEXT")
+# pandas keeps its row labels under such a name
+_LABELS = "__index_level_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """Which columns are meant; empty: the first of the usual names that is there."""
+
+    uid: str = ""
+    caption: str = ""
+    embedding: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The columns of one table; empty where there is none.
+
+    metadata: all others that can be kept. left_out: those that cannot: bytes, vectors beside those imported, and what
+        has no name.
+    is_ours: `vlm index export` wrote the table, so that a row says itself what it is.
+    """
+
+    uid: str
+    caption: str
+    embedding: str
+    metadata: tuple[str, ...]
+    left_out: tuple[str, ...]
+    is_ours: bool
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        """All to be read but the embedding."""
+        if self.is_ours:
+            return ORIGIN
+        return tuple(dict.fromkeys(name for name in (self.uid, self.caption, *self.metadata) if name))
+
+    def as_wishes(self) -> Wishes:
+        """The same choice for another table."""
+        return Wishes(uid=self.uid, caption=self.caption, embedding=self.embedding)
+
+
+def choose_columns(schema: pa.Schema, wishes: Wishes, path: Path, *, has_vectors: bool) -> Columns:
+    """What the columns of the table `path` are for.
+
+    has_vectors: the vectors are in a column of it.
+
+    Raises:
+        UsageError: a column wished for is not there or of a wrong type, or the vectors' column is not clear.
+    """
+    names = schema.names
+    for name in (wishes.uid, wishes.caption, wishes.embedding if has_vectors else ""):
+        if name and name not in names:
+            raise UsageError(f"{path} has no column {name!r}; {nearest(name, names)}")
+    is_ours = set(ORIGIN) <= set(names) and wishes.uid in ("", "uid") and wishes.caption in ("", "captions")
+    uid = "uid" if is_ours else wishes.uid or next((name for name in _UIDS if name in names), "")
+    caption = "captions" if is_ours else wishes.caption or next((name for name in _CAPTIONS if name in names), "")
+    if uid and not _is_name(schema.field(uid).type):
+        kind = schema.field(uid).type
+        raise UsageError(f"The column {uid!r} of {path} holds {kind}; a uid is a text or a whole number.")
+    vectors = [field.name for field in schema if _is_vector(field.type)] if has_vectors else []
+    embedding = _choose_embedding(vectors, wishes.embedding, path) if has_vectors else ""
+    # a row is found by its key and uid without their being metadata too
+    special = {embedding, caption, uid if uid in ("uid", "key") else ""} - {""}
+    others = [name for name in names if name not in special and not name.startswith(_LABELS)]
+    left_out = [name for name in others if not name or name in vectors or _is_binary(schema.field(name).type)]
+    return Columns(
+        uid=uid,
+        caption=caption,
+        embedding=embedding,
+        metadata=tuple(name for name in others if name not in left_out),
+        left_out=tuple(left_out),
+        is_ours=is_ours,
+    )
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: times as ISO texts, numbers that are none as null.
+
+    >>> plain({"at": datetime.date(2024, 5, 31), "box": (1, float("nan"))})
+    {'at': '2024-05-31', 'box': [1, None]}
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float | np.floating | decimal.Decimal):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {str(name): plain(content) for name, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(content) for content in value]
+    return str(value)
+
+
+def captions_of(value: Any) -> Captions:
+    """A text, a list of texts, or either by language, as captions.
+
+    >>> captions_of(["a dog", "a wet dog"]), captions_of({"de": "ein Hund"}), captions_of(None)
+    ({'': ('a dog', 'a wet dog')}, {'de': ('ein Hund',)}, {})
+    """
+    by_language = value if isinstance(value, dict) else {"": value}
+    captions: Captions = {}
+    for language, texts in by_language.items():
+        kept = tuple(str(text) for text in (texts if isinstance(texts, list) else [texts]) if text)
+        if kept:
+            captions[language] = kept
+    return captions
+
+
+def readable(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The named columns of a batch, row by row; times finer than a microsecond are cut there."""
+    arrays = [_to_microseconds(batch.column(name)) for name in names]
+    return pa.table(arrays, names=list(names)).to_pylist() if arrays else [{} for _ in range(len(batch))]
+
+
+def _to_microseconds(array: pa.Array) -> pa.Array:
+    """Times as Python can hold them; all else as it is."""
+    kind = array.type
+    if pa.types.is_timestamp(kind):
+        return array.cast(pa.timestamp("us", kind.tz), safe=False)
+    if pa.types.is_time64(kind) or pa.types.is_duration(kind):
+        return array.cast(pa.time64("us") if pa.types.is_time64(kind) else pa.duration("us"), safe=False)
+    return array
+
+
+def _choose_embedding(vectors: Sequence[str], wished: str, path: Path) -> str:
+    if wished and wished not in vectors:
+        raise UsageError(f"The column {wished!r} of {path} does not hold lists of floating-point numbers.")
+    if not wished and EMBEDDING in vectors:
+        return EMBEDDING
+    if not wished and len(vectors) != 1:
+        there = f"several: {', '.join(vectors)}; choose one by --embedding-column" if vectors else "none"
+        raise UsageError(
+            f"The vectors are to be a column with lists of floating-point numbers, and {path} has {there}."
+        )
+    return wished or vectors[0]
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_floating(kind.value_type)
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+FAISS_SUFFIXES = (".faiss", ".index")
+# IndexFlat, IndexHNSWFlat, IndexIVFFlat, IndexRefineFlat and their likes
+_KEEPS_VECTORS = re.compile(r"Flat(IP|L2)?$")
+
+
+@dataclass(frozen=True, eq=False)
+class FaissRows:
+    """Row i is the vector of id i. kind: FAISS's name of the index."""
+
+    path: Path
+    kind: str
+    index: Any
+
+    def __len__(self) -> int:
+        return self.index.ntotal
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.index.d
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether vectors are kept, not codes of them."""
+        return bool(_KEEPS_VECTORS.search(self.kind))
+
+    def rows(self, first: int, last: int) -> Float32[Array, "N D"]:
+        """Rows `first` to `last`, without the last.
+
+        Raises:
+            VlmError: the index cannot give them.
+        """
+        try:
+            return self.index.reconstruct_batch(np.arange(first, last))
+        except RuntimeError as error:
+            raise VlmError(
+                f"{self.path} ({self.kind}) cannot give its rows by number: import the vectors themselves (.npy) "
+                f"where they still are. FAISS says: {_last_line(error)}"
+            ) from error
+
+
+def open_faiss(path: Path) -> FaissRows:
+    """A FAISS file, memory-mapped where this build of FAISS can.
+
+    Raises:
+        VlmError: it is damaged or none, or its rows have ids that are not their numbers.
+    """
+    faiss = load_faiss()
+    try:
+        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+        inverted = faiss.try_extract_index_ivf(index)
+        if inverted is not None:
+            inverted.make_direct_map()
+    except RuntimeError as error:
+        raise VlmError(f"{path} cannot be read as a FAISS index ({_last_line(error)}).") from error
+    return FaissRows(path, type(faiss.downcast_index(index)).__name__, index)
+
+
+def _last_line(error: RuntimeError) -> str:
+    return str(error).strip().rpartition("\n")[2]
+
+
+VECTOR_FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
+TABLE_FOLDER = "metadata"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Files whose rows belong together by position.
+
+    vectors: a .npy matrix or a FAISS file; None: they are a column of the table.
+    table: Parquet; None: nothing is known of the rows but their number.
+    is_slice: several tables, one behind the other, tell about the rows of one FAISS file.
+    """
+
+    vectors: Path | None
+    table: Path | None
+    is_slice: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file that names the rows."""
+        path = self.table or self.vectors
+        assert path is not None
+        return path
+
+
+def find_pairs(source: Path, *, modality: Modality, metadata: Path | None = None) -> list[Pair]:
+    """The files of a source, in the order of their numbers.
+
+    source: a folder of clip-retrieval (`img_emb`, `text_emb`, `metadata`), a folder of .npy and Parquet files, of .npy
+        alone, or of Parquet alone; a folder with a FAISS file in place of .npy, whose tables may lie in `metadata`; or
+        one such file, whose table may lie beside it under the same name.
+    metadata: where the tables are, if elsewhere.
+
+    Raises:
+        UsageError: there is nothing to import, or a file is without its partner.
+    """
+    if not source.exists():
+        raise UsageError(f"There is no {source}.")
+    if (source / PART_LINES).is_file():
+        raise UsageError(f"{source} is an embeddings folder already; vlm index build takes it as it is.")
+    vectors, tables = _files_of(source, modality, metadata)
+    if metadata is not None and not (vectors and tables):
+        raise UsageError(f"{source if tables else metadata} holds no {'.npy' if tables else '.parquet'} file.")
+    if not vectors and not tables:
+        raise UsageError(f"{source} holds neither .npy nor .parquet nor FAISS files (.faiss, .index).")
+    if not vectors:
+        return [Pair(vectors=None, table=table) for table in tables]
+    if not tables:
+        return [Pair(vectors=matrix, table=None) for matrix in vectors]
+    if vectors[0].suffix in FAISS_SUFFIXES:
+        return [Pair(vectors=vectors[0], table=table, is_slice=True) for table in tables]
+    return _join(vectors, tables)
+
+
+def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[list[Path], list[Path]]:
+    """Vectors and tables; either may be empty."""
+    present = [name for name in VECTOR_FOLDERS.values() if (source / name).is_dir()]
+    if not present:
+        vectors = _files(source, ".npy") or _faiss_file(source, modality)
+        beside = source if source.is_dir() else source.with_suffix(".parquet")
+        tables = _files(metadata or beside, ".parquet")
+        if vectors and not tables and vectors[0].suffix in FAISS_SUFFIXES and metadata is None:
+            tables = _files(source / TABLE_FOLDER, ".parquet")
+        return vectors, tables
+    folder = VECTOR_FOLDERS[modality]
+    if folder not in present:
+        other = next(name for name in VECTOR_FOLDERS if name != modality)
+        raise UsageError(f"{source} has {present[0]}, but no {folder}; import it with --modality {other}.")
+    tables = _files(metadata or source / TABLE_FOLDER, ".parquet")
+    if not tables:
+        raise UsageError(
+            f"{source} has no tables in {TABLE_FOLDER}/; give {source / folder} to import the vectors alone, "
+            "or the place of the tables as --metadata."
+        )
+    return _files(source / folder, ".npy"), tables
+
+
+def _faiss_file(source: Path, modality: Modality) -> list[Path]:
+    """The one of a folder; clip-retrieval's back end has `image.index` and `text.index` beside each other."""
+    found = [path for suffix in FAISS_SUFFIXES for path in _files(source, suffix)]
+    named = {f"{name}.index": name for name in VECTOR_FOLDERS}
+    if len(found) > 1 and all(path.name in named for path in found):
+        found = [path for path in found if named[path.name] == modality]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{source} holds several FAISS files ({names}); give one, and its tables as --metadata.")
+    if found and named.get(found[0].name, modality) != modality:
+        raise UsageError(f"{source} has {found[0].name} only; import it with --modality {named[found[0].name]}.")
+    return found
+
+
+def _files(place: Path, suffix: str) -> list[Path]:
+    if place.is_dir():
+        return sorted(place.glob(f"*{suffix}"), key=lambda path: (_number(path), path.name))
+    return [place] if place.suffix == suffix and place.is_file() else []
+
+
+def _number(path: Path) -> int:
+    """The last number in a name, -1 without one: clip-retrieval and img2dataset number their parts so."""
+    found = re.findall(r"\d+", path.stem)
+    return int(found[-1]) if found else -1
+
+
+def _join(vectors: Sequence[Path], tables: Sequence[Path]) -> list[Pair]:
+    """By name, else by number; one of each belongs together whatever the names are."""
+    if len(vectors) == len(tables) == 1:
+        return [Pair(vectors=vectors[0], table=tables[0])]
+    labels: tuple[Callable[[Path], Hashable], ...] = (lambda path: path.stem, _number)
+    for label in labels:
+        by_label = {label(table): table for table in tables}
+        wanted = [label(matrix) for matrix in vectors]
+        if len(by_label) == len(tables) and len(set(wanted)) == len(wanted) and set(wanted) == set(by_label):
+            return [Pair(vectors=matrix, table=by_label[label(matrix)]) for matrix in vectors]
+    numbers = [{_number(path) for path in paths} for paths in (vectors, tables)]
+    lone = [path for path in (*vectors, *tables) if not all(_number(path) in known for known in numbers)]
+    what = f"{lone[0]} has no partner" if lone else f"the number of {vectors[0]} is not its own"
+    raise UsageError(
+        f"{len(vectors)} .npy and {len(tables)} Parquet files cannot be matched by name or number: {what}. "
+        "Move away what does not belong, or name the place of the tables as --metadata."
+    )
+
+
+ROWS_AT_ONCE = 16_384
+
+Slices = Callable[[int, int], Float[Array, "N D"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePart:
+    """A pair that fits together.
+
+    first: the number of its first row in the whole source. dimension: D. columns: None if the table tells nothing.
+    faiss: where the vectors are in a FAISS file.
+    """
+
+    pair: Pair
+    first: int
+    rows: int
+    dimension: int
+    columns: Columns | None
+    faiss: FaissRows | None = None
+
+    def vectors(self) -> "Slices | None":
+        """What gives the vectors of the rows from one to another; None: they are in the table."""
+        if self.faiss is not None:
+            rows, offset = self.faiss, self.first if self.pair.is_slice else 0
+            return lambda first, last: rows.rows(offset + first, offset + last)
+        if self.pair.vectors is None:
+            return None
+        matrix = _open_matrix(self.pair.vectors)
+        return lambda first, last: matrix[first:last]
+
+    @property
+    def place(self) -> Path:
+        """The file with the vectors."""
+        return self.pair.vectors or self.pair.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some rows of a part: `first` is the number in it of the first; records has a dictionary for each row."""
+
+    part: SourcePart
+    first: int
+    vectors: Float[Array, "N D"]
+    records: list[dict[str, Any]] | None
+
+
+def open_parts(pairs: Sequence[Pair], wishes: Wishes) -> list[SourcePart]:
+    """The parts with rows in them, all of one dimension; only heads of files are read.
+
+    Raises:
+        UsageError: a matrix and its table have different numbers of rows, two parts different dimensions, a matrix is
+            none, a column is missing, or there is not one row.
+        VlmError: a file is damaged.
+    """
+    parts: list[SourcePart] = []
+    faiss = _open_faiss(pairs[0])
+    for pair in pairs:
+        part = _open_part(pair, wishes, faiss, first=parts[-1].first + parts[-1].rows if parts else 0)
+        if not part.rows:
+            continue
+        if parts and part.dimension != parts[0].dimension:
+            raise UsageError(
+                f"{parts[0].place} has vectors of {parts[0].dimension} dimensions, {part.place} of {part.dimension}: "
+                "they are of two models; import them apart."
+            )
+        wishes = part.columns.as_wishes() if part.columns else wishes
+        parts.append(part)
+    if not parts:
+        raise UsageError(f"There is not one row in {pairs[0].path}" + (" or the other files." if pairs[1:] else "."))
+    if faiss is not None:
+        tables = str(pairs[0].path) + (f" to {pairs[-1].path.name}" if pairs[1:] else "")
+        _check_count(faiss.path, len(faiss), tables, parts[-1].first + parts[-1].rows)
+    return parts
+
+
+def read_blocks(part: SourcePart) -> Iterator[Block]:
+    """All rows of a part in order, the matrix memory-mapped.
+
+    Raises:
+        VlmError: the table is damaged, or a vector in it has another length than the rest.
+    """
+    given = part.vectors()
+    if part.columns is None:
+        assert given is not None
+        for first in range(0, part.rows, ROWS_AT_ONCE):
+            vectors = given(first, min(first + ROWS_AT_ONCE, part.rows))
+            yield Block(part=part, first=first, vectors=vectors, records=None)
+        return
+    first, columns = 0, part.columns
+    wanted = [*columns.described, *([columns.embedding] if columns.embedding else [])]
+    for batch in _batches(part.pair.path, wanted):
+        last = first + len(batch)
+        vectors = given(first, last) if given else _vectors_in(batch, part, columns.embedding)
+        yield Block(part=part, first=first, vectors=vectors, records=readable(batch, columns.described))
+        first = last
+
+
+def read_names(part: SourcePart) -> pa.ChunkedArray | None:
+    """What the uid column of a part says, as texts; None: rows have numbers only.
+
+    Raises:
+        UsageError: a row has no uid.
+        VlmError: the table is damaged.
+    """
+    if part.columns is None or not part.columns.uid:
+        return None
+    name, path = part.columns.uid, part.pair.path
+    batches = [batch.column(name).cast(pa.string()) for batch in _batches(path, [name])]
+    names = pa.chunked_array(batches, pa.string())
+    if names.null_count:
+        row = pc.index(names.is_null(), True).as_py()
+        raise UsageError(
+            f"Row {row:,} of {path} has no {name!r} ({names.null_count:,} such); choose another --uid-column."
+        )
+    return names
+
+
+def _open_part(pair: Pair, wishes: Wishes, faiss: FaissRows | None, first: int) -> SourcePart:
+    """A pair as it is; `faiss` has the vectors of all if it is there."""
+    count, dimension = _shape(pair, faiss)
+    if pair.table is None:
+        return SourcePart(pair=pair, first=first, rows=count, dimension=dimension, columns=None, faiss=faiss)
+    with _explaining(pair.table) as table:
+        rows, schema = table.metadata.num_rows, table.schema_arrow
+    if pair.vectors is not None and not pair.is_slice:
+        _check_count(pair.vectors, count, str(pair.table), rows)
+    columns = choose_columns(schema, wishes, pair.table, has_vectors=pair.vectors is None)
+    return SourcePart(
+        pair=pair,
+        first=first,
+        rows=rows,
+        dimension=dimension if pair.vectors else _dimension_in(pair.table, columns.embedding),
+        columns=columns if columns.described or columns.embedding else None,
+        faiss=faiss,
+    )
+
+
+def _open_faiss(pair: Pair) -> FaissRows | None:
+    """Where the vectors of a source are in a FAISS file, it is the only one."""
+    is_faiss = pair.vectors is not None and pair.vectors.suffix in FAISS_SUFFIXES
+    return open_faiss(pair.vectors) if is_faiss and pair.vectors else None
+
+
+def _shape(pair: Pair, faiss: FaissRows | None) -> tuple[int, int]:
+    """Rows and dimension of the file with the vectors; zeros where they are in the table."""
+    if faiss is not None:
+        return len(faiss), faiss.dimension
+    matrix = _open_matrix(pair.vectors) if pair.vectors else np.zeros((0, 0))
+    return matrix.shape[0], matrix.shape[1]
+
+
+def _check_count(vectors: Path, count: int, table: str, rows: int) -> None:
+    if count != rows:
+        raise UsageError(
+            f"{vectors} has {count:,} rows and {table} {rows:,}. Rows are joined by position, so these do not belong "
+            "together; nothing was imported."
+        )
+
+
+def _open_matrix(path: Path) -> Float[Array, "N D"]:
+    try:
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise VlmError(f"{path} cannot be read as an array ({error}); it is damaged or no .npy file.") from error
+    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating) or not matrix.shape[1]:
+        raise UsageError(
+            f"{path} holds {matrix.dtype} of shape {matrix.shape}; a floating-point row for each item is needed."
+        )
+    return matrix
+
+
+def _dimension_in(path: Path, column: str) -> int:
+    """The length of the first vector, 0 if there is none."""
+    for batch in _batches(path, [column], rows_at_once=256):
+        lengths = _lengths(batch.column(0)).drop_null()
+        if len(lengths):
+            return lengths[0].as_py()
+    return 0
+
+
+def _vectors_in(batch: pa.RecordBatch, part: SourcePart, column: str) -> Float[Array, "N D"]:
+    """The vectors of a batch; NaN where there is none."""
+    lists = batch.column(column)
+    lengths = _lengths(lists)
+    other = [length for length in lengths.drop_null().unique().to_pylist() if length != part.dimension]
+    if other:
+        raise VlmError(f"{part.place} has vectors of {part.dimension} and of {other[0]} numbers; nothing was imported.")
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    vectors = np.full((len(lists), part.dimension), np.nan, flat.dtype)
+    vectors[lengths.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, part.dimension)
+    return vectors
+
+
+def _lengths(lists: pa.Array) -> pa.Array:
+    return pc.call_function("list_value_length", [lists])
+
+
+def _batches(path: Path, names: Sequence[str], rows_at_once: int = ROWS_AT_ONCE) -> Iterator[pa.RecordBatch]:
+    with _explaining(path) as table:
+        for batch in table.iter_batches(batch_size=rows_at_once, columns=list(names)):
+            # a name chooses the fields within it too
+            yield batch.select(list(names))
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as table:
+            yield table
+    except (pa.ArrowException, OSError) as error:
+        raise VlmError(f"{path} cannot be read as Parquet ({error}).") from error

@@ -1,0 +1,399 @@
+"""One generation of an index folder, open for reading: its manifest, its catalogue and the living of its segments.
+
+An open index: asked with unit vectors, answering with scores and catalogue entries, and kept up with its folder.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.console import say
+from vlm.errors import UsageError, VlmError
+from vlm.index.ann.index_type import Copy
+from vlm.index.catalog import Catalogue, Entry
+from vlm.index.embeddings import Modality, Origin, check_files
+from vlm.index.layout import CURE, Details, Segment
+from vlm.index.segments import Answers, OpenSegment, Selected, nearest, open_array
+from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from vlm.tensors import Array, Float, Float32, Int64
+
+# how often a folder may change between reading its manifest and opening its files before that counts as a fault
+_MOST_TRIES = 100
+
+_Identity = tuple[str, tuple[tuple[str, FileRecord], ...]]
+_ENTRIES_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """What the folder held when its manifest was read; later changes and removed files do not touch it.
+
+    selected: the segments with their living positions. dead: rows of the segments that are dead, sorted.
+    """
+
+    folder: Path
+    manifest: Manifest
+    details: Details
+    catalogue: Catalogue
+    selected: tuple[Selected, ...]
+    dead: Int64[Array, " N"]
+
+    def __len__(self) -> int:
+        return self.manifest.counts["rows"]
+
+    @property
+    def number(self) -> int:
+        """The generation's number."""
+        return self.manifest.generation
+
+    @cached_property
+    def rows(self) -> Int64[Array, " N"]:
+        """All living rows, rising."""
+        return np.concatenate([np.zeros(0, np.int64), *(selected.rows() for selected in self.selected)])
+
+    def entries(self) -> Iterator[tuple[int, Origin]]:
+        """Each living row with what it was made from, rising."""
+        for first in range(0, len(self.rows), _ENTRIES_AT_ONCE):
+            for entry in self.catalogue.entries(self.rows[first : first + _ENTRIES_AT_ONCE].tolist()):
+                yield entry.row, entry
+
+    def vectors(self, rows: Int64[Array, " N"]) -> Float32[Array, "N D"]:
+        """The stored unit vectors of living or dead rows, in the order asked; all must be in its segments."""
+        wanted, places = np.unique(rows, return_inverse=True)
+        # segments lie in the order of their rows, which never overlap
+        segments = [selected.segment for selected in self.selected]
+        blocks = [segment.vectors.take(segment.positions_of(wanted)) for segment in segments]
+        return np.concatenate([np.zeros((0, self.details.space.dimension), np.float32), *blocks])[places]
+
+
+def open_generation(folder: Path, *, before: Generation | None = None) -> Generation:
+    """Open what the manifest names now; files that `before` holds open already are not opened again.
+
+    Raises:
+        UsageError: the folder is unfinished, of another kind, or of another format.
+        VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
+    """
+    for _ in range(_MOST_TRIES):
+        manifest = read_manifest(folder, "index")
+        try:
+            return _open(folder, manifest, before)
+        except (VlmError, FileNotFoundError):
+            # a writer may have put away what the manifest named a moment ago
+            if read_manifest(folder, "index") == manifest:
+                raise
+    raise VlmError(f"{folder} changed {_MOST_TRIES} times while it was being opened; try again.")
+
+
+def _open(folder: Path, manifest: Manifest, before: Generation | None) -> Generation:
+    details = Details.from_manifest(manifest, folder)
+    check_files(folder, manifest.files, verify=False, cure=CURE)
+    held = _held(before)
+    segments = [
+        held.get(_identity(manifest.files, segment)) or OpenSegment(folder, segment, details.space.dimension)
+        for segment in details.segments
+    ]
+    dead = _read_tombstones(folder, details, manifest)
+    generation = Generation(
+        folder=folder,
+        manifest=manifest,
+        details=details,
+        catalogue=_open_catalogue(folder / details.catalogue, manifest.generation, before),
+        selected=tuple(Selected(segment).without(dead) for segment in segments),
+        dead=dead,
+    )
+    living, listed = sum(selected.count for selected in generation.selected), len(generation.catalogue)
+    if not living == listed == len(generation):
+        raise VlmError(
+            f"{folder} does not hold together: {living:,} living rows in its segments and {listed:,} in "
+            f"{details.catalogue}, {len(generation):,} were written; {CURE}."
+        )
+    return generation
+
+
+def _held(before: Generation | None) -> Mapping[_Identity, OpenSegment]:
+    if before is None:
+        return {}
+    open_ones = (selected.segment for selected in before.selected)
+    return {_identity(before.manifest.files, segment.described): segment for segment in open_ones}
+
+
+def _identity(files: Mapping[str, FileRecord], segment: Segment) -> _Identity:
+    """Of files and of how they are searched."""
+    return repr(segment), tuple((name, files[name]) for name in segment.files)
+
+
+def _open_catalogue(path: Path, generation: int, before: Generation | None) -> Catalogue:
+    if not path.is_file():
+        raise VlmError(f"{path} is missing; {CURE}.")
+    if before is not None and before.catalogue.path == path and before.catalogue.is_current():
+        return before.catalogue.at(generation)
+    return Catalogue(path, generation)
+
+
+def _read_tombstones(folder: Path, details: Details, manifest: Manifest) -> Int64[Array, " N"]:
+    if not details.tombstones:
+        return np.zeros(0, np.int64)
+    shape = (manifest.counts["dead"],)
+    return np.array(open_array(folder / details.tombstones, np.dtype(np.int64), shape))
+
+
+# the square of a unit vector's length in float32 is no further from 1
+_ROUNDING = 1e-6
+
+RowSet = Int64[Array, " N"]
+"""Rows to search among: their numbers, rising."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One answer: `score` is the cosine of query and row, in [-1, 1]."""
+
+    score: float
+    entry: Entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentInfo:
+    """Facts about one segment; `rows` and `dead` are those in it that live and that do not."""
+
+    number: int
+    kind: str
+    parameters: dict[str, int]
+    rerank: int
+    rows: int
+    dead: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """Facts about an index, for people.
+
+    kind, parameters: of the segment with most rows. dead: rows that searches leave out until `vlm index compact`.
+    fresh: rows outside that segment.
+    """
+
+    folder: str
+    kind: str
+    parameters: dict[str, int]
+    rows: int
+    dead: int
+    fresh: int
+    dimension: int
+    modality: Modality
+    metric: str
+    bytes: int
+    generation: int
+    model: str
+    model_fingerprint: str
+    embeddings_fingerprint: str
+    num_shards: int
+    made_by: str
+    made_at: str
+    segments: tuple[SegmentInfo, ...]
+    evidence: dict[str, Any]
+
+
+class Index:
+    """An index folder open for reading: one generation of it, until `refresh` moves on to the newest."""
+
+    def __init__(self, generation: Generation, stamp: tuple[int, ...], gpu: Copy | None = None) -> None:
+        self.generation, self._stamp, self._gpu = generation, stamp, gpu
+        self._moving = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path, *, gpu: Copy | None = None) -> "Index":
+        """Open an index folder.
+
+        gpu: where copies of the segments it can search are held (`find_gpu`), which costs its memory and their way
+            there, and pays for many questions. Questions with a filter, and of segments with dead rows, stay here.
+            FAISS lets one thread ask a GPU at a time.
+
+        Raises:
+            UsageError: it is unfinished, of another kind, or of another format.
+            VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
+        """
+        stamp = _stamp(folder)
+        generation = open_generation(folder)
+        for reason in _move(generation, gpu):
+            say(reason)
+        return cls(generation, stamp, gpu)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.generation.folder
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of this generation."""
+        return self.generation.manifest
+
+    @property
+    def details(self) -> Details:
+        """What the manifest says, typed."""
+        return self.generation.details
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The catalogue as this generation sees it."""
+        return self.generation.catalogue
+
+    def __len__(self) -> int:
+        return len(self.generation)
+
+    def refresh(self) -> bool:
+        """Move to the newest generation, if there is a newer one; whether it moved.
+
+        Costs one look at the manifest's date while nothing has changed. Searches under way finish on the old
+        generation.
+
+        Raises:
+            VlmError: the folder is gone or damaged; the old generation stays open.
+        """
+        with self._moving:
+            stamp = _stamp(self.folder)
+            if stamp == self._stamp:
+                return False
+            newest = open_generation(self.folder, before=self.generation)
+            _move(newest, self._gpu)
+            moved = newest.manifest != self.manifest
+            self.generation, self._stamp = newest, stamp
+            return moved
+
+    def close(self) -> None:
+        """Release the catalogue."""
+        self.catalogue.close()
+
+    def require_model(self, fingerprint: str, name: str) -> None:
+        """Refuse a model whose vectors do not belong to this index.
+
+        Raises:
+            UsageError: its fingerprint is another.
+        """
+        space = self.details.space
+        if fingerprint == space.fingerprint:
+            return
+        if name == space.model:
+            raise UsageError(
+                f"{name} has changed since it embedded {self.folder}: its fingerprint was {space.fingerprint} and is "
+                f"now {fingerprint}. Put the old model back, or embed and index again."
+            )
+        raise UsageError(
+            f"{self.folder} was embedded by {space.model} (fingerprint {space.fingerprint}); {name} is another model "
+            f"(fingerprint {fingerprint}), and their vectors cannot be compared. Ask with {space.model}, or embed and "
+            f"index again with {name}."
+        )
+
+    def search(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> list[list[Hit]]:
+        """The `top` rows nearest to each query, best first. Fewer only if there are fewer rows.
+
+        Ties are ordered by row; which of several equal rows at the cut are among the `top` is up to FAISS.
+
+        among: only these rows may answer (as `Catalogue.where` gives them); dead ones never do.
+
+        Raises:
+            UsageError: another dimension, a query that is zero or not finite, or top < 1.
+        """
+        generation = self.generation
+        scores, rows = _nearest(generation, queries, top, among)
+        wanted = np.unique(rows)
+        entries = dict(zip(wanted.tolist(), generation.catalogue.entries(wanted.tolist()), strict=True))
+        return [
+            [Hit(score=score, entry=entries[row]) for score, row in zip(*line, strict=True)]
+            for line in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
+
+    def nearest(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> Answers:
+        """As `search`, but scores and rows alone, without a look into the catalogue."""
+        return _nearest(self.generation, queries, top, among)
+
+    def info(self) -> IndexInfo:
+        """What manifest and segments say, in one place."""
+        space, manifest, details = self.details.space, self.manifest, self.details
+        segments = tuple(_segment_info(selected, manifest) for selected in self.generation.selected)
+        largest = max(segments, key=lambda segment: segment.rows, default=None)
+        in_files = sum(record.bytes for record in manifest.files.values())
+        return IndexInfo(
+            folder=str(self.folder),
+            kind=largest.kind if largest else details.kind,
+            parameters=largest.parameters if largest else {},
+            rows=len(self),
+            dead=manifest.counts["dead"],
+            fresh=len(self) - (largest.rows if largest else 0),
+            dimension=space.dimension,
+            modality=space.modality,
+            metric=details.metric,
+            bytes=in_files + self.catalogue.path.stat().st_size,
+            generation=manifest.generation,
+            model=space.model,
+            model_fingerprint=space.fingerprint,
+            embeddings_fingerprint=manifest.inputs["embeddings"],
+            num_shards=len(details.shards),
+            made_by=manifest.made_by,
+            made_at=manifest.made_at,
+            segments=segments,
+            evidence=details.evidence,
+        )
+
+
+def _move(generation: Generation, gpu: Copy | None) -> list[str]:
+    """Have the GPU, if there is one, answer for the segments it can; why it cannot for the others."""
+    if gpu is None:
+        return []
+    tried = {one.segment.described.number: one.segment.move(gpu) for one in generation.selected}
+    return [f"Segment {number} is searched on the CPU: {reason}." for number, reason in tried.items() if reason]
+
+
+def _nearest(generation: Generation, queries: Float[Array, "Q D"], top: int, among: RowSet | None) -> Answers:
+    units = _unit_queries(queries, top, generation.details.space.dimension)
+    if among is not None and not (np.diff(among) > 0).all():
+        raise UsageError("The rows to search among must rise, each given once, as Catalogue.where gives them.")
+    return nearest(generation.selected, units, top, among)
+
+
+def _unit_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:
+    if top < 1:
+        raise UsageError(f"top = {top} does not fit: at least one answer must be asked for.")
+    if queries.shape[1] != dimension:
+        raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
+    wide = queries.astype(np.float32, copy=False)
+    squares = np.vecdot(wide, wide)
+    each = squares.tolist()
+    # of few numbers, which is the rule, Python is quicker than numpy
+    if all([-_ROUNDING < square - 1 < _ROUNDING for square in each]):
+        return wide
+    # not so of NaN
+    if not all([0 < square < inf for square in each]):
+        wrong = int(np.argmin((squares > 0) & (squares < np.inf)))
+        raise UsageError(f"Query {wrong} has length {np.sqrt(squares[wrong])}: it must be finite and not zero.")
+    return wide / np.sqrt(squares)[:, None]
+
+
+def _segment_info(selected: Selected, manifest: Manifest) -> SegmentInfo:
+    described = selected.segment.described
+    return SegmentInfo(
+        number=described.number,
+        kind=described.kind,
+        parameters=described.parameters,
+        rerank=described.rerank,
+        rows=selected.count,
+        dead=described.rows - selected.count,
+        bytes=sum(manifest.files[name].bytes for name in described.files),
+    )
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What changes whenever the manifest is replaced; all zero if there is none."""
+    try:
+        found = os.stat(folder / MANIFEST)
+    except OSError:
+        return (0, 0, 0, 0)
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,0 +1,196 @@
+"""Signals: a value for each embedded sample, beside its embeddings, by which `vlm curate` selects without a model.
+
+similarity  cosine of a picture and its own captions, the highest of them (CLIP score filtering: Schuhmann et al. 2021,
+            LAION-400M; DataComp, Gadre et al. 2023, section 5)
+duplicates  number of the group of pictures that are linked by cosines above a threshold
+            (SemDeDup, Abbas et al. 2023, over all pairs instead of inside clusters)
+cluster     number of the nearest of K centres (spherical k-means), and centre-distance, 1 - cosine to it
+            (prototypicality: Sorscher et al. 2022)
+near        the highest cosine to any row of a target's embeddings (image-based filtering of DataComp)
+overlap     the highest cosine to any picture of evaluation shards (decontamination)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from vlm.console import track
+from vlm.data.curation.filter import join_pairs
+from vlm.data.curation.score_columns import SampleValues, write_column
+from vlm.data.tar import open_index
+from vlm.errors import UsageError
+from vlm.index.embeddings import Embeddings
+from vlm.tensors import Array, Float32
+
+FOLDER = "signals"
+_ROWS_AT_ONCE = 4096
+_MOST_EXACT = 200_000
+_CLUSTER_ITERATIONS = 20
+_ALONE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """A signal as it was written: its file, its rows, and how its values are spread."""
+
+    name: str
+    path: Path
+    rows: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SignalWriter:
+    """Computes signals of the pictures of an embeddings folder and writes them into its `signals/`."""
+
+    images: Embeddings
+
+    def __post_init__(self) -> None:
+        if self.images.space.modality != "image":
+            raise UsageError(
+                f"{self.images.folder} holds texts; signals are about pictures: embed with --modality image."
+            )
+        (self.images.folder / FOLDER).mkdir(exist_ok=True)
+
+    @cached_property
+    def vectors(self) -> Float32[Array, "N D"]:
+        """All rows."""
+        return np.concatenate(list(self.images.blocks()))
+
+    @cached_property
+    def _places(self) -> tuple[list[str], list[int], list[str]]:
+        """Shard content, number and key of each row."""
+        contents: dict[str, str] = {}
+        shards, numbers, keys = [], [], []
+        for origin in self.images.origins():
+            if origin.shard not in contents:
+                contents[origin.shard] = open_index(origin.shard).fingerprint
+            shards.append(contents[origin.shard])
+            numbers.append(origin.number)
+            keys.append(origin.key)
+        return shards, numbers, keys
+
+    def similarity(self, texts: Embeddings) -> Signal:
+        """The highest cosine of each picture with one of its own captions.
+
+        Raises:
+            UsageError: the texts are of another model, or of other shards.
+        """
+        self._refuse_other_space(texts)
+        if texts.space.modality != "text":
+            raise UsageError(f"{texts.folder} holds pictures; embed the captions with --modality text.")
+        rows = {(origin.shard, origin.number): row for row, origin in enumerate(self.images.origins())}
+        best = np.full(len(self.images), -np.inf, np.float32)
+        origins = texts.origins()
+        for block in texts.blocks():
+            for vector, origin in zip(block, origins, strict=False):
+                row = rows.get((origin.shard, origin.number))
+                if row is not None:
+                    best[row] = max(best[row], float(vector @ self.vectors[row]))
+        has_text = np.isfinite(best)
+        if not has_text.any():
+            raise UsageError(f"{texts.folder} holds no captions of the pictures of {self.images.folder}.")
+        return self._write("similarity", best, {"texts": texts.manifest.fingerprint}, kept=has_text)
+
+    def duplicates(self, threshold: float) -> Signal:
+        """Groups of pictures linked by cosines of at least `threshold`; the number is that of the group's first row,
+        -1 for a picture alone.
+
+        All pairs are compared up to 200,000 rows; beyond, those whose cells of an inverted file are near.
+        """
+        if not 0 < threshold <= 1:
+            raise UsageError(f"A cosine of {threshold} is outside 0 to 1.")
+        found = join_pairs(self._linked(threshold), len(self.vectors))
+        sizes = np.bincount(found)
+        found[sizes[found] == 1] = _ALONE
+        facts = {"threshold": threshold, "groups of several": int((sizes > 1).sum())}
+        return self._write("duplicates", found, facts | {"beyond the first": int((sizes[sizes > 1] - 1).sum())})
+
+    def clusters(self, number: int, *, seed: int = 0) -> list[Signal]:
+        """The nearest of `number` centres, and 1 - cosine to it."""
+        if not 1 <= number <= len(self.vectors):
+            raise UsageError(f"{number:,} clusters of {len(self.vectors):,} pictures; give 1 to {len(self.vectors):,}.")
+        means = faiss.Kmeans(
+            self.vectors.shape[1],
+            number,
+            niter=_CLUSTER_ITERATIONS,
+            spherical=True,
+            seed=seed,
+            min_points_per_centroid=1,
+        )
+        means.train(self.vectors)
+        cosines, nearest = means.assign(self.vectors)
+        details = {"clusters": number, "seed": seed}
+        return [
+            self._write("cluster", nearest.astype(np.int64), details),
+            self._write("centre-distance", (1 - cosines).astype(np.float32), details),
+        ]
+
+    def near(self, target: Embeddings) -> Signal:
+        """The highest cosine to any row of `target`."""
+        return self._write("near", self._highest(target, "near"), {"target": target.manifest.fingerprint})
+
+    def overlap(self, evaluation: Embeddings) -> Signal:
+        """The highest cosine to any picture of the evaluation shards that were embedded."""
+        against = [open_index(address).fingerprint for address in evaluation.manifest.details["shards"]]
+        return self._write("overlap", self._highest(evaluation, "overlap"), {"against": against})
+
+    def _highest(self, other: Embeddings, what: str) -> Float32[Array, " N"]:
+        self._refuse_other_space(other)
+        index = faiss.IndexFlatIP(other.dimension)
+        for block in other.blocks():
+            index.add(block)
+        return np.concatenate([index.search(block, 1)[0][:, 0] for block in _blocks(self.vectors, what)])
+
+    def _linked(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows and the rows they are linked to, pair by pair."""
+        count, dimension = self.vectors.shape
+        index: faiss.Index = faiss.IndexFlatIP(dimension)
+        if count > _MOST_EXACT:
+            cells = int(4 * count**0.5)
+            index = faiss.IndexIVFFlat(index, dimension, cells, faiss.METRIC_INNER_PRODUCT)
+            index.train(self.vectors[:: max(1, count // (40 * cells))])
+            index.nprobe = 16
+        index.add(self.vectors)
+        first = 0
+        for block in _blocks(self.vectors, "duplicates"):
+            limits, _, neighbours = index.range_search(block, threshold)
+            yield first + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))), neighbours
+            first += len(block)
+
+    def _refuse_other_space(self, other: Embeddings) -> None:
+        if other.space.fingerprint != self.images.space.fingerprint:
+            raise UsageError(
+                f"{other.folder} was made by another model than {self.images.folder}; embed both with the same."
+            )
+
+    def _write(self, name: str, values: np.ndarray, facts: dict[str, Any], *, kept: np.ndarray | None = None) -> Signal:
+        chosen = np.arange(len(values)) if kept is None else np.flatnonzero(kept)
+        shards, numbers, keys = self._places
+        path = self.images.folder / FOLDER / f"{name}.parquet"
+        rows = SampleValues(
+            shards=[shards[row] for row in chosen],
+            numbers=[numbers[row] for row in chosen],
+            keys=[keys[row] for row in chosen],
+            values=values[chosen],
+        )
+        write_column(path, name, rows, model=self.images.space.fingerprint, details=facts)
+        return Signal(name=name, path=path, rows=len(chosen), facts=facts | _spread(values[chosen]))
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """Least, median and most of scores; nothing of the numbers of groups."""
+    if values.dtype.kind != "f":
+        return {}
+    return {"least": values.min().item(), "median": np.median(values).item(), "most": values.max().item()}
+
+
+def _blocks(vectors: Float32[Array, "N D"], what: str) -> Iterator[Float32[Array, "N D"]]:
+    starts = range(0, len(vectors), _ROWS_AT_ONCE)
+    for first in track(starts, total=len(starts), what=what, unit="block"):
+        yield vectors[first : first + _ROWS_AT_ONCE]

@@ -1,0 +1,378 @@
+"""The running mean of the weights while they are trained (EMA): the last steps without their noise.
+
+The weighted mean of several networks' weights, summed in float64.
+
+Whether two models are so alike that a mean of their weights is a model again.
+
+One model out of several tuned from the same start: uniform, weighted and greedy soups, and interpolation.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError, VlmError
+from vlm.models.model import VisionLanguageModel
+from vlm.tensors import Tensor
+
+
+class RunningMean:
+    """mean ← d · mean + (1 - d) · weights after each step (Polyak and Juditsky 1992, in its exponential form).
+
+    Early on d = min(decay, (1 + step) / (10 + step)), so that the fresh weights are soon forgotten (the warm-up of
+    TensorFlow's ExponentialMovingAverage). Parameters are averaged in float32 at least; buffers, and whatever holds
+    whole numbers, are those of the last step. Processes that train the same weights each keep the same mean.
+
+    weights: the mean by the names of `state_dict`: all there is to save. The dict stays the same object.
+    """
+
+    def __init__(self, decay: float, weights: dict[str, Tensor]) -> None:
+        self.decay, self.weights = decay, weights
+
+    @classmethod
+    def begin(cls, decay: float, network: nn.Module) -> "RunningMean":
+        """The mean before the first step: the weights as they are."""
+        averaged = _averaged_names(network)
+        return cls(
+            decay,
+            {
+                name: value.to(torch.promote_types(value.dtype, torch.float32) if name in averaged else None, copy=True)
+                for name, value in network.state_dict().items()
+            },
+        )
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take in the weights after optimiser step number `step`, counted from 1.
+
+        Raises:
+            VlmError: the network is not the one the mean is of.
+        """
+        current, averaged = self._weights_of(network), _averaged_names(network)
+        decay = min(self.decay, (1 + step) / (10 + step))
+        means = [self.weights[name] for name in current if name in averaged]
+        values = [value.to(self.weights[name].dtype) for name, value in current.items() if name in averaged]
+        if means:
+            torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        for name in current.keys() - averaged:
+            self.weights[name].copy_(current[name])
+
+    @contextmanager
+    def applied(self, network: nn.Module) -> Iterator[None]:
+        """The network with the mean as its weights; afterwards it has its own again, bit for bit.
+
+        Raises:
+            VlmError: the network is not the one the mean is of.
+        """
+        kept = {name: value.clone() for name, value in self._weights_of(network).items()}
+        try:
+            _copy(self.weights, into=network)
+            yield
+        finally:
+            _copy(kept, into=network)
+
+    def _weights_of(self, network: nn.Module) -> dict[str, Tensor]:
+        """The network's own tensors, with the mean brought to where they are."""
+        current: dict[str, Tensor] = network.state_dict()
+        unlike = sorted(current.keys() ^ self.weights.keys())
+        unlike += [name for name in current if not unlike and current[name].shape != self.weights[name].shape]
+        if unlike:
+            raise VlmError(f"The running mean is of another network: they differ in {', '.join(unlike[:3])}.")
+        for name, value in current.items():
+            self.weights[name] = self.weights[name].to(value.device)
+        return current
+
+
+def _averaged_names(network: nn.Module) -> set[str]:
+    parameters = network.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if parameter.is_floating_point()}
+
+
+@torch.no_grad()
+def _copy(weights: dict[str, Tensor], *, into: nn.Module) -> None:
+    # asked anew each time: state_dict makes FSDP drop the whole weights that its last forward pass gathered
+    for name, own in into.state_dict().items():
+        own.copy_(weights[name])
+
+
+Weights = Mapping[str, Tensor]
+"""Tensors by the names of `state_dict`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedMean:
+    """Σ share · weights / Σ share, one network after the other; `plus` leaves the mean it is asked of as it was.
+
+    A network alone, with share 1, comes out bit for bit. The statistics of batch normalisation are averaged as weights
+    are. Whole numbers (counters, places) are no quantities to average: those of the network with the largest share
+    stand, the first among equals.
+    """
+
+    total: float = 0.0
+    largest: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def plus(self, weights: Weights, share: float = 1.0) -> "WeightedMean":
+        """The mean with one network more; a share of 0 changes nothing.
+
+        Raises:
+            VlmError: other names or shapes than those of the networks before.
+        """
+        if share == 0:
+            return self
+        if self.sums:
+            self._refuse_unlike(weights)
+        sums: dict[str, Tensor] = {}
+        for name, value in weights.items():
+            if value.is_floating_point():
+                term = value.detach().to("cpu", torch.float64) * share
+                sums[name] = self.sums[name] + term if self.sums else term
+            else:
+                sums[name] = value.detach().to("cpu", copy=True) if share > self.largest else self.sums[name]
+        return WeightedMean(
+            total=self.total + share,
+            largest=max(self.largest, share),
+            sums=sums,
+            dtypes=self.dtypes or {name: value.dtype for name, value in weights.items()},
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The mean, in the types of the first network, on the CPU."""
+        return {
+            name: (value / self.total).to(self.dtypes[name]) if value.is_floating_point() else value.clone()
+            for name, value in self.sums.items()
+        }
+
+    def _refuse_unlike(self, weights: Weights) -> None:
+        unlike = sorted(weights.keys() ^ self.sums.keys())
+        unlike += [name for name in weights if not unlike and weights[name].shape != self.sums[name].shape]
+        if unlike:
+            raise VlmError(f"Weights of different networks cannot be averaged; they differ in {', '.join(unlike[:3])}.")
+
+
+_TRAINING_ONLY = frozenset({"patch_dropout", "timm_drop", "timm_drop_path"})
+"""Keys of open_clip's configuration that an evaluated network does not feel; runs of one soup may differ in them."""
+
+_SHOWN = 4
+
+
+def refuse_unlike(first: VisionLanguageModel, other: VisionLanguageModel) -> None:
+    """Refuse two models that differ in more than the values of their weights.
+
+    Raises:
+        UsageError: they differ in configuration, view, tokenizer, names or shapes of weights; it says where.
+    """
+    found = differences(first, other)
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise UsageError(
+            f"{first.name} and {other.name} cannot be averaged, they are different networks: "
+            f"{'; '.join(found[:_SHOWN])}{more}. Average models that were tuned from the same start."
+        )
+
+
+def differences(first: VisionLanguageModel, other: VisionLanguageModel) -> list[str]:
+    """In what two models differ beside the values of their weights, with both values."""
+    pairs = [
+        (_flat("model_cfg", first.config), _flat("model_cfg", other.config)),
+        (_flat("view", asdict(first.view)), _flat("view", asdict(other.view))),
+    ]
+    found = [
+        f"{name} {one.get(name, 'absent')} against {two.get(name, 'absent')}"
+        for one, two in pairs
+        for name in sorted(one.keys() | two.keys())
+        if one.get(name) != two.get(name)
+    ]
+    if first.tokenizer.fingerprint() != other.tokenizer.fingerprint():
+        found.append("the tokenizer")
+    return found + _unlike_weights(first.network.state_dict(), other.network.state_dict())
+
+
+def refuse_not_finite(model: VisionLanguageModel) -> None:
+    """Refuse a model that has diverged: one NaN spoils a whole soup.
+
+    Raises:
+        VlmError: a weight is NaN or infinite; the tensor is named.
+    """
+    for name, value in model.network.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise VlmError(f"{model.name} has weights that are not finite (in {name}); leave it out.")
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> dict[str, str]:
+    """Leaves by dotted name, as JSON, so that a tuple and the list it is saved as are the same."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(f"{prefix}.{name}", value)
+        elif name not in _TRAINING_ONLY:
+            flat[f"{prefix}.{name}"] = json.dumps(value)
+    return flat
+
+
+def _unlike_weights(first: Weights, other: Weights) -> list[str]:
+    one, two = ({name: str(list(value.shape)) for name, value in weights.items()} for weights in (first, other))
+    return [
+        f"{name} {one.get(name, 'absent')} against {two.get(name, 'absent')}"
+        for name in one | two
+        if one.get(name) != two.get(name)
+    ]
+
+
+OpenModel = Callable[[str], VisionLanguageModel]
+"""From MODEL, as people write it, to the model."""
+
+Measure = Callable[[VisionLanguageModel], float]
+"""A metric on held-out data; more is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredient:
+    """A model that went into a soup, or was tried.
+
+    share: its part of the result in [0, 1], 0 where it was left out. metric: of it alone.
+    metric_with: of the soup so far with it added (greedy).
+    """
+
+    model: str
+    fingerprint: str
+    share: float
+    metric: float | None = None
+    metric_with: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soup:
+    """The averaged model, what it is made of, and its metric where one was measured.
+
+    sweep: (α, metric) of each interpolation tried.
+    """
+
+    model: VisionLanguageModel
+    ingredients: tuple[Ingredient, ...]
+    metric: float | None
+    sweep: tuple[tuple[float, float | None], ...] = ()
+
+
+def weighted_soup(
+    names: Sequence[str], shares: Sequence[float], *, open_model: OpenModel, measure: Measure | None = None
+) -> Soup:
+    """The mean of the models, each with its share; equal shares are the uniform soup (Wortsman et al. 2022, §2).
+
+    shares: above 0, one for each model; only their proportions count.
+
+    Raises:
+        UsageError: the models differ in more than their weights, or two are the same. VlmError: one has diverged.
+    """
+    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
+        raise UsageError(f"{len(names)} models need {len(names)} weights above 0; got {', '.join(map(str, shares))}.")
+    pot, mean = _Pot(open_model), WeightedMean()
+    ingredients: list[Ingredient] = []
+    for name, share in zip(names, shares, strict=True):
+        model = pot.open(name)
+        mean = mean.plus(model.network.state_dict(), share)
+        metric = measure(model) if measure else None
+        ingredients.append(
+            Ingredient(model=name, fingerprint=model.fingerprint, share=share / math.fsum(shares), metric=metric)
+        )
+    soup = pot.fill(mean)
+    return Soup(model=soup, ingredients=tuple(ingredients), metric=measure(soup) if measure else None)
+
+
+def greedy_soup(names: Sequence[str], *, open_model: OpenModel, measure: Measure) -> Soup:
+    """Best model first, each next one kept if the metric does not fall (Wortsman et al. 2022, recipe 1).
+
+    So the metric is never below that of the best model, on the data it was measured on. However many they are, two
+    models are in memory at a time, and two sums in float64.
+
+    Raises:
+        UsageError: the models differ in more than their weights, or two are the same. VlmError: one has diverged.
+    """
+    pot = _Pot(open_model)
+    alone = sorted(((measure(pot.open(name)), name) for name in names), key=lambda found: -found[0])
+    mean, best, tried = WeightedMean(), -math.inf, list[tuple[str, float, float]]()
+    taken: set[str] = set()
+    for metric, name in alone:
+        candidate = mean.plus(open_model(name).network.state_dict())
+        metric_with = measure(pot.fill(candidate)) if taken else metric
+        tried.append((name, metric, metric_with))
+        if metric_with >= best:
+            mean, best = candidate, metric_with
+            taken.add(name)
+    ingredients = tuple(
+        Ingredient(
+            model=name,
+            fingerprint=pot.fingerprints[name],
+            share=1 / len(taken) if name in taken else 0.0,
+            metric=metric,
+            metric_with=metric_with,
+        )
+        for name, metric, metric_with in tried
+    )
+    return Soup(model=pot.fill(mean), ingredients=ingredients, metric=best)
+
+
+def interpolate(
+    start: str, tuned: str, alphas: Sequence[float], *, open_model: OpenModel, measure: Measure | None = None
+) -> Soup:
+    """(1 - α) · start + α · tuned (WiSE-FT, Wortsman et al. 2021, eq. 1): of several α the one with the best metric.
+
+    alphas: in [0, 1]; 0 gives the start's weights and 1 the tuned ones bit for bit. Of equal metrics the first counts.
+
+    Raises:
+        UsageError: an α outside [0, 1], several without a measure, models that differ in more than their weights.
+        VlmError: one has diverged.
+    """
+    if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
+        raise UsageError(f"alphas = {', '.join(map(str, alphas)) or 'none'}: give numbers from 0 to 1.")
+    if len(alphas) > 1 and not measure:
+        raise UsageError(f"To choose between {len(alphas)} alphas, give held-out data (--val SHARDS), or a single one.")
+    pot = _Pot(open_model)
+    opened = [pot.open(name) for name in (start, tuned)]
+    ends = [{name: value.cpu().clone() for name, value in model.network.state_dict().items()} for model in opened]
+
+    def between(alpha: float) -> VisionLanguageModel:
+        return pot.fill(WeightedMean().plus(ends[0], 1 - alpha).plus(ends[1], alpha))
+
+    sweep = tuple((alpha, measure(between(alpha)) if measure else None) for alpha in alphas)
+    best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
+    ingredients = tuple(
+        Ingredient(model=name, fingerprint=pot.fingerprints[name], share=share)
+        for name, share in ((start, 1 - best), (tuned, best))
+    )
+    return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=sweep)
+
+
+class _Pot:
+    """Models opened one at a time; the network of the first takes up the soup, so its own weights are read before."""
+
+    def __init__(self, open_model: OpenModel) -> None:
+        self._open_model = open_model
+        self._first: VisionLanguageModel | None = None
+        self.fingerprints: dict[str, str] = {}
+
+    def open(self, name: str) -> VisionLanguageModel:
+        """A model, after it was found to fit those before and to be none of them."""
+        model = self._open_model(name)
+        self._first = self._first or model
+        refuse_unlike(self._first, model)
+        refuse_not_finite(model)
+        for other, fingerprint in self.fingerprints.items():
+            if fingerprint == model.fingerprint:
+                raise UsageError(f"{other} and {name} are the same model; name it once.")
+        self.fingerprints[name] = model.fingerprint
+        return model
+
+    def fill(self, mean: WeightedMean) -> VisionLanguageModel:
+        """The mean as a model, until the next one is filled in."""
+        assert self._first is not None
+        self._first.network.load_state_dict(mean.weights())
+        return dataclasses.replace(self._first, name="soup")

@@ -1,1 +1,0 @@
-"""Weights averaged: while training, over runs, between two models."""

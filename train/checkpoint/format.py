@@ -1,0 +1,299 @@
+"""Which checkpoints stay: the newest, the best, the one a rewind goes to, and any that is being read.
+
+The state of one step, copied to host memory in one go, so that it can be written while the next steps run.
+
+Checkpoints as folders: written whole or not at all, each with the checksums by which damage is found.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm.data.ledger import Ledger
+from vlm.errors import UsageError, VlmError
+from vlm.files import sync_folder, write_text
+from vlm.manifest import record_file
+from vlm.models.load import WEIGHTS, save_model
+from vlm.models.model import VisionLanguageModel
+from vlm.train.distributed import whole
+from vlm.train.state import Best, TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a checkpoint says of itself.
+
+    is_regular: it was due by its step, so that a run which was interrupted has it too; a rewind goes to such a one.
+    is_good: no step just before it was skipped.
+    """
+
+    step: int
+    is_regular: bool
+    is_good: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Facts":
+        """From the content of `state.json`."""
+        is_good = not values["guard"]["in_a_row"]
+        return cls(step=values["step"], is_regular=values["is_regular"], is_good=is_good)
+
+
+def steps_to_remove(
+    found: Sequence[Facts], *, keep: int, best: int | None = None, in_use: Collection[int] = ()
+) -> list[int]:
+    """The steps whose checkpoints may go, oldest first.
+
+    The newest `keep` stay, the newest `keep` that are good and regular, so that no signal or trouble pushes out what a
+    rewind goes to, the newest good one, the best, and those in use.
+
+    >>> found = [Facts(step=step, is_regular=True, is_good=step < 40) for step in (10, 20, 30, 40, 50)]
+    >>> steps_to_remove(found, keep=1, best=10)
+    [20, 40]
+    """
+    ordered = sorted(found, key=lambda facts: facts.step)
+    good = [facts.step for facts in ordered if facts.is_good]
+    regular = [facts.step for facts in ordered if facts.is_good and facts.is_regular]
+    kept = {facts.step for facts in ordered[-keep:]} | {*good[-1:], *regular[-keep:], *in_use}
+    return [facts.step for facts in ordered if facts.step not in kept and facts.step != best]
+
+
+def improved(best: Best | None, metric: str, values: Mapping[str, Any], step: int) -> Best | None:
+    """The new best where these values beat it, else None.
+
+    Raises:
+        UsageError: the metric is not measured.
+    """
+    if metric not in values:
+        measured = ", ".join(name for name, value in values.items() if isinstance(value, float))
+        raise UsageError(f"keep_best = {metric!r} is not measured on val; name one of {measured}.")
+    value = float(values[metric])
+    if best is not None and best.metric == metric and not value > best.value:
+        return None
+    return Best(metric=metric, value=value, step=step)
+
+
+OPTIMIZER = "optimizer.safetensors"
+HEADS = "heads.safetensors"
+AVERAGE = "average.safetensors"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A checkpoint in memory: tensors on the host by file and name, plain values, and what the model folder says."""
+
+    step: int
+    tensors: dict[str, Tensors]
+    values: dict[str, Any]
+    model: VisionLanguageModel
+    best: Best | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+
+@dataclass
+class HostMemory:
+    """Page-locked room for the tensors of a GPU, used again for each snapshot; tensors of the CPU are just copied."""
+
+    _kept: Tensors = field(default_factory=dict)
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy on the host; from a GPU it is there once the device is synchronised."""
+        if tensor.device.type != "cuda":
+            return tensor.detach().to("cpu", copy=True).contiguous()
+        room = self._kept.get(name)
+        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+            room = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return room.copy_(tensor.detach(), non_blocking=True)
+
+
+def take_snapshot(
+    state: TrainState, host: HostMemory, *, ledger: Ledger, is_regular: bool, is_main: bool = True
+) -> Snapshot | None:
+    """Copy the state; all processes call it, and only the main one gets a snapshot.
+
+    ledger: that of all processes together.
+    """
+    tensors: dict[str, Tensors] = {}
+    for file, held in tensors_of(state).items():
+        gathered = ((name, whole(tensor)) for name, tensor in held.items())
+        copies = {name: host.copy(f"{file}/{name}", tensor) for name, tensor in gathered if is_main}
+        if copies or file == OPTIMIZER:
+            tensors[file] = copies
+    if not is_main:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    values = state.to_values() | {"is_regular": is_regular, "ledger": ledger.to_values()}
+    return Snapshot(step=state.step, tensors=tensors, values=values, model=state.model, best=state.best)
+
+
+def tensors_of(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors of a state as it holds them, by file and name."""
+    return {
+        WEIGHTS: state.network.state_dict(),
+        HEADS: state.student.heads.state_dict(),
+        AVERAGE: state.average or {},
+        OPTIMIZER: {
+            f"{name}/{key}": value
+            for name, parameter in state.student.named_parameters()
+            for key, value in state.optimizer.state.get(parameter, {}).items()
+        },
+    }
+
+
+STATE = "state.json"
+BEST = "best.json"
+FORMAT = 2
+_BESIDES_BYTES = 16 << 20
+_IDENTITY = ("step", "position", "sequence", "rewinds", "skipped")
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/step-N`; a checkpoint is itself a model folder, and holds no pickled code.
+
+    One that is there already, whole and of the same course of the run, is left as it is.
+
+    Raises:
+        VlmError: it cannot be written; the checkpoints before it are as they were.
+    """
+    final, beside = folder / name_of(snapshot.step), folder / f".{name_of(snapshot.step)}.part"
+    try:
+        folder.mkdir(exist_ok=True)
+        if final.exists() and _is_same(final, snapshot.values):
+            return final
+        shutil.rmtree(beside, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        if free < snapshot.num_bytes + _BESIDES_BYTES:
+            raise OSError("too little space")
+        _write_files(beside, snapshot)
+        if final.exists():
+            remove_checkpoint(final)
+        beside.rename(final)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        raise VlmError(_cannot_save(folder, snapshot, error)) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return final
+
+
+def _write_files(beside: Path, snapshot: Snapshot) -> None:
+    model = snapshot.model
+    weights = snapshot.tensors[WEIGHTS]
+    save_model(beside, weights=weights, config=model.config, view=model.view, tokenizer=model.tokenizer)
+    for file, tensors in snapshot.tensors.items():
+        if file != WEIGHTS:
+            save_file(tensors, beside / file)
+    files = sorted(path for path in beside.iterdir() if path.is_file())
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    records = {path.name: asdict(record_file(path)) for path in files}
+    write_text(beside / STATE, json.dumps({"format": FORMAT, **snapshot.values, "files": records}))
+
+
+def _cannot_save(folder: Path, snapshot: Snapshot, error: Exception) -> str:
+    try:
+        free = f"{shutil.disk_usage(folder).free:,} are free"
+    except OSError:
+        free = "the free space cannot be asked"
+    return (
+        f"Step {snapshot.step:,} cannot be saved in {folder}: {error}. It takes "
+        f"{snapshot.num_bytes + _BESIDES_BYTES:,} bytes, {free}. Make room or make the folder writable (or keep fewer "
+        f"by --keep-checkpoints), then go on with: vlm train {folder.parent} --resume. Checkpoints before it are kept."
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint.
+
+    Raises:
+        VlmError: they cannot be read, or are of another format.
+    """
+    try:
+        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        found = values["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VlmError(f"{path / STATE} cannot be read: {error!r}") from error
+    if found != FORMAT:
+        raise VlmError(f"{path} has format {found}, this version reads {FORMAT}")
+    return values
+
+
+def damage_of(path: Path) -> str:
+    """What is wrong with a checkpoint; empty if every file has its checksum."""
+    try:
+        for name, record in read_values(path)["files"].items():
+            if asdict(record_file(path / name)) != record:
+                return f"{name} does not have its checksum"
+    except (OSError, KeyError, AttributeError, VlmError) as error:
+        return str(error)
+    return ""
+
+
+def facts_of(folder: Path) -> list[Facts]:
+    """What the checkpoints of a folder say of themselves, oldest first; one that says nothing is left out."""
+    found: list[Facts] = []
+    for path in list_checkpoints(folder):
+        try:
+            found.append(Facts.of(read_values(path)))
+        except (VlmError, KeyError):
+            continue
+    return found
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; from the first moment it counts as none."""
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def remove_leavings(folder: Path) -> None:
+    """Remove what a kill left half-written or half-removed."""
+    for pattern in (".step-*.part", ".step-*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_best(folder: Path, best: Best | None) -> None:
+    """Write `best.json`, which names the step of the best checkpoint, or remove it."""
+    path = folder / BEST
+    if best is None:
+        path.unlink(missing_ok=True)
+        return
+    content = json.dumps({**asdict(best), "checkpoint": name_of(best.step)}) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        write_text(path, content)
+
+
+def _is_same(path: Path, values: dict[str, Any]) -> bool:
+    if damage_of(path):
+        return False
+    before = read_values(path)
+    return all(before[name] == values[name] for name in _IDENTITY)

@@ -1,0 +1,298 @@
+"""Saving without waiting: the state is copied in memory, a thread writes it, removes old ones, and hands it on.
+
+Reading a checkpoint back into the state, whatever the number of processes then and now.
+
+When a checkpoint is due, and how several processes agree on it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlm.console import say
+from vlm.data.ledger import Ledger
+from vlm.errors import VlmError
+from vlm.models.load import WEIGHTS
+from vlm.train.checkpoint.format import (
+    AVERAGE,
+    BEST,
+    HEADS,
+    OPTIMIZER,
+    HostMemory,
+    Snapshot,
+    damage_of,
+    facts_of,
+    list_checkpoints,
+    name_of,
+    read_values,
+    remove_checkpoint,
+    remove_leavings,
+    steps_to_remove,
+    take_snapshot,
+    write_best,
+    write_checkpoint,
+)
+from vlm.train.checkpoint.remote_checkpoints import Mirror, Uploads
+from vlm.train.distributed import fill, spread_like
+from vlm.train.state import TrainState
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; made on every process, though only the main one writes.
+
+    What goes wrong in the thread is raised by the next `save`, `check`, `wait` or `close`. On leaving it as a context,
+    what is under way is finished, also where an error ends the run.
+    keep: checkpoints kept, besides the best and the one a rewind goes to.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, mirror: Mirror | None = None, is_main: bool = True) -> None:
+        self._folder, self._keep, self._is_main = folder, keep, is_main
+        self._host = HostMemory()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._uploads = Uploads(mirror, keep=keep) if mirror and is_main else None
+        self.last_saved: int | None = None
+        if is_main:
+            remove_leavings(folder)
+
+    def save(self, state: TrainState, *, ledger: Ledger, is_regular: bool) -> None:
+        """Copy the state as it is now and write it in the background; all processes call it at the same step.
+
+        A checkpoint still being written is waited for. ledger: that of all processes. is_regular: due by its step.
+
+        Raises:
+            VlmError: this one does not fit, or the one before could not be written.
+        """
+        self.wait()
+        snapshot = take_snapshot(state, self._host, ledger=ledger, is_regular=is_regular, is_main=self._is_main)
+        if snapshot is not None:
+            self._writing = self._thread.submit(self._write, snapshot)
+
+    def check(self) -> None:
+        """Raise what went wrong, if the thread has come to an end; never waits."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint is on disk.
+
+        Raises:
+            VlmError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def go_back(self, step: int) -> None:
+        """Remove the checkpoints after a step, here and where they were copied to: the run went back there."""
+        self.wait()
+        if not self._is_main:
+            return
+        if self._uploads:
+            self._uploads.drop_after(step)
+        for path in reversed(list_checkpoints(self._folder)):
+            if path.name > name_of(step):
+                remove_checkpoint(path)
+
+    def close(self) -> None:
+        """Wait for what is being written and copied; nothing can be saved afterwards, and closing again does nothing.
+
+        Raises:
+            VlmError: it could not be.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            uploads, self._uploads = self._uploads, None
+            if uploads:
+                uploads.close()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        if issubclass(kind, KeyboardInterrupt) and self._uploads:
+            self._uploads.abandon()
+        try:
+            self.close()
+        except VlmError as error:  # said, so as not to hide what ended the run
+            say(f"\n{error}")
+
+    def _write(self, snapshot: Snapshot) -> None:
+        path = write_checkpoint(self._folder, snapshot)
+        self.last_saved = snapshot.step
+        best = snapshot.best.step if snapshot.best else None
+        write_best(self._folder, snapshot.best)
+        if self._uploads:
+            marker = (self._folder / BEST).read_text(encoding="utf-8") if snapshot.best else ""
+            self._uploads.add(path, best=best, marker=marker)
+        in_use = [snapshot.step, *(self._uploads.in_use if self._uploads else ())]
+        for step in steps_to_remove(facts_of(self._folder), keep=self._keep, best=best, in_use=in_use):
+            remove_checkpoint(self._folder / name_of(step))
+
+
+def restore_newest(folder: Path, state: TrainState, *, mirror: Mirror | None = None, is_main: bool = True) -> bool:
+    """Read the newest undamaged checkpoint, of the folder or of its copies, into `state`; False if there is none.
+
+    All processes call it; the main one chooses.
+
+    Raises:
+        VlmError: there are checkpoints, but all are damaged, or it cannot be told whether there are any.
+    """
+    path = agreed_path(lambda: newest_undamaged(folder, mirror), is_main=is_main)
+    if path is None:
+        return False
+    restore(path, state, is_main=is_main)
+    return True
+
+
+def newest_undamaged(folder: Path, mirror: Mirror | None = None) -> Path | None:
+    """The newest checkpoint that every file of has its checksum; one that is only in the copies is fetched."""
+    if folder.is_dir():
+        remove_leavings(folder)
+    own, copied = {path.name for path in list_checkpoints(folder)}, _copied(folder, mirror)
+    for name in sorted(own | copied, reverse=True):
+        damage = damage_of(folder / name) if name in own else "absent"
+        if damage and name in own:
+            say(f"{folder / name} is damaged ({damage}); trying {'its copy' if name in copied else 'the one before'}.")
+        if damage and mirror and name in copied:
+            say(f"Fetching {name} from {mirror.place}.")
+            damage = mirror.fetch(name, folder)
+            if damage:
+                say(f"The copy of {name} in {mirror.place} is damaged ({damage}); trying the one before it.")
+        if not damage:
+            return folder / name
+    if own or copied:
+        number = len(own | copied)
+        raise VlmError(f"All {number} checkpoints in {folder} are damaged; start the run anew in another folder.")
+    return None
+
+
+def _copied(folder: Path, mirror: Mirror | None) -> set[str]:
+    """The checkpoints that are in the copies; where these cannot be reached, the run's own must do."""
+    if mirror is None:
+        return set()
+    try:
+        return set(mirror.names())
+    except VlmError as error:
+        if not list_checkpoints(folder):
+            raise
+        say(f"{error}; going by the checkpoints in {folder}.")
+        return set()
+
+
+def agreed_path(choose: Callable[[], Path | None], *, is_main: bool) -> Path | None:
+    """What the main process chooses, on all; what it raises is raised by all."""
+    if not dist.is_initialized():
+        return choose()
+    told: list[Path | VlmError | None] = [None]
+    if is_main:
+        try:
+            told = [choose()]
+        except VlmError as error:
+            told = [error]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], VlmError):
+        raise told[0]
+    return told[0]
+
+
+def restore(path: Path, state: TrainState, *, is_main: bool = True) -> None:
+    """Read a checkpoint into the state; its ledger, that of all processes together, is carried on by the main one.
+
+    Raises:
+        VlmError: it is not of this network and these heads.
+    """
+    values = read_values(path)
+    state.take_values(values)
+    state.ledger = Ledger.from_values(values["ledger"]) if is_main else Ledger()
+    weights = load_file(path / WEIGHTS)
+    _fill_all(state.network.state_dict(), weights, path / WEIGHTS)
+    heads = state.student.heads.state_dict()
+    if heads or (path / HEADS).is_file():
+        _fill_all(heads, _load(path / HEADS), path / HEADS)
+    if state.average is not None:
+        if not (path / AVERAGE).is_file():
+            say(f"{path} holds no averaged weights; the average starts from its weights.")
+        _fill_all(state.average, _load(path / AVERAGE) or weights, path / AVERAGE)
+    _restore_optimizer(state, load_file(path / OPTIMIZER))
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.is_file() else {}
+
+
+def _fill_all(held: Mapping[str, Tensor], read: Mapping[str, Tensor], where: Path) -> None:
+    wrong = sorted(held.keys() ^ read.keys()) or [name for name in held if held[name].shape != read[name].shape]
+    if wrong:
+        raise VlmError(f"{where} is not of the network being trained: {', '.join(wrong[:3])} differ.")
+    for name, target in held.items():
+        fill(target, read[name])
+
+
+def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        by_parameter.setdefault(parameter, {})[key] = tensor
+    names = {parameter: name for name, parameter in state.student.named_parameters()}
+    state.optimizer.state.clear()
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            held = by_parameter.pop(names[parameter], {})
+            if held:
+                state.optimizer.state[parameter] = {key: spread_like(held[key], parameter) for key in held}
+    if by_parameter:
+        raise VlmError(f"The checkpoint's optimiser knows {next(iter(by_parameter))}, which is not trained now.")
+
+
+@dataclass
+class Cadence:
+    """Due by steps, by minutes, or both.
+
+    every: steps between checkpoints. minutes: between checkpoints besides; 0 goes by steps alone.
+    saved_seconds: when the last was taken, on the clock of `is_due`.
+    """
+
+    every: int
+    minutes: float = 0.0
+    saved_seconds: float = 0.0
+
+    def is_regular(self, step: int) -> bool:
+        """Whether one is due by its step: the same in every part of an interrupted run."""
+        return step % self.every == 0
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether one is due. Clocks differ between processes, so these `agree` on it: that of any counts.
+
+        seconds: time spent in the run so far.
+
+        >>> cadence = Cadence(every=100, minutes=1)
+        >>> [cadence.is_due(step, seconds) for step, seconds in ((99, 59), (99, 60), (100, 1))]
+        [False, True, True]
+        """
+        is_late = self.minutes > 0 and seconds - self.saved_seconds >= 60 * self.minutes
+        return self.is_regular(step) or is_late
+
+    def saved(self, seconds: float) -> None:
+        """One was taken now."""
+        self.saved_seconds = seconds
+
+
+def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which of the flags are set in any process, in one exchange."""
+    if not dist.is_initialized():
+        return list(flags)
+    votes = torch.tensor([int(flag) for flag in flags], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]

@@ -1,1 +1,0 @@
-"""What keeps a run alive: bad steps skipped, rewinding, a watchdog."""

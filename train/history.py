@@ -1,0 +1,157 @@
+"""Runs as they lie on disk: which there are, what they are, how far they came, how well and how fast."""
+
+import itertools
+import json
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from vlm.errors import UsageError
+from vlm.files import append_line, read_lines, write_text
+from vlm.manifest import MANIFEST
+
+METRICS = "metrics.jsonl"
+TELEMETRY = "telemetry.json"
+CONFIG = "config.toml"
+BEST_OF = ("text_to_image_recall@10", "text_to_image_recall@1")
+_FRESH_SECONDS = 120.0
+_FRESH_LINES = 5
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, each with its step; nothing after a resumed step survives."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path = path
+        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resumed_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append the values of one step."""
+        append_line(self._path, json.dumps({"step": step, **values}))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`."""
+    return [json.loads(line) for line in read_lines(path)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run folder, read.
+
+    state: finished once it has its manifest; running while it has written a line not long ago (within five times the
+    usual pause, and at least two minutes), or stopped. planned_steps: 0 where unknown. figures: what `vlm eval --out
+    RUN/evaluation` left, with names as in bands.
+    """
+
+    folder: Path
+    state: Literal["finished", "running", "stopped"]
+    configuration: dict[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    planned_steps: int
+    telemetry: dict[str, Any]
+    figures: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def step(self) -> int:
+        """The last step it wrote about."""
+        return self.lines[-1]["step"] if self.lines else 0
+
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric, None if there is none."""
+        return next((line[metric] for line in reversed(self.lines) if metric in line), None)
+
+    def usual(self, metric: str) -> float | None:
+        """The median of a metric over all lines but the first, which holds the start-up."""
+        values = [line[metric] for line in self.lines if metric in line]
+        return median(values[1:] or values) if values else None
+
+    def best(self) -> Mapping[str, Any] | None:
+        """The line with the best recall on val (text→image @10, then @1), None if none was measured."""
+        measured = [line for line in self.lines if all(metric in line for metric in BEST_OF)]
+        return max(measured, key=lambda line: [line[metric] for metric in BEST_OF], default=None)
+
+    def measured(self) -> list[Mapping[str, Any]]:
+        """The lines, with what was evaluated afterwards as one more at the last step."""
+        return [*self.lines, {"step": self.step, **self.figures}] if self.figures else list(self.lines)
+
+
+def write_telemetry(run: Path, *, steps: int, utilisation: Mapping[str, Any]) -> None:
+    """Leave in a run's folder, when it begins, how long it will be and what utilisation is measured against
+    (`Utilisation.facts`)."""
+    write_text(run / TELEMETRY, json.dumps({"steps": steps, **utilisation}, indent=1) + "\n")
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders below a folder, or itself, oldest first; checkpoints and models inside runs are no runs.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {str(folder)!r}; give the one your runs are in.")
+    found = [path.parent for path in folder.rglob(CONFIG) if _is_run(path.parent)]
+    return sorted(found, key=lambda path: ((path / CONFIG).stat().st_mtime, path))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run, whatever its state and whichever version began it.
+
+    Raises:
+        UsageError: the folder is no run.
+    """
+    if not _is_run(folder):
+        raise UsageError(f"{folder} is no run: it needs {CONFIG} and {METRICS}; vlm runs FOLDER lists those there are.")
+    configuration = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    lines, telemetry = read_metrics(folder / METRICS), _read_json(folder / TELEMETRY)
+    counts = _read_json(folder / MANIFEST).get("counts", {})
+    planned = counts.get("steps") or telemetry.get("steps") or max(configuration.get("steps", -1), 0)
+    return RunRecord(
+        folder=folder,
+        state=_state(folder, lines),
+        configuration=configuration,
+        lines=lines,
+        planned_steps=planned,
+        telemetry=telemetry,
+        figures=_figures(folder / "evaluation" / "evaluation.json"),
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
+
+
+def _state(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Literal["finished", "running", "stopped"]:
+    if (folder / MANIFEST).is_file():
+        return "finished"
+    times = [line["seconds"] for line in lines if "seconds" in line]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    patience = max(_FRESH_SECONDS, _FRESH_LINES * median(pauses) if pauses else 0.0)
+    return "running" if time.time() - (folder / METRICS).stat().st_mtime < patience else "stopped"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _figures(path: Path) -> dict[str, float]:
+    values = _read_json(path)
+    figures: dict[str, float] = {}
+    if values.get("zero_shot"):
+        figures["zero_shot_top1"] = values["zero_shot"]["top1"]
+    if values.get("caption_truth"):
+        figures["true_captions"] = values["caption_truth"]["true"]
+    return figures

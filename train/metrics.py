@@ -1,0 +1,280 @@
+"""How a run goes, written down: a line of metrics.jsonl every few steps.
+
+Metrics as TensorBoard shows them, on request.
+
+The line people watch while a run goes.
+
+Values over the steps since the last line.
+
+How fast a run is, what it waits for, how much of the machine it uses, how long it will still take.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from vlm.console import duration, progress
+from vlm.errors import UsageError
+from vlm.tensors import Tensor
+from vlm.train.distributed import gathered
+from vlm.train.flops import Peak, SampleFlops
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TensorBoardLog:
+    """Event files in `folder`; what an interrupted run wrote after `resumed_step` is no longer shown.
+
+    Raises:
+        UsageError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(
+                "--tensorboard needs the package tensorboard: pip install 'vlm[tensorboard]', or leave it out; "
+                "metrics.jsonl and curves.png hold the same."
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Add the numbers among the values of one step, and make them visible."""
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """No more will come."""
+        self._writer.close()
+
+
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+class ProgressLine:
+    """One bar over the whole run: step, loss, samples/s, data wait, MFU, time left."""
+
+    def __init__(self, *, steps: int, done: int, is_shown: bool) -> None:
+        self._bar = progress(total=steps, what="training", done=done, unit="step") if is_shown else None
+        if self._bar is not None:
+            self._bar.bar_format = _FORMAT  # the bar's own time left forgets evaluations
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Show the newest values."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(progress_note(values), refresh=False)
+
+    def step(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def go_back(self, step: int) -> None:
+        """The run went back to a step."""
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
+
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def progress_note(values: dict[str, Any]) -> str:
+    """What is shown of the values of a line.
+
+    >>> values = {"loss": 2.5, "samples_per_second": 1234.5, "data_wait": 0.03, "mfu": 0.412, "eta_seconds": 3750}
+    >>> progress_note(values)
+    'loss 2.500  1,234 samples/s  data wait 3%  MFU 41%  1 h 2 min left'
+    """
+    parts = [
+        f"loss {values['loss']:.3f}",
+        f"{values['samples_per_second']:,.0f} samples/s",
+        f"data wait {values['data_wait']:.0%}",
+    ]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    if values.get("eta_seconds"):
+        parts.append(f"{duration(values['eta_seconds'])} left")
+    return "  ".join(parts)
+
+
+class WindowMean:
+    """Means of named values over the steps since the last reading.
+
+    Values may be scalars on the device: they are summed there, in float64, and nothing waits for them before `read`.
+    The sums are part of the state of a run: a run that stops between two lines writes, when resumed, the line that the
+    uninterrupted run does (`to_values`, `restore`).
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """The values of one step."""
+        for name, value in values.items():
+            number = torch.as_tensor(value).detach().double()
+            self._sums[name] = self._sums[name] + number if name in self._sums else number
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, Tensor]:
+        """The mean of each name over the steps that had it; then start anew."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def to_values(self) -> dict[str, tuple[float, int]]:
+        """Sum and count of each name, as plain values."""
+        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+
+    def restore(self, values: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `to_values` gave."""
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in values.items()
+        }
+        self._counts = {name: count for name, (_, count) in values.items()}
+
+
+Item = TypeVar("Item")
+
+
+class StepClock:
+    """Times a run: one reading for the steps since the last.
+
+    batch_size: samples of a step, over all processes. steps, done: of the whole run, and when the clock starts.
+    peak: of this process's device. now: the clock read, in seconds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        steps: int = 0,
+        done: int = 0,
+        peak: Peak | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._batch_size, self._peak, self._now = batch_size, peak, now
+        self._left, self._is_known = steps - done, steps > 0
+        self._timed_from: float | None = None
+        self._timed_steps = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._waited, self._steps = self._now(), 0.0, 0
+        self._decoded, self._flops = 0, 0.0
+
+    def waiting(self, items: Iterator[Item]) -> Generator[Item, None, None]:
+        """Pass the items on, counting the time each takes to come."""
+        while True:
+            before = self._now()
+            item = next(items, None)
+            self._waited += self._now() - before
+            if item is None:
+                return
+            yield item
+
+    def tick(self, *, decoded: int = 0, flops: float = 0.0) -> None:
+        """One more step is done, for which this process decoded so many pictures and owed so many FLOPs."""
+        self._steps += 1
+        self._decoded += decoded
+        self._flops += flops
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out time that was spent on neither data nor steps (evaluation, saving)."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        """The values of this process for the steps since the last reading; then start anew.
+
+        samples_per_second (all processes), images_per_second (decoded for this process), data_wait (share in [0, 1]),
+        mfu (share of the peak, in [0, 1]; absent without a peak or a count), memory_bytes (largest use of the GPU so
+        far, or resident memory of this process now), eta_seconds (absent where the number of steps is not known).
+        """
+        elapsed = max(self._now() - self._since, 1e-9)
+        values = {
+            "samples_per_second": self._steps * self._batch_size / elapsed,
+            "images_per_second": self._decoded / elapsed,
+            "data_wait": min(self._waited / elapsed, 1.0),
+            "memory_bytes": float(_memory_bytes()),
+        }
+        if self._peak and self._flops > 0 and math.isfinite(self._flops):
+            values["mfu"] = self._flops / elapsed / self._peak.flops
+        left = self._seconds_left(elapsed)
+        if left is not None:
+            values["eta_seconds"] = left
+        self._restart()
+        return values
+
+    def _seconds_left(self, elapsed: float) -> float | None:
+        """From the mean over all windows but the first, which compiles and fills queues; evaluations count in it."""
+        if not self._is_known:
+            return None
+        self._left -= self._steps
+        if self._left <= 0 or not self._steps:
+            return 0.0 if self._left <= 0 else None
+        if self._timed_from is None:
+            self._timed_from = self._now()
+            return self._left * elapsed / self._steps
+        self._timed_steps += self._steps
+        return self._left * (self._now() - self._timed_from) / self._timed_steps
+
+
+def over_processes(reading: dict[str, float]) -> dict[str, float]:
+    """One reading for all processes, called by all: images are summed, memory is the largest, the rest are means."""
+    readings = gathered([reading])
+    merge: dict[str, Callable[[list[float]], float]] = {"images_per_second": math.fsum, "memory_bytes": max}
+    return {name: merge.get(name, _mean)([other.get(name, reading[name]) for other in readings]) for name in reading}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utilisation:
+    """What utilisation is measured against: the FLOPs of a sample, and the peak of each of the processes' devices."""
+
+    sample: SampleFlops | None
+    peak: Peak
+    processes: int
+
+    def facts(self) -> dict[str, float | str | int | None]:
+        """As plain values."""
+        return {
+            "forward_flops_per_sample": self.sample.forward if self.sample else None,
+            "backward_flops_per_sample": self.sample.backward if self.sample else None,
+            "peak_flops": self.peak.flops,
+            "peak_source": self.peak.source,
+            "processes": self.processes,
+        }
+
+    def sentence(self) -> str:
+        """In words, for the start of a run."""
+        if self.sample is None:
+            return "MFU is not given: the FLOPs of this network cannot be counted."
+        devices = f"{self.processes} × " if self.processes > 1 else ""
+        return (
+            f"MFU is of {devices}{self.peak.flops / 1e12:,.3g} TFLOP/s ({self.peak.source}); a sample takes "
+            f"{self.sample.forward / 1e9:,.3g} GFLOP forward and {self.sample.backward / 1e9:,.3g} backward."
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _memory_bytes() -> int:
+    """Peak memory of the GPU, or memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,144 @@
+"""Muon for the matrices inside a network, AdamW for all else, as one optimizer.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; rates matched to AdamW's root mean square
+as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.
+
+AdamW with decay on matrices only, or Muon beside it, and the schedule as a pure function of the step.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import cos, log, pi
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.train.distributed import by_kind
+from vlm.train.run_config import OptimizerConfig
+
+_PIXEL_CHANNELS = 3
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """One step of both. State and groups are those of the weights themselves, saved and restored as any optimizer's.
+
+    matrices: groups of what Muon moves; a kernel [O, I, …] is moved as the matrix [O, I · …].
+    """
+
+    def __init__(self, matrices: Sequence[dict[str, Any]], adamw: torch.optim.AdamW, **told: Any) -> None:
+        flat = [group | {"params": [_flat(weight) for weight in group["params"]]} for group in matrices]
+        self.muon, self.adamw = torch.optim.Muon(flat, **told), adamw
+        super().__init__([{"params": group["params"]} for group in (*matrices, *adamw.param_groups)], {})
+        of_muon = [
+            within | {"params": group["params"]} for within, group in zip(self.muon.param_groups, matrices, strict=True)
+        ]
+        self.param_groups = [*of_muon, *adamw.param_groups]
+        adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Move all weights."""
+        for within, group in zip(self.muon.param_groups, self.param_groups, strict=False):
+            within.update({name: value for name, value in group.items() if name != "params"})
+            for flat, weight in zip(within["params"], group["params"], strict=True):
+                flat.grad = None if weight.grad is None else weight.grad.flatten(1)
+                self.muon.state[flat] = self.state[weight]
+        self.muon.step()
+        self.adamw.step()
+
+
+def tables_of(network: nn.Module) -> set[str]:
+    """Names of the weights that are looked up row by row: tables of tokens, and of positions where they are modules."""
+    lookups = (nn.Embedding, nn.EmbeddingBag)
+    return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, lookups)}
+
+
+def is_hidden_matrix(name: str, weight: nn.Parameter) -> bool:
+    """Whether a weight that is no table maps features to features.
+
+    Not so: positions, gains, one query, kernels of single channels and those that read pixels.
+    """
+    if weight.ndim < 2 or "pos" in name.rpartition(".")[2]:
+        return False
+    if weight.ndim > 2:
+        return weight.shape[0] > 1 and weight.shape[1] > _PIXEL_CHANNELS
+    return min(weight.shape) > 1
+
+
+def _flat(weight: nn.Parameter) -> nn.Parameter:
+    """The same numbers as a matrix."""
+    return nn.Parameter(weight.detach().view(len(weight), -1))
+
+
+MAX_LOG_SCALE = log(100)
+"""The temperature is kept from falling below 0.01 (CLIP §2.5)."""
+
+_RELATIVE_RATE = "relative_rate"
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay for matrices, and without for gains, biases and temperature (as in CLIP §2.5).
+
+    With `optimizer` "muon" the matrices inside the towers are Muon's.
+    """
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    tables = tables_of(network)
+    hidden = [name for name, weight in trained.items() if name not in tables and is_hidden_matrix(name, weight)]
+    matrices = [trained.pop(name) for name in hidden] if config.optimizer == "muon" else []
+    adamw = _adamw(trained, tables, config)
+    if not matrices:
+        return adamw
+    groups = [{"params": weights, _RELATIVE_RATE: 1.0} for weights in by_kind(matrices) if weights]
+    return MuonWithAdamW(
+        groups, adamw, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig) -> torch.optim.AdamW:
+    sorts: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in weights.items():
+        decay = config.weight_decay if weight.ndim >= 2 else 0.0
+        sorts.setdefault((decay, _relative_rate(name, weight, tables, config)), []).append(weight)
+    groups = [
+        {"params": kind, "weight_decay": decay, _RELATIVE_RATE: rate}
+        for (decay, rate), parameters in sorts.items()
+        for kind in by_kind(parameters)
+        if kind
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
+
+
+def _relative_rate(name: str, weight: nn.Parameter, tables: Collection[str], config: OptimizerConfig) -> float:
+    if name.endswith(("logit_scale", "logit_bias")):
+        return config.temperature_rate
+    if name in tables:
+        return config.table_rate
+    if weight.ndim < 2:
+        return config.gain_rate
+    return config.kernel_rate if weight.ndim > 2 else 1.0
+
+
+def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Linear warm-up from zero, then half a cosine down to zero at `total_steps`.
+
+    >>> config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
+    >>> [round(learning_rate_at(step, config, 110), 3) for step in (0, 9, 60, 110)]
+    [0.1, 1.0, 0.5, 0.0]
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + cos(pi * min(share, 1.0)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use this rate, and those relative to it, in the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[_RELATIVE_RATE]
+
+
+@torch.no_grad()
+def limit_temperature(network: nn.Module) -> None:
+    """Cut the learned log of the inverse temperature at MAX_LOG_SCALE."""
+    network.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)

@@ -1,0 +1,209 @@
+"""The curves of one run, or of several over one another, as a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.files import replacing
+from vlm.train.recipes import Band
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One set of axes, and the metrics drawn in it. is_smoothed: the mean of neighbours is drawn over the values.
+
+    least_top: the axis reaches at least so far, lest a share of little look like much.
+    """
+
+    heading: str
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    is_smoothed: bool = True
+    is_share: bool = False
+    is_logarithmic: bool = False
+    starts_at_zero: bool = False
+    least_top: float = 0.0
+
+
+_PANELS = (
+    Panel(
+        heading="recall on val",
+        names=(
+            "text_to_image_recall@10",
+            "image_to_text_recall@10",
+            "text_to_image_recall@1",
+            "image_to_text_recall@1",
+        ),
+        labels=("text→image @10", "image→text @10", "text→image @1", "image→text @1"),
+        is_smoothed=False,
+        is_share=True,
+        starts_at_zero=True,
+    ),
+    Panel(heading="gradient norm, before it is cut", names=("gradient_norm",), is_logarithmic=True),
+    Panel(heading="inverse temperature", names=("logit_scale",), is_smoothed=False),
+    Panel(heading="learning rate", names=("learning_rate",), is_smoothed=False, starts_at_zero=True),
+    Panel(heading="samples a second", names=("samples_per_second",), starts_at_zero=True),
+    Panel(heading="time waiting for data", names=("data_wait",), is_share=True, starts_at_zero=True, least_top=0.1),
+    Panel(heading="model FLOP utilisation", names=("mfu",), is_share=True, starts_at_zero=True, least_top=0.1),
+)
+_COMPARED = ("text_to_image_recall@10", "text_to_image_recall@1")
+_COLUMNS = 3
+_MARKED_POINTS = 30
+_WHOLE_PERCENTS = 0.05
+_MOST_SMOOTHED = 200
+
+
+def draw_curves(metrics: Lines, path: Path, *, title: str) -> None:
+    """Draw what a run measured over its steps into a PNG: loss and its parts, recall, gradient norm, temperature,
+    learning rate, speed, data wait, utilisation; what it did not measure is left out."""
+    loss = Panel(heading="loss", names=("loss", *_parts_of_loss(metrics)))
+    panels = [panel for panel in (loss, *_PANELS) if any(_points(metrics, name) for name in panel.names)]
+
+    def draw(axes: "Axes", panel: Panel) -> None:
+        for number, name in enumerate(panel.names):
+            label = panel.labels[number] if panel.labels else name
+            _draw_line(axes, _points(metrics, name), label=label, colour=f"C{number}", is_smoothed=panel.is_smoothed)
+        if len(panel.names) > 1 and len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(fontsize=8, frameon=False)
+
+    _draw_panels(panels, draw, path, title=title)
+
+
+def draw_comparison(
+    runs: Mapping[str, Lines], path: Path, *, title: str, bands: Sequence[Band] = (), steps: int = 0
+) -> None:
+    """Draw the curves of several runs, by name, over one another into a PNG.
+
+    bands: where a run of so many planned steps is expected to be; each is drawn behind its metric.
+    """
+    expected = {band.metric: band for band in bands}
+    panels = [panel for panel in _single_panels() if panel.names[0] not in expected and _has(runs, panel.names[0])]
+    banded = [
+        Panel(heading=f"{name.replace('_', ' ')}, band {band.kind}", names=(name,), is_share=name != "loss")
+        for name, band in expected.items()
+    ]
+
+    def draw(axes: "Axes", panel: Panel) -> None:
+        name = panel.names[0]
+        if name in expected:
+            _draw_band(axes, expected[name], steps=steps)
+        for number, (run, lines) in enumerate(runs.items()):
+            _draw_line(axes, _points(lines, name), label=run, colour=f"C{number}", is_smoothed=panel.is_smoothed)
+        if panel is first:
+            axes.legend(fontsize=8, frameon=False)
+
+    drawn = [*banded, *panels]
+    first = drawn[0] if drawn else None
+    _draw_panels(drawn, draw, path, title=title)
+
+
+def _single_panels() -> list[Panel]:
+    """The panels with one metric each, for several runs."""
+    singles = [Panel(heading="loss", names=("loss",))]
+    for panel in _PANELS:
+        for name, label in zip(panel.names, panel.labels or ("",), strict=True):
+            if not label or name in _COMPARED:
+                singles.append(
+                    replace(panel, heading=f"{panel.heading}, {label}" if label else panel.heading, names=(name,))
+                )
+    return singles
+
+
+def _draw_panels(panels: Sequence[Panel], draw: Any, path: Path, *, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, max(len(panels), 1))
+    rows = max(-(-len(panels) // columns), 1)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        draw(axes, panel)
+        axes.set_title(panel.heading, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        _set_scales(axes, panel)
+        if number > len(panels) - columns:
+            axes.set_xlabel("step", fontsize=9)
+    if not panels:
+        figure.text(0.5, 0.5, "nothing was measured", ha="center")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _set_scales(axes: "Axes", panel: Panel) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel.is_logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=True)
+    if panel.starts_at_zero:
+        axes.set_ylim(0, max(axes.get_ylim()[1], panel.least_top))
+    if panel.is_share:
+        is_wide = axes.get_ylim()[1] - axes.get_ylim()[0] > _WHOLE_PERCENTS
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if is_wide else None))
+
+
+def _draw_line(axes: "Axes", points: list[tuple[int, float]], *, label: str, colour: str, is_smoothed: bool) -> None:
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    if len(points) <= _MARKED_POINTS or not is_smoothed:
+        marker = "o" if len(points) <= _MARKED_POINTS else ""
+        axes.plot(steps, values, marker=marker, markersize=3, linewidth=1.4, label=label, color=colour)
+        return
+    axes.plot(steps, values, linewidth=0.6, alpha=0.3, color=colour)
+    axes.plot(steps, _smooth(values), linewidth=1.4, label=label, color=colour)
+
+
+def _draw_band(axes: "Axes", band: Band, *, steps: int) -> None:
+    shares, low, high = zip(*band.points, strict=True)
+    places = [share * steps for share in shares]
+    if len(places) == 1:
+        middle, half = (low[0] + high[0]) / 2, (high[0] - low[0]) / 2
+        axes.errorbar(places, [middle], yerr=[half], color="0.45", capsize=5, linewidth=2, label="expected")
+    else:
+        axes.fill_between(places, low, high, color="0.6", alpha=0.3, linewidth=0, label="expected")
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value with its neighbours, over a fortieth of the curve and no further than its ends."""
+    reach = min(max(len(values) // 40, 1), _MOST_SMOOTHED)
+    smoothed = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)
+        window = values[place - near : place + near + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
+
+
+def _points(lines: Lines, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+
+
+def _has(runs: Mapping[str, Lines], name: str) -> bool:
+    return any(_points(lines, name) for lines in runs.values())
+
+
+def _parts_of_loss(lines: Lines) -> list[str]:
+    """The terms of the objective whose values stand on the lines; none if the loss is a single one."""
+    from vlm.train.objectives.objective_registry import TERMS
+
+    names = [name for name in TERMS if _points(lines, name)]
+    return names if len(names) > 1 else []

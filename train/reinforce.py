@@ -1,0 +1,415 @@
+"""Dataset reinforcement: shards written anew with what teachers make of drawn views and of the captions.
+
+The teachers run once, whatever is trained on the shards afterwards (Faghri et al. 2023, section 3; MobileCLIP, Vasu et
+al. 2023, section 4). Of several teachers, the unit vectors are laid side by side, each divided by sqrt(n), so that a
+dot product of two rows is the mean of the teachers' cosines. MobileCLIP instead averages the divergences from each
+teacher (its equation 3); `teachers` in the manifest tells the columns of each, for whoever wants to part them.
+
+The folder of reinforced shards: what each is called, which are done, and the manifest at the end.
+
+The rows stored with each sample: what each teacher makes of its views and captions, side by side.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from vlm.console import progress
+from vlm.data.loader import stream_batches
+from vlm.data.pack import read_journal
+from vlm.data.sampler import ShardPlan
+from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.tar import Arrays, copy_with_arrays
+from vlm.errors import UsageError, VlmError
+from vlm.files import append_line, replacing, write_text
+from vlm.manifest import FileRecord, Manifest, begin_folder, record_file, write_manifest
+from vlm.models.model import VisionLanguageModel
+from vlm.storage.urls import SHARD_SUFFIXES, base_name
+from vlm.tensors import Float32, Tensor
+from vlm.train.teacher_views import (
+    REINFORCEMENT,
+    AssembleViews,
+    Viewed,
+    ViewedBatch,
+    ViewGeometry,
+    described,
+    reinforcement_of,
+)
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+UNREINFORCED = "unreinforced.jsonl"
+"""The samples that were carried over without arrays, and why."""
+
+_JOURNAL = ".shards-done.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcedShard:
+    """A finished shard. sizes: columns of each array. left: the samples without arrays."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    sizes: dict[str, int]
+    left: list[dict[str, Any]]
+
+
+def names_of(shards: Sequence[str]) -> list[str]:
+    """A plain tar's name for each shard: its own, with its number before it where two are called the same.
+
+    >>> names_of(["a/0.tar", "b/1.tar.gz"]), names_of(["a/0.tar", "b/0.tar"])
+    (['0.tar', '1.tar'], ['00000-0.tar', '00001-0.tar'])
+    """
+    names = [base_name(shard) for shard in shards]
+    suffixes = [max((end for end in SHARD_SUFFIXES if name.lower().endswith(end)), key=len) for name in names]
+    stems = [name[: -len(suffix)] for name, suffix in zip(names, suffixes, strict=True)]
+    if len({stem.lower() for stem in stems}) < len(stems) or any(stem.startswith(".") for stem in stems):
+        stems = [f"{number:05d}-{stem}" for number, stem in enumerate(stems)]
+    return [f"{stem}.tar" for stem in stems]
+
+
+def note_done(out: Path, shard: ReinforcedShard) -> None:
+    """Write into the journal that a shard is whole."""
+    append_line(out / _JOURNAL, json.dumps(asdict(shard)))
+
+
+def read_done(out: Path) -> list[ReinforcedShard]:
+    """The shards an earlier run finished.
+
+    Raises:
+        VlmError: one of them is no longer there as it was.
+    """
+    return read_journal(out / _JOURNAL, ReinforcedShard)
+
+
+def finish_folder(
+    out: Path,
+    shards: Sequence[ReinforcedShard],
+    *,
+    reinforcement: dict[str, Any],
+    configuration: dict[str, Any],
+    inputs: dict[str, str],
+    sources: Sequence[str],
+) -> Manifest:
+    """Write the list of what was left out, and the manifest; the journal goes."""
+    left = [sample for shard in shards for sample in shard.left]
+    files = {shard.name: FileRecord(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
+    if left:
+        write_text(out / UNREINFORCED, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in left))
+        files[UNREINFORCED] = record_file(out / UNREINFORCED)
+    samples = sum(shard.samples for shard in shards)
+    counts = {"samples": samples, "reinforced": samples - len(left), "bad": len(left), "shards": len(shards)}
+    manifest = Manifest(
+        kind="shards",
+        fingerprint=shards_fingerprint([str(out / shard.name) for shard in shards]),
+        counts=counts,
+        configuration=configuration,
+        inputs=inputs,
+        files=files,
+        details={
+            "source": {"kind": "shards", "shards": list(sources)},
+            REINFORCEMENT: reinforcement,
+            "arrays": next((shard.sizes for shard in shards if shard.sizes), {}),
+            "unreinforced": dict(Counter(sample["reason"] for sample in left)),
+        },
+    )
+    write_manifest(out, manifest)
+    (out / _JOURNAL).unlink()
+    return manifest
+
+
+@runtime_checkable
+class TextEmbedder(Protocol):
+    """Texts to vectors on the CPU; a `VisionLanguageModel` is one, and so is a language model."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Models with the same fingerprint give the same vectors."""
+        ...
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Arithmetic of the model."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T E"]:
+        """A row for each text."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachers:
+    """Who looks at the samples. names: of `models` and of `text_model`, as a person wrote them."""
+
+    models: tuple[VisionLanguageModel, ...] = ()
+    names: tuple[str, ...] = ()
+    text_model: TextEmbedder | None = None
+    text_name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.models and self.text_model is None:
+            raise UsageError("There is nothing to put into the shards; give --teacher MODEL, --text-model, or both.")
+
+    def made_of(self, batch: ViewedBatch, places: Sequence[int], *, half: bool) -> list[Arrays]:
+        """The arrays of each usable sample of a batch. places: for each model, the number of the view it looks through.
+
+        Raises:
+            VlmError: a number is not finite, or the batch does not fit into memory.
+        """
+        usable, models = batch.usable, self.models
+        made = [Arrays() for _ in usable]
+        if not usable:
+            return made
+        try:
+            if models:
+                _put(made, "view_seeds", [row.seeds for row in usable])
+                images = [model.embed_images(batch.views(at)) for model, at in zip(models, places, strict=True)]
+                numbers = [batch.num_views] * len(usable)
+                _put(made, "teacher_image", _rows(_joined(images), numbers, np.float16, self.names, usable))
+            self._add_texts(made, usable, half=half)
+        except torch.OutOfMemoryError as error:
+            raise VlmError(
+                "A batch does not fit into the device's memory; repeat the command with a smaller --batch-size: it "
+                "goes on after the shards that are done."
+            ) from error
+        return made
+
+    def _add_texts(self, made: list[Arrays], usable: list[Viewed], *, half: bool) -> None:
+        captions = [text for row in usable for text in row.captions]
+        numbers = [len(row.captions) for row in usable]
+        if self.models:
+            texts = _joined([model.embed_texts(captions) for model in self.models])
+            _put(made, "teacher_text", _rows(texts, numbers, np.float16, self.names, usable))
+        if self.text_model is not None:
+            kind = np.float16 if half else np.float32
+            embedded = self.text_model.embed_texts(captions)
+            _put(made, "text_embedding", _rows(embedded, numbers, kind, (self.text_name,), usable))
+
+
+def _joined(parts: Sequence[Float32[Tensor, "N _"]]) -> Float32[Tensor, "N D"]:
+    """The teachers' unit vectors side by side, at unit length again."""
+    return torch.cat(list(parts), dim=1) / math.sqrt(len(parts))
+
+
+def _rows(
+    vectors: Float32[Tensor, "N D"], numbers: list[int], kind: type, names: Sequence[str], usable: list[Viewed]
+) -> list[np.ndarray]:
+    """The vectors, so many for each sample, as stored; VlmError where one is not finite."""
+    with np.errstate(over="ignore"):
+        stored = vectors.numpy().astype(kind)
+    parts = np.split(stored, list(accumulate(numbers))[:-1])
+    for part, row in zip(parts, usable, strict=True):
+        if not np.isfinite(part).all():
+            raise VlmError(
+                f"{' + '.join(names)} gave numbers that are no finite {np.dtype(kind)} for {row.key!r}: the weights "
+                "are damaged, its training diverged, or (with --half) they are too large."
+            )
+    return parts
+
+
+def _put(made: list[Arrays], name: str, parts: Sequence[np.ndarray]) -> None:
+    for arrays, part in zip(made, parts, strict=True):
+        arrays[name] = part
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig:
+    """What is put into shards.
+
+    num_views: A, views of each picture. seed: of the views. half: text embeddings in float16 instead of float32.
+    """
+
+    num_views: int = 5
+    geometry: ViewGeometry = field(default_factory=ViewGeometry)
+    seed: int = 0
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_views < 1:
+            raise UsageError(f"views = {self.num_views}; a teacher needs one at least.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceSummary:
+    """What was written; `seconds` and `samples_per_second` are of this run, without what an earlier one had done.
+
+    bad: samples carried over without arrays, by reason in `unreinforced`. arrays: numbers in a row, by name.
+    """
+
+    out: str
+    samples: int
+    reinforced: int
+    bad: int
+    shards: int
+    bytes: int
+    arrays: dict[str, int]
+    unreinforced: dict[str, int]
+    fingerprint: str
+    seconds: float
+    samples_per_second: float
+
+
+def reinforce(
+    shards: Sequence[str],
+    out: Path,
+    teachers: Teachers,
+    config: ReinforceConfig | None = None,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    allow_damage: bool = False,
+) -> ReinforceSummary:
+    """Write the shards into the new folder `out` with stored arrays, or go on where an interrupted run stopped.
+
+    Names, contents and order of all files stay; samples that cannot be used are carried over as they are, and named in
+    `unreinforced.jsonl`. With the same batch size, the folder ends with the same bytes however often it was
+    interrupted. Arrays the shards had before are kept, except those of the same name.
+
+    Args:
+        shards: addresses as `expand_shards` gives them.
+        batch_size: views a teacher sees at once.
+        allow_damage: copy what lies before the damage of a tar cut short.
+
+    Raises:
+        UsageError: `out` holds something else already, or the batch has no size.
+        VlmError: a shard is damaged, a model gives vectors that are not finite, or not one sample can be used.
+    """
+    config, started = config or ReinforceConfig(), time.perf_counter()
+    if batch_size < 1:
+        raise UsageError(f"batch_size = {batch_size}; a model must see one view at least.")
+    counts = count_samples(list(shards), allow_damage=allow_damage)
+    told = _reinforcement(teachers, config, reinforcement_of(shards))
+    inputs, options = {"shards": shards_fingerprint(shards)}, {"batch_size": batch_size, "workers": workers}
+    begin_folder(out, kind="shards", configuration={"reinforcement": told} | inputs)
+    work = _Reinforcing(list(shards), counts, out, teachers, config)
+    done = sum(shard.samples for shard in work.done)
+    with progress(total=sum(counts), done=done, what="reinforce", unit=" samples") as shown:
+        work.write_missing(batch_size=batch_size, workers=workers, shown=shown)
+    manifest = finish_folder(
+        out, work.done, reinforcement=told, configuration=asdict(config) | options, inputs=inputs, sources=shards
+    )
+    seconds = time.perf_counter() - started
+    return ReinforceSummary(
+        out=str(out),
+        samples=manifest.counts["samples"],
+        reinforced=manifest.counts["reinforced"],
+        bad=manifest.counts["bad"],
+        shards=manifest.counts["shards"],
+        bytes=sum(shard.bytes for shard in work.done),
+        arrays=manifest.details["arrays"],
+        unreinforced=manifest.details["unreinforced"],
+        fingerprint=manifest.fingerprint,
+        seconds=seconds,
+        samples_per_second=(manifest.counts["samples"] - done) / seconds,
+    )
+
+
+def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest tells; what the shards had before and keep stays told."""
+    told = dict(before)
+    if teachers.models:
+        told["views"] = described(config.geometry, number=config.num_views, seed=config.seed)
+        told["teachers"] = [
+            {
+                "name": name,
+                "fingerprint": model.fingerprint,
+                "precision": str(model.precision),
+                "pixels": model.view.size,
+                "columns": model.embedding_size,
+                "logit_scale": model.logit_scale,
+            }
+            for model, name in zip(teachers.models, teachers.names, strict=True)
+        ]
+    if (text_model := teachers.text_model) is not None:
+        told["text_embedding"] = {
+            "name": teachers.text_name,
+            "fingerprint": text_model.fingerprint,
+            "precision": str(text_model.precision),
+            "half": config.half,
+        }
+    return told
+
+
+class _Reinforcing:
+    """The shards written so far, and the next ones."""
+
+    def __init__(
+        self, shards: list[str], counts: list[int], out: Path, teachers: Teachers, config: ReinforceConfig
+    ) -> None:
+        for half_written in out.glob(".*.part"):
+            half_written.unlink()
+        self.done = read_done(out)
+        self._shards, self._counts, self._out, self._teachers, self._config = shards, counts, out, teachers, config
+        self._names = names_of(shards)
+        views = [config.geometry.view_for(model.view) for model in teachers.models]
+        self._views = tuple(dict.fromkeys(views))
+        self._places = [self._views.index(view) for view in views]
+
+    def write_missing(self, *, batch_size: int, workers: int, shown: "tqdm") -> None:
+        """Write the shards that are not there yet, one after the other."""
+        per_batch = max(batch_size // (self._config.num_views if self._views else 1), 1)
+        plan = ShardPlan(counts=self._counts, batch_size=per_batch)
+        num_batches = [-(-count // per_batch) for count in self._counts]
+        first = len(self.done)
+        assemble = AssembleViews(views=self._views, num_views=self._config.num_views, seed=self._config.seed)
+        missing = range(sum(num_batches[:first]), len(plan))
+        stream = _counted(stream_batches(plan, self._shards, assemble, numbers=missing, workers=workers), shown)
+        for number in range(first, len(self._shards)):
+            self._write(number, islice(stream, num_batches[number]))
+
+    def _write(self, number: int, batches: Iterator[ViewedBatch]) -> None:
+        path, address = self._out / self._names[number], self._shards[number]
+        sizes: dict[str, int] = {}
+        left: list[dict[str, Any]] = []
+        with replacing(path) as file:
+            copy_with_arrays(address, file, self._arrays(batches, sizes, left, path.name))
+        file = record_file(path)
+        shard = ReinforcedShard(
+            name=path.name,
+            samples=self._counts[number],
+            bytes=file.bytes,
+            sha256=file.sha256,
+            sizes=sizes,
+            left=left,
+        )
+        if not any(shard.samples > len(shard.left) for shard in [*self.done, shard]):
+            path.unlink()
+            raise VlmError(
+                f"None of the {shard.samples:,} samples of {address} can be used; the first, {left[0]['key']!r}: "
+                f"{left[0]['reason']}: {left[0]['detail']}. See vlm inspect."
+            )
+        note_done(self._out, shard)
+        self.done.append(shard)
+
+    def _arrays(
+        self, batches: Iterator[ViewedBatch], sizes: dict[str, int], left: list[dict[str, Any]], name: str
+    ) -> Iterator[Arrays]:
+        """The arrays of each sample of a shard; empty for a bad one, which is added to `left`."""
+        for batch in batches:
+            for bad in batch.incidents:
+                left.append({"shard": name, "key": bad.key, "reason": bad.reason, "detail": bad.detail})
+            made = iter(self._teachers.made_of(batch, self._places, half=self._config.half))
+            for row in batch.rows:
+                arrays = Arrays() if row is None else next(made)
+                sizes |= {array: rows.shape[1] for array, rows in arrays.items() if rows.ndim == 2}
+                yield arrays
+
+
+def _counted(batches: Iterator[ViewedBatch], shown: "tqdm") -> Iterator[ViewedBatch]:
+    """The batches, each shown as done when the next one is asked for."""
+    for batch in batches:
+        yield batch
+        shown.update(len(batch.rows))

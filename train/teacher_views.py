@@ -1,0 +1,249 @@
+"""The views a teacher saw and the student is shown again: their seeds, their geometry, and that both agree.
+
+A view is the crop that `RandomView` draws from a stored seed. The same seed gives the student the same crop only if its
+own `crop_scale` and `flip` are those of the teacher; so they are written into the manifest of reinforced shards. The
+size of the picture a model sees has no influence on what is drawn, and moves the edges of the crop by less than one
+of its pixels (`RandomView` puts them on whole pixels of the reduced JPEG).
+
+What the workers make of samples for teachers: every view of each picture, and all captions.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm.console import say
+from vlm.data.collate import Incident, incident_of
+from vlm.data.decode import EncodedPicture
+from vlm.data.loader import ShardSet
+from vlm.data.precomputed import StoredArrays, view_rng
+from vlm.data.sampler import Address
+from vlm.data.samples import Sample
+from vlm.data.transforms import FixedView, RandomView
+from vlm.errors import BadSample, UsageError
+from vlm.manifest import MANIFEST
+from vlm.storage.remote import read_small
+from vlm.storage.urls import is_remote, local_path, neighbour
+from vlm.tensors import Array, Tensor, UInt8
+from vlm.train.run_config import LoaderConfig
+
+REINFORCEMENT = "reinforcement"
+"""Where a manifest of shards tells, among its details, what `vlm reinforce` put into them."""
+
+_MAX_MANIFEST_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewGeometry:
+    """What a view drawn from a seed depends on besides the picture.
+
+    crop_scale: range of the crop's share of the area. flip: probability of mirroring. ratio: range of the crop's
+    width / height.
+    """
+
+    crop_scale: tuple[float, float] = LoaderConfig.crop_scale
+    flip: float = LoaderConfig.flip
+    ratio: tuple[float, float] = RandomView.ratio
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"crop_scale = {low:g} {high:g}: give two shares of the area, 0 < smallest ≤ largest ≤ 1.")
+        if not 0 <= self.flip <= 1:
+            raise UsageError(f"flip = {self.flip:g} is no probability; give a number from 0 to 1.")
+
+    def view_for(self, model_view: FixedView) -> RandomView:
+        """The random view at the size a model sees."""
+        return RandomView(
+            size=model_view.size,
+            scale=self.crop_scale,
+            ratio=self.ratio,
+            flip=self.flip,
+            interpolation=model_view.interpolation,
+        )
+
+
+def view_seeds(seed: int, key: str, number: int) -> np.ndarray:
+    """Seeds of the views of a sample, uint64 [number]; the first ones stay when more are asked for.
+
+    >>> view_seeds(0, "a", 3)[:2].tolist() == view_seeds(0, "a", 2).tolist()
+    True
+    """
+    drawn = (f"{seed}/{place}/{key}".encode(errors="surrogatepass") for place in range(number))
+    digests = [blake2b(text, digest_size=8, person=b"view").digest() for text in drawn]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
+    """Refuse to show the student other crops than the teacher saw. Does nothing unless arrays with views are asked for.
+
+    shards: addresses as `expand_shards` gives them. Of shards whose folder does not say, a line of talk is made.
+
+    Raises:
+        UsageError: `crop_scale`, `flip` or the ratio is not that of the teacher's views.
+    """
+    if not StoredArrays(names=loader.arrays).has_views:
+        return
+    ours = ViewGeometry(crop_scale=loader.crop_scale, flip=loader.flip)
+    for manifest, told in _told_by_folders(shards).items():
+        if "views" not in told:
+            say(f"{manifest} does not say how the stored views were cropped; --crop-scale and --flip must be the same.")
+            continue
+        theirs = geometry_of(told)
+        if theirs.ratio != ours.ratio:
+            raise UsageError(f"The views of {manifest} have the ratio {theirs.ratio}, this vlm draws {ours.ratio}.")
+        if theirs != ours:
+            raise UsageError(
+                f"The teacher saw {_in_words(theirs)} ({manifest}), but the run would show the student "
+                f"{_in_words(ours)}: give --crop-scale {theirs.crop_scale[0]:g} {theirs.crop_scale[1]:g} "
+                f"--flip {theirs.flip:g}, or reinforce the shards anew."
+            )
+
+
+def geometry_of(told: dict[str, Any]) -> ViewGeometry:
+    """The geometry that `views` of a reinforcement tells."""
+    views = told["views"]
+    low, high = views["crop_scale"]
+    narrow, wide = views["ratio"]
+    return ViewGeometry(crop_scale=(low, high), flip=views["flip"], ratio=(narrow, wide))
+
+
+def reinforcement_of(shards: Sequence[str]) -> dict[str, Any]:
+    """What the folders of shards say was put into them before; empty unless all say the same."""
+    told = list(_told_by_folders(shards).values())
+    return told[0] if all(other == told[0] for other in told) else {}
+
+
+def described(geometry: ViewGeometry, *, number: int, seed: int) -> dict[str, Any]:
+    """`views` of a reinforcement."""
+    return asdict(geometry) | {"number": number, "seed": seed}
+
+
+def _told_by_folders(shards: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the manifest beside each shard says of stored arrays, by its address; empty where there is none."""
+    addresses = [
+        neighbour(shard, MANIFEST) if is_remote(shard) else str(Path(local_path(shard)).parent / MANIFEST)
+        for shard in shards
+    ]
+    return {address: _told(address) for address in dict.fromkeys(addresses)}
+
+
+def _told(address: str) -> dict[str, Any]:
+    try:
+        if is_remote(address):
+            data = read_small(address, max_bytes=_MAX_MANIFEST_BYTES) or b"{}"
+        else:
+            data = Path(address).read_bytes()
+        told = json.loads(data).get("details", {}).get(REINFORCEMENT, {})
+    except (OSError, ValueError, AttributeError):  # foreign folders may hold any manifest.json
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _in_words(geometry: ViewGeometry) -> str:
+    low, high = geometry.crop_scale
+    return f"crops of {low:g} to {high:g} of the area, mirrored with probability {geometry.flip:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Viewed:
+    """A usable sample: the seeds of its views, uint64 [A], and its captions, languages in their order."""
+
+    key: str
+    seeds: np.ndarray
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewedBatch:
+    """Samples of one shard in file order.
+
+    rows: of each address, its sample, or None for a bad one, which `incidents` names. images: of the usable samples,
+    one after the other, the views [A, S, S, 3] at each size S of `sizes`, as rows of plain bytes [B, bytes]; empty on
+    the way from a worker.
+    """
+
+    images: UInt8[Tensor, "..."]
+    rows: tuple[Viewed | None, ...]
+    num_views: int
+    sizes: tuple[int, ...]
+    incidents: tuple[Incident, ...] = field(default_factory=tuple)
+
+    @property
+    def usable(self) -> list[Viewed]:
+        """The samples that have rows in `images`."""
+        return [row for row in self.rows if row is not None]
+
+    def with_images(self, images: UInt8[Tensor, "..."]) -> "ViewedBatch":
+        """The same batch with other pictures."""
+        return replace(self, images=images)
+
+    def views(self, place: int) -> UInt8[Tensor, "views 3 S S"]:
+        """All views at size number `place`, sample by sample."""
+        first, size = sum(map(self._bytes, self.sizes[:place])), self.sizes[place]
+        images = self.images[:, first : first + self._bytes(size)]
+        return images.reshape(len(images) * self.num_views, size, size, 3).permute(0, 3, 1, 2)
+
+    def _bytes(self, size: int) -> int:
+        return 3 * size**2 * self.num_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleViews:
+    """Draws `num_views` crops of each picture and shows each of them through every view; no view decodes nothing.
+
+    views: alike in all but size and interpolation, so that a seed gives all of them the same crop.
+    """
+
+    views: tuple[RandomView, ...]
+    num_views: int
+    seed: int
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of all views of a picture."""
+        return sum(3 * view.size**2 for view in self.views) * self.num_views
+
+    def __call__(self, addresses: list[Address], shards: ShardSet) -> ViewedBatch:
+        """Read the samples at these addresses."""
+        images = shards.new_images((len(addresses), self.image_bytes))
+        rows: list[Viewed | None] = []
+        incidents: list[Incident] = []
+        for address in addresses:
+            usable = len(rows) - len(incidents)
+            try:
+                rows.append(self._row(shards.read(address), images[usable]))
+            except BadSample as error:
+                rows.append(None)
+                incidents.append(incident_of(address, error, shards))
+        return ViewedBatch(
+            images=torch.from_numpy(images[: len(rows) - len(incidents)]),
+            rows=tuple(rows),
+            num_views=self.num_views,
+            sizes=tuple(view.size for view in self.views),
+            incidents=tuple(incidents),
+        )
+
+    def _row(self, sample: Sample, room: UInt8[Array, " bytes"]) -> Viewed:
+        captions = tuple(text for texts in sample.captions.values() for text in texts)
+        if not captions:
+            raise BadSample("no caption", f"key {sample.key!r}")
+        seeds = view_seeds(self.seed, sample.key, self.num_views)
+        if self.views:
+            self._show(EncodedPicture(sample.image), seeds, room)
+        return Viewed(key=sample.key, seeds=seeds, captions=captions)
+
+    def _show(self, picture: EncodedPicture, seeds: np.ndarray, room: UInt8[Array, " bytes"]) -> None:
+        first = 0
+        for view in self.views:
+            size = 3 * view.size**2
+            for seed in seeds.tolist():
+                crop = view.draw(picture.width, picture.height, view_rng(seed))
+                room[first : first + size] = view.show(picture, crop).transpose(1, 2, 0).ravel()
+                first += size

@@ -1,1 +1,0 @@
-"""How a run goes: metrics, progress, speed, curves, comparisons."""

@@ -1,0 +1,65 @@
+"""How many written captions are true of drawn scenes, checked fact by fact against the scene itself."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from vlm.data.synthetic.shape_captions import check_caption
+from vlm.data.synthetic.shapes import Scene
+from vlm.data.transforms import FixedView
+from vlm.errors import UsageError
+from vlm.evaluation.retrieval import read_items
+from vlm.tensors import Tensor, UInt8
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """What the check needs of a model."""
+
+    @property
+    def view(self) -> FixedView:
+        """How a picture is fitted."""
+        ...
+
+    def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
+        """A caption for each picture."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionTruth:
+    """true: share in [0, 1] of captions of which every fact holds. wrong: how often each kind of fact was wrong."""
+
+    true: float
+    num_captions: int
+    wrong: dict[str, int]
+    examples: tuple[dict[str, Any], ...]
+
+
+def measure_caption_truth(
+    model: Captioner, shards: Sequence[str], *, prompt: str = "", limit: int = 1000, workers: int = 0
+) -> CaptionTruth:
+    """Caption the first `limit` scenes of the shards and check each caption.
+
+    Raises:
+        UsageError: the shards hold no drawn scenes.
+    """
+    num_true, total = 0, 0
+    wrong: Counter[str] = Counter()
+    examples: list[dict[str, Any]] = []
+    for batch in read_items(shards, model.view, workers=workers):
+        if total >= limit or not batch.items:
+            break
+        for item, caption in zip(batch.items, model.caption_images(batch.images, prompt), strict=True):
+            if "scene" not in item.metadata:
+                raise UsageError(f"Sample {item.key!r} is no drawn scene; captions are checked against scenes only.")
+            check = check_caption(caption, Scene(**item.metadata["scene"]))
+            total += 1
+            num_true += check.is_true
+            wrong.update(check.wrong or ([] if check.is_true else ["unreadable"]))
+            if len(examples) < 8 or (not check.is_true and len(examples) < 16):
+                examples.append({"key": item.key, "caption": caption, "true": check.is_true, "reason": check.reason})
+    if not total:
+        raise UsageError(f"No picture to caption in {shards[0]} …")
+    return CaptionTruth(true=num_true / total, num_captions=total, wrong=dict(wrong), examples=tuple(examples))

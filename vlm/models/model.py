@@ -1,0 +1,145 @@
+"""The model as every stage after training uses it: pictures and texts in, unit vectors or captions out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vlm.data.tokenizers import Tokenizer, trimmed
+from vlm.data.transforms import FixedView
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of
+from vlm.models.coca import text_likelihoods, write_captions
+from vlm.models.factory import ModelConfig, is_captioner
+from vlm.tensors import Float, Float32, Tensor, UInt8
+
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(kw_only=True)
+class VisionLanguageModel:
+    """A dual encoder with the view and the tokenizer it was trained with.
+
+    name: where it was loaded from, for people; the identity is `fingerprint`.
+    trims_text: rows of tokens are cut to the longest text (`accept_short_texts` says whether the network takes them).
+    """
+
+    name: str
+    network: nn.Module
+    config: ModelConfig
+    view: FixedView
+    tokenizer: Tokenizer
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: torch.dtype = torch.float32
+    trims_text: bool = False
+    _fingerprint: str = field(default="", init=False, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the embedding space: weights, view and tokenizer; taken once, so not while training."""
+        self._fingerprint = self._fingerprint or space_fingerprint(self.network, self.view, self.tokenizer)
+        return self._fingerprint
+
+    @property
+    def made_of(self) -> str:
+        """The MODEL from whose embeddings this one makes its own; empty where they are the network's."""
+        return ""
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the length of an embedding."""
+        return int(self.config["embed_dim"])
+
+    @property
+    def can_caption(self) -> bool:
+        """Whether the model has a caption decoder."""
+        return is_captioner(self.network)
+
+    @torch.inference_mode()
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
+        """Unit vectors of pictures as `view` gives them, on the CPU."""
+        with self._inference():
+            features = self.network.encode_image(self._pixels(images))  # pyright: ignore[reportCallIssue]
+        return nn.functional.normalize(features.float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
+        """Unit vectors of texts, on the CPU."""
+        parts: list[Tensor] = []
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            tokens = self.tokenizer.encode(list(texts[first : first + TEXTS_AT_ONCE]))
+            rows = torch.from_numpy(trimmed(tokens, self.tokenizer) if self.trims_text else tokens).to(self.device)
+            with self._inference():
+                features = self.network.encode_text(rows)  # pyright: ignore[reportCallIssue]
+            parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, self.embedding_size)
+
+    @torch.inference_mode()
+    def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
+        """A caption for each picture, written greedily, beginning with the prompt.
+
+        Raises:
+            UsageError: the model has no decoder.
+        """
+        self._require_decoder()
+        with self._inference():
+            rows = write_captions(self.network, self._pixels(images), self.tokenizer, prompt)
+        return [self.tokenizer.decode(row) for row in rows.tolist()]
+
+    @torch.inference_mode()
+    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+        """Mean log-likelihood of each text's tokens given each picture, in nats, on the CPU.
+
+        Raises:
+            UsageError: the model has no decoder.
+        """
+        self._require_decoder()
+        tokens = torch.from_numpy(self.tokenizer.encode(list(texts))).to(self.device)
+        with self._inference():
+            return text_likelihoods(self.network, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned inverse temperature that turns cosines into logits."""
+        return float(self.network.get_parameter("logit_scale").detach().exp())
+
+    def _require_decoder(self) -> None:
+        if not self.can_caption:
+            raise UsageError(f"{self.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
+
+    def _pixels(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        return normalise(images.to(self.device, non_blocking=True), self.view)
+
+    def _inference(self) -> torch.autocast:
+        is_lower = self.precision != torch.float32
+        return torch.autocast(self.device.type, dtype=self.precision if is_lower else None, enabled=is_lower)
+
+
+def normalise(images: UInt8[Tensor, "B 3 H W"], view: FixedView) -> Float32[Tensor, "B 3 H W"]:
+    """Bytes of colour to the floats the network was trained on: (x / 255 - mean) / std."""
+    mean, std = (torch.tensor(values, device=images.device) for values in (view.mean, view.std))
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return _scaled(images, mean.view(3, 1, 1), std.view(3, 1, 1))
+    # by whole rows of a picture: three values at a time would leave the processor's vectors all but empty
+    width = images.shape[3]
+    rows = images.permute(0, 2, 3, 1).flatten(2)
+    return _scaled(rows, mean.repeat(width), std.repeat(width)).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+
+def _scaled(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def space_fingerprint(network: nn.Module, view: FixedView, tokenizer: Tokenizer) -> str:
+    """Identity of an embedding space, the same wherever and however its weights are stored."""
+    parts: list[bytes | str] = [repr(view), tokenizer.fingerprint()]
+    for name, tensor in sorted(network.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        parts += [
+            name,
+            str(values.dtype),
+            str(tuple(values.shape)),
+            values.flatten().view(torch.uint8).numpy().tobytes(),
+        ]
+    return fingerprint_of(*parts)

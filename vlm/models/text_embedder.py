@@ -1,0 +1,100 @@
+"""Texts to the vectors of a frozen language model, as its text tower `lm:FOLDER` would make them (FLAME)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vlm.data.tokenizers import Tokenizer, open_tokenizer
+from vlm.errors import UsageError
+from vlm.files import fingerprint_of
+from vlm.models.load import CHECKPOINTS, CONFIG, RUN_MODEL, choose_device, load_model
+from vlm.models.model import VisionLanguageModel
+from vlm.models.towers.language_model import FrozenLanguageTower, build_lm, complete_lm
+from vlm.models.towers.tower_config import read_text_config
+from vlm.tensors import Float32, Tensor
+
+_TEXTS_AT_ONCE = 64
+
+Pooling = Literal["", "mean", "last"]
+
+
+class LanguageEmbedder:
+    """What a tower that takes embeddings made beforehand is given: `tower.embed` of the tokens, in float32."""
+
+    precision = torch.float32
+
+    def __init__(self, tower: FrozenLanguageTower, tokenizer: Tokenizer, device: torch.device) -> None:
+        self._tower, self._tokenizer, self._device = tower, tokenizer, device
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the vectors: weights, pooling, prompts and tokenizer."""
+        digest = bytes(self._tower.get_buffer("language_model_digest").tolist())
+        return fingerprint_of(digest, self._tokenizer.fingerprint())
+
+    @property
+    def embedding_size(self) -> int:
+        """E, the length of a vector."""
+        return self._tower.embedding_size
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T E"]:
+        """A row for each text, not normalised, on the CPU."""
+        rows = [torch.zeros(0, self.embedding_size)]
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            tokens = torch.from_numpy(self._tokenizer.encode(list(texts[first : first + _TEXTS_AT_ONCE])))
+            rows.append(self._tower.embed(tokens.to(self._device)).float().cpu())
+        return torch.cat(rows)
+
+
+def load_text_model(
+    spec: str,
+    *,
+    context_length: int = 0,
+    pooling: Pooling = "",
+    prompts: Sequence[str] = (),
+    device: str = "auto",
+    precision: str = "fp32",
+) -> VisionLanguageModel | LanguageEmbedder:
+    """The text tower of a MODEL, or a language model in a Hugging Face folder.
+
+    Of a MODEL that takes embeddings made beforehand, those are meant, and not what it makes of them.
+
+    Args:
+        context_length: tokens of a text; 0 is 77. pooling: which states are taken; empty is the last one. prompts:
+            facet prompts (FLAME). All three are for a folder: a MODEL has its own.
+
+    Raises:
+        UsageError: there is no such model, or it was told what it knows itself.
+    """
+    path = Path(spec)
+    is_model = any((path / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS))
+    if (path / "config.json").is_file() and not is_model:
+        tokenizer = open_tokenizer(spec, context_length or None)
+        return LanguageEmbedder(_tower(spec, tokenizer, pooling, prompts), tokenizer, choose_device(device))
+    if context_length or pooling or prompts:
+        raise UsageError(
+            f"{spec} is no folder of a language model; leave out --context-length, --pooling and --prompt."
+        )
+    model = load_model(spec, device=device, precision=precision)
+    tower: Any = getattr(model.network, "text", None)
+    if isinstance(tower, FrozenLanguageTower):
+        return LanguageEmbedder(tower, model.tokenizer, model.device)
+    return model
+
+
+def _tower(folder: str, tokenizer: Tokenizer, pooling: Pooling, prompts: Sequence[str]) -> FrozenLanguageTower:
+    values = {
+        "tower": f"lm:{folder}",
+        "context_length": tokenizer.context_length,
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad_token,
+        "eos_id": tokenizer.end_token,
+        "pooling": pooling,
+        "prompts": list(prompts),
+    }
+    tower = build_lm(read_text_config(complete_lm(values, folder)), folder, embed_dim=1)
+    assert isinstance(tower, FrozenLanguageTower)
+    return tower.eval()

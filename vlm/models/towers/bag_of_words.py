@@ -1,0 +1,89 @@
+"""Towers without order or attention: bags of tokens and of n-grams, which run at the speed of a table."""
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError
+from vlm.models.towers.tower import TextTower, projection, real_tokens
+from vlm.models.towers.tower_config import TextTowerConfig
+from vlm.tensors import Bool, Float, Int64, Tensor
+
+_MULTIPLIER = 0x9E3779B1  # 2³² over the golden ratio (Knuth, TAOCP 3, §6.4)
+_LOW_31 = 0x7FFFFFFF
+
+
+class BagTower(TextTower):
+    """Entries of a table, one for each token, put together and projected: the bag-of-words model of "Deep Learning
+    Applied to Image and Text Matching", on tokens.
+    """
+
+    def __init__(self, config: TextTowerConfig, embed_dim: int, *, entries: int) -> None:
+        super().__init__()
+        self.pad_id, self.is_mean = config.pad_id, config.reduce == "mean"
+        self.table = nn.EmbeddingBag(entries, config.width, mode="sum")
+        nn.init.normal_(self.table.weight, std=config.width**-0.5)
+        self.head = projection(config.width, config.hidden, embed_dim, config.dropout)
+
+    def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        """Vectors of the joint space, not normalised."""
+        entries, mask = self.entries(tokens)
+        weights = mask.to(self.table.weight.dtype)
+        if self.is_mean:
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.head(self.table(entries, per_sample_weights=weights))
+
+    def entries(self, tokens: Int64[Tensor, "B L"]) -> tuple[Int64[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """Places in the table, and which of them count."""
+        return tokens, real_tokens(tokens, self.pad_id)
+
+
+class NgramTower(BagTower):
+    """The same on n-grams of tokens, hashed into a table (its bigram and trigram models; Weinberger et al. 2009)."""
+
+    def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
+        super().__init__(config, embed_dim, entries=config.table_size)
+        self.orders = tuple(config.orders)
+
+    def entries(self, tokens: Int64[Tensor, "B L"]) -> tuple[Int64[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """The hashes of all n-grams, those of each order after the other."""
+        mask = real_tokens(tokens, self.pad_id)
+        orders = [order for order in self.orders if order <= tokens.shape[1]]
+        hashed = [hash_ngrams(tokens, order, self.table.num_embeddings) for order in orders]
+        counted = [mask.unfold(1, order, 1).all(dim=2) for order in orders]
+        return torch.cat(hashed, dim=1), torch.cat(counted, dim=1)
+
+
+def hash_ngrams(tokens: Int64[Tensor, "B L"], order: int, table_size: int) -> Int64[Tensor, "B N"]:
+    """The place of each n-gram in the table: h ← (h · 2³²/φ + token + 1) mod 2³¹, begun with the order.
+
+    The high bits are folded into the low ones at the end, since multiplication carries upwards only.
+    """
+    grams = tokens.unfold(1, order, 1)
+    hashed = torch.full_like(grams[:, :, 0], order)
+    for place in range(order):
+        hashed = (hashed * _MULTIPLIER + grams[:, :, place] + 1) & _LOW_31
+    hashed = ((hashed ^ (hashed >> 15)) * _MULTIPLIER) & _LOW_31
+    return (hashed ^ (hashed >> 13)) % table_size
+
+
+def build_bag(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower:
+    """`bag`."""
+    _check(config, name)
+    return BagTower(config, embed_dim, entries=config.vocab_size)
+
+
+def build_ngram(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower:
+    """`ngram`."""
+    _check(config, name)
+    return NgramTower(config, embed_dim)
+
+
+def _check(config: TextTowerConfig, name: str) -> None:
+    if name:
+        raise UsageError(f"{config.tower}: {config.tower.split(':')[0]} takes no name; its width is an option: width=.")
+    if not config.orders or min(config.orders) < 1:
+        raise UsageError(f"orders = {config.orders} are no lengths of n-grams; give some from 1.")
+    if max(config.orders) > config.context_length:
+        raise UsageError(
+            f"orders = {config.orders}: captions have {config.context_length} tokens; give a longer --context-length."
+        )

@@ -1,0 +1,291 @@
+"""Hugging Face configurations: from a folder or a model type, kept inside our own.
+
+Image towers on transformers: any vision model by folder, or by model type with fresh weights (CvT, PVT, DiNAT).
+
+Text towers on transformers: any encoder or causal language model, trained with the rest.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError, VlmError
+from vlm.models.towers.pooling import Features, as_tokens, measure
+from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, real_tokens
+from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, nearest_of_many
+from vlm.tensors import Float, Int64, Tensor
+
+_STATE_DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "drop_rate")
+# attention drops inside one fused operation, which cannot be told whose sample a weight is, so it is left out
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attention_drop_rate")
+
+
+def read_hf(name: str) -> tuple[dict[str, Any], str]:
+    """The configuration of a folder, and that folder if it holds weights; or the defaults of a model type (`bert`).
+
+    Raises:
+        UsageError: there is neither.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        return _values(config), str(folder.resolve()) if has_weights(folder) else ""
+    if name in CONFIG_MAPPING:
+        return _values(CONFIG_MAPPING[name]()), ""
+    if folder.is_dir():
+        raise UsageError(f"{name} is no Hugging Face folder: it has no config.json.")
+    raise UsageError(
+        f"hf:{name} is neither a folder nor a model type of transformers; "
+        f"{nearest_of_many(name, sorted(CONFIG_MAPPING))} Nothing is downloaded: give a folder on this machine."
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds weights."""
+    return bool(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Its files of weights."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+
+def open_config(values: dict[str, Any], **changes: Any) -> Any:
+    """The transformers configuration of saved values, with those of `changes` it has a place for.
+
+    Where it has a value for each stage (CvT), numbers are given to all of them, and drop path rises to the last.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**values)
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            continue
+        stages = getattr(config, key)
+        if isinstance(stages, list | tuple) and not isinstance(value, list | tuple):
+            value = [0.0] * (len(stages) - 1) + [value] if key == "drop_path_rate" else [value] * len(stages)
+        setattr(config, key, value)
+    return config
+
+
+def dropout_of(probability: float) -> dict[str, float]:
+    """What a configuration is told of dropout, whatever its family calls it."""
+    return {**{key: probability for key in _STATE_DROPOUT}, **{key: 0.0 for key in _ATTENTION_DROPOUT}}
+
+
+def is_causal(values: dict[str, Any]) -> bool:
+    """Whether the model reads from left to right only."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    named = " ".join(values.get("architectures") or ())
+    if named:
+        return "CausalLM" in named or "LMHead" in named or named.startswith("GPT2")
+    return values["model_type"] in CAUSAL and values["model_type"] not in MASKED
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return json.loads(config.to_json_string())
+
+
+_SIZE = 224
+
+
+class HuggingFaceImageTower(ImageTower):
+    """A vision model of transformers. Its own pooling is the class token where there is one, else the mean patch."""
+
+    def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+        """The last hidden state, with the class token before the patches where it is given apart (CvT)."""
+        return _features(self.trunk, pixels)
+
+    def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """The class token, or the mean patch."""
+        return self.native_of(self.features(pixels))
+
+    def native_of(self, features: Features) -> Float[Tensor, "B F"]:
+        """The same of the last hidden state."""
+        tokens = as_tokens(features, self.measured.layouts)[0]
+        return tokens.prefix[:, 0] if tokens.prefix.shape[1] else tokens.patches.mean(dim=1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the trunk does it.
+
+        Raises:
+            UsageError: the trunk cannot.
+        """
+        trunk: Any = self.trunk
+        set_checkpointing(trunk, enable)
+
+
+def build_hf_image(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
+    """`hf:FOLDER` or `hf:TYPE`; the weights are those of `initial_weights` if that is given, else fresh.
+
+    Raises:
+        UsageError: the model cannot be built, or not at that size. VlmError: the weights cannot be read.
+    """
+    if config.patch_dropout or config.registers or config.overrides:
+        raise UsageError(f"{config.tower} has neither patch dropout, registers nor overrides; choose a timm tower.")
+    changes: dict[str, Any] = dropout_of(config.dropout)
+    changes |= {"image_size": config.image_size, "drop_path_rate": config.drop_path}
+    hf_config = open_config(config.hf_config, **changes)
+    if config.drop_path and not hasattr(hf_config, "drop_path_rate"):
+        raise UsageError(f"{config.tower} has no drop path; leave --drop-path at 0.")
+    build = fresh_builder(hf_config, config.tower)
+    measured = measure(
+        build,
+        _features,
+        _mean,
+        name=config.tower,
+        image_size=config.image_size,
+        own_size=hf_size(config.hf_config),
+    )
+    trunk = load_weights(hf_config, config.initial_weights) if config.initial_weights else build()
+    return HuggingFaceImageTower(trunk, config, measured, embed_dim, has_class_token=True)
+
+
+def fresh_builder(hf_config: Any, tower: str) -> Callable[[], nn.Module]:
+    """A function that makes the model of a configuration, without a pooling layer of its own where it can be left out.
+
+    Raises, when called:
+        UsageError: a library the model needs is not there (natten for DiNAT), or it is no model of this kind.
+    """
+    from transformers import AutoModel
+
+    def build() -> nn.Module:
+        try:
+            return AutoModel.from_config(hf_config, add_pooling_layer=False, dtype=torch.float32)
+        except TypeError:
+            return AutoModel.from_config(hf_config, dtype=torch.float32)
+        except ImportError as error:
+            raise UsageError(f"{tower} cannot be built here: {' '.join(str(error).split())}") from error
+
+    return build
+
+
+def load_weights(hf_config: Any, folder: str) -> nn.Module:
+    """The model with the weights of a folder on this machine.
+
+    Raises:
+        VlmError: they cannot be read.
+    """
+    from transformers import AutoModel
+
+    options: dict[str, Any] = {"config": hf_config, "dtype": torch.float32, "local_files_only": True}
+    try:
+        try:
+            return AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
+        except TypeError:
+            return AutoModel.from_pretrained(folder, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise VlmError(
+            f"The weights of {folder} cannot be read as they are asked for ({error}); an image size other than "
+            "theirs is one cause."
+        ) from error
+
+
+def set_checkpointing(trunk: Any, enable: bool) -> None:
+    """Turn gradient checkpointing of a transformers model on or off.
+
+    Raises:
+        UsageError: it has none.
+    """
+    try:
+        if enable:
+            trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            trunk.gradient_checkpointing_disable()
+    except ValueError as error:
+        raise UsageError(f"{type(trunk).__name__} has no gradient checkpointing; leave it out.") from error
+
+
+def hf_size(values: dict[str, Any]) -> int:
+    """The side of the pictures a configuration is for."""
+    size = values.get("image_size", _SIZE)
+    return int(size) if isinstance(size, int) else int(size[0])
+
+
+def _features(trunk: Any, pixels: Tensor) -> Features:
+    outputs = trunk(pixels)
+    states = outputs.last_hidden_state
+    class_token = getattr(outputs, "cls_token_value", None)
+    if class_token is None:
+        return states
+    return torch.cat([class_token, states.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _mean(trunk: Any, pixels: Tensor) -> Tensor:
+    states = _features(trunk, pixels)
+    assert isinstance(states, Tensor)
+    is_map = states.ndim == 4 and states.shape[3] != getattr(trunk.config, "hidden_size", None)
+    return states.mean(dim=(2, 3)) if is_map else states.flatten(1, -2).mean(dim=1)
+
+
+class HuggingFaceTextTower(TextTower):
+    """States of a language model over the tokens, pooled and projected; of encoder-decoders the encoder alone.
+
+    Positions are counted from the start of the row, so rows are padded at their end.
+    """
+
+    def __init__(self, trunk: Any, config: TextTowerConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.pad_id, self.pooling = config.pad_id, config.pooling
+        self.head = projection(int(trunk.config.hidden_size), config.hidden, embed_dim)
+
+    def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        """Vectors of the joint space, not normalised."""
+        mask = real_tokens(tokens, self.pad_id)
+        states = self.trunk(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        return self.head(pool_states(states, mask, self.pooling))
+
+    def trunk_parameters(self) -> dict[str, nn.Parameter]:
+        """The language model's; the projection is trained all the same."""
+        return dict(self.trunk.named_parameters())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the language model does it."""
+        set_checkpointing(self.trunk, enable)
+
+
+def build_hf_text(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower:
+    """`hf:FOLDER` or `hf:TYPE`; the weights are those of `initial_weights` if that is given, else fresh.
+
+    A vocabulary larger than the model's (a padding token was added) gets new entries at its end.
+
+    Raises:
+        UsageError: the model cannot be built, or reads fewer tokens than a caption may have.
+    """
+    changes: dict[str, Any] = dropout_of(config.dropout) | {"use_cache": False}
+    hf_config = open_config(config.hf_config, **changes)
+    check_length(config.tower, hf_config, config.context_length)
+    if config.initial_weights:
+        trunk: Any = load_weights(hf_config, config.initial_weights)
+    else:
+        trunk = fresh_builder(hf_config, config.tower)()
+    if getattr(hf_config, "is_encoder_decoder", False):
+        trunk = trunk.get_encoder()
+    if config.vocab_size > trunk.get_input_embeddings().weight.shape[0]:
+        trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    return HuggingFaceTextTower(trunk, config, embed_dim)
+
+
+def check_length(tower: str, hf_config: Any, length: int) -> None:
+    """Refuse captions longer than the model has positions for.
+
+    Raises:
+        UsageError: they are.
+    """
+    longest = getattr(hf_config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise UsageError(f"{tower} reads {longest} tokens and not {length}; give --context-length {longest} or less.")
+
+
+def default_pooling(values: dict[str, Any]) -> str:
+    """The last state of a causal model, which alone has seen the whole text; the mean of the others."""
+    return "last" if is_causal(values) else "mean"

@@ -1,0 +1,189 @@
+"""Image towers on timm: any of its models by name, and plain ViTs of any size."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError
+from vlm.models.towers.pooling import Features, measure
+from vlm.models.towers.tower import ImageTower, group_by_layer
+from vlm.models.towers.tower_config import ImageTowerConfig, nearest_of_many
+from vlm.tensors import Float, Tensor
+
+_ARGUMENTS = {"drop_path": "drop_path_rate", "patch_dropout": "patch_drop_rate", "registers": "reg_tokens"}
+_VIT = re.compile(r"(\d+)x(\d+)/(\d+)")
+
+
+class TimmTower(ImageTower):
+    """A trunk of timm, without its classifier."""
+
+    def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+        """The maps of `forward_features`."""
+        return _features(self.trunk, pixels)
+
+    def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """What the trunk would classify."""
+        return self.trunk(pixels)
+
+    def native_of(self, features: Features) -> Float[Tensor, "B F"]:
+        """What timm's `forward_head` makes of the maps."""
+        return self.trunk.forward_head(features, pre_logits=True)  # pyright: ignore[reportCallIssue]
+
+    def parameter_groups(self) -> list[list[str]]:
+        """timm's own groups of layers where it has them."""
+        from timm.models import group_parameters
+
+        try:
+            groups = group_parameters(self.trunk, self.trunk.group_matcher())  # pyright: ignore[reportCallIssue]
+        except (AttributeError, TypeError):
+            return group_by_layer(dict(self.trunk.named_parameters()))
+        return [groups[number] for number in sorted(groups)]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the trunk does it.
+
+        Raises:
+            UsageError: the trunk cannot.
+        """
+        try:
+            self.trunk.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]
+        except (AssertionError, AttributeError) as error:
+            raise UsageError(
+                f"{type(self.trunk).__name__} has no gradient checkpointing; leave it out, or give a smaller "
+                "--micro-batch."
+            ) from error
+
+
+def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
+    """`timm:NAME`, with fresh weights.
+
+    Raises:
+        UsageError: timm has no such model, or it does not take what is asked of it.
+    """
+    import timm
+
+    own_size = timm_size(name)
+    arguments: dict[str, Any] = {_ARGUMENTS[key]: getattr(config, key) for key in _ARGUMENTS if getattr(config, key)}
+    if config.image_size != own_size and is_fixed(name):
+        arguments["img_size"] = config.image_size
+
+    def build() -> nn.Module:
+        try:
+            return timm.create_model(name, num_classes=0, **arguments, **config.overrides)
+        except TypeError as error:
+            raise UsageError(
+                f"{name} does not take all of {', '.join([*arguments, *config.overrides])}: {error}."
+            ) from error
+
+    return _tower(build, config, embed_dim, own_size)
+
+
+def build_vit(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
+    """`vit:WIDTHxDEPTH/PATCH`: a plain ViT (Dosovitskiy et al. 2021) of timm's class.
+
+    Its own pooling is the mean of the patches before the last norm; a class token is there for pooling=token alone.
+    Sine positions are fixed (Beyer et al. 2022, better plain ViT baselines).
+
+    Raises:
+        UsageError: the name is no such size.
+    """
+    from timm.models import VisionTransformer
+
+    width, depth, patch = read_vit(name)
+    if config.image_size % patch or (config.positions == "sine" and width % 4):
+        raise UsageError(
+            f"vit:{name} at {config.image_size} pixels: the size must be a multiple of the patch ({patch}), and the "
+            "width one of 4 for sine positions."
+        )
+    has_class_token = config.pooling == "token"
+
+    def build() -> nn.Module:
+        vit = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=patch,
+            num_classes=0,
+            global_pool="token" if has_class_token else "avg",
+            embed_dim=width,
+            depth=depth,
+            num_heads=max(1, width // config.head_width),
+            class_token=has_class_token,
+            no_embed_class=True,
+            reg_tokens=config.registers,
+            patch_drop_rate=config.patch_dropout,
+            drop_path_rate=config.drop_path,
+            **config.overrides,
+        )
+        if config.positions == "sine":
+            _fix_positions(vit, config.image_size // patch, width)
+        return vit
+
+    return _tower(build, config, embed_dim, config.image_size)
+
+
+def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: int, own_size: int) -> ImageTower:
+    measured = measure(
+        build,
+        _features,
+        lambda trunk, pixels: trunk(pixels),
+        name=config.tower,
+        image_size=config.image_size,
+        own_size=own_size,
+    )
+    trunk = build()
+    has_class_token = getattr(trunk, "has_class_token", None)
+    return TimmTower(trunk, config, measured, embed_dim, has_class_token=has_class_token is not False)
+
+
+def _features(trunk: Any, pixels: Tensor) -> Features:
+    return trunk.forward_features(pixels)
+
+
+def _fix_positions(vit: nn.Module, side: int, width: int) -> None:
+    from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+
+    positions = vit.get_parameter("pos_embed").requires_grad_(False)
+    table = build_sincos2d_pos_embed([side, side], dim=width)
+    with torch.no_grad():
+        positions.copy_(table.to(positions))
+
+
+def read_vit(name: str) -> tuple[int, int, int]:
+    """Width, depth and patch of `WIDTHxDEPTH/PATCH`.
+
+    Raises:
+        UsageError: it is not written so.
+    """
+    found = _VIT.fullmatch(name)
+    if not found:
+        raise UsageError(f"vit:{name} is no size; write vit:WIDTHxDEPTH/PATCH, e.g. vit:192x12/16.")
+    width, depth, patch = (int(number) for number in found.groups())
+    return width, depth, patch
+
+
+def timm_size(name: str) -> int:
+    """The side of the pictures a timm model is made for.
+
+    Raises:
+        UsageError: timm has no such model; the nearest is named.
+    """
+    return int(_registered(name).input_size[-1])
+
+
+def is_fixed(name: str) -> bool:
+    """Whether a timm model must be told a size other than its own."""
+    return bool(_registered(name).fixed_input_size)
+
+
+def _registered(name: str) -> Any:
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not timm.is_model(name.split(".")[0]):
+        raise UsageError(f"timm has no model {name!r}; {nearest_of_many(name, timm.list_models())}")
+    found = get_pretrained_cfg(name, allow_unregistered=True)
+    if found is None:
+        raise UsageError(f"timm says nothing of the input of {name!r}; name one of its tags, or another model.")
+    return found

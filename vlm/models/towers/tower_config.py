@@ -1,0 +1,204 @@
+"""Names of towers: PREFIX:NAME, with options after commas.
+
+What a tower is told: the `vision_cfg` and `text_cfg` of a model folder that names a tower of ours.
+"""
+
+import ast
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from vlm.config import from_values
+from vlm.errors import UsageError
+
+_SHOWN = 5
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # but for those inside brackets
+
+
+def split_tower(tower: str) -> tuple[str, str]:
+    """Prefix and name of a tower; the name is empty for those that have none (bag, ngram)."""
+    prefix, _, name = tower.partition(":")
+    return prefix, name
+
+
+def read_options(words: str) -> tuple[str, dict[str, Any]]:
+    """The tower and its options: `timm:NAME,pooling=simpool,registers=4`.
+
+    Raises:
+        UsageError: an option has no value.
+    """
+    tower, *options = _COMMA.split(words)
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UsageError(f"{option!r} in {words!r} is no option; write KEY=VALUE, e.g. pooling=simpool.")
+        values[key] = _value(value)
+    return tower, values
+
+
+def nearest_of_many(name: str, known: list[str]) -> str:
+    """A hint naming the few names nearest to `name`."""
+    close = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.5)
+    return (
+        f"did you mean {', '.join(close)}?"
+        if close
+        else f"it has {len(known)} names, e.g. {', '.join(known[:_SHOWN])}."
+    )
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+TOWER = "tower"
+"""The key that tells our towers from open_clip's, whose configurations do not have it."""
+
+SOURCE = "initial_weights"
+"""The key that only a fresh network reads; a saved model folder does without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig:
+    """An image tower: which trunk, at which size, pooled how."""
+
+    tower: str
+    """PREFIX:NAME, with a prefix of `IMAGE_TOWERS`."""
+
+    image_size: int
+    """Pixels of the square the tower sees."""
+
+    pooling: Literal["native", "avg", "token", "simpool", "queries", "map"] = "native"
+    """How patches become one vector; native is the trunk's own way (`vlm.models.towers.pooling`)."""
+
+    queries: int = 16
+    """Learned queries of a block, for pooling by queries."""
+
+    registers: int = 0
+    """Register tokens beside the patches of a ViT (Darcet et al. 2024)."""
+
+    positions: Literal["learned", "sine"] = "learned"
+    """Positions of `vit:`: learned, or fixed sines in two dimensions."""
+
+    head_width: int = 64
+    """Width of an attention head of `vit:`."""
+
+    dropout: float = 0.0
+    """Probability of dropout on the pooled vector, before the projection."""
+
+    drop_path: float = 0.0
+    """Probability of skipping a residual branch, rising with depth to this."""
+
+    patch_dropout: float = 0.0
+    """Share of patches left out while training."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the timm builder, e.g. {"depth": 4}."""
+
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """The configuration of a Hugging Face trunk, so that the model folder needs no other."""
+
+    initial_weights: str = ""
+    """Folder with the Hugging Face weights a fresh network starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """A text tower: which encoder, of which tokens, pooled how."""
+
+    tower: str
+    """PREFIX:NAME, with a prefix of `TEXT_TOWERS`."""
+
+    context_length: int = 77
+    """Tokens a caption."""
+
+    vocab_size: int = 49408
+    """Ids the tokenizer gives."""
+
+    pad_id: int = 0
+    """Id of the padding."""
+
+    eos_id: int = 49407
+    """Id of the end token."""
+
+    pooling: Literal["", "mean", "last", "cls"] = ""
+    """Which states become the text's vector; empty is last for causal models and mean for others."""
+
+    width: int = 256
+    """Width of an entry of the tables of bag and ngram."""
+
+    hidden: int = 0
+    """Width of the hidden layer between vector and embedding; 0 has none."""
+
+    reduce: Literal["mean", "sum"] = "mean"
+    """How the entries of bag and ngram are put together."""
+
+    orders: tuple[int, ...] = (1, 2, 3)
+    """Lengths of the n-grams of ngram."""
+
+    table_size: int = 65536
+    """Entries of ngram's table, which n-grams are hashed into."""
+
+    dropout: float = 0.0
+    """Probability of the dropout layers."""
+
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """The configuration of a Hugging Face encoder, so that the model folder needs no other."""
+
+    initial_weights: str = ""
+    """Folder with the Hugging Face weights a fresh network starts from."""
+
+    folder: str = ""
+    """Folder of the frozen language model of lm."""
+
+    lm_fingerprint: str = ""
+    """Identity of that model's weights and configuration; another model in its place is refused."""
+
+    lm_width: int = 0
+    """Width of that model's states."""
+
+    prompts: tuple[str, ...] = ()
+    """Facet prompts of lm: each follows the caption and asks for one side of it (FLAME)."""
+
+    prompt_tokens: tuple[tuple[int, ...], ...] = ()
+    """The prompts as ids of that model's own tokenizer."""
+
+    facets: Literal["concat", "mean"] = "concat"
+    """How the vectors of the prompts are put together."""
+
+
+def read_image_config(values: dict[str, Any]) -> ImageTowerConfig:
+    """The image tower's configuration.
+
+    Raises:
+        UsageError: a key is unknown (the nearest is named), or a value does not fit.
+    """
+    return from_values(ImageTowerConfig, values, where="vision_cfg")
+
+
+def read_text_config(values: dict[str, Any]) -> TextTowerConfig:
+    """The text tower's configuration.
+
+    Raises:
+        UsageError: a key is unknown (the nearest is named), or a value does not fit.
+    """
+    return from_values(TextTowerConfig, values, where="text_cfg")
+
+
+def plain(config: ImageTowerConfig | TextTowerConfig) -> dict[str, Any]:
+    """The configuration as values for JSON: the tower, and what is not the default."""
+    defaults = {each.name: each.default for each in fields(config)}
+    values = {
+        name: _listed(value)
+        for name, value in asdict(config).items()
+        if value != defaults[name] and (value or not isinstance(value, dict))
+    }
+    return values | ({"image_size": config.image_size} if isinstance(config, ImageTowerConfig) else {})
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value

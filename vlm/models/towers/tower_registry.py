@@ -1,0 +1,391 @@
+"""Dropout of a whole model, told to the towers that have it.
+
+Saying a model in open_clip's own format where that can say it.
+
+All towers by prefix, and configurations completed with what their names stand for.
+
+A dual encoder of towers, with the interface of open_clip's CLIP.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vlm.config import nearest
+from vlm.errors import UsageError
+from vlm.models.towers.bag_of_words import build_bag, build_ngram
+from vlm.models.towers.huggingface import build_hf_image, build_hf_text, default_pooling, hf_size, read_hf
+from vlm.models.towers.language_model import build_lm, complete_lm
+from vlm.models.towers.timm import build_timm, build_vit, read_vit, timm_size
+from vlm.models.towers.tower_config import (
+    SOURCE,
+    TOWER,
+    ImageTowerConfig,
+    TextTowerConfig,
+    nearest_of_many,
+    plain,
+    read_image_config,
+    read_options,
+    read_text_config,
+    split_tower,
+)
+from vlm.tensors import Float, Int64, Tensor
+
+_VISION: dict[str, tuple[str, ...]] = {
+    "timm": ("dropout", "drop_path", "patch_dropout"),
+    "vit": ("dropout", "drop_path", "patch_dropout"),
+    "hf": ("dropout", "drop_path"),
+}
+_TEXT: dict[str, tuple[str, ...]] = {"hf": ("dropout",), "lm": ("dropout",), "bag": ("dropout",), "ngram": ("dropout",)}
+_OPEN_CLIP_TIMM = {"dropout": "timm_drop", "drop_path": "timm_drop_path", "patch_dropout": "patch_dropout"}
+
+
+def set_dropout(
+    config: dict[str, Any], *, dropout: float = 0.0, drop_path: float = 0.0, patch_dropout: float = 0.0
+) -> dict[str, Any]:
+    """The same model_cfg with dropout in every tower that has that kind of it; 0 leaves what the towers say.
+
+    dropout: on pooled vectors (timm's head, open_clip's timm_drop), in the hidden layers of hf:, and before the
+    projection of bag, ngram and lm:. drop_path: residual branches of timm and hf trunks. patch_dropout: patches of ViTs
+    (FLIP, Li et al. 2023).
+
+    Raises:
+        UsageError: no tower has the kind asked for.
+    """
+    changed = deepcopy(config)
+    for kind, value in (("dropout", dropout), ("drop_path", drop_path), ("patch_dropout", patch_dropout)):
+        if not value:
+            continue
+        keys = {"vision_cfg": _vision_key(config["vision_cfg"], kind), "text_cfg": _text_key(config["text_cfg"], kind)}
+        if not any(keys.values()):
+            raise UsageError(
+                f"{kind} = {value}: neither tower of this model has it (image: {_said(config['vision_cfg'])}; "
+                f"text: {_said(config['text_cfg'])}); leave it at 0."
+            )
+        for part, key in keys.items():
+            if key:
+                changed[part][key] = value
+    return changed
+
+
+def _vision_key(values: dict[str, Any], kind: str) -> str | None:
+    if TOWER in values:
+        return kind if kind in _VISION[split_tower(values[TOWER])[0]] else None
+    if values.get("timm_model_name"):
+        return _OPEN_CLIP_TIMM[kind]
+    is_resnet = isinstance(values.get("layers"), list | tuple)
+    return kind if kind == "patch_dropout" and not is_resnet else None
+
+
+def _text_key(values: dict[str, Any], kind: str) -> str | None:
+    if TOWER not in values:
+        return None
+    return kind if kind in _TEXT[split_tower(values[TOWER])[0]] else None
+
+
+def _said(values: dict[str, Any]) -> str:
+    return str(values.get(TOWER) or values.get("timm_model_name") or values.get("hf_model_name") or "open_clip's own")
+
+
+def config_to_save(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The model_cfg to write beside weights: in open_clip's format where it builds a network of the same weights.
+
+    open_clip can say: its own towers, and `timm:` towers pooled natively at the size timm made them for. It cannot say
+    other poolings, other sizes of trunks with fixed positions, and hf:, lm:, bag and ngram; these keep our `tower` key,
+    which open_clip refuses.
+    """
+    saved = deepcopy(config)
+    if "logit_bias" in weights and saved.get("init_logit_bias") is None:
+        saved["init_logit_bias"] = float(weights["logit_bias"])
+    for part in ("vision_cfg", "text_cfg"):
+        saved[part].pop(SOURCE, None)
+    if TOWER in saved["text_cfg"] or TOWER not in saved["vision_cfg"]:
+        return saved
+    vision = _in_open_clip(read_image_config(saved["vision_cfg"]))
+    if vision is None:
+        return saved
+    said = saved | {"vision_cfg": vision, "custom_text": True}
+    return (
+        said if _shapes_of_open_clip(said) == {name: tuple(value.shape) for name, value in weights.items()} else saved
+    )
+
+
+def _in_open_clip(config: ImageTowerConfig) -> dict[str, Any] | None:
+    from vlm.models.towers.timm import timm_size
+
+    prefix, name = split_tower(config.tower)
+    is_plain = prefix == "timm" and config.pooling == "native" and not (config.registers or config.overrides)
+    if not is_plain or config.image_size != timm_size(name):
+        return None
+    return {
+        "timm_model_name": name,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "timm_drop": config.dropout,
+        **({"timm_drop_path": config.drop_path} if config.drop_path else {}),
+        "patch_dropout": config.patch_dropout,
+        "image_size": config.image_size,
+    }
+
+
+def _shapes_of_open_clip(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    from open_clip.model import CustomTextCLIP
+
+    values = {key: value for key, value in config.items() if key != "custom_text"}
+    try:
+        with torch.device("meta"):
+            twin = CustomTextCLIP(**values, output_dict=True)
+    except (TypeError, RuntimeError, AssertionError):
+        return None
+    return {name: tuple(value.shape) for name, value in twin.state_dict().items()}
+
+
+Values = dict[str, Any]
+_VIT_SIZE = 224
+_EMBED_DIM = 256
+_HEAD_WIDTHS = (64, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerKind:
+    """A prefix of towers. complete: fills in what the name stands for, given (values, name).
+
+    build: makes the tower of completed values, given (config, name, embed_dim); without it, completing gives values
+    in open_clip's own format.
+    """
+
+    complete: Callable[[Values, str], Values]
+    build: Callable[[Any, str, int], nn.Module] | None = None
+
+
+def _complete_timm(values: Values, name: str) -> Values:
+    return {"image_size": timm_size(name), **values}
+
+
+def _complete_vit(values: Values, name: str) -> Values:
+    width, _, _ = read_vit(name)
+    head_width = next((each for each in _HEAD_WIDTHS if width % each == 0), width)
+    return {"image_size": _VIT_SIZE, "head_width": head_width, **values}
+
+
+def _complete_hf_image(values: Values, name: str) -> Values:
+    if "hf_config" in values:
+        return {"image_size": hf_size(values["hf_config"]), **values}
+    found, weights = read_hf(name)
+    return {"image_size": hf_size(found), "hf_config": found, "initial_weights": weights, **values}
+
+
+def _complete_hf_text(values: Values, name: str) -> Values:
+    if "hf_config" in values:
+        return values
+    found, weights = read_hf(name)
+    return {"pooling": default_pooling(found), "hf_config": found, "initial_weights": weights, **values}
+
+
+def _complete_lm(values: Values, name: str) -> Values:
+    return values if values.get("lm_fingerprint") else complete_lm(values, name)
+
+
+def _complete_words(values: Values, name: str) -> Values:
+    return values
+
+
+def _complete_transformer(values: Values, name: str) -> Values:
+    """`transformer:WIDTHxDEPTH` in open_clip's keys; other keys are open_clip's and stay."""
+    width, by, layers = name.partition("x")
+    if not (by and width.isdigit() and layers.isdigit()) or int(width) % _HEAD_WIDTHS[-1]:
+        raise UsageError(
+            f"transformer:{name} is no size; write transformer:WIDTHxDEPTH, e.g. transformer:256x4, with a width that "
+            f"is a multiple of {_HEAD_WIDTHS[-1]}."
+        )
+    head_width = next(each for each in _HEAD_WIDTHS if int(width) % each == 0)
+    own = {"width": int(width), "heads": int(width) // head_width, "layers": int(layers)}
+    return own | {key: value for key, value in values.items() if key != TOWER}
+
+
+def _complete_open_clip(part: str) -> Callable[[Values, str], Values]:
+    def complete(values: Values, name: str) -> Values:
+        import open_clip
+
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise UsageError(f"open_clip has no {name!r}; {nearest_of_many(name, open_clip.list_models())}")
+        return config[part] | {key: value for key, value in values.items() if key != TOWER}
+
+    return complete
+
+
+IMAGE_TOWERS: dict[str, TowerKind] = {
+    "timm": TowerKind(complete=_complete_timm, build=build_timm),
+    "vit": TowerKind(complete=_complete_vit, build=build_vit),
+    "hf": TowerKind(complete=_complete_hf_image, build=build_hf_image),
+    "open_clip": TowerKind(complete=_complete_open_clip("vision_cfg")),
+}
+"""Adding an image tower is a builder and a line here."""
+
+TEXT_TOWERS: dict[str, TowerKind] = {
+    "transformer": TowerKind(complete=_complete_transformer),
+    "open_clip": TowerKind(complete=_complete_open_clip("text_cfg")),
+    "hf": TowerKind(complete=_complete_hf_text, build=build_hf_text),
+    "lm": TowerKind(complete=_complete_lm, build=build_lm),
+    "bag": TowerKind(complete=_complete_words, build=build_bag),
+    "ngram": TowerKind(complete=_complete_words, build=build_ngram),
+}
+"""Adding a text tower is a builder and a line here."""
+
+
+def parse_towers(name: str) -> Values:
+    """The model_cfg of `IMAGE_TOWER+TEXT_TOWER[@EMBED_DIM]`.
+
+    Options follow a tower after commas: `timm:vit_tiny_patch16_224,pooling=simpool+ngram,hidden=512@256`.
+
+    Raises:
+        UsageError: a tower is unknown (the nearest is named), or an option does not fit.
+    """
+    towers, at, size = name.rpartition("@")
+    if not (at and size.isdigit()):
+        towers, size = name, str(_EMBED_DIM)
+    image, text = _split(towers)
+    vision_cfg, text_cfg = ({TOWER: tower, **options} for tower, options in (read_options(image), read_options(text)))
+    return complete_towers({"embed_dim": int(size), "vision_cfg": vision_cfg, "text_cfg": text_cfg})
+
+
+def _split(towers: str) -> tuple[str, str]:
+    places = [place for place, letter in enumerate(towers) if letter == "+"]
+    for place in places:  # folders may have a + in their names
+        image, text = towers[:place], towers[place + 1 :]
+        if _kind_of(image) in IMAGE_TOWERS and _kind_of(text) in TEXT_TOWERS:
+            return image, text
+    image, text = towers[: places[0]], towers[places[0] + 1 :]
+    table, tower = (TEXT_TOWERS, text) if _kind_of(image) in IMAGE_TOWERS else (IMAGE_TOWERS, image)
+    raise UsageError(f"Unknown tower {tower!r} in {towers!r}; {nearest(_kind_of(tower), list(table))}")
+
+
+def _kind_of(words: str) -> str:
+    return split_tower(words.split(",")[0])[0]
+
+
+def complete_towers(config: Values) -> Values:
+    """A model_cfg with what the names of its towers stand for, and every key checked.
+
+    Towers that open_clip's format can say are said in it; what is complete stays as it is.
+
+    Raises:
+        UsageError: a tower or a key is unknown, or a folder is not there.
+    """
+    completed = deepcopy(config)
+    for part, table, read in (
+        ("vision_cfg", IMAGE_TOWERS, read_image_config),
+        ("text_cfg", TEXT_TOWERS, read_text_config),
+    ):
+        values = completed[part]
+        if TOWER not in values:
+            continue
+        kind, name = _choose(table, values[TOWER])
+        values = kind.complete(values, name)
+        completed[part] = plain(read(values)) if kind.build else values
+    if not names_towers(completed):
+        completed["custom_text"] = True
+    return completed
+
+
+def names_towers(config: Values) -> bool:
+    """Whether a model_cfg names a tower that open_clip's format cannot say."""
+    return TOWER in config["vision_cfg"] or TOWER in config["text_cfg"]
+
+
+def build_image_tower(values: Values, embed_dim: int) -> nn.Module:
+    """The image tower of a completed vision_cfg, ours or open_clip's, with fresh weights."""
+    if TOWER not in values:
+        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+        return _build_vision_tower(embed_dim, CLIPVisionCfg(**values))
+    config: ImageTowerConfig = read_image_config(values)
+    kind, name = _choose(IMAGE_TOWERS, config.tower)
+    assert kind.build is not None
+    return kind.build(config, name, embed_dim)
+
+
+def build_text_tower(values: Values, embed_dim: int) -> nn.Module:
+    """The text tower of a completed text_cfg, ours or open_clip's, with fresh weights."""
+    if TOWER not in values:
+        from open_clip.model import CLIPTextCfg, _build_text_tower
+
+        return _build_text_tower(embed_dim, CLIPTextCfg(**values))
+    config: TextTowerConfig = read_text_config(values)
+    kind, name = _choose(TEXT_TOWERS, config.tower)
+    assert kind.build is not None
+    return kind.build(config, name, embed_dim)
+
+
+def _choose(table: dict[str, TowerKind], tower: str) -> tuple[TowerKind, str]:
+    prefix, name = split_tower(tower)
+    if prefix not in table:
+        raise UsageError(f"Unknown tower {tower!r}; {nearest(prefix, list(table))}")
+    return table[prefix], name
+
+
+_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias", "custom_text")
+INITIAL_SCALE = math.log(1 / 0.07)  # CLIP §2.5
+
+
+class TowerNetwork(nn.Module):
+    """An image tower and a text tower with a learned temperature; its parts have the names of CustomTextCLIP's.
+
+    logit_bias is there where init_logit_bias is a number (SigLIP, Zhai et al. 2023).
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        for key in config:
+            if key not in _KEYS:
+                raise UsageError(f"model_cfg: unknown key {key!r} for towers; {nearest(key, list(_KEYS))}")
+        values = complete_towers(config)
+        self.visual = build_image_tower(values["vision_cfg"], values["embed_dim"])
+        self.text = build_text_tower(values["text_cfg"], values["embed_dim"])
+        self.logit_scale = nn.Parameter(torch.tensor(float(values.get("init_logit_scale", INITIAL_SCALE))))
+        bias = values.get("init_logit_bias")
+        self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
+
+    def encode_image(self, image: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Vectors of pictures."""
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Int64[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Vectors of texts."""
+        features = self.text(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Float[Tensor, "B 3 H W"], text: Int64[Tensor, "B L"]) -> dict[str, Tensor]:
+        """`image_features` and `text_features` [B, D] of unit length, `logit_scale`, and `logit_bias` if any."""
+        outputs = {
+            "image_features": self.encode_image(image, normalize=True),
+            "text_features": self.encode_text(text, normalize=True),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        bias = self.logit_bias
+        return outputs | {"logit_bias": bias} if isinstance(bias, Tensor) else outputs
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Keep the image trunk as it is, but for its last groups of layers."""
+        self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)  # pyright: ignore[reportCallIssue]
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Keep the text trunk as it is, but for its last layers."""
+        self.text.lock(unlocked_layers, freeze_layer_norm)  # pyright: ignore[reportCallIssue]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            UsageError: the trunk of a tower cannot.
+        """
+        for tower in (self.visual, self.text):
+            tower.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]

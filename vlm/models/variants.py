@@ -1,0 +1,211 @@
+"""`MODEL#64`: the first 64 numbers of a model's embeddings, of unit length again.
+
+It is meant for models whose leading numbers say most (Matryoshka representations, Kusupati et al. 2022).
+
+A new model whose embeddings can be compared with those of an old one: one isometric matrix on top of it.
+
+After BT² (Zhou et al., ICCV 2023): the embedding is [what is compared with old ones | the rest]. A matrix with
+orthonormal columns makes it, so that no cosine between two new embeddings changes; old ones are padded with zeros. BT²
+learns a turn of the space as well: for a model that is trained already it can be taken into the matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vlm.errors import UsageError, VlmError
+from vlm.files import fingerprint_of, new_folder
+from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
+from vlm.models.model import VisionLanguageModel
+from vlm.tensors import Float32, Tensor, UInt8
+
+SIGN = "#"
+
+
+@dataclass(kw_only=True)
+class PrefixModel(VisionLanguageModel):
+    """A model that keeps the first `dimensions` numbers of each embedding; all else is that of the whole model."""
+
+    whole: VisionLanguageModel
+    dimensions: int
+
+    @classmethod
+    def of(cls, whole: VisionLanguageModel, dimensions: int) -> VisionLanguageModel:
+        """The first numbers of `whole`; all of them are `whole` itself.
+
+        Raises:
+            UsageError: it has not so many.
+        """
+        size = whole.embedding_size
+        if not 1 <= dimensions <= size:
+            raise UsageError(
+                f"{whole.name}{SIGN}{dimensions}: the embeddings of {whole.name} have {size} dimensions; keep from 1 "
+                f"to {size} of them."
+            )
+        if dimensions == size:
+            return whole
+        shared = {one.name: getattr(whole, one.name) for one in fields(VisionLanguageModel) if one.init}
+        name = f"{whole.name}{SIGN}{dimensions}"
+        return cls(**shared | {"name": name, "whole": whole, "dimensions": dimensions})
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the shorter space."""
+        return fingerprint_of(self.whole.fingerprint, "prefix", str(self.dimensions))
+
+    @property
+    def made_of(self) -> str:
+        """The whole model."""
+        return self.whole.name
+
+    @property
+    def embedding_size(self) -> int:
+        """As many as are kept."""
+        return self.dimensions
+
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B K"]:
+        """Unit vectors of pictures as `view` gives them, on the CPU."""
+        return nn.functional.normalize(self.whole.embed_images(images)[:, : self.dimensions], dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T K"]:
+        """Unit vectors of texts, on the CPU."""
+        return nn.functional.normalize(self.whole.embed_texts(texts)[:, : self.dimensions], dim=-1)
+
+
+def split_spec(spec: str) -> tuple[str, int | None]:
+    """The model, and how many numbers of its embeddings are kept; None where nothing is said, or a path is named so.
+
+    >>> split_spec("runs/mine#64"), split_spec("ViT-B-32:openai")
+    (('runs/mine', 64), ('ViT-B-32:openai', None))
+
+    Raises:
+        UsageError: what follows the sign is no number.
+    """
+    model, sign, kept = spec.rpartition(SIGN)
+    if not sign or Path(spec).exists():
+        return spec, None
+    if not (kept.isascii() and kept.isdecimal()):
+        raise UsageError(f"{spec!r}: {kept!r} is no number of dimensions; write MODEL{SIGN}64 to keep the first 64.")
+    return model, int(kept)
+
+
+KIND = "upgrade"
+WEIGHTS = "head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Head:
+    """From the new model's space of D dimensions to the one of S that it shares with old rows.
+
+    matrix: its columns are orthonormal; its first `old_dimension` rows give the block that is compared with old rows.
+    old, new: fingerprints of the old space and of the new model. model: what `load_model` takes to have the new model.
+    """
+
+    matrix: Float32[Tensor, "S D"]
+    old_dimension: int
+    old: str
+    new: str
+    model: str
+
+    @property
+    def dimension(self) -> int:
+        """S."""
+        return self.matrix.shape[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the space it gives: of both models and of the matrix."""
+        return fingerprint_of(KIND, self.old, self.new, repr(tuple(self.matrix.shape)), self.matrix.numpy().tobytes())
+
+    def __call__(self, vectors: Float32[Tensor, "B D"]) -> Float32[Tensor, "B S"]:
+        """Unit vectors of the new model to unit vectors of the space both share."""
+        return nn.functional.normalize(vectors @ self.matrix.T, dim=-1)
+
+
+@dataclass(kw_only=True)
+class CompatibleModel(VisionLanguageModel):
+    """The new model with the head on top; captions are those of the new model."""
+
+    base: VisionLanguageModel
+    head: Head
+
+    @classmethod
+    def of(cls, base: VisionLanguageModel, head: Head, name: str) -> "CompatibleModel":
+        """`base` with a head that was made for it."""
+        shared = {one.name: getattr(base, one.name) for one in fields(VisionLanguageModel) if one.init}
+        return cls(**shared | {"base": base, "head": head, "name": name})
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the space that old and new rows share."""
+        return self.head.fingerprint
+
+    @property
+    def made_of(self) -> str:
+        """The model without its head."""
+        return self.base.name
+
+    @property
+    def embedding_size(self) -> int:
+        """S."""
+        return self.head.dimension
+
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B S"]:
+        """Unit vectors of pictures as `view` gives them, on the CPU."""
+        return self.head(self.base.embed_images(images))
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T S"]:
+        """Unit vectors of texts, on the CPU."""
+        return self.head(self.base.embed_texts(texts))
+
+
+def is_upgrade(folder: Path) -> bool:
+    """Whether a folder holds a head."""
+    return (folder / WEIGHTS).is_file()
+
+
+def save_upgrade(folder: Path, head: Head, *, configuration: dict[str, Any], details: dict[str, Any]) -> None:
+    """Write an upgrade folder, whole or not at all.
+
+    Raises:
+        UsageError: it exists.
+    """
+    with new_folder(folder) as beside:
+        save_file({"matrix": head.matrix.contiguous()}, beside / WEIGHTS)
+        manifest = Manifest(
+            kind=KIND,
+            fingerprint=head.fingerprint,
+            counts={"old_dimension": head.old_dimension, "dimension": head.dimension},
+            configuration=configuration,
+            inputs={"old": head.old, "new": head.new},
+            files={WEIGHTS: record_file(beside / WEIGHTS)},
+            details=details | {"model": head.model},
+        )
+        write_manifest(beside, manifest)
+
+
+def read_head(folder: Path) -> Head:
+    """The head of an upgrade folder.
+
+    Raises:
+        UsageError: it is none. VlmError: its weights are damaged.
+    """
+    manifest = read_manifest(folder, KIND)
+    try:
+        matrix = load_file(folder / WEIGHTS)["matrix"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise VlmError(f"The weights of {folder} cannot be read ({error}); fit the head again.") from error
+    head = Head(
+        matrix=matrix,
+        old_dimension=manifest.counts["old_dimension"],
+        model=manifest.details["model"],
+        **manifest.inputs,
+    )
+    if head.fingerprint != manifest.fingerprint:
+        raise VlmError(f"{folder} is not what its manifest says: its weights were changed. Fit the head again.")
+    return head

@@ -1,0 +1,54 @@
+"""Pictures of index rows: their bytes out of the shard, and small copies for a page."""
+
+import base64
+import io
+from pathlib import Path
+
+import fsspec
+
+from vlm.data.decode import open_picture, to_rgb, upright_size
+from vlm.data.shard_cache import default_cache
+from vlm.errors import BadSample, VlmError
+from vlm.index.catalog import Entry
+from vlm.storage.urls import is_compressed
+
+_QUALITY = 82
+
+
+def read_picture(entry: Entry) -> bytes:
+    """The encoded picture of an entry, read from its shard by byte range.
+
+    Raises:
+        VlmError: it was imported without one, or the shard is gone, cannot be reached, or is shorter than it was.
+    """
+    if not entry.image_size:
+        raise VlmError("The row was imported and has no picture in a shard")
+    try:
+        # the byte range is that of the plain tar
+        address = str(default_cache().local_path(entry.shard)) if is_compressed(entry.shard) else entry.shard
+        system, path = fsspec.core.url_to_fs(address)
+        data: bytes = system.cat_file(path, start=entry.image_offset, end=entry.image_offset + entry.image_size)
+    except (OSError, ValueError, ImportError) as error:
+        name = Path(entry.shard).name
+        reason = "is no longer there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise VlmError(f"The shard {name} {reason}") from error
+    if len(data) != entry.image_size:
+        raise VlmError(f"The shard {Path(entry.shard).name} is shorter than it was when it was embedded")
+    return data
+
+
+def thumbnail(image: bytes, *, pixels: int) -> str:
+    """A `data:` address of the picture as a JPEG whose longer side has at most `pixels` pixels.
+
+    Raises:
+        VlmError: it cannot be decoded.
+    """
+    try:
+        picture = open_picture(image)
+        picture = to_rgb(picture, resolution=min(1.0, pixels / max(upright_size(picture))))
+    except BadSample as error:
+        raise VlmError(f"The picture cannot be shown: {error}") from error
+    picture.thumbnail((pixels, pixels))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,1 @@
+"""Addresses of shards, and the file systems behind them."""
