@@ -16,96 +16,107 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlm.data.decode import EncodedPicture
+from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import ShardSet
-from vlm.data.precomputed import StoredArrays
-from vlm.data.sampler import Address, TrainingPlan, Visits
-from vlm.data.samples import CaptionDraw, Captions, DrawnCaption, Sample, SampleChance, shuffled
-from vlm.data.tokenizers import Tokenizer, trimmed
-from vlm.data.transforms import Crop, FixedView, LocalViews, RandomView
+from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex
+from vlm.data.samples import Captions, CaptionSampler, Sample, SampledCaption, SampleRng, shuffled
+from vlm.data.tokenizers import Tokenizer, trim_tokens
+from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.tensors import Array, Float, Int64, Tensor, UInt8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Incident:
+class SampleFailure:
     """A sample that could not be used: where it is, its key, the byte offset of its first part in the tar, and why.
 
     is_stand_in: it was not asked for itself, but tried in place of another.
     """
 
-    address: Address
+    sample_index: SampleIndex
     key: str
     offset: int
     reason: str
     detail: str
-    is_stand_in: bool = False
+    is_replacement: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class EvalSample:
     """What evaluation and the catalogue keep of a sample besides its picture."""
 
-    address: Address
+    sample_index: SampleIndex
     key: str
     captions: Captions
     metadata: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemBatch:
+class EvalBatch:
     """Samples of one shard in file order; the bad ones are left out and named in `incidents`."""
 
     images: UInt8[Tensor, "B 3 H W"]
-    items: tuple[Item, ...]
-    incidents: tuple[Incident, ...] = field(default_factory=tuple)
+    items: tuple[EvalSample, ...]
+    incidents: tuple[SampleFailure, ...] = field(default_factory=tuple)
 
-    def with_images(self, images: UInt8[Tensor, "..."]) -> "ItemBatch":
+    def with_images(self, images: UInt8[Tensor, "..."]) -> "EvalBatch":
         """The same batch with other pictures."""
         return replace(self, images=images)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleItems:
+class EvalCollator:
     """Each sample with its fixed view, all its captions and its metadata; without a view, no picture is decoded."""
 
-    view: FixedView | None
+    view: EvalTransform | None
 
     @property
     def image_bytes(self) -> int:
         """Bytes of a picture as the model sees it."""
         return 3 * self.view.size**2 if self.view else 0
 
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> ItemBatch:
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EvalBatch:
         """Read the samples at these addresses."""
         images: list[np.ndarray] = []
-        items: list[Item] = []
-        incidents: list[Incident] = []
-        for address in addresses:
+        items: list[EvalSample] = []
+        incidents: list[SampleFailure] = []
+        for sample_index in sample_indices:
             try:
-                sample: Sample = shards.read(address)
+                sample: Sample = shards.read(sample_index)
                 if self.view is not None:
                     images.append(self.view(sample.image))
-                items.append(Item(address=address, key=sample.key, captions=sample.captions, metadata=sample.metadata))
+                items.append(
+                    EvalSample(
+                        sample_index=sample_index, key=sample.key, captions=sample.captions, metadata=sample.metadata
+                    )
+                )
             except BadSample as error:
-                incidents.append(incident_of(address, error, shards))
+                incidents.append(sample_failure(sample_index, error, shards))
         size = self.view.size if self.view else 0
-        stacked = shards.new_images((len(images), 3, size, size))
+        stacked = shards.allocate_images((len(images), 3, size, size))
         if images:
             np.stack(images, out=stacked)
-        return ItemBatch(images=torch.from_numpy(stacked), items=tuple(items), incidents=tuple(incidents))
+        return EvalBatch(images=torch.from_numpy(stacked), items=tuple(items), incidents=tuple(incidents))
 
 
-def incident_of(address: Address, error: BadSample, shards: ShardSet, *, is_stand_in: bool = False) -> Incident:
+def sample_failure(
+    sample_index: SampleIndex, error: BadSample, shards: ShardSet, *, is_replacement: bool = False
+) -> SampleFailure:
     """What is told of a sample that cannot be used."""
-    key, offset = shards.place(address)
-    return Incident(
-        address=address, key=key, offset=offset, reason=error.reason, detail=error.detail, is_stand_in=is_stand_in
+    key, offset = shards.key_and_offset(sample_index)
+    return SampleFailure(
+        sample_index=sample_index,
+        key=key,
+        offset=offset,
+        reason=error.reason,
+        detail=error.detail,
+        is_replacement=is_replacement,
     )
 
 
-_RECORDS = {"drawn": DrawnCaption, "addresses": Address, "used": Address}
+_RECORDS = {"drawn": SampledCaption, "sample_indices": SampleIndex, "used": SampleIndex}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +139,10 @@ class TrainingBatch:
     images: UInt8[Tensor, "B 3 H W"]
     tokens: Int64[Tensor, "B L"]
     keys: tuple[str, ...]
-    drawn: tuple[DrawnCaption, ...]
-    addresses: tuple[Address, ...]
-    used: tuple[Address, ...]
-    incidents: tuple[Incident, ...]
+    drawn: tuple[SampledCaption, ...]
+    sample_indices: tuple[SampleIndex, ...]
+    used: tuple[SampleIndex, ...]
+    incidents: tuple[SampleFailure, ...]
     arrays: dict[str, Float[Tensor, "B D"]] = field(default_factory=dict)
     prepared: tuple[PreparedView, ...] = ()
     offsets: tuple[int, ...] = ()
@@ -155,7 +166,7 @@ class TrainingBatch:
     def rows(self) -> Int64[Tensor, " B"]:
         """The position of each sample in the run."""
         assert self.position is not None, "the plan of a run says where its batches are"
-        return torch.arange(self.position, self.position + len(self.addresses), device=self.tokens.device)
+        return torch.arange(self.position, self.position + len(self.sample_indices), device=self.tokens.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """On the way from a worker, small tensors go as plain arrays: each tensor would open a shared file.
@@ -178,9 +189,9 @@ class TrainingBatch:
         """The same batch with each tensor of it changed; pictures that are yet to be decoded are left."""
         changed = self._each_small(change)
         for name in ("images", "local_images"):
-            pictures = getattr(self, name)
-            if pictures is not None and not self.prepared:
-                changed[name] = change(pictures)
+            images = getattr(self, name)
+            if images is not None and not self.prepared:
+                changed[name] = change(images)
         return replace(self, **changed)
 
     def pin_memory(self) -> "TrainingBatch":
@@ -200,25 +211,25 @@ class TrainingBatch:
 MAX_BAD_IN_A_ROW = 100
 NO_IDENTITY = 0
 """Stands for a thing that equals no other."""
-_NAMELESS = (NO_IDENTITY, NO_IDENTITY)
+_NO_IDENTITIES = (NO_IDENTITY, NO_IDENTITY)
 
 
 class _Row(NamedTuple):
     """A sample with all that is drawn for it; its pixels are yet to be made. attempt: 0, or of a stand-in."""
 
-    used: Address
+    used: SampleIndex
     attempt: int
     key: str
-    caption: DrawnCaption
+    caption: SampledCaption
     arrays: tuple[np.ndarray, ...]
     sentences: list[str]
     identity: tuple[int, int]
-    picture: EncodedPicture
+    image: EncodedImage
     crop: Crop
 
 
 @dataclass(frozen=True)
-class _Pictures:
+class _ImageBuffers:
     """Room for those of a batch, channels last as decoders leave them; filled row by row."""
 
     images: UInt8[Array, "B S S 3"]
@@ -227,7 +238,7 @@ class _Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleTraining:
+class TrainingCollator:
     """Draws a view and a caption for each sample; replaces what cannot be used by a stand-in.
 
     decode_on_device: leave the decoding to the device; batches then hold prepared pictures.
@@ -240,16 +251,16 @@ class AssembleTraining:
         UsageError: small crops are asked for of pictures that are decoded on the device.
     """
 
-    plan: TrainingPlan
-    view: RandomView
+    plan: BatchSampler
+    view: RandomResizedCrop
     tokenizer: Tokenizer
-    draw: CaptionDraw = field(default_factory=CaptionDraw)
-    arrays: StoredArrays = field(default_factory=StoredArrays)
+    draw: CaptionSampler = field(default_factory=CaptionSampler)
+    arrays: PrecomputedFeatures = field(default_factory=PrecomputedFeatures)
     seed: int = 0
     max_bad_in_a_row: int = MAX_BAD_IN_A_ROW
     decode_on_device: bool = False
     num_sentences: int = 0
-    local: LocalViews | None = None
+    local: LocalCrops | None = None
     has_identities: bool = False
     trim_text: bool = False
 
@@ -265,110 +276,117 @@ class AssembleTraining:
         """Bytes of a picture as the model sees it; 0 where it is not decoded here."""
         return 0 if self.decode_on_device else 3 * self.view.size**2
 
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> TrainingBatch:
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> TrainingBatch:
         """Read, view, draw and tokenize the samples at these addresses."""
-        incidents: list[list[Incident]] = [[] for _ in addresses]
+        incidents: list[list[SampleFailure]] = [[] for _ in sample_indices]
         # first all reading and drawing, then all decoding: taken in turns, each finds the processor's caches full of
         # what the other left, and takes half as long again
-        drawn = [self._usable(address, shards, found) for address, found in zip(addresses, incidents, strict=True)]
-        pictures = self._room(len(addresses), shards)
+        drawn = [
+            self._read_usable(sample_index, shards, found)
+            for sample_index, found in zip(sample_indices, incidents, strict=True)
+        ]
+        buffers = self._allocate(len(sample_indices), shards)
         rows = [
-            self._shown(place, address, row, pictures, shards, incidents[place])
-            for place, (address, row) in enumerate(zip(addresses, drawn, strict=True))
+            self._decode_usable(batch_row, sample_index, row, buffers, shards, incidents[batch_row])
+            for batch_row, (sample_index, row) in enumerate(zip(sample_indices, drawn, strict=True))
         ]
         keys = tuple(row.key for row in rows)
         return TrainingBatch(
-            images=torch.from_numpy(pictures.images).permute(0, 3, 1, 2),
+            images=torch.from_numpy(buffers.images).permute(0, 3, 1, 2),
             tokens=self._tokens([row.caption.text for row in rows]),
             keys=keys,
             drawn=tuple(row.caption for row in rows),
-            addresses=tuple(addresses),
+            sample_indices=tuple(sample_indices),
             used=tuple(row.used for row in rows),
             incidents=tuple(incident for found in incidents for incident in found),
             arrays=self.arrays.stack([row.arrays for row in rows], keys),
-            prepared=tuple(pictures.prepared),
-            offsets=tuple(shards.place(row.used)[1] for row in rows) if pictures.prepared else (),
-            position=addresses.position if isinstance(addresses, Visits) else None,
+            prepared=tuple(buffers.prepared),
+            offsets=tuple(shards.key_and_offset(row.used)[1] for row in rows) if buffers.prepared else (),
+            position=sample_indices.position if isinstance(sample_indices, BatchIndices) else None,
             sub_tokens=self._sub_tokens([row.sentences for row in rows]) if self.num_sentences else None,
-            local_images=None if pictures.local is None else torch.from_numpy(pictures.local).permute(0, 1, 4, 2, 3),
+            local_images=None if buffers.local is None else torch.from_numpy(buffers.local).permute(0, 1, 4, 2, 3),
             identities=torch.tensor([row.identity for row in rows]) if self.has_identities else None,
         )
 
-    def _usable(self, asked: Address, shards: ShardSet, incidents: list[Incident], attempt: int = 0) -> _Row:
+    def _read_usable(
+        self, requested: SampleIndex, shards: ShardSet, incidents: list[SampleFailure], attempt: int = 0
+    ) -> _Row:
         """The row of the sample asked for, or of the first after it that can be read, from this attempt on."""
         for number in range(attempt, self.max_bad_in_a_row):
-            address = self.plan.stand_in(asked, number) if number else asked
+            sample_index = self.plan.replacement(requested, number) if number else requested
             try:
-                return self._row(address, number, shards)
+                return self._row(sample_index, number, shards)
             except BadSample as error:
-                incidents.append(incident_of(address, error, shards, is_stand_in=number > 0))
+                incidents.append(sample_failure(sample_index, error, shards, is_replacement=number > 0))
         raise VlmError(
-            f"{self.max_bad_in_a_row} samples in a row cannot be used, from number {asked.number} of "
-            f"{shards.shards[asked.shard]} on; the last, {incidents[-1].key!r}: {incidents[-1].reason}: "
+            f"{self.max_bad_in_a_row} samples in a row cannot be used, from number {requested.number} of "
+            f"{shards.shards[requested.shard]} on; the last, {incidents[-1].key!r}: {incidents[-1].reason}: "
             f"{incidents[-1].detail}. See vlm inspect; --max-bad-in-a-row raises the limit."
         )
 
-    def _shown(
+    def _decode_usable(
         self,
-        place: int,
-        asked: Address,
+        batch_row: int,
+        requested: SampleIndex,
         row: _Row,
-        pictures: _Pictures,
+        buffers: _ImageBuffers,
         shards: ShardSet,
-        incidents: list[Incident],
+        incidents: list[SampleFailure],
     ) -> _Row:
         """The row whose pictures are now in their place: this one, or of the first after it that can be shown."""
         while True:
             try:
-                self._show(place, row, pictures)
+                self._decode_into(batch_row, row, buffers)
             except BadSample as error:
-                incidents.append(incident_of(row.used, error, shards, is_stand_in=row.attempt > 0))
-                row = self._usable(asked, shards, incidents, row.attempt + 1)
+                incidents.append(sample_failure(row.used, error, shards, is_replacement=row.attempt > 0))
+                row = self._read_usable(requested, shards, incidents, row.attempt + 1)
             else:
                 return row
 
-    def _row(self, address: Address, attempt: int, shards: ShardSet) -> _Row:
-        sample = shards.read(address, self.arrays.members)
-        rng = view_rng = self._chance(address, sample.key)
+    def _row(self, sample_index: SampleIndex, attempt: int, shards: ShardSet) -> _Row:
+        sample = shards.read(sample_index, self.arrays.members)
+        rng = view_rng = self._rng_for(sample_index, sample.key)
         caption, view = self.draw(sample, rng), 0
         if self.arrays.has_views:
-            view, view_rng = self.arrays.draw_view(sample, rng)
+            view, view_rng = self.arrays.sample_view(sample, rng)
         arrays = self.arrays.rows(sample, view=view, caption=caption)
-        sentences = self._sentences(address, sample) if self.num_sentences else []
-        identity = (identity_of(sample.key.encode()), identity_of(sample.image)) if self.has_identities else _NAMELESS
-        picture = EncodedPicture(sample.image)
-        crop = self.view.draw(picture.width, picture.height, view_rng)
-        return _Row(address, attempt, sample.key, caption, arrays, sentences, identity, picture, crop)
+        sentences = self._sentences(sample_index, sample) if self.num_sentences else []
+        identity = (
+            (content_hash(sample.key.encode()), content_hash(sample.image)) if self.has_identities else _NO_IDENTITIES
+        )
+        image = EncodedImage(sample.image)
+        crop = self.view.draw(image.width, image.height, view_rng)
+        return _Row(sample_index, attempt, sample.key, caption, arrays, sentences, identity, image, crop)
 
-    def _chance(self, address: Address, key: str, purpose: str = "") -> SampleChance:
-        return SampleChance(self.seed, address.epoch, key, address.repeat, purpose)
+    def _rng_for(self, sample_index: SampleIndex, key: str, purpose: str = "") -> SampleRng:
+        return SampleRng(self.seed, sample_index.epoch, key, sample_index.repeat, purpose)
 
-    def _show(self, place: int, row: _Row, pictures: _Pictures) -> None:
-        picture, crop = row.picture, row.crop
+    def _decode_into(self, batch_row: int, row: _Row, buffers: _ImageBuffers) -> None:
+        image, crop = row.image, row.crop
         if self.decode_on_device:
-            pictures.prepared.append(prepare_view(picture, crop, self.view))
+            buffers.prepared.append(prepare_view(image, crop, self.view))
             return
-        pixels = picture.pixels(resolution=self.view.resolution(crop))
-        self.view.cut(picture, pixels, crop, out=pictures.images[place])
-        if self.local and pictures.local is not None:
-            crops = self.local.draw(picture.width, picture.height, self._chance(row.used, row.key, "local"))
-            self.local.show(picture, crops, pixels, out=pictures.local[place])
+        pixels = image.pixels(resolution=self.view.resolution(crop))
+        self.view.cut(image, pixels, crop, out=buffers.images[batch_row])
+        if self.local and buffers.local is not None:
+            crops = self.local.draw(image.width, image.height, self._rng_for(row.used, row.key, "local"))
+            self.local.show(image, crops, pixels, out=buffers.local[batch_row])
 
-    def _room(self, number: int, shards: ShardSet) -> _Pictures:
+    def _allocate(self, number: int, shards: ShardSet) -> _ImageBuffers:
         size = self.view.size
-        images = shards.new_images((0 if self.decode_on_device else number, size, size, 3))
+        images = shards.allocate_images((0 if self.decode_on_device else number, size, size, 3))
         if self.local is None:
-            return _Pictures(images, None)
+            return _ImageBuffers(images, None)
         size = self.local.view.size
-        return _Pictures(images, np.empty((number, self.local.number, size, size, 3), np.uint8))
+        return _ImageBuffers(images, np.empty((number, self.local.number, size, size, 3), np.uint8))
 
-    def _sentences(self, address: Address, sample: Sample) -> list[str]:
-        chance = self._chance(address, sample.key, "sentences")
-        return shuffled(self.draw.sentences_of(sample), chance, number=self.num_sentences)
+    def _sentences(self, sample_index: SampleIndex, sample: Sample) -> list[str]:
+        rng = self._rng_for(sample_index, sample.key, "sentences")
+        return shuffled(self.draw.sentences_of(sample), rng, number=self.num_sentences)
 
     def _tokens(self, texts: list[str]) -> Int64[Tensor, "B L"]:
         tokens = self.tokenizer.encode(texts)
-        return torch.from_numpy(trimmed(tokens, self.tokenizer) if self.trim_text else tokens)
+        return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
 
     def _sub_tokens(self, sentences: list[list[str]]) -> Int64[Tensor, "B S L"]:
         # one text more, since not every tokenizer takes none at all
@@ -376,10 +394,10 @@ class AssembleTraining:
         tokens = np.full((len(sentences), self.num_sentences, rows.shape[1]), self.tokenizer.pad_token, np.int64)
         is_given = np.arange(self.num_sentences) < np.array([[len(some)] for some in sentences])
         tokens[is_given] = rows
-        return torch.from_numpy(trimmed(tokens, self.tokenizer) if self.trim_text else tokens)
+        return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
 
 
-def identity_of(content: bytes) -> int:
+def content_hash(content: bytes) -> int:
     """A number of 64 bits that tells contents apart; never `NO_IDENTITY`.
 
     Two of a million different ones collide once in 37 million times (birthday bound, 2^-65 n^2).
@@ -396,10 +414,10 @@ class EmbedBatch:
     """
 
     images: UInt8[Tensor, "..."]
-    pictures: tuple[Item, ...]
-    items: tuple[Item, ...]
-    unread: tuple[Incident, ...]
-    undecoded: tuple[Incident, ...]
+    image_samples: tuple[EvalSample, ...]
+    items: tuple[EvalSample, ...]
+    unread: tuple[SampleFailure, ...]
+    undecoded: tuple[SampleFailure, ...]
 
     def with_images(self, images: UInt8[Tensor, "..."]) -> "EmbedBatch":
         """The same batch with other pictures."""
@@ -407,45 +425,47 @@ class EmbedBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleForEmbedding:
+class EmbedCollator:
     """Reads the samples; without a view, no picture is decoded."""
 
-    view: FixedView | None
+    view: EvalTransform | None
 
     @property
     def image_bytes(self) -> int:
         """Bytes of a picture as the model sees it."""
         return 3 * self.view.size**2 if self.view else 0
 
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> EmbedBatch:
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EmbedBatch:
         """Read the samples at these addresses."""
         images: list[np.ndarray] = []
-        pictures: list[Item] = []
-        items: list[Item] = []
-        unread: list[Incident] = []
-        undecoded: list[Incident] = []
-        for address in addresses:
+        image_samples: list[EvalSample] = []
+        items: list[EvalSample] = []
+        unread: list[SampleFailure] = []
+        undecoded: list[SampleFailure] = []
+        for sample_index in sample_indices:
             try:
-                sample = shards.read(address)
+                sample = shards.read(sample_index)
             except BadSample as error:
-                unread.append(incident_of(address, error, shards))
+                unread.append(sample_failure(sample_index, error, shards))
                 continue
-            item = Item(address=address, key=sample.key, captions=sample.captions, metadata=sample.metadata)
+            item = EvalSample(
+                sample_index=sample_index, key=sample.key, captions=sample.captions, metadata=sample.metadata
+            )
             items.append(item)
             if self.view is None:
                 continue
             try:
                 images.append(self.view(sample.image))
-                pictures.append(item)
+                image_samples.append(item)
             except BadSample as error:
-                undecoded.append(incident_of(address, error, shards))
+                undecoded.append(sample_failure(sample_index, error, shards))
         size = self.view.size if self.view else 0
-        stacked = shards.new_images((len(images), 3, size, size))
+        stacked = shards.allocate_images((len(images), 3, size, size))
         if images:
             np.stack(images, out=stacked)
         return EmbedBatch(
             images=torch.from_numpy(stacked),
-            pictures=tuple(pictures),
+            image_samples=tuple(image_samples),
             items=tuple(items),
             unread=tuple(unread),
             undecoded=tuple(undecoded),

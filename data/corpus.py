@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm.config import nearest
-from vlm.data.sampler import DEFAULT_WINDOW, Mixture, Order, SampleOrder, whole_shares
+from vlm.config import suggest
+from vlm.data.sampler import DEFAULT_WINDOW, Mixture, SampleOrder, Sampler, integer_shares
 from vlm.data.selection import read_selection
 from vlm.data.shard_cache import ShardCache
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 
 MIXTURE_SUFFIX = ".toml"
 _NAME = re.compile(r"[\w][\w.\-]*")
@@ -42,22 +42,22 @@ class Source:
     repeats: float = 1.0
 
 
-def read_sources(address: str, selection: str = "") -> tuple[Source, ...]:
+def read_sources(url: str, selection: str = "") -> tuple[Source, ...]:
     """The sources an address means: those of a mixture file (`.toml`), or shards.
 
     Raises:
         UsageError: the file does not exist or says what a source does not have.
     """
-    if not address.endswith(MIXTURE_SUFFIX):
-        return (Source(data=address, selection=selection, name="data"),)
+    if not url.endswith(MIXTURE_SUFFIX):
+        return (Source(data=url, selection=selection, name="data"),)
     if selection:
-        raise UsageError(f"{address} names a selection for each of its sources; leave out --selection {selection}.")
-    sources = [_source(table, f"{address}, source {number}") for number, table in enumerate(_tables(Path(address)), 1)]
+        raise UsageError(f"{url} names a selection for each of its sources; leave out --selection {selection}.")
+    sources = [_source(table, f"{url}, source {number}") for number, table in enumerate(_tables(Path(url)), 1)]
     if len({source.weight > 0 for source in sources}) > 1:
-        raise UsageError(f"{address} gives a weight to some sources only; give one to each, or to none.")
+        raise UsageError(f"{url} gives a weight to some sources only; give one to each, or to none.")
     named = [replace(source, name=source.name or f"source-{number}") for number, source in enumerate(sources, 1)]
     if len({source.name for source in named}) < len(named):
-        raise UsageError(f"{address} gives several sources one name; each has its own ledgers and needs its own name.")
+        raise UsageError(f"{url} gives several sources one name; each has its own ledgers and needs its own name.")
     return tuple(named)
 
 
@@ -81,7 +81,7 @@ def _source(table: dict[str, Any], where: str) -> Source:
     known = Source.__dataclass_fields__
     for name, value in table.items():
         if name not in known:
-            raise UsageError(f"{where}: unknown key {name!r}; {nearest(name, list(known))}.")
+            raise UsageError(f"{where}: unknown key {name!r}; {suggest(name, list(known))}.")
         if name in ("weight", "repeats"):
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise UsageError(f"{where}: {name} = {value!r} must be a number.")
@@ -97,7 +97,7 @@ def _source(table: dict[str, Any], where: str) -> Source:
     return source
 
 
-_MOST_VISITS = 10**15
+_MAX_POSITION = 10**15
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +113,7 @@ class Corpus:
     shards: tuple[str, ...]
     samples: tuple[int, ...]
     filtered: tuple[int, ...]
-    order: Order
+    order: Sampler
     fingerprint: str
 
     def shards_of(self, source: int) -> range:
@@ -136,10 +136,10 @@ def open_corpus(
         VlmError: a shard is damaged (unless allowed) or cannot be fetched.
     """
     opened = [
-        _open_source(source, _Opening(_own_seed(seed, number), window, allow_damage, cache))
+        _open_source(source, _OpenOptions(_source_seed(seed, number), window, allow_damage, cache))
         for number, source in enumerate(sources)
     ]
-    order, shares = _mixed(sources, [one.order for one in opened])
+    order, shares = _mix_sources(sources, [one.order for one in opened])
     return Corpus(
         sources=tuple(sources),
         first_shards=(0, *accumulate(len(one.shards) for one in opened[:-1])),
@@ -147,20 +147,20 @@ def open_corpus(
         samples=tuple(count for one in opened for count in one.samples),
         filtered=tuple(count for one in opened for count in one.filtered),
         order=order,
-        fingerprint=fingerprint_of(
+        fingerprint=compute_fingerprint(
             *map(str, (seed, window, order.num_samples, *shares)), *(one.identity for one in opened)
         ),
     )
 
 
-class _Opening(NamedTuple):
+class _OpenOptions(NamedTuple):
     seed: int
     window: int
     allow_damage: bool
     cache: ShardCache | None
 
 
-class _Opened(NamedTuple):
+class _OpenedSource(NamedTuple):
     shards: list[str]
     samples: list[int]
     filtered: list[int]
@@ -168,37 +168,37 @@ class _Opened(NamedTuple):
     identity: str
 
 
-def _own_seed(seed: int, number: int) -> int:
-    return seed if number == 0 else int(fingerprint_of(f"{seed}/{number}"), 16) >> 1
+def _source_seed(seed: int, number: int) -> int:
+    return seed if number == 0 else int(compute_fingerprint(f"{seed}/{number}"), 16) >> 1
 
 
-def _open_source(source: Source, told: _Opening) -> _Opened:
+def _open_source(source: Source, options: _OpenOptions) -> _OpenedSource:
     shards = expand_shards(source.data)
-    counts = count_samples(shards, allow_damage=told.allow_damage, cache=told.cache)
-    content = shards_fingerprint(shards, told.cache)
+    counts = count_samples(shards, allow_damage=options.allow_damage, cache=options.cache)
+    content = shards_fingerprint(shards, options.cache)
     if not source.selection:
-        order = SampleOrder(counts=tuple(counts), seed=told.seed, window=told.window)
-        return _Opened(shards, counts, [0] * len(counts), order, content)
+        order = SampleOrder(counts=tuple(counts), seed=options.seed, window=options.window)
+        return _OpenedSource(shards, counts, [0] * len(counts), order, content)
     selection = read_selection(Path(source.selection))
-    times = selection.times_of(shards, cache=told.cache)
-    order = SampleOrder.of_selection(times, seed=told.seed, window=told.window)
+    times = selection.times_of(shards, cache=options.cache)
+    order = SampleOrder.of_selection(times, seed=options.seed, window=options.window)
     if not order.num_samples:
         raise UsageError(f"The selection {source.selection} leaves nothing of {source.data}.")
     filtered = [int(np.count_nonzero(part == 0)) for part in times]
-    return _Opened(shards, counts, filtered, order, fingerprint_of(content, selection.fingerprint))
+    return _OpenedSource(shards, counts, filtered, order, compute_fingerprint(content, selection.fingerprint))
 
 
-def _mixed(sources: Sequence[Source], orders: Sequence[SampleOrder]) -> tuple[Order, tuple[int, ...]]:
+def _mix_sources(sources: Sequence[Source], orders: Sequence[SampleOrder]) -> tuple[Sampler, tuple[int, ...]]:
     """One order out of several, and the shares of its sources."""
     repeats = [Fraction(str(source.repeats)) for source in sources]
     if len(orders) == 1 and repeats[0] == 1:
         return orders[0], (1,)
     visits = [order.num_samples * times for order, times in zip(orders, repeats, strict=True)]
     weights = [Fraction(str(source.weight)) for source in sources]
-    shares = whole_shares(weights if weights[0] else visits)
+    shares = integer_shares(weights if weights[0] else visits)
     length = max(1, round(sum(visits)))
-    if length > _MOST_VISITS:
+    if length > _MAX_POSITION:
         raise UsageError(
-            f"repeats make an epoch of {length:.3g} visits; give less, at most {_MOST_VISITS:.0e} together."
+            f"repeats make an epoch of {length:.3g} visits; give less, at most {_MAX_POSITION:.0e} together."
         )
     return Mixture(orders=tuple(orders), shares=shares, num_samples=length), shares

@@ -32,11 +32,11 @@ _JPEG_BEGINS, _MARKER, _SCAN, _APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
 _FRAMES, _FRAME_BYTES = frozenset({0xC0, 0xC1, 0xC2}), 10
 _NUM_COLOURS = frozenset({1, 3})
 # tables, restart interval, APP segments and comments; of any other marker libjpeg might read on elsewhere than we
-_PASSED_OVER = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
+_SKIPPED_MARKERS = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 # a JPEG spends a bit at least on each block of 8 by 8; one that promises more pixels is cut, and not worth its memory
 _MAX_PIXELS_PER_BYTE = 1024
 # of pictures decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
-_REPEATED_CHROMA = 0.75
+_FAST_UPSAMPLING_BELOW = 0.75
 
 # EXIF orientation → the stored pixels upright, as a view of them
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -49,10 +49,10 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda stored: stored.transpose(1, 0, 2)[::-1],
 }
 # those of them that have the stored end on the left, and at the top
-_FROM_THE_RIGHT, _FROM_BELOW = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
+_OVERHANG_LEFT, _OVERHANG_TOP = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
 
 
-class EncodedPicture:
+class EncodedImage:
     """A picture of which the header has been read; its pixels are decoded when asked for.
 
     data: the encoded file. width, height: in pixels, after the EXIF orientation is applied. is_jpeg: it is a JPEG in
@@ -69,10 +69,10 @@ class EncodedPicture:
         header = _read_jpeg_header(data)
         self.is_jpeg = header is not None
         if header is None or header[2]:
-            picture = open_picture(data)
-            self.orientation = _orientation(picture)
-            self._stored = picture.size
-            self.width, self.height = upright_size(picture)
+            image = open_image(data)
+            self.orientation = _orientation(image)
+            self._stored = image.size
+            self.width, self.height = upright_size(image)
         else:
             self.width, self.height, _ = header
             self._stored = self.width, self.height
@@ -93,9 +93,9 @@ class EncodedPicture:
                 pass  # also for what libjpeg only warns of, which Pillow lets pass unless the file is cut
             else:
                 return _TURNS[self.orientation](stored) if self.orientation in _TURNS else stored
-        return np.array(to_rgb(open_picture(self.data), resolution=resolution))
+        return np.array(to_rgb(open_image(self.data), resolution=resolution))
 
-    def step_of(self, pixels: UInt8[Array, "H W 3"]) -> int:
+    def reduction_of(self, pixels: UInt8[Array, "H W 3"]) -> int:
         """Pixels of the picture to one of these that were decoded from it: 1, 2, 4 or 8."""
         # the last row and column of a reduced JPEG reach over the edge, so the sizes do not divide
         return round(max(self.width, self.height) / max(pixels.shape[:2]))
@@ -106,8 +106,8 @@ class EncodedPicture:
         As stored it is the last ones that do; an EXIF turn may bring them to the front.
         """
         return (
-            -self.width % step if self.orientation in _FROM_THE_RIGHT else 0,
-            -self.height % step if self.orientation in _FROM_BELOW else 0,
+            -self.width % step if self.orientation in _OVERHANG_LEFT else 0,
+            -self.height % step if self.orientation in _OVERHANG_TOP else 0,
         )
 
 
@@ -119,25 +119,25 @@ def reduction(resolution: float) -> int:
     return 1
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Read the header only.
 
     Raises:
         BadSample: not a picture, more than MAX_PIXELS pixels, or more than MAX_ASPECT times as long as wide.
     """
-    with _damage_as_bad_sample():
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(*picture.size, num_bytes=len(data) if picture.format in ("JPEG", "MPO") else None)
-    return picture
+    with _damaged_image_as_bad_sample():
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)
+    return image
 
 
-def upright_size(picture: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) in pixels after the EXIF orientation is applied."""
-    is_turned = _orientation(picture) in (5, 6, 7, 8)
-    return (picture.height, picture.width) if is_turned else (picture.width, picture.height)
+    is_turned = _orientation(image) in (5, 6, 7, 8)
+    return (image.height, image.width) if is_turned else (image.width, image.height)
 
 
-def to_rgb(picture: Image.Image, *, resolution: float = 1.0) -> Image.Image:
+def to_rgb(image: Image.Image, *, resolution: float = 1.0) -> Image.Image:
     """Decode to upright RGB; transparency is laid on white.
 
     resolution: share of the width and height that is still needed; a JPEG is decoded at 1/2, 1/4 or 1/8
@@ -146,20 +146,20 @@ def to_rgb(picture: Image.Image, *, resolution: float = 1.0) -> Image.Image:
     Raises:
         BadSample: the picture's data is damaged.
     """
-    with _damage_as_bad_sample():
+    with _damaged_image_as_bad_sample():
         if resolution < 1.0:
-            picture.draft("RGB", (ceil(picture.width * resolution), ceil(picture.height * resolution)))
-        picture.load()
-        if _orientation(picture) != 1:
-            picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "RGB":
-            return picture
-        if picture.mode.startswith("I"):
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return picture.convert("RGB")
+            image.draft("RGB", (ceil(image.width * resolution), ceil(image.height * resolution)))
+        image.load()
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB":
+            return image
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
@@ -179,7 +179,7 @@ def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
             may_be_turned = True
         elif marker == _SCAN and width and height:
             return width, height, may_be_turned
-        elif marker not in _PASSED_OVER:
+        elif marker not in _SKIPPED_MARKERS:
             return None
         place += 2 + (data[place + 2] << 8 | data[place + 3])
     return None
@@ -189,7 +189,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], resolution: float) -> UInt8
     """Pixels as stored; ValueError for anything that libjpeg warns of. size: (width, height) as stored."""
     step = reduction(resolution)
     if step == 1:
-        return simplejpeg.decode_jpeg(data, "RGB", fastupsample=resolution <= _REPEATED_CHROMA)
+        return simplejpeg.decode_jpeg(data, "RGB", fastupsample=resolution <= _FAST_UPSAMPLING_BELOW)
     return simplejpeg.decode_jpeg(data, "RGB", min_height=ceil(size[1] / step), min_width=ceil(size[0] / step))
 
 
@@ -203,13 +203,13 @@ def _check_size(width: int, height: int, *, num_bytes: int | None) -> None:
         raise BadSample("unreadable picture", f"{width}×{height} pixels cannot lie in a JPEG of {num_bytes:,} bytes")
 
 
-def _orientation(picture: Image.Image) -> int:
-    with _damage_as_bad_sample():
-        return picture.getexif().get(_ORIENTATION, 1)
+def _orientation(image: Image.Image) -> int:
+    with _damaged_image_as_bad_sample():
+        return image.getexif().get(_ORIENTATION, 1)
 
 
 @contextmanager
-def _damage_as_bad_sample() -> Iterator[None]:
+def _damaged_image_as_bad_sample() -> Iterator[None]:
     """Whatever Pillow raises means damage; damaged files make its readers raise about any kind of error."""
     try:
         with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlm.data.decode import open_picture, to_rgb, upright_size
+from vlm.data.decode import open_image, to_rgb, upright_size
 
 SIDE = 32
 COLOUR_SIDE = 8
@@ -30,18 +30,18 @@ DISTANCE = 10
 _DECODED_SIDE = 64
 _BANDS = 4
 _BAND_BITS = 16
-_PAIRS_AT_ONCE = 1 << 22
+_PAIRS_PER_BLOCK = 1 << 22
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-class Look(NamedTuple):
+class ImageSignature(NamedTuple):
     """What a picture is recognised by: a 64-bit hash, and a thumbnail, uint8 [1152]."""
 
     hash: int
     thumbnail: np.ndarray
 
 
-def look_of(data: bytes) -> Look:
+def image_signature(data: bytes) -> ImageSignature:
     """The look of an encoded picture, decoded no larger than needed.
 
     The hash says which of the 64 lowest frequencies of its 32×32 cosine transform, the mean left out, are above
@@ -51,9 +51,9 @@ def look_of(data: bytes) -> Look:
     Raises:
         BadSample: the picture cannot be decoded.
     """
-    picture = open_picture(data)
-    width, height = upright_size(picture)
-    rgb = to_rgb(picture, resolution=min(1.0, _DECODED_SIDE / min(width, height)))
+    image = open_image(data)
+    width, height = upright_size(image)
+    rgb = to_rgb(image, resolution=min(1.0, _DECODED_SIDE / min(width, height)))
     # of a JPEG decoded at 1/2, 1/4 or 1/8 the last pixels of a side may lie partly outside the picture
     reduction = round(width / rgb.width)
     # a triangle, not a box: Pillow's box takes whole pixels only, so that copies of another size would differ
@@ -66,13 +66,13 @@ def look_of(data: bytes) -> Look:
     colours = np.stack([(small[..., 2] - luma) * 0.564, (small[..., 0] - luma) * 0.713], axis=-1)
     colours = colours.reshape(COLOUR_SIDE, block, COLOUR_SIDE, block, 2).mean(axis=(1, 3)) + 128
     thumbnail = np.round(np.concatenate([luma.reshape(-1), colours.reshape(-1)])).astype(np.uint8)
-    return Look(int.from_bytes(bits.tobytes(), "big"), thumbnail)
+    return ImageSignature(int.from_bytes(bits.tobytes(), "big"), thumbnail)
 
 
 def _lowest_frequencies() -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the 64 lowest frequencies, so ordered that each band of 16 holds low and high ones."""
-    places = sorted(((i, j) for i in range(SIDE) for j in range(SIDE) if i + j), key=lambda p: (sum(p), p))[:64]
-    dealt = [place for band in range(_BANDS) for place in places[band::_BANDS]]
+    positions = sorted(((i, j) for i in range(SIDE) for j in range(SIDE) if i + j), key=lambda p: (sum(p), p))[:64]
+    dealt = [position for band in range(_BANDS) for position in positions[band::_BANDS]]
     return np.array([row for row, _ in dealt]), np.array([column for _, column in dealt])
 
 
@@ -81,7 +81,7 @@ _COSINES = np.cos(np.pi / SIDE * (_STEPS[None, :] + 0.5) * _STEPS[:, None]).asty
 _ROWS, _COLUMNS = _lowest_frequencies()
 
 
-def near_hashes(hashes: np.ndarray, *, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def near_hash_pairs(hashes: np.ndarray, *, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All pairs of places (one < other) whose hashes, uint64 [N], differ in at most `distance` bits, each once.
 
     Split into 4 bands of 16 bits, two such hashes differ in at most distance // 4 bits in one of them, so each hash
@@ -97,7 +97,7 @@ def near_hashes(hashes: np.ndarray, *, distance: int) -> Iterator[tuple[np.ndarr
         keys = band[order]
         starts = np.searchsorted(keys, np.arange((1 << _BAND_BITS) + 1))
         for mask in masks:
-            for one, other in _meetings(keys, starts, mask):
+            for one, other in _matching_pairs(keys, starts, mask):
                 one, other = order[one], order[other]
                 is_near = np.bitwise_count(hashes[one] ^ hashes[other]) <= distance
                 one, other = one[is_near], other[is_near]
@@ -108,7 +108,7 @@ def near_hashes(hashes: np.ndarray, *, distance: int) -> Iterator[tuple[np.ndarr
                     yield np.minimum(one, other)[is_new], np.maximum(one, other)[is_new]
 
 
-def _meetings(keys: np.ndarray, starts: np.ndarray, mask: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _matching_pairs(keys: np.ndarray, starts: np.ndarray, mask: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of places among sorted keys with one ^ other == mask, each once, in blocks of bounded size."""
     partners = keys ^ mask
     first = np.where(partners > keys, starts[partners], np.arange(len(keys)) + 1)
@@ -118,7 +118,7 @@ def _meetings(keys: np.ndarray, starts: np.ndarray, mask: int) -> Iterator[tuple
     done = 0
     while done < len(chosen):
         before = ends[done - 1] if done else 0
-        upto = max(int(np.searchsorted(ends, before + _PAIRS_AT_ONCE, side="right")), done + 1)
+        upto = max(int(np.searchsorted(ends, before + _PAIRS_PER_BLOCK, side="right")), done + 1)
         block = chosen[done:upto]
         sizes = counts[block]
         offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -126,7 +126,7 @@ def _meetings(keys: np.ndarray, starts: np.ndarray, mask: int) -> Iterator[tuple
         done = upto
 
 
-_FITS_AT_ONCE = 512
+_PAIRS_PER_FIT = 512
 _EDGE = 2
 _WHITE, _DARKENED_WHITE = 245.0, 225.0
 # of the brightest channel, in levels: where some of a pixel may be clipped, and where all of it may
@@ -154,11 +154,11 @@ _BLOCK = SIDE // COLOUR_SIDE
 # missed.
 MAX_LUMA_RMS, MAX_LUMA = 0.95, 5.0
 MAX_COLOUR_BIAS, MAX_COLOUR_RMS, MAX_COLOUR = 1.4, 2.3, 9.0
-MAX_TOGETHER = 1.35
+MAX_COMBINED = 1.35
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remainder:
+class Residuals:
     """What is left between P pairs of thumbnails after the fit, in levels, each float32 [P].
 
     luma_rms, luma: root mean square of what is not white, and the largest, lessened where the picture is steep.
@@ -185,12 +185,14 @@ class Remainder:
             self.colour / MAX_COLOUR,
         ]
         left = np.stack(shares)
-        is_noise = (left.max(axis=0) <= 1) & ((left**2).sum(axis=0) <= MAX_TOGETHER**2)
+        is_noise = (left.max(axis=0) <= 1) & ((left**2).sum(axis=0) <= MAX_COMBINED**2)
         is_small = (self.moved <= _MAX_MOVED_PIXELS) & (self.gain <= _MAX_GAIN) & (self.shift <= _MAX_SHIFT)
         return is_noise & is_small
 
 
-def same_looks(hashes: np.ndarray, thumbnails: np.ndarray, *, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def near_duplicate_pairs(
+    hashes: np.ndarray, thumbnails: np.ndarray, *, distance: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of places (one, other), one < other, that show the same picture, a block at a time.
 
     hashes: uint64 [N]; thumbnails: uint8 [N, 1152]; distance: the most bits two hashes may differ in.
@@ -203,17 +205,17 @@ def same_looks(hashes: np.ndarray, thumbnails: np.ndarray, *, distance: int) -> 
     if len(repeated):
         yield firsts[groups[repeated]], repeated
     firsts = np.sort(firsts)
-    for one, other in near_hashes(hashes[firsts], distance=distance):
-        is_same = is_same_picture(thumbnails, firsts[one], firsts[other])
+    for one, other in near_hash_pairs(hashes[firsts], distance=distance):
+        is_same = are_near_duplicates(thumbnails, firsts[one], firsts[other])
         if is_same.any():
             yield firsts[one[is_same]], firsts[other[is_same]]
 
 
-def is_same_picture(thumbnails: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def are_near_duplicates(thumbnails: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """bool [P]: whether thumbnails[one[p]] and thumbnails[other[p]], uint8 [N, 1152], show the same picture."""
-    verdicts = np.zeros(len(one), dtype=bool)
-    for start in range(0, len(one), _FITS_AT_ONCE):
-        block = slice(start, start + _FITS_AT_ONCE)
+    decisions = np.zeros(len(one), dtype=bool)
+    for start in range(0, len(one), _PAIRS_PER_FIT):
+        block = slice(start, start + _PAIRS_PER_FIT)
         a, b = thumbnails[one[block]].astype(np.float32), thumbnails[other[block]].astype(np.float32)
         change = (a - b) ** 2
         pixels = SIDE * SIDE
@@ -222,11 +224,11 @@ def is_same_picture(thumbnails: np.ndarray, one: np.ndarray, other: np.ndarray) 
             & (change[:, pixels:].max(axis=1) <= _MAX_UNFITTED_COLOUR**2)
         )
         if len(near):
-            verdicts[start + near] = compare(a[near], b[near]).is_same()
-    return verdicts
+            decisions[start + near] = compare(a[near], b[near]).is_same()
+    return decisions
 
 
-def compare(one: np.ndarray, other: np.ndarray) -> Remainder:
+def compare(one: np.ndarray, other: np.ndarray) -> Residuals:
     """Explain the change from one to other (float32 [P, 1152]) by small changes, and say what is left.
 
     By least squares the luma may be shifted and stretched along each side, and made brighter by a gain and an offset
@@ -243,13 +245,13 @@ def compare(one: np.ndarray, other: np.ndarray) -> Remainder:
     terms = [across, across * _RAMP, down, down * _RAMP[:, None], middle - 128, np.ones_like(middle)]
     fit = _fit(_inner(a), _inner(b), _inner(np.stack(terms, axis=-1)), doubt=_inner(doubt))
     left = fit.left / np.sqrt(1 + (0.1 * _inner(np.hypot(down, across))) ** 2)
-    colour_left = _colours_left(colours, others_colours, fit.found, luma=middle, doubt=doubt)
-    white = _white_of(middle)
+    colour_left = _colour_residuals(colours, others_colours, fit.coefficients, luma=middle, doubt=doubt)
+    white = _white_level(middle)
     num_pixels = (_inner(middle) < white).sum(axis=(1, 2))
     is_coloured = (_blocks(middle) < white)[..., None].astype(np.float32)
     number = np.maximum(is_coloured.sum(axis=(1, 2, 3)), _FEWEST_BLOCKS)
-    size = np.abs(fit.found)
-    return Remainder(
+    size = np.abs(fit.coefficients)
+    return Residuals(
         luma_rms=np.sqrt((left**2).sum(axis=(1, 2)) / np.maximum(num_pixels, _FEWEST_PIXELS)),
         luma=np.abs(left).max(axis=(1, 2)),
         colour_bias=np.abs((colour_left * is_coloured).sum(axis=(1, 2))).max(axis=1) / number,
@@ -261,7 +263,7 @@ def compare(one: np.ndarray, other: np.ndarray) -> Remainder:
     )
 
 
-def _white_of(luma: np.ndarray) -> np.ndarray:
+def _white_level(luma: np.ndarray) -> np.ndarray:
     """The luma from which a pixel is background, [P, 1, 1]: less in a picture that was darkened, all white included."""
     top = luma.max(axis=(1, 2), keepdims=True)
     return np.where(top > _DARKENED_WHITE, np.minimum(_WHITE, top - 8), _WHITE)
@@ -270,7 +272,7 @@ def _white_of(luma: np.ndarray) -> np.ndarray:
 class _Fit(NamedTuple):
     """The six terms' sizes [P, 6], luma left [P, H, W], and the mean brightening [P]."""
 
-    found: np.ndarray
+    coefficients: np.ndarray
     left: np.ndarray
     shift: np.ndarray
 
@@ -290,18 +292,18 @@ def _fit(a: np.ndarray, b: np.ndarray, design: np.ndarray, *, doubt: np.ndarray)
 
     def fitted() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         weighed = (design * trust[..., None]).transpose(0, 2, 1)
-        found = np.linalg.solve(weighed @ design + _RIDGE, weighed @ (b - a)[..., None])
-        brightening = (design[..., 4:] @ found[:, 4:])[..., 0]
+        coefficients = np.linalg.solve(weighed @ design + _RIDGE, weighed @ (b - a)[..., None])
+        brightening = (design[..., 4:] @ coefficients[:, 4:])[..., 0]
         shift = (brightening * is_grey).sum(axis=1) / np.maximum(is_grey.sum(axis=1), 1)
         sign = np.where(shift >= 0, 1, -1).astype(np.float32)[:, None]
         dark, bright = np.where(sign > 0, a, b), np.where(sign > 0, b, a)
-        left = (bright - np.minimum(dark + sign * (design @ found)[..., 0], 255)) * counts
-        return found[..., 0], left, np.maximum(sign * brightening, 0), np.abs(shift)
+        left = (bright - np.minimum(dark + sign * (design @ coefficients)[..., 0], 255)) * counts
+        return coefficients[..., 0], left, np.maximum(sign * brightening, 0), np.abs(shift)
 
     trust = np.where((fitted()[1] > 0) & counts, 1, trust)
-    found, left, brightening, shift = fitted()
+    coefficients, left, brightening, shift = fitted()
     left += np.clip(-left, 0, doubt * brightening)
-    return _Fit(found, left.reshape(shape), shift)
+    return _Fit(coefficients, left.reshape(shape), shift)
 
 
 def _colours(thumbnails: np.ndarray) -> np.ndarray:
@@ -316,14 +318,14 @@ def _above_luma(colours: np.ndarray) -> np.ndarray:
     return np.maximum(np.maximum(blue, red), green).repeat(_BLOCK, axis=1).repeat(_BLOCK, axis=2)
 
 
-def _colours_left(
-    a: np.ndarray, b: np.ndarray, found: np.ndarray, *, luma: np.ndarray, doubt: np.ndarray
+def _colour_residuals(
+    a: np.ndarray, b: np.ndarray, coefficients: np.ndarray, *, luma: np.ndarray, doubt: np.ndarray
 ) -> np.ndarray:
     """Change of colour [P, 8, 8, 2] less what gain, movement and clipping (where in doubt) explain."""
-    gain, offset = found[:, 4, None, None, None], found[:, 5, None, None]
+    gain, offset = coefficients[:, 4, None, None, None], coefficients[:, 5, None, None]
     middle = (a + b) / 2
     ramp = _RAMP.reshape(COLOUR_SIDE, _BLOCK).mean(axis=1)[:, None]
-    right, right_stretch, down, down_stretch = found[:, :4, None, None, None].transpose(1, 0, 2, 3, 4)
+    right, right_stretch, down, down_stretch = coefficients[:, :4, None, None, None].transpose(1, 0, 2, 3, 4)
     moved = np.gradient(middle, axis=2) * (right + right_stretch * ramp)
     moved += np.gradient(middle, axis=1) * (down + down_stretch * ramp[:, None])
     left = b - a - gain * middle - moved / _BLOCK
@@ -353,19 +355,19 @@ def _inner(images: np.ndarray) -> np.ndarray:
 DIGEST_BYTES = 16
 
 
-def digest_of(data: bytes | str) -> bytes:
+def content_digest(data: bytes | str) -> bytes:
     """16 bytes that stand for the content (BLAKE2b)."""
     return hashlib.blake2b(data.encode() if isinstance(data, str) else data, digest_size=DIGEST_BYTES).digest()
 
 
-class Repeated(NamedTuple):
+class RepeatedDigest(NamedTuple):
     """A value that occurs more than once: the place of its first occurrence, and how often it occurs."""
 
-    place: int
+    position: int
     times: int
 
 
-class Digests:
+class DigestList:
     """Digests in the order they came."""
 
     def __init__(self) -> None:
@@ -374,8 +376,8 @@ class Digests:
     def __len__(self) -> int:
         return len(self._words) // 2
 
-    def __getitem__(self, place: int) -> bytes:
-        return self._words[2 * place : 2 * place + 2].tobytes()
+    def __getitem__(self, position: int) -> bytes:
+        return self._words[2 * position : 2 * position + 2].tobytes()
 
     def add(self, digest: bytes) -> None:
         """Append one of `digest_of`."""
@@ -386,11 +388,11 @@ class Digests:
         words = self._pairs() if where is None else self._pairs()[where]
         return len(_groups(words)[0])
 
-    def most_repeated(self, number: int) -> list[Repeated]:
+    def most_repeated(self, number: int) -> list[RepeatedDigest]:
         """Those that occur most, more than once; of equals the one that came first."""
         first, times = _groups(self._pairs())
         order = np.lexsort((first, -times))[:number]
-        return [Repeated(int(first[n]), int(times[n])) for n in order if times[n] > 1]
+        return [RepeatedDigest(int(first[n]), int(times[n])) for n in order if times[n] > 1]
 
     def _pairs(self) -> np.ndarray:
         return np.frombuffer(self._words, dtype=np.uint64).reshape(-1, 2) if self._words else np.zeros((0, 2), "u8")

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vlm.data.collate import Incident, TrainingBatch
-from vlm.data.gpu_decode import show_on_device
-from vlm.data.transforms import RandomView
+from vlm.data.collate import SampleFailure, TrainingBatch
+from vlm.data.gpu_decode import decode_views_on_device
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, VlmError
 
 
 @dataclass
-class DeviceAhead:
+class DevicePrefetcher:
     """Yields the batches with their tensors on `device`; a thread gets the next one there on a stream of its own.
 
     view: of the prepared pictures of the batches, which are decoded on the device, be it the CPU. Otherwise there is
@@ -26,7 +26,7 @@ class DeviceAhead:
 
     batches: Iterator[TrainingBatch]
     device: torch.device
-    view: RandomView | None = None
+    view: RandomResizedCrop | None = None
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -37,7 +37,7 @@ class DeviceAhead:
             coming = ahead.submit(self._next, stream)
             while (current := coming.result()) is not None:
                 if stream is not None:
-                    _hand_to_current_stream(current, stream)
+                    _record_on_current_stream(current, stream)
                 coming = ahead.submit(self._next, stream)
                 yield current
 
@@ -53,7 +53,7 @@ class DeviceAhead:
             return batch.changed(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
-def decode_batch(batch: TrainingBatch, view: RandomView, device: torch.device) -> TrainingBatch:
+def decode_batch(batch: TrainingBatch, view: RandomResizedCrop, device: torch.device) -> TrainingBatch:
     """Decode the prepared pictures of a batch on the device; the next whole row stands in for a damaged one.
 
     Which row stands in depends on the rows of this process alone, so with damage that only the device finds, what is
@@ -62,12 +62,12 @@ def decode_batch(batch: TrainingBatch, view: RandomView, device: torch.device) -
     Raises:
         VlmError: none of them can be decoded.
     """
-    shown = show_on_device(batch.prepared, view, device)
+    shown = decode_views_on_device(batch.prepared, view, device)
     batch = replace(batch, images=shown.images, prepared=())
-    return _with_stand_ins(batch, shown.damaged) if shown.damaged else replace(batch, offsets=())
+    return _with_replacements(batch, shown.damaged) if shown.damaged else replace(batch, offsets=())
 
 
-def _with_stand_ins(batch: TrainingBatch, damaged: dict[int, BadSample]) -> TrainingBatch:
+def _with_replacements(batch: TrainingBatch, damaged: dict[int, BadSample]) -> TrainingBatch:
     number = len(batch.keys)
     if len(damaged) == number:
         row, error = next(iter(damaged.items()))
@@ -76,17 +76,17 @@ def _with_stand_ins(batch: TrainingBatch, damaged: dict[int, BadSample]) -> Trai
             "See vlm inspect, or train without --decode-on-device."
         )
     rows = [
-        next(place % number for place in range(row, row + number) if place % number not in damaged)
+        next(batch_row % number for batch_row in range(row, row + number) if batch_row % number not in damaged)
         for row in range(number)
     ]
     incidents = [
-        Incident(
-            address=batch.used[row],
+        SampleFailure(
+            sample_index=batch.used[row],
             key=batch.keys[row],
             offset=batch.offsets[row],
             reason=error.reason,
             detail=error.detail,
-            is_stand_in=batch.used[row] != batch.addresses[row],
+            is_replacement=batch.used[row] != batch.sample_indices[row],
         )
         for row, error in damaged.items()
     ]
@@ -100,7 +100,7 @@ def _with_stand_ins(batch: TrainingBatch, damaged: dict[int, BadSample]) -> Trai
     )
 
 
-def _hand_to_current_stream(batch: TrainingBatch, stream: torch.cuda.Stream) -> None:
+def _record_on_current_stream(batch: TrainingBatch, stream: torch.cuda.Stream) -> None:
     """Let the stream that computes wait for the copies, and keep their memory until it has used them."""
     computing = torch.cuda.current_stream(stream.device)
     computing.wait_stream(stream)

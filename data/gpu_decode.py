@@ -14,15 +14,15 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 
-from vlm.data.decode import EncodedPicture
-from vlm.data.transforms import Crop, RandomView
+from vlm.data.decode import EncodedImage
+from vlm.data.transforms import Crop, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.tensors import Array, Float, Tensor, UInt8
 
 _SCAN, _APP1, _APP15 = 0xDA, 0xE1, 0xEF
 _END = b"\xff\xd9"
 # how far from the end of the file the end mark may lie: cameras pad
-_END_WITHIN = 4096
+_END_SEARCH_BYTES = 4096
 
 # EXIF orientation → the stored pixels [3, H, W] upright
 _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
@@ -50,29 +50,31 @@ class PreparedView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceViews:
+class DecodedViews:
     """Views on the device. damaged: rows whose picture turned out to be damaged, and why; they are black."""
 
     images: UInt8[Tensor, "B 3 S S"]
     damaged: dict[int, BadSample]
 
 
-def prepare_view(picture: EncodedPicture, crop: Crop, view: RandomView) -> PreparedView:
+def prepare_view(image: EncodedImage, crop: Crop, view: RandomResizedCrop) -> PreparedView:
     """A drawn view for the device; what is no whole, plain JPEG is decoded right here. For the workers.
 
     Raises:
         BadSample: what was decoded is damaged.
     """
-    image = picture.data
+    jpeg = image.data
     # GPU decoders fill the rest of a cut file with grey without a word
-    if picture.is_jpeg and _has_end(image):
+    if image.is_jpeg and _has_end(jpeg):
         # of the decoders, some turn the picture themselves
-        encoded = image if picture.orientation == 1 else _without_exif(image)
-        return PreparedView(crop=crop, orientation=picture.orientation, encoded=encoded)
-    return PreparedView(crop=crop, shown=view.show(picture, crop))
+        encoded = jpeg if image.orientation == 1 else _without_exif(jpeg)
+        return PreparedView(crop=crop, orientation=image.orientation, encoded=encoded)
+    return PreparedView(crop=crop, shown=view.show(image, crop))
 
 
-def show_on_device(prepared: Sequence[PreparedView], view: RandomView, device: torch.device) -> DeviceViews:
+def decode_views_on_device(
+    prepared: Sequence[PreparedView], view: RandomResizedCrop, device: torch.device
+) -> DecodedViews:
     """Decode, crop and resize a batch of prepared views on the device.
 
     view: that which they were prepared with. The pixels of a row do not depend on the others. With a CPU device it
@@ -90,7 +92,7 @@ def show_on_device(prepared: Sequence[PreparedView], view: RandomView, device: t
                 rows[row] = _resized(_upright(one, pixels[row], device), one.crop, view)
         except BadSample as error:
             damaged[row] = error
-    return DeviceViews(images=rows, damaged=damaged)
+    return DecodedViews(images=rows, damaged=damaged)
 
 
 def check_decoder(device: torch.device) -> None:
@@ -109,29 +111,29 @@ def check_decoder(device: torch.device) -> None:
         ) from error
 
 
-def _header(image: bytes) -> Iterator[tuple[int, int]]:
+def _header(jpeg: bytes) -> Iterator[tuple[int, int]]:
     """Place and marker of each segment of a JPEG up to its first scan, that included."""
     place = 2
-    while image[place : place + 1] == b"\xff":
-        while image[place + 1 : place + 2] == b"\xff":
+    while jpeg[place : place + 1] == b"\xff":
+        while jpeg[place + 1 : place + 2] == b"\xff":
             place += 1
-        marker = int.from_bytes(image[place + 1 : place + 2])
+        marker = int.from_bytes(jpeg[place + 1 : place + 2])
         yield place, marker
         if marker == _SCAN:
             return
-        place += 2 + int.from_bytes(image[place + 2 : place + 4])
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4])
 
 
-def _has_end(image: bytes) -> bool:
+def _has_end(jpeg: bytes) -> bool:
     """Whether a JPEG ends in the end mark; that of a picture embedded in its header does not count."""
-    scan = max((place for place, marker in _header(image) if marker == _SCAN), default=len(image))
-    return image.rfind(_END, max(scan, len(image) - _END_WITHIN)) >= 0
+    scan = max((place for place, marker in _header(jpeg) if marker == _SCAN), default=len(jpeg))
+    return jpeg.rfind(_END, max(scan, len(jpeg) - _END_SEARCH_BYTES)) >= 0
 
 
-def _without_exif(image: bytes) -> bytes:
+def _without_exif(jpeg: bytes) -> bytes:
     """The JPEG with its APP1 segments, which hold EXIF, named otherwise, so that no decoder reads them."""
-    changed = bytearray(image)
-    for place, marker in _header(image):
+    changed = bytearray(jpeg)
+    for place, marker in _header(jpeg):
         if marker == _APP1:
             changed[place + 1] = _APP15
     return bytes(changed)
@@ -141,17 +143,17 @@ def _upright(one: PreparedView, stored: Tensor | None, device: torch.device) -> 
     """Upright pixels; decoded on the CPU, one by one, where the device could not."""
     if stored is None:
         assert one.encoded is not None
-        pixels = np.ascontiguousarray(EncodedPicture(one.encoded).pixels())
+        pixels = np.ascontiguousarray(EncodedImage(one.encoded).pixels())
         stored = torch.from_numpy(pixels).permute(2, 0, 1).to(device)
     return _TURNS[one.orientation](stored) if one.orientation in _TURNS else stored
 
 
-def _resized(pixels: UInt8[Tensor, "3 H W"], crop: Crop, view: RandomView) -> Float[Tensor, "3 S S"]:
+def _resized(pixels: UInt8[Tensor, "3 H W"], crop: Crop, view: RandomResizedCrop) -> Float[Tensor, "3 S S"]:
     piece = pixels[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     # on CUDA the antialiased filter wants floats
     batch = F.interpolate(piece.unsqueeze(0).float(), (view.size, view.size), mode=view.interpolation, antialias=True)
     shown = batch[0].round().clamp(0, 255)
-    return shown.flip(2) if crop.is_mirrored else shown
+    return shown.flip(2) if crop.is_flipped else shown
 
 
 def _decode_batch(images: list[bytes], device: torch.device) -> list[Tensor | None]:
@@ -181,7 +183,7 @@ def _decoder() -> Callable[[list[bytes], torch.device], list[Tensor]]:
 def _decode_by_torchvision(images: list[bytes], device: torch.device) -> list[Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    tensors = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
+    tensors = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in images]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         decoded: Any = decode_jpeg(tensors, ImageReadMode.RGB, device=device)

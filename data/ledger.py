@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.data.collate import TrainingBatch
-from vlm.data.sampler import Address
+from vlm.data.sampler import SampleIndex
 
 MAX_FAILURES = 1000
 
@@ -63,13 +63,13 @@ class Ledger:
     epochs: dict[int, Epoch] = field(default_factory=dict)
     closed: Epoch = field(default_factory=dict)
     failures: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
-    num_asked: int = 0
+    num_requested: int = 0
     num_replaced: int = 0
 
     def count(self, batch: TrainingBatch) -> None:
         """Add one batch."""
-        self.num_asked += len(batch.addresses)
-        for asked, used in zip(batch.addresses, batch.used, strict=True):
+        self.num_requested += len(batch.sample_indices)
+        for asked, used in zip(batch.sample_indices, batch.used, strict=True):
             count = self._of(asked.epoch, asked.shard)
             count.asked += 1
             if asked == used:
@@ -80,20 +80,20 @@ class Ledger:
                 self.num_replaced += 1
                 self._of(used.epoch, used.shard).stood_in += 1
         for incident in batch.incidents:
-            place = incident.address
-            if not incident.is_stand_in:
+            place = incident.sample_index
+            if not incident.is_replacement:
                 self._of(place.epoch, place.shard).corrupt[incident.reason] += 1
             if len(self.failures) < MAX_FAILURES:
-                told = {"key": incident.key, "offset": incident.offset, "reason": incident.reason}
-                self.failures.setdefault((place.shard, place.number), told | {"detail": incident.detail})
+                failure = {"key": incident.key, "offset": incident.offset, "reason": incident.reason}
+                self.failures.setdefault((place.shard, place.number), failure | {"detail": incident.detail})
 
-    def pass_over(self, visits: Iterable[Address]) -> None:
+    def add_skipped(self, visits: Iterable[SampleIndex]) -> None:
         """Add visits that training leaves out."""
         for visit in visits:
             count = self._of(visit.epoch, visit.shard)
             count.asked += 1
             count.passed_over += 1
-            self.num_asked += 1
+            self.num_requested += 1
 
     def by_shard(self) -> Epoch:
         """All epochs together, by shard."""
@@ -116,10 +116,10 @@ class Ledger:
         whole = Ledger(
             epochs={number: _summed(ledger.epochs.get(number, {}) for ledger in all_of_them) for number in numbers},
             closed=_summed(ledger.closed for ledger in all_of_them),
-            num_asked=sum(ledger.num_asked for ledger in all_of_them),
+            num_requested=sum(ledger.num_requested for ledger in all_of_them),
             num_replaced=sum(ledger.num_replaced for ledger in all_of_them),
         )
-        failures = {place: told for ledger in all_of_them for place, told in ledger.failures.items()}
+        failures = {place: failure for ledger in all_of_them for place, failure in ledger.failures.items()}
         whole.failures = dict(sorted(failures.items())[:MAX_FAILURES])
         return whole
 
@@ -128,9 +128,9 @@ class Ledger:
         return {
             "epochs": {str(number): _values(epoch) for number, epoch in sorted(self.epochs.items())},
             "closed": _values(self.closed),
-            "num_asked": self.num_asked,
+            "num_asked": self.num_requested,
             "num_replaced": self.num_replaced,
-            "failures": [[*place, told] for place, told in sorted(self.failures.items())],
+            "failures": [[*place, failure] for place, failure in sorted(self.failures.items())],
         }
 
     @classmethod
@@ -139,16 +139,16 @@ class Ledger:
         return cls(
             epochs={int(number): _counts(epoch) for number, epoch in values["epochs"].items()},
             closed=_counts(values["closed"]),
-            num_asked=values["num_asked"],
+            num_requested=values["num_asked"],
             num_replaced=values["num_replaced"],
-            failures={(shard, number): told for shard, number, told in values["failures"]},
+            failures={(shard, number): failure for shard, number, failure in values["failures"]},
         )
 
     def _of(self, epoch: int, shard: int) -> ShardCount:
         return self.epochs.setdefault(epoch, {}).setdefault(shard, ShardCount())
 
 
-def total_of(epoch: Epoch) -> ShardCount:
+def sum_counts(epoch: Epoch) -> ShardCount:
     """All shards together."""
     whole = ShardCount()
     for count in epoch.values():

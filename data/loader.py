@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from vlm.data.sampler import Address
+from vlm.data.sampler import SampleIndex
 from vlm.data.samples import Sample
 from vlm.data.shard_cache import Prefetcher, ShardCache, default_cache
 from vlm.data.tar import ShardReader
@@ -37,7 +37,7 @@ _PAGE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
-class Slot:
+class SharedBuffer:
     """A filled slot: of which worker, which one, and how the tensor in it is laid out."""
 
     worker: int
@@ -46,38 +46,38 @@ class Slot:
     strides: tuple[int, ...]
 
 
-class SlotMemory:
+class SharedMemoryPool:
     """Slots for `workers` processes forked from this one, `slots` each, of up to `slot_bytes`."""
 
-    def __init__(self, *, workers: int, slots: int, slot_bytes: int) -> None:
-        self._slot_bytes = -(-slot_bytes // _PAGE) * _PAGE
-        flags = mmap.mmap(-1, workers * slots)
-        memory = mmap.mmap(-1, workers * slots * self._slot_bytes)
-        self._is_taken = np.frombuffer(flags, np.uint8).reshape(workers, slots)
-        self._memory = np.frombuffer(memory, np.uint8).reshape(workers, slots, self._slot_bytes)
+    def __init__(self, *, workers: int, buffers: int, buffer_bytes: int) -> None:
+        self._buffer_bytes = -(-buffer_bytes // _PAGE) * _PAGE
+        flags = mmap.mmap(-1, workers * buffers)
+        memory = mmap.mmap(-1, workers * buffers * self._buffer_bytes)
+        self._is_taken = np.frombuffer(flags, np.uint8).reshape(workers, buffers)
+        self._memory = np.frombuffer(memory, np.uint8).reshape(workers, buffers, self._buffer_bytes)
 
-    def take(self, worker: int, shape: tuple[int, ...]) -> UInt8[Array, "..."] | None:
+    def acquire(self, worker: int, shape: tuple[int, ...]) -> UInt8[Array, "..."] | None:
         """In a worker: a free slot of its own, as an array of this shape; None if there is none, or it is too small."""
         size = math.prod(shape)
         free = np.flatnonzero(self._is_taken[worker] == 0)
-        if size > self._slot_bytes or not len(free):
+        if size > self._buffer_bytes or not len(free):
             return None
         self._is_taken[worker, free[0]] = 1
         return self._memory[worker, free[0], :size].reshape(shape)
 
-    def slot_of(self, worker: int, filled: UInt8[Tensor, "..."]) -> Slot | None:
+    def buffer_of(self, worker: int, filled: UInt8[Tensor, "..."]) -> SharedBuffer | None:
         """The slot at whose beginning a tensor lies; None if it lies elsewhere."""
         distance = filled.data_ptr() - self._memory[worker].ctypes.data
         if not 0 <= distance < self._memory[worker].size:
             return None
-        return Slot(worker, distance // self._slot_bytes, tuple(filled.shape), filled.stride())
+        return SharedBuffer(worker, distance // self._buffer_bytes, tuple(filled.shape), filled.stride())
 
-    def open(self, slot: Slot) -> UInt8[Tensor, "..."]:
+    def open(self, buffer: SharedBuffer) -> UInt8[Tensor, "..."]:
         """In the reader: what is in a slot, which is free once this tensor and all that share its memory are gone."""
-        array = self._memory[slot.worker, slot.number, : math.prod(slot.shape)]
-        weakref.finalize(array, self._free, slot.worker, slot.number)
+        array = self._memory[buffer.worker, buffer.number, : math.prod(buffer.shape)]
+        weakref.finalize(array, self._free, buffer.worker, buffer.number)
         # the storage of the tensor keeps this very array
-        return torch.from_numpy(array).as_strided(slot.shape, slot.strides)
+        return torch.from_numpy(array).as_strided(buffer.shape, buffer.strides)
 
     def _free(self, worker: int, number: int) -> None:
         self._is_taken[worker, number] = 0
@@ -96,16 +96,16 @@ class HasImages(Protocol):
         ...
 
 
-Made = TypeVar("Made", bound=HasImages, covariant=True)
+BatchT = TypeVar("BatchT", bound=HasImages, covariant=True)
 
 _MAX_OPEN_SHARDS = 64
-_SLOTS_IN_USE = 2
+_BUFFERS_IN_USE = 2
 _PARENT_SECONDS = 2.0
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @runtime_checkable
-class Plan(Protocol):
+class BatchPlan(Protocol):
     """Which samples batch `number` holds."""
 
     @property
@@ -113,9 +113,9 @@ class Plan(Protocol):
         """Most samples a batch may hold."""
         ...
 
-    def __getitem__(self, number: int) -> list[Address]: ...
+    def __getitem__(self, number: int) -> list[SampleIndex]: ...
 
-    def shards_from(self, number: int) -> list[int]:
+    def upcoming_shards(self, number: int) -> list[int]:
         """The shards that batch `number` and those soon after it need, in order."""
         ...
 
@@ -129,26 +129,26 @@ class ShardSet:
     def __init__(self, shards: Sequence[str], cache: ShardCache | None = None) -> None:
         self.shards, self.cache = tuple(shards), cache or default_cache()
         self._open: dict[int, ShardReader] = {}
-        self.slots: SlotMemory | None = None
+        self.buffers: SharedMemoryPool | None = None
 
-    def new_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
+    def allocate_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
         """Room for the pictures of a batch: in a worker where they are handed over without a copy, if there is any."""
         worker = get_worker_info()
-        taken = self.slots.take(worker.id, shape) if self.slots and worker else None
+        taken = self.buffers.acquire(worker.id, shape) if self.buffers and worker else None
         return np.empty(shape, np.uint8) if taken is None else taken
 
-    def read(self, address: Address, arrays: tuple[str, ...] = ()) -> Sample:
+    def read(self, sample_index: SampleIndex, arrays: tuple[str, ...] = ()) -> Sample:
         """The sample at an address, with the stored arrays of these names.
 
         Raises:
             BadSample: it cannot be read.
             VlmError: its shard cannot be.
         """
-        return self._reader(address.shard).read(address.number, arrays=arrays)
+        return self._reader(sample_index.shard).read(sample_index.number, arrays=arrays)
 
-    def place(self, address: Address) -> tuple[str, int]:
+    def key_and_offset(self, sample_index: SampleIndex) -> tuple[str, int]:
         """Key of a sample and the byte offset of its first part."""
-        return self._reader(address.shard).place(address.number)
+        return self._reader(sample_index.shard).key_and_offset(sample_index.number)
 
     def _reader(self, shard: int) -> ShardReader:
         reader = self._open.pop(shard, None) or ShardReader(self.shards[shard], self.cache)
@@ -162,7 +162,7 @@ class ShardSet:
 
 
 @runtime_checkable
-class Assemble(Protocol[Made]):
+class Collator(Protocol[BatchT]):
     """Turns the addresses of a batch into a batch; runs in the workers.
 
     Pictures in memory of `ShardSet.new_images` are handed over without a copy.
@@ -173,52 +173,52 @@ class Assemble(Protocol[Made]):
         """Bytes of the picture of a sample in the batch."""
         ...
 
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> Made:
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> BatchT:
         """The batch made of the samples at these addresses."""
         ...
 
 
 @dataclass(frozen=True)
-class _Failure:
+class _WorkerError:
     """What ended a worker, carried as a value: torch would bury the message in a traceback."""
 
     error: VlmError
 
 
 @dataclass(frozen=True)
-class _HandedOver(Generic[Made]):
+class _SharedBatch(Generic[BatchT]):
     """A batch whose pictures lie in a slot."""
 
-    batch: Made
-    slot: Slot
+    batch: BatchT
+    buffer: SharedBuffer
 
 
 @dataclass
-class _Batches(Dataset, Generic[Made]):
-    plan: Plan
+class _Batches(Dataset, Generic[BatchT]):
+    plan: BatchPlan
     shards: ShardSet
-    assemble: Assemble[Made]
+    collate: Collator[BatchT]
 
-    def __getitem__(self, index: int) -> "Made | _HandedOver[Made] | _Failure":
+    def __getitem__(self, index: int) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
         try:
-            batch = self.assemble(self.plan[index], self.shards)
+            batch = self.collate(self.plan[index], self.shards)
         except VlmError as error:
-            return _Failure(error)
-        slots, worker = self.shards.slots, get_worker_info()
-        slot = slots.slot_of(worker.id, batch.images) if slots and worker else None
-        return batch if slot is None else _HandedOver(batch.with_images(_NOTHING), slot)
+            return _WorkerError(error)
+        buffers, worker = self.shards.buffers, get_worker_info()
+        buffer = buffers.buffer_of(worker.id, batch.images) if buffers and worker else None
+        return batch if buffer is None else _SharedBatch(batch.with_images(_NOTHING), buffer)
 
 
 def stream_batches(
-    plan: Plan,
+    plan: BatchPlan,
     shards: Sequence[str],
-    assemble: Assemble[Made],
+    collate: Collator[BatchT],
     *,
     numbers: range,
     workers: int = 0,
     prefetch: int = 4,
     cache: ShardCache | None = None,
-) -> Iterator[Made]:
+) -> Iterator[BatchT]:
     """The batches of the given numbers, in order.
 
     workers: processes that read, decode and tokenize; 0 does it in this one. Which worker makes a batch has no
@@ -233,44 +233,51 @@ def stream_batches(
     if workers < 0:
         raise UsageError(f"workers = {workers}; 0 is the least: then this process reads and decodes.")
     opened = ShardSet(shards, cache)
-    if workers and assemble.image_bytes:
-        slot_bytes = plan.largest * assemble.image_bytes
+    if workers and collate.image_bytes:
+        buffer_bytes = plan.largest * collate.image_bytes
         with suppress(OSError):  # so much cannot be mapped; fresh memory is taken batch by batch
-            opened.slots = SlotMemory(workers=workers, slots=prefetch + _SLOTS_IN_USE, slot_bytes=slot_bytes)
+            opened.buffers = SharedMemoryPool(
+                workers=workers, buffers=prefetch + _BUFFERS_IN_USE, buffer_bytes=buffer_bytes
+            )
     loader = DataLoader(
-        _Batches(plan, opened, assemble),
+        _Batches(plan, opened, collate),
         batch_size=None,
         sampler=numbers,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_settle,
+        worker_init_fn=_init_worker,
         multiprocessing_context="fork" if workers else None,
     )
-    return _received(iter(loader), plan, opened, numbers)
+    return _receive(iter(loader), plan, opened, numbers)
 
 
-def _received(
-    made: "Iterator[Made | _HandedOver[Made] | _Failure]", plan: Plan, opened: ShardSet, numbers: range
-) -> Iterator[Made]:
+def _receive(
+    produced: "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]",
+    plan: BatchPlan,
+    opened: ShardSet,
+    numbers: range,
+) -> Iterator[BatchT]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
     is_fetched = any(map(needs_cache, opened.shards))
     with Prefetcher(opened.cache, opened.shards) as prefetcher:
         for number in numbers:
             if is_fetched:
-                prefetcher.want(plan.shards_from(number))
-            batch = _next(made)
-            if isinstance(batch, _Failure):
+                prefetcher.request(plan.upcoming_shards(number))
+            batch = _next(produced)
+            if isinstance(batch, _WorkerError):
                 raise batch.error
-            if isinstance(batch, _HandedOver):
-                assert opened.slots is not None
-                batch = batch.batch.with_images(opened.slots.open(batch.slot))
+            if isinstance(batch, _SharedBatch):
+                assert opened.buffers is not None
+                batch = batch.batch.with_images(opened.buffers.open(batch.buffer))
             yield batch
 
 
-def _next(made: "Iterator[Made | _HandedOver[Made] | _Failure]") -> "Made | _HandedOver[Made] | _Failure":
+def _next(
+    produced: "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]",
+) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
     try:
-        return next(made)
+        return next(produced)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -280,14 +287,14 @@ def _next(made: "Iterator[Made | _HandedOver[Made] | _Failure]") -> "Made | _Han
         ) from error
 
 
-def _settle(_: int) -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+def _init_worker(_: int) -> None:
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), name="parent", daemon=True).start()
     torch.set_num_threads(1)
     # what was there before the fork stays; each collection would go through all of it, and take a copy by writing to it
     gc.freeze()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """End this worker when its parent was killed: torch's own would wait for ever to hand over its last batches."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)

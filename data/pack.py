@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from vlm.console import progress, track
-from vlm.data.decode import open_picture, to_rgb
+from vlm.data.decode import open_image, to_rgb
 from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
 from vlm.data.shards import shards_fingerprint
 from vlm.data.sources.source import PairSource
-from vlm.data.split import HeldOut, SampleGroups, thumbnail_of
+from vlm.data.split import GroupedSplit, HeldOutSplit, make_thumbnail
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import append_line, read_lines, replacing, write_text
-from vlm.manifest import FileRecord, Manifest, begin_folder, record_file, write_manifest
+from vlm.files import append_line, atomic_write, read_lines, write_text
+from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,9 +42,9 @@ def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         BadSample: the picture cannot be decoded (what is kept as it is is only looked into if `verify`).
     """
-    extension, image = storable_picture(pair.image, verify=verify)
+    extension, image = storable_image(pair.image, verify=verify)
     text = next(iter(pair.captions.values()))[0]
-    content = json.dumps(pair.metadata | written_captions(pair.captions), ensure_ascii=False)
+    content = json.dumps(pair.metadata | captions_to_json(pair.captions), ensure_ascii=False)
     arrays = {f"{name}.npy": _array_file(array) for name, array in pair.arrays.items()}
     return arrays | {
         "__key__": pair.key,
@@ -54,29 +54,29 @@ def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
     }
 
 
-def storable_picture(image: bytes, *, verify: bool) -> tuple[str, bytes]:
+def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
     """Extension and bytes: JPEG, PNG and WebP, which all readers know, as they are, the rest upright, in RGB, as PNG.
 
     Raises:
         BadSample: it cannot be decoded.
     """
-    picture = open_picture(image)
-    extension = _KEPT_FORMATS.get(picture.format or "")
+    pil_image = open_image(image)
+    extension = _KEPT_FORMATS.get(pil_image.format or "")
     if extension is not None:
         if verify:
-            to_rgb(picture, resolution=1 / 8)
+            to_rgb(pil_image, resolution=1 / 8)
         return extension, image
     file = io.BytesIO()
-    to_rgb(picture).save(file, format="PNG")
+    to_rgb(pil_image).save(file, format="PNG")
     return "png", file.getvalue()
 
 
-def written_captions(captions: Captions) -> dict[str, Any]:
+def captions_to_json(captions: Captions) -> dict[str, Any]:
     """Captions as `captions_of` reads them from `key.json`.
 
-    >>> written_captions({"": ("a dog",), "zh": ("狗",)})
+    >>> captions_to_json({"": ("a dog",), "zh": ("狗",)})
     {'captions': ['a dog'], 'captions_zh': ['狗']}
-    >>> written_captions({"de": ("Hund",)})
+    >>> captions_to_json({"de": ("Hund",)})
     {'captions': {'de': ['Hund']}}
     """
     named = {language: list(texts) for language, texts in captions.items() if language != UNNAMED}
@@ -92,7 +92,7 @@ def _array_file(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-class Written(Protocol):
+class JournalEntry(Protocol):
     """What a line tells at least: the shard's file name and its size."""
 
     @property
@@ -106,7 +106,7 @@ class Written(Protocol):
         ...
 
 
-Entry = TypeVar("Entry", bound=Written)
+Entry = TypeVar("Entry", bound=JournalEntry)
 
 
 def read_journal(journal: Path, kind: type[Entry]) -> list[Entry]:
@@ -129,7 +129,7 @@ def read_journal(journal: Path, kind: type[Entry]) -> list[Entry]:
 REJECTED = "rejected.jsonl"
 _JOURNAL = ".shards-done.jsonl"
 _HELD_OUT = ".held-out.json"
-_GROUPING_PIXELS = 64
+_MIN_DECODED_PIXELS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
     config = config or PackConfig()
     # another limit must not forbid going on
     identity = {name: value for name, value in asdict(config).items() if name != "max_bad_share"}
-    is_resumed = begin_folder(out, kind="shards", configuration=identity | {"source": source.fingerprint()})
+    is_resumed = begin_or_resume_folder(out, kind="shards", configuration=identity | {"source": source.fingerprint()})
     if is_resumed:
         for half_written in out.glob(".*.part"):
             half_written.unlink()
@@ -211,7 +211,7 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
     shards = read_journal(out / _JOURNAL, _Shard)
     already = sum(shard.samples + len(shard.rejected) for shard in shards)
     with progress(total=len(source), what="packing", done=already, unit="pair") as shown:
-        work = _Packing(source, out, config, shards=shards, shown=shown)
+        work = _PackJob(source, out, config, shards=shards, shown=shown)
         for split, numbers in splits.items():
             work.write_split(split, numbers)
     manifest = _finish(source, out, config, work, held_out)
@@ -230,7 +230,7 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
     )
 
 
-class _Packing:
+class _PackJob:
     """The shards written so far, and the next ones."""
 
     def __init__(
@@ -254,7 +254,7 @@ class _Packing:
             path = self._out / f"{split}-{place:0{digits}d}.tar"
             count = 0
             with (
-                replacing(path) as file,
+                atomic_write(path) as file,
                 TarWriter(file, encoder=False, mtime=0) as tar,
             ):
                 for member in chain([sample], islice(samples, size - 1)):
@@ -310,27 +310,27 @@ def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair:
     return replace(pair, captions=captions)
 
 
-def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOut:
+def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit:
     """The split, from an earlier run if it came so far; bad pairs are left to the packing to name."""
     kept = out / _HELD_OUT
     if kept.is_file():
         values = json.loads(kept.read_text(encoding="utf-8"))
-        return HeldOut(**values | {"numbers": frozenset(values["numbers"])})
-    groups = SampleGroups(by_caption=not source.captions_are_labels)
+        return HeldOutSplit(**values | {"numbers": frozenset(values["numbers"])})
+    groups = GroupedSplit(by_caption=not source.captions_are_labels)
     for number in track(range(len(source)), total=len(source), what="grouping", unit="pair"):
         try:
             pair = _read_pair(source, number, config)
-            picture = open_picture(pair.image)
-            rgb = to_rgb(picture, resolution=min(1.0, _GROUPING_PIXELS / min(picture.size)))
+            pil_image = open_image(pair.image)
+            rgb = to_rgb(pil_image, resolution=min(1.0, _MIN_DECODED_PIXELS / min(pil_image.size)))
         except BadSample:
             continue
-        groups.add(number, pair.key, pair.captions, thumbnail_of(rgb))
+        groups.add(number, pair.key, pair.captions, make_thumbnail(rgb))
     held_out = groups.hold_out(config.hold_out, seed=config.seed)
     write_text(kept, json.dumps(asdict(held_out) | {"numbers": sorted(held_out.numbers)}))
     return held_out
 
 
-def _splits(total: int, held_out: HeldOut | None) -> dict[str, Sequence[int]]:
+def _splits(total: int, held_out: HeldOutSplit | None) -> dict[str, Sequence[int]]:
     """The numbers of the pairs of each split, by the name its shards begin with."""
     if held_out is None:
         return {"shard": range(total)}
@@ -338,7 +338,9 @@ def _splits(total: int, held_out: HeldOut | None) -> dict[str, Sequence[int]]:
     return {"train": train, "val": sorted(held_out.numbers)}
 
 
-def _finish(source: PairSource, out: Path, config: PackConfig, work: _Packing, held_out: HeldOut | None) -> Manifest:
+def _finish(
+    source: PairSource, out: Path, config: PackConfig, work: _PackJob, held_out: HeldOutSplit | None
+) -> Manifest:
     if not work.shards:
         raise VlmError(f"None of the {len(source):,} pairs can be used; the first: {work.rejected[0]['detail']}.")
     shards = sorted(work.shards, key=lambda shard: shard.name)

@@ -14,12 +14,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vlm.data.samples import Chance, DrawnCaption, Sample, pick
+from vlm.data.samples import RandomSource, Sample, SampledCaption, random_below
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.tensors import Array, Float, Tensor
 
 VIEW_SEEDS = "view_seeds"
-ROWS: dict[str, Literal["view", "caption"]] = {
+ARRAY_ROWS: dict[str, Literal["view", "caption"]] = {
     "teacher_image": "view",
     "teacher_text": "caption",
     "text_embedding": "caption",
@@ -28,15 +28,15 @@ ROWS: dict[str, Literal["view", "caption"]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredArrays:
+class PrecomputedFeatures:
     """Which stored arrays a batch carries. names: keys of `ROWS`."""
 
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if name not in ROWS:
-                raise UsageError(f"There is no stored array {name!r}; it must be one of {', '.join(ROWS)}.")
+            if name not in ARRAY_ROWS:
+                raise UsageError(f"There is no stored array {name!r}; it must be one of {', '.join(ARRAY_ROWS)}.")
 
     @cached_property
     def members(self) -> tuple[str, ...]:
@@ -46,9 +46,9 @@ class StoredArrays:
     @cached_property
     def has_views(self) -> bool:
         """Whether views are those a teacher saw."""
-        return any(ROWS[name] == "view" for name in self.names)
+        return any(ARRAY_ROWS[name] == "view" for name in self.names)
 
-    def draw_view(self, sample: Sample, rng: Chance) -> tuple[int, np.random.Generator]:
+    def sample_view(self, sample: Sample, rng: RandomSource) -> tuple[int, np.random.Generator]:
         """The number of a stored view, drawn, and the generator that draws it again.
 
         Raises:
@@ -57,18 +57,18 @@ class StoredArrays:
         seeds = sample.arrays[VIEW_SEEDS]
         if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui" or seeds.min() < 0:
             raise BadSample("bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is wanted")
-        number = pick(rng, len(seeds))
+        number = random_below(rng, len(seeds))
         return number, view_rng(int(seeds[number]))
 
-    def rows(self, sample: Sample, *, view: int, caption: DrawnCaption) -> tuple[Float[Array, " D"], ...]:
+    def rows(self, sample: Sample, *, view: int, caption: SampledCaption) -> tuple[Float[Array, " D"], ...]:
         """The row of each array that belongs to the drawn view and caption.
 
         Raises:
             BadSample: an array has no such row.
         """
-        found: list[np.ndarray] = []
+        selected: list[np.ndarray] = []
         for name in self.names:
-            array, row = sample.arrays[name], view if ROWS[name] == "view" else caption.number
+            array, row = sample.arrays[name], view if ARRAY_ROWS[name] == "view" else caption.number
             if array.ndim != 2 or array.dtype.kind != "f" or not 0 <= row < len(array):
                 raise BadSample(
                     "bad array",
@@ -78,8 +78,8 @@ class StoredArrays:
                 values = array[row].astype(np.float32)
             if not np.isfinite(values).all():
                 raise BadSample("bad array", f"{name} has values in row {row} that are no finite float32")
-            found.append(values)
-        return tuple(found)
+            selected.append(values)
+        return tuple(selected)
 
     def stack(
         self, rows: Sequence[tuple[Float[Array, " D"], ...]], keys: Sequence[str]
@@ -90,11 +90,11 @@ class StoredArrays:
             VlmError: they differ in length.
         """
         stacked: dict[str, torch.Tensor] = {}
-        for place, name in enumerate(self.names):
-            sizes = {row[place].size: key for row, key in zip(rows, keys, strict=True)}
+        for position, name in enumerate(self.names):
+            sizes = {row[position].size: key for row, key in zip(rows, keys, strict=True)}
             if len(sizes) > 1:
                 raise VlmError(f"{name} has rows of different lengths ({sizes}, one key each); store them alike.")
-            stacked[name] = torch.from_numpy(np.stack([row[place] for row in rows]))
+            stacked[name] = torch.from_numpy(np.stack([row[position] for row in rows]))
         return stacked
 
 

@@ -22,17 +22,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vlm.data.collate import AssembleTraining, TrainingBatch
-from vlm.data.decode import EncodedPicture, open_picture
-from vlm.data.loader import Assemble, ShardSet, stream_batches
-from vlm.data.sampler import Address, SampleOrder, TrainingPlan
-from vlm.data.samples import CaptionDraw, Sample, SampleChance
+from vlm.data.collate import TrainingBatch, TrainingCollator
+from vlm.data.decode import EncodedImage, open_image
+from vlm.data.loader import Collator, ShardSet, stream_batches
+from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
+from vlm.data.samples import CaptionSampler, Sample, SampleRng
 from vlm.data.shards import count_samples
 from vlm.data.tar import Span, open_index, read_entries
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import RandomView
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.storage.remote import identity_of, read_blocks
+from vlm.storage.remote import file_identity, read_blocks
 from vlm.storage.urls import is_remote, local_path, needs_cache
 
 REPEATS = 3
@@ -85,7 +85,7 @@ class LoaderRate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class PipelineProfile:
     """All that was measured.
 
     cores: processor cores this process may use. device: what the model runs on, or what there is.
@@ -131,8 +131,8 @@ def seconds_of(
 
 
 _BLOCK_BYTES = 1 << 20
-_MOST_BYTES = 256 << 20
-_MOST_SHARDS = 8
+_MAX_BYTES = 256 << 20
+_MAX_SHARDS = 8
 _PROBES = 256
 _MOSTLY = 0.5
 
@@ -142,10 +142,10 @@ def measure_disk(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> li
 
     places: (shard, number) of the samples to read at random, in that order.
     """
-    counts = [len(open_index(shard)) for shard in shards[:_MOST_SHARDS]]
-    files = [local_path(shard) for shard in shards[:_MOST_SHARDS]]
+    counts = [len(open_index(shard)) for shard in shards[:_MAX_SHARDS]]
+    files = [local_path(shard) for shard in shards[:_MAX_SHARDS]]
     read, seconds, note = _in_order(files)
-    bytes_a_sample = max(sum(identity_of(file).size for file in files) / max(sum(counts), 1), 1)
+    bytes_a_sample = max(sum(file_identity(file).size for file in files) / max(sum(counts), 1), 1)
     rate = read / seconds
     stages = [
         Stage(name="disk, in order", rate=rate / bytes_a_sample, cores=0, each="machine", bytes_rate=rate, note=note)
@@ -157,13 +157,13 @@ def measure_disk(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> li
 
 def measure_index(shards: Sequence[str]) -> list[Stage]:
     """Finding the members of shards: by going through the tar, and from the cached index."""
-    files = [local_path(shard) for shard in shards[:_MOST_SHARDS] if not needs_cache(shard)]
+    files = [local_path(shard) for shard in shards[:_MAX_SHARDS] if not needs_cache(shard)]
     stages: list[Stage] = []
     if files:
         seconds = seconds_of(lambda: [_scan(shard) for shard in files])
         samples = sum(len(open_index(shard)) for shard in files)
         stages.append(Stage(name="index, scanned", rate=samples / seconds, cores=1, each="process"))
-    opened = list(shards[:_MOST_SHARDS])
+    opened = list(shards[:_MAX_SHARDS])
     samples = sum(len(open_index(shard)) for shard in opened)
     # in a fresh process: this one has them open
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -206,10 +206,10 @@ def _in_order(files: list[str]) -> tuple[int, float, str]:
         begun = perf_counter()
         return _read_all(files), perf_counter() - begun, "over the network, past the cache"
     before = cached_share(files[0])
-    _drop(files)
+    _drop_page_cache(files)
     dropped = cached_share(files[0])
-    read = min(sum(identity_of(file).size for file in files), _MOST_BYTES)
-    seconds = seconds_of(lambda: _read_all(files), before=lambda: _drop(files))
+    read = min(sum(file_identity(file).size for file in files), _MAX_BYTES)
+    seconds = seconds_of(lambda: _read_all(files), before=lambda: _drop_page_cache(files))
     if before is None or dropped is None:
         return read, seconds, "it is not known what lay in memory"
     if dropped > _MOSTLY:
@@ -223,7 +223,7 @@ def _read_all(files: list[str]) -> int:
     for file in files:
         for block in _blocks(file):
             read += len(block)
-            if read >= _MOST_BYTES:
+            if read >= _MAX_BYTES:
                 return read
     return read
 
@@ -243,7 +243,7 @@ def _at_random(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> Stag
             os.pread(descriptor, span.size, span.offset)
 
     try:
-        seconds = seconds_of(read_all, before=lambda: _drop(files))
+        seconds = seconds_of(read_all, before=lambda: _drop_page_cache(files))
         warm = seconds_of(read_all)
     finally:
         for descriptor in descriptors.values():
@@ -258,7 +258,7 @@ def _at_random(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> Stag
     )
 
 
-def _drop(files: list[str]) -> None:
+def _drop_page_cache(files: list[str]) -> None:
     """Ask the system to forget what it keeps of these files in memory."""
     if not hasattr(os, "posix_fadvise"):
         return
@@ -277,7 +277,7 @@ def _scan(shard: str) -> None:
 
 def _blocks(address: str) -> Iterator[bytes]:
     if is_remote(address):
-        yield from read_blocks(address, 0, identity_of(address))
+        yield from read_blocks(address, 0, file_identity(address))
         return
     with open(local_path(address), "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -285,15 +285,15 @@ def _blocks(address: str) -> Iterator[bytes]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class ProfileSetup:
     """What is measured: the first `samples` of the first epoch, whole batches of them."""
 
     shards: tuple[str, ...]
-    view: RandomView
+    view: RandomResizedCrop
     tokenizer: Tokenizer
     samples: int = 512
     batch_size: int = 64
-    draw: CaptionDraw = field(default_factory=CaptionDraw)
+    draw: CaptionSampler = field(default_factory=CaptionSampler)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.samples < self.batch_size:
@@ -306,18 +306,18 @@ class Trial:
         """Whole batches."""
         return self.samples // self.batch_size
 
-    def plan(self) -> TrainingPlan:
+    def plan(self) -> BatchSampler:
         """Batches as training takes them."""
         counts = tuple(count_samples(list(self.shards), allow_damage=True))
-        return TrainingPlan(order=SampleOrder(counts=counts), batch_size=self.batch_size)
+        return BatchSampler(order=SampleOrder(counts=counts), batch_size=self.batch_size)
 
-    def assemble(self, plan: TrainingPlan) -> AssembleTraining:
+    def collate(self, plan: BatchSampler) -> TrainingCollator:
         """What a worker does."""
-        return AssembleTraining(plan=plan, view=self.view, tokenizer=self.tokenizer, draw=self.draw)
+        return TrainingCollator(plan=plan, view=self.view, tokenizer=self.tokenizer, draw=self.draw)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparationProfile:
     """The stages of preparing, and what the samples are like (see `Diagnosis`)."""
 
     stages: tuple[Stage, ...]
@@ -326,32 +326,32 @@ class Prepared:
     shrink: float
 
 
-def measure_preparing(trial: Trial) -> Prepared:
+def measure_preparation(setup: ProfileSetup) -> PreparationProfile:
     """Measure reading, decoding, viewing and tokenizing alone, and assembling whole batches, in this process.
 
     Raises:
         VlmError: none of the samples can be used.
     """
-    plan = trial.plan()
-    batches = [plan[number] for number in range(trial.num_batches)]
+    plan = setup.plan()
+    batches = [plan[number] for number in range(setup.num_batches)]
     with one_thread():
-        opened = ShardSet(trial.shards)
-        usable = _usable(trial, [address for batch in batches for address in batch], opened)
+        opened = ShardSet(setup.shards)
+        usable = _read_usable(setup, [address for batch in batches for address in batch], opened)
         if not usable:
-            raise VlmError(f"None of {trial.num_batches * trial.batch_size:,} samples can be used; see vlm inspect.")
+            raise VlmError(f"None of {setup.num_batches * setup.batch_size:,} samples can be used; see vlm inspect.")
         stages = [_stage("read", len(usable), seconds_of(lambda: [opened.read(address) for address, _ in usable]))]
         samples = [sample for _, sample in usable]
-        stages += [*_pictures(trial, samples), _tokens(trial, samples), _stack(trial, samples)]
-        assemble = trial.assemble(plan)
-        seconds = seconds_of(lambda: [assemble(batch, opened) for batch in batches])
-        stages.append(_stage("assemble", trial.num_batches * trial.batch_size, seconds))
-    pictures = [EncodedPicture(sample.image) for sample in samples]
-    formats = Counter(open_picture(sample.image).format or "unknown" for sample in samples)
-    return Prepared(
+        stages += [*_images(setup, samples), _tokens(setup, samples), _stack(setup, samples)]
+        collate = setup.collate(plan)
+        seconds = seconds_of(lambda: [collate(batch, opened) for batch in batches])
+        stages.append(_stage("assemble", setup.num_batches * setup.batch_size, seconds))
+    images = [EncodedImage(sample.image) for sample in samples]
+    formats = Counter(open_image(sample.image).format or "unknown" for sample in samples)
+    return PreparationProfile(
         stages=tuple(stages),
-        unusable=trial.num_batches * trial.batch_size - len(usable),
+        unusable=setup.num_batches * setup.batch_size - len(usable),
         picture_format=formats.most_common(1)[0][0],
-        shrink=median(min(picture.width, picture.height) for picture in pictures) / trial.view.size,
+        shrink=median(min(image.width, image.height) for image in images) / setup.view.size,
     )
 
 
@@ -366,30 +366,32 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _usable(trial: Trial, addresses: Sequence[Address], opened: ShardSet) -> list[tuple[Address, Sample]]:
-    found: list[tuple[Address, Sample]] = []
-    for address in addresses:
+def _read_usable(
+    setup: ProfileSetup, sample_indices: Sequence[SampleIndex], opened: ShardSet
+) -> list[tuple[SampleIndex, Sample]]:
+    found: list[tuple[SampleIndex, Sample]] = []
+    for address in sample_indices:
         try:
             sample = opened.read(address)
-            trial.draw(sample, SampleChance(0, 0, sample.key))
-            trial.view(sample.image, SampleChance(0, 0, sample.key))
+            setup.draw(sample, SampleRng(0, 0, sample.key))
+            setup.view(sample.image, SampleRng(0, 0, sample.key))
         except BadSample:
             continue
         found.append((address, sample))
     return found
 
 
-def _pictures(trial: Trial, samples: list[Sample]) -> list[Stage]:
-    size = trial.view.size
+def _images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
+    size = setup.view.size
 
     def decode() -> None:
         for sample in samples:
-            picture = EncodedPicture(sample.image)
-            picture.pixels(resolution=min(1.0, size / min(picture.width, picture.height)))
+            image = EncodedImage(sample.image)
+            image.pixels(resolution=min(1.0, size / min(image.width, image.height)))
 
     def view() -> None:
         for sample in samples:
-            trial.view(sample.image, SampleChance(0, 0, sample.key))
+            setup.view(sample.image, SampleRng(0, 0, sample.key))
 
     decoding = seconds_of(decode)
     # noise may make the whole shorter than its part
@@ -397,14 +399,14 @@ def _pictures(trial: Trial, samples: list[Sample]) -> list[Stage]:
     return [_stage("decode", len(samples), decoding), _stage("view", len(samples), viewing)]
 
 
-def _tokens(trial: Trial, samples: list[Sample]) -> Stage:
-    captions = [trial.draw(sample, SampleChance(0, 0, sample.key)).text for sample in samples]
-    parts = [captions[first : first + trial.batch_size] for first in range(0, len(captions), trial.batch_size)]
-    return _stage("tokenize", len(samples), seconds_of(lambda: [trial.tokenizer.encode(part) for part in parts]))
+def _tokens(setup: ProfileSetup, samples: list[Sample]) -> Stage:
+    captions = [setup.draw(sample, SampleRng(0, 0, sample.key)).text for sample in samples]
+    parts = [captions[first : first + setup.batch_size] for first in range(0, len(captions), setup.batch_size)]
+    return _stage("tokenize", len(samples), seconds_of(lambda: [setup.tokenizer.encode(part) for part in parts]))
 
 
-def _stack(trial: Trial, samples: list[Sample]) -> Stage:
-    views = [trial.view(sample.image, SampleChance(0, 0, sample.key)) for sample in samples[: trial.batch_size]]
+def _stack(setup: ProfileSetup, samples: list[Sample]) -> Stage:
+    views = [setup.view(sample.image, SampleRng(0, 0, sample.key)) for sample in samples[: setup.batch_size]]
     return _stage("stack", len(views), seconds_of(lambda: np.stack(views)))
 
 
@@ -413,30 +415,30 @@ def _stage(name: StageName, samples: int, seconds: float) -> Stage:
 
 
 _ROUNDS = 4
-_HANDED_OVER_BYTES = 512 << 20
-_MOST_HANDED_OVER = 256
+_TRANSFER_BYTES = 512 << 20
+_MAX_TRANSFERS = 256
 
 
 @dataclass(frozen=True)
-class _Again:
+class _RepeatedBatches:
     """The same few batches over and over."""
 
-    plan: TrainingPlan
+    plan: BatchSampler
     batches: int
 
     @property
     def largest(self) -> int:
         return self.plan.largest
 
-    def __getitem__(self, number: int) -> list[Address]:
+    def __getitem__(self, number: int) -> list[SampleIndex]:
         return self.plan[number % self.batches]
 
-    def shards_from(self, number: int) -> list[int]:
-        return self.plan.shards_from(number % self.batches)
+    def upcoming_shards(self, number: int) -> list[int]:
+        return self.plan.upcoming_shards(number % self.batches)
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _ReadyBatch:
     """Gives a batch that is ready, copied into the memory it is handed over in."""
 
     batch: TrainingBatch
@@ -445,51 +447,51 @@ class _Ready:
     def image_bytes(self) -> int:
         return self.batch.images[0].numel()
 
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> TrainingBatch:
-        images = shards.new_images(tuple(self.batch.images.shape))
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> TrainingBatch:
+        images = shards.allocate_images(tuple(self.batch.images.shape))
         images[:] = self.batch.images.numpy()
         return replace(self.batch, images=torch.from_numpy(images), tokens=self.batch.tokens.clone())
 
 
-def measure_hand_over(trial: Trial) -> Stage:
+def measure_worker_transfer(setup: ProfileSetup) -> Stage:
     """One worker that does nothing but hand over a batch that is ready."""
-    plan = trial.plan()
+    plan = setup.plan()
     with one_thread():
-        batch = trial.assemble(plan)(plan[0], ShardSet(trial.shards))
+        batch = setup.collate(plan)(plan[0], ShardSet(setup.shards))
     size = batch.images.numel() + batch.tokens.numel() * batch.tokens.element_size()
-    number = min(max(_HANDED_OVER_BYTES // size, 16), _MOST_HANDED_OVER)
-    rate = _steady_rate(trial, _Ready(batch), workers=1, batches=number).rate
+    number = min(max(_TRANSFER_BYTES // size, 16), _MAX_TRANSFERS)
+    rate = _steady_rate(setup, _ReadyBatch(batch), workers=1, batches=number).rate
     return Stage(
         name="hand-over",
         rate=rate,
         cores=1,
         each="process",
-        bytes_rate=rate * size / trial.batch_size,
+        bytes_rate=rate * size / setup.batch_size,
         note=f"{size / 1e6:.1f} MB a batch",
     )
 
 
-def measure_loader(trial: Trial, workers: Sequence[int]) -> list[LoaderRate]:
+def measure_loader(setup: ProfileSetup, workers: Sequence[int]) -> list[LoaderRate]:
     """The whole loader with each number of workers, for as many batches as give each worker a few."""
-    assemble = trial.assemble(trial.plan())
+    collate = setup.collate(setup.plan())
     return [
-        _steady_rate(trial, assemble, workers=number, batches=max(trial.num_batches, _ROUNDS * max(number, 1)))
+        _steady_rate(setup, collate, workers=number, batches=max(setup.num_batches, _ROUNDS * max(number, 1)))
         for number in workers
     ]
 
 
-def _steady_rate(trial: Trial, assemble: Assemble[TrainingBatch], *, workers: int, batches: int) -> LoaderRate:
+def _steady_rate(setup: ProfileSetup, collate: Collator[TrainingBatch], *, workers: int, batches: int) -> LoaderRate:
     """Samples a second from the batch on with which every worker has given one."""
     warm = max(workers, 1)
-    plan = _Again(trial.plan(), trial.num_batches)
+    plan = _RepeatedBatches(setup.plan(), setup.num_batches)
     with one_thread(), warnings.catch_warnings():
         begun = perf_counter()
         warnings.filterwarnings("ignore", message="This DataLoader will create")
-        stream = stream_batches(plan, trial.shards, assemble, numbers=range(warm + batches), workers=workers)
+        stream = stream_batches(plan, setup.shards, collate, numbers=range(warm + batches), workers=workers)
         times = [perf_counter() for _ in _each(stream)]
     return LoaderRate(
         workers=workers,
-        rate=batches * trial.batch_size / max(times[-1] - times[warm - 1], 1e-9),
+        rate=batches * setup.batch_size / max(times[-1] - times[warm - 1], 1e-9),
         first_batch_seconds=times[0] - begun,
     )
 

@@ -20,13 +20,13 @@ import numpy as np
 from vlm.errors import UsageError
 
 DEFAULT_WINDOW = 1 << 16
-_KEPT_WINDOWS = 4
-_KEPT_SHARDS = 256
+_CACHED_WINDOWS = 4
+_CACHED_SHARDS = 256
 
 Value = TypeVar("Value")
 
 
-class Address(NamedTuple):
+class SampleIndex(NamedTuple):
     """A sample at one visit: in which epoch of its source, from which shard, which number in it.
 
     repeat: which visit of this sample in the epoch, from 0; a selection may ask for several.
@@ -38,16 +38,16 @@ class Address(NamedTuple):
     repeat: int = 0
 
 
-class Visits(list[Address]):
+class BatchIndices(list[SampleIndex]):
     """The visits at consecutive positions of a run, from `position` on."""
 
-    def __init__(self, addresses: Iterable[Address], *, position: int) -> None:
-        super().__init__(addresses)
+    def __init__(self, sample_indices: Iterable[SampleIndex], *, position: int) -> None:
+        super().__init__(sample_indices)
         self.position = position
 
 
 @runtime_checkable
-class Order(Protocol):
+class Sampler(Protocol):
     """An endless sequence of visits, addressed by position."""
 
     @property
@@ -55,15 +55,15 @@ class Order(Protocol):
         """Visits in one epoch of the whole."""
         ...
 
-    def locate(self, positions: Sequence[int]) -> list[Address]:
+    def locate(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The visits at the given positions."""
         ...
 
-    def stand_in(self, address: Address, attempt: int) -> Address:
+    def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
         """The sample `attempt` places further in file order, in place of one that cannot be used."""
         ...
 
-    def shards_from(self, position: int) -> list[int]:
+    def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the window at a position and of the next, in the order in which windows need them."""
         ...
 
@@ -91,7 +91,7 @@ class SampleOrder:
     seed: int = 0
     window: int = DEFAULT_WINDOW
     times: Sequence[np.ndarray] | None = None
-    _kept: dict[str, "_Recent"] = field(default_factory=dict, repr=False)
+    _kept: dict[str, "_LruCache"] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_selection(cls, times: Sequence[np.ndarray], *, seed: int = 0, window: int = DEFAULT_WINDOW) -> "SampleOrder":
@@ -108,24 +108,26 @@ class SampleOrder:
     def _total(self) -> int:
         return sum(self.counts)
 
-    def locate(self, positions: Sequence[int]) -> list[Address]:
+    def locate(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The visits at the given positions."""
         return [
-            address
+            sample_index
             for (epoch, first), inside in groupby(positions, self._window_of)
-            for address in self._addresses(epoch, first, [position % self.num_samples - first for position in inside])
+            for sample_index in self._sample_indices(
+                epoch, first, [position % self.num_samples - first for position in inside]
+            )
         ]
 
-    def stand_in(self, address: Address, attempt: int) -> Address:
+    def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
         """The first visit of the sample `attempt` places further in file order, among those that are visited."""
-        shard, place = address.shard, self._rank(address) + attempt
-        while place >= (kept := self._kept_samples(shard)):
+        shard, place = sample_index.shard, self._rank(sample_index) + attempt
+        while place >= (kept := self._num_kept_samples(shard)):
             place -= kept
             shard = (shard + 1) % len(self.counts)
         number = place if self.times is None else int(self._numbers(shard)[place])
-        return Address(address.epoch, shard, number)
+        return SampleIndex(sample_index.epoch, shard, number)
 
-    def shards_from(self, position: int) -> list[int]:
+    def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the window at a position and of the next one, also across the end of an epoch."""
         found: dict[int, None] = {}
         for _ in range(2):
@@ -147,28 +149,30 @@ class SampleOrder:
         epoch, offset = divmod(position, self.num_samples)
         return epoch, offset - offset % self.window
 
-    def _addresses(self, epoch: int, first: int, offsets: list[int]) -> list[Address]:
+    def _sample_indices(self, epoch: int, first: int, offsets: list[int]) -> list[SampleIndex]:
         """The visits at these offsets from the beginning of a window."""
         shards, starts = self._shuffled_shards(epoch)
         places = self._window_permutation(epoch, first)[offsets] + np.int64(first)
         slots = starts.searchsorted(places, "right") - 1
         inside = (places - starts[slots]).tolist()
-        return [self._visit(epoch, shard, place) for shard, place in zip(shards[slots].tolist(), inside, strict=True)]
+        return [
+            self._sample_index(epoch, shard, place) for shard, place in zip(shards[slots].tolist(), inside, strict=True)
+        ]
 
-    def _visit(self, epoch: int, shard: int, place: int) -> Address:
+    def _sample_index(self, epoch: int, shard: int, place: int) -> SampleIndex:
         if self.times is None:
-            return Address(epoch, shard, place)
+            return SampleIndex(epoch, shard, place)
         ends = self._ends(shard)
         number = int(ends.searchsorted(ends.dtype.type(place), "right"))
-        return Address(epoch, shard, number, place - int(ends[number - 1] if number else 0))
+        return SampleIndex(epoch, shard, number, place - int(ends[number - 1] if number else 0))
 
-    def _rank(self, address: Address) -> int:
+    def _rank(self, sample_index: SampleIndex) -> int:
         """Which of the visited samples of its shard this is."""
         if self.times is None:
-            return address.number
-        return int(self._numbers(address.shard).searchsorted(address.number))
+            return sample_index.number
+        return int(self._numbers(sample_index.shard).searchsorted(sample_index.number))
 
-    def _kept_samples(self, shard: int) -> int:
+    def _num_kept_samples(self, shard: int) -> int:
         return self.counts[shard] if self.times is None else len(self._numbers(shard))
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,35 +182,35 @@ class SampleOrder:
             shards = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.counts))
             return shards, np.concatenate([[0], np.cumsum(np.asarray(self.counts, dtype=np.int64)[shards])])
 
-        return self._recent("epochs", _KEPT_WINDOWS).get(epoch, make)
+        return self._recent("epochs", _CACHED_WINDOWS).get(epoch, make)
 
     def _window_permutation(self, epoch: int, first: int) -> np.ndarray:
         def make() -> np.ndarray:
             length = min(self.window, self.num_samples - first)
             return np.random.default_rng([self.seed, epoch, 1, first]).permutation(length).astype(np.uint32)
 
-        return self._recent("windows", _KEPT_WINDOWS).get((epoch, first), make)
+        return self._recent("windows", _CACHED_WINDOWS).get((epoch, first), make)
 
     def _ends(self, shard: int) -> np.ndarray:
         """Where the visits of each sample of a shard end, among the shard's visits."""
         assert self.times is not None
         times = self.times[shard]
-        return self._recent("ends", _KEPT_SHARDS).get(shard, lambda: np.cumsum(times, dtype=np.uint32))
+        return self._recent("ends", _CACHED_SHARDS).get(shard, lambda: np.cumsum(times, dtype=np.uint32))
 
     def _numbers(self, shard: int) -> np.ndarray:
         """The samples of a shard that are visited."""
         assert self.times is not None
         times = self.times[shard]
-        return self._recent("numbers", _KEPT_WINDOWS).get(shard, lambda: np.flatnonzero(times).astype(np.uint32))
+        return self._recent("numbers", _CACHED_WINDOWS).get(shard, lambda: np.flatnonzero(times).astype(np.uint32))
 
-    def _recent(self, name: str, size: int) -> "_Recent":
-        return self._kept.setdefault(name, _Recent(size))
+    def _recent(self, name: str, size: int) -> "_LruCache":
+        return self._kept.setdefault(name, _LruCache(size))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}
 
 
-class _Recent:
+class _LruCache:
     """The values made last, by key."""
 
     def __init__(self, size: int) -> None:
@@ -236,17 +240,17 @@ class Mixture:
     shares: tuple[int, ...]
     num_samples: int
 
-    def locate(self, positions: Sequence[int]) -> list[Address]:
+    def locate(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The visits at the given positions."""
-        places = [self.place(position) for position in positions]
+        places = [self.source_at(position) for position in positions]
         found = [
             iter(order.locate([rank for source, rank in places if source == number]))
             for number, order in enumerate(self.orders)
         ]
-        addresses = [(next(found[source]), self._first_shards[source]) for source, _ in places]
-        return [address._replace(shard=address.shard + first) for address, first in addresses]
+        sample_indices = [(next(found[source]), self._first_shards[source]) for source, _ in places]
+        return [sample_index._replace(shard=sample_index.shard + first) for sample_index, first in sample_indices]
 
-    def place(self, position: int) -> tuple[int, int]:
+    def source_at(self, position: int) -> tuple[int, int]:
         """The source at a position, and the position in that source.
 
         Source after source takes its share of what the earlier ones left: the n-th of a places among r is
@@ -261,7 +265,7 @@ class Mixture:
             rest -= share
         return len(self.shares) - 1, position
 
-    def positions_at(self, position: int) -> tuple[int, ...]:
+    def source_positions(self, position: int) -> tuple[int, ...]:
         """How many visits of each source lie before a position."""
         left, rest, before = position, sum(self.shares), []
         for share in self.shares[:-1]:
@@ -270,21 +274,21 @@ class Mixture:
             rest -= share
         return (*before, left)
 
-    def stand_in(self, address: Address, attempt: int) -> Address:
+    def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
         """The visit `attempt` places further in the file order of the same source."""
-        source = self.source_of(address.shard)
+        source = self.source_of(sample_index.shard)
         first = self._first_shards[source]
-        found = self.orders[source].stand_in(address._replace(shard=address.shard - first), attempt)
+        found = self.orders[source].replacement(sample_index._replace(shard=sample_index.shard - first), attempt)
         return found._replace(shard=found.shard + first)
 
-    def shards_from(self, position: int) -> list[int]:
+    def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the current and the next window of every source."""
-        places = zip(self.orders, self.positions_at(position), self._first_shards, strict=True)
-        return [first + shard for order, place, first in places for shard in order.shards_from(place)]
+        places = zip(self.orders, self.source_positions(position), self._first_shards, strict=True)
+        return [first + shard for order, place, first in places for shard in order.upcoming_shards(place)]
 
     def finished_epochs(self, position: int) -> tuple[int, ...]:
         """Whole epochs of each source that lie before a position."""
-        places = zip(self.orders, self.positions_at(position), strict=True)
+        places = zip(self.orders, self.source_positions(position), strict=True)
         return tuple(place // order.num_samples for order, place in places)
 
     def source_of(self, shard: int) -> int:
@@ -296,10 +300,10 @@ class Mixture:
         return (0, *accumulate(len(order.counts) for order in self.orders[:-1]))
 
 
-def whole_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
+def integer_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
     """The smallest whole numbers in the proportions of the weights.
 
-    >>> whole_shares([Fraction("0.5"), Fraction("1.25")])
+    >>> integer_shares([Fraction("0.5"), Fraction("1.25")])
     (2, 5)
     """
     scale = lcm(*(weight.denominator for weight in weights))
@@ -307,11 +311,11 @@ def whole_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
     return tuple(share // gcd(*shares) for share in shares)
 
 
-_SHARDS_AHEAD = 4
+_PREFETCH_SHARDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
+class BatchSampler:
     """Endless batches of one process: batch n of a run begun at `position` (samples seen before it).
 
     The global batch n holds positions position + n*batch_size ... in order; each process takes its own
@@ -319,7 +323,7 @@ class TrainingPlan:
     parts: even parts in which a share is handed over, one after the other; number n*parts + i is part i of batch n.
     """
 
-    order: Order
+    order: Sampler
     batch_size: int
     position: int = 0
     process: int = 0
@@ -348,26 +352,26 @@ class TrainingPlan:
         """Samples handed over at once."""
         return self.share // self.parts
 
-    def __getitem__(self, number: int) -> Visits:
+    def __getitem__(self, number: int) -> BatchIndices:
         first = self.first_position(number)
-        return Visits(self.order.locate(range(first, first + self.largest)), position=first)
+        return BatchIndices(self.order.locate(range(first, first + self.largest)), position=first)
 
     def first_position(self, number: int) -> int:
         """Position of the first sample handed over under this number."""
         batch, part = divmod(number, self.parts)
         return self.position + batch * self.batch_size + self.process * self.share + part * self.largest
 
-    def shards_from(self, number: int) -> list[int]:
+    def upcoming_shards(self, number: int) -> list[int]:
         """The shards that number and those soon after it need, of any process."""
-        return self.order.shards_from(self.position + number // self.parts * self.batch_size)
+        return self.order.upcoming_shards(self.position + number // self.parts * self.batch_size)
 
-    def stand_in(self, address: Address, attempt: int) -> Address:
+    def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
         """The sample `attempt` places further in file order, in place of one that cannot be read."""
-        return self.order.stand_in(address, attempt)
+        return self.order.replacement(sample_index, attempt)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ShardPlan:
+class SequentialBatches:
     """Every sample once, in file order; no batch holds samples of two shards, the last of each may be short.
 
     times: of a selection; samples with 0 are left out.
@@ -396,15 +400,15 @@ class ShardPlan:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, number: int) -> list[Address]:
+    def __getitem__(self, number: int) -> list[SampleIndex]:
         shard, first = self._batches[number]
         last = min(first + self.batch_size, self.kept[shard])
         places = range(first, last) if self.times is None else np.flatnonzero(self.times[shard])[first:last].tolist()
-        return [Address(0, shard, place) for place in places]
+        return [SampleIndex(0, shard, place) for place in places]
 
-    def shards_from(self, number: int) -> list[int]:
+    def upcoming_shards(self, number: int) -> list[int]:
         """The shard of batch `number` and the next few."""
         if number >= len(self._batches):
             return []
         shard = self._batches[number][0]
-        return list(range(shard, min(shard + _SHARDS_AHEAD, len(self.counts))))
+        return list(range(shard, min(shard + _PREFETCH_SHARDS, len(self.counts))))

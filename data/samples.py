@@ -52,19 +52,19 @@ class Sample(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def captions_of(text: str | None, metadata: dict[str, Any]) -> Captions:
+def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     """Captions from the `key.txt` and `key.json` of a sample.
 
     Read in this order: `captions` (a list, or lists by language) with any `captions_LANGUAGE` beside it;
     the text file; `caption` (img2dataset).
 
-    >>> captions_of(None, {"captions": ["a dog"], "captions_zh": ["狗"]})
+    >>> parse_captions(None, {"captions": ["a dog"], "captions_zh": ["狗"]})
     {'': ('a dog',), 'zh': ('狗',)}
     """
-    given = metadata.get("captions")
-    found = {str(language): _texts(texts) for language, texts in given.items()} if isinstance(given, dict) else {}
+    raw = metadata.get("captions")
+    found = {str(language): _texts(texts) for language, texts in raw.items()} if isinstance(raw, dict) else {}
     if not any(found.values()):
-        found = {UNNAMED: _texts(given) or _texts(text) or _texts(metadata.get("caption"))}
+        found = {UNNAMED: _texts(raw) or _texts(text) or _texts(metadata.get("caption"))}
     for name, value in metadata.items():
         if name.startswith("captions_"):
             found[name.removeprefix("captions_")] = _texts(value)
@@ -89,7 +89,7 @@ def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions
     return chosen
 
 
-class Chance(Protocol):
+class RandomSource(Protocol):
     """A source of random numbers; numpy's generators are one."""
 
     def random(self) -> float:
@@ -97,7 +97,7 @@ class Chance(Protocol):
         ...
 
 
-class SampleChance:
+class SampleRng:
     """Every random choice about one sample at one visit: a pure function of seed, epoch, key and repeat.
 
     Numbers are read off the BLAKE2 digest of the visit, eight at a time; setting a generator of numpy up takes longer
@@ -105,7 +105,7 @@ class SampleChance:
     independent, so that asking for one thing more changes no other. repeat: which visit of the sample in this epoch,
     from 0, where a selection asks for several.
 
-    >>> SampleChance(0, 0, "key").random() == SampleChance(0, 0, "key").random()
+    >>> SampleRng(0, 0, "key").random() == SampleRng(0, 0, "key").random()
     True
     """
 
@@ -129,17 +129,17 @@ _NUMBERED, _WORDS = Struct("<Q").pack, Struct("<8Q").unpack
 _OF_53_BITS = 2.0**-53
 
 
-def pick(chance: Chance, number: int) -> int:
+def random_below(rng: RandomSource, number: int) -> int:
     """One of the whole numbers from 0 on below `number`, evenly."""
-    return int(chance.random() * number)
+    return int(rng.random() * number)
 
 
-def shuffled(values: Sequence[Value], chance: Chance, number: int | None = None) -> list[Value]:
+def shuffled(values: Sequence[Value], rng: RandomSource, number: int | None = None) -> list[Value]:
     """The values in an even random order, or the first `number` of them in that order (Fisher and Yates)."""
     left = list(values)
-    for place in range(min(len(left) if number is None else number, len(left))):
-        other = place + pick(chance, len(left) - place)
-        left[place], left[other] = left[other], left[place]
+    for position in range(min(len(left) if number is None else number, len(left))):
+        other = position + random_below(rng, len(left) - position)
+        left[position], left[other] = left[other], left[position]
     return left if number is None else left[:number]
 
 
@@ -158,7 +158,7 @@ _WEIGHTS = "caption_weights"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])(?![.!?。！？])")
 
 
-class DrawnCaption(NamedTuple):
+class SampledCaption(NamedTuple):
     """A caption as it was drawn.
 
     number: its place among all captions of the sample, languages in their order; -1 for tags.
@@ -170,7 +170,7 @@ class DrawnCaption(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionDraw:
+class CaptionSampler:
     """How one caption of a sample is drawn.
 
     languages: those captions are drawn from, evenly or by `language_weights`; empty takes the first of each sample.
@@ -196,32 +196,32 @@ class CaptionDraw:
         if self.language_weights and (min(self.language_weights) < 0 or not 0 < sum(self.language_weights) < math.inf):
             raise UsageError(f"language_weights = {self.language_weights}: give numbers from 0 on, not all 0.")
 
-    def __call__(self, sample: Sample, rng: Chance) -> DrawnCaption:
+    def __call__(self, sample: Sample, rng: RandomSource) -> SampledCaption:
         """Draw one caption.
 
         Raises:
             BadSample: there is none in the languages asked for, or its weights do not fit.
         """
         captions = sample.captions
-        if TAGS in self.languages and (tags := tags_of(sample.metadata)):
+        if TAGS in self.languages and (tags := parse_tags(sample.metadata)):
             captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
         chosen = select_languages(captions, self.languages)
-        language = list(chosen)[_draw(rng, self._weights_of(tuple(chosen)), len(chosen))]
+        language = list(chosen)[_weighted_index(rng, self._weights_of(tuple(chosen)), len(chosen))]
         texts = chosen[language]
         kept_as = language if language in sample.captions or language == TAGS else UNNAMED
-        place = _draw(rng, _caption_weights(sample, kept_as, len(texts)), len(texts))
-        text = texts[place]
+        position = _weighted_index(rng, _caption_weights(sample, kept_as, len(texts)), len(texts))
+        text = texts[position]
         if self.sentences:
             sentences = split_sentences(text)
-            text = sentences[pick(rng, len(sentences))]
-        return DrawnCaption(text=text, language=language, number=_number_of(sample.captions, kept_as, place))
+            text = sentences[random_below(rng, len(sentences))]
+        return SampledCaption(text=text, language=language, number=_caption_index(sample.captions, kept_as, position))
 
     def sentences_of(self, sample: Sample) -> list[str]:
         """The different sentences of all captions in the languages asked for, in their order; tags are none."""
-        asked = tuple(language for language in self.languages if language != TAGS)
+        requested = tuple(language for language in self.languages if language != TAGS)
         weights = dict(zip(self.languages, self.language_weights, strict=False))
         try:
-            chosen = select_languages(sample.captions, asked) if asked or not self.languages else {}
+            chosen = select_languages(sample.captions, requested) if requested or not self.languages else {}
         except BadSample:
             return []
         texts = [text for language in chosen if weights.get(language, 1) > 0 for text in chosen[language]]
@@ -249,26 +249,26 @@ def split_sentences(text: str) -> list[str]:
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()] or [text]
 
 
-def tags_of(metadata: dict[str, Any]) -> tuple[str, ...]:
+def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
     """The tags of a sample: `tags`, a list or words separated by commas."""
-    given = metadata.get("tags")
-    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else []
+    raw = metadata.get("tags")
+    parts = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else []
     return tuple(tag.strip() for tag in parts if isinstance(tag, str) and tag.strip())
 
 
-def _draw(rng: Chance, weights: list[float] | None, number: int) -> int:
+def _weighted_index(rng: RandomSource, weights: list[float] | None, number: int) -> int:
     if weights is None:
-        return pick(rng, number)
+        return random_below(rng, number)
     ends = list(accumulate(weights))
     return min(bisect_right(ends, rng.random() * ends[-1]), number - 1)
 
 
 def _caption_weights(sample: Sample, language: str, number: int) -> list[float] | None:
-    given = sample.metadata.get(_WEIGHTS)
-    if given is None or language == TAGS:
+    raw = sample.metadata.get(_WEIGHTS)
+    if raw is None or language == TAGS:
         return None
-    weights = given.get(language) if isinstance(given, dict) else given
-    if weights is None or (isinstance(given, list) and language != next(iter(sample.captions))):
+    weights = raw.get(language) if isinstance(raw, dict) else raw
+    if weights is None or (isinstance(raw, list) and language != next(iter(sample.captions))):
         return None
     try:
         numbers = [float(weight) for weight in weights]
@@ -276,13 +276,13 @@ def _caption_weights(sample: Sample, language: str, number: int) -> list[float] 
     except (TypeError, ValueError, OverflowError):
         is_sound, numbers = False, []
     if not is_sound:
-        told = repr(weights)[:80]
-        raise BadSample("bad caption weights", f"{number} weights from 0 on are wanted for {language!r}: {told}")
+        preview = repr(weights)[:80]
+        raise BadSample("bad caption weights", f"{number} weights from 0 on are wanted for {language!r}: {preview}")
     return numbers
 
 
-def _number_of(captions: Captions, language: str, place: int) -> int:
+def _caption_index(captions: Captions, language: str, position: int) -> int:
     if language == TAGS:
         return -1
     before = takewhile(lambda name: name != language, captions)
-    return sum(len(captions[name]) for name in before) + place
+    return sum(len(captions[name]) for name in before) + position

@@ -14,7 +14,7 @@ from numpy import ndarray as Array
 from vlm.data.shard_cache import ShardCache
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of, replacing
+from vlm.files import atomic_write, compute_fingerprint
 
 FORMAT = "1"
 SUFFIX = ".selection"
@@ -61,7 +61,7 @@ class Selection:
     def fingerprint(self) -> str:
         """Identity: the content of the shards and the times, whatever led to them."""
         names = [shard.fingerprint for shard in self.shards]
-        return fingerprint_of(*names, *(times.astype("<u2").tobytes() for times in self.times))
+        return compute_fingerprint(*names, *(times.astype("<u2").tobytes() for times in self.times))
 
     def times_of(self, shards: Sequence[str], *, cache: ShardCache | None = None) -> list[UInt16[Array, " N"]]:
         """The times of the samples of each of these tars, found by content, so that tars may be moved or reordered.
@@ -71,24 +71,24 @@ class Selection:
         """
         by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
         found: list[UInt16[Array, " N"]] = []
-        for address in shards:
-            index = open_index(address, cache)
+        for url in shards:
+            index = open_index(url, cache)
             times = by_content.get(index.fingerprint)
             if times is None or len(times) != len(index):
                 raise UsageError(
-                    f"The selection knows nothing of {address} (it was made for {len(self.shards):,} shards, the first "
+                    f"The selection knows nothing of {url} (it was made for {len(self.shards):,} shards, the first "
                     f"is {self.shards[0].name}); the tar has changed since, or is another one: run vlm curate on it."
                 )
             found.append(times)
         return found
 
 
-def whole_selection(shards: Sequence[str], *, cache: ShardCache | None = None) -> Selection:
+def select_all(shards: Sequence[str], *, cache: ShardCache | None = None) -> Selection:
     """Every sample of the tars once."""
     described = []
-    for address in shards:
-        index = open_index(address, cache)
-        name = address.rpartition("/")[2]
+    for url in shards:
+        index = open_index(url, cache)
+        name = url.rpartition("/")[2]
         described.append(SelectedShard(name=name, fingerprint=index.fingerprint, samples=len(index)))
     times = tuple(np.ones(shard.samples, np.uint16) for shard in described)
     return Selection(shards=tuple(described), times=times)
@@ -105,7 +105,7 @@ def write_selection(path: Path, selection: Selection) -> None:
             "lineage": json.dumps(selection.lineage, ensure_ascii=False),
         },
     )
-    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with atomic_write(path) as file, pa.ipc.new_file(file, schema) as writer:
         for times in selection.times:
             writer.write_batch(pa.record_batch([pa.array(times, pa.uint16())], schema=schema))
 
@@ -146,28 +146,28 @@ def _read(path: Path) -> Selection:
     )
 
 
-def keep_both(one: Selection, other: Selection) -> Selection:
+def intersect_selections(one: Selection, other: Selection) -> Selection:
     """And: the samples in both, as often as the product of their times says."""
-    theirs = _times_for(one, other)
-    times = [_limited(a.astype(np.int64) * b) for a, b in zip(one.times, theirs, strict=True)]
-    return _composed("and", one, other, times)
+    theirs = _aligned_times(one, other)
+    times = [_clip_times(a.astype(np.int64) * b) for a, b in zip(one.times, theirs, strict=True)]
+    return _compose("and", one, other, times)
 
 
-def leave_out(one: Selection, other: Selection) -> Selection:
+def subtract_selection(one: Selection, other: Selection) -> Selection:
     """Minus: the samples of `one` that are not in `other`."""
-    theirs = _times_for(one, other)
+    theirs = _aligned_times(one, other)
     times = [np.where(b == 0, a, 0).astype(np.uint16) for a, b in zip(one.times, theirs, strict=True)]
-    return _composed("minus", one, other, times)
+    return _compose("minus", one, other, times)
 
 
 def add(one: Selection, other: Selection) -> Selection:
     """Plus: each sample as often as in both together."""
-    theirs = _times_for(one, other)
-    times = [_limited(a.astype(np.int64) + b) for a, b in zip(one.times, theirs, strict=True)]
-    return _composed("plus", one, other, times)
+    theirs = _aligned_times(one, other)
+    times = [_clip_times(a.astype(np.int64) + b) for a, b in zip(one.times, theirs, strict=True)]
+    return _compose("plus", one, other, times)
 
 
-def weigh(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
+def reweight(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
     """Every sample `weight` times as often; what is left of a whole number is drawn from the seed.
 
     Weight 1.5 sees each sample once and half of them, drawn, once more.
@@ -175,24 +175,24 @@ def weigh(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
     if not 0 <= weight <= MAX_TIMES or seed < 0:
         raise UsageError(f"A weight of {weight} is outside 0 to {MAX_TIMES:,}, or the seed {seed} below 0.")
     times = [
-        round_times(times * np.float64(weight), np.random.default_rng([seed, number]))
+        stochastic_round(times * np.float64(weight), np.random.default_rng([seed, number]))
         for number, times in enumerate(selection.times)
     ]
     step = {"step": "weight", "weight": weight, "seed": seed}
     return Selection(shards=selection.shards, times=tuple(times), lineage=(*selection.lineage, step))
 
 
-def round_times(expected: Float[Array, " N"], rng: np.random.Generator) -> UInt16[Array, " N"]:
+def stochastic_round(expected: Float[Array, " N"], rng: np.random.Generator) -> UInt16[Array, " N"]:
     """Whole times with the expected mean: the floor, and one more with the probability of what is left."""
     whole = np.floor(expected)
-    return _limited(whole + (rng.random(len(expected)) < expected - whole))
+    return _clip_times(whole + (rng.random(len(expected)) < expected - whole))
 
 
-def _limited(times: np.ndarray) -> UInt16[Array, " N"]:
+def _clip_times(times: np.ndarray) -> UInt16[Array, " N"]:
     return np.minimum(times, MAX_TIMES).astype(np.uint16)
 
 
-def _times_for(one: Selection, other: Selection) -> list[UInt16[Array, " N"]]:
+def _aligned_times(one: Selection, other: Selection) -> list[UInt16[Array, " N"]]:
     by_content = {shard.fingerprint: times for shard, times in zip(other.shards, other.times, strict=True)}
     missing = [shard.name for shard in one.shards if shard.fingerprint not in by_content]
     if missing:
@@ -203,6 +203,6 @@ def _times_for(one: Selection, other: Selection) -> list[UInt16[Array, " N"]]:
     return [by_content[shard.fingerprint] for shard in one.shards]
 
 
-def _composed(step: str, one: Selection, other: Selection, times: list[UInt16[Array, " N"]]) -> Selection:
+def _compose(step: str, one: Selection, other: Selection, times: list[UInt16[Array, " N"]]) -> Selection:
     record = {"step": step, "with": other.fingerprint, "lineage": list(other.lineage)}
     return Selection(shards=one.shards, times=tuple(times), lineage=(*one.lineage, record))

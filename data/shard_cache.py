@@ -30,42 +30,50 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, sha256_of, sync_folder, write_text
+from vlm.files import compute_fingerprint, fsync_folder, sha256_file, write_text
 from vlm.manifest import MANIFEST
 from vlm.storage.remote import (
-    Identity,
-    Patience,
+    FetchCancelled,
+    FileIdentity,
     Retry,
-    Stopped,
-    ask_identity,
-    identity_of,
+    RetryPolicy,
+    fetch_identity,
+    file_identity,
     jitter_rng,
     read_blocks,
     read_small,
 )
-from vlm.storage.urls import base_name, is_compressed, is_remote, needs_cache, neighbour, protocol_of, require_package
+from vlm.storage.urls import (
+    is_compressed,
+    is_remote,
+    needs_cache,
+    protocol_of,
+    require_package,
+    sibling_url,
+    url_basename,
+)
 
 _MAX_MANIFEST_BYTES = 256 << 20
 
 
-def known_sha256(address: str, identity: Identity, patience: Patience) -> str:
+def published_sha256(url: str, identity: FileIdentity, retry_policy: RetryPolicy) -> str:
     """The checksum of a remote shard in hex, or empty if nobody knows it.
 
     It is taken from the server where that has one, else from the `manifest.json` that `vlm pack` wrote into the folder,
     if what is said there is about a file of this size.
     """
-    if identity.sha256 or not is_remote(address):
+    if identity.sha256 or not is_remote(url):
         return identity.sha256
-    record = _manifest_files(neighbour(address, MANIFEST), patience).get(base_name(address))
+    record = _manifest_files(sibling_url(url, MANIFEST), retry_policy).get(url_basename(url))
     if not isinstance(record, dict) or record.get("bytes") != identity.size:
         return ""
     return str(record.get("sha256", ""))
 
 
 @lru_cache(maxsize=256)
-def _manifest_files(address: str, patience: Patience) -> dict[str, Any]:
+def _manifest_files(url: str, retry_policy: RetryPolicy) -> dict[str, Any]:
     """What a folder's manifest says of its files, asked once per process; nothing if it has none."""
-    data = read_small(address, max_bytes=_MAX_MANIFEST_BYTES, patience=patience)
+    data = read_small(url, max_bytes=_MAX_MANIFEST_BYTES, retry_policy=retry_policy)
     try:
         manifest = json.loads(data or b"{}")
     except (ValueError, RecursionError):
@@ -74,7 +82,7 @@ def _manifest_files(address: str, patience: Patience) -> dict[str, Any]:
     return files if isinstance(files, dict) else {}
 
 
-_OURS = re.compile(r"([0-9a-f]{16})\.(tar|part|json)")
+_CACHE_FILE = re.compile(r"([0-9a-f]{16})\.(tar|part|json)")
 _NOTE_BYTES = 2048
 
 
@@ -88,7 +96,7 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheSpace:
     """Space in a folder for files by key: KEY.tar whole, KEY.part on its way, KEY.json what they are.
 
     max_bytes: what they may come to together. Files of other names are neither counted nor touched. Whoever writes to a
@@ -106,7 +114,7 @@ class Room:
         """The lock of a key."""
         return FileLock(self.path(key, "lock"))
 
-    def reserve(self, key: str, num_bytes: int, address: str) -> bool:
+    def reserve(self, key: str, num_bytes: int, url: str) -> bool:
         """Promise `num_bytes` to a key whose lock is held, for what it has now included; unused files go.
 
         False if what is in use leaves too little; try again later.
@@ -114,10 +122,10 @@ class Room:
         Raises:
             UsageError: it is more than the folder may ever hold.
         """
-        wanted = num_bytes + self.max_bytes - self.largest(address)
+        wanted = num_bytes + self.max_bytes - self.largest(url)
         if wanted > self.max_bytes:
             raise UsageError(
-                f"{address} has {num_bytes:,} bytes, but the cache at {self.folder} may hold {self.max_bytes:,}; "
+                f"{url} has {num_bytes:,} bytes, but the cache at {self.folder} may hold {self.max_bytes:,}; "
                 "allow more by VLM_CACHE_GB, or pack smaller shards."
             )
         with FileLock(self.folder / ".lock"):
@@ -131,18 +139,18 @@ class Room:
                     surplus -= entry.bytes
             if surplus > 0:
                 return False
-            self.note(key, {"address": address, "reserved": wanted})
+            self.write_metadata(key, {"address": url, "reserved": wanted})
         return True
 
-    def largest(self, address: str) -> int:
+    def largest(self, url: str) -> int:
         """The size of the largest shard of that address for which there can be room, in bytes."""
-        return self.max_bytes - _NOTE_BYTES - 2 * len(address)
+        return self.max_bytes - _NOTE_BYTES - 2 * len(url)
 
-    def note(self, key: str, facts: dict[str, Any]) -> None:
+    def write_metadata(self, key: str, metadata: dict[str, Any]) -> None:
         """Write down what a key is."""
-        write_text(self.path(key, "json"), json.dumps(facts))
+        write_text(self.path(key, "json"), json.dumps(metadata))
 
-    def facts(self, key: str) -> dict[str, Any]:
+    def metadata(self, key: str) -> dict[str, Any]:
         """What was written down of a key; nothing if it has gone."""
         try:
             return json.loads(self.path(key, "json").read_text(encoding="utf-8"))
@@ -181,7 +189,7 @@ class Room:
     def _entries(self) -> dict[str, _Entry]:
         entries: dict[str, _Entry] = {}
         for file in os.scandir(self.folder):
-            match = _OURS.fullmatch(file.name)
+            match = _CACHE_FILE.fullmatch(file.name)
             if match is None:
                 continue
             try:
@@ -195,7 +203,7 @@ class Room:
                 entry.used = max(entry.used, status.st_mtime_ns)
         for key, entry in entries.items():
             if not entry.is_whole:
-                entry.bytes = max(entry.bytes, self.facts(key).get("reserved", 0))
+                entry.bytes = max(entry.bytes, self.metadata(key).get("reserved", 0))
         return entries
 
 
@@ -203,7 +211,7 @@ MAX_RATIO = 100
 """More plain bytes than this for each compressed one are taken for a bomb; tars of pictures come to about 1."""
 
 _FREE_BYTES = 16 << 20
-_IN_BYTES, _OUT_BYTES, _SALVAGE_BYTES = 64 << 10, 1 << 20, 512
+_IN_BYTES, _OUT_BYTES, _RECOVERY_BYTES = 64 << 10, 1 << 20, 512
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -213,9 +221,9 @@ class Inflater:
     damage: why the rest cannot be unpacked, or empty.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, url: str) -> None:
         self.damage = ""
-        self._address = address
+        self._url = url
         self._taken, self._given, self._limit = 0, 0, _OUT_BYTES
         self._member: Any = None
 
@@ -232,7 +240,7 @@ class Inflater:
                 self._given += len(plain)
                 if self._given > _FREE_BYTES + MAX_RATIO * self._taken:
                     raise VlmError(
-                        f"{self._address} unpacks to more than {MAX_RATIO} times its size ({self._taken:,} bytes came "
+                        f"{self._url} unpacks to more than {MAX_RATIO} times its size ({self._taken:,} bytes came "
                         f"to {self._given:,} so far), as gzip bombs do; unpack it by hand if you know better."
                     )
                 yield plain
@@ -258,7 +266,7 @@ class Inflater:
                 if self._limit == 1:
                     self.damage = f"its gzip cannot be unpacked near byte {self._taken:,}: {error}"
                 # zlib throws away what came before an error in the same call: go up to it in smaller steps
-                self._limit = _SALVAGE_BYTES if self._limit > _SALVAGE_BYTES else 1
+                self._limit = _RECOVERY_BYTES if self._limit > _RECOVERY_BYTES else 1
                 continue
             if plain:
                 yield plain
@@ -267,11 +275,11 @@ class Inflater:
                 is_full, piece, self._member = False, self._member.unused_data, None
 
 
-_WHOLE_TRIES = 2
+_FULL_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class FetchRequest:
     """What is to be fetched, and under which conditions.
 
     identity: the version that is wanted. sha256: of the file as it lies there, in hex; empty if unknown.
@@ -279,15 +287,15 @@ class Order:
     stop: set to call the work off.
     """
 
-    address: str
-    identity: Identity
+    url: str
+    identity: FileIdentity
     sha256: str = ""
-    patience: Patience = field(default_factory=Patience)
-    make_room: Callable[[int], None] = lambda _: None
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
+    free_space: Callable[[int], None] = lambda _: None
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def fetch(order: Order, path: Path, *, rng: np.random.Generator) -> str:
+def fetch(request: FetchRequest, path: Path, *, rng: np.random.Generator) -> str:
     """Bring a shard to `path` as a plain tar; returns why its compressed form ends early, or an empty string.
 
     Bytes that an earlier fetch of the same version left at `path` are kept, and only the rest is asked for, unless the
@@ -301,74 +309,74 @@ def fetch(order: Order, path: Path, *, rng: np.random.Generator) -> str:
         Stopped: it was called off.
     """
     found = ""
-    for _ in range(_WHOLE_TRIES):
-        retry = Retry(order.address, order.patience, rng=rng, stop=order.stop)
-        found, damage = (_unpack if is_compressed(order.address) else _download)(order, path, retry)
-        _check_unchanged(order, path)
-        if not order.sha256 or found == order.sha256:
+    for _ in range(_FULL_ATTEMPTS):
+        retry = Retry(request.url, request.retry_policy, rng=rng, stop=request.stop)
+        found, damage = (_unpack if is_compressed(request.url) else _download)(request, path, retry)
+        _check_unchanged(request, path)
+        if not request.sha256 or found == request.sha256:
             return damage
         path.unlink()
     raise VlmError(
-        f"{order.address} came twice with the checksum {found}, where {order.sha256} was written down when it was "
+        f"{request.url} came twice with the checksum {found}, where {request.sha256} was written down when it was "
         "made: the file there is damaged; pack or copy it again."
     )
 
 
-def _check_unchanged(order: Order, path: Path) -> None:
-    now = ask_identity(order.address, order.patience, order.stop)
-    if now != order.identity:
+def _check_unchanged(request: FetchRequest, path: Path) -> None:
+    now = fetch_identity(request.url, request.retry_policy, request.stop)
+    if now != request.identity:
         path.unlink(missing_ok=True)
         raise VlmError(
-            f"{order.address} changed since it was first looked at (then {order.identity.token}, now {now.token}); "
+            f"{request.url} changed since it was first looked at (then {request.identity.token}, now {now.token}); "
             "start again to read it as it is now."
         )
 
 
-def _download(order: Order, path: Path, retry: Retry) -> tuple[str, str]:
+def _download(request: FetchRequest, path: Path, retry: Retry) -> tuple[str, str]:
     """Append what `path` lacks; its checksum if one is known, and no damage."""
     have = path.stat().st_size if path.exists() else 0
-    if have > order.identity.size:
+    if have > request.identity.size:
         path.unlink()
         have = 0
     with path.open("ab") as file:
-        for block in _blocks(order, have, retry):
+        for block in _blocks(request, have, retry):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    return sha256_of(path) if order.sha256 else "", ""
+    return sha256_file(path) if request.sha256 else "", ""
 
 
-def _unpack(order: Order, path: Path, retry: Retry) -> tuple[str, str]:
+def _unpack(request: FetchRequest, path: Path, retry: Retry) -> tuple[str, str]:
     """Write the plain bytes to `path`, anew; the checksum of the compressed ones, and the damage found."""
-    inflater, digest, written = Inflater(order.address), hashlib.sha256(), 0
+    inflater, digest, written = Inflater(request.url), hashlib.sha256(), 0
     with path.open("wb") as file:
-        for block in _blocks(order, 0, retry):
+        for block in _blocks(request, 0, retry):
             digest.update(block)
             for plain in inflater.feed(block):
                 written += len(plain)
-                order.make_room(written)
+                request.free_space(written)
                 file.write(plain)
         inflater.finish()
         file.flush()
         os.fsync(file.fileno())
-    is_checked = not order.sha256 or digest.hexdigest() == order.sha256
+    is_checked = not request.sha256 or digest.hexdigest() == request.sha256
     if is_checked and not written:
-        raise VlmError(f"{order.address} is no gzip, or damaged from the start: {inflater.damage or 'it is empty'}.")
+        raise VlmError(f"{request.url} is no gzip, or damaged from the start: {inflater.damage or 'it is empty'}.")
     return digest.hexdigest(), inflater.damage
 
 
-def _blocks(order: Order, position: int, retry: Retry) -> Iterator[bytes]:
+def _blocks(request: FetchRequest, position: int, retry: Retry) -> Iterator[bytes]:
     """The bytes from `position` to the end, whatever happens on the way."""
-    address, size = order.address, order.identity.size
+    url, size = request.url, request.identity.size
     while position < size:
         try:
-            for block in read_blocks(address, position, order.identity):
-                if order.stop.is_set():
-                    raise Stopped
+            for block in read_blocks(url, position, request.identity):
+                if request.stop.is_set():
+                    raise FetchCancelled
                 position += len(block)
                 if position > size:
-                    raise VlmError(f"{address} has more than the {size:,} bytes its server told; start again.")
-                retry.progressed()
+                    raise VlmError(f"{url} has more than the {size:,} bytes its server told; start again.")
+                retry.reset_attempts()
                 yield block
             if position < size:
                 raise ConnectionError(f"the answer ended at byte {position:,} of {size:,}")
@@ -381,7 +389,7 @@ _GROWTH = 1.5
 _DEFAULT_GB = 50.0
 
 
-class _NoRoom(Exception):
+class _OutOfSpace(Exception):
     """A shard being unpacked came to more than is free just now. bytes: what it had come to."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -400,9 +408,9 @@ class ShardCache:
 
     folder: Path
     max_bytes: int
-    patience: Patience = field(default_factory=Patience)
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
 
-    def local_path(self, address: str, identity: Identity | None = None) -> Path:
+    def local_path(self, url: str, identity: FileIdentity | None = None) -> Path:
         """The shard as a plain tar on this machine, fetched if it is not there.
 
         identity: the version that is wanted; the one this process saw first if not given.
@@ -411,124 +419,124 @@ class ShardCache:
             UsageError: there is no such shard, or it is larger than the cache.
             VlmError: it cannot be fetched.
         """
-        identity = identity or identity_of(address, self.patience)
-        key = self._key(address, identity)
-        while not self._room.touch(key):
-            self._bring(address, identity, threading.Event(), is_patient=True)
-        return self._room.path(key, "tar")
+        identity = identity or file_identity(url, self.retry_policy)
+        key = self._key(url, identity)
+        while not self._space.touch(key):
+            self._fetch_or_wait(url, identity, threading.Event(), should_wait=True)
+        return self._space.path(key, "tar")
 
-    def prefetch(self, address: str, stop: threading.Event) -> bool:
+    def prefetch(self, url: str, stop: threading.Event) -> bool:
         """Fetch a shard unless it is there; False if somebody else is at it, or there is no room for it now.
 
         Raises:
             VlmError: as `local_path`.
             Stopped: `stop` was set; what was fetched is kept.
         """
-        identity = identity_of(address, self.patience)
-        return self.touch(address) or self._bring(address, identity, stop, is_patient=False)
+        identity = file_identity(url, self.retry_policy)
+        return self.touch(url) or self._fetch_or_wait(url, identity, stop, should_wait=False)
 
-    def touch(self, address: str) -> bool:
+    def touch(self, url: str) -> bool:
         """Mark a shard as used now; False if it is not here."""
-        return self._room.touch(self._key(address, identity_of(address, self.patience)))
+        return self._space.touch(self._key(url, file_identity(url, self.retry_policy)))
 
-    def footprint(self, address: str) -> int:
+    def footprint(self, url: str) -> int:
         """The bytes a shard takes here; for a compressed one that is not here yet, those of its compressed form.
 
         Raises:
             VlmError: it cannot be reached.
         """
-        identity = identity_of(address, self.patience)
+        identity = file_identity(url, self.retry_policy)
         try:
-            size = self._room.path(self._key(address, identity), "tar").stat().st_size
+            size = self._space.path(self._key(url, identity), "tar").stat().st_size
         except FileNotFoundError:
             size = identity.size
-        return size + self.max_bytes - self._largest(address)
+        return size + self.max_bytes - self._largest(url)
 
-    def damage(self, address: str, identity: Identity) -> str:
+    def damage(self, url: str, identity: FileIdentity) -> str:
         """Why a compressed shard could not be unpacked to its end; empty if it could."""
-        return str(self._room.facts(self._key(address, identity)).get("damage", ""))
+        return str(self._space.metadata(self._key(url, identity)).get("damage", ""))
 
     @property
-    def _room(self) -> Room:
-        return Room(self.folder, self.max_bytes)
+    def _space(self) -> CacheSpace:
+        return CacheSpace(self.folder, self.max_bytes)
 
-    def _key(self, address: str, identity: Identity) -> str:
-        return fingerprint_of(address if is_remote(address) else str(Path(address).absolute()), identity.token)
+    def _key(self, url: str, identity: FileIdentity) -> str:
+        return compute_fingerprint(url if is_remote(url) else str(Path(url).absolute()), identity.token)
 
-    def _bring(self, address: str, identity: Identity, stop: threading.Event, *, is_patient: bool) -> bool:
+    def _fetch_or_wait(self, url: str, identity: FileIdentity, stop: threading.Event, *, should_wait: bool) -> bool:
         try:
-            return self._try_fetch(address, identity, stop, is_patient=is_patient)
+            return self._try_fetch(url, identity, stop, should_wait=should_wait)
         except OSError as error:  # of this machine: those of the network end in `Retry`
             raise VlmError(
-                f"{address} cannot be kept in the cache at {self.folder}: {error}. Free space there, or name another "
+                f"{url} cannot be kept in the cache at {self.folder}: {error}. Free space there, or name another "
                 "folder by VLM_CACHE."
             ) from error
 
-    def _try_fetch(self, address: str, identity: Identity, stop: threading.Event, *, is_patient: bool) -> bool:
+    def _try_fetch(self, url: str, identity: FileIdentity, stop: threading.Event, *, should_wait: bool) -> bool:
         """One try to lock the shard, find room for it and fetch it; whether it is there now.
 
         While there is no room its lock is given back, so that what it has of the shard can make room for others.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        key, lock = self._key(address, identity), self._room.lock(self._key(address, identity))
+        key, lock = self._key(url, identity), self._space.lock(self._key(url, identity))
         try:
-            lock.acquire(blocking=is_patient)
+            lock.acquire(blocking=should_wait)
         except Timeout:
             return False
         try:
-            if self._room.path(key, "tar").exists() or self._fetch_locked(address, identity, key, stop):
+            if self._space.path(key, "tar").exists() or self._fetch_locked(url, identity, key, stop):
                 return True
         finally:
             lock.release()
-        if is_patient:
+        if should_wait:
             time.sleep(_WAIT_SECONDS)
         return False
 
-    def _fetch_locked(self, address: str, identity: Identity, key: str, stop: threading.Event) -> bool:
+    def _fetch_locked(self, url: str, identity: FileIdentity, key: str, stop: threading.Event) -> bool:
         """Fetch under the lock of the key; False if there is no room now."""
-        room, part, held = self._room, self._room.path(key, "part"), self._first_guess(address, identity, key)
-        if not room.reserve(key, held, address):
+        space, part, held = self._space, self._space.path(key, "part"), self._estimated_bytes(url, identity, key)
+        if not space.reserve(key, held, url):
             return False
 
-        def make_room(num_bytes: int) -> None:
+        def free_space(num_bytes: int) -> None:
             nonlocal held
             if num_bytes > held:
-                held = max(num_bytes, min(int(num_bytes * _GROWTH), self._largest(address)))
-                if not room.reserve(key, held, address):
-                    raise _NoRoom(held)
+                held = max(num_bytes, min(int(num_bytes * _GROWTH), self._largest(url)))
+                if not space.reserve(key, held, url):
+                    raise _OutOfSpace(held)
 
-        order = Order(
-            address=address,
+        request = FetchRequest(
+            url=url,
             identity=identity,
-            sha256=known_sha256(address, identity, self.patience),
-            patience=self.patience,
-            make_room=make_room,
+            sha256=published_sha256(url, identity, self.retry_policy),
+            retry_policy=self.retry_policy,
+            free_space=free_space,
             stop=stop,
         )
         try:
-            damage = fetch(order, part, rng=jitter_rng(address))
-        except _NoRoom as error:
+            damage = fetch(request, part, rng=jitter_rng(url))
+        except _OutOfSpace as error:
             part.unlink(missing_ok=True)
-            room.note(key, {"address": address, "next": min(2 * error.bytes, self._largest(address))})
+            space.write_metadata(key, {"address": url, "next": min(2 * error.bytes, self._largest(url))})
             return False
         except Exception:
-            if is_compressed(address) or not part.exists():
-                room.drop(key)
+            if is_compressed(url) or not part.exists():
+                space.drop(key)
             raise
-        room.note(key, {"address": address, "identity": identity.token, "damage": damage})
-        part.replace(room.path(key, "tar"))
-        sync_folder(self.folder)
+        space.write_metadata(key, {"address": url, "identity": identity.token, "damage": damage})
+        part.replace(space.path(key, "tar"))
+        fsync_folder(self.folder)
         return True
 
-    def _first_guess(self, address: str, identity: Identity, key: str) -> int:
+    def _estimated_bytes(self, url: str, identity: FileIdentity, key: str) -> int:
         """The bytes to ask for: the size, or for a compressed shard a guess that grows when it was too small."""
-        if not is_compressed(address):
+        if not is_compressed(url):
             return identity.size
-        guess = max(int(identity.size * 1.25), self._room.facts(key).get("next", 0))
-        return min(guess, self._largest(address)) if identity.size < self._largest(address) else guess
+        guess = max(int(identity.size * 1.25), self._space.metadata(key).get("next", 0))
+        return min(guess, self._largest(url)) if identity.size < self._largest(url) else guess
 
-    def _largest(self, address: str) -> int:
-        return self._room.largest(address)
+    def _largest(self, url: str) -> int:
+        return self._space.largest(url)
 
 
 def default_cache() -> ShardCache:
@@ -538,13 +546,13 @@ def default_cache() -> ShardCache:
         UsageError: the bound is no positive number.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    given = os.environ.get("VLM_CACHE_GB", "")
+    configured = os.environ.get("VLM_CACHE_GB", "")
     try:
-        gigabytes = float(given) if given else _DEFAULT_GB
+        gigabytes = float(configured) if configured else _DEFAULT_GB
     except ValueError:
         gigabytes = math.nan
     if not 0 < gigabytes < math.inf:
-        raise UsageError(f"VLM_CACHE_GB is {given!r}; give the bound of the cache in gigabytes, a number above 0.")
+        raise UsageError(f"VLM_CACHE_GB is {configured!r}; give the bound of the cache in gigabytes, a number above 0.")
     return ShardCache(Path(os.environ.get("VLM_CACHE") or base / "vlm" / "shards"), int(gigabytes * 1e9))
 
 
@@ -558,11 +566,11 @@ class Prefetcher:
     them itself when it comes to that shard, and says so.
     """
 
-    def __init__(self, cache: ShardCache, addresses: Sequence[str], *, threads: int = 4) -> None:
-        self._cache, self._addresses = cache, tuple(addresses)
-        self._cached = frozenset(number for number, address in enumerate(addresses) if needs_cache(address))
+    def __init__(self, cache: ShardCache, urls: Sequence[str], *, threads: int = 4) -> None:
+        self._cache, self._urls = cache, tuple(urls)
+        self._cached = frozenset(number for number, url in enumerate(urls) if needs_cache(url))
         self._num_threads = threads
-        for protocol in {protocol_of(addresses[number]) for number in self._cached} - {""}:
+        for protocol in {protocol_of(urls[number]) for number in self._cached} - {""}:
             require_package(protocol)  # here, so that no thread is importing while workers are forked
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -579,7 +587,7 @@ class Prefetcher:
     ) -> None:
         self.close()
 
-    def want(self, numbers: Sequence[int]) -> None:
+    def request(self, numbers: Sequence[int]) -> None:
         """Say which shards are needed from now on, the next one first; cheap if nothing has changed."""
         wanted = tuple(number for number in dict.fromkeys(numbers) if number in self._cached)
         if wanted == self._wanted or self._stop.is_set():
@@ -590,7 +598,7 @@ class Prefetcher:
             self._postponed.clear()
             self._changed.notify_all()
         while len(self._threads) < min(self._num_threads, len(wanted)):
-            thread = threading.Thread(target=self._work, name="vlm-prefetch", daemon=True)
+            thread = threading.Thread(target=self._run_worker, name="vlm-prefetch", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -602,29 +610,29 @@ class Prefetcher:
         for thread in self._threads:
             thread.join(_CLOSING_SECONDS)
 
-    def _work(self) -> None:
+    def _run_worker(self) -> None:
         while (number := self._next()) is not None:
             try:
-                if not (self._keep_nearer(number) and self._cache.prefetch(self._addresses[number], self._stop)):
+                if not (self._fits_with_nearer(number) and self._cache.prefetch(self._urls[number], self._stop)):
                     self._postponed.add(number)
-            except (VlmError, Stopped):
+            except (VlmError, FetchCancelled):
                 continue
 
-    def _keep_nearer(self, number: int) -> bool:
+    def _fits_with_nearer(self, number: int) -> bool:
         """Whether a shard fits into the cache with those wanted before it; marks these as used, the next one last."""
         wanted = self._wanted
-        needed = self._cache.footprint(self._addresses[number])
+        needed = self._cache.footprint(self._urls[number])
         nearer: list[str] = []
-        for address in (self._addresses[place] for place in wanted[: wanted.index(number) if number in wanted else 0]):
+        for url in (self._urls[place] for place in wanted[: wanted.index(number) if number in wanted else 0]):
             try:
-                needed += self._cache.footprint(address)
-                nearer.append(address)
+                needed += self._cache.footprint(url)
+                nearer.append(url)
             except VlmError:  # it cannot be had, and takes no room
                 continue
         if needed > self._cache.max_bytes:
             return False
-        for address in reversed(nearer):
-            self._cache.touch(address)
+        for url in reversed(nearer):
+            self._cache.touch(url)
         return True
 
     def _next(self) -> int | None:

@@ -10,10 +10,10 @@ from vlm.console import track
 from vlm.data.shard_cache import ShardCache
 from vlm.data.tar import TarIndex, open_index
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.storage.remote import list_files
-from vlm.storage.urls import SHARD_SUFFIXES, base_name, is_remote, is_shard, local_path, needs_cache, split_addresses
+from vlm.storage.urls import SHARD_SUFFIXES, is_remote, is_shard, local_path, needs_cache, split_urls, url_basename
 
 __all__ = ["count_samples", "expand_shards", "is_remote", "shards_fingerprint"]
 
@@ -21,7 +21,7 @@ _THREADS = 8
 _MANY_REMOTE = 4
 
 
-def expand_shards(address: str) -> list[str]:
+def expand_shards(url: str) -> list[str]:
     """The tars named by a folder, a brace or glob pattern, an fsspec address, or several joined with `::`.
 
     Tars end in .tar, .tar.gz or .tgz. The order is that of the address, sorted inside folders and globs: it is part of
@@ -32,7 +32,7 @@ def expand_shards(address: str) -> list[str]:
         VlmError: a remote folder cannot be reached.
     """
     shards: list[str] = []
-    for part in split_addresses(address):
+    for part in split_urls(url):
         found = _expand_remote(part) if is_remote(part) else _expand_local(local_path(part))
         if not found:
             raise UsageError(f"No shards (*.tar) at {part!r}; give a folder, a tar, or a pattern as {{000..099}}.tar.")
@@ -61,17 +61,17 @@ def _is_meant(match: Path, pattern: Path) -> bool:
 
 def _expand_remote(part: str) -> list[str]:
     shards: list[str] = []
-    for address in braceexpand(part):
-        if is_shard(address) and "*" not in address:
-            shards.append(address)
+    for url in braceexpand(part):
+        if is_shard(url) and "*" not in url:
+            shards.append(url)
         else:
-            shards += _shards_among(list_files(address), address)
+            shards += _shards_among(list_files(url), url)
     return shards
 
 
 def _shards_among(files: Sequence[str], folder: str) -> list[str]:
     """The tars among the files of a folder, sorted; hidden ones are left out."""
-    names = {base_name(file): file for file in files}
+    names = {url_basename(file): file for file in files}
     if PROGRESS in names and MANIFEST not in names:
         raise UsageError(f"{folder} is unfinished: run the command that makes it again.")
     shards = sorted(file for name, file in names.items() if is_shard(name) and not name.startswith("."))
@@ -79,13 +79,13 @@ def _shards_among(files: Sequence[str], folder: str) -> list[str]:
     twice = next((shard for shard, stem in zip(shards, stems, strict=True) if stems.count(stem) > 1), None)
     if twice is not None:
         raise UsageError(
-            f"{folder} holds {base_name(twice)} in more than one form; keep one, or name the ones to read."
+            f"{folder} holds {url_basename(twice)} in more than one form; keep one, or name the ones to read."
         )
     return shards
 
 
 def _stem(shard: str) -> str:
-    name = base_name(shard)
+    name = url_basename(shard)
     return next(name[: -len(suffix)] for suffix in SHARD_SUFFIXES[::-1] if name.lower().endswith(suffix))
 
 
@@ -126,4 +126,4 @@ def shards_fingerprint(shards: Sequence[str], cache: ShardCache | None = None) -
 
     It stays the same when the files are moved or renamed; new bytes of just the same size go unnoticed.
     """
-    return fingerprint_of(*(open_index(shard, cache).fingerprint for shard in shards))
+    return compute_fingerprint(*(open_index(shard, cache).fingerprint for shard in shards))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlm.data.samples import Captions
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 
 THUMBNAIL_PIXELS = 16
 
@@ -17,11 +17,11 @@ THUMBNAIL_PIXELS = 16
 # fashion (8,383) lie at 1.79; Flickr8k, CIFAR-10 and 5,000 drawn scenes have none below 4.
 MAX_RMS_LEVELS = 1.7
 MAX_LEVELS = 12
-_LARGE_SHARE = 0.1
+_MAX_GROUP_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutSplit:
     """Which samples, by number, are held out, and what was grouped.
 
     merged_by_caption, merged_by_picture: samples that joined another's group, counted in this order.
@@ -35,13 +35,13 @@ class HeldOut:
     merged_by_picture: int
 
 
-def thumbnail_of(picture: Image.Image) -> np.ndarray:
+def make_thumbnail(image: Image.Image) -> np.ndarray:
     """An RGB picture as uint8 [16 * 16 * 3], by which copies are recognised."""
-    small = picture.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.BOX)
+    small = image.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.uint8).reshape(-1)
 
 
-class SampleGroups:
+class GroupedSplit:
     """Collects samples and groups them; about 1 KB of memory a sample.
 
     by_caption: whether a common caption (but for case and spaces) makes a group; not for captions that are labels.
@@ -58,16 +58,16 @@ class SampleGroups:
 
     def add(self, number: int, key: str, captions: Captions, thumbnail: np.ndarray) -> None:
         """Take in one sample; `number` is how it will be named in the result."""
-        place = len(self._parents)
+        position = len(self._parents)
         self._numbers.append(number)
         self._keys.append(key)
         self._thumbnails.append(thumbnail)
-        self._parents.append(place)
+        self._parents.append(position)
         if self._by_caption:
             for caption in {" ".join(text.casefold().split()) for texts in captions.values() for text in texts}:
-                self._merged_by_caption += self._join(self._first_with.setdefault(caption, place), place)
+                self._merged_by_caption += self._union(self._first_with.setdefault(caption, position), position)
 
-    def hold_out(self, at_least: int, *, seed: int) -> HeldOut:
+    def hold_out(self, at_least: int, *, seed: int) -> HeldOutSplit:
         """Whole groups, drawn by a hash of the seed and their first key, until `at_least` samples are held out.
 
         A group of more than a tenth of `at_least` is taken only when no smaller one is left.
@@ -75,13 +75,14 @@ class SampleGroups:
         Raises:
             UsageError: nothing would be left to train on.
         """
-        merged_by_picture = sum(self._join(one, other) for one, other in same_pictures(self._stacked()))
+        merged_by_picture = sum(self._union(one, other) for one, other in find_duplicate_pairs(self._stacked()))
         groups: dict[int, list[int]] = {}
-        for place in range(len(self._parents)):
-            groups.setdefault(self._root(place), []).append(place)
-        large = max(at_least * _LARGE_SHARE, 1)
+        for position in range(len(self._parents)):
+            groups.setdefault(self._find_root(position), []).append(position)
+        large = max(at_least * _MAX_GROUP_SHARE, 1)
         drawn = sorted(
-            groups.values(), key=lambda group: (len(group) > large, fingerprint_of(f"{seed}/{self._keys[group[0]]}"))
+            groups.values(),
+            key=lambda group: (len(group) > large, compute_fingerprint(f"{seed}/{self._keys[group[0]]}")),
         )
         held_out: list[int] = []
         while drawn and len(held_out) < at_least:
@@ -91,8 +92,8 @@ class SampleGroups:
                 f"{at_least:,} samples cannot be held out: {len(self._parents):,} usable samples form {len(groups):,} "
                 "groups of common captions or pictures, and some must be left to train on. Hold out fewer."
             )
-        return HeldOut(
-            numbers=frozenset(self._numbers[place] for place in held_out),
+        return HeldOutSplit(
+            numbers=frozenset(self._numbers[position] for position in held_out),
             samples=len(self._parents),
             groups=len(groups),
             largest_group=max(map(len, groups.values())),
@@ -104,21 +105,21 @@ class SampleGroups:
         empty = np.zeros((0, THUMBNAIL_PIXELS * THUMBNAIL_PIXELS * 3), np.uint8)
         return np.stack(self._thumbnails) if self._thumbnails else empty
 
-    def _root(self, place: int) -> int:
+    def _find_root(self, position: int) -> int:
         parents = self._parents
-        while parents[place] != place:
-            parents[place] = parents[parents[place]]
-            place = parents[place]
-        return place
+        while parents[position] != position:
+            parents[position] = parents[parents[position]]
+            position = parents[position]
+        return position
 
-    def _join(self, one: int, other: int) -> bool:
+    def _union(self, one: int, other: int) -> bool:
         """Whether the two were in different groups until now."""
-        first, second = sorted((self._root(one), self._root(other)))
+        first, second = sorted((self._find_root(one), self._find_root(other)))
         self._parents[second] = first
         return first != second
 
 
-def same_pictures(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
+def find_duplicate_pairs(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
     """Pairs of rows of uint8 [N, 768] that show the same picture; rows equal bit for bit are paired with the first.
 
     Every such pair is found: a mean with weights ±1 cannot differ by more than the root mean square does, so
@@ -134,20 +135,20 @@ def same_pictures(thumbnails: np.ndarray) -> Iterator[tuple[int, int]]:
     means = thumbnails[rows] @ _contrasts()
     order = np.argsort(means[:, 0], kind="stable")
     rows, means = rows[order], means[order]
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     for step in range(1, len(rows)):
-        places = places[: np.searchsorted(places, len(rows) - step)]
-        places = places[means[places + step, 0] - means[places, 0] <= MAX_RMS_LEVELS]
-        if not len(places):
+        positions = positions[: np.searchsorted(positions, len(rows) - step)]
+        positions = positions[means[positions + step, 0] - means[positions, 0] <= MAX_RMS_LEVELS]
+        if not len(positions):
             return
-        is_near = np.all(np.abs(means[places + step, 1:] - means[places, 1:]) <= MAX_RMS_LEVELS, axis=1)
-        for place in places[is_near]:
-            one, other = rows[place], rows[place + step]
-            if _is_same(thumbnails[one], thumbnails[other]):
+        is_near = np.all(np.abs(means[positions + step, 1:] - means[positions, 1:]) <= MAX_RMS_LEVELS, axis=1)
+        for position in positions[is_near]:
+            one, other = rows[position], rows[position + step]
+            if _is_duplicate(thumbnails[one], thumbnails[other]):
                 yield int(one), int(other)
 
 
-def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+def _is_duplicate(one: np.ndarray, other: np.ndarray) -> bool:
     difference = one.astype(np.int32) - other
     return bool(np.abs(difference).max() <= MAX_LEVELS and np.mean(difference**2) <= MAX_RMS_LEVELS**2)
 

@@ -23,12 +23,12 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
-from vlm.data.samples import Sample, captions_of
+from vlm.data.samples import Sample, parse_captions
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import fingerprint_of, replacing
-from vlm.storage.remote import Identity, identity_of, read_small
-from vlm.storage.urls import base_name, is_remote, local_path, needs_cache, neighbour
+from vlm.files import atomic_write, compute_fingerprint
+from vlm.storage.remote import FileIdentity, file_identity, read_small
+from vlm.storage.urls import is_remote, local_path, needs_cache, sibling_url, url_basename
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SIZE = 1 << 62
@@ -47,7 +47,7 @@ class _Guarded:
         return self._file.read(size)
 
 
-def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], str]:
+def read_entries(file: BinaryIO, url: str) -> tuple[list[tarfile.TarInfo], str]:
     """The regular files of a plain tar, and why it ends early, or an empty string.
 
     Links, devices, folders and sparse files are left out. Names are only names: they may hold `..` or begin with `/`,
@@ -58,7 +58,7 @@ def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], s
         VlmError: not even its first header can be read.
     """
     if file.read(2) == b"\x1f\x8b":
-        raise UsageError(f"{address} is compressed; rename it to end in .tar.gz, or unpack it with gunzip.")
+        raise UsageError(f"{url} is compressed; rename it to end in .tar.gz, or unpack it with gunzip.")
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     entries: list[tarfile.TarInfo] = []
@@ -68,7 +68,7 @@ def read_entries(file: BinaryIO, address: str) -> tuple[list[tarfile.TarInfo], s
     except Exception as error:  # on garbage tarfile raises whatever its parsing stumbles over
         why = " ".join(str(error).split()) or type(error).__name__
         if not entries:
-            raise VlmError(f"{address} is not a tar, or is damaged from the start: {why}.") from error
+            raise VlmError(f"{url} is not a tar, or is damaged from the start: {why}.") from error
         last = entries[-1]
         damage = f"{why} after byte {last.offset_data:,} ({last.name})"
     return entries, damage
@@ -193,7 +193,7 @@ class TarIndex:
         return int(sizes[sizes > 0].sum())
 
 
-def open_index(address: str, cache: ShardCache | None = None) -> TarIndex:
+def open_index(url: str, cache: ShardCache | None = None) -> TarIndex:
     """The index of a tar: from its cache if that still fits the tar, else scanned and cached.
 
     The cache lies beside the tar where its folder may be written, else under `~/.cache/vlm`. For a remote tar an index
@@ -204,23 +204,23 @@ def open_index(address: str, cache: ShardCache | None = None) -> TarIndex:
         UsageError: there is no such tar, or it is compressed without saying so by its name.
         VlmError: nothing in it can be read, or it cannot be fetched.
     """
-    address = local_path(address)
-    return _open_version(address, identity_of(address, cache.patience if cache else None), cache)
+    url = local_path(url)
+    return _open_version(url, file_identity(url, cache.retry_policy if cache else None), cache)
 
 
 @lru_cache(maxsize=256)
-def _open_version(address: str, identity: Identity, cache: ShardCache | None) -> TarIndex:
+def _open_version(url: str, identity: FileIdentity, cache: ShardCache | None) -> TarIndex:
     stamp = f"{_FORMAT}/{identity.token}".encode()
-    for path in _cache_paths(address, stamp):
+    for path in _cache_paths(url, stamp):
         table = _read_cache(path, stamp)
         if table is not None:
             return TarIndex(table)
-    table = _beside_remote(address, identity, stamp, cache) if is_remote(address) else None
-    table = table or _scan(address, identity, stamp, cache)
-    for path in _cache_paths(address, stamp):
+    table = _index_beside_remote(url, identity, stamp, cache) if is_remote(url) else None
+    table = table or _scan(url, identity, stamp, cache)
+    for path in _cache_paths(url, stamp):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+            with atomic_write(path) as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
             break
         except OSError:
@@ -228,12 +228,12 @@ def _open_version(address: str, identity: Identity, cache: ShardCache | None) ->
     return TarIndex(table)
 
 
-def _cache_paths(address: str, stamp: bytes) -> list[Path]:
+def _cache_paths(url: str, stamp: bytes) -> list[Path]:
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    central = base / "vlm" / "shard-index" / f"{fingerprint_of(address, stamp)}.arrow"
-    if is_remote(address):
+    central = base / "vlm" / "shard-index" / f"{compute_fingerprint(url, stamp)}.arrow"
+    if is_remote(url):
         return [central]
-    path = Path(address).absolute()
+    path = Path(url).absolute()
     # the mode is asked, not os.access: root may write into folders that are meant to be read-only
     is_writable = path.parent.stat().st_mode & stat.S_IWUSR and os.access(path.parent, os.W_OK)
     return [path.parent / _index_name(path.name), central] if is_writable else [central]
@@ -253,42 +253,42 @@ def _read_cache(cache: Path, stamp: bytes) -> pa.Table | None:
     return table if (table.schema.metadata or {}).get(b"identity") == stamp else None
 
 
-def _beside_remote(address: str, identity: Identity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
+def _index_beside_remote(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
     """The index that lies beside a remote tar, if it is whole and of a tar of this size."""
-    beside = neighbour(address, _index_name(base_name(address)))
-    data = read_small(beside, max_bytes=_MAX_INDEX_BYTES, patience=cache.patience if cache else None)
+    beside = sibling_url(url, _index_name(url_basename(url)))
+    data = read_small(beside, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
     try:
         table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError):
         return None
-    facts = table.schema.metadata or {}
-    is_ours = facts.get(b"format") == _FORMAT.encode() and b"fingerprint" in facts
+    metadata = table.schema.metadata or {}
+    is_ours = metadata.get(b"format") == _FORMAT.encode() and b"fingerprint" in metadata
     has_columns = table.schema.remove_metadata() == _SCHEMA and not any(column.null_count for column in table.columns)
-    if not is_ours or not has_columns or facts.get(b"tar_size") != str(identity.size).encode():
+    if not is_ours or not has_columns or metadata.get(b"tar_size") != str(identity.size).encode():
         return None
-    return table.replace_schema_metadata({**facts, b"identity": stamp})
+    return table.replace_schema_metadata({**metadata, b"identity": stamp})
 
 
-def _scan(address: str, identity: Identity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
+def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
     rows: list[_Row] = []
-    with _open_plain(address, identity, cache) as file:
-        entries, damage = read_entries(file, address)
-    if needs_cache(address):
-        damage = (cache or default_cache()).damage(address, identity) or damage
+    with _open_plain(url, identity, cache) as file:
+        entries, damage = read_entries(file, url)
+    if needs_cache(url):
+        damage = (cache or default_cache()).damage(url, identity) or damage
     for entry in entries:
         _place(rows, entry)
     table = _table(rows)
-    facts = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
-    return table.replace_schema_metadata({**facts, "fingerprint": _content_fingerprint(table)})
+    metadata = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
+    return table.replace_schema_metadata({**metadata, "fingerprint": _content_fingerprint(table)})
 
 
-def _open_plain(address: str, identity: Identity, cache: ShardCache | None) -> BinaryIO:
-    if not needs_cache(address):
-        return open(address, "rb")
+def _open_plain(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
+    if not needs_cache(url):
+        return open(url, "rb")
     while True:
         try:
-            return (cache or default_cache()).local_path(address, identity).open("rb")
+            return (cache or default_cache()).local_path(url, identity).open("rb")
         except FileNotFoundError:  # made room for another in between
             continue
 
@@ -320,7 +320,7 @@ def _content_fingerprint(table: pa.Table) -> str:
         for number, row in enumerate(table.column("arrays").to_pylist())
         for name, _, size in map(dict.values, row)
     ]
-    return fingerprint_of("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
+    return compute_fingerprint("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
 
 
 def _place(rows: list[_Row], entry: tarfile.TarInfo) -> None:
@@ -354,10 +354,10 @@ class ShardReader:
     cache: where a remote or compressed tar is kept; the default one if not given.
     """
 
-    def __init__(self, address: str, cache: ShardCache | None = None) -> None:
-        self.address = address
-        self.index: TarIndex = open_index(address, cache)
-        path = local_path(address)
+    def __init__(self, url: str, cache: ShardCache | None = None) -> None:
+        self.url = url
+        self.index: TarIndex = open_index(url, cache)
+        path = local_path(url)
         is_cached = needs_cache(path)
         self._bytes: _Bytes = _CachedBytes(path, cache or default_cache()) if is_cached else _LocalBytes(path)
 
@@ -368,7 +368,7 @@ class ShardReader:
         """Release the file."""
         self._bytes.close()
 
-    def place(self, number: int) -> tuple[str, int]:
+    def key_and_offset(self, number: int) -> tuple[str, int]:
         """Key of a sample and where its first part begins, in bytes from the start of the plain tar."""
         member = self.index[number]
         spans = [span for span in (member.image, member.text, member.json, *member.arrays.values()) if span]
@@ -393,7 +393,7 @@ class ShardReader:
         return Sample(
             key=member.key,
             image=image,
-            captions=captions_of(text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace"), metadata),
+            captions=parse_captions(text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace"), metadata),
             metadata=metadata,
             arrays={name: _array(data, f"{member.key}.{name}.npy") for name, data in zip(arrays, stored, strict=True)},
         )
@@ -431,21 +431,21 @@ class _LocalBytes:
 class _CachedBytes:
     """A tar in the cache: opened for each sample, so that it takes no space once it made room for another."""
 
-    def __init__(self, address: str, cache: ShardCache) -> None:
-        self._address, self._cache, self._identity = address, cache, identity_of(address, cache.patience)
+    def __init__(self, url: str, cache: ShardCache) -> None:
+        self._url, self._cache, self._identity = url, cache, file_identity(url, cache.retry_policy)
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
         for _ in range(_TRIES):
             try:
-                descriptor = os.open(self._cache.local_path(self._address, self._identity), os.O_RDONLY)
+                descriptor = os.open(self._cache.local_path(self._url, self._identity), os.O_RDONLY)
             except FileNotFoundError:  # made room for another just now
                 continue
             try:
-                return _read_spans(descriptor, spans, self._address, end=os.fstat(descriptor).st_size)
+                return _read_spans(descriptor, spans, self._url, end=os.fstat(descriptor).st_size)
             finally:
                 os.close(descriptor)
         raise VlmError(
-            f"{self._address} left the cache at {self._cache.folder} {_TRIES} times before it could be read: too many "
+            f"{self._url} left the cache at {self._cache.folder} {_TRIES} times before it could be read: too many "
             f"shards are read at once for its {self._cache.max_bytes:,} bytes; allow more by VLM_CACHE_GB."
         )
 
@@ -453,25 +453,25 @@ class _CachedBytes:
         """Nothing is held."""
 
 
-def _read_spans(descriptor: int, spans: Sequence[Span], address: str, *, end: int) -> list[bytes]:
+def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -> list[bytes]:
     first, last, wanted = end, 0, 0
     for offset, size in spans:
         if not size:
             continue
         stop = offset + size
         if offset < 0 or size < 0 or stop > end:  # asked first: a header may promise more than there is memory
-            raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {address}, which ends at {end:,}")
+            raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {url}, which ends at {end:,}")
         first, last, wanted = offset if offset < first else first, stop if stop > last else last, wanted + size
     if last - first - wanted > _GAP_BYTES:
-        return [_read_span(descriptor, span, address) for span in spans]
-    together = _read_span(descriptor, Span(first, max(last - first, 0)), address)
+        return [_read_span(descriptor, span, url) for span in spans]
+    together = _read_span(descriptor, Span(first, max(last - first, 0)), url)
     return [together[offset - first : offset - first + size] for offset, size in spans]
 
 
-def _read_span(descriptor: int, span: Span, address: str) -> bytes:
+def _read_span(descriptor: int, span: Span, url: str) -> bytes:
     data = os.pread(descriptor, span.size, span.offset)
     if len(data) != span.size:
-        raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {address}, {len(data):,} are there")
+        raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {url}, {len(data):,} are there")
     return data
 
 
@@ -507,7 +507,7 @@ _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 Arrays = dict[str, np.ndarray]
 
 
-def copy_with_arrays(address: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
+def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
     """Write the tar at `address` anew, with `KEY.NAME.npy` after the last part of each sample.
 
     Names, contents and order of the regular files stay; times, owners, links and folders are left out, so the same
@@ -518,13 +518,13 @@ def copy_with_arrays(address: str, out: BinaryIO, arrays: Iterator[Arrays], cach
         arrays: those of each sample in the order of the index, by name; empty for a sample that gets none.
         cache: where remote and compressed tars are kept; the default one if not given.
     """
-    index = open_index(address, cache)
+    index = open_index(url, cache)
     members = [index[number] for number in range(len(index))]
     sample_at = {offset: number for number, member in enumerate(members) for offset in _offsets(member)}
     number, added = -1, Arrays()
-    with _open_for_copy(address, cache) as file, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with _open_for_copy(url, cache) as file, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         end = file.seek(0, os.SEEK_END)
-        for entry in read_entries(file, address)[0]:
+        for entry in read_entries(file, url)[0]:
             if entry.offset_data + entry.size > end:
                 break
             here = sample_at.get(entry.offset_data, -1)  # -1: no part of a sample, as the index sees it
@@ -562,12 +562,12 @@ def _array_file(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _open_for_copy(address: str, cache: ShardCache | None) -> BinaryIO:
-    if not needs_cache(address):
-        return open(local_path(address), "rb")
+def _open_for_copy(url: str, cache: ShardCache | None) -> BinaryIO:
+    if not needs_cache(url):
+        return open(local_path(url), "rb")
     cache = cache or default_cache()
     while True:
         try:
-            return cache.local_path(address, identity_of(address, cache.patience)).open("rb")
+            return cache.local_path(url, file_identity(url, cache.retry_policy)).open("rb")
         except FileNotFoundError:  # made room for another in between
             continue

@@ -10,12 +10,12 @@ import numpy as np
 from typing_extensions import override
 
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of, write_bytes, write_text
+from vlm.files import compute_fingerprint, write_bytes, write_text
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
-_LEAST_CONTEXT = 3
-_WORDS_KEPT = 1 << 17
+_MIN_CONTEXT_LENGTH = 3
+_MAX_CACHED_WORDS = 1 << 17
 _WIDTH_STEP = 8
 
 
@@ -63,7 +63,7 @@ class ClipTokenizer(Tokenizer):
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return _rows_of(map(self._pieces, texts), self)
+        return _pad_rows(map(self._pieces, texts), self)
 
     def _pieces(self, text: str) -> list[int]:
         # anything else is cleaned by open_clip's tokenizer, which may join or part words
@@ -74,7 +74,7 @@ class ClipTokenizer(Tokenizer):
         return [piece for word in text.lower().split() for piece in known.get(word) or self._pieces_of_word(word)]
 
     def _pieces_of_word(self, word: str) -> tuple[int, ...]:
-        if len(self._words) >= _WORDS_KEPT:
+        if len(self._words) >= _MAX_CACHED_WORDS:
             self._words.clear()
         parts = self._bpe.pat.findall(word)
         self._words[word] = tuple(piece for part in parts for piece in self._pieces_of_part(part))
@@ -97,7 +97,7 @@ class ClipTokenizer(Tokenizer):
 
     @override
     def fingerprint(self) -> str:
-        return fingerprint_of("clip", str(self.context_length))
+        return compute_fingerprint("clip", str(self.context_length))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -124,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return _rows_of(self._pieces.encode(list(texts)), self)
+        return _pad_rows(self._pieces.encode(list(texts)), self)
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:
@@ -137,7 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def fingerprint(self) -> str:
-        return fingerprint_of("sentencepiece", self._model, str(self.context_length))
+        return compute_fingerprint("sentencepiece", self._model, str(self.context_length))
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -158,8 +158,8 @@ class HuggingFaceTokenizer(Tokenizer):
             inner.pad_token = inner.eos_token
         inner.padding_side = "right"
         self.pad_token = inner.pad_token_id or 0
-        self.start_token = _first_given(inner.bos_token_id, inner.cls_token_id, self.pad_token)
-        self.end_token = _first_given(inner.eos_token_id, inner.sep_token_id, self.pad_token)
+        self.start_token = _first_not_none(inner.bos_token_id, inner.cls_token_id, self.pad_token)
+        self.end_token = _first_not_none(inner.eos_token_id, inner.sep_token_id, self.pad_token)
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -177,7 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def fingerprint(self) -> str:
         vocabulary = json.dumps(self._wrapped.tokenizer.get_vocab(), sort_keys=True)
-        return fingerprint_of("huggingface", vocabulary, str(self.context_length))
+        return compute_fingerprint("huggingface", vocabulary, str(self.context_length))
 
 
 _SAVED: dict[str, Callable[[Path, int], Tokenizer]] = {
@@ -195,9 +195,10 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
     Raises:
         UsageError: nothing of the kind is there, or the context length holds no piece.
     """
-    if context_length and context_length < _LEAST_CONTEXT:
+    if context_length and context_length < _MIN_CONTEXT_LENGTH:
         raise UsageError(
-            f"context_length = {context_length} holds no piece between start and end; give {_LEAST_CONTEXT} or more."
+            f"context_length = {context_length} holds no piece between start and end; "
+            f"give {_MIN_CONTEXT_LENGTH} or more."
         )
     path = Path(source)
     if source == "clip":
@@ -245,7 +246,7 @@ def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def trimmed(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def trim_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Rows of ids [..., L] cut to the longest of them, rounded up to a multiple of 8, so that few widths occur.
 
     Where padding is the end token itself, one is kept.
@@ -257,7 +258,7 @@ def trimmed(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return tokens[..., : -(-longest // _WIDTH_STEP) * _WIDTH_STEP]
 
 
-def _rows_of(texts: Iterable[list[int]], tokenizer: Tokenizer) -> np.ndarray:
+def _pad_rows(texts: Iterable[list[int]], tokenizer: Tokenizer) -> np.ndarray:
     """Pieces of each text between start and end token, cut and padded: int64 [T, L]."""
     room, start, end = tokenizer.context_length - 2, tokenizer.start_token, tokenizer.end_token
     kept = [[start, *pieces[:room], end] for pieces in texts]
@@ -277,7 +278,7 @@ def _inner(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
     return inner
 
 
-def _first_given(*values: int | None) -> int:
+def _first_not_none(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 

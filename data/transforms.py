@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm.data.decode import EncodedPicture, open_picture, reduction, to_rgb
-from vlm.data.samples import Chance
+from vlm.data.decode import EncodedImage, open_image, reduction, to_rgb
+from vlm.data.samples import RandomSource
 from vlm.errors import BadSample, UsageError
 from vlm.tensors import Array, Tensor, UInt8
 
@@ -29,7 +29,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedView:
+class EvalTransform:
     """Resize and crop without chance, pixel for pixel as open_clip's evaluation transform does.
 
     size: pixels of the square. mean, std: of the channels in [0, 1], applied on the device.
@@ -44,7 +44,7 @@ class FixedView:
     fill_color: int = 0
 
     @classmethod
-    def from_preprocess(cls, values: dict[str, Any]) -> "FixedView":
+    def from_preprocess(cls, values: dict[str, Any]) -> "EvalTransform":
         """From the `preprocess_cfg` of an open_clip model folder."""
         known = {field.name for field in fields(cls)}
         kept: dict[str, Any] = {
@@ -61,23 +61,23 @@ class FixedView:
         """As the `preprocess_cfg` of an open_clip model folder."""
         return asdict(self) | {"mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
 
-    def __call__(self, image: bytes) -> np.ndarray:
+    def __call__(self, data: bytes) -> np.ndarray:
         """Encoded picture to uint8 [3, size, size].
 
         Raises:
             BadSample: it cannot be decoded.
         """
-        picture = to_rgb(open_picture(image))
-        return _channels_first(self._fit(picture))
+        image = to_rgb(open_image(data))
+        return _channels_first(self._fit(image))
 
-    def _fit(self, picture: Image.Image) -> Image.Image:
+    def _fit(self, image: Image.Image) -> Image.Image:
         size, resample = self.size, _FILTERS[self.interpolation]
         if self.resize_mode == "squash":
-            return picture.resize((size, size), resample)
-        width, height = picture.size
+            return image.resize((size, size), resample)
+        width, height = image.size
         if self.resize_mode == "longest":
             ratio = max(width, height) / size
-            small = picture.resize((max(round(width / ratio), 1), max(round(height / ratio), 1)), resample)
+            small = image.resize((max(round(width / ratio), 1), max(round(height / ratio), 1)), resample)
             square = Image.new("RGB", (size, size), (self.fill_color,) * 3)
             square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
             return square
@@ -85,10 +85,10 @@ class FixedView:
             new_width, new_height = size, int(size * height / width)
         else:
             new_width, new_height = int(size * width / height), size
-        if (new_width, new_height) != picture.size:
-            picture = picture.resize((new_width, new_height), resample)
+        if (new_width, new_height) != image.size:
+            image = image.resize((new_width, new_height), resample)
         left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-        return picture.crop((left, top, left + size, top + size))
+        return image.crop((left, top, left + size, top + size))
 
 
 class Crop(NamedTuple):
@@ -98,11 +98,11 @@ class Crop(NamedTuple):
     top: int
     width: int
     height: int
-    is_mirrored: bool = False
+    is_flipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomView:
+class RandomResizedCrop:
     """A random crop, resized (Inception's RandomResizedCrop), decoded no larger than it needs.
 
     scale: range of the crop's share of the area. ratio: range of its width / height.
@@ -122,23 +122,23 @@ class RandomView:
         if self.size < 1:
             raise UsageError(f"size = {self.size} pixels show nothing; give 1 or more.")
 
-    def __call__(self, image: bytes, rng: Chance) -> UInt8[Array, "3 S S"]:
+    def __call__(self, data: bytes, rng: RandomSource) -> UInt8[Array, "3 S S"]:
         """Encoded picture to its view; the channels of a pixel lie side by side in memory (as of `show`).
 
         Raises:
             BadSample: it cannot be decoded.
         """
-        picture = EncodedPicture(image)
-        return self.show(picture, self.draw(picture.width, picture.height, rng))
+        image = EncodedImage(data)
+        return self.show(image, self.draw(image.width, image.height, rng))
 
-    def draw(self, width: int, height: int, rng: Chance) -> Crop:
+    def draw(self, width: int, height: int, rng: RandomSource) -> Crop:
         """The crop of an upright picture of this size; the middle, as large as the ratio allows, after ten misses.
 
         What is drawn from the generator depends on the size alone, not on how the picture is decoded.
         """
-        is_mirrored = rng.random() < self.flip
+        is_flipped = rng.random() < self.flip
         if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
-            return self._on_grid(0, 0, width, height, is_mirrored)
+            return self._on_grid(0, 0, width, height, is_flipped)
         random, pixels, (low, span), (least, most) = rng.random, width * height, self._log_ratio, self.scale
         for _ in range(10):
             share, shape, across, down = random(), random(), random(), random()
@@ -147,34 +147,34 @@ class RandomView:
             crop_width, crop_height = round(sqrt(area * aspect)), round(sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
-                return self._on_grid(left, top, crop_width, crop_height, is_mirrored)
+                return self._on_grid(left, top, crop_width, crop_height, is_flipped)
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
         crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
-        return self._on_grid(left, top, crop_width, crop_height, is_mirrored)
+        return self._on_grid(left, top, crop_width, crop_height, is_flipped)
 
     @cached_property
     def _log_ratio(self) -> tuple[float, float]:
         return log(self.ratio[0]), log(self.ratio[1]) - log(self.ratio[0])
 
-    def _on_grid(self, left: int, top: int, width: int, height: int, is_mirrored: bool) -> Crop:
+    def _on_grid(self, left: int, top: int, width: int, height: int, is_flipped: bool) -> Crop:
         """The crop with its edges on whole pixels of the reduced JPEG, for every kind of picture.
 
         Otherwise a reduced picture would be shown shifted by part of a pixel against the same one decoded whole.
         """
         step = reduction(self.size / min(width, height))
         if step == 1:
-            return Crop(left, top, width, height, is_mirrored)
-        return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_mirrored)
+            return Crop(left, top, width, height, is_flipped)
+        return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_flipped)
 
-    def show(self, picture: EncodedPicture, crop: Crop) -> UInt8[Array, "3 S S"]:
+    def show(self, image: EncodedImage, crop: Crop) -> UInt8[Array, "3 S S"]:
         """Decode a picture and resize its crop; the channels of a pixel lie side by side in memory.
 
         Raises:
             BadSample: it cannot be decoded.
         """
         shown = np.empty((self.size, self.size, 3), np.uint8)
-        self.cut(picture, picture.pixels(resolution=self.resolution(crop)), crop, out=shown)
+        self.cut(image, image.pixels(resolution=self.resolution(crop)), crop, out=shown)
         return shown.transpose(2, 0, 1)
 
     def resolution(self, crop: Crop) -> float:
@@ -182,20 +182,20 @@ class RandomView:
         return min(1.0, self.size / min(crop.width, crop.height))
 
     def cut(
-        self, picture: EncodedPicture, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "S S 3"]
+        self, image: EncodedImage, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "S S 3"]
     ) -> None:
         """Write the resized crop of the picture's pixels, whole or reduced, to `out`."""
-        step = picture.step_of(pixels)
-        if picture.orientation != 1 and any(overhang := picture.overhang(step)):
-            self._cut_between_pixels(pixels, crop, step, overhang, out=out)
+        step = image.reduction_of(pixels)
+        if image.orientation != 1 and any(overhang := image.overhang(step)):
+            self._crop_between_pixels(pixels, crop, step, overhang, out=out)
         else:
             rows = slice(crop.top // step, max((crop.top + crop.height) // step, 1))
             columns = slice(crop.left // step, max((crop.left + crop.width) // step, 1))
             resize_antialiased(pixels[rows, columns], out, interpolation=self.interpolation)
-        if crop.is_mirrored:
+        if crop.is_flipped:
             out[:] = out[:, ::-1]
 
-    def _cut_between_pixels(
+    def _crop_between_pixels(
         self,
         pixels: UInt8[Array, "H W 3"],
         crop: Crop,
@@ -241,8 +241,8 @@ def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
     return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
 
 
-def _channels_first(picture: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+def _channels_first(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 LOCAL_SCALE = (0.05, 0.4)
@@ -250,30 +250,30 @@ LOCAL_SCALE = (0.05, 0.4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalViews:
+class LocalCrops:
     """So many crops of a picture, each drawn as `view` says."""
 
     number: int
-    view: RandomView
+    view: RandomResizedCrop
 
     def __post_init__(self) -> None:
         if self.number < 1:
             raise UsageError(f"{self.number} local crops: give 1 or more, or none at all.")
 
     @classmethod
-    def beside(
-        cls, view: RandomView, *, number: int, size: int = 0, scale: tuple[float, float] = LOCAL_SCALE
-    ) -> "LocalViews":
+    def for_global_crop(
+        cls, view: RandomResizedCrop, *, number: int, size: int = 0, scale: tuple[float, float] = LOCAL_SCALE
+    ) -> "LocalCrops":
         """Crops that go with a view, mirrored as often and resized alike. size: of their side; 0 is half the view's."""
         return cls(number=number, view=replace(view, size=size or max(view.size // 2, 1), scale=scale))
 
-    def draw(self, width: int, height: int, rng: Chance) -> list[Crop]:
+    def draw(self, width: int, height: int, rng: RandomSource) -> list[Crop]:
         """The crops of an upright picture of this size."""
         return [self.view.draw(width, height, rng) for _ in range(self.number)]
 
     def show(
         self,
-        picture: EncodedPicture,
+        image: EncodedImage,
         crops: Sequence[Crop],
         decoded: UInt8[Array, "H W 3"],
         *,
@@ -288,13 +288,13 @@ class LocalViews:
             BadSample: it cannot be decoded.
         """
         resolution = max(self.view.resolution(crop) for crop in crops)
-        if picture.step_of(decoded) > reduction(resolution):
-            decoded = picture.pixels(resolution=resolution)
+        if image.reduction_of(decoded) > reduction(resolution):
+            decoded = image.pixels(resolution=resolution)
         for row, crop in zip(out, crops, strict=True):
-            self.view.cut(picture, decoded, crop, out=row)
+            self.view.cut(image, decoded, crop, out=row)
 
 
-def view_files(paths: Sequence[Path], view: FixedView) -> UInt8[Tensor, "B 3 H W"]:
+def load_images(paths: Sequence[Path], view: EvalTransform) -> UInt8[Tensor, "B 3 H W"]:
     """Read, decode and fit each file.
 
     Raises:

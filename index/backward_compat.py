@@ -21,57 +21,57 @@ from vlm.console import say
 from vlm.data.samples import Captions
 from vlm.errors import UsageError
 from vlm.evaluation.retrieval import Retrieval, measure_retrieval
-from vlm.files import fingerprint_of, new_folder, refuse_existing
-from vlm.index.ann.index_type import Tuning
-from vlm.index.ann.index_types import choose_kind
+from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
+from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings import Embeddings, Space, open_vectors, unit_rows
+from vlm.index.embeddings import Embeddings, EmbeddingSpace, normalize_rows, open_vectors
 from vlm.index.encoder import absolute_spec
-from vlm.index.layout import Details, catalogue_file
-from vlm.index.reader import Generation, open_generation
-from vlm.index.segments import Written, write_segment
-from vlm.index.writer import living_blocks
+from vlm.index.layout import IndexDetails, catalogue_file
+from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.segments import WrittenSegment, write_segment
+from vlm.index.writer import iter_live_blocks
 from vlm.manifest import write_manifest
-from vlm.models.variants import Head
+from vlm.models.variants import CompatibilityProjection
 from vlm.tensors import Array, Float, Float32, Int64
 
-LEAST_PICTURES = 30
+MIN_IMAGES = 30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pairs:
+class EmbeddingPairs:
     """Row n of `old_images` and of `new_images` is one picture, row t of `old_texts` and of `new_texts` one caption.
 
     owner: for each caption the number of its picture, rising. captions: their words.
     """
 
-    old: Space
-    new: Space
+    old: EmbeddingSpace
+    new: EmbeddingSpace
     old_images: Float32[Array, "N d"]
     new_images: Float32[Array, "N D"]
     old_texts: Float32[Array, "T d"]
     new_texts: Float32[Array, "T D"]
-    owner: Int64[Array, " T"]
+    image_of: Int64[Array, " T"]
     captions: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.old_images)
 
-    def choose(self, pictures: Int64[Array, " K"]) -> "Pairs":
+    def select(self, images: Int64[Array, " K"]) -> "EmbeddingPairs":
         """These pictures (numbers, rising) with their captions."""
-        texts = np.flatnonzero(np.isin(self.owner, pictures))
-        return Pairs(
+        texts = np.flatnonzero(np.isin(self.image_of, images))
+        return EmbeddingPairs(
             old=self.old,
             new=self.new,
-            old_images=self.old_images[pictures],
-            new_images=self.new_images[pictures],
+            old_images=self.old_images[images],
+            new_images=self.new_images[images],
             old_texts=self.old_texts[texts],
             new_texts=self.new_texts[texts],
-            owner=np.searchsorted(pictures, self.owner[texts]),
+            image_of=np.searchsorted(images, self.image_of[texts]),
             captions=tuple(self.captions[text] for text in texts),
         )
 
-    def split(self, share: float, *, seed: int) -> tuple["Pairs", "Pairs"]:
+    def split(self, share: float, *, seed: int) -> tuple["EmbeddingPairs", "EmbeddingPairs"]:
         """All but a share of the pictures, drawn evenly, and that share.
 
         Raises:
@@ -79,22 +79,24 @@ class Pairs:
         """
         order = np.random.default_rng(seed).permutation(len(self))
         held = round(share * len(self))
-        if min(held, len(self) - held) < LEAST_PICTURES:
+        if min(held, len(self) - held) < MIN_IMAGES:
             raise UsageError(
                 f"{len(self):,} pictures are in both old and new embeddings; with {share:.0%} of them held out, fewer "
-                f"than {LEAST_PICTURES} are left on one side. Embed more with both models."
+                f"than {MIN_IMAGES} are left on one side. Embed more with both models."
             )
-        return self.choose(np.sort(order[held:])), self.choose(np.sort(order[:held]))
+        return self.select(np.sort(order[held:])), self.select(np.sort(order[:held]))
 
     def captions_of(self) -> list[list[str]]:
         """The captions of each picture; one after the other they are in the order of the texts."""
         grouped: list[list[str]] = [[] for _ in range(len(self))]
-        for owner, caption in zip(self.owner.tolist(), self.captions, strict=True):
-            grouped[owner].append(caption)
+        for image_of, caption in zip(self.image_of.tolist(), self.captions, strict=True):
+            grouped[image_of].append(caption)
         return grouped
 
 
-def read_pairs(old_images: Path, new_images: Path, old_texts: Path, new_texts: Path, *, most: int, seed: int) -> Pairs:
+def read_pairs(
+    old_images: Path, new_images: Path, old_texts: Path, new_texts: Path, *, max_images: int, seed: int
+) -> EmbeddingPairs:
     """The pairs of four embeddings folders; of more than `most` pictures so many are drawn.
 
     Raises:
@@ -104,27 +106,27 @@ def read_pairs(old_images: Path, new_images: Path, old_texts: Path, new_texts: P
     folders = (old_images, new_images, old_texts, new_texts)
     sources = [Embeddings.open(folder, verify=True) for folder in folders]
     _check_spaces(sources)
-    images = _Join(sources[0], sources[1])
-    texts = _Join(sources[2], sources[3])
+    images = _UidJoin(sources[0], sources[1])
+    texts = _UidJoin(sources[2], sources[3])
     names = images.names
-    if len(names) > most:
-        drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:most])
+    if len(names) > max_images:
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:max_images])
         names = [names[number] for number in drawn]
     number_of = {name: number for number, name in enumerate(names)}
-    owned = [(number_of[owner], name) for name, owner in texts.owners() if owner in number_of]
+    owned = [(number_of[image_of], name) for name, image_of in texts.owners() if image_of in number_of]
     owned.sort(key=lambda one: one[0])
     if not owned:
         raise UsageError(f"No caption of {old_texts} belongs to a picture of {old_images}: embed the same shards.")
     captions = [name for _, name in owned]
-    return Pairs(
+    return EmbeddingPairs(
         old=sources[0].space,
         new=sources[1].space,
         old_images=images.vectors(0, names),
         new_images=images.vectors(1, names),
         old_texts=texts.vectors(0, captions),
         new_texts=texts.vectors(1, captions),
-        owner=np.array([owner for owner, _ in owned], np.int64),
-        captions=tuple(texts.words(name) for name in captions),
+        image_of=np.array([image_of for image_of, _ in owned], np.int64),
+        captions=tuple(texts.caption_of(name) for name in captions),
     )
 
 
@@ -137,7 +139,7 @@ class _Row:
     caption_number: int | None
 
 
-class _Join:
+class _UidJoin:
     """The rows of two folders that have the same uid, in the order of the first.
 
     Raises:
@@ -146,7 +148,7 @@ class _Join:
 
     def __init__(self, old: Embeddings, new: Embeddings) -> None:
         self._sources = (old, new)
-        self._rows = tuple(map(_rows_of, self._sources))
+        self._rows = tuple(map(_pad_rows, self._sources))
         ours, theirs = self._rows
         self.names = [uid for uid in ours if uid in theirs]
         if not self.names:
@@ -168,7 +170,7 @@ class _Join:
         for name in self.names:
             yield name, name.removesuffix(f"#{self._rows[0][name].caption_number}")
 
-    def words(self, name: str) -> str:
+    def caption_of(self, name: str) -> str:
         """The one caption of a text row."""
         return next(text for texts in self._rows[0][name].captions.values() for text in texts)
 
@@ -180,12 +182,12 @@ class _Join:
         first = 0
         for part in source.parts:
             here = np.flatnonzero((wanted >= first) & (wanted < first + part.rows))
-            found[here] = unit_rows(open_vectors(source.folder, part)[wanted[here] - first])
+            found[here] = normalize_rows(open_vectors(source.folder, part)[wanted[here] - first])
             first += part.rows
         return found
 
 
-def _rows_of(source: Embeddings) -> dict[str, _Row]:
+def _pad_rows(source: Embeddings) -> dict[str, _Row]:
     rows = {
         origin.uid: _Row(row, origin.captions, origin.caption_number) for row, origin in enumerate(source.origins())
     }
@@ -215,63 +217,63 @@ def _check_spaces(sources: list[Embeddings]) -> None:
         )
 
 
-def measure_head(pairs: Pairs, head: Head, *, seed: int) -> dict[str, Retrieval]:
+def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> dict[str, Retrieval]:
     """Recall by who asks and which rows answer; pictures asked by captions, and captions by pictures."""
-    images, texts = through(head, pairs.new_images), through(head, pairs.new_texts)
+    images, texts = project_through(head, pairs.new_images), project_through(head, pairs.new_texts)
     return {
-        "old → old": _ask(pairs, pairs.old_images, pairs.old_texts, pairs.old_images, pairs.old_texts),
-        "new → old": ask_old(pairs, head),
-        "new → half new": ask_mixed(pairs, head, seed=seed),
-        "new → new": _ask(pairs, images, texts, images, texts),
-        "new → new, no head": _ask(pairs, pairs.new_images, pairs.new_texts, pairs.new_images, pairs.new_texts),
+        "old → old": _retrieve(pairs, pairs.old_images, pairs.old_texts, pairs.old_images, pairs.old_texts),
+        "new → old": query_old_rows(pairs, head),
+        "new → half new": query_mixed_rows(pairs, head, seed=seed),
+        "new → new": _retrieve(pairs, images, texts, images, texts),
+        "new → new, no head": _retrieve(pairs, pairs.new_images, pairs.new_texts, pairs.new_images, pairs.new_texts),
     }
 
 
-def ask_old(pairs: Pairs, head: Head) -> Retrieval:
+def query_old_rows(pairs: EmbeddingPairs, head: CompatibilityProjection) -> Retrieval:
     """The new model asks old rows."""
     size = head.dimension
-    return _ask(
+    return _retrieve(
         pairs,
-        through(head, pairs.new_images),
-        through(head, pairs.new_texts),
-        padded(pairs.old_images, size),
-        padded(pairs.old_texts, size),
+        project_through(head, pairs.new_images),
+        project_through(head, pairs.new_texts),
+        pad_to(pairs.old_images, size),
+        pad_to(pairs.old_texts, size),
     )
 
 
-def ask_mixed(pairs: Pairs, head: Head, *, seed: int) -> Retrieval:
+def query_mixed_rows(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> Retrieval:
     """The new model asks rows of which half are its own.
 
     seed: of the half of the pictures that count as embedded again, with their captions.
     """
-    images, texts = through(head, pairs.new_images), through(head, pairs.new_texts)
+    images, texts = project_through(head, pairs.new_images), project_through(head, pairs.new_texts)
     again = np.random.default_rng(seed).permutation(len(pairs)) < len(pairs) // 2
-    mixed_images = np.where(again[:, None], images, padded(pairs.old_images, head.dimension))
-    mixed_texts = np.where(again[pairs.owner][:, None], texts, padded(pairs.old_texts, head.dimension))
-    return _ask(pairs, images, texts, mixed_images, mixed_texts)
+    mixed_images = np.where(again[:, None], images, pad_to(pairs.old_images, head.dimension))
+    mixed_texts = np.where(again[pairs.image_of][:, None], texts, pad_to(pairs.old_texts, head.dimension))
+    return _retrieve(pairs, images, texts, mixed_images, mixed_texts)
 
 
-def through(head: Head, vectors: Float32[Array, "N D"]) -> Float32[Array, "N S"]:
+def project_through(head: CompatibilityProjection, vectors: Float32[Array, "N D"]) -> Float32[Array, "N S"]:
     """Embeddings of the new model through the head."""
     return head(torch.from_numpy(vectors)).numpy()
 
 
-def padded(vectors: Float32[Array, "N D"], dimension: int) -> Float32[Array, "N S"]:
+def pad_to(vectors: Float32[Array, "N D"], dimension: int) -> Float32[Array, "N S"]:
     """Old rows as an upgraded index holds them."""
     return np.pad(vectors, ((0, 0), (0, dimension - vectors.shape[1])))
 
 
-def _ask(
-    pairs: Pairs,
-    asking_images: Float32[Array, "N S"],
-    asking_texts: Float32[Array, "T S"],
+def _retrieve(
+    pairs: EmbeddingPairs,
+    query_images: Float32[Array, "N S"],
+    query_texts: Float32[Array, "T S"],
     images: Float32[Array, "N S"],
     texts: Float32[Array, "T S"],
 ) -> Retrieval:
     """Captions ask for `images`, pictures for `texts`."""
     captions = pairs.captions_of()
-    by_texts = measure_retrieval(images, asking_texts, captions)
-    by_images = measure_retrieval(asking_images, texts, captions)
+    by_texts = measure_retrieval(images, query_texts, captions)
+    by_images = measure_retrieval(query_images, texts, captions)
     return Retrieval(
         text_to_image=by_texts.text_to_image,
         image_to_text=by_images.image_to_text,
@@ -285,7 +287,7 @@ _CHOOSE_BY = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class RidgeChoice:
     """What was chosen, and what it reached on pictures that were kept out for choosing.
 
     penalty: of the ridge regression. recall: mean over both directions and over recall@1, 5, 10, on old rows and on
@@ -297,14 +299,14 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FittedHead:
     """A head, and how it was chosen."""
 
-    head: Head
-    choice: Choice
+    head: CompatibilityProjection
+    choice: RidgeChoice
 
 
-def fit_head(pairs: Pairs, *, seed: int = 0) -> Fitted:
+def fit_head(pairs: EmbeddingPairs, *, seed: int = 0) -> FittedHead:
     """The change of basis nearest to a ridge regression of old on new embeddings, with the penalty that recalls best.
 
     On real pairs it meets old rows better than the regression itself, and better than the Procrustes turn, to which it
@@ -317,13 +319,13 @@ def fit_head(pairs: Pairs, *, seed: int = 0) -> Fitted:
     tried = []
     for penalty in PENALTIES:
         head = make_head(pairs, basis_change(predict_old(fitting, penalty)))
-        recall = _mean_recall(ask_old(choosing, head), ask_mixed(choosing, head, seed=seed))
-        tried.append(Choice(penalty=penalty, recall=recall))
+        recall = _mean_recall(query_old_rows(choosing, head), query_mixed_rows(choosing, head, seed=seed))
+        tried.append(RidgeChoice(penalty=penalty, recall=recall))
     best = max(tried, key=lambda one: one.recall)
-    return Fitted(head=make_head(pairs, basis_change(predict_old(pairs, best.penalty))), choice=best)
+    return FittedHead(head=make_head(pairs, basis_change(predict_old(pairs, best.penalty))), choice=best)
 
 
-def predict_old(pairs: Pairs, penalty: float) -> Float[Array, "d D"]:
+def predict_old(pairs: EmbeddingPairs, penalty: float) -> Float[Array, "d D"]:
     """The matrix W with the least mean |W new - old|² + penalty |W|², pictures and captions weighing alike."""
     new, old = (
         np.concatenate([images / len(images) ** 0.5, texts / len(texts) ** 0.5]).astype(np.float64)
@@ -342,9 +344,9 @@ def basis_change(prediction: Float[Array, "d D"]) -> Float[Array, "S D"]:
     return np.concatenate([left[:, :common] @ right[:common], right[common:]])
 
 
-def make_head(pairs: Pairs, matrix: Float[Array, "S D"]) -> Head:
+def make_head(pairs: EmbeddingPairs, matrix: Float[Array, "S D"]) -> CompatibilityProjection:
     """A head of the models of the pairs."""
-    return Head(
+    return CompatibilityProjection(
         matrix=torch.from_numpy(matrix.astype(np.float32)),
         old_dimension=pairs.old.dimension,
         old=pairs.old.fingerprint,
@@ -358,11 +360,11 @@ def _mean_recall(*found: Retrieval) -> float:
     return float(np.mean([value for direction in directions for value in direction.recall.values()]))
 
 
-_GENERATION = 1
+_FIRST_GENERATION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Carried:
+class UpgradeSummary:
     """The index that was made: its rows are those that lived, `dimension` the length they were padded to."""
 
     folder: str
@@ -373,7 +375,7 @@ class Carried:
     seconds: float
 
 
-def upgrade_index(index: Path, out: Path, head: Head, *, head_spec: str) -> Carried:
+def upgrade_index(index: Path, out: Path, head: CompatibilityProjection, *, head_spec: str) -> UpgradeSummary:
     """A new index folder in the space of the head, with the living rows of `index` under their numbers.
 
     A row keeps its stored numbers, followed by zeros, so that cosines between old rows stay what they were. Kind and
@@ -387,53 +389,58 @@ def upgrade_index(index: Path, out: Path, head: Head, *, head_spec: str) -> Carr
         VlmError: the index is damaged.
     """
     started = time.perf_counter()
-    refuse_existing(out)
-    now = open_generation(index)
-    _require_old_space(now, head)
-    with new_folder(out) as folder:
-        written = _write_rows(folder, now, head) if len(now) else None
-        catalogue = catalogue_file(_GENERATION)
-        write_catalogue(folder / catalogue, now.entries(), generation=_GENERATION)
+    check_not_exists(out)
+    snapshot = open_snapshot(index)
+    _require_old_space(snapshot, head)
+    with atomic_folder(out) as folder:
+        written = _write_rows(folder, snapshot, head) if len(snapshot) else None
+        catalogue = catalogue_file(_FIRST_GENERATION)
+        write_catalogue(folder / catalogue, snapshot.entries(), generation=_FIRST_GENERATION)
         space = replace(
-            now.details.space, model=absolute_spec(head_spec), fingerprint=head.fingerprint, dimension=head.dimension
+            snapshot.details.space,
+            model=absolute_spec(head_spec),
+            fingerprint=head.fingerprint,
+            dimension=head.dimension,
         )
-        _write_manifest(folder, now, space, written)
-    now.catalogue.close()
-    return Carried(
+        _write_manifest(folder, snapshot, space, written)
+    snapshot.catalogue.close()
+    return UpgradeSummary(
         folder=str(out),
-        kind=written.segment.kind if written else now.details.kind,
-        rows=len(now),
+        kind=written.segment.kind if written else snapshot.details.kind,
+        rows=len(snapshot),
         old_dimension=head.old_dimension,
         dimension=head.dimension,
         seconds=time.perf_counter() - started,
     )
 
 
-def _require_old_space(now: Generation, head: Head) -> None:
-    space = now.details.space
+def _require_old_space(snapshot: IndexSnapshot, head: CompatibilityProjection) -> None:
+    space = snapshot.details.space
     if space.fingerprint != head.old:
         hint = " It was carried over by this head already." if space.fingerprint == head.fingerprint else ""
         raise UsageError(
-            f"{now.folder} was embedded by {space.model} (fingerprint {space.fingerprint}), the head was fitted to "
+            f"{snapshot.folder} was embedded by {space.model} (fingerprint {space.fingerprint}), "
+            "the head was fitted to "
             f"rows of a model with fingerprint {head.old}.{hint} Fit one to embeddings of {space.model}."
         )
     if space.dimension != head.old_dimension:
         raise UsageError(
-            f"The rows of {now.folder} have {space.dimension} dimensions, the head was fitted to {head.old_dimension}."
+            f"The rows of {snapshot.folder} have {space.dimension} dimensions, "
+            f"the head was fitted to {head.old_dimension}."
         )
 
 
-def _write_rows(folder: Path, now: Generation, head: Head) -> Written:
-    def write(kind: str, tuning: Tuning) -> Written:
-        blocks = chain.from_iterable(map(living_blocks, now.selected))
-        padded = _padded(blocks, head.dimension - head.old_dimension)
-        return write_segment(folder, 0, padded, now.rows, dimension=head.dimension, kind=kind, tuning=tuning)
+def _write_rows(folder: Path, snapshot: IndexSnapshot, head: CompatibilityProjection) -> WrittenSegment:
+    def write(kind: str, tuning: TuningParams) -> WrittenSegment:
+        blocks = chain.from_iterable(map(iter_live_blocks, snapshot.views))
+        pad_to = _padded(blocks, head.dimension - head.old_dimension)
+        return write_segment(folder, 0, pad_to, snapshot.rows, dimension=head.dimension, kind=kind, tuning=tuning)
 
     try:
-        return write(choose_kind(now.details.kind, len(now)), Tuning(**now.details.tuning))
+        return write(resolve_index_type(snapshot.details.kind, len(snapshot)), TuningParams(**snapshot.details.tuning))
     except UsageError as error:
-        say(f"The kind {now.details.kind} no longer fits, a flat segment is made: {error}")
-        return write("flat", Tuning())
+        say(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
+        return write("flat", TuningParams())
 
 
 def _padded(blocks: Iterable[Float[Array, "_ D"]], extra: int) -> Iterator[Float[Array, "_ S"]]:
@@ -441,12 +448,14 @@ def _padded(blocks: Iterable[Float[Array, "_ D"]], extra: int) -> Iterator[Float
         yield np.pad(block, ((0, 0), (0, extra)))
 
 
-def _write_manifest(folder: Path, now: Generation, space: Space, written: Written | None) -> None:
+def _write_manifest(
+    folder: Path, snapshot: IndexSnapshot, space: EmbeddingSpace, written: WrittenSegment | None
+) -> None:
     files = written.files if written else {}
-    details: Details = replace(
-        now.details,
+    details: IndexDetails = replace(
+        snapshot.details,
         space=space,
-        catalogue=catalogue_file(_GENERATION),
+        catalogue=catalogue_file(_FIRST_GENERATION),
         segments=(written.segment,) if written else (),
         next_segment=1,
         tombstones="",
@@ -454,12 +463,12 @@ def _write_manifest(folder: Path, now: Generation, space: Space, written: Writte
     )
     checksums = [files[name].sha256 for name in sorted(files)]
     manifest = replace(
-        now.manifest,
-        fingerprint=fingerprint_of(now.manifest.fingerprint, "upgrade", space.fingerprint, *checksums),
-        generation=_GENERATION,
-        counts={"rows": len(now), "dead": 0},
-        configuration={"index": str(now.folder.absolute()), "head": space.model},
-        inputs=now.manifest.inputs | {"model": space.fingerprint, "index": now.manifest.fingerprint},
+        snapshot.manifest,
+        fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, "upgrade", space.fingerprint, *checksums),
+        generation=_FIRST_GENERATION,
+        counts={"rows": len(snapshot), "dead": 0},
+        configuration={"index": str(snapshot.folder.absolute()), "head": space.model},
+        inputs=snapshot.manifest.inputs | {"model": space.fingerprint, "index": snapshot.manifest.fingerprint},
         files=files,
         details=asdict(details),
         made_by=f"vlm {__version__}",

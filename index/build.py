@@ -9,16 +9,16 @@ import numpy as np
 
 from vlm.console import say
 from vlm.errors import VlmError
-from vlm.files import fingerprint_of, new_folder, refuse_existing
-from vlm.index.ann.index_type import Tuning
-from vlm.index.ann.index_types import choose_kind
+from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
+from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings import Embeddings
-from vlm.index.layout import Details, catalogue_file
-from vlm.index.segments import Written, stored_blocks, write_segment
+from vlm.index.layout import IndexDetails, catalogue_file
+from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest
 
-_GENERATION = 1
+_FIRST_GENERATION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def build_index(
     out: Path,
     *,
     kind: str = "auto",
-    tuning: Tuning | None = None,
+    tuning: TuningParams | None = None,
     evidence: dict[str, Any] | None = None,
 ) -> BuildSummary:
     """Build an index of a finished embeddings folder, whose checksums are verified on the way.
@@ -52,13 +52,13 @@ def build_index(
         VlmError: the embeddings are damaged, or the disk is full or cannot be written.
     """
     started = time.perf_counter()
-    refuse_existing(out)
-    source, wishes = Embeddings.open(embeddings, verify=True), tuning or Tuning()
-    chosen = choose_kind(kind, len(source))
+    check_not_exists(out)
+    source, wishes = Embeddings.open(embeddings, verify=True), tuning or TuningParams()
+    chosen = resolve_index_type(kind, len(source))
     if kind != chosen:
         say(f"{len(source):,} rows: a {chosen} index.")
     try:
-        with new_folder(out) as folder:
+        with atomic_folder(out) as folder:
             written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
@@ -75,15 +75,15 @@ def build_index(
 
 
 def _fill(
-    folder: Path, source: Embeddings, chosen: str, wishes: Tuning, *, wanted: str, evidence: dict[str, Any]
-) -> Written:
+    folder: Path, source: Embeddings, chosen: str, wishes: TuningParams, *, wanted: str, evidence: dict[str, Any]
+) -> WrittenSegment:
     """Write all there is to an index of its first generation; the manifest last."""
-    rows, catalogue = np.arange(len(source)), catalogue_file(_GENERATION)
+    rows, catalogue = np.arange(len(source)), catalogue_file(_FIRST_GENERATION)
     written = write_segment(
-        folder, 0, stored_blocks(source), rows, dimension=source.dimension, kind=chosen, tuning=wishes
+        folder, 0, iter_stored_blocks(source), rows, dimension=source.dimension, kind=chosen, tuning=wishes
     )
-    write_catalogue(folder / catalogue, enumerate(source.origins()), generation=_GENERATION)
-    details = Details(
+    write_catalogue(folder / catalogue, enumerate(source.origins()), generation=_FIRST_GENERATION)
+    details = IndexDetails(
         space=source.space,
         catalogue=catalogue,
         segments=(written.segment,),
@@ -99,12 +99,14 @@ def _fill(
     return written
 
 
-def _manifest(source: Embeddings, written: Written, details: Details) -> Manifest:
+def _manifest(source: Embeddings, written: WrittenSegment, details: IndexDetails) -> Manifest:
     segment = written.segment
     return Manifest(
         kind="index",
-        fingerprint=fingerprint_of(source.manifest.fingerprint, segment.kind, repr(sorted(segment.parameters.items()))),
-        generation=_GENERATION,
+        fingerprint=compute_fingerprint(
+            source.manifest.fingerprint, segment.kind, repr(sorted(segment.parameters.items()))
+        ),
+        generation=_FIRST_GENERATION,
         counts={"rows": segment.rows, "dead": 0},
         configuration={"embeddings": str(source.folder.absolute()), "kind": segment.kind, **segment.parameters},
         inputs={"model": source.space.fingerprint, "embeddings": source.manifest.fingerprint},

@@ -22,11 +22,11 @@ import numpy as np
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
-from vlm.files import sync_folder
+from vlm.files import fsync_folder
 from vlm.index import metadata
 from vlm.index.embeddings import Origin, captions_from_json
-from vlm.index.filters import Condition, rows_where
-from vlm.index.layout import CURE, WritePoint, unhindered
+from vlm.index.filters import Condition, matching_rows
+from vlm.index.layout import REBUILD_HINT, FailPoint, no_failpoint
 from vlm.tensors import Array, Int64
 
 LATEST = 2**63 - 1
@@ -103,16 +103,16 @@ def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: 
             database.execute(statement, {"seen": seen, "generation": generation})
         listed = [row for (row,) in database.execute("SELECT row FROM main.rows ORDER BY row")]
         if not np.array_equal(listed, rows):
-            raise VlmError(f"{source} and the segments beside it have different rows; {CURE}.")
+            raise VlmError(f"{source} and the segments beside it have different rows; {REBUILD_HINT}.")
 
 
-def change_catalogue(
+def update_catalogue(
     path: Path,
     *,
     generation: int,
-    born: Iterable[tuple[int, Origin]] = (),
-    died: Int64[Array, " N"],
-    reached: WritePoint = unhindered,
+    inserted: Iterable[tuple[int, Origin]] = (),
+    deleted: Int64[Array, " N"],
+    failpoint: FailPoint = no_failpoint,
 ) -> None:
     """Let rows die and others be born, all or none.
 
@@ -120,14 +120,14 @@ def change_catalogue(
         VlmError: two living rows would have the same uid, or the disk is full; nothing has changed.
     """
     with _opened(path) as database:
-        dying = ((generation, row) for row in died.tolist())
-        database.executemany(f"UPDATE rows SET died = ? WHERE row = ? AND died = {LATEST}", dying)
-        reached(f"{path.name} within its transaction")
-        insert_rows(database, born, generation=generation)
-        reached(f"{path.name} before its commit")
+        deletions = ((generation, row) for row in deleted.tolist())
+        database.executemany(f"UPDATE rows SET died = ? WHERE row = ? AND died = {LATEST}", deletions)
+        failpoint(f"{path.name} within its transaction")
+        insert_rows(database, inserted, generation=generation)
+        failpoint(f"{path.name} before its commit")
 
 
-def restore_catalogue(path: Path, *, generation: int) -> None:
+def roll_back_catalogue(path: Path, *, generation: int) -> None:
     """Take back what was committed here by a change whose manifest was never written.
 
     Rows born later are hidden for good (their numbers and words stay until `compact`), rows that died later live.
@@ -142,15 +142,15 @@ def restore_catalogue(path: Path, *, generation: int) -> None:
         database.execute(query, (generation, generation))
 
 
-def is_ahead(path: Path, *, generation: int) -> bool:
+def has_uncommitted_changes(path: Path, *, generation: int) -> bool:
     """Whether there is something for `restore_catalogue` to take back."""
-    born = "SELECT 1 FROM rows WHERE born > ?1 AND died >= 0"
-    died = f"SELECT 1 FROM rows WHERE died > ?1 AND died < {LATEST}"
+    inserted = "SELECT 1 FROM rows WHERE born > ?1 AND died >= 0"
+    deleted = f"SELECT 1 FROM rows WHERE died > ?1 AND died < {LATEST}"
     with _opened(path) as database:
-        return bool(database.execute(f"SELECT EXISTS ({born}) OR EXISTS ({died})", (generation,)).fetchone()[0])
+        return bool(database.execute(f"SELECT EXISTS ({inserted}) OR EXISTS ({deleted})", (generation,)).fetchone()[0])
 
 
-def last_row(path: Path) -> int:
+def max_row(path: Path) -> int:
     """The highest number that a row has here, hidden ones too; -1 if there is none."""
     with _opened(path) as database:
         return database.execute("SELECT coalesce(max(row), -1) FROM rows").fetchone()[0]
@@ -171,7 +171,7 @@ def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connecti
             database.execute(index)
         database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
         database.execute("COMMIT")
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]], *, generation: int) -> int:
@@ -187,7 +187,7 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
         texts = [(number, _words(origin.captions)) for number, origin in block]
         database.executemany(_INSERT, lines)
         database.executemany("INSERT INTO captions_text(rowid, text) VALUES (?, ?)", texts)
-        metadata.insert_facts(database, block)
+        metadata.insert_metadata_fields(database, block)
         count += len(block)
     return count
 
@@ -245,7 +245,7 @@ def _writing_errors(path: Path) -> Iterator[None]:
         raise VlmError(f"Two embeddings have the same uid ({error}); embed again with distinct keys.") from error
     except sqlite3.Error as error:
         if not path.is_file() or error.sqlite_errorcode & 0xFF in _DAMAGED:
-            raise VlmError(f"{path} is missing or damaged ({error}); {CURE}.") from error
+            raise VlmError(f"{path} is missing or damaged ({error}); {REBUILD_HINT}.") from error
         raise VlmError(
             f"{path} cannot be written: {error}; if the disk is full, make room on it and try again."
         ) from error
@@ -315,21 +315,21 @@ class Catalogue:
         by_row = {entry.row: entry for entry in found}
         missing = next((row for row in rows if row not in by_row), None)
         if missing is not None:
-            raise VlmError(f"{self.path} has no row {missing:,}, which a segment has; {CURE}.")
+            raise VlmError(f"{self.path} has no row {missing:,}, which a segment has; {REBUILD_HINT}.")
         return [by_row[row] for row in rows]
 
     def find(self, uid: str) -> Entry | None:
         """The entry of this uid, if there is one."""
-        return next(iter(self._select("WHERE uid = ? AND born <= ? AND died > ?", uid, *self._now)), None)
+        return next(iter(self._select("WHERE uid = ? AND born <= ? AND died > ?", uid, *self._visible_at)), None)
 
-    def rows_of(self, uids: Iterable[str]) -> dict[str, int]:
+    def rows_by_uid(self, uids: Iterable[str]) -> dict[str, int]:
         """The row of each uid that there is."""
         names, found = list(uids), {}
         query = "SELECT uid, row FROM rows WHERE uid IN (SELECT value FROM json_each(?)) AND born <= ? AND died > ?"
         with self._reading() as database:
             for first in range(0, len(names), _NAMES_AT_ONCE):
                 block = json.dumps(names[first : first + _NAMES_AT_ONCE])
-                found |= dict(database.execute(query, (block, *self._now)).fetchall())
+                found |= dict(database.execute(query, (block, *self._visible_at)).fetchall())
         return found
 
     def rows(self) -> Int64[Array, " N"]:
@@ -345,7 +345,7 @@ class Catalogue:
             UsageError: it names a field that no row has, or compares numbers with texts.
         """
         with self._reading() as database:
-            return np.setdiff1d(rows_where(database, condition), self._hidden(database), assume_unique=True)
+            return np.setdiff1d(matching_rows(database, condition), self._hidden(database), assume_unique=True)
 
     def search_text(self, words: str, top: int) -> list[Entry]:
         """The entries whose captions hold all the words, best first (BM25; ties by row).
@@ -359,11 +359,11 @@ class Catalogue:
             found = database.execute(
                 "SELECT row FROM captions_text JOIN rows ON row = captions_text.rowid WHERE captions_text MATCH ?"
                 " AND born <= ? AND died > ? ORDER BY rank, row LIMIT ?",
-                (" ".join(phrases), *self._now, top),
+                (" ".join(phrases), *self._visible_at, top),
             ).fetchall()
         return self.entries([row for (row,) in found])
 
-    def facts_of(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
+    def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The field and value of each fact of the given rows; reads the whole table of metadata."""
         found: dict[int, set[tuple[str, int | float | str]]] = {row: set() for row in rows}
         query = (
@@ -389,14 +389,14 @@ class Catalogue:
                         yield f"{self.path.name}: row {values['row']:,} ({values['uid']}) is not as it was written"
 
     @property
-    def _now(self) -> tuple[int, int]:
+    def _visible_at(self) -> tuple[int, int]:
         return self.generation, self.generation
 
     def _hidden(self, database: sqlite3.Connection) -> Int64[Array, " N"]:
         """The rows there are that this generation does not see."""
         # the second condition is the one of the partial index on `died`
         query = f"SELECT row FROM rows WHERE born > ? UNION SELECT row FROM rows WHERE died <= ? AND died < {LATEST}"
-        return np.array([row for (row,) in database.execute(query, self._now)], np.int64)
+        return np.array([row for (row,) in database.execute(query, self._visible_at)], np.int64)
 
     def _select(self, condition: str, *values: str | int) -> list[Entry]:
         with self._reading() as database:
@@ -426,7 +426,9 @@ class _File:
             (page_bytes,) = self.database.execute("PRAGMA page_size").fetchone()
             self._identity = _identity(path)
         if path.stat().st_size < pages * page_bytes:
-            raise VlmError(f"{path} is damaged: {path.stat().st_size:,} of {pages * page_bytes:,} bytes; {CURE}.")
+            raise VlmError(
+                f"{path} is damaged: {path.stat().st_size:,} of {pages * page_bytes:,} bytes; {REBUILD_HINT}."
+            )
 
     def is_current(self) -> bool:
         return self.path.exists() and _identity(self.path) == self._identity
@@ -442,7 +444,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise VlmError(f"{path} cannot be read ({error}); {CURE}.") from error
+        raise VlmError(f"{path} cannot be read ({error}); {REBUILD_HINT}.") from error
 
 
 def _entry(row: sqlite3.Row) -> Entry:

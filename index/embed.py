@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from vlm.console import progress, say
-from vlm.data.collate import AssembleForEmbedding, EmbedBatch, Incident, Item
+from vlm.data.collate import EmbedBatch, EmbedCollator, EvalSample, SampleFailure
 from vlm.data.loader import stream_batches
-from vlm.data.sampler import ShardPlan
+from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import Captions
 from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
@@ -32,23 +32,23 @@ from vlm.data.tar import Span, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import (
     FLOAT16,
+    EmbeddingSpace,
     EmbeddingsWriter,
-    IncidentRecord,
     Modality,
     Origin,
-    Space,
-    Storage,
-    agree_on_batch_size,
-    agreed_batch_size,
-    alone,
-    check_same_origin,
-    first_fault,
+    SkippedSampleRecord,
+    VectorStorage,
+    check_compatible,
+    exclusive_lock,
+    first_mismatch,
     part_name,
-    tidy,
+    remove_leftovers,
+    save_batch_size,
+    saved_batch_size,
 )
-from vlm.index.encoder import Encoder, absolute_spec, check_unit_vectors, compile_encoder, fastest_batch_size
-from vlm.index.ids import UidNamer
-from vlm.manifest import Manifest, is_complete, read_manifest, reopen_folder
+from vlm.index.encoder import Encoder, absolute_spec, check_unit_norm, compile_encoder, find_fastest_batch_size
+from vlm.index.ids import UidAssigner
+from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
 from vlm.tensors import Array, Float32
 
 # torchrun and accelerate launch set the first; srun sets the second for each process of a step, and only then
@@ -56,19 +56,19 @@ _NAMES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessRank:
     """Process `rank` of `world`; `local_rank` is its number on its machine."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
-    def of(self, count: int) -> range:
+    def shard_indices(self, count: int) -> range:
         """The numbers below `count` that are this process's: they are the same whatever is done already."""
-        return range(self.rank, count, self.world)
+        return range(self.rank, count, self.world_size)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Share":
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ProcessRank":
         """As torchrun, accelerate launch or srun started this process; alone where none of them did.
 
         Raises:
@@ -83,23 +83,23 @@ class Share:
         return cls()
 
 
-ALONE = Share()
+SINGLE_PROCESS = ProcessRank()
 
 
 @dataclass(kw_only=True)
-class PartRows:
+class PartBuilder:
     """The rows of the part of shard `number` while they grow, batch by batch."""
 
     name: str
     shard: str
     number: int
-    namer: UidNamer
+    namer: UidAssigner
     modality: Modality
     vectors: list[Float32[Array, "_ D"]] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
-    incidents: list[IncidentRecord] = field(default_factory=list)
+    incidents: list[SkippedSampleRecord] = field(default_factory=list)
 
-    def take(self, batch: EmbedBatch, model: Encoder) -> None:
+    def add_batch(self, batch: EmbedBatch, model: Encoder) -> None:
         """Embed the pictures of a batch, or every caption of its samples.
 
         Raises:
@@ -107,16 +107,16 @@ class PartRows:
         """
         is_image = self.modality == "image"
         for incident in sorted((*batch.unread, *(batch.undecoded if is_image else ())), key=_number):
-            self._leave_out(_number(incident), incident.reason, incident.detail)
+            self._skip(_number(incident), incident.reason, incident.detail)
         if is_image:
-            origins = [self._picture(item) for item in batch.pictures]
+            origins = [self._image_origin(item) for item in batch.image_samples]
             embedded = model.embed_images(batch.images) if origins else None
         else:
-            origins = [origin for item in batch.items for origin in self._captions(item)]
+            origins = [origin for item in batch.items for origin in self._caption_origins(item)]
             embedded = model.embed_texts([_only_caption(origin.captions) for origin in origins]) if origins else None
         if embedded is not None:
             vectors = embedded.float().numpy()
-            check_unit_vectors(vectors, [f"{origin.uid} of {origin.shard}" for origin in origins])
+            check_unit_norm(vectors, [f"{origin.uid} of {origin.shard}" for origin in origins])
             self.vectors.append(vectors)
             self.origins += origins
 
@@ -128,13 +128,13 @@ class PartRows:
     def _index(self) -> TarIndex:
         return open_index(self.shard)
 
-    def _picture(self, item: Item) -> Origin:
-        place = self._index[item.address.number].image or Span(0, 0)
+    def _image_origin(self, item: EvalSample) -> Origin:
+        place = self._index[item.sample_index.number].image or Span(0, 0)
         return Origin(
-            uid=self.namer.name(self.number, item.address.number, item.key),
+            uid=self.namer.name(self.number, item.sample_index.number, item.key),
             key=item.key,
             shard=self.shard,
-            number=item.address.number,
+            number=item.sample_index.number,
             image_offset=place.offset,
             image_size=place.size,
             caption_number=None,
@@ -142,25 +142,25 @@ class PartRows:
             metadata=item.metadata,
         )
 
-    def _captions(self, item: Item) -> Iterator[Origin]:
-        picture, count = self._picture(item), 0
+    def _caption_origins(self, item: EvalSample) -> Iterator[Origin]:
+        image, count = self._image_origin(item), 0
         for language, texts in item.captions.items():
             for text in texts:
-                uid = self.namer.name(self.number, item.address.number, item.key, count)
-                yield replace(picture, uid=uid, caption_number=count, captions={language: (text,)})
+                uid = self.namer.name(self.number, item.sample_index.number, item.key, count)
+                yield replace(image, uid=uid, caption_number=count, captions={language: (text,)})
                 count += 1
         if not count:
-            self._leave_out(item.address.number, "no caption", "a text embedding needs one")
+            self._skip(item.sample_index.number, "no caption", "a text embedding needs one")
 
-    def _leave_out(self, number: int, reason: str, detail: str) -> None:
+    def _skip(self, number: int, reason: str, detail: str) -> None:
         key = self._index[number].key
         self.incidents.append(
-            IncidentRecord(part=self.name, shard=self.shard, number=number, key=key, reason=reason, detail=detail)
+            SkippedSampleRecord(part=self.name, shard=self.shard, number=number, key=key, reason=reason, detail=detail)
         )
 
 
-def _number(incident: Incident) -> int:
-    return incident.address.number
+def _number(incident: SampleFailure) -> int:
+    return incident.sample_index.number
 
 
 def _only_caption(captions: Captions) -> str:
@@ -169,20 +169,20 @@ def _only_caption(captions: Captions) -> str:
 
 
 @dataclass(kw_only=True)
-class Target:
+class OutputFolder:
     """A folder to fill. writer: None where it was complete. manifest: once it is whole. new_rows: written by us."""
 
     path: Path
-    space: Space
+    space: EmbeddingSpace
     writer: EmbeddingsWriter | None
     manifest: Manifest | None = None
     new_rows: int = 0
 
-    def lacks(self, number: int) -> bool:
+    def is_missing(self, number: int) -> bool:
         """Whether a part is not there, or not as it was written."""
         return self.writer is not None and self.writer.part(number, verify=True) is None
 
-    def add(self, rows: PartRows) -> None:
+    def add(self, rows: PartBuilder) -> None:
         """Write a part."""
         assert self.writer is not None
         vectors = rows.matrix(self.space.dimension)
@@ -191,7 +191,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pass:
+class EmbedJob:
     """A way through shards. counts: samples of each. times: of a selection (`ShardPlan`)."""
 
     shards: Sequence[str]
@@ -201,21 +201,21 @@ class Pass:
     workers: int
     is_compiled: bool
 
-    def write_missing(self, model: Encoder, targets: Sequence[Target], numbers: range) -> None:
+    def write_missing(self, model: Encoder, targets: Sequence[OutputFolder], numbers: range) -> None:
         """Write those parts of these numbers that are missing; what is finished stays whatever happens then.
 
         Raises:
             VlmError: a shard cannot be read, a vector is not of unit length, or a batch does not fit into memory.
         """
-        lacking = {number: [target for target in targets if target.lacks(number)] for number in numbers}
-        lacking = {number: lacks for number, lacks in lacking.items() if lacks}
-        if not lacking:
+        missing = {number: [target for target in targets if target.is_missing(number)] for number in numbers}
+        missing = {number: outputs for number, outputs in missing.items() if outputs}
+        if not missing:
             return
-        has_pictures = any(target.space.modality == "image" for lacks in lacking.values() for target in lacks)
+        has_images = any(target.space.modality == "image" for outputs in missing.values() for target in outputs)
         try:
-            if has_pictures and self.is_compiled:
+            if has_images and self.is_compiled:
                 model = compile_encoder(model, self.batch_size)
-            self._write(model, lacking, all_numbers=numbers, has_pictures=has_pictures)
+            self._write(model, missing, all_numbers=numbers, has_images=has_images)
         except torch.OutOfMemoryError as error:
             raise VlmError(
                 f"A batch of {self.batch_size} does not fit into memory; finished parts are kept: repeat with a "
@@ -223,31 +223,31 @@ class Pass:
             ) from error
 
     def _write(
-        self, model: Encoder, lacking: dict[int, list[Target]], *, all_numbers: range, has_pictures: bool
+        self, model: Encoder, missing: dict[int, list[OutputFolder]], *, all_numbers: range, has_images: bool
     ) -> None:
-        plan, namer = self._plan(lacking), UidNamer(self.shards)
-        shards = [self.shards[number] for number in lacking]
-        assemble = AssembleForEmbedding(view=model.view if has_pictures else None)
-        stream = stream_batches(plan, shards, assemble, numbers=range(len(plan)), workers=self.workers)
+        plan, namer = self._plan(missing), UidAssigner(self.shards)
+        shards = [self.shards[number] for number in missing]
+        collate = EmbedCollator(view=model.view if has_images else None)
+        stream = stream_batches(plan, shards, collate, numbers=range(len(plan)), workers=self.workers)
         total, pending = sum(self._plan(all_numbers).kept), None
         with (
             progress(total=total, done=total - sum(plan.kept), what="embed", unit=" samples") as shown,
             ThreadPoolExecutor(1) as pool,
         ):
-            for (number, targets), kept in zip(lacking.items(), plan.kept, strict=True):
-                made = [(target, self._rows(number, target, namer)) for target in targets]
+            for (number, targets), kept in zip(missing.items(), plan.kept, strict=True):
+                builders = [(target, self._rows(number, target, namer)) for target in targets]
                 for batch in islice(stream, -(-kept // self.batch_size)):
-                    for _, rows in made:
-                        rows.take(batch, model)
+                    for _, rows in builders:
+                        rows.add_batch(batch, model)
                     shown.update(len(batch.items) + len(batch.unread))
                 if pending:
                     pending.result()
-                pending = pool.submit(_add, made)  # written while the next part is embedded
+                pending = pool.submit(_add, builders)  # written while the next part is embedded
             if pending:
                 pending.result()
 
-    def _rows(self, number: int, target: Target, namer: UidNamer) -> PartRows:
-        return PartRows(
+    def _rows(self, number: int, target: OutputFolder, namer: UidAssigner) -> PartBuilder:
+        return PartBuilder(
             name=part_name(number),
             shard=self.shards[number],
             number=number,
@@ -255,14 +255,16 @@ class Pass:
             modality=target.space.modality,
         )
 
-    def _plan(self, numbers: Iterable[int]) -> ShardPlan:
+    def _plan(self, numbers: Iterable[int]) -> SequentialBatches:
         chosen = list(numbers)
         times = None if self.times is None else [self.times[number] for number in chosen]
-        return ShardPlan(counts=[self.counts[number] for number in chosen], batch_size=self.batch_size, times=times)
+        return SequentialBatches(
+            counts=[self.counts[number] for number in chosen], batch_size=self.batch_size, times=times
+        )
 
 
-def _add(made: list[tuple[Target, PartRows]]) -> None:
-    for target, rows in made:
+def _add(builders: list[tuple[OutputFolder, PartBuilder]]) -> None:
+    for target, rows in builders:
         target.add(rows)
 
 
@@ -288,10 +290,10 @@ class EmbedOptions:
     workers: int = 0
     allow_damage: bool = False
     selection: Selection | None = None
-    storage: Storage = FLOAT16
+    storage: VectorStorage = FLOAT16
     is_compiled: bool = False
     precision: str = "fp32"
-    share: Share = ALONE
+    share: ProcessRank = SINGLE_PROCESS
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, before a folder is begun."""
@@ -374,7 +376,7 @@ def embed_into(
     ended = False
     if unfinished := [target for target in targets if target.writer]:
         batch_size = _batch_size(model, targets, options, largest=max(counts))
-        way = Pass(
+        job = EmbedJob(
             shards=addresses,
             counts=counts,
             times=times,
@@ -382,7 +384,7 @@ def embed_into(
             workers=options.workers,
             is_compiled=options.is_compiled,
         )
-        way.write_missing(model, unfinished, options.share.of(len(addresses)))
+        job.write_missing(model, unfinished, options.share.shard_indices(len(addresses)))
         ended = _finish(unfinished, inputs, {"shards": addresses, "batch_size": batch_size})
     ended_here = bool(unfinished) and ended and all(target.manifest for target in targets)
     seconds = time.perf_counter() - started
@@ -404,54 +406,54 @@ def _open(
     addresses: list[str],
     inputs: dict[str, str],
     options: EmbedOptions,
-) -> Target:
+) -> OutputFolder:
     identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses, **asdict(options.storage)}
     identity["precision"] = options.precision
     spec, size = absolute_spec(options.model_spec), model.embedding_size
-    space = Space(model=spec, fingerprint=model.fingerprint, dimension=size, modality=modality)
+    space = EmbeddingSpace(model=spec, fingerprint=model.fingerprint, dimension=size, modality=modality)
     if not is_complete(path):
         try:
             writer = EmbeddingsWriter(path, space=space, identity=identity, storage=options.storage)
-            return Target(path=path, space=space, writer=writer)
+            return OutputFolder(path=path, space=space, writer=writer)
         except UsageError:
             if not is_complete(path):  # else another process finished it just now
                 raise
-    manifest = check_same_origin(path, identity)
-    if fault := first_fault(path, manifest.files, verify=True):
+    manifest = check_compatible(path, identity)
+    if fault := first_mismatch(path, manifest.files, verify=True):
         say(f"{path} was complete: {fault}. The damaged parts are made again.")
         _reopen(path, identity)
         return _open(model, path, modality, addresses, inputs, options)
-    tidy(path)
+    remove_leftovers(path)
     say(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
-    return Target(path=path, space=space, writer=None, manifest=manifest)
+    return OutputFolder(path=path, space=space, writer=None, manifest=manifest)
 
 
 def _reopen(path: Path, identity: dict[str, Any]) -> None:
     """Make a complete but damaged folder unfinished, unless another process does so or has mended it already."""
-    with alone(path):
+    with exclusive_lock(path):
         if is_complete(path):
-            manifest = check_same_origin(path, identity)
-            if first_fault(path, manifest.files, verify=True):
-                agree_on_batch_size(path, manifest.details["batch_size"])
-                reopen_folder(path, kind="embeddings", configuration=identity)
+            manifest = check_compatible(path, identity)
+            if first_mismatch(path, manifest.files, verify=True):
+                save_batch_size(path, manifest.details["batch_size"])
+                mark_unfinished(path, kind="embeddings", configuration=identity)
 
 
-def _batch_size(model: Encoder, targets: Sequence[Target], options: EmbedOptions, *, largest: int) -> int:
+def _batch_size(model: Encoder, targets: Sequence[OutputFolder], options: EmbedOptions, *, largest: int) -> int:
     if options.batch_size != "auto":
         return options.batch_size
     if all(target.space.modality == "text" for target in targets):
         return BATCH_SIZE
     finished = [target.manifest.details["batch_size"] for target in targets if target.manifest]
     unfinished = [target.path for target in targets if target.writer]
-    with alone(unfinished[0]):
-        known = [*finished, *filter(None, map(agreed_batch_size, unfinished))]
-        size = known[0] if known else fastest_batch_size(model, largest=largest)
+    with exclusive_lock(unfinished[0]):
+        known = [*finished, *filter(None, map(saved_batch_size, unfinished))]
+        size = known[0] if known else find_fastest_batch_size(model, largest=largest)
         for path in unfinished:
-            agree_on_batch_size(path, size)
+            save_batch_size(path, size)
     return size
 
 
-def _finish(targets: Sequence[Target], inputs: dict[str, str], details: dict[str, Any]) -> bool:
+def _finish(targets: Sequence[OutputFolder], inputs: dict[str, str], details: dict[str, Any]) -> bool:
     """Write the manifests of those that have all parts; whether one was still to be written.
 
     One process at a time does so in all of its folders, so that exactly one finds that it wrote the last.
@@ -459,7 +461,7 @@ def _finish(targets: Sequence[Target], inputs: dict[str, str], details: dict[str
     wrote = False
     with contextlib.ExitStack() as stack:
         for target in targets:
-            stack.enter_context(alone(target.path))
+            stack.enter_context(exclusive_lock(target.path))
         for target in targets:
             assert target.writer is not None
             if all(target.writer.part(number) for number in range(len(details["shards"]))):
@@ -468,7 +470,7 @@ def _finish(targets: Sequence[Target], inputs: dict[str, str], details: dict[str
     return wrote
 
 
-def _summary(target: Target, num_parts: int, seconds: float, *, ended_here: bool) -> EmbedSummary:
+def _summary(target: OutputFolder, num_parts: int, seconds: float, *, ended_here: bool) -> EmbedSummary:
     if target.manifest is not None:
         counts, incidents = target.manifest.counts, target.manifest.details.get("incidents", {})
     else:

@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 
 from vlm.data.samples import Captions
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, json_text, read_lines, replacing, sha256_of, write_text
+from vlm.files import atomic_write, compute_fingerprint, json_text, read_lines, sha256_file, write_text
 from vlm.manifest import (
     MANIFEST,
     PROGRESS,
     FileRecord,
     Manifest,
-    begin_folder,
-    explaining_damage,
+    begin_or_resume_folder,
+    damage_as_error,
     is_complete,
     read_manifest,
     record_file,
@@ -39,18 +39,21 @@ from vlm.manifest import (
 )
 from vlm.tensors import Array, Float, Float32, Int, UInt8
 
-Code = Literal["int8", "binary"]
+Quantization = Literal["int8", "binary"]
 
-CODE_FILES: dict[Code, tuple[str, ...]] = {"int8": ("int8.npy", "int8-scales.npy"), "binary": ("binary.npy",)}
+QUANTIZED_FILES: dict[Quantization, tuple[str, ...]] = {
+    "int8": ("int8.npy", "int8-scales.npy"),
+    "binary": ("binary.npy",),
+}
 """What the files of a code are called after the name of their part."""
 
 
-def encode(vectors: Float[Array, "N D"], code: Code) -> tuple[Array, ...]:
+def quantize(vectors: Float[Array, "N D"], code: Quantization) -> tuple[Array, ...]:
     """The arrays of a code, in the order of `CODE_FILES`."""
-    return to_int8(vectors) if code == "int8" else (to_signs(vectors),)
+    return quantize_int8(vectors) if code == "int8" else (quantize_binary(vectors),)
 
 
-def to_int8(vectors: Float[Array, "N D"]) -> tuple[Int[Array, "N D"], Float32[Array, " N"]]:
+def quantize_int8(vectors: Float[Array, "N D"]) -> tuple[Int[Array, "N D"], Float32[Array, " N"]]:
     """Whole numbers from -127 to 127, and what a row's are to be multiplied by.
 
     A number that comes back is off by half the row's scale at most, which is a 254th of the row's largest number.
@@ -60,15 +63,15 @@ def to_int8(vectors: Float[Array, "N D"]) -> tuple[Int[Array, "N D"], Float32[Ar
     return np.rint(wide / scales[:, None]).astype(np.int8), scales
 
 
-def from_int8(codes: Int[Array, "N D"], scales: Float32[Array, " N"]) -> Float32[Array, "N D"]:
+def dequantize_int8(codes: Int[Array, "N D"], scales: Float32[Array, " N"]) -> Float32[Array, "N D"]:
     """The vectors that `to_int8` stands for."""
     return codes * scales[:, None]
 
 
-def to_signs(vectors: Float[Array, "N D"]) -> UInt8[Array, "N _"]:
+def quantize_binary(vectors: Float[Array, "N D"]) -> UInt8[Array, "N _"]:
     """A bit for each number, 1 where it is above 0, eight to a byte with the first highest, zeros at the end.
 
-    >>> to_signs(np.array([[0.5, -0.5, 0.0, 0.7]])).tolist()
+    >>> quantize_binary(np.array([[0.5, -0.5, 0.0, 0.7]])).tolist()
     [[144]]
     """
     return np.packbits(vectors > 0, axis=1)
@@ -114,7 +117,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IncidentRecord:
+class SkippedSampleRecord:
     """A sample that has no embedding, and why: one line of `incidents.jsonl`."""
 
     part: str
@@ -126,14 +129,14 @@ class IncidentRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
+class VectorStorage:
     """How vectors are kept. codes: short forms beside them (`codes.py`)."""
 
     store: Literal["float16", "float32"] = "float16"
-    codes: tuple[Code, ...] = ()
+    codes: tuple[Quantization, ...] = ()
 
 
-FLOAT16 = Storage()
+FLOAT16 = VectorStorage()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +165,11 @@ class Part:
         return cls(**(values | {"files": files}))  # pyright: ignore[reportArgumentType]
 
 
-class Marked(NamedTuple):
+class PartMarker(NamedTuple):
     """What the marker of a part says."""
 
     part: Part
-    incidents: list[IncidentRecord]
+    incidents: list[SkippedSampleRecord]
 
 
 def part_name(number: int) -> str:
@@ -186,36 +189,36 @@ def write_part(
     *,
     shard: str,
     bad: int,
-    storage: Storage = FLOAT16,
+    storage: VectorStorage = FLOAT16,
 ) -> Part:
     """Write the files of a part, each atomically."""
     stored = {"npy": vectors.astype(storage.store)}
     for code in storage.codes:
-        stored |= zip(CODE_FILES[code], encode(vectors, code), strict=True)
+        stored |= zip(QUANTIZED_FILES[code], quantize(vectors, code), strict=True)
     paths = {suffix: folder / PARTS / f"{name}.{suffix}" for suffix in (*stored, "parquet")}
     for suffix, array in stored.items():
-        with replacing(paths[suffix]) as file:
+        with atomic_write(paths[suffix]) as file:
             np.save(file, array, allow_pickle=False)
-    with replacing(paths["parquet"]) as file:
+    with atomic_write(paths["parquet"]) as file:
         pq.write_table(_table(origins), file, compression="zstd")
     files = {f"{PARTS}/{path.name}": record_file(path) for path in paths.values()}
     return Part(name=name, shard=shard, rows=len(origins), bad=bad, files=files)
 
 
-def mark_done(folder: Path, part: Part, incidents: Sequence[IncidentRecord]) -> None:
+def write_marker(folder: Path, part: Part, incidents: Sequence[SkippedSampleRecord]) -> None:
     """Write the marker of a part, after its files; from then on it survives any crash."""
     values = asdict(part) | {"incidents": [asdict(incident) for incident in incidents]}
-    write_text(_marker(folder, part.name), json.dumps(values, ensure_ascii=False) + "\n")
+    write_text(_marker_path(folder, part.name), json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def read_marker(folder: Path, name: str, *, verify: bool = False) -> Marked | None:
+def read_marker(folder: Path, name: str, *, verify: bool = False) -> PartMarker | None:
     """What the marker of a part says; None where there is none, or the files are not those it names.
 
     verify: compare checksums too, not the sizes alone.
     """
     try:
-        values = json.loads(_marker(folder, name).read_text(encoding="utf-8"))
-        incidents = [IncidentRecord(**incident) for incident in values.pop("incidents")]
+        values = json.loads(_marker_path(folder, name).read_text(encoding="utf-8"))
+        incidents = [SkippedSampleRecord(**incident) for incident in values.pop("incidents")]
         part = Part.from_values(values)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -223,9 +226,9 @@ def read_marker(folder: Path, name: str, *, verify: bool = False) -> Marked | No
         path = folder / file
         if not path.is_file() or path.stat().st_size != record.bytes:
             return None
-        if verify and sha256_of(path) != record.sha256:
+        if verify and sha256_file(path) != record.sha256:
             return None
-    return Marked(part, incidents)
+    return PartMarker(part, incidents)
 
 
 def open_vectors(folder: Path, part: Part) -> Float[Array, "N D"]:
@@ -243,14 +246,14 @@ def open_vectors(folder: Path, part: Part) -> Float[Array, "N D"]:
     return vectors
 
 
-def open_codes(folder: Path, part: Part, code: Code) -> tuple[Array, ...]:
+def open_quantized(folder: Path, part: Part, code: Quantization) -> tuple[Array, ...]:
     """The arrays of a code, memory-mapped: of int8 the numbers [N, D] and a scale for each row (`codes.from_int8`);
     of binary the bytes [N, D / 8 rounded up].
 
     Raises:
         VlmError: the folder was embedded without, or they are damaged.
     """
-    return tuple(_open_array(folder, part, suffix) for suffix in CODE_FILES[code])
+    return tuple(_open_array(folder, part, suffix) for suffix in QUANTIZED_FILES[code])
 
 
 def _open_array(folder: Path, part: Part, suffix: str) -> Array:
@@ -264,7 +267,7 @@ def _open_array(folder: Path, part: Part, suffix: str) -> Array:
     return found
 
 
-def _marker(folder: Path, name: str) -> Path:
+def _marker_path(folder: Path, name: str) -> Path:
     return folder / PARTS / f"{name}.json"
 
 
@@ -307,7 +310,7 @@ _LOCK, _BATCH_SIZE = ".lock", ".batch-size"
 _PATIENCE_SECONDS = 5.0
 
 
-def begin(folder: Path, identity: dict[str, Any]) -> None:
+def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
     """Open a folder for embeddings, new or unfinished, while others may be doing the same or were killed at it.
 
     Raises:
@@ -316,13 +319,13 @@ def begin(folder: Path, identity: dict[str, Any]) -> None:
     while True:
         was_begun = _is_begun(folder)
         try:
-            begin_folder(folder, kind="embeddings", configuration=identity)
+            begin_or_resume_folder(folder, kind="embeddings", configuration=identity)
             break
         except UsageError:
             # in this order: between the two looks a beginner may have ended its marker
-            if was_begun or not (_left_by_a_beginner(folder) or _is_begun(folder)):
+            if was_begun or not (_abandoned_marker(folder) or _is_begun(folder)):
                 raise
-        for path in _left_by_a_beginner(folder):
+        for path in _abandoned_marker(folder):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _PATIENCE_SECONDS:
                     path.unlink()
@@ -331,7 +334,7 @@ def begin(folder: Path, identity: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """No other process of this folder is in such a block meanwhile, where the file system has locks."""
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -342,7 +345,7 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def agreed_batch_size(folder: Path) -> int | None:
+def saved_batch_size(folder: Path) -> int | None:
     """What was chosen when the work was begun; None if nothing was."""
     try:
         return int((folder / _BATCH_SIZE).read_text(encoding="utf-8"))
@@ -350,12 +353,12 @@ def agreed_batch_size(folder: Path) -> int | None:
         return None
 
 
-def agree_on_batch_size(folder: Path, batch_size: int) -> None:
+def save_batch_size(folder: Path, batch_size: int) -> None:
     """Keep the choice for whoever goes on with the work."""
     write_text(folder / _BATCH_SIZE, f"{batch_size}\n")
 
 
-def tidy(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove from a whole folder what served to make it, and what killed processes left."""
     half_written = [*folder.glob(".*.part"), *(folder / PARTS).glob(".*.part")]
     for path in (folder / PROGRESS, folder / _LOCK, folder / _BATCH_SIZE, *half_written):
@@ -366,7 +369,7 @@ def _is_begun(folder: Path) -> bool:
     return (folder / PROGRESS).is_file() or is_complete(folder)
 
 
-def _left_by_a_beginner(folder: Path) -> list[Path]:
+def _abandoned_marker(folder: Path) -> list[Path]:
     """The half-written marker, if the folder holds nothing else."""
     found = list(folder.iterdir()) if folder.is_dir() else []
     is_marker = [path.name.startswith(f".{PROGRESS}.") and path.name.endswith(".part") for path in found]
@@ -375,12 +378,12 @@ def _left_by_a_beginner(folder: Path) -> list[Path]:
 
 Modality = Literal["image", "text"]
 
-PART_LINES = "parts.jsonl"
-INCIDENT_LINES = "incidents.jsonl"
+PARTS_JSONL = "parts.jsonl"
+SKIPPED_JSONL = "incidents.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class EmbeddingSpace:
     """Whose vectors a folder holds.
 
     model: what `load_model` takes to have the model again. fingerprint: of the model. dimension: D.
@@ -401,27 +404,29 @@ class EmbeddingsWriter:
         refused with a UsageError.
     """
 
-    def __init__(self, folder: Path, *, space: Space, identity: dict[str, Any], storage: Storage = FLOAT16) -> None:
-        begin(folder, identity)
+    def __init__(
+        self, folder: Path, *, space: EmbeddingSpace, identity: dict[str, Any], storage: VectorStorage = FLOAT16
+    ) -> None:
+        begin_or_resume(folder, identity)
         self.folder, self.space, self.identity, self.storage = folder, space, identity, storage
         self._next: int | None = None
 
     @property
     def parts(self) -> list[Part]:
         """The parts that are there, in order, up to the first that is not."""
-        return [marked.part for marked in self._marked()]
+        return [marker.part for marker in self._markers()]
 
     def part(self, number: int, *, verify: bool = False) -> Part | None:
         """A part if it is there; with `verify`, its checksums are compared, too."""
-        marked = read_marker(self.folder, part_name(number), verify=verify)
-        return marked.part if marked else None
+        marker = read_marker(self.folder, part_name(number), verify=verify)
+        return marker.part if marker else None
 
     def add(
         self,
         shard: str,
         vectors: Float[Array, "N D"],
         origins: Sequence[Origin],
-        incidents: Sequence[IncidentRecord] = (),
+        incidents: Sequence[SkippedSampleRecord] = (),
         *,
         number: int | None = None,
     ) -> Part:
@@ -434,7 +439,7 @@ class EmbeddingsWriter:
             self._next = number + 1
         name, bad = part_name(number), len(incidents)
         part = write_part(self.folder, name, vectors, origins, shard=shard, bad=bad, storage=self.storage)
-        mark_done(self.folder, part, incidents)
+        write_marker(self.folder, part, incidents)
         return part
 
     def finish(self, *, inputs: dict[str, str], details: dict[str, Any]) -> Manifest:
@@ -443,7 +448,7 @@ class EmbeddingsWriter:
         Raises:
             VlmError: there is not one row.
         """
-        with alone(self.folder):
+        with exclusive_lock(self.folder):
             self.end(inputs=inputs, details=details)
         return read_manifest(self.folder, "embeddings")
 
@@ -452,15 +457,15 @@ class EmbeddingsWriter:
         is_first = not is_complete(self.folder)
         if is_first:
             self._write_manifest(inputs, details)
-        tidy(self.folder)
+        remove_leftovers(self.folder)
         return is_first
 
     def _write_manifest(self, inputs: dict[str, str], details: dict[str, Any]) -> None:
-        marked = list(self._marked())
-        parts, incidents = [each.part for each in marked], [line for each in marked for line in each.incidents]
-        _write_lines(self.folder / PART_LINES, (part.to_line() for part in parts))
+        marker = list(self._markers())
+        parts, incidents = [each.part for each in marker], [line for each in marker for line in each.incidents]
+        _write_lines(self.folder / PARTS_JSONL, (part.to_line() for part in parts))
         _write_lines(
-            self.folder / INCIDENT_LINES,
+            self.folder / SKIPPED_JSONL,
             (json.dumps(asdict(incident), ensure_ascii=False) for incident in incidents),
         )
         rows, bad = sum(part.rows for part in parts), sum(part.bad for part in parts)
@@ -469,13 +474,13 @@ class EmbeddingsWriter:
             first = f"{incidents[0].key} {incidents[0].reason} {incidents[0].detail}" if incidents else "there was none"
             raise VlmError(
                 f"Not one of {bad:,} samples could be embedded; the first: {first}. "
-                f"All are in {self.folder / INCIDENT_LINES}."
+                f"All are in {self.folder / SKIPPED_JSONL}."
             )
         files = {name: record for part in parts for name, record in part.files.items()}
-        files |= {name: record_file(self.folder / name) for name in (PART_LINES, INCIDENT_LINES)}
+        files |= {name: record_file(self.folder / name) for name in (PARTS_JSONL, SKIPPED_JSONL)}
         manifest = Manifest(
             kind="embeddings",
-            fingerprint=fingerprint_of(self.space.fingerprint, *(files[name].sha256 for name in sorted(files))),
+            fingerprint=compute_fingerprint(self.space.fingerprint, *(files[name].sha256 for name in sorted(files))),
             counts={"rows": rows, "bad": bad, "parts": len(parts)},
             configuration=self.identity,
             inputs=inputs,
@@ -485,10 +490,10 @@ class EmbeddingsWriter:
         )
         write_manifest(self.folder, manifest)
 
-    def _marked(self) -> Iterator[Marked]:
+    def _markers(self) -> Iterator[PartMarker]:
         number = 0
-        while (marked := read_marker(self.folder, part_name(number))) is not None:
-            yield marked
+        while (marker := read_marker(self.folder, part_name(number))) is not None:
+            yield marker
             number += 1
 
 
@@ -497,10 +502,10 @@ class Embeddings:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        with explaining_damage(folder / MANIFEST):
-            self.space = Space(**manifest.details["space"])
-        with explaining_damage(folder / PART_LINES):
-            self.parts = [Part.from_line(line) for line in read_lines(folder / PART_LINES)]
+        with damage_as_error(folder / MANIFEST):
+            self.space = EmbeddingSpace(**manifest.details["space"])
+        with damage_as_error(folder / PARTS_JSONL):
+            self.parts = [Part.from_line(line) for line in read_lines(folder / PARTS_JSONL)]
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "Embeddings":
@@ -533,9 +538,9 @@ class Embeddings:
         for part in self.parts:
             vectors = open_vectors(self.folder, part)
             for first in range(0, part.rows, rows_at_once):
-                yield unit_rows(vectors[first : first + rows_at_once])
+                yield normalize_rows(vectors[first : first + rows_at_once])
 
-    def codes(self, code: Code) -> Iterator[tuple[Array, ...]]:
+    def codes(self, code: Quantization) -> Iterator[tuple[Array, ...]]:
         """The arrays of a code, part by part (`parts.open_codes`).
 
         Raises:
@@ -544,7 +549,7 @@ class Embeddings:
         if code not in self.manifest.details.get("codes", ()):
             raise UsageError(f"{self.folder} has no {code} codes; embed again with --codes {code}.")
         for part in self.parts:
-            yield open_codes(self.folder, part, code)
+            yield open_quantized(self.folder, part, code)
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
         """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
@@ -554,10 +559,10 @@ class Embeddings:
             open_vectors(self.folder, part)[chosen[(chosen >= first) & (chosen < first + part.rows)] - first]
             for part, first in zip(self.parts, starts, strict=False)
         ]
-        return unit_rows(np.concatenate(taken))
+        return normalize_rows(np.concatenate(taken))
 
 
-def unit_rows(vectors: Float[Array, "N D"]) -> Float32[Array, "N D"]:
+def normalize_rows(vectors: Float[Array, "N D"]) -> Float32[Array, "N D"]:
     """The rows as float32 of length 1; rows must not be zero."""
     wide = vectors.astype(np.float32)
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
@@ -569,11 +574,11 @@ def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cur
     Raises:
         VlmError: a file is missing or differs; the message ends with the cure.
     """
-    if fault := first_fault(folder, files, verify=verify):
+    if fault := first_mismatch(folder, files, verify=verify):
         raise VlmError(f"{fault}; {cure}.")
 
 
-def first_fault(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> str:
+def first_mismatch(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> str:
     """What is wrong with the first of a folder's files that is not as its manifest says; empty if all are."""
     for name, record in files.items():
         path = folder / name
@@ -581,12 +586,12 @@ def first_fault(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> 
             return f"{path} is missing"
         if (size := path.stat().st_size) != record.bytes:
             return f"{path} is damaged: {size:,} bytes, {record.bytes:,} were written"
-        if verify and sha256_of(path) != record.sha256:
+        if verify and sha256_file(path) != record.sha256:
             return f"{path} is damaged: its checksum is not the one it was written with"
     return ""
 
 
-def check_same_origin(folder: Path, identity: dict[str, Any]) -> Manifest:
+def check_compatible(folder: Path, identity: dict[str, Any]) -> Manifest:
     """The manifest of a finished folder, checked to be made from this model and these shards.
 
     Raises:

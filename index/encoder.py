@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from vlm.console import say
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.models.model import VisionLanguageModel
-from vlm.models.variants import SIGN, split_spec
+from vlm.models.variants import DIMENSIONS_SEPARATOR, split_model_spec
 from vlm.tensors import Array, Float32, Tensor, UInt8
 
 # unit vectors rounded to bfloat16 after their normalisation are off by up to 2^-8; more is a fault of the model
@@ -30,7 +30,7 @@ class Encoder(Protocol):
     """Pictures and texts to unit vectors on the CPU; `fingerprint` is the identity of their space."""
 
     @property
-    def view(self) -> FixedView:
+    def view(self) -> EvalTransform:
         """From an encoded picture to the pixels the model sees."""
         ...
 
@@ -53,7 +53,7 @@ class Encoder(Protocol):
         ...
 
 
-def check_unit_vectors(vectors: Float32[Array, "N D"], names: Sequence[str]) -> None:
+def check_unit_norm(vectors: Float32[Array, "N D"], names: Sequence[str]) -> None:
     """Refuse what cannot be compared by cosine.
 
     Raises:
@@ -72,20 +72,20 @@ def check_unit_vectors(vectors: Float32[Array, "N D"], names: Sequence[str]) -> 
 
 def absolute_spec(spec: str) -> str:
     """A model's folder as an absolute path, so that it is found from anywhere; a name as it is."""
-    model, kept = split_spec(spec)
+    model, kept = split_model_spec(spec)
     if Path(model).exists():
         model = str(Path(model).resolve())
-    return model if kept is None else f"{model}{SIGN}{kept}"
+    return model if kept is None else f"{model}{DIMENSIONS_SEPARATOR}{kept}"
 
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 _TRIALS = 2
 # a batch that takes longer tells enough; of a rate this far below the best one, larger batches make no better
 _LONGEST_SECONDS = 5.0
-_HOPELESS = 0.9
+_GIVE_UP_BELOW = 0.9
 
 
-def fastest_batch_size(model: Encoder, *, largest: int) -> int:
+def find_fastest_batch_size(model: Encoder, *, largest: int) -> int:
     """The size of the most pictures per second, each size tried with random pixels of the model's view.
 
     largest: samples of the largest shard; no batch is larger.
@@ -94,9 +94,9 @@ def fastest_batch_size(model: Encoder, *, largest: int) -> int:
         VlmError: not even the smallest fits into memory.
     """
     rates: dict[int, float] = {}
-    for size, seconds in _tried(model, largest):
+    for size, seconds in _timed_sizes(model, largest):
         rates[size] = size / seconds
-        if seconds > _LONGEST_SECONDS or rates[size] < _HOPELESS * max(rates.values()):
+        if seconds > _LONGEST_SECONDS or rates[size] < _GIVE_UP_BELOW * max(rates.values()):
             break
     if not rates:
         raise VlmError(f"Not even {SIZES[0]} pictures at once fit into memory; give a smaller --batch-size.")
@@ -106,7 +106,7 @@ def fastest_batch_size(model: Encoder, *, largest: int) -> int:
     return best
 
 
-def _tried(model: Encoder, largest: int) -> Iterator[tuple[int, float]]:
+def _timed_sizes(model: Encoder, largest: int) -> Iterator[tuple[int, float]]:
     """Sizes, as far as they fit into memory, and the seconds a batch takes."""
     generator, side = torch.Generator().manual_seed(0), model.view.size
     sizes = [size for size in SIZES if size < 2 * largest]
@@ -134,7 +134,7 @@ class CompiledEncoder:
     batch_size: int
 
     @property
-    def view(self) -> FixedView:
+    def view(self) -> EvalTransform:
         """Of the model."""
         return self.model.view
 

@@ -11,7 +11,7 @@ from vlm.data.tar import open_index
 from vlm.errors import UsageError
 
 
-class UidNamer:
+class UidAssigner:
     """Gives each embedding of a list of shards its uid: the same whenever the same shards are embedded.
 
     A uid is the sample's key. Samples of several shards that share a key get `key@shard` (the shard by as much of the
@@ -22,9 +22,9 @@ class UidNamer:
     """
 
     def __init__(self, shards: Sequence[str]) -> None:
-        self._names = name_shards(shards)
+        self._names = shorten_shard_names(shards)
         tables = [open_index(shard).table.select(["key"]).replace_schema_metadata() for shard in shards]
-        is_shared = pc.field("key").isin(shared_keys(pa.concat_tables(tables)))
+        is_shared = pc.field("key").isin(find_shared_keys(pa.concat_tables(tables)))
         self._shared = Counter(
             (shard, key)
             for shard, table in enumerate(tables)
@@ -40,7 +40,7 @@ class UidNamer:
         return uid if caption_number is None else f"{uid}#{caption_number}"
 
 
-def shared_keys(keyed: pa.Table) -> pa.Array:
+def find_shared_keys(keyed: pa.Table) -> pa.Array:
     """What the column `key` has several times, and what begins like one of these with an @ behind it."""
     counted = keyed.group_by("key").aggregate([([], "count_all")])
     shared = counted.filter(pc.field("count_all") > 1).column("key").combine_chunks()
@@ -54,12 +54,12 @@ def shared_keys(keyed: pa.Table) -> pa.Array:
     return pa.concat_arrays([shared, pa.array(alike, shared.type)])
 
 
-def name_shards(shards: Sequence[str]) -> list[str]:
+def shorten_shard_names(shards: Sequence[str]) -> list[str]:
     """The shortest ends of the addresses, without `.tar`, that tell them apart.
 
-    >>> name_shards(["/a/00000.tar", "/a/00001.tar"])
+    >>> shorten_shard_names(["/a/00000.tar", "/a/00001.tar"])
     ['00000', '00001']
-    >>> name_shards(["/a/00000.tar", "/b/00000.tar"])
+    >>> shorten_shard_names(["/a/00000.tar", "/b/00000.tar"])
     ['a/00000', 'b/00000']
 
     Raises:

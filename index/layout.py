@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
-from vlm.index.embeddings import Space
-from vlm.manifest import MANIFEST, Manifest, explaining_damage
+from vlm.index.embeddings import EmbeddingSpace
+from vlm.manifest import MANIFEST, Manifest, damage_as_error
 
 LAYOUT = 2
 SEGMENTS, TOMBSTONES = "segments", "tombstones"
 METRIC = "inner product of unit vectors"
-CURE = "build the index again with vlm index build"
+REBUILD_HINT = "build the index again with vlm index build"
 
-WritePoint = Callable[[str], None]
+FailPoint = Callable[[str], None]
 """Is told before each step that changes a folder; tests hand in one that ends the process there."""
 
 
-def unhindered(point: str) -> None:
+def no_failpoint(point: str) -> None:
     """The write point of ordinary work: it does nothing."""
 
 
@@ -59,7 +59,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Details:
+class IndexDetails:
     """What the manifest of an index says besides its counts.
 
     catalogue: the SQLite file. tombstones: the file of the dead rows, empty if there are none.
@@ -69,7 +69,7 @@ class Details:
     shards, sources: addresses of the tars, and fingerprints of the embeddings, that ever came in.
     """
 
-    space: Space
+    space: EmbeddingSpace
     catalogue: str
     segments: tuple[Segment, ...]
     next_row: int
@@ -84,19 +84,21 @@ class Details:
     layout: int = LAYOUT
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, folder: Path) -> "Details":
+    def from_manifest(cls, manifest: Manifest, folder: Path) -> "IndexDetails":
         """From the plain values of the manifest of `folder`.
 
         Raises:
             UsageError: an older or newer version wrote them. VlmError: they are damaged.
         """
-        with explaining_damage(folder / MANIFEST):
+        with damage_as_error(folder / MANIFEST):
             details = manifest.details
             layout = details.get("layout", 1)
             if layout != LAYOUT:
-                raise UsageError(f"{folder} has the index layout {layout}, this version reads {LAYOUT}; {CURE}.")
+                raise UsageError(
+                    f"{folder} has the index layout {layout}, this version reads {LAYOUT}; {REBUILD_HINT}."
+                )
             values = details | {
-                "space": Space(**details["space"]),
+                "space": EmbeddingSpace(**details["space"]),
                 "segments": tuple(Segment(**segment) for segment in details["segments"]),
                 "shards": tuple(details["shards"]),
                 "sources": tuple(details["sources"]),

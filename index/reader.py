@@ -16,23 +16,23 @@ import numpy as np
 
 from vlm.console import say
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import Copy
+from vlm.index.ann.index_type import CopyToGpu
 from vlm.index.catalog import Catalogue, Entry
 from vlm.index.embeddings import Modality, Origin, check_files
-from vlm.index.layout import CURE, Details, Segment
-from vlm.index.segments import Answers, OpenSegment, Selected, nearest, open_array
+from vlm.index.layout import REBUILD_HINT, IndexDetails, Segment
+from vlm.index.segments import ScoredRows, SegmentReader, SegmentView, nearest, open_array
 from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from vlm.tensors import Array, Float, Float32, Int64
 
 # how often a folder may change between reading its manifest and opening its files before that counts as a fault
-_MOST_TRIES = 100
+_MAX_TRIES = 100
 
 _Identity = tuple[str, tuple[tuple[str, FileRecord], ...]]
 _ENTRIES_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Generation:
+class IndexSnapshot:
     """What the folder held when its manifest was read; later changes and removed files do not touch it.
 
     selected: the segments with their living positions. dead: rows of the segments that are dead, sorted.
@@ -40,9 +40,9 @@ class Generation:
 
     folder: Path
     manifest: Manifest
-    details: Details
+    details: IndexDetails
     catalogue: Catalogue
-    selected: tuple[Selected, ...]
+    views: tuple[SegmentView, ...]
     dead: Int64[Array, " N"]
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Generation:
     @cached_property
     def rows(self) -> Int64[Array, " N"]:
         """All living rows, rising."""
-        return np.concatenate([np.zeros(0, np.int64), *(selected.rows() for selected in self.selected)])
+        return np.concatenate([np.zeros(0, np.int64), *(view.rows() for view in self.views)])
 
     def entries(self) -> Iterator[tuple[int, Origin]]:
         """Each living row with what it was made from, rising."""
@@ -68,19 +68,19 @@ class Generation:
         """The stored unit vectors of living or dead rows, in the order asked; all must be in its segments."""
         wanted, places = np.unique(rows, return_inverse=True)
         # segments lie in the order of their rows, which never overlap
-        segments = [selected.segment for selected in self.selected]
+        segments = [view.segment for view in self.views]
         blocks = [segment.vectors.take(segment.positions_of(wanted)) for segment in segments]
         return np.concatenate([np.zeros((0, self.details.space.dimension), np.float32), *blocks])[places]
 
 
-def open_generation(folder: Path, *, before: Generation | None = None) -> Generation:
+def open_snapshot(folder: Path, *, before: IndexSnapshot | None = None) -> IndexSnapshot:
     """Open what the manifest names now; files that `before` holds open already are not opened again.
 
     Raises:
         UsageError: the folder is unfinished, of another kind, or of another format.
         VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
     """
-    for _ in range(_MOST_TRIES):
+    for _ in range(_MAX_TRIES):
         manifest = read_manifest(folder, "index")
         try:
             return _open(folder, manifest, before)
@@ -88,40 +88,40 @@ def open_generation(folder: Path, *, before: Generation | None = None) -> Genera
             # a writer may have put away what the manifest named a moment ago
             if read_manifest(folder, "index") == manifest:
                 raise
-    raise VlmError(f"{folder} changed {_MOST_TRIES} times while it was being opened; try again.")
+    raise VlmError(f"{folder} changed {_MAX_TRIES} times while it was being opened; try again.")
 
 
-def _open(folder: Path, manifest: Manifest, before: Generation | None) -> Generation:
-    details = Details.from_manifest(manifest, folder)
-    check_files(folder, manifest.files, verify=False, cure=CURE)
-    held = _held(before)
+def _open(folder: Path, manifest: Manifest, before: IndexSnapshot | None) -> IndexSnapshot:
+    details = IndexDetails.from_manifest(manifest, folder)
+    check_files(folder, manifest.files, verify=False, cure=REBUILD_HINT)
+    held = _open_segments_of(before)
     segments = [
-        held.get(_identity(manifest.files, segment)) or OpenSegment(folder, segment, details.space.dimension)
+        held.get(_identity(manifest.files, segment)) or SegmentReader(folder, segment, details.space.dimension)
         for segment in details.segments
     ]
     dead = _read_tombstones(folder, details, manifest)
-    generation = Generation(
+    snapshot = IndexSnapshot(
         folder=folder,
         manifest=manifest,
         details=details,
         catalogue=_open_catalogue(folder / details.catalogue, manifest.generation, before),
-        selected=tuple(Selected(segment).without(dead) for segment in segments),
+        views=tuple(SegmentView(segment).excluding(dead) for segment in segments),
         dead=dead,
     )
-    living, listed = sum(selected.count for selected in generation.selected), len(generation.catalogue)
-    if not living == listed == len(generation):
+    living, listed = sum(view.count for view in snapshot.views), len(snapshot.catalogue)
+    if not living == listed == len(snapshot):
         raise VlmError(
             f"{folder} does not hold together: {living:,} living rows in its segments and {listed:,} in "
-            f"{details.catalogue}, {len(generation):,} were written; {CURE}."
+            f"{details.catalogue}, {len(snapshot):,} were written; {REBUILD_HINT}."
         )
-    return generation
+    return snapshot
 
 
-def _held(before: Generation | None) -> Mapping[_Identity, OpenSegment]:
+def _open_segments_of(before: IndexSnapshot | None) -> Mapping[_Identity, SegmentReader]:
     if before is None:
         return {}
-    open_ones = (selected.segment for selected in before.selected)
-    return {_identity(before.manifest.files, segment.described): segment for segment in open_ones}
+    open_ones = (view.segment for view in before.views)
+    return {_identity(before.manifest.files, segment.meta): segment for segment in open_ones}
 
 
 def _identity(files: Mapping[str, FileRecord], segment: Segment) -> _Identity:
@@ -129,15 +129,15 @@ def _identity(files: Mapping[str, FileRecord], segment: Segment) -> _Identity:
     return repr(segment), tuple((name, files[name]) for name in segment.files)
 
 
-def _open_catalogue(path: Path, generation: int, before: Generation | None) -> Catalogue:
+def _open_catalogue(path: Path, generation: int, before: IndexSnapshot | None) -> Catalogue:
     if not path.is_file():
-        raise VlmError(f"{path} is missing; {CURE}.")
+        raise VlmError(f"{path} is missing; {REBUILD_HINT}.")
     if before is not None and before.catalogue.path == path and before.catalogue.is_current():
         return before.catalogue.at(generation)
     return Catalogue(path, generation)
 
 
-def _read_tombstones(folder: Path, details: Details, manifest: Manifest) -> Int64[Array, " N"]:
+def _read_tombstones(folder: Path, details: IndexDetails, manifest: Manifest) -> Int64[Array, " N"]:
     if not details.tombstones:
         return np.zeros(0, np.int64)
     shape = (manifest.counts["dead"],)
@@ -204,12 +204,12 @@ class IndexInfo:
 class Index:
     """An index folder open for reading: one generation of it, until `refresh` moves on to the newest."""
 
-    def __init__(self, generation: Generation, stamp: tuple[int, ...], gpu: Copy | None = None) -> None:
-        self.generation, self._stamp, self._gpu = generation, stamp, gpu
-        self._moving = threading.Lock()
+    def __init__(self, snapshot: IndexSnapshot, stamp: tuple[int, ...], gpu: CopyToGpu | None = None) -> None:
+        self.snapshot, self._stamp, self._gpu = snapshot, stamp, gpu
+        self._refresh_lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path, *, gpu: Copy | None = None) -> "Index":
+    def open(cls, folder: Path, *, gpu: CopyToGpu | None = None) -> "Index":
         """Open an index folder.
 
         gpu: where copies of the segments it can search are held (`find_gpu`), which costs its memory and their way
@@ -221,33 +221,33 @@ class Index:
             VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
         """
         stamp = _stamp(folder)
-        generation = open_generation(folder)
-        for reason in _move(generation, gpu):
+        snapshot = open_snapshot(folder)
+        for reason in _copy_to_gpu(snapshot, gpu):
             say(reason)
-        return cls(generation, stamp, gpu)
+        return cls(snapshot, stamp, gpu)
 
     @property
     def folder(self) -> Path:
         """Where it lies."""
-        return self.generation.folder
+        return self.snapshot.folder
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of this generation."""
-        return self.generation.manifest
+        return self.snapshot.manifest
 
     @property
-    def details(self) -> Details:
+    def details(self) -> IndexDetails:
         """What the manifest says, typed."""
-        return self.generation.details
+        return self.snapshot.details
 
     @property
     def catalogue(self) -> Catalogue:
         """The catalogue as this generation sees it."""
-        return self.generation.catalogue
+        return self.snapshot.catalogue
 
     def __len__(self) -> int:
-        return len(self.generation)
+        return len(self.snapshot)
 
     def refresh(self) -> bool:
         """Move to the newest generation, if there is a newer one; whether it moved.
@@ -258,14 +258,14 @@ class Index:
         Raises:
             VlmError: the folder is gone or damaged; the old generation stays open.
         """
-        with self._moving:
+        with self._refresh_lock:
             stamp = _stamp(self.folder)
             if stamp == self._stamp:
                 return False
-            newest = open_generation(self.folder, before=self.generation)
-            _move(newest, self._gpu)
+            newest = open_snapshot(self.folder, before=self.snapshot)
+            _copy_to_gpu(newest, self._gpu)
             moved = newest.manifest != self.manifest
-            self.generation, self._stamp = newest, stamp
+            self.snapshot, self._stamp = newest, stamp
             return moved
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ class Index:
             f"index again with {name}."
         )
 
-    def search(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> list[list[Hit]]:
+    def search(self, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None = None) -> list[list[Hit]]:
         """The `top` rows nearest to each query, best first. Fewer only if there are fewer rows.
 
         Ties are ordered by row; which of several equal rows at the cut are among the `top` is up to FAISS.
@@ -302,23 +302,23 @@ class Index:
         Raises:
             UsageError: another dimension, a query that is zero or not finite, or top < 1.
         """
-        generation = self.generation
-        scores, rows = _nearest(generation, queries, top, among)
+        snapshot = self.snapshot
+        scores, rows = _nearest(snapshot, queries, top, allowed_rows)
         wanted = np.unique(rows)
-        entries = dict(zip(wanted.tolist(), generation.catalogue.entries(wanted.tolist()), strict=True))
+        entries = dict(zip(wanted.tolist(), snapshot.catalogue.entries(wanted.tolist()), strict=True))
         return [
             [Hit(score=score, entry=entries[row]) for score, row in zip(*line, strict=True)]
             for line in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
 
-    def nearest(self, queries: Float[Array, "Q D"], top: int, among: RowSet | None = None) -> Answers:
+    def nearest(self, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None = None) -> ScoredRows:
         """As `search`, but scores and rows alone, without a look into the catalogue."""
-        return _nearest(self.generation, queries, top, among)
+        return _nearest(self.snapshot, queries, top, allowed_rows)
 
     def info(self) -> IndexInfo:
         """What manifest and segments say, in one place."""
         space, manifest, details = self.details.space, self.manifest, self.details
-        segments = tuple(_segment_info(selected, manifest) for selected in self.generation.selected)
+        segments = tuple(_segment_info(view, manifest) for view in self.snapshot.views)
         largest = max(segments, key=lambda segment: segment.rows, default=None)
         in_files = sum(record.bytes for record in manifest.files.values())
         return IndexInfo(
@@ -344,22 +344,24 @@ class Index:
         )
 
 
-def _move(generation: Generation, gpu: Copy | None) -> list[str]:
+def _copy_to_gpu(snapshot: IndexSnapshot, gpu: CopyToGpu | None) -> list[str]:
     """Have the GPU, if there is one, answer for the segments it can; why it cannot for the others."""
     if gpu is None:
         return []
-    tried = {one.segment.described.number: one.segment.move(gpu) for one in generation.selected}
+    tried = {one.segment.meta.number: one.segment.copy_to_gpu(gpu) for one in snapshot.views}
     return [f"Segment {number} is searched on the CPU: {reason}." for number, reason in tried.items() if reason]
 
 
-def _nearest(generation: Generation, queries: Float[Array, "Q D"], top: int, among: RowSet | None) -> Answers:
-    units = _unit_queries(queries, top, generation.details.space.dimension)
-    if among is not None and not (np.diff(among) > 0).all():
+def _nearest(
+    snapshot: IndexSnapshot, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None
+) -> ScoredRows:
+    units = _normalize_queries(queries, top, snapshot.details.space.dimension)
+    if allowed_rows is not None and not (np.diff(allowed_rows) > 0).all():
         raise UsageError("The rows to search among must rise, each given once, as Catalogue.where gives them.")
-    return nearest(generation.selected, units, top, among)
+    return nearest(snapshot.views, units, top, allowed_rows)
 
 
-def _unit_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:
+def _normalize_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:
     if top < 1:
         raise UsageError(f"top = {top} does not fit: at least one answer must be asked for.")
     if queries.shape[1] != dimension:
@@ -377,16 +379,16 @@ def _unit_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Flo
     return wide / np.sqrt(squares)[:, None]
 
 
-def _segment_info(selected: Selected, manifest: Manifest) -> SegmentInfo:
-    described = selected.segment.described
+def _segment_info(view: SegmentView, manifest: Manifest) -> SegmentInfo:
+    meta = view.segment.meta
     return SegmentInfo(
-        number=described.number,
-        kind=described.kind,
-        parameters=described.parameters,
-        rerank=described.rerank,
-        rows=selected.count,
-        dead=described.rows - selected.count,
-        bytes=sum(manifest.files[name].bytes for name in described.files),
+        number=meta.number,
+        kind=meta.kind,
+        parameters=meta.parameters,
+        rerank=meta.rerank,
+        rows=view.count,
+        dead=meta.rows - view.count,
+        bytes=sum(manifest.files[name].bytes for name in meta.files),
     )
 
 

@@ -20,8 +20,8 @@ import faiss
 import numpy as np
 
 from vlm.console import track
-from vlm.data.curation.filter import join_pairs
-from vlm.data.curation.score_columns import SampleValues, write_column
+from vlm.data.curation.filter import connected_components
+from vlm.data.curation.score_columns import ScoreRows, write_score_column
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.index.embeddings import Embeddings
@@ -35,7 +35,7 @@ _ALONE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signal:
+class ScoreColumn:
     """A signal as it was written: its file, its rows, and how its values are spread."""
 
     name: str
@@ -45,7 +45,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class SignalWriter:
+class ScoreWriter:
     """Computes signals of the pictures of an embeddings folder and writes them into its `signals/`."""
 
     images: Embeddings
@@ -75,13 +75,13 @@ class SignalWriter:
             keys.append(origin.key)
         return shards, numbers, keys
 
-    def similarity(self, texts: Embeddings) -> Signal:
+    def similarity(self, texts: Embeddings) -> ScoreColumn:
         """The highest cosine of each picture with one of its own captions.
 
         Raises:
             UsageError: the texts are of another model, or of other shards.
         """
-        self._refuse_other_space(texts)
+        self._check_same_space(texts)
         if texts.space.modality != "text":
             raise UsageError(f"{texts.folder} holds pictures; embed the captions with --modality text.")
         rows = {(origin.shard, origin.number): row for row, origin in enumerate(self.images.origins())}
@@ -97,7 +97,7 @@ class SignalWriter:
             raise UsageError(f"{texts.folder} holds no captions of the pictures of {self.images.folder}.")
         return self._write("similarity", best, {"texts": texts.manifest.fingerprint}, kept=has_text)
 
-    def duplicates(self, threshold: float) -> Signal:
+    def duplicates(self, threshold: float) -> ScoreColumn:
         """Groups of pictures linked by cosines of at least `threshold`; the number is that of the group's first row,
         -1 for a picture alone.
 
@@ -105,13 +105,13 @@ class SignalWriter:
         """
         if not 0 < threshold <= 1:
             raise UsageError(f"A cosine of {threshold} is outside 0 to 1.")
-        found = join_pairs(self._linked(threshold), len(self.vectors))
+        found = connected_components(self._similar_pairs(threshold), len(self.vectors))
         sizes = np.bincount(found)
         found[sizes[found] == 1] = _ALONE
         facts = {"threshold": threshold, "groups of several": int((sizes > 1).sum())}
         return self._write("duplicates", found, facts | {"beyond the first": int((sizes[sizes > 1] - 1).sum())})
 
-    def clusters(self, number: int, *, seed: int = 0) -> list[Signal]:
+    def clusters(self, number: int, *, seed: int = 0) -> list[ScoreColumn]:
         """The nearest of `number` centres, and 1 - cosine to it."""
         if not 1 <= number <= len(self.vectors):
             raise UsageError(f"{number:,} clusters of {len(self.vectors):,} pictures; give 1 to {len(self.vectors):,}.")
@@ -131,23 +131,23 @@ class SignalWriter:
             self._write("centre-distance", (1 - cosines).astype(np.float32), details),
         ]
 
-    def near(self, target: Embeddings) -> Signal:
+    def near(self, target: Embeddings) -> ScoreColumn:
         """The highest cosine to any row of `target`."""
-        return self._write("near", self._highest(target, "near"), {"target": target.manifest.fingerprint})
+        return self._write("near", self._highest_cosine(target, "near"), {"target": target.manifest.fingerprint})
 
-    def overlap(self, evaluation: Embeddings) -> Signal:
+    def overlap(self, evaluation: Embeddings) -> ScoreColumn:
         """The highest cosine to any picture of the evaluation shards that were embedded."""
         against = [open_index(address).fingerprint for address in evaluation.manifest.details["shards"]]
-        return self._write("overlap", self._highest(evaluation, "overlap"), {"against": against})
+        return self._write("overlap", self._highest_cosine(evaluation, "overlap"), {"against": against})
 
-    def _highest(self, other: Embeddings, what: str) -> Float32[Array, " N"]:
-        self._refuse_other_space(other)
+    def _highest_cosine(self, other: Embeddings, what: str) -> Float32[Array, " N"]:
+        self._check_same_space(other)
         index = faiss.IndexFlatIP(other.dimension)
         for block in other.blocks():
             index.add(block)
         return np.concatenate([index.search(block, 1)[0][:, 0] for block in _blocks(self.vectors, what)])
 
-    def _linked(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _similar_pairs(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows and the rows they are linked to, pair by pair."""
         count, dimension = self.vectors.shape
         index: faiss.Index = faiss.IndexFlatIP(dimension)
@@ -163,27 +163,29 @@ class SignalWriter:
             yield first + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))), neighbours
             first += len(block)
 
-    def _refuse_other_space(self, other: Embeddings) -> None:
+    def _check_same_space(self, other: Embeddings) -> None:
         if other.space.fingerprint != self.images.space.fingerprint:
             raise UsageError(
                 f"{other.folder} was made by another model than {self.images.folder}; embed both with the same."
             )
 
-    def _write(self, name: str, values: np.ndarray, facts: dict[str, Any], *, kept: np.ndarray | None = None) -> Signal:
+    def _write(
+        self, name: str, values: np.ndarray, facts: dict[str, Any], *, kept: np.ndarray | None = None
+    ) -> ScoreColumn:
         chosen = np.arange(len(values)) if kept is None else np.flatnonzero(kept)
         shards, numbers, keys = self._places
         path = self.images.folder / FOLDER / f"{name}.parquet"
-        rows = SampleValues(
+        rows = ScoreRows(
             shards=[shards[row] for row in chosen],
             numbers=[numbers[row] for row in chosen],
             keys=[keys[row] for row in chosen],
             values=values[chosen],
         )
-        write_column(path, name, rows, model=self.images.space.fingerprint, details=facts)
-        return Signal(name=name, path=path, rows=len(chosen), facts=facts | _spread(values[chosen]))
+        write_score_column(path, name, rows, model=self.images.space.fingerprint, details=facts)
+        return ScoreColumn(name=name, path=path, rows=len(chosen), facts=facts | _distribution(values[chosen]))
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def _distribution(values: np.ndarray) -> dict[str, float]:
     """Least, median and most of scores; nothing of the numbers of groups."""
     if values.dtype.kind != "f":
         return {}

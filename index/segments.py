@@ -22,21 +22,21 @@ import numpy as np
 
 from vlm.console import progress
 from vlm.errors import VlmError
-from vlm.files import replacing
+from vlm.files import atomic_write
 from vlm.index.ann.faiss_search import (
-    asker,
-    candidates_for,
-    most_effort,
+    effort_limit,
+    make_search_function,
+    num_candidates,
     rerank,
     search_parameters,
-    set_effort,
+    set_search_effort,
     to_float32,
 )
-from vlm.index.ann.gpu import MOST_ANSWERS, adder, find_gpu, why_not
-from vlm.index.ann.index_type import Copy, Tuning, load_faiss
-from vlm.index.ann.index_types import KINDS
-from vlm.index.embeddings import Embeddings, open_vectors, unit_rows
-from vlm.index.layout import CURE, Segment, WritePoint, segment_file, unhindered
+from vlm.index.ann.gpu import MAX_GPU_RESULTS, find_gpu, gpu_unsupported_reason, make_add_function
+from vlm.index.ann.index_type import CopyToGpu, TuningParams, load_faiss
+from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.embeddings import Embeddings, normalize_rows, open_vectors
+from vlm.index.layout import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
 from vlm.manifest import FileRecord, record_file
 from vlm.tensors import Array, Bool, Float, Float32, Int64, UInt8
 
@@ -67,13 +67,13 @@ class Vectors:
     def blocks(self, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Float32[Array, "N D"]]:
         """All rows in order."""
         for first in range(0, len(self), rows_at_once):
-            yield unit_rows(to_float32(self.stored[first : first + rows_at_once]))
+            yield normalize_rows(to_float32(self.stored[first : first + rows_at_once]))
 
     def take(self, positions: Int64[Array, " N"]) -> Float32[Array, "N D"]:
         """The rows at the given positions."""
         if len(positions) and positions[-1] - positions[0] == len(positions) - 1 and (np.diff(positions) == 1).all():
-            return unit_rows(to_float32(self.stored[positions[0] : positions[-1] + 1]))
-        return unit_rows(to_float32(self.stored[positions]))
+            return normalize_rows(to_float32(self.stored[positions[0] : positions[-1] + 1]))
+        return normalize_rows(to_float32(self.stored[positions]))
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
         """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
@@ -81,7 +81,7 @@ class Vectors:
 
 
 def write_vectors(
-    path: Path, blocks: Iterable[Float[Array, "_ D"]], shape: tuple[int, int], *, reached: WritePoint = unhindered
+    path: Path, blocks: Iterable[Float[Array, "_ D"]], shape: tuple[int, int], *, failpoint: FailPoint = no_failpoint
 ) -> None:
     """Write blocks of unit vectors as one float16 matrix of a shape (N, D), atomically.
 
@@ -89,19 +89,19 @@ def write_vectors(
         VlmError: a row is not finite or not of unit length, or there are not N of them; nothing is written.
     """
     rows = 0
-    with replacing(path) as file:
-        described = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, described)
+    with atomic_write(path) as file:
+        meta = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, meta)
         for block in blocks:
             _check_lengths(block, rows)
             file.write(np.ascontiguousarray(block, np.float16).tobytes())
             rows += len(block)
         if rows != shape[0]:
             raise VlmError(f"{rows:,} vectors came for {shape[0]:,} rows; the embeddings are damaged: embed again.")
-        reached(f"{path.name} before its rename")
+        failpoint(f"{path.name} before its rename")
 
 
-def stored_blocks(source: Embeddings) -> Iterator[Float[Array, "_ D"]]:
+def iter_stored_blocks(source: Embeddings) -> Iterator[Float[Array, "_ D"]]:
     """The rows of an embeddings folder as they are stored."""
     for part in source.parts:
         vectors = open_vectors(source.folder, part)
@@ -121,11 +121,11 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError) as error:
-        raise VlmError(f"{path} is damaged ({error}); {CURE}.") from error
+        raise VlmError(f"{path} is damaged ({error}); {REBUILD_HINT}.") from error
     if found.dtype != dtype or found.shape != shape:
         raise VlmError(
             f"{path} is damaged: it holds {found.dtype} of shape {found.shape}, {dtype} of {shape} were written; "
-            f"{CURE}."
+            f"{REBUILD_HINT}."
         )
     # numpy asks and answers a memmap in Python, at microseconds each time
     return np.asarray(found)
@@ -149,7 +149,7 @@ _BYTES_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenSegment:
     """A segment that lies on disk, and the checksums of its files."""
 
     segment: Segment
@@ -164,9 +164,9 @@ def write_segment(
     *,
     dimension: int,
     kind: str,
-    tuning: Tuning,
-    reached: WritePoint = unhindered,
-) -> Written:
+    tuning: TuningParams,
+    failpoint: FailPoint = no_failpoint,
+) -> WrittenSegment:
     """Write the three files of a segment, each atomically: the rows first, then the FAISS index trained on them.
 
     Args:
@@ -179,23 +179,23 @@ def write_segment(
     """
     vectors_path, rows_path = folder / segment_file(number, "npy"), folder / segment_file(number, "rows.npy")
     vectors_path.parent.mkdir(exist_ok=True)
-    reached(f"{vectors_path.name}")
+    failpoint(f"{vectors_path.name}")
     count = len(rows)
-    write_vectors(vectors_path, blocks, (count, dimension), reached=reached)
-    reached(f"{rows_path.name}")
-    with replacing(rows_path) as file:
+    write_vectors(vectors_path, blocks, (count, dimension), failpoint=failpoint)
+    failpoint(f"{rows_path.name}")
+    with atomic_write(rows_path) as file:
         np.save(file, rows, allow_pickle=False)
     vectors = Vectors(vectors_path, count, dimension)
     gpu = find_gpu()
-    prepared = KINDS[kind](vectors, tuning, gpu)
-    _fill(vectors, adder(prepared.index, gpu))
+    prepared = INDEX_TYPES[kind](vectors, tuning, gpu)
+    _fill(vectors, make_add_function(prepared.index, gpu))
     segment = Segment(number=number, kind=kind, parameters=prepared.parameters, rows=count, rerank=prepared.rerank)
-    reached(f"{segment.index_file}")
+    failpoint(f"{segment.index_file}")
     faiss = load_faiss()
-    with replacing(folder / segment.index_file) as file:
+    with atomic_write(folder / segment.index_file) as file:
         faiss.write_index(prepared.index, faiss.PyCallbackIOWriter(file.write, _BYTES_AT_ONCE))
-        reached(f"{segment.index_file} before its rename")
-    return Written(segment=segment, files={name: record_file(folder / name) for name in segment.files})
+        failpoint(f"{segment.index_file} before its rename")
+    return WrittenSegment(segment=segment, files={name: record_file(folder / name) for name in segment.files})
 
 
 def _fill(vectors: Vectors, add: Callable[[Float32[Array, "N D"]], None]) -> None:
@@ -209,7 +209,7 @@ def _fill(vectors: Vectors, add: Callable[[Float32[Array, "N D"]], None]) -> Non
             shown.update(len(block))
 
 
-class OpenSegment:
+class SegmentReader:
     """A segment open for reading; its files may be unlinked meanwhile.
 
     ask: searches the FAISS index, here and among all rows. is_approximate: it visits some of the rows only.
@@ -218,22 +218,22 @@ class OpenSegment:
 
     on_gpu: "faiss.Index | None" = None
 
-    def __init__(self, folder: Path, described: Segment, dimension: int) -> None:
-        self.described = described
-        self.rows: Int64[Array, " N"] = open_array(folder / described.rows_file, np.dtype(np.int64), (described.rows,))
-        self.vectors = Vectors(folder / described.vectors_file, described.rows, dimension)
-        self.index = _read_index(folder / described.index_file, described, dimension)
-        self.ask = asker(self.index)
-        self.is_approximate = KINDS[described.kind].effort is not None
+    def __init__(self, folder: Path, meta: Segment, dimension: int) -> None:
+        self.meta = meta
+        self.rows: Int64[Array, " N"] = open_array(folder / meta.rows_file, np.dtype(np.int64), (meta.rows,))
+        self.vectors = Vectors(folder / meta.vectors_file, meta.rows, dimension)
+        self.index = _read_index(folder / meta.index_file, meta, dimension)
+        self.faiss_search = make_search_function(self.index)
+        self.is_approximate = INDEX_TYPES[meta.kind].effort is not None
         # that of a new index: rows rise, so the last tells that none is left out
-        self._is_first = not described.rows or self.rows.item(-1) == described.rows - 1
+        self._is_first = not meta.rows or self.rows.item(-1) == meta.rows - 1
 
     def __len__(self) -> int:
-        return self.described.rows
+        return self.meta.rows
 
-    def move(self, copy: Copy) -> str:
+    def copy_to_gpu(self, copy: CopyToGpu) -> str:
         """Have a GPU answer where all rows may; if it cannot, why."""
-        reason = why_not(self.index)
+        reason = gpu_unsupported_reason(self.index)
         if not reason and self.on_gpu is None:
             try:
                 self.on_gpu = copy(self.index)
@@ -260,13 +260,13 @@ class OpenSegment:
         They grow as the share shrinks, so that about as many rows are compared as without a filter. None: the kind has
         nothing to choose.
         """
-        name, most = KINDS[self.described.kind].effort, most_effort(self.index)
+        name, most = INDEX_TYPES[self.meta.kind].effort, effort_limit(self.index)
         if name is None or most is None:
             return None
-        return min(most, ceil(self.described.parameters[name] / share))
+        return min(most, ceil(self.meta.parameters[name] / share))
 
 
-def _read_index(path: Path, described: Segment, dimension: int) -> "faiss.Index":
+def _read_index(path: Path, meta: Segment, dimension: int) -> "faiss.Index":
     """Memory-mapped where this build of FAISS can."""
     faiss = load_faiss()
     if not path.is_file():
@@ -274,33 +274,33 @@ def _read_index(path: Path, described: Segment, dimension: int) -> "faiss.Index"
     try:
         index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
     except RuntimeError as error:
-        raise VlmError(f"{path} is damaged ({error}); {CURE}.") from error
-    if index.ntotal != described.rows or index.d != dimension:
+        raise VlmError(f"{path} is damaged ({error}); {REBUILD_HINT}.") from error
+    if index.ntotal != meta.rows or index.d != dimension:
         raise VlmError(
-            f"{path} holds {index.ntotal:,} rows of {index.d} dimensions, {described.rows:,} of {dimension} were "
-            f"written; {CURE}."
+            f"{path} holds {index.ntotal:,} rows of {index.d} dimensions, {meta.rows:,} of {dimension} were "
+            f"written; {REBUILD_HINT}."
         )
-    if name := KINDS[described.kind].effort:
-        set_effort(index, described.parameters[name])
+    if name := INDEX_TYPES[meta.kind].effort:
+        set_search_effort(index, meta.parameters[name])
     return index
 
 
 EXACT_ROWS = 10_000
-EXACT_SHARE = 0.02
+EXACT_FRACTION = 0.02
 DEEP = 100
 _SCAN_ROWS_AT_ONCE = 16_384
 _QUERIES_AT_ONCE = 1024
-_NOBODY = -1
+_NO_ROW = -1
 
-Answers = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
+ScoredRows = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
 """Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
 
 
 @dataclass(frozen=True, eq=False)
-class Selected:
+class SegmentView:
     """A segment and the positions of it that may answer; `mask` None: all of them."""
 
-    segment: OpenSegment
+    segment: SegmentReader
     mask: Bool[Array, " N"] | None = None
 
     @cached_property
@@ -323,7 +323,7 @@ class Selected:
         """The catalogue's rows of those that may answer, ascending."""
         return self.segment.rows[self.positions] if self.mask is not None else np.asarray(self.segment.rows)
 
-    def without(self, rows: Int64[Array, " M"]) -> "Selected":
+    def excluding(self, rows: Int64[Array, " M"]) -> "SegmentView":
         """Less the given rows, which are sorted."""
         dead = self.segment.positions_of(rows)
         if not len(dead):
@@ -332,37 +332,37 @@ class Selected:
         mask[dead] = False
         return replace(self, mask=mask)
 
-    def among(self, rows: Int64[Array, " M"]) -> "Selected":
+    def restricted_to(self, rows: Int64[Array, " M"]) -> "SegmentView":
         """Of these only the given rows, which are sorted."""
         chosen, mask = self.segment.positions_of(rows), np.zeros(len(self.segment), bool)
         mask[chosen] = True if self.mask is None else self.mask[chosen]
         return replace(self, mask=mask)
 
-    def search(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+    def search(self, queries: Float32[Array, "Q D"], top: int) -> ScoredRows:
         """The nearest by FAISS, re-ranked where its scores are not exact; by a scan where it finds too few, or where
         so many are asked for that nothing would be saved."""
         segment, top = self.segment, min(top, self.count)
-        if self.is_scanned(top):
+        if self.uses_exact_scan(top):
             return self.scan(queries, top)
-        more, deeper = segment.described.rerank, sqrt(top / DEEP) if top > DEEP else 1.0
-        candidates = min(candidates_for(top, more), self.count) if more else top
-        scores, positions = self._ask_faiss(queries, candidates, deeper)
+        more, deeper = segment.meta.rerank, sqrt(top / DEEP) if top > DEEP else 1.0
+        candidates = min(num_candidates(top, more), self.count) if more else top
+        scores, positions = self._search_faiss(queries, candidates, deeper)
         if more:
             scores, positions = rerank(segment.vectors.stored, queries, positions, top)
         rows = segment.rows_at(positions)
-        if _NOBODY in (last := positions[:, -1]).tolist():  # nobody stands last
-            is_short = last == _NOBODY
+        if _NO_ROW in (last := positions[:, -1]).tolist():  # nobody stands last
+            is_short = last == _NO_ROW
             scores[is_short], rows[is_short] = self.scan(queries[is_short], top)
         # re-ranked ones are in order
-        return _ordered(scores, rows, top) if not more and _have_ties(scores) else (scores, rows)
+        return _sort_by_score(scores, rows, top) if not more and _has_ties(scores) else (scores, rows)
 
-    def is_scanned(self, top: int) -> bool:
+    def uses_exact_scan(self, top: int) -> bool:
         """Whether so many are found by comparing all, whatever the segment's effort."""
-        return top > DEEP and self.segment.is_approximate and top > EXACT_SHARE * self.count
+        return top > DEEP and self.segment.is_approximate and top > EXACT_FRACTION * self.count
 
-    def scan(self, queries: Float32[Array, "Q D"], top: int) -> Answers:
+    def scan(self, queries: Float32[Array, "Q D"], top: int) -> ScoredRows:
         """The nearest by comparing all that may answer, with the stored rows."""
-        found = [_none(queries)]
+        found = [_empty_result(queries)]
         for first in range(0, self.count, _SCAN_ROWS_AT_ONCE):
             positions = self.positions[first : first + _SCAN_ROWS_AT_ONCE]
             scores = queries @ self.segment.vectors.take(positions).T
@@ -370,14 +370,14 @@ class Selected:
             found = [merge([*found, _best(scores, rows, top)], top)]
         return found[0]
 
-    def _ask_faiss(self, queries: Float32[Array, "Q D"], top: int, deeper: float) -> Answers:
+    def _search_faiss(self, queries: Float32[Array, "Q D"], top: int, deeper: float) -> ScoredRows:
         """deeper: by this factor more lists or nodes than the segment's own effort; a GPU keeps to its own."""
         if self.mask is None:
-            on_gpu = self.segment.on_gpu if top <= MOST_ANSWERS else None
+            on_gpu = self.segment.on_gpu if top <= MAX_GPU_RESULTS else None
             if on_gpu is not None:
                 return on_gpu.search(queries, top)
             if deeper == 1 or not self.segment.is_approximate:
-                return self.segment.ask(queries, top)
+                return self.segment.faiss_search(queries, top)
         selector = None if self.mask is None else load_faiss().IDSelectorBitmap(self.bitmap)
         effort = self.segment.effort(self.count / len(self.segment) / deeper)
         parameters = search_parameters(self.segment.index, selector=selector, effort=effort)
@@ -385,36 +385,39 @@ class Selected:
 
 
 def nearest(
-    selected: Sequence[Selected], queries: Float32[Array, "Q D"], top: int, among: Int64[Array, " N"] | None = None
-) -> Answers:
+    views: Sequence[SegmentView],
+    queries: Float32[Array, "Q D"],
+    top: int,
+    allowed_rows: Int64[Array, " N"] | None = None,
+) -> ScoredRows:
     """The `top` nearest of all that are selected, or of the rows `among` them (sorted).
 
     There are fewer columns only if there are fewer rows.
     """
     if len(queries) > _QUERIES_AT_ONCE:
         starts = range(0, len(queries), _QUERIES_AT_ONCE)
-        answers = [nearest(selected, queries[first : first + _QUERIES_AT_ONCE], top, among) for first in starts]
+        answers = [nearest(views, queries[first : first + _QUERIES_AT_ONCE], top, allowed_rows) for first in starts]
         return np.concatenate([scores for scores, _ in answers]), np.concatenate([rows for _, rows in answers])
-    if among is None:
-        if len(selected) == 1 and selected[0].count:
-            return selected[0].search(queries, top)
-        return merge([one.search(queries, top) for one in selected if one.count] or [_none(queries)], top)
-    chosen = [one.among(among) for one in selected]
+    if allowed_rows is None:
+        if len(views) == 1 and views[0].count:
+            return views[0].search(queries, top)
+        return merge([one.search(queries, top) for one in views if one.count] or [_empty_result(queries)], top)
+    chosen = [one.restricted_to(allowed_rows) for one in views]
     total = sum(one.count for one in chosen)
-    is_small = total <= max(EXACT_ROWS, EXACT_SHARE * sum(one.count for one in selected))
+    is_small = total <= max(EXACT_ROWS, EXACT_FRACTION * sum(one.count for one in views))
     found = [one.scan(queries, top) if is_small else one.search(queries, top) for one in chosen if one.count]
-    return merge(found or [_none(queries)], top)
+    return merge(found or [_empty_result(queries)], top)
 
 
-def merge(answers: Sequence[Answers], top: int) -> Answers:
+def merge(answers: Sequence[ScoredRows], top: int) -> ScoredRows:
     """The best `top` of several lists of answers to the same queries, each in order; ties by row."""
     if len(answers) == 1:
         return answers[0]
     scores = np.concatenate([scores for scores, _ in answers], axis=1)
-    return _ordered(scores, np.concatenate([rows for _, rows in answers], axis=1), top)
+    return _sort_by_score(scores, np.concatenate([rows for _, rows in answers], axis=1), top)
 
 
-def _have_ties(scores: Float32[Array, "Q K"]) -> bool:
+def _has_ties(scores: Float32[Array, "Q K"]) -> bool:
     """Whether a line, falling, has equal scores; of one line, which is the rule, Python is quicker than numpy."""
     if len(scores) == 1:
         line = scores[0].tolist()
@@ -422,16 +425,16 @@ def _have_ties(scores: Float32[Array, "Q K"]) -> bool:
     return bool((scores[:, 1:] == scores[:, :-1]).any())
 
 
-def _ordered(scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> Answers:
+def _sort_by_score(scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> ScoredRows:
     order, line = np.lexsort((rows, -scores), axis=1)[:, :top], np.arange(len(scores))[:, None]
     return scores[line, order], rows[line, order]
 
 
-def _none(queries: Float32[Array, "Q D"]) -> Answers:
+def _empty_result(queries: Float32[Array, "Q D"]) -> ScoredRows:
     return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
 
 
-def _best(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top: int) -> Answers:
+def _best(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top: int) -> ScoredRows:
     """The `top` highest of each line, in no order."""
     if scores.shape[1] <= top:
         return scores, rows

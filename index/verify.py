@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import VlmError
-from vlm.files import sha256_of
+from vlm.files import sha256_file
 from vlm.index.catalog import Catalogue
-from vlm.index.embeddings import unit_rows
-from vlm.index.layout import Details
-from vlm.index.metadata import facts_of
-from vlm.index.reader import Generation, open_generation
-from vlm.index.segments import OpenSegment
+from vlm.index.embeddings import normalize_rows
+from vlm.index.layout import IndexDetails
+from vlm.index.metadata import metadata_fields
+from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.segments import SegmentReader
 from vlm.index.writer import strays
 from vlm.manifest import Manifest, read_manifest
 from vlm.tensors import Array, Int64
@@ -26,7 +26,7 @@ _SCORE_TOLERANCE = 1e-4
 _NEIGHBOURS = 10
 # codes lose rows at random; an index whose rows are exchanged finds none
 _LEAST_FOUND = 0.5
-_MOST_TRIES = 3
+_MAX_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +61,29 @@ def check_index(folder: Path, *, sample: int = 1000, seed: int = 0) -> CheckRepo
         UsageError: it is no index of this layout.
         VlmError: its manifest is damaged.
     """
-    for _ in range(_MOST_TRIES):
+    for _ in range(_MAX_TRIES):
         manifest = read_manifest(folder, "index")
         report = _check(folder, manifest, sample=sample, seed=seed)
         # a change may have put away what was being read
         if not report.faults or read_manifest(folder, "index") == manifest:
             return report
-    raise VlmError(f"{folder} changed {_MOST_TRIES} times while it was checked; check it while nobody writes.")
+    raise VlmError(f"{folder} changed {_MAX_TRIES} times while it was checked; check it while nobody writes.")
 
 
 def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> CheckReport:
-    details = Details.from_manifest(manifest, folder)
+    details = IndexDetails.from_manifest(manifest, folder)
     faults = [Fault(part="files", what=what) for what in _file_faults(folder, manifest)]
     faults += [Fault(part="catalogue", what=what) for what in _catalogue_faults(folder / details.catalogue)]
-    compared = 0
+    num_compared = 0
     if not faults:
         try:
-            generation = open_generation(folder)
+            snapshot = open_snapshot(folder)
         except VlmError as error:
             faults.append(Fault(part="joins", what=str(error)))
         else:
-            compared = min(sample, sum(len(selected.segment) for selected in generation.selected))
-            faults += _content_faults(generation, np.random.default_rng(seed), sample)
-            generation.catalogue.close()
+            num_compared = min(sample, sum(len(view.segment) for view in snapshot.views))
+            faults += _content_faults(snapshot, np.random.default_rng(seed), sample)
+            snapshot.catalogue.close()
     return CheckReport(
         folder=str(folder),
         generation=manifest.generation,
@@ -91,7 +91,7 @@ def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> Check
         rows=manifest.counts["rows"],
         dead=manifest.counts["dead"],
         segments=len(details.segments),
-        distances=compared,
+        distances=num_compared,
         strays=tuple(str(path.relative_to(folder)) for path in strays(folder, manifest, details)),
         faults=tuple(faults),
     )
@@ -104,7 +104,7 @@ def _file_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name} is missing"
         elif (size := path.stat().st_size) != record.bytes:
             yield f"{name} has {size:,} bytes, {record.bytes:,} were written"
-        elif sha256_of(path) != record.sha256:
+        elif sha256_file(path) != record.sha256:
             yield f"{name} has another checksum than it was written with"
 
 
@@ -120,61 +120,61 @@ def _catalogue_faults(path: Path) -> Iterator[str]:
         yield str(error)
 
 
-def _content_faults(generation: Generation, rng: np.random.Generator, sample: int) -> list[Fault]:
-    faults = [Fault(part="joins", what=what) for what in _join_faults(generation)]
-    faults += [Fault(part="facts", what=what) for what in _fact_faults(generation, rng, sample)]
-    stored = sum(len(selected.segment) for selected in generation.selected)
-    for selected in generation.selected:
-        segment = selected.segment
+def _content_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: int) -> list[Fault]:
+    faults = [Fault(part="joins", what=what) for what in _join_faults(snapshot)]
+    faults += [Fault(part="facts", what=what) for what in _metadata_faults(snapshot, rng, sample)]
+    stored = sum(len(view.segment) for view in snapshot.views)
+    for view in snapshot.views:
+        segment = view.segment
         faults += [Fault(part="vectors", what=what) for what in _vector_faults(segment)]
         drawn = rng.permutation(len(segment))[: max(1, round(sample * len(segment) / stored))]
         faults += [Fault(part="distances", what=what) for what in _distance_faults(segment, np.sort(drawn))]
     return faults
 
 
-def _join_faults(generation: Generation) -> Iterator[str]:
-    stored = np.concatenate([np.zeros(0, np.int64), *(selected.segment.rows for selected in generation.selected)])
+def _join_faults(snapshot: IndexSnapshot) -> Iterator[str]:
+    stored = np.concatenate([np.zeros(0, np.int64), *(view.segment.rows for view in snapshot.views)])
     if not (np.diff(stored) > 0).all():
         yield "the rows of the segments do not rise: two segments may have the same row"
-    if len(np.setdiff1d(generation.dead, stored)):
+    if len(np.setdiff1d(snapshot.dead, stored)):
         yield "a tombstone is for a row that no segment has"
-    listed = generation.catalogue.rows()
+    listed = snapshot.catalogue.rows()
     for what, rows in (
-        ("is in a segment, but not in the catalogue", np.setdiff1d(generation.rows, listed)),
-        ("is in the catalogue, but in no segment", np.setdiff1d(listed, generation.rows)),
+        ("is in a segment, but not in the catalogue", np.setdiff1d(snapshot.rows, listed)),
+        ("is in the catalogue, but in no segment", np.setdiff1d(listed, snapshot.rows)),
     ):
         if len(rows):
             yield f"row {rows[0]:,} ({len(rows):,} such) {what}"
-    if len(stored) and stored.max() >= generation.details.next_row:
-        yield f"row {stored.max():,} is there, and would be given again: the next is {generation.details.next_row:,}"
+    if len(stored) and stored.max() >= snapshot.details.next_row:
+        yield f"row {stored.max():,} is there, and would be given again: the next is {snapshot.details.next_row:,}"
 
 
-def _fact_faults(generation: Generation, rng: np.random.Generator, sample: int) -> Iterator[str]:
-    drawn = np.sort(rng.permutation(generation.rows)[:sample]).tolist()
-    kept = generation.catalogue.facts_of(drawn)
-    for entry in generation.catalogue.entries(drawn):
-        if kept[entry.row] != set(facts_of(entry)):
+def _metadata_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: int) -> Iterator[str]:
+    drawn = np.sort(rng.permutation(snapshot.rows)[:sample]).tolist()
+    kept = snapshot.catalogue.metadata_fields(drawn)
+    for entry in snapshot.catalogue.entries(drawn):
+        if kept[entry.row] != set(metadata_fields(entry)):
             yield f"the facts of row {entry.row:,} ({entry.uid}) are not those of its metadata"
 
 
-def _vector_faults(segment: OpenSegment) -> Iterator[str]:
+def _vector_faults(segment: SegmentReader) -> Iterator[str]:
     for first in range(0, len(segment), _ROWS_AT_ONCE):
         lengths = np.linalg.norm(segment.vectors.stored[first : first + _ROWS_AT_ONCE].astype(np.float32), axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
         for position in wrong[:1]:
-            yield f"{segment.described.vectors_file}: row {first + position:,} has length {lengths[position]:.4g}"
+            yield f"{segment.meta.vectors_file}: row {first + position:,} has length {lengths[position]:.4g}"
 
 
-def _distance_faults(segment: OpenSegment, positions: Int64[Array, " N"]) -> Iterator[str]:
+def _distance_faults(segment: SegmentReader, positions: Int64[Array, " N"]) -> Iterator[str]:
     """FAISS's scores against the cosines of the stored rows; codes are only asked whether a row finds itself."""
-    described = segment.described
-    queries = unit_rows(segment.vectors.stored[positions])
-    top = min(len(segment), _NEIGHBOURS * max(1, described.rerank))
+    meta = segment.meta
+    queries = normalize_rows(segment.vectors.stored[positions])
+    top = min(len(segment), _NEIGHBOURS * max(1, meta.rerank))
     scores, found = segment.index.search(queries, top)
-    if described.rerank:
+    if meta.rerank:
         share = float((found == positions[:, None]).any(axis=1).mean())
         if share < _LEAST_FOUND:
-            yield f"{described.index_file}: only {share:.0%} of {len(positions):,} rows find themselves"
+            yield f"{meta.index_file}: only {share:.0%} of {len(positions):,} rows find themselves"
         return
     for number, query in enumerate(queries):
         there = found[number] >= 0
@@ -182,5 +182,5 @@ def _distance_faults(segment: OpenSegment, positions: Int64[Array, " N"]) -> Ite
         off = np.abs(cosines - scores[number, there]).max(initial=0.0)
         if off > _SCORE_TOLERANCE:
             row = segment.rows[positions[number]]
-            yield f"{described.index_file}: a score of row {row:,} is off by {off:.2g} from the cosine of its vectors"
+            yield f"{meta.index_file}: a score of row {row:,} is off by {off:.2g} from the cosine of its vectors"
             return

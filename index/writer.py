@@ -31,14 +31,22 @@ import numpy as np
 from vlm import __version__
 from vlm.console import say
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, replacing
-from vlm.index.ann.index_type import Tuning
-from vlm.index.ann.index_types import choose_kind, settings_of
-from vlm.index.catalog import change_catalogue, copy_catalogue, is_ahead, last_row, restore_catalogue
-from vlm.index.embeddings import Embeddings, Origin, Space
-from vlm.index.layout import SEGMENTS, TOMBSTONES, Details, WritePoint, catalogue_file, tombstones_file, unhindered
-from vlm.index.reader import Generation, open_generation
-from vlm.index.segments import OpenSegment, Selected, Written, stored_blocks, write_segment
+from vlm.files import atomic_write, compute_fingerprint
+from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_types import resolve_index_type, search_params_dict
+from vlm.index.catalog import copy_catalogue, has_uncommitted_changes, max_row, roll_back_catalogue, update_catalogue
+from vlm.index.embeddings import Embeddings, EmbeddingSpace, Origin
+from vlm.index.layout import (
+    SEGMENTS,
+    TOMBSTONES,
+    FailPoint,
+    IndexDetails,
+    catalogue_file,
+    no_failpoint,
+    tombstones_file,
+)
+from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.tensors import Array, Bool, Float, Int64
 
@@ -76,13 +84,13 @@ _UNIT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewRows:
+class InsertBatch:
     """Rows to come in: as many vectors as origins, in the same order; both can be asked for several times.
 
     source: fingerprint of where they are from. shards: addresses of their tars.
     """
 
-    space: Space
+    space: EmbeddingSpace
     count: int
     source: str
     shards: tuple[str, ...]
@@ -90,7 +98,7 @@ class NewRows:
     origins: Callable[[], Iterable[Origin]]
 
     @classmethod
-    def of_folder(cls, folder: Path) -> "NewRows":
+    def from_folder(cls, folder: Path) -> "InsertBatch":
         """The rows of a finished embeddings folder, whose checksums are verified.
 
         Raises:
@@ -103,12 +111,14 @@ class NewRows:
             count=len(source),
             source=source.manifest.fingerprint,
             shards=tuple(source.manifest.details["shards"]),
-            blocks=lambda: stored_blocks(source),
+            blocks=lambda: iter_stored_blocks(source),
             origins=source.origins,
         )
 
     @classmethod
-    def of_arrays(cls, vectors: Float[Array, "N D"], origins: Sequence[Origin], space: Space) -> "NewRows":
+    def from_arrays(
+        cls, vectors: Float[Array, "N D"], origins: Sequence[Origin], space: EmbeddingSpace
+    ) -> "InsertBatch":
         """Rows at hand; they are brought to unit length, and stored as they are if they have it.
 
         Raises:
@@ -141,17 +151,17 @@ class NewRows:
             seen.add(origin.uid)
             yield origin.uid
 
-    def only(self, uids: Container[str]) -> "NewRows":
+    def select(self, uids: Container[str]) -> "InsertBatch":
         """Those of these names."""
         keep = np.fromiter((origin.uid in uids for origin in self.origins()), bool, self.count)
         return replace(
             self,
             count=int(keep.sum()),
-            blocks=lambda: _kept(self.blocks(), keep),
+            blocks=lambda: _filter_blocks(self.blocks(), keep),
             origins=lambda: compress(self.origins(), keep),
         )
 
-    def require_space(self, space: Space, folder: Path) -> None:
+    def check_compatible_space(self, space: EmbeddingSpace, folder: Path) -> None:
         """Refuse rows that cannot be compared with those of an index.
 
         Raises:
@@ -170,7 +180,7 @@ class NewRows:
             )
 
 
-def _kept(blocks: Iterable[Float[Array, "_ D"]], keep: Bool[Array, " N"]) -> Iterator[Float[Array, "_ D"]]:
+def _filter_blocks(blocks: Iterable[Float[Array, "_ D"]], keep: Bool[Array, " N"]) -> Iterator[Float[Array, "_ D"]]:
     """The rows to keep, block by block."""
     first = 0
     for block in blocks:
@@ -179,7 +189,7 @@ def _kept(blocks: Iterable[Float[Array, "_ D"]], keep: Bool[Array, " N"]) -> Ite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class CommitInfo:
     """What a change did: the generation it made, and how many rows there are now.
 
     added: rows that were not there. replaced: those whose uid was there. removed: those deleted.
@@ -201,7 +211,7 @@ class Change:
 _ROWS_AT_ONCE = 65_536
 
 
-def absorbed(selected: Sequence[Selected], new_rows: int) -> int:
+def num_segments_to_merge(views: Sequence[SegmentView], new_rows: int) -> int:
     """How many of the last segments are merged with new rows: the flat ones that are no larger than what has come
     together behind them.
 
@@ -209,20 +219,22 @@ def absorbed(selected: Sequence[Selected], new_rows: int) -> int:
     (O'Neil et al. 1996, the log-structured merge tree, with a factor of 2).
     """
     number, gathered = 0, new_rows
-    for last in reversed(selected):
-        if last.segment.described.kind != "flat" or last.count > gathered:
+    for last in reversed(views):
+        if last.segment.meta.kind != "flat" or last.count > gathered:
             break
         number, gathered = number + 1, gathered + last.count
     return number
 
 
-def living_blocks(selected: Selected) -> Iterator[Float[Array, "_ D"]]:
+def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
     """The chosen rows of a segment as they are stored, float16."""
-    for first in range(0, selected.count, _ROWS_AT_ONCE):
-        yield selected.segment.vectors.stored[selected.positions[first : first + _ROWS_AT_ONCE]]
+    for first in range(0, view.count, _ROWS_AT_ONCE):
+        yield view.segment.vectors.stored[view.positions[first : first + _ROWS_AT_ONCE]]
 
 
-def settle(segments: Iterable[OpenSegment], dead: Int64[Array, " N"]) -> tuple[list[OpenSegment], Int64[Array, " M"]]:
+def drop_dead_segments(
+    segments: Iterable[SegmentReader], dead: Int64[Array, " N"]
+) -> tuple[list[SegmentReader], Int64[Array, " M"]]:
     """The segments in which something lives, and those of the dead rows (sorted) that lie in them."""
     kept, remaining = [], [np.zeros(0, np.int64)]
     for segment in segments:
@@ -233,7 +245,7 @@ def settle(segments: Iterable[OpenSegment], dead: Int64[Array, " N"]) -> tuple[l
     return kept, np.concatenate(remaining)
 
 
-def recover(folder: Path, *, reached: WritePoint = unhindered) -> None:
+def roll_back_unfinished(folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
     """Bring a folder back to its manifest's generation; only for the one who holds the writer's lock.
 
     May be killed and repeated. Readers notice nothing: what is removed no newer manifest names.
@@ -242,21 +254,23 @@ def recover(folder: Path, *, reached: WritePoint = unhindered) -> None:
         VlmError: the catalogue is damaged or the disk is full.
     """
     manifest = read_manifest(folder, "index")
-    details = Details.from_manifest(manifest, folder)
-    if is_ahead(folder / details.catalogue, generation=manifest.generation):
-        reached("taking back the catalogue")
-        restore_catalogue(folder / details.catalogue, generation=manifest.generation)
-    sweep(folder, manifest, details, reached=reached)
+    details = IndexDetails.from_manifest(manifest, folder)
+    if has_uncommitted_changes(folder / details.catalogue, generation=manifest.generation):
+        failpoint("taking back the catalogue")
+        roll_back_catalogue(folder / details.catalogue, generation=manifest.generation)
+    remove_orphans(folder, manifest, details, failpoint=failpoint)
 
 
-def sweep(folder: Path, manifest: Manifest, details: Details, *, reached: WritePoint = unhindered) -> None:
+def remove_orphans(
+    folder: Path, manifest: Manifest, details: IndexDetails, *, failpoint: FailPoint = no_failpoint
+) -> None:
     """Unlink the strays; who has one of them open keeps it."""
     for path in strays(folder, manifest, details):
-        reached(f"removing {path.name}")
+        failpoint(f"removing {path.name}")
         path.unlink(missing_ok=True)
 
 
-def strays(folder: Path, manifest: Manifest, details: Details) -> list[Path]:
+def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path]:
     """Files of the index that its manifest does not name: of an older generation, or of one that was never finished."""
     named = {folder / name for name in (*manifest.files, details.catalogue)}
     journal = folder / f"{details.catalogue}-journal"
@@ -266,14 +280,14 @@ def strays(folder: Path, manifest: Manifest, details: Details) -> list[Path]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Draft:
+class PendingVersion:
     """The next generation.
 
     manifest: all but the line of its tombstones' file. dead: rows of its segments that are dead, sorted.
     """
 
     manifest: Manifest
-    details: Details
+    details: IndexDetails
     dead: Int64[Array, " N"]
 
     @property
@@ -282,9 +296,15 @@ class Draft:
         return self.manifest.generation
 
 
-def draft_next(
-    now: Generation, *, what: str, keep: int, written: Written | None, dying: Int64[Array, " N"], **details: Any
-) -> Draft:
+def prepare_version(
+    snapshot: IndexSnapshot,
+    *,
+    what: str,
+    keep: int,
+    written: WrittenSegment | None,
+    deleted_rows: Int64[Array, " N"],
+    **details: Any,
+) -> PendingVersion:
     """The generation after `now`.
 
     Args:
@@ -294,23 +314,23 @@ def draft_next(
         dying: rows that die, sorted.
         details: what else changes in them.
     """
-    dead = np.union1d(now.dead, dying)
-    kept, dead = settle([selected.segment for selected in now.selected[:keep]], dead)
-    segments = [segment.described for segment in kept] + ([written.segment] if written else [])
-    files = {name: now.manifest.files[name] for segment in kept for name in segment.described.files}
+    dead = np.union1d(snapshot.dead, deleted_rows)
+    kept, dead = drop_dead_segments([view.segment for view in snapshot.views[:keep]], dead)
+    segments = [segment.meta for segment in kept] + ([written.segment] if written else [])
+    files = {name: snapshot.manifest.files[name] for segment in kept for name in segment.meta.files}
     files |= written.files if written else {}
-    number = now.number + 1
+    number = snapshot.number + 1
     changed = replace(
-        now.details,
+        snapshot.details,
         segments=tuple(segments),
-        next_segment=written.segment.number + 1 if written else now.details.next_segment,
+        next_segment=written.segment.number + 1 if written else snapshot.details.next_segment,
         tombstones=tombstones_file(number) if len(dead) else "",
         **details,
     )
     checksums = [files[name].sha256 for name in sorted(files)]
     manifest = replace(
-        now.manifest,
-        fingerprint=fingerprint_of(now.manifest.fingerprint, what, dead.tobytes(), *checksums),
+        snapshot.manifest,
+        fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, what, dead.tobytes(), *checksums),
         generation=number,
         counts={"rows": sum(segment.rows for segment in segments) - len(dead), "dead": len(dead)},
         files=files,
@@ -319,43 +339,45 @@ def draft_next(
         made_at="",
         command="",
     )
-    return Draft(manifest=manifest, details=changed, dead=dead)
+    return PendingVersion(manifest=manifest, details=changed, dead=dead)
 
 
-def searched_with(draft: Draft, *, effort: int | None, rerank: int) -> Draft:
+def with_search_params(pending: PendingVersion, *, effort: int | None, rerank: int) -> PendingVersion:
     """The same, with another effort and re-ranking of its largest segment, also when it is compacted."""
-    largest = max(draft.details.segments, key=lambda segment: segment.rows)
-    told = settings_of(largest.kind, effort=effort, rerank=rerank)
+    largest = max(pending.details.segments, key=lambda segment: segment.rows)
+    told = search_params_dict(largest.kind, effort=effort, rerank=rerank)
     changed = replace(
-        draft.details,
+        pending.details,
         segments=tuple(
             replace(segment, parameters=segment.parameters | told, rerank=rerank) if segment is largest else segment
-            for segment in draft.details.segments
+            for segment in pending.details.segments
         ),
-        tuning=draft.details.tuning | told,
+        tuning=pending.details.tuning | told,
     )
-    return replace(draft, details=changed, manifest=replace(draft.manifest, details=asdict(changed)))
+    return replace(pending, details=changed, manifest=replace(pending.manifest, details=asdict(changed)))
 
 
-def commit(folder: Path, draft: Draft, change_catalogue: Callable[[], None], *, reached: WritePoint) -> None:
+def commit(
+    folder: Path, pending: PendingVersion, update_catalogue: Callable[[], None], *, failpoint: FailPoint
+) -> None:
     """Write the tombstones, change the catalogue, and replace the manifest: only the last of these counts."""
-    files = dict(draft.manifest.files)
-    if len(draft.dead):
-        path = folder / draft.details.tombstones
+    files = dict(pending.manifest.files)
+    if len(pending.dead):
+        path = folder / pending.details.tombstones
         path.parent.mkdir(exist_ok=True)
-        reached("tombstones")
-        with replacing(path) as file:
-            np.save(file, draft.dead, allow_pickle=False)
-            reached("tombstones before their rename")
-        files[draft.details.tombstones] = record_file(path)
-    reached("catalogue")
-    change_catalogue()
-    reached("manifest")
-    write_manifest(folder, replace(draft.manifest, files=files))
-    reached("manifest written")
+        failpoint("tombstones")
+        with atomic_write(path) as file:
+            np.save(file, pending.dead, allow_pickle=False)
+            failpoint("tombstones before their rename")
+        files[pending.details.tombstones] = record_file(path)
+    failpoint("catalogue")
+    update_catalogue()
+    failpoint("manifest")
+    write_manifest(folder, replace(pending.manifest, files=files))
+    failpoint("manifest written")
 
 
-_NOBODY = np.zeros(0, np.int64)
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 class IndexWriter:
@@ -368,13 +390,13 @@ class IndexWriter:
         VlmError: the index is damaged.
     """
 
-    def __init__(self, folder: Path, *, reached: WritePoint = unhindered) -> None:
-        Details.from_manifest(read_manifest(folder, "index"), folder)
-        self.folder, self._reached, self._is_unsettled = folder, reached, False
+    def __init__(self, folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
+        IndexDetails.from_manifest(read_manifest(folder, "index"), folder)
+        self.folder, self._failpoint, self._needs_rollback = folder, failpoint, False
         self._lock = WriterLock(folder)
         try:
-            recover(folder, reached=reached)
-            self.generation = open_generation(folder)
+            roll_back_unfinished(folder, failpoint=failpoint)
+            self.snapshot = open_snapshot(folder)
         except BaseException:
             self._lock.release()
             raise
@@ -387,32 +409,32 @@ class IndexWriter:
 
     def close(self) -> None:
         """Release the lock and the files."""
-        self.generation.catalogue.close()
+        self.snapshot.catalogue.close()
         self._lock.release()
 
-    def add(self, new: NewRows) -> Change:
+    def add(self, batch: InsertBatch) -> CommitInfo:
         """Rows that were not there, as a flat segment; small flat ones before it are merged with it.
 
         Raises:
             UsageError: they are of another model, or a uid is there already.
             VlmError: two of them have the same uid, or a vector is not of unit length.
         """
-        return self._bring(new, replaces=False)
+        return self._insert(batch, is_upsert=False)
 
-    def update(self, new: NewRows, *, among: Int64[Array, " N"] | None = None) -> Change:
+    def update(self, batch: InsertBatch, *, allowed_rows: Int64[Array, " N"] | None = None) -> CommitInfo:
         """As `add`, but a row whose uid is there takes the place of the one that has it.
 
         among: only these rows (as `Catalogue.where` gives them) are replaced; new rows of other uids are left out.
         """
-        return self._bring(new, replaces=True, among=among)
+        return self._insert(batch, is_upsert=True, allowed_rows=allowed_rows)
 
-    def delete(self, uids: Sequence[str]) -> Change:
+    def delete(self, uids: Sequence[str]) -> CommitInfo:
         """The rows of these uids die.
 
         Raises:
             UsageError: one of them is not there; nothing is deleted.
         """
-        rows = self.generation.catalogue.rows_of(uids)
+        rows = self.snapshot.catalogue.rows_by_uid(uids)
         unknown = [uid for uid in uids if uid not in rows]
         if unknown:
             raise UsageError(
@@ -421,17 +443,19 @@ class IndexWriter:
             )
         return self.delete_rows(np.unique(np.array(list(rows.values()), np.int64)))
 
-    def delete_rows(self, rows: Int64[Array, " N"]) -> Change:
+    def delete_rows(self, rows: Int64[Array, " N"]) -> CommitInfo:
         """The living of these rows (sorted, as `Catalogue.where` gives them) die; nothing changes if there is none."""
-        started, now = time.perf_counter(), self.generation
-        dying = np.intersect1d(rows, now.rows, assume_unique=True)
-        if len(dying):
-            with self._changing():
-                draft = draft_next(now, what="delete", keep=len(now.selected), written=None, dying=dying)
-                self._commit(draft, lambda: self._change_catalogue(draft, dying))
-        return self._done(started, removed=len(dying))
+        started, snapshot = time.perf_counter(), self.snapshot
+        deleted_rows = np.intersect1d(rows, snapshot.rows, assume_unique=True)
+        if len(deleted_rows):
+            with self._rolling_back_on_error():
+                pending = prepare_version(
+                    snapshot, what="delete", keep=len(snapshot.views), written=None, deleted_rows=deleted_rows
+                )
+                self._commit(pending, lambda: self._change_catalogue(pending, deleted_rows))
+        return self._commit_info(started, removed=len(deleted_rows))
 
-    def compact(self, *, kind: str = "", tuning: Tuning | None = None) -> Change:
+    def compact(self, *, kind: str = "", tuning: TuningParams | None = None) -> CommitInfo:
         """All living rows into one segment, trained anew, and into a catalogue without the dead.
 
         kind, tuning: as for `build_index`; left out, those the index was built with, or flat where they no longer fit.
@@ -439,140 +463,161 @@ class IndexWriter:
         Raises:
             UsageError: there is no such kind, or it does not fit the rows.
         """
-        started, now = time.perf_counter(), self.generation
+        started, snapshot = time.perf_counter(), self.snapshot
         if not kind and tuning is None and self._is_compact():
-            return self._done(started)
-        wishes = {"kind": kind or now.details.kind, "tuning": asdict(tuning) if tuning else now.details.tuning}
-        with self._changing():
-            written = self._write_all(kind, tuning or Tuning(**now.details.tuning)) if len(now) else None
-            catalogue = catalogue_file(now.number + 1)
-            next_row = max(now.details.next_row, last_row(now.catalogue.path) + 1)
+            return self._commit_info(started)
+        wishes = {
+            "kind": kind or snapshot.details.kind,
+            "tuning": asdict(tuning) if tuning else snapshot.details.tuning,
+        }
+        with self._rolling_back_on_error():
+            written = (
+                self._write_compacted(kind, tuning or TuningParams(**snapshot.details.tuning))
+                if len(snapshot)
+                else None
+            )
+            catalogue = catalogue_file(snapshot.number + 1)
+            next_row = max(snapshot.details.next_row, max_row(snapshot.catalogue.path) + 1)
             details = wishes | {"catalogue": catalogue, "next_row": next_row}
-            draft = draft_next(now, what="compact", keep=0, written=written, dying=_NOBODY, **details)
-            self._commit(draft, lambda: self._rewrite_catalogue(draft))
-        return self._done(started)
+            pending = prepare_version(
+                snapshot, what="compact", keep=0, written=written, deleted_rows=_NO_ROWS, **details
+            )
+            self._commit(pending, lambda: self._rewrite_catalogue(pending))
+        return self._commit_info(started)
 
-    def set_search(self, *, effort: int | None, rerank: int) -> Change:
+    def set_search_params(self, *, effort: int | None, rerank: int) -> CommitInfo:
         """The largest segment is searched with another effort (nprobe, ef_search) and re-ranking from now on."""
-        started, now = time.perf_counter(), self.generation
-        with self._changing():
-            draft = draft_next(now, what="search", keep=len(now.selected), written=None, dying=_NOBODY)
-            draft = searched_with(draft, effort=effort, rerank=rerank)
-            self._commit(draft, lambda: self._change_catalogue(draft, _NOBODY))
-        return self._done(started)
+        started, snapshot = time.perf_counter(), self.snapshot
+        with self._rolling_back_on_error():
+            pending = prepare_version(
+                snapshot, what="search", keep=len(snapshot.views), written=None, deleted_rows=_NO_ROWS
+            )
+            pending = with_search_params(pending, effort=effort, rerank=rerank)
+            self._commit(pending, lambda: self._change_catalogue(pending, _NO_ROWS))
+        return self._commit_info(started)
 
     def _is_compact(self) -> bool:
         """One segment of the kind wished for, or none, and nothing dead in it or in the catalogue."""
-        now = self.generation
-        kinds = {selected.segment.described.kind for selected in now.selected}
-        is_one = len(now.selected) <= 1 and kinds <= {choose_kind(now.details.kind, len(now))}
-        return is_one and not len(now.dead) and not now.catalogue.count_hidden()
+        snapshot = self.snapshot
+        kinds = {view.segment.meta.kind for view in snapshot.views}
+        is_one = len(snapshot.views) <= 1 and kinds <= {resolve_index_type(snapshot.details.kind, len(snapshot))}
+        return is_one and not len(snapshot.dead) and not snapshot.catalogue.count_hidden()
 
-    def _bring(self, new: NewRows, *, replaces: bool, among: Int64[Array, " N"] | None = None) -> Change:
-        started, now, given = time.perf_counter(), self.generation, new.count
-        new.require_space(now.details.space, self.folder)
-        old = now.catalogue.rows_of(new.uids())
-        if among is not None:
-            chosen = set(among.tolist())
+    def _insert(
+        self, batch: InsertBatch, *, is_upsert: bool, allowed_rows: Int64[Array, " N"] | None = None
+    ) -> CommitInfo:
+        started, snapshot, given = time.perf_counter(), self.snapshot, batch.count
+        batch.check_compatible_space(snapshot.details.space, self.folder)
+        old = snapshot.catalogue.rows_by_uid(batch.uids())
+        if allowed_rows is not None:
+            chosen = set(allowed_rows.tolist())
             old = {uid: row for uid, row in old.items() if row in chosen}
-            new = new.only(old)
-        if old and not replaces:
+            batch = batch.select(old)
+        if old and not is_upsert:
             raise UsageError(
-                f"{self.folder} has {next(iter(old))!r} already ({len(old):,} of the {new.count:,} new rows are "
+                f"{self.folder} has {next(iter(old))!r} already ({len(old):,} of the {batch.count:,} new rows are "
                 "there); nothing was added: vlm index update replaces them."
             )
-        if not new.count:
-            return self._done(started, left_out=given)
-        dying = np.sort(np.array(list(old.values()), np.int64))
-        with self._changing():
-            first = max(now.details.next_row, last_row(now.catalogue.path) + 1)
-            keep = len(now.selected) - absorbed(now.selected, new.count)
-            written = self._write_behind(new, keep, dying, first)
+        if not batch.count:
+            return self._commit_info(started, left_out=given)
+        deleted_rows = np.sort(np.array(list(old.values()), np.int64))
+        with self._rolling_back_on_error():
+            first = max(snapshot.details.next_row, max_row(snapshot.catalogue.path) + 1)
+            keep = len(snapshot.views) - num_segments_to_merge(snapshot.views, batch.count)
+            written = self._write_merged(batch, keep, deleted_rows, first)
             details = {
-                "next_row": first + new.count,
-                "shards": tuple(dict.fromkeys((*now.details.shards, *new.shards))),
-                "sources": tuple(dict.fromkeys((*now.details.sources, new.source))),
+                "next_row": first + batch.count,
+                "shards": tuple(dict.fromkeys((*snapshot.details.shards, *batch.shards))),
+                "sources": tuple(dict.fromkeys((*snapshot.details.sources, batch.source))),
             }
-            what = "update" if replaces else "add"
-            draft = draft_next(now, what=what, keep=keep, written=written, dying=dying, **details)
-            self._commit(draft, lambda: self._change_catalogue(draft, dying, enumerate(new.origins(), first)))
-        left_out = given - new.count
-        return self._done(started, added=new.count - len(old), replaced=len(old), left_out=left_out)
+            what = "update" if is_upsert else "add"
+            pending = prepare_version(
+                snapshot, what=what, keep=keep, written=written, deleted_rows=deleted_rows, **details
+            )
+            self._commit(
+                pending, lambda: self._change_catalogue(pending, deleted_rows, enumerate(batch.origins(), first))
+            )
+        left_out = given - batch.count
+        return self._commit_info(started, added=batch.count - len(old), replaced=len(old), left_out=left_out)
 
-    def _write_behind(self, new: NewRows, keep: int, dying: Int64[Array, " N"], first: int) -> Written:
+    def _write_merged(
+        self, batch: InsertBatch, keep: int, deleted_rows: Int64[Array, " N"], first: int
+    ) -> WrittenSegment:
         """The segment of new rows, with what lives of the segments from `keep` on."""
-        merged = [selected.without(dying) for selected in self.generation.selected[keep:]]
-        rows = [*(selected.rows() for selected in merged), np.arange(first, first + new.count)]
-        blocks = chain(chain.from_iterable(map(living_blocks, merged)), new.blocks())
-        return self._write_segment(blocks, np.concatenate(rows), "flat", Tuning())
+        merged = [view.excluding(deleted_rows) for view in self.snapshot.views[keep:]]
+        rows = [*(view.rows() for view in merged), np.arange(first, first + batch.count)]
+        blocks = chain(chain.from_iterable(map(iter_live_blocks, merged)), batch.blocks())
+        return self._write_segment(blocks, np.concatenate(rows), "flat", TuningParams())
 
-    def _write_all(self, kind: str, tuning: Tuning) -> Written:
+    def _write_compacted(self, kind: str, tuning: TuningParams) -> WrittenSegment:
         """The segment of all living rows."""
-        now = self.generation
+        snapshot = self.snapshot
 
-        def write(kind: str, tuning: Tuning) -> Written:
-            blocks = chain.from_iterable(map(living_blocks, now.selected))
-            return self._write_segment(blocks, now.rows, kind, tuning)
+        def write(kind: str, tuning: TuningParams) -> WrittenSegment:
+            blocks = chain.from_iterable(map(iter_live_blocks, snapshot.views))
+            return self._write_segment(blocks, snapshot.rows, kind, tuning)
 
         try:
-            return write(choose_kind(kind or now.details.kind, len(now)), tuning)
+            return write(resolve_index_type(kind or snapshot.details.kind, len(snapshot)), tuning)
         except UsageError as error:
             if kind:
                 raise
-            say(f"The kind {now.details.kind} no longer fits, a flat segment is made: {error}")
-            return write("flat", Tuning())
+            say(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
+            return write("flat", TuningParams())
 
     def _write_segment(
-        self, blocks: Iterable[Float[Array, "_ D"]], rows: Int64[Array, " N"], kind: str, tuning: Tuning
-    ) -> Written:
-        details = self.generation.details
+        self, blocks: Iterable[Float[Array, "_ D"]], rows: Int64[Array, " N"], kind: str, tuning: TuningParams
+    ) -> WrittenSegment:
+        details = self.snapshot.details
         dimension, number = details.space.dimension, details.next_segment
         return write_segment(
-            self.folder, number, blocks, rows, dimension=dimension, kind=kind, tuning=tuning, reached=self._reached
+            self.folder, number, blocks, rows, dimension=dimension, kind=kind, tuning=tuning, failpoint=self._failpoint
         )
 
     def _change_catalogue(
-        self, draft: Draft, dying: Int64[Array, " N"], born: Iterable[tuple[int, Origin]] = ()
+        self, pending: PendingVersion, deleted_rows: Int64[Array, " N"], inserted: Iterable[tuple[int, Origin]] = ()
     ) -> None:
-        path = self.folder / draft.details.catalogue
-        change_catalogue(path, generation=draft.number, born=born, died=dying, reached=self._reached)
+        path = self.folder / pending.details.catalogue
+        update_catalogue(
+            path, generation=pending.number, inserted=inserted, deleted=deleted_rows, failpoint=self._failpoint
+        )
 
-    def _rewrite_catalogue(self, draft: Draft) -> None:
-        now, path = self.generation, self.folder / draft.details.catalogue
-        copy_catalogue(now.catalogue.path, path, now.rows, seen=now.number, generation=draft.number)
+    def _rewrite_catalogue(self, pending: PendingVersion) -> None:
+        snapshot, path = self.snapshot, self.folder / pending.details.catalogue
+        copy_catalogue(snapshot.catalogue.path, path, snapshot.rows, seen=snapshot.number, generation=pending.number)
 
-    def _commit(self, draft: Draft, change: Callable[[], None]) -> None:
-        commit(self.folder, draft, change, reached=self._reached)
-        self.generation = open_generation(self.folder, before=self.generation)
-        sweep(self.folder, self.generation.manifest, self.generation.details, reached=self._reached)
+    def _commit(self, pending: PendingVersion, change: Callable[[], None]) -> None:
+        commit(self.folder, pending, change, failpoint=self._failpoint)
+        self.snapshot = open_snapshot(self.folder, before=self.snapshot)
+        remove_orphans(self.folder, self.snapshot.manifest, self.snapshot.details, failpoint=self._failpoint)
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _rolling_back_on_error(self) -> Iterator[None]:
         """If the block fails, what it did is taken back; what cannot be now, before the next change."""
-        if self._is_unsettled:
-            self._settle()
+        if self._needs_rollback:
+            self._roll_back()
         try:
             yield
         except BaseException:
-            self._is_unsettled = True
+            self._needs_rollback = True
             with contextlib.suppress(Exception):
-                self._settle()
+                self._roll_back()
             raise
 
-    def _settle(self) -> None:
-        recover(self.folder, reached=self._reached)
-        self.generation = open_generation(self.folder, before=self.generation)
-        self._is_unsettled = False
+    def _roll_back(self) -> None:
+        roll_back_unfinished(self.folder, failpoint=self._failpoint)
+        self.snapshot = open_snapshot(self.folder, before=self.snapshot)
+        self._needs_rollback = False
 
-    def _done(
+    def _commit_info(
         self, started: float, *, added: int = 0, replaced: int = 0, removed: int = 0, left_out: int = 0
-    ) -> Change:
-        now = self.generation
-        return Change(
-            generation=now.number,
-            rows=len(now),
-            segments=len(now.selected),
-            dead=len(now.dead),
+    ) -> CommitInfo:
+        snapshot = self.snapshot
+        return CommitInfo(
+            generation=snapshot.number,
+            rows=len(snapshot),
+            segments=len(snapshot.views),
+            dead=len(snapshot.dead),
             added=added,
             replaced=replaced,
             removed=removed,

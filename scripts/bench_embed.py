@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from vlm.cli.main import complain
+from vlm.cli.main import print_error
 from vlm.console import say, show_json, show_table
 from vlm.errors import VlmError
 
@@ -179,4 +179,4 @@ if __name__ == "__main__":
     try:
         run(tyro.cli(Arguments))
     except VlmError as error:
-        raise SystemExit(complain(str(error), error.exit_code)) from None
+        raise SystemExit(print_error(str(error), error.exit_code)) from None

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import tyro
 
-from vlm.cli.main import complain
+from vlm.cli.main import print_error
 from vlm.console import say, show_json, show_table
 from vlm.errors import UsageError
-from vlm.index.ann.gpu import adder, find_gpu, gpu_missing, why_not
-from vlm.index.ann.index_type import Copy, Tuning, load_faiss
-from vlm.index.ann.index_types import KINDS
-from vlm.index.autotune.query_sampling import DrawnRows, Questions
+from vlm.index.ann.gpu import find_gpu, gpu_unavailable_reason, gpu_unsupported_reason, make_add_function
+from vlm.index.ann.index_type import CopyToGpu, TuningParams, load_faiss
+from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.autotune.query_sampling import QuerySet, SampledRows
 from vlm.tensors import Array, Float32
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -66,12 +66,12 @@ def run(arguments: Arguments) -> None:
     """
     copy = find_gpu()
     if copy is None:
-        raise UsageError(f"FAISS cannot use a GPU here: {gpu_missing()}.")
+        raise UsageError(f"FAISS cannot use a GPU here: {gpu_unavailable_reason()}.")
     if arguments.threads:
         load_faiss().omp_set_num_threads(arguments.threads)
     vectors, texts = draw_vectors(arguments.rows, arguments.questions, arguments.dimension, seed=0, decay=1.5)
-    drawn = DrawnRows(vectors)
-    lowest = Questions.ask("text→image", texts, drawn, _TOP).scores[:, -1]
+    drawn = SampledRows(vectors)
+    lowest = QuerySet.with_ground_truth("text→image", texts, drawn, _TOP).scores[:, -1]
     rows = [row for kind in arguments.kinds for row in _compare(kind, drawn, texts, lowest, copy)]
     command = shlex.join(["scripts/bench_index_gpu.py", *sys.argv[1:]])
     if arguments.json:
@@ -83,7 +83,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _compare(
-    kind: str, rows: DrawnRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: Copy
+    kind: str, rows: SampledRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: CopyToGpu
 ) -> Iterator[dict[str, Any]]:
     for where, chosen in (("CPU", None), ("GPU", copy)):
         say(f"{kind} on the {where} …")
@@ -91,16 +91,16 @@ def _compare(
 
 
 def _measure(
-    kind: str, rows: DrawnRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: Copy | None
+    kind: str, rows: SampledRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: CopyToGpu | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    index: Any = KINDS[kind](rows, Tuning(), copy).index
+    index: Any = INDEX_TYPES[kind](rows, TuningParams(), copy).index
     trained = time.perf_counter()
-    add = adder(index, copy)
+    add = make_add_function(index, copy)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         add(rows.vectors[first : first + _ROWS_AT_ONCE])
     found = {"train s": f"{trained - began:.2f}", "add s": f"{time.perf_counter() - trained:.2f}"}
-    reason = why_not(index) if copy else ""
+    reason = gpu_unsupported_reason(index) if copy else ""
     if reason:
         return found | dict.fromkeys(("together / s", "one by one / s", "recall@10"), "–") | {"why not": reason}
     asked = copy(index) if copy else index
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     try:
         run(tyro.cli(Arguments))
     except UsageError as error:
-        sys.exit(complain(str(error), 2))
+        sys.exit(print_error(str(error), 2))

@@ -21,14 +21,14 @@ import tyro
 from vlm.console import say, show_json, show_table
 from vlm.data.shards import count_samples, expand_shards
 from vlm.errors import UsageError, VlmError
-from vlm.files import replacing
+from vlm.files import atomic_write
 from vlm.index.embed import embed_shards
 from vlm.manifest import is_complete
 from vlm.models.load import load_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.kinds_rows import embed_copies, split_texts
-from bench.kinds_trials import AT, PICTURES, TEXTS, Material, effort_of, keep_promises, try_kinds
+from bench.kinds_trials import AT, IMAGES, TEXTS, Material, effort_of, keep_promises, try_kinds
 from bench.quality_data import DataSet, prepare
 
 Trials = list[dict[str, Any]]
@@ -116,12 +116,14 @@ def _embedded(arguments: Arguments, data: DataSet, spec: str, folder: Path) -> t
     if not (scenes / "manifest.json").is_file():
         _vlm("pack", "scenes", str(scenes), "--scenes.number", str(arguments.scenes))
     drawn = expand_shards(str(scenes))
-    pictures = sum(count_samples(shards))
-    moved = arguments.rows - pictures * (arguments.copies + 1) - arguments.scenes
+    image_rows = sum(count_samples(shards))
+    moved = arguments.rows - image_rows * (arguments.copies + 1) - arguments.scenes
     if moved < 0:
-        raise UsageError(f"{pictures:,} pictures with {arguments.copies} copies are more than {arguments.rows:,} rows.")
+        raise UsageError(
+            f"{image_rows:,} pictures with {arguments.copies} copies are more than {arguments.rows:,} rows."
+        )
     name = f"{model.fingerprint}-{arguments.copies}-{arguments.rows}"
-    say(f"Embedding {pictures:,} pictures {arguments.copies + 1} times and {arguments.scenes:,} scenes …")
+    say(f"Embedding {image_rows:,} pictures {arguments.copies + 1} times and {arguments.scenes:,} scenes …")
     images = embed_copies(
         model, shards, drawn, folder / f"images-{name}", spec=spec, copies=arguments.copies, moved=moved
     )
@@ -150,7 +152,7 @@ def _show(arguments: Arguments, material: Material, trials: Trials, plans: Trial
             f"{trial['build_s']:.1f}",
             f"{trial['index_bytes']:.0f}",
             f"{trial['mapped_bytes']}",
-            *(f"{trial['recall'][way][count]:.3f}" for way in (TEXTS, PICTURES) for count in counts),
+            *(f"{trial['recall'][way][count]:.3f}" for way in (TEXTS, IMAGES) for count in counts),
             *(f"{trial[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
         ]
         for trial in trials
@@ -207,7 +209,7 @@ def _draw(trials: Trials, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 

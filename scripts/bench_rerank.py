@@ -25,11 +25,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from vlm.cli.main import complain
-from vlm.console import show_facts, show_json, show_table, track
+from vlm.cli.main import print_error
+from vlm.console import show_fields, show_json, show_table, track
 from vlm.errors import UsageError, VlmError
 from vlm.service.ranking import fuse_ranks
-from vlm.service.search import Answer, Question, SearchService
+from vlm.service.search import Query, SearchResult, SearchService
 
 _COUNTS = (1, 5, 10)
 _ORDERS = ("cosine", "likelihood", "both")
@@ -45,7 +45,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model with a caption decoder."""
 
-    questions: int = 1000
+    queries: int = 1000
     """Captions asked, drawn evenly if there are more."""
 
     top: int = 50
@@ -65,11 +65,11 @@ def run(arguments: Arguments) -> None:
     """Ask and print."""
     service = SearchService.open(arguments.index, rerank_spec=arguments.model)
     texts = _captions(service, arguments)
-    service.answer(Question(texts=texts[:1], top=arguments.top, rerank_top=arguments.top))
+    service.search(Query(texts=texts[:1], top=arguments.top, rerank_top=arguments.top))
     ranks: dict[str, list[float]] = {order: [] for order in _ORDERS}
     milliseconds: dict[str, list[float]] = {part: [] for part in ("embed", "search", "rerank")}
     for text in track(texts, total=len(texts), what="asking"):
-        answer = service.answer(Question(texts=(text,), top=arguments.top, rerank_top=arguments.top))
+        answer = service.search(Query(texts=(text,), top=arguments.top, rerank_top=arguments.top))
         for order, rank in _ranks(answer, text, arguments.language).items():
             ranks[order].append(rank)
         for part, spent in milliseconds.items():
@@ -92,7 +92,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _captions(service: SearchService, arguments: Arguments) -> tuple[str, ...]:
-    rows = np.random.default_rng(arguments.seed).permutation(service.index.generation.rows)[: arguments.questions]
+    rows = np.random.default_rng(arguments.seed).permutation(service.index.snapshot.rows)[: arguments.queries]
     found = [entry.captions.get(arguments.language, ()) for entry in service.index.catalogue.entries(rows.tolist())]
     texts = tuple(captions[0] for captions in found if captions)
     if not texts:
@@ -102,7 +102,7 @@ def _captions(service: SearchService, arguments: Arguments) -> tuple[str, ...]:
     return texts
 
 
-def _ranks(answer: Answer, text: str, language: str) -> dict[str, float]:
+def _ranks(answer: SearchResult, text: str, language: str) -> dict[str, float]:
     """The rank of the first right picture in each order, from 1; infinite if none was found."""
     hits = answer.hits
     is_right = np.array([text in hit.entry.captions.get(language, ()) for hit in hits])
@@ -127,7 +127,7 @@ def _show(result: dict[str, Any]) -> None:
     columns = ["ordered by", *(f"R@{count}" for count in _COUNTS), f"among the {result['top']}"]
     rows = [[order, *found.values()] for order, found in result["recall"].items()]
     show_table(columns, rows, title=f"{result['questions']:,} captions asked of {result['rows']:,} pictures")
-    show_facts(
+    show_fields(
         {
             "right first only by likelihood": f"{result['likelihood_better']:.1%}",
             "right first only by cosine": f"{result['likelihood_worse']:.1%}",
@@ -142,4 +142,4 @@ if __name__ == "__main__":
     try:
         run(tyro.cli(Arguments, description=__doc__))
     except VlmError as error:
-        raise SystemExit(complain(str(error), error.exit_code)) from None
+        raise SystemExit(print_error(str(error), error.exit_code)) from None

@@ -21,26 +21,26 @@ import torch
 import tyro
 
 from vlm.cli.index_fit_head import show_recall
-from vlm.cli.main import complain
-from vlm.console import show_facts, show_json
+from vlm.cli.main import print_error
+from vlm.console import show_fields, show_json
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval import Retrieval
 from vlm.index.backward_compat import (
-    Pairs,
-    ask_mixed,
-    ask_old,
+    EmbeddingPairs,
     basis_change,
     fit_head,
     make_head,
     measure_head,
-    padded,
+    pad_to,
     predict_old,
-    through,
+    project_through,
+    query_mixed_rows,
+    query_old_rows,
     upgrade_index,
 )
 from vlm.index.build import build_index
 from vlm.index.reader import Index
-from vlm.models.variants import Head
+from vlm.models.variants import CompatibilityProjection
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench.quality_data import prepare
@@ -94,14 +94,17 @@ def run(arguments: Arguments) -> None:
     _print(tables, facts, as_json=arguments.json)
 
 
-def _other_heads(train: Pairs, val: Pairs, penalty: float, seed: int) -> dict[str, Retrieval]:
+def _other_heads(train: EmbeddingPairs, val: EmbeddingPairs, penalty: float, seed: int) -> dict[str, Retrieval]:
     """New → old, and new → half new, by other matrices than the chosen one."""
     regression = predict_old(train, penalty)
     matrices = {"Procrustes": basis_change(_cross(train)), "regression, new space beside it": _dilation(regression)}
     found = {}
     for name, matrix in matrices.items():
         head = make_head(train, matrix)
-        found |= {f"{name}: new → old": ask_old(val, head), f"{name}: new → half new": ask_mixed(val, head, seed=seed)}
+        found |= {
+            f"{name}: new → old": query_old_rows(val, head),
+            f"{name}: new → half new": query_mixed_rows(val, head, seed=seed),
+        }
     return found
 
 
@@ -117,52 +120,55 @@ def _dilation(prediction: np.ndarray) -> np.ndarray:
     return np.concatenate([first, np.sqrt(1 - kept**2)[:, None] * right])
 
 
-def _cross(pairs: Pairs) -> np.ndarray:
+def _cross(pairs: EmbeddingPairs) -> np.ndarray:
     """Old × new second moments, whose polar factor is the orthogonal Procrustes solution (Schönemann 1966)."""
     images, texts = pairs.old_images.T @ pairs.new_images, pairs.old_texts.T @ pairs.new_texts
     return images / len(pairs) + texts / len(pairs.captions)
 
 
-def _second(models: Models, first: Head, seed: int) -> dict[str, Retrieval]:
+def _second(models: Models, first: CompatibilityProjection, seed: int) -> dict[str, Retrieval]:
     """The newer model asks rows of the first head, and rows of the old model that were carried over twice."""
     fitted = fit_head(_behind(models.pairs("new", "newer", "train"), first), seed=seed)
     oldest, middle = models.pairs("old", "newer", "val"), _behind(models.pairs("new", "newer", "val"), first)
     size = first.dimension
     twice = replace(
-        oldest, old_images=padded(oldest.old_images, size), old_texts=padded(oldest.old_texts, size), old=middle.old
+        oldest, old_images=pad_to(oldest.old_images, size), old_texts=pad_to(oldest.old_texts, size), old=middle.old
     )
     found = measure_head(middle, fitted.head, seed=seed)
     return {
-        "newer → old, carried twice": ask_old(twice, fitted.head),
+        "newer → old, carried twice": query_old_rows(twice, fitted.head),
         "newer → new, carried once": found["new → old"],
         "newer → newer": found["new → new"],
         "newer → newer, no head": found["new → new, no head"],
     }
 
 
-def _behind(pairs: Pairs, head: Head) -> Pairs:
+def _behind(pairs: EmbeddingPairs, head: CompatibilityProjection) -> EmbeddingPairs:
     """The pairs with the old side through a head, as `vlm embed HEAD` would give it."""
     space = replace(pairs.old, fingerprint=head.fingerprint, dimension=head.dimension)
     return replace(
-        pairs, old=space, old_images=through(head, pairs.old_images), old_texts=through(head, pairs.old_texts)
+        pairs,
+        old=space,
+        old_images=project_through(head, pairs.old_images),
+        old_texts=project_through(head, pairs.old_texts),
     )
 
 
-def _through_an_index(models: Models, val: Pairs, head: Head) -> dict[str, Any]:
+def _through_an_index(models: Models, val: EmbeddingPairs, head: CompatibilityProjection) -> dict[str, Any]:
     """Recall@10 of the carried index by captions, and how long it took to carry over."""
     with tempfile.TemporaryDirectory() as scratch:
         index, out = Path(scratch) / "index", Path(scratch) / "out"
         build_index(models.images("old", "val"), index, kind="flat")
         carried = upgrade_index(index, out, head, head_spec="head")
         opened = Index.open(out)
-        hits = opened.search(through(head, val.new_texts), 10)
+        hits = opened.search(project_through(head, val.new_texts), 10)
         opened.close()
     asked = zip(hits, val.captions, strict=True)
     found = [any(caption in texts for hit in line for texts in hit.entry.captions.values()) for line, caption in asked]
     return {"index_recall@10_new_on_old": float(np.mean(found)), "carry_seconds": carried.seconds}
 
 
-def _sizes(pairs: Pairs) -> tuple[int, int]:
+def _sizes(pairs: EmbeddingPairs) -> tuple[int, int]:
     return pairs.old.dimension, pairs.new.dimension
 
 
@@ -174,7 +180,7 @@ def _print(tables: dict[str, dict[str, Retrieval]], facts: dict[str, Any], *, as
         return
     for title, table in tables.items():
         show_recall(table, title=f"{title}, val")
-    show_facts(facts)
+    show_fields(facts)
     print(f"{torch.get_num_threads()} threads. To repeat: {command}")
 
 
@@ -182,4 +188,4 @@ if __name__ == "__main__":
     try:
         run(tyro.cli(Arguments))
     except VlmError as error:
-        raise SystemExit(complain(str(error), error.exit_code)) from None
+        raise SystemExit(print_error(str(error), error.exit_code)) from None

@@ -16,9 +16,9 @@ import tyro
 from vlm.cli.eval import show_evaluation
 from vlm.console import show_json
 from vlm.data.shards import expand_shards
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.evaluation.eval_report import Evaluation
-from vlm.evaluation.retrieval import measure_retrieval, read_items
+from vlm.evaluation.retrieval import iter_sample_batches, measure_retrieval
 from vlm.evaluation.zero_shot import ZeroShot, label_of, measure_zero_shot
 
 
@@ -95,10 +95,10 @@ def main(arguments: Arguments) -> None:
         show_evaluation(evaluation)
 
 
-def read(address: str, pixels: int) -> Data:
+def read(url: str, pixels: int) -> Data:
     """All pictures and captions of the shards."""
     images, captions, metadata, keys = [], [], [], []
-    for batch in read_items(expand_shards(address), FixedView(size=pixels), workers=1):
+    for batch in iter_sample_batches(expand_shards(url), EvalTransform(size=pixels), workers=1):
         images.append(batch.images.numpy().reshape(len(batch.items), -1) / np.float32(255))
         captions += [list(next(iter(item.captions.values()), ())) for item in batch.items]
         metadata += [item.metadata for item in batch.items]

@@ -109,7 +109,7 @@ def try_family(family: Family) -> str:
     import torch
 
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.transforms import FixedView
+    from vlm.data.transforms import EvalTransform
     from vlm.errors import UsageError
     from vlm.models.factory import fit_to_tokenizer, model_config
     from vlm.models.model import VisionLanguageModel
@@ -124,13 +124,13 @@ def try_family(family: Family) -> str:
     except UsageError as error:
         return f"| {family.paper} | `{family.tower}` | – | not built here: {str(error)[:90]}… | | | | | |"
     model = VisionLanguageModel(
-        name=family.tower, network=network, config=config, view=FixedView(size=size), tokenizer=tokenizer
+        name=family.tower, network=network, config=config, view=EvalTransform(size=size), tokenizer=tokenizer
     )
     images = torch.randint(0, 255, (BATCH, 3, size, size), dtype=torch.uint8)
     before, after = one_step(model, images)
     tower: Any = network.visual
     parameters = sum(parameter.numel() for parameter in tower.trunk.parameters()) / 1e6
-    layout = "; ".join(map(str, tower.measured.layouts))
+    layout = "; ".join(map(str, tower.trunk_info.layouts))
     norms = "yes" if batch_norm_layers(network) else "no"
     note = f" ({family.note})" if family.note else ""
     checked = embedding_check(model, images)

@@ -23,7 +23,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Tensor
 
 
-class RunningMean:
+class EMA:
     """mean ← d · mean + (1 - d) · weights after each step (Polyak and Juditsky 1992, in its exponential form).
 
     Early on d = min(decay, (1 + step) / (10 + step)), so that the fresh weights are soon forgotten (the warm-up of
@@ -37,9 +37,9 @@ class RunningMean:
         self.decay, self.weights = decay, weights
 
     @classmethod
-    def begin(cls, decay: float, network: nn.Module) -> "RunningMean":
+    def from_network(cls, decay: float, network: nn.Module) -> "EMA":
         """The mean before the first step: the weights as they are."""
-        averaged = _averaged_names(network)
+        averaged = _averaged_parameter_names(network)
         return cls(
             decay,
             {
@@ -55,7 +55,7 @@ class RunningMean:
         Raises:
             VlmError: the network is not the one the mean is of.
         """
-        current, averaged = self._weights_of(network), _averaged_names(network)
+        current, averaged = self._weights_of(network), _averaged_parameter_names(network)
         decay = min(self.decay, (1 + step) / (10 + step))
         means = [self.weights[name] for name in current if name in averaged]
         values = [value.to(self.weights[name].dtype) for name, value in current.items() if name in averaged]
@@ -65,7 +65,7 @@ class RunningMean:
             self.weights[name].copy_(current[name])
 
     @contextmanager
-    def applied(self, network: nn.Module) -> Iterator[None]:
+    def swapped_in(self, network: nn.Module) -> Iterator[None]:
         """The network with the mean as its weights; afterwards it has its own again, bit for bit.
 
         Raises:
@@ -90,7 +90,7 @@ class RunningMean:
         return current
 
 
-def _averaged_names(network: nn.Module) -> set[str]:
+def _averaged_parameter_names(network: nn.Module) -> set[str]:
     parameters = network.named_parameters(remove_duplicate=False)
     return {name for name, parameter in parameters if parameter.is_floating_point()}
 
@@ -129,7 +129,7 @@ class WeightedMean:
         if share == 0:
             return self
         if self.sums:
-            self._refuse_unlike(weights)
+            self._check_compatible(weights)
         sums: dict[str, Tensor] = {}
         for name, value in weights.items():
             if value.is_floating_point():
@@ -151,7 +151,7 @@ class WeightedMean:
             for name, value in self.sums.items()
         }
 
-    def _refuse_unlike(self, weights: Weights) -> None:
+    def _check_compatible(self, weights: Weights) -> None:
         unlike = sorted(weights.keys() ^ self.sums.keys())
         unlike += [name for name in weights if not unlike and weights[name].shape != self.sums[name].shape]
         if unlike:
@@ -164,13 +164,13 @@ _TRAINING_ONLY = frozenset({"patch_dropout", "timm_drop", "timm_drop_path"})
 _SHOWN = 4
 
 
-def refuse_unlike(first: VisionLanguageModel, other: VisionLanguageModel) -> None:
+def check_compatible(first: VisionLanguageModel, other: VisionLanguageModel) -> None:
     """Refuse two models that differ in more than the values of their weights.
 
     Raises:
         UsageError: they differ in configuration, view, tokenizer, names or shapes of weights; it says where.
     """
-    found = differences(first, other)
+    found = model_differences(first, other)
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise UsageError(
@@ -179,7 +179,7 @@ def refuse_unlike(first: VisionLanguageModel, other: VisionLanguageModel) -> Non
         )
 
 
-def differences(first: VisionLanguageModel, other: VisionLanguageModel) -> list[str]:
+def model_differences(first: VisionLanguageModel, other: VisionLanguageModel) -> list[str]:
     """In what two models differ beside the values of their weights, with both values."""
     pairs = [
         (_flat("model_cfg", first.config), _flat("model_cfg", other.config)),
@@ -193,10 +193,10 @@ def differences(first: VisionLanguageModel, other: VisionLanguageModel) -> list[
     ]
     if first.tokenizer.fingerprint() != other.tokenizer.fingerprint():
         found.append("the tokenizer")
-    return found + _unlike_weights(first.network.state_dict(), other.network.state_dict())
+    return found + _shape_differences(first.network.state_dict(), other.network.state_dict())
 
 
-def refuse_not_finite(model: VisionLanguageModel) -> None:
+def check_finite(model: VisionLanguageModel) -> None:
     """Refuse a model that has diverged: one NaN spoils a whole soup.
 
     Raises:
@@ -218,7 +218,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, str]:
     return flat
 
 
-def _unlike_weights(first: Weights, other: Weights) -> list[str]:
+def _shape_differences(first: Weights, other: Weights) -> list[str]:
     one, two = ({name: str(list(value.shape)) for name, value in weights.items()} for weights in (first, other))
     return [
         f"{name} {one.get(name, 'absent')} against {two.get(name, 'absent')}"
@@ -227,7 +227,7 @@ def _unlike_weights(first: Weights, other: Weights) -> list[str]:
     ]
 
 
-OpenModel = Callable[[str], VisionLanguageModel]
+ModelLoader = Callable[[str], VisionLanguageModel]
 """From MODEL, as people write it, to the model."""
 
 Measure = Callable[[VisionLanguageModel], float]
@@ -263,7 +263,7 @@ class Soup:
 
 
 def weighted_soup(
-    names: Sequence[str], shares: Sequence[float], *, open_model: OpenModel, measure: Measure | None = None
+    names: Sequence[str], shares: Sequence[float], *, open_model: ModelLoader, measure: Measure | None = None
 ) -> Soup:
     """The mean of the models, each with its share; equal shares are the uniform soup (Wortsman et al. 2022, §2).
 
@@ -274,20 +274,20 @@ def weighted_soup(
     """
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
         raise UsageError(f"{len(names)} models need {len(names)} weights above 0; got {', '.join(map(str, shares))}.")
-    pot, mean = _Pot(open_model), WeightedMean()
+    builder, mean = _SoupBuilder(open_model), WeightedMean()
     ingredients: list[Ingredient] = []
     for name, share in zip(names, shares, strict=True):
-        model = pot.open(name)
+        model = builder.open(name)
         mean = mean.plus(model.network.state_dict(), share)
         metric = measure(model) if measure else None
         ingredients.append(
             Ingredient(model=name, fingerprint=model.fingerprint, share=share / math.fsum(shares), metric=metric)
         )
-    soup = pot.fill(mean)
+    soup = builder.fill(mean)
     return Soup(model=soup, ingredients=tuple(ingredients), metric=measure(soup) if measure else None)
 
 
-def greedy_soup(names: Sequence[str], *, open_model: OpenModel, measure: Measure) -> Soup:
+def greedy_soup(names: Sequence[str], *, open_model: ModelLoader, measure: Measure) -> Soup:
     """Best model first, each next one kept if the metric does not fall (Wortsman et al. 2022, recipe 1).
 
     So the metric is never below that of the best model, on the data it was measured on. However many they are, two
@@ -296,13 +296,13 @@ def greedy_soup(names: Sequence[str], *, open_model: OpenModel, measure: Measure
     Raises:
         UsageError: the models differ in more than their weights, or two are the same. VlmError: one has diverged.
     """
-    pot = _Pot(open_model)
-    alone = sorted(((measure(pot.open(name)), name) for name in names), key=lambda found: -found[0])
+    builder = _SoupBuilder(open_model)
+    alone = sorted(((measure(builder.open(name)), name) for name in names), key=lambda found: -found[0])
     mean, best, tried = WeightedMean(), -math.inf, list[tuple[str, float, float]]()
     taken: set[str] = set()
     for metric, name in alone:
         candidate = mean.plus(open_model(name).network.state_dict())
-        metric_with = measure(pot.fill(candidate)) if taken else metric
+        metric_with = measure(builder.fill(candidate)) if taken else metric
         tried.append((name, metric, metric_with))
         if metric_with >= best:
             mean, best = candidate, metric_with
@@ -310,18 +310,18 @@ def greedy_soup(names: Sequence[str], *, open_model: OpenModel, measure: Measure
     ingredients = tuple(
         Ingredient(
             model=name,
-            fingerprint=pot.fingerprints[name],
+            fingerprint=builder.fingerprints[name],
             share=1 / len(taken) if name in taken else 0.0,
             metric=metric,
             metric_with=metric_with,
         )
         for name, metric, metric_with in tried
     )
-    return Soup(model=pot.fill(mean), ingredients=ingredients, metric=best)
+    return Soup(model=builder.fill(mean), ingredients=ingredients, metric=best)
 
 
 def interpolate(
-    start: str, tuned: str, alphas: Sequence[float], *, open_model: OpenModel, measure: Measure | None = None
+    start: str, tuned: str, alphas: Sequence[float], *, open_model: ModelLoader, measure: Measure | None = None
 ) -> Soup:
     """(1 - α) · start + α · tuned (WiSE-FT, Wortsman et al. 2021, eq. 1): of several α the one with the best metric.
 
@@ -335,26 +335,26 @@ def interpolate(
         raise UsageError(f"alphas = {', '.join(map(str, alphas)) or 'none'}: give numbers from 0 to 1.")
     if len(alphas) > 1 and not measure:
         raise UsageError(f"To choose between {len(alphas)} alphas, give held-out data (--val SHARDS), or a single one.")
-    pot = _Pot(open_model)
-    opened = [pot.open(name) for name in (start, tuned)]
+    builder = _SoupBuilder(open_model)
+    opened = [builder.open(name) for name in (start, tuned)]
     ends = [{name: value.cpu().clone() for name, value in model.network.state_dict().items()} for model in opened]
 
     def between(alpha: float) -> VisionLanguageModel:
-        return pot.fill(WeightedMean().plus(ends[0], 1 - alpha).plus(ends[1], alpha))
+        return builder.fill(WeightedMean().plus(ends[0], 1 - alpha).plus(ends[1], alpha))
 
     sweep = tuple((alpha, measure(between(alpha)) if measure else None) for alpha in alphas)
     best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
     ingredients = tuple(
-        Ingredient(model=name, fingerprint=pot.fingerprints[name], share=share)
+        Ingredient(model=name, fingerprint=builder.fingerprints[name], share=share)
         for name, share in ((start, 1 - best), (tuned, best))
     )
     return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=sweep)
 
 
-class _Pot:
+class _SoupBuilder:
     """Models opened one at a time; the network of the first takes up the soup, so its own weights are read before."""
 
-    def __init__(self, open_model: OpenModel) -> None:
+    def __init__(self, open_model: ModelLoader) -> None:
         self._open_model = open_model
         self._first: VisionLanguageModel | None = None
         self.fingerprints: dict[str, str] = {}
@@ -363,8 +363,8 @@ class _Pot:
         """A model, after it was found to fit those before and to be none of them."""
         model = self._open_model(name)
         self._first = self._first or model
-        refuse_unlike(self._first, model)
-        refuse_not_finite(model)
+        check_compatible(self._first, model)
+        check_finite(model)
         for other, fingerprint in self.fingerprints.items():
             if fingerprint == model.fingerprint:
                 raise UsageError(f"{other} and {name} are the same model; name it once.")

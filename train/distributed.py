@@ -28,29 +28,29 @@ from vlm.tensors import Float, Int64, Tensor
 Item = TypeVar("Item")
 
 
-def gathered(items: list[Item]) -> list[Item]:
+def gather_objects(items: list[Item]) -> list[Item]:
     """The items of all processes, in process order."""
     return gather_object(items) if dist.is_initialized() else items
 
 
-def mean_of_parts(parts: dict[str, torch.Tensor]) -> dict[str, float]:
+def average_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     """Loss parts averaged over the processes."""
-    values = torch.stack([part.detach().float() for part in parts.values()])
+    values = torch.stack([part.detach().float() for part in losses.values()])
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
-    return dict(zip(parts, values.tolist(), strict=True))
+    return dict(zip(losses, values.tolist(), strict=True))
 
 
-def summed_ledger(ledger: Ledger) -> Ledger:
+def merge_ledgers(ledger: Ledger) -> Ledger:
     """The ledgers of all processes as one."""
     if not dist.is_initialized():
         return ledger
-    first, *others = [Ledger.from_values(values) for values in gathered([ledger.to_values()])]
+    first, *others = [Ledger.from_values(values) for values in gather_objects([ledger.to_values()])]
     return first.merged(others)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def to_full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor; where it is spread, all processes have to call this for the same tensors in turn."""
     if not dist.is_initialized():
         return tensor
@@ -59,7 +59,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor as `pattern` is held: on its device, and in parts where that is of the same shape and in parts."""
     moved = tensor.to(pattern.device)
     if not dist.is_initialized():
@@ -72,15 +72,15 @@ def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(target: Tensor, tensor: Tensor) -> None:
+def copy_full_tensor(target: Tensor, tensor: Tensor) -> None:
     """Put the values of a whole tensor into `target`, however that is held."""
-    target.copy_(spread_like(tensor, target))
+    target.copy_(shard_like(tensor, target))
 
 
-_LEAST_SHARDED = 1 << 16
+_MIN_SHARDED_PARAMETERS = 1 << 16
 
 
-def shard_student(student: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
+def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
     """Spread the student's weights over all processes, in place: block by block, and what is left as one.
 
     Numbers that belong to no row (temperature, bias) stay whole on every process, see `average_whole_gradients`.
@@ -92,38 +92,38 @@ def shard_student(student: nn.Module, device: torch.device, *, is_bf16: bool) ->
         raise UsageError("--sharding fsdp spreads weights over processes, and there is one; use accelerate launch.")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if is_bf16 else None
-    told = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
-    for block in _blocks(student):
-        fully_shard(block, **told)
-    scalars = {parameter for parameter in student.parameters() if not parameter.ndim}
-    fully_shard(student, ignored_params=scalars, **told)
+    fsdp_options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
+    for block in _blocks_to_shard(task):
+        fully_shard(block, **fsdp_options)
+    scalars = {parameter for parameter in task.parameters() if not parameter.ndim}
+    fully_shard(task, ignored_params=scalars, **fsdp_options)
 
 
-def average_whole_gradients(student: nn.Module) -> None:
+def average_unsharded_gradients(task: nn.Module) -> None:
     """Average over processes the gradients of what is not spread; FSDP does so for what is."""
-    if not isinstance(student, FSDPModule):
+    if not isinstance(task, FSDPModule):
         return
-    for parameter in student.parameters():
+    for parameter in task.parameters():
         if parameter.grad is not None and not isinstance(parameter, DTensor):
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
 
 
 @contextlib.contextmanager
-def without_exchange(student: nn.Module) -> Iterator[None]:
+def no_gradient_sync(task: nn.Module) -> Iterator[None]:
     """Gradients are kept whole and summed up on each process, and exchanged with those of the next backward pass."""
-    assert isinstance(student, FSDPModule)
-    student.set_requires_gradient_sync(False)
+    assert isinstance(task, FSDPModule)
+    task.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        student.set_requires_gradient_sync(True)
+        task.set_requires_gradient_sync(True)
 
 
 @contextlib.contextmanager
-def whole_weights(student: nn.Module) -> Iterator[None]:
+def unsharded_weights(task: nn.Module) -> Iterator[None]:
     """The network can be used by itself, on all processes at once; nothing to do where nothing is spread."""
-    spread = [module for module in student.modules() if isinstance(module, FSDPModule)]
+    spread = [module for module in task.modules() if isinstance(module, FSDPModule)]
     for module in spread:
         module.unshard()
     try:
@@ -136,30 +136,32 @@ def whole_weights(student: nn.Module) -> Iterator[None]:
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
     """Cut the norm over all gradients, spread or not, to `limit`; returns the norm before."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    groups = [group for group in by_kind(trained) if group]
-    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    groups = [group for group in split_by_sharding(trained) if group]
+    norms = [
+        to_full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups
+    ]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
     return float(norm)
 
 
-def by_kind(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_by_sharding(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those that are spread and those that are whole, which fused operations do not take together."""
     is_spread = [isinstance(parameter, DTensor) for parameter in parameters]
     spread = [parameter for parameter, there in zip(parameters, is_spread, strict=True) if there]
     return spread, [parameter for parameter, there in zip(parameters, is_spread, strict=True) if not there]
 
 
-def _blocks(student: nn.Module) -> list[nn.Module]:
+def _blocks_to_shard(task: nn.Module) -> list[nn.Module]:
     """The members of lists of layers that are worth a message of their own; innermost first."""
-    lists = [module for module in student.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    lists = [module for module in task.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     members = [member for layers in reversed(lists) for member in layers]
-    large = [member for member in members if sum(p.numel() for p in member.parameters()) >= _LEAST_SHARDED]
+    large = [member for member in members if sum(p.numel() for p in member.parameters()) >= _MIN_SHARDED_PARAMETERS]
     return [member for member in dict.fromkeys(large) if not isinstance(member, nn.ModuleList | nn.Sequential)]
 
 
-_WITHOUT_REDUCE_SCATTER = frozenset({"mpi"})
+_BACKENDS_WITHOUT_REDUCE_SCATTER = frozenset({"mpi"})
 
 
 def num_processes() -> int:
@@ -167,18 +169,18 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def process_number() -> int:
+def process_rank() -> int:
     """Which of them this is, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def own_columns(num_rows: int, device: torch.device) -> Int64[Tensor, " B"]:
+def local_columns(num_rows: int, device: torch.device) -> Int64[Tensor, " B"]:
     """Where this process's rows stand among those of all processes.
 
-    >>> own_columns(3, torch.device("cpu")).tolist()
+    >>> local_columns(3, torch.device("cpu")).tolist()
     [0, 1, 2]
     """
-    first = process_number() * num_rows
+    first = process_rank() * num_rows
     return torch.arange(first, first + num_rows, device=device)
 
 
@@ -196,9 +198,9 @@ def gather_detached(rows: Tensor) -> Tensor:
 
 
 def _gather(rows: Tensor) -> Tensor:
-    gathered = rows.new_empty(num_processes() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    output = rows.new_empty(num_processes() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(output, rows.contiguous())
+    return output
 
 
 class _Gather(torch.autograd.Function):
@@ -210,10 +212,10 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
         share = len(gradient) // num_processes()
-        if dist.get_backend() in _WITHOUT_REDUCE_SCATTER:
+        if dist.get_backend() in _BACKENDS_WITHOUT_REDUCE_SCATTER:
             summed = gradient.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(summed)
-            return summed[process_number() * share :][:share]
+            return summed[process_rank() * share :][:share]
         own = gradient.new_empty(share, *gradient.shape[1:])
         dist.reduce_scatter_tensor(own, gradient.contiguous())
         return own

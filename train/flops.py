@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm.console import say
-from vlm.models.dropout import RowNoise
+from vlm.models.dropout import PerSampleNoise
 from vlm.tensors import Tensor
 
 _ROWS = 2
 _META = torch.device("meta")
-_RECOMPUTES = ("grad_checkpointing", "gradient_checkpointing")
+_CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class SampleFlops:
     backward: float
 
     @property
-    def both(self) -> float:
+    def total(self) -> float:
         """Forward and backward."""
         return self.forward + self.backward
 
@@ -50,10 +50,10 @@ def count_flops(network: nn.Module, inputs: dict[str, Tensor]) -> SampleFlops:
     Call it before the network is wrapped for several processes. Weights, gradients, buffers and torch's generators stay
     as they are. Where the network cannot run without data it is copied as it is and run on its own device.
     """
-    return _count_either(_copy(network, _META), network, inputs)
+    return _count_with_fallback(_copy(network, _META), network, inputs)
 
 
-class FlopCounts:
+class FlopCounter:
     """The FLOPs of batches, counted once for each shape of inputs: captions may be trimmed to different lengths.
 
     Made before the network is wrapped for several processes, it counts at any time after.
@@ -61,33 +61,33 @@ class FlopCounts:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._outline: nn.Module | None = None
+        self._meta_network: nn.Module | None = None
         with contextlib.suppress(Exception):  # tried again, and said, when something is to be counted
-            self._outline = _copy(network, _META)
-        self._known: dict[tuple, SampleFlops | None] = {}
+            self._meta_network = _copy(network, _META)
+        self._counted: dict[tuple, SampleFlops | None] = {}
 
     def of(self, inputs: dict[str, Tensor]) -> float:
         """FLOPs, forward and backward, of all rows of these inputs; nan where they cannot be counted."""
-        sample = self.of_sample(inputs)
-        return sample.both * len(next(iter(inputs.values()))) if sample else float("nan")
+        sample = self.sample_flops(inputs)
+        return sample.total * len(next(iter(inputs.values()))) if sample else float("nan")
 
-    def of_sample(self, inputs: dict[str, Tensor]) -> SampleFlops | None:
+    def sample_flops(self, inputs: dict[str, Tensor]) -> SampleFlops | None:
         """The same of one row; None where they cannot be counted, which is said once."""
         shape = tuple(sorted((name, tuple(value.shape[1:])) for name, value in inputs.items()))
-        if shape not in self._known:
+        if shape not in self._counted:
             try:
-                outline = self._outline or _copy(self._network, _META)
-                self._known[shape] = _count_either(outline, self._network, inputs)
+                meta_network = self._meta_network or _copy(self._network, _META)
+                self._counted[shape] = _count_with_fallback(meta_network, self._network, inputs)
             except Exception as error:  # a figure of speed is no reason to end a run
                 say(f"FLOPs cannot be counted, so there will be no MFU: {type(error).__name__}: {error}")
-                self._known[shape] = None
-        return self._known[shape]
+                self._counted[shape] = None
+        return self._counted[shape]
 
 
-def _count_either(outline: nn.Module, network: nn.Module, inputs: dict[str, Tensor]) -> SampleFlops:
+def _count_with_fallback(meta_network: nn.Module, network: nn.Module, inputs: dict[str, Tensor]) -> SampleFlops:
     """Counted on the copy without data, or else on a copy with it."""
     try:
-        return _count(outline, inputs, _META)
+        return _count(meta_network, inputs, _META)
     except (RuntimeError, NotImplementedError):
         device = next(network.parameters()).device
         return _count(_copy(network, device), inputs, device)
@@ -97,10 +97,10 @@ def _count(network: nn.Module, inputs: dict[str, Tensor], device: torch.device) 
     rows = min(_ROWS, len(next(iter(inputs.values()))))
     few = {name: value[:rows].detach().to(device) for name, value in inputs.items()}
     for module in network.modules():
-        if isinstance(noise := getattr(module, "noise", None), RowNoise):
+        if isinstance(noise := getattr(module, "noise", None), PerSampleNoise):
             noise.rows = torch.arange(rows)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _plain_attention(), torch.enable_grad():
+    with torch.random.fork_rng(devices), _math_attention(), torch.enable_grad():
         with FlopCounterMode(display=False) as forward:
             outputs = network(few)
         trained = [
@@ -122,17 +122,17 @@ def _copy(network: nn.Module, device: torch.device) -> nn.Module:
         memo[id(tensor)] = (
             nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
         )
-    with _without_gradients(network):
+    with _gradients_removed(network):
         copied = copy.deepcopy(network, memo)
     for module in copied.modules():
-        for name in _RECOMPUTES:
+        for name in _CHECKPOINTING_FLAGS:
             if getattr(module, name, False) is True:
                 setattr(module, name, False)
     return copied
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
+def _math_attention() -> Iterator[None]:
     """One implementation of attention on every device, made of products that are counted."""
     is_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -144,7 +144,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_gradients(network: nn.Module) -> Iterator[None]:
+def _gradients_removed(network: nn.Module) -> Iterator[None]:
     """Gradients lie aside while the network is copied."""
     kept = {parameter: parameter.grad for parameter in network.parameters()}
     try:
@@ -192,18 +192,18 @@ bf16 or TF32: torch computes there in fp32.
 
 _CPU_SIDE, _GPU_SIDE = 1024, 8192
 _MEASURING_SECONDS = 0.3
-_WARM_UP, _LEAST_TIMES = 2, 3
+_WARM_UP, _MIN_REPEATS = 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peak:
+class PeakFlops:
     """FLOP/s of one process's device, and the source of the figure in words."""
 
     flops: float
     source: str
 
 
-def device_peak(device: torch.device, precision: Literal["fp32", "bf16"], *, given_tflops: float = 0.0) -> Peak:
+def device_peak(device: torch.device, precision: Literal["fp32", "bf16"], *, override_tflops: float = 0.0) -> PeakFlops:
     """The peak that utilisation is measured against: as given, else of the data sheet, else measured.
 
     A GPU computes fp32 products in TF32 where torch is allowed to; then that is its peak. A CPU, and a GPU that is not
@@ -211,15 +211,15 @@ def device_peak(device: torch.device, precision: Literal["fp32", "bf16"], *, giv
     many threads as torch has. That is what a library reaches, not what the maker promises, so utilisation comes out
     higher than against a data sheet; and two processes on one CPU should measure at the same time, as they compute.
     """
-    if given_tflops:
-        return Peak(flops=given_tflops * 1e12, source="as given by peak_tflops")
+    if override_tflops:
+        return PeakFlops(flops=override_tflops * 1e12, source="as given by peak_tflops")
     if device.type == "cuda":
         used: Precision = "tf32" if precision == "fp32" and _tf32_is_allowed() else precision
         name = torch.cuda.get_device_name(device)
         known = find_peak(name, used)
         if known:
-            return Peak(flops=known, source=f"{name}, data sheet, {used} dense")
-    return _measured(device, precision)
+            return PeakFlops(flops=known, source=f"{name}, data sheet, {used} dense")
+    return _measure_peak(device, precision)
 
 
 def find_peak(name: str, precision: Precision) -> float:
@@ -243,7 +243,7 @@ def _tf32_is_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _measured(device: torch.device, precision: Literal["fp32", "bf16"]) -> Peak:
+def _measure_peak(device: torch.device, precision: Literal["fp32", "bf16"]) -> PeakFlops:
     side = _GPU_SIDE if device.type == "cuda" else _CPU_SIDE
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, device=device, dtype=dtype)
@@ -251,14 +251,14 @@ def _measured(device: torch.device, precision: Literal["fp32", "bf16"]) -> Peak:
     for _ in range(_WARM_UP):
         torch.mm(matrix, matrix, out=out)
     best, begun, times = float("inf"), time.perf_counter(), 0
-    while times < _LEAST_TIMES or time.perf_counter() - begun < _MEASURING_SECONDS:
+    while times < _MIN_REPEATS or time.perf_counter() - begun < _MEASURING_SECONDS:
         _synchronise(device)
         before = time.perf_counter()
         torch.mm(matrix, matrix, out=out)
         _synchronise(device)
         best, times = min(best, time.perf_counter() - before), times + 1
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return Peak(
+    return PeakFlops(
         flops=2 * side**3 / best, source=f"measured here: {precision} product of {side:,} × {side:,} matrices{threads}"
     )
 

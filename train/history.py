@@ -17,9 +17,9 @@ from vlm.manifest import MANIFEST
 METRICS = "metrics.jsonl"
 TELEMETRY = "telemetry.json"
 CONFIG = "config.toml"
-BEST_OF = ("text_to_image_recall@10", "text_to_image_recall@1")
-_FRESH_SECONDS = 120.0
-_FRESH_LINES = 5
+BEST_METRICS = ("text_to_image_recall@10", "text_to_image_recall@1")
+_RUNNING_SECONDS = 120.0
+_RUNNING_INTERVALS = 5
 
 
 class MetricsLog:
@@ -71,15 +71,15 @@ class RunRecord:
         """The last value of a metric, None if there is none."""
         return next((line[metric] for line in reversed(self.lines) if metric in line), None)
 
-    def usual(self, metric: str) -> float | None:
+    def typical(self, metric: str) -> float | None:
         """The median of a metric over all lines but the first, which holds the start-up."""
         values = [line[metric] for line in self.lines if metric in line]
         return median(values[1:] or values) if values else None
 
     def best(self) -> Mapping[str, Any] | None:
         """The line with the best recall on val (text→image @10, then @1), None if none was measured."""
-        measured = [line for line in self.lines if all(metric in line for metric in BEST_OF)]
-        return max(measured, key=lambda line: [line[metric] for metric in BEST_OF], default=None)
+        measured = [line for line in self.lines if all(metric in line for metric in BEST_METRICS)]
+        return max(measured, key=lambda line: [line[metric] for metric in BEST_METRICS], default=None)
 
     def measured(self) -> list[Mapping[str, Any]]:
         """The lines, with what was evaluated afterwards as one more at the last step."""
@@ -136,7 +136,7 @@ def _state(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Literal["finishe
         return "finished"
     times = [line["seconds"] for line in lines if "seconds" in line]
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    patience = max(_FRESH_SECONDS, _FRESH_LINES * median(pauses) if pauses else 0.0)
+    patience = max(_RUNNING_SECONDS, _RUNNING_INTERVALS * median(pauses) if pauses else 0.0)
     return "running" if time.time() - (folder / METRICS).stat().st_mtime < patience else "stopped"
 
 

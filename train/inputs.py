@@ -15,73 +15,73 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from vlm.data.collate import TrainingBatch
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.models.dropout import RowNoise
+from vlm.models.dropout import PerSampleNoise
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel, normalise
 from vlm.tensors import Float, Int64, Tensor, UInt8
-from vlm.train.averaging import RunningMean
+from vlm.train.averaging import EMA
 from vlm.train.objectives.loss_term import Inputs
-from vlm.train.objectives.objective_registry import WeightedTerm
+from vlm.train.objectives.objective_registry import WeightedLossTerm
 from vlm.train.run_config import TrainConfig
 from vlm.train.state import seed_step
-from vlm.train.task import Student
+from vlm.train.task import TrainingTask
 
-Provider = Callable[[UInt8[Tensor, "B 3 H W"], Sequence[str]], Inputs]
+InputProvider = Callable[[UInt8[Tensor, "B 3 H W"], Sequence[str]], Inputs]
 """Inputs that a model makes of pictures and captions while training, without gradient (`vlm.train.inputs`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepInputs:
+class MicroBatchInputs:
     """The parts of one process's share of a global batch.
 
     first_row: number, in the run, of its first sample. providers: by the input they give.
     """
 
     batches: Sequence[TrainingBatch]
-    view: FixedView
+    view: EvalTransform
     device: torch.device
-    noise: RowNoise
+    noise: PerSampleNoise
     seed: int
     step: int
     process: int
-    first_row: int
-    with_same: bool
-    providers: dict[str, Provider]
+    first_sample: int
+    with_identities: bool
+    input_providers: dict[str, InputProvider]
 
     def __call__(self, number: int, names: frozenset[str]) -> Inputs:
         """The inputs of a part, on the device; what the network draws from is seeded for this part."""
         batch = self.batches[number]
-        inputs = self.counted(number)
+        inputs = self.non_image_inputs(number)
         images = batch.images.to(self.device, non_blocking=True)
         inputs["pixels"] = normalise(images, self.view)
         if batch.local_images is not None and "local_pixels" in names:
             local = batch.local_images.to(self.device, non_blocking=True)
             inputs["local_pixels"] = normalise(local.flatten(0, 1), self.view).unflatten(0, local.shape[:2])
-        asked = [self.providers[name] for name in sorted(names & self.providers.keys())]
-        for provider in dict.fromkeys(asked):
-            inputs |= provider(images, batch.captions)
+        active_providers = [self.input_providers[name] for name in sorted(names & self.input_providers.keys())]
+        for input_provider in dict.fromkeys(active_providers):
+            inputs |= input_provider(images, batch.captions)
         self.noise.rows = inputs["rows"]
         seed_step(self.seed, self.step, self.process, number)
         return inputs
 
-    def counted(self, number: int) -> Inputs:
+    def non_image_inputs(self, number: int) -> Inputs:
         """All inputs of a part but pictures and what providers make."""
         batch = self.batches[number]
         inputs: Inputs = {"tokens": batch.tokens, "rows": self._rows(number)} | batch.arrays
         if batch.sub_tokens is not None:
             inputs["sub_tokens"] = batch.sub_tokens
-        if self.with_same:
-            inputs["same"] = identities_of(batch)
+        if self.with_identities:
+            inputs["same"] = pair_identities(batch)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _rows(self, number: int) -> Int64[Tensor, " B"]:
-        first = self.first_row + sum(len(batch.keys) for batch in self.batches[:number])
+        first = self.first_sample + sum(len(batch.keys) for batch in self.batches[:number])
         return torch.arange(first, first + len(self.batches[number].keys))
 
 
-def identities_of(batch: TrainingBatch) -> Int64[Tensor, "B G"]:
+def pair_identities(batch: TrainingBatch) -> Int64[Tensor, "B G"]:
     """What makes two pairs the same: key and picture as the loader hashed them, where it did, and the caption."""
     captions = torch.tensor([_hash(caption) for caption in batch.captions])[:, None]
     if batch.identities is None:
@@ -94,7 +94,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1 if text else 0
 
 
-class LiveTeacher:
+class OnlineTeacher:
     """Another model, run on what the student is shown: gives `teacher_image` and `teacher_text`, of unit length.
 
     Pictures come in the student's view and are brought to the size and the statistics of the teacher's; captions go
@@ -109,7 +109,9 @@ class LiveTeacher:
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], captions: Sequence[str]) -> Inputs:
         """Embeddings of pictures and captions, on the teacher's device."""
         model = self.model
-        pixels = normalise(resize(images.to(model.device), model.view.size, model.view.interpolation), model.view)
+        pixels = normalise(
+            resize_images(images.to(model.device), model.view.size, model.view.interpolation), model.view
+        )
         tokens = torch.from_numpy(model.tokenizer.encode(list(captions))).to(model.device)
         is_lower = model.precision != torch.float32
         with torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower):
@@ -121,7 +123,7 @@ class LiveTeacher:
         }
 
 
-class AverageTeacher:
+class EMATeacher:
     """The student's own image tower with the running mean of its weights (EMA): gives `global_target`.
 
     weights: by the names they have in the network; read anew in each call, so they may be updated in place. What is
@@ -155,7 +157,7 @@ class AverageTeacher:
         return {"global_target": F.normalize(image.float(), dim=-1)}
 
 
-def resize(images: UInt8[Tensor, "B 3 H W"], size: int, interpolation: str) -> UInt8[Tensor, "B 3 S S"]:
+def resize_images(images: UInt8[Tensor, "B 3 H W"], size: int, interpolation: str) -> UInt8[Tensor, "B 3 S S"]:
     """Square pictures at another size, antialiased; as they are where the size is theirs."""
     if images.shape[-2:] == (size, size):
         return images
@@ -174,25 +176,25 @@ class _ImageEncoder(nn.Module):
         return self.network.encode_image(pixels)  # pyright: ignore[reportCallIssue]
 
 
-_TEACHER = frozenset({"teacher_image", "teacher_text"})
-_AVERAGE = frozenset({"global_target"})
-_CURES = {
+_TEACHER_INPUTS = frozenset({"teacher_image", "teacher_text"})
+_EMA_INPUTS = frozenset({"global_target"})
+_HINTS = {
     "sub_tokens": "--sub-captions N, the sentences shown of each sample",
     "local_pixels": "--local-views N, the small crops of each picture",
     "teacher_image": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
     "teacher_text": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
     "text_embedding": "--arrays text_embedding of shards made by vlm reinforce --text-model",
 }
-_ALWAYS = frozenset({"pixels", "tokens", "rows", "same"})
+_ALWAYS_AVAILABLE = frozenset({"pixels", "tokens", "rows", "same"})
 
 
-def needs_average(config: TrainConfig, terms: Sequence[WeightedTerm]) -> bool:
+def needs_ema(config: TrainConfig, terms: Sequence[WeightedLossTerm]) -> bool:
     """Whether a running mean of the weights is kept.
 
     Raises:
         UsageError: a term learns from it, and it has no decay.
     """
-    learns = any(_AVERAGE & set(part.term.inputs) for part in terms)
+    learns = any(_EMA_INPUTS & set(weighted.term.inputs) for weighted in terms)
     if learns and not config.optimizer.average_decay:
         raise UsageError(
             f"objective = {config.objective.objective!r} learns from the running mean of the weights; give its decay, "
@@ -201,47 +203,50 @@ def needs_average(config: TrainConfig, terms: Sequence[WeightedTerm]) -> bool:
     return bool(config.optimizer.average_decay)
 
 
-def open_providers(
-    config: TrainConfig, model: VisionLanguageModel, terms: Sequence[WeightedTerm], average: RunningMean | None
-) -> dict[str, Provider]:
+def open_input_providers(
+    config: TrainConfig, model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], ema: EMA | None
+) -> dict[str, InputProvider]:
     """Models that make inputs while training, by the inputs they make.
 
     Raises:
         UsageError: a teacher is named and no term learns from it, or there is no such model.
     """
-    read = {name for part in terms for name in part.term.inputs}
-    found: dict[str, Provider] = {}
+    read = {name for weighted in terms for name in weighted.term.inputs}
+    found: dict[str, InputProvider] = {}
     if config.objective.teacher:
-        if not _TEACHER & read:
+        if not _TEACHER_INPUTS & read:
             raise UsageError(
                 f"teacher = {config.objective.teacher!r}, but the objective {config.objective.objective!r} learns from "
                 "none; add a term, e.g. 'clip + distill'."
             )
-        teacher = LiveTeacher(load_model(config.objective.teacher, device=str(model.device)))
-        found |= dict.fromkeys(_TEACHER & read, teacher)
-    if average and _AVERAGE & read:
+        teacher = OnlineTeacher(load_model(config.objective.teacher, device=str(model.device)))
+        found |= dict.fromkeys(_TEACHER_INPUTS & read, teacher)
+    if ema and _EMA_INPUTS & read:
         if config.sharding == "fsdp":
             raise UsageError("local_to_global learns from the whole mean of the weights; leave out --sharding fsdp.")
-        found |= dict.fromkeys(_AVERAGE, AverageTeacher(average.weights, model))
+        found |= dict.fromkeys(_EMA_INPUTS, EMATeacher(ema.weights, model))
     return found
 
 
-def check_inputs(
-    config: TrainConfig, terms: Sequence[WeightedTerm], student: Student, providers: dict[str, Provider]
+def check_loss_inputs(
+    config: TrainConfig,
+    terms: Sequence[WeightedLossTerm],
+    task: TrainingTask,
+    input_providers: dict[str, InputProvider],
 ) -> None:
     """Refuse terms whose inputs nothing gives.
 
     Raises:
         UsageError: naming the input and what gives it.
     """
-    if {part.name for part in terms} == {"local_to_global"}:
+    if {weighted.name for weighted in terms} == {"local_to_global"}:
         raise UsageError(
             "objective = 'local_to_global' alone is least where all pictures are alike; add a term that tells them "
             "apart, e.g. 'clip + local_to_global'."
         )
-    given = _ALWAYS | providers.keys() | set(config.loader.arrays)
-    given |= {"sub_tokens"} if config.objective.sub_captions else set[str]()
-    given |= {"local_pixels"} if config.objective.local_views else set[str]()
-    wanted = {name for part in terms for name in part.term.inputs} | student.inputs
-    for name in sorted(wanted - given):
-        raise UsageError(f"objective = {config.objective.objective!r} needs {name}: give {_CURES.get(name, name)}.")
+    available = _ALWAYS_AVAILABLE | input_providers.keys() | set(config.loader.arrays)
+    available |= {"sub_tokens"} if config.objective.sub_captions else set[str]()
+    available |= {"local_pixels"} if config.objective.local_views else set[str]()
+    required = {name for weighted in terms for name in weighted.term.inputs} | task.inputs
+    for name in sorted(required - available):
+        raise UsageError(f"objective = {config.objective.objective!r} needs {name}: give {_HINTS.get(name, name)}.")

@@ -8,14 +8,14 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-LOSSES_KEPT = 100
-_LEAST_LOSSES = 20
-_TO_DEVIATION = 1.4826
-_LEAST_SHARE = 1e-3
+LOSS_HISTORY_LENGTH = 100
+_MIN_LOSSES = 20
+_MAD_TO_STD = 1.4826
+_MIN_RELATIVE_DEVIATION = 1e-3
 
 
 @dataclass
-class Guard:
+class LossSpikeGuard:
     """The losses of the last good steps, oldest first, and how many steps in a row were skipped just now."""
 
     losses: list[float] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Guard:
 
     def accept(self, loss: float) -> None:
         """A step was good."""
-        self.losses = [*self.losses[1 - LOSSES_KEPT :], loss]
+        self.losses = [*self.losses[1 - LOSS_HISTORY_LENGTH :], loss]
         self.in_a_row = 0
 
     def reject(self) -> None:
@@ -31,51 +31,51 @@ class Guard:
         self.in_a_row += 1
 
 
-def why_skip(
-    parts: Mapping[str, float], gradient_norm: float, losses: Sequence[float], *, spike_factor: float = 0.0
+def skip_reason(
+    loss_terms: Mapping[str, float], gradient_norm: float, losses: Sequence[float], *, spike_factor: float = 0.0
 ) -> str:
     """Why the update of a step is to be skipped; empty where it is good.
 
     parts: the weighted losses, and gradient_norm: the norm before it is cut, both as all processes agree on them.
     losses: of the last good steps. spike_factor: see `spike_limit`; 0 lets every finite loss pass.
 
-    >>> why_skip({"clip": math.nan}, 1.0, [])
+    >>> skip_reason({"clip": math.nan}, 1.0, [])
     'the loss clip is nan'
-    >>> why_skip({"clip": 9.0}, 1.0, [1.0, 1.1] * 10, spike_factor=6.0)
+    >>> skip_reason({"clip": 9.0}, 1.0, [1.0, 1.1] * 10, spike_factor=6.0)
     'the loss 9 is above 1.495 = median 1.05 + 6 x 0.07413'
     """
-    for name, value in parts.items():
+    for name, value in loss_terms.items():
         if not math.isfinite(value):
             return f"the loss {name} is {value}"
     if not math.isfinite(gradient_norm):
         return f"the gradient's norm is {gradient_norm}"
-    loss = sum(parts.values())
-    limit, told = spike_limit(losses, spike_factor)
-    return f"the loss {loss:.4g} is above {limit:.4g} = {told}" if loss > limit else ""
+    loss = sum(loss_terms.values())
+    limit, explanation = spike_threshold(losses, spike_factor)
+    return f"the loss {loss:.4g} is above {limit:.4g} = {explanation}" if loss > limit else ""
 
 
-def spike_limit(losses: Sequence[float], factor: float) -> tuple[float, str]:
+def spike_threshold(losses: Sequence[float], factor: float) -> tuple[float, str]:
     """The loss above which a step is a spike, and how it comes about; infinity with factor 0 or too few losses.
 
     It is the median plus `factor` deviations, of which one is 1.4826 times the median absolute deviation (the standard
     deviation, where losses are normally distributed: Rousseeuw and Croux 1993, §1), and at least 0.1% of the median.
     """
-    if not factor or len(losses) < _LEAST_LOSSES:
+    if not factor or len(losses) < _MIN_LOSSES:
         return math.inf, ""
     middle = median(losses)
-    spread = _TO_DEVIATION * median(abs(loss - middle) for loss in losses)
-    deviation = max(spread, _LEAST_SHARE * abs(middle))
+    spread = _MAD_TO_STD * median(abs(loss - middle) for loss in losses)
+    deviation = max(spread, _MIN_RELATIVE_DEVIATION * abs(middle))
     return middle + factor * deviation, f"median {middle:.4g} + {factor:g} x {deviation:.4g}"
 
 
-def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def copy_running_stats(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The buffers that a forward pass changes (of batch normalisation), each with a copy of its values now."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
     return [(buffer, buffer.clone()) for layer in layers if layer.training for buffer in layer.buffers()]
 
 
 @torch.no_grad()
-def put_back(statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
+def restore_running_stats(statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Undo what forward passes did to them since."""
     for buffer, before in statistics:
         buffer.copy_(before)

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from vlm.console import duration, progress
+from vlm.console import format_duration, progress
 from vlm.errors import UsageError
 from vlm.tensors import Tensor
-from vlm.train.distributed import gathered
-from vlm.train.flops import Peak, SampleFlops
+from vlm.train.distributed import gather_objects
+from vlm.train.flops import PeakFlops, SampleFlops
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -78,7 +78,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update()
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """The run went back to a step."""
         if self._bar is not None:
             self._bar.n = step
@@ -107,7 +107,7 @@ def progress_note(values: dict[str, Any]) -> str:
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.0%}")
     if values.get("eta_seconds"):
-        parts.append(f"{duration(values['eta_seconds'])} left")
+        parts.append(f"{format_duration(values['eta_seconds'])} left")
     return "  ".join(parts)
 
 
@@ -151,7 +151,7 @@ class WindowMean:
 Item = TypeVar("Item")
 
 
-class StepClock:
+class StepTimer:
     """Times a run: one reading for the steps since the last.
 
     batch_size: samples of a step, over all processes. steps, done: of the whole run, and when the clock starts.
@@ -164,7 +164,7 @@ class StepClock:
         *,
         steps: int = 0,
         done: int = 0,
-        peak: Peak | None = None,
+        peak: PeakFlops | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batch_size, self._peak, self._now = batch_size, peak, now
@@ -174,15 +174,15 @@ class StepClock:
         self._restart()
 
     def _restart(self) -> None:
-        self._since, self._waited, self._steps = self._now(), 0.0, 0
+        self._since, self._data_wait_seconds, self._steps = self._now(), 0.0, 0
         self._decoded, self._flops = 0, 0.0
 
-    def waiting(self, items: Iterator[Item]) -> Generator[Item, None, None]:
+    def timed(self, items: Iterator[Item]) -> Generator[Item, None, None]:
         """Pass the items on, counting the time each takes to come."""
         while True:
             before = self._now()
             item = next(items, None)
-            self._waited += self._now() - before
+            self._data_wait_seconds += self._now() - before
             if item is None:
                 return
             yield item
@@ -193,7 +193,7 @@ class StepClock:
         self._decoded += decoded
         self._flops += flops
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Leave out time that was spent on neither data nor steps (evaluation, saving)."""
         self._since += seconds
 
@@ -208,7 +208,7 @@ class StepClock:
         values = {
             "samples_per_second": self._steps * self._batch_size / elapsed,
             "images_per_second": self._decoded / elapsed,
-            "data_wait": min(self._waited / elapsed, 1.0),
+            "data_wait": min(self._data_wait_seconds / elapsed, 1.0),
             "memory_bytes": float(_memory_bytes()),
         }
         if self._peak and self._flops > 0 and math.isfinite(self._flops):
@@ -233,9 +233,9 @@ class StepClock:
         return self._left * (self._now() - self._timed_from) / self._timed_steps
 
 
-def over_processes(reading: dict[str, float]) -> dict[str, float]:
+def reduce_over_processes(reading: dict[str, float]) -> dict[str, float]:
     """One reading for all processes, called by all: images are summed, memory is the largest, the rest are means."""
-    readings = gathered([reading])
+    readings = gather_objects([reading])
     merge: dict[str, Callable[[list[float]], float]] = {"images_per_second": math.fsum, "memory_bytes": max}
     return {name: merge.get(name, _mean)([other.get(name, reading[name]) for other in readings]) for name in reading}
 
@@ -245,10 +245,10 @@ class Utilisation:
     """What utilisation is measured against: the FLOPs of a sample, and the peak of each of the processes' devices."""
 
     sample: SampleFlops | None
-    peak: Peak
+    peak: PeakFlops
     processes: int
 
-    def facts(self) -> dict[str, float | str | int | None]:
+    def to_values(self) -> dict[str, float | str | int | None]:
         """As plain values."""
         return {
             "forward_flops_per_sample": self.sample.forward if self.sample else None,
@@ -258,7 +258,7 @@ class Utilisation:
             "processes": self.processes,
         }
 
-    def sentence(self) -> str:
+    def summary(self) -> str:
         """In words, for the start of a run."""
         if self.sample is None:
             return "MFU is not given: the FLOPs of this network cannot be counted."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.train.distributed import by_kind
+from vlm.train.distributed import split_by_sharding
 from vlm.train.run_config import OptimizerConfig
 
 _PIXEL_CHANNELS = 3
@@ -25,12 +25,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     matrices: groups of what Muon moves; a kernel [O, I, …] is moved as the matrix [O, I · …].
     """
 
-    def __init__(self, matrices: Sequence[dict[str, Any]], adamw: torch.optim.AdamW, **told: Any) -> None:
+    def __init__(self, matrices: Sequence[dict[str, Any]], adamw: torch.optim.AdamW, **muon_options: Any) -> None:
         flat = [group | {"params": [_flat(weight) for weight in group["params"]]} for group in matrices]
-        self.muon, self.adamw = torch.optim.Muon(flat, **told), adamw
+        self.muon, self.adamw = torch.optim.Muon(flat, **muon_options), adamw
         super().__init__([{"params": group["params"]} for group in (*matrices, *adamw.param_groups)], {})
         of_muon = [
-            within | {"params": group["params"]} for within, group in zip(self.muon.param_groups, matrices, strict=True)
+            muon_group | {"params": group["params"]}
+            for muon_group, group in zip(self.muon.param_groups, matrices, strict=True)
         ]
         self.param_groups = [*of_muon, *adamw.param_groups]
         adamw.state = self.state
@@ -38,16 +39,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Move all weights."""
-        for within, group in zip(self.muon.param_groups, self.param_groups, strict=False):
-            within.update({name: value for name, value in group.items() if name != "params"})
-            for flat, weight in zip(within["params"], group["params"], strict=True):
+        for muon_group, group in zip(self.muon.param_groups, self.param_groups, strict=False):
+            muon_group.update({name: value for name, value in group.items() if name != "params"})
+            for flat, weight in zip(muon_group["params"], group["params"], strict=True):
                 flat.grad = None if weight.grad is None else weight.grad.flatten(1)
                 self.muon.state[flat] = self.state[weight]
         self.muon.step()
         self.adamw.step()
 
 
-def tables_of(network: nn.Module) -> set[str]:
+def embedding_weight_names(network: nn.Module) -> set[str]:
     """Names of the weights that are looked up row by row: tables of tokens, and of positions where they are modules."""
     lookups = (nn.Embedding, nn.EmbeddingBag)
     return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, lookups)}
@@ -73,7 +74,7 @@ def _flat(weight: nn.Parameter) -> nn.Parameter:
 MAX_LOG_SCALE = log(100)
 """The temperature is kept from falling below 0.01 (CLIP §2.5)."""
 
-_RELATIVE_RATE = "relative_rate"
+_LR_MULTIPLIER = "relative_rate"
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -82,34 +83,34 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     With `optimizer` "muon" the matrices inside the towers are Muon's.
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    tables = tables_of(network)
+    tables = embedding_weight_names(network)
     hidden = [name for name, weight in trained.items() if name not in tables and is_hidden_matrix(name, weight)]
     matrices = [trained.pop(name) for name in hidden] if config.optimizer == "muon" else []
     adamw = _adamw(trained, tables, config)
     if not matrices:
         return adamw
-    groups = [{"params": weights, _RELATIVE_RATE: 1.0} for weights in by_kind(matrices) if weights]
+    groups = [{"params": weights, _LR_MULTIPLIER: 1.0} for weights in split_by_sharding(matrices) if weights]
     return MuonWithAdamW(
         groups, adamw, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
 
 
 def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig) -> torch.optim.AdamW:
-    sorts: dict[tuple[float, float], list[nn.Parameter]] = {}
+    settings: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in weights.items():
         decay = config.weight_decay if weight.ndim >= 2 else 0.0
-        sorts.setdefault((decay, _relative_rate(name, weight, tables, config)), []).append(weight)
+        settings.setdefault((decay, _lr_multiplier(name, weight, tables, config)), []).append(weight)
     groups = [
-        {"params": kind, "weight_decay": decay, _RELATIVE_RATE: rate}
-        for (decay, rate), parameters in sorts.items()
-        for kind in by_kind(parameters)
+        {"params": kind, "weight_decay": decay, _LR_MULTIPLIER: rate}
+        for (decay, rate), parameters in settings.items()
+        for kind in split_by_sharding(parameters)
         if kind
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
 
 
-def _relative_rate(name: str, weight: nn.Parameter, tables: Collection[str], config: OptimizerConfig) -> float:
+def _lr_multiplier(name: str, weight: nn.Parameter, tables: Collection[str], config: OptimizerConfig) -> float:
     if name.endswith(("logit_scale", "logit_bias")):
         return config.temperature_rate
     if name in tables:
@@ -135,10 +136,10 @@ def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> fl
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use this rate, and those relative to it, in the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group[_RELATIVE_RATE]
+        group["lr"] = rate * group[_LR_MULTIPLIER]
 
 
 @torch.no_grad()
-def limit_temperature(network: nn.Module) -> None:
+def clamp_logit_scale(network: nn.Module) -> None:
     """Cut the learned log of the inverse temperature at MAX_LOG_SCALE."""
     network.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)

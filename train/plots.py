@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.files import replacing
-from vlm.train.recipes import Band
+from vlm.files import atomic_write
+from vlm.train.recipes import ReferenceCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +26,10 @@ class Panel:
     names: tuple[str, ...]
     labels: tuple[str, ...] = ()
     is_smoothed: bool = True
-    is_share: bool = False
+    is_fraction: bool = False
     is_logarithmic: bool = False
     starts_at_zero: bool = False
-    least_top: float = 0.0
+    min_upper_limit: float = 0.0
 
 
 _PANELS = (
@@ -43,27 +43,33 @@ _PANELS = (
         ),
         labels=("text→image @10", "image→text @10", "text→image @1", "image→text @1"),
         is_smoothed=False,
-        is_share=True,
+        is_fraction=True,
         starts_at_zero=True,
     ),
     Panel(heading="gradient norm, before it is cut", names=("gradient_norm",), is_logarithmic=True),
     Panel(heading="inverse temperature", names=("logit_scale",), is_smoothed=False),
     Panel(heading="learning rate", names=("learning_rate",), is_smoothed=False, starts_at_zero=True),
     Panel(heading="samples a second", names=("samples_per_second",), starts_at_zero=True),
-    Panel(heading="time waiting for data", names=("data_wait",), is_share=True, starts_at_zero=True, least_top=0.1),
-    Panel(heading="model FLOP utilisation", names=("mfu",), is_share=True, starts_at_zero=True, least_top=0.1),
+    Panel(
+        heading="time waiting for data",
+        names=("data_wait",),
+        is_fraction=True,
+        starts_at_zero=True,
+        min_upper_limit=0.1,
+    ),
+    Panel(heading="model FLOP utilisation", names=("mfu",), is_fraction=True, starts_at_zero=True, min_upper_limit=0.1),
 )
-_COMPARED = ("text_to_image_recall@10", "text_to_image_recall@1")
+_COMPARISON_METRICS = ("text_to_image_recall@10", "text_to_image_recall@1")
 _COLUMNS = 3
 _MARKED_POINTS = 30
-_WHOLE_PERCENTS = 0.05
-_MOST_SMOOTHED = 200
+_WHOLE_PERCENT_RANGE = 0.05
+_MAX_SMOOTHING_RADIUS = 200
 
 
 def draw_curves(metrics: Lines, path: Path, *, title: str) -> None:
     """Draw what a run measured over its steps into a PNG: loss and its parts, recall, gradient norm, temperature,
     learning rate, speed, data wait, utilisation; what it did not measure is left out."""
-    loss = Panel(heading="loss", names=("loss", *_parts_of_loss(metrics)))
+    loss = Panel(heading="loss", names=("loss", *_loss_terms_in(metrics)))
     panels = [panel for panel in (loss, *_PANELS) if any(_points(metrics, name) for name in panel.names)]
 
     def draw(axes: "Axes", panel: Panel) -> None:
@@ -77,7 +83,7 @@ def draw_curves(metrics: Lines, path: Path, *, title: str) -> None:
 
 
 def draw_comparison(
-    runs: Mapping[str, Lines], path: Path, *, title: str, bands: Sequence[Band] = (), steps: int = 0
+    runs: Mapping[str, Lines], path: Path, *, title: str, bands: Sequence[ReferenceCurve] = (), steps: int = 0
 ) -> None:
     """Draw the curves of several runs, by name, over one another into a PNG.
 
@@ -86,14 +92,14 @@ def draw_comparison(
     expected = {band.metric: band for band in bands}
     panels = [panel for panel in _single_panels() if panel.names[0] not in expected and _has(runs, panel.names[0])]
     banded = [
-        Panel(heading=f"{name.replace('_', ' ')}, band {band.kind}", names=(name,), is_share=name != "loss")
+        Panel(heading=f"{name.replace('_', ' ')}, band {band.kind}", names=(name,), is_fraction=name != "loss")
         for name, band in expected.items()
     ]
 
     def draw(axes: "Axes", panel: Panel) -> None:
         name = panel.names[0]
         if name in expected:
-            _draw_band(axes, expected[name], steps=steps)
+            _draw_reference(axes, expected[name], steps=steps)
         for number, (run, lines) in enumerate(runs.items()):
             _draw_line(axes, _points(lines, name), label=run, colour=f"C{number}", is_smoothed=panel.is_smoothed)
         if panel is first:
@@ -109,7 +115,7 @@ def _single_panels() -> list[Panel]:
     singles = [Panel(heading="loss", names=("loss",))]
     for panel in _PANELS:
         for name, label in zip(panel.names, panel.labels or ("",), strict=True):
-            if not label or name in _COMPARED:
+            if not label or name in _COMPARISON_METRICS:
                 singles.append(
                     replace(panel, heading=f"{panel.heading}, {label}" if label else panel.heading, names=(name,))
                 )
@@ -137,7 +143,7 @@ def _draw_panels(panels: Sequence[Panel], draw: Any, path: Path, *, title: str) 
             axes.set_xlabel("step", fontsize=9)
     if not panels:
         figure.text(0.5, 0.5, "nothing was measured", ha="center")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
@@ -154,9 +160,9 @@ def _set_scales(axes: "Axes", panel: Panel) -> None:
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=True)
     if panel.starts_at_zero:
-        axes.set_ylim(0, max(axes.get_ylim()[1], panel.least_top))
-    if panel.is_share:
-        is_wide = axes.get_ylim()[1] - axes.get_ylim()[0] > _WHOLE_PERCENTS
+        axes.set_ylim(0, max(axes.get_ylim()[1], panel.min_upper_limit))
+    if panel.is_fraction:
+        is_wide = axes.get_ylim()[1] - axes.get_ylim()[0] > _WHOLE_PERCENT_RANGE
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if is_wide else None))
 
 
@@ -172,7 +178,7 @@ def _draw_line(axes: "Axes", points: list[tuple[int, float]], *, label: str, col
     axes.plot(steps, _smooth(values), linewidth=1.4, label=label, color=colour)
 
 
-def _draw_band(axes: "Axes", band: Band, *, steps: int) -> None:
+def _draw_reference(axes: "Axes", band: ReferenceCurve, *, steps: int) -> None:
     shares, low, high = zip(*band.points, strict=True)
     places = [share * steps for share in shares]
     if len(places) == 1:
@@ -184,7 +190,7 @@ def _draw_band(axes: "Axes", band: Band, *, steps: int) -> None:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """The mean of each value with its neighbours, over a fortieth of the curve and no further than its ends."""
-    reach = min(max(len(values) // 40, 1), _MOST_SMOOTHED)
+    reach = min(max(len(values) // 40, 1), _MAX_SMOOTHING_RADIUS)
     smoothed = []
     for place in range(len(values)):
         near = min(reach, place, len(values) - 1 - place)
@@ -201,9 +207,9 @@ def _has(runs: Mapping[str, Lines], name: str) -> bool:
     return any(_points(lines, name) for lines in runs.values())
 
 
-def _parts_of_loss(lines: Lines) -> list[str]:
+def _loss_terms_in(lines: Lines) -> list[str]:
     """The terms of the objective whose values stand on the lines; none if the loss is a single one."""
-    from vlm.train.objectives.objective_registry import TERMS
+    from vlm.train.objectives.objective_registry import LOSS_TERMS
 
-    names = [name for name in TERMS if _points(lines, name)]
+    names = [name for name in LOSS_TERMS if _points(lines, name)]
     return names if len(names) > 1 else []

@@ -6,11 +6,11 @@ What is expected of each, and where its figures are from, stands in `vlm.train.r
 from dataclasses import replace
 from pathlib import Path
 
-from vlm.config import from_toml, nearest
+from vlm.config import from_toml, suggest
 from vlm.errors import UsageError
 from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
-_SCENES = LoaderConfig(languages=("en",), crop_scale=(1.0, 1.0))
+_SHAPES_LOADER = LoaderConfig(languages=("en",), crop_scale=(1.0, 1.0))
 _QUICK = OptimizerConfig(learning_rate=2e-3, beta2=0.95, warmup_steps=80)
 _SMALL = OptimizerConfig(learning_rate=2e-3, weight_decay=0.2, warmup_steps=30)
 _SMALL_AVERAGED = replace(_SMALL, average_decay=0.98)
@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "learns the drawn scenes in about three minutes on two CPU cores",
         TrainConfig(
             model=ModelConfig(architecture="tiny"),
-            loader=_SCENES,
+            loader=_SHAPES_LOADER,
             optimizer=_QUICK,
             batch_size=128,
             epochs=10.0,
@@ -57,7 +57,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "learns to caption the drawn scenes in under five minutes on two CPU cores",
         TrainConfig(
             model=ModelConfig(architecture="tiny-coca"),
-            loader=_SCENES,
+            loader=_SHAPES_LOADER,
             objective=ObjectiveConfig(objective="clip + 1.5*caption"),
             optimizer=_QUICK,
             batch_size=128,
@@ -192,19 +192,21 @@ def open_preset(name: str) -> TrainConfig:
         return PRESETS[name][1]
     path = Path(name)
     if path.is_dir():
-        return from_toml(TrainConfig, path / "config.toml") if (path / "config.toml").is_file() else _refuse(name)
+        return (
+            from_toml(TrainConfig, path / "config.toml") if (path / "config.toml").is_file() else _unknown_preset(name)
+        )
     if path.suffix == ".toml":
         if not path.is_file():
             raise UsageError(f"There is no configuration {name!r}.")
         return from_toml(TrainConfig, path)
-    return _of_architecture(name)
+    return _preset_for_architecture(name)
 
 
-def _of_architecture(name: str) -> TrainConfig:
+def _preset_for_architecture(name: str) -> TrainConfig:
     import open_clip
 
     if "+" not in name and open_clip.get_model_config(name) is None:
-        return _refuse(name)
+        return _unknown_preset(name)
     is_coca = name.startswith("coca_")
     return TrainConfig(
         model=ModelConfig(architecture=name),
@@ -215,6 +217,6 @@ def _of_architecture(name: str) -> TrainConfig:
     )
 
 
-def _refuse(name: str) -> TrainConfig:
-    hint = nearest(name, list(PRESETS))
+def _unknown_preset(name: str) -> TrainConfig:
+    hint = suggest(name, list(PRESETS))
     raise UsageError(f"Unknown preset {name!r}; {hint}. A TOML file, a run folder or an open_clip name will do too.")

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, Literal
 
-from vlm.config import choose
+from vlm.config import lookup
 from vlm.errors import UsageError
 from vlm.train.history import read_run
 from vlm.train.presets import PRESETS
@@ -29,15 +29,15 @@ from vlm.train.run_config import FREE_ON_RESUME
 
 Lines = Sequence[Mapping[str, Any]]
 
-SHARES = tuple(number / 10 for number in range(1, 11))
+REPORT_FRACTIONS = tuple(number / 10 for number in range(1, 11))
 _END_WIDTH = 0.01
 _ROUNDING = 0.5
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+_STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 """Student's t at 97.5% for 1 to 15 degrees of freedom; the last is also used beyond, a little too wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Band:
+class ReferenceCurve:
     """What one metric of a recipe is expected to be in the course of a run.
 
     points: (share of the run's steps, low, high), ascending. The value of a run at a share is the mean of what it
@@ -52,13 +52,13 @@ class Band:
     width: float = 0.0
 
     @property
-    def is_better_low(self) -> bool:
+    def lower_is_better(self) -> bool:
         """Whether less of the metric is better."""
         return self.metric == "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Departure:
+class Deviation:
     """A place where a run is outside its band: share of the run, its value, the band there."""
 
     share: float
@@ -69,14 +69,14 @@ class Departure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ReferenceComparison:
     """A run against one band: how many of its points could be compared, and those outside."""
 
-    band: Band
+    band: ReferenceCurve
     compared: int
-    departures: tuple[Departure, ...]
+    departures: tuple[Deviation, ...]
 
-    def sentence(self, steps: int) -> str:
+    def summary(self, steps: int) -> str:
         """In words; steps is the planned length of the run."""
         name = f"{self.band.metric} ({self.band.kind})"
         if not self.compared:
@@ -105,9 +105,9 @@ def value_at(lines: Lines, metric: str, *, share: float, steps: int, width: floa
     return fmean(found) if width else found[-1]
 
 
-def judge(band: Band, lines: Lines, steps: int) -> Verdict:
+def compare_with_reference(band: ReferenceCurve, lines: Lines, steps: int) -> ReferenceComparison:
     """Where a run of so many planned steps leaves a band."""
-    departures: list[Departure] = []
+    departures: list[Deviation] = []
     compared = 0
     for share, low, high in band.points:
         value = value_at(lines, band.metric, share=share, steps=steps, width=band.width)
@@ -115,14 +115,14 @@ def judge(band: Band, lines: Lines, steps: int) -> Verdict:
             continue
         compared += 1
         if not low <= value <= high:
-            is_better = (value < low) == band.is_better_low
-            departures.append(Departure(share=share, value=value, low=low, high=high, is_better=is_better))
-    return Verdict(band=band, compared=compared, departures=tuple(departures))
+            is_better = (value < low) == band.lower_is_better
+            departures.append(Deviation(share=share, value=value, low=low, high=high, is_better=is_better))
+    return ReferenceComparison(band=band, compared=compared, departures=tuple(departures))
 
 
-def band_of_runs(
-    runs: Sequence[tuple[Lines, int]], metric: str, *, source: str, shares: Sequence[float] = SHARES
-) -> Band:
+def reference_curve_of_runs(
+    runs: Sequence[tuple[Lines, int]], metric: str, *, source: str, shares: Sequence[float] = REPORT_FRACTIONS
+) -> ReferenceCurve:
     """The band that one more run of the same recipe stays in, at each of K points, with a probability of 95%.
 
     runs: lines and planned steps of n runs that differ in their seed alone. The band is the prediction interval of a
@@ -150,34 +150,40 @@ def band_of_runs(
     is_relative = metric == "loss"
     spread = sqrt(fmean(variance(values) / (fmean(values) ** 2 if is_relative else 1.0) for values in at.values()))
     freedom = (len(runs) - 1) * max(len(at) // 2, 1)
-    half = _T[min(freedom, len(_T)) - 1] * sqrt(1 + 1 / len(runs)) * spread
+    half = _STUDENT_T[min(freedom, len(_STUDENT_T)) - 1] * sqrt(1 + 1 / len(runs)) * spread
     points = [(share, fmean(values), half * (fmean(values) if is_relative else 1.0)) for share, values in at.items()]
     limits = [(share, middle - reach, middle + reach) for share, middle, reach in points]
-    return Band(metric=metric, points=_inside_range(limits, metric), kind="measured", source=source, width=width)
+    return ReferenceCurve(
+        metric=metric, points=_clip_to_valid_range(limits, metric), kind="measured", source=source, width=width
+    )
 
 
-def _inside_range(points: Sequence[tuple[float, float, float]], metric: str) -> tuple[tuple[float, float, float], ...]:
+def _clip_to_valid_range(
+    points: Sequence[tuple[float, float, float]], metric: str
+) -> tuple[tuple[float, float, float], ...]:
     """Recall cannot leave [0, 1], and no loss falls below 0."""
     most = 1.0 if "recall" in metric or "top1" in metric else float("inf")
     return tuple((share, max(low, 0.0), min(high, most)) for share, low, high in points)
 
 
-_OWN = frozenset({"data", "val", "run", "seed", "model.tokenizer", "loader.selection", "micro_batch", "precision"})
+_USER_SPECIFIC_KEYS = frozenset(
+    {"data", "val", "run", "seed", "model.tokenizer", "loader.selection", "micro_batch", "precision"}
+)
 """What everybody sets for themselves, beside what has no influence on the weights."""
 
 
-def recipe_of(configuration: Mapping[str, Any]) -> str:
+def matching_recipe(configuration: Mapping[str, Any]) -> str:
     """The preset a saved configuration was made from without a change that matters; empty if none."""
     saved = _flat(configuration)
     for name, (_, preset) in PRESETS.items():
         wanted = _flat(asdict(preset))
-        keys = (wanted.keys() & saved.keys()) - _OWN - FREE_ON_RESUME
+        keys = (wanted.keys() & saved.keys()) - _USER_SPECIFIC_KEYS - FREE_ON_RESUME
         if saved and "model.architecture" in keys and all(_same(saved[key], wanted[key]) for key in keys):
             return name
     return ""
 
 
-def differing(configurations: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def config_differences(configurations: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The dotted keys in which configurations differ, each with the value in all of them; None where one has it not."""
     flat = [_flat(configuration) for configuration in configurations]
     keys = list(dict.fromkeys(key for one in flat for key in one))
@@ -200,9 +206,9 @@ def _same(one: Any, other: Any) -> bool:
     return (list(one) if isinstance(one, tuple) else one) == (list(other) if isinstance(other, tuple) else other)
 
 
-MEASURED: dict[str, tuple[Band, ...]] = {
+MEASURED_CURVES: dict[str, tuple[ReferenceCurve, ...]] = {
     "tiny": (
-        Band(
+        ReferenceCurve(
             metric="loss",
             kind="measured",
             source="3 seeds, commit da1ab40, 16,000 scenes, one thread of a shared CPU",
@@ -220,7 +226,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
                 (1.0, 1.041, 1.366),
             ),
         ),
-        Band(
+        ReferenceCurve(
             metric="text_to_image_recall@1",
             kind="measured",
             source="3 seeds, commit da1ab40, 16,000 scenes, one thread of a shared CPU",
@@ -238,7 +244,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
                 (1.0, 0.5191, 0.8783),
             ),
         ),
-        Band(
+        ReferenceCurve(
             metric="image_to_text_recall@1",
             kind="measured",
             source="3 seeds, commit da1ab40, 16,000 scenes, one thread of a shared CPU",
@@ -258,7 +264,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
         ),
     ),
     "fashion": (
-        Band(
+        ReferenceCurve(
             metric="loss",
             kind="measured",
             source="3 seeds, 7,383 photos, one thread of a shared CPU",
@@ -276,21 +282,21 @@ MEASURED: dict[str, tuple[Band, ...]] = {
                 (1, 0.4656, 0.4969),
             ),
         ),
-        Band(
+        ReferenceCurve(
             metric="text_to_image_recall@1",
             kind="measured",
             source="3 seeds, 7,383 photos, one thread of a shared CPU",
             width=0.1,
             points=((1, 0.3806, 0.4868),),
         ),
-        Band(
+        ReferenceCurve(
             metric="text_to_image_recall@10",
             kind="measured",
             source="3 seeds, 7,383 photos, one thread of a shared CPU",
             width=0.1,
             points=((1, 0.7473, 0.9253),),
         ),
-        Band(
+        ReferenceCurve(
             metric="image_to_text_recall@10",
             kind="measured",
             source="3 seeds, 7,383 photos, one thread of a shared CPU",
@@ -299,7 +305,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
         ),
     ),
     "tiny-coca": (
-        Band(
+        ReferenceCurve(
             metric="loss",
             kind="measured",
             source="2 seeds, 16,000 scenes, one thread of a shared CPU",
@@ -317,7 +323,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
                 (1, 2.104, 2.525),
             ),
         ),
-        Band(
+        ReferenceCurve(
             metric="text_to_image_recall@10",
             kind="measured",
             source="2 seeds, 16,000 scenes, one thread of a shared CPU",
@@ -330,7 +336,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
         ),
     ),
     "emoji": (
-        Band(
+        ReferenceCurve(
             metric="loss",
             kind="measured",
             source="2 seeds, 7,038 drawings, one thread of a shared CPU",
@@ -348,7 +354,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
                 (1, 1.479, 1.61),
             ),
         ),
-        Band(
+        ReferenceCurve(
             metric="text_to_image_recall@10",
             kind="measured",
             source="2 seeds, 7,038 drawings, one thread of a shared CPU",
@@ -363,7 +369,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
         ),
     ),
     "flickr8k": (
-        Band(
+        ReferenceCurve(
             metric="loss",
             kind="measured",
             source="2 seeds, 6,000 photos, one thread of a shared CPU",
@@ -381,7 +387,7 @@ MEASURED: dict[str, tuple[Band, ...]] = {
                 (1, 4.507, 4.722),
             ),
         ),
-        Band(
+        ReferenceCurve(
             metric="text_to_image_recall@10",
             kind="measured",
             source="2 seeds, 6,000 photos, one thread of a shared CPU",
@@ -412,13 +418,13 @@ class Recipe:
     prepare: tuple[str, ...]
     train: str
     evaluate: str = ""
-    bands: tuple[Band, ...]
+    bands: tuple[ReferenceCurve, ...]
     remarks: str = ""
 
 
-def published(low: float, high: float, source: str) -> tuple[Band, ...]:
+def published_curve(low: float, high: float, source: str) -> tuple[ReferenceCurve, ...]:
     """The band of a figure others published: zero-shot top-1 on ImageNet's validation pictures at the end."""
-    return (Band(metric=ZERO_SHOT, kind="published", source=source, points=((1.0, low, high),)),)
+    return (ReferenceCurve(metric=ZERO_SHOT, kind="published", source=source, points=((1.0, low, high),)),)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -427,22 +433,29 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         UsageError: there is none of that name; the nearest is named.
     """
-    return choose(RECIPES, name, "recipe")
+    return lookup(RECIPES, name, "recipe")
 
 
-def _ours(preset: str, *, data: str, prepare: tuple[str, ...], options: str, remarks: str = "") -> Recipe:
+def _own_recipe(preset: str, *, data: str, prepare: tuple[str, ...], options: str, remarks: str = "") -> Recipe:
     return Recipe(
         preset=preset,
         data=data,
         prepare=prepare,
         train=f"vlm train {preset} {options} --run runs/{preset}",
-        bands=MEASURED.get(preset, ()),
+        bands=MEASURED_CURVES.get(preset, ()),
         remarks=remarks,
     )
 
 
-def _web(
-    preset: str, *, data: str, shards: str, prepare: str = "", options: str = "", bands: tuple[Band, ...], remarks: str
+def _web_recipe(
+    preset: str,
+    *,
+    data: str,
+    shards: str,
+    prepare: str = "",
+    options: str = "",
+    bands: tuple[ReferenceCurve, ...],
+    remarks: str,
 ) -> Recipe:
     return Recipe(
         preset=preset,
@@ -466,9 +479,9 @@ _SPLIT_OPTIONS = "--data 'shards/train-*.tar' --val 'shards/val-*.tar' --tokeniz
 RECIPES: dict[str, Recipe] = {
     recipe.preset: recipe
     for recipe in (
-        _ours("tiny", data="16,000 drawn scenes", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
-        _ours("tiny-coca", data="16,000 drawn scenes", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
-        _ours(
+        _own_recipe("tiny", data="16,000 drawn scenes", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
+        _own_recipe("tiny-coca", data="16,000 drawn scenes", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
+        _own_recipe(
             "fashion",
             data="8,383 product photos with titles, 1,000 held out",
             prepare=(
@@ -477,13 +490,13 @@ RECIPES: dict[str, Recipe] = {
             ),
             options=_SPLIT_OPTIONS,
         ),
-        _ours(
+        _own_recipe(
             "flickr8k",
             data="Flickr8k: 6,000 photos with five captions each, 1,000 held out",
             prepare=("vlm tokenizer train 'flickr8k/train-*.tar' words.model --vocabulary 4096 --languages en",),
             options="--data 'flickr8k/train-*.tar' --val 'flickr8k/val-*.tar' --tokenizer words.model",
         ),
-        _ours(
+        _own_recipe(
             "emoji",
             data="8,038 emoji drawings of three vendors, names in twelve languages, 1,000 held out",
             prepare=(
@@ -493,65 +506,69 @@ RECIPES: dict[str, Recipe] = {
             options=_SPLIT_OPTIONS,
             remarks="A name stands for one drawing of each vendor; the pack holds out all of them together.",
         ),
-        _web(
+        _web_recipe(
             "cc3m",
             data="Conceptual Captions: 3.3 million pairs, of which some links are dead",
             prepare=f"img2dataset --url_list cc3m.tsv --input_format tsv {_TO_SHARDS} --output_folder cc3m",
             shards="cc3m/{00000..00331}.tar",
-            bands=published(0.158, 0.185, "ViT-B/16: 17.1% SLIP's README, 15.8% LaCLIP's; RN50: 18.5% open_clip#448"),
+            bands=published_curve(
+                0.158, 0.185, "ViT-B/16: 17.1% SLIP's README, 15.8% LaCLIP's; RN50: 18.5% open_clip#448"
+            ),
             remarks="Settings of SLIP's README and main.py (Mu et al. 2021), 2.9 million pairs an epoch. "
             "SLIP decays to 1e-5 and does not cut the gradient, we decay to zero and cut at 1.",
         ),
-        _web(
+        _web_recipe(
             "cc12m",
             data="Conceptual 12M, of which about 10.7 million pairs are left",
             prepare=f"img2dataset --url_list cc12m.tsv --input_format tsv {_TO_SHARDS} --output_folder cc12m",
             shards="cc12m/{00000..01242}.tar",
-            bands=published(0.365, 0.402, "ViT-B/16: 36.5% SLIP's README, 40.2% LaCLIP's (other settings)"),
+            bands=published_curve(0.365, 0.402, "ViT-B/16: 36.5% SLIP's README, 40.2% LaCLIP's (other settings)"),
             remarks="Settings of SLIP's README and main.py (Mu et al. 2021), 10.7 million pairs an epoch. "
             "SLIP decays to 1e-5 and does not cut the gradient, we decay to zero and cut at 1.",
         ),
-        _web(
+        _web_recipe(
             "datacomp-small",
             data="CommonPool small: 12.8 million pairs, or what a filter leaves of them",
             prepare="python download_upstream.py --scale small --data_dir datacomp-small  # mlfoundations/datacomp",
             shards="datacomp-small/shards/*.tar",
-            bands=published(0.025, 0.051, "2.5% unfiltered, 5.1% by CLIP score: openclip_results.csv"),
+            bands=published_curve(0.025, 0.051, "2.5% unfiltered, 5.1% by CLIP score: openclip_results.csv"),
             remarks="Settings of DataComp's scale_configs.py (Gadre et al. 2023). The filter decides.",
         ),
-        _web(
+        _web_recipe(
             "datacomp-medium",
             data="CommonPool medium: 128 million pairs, or what a filter leaves of them",
             prepare="python download_upstream.py --scale medium --data_dir datacomp-medium  # mlfoundations/datacomp",
             shards="datacomp-medium/shards/*.tar",
-            bands=published(0.176, 0.297, "17.6% unfiltered, 29.7% DataComp's filter: openclip_results.csv"),
+            bands=published_curve(0.176, 0.297, "17.6% unfiltered, 29.7% DataComp's filter: openclip_results.csv"),
             remarks="Settings of DataComp's scale_configs.py (Gadre et al. 2023). The filter decides.",
         ),
-        _web(
+        _web_recipe(
             "laion",
             data="LAION-400M",
             shards="laion400m/{00000..41407}.tar",
             options=" --micro-batch 256",
-            bands=published(0.62, 0.63, "62.96% open_clip's PRETRAINED.md, 62.0% LaCLIP's README"),
+            bands=published_curve(0.62, 0.63, "62.96% open_clip's PRETRAINED.md, 62.0% LaCLIP's README"),
             remarks="Batch and epochs of PRETRAINED.md, the rest as in the CLIP paper (so open_clip#100 says). "
             "Shards that are gone since 2021 shorten the epochs.",
         ),
-        _web(
+        _web_recipe(
             "lit",
             data="CC12M; the published model saw CC12M and YFCC100M",
             shards="cc12m/{00000..01242}.tar",
             options=" --start-from MODEL",
-            bands=published(0.721, 0.757, "72.1% LiT-B16B, 75.7% LiT-L16L: model card (Zhai et al. 2022)"),
+            bands=published_curve(0.721, 0.757, "72.1% LiT-B16B, 75.7% LiT-L16L: model card (Zhai et al. 2022)"),
             remarks="Rate and batch of big_vision's lit_coco.py; decay and length are ours. Both towers start from "
             "MODEL, whose image tower stays as it is; the published ones started from ViT on ImageNet-21k and BERT. So "
             "the figure is a yardstick rather than a promise: it depends on MODEL.",
         ),
-        _web(
+        _web_recipe(
             "coca",
             data="LAION-2B (English)",
             shards="laion2b/{000000..231349}.tar",
             options=" --micro-batch 256",
-            bands=published(0.628, 0.638, "63.3% ± 0.5 assumed, coca_ViT-B-32 laion2b_s13b_b90k: openclip_results.csv"),
+            bands=published_curve(
+                0.628, 0.638, "63.3% ± 0.5 assumed, coca_ViT-B-32 laion2b_s13b_b90k: openclip_results.csv"
+            ),
             remarks="Batch and samples seen are in the name of the published weights; rate, warm-up and beta2 are "
             "those of DataComp's xlarge scale, which has the same batch, since CoCa's were not published.",
         ),
@@ -563,7 +580,7 @@ RECIPES: dict[str, Recipe] = {
 METRICS = ("loss", "text_to_image_recall@10", "image_to_text_recall@10")
 
 
-def entry_of(band: Band) -> str:
+def format_reference_curve(band: ReferenceCurve) -> str:
     """A band as Python source."""
     points = "\n".join(f"        ({share:.4g}, {low:.4g}, {high:.4g})," for share, low, high in band.points)
     return (
@@ -581,8 +598,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     runs = [read_run(folder) for folder in arguments.runs]
     for metric in arguments.metric:
-        band = band_of_runs([(run.lines, run.planned_steps) for run in runs], metric, source=arguments.source)
-        print(entry_of(band))
+        band = reference_curve_of_runs(
+            [(run.lines, run.planned_steps) for run in runs], metric, source=arguments.source
+        )
+        print(format_reference_curve(band))
 
 
 if __name__ == "__main__":
@@ -647,7 +666,7 @@ def _section(recipe: Recipe) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _end(band: Band) -> str:
+def _end(band: ReferenceCurve) -> str:
     _, low, high = band.points[-1]
     name = band.metric.replace("_", " ")
     if band.metric == "loss":

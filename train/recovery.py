@@ -27,26 +27,32 @@ import psutil
 
 from vlm.console import say
 from vlm.errors import VlmError
-from vlm.train.checkpoint.format import Facts, damage_of, facts_of, list_checkpoints, name_of
-from vlm.train.checkpoint.manager import CheckpointWriter, agreed_path, restore
-from vlm.train.checkpoint.remote_checkpoints import Mirror
+from vlm.train.checkpoint.format import (
+    CheckpointInfo,
+    checkpoint_name,
+    find_damage,
+    list_checkpoint_infos,
+    list_checkpoints,
+)
+from vlm.train.checkpoint.manager import CheckpointWriter, broadcast_path, restore
+from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.run_config import SafetyConfig
 from vlm.train.state import TrainState
 
-_TOLD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\)(?P<how>[^\n.)]*)")
+_LOST_WORKER_PATTERN = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\)(?P<how>[^\n.)]*)")
 
 
-def lost_worker(error: BaseException) -> re.Match[str] | None:
+def find_lost_worker(error: BaseException) -> re.Match[str] | None:
     """Which worker an error, or best what first caused it, says was lost; None if it says no such thing."""
     found: re.Match[str] | None = None
     cause: BaseException | None = error
     while cause is not None:
-        found = _TOLD.search(str(cause)) or found
+        found = _LOST_WORKER_PATTERN.search(str(cause)) or found
         cause = cause.__cause__
     return found
 
 
-def explain_lost_worker(found: re.Match[str], *, run: Path, checkpoints: Path, workers: int) -> VlmError:
+def lost_worker_error(found: re.Match[str], *, run: Path, checkpoints: Path, workers: int) -> VlmError:
     """The message, once the writer has finished: pid and end of the worker, memory now, newest checkpoint, command."""
     free = psutil.virtual_memory().available
     whole = list_checkpoints(checkpoints)
@@ -63,7 +69,7 @@ def explain_lost_worker(found: re.Match[str], *, run: Path, checkpoints: Path, w
 
 
 _SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz", ".part")
-_OTHERS_SECONDS = 5.0
+_OTHER_PROCESSES_GRACE_SECONDS = 5.0
 _FALLBACK_SECONDS = 30.0
 
 
@@ -88,27 +94,27 @@ class Watchdog:
         reading: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self._folder, self._seconds = folder, 60 * minutes
-        self._who = f"process {process} of {num_processes}"
+        self._process_label = f"process {process} of {num_processes}"
         self._path = folder / f"hang-{process}.txt"
-        self._grace = _OTHERS_SECONDS if num_processes > 1 else 0.0
+        self._grace = _OTHER_PROCESSES_GRACE_SECONDS if num_processes > 1 else 0.0
         self._reading = reading
-        self._doing, self._since, self._after = "starting", time.monotonic(), "starting"
+        self._phase, self._phase_started, self._last_event = "starting", time.monotonic(), "starting"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def note(self, doing: str, *, after: str = "") -> None:
+    def set_phase(self, phase: str, *, after: str = "") -> None:
         """This begins now: `waiting for data`, `step 12`, `saving`; the time starts anew.
 
         after: what is known of the run by now, e.g. the last step.
         """
-        self._doing, self._since = doing, time.monotonic()
-        self._after = after or self._after
+        self._phase, self._phase_started = phase, time.monotonic()
+        self._last_event = after or self._last_event
         self._arm()
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
             self._path.unlink(missing_ok=True)
-            self.note(self._doing)
+            self.set_phase(self._phase)
             self._thread.start()
         return self
 
@@ -125,22 +131,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(self._seconds / 10, 1.0)):
-            if time.monotonic() - self._since > self._seconds:
-                self._end()
+            if time.monotonic() - self._phase_started > self._seconds:
+                self._terminate()
 
-    def _end(self) -> None:
+    def _terminate(self) -> None:
         """Tell what is known and end the process, without the clean-up that would hang too."""
-        doing, seconds = self._doing, time.monotonic() - self._since
+        phase, seconds = self._phase, time.monotonic() - self._phase_started
         headline = (
-            f"{self._who[0].upper()}{self._who[1:]} (pid {os.getpid()}) has been {doing} for {seconds / 60:.2g} min, "
-            f"the limit (--hang-minutes); before that: {self._after}"
+            f"{self._process_label[0].upper()}{self._process_label[1:]} (pid {os.getpid()}) "
+            f"has been {phase} for {seconds / 60:.2g} min, "
+            f"the limit (--hang-minutes); before that: {self._last_event}"
         )
         workers = describe_workers(self._reading() if self._reading else {})
         with contextlib.suppress(OSError), self._path.open("w", encoding="utf-8") as file:
             self._write(file, headline, workers)
-        told = f" Workers: {'; '.join(workers)}." if workers else ""
+        details = f" Workers: {'; '.join(workers)}." if workers else ""
         say(
-            f"\n{headline}.{told} Where each thread stands: {self._path}. "
+            f"\n{headline}.{details} Where each thread stands: {self._path}. "
             f"Go on from the last checkpoint with: vlm train {self._folder} --resume"
         )
         for worker in multiprocessing.active_children():  # one that hangs does not notice that its parent is gone
@@ -166,13 +173,13 @@ def describe_workers(reading: Mapping[int, str]) -> list[str]:
             status = psutil.Process(pid).status()
         except psutil.Error:
             status = "gone"
-        opened = ", ".join(open_shards(pid)) or "no shard"
+        opened = ", ".join(open_shard_paths(pid)) or "no shard"
         shard = f"read {reading[pid]} last" if pid in reading else f"has {opened} open"
         lines.append(f"pid {pid} ({status}) {shard}")
     return lines
 
 
-def open_shards(pid: int) -> list[str]:
+def open_shard_paths(pid: int) -> list[str]:
     """The shards a process has open, where the system tells (Linux); the files themselves are not touched."""
     found: list[str] = []
     with contextlib.suppress(OSError):
@@ -182,10 +189,10 @@ def open_shards(pid: int) -> list[str]:
     return sorted({path for path in found if path.endswith(_SHARD_ENDINGS)})
 
 
-MAX_SKIPS_KEPT = 1000
-_BLOCK = 1 << 16
+MAX_SKIPPED_STEPS_KEPT = 1000
+_BLOCK_SAMPLES = 1 << 16
 
-Visit = TypeVar("Visit")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +207,7 @@ class SkippedStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassedOver:
+class SkippedRange:
     """The samples at positions [first, last), which the run passes over since it went back from one step to another."""
 
     from_step: int
@@ -210,32 +217,37 @@ class PassedOver:
     reason: str
 
 
-def note_skip(state: TrainState, skipped: SkippedStep) -> None:
+def record_skipped_step(state: TrainState, skipped: SkippedStep) -> None:
     """Record a skipped step in the state, and say it."""
-    state.guard.reject()
+    state.spike_guard.reject()
     state.skipped.append(asdict(skipped))
     steps = [number for number, entry in enumerate(state.skipped) if "to_step" not in entry]
-    if len(steps) > MAX_SKIPS_KEPT:
+    if len(steps) > MAX_SKIPPED_STEPS_KEPT:
         del state.skipped[steps[0]]
     say(f"\nstep {skipped.step:,} is skipped: {skipped.reason} (first sample {skipped.first_key!r}).")
 
 
-def must_go_back(state: TrainState, safety: SafetyConfig) -> bool:
+def should_roll_back(state: TrainState, safety: SafetyConfig) -> bool:
     """Whether skipping has gone on for too long.
 
     Raises:
         VlmError: and the run has gone back as often as it may.
     """
-    if state.guard.in_a_row < safety.skip_limit:
+    if state.spike_guard.in_a_row < safety.skip_limit:
         return False
-    if state.rewinds >= safety.rewind_limit:
-        raise VlmError(_hopeless(state, f"the run has gone back {state.rewinds} times, the limit"))
+    if state.num_rollbacks >= safety.rewind_limit:
+        raise VlmError(_unrecoverable_message(state, f"the run has gone back {state.num_rollbacks} times, the limit"))
     return True
 
 
-def go_back(
-    state: TrainState, writer: CheckpointWriter, folder: Path, *, mirror: Mirror | None = None, is_main: bool = True
-) -> PassedOver:
+def roll_back(
+    state: TrainState,
+    writer: CheckpointWriter,
+    folder: Path,
+    *,
+    remote_store: RemoteCheckpointStore | None = None,
+    is_main: bool = True,
+) -> SkippedRange:
     """Restore the checkpoint to go back to, and put the position past the trouble; all processes call it.
 
     Afterwards the loader is to be opened again at `state.position` for the steps that are left, and the samples passed
@@ -245,31 +257,37 @@ def go_back(
         VlmError: there is no checkpoint from before the trouble.
     """
     writer.wait()
-    path = agreed_path(lambda: _target(state, folder, mirror), is_main=is_main)
+    path = broadcast_path(lambda: _rollback_target(state, folder, remote_store), is_main=is_main)
     if path is None:
-        raise VlmError(_hopeless(state, f"no undamaged checkpoint in {folder} is older than that"))
+        raise VlmError(_unrecoverable_message(state, f"no undamaged checkpoint in {folder} is older than that"))
     from_step, last = state.step, state.position
-    reason, rewinds, seconds = state.skipped[-1]["reason"], state.rewinds, state.elapsed_seconds
+    reason, num_rollbacks, seconds = state.skipped[-1]["reason"], state.num_rollbacks, state.elapsed_seconds
     restore(path, state, is_main=is_main)
-    passed = PassedOver(from_step=from_step, to_step=state.step, first=state.position, last=last, reason=reason)
-    state.skipped.append(asdict(passed))
-    state.position, state.rewinds, state.elapsed_seconds = last, rewinds + 1, seconds
-    writer.go_back(state.step)
+    skipped_range = SkippedRange(
+        from_step=from_step, to_step=state.step, first=state.position, last=last, reason=reason
+    )
+    state.skipped.append(asdict(skipped_range))
+    state.position, state.num_rollbacks, state.elapsed_seconds = last, num_rollbacks + 1, seconds
+    writer.roll_back(state.step)
     if is_main:
         say(
-            f"\nBack from step {from_step:,} to {state.step:,} (rewind {state.rewinds}): {reason}. Passing over "
-            f"{last - passed.first:,} samples, positions {passed.first:,} to {last - 1:,}."
+            f"\nBack from step {from_step:,} to {state.step:,} (rewind {state.num_rollbacks}): {reason}. Passing over "
+            f"{last - skipped_range.first:,} samples, positions {skipped_range.first:,} to {last - 1:,}."
         )
-    return passed
+    return skipped_range
 
 
-def visits_in(passed: PassedOver, locate: Callable[[Sequence[int]], Sequence[Visit]]) -> Iterator[Sequence[Visit]]:
+def skipped_sample_blocks(
+    skipped_range: SkippedRange, locate: Callable[[Sequence[int]], Sequence[Item]]
+) -> Iterator[Sequence[Item]]:
     """The visits that were passed over, in blocks, as `Order.locate` finds them."""
-    for start in range(passed.first, passed.last, _BLOCK):
-        yield locate(range(start, min(start + _BLOCK, passed.last)))
+    for start in range(skipped_range.first, skipped_range.last, _BLOCK_SAMPLES):
+        yield locate(range(start, min(start + _BLOCK_SAMPLES, skipped_range.last)))
 
 
-def choose_target(found: Sequence[Facts], *, trouble_since: int, tried: int | None) -> Facts | None:
+def choose_rollback_target(
+    found: Sequence[CheckpointInfo], *, instability_start: int, last_target: int | None
+) -> CheckpointInfo | None:
     """The checkpoint to go back to.
 
     It is the newest good one from before the trouble that was due by its step, or, where there is none, any good one.
@@ -277,35 +295,35 @@ def choose_target(found: Sequence[Facts], *, trouble_since: int, tried: int | No
 
     trouble_since: the last step before the trouble. tried: the step last gone back to.
 
-    >>> found = [Facts(step=step, is_regular=True, is_good=True) for step in (10, 20, 30)]
-    >>> [choose_target(found, trouble_since=25, tried=tried).step for tried in (None, 20, 10)]
+    >>> found = [CheckpointInfo(step=step, is_scheduled=True, is_good=True) for step in (10, 20, 30)]
+    >>> [choose_rollback_target(found, instability_start=25, last_target=last).step for last in (None, 20, 10)]
     [20, 10, 20]
     """
-    older = sorted((facts for facts in found if facts.is_good and facts.step <= trouble_since), key=lambda f: f.step)
-    fitting = [facts for facts in older if facts.is_regular] or older
-    if len(fitting) > 1 and fitting[-1].step == tried:
+    older = sorted((info for info in found if info.is_good and info.step <= instability_start), key=lambda f: f.step)
+    fitting = [info for info in older if info.is_scheduled] or older
+    if len(fitting) > 1 and fitting[-1].step == last_target:
         return fitting[-2]
     return fitting[-1] if fitting else None
 
 
-def _target(state: TrainState, folder: Path, mirror: Mirror | None) -> Path | None:
+def _rollback_target(state: TrainState, folder: Path, remote_store: RemoteCheckpointStore | None) -> Path | None:
     """The folder of the checkpoint to go back to; damaged ones are left out, and one that is only a copy is fetched."""
-    own = {name_of(facts.step): facts for facts in facts_of(folder)}
-    copied = mirror.facts() if mirror else {}
+    own = {checkpoint_name(info.step): info for info in list_checkpoint_infos(folder)}
+    copied = remote_store.infos() if remote_store else {}
     found = copied | own
-    jumps = [entry["to_step"] for entry in state.skipped if "to_step" in entry]
+    rollback_targets = [entry["to_step"] for entry in state.skipped if "to_step" in entry]
     while found:
-        chosen = choose_target(
+        chosen = choose_rollback_target(
             list(found.values()),
-            trouble_since=state.step - state.guard.in_a_row,
-            tried=jumps[-1] if jumps else None,
+            instability_start=state.step - state.spike_guard.in_a_row,
+            last_target=rollback_targets[-1] if rollback_targets else None,
         )
         if chosen is None:
             return None
-        name = name_of(chosen.step)
-        damage = damage_of(folder / name) if name in own else "absent"
-        if damage and mirror and name in copied:
-            damage = mirror.fetch(name, folder)
+        name = checkpoint_name(chosen.step)
+        damage = find_damage(folder / name) if name in own else "absent"
+        if damage and remote_store and name in copied:
+            damage = remote_store.fetch(name, folder)
         if not damage:
             return folder / name
         say(f"{folder / name} is damaged ({damage}); trying the one before it.")
@@ -313,14 +331,18 @@ def _target(state: TrainState, folder: Path, mirror: Mirror | None) -> Path | No
     return None
 
 
-def _hopeless(state: TrainState, why: str) -> str:
+def _unrecoverable_message(state: TrainState, why: str) -> str:
     steps: list[dict[str, Any]] = [entry for entry in state.skipped if "to_step" not in entry]
-    trouble = steps[-state.guard.in_a_row :]
-    told = "; ".join(f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}" for entry in trouble[:5])
-    more = f" and {len(trouble) - 5} more" if len(trouble) > 5 else ""
+    unstable_steps = steps[-state.spike_guard.in_a_row :]
+    details = "; ".join(
+        f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}" for entry in unstable_steps[:5]
+    )
+    more = f" and {len(unstable_steps) - 5} more" if len(unstable_steps) > 5 else ""
     return (
-        f"{state.guard.in_a_row} steps in a row could not be used ({told}{more}), and {why}. The learning rate was "
-        f"{trouble[-1]['learning_rate']:.3g}; the weights are as before these steps. Try a lower --learning-rate, more "
+        f"{state.spike_guard.in_a_row} steps in a row could not be used ({details}{more}), and {why}. "
+        "The learning rate was "
+        f"{unstable_steps[-1]['learning_rate']:.3g}; the weights are as before these steps. "
+        "Try a lower --learning-rate, more "
         "--warmup-steps, --precision fp32, or look at these samples with vlm inspect; then go on from a checkpoint "
         "with --resume (and --allow for what you change)."
     )

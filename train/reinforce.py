@@ -26,23 +26,23 @@ import torch
 from vlm.console import progress
 from vlm.data.loader import stream_batches
 from vlm.data.pack import read_journal
-from vlm.data.sampler import ShardPlan
+from vlm.data.sampler import SequentialBatches
 from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.tar import Arrays, copy_with_arrays
 from vlm.errors import UsageError, VlmError
-from vlm.files import append_line, replacing, write_text
-from vlm.manifest import FileRecord, Manifest, begin_folder, record_file, write_manifest
+from vlm.files import append_line, atomic_write, write_text
+from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.storage.urls import SHARD_SUFFIXES, base_name
+from vlm.storage.urls import SHARD_SUFFIXES, url_basename
 from vlm.tensors import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,
-    AssembleViews,
-    Viewed,
+    CollateViews,
     ViewedBatch,
+    ViewedSample,
     ViewGeometry,
-    described,
-    reinforcement_of,
+    read_reinforcement,
+    views_to_values,
 )
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ class ReinforcedShard:
     left: list[dict[str, Any]]
 
 
-def names_of(shards: Sequence[str]) -> list[str]:
+def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
     """A plain tar's name for each shard: its own, with its number before it where two are called the same.
 
-    >>> names_of(["a/0.tar", "b/1.tar.gz"]), names_of(["a/0.tar", "b/0.tar"])
+    >>> reinforced_shard_names(["a/0.tar", "b/1.tar.gz"]), reinforced_shard_names(["a/0.tar", "b/0.tar"])
     (['0.tar', '1.tar'], ['00000-0.tar', '00001-0.tar'])
     """
-    names = [base_name(shard) for shard in shards]
+    names = [url_basename(shard) for shard in shards]
     suffixes = [max((end for end in SHARD_SUFFIXES if name.lower().endswith(end)), key=len) for name in names]
     stems = [name[: -len(suffix)] for name, suffix in zip(names, suffixes, strict=True)]
     if len({stem.lower() for stem in stems}) < len(stems) or any(stem.startswith(".") for stem in stems):
@@ -81,12 +81,12 @@ def names_of(shards: Sequence[str]) -> list[str]:
     return [f"{stem}.tar" for stem in stems]
 
 
-def note_done(out: Path, shard: ReinforcedShard) -> None:
+def record_finished_shard(out: Path, shard: ReinforcedShard) -> None:
     """Write into the journal that a shard is whole."""
     append_line(out / _JOURNAL, json.dumps(asdict(shard)))
 
 
-def read_done(out: Path) -> list[ReinforcedShard]:
+def read_finished_shards(out: Path) -> list[ReinforcedShard]:
     """The shards an earlier run finished.
 
     Raises:
@@ -163,49 +163,53 @@ class Teachers:
         if not self.models and self.text_model is None:
             raise UsageError("There is nothing to put into the shards; give --teacher MODEL, --text-model, or both.")
 
-    def made_of(self, batch: ViewedBatch, places: Sequence[int], *, half: bool) -> list[Arrays]:
+    def compute_arrays(self, batch: ViewedBatch, view_indices: Sequence[int], *, half: bool) -> list[Arrays]:
         """The arrays of each usable sample of a batch. places: for each model, the number of the view it looks through.
 
         Raises:
             VlmError: a number is not finite, or the batch does not fit into memory.
         """
         usable, models = batch.usable, self.models
-        made = [Arrays() for _ in usable]
+        stored_arrays = [Arrays() for _ in usable]
         if not usable:
-            return made
+            return stored_arrays
         try:
             if models:
-                _put(made, "view_seeds", [row.seeds for row in usable])
-                images = [model.embed_images(batch.views(at)) for model, at in zip(models, places, strict=True)]
+                _add_array(stored_arrays, "view_seeds", [row.seeds for row in usable])
+                images = [model.embed_images(batch.views(at)) for model, at in zip(models, view_indices, strict=True)]
                 numbers = [batch.num_views] * len(usable)
-                _put(made, "teacher_image", _rows(_joined(images), numbers, np.float16, self.names, usable))
-            self._add_texts(made, usable, half=half)
+                _add_array(
+                    stored_arrays,
+                    "teacher_image",
+                    _rows(_concatenate_embeddings(images), numbers, np.float16, self.names, usable),
+                )
+            self._add_texts(stored_arrays, usable, half=half)
         except torch.OutOfMemoryError as error:
             raise VlmError(
                 "A batch does not fit into the device's memory; repeat the command with a smaller --batch-size: it "
                 "goes on after the shards that are done."
             ) from error
-        return made
+        return stored_arrays
 
-    def _add_texts(self, made: list[Arrays], usable: list[Viewed], *, half: bool) -> None:
+    def _add_texts(self, stored_arrays: list[Arrays], usable: list[ViewedSample], *, half: bool) -> None:
         captions = [text for row in usable for text in row.captions]
         numbers = [len(row.captions) for row in usable]
         if self.models:
-            texts = _joined([model.embed_texts(captions) for model in self.models])
-            _put(made, "teacher_text", _rows(texts, numbers, np.float16, self.names, usable))
+            texts = _concatenate_embeddings([model.embed_texts(captions) for model in self.models])
+            _add_array(stored_arrays, "teacher_text", _rows(texts, numbers, np.float16, self.names, usable))
         if self.text_model is not None:
             kind = np.float16 if half else np.float32
             embedded = self.text_model.embed_texts(captions)
-            _put(made, "text_embedding", _rows(embedded, numbers, kind, (self.text_name,), usable))
+            _add_array(stored_arrays, "text_embedding", _rows(embedded, numbers, kind, (self.text_name,), usable))
 
 
-def _joined(parts: Sequence[Float32[Tensor, "N _"]]) -> Float32[Tensor, "N D"]:
+def _concatenate_embeddings(parts: Sequence[Float32[Tensor, "N _"]]) -> Float32[Tensor, "N D"]:
     """The teachers' unit vectors side by side, at unit length again."""
     return torch.cat(list(parts), dim=1) / math.sqrt(len(parts))
 
 
 def _rows(
-    vectors: Float32[Tensor, "N D"], numbers: list[int], kind: type, names: Sequence[str], usable: list[Viewed]
+    vectors: Float32[Tensor, "N D"], numbers: list[int], kind: type, names: Sequence[str], usable: list[ViewedSample]
 ) -> list[np.ndarray]:
     """The vectors, so many for each sample, as stored; VlmError where one is not finite."""
     with np.errstate(over="ignore"):
@@ -220,8 +224,8 @@ def _rows(
     return parts
 
 
-def _put(made: list[Arrays], name: str, parts: Sequence[np.ndarray]) -> None:
-    for arrays, part in zip(made, parts, strict=True):
+def _add_array(stored_arrays: list[Arrays], name: str, parts: Sequence[np.ndarray]) -> None:
+    for arrays, part in zip(stored_arrays, parts, strict=True):
         arrays[name] = part
 
 
@@ -291,15 +295,15 @@ def reinforce(
     if batch_size < 1:
         raise UsageError(f"batch_size = {batch_size}; a model must see one view at least.")
     counts = count_samples(list(shards), allow_damage=allow_damage)
-    told = _reinforcement(teachers, config, reinforcement_of(shards))
+    contents = _reinforcement(teachers, config, read_reinforcement(shards))
     inputs, options = {"shards": shards_fingerprint(shards)}, {"batch_size": batch_size, "workers": workers}
-    begin_folder(out, kind="shards", configuration={"reinforcement": told} | inputs)
-    work = _Reinforcing(list(shards), counts, out, teachers, config)
+    begin_or_resume_folder(out, kind="shards", configuration={"reinforcement": contents} | inputs)
+    work = _ReinforceJob(list(shards), counts, out, teachers, config)
     done = sum(shard.samples for shard in work.done)
-    with progress(total=sum(counts), done=done, what="reinforce", unit=" samples") as shown:
-        work.write_missing(batch_size=batch_size, workers=workers, shown=shown)
+    with progress(total=sum(counts), done=done, what="reinforce", unit=" samples") as progress_bar:
+        work.write_remaining_shards(batch_size=batch_size, workers=workers, progress_bar=progress_bar)
     manifest = finish_folder(
-        out, work.done, reinforcement=told, configuration=asdict(config) | options, inputs=inputs, sources=shards
+        out, work.done, reinforcement=contents, configuration=asdict(config) | options, inputs=inputs, sources=shards
     )
     seconds = time.perf_counter() - started
     return ReinforceSummary(
@@ -319,10 +323,10 @@ def reinforce(
 
 def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str, Any]) -> dict[str, Any]:
     """What the manifest tells; what the shards had before and keep stays told."""
-    told = dict(before)
+    contents = dict(before)
     if teachers.models:
-        told["views"] = described(config.geometry, number=config.num_views, seed=config.seed)
-        told["teachers"] = [
+        contents["views"] = views_to_values(config.geometry, number=config.num_views, seed=config.seed)
+        contents["teachers"] = [
             {
                 "name": name,
                 "fingerprint": model.fingerprint,
@@ -334,16 +338,16 @@ def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str
             for model, name in zip(teachers.models, teachers.names, strict=True)
         ]
     if (text_model := teachers.text_model) is not None:
-        told["text_embedding"] = {
+        contents["text_embedding"] = {
             "name": teachers.text_name,
             "fingerprint": text_model.fingerprint,
             "precision": str(text_model.precision),
             "half": config.half,
         }
-    return told
+    return contents
 
 
-class _Reinforcing:
+class _ReinforceJob:
     """The shards written so far, and the next ones."""
 
     def __init__(
@@ -351,22 +355,24 @@ class _Reinforcing:
     ) -> None:
         for half_written in out.glob(".*.part"):
             half_written.unlink()
-        self.done = read_done(out)
+        self.done = read_finished_shards(out)
         self._shards, self._counts, self._out, self._teachers, self._config = shards, counts, out, teachers, config
-        self._names = names_of(shards)
+        self._names = reinforced_shard_names(shards)
         views = [config.geometry.view_for(model.view) for model in teachers.models]
         self._views = tuple(dict.fromkeys(views))
-        self._places = [self._views.index(view) for view in views]
+        self._view_indices = [self._views.index(view) for view in views]
 
-    def write_missing(self, *, batch_size: int, workers: int, shown: "tqdm") -> None:
+    def write_remaining_shards(self, *, batch_size: int, workers: int, progress_bar: "tqdm") -> None:
         """Write the shards that are not there yet, one after the other."""
         per_batch = max(batch_size // (self._config.num_views if self._views else 1), 1)
-        plan = ShardPlan(counts=self._counts, batch_size=per_batch)
+        plan = SequentialBatches(counts=self._counts, batch_size=per_batch)
         num_batches = [-(-count // per_batch) for count in self._counts]
         first = len(self.done)
-        assemble = AssembleViews(views=self._views, num_views=self._config.num_views, seed=self._config.seed)
+        collate = CollateViews(views=self._views, num_views=self._config.num_views, seed=self._config.seed)
         missing = range(sum(num_batches[:first]), len(plan))
-        stream = _counted(stream_batches(plan, self._shards, assemble, numbers=missing, workers=workers), shown)
+        stream = _with_progress(
+            stream_batches(plan, self._shards, collate, numbers=missing, workers=workers), progress_bar
+        )
         for number in range(first, len(self._shards)):
             self._write(number, islice(stream, num_batches[number]))
 
@@ -374,7 +380,7 @@ class _Reinforcing:
         path, address = self._out / self._names[number], self._shards[number]
         sizes: dict[str, int] = {}
         left: list[dict[str, Any]] = []
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             copy_with_arrays(address, file, self._arrays(batches, sizes, left, path.name))
         file = record_file(path)
         shard = ReinforcedShard(
@@ -391,7 +397,7 @@ class _Reinforcing:
                 f"None of the {shard.samples:,} samples of {address} can be used; the first, {left[0]['key']!r}: "
                 f"{left[0]['reason']}: {left[0]['detail']}. See vlm inspect."
             )
-        note_done(self._out, shard)
+        record_finished_shard(self._out, shard)
         self.done.append(shard)
 
     def _arrays(
@@ -401,15 +407,15 @@ class _Reinforcing:
         for batch in batches:
             for bad in batch.incidents:
                 left.append({"shard": name, "key": bad.key, "reason": bad.reason, "detail": bad.detail})
-            made = iter(self._teachers.made_of(batch, self._places, half=self._config.half))
+            stored_arrays = iter(self._teachers.compute_arrays(batch, self._view_indices, half=self._config.half))
             for row in batch.rows:
-                arrays = Arrays() if row is None else next(made)
+                arrays = Arrays() if row is None else next(stored_arrays)
                 sizes |= {array: rows.shape[1] for array, rows in arrays.items() if rows.ndim == 2}
                 yield arrays
 
 
-def _counted(batches: Iterator[ViewedBatch], shown: "tqdm") -> Iterator[ViewedBatch]:
+def _with_progress(batches: Iterator[ViewedBatch], progress_bar: "tqdm") -> Iterator[ViewedBatch]:
     """The batches, each shown as done when the next one is asked for."""
     for batch in batches:
         yield batch
-        shown.update(len(batch.rows))
+        progress_bar.update(len(batch.rows))

@@ -27,18 +27,25 @@ from vlm.models.factory import build_network
 from vlm.models.load import CHECKPOINTS, RUN_MODEL, save_model_folder
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Tensor
-from vlm.train.checkpoint.format import improved
-from vlm.train.checkpoint.manager import Cadence, CheckpointWriter, agree
-from vlm.train.distributed import summed_ledger, whole, whole_weights
+from vlm.train.checkpoint.format import new_best
+from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
+from vlm.train.distributed import merge_ledgers, to_full_tensor, unsharded_weights
 from vlm.train.history import METRICS, read_metrics
-from vlm.train.logger import Recorder, close_epochs, count_passed_over, ledger_table, refuse_too_many_bad, write_ledger
+from vlm.train.logger import (
+    RunLogger,
+    check_bad_sample_limit,
+    close_epochs,
+    count_skipped_range,
+    ledger_table,
+    write_ledger,
+)
 from vlm.train.metrics import Utilisation
 from vlm.train.plots import draw_curves
-from vlm.train.recovery import Watchdog, explain_lost_worker, go_back, lost_worker, must_go_back
+from vlm.train.recovery import Watchdog, find_lost_worker, lost_worker_error, roll_back, should_roll_back
 from vlm.train.run_config import TrainConfig
-from vlm.train.session import CONFIG, Session, environment, open_mirror, open_session
+from vlm.train.session import CONFIG, Session, environment, open_remote_store, open_session
 from vlm.train.state import TrainState
-from vlm.train.step import take_step
+from vlm.train.step import train_step
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -53,40 +60,40 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name = ""
-        self._is_save_wanted = False
-        self._before: dict[signal.Signals, object] = {}
+        self._is_save_requested = False
+        self._previous_handlers: dict[signal.Signals, object] = {}
         self._process = os.getpid()
 
     def __bool__(self) -> bool:
         return bool(self.signal_name)
 
     @property
-    def is_save_wanted(self) -> bool:
+    def is_save_requested(self) -> bool:
         """Whether SIGUSR1 came since the last `saved`."""
-        return self._is_save_wanted
+        return self._is_save_requested
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """What SIGUSR1 asked for is done."""
-        self._is_save_wanted = False
+        self._is_save_requested = False
 
     def __enter__(self) -> "StopRequest":
         self._process = os.getpid()
         for number in _HANDLED:
-            self._before[number] = signal.signal(number, self._remember)
+            self._previous_handlers[number] = signal.signal(number, self._handle_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         if number == signal.SIGUSR1:
-            self._is_save_wanted = True
+            self._is_save_requested = True
             say("\nSIGUSR1: saving after this step, and going on.")
             return
         if self.signal_name and number == signal.SIGINT:
@@ -104,8 +111,8 @@ def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> No
 
 def final_weights(state: TrainState) -> dict[str, Tensor]:
     """The weights that are left behind, whole and on the CPU; all processes call it."""
-    held = state.average if state.average is not None else state.network.state_dict()
-    return {name: whole(tensor).detach().cpu() for name, tensor in held.items()}
+    held = state.ema_weights if state.ema_weights is not None else state.network.state_dict()
+    return {name: to_full_tensor(tensor).detach().cpu() for name, tensor in held.items()}
 
 
 def final_model(model: VisionLanguageModel, weights: dict[str, Tensor]) -> VisionLanguageModel:
@@ -137,7 +144,7 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
             details={
                 "sources": [asdict(source) for source in session.corpus.sources],
                 "environment": environment(),
-                "utilisation": utilisation.facts(),
+                "utilisation": utilisation.to_values(),
                 "skipped": state.skipped,
                 "repeat": f"vlm train {run / CONFIG} --run NEW",
             },
@@ -171,53 +178,53 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     """
     session = open_session(config, resume=resume, allow=allow)
     state, safety = session.state, config.safety
-    cadence = Cadence(
-        every=safety.checkpoint_every, minutes=safety.checkpoint_minutes, saved_seconds=state.elapsed_seconds
+    schedule = CheckpointSchedule(
+        every=safety.checkpoint_every, minutes=safety.checkpoint_minutes, last_saved_seconds=state.elapsed_seconds
     )
     begun = time.monotonic() - state.elapsed_seconds
     with (
-        explaining_lost_workers(session),
+        reraise_lost_workers(session),
         StopRequest() as stop,
         open_watchdog(session) as watchdog,
         open_writer(session) as writer,
-        Recorder(session) as record,
+        RunLogger(session) as run_logger,
     ):
         if state.step == 0:  # where a run with early trouble goes back to; and better no room now than later
-            writer.save(state, ledger=summed_ledger(state.ledger), is_regular=True)
-        batches = record.waiting(session.open_batches())
-        while (parts := next(batches, None)) is not None:
-            watchdog.note(f"in step {state.step + 1:,}")
-            result = take_step(session, parts)
+            writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=True)
+        batches = run_logger.timed(session.open_batches())
+        while (micro_batches := next(batches, None)) is not None:
+            watchdog.set_phase(f"in step {state.step + 1:,}")
+            result = train_step(session, micro_batches)
             state.elapsed_seconds = time.monotonic() - begun
-            record.step(result, parts)
-            refuse_too_many_bad(state.ledger, config.loader.max_bad, session.corpus)
+            run_logger.step(result, micro_batches)
+            check_bad_sample_limit(state.ledger, config.loader.max_bad, session.corpus)
             close_epochs(session, before=state.position - config.batch_size)
-            if must_go_back(state, safety):
-                watchdog.note("going back", after=f"step {state.step:,}")
+            if should_roll_back(state, safety):
+                watchdog.set_phase("going back", after=f"step {state.step:,}")
                 batches.close()
-                rewind(session, writer, record)
-                batches = record.waiting(session.open_batches())
+                roll_back_session(session, writer, run_logger)
+                batches = run_logger.timed(session.open_batches())
                 continue
 
             is_last = state.step == session.steps
             values: dict[str, Any] = {}
             if state.step % config.log_every == 0 or is_last:
-                values = record.read(result, parts)
+                values = run_logger.read(result, micro_batches)
             before = time.monotonic()
             if session.val_shards and (state.step % config.evaluate_every == 0 or is_last):
-                watchdog.note("evaluating", after=f"step {state.step:,}")
+                watchdog.set_phase("evaluating", after=f"step {state.step:,}")
                 values |= evaluate(session)
             if values:
-                record.write(values)
-            is_wanted = cadence.is_due(state.step, state.elapsed_seconds) or stop.is_save_wanted or is_best(state)
-            is_stopping, is_due = agree([bool(stop), is_wanted], state.model.device)
+                run_logger.write(values)
+            is_wanted = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested or is_best(state)
+            is_stopping, is_due = any_across_processes([bool(stop), is_wanted], state.model.device)
             if is_due or is_last or is_stopping:
-                watchdog.note("saving", after=f"step {state.step:,}")
-                writer.save(state, ledger=summed_ledger(state.ledger), is_regular=cadence.is_regular(state.step))
-                cadence.saved(state.elapsed_seconds)
-                stop.saved()
+                watchdog.set_phase("saving", after=f"step {state.step:,}")
+                writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=schedule.is_scheduled(state.step))
+                schedule.mark_saved(state.elapsed_seconds)
+                stop.mark_saved()
             writer.check()
-            record.leave_out(time.monotonic() - before)
+            run_logger.exclude_time(time.monotonic() - before)
             if is_stopping and not is_last:
                 writer.close()
                 session.accelerator.wait_for_everyone()
@@ -225,9 +232,9 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
                     f"Stopped by {stop.signal_name or 'a signal'} after step {state.step:,}; all is saved. "
                     f"Go on with: vlm train {session.folder} --resume"
                 )
-            watchdog.note("waiting for data", after=f"step {state.step:,}")
-    ledger = summed_ledger(state.ledger)
-    finish_run(session, ledger, record.utilisation)
+            watchdog.set_phase("waiting for data", after=f"step {state.step:,}")
+    ledger = merge_ledgers(state.ledger)
+    finish_run(session, ledger, run_logger.utilisation)
     session.accelerator.wait_for_everyone()
     return summarise(session, ledger)
 
@@ -249,33 +256,37 @@ def open_writer(session: Session) -> CheckpointWriter:
     return CheckpointWriter(
         session.folder / CHECKPOINTS,
         keep=config.safety.keep_checkpoints,
-        mirror=open_mirror(config),
+        remote_store=open_remote_store(config),
         is_main=session.accelerator.is_main_process,
     )
 
 
 @contextlib.contextmanager
-def explaining_lost_workers(session: Session) -> Iterator[None]:
+def reraise_lost_workers(session: Session) -> Iterator[None]:
     """Turn the error of a killed loader worker into one that says how to go on, once what was under way is saved."""
     try:
         yield
     except (RuntimeError, VlmError) as error:
-        found = lost_worker(error)
+        found = find_lost_worker(error)
         if found is None:
             raise
-        raise explain_lost_worker(
+        raise lost_worker_error(
             found, run=session.folder, checkpoints=session.folder / CHECKPOINTS, workers=session.config.loader.workers
         ) from error
 
 
-def rewind(session: Session, writer: CheckpointWriter, record: Recorder) -> None:
+def roll_back_session(session: Session, writer: CheckpointWriter, run_logger: RunLogger) -> None:
     """Go back to a checkpoint from before the trouble, and count the samples that are passed over."""
     is_main = session.accelerator.is_main_process
-    passed = go_back(
-        session.state, writer, session.folder / CHECKPOINTS, mirror=open_mirror(session.config), is_main=is_main
+    skipped_range = roll_back(
+        session.state,
+        writer,
+        session.folder / CHECKPOINTS,
+        remote_store=open_remote_store(session.config),
+        is_main=is_main,
     )
-    count_passed_over(session, passed)
-    record.go_back()
+    count_skipped_range(session, skipped_range)
+    run_logger.roll_back()
 
 
 def evaluate(session: Session) -> dict[str, float]:
@@ -285,8 +296,8 @@ def evaluate(session: Session) -> dict[str, float]:
     if not is_main and config.sharding == "none":
         return {}
     state.network.eval()
-    averaged = session.average.applied(state.network) if session.average else contextlib.nullcontext()
-    with averaged, whole_weights(state.student):
+    ema_weights_applied = session.ema.swapped_in(state.network) if session.ema else contextlib.nullcontext()
+    with ema_weights_applied, unsharded_weights(state.task):
         measured = evaluate_retrieval(
             state.model,
             session.val_shards,
@@ -298,7 +309,7 @@ def evaluate(session: Session) -> dict[str, float]:
     if not is_main:
         return {}
     if config.safety.keep_best:
-        state.best = improved(state.best, config.safety.keep_best, metrics, state.step) or state.best
+        state.best = new_best(state.best, config.safety.keep_best, metrics, state.step) or state.best
     say(
         f"\nstep {state.step:,}: text→image recall@1 {metrics['text_to_image_recall@1']:.1%} "
         f"@10 {metrics['text_to_image_recall@10']:.1%}, image→text @1 {metrics['image_to_text_recall@1']:.1%} "

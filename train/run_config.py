@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vlm.config import choose
+from vlm.config import lookup
 from vlm.errors import UsageError
 
 
@@ -236,8 +236,8 @@ class SafetyConfig:
     """A step that takes longer ends the run with what each process was doing; 0 waits for ever."""
 
 
-_LEAST_CACHE_GB = 1e-3
-_MOST_EPOCHS = 1e9
+_MIN_CACHE_GB = 1e-3
+_MAX_EPOCHS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,17 +304,17 @@ class TrainConfig:
         for name, value in (("--data", self.data), ("--run", self.run)):
             if not value:
                 raise UsageError(f"{name} is needed.")
-        for name, value, least in _least_values(self):
+        for name, value, least in _minimum_values(self):
             if not least <= value < math.inf:
                 raise UsageError(f"{name} = {value} is outside its range; give at least {least}.")
-        for name, value in _shares(self):
+        for name, value in _fractions(self):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} = {value} is no share; give a number from 0 to 1.")
-        if 0 < self.loader.cache_gb < _LEAST_CACHE_GB:
+        if 0 < self.loader.cache_gb < _MIN_CACHE_GB:
             raise UsageError(f"cache_gb = {self.loader.cache_gb} holds no shard; give gigabytes, or 0 for the default.")
         if self.val.endswith(".toml"):
             raise UsageError(f"val = {self.val!r} is a mixture; retrieval is measured on shards: name them.")
-        if self.steps < 0 and not 0 < self.epochs < _MOST_EPOCHS:
+        if self.steps < 0 and not 0 < self.epochs < _MAX_EPOCHS:
             raise UsageError(f"epochs = {self.epochs} is no length; give a positive number, or --steps.")
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
             raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")
@@ -324,7 +324,7 @@ class TrainConfig:
             raise UsageError(f"crop_scale = {self.loader.crop_scale} is no range inside (0, 1].")
 
 
-def _least_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
+def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
     loader, safety, objective = config.loader, config.safety, config.objective
     return (
         ("seed", config.seed, 0),
@@ -361,7 +361,7 @@ def _least_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
     )
 
 
-def _shares(config: TrainConfig) -> tuple[tuple[str, float], ...]:
+def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
     return (
         ("flip", config.loader.flip),
         ("max_bad", config.loader.max_bad),
@@ -399,13 +399,13 @@ FREE_ON_RESUME = frozenset(
 """Keys that may change when a run is resumed: they have no influence on the weights."""
 
 
-def differences(one: dict, other: dict, prefix: str = "") -> list[str]:
+def changed_settings(one: dict, other: dict, prefix: str = "") -> list[str]:
     """The keys (dotted) in which two configurations differ, with both values."""
     found: list[str] = []
     for name in one:
         first, second = one[name], other.get(name)
         if isinstance(first, dict) and isinstance(second, dict):
-            found += differences(first, second, f"{prefix}{name}.")
+            found += changed_settings(first, second, f"{prefix}{name}.")
         elif first != second:
             found.append(f"{prefix}{name}: {first!r} → {second!r}")
     return found
@@ -425,13 +425,13 @@ def dotted_keys(values: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def still_refused(changed: Iterable[str], allow: Sequence[str], *, free: Collection[str] = ()) -> list[str]:
+def disallowed_changes(changed: Iterable[str], allow: Sequence[str], *, free: Collection[str] = ()) -> list[str]:
     """The changes that are not allowed.
 
     changed: lines `KEY: before → after`, as `differences` makes them. allow: keys, or groups of them; `-` and `_` are
         alike. free: keys that may always change.
 
-    >>> still_refused(["optimizer.beta1: 0.9 → 0.8", "seed: 0 → 1"], ["optimizer"])
+    >>> disallowed_changes(["optimizer.beta1: 0.9 → 0.8", "seed: 0 → 1"], ["optimizer"])
     ['seed: 0 → 1']
     """
     allowed = [entry.replace("-", "_") for entry in allow]
@@ -443,7 +443,7 @@ def still_refused(changed: Iterable[str], allow: Sequence[str], *, free: Collect
     return refused
 
 
-def check_allow(allow: Sequence[str], values: dict) -> None:
+def check_allowed_keys(allow: Sequence[str], values: dict) -> None:
     """Refuse names that no key or group of the configuration has, naming the nearest.
 
     Raises:
@@ -451,10 +451,10 @@ def check_allow(allow: Sequence[str], values: dict) -> None:
     """
     known = dict.fromkeys(dotted_keys(values))
     for entry in allow:
-        choose(known, entry.replace("-", "_"), "--allow")
+        lookup(known, entry.replace("-", "_"), "--allow")
 
 
-def refusal(run: Path | str, refused: Sequence[str]) -> UsageError:
+def changed_config_error(run: Path | str, refused: Sequence[str]) -> UsageError:
     """What is said of changes that are not allowed, with the words that allow them."""
     words = " ".join(f"--allow {line.partition(':')[0]}" for line in refused)
     lines = "".join(f"\n  {line}" for line in refused)

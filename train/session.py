@@ -25,48 +25,48 @@ from torch import nn
 from vlm import __version__
 from vlm.config import from_toml, to_toml
 from vlm.console import say
-from vlm.data.collate import AssembleTraining, TrainingBatch
+from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
-from vlm.data.device_prefetch import DeviceAhead
+from vlm.data.device_prefetch import DevicePrefetcher
 from vlm.data.gpu_decode import check_decoder
 from vlm.data.loader import stream_batches
-from vlm.data.precomputed import StoredArrays
-from vlm.data.sampler import TrainingPlan
-from vlm.data.samples import CaptionDraw
+from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.sampler import BatchSampler
+from vlm.data.samples import CaptionSampler
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView, LocalViews, RandomView
+from vlm.data.transforms import EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 from vlm.files import write_text
 from vlm.manifest import is_complete
-from vlm.models.dropout import RowNoise, draw_by_row
-from vlm.models.factory import accept_short_texts, build_network, fit_to_tokenizer, model_config
+from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
+from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.load import CHECKPOINTS, load_network
 from vlm.models.model import VisionLanguageModel
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import set_dropout
-from vlm.train.averaging import RunningMean
+from vlm.train.averaging import EMA
 from vlm.train.checkpoint.manager import restore_newest
-from vlm.train.checkpoint.remote_checkpoints import Mirror
-from vlm.train.distributed import shard_student, without_exchange
-from vlm.train.flops import FlopCounts
-from vlm.train.inputs import Provider, check_inputs, needs_average, open_providers
-from vlm.train.objectives.loss_term import TermOptions
-from vlm.train.objectives.objective_registry import WeightedTerm, parse_objective
+from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
+from vlm.train.distributed import apply_fsdp, no_gradient_sync
+from vlm.train.flops import FlopCounter
+from vlm.train.inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
+from vlm.train.objectives.loss_term import LossOptions
+from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import (
     FREE_ON_RESUME,
     LoaderConfig,
     ModelConfig,
     TrainConfig,
-    check_allow,
-    differences,
-    refusal,
-    still_refused,
+    changed_config_error,
+    changed_settings,
+    check_allowed_keys,
+    disallowed_changes,
 )
 from vlm.train.state import TrainState
-from vlm.train.task import Student, build_student, lock_tower
+from vlm.train.task import TrainingTask, build_task, lock_tower
 from vlm.train.teacher_views import check_views
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -94,7 +94,7 @@ def keep_freed_memory() -> bool:
 CONFIG = "config.toml"
 
 
-def claim_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> None:
+def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> None:
     """Make the run's folder, with `config.toml` in it.
 
     allow: keys, or groups of them, that may differ from those the run was begun with.
@@ -104,18 +104,18 @@ def claim_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     """
     run = Path(config.run)
     saved = run / CONFIG
-    check_allow(allow, asdict(config))
-    mirror = open_mirror(config)
-    if not resume and mirror and mirror.names():
+    check_allowed_keys(allow, asdict(config))
+    remote_store = open_remote_store(config)
+    if not resume and remote_store and remote_store.names():
         raise UsageError(
-            f"{mirror.place} holds checkpoints of a run already; go on with --resume, or name another run."
+            f"{remote_store.url} holds checkpoints of a run already; go on with --resume, or name another run."
         )
     if resume and saved.is_file():
-        changed = differences(asdict(from_toml(TrainConfig, saved)), asdict(config))
-        refused = still_refused(changed, allow, free=FREE_ON_RESUME)
+        changed = changed_settings(asdict(from_toml(TrainConfig, saved)), asdict(config))
+        refused = disallowed_changes(changed, allow, free=FREE_ON_RESUME)
         if refused:
-            raise refusal(run, refused)
-        for line in still_refused(changed, (), free=FREE_ON_RESUME):
+            raise changed_config_error(run, refused)
+        for line in disallowed_changes(changed, (), free=FREE_ON_RESUME):
             say(f"Changed, as allowed: {line}")
     elif run.exists() and (is_complete(run) or any(run.iterdir())):
         raise UsageError(f"{run} exists already; go on with --resume, name another run, or remove it.")
@@ -123,7 +123,7 @@ def claim_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     write_text(saved, to_toml(config))
 
 
-def find_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
+def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
     """What the configuration says to stream."""
     return open_corpus(
         read_sources(config.data, config.loader.selection),
@@ -134,7 +134,7 @@ def find_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
     )
 
 
-def choose_cache(loader: LoaderConfig) -> ShardCache:
+def resolve_shard_cache(loader: LoaderConfig) -> ShardCache:
     """Where remote and compressed shards are kept: as configured, else as the environment says."""
     default = default_cache()
     return dataclasses.replace(
@@ -144,7 +144,7 @@ def choose_cache(loader: LoaderConfig) -> ShardCache:
     )
 
 
-def open_accelerator(config: TrainConfig) -> Accelerator:
+def build_accelerator(config: TrainConfig) -> Accelerator:
     """Device, processes and precision; on a CPU, this process keeps the memory it frees from now on."""
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     if accelerator.device.type == "cpu":
@@ -152,28 +152,28 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def wrap_student(accelerator: Accelerator, student: nn.Module, config: TrainConfig) -> nn.Module:
+def parallelize_task(accelerator: Accelerator, task: nn.Module, config: TrainConfig) -> nn.Module:
     """The student as its processes train it together; make the optimiser afterwards, since weights may be spread."""
-    student.train()
+    task.train()
     if config.model.channels_last:
-        student.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.model.compile:
-        student.compile()
+        task.compile()
     if config.sharding == "fsdp":
-        shard_student(student, accelerator.device, is_bf16=config.precision == "bf16")
-        return student
-    return accelerator.prepare_model(student)
+        apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
+        return task
+    return accelerator.prepare_model(task)
 
 
 def restore_state(
-    config: TrainConfig, state: TrainState, corpus: Corpus, *, mirror: Mirror | None, is_main: bool
+    config: TrainConfig, state: TrainState, corpus: Corpus, *, remote_store: RemoteCheckpointStore | None, is_main: bool
 ) -> None:
     """Be what the newest undamaged checkpoint says, if there is one.
 
     Raises:
         UsageError: the checkpoint belongs to another sequence of samples.
     """
-    if not restore_newest(Path(config.run) / CHECKPOINTS, state, mirror=mirror, is_main=is_main):
+    if not restore_newest(Path(config.run) / CHECKPOINTS, state, remote_store=remote_store, is_main=is_main):
         return
     if state.sequence != corpus.fingerprint:
         raise UsageError(
@@ -184,38 +184,38 @@ def restore_state(
         say(f"Resuming {config.run} after step {state.step:,}.")
 
 
-def open_mirror(config: TrainConfig) -> Mirror | None:
+def open_remote_store(config: TrainConfig) -> RemoteCheckpointStore | None:
     """Where checkpoints are copied to."""
     address = config.safety.checkpoint_to
-    return Mirror(address=address, run=Path(config.run).name) if address else None
+    return RemoteCheckpointStore(address=address, run=Path(config.run).name) if address else None
 
 
-def assemble_training(
-    config: TrainConfig, plan: TrainingPlan, model: VisionLanguageModel, *, trim_text: bool
-) -> AssembleTraining:
+def build_collator(
+    config: TrainConfig, plan: BatchSampler, model: VisionLanguageModel, *, trim_text: bool
+) -> TrainingCollator:
     """What the workers do with the samples of a batch. trim_text: cut its tokens to the longest caption."""
-    view = RandomView(
+    view = RandomResizedCrop(
         size=model.view.size,
         scale=config.loader.crop_scale,
         flip=config.loader.flip,
         interpolation=model.view.interpolation,
     )
     crops = config.objective.local_views
-    return AssembleTraining(
+    return TrainingCollator(
         plan=plan,
         view=view,
         tokenizer=model.tokenizer,
-        draw=CaptionDraw(
+        draw=CaptionSampler(
             languages=config.loader.languages,
             language_weights=config.loader.language_weights,
             sentences=config.loader.sentences,
         ),
-        arrays=StoredArrays(names=config.loader.arrays),
+        arrays=PrecomputedFeatures(names=config.loader.arrays),
         seed=config.seed,
         max_bad_in_a_row=config.loader.max_bad_in_a_row,
         decode_on_device=config.loader.decode_on_device,
         num_sentences=config.objective.sub_captions,
-        local=LocalViews.beside(view, number=crops) if crops else None,
+        local=LocalCrops.for_global_crop(view, number=crops) if crops else None,
         has_identities=config.objective.same_pairs != "negative",
         trim_text=trim_text,
     )
@@ -236,54 +236,58 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
     Raises:
         UsageError: the model cannot be trained as asked.
     """
-    chosen = config.model
-    if chosen.start_from:
-        model = dataclasses.replace(load_network(chosen.start_from, device=str(device)), name=config.run)
-        if chosen.dropout or chosen.drop_path or chosen.patch_dropout:
-            model = _with_dropout(model, chosen)
+    model_settings = config.model
+    if model_settings.start_from:
+        model = dataclasses.replace(load_network(model_settings.start_from, device=str(device)), name=config.run)
+        if model_settings.dropout or model_settings.drop_path or model_settings.patch_dropout:
+            model = _with_dropout(model, model_settings)
     else:
         model = _fresh_model(config, device, with_bias=with_bias)
     statistics = batch_norm_layers(model.network)
     if statistics and config.micro_batch:
         raise UsageError(
-            f"{chosen.architecture} normalises by statistics of the batch ({statistics[0]} and {len(statistics) - 1} "
+            f"{model_settings.architecture} normalises by statistics of the batch "
+            f"({statistics[0]} and {len(statistics) - 1} "
             "more layers), so a batch in parts would not be the whole one. Leave out --micro-batch, or take a tower "
             "with layer norms (a ViT, a ConvNeXt)."
         )
-    if chosen.gradient_checkpointing:
+    if model_settings.gradient_checkpointing:
         model.network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
     return model
 
 
 def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) -> VisionLanguageModel:
-    chosen = config.model
-    architecture = model_config(chosen.architecture)
-    length = chosen.context_length or architecture["text_cfg"].get("context_length")
-    tokenizer = open_tokenizer(chosen.tokenizer, length)
-    if chosen.image_size:
-        architecture["vision_cfg"]["image_size"] = chosen.image_size
+    model_settings = config.model
+    architecture = model_config(model_settings.architecture)
+    length = model_settings.context_length or architecture["text_cfg"].get("context_length")
+    tokenizer = open_tokenizer(model_settings.tokenizer, length)
+    if model_settings.image_size:
+        architecture["vision_cfg"]["image_size"] = model_settings.image_size
     architecture = set_dropout(
         fit_to_tokenizer(architecture, tokenizer),
-        dropout=chosen.dropout,
-        drop_path=chosen.drop_path,
-        patch_dropout=chosen.patch_dropout,
+        dropout=model_settings.dropout,
+        drop_path=model_settings.drop_path,
+        patch_dropout=model_settings.patch_dropout,
     )
-    if config.loader.trim_text and not chosen.compile and "multimodal_cfg" not in architecture:
+    if config.loader.trim_text and not model_settings.compile and "multimodal_cfg" not in architecture:
         architecture["custom_text"] = True  # open_clip's other layout adds the positions of the whole context
     if with_bias:
         architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     torch.manual_seed(config.seed)
     network = build_network(architecture).to(device)
-    view = FixedView(size=_side(architecture["vision_cfg"].get("image_size", 224)))
+    view = EvalTransform(size=_side(architecture["vision_cfg"].get("image_size", 224)))
     return VisionLanguageModel(
         name=config.run, network=network, config=architecture, view=view, tokenizer=tokenizer, device=device
     )
 
 
-def _with_dropout(model: VisionLanguageModel, chosen: ModelConfig) -> VisionLanguageModel:
+def _with_dropout(model: VisionLanguageModel, model_settings: ModelConfig) -> VisionLanguageModel:
     """The same weights in a network that drops at random."""
     architecture = set_dropout(
-        model.config, dropout=chosen.dropout, drop_path=chosen.drop_path, patch_dropout=chosen.patch_dropout
+        model.config,
+        dropout=model_settings.dropout,
+        drop_path=model_settings.drop_path,
+        patch_dropout=model_settings.patch_dropout,
     )
     network = build_network(architecture).to(model.device)
     network.load_state_dict(model.network.state_dict())
@@ -322,67 +326,68 @@ class Session:
     val_shards: list[str]
     accelerator: Accelerator
     state: TrainState
-    trained: nn.Module
-    terms: tuple[WeightedTerm, ...]
-    options: TermOptions
-    noise: RowNoise
-    providers: dict[str, Provider]
-    average: RunningMean | None
-    flops: FlopCounts
+    parallel_task: nn.Module
+    terms: tuple[WeightedLossTerm, ...]
+    options: LossOptions
+    noise: PerSampleNoise
+    input_providers: dict[str, InputProvider]
+    ema: EMA | None
+    flops: FlopCounter
     steps: int
-    parts: int
-    trims_text: bool
+    num_micro_batches: int
+    trims_padding: bool
 
-    def waiting(self) -> AbstractContextManager[object]:
+    def no_sync(self) -> AbstractContextManager[object]:
         """A context in which gradients are not yet exchanged between processes."""
         if self.config.sharding == "fsdp":
-            return without_exchange(self.state.student)
-        return self.accelerator.no_sync(self.trained)
+            return no_gradient_sync(self.state.task)
+        return self.accelerator.no_sync(self.parallel_task)
 
     @property
-    def share(self) -> int:
+    def local_batch_size(self) -> int:
         """Samples of a global batch that this process takes."""
         return self.config.batch_size // self.accelerator.num_processes
 
     def open_batches(self) -> Iterator[list[TrainingBatch]]:
         """The batches from the state's position to the run's end, each in its parts."""
         config, state = self.config, self.state
-        plan = TrainingPlan(
+        plan = BatchSampler(
             order=self.corpus.order,
             batch_size=config.batch_size,
             position=state.position,
             process=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            parts=self.parts,
+            parts=self.num_micro_batches,
         )
-        assemble = assemble_training(config, plan, state.model, trim_text=self.trims_text)
+        collate = build_collator(config, plan, state.model, trim_text=self.trims_padding)
         stream = stream_batches(
             plan,
             self.corpus.shards,
-            assemble,
-            numbers=range((self.steps - state.step) * self.parts),
+            collate,
+            numbers=range((self.steps - state.step) * self.num_micro_batches),
             workers=config.loader.workers,
-            cache=choose_cache(config.loader),
+            cache=resolve_shard_cache(config.loader),
         )
-        view = assemble.view if assemble.decode_on_device else None
-        ahead = iter(DeviceAhead(stream, self.accelerator.device, view))
-        while part := [batch for _, batch in zip(range(self.parts), ahead, strict=False)]:
-            yield part
+        view = collate.view if collate.decode_on_device else None
+        ahead = iter(DevicePrefetcher(stream, self.accelerator.device, view))
+        while micro_batches := [batch for _, batch in zip(range(self.num_micro_batches), ahead, strict=False)]:
+            yield micro_batches
 
 
-def parts_of_share(config: TrainConfig, num_processes: int) -> int:
+def count_micro_batches(config: TrainConfig, num_processes: int) -> int:
     """How many times a process goes through the network in one step.
 
     Raises:
         UsageError: the share does not divide.
     """
-    share, size = config.batch_size // num_processes, config.micro_batch
-    if size and share % min(size, share):
+    local_batch_size, size = config.batch_size // num_processes, config.micro_batch
+    if size and local_batch_size % min(size, local_batch_size):
         raise UsageError(
-            f"micro_batch = {size} does not divide a process's {share} samples of the batch of {config.batch_size}; "
-            f"try {max(divisor for divisor in range(1, min(size, share) + 1) if share % divisor == 0)}."
+            f"micro_batch = {size} does not divide a process's {local_batch_size} samples "
+            f"of the batch of {config.batch_size}; "
+            f"try {max(part for part in range(1, min(size, local_batch_size) + 1) if local_batch_size % part == 0)}."
         )
-    return share // min(size, share) if size else 1
+    return local_batch_size // min(size, local_batch_size) if size else 1
 
 
 def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> Session:
@@ -395,20 +400,22 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     """
     config.check()
     terms = parse_objective(config.objective.objective)
-    accelerator = open_accelerator(config)
-    corpus, val_shards = open_data(config, choose_cache(config.loader), accelerator.device)
-    parts = parts_of_share(config, accelerator.num_processes)
-    model = build_model(config, accelerator.device, with_bias=any("logit_bias" in part.term.outputs for part in terms))
-    trims_text = config.loader.trim_text and not config.model.compile and accept_short_texts(model.network)
-    options = TermOptions(config=config.objective, pad_token=model.tokenizer.pad_token)
-    noise = RowNoise(seed=config.seed)
-    student = open_student(config, model, terms, options, noise)
-    flops = FlopCounts(student.train())
-    trained = wrap_student(accelerator, student, config)
-    average = RunningMean.begin(config.optimizer.average_decay, model.network) if needs_average(config, terms) else None
-    providers = open_providers(config, model, terms, average)
-    check_inputs(config, terms, student, providers)
-    state = open_state(config, student, model, corpus, average)
+    accelerator = build_accelerator(config)
+    corpus, val_shards = open_data(config, resolve_shard_cache(config.loader), accelerator.device)
+    num_micro_batches = count_micro_batches(config, accelerator.num_processes)
+    model = build_model(
+        config, accelerator.device, with_bias=any("logit_bias" in weighted.term.outputs for weighted in terms)
+    )
+    trims_padding = config.loader.trim_text and not config.model.compile and enable_padding_trim(model.network)
+    options = LossOptions(config=config.objective, pad_token=model.tokenizer.pad_token)
+    noise = PerSampleNoise(seed=config.seed)
+    task = open_task(config, model, terms, options, noise)
+    flops = FlopCounter(task.train())
+    parallel_task = parallelize_task(accelerator, task, config)
+    ema = EMA.from_network(config.optimizer.average_decay, model.network) if needs_ema(config, terms) else None
+    input_providers = open_input_providers(config, model, terms, ema)
+    check_loss_inputs(config, terms, task, input_providers)
+    state = open_state(config, task, model, corpus, ema)
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     return Session(
         config=config,
@@ -417,16 +424,16 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         val_shards=val_shards,
         accelerator=accelerator,
         state=state,
-        trained=trained,
+        parallel_task=parallel_task,
         terms=terms,
         options=options,
         noise=noise,
-        providers=providers,
-        average=average,
+        input_providers=input_providers,
+        ema=ema,
         flops=flops,
         steps=total_steps(config, corpus.order.num_samples),
-        parts=parts,
-        trims_text=trims_text,
+        num_micro_batches=num_micro_batches,
+        trims_padding=trims_padding,
     )
 
 
@@ -441,15 +448,17 @@ def open_folder(
 ) -> None:
     """Claim the run's folder for this configuration; with `resume`, bring the state to where the run had come."""
     if accelerator.is_main_process:
-        claim_folder(config, resume=resume, allow=allow)
+        prepare_run_folder(config, resume=resume, allow=allow)
     accelerator.wait_for_everyone()
     if resume:
-        restore_state(config, state, corpus, mirror=open_mirror(config), is_main=accelerator.is_main_process)
+        restore_state(
+            config, state, corpus, remote_store=open_remote_store(config), is_main=accelerator.is_main_process
+        )
 
 
 def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, list[str]]:
     """What is trained on, and the shards retrieval is measured on; refused now rather than at the first evaluation."""
-    corpus = find_corpus(config, cache)
+    corpus = open_training_corpus(config, cache)
     if config.loader.decode_on_device:
         check_decoder(device)
     check_views(corpus.shards, config.loader)
@@ -458,32 +467,32 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
     return corpus, val_shards
 
 
-def open_student(
+def open_task(
     config: TrainConfig,
     model: VisionLanguageModel,
-    terms: tuple[WeightedTerm, ...],
-    options: TermOptions,
-    noise: RowNoise,
-) -> Student:
+    terms: tuple[WeightedLossTerm, ...],
+    options: LossOptions,
+    noise: PerSampleNoise,
+) -> TrainingTask:
     """The network with the heads of its objective, locked where asked for, drawing what it drops from `noise`."""
     if config.model.lock:
         lock_tower(model.network, config.model.lock, config.model.unlocked_groups)
-    draw_by_row(model.network, noise)
-    return build_student(model, terms, options)
+    use_per_sample_dropout(model.network, noise)
+    return build_task(model, terms, options)
 
 
 def open_state(
     config: TrainConfig,
-    student: Student,
+    task: TrainingTask,
     model: VisionLanguageModel,
     corpus: Corpus,
-    average: RunningMean | None,
+    ema: EMA | None,
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(
-        student=student,
+        task=task,
         model=model,
-        optimizer=build_optimizer(student, config.optimizer),
+        optimizer=build_optimizer(task, config.optimizer),
         sequence=corpus.fingerprint,
-        average=average.weights if average else None,
+        ema_weights=ema.weights if ema else None,
     )

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from vlm.data.ledger import Ledger
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.models.model import VisionLanguageModel
-from vlm.train.loss_guard import Guard
+from vlm.train.loss_guard import LossSpikeGuard
 from vlm.train.metrics import WindowMean
-from vlm.train.task import Student
+from vlm.train.task import TrainingTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class BestCheckpoint:
     """The best value of a metric so far, higher being better, and the step it was measured at."""
 
     metric: str
@@ -38,7 +38,7 @@ class TrainState:
     Random generators are no part of it: each step seeds them from (seed, step, process), see `seed_step`.
     """
 
-    student: Student
+    task: TrainingTask
     model: VisionLanguageModel
     optimizer: torch.optim.Optimizer
     step: int = 0
@@ -46,11 +46,11 @@ class TrainState:
     sequence: str = ""
     elapsed_seconds: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
-    average: dict[str, torch.Tensor] | None = None
-    guard: Guard = field(default_factory=Guard)
+    ema_weights: dict[str, torch.Tensor] | None = None
+    spike_guard: LossSpikeGuard = field(default_factory=LossSpikeGuard)
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    rewinds: int = 0
-    best: Best | None = None
+    num_rollbacks: int = 0
+    best: BestCheckpoint | None = None
     window: WindowMean = field(default_factory=WindowMean)
 
     @property
@@ -65,22 +65,22 @@ class TrainState:
             "position": self.position,
             "sequence": self.sequence,
             "elapsed_seconds": self.elapsed_seconds,
-            "guard": asdict(self.guard),
+            "guard": asdict(self.spike_guard),
             "skipped": [dict(entry) for entry in self.skipped],
-            "rewinds": self.rewinds,
+            "rewinds": self.num_rollbacks,
             "best": asdict(self.best) if self.best else None,
             "window": self.window.to_values(),
         }
 
-    def take_values(self, values: dict[str, Any]) -> None:
+    def load_values(self, values: dict[str, Any]) -> None:
         """Be what `to_values` said."""
         self.step, self.position, self.sequence = values["step"], values["position"], values["sequence"]
-        self.elapsed_seconds, self.rewinds = values["elapsed_seconds"], values["rewinds"]
-        self.guard, self.skipped = Guard(**values["guard"]), list(values["skipped"])
-        self.best = Best(**values["best"]) if values["best"] else None
+        self.elapsed_seconds, self.num_rollbacks = values["elapsed_seconds"], values["rewinds"]
+        self.spike_guard, self.skipped = LossSpikeGuard(**values["guard"]), list(values["skipped"])
+        self.best = BestCheckpoint(**values["best"]) if values["best"] else None
         self.window.restore(values["window"], self.model.device)
 
 
 def seed_step(seed: int, step: int, process: int, part: int = 0) -> None:
     """Seed what the network draws from in one part of a step, so that a resumed or repeated one draws the same."""
-    torch.manual_seed(int(fingerprint_of(f"{seed}/{step}/{process}/{part}"), 16) >> 1)
+    torch.manual_seed(int(compute_fingerprint(f"{seed}/{step}/{process}/{part}"), 16) >> 1)

@@ -19,21 +19,21 @@ import torch.distributed as dist
 
 from vlm.data.collate import TrainingBatch
 from vlm.tensors import Tensor
-from vlm.train.distributed import average_whole_gradients, clip_gradients, gathered, mean_of_parts
-from vlm.train.inputs import StepInputs
-from vlm.train.loss_guard import put_back, running_statistics, why_skip
-from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, Outputs, TermOptions
-from vlm.train.objectives.objective_registry import WeightedTerm
-from vlm.train.optim import learning_rate_at, limit_temperature, set_learning_rate
-from vlm.train.recovery import SkippedStep, note_skip
+from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
+from vlm.train.inputs import MicroBatchInputs
+from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip_reason
+from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs
+from vlm.train.objectives.objective_registry import WeightedLossTerm
+from vlm.train.optim import clamp_logit_scale, learning_rate_at, set_learning_rate
+from vlm.train.recovery import SkippedStep, record_skipped_step
 from vlm.train.session import Session
 
-LossParts = dict[str, Tensor]
+LossDict = dict[str, Tensor]
 """Weighted parts by name, of this process; their mean over the processes, summed, is what is minimised."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class MicroBatches:
     """A batch as it goes through the network.
 
     inputs(number, names): the inputs of a part, with the named ones beyond pixels and tokens; called anew in each pass,
@@ -43,71 +43,81 @@ class Parts:
     which gradients are not yet exchanged between processes.
     """
 
-    number: int
+    count: int
     inputs: Callable[[int, frozenset[str]], Inputs]
-    counted: Callable[[int], Inputs]
+    non_image_inputs: Callable[[int], Inputs]
     forward: Callable[[Inputs, frozenset[str] | None], Outputs]
     backward: Callable[[Tensor], None]
-    waiting: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    no_sync: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
-def backward_exactly(parts: Parts, terms: Sequence[WeightedTerm], options: TermOptions) -> LossParts:
+def backward_with_gradient_caching(
+    micro_batches: MicroBatches, terms: Sequence[WeightedLossTerm], options: LossOptions
+) -> LossDict:
     """Add the gradient of the global batch to the weights; returns the detached, weighted loss parts."""
-    across = [part for part in terms if part.term.across]
-    within = [part for part in terms if part.term.within]
-    names_across = _inputs_of(across)
-    names_within = _inputs_of(within)
-    units = _global_units([parts.counted(number) for number in range(parts.number)], within, options)
-    if parts.number == 1:
-        inputs = parts.inputs(0, names_across | names_within)
-        outputs = parts.forward(inputs, None)
-        losses = _across(outputs, inputs, across, options) | _within(outputs, inputs, within, units, options)
-        parts.backward(torch.stack(list(losses.values())).sum())
+    batch_level = [weighted for weighted in terms if weighted.term.batch_level]
+    sample_level = [weighted for weighted in terms if weighted.term.sample_level]
+    batch_level_names = _input_names(batch_level)
+    sample_level_names = _input_names(sample_level)
+    normalisers = _global_normalisers(
+        [micro_batches.non_image_inputs(number) for number in range(micro_batches.count)], sample_level, options
+    )
+    if micro_batches.count == 1:
+        inputs = micro_batches.inputs(0, batch_level_names | sample_level_names)
+        outputs = micro_batches.forward(inputs, None)
+        losses = _batch_level_losses(outputs, inputs, batch_level, options) | _sample_level_losses(
+            outputs, inputs, sample_level, normalisers, options
+        )
+        micro_batches.backward(torch.stack(list(losses.values())).sum())
         return {name: loss.detach() for name, loss in losses.items()}
 
-    losses, gradients = _first_pass(parts, across, names_across, options) if across else ({}, {})
+    losses, gradients = (
+        _cache_output_gradients(micro_batches, batch_level, batch_level_names, options) if batch_level else ({}, {})
+    )
     first = 0
-    for number in range(parts.number):
-        is_last = number == parts.number - 1
-        with contextlib.nullcontext() if is_last else parts.waiting():
-            inputs = parts.inputs(number, names_within)
-            outputs = parts.forward(inputs, None)
-            own = _within(outputs, inputs, within, units, options)
-            carried = _carried(outputs, gradients, first=first, with_shared=is_last)
-            parts.backward(torch.stack([*own.values(), *carried]).sum())
-        first += _rows(inputs)
-        for name, loss in own.items():
+    for number in range(micro_batches.count):
+        is_last = number == micro_batches.count - 1
+        with contextlib.nullcontext() if is_last else micro_batches.no_sync():
+            inputs = micro_batches.inputs(number, sample_level_names)
+            outputs = micro_batches.forward(inputs, None)
+            sample_losses = _sample_level_losses(outputs, inputs, sample_level, normalisers, options)
+            surrogates = _surrogate_losses(outputs, gradients, first=first, with_shared=is_last)
+            micro_batches.backward(torch.stack([*sample_losses.values(), *surrogates]).sum())
+        first += _num_rows(inputs)
+        for name, loss in sample_losses.items():
             losses[name] = losses[name] + loss.detach() if name in losses else loss.detach()
-    return {part.name: losses[part.name] for part in terms}
+    return {weighted.name: losses[weighted.name] for weighted in terms}
 
 
-def _first_pass(
-    parts: Parts, across: Sequence[WeightedTerm], names: frozenset[str], options: TermOptions
-) -> tuple[LossParts, Outputs]:
+def _cache_output_gradients(
+    micro_batches: MicroBatches, batch_level: Sequence[WeightedLossTerm], names: frozenset[str], options: LossOptions
+) -> tuple[LossDict, Outputs]:
     """The losses across the batch, and their gradients to the outputs they read."""
-    read = list(dict.fromkeys(name for part in across for name in part.term.outputs))
-    kept: dict[str, list[Tensor]] = {name: [] for name in read}
-    beside: dict[str, list[Tensor]] = {name: [] for name in names}
+    read = list(dict.fromkeys(name for weighted in batch_level for name in weighted.term.outputs))
+    cached: dict[str, list[Tensor]] = {name: [] for name in read}
+    extra_inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.no_grad():
-        for number in range(parts.number):
-            inputs = parts.inputs(number, names)
-            outputs = parts.forward(inputs, frozenset(read))
+        for number in range(micro_batches.count):
+            inputs = micro_batches.inputs(number, names)
+            outputs = micro_batches.forward(inputs, frozenset(read))
             for name in read:
-                kept[name].append(outputs[name])
+                cached[name].append(outputs[name])
             for name in names & inputs.keys():
-                beside[name].append(inputs[name])
+                extra_inputs[name].append(inputs[name])
     leaves = {
         name: (rows[0] if name in SHARED_OUTPUTS else torch.cat(rows)).detach().requires_grad_()
-        for name, rows in kept.items()
+        for name, rows in cached.items()
     }
-    losses = _across(leaves, {name: torch.cat(rows) for name, rows in beside.items() if rows}, across, options)
+    losses = _batch_level_losses(
+        leaves, {name: torch.cat(rows) for name, rows in extra_inputs.items() if rows}, batch_level, options
+    )
     total = torch.stack(list(losses.values())).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     gradients = {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
     return {name: loss.detach() for name, loss in losses.items()}, gradients
 
 
-def _carried(outputs: Outputs, gradients: Outputs, *, first: int, with_shared: bool) -> list[Tensor]:
+def _surrogate_losses(outputs: Outputs, gradients: Outputs, *, first: int, with_shared: bool) -> list[Tensor]:
     """Scalars whose gradients are the kept ones: of the rows of this part, and once of what belongs to no row."""
     scalars: list[Tensor] = []
     for name, gradient in gradients.items():
@@ -118,37 +128,47 @@ def _carried(outputs: Outputs, gradients: Outputs, *, first: int, with_shared: b
     return scalars
 
 
-def _across(outputs: Outputs, inputs: Inputs, terms: Sequence[WeightedTerm], options: TermOptions) -> LossParts:
-    return {part.name: part.weight * part.term.across(outputs, inputs, options) for part in terms if part.term.across}
-
-
-def _within(
-    outputs: Outputs, inputs: Inputs, terms: Sequence[WeightedTerm], units: LossParts, options: TermOptions
-) -> LossParts:
+def _batch_level_losses(
+    outputs: Outputs, inputs: Inputs, terms: Sequence[WeightedLossTerm], options: LossOptions
+) -> LossDict:
     return {
-        part.name: part.weight * part.term.within(outputs, inputs, options) / units[part.name]
-        for part in terms
-        if part.term.within
+        weighted.name: weighted.weight * weighted.term.batch_level(outputs, inputs, options)
+        for weighted in terms
+        if weighted.term.batch_level
     }
 
 
-def _global_units(parts: Sequence[Inputs], terms: Sequence[WeightedTerm], options: TermOptions) -> LossParts:
+def _sample_level_losses(
+    outputs: Outputs, inputs: Inputs, terms: Sequence[WeightedLossTerm], normalisers: LossDict, options: LossOptions
+) -> LossDict:
+    return {
+        weighted.name: weighted.weight
+        * weighted.term.sample_level(outputs, inputs, options)
+        / normalisers[weighted.name]
+        for weighted in terms
+        if weighted.term.sample_level
+    }
+
+
+def _global_normalisers(
+    micro_batches: Sequence[Inputs], terms: Sequence[WeightedLossTerm], options: LossOptions
+) -> LossDict:
     """The units of the global batch by term, over the number of processes, since gradients are averaged over these."""
-    units: LossParts = {}
-    for part in terms:
-        count = torch.stack([part.term.units(inputs, options).double() for inputs in parts]).sum()
+    normalisers: LossDict = {}
+    for weighted in terms:
+        count = torch.stack([weighted.term.normaliser(inputs, options).double() for inputs in micro_batches]).sum()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
-        units[part.name] = count.clamp(min=1)
-    return units
+        normalisers[weighted.name] = count.clamp(min=1)
+    return normalisers
 
 
-def _inputs_of(terms: Sequence[WeightedTerm]) -> frozenset[str]:
-    return frozenset(name for part in terms for name in part.term.inputs)
+def _input_names(terms: Sequence[WeightedLossTerm]) -> frozenset[str]:
+    return frozenset(name for weighted in terms for name in weighted.term.inputs)
 
 
-def _rows(inputs: Inputs) -> int:
+def _num_rows(inputs: Inputs) -> int:
     return len(inputs["tokens"])
 
 
@@ -156,33 +176,35 @@ def _rows(inputs: Inputs) -> int:
 class StepResult:
     """Weighted loss parts, averaged over processes; the learning rate; the gradient's norm before it was cut."""
 
-    parts: dict[str, float]
+    losses: dict[str, float]
     learning_rate: float
     gradient_norm: float
 
 
-def take_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
+def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
     """Forward and backward on one process's share of a global batch, given in parts; the update unless it is bad.
 
     A step whose loss or gradient is not finite, or whose loss is a spike, leaves weights, optimiser and averages as
     they were; it is noted in the state (`vlm.train.loss_guard`). Either way the step and its samples are counted.
     """
     state, safety = session.state, session.config.safety
-    statistics = running_statistics(session.trained)
+    statistics = copy_running_stats(session.parallel_task)
     result = compute_gradients(session, batches)
-    reason = why_skip(result.parts, result.gradient_norm, state.guard.losses, spike_factor=safety.spike_factor)
+    reason = skip_reason(
+        result.losses, result.gradient_norm, state.spike_guard.losses, spike_factor=safety.spike_factor
+    )
     if reason:
-        put_back(statistics)
+        restore_running_stats(statistics)
         skipped = SkippedStep(
             step=state.step + 1,
             position=state.position,
             reason=reason,
-            first_key=gathered([batches[0].keys[0]])[0],
+            first_key=gather_objects([batches[0].keys[0]])[0],
             learning_rate=result.learning_rate,
         )
-        note_skip(state, skipped)
+        record_skipped_step(state, skipped)
     else:
-        state.guard.accept(sum(result.parts.values()))
+        state.spike_guard.accept(sum(result.losses.values()))
         update_weights(session, result)
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -195,7 +217,7 @@ def take_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
 def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
     """The gradient of the global batch, cut to the largest norm allowed; the weights stay as they are."""
     state, accelerator = session.state, session.accelerator
-    inputs = StepInputs(
+    inputs = MicroBatchInputs(
         batches=batches,
         view=state.model.view,
         device=state.model.device,
@@ -203,25 +225,25 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
         seed=session.config.seed,
         step=state.step,
         process=accelerator.process_index,
-        first_row=state.position + accelerator.process_index * session.share,
-        with_same=session.config.objective.same_pairs != "negative",
-        providers=session.providers,
+        first_sample=state.position + accelerator.process_index * session.local_batch_size,
+        with_identities=session.config.objective.same_pairs != "negative",
+        input_providers=session.input_providers,
     )
-    parts = Parts(
-        number=len(batches),
+    micro_batches = MicroBatches(
+        count=len(batches),
         inputs=inputs,
-        counted=inputs.counted,
-        forward=session.trained,
+        non_image_inputs=inputs.non_image_inputs,
+        forward=session.parallel_task,
         backward=accelerator.backward,
-        waiting=session.waiting,
+        no_sync=session.no_sync,
     )
-    losses = backward_exactly(parts, session.terms, session.options)
-    average_whole_gradients(state.student)
+    losses = backward_with_gradient_caching(micro_batches, session.terms, session.options)
+    average_unsharded_gradients(state.task)
     limit = session.config.optimizer.clip_norm or math.inf
     return StepResult(
-        parts=mean_of_parts(losses),
+        losses=average_losses(losses),
         learning_rate=learning_rate_at(state.step, session.config.optimizer, session.steps),
-        gradient_norm=clip_gradients(list(state.student.parameters()), limit),
+        gradient_norm=clip_gradients(list(state.task.parameters()), limit),
     )
 
 
@@ -230,6 +252,6 @@ def update_weights(session: Session, result: StepResult) -> None:
     state = session.state
     set_learning_rate(state.optimizer, result.learning_rate)
     state.optimizer.step()
-    limit_temperature(state.model.network)
-    if session.average is not None:
-        session.average.update(state.model.network, state.step + 1)
+    clamp_logit_scale(state.model.network)
+    if session.ema is not None:
+        session.ema.update(state.model.network, state.step + 1)

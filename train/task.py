@@ -18,12 +18,12 @@ from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
 from vlm.models.factory import is_captioner
 from vlm.models.model import VisionLanguageModel
-from vlm.models.patch_features import ImageReading, has_patches, read_crops, read_image
+from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.tensors import Bool, Float, Int64, Tensor
-from vlm.train.objectives.captioning import MASK_EMBEDDING, draw_parallel
-from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, Outputs, TermOptions
-from vlm.train.objectives.objective_registry import WeightedTerm
+from vlm.train.objectives.captioning import MASK_EMBEDDING, choose_parallel_captions
+from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, Outputs
+from vlm.train.objectives.objective_registry import WeightedLossTerm
 
 
 def lock_tower(network: nn.Module, tower: Literal["image", "text"], unlocked_groups: int = 0) -> int:
@@ -38,17 +38,17 @@ def lock_tower(network: nn.Module, tower: Literal["image", "text"], unlocked_gro
         UsageError: the tower cannot be locked, or not in part.
     """
     module = network.get_submodule("visual") if tower == "image" else getattr(network, "text", network)
-    before = _trained(module)
+    before = _trainable_parameters(module)
     if type(module).__name__ == "TimmModel":
         _lock_timm(module.get_submodule("trunk"), unlocked_groups)
     elif module is network:  # open_clip's CLIP keeps the parts of its text tower in itself
         network.lock_text_tower(unlocked_layers=unlocked_groups)  # pyright: ignore[reportCallIssue]
     else:
         _lock_module(module, tower, unlocked_groups)
-    for parameter in _trained(module) - before:
+    for parameter in _trainable_parameters(module) - before:
         parameter.requires_grad_(False)  # fixed positions, which open_clip unlocks with their group
-    locked = before - _trained(module)
-    _keep_statistics(module)
+    locked = before - _trainable_parameters(module)
+    _freeze_batch_norm_statistics(module)
     return sum(parameter.numel() for parameter in locked)
 
 
@@ -80,34 +80,34 @@ def _lock_timm(trunk: nn.Module, unlocked_groups: int) -> None:
             trunk.get_parameter(name).requires_grad_(False)
 
 
-def _keep_statistics(module: nn.Module) -> None:
+def _freeze_batch_norm_statistics(module: nn.Module) -> None:
     """Use the stored mean and variance in the layers of batch statistics none of whose weights are trained."""
     names = batch_norm_layers(module)
-    locked = [name for name in names if not _trained(module.get_submodule(name))]
+    locked = [name for name in names if not _trainable_parameters(module.get_submodule(name))]
     freeze_batch_norm(module, locked)
 
 
-def freeze_unread(student: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[str]:
+def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[str]:
     """Freeze the trained weights that none of these outputs depends on; returns their names.
 
     The student is run once on the inputs, in evaluation mode; what its outputs depend on is read from autograd's graph.
     """
-    modes = {module: module.training for module in student.modules()}
-    student.eval()
+    modes = {module: module.training for module in task.modules()}
+    task.eval()
     try:
-        made = student(inputs)
+        computed = task(inputs)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    read = _reached(made[name] for name in outputs)
-    unread = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-    unread = {name: parameter for name, parameter in unread.items() if parameter not in read}
-    for parameter in unread.values():
+    read = _graph_leaves(computed[name] for name in outputs)
+    unused = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    unused = {name: parameter for name, parameter in unused.items() if parameter not in read}
+    for parameter in unused.values():
         parameter.requires_grad_(False)
-    return list(unread)
+    return list(unused)
 
 
-def _reached(outputs: Iterable[Tensor]) -> set[Tensor]:
+def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
     """The leaves the outputs were computed from."""
     found: set[Tensor] = set()
     seen: set[object] = set()
@@ -124,59 +124,59 @@ def _reached(outputs: Iterable[Tensor]) -> set[Tensor]:
     return found
 
 
-def _trained(module: nn.Module) -> set[Tensor]:
+def _trainable_parameters(module: nn.Module) -> set[Tensor]:
     return {parameter for parameter in module.parameters() if parameter.requires_grad}
 
 
-class Student(nn.Module):
+class TrainingTask(nn.Module):
     """The network and its heads; `forward` maps inputs to outputs, both by name (`vlm.train.objectives.loss_term`)."""
 
     def __init__(
-        self, network: nn.Module, heads: Heads, outputs: Sequence[str], options: TermOptions, *, image_size: int
+        self, network: nn.Module, heads: Heads, outputs: Sequence[str], options: LossOptions, *, image_size: int
     ) -> None:
         super().__init__()
         self.network = network
         self.heads = nn.ModuleDict(heads)
         self.options = options
         self.image_size = image_size
-        self._makers = choose_makers(network, outputs)
+        self._output_heads = select_output_heads(network, outputs)
 
     @property
     def inputs(self) -> frozenset[str]:
         """Names of the inputs it reads beyond pixels and tokens; `text_embedding` is read where it is given."""
         embedded = {"text_embedding"} if takes_embeddings(self.network) else set[str]()
-        return frozenset(embedded.union(*(maker.inputs for maker in self._makers)))
+        return frozenset(embedded.union(*(output_head.inputs for output_head in self._output_heads)))
 
     def forward(self, inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
         """The outputs that were chosen, or those of them that are named; none whose inputs are missing."""
-        reading = Pass(self, inputs)
-        made: Outputs = {}
-        for maker in self._makers:
-            is_read = outputs is None or not outputs.isdisjoint(maker.provides)
-            if is_read and inputs.keys() >= set(maker.inputs):
-                made |= maker.make(reading)
-        made["logit_scale"] = self.network.get_parameter("logit_scale").exp()
+        context = ForwardContext(self, inputs)
+        computed: Outputs = {}
+        for output_head in self._output_heads:
+            is_read = outputs is None or not outputs.isdisjoint(output_head.provides)
+            if is_read and inputs.keys() >= set(output_head.inputs):
+                computed |= output_head.compute(context)
+        computed["logit_scale"] = self.network.get_parameter("logit_scale").exp()
         bias = getattr(self.network, "logit_bias", None)
         if bias is not None:
-            made["logit_bias"] = bias
-        return made
+            computed["logit_bias"] = bias
+        return computed
 
     @property
-    def reads_patches(self) -> bool:
+    def needs_patches(self) -> bool:
         """Whether an output is made of the features of patches."""
-        return any("patch_features" in maker.provides for maker in self._makers)
+        return any("patch_features" in output_head.provides for output_head in self._output_heads)
 
 
-class Pass:
+class ForwardContext:
     """One pass through the student: what several outputs are made of is computed once."""
 
-    def __init__(self, student: Student, inputs: Inputs) -> None:
-        self.student, self.network, self.inputs = student, student.network, inputs
+    def __init__(self, task: TrainingTask, inputs: Inputs) -> None:
+        self.task, self.network, self.inputs = task, task.network, inputs
 
     @cached_property
-    def image(self) -> ImageReading:
+    def image(self) -> ImageTowerOutput:
         """What the image tower makes of the pictures."""
-        return read_image(self.network, self.inputs["pixels"], with_patches=self.student.reads_patches)
+        return run_image_tower(self.network, self.inputs["pixels"], with_patches=self.task.needs_patches)
 
     @cached_property
     def image_features(self) -> Float[Tensor, "B D"]:
@@ -198,14 +198,14 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputMaker:
+class OutputHead:
     """A way to compute outputs. fits: whether a network can. inputs: what it reads beyond pixels and tokens."""
 
     provides: tuple[str, ...]
-    make: Callable[[Pass], Outputs]
+    compute: Callable[[ForwardContext], Outputs]
     inputs: tuple[str, ...] = ()
-    fits: Callable[[nn.Module], bool] = lambda network: True
-    cure: str = ""
+    is_supported: Callable[[nn.Module], bool] = lambda network: True
+    hint: str = ""
 
 
 def takes_embeddings(network: nn.Module) -> bool:
@@ -213,132 +213,132 @@ def takes_embeddings(network: nn.Module) -> bool:
     return bool(getattr(getattr(network, "text", None), "takes_embeddings", False))
 
 
-def image_features(reading: Pass) -> Outputs:
+def image_features(context: ForwardContext) -> Outputs:
     """Unit vectors of pictures."""
-    return {"image_features": reading.image_features}
+    return {"image_features": context.image_features}
 
 
-def text_features(reading: Pass) -> Outputs:
+def text_features(context: ForwardContext) -> Outputs:
     """Unit vectors of captions."""
-    return {"text_features": F.normalize(reading.text[0], dim=-1)}
+    return {"text_features": F.normalize(context.text[0], dim=-1)}
 
 
-def caption_logits(reading: Pass) -> Outputs:
+def caption_logits(context: ForwardContext) -> Outputs:
     """Logits of the token after each of the caption's, with their labels (CoCa, §3.2)."""
-    memory, states, tokens = reading.image.memory, reading.text[1], reading.inputs["tokens"]
+    memory, states, tokens = context.image.memory, context.text[1], context.inputs["tokens"]
     assert memory is not None
     assert states is not None
-    logits = reading.network.get_submodule("text_decoder")(memory, states[:, :-1])
+    logits = context.network.get_submodule("text_decoder")(memory, states[:, :-1])
     return {"logits": logits, "labels": tokens[:, 1:]}
 
 
-def parallel_caption_logits(reading: Pass) -> Outputs:
+def parallel_caption_logits(context: ForwardContext) -> Outputs:
     """The same where a share of the captions is predicted at once (CapPa, §3)."""
-    student, memory = reading.student, reading.image.memory
+    task, memory = context.task, context.image.memory
     assert memory is not None
     logits, labels = parallel_logits(
-        reading.network,
+        context.network,
         memory,
-        reading.inputs["tokens"],
-        student.heads.get_submodule(MASK_EMBEDDING).get_parameter("weight")[0],
-        draw_parallel(reading.inputs["rows"], student.options.config.parallel_share),
-        pad_token=student.options.pad_token,
+        context.inputs["tokens"],
+        task.heads.get_submodule(MASK_EMBEDDING).get_parameter("weight")[0],
+        choose_parallel_captions(context.inputs["rows"], task.options.config.parallel_share),
+        pad_token=task.options.pad_token,
     )
     return {"parallel_logits": logits, "parallel_labels": labels}
 
 
-def sentence_features(reading: Pass) -> Outputs:
+def sub_caption_features(context: ForwardContext) -> Outputs:
     """Unit vectors [B, S, D] of the sentences drawn from each sample's captions; zeros where there is none."""
-    sub_tokens, pad_token = reading.inputs["sub_tokens"], reading.student.options.pad_token
-    is_there: Bool[Tensor, "B S"] = (sub_tokens != pad_token).any(dim=-1)
+    sub_tokens, pad_token = context.inputs["sub_tokens"], context.task.options.pad_token
+    is_present: Bool[Tensor, "B S"] = (sub_tokens != pad_token).any(dim=-1)
     length = sub_tokens.shape[2]
     # a row of nothing but padding makes some towers divide by zero, so they are shown the caption in its place
-    caption = F.pad(reading.inputs["tokens"][:, :length], (0, max(0, length - reading.inputs["tokens"].shape[1])))
-    shown = torch.where(is_there[..., None], sub_tokens, caption[:, None])
-    features = reading.encode_text(shown.flatten(0, 1)).unflatten(0, sub_tokens.shape[:2])
-    return {"sub_features": F.normalize(features, dim=-1) * is_there[..., None]}
+    caption = F.pad(context.inputs["tokens"][:, :length], (0, max(0, length - context.inputs["tokens"].shape[1])))
+    shown = torch.where(is_present[..., None], sub_tokens, caption[:, None])
+    features = context.encode_text(shown.flatten(0, 1)).unflatten(0, sub_tokens.shape[:2])
+    return {"sub_features": F.normalize(features, dim=-1) * is_present[..., None]}
 
 
-def patch_features(reading: Pass) -> Outputs:
+def patch_features(context: ForwardContext) -> Outputs:
     """Patches [B, P, D] in the joint space, not of unit length (`vlm.models.patch_features`)."""
-    patches = reading.image.patches
+    patches = context.image.patches
     assert patches is not None
     return {"patch_features": patches}
 
 
-def crop_features(reading: Pass) -> Outputs:
+def local_crop_features(context: ForwardContext) -> Outputs:
     """Unit vectors [B, V, D] of small crops."""
-    crops = reading.inputs["local_pixels"]
-    features = read_crops(reading.network, crops.flatten(0, 1), reading.student.image_size)
+    crops = context.inputs["local_pixels"]
+    features = encode_crops(context.network, crops.flatten(0, 1), context.task.image_size)
     return {"local_features": F.normalize(features, dim=-1).unflatten(0, crops.shape[:2])}
 
 
-def aligned_image(reading: Pass) -> Outputs:
+def aligned_image_features(context: ForwardContext) -> Outputs:
     """The picture in the space of stored caption embeddings [B, E]: head `text_align` on its unit vector."""
-    return {"aligned_image": reading.student.heads.get_submodule("text_align")(reading.image_features)}
+    return {"aligned_image": context.task.heads.get_submodule("text_align")(context.image_features)}
 
 
 _CAPTIONER = "it needs a network with a decoder, e.g. --architecture tiny-coca"
 
-MAKERS: tuple[OutputMaker, ...] = (
-    OutputMaker(provides=("image_features",), make=image_features),
-    OutputMaker(provides=("text_features",), make=text_features),
-    OutputMaker(provides=("logits", "labels"), make=caption_logits, fits=is_captioner, cure=_CAPTIONER),
-    OutputMaker(
+OUTPUT_HEADS: tuple[OutputHead, ...] = (
+    OutputHead(provides=("image_features",), compute=image_features),
+    OutputHead(provides=("text_features",), compute=text_features),
+    OutputHead(provides=("logits", "labels"), compute=caption_logits, is_supported=is_captioner, hint=_CAPTIONER),
+    OutputHead(
         provides=("parallel_logits", "parallel_labels"),
-        make=parallel_caption_logits,
+        compute=parallel_caption_logits,
         inputs=("rows",),
-        fits=can_caption_in_parallel,
-        cure=_CAPTIONER,
+        is_supported=can_caption_in_parallel,
+        hint=_CAPTIONER,
     ),
-    OutputMaker(provides=("sub_features",), make=sentence_features, inputs=("sub_tokens",)),
-    OutputMaker(
+    OutputHead(provides=("sub_features",), compute=sub_caption_features, inputs=("sub_tokens",)),
+    OutputHead(
         provides=("patch_features",),
-        make=patch_features,
-        fits=has_patches,
-        cure="it needs an image tower with patches, a ViT or one of timm",
+        compute=patch_features,
+        is_supported=supports_patch_features,
+        hint="it needs an image tower with patches, a ViT or one of timm",
     ),
-    OutputMaker(provides=("local_features",), make=crop_features, inputs=("local_pixels",)),
-    OutputMaker(provides=("aligned_image",), make=aligned_image),
+    OutputHead(provides=("local_features",), compute=local_crop_features, inputs=("local_pixels",)),
+    OutputHead(provides=("aligned_image",), compute=aligned_image_features),
 )
 """Adding an output is one function and one line here."""
 
 
-def choose_makers(network: nn.Module, outputs: Sequence[str]) -> list[OutputMaker]:
+def select_output_heads(network: nn.Module, outputs: Sequence[str]) -> list[OutputHead]:
     """What gives the outputs, each once.
 
     Raises:
         UsageError: the network cannot give one of them.
     """
-    chosen: list[OutputMaker] = []
+    selected: list[OutputHead] = []
     for name in dict.fromkeys(outputs):
-        if name in SHARED_OUTPUTS or any(name in maker.provides for maker in chosen):
+        if name in SHARED_OUTPUTS or any(name in output_head.provides for output_head in selected):
             continue
-        maker = next(maker for maker in MAKERS if name in maker.provides)
-        if not maker.fits(network):
-            raise UsageError(f"The objective reads {name}: {maker.cure}.")
-        chosen.append(maker)
-    return chosen
+        output_head = next(output_head for output_head in OUTPUT_HEADS if name in output_head.provides)
+        if not output_head.is_supported(network):
+            raise UsageError(f"The objective reads {name}: {output_head.hint}.")
+        selected.append(output_head)
+    return selected
 
 
-def build_student(model: VisionLanguageModel, terms: Sequence[WeightedTerm], options: TermOptions) -> Student:
+def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], options: LossOptions) -> TrainingTask:
     """The student of a sum of terms, on the model's device, with fresh heads drawn from torch's global generator.
 
     Weights that no term reads (a decoder that writes no captions, an unused temperature) are frozen, since nothing
     would move them but weight decay, and since several processes wait for the gradient of every trained weight.
     """
     heads: Heads = {}
-    for part in terms:
-        heads |= part.term.heads(model, options) if part.term.heads else {}
-    outputs = list(dict.fromkeys(name for part in terms for name in part.term.outputs))
+    for weighted in terms:
+        heads |= weighted.term.heads(model, options) if weighted.term.heads else {}
+    outputs = list(dict.fromkeys(name for weighted in terms for name in weighted.term.outputs))
     if "logit_bias" in outputs and getattr(model.network, "logit_bias", None) is None:
         model.network.register_parameter("logit_bias", nn.Parameter(torch.zeros((), device=model.device)))
-    student = Student(model.network, heads, outputs, options, image_size=model.view.size).to(model.device)
-    freeze_unread(student, example_inputs(model, student, options), outputs)
-    return student
+    task = TrainingTask(model.network, heads, outputs, options, image_size=model.view.size).to(model.device)
+    freeze_unused_parameters(task, example_inputs(model, task, options), outputs)
+    return task
 
 
-def example_inputs(model: VisionLanguageModel, student: Student, options: TermOptions) -> Inputs:
+def example_inputs(model: VisionLanguageModel, task: TrainingTask, options: LossOptions) -> Inputs:
     """Two samples of nothing, with every input the student reads."""
     size, length = model.view.size, model.tokenizer.context_length
     kind = model.network.get_parameter("logit_scale").dtype
@@ -350,6 +350,6 @@ def example_inputs(model: VisionLanguageModel, student: Student, options: TermOp
     }
     if takes_embeddings(model.network):
         examples["text_embedding"] = torch.zeros(2, model.network.text.embedding_size, dtype=kind)  # pyright: ignore
-    read = {name: tensor for name, tensor in examples.items() if name in student.inputs}
-    given = {"pixels": torch.zeros(2, 3, size, size, dtype=kind), "tokens": tokens} | read
-    return {name: tensor.to(model.device) for name, tensor in given.items()}
+    read = {name: tensor for name, tensor in examples.items() if name in task.inputs}
+    provided = {"pixels": torch.zeros(2, 3, size, size, dtype=kind), "tokens": tokens} | read
+    return {name: tensor.to(model.device) for name, tensor in provided.items()}

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 
 from vlm.console import say
-from vlm.data.collate import Incident, incident_of
-from vlm.data.decode import EncodedPicture
+from vlm.data.collate import SampleFailure, sample_failure
+from vlm.data.decode import EncodedImage
 from vlm.data.loader import ShardSet
-from vlm.data.precomputed import StoredArrays, view_rng
-from vlm.data.sampler import Address
+from vlm.data.precomputed import PrecomputedFeatures, view_rng
+from vlm.data.sampler import SampleIndex
 from vlm.data.samples import Sample
-from vlm.data.transforms import FixedView, RandomView
+from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST
 from vlm.storage.remote import read_small
-from vlm.storage.urls import is_remote, local_path, neighbour
+from vlm.storage.urls import is_remote, local_path, sibling_url
 from vlm.tensors import Array, Tensor, UInt8
 from vlm.train.run_config import LoaderConfig
 
@@ -49,7 +49,7 @@ class ViewGeometry:
 
     crop_scale: tuple[float, float] = LoaderConfig.crop_scale
     flip: float = LoaderConfig.flip
-    ratio: tuple[float, float] = RandomView.ratio
+    ratio: tuple[float, float] = RandomResizedCrop.ratio
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -58,9 +58,9 @@ class ViewGeometry:
         if not 0 <= self.flip <= 1:
             raise UsageError(f"flip = {self.flip:g} is no probability; give a number from 0 to 1.")
 
-    def view_for(self, model_view: FixedView) -> RandomView:
+    def view_for(self, model_view: EvalTransform) -> RandomResizedCrop:
         """The random view at the size a model sees."""
-        return RandomView(
+        return RandomResizedCrop(
             size=model_view.size,
             scale=self.crop_scale,
             ratio=self.ratio,
@@ -88,71 +88,71 @@ def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
     Raises:
         UsageError: `crop_scale`, `flip` or the ratio is not that of the teacher's views.
     """
-    if not StoredArrays(names=loader.arrays).has_views:
+    if not PrecomputedFeatures(names=loader.arrays).has_views:
         return
     ours = ViewGeometry(crop_scale=loader.crop_scale, flip=loader.flip)
-    for manifest, told in _told_by_folders(shards).items():
-        if "views" not in told:
+    for manifest, stored in _reinforcement_by_manifest(shards).items():
+        if "views" not in stored:
             say(f"{manifest} does not say how the stored views were cropped; --crop-scale and --flip must be the same.")
             continue
-        theirs = geometry_of(told)
+        theirs = geometry_from_values(stored)
         if theirs.ratio != ours.ratio:
             raise UsageError(f"The views of {manifest} have the ratio {theirs.ratio}, this vlm draws {ours.ratio}.")
         if theirs != ours:
             raise UsageError(
-                f"The teacher saw {_in_words(theirs)} ({manifest}), but the run would show the student "
-                f"{_in_words(ours)}: give --crop-scale {theirs.crop_scale[0]:g} {theirs.crop_scale[1]:g} "
+                f"The teacher saw {_describe_geometry(theirs)} ({manifest}), but the run would show the student "
+                f"{_describe_geometry(ours)}: give --crop-scale {theirs.crop_scale[0]:g} {theirs.crop_scale[1]:g} "
                 f"--flip {theirs.flip:g}, or reinforce the shards anew."
             )
 
 
-def geometry_of(told: dict[str, Any]) -> ViewGeometry:
+def geometry_from_values(stored: dict[str, Any]) -> ViewGeometry:
     """The geometry that `views` of a reinforcement tells."""
-    views = told["views"]
+    views = stored["views"]
     low, high = views["crop_scale"]
     narrow, wide = views["ratio"]
     return ViewGeometry(crop_scale=(low, high), flip=views["flip"], ratio=(narrow, wide))
 
 
-def reinforcement_of(shards: Sequence[str]) -> dict[str, Any]:
+def read_reinforcement(shards: Sequence[str]) -> dict[str, Any]:
     """What the folders of shards say was put into them before; empty unless all say the same."""
-    told = list(_told_by_folders(shards).values())
-    return told[0] if all(other == told[0] for other in told) else {}
+    stored = list(_reinforcement_by_manifest(shards).values())
+    return stored[0] if all(other == stored[0] for other in stored) else {}
 
 
-def described(geometry: ViewGeometry, *, number: int, seed: int) -> dict[str, Any]:
+def views_to_values(geometry: ViewGeometry, *, number: int, seed: int) -> dict[str, Any]:
     """`views` of a reinforcement."""
     return asdict(geometry) | {"number": number, "seed": seed}
 
 
-def _told_by_folders(shards: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _reinforcement_by_manifest(shards: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What the manifest beside each shard says of stored arrays, by its address; empty where there is none."""
     addresses = [
-        neighbour(shard, MANIFEST) if is_remote(shard) else str(Path(local_path(shard)).parent / MANIFEST)
+        sibling_url(shard, MANIFEST) if is_remote(shard) else str(Path(local_path(shard)).parent / MANIFEST)
         for shard in shards
     ]
-    return {address: _told(address) for address in dict.fromkeys(addresses)}
+    return {address: _read_manifest_reinforcement(address) for address in dict.fromkeys(addresses)}
 
 
-def _told(address: str) -> dict[str, Any]:
+def _read_manifest_reinforcement(address: str) -> dict[str, Any]:
     try:
         if is_remote(address):
             data = read_small(address, max_bytes=_MAX_MANIFEST_BYTES) or b"{}"
         else:
             data = Path(address).read_bytes()
-        told = json.loads(data).get("details", {}).get(REINFORCEMENT, {})
+        stored = json.loads(data).get("details", {}).get(REINFORCEMENT, {})
     except (OSError, ValueError, AttributeError):  # foreign folders may hold any manifest.json
         return {}
-    return told if isinstance(told, dict) else {}
+    return stored if isinstance(stored, dict) else {}
 
 
-def _in_words(geometry: ViewGeometry) -> str:
+def _describe_geometry(geometry: ViewGeometry) -> str:
     low, high = geometry.crop_scale
     return f"crops of {low:g} to {high:g} of the area, mirrored with probability {geometry.flip:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Viewed:
+class ViewedSample:
     """A usable sample: the seeds of its views, uint64 [A], and its captions, languages in their order."""
 
     key: str
@@ -170,13 +170,13 @@ class ViewedBatch:
     """
 
     images: UInt8[Tensor, "..."]
-    rows: tuple[Viewed | None, ...]
+    rows: tuple[ViewedSample | None, ...]
     num_views: int
     sizes: tuple[int, ...]
-    incidents: tuple[Incident, ...] = field(default_factory=tuple)
+    incidents: tuple[SampleFailure, ...] = field(default_factory=tuple)
 
     @property
-    def usable(self) -> list[Viewed]:
+    def usable(self) -> list[ViewedSample]:
         """The samples that have rows in `images`."""
         return [row for row in self.rows if row is not None]
 
@@ -195,13 +195,13 @@ class ViewedBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssembleViews:
+class CollateViews:
     """Draws `num_views` crops of each picture and shows each of them through every view; no view decodes nothing.
 
     views: alike in all but size and interpolation, so that a seed gives all of them the same crop.
     """
 
-    views: tuple[RandomView, ...]
+    views: tuple[RandomResizedCrop, ...]
     num_views: int
     seed: int
 
@@ -210,18 +210,18 @@ class AssembleViews:
         """Bytes of all views of a picture."""
         return sum(3 * view.size**2 for view in self.views) * self.num_views
 
-    def __call__(self, addresses: list[Address], shards: ShardSet) -> ViewedBatch:
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> ViewedBatch:
         """Read the samples at these addresses."""
-        images = shards.new_images((len(addresses), self.image_bytes))
-        rows: list[Viewed | None] = []
-        incidents: list[Incident] = []
-        for address in addresses:
+        images = shards.allocate_images((len(sample_indices), self.image_bytes))
+        rows: list[ViewedSample | None] = []
+        incidents: list[SampleFailure] = []
+        for sample_index in sample_indices:
             usable = len(rows) - len(incidents)
             try:
-                rows.append(self._row(shards.read(address), images[usable]))
+                rows.append(self._row(shards.read(sample_index), images[usable]))
             except BadSample as error:
                 rows.append(None)
-                incidents.append(incident_of(address, error, shards))
+                incidents.append(sample_failure(sample_index, error, shards))
         return ViewedBatch(
             images=torch.from_numpy(images[: len(rows) - len(incidents)]),
             rows=tuple(rows),
@@ -230,20 +230,20 @@ class AssembleViews:
             incidents=tuple(incidents),
         )
 
-    def _row(self, sample: Sample, room: UInt8[Array, " bytes"]) -> Viewed:
+    def _row(self, sample: Sample, buffer: UInt8[Array, " bytes"]) -> ViewedSample:
         captions = tuple(text for texts in sample.captions.values() for text in texts)
         if not captions:
             raise BadSample("no caption", f"key {sample.key!r}")
         seeds = view_seeds(self.seed, sample.key, self.num_views)
         if self.views:
-            self._show(EncodedPicture(sample.image), seeds, room)
-        return Viewed(key=sample.key, seeds=seeds, captions=captions)
+            self._render_views(EncodedImage(sample.image), seeds, buffer)
+        return ViewedSample(key=sample.key, seeds=seeds, captions=captions)
 
-    def _show(self, picture: EncodedPicture, seeds: np.ndarray, room: UInt8[Array, " bytes"]) -> None:
+    def _render_views(self, image: EncodedImage, seeds: np.ndarray, buffer: UInt8[Array, " bytes"]) -> None:
         first = 0
         for view in self.views:
             size = 3 * view.size**2
             for seed in seeds.tolist():
-                crop = view.draw(picture.width, picture.height, view_rng(seed))
-                room[first : first + size] = view.show(picture, crop).transpose(1, 2, 0).ravel()
+                crop = view.draw(image.width, image.height, view_rng(seed))
+                buffer[first : first + size] = view.show(image, crop).transpose(1, 2, 0).ravel()
                 first += size

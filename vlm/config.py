@@ -12,20 +12,20 @@ from vlm.errors import UsageError
 Config = TypeVar("Config")
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
     """A hint naming the known word nearest to `name`, or all of them when none is near.
 
-    >>> nearest("learning_rat", ["learning_rate", "steps"])
+    >>> suggest("learning_rat", ["learning_rate", "steps"])
     "did you mean 'learning_rate'?"
     """
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def choose(table: dict[str, Config], name: str, what: str) -> Config:
+def lookup(table: dict[str, Config], name: str, what: str) -> Config:
     """The entry `name` of a table; a UsageError naming the nearest one when it is absent."""
     if name not in table:
-        raise UsageError(f"Unknown {what} {name!r}; {nearest(name, list(table))}")
+        raise UsageError(f"Unknown {what} {name!r}; {suggest(name, list(table))}")
     return table[name]
 
 
@@ -53,7 +53,7 @@ def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Con
     """Build a (nested) dataclass from plain values, checking names and types."""
     from pydantic import TypeAdapter, ValidationError
 
-    _refuse_unknown(cls, values, where=where, prefix="")
+    _check_unknown_keys(cls, values, where=where, prefix="")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -62,14 +62,14 @@ def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Con
         raise UsageError(f"{where}: {key} = {first['input']!r} does not fit: {first['msg']}.") from error
 
 
-def _refuse_unknown(cls: type, values: dict[str, Any], *, where: str, prefix: str) -> None:
+def _check_unknown_keys(cls: type, values: dict[str, Any], *, where: str, prefix: str) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     for name, value in values.items():
         if name not in known:
-            raise UsageError(f"{where}: unknown key {prefix + name!r}; {nearest(name, sorted(known))}")
+            raise UsageError(f"{where}: unknown key {prefix + name!r}; {suggest(name, sorted(known))}")
         if isinstance(value, dict) and is_dataclass(hints[name]):
-            _refuse_unknown(hints[name], value, where=where, prefix=f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+            _check_unknown_keys(hints[name], value, where=where, prefix=f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
 
 
 def _without_none(value: Any) -> Any:

@@ -48,26 +48,26 @@ def show_table(
     console.print(table)
 
 
-def show_facts(facts: dict[str, Any], *, title: str = "") -> None:
+def show_fields(facts: dict[str, Any], *, title: str = "") -> None:
     """Names and values, a line each, on stdout."""
     show_table(
         ["fact", "value"], [[name, _cell(value)] for name, value in facts.items()], title=title, has_header=False
     )
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """A number of things.
 
-    >>> counted(1, "shard"), counted(2000, "shard")
+    >>> pluralize(1, "shard"), pluralize(2000, "shard")
     ('1 shard', '2,000 shards')
     """
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units.
 
-    >>> [duration(seconds) for seconds in (8, 75, 3750, 200_000)]
+    >>> [format_duration(seconds) for seconds in (8, 75, 3750, 200_000)]
     ['8 s', '1 min 15 s', '1 h 2 min', '2 d 7 h']
     """
     whole = round(seconds)

@@ -51,19 +51,19 @@ _BLOCK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a neighbour of `path` for writing; on leaving, fsync it and rename it over `path`.
 
     If the block raises (a full disk, a signal), `path` stays as it was and the neighbour is removed.
     """
-    beside = _half_written(path)
+    beside = _temporary_path(path)
     try:
         with beside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -71,7 +71,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 
@@ -104,7 +104,7 @@ def read_lines(path: Path) -> list[str]:
     return whole.split("\n") if whole else []
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -114,15 +114,15 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block has succeeded, and is removed when it has not.
 
     Raises:
         UsageError: something lies at `out`.
         OSError: the disk is full or cannot be written.
     """
-    refuse_existing(out)
-    folder = _half_written(out)
+    check_not_exists(out)
+    folder = _temporary_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
@@ -132,17 +132,17 @@ def new_folder(out: Path) -> Iterator[Path]:
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         folder.rename(out)
-        sync_folder(out.parent)
+        fsync_folder(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _half_written(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     """A name beside `path` that no other writer has: threads share a process number, and containers theirs."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
 
 
-def refuse_existing(out: Path) -> None:
+def check_not_exists(out: Path) -> None:
     """Refuse to write a folder where something lies; an empty one may be there.
 
     Raises:
@@ -152,7 +152,7 @@ def refuse_existing(out: Path) -> None:
         raise UsageError(f"{out} exists already; name another folder or remove it.")
 
 
-def refuse_homeless(out: Path) -> None:
+def check_parent_exists(out: Path) -> None:
     """Refuse a file whose folder is not there, before the work whose result it is to hold.
 
     Raises:
@@ -162,7 +162,7 @@ def refuse_homeless(out: Path) -> None:
         raise UsageError(f"There is no folder {str(out.parent)!r} for {out.name}; make it first.")
 
 
-def sha256_of(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -171,10 +171,10 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(*parts: bytes | str) -> str:
+def compute_fingerprint(*parts: bytes | str) -> str:
     """The first 16 hex digits of a SHA-256 over the parts, each preceded by its length.
 
-    >>> fingerprint_of("ab", "c") == fingerprint_of("a", "bc")
+    >>> compute_fingerprint("ab", "c") == compute_fingerprint("a", "bc")
     False
     """
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm import __version__
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, sha256_of, write_text
+from vlm.files import compute_fingerprint, sha256_file, write_text
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -79,13 +79,13 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
             f"{folder} has format {values.get('format')}, this vlm {__version__} reads {FORMAT}: "
             "use the version that made it, or make it again."
         )
-    with explaining_damage(path):
+    with damage_as_error(path):
         values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
         return Manifest(**values)
 
 
 @contextlib.contextmanager
-def explaining_damage(path: Path) -> Iterator[None]:
+def damage_as_error(path: Path) -> Iterator[None]:
     """What a JSON file that is not as it was written does to its reader becomes a message.
 
     Raises:
@@ -99,7 +99,7 @@ def explaining_damage(path: Path) -> Iterator[None]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    with explaining_damage(path):
+    with damage_as_error(path):
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("it holds no JSON object")
@@ -113,10 +113,10 @@ def is_complete(folder: Path) -> bool:
 
 def record_file(path: Path) -> FileRecord:
     """Size and checksum of a file as it is on disk now."""
-    return FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
-def begin_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> bool:
+def begin_or_resume_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> bool:
     """Open an output folder for work; True if earlier, unfinished work of the same kind goes on.
 
     Raises:
@@ -137,20 +137,20 @@ def begin_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> b
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists already and is not empty; name another folder or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    _mark_begun(folder, kind, configuration)
+    _write_progress(folder, kind, configuration)
     return False
 
 
-def reopen_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> None:
+def mark_unfinished(folder: Path, *, kind: str, configuration: dict[str, Any]) -> None:
     """Make a finished folder unfinished again, as if it had been begun with this configuration."""
-    _mark_begun(folder, kind, configuration)
+    _write_progress(folder, kind, configuration)
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
-def _mark_begun(folder: Path, kind: str, configuration: dict[str, Any]) -> None:
+def _write_progress(folder: Path, kind: str, configuration: dict[str, Any]) -> None:
     begun = {"kind": kind, "identity": _identity_of(kind, configuration), "configuration": configuration}
     write_text(folder / PROGRESS, json.dumps(begun, default=str))
 
 
 def _identity_of(kind: str, configuration: dict[str, Any]) -> str:
-    return fingerprint_of(kind, json.dumps(configuration, sort_keys=True, default=str))
+    return compute_fingerprint(kind, json.dumps(configuration, sort_keys=True, default=str))

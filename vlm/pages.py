@@ -15,7 +15,7 @@ BINS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class Distribution:
     """How numbers are spread; `edges` are the bounds of the bins whose sizes `counts` gives.
 
     is_log: the bins grow by a constant factor and the numbers need not be whole.
@@ -29,20 +29,20 @@ class Spread:
     is_log: bool = False
 
 
-def spread(values: np.ndarray, *, bins: int = BINS) -> Spread:
+def distribution(values: np.ndarray, *, bins: int = BINS) -> Distribution:
     """The spread of whole numbers, in bins of whole width.
 
-    >>> spread(np.array([1, 1, 2, 4])).counts
+    >>> distribution(np.array([1, 1, 2, 4])).counts
     (2, 1, 0, 1)
     """
     distinct, times = np.unique(values, return_counts=True)
-    return spread_counts(dict(zip(distinct.tolist(), times.tolist(), strict=True)), bins=bins)
+    return distribution_of_counts(dict(zip(distinct.tolist(), times.tolist(), strict=True)), bins=bins)
 
 
-def spread_counts(times: Mapping[int, int], *, bins: int = BINS) -> Spread:
+def distribution_of_counts(times: Mapping[int, int], *, bins: int = BINS) -> Distribution:
     """The spread of whole numbers, given as how often each occurs.
 
-    >>> spread_counts({1: 2, 2: 1, 4: 1}).median
+    >>> distribution_of_counts({1: 2, 2: 1, 4: 1}).median
     1.5
     """
     values = np.array(sorted(times), dtype=np.int64)
@@ -53,7 +53,7 @@ def spread_counts(times: Mapping[int, int], *, bins: int = BINS) -> Spread:
     counts, _ = np.histogram(values, bins=edges, weights=weights)
     upto = np.cumsum(weights)
     middles = values[np.searchsorted(upto, [(upto[-1] + 1) // 2, upto[-1] // 2 + 1])]
-    return Spread(
+    return Distribution(
         least=least,
         median=float(middles.mean()),
         most=most,
@@ -62,17 +62,17 @@ def spread_counts(times: Mapping[int, int], *, bins: int = BINS) -> Spread:
     )
 
 
-def log_spread(values: np.ndarray, *, bins: int = BINS) -> Spread:
+def log_distribution(values: np.ndarray, *, bins: int = BINS) -> Distribution:
     """The spread of numbers above 0, in bins that grow by a constant factor.
 
-    >>> log_spread(np.array([1.0, 2.0, 4.0, 8.0]), bins=3).counts
+    >>> log_distribution(np.array([1.0, 2.0, 4.0, 8.0]), bins=3).counts
     (1, 1, 2)
     """
     least, most = float(values.min()), float(values.max())
     edges = np.geomspace(least, most, bins + 1) if most > least else np.array([least, least])
     edges[0], edges[-1] = least, most
     counts, _ = np.histogram(values, bins=edges) if most > least else ([len(values)], None)
-    return Spread(
+    return Distribution(
         least=least,
         median=float(np.median(values)),
         most=most,
@@ -123,10 +123,10 @@ def plain(value: float) -> str:
     return f"{value:,g}" if value < 1e6 else f"{value:,.0f}"
 
 
-def size_name(number_of_bytes: float) -> str:
+def format_bytes(number_of_bytes: float) -> str:
     """Bytes for people.
 
-    >>> size_name(1536)
+    >>> format_bytes(1536)
     '1.5 KB'
     """
     size, units = float(number_of_bytes), ["B", "KB", "MB", "GB", "TB"]
@@ -136,35 +136,37 @@ def size_name(number_of_bytes: float) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
-def aspect_name(ratio: float) -> str:
+def format_aspect(ratio: float) -> str:
     """Width / height for people.
 
-    >>> aspect_name(4 / 3), aspect_name(0.5)
+    >>> format_aspect(4 / 3), format_aspect(0.5)
     ('1.33 : 1', '1 : 2')
     """
     return f"{round(ratio, 2):g} : 1" if ratio >= 1 else f"1 : {round(1 / ratio, 2):g}"
 
 
-def histogram(name: str, spread: Spread, *, value_name: Name = plain, note: str = "") -> str:
+def histogram(name: str, distribution: Distribution, *, value_name: Name = plain, note: str = "") -> str:
     """A card with the bars of a spread, and its least, median and most below."""
-    if spread.least == spread.most:
-        return always(name, value_name(spread.least), note=note)
-    top, width = max(spread.counts), 100 / len(spread.counts)
-    bars = "".join(
-        f'<rect x="{place * width:.2f}" y="{_HEIGHT - height:.1f}" width="{width * 0.88:.2f}" height="{height:.1f}">'
-        f"<title>{escape(_bin_name(spread, place, value_name))}: {count:,}</title></rect>"
-        for place, count in enumerate(spread.counts)
+    if distribution.least == distribution.most:
+        return constant_card(name, value_name(distribution.least), note=note)
+    top, width = max(distribution.counts), 100 / len(distribution.counts)
+    bar_card = "".join(
+        f'<rect x="{position * width:.2f}" y="{_HEIGHT - height:.1f}" width="{width * 0.88:.2f}" height="{height:.1f}">'
+        f"<title>{escape(_bin_name(distribution, position, value_name))}: {count:,}</title></rect>"
+        for position, count in enumerate(distribution.counts)
         if (height := max(_HEIGHT * count / top, 1.5 if count else 0))
     )
-    least, median, most = (escape(value_name(value)) for value in (spread.least, spread.median, spread.most))
+    least, median, most = (
+        escape(value_name(value)) for value in (distribution.least, distribution.median, distribution.most)
+    )
     return (
         f'<figure class="card">{_caption(name, note)}<svg viewBox="0 0 100 {_HEIGHT}" preserveAspectRatio="none" '
-        f'role="img" aria-label="{escape(name)}">{bars}</svg>'
+        f'role="img" aria-label="{escape(name)}">{bar_card}</svg>'
         f'<div class="axis"><span>{least}</span><span>median {median}</span><span>{most}</span></div></figure>'
     )
 
 
-def bars(name: str, times: Mapping[str, int], *, of: int, note: str = "") -> str:
+def bar_card(name: str, times: Mapping[str, int], *, of: int, note: str = "") -> str:
     """A card with a line for each value: how many of `of` have it."""
     lines = "".join(
         f'<li style="--share:{100 * min(count / max(of, 1), 1):.1f}%"><i title="{escape(value)}">{escape(value)}</i>'
@@ -174,7 +176,7 @@ def bars(name: str, times: Mapping[str, int], *, of: int, note: str = "") -> str
     return f'<figure class="card">{_caption(name, note)}<ol class="bars">{lines}</ol></figure>'
 
 
-def always(name: str, value: str, *, note: str = "") -> str:
+def constant_card(name: str, value: str, *, note: str = "") -> str:
     """A card for what is the same everywhere."""
     return (
         f'<figure class="card">{_caption(name, note)}<div class="always"><b>{escape(value)}</b>'
@@ -193,8 +195,8 @@ def _caption(name: str, note: str) -> str:
     return f"<figcaption><strong>{escape(name)}</strong><span>{escape(note)}</span></figcaption>"
 
 
-def _bin_name(spread: Spread, place: int, value_name: Name) -> str:
-    first, last = spread.edges[place], spread.edges[place + 1] - (0 if spread.is_log else 1)
+def _bin_name(distribution: Distribution, position: int, value_name: Name) -> str:
+    first, last = distribution.edges[position], distribution.edges[position + 1] - (0 if distribution.is_log else 1)
     return value_name(first) if first == last else f"{value_name(first)} to {value_name(last)}"
 
 

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from vlm.data.curation.filter import Situation, Verdict, need_one_of
-from vlm.data.curation.sample_table import Facts, compute
+from vlm.data.curation.filter import FilterContext, FilterResult, require_one_of
+from vlm.data.curation.sample_table import SampleTable, compute
 from vlm.data.samples import UNNAMED
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 
 # scripts written without spaces: each character counts as a word
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -63,41 +63,45 @@ class LengthLimits:
     of: Literal["any", "all"] = "any"
 
     def __post_init__(self) -> None:
-        need_one_of(self, "min", "max")
+        require_one_of(self, "min", "max")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise UsageError(f"min = {self.min} is above max = {self.max}; no caption fits.")
 
 
-def by_words(situation: Situation, given: LengthLimits) -> Verdict:
+def filter_by_words(context: FilterContext, parameters: LengthLimits) -> FilterResult:
     """Keep samples with a caption of so many words; a character of a script without spaces counts as one."""
-    places, _, texts = situation.facts.captions(given.languages)
+    positions, _, texts = context.sample_table.captions(parameters.languages)
     counts = compute.count_substring_regex(texts, _WORD).to_numpy()
-    return _by_length(situation.facts, given, places, counts, "words")
+    return _filter_by_length(context.sample_table, parameters, positions, counts, "words")
 
 
-def by_characters(situation: Situation, given: LengthLimits) -> Verdict:
+def filter_by_characters(context: FilterContext, parameters: LengthLimits) -> FilterResult:
     """Keep samples with a caption of so many characters."""
-    places, _, texts = situation.facts.captions(given.languages)
-    return _by_length(situation.facts, given, places, compute.utf8_length(texts).to_numpy(), "characters")
+    positions, _, texts = context.sample_table.captions(parameters.languages)
+    return _filter_by_length(
+        context.sample_table, parameters, positions, compute.utf8_length(texts).to_numpy(), "characters"
+    )
 
 
-def _by_length(facts: Facts, given: LengthLimits, places: np.ndarray, counts: np.ndarray, unit: str) -> Verdict:
+def _filter_by_length(
+    sample_table: SampleTable, parameters: LengthLimits, positions: np.ndarray, counts: np.ndarray, unit: str
+) -> FilterResult:
     fits = np.ones(len(counts), dtype=bool)
-    if given.min is not None:
-        fits &= counts >= given.min
-    if given.max is not None:
-        fits &= counts <= given.max
-    weights = _any_or_all(places, fits, len(facts), given.of)
+    if parameters.min is not None:
+        fits &= counts >= parameters.min
+    if parameters.max is not None:
+        fits &= counts <= parameters.max
+    weights = _any_or_all(positions, fits, len(sample_table), parameters.of)
 
-    def why(place: int) -> str:
-        start, end = np.searchsorted(places, [place, place + 1])
+    def why(position: int) -> str:
+        start, end = np.searchsorted(positions, [position, position + 1])
         return f"{', '.join(map(str, counts[start:end])) or 'no'} {unit}"
 
-    return Verdict(weights=weights, why=why)
+    return FilterResult(weights=weights, why=why)
 
 
-def _any_or_all(places: np.ndarray, fits: np.ndarray, samples: int, of: str) -> np.ndarray:
-    fitting, all_of = np.bincount(places[fits], minlength=samples), np.bincount(places, minlength=samples)
+def _any_or_all(positions: np.ndarray, fits: np.ndarray, samples: int, of: str) -> np.ndarray:
+    fitting, all_of = np.bincount(positions[fits], minlength=samples), np.bincount(positions, minlength=samples)
     is_kept = (fitting > 0) if of == "any" else (fitting > 0) & (fitting == all_of)
     return is_kept.astype(np.float64)
 
@@ -117,25 +121,25 @@ class Languages:
             raise UsageError("any= names no language; give some, as any=en+de.")
 
 
-def by_language(situation: Situation, given: Languages) -> Verdict:
+def filter_by_language(context: FilterContext, parameters: Languages) -> FilterResult:
     """Keep samples with a caption in one of the languages, written in its script."""
-    places, languages, texts = situation.facts.captions((*given.any, UNNAMED))
-    named = compute.if_else(compute.equal(languages, UNNAMED), given.any[0], languages)
+    positions, languages, texts = context.sample_table.captions((*parameters.any, UNNAMED))
+    named = compute.if_else(compute.equal(languages, UNNAMED), parameters.any[0], languages)
     is_ascii = compute.string_is_ascii(texts).to_numpy()
     fits = np.zeros(len(texts), dtype=bool)
-    for language in given.any:
+    for language in parameters.any:
         rows = np.flatnonzero(compute.equal(named, language).to_numpy())
         scripts = SCRIPTS.get(language)
         for row in rows:
             is_plain = is_ascii[row] and scripts == _LATIN
-            fits[row] = not scripts or is_plain or script_share(texts[int(row)].as_py(), scripts) >= given.script
-    weights = _any_or_all(places, fits, len(situation.facts), "any")
+            fits[row] = not scripts or is_plain or script_share(texts[int(row)].as_py(), scripts) >= parameters.script
+    weights = _any_or_all(positions, fits, len(context.sample_table), "any")
 
-    def why(place: int) -> str:
-        start, end = np.searchsorted(places, [place, place + 1])
-        return f"{end - start} in {'+'.join(given.any)}, {int(fits[start:end].sum())} of them in its script"
+    def why(position: int) -> str:
+        start, end = np.searchsorted(positions, [position, position + 1])
+        return f"{end - start} in {'+'.join(parameters.any)}, {int(fits[start:end].sum())} of them in its script"
 
-    return Verdict(weights=weights, why=why)
+    return FilterResult(weights=weights, why=why)
 
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:
@@ -160,39 +164,39 @@ class CaptionLimit:
     max: Annotated[int, Field(ge=1)] = 10
 
 
-def by_repetition(situation: Situation, given: CaptionLimit) -> Verdict:
+def limit_repeated_captions(context: FilterContext, parameters: CaptionLimit) -> FilterResult:
     """Keep no caption more than `max` times: of its samples the first in an order drawn from the seed.
 
     Captions that differ only in case and spaces are the same. A sample of several captions goes as soon as one of
     them is used up.
     """
-    facts = situation.facts
-    places, _, texts = facts.captions()
-    is_left = situation.is_left[places]
-    places, texts = places[is_left], texts.filter(pa.array(is_left))
+    sample_table = context.sample_table
+    positions, _, texts = sample_table.captions()
+    is_remaining = context.is_remaining[positions]
+    positions, texts = positions[is_remaining], texts.filter(pa.array(is_remaining))
     words = compute.utf8_trim_whitespace(compute.replace_substring_regex(compute.utf8_lower(texts), r"\s+", " "))
     coded = words.combine_chunks().dictionary_encode()
     codes = (coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded).indices.to_numpy()
-    pairs = np.unique(np.stack([places, codes], axis=1), axis=0) if len(places) else np.zeros((0, 2), np.int64)
+    pairs = np.unique(np.stack([positions, codes], axis=1), axis=0) if len(positions) else np.zeros((0, 2), np.int64)
     counts = np.bincount(pairs[:, 1])
-    pairs = pairs[counts[pairs[:, 1]] > given.max]
+    pairs = pairs[counts[pairs[:, 1]] > parameters.max]
     starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
-    weights = np.ones(len(facts))
+    weights = np.ones(len(sample_table))
     used: Counter[int] = Counter()
-    for group in situation.rng.permutation(len(starts)):
+    for group in context.rng.permutation(len(starts)):
         end = starts[group + 1] if group + 1 < len(starts) else len(pairs)
         repeated = pairs[starts[group] : end, 1].tolist()
-        if all(used[code] < given.max for code in repeated):
+        if all(used[code] < parameters.max for code in repeated):
             used.update(repeated)
         else:
             weights[pairs[starts[group], 0]] = 0
-    worst = np.zeros(len(facts), dtype=np.int64)
+    worst = np.zeros(len(sample_table), dtype=np.int64)
     np.maximum.at(worst, pairs[:, 0], counts[pairs[:, 1]])
-    return Verdict(weights=weights, why=lambda place: f"caption of {max(worst[place], 1):,} samples")
+    return FilterResult(weights=weights, why=lambda position: f"caption of {max(worst[position], 1):,} samples")
 
 
 _PUNCTUATION = re.compile(r"([,.;:?!`])")
-_CAPTIONS_AT_ONCE = 1 << 16
+_CAPTIONS_PER_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +211,7 @@ class ConceptCap:
     languages: tuple[str, ...] = ()
 
 
-def by_concepts(situation: Situation, given: ConceptCap) -> Verdict:
+def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterResult:
     """Keep samples of frequent concepts less often (Xu et al. 2024, arXiv 2309.16671, algorithm 1).
 
     A concept matches a sample when it stands, between word borders, in one of its captions. With `count` samples
@@ -215,38 +219,38 @@ def by_concepts(situation: Situation, given: ConceptCap) -> Verdict:
     1 - Π (1 - p) over its concepts; one that matches nothing is dropped. As in the paper a frequent concept may end
     above the cap, kept by the rarer concepts beside it. Theirs counts pairs of picture and caption, this one samples.
     """
-    facts = situation.facts
-    names = read_concepts(given.concepts)
-    places, _, texts = facts.captions(given.languages)
-    is_left = situation.is_left[places]
-    samples, concepts = match(names, places[is_left], texts.filter(pa.array(is_left)))
+    sample_table = context.sample_table
+    names = read_concepts(parameters.concepts)
+    positions, _, texts = sample_table.captions(parameters.languages)
+    is_remaining = context.is_remaining[positions]
+    samples, concepts = match(names, positions[is_remaining], texts.filter(pa.array(is_remaining)))
     counts = np.bincount(concepts, minlength=len(names))
-    chances = np.minimum(1.0, given.cap / np.maximum(counts, 1))
-    weights = keep_probabilities(samples, chances[concepts], len(facts))
+    chances = np.minimum(1.0, parameters.cap / np.maximum(counts, 1))
+    weights = keep_probabilities(samples, chances[concepts], len(sample_table))
     kept = np.bincount(concepts, weights=weights[samples], minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     matched = int(np.count_nonzero(counts))
 
-    def why(place: int) -> str:
-        own = concepts[samples == place]
+    def why(position: int) -> str:
+        own = concepts[samples == position]
         if not len(own):
             return "matches no concept"
         rarest = own[np.argmin(counts[own])]
-        return f"{weights[place]:.2f} · {names[rarest]} ({counts[rarest]:,})"
+        return f"{weights[position]:.2f} · {names[rarest]} ({counts[rarest]:,})"
 
-    return Verdict(
+    return FilterResult(
         weights=weights,
         why=why,
         record={
-            "concepts": fingerprint_of(*names),
+            "concepts": compute_fingerprint(*names),
             "concepts_given": len(names),
             "concepts_matched": matched,
-            "concepts_above_cap": int((counts > given.cap).sum()),
+            "concepts_above_cap": int((counts > parameters.cap).sum()),
             "samples_matched": len(np.unique(samples)),
         },
         curve=[
-            {"concept": names[place], "matches": int(counts[place]), "expected": float(kept[place])}
-            for place in order[:matched].tolist()
+            {"concept": names[position], "matches": int(counts[position]), "expected": float(kept[position])}
+            for position in order[:matched].tolist()
         ],
     )
 
@@ -288,7 +292,7 @@ def spaced(text: str) -> str:
     return " ".join(_PUNCTUATION.sub(r" \1 ", text.lower()).split())
 
 
-def match(names: Sequence[str], places: np.ndarray, texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def match(names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Which concepts stand in the captions of which samples: parallel arrays of places and concepts, each pair once.
 
     names: as `spaced` gives them; places (int64, ascending): the sample of each text. One pass of Aho and
@@ -299,11 +303,11 @@ def match(names: Sequence[str], places: np.ndarray, texts: pa.ChunkedArray) -> t
     patterns = [name if UNSPACED_CHARACTERS.search(name) else f" {name} " for name in names]
     automaton = ahocorasick_rs.AhoCorasick(patterns)
     samples, concepts = array("q"), array("q")
-    for start in range(0, len(texts), _CAPTIONS_AT_ONCE):
-        block = texts.slice(start, _CAPTIONS_AT_ONCE).to_pylist()
-        for place, text in zip(places[start : start + _CAPTIONS_AT_ONCE].tolist(), block, strict=True):
+    for start in range(0, len(texts), _CAPTIONS_PER_BLOCK):
+        block = texts.slice(start, _CAPTIONS_PER_BLOCK).to_pylist()
+        for position, text in zip(positions[start : start + _CAPTIONS_PER_BLOCK].tolist(), block, strict=True):
             found = _found(automaton.find_matches_as_indexes(f" {spaced(text)} ", overlapping=True))
-            samples.extend([place] * len(found))
+            samples.extend([position] * len(found))
             concepts.extend(found)
     pairs = np.stack([np.array(samples, dtype=np.int64), np.array(concepts, dtype=np.int64)], axis=1)
     pairs = np.unique(pairs, axis=0)

@@ -6,16 +6,16 @@ from html import escape
 
 import numpy as np
 
-from vlm.console import counted
-from vlm.data.curation.pipeline import Curated, Step
-from vlm.data.curation.sample_table import Facts
-from vlm.data.decode import open_picture, to_rgb
+from vlm.console import pluralize
+from vlm.data.curation.pipeline import CurationResult, FilterStep
+from vlm.data.curation.sample_table import SampleTable
+from vlm.data.decode import open_image, to_rgb
 from vlm.data.tar import ShardReader
 from vlm.errors import BadSample
 from vlm.pages import STYLE, table
 
-_SHOWN_DROPPED = 18
-_SHOWN_KEPT = 9
+_MAX_DROPPED_SHOWN = 18
+_MAX_KEPT_SHOWN = 9
 _THUMBNAIL_PIXELS = 160
 _COUNTS = frozenset({"before", "kept", "dropped", "visits"})
 _OWN_STYLE = """
@@ -25,13 +25,13 @@ h2 code { font-size: .85em; }
 """
 
 
-def curation_page(curated: Curated, *, title: str) -> str:
+def render_curation_report(curated: CurationResult, *, title: str) -> str:
     """The page: the table of steps, and for each rule some of the samples it dropped and kept, with the reason."""
-    pictures = _Pictures(curated.facts)
-    sections = "".join(_step(step, number, pictures) for number, step in enumerate(curated.steps, start=1))
+    thumbnails = _Thumbnails(curated.sample_table)
+    sections = "".join(_step(step, number, thumbnails) for number, step in enumerate(curated.steps, start=1))
     kept = curated.selection
     lead = (
-        f"{kept.kept:,} of {counted(kept.samples, 'sample')} in {counted(len(kept.shards), 'shard')} are kept, "
+        f"{kept.kept:,} of {pluralize(kept.samples, 'sample')} in {pluralize(len(kept.shards), 'shard')} are kept, "
         f"seen {kept.visits:,} times in an epoch"
     )
     return (
@@ -43,81 +43,84 @@ def curation_page(curated: Curated, *, title: str) -> str:
     )
 
 
-def step_rows(curated: Curated) -> tuple[list[str], list[list[str | int]]]:
+def step_rows(curated: CurationResult) -> tuple[list[str], list[list[str | int]]]:
     """The table of steps: names of the columns, and a row a step, what cannot be used first."""
     columns = ["step", "before", "kept", "dropped", "visits"]
     bad = sum(curated.corrupt.values())
-    samples = len(curated.facts)
+    samples = len(curated.sample_table)
     what = ", ".join(f"{count:,} {reason}" for reason, count in curated.corrupt.items())
     rows: list[list[str | int]] = [[f"scan: {what or 'all usable'}", samples, samples - bad, bad, samples - bad]]
     for step in curated.steps:
-        missing = step.verdict.without_value
-        shown = f"{step.asked.shown()} ({missing:,} without value)" if missing else step.asked.shown()
+        missing = step.result.without_value
+        shown = f"{step.configured.shown()} ({missing:,} without value)" if missing else step.configured.shown()
         rows.append([shown, step.before, step.kept, step.dropped, step.visits])
     return columns, rows
 
 
-def _steps(curated: Curated) -> str:
+def _steps(curated: CurationResult) -> str:
     columns, rows = step_rows(curated)
     return table(columns, rows, numbers=_COUNTS)
 
 
-def _step(step: Step, number: int, pictures: "_Pictures") -> str:
+def _step(step: FilterStep, number: int, thumbnails: "_Thumbnails") -> str:
     is_kept = step.times > 0
-    dropped = _spread_evenly(np.flatnonzero(step.is_left_before & ~is_kept), _SHOWN_DROPPED)
-    kept = _spread_evenly(np.flatnonzero(is_kept), _SHOWN_KEPT)
-    parts = [f"<h2>{number}. <code>{escape(step.asked.shown())}</code></h2><p>{escape(step.asked.rule.help)}</p>"]
+    dropped = _evenly_spaced(np.flatnonzero(step.was_remaining & ~is_kept), _MAX_DROPPED_SHOWN)
+    kept = _evenly_spaced(np.flatnonzero(is_kept), _MAX_KEPT_SHOWN)
+    parts = [
+        f"<h2>{number}. <code>{escape(step.configured.shown())}</code></h2>"
+        f"<p>{escape(step.configured.sample_filter.help)}</p>"
+    ]
     if not step.dropped and step.visits == step.kept == step.before:
         return f"{parts[0]}<p>Nothing was dropped.</p>"
-    for name, places, count in (("Dropped", dropped, step.dropped), ("Kept", kept, step.kept)):
-        if len(places):
-            figures = "".join(_figure(step, int(place), pictures) for place in places)
-            parts.append(f'<h3>{name}: {len(places)} of {count:,}</h3><div class="pictures">{figures}</div>')
+    for name, positions, count in (("Dropped", dropped, step.dropped), ("Kept", kept, step.kept)):
+        if len(positions):
+            figures = "".join(_figure(step, int(position), thumbnails) for position in positions)
+            parts.append(f'<h3>{name}: {len(positions)} of {count:,}</h3><div class="pictures">{figures}</div>')
     return "".join(parts)
 
 
-def _figure(step: Step, place: int, pictures: "_Pictures") -> str:
-    times = int(step.times[place])
-    shown = [place]
-    twins = step.verdict.twins
-    if twins is not None and twins[place] >= 0:
-        shown.append(int(twins[place]))
-    images = "".join(pictures.image(each) for each in shown)
-    key = escape(pictures.facts.key(place))
+def _figure(step: FilterStep, position: int, thumbnails: "_Thumbnails") -> str:
+    times = int(step.times[position])
+    shown = [position]
+    duplicates_of = step.result.duplicates_of
+    if duplicates_of is not None and duplicates_of[position] >= 0:
+        shown.append(int(duplicates_of[position]))
+    images = "".join(thumbnails.image(each) for each in shown)
+    key = escape(thumbnails.sample_table.key(position))
     beside = " · beside it the one that stays" if len(shown) > 1 else ""
     often = f" · {times} times" if times > 1 else ""
     return (
         f'<figure class="card{"" if times else " dropped"}"><div class="{"pair" if len(shown) > 1 else "one"}" '
-        f'style="padding:0">{images}</div><div><p>{escape(step.verdict.why(place))}{often}</p>'
-        f"{pictures.caption(place)}<small>{key}{beside}</small></div></figure>"
+        f'style="padding:0">{images}</div><div><p>{escape(step.result.why(position))}{often}</p>'
+        f"{thumbnails.caption(position)}<small>{key}{beside}</small></div></figure>"
     )
 
 
-def _spread_evenly(places: np.ndarray, wanted: int) -> np.ndarray:
-    wanted = min(wanted, len(places))
-    return places[(np.arange(wanted, dtype=np.int64) * len(places)) // max(wanted, 1)]
+def _evenly_spaced(positions: np.ndarray, wanted: int) -> np.ndarray:
+    wanted = min(wanted, len(positions))
+    return positions[(np.arange(wanted, dtype=np.int64) * len(positions)) // max(wanted, 1)]
 
 
-class _Pictures:
+class _Thumbnails:
     """Small pictures of samples, read when they are shown."""
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, sample_table: SampleTable) -> None:
+        self.sample_table = sample_table
 
-    def caption(self, place: int) -> str:
+    def caption(self, position: int) -> str:
         """The first caption, where captions were looked at."""
-        if "captions" not in self.facts.table.column_names:
+        if "captions" not in self.sample_table.table.column_names:
             return ""
-        captions = self.facts.table.column("captions")[place].as_py()
+        captions = self.sample_table.table.column("captions")[position].as_py()
         return f"<p><em>{escape(captions[0]['text'])}</em></p>" if captions else "<p>no caption</p>"
 
-    def image(self, place: int) -> str:
+    def image(self, position: int) -> str:
         """An `img` element, or the reason why there is none."""
-        address, number = self.facts.where(place)
-        reader = ShardReader(address)
+        url, number = self.sample_table.where(position)
+        reader = ShardReader(url)
         try:
-            picture = open_picture(reader.read(number).image)
-            rgb = to_rgb(picture, resolution=min(1.0, _THUMBNAIL_PIXELS / max(picture.size)))
+            pil_image = open_image(reader.read(number).image)
+            rgb = to_rgb(pil_image, resolution=min(1.0, _THUMBNAIL_PIXELS / max(pil_image.size)))
         except BadSample as error:
             return f"<p>{escape(str(error))}</p>"
         finally:
@@ -126,5 +129,5 @@ class _Pictures:
         file = io.BytesIO()
         rgb.save(file, format="JPEG", quality=80)
         data = base64.b64encode(file.getvalue()).decode()
-        key = escape(self.facts.key(place), quote=True)
+        key = escape(self.sample_table.key(position), quote=True)
         return f'<img src="data:image/jpeg;base64,{data}" alt="{key}" loading="lazy">'

@@ -11,39 +11,39 @@ from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 
-from vlm.config import choose, from_values
-from vlm.data.curation.sample_table import Facts, Need
-from vlm.data.curation.score_columns import Columns
+from vlm.config import from_values, lookup
+from vlm.data.curation.sample_table import RequiredColumn, SampleTable
+from vlm.data.curation.score_columns import ScoreColumns
 from vlm.errors import UsageError
 
 _PARAMETER = re.compile(r",(?=[a-z_]+=)")
 
-Scan = Callable[[Sequence[str], frozenset[Need]], Facts]
+Scan = Callable[[Sequence[str], frozenset[RequiredColumn]], SampleTable]
 """Looks at further shards, those of an evaluation set."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Situation:
+class FilterContext:
     """What a rule decides on.
 
     facts: of all N samples; is_left (bool [N]): those the earlier rules left and nothing is wrong with. Only of these
     it decides: what it says of others does not count, and they are to be no example for it either.
     """
 
-    facts: Facts
-    is_left: np.ndarray
-    columns: Columns
+    sample_table: SampleTable
+    is_remaining: np.ndarray
+    columns: ScoreColumns
     rng: np.random.Generator
     scan: Scan
 
     @property
     def left(self) -> np.ndarray:
         """int64: places of the samples left."""
-        return np.flatnonzero(self.is_left)
+        return np.flatnonzero(self.is_remaining)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class FilterResult:
     """What a rule decided.
 
     weights (float64 [N]): expected times; 0 drops, 1 keeps, 0.25 keeps with that probability, 2 repeats.
@@ -55,14 +55,14 @@ class Verdict:
 
     weights: np.ndarray
     why: Callable[[int], str]
-    twins: np.ndarray | None = None
+    duplicates_of: np.ndarray | None = None
     without_value: int = 0
     record: Mapping[str, Any] = field(default_factory=dict)
     curve: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Filter:
     """A rule: its line of help, the dataclass of its parameters, what it needs to know, and the function itself.
 
     signal: the stored column without which it cannot decide.
@@ -70,18 +70,18 @@ class Rule:
 
     help: str
     parameters: type[Any]
-    weigh: Callable[[Situation, Any], Verdict]
-    needs: frozenset[Need] = frozenset()
-    signal: str = ""
+    apply: Callable[[FilterContext, Any], FilterResult]
+    required_columns: frozenset[RequiredColumn] = frozenset()
+    score: str = ""
 
     def usage(self, name: str) -> str:
         """How it is written.
 
-        >>> Rule(help="", parameters=NoParameters, weigh=print).usage("usable")
+        >>> Filter(help="", parameters=NoParameters, apply=print).usage("usable")
         'usable'
         """
-        given = ",".join(f"{each.name.replace('_', '-')}=…" for each in dataclasses.fields(self.parameters))
-        return f"{name}:{given}" if given else name
+        parameters = ",".join(f"{each.name.replace('_', '-')}=…" for each in dataclasses.fields(self.parameters))
+        return f"{name}:{parameters}" if parameters else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,11 @@ class NoParameters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedRule:
+class ConfiguredFilter:
     """A rule with the parameters a person gave."""
 
     name: str
-    rule: Rule
+    sample_filter: Filter
     parameters: Any
 
     def described(self) -> dict[str, Any]:
@@ -104,47 +104,47 @@ class AskedRule:
 
     def shown(self) -> str:
         """As a person would write it, defaults included."""
-        given = [
+        parameters = [
             f"{name.replace('_', '-')}={_written(value)}"
             for name, value in asdict(self.parameters).items()
             if value not in (None, ())
         ]
-        return f"{self.name}:{','.join(given)}" if given else self.name
+        return f"{self.name}:{','.join(parameters)}" if parameters else self.name
 
 
-def parse_rule(text: str, rules: Mapping[str, Rule]) -> AskedRule:
+def parse_filter(text: str, filters: Mapping[str, Filter]) -> ConfiguredFilter:
     """A rule from `name:parameter=value,parameter=value`; several values of one parameter are joined by `+`.
 
     Raises:
         UsageError: there is no such rule or parameter (the nearest is named), or a value does not fit.
     """
     name, _, rest = text.partition(":")
-    rule = choose(dict(rules), name.strip(), "rule")
+    sample_filter = lookup(dict(filters), name.strip(), "rule")
     values: dict[str, Any] = {}
-    hints = get_type_hints(rule.parameters)
+    hints = get_type_hints(sample_filter.parameters)
     for part in _PARAMETER.split(rest) if rest.strip() else []:
         parameter, equals, value = part.partition("=")
         parameter = parameter.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--rule {text!r}: {part!r} lacks a value; it is written {rule.usage(name)}")
+            raise UsageError(f"--rule {text!r}: {part!r} lacks a value; it is written {sample_filter.usage(name)}")
         if parameter in values:
             raise UsageError(f"--rule {text!r} gives {parameter}= twice; give it once.")
         is_list = get_origin(hints.get(parameter)) is tuple
         values[parameter] = [each for each in value.split("+") if each] if is_list else value.strip()
     try:
-        parameters = from_values(rule.parameters, values, where=f"--rule {text!r}")
+        parameters = from_values(sample_filter.parameters, values, where=f"--rule {text!r}")
     except UsageError as error:
-        raise UsageError(f"{error} It is written {rule.usage(name)}: {rule.help}.") from error
-    return AskedRule(name=name.strip(), rule=rule, parameters=parameters)
+        raise UsageError(f"{error} It is written {sample_filter.usage(name)}: {sample_filter.help}.") from error
+    return ConfiguredFilter(name=name.strip(), sample_filter=sample_filter, parameters=parameters)
 
 
-def need_one_of(given: Any, *names: str) -> None:
+def require_one_of(parameters: Any, *names: str) -> None:
     """Refuse parameters of which none of `names` was given.
 
     Raises:
         UsageError: none was.
     """
-    if all(getattr(given, name) in (None, ()) for name in names):
+    if all(getattr(parameters, name) in (None, ()) for name in names):
         raise UsageError(f"Nothing to decide by; give {' or '.join(f'{name}=…' for name in names)}.")
 
 
@@ -160,43 +160,47 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
-def join_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], number: int) -> np.ndarray:
+def connected_components(pairs: Iterable[tuple[np.ndarray, np.ndarray]], number: int) -> np.ndarray:
     """int64 [number]: the least member of the group each belongs to, when these pairs belong together."""
     parents: dict[int, int] = {}
 
-    def root(place: int) -> int:
-        while (parent := parents.setdefault(place, place)) != place:
-            parents[place] = parents[parent]
-            place = parents[place]
-        return place
+    def root(position: int) -> int:
+        while (parent := parents.setdefault(position, position)) != position:
+            parents[position] = parents[parent]
+            position = parents[position]
+        return position
 
     for some, others in pairs:
         for one, other in zip(some.tolist(), others.tolist(), strict=True):
             first, second = sorted((root(one), root(other)))
             parents[second] = first
     groups = np.arange(number, dtype=np.int64)
-    for place in parents:
-        groups[place] = root(place)
+    for position in parents:
+        groups[position] = root(position)
     return groups
 
 
-def keep_one_each(situation: Situation, places: np.ndarray, groups: np.ndarray, why: Callable[[str], str]) -> Verdict:
+def keep_one_per_group(
+    context: FilterContext, positions: np.ndarray, groups: np.ndarray, why: Callable[[str], str]
+) -> FilterResult:
     """Of each group keep the largest picture, of equally large ones the first.
 
     places: the samples that are grouped; groups (int64, parallel): their groups.
     why: says of a dropped sample what it repeats, given the key of that.
     """
-    facts = situation.facts
-    order = np.lexsort((places, -facts.areas[places], groups))
+    sample_table = context.sample_table
+    order = np.lexsort((positions, -sample_table.areas[positions], groups))
     is_first = np.diff(groups[order], prepend=-1) != 0
-    kept = places[order][np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
-    twins = np.full(len(facts), -1, dtype=np.int64)
-    twins[places[order][~is_first]] = kept[~is_first]
-    weights = (twins < 0).astype(np.float64)
+    kept = positions[order][np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
+    duplicates_of = np.full(len(sample_table), -1, dtype=np.int64)
+    duplicates_of[positions[order][~is_first]] = kept[~is_first]
+    weights = (duplicates_of < 0).astype(np.float64)
     sizes = np.bincount(np.unique(groups, return_inverse=True)[1]) if len(groups) else np.zeros(0, np.int64)
-    return Verdict(
+    return FilterResult(
         weights=weights,
-        why=lambda place: why(facts.key(int(twins[place]))) if twins[place] >= 0 else "kept",
-        twins=twins,
+        why=lambda position: (
+            why(sample_table.key(int(duplicates_of[position]))) if duplicates_of[position] >= 0 else "kept"
+        ),
+        duplicates_of=duplicates_of,
         record={"groups": int((sizes > 1).sum()), "largest_group": int(sizes.max(initial=0))},
     )

@@ -10,128 +10,154 @@ from typing import Any
 import numpy as np
 
 from vlm.data.curation import caption_filters, image_filters
-from vlm.data.curation.filter import AskedRule, NoParameters, Rule, Situation, Verdict
-from vlm.data.curation.sample_table import Facts, Need, scan
-from vlm.data.curation.score_columns import SIGNALS, Columns
-from vlm.data.selection import MAX_TIMES, SelectedShard, Selection, round_times
+from vlm.data.curation.filter import ConfiguredFilter, Filter, FilterContext, FilterResult, NoParameters
+from vlm.data.curation.sample_table import RequiredColumn, SampleTable, scan
+from vlm.data.curation.score_columns import SCORES, ScoreColumns
+from vlm.data.selection import MAX_TIMES, SelectedShard, Selection, stochastic_round
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 
-_SIZE = frozenset({Need.SIZE})
-_CAPTIONS = frozenset({Need.CAPTIONS})
-_FILE = frozenset({Need.SIZE, Need.DIGEST})
-_LOOK = frozenset({Need.SIZE, Need.LOOK})
-_BOTH = frozenset({Need.DIGEST, Need.LOOK})
-_NONE: frozenset[Need] = frozenset()
-
-
-def _rule(line: str, parameters: type, weigh: Callable[..., Verdict], needs: frozenset[Need], signal: str = "") -> Rule:
-    return Rule(help=line, parameters=parameters, weigh=weigh, needs=needs, signal=signal)
+_SIZE = frozenset({RequiredColumn.SIZE})
+_CAPTIONS = frozenset({RequiredColumn.CAPTIONS})
+_FILE = frozenset({RequiredColumn.SIZE, RequiredColumn.DIGEST})
+_SIGNATURE = frozenset({RequiredColumn.SIZE, RequiredColumn.SIGNATURE})
+_BOTH = frozenset({RequiredColumn.DIGEST, RequiredColumn.SIGNATURE})
+_NONE: frozenset[RequiredColumn] = frozenset()
 
 
-RULES: dict[str, Rule] = {
-    "usable": _rule("drop what cannot be decoded", NoParameters, image_filters.by_decoding, frozenset({Need.DECODED})),
-    "size": _rule(
+def _filter(
+    line: str,
+    parameters: type,
+    apply: Callable[..., FilterResult],
+    required_columns: frozenset[RequiredColumn],
+    score: str = "",
+) -> Filter:
+    return Filter(help=line, parameters=parameters, apply=apply, required_columns=required_columns, score=score)
+
+
+FILTERS: dict[str, Filter] = {
+    "usable": _filter(
+        "drop what cannot be decoded",
+        NoParameters,
+        image_filters.filter_by_decoding,
+        frozenset({RequiredColumn.DECODED}),
+    ),
+    "size": _filter(
         "shorter side at least min, longer at most max, in pixels",
         image_filters.SizeLimits,
-        image_filters.by_size,
+        image_filters.filter_by_size,
         _SIZE,
     ),
-    "aspect": _rule(
-        "longer side at most max times the shorter", image_filters.AspectLimit, image_filters.by_aspect, _SIZE
+    "aspect": _filter(
+        "longer side at most max times the shorter", image_filters.AspectLimit, image_filters.filter_by_aspect, _SIZE
     ),
-    "words": _rule(
+    "words": _filter(
         "a caption of min to max words, a character counting as one in Chinese, Japanese, Thai",
         caption_filters.LengthLimits,
-        caption_filters.by_words,
+        caption_filters.filter_by_words,
         _CAPTIONS,
     ),
-    "characters": _rule(
-        "a caption of min to max characters", caption_filters.LengthLimits, caption_filters.by_characters, _CAPTIONS
+    "characters": _filter(
+        "a caption of min to max characters",
+        caption_filters.LengthLimits,
+        caption_filters.filter_by_characters,
+        _CAPTIONS,
     ),
-    "language": _rule(
+    "language": _filter(
         "a caption in any of the languages, with a share of at least script of its letters in their script",
         caption_filters.Languages,
-        caption_filters.by_language,
+        caption_filters.filter_by_language,
         _CAPTIONS,
     ),
-    "repeated-caption": _rule(
-        "no caption on more than max samples", caption_filters.CaptionLimit, caption_filters.by_repetition, _CAPTIONS
+    "repeated-caption": _filter(
+        "no caption on more than max samples",
+        caption_filters.CaptionLimit,
+        caption_filters.limit_repeated_captions,
+        _CAPTIONS,
     ),
-    "exact-duplicates": _rule("one of the samples with equal files", NoParameters, image_filters.by_bytes, _FILE),
-    "near-duplicates": _rule(
+    "exact-duplicates": _filter(
+        "one of the samples with equal files", NoParameters, image_filters.drop_exact_duplicates, _FILE
+    ),
+    "near-duplicates": _filter(
         "one of the pictures that differ by encoding, size, a little brightness or a hair at the edges",
-        image_filters.Nearness,
-        image_filters.by_look,
-        _LOOK,
+        image_filters.HashDistance,
+        image_filters.drop_near_duplicates,
+        _SIGNATURE,
     ),
-    "embedding-duplicates": _rule(
+    "embedding-duplicates": _filter(
         "one of the samples with nearly equal embeddings",
         NoParameters,
-        image_filters.by_embedding,
+        image_filters.drop_embedding_duplicates,
         _SIZE,
         "duplicates",
     ),
-    "decontaminate": _rule(
-        "nothing that the evaluation shards also hold", image_filters.Evaluation, image_filters.by_evaluation, _BOTH
+    "decontaminate": _filter(
+        "nothing that the evaluation shards also hold",
+        image_filters.Decontamination,
+        image_filters.decontaminate,
+        _BOTH,
     ),
-    "similarity": _rule(
+    "similarity": _filter(
         "picture and caption alike: min cosine, or the top share",
-        image_filters.AtLeast,
-        image_filters.by_similarity,
+        image_filters.MinimumScore,
+        image_filters.filter_by_similarity,
         _NONE,
         "similarity",
     ),
-    "near": _rule(
-        "near to a target set: min, or the top share", image_filters.AtLeast, image_filters.by_target, _NONE, "near"
+    "near": _filter(
+        "near to a target set: min, or the top share",
+        image_filters.MinimumScore,
+        image_filters.filter_by_target,
+        _NONE,
+        "near",
     ),
-    "typical": _rule(
+    "typical": _filter(
         "the k, or the share, most typical",
-        image_filters.HowMany,
-        image_filters.by_typicality,
+        image_filters.KeepCount,
+        image_filters.keep_typical,
         _NONE,
         "centre-distance",
     ),
-    "atypical": _rule(
+    "atypical": _filter(
         "the k, or the share, least typical",
-        image_filters.HowMany,
-        image_filters.by_atypicality,
+        image_filters.KeepCount,
+        image_filters.keep_atypical,
         _NONE,
         "centre-distance",
     ),
-    "cluster-balance": _rule(
-        "at most cap expected of a cluster", image_filters.ClusterCap, image_filters.by_cluster, _NONE, "cluster"
+    "cluster-balance": _filter(
+        "at most cap expected of a cluster", image_filters.ClusterCap, image_filters.balance_clusters, _NONE, "cluster"
     ),
-    "balance": _rule(
+    "balance": _filter(
         "frequent concepts less often, after MetaCLIP",
         caption_filters.ConceptCap,
-        caption_filters.by_concepts,
+        caption_filters.balance_concepts,
         _CAPTIONS,
     ),
-    "sample": _rule("a share, drawn", image_filters.Share, image_filters.by_chance, _NONE),
-    "weight": _rule("everything so many times", image_filters.Times, image_filters.by_weight, _NONE),
+    "sample": _filter("a share, drawn", image_filters.KeepShare, image_filters.keep_random_share, _NONE),
+    "weight": _filter("everything so many times", image_filters.Repeats, image_filters.apply_weight, _NONE),
 }
 """Each rule by its name, as `--rule NAME:PARAMETER=VALUE` calls it."""
 
 
-def listed_rules() -> str:
+def list_filters() -> str:
     """Every rule with its parameters, a line each."""
-    return "\n".join(f"  {rule.usage(name)} – {rule.help}" for name, rule in RULES.items())
+    return "\n".join(f"  {sample_filter.usage(name)} – {sample_filter.help}" for name, sample_filter in FILTERS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class FilterStep:
     """One rule as it went.
 
     before, kept: distinct samples; visits: of an epoch; is_left_before (bool [N]), times (uint16 [N]): of each sample.
     """
 
-    asked: AskedRule
-    verdict: Verdict
+    configured: ConfiguredFilter
+    result: FilterResult
     before: int
     kept: int
     visits: int
-    is_left_before: np.ndarray
+    was_remaining: np.ndarray
     times: np.ndarray
 
     @property
@@ -142,30 +168,30 @@ class Step:
     def described(self) -> dict[str, Any]:
         """For the lineage, as plain JSON."""
         counts = {"before": self.before, "kept": self.kept, "visits": self.visits}
-        if self.asked.rule.signal:
-            counts["without_value"] = self.verdict.without_value
-        return {"step": "rule", **self.asked.described(), **counts, **self.verdict.record}
+        if self.configured.sample_filter.score:
+            counts["without_value"] = self.result.without_value
+        return {"step": "rule", **self.configured.described(), **counts, **self.result.record}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curated:
+class CurationResult:
     """A selection with how it came about. corrupt: samples that cannot be used, by reason."""
 
     selection: Selection
-    steps: tuple[Step, ...]
-    facts: Facts
+    steps: tuple[FilterStep, ...]
+    sample_table: SampleTable
     corrupt: dict[str, int]
 
 
 def curate(
     shards: Sequence[str],
-    rules: Sequence[AskedRule],
+    filters: Sequence[ConfiguredFilter],
     *,
-    columns: Columns | None = None,
+    columns: ScoreColumns | None = None,
     seed: int = 0,
     workers: int = 1,
     allow_damage: bool = False,
-) -> Curated:
+) -> CurationResult:
     """Apply the rules in their order, each on what the earlier ones left; the times a sample gets multiply.
 
     A sample found unusable, as far as the rules made the scan look, is left out before the first rule. A fractional
@@ -174,59 +200,70 @@ def curate(
     Raises:
         UsageError: a rule asks for a stored column that is not given.
     """
-    given = columns or Columns()
-    for asked in rules:
-        _refuse_missing(asked, given)
+    score_columns = columns or ScoreColumns()
+    for configured in filters:
+        _check_scores_exist(configured, score_columns)
 
-    def look(addresses: Sequence[str], needs: frozenset[Need]) -> Facts:
-        return scan(addresses, needs, workers=workers, allow_damage=allow_damage)
+    def scan_shards(urls: Sequence[str], required_columns: frozenset[RequiredColumn]) -> SampleTable:
+        return scan(urls, required_columns, workers=workers, allow_damage=allow_damage)
 
-    facts = look(shards, frozenset().union(*(asked.rule.needs for asked in rules)))
-    times = facts.is_usable.astype(np.uint16)
-    steps: list[Step] = []
-    for number, asked in enumerate(rules):
-        rng = np.random.default_rng(int(fingerprint_of(f"{seed}/{number}/{asked.name}"), 16))
-        is_left = times > 0
-        situation = Situation(facts=facts, is_left=is_left, columns=given, rng=rng, scan=look)
-        verdict = asked.rule.weigh(situation, asked.parameters)
-        drawn = round_times(verdict.weights, rng)
+    sample_table = scan_shards(
+        shards, frozenset().union(*(configured.sample_filter.required_columns for configured in filters))
+    )
+    times = sample_table.is_usable.astype(np.uint16)
+    steps: list[FilterStep] = []
+    for number, configured in enumerate(filters):
+        rng = np.random.default_rng(int(compute_fingerprint(f"{seed}/{number}/{configured.name}"), 16))
+        is_remaining = times > 0
+        context = FilterContext(
+            sample_table=sample_table, is_remaining=is_remaining, columns=score_columns, rng=rng, scan=scan_shards
+        )
+        result = configured.sample_filter.apply(context, configured.parameters)
+        drawn = stochastic_round(result.weights, rng)
         times = np.minimum(times.astype(np.int64) * drawn, MAX_TIMES).astype(np.uint16)
-        steps.append(_step(asked, verdict, is_left, times))
-    corrupt = _corrupt(facts)
-    begin = {"step": "curate", "seed": seed, "samples": len(facts), "corrupt": corrupt}
+        steps.append(_step(configured, result, is_remaining, times))
+    corrupt = _corrupt(sample_table)
+    begin = {"step": "curate", "seed": seed, "samples": len(sample_table), "corrupt": corrupt}
     lineage = (begin, *(step.described() for step in steps))
-    return Curated(selection=_selection(facts, times, lineage), steps=tuple(steps), facts=facts, corrupt=corrupt)
+    return CurationResult(
+        selection=_selection(sample_table, times, lineage),
+        steps=tuple(steps),
+        sample_table=sample_table,
+        corrupt=corrupt,
+    )
 
 
-def _step(asked: AskedRule, verdict: Verdict, is_left: np.ndarray, times: np.ndarray) -> Step:
-    return Step(
-        asked=asked,
-        verdict=verdict,
-        before=int(is_left.sum()),
+def _step(
+    configured: ConfiguredFilter, result: FilterResult, is_remaining: np.ndarray, times: np.ndarray
+) -> FilterStep:
+    return FilterStep(
+        configured=configured,
+        result=result,
+        before=int(is_remaining.sum()),
         kept=int(np.count_nonzero(times)),
         visits=int(times.sum(dtype=np.int64)),
-        is_left_before=is_left,
+        was_remaining=is_remaining,
         times=times,
     )
 
 
-def _refuse_missing(asked: AskedRule, columns: Columns) -> None:
-    signal = asked.rule.signal
-    if signal and signal not in columns:
+def _check_scores_exist(configured: ConfiguredFilter, columns: ScoreColumns) -> None:
+    score = configured.sample_filter.score
+    if score and score not in columns:
         raise UsageError(
-            f"--rule {asked.name} reads the stored column {signal!r} ({SIGNALS[signal][1]}), which no --columns FILE "
+            f"--rule {configured.name} reads the stored column {score!r} ({SCORES[score][1]}), which no --columns FILE "
             "holds; make it by vlm signals EMBEDDINGS …"
         )
 
 
-def _corrupt(facts: Facts) -> dict[str, int]:
-    counted = facts.table.column("reason").value_counts().to_pylist()
-    return {each["values"]: each["counts"] for each in counted if each["values"]}
+def _corrupt(sample_table: SampleTable) -> dict[str, int]:
+    pluralize = sample_table.table.column("reason").value_counts().to_pylist()
+    return {each["values"]: each["counts"] for each in pluralize if each["values"]}
 
 
-def _selection(facts: Facts, times: np.ndarray, lineage: tuple[dict[str, Any], ...]) -> Selection:
+def _selection(sample_table: SampleTable, times: np.ndarray, lineage: tuple[dict[str, Any], ...]) -> Selection:
     shards = tuple(
-        SelectedShard(name=shard.address.rpartition("/")[2], fingerprint=shard.fingerprint, samples=shard.samples)
-        for shard in facts.shards
+        SelectedShard(name=shard.url.rpartition("/")[2], fingerprint=shard.fingerprint, samples=shard.samples)
+        for shard in sample_table.shards
     )
-    return Selection(shards=shards, times=tuple(np.split(times, facts.starts[1:-1])), lineage=lineage)
+    return Selection(shards=shards, times=tuple(np.split(times, sample_table.starts[1:-1])), lineage=lineage)

@@ -24,13 +24,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm.config import nearest
-from vlm.data.curation.sample_table import Facts, compute
+from vlm.config import suggest
+from vlm.data.curation.sample_table import SampleTable, compute
 from vlm.errors import UsageError, VlmError
-from vlm.files import replacing
+from vlm.files import atomic_write
 
 FORMAT = "1"
-SIGNALS: dict[str, tuple[pa.DataType, str]] = {
+SCORES: dict[str, tuple[pa.DataType, str]] = {
     "similarity": (pa.float32(), "cosine of picture and caption, the highest of a sample's captions"),
     "duplicates": (pa.int64(), "group of samples with nearly the same embedding, below 0 for a sample alone"),
     "cluster": (pa.int64(), "cluster the sample is in"),
@@ -42,7 +42,7 @@ SIGNALS: dict[str, tuple[pa.DataType, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleValues:
+class ScoreRows:
     """The rows of one signal: parallel shard (fingerprint), number, key, value."""
 
     shards: Sequence[str]
@@ -51,19 +51,19 @@ class SampleValues:
     values: Sequence[float] | np.ndarray
 
 
-def write_column(
-    path: Path, signal: str, rows: SampleValues, *, model: str = "", details: Mapping[str, Any] | None = None
+def write_score_column(
+    path: Path, score: str, rows: ScoreRows, *, model: str = "", details: Mapping[str, Any] | None = None
 ) -> None:
     """Write one signal of some samples, atomically.
 
     Raises:
         UsageError: there is no such signal.
     """
-    kind = _kind_of(signal)
+    kind = _kind_of(score)
     fields = {"shard": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64(), "key": pa.string(), "value": kind}
     described = {
         "vlm-column": FORMAT,
-        "signal": signal,
+        "signal": score,
         "model": model,
         "details": json.dumps(dict(details or {}), ensure_ascii=False, sort_keys=True),
     }
@@ -73,12 +73,12 @@ def write_column(
         pa.array(rows.keys, pa.string()),
         pa.array(np.asarray(rows.values), kind),
     ]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata=described)), file)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Values:
+class ScoreValues:
     """A signal laid along the samples of some facts: values [N], and whether each has one (bool [N])."""
 
     values: np.ndarray
@@ -87,7 +87,7 @@ class Values:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Columns:
+class ScoreColumns:
     """The stored columns of some files, or of the folders that hold them.
 
     Raises:
@@ -100,28 +100,28 @@ class Columns:
             for file in _column_files(path):
                 self._files.setdefault(_described(file)["signal"], []).append(file)
 
-    def __contains__(self, signal: str) -> bool:
-        return signal in self._files
+    def __contains__(self, score: str) -> bool:
+        return score in self._files
 
-    def values_of(self, signal: str, facts: Facts) -> Values:
+    def aligned_values(self, score: str, sample_table: SampleTable) -> ScoreValues:
         """A signal along the samples of `facts`.
 
         Raises:
             UsageError: no file holds it; the command that makes it is named.
             VlmError: its files are of several models, speak twice of a sample, or of other samples than there are.
         """
-        _kind_of(signal)
-        if signal not in self:
+        _kind_of(score)
+        if score not in self:
             raise UsageError(
-                f"There is no {signal!r} ({SIGNALS[signal][1]}) among the columns given ({_listed(self._files)}): "
+                f"There is no {score!r} ({SCORES[score][1]}) among the columns given ({_listed(self._files)}): "
                 f"make it by vlm signals EMBEDDINGS and give it by --columns FILE."
             )
-        files = self._files[signal]
+        files = self._files[score]
         described = [_described(file) for file in files]
         for file, other in zip(files, described, strict=True):
             if other != described[0]:
                 raise VlmError(
-                    f"{files[0]} and {file} hold {signal!r} of different models or details; give those of one."
+                    f"{files[0]} and {file} hold {score!r} of different models or details; give those of one."
                 )
         table = pa.concat_tables(
             [
@@ -129,8 +129,8 @@ class Columns:
                 for file in files
             ]
         )
-        values, has_value = _laid_along(table, facts, f"{signal!r} ({files[0]})")
-        return Values(
+        values, has_value = _align_to_samples(table, sample_table, f"{score!r} ({files[0]})")
+        return ScoreValues(
             values=values,
             has_value=has_value,
             model=described[0]["model"],
@@ -138,18 +138,18 @@ class Columns:
         )
 
 
-def _laid_along(table: pa.Table, facts: Facts, what: str) -> tuple[np.ndarray, np.ndarray]:
-    known = pa.array([shard.fingerprint for shard in facts.shards], pa.string())
+def _align_to_samples(table: pa.Table, sample_table: SampleTable, what: str) -> tuple[np.ndarray, np.ndarray]:
+    known = pa.array([shard.fingerprint for shard in sample_table.shards], pa.string())
     shard = compute.fill_null(compute.index_in(table.column("shard").cast(pa.string()), known), -1).to_numpy()
     rows = np.flatnonzero(shard >= 0)
     numbers = table.column("number").to_numpy()[rows]
-    sizes = np.array([each.samples for each in facts.shards], dtype=np.int64)[shard[rows]]
+    sizes = np.array([each.samples for each in sample_table.shards], dtype=np.int64)[shard[rows]]
     if np.any((numbers < 0) | (numbers >= sizes)):
         raise VlmError(f"{what} speaks of sample {numbers.max():,} of a shard of {sizes.min():,}; make it again.")
-    places = facts.starts[shard[rows]] + numbers
-    if len(np.unique(places)) < len(places):
+    positions = sample_table.starts[shard[rows]] + numbers
+    if len(np.unique(positions)) < len(positions):
         raise VlmError(f"{what} speaks twice of a sample; give each file once.")
-    expected = facts.table.column("key").take(pa.array(places))
+    expected = sample_table.table.column("key").take(pa.array(positions))
     is_equal = compute.equal(table.column("key").take(pa.array(rows)).cast(pa.large_string()), expected).to_numpy()
     if not is_equal.all():
         wrong = int(np.flatnonzero(~is_equal)[0])
@@ -158,16 +158,16 @@ def _laid_along(table: pa.Table, facts: Facts, what: str) -> tuple[np.ndarray, n
             f"{expected[wrong]!s}: the shards have changed since; embed and make the column again."
         )
     stored = table.column("value").to_numpy()[rows]
-    values = np.zeros(len(facts), dtype=stored.dtype)
-    has_value = np.zeros(len(facts), dtype=bool)
-    values[places], has_value[places] = stored, np.isfinite(stored)
+    values = np.zeros(len(sample_table), dtype=stored.dtype)
+    has_value = np.zeros(len(sample_table), dtype=bool)
+    values[positions], has_value[positions] = stored, np.isfinite(stored)
     return values, has_value
 
 
-def _kind_of(signal: str) -> pa.DataType:
-    if signal not in SIGNALS:
-        raise UsageError(f"There is no signal {signal!r}; {nearest(signal, list(SIGNALS))}")
-    return SIGNALS[signal][0]
+def _kind_of(score: str) -> pa.DataType:
+    if score not in SCORES:
+        raise UsageError(f"There is no signal {score!r}; {suggest(score, list(SCORES))}")
+    return SCORES[score][0]
 
 
 def _column_files(path: Path) -> list[Path]:

@@ -4,13 +4,13 @@ import base64
 from html import escape
 from typing import Any
 
-from vlm.console import counted
-from vlm.data.inspection.findings import BadRecord, ColumnFacts, Inspection, LanguageFacts, Shown
+from vlm.console import pluralize
+from vlm.data.inspection.findings import BadRecord, ColumnStats, ContactSheetSample, Inspection, LanguageStats
 from vlm.data.samples import UNNAMED
-from vlm.pages import STYLE, always, aspect_name, bars, histogram, size_name, table
+from vlm.pages import STYLE, bar_card, constant_card, format_aspect, format_bytes, histogram, table
 
-_MOST_BAD_SHOWN = 100
-_MOST_VALUES_SHOWN = 8
+_MAX_BAD_SHOWN = 100
+_MAX_VALUES_SHOWN = 8
 
 
 def contact_sheet(inspection: Inspection, *, title: str) -> str:
@@ -19,10 +19,10 @@ def contact_sheet(inspection: Inspection, *, title: str) -> str:
         _facts(inspection),
         _damaged(inspection.damaged),
         _corrupt(inspection.corrupt, inspection.unusable),
-        _pictures_spread(inspection),
-        _captions_spread(inspection),
+        _image_distributions(inspection),
+        _caption_distributions(inspection),
         _columns(inspection),
-        _pictures(inspection),
+        _images(inspection),
         _repeated(inspection),
     ]
     return (
@@ -40,7 +40,7 @@ def language_name(code: str) -> str:
 
 
 def _lead(inspection: Inspection) -> str:
-    lead = f"{counted(inspection.samples, 'sample')} in {counted(inspection.shards, 'shard')}"
+    lead = f"{pluralize(inspection.samples, 'sample')} in {pluralize(inspection.shards, 'shard')}"
     considered = inspection.samples
     if inspection.selected is not None:
         considered = inspection.selected
@@ -55,7 +55,7 @@ def _facts(inspection: Inspection) -> str:
     bad = inspection.unusable
     cards = [
         ("samples", f"{inspection.samples:,}", False),
-        ("of pictures", size_name(inspection.image_bytes), False),
+        ("of pictures", format_bytes(inspection.image_bytes), False),
         ("captions", f"{captions:,}", False),
         ("language" if len(inspection.languages) == 1 else "languages", f"{len(inspection.languages)}", False),
         ("same pictures again", f"{inspection.duplicate_pictures:,}", False),
@@ -76,13 +76,13 @@ def _facts(inspection: Inspection) -> str:
     return f'<div class="facts">{shown}</div>'
 
 
-def _pictures_spread(inspection: Inspection) -> str:
+def _image_distributions(inspection: Inspection) -> str:
     shown = _shapes(inspection)
     if inspection.sizes is not None:
-        shown.append(histogram("Size of a picture", inspection.sizes, value_name=size_name, note="log scale"))
+        shown.append(histogram("Size of a picture", inspection.sizes, value_name=format_bytes, note="log scale"))
     if inspection.formats:
         special = {name: count for name, count in inspection.traits.items() if name not in inspection.formats}
-        shown.append(bars("Formats and modes", inspection.formats | special, of=sum(inspection.formats.values())))
+        shown.append(bar_card("Formats and modes", inspection.formats | special, of=sum(inspection.formats.values())))
     return _section("Pictures", "".join(shown))
 
 
@@ -91,19 +91,19 @@ def _shapes(inspection: Inspection) -> list[str]:
     if widths is None or heights is None or aspects is None:
         return []
     if widths.least == widths.most and heights.least == heights.most:
-        return [always("Width × height", f"{widths.least:,g} × {heights.least:,g}", note="pixels")]
+        return [constant_card("Width × height", f"{widths.least:,g} × {heights.least:,g}", note="pixels")]
     return [
         histogram("Width", widths, note="pixels"),
         histogram("Height", heights, note="pixels"),
-        histogram("Width : height", aspects, value_name=aspect_name, note="log scale"),
+        histogram("Width : height", aspects, value_name=format_aspect, note="log scale"),
     ]
 
 
-def _captions_spread(inspection: Inspection) -> str:
+def _caption_distributions(inspection: Inspection) -> str:
     return "".join(_language(code, facts, inspection) for code, facts in inspection.languages.items())
 
 
-def _language(code: str, language: LanguageFacts, inspection: Inspection) -> str:
+def _language(code: str, language: LanguageStats, inspection: Inspection) -> str:
     of = f" · {escape(language_name(code))}" if len(inspection.languages) > 1 or code != UNNAMED else ""
     has_words = language.words.most > 1
     cards = [
@@ -130,11 +130,11 @@ def _columns(inspection: Inspection) -> str:
     return _section("Metadata", "".join(cards), note=note)
 
 
-def _column_card(name: str, column: ColumnFacts, looked_at: int) -> str:
+def _column_card(name: str, column: ColumnStats, looked_at: int) -> str:
     note = f"{'' if column.is_exact else '≥ '}{column.distinct:,} values"
     if column.samples < looked_at:
         note += f"; {column.samples / looked_at:.0%} have it"
-    return bars(name, dict(list(column.most.items())[:_MOST_VALUES_SHOWN]), of=column.samples, note=note)
+    return bar_card(name, dict(list(column.most.items())[:_MAX_VALUES_SHOWN]), of=column.samples, note=note)
 
 
 def _section(title: str, cards: str, *, note: str = "") -> str:
@@ -147,14 +147,14 @@ def _section(title: str, cards: str, *, note: str = "") -> str:
 def _damaged(records: tuple[BadRecord, ...]) -> str:
     if not records:
         return ""
-    rows = [[record.shard, record.reason, record.detail] for record in records[:_MOST_BAD_SHOWN]]
+    rows = [[record.shard, record.reason, record.detail] for record in records[:_MAX_BAD_SHOWN]]
     return f"<h2>Damaged shards{_first(rows, len(records))}</h2>{table(['shard', 'reason', 'detail'], rows)}"
 
 
 def _corrupt(records: tuple[BadRecord, ...], total: int) -> str:
     if not records:
         return ""
-    shown = records[:_MOST_BAD_SHOWN]
+    shown = records[:_MAX_BAD_SHOWN]
     rows = [[record.shard, record.key, record.offset, record.reason, record.detail] for record in shown]
     listed = table(["shard", "key", "at byte", "reason", "detail"], rows, numbers=frozenset({"at byte"}))
     return f"<h2>Samples that cannot be used{_first(rows, total)}</h2>{listed}"
@@ -171,19 +171,19 @@ def _repeated(inspection: Inspection) -> str:
     return f"<h2>Captions that occur most</h2>{table(['caption', 'times'], rows, numbers=frozenset({'times'}))}"
 
 
-def _pictures(inspection: Inspection) -> str:
-    shown = "".join(map(_picture, inspection.shown))
+def _images(inspection: Inspection) -> str:
+    shown = "".join(map(_image, inspection.shown))
     return f'<h2>Samples</h2><div class="pictures">{shown}</div>' if shown else ""
 
 
-def _picture(sample: Shown) -> str:
+def _image(sample: ContactSheetSample) -> str:
     first, *others = [
         f'<p lang="{escape(code)}">{escape(text)}</p>' if code else f"<p>{escape(text)}</p>"
         for code, texts in sample.captions.items()
         for text in texts
     ] or ["<p>–</p>"]
     more = f"<details><summary>{len(others)} more</summary>{''.join(others)}</details>" if others else ""
-    data = base64.b64encode(sample.picture).decode()
+    data = base64.b64encode(sample.image).decode()
     return (
         f'<figure class="card"><img src="data:image/jpeg;base64,{data}" alt="{escape(sample.key)}" loading="lazy">'
         f"<div>{first}{more}<small>{escape(sample.key)} · {sample.width}×{sample.height}</small></div></figure>"

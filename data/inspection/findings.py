@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vlm.data.samples import Captions
-from vlm.pages import Spread
+from vlm.pages import Distribution
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageFacts:
+class LanguageStats:
     """Captions of one language; an empty code stands for captions that do not name theirs.
 
     tokens: of a caption with its start and end, uncut; None where no tokenizer was given.
@@ -17,15 +17,15 @@ class LanguageFacts:
 
     captions: int
     distinct: int
-    per_picture: Spread
-    words: Spread
-    characters: Spread
-    tokens: Spread | None = None
+    per_picture: Distribution
+    words: Distribution
+    characters: Distribution
+    tokens: Distribution | None = None
     cut: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnFacts:
+class ColumnStats:
     """A column of the metadata: the samples that have it, and its most frequent texts (or list entries).
 
     distinct: different texts; a lower bound where `is_exact` is False.
@@ -52,11 +52,11 @@ class BadRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class ContactSheetSample:
     """A sample for the contact sheet; `picture` is a small JPEG."""
 
     key: str
-    picture: bytes = field(repr=False)
+    image: bytes = field(repr=False)
     width: int
     height: int
     captions: Captions
@@ -88,18 +88,18 @@ class Inspection:
     reasons: dict[str, int]
     formats: dict[str, int]
     traits: dict[str, int]
-    widths: Spread | None
-    heights: Spread | None
-    aspects: Spread | None
-    sizes: Spread | None
-    languages: dict[str, LanguageFacts]
+    widths: Distribution | None
+    heights: Distribution | None
+    aspects: Distribution | None
+    sizes: Distribution | None
+    languages: dict[str, LanguageStats]
     context_length: int | None
-    columns: dict[str, ColumnFacts]
+    columns: dict[str, ColumnStats]
     duplicate_pictures: int
     duplicate_keys: int
     near_duplicates: int | None
     repeated_captions: dict[str, int]
-    shown: tuple[Shown, ...]
+    shown: tuple[ContactSheetSample, ...]
 
     @property
     def unusable(self) -> int:

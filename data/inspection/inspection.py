@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm.console import progress
-from vlm.data.dedup import digest_of
+from vlm.data.dedup import content_digest
 from vlm.data.inspection.findings import BadRecord, Inspection
-from vlm.data.inspection.sample_scan import Portion, Wanted, glance_all
-from vlm.data.inspection.statistics import Tally
+from vlm.data.inspection.sample_scan import ScanChunk, ScanOptions, scan_samples
+from vlm.data.inspection.statistics import DatasetStats
 from vlm.data.tar import ShardReader, open_index
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 NEAR_LIMIT = 100_000
 """Samples up to which near duplicates are looked for: 1,160 bytes each, and all are compared."""
 
-_PORTION = 64
+_CHUNK_SAMPLES = 64
 
 
 def inspect_shards(
     shards: Sequence[str],
     *,
     sample: int | None = None,
-    pictures: int = 48,
+    images: int = 48,
     workers: int = 0,
     selection: "Selection | None" = None,
     tokenizer: str = "",
@@ -51,7 +51,7 @@ def inspect_shards(
     """
     for name, value, least in (
         ("workers", workers, 0),
-        ("pictures", pictures, 0),
+        ("images", images, 0),
         ("near_limit", near_limit, 0),
         ("sample", sample, 1),
         ("context_length", context_length, 0),
@@ -59,33 +59,33 @@ def inspect_shards(
         if value is not None and value < least:
             raise UsageError(f"{name} = {value} is outside its range; give {least} or more.")
     limit = open_tokenizer(tokenizer, context_length).context_length if tokenizer else None
-    opened = _Opened(shards)
+    opened = _ShardLayout(shards)
     there = opened.chosen(selection)
-    numbers = there[spread_evenly(len(there), len(there) if sample is None else sample)]
-    shown = frozenset(numbers[spread_evenly(len(numbers), pictures)].tolist())
-    tally = Tally(limit)
-    wanted = Wanted(tokenizer=tokenizer, looks=len(numbers) <= near_limit)
+    numbers = there[evenly_spaced(len(there), len(there) if sample is None else sample)]
+    shown = frozenset(numbers[evenly_spaced(len(numbers), images)].tolist())
+    stats = DatasetStats(limit)
+    options = ScanOptions(tokenizer=tokenizer, with_signatures=len(numbers) <= near_limit)
     with progress(total=len(numbers), what="inspecting", unit="sample") as bar:
-        for glances in glance_all(opened.portions(numbers, shown), wanted, workers=workers):
-            for seen in glances:
-                tally.add(seen)
-            bar.update(len(glances))
+        for scans in scan_samples(opened.chunks(numbers, shown), options, workers=workers):
+            for scan in scans:
+                stats.add(scan)
+            bar.update(len(scans))
     return _inspection(
         opened,
-        tally,
+        stats,
         selected=None if selection is None else len(there),
         context_length=limit,
-        near_duplicates=tally.near_duplicates() if wanted.looks else None,
+        near_duplicates=stats.near_duplicates() if options.with_signatures else None,
     )
 
 
-def spread_evenly(total: int, wanted: int) -> np.ndarray:
+def evenly_spaced(total: int, wanted: int) -> np.ndarray:
     """Up to `wanted` numbers below `total`, ascending, evenly apart."""
     wanted = min(wanted, total)
     return (np.arange(wanted, dtype=np.int64) * total) // max(wanted, 1)
 
 
-class _Opened:
+class _ShardLayout:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
     starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be opened.
@@ -120,59 +120,64 @@ class _Opened:
         """The numbers of the samples a selection keeps, ascending."""
         if selection is None:
             return np.arange(self.starts[-1], dtype=np.int64)
-        whole = [place for place in range(len(self.shards)) if self.starts[place] < self.starts[place + 1]]
-        times = selection.times_of([self.shards[place] for place in whole])
-        kept = [np.flatnonzero(of) + self.starts[place] for place, of in zip(whole, times, strict=True)]
+        whole = [position for position in range(len(self.shards)) if self.starts[position] < self.starts[position + 1]]
+        times = selection.times_of([self.shards[position] for position in whole])
+        kept = [np.flatnonzero(of) + self.starts[position] for position, of in zip(whole, times, strict=True)]
         return np.concatenate([np.zeros(0, np.int64), *kept])
 
-    def portions(self, numbers: np.ndarray, shown: frozenset[int]) -> Iterator[Portion]:
+    def chunks(self, numbers: np.ndarray, shown: frozenset[int]) -> Iterator[ScanChunk]:
         """The samples to look at, in order, none of two shards in one portion."""
-        for place, shard in enumerate(self.shards):
-            first, last = self.starts[place : place + 2]
+        for position, shard in enumerate(self.shards):
+            first, last = self.starts[position : position + 2]
             inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, last)] - first
-            for begin in range(0, len(inside), _PORTION):
-                part = inside[begin : begin + _PORTION].tolist()
+            for begin in range(0, len(inside), _CHUNK_SAMPLES):
+                part = inside[begin : begin + _CHUNK_SAMPLES].tolist()
                 kept = shown.intersection(first + number for number in part)
-                yield Portion(shard, first, tuple(part), kept)
+                yield ScanChunk(shard, first, tuple(part), kept)
 
     def texts(self, repeated: list[tuple[int, bytes, int]]) -> dict[str, int]:
         """The captions behind digests, read again, with how often they occur."""
         found: dict[str, int] = {}
         for number, digest, times in repeated:
-            place = bisect_right(self.starts, number) - 1
-            reader = ShardReader(self.shards[place])
+            position = bisect_right(self.starts, number) - 1
+            reader = ShardReader(self.shards[position])
             try:
-                captions = reader.read(number - self.starts[place]).captions
+                captions = reader.read(number - self.starts[position]).captions
             finally:
                 reader.close()
-            found |= {text: times for texts in captions.values() for text in texts if digest_of(text) == digest}
+            found |= {text: times for texts in captions.values() for text in texts if content_digest(text) == digest}
         return found
 
 
 def _inspection(
-    opened: _Opened, tally: Tally, *, selected: int | None, context_length: int | None, near_duplicates: int | None
+    opened: _ShardLayout,
+    stats: DatasetStats,
+    *,
+    selected: int | None,
+    context_length: int | None,
+    near_duplicates: int | None,
 ) -> Inspection:
     return Inspection(
         shards=len(opened.shards),
         samples=opened.starts[-1],
         selected=selected,
         image_bytes=opened.image_bytes,
-        looked_at=tally.looked_at,
+        looked_at=stats.looked_at,
         damaged=tuple(opened.damaged),
-        corrupt=tuple(tally.bad),
-        reasons=dict(tally.reasons.most_common()),
-        formats=dict(tally.formats.most_common()),
-        traits=dict(tally.traits.most_common()),
-        languages=tally.languages(),
+        corrupt=tuple(stats.bad),
+        reasons=dict(stats.reasons.most_common()),
+        formats=dict(stats.formats.most_common()),
+        traits=dict(stats.traits.most_common()),
+        languages=stats.languages(),
         context_length=context_length,
-        columns=tally.columns(),
+        columns=stats.columns(),
         near_duplicates=near_duplicates,
-        repeated_captions=opened.texts(tally.repeated_captions()),
-        shown=tuple(tally.shown),
-        duplicate_pictures=tally.duplicate_pictures,
-        duplicate_keys=tally.duplicate_keys,
-        widths=tally.widths,
-        heights=tally.heights,
-        aspects=tally.aspects,
-        sizes=tally.sizes,
+        repeated_captions=opened.texts(stats.repeated_captions()),
+        shown=tuple(stats.shown),
+        duplicate_pictures=stats.duplicate_pictures,
+        duplicate_keys=stats.duplicate_keys,
+        widths=stats.widths,
+        heights=stats.heights,
+        aspects=stats.aspects,
+        sizes=stats.sizes,
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from vlm.data.samples import Pair
 from vlm.data.tar import Span, read_entries
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.storage.urls import is_shard
 
 SourceKind = Literal["scenes", "shards", "table", "classes"]
@@ -83,15 +83,15 @@ class SourceOptions:
     scenes: SceneOptions = field(default_factory=SceneOptions)
 
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
-_LEADS_OUT = re.compile(r"[/\\]|[a-zA-Z]:[/\\]|[a-zA-Z][\w+.-]*://")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+_ESCAPES_ROOT = re.compile(r"[/\\]|[a-zA-Z]:[/\\]|[a-zA-Z][\w+.-]*://")
 
 
 @runtime_checkable
 class SourceFiles(Protocol):
     """The files of a source; names use `/` and never lead out of it."""
 
-    address: str
+    url: str
 
     def names(self) -> Sequence[str]:
         """All names, sorted; hidden files are left out."""
@@ -114,7 +114,7 @@ class FolderFiles:
     """The files under a folder."""
 
     def __init__(self, root: Path) -> None:
-        self.address = str(root)
+        self.url = str(root)
         self._root = root
 
     def names(self) -> list[str]:
@@ -138,7 +138,7 @@ class FolderFiles:
 
     def fingerprint(self) -> str:
         """Names and sizes; each file is asked for its size."""
-        return fingerprint_of(*(f"{name}\n{(self._root / name).stat().st_size}" for name in self.names()))
+        return compute_fingerprint(*(f"{name}\n{(self._root / name).stat().st_size}" for name in self.names()))
 
 
 class TarFiles:
@@ -148,7 +148,7 @@ class TarFiles:
     """
 
     def __init__(self, path: Path, folder: str = "", *, allow_damage: bool = False) -> None:
-        self.address = str(path)
+        self.url = str(path)
         prefix = f"{PurePosixPath(folder)}/" if folder else ""
         with path.open("rb") as file:
             entries, damage = read_entries(file, str(path))
@@ -171,15 +171,15 @@ class TarFiles:
         """The bytes of a member."""
         span = self._spans.get(inner_name(name))
         if span is None:
-            raise BadSample("missing file", f"{name} in {self.address}")
+            raise BadSample("missing file", f"{name} in {self.url}")
         return os.pread(self._descriptor, span.size, span.offset)
 
     def fingerprint(self) -> str:
         """Names and sizes from the headers."""
-        return fingerprint_of(*(f"{name}\n{self._spans[name].size}" for name in self.names()))
+        return compute_fingerprint(*(f"{name}\n{self._spans[name].size}" for name in self.names()))
 
 
-def open_files(address: str, folder: str = "", *, allow_damage: bool = False) -> SourceFiles | None:
+def open_files(url: str, folder: str = "", *, allow_damage: bool = False) -> SourceFiles | None:
     """The files at an address: a folder, a plain tar, or a folder that holds nothing but one plain tar.
 
     None if there is neither a folder nor a tar of that name on this machine. allow_damage: as of `TarFiles`.
@@ -188,8 +188,8 @@ def open_files(address: str, folder: str = "", *, allow_damage: bool = False) ->
         UsageError: `folder` is not in it.
     """
     if ".." in Path(folder).parts or Path(folder).is_absolute():
-        raise UsageError(f"The folder {folder!r} leads out of the source; give one inside {address}.")
-    path = Path(address)
+        raise UsageError(f"The folder {folder!r} leads out of the source; give one inside {url}.")
+    path = Path(url)
     if path.is_dir():
         shown = [inner for inner in path.iterdir() if not inner.name.startswith(".")]
         is_wrapped_tar = len(shown) == 1 and shown[0].suffix.lower() == ".tar" and shown[0].is_file()
@@ -200,7 +200,7 @@ def open_files(address: str, folder: str = "", *, allow_damage: bool = False) ->
     elif path.is_file() and is_shard(path.name):
         files = TarFiles(path, folder, allow_damage=allow_damage)
     if folder and files is not None and not files.names():
-        raise UsageError(f"{address} has no folder {folder!r}, or it is empty.")
+        raise UsageError(f"{url} has no folder {folder!r}, or it is empty.")
     return files
 
 
@@ -214,6 +214,6 @@ def inner_name(name: str) -> str:
         BadSample: it leads out of the source: an absolute name, an address, or one with `..`.
     """
     plain = PurePosixPath(name.strip() if "/" in name else name.strip().replace("\\", "/"))
-    if _LEADS_OUT.match(name.strip()) or ".." in plain.parts:
+    if _ESCAPES_ROOT.match(name.strip()) or ".." in plain.parts:
         raise BadSample("outside the source", f"{name!r}; names are relative to the source and stay inside it")
     return str(plain)

@@ -17,7 +17,7 @@ from vlm.data.samples import UNNAMED, Pair
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     FolderFiles,
     PairSource,
     SceneOptions,
@@ -27,12 +27,12 @@ from vlm.data.sources.source import (
     TarFiles,
     open_files,
 )
-from vlm.data.sources.table import TABLE_KINDS, TableSource, ending_of, find_table, unique_keys
-from vlm.data.sources.webdataset import ShardSource, holds_samples, looks_like_shard
+from vlm.data.sources.table import TABLE_KINDS, TableSource, file_extension, find_table, unique_keys
+from vlm.data.sources.webdataset import ShardSource, contains_samples, looks_like_shard
 from vlm.data.synthetic.shape_captions import LANGUAGES, describe
-from vlm.data.synthetic.shapes import SPLITS, draw_scene, sample_scenes, shape_colour_class
+from vlm.data.synthetic.shapes import SPLITS, render_scene, sample_scenes, shape_colour_class
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.storage.urls import is_shard, needs_cache
 
 
@@ -48,7 +48,9 @@ class ClassFolderSource:
         if "{}" not in template:
             raise UsageError(f"The template {template!r} has no {{}} for the class; an example: 'a photo of a {{}}.'")
         self._files, self._template = files, template
-        self._names = sorted(filter(is_classified, files.names()), key=lambda name: (PurePosixPath(name).name, name))
+        self._names = sorted(
+            filter(is_in_class_folder, files.names()), key=lambda name: (PurePosixPath(name).name, name)
+        )
         self._keys = unique_keys([(None, name) for name in self._names])
 
     def __len__(self) -> int:
@@ -66,27 +68,27 @@ class ClassFolderSource:
 
     def fingerprint(self) -> str:
         """Names and sizes of all files, and the template."""
-        return fingerprint_of(self._files.fingerprint(), self._template)
+        return compute_fingerprint(self._files.fingerprint(), self._template)
 
     def describe(self) -> dict[str, Any]:
         """The template and the classes found."""
         classes = sorted({PurePosixPath(name).parent.name for name in self._names})
-        return {"kind": "classes", "address": self._files.address, "template": self._template, "classes": classes}
+        return {"kind": "classes", "address": self._files.url, "template": self._template, "classes": classes}
 
 
-def is_classified(name: str) -> bool:
+def is_in_class_folder(name: str) -> bool:
     """Whether a name is that of a picture inside a folder."""
     path = PurePosixPath(name)
-    return path.suffix.lower() in PICTURE_SUFFIXES and len(path.parts) > 1
+    return path.suffix.lower() in IMAGE_SUFFIXES and len(path.parts) > 1
 
 
 # measured at 64 pixels: JPEG 0.10 ms to decode and 0.07 to encode, PNG 0.11 and 0.75, WebP 0.09 and 0.37;
 # whole chroma, because colour is one of the facts
 _JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
-_DRAWING = "2"
+_RENDERER_VERSION = "2"
 
 
-class SceneSource:
+class SyntheticShapesSource:
     """The first `number` scenes of a split, with captions in all languages; metadata `scene` holds the facts."""
 
     captions_are_labels = False
@@ -97,18 +99,18 @@ class SceneSource:
             scenes = sample_scenes(options.split, options.number, seed=options.seed, is_distinct=options.is_distinct)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        self._scenes = list(scenes)
+        self._labelled_scenes = list(scenes)
 
     def __len__(self) -> int:
-        return len(self._scenes)
+        return len(self._labelled_scenes)
 
     def read(self, number: int) -> Pair:
         """The scene drawn and described; chance depends on (seed, split, number) alone."""
-        key, scene = self._scenes[number]
+        key, scene = self._labelled_scenes[number]
         options = self._options
         rng = np.random.default_rng([options.seed, SPLITS.index(options.split), number, 1])
         file = io.BytesIO()
-        draw_scene(scene, pixels=options.pixels, rng=rng).save(file, **_JPEG)
+        render_scene(scene, pixels=options.pixels, rng=rng).save(file, **_JPEG)
         captions = {language: describe(scene, language) for language in LANGUAGES}
         return Pair(
             key=key,
@@ -119,7 +121,7 @@ class SceneSource:
 
     def fingerprint(self) -> str:
         """The options and the version of the drawing."""
-        return fingerprint_of(_DRAWING, repr(self._options))
+        return compute_fingerprint(_RENDERER_VERSION, repr(self._options))
 
     def describe(self) -> dict[str, Any]:
         """The options."""
@@ -130,125 +132,125 @@ SCENES = "scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class SourceLocation:
     """An address with the files found there; `files` is None if it is no folder and no tar of this machine."""
 
-    address: str
+    url: str
     options: SourceOptions
     files: SourceFiles | None
     names: tuple[str, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class SourceType:
     """One kind of source: what it looks like in words, how to recognise it, how to open it."""
 
-    looks: str
-    fits: Callable[[Place], bool]
-    open: Callable[[Place], PairSource]
+    description: str
+    matches: Callable[[SourceLocation], bool]
+    open: Callable[[SourceLocation], PairSource]
 
 
-def open_source(address: str, options: SourceOptions | None = None) -> PairSource:
+def open_source(url: str, options: SourceOptions | None = None) -> PairSource:
     """The pairs at an address; what kind of source it is is found by looking, unless the options say so.
 
     Raises:
         UsageError: nothing is there, it is of no known kind, or it is empty.
     """
     options = options or SourceOptions()
-    place = _look(address, options)
+    location = _probe(url, options)
     if options.kind is None:
-        kind = next((kind for kind in KINDS.values() if kind.fits(place)), None)
+        kind = next((kind for kind in KINDS.values() if kind.matches(location)), None)
         if kind is None:
-            raise UsageError(_nothing_found(place))
-        source = kind.open(place)
+            raise UsageError(_nothing_found(location))
+        source = kind.open(location)
     else:
         kind = KINDS[options.kind]
-        source = kind.open(place)
+        source = kind.open(location)
     if options.selection and not isinstance(source, ShardSource):
-        raise UsageError(f"{address!r} is no shards, so {options.selection} cannot choose among its samples.")
+        raise UsageError(f"{url!r} is no shards, so {options.selection} cannot choose among its samples.")
     if not len(source):
-        raise UsageError(_nothing_found(place))
+        raise UsageError(_nothing_found(location))
     return source
 
 
-def _look(address: str, options: SourceOptions) -> Place:
-    is_drawn = options.kind == SCENES or (address == SCENES and not Path(address).exists())
-    is_pattern = needs_cache(address) or any(sign in address for sign in "{*") or "::" in address
+def _probe(url: str, options: SourceOptions) -> SourceLocation:
+    is_drawn = options.kind == SCENES or (url == SCENES and not Path(url).exists())
+    is_pattern = needs_cache(url) or any(sign in url for sign in "{*") or "::" in url
     if is_drawn or is_pattern:
-        return Place(address=address, options=options, files=None, names=())
-    if not Path(address).exists():
-        raise UsageError(f"There is no {address!r}; give a folder, a table, a tar, or the word {SCENES}.")
-    if Path(address).is_file() and ending_of(address) in TABLE_KINDS:
-        files: SourceFiles | None = FolderFiles(Path(address).parent / options.folder)
+        return SourceLocation(url=url, options=options, files=None, names=())
+    if not Path(url).exists():
+        raise UsageError(f"There is no {url!r}; give a folder, a table, a tar, or the word {SCENES}.")
+    if Path(url).is_file() and file_extension(url) in TABLE_KINDS:
+        files: SourceFiles | None = FolderFiles(Path(url).parent / options.folder)
     else:
-        files = open_files(address, options.folder, allow_damage=options.allow_damage)
-    return Place(address=address, options=options, files=files, names=tuple(files.names()) if files else ())
+        files = open_files(url, options.folder, allow_damage=options.allow_damage)
+    return SourceLocation(url=url, options=options, files=files, names=tuple(files.names()) if files else ())
 
 
-def _nothing_found(place: Place) -> str:
-    inside = f"it holds {', '.join(place.names[:3])} …" if place.names else "it is empty"
-    looked = "; ".join(kind.looks for kind in KINDS.values())
+def _nothing_found(location: SourceLocation) -> str:
+    inside = f"it holds {', '.join(location.names[:3])} …" if location.names else "it is empty"
+    looked = "; ".join(kind.description for kind in KINDS.values())
     cure = "Tars that hold samples all the same are read by --kind shards."
-    return f"Nothing to pack at {place.address!r} ({inside}). Looked for: {looked}. {cure}"
+    return f"Nothing to pack at {location.url!r} ({inside}). Looked for: {looked}. {cure}"
 
 
-def _table_name(place: Place) -> str | None:
-    if Path(place.address).is_file() and ending_of(place.address) in TABLE_KINDS:
-        return Path(place.address).name
-    return find_table(place.names)
+def _table_name(location: SourceLocation) -> str | None:
+    if Path(location.url).is_file() and file_extension(location.url) in TABLE_KINDS:
+        return Path(location.url).name
+    return find_table(location.names)
 
 
-def _open_table(place: Place) -> PairSource:
-    table = _table_name(place)
-    if place.files is None or table is None:
-        raise UsageError(_nothing_found(place))
-    options = place.options
-    return TableSource(place.files, table, image_column=options.image_column, caption_column=options.caption_column)
+def _open_table(location: SourceLocation) -> PairSource:
+    table = _table_name(location)
+    if location.files is None or table is None:
+        raise UsageError(_nothing_found(location))
+    options = location.options
+    return TableSource(location.files, table, image_column=options.image_column, caption_column=options.caption_column)
 
 
-def _open_classes(place: Place) -> PairSource:
-    if place.files is None:
-        raise UsageError(_nothing_found(place))
-    return ClassFolderSource(place.files, template=place.options.template)
+def _open_classes(location: SourceLocation) -> PairSource:
+    if location.files is None:
+        raise UsageError(_nothing_found(location))
+    return ClassFolderSource(location.files, template=location.options.template)
 
 
-def _holds_shards(place: Place) -> bool:
-    if isinstance(place.files, TarFiles):
-        return looks_like_shard(place.names)
-    if place.files is None:
-        return place.address != SCENES
-    tars = (Path(place.files.address) / name for name in place.names if "/" not in name and is_shard(name))
-    return any(map(holds_samples, tars))
+def _contains_shards(location: SourceLocation) -> bool:
+    if isinstance(location.files, TarFiles):
+        return looks_like_shard(location.names)
+    if location.files is None:
+        return location.url != SCENES
+    tars = (Path(location.files.url) / name for name in location.names if "/" not in name and is_shard(name))
+    return any(map(contains_samples, tars))
 
 
-def _open_shards(place: Place) -> PairSource:
-    chosen = place.options.selection
+def _open_shards(location: SourceLocation) -> PairSource:
+    chosen = location.options.selection
     return ShardSource(
-        expand_shards(place.address),
-        allow_damage=place.options.allow_damage,
+        expand_shards(location.url),
+        allow_damage=location.options.allow_damage,
         selection=read_selection(chosen) if chosen else None,
     )
 
 
-KINDS: dict[SourceKind, Kind] = {
-    "scenes": Kind(
-        looks=f"the word {SCENES} (pictures drawn by rule)",
-        fits=lambda place: place.address == SCENES and place.files is None,
-        open=lambda place: SceneSource(place.options.scenes),
+KINDS: dict[SourceKind, SourceType] = {
+    "scenes": SourceType(
+        description=f"the word {SCENES} (pictures drawn by rule)",
+        matches=lambda location: location.url == SCENES and location.files is None,
+        open=lambda location: SyntheticShapesSource(location.options.scenes),
     ),
-    "shards": Kind(
-        looks="*.tar, *.tar.gz with key.jpg and key.txt or key.json (WebDataset, img2dataset)",
-        fits=_holds_shards,
+    "shards": SourceType(
+        description="*.tar, *.tar.gz with key.jpg and key.txt or key.json (WebDataset, img2dataset)",
+        matches=_contains_shards,
         open=_open_shards,
     ),
-    "table": Kind(
-        looks="captions.csv, .tsv, .jsonl or .parquet with the pictures it names (also inside one .tar)",
-        fits=lambda place: _table_name(place) is not None,
+    "table": SourceType(
+        description="captions.csv, .tsv, .jsonl or .parquet with the pictures it names (also inside one .tar)",
+        matches=lambda location: _table_name(location) is not None,
         open=_open_table,
     ),
-    "classes": Kind(
-        looks="CLASS/picture.jpg (also inside one .tar)",
-        fits=lambda place: any(map(is_classified, place.names)),
+    "classes": SourceType(
+        description="CLASS/picture.jpg (also inside one .tar)",
+        matches=lambda location: any(map(is_in_class_folder, location.names)),
         open=_open_classes,
     ),
 }

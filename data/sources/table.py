@@ -18,11 +18,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import pyarrow as pa
 
-from vlm.config import nearest
-from vlm.data.samples import Captions, Pair, captions_of
+from vlm.config import suggest
+from vlm.data.samples import Captions, Pair, parse_captions
 from vlm.data.sources.source import SourceFiles
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
@@ -113,12 +113,12 @@ def read_rows(data: bytes, *, name: str) -> Rows:
         VlmError: it cannot be read.
     """
     try:
-        return TABLE_KINDS[ending_of(name)](data)
+        return TABLE_KINDS[file_extension(name)](data)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, csv.Error, OSError) as error:
         raise VlmError(f"{name} cannot be read as a table: {error}. It must be whole, and in UTF-8 if text.") from error
 
 
-def ending_of(name: str) -> str:
+def file_extension(name: str) -> str:
     """The ending of a file name in lower case, without the dot."""
     return name.rpartition(".")[2].lower()
 
@@ -210,10 +210,10 @@ class TableSource:
         self._image_column = _choose_column(self._rows, image_column, IMAGE_COLUMNS, table, what="image")
         self._caption_column = _choose_column(self._rows, caption_column, CAPTION_COLUMNS, table, what="caption")
         names = self._rows.column(self._image_column)
-        self._groups = _rows_by_picture(names)
-        given = self._rows.column(KEY_COLUMN) if KEY_COLUMN in self._rows.columns else [None] * len(names)
-        self._keys = unique_keys([(given[rows[0]], names[rows[0]]) for rows in self._groups])
-        self._identity = fingerprint_of(data, files.fingerprint(), self._image_column, self._caption_column)
+        self._groups = _rows_by_image(names)
+        raw = self._rows.column(KEY_COLUMN) if KEY_COLUMN in self._rows.columns else [None] * len(names)
+        self._keys = unique_keys([(raw[rows[0]], names[rows[0]]) for rows in self._groups])
+        self._identity = compute_fingerprint(data, files.fingerprint(), self._image_column, self._caption_column)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -246,7 +246,7 @@ class TableSource:
         """The table and the columns chosen."""
         return {
             "kind": "table",
-            "address": self._files.address,
+            "address": self._files.url,
             "table": self._table,
             "rows": len(self._rows),
             "image_column": self._image_column,
@@ -255,8 +255,10 @@ class TableSource:
 
     def _captions(self, row: dict[str, Any]) -> Captions:
         value = row.get(self._caption_column)
-        in_languages = {name: given for name, given in row.items() if _LANGUAGE_COLUMN.fullmatch(name)}
-        return captions_of(None, in_languages | {"captions": str(value) if isinstance(value, int | float) else value})
+        in_languages = {name: raw for name, raw in row.items() if _LANGUAGE_COLUMN.fullmatch(name)}
+        return parse_captions(
+            None, in_languages | {"captions": str(value) if isinstance(value, int | float) else value}
+        )
 
 
 def find_table(names: Sequence[str]) -> str | None:
@@ -265,14 +267,14 @@ def find_table(names: Sequence[str]) -> str | None:
     Raises:
         UsageError: there are several and none is called captions.
     """
-    tables = [name for name in names if "/" not in name and ending_of(name) in TABLE_KINDS]
+    tables = [name for name in names if "/" not in name and file_extension(name) in TABLE_KINDS]
     preferred = [name for name in tables if PurePosixPath(name).stem == "captions"] or tables
     if len(preferred) > 1:
         raise UsageError(f"Several tables: {', '.join(preferred)}; name the one to read as the source itself.")
     return preferred[0] if preferred else None
 
 
-def unique_keys(wishes: Sequence[tuple[Any, Any]]) -> list[str]:
+def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
     """Keys from (given key, name of the picture): the key, else the stem of the name, else number in the table.
 
     Dots become underscores, for a WebDataset key ends at its first dot. Stems that occur twice get the names of
@@ -281,18 +283,20 @@ def unique_keys(wishes: Sequence[tuple[Any, Any]]) -> list[str]:
     >>> unique_keys([(None, "a/1.jpg"), (None, "b/1.jpg"), ("x.y", "c.jpg"), (None, "c.d.jpg")])
     ['a-1', 'b-1', 'x_y', 'c_d']
     """
-    stems = Counter(PurePosixPath(str(name)).stem for given, name in wishes if given is None and name is not None)
+    stems = Counter(PurePosixPath(str(name)).stem for raw, name in preferences if raw is None and name is not None)
     keys: list[str] = []
     taken: set[str] = set()
-    for number, (given, name) in enumerate(wishes):
+    for number, (raw, name) in enumerate(preferences):
         path = PurePosixPath(str(name))
-        if given is not None:
-            wish = str(given)
+        if raw is not None:
+            preferred = str(raw)
         elif name is None:
-            wish = f"row-{number + 1}"
+            preferred = f"row-{number + 1}"
         else:
-            wish = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
-        key = base = re.sub(r"[\x00-\x1f/\\]+", "-", wish.strip().strip("/")).replace(".", "_") or f"row-{number + 1}"
+            preferred = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
+        key = base = (
+            re.sub(r"[\x00-\x1f/\\]+", "-", preferred.strip().strip("/")).replace(".", "_") or f"row-{number + 1}"
+        )
         attempt = 1
         while key in taken:
             attempt += 1
@@ -302,20 +306,20 @@ def unique_keys(wishes: Sequence[tuple[Any, Any]]) -> list[str]:
     return keys
 
 
-def _choose_column(rows: Rows, wish: str | None, known: Sequence[str], table: str, *, what: str) -> str:
+def _choose_column(rows: Rows, preferred: str | None, known: Sequence[str], table: str, *, what: str) -> str:
     """The column asked for, else the first of the known names, whatever their case."""
     columns = [str(column) for column in rows.columns]
-    if wish is not None:
-        if wish not in columns:
+    if preferred is not None:
+        if preferred not in columns:
             raise UsageError(
-                f"{table} has no column {wish!r}; {nearest(wish, columns)} (columns: {', '.join(columns)})."
+                f"{table} has no column {preferred!r}; {suggest(preferred, columns)} (columns: {', '.join(columns)})."
             )
-        return wish
+        return preferred
     by_name = {column.casefold(): column for column in reversed(columns)}
     for name in known:
         if name in by_name:
             return by_name[name]
-    likeness = {column: max(_likeness(column, name) for name in known) for column in columns}
+    likeness = {column: max(_name_similarity(column, name) for name in known) for column in columns}
     closest = max(columns, key=lambda column: likeness[column], default="")
     is_close = bool(closest) and likeness[closest] > 0.7
     hint = f"perhaps {closest!r} is meant" if is_close else f"it was looked for as {', '.join(known)}"
@@ -323,16 +327,16 @@ def _choose_column(rows: Rows, wish: str | None, known: Sequence[str], table: st
     raise UsageError(f"{table} has no {what} column: {hint}; name it with --{what}-column. Its columns: {found}.")
 
 
-def _likeness(one: str, other: str) -> float:
+def _name_similarity(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one.casefold(), other).ratio()
 
 
-def _rows_by_picture(names: Sequence[Any]) -> list[tuple[int, ...]]:
+def _rows_by_image(names: Sequence[Any]) -> list[tuple[int, ...]]:
     """The rows of each picture, in the order of its first row; rows that name none stay alone."""
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(names):
-        picture = json.dumps([row]) if name is None else str(name)
-        groups.setdefault(picture, []).append(row)
+        image = json.dumps([row]) if name is None else str(name)
+        groups.setdefault(image, []).append(row)
     return [tuple(rows) for rows in groups.values()]
 
 

@@ -13,16 +13,16 @@ from vlm.data.samples import Pair
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.sources.source import PICTURE_SUFFIXES
+from vlm.data.sources.source import IMAGE_SUFFIXES
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index, read_entries
 from vlm.errors import BadSample, VlmError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 
 _GZIP_BEGINS = b"\x1f\x8b"
 # of up to 1 MiB of plain bytes each, 64 KiB where they do not shrink
-_PIECES_LOOKED_AT = 128
-_LOOKED_AT_BYTES = _PIECES_LOOKED_AT * 65_536
+_PROBED_PIECES = 128
+_PROBED_BYTES = _PROBED_PIECES * 65_536
 
 
 class ShardSource:
@@ -50,11 +50,11 @@ class ShardSource:
         """The sample as it lies in its shard, without the captions among its metadata."""
         place_of_all = int(self._numbers[number])
         shard = bisect_right(self._ends, place_of_all)
-        if self._reader.address != self._shards[shard]:
+        if self._reader.url != self._shards[shard]:
             self._reader.close()
             self._reader = ShardReader(self._shards[shard])
-        place = place_of_all - (self._ends[shard - 1] if shard else 0)
-        sample = self._reader.read(place, arrays=tuple(self._reader.index[place].arrays))
+        position = place_of_all - (self._ends[shard - 1] if shard else 0)
+        sample = self._reader.read(position, arrays=tuple(self._reader.index[position].arrays))
         status = sample.metadata.get("status", "success")
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {sample.metadata.get('error_message')}")
@@ -76,7 +76,7 @@ class ShardSource:
     def fingerprint(self) -> str:
         """Keys and sizes, from the indexes of the shards, and what is selected of them."""
         content = shards_fingerprint(self._shards)
-        return content if self._selection is None else fingerprint_of(content, self._selection.fingerprint)
+        return content if self._selection is None else compute_fingerprint(content, self._selection.fingerprint)
 
     def describe(self) -> dict[str, Any]:
         """The shards by address."""
@@ -84,7 +84,7 @@ class ShardSource:
         return {"kind": "shards", "shards": self._shards} | lineage
 
 
-def holds_samples(tar: Path) -> bool:
+def contains_samples(tar: Path) -> bool:
     """Whether a tar, plain or compressed, whole or cut short, holds samples.
 
     Of a compressed one only the beginning is looked at: the rest takes as long as unpacking it.
@@ -100,12 +100,12 @@ def holds_samples(tar: Path) -> bool:
 
 def _inflated_beginning(tar: Path) -> bytes:
     with tar.open("rb") as file:
-        pieces = Inflater(str(tar)).feed(file.read(_LOOKED_AT_BYTES))
-        return b"".join(islice(pieces, _PIECES_LOOKED_AT))
+        pieces = Inflater(str(tar)).feed(file.read(_PROBED_BYTES))
+        return b"".join(islice(pieces, _PROBED_PIECES))
 
 
 def looks_like_shard(names: Sequence[str]) -> bool:
     """Whether files of a tar are samples: some picture has its text or JSON beside it, under the same name."""
-    told = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
-    pictures = (name for name in names if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES)
-    return any(name.rpartition(".")[0] in told for name in pictures)
+    annotated_stems = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
+    images = (name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+    return any(name.rpartition(".")[0] in annotated_stems for name in images)

@@ -294,9 +294,11 @@ def describe(scene: Scene, language: str = "en") -> tuple[str, ...]:
     return LANGUAGES[language](scene)
 
 
-COUNTS_SAID = {word: count for count, word in ENGLISH_COUNT_WORDS.items()} | {"an": 1, "one": 1}
-SHAPES_SAID = {plural: shape for shape, plural in ENGLISH_PLURALS.items()} | {shape: shape for shape in ENGLISH_PLURALS}
-POSITIONS_SAID = {place: position for position, place in ENGLISH_PLACES.items()}
+COUNT_OF_WORD = {word: count for count, word in ENGLISH_COUNT_WORDS.items()} | {"an": 1, "one": 1}
+SHAPE_OF_WORD = {plural: shape for shape, plural in ENGLISH_PLURALS.items()} | {
+    shape: shape for shape in ENGLISH_PLURALS
+}
+POSITION_OF_PHRASE = {place: position for position, place in ENGLISH_PLACES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +306,7 @@ class CaptionCheck:
     """The verdict: `facts` were said, `wrong` names those that do not hold, `reason` explains."""
 
     is_true: bool
-    facts: Mapping[str, str | int]
+    attributes: Mapping[str, str | int]
     wrong: tuple[str, ...]
     reason: str
 
@@ -323,20 +325,20 @@ def check_caption(caption: str, scene: Scene) -> CaptionCheck:
     text = " ".join(caption.lower().split())
     match = next(filter(None, (form.match(text) for form in _forms())), None)
     if match is None:
-        return CaptionCheck(is_true=False, facts={}, wrong=(), reason="not a caption of a scene")
-    facts = _facts(match.groupdict())
-    wrong = tuple(fact for fact, said in facts.items() if said != getattr(scene, fact))
-    reasons = [f"said {fact} {facts[fact]}, is {getattr(scene, fact)}" for fact in wrong]
-    if not {"shape", "colour"} <= facts.keys():
+        return CaptionCheck(is_true=False, attributes={}, wrong=(), reason="not a caption of a scene")
+    attributes = _parse_attributes(match.groupdict())
+    wrong = tuple(attribute for attribute, said in attributes.items() if said != getattr(scene, attribute))
+    reasons = [f"said {attribute} {attributes[attribute]}, is {getattr(scene, attribute)}" for attribute in wrong]
+    if not {"shape", "colour"} <= attributes.keys():
         reasons.append("does not name shape and colour")
-    return CaptionCheck(is_true=not reasons, facts=facts, wrong=wrong, reason=", ".join(reasons))
+    return CaptionCheck(is_true=not reasons, attributes=attributes, wrong=wrong, reason=", ".join(reasons))
 
 
-def _facts(said: Mapping[str, str | None]) -> dict[str, str | int]:
+def _parse_attributes(said: Mapping[str, str | None]) -> dict[str, str | int]:
     readings: dict[str, Mapping[str, str | int]] = {
-        "shape": SHAPES_SAID,
-        "count": COUNTS_SAID,
-        "place": POSITIONS_SAID,
+        "shape": SHAPE_OF_WORD,
+        "count": COUNT_OF_WORD,
+        "place": POSITION_OF_PHRASE,
     }
     return {
         {"place": "position"}.get(name, name): readings[name][words] if name in readings else words
@@ -349,17 +351,17 @@ def _facts(said: Mapping[str, str | None]) -> dict[str, str | int]:
 def _forms() -> tuple[re.Pattern[str], ...]:
     """The grammar: shapes then ground, ground then shapes, and vague hints."""
     group = (
-        rf"(?:{_one_of('count', COUNTS_SAID)} )?(?:{_one_of('size', SIZES)} )?"
-        rf"{_one_of('colour', COLOURS)} {_one_of('shape', SHAPES_SAID)}"
+        rf"(?:{_one_of('count', COUNT_OF_WORD)} )?(?:{_one_of('size', SIZES)} )?"
+        rf"{_one_of('colour', COLOURS)} {_one_of('shape', SHAPE_OF_WORD)}"
     )
-    place = _one_of("place", POSITIONS_SAID)
+    place = _one_of("place", POSITION_OF_PHRASE)
     ground = rf"an? {_one_of('background', BACKGROUNDS)} background"
     opening = r"(?:a picture of )?"
     patterns = (
         rf"{opening}{group}(?: {place})?(?: on {ground})?",
         rf"{opening}{group} {place} of {ground}",
         rf"{opening}{ground} with {group}(?: {place})?",
-        rf"{_one_of('count', COUNTS_SAID)} {_one_of('shape', SHAPES_SAID)}",
+        rf"{_one_of('count', COUNT_OF_WORD)} {_one_of('shape', SHAPE_OF_WORD)}",
         rf"something (?:{_one_of('size', SIZES)} )?{place}",
     )
     return tuple(re.compile(rf"{pattern}\.?\Z") for pattern in patterns)

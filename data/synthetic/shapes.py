@@ -48,10 +48,10 @@ class Scene:
 
     def __post_init__(self) -> None:
         """Refuse what no vocabulary has."""
-        for fact, allowed in VOCABULARIES.items():
-            value = getattr(self, fact)
+        for attribute, allowed in VOCABULARIES.items():
+            value = getattr(self, attribute)
             if value not in allowed:
-                raise ValueError(f"{fact} {value!r} is not one of {', '.join(map(str, allowed))}")
+                raise ValueError(f"{attribute} {value!r} is not one of {', '.join(map(str, allowed))}")
         if self.colour == self.background:
             raise ValueError(f"colour and background are both {self.colour!r}: nothing to see")
 
@@ -67,7 +67,7 @@ VOCABULARIES: dict[str, tuple[str, ...] | tuple[int, ...]] = {
 
 
 @cache
-def every_scene(split: Split) -> tuple[Scene, ...]:
+def all_scenes(split: Split) -> tuple[Scene, ...]:
     """All scenes of a split, in a fixed order; the two splits share no (shape, colour)."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -90,7 +90,7 @@ def every_scene(split: Split) -> tuple[Scene, ...]:
 
 def sample_scene(split: Split, rng: np.random.Generator) -> Scene:
     """One scene of the split, all equally likely."""
-    scenes = every_scene(split)
+    scenes = all_scenes(split)
     return scenes[int(rng.integers(len(scenes)))]
 
 
@@ -103,7 +103,7 @@ def sample_scenes(split: Split, number: int, *, seed: int, is_distinct: bool = F
     >>> [key for key, scene in sample_scenes("val", 2, seed=0)]
     ['val-000000', 'val-000001']
     """
-    scenes = every_scene(split)
+    scenes = all_scenes(split)
     if number < 0:
         raise ValueError(f"number of scenes is {number}: it cannot be negative")
     if is_distinct and number > len(scenes):
@@ -115,7 +115,7 @@ def sample_scenes(split: Split, number: int, *, seed: int, is_distinct: bool = F
 
 
 def _generate(split: Split, number: int, *, seed: int, is_distinct: bool) -> Iterator[tuple[str, Scene]]:
-    scenes = every_scene(split)
+    scenes = all_scenes(split)
     stream = SPLITS.index(split)
     order = np.random.default_rng([seed, stream]).permutation(len(scenes)) if is_distinct else None
     for index in range(number):
@@ -175,7 +175,7 @@ SUPERSAMPLING = 4
 Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 
-def draw_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Image.Image:
+def render_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Image.Image:
     """A square RGB picture of `pixels` x `pixels`; `rng` decides what the scene leaves open.
 
     Open are exact places and turns, tints, light and texture. Shapes of a group never touch.
@@ -183,18 +183,18 @@ def draw_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Image.
     radius = RADIUS[scene.size] * rng.uniform(0.94, 1.06)
     canvas = Image.new("L", (pixels * SUPERSAMPLING, pixels * SUPERSAMPLING))
     brush = ImageDraw.Draw(canvas)
-    for centre in _places(scene, radius=radius, rng=rng):
+    for centre in _shape_centres(scene, radius=radius, rng=rng):
         turn = math.radians(rng.uniform(-TURN_DEGREES, TURN_DEGREES))
         corners = (_rotate(_outline(scene.shape), turn) * radius + centre) * canvas.width
         brush.polygon(corners.ravel().tolist(), fill=255)
     coverage = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)[..., None] / 255
     ground = _paint(BACKGROUND_RGB[scene.background], pixels=pixels, rng=rng)
     ink = _paint(COLOUR_RGB[scene.colour], pixels=pixels, rng=rng)
-    picture = ground + coverage * (ink - ground)
-    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+    image = ground + coverage * (ink - ground)
+    return Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8))
 
 
-def _places(scene: Scene, *, radius: float, rng: np.random.Generator) -> Points:
+def _shape_centres(scene: Scene, *, radius: float, rng: np.random.Generator) -> Points:
     """Centres of the shapes, in widths of the picture, all shapes inside the picture."""
     spacing = 2 * radius + GAP
     if scene.count == 1:

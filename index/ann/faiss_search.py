@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vlm.index.ann.index_type import load_faiss, unwrapped
+from vlm.index.ann.index_type import load_faiss, unwrap_transforms
 from vlm.tensors import Array, Float, Float32, Int64
 
 if TYPE_CHECKING:
@@ -27,16 +27,16 @@ def to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy()).float().numpy()
 
 
-_LEAST_ANSWERS = 10
+_MIN_RERANKED = 10
 # so many numbers of candidates are compared at once: 1 MB, which stays in a processor's cache
-_NUMBERS_AT_ONCE = 262_144
+_VALUES_AT_ONCE = 262_144
 
 
-Found = tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]
+ScoredPositions = tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]
 """Scores, best first, and positions; -1 where nothing was found."""
 
 
-def asker(index: "faiss.Index") -> Callable[[Float32[Array, "Q D"], int], Found]:
+def make_search_function(index: "faiss.Index") -> Callable[[Float32[Array, "Q D"], int], ScoredPositions]:
     """What `index.search(queries, top)` gives, 2 to 3 µs sooner: FAISS's C++ search without its wrapper in Python.
 
     After a walk through a graph Python runs with a cold cache, and each of its steps takes two or three times as long.
@@ -44,7 +44,7 @@ def asker(index: "faiss.Index") -> Callable[[Float32[Array, "Q D"], int], Found]
     wrapped: Any = index
     search, pointer, dimension = wrapped.search_c, load_faiss().swig_ptr, index.d
 
-    def ask(queries: Float32[Array, "Q D"], top: int) -> Found:
+    def ask(queries: Float32[Array, "Q D"], top: int) -> ScoredPositions:
         queries, count = np.ascontiguousarray(queries, np.float32), len(queries)
         if queries.shape[1] != dimension:
             raise ValueError(f"queries of {queries.shape[1]} dimensions, the index has {dimension}")
@@ -82,32 +82,32 @@ def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int
     return faiss.SearchParameters(**chosen)
 
 
-def most_effort(index: "faiss.Index") -> int | None:
+def effort_limit(index: "faiss.Index") -> int | None:
     """nlist of an index with lists, as many as its rows of a graph; None where there is nothing to trade."""
-    faiss, inner = load_faiss(), unwrapped(index)
+    faiss, inner = load_faiss(), unwrap_transforms(index)
     if isinstance(inner, faiss.IndexHNSW):
         return inner.ntotal
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else None
 
 
-def set_effort(index: "faiss.Index", effort: int) -> None:
+def set_search_effort(index: "faiss.Index", effort: int) -> None:
     """Search with this effort (nprobe, efSearch) from now on, if the kind has any."""
-    faiss, inner = load_faiss(), unwrapped(index)
+    faiss, inner = load_faiss(), unwrap_transforms(index)
     if isinstance(inner, faiss.IndexHNSW):
         inner.hnsw.efSearch = effort
     elif isinstance(inner, faiss.IndexIVF):
         inner.nprobe = effort
 
 
-def candidates_for(top: int, factor: int) -> int:
+def num_candidates(top: int, factor: int) -> int:
     """How many rows to take by their codes for `top` answers: `factor` times as many, but never fewer than for ten.
 
     The first by its codes is seldom the first indeed, so one answer needs as many candidates as ten.
 
-    >>> candidates_for(1, 4), candidates_for(100, 4), candidates_for(100, 0)
+    >>> num_candidates(1, 4), num_candidates(100, 4), num_candidates(100, 0)
     (40, 400, 100)
     """
-    return max(top, _LEAST_ANSWERS) * factor if factor else top
+    return max(top, _MIN_RERANKED) * factor if factor else top
 
 
 def rerank(
@@ -120,7 +120,7 @@ def rerank(
     """
     if len(queries) == 1:
         return _rerank_one(rows, queries[0], positions[0], top)
-    at_once = max(1, _NUMBERS_AT_ONCE // max(1, positions.shape[1] * rows.shape[1]))
+    at_once = max(1, _VALUES_AT_ONCE // max(1, positions.shape[1] * rows.shape[1]))
     if len(queries) <= at_once:
         return _rerank(rows, queries, positions, top)
     blocks = [

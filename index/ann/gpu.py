@@ -8,20 +8,20 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlm.index.ann.index_type import Copy, load_faiss, unwrapped
+from vlm.index.ann.index_type import CopyToGpu, load_faiss, unwrap_transforms
 from vlm.tensors import Array, Float32
 
 if TYPE_CHECKING:
     import faiss
 
 
-MOST_ANSWERS = 2048
+MAX_GPU_RESULTS = 2048
 """To one question, of any index on a GPU (FAISS wiki, "Faiss on the GPU")."""
 # the most lists it reads for a question
-_MOST_LISTS = 2048
+_MAX_GPU_LISTS = 2048
 
 
-def gpu_missing() -> str:
+def gpu_unavailable_reason() -> str:
     """Why FAISS has no GPU here; empty if it has one."""
     faiss = load_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
@@ -29,9 +29,9 @@ def gpu_missing() -> str:
     return "" if faiss.get_num_gpus() else "this FAISS is built for GPUs, but sees none"
 
 
-def find_gpu() -> Copy | None:
+def find_gpu() -> CopyToGpu | None:
     """The way to the first GPU that FAISS sees, if it sees one."""
-    if gpu_missing():
+    if gpu_unavailable_reason():
         return None
     return lambda index: load_faiss().index_cpu_to_gpu(_resources(), 0, index)
 
@@ -42,9 +42,9 @@ def _resources() -> Any:
     return load_faiss().StandardGpuResources()
 
 
-def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: Copy | None) -> None:
+def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: CopyToGpu | None) -> None:
     """Train an index; where it has lists, a copy of a flat one finds the centroid of each row."""
-    lists = lists_of(index)
+    lists = extract_ivf(index)
     if copy is None or lists is None:
         index.train(rows)
         return
@@ -56,12 +56,12 @@ def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: Copy | None) 
         lists.clustering_index = None
 
 
-def adder(index: "faiss.Index", copy: Copy | None) -> Callable[[Float32[Array, "N D"]], None]:
+def make_add_function(index: "faiss.Index", copy: CopyToGpu | None) -> Callable[[Float32[Array, "N D"]], None]:
     """What adds rows to a trained index; where it has lists, a copy of its quantizer finds those of new rows.
 
     They are encoded and kept by the index itself. FAISS leaves no door open to do so for codes in blocks (ivfpq).
     """
-    faiss, lists = load_faiss(), lists_of(index)
+    faiss, lists = load_faiss(), extract_ivf(index)
     if copy is None or lists is None or isinstance(lists, faiss.IndexIVFFastScan):
         return index.add
     finder, chain = copy(lists.quantizer), _transforms(index)
@@ -76,7 +76,7 @@ def adder(index: "faiss.Index", copy: Copy | None) -> Callable[[Float32[Array, "
     return add
 
 
-def why_not(index: "faiss.Index") -> str:
+def gpu_unsupported_reason(index: "faiss.Index") -> str:
     """Why FAISS cannot search this index on a GPU; empty if it can."""
     faiss = load_faiss()
     inner = faiss.downcast_index(index)
@@ -84,12 +84,14 @@ def why_not(index: "faiss.Index") -> str:
         return ""
     if not isinstance(inner, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):
         return f"FAISS has no {type(inner).__name__} for GPUs"
-    return "" if inner.nprobe <= _MOST_LISTS else f"it reads {inner.nprobe:,} lists, a GPU at most {_MOST_LISTS:,}"
+    return (
+        "" if inner.nprobe <= _MAX_GPU_LISTS else f"it reads {inner.nprobe:,} lists, a GPU at most {_MAX_GPU_LISTS:,}"
+    )
 
 
-def lists_of(index: "faiss.Index") -> Any:
+def extract_ivf(index: "faiss.Index") -> Any:
     """The index with lists inside an index, as FAISS's own class; None if there is none."""
-    inner = unwrapped(index)
+    inner = unwrap_transforms(index)
     return inner if isinstance(inner, load_faiss().IndexIVF) else None
 
 

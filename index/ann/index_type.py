@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import faiss
 
 
-Copy = Callable[["faiss.Index"], "faiss.Index"]
+CopyToGpu = Callable[["faiss.Index"], "faiss.Index"]
 """Makes the copy of an index that lives on a GPU."""
 
 
 @runtime_checkable
-class Rows(Protocol):
+class TrainingRows(Protocol):
     """What a kind may ask about the rows it will hold."""
 
     def __len__(self) -> int: ...
@@ -33,7 +33,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class TuningParams:
     """Wishes about an index; None leaves the number to the kind's rule.
 
     nlist: lists of an IVF index. nprobe: lists a search reads.
@@ -53,7 +53,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedIndex:
     """A trained index without rows, and the parameters it was made with.
 
     rerank: 0 if the scores are exact cosines; else FAISS is to be asked for more rows (`searching.candidates_for`), and
@@ -66,7 +66,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class IndexType:
     """One kind of index; called with rows and wishes it prepares one.
 
     parameters: all its numbers for so many rows, from the wishes and its own rule.
@@ -79,26 +79,26 @@ class Kind:
     """
 
     name: str
-    parameters: Callable[[int, Tuning], dict[str, int]]
-    prepare: Callable[[Rows, dict[str, int], Copy | None], "faiss.Index"]
+    parameters: Callable[[int, TuningParams], dict[str, int]]
+    prepare: Callable[[TrainingRows, dict[str, int], CopyToGpu | None], "faiss.Index"]
     resident_bytes: Callable[[int, int, Mapping[str, int]], int]
-    work: Callable[[int, Mapping[str, int]], float]
-    wishes: tuple[str, ...] = ()
+    num_distances: Callable[[int, Mapping[str, int]], float]
+    tunable: tuple[str, ...] = ()
     effort: str | None = None
 
-    def parameters_for(self, num_rows: int, tuning: Tuning) -> dict[str, int]:
+    def parameters_for(self, num_rows: int, tuning: TuningParams) -> dict[str, int]:
         """All numbers of an index of so many rows.
 
         Raises:
             UsageError: a wish that this kind cannot heed, a number out of range, or too few rows.
         """
         for name, value in asdict(tuning).items():
-            if name != "seed" and value is not None and name not in self.wishes:
-                takes = f"it takes {', '.join(self.wishes)}" if self.wishes else "it has nothing to tune"
+            if name != "seed" and value is not None and name not in self.tunable:
+                takes = f"it takes {', '.join(self.tunable)}" if self.tunable else "it has nothing to tune"
                 raise UsageError(f"An index of kind {self.name} has no {name}: {takes}. Leave {name} out.")
         return self.parameters(num_rows, tuning)
 
-    def __call__(self, rows: Rows, tuning: Tuning, gpu: Copy | None = None) -> Prepared:
+    def __call__(self, rows: TrainingRows, tuning: TuningParams, gpu: CopyToGpu | None = None) -> PreparedIndex:
         """A trained index without rows; learned on a GPU, if one is given and the kind can.
 
         Raises:
@@ -106,7 +106,7 @@ class Kind:
         """
         parameters = self.parameters_for(len(rows), tuning)
         index = self.prepare(rows, parameters, gpu)
-        return Prepared(index=index, parameters=parameters, rerank=parameters.get("rerank", 0))
+        return PreparedIndex(index=index, parameters=parameters, rerank=parameters.get("rerank", 0))
 
 
 def load_faiss() -> ModuleType:
@@ -122,11 +122,11 @@ def load_faiss() -> ModuleType:
     return faiss
 
 
-def unwrapped(index: "faiss.Index") -> Any:
+def unwrap_transforms(index: "faiss.Index") -> Any:
     """The index behind the transforms of its rows, if it has any, as FAISS's own class; it lives as long as `index`."""
     faiss = load_faiss()
     inner = faiss.downcast_index(index)
-    return unwrapped(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
+    return unwrap_transforms(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 
 
 def check_range(name: str, value: int, limit: int, what: str, *, least: int = 1) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from math import ceil, log2, sqrt
 from typing import TYPE_CHECKING, Any
 
-from vlm.config import choose
+from vlm.config import lookup
 from vlm.console import say
 from vlm.errors import UsageError
 from vlm.index.ann.gpu import train
-from vlm.index.ann.index_type import Copy, Kind, Rows, Tuning, check_range, load_faiss
+from vlm.index.ann.index_type import CopyToGpu, IndexType, TrainingRows, TuningParams, check_range, load_faiss
 
 if TYPE_CHECKING:
     import faiss
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 _FLOAT_BYTES = 4
 
 
-def _flat_parameters(rows: int, tuning: Tuning) -> dict[str, int]:
+def _flat_parameters(rows: int, tuning: TuningParams) -> dict[str, int]:
     return {}
 
 
-def _flat_prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _flat_prepare(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     return load_faiss().IndexFlatIP(rows.dimension)
 
 
@@ -38,16 +38,16 @@ def _flat_resident_bytes(rows: int, dimension: int, parameters: Mapping[str, int
     return rows * dimension * _FLOAT_BYTES
 
 
-def _flat_work(rows: int, parameters: Mapping[str, int]) -> float:
+def _flat_num_distances(rows: int, parameters: Mapping[str, int]) -> float:
     return rows
 
 
-FLAT = Kind(
+FLAT = IndexType(
     name="flat",
     parameters=_flat_parameters,
     prepare=_flat_prepare,
     resident_bytes=_flat_resident_bytes,
-    work=_flat_work,
+    num_distances=_flat_num_distances,
 )
 
 
@@ -60,7 +60,7 @@ _EF_SEARCH = 64
 MAX_EF = 4096
 
 
-def _hnsw_parameters(rows: int, tuning: Tuning) -> dict[str, int]:
+def _hnsw_parameters(rows: int, tuning: TuningParams) -> dict[str, int]:
     """By default 32 links a node, ef_construction 40, ef_search 64."""
     links = _LINKS if tuning.links is None else tuning.links
     ef_construction = _EF_CONSTRUCTION if tuning.ef_construction is None else tuning.ef_construction
@@ -71,7 +71,7 @@ def _hnsw_parameters(rows: int, tuning: Tuning) -> dict[str, int]:
     return {"links": links, "ef_construction": ef_construction, "ef_search": ef_search}
 
 
-def _hnsw_prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _hnsw_prepare(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     """HNSW over float32 rows by inner product: at unit length the nearest by it are the nearest by Euclid too.
 
     A graph built with several threads is not the same twice.
@@ -89,17 +89,17 @@ def _hnsw_resident_bytes(rows: int, dimension: int, parameters: Mapping[str, int
     return round(rows * (4 * dimension + 8 * links + above + 12))
 
 
-def _hnsw_work(rows: int, parameters: Mapping[str, int]) -> float:
+def _hnsw_num_distances(rows: int, parameters: Mapping[str, int]) -> float:
     return parameters["ef_search"] * log2(max(rows, 2))
 
 
-HNSW = Kind(
+HNSW = IndexType(
     name="hnsw",
     parameters=_hnsw_parameters,
     prepare=_hnsw_prepare,
     resident_bytes=_hnsw_resident_bytes,
-    work=_hnsw_work,
-    wishes=("links", "ef_construction", "ef_search"),
+    num_distances=_hnsw_num_distances,
+    tunable=("links", "ef_construction", "ef_search"),
     effort="ef_search",
 )
 
@@ -111,11 +111,11 @@ DEFAULT_RERANK = 4
 MAX_RERANK = 1024
 
 
-def _scalar_parameters(rows: int, tuning: Tuning) -> dict[str, int]:
-    return {"rerank": rerank_of(tuning, DEFAULT_RERANK), "seed": tuning.seed}
+def _scalar_parameters(rows: int, tuning: TuningParams) -> dict[str, int]:
+    return {"rerank": rerank_factor(tuning, DEFAULT_RERANK), "seed": tuning.seed}
 
 
-def _scalar_prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _scalar_prepare(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     """8 bits a dimension between the least and the greatest value of a training sample (FAISS QT_8bit)."""
     faiss = load_faiss()
     index = faiss.IndexScalarQuantizer(rows.dimension, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
@@ -123,7 +123,7 @@ def _scalar_prepare(rows: Rows, parameters: dict[str, int], gpu: Copy | None) ->
     return index
 
 
-def rerank_of(tuning: Tuning, default: int) -> int:
+def rerank_factor(tuning: TuningParams, default: int) -> int:
     """How many times more rows than asked for are taken by their codes.
 
     Raises:
@@ -138,17 +138,17 @@ def _scalar_resident_bytes(rows: int, dimension: int, parameters: Mapping[str, i
     return rows * dimension + 8 * dimension
 
 
-def _scalar_work(rows: int, parameters: Mapping[str, int]) -> float:
+def _scalar_num_distances(rows: int, parameters: Mapping[str, int]) -> float:
     return rows
 
 
-SQ8 = Kind(
+SQ8 = IndexType(
     name="sq8",
     parameters=_scalar_parameters,
     prepare=_scalar_prepare,
     resident_bytes=_scalar_resident_bytes,
-    work=_scalar_work,
-    wishes=("rerank",),
+    num_distances=_scalar_num_distances,
+    tunable=("rerank",),
 )
 
 
@@ -172,7 +172,7 @@ def default_lists(rows: int) -> int:
     return max(MIN_LISTS, min(round(4 * sqrt(rows)), rows // MIN_ROWS_PER_LIST))
 
 
-def _inverted_parameters(rows: int, tuning: Tuning) -> dict[str, int]:
+def _inverted_parameters(rows: int, tuning: TuningParams) -> dict[str, int]:
     """By default nlist = 4 √N (FAISS wiki, "Guidelines to choose an index"), and nprobe = nlist / 16, at least 8.
 
     Texts lie off the pictures' manifold, so their neighbours are spread over more lists than a picture's are.
@@ -189,20 +189,20 @@ def _inverted_parameters(rows: int, tuning: Tuning) -> dict[str, int]:
     return {"nlist": nlist, "nprobe": nprobe, "seed": tuning.seed}
 
 
-def _with_rerank(default: int) -> Callable[[int, Tuning], dict[str, int]]:
-    return lambda rows, tuning: _inverted_parameters(rows, tuning) | {"rerank": rerank_of(tuning, default)}
+def _with_rerank(default: int) -> Callable[[int, TuningParams], dict[str, int]]:
+    return lambda rows, tuning: _inverted_parameters(rows, tuning) | {"rerank": rerank_factor(tuning, default)}
 
 
-def _prepare_ivf(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _prepare_ivf(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     """Rows as they are; scores are exact."""
     faiss, dimension = load_faiss(), rows.dimension
     quantizer = faiss.IndexFlatIP(dimension)
-    return _trained(
+    return _train_ivf(
         faiss.IndexIVFFlat(quantizer, dimension, parameters["nlist"], faiss.METRIC_INNER_PRODUCT), rows, parameters, gpu
     )
 
 
-def _prepare_ivfsq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _prepare_ivfsq(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     """8 bits a dimension of the difference to the centroid, of one range for all dimensions (FAISS QT_8bit_uniform).
 
     A range for each dimension (QT_8bit) finds as many at the same re-ranking, but takes a fifth longer to scan.
@@ -212,10 +212,10 @@ def _prepare_ivfsq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> 
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, dimension, parameters["nlist"], code, faiss.METRIC_INNER_PRODUCT, True
     )
-    return _trained(index, rows, parameters, gpu)
+    return _train_ivf(index, rows, parameters, gpu)
 
 
-def _prepare_ivfpq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _prepare_ivfpq(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     """Product codes of 4 bits for every two dimensions (D / 4 bytes a row), scanned in registers.
 
     Product quantization: Jégou et al. 2011; the scan: André et al. 2015 (FAISS wiki, "Fast accumulation of PQ and
@@ -226,21 +226,21 @@ def _prepare_ivfpq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> 
     index = faiss.IndexIVFPQFastScan(
         faiss.IndexFlatIP(dimension), dimension, nlist, _subvectors(dimension), 4, faiss.METRIC_INNER_PRODUCT
     )
-    return _trained(index, rows, parameters, gpu)
+    return _train_ivf(index, rows, parameters, gpu)
 
 
-def _prepare_rabitq(rows: Rows, parameters: dict[str, int], gpu: Copy | None) -> "faiss.Index":
+def _prepare_rabitq(rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None) -> "faiss.Index":
     """One bit a dimension and two factors (RaBitQ: Gao and Long 2024), after the random rotation its bound rests on."""
     faiss, dimension = load_faiss(), rows.dimension
     quantizer = faiss.IndexFlatIP(dimension)
     index = faiss.IndexIVFRaBitQ(quantizer, dimension, parameters["nlist"], faiss.METRIC_INNER_PRODUCT)
     rotation = faiss.RandomRotationMatrix(dimension, dimension)
     rotation.init(parameters["seed"])
-    return _trained(index, rows, parameters, gpu, rotation=rotation)
+    return _train_ivf(index, rows, parameters, gpu, rotation=rotation)
 
 
-def _trained(
-    index: Any, rows: Rows, parameters: dict[str, int], gpu: Copy | None, *, rotation: Any = None
+def _train_ivf(
+    index: Any, rows: TrainingRows, parameters: dict[str, int], gpu: CopyToGpu | None, *, rotation: Any = None
 ) -> "faiss.Index":
     """The index with its centroids (spherical k-means) and codes, rotated if there is a rotation."""
     nlist, seed = parameters["nlist"], parameters["seed"]
@@ -284,57 +284,57 @@ def _centroid_bytes(dimension: int, parameters: Mapping[str, int]) -> int:
     return parameters["nlist"] * dimension * _FLOAT_BYTES
 
 
-def _inverted_work(rows: int, parameters: Mapping[str, int]) -> float:
+def _inverted_num_distances(rows: int, parameters: Mapping[str, int]) -> float:
     return parameters["nlist"] + parameters["nprobe"] * rows / parameters["nlist"]
 
 
-def _kind(
+def _ivf_type(
     name: str,
-    prepare: Callable[[Rows, dict[str, int], Copy | None], "faiss.Index"],
+    prepare: Callable[[TrainingRows, dict[str, int], CopyToGpu | None], "faiss.Index"],
     resident_bytes: Callable[[int, int, Mapping[str, int]], int],
     *,
     rerank: int = 0,
-) -> Kind:
-    return Kind(
+) -> IndexType:
+    return IndexType(
         name=name,
         parameters=_with_rerank(rerank) if rerank else _inverted_parameters,
         prepare=prepare,
         resident_bytes=resident_bytes,
-        work=_inverted_work,
-        wishes=("nlist", "nprobe", "rerank") if rerank else ("nlist", "nprobe"),
+        num_distances=_inverted_num_distances,
+        tunable=("nlist", "nprobe", "rerank") if rerank else ("nlist", "nprobe"),
         effort="nprobe",
     )
 
 
 # the factors are those at which recall@10 of text queries reached 0.999 on 20,000 × 64
-IVF = _kind("ivf", _prepare_ivf, _ivf_bytes)
-IVFSQ = _kind("ivfsq", _prepare_ivfsq, _ivfsq_bytes, rerank=4)
-IVFPQ = _kind("ivfpq", _prepare_ivfpq, _ivfpq_bytes, rerank=16)
-RABITQ = _kind("rabitq", _prepare_rabitq, _rabitq_bytes, rerank=16)
+IVF = _ivf_type("ivf", _prepare_ivf, _ivf_bytes)
+IVFSQ = _ivf_type("ivfsq", _prepare_ivfsq, _ivfsq_bytes, rerank=4)
+IVFPQ = _ivf_type("ivfpq", _prepare_ivfpq, _ivfpq_bytes, rerank=16)
+RABITQ = _ivf_type("rabitq", _prepare_rabitq, _rabitq_bytes, rerank=16)
 
 
 AUTO = "auto"
 # below it an exact scan of 512 dimensions takes about 5 ms on one core, so there is nothing to win
 FLAT_BELOW_ROWS = 50_000
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (FLAT, IVF, IVFSQ, IVFPQ, RABITQ, SQ8, HNSW)}
+INDEX_TYPES: dict[str, IndexType] = {kind.name: kind for kind in (FLAT, IVF, IVFSQ, IVFPQ, RABITQ, SQ8, HNSW)}
 
 
-def settings_of(kind: str, *, effort: int | None, rerank: int) -> dict[str, int]:
+def search_params_dict(kind: str, *, effort: int | None, rerank: int) -> dict[str, int]:
     """The parameters of a kind that may change after the build, by their names.
 
-    >>> settings_of("ivfsq", effort=40, rerank=2), settings_of("flat", effort=None, rerank=0)
+    >>> search_params_dict("ivfsq", effort=40, rerank=2), search_params_dict("flat", effort=None, rerank=0)
     ({'nprobe': 40, 'rerank': 2}, {})
     """
-    name = KINDS[kind].effort
+    name = INDEX_TYPES[kind].effort
     found = {name: effort} if name is not None and effort is not None else {}
     return found | ({"rerank": rerank} if rerank else {})
 
 
-def choose_kind(kind: str, num_rows: int) -> str:
+def resolve_index_type(kind: str, num_rows: int) -> str:
     """The kind asked for; `auto` is flat below 50,000 rows and ivf from there on.
 
-    >>> choose_kind("auto", 1000)
+    >>> resolve_index_type("auto", 1000)
     'flat'
 
     Raises:
@@ -342,5 +342,5 @@ def choose_kind(kind: str, num_rows: int) -> str:
     """
     if kind == AUTO:
         return "flat" if num_rows < FLAT_BELOW_ROWS else "ivf"
-    choose(KINDS, kind, "index kind")
+    lookup(INDEX_TYPES, kind, "index kind")
     return kind

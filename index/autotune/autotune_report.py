@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm.console import show_table
-from vlm.files import replacing
+from vlm.files import atomic_write
 from vlm.index.autotune.autotuner import Plan
-from vlm.index.autotune.trial import Trial, show_bytes
+from vlm.index.autotune.trial import Trial, format_bytes
 
 PLOT = "plan.png"
 
@@ -19,7 +19,7 @@ def show_plan(plan: Plan) -> None:
     columns = ["kind", "p50 ms", "p95 ms", "p99 ms", "questions/s", "memory", "mapped from disk", "built in s"]
     show_table(columns, [_cost_cells(trial) for trial in plan.trials], title="One question at a time on one thread")
     for direction in sorted({direction for trial in plan.trials for direction in trial.turned}):
-        _show_turned(plan, direction)
+        _show_reversed(plan, direction)
     for direction, why in plan.unturned.items():
         print(f"Not measured: {direction}: {why}.")
     for name, why in plan.left_out.items():
@@ -29,7 +29,7 @@ def show_plan(plan: Plan) -> None:
         print("Its recall is optimistic: rows were asked with, and texts need more. Give --texts with text embeddings.")
 
 
-def _show_turned(plan: Plan, direction: str) -> None:
+def _show_reversed(plan: Plan, direction: str) -> None:
     turned = {trial.label: trial.turned[direction] for trial in plan.trials if direction in trial.turned}
     first = next(iter(turned.values()))
     columns = ["kind", *(f"{_short(direction)} R@{count}" for count in first.recall), "p50 ms", "p95 ms", "p99 ms"]
@@ -62,7 +62,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         axes.plot(*_columns(curve), marker="o", markersize=3.5, linewidth=1.2, color=colour)
         axes.plot(
             *_tuned_point(trial, plan),
-            label=f"{trial.label}, {show_bytes(trial.resident_bytes)}",
+            label=f"{trial.label}, {format_bytes(trial.resident_bytes)}",
             linestyle="none",
             marker="*" if is_taken else "s",
             markersize=15 if is_taken else 6,
@@ -73,7 +73,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     _scale(axes, plan)
     _label(axes, plan)
     figure.legend(fontsize=8, frameon=False, loc="outside right center")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
@@ -105,7 +105,7 @@ def _scale(axes: Any, plan: Plan) -> None:
 def _label(axes: Any, plan: Plan) -> None:
     axes.set_xlabel(f"median of one question on one thread, ms ({plan.sample_rows:,} rows)", fontsize=9)
     axes.set_ylabel(f"{plan.direction} recall@{plan.promise.at}", fontsize=9)
-    axes.set_title(f"{plan.winner.label} taken (★); dotted: {plan.promise.in_words()}", fontsize=10)
+    axes.set_title(f"{plan.winner.label} taken (★); dotted: {plan.promise.describe()}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -115,7 +115,7 @@ def _heading(plan: Plan) -> str:
     judged = ", ".join(f"{count:,} {direction}" for direction, count in plan.judged_by.items())
     scaled = "" if all(trial.latency == trial.measured for trial in plan.trials) else ", scaled to all rows"
     return (
-        f"{plan.promise.in_words()}, for {plan.num_rows:,} rows: tried on {plan.sample_rows:,}{scaled}; tuned with "
+        f"{plan.promise.describe()}, for {plan.num_rows:,} rows: tried on {plan.sample_rows:,}{scaled}; tuned with "
         f"{plan.tuned_with:,} questions, judged by others: {judged}"
     )
 
@@ -146,7 +146,7 @@ def _cost_cells(trial: Trial) -> list[Any]:
         trial.label,
         *(f"{ms:.3g}" for ms in (latency.p50_ms, latency.p95_ms, latency.p99_ms)),
         f"{latency.per_second:,.0f}",
-        show_bytes(trial.resident_bytes),
-        show_bytes(trial.mapped_bytes) if trial.mapped_bytes else "–",
+        format_bytes(trial.resident_bytes),
+        format_bytes(trial.mapped_bytes) if trial.mapped_bytes else "–",
         f"{trial.build_seconds:.1f}",
     ]

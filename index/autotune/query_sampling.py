@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.embeddings import Embeddings, open_vectors, unit_rows
+from vlm.index.embeddings import Embeddings, normalize_rows, open_vectors
 from vlm.tensors import Array, Float, Float32, Int64
 
 # two ways to sum 1,000 float32 products of unit vectors differ by less
@@ -34,7 +34,7 @@ def exact_scores(
     return -np.sort(-best, axis=1)
 
 
-def recall_of_each(found: Float32[Array, "Q C"], truth: Float32[Array, "Q K"], at: int) -> Float[Array, " Q"]:
+def per_query_recall(found: Float32[Array, "Q C"], truth: Float32[Array, "Q K"], at: int) -> Float[Array, " Q"]:
     """For each query the share of its `at` nearest rows that were found among the first `at` answers.
 
     found, truth: exact cosines of distinct rows, best first, -inf where nothing was found. An answer counts if it is as
@@ -51,8 +51,8 @@ def lower_bound(recalls: Float[Array, " Q"], *, seed: int = 0, confidence: float
     Efron 1979, one-sided, 1,000 resamples of the queries. It cannot know of misses that did not occur among them, so
     give it hundreds.
     """
-    drawn = np.random.default_rng(seed).integers(0, len(recalls), (_RESAMPLES, len(recalls)))
-    return float(np.quantile(recalls[drawn].mean(axis=1), 1 - confidence))
+    sample = np.random.default_rng(seed).integers(0, len(recalls), (_RESAMPLES, len(recalls)))
+    return float(np.quantile(recalls[sample].mean(axis=1), 1 - confidence))
 
 
 # of the sample's rows, at most so large a part is kept out of the index to ask with
@@ -60,10 +60,10 @@ _HELD_OUT_SHARE = 0.1
 # answers whose recall is shown
 SHOWN = (1, 10, 100)
 # rows of an index turned round: with fewer, 100 answers are more than a tenth of it; more would only take longer
-LEAST_TURNED, MOST_TURNED = 1000, 20_000
+MIN_REVERSED_ROWS, MAX_REVERSED_ROWS = 1000, 20_000
 
 
-class DrawnRows:
+class SampledRows:
     """Rows in memory, in the form a kind asks for them. stored: the same as float16, as an index folder keeps them."""
 
     def __init__(self, vectors: Float32[Array, "N D"]) -> None:
@@ -81,13 +81,13 @@ class DrawnRows:
         """Distinct rows drawn evenly."""
         return self.vectors[np.sort(np.random.default_rng(seed).permutation(len(self))[:count])]
 
-    def part(self, share: float) -> "DrawnRows":
+    def part(self, share: float) -> "SampledRows":
         """The first rows; as the rows are in random order, any of them are as good."""
-        return DrawnRows(self.vectors[: max(1, round(len(self) * share))])
+        return SampledRows(self.vectors[: max(1, round(len(self) * share))])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class QuerySet:
     """Questions with the truth about the rows. scores: exact cosines of the nearest rows, best first."""
 
     direction: str
@@ -95,14 +95,16 @@ class Questions:
     scores: Float32[Array, "Q K"]
 
     @classmethod
-    def ask(cls, direction: str, vectors: Float32[Array, "Q D"], rows: DrawnRows, top: int) -> "Questions":
+    def with_ground_truth(
+        cls, direction: str, vectors: Float32[Array, "Q D"], rows: SampledRows, top: int
+    ) -> "QuerySet":
         """The truth by comparing with every row."""
         blocks = (rows.vectors[first : first + 65_536] for first in range(0, len(rows), 65_536))
         return cls(direction=direction, vectors=vectors, scores=exact_scores(blocks, vectors, top))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class TuningSample:
     """Rows to index, questions to tune with, and questions of each direction to judge by.
 
     judge: the first direction is the one the promise is about, whose questions are none of those tuned with; the last
@@ -110,24 +112,26 @@ class Drawn:
     turned: rows of the other modality for these rows to ask, by direction. unturned: why there are none, by direction.
     """
 
-    rows: DrawnRows
-    tune: Float32[Array, "Q D"]
-    judge: dict[str, Float32[Array, "P D"]]
-    turned: dict[str, DrawnRows] = field(default_factory=dict)
+    rows: SampledRows
+    tuning_queries: Float32[Array, "Q D"]
+    eval_queries: dict[str, Float32[Array, "P D"]]
+    turned: dict[str, SampledRows] = field(default_factory=dict)
     unturned: dict[str, str] = field(default_factory=dict)
 
     @property
-    def promised(self) -> str:
+    def target_direction(self) -> str:
         """The direction the promise is about."""
-        return next(iter(self.judge))
+        return next(iter(self.eval_queries))
 
     @property
     def held_out(self) -> Float32[Array, "P D"]:
         """Rows that are not in the index."""
-        return next(reversed(self.judge.values()))
+        return next(reversed(self.eval_queries.values()))
 
 
-def draw(source: Embeddings, others: Sequence[Embeddings], *, max_rows: int, max_questions: int, seed: int) -> Drawn:
+def sample_queries(
+    source: Embeddings, others: Sequence[Embeddings], *, max_rows: int, max_queries: int, seed: int
+) -> TuningSample:
     """A random sample of the rows, some of them held out to ask with, and questions of each other folder in two halves.
 
     All questions of one sample come into the same half. The first folder is tuned with and promised about; without any
@@ -138,41 +142,45 @@ def draw(source: Embeddings, others: Sequence[Embeddings], *, max_rows: int, max
     """
     generator = np.random.default_rng(seed)
     sample = generator.permutation(source.sample(max_rows, seed=seed))
-    held = min(max_questions, int(len(sample) * _HELD_OUT_SHARE))
+    held = min(max_queries, int(len(sample) * _HELD_OUT_SHARE))
     if held < 2:
         raise UsageError(f"{len(sample)} rows are too few to plan with; name the kind flat, which is exact.")
     own = f"{source.space.modality}→{source.space.modality}"
-    asked, rows = sample[:held], DrawnRows(sample[held:])
+    asked, rows = sample[:held], SampledRows(sample[held:])
     if not others:
-        return Drawn(rows=rows, tune=asked[::2], judge={own: asked[1::2]})
-    judge: dict[str, Float32[Array, "P D"]] = {}
+        return TuningSample(rows=rows, tuning_queries=asked[::2], eval_queries={own: asked[1::2]})
+    eval_queries: dict[str, Float32[Array, "P D"]] = {}
     tunes: list[Float32[Array, "Q D"]] = []
     for other in others:
         _check_space(source, other)
-        tune, judged = _two_halves(other, max_questions, generator)
+        tuning_queries, judged = _split_tuning_and_eval(other, max_queries, generator)
         across = f"{other.space.modality}→{source.space.modality}"
-        judge[f"other {own}" if across == own else across] = judged
-        tunes.append(tune)
-    turned, unturned = _turn(source, others, seed=seed)
-    return Drawn(rows=rows, tune=tunes[0], judge=judge | {own: asked}, turned=turned, unturned=unturned)
+        eval_queries[f"other {own}" if across == own else across] = judged
+        tunes.append(tuning_queries)
+    turned, unturned = _reversed(source, others, seed=seed)
+    return TuningSample(
+        rows=rows, tuning_queries=tunes[0], eval_queries=eval_queries | {own: asked}, turned=turned, unturned=unturned
+    )
 
 
-def _turn(
+def _reversed(
     source: Embeddings, others: Sequence[Embeddings], *, seed: int
-) -> tuple[dict[str, DrawnRows], dict[str, str]]:
+) -> tuple[dict[str, SampledRows], dict[str, str]]:
     turned, unturned = {}, {}
     for other in others:
         direction = f"{source.space.modality}→{other.space.modality}"
         if other.space.modality == source.space.modality:
             continue
-        if len(other) < LEAST_TURNED:
-            unturned[direction] = f"{len(other):,} {other.space.modality}s are too few, {LEAST_TURNED:,} are needed"
+        if len(other) < MIN_REVERSED_ROWS:
+            unturned[direction] = (
+                f"{len(other):,} {other.space.modality}s are too few, {MIN_REVERSED_ROWS:,} are needed"
+            )
         else:
-            turned[direction] = DrawnRows(other.sample(MOST_TURNED, seed=seed))
+            turned[direction] = SampledRows(other.sample(MAX_REVERSED_ROWS, seed=seed))
     return turned, unturned
 
 
-def vectors_at(embeddings: Embeddings, numbers: Int64[Array, " N"]) -> Float32[Array, "N D"]:
+def take_rows(embeddings: Embeddings, numbers: Int64[Array, " N"]) -> Float32[Array, "N D"]:
     """The rows of these numbers, which must ascend."""
     starts = np.cumsum([0, *(part.rows for part in embeddings.parts)])
     cuts = np.searchsorted(numbers, starts)
@@ -180,10 +188,10 @@ def vectors_at(embeddings: Embeddings, numbers: Int64[Array, " N"]) -> Float32[A
         open_vectors(embeddings.folder, part)[numbers[low:high] - start]
         for part, start, low, high in zip(embeddings.parts, starts[:-1], cuts[:-1], cuts[1:], strict=True)
     ]
-    return unit_rows(np.concatenate(taken))
+    return normalize_rows(np.concatenate(taken))
 
 
-def _two_halves(
+def _split_tuning_and_eval(
     asked: Embeddings, count: int, generator: np.random.Generator
 ) -> tuple[Float32[Array, "Q D"], Float32[Array, "P D"]]:
     places: dict[tuple[str, int], int] = {}
@@ -201,7 +209,7 @@ def _two_halves(
                 f"{asked.folder} has {asked.space.modality}s of {len(places)} sample; "
                 "two at least are needed to plan with."
             )
-        halves.append(vectors_at(asked, np.sort(generator.permutation(numbers)[: max(1, count)])))
+        halves.append(take_rows(asked, np.sort(generator.permutation(numbers)[: max(1, count)])))
     return halves[0], halves[1]
 
 

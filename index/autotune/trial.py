@@ -23,10 +23,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.ann.faiss_search import candidates_for, most_effort, rerank, search_parameters
-from vlm.index.ann.index_type import Tuning, load_faiss
-from vlm.index.ann.index_types import KINDS, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST
-from vlm.index.autotune.query_sampling import SHOWN, DrawnRows, Questions, lower_bound, recall_of_each
+from vlm.index.ann.faiss_search import effort_limit, num_candidates, rerank, search_parameters
+from vlm.index.ann.index_type import TuningParams, load_faiss
+from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST
+from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lower_bound, per_query_recall
 from vlm.tensors import Array, Float, Float32
 
 _UNITS = {"": 1} | {
@@ -37,7 +37,7 @@ _UNITS = {"": 1} | {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promise:
+class TuningTarget:
     """Recall, and what it may cost; None is no limit.
 
     recall: share of the `at` nearest rows that a search finds, on average over questions.
@@ -62,14 +62,14 @@ class Promise:
             if value is not None and value <= 0:
                 raise UsageError(f"{name} = {value} does not fit: it must be more than 0.")
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """The promise, as one says it.
 
-        >>> Promise(recall=0.9, latency_ms=5, memory_bytes=2_000_000_000).in_words()
+        >>> TuningTarget(recall=0.9, latency_ms=5, memory_bytes=2_000_000_000).describe()
         'recall@10 of 0.9 within 5 ms and 2 GB'
         """
         limits = [] if self.latency_ms is None else [f"{self.latency_ms:g} ms"]
-        limits += [] if self.memory_bytes is None else [show_bytes(self.memory_bytes)]
+        limits += [] if self.memory_bytes is None else [format_bytes(self.memory_bytes)]
         return f"recall@{self.at} of {self.recall:g}" + (f" within {' and '.join(limits)}" if limits else "")
 
 
@@ -88,10 +88,10 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def show_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A size for people, in powers of ten.
 
-    >>> show_bytes(1_234_567_890)
+    >>> format_bytes(1_234_567_890)
     '1.23 GB'
     """
     for unit in ("B", "kB", "MB", "GB"):
@@ -106,53 +106,53 @@ _FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class SearchParams:
     """What a search may be told after the build. effort: nprobe or ef_search; rerank: see `Prepared`."""
 
     effort: int | None
     rerank: int
 
-    def less(self) -> "Setting | None":
+    def less(self) -> "SearchParams | None":
         """With a ninth less effort; None if there is none to spare.
 
-        >>> Setting(effort=90, rerank=2).less()
-        Setting(effort=80, rerank=2)
+        >>> SearchParams(effort=90, rerank=2).less()
+        SearchParams(effort=80, rerank=2)
         """
         return replace(self, effort=self.effort * 8 // 9) if self.effort is not None and self.effort > 1 else None
 
-    def more(self, most: int | None) -> "Setting | None":
+    def more(self, max_effort: int | None) -> "SearchParams | None":
         """With an eighth more effort; where there is no more, with twice the re-ranking; None at the end of both.
 
-        >>> Setting(effort=80, rerank=2).more(100), Setting(effort=100, rerank=2).more(100)
-        (Setting(effort=90, rerank=2), Setting(effort=100, rerank=4))
+        >>> SearchParams(effort=80, rerank=2).more(100), SearchParams(effort=100, rerank=2).more(100)
+        (SearchParams(effort=90, rerank=2), SearchParams(effort=100, rerank=4))
         """
-        if self.effort is not None and most is not None and self.effort < most:
-            return replace(self, effort=min(most, self.effort + ceil(self.effort / 8)))
+        if self.effort is not None and max_effort is not None and self.effort < max_effort:
+            return replace(self, effort=min(max_effort, self.effort + ceil(self.effort / 8)))
         return replace(self, rerank=2 * self.rerank) if 0 < self.rerank < _FACTORS[-1] else None
 
 
-def least_effort(reaches: Callable[[int], bool], most: int) -> int | None:
+def min_effort(reaches_target: Callable[[int], bool], max_effort: int) -> int | None:
     """The least effort in 1 … most that reaches the goal, if more effort never reaches less; None if not even `most`.
 
     Doubles until it does, then halves the interval, so that most trials are cheap.
 
-    >>> least_effort(lambda effort: effort >= 37, 1000)
+    >>> min_effort(lambda effort: effort >= 37, 1000)
     37
     """
     missed, effort = 0, 1
-    while not reaches(effort):
-        if effort == most:
+    while not reaches_target(effort):
+        if effort == max_effort:
             return None
-        missed, effort = effort, min(2 * effort, most)
+        missed, effort = effort, min(2 * effort, max_effort)
     while effort - missed > 1:
         middle = (effort + missed) // 2
-        missed, effort = (missed, middle) if reaches(middle) else (middle, effort)
+        missed, effort = (missed, middle) if reaches_target(middle) else (middle, effort)
     return effort
 
 
-def settings_that_reach(
-    reaches: Callable[[Setting], bool], *, most: int | None, is_reranked: bool
-) -> Iterator[Setting]:
+def candidate_params(
+    reaches_target: Callable[[SearchParams], bool], *, max_effort: int | None, is_reranked: bool
+) -> Iterator[SearchParams]:
     """Settings that reach the goal: each with the least effort for its factor of re-ranking.
 
     Of the factors those are tried that suffice when every row is read: the least, and twice it, which may need so much
@@ -161,54 +161,65 @@ def settings_that_reach(
     """
     factors: tuple[int, ...] = (0,)
     if is_reranked:
-        enough = next((factor for factor in _FACTORS if reaches(Setting(effort=most, rerank=factor))), None)
-        factors = () if enough is None else (enough,) if most is None else (enough, 2 * enough)
+        enough = next(
+            (factor for factor in _FACTORS if reaches_target(SearchParams(effort=max_effort, rerank=factor))), None
+        )
+        factors = () if enough is None else (enough,) if max_effort is None else (enough, 2 * enough)
     for factor in factors:
-        if most is None:
-            yield Setting(effort=None, rerank=factor)
+        if max_effort is None:
+            yield SearchParams(effort=None, rerank=factor)
             continue
-        effort = least_effort(lambda effort, factor=factor: reaches(Setting(effort=effort, rerank=factor)), most)
+        effort = min_effort(
+            lambda effort, factor=factor: reaches_target(SearchParams(effort=effort, rerank=factor)), max_effort
+        )
         if effort is not None:
-            yield Setting(effort=effort, rerank=factor)
+            yield SearchParams(effort=effort, rerank=factor)
 
 
-def settled(start: Setting, holds: Callable[[Setting], bool], *, most: int | None) -> Setting | None:
+def minimize_params(
+    start: SearchParams, meets_target: Callable[[SearchParams], bool], *, max_effort: int | None
+) -> SearchParams | None:
     """From a setting that holds or nearly does, to nearly the least that holds; None if none above does.
 
-    >>> settled(Setting(effort=50, rerank=0), lambda setting: (setting.effort or 0) >= 60, most=1000)
-    Setting(effort=60, rerank=0)
-    >>> settled(Setting(effort=50, rerank=1), lambda setting: setting.rerank == 2 and setting.effort >= 30, most=1000)
-    Setting(effort=30, rerank=2)
+    >>> minimize_params(SearchParams(effort=50, rerank=0), lambda params: (params.effort or 0) >= 60, max_effort=1000)
+    SearchParams(effort=60, rerank=0)
+    >>> meets = lambda params: params.rerank == 2 and params.effort >= 30
+    >>> minimize_params(SearchParams(effort=50, rerank=1), meets, max_effort=1000)
+    SearchParams(effort=30, rerank=2)
     """
-    setting = start
-    if holds(setting):
-        while (less := setting.less()) is not None and holds(less):
-            setting = less
-        return _finest(setting, (less and less.effort) or 0, holds)
-    while (more := setting.more(most)) is not None:
-        if holds(more):  # with more re-ranking, anything may be enough
-            return _finest(more, (setting.effort or 0) if more.rerank == setting.rerank else 0, holds)
-        setting = more
+    search_params = start
+    if meets_target(search_params):
+        while (less := search_params.less()) is not None and meets_target(less):
+            search_params = less
+        return _bisect_effort(search_params, (less and less.effort) or 0, meets_target)
+    while (more := search_params.more(max_effort)) is not None:
+        if meets_target(more):  # with more re-ranking, anything may be enough
+            return _bisect_effort(
+                more, (search_params.effort or 0) if more.rerank == search_params.rerank else 0, meets_target
+            )
+        search_params = more
     return None
 
 
-def _finest(setting: Setting, missing: int, holds: Callable[[Setting], bool]) -> Setting:
+def _bisect_effort(
+    search_params: SearchParams, missing: int, meets_target: Callable[[SearchParams], bool]
+) -> SearchParams:
     """A setting that holds, with an effort at most a fiftieth above one that does not, as `missing` does not."""
-    while setting.effort is not None and setting.effort - missing > max(1, setting.effort // 50):
-        middle = replace(setting, effort=(setting.effort + missing) // 2)
-        if holds(middle):
-            setting = middle
+    while search_params.effort is not None and search_params.effort - missing > max(1, search_params.effort // 50):
+        middle = replace(search_params, effort=(search_params.effort + missing) // 2)
+        if meets_target(middle):
+            search_params = middle
         else:
             missing = middle.effort or 0
-    return setting
+    return search_params
 
 
-def extrapolated(small: tuple[int, int], large: tuple[int, int], rows: int) -> int:
+def extrapolate_power_law(small: tuple[int, int], large: tuple[int, int], rows: int) -> int:
     """A number measured at two sizes, as (rows, number), carried on to more rows by the power of the size they show.
 
     The power is held between 0 and 1: no effort falls as rows are added, and none need outgrow them.
 
-    >>> extrapolated((10_000, 10), (40_000, 20), 160_000)
+    >>> extrapolate_power_law((10_000, 10), (40_000, 20), 160_000)
     40
     """
     (few, less), (many, more) = small, large
@@ -217,43 +228,47 @@ def extrapolated(small: tuple[int, int], large: tuple[int, int], rows: int) -> i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
+class CandidateConfig:
     """A kind, and how many times √N lists it shall have; None leaves it to the kind, or it has none."""
 
     kind: str
-    lists_per_root: int | None = None
+    nlist_per_sqrt_rows: int | None = None
 
-    def wishes(self, rows: int, *, seed: int, effort: str | None = None, setting: Setting | None = None) -> Tuning:
+    def tuning_params(
+        self, rows: int, *, seed: int, effort: str | None = None, search_params: SearchParams | None = None
+    ) -> TuningParams:
         """What to ask of the kind for so many rows. effort: the parameter that the setting's effort is for."""
         numbers: dict[str, int] = {}
-        if self.lists_per_root and rows >= MIN_LISTS * MIN_ROWS_PER_LIST:
-            numbers["nlist"] = max(MIN_LISTS, min(round(self.lists_per_root * sqrt(rows)), rows // MIN_ROWS_PER_LIST))
-        if setting and effort and setting.effort is not None:
-            most = numbers.get("nlist", setting.effort)
-            numbers[effort] = min(setting.effort, most)
-        if setting and setting.rerank:
-            numbers["rerank"] = setting.rerank
-        return Tuning(seed=seed, **numbers)
+        if self.nlist_per_sqrt_rows and rows >= MIN_LISTS * MIN_ROWS_PER_LIST:
+            numbers["nlist"] = max(
+                MIN_LISTS, min(round(self.nlist_per_sqrt_rows * sqrt(rows)), rows // MIN_ROWS_PER_LIST)
+            )
+        if search_params and effort and search_params.effort is not None:
+            max_effort = numbers.get("nlist", search_params.effort)
+            numbers[effort] = min(search_params.effort, max_effort)
+        if search_params and search_params.rerank:
+            numbers["rerank"] = search_params.rerank
+        return TuningParams(seed=seed, **numbers)
 
 
 # k-means takes time with the square of its lists: few lists first, and of many only one kind
-LADDER = (
-    Rung(kind="flat"),
-    Rung(kind="sq8"),
-    Rung(kind="ivf", lists_per_root=1),
-    Rung(kind="ivfsq", lists_per_root=1),
-    Rung(kind="rabitq", lists_per_root=2),
-    Rung(kind="ivfpq", lists_per_root=2),
-    Rung(kind="ivf", lists_per_root=4),
-    Rung(kind="hnsw"),
+CANDIDATE_CONFIGS = (
+    CandidateConfig(kind="flat"),
+    CandidateConfig(kind="sq8"),
+    CandidateConfig(kind="ivf", nlist_per_sqrt_rows=1),
+    CandidateConfig(kind="ivfsq", nlist_per_sqrt_rows=1),
+    CandidateConfig(kind="rabitq", nlist_per_sqrt_rows=2),
+    CandidateConfig(kind="ivfpq", nlist_per_sqrt_rows=2),
+    CandidateConfig(kind="ivf", nlist_per_sqrt_rows=4),
+    CandidateConfig(kind="hnsw"),
 )
 
 
 _WARM_UP = 10
 # a percentile of 99 wants hundreds of questions, a slow kind must not take minutes for them
-_TIMED_QUESTIONS, _TIMED_SECONDS = 1000, 3.0
+_TIMED_QUERIES, _TIMED_SECONDS = 1000, 3.0
 # a setting is looked for, and the curve drawn, with few
-_FEW_QUESTIONS = 100
+_FEW_QUERIES = 100
 _CURVE_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
 
 
@@ -277,7 +292,7 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class CurvePoint:
     """One point of a kind's recall-latency curve."""
 
     effort: int
@@ -286,7 +301,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turned:
+class ReversedResult:
     """What a kind gives when its index is turned round, with the effort that was found for the index to be built.
 
     rows: indexed. recall: by number of answers. latency: as measured, of these rows.
@@ -320,9 +335,9 @@ class Trial:
     resident_bytes: int
     mapped_bytes: int
     build_seconds: float
-    curve: tuple[Point, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     misses: tuple[str, ...] = ()
-    turned: dict[str, Turned] = field(default_factory=dict)
+    turned: dict[str, ReversedResult] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -333,58 +348,60 @@ class Trial:
         return f"{self.kind} {self.parameters['nlist']}" if "nlist" in self.parameters else self.kind
 
 
-class Built:
+class TrialIndex:
     """A kind filled with rows in memory, asked with any setting."""
 
-    def __init__(self, rung: Rung, rows: DrawnRows, *, seed: int) -> None:
+    def __init__(self, candidate: CandidateConfig, rows: SampledRows, *, seed: int) -> None:
         began = time.perf_counter()
-        self.kind, self.rung, self.rows, self.seed = KINDS[rung.kind], rung, rows, seed
-        prepared = self.kind(rows, rung.wishes(len(rows), seed=seed))
+        self.kind, self.candidate, self.rows, self.seed = INDEX_TYPES[candidate.kind], candidate, rows, seed
+        prepared = self.kind(rows, candidate.tuning_params(len(rows), seed=seed))
         self.index: Any = prepared.index
         self.index.add(rows.vectors)
         self.build_seconds = time.perf_counter() - began
         self.parameters, self.is_reranked = prepared.parameters, prepared.rerank > 0
 
     @property
-    def most(self) -> int | None:
+    def max_effort(self) -> int | None:
         """The most effort worth trying."""
-        most = most_effort(self.index)
-        return min(most, MAX_EF) if most and self.kind.effort == "ef_search" else most
+        max_effort = effort_limit(self.index)
+        return min(max_effort, MAX_EF) if max_effort and self.kind.effort == "ef_search" else max_effort
 
-    def searcher(self, setting: Setting, top: int) -> "Searcher":
+    def searcher(self, search_params: SearchParams, top: int) -> "Searcher":
         """Searches with this setting."""
-        return Searcher(self, setting, top)
+        return Searcher(self, search_params, top)
 
-    def tune(self, questions: Questions, promise: Promise) -> Setting | None:
+    def tune(self, questions: QuerySet, target: TuningTarget) -> SearchParams | None:
         """The quickest setting whose recall, by the bound of its mean, keeps the promise; None if none does.
 
         It is looked for with few questions, and then settled with all.
         """
-        at = promise.at
+        at = target.at
 
-        def reaches(setting: Setting) -> bool:
-            return float(self._recall_of_each(setting, questions, at, few=True).mean()) >= promise.recall
+        def reaches_target(search_params: SearchParams) -> bool:
+            return float(self._per_query_recall(search_params, questions, at, few=True).mean()) >= target.recall
 
-        def holds(setting: Setting) -> bool:
-            return lower_bound(self._recall_of_each(setting, questions, at), seed=self.seed) >= promise.recall
+        def meets_target(search_params: SearchParams) -> bool:
+            return lower_bound(self._per_query_recall(search_params, questions, at), seed=self.seed) >= target.recall
 
-        found = list(settings_that_reach(reaches, most=self.most, is_reranked=self.is_reranked))
-        if self.most or self.is_reranked:
-            settled_ones = (settled(setting, holds, most=self.most) for setting in found)
-            found = [setting for setting in settled_ones if setting is not None]
+        found = list(candidate_params(reaches_target, max_effort=self.max_effort, is_reranked=self.is_reranked))
+        if self.max_effort or self.is_reranked:
+            settled_ones = (
+                minimize_params(search_params, meets_target, max_effort=self.max_effort) for search_params in found
+            )
+            found = [search_params for search_params in settled_ones if search_params is not None]
         if len(found) < 2:
             return found[0] if found else None
-        some = questions.vectors[:_FEW_QUESTIONS]
-        return min(found, key=lambda setting: self.time(setting, some, at).p50_ms)
+        some = questions.vectors[:_FEW_QUERIES]
+        return min(found, key=lambda search_params: self.time(search_params, some, at).p50_ms)
 
-    def time(self, setting: Setting, vectors: Float32[Array, "Q D"], top: int) -> Latency:
+    def time(self, search_params: SearchParams, vectors: Float32[Array, "Q D"], top: int) -> Latency:
         """Ask one question after the other on one thread, for three seconds at most."""
-        searcher, seconds = self.searcher(setting, top), []
+        searcher, seconds = self.searcher(search_params, top), []
         with one_thread():
             for vector in vectors[:_WARM_UP]:
                 searcher.scores(vector[None])
             began = time.perf_counter()
-            for vector in vectors[:_TIMED_QUESTIONS]:
+            for vector in vectors[:_TIMED_QUERIES]:
                 before = time.perf_counter()
                 searcher.scores(vector[None])
                 seconds.append(time.perf_counter() - before)
@@ -393,50 +410,55 @@ class Built:
         p50, p95, p99 = (float(value) * 1000 for value in np.percentile(seconds, (50, 95, 99)))
         return Latency(p50_ms=p50, p95_ms=p95, p99_ms=p99, per_second=len(seconds) / sum(seconds))
 
-    def curve(self, setting: Setting, questions: Questions, at: int) -> tuple[Point, ...]:
+    def curve(self, search_params: SearchParams, questions: QuerySet, at: int) -> tuple[CurvePoint, ...]:
         """Recall and median latency with less effort and with more; none for a kind that has no effort."""
-        if setting.effort is None or self.most is None:
+        if search_params.effort is None or self.max_effort is None:
             return ()
         points = []
-        for effort in sorted({min(max(1, round(setting.effort * factor)), self.most) for factor in _CURVE_FACTORS}):
-            tried = Setting(effort=effort, rerank=setting.rerank)
-            recall = float(self._recall_of_each(tried, questions, at, few=True).mean())
-            timed = self.time(tried, questions.vectors[:_FEW_QUESTIONS], at)
-            points.append(Point(effort=effort, recall=recall, ms=timed.p50_ms))
+        for effort in sorted(
+            {min(max(1, round(search_params.effort * factor)), self.max_effort) for factor in _CURVE_FACTORS}
+        ):
+            tried = SearchParams(effort=effort, rerank=search_params.rerank)
+            recall = float(self._per_query_recall(tried, questions, at, few=True).mean())
+            timed = self.time(tried, questions.vectors[:_FEW_QUERIES], at)
+            points.append(CurvePoint(effort=effort, recall=recall, ms=timed.p50_ms))
         return tuple(points)
 
-    def judge(self, setting: Setting, judge: list[Questions], at: int) -> dict[str, dict[int, Float[Array, " Q"]]]:
+    def evaluate(
+        self, search_params: SearchParams, query_sets: list[QuerySet], at: int
+    ) -> dict[str, dict[int, Float[Array, " Q"]]]:
         """Recall of each question, by direction and number of answers."""
         recalls: dict[str, dict[int, Float[Array, " Q"]]] = {}
-        for questions in judge:
+        for questions in query_sets:
             counts = sorted({*SHOWN, at})
             # a search for more answers reads more of a graph and re-ranks more, so each number is asked for apart
-            asked = counts if setting.rerank or self.kind.effort == "ef_search" else counts[-1:]
-            found = {count: self.searcher(setting, count).scores(questions.vectors) for count in asked}
+            asked = counts if search_params.rerank or self.kind.effort == "ef_search" else counts[-1:]
+            found = {count: self.searcher(search_params, count).scores(questions.vectors) for count in asked}
             recalls[questions.direction] = {
-                count: recall_of_each(found.get(count, found[counts[-1]]), questions.scores, count) for count in counts
+                count: per_query_recall(found.get(count, found[counts[-1]]), questions.scores, count)
+                for count in counts
             }
         return recalls
 
-    def _recall_of_each(
-        self, setting: Setting, questions: Questions, at: int, *, few: bool = False
+    def _per_query_recall(
+        self, search_params: SearchParams, questions: QuerySet, at: int, *, few: bool = False
     ) -> Float[Array, " Q"]:
-        some = slice(_FEW_QUESTIONS if few else None)
-        found = self.searcher(setting, at).scores(questions.vectors[some])
-        return recall_of_each(found, questions.scores[some], at)
+        some = slice(_FEW_QUERIES if few else None)
+        found = self.searcher(search_params, at).scores(questions.vectors[some])
+        return per_query_recall(found, questions.scores[some], at)
 
 
 class Searcher:
     """Searches with one setting, whose FAISS parameters are made once."""
 
-    def __init__(self, built: Built, setting: Setting, top: int) -> None:
-        self._index, self._stored, self._setting = built.index, built.rows.stored, setting
+    def __init__(self, built: TrialIndex, search_params: SearchParams, top: int) -> None:
+        self._index, self._stored, self._setting = built.index, built.rows.stored, search_params
         self._top = min(top, len(built.rows))
-        self._parameters = search_parameters(built.index, effort=setting.effort)
+        self._parameters = search_parameters(built.index, effort=search_params.effort)
 
     def scores(self, queries: Float32[Array, "Q D"]) -> Float32[Array, "Q K"]:
         """Exact cosines of the rows found, best first, -inf for what was not found."""
-        wanted = min(candidates_for(self._top, self._setting.rerank), len(self._stored))
+        wanted = min(num_candidates(self._top, self._setting.rerank), len(self._stored))
         scores, positions = self._index.search(queries, wanted, params=self._parameters)
         if self._setting.rerank:
             return rerank(self._stored, queries, positions, self._top)[0]
@@ -455,22 +477,36 @@ def one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def wishes_of(rung: Rung, rows: int, setting: Setting, *, seed: int) -> dict[str, int]:
+def tuning_values(candidate: CandidateConfig, rows: int, search_params: SearchParams, *, seed: int) -> dict[str, int]:
     """What to ask of the kind for so many rows, without what is left to it."""
-    tuning = rung.wishes(rows, seed=seed, effort=KINDS[rung.kind].effort, setting=setting)
+    tuning = candidate.tuning_params(
+        rows, seed=seed, effort=INDEX_TYPES[candidate.kind].effort, search_params=search_params
+    )
     return {name: value for name, value in asdict(tuning).items() if value is not None}
 
 
-def turn(rung: Rung, setting: Setting, rows: DrawnRows, questions: Questions, at: int, *, seed: int) -> Turned | None:
+def measure_reversed(
+    candidate: CandidateConfig,
+    search_params: SearchParams,
+    rows: SampledRows,
+    questions: QuerySet,
+    at: int,
+    *,
+    seed: int,
+) -> ReversedResult | None:
     """Build and ask; None if the kind needs more rows."""
     try:
-        built = Built(rung, rows, seed=seed)
+        built = TrialIndex(candidate, rows, seed=seed)
     except UsageError:
         return None
-    effort = None if setting.effort is None or built.most is None else min(setting.effort, built.most)
-    tried = Setting(effort=effort, rerank=setting.rerank if built.is_reranked else 0)
-    recalls = built.judge(tried, [questions], at)[questions.direction]
-    return Turned(
+    effort = (
+        None
+        if search_params.effort is None or built.max_effort is None
+        else min(search_params.effort, built.max_effort)
+    )
+    tried = SearchParams(effort=effort, rerank=search_params.rerank if built.is_reranked else 0)
+    recalls = built.evaluate(tried, [questions], at)[questions.direction]
+    return ReversedResult(
         rows=len(rows),
         recall={count: float(each.mean()) for count, each in recalls.items()},
         latency=built.time(tried, questions.vectors, at),
@@ -478,26 +514,26 @@ def turn(rung: Rung, setting: Setting, rows: DrawnRows, questions: Questions, at
 
 
 # a machine changes its pace within seconds; a round of all contenders takes a tenth of one each
-_ROUNDS, _QUESTIONS_A_ROUND = 10, 200
+_ROUNDS, _QUERIES_PER_ROUND = 10, 200
 # slower ones do not become the quickest by being asked again
-_IN_THE_RACE = 1.5
+_CONTENDER_RATIO = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class TunedIndex:
     """A filled index with the setting it is asked with; work: distances a question computes in it (`Kind.work`)."""
 
-    built: Built
-    setting: Setting
-    work: float
+    built: TrialIndex
+    search_params: SearchParams
+    num_distances: float
 
     def time(self, vectors: Float32[Array, "Q D"], top: int) -> Latency:
         """As `Built.time`."""
-        return self.built.time(self.setting, vectors, top)
+        return self.built.time(self.search_params, vectors, top)
 
 
 @runtime_checkable
-class Timed(Protocol):
+class Timeable(Protocol):
     """What can be timed again."""
 
     def time(self, vectors: Float32[Array, "Q D"], top: int) -> tuple[Latency, Latency]:
@@ -506,51 +542,55 @@ class Timed(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class LatencyProbe:
     """What tells how quick a kind is.
 
     fewer: the same kind with a part of the sample; None: latency is carried on by the work alone. work: of a question
         to all rows.
     """
 
-    here: Asked
-    fewer: Asked | None
-    work: float
+    full: TunedIndex
+    subsample: TunedIndex | None
+    num_distances: float
 
     def time(self, vectors: Float32[Array, "Q D"], top: int) -> tuple[Latency, Latency]:
         """As `Timed.time`."""
-        measured = self.here.time(vectors, top)
-        smaller = (self.fewer.work, self.fewer.time(vectors, top).p50_ms) if self.fewer else None
-        return measured, measured.scaled(growth((self.here.work, measured.p50_ms), smaller, self.work))
+        measured = self.full.time(vectors, top)
+        smaller = (self.subsample.num_distances, self.subsample.time(vectors, top).p50_ms) if self.subsample else None
+        return measured, measured.scaled(
+            latency_growth((self.full.num_distances, measured.p50_ms), smaller, self.num_distances)
+        )
 
 
-def growth(here: tuple[float, float], fewer: tuple[float, float] | None, work: float) -> float:
+def latency_growth(full: tuple[float, float], subsample: tuple[float, float] | None, num_distances: float) -> float:
     """How many times longer a question takes with more work, by the line through two measurements of (work, time).
 
     What a question takes whatever its work is not carried on; but neither does a line fall, nor rise more steeply than
     in proportion. Of one measurement it is the proportion.
 
-    >>> growth((100, 3.0), (50, 2.0), 400), growth((100, 3.0), None, 400)
+    >>> latency_growth((100, 3.0), (50, 2.0), 400), latency_growth((100, 3.0), None, 400)
     (3.0, 4.0)
     """
-    (done, time), steepest = here, here[1] / here[0]
-    slope = (time - fewer[1]) / (done - fewer[0]) if fewer and done > fewer[0] else steepest
-    return 1 + min(max(slope, 0.0), steepest) * (work - done) / time
+    (done, time), steepest = full, full[1] / full[0]
+    slope = (time - subsample[1]) / (done - subsample[0]) if subsample and done > subsample[0] else steepest
+    return 1 + min(max(slope, 0.0), steepest) * (num_distances - done) / time
 
 
-def near_quickest(trials: Sequence[Trial]) -> set[int]:
+def contenders(trials: Sequence[Trial]) -> set[int]:
     """The places of those that keep the promise and may be the quickest of all, timed again."""
-    keeping = {place: trial.latency.p50_ms for place, trial in enumerate(trials) if not trial.misses}
-    limit = min(keeping.values(), default=0.0) * _IN_THE_RACE
-    return {place for place, p50_ms in keeping.items() if p50_ms <= limit}
+    meeting = {place: trial.latency.p50_ms for place, trial in enumerate(trials) if not trial.misses}
+    limit = min(meeting.values(), default=0.0) * _CONTENDER_RATIO
+    return {place for place, p50_ms in meeting.items() if p50_ms <= limit}
 
 
-def race(paces: Mapping[int, Timed], vectors: Float32[Array, "Q D"], top: int) -> dict[int, tuple[Latency, Latency]]:
+def time_head_to_head(
+    probes: Mapping[int, Timeable], vectors: Float32[Array, "Q D"], top: int
+) -> dict[int, tuple[Latency, Latency]]:
     """Each timed again, in turn with the others; the medians of what they take, by place."""
-    times: dict[int, list[tuple[Latency, Latency]]] = {place: [] for place in paces}
+    times: dict[int, list[tuple[Latency, Latency]]] = {place: [] for place in probes}
     for _ in range(_ROUNDS):
-        for place, pace in paces.items():
-            times[place].append(pace.time(vectors[:_QUESTIONS_A_ROUND], top))
+        for place, probe in probes.items():
+            times[place].append(probe.time(vectors[:_QUERIES_PER_ROUND], top))
     return {
         place: (_median([measured for measured, _ in found]), _median([expected for _, expected in found]))
         for place, found in times.items()

@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 
 from vlm.console import say
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of, json_text, new_folder, refuse_existing, replacing
+from vlm.files import atomic_folder, atomic_write, check_not_exists, compute_fingerprint, json_text
 from vlm.index.ann.faiss_search import to_float32
-from vlm.index.ann.index_type import Tuning, load_faiss
-from vlm.index.ann.index_types import choose_kind
+from vlm.index.ann.index_type import TuningParams, load_faiss
+from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.catalog import Catalogue, Entry
-from vlm.index.embeddings import unit_rows
-from vlm.index.filters import parse_where
+from vlm.index.embeddings import normalize_rows
+from vlm.index.filters import parse_filter
 from vlm.index.interop.import_sources import EMBEDDING, ORIGIN, TABLE_FOLDER, VECTOR_FOLDERS
 from vlm.index.interop.importer import EXPORT
 from vlm.index.layout import SEGMENTS
-from vlm.index.reader import Generation, open_generation
-from vlm.index.segments import Selected, write_segment
+from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.segments import SegmentView, write_segment
 from vlm.manifest import Manifest, record_file, write_manifest
 from vlm.tensors import Array, Float, Int64
 
@@ -48,7 +48,7 @@ _SHOWN = ("image_path", "caption", "url")
 def write_rows(
     path: Path,
     catalogue: Catalogue,
-    selected: Iterable[Selected],
+    views: Iterable[SegmentView],
     *,
     precision: Precision | None = None,
     for_clip_retrieval: bool = False,
@@ -63,29 +63,29 @@ def write_rows(
         schema = schema.append(pa.field(name, pa.string()))
     if precision is not None:
         schema = schema.append(pa.field(EMBEDDING, pa.list_(pa.float16() if precision == "float16" else pa.float32())))
-    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for rows, stored in stored_rows(selected):
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for rows, stored in iter_stored_rows(views):
             entries = catalogue.entries(rows.tolist())
             columns: dict[str, Any] = {name: [_value(entry, name) for entry in entries] for name in ORIGIN}
             if for_clip_retrieval:
                 columns |= {name: [_shown(entry, name) for entry in entries] for name in _SHOWN}
             if precision is not None:
-                columns[EMBEDDING] = _lists(as_asked(stored, precision))
+                columns[EMBEDDING] = _lists(to_precision(stored, precision))
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def stored_rows(selected: Iterable[Selected]) -> Iterator[tuple[Int64[Array, " N"], Float[Array, "N D"]]]:
+def iter_stored_rows(views: Iterable[SegmentView]) -> Iterator[tuple[Int64[Array, " N"], Float[Array, "N D"]]]:
     """The catalogue's rows and the vectors as they are stored, float16, block by block."""
-    for one in selected:
+    for one in views:
         rows = one.rows()
         for first in range(0, one.count, _ROWS_AT_ONCE):
             places = slice(first, first + _ROWS_AT_ONCE)
             yield rows[places], one.segment.vectors.stored[one.positions[places]]
 
 
-def as_asked(stored: Float[Array, "N D"], precision: Precision) -> Float[Array, "N D"]:
+def to_precision(stored: Float[Array, "N D"], precision: Precision) -> Float[Array, "N D"]:
     """Stored vectors as they are, or as float32 of exactly unit length."""
-    return unit_rows(to_float32(stored)) if precision == "float32" else np.asarray(stored)
+    return normalize_rows(to_float32(stored)) if precision == "float32" else np.asarray(stored)
 
 
 def _value(entry: Entry, name: str) -> Any:
@@ -105,7 +105,7 @@ def _lists(vectors: Float[Array, "N D"]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)))
 
 
-Target = Literal["npy", "clip-retrieval", "faiss", "parquet"]
+ExportFormat = Literal["npy", "clip-retrieval", "faiss", "parquet"]
 
 FAISS_FILE, MATRIX, TABLE, WITH_VECTORS = "index.faiss", "embeddings.npy", "metadata.parquet", "embeddings.parquet"
 
@@ -115,7 +115,7 @@ class ExportSummary:
     """What was written, and of which generation. faiss_kind: of the FAISS file, empty where there is none."""
 
     folder: str
-    to: Target
+    to: ExportFormat
     generation: int
     rows: int
     dimension: int
@@ -127,24 +127,24 @@ class ExportSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chosen:
+class _RowsToExport:
     """The rows to export, segment by segment."""
 
-    generation: Generation
-    selected: Sequence[Selected]
+    snapshot: IndexSnapshot
+    views: Sequence[SegmentView]
     precision: Precision
 
     @property
     def rows(self) -> int:
-        return sum(one.count for one in self.selected)
+        return sum(one.count for one in self.views)
 
     @property
     def dimension(self) -> int:
-        return self.generation.details.space.dimension
+        return self.snapshot.details.space.dimension
 
 
 def export_index(
-    index: Path, out: Path, *, to: Target, where: str = "", precision: Precision | None = None
+    index: Path, out: Path, *, to: ExportFormat, where: str = "", precision: Precision | None = None
 ) -> ExportSummary:
     """Write the living rows of the newest generation, or those a filter chooses, into the folder `out`, whole or not.
 
@@ -159,24 +159,24 @@ def export_index(
         VlmError: the index is damaged. OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
-    refuse_existing(out)
-    generation = open_generation(index)
+    check_not_exists(out)
+    snapshot = open_snapshot(index)
     try:
-        chosen = _choose(generation, where, precision or ("float32" if to == "parquet" else "float16"))
-        with new_folder(out) as folder:
-            kind = _WRITERS[to](folder, chosen)
+        export_rows = _choose(snapshot, where, precision or ("float32" if to == "parquet" else "float16"))
+        with atomic_folder(out) as folder:
+            kind = _WRITERS[to](folder, export_rows)
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-            _write_manifest(folder, chosen, to, where, files)
+            _write_manifest(folder, export_rows, to, where, files)
             num_bytes = sum((folder / name).stat().st_size for name in files)
     finally:
-        generation.catalogue.close()
+        snapshot.catalogue.close()
     return ExportSummary(
         folder=str(out),
         to=to,
-        generation=generation.number,
-        rows=chosen.rows,
-        dimension=chosen.dimension,
-        precision=chosen.precision,
+        generation=snapshot.number,
+        rows=export_rows.rows,
+        dimension=export_rows.dimension,
+        precision=export_rows.precision,
         faiss_kind=kind,
         files=tuple(files),
         bytes=num_bytes,
@@ -184,87 +184,89 @@ def export_index(
     )
 
 
-def _choose(generation: Generation, where: str, precision: Precision) -> _Chosen:
-    selected = generation.selected
+def _choose(snapshot: IndexSnapshot, where: str, precision: Precision) -> _RowsToExport:
+    views = snapshot.views
     if where:
-        rows = generation.catalogue.where(parse_where(where))
-        selected = tuple(one.among(rows) for one in selected)
-    chosen = _Chosen(generation=generation, selected=[one for one in selected if one.count], precision=precision)
-    if not chosen.rows:
+        rows = snapshot.catalogue.where(parse_filter(where))
+        views = tuple(one.restricted_to(rows) for one in views)
+    export_rows = _RowsToExport(snapshot=snapshot, views=[one for one in views if one.count], precision=precision)
+    if not export_rows.rows:
         why = f"the filter {where!r} chooses none" if where else "it is empty"
-        raise UsageError(f"{generation.folder} has no row to export: {why}.")
-    return chosen
+        raise UsageError(f"{snapshot.folder} has no row to export: {why}.")
+    return export_rows
 
 
-def _write_npy(folder: Path, chosen: _Chosen) -> str:
-    _write_matrix(folder / MATRIX, chosen)
-    write_rows(folder / TABLE, chosen.generation.catalogue, chosen.selected)
+def _write_npy(folder: Path, export_rows: _RowsToExport) -> str:
+    _write_matrix(folder / MATRIX, export_rows)
+    write_rows(folder / TABLE, export_rows.snapshot.catalogue, export_rows.views)
     return ""
 
 
-def _write_clip_retrieval(folder: Path, chosen: _Chosen) -> str:
+def _write_clip_retrieval(folder: Path, export_rows: _RowsToExport) -> str:
     """One numbered part, as clip-retrieval's inference leaves it."""
-    name = VECTOR_FOLDERS[chosen.generation.details.space.modality]
+    name = VECTOR_FOLDERS[export_rows.snapshot.details.space.modality]
     for inside in (name, TABLE_FOLDER):
         (folder / inside).mkdir()
-    _write_matrix(folder / name / f"{name}_0.npy", chosen)
+    _write_matrix(folder / name / f"{name}_0.npy", export_rows)
     table = folder / TABLE_FOLDER / f"{TABLE_FOLDER}_0.parquet"
-    write_rows(table, chosen.generation.catalogue, chosen.selected, for_clip_retrieval=True)
+    write_rows(table, export_rows.snapshot.catalogue, export_rows.views, for_clip_retrieval=True)
     return ""
 
 
-def _write_parquet(folder: Path, chosen: _Chosen) -> str:
-    catalogue = chosen.generation.catalogue
-    write_rows(folder / WITH_VECTORS, catalogue, chosen.selected, precision=chosen.precision)
+def _write_parquet(folder: Path, export_rows: _RowsToExport) -> str:
+    catalogue = export_rows.snapshot.catalogue
+    write_rows(folder / WITH_VECTORS, catalogue, export_rows.views, precision=export_rows.precision)
     return ""
 
 
-def _write_faiss(folder: Path, chosen: _Chosen) -> str:
+def _write_faiss(folder: Path, export_rows: _RowsToExport) -> str:
     """The FAISS index of the only segment if all of it is wanted, else one made of all rows; its kind."""
-    write_rows(folder / TABLE, chosen.generation.catalogue, chosen.selected)
-    only = chosen.selected[0]
-    if len(chosen.selected) > 1 or only.count < len(only.segment):
-        return _build_faiss(folder, chosen)
+    write_rows(folder / TABLE, export_rows.snapshot.catalogue, export_rows.views)
+    only = export_rows.views[0]
+    if len(export_rows.views) > 1 or only.count < len(only.segment):
+        return _build_faiss(folder, export_rows)
     faiss = load_faiss()
-    with replacing(folder / FAISS_FILE) as file:
+    with atomic_write(folder / FAISS_FILE) as file:
         faiss.write_index(only.segment.index, faiss.PyCallbackIOWriter(file.write))
-    return only.segment.described.kind
+    return only.segment.meta.kind
 
 
-def _build_faiss(folder: Path, chosen: _Chosen) -> str:
-    details, rows = chosen.generation.details, np.arange(chosen.rows)
+def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
+    details, rows = export_rows.snapshot.details, np.arange(export_rows.rows)
 
-    def write(kind: str, tuning: Tuning) -> str:
-        blocks = (stored for _, stored in stored_rows(chosen.selected))
-        written = write_segment(folder, 0, blocks, rows, dimension=chosen.dimension, kind=kind, tuning=tuning)
+    def write(kind: str, tuning: TuningParams) -> str:
+        blocks = (stored for _, stored in iter_stored_rows(export_rows.views))
+        written = write_segment(folder, 0, blocks, rows, dimension=export_rows.dimension, kind=kind, tuning=tuning)
         (folder / written.segment.index_file).replace(folder / FAISS_FILE)
         shutil.rmtree(folder / SEGMENTS)
         return kind
 
     try:
-        return write(choose_kind(details.kind, chosen.rows), Tuning(**details.tuning))
+        return write(resolve_index_type(details.kind, export_rows.rows), TuningParams(**details.tuning))
     except UsageError as error:
         say(f"The kind {details.kind} does not fit these rows, a flat index is made: {error}")
         shutil.rmtree(folder / SEGMENTS, ignore_errors=True)
-        return write("flat", Tuning())
+        return write("flat", TuningParams())
 
 
-def _write_matrix(path: Path, chosen: _Chosen) -> None:
-    shape, dtype = (chosen.rows, chosen.dimension), np.dtype(chosen.precision)
-    with replacing(path) as file:
-        described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, described)
-        for _, stored in stored_rows(chosen.selected):
-            file.write(np.ascontiguousarray(as_asked(stored, chosen.precision), dtype).tobytes())
+def _write_matrix(path: Path, export_rows: _RowsToExport) -> None:
+    shape, dtype = (export_rows.rows, export_rows.dimension), np.dtype(export_rows.precision)
+    with atomic_write(path) as file:
+        meta = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, meta)
+        for _, stored in iter_stored_rows(export_rows.views):
+            file.write(np.ascontiguousarray(to_precision(stored, export_rows.precision), dtype).tobytes())
 
 
-def _write_manifest(folder: Path, chosen: _Chosen, to: Target, where: str, files: Sequence[str]) -> None:
-    before, space = chosen.generation.manifest, chosen.generation.details.space
+def _write_manifest(
+    folder: Path, export_rows: _RowsToExport, to: ExportFormat, where: str, files: Sequence[str]
+) -> None:
+    before, space = export_rows.snapshot.manifest, export_rows.snapshot.details.space
     manifest = Manifest(
         kind=EXPORT,
-        fingerprint=fingerprint_of(before.fingerprint, to, where, chosen.precision),
-        counts={"rows": chosen.rows},
-        configuration={"index": str(chosen.generation.folder.absolute()), "to": to, "where": where},
+        fingerprint=compute_fingerprint(before.fingerprint, to, where, export_rows.precision),
+        counts={"rows": export_rows.rows},
+        configuration={"index": str(export_rows.snapshot.folder.absolute()), "to": to, "where": where},
         inputs={"model": space.fingerprint, "index": before.fingerprint},
         files={name: record_file(folder / name) for name in files},
         details={"space": asdict(space)},
@@ -273,7 +275,7 @@ def _write_manifest(folder: Path, chosen: _Chosen, to: Target, where: str, files
     write_manifest(folder, manifest)
 
 
-_WRITERS: dict[Target, Callable[[Path, _Chosen], str]] = {
+_WRITERS: dict[ExportFormat, Callable[[Path, _RowsToExport], str]] = {
     "npy": _write_npy,
     "clip-retrieval": _write_clip_retrieval,
     "faiss": _write_faiss,

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlm.config import nearest
+from vlm.config import suggest
 from vlm.data.samples import Captions
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type import load_faiss
-from vlm.index.embeddings import PART_LINES, Modality, Origin
+from vlm.index.embeddings import PARTS_JSONL, Modality, Origin
 from vlm.tensors import Array, Float, Float32
 
 ORIGIN = tuple(field.name for field in fields(Origin))
@@ -38,7 +38,7 @@ _LABELS = "__index_level_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class ColumnChoice:
     """Which columns are meant; empty: the first of the usual names that is there."""
 
     uid: str = ""
@@ -47,7 +47,7 @@ class Wishes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class TableColumns:
     """The columns of one table; empty where there is none.
 
     metadata: all others that can be kept. left_out: those that cannot: bytes, vectors beside those imported, and what
@@ -60,21 +60,21 @@ class Columns:
     embedding: str
     metadata: tuple[str, ...]
     left_out: tuple[str, ...]
-    is_ours: bool
+    is_vlm_export: bool
 
     @property
-    def described(self) -> tuple[str, ...]:
+    def value_columns(self) -> tuple[str, ...]:
         """All to be read but the embedding."""
-        if self.is_ours:
+        if self.is_vlm_export:
             return ORIGIN
         return tuple(dict.fromkeys(name for name in (self.uid, self.caption, *self.metadata) if name))
 
-    def as_wishes(self) -> Wishes:
+    def as_column_choice(self) -> ColumnChoice:
         """The same choice for another table."""
-        return Wishes(uid=self.uid, caption=self.caption, embedding=self.embedding)
+        return ColumnChoice(uid=self.uid, caption=self.caption, embedding=self.embedding)
 
 
-def choose_columns(schema: pa.Schema, wishes: Wishes, path: Path, *, has_vectors: bool) -> Columns:
+def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *, has_vectors: bool) -> TableColumns:
     """What the columns of the table `path` are for.
 
     has_vectors: the vectors are in a column of it.
@@ -83,35 +83,41 @@ def choose_columns(schema: pa.Schema, wishes: Wishes, path: Path, *, has_vectors
         UsageError: a column wished for is not there or of a wrong type, or the vectors' column is not clear.
     """
     names = schema.names
-    for name in (wishes.uid, wishes.caption, wishes.embedding if has_vectors else ""):
+    for name in (column_choice.uid, column_choice.caption, column_choice.embedding if has_vectors else ""):
         if name and name not in names:
-            raise UsageError(f"{path} has no column {name!r}; {nearest(name, names)}")
-    is_ours = set(ORIGIN) <= set(names) and wishes.uid in ("", "uid") and wishes.caption in ("", "captions")
-    uid = "uid" if is_ours else wishes.uid or next((name for name in _UIDS if name in names), "")
-    caption = "captions" if is_ours else wishes.caption or next((name for name in _CAPTIONS if name in names), "")
+            raise UsageError(f"{path} has no column {name!r}; {suggest(name, names)}")
+    is_vlm_export = (
+        set(ORIGIN) <= set(names) and column_choice.uid in ("", "uid") and column_choice.caption in ("", "captions")
+    )
+    uid = "uid" if is_vlm_export else column_choice.uid or next((name for name in _UIDS if name in names), "")
+    caption = (
+        "captions"
+        if is_vlm_export
+        else column_choice.caption or next((name for name in _CAPTIONS if name in names), "")
+    )
     if uid and not _is_name(schema.field(uid).type):
         kind = schema.field(uid).type
         raise UsageError(f"The column {uid!r} of {path} holds {kind}; a uid is a text or a whole number.")
     vectors = [field.name for field in schema if _is_vector(field.type)] if has_vectors else []
-    embedding = _choose_embedding(vectors, wishes.embedding, path) if has_vectors else ""
+    embedding = _choose_embedding(vectors, column_choice.embedding, path) if has_vectors else ""
     # a row is found by its key and uid without their being metadata too
     special = {embedding, caption, uid if uid in ("uid", "key") else ""} - {""}
     others = [name for name in names if name not in special and not name.startswith(_LABELS)]
     left_out = [name for name in others if not name or name in vectors or _is_binary(schema.field(name).type)]
-    return Columns(
+    return TableColumns(
         uid=uid,
         caption=caption,
         embedding=embedding,
         metadata=tuple(name for name in others if name not in left_out),
         left_out=tuple(left_out),
-        is_ours=is_ours,
+        is_vlm_export=is_vlm_export,
     )
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """The value as JSON can hold it: times as ISO texts, numbers that are none as null.
 
-    >>> plain({"at": datetime.date(2024, 5, 31), "box": (1, float("nan"))})
+    >>> to_json_value({"at": datetime.date(2024, 5, 31), "box": (1, float("nan"))})
     {'at': '2024-05-31', 'box': [1, None]}
     """
     if value is None or isinstance(value, bool | int | str):
@@ -122,9 +128,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, dict):
-        return {str(name): plain(content) for name, content in value.items()}
+        return {str(name): to_json_value(content) for name, content in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(content) for content in value]
+        return [to_json_value(content) for content in value]
     return str(value)
 
 
@@ -143,7 +149,7 @@ def captions_of(value: Any) -> Captions:
     return captions
 
 
-def readable(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
+def to_records(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
     """The named columns of a batch, row by row; times finer than a microsecond are cut there."""
     arrays = [_to_microseconds(batch.column(name)) for name in names]
     return pa.table(arrays, names=list(names)).to_pylist() if arrays else [{} for _ in range(len(batch))]
@@ -253,7 +259,7 @@ TABLE_FOLDER = "metadata"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class FilePair:
     """Files whose rows belong together by position.
 
     vectors: a .npy matrix or a FAISS file; None: they are a column of the table.
@@ -273,7 +279,7 @@ class Pair:
         return path
 
 
-def find_pairs(source: Path, *, modality: Modality, metadata: Path | None = None) -> list[Pair]:
+def find_file_pairs(source: Path, *, modality: Modality, metadata: Path | None = None) -> list[FilePair]:
     """The files of a source, in the order of their numbers.
 
     source: a folder of clip-retrieval (`img_emb`, `text_emb`, `metadata`), a folder of .npy and Parquet files, of .npy
@@ -286,7 +292,7 @@ def find_pairs(source: Path, *, modality: Modality, metadata: Path | None = None
     """
     if not source.exists():
         raise UsageError(f"There is no {source}.")
-    if (source / PART_LINES).is_file():
+    if (source / PARTS_JSONL).is_file():
         raise UsageError(f"{source} is an embeddings folder already; vlm index build takes it as it is.")
     vectors, tables = _files_of(source, modality, metadata)
     if metadata is not None and not (vectors and tables):
@@ -294,11 +300,11 @@ def find_pairs(source: Path, *, modality: Modality, metadata: Path | None = None
     if not vectors and not tables:
         raise UsageError(f"{source} holds neither .npy nor .parquet nor FAISS files (.faiss, .index).")
     if not vectors:
-        return [Pair(vectors=None, table=table) for table in tables]
+        return [FilePair(vectors=None, table=table) for table in tables]
     if not tables:
-        return [Pair(vectors=matrix, table=None) for matrix in vectors]
+        return [FilePair(vectors=matrix, table=None) for matrix in vectors]
     if vectors[0].suffix in FAISS_SUFFIXES:
-        return [Pair(vectors=vectors[0], table=table, is_slice=True) for table in tables]
+        return [FilePair(vectors=vectors[0], table=table, is_slice=True) for table in tables]
     return _join(vectors, tables)
 
 
@@ -351,16 +357,16 @@ def _number(path: Path) -> int:
     return int(found[-1]) if found else -1
 
 
-def _join(vectors: Sequence[Path], tables: Sequence[Path]) -> list[Pair]:
+def _join(vectors: Sequence[Path], tables: Sequence[Path]) -> list[FilePair]:
     """By name, else by number; one of each belongs together whatever the names are."""
     if len(vectors) == len(tables) == 1:
-        return [Pair(vectors=vectors[0], table=tables[0])]
+        return [FilePair(vectors=vectors[0], table=tables[0])]
     labels: tuple[Callable[[Path], Hashable], ...] = (lambda path: path.stem, _number)
     for label in labels:
         by_label = {label(table): table for table in tables}
         wanted = [label(matrix) for matrix in vectors]
         if len(by_label) == len(tables) and len(set(wanted)) == len(wanted) and set(wanted) == set(by_label):
-            return [Pair(vectors=matrix, table=by_label[label(matrix)]) for matrix in vectors]
+            return [FilePair(vectors=matrix, table=by_label[label(matrix)]) for matrix in vectors]
     numbers = [{_number(path) for path in paths} for paths in (vectors, tables)]
     lone = [path for path in (*vectors, *tables) if not all(_number(path) in known for known in numbers)]
     what = f"{lone[0]} has no partner" if lone else f"the number of {vectors[0]} is not its own"
@@ -383,11 +389,11 @@ class SourcePart:
     faiss: where the vectors are in a FAISS file.
     """
 
-    pair: Pair
+    pair: FilePair
     first: int
     rows: int
     dimension: int
-    columns: Columns | None
+    columns: TableColumns | None
     faiss: FaissRows | None = None
 
     def vectors(self) -> "Slices | None":
@@ -416,7 +422,7 @@ class Block:
     records: list[dict[str, Any]] | None
 
 
-def open_parts(pairs: Sequence[Pair], wishes: Wishes) -> list[SourcePart]:
+def open_parts(pairs: Sequence[FilePair], column_choice: ColumnChoice) -> list[SourcePart]:
     """The parts with rows in them, all of one dimension; only heads of files are read.
 
     Raises:
@@ -427,7 +433,7 @@ def open_parts(pairs: Sequence[Pair], wishes: Wishes) -> list[SourcePart]:
     parts: list[SourcePart] = []
     faiss = _open_faiss(pairs[0])
     for pair in pairs:
-        part = _open_part(pair, wishes, faiss, first=parts[-1].first + parts[-1].rows if parts else 0)
+        part = _open_part(pair, column_choice, faiss, first=parts[-1].first + parts[-1].rows if parts else 0)
         if not part.rows:
             continue
         if parts and part.dimension != parts[0].dimension:
@@ -435,7 +441,7 @@ def open_parts(pairs: Sequence[Pair], wishes: Wishes) -> list[SourcePart]:
                 f"{parts[0].place} has vectors of {parts[0].dimension} dimensions, {part.place} of {part.dimension}: "
                 "they are of two models; import them apart."
             )
-        wishes = part.columns.as_wishes() if part.columns else wishes
+        column_choice = part.columns.as_column_choice() if part.columns else column_choice
         parts.append(part)
     if not parts:
         raise UsageError(f"There is not one row in {pairs[0].path}" + (" or the other files." if pairs[1:] else "."))
@@ -459,11 +465,11 @@ def read_blocks(part: SourcePart) -> Iterator[Block]:
             yield Block(part=part, first=first, vectors=vectors, records=None)
         return
     first, columns = 0, part.columns
-    wanted = [*columns.described, *([columns.embedding] if columns.embedding else [])]
+    wanted = [*columns.value_columns, *([columns.embedding] if columns.embedding else [])]
     for batch in _batches(part.pair.path, wanted):
         last = first + len(batch)
         vectors = given(first, last) if given else _vectors_in(batch, part, columns.embedding)
-        yield Block(part=part, first=first, vectors=vectors, records=readable(batch, columns.described))
+        yield Block(part=part, first=first, vectors=vectors, records=to_records(batch, columns.value_columns))
         first = last
 
 
@@ -487,7 +493,7 @@ def read_names(part: SourcePart) -> pa.ChunkedArray | None:
     return names
 
 
-def _open_part(pair: Pair, wishes: Wishes, faiss: FaissRows | None, first: int) -> SourcePart:
+def _open_part(pair: FilePair, column_choice: ColumnChoice, faiss: FaissRows | None, first: int) -> SourcePart:
     """A pair as it is; `faiss` has the vectors of all if it is there."""
     count, dimension = _shape(pair, faiss)
     if pair.table is None:
@@ -496,24 +502,24 @@ def _open_part(pair: Pair, wishes: Wishes, faiss: FaissRows | None, first: int) 
         rows, schema = table.metadata.num_rows, table.schema_arrow
     if pair.vectors is not None and not pair.is_slice:
         _check_count(pair.vectors, count, str(pair.table), rows)
-    columns = choose_columns(schema, wishes, pair.table, has_vectors=pair.vectors is None)
+    columns = choose_columns(schema, column_choice, pair.table, has_vectors=pair.vectors is None)
     return SourcePart(
         pair=pair,
         first=first,
         rows=rows,
         dimension=dimension if pair.vectors else _dimension_in(pair.table, columns.embedding),
-        columns=columns if columns.described or columns.embedding else None,
+        columns=columns if columns.value_columns or columns.embedding else None,
         faiss=faiss,
     )
 
 
-def _open_faiss(pair: Pair) -> FaissRows | None:
+def _open_faiss(pair: FilePair) -> FaissRows | None:
     """Where the vectors of a source are in a FAISS file, it is the only one."""
     is_faiss = pair.vectors is not None and pair.vectors.suffix in FAISS_SUFFIXES
     return open_faiss(pair.vectors) if is_faiss and pair.vectors else None
 
 
-def _shape(pair: Pair, faiss: FaissRows | None) -> tuple[int, int]:
+def _shape(pair: FilePair, faiss: FaissRows | None) -> tuple[int, int]:
     """Rows and dimension of the file with the vectors; zeros where they are in the table."""
     if faiss is not None:
         return len(faiss), faiss.dimension

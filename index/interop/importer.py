@@ -18,34 +18,34 @@ import pyarrow.compute as pc
 
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
-from vlm.files import new_folder, refuse_existing
+from vlm.files import atomic_folder, check_not_exists
 from vlm.index.ann.faiss_search import to_float32
 from vlm.index.embeddings import (
+    EmbeddingSpace,
     EmbeddingsWriter,
-    IncidentRecord,
     Modality,
     Origin,
-    Space,
+    SkippedSampleRecord,
     captions_from_json,
     part_name,
 )
 from vlm.index.encoder import Encoder, absolute_spec
-from vlm.index.ids import name_shards, shared_keys
+from vlm.index.ids import find_shared_keys, shorten_shard_names
 from vlm.index.interop.import_sources import (
     Block,
+    ColumnChoice,
     SourcePart,
-    Wishes,
     captions_of,
-    find_pairs,
+    find_file_pairs,
     open_parts,
-    plain,
     read_blocks,
     read_names,
+    to_json_value,
 )
 from vlm.manifest import MANIFEST, Manifest
 
 
-class RowNamer:
+class RowUidAssigner:
     """Gives each row its key and its uid, as `UidNamer` does for samples of shards, with a part in place of a shard.
 
     The key is what the uid column says, or the row's number in the whole source. num_shared: rows whose uid had to be
@@ -59,18 +59,18 @@ class RowNamer:
     """
 
     def __init__(self, parts: Sequence[SourcePart]) -> None:
-        self._parts = name_shards([str(part.pair.path.with_suffix("")) for part in parts])
+        self._parts = shorten_shard_names([str(part.pair.path.with_suffix("")) for part in parts])
         named = [read_names(part) for part in parts]
         chunks = [chunk for names in named if names is not None for chunk in names.chunks]
         keyed = pa.table({"key": pa.chunked_array(chunks, pa.string())})
-        is_shared = pc.field("key").isin(shared_keys(keyed))
+        is_shared = pc.field("key").isin(find_shared_keys(keyed))
         self._shared = Counter(
             (number, key)
             for number, names in enumerate(named)
             if names is not None
             for key in pa.table({"key": names}).filter(is_shared).column("key").to_pylist()
         )
-        self.num_shared = sum(self._shared.values())
+        self.num_renamed = sum(self._shared.values())
 
     def uid(self, part: int, number: int, key: str) -> str:
         """The uid of row `number` of a part."""
@@ -81,14 +81,14 @@ class RowNamer:
 EXPORT = "export"
 
 
-def exported_space(source: Path) -> Space | None:
+def exported_space(source: Path) -> EmbeddingSpace | None:
     """Whose vectors an export holds; None: the folder is of another tool."""
     path = source / MANIFEST
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Space(**values["details"]["space"]) if values["kind"] == EXPORT else None
+        return EmbeddingSpace(**values["details"]["space"]) if values["kind"] == EXPORT else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -134,7 +134,7 @@ def import_embeddings(
     load: Callable[[str], Encoder],
     modality: Modality | None = None,
     metadata: Path | None = None,
-    wishes: Wishes | None = None,
+    column_choice: ColumnChoice | None = None,
 ) -> ImportSummary:
     """Write the rows of `source` (as `find_pairs` takes it) as an embeddings folder `out`, whole or not at all.
 
@@ -149,17 +149,17 @@ def import_embeddings(
         VlmError: a file is damaged, or not one row can be used. OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
-    refuse_existing(out)
+    check_not_exists(out)
     written = exported_space(source)
     kind = modality or (written.modality if written else "image")
-    parts = open_parts(find_pairs(source, modality=kind, metadata=metadata), wishes or Wishes())
-    namer = RowNamer(parts)
+    parts = open_parts(find_file_pairs(source, modality=kind, metadata=metadata), column_choice or ColumnChoice())
+    namer = RowUidAssigner(parts)
     space = _choose_space(model_spec, parts[0].dimension, kind, written, load)
     identity = {"modality": kind, "model": space.fingerprint, "source": str(source.absolute())}
-    with new_folder(out) as folder:
-        bringing = _Bringing(EmbeddingsWriter(folder, space=space, identity=identity), namer)
-        bringing.bring_all(parts)
-        manifest = bringing.finish()
+    with atomic_folder(out) as folder:
+        importer = _Importer(EmbeddingsWriter(folder, space=space, identity=identity), namer)
+        importer.import_all(parts)
+        manifest = importer.finish()
     return ImportSummary(
         folder=str(out),
         model=space.model,
@@ -168,8 +168,8 @@ def import_embeddings(
         files=len(parts),
         rows=manifest.counts["rows"],
         bad=manifest.counts["bad"],
-        scaled=bringing.scaled,
-        renamed=namer.num_shared,
+        scaled=importer.scaled,
+        renamed=namer.num_renamed,
         uid_column=parts[0].columns.uid if parts[0].columns else "",
         left_out=tuple(dict.fromkeys(name for part in parts if part.columns for name in part.columns.left_out)),
         approximate=parts[0].faiss.kind if parts[0].faiss and not parts[0].faiss.is_exact else "",
@@ -178,17 +178,17 @@ def import_embeddings(
 
 
 def _choose_space(
-    spec: str, dimension: int, modality: Modality, written: Space | None, load: Callable[[str], Encoder]
-) -> Space:
+    spec: str, dimension: int, modality: Modality, written: EmbeddingSpace | None, load: Callable[[str], Encoder]
+) -> EmbeddingSpace:
     if not spec and written is None:
         raise UsageError(
             f"Say by --model whose vectors these are, or --model {UNKNOWN}: then only stored items can be asked with."
         )
     if spec == UNKNOWN:
-        return Space(model=UNKNOWN, fingerprint=UNKNOWN, dimension=dimension, modality=modality)
+        return EmbeddingSpace(model=UNKNOWN, fingerprint=UNKNOWN, dimension=dimension, modality=modality)
     if spec:
         model = load(spec)
-        space = Space(
+        space = EmbeddingSpace(
             model=absolute_spec(spec),
             fingerprint=model.fingerprint,
             dimension=model.embedding_size,
@@ -210,23 +210,23 @@ def _choose_space(
     return space
 
 
-class _Bringing:
+class _Importer:
     """Blocks on their way into an embeddings folder, and what was seen of them."""
 
-    def __init__(self, writer: EmbeddingsWriter, namer: RowNamer) -> None:
+    def __init__(self, writer: EmbeddingsWriter, namer: RowUidAssigner) -> None:
         self._writer, self._namer = writer, namer
         self._shards: dict[str, None] = {}
         self._blocks, self.rows, self.scaled = 0, 0, 0
 
-    def bring_all(self, parts: Sequence[SourcePart]) -> None:
+    def import_all(self, parts: Sequence[SourcePart]) -> None:
         """Every row, in order."""
         with progress(total=sum(part.rows for part in parts), what="import", unit=" rows") as shown:
             for number, part in enumerate(parts):
                 for block in read_blocks(part):
-                    self.bring(number, block)
+                    self.import_block(number, block)
                     shown.update(len(block.vectors))
 
-    def bring(self, part: int, block: Block) -> None:
+    def import_block(self, part: int, block: Block) -> None:
         """Write the rows of a block that can be used."""
         with np.errstate(over="ignore", invalid="ignore"):
             vectors = to_float32(block.vectors)
@@ -241,7 +241,7 @@ class _Bringing:
                 origins.append(origin)
                 self._shards[origin.shard] = None
             else:
-                incidents.append(self._leave_out(origin, block, place, length))
+                incidents.append(self._skip(origin, block, place, length))
         self._writer.add(str(block.part.place.absolute()), rows, origins, incidents)
         self._blocks += 1
         self.rows += len(origins)
@@ -263,10 +263,10 @@ class _Bringing:
         record = block.records[place] if block.records is not None else {}
         key = str(record[columns.uid]) if columns and columns.uid else str(block.part.first + number)
         uid = self._namer.uid(part, number, key)
-        if columns and columns.is_ours:
+        if columns and columns.is_vlm_export:
             captions, metadata = captions_from_json(record["captions"]), json.loads(record["metadata"])
             return Origin(**record | {"uid": uid, "captions": captions, "metadata": metadata})
-        values = {name: plain(record[name]) for name in columns.metadata} if columns else {}
+        values = {name: to_json_value(record[name]) for name in columns.metadata} if columns else {}
         return Origin(
             uid=uid,
             key=key,
@@ -279,9 +279,9 @@ class _Bringing:
             metadata={name: value for name, value in values.items() if value is not None},
         )
 
-    def _leave_out(self, origin: Origin, block: Block, place: int, length: float) -> IncidentRecord:
+    def _skip(self, origin: Origin, block: Block, place: int, length: float) -> SkippedSampleRecord:
         number = block.first + place
-        return IncidentRecord(
+        return SkippedSampleRecord(
             part=part_name(self._blocks),
             shard=origin.shard,
             number=number,

@@ -20,7 +20,7 @@ from PIL import Image
 from serving import serve
 
 from vlm.data.tar import ShardReader
-from vlm.data.transforms import Crop, RandomView
+from vlm.data.transforms import Crop, RandomResizedCrop
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _decode_many(
     size, decode = request["size"], _decode_by_pillow if request["by_pillow"] else _decode
     rng = np.random.default_rng(number)
     chosen = [images[place] for place in rng.integers(len(images), size=count)]
-    view = RandomView(size=size)
+    view = RandomResizedCrop(size=size)
     crops: list[Crop] = []
     for image in chosen:
         height, width, *_ = simplejpeg.decode_jpeg_header(image)
@@ -83,14 +83,14 @@ def _decode(image: bytes, crop: Crop, size: int) -> np.ndarray:
 
 
 def _decode_by_pillow(image: bytes, crop: Crop, size: int) -> np.ndarray:
-    picture = Image.open(io.BytesIO(image))
-    whole, share = picture.width, size / min(crop.width, crop.height)
-    picture.draft("RGB", (int(picture.width * share), int(picture.height * share)))
-    step = whole / picture.width
-    right = min((crop.left + crop.width) / step, picture.width)
-    bottom = min((crop.top + crop.height) / step, picture.height)
+    pil_image = Image.open(io.BytesIO(image))
+    whole, share = pil_image.width, size / min(crop.width, crop.height)
+    pil_image.draft("RGB", (int(pil_image.width * share), int(pil_image.height * share)))
+    step = whole / pil_image.width
+    right = min((crop.left + crop.width) / step, pil_image.width)
+    bottom = min((crop.top + crop.height) / step, pil_image.height)
     box = (crop.left / step, crop.top / step, right, bottom)
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX, box=box))
+    return np.asarray(pil_image.convert("RGB").resize((size, size), Image.Resampling.BOX, box=box))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import torch
 from serving import serve
 
 from vlm.data.tar import ShardReader
-from vlm.data.tokenizers import trimmed
-from vlm.models.factory import accept_short_texts
+from vlm.data.tokenizers import trim_tokens
+from vlm.models.factory import enable_padding_trim
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
 
@@ -23,14 +23,14 @@ def answer(request: dict[str, Any]) -> dict[str, float]:
     one reader (`reading`)."""
     if not loaded:
         loaded["model"] = load_model(request["model"], device="cpu")
-        accept_short_texts(loaded["model"].network)
+        enable_padding_trim(loaded["model"].network)
     model, captions, seconds = loaded["model"], request["captions"], request["seconds"]
     network: Any = model.network
     drawn = torch.Generator().manual_seed(0)
     images = torch.randn(len(captions), 3, model.view.size, model.view.size, generator=drawn)
     whole = model.tokenizer.encode(captions)
     found = {}
-    for name, tokens in (("whole", whole), ("cut", trimmed(whole, model.tokenizer))):
+    for name, tokens in (("whole", whole), ("cut", trim_tokens(whole, model.tokenizer))):
         rows = torch.from_numpy(tokens)
 
         def both_towers(rows: torch.Tensor = rows) -> None:

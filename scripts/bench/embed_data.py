@@ -12,7 +12,7 @@ import torch
 
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import VlmError
 from vlm.models.factory import build_network, fit_to_tokenizer
 from vlm.models.load import WEIGHTS, save_model_folder
@@ -50,7 +50,7 @@ def write_model(network: Network, folder: Path) -> tuple[Path, Path, Path]:
         name=ARCHITECTURE,
         network=build_network(config).eval(),
         config=config,
-        view=FixedView(size=_PIXELS),
+        view=EvalTransform(size=_PIXELS),
         tokenizer=tokenizer,
     )
     save_model_folder(folder / "model", model, inputs={})

@@ -43,10 +43,10 @@ def shards_of(names: tuple[str, ...], folder: Path, workers: int) -> dict[str, l
     for name in names:
         if name == "clothing":
             packed = folder / "shards-clothing"
-            address = str(packed) if packed.is_dir() else packed_clothing(packed)
+            url = str(packed) if packed.is_dir() else packed_clothing(packed)
         else:
-            address = str(DATASETS / "flickr8k" / "train-*.tar") if name == "flickr8k" else name
-        found[name] = expand_shards(address)
+            url = str(DATASETS / "flickr8k" / "train-*.tar") if name == "flickr8k" else name
+        found[name] = expand_shards(url)
         if len(found[name]) < workers:
             raise VlmError(f"{name} has {len(found[name])} shards; open_clip needs at least as many as workers.")
     return found

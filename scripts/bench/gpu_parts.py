@@ -13,10 +13,10 @@ import open_clip  # noqa: F401  so that it is imported once, before the parts ar
 import torch
 
 from vlm.data.collate import TrainingBatch
-from vlm.train.logger import Recorder
+from vlm.train.logger import RunLogger
 from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from vlm.train.session import Session, open_session
-from vlm.train.step import compute_gradients, take_step
+from vlm.train.step import compute_gradients, train_step
 
 Row = dict[str, Any]
 Precision = Literal["fp32", "bf16"]
@@ -55,26 +55,32 @@ def speed(settings: Settings, architecture: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         session = _open(settings, architecture, folder, compile=settings.is_compiled)
         first = next(session.open_batches())
-        with Recorder(session) as record:
+        with RunLogger(session) as run_logger:
             began = time.monotonic()
-            result = take_step(session, first)
-            yield {"what": "first step", "seconds": time.monotonic() - began, "peak": record.utilisation.peak.source}
+            result = train_step(session, first)
+            yield {
+                "what": "first step",
+                "seconds": time.monotonic() - began,
+                "peak": run_logger.utilisation.peak.source,
+            }
             del result
-            yield {"what": "alone"} | _timed_steps(settings, session, record, itertools.repeat(first))
-            yield {"what": "fed"} | _timed_steps(settings, session, record, session.open_batches())
+            yield {"what": "alone"} | _timed_steps(settings, session, run_logger, itertools.repeat(first))
+            yield {"what": "fed"} | _timed_steps(settings, session, run_logger, session.open_batches())
 
 
-def _timed_steps(settings: Settings, session: Session, record: Recorder, batches: Iterator[list[TrainingBatch]]) -> Row:
+def _timed_steps(
+    settings: Settings, session: Session, run_logger: RunLogger, batches: Iterator[list[TrainingBatch]]
+) -> Row:
     """The run's own figures over the steps after the warm-up; every step ends with its loss on the CPU."""
     begun = 0.0
-    for number, parts in enumerate(record.waiting(batches), 1):
-        result = take_step(session, parts)
-        record.step(result, parts)
+    for number, micro_batches in enumerate(run_logger.timed(batches), 1):
+        result = train_step(session, micro_batches)
+        run_logger.step(result, micro_batches)
         if number == settings.warm_up:
-            record.read(result, parts)  # whose reading starts the next
+            run_logger.read(result, micro_batches)  # whose reading starts the next
             begun = time.monotonic()
         elif number > settings.warm_up and time.monotonic() - begun >= settings.seconds:
-            return _figures(record.read(result, parts)) | {"steps": number - settings.warm_up}
+            return _figures(run_logger.read(result, micro_batches)) | {"steps": number - settings.warm_up}
     raise AssertionError("the batches of a run without end have ended")
 
 
@@ -126,20 +132,22 @@ def _fits(session: Session, batch: TrainingBatch) -> bool:
 
 def equality(settings: Settings, architecture: str, *, precision: Precision) -> Iterator[Row]:
     """Gradients of a batch in four parts beside those of the whole, not compiled."""
-    whole = _gradients(settings, architecture, precision, parts=1)
-    parted = _gradients(settings, architecture, precision, parts=4)
+    whole = _gradients(settings, architecture, precision, micro_batches=1)
+    parted = _gradients(settings, architecture, precision, micro_batches=4)
     norm = sum(float(gradient.square().sum()) for gradient in whole.values()) ** 0.5
     apart = sum(float((parted[name] - whole[name]).square().sum()) for name in whole) ** 0.5
     shared = {name: float(parted[name] / whole[name]) for name in whole if name.startswith("network.logit_")}
     yield {"what": f"equal, {precision}", "difference": apart / norm, "times": shared}
 
 
-def _gradients(settings: Settings, architecture: str, precision: Precision, *, parts: int) -> dict[str, torch.Tensor]:
+def _gradients(
+    settings: Settings, architecture: str, precision: Precision, *, micro_batches: int
+) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
-        micro = settings.equal // parts if parts > 1 else 0
+        micro = settings.equal // micro_batches if micro_batches > 1 else 0
         session = _open(settings, architecture, folder, batch=settings.equal, micro=micro, precision=precision)
         compute_gradients(session, next(session.open_batches()))
-    named = session.state.student.named_parameters()
+    named = session.state.task.named_parameters()
     return {name: weight.grad.double() for name, weight in named if weight.grad is not None}
 
 
@@ -154,11 +162,11 @@ def exact(settings: Settings, architecture: str) -> Iterator[Row]:
             micro=settings.batch,
             compile=settings.is_compiled,
         )
-        with Recorder(session) as record:
-            for number, parts in enumerate(record.waiting(session.open_batches()), 1):
-                result = take_step(session, parts)
-                record.step(result, parts)
-                values = record.read(result, parts)
+        with RunLogger(session) as run_logger:
+            for number, micro_batches in enumerate(run_logger.timed(session.open_batches()), 1):
+                result = train_step(session, micro_batches)
+                run_logger.step(result, micro_batches)
+                values = run_logger.read(result, micro_batches)
                 yield {"what": f"global batch, step {number}", "loss": values["loss"]} | _figures(values)
                 if number == 2:
                     return
@@ -200,7 +208,7 @@ def _repeated(batch: TrainingBatch, times: int) -> TrainingBatch:
         batch.changed(lambda tensor: torch.cat([tensor] * times)),
         keys=batch.keys * times,
         drawn=batch.drawn * times,
-        addresses=batch.addresses * times,
+        sample_indices=batch.sample_indices * times,
         used=batch.used * times,
     )
 

@@ -27,12 +27,12 @@ def measure(search: Search, request: dict[str, Any]) -> dict[str, Any]:
         rows, truth = np.load(folder / "rows.npy", mmap_mode="r"), np.load(folder / "truth.npy")
         return {f"recall@{count}": _recall(search, rows, questions, truth, count) for count in COUNTS}
     # what another process left in the caches is not ours to pay for
-    place, _ = _ask(search, questions, request["first"], _WARM_UP_SECONDS)
-    place, seconds = _ask(search, questions, place, _TIMED_SECONDS)
+    place, _ = _retrieve(search, questions, request["first"], _WARM_UP_SECONDS)
+    place, seconds = _retrieve(search, questions, place, _TIMED_SECONDS)
     return {"seconds": seconds, "next": place}
 
 
-def _ask(search: Search, questions: np.ndarray, place: int, limit: float) -> tuple[int, list[float]]:
+def _retrieve(search: Search, questions: np.ndarray, place: int, limit: float) -> tuple[int, list[float]]:
     """One question after the other, from this place on, for so many seconds; the place after the last."""
     seconds: list[float] = []
     end = time.perf_counter() + limit

@@ -9,8 +9,8 @@ from index_measuring import PeakMemory, measure
 from serving import serve
 
 from vlm.index.ann.index_type import load_faiss
-from vlm.index.autotune.autotuner import choose, settle
-from vlm.index.autotune.trial import Promise
+from vlm.index.autotune.autotuner import autotune, retune
+from vlm.index.autotune.trial import TuningTarget
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
 from vlm.index.reader import Index
@@ -27,16 +27,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     out, peak = folder / "index", PeakMemory()
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
-    plan = choose(
+    plan = autotune(
         Embeddings.open(folder / "images"),
         Embeddings.open(folder / "texts"),
-        Promise(recall=request["recall"]),
+        TuningTarget(recall=request["recall"]),
         max_rows=request["plan_rows"],
     )
     planned = time.perf_counter()
     built = build_index(folder / "images", out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
     before = time.perf_counter()
-    settle(out, Embeddings.open(folder / "images"), plan)
+    retune(out, Embeddings.open(folder / "images"), plan)
     settling = time.perf_counter() - before
     opened["index"] = index = Index.open(out)
     numbers = index.info().parameters

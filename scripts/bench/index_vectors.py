@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.autotune.query_sampling import vectors_at
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Modality, Origin, Space, unit_rows
+from vlm.index.autotune.query_sampling import take_rows
+from vlm.index.embeddings import Embeddings, EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 from vlm.tensors import Array, Float32
 
 # spread of pictures around their cluster, of texts around their picture, and the distance of the two modalities
-_PICTURE_SPREAD, _TEXT_SPREAD, _GAP = 0.7, 1.5, 0.8
+_IMAGE_SPREAD, _TEXT_SPREAD, _GAP = 0.7, 1.5, 0.8
 _ROWS_A_CLUSTER = 100
 _ROWS_A_PART = 100_000
 
@@ -38,10 +38,10 @@ class Mixture:
     ) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
         """Unit vectors of pictures and of texts about some of these."""
         chosen = generator.integers(0, len(self._centres), rows)
-        pictures = self._centres[chosen] + self._noise(generator, rows, _PICTURE_SPREAD)
+        images = self._centres[chosen] + self._noise(generator, rows, _IMAGE_SPREAD)
         about = generator.integers(0, rows, questions)
-        texts = pictures[about] + self._noise(generator, questions, _TEXT_SPREAD)
-        return unit_rows(pictures + self._gap), unit_rows(texts - self._gap)
+        texts = images[about] + self._noise(generator, questions, _TEXT_SPREAD)
+        return normalize_rows(images + self._gap), normalize_rows(texts - self._gap)
 
     def _noise(self, generator: np.random.Generator, count: int, length: float) -> Float32[Array, "N D"]:
         drawn = generator.standard_normal((count, len(self._deviations)), dtype=np.float32)
@@ -57,7 +57,7 @@ def draw_vectors(
 
 def write_vectors(folder: Path, vectors: Float32[Array, "N D"], *, modality: Modality) -> Path:
     """An embeddings folder of them, each row a sample of its own."""
-    space = Space(model="drawn", fingerprint="drawn", dimension=vectors.shape[1], modality=modality)
+    space = EmbeddingSpace(model="drawn", fingerprint="drawn", dimension=vectors.shape[1], modality=modality)
     writer = EmbeddingsWriter(folder, space=space, identity={"rows": len(vectors)})
     for first in range(0, len(vectors), _ROWS_A_PART):
         block = vectors[first : first + _ROWS_A_PART]
@@ -105,4 +105,4 @@ def halves(folder: Path, count: int, *, seed: int) -> tuple[Float32[Array, "Q D"
     first, second = (
         np.sort(generator.permutation(np.flatnonzero(chosen))[: count // 2]) for chosen in (~is_second, is_second)
     )
-    return vectors_at(embeddings, first), vectors_at(embeddings, second)
+    return take_rows(embeddings, first), take_rows(embeddings, second)

@@ -7,18 +7,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlm.data.decode import EncodedPicture
+from vlm.data.decode import EncodedImage
 from vlm.data.loader import ShardSet
-from vlm.data.sampler import Address
-from vlm.data.samples import SampleChance
+from vlm.data.sampler import SampleIndex
+from vlm.data.samples import SampleRng
 from vlm.data.shards import count_samples
-from vlm.data.transforms import RandomView
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Origin, Space, open_vectors, read_origins, unit_rows
+from vlm.data.transforms import RandomResizedCrop
+from vlm.index.embeddings import (
+    Embeddings,
+    EmbeddingSpace,
+    EmbeddingsWriter,
+    Origin,
+    normalize_rows,
+    open_vectors,
+    read_origins,
+)
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.manifest import is_complete
 from vlm.tensors import Array, Float32, UInt8
 
-_PICTURES_AT_ONCE = 16
+_IMAGES_AT_ONCE = 16
 _SCALE, _BRIGHTNESS = (0.35, 1.0), (0.6, 1.4)
 
 
@@ -33,7 +41,7 @@ def embed_copies(
     """
     if is_complete(out):
         return out
-    space = Space(
+    space = EmbeddingSpace(
         model=absolute_spec(spec), fingerprint=model.fingerprint, dimension=model.embedding_size, modality="image"
     )
     identity = {"model": model.fingerprint, "shards": [*shards, *scenes], "copies": copies, "moved": moved}
@@ -68,12 +76,12 @@ def split_texts(texts: Path, folders: Sequence[Path], *, most: int, seed: int) -
 def _embed_shard(model: Encoder, shard: str, copies: int) -> tuple[Float32[Array, "N D"], list[Origin]]:
     """The rows of a shard: of each picture its plain view, then its jittered ones."""
     vectors, origins, views = [], [], []
-    for origin, image in _pictures(shard):
+    for origin, image in _images(shard):
         views.append(model.view(image)[None])
         if copies:
             views.append(_jittered(image, origin.key, model.view.size, copies))
         origins += [replace(origin, uid=f"{origin.uid}~{copy}") for copy in range(copies + 1)]
-        if len(views) >= _PICTURES_AT_ONCE:
+        if len(views) >= _IMAGES_AT_ONCE:
             vectors.append(model.embed_images(torch.from_numpy(np.concatenate(views))).numpy())
             views = []
     if views:
@@ -81,10 +89,10 @@ def _embed_shard(model: Encoder, shard: str, copies: int) -> tuple[Float32[Array
     return np.concatenate(vectors), origins
 
 
-def _pictures(shard: str) -> Iterator[tuple[Origin, bytes]]:
+def _images(shard: str) -> Iterator[tuple[Origin, bytes]]:
     opened, (count,) = ShardSet([shard]), count_samples([shard])
     for number in range(count):
-        sample = opened.read(Address(0, 0, number))
+        sample = opened.read(SampleIndex(0, 0, number))
         origin = Origin(
             uid=f"{Path(shard).stem}/{sample.key}",
             key=sample.key,
@@ -100,12 +108,12 @@ def _pictures(shard: str) -> Iterator[tuple[Origin, bytes]]:
 
 
 def _jittered(image: bytes, key: str, size: int, copies: int) -> UInt8[Array, "C 3 S S"]:
-    picture, view = EncodedPicture(image), RandomView(size=size, scale=_SCALE, flip=0.5)
-    pixels, low, high = picture.pixels(resolution=1.0), *_BRIGHTNESS
+    pil_image, view = EncodedImage(image), RandomResizedCrop(size=size, scale=_SCALE, flip=0.5)
+    pixels, low, high = pil_image.pixels(resolution=1.0), *_BRIGHTNESS
     shown = np.empty((copies, size, size, 3), np.uint8)
     for copy in range(copies):
-        chance = SampleChance(0, copy, key, purpose="jitter")
-        view.cut(picture, pixels, view.draw(picture.width, picture.height, chance), out=shown[copy])
+        chance = SampleRng(0, copy, key, purpose="jitter")
+        view.cut(pil_image, pixels, view.draw(pil_image.width, pil_image.height, chance), out=shown[copy])
         bright = shown[copy] * np.float32(low + (high - low) * chance.random())
         shown[copy] = np.minimum(bright, 255).astype(np.uint8)
     return np.ascontiguousarray(shown.transpose(0, 3, 1, 2))
@@ -120,6 +128,6 @@ def _moved(
     views = rows.reshape(-1, copies + 1, rows.shape[1])
     at, other = generator.integers(0, len(views), (2, count))
     copy = generator.integers(1, copies + 1, count)
-    vectors = unit_rows(views[at, 0] + views[other, copy] - views[other, 0])
+    vectors = normalize_rows(views[at, 0] + views[other, copy] - views[other, 0])
     origins = [origin for part in parts for origin in read_origins(writer.folder, part)][:: copies + 1]
     return vectors, [replace(origins[place], uid=f"moved/{number}") for number, place in enumerate(at)]

@@ -10,10 +10,10 @@ import numpy as np
 
 from vlm.console import say
 from vlm.errors import UsageError
-from vlm.index.ann.index_types import KINDS
-from vlm.index.autotune.autotuner import choose, settle
-from vlm.index.autotune.query_sampling import DrawnRows, Questions, exact_scores, lower_bound, recall_of_each
-from vlm.index.autotune.trial import LADDER, Built, Promise
+from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.autotune.autotuner import autotune, retune
+from vlm.index.autotune.query_sampling import QuerySet, SampledRows, exact_scores, lower_bound, per_query_recall
+from vlm.index.autotune.trial import CANDIDATE_CONFIGS, TrialIndex, TuningTarget
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
 from vlm.index.reader import Index
@@ -21,49 +21,49 @@ from vlm.tensors import Array, Float32
 
 AT = 10
 _COUNTS = (1, 10, 100)
-TEXTS, PICTURES = "text→image", "image→image"
+TEXTS, IMAGES = "text→image", "image→image"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
     """Rows in random order, those of them that are asked with left out, and texts to tune with and to judge by."""
 
-    rows: DrawnRows
-    tune: Questions
-    judge: list[Questions]
+    rows: SampledRows
+    tune: QuerySet
+    judge: list[QuerySet]
 
     @classmethod
     def of(cls, images: Path, planned: Path, asked: Path, *, questions: int, seed: int) -> "Material":
         """From embeddings folders. questions: pictures held out to ask with."""
         source = np.concatenate(list(Embeddings.open(images).blocks()))
         shuffled = source[np.random.default_rng(seed).permutation(len(source))]
-        rows, top = DrawnRows(shuffled[questions:]), max(_COUNTS)
-        ask = [(TEXTS, _all(asked)), (PICTURES, shuffled[:questions])]
+        rows, top = SampledRows(shuffled[questions:]), max(_COUNTS)
+        ask = [(TEXTS, _all(asked)), (IMAGES, shuffled[:questions])]
         return cls(
             rows=rows,
-            tune=Questions.ask(TEXTS, _all(planned), rows, top),
-            judge=[Questions.ask(name, vectors, rows, top) for name, vectors in ask],
+            tune=QuerySet.with_ground_truth(TEXTS, _all(planned), rows, top),
+            judge=[QuerySet.with_ground_truth(name, vectors, rows, top) for name, vectors in ask],
         )
 
 
 def try_kinds(material: Material, promises: tuple[float, ...], *, seed: int) -> Iterator[dict[str, Any]]:
     """Of each kind and promise what it was tuned to, what it then has on questions never seen, and what it costs."""
-    for rung in LADDER:
+    for rung in CANDIDATE_CONFIGS:
         say(f"{rung.kind} …")
-        built = Built(rung, material.rows, seed=seed)
+        built = TrialIndex(rung, material.rows, seed=seed)
         index_bytes = len(faiss.serialize_index(built.index)) / len(material.rows)
         shared = {
-            "kind": rung.kind + (f" {built.parameters['nlist']}" if rung.lists_per_root else ""),
+            "kind": rung.kind + (f" {built.parameters['nlist']}" if rung.nlist_per_sqrt_rows else ""),
             "build_s": built.build_seconds,
             "index_bytes": index_bytes,
             "mapped_bytes": 2 * material.rows.dimension if built.is_reranked else 0,
         }
         for promise in promises:
-            setting = built.tune(material.tune, Promise(recall=promise, at=AT))
+            setting = built.tune(material.tune, TuningTarget(recall=promise, at=AT))
             if setting is None:
                 yield {**shared, "promise": promise, "failed": "not reached"}
                 continue
-            recalls = built.judge(setting, material.judge, AT)
+            recalls = built.evaluate(setting, material.judge, AT)
             latency = built.time(setting, material.judge[0].vectors, AT)
             yield {
                 **shared,
@@ -86,15 +86,15 @@ def keep_promises(
     truth = exact_scores(source.blocks(), questions, AT)
     for promise in promises:
         try:
-            plan = choose(source, texts, Promise(recall=promise, at=AT), max_rows=sample)
+            plan = autotune(source, texts, TuningTarget(recall=promise, at=AT), max_rows=sample)
         except UsageError as error:
             yield {"promise": promise, "failed": str(error)}
             continue
         out = folder / f"index-{promise}"
         build_index(images, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
-        setting = settle(out, source, plan)
+        setting = retune(out, source, plan)
         index = Index.open(out)
-        recalls = recall_of_each(index.nearest(questions, AT)[0], truth, AT)
+        recalls = per_query_recall(index.nearest(questions, AT)[0], truth, AT)
         index.close()
         tuned = {
             name: plan.winner.wishes[name] for name in ("nprobe", "ef_search", "rerank") if name in plan.winner.wishes
@@ -114,7 +114,7 @@ def keep_promises(
 
 def effort_of(trial: dict[str, Any]) -> str:
     """The setting of a trial, in words."""
-    name = KINDS[trial["kind"].split()[0]].effort
+    name = INDEX_TYPES[trial["kind"].split()[0]].effort
     words = [f"{name} {trial['effort']}"] if name and trial["effort"] is not None else []
     return ", ".join([*words, *([f"rerank {trial['rerank']}"] if trial["rerank"] else [])]) or "–"
 

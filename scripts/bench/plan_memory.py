@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from vlm.data.sampler import SampleOrder, TrainingPlan
+from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.selection import SelectedShard, Selection, read_selection, write_selection
 
 BATCH, BATCHES = 64, 200
@@ -49,7 +49,7 @@ def _cost(build: Callable[[], SampleOrder]) -> dict[str, float]:
     order = build()
     visits = order.num_samples
     built = time.perf_counter()
-    first = TrainingPlan(order=order, batch_size=BATCH)
+    first = BatchSampler(order=order, batch_size=BATCH)
     for number in range(BATCHES):
         first[number]
     located = time.perf_counter()

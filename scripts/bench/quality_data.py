@@ -15,7 +15,7 @@ from bench.environment import DATASETS
 from vlm.console import say
 from vlm.data.shards import count_samples, expand_shards
 from vlm.errors import UsageError, VlmError
-from vlm.files import replacing, write_text
+from vlm.files import atomic_write, write_text
 from vlm.models.factory import ARCHITECTURES
 
 NETWORK = "clip-small"
@@ -98,7 +98,7 @@ def _with_first_caption(shard: Path, folder: Path) -> str:
     if made.exists():
         return str(made)
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(shard) as source, replacing(made) as file, tarfile.open(fileobj=file, mode="w") as target:
+    with tarfile.open(shard) as source, atomic_write(made) as file, tarfile.open(fileobj=file, mode="w") as target:
         for member in source:
             content = source.extractfile(member)
             if content is None:

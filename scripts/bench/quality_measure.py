@@ -13,7 +13,7 @@ from vlm.cli.eval import Arguments as EvalArguments
 from vlm.cli.eval import zero_shot
 from vlm.data.samples import select_languages
 from vlm.data.shards import expand_shards
-from vlm.evaluation.retrieval import measure_retrieval, rank_answers, read_items
+from vlm.evaluation.retrieval import iter_sample_batches, measure_retrieval, rank_candidates
 from vlm.models.model import VisionLanguageModel
 
 _BOOTSTRAP_SEED = 0
@@ -37,7 +37,7 @@ def measure(model: VisionLanguageModel, data: DataSet) -> Figures:
     """Recall both ways with all captions of the first language, and zero-shot accuracy."""
     embedded: list[torch.Tensor] = []
     captions: list[list[str]] = []
-    for batch in read_items(expand_shards(data.val), model.view, workers=1):
+    for batch in iter_sample_batches(expand_shards(data.val), model.view, workers=1):
         embedded.append(model.embed_images(batch.images))
         captions += [
             [text for of_one in select_languages(item.captions, ()).values() for text in of_one] for item in batch.items
@@ -62,5 +62,5 @@ def _query_interval(images: np.ndarray, texts: np.ndarray, captions: list[list[s
             images_of[text].add(number)
     right = [sorted(images_of[text]) for of_image in captions for text in of_image]
     groups = [of_image[0] for of_image in captions for _ in of_image]
-    hits = rank_answers(texts, images, right).hits(_AT)
+    hits = rank_candidates(texts, images, right).hits(_AT)
     return bootstrap_interval(hits, groups, np.random.default_rng(_BOOTSTRAP_SEED))

@@ -18,9 +18,9 @@ from bench.quality_measure import measure
 
 from vlm.console import say
 from vlm.data.tokenizers import ClipTokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import VlmError
-from vlm.files import append_line, fingerprint_of, read_lines
+from vlm.files import append_line, compute_fingerprint, read_lines
 from vlm.models.load import load_model, save_model
 from vlm.train.presets import open_preset
 from vlm.train.run_config import FREE_ON_RESUME
@@ -57,7 +57,7 @@ class Run:
         """What its figures hang on: another recipe, preset or length is another run."""
         preset = json.dumps(_settings(self.data.name) if self.trainer == "ours" else their_network())
         numbers = (self.data.num_train, self.seed, self.epochs, self.batch_size)
-        return fingerprint_of(self.data.name, self.trainer, preset, *map(str, numbers), *self.words)
+        return compute_fingerprint(self.data.name, self.trainer, preset, *map(str, numbers), *self.words)
 
     def filled(self) -> list[str]:
         """The recipe's words with their places filled in."""
@@ -155,7 +155,7 @@ class Bench:
         if steps != {run.steps}:
             raise VlmError(f"open_clip made {sorted(steps)} steps where {run.steps} were asked for.")
         config = their_network()
-        view = FixedView(size=config["vision_cfg"]["image_size"])
+        view = EvalTransform(size=config["vision_cfg"]["image_size"])
         tokenizer = ClipTokenizer(config["text_cfg"]["context_length"])
         save_model(folder / "model", weights=checkpoint["state_dict"], config=config, view=view, tokenizer=tokenizer)
         # its batches are all whole

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from index_vectors import Mixture
 
-from vlm.index.embeddings import EmbeddingsWriter, Origin, Space
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin
 from vlm.tensors import Array, Float32
 
 _ROWS_A_PART = 50_000
@@ -26,7 +26,7 @@ def write_rows(
 
     name: what their uids begin with. Memory: one part of 50,000 rows.
     """
-    space = Space(model="drawn", fingerprint="drawn", dimension=dimension, modality="image")
+    space = EmbeddingSpace(model="drawn", fingerprint="drawn", dimension=dimension, modality="image")
     writer = EmbeddingsWriter(folder, space=space, identity={"rows": rows, "seed": seed})
     for number in range(len(writer.parts), ceil(rows / _ROWS_A_PART)):
         first, generator = number * _ROWS_A_PART, np.random.default_rng((seed, number))

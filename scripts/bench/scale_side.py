@@ -15,11 +15,11 @@ from serving import serve
 
 from vlm.index import build
 from vlm.index.ann.index_type import load_faiss
-from vlm.index.autotune.query_sampling import exact_scores, recall_of_each
-from vlm.index.filters import parse_where
+from vlm.index.autotune.query_sampling import exact_scores, per_query_recall
+from vlm.index.filters import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
-from vlm.index.writer import IndexWriter, NewRows
+from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.manifest import is_complete
 from vlm.tensors import Array, Float32, Int64
 
@@ -68,7 +68,7 @@ def add(folder: Path, request: Values) -> Values:
     """Rows that were not there."""
     with IndexWriter(folder / "index") as writer:
         before = time.perf_counter()
-        change = writer.add(NewRows.of_folder(folder / "more"))
+        change = writer.add(InsertBatch.from_folder(folder / "more"))
         return {"items": change.added, "change_s": time.perf_counter() - before, "segments": change.segments}
 
 
@@ -90,7 +90,7 @@ def search(folder: Path, request: Values) -> Values:
     questions = read_questions(folder / "rows")
     found["all"] = _asked(index, questions, None)
     for name, words in FILTERS.items():
-        condition = parse_where(words)
+        condition = parse_filter(words)
         index.catalogue.where(condition)
         began = time.perf_counter()
         rows = index.catalogue.where(condition)
@@ -152,14 +152,14 @@ def _asked(index: Index, questions: Float32[Array, "Q D"], rows: Int64[Array, " 
     cpu_ms = 1000 * (time.process_time() - computed) / len(questions)
     p50, p95, p99 = (1000 * float(value) for value in np.percentile(seconds, (50, 95, 99)))
     scores, _ = index.nearest(questions, _TOP, rows)
-    recall = float(recall_of_each(scores, exact_scores(_blocks(index, rows), questions, _TOP), _TOP).mean())
+    recall = float(per_query_recall(scores, exact_scores(_blocks(index, rows), questions, _TOP), _TOP).mean())
     count = len(index) if rows is None else len(rows)
     return {"rows": count, "cpu_ms": cpu_ms, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "recall@10": recall}
 
 
 def _blocks(index: Index, rows: Int64[Array, " N"] | None) -> Iterator[Float32[Array, "_ D"]]:
-    for selected in index.generation.selected:
-        chosen = selected if rows is None else selected.among(rows)
+    for views in index.snapshot.views:
+        chosen = views if rows is None else views.restricted_to(rows)
         for first in range(0, chosen.count, _ROWS_AT_ONCE):
             yield chosen.segment.vectors.take(chosen.positions[first : first + _ROWS_AT_ONCE])
 

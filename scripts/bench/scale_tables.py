@@ -5,9 +5,9 @@ from itertools import pairwise
 from math import log
 from typing import Any
 
-from vlm.index.ann.index_type import Tuning
-from vlm.index.ann.index_types import KINDS
-from vlm.index.autotune.trial import show_bytes
+from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.autotune.trial import format_bytes
 
 Steps = dict[str, dict[str, Any]]
 Measured = dict[int, Steps]
@@ -64,17 +64,17 @@ def needs_table(measured: Measured, *, dimension: int) -> tuple[list[str], list[
     """What more rows would need, by the two largest sizes measured, and how that was reckoned."""
     few, many = sorted(measured)[-2:]
     largest = measured[many]
-    cells = [["rows on disk, float16", *(show_bytes(2 * dimension * rows) for rows in PAPER)]]
+    cells = [["rows on disk, float16", *(format_bytes(2 * dimension * rows) for rows in PAPER)]]
     per_row = largest["build"]["catalogue_bytes"] / many
-    cells.append(["catalogue on disk", *(show_bytes(per_row * rows) for rows in PAPER)])
+    cells.append(["catalogue on disk", *(format_bytes(per_row * rows) for rows in PAPER)])
     cells += [
         [
             f"index of kind {name}, in memory or mapped",
-            *(show_bytes(_index_bytes(name, rows, dimension)) for rows in PAPER),
+            *(format_bytes(_index_bytes(name, rows, dimension)) for rows in PAPER),
         ]
         for name in ("flat", "ivf", "ivfsq", "ivfpq", "rabitq", "hnsw")
     ]
-    cells.append(["row numbers and masks while building, in memory", *(show_bytes(_NUMBER_BYTES * r) for r in PAPER)])
+    cells.append(["row numbers and masks while building, in memory", *(format_bytes(_NUMBER_BYTES * r) for r in PAPER)])
     for name, cost, powers in _TIMED:
         seconds = {rows: cost(measured[rows]) for rows in (few, many)}
         grown = (_carried(seconds, few, many, rows, powers) for rows in PAPER)
@@ -83,7 +83,7 @@ def needs_table(measured: Measured, *, dimension: int) -> tuple[list[str], list[
 
 
 def _index_bytes(kind: str, rows: int, dimension: int) -> int:
-    return KINDS[kind].resident_bytes(rows, dimension, KINDS[kind].parameters_for(rows, Tuning()))
+    return INDEX_TYPES[kind].resident_bytes(rows, dimension, INDEX_TYPES[kind].parameters_for(rows, TuningParams()))
 
 
 def _power(costs: dict[int, float], few: int, many: int) -> float:

@@ -9,7 +9,7 @@ from bench.quality_data import DataSet
 
 from vlm.cli.main import main
 from vlm.errors import VlmError
-from vlm.index.backward_compat import Pairs, read_pairs
+from vlm.index.backward_compat import EmbeddingPairs, read_pairs
 
 ROLES = ("old", "new", "newer")
 _OLD = ["--architecture", "small", "--epochs", "4", "--warmup-steps", "30", "--average-decay", "0.95", "--seed", "0"]
@@ -34,11 +34,11 @@ class Models:
     folder: Path
     embedded: set[Path] = field(default_factory=set)
 
-    def pairs(self, old: str, new: str, split: str) -> Pairs:
+    def pairs(self, old: str, new: str, split: str) -> EmbeddingPairs:
         """Pictures and captions of a split (train or val) as the models of two roles embed them."""
         images = [self._embedded(role, split, "image") for role in (old, new)]
         texts = [self._embedded(role, split, "text") for role in (old, new)]
-        return read_pairs(images[0], images[1], texts[0], texts[1], most=sys.maxsize, seed=0)
+        return read_pairs(images[0], images[1], texts[0], texts[1], max_images=sys.maxsize, seed=0)
 
     def images(self, role: str, split: str) -> Path:
         """The embeddings folder of the pictures of a split."""

@@ -11,31 +11,31 @@ from typing import Any
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.factory import build_network
 from vlm.models.model import VisionLanguageModel
-from vlm.train.objectives.loss_term import Inputs, TermOptions
+from vlm.train.objectives.loss_term import Inputs, LossOptions
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
-from vlm.train.step import Parts, backward_exactly
-from vlm.train.task import Student, build_student
+from vlm.train.step import MicroBatches, backward_with_gradient_caching
+from vlm.train.task import TrainingTask, build_task
 
 Gradients = dict[str, torch.Tensor]
 SHARED = ("logit_scale", "logit_bias")
 
 
-def open_student(config: dict[str, Any], found: dict[str, Any], objective: str) -> tuple[Student, TermOptions]:
+def open_task(config: dict[str, Any], found: dict[str, Any], objective: str) -> tuple[TrainingTask, LossOptions]:
     """The same network, to be trained for the same objective."""
     network = build_network(config | found["start"]).double()
     network.load_state_dict(found["weights"])
     tokenizer = open_tokenizer("clip", config["text_cfg"]["context_length"])
-    view = FixedView(size=config["vision_cfg"]["image_size"])
+    view = EvalTransform(size=config["vision_cfg"]["image_size"])
     model = VisionLanguageModel(name="bench", network=network, config=config, view=view, tokenizer=tokenizer)
-    options = TermOptions(config=ObjectiveConfig(objective=objective), pad_token=tokenizer.pad_token)
-    return build_student(model, parse_objective(objective), options).train(), options
+    options = LossOptions(config=ObjectiveConfig(objective=objective), pad_token=tokenizer.pad_token)
+    return build_task(model, parse_objective(objective), options).train(), options
 
 
-def gradients(student: Student, options: TermOptions, images: torch.Tensor, texts: torch.Tensor, k: int) -> Gradients:
+def gradients(task: TrainingTask, options: LossOptions, images: torch.Tensor, texts: torch.Tensor, k: int) -> Gradients:
     """Those of the batch in k parts."""
     size = len(images) // k
 
@@ -43,10 +43,12 @@ def gradients(student: Student, options: TermOptions, images: torch.Tensor, text
         chosen = slice(number * size, (number + 1) * size)
         return {"pixels": images[chosen], "tokens": texts[chosen]}
 
-    student.zero_grad(set_to_none=True)
-    parts = Parts(number=k, inputs=part, counted=part, forward=student, backward=lambda loss: loss.backward())
-    backward_exactly(parts, parse_objective(options.config.objective), options)
-    named = student.network.named_parameters()
+    task.zero_grad(set_to_none=True)
+    micro_batches = MicroBatches(
+        count=k, inputs=part, non_image_inputs=part, forward=task, backward=lambda loss: loss.backward()
+    )
+    backward_with_gradient_caching(micro_batches, parse_objective(options.config.objective), options)
+    named = task.network.named_parameters()
     return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 
 
@@ -70,8 +72,8 @@ def main(config: dict[str, Any], path: str) -> dict[str, Any]:
     """Both sides, for every objective and k."""
     result: dict[str, Any] = {}
     for objective, found in torch.load(path).items():
-        student, options = open_student(config, found, objective)
-        ours = {k: gradients(student, options, found["images"], found["texts"], k) for k in found["gradients"]}
+        task, options = open_task(config, found, objective)
+        ours = {k: gradients(task, options, found["images"], found["texts"], k) for k in found["gradients"]}
         result[objective] = {"open_clip": compared(found["gradients"]), "ours": compared(ours)}
     return result
 

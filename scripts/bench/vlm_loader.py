@@ -5,12 +5,12 @@ from typing import Any
 
 from serving import memory_mb, serve, time_stream
 
-from vlm.data.collate import AssembleTraining, TrainingBatch
+from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.loader import stream_batches
-from vlm.data.sampler import SampleOrder, TrainingPlan
+from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.shards import count_samples
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView, RandomView
+from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.models.model import normalise
 
 
@@ -21,7 +21,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     def stream() -> Iterator[int]:
         for batch in _open(request, request["batches"]):
-            images = normalise(batch.images, FixedView()) if request["is_float"] else batch.images
+            images = normalise(batch.images, EvalTransform()) if request["is_float"] else batch.images
             yield len(images)
 
     return time_stream(stream, request)
@@ -40,9 +40,11 @@ def memory_by_epoch(request: dict[str, Any]) -> list[float]:
 
 def _open(request: dict[str, Any], batches: int) -> Iterator[TrainingBatch]:
     order = SampleOrder(counts=tuple(count_samples(request["shards"])))
-    plan = TrainingPlan(order=order, batch_size=request["batch"])
-    assemble = AssembleTraining(plan=plan, view=RandomView(size=request["size"]), tokenizer=open_tokenizer("clip"))
-    return stream_batches(plan, request["shards"], assemble, numbers=range(batches), workers=request["workers"])
+    plan = BatchSampler(order=order, batch_size=request["batch"])
+    collate = TrainingCollator(
+        plan=plan, view=RandomResizedCrop(size=request["size"]), tokenizer=open_tokenizer("clip")
+    )
+    return stream_batches(plan, request["shards"], collate, numbers=range(batches), workers=request["workers"])
 
 
 if __name__ == "__main__":

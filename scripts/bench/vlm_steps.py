@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from vlm.data.collate import TrainingBatch
 from vlm.models.factory import build_network
 from vlm.models.model import normalise
-from vlm.train.logger import Recorder
+from vlm.train.logger import RunLogger
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import LoaderConfig, ModelConfig, OptimizerConfig, TrainConfig
 from vlm.train.session import Session, open_session
-from vlm.train.step import take_step
+from vlm.train.step import train_step
 
 _WARM_UP = 2
 _ENDLESS = 1_000_000
@@ -71,10 +71,10 @@ def open_batch(request: dict[str, Any]) -> tuple[Session, list[TrainingBatch]]:
 
 def our_step(session: Session, batches: list[TrainingBatch]) -> Callable[[], object]:
     """What `vlm train` does in each step, with all it counts and shows."""
-    record = Recorder(session).__enter__()
+    run_logger = RunLogger(session).__enter__()
 
     def step() -> None:
-        record.step(take_step(session, batches), batches)
+        run_logger.step(train_step(session, batches), batches)
 
     return step
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vlm.cli.main import main
-from vlm.data.curation.pipeline import RULES
+from vlm.data.curation.pipeline import FILTERS
 from vlm.data.selection import read_selection
 
 
@@ -70,4 +70,4 @@ def test_misuse_is_said_and_leaves_nothing(scene_shards, tmp_path, capsys, out, 
 def test_the_help_names_every_rule():
     from vlm.cli import curate
 
-    assert not [name for name in RULES if name not in (curate.__doc__ or "")]
+    assert not [name for name in FILTERS if name not in (curate.__doc__ or "")]

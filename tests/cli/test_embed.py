@@ -6,7 +6,7 @@ import torch
 from tests.data.tars import write_tar
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.index.embeddings import Embeddings
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
@@ -23,7 +23,7 @@ def model(scene_tokenizer, tmp_path):
         name="micro",
         network=build_network(config).eval(),
         config=config,
-        view=FixedView(size=32),
+        view=EvalTransform(size=32),
         tokenizer=tokenizer,
     )
     save_model_folder(tmp_path / "model", made, inputs={})

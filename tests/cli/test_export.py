@@ -6,7 +6,7 @@ import torch
 
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
@@ -29,7 +29,7 @@ def saved(folder, architecture, tokenizer):
         name="test",
         network=build_network(config).eval(),
         config=config,
-        view=FixedView(size=32, mean=(0.4, 0.5, 0.6)),
+        view=EvalTransform(size=32, mean=(0.4, 0.5, 0.6)),
         tokenizer=tokenizer,
     )
     save_model_folder(folder, model, inputs={})

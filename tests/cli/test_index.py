@@ -9,7 +9,7 @@ import pytest
 
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, Origin, Space, unit_rows
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
 from vlm.index.writer import IndexWriter
 
 
@@ -22,9 +22,9 @@ def run(capsys, *words):
 
 def embed(folder, uids, *, seed=0, fingerprint="given"):
     """An embeddings folder of random rows with these uids."""
-    space = Space(model="given", fingerprint=fingerprint, dimension=8, modality="image")
+    space = EmbeddingSpace(model="given", fingerprint=fingerprint, dimension=8, modality="image")
     writer = EmbeddingsWriter(folder, space=space, identity={})
-    vectors = unit_rows(np.random.default_rng(seed).standard_normal((len(uids), 8)).astype(np.float32))
+    vectors = normalize_rows(np.random.default_rng(seed).standard_normal((len(uids), 8)).astype(np.float32))
     origins = [
         Origin(
             uid=uid, key=uid, shard="/nowhere/0.tar", number=number, image_offset=0, image_size=0,

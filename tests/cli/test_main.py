@@ -69,7 +69,7 @@ def test_search_answers_with_key_score_and_caption(capsys, loop):
     assert hits[0]["captions"]["en"]
 
 
-def test_search_by_picture_finds_the_picture_itself(capsys, loop, scene_shards, tmp_path):
+def test_search_by_image_finds_the_image_itself(capsys, loop, scene_shards, tmp_path):
     from vlm.data.tar import ShardReader
 
     sample = ShardReader(str(scene_shards / "val" / "shard-00000.tar")).read(7)
@@ -139,7 +139,7 @@ def test_missing_columns_are_named_with_those_found(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_too_many_unreadable_pictures_end_the_pack_with_their_names(capsys, tmp_path):
+def test_too_many_unreadable_images_end_the_pack_with_their_names(capsys, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     code, _, err = run(capsys, "pack", table(tmp_path, "file,caption\na.jpg,hello\n"), tmp_path / "out")
     assert code == 1

@@ -9,7 +9,7 @@ from vlm.cli.main import main
 from vlm.data.shards import expand_shards
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
@@ -23,7 +23,7 @@ def teacher(tmp_path, scene_tokenizer) -> str:
     torch.manual_seed(0)
     network = build_network(config).eval()
     model = VisionLanguageModel(
-        name="teacher", network=network, config=config, view=FixedView(size=32), tokenizer=tokenizer
+        name="teacher", network=network, config=config, view=EvalTransform(size=32), tokenizer=tokenizer
     )
     save_model_folder(tmp_path / "teacher", model, inputs={})
     return str(tmp_path / "teacher")

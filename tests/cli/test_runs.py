@@ -5,7 +5,7 @@ import pytest
 from tests.train.telemetry.run_folders import falling, write_run
 from vlm.cli.main import main
 from vlm.train import recipes
-from vlm.train.recipes import Band
+from vlm.train.recipes import ReferenceCurve
 
 
 def run(capsys, *words):
@@ -22,7 +22,7 @@ def run(capsys, *words):
 def banded(monkeypatch):
     """The fashion recipe, with a band that `falling` stays in."""
     points = tuple((share, 4.0 - 3 * share, 6.0 - 3 * share) for share in (0.2, 0.4, 0.6, 0.8, 1.0))
-    band = Band(metric="loss", kind="measured", source="three hands", width=0.1, points=points)
+    band = ReferenceCurve(metric="loss", kind="measured", source="three hands", width=0.1, points=points)
     recipe = recipes.RECIPES["fashion"]
     changed = type(recipe)(preset="fashion", data="", prepare=(), train="", bands=(band,))
     monkeypatch.setitem(recipes.RECIPES, "fashion", changed)
@@ -61,7 +61,7 @@ def test_a_run_without_a_line_yet_is_listed(capsys, tmp_path):
     assert "running" in out
 
 
-def test_runs_are_set_side_by_side_with_a_picture(capsys, tmp_path):
+def test_runs_are_set_side_by_side_with_a_image(capsys, tmp_path):
     one = write_run(tmp_path / "one", falling(), is_finished=True)
     changed = 'seed = 0\n[model]\narchitecture = "small"\n[objective]\nobjective = "clip"\n'
     other = write_run(tmp_path / "other", falling(0.5), is_finished=True, config=changed)

@@ -11,7 +11,7 @@ import pytest
 from tests.service.circle import CircleModel
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, Origin, Space
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin
 
 
 def origin(number: int) -> Origin:
@@ -32,7 +32,7 @@ def origin(number: int) -> Origin:
 def index(tmp_path: Path) -> Path:
     angles = np.radians(np.arange(0, 90, 10))
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    space = Space(model="nowhere", fingerprint="none", dimension=2, modality="image")
+    space = EmbeddingSpace(model="nowhere", fingerprint="none", dimension=2, modality="image")
     writer = EmbeddingsWriter(tmp_path / "vectors", space=space, identity={})
     writer.add("/nowhere/0.tar", vectors, [origin(number) for number in range(len(vectors))])
     writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
@@ -72,11 +72,11 @@ def test_words_duplicates_diversity_and_the_lowest_cosine_reach_the_question(sea
         *("--at-least", "0.2", "--json"),
     )
     assert code == 0
-    answer = json.loads(out)
-    asked = {name: answer["question"][name] for name in ("words", "duplicates", "diversity", "at_least")}
+    result = json.loads(out)
+    asked = {name: result["question"][name] for name in ("words", "duplicates", "diversity", "at_least")}
     assert asked == {"words": "caption 3", "duplicates": 0.99, "diversity": 0.1, "at_least": 0.2}
-    assert {"fused", "similar", "score"} <= set(answer["hits"][0])
-    assert "u3" in {hit["uid"] for hit in answer["hits"]}
+    assert {"fused", "similar", "score"} <= set(result["hits"][0])
+    assert "u3" in {hit["uid"] for hit in result["hits"]}
 
 
 def test_grouped_answers_show_their_number(search: Search) -> None:
@@ -93,8 +93,8 @@ def test_questions_of_a_file_are_answered_in_lines(
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     code, out, _ = search("--queries", "-" if is_piped else str(tmp_path / "questions"), "--top", "2")
     assert code == 0
-    answers = [json.loads(line) for line in out.splitlines()]
-    assert [[hit["uid"] for hit in answer["hits"]] for answer in answers] == [["u8", "u7"], ["u0"]]
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [[hit["uid"] for hit in result["hits"]] for result in results] == [["u8", "u7"], ["u0"]]
 
 
 def test_a_vector_asks_alone_or_a_row_after_the_other(search: Search, tmp_path: Path) -> None:

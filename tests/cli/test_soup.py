@@ -5,7 +5,7 @@ import torch
 
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
@@ -36,7 +36,7 @@ def tuned(scene_tokenizer, tmp_path):
             for parameter in network.parameters():
                 parameter.add_(far * torch.randn(parameter.shape, generator=generator))
         model = VisionLanguageModel(
-            name=name, network=network, config=config, view=FixedView(size=32), tokenizer=tokenizer
+            name=name, network=network, config=config, view=EvalTransform(size=32), tokenizer=tokenizer
         )
         save_model_folder(tmp_path / name, model, inputs={})
     return tmp_path

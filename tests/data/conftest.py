@@ -8,7 +8,7 @@ from PIL import Image
 
 DATASETS = Path(__file__).parents[3] / "shared" / "datasets"
 
-MakePicture = Callable[..., bytes]
+MakeImage = Callable[..., bytes]
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def datasets() -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_picture() -> MakePicture:
+def make_image() -> MakeImage:
     """Encoded smooth pictures, a different one for each number."""
 
     def make(number: int, *, size: tuple[int, int] = (40, 30), mode: str = "RGB", kind: str = "JPEG") -> bytes:

@@ -13,7 +13,7 @@ from PIL import Image
 DAMAGES = ("", "no picture", "unreadable picture", "unreadable json", "no caption")
 
 
-def tiny_picture(number: int) -> bytes:
+def tiny_image(number: int) -> bytes:
     file = io.BytesIO()
     colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
     Image.new("RGB", (12, 10), colour).save(file, format="JPEG")
@@ -24,7 +24,7 @@ def members(key: str, number: int, damage: str = "", metadata: dict[str, Any] | 
     captions = [] if damage == "no caption" else [f"{key} one", f"{key} two", f"{key} three"]
     described = {"captions": captions} | (metadata or {})
     parts = [
-        (f"{key}.jpg", b"\xff\xd8 not much more" if damage == "unreadable picture" else tiny_picture(number)),
+        (f"{key}.jpg", b"\xff\xd8 not much more" if damage == "unreadable picture" else tiny_image(number)),
         (f"{key}.json", b"{" if damage == "unreadable json" else json.dumps(described).encode()),
     ]
     return parts[1:] if damage == "no picture" else parts

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from vlm.data.precomputed import StoredArrays, view_rng
-from vlm.data.samples import DrawnCaption, Sample
+from vlm.data.precomputed import PrecomputedFeatures, view_rng
+from vlm.data.samples import Sample, SampledCaption
 from vlm.errors import BadSample, UsageError, VlmError
 
 NAMES = ("teacher_image", "teacher_text")
@@ -18,12 +18,12 @@ def reinforced(**changed):
 
 
 def caption(number):
-    return DrawnCaption(text="a dog", language="en", number=number)
+    return SampledCaption(text="a dog", language="en", number=number)
 
 
 def test_the_view_and_the_rows_belong_together():
-    stored, sample = StoredArrays(names=NAMES), reinforced()
-    number, rng = stored.draw_view(sample, np.random.default_rng(0))
+    stored, sample = PrecomputedFeatures(names=NAMES), reinforced()
+    number, rng = stored.sample_view(sample, np.random.default_rng(0))
     assert rng.random() == view_rng([7, 8, 9][number]).random()
     image, text = stored.rows(sample, view=number, caption=caption(4))
     assert (image.tolist(), text.tolist()) == ([2 * number, 2 * number + 1], [8, 9])
@@ -31,9 +31,9 @@ def test_the_view_and_the_rows_belong_together():
 
 
 def test_only_what_is_needed_is_read():
-    assert StoredArrays(names=NAMES).members == ("view_seeds", *NAMES)
-    assert StoredArrays(names=("text_embedding",)).members == ("text_embedding",)
-    assert StoredArrays().members == ()
+    assert PrecomputedFeatures(names=NAMES).members == ("view_seeds", *NAMES)
+    assert PrecomputedFeatures(names=("text_embedding",)).members == ("text_embedding",)
+    assert PrecomputedFeatures().members == ()
 
 
 @pytest.mark.parametrize(
@@ -49,18 +49,18 @@ def test_only_what_is_needed_is_read():
     ],
 )
 def test_arrays_that_do_not_fit_make_a_bad_sample(changed):
-    stored, sample = StoredArrays(names=NAMES), reinforced(**changed)
+    stored, sample = PrecomputedFeatures(names=NAMES), reinforced(**changed)
     with pytest.raises(BadSample, match="bad array"):
-        stored.rows(sample, view=stored.draw_view(sample, np.random.default_rng(0))[0], caption=caption(4))
+        stored.rows(sample, view=stored.sample_view(sample, np.random.default_rng(0))[0], caption=caption(4))
 
 
 def test_tags_have_no_row():
     with pytest.raises(BadSample, match="row -1"):
-        StoredArrays(names=("teacher_text",)).rows(reinforced(), view=0, caption=caption(-1))
+        PrecomputedFeatures(names=("teacher_text",)).rows(reinforced(), view=0, caption=caption(-1))
 
 
 def test_rows_become_matrices_and_different_lengths_are_named():
-    stored = StoredArrays(names=("teacher_text",))
+    stored = PrecomputedFeatures(names=("teacher_text",))
     rows = [(np.ones(2, np.float32),), (np.ones(2, np.float32),)]
     assert stored.stack(rows, ["a", "b"])["teacher_text"].shape == (2, 2)
     with pytest.raises(VlmError, match="different lengths"):
@@ -69,4 +69,4 @@ def test_rows_become_matrices_and_different_lengths_are_named():
 
 def test_an_unknown_array_is_refused():
     with pytest.raises(UsageError, match="no stored array 'teacher'"):
-        StoredArrays(names=("teacher",))
+        PrecomputedFeatures(names=("teacher",))

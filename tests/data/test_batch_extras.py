@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from tests.data.tars import write_tar
-from vlm.data.collate import AssembleTraining
-from vlm.data.decode import EncodedPicture, open_picture, to_rgb
+from vlm.data.collate import TrainingCollator
+from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.loader import ShardSet, stream_batches
 from vlm.data.pack import encode_pair
-from vlm.data.sampler import Address, SampleOrder, TrainingPlan
-from vlm.data.samples import Pair, SampleChance, split_sentences
-from vlm.data.transforms import LocalViews, RandomView
+from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
+from vlm.data.samples import Pair, SampleRng, split_sentences
+from vlm.data.transforms import LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 
 LONG = "One is short. Two is a little longer! Three, which is the longest, ends here?"
 CAPTIONS = [(LONG,), (LONG, "One is short. Four."), ("Only one",), ("x",), ("a. b. c. d. e. f.",), ("y",)]
-VIEW = RandomView(size=16, scale=(0.3, 1.0), flip=0.5)
+VIEW = RandomResizedCrop(size=16, scale=(0.3, 1.0), flip=0.5)
 
 
 class Letters:
@@ -39,24 +39,24 @@ def read(row) -> str:
     return "".join(chr(code) for code in row.tolist() if code > 1)
 
 
-def assemble(plan, **options) -> AssembleTraining:
+def collate(plan, **options) -> TrainingCollator:
     tokenizer: Any = Letters()
-    return AssembleTraining(plan=plan, view=options.pop("view", VIEW), tokenizer=tokenizer, **options)
+    return TrainingCollator(plan=plan, view=options.pop("view", VIEW), tokenizer=tokenizer, **options)
 
 
-def plan_of(number, *, batch_size, **more) -> TrainingPlan:
-    return TrainingPlan(order=SampleOrder(counts=(number,), window=8), batch_size=batch_size, **more)
+def plan_of(number, *, batch_size, **more) -> BatchSampler:
+    return BatchSampler(order=SampleOrder(counts=(number,), window=8), batch_size=batch_size, **more)
 
 
 @pytest.fixture
-def shard(tmp_path, make_picture) -> str:
+def shard(tmp_path, make_image) -> str:
     """Six samples; the pictures of the first two are the same, of the last two a PNG."""
     from webdataset.writer import TarWriter
 
     path = tmp_path / "extras.tar"
     with TarWriter(str(path), encoder=False) as tar:
         for number, captions in enumerate(CAPTIONS):
-            image = make_picture(max(number, 1), size=(90 + max(number, 1), 60), kind="JPEG" if number < 4 else "PNG")
+            image = make_image(max(number, 1), size=(90 + max(number, 1), 60), kind="JPEG" if number < 4 else "PNG")
             tar.write(encode_pair(Pair(key=f"k{number}", image=image, captions={"": captions})))
     return str(path)
 
@@ -64,7 +64,7 @@ def shard(tmp_path, make_picture) -> str:
 def extras(**changes) -> dict[str, Any]:
     return {
         "num_sentences": 4,
-        "local": LocalViews.beside(VIEW, number=3),
+        "local": LocalCrops.for_global_crop(VIEW, number=3),
         "has_identities": True,
     } | changes
 
@@ -76,12 +76,12 @@ def told(batch):
 
 def test_what_is_asked_for_besides_changes_nothing_of_the_rest(shard):
     plan = plan_of(6, batch_size=12)
-    plain = assemble(plan)(plan[3], ShardSet([shard]))
+    plain = collate(plan)(plan[3], ShardSet([shard]))
     assert (plain.sub_tokens, plain.local_images, plain.identities) == (None, None, None)
-    full = assemble(plan, **extras())(plan[3], ShardSet([shard]))
+    full = collate(plan, **extras())(plan[3], ShardSet([shard]))
     assert told(full) == told(plain)
     assert full.sub_tokens is not None
-    fewer = assemble(plan, **extras(num_sentences=0, has_identities=False))(plan[3], ShardSet([shard]))
+    fewer = collate(plan, **extras(num_sentences=0, has_identities=False))(plan[3], ShardSet([shard]))
     assert fewer.local_images is not None
     assert full.local_images is not None
     assert torch.equal(fewer.local_images, full.local_images)
@@ -91,7 +91,7 @@ def test_sentences_are_drawn_without_replacement_and_padded_by_empty_rows(shard)
     plan = plan_of(6, batch_size=6)
     firsts = set()
     for number in range(30):
-        batch = assemble(plan, num_sentences=4)(plan[number], ShardSet([shard]))
+        batch = collate(plan, num_sentences=4)(plan[number], ShardSet([shard]))
         assert batch.sub_tokens is not None
         assert (tuple(batch.sub_tokens.shape), batch.sub_tokens.dtype) == ((6, 4, 40), torch.int64)
         for key, rows in zip(batch.keys, batch.sub_tokens, strict=True):
@@ -106,90 +106,90 @@ def test_sentences_are_drawn_without_replacement_and_padded_by_empty_rows(shard)
     assert firsts == {f"{letter}." for letter in "abcdef"}
 
 
-def test_a_batch_without_sentences_has_rows_of_padding(tmp_path, make_picture):
+def test_a_batch_without_sentences_has_rows_of_padding(tmp_path, make_image):
     from webdataset.writer import TarWriter
 
-    from vlm.data.samples import CaptionDraw
+    from vlm.data.samples import CaptionSampler
 
     with TarWriter(str(tmp_path / "t.tar"), encoder=False) as tar:
-        pair = Pair(key="k", image=make_picture(0), captions={"de": ("Hund.",)}, metadata={"tags": ["dog"]})
+        pair = Pair(key="k", image=make_image(0), captions={"de": ("Hund.",)}, metadata={"tags": ["dog"]})
         tar.write(encode_pair(pair))
     plan = plan_of(1, batch_size=2)
-    draw = CaptionDraw(languages=("tags",))
-    batch = assemble(plan, num_sentences=2, draw=draw, trim_text=True)(plan[0], ShardSet([str(tmp_path / "t.tar")]))
+    draw = CaptionSampler(languages=("tags",))
+    batch = collate(plan, num_sentences=2, draw=draw, trim_text=True)(plan[0], ShardSet([str(tmp_path / "t.tar")]))
     assert batch.sub_tokens is not None
     assert (tuple(batch.sub_tokens.shape), int(batch.sub_tokens.sum())) == ((2, 2, 8), 0)
     assert batch.captions == ("dog", "dog")
 
 
-def test_small_crops_show_what_the_same_crops_of_the_whole_picture_show(make_picture):
-    view = RandomView(size=32, scale=(0.9, 1.0), flip=0.5)
-    local = LocalViews.beside(view, number=5)
+def test_small_crops_show_what_the_same_crops_of_the_whole_image_show(make_image):
+    view = RandomResizedCrop(size=32, scale=(0.9, 1.0), flip=0.5)
+    local = LocalCrops.for_global_crop(view, number=5)
     assert (local.view.size, local.view.scale, local.view.flip) == (16, (0.05, 0.4), 0.5)
     steps = set()
     for number, size in enumerate([(800, 600), (1201, 333), (90, 60), (24, 20), (4000, 3000)]):
-        jpeg, png = make_picture(number, size=size), io.BytesIO()
-        to_rgb(open_picture(jpeg)).save(png, format="PNG")
+        jpeg, png = make_image(number, size=size), io.BytesIO()
+        to_rgb(open_image(jpeg)).save(png, format="PNG")
         shown = []
         for data in (jpeg, png.getvalue()):
-            picture = EncodedPicture(data)
-            crop = view.draw(picture.width, picture.height, SampleChance(0, number, "k"))
-            crops = local.draw(picture.width, picture.height, SampleChance(0, number, "k", purpose="local"))
-            pixels = picture.pixels(resolution=view.resolution(crop))
-            steps.add(picture.step_of(pixels))
+            image = EncodedImage(data)
+            crop = view.draw(image.width, image.height, SampleRng(0, number, "k"))
+            crops = local.draw(image.width, image.height, SampleRng(0, number, "k", purpose="local"))
+            pixels = image.pixels(resolution=view.resolution(crop))
+            steps.add(image.reduction_of(pixels))
             made = np.empty((5, 16, 16, 3), np.uint8)
-            local.show(picture, crops, pixels, out=made)
+            local.show(image, crops, pixels, out=made)
             shown.append(made.astype(int))
-            fresh = [local.view.show(picture, crop) for crop in crops]
+            fresh = [local.view.show(image, crop) for crop in crops]
             assert np.abs(np.stack(fresh).transpose(0, 2, 3, 1) - shown[-1]).mean() < 2
         assert np.abs(shown[0] - shown[1]).mean() < 1.5
         assert len({row.tobytes() for row in shown[0]}) == 5
     assert {1, 8} <= steps
 
 
-def test_a_picture_is_decoded_again_only_where_the_small_crops_need_it_finer(make_picture, monkeypatch):
+def test_a_image_is_decoded_again_only_where_the_small_crops_need_it_finer(make_image, monkeypatch):
     decoded = []
-    pixels_of = EncodedPicture.pixels
+    pixels_of = EncodedImage.pixels
 
-    def pixels(picture, *, resolution=1.0):
+    def pixels(image, *, resolution=1.0):
         decoded.append(resolution)
-        return pixels_of(picture, resolution=resolution)
+        return pixels_of(image, resolution=resolution)
 
-    monkeypatch.setattr(EncodedPicture, "pixels", pixels)
-    view = RandomView(size=64)
-    local = LocalViews.beside(view, number=4)
+    monkeypatch.setattr(EncodedImage, "pixels", pixels)
+    view = RandomResizedCrop(size=64)
+    local = LocalCrops.for_global_crop(view, number=4)
     for size, times in [((70, 70), 1), ((700, 560), 2)]:
-        picture = EncodedPicture(make_picture(0, size=size))
-        crop = view.draw(*size, SampleChance(0, 0, "k"))
-        crops, made = local.draw(*size, SampleChance(0, 0, "j")), np.empty((4, 32, 32, 3), np.uint8)
-        local.show(picture, crops, picture.pixels(resolution=view.resolution(crop)), out=made)
+        image = EncodedImage(make_image(0, size=size))
+        crop = view.draw(*size, SampleRng(0, 0, "k"))
+        crops, made = local.draw(*size, SampleRng(0, 0, "j")), np.empty((4, 32, 32, 3), np.uint8)
+        local.show(image, crops, image.pixels(resolution=view.resolution(crop)), out=made)
         assert len(decoded) == times
         decoded.clear()
 
 
-def test_batches_hold_the_small_crops_of_their_pictures(shard):
-    plan, local = plan_of(6, batch_size=6), LocalViews.beside(VIEW, number=3, size=10, scale=(0.1, 0.2))
-    batch = assemble(plan, local=local, seed=5)(plan[2], ShardSet([shard]))
+def test_batches_hold_the_small_crops_of_their_images(shard):
+    plan, local = plan_of(6, batch_size=6), LocalCrops.for_global_crop(VIEW, number=3, size=10, scale=(0.1, 0.2))
+    batch = collate(plan, local=local, seed=5)(plan[2], ShardSet([shard]))
     assert batch.local_images is not None
     assert (tuple(batch.local_images.shape), batch.local_images.dtype) == ((6, 3, 3, 10, 10), torch.uint8)
     for address, crops in zip(batch.used, batch.local_images.numpy(), strict=True):
         sample = ShardSet([shard]).read(address)
-        picture = EncodedPicture(sample.image)
-        drawn = local.draw(picture.width, picture.height, SampleChance(5, address.epoch, sample.key, 0, "local"))
-        want = [local.view.show(picture, crop) for crop in drawn]
+        image = EncodedImage(sample.image)
+        drawn = local.draw(image.width, image.height, SampleRng(5, address.epoch, sample.key, 0, "local"))
+        want = [local.view.show(image, crop) for crop in drawn]
         assert np.abs(np.stack(want).astype(int) - crops).max() <= 8
 
 
 def test_small_crops_cannot_be_decoded_on_the_device_nor_be_none():
     with pytest.raises(UsageError, match="--decode-on-device"):
-        assemble(plan_of(6, batch_size=6), local=LocalViews.beside(VIEW, number=1), decode_on_device=True)
+        collate(plan_of(6, batch_size=6), local=LocalCrops.for_global_crop(VIEW, number=1), decode_on_device=True)
     with pytest.raises(UsageError, match="0 local crops"):
-        LocalViews.beside(VIEW, number=0)
+        LocalCrops.for_global_crop(VIEW, number=0)
 
 
-def test_identities_are_equal_for_equal_keys_and_equal_pictures_alone(shard):
+def test_identities_are_equal_for_equal_keys_and_equal_images_alone(shard):
     plan = plan_of(6, batch_size=12)
-    batch = assemble(plan, has_identities=True)(plan[0], ShardSet([shard]))
+    batch = collate(plan, has_identities=True)(plan[0], ShardSet([shard]))
     assert batch.identities is not None
     assert (tuple(batch.identities.shape), batch.identities.dtype) == ((12, 2), torch.int64)
     assert batch.identities.ne(0).all()
@@ -197,16 +197,16 @@ def test_identities_are_equal_for_equal_keys_and_equal_pictures_alone(shard):
     for key, row in zip(batch.keys, batch.identities.tolist(), strict=True):
         by_key.setdefault(key, set()).add(tuple(row))
     assert [len(rows) for rows in by_key.values()] == [1] * 6
-    keys, pictures = zip(*(next(iter(rows)) for _, rows in sorted(by_key.items())), strict=True)
+    keys, images = zip(*(next(iter(rows)) for _, rows in sorted(by_key.items())), strict=True)
     assert len(set(keys)) == 6
-    assert pictures[0] == pictures[1]
-    assert len(set(pictures)) == 5
+    assert images[0] == images[1]
+    assert len(set(images)) == 5
 
 
 def test_the_identity_of_a_stand_in_is_that_of_what_is_shown(tmp_path):
     address = write_tar(tmp_path / "0.tar", ["", "no caption", "no picture"])
     plan = plan_of(3, batch_size=3)
-    batch = assemble(plan, has_identities=True)(plan[0], ShardSet([address]))
+    batch = collate(plan, has_identities=True)(plan[0], ShardSet([address]))
     assert set(batch.keys) == {"0-0"}
     assert batch.identities is not None
     assert len(set(map(tuple, batch.identities.tolist()))) == 1
@@ -219,7 +219,7 @@ def test_extras_are_the_same_for_every_split_and_go_through_workers(shard, proce
         parts = []
         for process in range(processes):
             plan = plan_of(6, batch_size=8, position=24, process=process, num_processes=processes)
-            made = assemble(plan, **extras())
+            made = collate(plan, **extras())
             parts.append(list(stream_batches(plan, [shard], made, numbers=range(3), workers=workers)))
         return [
             [
@@ -241,10 +241,10 @@ def test_extras_are_the_same_for_every_split_and_go_through_workers(shard, proce
 
 def test_rows_are_positions_in_the_run_whatever_part_is_asked_for(shard):
     plan = plan_of(6, batch_size=8, position=100, process=1, num_processes=2)
-    batch = assemble(plan)(plan[3], ShardSet([shard]))
+    batch = collate(plan)(plan[3], ShardSet([shard]))
     assert batch.rows.tolist() == [100 + 3 * 8 + 4 + place for place in range(4)]
-    assert plan.order.locate(batch.rows.tolist()) == list(batch.addresses)
-    by_hand = assemble(plan)([Address(0, 0, 0)], ShardSet([shard]))
+    assert plan.order.locate(batch.rows.tolist()) == list(batch.sample_indices)
+    by_hand = collate(plan)([SampleIndex(0, 0, 0)], ShardSet([shard]))
     with pytest.raises(AssertionError, match="the plan of a run"):
         _ = by_hand.rows
 
@@ -252,8 +252,8 @@ def test_rows_are_positions_in_the_run_whatever_part_is_asked_for(shard):
 def test_tokens_are_cut_to_the_longest_caption_of_the_batch(shard):
     plan = plan_of(6, batch_size=1)
     for number in range(12):
-        whole = assemble(plan, num_sentences=2)(plan[number], ShardSet([shard]))
-        cut = assemble(plan, num_sentences=2, trim_text=True)(plan[number], ShardSet([shard]))
+        whole = collate(plan, num_sentences=2)(plan[number], ShardSet([shard]))
+        cut = collate(plan, num_sentences=2, trim_text=True)(plan[number], ShardSet([shard]))
         assert whole.sub_tokens is not None
         assert cut.sub_tokens is not None
         for full, part in ((whole.tokens, cut.tokens), (whole.sub_tokens, cut.sub_tokens)):
@@ -263,16 +263,16 @@ def test_tokens_are_cut_to_the_longest_caption_of_the_batch(shard):
             assert not full[..., part.shape[-1] :].any()
 
 
-def test_extras_go_with_the_row_that_stands_in_on_the_device(tmp_path, make_picture):
+def test_extras_go_with_the_row_that_stands_in_on_the_device(tmp_path, make_image):
     from tests.data.tars import without_tables
-    from vlm.data.device_prefetch import DeviceAhead
+    from vlm.data.device_prefetch import DevicePrefetcher
 
-    images = [make_picture(number, size=(60, 50)) for number in range(4)]
+    images = [make_image(number, size=(60, 50)) for number in range(4)]
     images[2] = without_tables(images[2])
-    address = write_pictures(tmp_path / "0.tar", images)
+    address = write_images(tmp_path / "0.tar", images)
     plan = plan_of(4, batch_size=4)
-    made = assemble(plan, **extras(local=None, decode_on_device=True))
-    (batch,) = DeviceAhead(iter([made(plan[0], ShardSet([address]))]), torch.device("cpu"), VIEW)
+    made = collate(plan, **extras(local=None, decode_on_device=True))
+    (batch,) = DevicePrefetcher(iter([made(plan[0], ShardSet([address]))]), torch.device("cpu"), VIEW)
     assert batch.identities is not None
     assert batch.sub_tokens is not None
     shown = {key: row.tolist() for key, row in zip(batch.keys, batch.identities, strict=True)}
@@ -281,7 +281,7 @@ def test_extras_go_with_the_row_that_stands_in_on_the_device(tmp_path, make_pict
     assert batch.rows.tolist() == [0, 1, 2, 3]
 
 
-def write_pictures(path, images) -> str:
+def write_images(path, images) -> str:
     from webdataset.writer import TarWriter
 
     with TarWriter(str(path), encoder=False) as tar:

@@ -3,17 +3,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlm.data.samples import CaptionDraw, Sample, captions_of, split_sentences, tags_of
+from vlm.data.samples import CaptionSampler, Sample, parse_captions, parse_tags, split_sentences
 from vlm.errors import BadSample, UsageError
 
 
 def sample_of(**metadata):
-    return Sample(key="k", image=b"", captions=captions_of(None, metadata), metadata=metadata, arrays={})
+    return Sample(key="k", image=b"", captions=parse_captions(None, metadata), metadata=metadata, arrays={})
 
 
 def drawn(sample, times=4000, **options):
     rng = np.random.default_rng(0)
-    return Counter((c.language, c.number, c.text) for c in (CaptionDraw(**options)(sample, rng) for _ in range(times)))
+    return Counter(
+        (c.language, c.number, c.text) for c in (CaptionSampler(**options)(sample, rng) for _ in range(times))
+    )
 
 
 def shares(counts):
@@ -52,8 +54,8 @@ def test_a_named_group_of_captions_is_asked_for_like_a_language():
 def test_tags_are_shown_in_a_drawn_order():
     tagged = sample_of(captions=["a dog"], tags=["dog", "wet"])
     assert set(drawn(tagged, languages=("tags",), times=50)) == {("tags", -1, "dog, wet"), ("tags", -1, "wet, dog")}
-    assert tags_of({"tags": "dog, wet ,"}) == ("dog", "wet")
-    assert tags_of({"tags": 3}) == ()
+    assert parse_tags({"tags": "dog, wet ,"}) == ("dog", "wet")
+    assert parse_tags({"tags": 3}) == ()
 
 
 def test_a_long_caption_is_shown_a_sentence_at_a_time():
@@ -84,12 +86,12 @@ def test_sentences_are_those_of_all_captions_in_the_languages_asked_for_each_onc
         tags=["wet"],
     )
     english = ["A dog runs.", "It is wet!", "Look."]
-    assert CaptionDraw().sentences_of(sample) == english
-    assert CaptionDraw(languages=("de", "tags", "en")).sentences_of(sample) == ["Ein Hund.", *english]
-    weighted = CaptionDraw(languages=("en", "zh"), language_weights=(0, 1))
+    assert CaptionSampler().sentences_of(sample) == english
+    assert CaptionSampler(languages=("de", "tags", "en")).sentences_of(sample) == ["Ein Hund.", *english]
+    weighted = CaptionSampler(languages=("en", "zh"), language_weights=(0, 1))
     assert weighted.sentences_of(sample) == ["狗。"]
-    assert CaptionDraw(languages=("tags",)).sentences_of(sample) == []
-    assert CaptionDraw(languages=("tags", "fr")).sentences_of(sample) == []
+    assert CaptionSampler(languages=("tags",)).sentences_of(sample) == []
+    assert CaptionSampler(languages=("tags", "fr")).sentences_of(sample) == []
 
 
 @pytest.mark.parametrize(
@@ -110,4 +112,4 @@ def test_no_caption_in_the_languages_asked_makes_a_bad_sample():
 @pytest.mark.parametrize("weights", [(1,), (0, 0), (2, -1), (float("nan"), 1), (float("inf"), 1)])
 def test_language_weights_that_cannot_work_are_refused(weights):
     with pytest.raises(UsageError, match="language_weights"):
-        CaptionDraw(languages=("en", "de"), language_weights=weights)
+        CaptionSampler(languages=("en", "de"), language_weights=weights)

@@ -4,7 +4,7 @@ import pytest
 from tests.data.tars import write_tar
 from vlm.data.corpus import open_corpus, read_sources
 from vlm.data.sampler import Mixture
-from vlm.data.selection import Selection, whole_selection, write_selection
+from vlm.data.selection import Selection, select_all, write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError
 
@@ -16,7 +16,7 @@ def folder(tmp_path):
         (tmp_path / name).mkdir()
         for number, size in enumerate(sizes):
             write_tar(tmp_path / name / f"{number}.tar", [""] * size, prefix=name)
-    whole = whole_selection(expand_shards(str(tmp_path / "a")))
+    whole = select_all(expand_shards(str(tmp_path / "a")))
     times = (np.array([2, 0, 1, 1, 1, 1], np.uint16), np.array([0, 0, 0, 1], np.uint16))
     write_selection(tmp_path / "a.selection", Selection(shards=whole.shards, times=times))
     return tmp_path
@@ -112,7 +112,7 @@ def test_a_mixture_file_takes_no_selection_beside(folder):
 
 
 def test_a_selection_that_leaves_nothing_is_refused(folder):
-    whole = whole_selection(expand_shards(str(folder / "b")))
+    whole = select_all(expand_shards(str(folder / "b")))
     write_selection(folder / "b.selection", Selection(shards=whole.shards, times=(np.zeros(5, np.uint16),)))
     with pytest.raises(UsageError, match="leaves nothing"):
         open_corpus(read_sources(str(folder / "b"), str(folder / "b.selection")))

@@ -4,25 +4,25 @@ from typing import Any, cast
 
 import pytest
 
-from vlm.data.bottleneck import judge
+from vlm.data.bottleneck import find_bottleneck
 from vlm.data.profiling import (
     PARTS,
-    Diagnosis,
     LoaderRate,
+    PipelineProfile,
+    ProfileSetup,
     Stage,
     StageName,
-    Trial,
     cached_share,
     measure_disk,
-    measure_hand_over,
     measure_index,
     measure_loader,
-    measure_preparing,
+    measure_preparation,
+    measure_worker_transfer,
     seconds_of,
 )
 from vlm.data.shards import expand_shards
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import RandomView
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import UsageError, VlmError
 
 RATES = {
@@ -41,7 +41,7 @@ RATES = {
 COMPUTING = {"copy to device": 100_000, "model, forward": 5_000, "model, forward and backward": 1_200}
 
 
-def diagnosis(*, cores=8, loader=((0, 740), (1, 730), (2, 1_450), (4, 2_900)), shares_cores=False, **changes):
+def profile(*, cores=8, loader=((0, 740), (1, 730), (2, 1_450), (4, 2_900)), shares_cores=False, **changes):
     """Made-up measurements: rates by stage, `_` for spaces; None leaves a stage out."""
     rates = RATES | COMPUTING
     for name, rate in changes.items():
@@ -60,7 +60,7 @@ def diagnosis(*, cores=8, loader=((0, 740), (1, 730), (2, 1_450), (4, 2_900)), s
         for name, rate in rates.items()
         if rate is not None
     )
-    return Diagnosis(
+    return PipelineProfile(
         cores=cores,
         busy_cores=0.0,
         device="made up",
@@ -100,30 +100,30 @@ NO_MODEL: dict[str, Any] = {"step": None, "forward": None, "copy": None}
     ],
 )
 def test_the_slowest_stage_of_the_chain_is_named(changes, slowest, workers):
-    verdict = judge(diagnosis(**changes))
-    assert (verdict.slowest, verdict.workers) == (slowest, workers)
+    report = find_bottleneck(profile(**changes))
+    assert (report.slowest, report.workers) == (slowest, workers)
 
 
 def test_the_rate_of_the_chain_is_that_of_its_slowest_stage():
-    assert judge(diagnosis()).rate == 1_200
-    assert judge(diagnosis(step=50_000)).rate == 2_900
+    assert find_bottleneck(profile()).rate == 1_200
+    assert find_bottleneck(profile(step=50_000)).rate == 2_900
 
 
 def test_on_a_cpu_model_and_workers_take_turns():
-    verdict = judge(diagnosis(shares_cores=True, cores=2, step=1_000, loader=((0, 740), (1, 750), (2, 1_500))))
-    assert verdict.rate == pytest.approx(1 / (1 / 1_000 + 1 / 1_500))
-    assert "share the 2 cores" in verdict.sentences[-1]
+    report = find_bottleneck(profile(shares_cores=True, cores=2, step=1_000, loader=((0, 740), (1, 750), (2, 1_500))))
+    assert report.rate == pytest.approx(1 / (1 / 1_000 + 1 / 1_500))
+    assert "share the 2 cores" in report.sentences[-1]
 
 
 def test_workers_past_the_cores_are_not_advised():
-    verdict = judge(diagnosis(cores=2, loader=((0, 740), (1, 730), (2, 1_450), (4, 1_460)), step=50_000))
-    assert verdict.workers == 2
-    assert any("more bring nothing (you have 2 cores)" in sentence for sentence in verdict.sentences)
-    assert any("give 2.0× one" in sentence for sentence in verdict.sentences)
+    report = find_bottleneck(profile(cores=2, loader=((0, 740), (1, 730), (2, 1_450), (4, 1_460)), step=50_000))
+    assert report.workers == 2
+    assert any("more bring nothing (you have 2 cores)" in sentence for sentence in report.sentences)
+    assert any("give 2.0× one" in sentence for sentence in report.sentences)
 
 
 def test_more_workers_are_advised_where_cores_are_left():
-    assert any("try more" in sentence for sentence in judge(diagnosis(step=50_000)).sentences)
+    assert any("try more" in sentence for sentence in find_bottleneck(profile(step=50_000)).sentences)
 
 
 @pytest.mark.parametrize(
@@ -134,90 +134,90 @@ def test_more_workers_are_advised_where_cores_are_left():
         ({}, "more cores"),
     ],
 )
-def test_the_remedy_for_decoding_depends_on_the_pictures(changes, words):
-    assert words in judge(replace(diagnosis(step=50_000), **changes)).sentences[1]
+def test_the_remedy_for_decoding_depends_on_the_images(changes, words):
+    assert words in find_bottleneck(replace(profile(step=50_000), **changes)).sentences[1]
 
 
 def test_the_precision_in_use_is_not_advised_again():
-    assert "bf16" in judge(diagnosis()).sentences[1]
-    assert "bf16" not in judge(replace(diagnosis(), precision="bf16")).sentences[1]
+    assert "bf16" in find_bottleneck(profile()).sentences[1]
+    assert "bf16" not in find_bottleneck(replace(profile(), precision="bf16")).sentences[1]
 
 
 def test_other_work_on_the_machine_is_told():
-    assert "repeat this when the machine is quiet" in judge(replace(diagnosis(), busy_cores=1.5)).sentences[-1]
-    assert not any("quiet" in sentence for sentence in judge(replace(diagnosis(), busy_cores=0.4)).sentences)
+    assert "repeat this when the machine is quiet" in find_bottleneck(replace(profile(), busy_cores=1.5)).sentences[-1]
+    assert not any("quiet" in sentence for sentence in find_bottleneck(replace(profile(), busy_cores=0.4)).sentences)
 
 
 def test_without_a_model_its_absence_is_said():
-    assert "Give MODEL" in judge(diagnosis(**NO_MODEL)).sentences[0]
+    assert "Give MODEL" in find_bottleneck(profile(**NO_MODEL)).sentences[0]
 
 
 @pytest.fixture
-def trial(scene_shards, scene_tokenizer):
-    return Trial(
+def setup(scene_shards, scene_tokenizer):
+    return ProfileSetup(
         shards=tuple(expand_shards(str(scene_shards / "train"))),
-        view=RandomView(size=32),
+        view=RandomResizedCrop(size=32),
         tokenizer=open_tokenizer(str(scene_tokenizer)),
         samples=48,
         batch_size=16,
     )
 
 
-def test_every_stage_of_preparing_is_measured(trial):
-    found = measure_preparing(trial)
+def test_every_stage_of_preparing_is_measured(setup):
+    found = measure_preparation(setup)
     assert [stage.name for stage in found.stages] == [*PARTS, "assemble"]
     assert all(stage.rate > 0 and stage.each == "process" for stage in found.stages)
     assert (found.unusable, found.picture_format, found.shrink) == (0, "JPEG", 1.0)
 
 
-def test_the_disk_and_the_index_are_measured(trial):
-    places = [(address.shard, address.number) for address in trial.plan()[0]]
-    disk = measure_disk(trial.shards, places)
+def test_the_disk_and_the_index_are_measured(setup):
+    places = [(sample_index.shard, sample_index.number) for sample_index in setup.plan()[0]]
+    disk = measure_disk(setup.shards, places)
     assert [stage.name for stage in disk] == ["disk, in order", "disk, at random"]
     assert all(stage.bytes_rate and stage.bytes_rate > stage.rate for stage in disk)
-    assert [stage.name for stage in measure_index(trial.shards)] == ["index, scanned", "index, cached"]
+    assert [stage.name for stage in measure_index(setup.shards)] == ["index, scanned", "index, cached"]
 
 
-def test_measuring_the_index_writes_nothing_new(trial):
-    measure_index(trial.shards)
-    folder = os.path.dirname(trial.shards[0])
+def test_measuring_the_index_writes_nothing_new(setup):
+    measure_index(setup.shards)
+    folder = os.path.dirname(setup.shards[0])
     before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder)}
-    measure_index(trial.shards)
+    measure_index(setup.shards)
     assert {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder)} == before
 
 
-def test_the_loader_is_measured_with_each_number_of_workers(trial):
-    hand_over = measure_hand_over(trial)
+def test_the_loader_is_measured_with_each_number_of_workers(setup):
+    hand_over = measure_worker_transfer(setup)
     assert hand_over.rate > 0
-    assert hand_over.bytes_rate == pytest.approx(hand_over.rate * (3 * 32 * 32 + 8 * trial.tokenizer.context_length))
-    assert [tried.workers for tried in measure_loader(trial, (0, 1))] == [0, 1]
+    assert hand_over.bytes_rate == pytest.approx(hand_over.rate * (3 * 32 * 32 + 8 * setup.tokenizer.context_length))
+    assert [tried.workers for tried in measure_loader(setup, (0, 1))] == [0, 1]
 
 
-def test_samples_that_cannot_be_used_are_counted(tmp_path, make_picture, trial):
+def test_samples_that_cannot_be_used_are_counted(tmp_path, make_image, setup):
     from webdataset.writer import TarWriter
 
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
         for number in range(16):
-            image = make_picture(number) if number else b"no picture"
+            image = make_image(number) if number else b"no picture"
             tar.write({"__key__": str(number), "jpg": image, "txt": b"a thing"})
-    found = measure_preparing(replace(trial, shards=(str(tmp_path / "0.tar"),), samples=16))
+    found = measure_preparation(replace(setup, shards=(str(tmp_path / "0.tar"),), samples=16))
     assert found.unusable == 1
 
 
-def test_shards_without_a_usable_sample_end_in_a_sentence(tmp_path, trial):
+def test_shards_without_a_usable_sample_end_in_a_sentence(tmp_path, setup):
     from webdataset.writer import TarWriter
 
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
         for number in range(16):
             tar.write({"__key__": str(number), "jpg": b"no picture", "txt": b"a thing"})
     with pytest.raises(VlmError, match="None of 16 samples can be used"):
-        measure_preparing(replace(trial, shards=(str(tmp_path / "0.tar"),), samples=16))
+        measure_preparation(replace(setup, shards=(str(tmp_path / "0.tar"),), samples=16))
 
 
 @pytest.mark.parametrize(("samples", "batch_size"), [(8, 16), (0, 1), (8, 0)])
-def test_samples_must_hold_a_batch(trial, samples, batch_size):
+def test_samples_must_hold_a_batch(setup, samples, batch_size):
     with pytest.raises(UsageError, match="must hold a batch"):
-        replace(trial, samples=samples, batch_size=batch_size)
+        replace(setup, samples=samples, batch_size=batch_size)
 
 
 def test_a_file_just_written_lies_in_the_page_cache(tmp_path):

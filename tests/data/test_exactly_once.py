@@ -13,17 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.tars import damages_for, write_tar
-from vlm.data.collate import AssembleTraining
+from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
-from vlm.data.ledger import Ledger, total_of
+from vlm.data.ledger import Ledger, sum_counts
 from vlm.data.loader import stream_batches
 from vlm.data.pack import pack
-from vlm.data.sampler import Mixture, TrainingPlan
-from vlm.data.selection import Selection, whole_selection, write_selection
+from vlm.data.sampler import BatchSampler, Mixture
+from vlm.data.selection import Selection, select_all, write_selection
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import open_source
-from vlm.data.transforms import RandomView
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
 
 SEED = 11
@@ -56,15 +56,15 @@ def stream(corpus: Corpus, split: Split, *, batch_size: int, position: int, batc
     tokenizer: Any = Letters()
     parts = []
     for process in range(split.processes):
-        plan = TrainingPlan(
+        plan = BatchSampler(
             order=corpus.order,
             batch_size=batch_size,
             position=position,
             process=process,
             num_processes=split.processes,
         )
-        assemble = AssembleTraining(plan=plan, view=RandomView(size=8), tokenizer=tokenizer, seed=SEED)
-        parts.append(list(stream_batches(plan, corpus.shards, assemble, numbers=range(batches), workers=split.workers)))
+        collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer, seed=SEED)
+        parts.append(list(stream_batches(plan, corpus.shards, collate, numbers=range(batches), workers=split.workers)))
     for part in parts:
         for batch in part:
             if ledger is not None:
@@ -92,7 +92,7 @@ def make_source(folder: Path, sizes: list[int], *, bad: float, selected: bool, r
             damages[0] = ""
         write_tar(folder / f"{number:03d}.tar", damages, prefix=f"{folder.name}-")
     if selected:
-        whole = whole_selection(expand_shards(str(folder)))
+        whole = select_all(expand_shards(str(folder)))
         times = [rng.choice([0, 1, 1, 3], len(part)).astype(np.uint16) for part in whole.times]
         times[0][0] = 1
         write_selection(folder / "some.selection", Selection(shards=whole.shards, times=tuple(times)))
@@ -164,7 +164,7 @@ def test_the_ledger_of_an_epoch_accounts_for_every_sample(tmp_path_factory, size
     assert {shard: count.asked for shard, count in epoch.items()} == {
         shard: int(part.sum()) for shard, part in enumerate(times) if part.sum()
     }
-    total = total_of(epoch)
+    total = sum_counts(epoch)
     assert total.asked == visits == total.seen + total.replaced
     assert total.corrupt.total() == total.replaced == total.stood_in
     if not bad:
@@ -197,7 +197,7 @@ def test_few_shards_serve_many(tmp_path, sizes, split):
 def test_a_selection_while_streaming_shows_what_the_same_subset_packed_would(tmp_path):
     rng = np.random.default_rng(5)
     made = make_source(tmp_path / "all", [30, 1, 12], bad=0.0, selected=False, rng=rng)
-    whole = whole_selection(expand_shards(str(made)))
+    whole = select_all(expand_shards(str(made)))
     times = tuple(rng.integers(0, 2, len(part)).astype(np.uint16) for part in whole.times)
     path = tmp_path / "half.selection"
     write_selection(path, Selection(shards=whole.shards, times=times))
@@ -218,11 +218,11 @@ def test_a_selection_while_streaming_shows_what_the_same_subset_packed_would(tmp
 
 def test_a_killed_worker_ends_the_run_with_a_word(tmp_path):
     corpus = make_corpus(tmp_path, [([200], False)], bad=0.0, seed=0)
-    plan = TrainingPlan(order=corpus.order, batch_size=10)
+    plan = BatchSampler(order=corpus.order, batch_size=10)
     tokenizer: Any = Letters()
-    assemble = AssembleTraining(plan=plan, view=RandomView(size=8), tokenizer=tokenizer)
+    collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer)
     before = set(psutil.Process().children())
-    batches = stream_batches(plan, corpus.shards, assemble, numbers=range(10_000), workers=1)
+    batches = stream_batches(plan, corpus.shards, collate, numbers=range(10_000), workers=1)
     next(batches)
     (worker,) = set(psutil.Process().children()) - before
 

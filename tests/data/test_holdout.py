@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.data.decode import open_picture, to_rgb
+from vlm.data.decode import open_image, to_rgb
 from vlm.data.sources.source_registry import open_source
-from vlm.data.split import MAX_LEVELS, MAX_RMS_LEVELS, SampleGroups, same_pictures, thumbnail_of
+from vlm.data.split import MAX_LEVELS, MAX_RMS_LEVELS, GroupedSplit, find_duplicate_pairs, make_thumbnail
 from vlm.errors import UsageError
 
 WORDS = ["a dog", "A  Dog", "a cat", "ein Hund", "狗", "red", "blue"]
@@ -31,19 +31,19 @@ samples = st.lists(
 
 @settings(deadline=None)
 @given(samples=samples, at_least=st.integers(1, 20), seed=st.integers(0, 5))
-def test_samples_with_a_common_caption_or_picture_are_never_separated(samples, at_least, seed):
-    groups = SampleGroups(by_caption=True)
-    for number, (texts, picture) in enumerate(samples):
-        groups.add(number, f"key-{number}", {"": tuple(texts)}, thumbnail(picture))
+def test_samples_with_a_common_caption_or_image_are_never_separated(samples, at_least, seed):
+    groups = GroupedSplit(by_caption=True)
+    for number, (texts, image) in enumerate(samples):
+        groups.add(number, f"key-{number}", {"": tuple(texts)}, thumbnail(image))
     try:
         held_out = groups.hold_out(at_least, seed=seed)
     except UsageError:
         return
     assert at_least <= len(held_out.numbers) < len(samples)
     sides = [number in held_out.numbers for number in range(len(samples))]
-    for one, (texts, picture) in enumerate(samples):
-        for other, (other_texts, other_picture) in enumerate(samples):
-            if picture == other_picture or {*map(normal, texts)} & {*map(normal, other_texts)}:
+    for one, (texts, image) in enumerate(samples):
+        for other, (other_texts, other_image) in enumerate(samples):
+            if image == other_image or {*map(normal, texts)} & {*map(normal, other_texts)}:
                 assert sides[one] == sides[other]
     joined = held_out.merged_by_caption + held_out.merged_by_picture
     assert held_out.groups == len(samples) - joined
@@ -51,7 +51,7 @@ def test_samples_with_a_common_caption_or_picture_are_never_separated(samples, a
 
 def test_the_draw_depends_on_the_seed_alone():
     def draw(seed: int) -> frozenset[int]:
-        groups = SampleGroups(by_caption=True)
+        groups = GroupedSplit(by_caption=True)
         for number in range(50):
             groups.add(number, f"key-{number}", {"": (f"caption {number}",)}, thumbnail(number))
         return groups.hold_out(10, seed=seed).numbers
@@ -61,8 +61,8 @@ def test_the_draw_depends_on_the_seed_alone():
     assert draw(0) != draw(1)
 
 
-def test_labels_do_not_group_but_pictures_do():
-    groups = SampleGroups(by_caption=False)
+def test_labels_do_not_group_but_images_do():
+    groups = GroupedSplit(by_caption=False)
     for number in range(20):
         groups.add(number, f"key-{number}", {"": ("a photo of a dog.",)}, thumbnail(number // 2))
     held_out = groups.hold_out(3, seed=0)
@@ -71,7 +71,7 @@ def test_labels_do_not_group_but_pictures_do():
 
 
 def test_a_large_group_is_held_out_last():
-    groups = SampleGroups(by_caption=True)
+    groups = GroupedSplit(by_caption=True)
     for number in range(100):
         text = "one of many" if number < 60 else f"caption {number}"
         groups.add(number, f"key-{number}", {"": (text,)}, thumbnail(number))
@@ -80,7 +80,7 @@ def test_a_large_group_is_held_out_last():
 
 
 def test_holding_out_everything_is_refused():
-    groups = SampleGroups(by_caption=True)
+    groups = GroupedSplit(by_caption=True)
     for number in range(10):
         groups.add(number, f"key-{number}", {"": ("the same",)}, thumbnail(number))
     with pytest.raises(UsageError, match=r"10 usable samples form 1 groups .* Hold out fewer"):
@@ -88,12 +88,12 @@ def test_holding_out_everything_is_refused():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_same_pictures_finds_what_a_full_comparison_finds(seed):
+def test_same_images_finds_what_a_full_comparison_finds(seed):
     rng = np.random.default_rng(seed)
     originals = rng.integers(40, 215, (60, 768))
     noisy = originals[rng.integers(0, 60, 200)] + rng.normal(0, rng.uniform(0, 4, (200, 1)), (200, 768)).round()
     thumbnails = np.concatenate([originals, noisy, originals[:5]]).astype(np.uint8)
-    found = {frozenset(pair) for pair in same_pictures(thumbnails)}
+    found = {frozenset(pair) for pair in find_duplicate_pairs(thumbnails)}
     wide = thumbnails.astype(int)
     expected = set()
     firsts = {thumbnail.tobytes(): row for row, thumbnail in reversed(list(enumerate(thumbnails)))}
@@ -111,16 +111,16 @@ def test_same_pictures_finds_what_a_full_comparison_finds(seed):
 
 
 @pytest.mark.parametrize("form", [{"format": "JPEG", "quality": 80}, {"format": "PNG"}, {"format": "WEBP"}])
-def test_an_encoded_copy_is_the_same_picture_and_its_neighbours_are_not(datasets, form):
+def test_an_encoded_copy_is_the_same_image_and_its_neighbours_are_not(datasets, form):
     source = open_source(str(datasets / "fashion"))
-    originals = [to_rgb(open_picture(source.read(number).image)) for number in range(3000, 3200)]
+    originals = [to_rgb(open_image(source.read(number).image)) for number in range(3000, 3200)]
     copies = []
-    for picture in originals[:40]:
+    for image in originals[:40]:
         file = io.BytesIO()
-        picture.save(file, **form)
+        image.save(file, **form)
         copies.append(to_rgb(Image.open(io.BytesIO(file.getvalue()))))
-    thumbnails = np.stack([thumbnail_of(picture) for picture in originals + copies])
-    pairs = set(same_pictures(thumbnails))
+    thumbnails = np.stack([make_thumbnail(image) for image in originals + copies])
+    pairs = set(find_duplicate_pairs(thumbnails))
     copied = {(min(pair), max(pair)) for pair in pairs if max(pair) >= 200}
     assert copied >= {(number, 200 + number) for number in range(40)}
     bytes_of = [source.read(number).image for number in range(3000, 3200)]
@@ -129,10 +129,10 @@ def test_an_encoded_copy_is_the_same_picture_and_its_neighbours_are_not(datasets
 
 def test_fashion_forms_the_groups_that_were_measured(datasets):
     source = open_source(str(datasets / "fashion"))
-    groups = SampleGroups(by_caption=True)
+    groups = GroupedSplit(by_caption=True)
     for number in range(len(source)):
         pair = source.read(number)
-        groups.add(number, pair.key, pair.captions, thumbnail_of(to_rgb(open_picture(pair.image))))
+        groups.add(number, pair.key, pair.captions, make_thumbnail(to_rgb(open_image(pair.image))))
     held_out = groups.hold_out(1000, seed=0)
     assert (held_out.samples, held_out.groups, held_out.largest_group) == (8383, 6000, 25)
     assert (held_out.merged_by_caption, held_out.merged_by_picture) == (2354, 29)

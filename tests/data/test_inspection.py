@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.dedup import Digests, digest_of
+from vlm.data.dedup import DigestList, content_digest
 from vlm.data.inspection.contact_sheet import contact_sheet
 from vlm.data.inspection.inspection import inspect_shards
-from vlm.data.inspection.sample_scan import columns_of, token_lengths, traits_of
+from vlm.data.inspection.sample_scan import image_traits, metadata_columns, token_lengths
 from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError
-from vlm.pages import BoundedCounter, aspect_name, log_spread, spread, spread_counts
+from vlm.pages import BoundedCounter, distribution, distribution_of_counts, format_aspect, log_distribution
 
 
 @pytest.fixture
-def shards(tmp_path, make_picture):
+def shards(tmp_path, make_image):
     """Two whole shards of ten, with one key, one picture and three captions twice, and three corrupt samples."""
     from webdataset.writer import TarWriter
 
@@ -29,7 +29,7 @@ def shards(tmp_path, make_picture):
             for number in range(10):
                 place = shard * 10 + number
                 captions = {"en": (f"caption number {place % 17}", "two words"), "zh": ("一只狗",)}
-                pair = Pair(key=f"k{place}", image=make_picture(place, size=(30 + place, 20)), captions=captions)
+                pair = Pair(key=f"k{place}", image=make_image(place, size=(30 + place, 20)), captions=captions)
                 sample = encode_pair(pair)
                 if place == 3:
                     sample["jpg"] = sample["jpg"][:200]
@@ -38,7 +38,7 @@ def shards(tmp_path, make_picture):
                 if place == 12:
                     sample["json"] = b"{"
                 if place == 15:
-                    sample["jpg"] = encode_pair(Pair(key="", image=make_picture(14, size=(44, 20)), captions=captions))[
+                    sample["jpg"] = encode_pair(Pair(key="", image=make_image(14, size=(44, 20)), captions=captions))[
                         "jpg"
                     ]
                 if place == 18:
@@ -84,7 +84,7 @@ def test_a_damaged_shard_is_reported_and_the_others_are_read(shards, tmp_path):
 
 
 def test_a_part_is_looked_at_evenly(shards):
-    found = inspect_shards(shards, sample=5, pictures=2)
+    found = inspect_shards(shards, sample=5, images=2)
     assert (found.samples, found.looked_at, len(found.shown)) == (20, 5, 2)
     assert found.shown[0].key == "k0"
 
@@ -102,9 +102,9 @@ def test_any_number_of_processes_finds_the_same(shards, scene_tokenizer):
 
 
 def test_a_selection_says_what_is_looked_at(shards):
-    from vlm.data.selection import whole_selection
+    from vlm.data.selection import select_all
 
-    whole = whole_selection(shards)
+    whole = select_all(shards)
     times = tuple(np.where(np.arange(10) % 2, 3, 0).astype(np.uint16) for _ in shards)
     found = inspect_shards(shards, selection=replace(whole, times=times))
     assert (found.samples, found.selected, found.looked_at) == (20, 10, 10)
@@ -137,21 +137,21 @@ def test_token_lengths_count_start_and_end(scene_tokenizer):
 
 
 @pytest.mark.parametrize(
-    "numbers", [{"workers": -1}, {"sample": 0}, {"pictures": -1}, {"near_limit": -1}, {"context_length": -3}]
+    "numbers", [{"workers": -1}, {"sample": 0}, {"images": -1}, {"near_limit": -1}, {"context_length": -3}]
 )
 def test_numbers_out_of_range_are_refused(shards, numbers):
     with pytest.raises(UsageError, match=r"= (-?\d) is outside its range; give [01] or more"):
         inspect_shards(shards, **numbers)
 
 
-def test_a_picture_encoded_anew_looks_like_the_first(tmp_path, make_picture):
+def test_a_image_encoded_anew_looks_like_the_first(tmp_path, make_image):
     from webdataset.writer import TarWriter
 
-    first = make_picture(1, size=(120, 90))
+    first = make_image(1, size=(120, 90))
     again = io.BytesIO()
     Image.open(io.BytesIO(first)).save(again, format="JPEG", quality=60)
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
-        for number, image in enumerate([first, make_picture(2, size=(120, 90)), again.getvalue()]):
+        for number, image in enumerate([first, make_image(2, size=(120, 90)), again.getvalue()]):
             tar.write({"__key__": str(number), "jpg": image, "txt": b"a thing"})
     found = inspect_shards([str(tmp_path / "0.tar")])
     assert (found.duplicate_pictures, found.near_duplicates) == (0, 1)
@@ -169,30 +169,30 @@ def test_a_picture_encoded_anew_looks_like_the_first(tmp_path, make_picture):
         ("I;16", "PNG", ("grey", "16-bit")),
     ],
 )
-def test_what_is_special_about_a_picture_is_told_from_its_header(mode, kind, traits):
+def test_what_is_special_about_a_image_is_told_from_its_header(mode, kind, traits):
     file = io.BytesIO()
     Image.new(mode, (8, 8)).save(file, format=kind)
-    assert traits_of(Image.open(file)) == traits
+    assert image_traits(Image.open(file)) == traits
 
 
-def test_animated_and_turned_pictures_are_told():
+def test_animated_and_turned_images_are_told():
     file = io.BytesIO()
     frames = [Image.new("L", (8, 8), 80 * number) for number in range(3)]
     frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:])
-    assert "animated" in traits_of(Image.open(file))
+    assert "animated" in image_traits(Image.open(file))
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 8)).save(file := io.BytesIO(), format="JPEG", exif=exif)
-    assert traits_of(Image.open(file)) == ("turned by EXIF",)
+    assert image_traits(Image.open(file)) == ("turned by EXIF",)
 
 
-def test_columns_of_the_metadata_are_counted(tmp_path, make_picture):
+def test_columns_of_the_metadata_are_counted(tmp_path, make_image):
     from webdataset.writer import TarWriter
 
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
         for number in range(6):
             metadata = {"tags": ["dog", "wet"] if number % 2 else ["dog"], "url": f"u{number}", "width": 3}
-            pair = Pair(key=f"k{number}", image=make_picture(number), captions={"": ("a",)}, metadata=metadata)
+            pair = Pair(key=f"k{number}", image=make_image(number), captions={"": ("a",)}, metadata=metadata)
             tar.write(encode_pair(pair))
     found = inspect_shards([str(tmp_path / "0.tar")])
     assert found.columns["tags"].most == {"dog": 6, "wet": 3}
@@ -202,19 +202,19 @@ def test_columns_of_the_metadata_are_counted(tmp_path, make_picture):
 
 
 def test_captions_are_no_columns():
-    assert columns_of({"caption": "a", "captions": ["b"], "captions_zh": ["c"], "caption_weights": [1]}) == {}
+    assert metadata_columns({"caption": "a", "captions": ["b"], "captions_zh": ["c"], "caption_weights": [1]}) == {}
 
 
 def test_repeats_are_found_by_digest():
     texts = ["a", "b", "a", "c", "b", "a"]
-    digests = Digests()
+    digests = DigestList()
     for text in texts:
-        digests.add(digest_of(text))
+        digests.add(content_digest(text))
     assert digests.distinct() == 3
     assert digests.distinct(np.array([True, False, True, False, False, False])) == 1
     assert digests.most_repeated(5) == [(0, 3), (1, 2)]
-    assert [digests[place] for place in range(6)] == [digest_of(text) for text in texts]
-    assert Digests().most_repeated(5) == []
+    assert [digests[place] for place in range(6)] == [content_digest(text) for text in texts]
+    assert DigestList().most_repeated(5) == []
 
 
 def test_a_bounded_counter_keeps_the_frequent():
@@ -229,7 +229,7 @@ def test_a_bounded_counter_keeps_the_frequent():
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [0.5, 1.0, 2.0, 250.0], [3.0, 7.0]])
 def test_a_log_spread_counts_every_value_once(values):
-    found = log_spread(np.array(values))
+    found = log_distribution(np.array(values))
     assert sum(found.counts) == len(values)
     assert (found.least, found.most, found.median) == (min(values), max(values), np.median(values))
 
@@ -237,17 +237,17 @@ def test_a_log_spread_counts_every_value_once(values):
 def test_counted_values_spread_like_the_values_themselves():
     values = np.random.default_rng(0).integers(0, 300, 1000)
     distinct, times = np.unique(values, return_counts=True)
-    assert spread_counts(dict(zip(distinct.tolist(), times.tolist(), strict=True))) == spread(values)
-    assert spread(values).median == np.median(values)
+    assert distribution_of_counts(dict(zip(distinct.tolist(), times.tolist(), strict=True))) == distribution(values)
+    assert distribution(values).median == np.median(values)
 
 
 def test_aspects_are_read_either_way():
-    assert (aspect_name(1.5), aspect_name(1 / 1.5), aspect_name(1.0)) == ("1.5 : 1", "1 : 1.5", "1 : 1")
+    assert (format_aspect(1.5), format_aspect(1 / 1.5), format_aspect(1.0)) == ("1.5 : 1", "1 : 1.5", "1 : 1")
 
 
 @pytest.mark.parametrize("values", [[5], [1, 1, 2, 4], list(range(1000)), [0, 10**6]])
 def test_a_spread_counts_every_value_once(values):
-    found = spread(np.array(values))
+    found = distribution(np.array(values))
     assert sum(found.counts) == len(values)
     assert len(found.edges) == len(found.counts) + 1
     assert len(found.counts) <= 24
@@ -267,13 +267,13 @@ class Tags(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
 
 
-def test_the_contact_sheet_needs_no_other_file_and_escapes_captions(tmp_path, make_picture):
+def test_the_contact_sheet_needs_no_other_file_and_escapes_captions(tmp_path, make_image):
     from webdataset.writer import TarWriter
 
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
         for number in range(4):
             captions = {"": ("<script>alert(1)</script>", "tail")}
-            tar.write(encode_pair(Pair(key=f"k{number}", image=make_picture(number), captions=captions)))
+            tar.write(encode_pair(Pair(key=f"k{number}", image=make_image(number), captions=captions)))
     page = contact_sheet(inspect_shards([str(tmp_path / "0.tar")]), title="<shards>")
     tags = Tags()
     tags.feed(page)

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.data.dedup import THUMBNAIL_BYTES, compare, is_same_picture, look_of, near_hashes, same_looks
+from vlm.data.dedup import (
+    THUMBNAIL_BYTES,
+    are_near_duplicates,
+    compare,
+    image_signature,
+    near_duplicate_pairs,
+    near_hash_pairs,
+)
 
 
 def pairs_of(blocks):
@@ -19,7 +26,7 @@ def test_every_pair_of_near_hashes_is_found_once(seed, number, distance):
     centres = rng.integers(0, 2**64, 4, dtype=np.uint64)
     flips = [sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 9), replace=False)) for _ in range(number)]
     hashes = centres[rng.integers(0, 4, number)] ^ np.array(flips, dtype=np.uint64)
-    found = pairs_of(near_hashes(hashes, distance=distance))
+    found = pairs_of(near_hash_pairs(hashes, distance=distance))
     expected = {
         (one, other)
         for one in range(number)
@@ -30,25 +37,25 @@ def test_every_pair_of_near_hashes_is_found_once(seed, number, distance):
     assert len(found) == len(expected)
 
 
-def test_a_look_does_not_depend_on_the_scale_it_was_decoded_at(make_picture):
-    small, large = (look_of(make_picture(3, size=size)) for size in ((160, 120), (640, 480)))
+def test_a_look_does_not_depend_on_the_scale_it_was_decoded_at(make_image):
+    small, large = (image_signature(make_image(3, size=size)) for size in ((160, 120), (640, 480)))
     assert (small.hash ^ large.hash).bit_count() <= 6
     assert small.thumbnail.shape == (THUMBNAIL_BYTES,)
     assert small.thumbnail.dtype == np.uint8
     thumbnails = np.stack([small.thumbnail, large.thumbnail])
-    assert is_same_picture(thumbnails, np.array([0]), np.array([1])).all()
+    assert are_near_duplicates(thumbnails, np.array([0]), np.array([1])).all()
 
 
-def test_looks_equal_bit_for_bit_are_paired_with_the_first(make_picture):
-    looks = [look_of(make_picture(number)) for number in (1, 0, 0, 1, 0, 2)]
+def test_looks_equal_bit_for_bit_are_paired_with_the_first(make_image):
+    looks = [image_signature(make_image(number)) for number in (1, 0, 0, 1, 0, 2)]
     hashes = np.array([look.hash for look in looks], dtype=np.uint64)
     thumbnails = np.stack([look.thumbnail for look in looks])
-    assert sorted(pairs_of(same_looks(hashes, thumbnails, distance=10))) == [(0, 3), (1, 2), (1, 4)]
-    assert pairs_of(same_looks(hashes[:0], thumbnails[:0], distance=10)) == []
+    assert sorted(pairs_of(near_duplicate_pairs(hashes, thumbnails, distance=10))) == [(0, 3), (1, 2), (1, 4)]
+    assert pairs_of(near_duplicate_pairs(hashes[:0], thumbnails[:0], distance=10)) == []
 
 
-def test_brightness_is_explained_and_another_colour_is_not(make_picture):
-    one = look_of(make_picture(5, size=(160, 120))).thumbnail[None].astype(np.float32)
+def test_brightness_is_explained_and_another_colour_is_not(make_image):
+    one = image_signature(make_image(5, size=(160, 120))).thumbnail[None].astype(np.float32)
     brighter, coloured = one.copy(), one.copy()
     brighter[:, :1024] = np.minimum(brighter[:, :1024] * 1.02 + 2, 255)
     coloured[:, 1024:] += 4
@@ -58,13 +65,13 @@ def test_brightness_is_explained_and_another_colour_is_not(make_picture):
     assert not compare(one, coloured).is_same().any()
 
 
-def test_a_jpeg_decoded_at_a_reduced_size_is_not_shifted(make_picture):
-    picture = Image.open(io.BytesIO(make_picture(4, size=(401, 533)))).convert("RGB")
+def test_a_jpeg_decoded_at_a_reduced_size_is_not_shifted(make_image):
+    image = Image.open(io.BytesIO(make_image(4, size=(401, 533)))).convert("RGB")
     thumbnails = []
     for kind in ("PNG", "JPEG"):
         file = io.BytesIO()
-        picture.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
-        thumbnails.append(look_of(file.getvalue()).thumbnail[None].astype(np.float32))
+        image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+        thumbnails.append(image_signature(file.getvalue()).thumbnail[None].astype(np.float32))
     assert compare(*thumbnails).moved[0] < 0.05
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.data.sampler import Mixture, SampleOrder, ShardPlan, TrainingPlan, whole_shares
+from vlm.data.sampler import BatchSampler, Mixture, SampleOrder, SequentialBatches, integer_shares
 from vlm.errors import UsageError
 
 shard_sizes = st.lists(st.integers(1, 500), min_size=1, max_size=40)
@@ -33,7 +33,7 @@ def orders(draw):
 def mixtures(draw):
     parts = draw(st.lists(orders(), min_size=1, max_size=4))
     shares = draw(st.lists(st.integers(1, 50), min_size=len(parts), max_size=len(parts)))
-    whole = whole_shares([Fraction(share) for share in shares])
+    whole = integer_shares([Fraction(share) for share in shares])
     return Mixture(orders=tuple(parts), shares=whole, num_samples=sum(part.num_samples for part in parts))
 
 
@@ -64,20 +64,20 @@ def test_positions_are_located_together_as_one_by_one(order, positions):
 )
 def test_any_number_of_processes_sees_the_same_global_batch(order, share, processes, batch):
     size = share * processes
-    whole = TrainingPlan(order=order, batch_size=size)[batch]
+    whole = BatchSampler(order=order, batch_size=size)[batch]
     parts = [
-        TrainingPlan(order=order, batch_size=size, process=process, num_processes=processes)[batch]
+        BatchSampler(order=order, batch_size=size, process=process, num_processes=processes)[batch]
         for process in range(processes)
     ]
-    assert [address for part in parts for address in part] == whole
+    assert [sample_index for part in parts for sample_index in part] == whole
 
 
 @settings(max_examples=40, deadline=None)
 @given(order=st.one_of(orders(), mixtures()), size=st.integers(1, 40), done=st.integers(0, 400))
 def test_a_plan_from_a_position_goes_on_where_the_first_would_have(order, size, done):
-    whole, rest = TrainingPlan(order=order, batch_size=size), TrainingPlan(order=order, batch_size=1, position=done)
-    alone = [address for number in range(4 * size) for address in rest[number]]
-    every = [address for number in range(done // size + 6) for address in whole[number]]
+    whole, rest = BatchSampler(order=order, batch_size=size), BatchSampler(order=order, batch_size=1, position=done)
+    alone = [sample_index for number in range(4 * size) for sample_index in rest[number]]
+    every = [sample_index for number in range(done // size + 6) for sample_index in whole[number]]
     assert alone == every[done : done + 4 * size]
 
 
@@ -85,10 +85,10 @@ def test_a_plan_from_a_position_goes_on_where_the_first_would_have(order, size, 
 @given(mixture=mixtures(), cycle=st.integers(0, 3), data=st.data())
 def test_a_mixture_keeps_its_proportions_in_every_stretch(mixture, cycle, data):
     length = sum(mixture.shares)
-    exact = Counter(mixture.place(place)[0] for place in range(cycle * length, (cycle + 1) * length))
+    exact = Counter(mixture.source_at(place)[0] for place in range(cycle * length, (cycle + 1) * length))
     assert [exact[source] for source in range(len(mixture.shares))] == list(mixture.shares)
     first, stretch = data.draw(st.integers(0, 4 * length)), data.draw(st.integers(1, 2 * length))
-    found = Counter(mixture.place(place)[0] for place in range(first, first + stretch))
+    found = Counter(mixture.source_at(place)[0] for place in range(first, first + stretch))
     for source, share in enumerate(mixture.shares):
         assert abs(found[source] - stretch * share / length) <= len(mixture.shares)
 
@@ -101,7 +101,7 @@ def test_each_source_of_a_mixture_shows_its_own_order_without_gap(mixture):
     for source, order in enumerate(mixture.orders):
         own = [v._replace(shard=v.shard - first) for v in visits if mixture.source_of(v.shard) == source]
         assert own == order.locate(range(len(own)))
-        assert mixture.positions_at(300)[source] == len(own)
+        assert mixture.source_positions(300)[source] == len(own)
         assert mixture.finished_epochs(300)[source] == len(own) // order.num_samples
         first += len(order.counts)
 
@@ -109,7 +109,7 @@ def test_each_source_of_a_mixture_shows_its_own_order_without_gap(mixture):
 @settings(max_examples=40, deadline=None)
 @given(order=st.one_of(orders(), mixtures()), position=st.integers(0, 5000))
 def test_the_shards_named_ahead_are_those_the_next_samples_come_from(order, position):
-    named = order.shards_from(position)
+    named = order.upcoming_shards(position)
     assert len(named) == len(set(named))
     assert {visit.shard for visit in order.locate(range(position, position + 2))} <= set(named)
 
@@ -119,7 +119,7 @@ def test_the_windows_ahead_are_the_current_and_the_next():
     for position in (0, 25, 95, 130):
         start = position - position % 20
         ahead = {v.shard for v in order.locate(range(start, start + 40))}
-        assert set(order.shards_from(position)) == ahead
+        assert set(order.upcoming_shards(position)) == ahead
 
 
 def test_epochs_and_seeds_give_different_orders_and_the_same_ones_again():
@@ -133,12 +133,12 @@ def test_epochs_and_seeds_give_different_orders_and_the_same_ones_again():
 
 def test_the_shuffle_mixes_shards_inside_a_window():
     first = SampleOrder(counts=(100,) * 10, window=500).locate(range(100))
-    assert len({address.shard for address in first}) == 5
+    assert len({sample_index.shard for sample_index in first}) == 5
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused():
     with pytest.raises(UsageError, match="10 does not divide by 3"):
-        TrainingPlan(order=SampleOrder(counts=(5,)), batch_size=10, num_processes=3)
+        BatchSampler(order=SampleOrder(counts=(5,)), batch_size=10, num_processes=3)
 
 
 @settings(max_examples=40, deadline=None)
@@ -147,35 +147,35 @@ def test_a_stand_in_walks_through_all_samples_of_its_source_before_it_returns(or
     start = order.locate([position])[0]
     source = order.orders[order.source_of(start.shard)] if isinstance(order, Mixture) else order
     kept = sum(source.counts) if source.times is None else sum(int(np.count_nonzero(part)) for part in source.times)
-    walked = [order.stand_in(start, attempt)[1:] for attempt in range(min(kept, 400))]
+    walked = [order.replacement(start, attempt)[1:] for attempt in range(min(kept, 400))]
     assert walked[0] == (*start[1:3], 0)
     assert len(set(walked)) == len(walked)
-    assert order.stand_in(start, kept)[1:] == walked[0]
+    assert order.replacement(start, kept)[1:] == walked[0]
 
 
 def test_the_repeats_of_a_bad_sample_do_not_stand_in_for_it():
     order = SampleOrder.of_selection([np.array([1, 200, 0, 1], np.uint16)])
     start = next(visit for visit in order.locate(range(202)) if visit.number == 1)
-    assert [order.stand_in(start, attempt).number for attempt in (1, 2, 3)] == [3, 0, 1]
+    assert [order.replacement(start, attempt).number for attempt in (1, 2, 3)] == [3, 0, 1]
 
 
 @settings(max_examples=30, deadline=None)
 @given(times=selections(), size=st.integers(1, 20))
 def test_the_shard_plan_gives_all_selected_in_file_order_and_never_mixes_shards(times, size):
-    plan = ShardPlan(counts=[len(part) for part in times], batch_size=size, times=times)
+    plan = SequentialBatches(counts=[len(part) for part in times], batch_size=size, times=times)
     batches = [plan[number] for number in range(len(plan))]
-    assert all(len({address.shard for address in batch}) == 1 for batch in batches)
+    assert all(len({sample_index.shard for sample_index in batch}) == 1 for batch in batches)
     asked = [(shard, number) for shard, part in enumerate(times) for number in np.flatnonzero(part).tolist()]
-    assert [address[1:3] for batch in batches for address in batch] == asked
+    assert [sample_index[1:3] for batch in batches for sample_index in batch] == asked
 
 
 def test_without_a_selection_the_shard_plan_gives_all():
-    plan = ShardPlan(counts=[5, 1, 4], batch_size=2)
+    plan = SequentialBatches(counts=[5, 1, 4], batch_size=2)
     assert [len(plan[number]) for number in range(len(plan))] == [2, 2, 1, 1, 2, 2]
-    assert plan.shards_from(3) == [1, 2]
+    assert plan.upcoming_shards(3) == [1, 2]
 
 
 def test_a_mixture_costs_no_memory_however_large_its_shares_are():
     big = SampleOrder(counts=(10**9,) * 7, window=64)
     mixture = Mixture(orders=(big, big), shares=(3 * 10**11 + 1, 7 * 10**11), num_samples=10**12)
-    assert {visit.epoch for visit in mixture.locate([10**15])} == {mixture.positions_at(10**15)[0] // (7 * 10**9)}
+    assert {visit.epoch for visit in mixture.locate([10**15])} == {mixture.source_positions(10**15)[0] // (7 * 10**9)}

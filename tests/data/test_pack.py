@@ -48,14 +48,14 @@ class ListSource:
 
 
 @pytest.fixture
-def pairs(make_picture):
+def pairs(make_image):
     """25 pairs, number 7 missing and number 24 damaged; some captions and pictures twice."""
     made: list = [
-        Pair(key=f"k{number:02d}", image=make_picture(number % 20), captions={"": (f"c{number % 22}",)})
+        Pair(key=f"k{number:02d}", image=make_image(number % 20), captions={"": (f"c{number % 22}",)})
         for number in range(25)
     ]
     made[7] = BadSample("missing file", "7.jpg")
-    made[24] = Pair(key="k24", image=make_picture(24)[:300], captions={"": ("cut",)})
+    made[24] = Pair(key="k24", image=make_image(24)[:300], captions={"": ("cut",)})
     return made
 
 
@@ -67,20 +67,20 @@ def content_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def samples_of(address):
+def samples_of(url):
     return [
-        reader.read(number) for reader in map(ShardReader, expand_shards(str(address))) for number in range(len(reader))
+        reader.read(number) for reader in map(ShardReader, expand_shards(str(url))) for number in range(len(reader))
     ]
 
 
 @pytest.mark.parametrize("kind", ["table", "classes", "shards", "scenes"])
-def test_what_is_packed_is_read_back(tmp_path, make_picture, kind):
+def test_what_is_packed_is_read_back(tmp_path, make_image, kind):
     source_folder = tmp_path / "source"
     options = SourceOptions(scenes=SceneOptions(number=5))
     if kind == "table":
         source_folder.mkdir()
         for number in range(5):
-            (source_folder / f"{number}.png").write_bytes(make_picture(number, kind="PNG"))
+            (source_folder / f"{number}.png").write_bytes(make_image(number, kind="PNG"))
         rows = [
             {"file": f"{number}.png", "captions": {"en": ["one"], "zh": ["一"]}, "n": number} for number in range(5)
         ]
@@ -88,10 +88,10 @@ def test_what_is_packed_is_read_back(tmp_path, make_picture, kind):
     elif kind == "classes":
         for number in range(5):
             (source_folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
-            (source_folder / f"class{number % 2}" / f"{number}.jpg").write_bytes(make_picture(number))
+            (source_folder / f"class{number % 2}" / f"{number}.jpg").write_bytes(make_image(number))
     elif kind == "shards":
         captions = {"": ("a", "b"), "zh": ("狗",)}
-        made = [Pair(key=f"k{n}", image=make_picture(n), captions=captions, metadata={"n": n}) for n in range(5)]
+        made = [Pair(key=f"k{n}", image=make_image(n), captions=captions, metadata={"n": n}) for n in range(5)]
         pack(ListSource(made), source_folder)
         (source_folder / "manifest.json").unlink()
     source = open_source("scenes" if kind == "scenes" else str(source_folder), options)
@@ -238,8 +238,8 @@ def test_the_split_keeps_groups_together_and_loses_nothing(tmp_path, pairs):
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("GIF", "png"), ("BMP", "png"), ("TIFF", "png"), ("WEBP", "webp")])
-def test_pictures_others_could_not_read_become_png(tmp_path, make_picture, kind, extension):
-    image = make_picture(0, kind=kind)
+def test_images_others_could_not_read_become_png(tmp_path, make_image, kind, extension):
+    image = make_image(0, kind=kind)
     pack(ListSource([Pair(key="a", image=image, captions={"": ("x",)})]), tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "shard-00000.tar") as tar:
         member = tar.extractfile(f"a.{extension}")
@@ -252,18 +252,18 @@ def test_pictures_others_could_not_read_become_png(tmp_path, make_picture, kind,
         assert shown.convert("RGB").tobytes() == original.convert("RGB").tobytes()
 
 
-def test_languages_are_kept_in_the_order_asked_for(tmp_path, make_picture):
+def test_languages_are_kept_in_the_order_asked_for(tmp_path, make_image):
     captions = {"ar": ("كلب",), "de": ("Hund",), "en": ("dog",)}
-    pair = Pair(key="a", image=make_picture(0), captions=captions)
+    pair = Pair(key="a", image=make_image(0), captions=captions)
     pack(ListSource([pair]), tmp_path / "out", PackConfig(languages=("en", "de")))
     assert samples_of(tmp_path / "out")[0].captions == {"en": ("dog",), "de": ("Hund",)}
     with pytest.raises(VlmError, match="no caption: languages asked"):
         pack(ListSource([pair]), tmp_path / "none", PackConfig(languages=("fr",)))
 
 
-def test_long_keys_and_other_scripts_survive(tmp_path, make_picture):
+def test_long_keys_and_other_scripts_survive(tmp_path, make_image):
     keys = ["k" * 180, "叙述-ключ", "with space"]
-    made = [Pair(key=key, image=make_picture(n), captions={"": ("x",)}) for n, key in enumerate(keys)]
+    made = [Pair(key=key, image=make_image(n), captions={"": ("x",)}) for n, key in enumerate(keys)]
     pack(ListSource(made), tmp_path / "out")
     assert [sample.key for sample in samples_of(tmp_path / "out")] == keys
 

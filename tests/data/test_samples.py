@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.data.pack import written_captions
-from vlm.data.samples import SampleChance, captions_of, select_languages, shuffled
+from vlm.data.pack import captions_to_json
+from vlm.data.samples import SampleRng, parse_captions, select_languages, shuffled
 from vlm.errors import BadSample
 
 
@@ -26,7 +26,7 @@ from vlm.errors import BadSample
     ],
 )
 def test_captions_are_found_where_others_put_them(text, metadata, captions):
-    assert captions_of(text, metadata) == captions
+    assert parse_captions(text, metadata) == captions
 
 
 texts = st.text(min_size=1).map(str.strip).filter(bool)
@@ -35,7 +35,7 @@ languages = st.sampled_from(["", "en", "de", "zh"])
 
 @given(st.dictionaries(languages, st.lists(texts, min_size=1).map(tuple), min_size=1))
 def test_written_captions_are_read_back(captions):
-    assert captions_of("ignored", written_captions(captions)) == captions
+    assert parse_captions("ignored", captions_to_json(captions)) == captions
 
 
 def test_languages_are_selected_in_the_order_asked_for():
@@ -49,14 +49,14 @@ def test_languages_are_selected_in_the_order_asked_for():
 
 def test_chance_depends_on_seed_epoch_key_repeat_and_purpose():
     visits = [(1, 2, "key"), (2, 2, "key"), (1, 3, "key"), (1, 2, "kez"), (1, 2, "key", 1), (1, 2, "key", 0, "local")]
-    numbers = [[chance.random() for _ in range(20)] for chance in [SampleChance(*visit) for visit in visits]]
+    numbers = [[chance.random() for _ in range(20)] for chance in [SampleRng(*visit) for visit in visits]]
     assert len({number for some in numbers for number in some}) == 20 * len(visits)
-    again = SampleChance(1, 2, "key")
+    again = SampleRng(1, 2, "key")
     assert [again.random() for _ in range(20)] == numbers[0]
 
 
 def test_chance_is_even_over_samples_and_over_draws():
-    chances = [SampleChance(0, 0, str(number)) for number in range(3000)]
+    chances = [SampleRng(0, 0, str(number)) for number in range(3000)]
     by_sample = np.array([[chance.random() for _ in range(12)] for chance in chances])
     assert by_sample.min() >= 0
     assert by_sample.max() < 1
@@ -67,11 +67,11 @@ def test_chance_is_even_over_samples_and_over_draws():
 
 
 def test_any_order_comes_out_of_shuffling_equally_often():
-    orders = Counter(tuple(shuffled("abc", SampleChance(0, 0, str(number)))) for number in range(6000))
+    orders = Counter(tuple(shuffled("abc", SampleRng(0, 0, str(number)))) for number in range(6000))
     assert set(map("".join, orders)) == {"abc", "acb", "bac", "bca", "cab", "cba"}
     assert all(850 < count < 1150 for count in orders.values())
-    two = Counter(tuple(shuffled("abc", SampleChance(0, 0, str(number)), 2)) for number in range(6000))
+    two = Counter(tuple(shuffled("abc", SampleRng(0, 0, str(number)), 2)) for number in range(6000))
     assert len(two) == 6
     assert all(850 < count < 1150 for count in two.values())
-    assert sorted(shuffled("abc", SampleChance(0, 0, "k"), 9)) == ["a", "b", "c"]
-    assert shuffled((), SampleChance(0, 0, "k"), 2) == []
+    assert sorted(shuffled("abc", SampleRng(0, 0, "k"), 9)) == ["a", "b", "c"]
+    assert shuffled((), SampleRng(0, 0, "k"), 2) == []

@@ -20,8 +20,8 @@ from vlm.data.synthetic.shapes import (
     SPLITS,
     Scene,
     Split,
-    draw_scene,
-    every_scene,
+    all_scenes,
+    render_scene,
     sample_scene,
     sample_scenes,
     shape_colour_class,
@@ -39,14 +39,14 @@ OTHERS: dict[str, str | int] = {
 }
 
 
-def picture_of(scene: Scene, *, seed: int = 0, pixels: int = 96) -> np.ndarray:
-    return np.asarray(draw_scene(scene, pixels=pixels, rng=np.random.default_rng(seed)))
+def image_of(scene: Scene, *, seed: int = 0, pixels: int = 96) -> np.ndarray:
+    return np.asarray(render_scene(scene, pixels=pixels, rng=np.random.default_rng(seed)))
 
 
-def inked(scene: Scene, picture: np.ndarray) -> np.ndarray:
+def inked(scene: Scene, image: np.ndarray) -> np.ndarray:
     """Pixels nearer to the scene's colour than to its background."""
     distances = [
-        np.abs(picture.astype(float) - rgb).sum(axis=-1)
+        np.abs(image.astype(float) - rgb).sum(axis=-1)
         for rgb in (COLOUR_RGB[scene.colour], BACKGROUND_RGB[scene.background])
     ]
     return distances[0] < distances[1]
@@ -85,14 +85,14 @@ def test_keys_are_unique_and_name_the_split() -> None:
 
 
 def test_training_never_shows_a_held_out_combination_and_validation_shows_all_of_them() -> None:
-    seen = {split: {(s.shape, s.colour) for s in every_scene(split)} for split in SPLITS}
+    seen = {split: {(s.shape, s.colour) for s in all_scenes(split)} for split in SPLITS}
     assert not seen["train"] & HELD_OUT
     assert seen["val"] == HELD_OUT
 
 
 def test_about_a_sixth_is_held_out_and_every_shape_and_colour_is_still_trained() -> None:
     assert 1 / 8 < len(HELD_OUT) / (len(SHAPES) * len(COLOURS)) < 1 / 5
-    trained = {(scene.shape, scene.colour) for scene in every_scene("train")}
+    trained = {(scene.shape, scene.colour) for scene in all_scenes("train")}
     assert all(sum(shape in pair for pair in trained) >= len(COLOURS) - 2 for shape in SHAPES)
     assert all(sum(colour in pair for pair in trained) >= len(SHAPES) - 2 for colour in COLOURS)
 
@@ -109,7 +109,7 @@ def test_distinct_scenes_have_distinct_full_captions() -> None:
 
 
 def test_asking_for_more_distinct_scenes_than_exist_names_the_limit() -> None:
-    limit = len(every_scene("val"))
+    limit = len(all_scenes("val"))
     assert len(list(sample_scenes("val", limit, seed=0, is_distinct=True))) == limit
     with pytest.raises(ValueError, match=f"only {limit}"):
         sample_scenes("val", limit + 1, seed=0, is_distinct=True)
@@ -117,7 +117,7 @@ def test_asking_for_more_distinct_scenes_than_exist_names_the_limit() -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_full_captions_tell_every_scene_from_every_other(language: str) -> None:
-    scenes = [scene for split in SPLITS for scene in every_scene(split)]
+    scenes = [scene for split in SPLITS for scene in all_scenes(split)]
     for position in (0, 1):
         assert len({describe(scene, language)[position] for scene in scenes}) == len(scenes)
 
@@ -136,7 +136,7 @@ def test_an_unknown_language_is_refused_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "facts", "caption"),
+    ("language", "attributes", "caption"),
     [
         ("en", {"count": 1, "colour": "orange"}, "an orange star on the left"),
         ("en", {"shape": "cross", "count": 2}, "a picture of two red crosses"),
@@ -152,9 +152,9 @@ def test_an_unknown_language_is_refused_with_those_there_are() -> None:
     ],
 )
 def test_captions_agree_in_gender_number_and_measure_word(
-    language: str, facts: dict[str, str | int], caption: str
+    language: str, attributes: dict[str, str | int], caption: str
 ) -> None:
-    assert caption in describe(replace(THREE_STARS, **facts), language)
+    assert caption in describe(replace(THREE_STARS, **attributes), language)
 
 
 def test_every_english_caption_is_true_of_its_scene_but_for_the_vague_ones() -> None:
@@ -168,7 +168,7 @@ def test_every_english_caption_is_true_of_its_scene_but_for_the_vague_ones() -> 
 
 def test_the_full_captions_say_all_six_facts() -> None:
     for caption in describe(THREE_STARS)[:2]:
-        assert check_caption(caption, THREE_STARS).facts == vars(THREE_STARS)
+        assert check_caption(caption, THREE_STARS).attributes == vars(THREE_STARS)
 
 
 @pytest.mark.parametrize("fact", OTHERS)
@@ -176,7 +176,7 @@ def test_a_caption_is_false_of_a_scene_that_differs_in_a_fact_it_says(fact: str)
     other = replace(THREE_STARS, **{fact: OTHERS[fact]})
     for caption in describe(THREE_STARS):
         before, check = check_caption(caption, THREE_STARS), check_caption(caption, other)
-        is_said = fact in before.facts
+        is_said = fact in before.attributes
         assert check.is_true == (before.is_true and not is_said)
         assert check.wrong == ((fact,) if is_said else ())
 
@@ -217,31 +217,31 @@ def test_a_scene_outside_the_vocabulary_is_refused(fact: str, value: str | int) 
         replace(THREE_STARS, **{fact: value})
 
 
-def test_a_picture_is_the_same_for_the_same_generator_and_another_for_another() -> None:
-    assert np.array_equal(picture_of(THREE_STARS, seed=1), picture_of(THREE_STARS, seed=1))
-    assert not np.array_equal(picture_of(THREE_STARS, seed=1), picture_of(THREE_STARS, seed=2))
+def test_a_image_is_the_same_for_the_same_generator_and_another_for_another() -> None:
+    assert np.array_equal(image_of(THREE_STARS, seed=1), image_of(THREE_STARS, seed=1))
+    assert not np.array_equal(image_of(THREE_STARS, seed=1), image_of(THREE_STARS, seed=2))
 
 
 @pytest.mark.parametrize("pixels", [32, 64, 97])
-def test_pictures_are_square_rgb_of_the_size_asked(pixels: int) -> None:
-    picture = draw_scene(THREE_STARS, pixels=pixels, rng=np.random.default_rng(0))
-    assert (picture.mode, picture.size) == ("RGB", (pixels, pixels))
+def test_images_are_square_rgb_of_the_size_asked(pixels: int) -> None:
+    image = render_scene(THREE_STARS, pixels=pixels, rng=np.random.default_rng(0))
+    assert (image.mode, image.size) == ("RGB", (pixels, pixels))
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_of_a_group_can_be_counted_in_the_picture(shape: str, size: str, count: int) -> None:
+def test_shapes_of_a_group_can_be_counted_in_the_image(shape: str, size: str, count: int) -> None:
     for seed, position in enumerate(POSITIONS):
         scene = replace(THREE_STARS, shape=shape, size=size, count=count, position=position)
-        assert count_islands(inked(scene, picture_of(scene, seed=seed))) == count
+        assert count_islands(inked(scene, image_of(scene, seed=seed))) == count
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_colour_stands_out_from_every_background(colour: str, background: str) -> None:
     scene = replace(THREE_STARS, colour=colour, background=background, shape="circle", size="large")
-    share = inked(scene, picture_of(scene)).mean()
+    share = inked(scene, image_of(scene)).mean()
     assert share == pytest.approx(3 * np.pi * (0.96 * RADIUS["large"]) ** 2, rel=0.2)
 
 
@@ -252,7 +252,7 @@ def test_every_colour_stands_out_from_every_background(colour: str, background: 
 def test_groups_stand_where_the_scene_says(position: str, axis: int, is_low: bool) -> None:
     for count in COUNTS:
         scene = replace(THREE_STARS, size="large", count=count, position=position)
-        middle = np.argwhere(inked(scene, picture_of(scene))).mean(axis=0) / 96 - 0.5
+        middle = np.argwhere(inked(scene, image_of(scene))).mean(axis=0) / 96 - 0.5
         assert (middle[axis] < -0.07) if is_low else (middle[axis] > 0.07)
         assert abs(middle[1 - axis]) < 0.08
 
@@ -261,12 +261,12 @@ def test_small_shapes_cover_less_than_large_ones() -> None:
     areas = {}
     for size in SIZES:
         scene = replace(THREE_STARS, size=size)
-        areas[size] = [inked(scene, picture_of(scene, seed=seed)).sum() for seed in range(10)]
+        areas[size] = [inked(scene, image_of(scene, seed=seed)).sum() for seed in range(10)]
     assert max(areas["small"]) < min(areas["large"])
 
 
 def test_a_scene_belongs_to_one_of_the_classes_and_all_combinations_have_one() -> None:
     classes = shape_colour_classes()
     assert len(set(classes)) == len(classes) == len(SHAPES) * len(COLOURS)
-    assert {shape_colour_class(scene) for split in SPLITS for scene in every_scene(split)} == set(classes)
+    assert {shape_colour_class(scene) for split in SPLITS for scene in all_scenes(split)} == set(classes)
     assert shape_colour_class(THREE_STARS) == "red star"

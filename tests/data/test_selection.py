@@ -7,11 +7,11 @@ from vlm.data.selection import (
     SelectedShard,
     Selection,
     add,
-    keep_both,
-    leave_out,
+    intersect_selections,
     read_selection,
-    weigh,
-    whole_selection,
+    reweight,
+    select_all,
+    subtract_selection,
     write_selection,
 )
 from vlm.data.shards import expand_shards
@@ -39,24 +39,24 @@ def test_a_selection_is_read_as_it_was_written(tmp_path):
 
 def test_selections_compose_and_tell_their_lineage():
     one, other = selection_of([1, 2, 0, 1]), selection_of([2, 0, 1, 1], lineage=({"step": "rule"},))
-    assert listed(keep_both(one, other)) == [[2, 0, 0, 1]]
-    assert listed(leave_out(one, other)) == [[0, 2, 0, 0]]
+    assert listed(intersect_selections(one, other)) == [[2, 0, 0, 1]]
+    assert listed(subtract_selection(one, other)) == [[0, 2, 0, 0]]
     assert listed(add(one, other)) == [[3, 2, 1, 2]]
-    assert [step["step"] for step in add(keep_both(one, other), other).lineage] == ["and", "plus"]
+    assert [step["step"] for step in add(intersect_selections(one, other), other).lineage] == ["and", "plus"]
     assert add(one, other).lineage[0]["lineage"] == [{"step": "rule"}]
 
 
 def test_a_weight_is_met_on_the_mean_and_repeats_exactly():
-    heavy = weigh(selection_of([1] * 10_000), 1.25, seed=3)
+    heavy = reweight(selection_of([1] * 10_000), 1.25, seed=3)
     assert set(heavy.times[0].tolist()) == {1, 2}
     assert heavy.visits / 10_000 == pytest.approx(1.25, abs=0.02)
-    assert listed(weigh(selection_of([1] * 10_000), 1.25, seed=3)) == listed(heavy)
-    assert listed(weigh(selection_of([1, 0, 2]), 2.0)) == [[2, 0, 4]]
+    assert listed(reweight(selection_of([1] * 10_000), 1.25, seed=3)) == listed(heavy)
+    assert listed(reweight(selection_of([1, 0, 2]), 2.0)) == [[2, 0, 4]]
 
 
 def test_times_are_found_by_content_and_unknown_shards_are_refused(scene_shards):
     shards = expand_shards(str(scene_shards / "train"))
-    selection = whole_selection(shards)
+    selection = select_all(shards)
     assert [len(times) for times in selection.times_of(shards[::-1])] == [16, 40, 40]
     with pytest.raises(UsageError, match="knows nothing of"):
         selection.times_of(expand_shards(str(scene_shards / "val")))
@@ -64,7 +64,7 @@ def test_times_are_found_by_content_and_unknown_shards_are_refused(scene_shards)
 
 def test_selections_of_different_shards_are_not_composed():
     with pytest.raises(UsageError, match="different shards"):
-        keep_both(selection_of([1], [1]), selection_of([1]))
+        intersect_selections(selection_of([1], [1]), selection_of([1]))
 
 
 def test_a_damaged_selection_is_refused_or_read_as_it_was(tmp_path):
@@ -82,7 +82,7 @@ def test_a_damaged_selection_is_refused_or_read_as_it_was(tmp_path):
 
 def test_times_of_another_length_than_the_tar_are_not_applied(tmp_path, scene_shards):
     (shard, *_) = expand_shards(str(scene_shards / "train"))
-    whole = whole_selection([shard])
+    whole = select_all([shard])
     short = Selection(shards=whole.shards, times=(np.ones(3, np.uint16),))
     write_selection(tmp_path / "a.selection", short)
     with pytest.raises(UsageError, match="as many times"):

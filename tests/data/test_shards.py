@@ -30,10 +30,10 @@ def write_shard(tmp_path):
 
 
 @pytest.fixture
-def some(make_picture):
+def some(make_image):
     def make(number, *, prefix="k"):
         return [
-            encode_pair(Pair(key=f"{prefix}{n}", image=make_picture(n), captions={"": (f"c{n}",)}, metadata={"n": n}))
+            encode_pair(Pair(key=f"{prefix}{n}", image=make_image(n), captions={"": (f"c{n}",)}, metadata={"n": n}))
             for n in range(number)
         ]
 
@@ -51,26 +51,24 @@ def test_addresses_name_shards_in_order(write_shard, some, tmp_path):
     assert expand_shards("http://host/{0..1}.tar") == ["http://host/0.tar", "http://host/1.tar"]
 
 
-@pytest.mark.parametrize("address", ["", "none.tar", "none-{0..3}.tar", "none-*.tar"])
-def test_an_address_without_shards_is_refused(tmp_path, address):
+@pytest.mark.parametrize("url", ["", "none.tar", "none-{0..3}.tar", "none-*.tar"])
+def test_an_address_without_shards_is_refused(tmp_path, url):
     with pytest.raises(UsageError, match=r"[Nn]o shard"):
-        expand_shards(f"{tmp_path}/{address}")
+        expand_shards(f"{tmp_path}/{url}")
 
 
-def test_samples_are_read_in_any_order(write_shard, some, make_picture):
+def test_samples_are_read_in_any_order(write_shard, some, make_image):
     reader = ShardReader(write_shard("0.tar", some(4)))
     for number in (3, 0, 2):
         sample = reader.read(number)
-        assert (sample.key, sample.image) == (f"k{number}", make_picture(number))
+        assert (sample.key, sample.image) == (f"k{number}", make_image(number))
         assert (sample.captions, sample.metadata["n"]) == ({"": (f"c{number}",)}, number)
     reader.close()
     reader.close()
 
 
-def test_a_byte_order_mark_is_no_part_of_the_caption(write_shard, make_picture):
-    reader = ShardReader(
-        write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "txt": "\ufeffa dog".encode()}])
-    )
+def test_a_byte_order_mark_is_no_part_of_the_caption(write_shard, make_image):
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_image(0), "txt": "\ufeffa dog".encode()}]))
     assert reader.read(0).captions == {"": ("a dog",)}
     reader.close()
 
@@ -80,12 +78,12 @@ def test_a_sample_that_cannot_be_used_says_why(write_shard, some):
     del samples[0]["jpg"]
     samples[1]["json"] = b"[]"
     samples[2]["json"] = b"{oops"
-    address = write_shard("0.tar", samples)
-    with tarfile.open(address) as tar:
-        in_last_picture = next(entry for entry in tar if entry.name == "k3.jpg").offset_data + 50
-    with open(address, "r+b") as file:
-        file.truncate(in_last_picture)
-    reader = ShardReader(address)
+    url = write_shard("0.tar", samples)
+    with tarfile.open(url) as tar:
+        in_last_image = next(entry for entry in tar if entry.name == "k3.jpg").offset_data + 50
+    with open(url, "r+b") as file:
+        file.truncate(in_last_image)
+    reader = ShardReader(url)
     for number, reason in enumerate(["no picture", "unreadable json", "unreadable json", "cut short"]):
         with pytest.raises(BadSample) as error:
             reader.read(number)
@@ -94,12 +92,12 @@ def test_a_sample_that_cannot_be_used_says_why(write_shard, some):
 
 
 def test_a_shard_cut_short_is_refused_unless_allowed(write_shard, some):
-    address = write_shard("0.tar", some(4))
-    with open(address, "r+b") as file:
+    url = write_shard("0.tar", some(4))
+    with open(url, "r+b") as file:
         file.truncate(10_000)
     with pytest.raises(VlmError, match=r"is damaged: .*; whole samples before it: at least 2\. .*--allow-damage"):
-        count_samples([address])
-    assert 1 <= count_samples([address], allow_damage=True)[0] < 4
+        count_samples([url])
+    assert 1 <= count_samples([url], allow_damage=True)[0] < 4
     with pytest.raises(VlmError, match="holds no samples"):
         count_samples([write_shard("1.tar", [])])
 
@@ -117,9 +115,9 @@ def test_the_fingerprint_follows_content_and_order_but_not_the_place(write_shard
     assert shards_fingerprint([write_shard("0.tar", changed), shards[1]]) != original
 
 
-def test_captions_of_a_foreign_shard_are_found_in_its_json(write_shard, make_picture):
+def test_captions_of_a_foreign_shard_are_found_in_its_json(write_shard, make_image):
     content = {"captions": ["a man", "A person ."], "captions_zh": ["人"], "width": 40}
-    sample = {"__key__": "1", "jpg": make_picture(0), "txt": b"a man", "json": json.dumps(content).encode()}
+    sample = {"__key__": "1", "jpg": make_image(0), "txt": b"a man", "json": json.dumps(content).encode()}
     reader = ShardReader(write_shard("0.tar", [sample]))
     assert reader.read(0).captions == {"": ("a man", "A person ."), "zh": ("人",)}
     reader.close()
@@ -131,11 +129,11 @@ def npy(array, **options) -> bytes:
     return file.getvalue()
 
 
-def test_stored_arrays_come_when_asked_for(write_shard, make_picture):
+def test_stored_arrays_come_when_asked_for(write_shard, make_image):
     teacher, seeds = np.arange(12, dtype=np.float16).reshape(3, 4), np.asfortranarray(np.ones((2, 3), np.uint64))
     sample = {
         "__key__": "1",
-        "jpg": make_picture(0),
+        "jpg": make_image(0),
         "txt": b"a",
         "teacher_image.npy": npy(teacher),
         "s.npy": npy(seeds),
@@ -175,24 +173,24 @@ def with_header(text: str, data: bytes = b"") -> bytes:
         pickle.dumps(np.arange(3)),
     ],
 )
-def test_arrays_that_are_none_are_refused_without_being_run(write_shard, make_picture, data):
-    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "a.npy": data}]))
+def test_arrays_that_are_none_are_refused_without_being_run(write_shard, make_image, data):
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_image(0), "a.npy": data}]))
     with pytest.raises(BadSample, match=r"unreadable array: 1\.a\.npy"):
         reader.read(0, arrays=("a",))
     reader.close()
 
 
 @pytest.mark.parametrize("data", [b"[" * 200_000, b'{"n": ' + b"9" * 100_000 + b"}", b'{"a": "\xff"}', b"\x00", b""])
-def test_json_bombs_are_bad_samples(write_shard, make_picture, data):
-    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "json": data}]))
+def test_json_bombs_are_bad_samples(write_shard, make_image, data):
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_image(0), "json": data}]))
     with pytest.raises(BadSample, match="unreadable json"):
         reader.read(0)
     reader.close()
 
 
-def test_half_of_a_surrogate_pair_becomes_text(write_shard, make_picture):
+def test_half_of_a_surrogate_pair_becomes_text(write_shard, make_image):
     content = b'{"captions": ["a \\ud83d dog", "\\ud83d\\ude00"], "\\udc00": "\\udc00"}'
-    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_picture(0), "json": content}]))
+    reader = ShardReader(write_shard("0.tar", [{"__key__": "1", "jpg": make_image(0), "json": content}]))
     sample = reader.read(0)
     assert sample.captions == {"": ("a ? dog", "\U0001f600")}
     json.dumps(sample.metadata, ensure_ascii=False).encode()
@@ -200,23 +198,23 @@ def test_half_of_a_surrogate_pair_becomes_text(write_shard, make_picture):
 
 
 def test_a_sample_has_a_place_for_messages(write_shard, some):
-    address = write_shard("0.tar", some(3))
-    reader = ShardReader(address)
-    with tarfile.open(address) as tar:
+    url = write_shard("0.tar", some(3))
+    reader = ShardReader(url)
+    with tarfile.open(url) as tar:
         firsts = {entry.name.partition(".")[0]: entry.offset_data for entry in reversed(tar.getmembers())}
-    assert [reader.place(number) for number in range(3)] == list(firsts.items())[::-1]
+    assert [reader.key_and_offset(number) for number in range(3)] == list(firsts.items())[::-1]
     reader.close()
 
 
 def test_a_size_beyond_the_tar_takes_no_memory(write_shard, some):
-    address = write_shard("0.tar", some(2))
-    with tarfile.open(address) as tar:
+    url = write_shard("0.tar", some(2))
+    with tarfile.open(url) as tar:
         last = tar.getmembers()[-1]
     last.size = 1 << 45
-    with open(address, "r+b") as file:
+    with open(url, "r+b") as file:
         file.seek(last.offset)
         file.write(last.tobuf(tarfile.GNU_FORMAT))
-    reader = ShardReader(address)
+    reader = ShardReader(url)
     assert "cut short" in reader.index.damage
     with pytest.raises(BadSample, match="cut short: 35,184,372,088,832 bytes"):
         reader.read(1)

@@ -14,11 +14,11 @@ from vlm.data.sources.source_registry import open_source
 from vlm.errors import BadSample, UsageError, VlmError
 
 
-def write_pictures(folder: Path, make_picture, names):
+def write_images(folder: Path, make_image, names):
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(make_picture(number))
+        path.write_bytes(make_image(number))
 
 
 def write_csv(path: Path, rows, *, delimiter=","):
@@ -49,9 +49,9 @@ ROWS = [
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 @pytest.mark.parametrize("is_archive", [False, True])
-def test_each_kind_of_table_gives_the_same_pairs(tmp_path, make_picture, ending, is_archive):
+def test_each_kind_of_table_gives_the_same_pairs(tmp_path, make_image, ending, is_archive):
     source = tmp_path / "source"
-    write_pictures(source, make_picture, ["images/a.jpg", "images/b.v2.jpg"])
+    write_images(source, make_image, ["images/a.jpg", "images/b.v2.jpg"])
     table = source / f"captions.{ending}"
     if ending in ("csv", "tsv"):
         rows = [list(ROWS[0]), *(list(row.values()) for row in ROWS)]
@@ -68,7 +68,7 @@ def test_each_kind_of_table_gives_the_same_pairs(tmp_path, make_picture, ending,
     first, second = pairs.read(0), pairs.read(1)
     assert len(pairs) == 2
     assert (first.key, second.key) == ("a", "b_v2")
-    assert first.image == make_picture(0)
+    assert first.image == make_image(0)
     assert first.captions == {"": ("a dog, running",)}
     assert second.captions == {"": ("zwei\nZeilen",)}
     assert first.metadata["year"] == 2011
@@ -78,8 +78,8 @@ def test_each_kind_of_table_gives_the_same_pairs(tmp_path, make_picture, ending,
     assert "title" not in first.metadata
 
 
-def test_the_table_itself_can_be_the_source(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, ["1.jpg"])
+def test_the_table_itself_can_be_the_source(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["1.jpg"])
     write_csv(tmp_path / "train.csv", [["Image", "Caption"], ["1.jpg", "one"]])
     write_csv(tmp_path / "test.csv", [["Image", "Caption"], ["1.jpg", "two"]])
     assert open_source(str(tmp_path / "test.csv")).read(0).captions == {"": ("two",)}
@@ -87,16 +87,16 @@ def test_the_table_itself_can_be_the_source(tmp_path, make_picture):
         open_source(str(tmp_path))
 
 
-def test_rows_of_one_picture_are_one_pair_with_all_its_captions(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, ["1.jpg", "2.jpg"])
+def test_rows_of_one_image_are_one_pair_with_all_its_captions(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["1.jpg", "2.jpg"])
     rows = [["image", "caption"], ["1.jpg", "one"], ["2.jpg", "two"], ["1.jpg", "uno"], ["1.jpg", "one"]]
     write_csv(tmp_path / "captions.csv", rows)
     pairs = open_source(str(tmp_path))
     assert [pairs.read(number).captions[""] for number in range(len(pairs))] == [("one", "uno"), ("two",)]
 
 
-def test_captions_may_be_lists_and_have_languages(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, ["1.jpg", "2.jpg"])
+def test_captions_may_be_lists_and_have_languages(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["1.jpg", "2.jpg"])
     rows = [
         {"file": "1.jpg", "names": {"en": "dog", "de": ["Hund", "Köter"], "fr": None}, "captions_zh": ["狗"]},
         {"file": "2.jpg", "names": ["cat", "kitten"]},
@@ -107,8 +107,8 @@ def test_captions_may_be_lists_and_have_languages(tmp_path, make_picture):
     assert pairs.read(1).captions == {"": ("cat", "kitten")}
 
 
-def test_equal_stems_are_told_apart_by_their_folders(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, ["x/1.jpg", "y/1.jpg", "y/2.jpg"])
+def test_equal_stems_are_told_apart_by_their_folders(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["x/1.jpg", "y/1.jpg", "y/2.jpg"])
     write_csv(tmp_path / "captions.csv", [["file", "text"], ["x/1.jpg", "a"], ["y/1.jpg", "b"], ["y/2.jpg", "c"]])
     pairs = open_source(str(tmp_path))
     assert [pairs.read(number).key for number in range(3)] == ["x-1", "y-1", "2"]
@@ -128,8 +128,8 @@ def test_missing_columns_are_named_with_the_nearest_and_the_option(tmp_path, hea
         open_source(str(tmp_path), SourceOptions(**options))
 
 
-def test_a_row_that_cannot_be_used_is_a_bad_sample(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, ["1.jpg"])
+def test_a_row_that_cannot_be_used_is_a_bad_sample(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["1.jpg"])
     lines = ['{"file": "1.jpg", "text": "one"}', '{"file": "gone.jpg", "text": "two"}', "{oops", '{"text": "three"}']
     lines += ['{"file": "../1.jpg", "text": "out"}', '{"file": "/etc/hostname", "text": "out"}', '{"file": "1b.jpg"}']
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
@@ -160,9 +160,9 @@ def test_a_csv_with_a_broken_row_is_refused_with_its_reason(tmp_path):
         open_source(str(tmp_path))
 
 
-def test_class_folders_become_captions_through_the_template(tmp_path, make_picture):
+def test_class_folders_become_captions_through_the_template(tmp_path, make_image):
     names = ["train/ice_cream/1.jpg", "train/dog/1.jpg", "test/dog/1.jpg", "train/dog/.hidden.jpg"]
-    write_pictures(tmp_path, make_picture, names)
+    write_images(tmp_path, make_image, names)
     options = SourceOptions(folder="train", template="a {} here.")
     pairs = open_source(str(tmp_path), options)
     found = {pair.key: (pair.captions[""], pair.metadata) for pair in map(pairs.read, range(len(pairs)))}
@@ -177,14 +177,14 @@ def test_class_folders_become_captions_through_the_template(tmp_path, make_pictu
         open_source(str(tmp_path), SourceOptions(folder="val"))
 
 
-def test_img2dataset_output_is_read_with_its_failures(tmp_path, make_picture):
+def test_img2dataset_output_is_read_with_its_failures(tmp_path, make_image):
     for shard in range(2):
         members = []
         for number in range(2):
             status = "success" if (shard, number) != (1, 1) else "failed_to_resize"
             content = {"caption": f"c{shard}{number}", "url": "http://x", "status": status, "width": 40}
             key = f"{number:09d}"
-            members += [(f"{key}.jpg", make_picture(number)), (f"{key}.txt", content["caption"].encode())]
+            members += [(f"{key}.jpg", make_image(number)), (f"{key}.txt", content["caption"].encode())]
             members.append((f"{key}.json", json.dumps(content).encode()))
         write_shard(tmp_path / f"0000{shard}.tar", members)
         parquet.write_table(pa.table({"url": ["http://x"]}), tmp_path / f"0000{shard}.parquet")
@@ -197,12 +197,12 @@ def test_img2dataset_output_is_read_with_its_failures(tmp_path, make_picture):
         pairs.read(3)
 
 
-def samples_of(make_picture, number):
-    return [m for n in range(number) for m in [(f"{n}.jpg", make_picture(n)), (f"{n}.txt", b"a thing")]]
+def samples_of(make_image, number):
+    return [m for n in range(number) for m in [(f"{n}.jpg", make_image(n)), (f"{n}.txt", b"a thing")]]
 
 
-def test_shards_are_recognised_compressed_in_capitals_and_behind_empty_or_damaged_ones(tmp_path, make_picture):
-    write_shard(tmp_path / "whole.tar", samples_of(make_picture, 2))
+def test_shards_are_recognised_compressed_in_capitals_and_behind_empty_or_damaged_ones(tmp_path, make_image):
+    write_shard(tmp_path / "whole.tar", samples_of(make_image, 2))
     whole = (tmp_path / "whole.tar").read_bytes()
     write_shard(tmp_path / "none.tar", [])
     nothing = (tmp_path / "none.tar").read_bytes()
@@ -225,15 +225,15 @@ def test_shards_are_recognised_compressed_in_capitals_and_behind_empty_or_damage
         open_source(str(tmp_path / "behind"))
 
 
-def test_of_a_tar_cut_short_the_whole_samples_are_read_where_that_is_allowed(tmp_path, make_picture):
-    write_shard(tmp_path / "cut.tar", samples_of(make_picture, 3))
+def test_of_a_tar_cut_short_the_whole_samples_are_read_where_that_is_allowed(tmp_path, make_image):
+    write_shard(tmp_path / "cut.tar", samples_of(make_image, 3))
     with (tmp_path / "cut.tar").open("r+b") as file:
-        file.truncate(len(make_picture(0)) + len(make_picture(1)) + 4 * 512)
+        file.truncate(len(make_image(0)) + len(make_image(1)) + 4 * 512)
     for kind in (None, "shards"):
         with pytest.raises(VlmError, match=r"is damaged: .*--allow-damage"):
             open_source(str(tmp_path / "cut.tar"), SourceOptions(kind=kind))
         pairs = open_source(str(tmp_path / "cut.tar"), SourceOptions(kind=kind, allow_damage=True))
-        assert pairs.read(0).image == make_picture(0)
+        assert pairs.read(0).image == make_image(0)
     assert TarFiles(tmp_path / "cut.tar", allow_damage=True).names() == ["0.jpg", "0.txt"]
 
 
@@ -262,11 +262,11 @@ def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path):
         open_source(str(tmp_path))
 
 
-def test_the_fingerprint_follows_the_content(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, ["a/1.jpg"])
+def test_the_fingerprint_follows_the_content(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["a/1.jpg"])
     before = open_source(str(tmp_path)).fingerprint()
     assert open_source(str(tmp_path)).fingerprint() == before
-    (tmp_path / "a" / "1.jpg").write_bytes(make_picture(2) + b"more")
+    (tmp_path / "a" / "1.jpg").write_bytes(make_image(2) + b"more")
     assert open_source(str(tmp_path)).fingerprint() != before
 
 

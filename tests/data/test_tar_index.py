@@ -44,17 +44,17 @@ def entries_of(data: bytes) -> list[tarfile.TarInfo]:
         return tar.getmembers()
 
 
-def read(address: str, span: Span | None) -> bytes | None:
-    with open(address, "rb") as file:
+def read(url: str, span: Span | None) -> bytes | None:
+    with open(url, "rb") as file:
         return None if span is None else file.seek(span.offset) * b"" + file.read(span.size)
 
 
 def test_each_part_lies_where_the_index_says(write_tar):
-    address = write_tar(tar_bytes(members_of(5)))
-    index = open_index(address)
+    url = write_tar(tar_bytes(members_of(5)))
+    index = open_index(url)
     assert (len(index), index.damage, index.sample_keys()) == (5, "", [f"k{n}" for n in range(5)])
-    assert read(address, index[3].image) == b"picture" * 3
-    assert read(address, index[3].text) == b"text"
+    assert read(url, index[3].image) == b"picture" * 3
+    assert read(url, index[3].text) == b"text"
     assert index.image_bytes() == 7 * (1 + 2 + 3 + 4)
 
 
@@ -70,9 +70,9 @@ def test_the_key_ends_at_the_first_dot_and_keeps_its_folder(write_tar):
 
 def test_members_of_one_name_side_by_side_are_samples_of_one_key(write_tar):
     names = ["a.jpg", "a.txt", "a.jpg", "a.txt", "a.txt", "b.json", "b.v.npy", "b.jpg", "b.v.npy", "b.cls", "b.cls"]
-    address = write_tar(tar_bytes([(name, f"{number}".encode()) for number, name in enumerate(names)]))
-    index = open_index(address)
-    parts = [[read(address, span) for span in (*index[n][1:4], index[n].arrays.get("v"))] for n in range(len(index))]
+    url = write_tar(tar_bytes([(name, f"{number}".encode()) for number, name in enumerate(names)]))
+    index = open_index(url)
+    parts = [[read(url, span) for span in (*index[n][1:4], index[n].arrays.get("v"))] for n in range(len(index))]
     assert index.sample_keys() == ["a", "a", "a", "b", "b"]
     assert parts == [
         [b"0", b"1", None, None],
@@ -83,12 +83,12 @@ def test_members_of_one_name_side_by_side_are_samples_of_one_key(write_tar):
     ]
 
 
-def test_of_pictures_under_several_extensions_the_first_is_the_samples(write_tar):
+def test_of_images_under_several_extensions_the_first_is_the_samples(write_tar):
     names = ["a.jpg", "a.png", "a.txt", "a.jpg", "a.png", "a.txt", "b.WEBP", "b.jpg", "b.webp"]
-    address = write_tar(tar_bytes([(name, f"{number}".encode()) for number, name in enumerate(names)]))
-    index = open_index(address)
+    url = write_tar(tar_bytes([(name, f"{number}".encode()) for number, name in enumerate(names)]))
+    index = open_index(url)
     assert index.sample_keys() == ["a", "a", "b", "b"]
-    assert [read(address, index[number].image) for number in range(4)] == [b"0", b"3", b"6", b"8"]
+    assert [read(url, index[number].image) for number in range(4)] == [b"0", b"3", b"6", b"8"]
 
 
 def test_long_and_foreign_names_are_whole(write_tar):
@@ -186,8 +186,8 @@ HUGE = b"\x80" + b"\x7f" * 11
     ],
 )  # fmt: skip
 def test_absurd_headers_are_damage_at_most(write_tar, rest):
-    address = write_tar(GOOD + rest)
-    index = open_index(address)
+    url = write_tar(GOOD + rest)
+    index = open_index(url)
     assert index.sample_keys()[0] == "k0"
     assert index[0].image is not None
     assert index[0].image.offset == 512
@@ -238,7 +238,7 @@ def test_mutated_tars_end_in_an_index_or_a_clear_error(tmp_path_factory, data):
         reader = ShardReader(str(path))
         for number in range(len(reader)):
             with contextlib.suppress(BadSample):
-                assert reader.read(number).key == reader.place(number)[0]
+                assert reader.read(number).key == reader.key_and_offset(number)[0]
         reader.close()
 
 
@@ -246,29 +246,29 @@ def test_the_index_is_scanned_once_and_again_when_the_tar_changes(write_tar, mon
     scans = []
     plain_scan = tar._scan
     monkeypatch.setattr(tar, "_scan", lambda *arguments: scans.append(1) or plain_scan(*arguments))
-    address = write_tar(tar_bytes(members_of(3)))
-    assert len(open_index(address)) == 3
+    url = write_tar(tar_bytes(members_of(3)))
+    assert len(open_index(url)) == 3
     tar._open_version.cache_clear()
-    assert open_index(address).sample_keys() == ["k0", "k1", "k2"]
+    assert open_index(url).sample_keys() == ["k0", "k1", "k2"]
     assert len(scans) == 1
     write_tar(tar_bytes(members_of(4)))
-    assert len(open_index(address)) == 4
+    assert len(open_index(url)) == 4
     assert len(scans) == 2
 
 
 def test_a_damaged_cache_is_replaced(write_tar, tmp_path):
-    address = write_tar(tar_bytes(members_of(3)))
-    open_index(address)
+    url = write_tar(tar_bytes(members_of(3)))
+    open_index(url)
     tar._open_version.cache_clear()
     (tmp_path / ".0.tar.vlm-index").write_bytes(b"rubbish")
-    assert len(open_index(address)) == 3
+    assert len(open_index(url)) == 3
 
 
 def test_a_read_only_folder_gets_its_index_elsewhere(write_tar, tmp_path):
-    address = write_tar(tar_bytes(members_of(3)))
+    url = write_tar(tar_bytes(members_of(3)))
     tmp_path.chmod(0o555)
     try:
-        assert len(open_index(address)) == 3
+        assert len(open_index(url)) == 3
         assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
     finally:
         tmp_path.chmod(0o755)

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece, trimmed
+from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece, trim_tokens
 from vlm.errors import UsageError
 
 CAPTIONS = [
@@ -46,19 +46,19 @@ def test_a_long_caption_is_cut_but_keeps_its_end(pieces):
 def test_rows_are_trimmed_to_the_longest_in_steps_of_eight(pieces):
     rows = pieces.encode(["a", "a small red circle " * 2])
     used = int((rows != pieces.pad_token).sum(axis=1).max())
-    cut = trimmed(rows, pieces)
+    cut = trim_tokens(rows, pieces)
     assert cut.shape == (2, -(-used // 8) * 8)
     assert (rows[:, : cut.shape[1]] == cut).all()
-    assert trimmed(pieces.encode(["circle " * 100]), pieces).shape == (1, 24)
-    assert trimmed(np.zeros((2, 3, 24), np.int64), pieces).shape == (2, 3, 8)
+    assert trim_tokens(pieces.encode(["circle " * 100]), pieces).shape == (1, 24)
+    assert trim_tokens(np.zeros((2, 3, 24), np.int64), pieces).shape == (2, 3, 8)
 
 
 def test_an_end_token_that_is_also_padding_is_not_trimmed_away():
     tokenizer: Any = SimpleNamespace(pad_token=5, end_token=5)
     rows = np.full((1, 20), 5)
     rows[0, :8] = range(10, 18)
-    assert trimmed(rows, tokenizer).shape == (1, 16)
-    assert trimmed(rows[:, ::-1], tokenizer).shape == (1, 20)
+    assert trim_tokens(rows, tokenizer).shape == (1, 16)
+    assert trim_tokens(rows[:, ::-1], tokenizer).shape == (1, 20)
 
 
 @pytest.mark.parametrize("kind", ["clip", "sentencepiece"])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.data.tars import members, without_tables, write_tar
-from vlm.data.collate import AssembleTraining
+from vlm.data.collate import TrainingCollator
 from vlm.data.loader import ShardSet
 from vlm.data.pack import encode_pair
-from vlm.data.precomputed import StoredArrays, view_rng
-from vlm.data.sampler import Address, SampleOrder, TrainingPlan
-from vlm.data.samples import DrawnCaption, Pair
-from vlm.data.transforms import RandomView
+from vlm.data.precomputed import PrecomputedFeatures, view_rng
+from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
+from vlm.data.samples import Pair, SampledCaption
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
 
 
@@ -26,14 +26,14 @@ class Lengths:
         return np.array([[len(text)] for text in texts], np.int64)
 
 
-def assemble(plan, **options):
-    view = options.pop("view", RandomView(size=8))
+def collate(plan, **options):
+    view = options.pop("view", RandomResizedCrop(size=8))
     tokenizer: Any = Lengths()
-    return AssembleTraining(plan=plan, view=view, tokenizer=tokenizer, **options)
+    return TrainingCollator(plan=plan, view=view, tokenizer=tokenizer, **options)
 
 
 def plan_of(*counts, batch_size):
-    return TrainingPlan(order=SampleOrder(counts=counts, window=1), batch_size=batch_size)
+    return BatchSampler(order=SampleOrder(counts=counts, window=1), batch_size=batch_size)
 
 
 @pytest.fixture
@@ -45,25 +45,25 @@ def damaged(tmp_path):
 def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
     plan = plan_of(6, batch_size=6)
     shards = ShardSet([damaged])
-    made = assemble(plan)(plan[0], shards)
-    by_number = {asked.number: used.number for asked, used in zip(made.addresses, made.used, strict=True)}
+    made = collate(plan)(plan[0], shards)
+    by_number = {asked.number: used.number for asked, used in zip(made.sample_indices, made.used, strict=True)}
     assert by_number == {0: 0, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}
-    assert {(i.key, i.reason, i.address.number, i.is_stand_in) for i in made.incidents} == {
+    assert {(i.key, i.reason, i.sample_index.number, i.is_replacement) for i in made.incidents} == {
         ("0-1", "no picture", 1, False),
         ("0-2", "unreadable json", 1 + 1, True),
         ("0-2", "unreadable json", 2, False),
     }
     for incident in made.incidents:
-        assert incident.offset == shards.place(incident.address)[1] > 0
+        assert incident.offset == shards.key_and_offset(incident.sample_index)[1] > 0
     rows = {used.number: image.tobytes() for used, image in zip(made.used, made.images.numpy(), strict=True)}
     assert len(set(rows.values())) == 4
 
 
 def test_too_many_unusable_in_a_row_end_the_run_with_the_last_one_named(tmp_path):
-    address = write_tar(tmp_path / "0.tar", ["no picture"] * 5)
+    sample_index = write_tar(tmp_path / "0.tar", ["no picture"] * 5)
     plan = plan_of(5, batch_size=1)
     with pytest.raises(VlmError, match=r"3 samples in a row.*no picture.*max-bad-in-a-row"):
-        assemble(plan, max_bad_in_a_row=3)(plan[0], ShardSet([address]))
+        collate(plan, max_bad_in_a_row=3)(plan[0], ShardSet([sample_index]))
 
 
 def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_one_stands_in(tmp_path):
@@ -77,11 +77,11 @@ def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_on
                 entry.size = len(broken)
                 tar.addfile(entry, io.BytesIO(broken))
     plan, shards = plan_of(6, batch_size=6), ShardSet([str(path)])
-    asked = [Address(0, 0, number) for number in (3, 1, 5, 2, 0)]
-    made = assemble(plan, has_identities=True)(asked, shards)
-    assert [address.number for address in made.used] == [5, 5, 5, 5, 0]
+    asked = [SampleIndex(0, 0, number) for number in (3, 1, 5, 2, 0)]
+    made = collate(plan, has_identities=True)(asked, shards)
+    assert [sample_index.number for sample_index in made.used] == [5, 5, 5, 5, 0]
     assert made.keys == ("k5", "k5", "k5", "k5", "k0")
-    told = [(i.key, i.reason, i.is_stand_in) for i in made.incidents]
+    told = [(i.key, i.reason, i.is_replacement) for i in made.incidents]
     three, four = ("k3", "unreadable picture"), ("k4", "no caption")
     assert told == [
         (*three, False),
@@ -98,25 +98,25 @@ def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_on
     assert all((images[place] == images[2]).all() for place in (0, 1, 3))
     assert (images[4] != images[2]).any()
     with pytest.raises(VlmError, match=r"2 samples in a row.*from number 3 .*no caption"):
-        assemble(plan, max_bad_in_a_row=2)(asked, shards)
+        collate(plan, max_bad_in_a_row=2)(asked, shards)
 
 
 @pytest.mark.parametrize("size", [6, 0])
 def test_a_batch_arrives_from_a_worker_as_it_was_sent(damaged, size):
     plan = plan_of(6, batch_size=6)
-    sent = assemble(plan, has_identities=True)(plan[0][:size], ShardSet([damaged]))
+    sent = collate(plan, has_identities=True)(plan[0][:size], ShardSet([damaged]))
     received = pickle.loads(ForkingPickler.dumps(sent))
-    for name in ("keys", "drawn", "addresses", "used", "incidents", "position", "captions"):
+    for name in ("keys", "drawn", "sample_indices", "used", "incidents", "position", "captions"):
         assert getattr(received, name) == getattr(sent, name)
-    assert {type(row) for row in received.addresses + received.used} <= {Address}
-    assert {type(row) for row in received.drawn} <= {DrawnCaption}
+    assert {type(row) for row in received.sample_indices + received.used} <= {SampleIndex}
+    assert {type(row) for row in received.drawn} <= {SampledCaption}
     for arrived, left in zip(received.tensors, sent.tensors, strict=True):
         assert torch.equal(arrived, left)
 
 
 def test_which_caption_was_drawn_is_recorded(damaged):
     plan = plan_of(6, batch_size=1)
-    made = [assemble(plan)(plan[number], ShardSet([damaged])) for number in range(60)]
+    made = [collate(plan)(plan[number], ShardSet([damaged])) for number in range(60)]
     drawn = {(row.number, row.text.rpartition(" ")[2]) for batch in made for row in batch.drawn}
     assert drawn == {(0, "one"), (1, "two"), (2, "three")}
     assert made[0].captions == (made[0].drawn[0].text,)
@@ -124,14 +124,14 @@ def test_which_caption_was_drawn_is_recorded(damaged):
 
 def test_a_repeated_visit_is_drawn_anew(damaged):
     order = SampleOrder.of_selection([np.array([40, 0, 0, 0, 0, 0], np.uint16)])
-    plan = TrainingPlan(order=order, batch_size=40)
-    made = assemble(plan)(plan[0], ShardSet([damaged]))
+    plan = BatchSampler(order=order, batch_size=40)
+    made = collate(plan)(plan[0], ShardSet([damaged]))
     assert set(made.keys) == {"0-0"}
     assert len(set(made.captions)) == 3
 
 
 @pytest.fixture
-def reinforced(tmp_path, make_picture):
+def reinforced(tmp_path, make_image):
     """A shard of three samples with two stored views and two captions each."""
     from webdataset.writer import TarWriter
 
@@ -144,14 +144,14 @@ def reinforced(tmp_path, make_picture):
                 "teacher_text": np.array([[number, 10], [number, 20]], np.float32),
             }
             captions = {"": (f"{number} a", f"{number} bb")}
-            tar.write(encode_pair(Pair(key=f"k{number}", image=make_picture(number), captions=captions, arrays=arrays)))
+            tar.write(encode_pair(Pair(key=f"k{number}", image=make_image(number), captions=captions, arrays=arrays)))
     return str(path)
 
 
-def test_the_student_sees_the_view_the_teacher_saw(reinforced, make_picture):
-    plan, view = plan_of(3, batch_size=12), RandomView(size=16, scale=(0.2, 1.0), flip=0.5)
-    stored = StoredArrays(names=("teacher_image", "teacher_text"))
-    made = assemble(plan, view=view, arrays=stored)(plan[0], ShardSet([reinforced]))
+def test_the_student_sees_the_view_the_teacher_saw(reinforced, make_image):
+    plan, view = plan_of(3, batch_size=12), RandomResizedCrop(size=16, scale=(0.2, 1.0), flip=0.5)
+    stored = PrecomputedFeatures(names=("teacher_image", "teacher_text"))
+    made = collate(plan, view=view, arrays=stored)(plan[0], ShardSet([reinforced]))
     seen_views = set()
     for key, image, drawn, teacher_image, teacher_text in zip(
         made.keys, made.images, made.drawn, made.arrays["teacher_image"], made.arrays["teacher_text"], strict=True
@@ -159,7 +159,7 @@ def test_the_student_sees_the_view_the_teacher_saw(reinforced, make_picture):
         number, stored_view = int(teacher_image[0]), int(teacher_image[1])
         seen_views.add(stored_view)
         assert key == f"k{number}"
-        assert np.array_equal(image, view(make_picture(number), view_rng(10 * number + stored_view)))
+        assert np.array_equal(image, view(make_image(number), view_rng(10 * number + stored_view)))
         assert teacher_text.tolist() == [number, 10 * (drawn.number + 1)]
     assert seen_views == {1, 2}
 
@@ -167,4 +167,4 @@ def test_the_student_sees_the_view_the_teacher_saw(reinforced, make_picture):
 def test_a_sample_without_the_arrays_asked_for_is_bad(damaged):
     plan = plan_of(6, batch_size=1)
     with pytest.raises(VlmError, match="no array"):
-        assemble(plan, arrays=StoredArrays(names=("text_embedding",)))(plan[0], ShardSet([damaged]))
+        collate(plan, arrays=PrecomputedFeatures(names=("text_embedding",)))(plan[0], ShardSet([damaged]))

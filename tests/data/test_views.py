@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.decode import EncodedPicture, open_picture, to_rgb
-from vlm.data.samples import SampleChance
+from vlm.data.decode import EncodedImage, open_image, to_rgb
+from vlm.data.samples import SampleRng
 from vlm.data.tar import ShardReader
-from vlm.data.transforms import CLIP_MEAN, CLIP_STD, Crop, FixedView, RandomView, resize_antialiased
+from vlm.data.transforms import CLIP_MEAN, CLIP_STD, Crop, EvalTransform, RandomResizedCrop, resize_antialiased
 from vlm.errors import BadSample, UsageError
 
 SIZES = [(40, 30), (31, 57), (224, 224), (225, 224), (97, 301), (640, 427), (333, 500), (12, 9), (1, 3)]
@@ -30,7 +30,7 @@ def test_the_fixed_view_is_open_clips_pixel_for_pixel(resize_mode, interpolation
         reference: Any = image_transform(
             size, is_train=False, resize_mode=resize_mode, interpolation=interpolation, fill_color=fill
         )
-        view = FixedView(size=size, resize_mode=resize_mode, interpolation=interpolation, fill_color=fill)
+        view = EvalTransform(size=size, resize_mode=resize_mode, interpolation=interpolation, fill_color=fill)
         for number, shape in enumerate(SIZES):
             image = png_of(shape, number)
             expected = reference(Image.open(io.BytesIO(image)))
@@ -46,9 +46,9 @@ def test_the_longest_side_is_rounded_as_open_clip_rounds_it():
             if max(width, height) > 250 * min(width, height):
                 continue
             lines, columns = ResizeKeepRatio.get_params(Image.new("1", (width, height)), (224, 224), 1.0)
-            picture = FixedView(resize_mode="longest", fill_color=0)(white_of(width, height))
-            assert (picture.max(axis=(0, 2)) > 0).sum() == max(lines, 1)
-            assert (picture.max(axis=(0, 1)) > 0).sum() == max(columns, 1)
+            pil_image = EvalTransform(resize_mode="longest", fill_color=0)(white_of(width, height))
+            assert (pil_image.max(axis=(0, 2)) > 0).sum() == max(lines, 1)
+            assert (pil_image.max(axis=(0, 1)) > 0).sum() == max(columns, 1)
 
 
 def white_of(width: int, height: int) -> bytes:
@@ -58,37 +58,37 @@ def white_of(width: int, height: int) -> bytes:
 
 
 def test_preprocessing_is_written_and_read_back():
-    view = FixedView(size=64, resize_mode="longest", mean=(0.5, 0.5, 0.5), fill_color=7)
-    assert FixedView.from_preprocess(view.to_preprocess()) == view
-    assert FixedView.from_preprocess({"size": [32, 32], "mode": "RGB"}) == FixedView(size=32)
+    view = EvalTransform(size=64, resize_mode="longest", mean=(0.5, 0.5, 0.5), fill_color=7)
+    assert EvalTransform.from_preprocess(view.to_preprocess()) == view
+    assert EvalTransform.from_preprocess({"size": [32, 32], "mode": "RGB"}) == EvalTransform(size=32)
     with pytest.raises(UsageError, match="only square"):
-        FixedView.from_preprocess({"size": [32, 64]})
+        EvalTransform.from_preprocess({"size": [32, 64]})
 
 
 def test_a_view_without_pixels_is_refused():
     for size in (0, -3):
         with pytest.raises(UsageError, match=rf"size = {size} pixels show nothing; give 1 or more"):
-            RandomView(size=size)
+            RandomResizedCrop(size=size)
 
 
-def test_a_random_view_is_a_function_of_its_generator(make_picture):
-    image = make_picture(0, size=(120, 90))
-    view = RandomView(size=48, scale=(0.3, 1.0), flip=0.5)
-    first = view(image, SampleChance(0, 0, "key"))
+def test_a_random_view_is_a_function_of_its_generator(make_image):
+    image = make_image(0, size=(120, 90))
+    view = RandomResizedCrop(size=48, scale=(0.3, 1.0), flip=0.5)
+    first = view(image, SampleRng(0, 0, "key"))
     assert (first.shape, first.dtype) == ((3, 48, 48), np.uint8)
-    assert (view(image, SampleChance(0, 0, "key")) == first).all()
-    assert (view(image, SampleChance(0, 1, "key")) != first).any()
+    assert (view(image, SampleRng(0, 0, "key")) == first).all()
+    assert (view(image, SampleRng(0, 1, "key")) != first).any()
 
 
 @pytest.mark.parametrize("size", [(800, 600), (801, 599), (1201, 333), (333, 1201)])
-def test_a_view_of_a_reduced_jpeg_shows_what_the_whole_picture_shows(make_picture, size):
-    jpeg = make_picture(0, size=size)
+def test_a_view_of_a_reduced_jpeg_shows_what_the_whole_image_shows(make_image, size):
+    jpeg = make_image(0, size=size)
     png = io.BytesIO()
-    to_rgb(open_picture(jpeg)).save(png, format="PNG")  # cannot be reduced while decoding
-    view = RandomView(size=64, scale=(0.2, 1.0), flip=0.5)
+    to_rgb(open_image(jpeg)).save(png, format="PNG")  # cannot be reduced while decoding
+    view = RandomResizedCrop(size=64, scale=(0.2, 1.0), flip=0.5)
     for number in range(20):
-        reduced = view(jpeg, SampleChance(0, number, "key")).astype(int)
-        whole = view(png.getvalue(), SampleChance(0, number, "key")).astype(int)
+        reduced = view(jpeg, SampleRng(0, number, "key")).astype(int)
+        whole = view(png.getvalue(), SampleRng(0, number, "key")).astype(int)
         assert np.abs(reduced - whole).mean() < 1
         assert np.abs(reduced - whole).max() < 12
 
@@ -103,7 +103,7 @@ def test_a_turned_jpeg_gives_the_view_of_the_upright_one():
     upright.save(plain, format="JPEG", quality=95)
     for number in range(10):
         views = [
-            RandomView(size=64, scale=(0.2, 1.0))(data.getvalue(), SampleChance(0, number, "k")).astype(int)
+            RandomResizedCrop(size=64, scale=(0.2, 1.0))(data.getvalue(), SampleRng(0, number, "k")).astype(int)
             for data in (turned, plain)
         ]
         assert np.abs(views[0] - views[1]).mean() < 2
@@ -111,23 +111,23 @@ def test_a_turned_jpeg_gives_the_view_of_the_upright_one():
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("size", [(901, 601), (640, 427), (333, 1201)])
-def test_a_turned_jpeg_of_any_size_is_shown_where_the_upright_one_is(make_picture, size, orientation):
+def test_a_turned_jpeg_of_any_size_is_shown_where_the_upright_one_is(make_image, size, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned, upright = io.BytesIO(), io.BytesIO()
-    Image.open(io.BytesIO(make_picture(1, size=size))).save(turned, format="JPEG", quality=95, exif=exif)
-    to_rgb(open_picture(turned.getvalue())).save(upright, format="PNG")
-    for view in (RandomView(size=64, scale=(0.5, 1.0)), RandomView(size=40, scale=(0.2, 1.0), flip=0.5)):
+    Image.open(io.BytesIO(make_image(1, size=size))).save(turned, format="JPEG", quality=95, exif=exif)
+    to_rgb(open_image(turned.getvalue())).save(upright, format="PNG")
+    for view in (RandomResizedCrop(size=64, scale=(0.5, 1.0)), RandomResizedCrop(size=40, scale=(0.2, 1.0), flip=0.5)):
         for number in range(6):
             reduced, whole = (
-                view(data.getvalue(), SampleChance(0, number, "k")).astype(int) for data in (turned, upright)
+                view(data.getvalue(), SampleRng(0, number, "k")).astype(int) for data in (turned, upright)
             )
             assert np.abs(reduced - whole).mean() < 1
             assert np.abs(reduced - whole).max() < 12
 
 
 def test_crops_keep_their_share_and_ratio():
-    view = RandomView(size=60, scale=(0.25, 0.5), ratio=(0.8, 1.25))
+    view = RandomResizedCrop(size=60, scale=(0.25, 0.5), ratio=(0.8, 1.25))
     rng = np.random.default_rng(0)
     for _ in range(500):
         crop = view.draw(300, 200, rng)
@@ -140,19 +140,19 @@ def test_crops_keep_their_share_and_ratio():
 
 
 def test_a_crop_that_never_fits_becomes_the_middle():
-    view = RandomView(size=10, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    view = RandomResizedCrop(size=10, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     assert view.draw(400, 20, np.random.default_rng(0)) == Crop(left=190, top=0, width=20, height=20)
 
 
 @pytest.mark.parametrize("width", [1, 2, 25, 29, 50, 51, 58, 100, 201])
-def test_no_size_breaks_the_reduced_crop(make_picture, width):
-    image = make_picture(0, size=(width, 200))
+def test_no_size_breaks_the_reduced_crop(make_image, width):
+    image = make_image(0, size=(width, 200))
     for number in range(5):
-        assert RandomView(size=6, scale=(1.0, 1.0))(image, SampleChance(0, number, "k")).shape == (3, 6, 6)
+        assert RandomResizedCrop(size=6, scale=(1.0, 1.0))(image, SampleRng(0, number, "k")).shape == (3, 6, 6)
 
 
 def test_crops_lie_on_whole_pixels_of_the_reduced_jpeg():
-    view = RandomView(size=20, scale=(0.25, 0.5))
+    view = RandomResizedCrop(size=20, scale=(0.25, 0.5))
     rng = np.random.default_rng(0)
     for side, step in [(50, 1), (100, 2), (200, 4), (400, 8)]:
         for _ in range(50):
@@ -163,25 +163,25 @@ def test_crops_lie_on_whole_pixels_of_the_reduced_jpeg():
             assert not any(edge % fitting for edge in (crop.left, crop.top, crop.width, crop.height))
 
 
-def test_what_is_drawn_does_not_depend_on_the_kind_of_picture(make_picture):
-    view = RandomView(size=40, scale=(0.2, 1.0), flip=0.5)
+def test_what_is_drawn_does_not_depend_on_the_kind_of_image(make_image):
+    view = RandomResizedCrop(size=40, scale=(0.2, 1.0), flip=0.5)
     shown, rngs = [], []
     for kind in ("JPEG", "PNG", "WEBP"):
-        rng = SampleChance(0, 3, "key")
-        shown.append(view(make_picture(0, size=(400, 300), kind=kind), rng).astype(int))
+        rng = SampleRng(0, 3, "key")
+        shown.append(view(make_image(0, size=(400, 300), kind=kind), rng).astype(int))
         rngs.append(rng.random())
     assert len(set(rngs)) == 1
     assert max(np.abs(shown[0] - other).mean() for other in shown[1:]) < 1.5
 
 
-def test_flips_are_as_frequent_as_asked_and_mirror_the_crop(make_picture):
-    image = EncodedPicture(make_picture(0, size=(90, 70)))
-    view = RandomView(size=32, flip=0.25)
+def test_flips_are_as_frequent_as_asked_and_mirror_the_crop(make_image):
+    image = EncodedImage(make_image(0, size=(90, 70)))
+    view = RandomResizedCrop(size=32, flip=0.25)
     rng = np.random.default_rng(0)
     crops = [view.draw(90, 70, rng) for _ in range(2000)]
-    assert 0.21 < np.mean([crop.is_mirrored for crop in crops]) < 0.29
-    plain = view.show(image, crops[0]._replace(is_mirrored=False))
-    mirrored = view.show(image, crops[0]._replace(is_mirrored=True))
+    assert 0.21 < np.mean([crop.is_flipped for crop in crops]) < 0.29
+    plain = view.show(image, crops[0]._replace(is_flipped=False))
+    mirrored = view.show(image, crops[0]._replace(is_flipped=True))
     assert (mirrored == plain[..., ::-1]).all()
     for shown in (plain, mirrored):  # channels last in memory
         assert shown.transpose(1, 2, 0).flags.c_contiguous
@@ -201,24 +201,24 @@ def test_resizing_is_that_of_pillow(shape, interpolation):
 def test_views_of_real_photos_are_close_to_those_of_the_whole_decoding(datasets):
     reader = ShardReader(str(datasets / "flickr8k" / "val-00000.tar"))
     for size, least in [(96, 45), (48, 38)]:
-        view, rng = RandomView(size=size), np.random.default_rng(0)
+        view, rng = RandomResizedCrop(size=size), np.random.default_rng(0)
         errors = []
         for number in range(40):
             image = reader.read(number).image
-            picture = EncodedPicture(image)
-            crop = view.draw(picture.width, picture.height, rng)
+            pil_image = EncodedImage(image)
+            crop = view.draw(pil_image.width, pil_image.height, rng)
             box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-            whole = to_rgb(open_picture(image)).resize((size, size), Image.Resampling.BICUBIC, box=box)
-            errors.append(view.show(picture, crop).transpose(1, 2, 0).astype(int) - np.asarray(whole))
+            whole = to_rgb(open_image(image)).resize((size, size), Image.Resampling.BICUBIC, box=box)
+            errors.append(view.show(pil_image, crop).transpose(1, 2, 0).astype(int) - np.asarray(whole))
         assert 10 * np.log10(255**2 / np.mean(np.square(errors))) > least
     reader.close()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF"])
-def test_mutated_pictures_are_shown_or_refused(make_picture, kind):
+def test_mutated_images_are_shown_or_refused(make_image, kind):
     rng = np.random.default_rng(0)
-    whole = make_picture(0, size=(80, 60), kind=kind)
-    views = [RandomView(size=32, scale=(0.2, 1.0)), RandomView(size=8)]
+    whole = make_image(0, size=(80, 60), kind=kind)
+    views = [RandomResizedCrop(size=32, scale=(0.2, 1.0)), RandomResizedCrop(size=8)]
     refused = 0
     for number in range(150):
         image = mutated(whole, rng)

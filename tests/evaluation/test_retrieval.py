@@ -18,14 +18,14 @@ def test_a_perfect_model_finds_all_with_several_captions_each():
     assert (found.num_images, found.num_texts) == (5, 10)
 
 
-def test_pictures_with_the_same_caption_are_right_answers_for_each_other():
+def test_images_with_the_same_caption_are_right_answers_for_each_other():
     images = unit([[1, 0], [0, 1]])
     texts = unit([[0, 1], [0, 1]])
     assert measure_retrieval(images, texts, [["same"], ["same"]]).text_to_image.recall[1] == 1.0
     assert measure_retrieval(images, texts, [["one"], ["other"]]).text_to_image.recall[1] == 0.5
 
 
-def test_one_right_caption_of_many_is_enough_for_a_picture():
+def test_one_right_caption_of_many_is_enough_for_a_image():
     images = unit([[1, 0], [0, 1]])
     texts = unit([[0.1, 1], [1, 0], [0, 1], [-1, 0]])
     found = measure_retrieval(images, texts, [["a", "b"], ["c", "d"]])
@@ -33,7 +33,7 @@ def test_one_right_caption_of_many_is_enough_for_a_picture():
     assert found.text_to_image.recall[1] == 0.75
 
 
-def test_a_picture_without_captions_is_an_answer_but_no_query():
+def test_a_image_without_captions_is_an_answer_but_no_query():
     images = unit([[1, 0], [0.9, 0.1]])
     found = measure_retrieval(images, unit([[0.9, 0.1]]), [["a"], []])
     assert found.image_to_text.num_queries == 1

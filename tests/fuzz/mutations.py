@@ -15,7 +15,7 @@ BLOCK = 512
 FORMATS = ("JPEG", "progressive", "CMYK", "grey", "PNG", "16-bit", "palette", "WEBP", "GIF", "AVIF")
 
 
-def picture(kind: str, rng: Rng) -> tuple[str, bytes]:
+def pil_image(kind: str, rng: Rng) -> tuple[str, bytes]:
     """Extension and bytes of a picture of one of `FORMATS`."""
     size = (int(rng.integers(8, 90)), int(rng.integers(8, 90)))
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size)
@@ -44,7 +44,7 @@ def whole_tar(rng: Rng) -> bytes:
     with tarfile.open(fileobj=file, mode="w", format=form) as tar:
         for number in range(int(rng.integers(1, 7))):
             kind = FORMATS[int(rng.integers(len(FORMATS)))]
-            extension, image = picture(kind, rng)
+            extension, image = pil_image(kind, rng)
             key = f"sample-{number}" + ("-ü" * 60 if form != tarfile.USTAR_FORMAT and rng.random() < 0.1 else "")
             text = {"captions": [f"a {kind} picture", "another caption"]}
             array = io.BytesIO()
@@ -139,7 +139,7 @@ def pax_rubbish(data: bytearray, rng: Rng) -> bytearray:
     return data[:at] + header + body.ljust(-(-len(body) // BLOCK) * BLOCK, b"\0") + data[at:]
 
 
-def hurt_picture(data: bytearray, rng: Rng) -> bytearray:
+def hurt_image(data: bytearray, rng: Rng) -> bytearray:
     """Bytes of one picture change, its headers above all; the tar stays sound."""
     at = _header(data, rng, kinds=(b".jpg", b".png", b".webp", b".gif", b".avif"))
     said = bytes(data[at + 124 : at + 135]).split(b"\0")[0]
@@ -194,7 +194,7 @@ def bomb(data: bytearray, rng: Rng) -> bytearray:
             for kind, body in parts
         )
         return _inserted(data, rng, "png", b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    _, jpeg = picture("progressive" if rng.random() < 0.5 else "JPEG", rng)
+    _, jpeg = pil_image("progressive" if rng.random() < 0.5 else "JPEG", rng)
     frame = max(jpeg.find(b"\xff\xc0"), jpeg.find(b"\xff\xc2"))
     sizes = struct.pack(">HH", min(height, 65_535), min(width, 65_535))
     return _inserted(data, rng, "jpg", jpeg[: frame + 5] + sizes + jpeg[frame + 9 :])
@@ -210,7 +210,7 @@ MUTATIONS: dict[str, Callable[[bytearray, Rng], bytearray]] = {
         absurd_header,
         evil_name,
         pax_rubbish,
-        hurt_picture,
+        hurt_image,
         hurt_text,
         hurt_array,
         bomb,
@@ -248,7 +248,7 @@ def _with_checksum(data: bytearray, at: int, rng: Rng) -> bytearray:
 
 def _inserted(data: bytearray, rng: Rng, extension: str, body: bytes) -> bytearray:
     """A further sample before some other, whose part of this kind is `body` and whose others are sound."""
-    kind, image = picture("JPEG", rng)
+    kind, image = pil_image("JPEG", rng)
     parts = {kind: image, "json": b'{"captions": ["a caption"]}', extension: body}
     at, members = _header(data, rng, kinds=(b".jpg", b".png", b".webp", b".gif", b".avif")), b""
     for name, content in parts.items():

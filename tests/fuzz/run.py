@@ -20,14 +20,14 @@ import numpy as np
 
 from tests.fuzz.mutations import mutated_tar
 from vlm.console import progress
-from vlm.data.collate import AssembleTraining
+from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Source, open_corpus
-from vlm.data.ledger import Ledger, total_of
+from vlm.data.ledger import Ledger, sum_counts
 from vlm.data.loader import stream_batches
-from vlm.data.precomputed import StoredArrays
-from vlm.data.sampler import TrainingPlan
+from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.sampler import BatchSampler
 from vlm.data.tar import open_index
-from vlm.data.transforms import RandomView
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
 
 SECONDS_A_CASE = 20
@@ -74,26 +74,26 @@ def run_case(seed: int, folder: Path) -> Outcome:
     return Outcome(seed, mutation, kind, fault or (f"wrote {strangers}" if strangers else ""))
 
 
-def _stream(address: str, *, with_arrays: bool) -> tuple[str, str]:
-    corpus = open_corpus([Source(data=address, name="fuzz")], allow_damage=True)
-    plan = TrainingPlan(order=corpus.order, batch_size=1)
+def _stream(url: str, *, with_arrays: bool) -> tuple[str, str]:
+    corpus = open_corpus([Source(data=url, name="fuzz")], allow_damage=True)
+    plan = BatchSampler(order=corpus.order, batch_size=1)
     tokenizer: Any = Bytes()
-    assemble = AssembleTraining(
+    collate = TrainingCollator(
         plan=plan,
-        view=RandomView(size=16),
+        view=RandomResizedCrop(size=16),
         tokenizer=tokenizer,
-        arrays=StoredArrays(names=("text_embedding",) if with_arrays else ()),
+        arrays=PrecomputedFeatures(names=("text_embedding",) if with_arrays else ()),
     )
     ledger = Ledger()
     visits = corpus.order.num_samples
-    for batch in stream_batches(plan, corpus.shards, assemble, numbers=range(visits)):
+    for batch in stream_batches(plan, corpus.shards, collate, numbers=range(visits)):
         ledger.count(batch)
-    total = total_of(ledger.by_shard())
+    total = sum_counts(ledger.by_shard())
     if total.asked != visits or total.asked != total.seen + total.replaced or total.corrupt.total() != total.replaced:
         return "accounts", f"the ledger does not add up: {total} of {visits}"
     if len(ledger.failures) < (total.replaced > 0):
         return "accounts", "a loss has no name"
-    if open_index(address).damage:
+    if open_index(url).damage:
         return "damaged", ""
     return ("incidents" if total.replaced else "whole"), ""
 

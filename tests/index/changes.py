@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.origins import make_origin
-from vlm.index.embeddings import Origin, Space, unit_rows
+from vlm.index.embeddings import EmbeddingSpace, Origin, normalize_rows
 from vlm.index.reader import Index
-from vlm.index.writer import NewRows
+from vlm.index.writer import InsertBatch
 
-SPACE = Space(model="given", fingerprint="given", dimension=16, modality="image")
+SPACE = EmbeddingSpace(model="given", fingerprint="given", dimension=16, modality="image")
 MakeIndex = Callable[..., Path]
 
 
 def vectors(count: int, seed: int) -> np.ndarray:
     """Random unit rows."""
-    return unit_rows(np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32))
+    return normalize_rows(np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32))
 
 
 def origins(uids: Sequence[str], **metadata: object) -> list[Origin]:
@@ -29,9 +29,11 @@ def origins(uids: Sequence[str], **metadata: object) -> list[Origin]:
     ]
 
 
-def given(count: int, seed: int, name: str = "n", **metadata: object) -> NewRows:
+def given(count: int, seed: int, name: str = "n", **metadata: object) -> InsertBatch:
     """New rows named n0, n1, …"""
-    return NewRows.of_arrays(vectors(count, seed), origins([f"{name}{n}" for n in range(count)], **metadata), SPACE)
+    return InsertBatch.from_arrays(
+        vectors(count, seed), origins([f"{name}{n}" for n in range(count)], **metadata), SPACE
+    )
 
 
 def uids_of(index: Index, query: np.ndarray, top: int = 5, **more: np.ndarray) -> list[str]:

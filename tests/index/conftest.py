@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from tests.index.changes import SPACE, MakeIndex, origins, vectors
-from vlm.data.transforms import FixedView
-from vlm.index.ann.index_type import Tuning
+from vlm.data.transforms import EvalTransform
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embed import embed_shards
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Origin, Space
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Modality, Origin
 from vlm.tensors import Float32, Tensor, UInt8
 
 COLOURS = {
@@ -38,7 +38,7 @@ class ColourModel:
     """A picture's vector says how much of it has which colour, a text's which colours it names."""
 
     fingerprint: str = "colours"
-    view: FixedView = field(default_factory=lambda: FixedView(size=8))
+    view: EvalTransform = field(default_factory=lambda: EvalTransform(size=8))
     embedding_size: int = len(COLOURS)
     fail_on_batch: int | None = None
     batches: int = 0
@@ -67,12 +67,12 @@ def _unit(rows: Float32[Tensor, "B D"]) -> Float32[Tensor, "B D"]:
 
 
 def _paint(*colours: str) -> bytes:
-    picture = Image.new("RGB", (16, 16))
+    image = Image.new("RGB", (16, 16))
     width = 16 // len(colours)
     for number, colour in enumerate(colours):
-        picture.paste(COLOURS[colour], (number * width, 0, 16, 16))
+        image.paste(COLOURS[colour], (number * width, 0, 16, 16))
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -146,7 +146,7 @@ def embed_vectors(tmp_path: Path) -> Callable[..., Path]:
 
     def write(vectors: np.ndarray, *, modality: Modality = "image") -> Path:
         folder = tmp_path / "vectors"
-        space = Space(model="given", fingerprint="given", dimension=vectors.shape[1], modality=modality)
+        space = EmbeddingSpace(model="given", fingerprint="given", dimension=vectors.shape[1], modality=modality)
         writer = EmbeddingsWriter(folder, space=space, identity={})
         for first in range(0, len(vectors), 1000):
             block = vectors[first : first + 1000]
@@ -168,7 +168,7 @@ def embed_vectors(tmp_path: Path) -> Callable[..., Path]:
 def make_index(tmp_path: Path) -> MakeIndex:
     """Builds an index of random rows named k0, k1, …"""
 
-    def build(count: int = 300, *, kind: str = "flat", tuning: Tuning | None = None) -> Path:
+    def build(count: int = 300, *, kind: str = "flat", tuning: TuningParams | None = None) -> Path:
         writer = EmbeddingsWriter(tmp_path / "embeddings", space=SPACE, identity={})
         writer.add("/nowhere/0.tar", vectors(count, 0), origins([f"k{n}" for n in range(count)], split="first"))
         writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})

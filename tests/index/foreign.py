@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm.index.interop.import_sources import Wishes
+from vlm.index.interop.import_sources import ColumnChoice
 from vlm.index.interop.importer import UNKNOWN, ImportSummary, import_embeddings
 
 D = 8
@@ -52,6 +52,6 @@ def clip_retrieval(folder: Path, counts: tuple[int, ...] = (3, 2), *, width: int
     return np.concatenate(everything)
 
 
-def bring(source: Path, out: Path, *, wishes: Wishes | None = None, **options: Any) -> ImportSummary:
+def bring(source: Path, out: Path, *, column_choice: ColumnChoice | None = None, **options: Any) -> ImportSummary:
     given = {"model_spec": UNKNOWN, "load": pytest.fail} | options
-    return import_embeddings(source, out, wishes=wishes, **given)
+    return import_embeddings(source, out, column_choice=column_choice, **given)

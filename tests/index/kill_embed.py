@@ -238,7 +238,7 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     from vlm.data.sources.source import SceneOptions, SourceOptions
     from vlm.data.sources.source_registry import open_source
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.transforms import FixedView
+    from vlm.data.transforms import EvalTransform
     from vlm.models.factory import build_network, fit_to_tokenizer, model_config
     from vlm.models.load import save_model
 
@@ -247,7 +247,7 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     for path in sorted((folder / "shards").glob("*.tar"))[::5]:
         write_tar(path.with_name(f"{path.stem}-broken.tar"), ["", "unreadable picture", "unreadable json", ""])
     train_tokenizer(str(folder / "shards"), folder / "words.model", vocabulary=300, languages=("en",))
-    tokenizer, view = open_tokenizer(str(folder / "words.model"), 16), FixedView(size=32)
+    tokenizer, view = open_tokenizer(str(folder / "words.model"), 16), EvalTransform(size=32)
     config = fit_to_tokenizer(model_config("vit:32x1/8+bag@16"), tokenizer)  # these import quickly
     config["vision_cfg"]["image_size"] = view.size
     torch.manual_seed(0)

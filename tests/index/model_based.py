@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.model_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, unit_rows
-from vlm.index.filters import parse_where
+from vlm.index.embeddings import EmbeddingsWriter, normalize_rows
+from vlm.index.filters import parse_filter
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 
@@ -45,7 +45,7 @@ class Oracle:
     num_named: int = 0
 
     @classmethod
-    def begin(cls, folder: Path, seed: int, *, kind: str, rows: int, tuning: Tuning) -> "Oracle":
+    def begin(cls, folder: Path, seed: int, *, kind: str, rows: int, tuning: TuningParams) -> "Oracle":
         """Build the first generation of `rows` random rows."""
         oracle = cls(folder=folder / "index", rng=np.random.default_rng(seed), rows={}, kind=kind)
         oracle.rows = oracle.draw(rows)
@@ -61,7 +61,7 @@ class Oracle:
         """New rows, some of them copies of vectors that are there, so that there are ties."""
         drawn: Rows = {}
         for number in range(count):
-            vector = unit_rows(self.rng.standard_normal((1, DIMENSION)).astype(np.float32))[0]
+            vector = normalize_rows(self.rng.standard_normal((1, DIMENSION)).astype(np.float32))[0]
             if self.rows and self.rng.random() < 0.1:
                 vector = self.rows[self.some_uids(1)[0]].vector
             uid = uids[number] if uids else f"u{self.num_named}"
@@ -113,7 +113,7 @@ class Oracle:
                 return (
                     name,
                     rest,
-                    lambda writer: writer.delete_rows(writer.generation.catalogue.where(parse_where(text))),
+                    lambda writer: writer.delete_rows(writer.snapshot.catalogue.where(parse_filter(text))),
                 )
         if name == "compact":
             return name, dict(self.rows), lambda writer: writer.compact()
@@ -142,7 +142,7 @@ class Oracle:
 
     def contents(self, index: Index) -> list[str]:
         """The uids an index has."""
-        return sorted(entry.uid for entry in index.catalogue.entries(index.generation.rows.tolist()))
+        return sorted(entry.uid for entry in index.catalogue.entries(index.snapshot.rows.tolist()))
 
     def ask(self) -> None:
         """A search by one of the readers, with or without a filter, against brute force."""
@@ -152,14 +152,14 @@ class Oracle:
             index.refresh()
             rows = dict(self.rows)
             self.readers[which] = index, rows
-        kind, among, living = "search", None, rows
+        kind, allowed_rows, living = "search", None, rows
         if self.rng.random() < 0.5 and rows:
             text, holds = self.random_filter()
-            among = index.catalogue.where(parse_where(text))
+            allowed_rows = index.catalogue.where(parse_filter(text))
             kind, living = "search where", {uid: row for uid, row in rows.items() if holds(row)}
-        queries = unit_rows(self.rng.standard_normal((2, DIMENSION)).astype(np.float32))
+        queries = normalize_rows(self.rng.standard_normal((2, DIMENSION)).astype(np.float32))
         top = int(self.rng.choice([1, 5, 20, 1000]))
-        self.compare(index, queries, top, among, living)
+        self.compare(index, queries, top, allowed_rows, living)
         self.done[kind] += 1
 
     def random_filter(self) -> tuple[str, Callable[[Row], bool]]:
@@ -171,11 +171,13 @@ class Oracle:
             (f"size >= {size} or not colour = '{colour}'", lambda row: row.size >= size or row.colour != colour),
         ][int(self.rng.integers(3))]
 
-    def compare(self, index: Index, queries: np.ndarray, top: int, among: np.ndarray | None, living: Rows) -> None:
+    def compare(
+        self, index: Index, queries: np.ndarray, top: int, allowed_rows: np.ndarray | None, living: Rows
+    ) -> None:
         """Answers are complete, true, and for exact kinds the best there are, up to ties."""
         names = sorted(living)
         matrix = np.stack([as_stored(living[uid].vector) for uid in names]) if names else np.zeros((0, DIMENSION))
-        for query, hits in zip(queries, index.search(queries, top, among=among), strict=True):
+        for query, hits in zip(queries, index.search(queries, top, allowed_rows=allowed_rows), strict=True):
             best = np.sort(matrix @ query)[::-1][:top]
             assert len(hits) == len(best), f"{len(hits)} answers, {len(best)} there are"
             assert len({hit.entry.uid for hit in hits}) == len(hits)
@@ -205,9 +207,9 @@ def names_of(rows: Rows) -> list[str]:
 
 def matches(index: Index, rows: Rows) -> bool:
     """Whether every row has the vector and the facts the oracle knows."""
-    for selected in index.generation.selected:
-        entries = index.catalogue.entries(selected.rows().tolist())
-        vectors = selected.segment.vectors.take(selected.positions)
+    for view in index.snapshot.views:
+        entries = index.catalogue.entries(view.rows().tolist())
+        vectors = view.segment.vectors.take(view.positions)
         for entry, vector in zip(entries, vectors, strict=True):
             row = rows[entry.uid]
             if not np.allclose(vector, as_stored(row.vector), atol=1e-6) or entry.metadata["size"] != row.size:
@@ -225,7 +227,7 @@ def _act_and_die(folder: Path, act: Callable[[IndexWriter], object], last: int) 
             os._exit(KILLED)
 
     try:
-        with IndexWriter(folder, reached=die_at_last) as writer:
+        with IndexWriter(folder, failpoint=die_at_last) as writer:
             act(writer)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
@@ -248,7 +250,7 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     folder, started = Path(tempfile.mkdtemp()), time.perf_counter()
     try:
-        oracle = Oracle.begin(folder, asked.seed, kind=asked.kind, rows=asked.rows, tuning=Tuning())
+        oracle = Oracle.begin(folder, asked.seed, kind=asked.kind, rows=asked.rows, tuning=TuningParams())
         for number in range(asked.operations):
             oracle.step(crash_share=asked.crash_share)
             if (number + 1) % 1000 == 0:

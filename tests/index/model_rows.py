@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.index.origins import make_origin
-from vlm.index.embeddings import Origin, Space, unit_rows
-from vlm.index.writer import NewRows
+from vlm.index.embeddings import EmbeddingSpace, Origin, normalize_rows
+from vlm.index.writer import InsertBatch
 
 DIMENSION = 8
-SPACE = Space(model="given", fingerprint="given", dimension=DIMENSION, modality="image")
+SPACE = EmbeddingSpace(model="given", fingerprint="given", dimension=DIMENSION, modality="image")
 COLOURS = ("red", "green", "blue")
 
 
@@ -30,13 +30,13 @@ def origin(uid: str, row: Row) -> Origin:
     return make_origin(uid, {"colour": row.colour, "size": row.size}, {"": (f"a {row.colour} thing",)})
 
 
-def new_rows(rows: Rows) -> NewRows:
+def new_rows(rows: Rows) -> InsertBatch:
     """As they come into an index."""
-    return NewRows.of_arrays(
+    return InsertBatch.from_arrays(
         np.stack([row.vector for row in rows.values()]), [origin(*item) for item in rows.items()], SPACE
     )
 
 
 def as_stored(vector: np.ndarray) -> np.ndarray:
     """The row that an index compares: rounded to float16, then of unit length."""
-    return unit_rows(vector.astype(np.float16)[None])[0]
+    return normalize_rows(vector.astype(np.float16)[None])[0]

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Origin, Space, unit_rows
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 
 CAPTIONS = 5
 
 
 def write(folder: Path, vectors: np.ndarray, *, modality: Modality, fingerprint: str = "drawn") -> Path:
     """An embeddings folder; five texts belong to one sample, a picture is a sample of its own."""
-    space = Space(model="drawn", fingerprint=fingerprint, dimension=vectors.shape[1], modality=modality)
+    space = EmbeddingSpace(model="drawn", fingerprint=fingerprint, dimension=vectors.shape[1], modality=modality)
     writer, a_sample = EmbeddingsWriter(folder, space=space, identity={}), CAPTIONS if modality == "text" else 1
     for first in range(0, len(vectors), 1000):
         numbers = range(first, min(first + 1000, len(vectors)))
@@ -31,7 +31,7 @@ def draw_spaces(folder: Path) -> tuple[Path, Path]:
     """3,000 pictures in clusters, and 400 texts about them on the other side of a gap."""
     generator = np.random.default_rng(1)
     centres, gap = generator.standard_normal((60, 16)), generator.standard_normal(16)
-    pictures = centres[generator.integers(0, 60, 3000)] + 0.5 * generator.standard_normal((3000, 16))
-    texts = pictures[generator.integers(0, 3000, 400)] + 0.8 * generator.standard_normal((400, 16))
-    rows, asked = ((unit_rows(each.astype(np.float32))) for each in (pictures + 0.5 * gap, texts - 0.5 * gap))
+    images = centres[generator.integers(0, 60, 3000)] + 0.5 * generator.standard_normal((3000, 16))
+    texts = images[generator.integers(0, 3000, 400)] + 0.8 * generator.standard_normal((400, 16))
+    rows, asked = ((normalize_rows(each.astype(np.float32))) for each in (images + 0.5 * gap, texts - 0.5 * gap))
     return write(folder / "images", rows, modality="image"), write(folder / "texts", asked, modality="text")

@@ -7,9 +7,9 @@ import pytest
 
 import vlm.index.build
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings, unit_rows
+from vlm.index.embeddings import Embeddings, normalize_rows
 from vlm.index.reader import Index
 from vlm.manifest import read_manifest
 
@@ -43,7 +43,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, embeddings: Path, mon
 
 
 def test_damaged_embeddings_are_not_indexed(tmp_path: Path, embed_vectors: Write) -> None:
-    folder = embed_vectors(unit_rows(np.ones((5, 4), np.float32)))
+    folder = embed_vectors(normalize_rows(np.ones((5, 4), np.float32)))
     path = folder / "parts" / "part-00000.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -54,9 +54,9 @@ def test_damaged_embeddings_are_not_indexed(tmp_path: Path, embed_vectors: Write
 
 
 def test_the_same_seed_builds_the_same_ivf_index(tmp_path: Path, embed_vectors: Write) -> None:
-    rows = unit_rows(np.random.default_rng(0).standard_normal((1500, 8)).astype(np.float32))
+    rows = normalize_rows(np.random.default_rng(0).standard_normal((1500, 8)).astype(np.float32))
     folder = embed_vectors(rows)
-    summaries = [build_index(folder, tmp_path / name, kind="ivf", tuning=Tuning(seed=5)) for name in ("a", "b")]
+    summaries = [build_index(folder, tmp_path / name, kind="ivf", tuning=TuningParams(seed=5)) for name in ("a", "b")]
     segments = [(tmp_path / name / "segments/segment-00000.faiss").read_bytes() for name in ("a", "b")]
     assert segments[0] == segments[1]
     assert summaries[0].parameters == {"nlist": 38, "nprobe": 8, "seed": 5}

@@ -6,7 +6,7 @@ import pytest
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
-from vlm.index.catalog import Catalogue, change_catalogue, copy_catalogue, restore_catalogue, write_catalogue
+from vlm.index.catalog import Catalogue, copy_catalogue, roll_back_catalogue, update_catalogue, write_catalogue
 from vlm.index.embeddings import Origin
 
 
@@ -100,10 +100,10 @@ def changed(tmp_path: Path) -> Catalogue:
     path, nobody = tmp_path / "changed.sqlite", np.zeros(0, np.int64)
     write_catalogue(path, enumerate(origin(n, captions) for n, captions in enumerate(CAPTIONS)))
     again = origin(1, CAPTIONS[4], uid="u1")
-    change_catalogue(path, generation=2, born=[(5, again), (6, origin(6, CAPTIONS[0]))], died=np.array([1, 3]))
-    change_catalogue(path, generation=3, born=[(7, origin(7, {}))], died=np.array([0]))
-    restore_catalogue(path, generation=2)
-    change_catalogue(path, generation=3, born=[(8, origin(8, {}))], died=nobody)
+    update_catalogue(path, generation=2, inserted=[(5, again), (6, origin(6, CAPTIONS[0]))], deleted=np.array([1, 3]))
+    update_catalogue(path, generation=3, inserted=[(7, origin(7, {}))], deleted=np.array([0]))
+    roll_back_catalogue(path, generation=2)
+    update_catalogue(path, generation=3, inserted=[(8, origin(8, {}))], deleted=nobody)
     return Catalogue(path, 2)
 
 
@@ -114,14 +114,14 @@ def test_a_copy_is_what_writing_its_living_rows_gives(tmp_path: Path, changed: C
     write_catalogue(tmp_path / "new.sqlite", ((entry.row, entry) for entry in changed.entries(rows.tolist())))
     copy, new = Catalogue(tmp_path / "copy.sqlite", 3), Catalogue(tmp_path / "new.sqlite")
     assert copy.entries(copy.rows().tolist()) == new.entries(new.rows().tolist())
-    assert copy.facts_of(rows.tolist()) == new.facts_of(rows.tolist())
+    assert copy.metadata_fields(rows.tolist()) == new.metadata_fields(rows.tolist())
     assert list(copy.faults()) == []
     assert len(copy) == 5
     assert copy.count_hidden() == 0
     assert len(copy.at(2)) == 0
     for words in ("dog", "狗", "cat", "nobody"):
         assert copy.search_text(words, 10) == new.search_text(words, 10)
-    change_catalogue(copy.path, generation=4, born=[(9, origin(9, {}))], died=np.array([0]))
+    update_catalogue(copy.path, generation=4, inserted=[(9, origin(9, {}))], deleted=np.array([0]))
     assert copy.at(4).rows().tolist() == [2, 4, 5, 6, 9]
 
 

@@ -5,12 +5,12 @@ import pytest
 
 from tests.index.changes import SPACE, MakeIndex, given, origins, uids_of, vectors
 from vlm.errors import UsageError
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
-from vlm.index.filters import parse_where
+from vlm.index.filters import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
-from vlm.index.writer import IndexWriter, NewRows
+from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.manifest import read_manifest
 
 
@@ -31,17 +31,17 @@ def test_added_rows_are_found_and_the_ones_before_them_too(make_index: MakeIndex
 
 def test_rows_of_unit_length_are_stored_as_an_embeddings_folder_stores_them() -> None:
     unit = vectors(3000, 4)
-    (stored,) = NewRows.of_arrays(unit, origins([f"n{number}" for number in range(3000)]), SPACE).blocks()
+    (stored,) = InsertBatch.from_arrays(unit, origins([f"n{number}" for number in range(3000)]), SPACE).blocks()
     assert np.array_equal(stored, unit.astype(np.float16))
 
 
 def test_a_uid_that_is_there_is_not_added_but_updated(make_index: MakeIndex) -> None:
     folder = make_index()
-    new = NewRows.of_arrays(vectors(3, 5), origins(["k4", "fresh", "k9"]), SPACE)
+    new = InsertBatch.from_arrays(vectors(3, 5), origins(["k4", "fresh", "k9"]), SPACE)
     with IndexWriter(folder) as writer:
         with pytest.raises(UsageError, match=r"has 'k[49]' already \(2 of the 3 new rows.*vlm index update"):
             writer.add(new)
-        assert writer.generation.number == 1
+        assert writer.snapshot.number == 1
         change = writer.update(new)
     assert (change.added, change.replaced, change.rows, change.dead) == (1, 2, 301, 2)
     index = Index.open(folder)
@@ -63,7 +63,7 @@ def test_deleted_rows_are_never_found_again_by_vector_word_uid_or_filter(make_in
     assert "k7" not in found
     assert index.catalogue.find("k7") is None
     assert index.catalogue.search_text("k7", 5) == []
-    assert len(index.catalogue.where(parse_where("split = 'first'"))) == 298
+    assert len(index.catalogue.where(parse_filter("split = 'first'"))) == 298
 
 
 def test_deleting_what_is_not_there_names_it_and_deletes_nothing(make_index: MakeIndex) -> None:
@@ -76,9 +76,9 @@ def test_deleting_what_is_not_there_names_it_and_deletes_nothing(make_index: Mak
 def test_rows_are_deleted_by_a_filter(make_index: MakeIndex) -> None:
     folder = make_index()
     with IndexWriter(folder) as writer:
-        condition = parse_where("number < 10 or number >= 290")
-        assert writer.delete_rows(writer.generation.catalogue.where(condition)).removed == 20
-        assert writer.delete_rows(writer.generation.catalogue.where(condition)).removed == 0
+        condition = parse_filter("number < 10 or number >= 290")
+        assert writer.delete_rows(writer.snapshot.catalogue.where(condition)).removed == 20
+        assert writer.delete_rows(writer.snapshot.catalogue.where(condition)).removed == 0
     assert read_manifest(folder, "index").generation == 2
 
 
@@ -87,7 +87,7 @@ def test_a_uid_may_come_back_after_its_deletion_and_its_row_number_does_not(make
     with IndexWriter(folder) as writer:
         for _ in range(3):
             writer.add(given(1, 1))
-            entry = writer.generation.catalogue.find("n0")
+            entry = writer.snapshot.catalogue.find("n0")
             assert entry is not None
             numbers.append(entry.row)
             writer.delete(["n0"])
@@ -107,7 +107,7 @@ def test_everything_may_be_deleted_and_filled_again(make_index: MakeIndex) -> No
 
 
 def test_compaction_leaves_one_segment_of_the_index_kind_and_no_dead_rows(make_index: MakeIndex) -> None:
-    folder = make_index(500, kind="ivf", tuning=Tuning(nlist=10, nprobe=10))
+    folder = make_index(500, kind="ivf", tuning=TuningParams(nlist=10, nprobe=10))
     with IndexWriter(folder) as writer:
         writer.add(given(100, 1))
         writer.delete([f"k{n}" for n in range(50)])
@@ -169,11 +169,11 @@ def test_a_reader_stays_on_its_generation_until_it_refreshes(make_index: MakeInd
 def test_refreshing_opens_only_what_is_new(make_index: MakeIndex) -> None:
     folder = make_index()
     index = Index.open(folder)
-    held = index.generation.selected[0].segment
+    held = index.snapshot.views[0].segment
     with IndexWriter(folder) as writer:
         writer.add(given(20, 1))
     index.refresh()
-    assert index.generation.selected[0].segment is held
+    assert index.snapshot.views[0].segment is held
 
 
 def test_a_folder_built_anew_under_the_same_name_is_noticed(make_index: MakeIndex, tmp_path: Path) -> None:
@@ -193,9 +193,9 @@ def test_rows_that_no_segment_has_any_more_leave_the_catalogue_with_the_next_com
     with IndexWriter(folder) as writer:
         writer.add(given(4, 1))
         writer.delete([f"n{n}" for n in range(4)])
-        assert (len(writer.generation.dead), writer.generation.catalogue.count_hidden()) == (0, 4)
+        assert (len(writer.snapshot.dead), writer.snapshot.catalogue.count_hidden()) == (0, 4)
         writer.compact()
-        assert writer.generation.catalogue.count_hidden() == 0
+        assert writer.snapshot.catalogue.count_hidden() == 0
         assert writer.compact().generation == 4
 
 
@@ -216,14 +216,14 @@ def test_only_rows_of_a_filter_are_replaced(make_index: MakeIndex) -> None:
     folder = make_index(50)
     rows, new = vectors(30, 7), origins([f"k{n}" for n in range(25, 50)] + [f"n{n}" for n in range(5)], split="new")
     with IndexWriter(folder) as writer:
-        chosen = writer.generation.catalogue.where(parse_where("number >= 40 or number < 3"))
-        change = writer.update(NewRows.of_arrays(rows, new, SPACE), among=chosen)
+        chosen = writer.snapshot.catalogue.where(parse_filter("number >= 40 or number < 3"))
+        change = writer.update(InsertBatch.from_arrays(rows, new, SPACE), allowed_rows=chosen)
         assert (change.added, change.replaced, change.left_out, change.rows, change.dead) == (0, 10, 20, 50, 10)
-        nobody = writer.generation.catalogue.where(parse_where("number < 3 and split = 'first'"))
-        change = writer.update(NewRows.of_arrays(rows, new, SPACE), among=nobody)
+        nobody = writer.snapshot.catalogue.where(parse_filter("number < 3 and split = 'first'"))
+        change = writer.update(InsertBatch.from_arrays(rows, new, SPACE), allowed_rows=nobody)
         assert (change.replaced, change.left_out, change.generation) == (0, 30, 2)
     index = Index.open(folder)
-    replaced = index.catalogue.where(parse_where("split = 'new'"))
+    replaced = index.catalogue.where(parse_filter("split = 'new'"))
     assert {entry.uid for entry in index.catalogue.entries(replaced.tolist())} == {f"k{n}" for n in range(40, 50)}
     assert uids_of(index, rows[15], 1) == ["k40"]
     assert uids_of(index, vectors(50, 0)[30], 1) == ["k30"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError
-from vlm.files import sha256_of
+from vlm.files import sha256_file
 from vlm.index.build import build_index
-from vlm.index.embeddings import unit_rows
+from vlm.index.embeddings import normalize_rows
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 
@@ -24,11 +24,11 @@ def rewrite(folder: Path, name: str, change: Callable[[Path], None]) -> None:
     """Change a file and let the manifest say that it was written so."""
     change(folder / name)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def change_catalogue(folder: Path, statement: str) -> None:
+def update_catalogue(folder: Path, statement: str) -> None:
     database = sqlite3.connect(next(folder.glob("catalogue-*.sqlite")))
     database.execute(statement)
     database.commit()
@@ -45,7 +45,7 @@ def changed(index: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "sq8", "hnsw", "ivfpq"])
 def test_a_sound_index_of_any_kind_has_no_faults(tmp_path: Path, embed_vectors: Callable[..., Path], kind: str) -> None:
-    rows = unit_rows(np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32))
+    rows = normalize_rows(np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32))
     build_index(embed_vectors(rows), tmp_path / "index", kind=kind)
     report = check_index(tmp_path / "index", sample=100)
     assert report.faults == ()
@@ -85,14 +85,14 @@ def test_a_changed_byte_a_lost_byte_and_a_lost_file_are_named(changed: Path, nam
 def test_a_catalogue_that_was_changed_by_hand_is_noticed(
     changed: Path, statement: str, part: str, message: str
 ) -> None:
-    change_catalogue(changed, statement)
+    update_catalogue(changed, statement)
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(faults(changed)[part])
 
 
 def test_rows_of_the_catalogue_and_of_the_segments_that_differ_are_noticed_at_equal_counts(changed: Path) -> None:
-    change_catalogue(changed, "UPDATE rows SET died = 9223372036854775807 WHERE uid = '00'")
-    change_catalogue(changed, "UPDATE rows SET died = 2 WHERE uid = '01'")
+    update_catalogue(changed, "UPDATE rows SET died = 9223372036854775807 WHERE uid = '00'")
+    update_catalogue(changed, "UPDATE rows SET died = 2 WHERE uid = '01'")
     found = [fault.what for fault in check_index(changed).faults]
     assert found == [
         "row 1 (1 such) is in a segment, but not in the catalogue",

@@ -12,21 +12,21 @@ import pytest
 
 from tests.index.origins import make_origin
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, Origin, Space, unit_rows
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
-from vlm.index.writer import IndexWriter, NewRows
+from vlm.index.writer import IndexWriter, InsertBatch
 
-SPACE = Space(model="given", fingerprint="given", dimension=8, modality="image")
+SPACE = EmbeddingSpace(model="given", fingerprint="given", dimension=8, modality="image")
 KILLED = 77
 Act = Callable[[IndexWriter], object]
 
 
-def rows(uids: list[str], seed: int) -> NewRows:
-    vectors = unit_rows(np.random.default_rng(seed).standard_normal((len(uids), 8)).astype(np.float32))
-    return NewRows.of_arrays(vectors, [origin(uid, seed) for uid in uids], SPACE)
+def rows(uids: list[str], seed: int) -> InsertBatch:
+    vectors = normalize_rows(np.random.default_rng(seed).standard_normal((len(uids), 8)).astype(np.float32))
+    return InsertBatch.from_arrays(vectors, [origin(uid, seed) for uid in uids], SPACE)
 
 
 def origin(uid: str, seed: int) -> Origin:
@@ -49,7 +49,7 @@ def folder(place: Path) -> Path:
     (vectors,) = new.blocks()
     writer.add("/nowhere/0.tar", vectors, list(new.origins()))
     writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
-    build_index(place / "embeddings", place / "index", kind="ivf", tuning=Tuning(nlist=4, nprobe=4))
+    build_index(place / "embeddings", place / "index", kind="ivf", tuning=TuningParams(nlist=4, nprobe=4))
     with IndexWriter(place / "index") as changing:
         changing.add(rows([f"a{n}" for n in range(10)], 1))
         changing.delete(["k3", "a3"])
@@ -69,9 +69,9 @@ CHANGES: dict[str, Act] = {
 def state(folder: Path) -> dict[str, tuple[str, list[float]]]:
     """Of each uid its caption and its vector."""
     index, found = Index.open(folder), {}
-    for selected in index.generation.selected:
-        vectors = selected.segment.vectors.take(selected.positions)
-        for entry, vector in zip(index.catalogue.entries(selected.rows().tolist()), vectors, strict=True):
+    for view in index.snapshot.views:
+        vectors = view.segment.vectors.take(view.positions)
+        for entry, vector in zip(index.catalogue.entries(view.rows().tolist()), vectors, strict=True):
             found[entry.uid] = entry.captions[""][0], vector.tolist()
     index.close()
     return found
@@ -94,12 +94,12 @@ def change(folder: Path, act: Act, *, die_at: int = -1) -> list[str]:
     """Do it and name the write points passed; the process ends at one of them."""
     passed: list[str] = []
 
-    def reached(point: str) -> None:
+    def failpoint(point: str) -> None:
         if len(passed) == die_at:
             os._exit(KILLED)
         passed.append(point)
 
-    with IndexWriter(folder, reached=reached) as writer:
+    with IndexWriter(folder, failpoint=failpoint) as writer:
         act(writer)
     return passed
 
@@ -119,7 +119,7 @@ def test_killed_at_any_write_point_the_index_is_as_before_or_as_after(place: Pat
         assert in_child(lambda number=number: change(copy, act, die_at=number)) == KILLED
         left = state(copy)
         assert left in (before, after), f"killed at {point!r}"
-        found.append(Index.open(copy).generation.number)
+        found.append(Index.open(copy).snapshot.number)
         with IndexWriter(copy):
             assert check_index(copy).strays == ()
             assert check_index(copy).faults == ()
@@ -177,7 +177,7 @@ def test_a_full_disk_is_said_and_loses_nothing(folder: Path, name: str, kibibyte
             os._exit(KILLED)
 
     assert in_child(fill) in (KILLED, 0)
-    if Index.open(folder).generation.number == 3:
+    if Index.open(folder).snapshot.number == 3:
         assert state(folder) == before
         change(folder, act)
     assert check_index(folder).faults == ()
@@ -191,7 +191,7 @@ def test_a_writer_that_failed_goes_on_with_the_next_change(folder: Path) -> None
             raise OSError(28, "No space left on device")
 
     failed: list[str] = []
-    with IndexWriter(folder, reached=fail_once) as writer:
+    with IndexWriter(folder, failpoint=fail_once) as writer:
         with pytest.raises(OSError, match="No space left"):
             writer.update(rows(["k1"], 5))
         assert state(folder)["k1"][0] == "k1 of 0"

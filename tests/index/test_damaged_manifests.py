@@ -9,7 +9,7 @@ import pytest
 from vlm.errors import VlmError
 from vlm.index.embeddings import Embeddings
 from vlm.index.reader import Index
-from vlm.manifest import MANIFEST, begin_folder
+from vlm.manifest import MANIFEST, begin_or_resume_folder
 
 Damage = Callable[[bytes], bytes]
 
@@ -63,10 +63,10 @@ def test_a_damaged_manifest_of_an_index_is_named(index: Path, what: str) -> None
 
 @pytest.mark.parametrize("content", [b"\xff{}", b"[]", b"{"])
 def test_a_damaged_marker_of_unfinished_work_is_named(tmp_path: Path, content: bytes) -> None:
-    begin_folder(tmp_path / "out", kind="shards", configuration={})
+    begin_or_resume_folder(tmp_path / "out", kind="shards", configuration={})
     (tmp_path / "out" / "progress.json").write_bytes(content)
     with pytest.raises(VlmError, match=r"progress.json is damaged"):
-        begin_folder(tmp_path / "out", kind="shards", configuration={})
+        begin_or_resume_folder(tmp_path / "out", kind="shards", configuration={})
 
 
 @pytest.mark.parametrize("line", [b"\xff\n", b"[]\n", b"{}\n", b"{\n"])

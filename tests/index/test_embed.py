@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm.data.selection import Selection, whole_selection
+from vlm.data.selection import Selection, select_all
 from vlm.errors import UsageError, VlmError
 from vlm.index.embed import embed_shards
 from vlm.index.embeddings import Embeddings, Modality
@@ -180,7 +180,7 @@ def test_the_folder_of_other_work_is_refused(
     assert contents(out) == before
 
 
-def test_a_bad_picture_is_counted_and_named_with_its_shard_and_reason(
+def test_a_bad_image_is_counted_and_named_with_its_shard_and_reason(
     tmp_path: Path, shards: list[str], model: Encoder
 ) -> None:
     embeddings = embed(model, shards, tmp_path / "out")
@@ -242,7 +242,7 @@ def test_a_sample_without_caption_is_left_out_of_the_texts_and_counted(
     assert json.loads((tmp_path / "out" / "incidents.jsonl").read_text())["reason"] == "no caption"
 
 
-def test_the_byte_range_of_a_row_is_its_picture(
+def test_the_byte_range_of_a_row_is_its_image(
     tmp_path: Path, write_shard: Callable[..., str], paint: Callable[..., bytes], model: Encoder
 ) -> None:
     shard = write_shard(tmp_path / "0.tar", [("a", paint("red"), ["x"]), ("b", paint("blue", "red"), ["x"])])
@@ -288,7 +288,7 @@ def test_the_shards_are_the_same_wherever_they_lie(tmp_path: Path, shards: list[
 
 
 def test_a_selection_embeds_only_what_it_names_and_is_part_of_what_the_folder_is(tmp_path, shards, model):
-    whole = whole_selection(shards)
+    whole = select_all(shards)
     times = (np.array([1, 0, 3, 0], np.uint16), np.zeros(4, np.uint16), np.ones(4, np.uint16))
     some = Selection(shards=whole.shards, times=times)
     summary = embed_shards(model, shards, tmp_path / "some", model_spec="colours", batch_size=3, selection=some)

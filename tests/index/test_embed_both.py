@@ -6,7 +6,7 @@ from tests.index.conftest import ColourModel
 from tests.index.test_embed_processes import contents
 from vlm.errors import UsageError, VlmError
 from vlm.index.embed import EmbedOptions, embed_into, embed_shards
-from vlm.index.embeddings import Embeddings, Modality, Storage
+from vlm.index.embeddings import Embeddings, Modality, VectorStorage
 
 OPTIONS = EmbedOptions(model_spec="colours", batch_size=3)
 
@@ -37,7 +37,7 @@ def test_both_stopped_and_repeated_leave_the_files_of_one_run(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_texts_lost_alone_are_made_again_without_the_pictures(tmp_path: Path, shards: list[str]) -> None:
+def test_texts_lost_alone_are_made_again_without_the_images(tmp_path: Path, shards: list[str]) -> None:
     folders: dict[Modality, Path] = {"image": tmp_path / "i", "text": tmp_path / "t"}
     with pytest.raises(InterruptedError):
         embed_into(ColourModel(fail_on_batch=5), shards, folders, OPTIONS)
@@ -66,7 +66,7 @@ def test_the_batch_size_found_is_said_and_kept_when_the_work_goes_on(
 
 def test_storage_is_part_of_what_a_folder_is(tmp_path: Path, shards: list[str]) -> None:
     embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, OPTIONS)
-    other = EmbedOptions(model_spec="colours", batch_size=3, storage=Storage(store="float32"))
+    other = EmbedOptions(model_spec="colours", batch_size=3, storage=VectorStorage(store="float32"))
     with pytest.raises(UsageError, match="another store"):
         embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, other)
 

@@ -6,13 +6,13 @@ import pytest
 
 from tests.index.changes import SPACE, origins, vectors
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, unit_rows
+from vlm.index.embeddings import Embeddings, EmbeddingsWriter, normalize_rows
 
 Write = Callable[..., Path]
 
 
 def random_vectors(rows: int, dimension: int = 16) -> np.ndarray:
-    return unit_rows(np.random.default_rng(0).standard_normal((rows, dimension)).astype(np.float32))
+    return normalize_rows(np.random.default_rng(0).standard_normal((rows, dimension)).astype(np.float32))
 
 
 def test_the_rows_come_back_in_order_and_of_unit_length(embed_vectors: Write) -> None:

@@ -14,17 +14,17 @@ from tests.index.changes import SPACE, MakeIndex, given, vectors
 from tests.index.origins import make_origin
 from vlm.cli.main import main
 from vlm.errors import UsageError
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Origin
-from vlm.index.filters import parse_where
-from vlm.index.interop.exporter import Target, export_index
+from vlm.index.filters import parse_filter
+from vlm.index.interop.exporter import ExportFormat, export_index
 from vlm.index.interop.importer import ImportSummary, import_embeddings
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 
 QUERIES = vectors(20, 99)
-TARGETS: list[Target] = ["npy", "clip-retrieval", "parquet"]
+TARGETS: list[ExportFormat] = ["npy", "clip-retrieval", "parquet"]
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def answers(index: Path) -> list[list[tuple[str, float]]]:
 def origins_by_uid(index: Path) -> dict[str, dict[str, Any]]:
     opened = Index.open(index)
     names = [field.name for field in fields(Origin)]
-    entries = opened.catalogue.entries(opened.generation.rows.tolist())
+    entries = opened.catalogue.entries(opened.snapshot.rows.tolist())
     return {entry.uid: {name: getattr(entry, name) for name in names} for entry in entries}
 
 
@@ -65,7 +65,7 @@ def test_what_was_exported_and_imported_answers_as_before(changed, tmp_path, to)
     assert answers(tmp_path / "index2") == answers(changed)
     assert origins_by_uid(tmp_path / "index2") == origins_by_uid(changed)
     assert Embeddings.open(tmp_path / "again").space == SPACE
-    where = parse_where("split = 'third' or number >= 295")
+    where = parse_filter("split = 'third' or number >= 295")
     uids = [
         sorted(entry.uid for entry in opened.catalogue.entries(opened.catalogue.where(where).tolist()))
         for opened in (Index.open(changed), Index.open(tmp_path / "index2"))
@@ -80,8 +80,8 @@ def test_npy_is_the_stored_rows_beside_a_table_of_them(changed, tmp_path):
     assert matrix.dtype == np.float16
     assert matrix.shape == (329, 16)
     index = Index.open(changed)
-    rows = index.catalogue.rows_of(table["uid"])
-    stored = index.generation.vectors(np.array([rows[uid] for uid in table["uid"]]))
+    rows = index.catalogue.rows_by_uid(table["uid"])
+    stored = index.snapshot.vectors(np.array([rows[uid] for uid in table["uid"]]))
     np.testing.assert_allclose(matrix, stored, atol=1e-3)
     assert json.loads(table["metadata"][table["uid"].index("k2")])["split"] == "third"
     assert "k10" not in table["uid"]
@@ -141,7 +141,7 @@ def test_a_faiss_file_of_several_segments_holds_their_living_rows(changed, tmp_p
 
 
 def test_a_faiss_file_of_a_whole_segment_is_the_segments_own(make_index, tmp_path):
-    index = make_index(kind="ivf", tuning=Tuning(nlist=8, nprobe=8))
+    index = make_index(kind="ivf", tuning=TuningParams(nlist=8, nprobe=8))
     assert export_index(index, tmp_path / "out", to="faiss").faiss_kind == "ivf"
     own = (index / "segments" / "segment-00000.faiss").read_bytes()
     assert (tmp_path / "out" / "index.faiss").read_bytes() == own
@@ -149,7 +149,7 @@ def test_a_faiss_file_of_a_whole_segment_is_the_segments_own(make_index, tmp_pat
 
 
 def test_a_faiss_file_is_made_of_the_indexs_kind_where_that_fits(make_index, tmp_path):
-    index = make_index(kind="ivf", tuning=Tuning(nlist=8, nprobe=8))
+    index = make_index(kind="ivf", tuning=TuningParams(nlist=8, nprobe=8))
     with IndexWriter(index) as writer:
         writer.delete(["k7"])
     assert export_index(index, tmp_path / "most", to="faiss").faiss_kind == "ivf"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.index.origins import make_origin
-from vlm.index.metadata import LONGEST_TEXT, SCHEMA, facts_of, field_kinds, insert_facts
+from vlm.index.metadata import LONGEST_TEXT, SCHEMA, field_types, insert_metadata_fields, metadata_fields
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def facts(database: sqlite3.Connection) -> list[tuple[Any, ...]]:
     ],
 )
 def test_metadata_become_facts(metadata: dict[str, Any], expected: set[tuple[str, Any]]) -> None:
-    assert set(facts_of(make_origin("k", metadata))) == expected | {("key", "k")}
+    assert set(metadata_fields(make_origin("k", metadata))) == expected | {("key", "k")}
 
 
 def test_key_languages_and_captions_are_fields_beside_what_metadata_calls_so() -> None:
     given = make_origin("7", {"language": "fr", "caption": "un chien"}, {"": ("a dog",), "zh": ("狗", "犬")})
-    assert set(facts_of(given)) == {
+    assert set(metadata_fields(given)) == {
         ("key", "7"),
         ("language", "zh"),
         ("language", "fr"),
@@ -56,20 +56,20 @@ def test_what_is_nested_without_end_is_left_out() -> None:
     nested: dict[str, Any] = {"x": 1}
     for _ in range(500):
         nested = {"x": nested}
-    assert set(facts_of(make_origin("k", nested))) == {("key", "k")}
+    assert set(metadata_fields(make_origin("k", nested))) == {("key", "k")}
 
 
 def test_values_keep_their_kind_and_are_kept_once(database: sqlite3.Connection) -> None:
-    insert_facts(
+    insert_metadata_fields(
         database, [(3, make_origin("k", {"a": [1, 1.0, "1", True], "b": "x"})), (5, make_origin("k", {"a": 0.5}))]
     )
-    insert_facts(database, [(6, make_origin("k", {"c": "later", "b": 2}))])
+    insert_metadata_fields(database, [(6, make_origin("k", {"c": "later", "b": 2}))])
     assert facts(database) == [
         ("a", 1, 3), ("a", "1", 3), ("b", "x", 3), ("key", "k", 3),
         ("a", 0.5, 5), ("key", "k", 5),
         ("b", 2, 6), ("c", "later", 6), ("key", "k", 6),
     ]  # fmt: skip
-    assert field_kinds(database) == {
+    assert field_types(database) == {
         "a": ("number", "text"),
         "b": ("number", "text"),
         "c": ("text",),

@@ -9,15 +9,15 @@ import pytest
 
 from tests.index.changes import MakeIndex, given, vectors
 from vlm.index.ann.faiss_search import rerank, to_float32
-from vlm.index.ann.index_types import KINDS
+from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.build import build_index
-from vlm.index.embeddings import unit_rows
+from vlm.index.embeddings import normalize_rows
 from vlm.index.reader import Index
-from vlm.index.segments import Answers, merge, open_array
+from vlm.index.segments import ScoredRows, merge, open_array
 from vlm.index.writer import IndexWriter
 
 
-def reranked_one_by_one(rows: np.ndarray, queries: np.ndarray, positions: np.ndarray, top: int) -> Answers:
+def reranked_one_by_one(rows: np.ndarray, queries: np.ndarray, positions: np.ndarray, top: int) -> ScoredRows:
     """The definition: each query's candidates alone, by numpy's own conversion, sorted by score and position."""
     scores = np.full((len(queries), min(top, positions.shape[1])), -np.inf, np.float32)
     found = np.full(scores.shape, -1, np.int64)
@@ -51,7 +51,7 @@ def test_rows_of_a_file_are_converted_without_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("numbers_at_once", [1, 30 * 16 * 3, 2**20])
 @pytest.mark.parametrize("top", [1, 7, 50])
 def test_reranking_in_blocks_equals_one_by_one(monkeypatch: pytest.MonkeyPatch, numbers_at_once: int, top: int) -> None:
-    monkeypatch.setattr("vlm.index.ann.faiss_search._NUMBERS_AT_ONCE", numbers_at_once)
+    monkeypatch.setattr("vlm.index.ann.faiss_search._VALUES_AT_ONCE", numbers_at_once)
     rng = np.random.default_rng(4)
     rows, queries = vectors(200, 1).astype(np.float16), vectors(11, 2)
     rows[100:] = rows[:100]
@@ -81,7 +81,7 @@ def test_a_query_of_unit_length_is_taken_as_it_is_and_any_other_scaled(make_inde
         np.testing.assert_array_equal(same, rows)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
 @pytest.mark.parametrize("changed", [False, True])
 def test_questions_alone_and_together_get_the_same_rows(make_index: MakeIndex, kind: str, changed: bool) -> None:
     folder, queries = make_index(1500, kind=kind), vectors(40, 8)
@@ -109,19 +109,19 @@ def test_questions_of_any_precision_are_asked_as_float32(make_index: MakeIndex, 
     index, queries = Index.open(make_index(300)), (vectors(5, 8) * 3).astype(dtype)
     scores, rows = index.nearest(queries, 4)
     assert scores.dtype == np.float32
-    truth = unit_rows(queries) @ vectors(300, 0).T
+    truth = normalize_rows(queries) @ vectors(300, 0).T
     np.testing.assert_array_equal(rows, np.argsort(-truth, axis=1)[:, :4])
     assert index.nearest(queries[:0], 4)[1].shape == (0, 4)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
 def test_asking_without_faiss_wrapper_gives_what_it_gives(make_index: MakeIndex, kind: str) -> None:
-    segment = Index.open(make_index(800, kind=kind)).generation.selected[0].segment
+    segment = Index.open(make_index(800, kind=kind)).snapshot.views[0].segment
     every_other = vectors(20, 5)[::2]
     for answers in (1, 10):
-        scores, positions = segment.ask(every_other, answers)
+        scores, positions = segment.faiss_search(every_other, answers)
         expected, truth = segment.index.search(every_other, answers)
         np.testing.assert_array_equal(positions, truth)
         np.testing.assert_array_equal(scores, expected)
     with pytest.raises(ValueError, match="dimensions"):
-        segment.ask(every_other[:, 1:], 10)
+        segment.faiss_search(every_other[:, 1:], 10)

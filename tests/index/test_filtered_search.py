@@ -3,7 +3,7 @@ import pytest
 
 from tests.index.changes import MakeIndex, given, vectors
 from vlm.errors import UsageError
-from vlm.index.filters import parse_where
+from vlm.index.filters import parse_filter
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 
@@ -19,10 +19,10 @@ def test_a_filtered_search_is_complete_and_true_for_every_kind(
         writer.delete([f"k{n}" for n in range(0, 2000, 100)])
         writer.add(given(50, 1))
     index, rows, queries = Index.open(folder), vectors(2000, 0), vectors(4, 8)
-    among = index.catalogue.where(parse_where(f"split = 'first' and number < {number}"))
+    allowed_rows = index.catalogue.where(parse_filter(f"split = 'first' and number < {number}"))
     allowed = [n for n in range(number) if n % 100]
-    assert among.tolist() == allowed
-    for query, hits in zip(queries, index.search(queries, top, among=among), strict=True):
+    assert allowed_rows.tolist() == allowed
+    for query, hits in zip(queries, index.search(queries, top, allowed_rows=allowed_rows), strict=True):
         numbers = [int(hit.entry.uid[1:]) for hit in hits]
         assert len(set(numbers)) == len(numbers) == min(top, len(allowed))
         assert set(numbers) <= set(allowed)
@@ -34,8 +34,8 @@ def test_a_filtered_search_is_complete_and_true_for_every_kind(
 def test_a_filter_that_leaves_few_rows_is_answered_exactly_by_a_lossy_kind(make_index: MakeIndex) -> None:
     folder = make_index(2000, kind="ivfpq")
     index, query = Index.open(folder), vectors(1, 8)
-    among = index.catalogue.where(parse_where("number < 500"))
-    _, rows = index.nearest(query, 30, among)
+    allowed_rows = index.catalogue.where(parse_filter("number < 500"))
+    _, rows = index.nearest(query, 30, allowed_rows)
     truth = np.argsort(-(vectors(2000, 0)[:500] @ query[0]))[:30]
     assert len(set(rows[0]) & set(truth)) >= 29
     assert index.nearest(query, 30, np.array([], np.int64))[1].shape == (1, 0)

@@ -16,11 +16,11 @@ from vlm.errors import UsageError
 from vlm.files import read_lines
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings, Origin
-from vlm.index.filters import parse_where
-from vlm.index.interop.import_sources import Wishes
+from vlm.index.filters import parse_filter
+from vlm.index.interop.import_sources import ColumnChoice
 from vlm.index.reader import Index
-from vlm.index.writer import IndexWriter, NewRows
-from vlm.service.query import Question
+from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.service.query import Query
 from vlm.service.search import SearchService
 
 
@@ -63,15 +63,15 @@ def test_an_imported_index_answers_filters_words_and_stored_items(tmp_path):
     bring(tmp_path / "source", tmp_path / "out")
     build_index(tmp_path / "out", tmp_path / "index")
     index = Index.open(tmp_path / "index")
-    chosen = index.catalogue.where(parse_where("width >= 205 and exif.iso > 150 and url like 'http://%'"))
+    chosen = index.catalogue.where(parse_filter("width >= 205 and exif.iso > 150 and url like 'http://%'"))
     assert chosen.tolist() == list(range(35, 60))
     hits = index.search(images[40:41].astype(np.float32), 3, chosen)[0]
     assert hits[0].entry.row == 40
     assert hits[0].score == pytest.approx(1, abs=1e-3)
     assert [entry.row for entry in index.catalogue.search_text("caption 000010007", 5)] == [37]
     service = SearchService(index=index, load=pytest.fail)
-    answer = service.answer(Question(items=("000010010",), top=2, where="width > 200"))
-    assert answer.hits[0].entry.uid == "000010010"
+    result = service.search(Query(items=("000010010",), top=2, where="width > 200"))
+    assert result.hits[0].entry.uid == "000010010"
 
 
 def test_a_second_import_is_added_to_the_index_of_the_first(tmp_path):
@@ -81,7 +81,7 @@ def test_a_second_import_is_added_to_the_index_of_the_first(tmp_path):
         assert bring(tmp_path / f"{name}.npy", tmp_path / name).rows == 4
     build_index(tmp_path / "a", tmp_path / "index")
     with IndexWriter(tmp_path / "index") as writer:
-        assert writer.add(NewRows.of_folder(tmp_path / "b")).rows == 8
+        assert writer.add(InsertBatch.from_folder(tmp_path / "b")).rows == 8
 
 
 def test_npy_alone_is_named_by_number_over_all_files(tmp_path):
@@ -97,7 +97,7 @@ def test_npy_alone_is_named_by_number_over_all_files(tmp_path):
 def test_tables_elsewhere_are_named(tmp_path):
     write_matrix(tmp_path / "e" / "emb_0.npy", unit(2))
     write_table(tmp_path / "m" / "meta_0.parquet", {"id": [7, 8]})
-    bring(tmp_path / "e", tmp_path / "out", metadata=tmp_path / "m", wishes=Wishes(uid="id"))
+    bring(tmp_path / "e", tmp_path / "out", metadata=tmp_path / "m", column_choice=ColumnChoice(uid="id"))
     assert [(origin.uid, origin.metadata) for origin in origins_in(tmp_path / "out")] == [
         ("7", {"id": 7}),
         ("8", {"id": 8}),
@@ -111,7 +111,7 @@ def test_vectors_in_a_column_of_parquet(tmp_path, kind):
     other = pa.array([[0.5, 0.5]] * 5, pa.list_(pa.float32()))
     columns = {"id": list("abcde"), "embedding": lists, "text_embedding": other, "thumb": [b"\xff"] * 5}
     write_table(tmp_path / "source.parquet", columns)
-    summary = bring(tmp_path / "source.parquet", tmp_path / "out", wishes=Wishes(uid="id"))
+    summary = bring(tmp_path / "source.parquet", tmp_path / "out", column_choice=ColumnChoice(uid="id"))
     assert summary.left_out == ("text_embedding", "thumb")
     np.testing.assert_allclose(rows_in(tmp_path / "out"), rows, atol=1e-3)
     assert origins_in(tmp_path / "out")[4].metadata == {"id": "e"}
@@ -141,9 +141,9 @@ def test_values_become_what_json_and_filters_can_hold(tmp_path):
     assert second.metadata == {"tags": [], "score": 0.5, "ok": False, "split": "val"}
     build_index(tmp_path / "out", tmp_path / "index")
     catalogue = Index.open(tmp_path / "index").catalogue
-    assert catalogue.where(parse_where("tags has 'dog' and at < '2024' and ok = true and exif.iso = 100")).tolist() == [
-        0
-    ]
+    assert catalogue.where(
+        parse_filter("tags has 'dog' and at < '2024' and ok = true and exif.iso = 100")
+    ).tolist() == [0]
 
 
 def test_rows_without_direction_are_left_out_by_number_and_others_scaled(tmp_path):

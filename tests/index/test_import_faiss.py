@@ -10,7 +10,7 @@ from tests.index.changes import MakeIndex, vectors
 from tests.index.foreign import D, bring, unit, write_table
 from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.embeddings import Embeddings
 from vlm.index.interop.exporter import export_index
 from vlm.index.interop.importer import import_embeddings
@@ -36,11 +36,11 @@ def rows_in(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("kind", "tuning", "is_exact"),
     [
-        ("flat", Tuning(), True),
-        ("hnsw", Tuning(), True),
-        ("ivf", Tuning(nlist=8), True),
-        ("ivfsq", Tuning(nlist=8), False),
-        ("sq8", Tuning(), False),
+        ("flat", TuningParams(), True),
+        ("hnsw", TuningParams(), True),
+        ("ivf", TuningParams(nlist=8), True),
+        ("ivfsq", TuningParams(nlist=8), False),
+        ("sq8", TuningParams(), False),
     ],
 )
 def test_what_was_exported_to_faiss_comes_back(make_index: MakeIndex, tmp_path, kind, tuning, is_exact):
@@ -48,7 +48,7 @@ def test_what_was_exported_to_faiss_comes_back(make_index: MakeIndex, tmp_path, 
     assert export_index(index, tmp_path / "out", to="faiss").faiss_kind == kind
     summary = import_embeddings(tmp_path / "out", tmp_path / "again", model_spec="", load=pytest.fail)
     assert (summary.rows, summary.bad, bool(summary.approximate)) == (400, 0, not is_exact)
-    stored = np.concatenate([selected.segment.vectors.stored for selected in Index.open(index).generation.selected])
+    stored = np.concatenate([view.segment.vectors.stored for view in Index.open(index).snapshot.views])
     found = np.concatenate([np.load(path) for path in sorted((tmp_path / "again" / "parts").glob("*.npy"))])
     assert np.abs(found.astype(np.float32) - stored.astype(np.float32)).max() <= (0 if is_exact else 0.02)
     origins = [(origin.uid, origin.metadata["split"]) for origin in Embeddings.open(tmp_path / "again").origins()]

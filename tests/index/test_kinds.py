@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.faiss_search import candidates_for, most_effort, rerank, search_parameters
-from vlm.index.ann.index_type import Copy, Tuning, load_faiss
-from vlm.index.ann.index_types import KINDS, choose_kind
-from vlm.index.embeddings import unit_rows
+from vlm.index.ann.faiss_search import effort_limit, num_candidates, rerank, search_parameters
+from vlm.index.ann.index_type import CopyToGpu, TuningParams, load_faiss
+from vlm.index.ann.index_types import INDEX_TYPES, resolve_index_type
+from vlm.index.embeddings import normalize_rows
 
 WITH_LISTS = ("ivf", "ivfsq", "ivfpq", "rabitq")
 
@@ -25,14 +25,14 @@ class RandomRows:
     def sample(self, count: int, *, seed: int) -> np.ndarray:
         """As many as there are."""
         number = min(count, self.count)
-        return unit_rows(np.random.default_rng(seed).standard_normal((number, self.dimension)).astype(np.float32))
+        return normalize_rows(np.random.default_rng(seed).standard_normal((number, self.dimension)).astype(np.float32))
 
 
-def filled(kind: str, vectors: np.ndarray, gpu: Copy | None = None, /, **wishes: int) -> Any:
+def filled(kind: str, vectors: np.ndarray, gpu: CopyToGpu | None = None, /, **wishes: int) -> Any:
     """A kind prepared for these vectors, and holding them."""
     rows = RandomRows(len(vectors), vectors.shape[1])
     rows.sample = lambda count, *, seed: vectors[:count]  # pyright: ignore[reportAttributeAccessIssue]
-    prepared = KINDS[kind](rows, Tuning(**wishes), gpu)
+    prepared = INDEX_TYPES[kind](rows, TuningParams(**wishes), gpu)
     prepared.index.add(vectors)  # pyright: ignore[reportCallIssue]
     return prepared
 
@@ -44,12 +44,12 @@ def vectors() -> np.ndarray:
 
 @pytest.mark.parametrize(("rows", "kind"), [(1, "flat"), (49_999, "flat"), (50_000, "ivf")])
 def test_auto_is_flat_while_an_exact_scan_is_quick(rows: int, kind: str) -> None:
-    assert choose_kind("auto", rows) == kind
+    assert resolve_index_type("auto", rows) == kind
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'flat'"):
-        choose_kind("flatt", 10)
+        resolve_index_type("flatt", 10)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
 )
 @pytest.mark.parametrize("kind", WITH_LISTS)
 def test_lists_are_four_root_n_of_at_least_39_rows(kind: str, rows: int, nlist: int, nprobe: int) -> None:
-    parameters = KINDS[kind].parameters_for(rows, Tuning())
+    parameters = INDEX_TYPES[kind].parameters_for(rows, TuningParams())
     assert {name: parameters[name] for name in ("nlist", "nprobe", "seed")} == {
         "nlist": nlist,
         "nprobe": nprobe,
@@ -68,35 +68,35 @@ def test_lists_are_four_root_n_of_at_least_39_rows(kind: str, rows: int, nlist: 
 @pytest.mark.parametrize(
     ("kind", "rows", "tuning", "message"),
     [
-        ("ivf", 311, Tuning(), "at least 312 rows, there are 311; use the kind flat"),
-        ("ivf", 50, Tuning(nlist=51), "nlist = 51 does not fit: 1 to 50"),
-        ("rabitq", 50, Tuning(nlist=5, nprobe=6), "nprobe = 6 does not fit: 1 to 5"),
-        ("flat", 50, Tuning(nprobe=6), "kind flat has no nprobe: it has nothing to tune"),
-        ("ivf", 400, Tuning(rerank=2), "kind ivf has no rerank: it takes nlist, nprobe"),
-        ("sq8", 50, Tuning(rerank=0), "rerank = 0 does not fit"),
-        ("hnsw", 50, Tuning(links=1), "links = 1 does not fit: 2 to 256"),
-        ("hnsw", 50, Tuning(ef_search=5000), "ef_search = 5,000 does not fit"),
-        ("hnsw", 50, Tuning(nlist=8), "kind hnsw has no nlist: it takes links"),
+        ("ivf", 311, TuningParams(), "at least 312 rows, there are 311; use the kind flat"),
+        ("ivf", 50, TuningParams(nlist=51), "nlist = 51 does not fit: 1 to 50"),
+        ("rabitq", 50, TuningParams(nlist=5, nprobe=6), "nprobe = 6 does not fit: 1 to 5"),
+        ("flat", 50, TuningParams(nprobe=6), "kind flat has no nprobe: it has nothing to tune"),
+        ("ivf", 400, TuningParams(rerank=2), "kind ivf has no rerank: it takes nlist, nprobe"),
+        ("sq8", 50, TuningParams(rerank=0), "rerank = 0 does not fit"),
+        ("hnsw", 50, TuningParams(links=1), "links = 1 does not fit: 2 to 256"),
+        ("hnsw", 50, TuningParams(ef_search=5000), "ef_search = 5,000 does not fit"),
+        ("hnsw", 50, TuningParams(nlist=8), "kind hnsw has no nlist: it takes links"),
     ],
 )
-def test_wishes_that_do_not_fit_are_refused(kind: str, rows: int, tuning: Tuning, message: str) -> None:
+def test_wishes_that_do_not_fit_are_refused(kind: str, rows: int, tuning: TuningParams, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        KINDS[kind](RandomRows(rows), tuning)
+        INDEX_TYPES[kind](RandomRows(rows), tuning)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
 def test_every_kind_is_prepared_empty_with_the_parameters_it_names(kind: str) -> None:
     rows = RandomRows(400)
-    prepared = KINDS[kind](rows, Tuning())
+    prepared = INDEX_TYPES[kind](rows, TuningParams())
     assert (prepared.index.is_trained, prepared.index.ntotal) == (True, 0)
-    assert prepared.parameters == KINDS[kind].parameters_for(400, Tuning())
+    assert prepared.parameters == INDEX_TYPES[kind].parameters_for(400, TuningParams())
     assert prepared.rerank == prepared.parameters.get("rerank", 0)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
 def test_with_all_effort_and_reranking_every_kind_gives_what_a_scan_gives(kind: str, vectors: np.ndarray) -> None:
     prepared, queries = filled(kind, vectors), RandomRows(20, 16).sample(20, seed=8)
-    parameters = search_parameters(prepared.index, effort=most_effort(prepared.index))
+    parameters = search_parameters(prepared.index, effort=effort_limit(prepared.index))
     wanted = 10 * (60 if prepared.rerank else 1)
     scores, positions = prepared.index.search(queries, wanted, params=parameters)
     if prepared.rerank:
@@ -106,33 +106,33 @@ def test_with_all_effort_and_reranking_every_kind_gives_what_a_scan_gives(kind: 
     np.testing.assert_allclose(np.einsum("qd,qkd->qk", queries, vectors[positions]), exact, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
 def test_a_selector_keeps_all_others_out_of_every_kind(kind: str, vectors: np.ndarray) -> None:
     prepared, chosen = filled(kind, vectors), np.arange(0, 2000, 7)
     selector = load_faiss().IDSelectorBatch(chosen)
-    parameters = search_parameters(prepared.index, selector=selector, effort=most_effort(prepared.index))
+    parameters = search_parameters(prepared.index, selector=selector, effort=effort_limit(prepared.index))
     found = prepared.index.search(vectors[:5], 20, params=parameters)[1]
     assert set(found.ravel().tolist()) <= {*chosen.tolist(), -1}
     assert 0 in found[0]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].effort])
+@pytest.mark.parametrize("kind", [kind for kind in INDEX_TYPES if INDEX_TYPES[kind].effort])
 def test_effort_is_that_of_the_file_unless_given(kind: str, vectors: np.ndarray) -> None:
-    few = filled(kind, vectors, **{str(KINDS[kind].effort): 1})
+    few = filled(kind, vectors, **{str(INDEX_TYPES[kind].effort): 1})
     queries = vectors[:100]
     stored = few.index.search(queries, 10)[1]
     as_stored = few.index.search(queries, 10, params=search_parameters(few.index))[1]
-    more = few.index.search(queries, 10, params=search_parameters(few.index, effort=most_effort(few.index)))[1]
+    more = few.index.search(queries, 10, params=search_parameters(few.index, effort=effort_limit(few.index)))[1]
     np.testing.assert_array_equal(stored, as_stored)
     assert (more != stored).any()
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(INDEX_TYPES))
 def test_memory_by_formula_is_that_of_the_file(kind: str, vectors: np.ndarray) -> None:
     wishes = {"nlist": 10} if kind in WITH_LISTS else {}
     prepared = filled(kind, vectors, **wishes)
     measured = len(load_faiss().serialize_index(prepared.index))
-    assert KINDS[kind].resident_bytes(2000, 16, prepared.parameters) == pytest.approx(measured, rel=0.03)
+    assert INDEX_TYPES[kind].resident_bytes(2000, 16, prepared.parameters) == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", [*WITH_LISTS, "sq8"])
@@ -146,9 +146,9 @@ def test_the_same_seed_gives_the_same_index(kind: str, vectors: np.ndarray) -> N
 
 def test_work_grows_with_what_is_read() -> None:
     lists = {"nlist": 100, "nprobe": 10}
-    assert KINDS["flat"].work(1000, {}) == 1000
-    assert KINDS["ivf"].work(1000, lists) == 200
-    assert KINDS["hnsw"].work(1024, {"ef_search": 16}) == 160
+    assert INDEX_TYPES["flat"].num_distances(1000, {}) == 1000
+    assert INDEX_TYPES["ivf"].num_distances(1000, lists) == 200
+    assert INDEX_TYPES["hnsw"].num_distances(1024, {"ef_search": 16}) == 160
 
 
 def test_reranking_is_by_exact_cosine_with_ties_by_position() -> None:
@@ -165,8 +165,8 @@ def test_reranking_says_what_it_could_not_fill() -> None:
 
 
 def test_one_answer_has_as_many_candidates_as_ten() -> None:
-    assert [candidates_for(top, 4) for top in (1, 10, 11)] == [40, 40, 44]
-    assert candidates_for(3, 0) == 3
+    assert [num_candidates(top, 4) for top in (1, 10, 11)] == [40, 40, 44]
+    assert num_candidates(3, 0) == 3
 
 
 def test_a_missing_faiss_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 
 ORACLE = runpy.run_path(str(Path(__file__).with_name("model_based.py")))["Oracle"]
 
@@ -32,10 +32,14 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("kind", "tuning", "operations", "least"),
-    [("flat", Tuning(), 200, 1.0), ("ivf", Tuning(nlist=12, nprobe=6), 80, 0.8), ("sq8", Tuning(), 80, 0.97)],
+    [
+        ("flat", TuningParams(), 200, 1.0),
+        ("ivf", TuningParams(nlist=12, nprobe=6), 80, 0.8),
+        ("sq8", TuningParams(), 80, 0.97),
+    ],
 )
 def test_random_changes_searches_and_crashes_leave_what_a_plain_dictionary_has(
-    folder: Path, kind: str, tuning: Tuning, operations: int, least: float
+    folder: Path, kind: str, tuning: TuningParams, operations: int, least: float
 ) -> None:
     oracle = ORACLE.begin(folder, 3, kind=kind, rows=400, tuning=tuning)
     for _ in range(operations):

@@ -9,12 +9,12 @@ import pytest
 from tests.index.spaces import CAPTIONS, draw_spaces, write
 from vlm.cli.main import main
 from vlm.errors import UsageError
-from vlm.index.ann.index_type import Tuning
-from vlm.index.ann.index_types import KINDS
+from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.autotune.autotune_report import draw_plan, show_plan
-from vlm.index.autotune.autotuner import Plan, choose, confirm, settle
-from vlm.index.autotune.query_sampling import DrawnRows, draw, vectors_at
-from vlm.index.autotune.trial import Promise
+from vlm.index.autotune.autotuner import Plan, autotune, retune, verify_plan
+from vlm.index.autotune.query_sampling import SampledRows, sample_queries, take_rows
+from vlm.index.autotune.trial import TuningTarget
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
 from vlm.index.reader import Index
@@ -31,31 +31,31 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def plan(spaces: tuple[Path, Path]) -> Plan:
     images, texts = spaces
-    return choose(Embeddings.open(images), Embeddings.open(texts), Promise(recall=0.9), max_questions=150)
+    return autotune(Embeddings.open(images), Embeddings.open(texts), TuningTarget(recall=0.9), max_queries=150)
 
 
 def test_all_texts_of_a_sample_are_in_one_half(spaces: tuple[Path, Path]) -> None:
     texts = Embeddings.open(spaces[1])
-    drawn = draw(Embeddings.open(spaces[0]), [texts], max_rows=3000, max_questions=1000, seed=4)
+    sample = sample_queries(Embeddings.open(spaces[0]), [texts], max_rows=3000, max_queries=1000, seed=4)
     everything = np.concatenate(list(texts.blocks()))
     half_of = {}
-    for half, vectors in (("tune", drawn.tune), ("judge", drawn.judge["text→image"])):
+    for half, vectors in (("tune", sample.tuning_queries), ("judge", sample.eval_queries["text→image"])):
         for row in (vectors[:, None] == everything[None]).all(-1).argmax(1):
             assert half_of.setdefault(row // CAPTIONS, half) == half
     assert len(half_of) == 400 / CAPTIONS
-    assert len(drawn.tune) == len(drawn.judge["text→image"]) == 200
+    assert len(sample.tuning_queries) == len(sample.eval_queries["text→image"]) == 200
 
 
-def test_pictures_asked_with_are_not_in_the_index(spaces: tuple[Path, Path]) -> None:
-    drawn = draw(Embeddings.open(spaces[0]), [], max_rows=500, max_questions=40, seed=4)
-    asked = np.concatenate([drawn.tune, drawn.judge["image→image"]])
-    assert (len(asked), len(drawn.rows)) == (40, 460)
-    assert (asked @ drawn.rows.vectors.T).max() < 1 - 1e-4
+def test_images_asked_with_are_not_in_the_index(spaces: tuple[Path, Path]) -> None:
+    sample = sample_queries(Embeddings.open(spaces[0]), [], max_rows=500, max_queries=40, seed=4)
+    asked = np.concatenate([sample.tuning_queries, sample.eval_queries["image→image"]])
+    assert (len(asked), len(sample.rows)) == (40, 460)
+    assert (asked @ sample.rows.vectors.T).max() < 1 - 1e-4
 
 
 def test_vectors_are_taken_by_number_across_parts(spaces: tuple[Path, Path]) -> None:
     source, numbers = Embeddings.open(spaces[0]), np.array([0, 999, 1000, 2500, 2999])
-    np.testing.assert_array_equal(vectors_at(source, numbers), np.concatenate(list(source.blocks()))[numbers])
+    np.testing.assert_array_equal(take_rows(source, numbers), np.concatenate(list(source.blocks()))[numbers])
 
 
 @pytest.mark.parametrize(
@@ -66,20 +66,20 @@ def test_texts_of_another_space_are_refused(
 ) -> None:
     texts = write(tmp_path / "t", np.eye(dimension, dtype=np.float32), modality="text", fingerprint=fingerprint)
     with pytest.raises(UsageError, match=message):
-        choose(Embeddings.open(spaces[0]), Embeddings.open(texts), Promise())
+        autotune(Embeddings.open(spaces[0]), Embeddings.open(texts), TuningTarget())
 
 
 def test_too_few_rows_or_texts_to_hold_any_out_are_refused(spaces: tuple[Path, Path], tmp_path: Path) -> None:
     few = Embeddings.open(write(tmp_path / "few", np.eye(16, dtype=np.float32), modality="image"))
     with pytest.raises(UsageError, match="16 rows are too few to plan with; name the kind flat"):
-        choose(few, None, Promise())
+        autotune(few, None, TuningTarget())
     one = write(tmp_path / "one", np.eye(16, dtype=np.float32)[:3], modality="text")
     with pytest.raises(UsageError, match="texts of 1 sample"):
-        choose(Embeddings.open(spaces[0]), Embeddings.open(one), Promise())
+        autotune(Embeddings.open(spaces[0]), Embeddings.open(one), TuningTarget())
 
 
 def test_every_kind_is_measured_and_all_keep_what_they_are_said_to_keep(plan: Plan) -> None:
-    assert {one.kind for one in plan.trials} == set(KINDS)
+    assert {one.kind for one in plan.trials} == set(INDEX_TYPES)
     assert plan.judged_by == {"text→image": 150, "image→image": 150}
     for one in plan.trials:
         assert (one.recall["text→image"][10] >= 0.9) == (not one.misses)
@@ -101,7 +101,7 @@ def test_the_promise_holds_in_the_finished_index(plan: Plan, spaces: tuple[Path,
             spaces[0], out, kind=one.kind, tuning=replace(plan.tuning, **(_NONE | wishes)), evidence=plan.evidence
         )
         index = Index.open(out)
-        found = confirm(index, source, wanted)
+        found = verify_plan(index, source, wanted)
         index.close()
         assert found.recall == pytest.approx(one.recall["text→image"][10], abs=0.05)
         assert found.questions == 150
@@ -116,7 +116,9 @@ def test_a_broken_promise_is_confirmed_as_broken(plan: Plan, spaces: tuple[Path,
         spaces[0], tmp_path / "out", kind="ivf", tuning=replace(plan.tuning, **(_NONE | {"nlist": 60, "nprobe": 1}))
     )
     index = Index.open(tmp_path / "out")
-    found = confirm(index, Embeddings.open(spaces[0]), replace(plan, promise=Promise(recall=0.9, latency_ms=1e-6)))
+    found = verify_plan(
+        index, Embeddings.open(spaces[0]), replace(plan, promise=TuningTarget(recall=0.9, latency_ms=1e-6))
+    )
     index.close()
     assert found.recall < 0.9
     recall, latency = found.breaks
@@ -131,15 +133,15 @@ def test_effort_that_a_sample_misjudged_is_settled_on_all_rows(
     small = {"ivf": {"nlist": 60, "nprobe": 1}, "hnsw": {"ef_search": 1}, "ivfsq": {"nlist": 60, "nprobe": 1}}
     tuning = replace(plan.tuning, **(_NONE | small[kind]))
     build_index(spaces[0], tmp_path / "out", kind=kind, tuning=tuning)
-    source, wanted = Embeddings.open(spaces[0]), replace(plan, kind=kind, promise=Promise(recall=0.95))
+    source, wanted = Embeddings.open(spaces[0]), replace(plan, kind=kind, promise=TuningTarget(recall=0.95))
     reader = Index.open(tmp_path / "out")
-    assert confirm(reader, source, wanted).recall < 0.95
-    setting = settle(tmp_path / "out", source, wanted)
+    assert verify_plan(reader, source, wanted).recall < 0.95
+    setting = retune(tmp_path / "out", source, wanted)
     assert setting is not None
     assert reader.refresh()
     assert setting.effort in reader.info().parameters.values()
     # judged by other questions than it was settled with
-    assert confirm(reader, source, wanted).recall > 0.93
+    assert verify_plan(reader, source, wanted).recall > 0.93
     reader.close()
 
 
@@ -149,36 +151,36 @@ def test_answers_too_long_for_effort_to_matter_leave_it_as_planned(
     build_index(
         spaces[0], tmp_path / "out", kind="ivf", tuning=replace(plan.tuning, **(_NONE | {"nlist": 60, "nprobe": 20}))
     )
-    wanted = replace(plan, kind="ivf", promise=Promise(recall=0.9, at=500))
-    assert settle(tmp_path / "out", Embeddings.open(spaces[0]), wanted) is None
-    (selected,) = Index.open(tmp_path / "out").generation.selected
-    assert selected.segment.described.parameters["nprobe"] == 20
+    wanted = replace(plan, kind="ivf", promise=TuningTarget(recall=0.9, at=500))
+    assert retune(tmp_path / "out", Embeddings.open(spaces[0]), wanted) is None
+    (view,) = Index.open(tmp_path / "out").snapshot.views
+    assert view.segment.meta.parameters["nprobe"] == 20
 
 
 def test_an_exact_kind_has_nothing_to_settle(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
     build_index(spaces[0], tmp_path / "out", kind="flat")
-    assert settle(tmp_path / "out", Embeddings.open(spaces[0]), replace(plan, kind="flat")) is None
+    assert retune(tmp_path / "out", Embeddings.open(spaces[0]), replace(plan, kind="flat")) is None
 
 
 def test_kinds_too_large_or_without_rows_enough_are_left_out_with_the_reason(spaces: tuple[Path, Path]) -> None:
-    small = choose(
+    small = autotune(
         Embeddings.open(spaces[0]),
         None,
-        Promise(recall=0.5, memory_bytes=60_000),
+        TuningTarget(recall=0.5, memory_bytes=60_000),
         kinds=["flat", "sq8"],
-        max_questions=50,
+        max_queries=50,
     )
     assert small.left_out == {"flat": "needs 192 kB"}
     assert (small.kind, small.is_optimistic, small.direction) == ("sq8", True, "image→image")
     assert (small.tuned_with, small.judged_by) == (25, {"image→image": 25})
-    few = choose(Embeddings.open(spaces[0]), None, Promise(), kinds=["flat", "ivf"], max_rows=300)
+    few = autotune(Embeddings.open(spaces[0]), None, TuningTarget(), kinds=["flat", "ivf"], max_rows=300)
     assert few.kind == "flat"
     assert "at least 312 rows" in few.left_out["ivf (1√N lists)"]
 
 
 def test_beyond_the_sample_numbers_are_those_of_all_rows(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
-    carried = choose(images, texts, Promise(recall=0.9), kinds=["ivf", "flat"], max_rows=1600, max_questions=100)
+    carried = autotune(images, texts, TuningTarget(recall=0.9), kinds=["ivf", "flat"], max_rows=1600, max_queries=100)
     assert (carried.num_rows, carried.sample_rows) == (3000, 1500)
     coarse = next(one for one in carried.trials if one.kind == "ivf")
     assert coarse.wishes["nlist"] == round(3000**0.5)
@@ -189,7 +191,7 @@ def test_beyond_the_sample_numbers_are_those_of_all_rows(spaces: tuple[Path, Pat
 
 def test_an_unknown_kind_is_refused(spaces: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="did you mean 'hnsw'"):
-        choose(Embeddings.open(spaces[0]), None, Promise(), kinds=["hnws"])
+        autotune(Embeddings.open(spaces[0]), None, TuningTarget(), kinds=["hnws"])
 
 
 def test_the_evidence_is_plain_and_whole(plan: Plan) -> None:
@@ -212,13 +214,13 @@ def test_the_plan_is_shown_and_drawn(plan: Plan, tmp_path: Path, capsys: pytest.
     ):
         assert shown in printed
     for shown in (plan, replace(plan, trials=tuple(one for one in plan.trials if not one.curve))):
-        alone = shown if shown is plan else replace(shown, kind="flat", tuning=Tuning(seed=0))
+        alone = shown if shown is plan else replace(shown, kind="flat", tuning=TuningParams(seed=0))
         draw_plan(alone, tmp_path / "plan.png")
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_any_part_of_the_rows_is_the_first_of_them() -> None:
-    rows = DrawnRows(np.eye(8, dtype=np.float32))
+    rows = SampledRows(np.eye(8, dtype=np.float32))
     assert len(rows.part(0.25)) == 2
     assert rows.part(0.25).stored.dtype == np.float16
 
@@ -243,8 +245,8 @@ def test_a_build_with_a_promise_plans_draws_and_confirms(
     assert (code, said["kind"]) == (0, "ivfsq")
     assert said["confirmed"]["recall"] >= 0.8
     assert read_manifest(tmp_path / "out", "index").details["evidence"] == said["plan"]
-    (selected,) = Index.open(tmp_path / "out").generation.selected
-    assert said["parameters"] == selected.segment.described.parameters != said["plan"]["trials"][0]["parameters"]
+    (view,) = Index.open(tmp_path / "out").snapshot.views
+    assert said["parameters"] == view.segment.meta.parameters != said["plan"]["trials"][0]["parameters"]
     assert (tmp_path / "out" / "plan.png").is_file()
 
 

@@ -6,19 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import UsageError
-from vlm.index.autotune.autotuner import misses_of, pick, reason
-from vlm.index.autotune.query_sampling import exact_scores, lower_bound, recall_of_each
+from vlm.index.autotune.autotuner import explain_choice, select_trial, unmet_targets
+from vlm.index.autotune.query_sampling import exact_scores, lower_bound, per_query_recall
 from vlm.index.autotune.trial import (
+    CandidateConfig,
     Latency,
-    Promise,
-    Rung,
-    Setting,
+    SearchParams,
     Trial,
-    extrapolated,
-    least_effort,
+    TuningTarget,
+    candidate_params,
+    extrapolate_power_law,
+    min_effort,
+    minimize_params,
     parse_bytes,
-    settings_that_reach,
-    settled,
 )
 
 
@@ -64,7 +64,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 )
 def test_promises_that_cannot_be_are_refused(wish: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Promise(**wish)  # pyright: ignore[reportArgumentType]
+        TuningTarget(**wish)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("top", [1, 7, 500])
@@ -78,9 +78,9 @@ def test_exact_scores_over_blocks_are_those_of_a_full_sort(top: int) -> None:
 def test_recall_counts_rows_as_near_as_the_last_of_the_truth() -> None:
     truth = np.array([[0.9, 0.8, 0.8, 0.1]], np.float32)
     found = np.array([[0.9, 0.8, 0.1, -np.inf]], np.float32)
-    assert recall_of_each(found, truth, 2).tolist() == [1.0]
-    assert recall_of_each(found, truth, 3).tolist() == [pytest.approx(2 / 3)]
-    assert recall_of_each(found, truth, 10).tolist() == [0.75]
+    assert per_query_recall(found, truth, 2).tolist() == [1.0]
+    assert per_query_recall(found, truth, 3).tolist() == [pytest.approx(2 / 3)]
+    assert per_query_recall(found, truth, 10).tolist() == [0.75]
 
 
 def test_the_bound_is_the_quantile_of_all_resamples() -> None:
@@ -97,28 +97,30 @@ def test_the_bound_covers_the_true_mean_nineteen_times_of_twenty() -> None:
 
 @given(st.integers(1, 3000), st.data())
 @settings(max_examples=60, deadline=None)
-def test_least_effort_is_the_least_and_tries_few(most: int, data: st.DataObject) -> None:
-    needed, tried = data.draw(st.integers(1, most)), []
+def test_least_effort_is_the_least_and_tries_few(max_effort: int, data: st.DataObject) -> None:
+    needed, tried = data.draw(st.integers(1, max_effort)), []
 
-    def reaches(effort: int) -> bool:
+    def reaches_target(effort: int) -> bool:
         tried.append(effort)
         return effort >= needed
 
-    assert least_effort(reaches, most) == needed
-    assert len(tried) <= 2 * most.bit_length() + 1
-    assert max(tried) <= min(2 * needed, most)
+    assert min_effort(reaches_target, max_effort) == needed
+    assert len(tried) <= 2 * max_effort.bit_length() + 1
+    assert max(tried) <= min(2 * needed, max_effort)
 
 
 def test_no_effort_is_named_when_none_reaches() -> None:
-    assert least_effort(lambda effort: False, 100) is None
-    assert list(settings_that_reach(lambda setting: False, most=100, is_reranked=True)) == []
+    assert min_effort(lambda effort: False, 100) is None
+    assert list(candidate_params(lambda search_params: False, max_effort=100, is_reranked=True)) == []
 
 
 def test_reranking_is_tried_at_the_least_factor_that_suffices_and_at_twice_it() -> None:
-    found = settings_that_reach(
-        lambda setting: setting.rerank >= 4 and (setting.effort or 0) * setting.rerank >= 200, most=64, is_reranked=True
+    found = candidate_params(
+        lambda search_params: search_params.rerank >= 4 and (search_params.effort or 0) * search_params.rerank >= 200,
+        max_effort=64,
+        is_reranked=True,
     )
-    assert list(found) == [Setting(effort=50, rerank=4), Setting(effort=25, rerank=8)]
+    assert list(found) == [SearchParams(effort=50, rerank=4), SearchParams(effort=25, rerank=8)]
 
 
 @pytest.mark.parametrize(
@@ -134,56 +136,69 @@ def test_reranking_is_tried_at_the_least_factor_that_suffices_and_at_twice_it() 
 def test_effort_is_carried_on_by_the_power_it_shows(
     small: tuple[int, int], large: tuple[int, int], rows: int, expected: int
 ) -> None:
-    assert extrapolated(small, large, rows) == expected
+    assert extrapolate_power_law(small, large, rows) == expected
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000))
 def test_a_settled_effort_is_within_a_fiftieth_of_the_least(start: int, least: int) -> None:
-    found = settled(Setting(effort=start, rerank=0), lambda setting: (setting.effort or 0) >= least, most=2000)
+    found = minimize_params(
+        SearchParams(effort=start, rerank=0),
+        lambda search_params: (search_params.effort or 0) >= least,
+        max_effort=2000,
+    )
     assert found is not None
     assert least <= (found.effort or 0) <= least + max(1, least // 49)
 
 
 def test_what_has_no_effort_is_settled_by_re_ranking() -> None:
-    assert settled(Setting(effort=None, rerank=2), lambda one: one.rerank >= 8, most=None) == Setting(
-        effort=None, rerank=8
-    )
-    assert settled(Setting(effort=5, rerank=0), lambda _: False, most=9) is None
+    assert minimize_params(
+        SearchParams(effort=None, rerank=2), lambda one: one.rerank >= 8, max_effort=None
+    ) == SearchParams(effort=None, rerank=8)
+    assert minimize_params(SearchParams(effort=5, rerank=0), lambda _: False, max_effort=9) is None
 
 
 def test_more_re_ranking_needs_no_more_effort_than_before() -> None:
     """With 1 nothing is enough; the way there must not leave the effort at its most."""
-    found = settled(Setting(effort=14, rerank=1), lambda one: one.rerank >= 2 and (one.effort or 0) >= 20, most=435)
-    assert found == Setting(effort=20, rerank=2)
+    found = minimize_params(
+        SearchParams(effort=14, rerank=1), lambda one: one.rerank >= 2 and (one.effort or 0) >= 20, max_effort=435
+    )
+    assert found == SearchParams(effort=20, rerank=2)
 
 
 def test_a_rung_asks_for_its_share_of_lists_and_never_probes_more() -> None:
-    rung = Rung(kind="ivf", lists_per_root=2)
-    assert rung.wishes(10_000, seed=0).nlist == 200
-    assert rung.wishes(400, seed=0).nlist == 10
-    assert rung.wishes(10_000, seed=0, effort="nprobe", setting=Setting(effort=999, rerank=0)).nprobe == 200
+    candidate = CandidateConfig(kind="ivf", nlist_per_sqrt_rows=2)
+    assert candidate.tuning_params(10_000, seed=0).nlist == 200
+    assert candidate.tuning_params(400, seed=0).nlist == 10
+    assert (
+        candidate.tuning_params(
+            10_000, seed=0, effort="nprobe", search_params=SearchParams(effort=999, rerank=0)
+        ).nprobe
+        == 200
+    )
 
 
 def test_the_quickest_is_picked_and_among_as_quick_the_smallest() -> None:
     slow, quick, small = trial(p50=2), trial("hnsw", p50=1, memory=300), trial("ivfpq", p50=1.05, memory=50)
-    assert pick([slow, quick, small], Promise(), left_out={}) is small
-    assert pick([slow, quick], Promise(), left_out={}) is quick
-    assert "needs the least memory of those as quick as hnsw" in reason(small, [slow, quick, small], Promise())
-    assert "is the quickest of 2 kinds" in reason(quick, [slow, quick], Promise())
-    assert "the only kind of 1 tried" in reason(slow, [slow], Promise())
+    assert select_trial([slow, quick, small], TuningTarget(), left_out={}) is small
+    assert select_trial([slow, quick], TuningTarget(), left_out={}) is quick
+    assert "needs the least memory of those as quick as hnsw" in explain_choice(
+        small, [slow, quick, small], TuningTarget()
+    )
+    assert "is the quickest of 2 kinds" in explain_choice(quick, [slow, quick], TuningTarget())
+    assert "the only kind of 1 tried" in explain_choice(slow, [slow], TuningTarget())
 
 
 def test_what_a_trial_misses_is_named() -> None:
-    promise = Promise(recall=0.995, latency_ms=1.5, memory_bytes=99)
-    assert misses_of(trial(), promise) == ("recall 0.995", "1.5 ms", "99 B")
-    assert misses_of(trial(), Promise(recall=0.99, latency_ms=2, memory_bytes=100)) == ()
+    target = TuningTarget(recall=0.995, latency_ms=1.5, memory_bytes=99)
+    assert unmet_targets(trial(), target) == ("recall 0.995", "1.5 ms", "99 B")
+    assert unmet_targets(trial(), TuningTarget(recall=0.99, latency_ms=2, memory_bytes=100)) == ()
 
 
 def test_a_promise_nobody_keeps_names_the_nearest() -> None:
-    promise = Promise(recall=0.95, latency_ms=1)
+    target = TuningTarget(recall=0.95, latency_ms=1)
     trials = [trial(p50=5), trial("hnsw", p50=0.6)]
-    trials = [replace(one, misses=misses_of(one, promise)) for one in trials]
+    trials = [replace(one, misses=unmet_targets(one, target)) for one in trials]
     with pytest.raises(UsageError, match=r"nearest is hnsw, with recall@10 0.9900, 1.2 ms .* Not tried: flat: needs 2"):
-        pick(trials, promise, left_out={"flat": "needs 2 GB"})
+        select_trial(trials, target, left_out={"flat": "needs 2 GB"})
     with pytest.raises(UsageError, match=r"No kind of index can promise .* flat: needs 2 GB"):
-        pick([], promise, left_out={"flat": "needs 2 GB"})
+        select_trial([], target, left_out={"flat": "needs 2 GB"})

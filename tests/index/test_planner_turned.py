@@ -9,9 +9,9 @@ from tests.index.spaces import draw_spaces
 from vlm.errors import UsageError
 from vlm.index.autotune import query_sampling
 from vlm.index.autotune.autotune_report import show_plan
-from vlm.index.autotune.autotuner import Plan, choose
-from vlm.index.autotune.query_sampling import draw
-from vlm.index.autotune.trial import Promise
+from vlm.index.autotune.autotuner import Plan, autotune
+from vlm.index.autotune.query_sampling import sample_queries
+from vlm.index.autotune.trial import TuningTarget
 from vlm.index.embeddings import Embeddings
 
 
@@ -23,12 +23,12 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def turned(spaces: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Plan:
     """A plan whose few texts are taken as rows too."""
-    monkeypatch.setattr(query_sampling, "LEAST_TURNED", 400)
+    monkeypatch.setattr(query_sampling, "MIN_REVERSED_ROWS", 400)
     images, texts = (Embeddings.open(folder) for folder in spaces)
-    return choose(images, texts, Promise(recall=0.9), kinds=["flat", "ivf", "ivfsq", "hnsw"], max_questions=100)
+    return autotune(images, texts, TuningTarget(recall=0.9), kinds=["flat", "ivf", "ivfsq", "hnsw"], max_queries=100)
 
 
-def test_texts_as_rows_are_asked_with_pictures(
+def test_texts_as_rows_are_asked_with_images(
     turned: Plan, spaces: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert turned.unturned == {}
@@ -47,9 +47,9 @@ def test_texts_as_rows_are_asked_with_pictures(
 
 def test_rows_turned_round_are_the_texts_and_the_questions_no_rows(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
-    drawn = draw(images, [texts], max_rows=3000, max_questions=100, seed=0)
+    drawn = sample_queries(images, [texts], max_rows=3000, max_queries=100, seed=0)
     assert drawn.turned == {}
-    swapped = draw(texts, [images], max_rows=400, max_questions=40, seed=0)
+    swapped = sample_queries(texts, [images], max_rows=400, max_queries=40, seed=0)
     np.testing.assert_array_equal(swapped.turned["text→image"].vectors, np.concatenate(list(images.blocks())))
     assert swapped.held_out.shape == (40, 16)
     assert (swapped.held_out @ swapped.rows.vectors.T).max() < 1 - 1e-4
@@ -57,29 +57,29 @@ def test_rows_turned_round_are_the_texts_and_the_questions_no_rows(spaces: tuple
 
 def test_too_few_texts_are_not_turned_round(spaces: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
-    plan = choose(images, texts, Promise(recall=0.9), kinds=["flat"], max_questions=40)
+    plan = autotune(images, texts, TuningTarget(recall=0.9), kinds=["flat"], max_queries=40)
     assert plan.unturned == {"image→text": "400 texts are too few, 1,000 are needed"}
     assert all(one.turned == {} for one in plan.trials)
     show_plan(plan)
     assert "Not measured: image→text: 400 texts are too few" in capsys.readouterr().out
 
 
-def test_an_index_of_texts_is_asked_with_pictures(spaces: tuple[Path, Path]) -> None:
+def test_an_index_of_texts_is_asked_with_images(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
-    asked = choose(texts, None, Promise(recall=0.9), images=images, kinds=["flat", "sq8"], max_questions=40)
+    asked = autotune(texts, None, TuningTarget(recall=0.9), images=images, kinds=["flat", "sq8"], max_queries=40)
     assert asked.judged_by == {"image→text": 40, "text→text": 40}
     assert (asked.direction, asked.is_optimistic) == ("image→text", False)
     assert asked.trials[0].turned["text→image"].rows == 3000
-    both = choose(texts, texts, Promise(recall=0.9), images=images, kinds=["flat"], max_questions=40)
+    both = autotune(texts, texts, TuningTarget(recall=0.9), images=images, kinds=["flat"], max_queries=40)
     assert both.judged_by == {"other text→text": 40, "image→text": 40, "text→text": 40}
     assert both.direction == "other text→text"
-    held_out = choose(images, None, Promise(recall=0.9), images=images, kinds=["flat"], max_questions=40)
+    held_out = autotune(images, None, TuningTarget(recall=0.9), images=images, kinds=["flat"], max_queries=40)
     assert (held_out.direction, held_out.is_optimistic, held_out.unturned) == ("other image→image", True, {})
 
 
 def test_questions_of_the_wrong_modality_are_refused(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
     with pytest.raises(UsageError, match="holds image embeddings; text ones are needed here"):
-        choose(images, images, Promise())
+        autotune(images, images, TuningTarget())
     with pytest.raises(UsageError, match="holds text embeddings; image ones are needed here"):
-        choose(images, None, Promise(), images=texts)
+        autotune(images, None, TuningTarget(), images=texts)

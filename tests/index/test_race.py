@@ -7,7 +7,7 @@ import pytest
 
 from tests.index.changes import vectors
 from tests.index.test_planner_maths import trial
-from vlm.index.autotune.trial import Latency, growth, near_quickest, race
+from vlm.index.autotune.trial import Latency, contenders, latency_growth, time_head_to_head
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,13 @@ from vlm.index.autotune.trial import Latency, growth, near_quickest, race
 def test_latency_is_carried_on_along_a_line_that_neither_falls_nor_outgrows_the_work(
     here: tuple[float, float], fewer: tuple[float, float] | None, work: float, expected: float
 ) -> None:
-    assert growth(here, fewer, work) == pytest.approx(expected)
+    assert latency_growth(here, fewer, work) == pytest.approx(expected)
 
 
 def test_only_what_keeps_the_promise_near_the_quickest_is_timed_again() -> None:
     missing = replace(trial(p50=0.5), misses=("recall 0.95",))
-    assert near_quickest([trial(p50=1.4), missing, trial(p50=1), trial(p50=1.6)]) == {0, 2}
-    assert near_quickest([missing]) == set()
+    assert contenders([trial(p50=1.4), missing, trial(p50=1), trial(p50=1.6)]) == {0, 2}
+    assert contenders([missing]) == set()
 
 
 class Runner:
@@ -50,7 +50,7 @@ class Runner:
 def test_a_race_takes_turns_and_tells_the_medians() -> None:
     turns: list[str] = []
     paces = {0: Runner("a", [1.0, 1.0, 1.0, 9.0, 1.0], turns), 3: Runner("b", [4.0, 5.0], turns)}
-    found = race(paces, vectors(4, 0), 10)
+    found = time_head_to_head(paces, vectors(4, 0), 10)
     assert turns == ["a", "b"] * (len(turns) // 2)
     assert found[0][0].p50_ms == 1
     assert found[0][1].p50_ms == 2

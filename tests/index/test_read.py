@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings, unit_rows
+from vlm.index.embeddings import Embeddings, normalize_rows
 from vlm.index.reader import Index
 
 Write = Callable[..., Path]
@@ -18,7 +18,7 @@ def clustered(rows: int, *, seed: int, dimension: int = 16) -> np.ndarray:
     centres = np.random.default_rng(99).standard_normal((40, dimension))
     rng = np.random.default_rng(seed)
     points = centres[rng.integers(40, size=rows)] + 0.4 * rng.standard_normal((rows, dimension))
-    return unit_rows(points.astype(np.float32))
+    return normalize_rows(points.astype(np.float32))
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def given(tmp_path: Path, embed_vectors: Write) -> Callable[..., tuple[Index, np
 
     def build(vectors: np.ndarray, kind: str = "flat", **tuning: int) -> tuple[Index, np.ndarray]:
         folder = embed_vectors(vectors)
-        build_index(folder, tmp_path / "i", kind=kind, tuning=Tuning(**tuning))
+        build_index(folder, tmp_path / "i", kind=kind, tuning=TuningParams(**tuning))
         return Index.open(tmp_path / "i"), np.concatenate(list(Embeddings.open(folder).blocks()))
 
     return build
@@ -71,9 +71,9 @@ def test_ivf_by_its_rule_recalls_nearly_all_and_with_all_lists_everything(
     index, rows = given(clustered(8000, seed=0), "ivf")
     queries = clustered(50, seed=1)
     assert recall(index, rows, queries) >= 0.97
-    build_index(tmp_path / "vectors", tmp_path / "all", kind="ivf", tuning=Tuning(nprobe=205))
+    build_index(tmp_path / "vectors", tmp_path / "all", kind="ivf", tuning=TuningParams(nprobe=205))
     assert recall(Index.open(tmp_path / "all"), rows, queries) == 1.0
-    build_index(tmp_path / "vectors", tmp_path / "one", kind="ivf", tuning=Tuning(nprobe=1))
+    build_index(tmp_path / "vectors", tmp_path / "one", kind="ivf", tuning=TuningParams(nprobe=1))
     assert recall(Index.open(tmp_path / "one"), rows, queries) < 0.97
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.index.changes import SPACE, MakeIndex, given, origins, vectors
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import Space
+from vlm.index.embeddings import EmbeddingSpace
 from vlm.index.reader import Index
-from vlm.index.writer import IndexWriter, NewRows
+from vlm.index.writer import IndexWriter, InsertBatch
 
 
 def files_in(folder: Path) -> set[str]:
@@ -28,10 +28,10 @@ def files_in(folder: Path) -> set[str]:
 def test_rows_of_another_space_are_refused(make_index: MakeIndex, space: dict[str, Any], message: str) -> None:
     folder = make_index(20)
     given_space: dict[str, Any] = {"model": "given", "fingerprint": "given", "dimension": 16, "modality": "image"}
-    other = Space(**given_space | space)
+    other = EmbeddingSpace(**given_space | space)
     rows = vectors(2, 1)[:, : other.dimension]
     with IndexWriter(folder) as writer, pytest.raises(UsageError, match=message):
-        writer.add(NewRows.of_arrays(rows, origins(["a", "b"]), other))
+        writer.add(InsertBatch.from_arrays(rows, origins(["a", "b"]), other))
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "cut", "overwritten", "no tables"])
@@ -57,8 +57,8 @@ def test_vectors_without_a_direction_are_refused_and_nothing_is_lost(
     folder, rows = make_index(20), vectors(3, 1)
     rows[1] = value
     with pytest.raises(UsageError, match=f"Vector 1 has length {length}"):
-        NewRows.of_arrays(rows, origins(["a", "b", "c"]), SPACE)
-    stored = NewRows(
+        InsertBatch.from_arrays(rows, origins(["a", "b", "c"]), SPACE)
+    stored = InsertBatch(
         space=SPACE,
         count=3,
         source="",
@@ -77,7 +77,7 @@ def test_vectors_without_a_direction_are_refused_and_nothing_is_lost(
 def test_two_new_rows_with_one_uid_are_refused(make_index: MakeIndex) -> None:
     folder = make_index(20)
     with IndexWriter(folder) as writer, pytest.raises(VlmError, match="same uid 'a'"):
-        writer.add(NewRows.of_arrays(vectors(2, 1), origins(["a", "a"]), SPACE))
+        writer.add(InsertBatch.from_arrays(vectors(2, 1), origins(["a", "a"]), SPACE))
 
 
 def test_a_second_writer_is_refused_and_the_first_is_named(make_index: MakeIndex) -> None:

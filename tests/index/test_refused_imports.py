@@ -8,7 +8,7 @@ import pytest
 
 from tests.index.foreign import D, bring, clip_retrieval, unit, write_matrix, write_table
 from vlm.errors import UsageError, VlmError
-from vlm.index.interop.import_sources import Wishes
+from vlm.index.interop.import_sources import ColumnChoice
 
 
 def damaged(folder: Path, what: str) -> None:
@@ -69,17 +69,17 @@ def test_what_does_not_hold_together_is_refused_and_leaves_nothing(tmp_path, wha
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("column_choice", "message"),
     [
-        (Wishes(uid="kye"), "no column 'kye'; did you mean 'key'"),
-        (Wishes(caption="title"), "no column 'title'"),
-        (Wishes(uid="exif.iso"), "holds double; a uid is a text or a whole number"),
+        (ColumnChoice(uid="kye"), "no column 'kye'; did you mean 'key'"),
+        (ColumnChoice(caption="title"), "no column 'title'"),
+        (ColumnChoice(uid="exif.iso"), "holds double; a uid is a text or a whole number"),
     ],
 )
-def test_a_column_that_is_not_there_or_does_not_fit_is_refused(tmp_path, wishes, message):
+def test_a_column_that_is_not_there_or_does_not_fit_is_refused(tmp_path, column_choice, message):
     clip_retrieval(tmp_path / "source")
     with pytest.raises(UsageError, match=message):
-        bring(tmp_path / "source", tmp_path / "out", wishes=wishes)
+        bring(tmp_path / "source", tmp_path / "out", column_choice=column_choice)
 
 
 def test_the_column_of_vectors_must_be_clear(tmp_path):
@@ -88,8 +88,8 @@ def test_the_column_of_vectors_must_be_clear(tmp_path):
     with pytest.raises(UsageError, match="several: a, b"):
         bring(tmp_path / "s.parquet", tmp_path / "out")
     with pytest.raises(UsageError, match=r"'n' .* does not hold lists"):
-        bring(tmp_path / "s.parquet", tmp_path / "out", wishes=Wishes(embedding="n"))
-    assert bring(tmp_path / "s.parquet", tmp_path / "out", wishes=Wishes(embedding="b")).left_out == ("a",)
+        bring(tmp_path / "s.parquet", tmp_path / "out", column_choice=ColumnChoice(embedding="n"))
+    assert bring(tmp_path / "s.parquet", tmp_path / "out", column_choice=ColumnChoice(embedding="b")).left_out == ("a",)
 
 
 def test_sources_without_vectors_and_folders_that_are_there_are_refused(tmp_path):

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.index.embeddings import unit_rows
-from vlm.service.ranking import diversify, fuse_ranks, lead_duplicates
+from vlm.index.embeddings import normalize_rows
+from vlm.service.ranking import diversify, duplicate_leaders, fuse_ranks
 
 
 def circle(*degrees: float) -> np.ndarray:
@@ -41,16 +41,16 @@ def test_what_two_rankings_agree_on_comes_before_what_one_puts_first() -> None:
 )
 def test_near_duplicates_stand_behind_the_first_of_them(degrees: tuple[float, ...], leaders: list[int]) -> None:
     vectors = circle(*degrees).reshape(-1, 2)
-    assert lead_duplicates(vectors, float(np.cos(np.radians(5.5))), most=9).tolist() == leaders
+    assert duplicate_leaders(vectors, float(np.cos(np.radians(5.5))), max_leaders=9).tolist() == leaders
 
 
 def test_no_more_leaders_are_looked_for_than_wanted() -> None:
-    assert lead_duplicates(circle(0, 40, 1, 80), 0.99, most=2).tolist() == [0, 1, 0, -1]
+    assert duplicate_leaders(circle(0, 40, 1, 80), 0.99, max_leaders=2).tolist() == [0, 1, 0, -1]
 
 
 def test_a_vector_stands_for_itself_at_the_highest_threshold() -> None:
-    vectors = unit_rows(np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32))
-    assert lead_duplicates(vectors, 1.0, most=50).tolist() == list(range(50))
+    vectors = normalize_rows(np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32))
+    assert duplicate_leaders(vectors, 1.0, max_leaders=50).tolist() == list(range(50))
 
 
 def marginal(relevance: np.ndarray, vectors: np.ndarray, diversity: float, top: int) -> list[int]:
@@ -71,7 +71,7 @@ def marginal(relevance: np.ndarray, vectors: np.ndarray, diversity: float, top: 
 @pytest.mark.parametrize("diversity", [0.1, 0.5, 0.9])
 def test_diverse_order_is_that_of_maximal_marginal_relevance(diversity: float) -> None:
     generator = np.random.default_rng(3)
-    vectors = unit_rows(generator.standard_normal((40, 6)).astype(np.float32))
+    vectors = normalize_rows(generator.standard_normal((40, 6)).astype(np.float32))
     relevance = np.sort(generator.random(40).astype(np.float32))[::-1].copy()
     assert diversify(relevance, vectors, diversity, 15).tolist() == marginal(relevance, vectors, diversity, 15)
 
@@ -85,7 +85,7 @@ def test_diversity_goes_from_the_order_of_relevance_to_the_most_unlike() -> None
 
 def test_a_longer_diverse_order_begins_like_a_shorter_one() -> None:
     generator = np.random.default_rng(4)
-    vectors, relevance = unit_rows(generator.standard_normal((30, 4)).astype(np.float32)), generator.random(30)
+    vectors, relevance = normalize_rows(generator.standard_normal((30, 4)).astype(np.float32)), generator.random(30)
     relevance = relevance.astype(np.float32)
     assert diversify(relevance, vectors, 0.5, 30)[:7].tolist() == diversify(relevance, vectors, 0.5, 7).tolist()
     assert diversify(np.zeros(0, np.float32), np.zeros((0, 4), np.float32), 0.5, 3).tolist() == []

@@ -2,19 +2,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vlm.data.curation.filter import parse_rule
-from vlm.data.curation.pipeline import RULES, curate
-from vlm.data.curation.score_columns import Columns
+from vlm.data.curation.filter import parse_filter
+from vlm.data.curation.pipeline import FILTERS, curate
+from vlm.data.curation.score_columns import ScoreColumns
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.index.embed import embed_shards
 from vlm.index.embeddings import Embeddings
-from vlm.index.scores import SignalWriter
+from vlm.index.scores import ScoreWriter
 
 
 @pytest.fixture
 def writer(embeddings):
-    return SignalWriter(Embeddings.open(embeddings))
+    return ScoreWriter(Embeddings.open(embeddings))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_overlap_names_the_evaluation_shards(writer, embeddings, shards):
 
 def test_curation_reads_what_was_written(writer, texts, shards):
     best = writer.similarity(texts)
-    result = curate(shards, [parse_rule("similarity:min=0.99", RULES)], columns=Columns([best.path]))
+    result = curate(shards, [parse_filter("similarity:min=0.99", FILTERS)], columns=ScoreColumns([best.path]))
     kept = sum(value >= 0.99 for value in values(best).values())
     assert result.selection.kept == kept > 0
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_compared_is_refused(writer, texts, make_model, shards, t
     with pytest.raises(UsageError, match="holds pictures"):
         writer.similarity(writer.images)
     with pytest.raises(UsageError, match="holds texts"):
-        SignalWriter(texts)
+        ScoreWriter(texts)
     with pytest.raises(UsageError, match="clusters"):
         writer.clusters(12)
     with pytest.raises(UsageError, match="outside 0 to 1"):

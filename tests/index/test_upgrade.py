@@ -16,18 +16,18 @@ from vlm.index.backward_compat import (
     fit_head,
     make_head,
     measure_head,
-    padded,
+    pad_to,
     predict_old,
-    through,
+    project_through,
     upgrade_index,
 )
 from vlm.index.build import build_index
 from vlm.index.embeddings import Embeddings
-from vlm.index.filters import parse_where
+from vlm.index.filters import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
-from vlm.index.writer import IndexWriter, NewRows
-from vlm.models.variants import Head, read_head, save_upgrade
+from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.models.variants import CompatibilityProjection, read_projection, save_projection
 
 EVERYTHING = np.eye(TRAITS)
 HALF = EVERYTHING[: TRAITS // 2]
@@ -98,9 +98,9 @@ def test_cosines_are_kept_among_old_and_among_new():
     world = World(200)
     pairs = world.pairs(HALF, EVERYTHING)
     head = fit_head(pairs).head
-    old = padded(pairs.old_images, head.dimension)
+    old = pad_to(pairs.old_images, head.dimension)
     assert np.abs(old @ old.T - pairs.old_images @ pairs.old_images.T).max() < 1e-6
-    new = through(head, pairs.new_texts)
+    new = project_through(head, pairs.new_texts)
     assert np.abs(new @ new.T - pairs.new_texts @ pairs.new_texts.T).max() < 1e-6
 
 
@@ -119,13 +119,13 @@ def test_pairs_are_joined_by_uid_whatever_their_order(tmp_path):
         write(tmp_path / "n-i", images[order], [origins[n] for n in order], space("new", TRAITS)),
         write(tmp_path / "n-t", texts, list(world.text_origins()), space("new", TRAITS, "text")),
     )
-    found, truth = join(old, new), world.pairs(HALF, EVERYTHING).choose(np.arange(140))
+    found, truth = join(old, new), world.pairs(HALF, EVERYTHING).select(np.arange(140))
     assert len(found) == 140
     assert found.captions == truth.captions
-    for name in ("old_images", "new_images", "old_texts", "new_texts", "owner"):
+    for name in ("old_images", "new_images", "old_texts", "new_texts", "image_of"):
         assert np.allclose(getattr(found, name), getattr(truth, name), atol=1e-3)
-    drawn = join(old, new, most=30)
-    assert (len(drawn), len(drawn.old_texts), drawn.owner.max()) == (30, 60, 29)
+    drawn = join(old, new, max_images=30)
+    assert (len(drawn), len(drawn.old_texts), drawn.image_of.max()) == (30, 60, 29)
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path):
@@ -160,61 +160,63 @@ def world(tmp_path):
     old, new = write_world(tmp_path, world, HALF, "old"), write_world(tmp_path, world, turn(TRAITS, 2), "new")
     build_index(old[0], tmp_path / "index")
     head = fit_head(join(old, new)).head
-    save_upgrade(tmp_path / "head", head, configuration={}, details={})
+    save_projection(tmp_path / "head", head, configuration={}, details={})
     return world
 
 
-def headed(folder: Path, source: Path, head: Head, rows: Sequence[int]) -> Path:
+def headed(folder: Path, source: Path, head: CompatibilityProjection, rows: Sequence[int]) -> Path:
     """Some rows of an embeddings folder as `vlm embed HEAD` writes them."""
     embeddings = Embeddings.open(source)
     origins, vectors = list(embeddings.origins()), np.concatenate(list(embeddings.blocks()))
     described = replace(embeddings.space, model="head", fingerprint=head.fingerprint, dimension=head.dimension)
-    return write(folder, through(head, vectors[list(rows)]), [origins[row] for row in rows], described)
+    return write(folder, project_through(head, vectors[list(rows)]), [origins[row] for row in rows], described)
 
 
 def test_old_rows_are_carried_over_as_they_are_stored(world, tmp_path):
     with IndexWriter(tmp_path / "index") as writer:
         writer.delete(["k3", "k250"])
     before = Index.open(tmp_path / "index")
-    head = read_head(tmp_path / "head")
+    head = read_projection(tmp_path / "head")
     carried = upgrade_index(tmp_path / "index", tmp_path / "out", head, head_spec=str(tmp_path / "head"))
     assert (carried.rows, carried.old_dimension, carried.dimension) == (318, 6, 12)
     after = Index.open(tmp_path / "out")
     assert not check_index(tmp_path / "out").faults
-    assert np.array_equal(after.generation.rows, before.generation.rows)
-    assert [e for _, e in after.generation.entries()] == [e for _, e in before.generation.entries()]
-    rows = before.generation.rows
-    stored = after.generation.selected[0].segment.vectors.stored
-    assert np.array_equal(stored[:, :6], np.delete(before.generation.selected[0].segment.vectors.stored, [3, 250], 0))
+    assert np.array_equal(after.snapshot.rows, before.snapshot.rows)
+    assert [e for _, e in after.snapshot.entries()] == [e for _, e in before.snapshot.entries()]
+    rows = before.snapshot.rows
+    stored = after.snapshot.views[0].segment.vectors.stored
+    assert np.array_equal(stored[:, :6], np.delete(before.snapshot.views[0].segment.vectors.stored, [3, 250], 0))
     assert not stored[:, 6:].any()
-    queries = before.generation.vectors(rows[:20])
-    old, new = before.search(queries, 5), after.search(padded(queries, 12), 5)
+    queries = before.snapshot.vectors(rows[:20])
+    old, new = before.search(queries, 5), after.search(pad_to(queries, 12), 5)
     assert [[hit.entry.uid for hit in line] for line in old] == [[hit.entry.uid for hit in line] for line in new]
     assert after.details.space.model == str(tmp_path / "head")
     assert [len(i.catalogue.search_text("k5", 9)) for i in (before, after)] == [1, 1]
-    assert [e.uid for e in after.catalogue.entries(after.catalogue.where(parse_where("number = 7")).tolist())] == ["k7"]
+    assert [e.uid for e in after.catalogue.entries(after.catalogue.where(parse_filter("number = 7")).tolist())] == [
+        "k7"
+    ]
 
 
 def test_rows_embedded_again_take_their_places_bit_by_bit(world, tmp_path):
-    head = read_head(tmp_path / "head")
+    head = read_projection(tmp_path / "head")
     upgrade_index(tmp_path / "index", tmp_path / "out", head, head_spec="head")
     with IndexWriter(tmp_path / "out") as writer:
         again = headed(tmp_path / "again", tmp_path / "new-images", head, range(0, 320, 2))
-        assert writer.update(NewRows.of_folder(again)).replaced == 160
+        assert writer.update(InsertBatch.from_folder(again)).replaced == 160
         with pytest.raises(UsageError, match="cannot be compared"):
-            writer.add(NewRows.of_folder(tmp_path / "new-images"))
+            writer.add(InsertBatch.from_folder(tmp_path / "new-images"))
     index, pairs = Index.open(tmp_path / "out"), world.pairs(HALF, turn(TRAITS, 2))
-    found = index.search(through(head, pairs.new_texts), 1)
+    found = index.search(project_through(head, pairs.new_texts), 1)
     right = [hit[0].entry.uid == f"k{number // 2}" for number, hit in enumerate(found)]
     assert np.mean(right) > 0.5
-    rows = through(head, pairs.new_images)
-    rows[1::2] = padded(pairs.old_images, head.dimension)[1::2]
-    truth = np.argmax(through(head, pairs.new_texts) @ rows.T, axis=1)
+    rows = project_through(head, pairs.new_images)
+    rows[1::2] = pad_to(pairs.old_images, head.dimension)[1::2]
+    truth = np.argmax(project_through(head, pairs.new_texts) @ rows.T, axis=1)
     assert np.mean([int(hit[0].entry.uid[1:]) == best for hit, best in zip(found, truth, strict=True)]) > 0.99
 
 
 def test_two_upgrades_in_a_row(world, tmp_path):
-    first = read_head(tmp_path / "head")
+    first = read_projection(tmp_path / "head")
     upgrade_index(tmp_path / "index", tmp_path / "second", first, head_spec="head")
     middle = (
         headed(tmp_path / "m-i", tmp_path / "new-images", first, range(320)),
@@ -224,13 +226,13 @@ def test_two_upgrades_in_a_row(world, tmp_path):
     newer = write_world(tmp_path, world, newer_eyes, "newer")
     second = fit_head(join(middle, newer)).head
     with IndexWriter(tmp_path / "second") as writer:
-        writer.update(NewRows.of_folder(headed(tmp_path / "again", tmp_path / "new-images", first, range(100))))
+        writer.update(InsertBatch.from_folder(headed(tmp_path / "again", tmp_path / "new-images", first, range(100))))
     upgrade_index(tmp_path / "second", tmp_path / "third", second, head_spec="second")
     pairs = world.pairs(HALF, newer_eyes)
     index = Index.open(tmp_path / "third")
-    hits = index.search(through(second, pairs.new_texts), 1)
+    hits = index.search(project_through(second, pairs.new_texts), 1)
     right = np.array([hit[0].entry.uid == f"k{number // 2}" for number, hit in enumerate(hits)])
-    old_hits = np.argmax(pairs.old_texts @ pairs.old_images.T, axis=1) == pairs.owner
+    old_hits = np.argmax(pairs.old_texts @ pairs.old_images.T, axis=1) == pairs.image_of
     assert right[:200].mean() > old_hits[:200].mean() - 0.05
     assert right[200:].mean() > 0.5 * old_hits[200:].mean()
     with pytest.raises(UsageError, match="fitted to rows of a model"):
@@ -238,7 +240,7 @@ def test_two_upgrades_in_a_row(world, tmp_path):
 
 
 def test_an_index_of_nothing_and_one_whose_kind_no_longer_fits_are_carried_over(world, tmp_path):
-    head = read_head(tmp_path / "head")
+    head = read_projection(tmp_path / "head")
     build_index(tmp_path / "old-images", tmp_path / "ivf", kind="ivf")
     with IndexWriter(tmp_path / "ivf") as writer:
         writer.delete([f"k{number}" for number in range(319)])
@@ -250,7 +252,7 @@ def test_an_index_of_nothing_and_one_whose_kind_no_longer_fits_are_carried_over(
 
 
 def test_another_index_and_a_folder_in_use_are_refused(world, tmp_path):
-    head = read_head(tmp_path / "head")
+    head = read_projection(tmp_path / "head")
     build_index(tmp_path / "new-images", tmp_path / "stranger")
     with pytest.raises(UsageError, match="fitted to rows of a model with fingerprint old"):
         upgrade_index(tmp_path / "stranger", tmp_path / "out", head, head_spec="head")
@@ -268,10 +270,10 @@ def test_a_changed_head_is_refused(world, tmp_path):
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(VlmError, match="weights were changed"):
-        read_head(tmp_path / "head")
+        read_projection(tmp_path / "head")
     file.write_bytes(data[:-9])
     with pytest.raises(VlmError, match="cannot be read"):
-        read_head(tmp_path / "head")
+        read_projection(tmp_path / "head")
 
 
 def test_the_commands(world, tmp_path, capsys):
@@ -280,7 +282,7 @@ def test_the_commands(world, tmp_path, capsys):
     assert main(["index", "fit-head", *folders, *texts, "--held-out", "0.2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["recall"]) == {"old → old", "new → old", "new → half new", "new → new", "new → new, no head"}
-    assert read_head(tmp_path / "head2").fingerprint == found["fingerprint"]
+    assert read_projection(tmp_path / "head2").fingerprint == found["fingerprint"]
     assert main(["index", "fit-head", *folders, *texts]) == 2
     assert "exists already" in capsys.readouterr().err
     words = [str(tmp_path / "index"), str(tmp_path / "out"), "--head", str(tmp_path / "head2")]

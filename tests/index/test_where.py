@@ -4,9 +4,9 @@ import pytest
 
 from tests.index.filtered import Metadata, chosen, open_facts
 from vlm.errors import UsageError
-from vlm.index.filters import LONGEST_FILTER, Every, Like, Missing, Not, OneOf, Ordered, Some, parse_where
+from vlm.index.filters import LONGEST_FILTER, And, Compare, IsIn, IsNull, Like, Not, Or, parse_filter
 
-PICTURES: list[Metadata] = [
+IMAGES: list[Metadata] = [
     {"width": 640, "language": "en", "tags": ["dog", "wet"], "date": "2024-05-31", "exif": {"iso": 100}},
     {"width": 512, "language": "en", "tags": "cat", "date": "2023-01-02", "good": True},
     {"width": 300.5, "language": "de", "tags": ["Dog"], "note": 'it\'s 100%_sure \\ "x"'},
@@ -16,8 +16,8 @@ PICTURES: list[Metadata] = [
 
 
 @pytest.fixture(scope="module")
-def pictures() -> sqlite3.Connection:
-    return open_facts(PICTURES)
+def images() -> sqlite3.Connection:
+    return open_facts(IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -69,18 +69,18 @@ def pictures() -> sqlite3.Connection:
         ("width = 1 and not width = 2", []),
     ],
 )
-def test_a_filter_chooses_rows(pictures: sqlite3.Connection, text: str, rows: list[int]) -> None:
-    assert chosen(pictures, text) == rows
+def test_a_filter_chooses_rows(images: sqlite3.Connection, text: str, rows: list[int]) -> None:
+    assert chosen(images, text) == rows
 
 
 def test_a_filter_is_read_as_it_is_meant() -> None:
-    both = Every((OneOf(field="a", values=(1,)), OneOf(field="b", values=("x",))))
-    less = Ordered(field="c", order="<", value=2)
-    assert parse_where("a = 1 and b has 'x' or not (c < 2)") == Some((both, Not(less)))
-    assert parse_where('"AND" is missing') == Missing(field="AND")
-    assert parse_where('"a""b" like \'%\'') == Like(field='a"b', pattern="%")
-    assert parse_where("größe.x_1>=.5") == Ordered(field="größe.x_1", order=">=", value=0.5)
-    assert parse_where(f"a = {'9' * 5000}") == OneOf(field="a", values=(float("inf"),))
+    both = And((IsIn(field="a", values=(1,)), IsIn(field="b", values=("x",))))
+    less = Compare(field="c", operator="<", value=2)
+    assert parse_filter("a = 1 and b has 'x' or not (c < 2)") == Or((both, Not(less)))
+    assert parse_filter('"AND" is missing') == IsNull(field="AND")
+    assert parse_filter('"a""b" like \'%\'') == Like(field='a"b', pattern="%")
+    assert parse_filter("größe.x_1>=.5") == Compare(field="größe.x_1", operator=">=", value=0.5)
+    assert parse_filter(f"a = {'9' * 5000}") == IsIn(field="a", values=(float("inf"),))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_filter_is_read_as_it_is_meant() -> None:
 )
 def test_a_malformed_filter_names_the_place(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        parse_where(text)
+        parse_filter(text)
 
 
 @pytest.mark.parametrize(
@@ -135,17 +135,15 @@ def test_a_malformed_filter_names_the_place(text: str, message: str) -> None:
         ("good < 'x'", "'x' is a text"),
     ],
 )
-def test_a_filter_that_fits_no_field_says_which_there_are(
-    pictures: sqlite3.Connection, text: str, message: str
-) -> None:
+def test_a_filter_that_fits_no_field_says_which_there_are(images: sqlite3.Connection, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        chosen(pictures, text)
+        chosen(images, text)
 
 
-def test_a_filter_cannot_write(pictures: sqlite3.Connection) -> None:
-    before = pictures.total_changes
-    chosen(pictures, "language = 'x''; DELETE FROM facts; --' or language like '%''; DROP TABLE facts; --'")
-    assert pictures.total_changes == before
+def test_a_filter_cannot_write(images: sqlite3.Connection) -> None:
+    before = images.total_changes
+    chosen(images, "language = 'x''; DELETE FROM facts; --' or language like '%''; DROP TABLE facts; --'")
+    assert images.total_changes == before
 
 
 def test_the_longest_filter_is_read() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.origins import make_origin
-from vlm.index.backward_compat import Pairs, read_pairs
-from vlm.index.embeddings import EmbeddingsWriter, Modality, Origin, Space, unit_rows
+from vlm.index.backward_compat import EmbeddingPairs, read_pairs
+from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 
 TRAITS = 12
 CAPTIONS_EACH = 2
@@ -31,19 +31,21 @@ class World:
 
     def seen_by(self, eyes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors of pictures and captions of a model whose dimensions are these mixtures of traits."""
-        return unit_rows((self.images @ eyes.T).astype(np.float32)), unit_rows((self.texts @ eyes.T).astype(np.float32))
+        return normalize_rows((self.images @ eyes.T).astype(np.float32)), normalize_rows(
+            (self.texts @ eyes.T).astype(np.float32)
+        )
 
-    def pairs(self, old: np.ndarray, new: np.ndarray) -> Pairs:
+    def pairs(self, old: np.ndarray, new: np.ndarray) -> EmbeddingPairs:
         """As `read_pairs` gives them."""
         (old_images, old_texts), (new_images, new_texts) = self.seen_by(old), self.seen_by(new)
-        return Pairs(
+        return EmbeddingPairs(
             old=space("old", len(old)),
             new=space("new", len(new)),
             old_images=old_images,
             new_images=new_images,
             old_texts=old_texts,
             new_texts=new_texts,
-            owner=np.repeat(np.arange(len(self.uids)), CAPTIONS_EACH),
+            image_of=np.repeat(np.arange(len(self.uids)), CAPTIONS_EACH),
             captions=tuple(origin.captions[""][0] for origin in self.text_origins()),
         )
 
@@ -61,12 +63,12 @@ class World:
                 yield replace(origin, uid=f"{origin.uid}#{number}", caption_number=number, captions={"": (caption,)})
 
 
-def space(name: str, dimension: int, modality: Modality = "image") -> Space:
+def space(name: str, dimension: int, modality: Modality = "image") -> EmbeddingSpace:
     """Of a model that is nowhere."""
-    return Space(model=name, fingerprint=name, dimension=dimension, modality=modality)
+    return EmbeddingSpace(model=name, fingerprint=name, dimension=dimension, modality=modality)
 
 
-def write(folder: Path, vectors: np.ndarray, origins: list[Origin], described: Space) -> Path:
+def write(folder: Path, vectors: np.ndarray, origins: list[Origin], described: EmbeddingSpace) -> Path:
     """An embeddings folder."""
     writer = EmbeddingsWriter(folder, space=described, identity={})
     writer.add("/nowhere/0.tar", vectors, origins)
@@ -83,6 +85,6 @@ def write_world(folder: Path, world: World, eyes: np.ndarray, name: str) -> tupl
     )
 
 
-def join(old: tuple[Path, Path], new: tuple[Path, Path], most: int = 10**6) -> Pairs:
+def join(old: tuple[Path, Path], new: tuple[Path, Path], max_images: int = 10**6) -> EmbeddingPairs:
     """The pairs of the folders of two models."""
-    return read_pairs(old[0], new[0], old[1], new[1], most=most, seed=0)
+    return read_pairs(old[0], new[0], old[1], new[1], max_images=max_images, seed=0)

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
-from vlm.models.variants import Head, save_upgrade
+from vlm.models.variants import CompatibilityProjection, save_projection
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]
 
@@ -18,13 +18,17 @@ def make_model(scene_tokenizer, seed=0):
     config = fit_to_tokenizer(model_config("micro"), tokenizer)
     torch.manual_seed(seed)
     return VisionLanguageModel(
-        name="test", network=build_network(config).eval(), config=config, view=FixedView(size=32), tokenizer=tokenizer
+        name="test",
+        network=build_network(config).eval(),
+        config=config,
+        view=EvalTransform(size=32),
+        tokenizer=tokenizer,
     )
 
 
 def head_for(size, fingerprint, folder, *, old="old", extra=5):
     matrix = np.linalg.qr(np.random.default_rng(0).standard_normal((size + extra, size)))[0]
-    return Head(
+    return CompatibilityProjection(
         matrix=torch.from_numpy(matrix.astype(np.float32)), old_dimension=7, old=old, new=fingerprint, model=str(folder)
     )
 
@@ -34,7 +38,7 @@ def new(scene_tokenizer, tmp_path):
     model = make_model(scene_tokenizer)
     save_model_folder(tmp_path / "new", model, inputs={})
     head = head_for(model.embedding_size, model.fingerprint, tmp_path / "new")
-    save_upgrade(tmp_path / "head", head, configuration={}, details={})
+    save_projection(tmp_path / "head", head, configuration={}, details={})
     return model
 
 
@@ -43,9 +47,9 @@ def test_an_upgrade_folder_is_a_model(new, tmp_path):
     assert model.embedding_size == new.embedding_size + 5
     assert model.fingerprint not in (new.fingerprint, "old")
     assert model.view == new.view
-    pictures = torch.randint(0, 255, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(0, 255, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     for ours, theirs in (
-        (model.embed_images(pictures), new.embed_images(pictures)),
+        (model.embed_images(images), new.embed_images(images)),
         (model.embed_texts(TEXTS), new.embed_texts(TEXTS)),
         (model.embed_texts([]), torch.zeros(0, new.embedding_size)),
     ):
@@ -56,7 +60,7 @@ def test_an_upgrade_folder_is_a_model(new, tmp_path):
 def test_a_head_may_stand_on_a_head(new, tmp_path):
     below = load_model(str(tmp_path / "head"))
     head = head_for(below.embedding_size, below.fingerprint, tmp_path / "head", extra=2)
-    save_upgrade(tmp_path / "second", head, configuration={}, details={})
+    save_projection(tmp_path / "second", head, configuration={}, details={})
     above = load_model(str(tmp_path / "second"))
     assert above.embedding_size == new.embedding_size + 7
     assert torch.allclose(above.embed_texts(TEXTS), below.embed_texts(TEXTS) @ head.matrix.T, atol=1e-6)

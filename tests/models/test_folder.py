@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
@@ -23,31 +23,35 @@ def model(request, scene_tokenizer):
     config = fit_to_tokenizer(model_config(request.param), tokenizer)
     torch.manual_seed(0)
     return VisionLanguageModel(
-        name="test", network=build_network(config).eval(), config=config, view=FixedView(size=32), tokenizer=tokenizer
+        name="test",
+        network=build_network(config).eval(),
+        config=config,
+        view=EvalTransform(size=32),
+        tokenizer=tokenizer,
     )
 
 
 @pytest.fixture
-def picture():
+def pil_image():
     noise = torch.randint(0, 255, (57, 41, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     return Image.fromarray(noise.numpy())
 
 
-def encoded(picture):
+def encoded(pil_image):
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    pil_image.save(file, "PNG")
     return file.getvalue()
 
 
-def test_open_clip_loads_the_folder_and_gives_the_same_embeddings(model, picture, tmp_path):
+def test_open_clip_loads_the_folder_and_gives_the_same_embeddings(model, pil_image, tmp_path):
     save_model_folder(tmp_path, model, inputs={})
     opened: Any = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     theirs, _, preprocess = opened
     theirs.eval()
     with torch.no_grad():
-        image = theirs.encode_image(preprocess(picture)[None], normalize=True)
+        image = theirs.encode_image(preprocess(pil_image)[None], normalize=True)
         text = theirs.encode_text(torch.from_numpy(model.tokenizer.encode(TEXTS)), normalize=True)
-    ours = model.embed_images(torch.from_numpy(model.view(encoded(picture)))[None])
+    ours = model.embed_images(torch.from_numpy(model.view(encoded(pil_image)))[None])
     assert torch.allclose(ours, image, atol=1e-5)
     assert torch.allclose(model.embed_texts(TEXTS), text, atol=1e-5)
 
@@ -67,7 +71,7 @@ def test_the_fingerprint_follows_weights_view_and_tokenizer(model):
             "network": model.network,
             "config": model.config,
             "tokenizer": model.tokenizer,
-            "view": FixedView(size=32, mean=(0.5, 0.5, 0.5)),
+            "view": EvalTransform(size=32, mean=(0.5, 0.5, 0.5)),
         }
     )
     assert changed.fingerprint != before
@@ -134,11 +138,11 @@ def test_captions_end_at_the_end_token_and_greedy_is_the_likeliest(model):
         with pytest.raises(UsageError, match="no caption decoder"):
             model.caption_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         return
-    from vlm.models.coca import write_captions
+    from vlm.models.coca import generate_captions
 
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        rows = write_captions(model.network, pixels, model.tokenizer)
+        rows = generate_captions(model.network, pixels, model.tokenizer)
         logits = model.network(pixels, rows)["logits"]
     tokenizer = model.tokenizer
     logits[:, :, [tokenizer.start_token, tokenizer.pad_token]] = -torch.inf

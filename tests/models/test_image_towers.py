@@ -6,23 +6,23 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.models.towers.pooling import POOLS, MapLayout, TokenMap, as_tokens, heads_of, read_layout
+from vlm.models.towers.pooling import POOLINGS, MapLayout, TokenMap, as_tokens, num_heads_for, read_layout
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.models.towers.tower_config import read_image_config
-from vlm.models.towers.tower_registry import build_image_tower, complete_towers
+from vlm.models.towers.tower_registry import build_image_tower, resolve_tower_configs
 
 SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}
 
 
 def make(tower, *, embed_dim=8, seed=0, **options) -> Any:
-    values = complete_towers(
+    values = resolve_tower_configs(
         {"embed_dim": embed_dim, "vision_cfg": {"tower": tower, **options}, "text_cfg": {"tower": "bag"}}
     )
     torch.manual_seed(seed)
     return build_image_tower(values["vision_cfg"], embed_dim)
 
 
-def pictures(size, number=2):
+def images(size, number=2):
     return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -39,8 +39,8 @@ def pictures(size, number=2):
 def test_layouts_are_read_and_every_trained_weight_has_a_gradient(tower, options, size, layouts):
     for pooling in ("native", "avg", "simpool", "queries", "map"):
         built = make(tower, image_size=size, pooling=pooling, **options).train()
-        assert [str(layout) for layout in built.measured.layouts] == layouts
-        features = built(pictures(size))
+        assert [str(layout) for layout in built.trunk_info.layouts] == layouts
+        features = built(images(size))
         assert features.shape == (2, 8)
         features.square().sum().backward()
         assert not [name for name, each in built.named_parameters() if each.requires_grad and each.grad is None]
@@ -49,8 +49,8 @@ def test_layouts_are_read_and_every_trained_weight_has_a_gradient(tower, options
 def test_a_list_of_maps_is_pooled_map_by_map():
     small = {"embed_dim": [16, 32], "num_heads": [1, 1], "depth": [[1, 1, 0]]}
     tower = make("timm:crossvit_tiny_240", pooling="token", overrides=small).eval()
-    assert [str(layout) for layout in tower.measured.layouts] == ["tokens 1+400×16", "tokens 1+196×32"]
-    pixels = pictures(240, 1)
+    assert [str(layout) for layout in tower.trunk_info.layouts] == ["tokens 1+400×16", "tokens 1+196×32"]
+    pixels = images(240, 1)
     with torch.no_grad():
         maps = tower.trunk.forward_features(pixels)
         expected = torch.cat([maps[0][:, 0], maps[1][:, 0]], dim=1)
@@ -77,7 +77,7 @@ def test_prefix_tokens_that_a_trunk_does_not_tell_are_what_is_over_a_square(numb
 
 def test_a_lone_class_token_is_no_patch():
     tower = make("timm:pit_ti_224", image_size=64, pooling="token", overrides={"depth": [1, 1, 1]})
-    assert tower.measured.layouts == (MapLayout(kind="tokens", width=256, prefix=1, patches=0),)
+    assert tower.trunk_info.layouts == (MapLayout(kind="tokens", width=256, prefix=1, patches=0),)
     with pytest.raises(UsageError, match="class token alone"):
         make("timm:pit_ti_224", image_size=64, pooling="avg", overrides={"depth": [1, 1, 1]})
 
@@ -85,20 +85,20 @@ def test_a_lone_class_token_is_no_patch():
 def test_native_pooling_is_what_timm_classifies():
     tower = make("timm:test_convnext", image_size=64).eval()
     with torch.no_grad():
-        maps = tower.trunk.forward_features(pictures(64))
+        maps = tower.trunk.forward_features(images(64))
         pooled = tower.trunk.head.norm(maps.mean(dim=(2, 3))[..., None, None]).flatten(1)
-        assert torch.allclose(tower(pictures(64)), pooled @ tower.head.proj.weight.T, atol=1e-5)
+        assert torch.allclose(tower(images(64)), pooled @ tower.head.proj.weight.T, atol=1e-5)
 
 
 def test_average_leaves_prefix_tokens_out():
     tokens = TokenMap(prefix=torch.full((1, 2, 4), 9.0), patches=torch.arange(12.0).reshape(1, 3, 4))
-    layout = POOLS["avg"](4, 0)
+    layout = POOLINGS["avg"](4, 0)
     assert layout(tokens).tolist() == [[4.0, 5.0, 6.0, 7.0]]
-    assert POOLS["token"](4, 0)(tokens).tolist() == [[9.0] * 4]
+    assert POOLINGS["token"](4, 0)(tokens).tolist() == [[9.0] * 4]
 
 
 def test_simpool_attends_from_the_mean_patch():
-    pool: Any = POOLS["simpool"](8, 0)
+    pool: Any = POOLINGS["simpool"](8, 0)
     patches = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     attention = pool.get_submodule("attention")
     values = attention.get_submodule("norm")(patches)
@@ -111,7 +111,7 @@ def test_simpool_attends_from_the_mean_patch():
 
 def test_learned_queries_do_not_care_for_the_order_of_patches_but_for_their_content():
     torch.manual_seed(0)
-    pool: Any = POOLS["queries"](16, 6)
+    pool: Any = POOLINGS["queries"](16, 6)
     patches = torch.randn(2, 7, 16)
     empty = patches[:, :0]
     found = pool(TokenMap(prefix=empty, patches=patches))
@@ -122,7 +122,7 @@ def test_learned_queries_do_not_care_for_the_order_of_patches_but_for_their_cont
 
 def test_queries_of_boq_follow_its_equations():
     torch.manual_seed(0)
-    pool: Any = POOLS["queries"](8, 3).double()
+    pool: Any = POOLINGS["queries"](8, 3).double()
     patches = torch.randn(1, 4, 8, dtype=torch.float64)
 
     def attend(layer, queries, keys):
@@ -148,12 +148,12 @@ def test_queries_of_boq_follow_its_equations():
     assert torch.allclose(found[0], torch.cat(expected), atol=1e-10)
 
 
-def test_patches_of_the_joint_space_have_the_picture_as_their_mean_where_nothing_normalises():
+def test_patches_of_the_joint_space_have_the_image_as_their_mean_where_nothing_normalises():
     tower = make("timm:test_vit", image_size=64, pooling="avg").eval()
     tower.norm = nn.Identity()
-    picture, patches = tower.forward_with_patches(pictures(64))
+    image, patches = tower.forward_with_patches(images(64))
     assert patches.shape == (2, 16, 8)
-    assert torch.allclose(patches.mean(dim=1), picture, atol=1e-5)
+    assert torch.allclose(patches.mean(dim=1), image, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_patches_of_the_joint_space_have_the_picture_as_their_mean_where_nothing
         ("timm:swin_tiny_patch4_window7_224", {"overrides": SWIN, "pooling": "queries"}),
     ],
 )
-def test_a_picture_of_one_patch_everywhere_is_that_patch(tower, options):
+def test_a_image_of_one_patch_everywhere_is_that_patch(tower, options):
     built = make(tower, image_size=64, **options).eval()
     with torch.no_grad():
-        picture, patches = built.forward_with_patches(pictures(64))
-        assert torch.allclose(picture, built(pictures(64)), atol=1e-5)
-        layout = built.measured.layouts[0]
-        features = built.features(pictures(64))
+        image, patches = built.forward_with_patches(images(64))
+        assert torch.allclose(image, built(images(64)), atol=1e-5)
+        layout = built.trunk_info.layouts[0]
+        features = built.features(images(64))
         one = as_tokens(features, [layout])[0].patches[1, 2]
         everywhere = one[None, :, None, None] if layout.kind == "NCHW" else one
         constant = torch.zeros_like(features[:1]) + everywhere
@@ -181,7 +181,7 @@ def test_a_picture_of_one_patch_everywhere_is_that_patch(tower, options):
 def test_trunks_without_one_set_of_patches_say_so():
     tower = make("timm:pit_ti_224", image_size=64, overrides={"depth": [1, 1, 1]})
     with pytest.raises(UsageError, match="no one set of patches"):
-        tower.forward_with_patches(pictures(64))
+        tower.forward_with_patches(images(64))
 
 
 def test_sine_positions_are_fixed_and_tell_places_apart():
@@ -208,7 +208,7 @@ def test_frozen_batch_norm_uses_its_running_statistics_in_training_too():
     tower = make("timm:test_resnet", image_size=32)
     names = batch_norm_layers(tower)
     assert names
-    pixels = pictures(32, 3)
+    pixels = images(32, 3)
     tower.train()
     assert not torch.allclose(tower(pixels)[:2], tower(pixels[:2]), atol=1e-4)
     assert freeze_batch_norm(tower) == names
@@ -233,14 +233,14 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         tower = make("vit:32x2/8", image_size=32).train()
         tower.set_grad_checkpointing(checkpointing)
-        tower(pictures(32)).square().sum().backward()
+        tower(images(32)).square().sum().backward()
         found.append(tower.trunk.get_parameter("patch_embed.proj.weight").grad)
     assert torch.allclose(found[0], found[1], atol=1e-6)
 
 
 def test_heads_divide_the_width():
-    assert [heads_of(width) for width in (64, 192, 100, 96, 7)] == [1, 3, 1, 1, 1]
-    assert all(width % heads_of(width) == 0 for width in range(1, 700))
+    assert [num_heads_for(width) for width in (64, 192, 100, 96, 7)] == [1, 3, 1, 1, 1]
+    assert all(width % num_heads_for(width) == 0 for width in range(1, 700))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,10 @@ def test_dinat_asks_for_natten_where_it_is_missing():
 def test_a_hugging_face_tower_puts_the_class_token_first():
     small = {"embed_dim": [8, 16, 24], "depth": [1, 2, 3], "num_heads": [1, 1, 1]}
     tower = make("hf:cvt", image_size=32, hf_config={"model_type": "cvt", **small}).eval()
-    assert [str(layout) for layout in tower.measured.layouts] == ["tokens 1+4×24"]
+    assert [str(layout) for layout in tower.trunk_info.layouts] == ["tokens 1+4×24"]
     with torch.no_grad():
-        states = tower.trunk(pictures(32))
-        assert torch.allclose(tower(pictures(32)), tower.head(states.cls_token_value[:, 0]), atol=1e-6)
+        states = tower.trunk(images(32))
+        assert torch.allclose(tower(images(32)), tower.head(states.cls_token_value[:, 0]), atol=1e-6)
 
 
 def test_the_configuration_of_a_tower_is_read_strictly():

@@ -1,23 +1,23 @@
 import pytest
 import torch
 
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.model import normalise
 
 LAYOUTS = {
-    "channels first": lambda pictures: pictures,
-    "channels last": lambda pictures: pictures.contiguous(memory_format=torch.channels_last),
-    "a piece of larger ones": lambda pictures: pictures.contiguous(memory_format=torch.channels_last)[:, :, 2:, 1:],
-    "none": lambda pictures: pictures[:0].contiguous(memory_format=torch.channels_last),
+    "channels first": lambda images: images,
+    "channels last": lambda images: images.contiguous(memory_format=torch.channels_last),
+    "a piece of larger ones": lambda images: images.contiguous(memory_format=torch.channels_last)[:, :, 2:, 1:],
+    "none": lambda images: images[:0].contiguous(memory_format=torch.channels_last),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_in_memory_is_normalised_to_the_same_bits(layout):
-    pictures = LAYOUTS[layout](torch.arange(3 * 3 * 9 * 7).mul(37).to(torch.uint8).view(3, 3, 9, 7))
-    view = FixedView(size=7, mean=(0.1, 0.5, 0.7), std=(0.2, 0.3, 0.9))
+    images = LAYOUTS[layout](torch.arange(3 * 3 * 9 * 7).mul(37).to(torch.uint8).view(3, 3, 9, 7))
+    view = EvalTransform(size=7, mean=(0.1, 0.5, 0.7), std=(0.2, 0.3, 0.9))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (view.mean, view.std))
-    found = normalise(pictures, view)
-    assert torch.equal(found, (pictures.float() / 255 - mean) / std)
+    found = normalise(images, view)
+    assert torch.equal(found, (images.float() / 255 - mean) / std)
     if layout == "channels last":
-        assert found.stride() == pictures.stride()
+        assert found.stride() == images.stride()

@@ -7,7 +7,7 @@ from torch import nn
 from vlm.errors import UsageError
 from vlm.models import patch_features
 from vlm.models.factory import build_network, model_config
-from vlm.models.patch_features import has_patches, read_crops
+from vlm.models.patch_features import encode_crops, supports_patch_features
 
 
 def network_of(name: str = "micro", **vision) -> Any:
@@ -35,12 +35,12 @@ def swin_network() -> Any:
     return network.eval()
 
 
-def pictures(count: int = 2, size: int = 32):
+def images(count: int = 2, size: int = 32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def read_image(*given, **options) -> Any:
-    return patch_features.read_image(*given, **options)
+def run_image_tower(*given, **options) -> Any:
+    return patch_features.run_image_tower(*given, **options)
 
 
 def tokens_of(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -52,16 +52,16 @@ def tokens_of(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["micro", "micro-coca"])
-def test_the_picture_is_embedded_as_without_patches(name):
+def test_the_image_is_embedded_as_without_patches(name):
     network = network_of(name)
-    reading = read_image(network, pictures(), with_patches=True)
-    plain = read_image(network, pictures())
+    reading = run_image_tower(network, images(), with_patches=True)
+    plain = run_image_tower(network, images())
     assert torch.allclose(reading.image, plain.image, atol=1e-6)
     if name == "micro-coca":
         assert torch.allclose(reading.memory, plain.memory, atol=1e-6)
-        assert torch.allclose(nn.functional.normalize(plain.image, dim=-1), network.encode_image(pictures()), atol=1e-6)
+        assert torch.allclose(nn.functional.normalize(plain.image, dim=-1), network.encode_image(images()), atol=1e-6)
     else:
-        assert torch.allclose(plain.image, network.encode_image(pictures()), atol=1e-6)
+        assert torch.allclose(plain.image, network.encode_image(images()), atol=1e-6)
     assert reading.patches.shape == (2, 16, reading.image.shape[1])
 
 
@@ -72,8 +72,8 @@ def test_the_picture_is_embedded_as_without_patches(name):
 def test_a_patch_is_what_the_tower_makes_of_it_alone(name, vision):
     """Every patch through the tower's own pooling in a sequence that holds nothing else."""
     visual = (network := network_of(name, **vision)).visual
-    tokens = tokens_of(visual, pictures())[:, 1:]
-    found = read_image(network, pictures(), with_patches=True).patches
+    tokens = tokens_of(visual, images())[:, 1:]
+    found = run_image_tower(network, images(), with_patches=True).patches
     for row in range(len(tokens)):
         for place in range(tokens.shape[1]):
             alone = tokens[row, place].expand(1, 2, -1)  # a class token and one patch, both of them this patch
@@ -94,8 +94,8 @@ def test_a_patch_is_what_the_tower_makes_of_it_alone(name, vision):
 )
 def test_timm_towers_project_each_place_of_their_map(name, pool, size, prefix):
     network = swin_network() if name == "swin" else timm_network(name, pool, size)
-    pixels = pictures(2, size)
-    reading = read_image(network, pixels, with_patches=True)
+    pixels = images(2, size)
+    reading = run_image_tower(network, pixels, with_patches=True)
     assert torch.allclose(reading.image, network.encode_image(pixels), atol=1e-5)
     features = network.visual.trunk.forward_features(pixels)
     if name == "swin":
@@ -116,31 +116,31 @@ def test_registers_are_no_patches():
 
     network = timm_network("test_vit", "token", 160)
     network.visual.trunk = timm.create_model("test_vit", num_classes=0, reg_tokens=4).eval()
-    reading = read_image(network, pictures(1, 160), with_patches=True)
+    reading = run_image_tower(network, images(1, 160), with_patches=True)
     assert reading.patches.shape == (1, 100, 16)
-    assert torch.allclose(reading.image, network.encode_image(pictures(1, 160)), atol=1e-5)
+    assert torch.allclose(reading.image, network.encode_image(images(1, 160)), atol=1e-5)
 
 
 def test_a_tower_without_patches_is_refused():
     network = network_of("micro", layers=[1, 1, 1, 1], width=16, head_width=16)
-    assert not has_patches(network)
+    assert not supports_patch_features(network)
     with pytest.raises(UsageError, match="no features of patches"):
-        read_image(network, pictures(), with_patches=True)
+        run_image_tower(network, images(), with_patches=True)
 
 
-def test_a_crop_of_the_networks_size_is_a_picture():
+def test_a_crop_of_the_networks_size_is_a_image():
     network = network_of()
-    assert torch.equal(read_crops(network, pictures(), 32), network.encode_image(pictures()))
+    assert torch.equal(encode_crops(network, images(), 32), network.encode_image(images()))
 
 
 @pytest.mark.parametrize("name", ["micro", "micro-coca"])
 def test_positions_are_left_as_they_are_where_the_size_is(name):
     """The way of small crops, taken by a crop that is not small, is the way of pictures."""
     network = network_of(name)
-    assert torch.allclose(read_crops(network, pictures(), 64), read_image(network, pictures()).image, atol=1e-5)
+    assert torch.allclose(encode_crops(network, images(), 64), run_image_tower(network, images()).image, atol=1e-5)
 
 
-def test_the_positions_of_a_small_crop_lie_between_those_of_the_picture():
+def test_the_positions_of_a_small_crop_lie_between_those_of_the_image():
     network = network_of()
     with torch.no_grad():
         grid = torch.arange(4.0)
@@ -148,15 +148,15 @@ def test_the_positions_of_a_small_crop_lie_between_those_of_the_picture():
     small = patch_features._resized_positions(network.visual.positional_embedding, (4, 4), (2, 2))[1:, 0]
     assert torch.allclose(small.sort().values, small)
     assert float(small.detach().mean()) == pytest.approx(7.5, abs=1e-4)
-    assert read_crops(network, pictures(3, 16), 32).shape == (3, 16)
+    assert encode_crops(network, images(3, 16), 32).shape == (3, 16)
 
 
 def test_a_crop_of_parts_of_patches_is_refused():
     with pytest.raises(UsageError, match="20 pixels are no whole number of patches of 8"):
-        read_crops(network_of(), pictures(2, 20), 32)
+        encode_crops(network_of(), images(2, 20), 32)
 
 
 def test_other_towers_see_small_crops_enlarged():
     network = timm_network("test_convnext", "avg", 64)
-    enlarged = nn.functional.interpolate(pictures(2, 32), size=(64, 64), mode="bilinear")
-    assert torch.allclose(read_crops(network, pictures(2, 32), 64), network.encode_image(enlarged), atol=1e-6)
+    enlarged = nn.functional.interpolate(images(2, 32), size=(64, 64), mode="bilinear")
+    assert torch.allclose(encode_crops(network, images(2, 32), 64), network.encode_image(enlarged), atol=1e-6)

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.models.model import VisionLanguageModel
-from vlm.models.variants import PrefixModel, split_spec
+from vlm.models.variants import TruncatedModel, split_model_spec
 
 
 class Network(nn.Module):
@@ -45,13 +45,13 @@ def whole() -> VisionLanguageModel:
         name="given",
         network=Network().eval(),
         config={"embed_dim": 16},
-        view=FixedView(size=4),
+        view=EvalTransform(size=4),
         tokenizer=Letters(),
     )
 
 
 def test_the_first_numbers_are_kept_at_unit_length_in_a_space_of_their_own(whole):
-    short = PrefixModel.of(whole, 5)
+    short = TruncatedModel.of(whole, 5)
     images = torch.randint(256, (7, 3, 4, 4), dtype=torch.uint8)
     for found, full in (
         (short.embed_images(images), whole.embed_images(images)),
@@ -60,24 +60,24 @@ def test_the_first_numbers_are_kept_at_unit_length_in_a_space_of_their_own(whole
         expected = full[:, :5] / full[:, :5].norm(dim=1, keepdim=True)
         torch.testing.assert_close(found, expected)
     assert short.embedding_size == 5
-    assert short.fingerprint == fingerprint_of(whole.fingerprint, "prefix", "5")
+    assert short.fingerprint == compute_fingerprint(whole.fingerprint, "prefix", "5")
     assert (short.name, short.view) == ("given#5", whole.view)
-    assert PrefixModel.of(short, 2).fingerprint != PrefixModel.of(whole, 2).fingerprint
+    assert TruncatedModel.of(short, 2).fingerprint != TruncatedModel.of(whole, 2).fingerprint
 
 
 def test_all_dimensions_are_the_model_itself_and_more_or_none_are_refused(whole):
-    assert PrefixModel.of(whole, 16) is whole
+    assert TruncatedModel.of(whole, 16) is whole
     for wrong in (0, 17):
         with pytest.raises(UsageError, match=f"given#{wrong}.*16 dimensions; keep from 1 to 16"):
-            PrefixModel.of(whole, wrong)
+            TruncatedModel.of(whole, wrong)
 
 
 def test_what_follows_the_last_sign_is_a_number_unless_a_path_is_named_so(tmp_path):
-    assert split_spec("runs/a#64") == ("runs/a", 64)
-    assert split_spec("ViT-B-32:openai") == ("ViT-B-32:openai", None)
+    assert split_model_spec("runs/a#64") == ("runs/a", 64)
+    assert split_model_spec("ViT-B-32:openai") == ("ViT-B-32:openai", None)
     (tmp_path / "run#2").mkdir()
-    assert split_spec(f"{tmp_path}/run#2") == (f"{tmp_path}/run#2", None)
-    assert split_spec(f"{tmp_path}/run#2#8") == (f"{tmp_path}/run#2", 8)
+    assert split_model_spec(f"{tmp_path}/run#2") == (f"{tmp_path}/run#2", None)
+    assert split_model_spec(f"{tmp_path}/run#2#8") == (f"{tmp_path}/run#2", 8)
     for wrong in ("runs/a#", "runs/a#b", "runs/a#-1", "runs/a#²"):
         with pytest.raises(UsageError, match="no number of dimensions"):
-            split_spec(wrong)
+            split_model_spec(wrong)

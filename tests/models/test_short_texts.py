@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm.models.factory import accept_short_texts, build_network, model_config
+from vlm.models.factory import build_network, enable_padding_trim, model_config
 
 
 def encode(network, tokens):
@@ -21,7 +21,7 @@ def test_cut_rows_give_the_vectors_of_whole_ones():
     torch.manual_seed(0)
     network = build_network(model_config("micro") | {"custom_text": True}).eval()
     whole = encode(network, short_rows())
-    assert accept_short_texts(network)
+    assert enable_padding_trim(network)
     assert torch.allclose(encode(network, short_rows()[:, :8]), whole, atol=1e-6)
     assert torch.allclose(encode(network, short_rows()), whole, atol=1e-6)
 
@@ -29,11 +29,11 @@ def test_cut_rows_give_the_vectors_of_whole_ones():
 @pytest.mark.parametrize("name", ["micro-coca", "micro"])  # class token at the end; positions of the whole context
 def test_networks_that_need_the_whole_row_are_left_alone(name):
     network = build_network(model_config(name))
-    assert not accept_short_texts(network)
+    assert not enable_padding_trim(network)
     assert not any(layer._forward_pre_hooks for layer in network.modules())
 
 
 def test_texts_that_pass_through_dropout_stay_whole():
     network = build_network(model_config("micro") | {"custom_text": True})
     network.get_submodule("text").add_module("drop", nn.Dropout(0.1))
-    assert not accept_short_texts(network)
+    assert not enable_padding_trim(network)

@@ -7,16 +7,16 @@ import torch
 from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import hash_ngrams
 from vlm.models.towers.language_model import FrozenLanguageTower, complete_lm, lm_fingerprint
-from vlm.models.towers.tower import pool_states, real_tokens
+from vlm.models.towers.tower import pool_states, text_mask
 from vlm.models.towers.tower_config import read_text_config
-from vlm.models.towers.tower_registry import build_text_tower, complete_towers
+from vlm.models.towers.tower_registry import build_text_tower, resolve_tower_configs
 
 ROWS = torch.tensor([[90, 5, 6, 7, 91, 0, 0, 0], [90, 8, 91, 0, 0, 0, 0, 0], [90, 5, 9, 10, 11, 12, 13, 91]])
 IDS: dict[str, Any] = {"context_length": 8, "vocab_size": 100, "pad_id": 0, "eos_id": 91}
 
 
 def make(tower, *, embed_dim=6, seed=0, **options) -> Any:
-    values = complete_towers(
+    values = resolve_tower_configs(
         {
             "embed_dim": embed_dim,
             "vision_cfg": {"tower": "timm:test_vit"},
@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
 def test_text_reaches_from_the_first_to_the_last_token_that_is_no_padding():
     rows = torch.tensor([[0, 3, 0, 4, 0], [0, 0, 0, 0, 0], [5, 0, 0, 0, 0]])
     expected = [[False, True, True, True, False], [False] * 5, [True, False, False, False, False]]
-    assert real_tokens(rows, 0).tolist() == expected
+    assert text_mask(rows, 0).tolist() == expected
 
 
 def test_states_are_pooled_over_the_text_alone():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model_folder, save_model_folder
@@ -27,14 +27,14 @@ def open_model(scene_tokenizer):
         config["vision_cfg"] |= ({"image_size": size} if size else {}) | vision
         torch.manual_seed(0)
         side = config["vision_cfg"]["image_size"]
-        view = FixedView(size=side)
+        view = EvalTransform(size=side)
         network = build_network(config).eval()
         return VisionLanguageModel(name="test", network=network, config=config, view=view, tokenizer=tokenizer)
 
     return make
 
 
-def pictures(size, number=2):
+def images(size, number=2):
     return torch.randint(0, 255, (number, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -102,7 +102,7 @@ def test_a_loaded_model_of_towers_is_the_saved_one(name, size, vision, open_mode
     loaded = load_model_folder(tmp_path / "model", CPU, torch.float32)
     assert loaded.fingerprint == model.fingerprint
     assert torch.equal(loaded.embed_texts(TEXTS), model.embed_texts(TEXTS))
-    assert torch.equal(loaded.embed_images(pictures(size)), model.embed_images(pictures(size)))
+    assert torch.equal(loaded.embed_images(images(size)), model.embed_images(images(size)))
 
 
 def test_the_space_follows_the_frozen_language_model(open_model, tmp_path):

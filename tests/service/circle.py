@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from tests.index.origins import make_origin
-from vlm.data.transforms import FixedView
-from vlm.index.embeddings import Origin, Space
+from vlm.data.transforms import EvalTransform
+from vlm.index.embeddings import EmbeddingSpace, Origin
 from vlm.service.search import SearchService
 from vlm.tensors import Float32, Tensor, UInt8
 
 OpenService = Callable[..., SearchService]
-SPACE = Space(model="circle", fingerprint="circle", dimension=2, modality="image")
+SPACE = EmbeddingSpace(model="circle", fingerprint="circle", dimension=2, modality="image")
 
 
 @dataclass
@@ -26,8 +26,8 @@ class CircleModel:
     calls: int = 0
 
     @property
-    def view(self) -> FixedView:
-        return FixedView(size=8)
+    def view(self) -> EvalTransform:
+        return EvalTransform(size=8)
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
         raise AssertionError("No picture is asked for.")

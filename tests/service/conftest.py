@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.service.circle import SPACE, CircleModel, OpenService, origin, points
-from vlm.index.ann.index_type import Tuning
+from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings import EmbeddingsWriter, Origin
 from vlm.service.search import SearchService
@@ -36,7 +36,7 @@ def open_service(tmp_path: Path) -> OpenService:
             "/nowhere/0.tar", points(degrees), list(origins) or [origin(f"u{n}", n=n) for n in range(len(degrees))]
         )
         writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
-        build_index(tmp_path / "vectors", tmp_path / "index", kind=kind, tuning=Tuning(**wishes))
+        build_index(tmp_path / "vectors", tmp_path / "index", kind=kind, tuning=TuningParams(**wishes))
         model: Any = CircleModel()
         return SearchService.open(tmp_path / "index", load=lambda _: model)
 

@@ -2,21 +2,21 @@
 
 from dataclasses import replace
 
-from vlm.service.query import Question
-from vlm.service.search import Answer, SearchService
+from vlm.service.query import Query
+from vlm.service.search import SearchResult, SearchService
 
 
-def uids(answer: Answer) -> list[str]:
+def uids(result: SearchResult) -> list[str]:
     """Of its hits, best first."""
-    return [hit.entry.uid for hit in answer.hits]
+    return [hit.entry.uid for hit in result.hits]
 
 
-def pages(service: SearchService, question: Question) -> list[str]:
+def pages(service: SearchService, query: Query) -> list[str]:
     """The uids of all pages, one after the other."""
-    found, answer = [], service.answer(question)
+    found, result = [], service.search(query)
     while True:
-        found += uids(answer)
-        if not answer.next:
+        found += uids(result)
+        if not result.next:
             return found
-        assert len(answer.hits) == question.top
-        answer = service.answer(replace(question, after=answer.next))
+        assert len(result.hits) == query.top
+        result = service.search(replace(query, after=result.next))

@@ -12,7 +12,7 @@ from PIL import Image
 from vlm.index.build import build_index
 from vlm.index.embed import embed_shards
 from vlm.service.gallery import gallery_page, write_gallery
-from vlm.service.search import Question, SearchService
+from vlm.service.search import Query, SearchService
 
 EVIL = '<script>alert("1")</script> & "red"'
 
@@ -22,11 +22,11 @@ def service(index: Path, make_model: Callable[..., Any]) -> SearchService:
     return SearchService.open(index, load=lambda _: make_model())
 
 
-def page(service: SearchService, *questions: Question) -> str:
-    return gallery_page([service.answer(q) for q in questions], title="Answers", info=service.index.info())
+def page(service: SearchService, *queries: Query) -> str:
+    return gallery_page([service.search(q) for q in queries], title="Answers", info=service.index.info())
 
 
-def shown_pictures(html: str) -> list[Image.Image]:
+def shown_images(html: str) -> list[Image.Image]:
     found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
@@ -50,11 +50,11 @@ class Nesting(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_each_hit_shows_its_picture_caption_key_and_score(service: SearchService) -> None:
-    html = page(service, Question(texts=("green and magenta",), top=4))
-    pictures = shown_pictures(html)
-    assert len(pictures) == 4
-    left, right = pictures[0].getpixel((2, 8)), pictures[0].getpixel((14, 8))
+def test_each_hit_shows_its_image_caption_key_and_score(service: SearchService) -> None:
+    html = page(service, Query(texts=("green and magenta",), top=4))
+    images = shown_images(html)
+    assert len(images) == 4
+    left, right = images[0].getpixel((2, 8)), images[0].getpixel((14, 8))
     assert isinstance(left, tuple)
     assert isinstance(right, tuple)
     assert max(left[0], left[2]) < 60 < 200 < left[1]
@@ -64,14 +64,12 @@ def test_each_hit_shows_its_picture_caption_key_and_score(service: SearchService
         assert text in first
 
 
-def test_every_question_has_its_section_and_its_own_picture(
-    service: SearchService, paint: Callable[..., bytes]
-) -> None:
-    questions = [Question(texts=("red",), top=2), Question(images=(paint("blue"),), minus=("white",), top=2)]
-    html = page(service, *questions)
+def test_every_question_has_its_section_and_its_own_image(service: SearchService, paint: Callable[..., bytes]) -> None:
+    queries = [Query(texts=("red",), top=2), Query(images=(paint("blue"),), minus=("white",), top=2)]
+    html = page(service, *queries)
     assert html.count("<section") == 2
     assert 'href="#q2"' in html
-    assert len(shown_pictures(html)) == 5
+    assert len(shown_images(html)) == 5
 
 
 def test_nothing_in_a_sample_or_a_question_becomes_markup(
@@ -81,7 +79,7 @@ def test_nothing_in_a_sample_or_a_question_becomes_markup(
     embed_shards(make_model(), [shard], tmp_path / "e", model_spec="<b>colours</b>")
     build_index(tmp_path / "e", tmp_path / "i")
     service = SearchService.open(tmp_path / "i", load=lambda _: make_model())
-    html = gallery_page([service.answer(Question(texts=(EVIL,)))], title=EVIL, info=service.index.info())
+    html = gallery_page([service.search(Query(texts=(EVIL,)))], title=EVIL, info=service.index.info())
     assert "&lt;script&gt;alert" in html
     checked = Nesting()
     checked.feed(html)
@@ -90,7 +88,7 @@ def test_nothing_in_a_sample_or_a_question_becomes_markup(
 
 
 def test_the_page_asks_nothing_of_other_hosts(service: SearchService) -> None:
-    html = page(service, Question(texts=("red",)))
+    html = page(service, Query(texts=("red",)))
     assert "http" not in html
     assert "<link" not in html
     assert "url(" not in html
@@ -104,31 +102,31 @@ def test_the_page_asks_nothing_of_other_hosts(service: SearchService) -> None:
         (lambda path: path.write_bytes(b"\0" * 100_000), "picture cannot be shown"),
     ],
 )
-def test_a_picture_that_cannot_be_read_any_more_gets_a_tile_that_says_so(
+def test_a_image_that_cannot_be_read_any_more_gets_a_tile_that_says_so(
     service: SearchService, shards: list[str], damage: Callable[[Path], object], message: str
 ) -> None:
     damage(Path(shards[0]))
-    html = page(service, Question(texts=("red",), top=11))
+    html = page(service, Query(texts=("red",), top=11))
     assert html.count('<p class="missing">') == 4
     assert message in html
-    assert len(shown_pictures(html)) == 7
+    assert len(shown_images(html)) == 7
 
 
 def test_the_page_is_written_whole(tmp_path: Path, service: SearchService) -> None:
     path = tmp_path / "new" / "gallery.html"
-    write_gallery(path, [service.answer(Question(texts=("red",)))], title="A", info=service.index.info())
+    write_gallery(path, [service.search(Query(texts=("red",)))], title="A", info=service.index.info())
     assert path.read_text().endswith("</html>\n")
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_what_narrows_the_answers_and_how_many_are_alike_is_said(service: SearchService) -> None:
-    uid = service.answer(Question(texts=("red",))).hits[0].entry.uid
-    question = Question(
+    uid = service.search(Query(texts=("red",))).hits[0].entry.uid
+    query = Query(
         texts=("red",), items=(uid,), where="width < 99", words="red", duplicates=0.01, diversity=0.25, at_least=-0.5
     )
-    html = page(service, question)
+    html = page(service, query)
     for said in ("where width &lt; 99", "with the words red", "alike from 0.01", "diversity 0.25", "at least -0.5"):
         assert said in html
     assert f'<span class="text">{uid}</span>' in html
     assert re.search(r"[1-9] more like it", html)
-    assert "where" not in page(service, Question(texts=("red",))).split("</style>")[1]
+    assert "where" not in page(service, Query(texts=("red",))).split("</style>")[1]

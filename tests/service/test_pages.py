@@ -10,10 +10,10 @@ from tests.index.origins import make_origin
 from tests.service.circle import SPACE, OpenService, origin, points
 from tests.service.paging import pages, uids
 from vlm.errors import UsageError
-from vlm.index.writer import IndexWriter, NewRows
+from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.service import ranking
 from vlm.service.query import Cursor
-from vlm.service.search import Question
+from vlm.service.search import Query
 
 
 @pytest.mark.parametrize(
@@ -32,56 +32,56 @@ def test_pages_put_together_are_the_one_long_answer(open_service: OpenService, o
     degrees = np.random.default_rng(0).integers(0, 36, 100) * 5
     captions = ["row" if number % 3 else "other" for number in range(100)]
     service = open_service(degrees, [origin(f"u{n}", caption, n=n) for n, caption in enumerate(captions)])
-    question = Question(texts=("33",), **options)
-    whole = service.answer(replace(question, top=1000))
+    query = Query(texts=("33",), **options)
+    whole = service.search(replace(query, top=1000))
     assert whole.next == ""
     assert len(set(uids(whole))) == len(whole.hits) > 50 * (not options.get("duplicates"))
     for top in (1, 7, 99):
-        assert pages(service, replace(question, top=top)) == uids(whole)
+        assert pages(service, replace(query, top=top)) == uids(whole)
 
 
 def test_a_page_goes_on_behind_its_last_answer_when_the_index_has_changed(
     open_service: OpenService,
 ) -> None:
     service = open_service([0, 10, 20, 30, 40])
-    question = Question(texts=("0",), top=2)
-    first = service.answer(question)
+    query = Query(texts=("0",), top=2)
+    first = service.search(query)
     with IndexWriter(service.index.folder) as writer:
         added = [5, 25, *np.linspace(1, 4, 30)]
-        writer.add(NewRows.of_arrays(points(added), [origin(f"n{n}") for n in range(len(added))], SPACE))
+        writer.add(InsertBatch.from_arrays(points(added), [origin(f"n{n}") for n in range(len(added))], SPACE))
         writer.delete(["u1", "u2"])
-    second = service.answer(replace(question, after=first.next))
+    second = service.search(replace(query, after=first.next))
     assert uids(first) == ["u0", "u1"]
     assert uids(second) == ["n1", "u3"]
     assert second.generation == first.generation + 2
-    assert uids(service.answer(replace(question, after=second.next))) == ["u4"]
+    assert uids(service.search(replace(query, after=second.next))) == ["u4"]
 
 
 def test_a_page_whose_order_the_change_may_have_touched_is_refused(
     open_service: OpenService,
 ) -> None:
     service = open_service([0, 10, 20, 30, 40])
-    question = Question(texts=("0",), top=2, diversity=0.5)
-    first = service.answer(question)
+    query = Query(texts=("0",), top=2, diversity=0.5)
+    first = service.search(query)
     with IndexWriter(service.index.folder) as writer:
         writer.delete(["u1"])
     with pytest.raises(UsageError, match="generation 1 to 2 since the last page"):
-        service.answer(replace(question, after=first.next))
+        service.search(replace(query, after=first.next))
 
 
 def test_a_cursor_of_another_question_is_refused(open_service: OpenService) -> None:
     service = open_service([0, 10, 20])
-    after = service.answer(Question(texts=("0",), top=1)).next
-    assert uids(service.answer(Question(texts=("0",), top=2, after=after))) == ["u1", "u2"]
-    for other in (Question(texts=("1",), after=after), Question(texts=("0",), where="n < 9", after=after)):
+    after = service.search(Query(texts=("0",), top=1)).next
+    assert uids(service.search(Query(texts=("0",), top=2, after=after))) == ["u1", "u2"]
+    for other in (Query(texts=("1",), after=after), Query(texts=("0",), where="n < 9", after=after)):
         with pytest.raises(UsageError, match="belongs to another question"):
-            service.answer(other)
+            service.search(other)
 
 
-@pytest.mark.parametrize("word", ["x", "ä", "AAAA", "", "=" * 32])
-def test_a_word_that_is_no_cursor_is_named(word: str) -> None:
+@pytest.mark.parametrize("token", ["x", "ä", "AAAA", "", "=" * 32])
+def test_a_word_that_is_no_cursor_is_named(token: str) -> None:
     with pytest.raises(UsageError, match="is no cursor"):
-        Cursor.from_word(word)
+        Cursor.from_token(token)
 
 
 DEGREES = np.random.default_rng(2).uniform(0, 360, 3000)
@@ -96,20 +96,20 @@ def test_pages_of_an_index_that_misses_rows_show_every_row_once(
     origins = [origin(f"u{n}", "row" if n % 2 else "other", n=n) for n in range(3000)]
     service = open_service(DEGREES, origins, kind=kind, **HASTY[kind])
     for top in (90, 500):
-        found = pages(service, Question(texts=("100",), top=top, **options))
+        found = pages(service, Query(texts=("100",), top=top, **options))
         assert len(found) == len(set(found)) == (2900 if "where" in options else 3000)
 
 
 def test_pages_of_different_length_show_every_row_once_too(open_service: OpenService) -> None:
     service = open_service(DEGREES, kind="ivf", **HASTY["ivf"])
-    answer = service.answer(Question(texts=("100",), top=5))
-    found = uids(answer)
+    result = service.search(Query(texts=("100",), top=5))
+    found = uids(result)
     for top in np.random.default_rng(0).integers(1, 400, 1000).tolist():
-        assert answer.hits == tuple(sorted(answer.hits, key=lambda hit: -hit.score))
-        if not answer.next:
+        assert result.hits == tuple(sorted(result.hits, key=lambda hit: -hit.score))
+        if not result.next:
             break
-        answer = service.answer(replace(answer.question, after=answer.next, top=top))
-        found += uids(answer)
+        result = service.search(replace(result.query, after=result.next, top=top))
+        found += uids(result)
     assert sorted(found) == sorted(f"u{n}" for n in range(3000))
 
 
@@ -122,14 +122,14 @@ def test_no_answer_is_short_where_more_are_asked_for_than_are_fused_or_turned(
 ) -> None:
     monkeypatch.setattr(ranking, "CANDIDATES", 10)
     service = open_service(DEGREES[:200], [origin(f"u{n}", "row" if n % 2 else "other", n=n) for n in range(200)])
-    plain = Question(texts=("100",), top=1000, at_least=options.get("at_least"))
-    question = replace(plain, **options)
-    answer = service.answer(question)
-    assert sorted(uids(answer)) == sorted(uids(service.answer(plain)))
-    assert uids(answer) != uids(service.answer(plain))
-    assert pages(service, replace(question, top=7)) == uids(answer)
+    plain = Query(texts=("100",), top=1000, at_least=options.get("at_least"))
+    query = replace(plain, **options)
+    result = service.search(query)
+    assert sorted(uids(result)) == sorted(uids(service.search(plain)))
+    assert uids(result) != uids(service.search(plain))
+    assert pages(service, replace(query, top=7)) == uids(result)
     if "diversity" not in options:
-        fused = [hit.fused for hit in answer.hits]
+        fused = [hit.fused for hit in result.hits]
         assert None not in fused[:10]
         assert set(fused[20:]) == {None}
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
-from vlm.service.query import Question, read_questions
+from vlm.service.query import Query, read_queries
 
 
 def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
@@ -15,16 +15,16 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         '{"vectors": [[1, 2.5]], "texts": [], "rerank_top": 0}',
         "[1] is a text",
     ]
-    defaults = Question(top=7, where="y = 2")
-    assert list(read_questions(lines, defaults)) == [f"Line {n} of the questions" for n in (1, 3, 4, 5, 6)]
-    assert list(read_questions(lines, defaults).values()) == [
-        Question(texts=("a dog",), top=7, where="y = 2"),
-        Question(texts=("a", "b"), minus=("c",), weights=(1.0, 2.0, 3.0), top=3, where="x = 1"),
-        Question(images=(Path("q.png"),), top=7, where="y = 2", words="w", duplicates=0.9, after="z"),
-        Question(vectors=((1.0, 2.5),), top=7, where="y = 2"),
-        Question(texts=("[1] is a text",), top=7, where="y = 2"),
+    defaults = Query(top=7, where="y = 2")
+    assert list(read_queries(lines, defaults)) == [f"Line {n} of the questions" for n in (1, 3, 4, 5, 6)]
+    assert list(read_queries(lines, defaults).values()) == [
+        Query(texts=("a dog",), top=7, where="y = 2"),
+        Query(texts=("a", "b"), minus=("c",), weights=(1.0, 2.0, 3.0), top=3, where="x = 1"),
+        Query(images=(Path("q.png"),), top=7, where="y = 2", words="w", duplicates=0.9, after="z"),
+        Query(vectors=((1.0, 2.5),), top=7, where="y = 2"),
+        Query(texts=("[1] is a text",), top=7, where="y = 2"),
     ]
-    assert read_questions([], defaults) == {}
+    assert read_queries([], defaults) == {}
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
 )
 def test_a_line_that_is_no_question_is_named(line: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        read_questions(["a dog", line], Question())
+        read_queries(["a dog", line], Query())

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.service.paging import pages, uids
-from vlm.cli.search import show_answer
-from vlm.data.transforms import FixedView
+from vlm.cli.search import show_result
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.index.writer import IndexWriter
 from vlm.service.gallery import gallery_page
-from vlm.service.search import Answer, Question, SearchService
+from vlm.service.search import Query, SearchResult, SearchService
 from vlm.tensors import Float32, Tensor, UInt8
 
 
@@ -23,12 +23,12 @@ class Reader:
 
     colours: Any
     fingerprint: str = "reader"
-    view: FixedView = field(default_factory=lambda: FixedView(size=8))
+    view: EvalTransform = field(default_factory=lambda: EvalTransform(size=8))
     can_caption: bool = True
-    pictures: int = 0
+    images: int = 0
 
-    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
-        self.pictures += len(images)
+    def text_log_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+        self.images += len(images)
         right = images.clone()
         right[..., : right.shape[-1] // 2] = right[..., right.shape[-1] // 2 :]
         return self.colours.embed_images(right) @ self.colours.embed_texts(texts).T - 1
@@ -45,35 +45,35 @@ def service(index: Path, make_model: Callable[..., Any], reader: Reader) -> Sear
     return SearchService.open(index, rerank_spec="reader", load=lambda spec: models[spec])
 
 
-def captions(answer: Answer) -> list[str]:
-    return [hit.entry.captions[""][0] for hit in answer.hits]
+def captions(result: SearchResult) -> list[str]:
+    return [hit.entry.captions[""][0] for hit in result.hits]
 
 
 def test_the_likeliest_of_the_nearest_come_first_and_the_others_stay(service: SearchService) -> None:
-    question = Question(texts=("green",), top=11)
-    by_cosine = service.answer(question)
-    answer = service.answer(replace(question, rerank_top=3))
+    query = Query(texts=("green",), top=11)
+    by_cosine = service.search(query)
+    result = service.search(replace(query, rerank_top=3))
     assert by_cosine.hits[0].likelihood is None
     assert "likelihood" not in by_cosine.hits[0].to_json()
     # green is half of several pictures, and the right half of some
-    assert [caption.endswith("green") for caption in captions(answer)[:3]] == sorted(
-        (caption.endswith("green") for caption in captions(answer)[:3]), reverse=True
+    assert [caption.endswith("green") for caption in captions(result)[:3]] == sorted(
+        (caption.endswith("green") for caption in captions(result)[:3]), reverse=True
     )
-    assert captions(answer)[0].endswith("green")
-    assert sorted(uids(answer)[:3]) == sorted(uids(by_cosine)[:3])
-    assert uids(answer)[3:] == uids(by_cosine)[3:]
-    likelihoods = [hit.likelihood for hit in answer.hits]
+    assert captions(result)[0].endswith("green")
+    assert sorted(uids(result)[:3]) == sorted(uids(by_cosine)[:3])
+    assert uids(result)[3:] == uids(by_cosine)[3:]
+    likelihoods = [hit.likelihood for hit in result.hits]
     assert likelihoods[3:] == [None] * 8
     assert likelihoods[:3] == sorted((value for value in likelihoods if value is not None), reverse=True)
-    assert answer.to_json()["hits"][0]["likelihood"] == likelihoods[0] == pytest.approx(0, abs=1e-6)
-    assert answer.rerank_milliseconds is not None
+    assert result.to_json()["hits"][0]["likelihood"] == likelihoods[0] == pytest.approx(0, abs=1e-6)
+    assert result.rerank_milliseconds is not None
 
 
 def test_texts_count_by_their_weights_and_minus_texts_against(service: SearchService) -> None:
-    items = tuple(uids(service.answer(Question(texts=("red",), top=1))))
+    items = tuple(uids(service.search(Query(texts=("red",), top=1))))
     weights = (1.0, 3.0, 9.0, 2.0)
-    question = Question(texts=("green", "blue"), items=items, minus=("red",), weights=weights, top=11, rerank_top=11)
-    for hit in service.answer(question).hits:
+    query = Query(texts=("green", "blue"), items=items, minus=("red",), weights=weights, top=11, rerank_top=11)
+    for hit in service.search(query).hits:
         last = hit.entry.captions[""][0].split()[-1]
         expected = {"green": (0 - 3 + 2) / 6, "blue": (-1 + 0 + 2) / 6, "red": (-1 - 3 - 0) / 6}.get(last, -2 / 6)
         assert hit.likelihood == pytest.approx(expected, abs=1e-5)
@@ -84,86 +84,84 @@ def test_texts_count_by_their_weights_and_minus_texts_against(service: SearchSer
 def test_pages_put_together_are_the_one_long_answer(
     service: SearchService, options: dict[str, Any], count: int
 ) -> None:
-    question = Question(texts=("green and blue",), rerank_top=count, **options)
-    whole = service.answer(replace(question, top=99))
+    query = Query(texts=("green and blue",), rerank_top=count, **options)
+    whole = service.search(replace(query, top=99))
     assert whole.next == ""
     assert len(whole.hits) > 5
     for top in (1, 3, 4, 10):
-        assert pages(service, replace(question, top=top)) == uids(whole)
+        assert pages(service, replace(query, top=top)) == uids(whole)
 
 
 def test_pages_behind_the_reranked_ask_the_captioner_no_more(service: SearchService, reader: Reader) -> None:
-    question = Question(texts=("green",), top=4, rerank_top=4)
-    after = service.answer(question).next
-    assert reader.pictures == 4
-    second = service.answer(replace(question, after=after))
-    assert reader.pictures == 4
+    query = Query(texts=("green",), top=4, rerank_top=4)
+    after = service.search(query).next
+    assert reader.images == 4
+    second = service.search(replace(query, after=after))
+    assert reader.images == 4
     assert [hit.likelihood for hit in second.hits] == [None] * 4
 
 
 def test_a_cursor_belongs_to_its_captioner_its_count_and_its_generation(
     service: SearchService, reader: Reader, index: Path
 ) -> None:
-    question = Question(texts=("green",), top=2, rerank_top=4)
-    after = service.answer(question).next
+    query = Query(texts=("green",), top=2, rerank_top=4)
+    after = service.search(query).next
     reader.fingerprint = "another"
-    for other in (question, replace(question, rerank_top=5), replace(question, rerank_top=0)):
+    for other in (query, replace(query, rerank_top=5), replace(query, rerank_top=0)):
         with pytest.raises(UsageError, match="belongs to another question"):
-            service.answer(replace(other, after=after))
+            service.search(replace(other, after=after))
     reader.fingerprint = "reader"
     with IndexWriter(index) as writer:
-        writer.delete([service.answer(question).hits[0].entry.uid])
+        writer.delete([service.search(query).hits[0].entry.uid])
     with pytest.raises(UsageError, match="generation 1 to 2 since the last page"):
-        service.answer(replace(question, after=after))
+        service.search(replace(query, after=after))
 
 
-def test_a_picture_that_cannot_be_read_keeps_its_place(service: SearchService, tmp_path: Path) -> None:
-    question = Question(texts=("green",), top=11)
-    by_cosine = service.answer(question)
+def test_a_image_that_cannot_be_read_keeps_its_place(service: SearchService, tmp_path: Path) -> None:
+    query = Query(texts=("green",), top=11)
+    by_cosine = service.search(query)
     gone = tmp_path / "shards" / "00001.tar"
     lost = [place for place, hit in enumerate(by_cosine.hits) if hit.entry.shard == str(gone)]
     gone.unlink()
-    answer = service.answer(replace(question, rerank_top=11))
+    result = service.search(replace(query, rerank_top=11))
     assert 0 < len(lost) < 11
-    assert [uids(answer)[place] for place in lost] == [uids(by_cosine)[place] for place in lost]
-    assert set(answer.unread) == {uids(by_cosine)[place] for place in lost}
-    assert set(answer.unread.values()) == {"The shard 00001.tar is no longer there"}
-    assert answer.to_json()["unread"] == answer.unread
-    read = [hit.likelihood for place, hit in enumerate(answer.hits) if place not in lost]
+    assert [uids(result)[place] for place in lost] == [uids(by_cosine)[place] for place in lost]
+    assert set(result.unread) == {uids(by_cosine)[place] for place in lost}
+    assert set(result.unread.values()) == {"The shard 00001.tar is no longer there"}
+    assert result.to_json()["unread"] == result.unread
+    read = [hit.likelihood for place, hit in enumerate(result.hits) if place not in lost]
     assert read == sorted((value for value in read if value is not None), reverse=True)
-    assert all(answer.hits[place].likelihood is None for place in lost)
+    assert all(result.hits[place].likelihood is None for place in lost)
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.unlink()
-    assert uids(service.answer(replace(question, rerank_top=11))) == uids(by_cosine)
+    assert uids(service.search(replace(query, rerank_top=11))) == uids(by_cosine)
 
 
 @pytest.mark.parametrize(
-    ("question", "message"),
+    ("query", "message"),
     [
-        (Question(items=("0/0",), rerank_top=5), "this question has no text"),
-        (Question(texts=("red",), rerank_top=-1), "rerank_top = -1 does not fit"),
-        (Question(texts=("red",), rerank_top=1001), "0 to 1,000"),
-        (Question(texts=("red",), rerank_top=5, diversity=0.1), "ask for one of them"),
+        (Query(items=("0/0",), rerank_top=5), "this question has no text"),
+        (Query(texts=("red",), rerank_top=-1), "rerank_top = -1 does not fit"),
+        (Query(texts=("red",), rerank_top=1001), "0 to 1,000"),
+        (Query(texts=("red",), rerank_top=5, diversity=0.1), "ask for one of them"),
     ],
 )
-def test_a_question_that_cannot_be_reranked_is_refused(
-    service: SearchService, question: Question, message: str
-) -> None:
+def test_a_question_that_cannot_be_reranked_is_refused(service: SearchService, query: Query, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        service.answer(question)
+        service.search(query)
 
 
 def test_a_model_that_cannot_rerank_is_refused(service: SearchService, reader: Reader) -> None:
-    question = Question(texts=("red",), rerank_top=5)
+    query = Query(texts=("red",), rerank_top=5)
     reader.can_caption = False
     with pytest.raises(UsageError, match="reader has no caption decoder to re-rank with"):
-        service.answer(question)
+        service.search(query)
     reader.can_caption, service.rerank_spec = True, "colours"
     with pytest.raises(UsageError, match="colours has no caption decoder"):
-        service.answer(question)
+        service.search(query)
     service.rerank_spec = ""
     with pytest.raises(UsageError, match="no model for it was named"):
-        service.answer(question)
+        service.search(query)
 
 
 def test_the_model_of_the_index_is_loaded_once_for_both(index: Path, make_model: Callable[..., Any]) -> None:
@@ -179,22 +177,22 @@ def test_the_model_of_the_index_is_loaded_once_for_both(index: Path, make_model:
         return both
 
     service = SearchService.open(index, rerank_spec="colours", load=load)
-    assert captions(service.answer(Question(texts=("green",), rerank_top=5)))[0].endswith("green")
+    assert captions(service.search(Query(texts=("green",), rerank_top=5)))[0].endswith("green")
     assert loaded == ["colours"]
 
 
-def test_likelihoods_and_unread_pictures_are_shown(
+def test_likelihoods_and_unread_images_are_shown(
     service: SearchService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "shards" / "00001.tar").unlink()
-    answer = service.answer(Question(texts=("green",), top=11, rerank_top=11))
-    show_answer(answer)
+    result = service.search(Query(texts=("green",), top=11, rerank_top=11))
+    show_result(result)
     printed = capsys.readouterr()
     assert "likelihood" in printed.out
-    assert f"{answer.hits[0].likelihood:.4f}" in printed.out
+    assert f"{result.hits[0].likelihood:.4f}" in printed.out
     assert "re-ranked in" in printed.err
-    assert f"cannot be read: {len(answer.unread)}; the first, 1" in printed.err
-    page = gallery_page([answer], title="Green", info=service.index.info())
-    assert page.count("nats a token") == 11 - len(answer.unread)
+    assert f"cannot be read: {len(result.unread)}; the first, 1" in printed.err
+    page = gallery_page([result], title="Green", info=service.index.info())
+    assert page.count("nats a token") == 11 - len(result.unread)
     assert "re-ranked by likelihood: the first 11" in page
-    assert f"but for {len(answer.unread)} whose pictures cannot be read" in page
+    assert f"but for {len(result.unread)} whose pictures cannot be read" in page

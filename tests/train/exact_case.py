@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.models.dropout import RowNoise, draw_by_row
-from vlm.train.objectives.loss_term import Inputs, Outputs, TermOptions
+from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
+from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
-from vlm.train.step import Parts, backward_exactly
-from vlm.train.task import Student, build_student
+from vlm.train.step import MicroBatches, backward_with_gradient_caching
+from vlm.train.task import TrainingTask, build_task
 
 SAMPLES, LENGTH, VOCABULARY, PAD, SIZE, WIDTH = 8, 10, 40, 0, 32, 16
 
@@ -30,21 +30,21 @@ class Case:
         self.is_mixed = dtype == torch.bfloat16
         dtype = torch.float32 if self.is_mixed else dtype
         self.config = ObjectiveConfig(objective=expression, text_embedding_size=12, **config)
-        self.options = TermOptions(config=self.config, pad_token=PAD)
+        self.options = LossOptions(config=self.config, pad_token=PAD)
         self.terms = parse_objective(expression)
-        self.noise = RowNoise(seed=seed)
+        self.noise = PerSampleNoise(seed=seed)
         torch.manual_seed(seed)
         model = small_model()
-        assert draw_by_row(model.network, self.noise) >= 2
-        self.student: Student = build_student(model, self.terms, self.options).to(dtype).train()
+        assert use_per_sample_dropout(model.network, self.noise) >= 2
+        self.task: TrainingTask = build_task(model, self.terms, self.options).to(dtype).train()
         self.inputs = draw_inputs(seed, dtype)
 
     def gradients(
         self, *, split: int = 1, process: int = 0, processes: int = 1
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Loss parts and gradients of this process's share of the batch, in `split` parts."""
-        self.student.zero_grad(set_to_none=True)
-        wrapped = DistributedDataParallel(self.student) if processes > 1 else self.student
+        self.task.zero_grad(set_to_none=True)
+        wrapped = DistributedDataParallel(self.task) if processes > 1 else self.task
 
         def forward(inputs: Inputs, names: frozenset[str] | None) -> Outputs:
             return self.forward(wrapped, inputs, names)
@@ -58,50 +58,50 @@ class Case:
             self.noise.rows = rows["rows"]
             return rows
 
-        parts = Parts(
-            number=split,
+        micro_batches = MicroBatches(
+            count=split,
             inputs=part,
-            counted=part,
+            non_image_inputs=part,
             forward=forward,
             backward=lambda loss: loss.backward(),
-            waiting=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
+            no_sync=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
         )
-        losses = backward_exactly(parts, self.terms, self.options)
+        losses = backward_with_gradient_caching(micro_batches, self.terms, self.options)
         found = {
             name: parameter.grad.clone()
-            for name, parameter in self.student.named_parameters()
+            for name, parameter in self.task.named_parameters()
             if parameter.grad is not None
         }
         return losses, found
 
-    def forward(self, student: nn.Module, inputs: Inputs, names: frozenset[str] | None = None) -> Outputs:
+    def forward(self, task: nn.Module, inputs: Inputs, names: frozenset[str] | None = None) -> Outputs:
         """The student's outputs, in float32 also where it computes in bfloat16."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_mixed):
-            outputs = student(inputs, names)
+            outputs = task(inputs, names)
         return cast(Outputs, convert_to_fp32(outputs)) if self.is_mixed else outputs
 
 
 def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
     """The plain way: one forward pass, the terms added up, one backward pass."""
-    case.student.zero_grad(set_to_none=True)
+    case.task.zero_grad(set_to_none=True)
     case.noise.rows = case.inputs["rows"]
-    outputs = case.forward(case.student, case.inputs)
+    outputs = case.forward(case.task, case.inputs)
     total = torch.zeros((), dtype=case.inputs["pixels"].dtype)
     for part in case.terms:
-        if part.term.across:
-            total = total + part.weight * part.term.across(outputs, case.inputs, case.options)
-        if part.term.within:
-            units = part.term.units(case.inputs, case.options)
-            total = total + part.weight * part.term.within(outputs, case.inputs, case.options) / units
+        if part.term.batch_level:
+            total = total + part.weight * part.term.batch_level(outputs, case.inputs, case.options)
+        if part.term.sample_level:
+            normaliser = part.term.normaliser(case.inputs, case.options)
+            total = total + part.weight * part.term.sample_level(outputs, case.inputs, case.options) / normaliser
     total.backward()
-    found = {name: tensor.grad for name, tensor in case.student.named_parameters() if tensor.grad is not None}
+    found = {name: tensor.grad for name, tensor in case.task.named_parameters() if tensor.grad is not None}
     return float(total.detach()), {name: gradient.clone() for name, gradient in found.items()}
 
 
 def small_model():
     """A captioner with patch dropout, dropout, a temperature and a bias."""
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.transforms import FixedView
+    from vlm.data.transforms import EvalTransform
     from vlm.models.factory import build_network
     from vlm.models.model import VisionLanguageModel
 
@@ -127,7 +127,7 @@ def small_model():
     text.token_embedding = nn.Sequential(text.get_submodule("token_embedding"), nn.Dropout(0.2))
     tokenizer = open_tokenizer("clip", LENGTH)
     return VisionLanguageModel(
-        name="small", network=network, config=config, view=FixedView(size=SIZE), tokenizer=tokenizer
+        name="small", network=network, config=config, view=EvalTransform(size=SIZE), tokenizer=tokenizer
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from vlm.train.checkpoint.format import damage_of, list_checkpoints
+from vlm.train.checkpoint.format import find_damage, list_checkpoints
 from vlm.train.history import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def slow(real):
         time.sleep({pause})
         return real(*args, **more)
     return call
-for name in ("save_model", "save_file", "write_text", "sync_folder"):
+for name in ("save_model", "save_file", "write_text", "fsync_folder"):
     setattr(checkpoint_files, name, slow(getattr(checkpoint_files, name)))
 from vlm.cli.main import main
 sys.argv[0] = "vlm"
@@ -157,7 +157,7 @@ def check_checkpoints(run: Path, seen: set[str]) -> None:
     """
     found = list_checkpoints(run / "checkpoints")
     for path in found:
-        if damage := damage_of(path):
+        if damage := find_damage(path):
             raise SystemExit(f"{path} is damaged after a kill: {damage}")
     newest = found[-1].name if found else ""
     if seen and max(seen) > newest:

@@ -3,7 +3,7 @@ import pytest
 from vlm.data.corpus import Source, open_corpus
 from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
-from vlm.train.logger import refuse_too_many_bad
+from vlm.train.logger import check_bad_sample_limit
 
 
 @pytest.mark.parametrize(
@@ -13,9 +13,9 @@ from vlm.train.logger import refuse_too_many_bad
 def test_ten_bad_samples_are_allowed_at_first_but_none_where_the_limit_is_0(scene_shards, limit, replaced, is_refused):
     corpus = open_corpus([Source(data=str(scene_shards / "train"), name="scenes")])
     failure = {"key": "k", "offset": 512, "reason": "no picture", "detail": "why"}
-    ledger = Ledger(failures={(0, 3): failure}, num_asked=100, num_replaced=replaced)
+    ledger = Ledger(failures={(0, 3): failure}, num_requested=100, num_replaced=replaced)
     if not is_refused:
-        refuse_too_many_bad(ledger, limit, corpus)
+        check_bad_sample_limit(ledger, limit, corpus)
         return
     with pytest.raises(VlmError, match=rf"^{replaced} of 100 samples cannot be used, .*'k'.*--max-bad"):
-        refuse_too_many_bad(ledger, limit, corpus)
+        check_bad_sample_limit(ledger, limit, corpus)

@@ -61,7 +61,7 @@ def test_a_run_resumed_with_device_decoding_goes_on_as_if_never_stopped(configur
     assert ledgers[0] == ledgers[1]
 
 
-def test_where_pictures_are_decoded_cannot_change_on_resume(configure, photos):
+def test_where_images_are_decoded_cannot_change_on_resume(configure, photos):
     train(configure("run", data=str(photos), batch_size=10, steps=1))
     changed = configure("run", data=str(photos), batch_size=10, steps=1, loader={"decode_on_device": True})
     with pytest.raises(UsageError, match="decode_on_device: False → True"):

@@ -6,9 +6,9 @@ import torch.multiprocessing as multiprocessing
 
 from tests.leaving import leave_group
 from tests.train.exact_case import Case, undivided
-from vlm.train.objectives.objective_registry import TERMS
+from vlm.train.objectives.objective_registry import LOSS_TERMS
 
-OBJECTIVES = [*TERMS, "clip + 2*caption"]
+OBJECTIVES = [*LOSS_TERMS, "clip + 2*caption"]
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5}
 
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, model_config
-from vlm.train.task import freeze_unread, lock_tower
+from vlm.train.task import freeze_unused_parameters, lock_tower
 
 TOKENS = torch.tensor([[1, 9, 2, *[0] * 21], [1, 8, 2, *[0] * 21]])
 
@@ -132,8 +132,12 @@ def test_what_no_output_depends_on_is_frozen_and_nothing_else():
 
     network = Two().train()
     network.other.eval()
-    assert set(freeze_unread(network, {"x": torch.ones(1, 2)}, ["a"])) == {"other.weight", "other.bias", "spare"}
+    assert set(freeze_unused_parameters(network, {"x": torch.ones(1, 2)}, ["a"])) == {
+        "other.weight",
+        "other.bias",
+        "spare",
+    }
     assert network.shared.weight.requires_grad
     assert network.training
     assert not network.other.training
-    assert freeze_unread(Two(), {"x": torch.ones(1, 2)}, ["a", "b", "spare"]) == []
+    assert freeze_unused_parameters(Two(), {"x": torch.ones(1, 2)}, ["a", "b", "spare"]) == []

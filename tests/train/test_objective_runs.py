@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
-from vlm.train.objectives.objective_registry import TERMS
+from vlm.train.objectives.objective_registry import LOSS_TERMS
 from vlm.train.run import train
 
 CAPTIONER = {"architecture": "micro-coca"}
@@ -25,7 +25,7 @@ OF_STORED_ARRAYS = {"distill", "text_align"}
 
 
 def test_every_term_is_tried():
-    assert SETTINGS.keys() | OF_STORED_ARRAYS == TERMS.keys()
+    assert SETTINGS.keys() | OF_STORED_ARRAYS == LOSS_TERMS.keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -86,5 +86,5 @@ def test_trimmed_texts_train_as_whole_ones(configure, history):
     ]
     for config in runs:
         train(config)
-    trimmed, whole = (history(config.run) for config in runs)
-    assert [loss for _, loss, _ in trimmed] == pytest.approx([loss for _, loss, _ in whole], rel=1e-5)
+    trim_tokens, whole = (history(config.run) for config in runs)
+    assert [loss for _, loss, _ in trim_tokens] == pytest.approx([loss for _, loss, _ in whole], rel=1e-5)

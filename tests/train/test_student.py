@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, model_config
 from vlm.models.model import VisionLanguageModel
-from vlm.train.objectives.loss_term import TermOptions
-from vlm.train.objectives.objective_registry import TERMS, parse_objective
+from vlm.train.objectives.loss_term import LossOptions
+from vlm.train.objectives.objective_registry import LOSS_TERMS, parse_objective
 from vlm.train.run_config import ObjectiveConfig
-from vlm.train.task import MAKERS, Student, build_student
+from vlm.train.task import OUTPUT_HEADS, TrainingTask, build_task
 
 SIZE, LENGTH, PAD = 32, 24, 0
 SENTENCES = torch.tensor([[[1, 9, 2, 0], [1, 8, 7, 2]], [[1, 6, 2, 0], [0, 0, 0, 0]], [[1, 5, 4, 2], [1, 3, 2, 0]]])
@@ -29,17 +29,17 @@ def model_of(name="micro-coca", **changes) -> Any:
         name=name,
         network=build_network(config),
         config=config,
-        view=FixedView(size=SIZE),
+        view=EvalTransform(size=SIZE),
         tokenizer=open_tokenizer("clip", LENGTH),
     )
 
 
 def options_of(**changes):
-    return TermOptions(config=dataclasses.replace(ObjectiveConfig(), **changes), pad_token=PAD)
+    return LossOptions(config=dataclasses.replace(ObjectiveConfig(), **changes), pad_token=PAD)
 
 
-def student_of(expression, model=None, **changes):
-    return build_student(model or model_of(), parse_objective(expression), options_of(**changes))
+def task_of(expression, model=None, **changes):
+    return build_task(model or model_of(), parse_objective(expression), options_of(**changes))
 
 
 def inputs_of(count=3):
@@ -61,28 +61,28 @@ def inputs_of(count=3):
     }
 
 
-def loss_of(student, expression, options, inputs):
-    outputs = student(inputs)
+def loss_of(task, expression, options, inputs):
+    outputs = task(inputs)
     total = torch.zeros(())
     for part in parse_objective(expression):
-        loss = part.term.across or part.term.within
+        loss = part.term.batch_level or part.term.sample_level
         assert loss is not None
         total = total + part.weight * loss(outputs, inputs, options)
     return total
 
 
 def test_every_output_a_term_reads_has_one_maker():
-    read = {name for term in TERMS.values() for name in term.outputs} - {"logit_scale", "logit_bias"}
-    made = [name for maker in MAKERS for name in maker.provides]
+    read = {name for term in LOSS_TERMS.values() for name in term.outputs} - {"logit_scale", "logit_bias"}
+    made = [name for output_head in OUTPUT_HEADS for name in output_head.provides]
     assert read <= set(made)
     assert len(made) == len(set(made))
 
 
 def test_a_captioners_outputs_are_open_clips():
     model = model_of()
-    student = student_of("clip + caption", model).eval()
+    task = task_of("clip + caption", model).eval()
     inputs = inputs_of()
-    made, wanted = student(inputs), model.network(inputs["pixels"], inputs["tokens"])
+    made, wanted = task(inputs), model.network(inputs["pixels"], inputs["tokens"])
     assert torch.equal(made["labels"], wanted["labels"])
     for name in ("image_features", "text_features", "logits", "logit_scale"):
         assert torch.allclose(made[name], wanted[name], atol=1e-6)
@@ -90,7 +90,7 @@ def test_a_captioners_outputs_are_open_clips():
 
 def test_a_dual_encoders_outputs_are_open_clips():
     model = model_of("micro")
-    made = student_of("siglip", model).eval()(inputs_of())
+    made = task_of("siglip", model).eval()(inputs_of())
     images, texts = model.network.encode_image(inputs_of()["pixels"]), model.network.encode_text(inputs_of()["tokens"])
     assert torch.allclose(made["image_features"], F.normalize(images, dim=-1), atol=1e-6)
     assert torch.allclose(made["text_features"], F.normalize(texts, dim=-1), atol=1e-6)
@@ -99,12 +99,12 @@ def test_a_dual_encoders_outputs_are_open_clips():
 
 def test_each_tower_runs_once_however_many_outputs_are_made_of_it():
     model = model_of()
-    student = student_of("clip + caption + grouping + sub_captions + local_to_global", model)
+    task = task_of("clip + caption + grouping + sub_captions + local_to_global", model)
     counted = []
     model.network.visual.transformer.register_forward_hook(lambda *_: counted.append("image"))
     model.network.text.transformer.register_forward_hook(lambda *_: counted.append("text"))
     model.network.text_decoder.register_forward_hook(lambda *_: counted.append("decoder"))
-    student(inputs_of())
+    task(inputs_of())
     assert sorted(counted) == [
         "decoder",
         "image",
@@ -115,25 +115,25 @@ def test_each_tower_runs_once_however_many_outputs_are_made_of_it():
 
 
 def test_only_the_named_outputs_are_made():
-    student = student_of("clip + caption")
-    made = student(inputs_of(), frozenset({"image_features", "text_features"}))
+    task = task_of("clip + caption")
+    made = task(inputs_of(), frozenset({"image_features", "text_features"}))
     assert set(made) == {"image_features", "text_features", "logit_scale"}
 
 
 def test_outputs_without_their_inputs_are_left_out():
-    student = student_of("clip + local_to_global + cappa")
-    assert student.inputs == {"local_pixels", "rows"}
+    task = task_of("clip + local_to_global + cappa")
+    assert task.inputs == {"local_pixels", "rows"}
     inputs = {name: tensor for name, tensor in inputs_of().items() if name in ("pixels", "tokens")}
-    assert set(student(inputs)) == {"image_features", "text_features", "logit_scale"}
+    assert set(task(inputs)) == {"image_features", "text_features", "logit_scale"}
 
 
 @pytest.mark.parametrize("correct_cls_mask", [False, True])
 def test_an_absent_sentence_is_a_row_of_zeros_and_harms_no_gradient(correct_cls_mask):
     model = model_of()
     model.network.text.correct_cls_mask = correct_cls_mask
-    student = student_of("sub_captions", model).train()
+    task = task_of("sub_captions", model).train()
     model.network.visual.patch_dropout.prob = 0.0
-    made = student(inputs_of())["sub_features"]
+    made = task(inputs_of())["sub_features"]
     assert made.shape == (3, 2, 32)
     assert not made[1, 1].any()
     alone = F.normalize(model.network.encode_text(inputs_of()["sub_tokens"][2]), dim=-1)
@@ -156,11 +156,11 @@ class BagOfWords(nn.Module):
 def test_sentences_may_be_shorter_or_longer_than_the_captions():
     model = model_of("micro", custom_text=True)
     model.network.text = BagOfWords()
-    student = student_of("sub_captions", model).eval()
+    task = task_of("sub_captions", model).eval()
     inputs = inputs_of()
-    whole = student(inputs)["sub_features"]
-    short = student(inputs | {"sub_tokens": SENTENCES})["sub_features"]
-    longer = student(inputs | {"tokens": inputs["tokens"][:, :7]})["sub_features"]
+    whole = task(inputs)["sub_features"]
+    short = task(inputs | {"sub_tokens": SENTENCES})["sub_features"]
+    longer = task(inputs | {"tokens": inputs["tokens"][:, :7]})["sub_features"]
     assert torch.allclose(short[0], whole[0], atol=1e-5)
     assert torch.allclose(longer, whole, atol=1e-5)
 
@@ -168,9 +168,9 @@ def test_sentences_may_be_shorter_or_longer_than_the_captions():
 def test_crops_are_read_by_the_image_tower():
     model = model_of()
     inputs = inputs_of() | {"local_pixels": inputs_of()["pixels"][:, None].repeat(1, 2, 1, 1, 1)}
-    made = student_of("local_to_global", model).eval()(inputs)["local_features"]
+    made = task_of("local_to_global", model).eval()(inputs)["local_features"]
     assert torch.allclose(made[:, 1], model.network.encode_image(inputs["pixels"]), atol=1e-6)
-    assert student_of("local_to_global").eval()(inputs_of())["local_features"].shape == (3, 2, 32)
+    assert task_of("local_to_global").eval()(inputs_of())["local_features"].shape == (3, 2, 32)
 
 
 class StoredText(nn.Module):
@@ -190,9 +190,9 @@ class StoredText(nn.Module):
 def test_stored_embeddings_stand_for_the_captions_where_the_tower_takes_them():
     model = model_of("micro", custom_text=True)
     model.network.text = StoredText()
-    student = student_of("clip", model)
-    assert student.inputs == {"text_embedding"}
-    made = student(inputs_of())["text_features"]
+    task = task_of("clip", model)
+    assert task.inputs == {"text_embedding"}
+    made = task(inputs_of())["text_features"]
     assert torch.allclose(made, F.normalize(model.network.text.head(inputs_of()["text_embedding"]), dim=-1))
 
 
@@ -208,11 +208,11 @@ def test_stored_embeddings_stand_for_the_captions_where_the_tower_takes_them():
 def test_weights_no_term_reads_are_frozen(expression, frozen):
     model = model_of()
     trained = {f"network.{name}" for name, each in model.network.named_parameters() if each.requires_grad}
-    student = student_of(expression, model)
-    found = trained - {name for name, each in student.named_parameters() if each.requires_grad}
+    task = task_of(expression, model)
+    found = trained - {name for name, each in task.named_parameters() if each.requires_grad}
     assert frozen <= found
     assert bool(found) == bool(frozen)
-    assert student.training
+    assert task.training
 
 
 @pytest.fixture
@@ -225,22 +225,22 @@ def alone():
 @pytest.mark.parametrize("expression", ["clip", "caption", "clip + cappa", "grouping"])
 def test_processes_need_not_search_for_unused_weights(alone, expression):
     """DistributedDataParallel fails in the second step where a trained weight got no gradient in the first."""
-    student = student_of(expression)
-    wrapped = DistributedDataParallel(student)
+    task = task_of(expression)
+    wrapped = DistributedDataParallel(task)
     for _ in range(2):
-        loss_of(wrapped, expression, student.options, inputs_of()).backward()
+        loss_of(wrapped, expression, task.options, inputs_of()).backward()
 
 
-@pytest.mark.parametrize("expression", [*TERMS, "coca", "dreamlip", "clip + cappa", "clip + local_to_global"])
+@pytest.mark.parametrize("expression", [*LOSS_TERMS, "coca", "dreamlip", "clip + cappa", "clip + local_to_global"])
 def test_every_weight_that_is_trained_gets_a_gradient(expression):
     options = options_of(text_embedding_size=12) if "text_align" in expression else options_of()
-    student = build_student(model_of(), parse_objective(expression), options)
-    loss_of(student, expression, options, inputs_of()).backward()
-    assert not [name for name, each in student.named_parameters() if each.requires_grad and each.grad is None]
+    task = build_task(model_of(), parse_objective(expression), options)
+    loss_of(task, expression, options, inputs_of()).backward()
+    assert not [name for name, each in task.named_parameters() if each.requires_grad and each.grad is None]
 
 
 def test_an_objective_the_network_cannot_serve_is_refused_with_the_cure():
     with pytest.raises(UsageError, match=r"reads logits: it needs a network with a decoder, e.g. --architecture"):
-        student_of("caption", model_of("micro"))
+        task_of("caption", model_of("micro"))
     with pytest.raises(UsageError, match="image tower with patches"):
-        Student(nn.Identity(), {}, ["patch_features"], options_of(), image_size=SIZE)
+        TrainingTask(nn.Identity(), {}, ["patch_features"], options_of(), image_size=SIZE)

@@ -15,7 +15,7 @@ from tests.train.test_kill import command
 from vlm.errors import VlmError
 from vlm.train.objectives import objective_registry
 from vlm.train.objectives.contrastive import CLIP
-from vlm.train.objectives.loss_term import Term
+from vlm.train.objectives.loss_term import LossTerm
 from vlm.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,13 +27,13 @@ def plant(monkeypatch):
 
     def make(first: int, last: int, factor: float) -> None:
         def planted(outputs, inputs, options):
-            assert CLIP.across is not None
+            assert CLIP.batch_level is not None
             rows = inputs["rows"]
             is_hit = bool(((rows >= first) & (rows < last)).any())
-            return CLIP.across(outputs, inputs, options) * (factor if is_hit else 1.0)
+            return CLIP.batch_level(outputs, inputs, options) * (factor if is_hit else 1.0)
 
-        term = Term(summary="planted", paper="", outputs=CLIP.outputs, inputs=("rows", "same"), across=planted)
-        monkeypatch.setitem(objective_registry.TERMS, "planted", term)
+        term = LossTerm(summary="planted", paper="", outputs=CLIP.outputs, inputs=("rows", "same"), batch_level=planted)
+        monkeypatch.setitem(objective_registry.LOSS_TERMS, "planted", term)
 
     return make
 

@@ -5,7 +5,7 @@ import pytest
 from vlm.config import from_toml, from_values, to_toml
 from vlm.errors import UsageError
 from vlm.train.presets import PRESETS, open_preset
-from vlm.train.run_config import TrainConfig, differences
+from vlm.train.run_config import TrainConfig, changed_settings
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_refused_by_name(text, message, tmp_path):
 def test_differences_are_dotted_and_show_both_values():
     one = from_values(TrainConfig, {"optimizer": {"learning_rate": 0.1}}, where="test")
     other = from_values(TrainConfig, {"optimizer": {"learning_rate": 0.2}}, where="test")
-    assert differences(asdict(one), asdict(other)) == ["optimizer.learning_rate: 0.1 → 0.2"]
+    assert changed_settings(asdict(one), asdict(other)) == ["optimizer.learning_rate: 0.1 → 0.2"]
 
 
 def test_an_open_clip_architecture_is_a_preset_too():

@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from vlm.errors import UsageError
-from vlm.files import append_line, fingerprint_of, new_folder, read_lines, replacing, write_text
+from vlm.files import append_line, atomic_folder, atomic_write, compute_fingerprint, read_lines, write_text
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -11,7 +11,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     write_text(path, "old")
 
     def fill_the_disk():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(b"half")
             raise OSError(errno.ENOSPC, "full")
 
@@ -23,7 +23,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 def test_two_writers_of_a_file_in_one_process_do_not_meet(tmp_path):
     path = tmp_path / "x.txt"
-    with replacing(path) as first:
+    with atomic_write(path) as first:
         first.write(b"first")
         write_text(path, "second, and sooner")
     assert path.read_text() == "first"
@@ -48,18 +48,18 @@ def test_a_line_after_a_torn_one_stands_alone(tmp_path):
 
 
 def test_fingerprints_keep_parts_apart():
-    assert fingerprint_of("ab", "c") != fingerprint_of("a", "bc")
-    assert fingerprint_of("a") == fingerprint_of(b"a")
+    assert compute_fingerprint("ab", "c") != compute_fingerprint("a", "bc")
+    assert compute_fingerprint("a") == compute_fingerprint(b"a")
 
 
 def test_a_new_folder_takes_its_name_only_when_the_work_is_done(tmp_path):
-    with new_folder(tmp_path / "deep" / "out") as folder:
+    with atomic_folder(tmp_path / "deep" / "out") as folder:
         (folder / "within").mkdir()
         (folder / "within" / "a").write_text("a")
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "within" / "a").read_text() == "a"
-    with pytest.raises(UsageError, match="out exists already"), new_folder(tmp_path / "deep" / "out"):
+    with pytest.raises(UsageError, match="out exists already"), atomic_folder(tmp_path / "deep" / "out"):
         pytest.fail("it began")
-    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "other"):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "other"):
         raise OSError(errno.ENOSPC, "full")
     assert [path.name for path in tmp_path.rglob("*")] == ["deep", "out", "within", "a"]

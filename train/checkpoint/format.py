@@ -20,16 +20,16 @@ from torch import Tensor
 
 from vlm.data.ledger import Ledger
 from vlm.errors import UsageError, VlmError
-from vlm.files import sync_folder, write_text
+from vlm.files import fsync_folder, write_text
 from vlm.manifest import record_file
 from vlm.models.load import WEIGHTS, save_model
 from vlm.models.model import VisionLanguageModel
-from vlm.train.distributed import whole
-from vlm.train.state import Best, TrainState
+from vlm.train.distributed import to_full_tensor
+from vlm.train.state import BestCheckpoint, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CheckpointInfo:
     """What a checkpoint says of itself.
 
     is_regular: it was due by its step, so that a run which was interrupted has it too; a rewind goes to such a one.
@@ -37,36 +37,36 @@ class Facts:
     """
 
     step: int
-    is_regular: bool
+    is_scheduled: bool
     is_good: bool
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Facts":
+    def of(cls, values: Mapping[str, Any]) -> "CheckpointInfo":
         """From the content of `state.json`."""
         is_good = not values["guard"]["in_a_row"]
-        return cls(step=values["step"], is_regular=values["is_regular"], is_good=is_good)
+        return cls(step=values["step"], is_scheduled=values["is_regular"], is_good=is_good)
 
 
 def steps_to_remove(
-    found: Sequence[Facts], *, keep: int, best: int | None = None, in_use: Collection[int] = ()
+    found: Sequence[CheckpointInfo], *, keep: int, best: int | None = None, in_use: Collection[int] = ()
 ) -> list[int]:
     """The steps whose checkpoints may go, oldest first.
 
     The newest `keep` stay, the newest `keep` that are good and regular, so that no signal or trouble pushes out what a
     rewind goes to, the newest good one, the best, and those in use.
 
-    >>> found = [Facts(step=step, is_regular=True, is_good=step < 40) for step in (10, 20, 30, 40, 50)]
+    >>> found = [CheckpointInfo(step=step, is_scheduled=True, is_good=step < 40) for step in (10, 20, 30, 40, 50)]
     >>> steps_to_remove(found, keep=1, best=10)
     [20, 40]
     """
-    ordered = sorted(found, key=lambda facts: facts.step)
-    good = [facts.step for facts in ordered if facts.is_good]
-    regular = [facts.step for facts in ordered if facts.is_good and facts.is_regular]
-    kept = {facts.step for facts in ordered[-keep:]} | {*good[-1:], *regular[-keep:], *in_use}
-    return [facts.step for facts in ordered if facts.step not in kept and facts.step != best]
+    ordered = sorted(found, key=lambda info: info.step)
+    good = [info.step for info in ordered if info.is_good]
+    regular = [info.step for info in ordered if info.is_good and info.is_scheduled]
+    kept = {info.step for info in ordered[-keep:]} | {*good[-1:], *regular[-keep:], *in_use}
+    return [info.step for info in ordered if info.step not in kept and info.step != best]
 
 
-def improved(best: Best | None, metric: str, values: Mapping[str, Any], step: int) -> Best | None:
+def new_best(best: BestCheckpoint | None, metric: str, values: Mapping[str, Any], step: int) -> BestCheckpoint | None:
     """The new best where these values beat it, else None.
 
     Raises:
@@ -78,12 +78,12 @@ def improved(best: Best | None, metric: str, values: Mapping[str, Any], step: in
     value = float(values[metric])
     if best is not None and best.metric == metric and not value > best.value:
         return None
-    return Best(metric=metric, value=value, step=step)
+    return BestCheckpoint(metric=metric, value=value, step=step)
 
 
 OPTIMIZER = "optimizer.safetensors"
 HEADS = "heads.safetensors"
-AVERAGE = "average.safetensors"
+EMA_WEIGHTS = "average.safetensors"
 
 Tensors = dict[str, Tensor]
 
@@ -96,7 +96,7 @@ class Snapshot:
     tensors: dict[str, Tensors]
     values: dict[str, Any]
     model: VisionLanguageModel
-    best: Best | None
+    best: BestCheckpoint | None
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +105,7 @@ class Snapshot:
 
 
 @dataclass
-class HostMemory:
+class PinnedBuffers:
     """Page-locked room for the tensors of a GPU, used again for each snapshot; tensors of the CPU are just copied."""
 
     _kept: Tensors = field(default_factory=dict)
@@ -114,42 +114,42 @@ class HostMemory:
         """A copy on the host; from a GPU it is there once the device is synchronised."""
         if tensor.device.type != "cuda":
             return tensor.detach().to("cpu", copy=True).contiguous()
-        room = self._kept.get(name)
-        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            room = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return room.copy_(tensor.detach(), non_blocking=True)
+        buffer = self._kept.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
 def take_snapshot(
-    state: TrainState, host: HostMemory, *, ledger: Ledger, is_regular: bool, is_main: bool = True
+    state: TrainState, host: PinnedBuffers, *, ledger: Ledger, is_scheduled: bool, is_main: bool = True
 ) -> Snapshot | None:
     """Copy the state; all processes call it, and only the main one gets a snapshot.
 
     ledger: that of all processes together.
     """
     tensors: dict[str, Tensors] = {}
-    for file, held in tensors_of(state).items():
-        gathered = ((name, whole(tensor)) for name, tensor in held.items())
-        copies = {name: host.copy(f"{file}/{name}", tensor) for name, tensor in gathered if is_main}
+    for file, held in state_tensors(state).items():
+        full_tensors = ((name, to_full_tensor(tensor)) for name, tensor in held.items())
+        copies = {name: host.copy(f"{file}/{name}", tensor) for name, tensor in full_tensors if is_main}
         if copies or file == OPTIMIZER:
             tensors[file] = copies
     if not is_main:
         return None
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    values = state.to_values() | {"is_regular": is_regular, "ledger": ledger.to_values()}
+    values = state.to_values() | {"is_regular": is_scheduled, "ledger": ledger.to_values()}
     return Snapshot(step=state.step, tensors=tensors, values=values, model=state.model, best=state.best)
 
 
-def tensors_of(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
+def state_tensors(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
     """The tensors of a state as it holds them, by file and name."""
     return {
         WEIGHTS: state.network.state_dict(),
-        HEADS: state.student.heads.state_dict(),
-        AVERAGE: state.average or {},
+        HEADS: state.task.heads.state_dict(),
+        EMA_WEIGHTS: state.ema_weights or {},
         OPTIMIZER: {
             f"{name}/{key}": value
-            for name, parameter in state.student.named_parameters()
+            for name, parameter in state.task.named_parameters()
             for key, value in state.optimizer.state.get(parameter, {}).items()
         },
     }
@@ -158,11 +158,11 @@ def tensors_of(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
 STATE = "state.json"
 BEST = "best.json"
 FORMAT = 2
-_BESIDES_BYTES = 16 << 20
+_METADATA_BYTES = 16 << 20
 _IDENTITY = ("step", "position", "sequence", "rewinds", "skipped")
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     """The name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
@@ -175,22 +175,22 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     Raises:
         VlmError: it cannot be written; the checkpoints before it are as they were.
     """
-    final, beside = folder / name_of(snapshot.step), folder / f".{name_of(snapshot.step)}.part"
+    final, beside = folder / checkpoint_name(snapshot.step), folder / f".{checkpoint_name(snapshot.step)}.part"
     try:
         folder.mkdir(exist_ok=True)
-        if final.exists() and _is_same(final, snapshot.values):
+        if final.exists() and _is_same_state(final, snapshot.values):
             return final
         shutil.rmtree(beside, ignore_errors=True)
         free = shutil.disk_usage(folder).free
-        if free < snapshot.num_bytes + _BESIDES_BYTES:
+        if free < snapshot.num_bytes + _METADATA_BYTES:
             raise OSError("too little space")
         _write_files(beside, snapshot)
         if final.exists():
             remove_checkpoint(final)
         beside.rename(final)
-        sync_folder(folder)
+        fsync_folder(folder)
     except (OSError, SafetensorError) as error:
-        raise VlmError(_cannot_save(folder, snapshot, error)) from error
+        raise VlmError(_save_error_message(folder, snapshot, error)) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return final
@@ -211,14 +211,14 @@ def _write_files(beside: Path, snapshot: Snapshot) -> None:
     write_text(beside / STATE, json.dumps({"format": FORMAT, **snapshot.values, "files": records}))
 
 
-def _cannot_save(folder: Path, snapshot: Snapshot, error: Exception) -> str:
+def _save_error_message(folder: Path, snapshot: Snapshot, error: Exception) -> str:
     try:
         free = f"{shutil.disk_usage(folder).free:,} are free"
     except OSError:
         free = "the free space cannot be asked"
     return (
         f"Step {snapshot.step:,} cannot be saved in {folder}: {error}. It takes "
-        f"{snapshot.num_bytes + _BESIDES_BYTES:,} bytes, {free}. Make room or make the folder writable (or keep fewer "
+        f"{snapshot.num_bytes + _METADATA_BYTES:,} bytes, {free}. Make room or make the folder writable (or keep fewer "
         f"by --keep-checkpoints), then go on with: vlm train {folder.parent} --resume. Checkpoints before it are kept."
     )
 
@@ -228,7 +228,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_checkpoint_values(path: Path) -> dict[str, Any]:
     """The plain values of a checkpoint.
 
     Raises:
@@ -244,10 +244,10 @@ def read_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def damage_of(path: Path) -> str:
+def find_damage(path: Path) -> str:
     """What is wrong with a checkpoint; empty if every file has its checksum."""
     try:
-        for name, record in read_values(path)["files"].items():
+        for name, record in read_checkpoint_values(path)["files"].items():
             if asdict(record_file(path / name)) != record:
                 return f"{name} does not have its checksum"
     except (OSError, KeyError, AttributeError, VlmError) as error:
@@ -255,12 +255,12 @@ def damage_of(path: Path) -> str:
     return ""
 
 
-def facts_of(folder: Path) -> list[Facts]:
+def list_checkpoint_infos(folder: Path) -> list[CheckpointInfo]:
     """What the checkpoints of a folder say of themselves, oldest first; one that says nothing is left out."""
-    found: list[Facts] = []
+    found: list[CheckpointInfo] = []
     for path in list_checkpoints(folder):
         try:
-            found.append(Facts.of(read_values(path)))
+            found.append(CheckpointInfo.of(read_checkpoint_values(path)))
         except (VlmError, KeyError):
             continue
     return found
@@ -274,26 +274,26 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def remove_leavings(folder: Path) -> None:
+def remove_partial_checkpoints(folder: Path) -> None:
     """Remove what a kill left half-written or half-removed."""
     for pattern in (".step-*.part", ".step-*.removed"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_best(folder: Path, best: Best | None) -> None:
+def write_best(folder: Path, best: BestCheckpoint | None) -> None:
     """Write `best.json`, which names the step of the best checkpoint, or remove it."""
     path = folder / BEST
     if best is None:
         path.unlink(missing_ok=True)
         return
-    content = json.dumps({**asdict(best), "checkpoint": name_of(best.step)}) + "\n"
+    content = json.dumps({**asdict(best), "checkpoint": checkpoint_name(best.step)}) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != content:
         write_text(path, content)
 
 
-def _is_same(path: Path, values: dict[str, Any]) -> bool:
-    if damage_of(path):
+def _is_same_state(path: Path, values: dict[str, Any]) -> bool:
+    if find_damage(path):
         return False
-    before = read_values(path)
+    before = read_checkpoint_values(path)
     return all(before[name] == values[name] for name in _IDENTITY)

@@ -20,26 +20,26 @@ from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
 from vlm.models.load import WEIGHTS
 from vlm.train.checkpoint.format import (
-    AVERAGE,
     BEST,
+    EMA_WEIGHTS,
     HEADS,
     OPTIMIZER,
-    HostMemory,
+    PinnedBuffers,
     Snapshot,
-    damage_of,
-    facts_of,
+    checkpoint_name,
+    find_damage,
+    list_checkpoint_infos,
     list_checkpoints,
-    name_of,
-    read_values,
+    read_checkpoint_values,
     remove_checkpoint,
-    remove_leavings,
+    remove_partial_checkpoints,
     steps_to_remove,
     take_snapshot,
     write_best,
     write_checkpoint,
 )
-from vlm.train.checkpoint.remote_checkpoints import Mirror, Uploads
-from vlm.train.distributed import fill, spread_like
+from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore, Uploader
+from vlm.train.distributed import copy_full_tensor, shard_like
 from vlm.train.state import TrainState
 
 
@@ -51,17 +51,19 @@ class CheckpointWriter:
     keep: checkpoints kept, besides the best and the one a rewind goes to.
     """
 
-    def __init__(self, folder: Path, *, keep: int, mirror: Mirror | None = None, is_main: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, remote_store: RemoteCheckpointStore | None = None, is_main: bool = True
+    ) -> None:
         self._folder, self._keep, self._is_main = folder, keep, is_main
-        self._host = HostMemory()
+        self._host = PinnedBuffers()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._uploads = Uploads(mirror, keep=keep) if mirror and is_main else None
+        self._uploader = Uploader(remote_store, keep=keep) if remote_store and is_main else None
         self.last_saved: int | None = None
         if is_main:
-            remove_leavings(folder)
+            remove_partial_checkpoints(folder)
 
-    def save(self, state: TrainState, *, ledger: Ledger, is_regular: bool) -> None:
+    def save(self, state: TrainState, *, ledger: Ledger, is_scheduled: bool) -> None:
         """Copy the state as it is now and write it in the background; all processes call it at the same step.
 
         A checkpoint still being written is waited for. ledger: that of all processes. is_regular: due by its step.
@@ -70,7 +72,7 @@ class CheckpointWriter:
             VlmError: this one does not fit, or the one before could not be written.
         """
         self.wait()
-        snapshot = take_snapshot(state, self._host, ledger=ledger, is_regular=is_regular, is_main=self._is_main)
+        snapshot = take_snapshot(state, self._host, ledger=ledger, is_scheduled=is_scheduled, is_main=self._is_main)
         if snapshot is not None:
             self._writing = self._thread.submit(self._write, snapshot)
 
@@ -89,15 +91,15 @@ class CheckpointWriter:
         if writing is not None:
             writing.result()
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Remove the checkpoints after a step, here and where they were copied to: the run went back there."""
         self.wait()
         if not self._is_main:
             return
-        if self._uploads:
-            self._uploads.drop_after(step)
+        if self._uploader:
+            self._uploader.remove_after(step)
         for path in reversed(list_checkpoints(self._folder)):
-            if path.name > name_of(step):
+            if path.name > checkpoint_name(step):
                 remove_checkpoint(path)
 
     def close(self) -> None:
@@ -110,9 +112,9 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._thread.shutdown()
-            uploads, self._uploads = self._uploads, None
-            if uploads:
-                uploads.close()
+            uploader, self._uploader = self._uploader, None
+            if uploader:
+                uploader.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -121,8 +123,8 @@ class CheckpointWriter:
         if kind is None:
             self.close()
             return
-        if issubclass(kind, KeyboardInterrupt) and self._uploads:
-            self._uploads.abandon()
+        if issubclass(kind, KeyboardInterrupt) and self._uploader:
+            self._uploader.cancel()
         try:
             self.close()
         except VlmError as error:  # said, so as not to hide what ended the run
@@ -133,15 +135,17 @@ class CheckpointWriter:
         self.last_saved = snapshot.step
         best = snapshot.best.step if snapshot.best else None
         write_best(self._folder, snapshot.best)
-        if self._uploads:
+        if self._uploader:
             marker = (self._folder / BEST).read_text(encoding="utf-8") if snapshot.best else ""
-            self._uploads.add(path, best=best, marker=marker)
-        in_use = [snapshot.step, *(self._uploads.in_use if self._uploads else ())]
-        for step in steps_to_remove(facts_of(self._folder), keep=self._keep, best=best, in_use=in_use):
-            remove_checkpoint(self._folder / name_of(step))
+            self._uploader.add(path, best=best, marker=marker)
+        in_use = [snapshot.step, *(self._uploader.in_use if self._uploader else ())]
+        for step in steps_to_remove(list_checkpoint_infos(self._folder), keep=self._keep, best=best, in_use=in_use):
+            remove_checkpoint(self._folder / checkpoint_name(step))
 
 
-def restore_newest(folder: Path, state: TrainState, *, mirror: Mirror | None = None, is_main: bool = True) -> bool:
+def restore_newest(
+    folder: Path, state: TrainState, *, remote_store: RemoteCheckpointStore | None = None, is_main: bool = True
+) -> bool:
     """Read the newest undamaged checkpoint, of the folder or of its copies, into `state`; False if there is none.
 
     All processes call it; the main one chooses.
@@ -149,27 +153,27 @@ def restore_newest(folder: Path, state: TrainState, *, mirror: Mirror | None = N
     Raises:
         VlmError: there are checkpoints, but all are damaged, or it cannot be told whether there are any.
     """
-    path = agreed_path(lambda: newest_undamaged(folder, mirror), is_main=is_main)
+    path = broadcast_path(lambda: newest_intact_checkpoint(folder, remote_store), is_main=is_main)
     if path is None:
         return False
     restore(path, state, is_main=is_main)
     return True
 
 
-def newest_undamaged(folder: Path, mirror: Mirror | None = None) -> Path | None:
+def newest_intact_checkpoint(folder: Path, remote_store: RemoteCheckpointStore | None = None) -> Path | None:
     """The newest checkpoint that every file of has its checksum; one that is only in the copies is fetched."""
     if folder.is_dir():
-        remove_leavings(folder)
-    own, copied = {path.name for path in list_checkpoints(folder)}, _copied(folder, mirror)
+        remove_partial_checkpoints(folder)
+    own, copied = {path.name for path in list_checkpoints(folder)}, _remote_names(folder, remote_store)
     for name in sorted(own | copied, reverse=True):
-        damage = damage_of(folder / name) if name in own else "absent"
+        damage = find_damage(folder / name) if name in own else "absent"
         if damage and name in own:
             say(f"{folder / name} is damaged ({damage}); trying {'its copy' if name in copied else 'the one before'}.")
-        if damage and mirror and name in copied:
-            say(f"Fetching {name} from {mirror.place}.")
-            damage = mirror.fetch(name, folder)
+        if damage and remote_store and name in copied:
+            say(f"Fetching {name} from {remote_store.url}.")
+            damage = remote_store.fetch(name, folder)
             if damage:
-                say(f"The copy of {name} in {mirror.place} is damaged ({damage}); trying the one before it.")
+                say(f"The copy of {name} in {remote_store.url} is damaged ({damage}); trying the one before it.")
         if not damage:
             return folder / name
     if own or copied:
@@ -178,12 +182,12 @@ def newest_undamaged(folder: Path, mirror: Mirror | None = None) -> Path | None:
     return None
 
 
-def _copied(folder: Path, mirror: Mirror | None) -> set[str]:
+def _remote_names(folder: Path, remote_store: RemoteCheckpointStore | None) -> set[str]:
     """The checkpoints that are in the copies; where these cannot be reached, the run's own must do."""
-    if mirror is None:
+    if remote_store is None:
         return set()
     try:
-        return set(mirror.names())
+        return set(remote_store.names())
     except VlmError as error:
         if not list_checkpoints(folder):
             raise
@@ -191,20 +195,20 @@ def _copied(folder: Path, mirror: Mirror | None) -> set[str]:
         return set()
 
 
-def agreed_path(choose: Callable[[], Path | None], *, is_main: bool) -> Path | None:
+def broadcast_path(lookup: Callable[[], Path | None], *, is_main: bool) -> Path | None:
     """What the main process chooses, on all; what it raises is raised by all."""
     if not dist.is_initialized():
-        return choose()
-    told: list[Path | VlmError | None] = [None]
+        return lookup()
+    outcome: list[Path | VlmError | None] = [None]
     if is_main:
         try:
-            told = [choose()]
+            outcome = [lookup()]
         except VlmError as error:
-            told = [error]
-    dist.broadcast_object_list(told)
-    if isinstance(told[0], VlmError):
-        raise told[0]
-    return told[0]
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], VlmError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def restore(path: Path, state: TrainState, *, is_main: bool = True) -> None:
@@ -213,18 +217,18 @@ def restore(path: Path, state: TrainState, *, is_main: bool = True) -> None:
     Raises:
         VlmError: it is not of this network and these heads.
     """
-    values = read_values(path)
-    state.take_values(values)
+    values = read_checkpoint_values(path)
+    state.load_values(values)
     state.ledger = Ledger.from_values(values["ledger"]) if is_main else Ledger()
     weights = load_file(path / WEIGHTS)
-    _fill_all(state.network.state_dict(), weights, path / WEIGHTS)
-    heads = state.student.heads.state_dict()
+    _load_tensors(state.network.state_dict(), weights, path / WEIGHTS)
+    heads = state.task.heads.state_dict()
     if heads or (path / HEADS).is_file():
-        _fill_all(heads, _load(path / HEADS), path / HEADS)
-    if state.average is not None:
-        if not (path / AVERAGE).is_file():
+        _load_tensors(heads, _load(path / HEADS), path / HEADS)
+    if state.ema_weights is not None:
+        if not (path / EMA_WEIGHTS).is_file():
             say(f"{path} holds no averaged weights; the average starts from its weights.")
-        _fill_all(state.average, _load(path / AVERAGE) or weights, path / AVERAGE)
+        _load_tensors(state.ema_weights, _load(path / EMA_WEIGHTS) or weights, path / EMA_WEIGHTS)
     _restore_optimizer(state, load_file(path / OPTIMIZER))
 
 
@@ -232,12 +236,12 @@ def _load(path: Path) -> dict[str, Tensor]:
     return load_file(path) if path.is_file() else {}
 
 
-def _fill_all(held: Mapping[str, Tensor], read: Mapping[str, Tensor], where: Path) -> None:
+def _load_tensors(held: Mapping[str, Tensor], read: Mapping[str, Tensor], where: Path) -> None:
     wrong = sorted(held.keys() ^ read.keys()) or [name for name in held if held[name].shape != read[name].shape]
     if wrong:
         raise VlmError(f"{where} is not of the network being trained: {', '.join(wrong[:3])} differ.")
     for name, target in held.items():
-        fill(target, read[name])
+        copy_full_tensor(target, read[name])
 
 
 def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
@@ -245,19 +249,19 @@ def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
         by_parameter.setdefault(parameter, {})[key] = tensor
-    names = {parameter: name for name, parameter in state.student.named_parameters()}
+    names = {parameter: name for name, parameter in state.task.named_parameters()}
     state.optimizer.state.clear()
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             held = by_parameter.pop(names[parameter], {})
             if held:
-                state.optimizer.state[parameter] = {key: spread_like(held[key], parameter) for key in held}
+                state.optimizer.state[parameter] = {key: shard_like(held[key], parameter) for key in held}
     if by_parameter:
         raise VlmError(f"The checkpoint's optimiser knows {next(iter(by_parameter))}, which is not trained now.")
 
 
 @dataclass
-class Cadence:
+class CheckpointSchedule:
     """Due by steps, by minutes, or both.
 
     every: steps between checkpoints. minutes: between checkpoints besides; 0 goes by steps alone.
@@ -266,9 +270,9 @@ class Cadence:
 
     every: int
     minutes: float = 0.0
-    saved_seconds: float = 0.0
+    last_saved_seconds: float = 0.0
 
-    def is_regular(self, step: int) -> bool:
+    def is_scheduled(self, step: int) -> bool:
         """Whether one is due by its step: the same in every part of an interrupted run."""
         return step % self.every == 0
 
@@ -277,19 +281,19 @@ class Cadence:
 
         seconds: time spent in the run so far.
 
-        >>> cadence = Cadence(every=100, minutes=1)
+        >>> cadence = CheckpointSchedule(every=100, minutes=1)
         >>> [cadence.is_due(step, seconds) for step, seconds in ((99, 59), (99, 60), (100, 1))]
         [False, True, True]
         """
-        is_late = self.minutes > 0 and seconds - self.saved_seconds >= 60 * self.minutes
-        return self.is_regular(step) or is_late
+        is_late = self.minutes > 0 and seconds - self.last_saved_seconds >= 60 * self.minutes
+        return self.is_scheduled(step) or is_late
 
-    def saved(self, seconds: float) -> None:
+    def mark_saved(self, seconds: float) -> None:
         """One was taken now."""
-        self.saved_seconds = seconds
+        self.last_saved_seconds = seconds
 
 
-def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
+def any_across_processes(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Which of the flags are set in any process, in one exchange."""
     if not dist.is_initialized():
         return list(flags)

@@ -12,25 +12,25 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vlm.console import say
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import Patience, describe, judge, open_system
+from vlm.storage.remote import RetryPolicy, classify_error, describe_error, open_system
 from vlm.storage.urls import is_remote, local_path, protocol_of
 from vlm.train.checkpoint.format import (
     STATE,
-    Facts,
-    damage_of,
-    name_of,
+    CheckpointInfo,
+    checkpoint_name,
+    find_damage,
     remove_checkpoint,
-    remove_leavings,
+    remove_partial_checkpoints,
     steps_to_remove,
 )
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 _READ_ONLY = frozenset({"http", "https", "hf"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mirror:
+class RemoteCheckpointStore:
     """The folder ADDRESS/RUN, in which checkpoints lie as they do in the run's own.
 
     stop: set to end waits between tries.
@@ -38,7 +38,7 @@ class Mirror:
 
     address: str
     run: str
-    patience: Patience = field(default_factory=Patience)
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Mirror:
             raise UsageError(f"checkpoint_to = {self.address!r} cannot be written to; give a folder, s3:// or gs://.")
 
     @property
-    def place(self) -> str:
+    def url(self) -> str:
         """The address of the folder."""
         return f"{self.address.rstrip('/')}/{self.run}"
 
@@ -54,12 +54,12 @@ class Mirror:
         """The whole checkpoints there, oldest first."""
         return sorted(name for name, files in self._files().items() if STATE in files)
 
-    def facts(self) -> dict[str, Facts]:
+    def infos(self) -> dict[str, CheckpointInfo]:
         """What the whole checkpoints there say of themselves, by name, oldest first."""
-        found: dict[str, Facts] = {}
+        found: dict[str, CheckpointInfo] = {}
         for name in self.names():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill
-                found[name] = Facts.of(json.loads(self._read(f"{name}/{STATE}")))
+                found[name] = CheckpointInfo.of(json.loads(self._read(f"{name}/{STATE}")))
         return found
 
     def upload(self, checkpoint: Path) -> None:
@@ -67,47 +67,47 @@ class Mirror:
 
         def put(system: Any, root: str) -> None:
             target = f"{root}/{checkpoint.name}"
-            _drop(system, target)
+            _remove_folder(system, target)
             files = [file for file in checkpoint.iterdir() if file.is_file()]
             for file in sorted(files, key=lambda file: (file.name == STATE, file.name)):
                 system.put_file(str(file), f"{target}/{file.name}")
 
-        self._patiently("written to", put)
+        self._with_retries("written to", put)
 
     def write(self, name: str, content: str) -> None:
         """Write a small file beside the checkpoints."""
-        self._patiently("written to", lambda system, root: system.pipe_file(f"{root}/{name}", content.encode()))
+        self._with_retries("written to", lambda system, root: system.pipe_file(f"{root}/{name}", content.encode()))
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint there, if there is one."""
-        self._patiently("written to", lambda system, root: _drop(system, f"{root}/{name}"))
+        self._with_retries("written to", lambda system, root: _remove_folder(system, f"{root}/{name}"))
 
     def prune(self, *, keep: int, best: int | None, in_use: int) -> None:
         """Remove what is not kept, by the same rule as in the run's own folder, and what a kill left half-copied."""
-        facts = self.facts()
-        surplus = steps_to_remove(list(facts.values()), keep=keep, best=best, in_use=(in_use,))
-        half_copied = self._files().keys() - facts.keys() - {name_of(in_use)}
-        for name in sorted({*map(name_of, surplus), *half_copied}):
+        infos = self.infos()
+        surplus = steps_to_remove(list(infos.values()), keep=keep, best=best, in_use=(in_use,))
+        partial_uploads = self._files().keys() - infos.keys() - {checkpoint_name(in_use)}
+        for name in sorted({*map(checkpoint_name, surplus), *partial_uploads}):
             self.remove(name)
 
     def fetch(self, name: str, folder: Path) -> str:
         """Copy a checkpoint from there to `folder`, in place of one of the same name; what is wrong with it, if so."""
         final, beside = folder / name, folder / f".{name}.part"
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leavings(folder)
+        remove_partial_checkpoints(folder)
         beside.mkdir()
 
         def get(system: Any, root: str) -> None:
             for file in self._files()[name]:
                 system.get_file(f"{root}/{name}/{file}", str(beside / file))
 
-        self._patiently("read", get)
-        damage = damage_of(beside)
+        self._with_retries("read", get)
+        damage = find_damage(beside)
         if not damage:
             if final.exists():
                 remove_checkpoint(final)
             beside.rename(final)
-        remove_leavings(folder)
+        remove_partial_checkpoints(folder)
         return damage
 
     def _files(self) -> dict[str, set[str]]:
@@ -121,74 +121,74 @@ class Mirror:
                 found.setdefault(name, set()).add(file)
             return found
 
-        return self._patiently("listed", find)
+        return self._with_retries("listed", find)
 
     def _read(self, name: str) -> bytes:
-        return self._patiently("read", lambda system, root: system.cat_file(f"{root}/{name}"))
+        return self._with_retries("read", lambda system, root: system.cat_file(f"{root}/{name}"))
 
-    def _patiently(self, verb: str, work: Callable[[Any, str], Answer]) -> Answer:
+    def _with_retries(self, verb: str, work: Callable[[Any, str], Result]) -> Result:
         attempt = 0
         while True:
             try:
-                return work(*_open(self.place))
+                return work(*_open_filesystem(self.url))
             except VlmError:
                 raise
             except Exception as error:
                 attempt += 1
-                if judge(error) != "again" or attempt >= self.patience.attempts or self.stop.is_set():
+                if classify_error(error) != "again" or attempt >= self.retry_policy.attempts or self.stop.is_set():
                     tries = f"{attempt} attempt{'s' if attempt > 1 else ''}"
-                    raise VlmError(f"{self.place} cannot be {verb} ({tries}): {describe(error)}") from error
-                self.stop.wait(min(self.patience.longest_wait, self.patience.first_wait * 2.0 ** (attempt - 1)))
+                    raise VlmError(f"{self.url} cannot be {verb} ({tries}): {describe_error(error)}") from error
+                self.stop.wait(min(self.retry_policy.longest_wait, self.retry_policy.first_wait * 2.0 ** (attempt - 1)))
 
 
-class Uploads:
+class Uploader:
     """Copies finished checkpoints to a mirror in a thread; the newest one waiting takes the place of an older one.
 
     A failure is said at once and does not end the run, since the checkpoint is safe in the run's folder; the next
     checkpoint is tried again.
     """
 
-    def __init__(self, mirror: Mirror, *, keep: int) -> None:
-        self._mirror, self._keep = mirror, keep
-        self._waiting: tuple[Path, int | None, str] | None = None
-        self._busy = ""
+    def __init__(self, remote_store: RemoteCheckpointStore, *, keep: int) -> None:
+        self._remote_store, self._keep = remote_store, keep
+        self._pending: tuple[Path, int | None, str] | None = None
+        self._uploading = ""
         self._failure = ""
         self._is_closing = False
-        self._turn = threading.Condition()
+        self._condition = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="checkpoint uploads", daemon=True)
         self._thread.start()
 
     def add(self, checkpoint: Path, *, best: int | None, marker: str) -> None:
         """Copy this checkpoint next. best: step of the best. marker: content of `best.json`, if any."""
-        with self._turn:
-            self._waiting = (checkpoint, best, marker)
-            self._turn.notify_all()
+        with self._condition:
+            self._pending = (checkpoint, best, marker)
+            self._condition.notify_all()
 
     @property
     def in_use(self) -> list[int]:
         """Steps of the checkpoints that are being read, or will be."""
-        with self._turn:
-            names = [self._busy, self._waiting[0].name if self._waiting else ""]
+        with self._condition:
+            names = [self._uploading, self._pending[0].name if self._pending else ""]
             return [int(name.rpartition("-")[2]) for name in names if name]
 
     def wait(self) -> None:
         """Until nothing is left to copy."""
-        with self._turn:
-            self._turn.wait_for(lambda: not self._busy and self._waiting is None)
+        with self._condition:
+            self._condition.wait_for(lambda: not self._uploading and self._pending is None)
 
-    def drop_after(self, step: int) -> None:
+    def remove_after(self, step: int) -> None:
         """Forget the copies of later steps: the run went back. Where that fails, they are written over later."""
         self.wait()
         try:
-            for name in self._mirror.names():
-                if name > name_of(step):
-                    self._mirror.remove(name)
+            for name in self._remote_store.names():
+                if name > checkpoint_name(step):
+                    self._remote_store.remove(name)
         except VlmError as error:
             say(f"\n{error}. Training goes on.")
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Copy nothing more, and wait for nothing."""
-        self._mirror.stop.set()
+        self._remote_store.stop.set()
 
     def close(self) -> None:
         """Copy what is left.
@@ -197,9 +197,9 @@ class Uploads:
             VlmError: the last checkpoint could not be copied.
         """
         self.wait()
-        with self._turn:
+        with self._condition:
             self._is_closing = True
-            self._turn.notify_all()
+            self._condition.notify_all()
         self._thread.join()
         if self._failure:
             raise VlmError(
@@ -209,12 +209,12 @@ class Uploads:
 
     def _work(self) -> None:
         while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._waiting is not None or self._is_closing)
-                if self._waiting is None:
+            with self._condition:
+                self._condition.wait_for(lambda: self._pending is not None or self._is_closing)
+                if self._pending is None:
                     return
-                (checkpoint, best, marker), self._waiting = self._waiting, None
-                self._busy = checkpoint.name
+                (checkpoint, best, marker), self._pending = self._pending, None
+                self._uploading = checkpoint.name
             try:
                 self._copy(checkpoint, best, marker)
                 self._failure = ""
@@ -222,25 +222,25 @@ class Uploads:
                 self._failure = f"{checkpoint} could not be copied: {error}"
                 say(f"\n{self._failure}. Training goes on; the next checkpoint is tried again.")
             finally:
-                with self._turn:
-                    self._busy = ""
-                    self._turn.notify_all()
+                with self._condition:
+                    self._uploading = ""
+                    self._condition.notify_all()
 
     def _copy(self, checkpoint: Path, best: int | None, marker: str) -> None:
-        self._mirror.upload(checkpoint)
+        self._remote_store.upload(checkpoint)
         if marker:
-            self._mirror.write("best.json", marker)
+            self._remote_store.write("best.json", marker)
         step = int(checkpoint.name.rpartition("-")[2])
-        self._mirror.prune(keep=self._keep, best=best, in_use=step)
+        self._remote_store.prune(keep=self._keep, best=best, in_use=step)
 
 
-def _open(place: str) -> tuple[Any, str]:
-    if is_remote(place):
-        return open_system(place)
-    return LocalFileSystem(auto_mkdir=True), str(Path(local_path(place)).absolute())
+def _open_filesystem(url: str) -> tuple[Any, str]:
+    if is_remote(url):
+        return open_system(url)
+    return LocalFileSystem(auto_mkdir=True), str(Path(local_path(url)).absolute())
 
 
-def _drop(system: Any, target: str) -> None:
+def _remove_folder(system: Any, target: str) -> None:
     """Remove a folder, beginning with the file that makes it count."""
     system.invalidate_cache()
     if not system.exists(target):

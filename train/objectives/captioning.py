@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, mask_width
-from vlm.models.dropout import RowNoise
+from vlm.models.dropout import PerSampleNoise
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Bool, Float, Int64, Tensor
-from vlm.train.objectives.loss_term import Heads, Inputs, Outputs, Term, TermOptions
+from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs
 
 
-def caption(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def caption(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Cross-entropy of each next token, padding left out, summed (CoCa, Yu et al. 2022, equation 2)."""
     return next_token_loss(outputs["logits"], outputs["labels"], pad_token=options.pad_token)
 
@@ -28,17 +28,17 @@ def next_token_loss(
     return F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=pad_token, reduction="sum")
 
 
-def count_next_tokens(inputs: Inputs, options: TermOptions) -> Tensor:
+def count_target_tokens(inputs: Inputs, options: LossOptions) -> Tensor:
     """Tokens that are predicted: all but the first of each caption."""
     return (inputs["tokens"][:, 1:] != options.pad_token).sum()
 
 
-CAPTION = Term(
+CAPTION = LossTerm(
     summary="next token of the caption, given the picture",
     paper="Yu et al. 2022, CoCa, equation 2",
     outputs=("logits", "labels"),
-    within=caption,
-    units=count_next_tokens,
+    sample_level=caption,
+    normaliser=count_target_tokens,
 )
 
 
@@ -49,12 +49,12 @@ MASK_EMBEDDING = "mask_embedding"
 _DRAW = 0xCA99A
 
 
-def draw_parallel(rows: Int64[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
+def choose_parallel_captions(rows: Int64[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
     """Which samples are predicted at once: each with probability `share`, by its number in the run alone."""
-    return RowNoise(seed=0, rows=rows).uniform(_DRAW, len(rows), 1, rows.device)[:, 0] < share
+    return PerSampleNoise(seed=0, rows=rows).uniform(_DRAW, len(rows), 1, rows.device)[:, 0] < share
 
 
-def cappa(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def cappa(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Cross-entropy of each next token, padding left out, summed (CapPa, Tschannen et al. 2023, §3).
 
     A share of the captions (`parallel_share`) is predicted at once from the picture alone, the others token by token;
@@ -63,7 +63,7 @@ def cappa(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
     return next_token_loss(outputs["parallel_logits"], outputs["parallel_labels"], pad_token=options.pad_token)
 
 
-def add_mask_embedding(model: VisionLanguageModel, options: TermOptions) -> Heads:
+def add_mask_embedding(model: VisionLanguageModel, options: LossOptions) -> Heads:
     """The embedding that stands for every token of a caption predicted at once.
 
     Raises:
@@ -78,12 +78,12 @@ def add_mask_embedding(model: VisionLanguageModel, options: TermOptions) -> Head
     return {MASK_EMBEDDING: embedding}
 
 
-CAPPA = Term(
+CAPPA = LossTerm(
     summary="tokens of the caption, for a share of the captions all at once",
     paper="Tschannen et al. 2023, Image Captioners Are Scalable Vision Learners Too, §3",
     outputs=("parallel_logits", "parallel_labels"),
     inputs=("rows",),
-    within=cappa,
-    units=count_next_tokens,
+    sample_level=cappa,
+    normaliser=count_target_tokens,
     heads=add_mask_embedding,
 )

@@ -22,33 +22,33 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vlm.tensors import Bool, Float, Int64, Tensor
-from vlm.train.distributed import gather_detached, gather_with_gradient, own_columns
-from vlm.train.objectives.loss_term import Inputs, Outputs, Term, TermOptions
+from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
+from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
 from vlm.train.run_config import ObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairKinds:
+class PairMasks:
     """What the columns are to each row of a block.
 
     positives: its partner, and what counts as its partner too. left_out: neither positive nor negative, or None.
     """
 
     positives: Bool[Tensor, "B N"]
-    left_out: Bool[Tensor, "B N"] | None = None
+    ignored: Bool[Tensor, "B N"] | None = None
 
     @property
     def negatives(self) -> Bool[Tensor, "B N"]:
         """What the row is to be told from."""
-        return ~self.positives if self.left_out is None else ~(self.positives | self.left_out)
+        return ~self.positives if self.ignored is None else ~(self.positives | self.ignored)
 
 
-RowLoss = Callable[[Tensor, PairKinds], Tensor]
+RowLoss = Callable[[Tensor, PairMasks], Tensor]
 """From the cosines of some rows with all columns [B, N], and what these are to them, to a loss for each row [B]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedPairs:
+class ContrastivePairs:
     """The pairs of this process, to be compared with those of all processes.
 
     same: identities of the pairs of this process and of all, where pairs that share one are no negatives.
@@ -58,7 +58,7 @@ class ComparedPairs:
     images: Float[Tensor, "B D"]
     texts: Float[Tensor, "B D"]
     same: tuple[Int64[Tensor, "B G"], Int64[Tensor, "N G"]] | None
-    are_positives: bool
+    same_are_positives: bool
     block: int
 
     def mean_over_images(self, row_loss: RowLoss) -> Float[Tensor, ""]:
@@ -75,30 +75,30 @@ class ComparedPairs:
 
         def block_loss(rows: Tensor, own: Tensor, *identities: Tensor) -> Tensor:
             is_own = own[:, None] == numbers
-            kinds = PairKinds(positives=is_own)
+            masks = PairMasks(positives=is_own)
             if self.same is not None:
-                are_same = share_identity(identities[0], self.same[1])
-                kinds = (
-                    PairKinds(positives=is_own | are_same)
-                    if self.are_positives
-                    else PairKinds(positives=is_own, left_out=are_same & ~is_own)
+                are_same = same_identity(identities[0], self.same[1])
+                masks = (
+                    PairMasks(positives=is_own | are_same)
+                    if self.same_are_positives
+                    else PairMasks(positives=is_own, ignored=are_same & ~is_own)
                 )
-            return row_loss(similarities(rows, columns), kinds).sum()
+            return row_loss(similarity_matrix(rows, columns), masks).sum()
 
-        beside = [own_columns(len(rows), rows.device), *([] if self.same is None else [self.same[0]])]
-        return sum_over_blocks(block_loss, [rows, *beside], self.block) / len(rows)
+        for_global_crop = [local_columns(len(rows), rows.device), *([] if self.same is None else [self.same[0]])]
+        return sum_over_blocks(block_loss, [rows, *for_global_crop], self.block) / len(rows)
 
 
-def compare_pairs(outputs: Outputs, inputs: Inputs, config: ObjectiveConfig) -> ComparedPairs:
+def build_contrastive_pairs(outputs: Outputs, inputs: Inputs, config: ObjectiveConfig) -> ContrastivePairs:
     """The pairs a term is given, with what `same_pairs` makes of those that share an identity."""
     same = None
     if config.same_pairs != "negative":
         same = (inputs["same"], gather_detached(inputs["same"]))
-    return ComparedPairs(
-        images=at_least_single(outputs["image_features"]),
-        texts=at_least_single(outputs["text_features"]),
+    return ContrastivePairs(
+        images=at_least_float32(outputs["image_features"]),
+        texts=at_least_float32(outputs["text_features"]),
         same=same,
-        are_positives=config.same_pairs == "positive",
+        same_are_positives=config.same_pairs == "positive",
         block=config.similarity_block,
     )
 
@@ -117,21 +117,21 @@ def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], b
     return torch.stack(sums).sum()  # pyright: ignore[reportArgumentType]
 
 
-def similarities(rows: Float[Tensor, "B D"], columns: Float[Tensor, "N D"]) -> Float[Tensor, "B N"]:
+def similarity_matrix(rows: Float[Tensor, "B D"], columns: Float[Tensor, "N D"]) -> Float[Tensor, "B N"]:
     """All products of rows and columns, in single precision or better, inside autocast too."""
     with torch.autocast(rows.device.type, enabled=False):
-        return at_least_single(rows) @ at_least_single(columns).T
+        return at_least_float32(rows) @ at_least_float32(columns).T
 
 
-def at_least_single(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The values in single precision, or in double where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def share_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) -> Bool[Tensor, "B N"]:
+def same_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) -> Bool[Tensor, "B N"]:
     """Whether row and column have the same number in any place; 0 is no identity and equals nothing.
 
-    >>> share_identity(torch.tensor([[1, 0], [2, 5]]), torch.tensor([[1, 5], [0, 0]])).tolist()
+    >>> same_identity(torch.tensor([[1, 0], [2, 5]]), torch.tensor([[1, 5], [0, 0]])).tolist()
     [[True, False], [True, False]]
     """
     found = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
@@ -140,106 +140,110 @@ def share_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) ->
     return found
 
 
-def softmax_rows(logits: Float[Tensor, "B N"], kinds: PairKinds) -> Float[Tensor, " B"]:
+def softmax_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
     """-log p(partner) under the softmax over all columns (CLIP, Radford et al. 2021, figure 3).
 
     With several positives, the mean of their -log p, each under the softmax over all of them and the negatives
     (SupCon, Khosla et al. 2020, equation 2). What is left out is in no denominator.
     """
-    kept = logits if kinds.left_out is None else logits.masked_fill(kinds.left_out, -torch.inf)
-    return kept.logsumexp(dim=1) - mean_where(logits, kinds.positives)
+    kept = logits if masks.ignored is None else logits.masked_fill(masks.ignored, -torch.inf)
+    return kept.logsumexp(dim=1) - masked_mean(logits, masks.positives)
 
 
-def decoupled_rows(logits: Float[Tensor, "B N"], kinds: PairKinds) -> Float[Tensor, " B"]:
+def decoupled_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
     """The same with the negatives alone in the denominator (DCL, Yeh et al. 2021, equation 6).
 
     Where the paper has two views of a picture, with negatives among both, here are a picture and a text, with the
     columns of the other kind alone. With several positives all of them leave the denominator, and the mean of their
     logits is raised; the paper has one. A row without negatives has nothing to be told from: its loss is 0.
     """
-    negatives = kinds.negatives
+    negatives = masks.negatives
     has_any = negatives.any(dim=1)
     kept = logits.masked_fill(~negatives & has_any[:, None], -torch.inf)
-    return torch.where(has_any, kept.logsumexp(dim=1) - mean_where(logits, kinds.positives), 0)
+    return torch.where(has_any, kept.logsumexp(dim=1) - masked_mean(logits, masks.positives), 0)
 
 
-def sigmoid_rows(logits: Float[Tensor, "B N"], kinds: PairKinds) -> Float[Tensor, " B"]:
+def sigmoid_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
     """Every pair by itself: -log σ(±logit), summed over the row (SigLIP, Zhai et al. 2023, §3.2 and algorithm 1).
 
     The sign is + for positives, however many, and - for negatives; what is left out has no part.
     """
-    losses = F.softplus(torch.where(kinds.positives, -logits, logits))
-    return (losses if kinds.left_out is None else losses.masked_fill(kinds.left_out, 0)).sum(dim=1)
+    losses = F.softplus(torch.where(masks.positives, -logits, logits))
+    return (losses if masks.ignored is None else losses.masked_fill(masks.ignored, 0)).sum(dim=1)
 
 
-def mean_where(values: Float[Tensor, "B N"], chosen: Bool[Tensor, "B N"]) -> Float[Tensor, " B"]:
+def masked_mean(values: Float[Tensor, "B N"], chosen: Bool[Tensor, "B N"]) -> Float[Tensor, " B"]:
     """The mean of each row's chosen values, of which it has at least one.
 
-    >>> mean_where(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[False, True, True]])).tolist()
+    >>> masked_mean(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[False, True, True]])).tolist()
     [3.0]
     """
     return values.masked_fill(~chosen, 0).sum(dim=1) / chosen.sum(dim=1)
 
 
-def clip(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def clip(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Softmax contrastive learning, the mean of both directions (CLIP, Radford et al. 2021, figure 3)."""
-    pairs, scale = compare_pairs(outputs, inputs, options.config), outputs["logit_scale"]
+    pairs, scale = build_contrastive_pairs(outputs, inputs, options.config), outputs["logit_scale"]
 
-    def rows(cosines: Tensor, kinds: PairKinds) -> Tensor:
-        return softmax_rows(scale * cosines, kinds)
+    def rows(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return softmax_loss(scale * cosines, masks)
 
     return (pairs.mean_over_images(rows) + pairs.mean_over_texts(rows)) / 2
 
 
-def siglip(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def siglip(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Sigmoid contrastive learning, the mean over pictures of the sum over texts (SigLIP, Zhai et al. 2023, §3.2).
 
     Each pair of the global batch counts once, so there is one direction.
     """
-    pairs, scale, bias = compare_pairs(outputs, inputs, options.config), outputs["logit_scale"], outputs["logit_bias"]
+    pairs, scale, bias = (
+        build_contrastive_pairs(outputs, inputs, options.config),
+        outputs["logit_scale"],
+        outputs["logit_bias"],
+    )
 
-    def rows(cosines: Tensor, kinds: PairKinds) -> Tensor:
-        return sigmoid_rows(scale * cosines + bias, kinds)
+    def rows(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return sigmoid_loss(scale * cosines + bias, masks)
 
     return pairs.mean_over_images(rows)
 
 
-def decoupled(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Decoupled contrastive learning, the mean of both directions (DCL, Yeh et al. 2021, equation 6)."""
-    pairs, scale = compare_pairs(outputs, inputs, options.config), outputs["logit_scale"]
+    pairs, scale = build_contrastive_pairs(outputs, inputs, options.config), outputs["logit_scale"]
 
-    def rows(cosines: Tensor, kinds: PairKinds) -> Tensor:
-        return decoupled_rows(scale * cosines, kinds)
+    def rows(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return decoupled_loss(scale * cosines, masks)
 
     return (pairs.mean_over_images(rows) + pairs.mean_over_texts(rows)) / 2
 
 
-CLIP = Term(
+CLIP = LossTerm(
     summary="softmax contrastive",
     paper="Radford et al. 2021, CLIP, §2.3",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("same",),
-    across=clip,
+    batch_level=clip,
 )
 
-SIGLIP = Term(
+SIGLIP = LossTerm(
     summary="sigmoid contrastive: every pair judged by itself",
     paper="Zhai et al. 2023, SigLIP, §3.2 and algorithm 1",
     outputs=("image_features", "text_features", "logit_scale", "logit_bias"),
     inputs=("same",),
-    across=siglip,
+    batch_level=siglip,
 )
 
-DCL = Term(
+DCL = LossTerm(
     summary="softmax contrastive with the positive out of the denominator, for small batches",
     paper="Yeh et al. 2021, Decoupled Contrastive Learning, equation 6",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("same",),
-    across=decoupled,
+    batch_level=decoupled,
 )
 
 
-def ranking(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def ranking(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Max-margin ranking of cosines, the mean over pairs (VSE++, Faghri et al. 2018, ℓ_SH; `hardest`: ℓ_MH).
 
     `config.negatives` chooses the wrong partners, as "Deep Learning Applied to Image and Text Matching" does: `texts`
@@ -248,24 +252,24 @@ def ranking(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
     ignore does, since a hinge needs one cosine to stay below.
     """
     config = options.config
-    pairs = replace(compare_pairs(outputs, inputs, config), are_positives=False)
-    rows = partial(hinge_rows, margin=config.margin, hardest=config.negatives == "hardest")
+    pairs = replace(build_contrastive_pairs(outputs, inputs, config), same_are_positives=False)
+    rows = partial(hinge_loss, margin=config.margin, hardest=config.negatives == "hardest")
     wrong_texts = [] if config.negatives == "images" else [pairs.mean_over_images(rows)]
     wrong_images = [] if config.negatives == "texts" else [pairs.mean_over_texts(rows)]
     return torch.stack([*wrong_texts, *wrong_images]).sum()
 
 
-def hinge_rows(cosines: Float[Tensor, "B N"], kinds: PairKinds, *, margin: float, hardest: bool) -> Float[Tensor, " B"]:
+def hinge_loss(cosines: Float[Tensor, "B N"], masks: PairMasks, *, margin: float, hardest: bool) -> Float[Tensor, " B"]:
     """[margin + s(wrong) - s(right)]₊ summed over each row's negatives, or of its hardest; 0 where it has none."""
-    right = cosines.masked_fill(~kinds.positives, 0).sum(dim=1, keepdim=True)
-    hinges = (margin + cosines - right).relu().masked_fill(~kinds.negatives, 0)
+    right = cosines.masked_fill(~masks.positives, 0).sum(dim=1, keepdim=True)
+    hinges = (margin + cosines - right).relu().masked_fill(~masks.negatives, 0)
     return hinges.amax(dim=1) if hardest else hinges.sum(dim=1)
 
 
-RANKING = Term(
+RANKING = LossTerm(
     summary="max-margin ranking of cosines, against all wrong partners or the hardest",
     paper="Deep Learning Applied to Image and Text Matching; Faghri et al. 2018, VSE++, §3",
     outputs=("image_features", "text_features"),
     inputs=("same",),
-    across=ranking,
+    batch_level=ranking,
 )

@@ -11,11 +11,11 @@ from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Float, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient
-from vlm.train.objectives.contrastive import at_least_single, similarities, sum_over_blocks
-from vlm.train.objectives.loss_term import Heads, Inputs, Outputs, Term, TermOptions
+from vlm.train.objectives.contrastive import at_least_float32, similarity_matrix, sum_over_blocks
+from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs
 
 
-def distill(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """KL(teacher ‖ student) of the similarities of each picture with all texts, and the reverse; the mean of both.
 
     MobileCLIP (Vasu et al. 2023), equations 2 and 3, with one teacher; dataset reinforcement (Faghri et al. 2023), §2,
@@ -23,17 +23,17 @@ def distill(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
     no gradient. Its inverse temperature is `config.teacher_scale`, the student's its own. It is 0 where both
     agree; open_clip's cross-entropy is larger by the teacher's entropy, a constant.
     """
-    images, texts = at_least_single(outputs["image_features"]), at_least_single(outputs["text_features"])
+    images, texts = at_least_float32(outputs["image_features"]), at_least_float32(outputs["text_features"])
     scale, teacher_scale = outputs["logit_scale"], options.config.teacher_scale
-    teacher_images, teacher_texts = unit_rows(inputs["teacher_image"]), unit_rows(inputs["teacher_text"])
+    teacher_images, teacher_texts = normalise_rows(inputs["teacher_image"]), normalise_rows(inputs["teacher_text"])
 
     def direction(rows: Tensor, others: Tensor, teacher_rows: Tensor, teacher_others: Tensor) -> Tensor:
         columns, teacher_columns = gather_with_gradient(others), gather_detached(teacher_others)
 
         def block_loss(rows: Tensor, teacher_rows: Tensor) -> Tensor:
-            student = scale * similarities(rows, columns)
-            teacher = teacher_scale * similarities(teacher_rows, teacher_columns)
-            return divergence_rows(student, teacher).sum()
+            student = scale * similarity_matrix(rows, columns)
+            teacher = teacher_scale * similarity_matrix(teacher_rows, teacher_columns)
+            return kl_divergence(student, teacher).sum()
 
         return sum_over_blocks(block_loss, [rows, teacher_rows], options.config.similarity_block) / len(rows)
 
@@ -42,18 +42,18 @@ def distill(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
     return (by_image + by_text) / 2
 
 
-def divergence_rows(student: Float[Tensor, "B N"], teacher: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+def kl_divergence(student: Float[Tensor, "B N"], teacher: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     """KL(teacher ‖ student) of the softmaxes of each row of logits."""
     divergences = F.kl_div(student.log_softmax(dim=1), teacher.log_softmax(dim=1), reduction="none", log_target=True)
     return divergences.sum(dim=1)
 
 
-def unit_rows(rows: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+def normalise_rows(rows: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """The rows at unit length, as constants, in single precision or better."""
-    return F.normalize(at_least_single(rows.detach()), dim=1)
+    return F.normalize(at_least_float32(rows.detach()), dim=1)
 
 
-def text_align(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def text_align(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """1 - cosine of the projected picture and the stored embedding of its text, summed (GPT4Image, Ding et al. 2023).
 
     The paper compares a classifier's features with the embedding of a description; here the projection is of the
@@ -68,10 +68,10 @@ def text_align(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor
             f"text_embedding_size = {projected.shape[1]}, but the stored text embeddings have {target.shape[1]} "
             f"numbers; give --text-embedding-size {target.shape[1]}."
         )
-    return (1 - (F.normalize(at_least_single(projected), dim=1) * unit_rows(target)).sum(dim=1)).sum()
+    return (1 - (F.normalize(at_least_float32(projected), dim=1) * normalise_rows(target)).sum(dim=1)).sum()
 
 
-def alignment_head(model: VisionLanguageModel, options: TermOptions) -> Heads:
+def alignment_head(model: VisionLanguageModel, options: LossOptions) -> Heads:
     """The linear map from the picture's embedding to the space of the stored text embeddings.
 
     Raises:
@@ -86,25 +86,25 @@ def alignment_head(model: VisionLanguageModel, options: TermOptions) -> Heads:
     return {"text_align": nn.Linear(model.embedding_size, size, bias=False)}
 
 
-DISTILL = Term(
+DISTILL = LossTerm(
     summary="the similarities a teacher sees between the pairs of the batch",
     paper="Vasu et al. 2023, MobileCLIP, equations 2 and 3; Faghri et al. 2023, dataset reinforcement",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("teacher_image", "teacher_text"),
-    across=distill,
+    batch_level=distill,
 )
 
-TEXT_ALIGN = Term(
+TEXT_ALIGN = LossTerm(
     summary="a linear map of the picture's embedding towards the stored embedding of its text",
     paper="Ding et al. 2023, GPT4Image",
     outputs=("aligned_image",),
     inputs=("text_embedding",),
-    within=text_align,
+    sample_level=text_align,
     heads=alignment_head,
 )
 
 
-def local_to_global(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def local_to_global(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """1 − cosine of each crop's embedding and the averaged network's of the whole view, mean over crops, summed.
 
     As in RS-M-CLIP (Silva et al. 2024) and DINO (Caron et al. 2021, equation 2) the student sees crops, the teacher is
@@ -119,10 +119,10 @@ def local_to_global(outputs: Outputs, inputs: Inputs, options: TermOptions) -> T
     return (1 - cosines).mean(dim=1).sum()
 
 
-LOCAL_TO_GLOBAL = Term(
+LOCAL_TO_GLOBAL = LossTerm(
     summary="small crops agree with the averaged network's whole view",
     paper="Silva et al. 2024, RS-M-CLIP; Caron et al. 2021, DINO, equation 2",
     outputs=("local_features",),
     inputs=("local_pixels", "global_target"),
-    within=local_to_global,
+    sample_level=local_to_global,
 )

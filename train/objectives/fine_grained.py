@@ -4,12 +4,12 @@ import torch
 from torch.nn import functional as F
 
 from vlm.tensors import Bool, Float, Tensor
-from vlm.train.distributed import gather_detached, gather_with_gradient, num_processes, own_columns
-from vlm.train.objectives.contrastive import at_least_single, share_identity, similarities, sum_over_blocks
-from vlm.train.objectives.loss_term import Inputs, Outputs, Term, TermOptions
+from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns, num_processes
+from vlm.train.objectives.contrastive import at_least_float32, same_identity, similarity_matrix, sum_over_blocks
+from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
 
 
-def sub_captions(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Softmax contrastive learning with several texts a picture, in both directions (DreamLIP, Zheng et al. 2024).
 
     A picture finds each of its sentences among those of all other pictures, its own further sentences left aside; a
@@ -18,29 +18,29 @@ def sub_captions(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tens
     at once here, so that there are S times the negatives. Pairs that share an identity are no negatives of each other
     unless `same_pairs` is `negative`.
     """
-    images, sentences = at_least_single(outputs["image_features"]), at_least_single(outputs["sub_features"])
+    images, sentences = at_least_float32(outputs["image_features"]), at_least_float32(outputs["sub_features"])
     scale, block = outputs["logit_scale"], options.config.similarity_block
-    is_there = has_sentence(inputs, options)
+    is_present = sentence_mask(inputs, options)
     each = sentences.shape[1]
     all_images, all_sentences = gather_with_gradient(images), gather_with_gradient(sentences).flatten(0, 1)
-    all_there = gather_detached(is_there)
-    weights = _even_weights(is_there, images.dtype)
-    own = own_columns(len(images), images.device)
+    all_there = gather_detached(is_present)
+    weights = _sentence_weights(is_present, images.dtype)
+    own = local_columns(len(images), images.device)
     numbers = torch.arange(len(all_images), device=images.device)
     same = inputs["same"] if options.config.same_pairs != "negative" else own[:, None] + 1
     all_same = gather_detached(same)
 
     def by_image(rows: Tensor, own: Tensor, same: Tensor, weights: Tensor) -> Tensor:
-        logits = (scale * similarities(rows, all_sentences)).unflatten(1, (-1, each))
-        is_other = (~share_identity(same, all_same) & (own[:, None] != numbers))[..., None] & all_there
-        others = _without(logits, ~is_other).flatten(1).logsumexp(dim=1)
+        logits = (scale * similarity_matrix(rows, all_sentences)).unflatten(1, (-1, each))
+        is_other = (~same_identity(same, all_same) & (own[:, None] != numbers))[..., None] & all_there
+        others = _mask_logits(logits, ~is_other).flatten(1).logsumexp(dim=1)
         positives = logits[torch.arange(len(rows), device=rows.device), own]
         return (weights * (torch.logaddexp(others[:, None], positives) - positives)).sum()
 
     def by_sentence(rows: Tensor, own: Tensor, same: Tensor, weights: Tensor) -> Tensor:
-        logits = (scale * similarities(rows.flatten(0, 1), all_images)).unflatten(0, rows.shape[:2])
-        is_same = share_identity(same, all_same) & (own[:, None] != numbers)
-        found = _without(logits, is_same[:, None]).log_softmax(dim=2)
+        logits = (scale * similarity_matrix(rows.flatten(0, 1), all_images)).unflatten(0, rows.shape[:2])
+        is_same = same_identity(same, all_same) & (own[:, None] != numbers)
+        found = _mask_logits(logits, is_same[:, None]).log_softmax(dim=2)
         chosen = found[torch.arange(len(rows), device=rows.device), :, own]
         return -(weights * chosen).sum()
 
@@ -50,7 +50,7 @@ def sub_captions(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tens
     return total / 2 * num_processes() / all_there.any(dim=1).sum().clamp(min=1)
 
 
-def grouping(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
+def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Each sentence finds its own group of patches among those of the picture's other sentences, summed over pictures.
 
     DreamLIP (Zheng et al. 2024), after SPARC (Bica et al. 2024): the similarities of a sentence to the P
@@ -58,14 +58,14 @@ def grouping(outputs: Outputs, inputs: Inputs, options: TermOptions) -> Tensor:
     averaged to the sentence's group. Groups and sentences are then contrasted inside the picture, in both directions,
     at the temperature of the contrastive term.
     """
-    patches, sentences = at_least_single(outputs["patch_features"]), at_least_single(outputs["sub_features"])
-    is_there = has_sentence(inputs, options)
+    patches, sentences = at_least_float32(outputs["patch_features"]), at_least_float32(outputs["sub_features"])
+    is_present = sentence_mask(inputs, options)
     with torch.autocast(patches.device.type, enabled=False):
         groups = F.normalize(sparse_weights(sentences @ patches.mT) @ patches, dim=-1)
         logits = outputs["logit_scale"] * (groups @ sentences.mT)
-    by_group = _without(logits, ~is_there[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
-    by_sentence = _without(logits.mT, ~is_there[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
-    return -(_even_weights(is_there, logits.dtype) * (by_group + by_sentence) / 2).sum()
+    by_group = _mask_logits(logits, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
+    by_sentence = _mask_logits(logits.mT, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
+    return -(_sentence_weights(is_present, logits.dtype) * (by_group + by_sentence) / 2).sum()
 
 
 def sparse_weights(similarity: Float[Tensor, "B S P"]) -> Float[Tensor, "B S P"]:
@@ -84,39 +84,39 @@ def sparse_weights(similarity: Float[Tensor, "B S P"]) -> Float[Tensor, "B S P"]
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def has_sentence(inputs: Inputs, options: TermOptions) -> Bool[Tensor, "B S"]:
+def sentence_mask(inputs: Inputs, options: LossOptions) -> Bool[Tensor, "B S"]:
     """Which of the S places of each sample hold a sentence; the others are all padding."""
     return (inputs["sub_tokens"] != options.pad_token).any(dim=-1)
 
 
-def count_contrasted(inputs: Inputs, options: TermOptions) -> Tensor:
+def count_multi_sentence_images(inputs: Inputs, options: LossOptions) -> Tensor:
     """Pictures with two sentences or more; with one there is nothing to tell it from."""
-    return (has_sentence(inputs, options).sum(dim=1) >= 2).sum()
+    return (sentence_mask(inputs, options).sum(dim=1) >= 2).sum()
 
 
-def _even_weights(is_there: Bool[Tensor, "B S"], kind: torch.dtype) -> Float[Tensor, "B S"]:
+def _sentence_weights(is_present: Bool[Tensor, "B S"], kind: torch.dtype) -> Float[Tensor, "B S"]:
     """Weights of a mean over the sentences of each picture."""
-    return is_there.to(kind) / is_there.sum(dim=1, keepdim=True).clamp(min=1)
+    return is_present.to(kind) / is_present.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _without(logits: Float[Tensor, "..."], left_out: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
+def _mask_logits(logits: Float[Tensor, "..."], ignored: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Logits that leave no trace in a softmax where they are left out, finite so that gradients stay so."""
-    return logits.masked_fill(left_out, torch.finfo(logits.dtype).min / 2)
+    return logits.masked_fill(ignored, torch.finfo(logits.dtype).min / 2)
 
 
-SUB_CAPTIONS = Term(
+SUB_CAPTIONS = LossTerm(
     summary="several sentences of each picture, each a positive",
     paper="Zheng et al. 2024, DreamLIP",
     outputs=("image_features", "sub_features", "logit_scale"),
     inputs=("sub_tokens", "same"),
-    across=sub_captions,
+    batch_level=sub_captions,
 )
 
-GROUPING = Term(
+GROUPING = LossTerm(
     summary="each sentence finds the patches it speaks of",
     paper="Zheng et al. 2024, DreamLIP; Bica et al. 2024, SPARC",
     outputs=("sub_features", "patch_features", "logit_scale"),
     inputs=("sub_tokens",),
-    within=grouping,
-    units=count_contrasted,
+    sample_level=grouping,
+    normaliser=count_multi_sentence_images,
 )

@@ -35,24 +35,24 @@ SHARED_OUTPUTS = frozenset({"logit_scale", "logit_bias"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TermOptions:
+class LossOptions:
     """What terms are told besides tensors."""
 
     config: ObjectiveConfig
     pad_token: int
 
 
-Loss = Callable[[Outputs, Inputs, TermOptions], Tensor]
+LossFunction = Callable[[Outputs, Inputs, LossOptions], Tensor]
 
 
-def count_samples(inputs: Inputs, options: TermOptions) -> Tensor:
+def one_per_sample(inputs: Inputs, options: LossOptions) -> Tensor:
     """One unit a sample."""
     first = next(iter(inputs.values()))
     return torch.tensor(float(len(first)), device=first.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term:
+class LossTerm:
     """One objective; exactly one of `across` and `within` is given.
 
     across: compares the pairs of the batch. Given the rows of this process it returns a scalar whose mean over the
@@ -67,7 +67,7 @@ class Term:
     paper: str
     outputs: tuple[str, ...]
     inputs: tuple[str, ...] = ()
-    across: Loss | None = None
-    within: Loss | None = None
-    units: Callable[[Inputs, TermOptions], Tensor] = count_samples
-    heads: Callable[[VisionLanguageModel, TermOptions], Heads] | None = None
+    batch_level: LossFunction | None = None
+    sample_level: LossFunction | None = None
+    normaliser: Callable[[Inputs, LossOptions], Tensor] = one_per_sample
+    heads: Callable[[VisionLanguageModel, LossOptions], Heads] | None = None

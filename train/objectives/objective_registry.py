@@ -6,15 +6,15 @@ The table of objectives as a page: `python -m vlm.train.objectives.objective_reg
 import re
 from dataclasses import dataclass
 
-from vlm.config import choose
+from vlm.config import lookup
 from vlm.errors import UsageError
 from vlm.train.objectives.captioning import CAPPA, CAPTION
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP
 from vlm.train.objectives.distillation import DISTILL, LOCAL_TO_GLOBAL, TEXT_ALIGN
 from vlm.train.objectives.fine_grained import GROUPING, SUB_CAPTIONS
-from vlm.train.objectives.loss_term import Term
+from vlm.train.objectives.loss_term import LossTerm
 
-TERMS: dict[str, Term] = {
+LOSS_TERMS: dict[str, LossTerm] = {
     "clip": CLIP,
     "siglip": SIGLIP,
     "dcl": DCL,
@@ -39,24 +39,24 @@ _SUMMAND = re.compile(r"(?:(?P<weight>[0-9.eE+-]+)\s*\*\s*)?(?P<name>[a-z][a-z0-
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightedTerm:
+class WeightedLossTerm:
     """A term of a sum."""
 
     name: str
     weight: float
-    term: Term
+    term: LossTerm
 
 
-def parse_objective(expression: str) -> tuple[WeightedTerm, ...]:
+def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:
     """The terms of an expression such as `siglip + 2*caption`.
 
-    >>> [(part.name, part.weight) for part in parse_objective("coca")]
+    >>> [(weighted.name, weighted.weight) for weighted in parse_objective("coca")]
     [('clip', 1.0), ('caption', 2.0)]
 
     Raises:
         UsageError: it cannot be read, names an unknown term (the nearest is named) or one twice.
     """
-    found: list[WeightedTerm] = []
+    found: list[WeightedLossTerm] = []
     for summand in ALIASES.get(expression.strip(), expression).split("+"):
         match = _SUMMAND.fullmatch(summand.strip())
         try:
@@ -66,11 +66,11 @@ def parse_objective(expression: str) -> tuple[WeightedTerm, ...]:
         if not match or not 0 < weight < float("inf"):
             raise UsageError(
                 f"objective = {expression!r}: {summand.strip()!r} is no term; write NAME or WEIGHT*NAME joined by +, "
-                f"e.g. 'clip + 2*caption'. Names: {', '.join([*TERMS, *ALIASES])}."
+                f"e.g. 'clip + 2*caption'. Names: {', '.join([*LOSS_TERMS, *ALIASES])}."
             )
         name = match["name"]
-        found.append(WeightedTerm(name=name, weight=weight, term=choose(TERMS, name, "objective")))
-    names = [part.name for part in found]
+        found.append(WeightedLossTerm(name=name, weight=weight, term=lookup(LOSS_TERMS, name, "objective")))
+    names = [weighted.name for weighted in found]
     if len(set(names)) < len(names):
         raise UsageError(f"objective = {expression!r} names a term twice; give it one weight.")
     return tuple(found)
@@ -95,8 +95,8 @@ def page() -> str:
         "| term | what it asks for | paper | compares | reads besides picture and caption |",
         "|" + "---|" * 5,
     ]
-    for name, term in TERMS.items():
-        kind = "across" if term.across else "within"
+    for name, term in LOSS_TERMS.items():
+        kind = "across" if term.batch_level else "within"
         read = ", ".join(f"`{given}`" for given in term.inputs if given not in ("same", "rows")) or "–"
         lines.append(f"| `{name}` | {term.summary} | {term.paper} | {kind} | {read} |")
     lines += ["", "| short for | sum |", "|---|---|"]

@@ -31,11 +31,11 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Caption the pictures."""
-    from vlm.data.transforms import view_files
+    from vlm.data.transforms import load_images
     from vlm.models.load import load_model
 
     model = load_model(arguments.model, device=arguments.device)
-    captions = model.caption_images(view_files(arguments.images, model.view), arguments.prompt)
+    captions = model.caption_images(load_images(arguments.images, model.view), arguments.prompt)
     rows = [{"image": str(path), "caption": text} for path, text in zip(arguments.images, captions, strict=True)]
     if arguments.json:
         show_json(rows)

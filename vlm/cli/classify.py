@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> None:
     import torch
 
     from vlm.cli.eval import read_names
-    from vlm.data.transforms import view_files
+    from vlm.data.transforms import load_images
     from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings
     from vlm.models.load import load_model
 
@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> None:
     if len(names) < 2:
         raise UsageError(f"--classes {arguments.classes!r} names {len(names)} class; give at least two, as a,b,c.")
     model = load_model(arguments.model, device=arguments.device)
-    images = view_files(arguments.images, model.view)
+    images = load_images(arguments.images, model.view)
     classifier = torch.from_numpy(class_embeddings(model, names, arguments.templates or DEFAULT_TEMPLATES))
     shares = (model.logit_scale * model.embed_images(images) @ classifier.T).softmax(dim=-1)
     results = []

@@ -20,7 +20,7 @@ import tyro
 from vlm.console import say, show_json, show_table
 
 if TYPE_CHECKING:
-    from vlm.data.curation.pipeline import Curated
+    from vlm.data.curation.pipeline import CurationResult
     from vlm.data.selection import Selection
 
 _SUFFIX = ".selection"
@@ -78,28 +78,28 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Curate, compose, write, and show the steps."""
-    refuse_early(arguments)
-    from vlm.data.curation.curation_report import curation_page
-    from vlm.data.curation.filter import parse_rule
-    from vlm.data.curation.pipeline import RULES, curate
-    from vlm.data.curation.score_columns import Columns
+    validate_arguments(arguments)
+    from vlm.data.curation.curation_report import render_curation_report
+    from vlm.data.curation.filter import parse_filter
+    from vlm.data.curation.pipeline import FILTERS, curate
+    from vlm.data.curation.score_columns import ScoreColumns
     from vlm.data.selection import read_selection, write_selection
     from vlm.data.shards import expand_shards
     from vlm.files import write_text
 
-    rules = [parse_rule(text, RULES) for text in arguments.rule]
+    filters = [parse_filter(text, FILTERS) for text in arguments.rule]
     others = {path: read_selection(path) for path in (*arguments.and_, *arguments.minus, *arguments.plus)}
     curated = curate(
         expand_shards(arguments.shards),
-        rules,
-        columns=Columns(arguments.columns),
+        filters,
+        columns=ScoreColumns(arguments.columns),
         seed=arguments.seed,
         workers=arguments.workers,
         allow_damage=arguments.allow_damage,
     )
     selection = compose(curated.selection, arguments, others)
     if arguments.html:
-        write_text(arguments.html, curation_page(curated, title=f"vlm curate {arguments.shards}"))
+        write_text(arguments.html, render_curation_report(curated, title=f"vlm curate {arguments.shards}"))
         say(f"Page: {arguments.html}")
     if arguments.report:
         write_report(arguments.report, curated, selection)
@@ -108,21 +108,21 @@ def run(arguments: Arguments) -> None:
     show(curated, selection, arguments)
 
 
-def refuse_early(arguments: Arguments) -> None:
+def validate_arguments(arguments: Arguments) -> None:
     """Refuse, before the long scan, places where the results cannot go and numbers that cannot work.
 
     Raises:
         UsageError: OUT lacks the suffix or is there already, a folder is not there, or a number is out of range.
     """
     from vlm.errors import UsageError
-    from vlm.files import refuse_homeless
+    from vlm.files import check_parent_exists
 
     for name in ("seed", "workers", "weight"):
         if not 0 <= (value := getattr(arguments, name)) < math.inf:
             raise UsageError(f"{name} = {value} is outside its range; give a number from 0 on.")
     for page in (arguments.html, arguments.report):
         if page is not None:
-            refuse_homeless(page)
+            check_parent_exists(page)
     out = arguments.out
     if out.suffix != _SUFFIX:
         raise UsageError(f"{str(out)!r} is no name for a selection; end it in {_SUFFIX}: {out.with_suffix(_SUFFIX)}")
@@ -130,36 +130,40 @@ def refuse_early(arguments: Arguments) -> None:
         return
     if out.exists():
         raise UsageError(f"{out} is already there, and runs may rest on it; remove it or choose another name.")
-    refuse_homeless(out)
+    check_parent_exists(out)
 
 
 def compose(selection: "Selection", arguments: Arguments, others: dict[Path, "Selection"]) -> "Selection":
     """The selection with those given by --and, --minus, --plus, and the weight."""
-    from vlm.data.selection import add, keep_both, leave_out, weigh
+    from vlm.data.selection import add, intersect_selections, reweight, subtract_selection
 
-    for paths, operation in ((arguments.and_, keep_both), (arguments.minus, leave_out), (arguments.plus, add)):
+    for paths, operation in (
+        (arguments.and_, intersect_selections),
+        (arguments.minus, subtract_selection),
+        (arguments.plus, add),
+    ):
         for path in paths:
             selection = operation(selection, others[path])
-    return selection if arguments.weight == 1 else weigh(selection, arguments.weight, seed=arguments.seed)
+    return selection if arguments.weight == 1 else reweight(selection, arguments.weight, seed=arguments.seed)
 
 
-def write_report(path: Path, curated: "Curated", selection: "Selection") -> None:
+def write_report(path: Path, curated: "CurationResult", selection: "Selection") -> None:
     """The lineage, and the curve of each rule that balances, as JSON."""
     from json import dumps
 
     from vlm.files import write_text
 
     curves = [
-        {"rule": step.asked.name, "place": place, "curve": list(step.verdict.curve)}
-        for place, step in enumerate(curated.steps)
-        if step.verdict.curve
+        {"rule": step.configured.name, "place": position, "curve": list(step.result.curve)}
+        for position, step in enumerate(curated.steps)
+        if step.result.curve
     ]
-    report: dict[str, Any] = {**facts_of(curated, selection), "lineage": list(selection.lineage), "curves": curves}
+    report: dict[str, Any] = {**summarize(curated, selection), "lineage": list(selection.lineage), "curves": curves}
     write_text(path, dumps(report, ensure_ascii=False, indent=1) + "\n")
     say(f"Report: {path}")
 
 
-def facts_of(curated: "Curated", selection: "Selection") -> dict[str, Any]:
+def summarize(curated: "CurationResult", selection: "Selection") -> dict[str, Any]:
     """What came out, in numbers."""
     return {
         "samples": selection.samples,
@@ -170,13 +174,13 @@ def facts_of(curated: "Curated", selection: "Selection") -> dict[str, Any]:
     }
 
 
-def show(curated: "Curated", selection: "Selection", arguments: Arguments) -> None:
+def show(curated: "CurationResult", selection: "Selection", arguments: Arguments) -> None:
     """The table of steps and what to do next, or all of it as JSON."""
     from vlm.data.curation.curation_report import step_rows
 
     if arguments.json:
         written = {} if arguments.dry_run else {"out": str(arguments.out)}
-        show_json({**written, **facts_of(curated, selection), "lineage": list(selection.lineage)})
+        show_json({**written, **summarize(curated, selection), "lineage": list(selection.lineage)})
         return
     columns, rows = step_rows(curated)
     if arguments.and_ or arguments.minus or arguments.plus or arguments.weight != 1:

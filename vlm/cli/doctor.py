@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.console import bar, counted, say, show_facts, show_json, show_table
+from vlm.console import bar, pluralize, say, show_fields, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from vlm.data.bottleneck import Verdict
-    from vlm.data.profiling import Diagnosis, Stage, Trial
+    from vlm.data.bottleneck import BottleneckReport
+    from vlm.data.profiling import PipelineProfile, ProfileSetup, Stage
     from vlm.models.model import VisionLanguageModel
 
 _QUIET_SECONDS = 0.5
@@ -60,17 +60,17 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Measure, judge, show."""
-    from vlm.data.bottleneck import judge
+    from vlm.data.bottleneck import find_bottleneck
 
-    diagnosis = diagnose(arguments)
-    verdict = judge(diagnosis)
+    profile = diagnose(arguments)
+    report = find_bottleneck(profile)
     if arguments.json:
-        show_json(asdict(diagnosis) | {"verdict": asdict(verdict)})
+        show_json(asdict(profile) | {"verdict": asdict(report)})
     else:
-        show_diagnosis(diagnosis, verdict)
+        show_diagnosis(profile, report)
 
 
-def diagnose(arguments: Arguments) -> "Diagnosis":
+def diagnose(arguments: Arguments) -> "PipelineProfile":
     """Measure all stages.
 
     Raises:
@@ -79,29 +79,29 @@ def diagnose(arguments: Arguments) -> "Diagnosis":
     """
     import psutil
 
-    from vlm.data.profiling import Diagnosis, measure_hand_over, measure_loader, measure_preparing
+    from vlm.data.profiling import PipelineProfile, measure_loader, measure_preparation, measure_worker_transfer
 
     workers, device = worker_counts(arguments.workers), _device(arguments.device)
     model = _load(arguments) if arguments.model else None
-    trial = _trial(arguments, model)
+    setup = _profile_setup(arguments, model)
     busy = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
-    num_samples = counted(trial.num_batches * trial.batch_size, "sample")
-    say(f"Measuring with {num_samples} of {counted(len(trial.shards), 'shard')} …")
-    stages = _storage(trial)
-    prepared = measure_preparing(trial)
-    stages += [*prepared.stages, measure_hand_over(trial)]
-    loader = measure_loader(trial, workers)
-    stages += _computing(trial, model, device)
-    return Diagnosis(
+    num_samples = pluralize(setup.num_batches * setup.batch_size, "sample")
+    say(f"Measuring with {num_samples} of {pluralize(len(setup.shards), 'shard')} …")
+    stages = _storage(setup)
+    prepared = measure_preparation(setup)
+    stages += [*prepared.stages, measure_worker_transfer(setup)]
+    loader = measure_loader(setup, workers)
+    stages += _computing(setup, model, device)
+    return PipelineProfile(
         cores=_cores(),
         busy_cores=busy,
         device=_name(device),
         shares_cores=device.type == "cpu",
         precision=arguments.precision,
-        samples=trial.num_batches * trial.batch_size,
+        samples=setup.num_batches * setup.batch_size,
         unusable=prepared.unusable,
-        batch_size=trial.batch_size,
-        size=trial.view.size,
+        batch_size=setup.batch_size,
+        size=setup.view.size,
         picture_format=prepared.picture_format,
         shrink=prepared.shrink,
         stages=tuple(stages),
@@ -121,32 +121,32 @@ def worker_counts(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
-def show_diagnosis(diagnosis: "Diagnosis", verdict: "Verdict") -> None:
+def show_diagnosis(profile: "PipelineProfile", report: "BottleneckReport") -> None:
     """Tables for people: each stage with its time a sample as a bar, the loader by workers, and the verdict."""
     facts = {
-        "samples": f"{diagnosis.samples:,} in batches of {diagnosis.batch_size:,}, seen at {diagnosis.size} px",
-        "pictures": f"mostly {diagnosis.picture_format}, {diagnosis.shrink:.1f} times as large as they are seen",
-        "processor cores": f"{diagnosis.cores}, of which other work took {diagnosis.busy_cores:.1f}",
-        "device": diagnosis.device,
+        "samples": f"{profile.samples:,} in batches of {profile.batch_size:,}, seen at {profile.size} px",
+        "pictures": f"mostly {profile.picture_format}, {profile.shrink:.1f} times as large as they are seen",
+        "processor cores": f"{profile.cores}, of which other work took {profile.busy_cores:.1f}",
+        "device": profile.device,
     }
-    if diagnosis.unusable:
-        facts["cannot be used"] = f"{diagnosis.unusable:,}, see vlm inspect"
-    show_facts(facts)
-    rows = [_row(stage, slowest=verdict.slowest, longest=_longest(diagnosis)) for stage in diagnosis.stages]
+    if profile.unusable:
+        facts["cannot be used"] = f"{profile.unusable:,}, see vlm inspect"
+    show_fields(facts)
+    rows = [_row(stage, slowest=report.slowest, longest=_longest(profile)) for stage in profile.stages]
     show_table(["stage, alone", "samples/s", "of", "µs a sample", "", "note"], rows)
-    fastest = max(tried.rate for tried in diagnosis.loader)
+    fastest = max(tried.rate for tried in profile.loader)
     show_table(
         ["loader, workers", "samples/s", "first batch after", ""],
         [
             [tried.workers, round(tried.rate), f"{tried.first_batch_seconds:.2f} s", bar(tried.rate / fastest)]
-            for tried in diagnosis.loader
+            for tried in profile.loader
         ],
     )
-    print("\n".join(verdict.sentences))
+    print("\n".join(report.sentences))
 
 
-def _longest(diagnosis: "Diagnosis") -> float:
-    return max(1 / stage.rate for stage in diagnosis.stages)
+def _longest(profile: "PipelineProfile") -> float:
+    return max(1 / stage.rate for stage in profile.stages)
 
 
 def _row(stage: "Stage", *, slowest: str, longest: float) -> list[object]:
@@ -165,39 +165,43 @@ def _load(arguments: Arguments) -> "VisionLanguageModel":
     return load_model(arguments.model, device=arguments.device, precision=arguments.precision)
 
 
-def _trial(arguments: Arguments, model: "VisionLanguageModel | None") -> "Trial":
-    from vlm.data.profiling import Trial
+def _profile_setup(arguments: Arguments, model: "VisionLanguageModel | None") -> "ProfileSetup":
+    from vlm.data.profiling import ProfileSetup
     from vlm.data.shards import expand_shards
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.transforms import RandomView
+    from vlm.data.transforms import RandomResizedCrop
 
     own_size = model.view.size if model else 224
     size = own_size if arguments.size is None else arguments.size
     if model and size != model.view.size:
         raise UsageError(f"{arguments.model} sees {model.view.size} px; leave out --size {size}.")
-    return Trial(
+    return ProfileSetup(
         shards=tuple(expand_shards(arguments.shards)),
-        view=RandomView(size=size),
+        view=RandomResizedCrop(size=size),
         tokenizer=model.tokenizer if model else open_tokenizer(arguments.tokenizer),
         samples=arguments.samples,
         batch_size=arguments.batch_size,
     )
 
 
-def _storage(trial: "Trial") -> list["Stage"]:
+def _storage(setup: "ProfileSetup") -> list["Stage"]:
     from vlm.data.profiling import measure_disk, measure_index
 
-    plan = trial.plan()
-    places = [(address.shard, address.number) for number in range(trial.num_batches) for address in plan[number]]
-    return [*measure_disk(trial.shards, places), *measure_index(trial.shards)]
+    plan = setup.plan()
+    places = [
+        (sample_index.shard, sample_index.number)
+        for number in range(setup.num_batches)
+        for sample_index in plan[number]
+    ]
+    return [*measure_disk(setup.shards, places), *measure_index(setup.shards)]
 
 
-def _computing(trial: "Trial", model: "VisionLanguageModel | None", device: "torch.device") -> list["Stage"]:
+def _computing(setup: "ProfileSetup", model: "VisionLanguageModel | None", device: "torch.device") -> list["Stage"]:
     from vlm.data.loader import ShardSet
     from vlm.models.throughput import measure_copy, measure_model
 
-    plan = trial.plan()
-    batch = trial.assemble(plan)(plan[0], ShardSet(trial.shards))
+    plan = setup.plan()
+    batch = setup.collate(plan)(plan[0], ShardSet(setup.shards))
     stages = measure_copy(batch.images, device)
     return stages if model is None else [*stages, *measure_model(model, batch.images, batch.tokens)]
 

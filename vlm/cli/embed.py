@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.launch import run_in_processes
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.index.embed import EmbedSummary, Share
+    from vlm.index.embed import EmbedSummary, ProcessRank
     from vlm.index.embeddings import Modality
 
 
@@ -70,16 +70,16 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Embed, in as many processes as wished for."""
-    from vlm.index.embed import Share
+    from vlm.index.embed import ProcessRank
 
-    share = Share.from_environment()
+    share = ProcessRank.from_environment()
     if arguments.processes < 1:
         raise UsageError(f"--processes {arguments.processes}: one at least is needed.")
     if arguments.processes == 1:
         embed(arguments)
         return
-    if share.world > 1:
-        raise UsageError(f"A launcher has started {share.world} processes already; leave --processes out.")
+    if share.world_size > 1:
+        raise UsageError(f"A launcher has started {share.world_size} processes already; leave --processes out.")
     if arguments.device not in ("auto", "cpu"):
         raise UsageError(
             f"--device {arguments.device}: each of several processes takes a GPU of its own; leave it out."
@@ -91,31 +91,32 @@ def embed(arguments: Arguments) -> None:
     """Load the model, embed this process's share; the process that ends the work says what there is."""
     from vlm.data.selection import read_selection
     from vlm.data.shards import expand_shards
-    from vlm.index.embed import EmbedOptions, Share, embed_into
-    from vlm.index.embeddings import Storage
+    from vlm.index.embed import EmbedOptions, ProcessRank, embed_into
+    from vlm.index.embeddings import VectorStorage
     from vlm.models.load import load_model
 
-    share, shards, folders = Share.from_environment(), expand_shards(arguments.shards), _folders(arguments)
+    share, shards, folders = ProcessRank.from_environment(), expand_shards(arguments.shards), _folders(arguments)
     options = EmbedOptions(
         model_spec=arguments.model,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         allow_damage=arguments.allow_damage,
         selection=read_selection(arguments.selection) if arguments.selection else None,
-        storage=Storage(store=arguments.store, codes=tuple(sorted(set(arguments.codes)))),
+        storage=VectorStorage(store=arguments.store, codes=tuple(sorted(set(arguments.codes)))),
         is_compiled=arguments.compile,
         precision=arguments.precision,
         share=share,
     )
     model = load_model(arguments.model, device=_device(arguments.device, share), precision=arguments.precision)
     summaries = list(embed_into(model, shards, folders, options).values())
-    if share.world > 1 and (missing := max(summary.missing_parts for summary in summaries)):
+    if share.world_size > 1 and (missing := max(summary.missing_parts for summary in summaries)):
         rows = sum(summary.new_rows for summary in summaries)
         say(
-            f"Process {share.rank} of {share.world} has written {rows:,} rows; {missing} parts are left to others. "
+            f"Process {share.rank} of {share.world_size} has written {rows:,} rows; "
+            f"{missing} parts are left to others. "
             "If those have ended, repeat the command."
         )
-    elif share.world == 1 or summaries[0].ended_here:
+    elif share.world_size == 1 or summaries[0].ended_here:
         _show(summaries, arguments)
 
 
@@ -129,11 +130,11 @@ def _folders(arguments: Arguments) -> "dict[Modality, Path]":
     return {"image": arguments.out / "images", "text": arguments.out / "texts"}
 
 
-def _device(wished: str, share: "Share") -> str:
+def _device(wished: str, share: "ProcessRank") -> str:
     """Of several processes on a machine with GPUs, each takes the one of its number."""
     import torch
 
-    if wished != "auto" or share.world == 1 or not torch.cuda.is_available():
+    if wished != "auto" or share.world_size == 1 or not torch.cuda.is_available():
         return wished
     return f"cuda:{share.local_rank % torch.cuda.device_count()}"
 
@@ -147,7 +148,7 @@ def _show(summaries: "list[EmbedSummary]", arguments: Arguments) -> None:
         return
     for summary in summaries:
         facts = {name.replace("_", " "): value for name, value in asdict(summary).items() if name != "incidents"}
-        show_facts(facts)
+        show_fields(facts)
     texts = " --texts " + summaries[1].folder if len(summaries) > 1 else ""
     say(f"Next: vlm index build {summaries[0].folder} INDEX{texts}")
 

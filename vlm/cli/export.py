@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Load the model, export it, say how it is opened there."""
-    from vlm.files import refuse_existing
+    from vlm.files import check_not_exists
     from vlm.models.export import export_open_clip
     from vlm.models.load import load_network
 
-    refuse_existing(arguments.out)
+    check_not_exists(arguments.out)
     export = export_open_clip(load_network(arguments.model, device="cpu"), arguments.out)
     if not export.has_tokenizer:
         say(
@@ -46,7 +46,7 @@ def run(arguments: Arguments) -> None:
         show_json(asdict(export))
         return
     # a difference of 1e-7 would be shown as 0.0000
-    show_facts(
+    show_fields(
         {name.replace("_", " "): value for name, value in asdict(export).items()}
         | {"largest difference": f"{export.largest_difference:.1e}"}
     )

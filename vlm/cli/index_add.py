@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 
 if TYPE_CHECKING:
-    from vlm.index.writer import Change
+    from vlm.index.writer import CommitInfo
 
 # from here on dead rows cost a search more than a compaction is put off for
 _MANY_DEAD = 0.2
@@ -31,19 +31,19 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Add, then say what there is."""
-    from vlm.index.writer import IndexWriter, NewRows
+    from vlm.index.writer import IndexWriter, InsertBatch
 
-    new = NewRows.of_folder(arguments.embeddings)
+    new = InsertBatch.from_folder(arguments.embeddings)
     with IndexWriter(arguments.index) as writer:
-        change = writer.add(new)
-    show_change(change, arguments.index, as_json=arguments.json)
+        info = writer.add(new)
+    show_commit_info(info, arguments.index, as_json=arguments.json)
 
 
-def show_change(change: "Change", index: Path, *, as_json: bool) -> None:
+def show_commit_info(info: "CommitInfo", index: Path, *, as_json: bool) -> None:
     """What a change did, and whether it is time to compact."""
     if as_json:
-        show_json(asdict(change))
+        show_json(asdict(info))
         return
-    show_facts(asdict(change))
-    if change.dead > _MANY_DEAD * (change.dead + change.rows):
-        say(f"Next: vlm index compact {index}, for {change.dead:,} dead rows are passed over by each search.")
+    show_fields(asdict(info))
+    if info.dead > _MANY_DEAD * (info.dead + info.rows):
+        say(f"Next: vlm index compact {index}, for {info.dead:,} dead rows are passed over by each search.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Build, after a plan if something is promised, then say what to ask."""
-    from vlm.index.ann.index_type import Tuning
+    from vlm.index.ann.index_type import TuningParams
     from vlm.index.build import build_index
 
     if arguments.is_planned:
         _build_planned(arguments)
         return
     numbers = {name: getattr(arguments, name) for name in _NUMBERS}
-    tuning = Tuning(seed=arguments.seed, **numbers)
+    tuning = TuningParams(seed=arguments.seed, **numbers)
     summary = build_index(arguments.embeddings, arguments.out, kind=arguments.kind, tuning=tuning)
     if arguments.json:
         show_json(asdict(summary))
@@ -102,9 +102,9 @@ def run(arguments: Arguments) -> None:
 
 def _build_planned(arguments: Arguments) -> None:
     """Plan, build, leave the plot in the folder, then set and measure the finished index."""
-    from vlm.index.ann.index_types import settings_of
+    from vlm.index.ann.index_types import search_params_dict
     from vlm.index.autotune.autotune_report import PLOT, draw_plan, show_plan
-    from vlm.index.autotune.autotuner import confirm, settle
+    from vlm.index.autotune.autotuner import retune, verify_plan
     from vlm.index.build import build_index
     from vlm.index.embeddings import Embeddings
     from vlm.index.reader import Index
@@ -117,19 +117,19 @@ def _build_planned(arguments: Arguments) -> None:
     )
     draw_plan(plan, arguments.out / PLOT)
     source = Embeddings.open(arguments.embeddings)
-    setting = settle(arguments.out, source, plan)
+    setting = retune(arguments.out, source, plan)
     if setting:
-        told = settings_of(plan.kind, effort=setting.effort, rerank=setting.rerank)
+        told = search_params_dict(plan.kind, effort=setting.effort, rerank=setting.rerank)
         summary = replace(summary, parameters=summary.parameters | told)
     index = Index.open(arguments.out)
-    found = confirm(index, source, plan)
+    found = verify_plan(index, source, plan)
     index.close()
     if arguments.json:
         measured = {"setting": setting and asdict(setting), "confirmed": asdict(found)}
         show_json(asdict(summary) | {"plan": plan.evidence} | measured)
     else:
         facts = {name: value for name, value in asdict(found).items() if name != "breaks"}
-        show_facts(facts, title=f"The finished index, asked {plan.direction}")
+        show_fields(facts, title=f"The finished index, asked {plan.direction}")
         _show(summary, arguments)
     if found.breaks:
         raise VlmError(
@@ -139,23 +139,23 @@ def _build_planned(arguments: Arguments) -> None:
 
 
 def _plan(arguments: Arguments) -> "Plan":
-    from vlm.files import refuse_existing
-    from vlm.index.autotune.autotuner import choose
-    from vlm.index.autotune.trial import Promise, parse_bytes
+    from vlm.files import check_not_exists
+    from vlm.index.autotune.autotuner import autotune
+    from vlm.index.autotune.trial import TuningTarget, parse_bytes
     from vlm.index.embeddings import Embeddings
 
     given = [name for name in _NUMBERS if getattr(arguments, name) is not None]
     if given:
         option = given[0].replace("_", "-")
         raise UsageError(f"--{option} is for the plan to find; leave it out, or leave the promises out.")
-    refuse_existing(arguments.out)
-    promise = Promise(
+    check_not_exists(arguments.out)
+    promise = TuningTarget(
         recall=0.95 if arguments.recall is None else arguments.recall,
         at=arguments.recall_at,
         latency_ms=arguments.latency_ms,
         memory_bytes=None if arguments.memory is None else parse_bytes(arguments.memory),
     )
-    return choose(
+    return autotune(
         Embeddings.open(arguments.embeddings),
         Embeddings.open(arguments.texts) if arguments.texts else None,
         promise,
@@ -167,5 +167,5 @@ def _plan(arguments: Arguments) -> "Plan":
 
 
 def _show(summary: "BuildSummary", arguments: Arguments) -> None:
-    show_facts(asdict(summary))
+    show_fields(asdict(summary))
     say(f'Next: vlm search {arguments.out} "what you look for"')

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import show_facts, show_json, show_table
+from vlm.console import show_fields, show_json, show_table
 from vlm.errors import UsageError, VlmError
 
 
@@ -38,7 +38,7 @@ def run(arguments: Arguments) -> None:
         show_json(asdict(report))
     else:
         facts = {name: value for name, value in asdict(report).items() if name not in ("faults", "strays")}
-        show_facts(facts | {"strays": len(report.strays), "faults": len(report.faults)})
+        show_fields(facts | {"strays": len(report.strays), "faults": len(report.faults)})
         if report.faults:
             show_table(["part", "fault"], [[fault.part, fault.what] for fault in report.faults])
     if report.faults:

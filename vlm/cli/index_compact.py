@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.cli.index_add import show_change
+from vlm.cli.index_add import show_commit_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Compact, then say what there is."""
-    from vlm.index.ann.index_type import Tuning
+    from vlm.index.ann.index_type import TuningParams
     from vlm.index.writer import IndexWriter
 
     with IndexWriter(arguments.index) as writer:
-        change = writer.compact(kind=arguments.kind, tuning=Tuning() if arguments.kind else None)
-    show_change(change, arguments.index, as_json=arguments.json)
+        info = writer.compact(kind=arguments.kind, tuning=TuningParams() if arguments.kind else None)
+    show_commit_info(info, arguments.index, as_json=arguments.json)

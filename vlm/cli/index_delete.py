@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.cli.index_add import show_change
+from vlm.cli.index_add import show_commit_info
 from vlm.console import read_text
 from vlm.errors import UsageError
 
@@ -33,19 +33,19 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Delete, then say what is left."""
-    from vlm.index.filters import parse_where
+    from vlm.index.filters import parse_filter
     from vlm.index.writer import IndexWriter
 
     uids = [*arguments.uid, *(_read_uids(arguments.uids) if arguments.uids else ())]
     if bool(uids) == bool(arguments.where):
         raise UsageError("Say what to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
-    condition = parse_where(arguments.where) if arguments.where else None
+    condition = parse_filter(arguments.where) if arguments.where else None
     with IndexWriter(arguments.index) as writer:
         if condition is None:
-            change = writer.delete(uids)
+            info = writer.delete(uids)
         else:
-            change = writer.delete_rows(writer.generation.catalogue.where(condition))
-    show_change(change, arguments.index, as_json=arguments.json)
+            info = writer.delete_rows(writer.snapshot.catalogue.where(condition))
+    show_commit_info(info, arguments.index, as_json=arguments.json)
 
 
 def _read_uids(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vlm.console import show_facts, show_json
+from vlm.console import show_fields, show_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +44,4 @@ def run(arguments: Arguments) -> None:
     if arguments.json:
         show_json(asdict(summary))
     else:
-        show_facts(asdict(summary))
+        show_fields(asdict(summary))

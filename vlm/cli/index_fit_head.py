@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json, show_table
+from vlm.console import say, show_fields, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,21 +52,21 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Fit, measure, save, show."""
-    from vlm.files import refuse_existing
+    from vlm.files import check_not_exists
     from vlm.index.backward_compat import fit_head, measure_head, read_pairs
-    from vlm.models.variants import save_upgrade
+    from vlm.models.variants import save_projection
 
     if not 0 < arguments.held_out < 1:
         raise UsageError(f"--held-out {arguments.held_out} does not fit: a share between 0 and 1 is measured on.")
     if arguments.pictures < 1:
         raise UsageError(f"--pictures {arguments.pictures} does not fit: one at least is needed.")
-    refuse_existing(arguments.head)
+    check_not_exists(arguments.head)
     pairs = read_pairs(
         arguments.old,
         arguments.new,
         arguments.old_texts,
         arguments.new_texts,
-        most=arguments.pictures,
+        max_images=arguments.pictures,
         seed=arguments.seed,
     )
     fitting, held = pairs.split(arguments.held_out, seed=arguments.seed)
@@ -74,11 +74,11 @@ def run(arguments: Arguments) -> None:
     recall = measure_head(held, fitted.head, seed=arguments.seed)
     found = asdict(fitted.choice) | {"recall": {name: one.metrics() for name, one in recall.items()}}
     configuration = {name: getattr(arguments, name) for name in ("held_out", "pictures", "seed")}
-    save_upgrade(arguments.head, fitted.head, configuration=configuration, details={"evidence": found})
+    save_projection(arguments.head, fitted.head, configuration=configuration, details={"evidence": found})
     if arguments.json:
         show_json({"head": str(arguments.head), "fingerprint": fitted.head.fingerprint} | found)
         return
-    show_facts(asdict(fitted.choice))
+    show_fields(asdict(fitted.choice))
     show_recall(recall, title=f"{len(held):,} pictures held out")
     say(f"Next: vlm index upgrade INDEX OUT --head {arguments.head}")
 

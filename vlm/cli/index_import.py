@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Import, then say what could not be as it was."""
-    from vlm.index.interop.import_sources import Wishes
+    from vlm.index.interop.import_sources import ColumnChoice
     from vlm.index.interop.importer import UNKNOWN, import_embeddings
     from vlm.service.search import load_encoder
 
@@ -57,7 +57,7 @@ def run(arguments: Arguments) -> None:
         load=load_encoder,
         modality=arguments.modality,
         metadata=arguments.metadata,
-        wishes=Wishes(
+        column_choice=ColumnChoice(
             uid=arguments.uid_column,
             caption=arguments.caption_column,
             embedding=arguments.embedding_column,
@@ -82,5 +82,5 @@ def run(arguments: Arguments) -> None:
     if arguments.json:
         show_json(asdict(summary))
         return
-    show_facts({name.replace("_", " "): value for name, value in asdict(summary).items()})
+    show_fields({name.replace("_", " "): value for name, value in asdict(summary).items()})
     say(f"Next: vlm index build {arguments.out} INDEX")

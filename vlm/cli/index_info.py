@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import show_facts, show_json, show_table
+from vlm.console import show_fields, show_json, show_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ def run(arguments: Arguments) -> None:
         show_json(facts)
         return
     segments, evidence = facts.pop("segments"), facts.pop("evidence")
-    show_facts({name.replace("_", " "): value for name, value in facts.items()})
+    show_fields({name.replace("_", " "): value for name, value in facts.items()})
     if segments:
         show_table(list(segments[0]), [list(segment.values()) for segment in segments], title="segments")
     if "why" in evidence:
-        show_facts({"why this kind": evidence["why"]})
+        show_fields({"why this kind": evidence["why"]})

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.cli.index_add import show_change
+from vlm.cli.index_add import show_commit_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Replace and add, then say what there is."""
-    from vlm.index.filters import parse_where
-    from vlm.index.writer import IndexWriter, NewRows
+    from vlm.index.filters import parse_filter
+    from vlm.index.writer import IndexWriter, InsertBatch
 
-    condition = parse_where(arguments.where) if arguments.where else None
-    new = NewRows.of_folder(arguments.embeddings)
+    condition = parse_filter(arguments.where) if arguments.where else None
+    new = InsertBatch.from_folder(arguments.embeddings)
     with IndexWriter(arguments.index) as writer:
-        among = writer.generation.catalogue.where(condition) if condition else None
-        change = writer.update(new, among=among)
-    show_change(change, arguments.index, as_json=arguments.json)
+        allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
+        info = writer.update(new, allowed_rows=allowed_rows)
+    show_commit_info(info, arguments.index, as_json=arguments.json)

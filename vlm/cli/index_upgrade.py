@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,15 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Carry over, then say how to go on."""
     from vlm.index.backward_compat import upgrade_index
-    from vlm.models.variants import read_head
+    from vlm.models.variants import read_projection
 
-    carried = upgrade_index(arguments.index, arguments.out, read_head(arguments.head), head_spec=str(arguments.head))
+    carried = upgrade_index(
+        arguments.index, arguments.out, read_projection(arguments.head), head_spec=str(arguments.head)
+    )
     if arguments.json:
         show_json(asdict(carried))
         return
-    show_facts({name.replace("_", " "): value for name, value in asdict(carried).items()})
+    show_fields({name.replace("_", " "): value for name, value in asdict(carried).items()})
     say(
         f'Next: vlm search {arguments.out} "what you look for"; and where rows shall be the new model\'s own:\n'
         f"vlm embed {arguments.head} SHARDS EMBEDDINGS && vlm index update {arguments.out} EMBEDDINGS"

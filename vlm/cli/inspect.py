@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.console import say, show_facts, show_json, show_table
+from vlm.console import say, show_fields, show_json, show_table
 
 if TYPE_CHECKING:
-    from vlm.data.inspection.findings import ColumnFacts, Inspection, LanguageFacts
-    from vlm.pages import Spread
+    from vlm.data.inspection.findings import ColumnStats, Inspection, LanguageStats
+    from vlm.pages import Distribution
 
-_MOST_BAD_SHOWN = 20
-_MOST_VALUES_SHOWN = 5
+_MAX_BAD_SHOWN = 20
+_MAX_VALUES_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,10 @@ def run(arguments: Arguments) -> None:
     from vlm.data.inspection.contact_sheet import contact_sheet
     from vlm.data.inspection.inspection import inspect_shards
     from vlm.data.shards import expand_shards
-    from vlm.files import refuse_homeless, write_text
+    from vlm.files import check_parent_exists, write_text
 
     if arguments.html:
-        refuse_homeless(arguments.html)
+        check_parent_exists(arguments.html)
     found = inspect_shards(
         expand_shards(arguments.shards),
         sample=arguments.sample,
@@ -77,7 +77,7 @@ def run(arguments: Arguments) -> None:
 
 def show_inspection(found: "Inspection") -> None:
     """Tables for people: facts, captions by language, metadata, what is damaged or corrupt."""
-    show_facts(_facts(found))
+    show_fields(_facts(found))
     has_tokens = found.context_length is not None
     columns = ["language", "captions", "distinct", "a picture", "words", "characters"]
     columns += ["tokens", f"over {found.context_length}"] if has_tokens else []
@@ -85,20 +85,20 @@ def show_inspection(found: "Inspection") -> None:
     most = [[name, column.samples, column.distinct, _values(column)] for name, column in found.columns.items()]
     if most:
         show_table(["metadata", "samples", "distinct texts", "most frequent"], most)
-    bad = [*found.damaged, *found.corrupt][:_MOST_BAD_SHOWN]
+    bad = [*found.damaged, *found.corrupt][:_MAX_BAD_SHOWN]
     if bad:
         rows = [[Path(b.shard).name, b.key, "" if b.offset is None else b.offset, b.reason, b.detail] for b in bad]
         show_table(["bad in", "key", "at byte", "reason", "detail"], rows)
 
 
 def _facts(found: "Inspection") -> dict[str, Any]:
-    from vlm.pages import size_name
+    from vlm.pages import format_bytes
 
     facts: dict[str, Any] = {"shards": found.shards, "samples": found.samples}
     if found.selected is not None:
         facts["kept by the selection"] = found.selected
     facts |= {
-        "size of pictures": size_name(found.image_bytes),
+        "size of pictures": format_bytes(found.image_bytes),
         "looked at": found.looked_at,
         "formats": _counts(found.formats),
         "modes": _counts(found.traits) or "nothing special",
@@ -117,7 +117,7 @@ def _facts(found: "Inspection") -> dict[str, Any]:
     }
 
 
-def _language(code: str, facts: "LanguageFacts", has_tokens: bool) -> list[Any]:
+def _language(code: str, facts: "LanguageStats", has_tokens: bool) -> list[Any]:
     row = [code or "unnamed", facts.captions, facts.distinct]
     row += map(_range, (facts.per_picture, facts.words, facts.characters))
     if has_tokens:
@@ -133,8 +133,8 @@ def _selection(path: Path | None) -> Any:
     return read_selection(path)
 
 
-def _values(column: "ColumnFacts") -> str:
-    most = dict(list(column.most.items())[:_MOST_VALUES_SHOWN])
+def _values(column: "ColumnStats") -> str:
+    most = dict(list(column.most.items())[:_MAX_VALUES_SHOWN])
     return _counts(most) if most else "each once" if column.distinct else "no texts"
 
 
@@ -142,10 +142,10 @@ def _counts(times: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in times.items())
 
 
-def _range(spread: "Spread | None", per: float = 1) -> str:
-    if spread is None:
+def _range(distribution: "Distribution | None", per: float = 1) -> str:
+    if distribution is None:
         return ""
     return " – ".join(
-        f"{value / per:.3g}" if per != 1 or spread.is_log else f"{value:g}"
-        for value in (spread.least, spread.median, spread.most)
+        f"{value / per:.3g}" if per != 1 or distribution.is_log else f"{value:g}"
+        for value in (distribution.least, distribution.median, distribution.most)
     )

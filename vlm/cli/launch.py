@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
-from vlm.cli.main import complain
+from vlm.cli.main import print_error
 from vlm.errors import UsageError, VlmError
 
 Given = TypeVar("Given")
@@ -53,9 +53,9 @@ def _run_one(work: Callable[[Given], None], given: Given, rank: int, number: int
     try:
         work(given)
     except VlmError as error:
-        sys.exit(complain(str(error), error.exit_code))
+        sys.exit(print_error(str(error), error.exit_code))
     except OSError as error:
-        sys.exit(complain(str(error), 1))
+        sys.exit(print_error(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(1)
 

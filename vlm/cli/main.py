@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from vlm import __version__
-from vlm.config import nearest
+from vlm.config import suggest
 from vlm.errors import UsageError, VlmError
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -87,14 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_verb(verb, rest)
         return 0
     except VlmError as error:
-        return complain(str(error), error.exit_code)
+        return print_error(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return complain("interrupted; what was finished is kept, and the same command goes on from there.", 1)
+        return print_error("interrupted; what was finished is kept, and the same command goes on from there.", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return complain(_explain(error), 1)
+        return print_error(_explain(error), 1)
 
 
 def overview() -> str:
@@ -126,7 +126,7 @@ def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
             return verb, list(words[length:])
     family = [verb for verb in VERBS if verb.startswith(f"{words[0]} ")]
     asked = " ".join(words[:2]) if family else words[0]
-    raise UsageError(f"There is no verb {asked!r}; {nearest(asked, family or list(VERBS))} (vlm --help lists all)")
+    raise UsageError(f"There is no verb {asked!r}; {suggest(asked, family or list(VERBS))} (vlm --help lists all)")
 
 
 def run_verb(verb: str, words: list[str]) -> None:
@@ -145,7 +145,7 @@ def run_verb(verb: str, words: list[str]) -> None:
     module.run(arguments)
 
 
-def complain(message: str, exit_code: int) -> int:
+def print_error(message: str, exit_code: int) -> int:
     """One line on stderr; returns the exit code."""
     print(f"vlm: {message}", file=sys.stderr, flush=True)
     return exit_code

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 from vlm.data.sources.source import SceneOptions, SourceKind
 
 
@@ -98,5 +98,5 @@ def run(arguments: Arguments) -> None:
         show_json(asdict(summary))
         return
     facts = {name: value for name, value in asdict(summary).items() if value not in ({}, None)}
-    show_facts({name.replace("_", " "): value for name, value in facts.items()})
+    show_fields({name.replace("_", " "): value for name, value in facts.items()})
     say(f"Next: vlm inspect {arguments.out} --html {arguments.out}.html   or   vlm train tiny --data {arguments.out} …")

@@ -20,7 +20,7 @@ from vlm.manifest import is_complete
 
 NUM_TRAIN, NUM_VAL = 16_000, 1_000
 CLASSES = "classes.txt"
-QUESTIONS = (
+QUERIES = (
     ("two green stars at the top",),
     ("a small blue heart on a white background",),
     ("three orange triangles",),
@@ -71,14 +71,14 @@ def run(arguments: Arguments) -> None:
             say(f"✓ {step.title}: already in {step.leaves}")
             continue
         seconds[step.title] = _timed(lambda step=step: run_verb(*split_verb(step.words)), step.title, step.words)
-    seconds["searching"] = _timed(lambda: ask_questions(out), "searching", ["search", str(out / "index"), "…"])
+    seconds["searching"] = _timed(lambda: run_queries(out), "searching", ["search", str(out / "index"), "…"])
     figures = collect_figures(out) | {"seconds": seconds | {"all": time.monotonic() - started}}
     write_text(out / "quickstart.json", json.dumps(figures, indent=2) + "\n")
     if arguments.json:
         show_json(figures)
     else:
         show_figures(figures)
-    say(what_next(out))
+    say(next_steps(out))
 
 
 def plan_steps(arguments: Arguments) -> list[Step]:
@@ -124,22 +124,22 @@ def plan_steps(arguments: Arguments) -> list[Step]:
     ]
 
 
-def ask_questions(out: Path) -> None:
+def run_queries(out: Path) -> None:
     """Three texts, a picture with a text, and a text less another; answers as tables and as one page."""
-    from vlm.cli.search import show_answer
+    from vlm.cli.search import show_result
     from vlm.service.gallery import write_gallery
-    from vlm.service.images import read_picture
-    from vlm.service.search import Question, SearchService
+    from vlm.service.images import read_image_bytes
+    from vlm.service.search import Query, SearchService
 
     service = SearchService.open(out / "index")
-    questions = [Question(texts=texts, top=8) for texts in QUESTIONS]
-    questions.append(Question(texts=("a red circle",), minus=("something large",), top=8))
-    answers = [service.answer(question) for question in questions]
-    picture = read_picture(answers[0].hits[0].entry)
-    answers.append(service.answer(Question(images=(picture,), texts=("a yellow background",), top=8)))
-    for answer in answers:
-        show_answer(answer)
-    write_gallery(out / "gallery.html", answers, title="Drawn scenes", info=service.index.info())
+    queries = [Query(texts=texts, top=8) for texts in QUERIES]
+    queries.append(Query(texts=("a red circle",), minus=("something large",), top=8))
+    results = [service.search(query) for query in queries]
+    image = read_image_bytes(results[0].hits[0].entry)
+    results.append(service.search(Query(images=(image,), texts=("a yellow background",), top=8)))
+    for result in results:
+        show_result(result)
+    write_gallery(out / "gallery.html", results, title="Drawn scenes", info=service.index.info())
 
 
 def collect_figures(out: Path) -> dict[str, float | int]:
@@ -166,7 +166,7 @@ def show_figures(figures: dict) -> None:
     show_table(["step", "seconds"], [[name, round(value, 1)] for name, value in figures["seconds"].items()])
 
 
-def what_next(out: Path) -> str:
+def next_steps(out: Path) -> str:
     """What to type after the quickstart."""
     return "\n".join(
         [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 
 if TYPE_CHECKING:
     from vlm.train.reinforce import Teachers
@@ -104,7 +104,7 @@ def run(arguments: Arguments) -> None:
         show_json(asdict(summary))
         return
     facts = {name: value for name, value in asdict(summary).items() if value != {}}
-    show_facts({name.replace("_", " "): value for name, value in facts.items()})
+    show_fields({name.replace("_", " "): value for name, value in facts.items()})
     say(_next(arguments))
 
 

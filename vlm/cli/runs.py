@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> None:
     from vlm.train.history import find_runs, read_run
 
     records = [read_run(folder) for folder in find_runs(arguments.folder)]
-    facts = [facts_of(record, arguments.folder) for record in records]
+    facts = [summarize(record, arguments.folder) for record in records]
     if arguments.json:
         show_json(facts)
         return
@@ -50,55 +50,57 @@ def run(arguments: Arguments) -> None:
         "MFU",
         "time",
     ]
-    show_table(columns, [row_of(fact) for fact in facts])
+    show_table(columns, [row_of(summary) for summary in facts])
     say(f"Side by side: vlm runs compare {' '.join(str(record.folder) for record in records[-2:])} --out compare.png")
 
 
-def facts_of(record: "RunRecord", root: Path) -> dict[str, Any]:
+def summarize(record: "RunRecord", root: Path) -> dict[str, Any]:
     """What a run is, with names; None where it is not known."""
-    from vlm.train.history import BEST_OF
-    from vlm.train.recipes import recipe_of
+    from vlm.train.history import BEST_METRICS
+    from vlm.train.recipes import matching_recipe
 
     configuration = record.configuration
     best = record.best()
     return {
         "run": record.name if record.folder == root else str(record.folder.relative_to(root)),
         "state": record.state,
-        "preset": recipe_of(configuration),
+        "preset": matching_recipe(configuration),
         "architecture": configuration.get("model", {}).get("architecture"),
         "objective": configuration.get("objective", {}).get("objective"),
         "step": record.step,
         "planned_steps": record.planned_steps or None,
         "samples": record.last("seen"),
         "loss": record.last("loss"),
-        "best": {name: best[name] for name in ("step", *BEST_OF)} if best else None,
-        "samples_per_second": record.usual("samples_per_second"),
-        "data_wait": record.usual("data_wait"),
-        "mfu": record.usual("mfu"),
+        "best": {name: best[name] for name in ("step", *BEST_METRICS)} if best else None,
+        "samples_per_second": record.typical("samples_per_second"),
+        "data_wait": record.typical("data_wait"),
+        "mfu": record.typical("mfu"),
         "peak_source": record.telemetry.get("peak_source"),
         "seconds": record.last("seconds"),
     }
 
 
-def row_of(fact: dict[str, Any]) -> list[str]:
+def row_of(summary: dict[str, Any]) -> list[str]:
     """The facts as cells."""
-    from vlm.console import duration
-    from vlm.train.history import BEST_OF
+    from vlm.console import format_duration
+    from vlm.train.history import BEST_METRICS
 
-    steps = f"{fact['step']:,}" + (f" of {fact['planned_steps']:,}" if fact["planned_steps"] else "")
-    best = fact["best"]
+    steps = f"{summary['step']:,}" + (f" of {summary['planned_steps']:,}" if summary["planned_steps"] else "")
+    best = summary["best"]
     return [
-        fact["run"],
-        f"stopped at {fact['step']:,}" if fact["state"] == "stopped" else fact["state"],
-        fact["preset"] or fact["architecture"] or "?",
-        fact["objective"] or "?",
+        summary["run"],
+        f"stopped at {summary['step']:,}" if summary["state"] == "stopped" else summary["state"],
+        summary["preset"] or summary["architecture"] or "?",
+        summary["objective"] or "?",
         steps,
-        _shown(fact["samples"], ",.0f"),
-        _shown(fact["loss"], ".3f"),
-        " / ".join(f"{100 * best[name]:.1f}" for name in reversed(BEST_OF)) + f" at {best['step']:,}" if best else "–",
-        _shown(fact["samples_per_second"], ",.0f"),
-        _shown(fact["mfu"], ".0%"),
-        duration(fact["seconds"]) if fact["seconds"] is not None else "–",
+        _shown(summary["samples"], ",.0f"),
+        _shown(summary["loss"], ".3f"),
+        " / ".join(f"{100 * best[name]:.1f}" for name in reversed(BEST_METRICS)) + f" at {best['step']:,}"
+        if best
+        else "–",
+        _shown(summary["samples_per_second"], ",.0f"),
+        _shown(summary["mfu"], ".0%"),
+        format_duration(summary["seconds"]) if summary["seconds"] is not None else "–",
     ]
 
 

@@ -16,7 +16,7 @@ from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.train.history import RunRecord
-    from vlm.train.recipes import Recipe, Verdict
+    from vlm.train.recipes import Recipe, ReferenceComparison
 
 LAST = (
     "loss",
@@ -62,19 +62,22 @@ def run(arguments: Arguments) -> None:
     recipe = find_recipe(arguments.to) if arguments.to else None
     records = [read_run(folder) for folder in dict.fromkeys(arguments.runs)]
     names = short_names([record.folder for record in records])
-    verdicts = [verdicts_of(record, recipe) for record in records] if recipe else []
+    comparisons = [compare_with_references(record, recipe) for record in records] if recipe else []
     settings = differing_settings(records, recipe)
     figures = figures_of(records)
     if arguments.out:
         draw(arguments.out, names, records, recipe)
     if arguments.json:
-        told = [[_plain(verdict, record) for verdict in own] for own, record in zip(verdicts, records, strict=False)]
+        told = [
+            [_plain(comparison, record) for comparison in own]
+            for own, record in zip(comparisons, records, strict=False)
+        ]
         show_json({"runs": names, "settings": settings, "figures": figures, "verdicts": told})
         return
     others = [f"recipe {recipe.preset}"] if recipe else []
     show_table(["setting", *others, *names], _rows(settings), title="where the settings differ")
     show_table(["figure", *names], _rows(figures), title="last on val and of the loss; median of speed and the like")
-    for name, record, own in zip(names, records, verdicts, strict=False):
+    for name, record, own in zip(names, records, comparisons, strict=False):
         print("\n".join(sentences(name, record, own)))
     if arguments.out:
         say(f"Curves: {arguments.out}")
@@ -91,49 +94,49 @@ def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") 
     from dataclasses import asdict
 
     from vlm.train.presets import PRESETS
-    from vlm.train.recipes import differing
+    from vlm.train.recipes import config_differences
 
     first = [asdict(PRESETS[recipe.preset][1])] if recipe else []
-    return differing([*first, *(record.configuration for record in records)])
+    return config_differences([*first, *(record.configuration for record in records)])
 
 
 def figures_of(records: "Sequence[RunRecord]") -> dict[str, list[float | None]]:
     """What each run came to, by metric; metrics that none has are left out."""
     rows = {name: [record.last(name) for record in records] for name in LAST}
-    rows |= {f"{name}, usual": [record.usual(name) for record in records] for name in USUAL}
+    rows |= {f"{name}, usual": [record.typical(name) for record in records] for name in USUAL}
     for name in dict.fromkeys(name for record in records for name in record.figures):
         rows[name] = [record.figures.get(name) for record in records]
     return {name: values for name, values in rows.items() if any(value is not None for value in values)}
 
 
-def verdicts_of(record: "RunRecord", recipe: "Recipe") -> "list[Verdict]":
+def compare_with_references(record: "RunRecord", recipe: "Recipe") -> "list[ReferenceComparison]":
     """A run against each band of a recipe.
 
     Raises:
         UsageError: nobody knows how long the run was to be.
     """
-    from vlm.train.recipes import judge
+    from vlm.train.recipes import compare_with_reference
 
     if recipe.bands and not record.planned_steps:
         raise UsageError(f"{record.folder} does not say how many steps it was to have; go on with it by --resume.")
-    return [judge(band, record.measured(), record.planned_steps) for band in recipe.bands]
+    return [compare_with_reference(band, record.measured(), record.planned_steps) for band in recipe.bands]
 
 
-def sentences(name: str, record: "RunRecord", verdicts: "Sequence[Verdict]") -> list[str]:
+def sentences(name: str, record: "RunRecord", comparisons: "Sequence[ReferenceComparison]") -> list[str]:
     """The verdict on a run for people, with its sources."""
-    if not verdicts:
+    if not comparisons:
         return [f"{name}: this recipe has no band yet; three runs of it give one: python -m vlm.train.recipes"]
-    compared = [verdict for verdict in verdicts if verdict.compared]
-    worse = [verdict for verdict in compared if any(not out.is_better for out in verdict.departures)]
-    better = [verdict for verdict in compared if verdict.departures and verdict not in worse]
+    compared = [comparison for comparison in comparisons if comparison.compared]
+    worse = [comparison for comparison in compared if any(not out.is_better for out in comparison.departures)]
+    better = [comparison for comparison in compared if comparison.departures and comparison not in worse]
     total = "nothing to compare yet"
     if compared:
         total = "as expected, inside its bands"
         total = "better than expected" if better else total
         total = "NOT as expected: it leaves its band on the worse side" if worse else total
     lines = [f"{name}: {total}."]
-    for verdict in verdicts:
-        lines.append(f"  {verdict.sentence(record.planned_steps)} Source: {verdict.band.source}.")
+    for comparison in comparisons:
+        lines.append(f"  {comparison.summary(record.planned_steps)} Source: {comparison.band.source}.")
     if record.state != "finished":
         lines.append(f"  It is {record.state} at step {record.step:,} of {record.planned_steps:,}; this is so far.")
     return lines
@@ -141,10 +144,10 @@ def sentences(name: str, record: "RunRecord", verdicts: "Sequence[Verdict]") -> 
 
 def draw(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recipe: "Recipe | None") -> None:
     """The curves over one another, with the bands of the recipe behind them."""
-    from vlm.files import refuse_homeless
+    from vlm.files import check_parent_exists
     from vlm.train.plots import draw_comparison
 
-    refuse_homeless(path)
+    check_parent_exists(path)
     draw_comparison(
         {name: record.measured() for name, record in zip(names, records, strict=True)},
         path,
@@ -154,15 +157,15 @@ def draw(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recip
     )
 
 
-def _plain(verdict: "Verdict", record: "RunRecord") -> dict[str, Any]:
+def _plain(comparison: "ReferenceComparison", record: "RunRecord") -> dict[str, Any]:
     from dataclasses import asdict
 
-    told = asdict(verdict)
+    told = asdict(comparison)
     return {
-        "metric": verdict.band.metric,
-        "kind": verdict.band.kind,
-        "source": verdict.band.source,
-        "compared": verdict.compared,
+        "metric": comparison.band.metric,
+        "kind": comparison.band.kind,
+        "source": comparison.band.source,
+        "compared": comparison.compared,
         "departures": [out | {"step": round(out["share"] * record.planned_steps)} for out in told["departures"]],
     }
 

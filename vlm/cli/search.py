@@ -12,10 +12,10 @@ from vlm.errors import UsageError
 from vlm.files import json_text
 
 if TYPE_CHECKING:
-    from vlm.service.query import Question
-    from vlm.service.search import Answer, SearchService
+    from vlm.service.query import Query
+    from vlm.service.search import SearchResult, SearchService
 
-_QUESTIONS_AT_ONCE = 256
+_QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,9 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Open the index, ask, show."""
-    from vlm.service.query import Question
+    from vlm.service.query import Query
 
-    question = Question(
+    query = Query(
         texts=arguments.texts,
         images=arguments.image,
         items=arguments.like,
@@ -112,23 +112,23 @@ def run(arguments: Arguments) -> None:
         after=arguments.after,
     )
     if arguments.queries is None:
-        question.check()
-        _show(arguments, _open(arguments), question)
+        query.check()
+        _show(arguments, _open(arguments), query)
         return
     if arguments.texts or arguments.html:
         raise UsageError("--queries brings its texts, and answers in lines of JSON; leave TEXT and --html out.")
-    questions = iter(_read_file(arguments.queries, question).items())
+    queries = iter(_read_file(arguments.queries, query).items())
     service = _open(arguments)
-    while named := dict(islice(questions, _QUESTIONS_AT_ONCE)):
-        for answer in service.answer_all(list(named.values()), names=list(named)):
-            print(json_text(answer.to_json()), flush=True)
+    while named := dict(islice(queries, _QUERIES_AT_ONCE)):
+        for result in service.search_many(list(named.values()), names=list(named)):
+            print(json_text(result.to_json()), flush=True)
 
 
-def show_answer(answer: "Answer") -> None:
+def show_result(result: "SearchResult") -> None:
     """The hits as a table."""
-    asked = answer.question
+    asked = result.query
     columns, rows = ["", "score", "uid", "caption"], []
-    for rank, hit in enumerate(answer.hits, 1):
+    for rank, hit in enumerate(result.hits, 1):
         caption = next((texts[0] for texts in hit.entry.captions.values() if texts), "")
         rows.append([rank, hit.score, hit.entry.uid, caption])
         if asked.rerank_top:
@@ -139,20 +139,20 @@ def show_answer(answer: "Answer") -> None:
         columns.insert(2, "likelihood")
     if asked.duplicates is not None:
         columns.append("more like it")
-    show_table(columns, rows, title=asked.in_words() + (f"  where {asked.where}" if asked.where else ""))
-    _show_times(answer)
-    if answer.next:
-        say(f"There is more: --after {answer.next}")
+    show_table(columns, rows, title=asked.describe() + (f"  where {asked.where}" if asked.where else ""))
+    _show_times(result)
+    if result.next:
+        say(f"There is more: --after {result.next}")
 
 
-def _show_times(answer: "Answer") -> None:
-    parts = [f"embedded in {answer.embed_milliseconds:.0f} ms", f"searched in {answer.search_milliseconds:.2f} ms"]
-    if answer.rerank_milliseconds is not None:
-        parts.append(f"re-ranked in {answer.rerank_milliseconds:.0f} ms")
+def _show_times(result: "SearchResult") -> None:
+    parts = [f"embedded in {result.embed_milliseconds:.0f} ms", f"searched in {result.search_milliseconds:.2f} ms"]
+    if result.rerank_milliseconds is not None:
+        parts.append(f"re-ranked in {result.rerank_milliseconds:.0f} ms")
     say(", ".join(parts))
-    if answer.unread:
-        uid, reason = next(iter(answer.unread.items()))
-        say(f"Not re-ranked, because their pictures cannot be read: {len(answer.unread)}; the first, {uid}: {reason}")
+    if result.unread:
+        uid, reason = next(iter(result.unread.items()))
+        say(f"Not re-ranked, because their pictures cannot be read: {len(result.unread)}; the first, {uid}: {reason}")
 
 
 def _open(arguments: Arguments) -> "SearchService":
@@ -167,22 +167,22 @@ def _open(arguments: Arguments) -> "SearchService":
     )
 
 
-def _show(arguments: Arguments, service: "SearchService", question: "Question") -> None:
+def _show(arguments: Arguments, service: "SearchService", query: "Query") -> None:
     from vlm.service.gallery import write_gallery
 
-    answer = service.answer(question)
+    result = service.search(query)
     if arguments.html:
-        write_gallery(arguments.html, [answer], title="Search", info=service.index.info())
+        write_gallery(arguments.html, [result], title="Search", info=service.index.info())
         say(f"Page: {arguments.html}")
     if arguments.json:
-        show_json(answer.to_json())
+        show_json(result.to_json())
     else:
-        show_answer(answer)
+        show_result(result)
 
 
-def _read_file(path: Path, defaults: "Question") -> "dict[str, Question]":
-    from vlm.service.query import read_questions, vector_questions
+def _read_file(path: Path, defaults: "Query") -> "dict[str, Query]":
+    from vlm.service.query import queries_from_vectors, read_queries
 
     if path.suffix == ".npy":
-        return vector_questions(path, defaults)
-    return read_questions(read_text(path).split("\n"), defaults)
+        return queries_from_vectors(path, defaults)
+    return read_queries(read_text(path).split("\n"), defaults)

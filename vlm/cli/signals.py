@@ -48,10 +48,10 @@ def run(arguments: Arguments) -> None:
     if all(given is None for given in asked):
         raise UsageError("Nothing is asked for; give --texts, --duplicates, --clusters, --near or --overlap.")
     from vlm.index.embeddings import Embeddings
-    from vlm.index.scores import Signal, SignalWriter
+    from vlm.index.scores import ScoreColumn, ScoreWriter
 
-    writer = SignalWriter(Embeddings.open(arguments.embeddings))
-    written: list[Signal] = []
+    writer = ScoreWriter(Embeddings.open(arguments.embeddings))
+    written: list[ScoreColumn] = []
     if arguments.texts is not None:
         written.append(writer.similarity(Embeddings.open(arguments.texts)))
     if arguments.duplicates is not None:

@@ -17,7 +17,7 @@ from vlm.console import progress, say, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.train.averaging import Measure, OpenModel, Soup
+    from vlm.train.averaging import Measure, ModelLoader, Soup
 
 RECIPE = "soup.json"
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -73,17 +73,17 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Average, write, show what went in."""
     from vlm.data.shards import expand_shards, shards_fingerprint
-    from vlm.files import new_folder, refuse_existing, write_text
+    from vlm.files import atomic_folder, check_not_exists, write_text
     from vlm.models.load import save_model_folder
 
-    refuse_misuse(arguments)
-    refuse_existing(arguments.out)
+    validate_arguments(arguments)
+    check_not_exists(arguments.out)
     shards = expand_shards(arguments.val) if arguments.val else []
     inputs = {"val": shards_fingerprint(shards)} if shards else {}
-    soup = cook(arguments, shards)
+    soup = build_soup(arguments, shards)
     inputs |= {f"model {part.model}": part.fingerprint for part in soup.ingredients if part.share}
-    facts = facts_of(soup, arguments)
-    with new_folder(arguments.out) as folder:
+    facts = summarize(soup, arguments)
+    with atomic_folder(arguments.out) as folder:
         write_text(folder / RECIPE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         save_model_folder(folder, soup.model, inputs=inputs)
     if arguments.json:
@@ -92,7 +92,7 @@ def run(arguments: Arguments) -> None:
         show(soup, arguments)
 
 
-def refuse_misuse(arguments: Arguments) -> None:
+def validate_arguments(arguments: Arguments) -> None:
     """Refuse options that do not go together, before anything is read.
 
     Raises:
@@ -114,7 +114,7 @@ def refuse_misuse(arguments: Arguments) -> None:
     choose_metric(arguments.metric)
 
 
-def cook(arguments: Arguments, shards: list[str]) -> "Soup":
+def build_soup(arguments: Arguments, shards: list[str]) -> "Soup":
     """The soup that was asked for, with a bar of the models opened or measured."""
     from vlm.models.load import load_network
     from vlm.train.averaging import greedy_soup, interpolate, weighted_soup
@@ -127,8 +127,8 @@ def cook(arguments: Arguments, shards: list[str]) -> "Soup":
     else:
         total = number + (number - 1 if arguments.greedy else 1) if shards else number
     with progress(total=total, what="measuring" if shards else "averaging", unit="model") as shown:
-        measure = counted(measure_on(shards, arguments), shown.update) if shards else None
-        opening: OpenModel = open_model if shards else counted(open_model, shown.update)
+        measure = with_progress(make_metric(shards, arguments), shown.update) if shards else None
+        opening: ModelLoader = open_model if shards else with_progress(open_model, shown.update)
         if arguments.interpolate:
             return interpolate(arguments.interpolate, names[0], alphas, open_model=opening, measure=measure)
         if arguments.greedy and measure:
@@ -137,7 +137,7 @@ def cook(arguments: Arguments, shards: list[str]) -> "Soup":
         return weighted_soup(names, shares, open_model=opening, measure=measure)
 
 
-def measure_on(shards: list[str], arguments: Arguments) -> "Measure":
+def make_metric(shards: list[str], arguments: Arguments) -> "Measure":
     """The metric on held-out shards."""
     from vlm.evaluation.retrieval import evaluate_retrieval
 
@@ -162,14 +162,14 @@ def choose_metric(name: str) -> tuple[str, ...]:
     Raises:
         UsageError: there is no such metric; the nearest is named.
     """
-    from vlm.config import choose
+    from vlm.config import lookup
     from vlm.evaluation.retrieval import RECALL_AT
 
     table: dict[str, tuple[str, ...]] = {}
     for k in RECALL_AT:
         both = tuple(f"{direction}_recall@{k}" for direction in ("text_to_image", "image_to_text"))
         table |= {f"recall@{k}": both} | {part: (part,) for part in both}
-    return choose(table, name, "metric")
+    return lookup(table, name, "metric")
 
 
 def read_numbers(given: str, option: str) -> tuple[float, ...]:
@@ -184,7 +184,7 @@ def read_numbers(given: str, option: str) -> tuple[float, ...]:
         raise UsageError(f"{option} {given!r} is no list of numbers; write them as 0.7,0.3.") from error
 
 
-def counted(function: Callable[[Any], Any], update: Callable[[], object]) -> Callable[[Any], Any]:
+def with_progress(function: Callable[[Any], Any], update: Callable[[], object]) -> Callable[[Any], Any]:
     """The function, with a step of the bar after each call."""
 
     def call(argument: Any) -> Any:
@@ -195,7 +195,7 @@ def counted(function: Callable[[Any], Any], update: Callable[[], object]) -> Cal
     return call
 
 
-def facts_of(soup: "Soup", arguments: Arguments) -> dict[str, Any]:
+def summarize(soup: "Soup", arguments: Arguments) -> dict[str, Any]:
     """What came out, as plain values; it is saved in the model folder as well."""
     return {
         "out": str(arguments.out),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json
+from vlm.console import say, show_fields, show_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def run(arguments: Arguments) -> None:
     if arguments.json:
         show_json(result)
         return
-    show_facts(result)
+    show_fields(result)
     say(f"Next: vlm train PRESET --data SHARDS --run DIR --tokenizer {arguments.out}")
 
 
@@ -50,14 +50,14 @@ def train_tokenizer(shards: str, out: Path, *, vocabulary: int, languages: tuple
     from vlm.data.shards import expand_shards
     from vlm.data.tokenizers import SentencePieceTokenizer, train_sentencepiece
     from vlm.errors import UsageError
-    from vlm.evaluation.retrieval import read_items
+    from vlm.evaluation.retrieval import iter_sample_batches
     from vlm.files import write_bytes
 
     if out.exists():
         raise UsageError(f"{out} exists already; name another file or remove it.")
     captions = [
         text
-        for batch in read_items(expand_shards(shards), None, workers=0)
+        for batch in iter_sample_batches(expand_shards(shards), None, workers=0)
         for item in batch.items
         for language, texts in item.captions.items()
         if not languages or not language or language in languages

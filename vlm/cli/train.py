@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_facts, show_json, show_table
+from vlm.console import say, show_fields, show_json, show_table
 from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
@@ -59,7 +59,7 @@ def run(arguments: Arguments) -> None:
     facts |= {
         name: value for name, value in summary.metrics.items() if isinstance(value, float) and "memory" not in name
     }
-    show_facts(facts, title=summary.run)
+    show_fields(facts, title=summary.run)
     columns, rows = summary.ledger
     show_table(columns, rows, title="what became of the samples (visits; the shards that lost most)")
     say(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {summary.run} --retrieval SHARDS")

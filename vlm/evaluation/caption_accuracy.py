@@ -7,9 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.synthetic.shape_captions import check_caption
 from vlm.data.synthetic.shapes import Scene
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.evaluation.retrieval import read_items
+from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.tensors import Tensor, UInt8
 
 
@@ -18,7 +18,7 @@ class Captioner(Protocol):
     """What the check needs of a model."""
 
     @property
-    def view(self) -> FixedView:
+    def view(self) -> EvalTransform:
         """How a picture is fitted."""
         ...
 
@@ -48,7 +48,7 @@ def measure_caption_truth(
     num_true, total = 0, 0
     wrong: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
-    for batch in read_items(shards, model.view, workers=workers):
+    for batch in iter_sample_batches(shards, model.view, workers=workers):
         if total >= limit or not batch.items:
             break
         for item, caption in zip(batch.items, model.caption_images(batch.images, prompt), strict=True):

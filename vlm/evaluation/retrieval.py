@@ -11,12 +11,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from vlm.data.collate import AssembleItems, ItemBatch
+from vlm.data.collate import EvalBatch, EvalCollator
 from vlm.data.loader import stream_batches
-from vlm.data.sampler import ShardPlan
+from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import Captions, select_languages
 from vlm.data.shards import count_samples
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.tensors import Array, Float, Float32, Int, Tensor, UInt8
 
@@ -32,8 +32,8 @@ class Ranks:
     """
 
     above: Int[Array, " Q"]
-    tied_wrong: Int[Array, " Q"]
-    tied_right: Int[Array, " Q"]
+    tied_negatives: Int[Array, " Q"]
+    tied_positives: Int[Array, " Q"]
 
     def recall(self, k: int) -> float:
         """Share of queries with a right answer among the first k, expected over all orders of tied answers."""
@@ -48,8 +48,8 @@ class Ranks:
         left = np.maximum(k - self.above, 0)
         miss = np.ones(len(left))
         for place in range(int(left.max(initial=0))):
-            wrong = np.maximum(self.tied_wrong - place, 0)
-            everyone = np.maximum(self.tied_wrong + self.tied_right - place, 1)
+            wrong = np.maximum(self.tied_negatives - place, 0)
+            everyone = np.maximum(self.tied_negatives + self.tied_positives - place, 1)
             miss = np.where(place < left, miss * wrong / everyone, miss)
             if not miss[left > place].any():
                 break
@@ -57,17 +57,17 @@ class Ranks:
 
     def expected(self) -> Float[Array, " Q"]:
         """Expected rank of the first right answer, counted from 1."""
-        return self.above + 1 + self.tied_wrong / (self.tied_right + 1)
+        return self.above + 1 + self.tied_negatives / (self.tied_positives + 1)
 
     def median(self) -> float:
         """Median over the queries of the expected rank."""
         return float(np.median(self.expected()))
 
 
-def rank_answers(
+def rank_candidates(
     queries: Float32[Array, "Q D"],
-    answers: Float32[Array, "N D"],
-    right: list[list[int]],
+    candidates: Float32[Array, "N D"],
+    positives: list[list[int]],
     *,
     queries_at_once: int = QUERIES_AT_ONCE,
 ) -> Ranks:
@@ -79,23 +79,23 @@ def rank_answers(
     Raises:
         VlmError: a score is not finite: the model has diverged, and ranks would mean nothing.
     """
-    above, tied_wrong, tied_right = [np.empty(len(queries), np.int64) for _ in range(3)]
+    above, tied_negatives, tied_positives = [np.empty(len(queries), np.int64) for _ in range(3)]
     for first in range(0, len(queries), queries_at_once):
         chunk = slice(first, min(first + queries_at_once, len(queries)))
-        scores = queries[chunk] @ answers.T
+        scores = queries[chunk] @ candidates.T
         if not np.isfinite(scores).all():
             raise VlmError(
                 "The model gives embeddings that are not finite: its weights have diverged. Measure an earlier "
                 "checkpoint, or train it anew with a lower learning rate."
             )
-        rows = np.repeat(np.arange(len(scores)), [len(found) for found in right[chunk]])
-        columns = np.concatenate([np.asarray(found, dtype=np.int64) for found in right[chunk]])
+        rows = np.repeat(np.arange(len(scores)), [len(found) for found in positives[chunk]])
+        columns = np.concatenate([np.asarray(found, dtype=np.int64) for found in positives[chunk]])
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, rows, scores[rows, columns])
         above[chunk] = (scores > best[:, None]).sum(axis=1)
-        tied_right[chunk] = np.bincount(rows, scores[rows, columns] == best[rows], minlength=len(scores))
-        tied_wrong[chunk] = (scores == best[:, None]).sum(axis=1) - tied_right[chunk]
-    return Ranks(above=above, tied_wrong=tied_wrong, tied_right=tied_right)
+        tied_positives[chunk] = np.bincount(rows, scores[rows, columns] == best[rows], minlength=len(scores))
+        tied_negatives[chunk] = (scores == best[:, None]).sum(axis=1) - tied_positives[chunk]
+    return Ranks(above=above, tied_negatives=tied_negatives, tied_positives=tied_positives)
 
 
 RECALL_AT = (1, 5, 10)
@@ -107,7 +107,7 @@ class DualEncoder(Protocol):
     """What retrieval needs of a model."""
 
     @property
-    def view(self) -> FixedView:
+    def view(self) -> EvalTransform:
         """How a picture is fitted."""
         ...
 
@@ -148,10 +148,10 @@ class Retrieval:
         return flat
 
 
-def read_items(shards: Sequence[str], view: FixedView | None, *, workers: int) -> Iterable[ItemBatch]:
+def iter_sample_batches(shards: Sequence[str], view: EvalTransform | None, *, workers: int) -> Iterable[EvalBatch]:
     """Every sample of the shards once, in file order, ready for a model."""
-    plan = ShardPlan(counts=count_samples(list(shards)), batch_size=IMAGES_AT_ONCE)
-    return stream_batches(plan, shards, AssembleItems(view=view), numbers=range(len(plan)), workers=workers)
+    plan = SequentialBatches(counts=count_samples(list(shards)), batch_size=IMAGES_AT_ONCE)
+    return stream_batches(plan, shards, EvalCollator(view=view), numbers=range(len(plan)), workers=workers)
 
 
 def evaluate_retrieval(
@@ -172,7 +172,7 @@ def evaluate_retrieval(
     images: list[Tensor] = []
     captions: list[tuple[str, ...]] = []
     num_bad = 0
-    for batch in read_items(shards, model.view, workers=workers):
+    for batch in iter_sample_batches(shards, model.view, workers=workers):
         num_bad += len(batch.incidents)
         if batch.items:
             images.append(model.embed_images(batch.images))
@@ -200,11 +200,13 @@ def measure_retrieval(
     texts_of: dict[str, list[int]] = defaultdict(list)
     for number, text in enumerate(flat):
         texts_of[text].append(number)
-    asked = [number for number, of_image in enumerate(captions) if of_image]
-    right_texts = [sorted({place for text in captions[number] for place in texts_of[text]}) for number in asked]
+    with_captions = [number for number, of_image in enumerate(captions) if of_image]
+    right_texts = [sorted({place for text in captions[number] for place in texts_of[text]}) for number in with_captions]
     return Retrieval(
-        text_to_image=_direction(rank_answers(texts, images, [sorted(images_of[text]) for text in flat])),
-        image_to_text=_direction(rank_answers(images[np.asarray(asked, dtype=np.int64)], texts, right_texts)),
+        text_to_image=_direction(rank_candidates(texts, images, [sorted(images_of[text]) for text in flat])),
+        image_to_text=_direction(
+            rank_candidates(images[np.asarray(with_captions, dtype=np.int64)], texts, right_texts)
+        ),
         num_images=len(images),
         num_texts=len(flat),
         num_bad=num_bad,

@@ -11,19 +11,19 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from vlm.config import nearest
+from vlm.config import suggest
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import open_source
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
-from vlm.evaluation.retrieval import IMAGES_AT_ONCE, rank_answers, read_items
+from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches, rank_candidates
 from vlm.tensors import Array, Float32, Tensor, UInt8
 
 LabelledBatch = tuple[UInt8[Array, "B 3 H W"], list[str]]
 
 
-def read_labelled(address: str, label: str, view: FixedView, *, workers: int = 0) -> Iterator[LabelledBatch]:
+def read_labelled(url: str, label: str, view: EvalTransform, *, workers: int = 0) -> Iterator[LabelledBatch]:
     """Pictures with their class names, in batches; what cannot be used is left out.
 
     address: shards, whose `label` is read from each sample's metadata, or a folder of CLASS/picture.
@@ -31,11 +31,11 @@ def read_labelled(address: str, label: str, view: FixedView, *, workers: int = 0
     Raises:
         UsageError: the metadata has no such label, or the folder has no classes.
     """
-    path = Path(address)
+    path = Path(url)
     if path.is_dir() and not list(path.glob("*.tar")):
-        yield from _from_folder(address, view)
+        yield from _from_folder(url, view)
         return
-    for batch in read_items(expand_shards(address), view, workers=workers):
+    for batch in iter_sample_batches(expand_shards(url), view, workers=workers):
         if batch.items:
             yield batch.images.numpy(), [label_of(item.metadata, label, item.key) for item in batch.items]
 
@@ -50,13 +50,13 @@ def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
     for part in label.split("."):
         if not isinstance(value, dict) or part not in value:
             known = sorted(value) if isinstance(value, dict) else []
-            raise UsageError(f"Sample {key!r} has no metadata {label!r}; {nearest(part, known)} (--label FIELD)")
+            raise UsageError(f"Sample {key!r} has no metadata {label!r}; {suggest(part, known)} (--label FIELD)")
         value = value[part]
     return str(value)
 
 
-def _from_folder(address: str, view: FixedView) -> Iterator[LabelledBatch]:
-    source = open_source(address, SourceOptions(kind="classes"))
+def _from_folder(url: str, view: EvalTransform) -> Iterator[LabelledBatch]:
+    source = open_source(url, SourceOptions(kind="classes"))
     images: list[np.ndarray] = []
     labels: list[str] = []
     for number in range(len(source)):
@@ -134,16 +134,16 @@ def measure_zero_shot(
     Raises:
         UsageError: no picture, or a true class that is not among the names.
     """
-    number_of = {name: number for number, name in enumerate(names)}
+    class_index = {name: number for number, name in enumerate(names)}
     top1: list[np.ndarray] = []
     top5: list[np.ndarray] = []
     truths: list[int] = []
     for images, labels in batches:
-        unknown = set(labels) - set(number_of)
+        unknown = set(labels) - set(class_index)
         if unknown:
             raise UsageError(f"{len(unknown)} classes of the pictures are not among the names: {sorted(unknown)[:5]}")
-        truth = [number_of[label] for label in labels]
-        ranks = rank_answers(images, classifier, [[number] for number in truth])
+        truth = [class_index[label] for label in labels]
+        ranks = rank_candidates(images, classifier, [[number] for number in truth])
         top1.append(ranks.hits(1))
         top5.append(ranks.hits(5))
         truths += truth

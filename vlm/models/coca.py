@@ -16,7 +16,7 @@ from vlm.data.tokenizers import Tokenizer
 from vlm.tensors import Bool, Float, Float32, Int64, Tensor
 
 
-def write_captions(
+def generate_captions(
     network: nn.Module, pixels: Float[Tensor, "B 3 H W"], tokenizer: Tokenizer, prompt: str = ""
 ) -> Int64[Tensor, "B L"]:
     """Greedy decoding (CoCa §3.2 with beam 1): each next token is the likeliest one, until all rows have ended.
@@ -38,7 +38,7 @@ def write_captions(
     return rows
 
 
-def text_likelihoods(
+def text_log_likelihoods(
     network: nn.Module, pixels: Float[Tensor, "B 3 H W"], tokens: Int64[Tensor, "T L"], *, pad_token: int
 ) -> Float32[Tensor, "B T"]:
     """Mean log-likelihood of each text's tokens given each picture, in nats (CoCa, Yu et al. 2022, equation 2).

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from vlm.errors import VlmError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.tensors import Float, Int, Int64, Tensor
 
 _LOW_32 = 0xFFFFFFFF
 
 
 @dataclass(eq=False)
-class RowNoise:
+class PerSampleNoise:
     """The numbers of the samples that are in the network now, int64 [B]; set before each forward pass."""
 
     seed: int
@@ -44,11 +44,11 @@ class RowNoise:
         within = torch.arange(each, device=device).repeat(len(samples))
         # two words of 32 bits, mixed one after the other, hold every number of a sample that can occur
         low, high = samples & _LOW_32, (samples >> 32) & _LOW_32
-        keys = _mix(_mix(low ^ (self.seed & _LOW_32)) ^ high ^ layer)
-        return _mix(keys.repeat_interleave(each) ^ within)
+        keys = _hash32(_hash32(low ^ (self.seed & _LOW_32)) ^ high ^ layer)
+        return _hash32(keys.repeat_interleave(each) ^ within)
 
 
-def _mix(words: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def _hash32(words: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """Hash words of 32 bits, kept in 64 (the constants are those of Wellons' lowbias32 search)."""
     words = words & _LOW_32
     words = words ^ (words >> 16)
@@ -59,24 +59,24 @@ def _mix(words: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
 
 
 def _uniform(keys: Int64[Tensor, "N 1"], places: Int64[Tensor, "1 P"]) -> Float[Tensor, "N P"]:
-    return (_mix(keys ^ _mix(places + 1)) >> 8).to(torch.float32) * 2.0**-24
+    return (_hash32(keys ^ _hash32(places + 1)) >> 8).to(torch.float32) * 2.0**-24
 
 
-class _RowLayer(nn.Module):
-    def __init__(self, noise: RowNoise, name: str) -> None:
+class _PerSampleLayer(nn.Module):
+    def __init__(self, noise: PerSampleNoise, name: str) -> None:
         super().__init__()
         self.noise = noise
-        self.layer = int(fingerprint_of(name)[:8], 16)
+        self.layer = int(compute_fingerprint(name)[:8], 16)
 
     def numbers(self, rows: int, places: int, device: torch.device) -> Float[Tensor, "N P"]:
         """Uniform numbers of this layer."""
         return self.noise.uniform(self.layer, rows, places, device)
 
 
-class RowDropout(_RowLayer):
+class PerSampleDropout(_PerSampleLayer):
     """Dropout (Srivastava et al. 2014) by sample; the first axis is the batch."""
 
-    def __init__(self, noise: RowNoise, name: str, probability: float) -> None:
+    def __init__(self, noise: PerSampleNoise, name: str, probability: float) -> None:
         super().__init__(noise, name)
         self.p = probability
 
@@ -88,10 +88,10 @@ class RowDropout(_RowLayer):
         return values * (numbers >= self.p).to(values.dtype) / (1 - self.p)
 
 
-class RowDropPath(_RowLayer):
+class PerSampleDropPath(_PerSampleLayer):
     """Stochastic depth (Huang et al. 2016) by sample: the whole branch of a row is dropped."""
 
-    def __init__(self, noise: RowNoise, name: str, probability: float, *, rescale: bool) -> None:
+    def __init__(self, noise: PerSampleNoise, name: str, probability: float, *, rescale: bool) -> None:
         super().__init__(noise, name)
         self.drop_prob, self.rescale = probability, rescale
 
@@ -104,10 +104,10 @@ class RowDropPath(_RowLayer):
         return values * (kept / (1 - self.drop_prob) if self.rescale else kept)
 
 
-class RowPatchDropout(_RowLayer):
+class PerSamplePatchDropout(_PerSampleLayer):
     """Leave out patches by sample (FLIP, Li et al. 2023); prefix tokens stay."""
 
-    def __init__(self, noise: RowNoise, name: str, probability: float, *, prefix_tokens: int) -> None:
+    def __init__(self, noise: PerSampleNoise, name: str, probability: float, *, prefix_tokens: int) -> None:
         super().__init__(noise, name)
         self.prob, self.prefix_tokens = probability, prefix_tokens
 
@@ -117,16 +117,16 @@ class RowPatchDropout(_RowLayer):
             return tokens
         prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
         count = max(1, int(patches.shape[1] * (1 - self.prob)))
-        places = self.kept_places(len(patches), patches.shape[1], count, tokens.device)
+        places = self.kept_patches(len(patches), patches.shape[1], count, tokens.device)
         kept = patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2]))
         return torch.cat([prefix, kept], dim=1)
 
-    def kept_places(self, rows: int, patches: int, count: int, device: torch.device) -> Int[Tensor, "B K"]:
+    def kept_patches(self, rows: int, patches: int, count: int, device: torch.device) -> Int[Tensor, "B K"]:
         """Which patches of each row stay, ascending."""
         return self.numbers(rows, patches, device).topk(count, dim=1).indices.sort(dim=1).values
 
 
-def draw_by_row(network: nn.Module, noise: RowNoise) -> int:
+def use_per_sample_dropout(network: nn.Module, noise: PerSampleNoise) -> int:
     """Replace the layers of a network that drop at random by ones that draw from `noise`; returns how many.
 
     Replaced are torch's Dropout, timm's DropPath and PatchDropout, open_clip's PatchDropout. What draws inside a
@@ -135,7 +135,7 @@ def draw_by_row(network: nn.Module, noise: RowNoise) -> int:
     found: list[tuple[nn.Module, str, nn.Module]] = []
     for path, parent in network.named_modules():
         for name, child in parent.named_children():
-            replaced = _by_row(child, noise, f"{path}.{name}")
+            replaced = _per_sample_layer(child, noise, f"{path}.{name}")
             if replaced is not None:
                 found.append((parent, name, replaced.train(child.training)))
     for parent, name, replaced in found:
@@ -143,13 +143,13 @@ def draw_by_row(network: nn.Module, noise: RowNoise) -> int:
     return len(found)
 
 
-def _by_row(layer: nn.Module, noise: RowNoise, name: str) -> nn.Module | None:
+def _per_sample_layer(layer: nn.Module, noise: PerSampleNoise, name: str) -> nn.Module | None:
     kind = type(layer).__name__
     if isinstance(layer, nn.Dropout) and layer.p:
-        return RowDropout(noise, name, layer.p)
+        return PerSampleDropout(noise, name, layer.p)
     if kind == "DropPath" and getattr(layer, "drop_prob", 0):
-        return RowDropPath(noise, name, layer.drop_prob, rescale=getattr(layer, "scale_by_keep", True))  # pyright: ignore[reportArgumentType]
+        return PerSampleDropPath(noise, name, layer.drop_prob, rescale=getattr(layer, "scale_by_keep", True))  # pyright: ignore[reportArgumentType]
     if kind == "PatchDropout" and getattr(layer, "prob", 0):
         prefix = getattr(layer, "num_prefix_tokens", int(getattr(layer, "exclude_first_token", True)))
-        return RowPatchDropout(noise, name, layer.prob, prefix_tokens=prefix)  # pyright: ignore[reportArgumentType]
+        return PerSamplePatchDropout(noise, name, layer.prob, prefix_tokens=prefix)  # pyright: ignore[reportArgumentType]
     return None

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vlm.errors import UsageError, VlmError
-from vlm.files import new_folder
+from vlm.files import atomic_folder
 from vlm.models.load import save_model_folder
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Tensor
@@ -43,22 +43,22 @@ def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
     Raises:
         UsageError: `out` exists, or open_clip cannot build this network. VlmError: it embeds otherwise than we do.
     """
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         save_model_folder(folder, model, inputs={"model": model.fingerprint})
-        network, preprocess = _opened_by_open_clip(folder, model.name)
+        network, preprocess = _load_with_open_clip(folder, model.name)
         difference = max(_image_difference(model, network, preprocess), _text_difference(model, network))
         if not difference <= TOLERANCE:
             raise VlmError(
                 f"open_clip embeds otherwise than {model.name} does: an entry of a unit vector differs by "
                 f"{difference:.1e}, more than {TOLERANCE:.0e}; nothing was written."
             )
-        has_tokenizer = _open_clip_tokenizes_alike(folder, model)
+        has_tokenizer = _open_clip_tokenizer_matches(folder, model)
     return Export(
         out=str(out), fingerprint=model.fingerprint, largest_difference=difference, has_tokenizer=has_tokenizer
     )
 
 
-def _opened_by_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
+def _load_with_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
     import open_clip
 
     try:
@@ -75,19 +75,19 @@ def _opened_by_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
 @torch.inference_mode()
 def _image_difference(model: VisionLanguageModel, network: Any, preprocess: Any) -> float:
     chance = np.random.default_rng(0)
-    pictures = [Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
-    ours = model.embed_images(torch.from_numpy(np.stack([model.view(_png(picture)) for picture in pictures])))
-    theirs = network.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
-    return _largest(ours, theirs)
+    images = [Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
+    ours = model.embed_images(torch.from_numpy(np.stack([model.view(_png(image)) for image in images])))
+    theirs = network.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+    return _max_difference(ours, theirs)
 
 
 @torch.inference_mode()
 def _text_difference(model: VisionLanguageModel, network: Any) -> float:
     tokens = torch.from_numpy(model.tokenizer.encode(_TEXTS))
-    return _largest(model.embed_texts(_TEXTS), network.encode_text(tokens, normalize=True))
+    return _max_difference(model.embed_texts(_TEXTS), network.encode_text(tokens, normalize=True))
 
 
-def _open_clip_tokenizes_alike(folder: Path, model: VisionLanguageModel) -> bool:
+def _open_clip_tokenizer_matches(folder: Path, model: VisionLanguageModel) -> bool:
     import open_clip
 
     try:
@@ -97,11 +97,11 @@ def _open_clip_tokenizes_alike(folder: Path, model: VisionLanguageModel) -> bool
         return False
 
 
-def _largest(ours: Tensor, theirs: Tensor) -> float:
+def _max_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.config import nearest
+from vlm.config import suggest
 from vlm.data.tokenizers import Tokenizer
 from vlm.errors import UsageError
 
@@ -84,7 +84,7 @@ def model_config(name: str) -> ModelConfig:
 
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UsageError(f"Unknown architecture {name!r}; {nearest(name, [*ARCHITECTURES, *open_clip.list_models()])}")
+        raise UsageError(f"Unknown architecture {name!r}; {suggest(name, [*ARCHITECTURES, *open_clip.list_models()])}")
     return config
 
 
@@ -101,11 +101,11 @@ def fit_to_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     if "multimodal_cfg" in fitted:
         fitted["multimodal_cfg"]["context_length"] = tokenizer.context_length
         fitted["multimodal_cfg"]["vocab_size"] = tokenizer.vocab_size
-    if _names_towers(fitted):
-        from vlm.models.towers.tower_registry import complete_towers
+    if _uses_towers(fitted):
+        from vlm.models.towers.tower_registry import resolve_tower_configs
 
-        fitted = complete_towers(fitted)
-    _pool_at_the_end(fitted["text_cfg"], tokenizer)
+        fitted = resolve_tower_configs(fitted)
+    _pool_at_end_token(fitted["text_cfg"], tokenizer)
     return fitted
 
 
@@ -115,7 +115,7 @@ def build_network(config: ModelConfig) -> nn.Module:
     Its forward(images [B, 3, H, W], tokens [B, L]) gives a dict with `image_features` and `text_features` [B, D] of
     unit length, `logit_scale`, `logit_bias` if it has one, and for CoCa `logits` [B, L-1, V] with `labels` [B, L-1].
     """
-    if _names_towers(config):
+    if _uses_towers(config):
         from vlm.models.towers.tower_registry import TowerNetwork
 
         return TowerNetwork(config)
@@ -138,7 +138,7 @@ def _build_open_clip(values: ModelConfig) -> nn.Module:
     return (CustomTextCLIP if is_custom else CLIP)(**values, output_dict=True)
 
 
-def _pool_at_the_end(text: ModelConfig, tokenizer: Tokenizer) -> None:
+def _pool_at_end_token(text: ModelConfig, tokenizer: Tokenizer) -> None:
     """Make open_clip's transformer look for the end token by its id where that is not the largest (`argmax`)."""
     is_by_largest = text.get("pool_type", "argmax") == "argmax" and not text.get("embed_cls")
     is_other = "tower" in text or "hf_model_name" in text
@@ -152,7 +152,7 @@ def _pool_at_the_end(text: ModelConfig, tokenizer: Tokenizer) -> None:
     text["pool_type"] = "eos"
 
 
-def _names_towers(config: ModelConfig) -> bool:
+def _uses_towers(config: ModelConfig) -> bool:
     return any("tower" in config[part] for part in ("vision_cfg", "text_cfg"))
 
 
@@ -171,7 +171,7 @@ def _initialise_decoder(network: nn.Module) -> None:
 _POOLS_BY_TOKEN = frozenset({"argmax", "eos", "first"})
 
 
-def accept_short_texts(network: nn.Module) -> bool:
+def enable_padding_trim(network: nn.Module) -> bool:
     """Let `encode_text` take rows cut to the batch's longest caption, if its vectors are those of the whole rows.
 
     open_clip's transformer adds its mask of the whole context; here it is cut to the row. In a causal tower nothing
@@ -182,21 +182,23 @@ def accept_short_texts(network: nn.Module) -> bool:
     row's end; and where texts pass through dropout, since what it drops depends on the length of the row.
     """
     text = getattr(network, "text", None)
-    if is_captioner(network) or text is None or _drops(text):
+    if is_captioner(network) or text is None or _has_dropout(text):
         return False
     if not hasattr(text, "attn_mask"):
         return True
     if getattr(text, "pool_type", "") not in _POOLS_BY_TOKEN:
         return False
-    text.get_submodule("transformer").register_forward_pre_hook(_cut_mask, with_kwargs=True)
+    text.get_submodule("transformer").register_forward_pre_hook(_crop_attention_mask, with_kwargs=True)
     return True
 
 
-def _drops(text: nn.Module) -> bool:
+def _has_dropout(text: nn.Module) -> bool:
     return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in text.modules())
 
 
-def _cut_mask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _crop_attention_mask(
+    module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     mask, length = named.get("attn_mask"), arguments[0].shape[1]
     if mask is not None and mask.shape[-1] > length:
         named = named | {"attn_mask": mask[..., :length, :length]}

@@ -11,14 +11,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
-from vlm.models.factory import ModelConfig, accept_short_texts, build_network
+from vlm.models.factory import ModelConfig, build_network, enable_padding_trim
 from vlm.models.model import VisionLanguageModel, space_fingerprint
-from vlm.models.towers.tower_registry import config_to_save
-from vlm.models.variants import CompatibleModel, PrefixModel, is_upgrade, read_head, split_spec
+from vlm.models.towers.tower_registry import portable_config
+from vlm.models.variants import (
+    BackwardCompatibleModel,
+    TruncatedModel,
+    is_projection_folder,
+    read_projection,
+    split_model_spec,
+)
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -29,7 +35,7 @@ def save_model(
     *,
     weights: dict[str, torch.Tensor],
     config: ModelConfig,
-    view: FixedView,
+    view: EvalTransform,
     tokenizer: Tokenizer,
 ) -> None:
     """Write the files that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, and the tokenizer's.
@@ -40,7 +46,7 @@ def save_model(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder)
-    values = {"model_cfg": config_to_save(config, weights), "preprocess_cfg": view.to_preprocess()}
+    values = {"model_cfg": portable_config(config, weights), "preprocess_cfg": view.to_preprocess()}
     write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
@@ -90,13 +96,13 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         name=str(folder),
         network=network.eval().to(device),
         config=config,
-        view=FixedView.from_preprocess(
+        view=EvalTransform.from_preprocess(
             {"size": config["vision_cfg"]["image_size"], **values.get("preprocess_cfg", {})}
         ),
         tokenizer=open_tokenizer(source, text.get("context_length")),
         device=device,
         precision=precision,
-        trims_text=accept_short_texts(network),
+        trims_padding=enable_padding_trim(network),
     )
     if is_complete(folder) and read_manifest(folder, "model").fingerprint != model.fingerprint:
         raise VlmError(
@@ -122,12 +128,12 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
         UsageError: there is no such model, or it has fewer dimensions. VlmError: its weights cannot be had.
     """
     where, dtype = choose_device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    whole, kept = split_spec(spec)
+    whole, kept = split_model_spec(spec)
     if kept is not None:
-        return PrefixModel.of(load_model(whole, device=device, precision=precision), kept)
+        return TruncatedModel.of(load_model(whole, device=device, precision=precision), kept)
     path = Path(spec)
-    if is_upgrade(path):
-        return _load_upgraded(path, device, precision)
+    if is_projection_folder(path):
+        return _load_backward_compatible(path, device, precision)
     if path.is_dir():
         return load_model_folder(_model_folder(path), where, dtype)
     if ":" not in spec:
@@ -144,22 +150,23 @@ def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") ->
         UsageError: it is a prefix or has a head; otherwise as `load_model`.
     """
     model = load_model(spec, device=device, precision=precision)
-    if model.made_of:
+    if model.derived_from:
         raise UsageError(
-            f"{spec} has no weights of its own: its embeddings are made of those of {model.made_of}. Give that one."
+            f"{spec} has no weights of its own: its embeddings are made of those of "
+            f"{model.derived_from}. Give that one."
         )
     return model
 
 
-def _load_upgraded(folder: Path, device: str, precision: str) -> CompatibleModel:
-    head = read_head(folder)
+def _load_backward_compatible(folder: Path, device: str, precision: str) -> BackwardCompatibleModel:
+    head = read_projection(folder)
     base = load_model(head.model, device=device, precision=precision)
     if base.fingerprint != head.new:
         raise UsageError(
             f"{head.model} has changed since the head {folder} was fitted to it: its fingerprint was {head.new} and is "
             f"now {base.fingerprint}. Put the model back, or fit the head again."
         )
-    return CompatibleModel.of(base, head, str(folder))
+    return BackwardCompatibleModel.of(base, head, str(folder))
 
 
 def choose_device(device: str) -> torch.device:
@@ -212,11 +219,11 @@ def _load_pretrained(spec: str, device: torch.device, precision: torch.dtype) ->
         name=spec,
         network=network.eval(),
         config=config,
-        view=FixedView.from_preprocess(preprocess),
+        view=EvalTransform.from_preprocess(preprocess),
         tokenizer=tokenizer,
         device=device,
         precision=precision,
-        trims_text=accept_short_texts(network),
+        trims_padding=enable_padding_trim(network),
     )
 
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from vlm.data.tokenizers import Tokenizer, trimmed
-from vlm.data.transforms import FixedView
+from vlm.data.tokenizers import Tokenizer, trim_tokens
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
-from vlm.models.coca import text_likelihoods, write_captions
+from vlm.files import compute_fingerprint
+from vlm.models.coca import generate_captions, text_log_likelihoods
 from vlm.models.factory import ModelConfig, is_captioner
 from vlm.tensors import Float, Float32, Tensor, UInt8
 
-TEXTS_AT_ONCE = 256
+TEXT_BATCH_SIZE = 256
 
 
 @dataclass(kw_only=True)
@@ -28,11 +28,11 @@ class VisionLanguageModel:
     name: str
     network: nn.Module
     config: ModelConfig
-    view: FixedView
+    view: EvalTransform
     tokenizer: Tokenizer
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32
-    trims_text: bool = False
+    trims_padding: bool = False
     _fingerprint: str = field(default="", init=False, repr=False)
 
     @property
@@ -42,7 +42,7 @@ class VisionLanguageModel:
         return self._fingerprint
 
     @property
-    def made_of(self) -> str:
+    def derived_from(self) -> str:
         """The MODEL from whose embeddings this one makes its own; empty where they are the network's."""
         return ""
 
@@ -67,9 +67,11 @@ class VisionLanguageModel:
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
         """Unit vectors of texts, on the CPU."""
         parts: list[Tensor] = []
-        for first in range(0, len(texts), TEXTS_AT_ONCE):
-            tokens = self.tokenizer.encode(list(texts[first : first + TEXTS_AT_ONCE]))
-            rows = torch.from_numpy(trimmed(tokens, self.tokenizer) if self.trims_text else tokens).to(self.device)
+        for first in range(0, len(texts), TEXT_BATCH_SIZE):
+            tokens = self.tokenizer.encode(list(texts[first : first + TEXT_BATCH_SIZE]))
+            rows = torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trims_padding else tokens).to(
+                self.device
+            )
             with self._inference():
                 features = self.network.encode_text(rows)  # pyright: ignore[reportCallIssue]
             parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
@@ -84,11 +86,11 @@ class VisionLanguageModel:
         """
         self._require_decoder()
         with self._inference():
-            rows = write_captions(self.network, self._pixels(images), self.tokenizer, prompt)
+            rows = generate_captions(self.network, self._pixels(images), self.tokenizer, prompt)
         return [self.tokenizer.decode(row) for row in rows.tolist()]
 
     @torch.inference_mode()
-    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+    def text_log_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
         """Mean log-likelihood of each text's tokens given each picture, in nats, on the CPU.
 
         Raises:
@@ -97,7 +99,7 @@ class VisionLanguageModel:
         self._require_decoder()
         tokens = torch.from_numpy(self.tokenizer.encode(list(texts))).to(self.device)
         with self._inference():
-            return text_likelihoods(self.network, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
+            return text_log_likelihoods(self.network, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
 
     @property
     def logit_scale(self) -> float:
@@ -116,7 +118,7 @@ class VisionLanguageModel:
         return torch.autocast(self.device.type, dtype=self.precision if is_lower else None, enabled=is_lower)
 
 
-def normalise(images: UInt8[Tensor, "B 3 H W"], view: FixedView) -> Float32[Tensor, "B 3 H W"]:
+def normalise(images: UInt8[Tensor, "B 3 H W"], view: EvalTransform) -> Float32[Tensor, "B 3 H W"]:
     """Bytes of colour to the floats the network was trained on: (x / 255 - mean) / std."""
     mean, std = (torch.tensor(values, device=images.device) for values in (view.mean, view.std))
     if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
@@ -131,7 +133,7 @@ def _scaled(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-def space_fingerprint(network: nn.Module, view: FixedView, tokenizer: Tokenizer) -> str:
+def space_fingerprint(network: nn.Module, view: EvalTransform, tokenizer: Tokenizer) -> str:
     """Identity of an embedding space, the same wherever and however its weights are stored."""
     parts: list[bytes | str] = [repr(view), tokenizer.fingerprint()]
     for name, tensor in sorted(network.state_dict().items()):
@@ -142,4 +144,4 @@ def space_fingerprint(network: nn.Module, view: FixedView, tokenizer: Tokenizer)
             str(tuple(values.shape)),
             values.flatten().view(torch.uint8).numpy().tobytes(),
         ]
-    return fingerprint_of(*parts)
+    return compute_fingerprint(*parts)

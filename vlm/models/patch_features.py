@@ -12,7 +12,7 @@ from vlm.tensors import Float, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageReading:
+class ImageTowerOutput:
     """One pass of the image tower.
 
     image: the embedding, of any length. memory: what a caption decoder attends to, where the tower gives it.
@@ -24,7 +24,9 @@ class ImageReading:
     patches: Float[Tensor, "B P D"] | None = None
 
 
-def read_image(network: nn.Module, pixels: Float[Tensor, "B 3 H W"], *, with_patches: bool = False) -> ImageReading:
+def run_image_tower(
+    network: nn.Module, pixels: Float[Tensor, "B 3 H W"], *, with_patches: bool = False
+) -> ImageTowerOutput:
     """Run the image tower once.
 
     The features of a patch are what the tower's own head makes of a picture all of whose places are that patch, so
@@ -37,14 +39,14 @@ def read_image(network: nn.Module, pixels: Float[Tensor, "B 3 H W"], *, with_pat
     """
     visual = network.get_submodule("visual")
     if with_patches:
-        return _read_patches(visual, pixels)
+        return _run_with_patches(visual, pixels)
     if getattr(visual, "output_tokens", False):
         image, memory = cast(tuple[Tensor, Tensor], visual(pixels))
-        return ImageReading(image=image, memory=memory)
-    return ImageReading(image=network.encode_image(pixels))  # pyright: ignore[reportCallIssue]
+        return ImageTowerOutput(image=image, memory=memory)
+    return ImageTowerOutput(image=network.encode_image(pixels))  # pyright: ignore[reportCallIssue]
 
 
-def has_patches(network: nn.Module) -> bool:
+def supports_patch_features(network: nn.Module) -> bool:
     """Whether `read_image` can give the patches of this network's image tower."""
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
@@ -57,7 +59,7 @@ def has_patches(network: nn.Module) -> bool:
     return hasattr(visual, "forward_with_patches")
 
 
-def read_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B D"]:
+def encode_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B D"]:
     """Embeddings, of any length, of square crops whose side need not be `size`, the one the network was built for.
 
     open_clip's ViTs read a crop at its own size, with their position embeddings interpolated (as Caron et al. 2021
@@ -70,14 +72,14 @@ def read_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int) -
 
     visual = network.get_submodule("visual")
     if crops.shape[-1] == size or getattr(visual, "takes_any_size", False):
-        return read_image(network, crops).image
+        return run_image_tower(network, crops).image
     if isinstance(visual, VisionTransformer):
-        return _read_resized(visual, crops)
+        return _encode_at_crop_size(visual, crops)
     enlarged = F.interpolate(crops, size=(size, size), mode="bilinear", align_corners=False)
-    return read_image(network, enlarged).image
+    return run_image_tower(network, enlarged).image
 
 
-def _read_patches(visual: nn.Module, pixels: Float[Tensor, "B 3 H W"]) -> ImageReading:
+def _run_with_patches(visual: nn.Module, pixels: Float[Tensor, "B 3 H W"]) -> ImageTowerOutput:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
@@ -85,27 +87,27 @@ def _read_patches(visual: nn.Module, pixels: Float[Tensor, "B 3 H W"]) -> ImageR
         tokens = visual.transformer(visual._embeds(pixels))
         pooled, memory = visual._pool(tokens)
         projection = visual.get_parameter("proj")
-        patches = _through_pooling(visual, tokens[:, 1:]) @ projection
-        return ImageReading(image=pooled @ projection, memory=memory, patches=patches)
+        patches = _pool_each_patch(visual, tokens[:, 1:]) @ projection
+        return ImageTowerOutput(image=pooled @ projection, memory=memory, patches=patches)
     if isinstance(visual, TimmModel):
         features = visual.trunk.forward_features(pixels)  # pyright: ignore[reportCallIssue]
         image = visual.head(visual.trunk.forward_head(features))  # pyright: ignore[reportCallIssue]
-        return ImageReading(image=image, patches=_through_head(visual, features))
+        return ImageTowerOutput(image=image, patches=_project_each_patch(visual, features))
     if hasattr(visual, "forward_with_patches"):
         image, patches = cast(tuple[Tensor, Tensor], visual.forward_with_patches(pixels))  # pyright: ignore[reportCallIssue]
-        return ImageReading(image=image, patches=patches)
+        return ImageTowerOutput(image=image, patches=patches)
     raise UsageError(f"{type(visual).__name__} gives no features of patches; train a ViT or a timm tower.")
 
 
-def _through_pooling(visual: nn.Module, patches: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
+def _pool_each_patch(visual: nn.Module, patches: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
     """Pooling and last norm of open_clip's ViT, for each patch as if it were the only one."""
     pool = getattr(visual, "attn_pool", None)
     if pool is not None:
-        patches = _attended_alone(pool.attn, pool.ln_k(patches))
+        patches = _attend_to_single_key(pool.attn, pool.ln_k(patches))
     return visual.get_submodule("ln_post")(patches)
 
 
-def _attended_alone(attention: nn.MultiheadAttention, keys: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
+def _attend_to_single_key(attention: nn.MultiheadAttention, keys: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
     """What any query gets from a sequence of one: its value, whatever the query."""
     width = attention.embed_dim
     weight = attention.v_proj_weight if attention.v_proj_weight is not None else attention.in_proj_weight[2 * width :]
@@ -113,7 +115,7 @@ def _attended_alone(attention: nn.MultiheadAttention, keys: Float[Tensor, "B P W
     return attention.out_proj(F.linear(keys, weight, bias))
 
 
-def _through_head(visual: nn.Module, features: Tensor) -> Float[Tensor, "B P D"]:
+def _project_each_patch(visual: nn.Module, features: Tensor) -> Float[Tensor, "B P D"]:
     """Pooling, norm and projection of a timm tower, for each place of its tokens or of its map."""
     trunk = visual.get_submodule("trunk")
     prefix = int(getattr(trunk, "num_prefix_tokens", 0) or 0)
@@ -131,7 +133,7 @@ def _through_head(visual: nn.Module, features: Tensor) -> Float[Tensor, "B P D"]
     return projected.unflatten(0, places.shape[:2])
 
 
-def _read_resized(visual: nn.Module, crops: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+def _encode_at_crop_size(visual: nn.Module, crops: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
     patch = visual.patch_size[0]  # pyright: ignore[reportIndexIssue]
     if crops.shape[-1] % patch:
         raise UsageError(f"Crops of {crops.shape[-1]} pixels are no whole number of patches of {patch}.")

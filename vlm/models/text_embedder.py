@@ -8,19 +8,19 @@ import torch
 
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.models.load import CHECKPOINTS, CONFIG, RUN_MODEL, choose_device, load_model
 from vlm.models.model import VisionLanguageModel
 from vlm.models.towers.language_model import FrozenLanguageTower, build_lm, complete_lm
 from vlm.models.towers.tower_config import read_text_config
 from vlm.tensors import Float32, Tensor
 
-_TEXTS_AT_ONCE = 64
+_TEXT_BATCH_SIZE = 64
 
 Pooling = Literal["", "mean", "last"]
 
 
-class LanguageEmbedder:
+class LanguageModelEmbedder:
     """What a tower that takes embeddings made beforehand is given: `tower.embed` of the tokens, in float32."""
 
     precision = torch.float32
@@ -32,7 +32,7 @@ class LanguageEmbedder:
     def fingerprint(self) -> str:
         """Identity of the vectors: weights, pooling, prompts and tokenizer."""
         digest = bytes(self._tower.get_buffer("language_model_digest").tolist())
-        return fingerprint_of(digest, self._tokenizer.fingerprint())
+        return compute_fingerprint(digest, self._tokenizer.fingerprint())
 
     @property
     def embedding_size(self) -> int:
@@ -43,8 +43,8 @@ class LanguageEmbedder:
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T E"]:
         """A row for each text, not normalised, on the CPU."""
         rows = [torch.zeros(0, self.embedding_size)]
-        for first in range(0, len(texts), _TEXTS_AT_ONCE):
-            tokens = torch.from_numpy(self._tokenizer.encode(list(texts[first : first + _TEXTS_AT_ONCE])))
+        for first in range(0, len(texts), _TEXT_BATCH_SIZE):
+            tokens = torch.from_numpy(self._tokenizer.encode(list(texts[first : first + _TEXT_BATCH_SIZE])))
             rows.append(self._tower.embed(tokens.to(self._device)).float().cpu())
         return torch.cat(rows)
 
@@ -57,7 +57,7 @@ def load_text_model(
     prompts: Sequence[str] = (),
     device: str = "auto",
     precision: str = "fp32",
-) -> VisionLanguageModel | LanguageEmbedder:
+) -> VisionLanguageModel | LanguageModelEmbedder:
     """The text tower of a MODEL, or a language model in a Hugging Face folder.
 
     Of a MODEL that takes embeddings made beforehand, those are meant, and not what it makes of them.
@@ -73,7 +73,7 @@ def load_text_model(
     is_model = any((path / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS))
     if (path / "config.json").is_file() and not is_model:
         tokenizer = open_tokenizer(spec, context_length or None)
-        return LanguageEmbedder(_tower(spec, tokenizer, pooling, prompts), tokenizer, choose_device(device))
+        return LanguageModelEmbedder(_tower(spec, tokenizer, pooling, prompts), tokenizer, choose_device(device))
     if context_length or pooling or prompts:
         raise UsageError(
             f"{spec} is no folder of a language model; leave out --context-length, --pooling and --prompt."
@@ -81,7 +81,7 @@ def load_text_model(
     model = load_model(spec, device=device, precision=precision)
     tower: Any = getattr(model.network, "text", None)
     if isinstance(tower, FrozenLanguageTower):
-        return LanguageEmbedder(tower, model.tokenizer, model.device)
+        return LanguageModelEmbedder(tower, model.tokenizer, model.device)
     return model
 
 

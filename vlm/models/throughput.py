@@ -18,8 +18,8 @@ def measure_copy(images: UInt8[Tensor, "B 3 H W"], device: torch.device) -> list
     if device.type != "cuda":
         return []
     pinned = images.pin_memory()
-    seconds = _on_device(lambda: pinned.to(device, non_blocking=True), device)
-    plain = _on_device(lambda: images.to(device), device)
+    seconds = _device_seconds(lambda: pinned.to(device, non_blocking=True), device)
+    plain = _device_seconds(lambda: images.to(device), device)
     size = images.numel()
     return [
         Stage(
@@ -45,7 +45,7 @@ def measure_model(
     cores = torch.get_num_threads() if model.device.type == "cpu" else 0
 
     def stage(name: StageName, work: Callable[[], object]) -> Stage:
-        seconds = _on_device(work, model.device)
+        seconds = _device_seconds(work, model.device)
         return Stage(name=name, rate=len(images) / seconds, cores=cores, each="machine")
 
     try:
@@ -86,7 +86,7 @@ def _precision(model: VisionLanguageModel) -> torch.autocast:
     return torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower)
 
 
-def _on_device(work: Callable[[], object], device: torch.device) -> float:
+def _device_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Seconds that work takes, until the device has finished it."""
 
     def finished() -> None:

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of, new_folder
+from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Float32, Tensor, UInt8
 
-SIGN = "#"
+DIMENSIONS_SEPARATOR = "#"
 
 
 @dataclass(kw_only=True)
-class PrefixModel(VisionLanguageModel):
+class TruncatedModel(VisionLanguageModel):
     """A model that keeps the first `dimensions` numbers of each embedding; all else is that of the whole model."""
 
     whole: VisionLanguageModel
@@ -44,22 +44,24 @@ class PrefixModel(VisionLanguageModel):
         size = whole.embedding_size
         if not 1 <= dimensions <= size:
             raise UsageError(
-                f"{whole.name}{SIGN}{dimensions}: the embeddings of {whole.name} have {size} dimensions; keep from 1 "
+                f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}: "
+                f"the embeddings of {whole.name} have {size} dimensions; "
+                "keep from 1 "
                 f"to {size} of them."
             )
         if dimensions == size:
             return whole
         shared = {one.name: getattr(whole, one.name) for one in fields(VisionLanguageModel) if one.init}
-        name = f"{whole.name}{SIGN}{dimensions}"
+        name = f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}"
         return cls(**shared | {"name": name, "whole": whole, "dimensions": dimensions})
 
     @property
     def fingerprint(self) -> str:
         """Identity of the shorter space."""
-        return fingerprint_of(self.whole.fingerprint, "prefix", str(self.dimensions))
+        return compute_fingerprint(self.whole.fingerprint, "prefix", str(self.dimensions))
 
     @property
-    def made_of(self) -> str:
+    def derived_from(self) -> str:
         """The whole model."""
         return self.whole.name
 
@@ -77,29 +79,31 @@ class PrefixModel(VisionLanguageModel):
         return nn.functional.normalize(self.whole.embed_texts(texts)[:, : self.dimensions], dim=-1)
 
 
-def split_spec(spec: str) -> tuple[str, int | None]:
+def split_model_spec(spec: str) -> tuple[str, int | None]:
     """The model, and how many numbers of its embeddings are kept; None where nothing is said, or a path is named so.
 
-    >>> split_spec("runs/mine#64"), split_spec("ViT-B-32:openai")
+    >>> split_model_spec("runs/mine#64"), split_model_spec("ViT-B-32:openai")
     (('runs/mine', 64), ('ViT-B-32:openai', None))
 
     Raises:
         UsageError: what follows the sign is no number.
     """
-    model, sign, kept = spec.rpartition(SIGN)
+    model, sign, kept = spec.rpartition(DIMENSIONS_SEPARATOR)
     if not sign or Path(spec).exists():
         return spec, None
     if not (kept.isascii() and kept.isdecimal()):
-        raise UsageError(f"{spec!r}: {kept!r} is no number of dimensions; write MODEL{SIGN}64 to keep the first 64.")
+        raise UsageError(
+            f"{spec!r}: {kept!r} is no number of dimensions; write MODEL{DIMENSIONS_SEPARATOR}64 to keep the first 64."
+        )
     return model, int(kept)
 
 
-KIND = "upgrade"
+MANIFEST_KIND = "upgrade"
 WEIGHTS = "head.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
+class CompatibilityProjection:
     """From the new model's space of D dimensions to the one of S that it shares with old rows.
 
     matrix: its columns are orthonormal; its first `old_dimension` rows give the block that is compared with old rows.
@@ -120,7 +124,9 @@ class Head:
     @property
     def fingerprint(self) -> str:
         """Identity of the space it gives: of both models and of the matrix."""
-        return fingerprint_of(KIND, self.old, self.new, repr(tuple(self.matrix.shape)), self.matrix.numpy().tobytes())
+        return compute_fingerprint(
+            MANIFEST_KIND, self.old, self.new, repr(tuple(self.matrix.shape)), self.matrix.numpy().tobytes()
+        )
 
     def __call__(self, vectors: Float32[Tensor, "B D"]) -> Float32[Tensor, "B S"]:
         """Unit vectors of the new model to unit vectors of the space both share."""
@@ -128,14 +134,14 @@ class Head:
 
 
 @dataclass(kw_only=True)
-class CompatibleModel(VisionLanguageModel):
+class BackwardCompatibleModel(VisionLanguageModel):
     """The new model with the head on top; captions are those of the new model."""
 
     base: VisionLanguageModel
-    head: Head
+    head: CompatibilityProjection
 
     @classmethod
-    def of(cls, base: VisionLanguageModel, head: Head, name: str) -> "CompatibleModel":
+    def of(cls, base: VisionLanguageModel, head: CompatibilityProjection, name: str) -> "BackwardCompatibleModel":
         """`base` with a head that was made for it."""
         shared = {one.name: getattr(base, one.name) for one in fields(VisionLanguageModel) if one.init}
         return cls(**shared | {"base": base, "head": head, "name": name})
@@ -146,7 +152,7 @@ class CompatibleModel(VisionLanguageModel):
         return self.head.fingerprint
 
     @property
-    def made_of(self) -> str:
+    def derived_from(self) -> str:
         """The model without its head."""
         return self.base.name
 
@@ -164,21 +170,23 @@ class CompatibleModel(VisionLanguageModel):
         return self.head(self.base.embed_texts(texts))
 
 
-def is_upgrade(folder: Path) -> bool:
+def is_projection_folder(folder: Path) -> bool:
     """Whether a folder holds a head."""
     return (folder / WEIGHTS).is_file()
 
 
-def save_upgrade(folder: Path, head: Head, *, configuration: dict[str, Any], details: dict[str, Any]) -> None:
+def save_projection(
+    folder: Path, head: CompatibilityProjection, *, configuration: dict[str, Any], details: dict[str, Any]
+) -> None:
     """Write an upgrade folder, whole or not at all.
 
     Raises:
         UsageError: it exists.
     """
-    with new_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         save_file({"matrix": head.matrix.contiguous()}, beside / WEIGHTS)
         manifest = Manifest(
-            kind=KIND,
+            kind=MANIFEST_KIND,
             fingerprint=head.fingerprint,
             counts={"old_dimension": head.old_dimension, "dimension": head.dimension},
             configuration=configuration,
@@ -189,18 +197,18 @@ def save_upgrade(folder: Path, head: Head, *, configuration: dict[str, Any], det
         write_manifest(beside, manifest)
 
 
-def read_head(folder: Path) -> Head:
+def read_projection(folder: Path) -> CompatibilityProjection:
     """The head of an upgrade folder.
 
     Raises:
         UsageError: it is none. VlmError: its weights are damaged.
     """
-    manifest = read_manifest(folder, KIND)
+    manifest = read_manifest(folder, MANIFEST_KIND)
     try:
         matrix = load_file(folder / WEIGHTS)["matrix"]
     except (SafetensorError, OSError, KeyError) as error:
         raise VlmError(f"The weights of {folder} cannot be read ({error}); fit the head again.") from error
-    head = Head(
+    head = CompatibilityProjection(
         matrix=matrix,
         old_dimension=manifest.counts["old_dimension"],
         model=manifest.details["model"],

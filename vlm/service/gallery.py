@@ -10,9 +10,9 @@ from pathlib import Path
 from vlm.errors import VlmError
 from vlm.files import write_text
 from vlm.index.reader import Hit, IndexInfo
-from vlm.service.images import read_picture, thumbnail
-from vlm.service.query import Question
-from vlm.service.search import Answer, Found
+from vlm.service.images import read_image_bytes, thumbnail
+from vlm.service.query import Query
+from vlm.service.search import RankedHit, SearchResult
 
 STYLE = """
 :root {
@@ -84,22 +84,22 @@ footer { margin-top: 3rem; color: var(--soft); font-size: 0.8rem; }
 
 # twice the width of a card's picture, for screens with two pixels a point
 THUMBNAIL_PIXELS = 420
-_QUESTION_PIXELS = 160
+_QUERY_PIXELS = 160
 
 
-def write_gallery(path: Path, answers: Sequence[Answer], *, title: str, info: IndexInfo) -> None:
+def write_gallery(path: Path, results: Sequence[SearchResult], *, title: str, info: IndexInfo) -> None:
     """Write `gallery_page` to a file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, gallery_page(answers, title=title, info=info))
+    write_text(path, gallery_page(results, title=title, info=info))
 
 
-def gallery_page(answers: Sequence[Answer], *, title: str, info: IndexInfo) -> str:
+def gallery_page(results: Sequence[SearchResult], *, title: str, info: IndexInfo) -> str:
     """One HTML page with a section for each answer; pictures are read from their shards by byte range.
 
     A hit whose shard is gone or whose picture cannot be read gets a tile that says so.
     """
     facts = f"{info.rows:,} {info.modality} embeddings · {info.dimension} dimensions · {info.kind} index · {info.model}"
-    sections = "\n".join(_section(answer, number) for number, answer in enumerate(answers, 1))
+    sections = "\n".join(_section(result, number) for number, result in enumerate(results, 1))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -112,7 +112,7 @@ def gallery_page(answers: Sequence[Answer], *, title: str, info: IndexInfo) -> s
 <header>
 <h1>{escape(title)}</h1>
 <p class="facts">{escape(facts)}</p>
-{_contents(answers) if len(answers) > 1 else ""}</header>
+{_contents(results) if len(results) > 1 else ""}</header>
 <main>
 {sections}
 </main>
@@ -123,49 +123,47 @@ def gallery_page(answers: Sequence[Answer], *, title: str, info: IndexInfo) -> s
 """
 
 
-def _contents(answers: Sequence[Answer]) -> str:
-    links = [
-        f'<a href="#q{number}">{escape(answer.question.in_words())}</a>' for number, answer in enumerate(answers, 1)
-    ]
+def _contents(results: Sequence[SearchResult]) -> str:
+    links = [f'<a href="#q{number}">{escape(result.query.describe())}</a>' for number, result in enumerate(results, 1)]
     return f"<nav>{''.join(links)}</nav>\n"
 
 
-def _section(answer: Answer, number: int) -> str:
-    best = max((hit.score for hit in answer.hits), default=0.0)
-    hits = "\n".join(_card(hit, rank, best) for rank, hit in enumerate(answer.hits, 1))
-    took = f"embedded in {answer.embed_milliseconds:.1f} ms, found in {answer.search_milliseconds:.1f} ms"
-    if answer.rerank_milliseconds is not None:
-        took += f", re-ranked in {answer.rerank_milliseconds:.0f} ms"
-    if answer.unread:
-        took += f", but for {len(answer.unread)} whose pictures cannot be read"
+def _section(result: SearchResult, number: int) -> str:
+    best = max((hit.score for hit in result.hits), default=0.0)
+    hits = "\n".join(_card(hit, rank, best) for rank, hit in enumerate(result.hits, 1))
+    took = f"embedded in {result.embed_milliseconds:.1f} ms, found in {result.search_milliseconds:.1f} ms"
+    if result.rerank_milliseconds is not None:
+        took += f", re-ranked in {result.rerank_milliseconds:.0f} ms"
+    if result.unread:
+        took += f", but for {len(result.unread)} whose pictures cannot be read"
     return f"""<section id="q{number}">
-<h2 class="question">{_terms(answer)}</h2>
-<p class="took">{escape(" · ".join([f"{len(answer.hits)} nearest", *_limits(answer.question), took]))}</p>
+<h2 class="question">{_terms(result)}</h2>
+<p class="took">{escape(" · ".join([f"{len(result.hits)} nearest", *_limits(result.query), took]))}</p>
 {f'<ol class="hits">{hits}</ol>' if hits else '<p class="none">Nothing was found.</p>'}
 </section>"""
 
 
-def _limits(question: Question) -> list[str]:
+def _limits(query: Query) -> list[str]:
     """What narrows and orders the answers, where it is asked for."""
     limits = {
-        "where": question.where,
-        "with the words": question.words,
-        "cosine at least": "" if question.at_least is None else f"{question.at_least:g}",
-        "one of those alike from": "" if question.duplicates is None else f"{question.duplicates:g}",
-        "diversity": f"{question.diversity:g}" if question.diversity else "",
-        "re-ranked by likelihood: the first": str(question.rerank_top or ""),
+        "where": query.where,
+        "with the words": query.words,
+        "cosine at least": "" if query.at_least is None else f"{query.at_least:g}",
+        "one of those alike from": "" if query.duplicates is None else f"{query.duplicates:g}",
+        "diversity": f"{query.diversity:g}" if query.diversity else "",
+        "re-ranked by likelihood: the first": str(query.rerank_top or ""),
     }
     return [f"{name} {value}" for name, value in limits.items() if value]
 
 
-def _terms(answer: Answer) -> str:
-    question, terms = answer.question, []
-    shown = [f"“{escape(text)}”" for text in question.texts]
-    shown += [_question_picture(image) for image in question.images]
-    shown += [escape(uid) for uid in question.items]
-    shown += [escape(vector.name) if isinstance(vector, Path) else "a vector" for vector in question.vectors]
-    shown += [f"“{escape(text)}”" for text in question.minus]
-    for term, weight in zip(shown, question.signed_weights(), strict=True):
+def _terms(result: SearchResult) -> str:
+    query, terms = result.query, []
+    shown = [f"“{escape(text)}”" for text in query.texts]
+    shown += [_query_thumbnail(image) for image in query.images]
+    shown += [escape(uid) for uid in query.items]
+    shown += [escape(vector.name) if isinstance(vector, Path) else "a vector" for vector in query.vectors]
+    shown += [f"“{escape(text)}”" for text in query.minus]
+    for term, weight in zip(shown, query.signed_weights(), strict=True):
         sign = "−" if weight < 0 else "+" if terms else ""
         factor = f' <span class="weight">×{abs(weight):g}</span>' if abs(weight) != 1 else ""
         terms.append(
@@ -175,13 +173,13 @@ def _terms(answer: Answer) -> str:
     return "\n".join(terms)
 
 
-def _question_picture(image: Path | bytes) -> str:
+def _query_thumbnail(image: Path | bytes) -> str:
     data = image if isinstance(image, bytes) else image.read_bytes()
     name = "the picture asked with" if isinstance(image, bytes) else image.name
-    return f'<img src="{thumbnail(data, pixels=_QUESTION_PIXELS)}" alt="{escape(name)}" title="{escape(name)}">'
+    return f'<img src="{thumbnail(data, pixels=_QUERY_PIXELS)}" alt="{escape(name)}" title="{escape(name)}">'
 
 
-def _card(hit: Found, rank: int, best: float) -> str:
+def _card(hit: RankedHit, rank: int, best: float) -> str:
     entry = hit.entry
     captions = [text for texts in entry.captions.values() for text in texts]
     share = max(hit.score, 0.0) / best if best > 0 else 0.0
@@ -190,7 +188,7 @@ def _card(hit: Found, rank: int, best: float) -> str:
     more = f'<p class="note">{" · ".join(notes)}</p>\n' if notes else ""
     place = f"{entry.uid} · sample {entry.number} of {entry.shard}"
     return f"""<li class="hit">
-<div class="picture">{_picture(hit)}</div>
+<div class="picture">{_image(hit)}</div>
 <div class="score"><span class="rank">{rank}</span><div class="track"><span style="width:{share:.1%}"></span></div>\
 <span class="value">{hit.score:.3f}</span></div>
 {f'<p class="caption" title="{escape(captions[0])}">{escape(captions[0])}</p>' if captions else ""}
@@ -198,9 +196,9 @@ def _card(hit: Found, rank: int, best: float) -> str:
 </li>"""
 
 
-def _picture(hit: Hit) -> str:
+def _image(hit: Hit) -> str:
     try:
-        address = thumbnail(read_picture(hit.entry), pixels=THUMBNAIL_PIXELS)
+        address = thumbnail(read_image_bytes(hit.entry), pixels=THUMBNAIL_PIXELS)
     except VlmError as error:
         return f'<p class="missing">{escape(str(error))}</p>'
     return f'<img src="{address}" alt="{escape(hit.entry.key)}">'

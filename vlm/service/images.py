@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fsspec
 
-from vlm.data.decode import open_picture, to_rgb, upright_size
+from vlm.data.decode import open_image, to_rgb, upright_size
 from vlm.data.shard_cache import default_cache
 from vlm.errors import BadSample, VlmError
 from vlm.index.catalog import Entry
@@ -15,7 +15,7 @@ from vlm.storage.urls import is_compressed
 _QUALITY = 82
 
 
-def read_picture(entry: Entry) -> bytes:
+def read_image_bytes(entry: Entry) -> bytes:
     """The encoded picture of an entry, read from its shard by byte range.
 
     Raises:
@@ -44,11 +44,11 @@ def thumbnail(image: bytes, *, pixels: int) -> str:
         VlmError: it cannot be decoded.
     """
     try:
-        picture = open_picture(image)
-        picture = to_rgb(picture, resolution=min(1.0, pixels / max(upright_size(picture))))
+        pil_image = open_image(image)
+        pil_image = to_rgb(pil_image, resolution=min(1.0, pixels / max(upright_size(pil_image))))
     except BadSample as error:
         raise VlmError(f"The picture cannot be shown: {error}") from error
-    picture.thumbnail((pixels, pixels))
+    pil_image.thumbnail((pixels, pixels))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=_QUALITY)
+    pil_image.save(file, "JPEG", quality=_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.config import nearest
+from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.tensors import Array, Float32, Float64
 
@@ -36,34 +36,36 @@ class Cursor:
     """
 
     generation: int
-    question: int
+    query_digest: int
     first: int
     seen: int
     score: float
     row: int
 
-    def to_word(self) -> str:
+    def to_token(self) -> str:
         """As letters, digits, - and _.
 
-        >>> cursor = Cursor(generation=1, question=2, first=10, seen=10, score=0.5, row=7)
-        >>> Cursor.from_word(cursor.to_word()) == cursor
+        >>> cursor = Cursor(generation=1, query_digest=2, first=10, seen=10, score=0.5, row=7)
+        >>> Cursor.from_token(cursor.to_token()) == cursor
         True
         """
-        packed = _LAYOUT.pack(self.generation, self.question, self.first, self.seen, self.score, self.row)
+        packed = _LAYOUT.pack(self.generation, self.query_digest, self.first, self.seen, self.score, self.row)
         return base64.urlsafe_b64encode(packed).decode()
 
     @classmethod
-    def from_word(cls, word: str) -> "Cursor":
+    def from_token(cls, token: str) -> "Cursor":
         """The inverse of `to_word`.
 
         Raises:
             UsageError: the word is none.
         """
         try:
-            generation, question, first, seen, score, row = _LAYOUT.unpack(base64.b64decode(word, b"-_", validate=True))
+            generation, query_digest, first, seen, score, row = _LAYOUT.unpack(
+                base64.b64decode(token, b"-_", validate=True)
+            )
         except (binascii.Error, struct.error, ValueError) as error:
-            raise UsageError(f"{word!r} is no cursor; take it from the answer before, or leave it out.") from error
-        return cls(generation=generation, question=question, first=first, seen=seen, score=score, row=row)
+            raise UsageError(f"{token!r} is no cursor; take it from the answer before, or leave it out.") from error
+        return cls(generation=generation, query_digest=query_digest, first=first, seen=seen, score=score, row=row)
 
 
 MAX_RERANK = 1000
@@ -75,7 +77,7 @@ LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class Query:
     """What is looked for: the sum of all texts, pictures, stored items and vectors, less the `minus` texts.
 
     images: files, or encoded pictures as bytes. items: uids of rows of the index. vectors: .npy files of one vector, or
@@ -174,10 +176,10 @@ class Question:
         asked = self.to_json() | {"images": images, "vectors": vectors, "reranker": reranker, "top": 0, "after": ""}
         return zlib.crc32(json.dumps(asked, sort_keys=True).encode())
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """The terms as a sum.
 
-        >>> Question(texts=("a dog", "snow"), items=("a/7",), minus=("a cat",), weights=(1, -1, 1, 1)).in_words()
+        >>> Query(texts=("a dog", "snow"), items=("a/7",), minus=("a cat",), weights=(1, -1, 1, 1)).describe()
         'a dog + a/7 − snow − a cat'
         """
         names = ["a picture" if isinstance(image, bytes) else image.name for image in self.images]
@@ -220,14 +222,14 @@ class Question:
             raise UsageError("Re-ranking puts the likeliest first, diversity the unlike: ask for one of them.")
 
 
-def unit_vector(given: Path | Sequence[float], dimension: int) -> Float32[Array, " D"]:
+def load_query_vector(given: Path | Sequence[float], dimension: int) -> Float32[Array, " D"]:
     """The vector brought to unit length; of a file the only row.
 
     Raises:
         UsageError: the file is no vector, or the vector has another dimension, is zero or not finite.
     """
     if isinstance(given, Path):
-        rows, name = read_rows(given), str(given)
+        rows, name = read_vectors(given), str(given)
         if len(rows) != 1:
             raise UsageError(f"{given} holds {len(rows):,} vectors; a question takes one, --queries takes them all.")
         vector = rows[0]
@@ -242,7 +244,7 @@ def unit_vector(given: Path | Sequence[float], dimension: int) -> Float32[Array,
     return (scaled / np.linalg.norm(scaled)).astype(np.float32)
 
 
-def read_rows(path: Path) -> Float64[Array, "N D"]:
+def read_vectors(path: Path) -> Float64[Array, "N D"]:
     """The rows of an .npy file, which is a matrix or one vector.
 
     Raises:
@@ -257,39 +259,39 @@ def read_rows(path: Path) -> Float64[Array, "N D"]:
     return np.atleast_2d(found).astype(np.float64)
 
 
-def vector_questions(path: Path, defaults: Question) -> dict[str, Question]:
+def queries_from_vectors(path: Path, defaults: Query) -> dict[str, Query]:
     """A question for each row of an .npy file, under the row's name; the rest is as in `defaults`.
 
     Raises: as `read_rows` does.
     """
-    rows = enumerate(read_rows(path).tolist())
+    rows = enumerate(read_vectors(path).tolist())
     return {f"Row {number} (from 0) of {path}": replace(defaults, vectors=(tuple(row),)) for number, row in rows}
 
 
-def read_questions(lines: Iterable[str], defaults: Question) -> dict[str, Question]:
+def read_queries(lines: Iterable[str], defaults: Query) -> dict[str, Query]:
     """A question for each line that is not empty, under the line's name; what it does not say is as in `defaults`.
 
-    >>> read_questions(["a dog", "", '{"texts": ["a cat"], "top": 3}'], Question())["Line 3 of the questions"].top
+    >>> read_queries(["a dog", "", '{"texts": ["a cat"], "top": 3}'], Query())["Line 3 of the questions"].top
     3
 
     Raises:
         UsageError: a line is no question; its number is named.
     """
-    questions = {}
+    queries = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name = f"Line {number} of the questions"
         try:
-            question = _read_question(line.strip(), defaults)
-            question.check()
+            query = _parse_query(line.strip(), defaults)
+            query.check()
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
-        questions[name] = question
-    return questions
+        queries[name] = query
+    return queries
 
 
-def _read_question(line: str, defaults: Question) -> Question:
+def _parse_query(line: str, defaults: Query) -> Query:
     if not line.startswith("{"):
         return replace(defaults, texts=(line,))
     try:
@@ -299,7 +301,7 @@ def _read_question(line: str, defaults: Question) -> Question:
     values = {}
     for name, value in given.items():
         if name not in _FIELDS:
-            raise UsageError(f"a question has no {name!r}; {nearest(name, list(_FIELDS))}")
+            raise UsageError(f"a question has no {name!r}; {suggest(name, list(_FIELDS))}")
         fits, meant, make = _FIELDS[name]
         if not fits(value):
             raise UsageError(f"{name} must be {meant}, given: {value!r}.")

@@ -14,15 +14,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Catalogue, Entry
-from vlm.index.filters import parse_where
-from vlm.index.metadata import clean
-from vlm.index.reader import Generation
+from vlm.index.filters import parse_filter
+from vlm.index.metadata import sanitize_text
+from vlm.index.reader import IndexSnapshot
 from vlm.index.segments import nearest
-from vlm.service.images import read_picture
-from vlm.service.query import Cursor, Question
+from vlm.service.images import read_image_bytes
+from vlm.service.query import Cursor, Query
 from vlm.tensors import Array, Float32, Int64, Tensor, UInt8
 
 RANK_CONSTANT = 60
@@ -44,14 +44,14 @@ def fuse_ranks(
     return rows, np.bincount(places, 1 / (constant + ranks), len(rows)).astype(np.float32)
 
 
-def lead_duplicates(vectors: Float32[Array, "N D"], threshold: float, *, most: int) -> Int64[Array, " N"]:
+def duplicate_leaders(vectors: Float32[Array, "N D"], threshold: float, *, max_leaders: int) -> Int64[Array, " N"]:
     """For each of the unit vectors, best first, the number of the one that stands for it.
 
     That is itself, or the first of those that stand for themselves whose cosine with it is at least `threshold`.
     Only `most` are looked for that stand for themselves; -1 if none of these stands for a vector.
     """
     leaders = np.full(len(vectors), -1, np.int64)
-    for _ in range(most):
+    for _ in range(max_leaders):
         open_ones = np.flatnonzero(leaders < 0)
         if not len(open_ones):
             break
@@ -91,7 +91,7 @@ def diversify(
     return np.array(chosen, np.int64)
 
 
-_PICTURES_AT_ONCE = 64
+_IMAGES_AT_ONCE = 64
 _READERS = 8
 
 
@@ -100,7 +100,7 @@ class Captioner(Protocol):
     """A model that says how likely a text is, given a picture."""
 
     @property
-    def view(self) -> FixedView:
+    def view(self) -> EvalTransform:
         """From an encoded picture to the pixels the model sees."""
         ...
 
@@ -114,12 +114,12 @@ class Captioner(Protocol):
         """Whether it has a caption decoder."""
         ...
 
-    def text_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
+    def text_log_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
         """Mean log-likelihood of each text's tokens given each picture, in nats."""
         ...
 
 
-def as_captioner(model: object, spec: str) -> Captioner:
+def require_captioner(model: object, spec: str) -> Captioner:
     """The model, if it can re-rank.
 
     Raises:
@@ -130,19 +130,19 @@ def as_captioner(model: object, spec: str) -> Captioner:
     raise UsageError(f"{spec} has no caption decoder to re-rank with; train one, e.g. vlm train tiny-coca.")
 
 
-class Reranking:
+class Reranker:
     """The re-ranking of one question.
 
     unread: why a picture could not be read, by uid. milliseconds: spent reading pictures and asking the captioner.
     """
 
-    def __init__(self, captioner: Captioner, question: Question, catalogue: Catalogue) -> None:
+    def __init__(self, captioner: Captioner, query: Query, catalogue: Catalogue) -> None:
         self.captioner, self.catalogue = captioner, catalogue
         self.unread: dict[str, str] = {}
         self.milliseconds = 0.0
-        self._texts = [*question.texts, *question.minus]
-        weights = question.signed_weights()
-        chosen = [*weights[: len(question.texts)], *weights[len(weights) - len(question.minus) :]]
+        self._texts = [*query.texts, *query.minus]
+        weights = query.signed_weights()
+        chosen = [*weights[: len(query.texts)], *weights[len(weights) - len(query.minus) :]]
         self._weights = torch.tensor(chosen) / sum(map(abs, chosen))
 
     def order(self, rows: Int64[Array, " N"]) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
@@ -162,18 +162,18 @@ class Reranking:
     def _likelihoods(self, entries: Sequence[Entry]) -> Float32[Array, " N"]:
         found = np.full(len(entries), np.nan, np.float32)
         with ThreadPoolExecutor(_READERS) as readers:
-            for first in range(0, len(entries), _PICTURES_AT_ONCE):
-                views = list(readers.map(self._view, entries[first : first + _PICTURES_AT_ONCE]))
+            for first in range(0, len(entries), _IMAGES_AT_ONCE):
+                views = list(readers.map(self._view, entries[first : first + _IMAGES_AT_ONCE]))
                 places = [first + place for place, view in enumerate(views) if view is not None]
                 pixels = [view for view in views if view is not None]
                 if pixels:
                     images = torch.from_numpy(np.stack(pixels))
-                    found[places] = (self.captioner.text_likelihoods(images, self._texts) @ self._weights).numpy()
+                    found[places] = (self.captioner.text_log_likelihoods(images, self._texts) @ self._weights).numpy()
         return found
 
     def _view(self, entry: Entry) -> UInt8[Array, "3 H W"] | None:
         try:
-            return self.captioner.view(read_picture(entry))
+            return self.captioner.view(read_image_bytes(entry))
         except (VlmError, BadSample) as error:
             self.unread[entry.uid] = str(error)
             return None
@@ -230,11 +230,11 @@ class Ranker:
     query: unit vector. among: the rows that may answer, rising; None: all that live. reranking: of the first answers.
     """
 
-    generation: Generation
-    query: Float32[Array, " D"]
-    question: Question
-    among: Int64[Array, " N"] | None
-    reranking: Reranking | None = None
+    snapshot: IndexSnapshot
+    query_vector: Float32[Array, " D"]
+    query: Query
+    allowed_rows: Int64[Array, " N"] | None
+    reranker: Reranker | None = None
 
     def page(self) -> tuple[Ranking, str]:
         """The answers after the question's cursor, and the cursor to go on from; empty at the end.
@@ -245,50 +245,50 @@ class Ranker:
         """
         after = self._cursor()
         seen = after.seen if after else 0
-        if after and after.generation != self.generation.number:
+        if after and after.generation != self.snapshot.number:
             found = self._next_nearest(after)
         else:
-            found = self._in_order(seen, after.first if after else self.question.top)
-        page = found.take(np.arange(min(len(found), self.question.top)))
-        if self.question.is_plain:
+            found = self._in_order(seen, after.first if after else self.query.top)
+        page = found.take(np.arange(min(len(found), self.query.top)))
+        if self.query.is_plain:
             page = page.take(np.lexsort((page.rows, -page.cosines)))
         if len(page) == len(found):
             return page, ""
         end = Cursor(
-            generation=after.generation if after else self.generation.number,
-            question=self._digest,
-            first=after.first if after else self.question.top,
+            generation=after.generation if after else self.snapshot.number,
+            query_digest=self._digest,
+            first=after.first if after else self.query.top,
             seen=seen + len(page),
             score=float(page.cosines[-1]),
             row=int(page.rows[-1]),
         )
-        return page, end.to_word()
+        return page, end.to_token()
 
     @property
     def _digest(self) -> int:
-        return self.question.digest(reranker=self.reranking.captioner.fingerprint if self.reranking else "")
+        return self.query.digest(reranker=self.reranker.captioner.fingerprint if self.reranker else "")
 
     def _cursor(self) -> Cursor | None:
-        if not self.question.after:
+        if not self.query.after:
             return None
-        after = Cursor.from_word(self.question.after)
-        if after.question != self._digest:
+        after = Cursor.from_token(self.query.after)
+        if after.query_digest != self._digest:
             raise UsageError("The cursor belongs to another question; ask this one from its first page.")
-        if after.generation != self.generation.number and not self.question.is_plain:
+        if after.generation != self.snapshot.number and not self.query.is_plain:
             raise UsageError(
-                f"The index has moved from generation {after.generation} to {self.generation.number} since the last "
+                f"The index has moved from generation {after.generation} to {self.snapshot.number} since the last "
                 "page, and the order of these answers with it; ask again from the first page."
             )
         return after
 
     def _next_nearest(self, after: Cursor) -> Ranking:
         """The nearest rows that rank after a cursor of another generation, one more than asked for if there are."""
-        depth = after.seen + self.question.top + 2
+        depth = after.seen + self.query.top + 2
         while True:
-            found, is_all = self._surely_nearest(depth)
+            found, is_all = self._nearest_above_ties(depth)
             behind = found.behind(after)
             # rows that came into the index since may rank before the cursor, so that more have to be passed over
-            if is_all or len(behind) > self.question.top:
+            if is_all or len(behind) > self.query.top:
                 return behind
             depth *= 2
 
@@ -298,14 +298,12 @@ class Ranker:
         There is one more than asked for, if there are so many. first: answers on the first page, on which the order
         hangs.
         """
-        question = self.question
-        wanted = seen + question.top + 1
-        found = self._without_duplicates(
-            max(wanted, question.rerank_top, CANDIDATES if question.diversity else 0), first
-        )
-        if self.reranking and seen < question.rerank_top:
-            found = _reranked(found, self.reranking, question.rerank_top)
-        if question.diversity:
+        query = self.query
+        wanted = seen + query.top + 1
+        found = self._deduplicated(max(wanted, query.rerank_top, CANDIDATES if query.diversity else 0), first)
+        if self.reranker and seen < query.rerank_top:
+            found = _apply_reranking(found, self.reranker, query.rerank_top)
+        if query.diversity:
             found = self._diverse(found, wanted)
         return found.take(np.arange(seen, len(found)))
 
@@ -313,21 +311,21 @@ class Ranker:
         """The first in a diverse order, the others behind them as they were."""
         chosen = found.take(np.arange(min(len(found), CANDIDATES)))
         relevance = chosen.cosines if chosen.fused is None else chosen.fused
-        vectors = self.generation.vectors(chosen.rows)
-        order = diversify(relevance, vectors, self.question.diversity, wanted)
+        vectors = self.snapshot.vectors(chosen.rows)
+        order = diversify(relevance, vectors, self.query.diversity, wanted)
         rest = np.arange(len(chosen), len(found)) if wanted > len(chosen) else np.arange(0)
         return found.take(np.concatenate([order, rest]))
 
-    def _without_duplicates(self, wanted: int, first: int) -> Ranking:
+    def _deduplicated(self, wanted: int, first: int) -> Ranking:
         """The answers that stand for themselves, or without a wish to see no duplicates all: the first `wanted` at
         least, if there are so many."""
-        threshold = self.question.duplicates
+        threshold = self.query.duplicates
         if threshold is None:
             return self._ranked(wanted, first)[0]
         depth = max(wanted, CANDIDATES)
         while True:
             found, is_all = self._ranked(depth, first)
-            leaders = lead_duplicates(self.generation.vectors(found.rows), threshold, most=wanted)
+            leaders = duplicate_leaders(self.snapshot.vectors(found.rows), threshold, max_leaders=wanted)
             places, sizes = np.unique(leaders[leaders >= 0], return_counts=True)
             if is_all or len(places) >= wanted:
                 return replace(found.take(places), similar=sizes - 1)
@@ -341,15 +339,15 @@ class Ranker:
         it is asked for, and pages show every row once.
         """
         nobody = Ranking(rows=np.zeros(0, np.int64), cosines=np.zeros(0, np.float32))
-        ranked, is_all = self._fused() if self.question.words else nobody, False
-        depth = max(first, self.question.rerank_top) + 3
+        ranked, is_all = self._fused() if self.query.words else nobody, False
+        depth = max(first, self.query.rerank_top) + 3
         while len(ranked) < wanted and not is_all:
-            found, is_all = self._surely_nearest(depth)
+            found, is_all = self._nearest_above_ties(depth)
             ranked = ranked.joined(found)
             depth *= 4
         return ranked, is_all
 
-    def _surely_nearest(self, depth: int) -> tuple[Ranking, bool]:
+    def _nearest_above_ties(self, depth: int) -> tuple[Ranking, bool]:
         """The nearest rows down to a score of which none was cut off among equals, and whether these are all rows."""
         found = self._nearest(depth)
         if len(found) < depth:
@@ -357,52 +355,52 @@ class Ranker:
         return found.take(np.flatnonzero(found.cosines > found.cosines[-1] + _TIE)), False
 
     def _nearest(self, depth: int) -> Ranking:
-        _, rows = nearest(self.generation.selected, self.query[None], depth, self.among)
+        _, rows = nearest(self.snapshot.views, self.query_vector[None], depth, self.allowed_rows)
         cosines = self._cosines(rows[0])
         order = np.lexsort((rows[0], -cosines))
-        return self._near_enough(Ranking(rows=rows[0][order], cosines=cosines[order]))
+        return self._above_min_cosine(Ranking(rows=rows[0][order], cosines=cosines[order]))
 
     def _fused(self) -> Ranking:
         by_cosine = self._nearest(CANDIDATES).rows
         rows, fused = fuse_ranks([by_cosine, self._with_words(CANDIDATES)])
         cosines = self._cosines(rows)
         order = np.lexsort((rows, -cosines, -fused))
-        return self._near_enough(Ranking(rows=rows[order], cosines=cosines[order], fused=fused[order]))
+        return self._above_min_cosine(Ranking(rows=rows[order], cosines=cosines[order], fused=fused[order]))
 
     def _with_words(self, depth: int) -> Int64[Array, " N"]:
         """The rows whose captions hold the words, best first."""
         asked = depth
         while True:
-            found = self.generation.catalogue.search_text(clean(self.question.words), asked)
+            found = self.snapshot.catalogue.search_text(sanitize_text(self.query.words), asked)
             rows = np.array([entry.row for entry in found], np.int64)
-            kept = rows if self.among is None else rows[np.isin(rows, self.among)]
+            kept = rows if self.allowed_rows is None else rows[np.isin(rows, self.allowed_rows)]
             if len(kept) >= depth or len(found) < asked:
                 return kept[:depth]
             asked *= 4
 
-    def _near_enough(self, found: Ranking) -> Ranking:
-        lowest = self.question.at_least
+    def _above_min_cosine(self, found: Ranking) -> Ranking:
+        lowest = self.query.at_least
         return found if lowest is None else found.take(np.flatnonzero(found.cosines >= lowest))
 
     def _cosines(self, rows: Int64[Array, " N"]) -> Float32[Array, " N"]:
         # in double precision, so that a row has the same score whichever way and in whatever company it was found
-        exact = self.generation.vectors(rows).astype(np.float64) @ self.query.astype(np.float64)
+        exact = self.snapshot.vectors(rows).astype(np.float64) @ self.query_vector.astype(np.float64)
         return exact.astype(np.float32)
 
 
-def _reranked(found: Ranking, reranking: Reranking, count: int) -> Ranking:
+def _apply_reranking(found: Ranking, reranker: Reranker, count: int) -> Ranking:
     """The first `count` in the order of likelihood, the others behind them as they were."""
-    places, likelihoods = reranking.order(found.rows[:count])
+    places, likelihoods = reranker.order(found.rows[:count])
     rest = np.arange(len(places), len(found))
     nothing = np.full(len(rest), np.nan, np.float32)
     ordered = found.take(np.concatenate([places, rest]))
     return replace(ordered, likelihoods=np.concatenate([likelihoods, nothing]))
 
 
-def rows_among(generation: Generation, where: str) -> Int64[Array, " N"] | None:
+def rows_among(snapshot: IndexSnapshot, where: str) -> Int64[Array, " N"] | None:
     """The living rows that a filter chooses; None without a filter.
 
     Raises:
         UsageError: the filter is malformed or fits no field.
     """
-    return generation.catalogue.where(parse_where(where)) if where else None
+    return snapshot.catalogue.where(parse_filter(where)) if where else None

@@ -17,43 +17,43 @@ import numpy as np
 import torch
 
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.index.ann.index_type import Copy
+from vlm.index.ann.index_type import CopyToGpu
 from vlm.index.catalog import Entry
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.interop.importer import UNKNOWN
-from vlm.index.reader import Generation, Hit, Index
-from vlm.service.query import Question, unit_vector
-from vlm.service.ranking import Captioner, Ranker, Ranking, Reranking, as_captioner, rows_among
+from vlm.index.reader import Hit, Index, IndexSnapshot
+from vlm.service.query import Query, load_query_vector
+from vlm.service.ranking import Captioner, Ranker, Ranking, Reranker, require_captioner, rows_among
 from vlm.tensors import Array, Float32, Int64
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a mixture this short has no direction
 _SHORTEST_MIXTURE = 1e-5
 
 
-def embed_pictures(model: Encoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
+def embed_query_images(model: Encoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
     """A unit vector for each picture.
 
     Raises:
         UsageError: a file cannot be read. VlmError: it is no picture.
     """
-    pixels = np.stack([_view_picture(model, image) for image in images])
+    pixels = np.stack([_load_query_image(model, image) for image in images])
     return list(model.embed_images(torch.from_numpy(pixels)).numpy())
 
 
-def item_vectors(generation: Generation, uids: Sequence[str]) -> Float32[Array, "N D"]:
+def item_vectors(snapshot: IndexSnapshot, uids: Sequence[str]) -> Float32[Array, "N D"]:
     """The stored vector of each item.
 
     Raises:
         UsageError: there is no such item.
     """
-    rows = generation.catalogue.rows_of(uids)
+    rows = snapshot.catalogue.rows_by_uid(uids)
     for uid in uids:
         if uid not in rows:
-            raise UsageError(f"{generation.folder} has no item {uid!r}; take the uid from an answer.")
-    return generation.vectors(np.array([rows[uid] for uid in uids], np.int64))
+            raise UsageError(f"{snapshot.folder} has no item {uid!r}; take the uid from an answer.")
+    return snapshot.vectors(np.array([rows[uid] for uid in uids], np.int64))
 
 
-def mix_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:
+def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:
     """The weighted sum of unit vectors, brought to unit length.
 
     Raises:
@@ -66,7 +66,7 @@ def mix_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Fl
     return mixture / np.float32(length)
 
 
-def _view_picture(model: Encoder, image: Path | bytes) -> np.ndarray:
+def _load_query_image(model: Encoder, image: Path | bytes) -> np.ndarray:
     name = "the picture" if isinstance(image, bytes) else str(image)
     try:
         data = image if isinstance(image, bytes) else image.read_bytes()
@@ -80,7 +80,7 @@ def _view_picture(model: Encoder, image: Path | bytes) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found(Hit):
+class RankedHit(Hit):
     """A hit of a question.
 
     fused: the score that orders the hits of a question with words; None behind the last of these.
@@ -100,7 +100,7 @@ class Found(Hit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class SearchResult:
     """The hits of a question, best first, and how long the embedding of the question and the search took.
 
     next: the cursor to go on from, empty where there is no more. generation: of the index that answered.
@@ -108,8 +108,8 @@ class Answer:
     could not be read, with the reason.
     """
 
-    question: Question
-    hits: tuple[Found, ...]
+    query: Query
+    hits: tuple[RankedHit, ...]
     next: str
     generation: int
     embed_milliseconds: float
@@ -120,7 +120,7 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """Plain values for people's scripts: what `vlm search --json` prints."""
         plain = {
-            "question": self.question.to_json(),
+            "question": self.query.to_json(),
             "hits": [{"rank": rank} | hit.to_json() for rank, hit in enumerate(self.hits, 1)],
             "next": self.next,
             "generation": self.generation,
@@ -160,7 +160,7 @@ class SearchService:
         model_spec: str = "",
         rerank_spec: str = "",
         load: Callable[[str], Encoder] = load_encoder,
-        gpu: Copy | None = None,
+        gpu: CopyToGpu | None = None,
     ) -> "SearchService":
         """Open an index folder; gpu and raises as of `Index.open`."""
         return cls(index=Index.open(folder, gpu=gpu), model_spec=model_spec, rerank_spec=rerank_spec, load=load)
@@ -195,13 +195,13 @@ class SearchService:
         if not self.rerank_spec:
             raise UsageError("The question asks for a re-ranking, but no model for it was named: --rerank MODEL.")
         is_own = absolute_spec(self.rerank_spec) == absolute_spec(self._spec)
-        return as_captioner(self.model if is_own else self.load(self.rerank_spec), self.rerank_spec)
+        return require_captioner(self.model if is_own else self.load(self.rerank_spec), self.rerank_spec)
 
     @property
     def _spec(self) -> str:
         return self.model_spec or self.index.details.space.model
 
-    def answer(self, question: Question) -> Answer:
+    def search(self, query: Query) -> SearchResult:
         """The rows nearest to a question, in the newest generation of the index.
 
         Raises:
@@ -209,9 +209,9 @@ class SearchService:
                 out.
             VlmError: a picture of the question cannot be read, or the index has been damaged.
         """
-        return self.answer_all([question])[0]
+        return self.search_many([query])[0]
 
-    def answer_all(self, questions: Sequence[Question], *, names: Sequence[str] = ()) -> list[Answer]:
+    def search_many(self, queries: Sequence[Query], *, names: Sequence[str] = ()) -> list[SearchResult]:
         """The answers to several questions, from one generation; their texts are embedded together.
 
         names: of the questions; a message about one of them begins with its name.
@@ -219,51 +219,51 @@ class SearchService:
         Raises: as `answer` does.
         """
         self.index.refresh()
-        generation = self.index.generation
-        asked = list(zip(names or [""] * len(questions), questions, strict=True))
-        among = _narrowed(asked, generation)
-        captioner = self.captioner if any(question.rerank_top for question in questions) else None
+        snapshot = self.index.snapshot
+        asked = list(zip(names or [""] * len(queries), queries, strict=True))
+        allowed_rows = _resolve_filters(asked, snapshot)
+        captioner = self.captioner if any(query.rerank_top for query in queries) else None
         started = time.perf_counter()
-        queries = self._embed(asked, generation)
-        embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(questions))
-        answers = []
-        for (name, question), query in zip(asked, queries, strict=True):
-            reranking = None
-            if captioner and question.rerank_top:
-                reranking = Reranking(captioner, question, generation.catalogue)
+        query_vectors = self._embed(asked, snapshot)
+        embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(queries))
+        results = []
+        for (name, query), query_vector in zip(asked, query_vectors, strict=True):
+            reranker = None
+            if captioner and query.rerank_top:
+                reranker = Reranker(captioner, query, snapshot.catalogue)
             started = time.perf_counter()
-            with _naming(name):
-                ranking, after = Ranker(generation, query, question, among[question.where], reranking).page()
-            hits = _found(ranking, generation.catalogue.entries(ranking.rows.tolist()))
-            rerank_milliseconds = reranking.milliseconds if reranking else 0.0
-            answers.append(
-                Answer(
-                    question=question,
+            with _prefixing_errors(name):
+                ranking, after = Ranker(snapshot, query_vector, query, allowed_rows[query.where], reranker).page()
+            hits = _hits(ranking, snapshot.catalogue.entries(ranking.rows.tolist()))
+            rerank_milliseconds = reranker.milliseconds if reranker else 0.0
+            results.append(
+                SearchResult(
+                    query=query,
                     hits=hits,
                     next=after,
-                    generation=generation.number,
+                    generation=snapshot.number,
                     embed_milliseconds=embed_milliseconds,
                     search_milliseconds=(time.perf_counter() - started) * 1000 - rerank_milliseconds,
-                    rerank_milliseconds=rerank_milliseconds if reranking else None,
-                    unread=reranking.unread if reranking else {},
+                    rerank_milliseconds=rerank_milliseconds if reranker else None,
+                    unread=reranker.unread if reranker else {},
                 )
             )
-        return answers
+        return results
 
-    def _embed(self, asked: Sequence[tuple[str, Question]], generation: Generation) -> list[Float32[Array, " D"]]:
+    def _embed(self, asked: Sequence[tuple[str, Query]], snapshot: IndexSnapshot) -> list[Float32[Array, " D"]]:
         """The unit vector of each question; questions about items and vectors alone need no model."""
-        words = [text for _, question in asked for text in (*question.texts, *question.minus)]
-        model = self._checked_model() if words or any(question.images for _, question in asked) else None
-        texts, queries = iter(model.embed_texts(words).numpy() if model and words else ()), []
-        for name, question in asked:
-            plus = list(islice(texts, len(question.texts)))
-            with _naming(name):
-                pictures = embed_pictures(model, question.images) if model and question.images else []
-                items = item_vectors(generation, question.items)
-                given = [unit_vector(vector, self.index.details.space.dimension) for vector in question.vectors]
-                terms = np.stack([*plus, *pictures, *items, *given, *islice(texts, len(question.minus))])
-                queries.append(mix_terms(terms, np.asarray(question.signed_weights(), np.float32)))
-        return queries
+        words = [text for _, query in asked for text in (*query.texts, *query.minus)]
+        model = self._checked_model() if words or any(query.images for _, query in asked) else None
+        texts, query_vectors = iter(model.embed_texts(words).numpy() if model and words else ()), []
+        for name, query in asked:
+            plus = list(islice(texts, len(query.texts)))
+            with _prefixing_errors(name):
+                images = embed_query_images(model, query.images) if model and query.images else []
+                items = item_vectors(snapshot, query.items)
+                given = [load_query_vector(vector, self.index.details.space.dimension) for vector in query.vectors]
+                terms = np.stack([*plus, *images, *items, *given, *islice(texts, len(query.minus))])
+                query_vectors.append(combine_terms(terms, np.asarray(query.signed_weights(), np.float32)))
+        return query_vectors
 
     def _checked_model(self) -> Encoder:
         """The model, whose space is still that of the index; another may lie there by now."""
@@ -273,7 +273,7 @@ class SearchService:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _prefixing_errors(name: str) -> Iterator[None]:
     """What the block raises begins with the name of the question it is about, if that has one."""
     try:
         yield
@@ -284,18 +284,20 @@ def _naming(name: str) -> Iterator[None]:
         raise kind(f"{name}: {error}") from error
 
 
-def _narrowed(asked: Sequence[tuple[str, Question]], generation: Generation) -> dict[str, Int64[Array, " N"] | None]:
+def _resolve_filters(
+    asked: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
+) -> dict[str, Int64[Array, " N"] | None]:
     """The rows that each filter of the questions chooses; every question is checked."""
-    among = {}
-    for name, question in asked:
-        with _naming(name):
-            question.check()
-            if question.where not in among:
-                among[question.where] = rows_among(generation, question.where)
-    return among
+    allowed_rows = {}
+    for name, query in asked:
+        with _prefixing_errors(name):
+            query.check()
+            if query.where not in allowed_rows:
+                allowed_rows[query.where] = rows_among(snapshot, query.where)
+    return allowed_rows
 
 
-def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
+def _hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit, ...]:
     nothing = [None] * len(ranking)
     columns = (
         ranking.cosines.tolist(),
@@ -304,7 +306,7 @@ def _found(ranking: Ranking, entries: Sequence[Entry]) -> tuple[Found, ...]:
         nothing if ranking.likelihoods is None else ranking.likelihoods.tolist(),
     )
     return tuple(
-        Found(
+        RankedHit(
             score=score,
             entry=entry,
             fused=_unless_nan(fused),

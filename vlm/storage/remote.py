@@ -15,11 +15,11 @@ import fsspec.config
 import numpy as np
 
 from vlm.errors import UsageError, VlmError
-from vlm.files import fingerprint_of
+from vlm.files import compute_fingerprint
 from vlm.storage.urls import is_remote, protocol_of, require_package
 
-_PASSING = frozenset({408, 416, 425, 429})
-_REFUSALS = frozenset(
+_TRANSIENT_STATUSES = frozenset({408, 416, 425, 429})
+_ACCESS_ERRORS = frozenset(
     {
         "NoCredentialsError",
         "PartialCredentialsError",
@@ -33,7 +33,7 @@ _REFUSALS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """When to give up.
 
     attempts: failures in a row without a new byte between them.
@@ -47,7 +47,7 @@ class Patience:
     longest_wait: float = 30.0
 
 
-class Stopped(Exception):
+class FetchCancelled(Exception):
     """A fetch was called off; what it had is kept."""
 
 
@@ -58,13 +58,13 @@ class Retry:
     """
 
     def __init__(
-        self, address: str, patience: Patience, *, rng: np.random.Generator, stop: threading.Event | None = None
+        self, url: str, retry_policy: RetryPolicy, *, rng: np.random.Generator, stop: threading.Event | None = None
     ) -> None:
-        self.address, self._patience, self._rng = address, patience, rng
+        self.url, self._retry_policy, self._rng = url, retry_policy, rng
         self.stop = stop or threading.Event()
         self._failures, self._since = 0, 0.0
 
-    def progressed(self) -> None:
+    def reset_attempts(self) -> None:
         """A new byte came: count from nought again."""
         self._failures = 0
 
@@ -76,50 +76,50 @@ class Retry:
             VlmError: access is refused, or patience is at its end.
             Stopped: the work was called off.
         """
-        if isinstance(error, VlmError | Stopped):
+        if isinstance(error, VlmError | FetchCancelled):
             raise error
-        verdict = judge(error)
-        if verdict == "absent":
-            raise UsageError(f"There is no shard {self.address!r}.") from error
-        if verdict == "refused":
+        outcome = classify_error(error)
+        if outcome == "absent":
+            raise UsageError(f"There is no shard {self.url!r}.") from error
+        if outcome == "refused":
             raise VlmError(
-                f"{self.address} may not be read: {describe(error)}. Not tried again; check the credentials "
+                f"{self.url} may not be read: {describe_error(error)}. Not tried again; check the credentials "
                 "in the environment of this command, and the rights to that address."
             ) from error
         now = time.monotonic()
         self._since = self._since if self._failures else now
         self._failures += 1
-        if self._failures >= self._patience.attempts or now - self._since > self._patience.seconds:
+        if self._failures >= self._retry_policy.attempts or now - self._since > self._retry_policy.seconds:
             raise VlmError(
-                f"{self.address} cannot be read: {describe(error)}. Given up after {self._failures} attempts in "
+                f"{self.url} cannot be read: {describe_error(error)}. Given up after {self._failures} attempts in "
                 f"{now - self._since:.0f} s without a new byte; check the network and the address, then run again: "
                 "what was fetched is kept."
             ) from error
-        wait = min(self._patience.longest_wait, self._patience.first_wait * 2.0 ** (self._failures - 1))
+        wait = min(self._retry_policy.longest_wait, self._retry_policy.first_wait * 2.0 ** (self._failures - 1))
         if self.stop.wait(wait * (0.5 + self._rng.random())):
-            raise Stopped
+            raise FetchCancelled
 
 
-def judge(error: BaseException) -> Literal["absent", "refused", "again"]:
+def classify_error(error: BaseException) -> Literal["absent", "refused", "again"]:
     """Whether the file is not there, may not be read, or is worth another try.
 
     fsspec's HTTP file system tells every failure to ask for a size as a missing file; its cause says what it was.
     """
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        return judge(error.__cause__)
+        return classify_error(error.__cause__)
     status = _status(error)
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError | IsADirectoryError)):
         return "absent"
-    is_refusal = isinstance(error, PermissionError) or type(error).__name__ in _REFUSALS
-    if is_refusal or (status is not None and 400 <= status < 500 and status not in _PASSING):
+    is_refusal = isinstance(error, PermissionError) or type(error).__name__ in _ACCESS_ERRORS
+    if is_refusal or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUSES):
         return "refused"
     return "again"
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in one line, with its kind."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        return describe(error.__cause__)
+        return describe_error(error.__cause__)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -136,7 +136,7 @@ def _status(error: Any) -> int | None:
     return found if isinstance(found, int) and 100 <= found < 600 else None
 
 
-Answer = TypeVar("Answer")
+ResultT = TypeVar("ResultT")
 
 BLOCK_BYTES = 8 << 20
 _VERSIONS = (
@@ -152,11 +152,11 @@ _VERSIONS = (
     "created",
 )
 _SYSTEMS: dict[tuple[int, int, str], Any] = {}
-_IDENTITIES: dict[str, "Identity"] = {}
+_IDENTITIES: dict[str, "FileIdentity"] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class FileIdentity:
     """What tells one version of a file from another.
 
     size: in bytes. version: ETag or time of change, as far as the server says.
@@ -173,57 +173,59 @@ class Identity:
         return f"{self.size}/{self.version}"
 
 
-def identity_of(address: str, patience: Patience | None = None) -> Identity:
+def file_identity(url: str, retry_policy: RetryPolicy | None = None) -> FileIdentity:
     """The identity of a file, asked once per process for a remote one, so that a whole run sees one version of it.
 
     Raises:
         UsageError: there is no such file.
         VlmError: it cannot be asked, or the server does not say its size.
     """
-    if not is_remote(address):
-        return ask_identity(address)
-    if address not in _IDENTITIES:
-        _IDENTITIES[address] = ask_identity(address, patience)
-    return _IDENTITIES[address]
+    if not is_remote(url):
+        return fetch_identity(url)
+    if url not in _IDENTITIES:
+        _IDENTITIES[url] = fetch_identity(url, retry_policy)
+    return _IDENTITIES[url]
 
 
-def forget_identities() -> None:
+def clear_identity_cache() -> None:
     """Ask again about files that may have changed since this process first read them."""
     _IDENTITIES.clear()
 
 
-def ask_identity(address: str, patience: Patience | None = None, stop: threading.Event | None = None) -> Identity:
+def fetch_identity(
+    url: str, retry_policy: RetryPolicy | None = None, stop: threading.Event | None = None
+) -> FileIdentity:
     """The identity of a file as it is now; raises as `identity_of`."""
-    if not is_remote(address):
+    if not is_remote(url):
         try:
-            status = os.stat(address)
+            status = os.stat(url)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UsageError(f"There is no shard {address!r}.") from error
-        return Identity(size=status.st_size, version=f"{status.st_mtime_ns}/{status.st_ctime_ns}")
-    info = _patiently(address, _info, patience, stop)
+            raise UsageError(f"There is no shard {url!r}.") from error
+        return FileIdentity(size=status.st_size, version=f"{status.st_mtime_ns}/{status.st_ctime_ns}")
+    info = _with_retries(url, _info, retry_policy, stop)
     if not isinstance(info.get("size"), int):
-        raise VlmError(f"The server of {address} does not say its size; copy the shard to this machine first.")
+        raise VlmError(f"The server of {url} does not say its size; copy the shard to this machine first.")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     stored = info.get("lfs") or {}
     sha256 = stored.get("sha256") if isinstance(stored, dict) else getattr(stored, "sha256", None)
-    return Identity(size=info["size"], version=version, sha256=sha256 or "")
+    return FileIdentity(size=info["size"], version=version, sha256=sha256 or "")
 
 
-def read_small(address: str, *, max_bytes: int, patience: Patience | None = None) -> bytes | None:
+def read_small(url: str, *, max_bytes: int, retry_policy: RetryPolicy | None = None) -> bytes | None:
     """The whole of a small remote file; None if it is not there, may not be read, or is larger than `max_bytes`."""
 
-    def read(address: str) -> bytes | None:
-        system, path = open_system(address)
+    def read(url: str) -> bytes | None:
+        system, path = open_system(url)
         size = system.info(path).get("size")
         return system.cat_file(path) if isinstance(size, int) and size <= max_bytes else None
 
     try:
-        return _patiently(address, read, patience)
+        return _with_retries(url, read, retry_policy)
     except VlmError:
         return None
 
 
-def list_files(address: str) -> list[str]:
+def list_files(url: str) -> list[str]:
     """The addresses of the files a remote folder or a pattern with `*` names, sorted.
 
     Raises:
@@ -231,38 +233,38 @@ def list_files(address: str) -> list[str]:
         VlmError: the server cannot be reached.
     """
 
-    def find(address: str) -> list[str]:
-        system, path = open_system(address)
-        found = system.glob(path) if "*" in address else system.ls(path, detail=False)
+    def find(url: str) -> list[str]:
+        system, path = open_system(url)
+        found = system.glob(path) if "*" in url else system.ls(path, detail=False)
         return sorted(system.unstrip_protocol(name) for name in found)
 
     try:
-        return _patiently(address, find)
+        return _with_retries(url, find)
     except (UsageError, NotImplementedError) as error:
         raise UsageError(
-            f"Nothing can be listed at {address!r}; give the shards by name, as in {{00000..00099}}.tar."
+            f"Nothing can be listed at {url!r}; give the shards by name, as in {{00000..00099}}.tar."
         ) from error
 
 
-def read_blocks(address: str, start: int, identity: Identity) -> Iterator[bytes]:
+def read_blocks(url: str, start: int, identity: FileIdentity) -> Iterator[bytes]:
     """The bytes of a file from `start` to its end, in blocks of at most 8 MiB.
 
     Raises:
         Exception: whatever the file system raises; the blocks before it count.
     """
-    protocol = protocol_of(address)
+    protocol = protocol_of(url)
     if not protocol:
-        with open(address, "rb") as file:
+        with open(url, "rb") as file:
             file.seek(start)
             while block := file.read(BLOCK_BYTES):
                 yield block
         return
-    system, path = open_system(address)
+    system, path = open_system(url)
     read = _http_blocks if protocol in ("http", "https") else _ranged_blocks
     yield from read(system, path, start, identity)
 
 
-def open_system(address: str) -> tuple[Any, str]:
+def open_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of an address, one for each process and thread, and the path in it.
 
     File systems of a parent process are kept, unused: collecting one in a forked child would take the sockets of
@@ -271,56 +273,56 @@ def open_system(address: str) -> tuple[Any, str]:
     Raises:
         UsageError: the protocol is not allowed or its package is not installed.
     """
-    protocol = protocol_of(address)
+    protocol = protocol_of(url)
     require_package(protocol)
     kind: Any = fsspec.get_filesystem_class(protocol)
-    options = kind._get_kwargs_from_urls(address) | _OPTIONS.get(protocol, dict)()
+    options = kind._get_kwargs_from_urls(url) | _OPTIONS.get(protocol, dict)()
     key = (os.getpid(), threading.get_ident(), f"{protocol}/{options}")
     if key not in _SYSTEMS:
         _SYSTEMS[key] = fsspec.filesystem(protocol, **options)
-    return _SYSTEMS[key], kind._strip_protocol(address)
+    return _SYSTEMS[key], kind._strip_protocol(url)
 
 
 def _http_options() -> dict[str, Any]:
     """No limit on the time a whole shard takes, one on the time without a byte."""
     import aiohttp
 
-    given = fsspec.config.conf.get("http", {}).get("client_kwargs", {})
+    configured = fsspec.config.conf.get("http", {}).get("client_kwargs", {})
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    return {"client_kwargs": {"timeout": timeout, **given}}
+    return {"client_kwargs": {"timeout": timeout, **configured}}
 
 
 _OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {"http": _http_options, "https": _http_options}
 
 
-def _info(address: str) -> dict[str, Any]:
-    system, path = open_system(address)
+def _info(url: str) -> dict[str, Any]:
+    system, path = open_system(url)
     system.invalidate_cache()
     return system.info(path)
 
 
-def _patiently(
-    address: str,
-    work: Callable[[str], Answer],
-    patience: Patience | None = None,
+def _with_retries(
+    url: str,
+    work: Callable[[str], ResultT],
+    retry_policy: RetryPolicy | None = None,
     stop: threading.Event | None = None,
-) -> Answer:
-    retry = Retry(address, patience or Patience(), rng=jitter_rng(address), stop=stop)
+) -> ResultT:
+    retry = Retry(url, retry_policy or RetryPolicy(), rng=jitter_rng(url), stop=stop)
     while True:
         try:
-            return work(address)
-        except (NotImplementedError, Stopped):
+            return work(url)
+        except (NotImplementedError, FetchCancelled):
             raise
         except Exception as error:
             retry.after(error)
 
 
-def jitter_rng(address: str) -> np.random.Generator:
+def jitter_rng(url: str) -> np.random.Generator:
     """Chance for the waits between tries; it differs between processes and addresses, and touches no sample."""
-    return np.random.default_rng(int(fingerprint_of(address, str(os.getpid())), 16))
+    return np.random.default_rng(int(compute_fingerprint(url, str(os.getpid())), 16))
 
 
-def _http_blocks(system: Any, path: str, start: int, identity: Identity) -> Iterator[bytes]:
+def _http_blocks(system: Any, path: str, start: int, identity: FileIdentity) -> Iterator[bytes]:
     """One request from `start` on; a server that ignores ranges has the bytes before it thrown away."""
     headers = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     if start:
@@ -334,7 +336,7 @@ def _http_blocks(system: Any, path: str, start: int, identity: Identity) -> Iter
                 yield block[dropped:]
 
 
-def _ranged_blocks(system: Any, path: str, start: int, identity: Identity) -> Iterator[bytes]:
+def _ranged_blocks(system: Any, path: str, start: int, identity: FileIdentity) -> Iterator[bytes]:
     """A request for each block."""
     while start < identity.size:
         end = min(start + BLOCK_BYTES, identity.size)

@@ -28,27 +28,27 @@ _BETWEEN = re.compile(r"::(?![0-9a-fA-F:.]*\])")  # but not inside the brackets 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):(//)?")
 
 
-def protocol_of(address: str) -> str:
+def protocol_of(url: str) -> str:
     """The protocol of an address in small letters; empty for a path on this machine.
 
     Raises:
         UsageError: it is not one of `PROTOCOLS`, or protocols are chained.
     """
-    match = _SCHEME.match(address)
-    if match is None or not (match[2] or _is_command(address, match[1])):
+    match = _SCHEME.match(url)
+    if match is None or not (match[2] or _is_command(url, match[1])):
         return ""
     protocol = match[1].lower()
     if match[2] and protocol in _LOCAL:
         return ""
     if not match[2] or protocol not in PROTOCOLS:
         raise UsageError(
-            f"The protocol {protocol!r} of {address!r} is not one shards are read by; "
+            f"The protocol {protocol!r} of {url!r} is not one shards are read by; "
             f"give a path on this machine, or one of {', '.join(f'{name}://' for name in PROTOCOLS)}."
         )
     return protocol
 
 
-def split_addresses(joined: str) -> list[str]:
+def split_urls(joined: str) -> list[str]:
     """The addresses joined with `::`.
 
     Raises:
@@ -60,60 +60,60 @@ def split_addresses(joined: str) -> list[str]:
     return parts
 
 
-def _is_command(address: str, word: str) -> bool:
+def _is_command(url: str, word: str) -> bool:
     """Whether `word:` before an address asks for something other than a file of that name."""
     is_known = word.lower() in _KNOWN_ELSEWHERE or word.lower() in fsspec.available_protocols()
-    return is_known and not Path(address.split("/")[0].rstrip(":")).exists()
+    return is_known and not Path(url.split("/")[0].rstrip(":")).exists()
 
 
-def is_remote(address: str) -> bool:
+def is_remote(url: str) -> bool:
     """Whether an address is read over a protocol rather than from this machine's own files.
 
     Raises:
         UsageError: over one that is not allowed.
     """
-    return bool(protocol_of(address))
+    return bool(protocol_of(url))
 
 
-def is_compressed(address: str) -> bool:
+def is_compressed(url: str) -> bool:
     """Whether a shard has to be unpacked before it can be read by position."""
-    return base_name(address).lower().endswith(_COMPRESSED)
+    return url_basename(url).lower().endswith(_COMPRESSED)
 
 
-def needs_cache(address: str) -> bool:
+def needs_cache(url: str) -> bool:
     """Whether a shard is read from the cache rather than where it lies."""
-    return is_remote(address) or is_compressed(address)
+    return is_remote(url) or is_compressed(url)
 
 
-def base_name(address: str) -> str:
+def url_basename(url: str) -> str:
     """The last part of an address, without the query of a web address.
 
-    >>> base_name("https://host/a/B.tar?key=1")
+    >>> url_basename("https://host/a/B.tar?key=1")
     'B.tar'
     """
-    return _without_query(address).rpartition("/")[2]
+    return _without_query(url).rpartition("/")[2]
 
 
-def is_shard(address: str) -> bool:
+def is_shard(url: str) -> bool:
     """Whether an address names a tar rather than a folder."""
-    return base_name(address).lower().endswith(SHARD_SUFFIXES)
+    return url_basename(url).lower().endswith(SHARD_SUFFIXES)
 
 
-def local_path(address: str) -> str:
+def local_path(url: str) -> str:
     """A path on this machine, without `file://` before it."""
-    match = _SCHEME.match(address)
+    match = _SCHEME.match(url)
     if match is None or not match[2] or match[1].lower() not in _LOCAL:
-        return address
-    return unquote(urlsplit(address).path)
+        return url
+    return unquote(urlsplit(url).path)
 
 
-def neighbour(address: str, name: str) -> str:
+def sibling_url(url: str, name: str) -> str:
     """The address of the file `name` in the folder of a remote address; the query of a web address is left out.
 
-    >>> neighbour("s3://bucket/a/0.tar", "manifest.json")
+    >>> sibling_url("s3://bucket/a/0.tar", "manifest.json")
     's3://bucket/a/manifest.json'
     """
-    return f"{_without_query(address).rpartition('/')[0]}/{name}"
+    return f"{_without_query(url).rpartition('/')[0]}/{name}"
 
 
 def require_package(protocol: str) -> None:
@@ -129,6 +129,6 @@ def require_package(protocol: str) -> None:
         raise UsageError(f'{protocol}:// needs {package}; install it with: pip install "vlm[remote]"') from error
 
 
-def _without_query(address: str) -> str:
-    is_web = address.lower().startswith(("http://", "https://"))
-    return urlsplit(address)._replace(query="", fragment="").geturl() if is_web else address
+def _without_query(url: str) -> str:
+    is_web = url.lower().startswith(("http://", "https://"))
+    return urlsplit(url)._replace(query="", fragment="").geturl() if is_web else url

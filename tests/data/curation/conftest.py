@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from vlm.data.curation.filter import parse_rule
-from vlm.data.curation.pipeline import RULES, Curated, curate
-from vlm.data.curation.score_columns import Columns
+from vlm.data.curation.filter import parse_filter
+from vlm.data.curation.pipeline import FILTERS, CurationResult, curate
+from vlm.data.curation.score_columns import ScoreColumns
 
 MakeShard = Callable[..., str]
 
 
 @pytest.fixture
-def make_shard(tmp_path, make_picture) -> MakeShard:
+def make_shard(tmp_path, make_image) -> MakeShard:
     """Write a tar of samples given as dicts: key, and if wanted image, captions, or any other metadata."""
 
     def make(samples, *, name="a.tar"):
@@ -22,7 +22,7 @@ def make_shard(tmp_path, make_picture) -> MakeShard:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, given in enumerate(samples):
                 metadata = {k: v for k, v in given.items() if k not in ("key", "image")}
-                image = given.get("image", make_picture(number))
+                image = given.get("image", make_image(number))
                 key = given.get("key", f"s{number:05}")
                 for extension, data in (("jpg", image), ("json", json.dumps(metadata).encode())):
                     entry = tarfile.TarInfo(f"{key}.{extension}")
@@ -33,18 +33,18 @@ def make_shard(tmp_path, make_picture) -> MakeShard:
     return make
 
 
-def run_rules(shards, *rules, columns=(), **options) -> Curated:
+def run_rules(shards, *filters, columns=(), **options) -> CurationResult:
     shards = [shards] if isinstance(shards, str | Path) else shards
     return curate(
         [str(shard) for shard in shards],
-        [parse_rule(rule, RULES) for rule in rules],
-        columns=Columns(columns),
+        [parse_filter(sample_filter, FILTERS) for sample_filter in filters],
+        columns=ScoreColumns(columns),
         **options,
     )
 
 
 @pytest.fixture
-def apply() -> Callable[..., Curated]:
+def apply() -> Callable[..., CurationResult]:
     """Curate shards by rules as people write them."""
     return run_rules
 
@@ -53,8 +53,8 @@ def apply() -> Callable[..., Curated]:
 def times_by() -> Callable[..., list[int]]:
     """The times of all samples after rules."""
 
-    def run(shards, *rules, **options):
-        selection = run_rules(shards, *rules, **options).selection
+    def run(shards, *filters, **options):
+        selection = run_rules(shards, *filters, **options).selection
         return [int(times) for part in selection.times for times in part]
 
     return run

@@ -21,23 +21,23 @@ def test_counts_and_expected_weights_are_those_computed_by_hand(make_shard, appl
     captions = [["A dog, running."], ["dog", "a dog"], ["hot dog"], ["dog and cat"], ["CAT"], ["catalogue"], ["bird"]]
     shard = make_shard([{"captions": texts} for texts in captions])
     curated = apply(shard, f"balance:concepts={concepts('dog', 'cat', 'Hot Dog', 'fish')},cap=1")
-    verdict = curated.steps[0].verdict
+    result = curated.steps[0].result
     # dog matches 4 samples (p 1/4), cat 2 (1/2), hot dog 1 (1): 1 - (1 - p)(1 - q)
-    assert verdict.weights.tolist() == pytest.approx([1 / 4, 1 / 4, 1, 1 - 3 / 4 * 1 / 2, 1 / 2, 0, 0], abs=1e-12)
-    assert list(verdict.curve) == [
+    assert result.weights.tolist() == pytest.approx([1 / 4, 1 / 4, 1, 1 - 3 / 4 * 1 / 2, 1 / 2, 0, 0], abs=1e-12)
+    assert list(result.curve) == [
         {"concept": "dog", "matches": 4, "expected": pytest.approx(1 / 4 + 1 / 4 + 1 + 5 / 8)},
         {"concept": "cat", "matches": 2, "expected": pytest.approx(5 / 8 + 1 / 2)},
         {"concept": "hot dog", "matches": 1, "expected": pytest.approx(1)},
     ]
-    record = verdict.record
+    record = result.record
     assert (record["concepts_given"], record["concepts_matched"], record["concepts_above_cap"]) == (4, 3, 2)
     assert record["samples_matched"] == 5
-    assert verdict.why(3) == "0.62 · cat (2)"
-    assert verdict.why(6) == "matches no concept"
+    assert result.why(3) == "0.62 · cat (2)"
+    assert result.why(6) == "matches no concept"
 
 
-def test_the_drawn_number_is_within_binomial_bounds(make_shard, make_picture, apply, concepts):
-    image = make_picture(0)
+def test_the_drawn_number_is_within_binomial_bounds(make_shard, make_image, apply, concepts):
+    image = make_image(0)
     captions = [["dog"]] * 2000 + [["dog cat"]] * 500 + [["bird"]] * 60
     shard = make_shard([{"captions": texts, "image": image} for texts in captions])
     curated = apply(shard, f"balance:concepts={concepts('dog', 'cat', 'bird')},cap=100")
@@ -50,11 +50,11 @@ def test_the_drawn_number_is_within_binomial_bounds(make_shard, make_picture, ap
     assert other.selection.times[0].tolist() != times.tolist()
 
 
-def test_only_what_is_left_is_counted(make_shard, make_picture, apply, concepts):
-    image = make_picture(0)
+def test_only_what_is_left_is_counted(make_shard, make_image, apply, concepts):
+    image = make_image(0)
     shard = make_shard([{"captions": ["dog"], "image": image}] * 3 + [{"captions": ["dog"]}])
     curated = apply(shard, "exact-duplicates", f"balance:concepts={concepts('dog')},cap=2")
-    assert curated.steps[1].verdict.curve[0]["matches"] == 2
+    assert curated.steps[1].result.curve[0]["matches"] == 2
     assert curated.selection.kept == 2
 
 

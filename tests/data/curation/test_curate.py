@@ -2,9 +2,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm.data.curation.curation_report import curation_page
-from vlm.data.curation.sample_table import Need, scan
-from vlm.data.selection import keep_both, leave_out, read_selection, write_selection
+from vlm.data.curation.curation_report import render_curation_report
+from vlm.data.curation.sample_table import RequiredColumn, scan
+from vlm.data.selection import intersect_selections, read_selection, subtract_selection, write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
 
@@ -25,8 +25,8 @@ def shards(scene_shards):
     return expand_shards(str(scene_shards / "train"))
 
 
-def test_rules_go_one_after_the_other_and_tell_what_they_did(make_shard, make_picture, apply):
-    image = make_picture(0)
+def test_rules_go_one_after_the_other_and_tell_what_they_did(make_shard, make_image, apply):
+    image = make_image(0)
     shard = make_shard([{"image": image}, {"image": image, "captions": ["a dog"]}, {"image": b"x"}, {}])
     first = apply(shard, "exact-duplicates", "words:min=2")
     assert first.selection.times[0].tolist() == [0, 0, 0, 0]
@@ -48,9 +48,9 @@ def test_the_same_seed_gives_the_same_selection_whatever_the_workers(shards, app
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rules=st.lists(st.sampled_from(ALL_RULES), max_size=4), seed=st.integers(0, 3))
-def test_times_multiply_and_counts_agree_for_any_rules(rules, seed, shards, apply):
-    curated = apply(shards, *rules, seed=seed)
+@given(filters=st.lists(st.sampled_from(ALL_RULES), max_size=4), seed=st.integers(0, 3))
+def test_times_multiply_and_counts_agree_for_any_rules(filters, seed, shards, apply):
+    curated = apply(shards, *filters, seed=seed)
     before = 96
     for step in curated.steps:
         assert step.before == before
@@ -59,28 +59,28 @@ def test_times_multiply_and_counts_agree_for_any_rules(rules, seed, shards, appl
         before = step.kept
     assert curated.selection.kept == before
     assert [len(times) for times in curated.selection.times] == [40, 40, 16]
-    assert curated.selection.fingerprint == apply(shards, *rules, seed=seed).selection.fingerprint
+    assert curated.selection.fingerprint == apply(shards, *filters, seed=seed).selection.fingerprint
 
 
 def test_curated_selections_are_written_and_compose(tmp_path, shards, apply):
     one, other = apply(shards, "sample:share=0.5").selection, apply(shards, "sample:share=0.5", seed=1).selection
     write_selection(tmp_path / "one.selection", one)
     one = read_selection(tmp_path / "one.selection")
-    assert keep_both(one, other).kept + leave_out(one, other).kept == one.kept
-    assert [step["step"] for step in keep_both(one, other).lineage] == ["curate", "rule", "and"]
+    assert intersect_selections(one, other).kept + subtract_selection(one, other).kept == one.kept
+    assert [step["step"] for step in intersect_selections(one, other).lineage] == ["curate", "rule", "and"]
 
 
 def test_the_scan_finds_out_only_what_is_asked(shards):
     assert scan(shards, []).table.column_names == ["key", "reason", "bytes"]
-    facts = scan(shards, [Need.CAPTIONS, Need.SIZE])
-    assert set(facts.table.column_names) == {"key", "reason", "bytes", "captions", "width", "height"}
-    assert facts.where(41) == (shards[1], 1)
-    assert (facts.areas == 32 * 32).all()
-    places, languages, texts = facts.captions(["de"])
+    sample_table = scan(shards, [RequiredColumn.CAPTIONS, RequiredColumn.SIZE])
+    assert set(sample_table.table.column_names) == {"key", "reason", "bytes", "captions", "width", "height"}
+    assert sample_table.where(41) == (shards[1], 1)
+    assert (sample_table.areas == 32 * 32).all()
+    positions, languages, texts = sample_table.captions(["de"])
     assert set(languages.to_pylist()) == {"de"}
-    assert len(places) == len(texts) > 0
-    assert places.max() > 80
-    assert (places[1:] >= places[:-1]).all()
+    assert len(positions) == len(texts) > 0
+    assert positions.max() > 80
+    assert (positions[1:] >= positions[:-1]).all()
 
 
 def test_a_cut_tar_and_a_tar_given_twice_are_refused(tmp_path, make_shard, apply):
@@ -94,9 +94,9 @@ def test_a_cut_tar_and_a_tar_given_twice_are_refused(tmp_path, make_shard, apply
         apply(str(copy))
 
 
-def test_the_page_shows_what_was_dropped_and_why(make_shard, make_picture, apply):
-    samples = [{"image": make_picture(0), "captions": ["<b>a dog"]}] * 2 + [{"image": b"x"}]
-    page = curation_page(apply(make_shard(samples), "words:min=1", "exact-duplicates"), title="a & b")
+def test_the_page_shows_what_was_dropped_and_why(make_shard, make_image, apply):
+    samples = [{"image": make_image(0), "captions": ["<b>a dog"]}] * 2 + [{"image": b"x"}]
+    page = render_curation_report(apply(make_shard(samples), "words:min=1", "exact-duplicates"), title="a & b")
     assert "a &amp; b" in page
     assert "&lt;b&gt;a dog" in page
     assert "Nothing was dropped." in page

@@ -28,45 +28,47 @@ ALIKE = {
 SHARDS_OF_ALIKE = ["train-00003", "train-00004", "train-00006", "train-00008", "val-00001"]
 
 
-def encoded(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
+def encoded(source_image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **({"quality": 90} | options if kind != "PNG" else options))
+    source_image.save(file, kind, **({"quality": 90} | options if kind != "PNG" else options))
     return file.getvalue()
 
 
-def cut(picture: Image.Image, share: float) -> Image.Image:
-    across, down = round(picture.width * share / 2), round(picture.height * share / 2)
-    return picture.crop((across, down, picture.width - across, picture.height - down))
+def cut(source_image: Image.Image, share: float) -> Image.Image:
+    across, down = round(source_image.width * share / 2), round(source_image.height * share / 2)
+    return source_image.crop((across, down, source_image.width - across, source_image.height - down))
 
 
-def scaled(picture: Image.Image, times: float) -> Image.Image:
-    return picture.resize((round(picture.width * times), round(picture.height * times)), Image.Resampling.LANCZOS)
+def scaled(source_image: Image.Image, times: float) -> Image.Image:
+    return source_image.resize(
+        (round(source_image.width * times), round(source_image.height * times)), Image.Resampling.LANCZOS
+    )
 
 
 COPIES: dict[str, Callable[[Image.Image], bytes]] = {
-    "quality 50": lambda picture: encoded(picture, quality=50),
-    "quality 85": lambda picture: encoded(picture, quality=85),
-    "webp": lambda picture: encoded(picture, "WEBP", quality=80),
-    "png": lambda picture: encoded(picture, "PNG"),
-    "half": lambda picture: encoded(scaled(picture, 0.5)),
-    "larger": lambda picture: encoded(scaled(picture, 1.7)),
-    "brighter": lambda picture: encoded(ImageEnhance.Brightness(picture).enhance(1.03)),
-    "darker by 5%": lambda picture: encoded(ImageEnhance.Brightness(picture).enhance(0.95)),
-    "more contrast": lambda picture: encoded(ImageEnhance.Contrast(picture).enhance(1.03)),
-    "cut by 2%": lambda picture: encoded(cut(picture, 0.02)),
+    "quality 50": lambda source_image: encoded(source_image, quality=50),
+    "quality 85": lambda source_image: encoded(source_image, quality=85),
+    "webp": lambda source_image: encoded(source_image, "WEBP", quality=80),
+    "png": lambda source_image: encoded(source_image, "PNG"),
+    "half": lambda source_image: encoded(scaled(source_image, 0.5)),
+    "larger": lambda source_image: encoded(scaled(source_image, 1.7)),
+    "brighter": lambda source_image: encoded(ImageEnhance.Brightness(source_image).enhance(1.03)),
+    "darker by 5%": lambda source_image: encoded(ImageEnhance.Brightness(source_image).enhance(0.95)),
+    "more contrast": lambda source_image: encoded(ImageEnhance.Contrast(source_image).enhance(1.03)),
+    "cut by 2%": lambda source_image: encoded(cut(source_image, 0.02)),
 }
 OTHERS: dict[str, Callable[[Image.Image], bytes]] = {
-    "mirrored": lambda picture: encoded(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
-    "cut by 20%": lambda picture: encoded(cut(picture, 0.2)),
-    "grey": lambda picture: encoded(picture.convert("L").convert("RGB")),
-    "red and blue swapped": lambda picture: encoded(Image.merge("RGB", picture.split()[::-1])),
+    "mirrored": lambda source_image: encoded(source_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+    "cut by 20%": lambda source_image: encoded(cut(source_image, 0.2)),
+    "grey": lambda source_image: encoded(source_image.convert("L").convert("RGB")),
+    "red and blue swapped": lambda source_image: encoded(Image.merge("RGB", source_image.split()[::-1])),
 }
 NEED_COLOUR = {"grey", "red and blue swapped"}
 
 
-def is_colourful(picture: Image.Image) -> bool:
-    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float64)
-    return float(np.abs(np.asarray(picture) - grey).mean()) > 10
+def is_colourful(source_image: Image.Image) -> bool:
+    grey = np.asarray(source_image.convert("L").convert("RGB"), dtype=np.float64)
+    return float(np.abs(np.asarray(source_image) - grey).mean()) > 10
 
 
 def photos_of(name, datasets, every) -> dict[str, bytes]:
@@ -93,10 +95,12 @@ def test_all_planted_duplicates_are_found_and_no_near_miss(name, every, datasets
     assert {key for pair in ALIKE[name] for key in pair} <= set(photos)
     samples = [{"key": key, "image": image} for key, image in photos.items()]
     for key, image in photos.items():
-        picture = Image.open(io.BytesIO(image)).convert("RGB")
-        copies = {what: make(picture) for what, make in COPIES.items()} | {"bytes": image}
+        source_image = Image.open(io.BytesIO(image)).convert("RGB")
+        copies = {what: make(source_image) for what, make in COPIES.items()} | {"bytes": image}
         others = {
-            what: make(picture) for what, make in OTHERS.items() if what not in NEED_COLOUR or is_colourful(picture)
+            what: make(source_image)
+            for what, make in OTHERS.items()
+            if what not in NEED_COLOUR or is_colourful(source_image)
         }
         for what, data in copies.items():
             samples.append({"key": f"{key} copy {what}", "image": data})
@@ -104,16 +108,16 @@ def test_all_planted_duplicates_are_found_and_no_near_miss(name, every, datasets
             samples.append({"key": f"{key} other {what}", "image": data})
     curated = apply(make_shard(samples), "near-duplicates")
     keys = [sample["key"] for sample in samples]
-    verdict = curated.steps[0].verdict
-    assert verdict.twins is not None
-    kept = {place: place if twin < 0 else int(twin) for place, twin in enumerate(verdict.twins)}
+    result = curated.steps[0].result
+    assert result.duplicates_of is not None
+    kept = {position: position if twin < 0 else int(twin) for position, twin in enumerate(result.duplicates_of)}
     groups: dict[int, set[str]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(kept[place], set()).add(key)
+    for position, key in enumerate(keys):
+        groups.setdefault(kept[position], set()).add(key)
     expected = [{key, *(f"{key} copy {what}" for what in [*COPIES, "bytes"])} for key in photos]
     found = sorted(map(sorted, (group for group in groups.values() if len(group) > 1)))
     assert found == sorted(map(sorted, expected))
-    assert all(keys[place].endswith("larger") for place in groups if len(groups[place]) > 1)
+    assert all(keys[position].endswith("larger") for position in groups if len(groups[position]) > 1)
 
 
 @pytest.mark.parametrize("what", COPIES)
@@ -125,9 +129,9 @@ def test_a_copy_is_found_without_other_copies_that_lead_to_it(name, every, what,
     }
     samples = [{"key": key, "image": image} for key, image in (photos | copies).items()]
     step = apply(make_shard(samples), "near-duplicates").steps[0]
-    assert step.verdict.twins is not None
-    found = {frozenset((place, int(twin))) for place, twin in enumerate(step.verdict.twins) if twin >= 0}
-    assert found == {frozenset((place, place + len(photos))) for place in range(len(photos))}
+    assert step.result.duplicates_of is not None
+    found = {frozenset((position, int(twin))) for position, twin in enumerate(step.result.duplicates_of) if twin >= 0}
+    assert found == {frozenset((position, position + len(photos))) for position in range(len(photos))}
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from vlm.data.curation.caption_filters import script_share
-from vlm.data.curation.filter import parse_rule
-from vlm.data.curation.pipeline import RULES, listed_rules
+from vlm.data.curation.filter import parse_filter
+from vlm.data.curation.pipeline import FILTERS, list_filters
 from vlm.errors import UsageError
 
 
@@ -11,15 +11,15 @@ def captioned(*captions):
     return [{"captions": list(texts) if isinstance(texts, tuple) else texts} for texts in captions]
 
 
-def test_size_looks_at_the_shorter_side_for_min_and_the_longer_for_max(make_shard, make_picture, times_by):
+def test_size_looks_at_the_shorter_side_for_min_and_the_longer_for_max(make_shard, make_image, times_by):
     sizes = [(40, 30), (30, 40), (30, 29), (100, 30)]
-    shard = make_shard([{"image": make_picture(n, size=size)} for n, size in enumerate(sizes)])
+    shard = make_shard([{"image": make_image(n, size=size)} for n, size in enumerate(sizes)])
     assert times_by(shard, "size:min=30") == [1, 1, 0, 1]
     assert times_by(shard, "size:min=30,max=40") == [1, 1, 0, 0]
 
 
-def test_aspect_drops_the_long_and_narrow(make_shard, make_picture, times_by):
-    shard = make_shard([{"image": make_picture(n, size=size)} for n, size in enumerate([(90, 30), (30, 91), (30, 30)])])
+def test_aspect_drops_the_long_and_narrow(make_shard, make_image, times_by):
+    shard = make_shard([{"image": make_image(n, size=size)} for n, size in enumerate([(90, 30), (30, 91), (30, 30)])])
     assert times_by(shard, "aspect:max=3") == [1, 0, 1]
 
 
@@ -63,27 +63,27 @@ def test_no_caption_is_kept_more_often_than_asked(make_shard, times_by):
     assert times_by(shard, "repeated-caption:max=3") == times.tolist()
 
 
-def test_exact_duplicates_keep_the_first(make_shard, make_picture, times_by):
-    pictures = [make_picture(number) for number in (0, 1, 0, 2, 1, 0)]
-    shard = make_shard([{"image": image} for image in pictures])
+def test_exact_duplicates_keep_the_first(make_shard, make_image, times_by):
+    images = [make_image(number) for number in (0, 1, 0, 2, 1, 0)]
+    shard = make_shard([{"image": image} for image in images])
     assert times_by(shard, "exact-duplicates") == [1, 1, 0, 1, 0, 0]
 
 
-def test_near_duplicates_keep_the_largest(make_shard, make_picture, apply):
+def test_near_duplicates_keep_the_largest(make_shard, make_image, apply):
     small, large = (160, 120), (320, 240)
-    pictures = [make_picture(0, size=small), make_picture(0, size=large), make_picture(1, size=small)]
-    pictures.append(make_picture(0, size=small, kind="PNG"))
-    curated = apply(make_shard([{"image": image} for image in pictures]), "near-duplicates")
+    images = [make_image(0, size=small), make_image(0, size=large), make_image(1, size=small)]
+    images.append(make_image(0, size=small, kind="PNG"))
+    curated = apply(make_shard([{"image": image} for image in images]), "near-duplicates")
     assert curated.selection.times[0].tolist() == [0, 1, 1, 0]
-    verdict = curated.steps[0].verdict
-    assert verdict.twins is not None
-    assert verdict.twins.tolist() == [1, -1, -1, 1]
-    assert verdict.why(0) == "the same picture as s00001"
-    assert (verdict.record["groups"], verdict.record["largest_group"]) == (1, 3)
+    result = curated.steps[0].result
+    assert result.duplicates_of is not None
+    assert result.duplicates_of.tolist() == [1, -1, -1, 1]
+    assert result.why(0) == "the same picture as s00001"
+    assert (result.record["groups"], result.record["largest_group"]) == (1, 3)
 
 
-def test_a_share_is_drawn_and_a_weight_repeats(make_shard, make_picture, times_by):
-    shard = make_shard([{"image": make_picture(0)}] * 400)
+def test_a_share_is_drawn_and_a_weight_repeats(make_shard, make_image, times_by):
+    shard = make_shard([{"image": make_image(0)}] * 400)
     drawn = times_by(shard, "sample:share=0.25")
     assert set(drawn) == {0, 1}
     assert 65 <= sum(drawn) <= 135
@@ -91,23 +91,23 @@ def test_a_share_is_drawn_and_a_weight_repeats(make_shard, make_picture, times_b
     assert times_by(shard, "weight:times=2", "weight:times=3") == [6] * 400
 
 
-def test_decontamination_drops_what_the_evaluation_set_holds(make_shard, make_picture, apply):
+def test_decontamination_drops_what_the_evaluation_set_holds(make_shard, make_image, apply):
     train = make_shard(
         [
-            {"image": make_picture(0, size=(160, 120))},
-            {"image": make_picture(1, size=(320, 240))},
-            {"image": make_picture(2)},
+            {"image": make_image(0, size=(160, 120))},
+            {"image": make_image(1, size=(320, 240))},
+            {"image": make_image(2)},
         ]
     )
-    held = make_shard([{"image": make_picture(n, size=(160, 120))} for n in (0, 1, 3)], name="val.tar")
+    held = make_shard([{"image": make_image(n, size=(160, 120))} for n in (0, 1, 3)], name="val.tar")
     curated = apply(train, f"decontaminate:against={held}")
     assert curated.selection.times[0].tolist() == [0, 0, 1]
-    record = curated.steps[0].verdict.record
+    record = curated.steps[0].result.record
     assert (record["same_files"], record["same_pictures"], record["same_embeddings"]) == (1, 1, 0)
 
 
-def test_usable_finds_what_only_decoding_shows(make_shard, make_picture, apply):
-    whole = make_picture(0, size=(200, 200))
+def test_usable_finds_what_only_decoding_shows(make_shard, make_image, apply):
+    whole = make_image(0, size=(200, 200))
     shard = make_shard([{"image": whole}, {"image": whole[: len(whole) // 2]}, {"image": b"no picture"}])
     assert apply(shard, "size:min=10").corrupt == {"unreadable picture": 1}
     curated = apply(shard, "usable")
@@ -137,10 +137,10 @@ def test_usable_finds_what_only_decoding_shows(make_shard, make_picture, apply):
 )
 def test_a_rule_given_wrongly_is_refused_with_the_cure(text, expected):
     with pytest.raises(UsageError, match=f"(?s){expected}"):
-        parse_rule(text, RULES)
+        parse_filter(text, FILTERS)
 
 
 def test_a_rule_is_shown_as_it_was_written():
-    assert parse_rule("language:any=en+de", RULES).shown() == "language:any=en+de,script=0.5"
-    assert parse_rule("decontaminate:against={a,b}.tar,distance=4", RULES).parameters.against == "{a,b}.tar"
-    assert len(listed_rules().splitlines()) == len(RULES)
+    assert parse_filter("language:any=en+de", FILTERS).shown() == "language:any=en+de,script=0.5"
+    assert parse_filter("decontaminate:against={a,b}.tar,distance=4", FILTERS).parameters.against == "{a,b}.tar"
+    assert len(list_filters().splitlines()) == len(FILTERS)

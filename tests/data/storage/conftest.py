@@ -11,10 +11,10 @@ from tests.data.storage.faulty import FaultyServer, folder_answer, proxy_answer,
 from vlm.data import shard_cache
 from vlm.data.shard_cache import ShardCache
 from vlm.storage import remote
-from vlm.storage.remote import Patience
+from vlm.storage.remote import RetryPolicy
 
 BUCKET = "pictures"
-QUICK = Patience(attempts=4, seconds=20, first_wait=0.01, longest_wait=0.05)
+QUICK = RetryPolicy(attempts=4, seconds=20, first_wait=0.01, longest_wait=0.05)
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def faulty_server(served) -> Iterator[FaultyServer]:
 def make_cache(tmp_path):
     """Caches that give up soon; those of the same name share a folder."""
 
-    def make(max_bytes: int = 1 << 30, *, name: str = "cache", patience: Patience = QUICK) -> ShardCache:
-        return ShardCache(tmp_path / name, max_bytes, patience)
+    def make(max_bytes: int = 1 << 30, *, name: str = "cache", retry_policy: RetryPolicy = QUICK) -> ShardCache:
+        return ShardCache(tmp_path / name, max_bytes, retry_policy)
 
     return make
 
 
 @pytest.fixture
-def write_shards(make_picture):
+def write_shards(make_image):
     """Write `number` shards of `samples` each into a folder, each picture with so many bytes after it; their names."""
 
     def write(folder: Path, number: int, *, samples: int = 4, padding: int = 0) -> list[str]:
@@ -51,8 +51,8 @@ def write_shards(make_picture):
         for place, name in enumerate(names):
             members: list[tuple[str, bytes]] = []
             for sample in range(samples):
-                key, picture = f"{place}-{sample}", make_picture(place * samples + sample)
-                members += [(f"{key}.jpg", picture + bytes(padding)), (f"{key}.txt", f"c{sample}".encode())]
+                key, image = f"{place}-{sample}", make_image(place * samples + sample)
+                members += [(f"{key}.jpg", image + bytes(padding)), (f"{key}.txt", f"c{sample}".encode())]
             with tarfile.open(folder / name, "w") as tar:
                 for member, data in members:
                     entry = tarfile.TarInfo(member)
@@ -66,7 +66,7 @@ def write_shards(make_picture):
 @pytest.fixture(autouse=True)
 def fresh_memory() -> None:
     """No test knows of files another one saw."""
-    remote.forget_identities()
+    remote.clear_identity_cache()
     shard_cache._manifest_files.cache_clear()
 
 

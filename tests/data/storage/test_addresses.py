@@ -4,19 +4,17 @@ from vlm.data.shards import expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError
 from vlm.storage import urls
-from vlm.storage.urls import base_name, is_compressed, is_remote, local_path, needs_cache, neighbour
+from vlm.storage.urls import is_compressed, is_remote, local_path, needs_cache, sibling_url, url_basename
+
+
+@pytest.mark.parametrize("url", ["http://h/a.tar", "https://h/a.tar", "s3://b/a.tar", "gs://b/a.tar", "hf://x/a.tar"])
+def test_allowed_protocols_are_remote(url):
+    assert is_remote(url)
+    assert needs_cache(url)
 
 
 @pytest.mark.parametrize(
-    "address", ["http://h/a.tar", "https://h/a.tar", "s3://b/a.tar", "gs://b/a.tar", "hf://x/a.tar"]
-)
-def test_allowed_protocols_are_remote(address):
-    assert is_remote(address)
-    assert needs_cache(address)
-
-
-@pytest.mark.parametrize(
-    "address",
+    "url",
     [
         "pipe:cat /etc/passwd",
         "pipe://cat.tar",
@@ -30,18 +28,18 @@ def test_allowed_protocols_are_remote(address):
         "HDFS://host/a.tar",
     ],
 )
-def test_other_protocols_are_refused_by_name(address):
+def test_other_protocols_are_refused_by_name(url):
     for use in (expand_shards, ShardReader):
         with pytest.raises(UsageError, match=r"(?i)The protocol '\w+' of .*http://, https://, s3://"):
-            use(address)
+            use(url)
 
 
 def test_files_of_this_machine_stay_local_whatever_their_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data:2024.tar").touch()
     (tmp_path / "ftp:old").mkdir()
-    for address in ("data:2024.tar", "ftp:old/a.tar", "/data/a.tar", "file:///data/a.tar", "train:1.tar", "C:/a.tar"):
-        assert not is_remote(address)
+    for url in ("data:2024.tar", "ftp:old/a.tar", "/data/a.tar", "file:///data/a.tar", "train:1.tar", "C:/a.tar"):
+        assert not is_remote(url)
     assert local_path("file:///data/a%20b.tar") == "/data/a b.tar"
     assert expand_shards(f"file://{tmp_path}/data:2024.tar") == [f"{tmp_path}/data:2024.tar"]
 
@@ -53,11 +51,11 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch):
 
 
 def test_the_parts_of_web_addresses_end_at_their_query():
-    address = "https://host/a/B.TAR.GZ?key=1/2.tar"
-    assert base_name(address) == "B.TAR.GZ"
-    assert is_compressed(address)
-    assert neighbour(address, "manifest.json") == "https://host/a/manifest.json"
-    assert base_name("s3://bucket/a?b.tar") == "a?b.tar"
+    url = "https://host/a/B.TAR.GZ?key=1/2.tar"
+    assert url_basename(url) == "B.TAR.GZ"
+    assert is_compressed(url)
+    assert sibling_url(url, "manifest.json") == "https://host/a/manifest.json"
+    assert url_basename("s3://bucket/a?b.tar") == "a?b.tar"
 
 
 def test_hosts_may_be_numbers_with_colons():

@@ -67,12 +67,12 @@ def test_a_pass_over_more_than_fits_keeps_the_bound_and_loses_nothing(
     if suffix:
         for name in names:
             (served / f"{name}.gz").write_bytes(gzip.compress((served / name).read_bytes()))
-    addresses = [f"{faulty_server.url}/{name}{suffix}" for name in names]
+    urls = [f"{faulty_server.url}/{name}{suffix}" for name in names]
     size = (served / names[0]).stat().st_size
     faulty_server.faults = [Fault(path=f"{names[n]}{suffix}", pause=0.001) for n in range(8)]
     cache = make_cache(int(2.5 * size))
     with Watch(cache.folder) as watch:
-        readers = [ShardReader(address, cache) for address in addresses]
+        readers = [ShardReader(url, cache) for url in urls]
         found = [reader.read(number).key for _ in range(2) for reader in readers for number in range(4)]
     assert found == [f"{place}-{number}" for _ in range(2) for place in range(8) for number in range(4)]
     assert watch.looks > 10
@@ -84,10 +84,10 @@ def test_the_least_recently_used_shard_goes_first(faulty_server, served, write_s
     names = write_shards(served, 4)
     size = (served / names[0]).stat().st_size
     cache = make_cache(int(3.7 * size))
-    addresses = [f"{faulty_server.url}/{name}" for name in names]
-    for address in (*addresses[:3], addresses[0], addresses[3]):
-        cache.local_path(address)
-    assert [cache.touch(address) for address in addresses] == [True, False, True, True]
+    urls = [f"{faulty_server.url}/{name}" for name in names]
+    for url in (*urls[:3], urls[0], urls[3]):
+        cache.local_path(url)
+    assert [cache.touch(url) for url in urls] == [True, False, True, True]
 
 
 def test_a_reader_goes_on_when_its_shard_made_room(faulty_server, served, write_shards, make_cache):
@@ -129,8 +129,8 @@ def test_shards_unpacked_side_by_side_in_too_little_room_all_get_their_turn(
     assert watch.largest <= cache.max_bytes
 
 
-def _read_in_child(addresses, cache, found):
-    readers = [ShardReader(address, cache) for address in addresses]
+def _read_in_child(urls, cache, found):
+    readers = [ShardReader(url, cache) for url in urls]
     found.put([reader.read(number).key for number in range(4) for reader in readers])
 
 
@@ -160,11 +160,11 @@ def test_processes_that_fight_for_too_little_room_all_finish(faulty_server, serv
     names = write_shards(served, 4, padding=20_000)
     size = (served / names[0]).stat().st_size
     cache = make_cache(int(1.5 * size))
-    addresses = [f"{faulty_server.url}/{name}" for name in names]
+    urls = [f"{faulty_server.url}/{name}" for name in names]
     forking = multiprocessing.get_context("fork")
     found = forking.Queue()
     with Watch(cache.folder) as watch:
-        for order in (addresses, addresses[::-1]):
+        for order in (urls, urls[::-1]):
             forking.Process(target=_read_in_child, args=(order, cache, found), daemon=True).start()
         outputs = [found.get(timeout=60) for _ in range(2)]
     assert sorted(outputs[0]) == sorted(outputs[1]) == sorted(f"{s}-{n}" for s in range(4) for n in range(4))
@@ -174,13 +174,13 @@ def test_processes_that_fight_for_too_little_room_all_finish(faulty_server, serv
 def test_what_dead_processes_left_makes_room(faulty_server, served, write_shards, make_cache):
     names = write_shards(served, 2)
     size = (served / names[0]).stat().st_size
-    addresses = [f"{faulty_server.url}/{name}" for name in names]
+    urls = [f"{faulty_server.url}/{name}" for name in names]
     cache = make_cache(int(1.5 * size))
     faulty_server.faults = [Fault(path=names[0], cut=9000), Fault(path=names[0], status=500, times=3)]
     with pytest.raises(VlmError):
-        cache.local_path(addresses[0])
+        cache.local_path(urls[0])
     assert list(cache.folder.glob("*.part"))
-    assert len(read_all(addresses[1], cache)) == 4
+    assert len(read_all(urls[1], cache)) == 4
     assert not list(cache.folder.glob("*.part"))
     assert len(list(cache.folder.glob("[!.]*.lock"))) == 1
 
@@ -203,13 +203,13 @@ def test_a_full_disk_is_told_and_not_taken_for_the_network(
     def refuse(_):
         raise OSError(28, "No space left on device")
 
-    cache, address = make_cache(), f"{faulty_server.url}/{name}"
+    cache, url = make_cache(), f"{faulty_server.url}/{name}"
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(VlmError, match=rf"{address} cannot be kept in the cache at .*No space left.*VLM_CACHE"):
-            cache.local_path(address)
+        with pytest.raises(VlmError, match=rf"{url} cannot be kept in the cache at .*No space left.*VLM_CACHE"):
+            cache.local_path(url)
     assert not faulty_server.gets(f"/{name}")
-    assert cache.local_path(address).is_file()
+    assert cache.local_path(url).is_file()
 
 
 def test_a_cache_that_is_no_folder_is_told(faulty_server, served, write_shards, make_cache, tmp_path):
@@ -242,8 +242,8 @@ def test_the_environment_names_the_default_cache(monkeypatch, tmp_path):
 def test_threads_of_one_process_share_a_download(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
     faulty_server.faults = [Fault(path=name, pause=0.01)]
-    cache, address, found = make_cache(), f"{faulty_server.url}/{name}", []
-    threads = [threading.Thread(target=lambda: found.append(cache.local_path(address))) for _ in range(5)]
+    cache, url, found = make_cache(), f"{faulty_server.url}/{name}", []
+    threads = [threading.Thread(target=lambda: found.append(cache.local_path(url))) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:

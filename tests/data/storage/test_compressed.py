@@ -32,13 +32,13 @@ def packed(served, write_shards):
 def test_compressed_shards_hold_the_same_samples(faulty_server, served, packed, make_cache, suffix, place):
     plain, data, write = packed
     name = write(gzip.compress(data), f"x{suffix}")
-    address = f"{faulty_server.url}/{name}" if place == "remote" else str(served / name)
+    url = f"{faulty_server.url}/{name}" if place == "remote" else str(served / name)
     faulty_server.faults = [Fault(path=name, cut=1000), Fault(path=name, status=500)]
     cache = make_cache()
-    assert expand_shards(address) == [address]
-    assert count_samples([address], cache=cache) == [4]
-    assert read_all(address, cache) == read_all(str(served / plain))
-    assert open_index(address, cache).fingerprint == shards_fingerprint_of(served / plain)
+    assert expand_shards(url) == [url]
+    assert count_samples([url], cache=cache) == [4]
+    assert read_all(url, cache) == read_all(str(served / plain))
+    assert open_index(url, cache).fingerprint == shards_fingerprint_of(served / plain)
     if place == "remote":
         assert [seen.start for seen in faulty_server.gets(name)] == [None, 1000, 1000]
 
@@ -50,62 +50,62 @@ def shards_fingerprint_of(path) -> str:
 def test_the_default_cache_serves_readers_that_name_none(served, packed, monkeypatch, tmp_path):
     plain, data, write = packed
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "mine"))
-    address = str(served / write(gzip.compress(data)))
-    assert read_all(address) == read_all(str(served / plain))
-    assert shards_fingerprint([address]) == shards_fingerprint([str(served / plain)])
+    url = str(served / write(gzip.compress(data)))
+    assert read_all(url) == read_all(str(served / plain))
+    assert shards_fingerprint([url]) == shards_fingerprint([str(served / plain)])
     assert len(list((tmp_path / "mine").glob("*.tar"))) == 1
 
 
 def test_files_of_several_gzip_members_and_padding_are_read_through(served, packed, make_cache):
     _, data, write = packed
     parts = [gzip.compress(data[start : start + 5000]) for start in range(0, len(data), 5000)]
-    address = str(served / write(b"".join(parts) + bytes(700)))
+    url = str(served / write(b"".join(parts) + bytes(700)))
     cache = make_cache()
-    assert cache.local_path(address).read_bytes() == data
-    assert open_index(address, cache).damage == ""
+    assert cache.local_path(url).read_bytes() == data
+    assert open_index(url, cache).damage == ""
 
 
 def test_a_gzip_cut_short_keeps_what_is_whole_and_says_so(served, packed, make_cache):
     _, data, write = packed
     compressed = gzip.compress(data)
-    address = str(served / write(compressed[: len(compressed) // 2]))
+    url = str(served / write(compressed[: len(compressed) // 2]))
     cache = make_cache()
     with pytest.raises(VlmError, match=r"damaged: its gzip is cut short at byte .*--allow-damage"):
-        count_samples([address], cache=cache)
-    assert 1 <= count_samples([address], allow_damage=True, cache=cache)[0] < 4
-    assert ShardReader(address, cache).read(0).key == "0-0"
+        count_samples([url], cache=cache)
+    assert 1 <= count_samples([url], allow_damage=True, cache=cache)[0] < 4
+    assert ShardReader(url, cache).read(0).key == "0-0"
 
 
 def test_flipped_bytes_in_a_gzip_are_damage_even_if_the_tar_looks_whole(served, packed, make_cache):
     _, data, write = packed
     compressed = bytearray(gzip.compress(data))
     compressed[-6] ^= 1  # in the checksum at its end
-    address = str(served / write(bytes(compressed)))
+    url = str(served / write(bytes(compressed)))
     cache = make_cache()
-    assert "incorrect data check" in open_index(address, cache).damage
-    assert cache.local_path(address).read_bytes() == data[:-1]  # zlib gives no last byte without its check
-    assert count_samples([address], allow_damage=True, cache=cache) == [4]
+    assert "incorrect data check" in open_index(url, cache).damage
+    assert cache.local_path(url).read_bytes() == data[:-1]  # zlib gives no last byte without its check
+    assert count_samples([url], allow_damage=True, cache=cache) == [4]
 
 
 @pytest.mark.parametrize("content", [b"never a gzip" * 100, b"", gzip.compress(b"x" * 1000, mtime=0)[:10]])
 def test_what_is_no_gzip_is_refused(served, packed, make_cache, content):
     *_, write = packed
-    address = str(served / write(content))
+    url = str(served / write(content))
     cache = make_cache()
     with pytest.raises(VlmError, match=r"0\.tar\.gz is no gzip, or damaged from the start"):
-        open_index(address, cache)
+        open_index(url, cache)
     assert not list(cache.folder.glob("*.part"))
 
 
 def test_bombs_are_refused_by_their_ratio_and_by_the_bound(served, packed, make_cache):
     *_, write = packed
-    address = str(served / write(gzip.compress(bytes(64 << 20))))
+    url = str(served / write(gzip.compress(bytes(64 << 20))))
     cache = make_cache()
     with pytest.raises(VlmError, match="more than 100 times its size"):
-        open_index(address, cache)
+        open_index(url, cache)
     small = make_cache(1 << 20, name="small")
     with pytest.raises(UsageError, match=r"00\.tar\.gz has [\d,]+ bytes, but the cache .* may hold 1,048,576"):
-        open_index(address, small)
+        open_index(url, small)
     for folder in (cache.folder, small.folder):
         assert not [path for path in folder.iterdir() if path.suffix in (".part", ".tar")]
 
@@ -158,5 +158,5 @@ def test_a_tar_of_many_equal_bytes_is_no_bomb(served, packed, make_cache):
         entry = tarfile.TarInfo("a.png")
         entry.size = 8 << 20
         tar.addfile(entry, io.BytesIO(bytes(entry.size)))
-    address = str(served / write(gzip.compress(file.getvalue())))
-    assert len(open_index(address, make_cache(64 << 20))) == 1
+    url = str(served / write(gzip.compress(file.getvalue())))
+    assert len(open_index(url, make_cache(64 << 20))) == 1

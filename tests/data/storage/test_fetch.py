@@ -11,8 +11,8 @@ from tests.data.storage.faulty import Fault
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
-from vlm.files import sha256_of
-from vlm.storage.remote import Patience, forget_identities
+from vlm.files import sha256_file
+from vlm.storage.remote import RetryPolicy, clear_identity_cache
 
 FAULTS = {
     "none": [],
@@ -28,8 +28,8 @@ FAULTS = {
 }
 
 
-def read_all(address, cache=None):
-    reader = ShardReader(address, cache)
+def read_all(url, cache=None):
+    reader = ShardReader(url, cache)
     samples = [reader.read(number) for number in range(len(reader))]
     reader.close()
     return samples
@@ -58,28 +58,28 @@ def test_after_a_cut_only_the_rest_is_asked_for(faulty_server, served, write_sha
 
 def test_giving_up_names_address_cause_attempts_and_cure(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
-    address = f"{faulty_server.url}/{name}"
+    url = f"{faulty_server.url}/{name}"
     faulty_server.faults = [Fault(path=name, cut=5000), Fault(path=name, status=503, times=10)]
-    with pytest.raises(VlmError, match=rf"{address} cannot be read: .*503.*after 4 attempts.*run again: .* kept"):
-        make_cache().local_path(address)
+    with pytest.raises(VlmError, match=rf"{url} cannot be read: .*503.*after 4 attempts.*run again: .* kept"):
+        make_cache().local_path(url)
     assert [seen.start for seen in faulty_server.gets(name)] == [None, 5000, 5000, 5000]
     faulty_server.faults.clear()
-    make_cache().local_path(address)
+    make_cache().local_path(url)
     assert faulty_server.gets(name)[-1].start == 5000
 
 
 def test_giving_up_counts_time_too(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
     faulty_server.faults = [Fault(path=name, methods=("GET", "HEAD"), status=500, times=1000)]
-    patience = Patience(attempts=1000, seconds=0.2, first_wait=0.02, longest_wait=0.02)
+    retry_policy = RetryPolicy(attempts=1000, seconds=0.2, first_wait=0.02, longest_wait=0.02)
     with pytest.raises(VlmError, match=r"500.*Given up after \d+ attempts in 0 s"):
-        ShardReader(f"{faulty_server.url}/{name}", make_cache(patience=patience))
+        ShardReader(f"{faulty_server.url}/{name}", make_cache(retry_policy=retry_policy))
 
 
 def test_a_server_that_is_not_there_is_named(make_cache, free_port):
-    address = f"http://127.0.0.1:{free_port()}/0.tar"
-    with pytest.raises(VlmError, match=f"{address} cannot be read: .*Connect.*Given up after 4 attempts"):
-        ShardReader(address, make_cache())
+    url = f"http://127.0.0.1:{free_port()}/0.tar"
+    with pytest.raises(VlmError, match=f"{url} cannot be read: .*Connect.*Given up after 4 attempts"):
+        ShardReader(url, make_cache())
 
 
 @pytest.mark.parametrize(
@@ -105,49 +105,49 @@ ShardCache(Path(sys.argv[1]), 1 << 30).local_path(sys.argv[2])
 
 def test_a_killed_fetch_is_resumed(faulty_server, served, write_shards, make_cache, wait_for):
     (name,) = write_shards(served, 1, padding=50_000)
-    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    url, cache = f"{faulty_server.url}/{name}", make_cache()
     faulty_server.faults = [Fault(path=name, pause=0.05)]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(cache.folder), address])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(cache.folder), url])
     wait_for(lambda: any(part.stat().st_size > 20_000 for part in cache.folder.glob("*.part")))
     process.send_signal(signal.SIGKILL)
     process.wait()
     (part,) = cache.folder.glob("*.part")
     have = part.stat().st_size
-    assert cache.local_path(address).read_bytes() == (served / name).read_bytes()
+    assert cache.local_path(url).read_bytes() == (served / name).read_bytes()
     assert [seen.start for seen in faulty_server.gets(name)] == [None, have]
 
 
 def test_a_changed_file_is_fetched_anew(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
-    address, cache = f"{faulty_server.url}/{name}", make_cache()
-    assert len(read_all(address, cache)) == 4
+    url, cache = f"{faulty_server.url}/{name}", make_cache()
+    assert len(read_all(url, cache)) == 4
     write_shards(served, 1, samples=6)
-    assert len(read_all(address, cache)) == 4  # a run sees one version
-    forget_identities()
-    assert read_all(address, cache) == read_all(str(served / name))
+    assert len(read_all(url, cache)) == 4  # a run sees one version
+    clear_identity_cache()
+    assert read_all(url, cache) == read_all(str(served / name))
 
 
 def test_a_half_fetched_file_that_changed_is_not_gone_on_with(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
-    address, cache = f"{faulty_server.url}/{name}", make_cache()
+    url, cache = f"{faulty_server.url}/{name}", make_cache()
     faulty_server.faults = [Fault(path=name, cut=5000), Fault(path=name, status=500, times=3)]
     with pytest.raises(VlmError, match="Given up after 4"):
-        cache.local_path(address)
+        cache.local_path(url)
     os.utime(served / name, ns=(1, 1))
-    forget_identities()
+    clear_identity_cache()
     faulty_server.requests.clear()
-    cache.local_path(address)
+    cache.local_path(url)
     assert [seen.start for seen in faulty_server.gets(name)] == [None]
 
 
 def test_a_file_that_changes_during_a_run_is_refused(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
-    address, cache = f"{faulty_server.url}/{name}", make_cache()
-    reader = ShardReader(address, cache)
+    url, cache = f"{faulty_server.url}/{name}", make_cache()
+    reader = ShardReader(url, cache)
     for path in cache.folder.glob("*.tar"):
         path.unlink()
     os.utime(served / name, ns=(1, 1))
-    with pytest.raises(VlmError, match=rf"{address} changed since it was first looked at .*start again"):
+    with pytest.raises(VlmError, match=rf"{url} changed since it was first looked at .*start again"):
         reader.read(0)
     assert not list(cache.folder.glob("*.part"))
 
@@ -164,19 +164,19 @@ def test_wrong_bytes_are_found_by_their_checksum_and_fetched_again(
     (name,) = write_shards(served, 1)
     name, data = name + suffix, (served / name).read_bytes()
     (served / name).write_bytes(gzip.compress(data) if suffix else data)
-    write_manifest_of(served, name, sha256_of(served / name))
-    address = f"{faulty_server.url}/{name}"
+    write_manifest_of(served, name, sha256_file(served / name))
+    url = f"{faulty_server.url}/{name}"
     faulty_server.faults = [Fault(path=name, flip=3000)]
-    assert make_cache().local_path(address).read_bytes() == data
+    assert make_cache().local_path(url).read_bytes() == data
     assert [seen.start for seen in faulty_server.gets(name)] == [None, None]
 
 
 def test_bytes_that_stay_wrong_are_an_error(faulty_server, served, write_shards, make_cache):
     (name,) = write_shards(served, 1)
     write_manifest_of(served, name, "0" * 64)
-    address, cache = f"{faulty_server.url}/{name}", make_cache()
-    with pytest.raises(VlmError, match=rf"{address} came twice with the checksum \w+, where 0{{64}} .* copy it again"):
-        cache.local_path(address)
+    url, cache = f"{faulty_server.url}/{name}", make_cache()
+    with pytest.raises(VlmError, match=rf"{url} came twice with the checksum \w+, where 0{{64}} .* copy it again"):
+        cache.local_path(url)
     assert not list(cache.folder.glob("*.part"))
     assert not list(cache.folder.glob("*.tar"))
 
@@ -203,8 +203,8 @@ def test_an_index_beside_a_remote_tar_spares_fetching_it(faulty_server, served, 
     for name in names:
         ShardReader(str(served / name)).close()
     os.truncate(served / names[1], (served / names[1]).stat().st_size - 512)  # its index is now of another size
-    addresses = [f"{faulty_server.url}/{name}" for name in names]
-    assert count_samples(addresses, cache=make_cache()) == [4, 4]
+    urls = [f"{faulty_server.url}/{name}" for name in names]
+    assert count_samples(urls, cache=make_cache()) == [4, 4]
     assert not faulty_server.gets(f"/{names[0]}")
     assert faulty_server.gets(f"/{names[1]}")
 
@@ -228,7 +228,7 @@ def test_many_remote_shards_are_counted_together(faulty_server, served, write_sh
     names = write_shards(served, 9, samples=2)
     faulty_server.faults = [Fault(path=names[4], cut=3000), Fault(path=names[7], status=500, methods=("HEAD", "GET"))]
     assert count_samples([f"{faulty_server.url}/{name}" for name in names], cache=make_cache()) == [2] * 9
-    forget_identities()
+    clear_identity_cache()
     (served / names[5]).unlink()
     with pytest.raises(UsageError, match=f"There is no shard .*{names[5]}"):
         count_samples([f"{faulty_server.url}/{name}" for name in names], cache=make_cache())

@@ -8,12 +8,12 @@ import pytest
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_cache import Watch
-from vlm.data.collate import AssembleTraining
+from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Source, open_corpus
-from vlm.data.ledger import Ledger, total_of
+from vlm.data.ledger import Ledger, sum_counts
 from vlm.data.loader import stream_batches
-from vlm.data.sampler import TrainingPlan
-from vlm.data.transforms import RandomView
+from vlm.data.sampler import BatchSampler
+from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
 from vlm.storage import remote
 
@@ -27,15 +27,15 @@ class Lengths:
         return np.array([[len(text)] for text in texts], np.int64)
 
 
-def stream(address, cache, *, workers, epochs=2, window=12):
+def stream(url, cache, *, workers, epochs=2, window=12):
     """Batches of so many epochs as plain values, and their ledger."""
-    corpus = open_corpus([Source(data=address, name="far")], seed=4, window=window, cache=cache)
-    plan = TrainingPlan(order=corpus.order, batch_size=BATCH)
+    corpus = open_corpus([Source(data=url, name="far")], seed=4, window=window, cache=cache)
+    plan = BatchSampler(order=corpus.order, batch_size=BATCH)
     tokenizer: Any = Lengths()
-    assemble = AssembleTraining(plan=plan, view=RandomView(size=8), tokenizer=tokenizer)
+    collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer)
     numbers = range(epochs * corpus.order.num_samples // BATCH)
     ledger, found = Ledger(), []
-    for batch in stream_batches(plan, corpus.shards, assemble, numbers=numbers, workers=workers, cache=cache):
+    for batch in stream_batches(plan, corpus.shards, collate, numbers=numbers, workers=workers, cache=cache):
         ledger.count(batch)
         found.append((batch.keys, batch.captions, batch.images.numpy().tobytes()))
     return found, ledger
@@ -64,7 +64,7 @@ def test_batches_over_http_are_those_of_the_folder_within_the_bound_of_the_cache
         far, ledger = stream(f"{faulty_server.url}/{{00..08}}.tar", cache, workers=workers)
     assert far == near
     assert ledger.to_values() == own.to_values()
-    assert total_of(ledger.by_shard()).seen == 2 * 36
+    assert sum_counts(ledger.by_shard()).seen == 2 * 36
     assert all(fault.times == 0 for fault in faulty_server.faults)
     assert size < watch.largest <= cache.max_bytes
 
@@ -79,7 +79,7 @@ def test_batches_out_of_a_bucket_are_those_of_the_folder(s3, bucket, served, mak
     ]
     far, ledger = stream(f"s3://{BUCKET}/set", make_cache(), workers=2)
     assert far == near
-    assert total_of(ledger.by_shard()).replaced == 0
+    assert sum_counts(ledger.by_shard()).replaced == 0
     assert all(fault.times == 0 for fault in s3.faults)
 
 

@@ -7,7 +7,7 @@ from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 from vlm.storage import remote
-from vlm.storage.remote import Patience
+from vlm.storage.remote import RetryPolicy
 
 
 def test_a_bucket_is_listed(bucket):
@@ -26,27 +26,27 @@ def test_a_bucket_is_listed(bucket):
 def test_faults_of_s3_are_survived_with_the_same_samples(s3, bucket, served, make_cache, monkeypatch, faults):
     monkeypatch.setattr(remote, "BLOCK_BYTES", 5000)
     s3.faults = [Fault(**vars(fault)) for fault in faults]
-    addresses, cache = [f"s3://{BUCKET}/set/{name}" for name in bucket], make_cache()
-    assert count_samples(addresses, cache=cache) == [4, 4, 4]
-    for address, name in zip(addresses, bucket, strict=True):
-        assert read_all(address, cache) == read_all(str(served / name))
+    urls, cache = [f"s3://{BUCKET}/set/{name}" for name in bucket], make_cache()
+    assert count_samples(urls, cache=cache) == [4, 4, 4]
+    for url, name in zip(urls, bucket, strict=True):
+        assert read_all(url, cache) == read_all(str(served / name))
     assert all(fault.times == 0 for fault in s3.faults)
 
 
 def test_what_s3_does_not_have_or_give_is_named(s3, bucket, make_cache):
-    address = f"s3://{BUCKET}/set/{bucket[0]}"
+    url = f"s3://{BUCKET}/set/{bucket[0]}"
     with pytest.raises(UsageError, match=r"There is no shard 's3://pictures/set/9\.tar'"):
         ShardReader(f"s3://{BUCKET}/set/9.tar", make_cache())
     s3.faults = [Fault(path=".tar", status=403, methods=("GET", "HEAD"), times=100)]
-    with pytest.raises(VlmError, match=rf"{address} may not be read: .*check the credentials"):
-        ShardReader(address, make_cache())
+    with pytest.raises(VlmError, match=rf"{url} may not be read: .*check the credentials"):
+        ShardReader(url, make_cache())
 
 
 def test_giving_up_on_s3_names_the_address(s3, bucket, make_cache):
-    address = f"s3://{BUCKET}/set/{bucket[0]}"
-    cache = make_cache(patience=Patience(attempts=1))  # s3fs itself tries each request several times
+    url = f"s3://{BUCKET}/set/{bucket[0]}"
+    cache = make_cache(retry_policy=RetryPolicy(attempts=1))  # s3fs itself tries each request several times
     s3.faults = [Fault(path=".tar", cut=10, times=1000)]
-    with pytest.raises(VlmError, match=rf"{address} cannot be read: .*Given up after 1 attempts"):
-        cache.local_path(address)
+    with pytest.raises(VlmError, match=rf"{url} cannot be read: .*Given up after 1 attempts"):
+        cache.local_path(url)
     s3.faults = []
-    assert len(read_all(address, cache)) == 4
+    assert len(read_all(url, cache)) == 4

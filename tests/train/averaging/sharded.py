@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.leaving import leave_group
-from vlm.train.averaging import RunningMean
+from vlm.train.averaging import EMA
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -25,7 +25,7 @@ def main() -> None:
     undivided = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     # the whole weights stay in memory after a forward pass: a mean put in must reach them all the same
     sharded: Any = fully_shard(copy.deepcopy(undivided), mesh=mesh, reshard_after_forward=False)
-    means = [RunningMean.begin(0.9, network) for network in (sharded, undivided)]
+    means = [EMA.from_network(0.9, network) for network in (sharded, undivided)]
     torch.set_grad_enabled(False)
     for step in range(1, 5):
         for own, parameter in zip(sharded.parameters(), undivided.parameters(), strict=True):
@@ -38,7 +38,7 @@ def main() -> None:
         assert torch.equal(whole(means[0].weights[name]), value), name
     pixels = torch.ones(2, 3)
     before = sharded(pixels)
-    with means[0].applied(sharded), means[1].applied(undivided):
+    with means[0].swapped_in(sharded), means[1].swapped_in(undivided):
         averaged = sharded(pixels)
         assert torch.equal(averaged, undivided(pixels))
     assert torch.equal(sharded(pixels), before)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.models.model import VisionLanguageModel
 from vlm.train.averaging import greedy_soup, interpolate, weighted_soup
@@ -44,7 +44,7 @@ def model(point, *, config=None, size=32, words="pieces"):
         name=str(point),
         network=network,
         config=config or {"embed_dim": 1, "vision_cfg": {"layers": 1, "image_size": 32}},
-        view=FixedView(size=size),
+        view=EvalTransform(size=size),
         tokenizer=Words(words),
     )
 

@@ -27,10 +27,10 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def tensors() -> Callable[[TrainState], dict[str, Any]]:
     """A function from a state to copies of all its tensors by file and name."""
-    from vlm.train.checkpoint.format import tensors_of
+    from vlm.train.checkpoint.format import state_tensors
 
     return lambda state: {
-        f"{file}:{name}": tensor.clone() for file, held in tensors_of(state).items() for name, tensor in held.items()
+        f"{file}:{name}": tensor.clone() for file, held in state_tensors(state).items() for name, tensor in held.items()
     }
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.model import VisionLanguageModel
 from vlm.train.state import TrainState
-from vlm.train.task import Student
+from vlm.train.task import TrainingTask
 
 
 class NoTokenizer(Tokenizer):
@@ -31,7 +31,7 @@ class SmallNetwork(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(rows))))
 
 
-class SmallStudent(Student):
+class SmallTask(TrainingTask):
     """The network and a head; what objectives read of it is not asked here."""
 
     def __init__(self, network: nn.Module, heads: dict[str, nn.Module]) -> None:
@@ -42,16 +42,16 @@ class SmallStudent(Student):
 def small_state(seed: int = 0, *, has_head: bool = True, has_average: bool = True, width: int = 3) -> TrainState:
     torch.manual_seed(seed)
     network = SmallNetwork()
-    student = SmallStudent(network, {"side": nn.Linear(2, width)} if has_head else {})
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    task = SmallTask(network, {"side": nn.Linear(2, width)} if has_head else {})
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
     config = {"embed_dim": 2, "vision_cfg": {"image_size": 8}, "text_cfg": {"context_length": 4}}
     tokenizer = NoTokenizer.__new__(NoTokenizer)
     model = VisionLanguageModel(
-        name="small", network=network, config=config, view=FixedView(size=8), tokenizer=tokenizer
+        name="small", network=network, config=config, view=EvalTransform(size=8), tokenizer=tokenizer
     )
-    state = TrainState(student=student, model=model, optimizer=optimizer, sequence="sequence")
+    state = TrainState(task=task, model=model, optimizer=optimizer, sequence="sequence")
     if has_average:
-        state.average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        state.ema_weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     step(state, torch.randn(6, 4))
     return state
 
@@ -59,16 +59,16 @@ def small_state(seed: int = 0, *, has_head: bool = True, has_average: bool = Tru
 def step(state: TrainState, rows: torch.Tensor) -> float:
     """One step on the rows, all weights included; gives the loss."""
     made = state.network(rows)
-    if state.student.heads:
-        made = torch.cat([made, state.student.heads["side"](made)], dim=1)
+    if state.task.heads:
+        made = torch.cat([made, state.task.heads["side"](made)], dim=1)
     loss = (made - rows.sum(dim=1, keepdim=True)).square().mean()
     loss.backward()
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.position += len(rows)
-    if state.average is not None:
+    if state.ema_weights is not None:
         for name, tensor in state.network.state_dict().items():
-            mean = state.average[name]
+            mean = state.ema_weights[name]
             mean.lerp_(tensor, 0.5) if mean.is_floating_point() else mean.copy_(tensor)
     return float(loss.detach())

@@ -8,115 +8,117 @@ import torch
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import Patience
+from vlm.storage.remote import RetryPolicy
 from vlm.train.checkpoint import remote_checkpoints
 from vlm.train.checkpoint.format import list_checkpoints
 from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
-from vlm.train.checkpoint.remote_checkpoints import Mirror
-from vlm.train.state import Best
+from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
+from vlm.train.state import BestCheckpoint
 
-QUICK = Patience(attempts=3, seconds=5, first_wait=0.01, longest_wait=0.02)
+QUICK = RetryPolicy(attempts=3, seconds=5, first_wait=0.01, longest_wait=0.02)
 
 
 @pytest.fixture(params=["memory", "file", "folder"])
-def mirror(request, tmp_path):
+def remote_store(request, tmp_path):
     unique = uuid.uuid4().hex
     address = {"memory": f"memory://{unique}", "file": f"file://{tmp_path}/copies/", "folder": str(tmp_path / "copies")}
-    return Mirror(address=address[request.param], run="run", patience=QUICK)
+    return RemoteCheckpointStore(address=address[request.param], run="run", retry_policy=QUICK)
 
 
 def copied(writer):
     """Wait until all is copied."""
-    assert writer._uploads
-    writer._uploads.wait()
+    assert writer._uploader
+    writer._uploader.wait()
 
 
-def run_steps(folder, mirror, number, *, keep=2, state=None):
+def run_steps(folder, remote_store, number, *, keep=2, state=None):
     state = state or small_state()
-    with CheckpointWriter(folder, keep=keep, mirror=mirror) as writer:
+    with CheckpointWriter(folder, keep=keep, remote_store=remote_store) as writer:
         for _ in range(number):
-            writer.save(state, ledger=Ledger(), is_regular=True)
+            writer.save(state, ledger=Ledger(), is_scheduled=True)
             writer.wait()
             copied(writer)
             step(state, torch.randn(6, 4))
     return state
 
 
-def test_copies_follow_the_folder_and_a_run_goes_on_from_them_elsewhere(mirror, folder, tmp_path, tensors, capsys):
+def test_copies_follow_the_folder_and_a_run_goes_on_from_them_elsewhere(
+    remote_store, folder, tmp_path, tensors, capsys
+):
     state = small_state()
-    state.best = Best(metric="recall", value=0.5, step=1)
-    run_steps(folder, mirror, 4, state=state)
+    state.best = BestCheckpoint(metric="recall", value=0.5, step=1)
+    run_steps(folder, remote_store, 4, state=state)
     names = [path.name for path in list_checkpoints(folder)]
     assert names == ["step-00000001", "step-00000003", "step-00000004"]
-    assert mirror.names() == names
-    assert [facts.step for facts in mirror.facts().values()] == [1, 3, 4]
+    assert remote_store.names() == names
+    assert [info.step for info in remote_store.infos().values()] == [1, 3, 4]
     own, elsewhere = small_state(5), small_state(6)
     restore_newest(folder, own)
-    assert restore_newest(tmp_path / "elsewhere" / "checkpoints", elsewhere, mirror=mirror)
+    assert restore_newest(tmp_path / "elsewhere" / "checkpoints", elsewhere, remote_store=remote_store)
     assert "Fetching step-00000004" in capsys.readouterr().err
     want, got = tensors(own), tensors(elsewhere)
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert own.to_values() == elsewhere.to_values()
 
 
-def test_a_damaged_checkpoint_comes_back_from_its_copy(folder, mirror, capsys):
-    run_steps(folder, mirror, 2)
+def test_a_damaged_checkpoint_comes_back_from_its_copy(folder, remote_store, capsys):
+    run_steps(folder, remote_store, 2)
     newest = list_checkpoints(folder)[-1]
     (newest / "optimizer.safetensors").write_bytes(b"")
     state = small_state(3)
-    assert restore_newest(folder, state, mirror=mirror)
+    assert restore_newest(folder, state, remote_store=remote_store)
     assert state.step == 2
     assert "trying its copy" in capsys.readouterr().err
     assert restore_newest(folder, small_state(3))
 
 
-def test_a_copy_without_its_last_file_is_none_and_is_cleared_away(folder, mirror):
-    run_steps(folder, mirror, 1)
-    mirror.write("step-00000007/optimizer.safetensors", "half")
-    mirror.write("step-00000008/state.json", '{"step": 8, "gua')
-    assert mirror.names() == ["step-00000001", "step-00000008"]
-    assert restore_newest(folder, small_state(), mirror=mirror)
-    run_steps(folder, mirror, 1, state=small_state())
-    assert list(mirror._files()) == ["step-00000001"]
+def test_a_copy_without_its_last_file_is_none_and_is_cleared_away(folder, remote_store):
+    run_steps(folder, remote_store, 1)
+    remote_store.write("step-00000007/optimizer.safetensors", "half")
+    remote_store.write("step-00000008/state.json", '{"step": 8, "gua')
+    assert remote_store.names() == ["step-00000001", "step-00000008"]
+    assert restore_newest(folder, small_state(), remote_store=remote_store)
+    run_steps(folder, remote_store, 1, state=small_state())
+    assert list(remote_store._files()) == ["step-00000001"]
 
 
 def test_state_json_is_the_last_to_come_and_the_first_to_go(folder, monkeypatch):
-    mirror = Mirror(address=f"memory://{uuid.uuid4().hex}", run="run", patience=QUICK)
+    remote_store = RemoteCheckpointStore(address=f"memory://{uuid.uuid4().hex}", run="run", retry_policy=QUICK)
     calls = []
     kind = type(fsspec.filesystem("memory"))
     for name in ("put_file", "rm_file", "rm"):
         real = getattr(kind, name)
-        place = 2 if name == "put_file" else 1
+        url = 2 if name == "put_file" else 1
 
-        def told(*args, real=real, name=name, place=place, **more):
-            calls.append((name, str(args[place]).rpartition("/")[2]))
+        def told(*args, real=real, name=name, url=url, **more):
+            calls.append((name, str(args[url]).rpartition("/")[2]))
             return real(*args, **more)
 
         monkeypatch.setattr(kind, name, told)
-    run_steps(folder, mirror, 1)
+    run_steps(folder, remote_store, 1)
     puts = [file for name, file in calls if name == "put_file"]
     assert len(puts) == 7
     assert puts[-1] == "state.json"
     calls.clear()
-    mirror.remove("step-00000001")
+    remote_store.remove("step-00000001")
     assert calls[0] == ("rm_file", "state.json")
-    assert mirror.names() == []
+    assert remote_store.names() == []
 
 
 def test_a_failing_address_is_tried_again_then_said_while_training_goes_on(folder, tmp_path, monkeypatch, capsys):
-    mirror = Mirror(address=str(tmp_path / "copies"), run="run", patience=QUICK)
-    tries, real, is_broken = [], remote_checkpoints._open, [True]
+    remote_store = RemoteCheckpointStore(address=str(tmp_path / "copies"), run="run", retry_policy=QUICK)
+    tries, real, is_broken = [], remote_checkpoints._open_filesystem, [True]
 
-    def opened(place):
-        tries.append(place)
+    def opened(url):
+        tries.append(url)
         if is_broken[0]:
             raise ConnectionError("unplugged")
-        return real(place)
+        return real(url)
 
-    monkeypatch.setattr(remote_checkpoints, "_open", opened)
+    monkeypatch.setattr(remote_checkpoints, "_open_filesystem", opened)
     state = small_state()
-    writer = CheckpointWriter(folder, keep=2, mirror=mirror)
-    writer.save(state, ledger=Ledger(), is_regular=True)
+    writer = CheckpointWriter(folder, keep=2, remote_store=remote_store)
+    writer.save(state, ledger=Ledger(), is_scheduled=True)
     writer.wait()
     copied(writer)
     assert len(tries) == 3
@@ -125,19 +127,19 @@ def test_a_failing_address_is_tried_again_then_said_while_training_goes_on(folde
     assert "Training goes on" in said
     step(state, torch.randn(6, 4))
     is_broken[0] = False
-    writer.save(state, ledger=Ledger(), is_regular=True)
+    writer.save(state, ledger=Ledger(), is_scheduled=True)
     writer.close()
-    assert mirror.names() == ["step-00000002"]
+    assert remote_store.names() == ["step-00000002"]
     is_broken[0] = True
-    again = CheckpointWriter(folder, keep=2, mirror=mirror)
-    again.save(state, ledger=Ledger(), is_regular=True)
+    again = CheckpointWriter(folder, keep=2, remote_store=remote_store)
+    again.save(state, ledger=Ledger(), is_scheduled=True)
     with pytest.raises(VlmError, match="copy it by hand"):
         again.close()
 
 
 def test_a_newer_checkpoint_takes_the_place_of_one_that_waits_and_what_is_read_stays(folder, tmp_path, monkeypatch):
-    mirror = Mirror(address=str(tmp_path / "copies"), run="run", patience=QUICK)
-    may_go_on, copied, real = threading.Event(), [], Mirror.upload
+    remote_store = RemoteCheckpointStore(address=str(tmp_path / "copies"), run="run", retry_policy=QUICK)
+    may_go_on, copied, real = threading.Event(), [], RemoteCheckpointStore.upload
 
     def upload(self, checkpoint):
         may_go_on.wait(20)
@@ -145,50 +147,50 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_waits_and_what_is_read_s
         assert checkpoint.is_dir()
         real(self, checkpoint)
 
-    monkeypatch.setattr(Mirror, "upload", upload)
+    monkeypatch.setattr(RemoteCheckpointStore, "upload", upload)
     state = small_state()
-    with CheckpointWriter(folder, keep=1, mirror=mirror) as writer:
+    with CheckpointWriter(folder, keep=1, remote_store=remote_store) as writer:
         for _ in range(4):
-            writer.save(state, ledger=Ledger(), is_regular=True)
+            writer.save(state, ledger=Ledger(), is_scheduled=True)
             writer.wait()
             step(state, torch.randn(6, 4))
         assert [path.name for path in list_checkpoints(folder)] == ["step-00000001", "step-00000004"]
         may_go_on.set()
     assert copied == ["step-00000001", "step-00000004"]
-    assert mirror.names() == ["step-00000004"]
+    assert remote_store.names() == ["step-00000004"]
 
 
 def test_addresses_that_cannot_be_written_to_are_refused():
     with pytest.raises(UsageError, match="cannot be written to"):
-        Mirror(address="https://host/folder", run="run")
+        RemoteCheckpointStore(address="https://host/folder", run="run")
     with pytest.raises(UsageError, match="protocol 'ftp'"):
-        Mirror(address="ftp://host/folder", run="run")
+        RemoteCheckpointStore(address="ftp://host/folder", run="run")
 
 
 def test_unreachable_copies_do_not_hide_the_own_ones_but_nothing_is_begun_anew(folder, tmp_path, monkeypatch, capsys):
-    mirror = Mirror(address=str(tmp_path / "copies"), run="run", patience=QUICK)
+    remote_store = RemoteCheckpointStore(address=str(tmp_path / "copies"), run="run", retry_policy=QUICK)
     run_steps(folder, None, 0)
     with CheckpointWriter(folder, keep=2) as writer:
-        writer.save(small_state(), ledger=Ledger(), is_regular=True)
+        writer.save(small_state(), ledger=Ledger(), is_scheduled=True)
 
-    def refuse(place):
+    def refuse(url):
         raise ConnectionError("unplugged")
 
-    monkeypatch.setattr(remote_checkpoints, "_open", refuse)
-    assert restore_newest(folder, small_state(), mirror=mirror)
+    monkeypatch.setattr(remote_checkpoints, "_open_filesystem", refuse)
+    assert restore_newest(folder, small_state(), remote_store=remote_store)
     assert "going by the checkpoints in" in capsys.readouterr().err
     with pytest.raises(VlmError, match="cannot be listed"):
-        restore_newest(tmp_path / "elsewhere", small_state(), mirror=mirror)
+        restore_newest(tmp_path / "elsewhere", small_state(), remote_store=remote_store)
 
 
 @pytest.mark.slow
 def test_copies_in_s3(s3_bucket, folder, tmp_path):
-    mirror = Mirror(address=f"s3://{s3_bucket}/runs", run="run", patience=QUICK)
-    run_steps(folder, mirror, 3)
-    assert mirror.names() == ["step-00000002", "step-00000003"]
+    remote_store = RemoteCheckpointStore(address=f"s3://{s3_bucket}/runs", run="run", retry_policy=QUICK)
+    run_steps(folder, remote_store, 3)
+    assert remote_store.names() == ["step-00000002", "step-00000003"]
     state = small_state(9)
-    assert restore_newest(tmp_path / "elsewhere", state, mirror=mirror)
+    assert restore_newest(tmp_path / "elsewhere", state, remote_store=remote_store)
     assert state.step == 3
-    absent = Mirror(address="s3://nowhere/runs", run="run", patience=QUICK)
+    absent = RemoteCheckpointStore(address="s3://nowhere/runs", run="run", retry_policy=QUICK)
     with pytest.raises(VlmError, match=r"s3://nowhere/runs/run cannot be written to \(1 attempt\)"):
         absent.upload(list_checkpoints(folder)[-1])

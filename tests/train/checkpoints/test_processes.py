@@ -25,7 +25,7 @@ def read(path):
 def test_two_processes_read_what_one_wrote_and_write_what_one_reads(kind, folder, make_state):
     state = make_state()
     with CheckpointWriter(folder, keep=2) as writer:
-        writer.save(state, ledger=Ledger(num_asked=6), is_regular=True)
+        writer.save(state, ledger=Ledger(num_requested=6), is_scheduled=True)
     words = [sys.executable, "-m", "tests.train.checkpoints.spread", kind, "2", str(folder.parent)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[3])
     assert done.returncode == 0, done.stderr
@@ -38,6 +38,6 @@ def test_two_processes_read_what_one_wrote_and_write_what_one_reads(kind, folder
     again = small_state(seed=12)
     restore_newest(folder.parent / kind, again)
     assert again.step == state.step == 2
-    for name, parameter in state.student.named_parameters():
-        torch.testing.assert_close(again.student.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
+    for name, parameter in state.task.named_parameters():
+        torch.testing.assert_close(again.task.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
     assert read(stepped).keys() == want.keys()

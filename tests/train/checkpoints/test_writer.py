@@ -11,19 +11,19 @@ from vlm.errors import UsageError, VlmError
 from vlm.models.load import WEIGHTS
 from vlm.train.checkpoint import manager
 from vlm.train.checkpoint.format import (
-    Best,
-    Facts,
-    damage_of,
-    improved,
+    BestCheckpoint,
+    CheckpointInfo,
+    find_damage,
     list_checkpoints,
-    remove_leavings,
+    new_best,
+    remove_partial_checkpoints,
     steps_to_remove,
 )
 from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
 
 
-def save(writer, state, *, is_regular=True):
-    writer.save(state, ledger=Ledger(num_asked=state.position), is_regular=is_regular)
+def save(writer, state, *, is_scheduled=True):
+    writer.save(state, ledger=Ledger(num_requested=state.position), is_scheduled=is_scheduled)
 
 
 def steps(folder):
@@ -32,15 +32,15 @@ def steps(folder):
 
 def test_everything_is_read_back_bit_for_bit_and_training_goes_on_the_same(folder, make_state, tensors):
     state = make_state()
-    state.guard.losses, state.guard.in_a_row, state.rewinds = [0.1, 1 / 3], 2, 1
+    state.spike_guard.losses, state.spike_guard.in_a_row, state.num_rollbacks = [0.1, 1 / 3], 2, 1
     state.skipped = [{"step": 1, "reason": "the loss is nan"}]
-    state.best = Best(metric="recall", value=0.1 + 0.2, step=1)
+    state.best = BestCheckpoint(metric="recall", value=0.1 + 0.2, step=1)
     with CheckpointWriter(folder, keep=2) as writer:
         save(writer, state)
     again = make_state(seed=7)
     assert restore_newest(folder, again)
     assert again.to_values() == state.to_values()
-    assert again.ledger.num_asked == state.position
+    assert again.ledger.num_requested == state.position
     want, got = tensors(state), tensors(again)
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
@@ -153,7 +153,7 @@ def test_the_newest_and_the_best_stay(folder, make_state):
     with CheckpointWriter(folder, keep=2) as writer:
         for number in range(6):
             if number == 1:
-                state.best = Best(metric="recall", value=0.5, step=state.step)
+                state.best = BestCheckpoint(metric="recall", value=0.5, step=state.step)
             save(writer, state)
             step(state, torch.randn(6, 4))
     assert steps(folder) == [2, 5, 6]
@@ -182,19 +182,20 @@ def test_the_newest_and_the_best_stay(folder, make_state):
 )
 def test_what_a_rewind_needs_is_never_removed(kinds, keep, best, in_use, want):
     found = [
-        Facts(step=number, is_regular=kind == "r", is_good=kind != "x") for number, kind in enumerate(kinds, start=1)
+        CheckpointInfo(step=number, is_scheduled=kind == "r", is_good=kind != "x")
+        for number, kind in enumerate(kinds, start=1)
     ]
     assert steps_to_remove(found[::-1], keep=keep, best=best, in_use=in_use) == want
 
 
 def test_best_is_the_highest_and_an_unknown_metric_is_named():
-    first = improved(None, "recall", {"recall": 0.5}, 10)
-    assert first == Best(metric="recall", value=0.5, step=10)
-    assert improved(first, "recall", {"recall": 0.5}, 20) is None
-    assert improved(first, "recall", {"recall": float("nan")}, 20) is None
-    assert improved(first, "recall", {"recall": 0.6}, 30) == Best(metric="recall", value=0.6, step=30)
+    first = new_best(None, "recall", {"recall": 0.5}, 10)
+    assert first == BestCheckpoint(metric="recall", value=0.5, step=10)
+    assert new_best(first, "recall", {"recall": 0.5}, 20) is None
+    assert new_best(first, "recall", {"recall": float("nan")}, 20) is None
+    assert new_best(first, "recall", {"recall": 0.6}, 30) == BestCheckpoint(metric="recall", value=0.6, step=30)
     with pytest.raises(UsageError, match=r"'recal' is not measured on val; name one of recall"):
-        improved(first, "recal", {"recall": 0.6, "keys": "abc"}, 30)
+        new_best(first, "recal", {"recall": 0.6, "keys": "abc"}, 30)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_said(folder, make_state, capsys):
@@ -207,7 +208,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_said(folder, ma
     for name in ("average.safetensors", "open_clip_config.json"):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert name in damage_of(newest)
+        assert name in find_damage(newest)
         again = make_state(seed=4)
         restore_newest(folder, again)
         assert again.step == 1
@@ -232,8 +233,8 @@ def test_a_damaged_one_is_written_anew_and_a_whole_one_of_another_course_is_repl
         (path / WEIGHTS).write_bytes(b"")
         save(writer, state)
         writer.wait()
-        assert not damage_of(path)
-        state.rewinds = 1
+        assert not find_damage(path)
+        state.num_rollbacks = 1
         save(writer, state)
     assert json.loads((path / "state.json").read_text())["rewinds"] == 1
 
@@ -249,7 +250,7 @@ def test_what_a_kill_left_is_removed_at_the_next_start(folder, make_state):
     assert len(list(folder.iterdir())) == 3
     CheckpointWriter(folder, keep=2).close()
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
-    remove_leavings(folder / "nowhere")
+    remove_partial_checkpoints(folder / "nowhere")
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(folder, make_state):

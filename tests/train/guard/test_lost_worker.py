@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.errors import VlmError
-from vlm.train.recovery import explain_lost_worker, lost_worker
+from vlm.train.recovery import find_lost_worker, lost_worker_error
 
 
 class Deadly(Dataset):
@@ -28,7 +28,7 @@ def found():
         list(DataLoader(Deadly(), batch_size=None, num_workers=1, multiprocessing_context="fork"))
     told = VlmError(f"A loader worker was killed ({caught.value})")
     told.__cause__ = caught.value
-    found = lost_worker(told)
+    found = find_lost_worker(told)
     assert found
     return found
 
@@ -37,7 +37,7 @@ def test_a_killed_worker_is_named_with_the_newest_checkpoint_and_the_way_on(foun
     for name in ("step-00000004", "step-00000008"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
-    told = str(explain_lost_worker(found, run=tmp_path, checkpoints=tmp_path / "checkpoints", workers=2))
+    told = str(lost_worker_error(found, run=tmp_path, checkpoints=tmp_path / "checkpoints", workers=2))
     assert found["pid"].strip().isdigit()
     assert f"worker with pid {found['pid'].strip()} of 2 was lost" in told
     assert "is killed by signal: Killed. " in told
@@ -47,12 +47,12 @@ def test_a_killed_worker_is_named_with_the_newest_checkpoint_and_the_way_on(foun
 
 
 def test_without_a_checkpoint_it_says_so(found, tmp_path):
-    told = str(explain_lost_worker(found, run=tmp_path, checkpoints=tmp_path / "checkpoints", workers=2))
+    told = str(lost_worker_error(found, run=tmp_path, checkpoints=tmp_path / "checkpoints", workers=2))
     assert "No checkpoint was due yet." in told
 
 
 def test_other_errors_are_no_lost_workers():
-    assert lost_worker(VlmError("A shard is damaged")) is None
-    several = lost_worker(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"))
+    assert find_lost_worker(VlmError("A shard is damaged")) is None
+    several = find_lost_worker(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"))
     assert several
     assert several["pid"] == "12, 13"

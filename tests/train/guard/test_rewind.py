@@ -10,10 +10,18 @@ import torch
 from tests.train.checkpoints.small import small_state, step
 from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
-from vlm.train.checkpoint.format import Facts, list_checkpoints, tensors_of
-from vlm.train.checkpoint.manager import Cadence, CheckpointWriter, restore_newest
-from vlm.train.loss_guard import why_skip
-from vlm.train.recovery import MAX_SKIPS_KEPT, SkippedStep, choose_target, go_back, must_go_back, note_skip, visits_in
+from vlm.train.checkpoint.format import CheckpointInfo, list_checkpoints, state_tensors
+from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, restore_newest
+from vlm.train.loss_guard import skip_reason
+from vlm.train.recovery import (
+    MAX_SKIPPED_STEPS_KEPT,
+    SkippedStep,
+    choose_rollback_target,
+    record_skipped_step,
+    roll_back,
+    should_roll_back,
+    skipped_sample_blocks,
+)
 from vlm.train.run_config import SafetyConfig
 
 BATCH = 6
@@ -36,7 +44,7 @@ class Run:
     def go(self, *, kill_after: int = 0, signal_at: frozenset[int] = frozenset()):
         state = small_state()
         state.step = state.position = 0
-        cadence, work = Cadence(every=self.safety.checkpoint_every), 0
+        schedule, work = CheckpointSchedule(every=self.safety.checkpoint_every), 0
         restore_newest(self.folder, state)
         writer = CheckpointWriter(self.folder, keep=self.safety.keep_checkpoints)
         while state.step < self.steps:
@@ -45,13 +53,13 @@ class Run:
             if work == kill_after:
                 writer.wait()
                 raise Killed
-            if must_go_back(state, self.safety):
-                passed = go_back(state, writer, self.folder)
-                state.ledger.num_asked += sum(map(len, visits_in(passed, list)))
+            if should_roll_back(state, self.safety):
+                skipped_range = roll_back(state, writer, self.folder)
+                state.ledger.num_requested += sum(map(len, skipped_sample_blocks(skipped_range, list)))
                 continue
-            regular = cadence.is_regular(state.step) and not state.guard.in_a_row
+            regular = schedule.is_scheduled(state.step) and not state.spike_guard.in_a_row
             if regular or state.step in signal_at:
-                writer.save(state, ledger=state.ledger, is_regular=regular)
+                writer.save(state, ledger=state.ledger, is_scheduled=regular)
         writer.close()
         return state
 
@@ -62,19 +70,19 @@ class Run:
         else:
             draws = torch.Generator().manual_seed(first)
             loss = step(state, torch.randn(BATCH, 4, generator=draws))
-        state.ledger.num_asked += BATCH
-        reason = why_skip({"clip": loss}, 1.0, state.guard.losses)
+        state.ledger.num_requested += BATCH
+        reason = skip_reason({"clip": loss}, 1.0, state.spike_guard.losses)
         if reason:
             told = SkippedStep(
                 step=state.step, position=first, reason=reason, first_key=f"k{first}", learning_rate=1e-2
             )
-            note_skip(state, told)
+            record_skipped_step(state, told)
         else:
-            state.guard.accept(loss)
+            state.spike_guard.accept(loss)
 
 
 def outcome(state):
-    tensors = {f"{file}:{name}": t for file, held in tensors_of(state).items() for name, t in held.items()}
+    tensors = {f"{file}:{name}": t for file, held in state_tensors(state).items() for name, t in held.items()}
     return {name: tensor.tolist() for name, tensor in tensors.items()}, state.to_values(), state.ledger.to_values()
 
 
@@ -89,19 +97,19 @@ def test_single_bad_batches_are_skipped_and_named(folder):
         (6, 30, "k30"),
         (12, 66, "k66"),
     ]
-    assert state.rewinds == 0
-    assert len(state.guard.losses) == 17
-    assert state.position == state.ledger.num_asked == 20 * BATCH
+    assert state.num_rollbacks == 0
+    assert len(state.spike_guard.losses) == 17
+    assert state.position == state.ledger.num_requested == 20 * BATCH
 
 
 def test_lasting_trouble_goes_back_and_passes_over_its_samples(folder, capsys):
     state = Run(folder, places(7, 8, 9, 10)).go()
-    (passed, *rest) = state.skipped
-    assert passed == {"from_step": 10, "to_step": 6, "first": 36, "last": 60, "reason": "the loss clip is nan"}
+    (skipped_range, *rest) = state.skipped
+    assert skipped_range == {"from_step": 10, "to_step": 6, "first": 36, "last": 60, "reason": "the loss clip is nan"}
     assert [entry["position"] for entry in rest] == [60]
-    assert state.rewinds == 1
+    assert state.num_rollbacks == 1
     assert state.step == 20
-    assert state.position == state.ledger.num_asked == (20 + 4) * BATCH
+    assert state.position == state.ledger.num_requested == (20 + 4) * BATCH
     said = capsys.readouterr().err
     assert "Back from step 10 to 6 (rewind 1): the loss clip is nan" in said
     assert "Passing over 24 samples, positions 36 to 59" in said
@@ -111,8 +119,8 @@ def test_trouble_that_comes_back_at_once_goes_back_one_checkpoint_further(folder
     state = Run(folder, places(7, 8, 9, 10, 11, 12)).go()
     jumps = [(entry["to_step"], entry["first"], entry["last"]) for entry in state.skipped if "to_step" in entry]
     assert jumps == [(3, 18, 13 * BATCH)]
-    assert state.rewinds == 2
-    assert state.position == state.ledger.num_asked
+    assert state.num_rollbacks == 2
+    assert state.position == state.ledger.num_requested
 
 
 def test_after_the_last_rewind_the_run_ends_saying_everything(folder):
@@ -153,33 +161,33 @@ def test_a_damaged_target_gives_way_to_the_one_before(folder, capsys):
         run.go(kill_after=8)
     state = small_state()
     restore_newest(folder, state)
-    while not must_go_back(state, SAFETY):
+    while not should_roll_back(state, SAFETY):
         run.step(state)
     newest = list_checkpoints(folder)[-1]
     (newest / "optimizer.safetensors").write_bytes(b"")
-    passed = go_back(state, CheckpointWriter(folder, keep=2), folder)
-    assert (newest.name, passed.to_step) == ("step-00000006", 3)
+    skipped_range = roll_back(state, CheckpointWriter(folder, keep=2), folder)
+    assert (newest.name, skipped_range.to_step) == ("step-00000006", 3)
     assert "step-00000006 is damaged" in capsys.readouterr().err
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000003"]
 
 
 def test_a_rewind_prefers_what_was_due_by_its_step():
     found = [
-        Facts(step=step, is_regular=regular, is_good=good)
+        CheckpointInfo(step=step, is_scheduled=regular, is_good=good)
         for step, regular, good in ((10, True, True), (15, False, True), (20, True, False), (30, True, True))
     ]
-    assert choose_target(found, trouble_since=25, tried=None) == found[0]
-    assert choose_target(found[1:2], trouble_since=25, tried=None) == found[1]
-    assert choose_target(found[1:2], trouble_since=25, tried=15) == found[1]
-    assert choose_target(found, trouble_since=9, tried=None) is None
+    assert choose_rollback_target(found, instability_start=25, last_target=None) == found[0]
+    assert choose_rollback_target(found[1:2], instability_start=25, last_target=None) == found[1]
+    assert choose_rollback_target(found[1:2], instability_start=25, last_target=15) == found[1]
+    assert choose_rollback_target(found, instability_start=9, last_target=None) is None
 
 
 def test_the_list_of_skips_is_bounded_and_ranges_stay():
     state = small_state()
     state.skipped.append({"to_step": 1, "first": 0, "last": 6})
-    for number in range(MAX_SKIPS_KEPT + 5):
-        note_skip(state, SkippedStep(step=number, position=0, reason="r", first_key="k", learning_rate=0.1))
-    assert len(state.skipped) == MAX_SKIPS_KEPT + 1
+    for number in range(MAX_SKIPPED_STEPS_KEPT + 5):
+        record_skipped_step(state, SkippedStep(step=number, position=0, reason="r", first_key="k", learning_rate=0.1))
+    assert len(state.skipped) == MAX_SKIPPED_STEPS_KEPT + 1
     assert state.skipped[0]["to_step"] == 1
     assert state.skipped[1]["step"] == 5
 
@@ -187,6 +195,6 @@ def test_the_list_of_skips_is_bounded_and_ranges_stay():
 def test_the_ledger_travels_with_the_main_process_alone(folder):
     state = small_state()
     with CheckpointWriter(folder, keep=2) as writer:
-        writer.save(state, ledger=Ledger(num_asked=6), is_regular=True)
+        writer.save(state, ledger=Ledger(num_requested=6), is_scheduled=True)
     restore_newest(folder, state, is_main=False)
     assert state.ledger == Ledger()

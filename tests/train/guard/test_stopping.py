@@ -13,7 +13,7 @@ def test_sigterm_and_sigint_are_remembered_and_a_second_sigint_ends(capsys):
             os.kill(os.getpid(), number)
             assert stop
             assert stop.signal_name == number.name
-            assert not stop.is_save_wanted
+            assert not stop.is_save_requested
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
     assert "SIGTERM: saving after this step" in capsys.readouterr().err
@@ -24,10 +24,10 @@ def test_sigusr1_asks_for_a_checkpoint_again_and_again(capsys):
     with StopRequest() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert stop.is_save_wanted
+            assert stop.is_save_requested
             assert not stop
-            stop.saved()
-            assert not stop.is_save_wanted
+            stop.mark_saved()
+            assert not stop.is_save_requested
     assert signal.getsignal(signal.SIGUSR1) == before
     assert "going on" in capsys.readouterr().err
 
@@ -43,5 +43,5 @@ def test_in_a_worker_only_sigterm_has_an_effect(number, want, capfd):
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == want
         assert not stop
-        assert not stop.is_save_wanted
+        assert not stop.is_save_requested
     assert capfd.readouterr().err == ""

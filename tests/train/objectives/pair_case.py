@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP
 from vlm.train.objectives.distillation import DISTILL
-from vlm.train.objectives.loss_term import Inputs, Loss, Outputs, TermOptions
+from vlm.train.objectives.loss_term import Inputs, LossFunction, LossOptions, Outputs
 from vlm.train.run_config import ObjectiveConfig
 
-TERMS = {"clip": CLIP, "siglip": SIGLIP, "dcl": DCL, "ranking": RANKING, "distill": DISTILL}
-LOSSES: dict[str, Loss] = {name: term.across for name, term in TERMS.items() if term.across}
+LOSS_TERMS = {"clip": CLIP, "siglip": SIGLIP, "dcl": DCL, "ranking": RANKING, "distill": DISTILL}
+LOSSES: dict[str, LossFunction] = {name: term.batch_level for name, term in LOSS_TERMS.items() if term.batch_level}
 TREATMENTS = ("negative", "ignore", "positive")
 
 
@@ -21,8 +21,8 @@ def unit(count: int, seed: int, width: int = 6) -> torch.Tensor:
     return F.normalize(rows, dim=-1)
 
 
-def options(**config: Any) -> TermOptions:
-    return TermOptions(config=ObjectiveConfig(**config), pad_token=0)
+def options(**config: Any) -> LossOptions:
+    return LossOptions(config=ObjectiveConfig(**config), pad_token=0)
 
 
 def batch(count: int, seed: int = 0, width: int = 6) -> tuple[Outputs, Inputs]:

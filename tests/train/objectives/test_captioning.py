@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from vlm.train.objectives.captioning import CAPTION, caption, next_token_loss
-from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.run_config import ObjectiveConfig
 
-OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
+OPTIONS = LossOptions(config=ObjectiveConfig(), pad_token=0)
 LABELS = torch.tensor([[3, 4, 2, 0, 0], [2, 0, 0, 0, 0], [5, 6, 7, 8, 2], [1, 2, 0, 0, 0]])
 TOKENS = torch.cat([torch.ones(4, 1, dtype=torch.int64), LABELS], dim=1)
 
@@ -17,8 +17,8 @@ def logits_of(dtype=torch.float64):
 
 
 def mean_loss(logits, labels, tokens):
-    units = CAPTION.units({"tokens": tokens}, OPTIONS)
-    return caption({"logits": logits, "labels": labels}, {"tokens": tokens}, OPTIONS) / units
+    normaliser = CAPTION.normaliser({"tokens": tokens}, OPTIONS)
+    return caption({"logits": logits, "labels": labels}, {"tokens": tokens}, OPTIONS) / normaliser
 
 
 def test_it_is_its_definition():

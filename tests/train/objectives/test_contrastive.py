@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.train.objectives.pair_case import (
+    LOSS_TERMS,
     LOSSES,
-    TERMS,
     TREATMENTS,
     batch,
     options,
@@ -33,10 +33,10 @@ def test_a_term_is_its_definition(name, treatment, count):
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS)
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", LOSS_TERMS)
 def test_gradients_are_those_of_finite_differences(name, treatment):
     outputs, inputs = batch(3, width=2)
-    names = TERMS[name].outputs
+    names = LOSS_TERMS[name].outputs
     told = options(same_pairs=treatment, similarity_block=2, teacher_scale=4.0)
 
     def loss(*tensors):
@@ -45,7 +45,7 @@ def test_gradients_are_those_of_finite_differences(name, treatment):
     assert torch.autograd.gradcheck(loss, [outputs[name] for name in names])
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", LOSS_TERMS)
 def test_without_the_treatment_no_identities_are_read(name):
     outputs, inputs = batch(4)
     del inputs["same"]
@@ -103,7 +103,7 @@ def test_it_is_log_of_the_batch_when_nothing_is_known():
         assert float(LOSSES[name](outputs, {}, options())) == pytest.approx(math.log(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", LOSS_TERMS)
 def test_reordering_the_pairs_changes_nothing(name):
     outputs, inputs = batch(8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))

@@ -75,13 +75,13 @@ def test_the_head_maps_embeddings_to_the_stored_length(small_embedder):
 def small_embedder():
     """A model of 16-number embeddings."""
     from vlm.data.tokenizers import open_tokenizer
-    from vlm.data.transforms import FixedView
+    from vlm.data.transforms import EvalTransform
     from vlm.models.model import VisionLanguageModel
 
     return VisionLanguageModel(
         name="small",
         network=torch.nn.Identity(),
         config={"embed_dim": 16},
-        view=FixedView(size=32),
+        view=EvalTransform(size=32),
         tokenizer=open_tokenizer("clip", 10),
     )

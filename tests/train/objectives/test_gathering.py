@@ -5,14 +5,14 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from tests.leaving import leave_group
-from tests.train.objectives.pair_case import TERMS, TREATMENTS, batch, value_and_gradients
-from vlm.train.distributed import gather_detached, gather_with_gradient, own_columns
+from tests.train.objectives.pair_case import LOSS_TERMS, TREATMENTS, batch, value_and_gradients
+from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS
 
 PAIRS = 6
 CASES = [
     (name, {"same_pairs": treatment, "negatives": negatives, "similarity_block": block})
-    for name in TERMS
+    for name in LOSS_TERMS
     for treatment in TREATMENTS
     for negatives in (("both", "images", "texts", "hardest") if name == "ranking" else ("both",))
     for block in (2, 100)
@@ -52,9 +52,9 @@ def _measure(rank, world, port, queue):
     from vlm.train import distributed
 
     found = [_as_averaged(rank, world, name, config) for name, config in CASES]
-    distributed._WITHOUT_REDUCE_SCATTER = frozenset({"gloo"})
+    distributed._BACKENDS_WITHOUT_REDUCE_SCATTER = frozenset({"gloo"})
     found += [_as_averaged(rank, world, name, config) for name, config in CASES]
-    places = own_columns(3, torch.device("cpu")).tolist()
+    places = local_columns(3, torch.device("cpu")).tolist()
     if rank == world - 1:
         queue.put(([[tensor.tolist() for tensor in tensors] for tensors in found], places))
     leave_group()
@@ -98,4 +98,4 @@ def test_one_process_has_its_own_rows():
     rows = torch.ones(3, 2, requires_grad=True)
     assert gather_with_gradient(rows) is rows
     assert not gather_detached(rows).requires_grad
-    assert own_columns(3, rows.device).tolist() == [0, 1, 2]
+    assert local_columns(3, rows.device).tolist() == [0, 1, 2]

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.train.objectives.pair_case import LOSSES, TERMS, TREATMENTS, batch, options, value_and_gradients
-from vlm.train.objectives.contrastive import share_identity, sum_over_blocks
+from tests.train.objectives.pair_case import LOSS_TERMS, LOSSES, TREATMENTS, batch, options, value_and_gradients
+from vlm.train.objectives.contrastive import same_identity, sum_over_blocks
 
 COUNT, WIDTH, BLOCK = 64, 4, 8
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    name=st.sampled_from(sorted(TERMS)),
+    name=st.sampled_from(sorted(LOSS_TERMS)),
     treatment=st.sampled_from(TREATMENTS),
     negatives=st.sampled_from(("both", "images", "texts", "hardest")),
     count=st.integers(1, 9),
@@ -45,7 +45,7 @@ class Sizes(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", LOSS_TERMS)
 def test_no_tensor_is_larger_than_a_block_of_rows(name):
     outputs, inputs = batch(COUNT, width=WIDTH)
     for treatment in TREATMENTS:
@@ -88,7 +88,7 @@ def in_precision(dtype, values):
     return {key: value.detach().to(dtype).requires_grad_() for key, value in values.items()}
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", LOSS_TERMS)
 def test_autocast_does_not_touch_the_similarities(name):
     outputs, inputs = batch(6)
     outputs = in_precision(torch.float32, outputs)
@@ -96,7 +96,7 @@ def test_autocast_does_not_touch_the_similarities(name):
     assert all(torch.equal(*both) for both in zip(plain, under_autocast(name, outputs, inputs), strict=True))
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", LOSS_TERMS)
 def test_bfloat16_features_are_compared_in_single_precision(name):
     outputs, inputs = batch(6)
     halves = in_precision(torch.bfloat16, outputs)
@@ -114,7 +114,7 @@ def test_bfloat16_features_are_compared_in_single_precision(name):
     )
 )
 def test_pairs_share_an_identity_where_a_column_says_so(rows):
-    found = share_identity(torch.tensor(rows), torch.tensor(rows)).tolist()
+    found = same_identity(torch.tensor(rows), torch.tensor(rows)).tolist()
     for one, of_one in zip(rows, found, strict=True):
         for other, is_same in zip(rows, of_one, strict=True):
             assert is_same == any(first == second != 0 for first, second in zip(one, other, strict=True))

@@ -3,17 +3,17 @@ import torch
 from torch.nn import functional as F
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.coca import mask_width, parallel_logits
 from vlm.models.factory import build_network, model_config
 from vlm.models.model import VisionLanguageModel
-from vlm.models.patch_features import read_image
-from vlm.train.objectives.captioning import CAPPA, add_mask_embedding, cappa, draw_parallel
-from vlm.train.objectives.loss_term import TermOptions
+from vlm.models.patch_features import run_image_tower
+from vlm.train.objectives.captioning import CAPPA, add_mask_embedding, cappa, choose_parallel_captions
+from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.run_config import ObjectiveConfig
 
-OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
+OPTIONS = LossOptions(config=ObjectiveConfig(), pad_token=0)
 TOKENS = torch.tensor([[1, 9, 8, 7, 2, 0, 0], [1, 30, 2, 0, 0, 0, 0], [1, 11, 12, 13, 14, 15, 2]])
 
 
@@ -26,7 +26,7 @@ def network():
 def run(network, tokens, is_parallel, mask=None):
     pixels = torch.randn(len(tokens), 3, 32, 32, generator=torch.Generator().manual_seed(2)).double()
     mask = torch.full((mask_width(network),), 0.1).double() if mask is None else mask
-    memory = read_image(network, pixels).memory
+    memory = run_image_tower(network, pixels).memory
     assert memory is not None
     return pixels, *parallel_logits(network, memory, tokens, mask, torch.tensor(is_parallel), pad_token=0)
 
@@ -44,7 +44,7 @@ def test_gradient_checkpointing_changes_nothing(network):
     assert torch.allclose(run(network, TOKENS, [True, False, True])[1], plain, atol=1e-12)
 
 
-def test_a_caption_predicted_at_once_knows_the_picture_alone(network):
+def test_a_caption_predicted_at_once_knows_the_image_alone(network):
     _, logits, _ = run(network, TOKENS, [True, False, True])
     _, others, _ = run(network, TOKENS.flip(1), [True, False, True])
     assert torch.allclose(logits[[0, 2]], others[[0, 2]], atol=1e-12)
@@ -71,7 +71,7 @@ def test_it_equals_a_decoder_without_causal_masks(network):
     network.text.pool_type = "last"
     network.text_decoder.attn_mask.zero_()
     _, states = network.text(torch.full((3, 23), 5))
-    wanted = network.text_decoder(read_image(network, pixels).memory, states)
+    wanted = network.text_decoder(run_image_tower(network, pixels).memory, states)
     assert torch.allclose(logits, wanted, atol=1e-10)
 
 
@@ -84,14 +84,14 @@ def test_captions_cut_to_the_longest_of_their_batch_give_the_same(network):
 
 def test_a_part_draws_what_the_whole_draws():
     rows = torch.arange(1000, 1400)
-    whole = draw_parallel(rows, 0.75)
-    assert torch.equal(torch.cat([draw_parallel(part, 0.75) for part in rows.split(7)]), whole)
+    whole = choose_parallel_captions(rows, 0.75)
+    assert torch.equal(torch.cat([choose_parallel_captions(part, 0.75) for part in rows.split(7)]), whole)
     assert float(whole.double().mean()) == pytest.approx(0.75, abs=0.08)
 
 
 @pytest.mark.parametrize(("share", "drawn"), [(0.0, 0), (1.0, 500)])
 def test_all_or_none_may_be_predicted_at_once(share, drawn):
-    assert int(draw_parallel(torch.arange(500), share).sum()) == drawn
+    assert int(choose_parallel_captions(torch.arange(500), share).sum()) == drawn
 
 
 def test_the_loss_is_a_sum_over_tokens_that_are_there():
@@ -100,7 +100,7 @@ def test_the_loss_is_a_sum_over_tokens_that_are_there():
     outputs = {"parallel_logits": logits, "parallel_labels": labels}
     by_hand = -(logits[0].log_softmax(-1)[[0, 1], [3, 4]].sum() + logits[1].log_softmax(-1)[0, 5])
     assert torch.allclose(cappa(outputs, {}, OPTIONS), by_hand)
-    assert int(CAPPA.units({"tokens": torch.tensor([[1, 3, 4, 0], [1, 5, 0, 0]])}, OPTIONS)) == 3
+    assert int(CAPPA.normaliser({"tokens": torch.tensor([[1, 3, 4, 0], [1, 5, 0, 0]])}, OPTIONS)) == 3
 
 
 def test_a_network_without_a_decoder_is_refused():
@@ -108,7 +108,7 @@ def test_a_network_without_a_decoder_is_refused():
         name="micro",
         network=build_network(model_config("micro")),
         config=model_config("micro"),
-        view=FixedView(size=32),
+        view=EvalTransform(size=32),
         tokenizer=open_tokenizer("clip", 24),
     )
     with pytest.raises(UsageError, match="tiny-coca"):

@@ -2,10 +2,10 @@ import torch
 from torch.nn import functional as F
 
 from vlm.train.objectives.distillation import LOCAL_TO_GLOBAL, local_to_global
-from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.run_config import ObjectiveConfig
 
-OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
+OPTIONS = LossOptions(config=ObjectiveConfig(), pad_token=0)
 
 
 def values(*shape, seed):
@@ -46,4 +46,4 @@ def test_the_teacher_gets_no_gradient():
     crops, target = values(2, 2, 6, seed=5).requires_grad_(), values(2, 6, seed=6).requires_grad_()
     loss_of(crops, target).backward()
     assert target.grad is None
-    assert float(LOCAL_TO_GLOBAL.units({"global_target": target}, OPTIONS)) == 2
+    assert float(LOCAL_TO_GLOBAL.normaliser({"global_target": target}, OPTIONS)) == 2

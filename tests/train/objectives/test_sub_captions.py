@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from vlm.train.objectives.fine_grained import GROUPING, grouping, sparse_weights, sub_captions
-from vlm.train.objectives.loss_term import TermOptions
+from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.run_config import ObjectiveConfig
 
-OPTIONS = TermOptions(config=ObjectiveConfig(), pad_token=0)
+OPTIONS = LossOptions(config=ObjectiveConfig(), pad_token=0)
 BATCH, SENTENCES, WIDTH, PATCHES = 5, 3, 6, 7
 
 
@@ -66,7 +66,7 @@ def test_sub_captions_are_their_definition(case):
 
 
 @pytest.mark.parametrize("same_pairs", ["ignore", "positive"])
-def test_pictures_that_share_an_identity_are_no_negatives(case, same_pairs):
+def test_images_that_share_an_identity_are_no_negatives(case, same_pairs):
     outputs, inputs, is_there = case
     inputs["same"] = torch.tensor([[1, 0], [2, 8], [1, 0], [3, 8], [4, 0]])
     found = sub_captions(outputs, inputs, options(same_pairs=same_pairs))
@@ -113,7 +113,7 @@ def test_absent_sentences_have_no_part_and_a_batch_without_any_is_nothing(case, 
     assert not term(outputs, {"sub_tokens": torch.zeros_like(inputs["sub_tokens"])}, OPTIONS).any()
 
 
-def test_a_single_picture_has_finite_gradients(case):
+def test_a_single_image_has_finite_gradients(case):
     outputs, inputs, _ = case
     leaves = {
         name: (tensor[:1] if tensor.ndim else tensor).clone().requires_grad_() for name, tensor in outputs.items()
@@ -150,7 +150,7 @@ def slow_grouping(outputs, is_there):
 def test_grouping_is_its_definition(case):
     outputs, inputs, is_there = case
     assert float(grouping(outputs, inputs, OPTIONS)) == pytest.approx(slow_grouping(outputs, is_there), rel=1e-12)
-    assert int(GROUPING.units(inputs, OPTIONS)) == 3
+    assert int(GROUPING.normaliser(inputs, OPTIONS)) == 3
 
 
 def test_parts_of_a_batch_add_up_to_its_gradients(case):

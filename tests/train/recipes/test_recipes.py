@@ -10,7 +10,7 @@ from vlm.config import from_values, to_toml
 from vlm.errors import UsageError
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.presets import PRESETS
-from vlm.train.recipes import RECIPES, differing, find_recipe, page, recipe_of
+from vlm.train.recipes import RECIPES, config_differences, find_recipe, matching_recipe, page
 from vlm.train.run_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -75,21 +75,21 @@ def saved(name, **changes):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_run_is_known_by_its_recipe_whatever_its_data_and_seed(name):
-    assert recipe_of(saved(name, data="x", run="y", seed=7, micro_batch=16)) == name
+    assert matching_recipe(saved(name, data="x", run="y", seed=7, micro_batch=16)) == name
 
 
 def test_a_change_that_matters_makes_it_another_run():
-    assert recipe_of(saved("fashion", batch_size=64)) == ""
-    assert recipe_of({}) == ""
+    assert matching_recipe(saved("fashion", batch_size=64)) == ""
+    assert matching_recipe({}) == ""
 
 
 def test_settings_that_differ_are_listed_with_all_values():
     one, other = saved("fashion"), saved("fashion", batch_size=64)
     del other["model"]["dropout"]
-    assert differing([one, other, one]) == {"batch_size": [256, 64, 256], "model.dropout": [0.0, None, 0.0]}
+    assert config_differences([one, other, one]) == {"batch_size": [256, 64, 256], "model.dropout": [0.0, None, 0.0]}
 
 
 def test_tuples_and_the_lists_of_a_file_are_the_same():
     config = PRESETS["fashion"][1]
-    assert differing([dataclasses.asdict(config), saved("fashion")]) == {}
+    assert config_differences([dataclasses.asdict(config), saved("fashion")]) == {}
     assert from_values(TrainConfig, saved("fashion"), where="test") == config

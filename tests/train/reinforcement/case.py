@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm.data.collate import AssembleTraining
+from vlm.data.collate import TrainingCollator
 from vlm.data.loader import ShardSet
 from vlm.data.pack import encode_pair
-from vlm.data.precomputed import StoredArrays
-from vlm.data.sampler import SampleOrder, TrainingPlan
-from vlm.data.samples import CaptionDraw, Pair
+from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.sampler import BatchSampler, SampleOrder
+from vlm.data.samples import CaptionSampler, Pair
 from vlm.data.shards import count_samples, expand_shards
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.train.reinforce import ReinforceConfig, Teachers
 from vlm.train.run_config import LoaderConfig
 from vlm.train.teacher_views import ViewGeometry
@@ -57,18 +57,18 @@ def write_shards(folder: Path, numbers, *, per_shard=4, bad=()) -> list[str]:
 def batch_of(shards, *, size, languages=("en", "de"), names=LOADER.arrays, epoch=0, geometry=GEOMETRY):
     """The batch that training makes of all the samples, once each."""
     counts = tuple(count_samples(shards))
-    plan = TrainingPlan(
+    plan = BatchSampler(
         order=SampleOrder(counts=counts, window=100), batch_size=sum(counts), position=epoch * sum(counts)
     )
     lengths: Any = LengthTokenizer()
-    assemble = AssembleTraining(
+    collate = TrainingCollator(
         plan=plan,
-        view=geometry.view_for(FixedView(size=size)),
+        view=geometry.view_for(EvalTransform(size=size)),
         tokenizer=lengths,
-        draw=CaptionDraw(languages=languages),
-        arrays=StoredArrays(names=names),
+        draw=CaptionSampler(languages=languages),
+        arrays=PrecomputedFeatures(names=names),
     )
-    return assemble(plan[0], ShardSet(shards))
+    return collate(plan[0], ShardSet(shards))
 
 
 class LengthTokenizer:

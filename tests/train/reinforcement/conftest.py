@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import FixedView
+from vlm.data.transforms import EvalTransform
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.model import VisionLanguageModel
 
@@ -25,7 +25,7 @@ def make_teacher(scene_tokenizer):
             for parameter in network.parameters():
                 if parameter.ndim > 1:
                     parameter *= 4
-        view = FixedView(size=size)
+        view = EvalTransform(size=size)
         return VisionLanguageModel(name=str(seed), network=network, config=config, view=view, tokenizer=tokenizer)
 
     return make

@@ -28,7 +28,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
 from vlm.models.model import VisionLanguageModel
 from vlm.train.reinforce import UNREINFORCED, Teachers, reinforce
-from vlm.train.teacher_views import ViewGeometry, check_views, reinforcement_of, view_seeds
+from vlm.train.teacher_views import ViewGeometry, check_views, read_reinforcement, view_seeds
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -73,7 +73,7 @@ def test_dot_products_of_several_teachers_are_their_mean(tmp_path, make_teacher)
     shards = write_shards(tmp_path / "in", range(4))
     models = (make_teacher(1), make_teacher(2, embed_dim=24), make_teacher(3, size=48))
     reinforce(shards, tmp_path / "out", teachers_of(*models), CONFIG)
-    told = reinforcement_of(expand_shards(str(tmp_path / "out")))
+    told = read_reinforcement(expand_shards(str(tmp_path / "out")))
     assert [(each["name"], each["columns"], each["pixels"]) for each in told["teachers"]] == [
         ("1", 16, 32),
         ("2", 24, 32),
@@ -139,7 +139,7 @@ def test_bad_samples_are_carried_over_and_named(tmp_path, make_teacher):
     assert content_of(new.read(2)) == content_of(old.read(2))
     assert new.read(1).image == old.read(1).image
     batch = batch_of(expand_shards(str(tmp_path / "out")), size=32)
-    assert {incident.key for incident in batch.incidents if not incident.is_stand_in} == {"k1", "k2", "k7"}
+    assert {incident.key for incident in batch.incidents if not incident.is_replacement} == {"k1", "k2", "k7"}
 
 
 def test_nothing_usable_ends_the_work_at_the_first_shard(tmp_path, make_teacher):
@@ -164,8 +164,8 @@ def test_text_embeddings_are_added_to_what_teachers_stored(tmp_path, make_teache
     texts = Teachers(text_model=model, text_name="two")
     reinforce(one, tmp_path / "two", texts, replace(CONFIG, geometry=ViewGeometry()))
     two = expand_shards(str(tmp_path / "two"))
-    assert reinforcement_of(two)["views"] == reinforcement_of(one)["views"]
-    assert reinforcement_of(two)["text_embedding"]["name"] == "two"
+    assert read_reinforcement(two)["views"] == read_reinforcement(one)["views"]
+    assert read_reinforcement(two)["text_embedding"]["name"] == "two"
     check_views(two, LOADER)
     names = ("teacher_image", "teacher_text", "text_embedding")
     batch = batch_of(two, size=32, names=names)
@@ -176,11 +176,11 @@ def test_text_embeddings_are_added_to_what_teachers_stored(tmp_path, make_teache
     assert sample.arrays["text_embedding"].dtype == np.float16
 
 
-def test_a_text_model_alone_decodes_no_picture(tmp_path, make_teacher):
+def test_a_text_model_alone_decodes_no_image(tmp_path, make_teacher):
     shards = write_shards(tmp_path / "in", range(4), bad=(1,))
     summary = reinforce(shards, tmp_path / "out", Teachers(text_model=make_teacher(1), text_name="t"), CONFIG)
     assert (summary.reinforced, summary.arrays) == (4, {"text_embedding": 16})
-    assert "views" not in reinforcement_of(expand_shards(str(tmp_path / "out")))
+    assert "views" not in read_reinforcement(expand_shards(str(tmp_path / "out")))
 
 
 def test_shards_of_one_name_are_numbered(tmp_path, make_teacher):

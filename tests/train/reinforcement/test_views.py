@@ -8,7 +8,7 @@ import pytest
 from tests.train.reinforcement.case import CONFIG, LOADER, teachers_of, write_shards
 from vlm.data.precomputed import view_rng
 from vlm.data.shards import expand_shards
-from vlm.data.transforms import FixedView, RandomView
+from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import UsageError
 from vlm.train.reinforce import reinforce
 from vlm.train.run_config import LoaderConfig
@@ -20,10 +20,12 @@ def test_a_seed_gives_the_same_crop_at_any_size_up_to_a_pixel_of_it(crop_scale):
     geometry, rng = ViewGeometry(crop_scale=crop_scale, flip=0.5), np.random.default_rng(0)
     for seed in range(300):
         width, height = rng.integers(40, 3000, 2).tolist()
-        exact = geometry.view_for(FixedView(size=5000)).draw(width, height, view_rng(seed))  # never on a coarser grid
+        exact = geometry.view_for(EvalTransform(size=5000)).draw(
+            width, height, view_rng(seed)
+        )  # never on a coarser grid
         for size in (32, 224, 384):
-            crop = geometry.view_for(FixedView(size=size)).draw(width, height, view_rng(seed))
-            assert crop.is_mirrored == exact.is_mirrored
+            crop = geometry.view_for(EvalTransform(size=size)).draw(width, height, view_rng(seed))
+            assert crop.is_flipped == exact.is_flipped
             pixel = max(min(exact.width, exact.height) / size, 1)
             for edge in ("left", "top", "width", "height"):
                 assert 0 <= getattr(exact, edge) - getattr(crop, edge) < pixel
@@ -75,4 +77,6 @@ def test_impossible_views_are_refused(changes):
 
 def test_the_default_views_are_those_of_training():
     loader = LoaderConfig()
-    assert ViewGeometry() == ViewGeometry(crop_scale=loader.crop_scale, flip=loader.flip, ratio=RandomView().ratio)
+    assert ViewGeometry() == ViewGeometry(
+        crop_scale=loader.crop_scale, flip=loader.flip, ratio=RandomResizedCrop().ratio
+    )

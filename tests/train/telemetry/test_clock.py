@@ -1,7 +1,7 @@
 import pytest
 
-from vlm.train.flops import Peak, SampleFlops
-from vlm.train.metrics import StepClock, Utilisation, over_processes, progress_note
+from vlm.train.flops import PeakFlops, SampleFlops
+from vlm.train.metrics import StepTimer, Utilisation, progress_note, reduce_over_processes
 
 
 class Hand:
@@ -22,8 +22,8 @@ def slow_items(hand, number, seconds):
 
 def test_a_reading_is_of_the_steps_since_the_last():
     hand = Hand()
-    clock = StepClock(32, now=hand, peak=Peak(flops=1000.0, source="test"))
-    for _ in clock.waiting(slow_items(hand, 4, 0.5)):
+    clock = StepTimer(32, now=hand, peak=PeakFlops(flops=1000.0, source="test"))
+    for _ in clock.timed(slow_items(hand, 4, 0.5)):
         hand.seconds += 1.5
         clock.tick(decoded=16, flops=500.0)
     first = clock.read()
@@ -42,21 +42,21 @@ def test_a_reading_is_of_the_steps_since_the_last():
 
 def test_evaluation_is_left_out_of_the_speed():
     hand = Hand()
-    clock = StepClock(10, now=hand)
+    clock = StepTimer(10, now=hand)
     hand.seconds += 1
     clock.tick()
     hand.seconds += 99
-    clock.leave_out(99)
+    clock.exclude_time(99)
     assert clock.read()["samples_per_second"] == pytest.approx(10)
 
 
 def test_no_utilisation_without_a_peak_or_with_uncounted_flops():
     hand = Hand()
-    clock = StepClock(10, now=hand)
+    clock = StepTimer(10, now=hand)
     hand.seconds += 1
     clock.tick(flops=5.0)
     assert "mfu" not in clock.read()
-    clock = StepClock(10, now=hand, peak=Peak(flops=1.0, source="test"))
+    clock = StepTimer(10, now=hand, peak=PeakFlops(flops=1.0, source="test"))
     hand.seconds += 1
     clock.tick(flops=float("nan"))
     assert "mfu" not in clock.read()
@@ -64,7 +64,7 @@ def test_no_utilisation_without_a_peak_or_with_uncounted_flops():
 
 def test_the_time_left_forgets_the_start_up_and_counts_evaluations():
     hand = Hand()
-    clock = StepClock(10, steps=100, done=40, now=hand)
+    clock = StepTimer(10, steps=100, done=40, now=hand)
     hand.seconds += 30  # compiling
     clock.tick()
     assert clock.read()["eta_seconds"] == pytest.approx(59 * 30)
@@ -72,26 +72,26 @@ def test_the_time_left_forgets_the_start_up_and_counts_evaluations():
         hand.seconds += 1
         clock.tick()
     hand.seconds += 9
-    clock.leave_out(9)
+    clock.exclude_time(9)
     assert clock.read()["eta_seconds"] == pytest.approx(50 * 2)
     for _ in range(50):
         clock.tick()
     assert clock.read()["eta_seconds"] == 0
-    assert "eta_seconds" not in StepClock(10, now=hand).read()
+    assert "eta_seconds" not in StepTimer(10, now=hand).read()
 
 
 def test_one_process_s_reading_is_that_of_all():
     reading = {"samples_per_second": 3.0, "images_per_second": 2.0, "data_wait": 0.5, "memory_bytes": 7.0}
-    assert over_processes(reading) == reading
+    assert reduce_over_processes(reading) == reading
 
 
 def test_processes_are_summed_averaged_or_the_largest(monkeypatch):
     import vlm.train.metrics as module
 
     other = {"samples_per_second": 3.0, "images_per_second": 4.0, "data_wait": 0.1, "memory_bytes": 9.0, "mfu": 0.2}
-    monkeypatch.setattr(module, "gathered", lambda readings: [*readings, other])
+    monkeypatch.setattr(module, "gather_objects", lambda readings: [*readings, other])
     own = {"samples_per_second": 3.0, "images_per_second": 2.0, "data_wait": 0.5, "memory_bytes": 7.0, "mfu": 0.4}
-    merged = over_processes(own)
+    merged = reduce_over_processes(own)
     assert merged == pytest.approx(
         {"samples_per_second": 3.0, "images_per_second": 6.0, "data_wait": 0.3, "memory_bytes": 9.0, "mfu": 0.3}
     )
@@ -99,14 +99,14 @@ def test_processes_are_summed_averaged_or_the_largest(monkeypatch):
 
 def test_the_assumed_peak_is_named():
     sample = SampleFlops(forward=14.8e9, backward=29.3e9)
-    peak = Peak(flops=989e12, source="NVIDIA H200, data sheet, bf16 dense")
+    peak = PeakFlops(flops=989e12, source="NVIDIA H200, data sheet, bf16 dense")
     used = Utilisation(sample=sample, peak=peak, processes=8)
-    assert used.sentence() == (
+    assert used.summary() == (
         "MFU is of 8 × 989 TFLOP/s (NVIDIA H200, data sheet, bf16 dense); "
         "a sample takes 14.8 GFLOP forward and 29.3 backward."
     )
-    assert used.facts()["peak_source"] == peak.source
-    assert "cannot be counted" in Utilisation(sample=None, peak=peak, processes=1).sentence()
+    assert used.to_values()["peak_source"] == peak.source
+    assert "cannot be counted" in Utilisation(sample=None, peak=peak, processes=1).summary()
 
 
 def test_the_progress_line_leaves_out_what_is_not_known():

@@ -3,7 +3,7 @@ import pytest
 from tests.train.telemetry.run_folders import falling
 from vlm.train import plots
 from vlm.train.plots import draw_comparison, draw_curves
-from vlm.train.recipes import Band
+from vlm.train.recipes import ReferenceCurve
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_many_points_are_smoothed_but_never_past_their_ends(tmp_path, drawn):
 
 
 def test_runs_are_drawn_over_one_another_with_the_band_behind(tmp_path, drawn):
-    band = Band(metric="loss", kind="measured", source="", width=0.1, points=((0.5, 3, 4), (1.0, 1, 2)))
+    band = ReferenceCurve(metric="loss", kind="measured", source="", width=0.1, points=((0.5, 3, 4), (1.0, 1, 2)))
     runs = {"a": falling(), "b": falling(1.0)}
     draw_comparison(runs, tmp_path / "compare.png", title="", bands=[band], steps=100)
     assert set(drawn["loss, band measured"]) == {"a", "b", "expected"}
@@ -66,6 +66,6 @@ def test_runs_are_drawn_over_one_another_with_the_band_behind(tmp_path, drawn):
 
 
 def test_a_published_figure_is_drawn_though_nothing_was_measured(tmp_path, drawn):
-    band = Band(metric="zero_shot_top1", kind="published", source="", points=((1.0, 0.1, 0.2),))
+    band = ReferenceCurve(metric="zero_shot_top1", kind="published", source="", points=((1.0, 0.1, 0.2),))
     draw_comparison({"a": falling()}, tmp_path / "compare.png", title="", bands=[band], steps=100)
     assert "zero shot top1, band published" in drawn

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm.models.dropout import RowDropout, RowNoise
-from vlm.train.flops import FlopCounts, count_flops
+from vlm.models.dropout import PerSampleDropout, PerSampleNoise
+from vlm.train.flops import FlopCounter, count_flops
 
 
 class Named(nn.Module):
@@ -33,7 +33,7 @@ def test_a_second_layer_passes_its_gradient_on():
     )
     assert flops.forward == 2 * (5 * 7 + 7 * 3)
     assert flops.backward == 2 * (5 * 7 + 2 * 7 * 3)
-    assert flops.both == flops.forward + flops.backward
+    assert flops.total == flops.forward + flops.backward
 
 
 def test_a_convolution_is_counted_at_every_place():
@@ -95,8 +95,8 @@ def test_counting_leaves_everything_as_it_was():
 
 
 def test_dropout_by_sample_is_counted_without_the_numbers_of_the_batch():
-    noise = RowNoise(seed=0, rows=torch.arange(64))
-    network = Named(nn.Sequential(nn.Linear(5, 7), RowDropout(noise, "x", 0.5)))
+    noise = PerSampleNoise(seed=0, rows=torch.arange(64))
+    network = Named(nn.Sequential(nn.Linear(5, 7), PerSampleDropout(noise, "x", 0.5)))
     assert count_flops(network, {"pixels": torch.zeros(64, 5)}).forward == 2 * 5 * 7
     assert len(noise.rows) == 64
 
@@ -117,7 +117,7 @@ def test_a_network_that_looks_at_its_data_is_counted_on_its_own_device():
 
 
 def test_each_shape_is_counted_once_and_the_batch_is_multiplied():
-    counts = FlopCounts(Named(nn.Linear(5, 7)))
+    counts = FlopCounter(Named(nn.Linear(5, 7)))
     assert counts.of({"pixels": torch.zeros(4, 5)}) == 4 * 4 * 5 * 7
     sequence = counts.of({"pixels": torch.zeros(6, 3, 5)})
     assert sequence == 6 * 3 * 4 * 5 * 7
@@ -125,7 +125,7 @@ def test_each_shape_is_counted_once_and_the_batch_is_multiplied():
 
 def test_counts_made_before_a_network_changes_hold_after():
     network = Named(nn.Linear(5, 7))
-    counts = FlopCounts(network)
+    counts = FlopCounter(network)
     network.inner = nn.Identity()  # as wrapping for several processes takes the layers apart
     assert counts.of({"pixels": torch.zeros(4, 5)}) == 4 * 4 * 5 * 7
 
@@ -135,7 +135,7 @@ def test_a_network_that_cannot_be_copied_ends_nothing(capsys):
         def __deepcopy__(self, memo):
             raise RuntimeError("only one of me")
 
-    assert FlopCounts(Named(Alone())).of_sample({"pixels": torch.zeros(4, 5)}) is None
+    assert FlopCounter(Named(Alone())).sample_flops({"pixels": torch.zeros(4, 5)}) is None
     assert "only one of me" in capsys.readouterr().err
 
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_counted_is_said_once_and_ends_nothing(capsys):
         def forward(self, x):
             raise ValueError("no")
 
-    counts = FlopCounts(Named(Broken()))
+    counts = FlopCounter(Named(Broken()))
     assert math.isnan(counts.of({"pixels": torch.zeros(4, 5)}))
     assert math.isnan(counts.of({"pixels": torch.zeros(4, 5)}))
     assert capsys.readouterr().err.count("no MFU") == 1

@@ -34,7 +34,7 @@ def test_a_name_that_only_begins_alike_is_not_taken_for_another(name):
 
 
 def test_what_is_given_wins_and_says_so():
-    peak = device_peak(torch.device("cpu"), "fp32", given_tflops=2.5)
+    peak = device_peak(torch.device("cpu"), "fp32", override_tflops=2.5)
     assert peak.flops == 2.5e12
     assert "given" in peak.source
 

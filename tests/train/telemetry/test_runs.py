@@ -50,9 +50,9 @@ def test_a_run_is_read_with_its_best_and_usual_values(tmp_path):
     assert best is not None
     assert best["step"] == 30
     assert record.last("loss") == pytest.approx(3.2)
-    assert record.usual("samples_per_second") == 100  # the first line, which holds the start-up, is left out
+    assert record.typical("samples_per_second") == 100  # the first line, which holds the start-up, is left out
     assert record.last("nothing") is None
-    assert record.usual("nothing") is None
+    assert record.typical("nothing") is None
 
 
 def test_recall_that_is_full_is_decided_by_the_first_place(tmp_path):

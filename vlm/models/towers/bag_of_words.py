@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.models.towers.tower import TextTower, projection, real_tokens
+from vlm.models.towers.tower import TextTower, projection, text_mask
 from vlm.models.towers.tower_config import TextTowerConfig
 from vlm.tensors import Bool, Float, Int64, Tensor
 
@@ -12,7 +12,7 @@ _MULTIPLIER = 0x9E3779B1  # 2³² over the golden ratio (Knuth, TAOCP 3, §6.4)
 _LOW_31 = 0x7FFFFFFF
 
 
-class BagTower(TextTower):
+class BagOfWordsTower(TextTower):
     """Entries of a table, one for each token, put together and projected: the bag-of-words model of "Deep Learning
     Applied to Image and Text Matching", on tokens.
     """
@@ -34,10 +34,10 @@ class BagTower(TextTower):
 
     def entries(self, tokens: Int64[Tensor, "B L"]) -> tuple[Int64[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """Places in the table, and which of them count."""
-        return tokens, real_tokens(tokens, self.pad_id)
+        return tokens, text_mask(tokens, self.pad_id)
 
 
-class NgramTower(BagTower):
+class NgramTower(BagOfWordsTower):
     """The same on n-grams of tokens, hashed into a table (its bigram and trigram models; Weinberger et al. 2009)."""
 
     def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
@@ -46,7 +46,7 @@ class NgramTower(BagTower):
 
     def entries(self, tokens: Int64[Tensor, "B L"]) -> tuple[Int64[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """The hashes of all n-grams, those of each order after the other."""
-        mask = real_tokens(tokens, self.pad_id)
+        mask = text_mask(tokens, self.pad_id)
         orders = [order for order in self.orders if order <= tokens.shape[1]]
         hashed = [hash_ngrams(tokens, order, self.table.num_embeddings) for order in orders]
         counted = [mask.unfold(1, order, 1).all(dim=2) for order in orders]
@@ -69,7 +69,7 @@ def hash_ngrams(tokens: Int64[Tensor, "B L"], order: int, table_size: int) -> In
 def build_bag(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower:
     """`bag`."""
     _check(config, name)
-    return BagTower(config, embed_dim, entries=config.vocab_size)
+    return BagOfWordsTower(config, embed_dim, entries=config.vocab_size)
 
 
 def build_ngram(config: TextTowerConfig, name: str, embed_dim: int) -> TextTower:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError, VlmError
-from vlm.models.towers.pooling import Features, as_tokens, measure
-from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, real_tokens
-from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, nearest_of_many
+from vlm.models.towers.pooling import Features, as_tokens, probe_trunk
+from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, text_mask
+from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, suggest_names
 from vlm.tensors import Float, Int64, Tensor
 
 _STATE_DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "drop_rate")
@@ -24,7 +24,7 @@ _STATE_DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attention_drop_rate")
 
 
-def read_hf(name: str) -> tuple[dict[str, Any], str]:
+def read_hf_config(name: str) -> tuple[dict[str, Any], str]:
     """The configuration of a folder, and that folder if it holds weights; or the defaults of a model type (`bert`).
 
     Raises:
@@ -42,7 +42,7 @@ def read_hf(name: str) -> tuple[dict[str, Any], str]:
         raise UsageError(f"{name} is no Hugging Face folder: it has no config.json.")
     raise UsageError(
         f"hf:{name} is neither a folder nor a model type of transformers; "
-        f"{nearest_of_many(name, sorted(CONFIG_MAPPING))} Nothing is downloaded: give a folder on this machine."
+        f"{suggest_names(name, sorted(CONFIG_MAPPING))} Nothing is downloaded: give a folder on this machine."
     )
 
 
@@ -56,7 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
 
 
-def open_config(values: dict[str, Any], **changes: Any) -> Any:
+def build_hf_config(values: dict[str, Any], **changes: Any) -> Any:
     """The transformers configuration of saved values, with those of `changes` it has a place for.
 
     Where it has a value for each stage (CvT), numbers are given to all of them, and drop path rises to the last.
@@ -74,7 +74,7 @@ def open_config(values: dict[str, Any], **changes: Any) -> Any:
     return config
 
 
-def dropout_of(probability: float) -> dict[str, float]:
+def dropout_settings(probability: float) -> dict[str, float]:
     """What a configuration is told of dropout, whatever its family calls it."""
     return {**{key: probability for key in _STATE_DROPOUT}, **{key: 0.0 for key in _ATTENTION_DROPOUT}}
 
@@ -110,7 +110,7 @@ class HuggingFaceImageTower(ImageTower):
 
     def native_of(self, features: Features) -> Float[Tensor, "B F"]:
         """The same of the last hidden state."""
-        tokens = as_tokens(features, self.measured.layouts)[0]
+        tokens = as_tokens(features, self.trunk_info.layouts)[0]
         return tokens.prefix[:, 0] if tokens.prefix.shape[1] else tokens.patches.mean(dim=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -131,22 +131,22 @@ def build_hf_image(config: ImageTowerConfig, name: str, embed_dim: int) -> Image
     """
     if config.patch_dropout or config.registers or config.overrides:
         raise UsageError(f"{config.tower} has neither patch dropout, registers nor overrides; choose a timm tower.")
-    changes: dict[str, Any] = dropout_of(config.dropout)
+    changes: dict[str, Any] = dropout_settings(config.dropout)
     changes |= {"image_size": config.image_size, "drop_path_rate": config.drop_path}
-    hf_config = open_config(config.hf_config, **changes)
+    hf_config = build_hf_config(config.hf_config, **changes)
     if config.drop_path and not hasattr(hf_config, "drop_path_rate"):
         raise UsageError(f"{config.tower} has no drop path; leave --drop-path at 0.")
     build = fresh_builder(hf_config, config.tower)
-    measured = measure(
+    trunk_info = probe_trunk(
         build,
         _features,
         _mean,
         name=config.tower,
         image_size=config.image_size,
-        own_size=hf_size(config.hf_config),
+        own_size=hf_image_size(config.hf_config),
     )
     trunk = load_weights(hf_config, config.initial_weights) if config.initial_weights else build()
-    return HuggingFaceImageTower(trunk, config, measured, embed_dim, has_class_token=True)
+    return HuggingFaceImageTower(trunk, config, trunk_info, embed_dim, has_class_token=True)
 
 
 def fresh_builder(hf_config: Any, tower: str) -> Callable[[], nn.Module]:
@@ -204,7 +204,7 @@ def set_checkpointing(trunk: Any, enable: bool) -> None:
         raise UsageError(f"{type(trunk).__name__} has no gradient checkpointing; leave it out.") from error
 
 
-def hf_size(values: dict[str, Any]) -> int:
+def hf_image_size(values: dict[str, Any]) -> int:
     """The side of the pictures a configuration is for."""
     size = values.get("image_size", _SIZE)
     return int(size) if isinstance(size, int) else int(size[0])
@@ -240,7 +240,7 @@ class HuggingFaceTextTower(TextTower):
 
     def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
         """Vectors of the joint space, not normalised."""
-        mask = real_tokens(tokens, self.pad_id)
+        mask = text_mask(tokens, self.pad_id)
         states = self.trunk(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return self.head(pool_states(states, mask, self.pooling))
 
@@ -261,8 +261,8 @@ def build_hf_text(config: TextTowerConfig, name: str, embed_dim: int) -> TextTow
     Raises:
         UsageError: the model cannot be built, or reads fewer tokens than a caption may have.
     """
-    changes: dict[str, Any] = dropout_of(config.dropout) | {"use_cache": False}
-    hf_config = open_config(config.hf_config, **changes)
+    changes: dict[str, Any] = dropout_settings(config.dropout) | {"use_cache": False}
+    hf_config = build_hf_config(config.hf_config, **changes)
     check_length(config.tower, hf_config, config.context_length)
     if config.initial_weights:
         trunk: Any = load_weights(hf_config, config.initial_weights)

@@ -7,23 +7,23 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.files import fingerprint_of
-from vlm.models.towers.huggingface import check_length, load_weights, open_config, read_hf, weight_files
-from vlm.models.towers.tower import TextTower, pool_states, projection, real_tokens
+from vlm.files import compute_fingerprint
+from vlm.models.towers.huggingface import build_hf_config, check_length, load_weights, read_hf_config, weight_files
+from vlm.models.towers.tower import TextTower, pool_states, projection, text_mask
 from vlm.models.towers.tower_config import TextTowerConfig
 from vlm.tensors import Bool, Float, Int64, Tensor
 
 _CHUNK = 1 << 24
 
 
-class LanguageModel:
+class LazyLanguageModel:
     """A language model in a folder: read when it is first asked, part of no network, never copied with one."""
 
     def __init__(self, folder: str, fingerprint: str) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self._model: Any = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LanguageModel":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LazyLanguageModel":
         return self
 
     def states(self, tokens: Int64[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
@@ -41,7 +41,9 @@ class LanguageModel:
                     "its folder in the text_cfg of the model folder."
                 )
             with torch.inference_mode(False):
-                self._model = load_weights(open_config(values, use_cache=False), weights).eval().requires_grad_(False)
+                self._model = (
+                    load_weights(build_hf_config(values, use_cache=False), weights).eval().requires_grad_(False)
+                )
         return self._model
 
 
@@ -56,14 +58,14 @@ class FrozenLanguageTower(TextTower):
 
     def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()
-        self.language_model = LanguageModel(config.folder, config.lm_fingerprint)
+        self.language_model = LazyLanguageModel(config.folder, config.lm_fingerprint)
         self.pad_id, self.end_id, self.pooling = config.pad_id, config.eos_id, config.pooling
         self.prompts, self.facets = config.prompt_tokens, config.facets
         copies = len(self.prompts) if self.prompts and config.facets == "concat" else 1
         self.embedding_size = config.lm_width * copies
         self.norm = nn.LayerNorm(self.embedding_size)
         self.head = projection(self.embedding_size, config.hidden, embed_dim, config.dropout)
-        digest = fingerprint_of(config.lm_fingerprint, repr(self.prompts), config.facets, config.pooling)
+        digest = compute_fingerprint(config.lm_fingerprint, repr(self.prompts), config.facets, config.pooling)
         self.register_buffer("language_model_digest", torch.tensor(list(digest.encode()), dtype=torch.uint8))
 
     def embed(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B E"]:
@@ -72,7 +74,7 @@ class FrozenLanguageTower(TextTower):
         A prompt follows the text, whose end token is left out (FLAME §3.2); each is read by itself, which gives what
         its facet-decoupled attention gives.
         """
-        mask = real_tokens(tokens, self.pad_id)
+        mask = text_mask(tokens, self.pad_id)
         if not self.prompts:
             return pool_states(self.language_model.states(tokens, mask), mask, self.pooling)
         lengths = mask.sum(dim=1)
@@ -118,7 +120,7 @@ def complete_lm(values: dict[str, Any], name: str) -> dict[str, Any]:
         UsageError: the folder holds no causal language model with weights, or captions and prompts are too long for it.
     """
     found, _ = read_language_model(name)
-    config = open_config(found)
+    config = build_hf_config(found)
     prompts = list(values.get("prompts", ()))
     tokens = _prompt_tokens(name, prompts)
     longest = max((len(prompt) for prompt in tokens), default=0)
@@ -139,7 +141,7 @@ def read_language_model(folder: str) -> tuple[dict[str, Any], str]:
     Raises:
         UsageError: it holds no weights.
     """
-    values, weights = read_hf(folder)
+    values, weights = read_hf_config(folder)
     if not weights:
         raise UsageError(f"{folder} holds no language model with weights; a frozen one needs them.")
     return values, weights

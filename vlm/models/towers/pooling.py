@@ -46,7 +46,7 @@ class TokenMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class TrunkInfo:
     """What a trial pass through a trunk told.
 
     layouts: of its maps. native_width: of the vector its own pooling gives. idle, idle_native: parameters that have no
@@ -55,8 +55,8 @@ class Measured:
 
     layouts: tuple[MapLayout, ...]
     native_width: int
-    idle: frozenset[str]
-    idle_native: frozenset[str]
+    unused: frozenset[str]
+    unused_native: frozenset[str]
 
 
 def read_layout(output: Tensor, trunk: nn.Module) -> MapLayout:
@@ -73,9 +73,9 @@ def read_layout(output: Tensor, trunk: nn.Module) -> MapLayout:
 
 
 def _prefix_tokens(trunk: nn.Module, number: int) -> int:
-    said = getattr(trunk, "num_prefix_tokens", None)
-    if isinstance(said, int):
-        return said
+    declared = getattr(trunk, "num_prefix_tokens", None)
+    if isinstance(declared, int):
+        return declared
     class_token = getattr(trunk, "cls_token", None)
     if isinstance(class_token, Tensor) and class_token.ndim == 3 and class_token.shape[1] == number:
         return number  # PiT gives its class token alone
@@ -103,7 +103,7 @@ def as_features(places: Float[Tensor, "N C"], layout: MapLayout) -> Tensor:
     return places[:, None, None] if layout.kind == "NHWC" else places[:, :, None, None]
 
 
-def measure(
+def probe_trunk(
     build: Callable[[], nn.Module],
     features: Callable[[Any, Tensor], Features],
     native: Callable[[Any, Tensor], Tensor],
@@ -111,35 +111,35 @@ def measure(
     name: str,
     image_size: int,
     own_size: int,
-) -> Measured:
+) -> TrunkInfo:
     """What a trunk gives for pictures of a size, found on a twin without memory (torch's meta device).
 
     Raises:
         UsageError: the trunk does not run at that size.
     """
     with torch.device("meta"):
-        twin = build().eval()
+        meta_trunk = build().eval()
     pixels = torch.zeros(1, 3, image_size, image_size, device="meta")
     try:
         with torch.enable_grad():
-            maps = features(twin, pixels)
+            maps = features(meta_trunk, pixels)
             maps = [maps] if isinstance(maps, Tensor) else list(maps)
-            layouts = tuple(read_layout(each, twin) for each in maps)
-            idle = _idle(twin, maps)
-            pooled = native(twin, pixels)
-            idle_native = _idle(twin, [pooled])
+            layouts = tuple(read_layout(each, meta_trunk) for each in maps)
+            unused = _unused_parameters(meta_trunk, maps)
+            pooled = native(meta_trunk, pixels)
+            unused_native = _unused_parameters(meta_trunk, [pooled])
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UsageError(
             f"{name} does not run at {image_size} pixels ({error}); its own size is --image-size {own_size}."
         ) from error
-    return Measured(layouts=layouts, native_width=pooled.shape[-1], idle=idle, idle_native=idle_native)
+    return TrunkInfo(layouts=layouts, native_width=pooled.shape[-1], unused=unused, unused_native=unused_native)
 
 
-def _idle(twin: nn.Module, outputs: Sequence[Tensor]) -> frozenset[str]:
-    twin.zero_grad(set_to_none=True)
+def _unused_parameters(meta_trunk: nn.Module, outputs: Sequence[Tensor]) -> frozenset[str]:
+    meta_trunk.zero_grad(set_to_none=True)
     # LeViT and TinyViT keep their attention biases, and so their graph, from one pass to the next while evaluating
     torch.stack([output.sum() for output in outputs]).sum().backward(retain_graph=True)
-    return frozenset(name for name, parameter in twin.named_parameters() if parameter.grad is None)
+    return frozenset(name for name, parameter in meta_trunk.named_parameters() if parameter.grad is None)
 
 
 _ROWS = 4
@@ -147,7 +147,7 @@ _BLOCKS = 2
 _HEAD_WIDTH = 64
 
 
-class Pool(nn.Module, ABC):
+class Pooling(nn.Module, ABC):
     """A way from a map to one vector of `width`."""
 
     width: int
@@ -157,7 +157,7 @@ class Pool(nn.Module, ABC):
         """One vector a picture."""
 
 
-class AveragePool(Pool):
+class AveragePool(Pooling):
     """The mean of the patches; prefix tokens are left out."""
 
     def __init__(self, width: int) -> None:
@@ -169,7 +169,7 @@ class AveragePool(Pool):
         return tokens.patches.mean(dim=1)
 
 
-class ClassToken(Pool):
+class ClassToken(Pooling):
     """The first prefix token."""
 
     def __init__(self, width: int) -> None:
@@ -181,7 +181,7 @@ class ClassToken(Pool):
         return tokens.prefix[:, 0]
 
 
-class SimPool(Pool):
+class SimPool(Pooling):
     """SimPool (Psomas et al. 2023, §3.3): one attention head whose query is the mean patch.
 
     timm's module; its gamma, the exponent of the mean over values, is left at 1, as the paper does for ViTs.
@@ -199,7 +199,7 @@ class SimPool(Pool):
         return self.attention(tokens.patches)
 
 
-class LatentPool(Pool):
+class LatentQueryPool(Pooling):
     """Attention of one learned query, then a feed-forward layer (Zhai et al. 2022 §3, SigLIP's MAP head)."""
 
     def __init__(self, width: int) -> None:
@@ -207,7 +207,7 @@ class LatentPool(Pool):
 
         super().__init__()
         self.width = width
-        self.attention = AttentionPoolLatent(width, num_heads=heads_of(width), norm_layer=nn.LayerNorm)
+        self.attention = AttentionPoolLatent(width, num_heads=num_heads_for(width), norm_layer=nn.LayerNorm)
 
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
         """The latent after attention."""
@@ -219,7 +219,7 @@ class QueryBlock(nn.Module):
 
     def __init__(self, width: int, queries: int) -> None:
         super().__init__()
-        heads = heads_of(width)
+        heads = num_heads_for(width)
         self.encoder = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
         self.queries = nn.Parameter(torch.randn(1, queries, width))
         self.among = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -235,7 +235,7 @@ class QueryBlock(nn.Module):
         return patches, self.norm_out(self.across(queries, patches, patches, need_weights=False)[0])
 
 
-class BagOfQueries(Pool):
+class BagOfQueries(Pooling):
     """BoQ (Ali-bey et al. 2024): learned queries of several blocks; a linear layer over the queries makes few rows.
 
     Two blocks as in the paper; its 64 queries and 16,384 outputs are fewer here, since the projection to the joint
@@ -257,22 +257,22 @@ class BagOfQueries(Pool):
         return self.rows(torch.cat(found, dim=1).transpose(1, 2)).transpose(1, 2).flatten(1)
 
 
-POOLS: dict[str, Callable[[int, int], Pool]] = {
+POOLINGS: dict[str, Callable[[int, int], Pooling]] = {
     "avg": lambda width, _: AveragePool(width),
     "token": lambda width, _: ClassToken(width),
     "simpool": lambda width, _: SimPool(width),
     "queries": BagOfQueries,
-    "map": lambda width, _: LatentPool(width),
+    "map": lambda width, _: LatentQueryPool(width),
 }
 """Poolings besides the trunk's own, by name: (width, queries) → module."""
 
 
-def heads_of(width: int) -> int:
+def num_heads_for(width: int) -> int:
     """Attention heads for a width: as near to 64 wide as divides it."""
     return next(heads for heads in range(max(1, width // _HEAD_WIDTH), 0, -1) if width % heads == 0)
 
 
-def make_pool(pooling: str, layout: MapLayout, *, queries: int, has_class_token: bool, name: str) -> Pool:
+def build_pooling(pooling: str, layout: MapLayout, *, queries: int, has_class_token: bool, name: str) -> Pooling:
     """The pool for a map.
 
     Raises:
@@ -282,4 +282,4 @@ def make_pool(pooling: str, layout: MapLayout, *, queries: int, has_class_token:
         raise UsageError(f"{name} has no class token to pool by; give pooling=avg, native or simpool.")
     if pooling != "token" and not layout.patches:
         raise UsageError(f"{name} gives its class token alone, so pooling={pooling} cannot work; give native or token.")
-    return POOLS[pooling](layout.width, queries)
+    return POOLINGS[pooling](layout.width, queries)

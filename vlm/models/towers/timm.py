@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.models.towers.pooling import Features, measure
+from vlm.models.towers.pooling import Features, probe_trunk
 from vlm.models.towers.tower import ImageTower, group_by_layer
-from vlm.models.towers.tower_config import ImageTowerConfig, nearest_of_many
+from vlm.models.towers.tower_config import ImageTowerConfig, suggest_names
 from vlm.tensors import Float, Tensor
 
 _ARGUMENTS = {"drop_path": "drop_path_rate", "patch_dropout": "patch_drop_rate", "registers": "reg_tokens"}
@@ -65,9 +65,9 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
     """
     import timm
 
-    own_size = timm_size(name)
+    own_size = timm_image_size(name)
     arguments: dict[str, Any] = {_ARGUMENTS[key]: getattr(config, key) for key in _ARGUMENTS if getattr(config, key)}
-    if config.image_size != own_size and is_fixed(name):
+    if config.image_size != own_size and has_fixed_input_size(name):
         arguments["img_size"] = config.image_size
 
     def build() -> nn.Module:
@@ -92,7 +92,7 @@ def build_vit(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower
     """
     from timm.models import VisionTransformer
 
-    width, depth, patch = read_vit(name)
+    width, depth, patch = parse_vit_size(name)
     if config.image_size % patch or (config.positions == "sine" and width % 4):
         raise UsageError(
             f"vit:{name} at {config.image_size} pixels: the size must be a multiple of the patch ({patch}), and the "
@@ -124,7 +124,7 @@ def build_vit(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower
 
 
 def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: int, own_size: int) -> ImageTower:
-    measured = measure(
+    trunk_info = probe_trunk(
         build,
         _features,
         lambda trunk, pixels: trunk(pixels),
@@ -134,7 +134,7 @@ def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: 
     )
     trunk = build()
     has_class_token = getattr(trunk, "has_class_token", None)
-    return TimmTower(trunk, config, measured, embed_dim, has_class_token=has_class_token is not False)
+    return TimmTower(trunk, config, trunk_info, embed_dim, has_class_token=has_class_token is not False)
 
 
 def _features(trunk: Any, pixels: Tensor) -> Features:
@@ -150,7 +150,7 @@ def _fix_positions(vit: nn.Module, side: int, width: int) -> None:
         positions.copy_(table.to(positions))
 
 
-def read_vit(name: str) -> tuple[int, int, int]:
+def parse_vit_size(name: str) -> tuple[int, int, int]:
     """Width, depth and patch of `WIDTHxDEPTH/PATCH`.
 
     Raises:
@@ -163,26 +163,26 @@ def read_vit(name: str) -> tuple[int, int, int]:
     return width, depth, patch
 
 
-def timm_size(name: str) -> int:
+def timm_image_size(name: str) -> int:
     """The side of the pictures a timm model is made for.
 
     Raises:
         UsageError: timm has no such model; the nearest is named.
     """
-    return int(_registered(name).input_size[-1])
+    return int(_pretrained_config(name).input_size[-1])
 
 
-def is_fixed(name: str) -> bool:
+def has_fixed_input_size(name: str) -> bool:
     """Whether a timm model must be told a size other than its own."""
-    return bool(_registered(name).fixed_input_size)
+    return bool(_pretrained_config(name).fixed_input_size)
 
 
-def _registered(name: str) -> Any:
+def _pretrained_config(name: str) -> Any:
     import timm
     from timm.models import get_pretrained_cfg
 
     if not timm.is_model(name.split(".")[0]):
-        raise UsageError(f"timm has no model {name!r}; {nearest_of_many(name, timm.list_models())}")
+        raise UsageError(f"timm has no model {name!r}; {suggest_names(name, timm.list_models())}")
     found = get_pretrained_cfg(name, allow_unregistered=True)
     if found is None:
         raise UsageError(f"timm says nothing of the input of {name!r}; name one of its tags, or another model.")

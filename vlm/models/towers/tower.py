@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlm.errors import UsageError
-from vlm.models.towers.pooling import Features, Measured, Pool, TokenMap, as_features, as_tokens, make_pool
+from vlm.models.towers.pooling import Features, Pooling, TokenMap, TrunkInfo, as_features, as_tokens, build_pooling
 from vlm.models.towers.tower_config import ImageTowerConfig
 from vlm.tensors import Bool, Float, Int64, Tensor
 
@@ -25,7 +25,9 @@ def batch_norm_layers(network: nn.Module) -> list[str]:
 
     With them a batch in parts differs from the whole one. Frozen ones are not among them.
     """
-    return [name for name, module in network.named_modules() if _reads_batch(module) and not _is_frozen(module)]
+    return [
+        name for name, module in network.named_modules() if _uses_batch_statistics(module) and not _is_frozen(module)
+    ]
 
 
 def freeze_batch_norm(network: nn.Module, names: Collection[str] | None = None) -> list[str]:
@@ -38,22 +40,22 @@ def freeze_batch_norm(network: nn.Module, names: Collection[str] | None = None) 
     for name in chosen:
         module = network.get_submodule(name)
         module.eval()
-        module.register_forward_pre_hook(stay_in_evaluation)
+        module.register_forward_pre_hook(keep_in_eval_mode)
     return chosen
 
 
-def stay_in_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def keep_in_eval_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A hook: whatever mode the network is in, this layer normalises by its running statistics."""
     module.training = False
 
 
-def _reads_batch(module: nn.Module) -> bool:
+def _uses_batch_statistics(module: nn.Module) -> bool:
     # timm's evolved normalisation (EvoNorm B) keeps running statistics without being a batch norm
     return isinstance(module, _BatchNorm) or isinstance(getattr(module, "running_var", None), Tensor)
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    return stay_in_evaluation in module._forward_pre_hooks.values()
+    return keep_in_eval_mode in module._forward_pre_hooks.values()
 
 
 class ImageTower(nn.Module, ABC):
@@ -65,32 +67,38 @@ class ImageTower(nn.Module, ABC):
     """
 
     def __init__(
-        self, trunk: nn.Module, config: ImageTowerConfig, measured: Measured, embed_dim: int, *, has_class_token: bool
+        self,
+        trunk: nn.Module,
+        config: ImageTowerConfig,
+        trunk_info: TrunkInfo,
+        embed_dim: int,
+        *,
+        has_class_token: bool,
     ) -> None:
         super().__init__()
         self.trunk = trunk
-        self.measured = measured
+        self.trunk_info = trunk_info
         self.image_size = (config.image_size, config.image_size)
         self.is_native = config.pooling == "native"
-        pools: list[Pool] = []
+        pools: list[Pooling] = []
         if not self.is_native:
             pools = [
-                make_pool(
+                build_pooling(
                     config.pooling,
                     layout,
                     queries=config.queries,
                     has_class_token=has_class_token,
                     name=config.tower,
                 )
-                for layout in measured.layouts
+                for layout in trunk_info.layouts
             ]
         self.pools = nn.ModuleList(pools)
-        self.width = sum(pool.width for pool in pools) or measured.native_width
+        self.width = sum(pool.width for pool in pools) or trunk_info.native_width
         # the trunk's last norm often stands in the head that is left out
         self.norm = nn.LayerNorm(self.width) if pools else nn.Identity()
         drop, projection = nn.Dropout(config.dropout), nn.Linear(self.width, embed_dim, bias=False)
         self.head = nn.Sequential(OrderedDict(drop=drop, proj=projection))
-        for name in measured.idle_native if self.is_native else measured.idle:
+        for name in trunk_info.unused_native if self.is_native else trunk_info.unused:
             trunk.get_parameter(name).requires_grad_(False)  # they have no gradient, which DDP would wait for
 
     @abstractmethod
@@ -111,7 +119,7 @@ class ImageTower(nn.Module, ABC):
 
     def tokens(self, pixels: Float[Tensor, "B 3 H W"]) -> list[TokenMap]:
         """Prefix tokens and patches of each map (most trunks give one), of the trunk's width."""
-        return as_tokens(self.features(pixels), self.measured.layouts)
+        return as_tokens(self.features(pixels), self.trunk_info.layouts)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Vectors of the joint space, not normalised."""
@@ -129,7 +137,7 @@ class ImageTower(nn.Module, ABC):
         Raises:
             UsageError: the tower has no single map with patches.
         """
-        layouts = self.measured.layouts
+        layouts = self.trunk_info.layouts
         if len(layouts) != 1 or not layouts[0].patches:
             raise UsageError(
                 f"{type(self.trunk).__name__} gives {', '.join(map(str, layouts))} and so no one set of patches; "
@@ -138,12 +146,14 @@ class ImageTower(nn.Module, ABC):
         features = self.features(pixels)
         patches = as_tokens(features, layouts)[0].patches
         alone = as_features(patches.flatten(0, 1), layouts[0])
-        return self.head(self._vector(features)), self.head(self._vector(alone)).unflatten(0, patches.shape[:2])
+        return self.head(self._pooled_features(features)), self.head(self._pooled_features(alone)).unflatten(
+            0, patches.shape[:2]
+        )
 
-    def _vector(self, features: Features) -> Float[Tensor, "B F"]:
+    def _pooled_features(self, features: Features) -> Float[Tensor, "B F"]:
         if self.is_native:
             return self.native_of(features)
-        return self._pool(as_tokens(features, self.measured.layouts))
+        return self._pool(as_tokens(features, self.trunk_info.layouts))
 
     def _pool(self, maps: list[TokenMap]) -> Float[Tensor, "B F"]:
         return self.norm(torch.cat([pool(tokens) for pool, tokens in zip(self.pools, maps, strict=True)], dim=-1))
@@ -158,8 +168,8 @@ class ImageTower(nn.Module, ABC):
         for name in locked:
             self.trunk.get_parameter(name).requires_grad_(False)
         if freeze_bn_stats:
-            still = [name for name in batch_norm_layers(self.trunk) if _owner_is_locked(self.trunk, name, locked)]
-            freeze_batch_norm(self.trunk, still)
+            frozen = [name for name in batch_norm_layers(self.trunk) if _is_fully_locked(self.trunk, name, locked)]
+            freeze_batch_norm(self.trunk, frozen)
 
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -176,7 +186,7 @@ def group_by_layer(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _owner_is_locked(trunk: nn.Module, name: str, locked: set[str]) -> bool:
+def _is_fully_locked(trunk: nn.Module, name: str, locked: set[str]) -> bool:
     own = [f"{name}.{each}" for each, _ in trunk.get_submodule(name).named_parameters()]
     return all(each in locked for each in own)
 
@@ -210,7 +220,7 @@ class TextTower(nn.Module, ABC):
         """Compute activations again in the backward pass; nothing to do where there are hardly any."""
 
 
-def real_tokens(tokens: Int64[Tensor, "B L"], pad_id: int) -> Bool[Tensor, "B L"]:
+def text_mask(tokens: Int64[Tensor, "B L"], pad_id: int) -> Bool[Tensor, "B L"]:
     """Which places hold text: from the first to the last that is not padding.
 
     CLIP's padding is also its piece "!", so padding between other tokens is text.

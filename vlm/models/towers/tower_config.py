@@ -22,7 +22,7 @@ def split_tower(tower: str) -> tuple[str, str]:
     return prefix, name
 
 
-def read_options(words: str) -> tuple[str, dict[str, Any]]:
+def parse_tower_options(words: str) -> tuple[str, dict[str, Any]]:
     """The tower and its options: `timm:NAME,pooling=simpool,registers=4`.
 
     Raises:
@@ -38,7 +38,7 @@ def read_options(words: str) -> tuple[str, dict[str, Any]]:
     return tower, values
 
 
-def nearest_of_many(name: str, known: list[str]) -> str:
+def suggest_names(name: str, known: list[str]) -> str:
     """A hint naming the few names nearest to `name`."""
     close = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.5)
     return (
@@ -55,10 +55,10 @@ def _value(word: str) -> Any:
         return word
 
 
-TOWER = "tower"
+TOWER_KEY = "tower"
 """The key that tells our towers from open_clip's, whose configurations do not have it."""
 
-SOURCE = "initial_weights"
+INITIAL_WEIGHTS_KEY = "initial_weights"
 """The key that only a fresh network reads; a saved model folder does without."""
 
 
@@ -189,16 +189,16 @@ def read_text_config(values: dict[str, Any]) -> TextTowerConfig:
     return from_values(TextTowerConfig, values, where="text_cfg")
 
 
-def plain(config: ImageTowerConfig | TextTowerConfig) -> dict[str, Any]:
+def config_to_values(config: ImageTowerConfig | TextTowerConfig) -> dict[str, Any]:
     """The configuration as values for JSON: the tower, and what is not the default."""
     defaults = {each.name: each.default for each in fields(config)}
     values = {
-        name: _listed(value)
+        name: _tuples_to_lists(value)
         for name, value in asdict(config).items()
         if value != defaults[name] and (value or not isinstance(value, dict))
     }
     return values | ({"image_size": config.image_size} if isinstance(config, ImageTowerConfig) else {})
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(each) for each in value] if isinstance(value, tuple) else value
+def _tuples_to_lists(value: Any) -> Any:
+    return [_tuples_to_lists(each) for each in value] if isinstance(value, tuple) else value

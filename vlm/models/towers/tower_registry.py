@@ -17,23 +17,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm.config import nearest
+from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import build_bag, build_ngram
-from vlm.models.towers.huggingface import build_hf_image, build_hf_text, default_pooling, hf_size, read_hf
+from vlm.models.towers.huggingface import build_hf_image, build_hf_text, default_pooling, hf_image_size, read_hf_config
 from vlm.models.towers.language_model import build_lm, complete_lm
-from vlm.models.towers.timm import build_timm, build_vit, read_vit, timm_size
+from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size
 from vlm.models.towers.tower_config import (
-    SOURCE,
-    TOWER,
+    INITIAL_WEIGHTS_KEY,
+    TOWER_KEY,
     ImageTowerConfig,
     TextTowerConfig,
-    nearest_of_many,
-    plain,
+    config_to_values,
+    parse_tower_options,
     read_image_config,
-    read_options,
     read_text_config,
     split_tower,
+    suggest_names,
 )
 from vlm.tensors import Float, Int64, Tensor
 
@@ -65,8 +65,8 @@ def set_dropout(
         keys = {"vision_cfg": _vision_key(config["vision_cfg"], kind), "text_cfg": _text_key(config["text_cfg"], kind)}
         if not any(keys.values()):
             raise UsageError(
-                f"{kind} = {value}: neither tower of this model has it (image: {_said(config['vision_cfg'])}; "
-                f"text: {_said(config['text_cfg'])}); leave it at 0."
+                f"{kind} = {value}: neither tower of this model has it (image: {_tower_label(config['vision_cfg'])}; "
+                f"text: {_tower_label(config['text_cfg'])}); leave it at 0."
             )
         for part, key in keys.items():
             if key:
@@ -75,8 +75,8 @@ def set_dropout(
 
 
 def _vision_key(values: dict[str, Any], kind: str) -> str | None:
-    if TOWER in values:
-        return kind if kind in _VISION[split_tower(values[TOWER])[0]] else None
+    if TOWER_KEY in values:
+        return kind if kind in _VISION[split_tower(values[TOWER_KEY])[0]] else None
     if values.get("timm_model_name"):
         return _OPEN_CLIP_TIMM[kind]
     is_resnet = isinstance(values.get("layers"), list | tuple)
@@ -84,16 +84,18 @@ def _vision_key(values: dict[str, Any], kind: str) -> str | None:
 
 
 def _text_key(values: dict[str, Any], kind: str) -> str | None:
-    if TOWER not in values:
+    if TOWER_KEY not in values:
         return None
-    return kind if kind in _TEXT[split_tower(values[TOWER])[0]] else None
+    return kind if kind in _TEXT[split_tower(values[TOWER_KEY])[0]] else None
 
 
-def _said(values: dict[str, Any]) -> str:
-    return str(values.get(TOWER) or values.get("timm_model_name") or values.get("hf_model_name") or "open_clip's own")
+def _tower_label(values: dict[str, Any]) -> str:
+    return str(
+        values.get(TOWER_KEY) or values.get("timm_model_name") or values.get("hf_model_name") or "open_clip's own"
+    )
 
 
-def config_to_save(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The model_cfg to write beside weights: in open_clip's format where it builds a network of the same weights.
 
     open_clip can say: its own towers, and `timm:` towers pooled natively at the size timm made them for. It cannot say
@@ -104,24 +106,26 @@ def config_to_save(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dic
     if "logit_bias" in weights and saved.get("init_logit_bias") is None:
         saved["init_logit_bias"] = float(weights["logit_bias"])
     for part in ("vision_cfg", "text_cfg"):
-        saved[part].pop(SOURCE, None)
-    if TOWER in saved["text_cfg"] or TOWER not in saved["vision_cfg"]:
+        saved[part].pop(INITIAL_WEIGHTS_KEY, None)
+    if TOWER_KEY in saved["text_cfg"] or TOWER_KEY not in saved["vision_cfg"]:
         return saved
-    vision = _in_open_clip(read_image_config(saved["vision_cfg"]))
+    vision = _to_open_clip_config(read_image_config(saved["vision_cfg"]))
     if vision is None:
         return saved
-    said = saved | {"vision_cfg": vision, "custom_text": True}
+    exported = saved | {"vision_cfg": vision, "custom_text": True}
     return (
-        said if _shapes_of_open_clip(said) == {name: tuple(value.shape) for name, value in weights.items()} else saved
+        exported
+        if _open_clip_shapes(exported) == {name: tuple(value.shape) for name, value in weights.items()}
+        else saved
     )
 
 
-def _in_open_clip(config: ImageTowerConfig) -> dict[str, Any] | None:
-    from vlm.models.towers.timm import timm_size
+def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
+    from vlm.models.towers.timm import timm_image_size
 
     prefix, name = split_tower(config.tower)
     is_plain = prefix == "timm" and config.pooling == "native" and not (config.registers or config.overrides)
-    if not is_plain or config.image_size != timm_size(name):
+    if not is_plain or config.image_size != timm_image_size(name):
         return None
     return {
         "timm_model_name": name,
@@ -134,7 +138,7 @@ def _in_open_clip(config: ImageTowerConfig) -> dict[str, Any] | None:
     }
 
 
-def _shapes_of_open_clip(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+def _open_clip_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
     from open_clip.model import CustomTextCLIP
 
     values = {key: value for key, value in config.items() if key != "custom_text"}
@@ -153,7 +157,7 @@ _HEAD_WIDTHS = (64, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerKind:
+class TowerType:
     """A prefix of towers. complete: fills in what the name stands for, given (values, name).
 
     build: makes the tower of completed values, given (config, name, embed_dim); without it, completing gives values
@@ -165,26 +169,26 @@ class TowerKind:
 
 
 def _complete_timm(values: Values, name: str) -> Values:
-    return {"image_size": timm_size(name), **values}
+    return {"image_size": timm_image_size(name), **values}
 
 
 def _complete_vit(values: Values, name: str) -> Values:
-    width, _, _ = read_vit(name)
+    width, _, _ = parse_vit_size(name)
     head_width = next((each for each in _HEAD_WIDTHS if width % each == 0), width)
     return {"image_size": _VIT_SIZE, "head_width": head_width, **values}
 
 
 def _complete_hf_image(values: Values, name: str) -> Values:
     if "hf_config" in values:
-        return {"image_size": hf_size(values["hf_config"]), **values}
-    found, weights = read_hf(name)
-    return {"image_size": hf_size(found), "hf_config": found, "initial_weights": weights, **values}
+        return {"image_size": hf_image_size(values["hf_config"]), **values}
+    found, weights = read_hf_config(name)
+    return {"image_size": hf_image_size(found), "hf_config": found, "initial_weights": weights, **values}
 
 
 def _complete_hf_text(values: Values, name: str) -> Values:
     if "hf_config" in values:
         return values
-    found, weights = read_hf(name)
+    found, weights = read_hf_config(name)
     return {"pooling": default_pooling(found), "hf_config": found, "initial_weights": weights, **values}
 
 
@@ -192,7 +196,7 @@ def _complete_lm(values: Values, name: str) -> Values:
     return values if values.get("lm_fingerprint") else complete_lm(values, name)
 
 
-def _complete_words(values: Values, name: str) -> Values:
+def _complete_bag(values: Values, name: str) -> Values:
     return values
 
 
@@ -206,7 +210,7 @@ def _complete_transformer(values: Values, name: str) -> Values:
         )
     head_width = next(each for each in _HEAD_WIDTHS if int(width) % each == 0)
     own = {"width": int(width), "heads": int(width) // head_width, "layers": int(layers)}
-    return own | {key: value for key, value in values.items() if key != TOWER}
+    return own | {key: value for key, value in values.items() if key != TOWER_KEY}
 
 
 def _complete_open_clip(part: str) -> Callable[[Values, str], Values]:
@@ -215,27 +219,27 @@ def _complete_open_clip(part: str) -> Callable[[Values, str], Values]:
 
         config = open_clip.get_model_config(name)
         if config is None:
-            raise UsageError(f"open_clip has no {name!r}; {nearest_of_many(name, open_clip.list_models())}")
-        return config[part] | {key: value for key, value in values.items() if key != TOWER}
+            raise UsageError(f"open_clip has no {name!r}; {suggest_names(name, open_clip.list_models())}")
+        return config[part] | {key: value for key, value in values.items() if key != TOWER_KEY}
 
     return complete
 
 
-IMAGE_TOWERS: dict[str, TowerKind] = {
-    "timm": TowerKind(complete=_complete_timm, build=build_timm),
-    "vit": TowerKind(complete=_complete_vit, build=build_vit),
-    "hf": TowerKind(complete=_complete_hf_image, build=build_hf_image),
-    "open_clip": TowerKind(complete=_complete_open_clip("vision_cfg")),
+IMAGE_TOWERS: dict[str, TowerType] = {
+    "timm": TowerType(complete=_complete_timm, build=build_timm),
+    "vit": TowerType(complete=_complete_vit, build=build_vit),
+    "hf": TowerType(complete=_complete_hf_image, build=build_hf_image),
+    "open_clip": TowerType(complete=_complete_open_clip("vision_cfg")),
 }
 """Adding an image tower is a builder and a line here."""
 
-TEXT_TOWERS: dict[str, TowerKind] = {
-    "transformer": TowerKind(complete=_complete_transformer),
-    "open_clip": TowerKind(complete=_complete_open_clip("text_cfg")),
-    "hf": TowerKind(complete=_complete_hf_text, build=build_hf_text),
-    "lm": TowerKind(complete=_complete_lm, build=build_lm),
-    "bag": TowerKind(complete=_complete_words, build=build_bag),
-    "ngram": TowerKind(complete=_complete_words, build=build_ngram),
+TEXT_TOWERS: dict[str, TowerType] = {
+    "transformer": TowerType(complete=_complete_transformer),
+    "open_clip": TowerType(complete=_complete_open_clip("text_cfg")),
+    "hf": TowerType(complete=_complete_hf_text, build=build_hf_text),
+    "lm": TowerType(complete=_complete_lm, build=build_lm),
+    "bag": TowerType(complete=_complete_bag, build=build_bag),
+    "ngram": TowerType(complete=_complete_bag, build=build_ngram),
 }
 """Adding a text tower is a builder and a line here."""
 
@@ -252,26 +256,28 @@ def parse_towers(name: str) -> Values:
     if not (at and size.isdigit()):
         towers, size = name, str(_EMBED_DIM)
     image, text = _split(towers)
-    vision_cfg, text_cfg = ({TOWER: tower, **options} for tower, options in (read_options(image), read_options(text)))
-    return complete_towers({"embed_dim": int(size), "vision_cfg": vision_cfg, "text_cfg": text_cfg})
+    vision_cfg, text_cfg = (
+        {TOWER_KEY: tower, **options} for tower, options in (parse_tower_options(image), parse_tower_options(text))
+    )
+    return resolve_tower_configs({"embed_dim": int(size), "vision_cfg": vision_cfg, "text_cfg": text_cfg})
 
 
 def _split(towers: str) -> tuple[str, str]:
     places = [place for place, letter in enumerate(towers) if letter == "+"]
     for place in places:  # folders may have a + in their names
         image, text = towers[:place], towers[place + 1 :]
-        if _kind_of(image) in IMAGE_TOWERS and _kind_of(text) in TEXT_TOWERS:
+        if _prefix_of(image) in IMAGE_TOWERS and _prefix_of(text) in TEXT_TOWERS:
             return image, text
     image, text = towers[: places[0]], towers[places[0] + 1 :]
-    table, tower = (TEXT_TOWERS, text) if _kind_of(image) in IMAGE_TOWERS else (IMAGE_TOWERS, image)
-    raise UsageError(f"Unknown tower {tower!r} in {towers!r}; {nearest(_kind_of(tower), list(table))}")
+    table, tower = (TEXT_TOWERS, text) if _prefix_of(image) in IMAGE_TOWERS else (IMAGE_TOWERS, image)
+    raise UsageError(f"Unknown tower {tower!r} in {towers!r}; {suggest(_prefix_of(tower), list(table))}")
 
 
-def _kind_of(words: str) -> str:
+def _prefix_of(words: str) -> str:
     return split_tower(words.split(",")[0])[0]
 
 
-def complete_towers(config: Values) -> Values:
+def resolve_tower_configs(config: Values) -> Values:
     """A model_cfg with what the names of its towers stand for, and every key checked.
 
     Towers that open_clip's format can say are said in it; what is complete stays as it is.
@@ -285,24 +291,24 @@ def complete_towers(config: Values) -> Values:
         ("text_cfg", TEXT_TOWERS, read_text_config),
     ):
         values = completed[part]
-        if TOWER not in values:
+        if TOWER_KEY not in values:
             continue
-        kind, name = _choose(table, values[TOWER])
+        kind, name = _choose(table, values[TOWER_KEY])
         values = kind.complete(values, name)
-        completed[part] = plain(read(values)) if kind.build else values
-    if not names_towers(completed):
+        completed[part] = config_to_values(read(values)) if kind.build else values
+    if not uses_towers(completed):
         completed["custom_text"] = True
     return completed
 
 
-def names_towers(config: Values) -> bool:
+def uses_towers(config: Values) -> bool:
     """Whether a model_cfg names a tower that open_clip's format cannot say."""
-    return TOWER in config["vision_cfg"] or TOWER in config["text_cfg"]
+    return TOWER_KEY in config["vision_cfg"] or TOWER_KEY in config["text_cfg"]
 
 
 def build_image_tower(values: Values, embed_dim: int) -> nn.Module:
     """The image tower of a completed vision_cfg, ours or open_clip's, with fresh weights."""
-    if TOWER not in values:
+    if TOWER_KEY not in values:
         from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
         return _build_vision_tower(embed_dim, CLIPVisionCfg(**values))
@@ -314,7 +320,7 @@ def build_image_tower(values: Values, embed_dim: int) -> nn.Module:
 
 def build_text_tower(values: Values, embed_dim: int) -> nn.Module:
     """The text tower of a completed text_cfg, ours or open_clip's, with fresh weights."""
-    if TOWER not in values:
+    if TOWER_KEY not in values:
         from open_clip.model import CLIPTextCfg, _build_text_tower
 
         return _build_text_tower(embed_dim, CLIPTextCfg(**values))
@@ -324,10 +330,10 @@ def build_text_tower(values: Values, embed_dim: int) -> nn.Module:
     return kind.build(config, name, embed_dim)
 
 
-def _choose(table: dict[str, TowerKind], tower: str) -> tuple[TowerKind, str]:
+def _choose(table: dict[str, TowerType], tower: str) -> tuple[TowerType, str]:
     prefix, name = split_tower(tower)
     if prefix not in table:
-        raise UsageError(f"Unknown tower {tower!r}; {nearest(prefix, list(table))}")
+        raise UsageError(f"Unknown tower {tower!r}; {suggest(prefix, list(table))}")
     return table[prefix], name
 
 
@@ -345,8 +351,8 @@ class TowerNetwork(nn.Module):
         super().__init__()
         for key in config:
             if key not in _KEYS:
-                raise UsageError(f"model_cfg: unknown key {key!r} for towers; {nearest(key, list(_KEYS))}")
-        values = complete_towers(config)
+                raise UsageError(f"model_cfg: unknown key {key!r} for towers; {suggest(key, list(_KEYS))}")
+        values = resolve_tower_configs(config)
         self.visual = build_image_tower(values["vision_cfg"], values["embed_dim"])
         self.text = build_text_tower(values["text_cfg"], values["embed_dim"])
         self.logit_scale = nn.Parameter(torch.tensor(float(values.get("init_logit_scale", INITIAL_SCALE))))
