@@ -1,7 +1,11 @@
-"""From an embeddings folder to an index folder: FAISS segment, catalogue, manifest; whole or absent."""
+"""Build an index from an embeddings folder: FAISS segment, catalogue and manifest, whole or absent.
+
+`build_index` builds the index type it is told; `build_autotuned` finds the type and its parameters by target.
+"""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,21 @@ from vlm.console import say
 from vlm.errors import VlmError
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type import TuningParams
-from vlm.index.ann.index_types import resolve_index_type
+from vlm.index.ann.index_types import resolve_index_type, search_params_dict
+from vlm.index.autotune.autotune_report import PLOT, draw_plan
+from vlm.index.autotune.autotuner import (
+    MAX_ROWS,
+    Plan,
+    VerificationResult,
+    autotune,
+    retune,
+    verify_plan,
+)
+from vlm.index.autotune.trial import SearchParams, TuningTarget
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings import Embeddings
 from vlm.index.layout import IndexDetails, catalogue_file
+from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest
 
@@ -32,6 +47,28 @@ class BuildSummary:
     dimension: int
     bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutotunedBuild:
+    """The index that was built for a target, the plan behind it and what the finished index has.
+
+    search_params: set on the finished index; None if the index type has none, or they were left as planned.
+    """
+
+    summary: BuildSummary
+    plan: Plan
+    search_params: SearchParams | None
+    verification: VerificationResult
+
+    def check_target(self) -> None:
+        """Raise VlmError if the finished index misses its target; the folder stays."""
+        if self.verification.breaks:
+            raise VlmError(
+                f"{self.summary.folder} is complete but misses its target: {' and '.join(self.verification.breaks)}. "
+                "The sample was not representative: remove the folder and build with more --plan-rows, or lower the "
+                "target."
+            )
 
 
 def build_index(
@@ -72,6 +109,58 @@ def build_index(
         bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def build_autotuned(
+    embeddings: Path,
+    out: Path,
+    target: TuningTarget,
+    *,
+    texts: Path | None = None,
+    images: Path | None = None,
+    kind: str = "auto",
+    max_rows: int = MAX_ROWS,
+    seed: int = 0,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> AutotunedBuild:
+    """Autotune on a sample, build the index type that won, then retune and verify it on all rows.
+
+    The recall-latency plot is written into the index folder. A finished index that misses its target is kept:
+    `AutotunedBuild.check_target` raises.
+
+    texts, images: embeddings to query with, see `autotune`. kind: the only index type to try, or auto for all of them.
+    max_rows: rows of the sample. on_plan: called with the plan before the index is built, which may take long.
+
+    Raises:
+        UsageError: `out` exists, no index type meets the target, or the embeddings do not fit each other.
+        VlmError: the embeddings are damaged, or the disk is full or cannot be written.
+    """
+    check_not_exists(out)
+    source = Embeddings.open(embeddings)
+    kinds: Sequence[str] = () if kind == "auto" else (kind,)
+    plan = autotune(
+        source,
+        Embeddings.open(texts) if texts else None,
+        target,
+        images=Embeddings.open(images) if images else None,
+        kinds=kinds,
+        max_rows=max_rows,
+        seed=seed,
+    )
+    if on_plan is not None:
+        on_plan(plan)
+    summary = build_index(embeddings, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+    draw_plan(plan, out / PLOT)
+    search_params = retune(out, source, plan)
+    if search_params is not None:
+        retuned = search_params_dict(plan.kind, effort=search_params.effort, rerank=search_params.rerank)
+        summary = replace(summary, parameters=summary.parameters | retuned)
+    index = Index.open(out)
+    try:
+        verification = verify_plan(index, source, plan)
+    finally:
+        index.close()
+    return AutotunedBuild(summary=summary, plan=plan, search_params=search_params, verification=verification)
 
 
 def _fill(

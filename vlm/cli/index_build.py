@@ -1,16 +1,15 @@
 """Build a FAISS index with its catalogue from embeddings."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from vlm.console import say, show_fields, show_json
-from vlm.errors import UsageError, VlmError
+from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.index.autotune.autotuner import Plan
     from vlm.index.build import BuildSummary
 
 _NUMBERS = ("nlist", "nprobe", "links", "ef_construction", "ef_search", "rerank")
@@ -89,7 +88,7 @@ def run(arguments: Arguments) -> None:
     from vlm.index.build import build_index
 
     if arguments.is_planned:
-        _build_planned(arguments)
+        _build_autotuned(arguments)
         return
     numbers = {name: getattr(arguments, name) for name in _NUMBERS}
     tuning = TuningParams(seed=arguments.seed, **numbers)
@@ -100,70 +99,42 @@ def run(arguments: Arguments) -> None:
         _show(summary, arguments)
 
 
-def _build_planned(arguments: Arguments) -> None:
-    """Plan, build, leave the plot in the folder, then set and measure the finished index."""
-    from vlm.index.ann.index_types import search_params_dict
-    from vlm.index.autotune.autotune_report import PLOT, draw_plan, show_plan
-    from vlm.index.autotune.autotuner import retune, verify_plan
-    from vlm.index.build import build_index
-    from vlm.index.embeddings import Embeddings
-    from vlm.index.reader import Index
-
-    plan = _plan(arguments)
-    if not arguments.json:
-        show_plan(plan)
-    summary = build_index(
-        arguments.embeddings, arguments.out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence
-    )
-    draw_plan(plan, arguments.out / PLOT)
-    source = Embeddings.open(arguments.embeddings)
-    setting = retune(arguments.out, source, plan)
-    if setting:
-        told = search_params_dict(plan.kind, effort=setting.effort, rerank=setting.rerank)
-        summary = replace(summary, parameters=summary.parameters | told)
-    index = Index.open(arguments.out)
-    found = verify_plan(index, source, plan)
-    index.close()
-    if arguments.json:
-        measured = {"setting": setting and asdict(setting), "confirmed": asdict(found)}
-        show_json(asdict(summary) | {"plan": plan.evidence} | measured)
-    else:
-        facts = {name: value for name, value in asdict(found).items() if name != "breaks"}
-        show_fields(facts, title=f"The finished index, asked {plan.direction}")
-        _show(summary, arguments)
-    if found.breaks:
-        raise VlmError(
-            f"{arguments.out} is whole, but does not keep the promise: {' and '.join(found.breaks)}. The sample misled "
-            "the plan: remove the folder and build with more --plan-rows, or promise less."
-        )
-
-
-def _plan(arguments: Arguments) -> "Plan":
-    from vlm.files import check_not_exists
-    from vlm.index.autotune.autotuner import autotune
+def _build_autotuned(arguments: Arguments) -> None:
+    """Build for a target, show plan and measurements, and fail if the target is missed."""
+    from vlm.index.autotune.autotune_report import show_plan
     from vlm.index.autotune.trial import TuningTarget, parse_bytes
-    from vlm.index.embeddings import Embeddings
+    from vlm.index.build import build_autotuned
 
     given = [name for name in _NUMBERS if getattr(arguments, name) is not None]
     if given:
         option = given[0].replace("_", "-")
         raise UsageError(f"--{option} is for the plan to find; leave it out, or leave the promises out.")
-    check_not_exists(arguments.out)
-    promise = TuningTarget(
+    target = TuningTarget(
         recall=0.95 if arguments.recall is None else arguments.recall,
         at=arguments.recall_at,
         latency_ms=arguments.latency_ms,
         memory_bytes=None if arguments.memory is None else parse_bytes(arguments.memory),
     )
-    return autotune(
-        Embeddings.open(arguments.embeddings),
-        Embeddings.open(arguments.texts) if arguments.texts else None,
-        promise,
-        images=Embeddings.open(arguments.images) if arguments.images else None,
-        kinds=() if arguments.kind == "auto" else (arguments.kind,),
+    build = build_autotuned(
+        arguments.embeddings,
+        arguments.out,
+        target,
+        texts=arguments.texts,
+        images=arguments.images,
+        kind=arguments.kind,
         max_rows=arguments.plan_rows,
         seed=arguments.seed,
+        on_plan=None if arguments.json else show_plan,
     )
+    verification = asdict(build.verification)
+    if arguments.json:
+        measured = {"setting": build.search_params and asdict(build.search_params), "confirmed": verification}
+        show_json(asdict(build.summary) | {"plan": build.plan.evidence} | measured)
+    else:
+        del verification["breaks"]
+        show_fields(verification, title=f"The finished index, queried {build.plan.direction}")
+        _show(build.summary, arguments)
+    build.check_target()
 
 
 def _show(summary: "BuildSummary", arguments: Arguments) -> None:
