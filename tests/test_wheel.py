@@ -1,6 +1,7 @@
 """The wheel built from the tree holds all of it and starts outside of it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,8 +29,37 @@ def start(unpacked, tmp_path, *words):
     return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_nothing_but_vlm_is_installed(unpacked):
-    assert {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")} == {"vlm"}
+def test_nothing_but_vlm_and_its_start_are_installed(unpacked):
+    assert {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"} == {"vlm", "vlm_pipeline.py"}
+
+
+def test_the_distribution_says_its_name(unpacked):
+    metadata = next(unpacked.glob("vlm_pipeline-*.dist-info"), None)
+    assert metadata is not None
+    assert 'DISTRIBUTION = "vlm-pipeline"' in (unpacked / "vlm" / "__init__.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_overwritten", [True, False], ids=["installed over ours", "before ours on the path"])
+def test_another_package_called_vlm_is_named_before_anything_breaks(unpacked, tmp_path, is_overwritten):
+    site = tmp_path / "site"
+    shutil.copytree(unpacked, site)
+    other = site if is_overwritten else tmp_path / "other"
+    (other / "vlm").mkdir(parents=True, exist_ok=True)
+    (other / "vlm" / "__init__.py").write_text("from .vlm import *\n", encoding="utf-8")
+    (other / "vlm" / "vlm.py").write_text("raise ImportError('never imported')\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (other, site)))}
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm_pipeline", "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert str(other / "vlm" / "__init__.py") in done.stderr
+    assert "pip uninstall vlm vlm-pipeline" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_wheel_holds_every_source_file(unpacked):

@@ -40,7 +40,7 @@ class TensorBoardLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError(
-                "--tensorboard needs the package tensorboard: pip install 'vlm[tensorboard]', or leave it out; "
+                "--tensorboard needs the package tensorboard: pip install tensorboard, or leave the flag out; "
                 "metrics.jsonl and curves.png hold the same."
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)

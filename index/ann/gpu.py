@@ -25,7 +25,9 @@ def gpu_unavailable_reason() -> str:
     """Why FAISS has no GPU here; empty if it has one."""
     faiss = load_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
-        return 'this FAISS is built for CPUs alone; in an environment of its own, pip install "vlm[gpu]" brings CUDA'
+        return (
+            "this FAISS is built for CPUs alone; in an environment without faiss-cpu, pip install faiss-gpu brings CUDA"
+        )
     return "" if faiss.get_num_gpus() else "this FAISS is built for GPUs, but sees none"
 
 

@@ -118,7 +118,7 @@ def load_faiss() -> ModuleType:
     try:
         import faiss
     except ImportError as error:
-        raise VlmError(f'FAISS cannot be imported ({error}); pip install "vlm[cpu]" brings it.') from error
+        raise VlmError(f"FAISS cannot be imported ({error}); install it with: pip install faiss-cpu") from error
     return faiss
 
 

@@ -126,7 +126,7 @@ def require_package(protocol: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f'{protocol}:// needs {package}; install it with: pip install "vlm[remote]"') from error
+        raise UsageError(f"{protocol}:// needs {package}; install it with: pip install {package}") from error
 
 
 def _without_query(url: str) -> str:

@@ -87,7 +87,7 @@ def wait_for():
 def s3() -> Iterator[FaultyServer]:
     """An S3 emulator behind a faulty server."""
     pytest.importorskip("moto", reason="the S3 emulator is not installed: pip install 'moto[s3]' flask flask-cors")
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'vlm[remote]'")
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

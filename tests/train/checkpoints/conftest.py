@@ -38,7 +38,7 @@ def tensors() -> Callable[[TrainState], dict[str, Any]]:
 def s3_bucket(monkeypatch) -> Iterator[str]:
     """A bucket of an S3 emulator."""
     pytest.importorskip("moto", reason="the S3 emulator is not installed: pip install 'moto[s3]' flask flask-cors")
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'vlm[remote]'")
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
     from vlm.storage import remote
