@@ -1,5 +1,6 @@
 """Fixtures of all rooms."""
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -56,6 +57,13 @@ def scene_tokenizer(scene_shards, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "scenes.model"
     train_tokenizer(str(scene_shards / "train"), path, vocabulary=300, languages=("en",))
     return path
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog):
+    """What the package logs at INFO and above while a test calls it directly."""
+    with caplog.at_level(logging.INFO, logger="vlm"):
+        yield caplog
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 Text that a command reads from a file or from standard input.
 """
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,12 +89,17 @@ def bar(share: float, *, width: int = 30) -> str:
 
 
 def progress(*, total: int, what: str, done: int = 0, unit: str = "it") -> "tqdm[NoReturn]":
-    """A bar with rate and time left on stderr; off a terminal, a line every ten seconds."""
+    """A bar with rate and time left on stderr; off a terminal, a line every ten seconds.
+
+    It is drawn where the package's INFO messages are shown: by the command line, unless --quiet, and by a program that
+    configures logging so.
+    """
     from tqdm import tqdm
 
     is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
+        disable=not logging.getLogger("vlm").isEnabledFor(logging.INFO),
         desc=what,
         initial=done,
         unit=unit,

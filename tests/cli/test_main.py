@@ -1,14 +1,18 @@
 import errno
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
-from vlm.cli.main import VERBS, main
+import vlm.cli.main as main_module
+from vlm.cli.main import VERBS, log_to_stderr, main
 from vlm.cli.reference import reference
+from vlm.console import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,6 +225,35 @@ def test_a_missing_shard_is_named(capsys, loop):
 def test_the_version_is_told(capsys):
     assert run(capsys, "--version")[1].startswith("vlm ")
     assert sys.version_info >= (3, 11)
+
+
+def test_what_the_package_logs_goes_to_stderr_by_level(capsys, monkeypatch):
+    logger = logging.getLogger("vlm.data.pack")
+
+    def run_verb(verb, words):
+        logger.debug("a detail")
+        logger.info("a step")
+        logger.warning("a warning")
+
+    monkeypatch.setattr(main_module, "run_verb", run_verb)
+    assert run(capsys, "pack") == (0, "", "a step\na warning\n")
+    assert run(capsys, "--quiet", "pack") == (0, "", "a warning\n")
+    assert run(capsys, "--verbose", "pack") == (0, "", "a detail\na step\na warning\n")
+
+
+def test_a_log_line_does_not_tear_a_progress_bar(capsys):
+    with log_to_stderr(), tqdm(total=2, desc="embed", file=sys.stderr, mininterval=0, ascii=True) as shown:
+        shown.update()
+        logging.getLogger("vlm.index").info("part 3 is complete")
+        shown.update()
+    drawn = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert "part 3 is complete" in [line.strip() for line in drawn]
+
+
+def test_quiet_draws_no_progress_bar(capsys):
+    with log_to_stderr(logging.WARNING), progress(total=2, what="embed") as shown:
+        shown.update()
+    assert capsys.readouterr().err == ""
 
 
 ENTERED = """

@@ -10,6 +10,7 @@ balance:concepts=FILE,cap=,languages=, sample:share=, weight:times=; and from st
 similarity:min=,top=, near:min=,top=, typical:k=,share=, atypical:k=,share=, cluster-balance:cap=.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 
 if TYPE_CHECKING:
     from vlm.data.curation.pipeline import CurationResult
     from vlm.data.selection import Selection
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = ".selection"
 
@@ -100,7 +103,7 @@ def run(arguments: Arguments) -> None:
     selection = compose(curated.selection, arguments, others)
     if arguments.html:
         write_text(arguments.html, render_curation_report(curated, title=f"vlm curate {arguments.shards}"))
-        say(f"Page: {arguments.html}")
+        logger.info(f"Page: {arguments.html}")
     if arguments.report:
         write_report(arguments.report, curated, selection)
     if not arguments.dry_run:
@@ -160,7 +163,7 @@ def write_report(path: Path, curated: "CurationResult", selection: "Selection") 
     ]
     report: dict[str, Any] = {**summarize(curated, selection), "lineage": list(selection.lineage), "curves": curves}
     write_text(path, dumps(report, ensure_ascii=False, indent=1) + "\n")
-    say(f"Report: {path}")
+    logger.info(f"Report: {path}")
 
 
 def summarize(curated: "CurationResult", selection: "Selection") -> dict[str, Any]:
@@ -188,8 +191,8 @@ def show(curated: "CurationResult", selection: "Selection", arguments: Arguments
         rows.append(["composed", before.kept, selection.kept, before.kept - selection.kept, selection.visits])
     show_table(columns, rows)
     if arguments.dry_run:
-        say("Dry run: no selection was written.")
+        logger.info("Dry run: no selection was written.")
     elif not selection.kept:
-        say("Nothing is left; nothing can be trained on this selection.")
+        logger.info("Nothing is left; nothing can be trained on this selection.")
     else:
-        say(f"Next: vlm train … --data {arguments.shards} --selection {arguments.out}")
+        logger.info(f"Next: vlm train … --data {arguments.shards} --selection {arguments.out}")

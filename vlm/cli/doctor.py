@@ -4,13 +4,14 @@ Without MODEL the stages up to the device are measured. Times are medians of a f
 let nothing else run on it.
 """
 
+import logging
 import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.console import bar, pluralize, say, show_fields, show_json, show_table
+from vlm.console import bar, pluralize, show_fields, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from vlm.data.bottleneck import BottleneckReport
     from vlm.data.profiling import PipelineProfile, ProfileSetup, Stage
     from vlm.models.model import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 0.5
 
@@ -86,7 +89,7 @@ def diagnose(arguments: Arguments) -> "PipelineProfile":
     setup = _profile_setup(arguments, model)
     busy = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
     num_samples = pluralize(setup.num_batches * setup.batch_size, "sample")
-    say(f"Measuring with {num_samples} of {pluralize(len(setup.shards), 'shard')} …")
+    logger.info(f"Measuring with {num_samples} of {pluralize(len(setup.shards), 'shard')} …")
     stages = _storage(setup)
     prepared = measure_preparation(setup)
     stages += [*prepared.stages, measure_worker_transfer(setup)]

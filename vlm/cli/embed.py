@@ -3,6 +3,7 @@
 Several processes fill one folder together: give --processes, or start the command by torchrun, accelerate or srun.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.launch import run_in_processes
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.index.embed import EmbedSummary, ProcessRank
     from vlm.index.embeddings import Modality
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ def embed(arguments: Arguments) -> None:
     summaries = list(embed_into(model, shards, folders, options).values())
     if share.world_size > 1 and (missing := max(summary.missing_parts for summary in summaries)):
         rows = sum(summary.new_rows for summary in summaries)
-        say(
+        logger.info(
             f"Process {share.rank} of {share.world_size} has written {rows:,} rows; "
             f"{missing} parts are left to others. "
             "If those have ended, repeat the command."
@@ -150,7 +153,7 @@ def _show(summaries: "list[EmbedSummary]", arguments: Arguments) -> None:
         facts = {name.replace("_", " "): value for name, value in asdict(summary).items() if name != "incidents"}
         show_fields(facts)
     texts = " --texts " + summaries[1].folder if len(summaries) > 1 else ""
-    say(f"Next: vlm index build {summaries[0].folder} INDEX{texts}")
+    logger.info(f"Next: vlm index build {summaries[0].folder} INDEX{texts}")
 
 
 def _say_incidents(summary: "EmbedSummary") -> None:
@@ -159,4 +162,4 @@ def _say_incidents(summary: "EmbedSummary") -> None:
         return
     width = max(map(len, summary.incidents))
     rows = [f"  {reason:<{width}}  {count:>9,}" for reason, count in summary.incidents.items()]
-    say("\n".join([f"Left out, each named in {summary.folder}/incidents.jsonl:", *rows]))
+    logger.info("\n".join([f"Left out, each named in {summary.folder}/incidents.jsonl:", *rows]))

@@ -1,6 +1,7 @@
 """Measure a model: retrieval on shards, zero-shot on class folders or labelled shards, truth of captions on scenes."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.evaluation.eval_report import Evaluation
     from vlm.evaluation.zero_shot import ZeroShot
     from vlm.models.model import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ def run(arguments: Arguments) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_text(arguments.out / "evaluation.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         write_report(evaluation, arguments.out / "report.html")
-        say(f"Report: {arguments.out / 'report.html'}")
+        logger.info(f"Report: {arguments.out / 'report.html'}")
     if arguments.json:
         show_json(values)
     else:

@@ -3,13 +3,16 @@
 open-clip is a folder for open_clip.create_model_and_transforms("local-dir:OUT").
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ def run(arguments: Arguments) -> None:
     check_not_exists(arguments.out)
     export = export_open_clip(load_network(arguments.model, device="cpu"), arguments.out)
     if not export.has_tokenizer:
-        say(
+        logger.info(
             "open_clip cannot make this model's tokens from text: give it those of "
             f'vlm.data.tokenizers.open_tokenizer("{arguments.out}").'
         )
@@ -50,4 +53,4 @@ def run(arguments: Arguments) -> None:
         {name.replace("_", " "): value for name, value in asdict(export).items()}
         | {"largest difference": f"{export.largest_difference:.1e}"}
     )
-    say(f'Next: open_clip.create_model_and_transforms("local-dir:{arguments.out}")')
+    logger.info(f'Next: open_clip.create_model_and_transforms("local-dir:{arguments.out}")')

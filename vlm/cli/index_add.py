@@ -1,15 +1,18 @@
 """Add the rows of an embeddings folder to an index; searches go on meanwhile."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
 
 if TYPE_CHECKING:
     from vlm.index.writer import CommitInfo
+
+logger = logging.getLogger(__name__)
 
 # from here on dead rows cost a search more than a compaction is put off for
 _MANY_DEAD = 0.2
@@ -46,4 +49,4 @@ def show_commit_info(info: "CommitInfo", index: Path, *, as_json: bool) -> None:
         return
     show_fields(asdict(info))
     if info.dead > _MANY_DEAD * (info.dead + info.rows):
-        say(f"Next: vlm index compact {index}, for {info.dead:,} dead rows are passed over by each search.")
+        logger.info(f"Next: vlm index compact {index}, for {info.dead:,} dead rows are passed over by each search.")

@@ -1,16 +1,19 @@
 """Build a FAISS index with its catalogue from embeddings."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.index.build import BuildSummary
+
+logger = logging.getLogger(__name__)
 
 _NUMBERS = ("nlist", "nprobe", "links", "ef_construction", "ef_search", "rerank")
 
@@ -139,4 +142,4 @@ def _build_autotuned(arguments: Arguments) -> None:
 
 def _show(summary: "BuildSummary", arguments: Arguments) -> None:
     show_fields(asdict(summary))
-    say(f'Next: vlm search {arguments.out} "what you look for"')
+    logger.info(f'Next: vlm search {arguments.out} "what you look for"')

@@ -5,17 +5,20 @@ are found exactly as by the new model alone. Recall is measured on a part that i
 was trained on make the better pairs, for on them both embed as they will embed what is to come.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json, show_table
+from vlm.console import show_fields, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.evaluation.retrieval import Retrieval
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def run(arguments: Arguments) -> None:
         return
     show_fields(asdict(fitted.choice))
     show_recall(recall, title=f"{len(held):,} pictures held out")
-    say(f"Next: vlm index upgrade INDEX OUT --head {arguments.head}")
+    logger.info(f"Next: vlm index upgrade INDEX OUT --head {arguments.head}")
 
 
 def show_recall(recall: "dict[str, Retrieval]", *, title: str) -> None:

@@ -1,12 +1,15 @@
 """Embeddings that clip-retrieval, autofaiss or others made, as a folder for vlm index build and vlm index add."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +67,24 @@ def run(arguments: Arguments) -> None:
         ),
     )
     if summary.bad:
-        say(f"{summary.bad:,} vectors are zero or not finite and were left out: {arguments.out / 'incidents.jsonl'}")
+        incidents = arguments.out / "incidents.jsonl"
+        logger.info(f"{summary.bad:,} vectors are zero or not finite and were skipped: {incidents}")
     if summary.scaled:
-        say(f"{summary.scaled:,} vectors were not of unit length and were brought to it; cosines are compared.")
+        logger.info(f"{summary.scaled:,} vectors were not of unit length and were brought to it; cosines are compared.")
     if summary.approximate:
-        say(
+        logger.info(
             f"The FAISS file ({summary.approximate}) keeps codes of the vectors: the rows are only near to what they "
             "were. Import the vectors themselves where they still are."
         )
     if summary.renamed:
-        say(f"{summary.renamed:,} rows share their {summary.uid_column}; their uids name file and row too.")
+        logger.info(f"{summary.renamed:,} rows share their {summary.uid_column}; their uids name file and row too.")
     if summary.left_out:
         names = ", ".join(name or "one without a name" for name in summary.left_out)
-        say(f"Columns that cannot be metadata were left out: {names}")
+        logger.info(f"Columns that cannot be metadata were left out: {names}")
     if summary.model == UNKNOWN:
-        say("The model is unknown: ask by vlm search --like UID, and add only what the same model made.")
+        logger.info("The model is unknown: ask by vlm search --like UID, and add only what the same model made.")
     if arguments.json:
         show_json(asdict(summary))
         return
     show_fields({name.replace("_", " "): value for name, value in asdict(summary).items()})
-    say(f"Next: vlm index build {arguments.out} INDEX")
+    logger.info(f"Next: vlm index build {arguments.out} INDEX")

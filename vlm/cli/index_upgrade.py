@@ -3,13 +3,16 @@
 Rows embedded again later (vlm embed with the head as MODEL) take their places by vlm index update, bit by bit.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ def run(arguments: Arguments) -> None:
         show_json(asdict(carried))
         return
     show_fields({name.replace("_", " "): value for name, value in asdict(carried).items()})
-    say(
+    logger.info(
         f'Next: vlm search {arguments.out} "what you look for"; and where rows shall be the new model\'s own:\n'
         f"vlm embed {arguments.head} SHARDS EMBEDDINGS && vlm index update {arguments.out} EMBEDDINGS"
     )

@@ -1,16 +1,19 @@
 """Look into shards: counts, sizes, captions, corrupt and duplicate samples, and a contact sheet."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.console import say, show_fields, show_json, show_table
+from vlm.console import show_fields, show_json, show_table
 
 if TYPE_CHECKING:
     from vlm.data.inspection.findings import ColumnStats, Inspection, LanguageStats
     from vlm.pages import Distribution
+
+logger = logging.getLogger(__name__)
 
 _MAX_BAD_SHOWN = 20
 _MAX_VALUES_SHOWN = 5
@@ -68,7 +71,7 @@ def run(arguments: Arguments) -> None:
     )
     if arguments.html:
         write_text(arguments.html, contact_sheet(found, title=arguments.shards))
-        say(f"Page: {arguments.html}")
+        logger.info(f"Page: {arguments.html}")
     if arguments.json:
         show_json(found.facts())
     else:

@@ -1,5 +1,6 @@
 """The same work in several processes of this machine, each of which knows its number as if torchrun had started it."""
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -9,7 +10,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
-from vlm.cli.main import print_error
+from vlm.cli.main import log_to_stderr, print_error
 from vlm.errors import UsageError, VlmError
 
 Given = TypeVar("Given")
@@ -21,9 +22,10 @@ def run_in_processes(work: Callable[[Given], None], given: Given, number: int) -
     Raises:
         VlmError: one failed.
     """
+    level = logging.getLogger("vlm").getEffectiveLevel()
     spawn = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
-        spawn.Process(target=_run_one, args=(work, given, rank, number)) for rank in range(number)
+        spawn.Process(target=_run_one, args=(work, given, rank, number, level)) for rank in range(number)
     ]
     try:
         for process in processes:
@@ -47,11 +49,12 @@ def _failure(code: int, rank: int, number: int) -> VlmError:
     return UsageError(message) if code == UsageError.exit_code else VlmError(message)
 
 
-def _run_one(work: Callable[[Given], None], given: Given, rank: int, number: int) -> None:
+def _run_one(work: Callable[[Given], None], given: Given, rank: int, number: int, level: int) -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)}
     try:
-        work(given)
+        with log_to_stderr(level):
+            work(given)
     except VlmError as error:
         sys.exit(print_error(str(error), error.exit_code))
     except OSError as error:

@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NoReturn
 
@@ -48,6 +48,9 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """Each verb with its module in `vlm.cli` and its line of help. Adding a verb is one file and one line here."""
 
+LOG_LEVELS = {"--quiet": logging.WARNING, "--verbose": logging.DEBUG}
+"""Flags before the verb that change what is logged."""
+
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -76,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 misused."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.getLogger().setLevel(logging.ERROR)
+    level = logging.INFO
+    while words and words[0] in LOG_LEVELS:
+        level = LOG_LEVELS[words.pop(0)]
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(overview())
@@ -84,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"vlm {__version__}")
             return 0
         verb, rest = split_verb(words)
-        run_verb(verb, rest)
+        with log_to_stderr(level):
+            run_verb(verb, rest)
         return 0
     except VlmError as error:
         return print_error(str(error), error.exit_code)
@@ -97,19 +104,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         return print_error(_explain(error), 1)
 
 
+class StderrHandler(logging.Handler):
+    """Log records as plain lines on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; without tqdm imported there is no bar, and importing it would cost 30 ms."""
+        try:
+            line = self.format(record)
+            if "tqdm" in sys.modules:
+                from tqdm import tqdm
+
+                tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr)
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
+    """Show what the package logs on stderr while the block runs."""
+    logger = logging.getLogger("vlm")
+    before = logger.handlers, logger.level, logger.propagate
+    # Replaced rather than added, so that a verb that runs another verb does not log every line twice.
+    logger.handlers = [StderrHandler()]
+    logger.setLevel(level)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+
+
 def overview() -> str:
     """The help of `vlm` itself."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items()]
     return "\n".join(
         [
-            "usage: vlm VERB …        (vlm VERB --help tells more; vlm --version)",
+            "usage: vlm [--quiet | --verbose] VERB …        (vlm VERB --help: its options; vlm --version)",
             "",
             "pairs ─pack▶ shards ─train▶ run ─embed▶ embeddings ─index build▶ index ─search▶ answers",
             "",
             *lines,
             "",
-            "Results go to stdout, talk to stderr; --json is for machines. Exit: 0 done, 1 failed, 2 misused.",
+            "Results go to stdout, logs to stderr; use --json for machine-readable output.",
+            "Exit codes: 0 success, 1 failure, 2 usage error.",
         ]
     )
 

@@ -4,14 +4,17 @@ SOURCE is a table (captions.csv, .tsv, .jsonl, .parquet) with its pictures, clas
 output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word scenes for drawn ones.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
 from vlm.data.sources.source import SceneOptions, SourceKind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,4 +102,5 @@ def run(arguments: Arguments) -> None:
         return
     facts = {name: value for name, value in asdict(summary).items() if value not in ({}, None)}
     show_fields({name.replace("_", " "): value for name, value in facts.items()})
-    say(f"Next: vlm inspect {arguments.out} --html {arguments.out}.html   or   vlm train tiny --data {arguments.out} …")
+    inspect = f"vlm inspect {arguments.out} --html {arguments.out}.html"
+    logger.info(f"Next: {inspect}   or   vlm train tiny --data {arguments.out} …")

@@ -4,6 +4,7 @@ Every step is a command that is printed before it runs, so that it can be repeat
 """
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.data.synthetic.shapes import shape_colour_classes
 from vlm.files import write_text
 from vlm.manifest import is_complete
+
+logger = logging.getLogger(__name__)
 
 NUM_TRAIN, NUM_VAL = 16_000, 1_000
 CLASSES = "classes.txt"
@@ -68,7 +71,7 @@ def run(arguments: Arguments) -> None:
     seconds: dict[str, float] = {}
     for step in plan_steps(arguments):
         if step.is_done:
-            say(f"✓ {step.title}: already in {step.leaves}")
+            logger.info(f"✓ {step.title}: already in {step.leaves}")
             continue
         seconds[step.title] = _timed(lambda step=step: run_verb(*split_verb(step.words)), step.title, step.words)
     seconds["searching"] = _timed(lambda: run_queries(out), "searching", ["search", str(out / "index"), "…"])
@@ -78,7 +81,7 @@ def run(arguments: Arguments) -> None:
         show_json(figures)
     else:
         show_figures(figures)
-    say(next_steps(out))
+    logger.info(next_steps(out))
 
 
 def plan_steps(arguments: Arguments) -> list[Step]:
@@ -186,7 +189,7 @@ def next_steps(out: Path) -> str:
 
 
 def _timed(work: Callable[[], None], title: str, words: list[str]) -> float:
-    say(f"\n▸ {title}:  vlm {shlex.join(words)}")
+    logger.info(f"\n▸ {title}:  vlm {shlex.join(words)}")
     before = time.monotonic()
     work()
     return time.monotonic() - before

@@ -7,16 +7,19 @@ stores embeddings of the captions by another model: for --objective text_align, 
 tower.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
 
 if TYPE_CHECKING:
     from vlm.train.reinforce import Teachers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ def run(arguments: Arguments) -> None:
         return
     facts = {name: value for name, value in asdict(summary).items() if value != {}}
     show_fields({name.replace("_", " "): value for name, value in facts.items()})
-    say(_next(arguments))
+    logger.info(_next(arguments))
 
 
 def _teachers(arguments: Arguments) -> "Teachers":

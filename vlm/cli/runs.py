@@ -1,15 +1,18 @@
 """List the runs below a folder: how far each is, how good and how fast."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 
 if TYPE_CHECKING:
     from vlm.train.history import RunRecord
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ def run(arguments: Arguments) -> None:
         show_json(facts)
         return
     if not facts:
-        say(
+        logger.info(
             f"There is no run in {arguments.folder}. Begin one: vlm train tiny --data SHARDS --run {arguments.folder}/a"
         )
         return
@@ -51,7 +54,8 @@ def run(arguments: Arguments) -> None:
         "time",
     ]
     show_table(columns, [row_of(summary) for summary in facts])
-    say(f"Side by side: vlm runs compare {' '.join(str(record.folder) for record in records[-2:])} --out compare.png")
+    latest = " ".join(str(record.folder) for record in records[-2:])
+    logger.info(f"Compare: vlm runs compare {latest} --out compare.png")
 
 
 def summarize(record: "RunRecord", root: Path) -> dict[str, Any]:

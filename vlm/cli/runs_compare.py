@@ -4,6 +4,7 @@ Shown are the settings in which they differ and the last, the best and the usual
 one another. With --to the answer is whether, where and in which direction a run leaves the band.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.train.history import RunRecord
     from vlm.train.recipes import Recipe, ReferenceComparison
+
+logger = logging.getLogger(__name__)
 
 LAST = (
     "loss",
@@ -80,7 +83,7 @@ def run(arguments: Arguments) -> None:
     for name, record, own in zip(names, records, comparisons, strict=False):
         print("\n".join(sentences(name, record, own)))
     if arguments.out:
-        say(f"Curves: {arguments.out}")
+        logger.info(f"Curves: {arguments.out}")
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -1,5 +1,6 @@
 """Ask an index: by texts, by pictures, by a mix of both, less what is not wanted."""
 
+import logging
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import read_text, say, show_json, show_table
+from vlm.console import read_text, show_json, show_table
 from vlm.errors import UsageError
 from vlm.files import json_text
 
 if TYPE_CHECKING:
     from vlm.service.query import Query
     from vlm.service.search import SearchResult, SearchService
+
+logger = logging.getLogger(__name__)
 
 _QUERIES_AT_ONCE = 256
 
@@ -142,17 +145,18 @@ def show_result(result: "SearchResult") -> None:
     show_table(columns, rows, title=asked.describe() + (f"  where {asked.where}" if asked.where else ""))
     _show_times(result)
     if result.next:
-        say(f"There is more: --after {result.next}")
+        logger.info(f"There is more: --after {result.next}")
 
 
 def _show_times(result: "SearchResult") -> None:
     parts = [f"embedded in {result.embed_milliseconds:.0f} ms", f"searched in {result.search_milliseconds:.2f} ms"]
     if result.rerank_milliseconds is not None:
         parts.append(f"re-ranked in {result.rerank_milliseconds:.0f} ms")
-    say(", ".join(parts))
+    logger.info(", ".join(parts))
     if result.unread:
         uid, reason = next(iter(result.unread.items()))
-        say(f"Not re-ranked, because their pictures cannot be read: {len(result.unread)}; the first, {uid}: {reason}")
+        number = len(result.unread)
+        logger.info(f"Not reranked, because their images cannot be read: {number}; the first, {uid}: {reason}")
 
 
 def _open(arguments: Arguments) -> "SearchService":
@@ -173,7 +177,7 @@ def _show(arguments: Arguments, service: "SearchService", query: "Query") -> Non
     result = service.search(query)
     if arguments.html:
         write_gallery(arguments.html, [result], title="Search", info=service.index.info())
-        say(f"Page: {arguments.html}")
+        logger.info(f"Page: {arguments.html}")
     if arguments.json:
         show_json(result.to_json())
     else:

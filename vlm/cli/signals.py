@@ -3,14 +3,17 @@
 They are written as Parquet files into EMBEDDINGS/signals; give that folder to vlm curate by --columns.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,4 +82,4 @@ def run(arguments: Arguments) -> None:
             for signal in written
         ],
     )
-    say(f"Next: vlm curate SHARDS OUT.selection --columns {arguments.embeddings / 'signals'} --rule …")
+    logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {arguments.embeddings / 'signals'} --rule …")

@@ -6,6 +6,7 @@ help on held-out shards. One MODEL and --interpolate START give a model between 
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vlm.console import progress, say, show_json, show_table
+from vlm.console import progress, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.train.averaging import Measure, ModelLoader, Soup
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "soup.json"
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -231,5 +234,5 @@ def show(soup: "Soup", arguments: Arguments) -> None:
         show_table(["α", arguments.metric], soup.sweep)
     best = max((part.metric for part in soup.ingredients if part.metric is not None), default=None)
     if best is not None and soup.metric is not None and soup.metric < best:
-        say(f"The soup is below its best ingredient ({soup.metric:.4f} < {best:.4f}); --greedy never is.")
-    say(f"Next: vlm eval {arguments.out} --retrieval SHARDS")
+        logger.info(f"The soup is below its best ingredient ({soup.metric:.4f} < {best:.4f}); --greedy never is.")
+    logger.info(f"Next: vlm eval {arguments.out} --retrieval SHARDS")

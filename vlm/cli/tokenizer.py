@@ -1,12 +1,15 @@
 """Train a SentencePiece tokenizer on the captions of shards, for `vlm train --tokenizer OUT`."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json
+from vlm.console import show_fields, show_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ def run(arguments: Arguments) -> None:
         show_json(result)
         return
     show_fields(result)
-    say(f"Next: vlm train PRESET --data SHARDS --run DIR --tokenizer {arguments.out}")
+    logger.info(f"Next: vlm train PRESET --data SHARDS --run DIR --tokenizer {arguments.out}")
 
 
 def train_tokenizer(shards: str, out: Path, *, vocabulary: int, languages: tuple[str, ...]) -> dict[str, object]:

@@ -4,15 +4,18 @@ The first word is a preset (tiny, fashion, flickr8k, emoji, cc3m, …: docs/reci
 configuration), or an architecture. Everything it sets can be overridden by the options below.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from vlm.console import say, show_fields, show_json, show_table
+from vlm.console import show_fields, show_json, show_table
 from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,4 +65,4 @@ def run(arguments: Arguments) -> None:
     show_fields(facts, title=summary.run)
     columns, rows = summary.ledger
     show_table(columns, rows, title="what became of the samples (visits; the shards that lost most)")
-    say(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {summary.run} --retrieval SHARDS")
+    logger.info(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {summary.run} --retrieval SHARDS")
