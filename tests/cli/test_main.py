@@ -10,6 +10,7 @@ import pytest
 from tqdm import tqdm
 
 import vlm.cli.main as main_module
+from vlm import __version__
 from vlm.cli.main import VERBS, log_to_stderr, main
 from vlm.cli.reference import reference
 from vlm.console import progress
@@ -222,8 +223,8 @@ def test_a_missing_shard_is_named(capsys, loop):
     assert "nowhere/00.tar" in err
 
 
-def test_the_version_is_told(capsys):
-    assert run(capsys, "--version")[1].startswith("vlm ")
+def test_the_version_names_the_distribution(capsys):
+    assert run(capsys, "--version")[1] == f"vlm-pipeline {__version__} (import name vlm)\n"
     assert sys.version_info >= (3, 11)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from vlm import __version__
+from vlm import DISTRIBUTION, __version__
 from vlm.config import suggest
 from vlm.errors import UsageError, VlmError
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(overview())
             return 0 if words else 2
         if words[0] == "--version":
-            print(f"vlm {__version__}")
+            print(f"{DISTRIBUTION} {__version__} (import name vlm)")
             return 0
         verb, rest = split_verb(words)
         with log_to_stderr(level):
