@@ -37,7 +37,7 @@ from vlm.manifest import (
     record_file,
     write_manifest,
 )
-from vlm.tensors import Array, Float, Float32, Int, UInt8
+from vlm.tensors import Array, Float, Float32, Int, Int64, UInt8
 
 Quantization = Literal["int8", "binary"]
 
@@ -566,6 +566,17 @@ def normalize_rows(vectors: Float[Array, "N D"]) -> Float32[Array, "N D"]:
     """The rows as float32 of length 1; rows must not be zero."""
     wide = vectors.astype(np.float32)
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+
+
+# float16 holds a unit vector's length to about 1e-3, bfloat16 to 2^-8; a larger error was never normalised
+_LENGTH_TOLERANCE = 0.01
+
+
+def find_non_unit_rows(vectors: Float32[Array, "N D"]) -> tuple[Int64[Array, " M"], Float32[Array, " M"]]:
+    """Positions and lengths of the rows that are not of length 1 up to rounding, NaN included."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
+    return wrong, lengths[wrong]
 
 
 def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cure: str) -> None:

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from vlm.console import say
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
+from vlm.index.embeddings import find_non_unit_rows
 from vlm.models.model import VisionLanguageModel
 from vlm.models.variants import DIMENSIONS_SEPARATOR, split_model_spec
 from vlm.tensors import Array, Float32, Tensor, UInt8
-
-# unit vectors rounded to bfloat16 after their normalisation are off by up to 2^-8; more is a fault of the model
-_LENGTH_TOLERANCE = 0.01
 
 
 @runtime_checkable
@@ -59,12 +56,10 @@ def check_unit_norm(vectors: Float32[Array, "N D"], names: Sequence[str]) -> Non
     Raises:
         VlmError: a vector is not finite, zero, or not of length 1; `names` says whose it is.
     """
-    lengths = np.linalg.norm(vectors, axis=1)
-    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
+    wrong, lengths = find_non_unit_rows(vectors)
     if len(wrong):
-        first = int(wrong[0])
         raise VlmError(
-            f"The model gave a vector of length {lengths[first]:.4g} for {names[first]!r} ({len(wrong)} such of "
+            f"The model gave a vector of length {lengths[0]:.4g} for {names[wrong[0]]!r} ({len(wrong)} such of "
             f"{len(vectors)} in this batch); 1 was expected. Its weights are damaged or its training diverged: "
             "use another checkpoint."
         )

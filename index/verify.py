@@ -8,8 +8,9 @@ import numpy as np
 
 from vlm.errors import VlmError
 from vlm.files import sha256_file
+from vlm.index.ann.faiss_search import to_float32
 from vlm.index.catalog import Catalogue
-from vlm.index.embeddings import normalize_rows
+from vlm.index.embeddings import find_non_unit_rows, normalize_rows
 from vlm.index.layout import IndexDetails
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot, open_snapshot
@@ -19,8 +20,6 @@ from vlm.manifest import Manifest, read_manifest
 from vlm.tensors import Array, Int64
 
 _ROWS_AT_ONCE = 65_536
-# stored float16 rows of unit length are off by up to 1e-3
-_LENGTH_TOLERANCE = 0.01
 # FAISS sums float32 products in another order than numpy
 _SCORE_TOLERANCE = 1e-4
 _NEIGHBOURS = 10
@@ -159,10 +158,9 @@ def _metadata_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: 
 
 def _vector_faults(segment: SegmentReader) -> Iterator[str]:
     for first in range(0, len(segment), _ROWS_AT_ONCE):
-        lengths = np.linalg.norm(segment.vectors.stored[first : first + _ROWS_AT_ONCE].astype(np.float32), axis=1)
-        wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
-        for position in wrong[:1]:
-            yield f"{segment.meta.vectors_file}: row {first + position:,} has length {lengths[position]:.4g}"
+        wrong, lengths = find_non_unit_rows(to_float32(segment.vectors.stored[first : first + _ROWS_AT_ONCE]))
+        if len(wrong):
+            yield f"{segment.meta.vectors_file}: row {first + wrong[0]:,} has length {lengths[0]:.4g}"
 
 
 def _distance_faults(segment: SegmentReader, positions: Int64[Array, " N"]) -> Iterator[str]:
