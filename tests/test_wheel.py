@@ -69,6 +69,12 @@ def test_the_wheel_holds_every_source_file(unpacked):
                 assert (unpacked / "vlm" / inside / path.relative_to(ROOT / folder)).is_file(), path
 
 
+def test_the_wheel_holds_the_reference_curves(unpacked, tmp_path):
+    code = "from vlm.train.recipes import measured_curves; print(sorted(measured_curves()))"
+    done = start(unpacked, tmp_path, "-c", code)
+    assert "'fashion'" in done.stdout, done.stderr
+
+
 def test_it_starts_and_packs_from_there(unpacked, tmp_path):
     assert start(unpacked, tmp_path, "-c", "import vlm; print(vlm.__file__)").stdout.startswith(str(unpacked))
     assert "usage: vlm VERB" in start(unpacked, tmp_path, "-m", "vlm", "--help").stdout

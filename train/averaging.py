@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
+from vlm.config import config_differences
 from vlm.errors import UsageError, VlmError
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Tensor
@@ -162,6 +162,7 @@ _TRAINING_ONLY = frozenset({"patch_dropout", "timm_drop", "timm_drop_path"})
 """Keys of open_clip's configuration that an evaluated network does not feel; runs of one soup may differ in them."""
 
 _SHOWN = 4
+_ABSENT = object()
 
 
 def check_compatible(first: VisionLanguageModel, other: VisionLanguageModel) -> None:
@@ -180,20 +181,17 @@ def check_compatible(first: VisionLanguageModel, other: VisionLanguageModel) -> 
 
 
 def model_differences(first: VisionLanguageModel, other: VisionLanguageModel) -> list[str]:
-    """In what two models differ beside the values of their weights, with both values."""
-    pairs = [
-        (_flat("model_cfg", first.config), _flat("model_cfg", other.config)),
-        (_flat("view", asdict(first.view)), _flat("view", asdict(other.view))),
-    ]
-    found = [
-        f"{name} {one.get(name, 'absent')} against {two.get(name, 'absent')}"
-        for one, two in pairs
-        for name in sorted(one.keys() | two.keys())
-        if one.get(name) != two.get(name)
-    ]
+    """In what two models differ in addition to the values of their weights, with both values."""
+    spaces = [{"model_cfg": model.config, "view": asdict(model.view)} for model in (first, other)]
+    differences: list[str] = []
+    for key, values in sorted(config_differences(spaces, absent=_ABSENT).items()):
+        if key.rpartition(".")[2] in _TRAINING_ONLY:
+            continue
+        one, two = ("absent" if value is _ABSENT else json.dumps(value) for value in values)
+        differences.append(f"{key} {one} against {two}")
     if first.tokenizer.fingerprint() != other.tokenizer.fingerprint():
-        found.append("the tokenizer")
-    return found + _shape_differences(first.network.state_dict(), other.network.state_dict())
+        differences.append("the tokenizer")
+    return differences + _shape_differences(first.network.state_dict(), other.network.state_dict())
 
 
 def check_finite(model: VisionLanguageModel) -> None:
@@ -207,24 +205,14 @@ def check_finite(model: VisionLanguageModel) -> None:
             raise VlmError(f"{model.name} has weights that are not finite (in {name}); leave it out.")
 
 
-def _flat(prefix: str, values: dict[str, Any]) -> dict[str, str]:
-    """Leaves by dotted name, as JSON, so that a tuple and the list it is saved as are the same."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(f"{prefix}.{name}", value)
-        elif name not in _TRAINING_ONLY:
-            flat[f"{prefix}.{name}"] = json.dumps(value)
-    return flat
-
-
 def _shape_differences(first: Weights, other: Weights) -> list[str]:
-    one, two = ({name: str(list(value.shape)) for name, value in weights.items()} for weights in (first, other))
-    return [
-        f"{name} {one.get(name, 'absent')} against {two.get(name, 'absent')}"
-        for name in one | two
-        if one.get(name) != two.get(name)
-    ]
+    shapes = [{name: str(list(value.shape)) for name, value in weights.items()} for weights in (first, other)]
+    differences: list[str] = []
+    for name in shapes[0] | shapes[1]:
+        one, two = (own.get(name, "absent") for own in shapes)
+        if one != two:
+            differences.append(f"{name} {one} against {two}")
+    return differences
 
 
 ModelLoader = Callable[[str], VisionLanguageModel]

@@ -16,12 +16,12 @@ Which differences of configuration a resumed run takes.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from vlm.config import lookup
+from vlm.config import config_differences, flatten_config, lookup
 from vlm.errors import UsageError
 
 
@@ -399,37 +399,17 @@ FREE_ON_RESUME = frozenset(
 """Keys that may change when a run is resumed: they have no influence on the weights."""
 
 
-def changed_settings(one: dict, other: dict, prefix: str = "") -> list[str]:
-    """The keys (dotted) in which two configurations differ, with both values."""
-    found: list[str] = []
-    for name in one:
-        first, second = one[name], other.get(name)
-        if isinstance(first, dict) and isinstance(second, dict):
-            found += changed_settings(first, second, f"{prefix}{name}.")
-        elif first != second:
-            found.append(f"{prefix}{name}: {first!r} → {second!r}")
-    return found
-
-
-def dotted_keys(values: dict, prefix: str = "") -> list[str]:
-    """Every key of nested values, those of groups included.
-
-    >>> dotted_keys({"seed": 0, "optimizer": {"beta1": 0.9}})
-    ['seed', 'optimizer', 'optimizer.beta1']
-    """
-    found: list[str] = []
-    for name, value in values.items():
-        found.append(f"{prefix}{name}")
-        if isinstance(value, dict):
-            found += dotted_keys(value, f"{prefix}{name}.")
-    return found
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The keys (dotted) in which two configurations differ, each as `KEY: before → after`."""
+    differences = config_differences([before, after])
+    return [f"{key}: {old!r} → {new!r}" for key, (old, new) in differences.items()]
 
 
 def disallowed_changes(changed: Iterable[str], allow: Sequence[str], *, free: Collection[str] = ()) -> list[str]:
     """The changes that are not allowed.
 
-    changed: lines `KEY: before → after`, as `differences` makes them. allow: keys, or groups of them; `-` and `_` are
-        alike. free: keys that may always change.
+    changed: lines `KEY: before → after`, as `changed_settings` makes them. allow: keys, or groups of them; `-` and `_`
+        are the same. free: keys that may always change.
 
     >>> disallowed_changes(["optimizer.beta1: 0.9 → 0.8", "seed: 0 → 1"], ["optimizer"])
     ['seed: 0 → 1']
@@ -443,13 +423,16 @@ def disallowed_changes(changed: Iterable[str], allow: Sequence[str], *, free: Co
     return refused
 
 
-def check_allowed_keys(allow: Sequence[str], values: dict) -> None:
+def check_allowed_keys(allow: Sequence[str], values: Mapping[str, Any]) -> None:
     """Refuse names that no key or group of the configuration has, naming the nearest.
 
     Raises:
         UsageError: there is such a name.
     """
-    known = dict.fromkeys(dotted_keys(values))
+    known: dict[str, None] = {}
+    for key in flatten_config(values):
+        parts = key.split(".")
+        known |= dict.fromkeys(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
     for entry in allow:
         lookup(known, entry.replace("-", "_"), "--allow")
 

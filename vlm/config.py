@@ -1,8 +1,9 @@
-"""Typed configurations: frozen dataclasses to TOML and back, with unknown keys refused."""
+"""Typed configurations: frozen dataclasses to TOML and back, unknown keys refused, differences by dotted key."""
 
 import dataclasses
 import difflib
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -70,6 +71,47 @@ def _check_unknown_keys(cls: type, values: dict[str, Any], *, where: str, prefix
             raise UsageError(f"{where}: unknown key {prefix + name!r}; {suggest(name, sorted(known))}")
         if isinstance(value, dict) and is_dataclass(hints[name]):
             _check_unknown_keys(hints[name], value, where=where, prefix=f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+
+
+def flatten_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key.
+
+    >>> flatten_config({"seed": 0, "optimizer": {"beta1": 0.9}})
+    {'seed': 0, 'optimizer.beta1': 0.9}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_config(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def config_differences(configurations: Sequence[Mapping[str, Any]], *, absent: Any = None) -> dict[str, list[Any]]:
+    """The dotted keys in which configurations differ, each with its value in all of them.
+
+    Tuples and the lists a file gives back for them are the same. absent: the value of a key a configuration lacks.
+
+    >>> config_differences([{"seed": 0, "scale": (0.9, 1.0)}, {"seed": 1, "scale": [0.9, 1.0]}])
+    {'seed': [0, 1]}
+    """
+    flat = [flatten_config(configuration) for configuration in configurations]
+    keys: dict[str, None] = {}
+    for own in flat:
+        keys |= dict.fromkeys(own)
+
+    differences: dict[str, list[Any]] = {}
+    for key in keys:
+        values = [own.get(key, absent) for own in flat]
+        first = _tuples_to_lists(values[0])
+        if any(_tuples_to_lists(value) != first for value in values):
+            differences[key] = values
+    return differences
+
+
+def _tuples_to_lists(value: Any) -> Any:
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _without_none(value: Any) -> Any:

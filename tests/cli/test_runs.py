@@ -24,7 +24,7 @@ def banded(monkeypatch):
     points = tuple((share, 4.0 - 3 * share, 6.0 - 3 * share) for share in (0.2, 0.4, 0.6, 0.8, 1.0))
     band = ReferenceCurve(metric="loss", kind="measured", source="three hands", width=0.1, points=points)
     recipe = recipes.RECIPES["fashion"]
-    changed = type(recipe)(preset="fashion", data="", prepare=(), train="", bands=(band,))
+    changed = type(recipe)(preset="fashion", data="", prepare=(), train="", published=(band,))
     monkeypatch.setitem(recipes.RECIPES, "fashion", changed)
 
 

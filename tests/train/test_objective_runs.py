@@ -55,7 +55,7 @@ def test_a_live_teacher_is_learnt_from(configure):
         ("sub_captions", "--sub-captions N"),
         ("local_to_global", "--average-decay"),
         ("clip + nonsense", "did you mean|known"),
-        ("2**clip", "is no term"),
+        ("2**clip", "is not a term"),
         ("clip + clip", "twice"),
     ],
 )

@@ -96,8 +96,8 @@ def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") 
     """The settings in which runs differ, among themselves or from the recipe, which then comes first."""
     from dataclasses import asdict
 
+    from vlm.config import config_differences
     from vlm.train.presets import PRESETS
-    from vlm.train.recipes import config_differences
 
     first = [asdict(PRESETS[recipe.preset][1])] if recipe else []
     return config_differences([*first, *(record.configuration for record in records)])
@@ -128,7 +128,8 @@ def compare_with_references(record: "RunRecord", recipe: "Recipe") -> "list[Refe
 def sentences(name: str, record: "RunRecord", comparisons: "Sequence[ReferenceComparison]") -> list[str]:
     """The verdict on a run for people, with its sources."""
     if not comparisons:
-        return [f"{name}: this recipe has no band yet; three runs of it give one: python -m vlm.train.recipes"]
+        cure = "train three seeds of it, then python scripts/write_docs.py --baselines"
+        return [f"{name}: this recipe has no reference curves yet; {cure}"]
     compared = [comparison for comparison in comparisons if comparison.compared]
     worse = [comparison for comparison in compared if any(not out.is_better for out in comparison.departures)]
     better = [comparison for comparison in compared if comparison.departures and comparison not in worse]

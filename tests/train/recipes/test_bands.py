@@ -1,13 +1,14 @@
 import math
+import tomllib
 
 import pytest
 
+from tests.docs_script import load_write_docs
 from tests.train.telemetry.run_folders import falling
 from vlm.errors import UsageError
 from vlm.train.recipes import (
     ReferenceCurve,
     compare_with_reference,
-    format_reference_curve,
     reference_curve_of_runs,
     value_at,
 )
@@ -110,11 +111,11 @@ def test_too_few_runs_or_nothing_measured_is_refused():
         reference_curve_of_runs([(falling(), 100)] * 2, "nothing", source="")
 
 
-def test_a_band_is_printed_as_source_that_makes_it_again():
-    made = reference_curve_of_runs([(falling(), 100), (falling(0.1), 100)], "loss", source="2 seeds, 'quoted'")
-    [again] = eval(f"[{format_reference_curve(made)}]", {"Band": ReferenceCurve})
-    assert (again.metric, again.kind, again.source, again.width) == (made.metric, made.kind, made.source, made.width)
-    for point, printed in zip(made.points, again.points, strict=True):
+def test_a_curve_is_printed_as_an_entry_that_makes_it_again():
+    made = reference_curve_of_runs([(falling(), 100), (falling(0.1), 100)], "loss", source="2 \"seeds\", 'quoted'")
+    [again] = tomllib.loads(load_write_docs().baseline_entry("tiny", made))["tiny"]
+    assert (again["metric"], again["source"], again["width"]) == (made.metric, made.source, made.width)
+    for point, printed in zip(made.points, again["points"], strict=True):
         assert printed == pytest.approx(point, rel=1e-3)
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs_script import is_up_to_date
 from vlm.cli.main import VERBS, split_verb
-from vlm.config import from_values, to_toml
+from vlm.config import config_differences, from_values, to_toml
 from vlm.errors import UsageError
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.presets import PRESETS
-from vlm.train.recipes import RECIPES, config_differences, find_recipe, matching_recipe, page
+from vlm.train.recipes import RECIPES, find_recipe, matching_recipe, measured_curves
 from vlm.train.run_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,9 +63,18 @@ def test_an_unknown_recipe_names_the_nearest():
 
 
 def test_the_page_is_what_the_table_says():
+    assert is_up_to_date("recipes.md"), "python scripts/write_docs.py"
     written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert written == page(), "python -m vlm.train.recipes.page > docs/recipes.md"
     assert all(re.search(rf"^## {name}$", written, re.MULTILINE) for name in RECIPES)
+
+
+def test_the_page_of_objectives_is_what_the_table_says():
+    assert is_up_to_date("objectives.md"), "python scripts/write_docs.py"
+
+
+def test_measured_curves_belong_to_recipes_and_are_used():
+    assert measured_curves().keys() <= RECIPES.keys()
+    assert all(RECIPES[name].bands == curves for name, curves in measured_curves().items())
 
 
 def saved(name, **changes):
