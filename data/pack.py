@@ -19,10 +19,11 @@ import numpy as np
 
 from vlm.console import progress, track
 from vlm.data.decode import open_image, to_rgb
+from vlm.data.dedup import rgb_thumbnail
 from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
 from vlm.data.shards import shards_fingerprint
 from vlm.data.sources.source import PairSource
-from vlm.data.split import GroupedSplit, HeldOutSplit, make_thumbnail
+from vlm.data.split import GroupedSplit, HeldOutSplit
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, read_lines, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
@@ -324,7 +325,7 @@ def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit
             rgb = to_rgb(pil_image, resolution=min(1.0, _MIN_DECODED_PIXELS / min(pil_image.size)))
         except BadSample:
             continue
-        groups.add(number, pair.key, pair.captions, make_thumbnail(rgb))
+        groups.add(number, pair.key, pair.captions, rgb_thumbnail(rgb))
     held_out = groups.hold_out(config.hold_out, seed=config.seed)
     write_text(kept, json.dumps(asdict(held_out) | {"numbers": sorted(held_out.numbers)}))
     return held_out

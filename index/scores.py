@@ -20,8 +20,8 @@ import faiss
 import numpy as np
 
 from vlm.console import track
-from vlm.data.curation.filter import connected_components
 from vlm.data.curation.score_columns import ScoreRows, write_score_column
+from vlm.data.dedup import connected_components
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.index.embeddings import Embeddings

@@ -5,7 +5,7 @@ Groups of samples that show the same thing, and the one of each that stays.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_origin, get_type_hints
 
@@ -158,26 +158,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return value if value is None or isinstance(value, int | float | str) else str(value)
-
-
-def connected_components(pairs: Iterable[tuple[np.ndarray, np.ndarray]], number: int) -> np.ndarray:
-    """int64 [number]: the least member of the group each belongs to, when these pairs belong together."""
-    parents: dict[int, int] = {}
-
-    def root(position: int) -> int:
-        while (parent := parents.setdefault(position, position)) != position:
-            parents[position] = parents[parent]
-            position = parents[position]
-        return position
-
-    for some, others in pairs:
-        for one, other in zip(some.tolist(), others.tolist(), strict=True):
-            first, second = sorted((root(one), root(other)))
-            parents[second] = first
-    groups = np.arange(number, dtype=np.int64)
-    for position in parents:
-        groups[position] = root(position)
-    return groups
 
 
 def keep_one_per_group(

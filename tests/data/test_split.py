@@ -1,14 +1,12 @@
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from vlm.data.decode import open_image, to_rgb
+from vlm.data.dedup import rgb_thumbnail
 from vlm.data.sources.source_registry import open_source
-from vlm.data.split import MAX_LEVELS, MAX_RMS_LEVELS, GroupedSplit, find_duplicate_pairs, make_thumbnail
+from vlm.data.split import GroupedSplit
 from vlm.errors import UsageError
 
 WORDS = ["a dog", "A  Dog", "a cat", "ein Hund", "狗", "red", "blue"]
@@ -87,52 +85,12 @@ def test_holding_out_everything_is_refused():
         groups.hold_out(2, seed=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_same_images_finds_what_a_full_comparison_finds(seed):
-    rng = np.random.default_rng(seed)
-    originals = rng.integers(40, 215, (60, 768))
-    noisy = originals[rng.integers(0, 60, 200)] + rng.normal(0, rng.uniform(0, 4, (200, 1)), (200, 768)).round()
-    thumbnails = np.concatenate([originals, noisy, originals[:5]]).astype(np.uint8)
-    found = {frozenset(pair) for pair in find_duplicate_pairs(thumbnails)}
-    wide = thumbnails.astype(int)
-    expected = set()
-    firsts = {thumbnail.tobytes(): row for row, thumbnail in reversed(list(enumerate(thumbnails)))}
-    for one in range(len(wide)):
-        if firsts[thumbnails[one].tobytes()] != one:
-            expected.add(frozenset((firsts[thumbnails[one].tobytes()], one)))
-            continue
-        for other in range(one):
-            if firsts[thumbnails[other].tobytes()] == other:
-                difference = np.abs(wide[one] - wide[other])
-                if difference.max() <= MAX_LEVELS and (difference**2).mean() <= MAX_RMS_LEVELS**2:
-                    expected.add(frozenset((one, other)))
-    assert found == expected
-    assert len(found) > 20
-
-
-@pytest.mark.parametrize("form", [{"format": "JPEG", "quality": 80}, {"format": "PNG"}, {"format": "WEBP"}])
-def test_an_encoded_copy_is_the_same_image_and_its_neighbours_are_not(datasets, form):
-    source = open_source(str(datasets / "fashion"))
-    originals = [to_rgb(open_image(source.read(number).image)) for number in range(3000, 3200)]
-    copies = []
-    for image in originals[:40]:
-        file = io.BytesIO()
-        image.save(file, **form)
-        copies.append(to_rgb(Image.open(io.BytesIO(file.getvalue()))))
-    thumbnails = np.stack([make_thumbnail(image) for image in originals + copies])
-    pairs = set(find_duplicate_pairs(thumbnails))
-    copied = {(min(pair), max(pair)) for pair in pairs if max(pair) >= 200}
-    assert copied >= {(number, 200 + number) for number in range(40)}
-    bytes_of = [source.read(number).image for number in range(3000, 3200)]
-    assert all(bytes_of[one] == bytes_of[other] for one, other in pairs if max(one, other) < 200)
-
-
 def test_fashion_forms_the_groups_that_were_measured(datasets):
     source = open_source(str(datasets / "fashion"))
     groups = GroupedSplit(by_caption=True)
     for number in range(len(source)):
         pair = source.read(number)
-        groups.add(number, pair.key, pair.captions, make_thumbnail(to_rgb(open_image(pair.image))))
+        groups.add(number, pair.key, pair.captions, rgb_thumbnail(to_rgb(open_image(pair.image))))
     held_out = groups.hold_out(1000, seed=0)
     assert (held_out.samples, held_out.groups, held_out.largest_group) == (8383, 6000, 25)
     assert (held_out.merged_by_caption, held_out.merged_by_picture) == (2354, 29)
