@@ -1,16 +1,14 @@
-"""What a batch of evaluation and embedding holds: each sample with its fixed view, all captions, its metadata.
+"""Collating: the samples a batch sampler names become a batch, in a loader's worker or in this process.
 
-A training batch: its tensors, what they were made of, and the way from worker to device.
-
-How a training batch is made: of each sample one view and one caption; others stand in for the unusable ones.
-
-A batch of the embedding stage: pictures as the model sees them, and samples whose captions can be read.
+`TrainingCollator` draws one view and one caption of each sample and replaces the samples that cannot be used.
+`EvalCollator`, for evaluation and embedding, gives each sample with its fixed view, all its captions and its metadata,
+and leaves out what cannot be used.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import starmap
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +28,9 @@ from vlm.tensors import Array, Float, Int64, Tensor, UInt8
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailure:
-    """A sample that could not be used: where it is, its key, the byte offset of its first part in the tar, and why.
+    """A sample that cannot be used: where it is, its key, the byte offset of its first part in the tar, and why.
 
-    is_stand_in: it was not asked for itself, but tried in place of another.
+    is_replacement: it was not requested itself, but tried in place of another.
     """
 
     sample_index: SampleIndex
@@ -43,68 +41,10 @@ class SampleFailure:
     is_replacement: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSample:
-    """What evaluation and the catalogue keep of a sample besides its picture."""
-
-    sample_index: SampleIndex
-    key: str
-    captions: Captions
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalBatch:
-    """Samples of one shard in file order; the bad ones are left out and named in `incidents`."""
-
-    images: UInt8[Tensor, "B 3 H W"]
-    items: tuple[EvalSample, ...]
-    incidents: tuple[SampleFailure, ...] = field(default_factory=tuple)
-
-    def with_images(self, images: UInt8[Tensor, "..."]) -> "EvalBatch":
-        """The same batch with other pictures."""
-        return replace(self, images=images)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalCollator:
-    """Each sample with its fixed view, all its captions and its metadata; without a view, no picture is decoded."""
-
-    view: EvalTransform | None
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of a picture as the model sees it."""
-        return 3 * self.view.size**2 if self.view else 0
-
-    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EvalBatch:
-        """Read the samples at these addresses."""
-        images: list[np.ndarray] = []
-        items: list[EvalSample] = []
-        incidents: list[SampleFailure] = []
-        for sample_index in sample_indices:
-            try:
-                sample: Sample = shards.read(sample_index)
-                if self.view is not None:
-                    images.append(self.view(sample.image))
-                items.append(
-                    EvalSample(
-                        sample_index=sample_index, key=sample.key, captions=sample.captions, metadata=sample.metadata
-                    )
-                )
-            except BadSample as error:
-                incidents.append(sample_failure(sample_index, error, shards))
-        size = self.view.size if self.view else 0
-        stacked = shards.allocate_images((len(images), 3, size, size))
-        if images:
-            np.stack(images, out=stacked)
-        return EvalBatch(images=torch.from_numpy(stacked), items=tuple(items), incidents=tuple(incidents))
-
-
 def sample_failure(
     sample_index: SampleIndex, error: BadSample, shards: ShardSet, *, is_replacement: bool = False
 ) -> SampleFailure:
-    """What is told of a sample that cannot be used."""
+    """The failure that an error makes of a sample."""
     key, offset = shards.key_and_offset(sample_index)
     return SampleFailure(
         sample_index=sample_index,
@@ -123,17 +63,18 @@ _RECORDS = {"drawn": SampledCaption, "sample_indices": SampleIndex, "used": Samp
 class TrainingBatch:
     """One process's share of a global batch.
 
-    images are raw bytes of colour, channels-last in memory, normalised on the device. drawn: which caption of each
-    sample is in `tokens`.
-    addresses are those asked for, used those shown: they differ where a stand-in was needed, and `incidents` says why.
-    arrays: stored rows (`StoredArrays`) by name.
-    prepared: pictures that are yet to be decoded on the device (`DeviceAhead` does it); images is [0, 3, H, W] until
-    then. offsets: byte offsets of those samples' first parts in their shards.
-    position: of the first sample in the run; None if the addresses were made up by hand.
+    images: raw bytes of colour, channels-last in memory, normalized on the device. drawn: which caption of each
+        sample is in `tokens`.
+    sample_indices: the samples requested; used: those in the batch. They differ where a replacement was needed, and
+        `failures` says why.
+    arrays: precomputed features by name.
+    prepared: images still to be decoded on the device (by `DevicePrefetcher`); images is [0, 3, H, W] until then.
+        offsets: byte offsets of those samples' first parts in their shards.
+    position: of the first sample in the run; None if the sample indices were made up by hand.
 
-    On request (`AssembleTraining`), else None:
+    On request (`TrainingCollator`), else None:
     sub_tokens: drawn sentences; rows of padding alone where a sample has fewer.
-    local_images: small crops, as images are. identities: of key and encoded picture.
+    local_images: small crops, as images are. identities: hashes of key and encoded image.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -142,7 +83,7 @@ class TrainingBatch:
     drawn: tuple[SampledCaption, ...]
     sample_indices: tuple[SampleIndex, ...]
     used: tuple[SampleIndex, ...]
-    incidents: tuple[SampleFailure, ...]
+    failures: tuple[SampleFailure, ...]
     arrays: dict[str, Float[Tensor, "B D"]] = field(default_factory=dict)
     prepared: tuple[PreparedView, ...] = ()
     offsets: tuple[int, ...] = ()
@@ -158,14 +99,15 @@ class TrainingBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
-        given = (self.images, self.tokens, self.sub_tokens, self.local_images, self.identities, *self.arrays.values())
-        return tuple(tensor for tensor in given if tensor is not None)
+        """All tensors of the batch."""
+        optional = (self.sub_tokens, self.local_images, self.identities)
+        present = (tensor for tensor in optional if tensor is not None)
+        return (self.images, self.tokens, *present, *self.arrays.values())
 
     @property
     def rows(self) -> Int64[Tensor, " B"]:
         """The position of each sample in the run."""
-        assert self.position is not None, "the plan of a run says where its batches are"
+        assert self.position is not None, "the batch sampler of a run says where its batches are"
         return torch.arange(self.position, self.position + len(self.sample_indices), device=self.tokens.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,37 +116,37 @@ class TrainingBatch:
         Records go as columns: pickle calls a function for each.
         """
         columns = {name: tuple(zip(*self.__dict__[name], strict=True)) for name in _RECORDS}
-        return self.__dict__ | columns | self._each_small(lambda tensor: tensor.cpu().numpy())
+        return self.__dict__ | columns | self._map_small(lambda tensor: tensor.cpu().numpy())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         records = {name: tuple(starmap(kind, zip(*state[name], strict=True))) for name, kind in _RECORDS.items()}
         self.__dict__.update(state | records)
-        self.__dict__.update(self._each_small(torch.from_numpy))
+        self.__dict__.update(self._map_small(torch.from_numpy))
 
     def with_images(self, images: UInt8[Tensor, "..."]) -> "TrainingBatch":
-        """The same batch with other pictures."""
+        """The same batch with other images."""
         return replace(self, images=images)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
-        """The same batch with each tensor of it changed; pictures that are yet to be decoded are left."""
-        changed = self._each_small(change)
+        """The same batch with each of its tensors changed; images that are still to be decoded are left."""
+        tensors = self._map_small(change)
         for name in ("images", "local_images"):
             images = getattr(self, name)
             if images is not None and not self.prepared:
-                changed[name] = change(images)
-        return replace(self, **changed)
+                tensors[name] = change(images)
+        return replace(self, **tensors)
 
     def pin_memory(self) -> "TrainingBatch":
         """The same batch in page-locked memory, for overlapped copies to a GPU."""
         return self.changed(torch.Tensor.pin_memory)
 
-    def _each_small(self, change: Callable[[Any], Any]) -> dict[str, Any]:
-        """What a change makes of all that is no picture, by the name of its field."""
+    def _map_small(self, change: Callable[[Any], Any]) -> dict[str, Any]:
+        """What a change makes of all tensors but images, by the name of their field."""
         changed: dict[str, Any] = {"arrays": {name: change(rows) for name, rows in self.arrays.items()}}
         for name in ("tokens", "sub_tokens", "identities"):
-            value = getattr(self, name)
-            if value is not None:
-                changed[name] = change(value)
+            tensor = getattr(self, name)
+            if tensor is not None:
+                changed[name] = change(tensor)
         return changed
 
 
@@ -214,8 +156,8 @@ NO_IDENTITY = 0
 _NO_IDENTITIES = (NO_IDENTITY, NO_IDENTITY)
 
 
-class _Row(NamedTuple):
-    """A sample with all that is drawn for it; its pixels are yet to be made. attempt: 0, or of a stand-in."""
+class _DrawnSample(NamedTuple):
+    """A sample with all that is drawn for it, before its pixels are decoded. attempt: 0, or of a replacement."""
 
     used: SampleIndex
     attempt: int
@@ -230,7 +172,7 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True)
 class _ImageBuffers:
-    """Room for those of a batch, channels last as decoders leave them; filled row by row."""
+    """Memory for the images of a batch, channels last as decoders leave them; filled row by row."""
 
     images: UInt8[Array, "B S S 3"]
     local: UInt8[Array, "B V h w 3"] | None
@@ -239,16 +181,16 @@ class _ImageBuffers:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCollator:
-    """Draws a view and a caption for each sample; replaces what cannot be used by a stand-in.
+    """Draws a view and a caption of each sample; replaces a sample that cannot be used by the next one that can.
 
-    decode_on_device: leave the decoding to the device; batches then hold prepared pictures.
+    decode_on_device: leave the decoding to the device; batches then hold prepared images.
 
     What batches carry besides, none of which changes the rest. num_sentences: how many different sentences, drawn from
-    all captions in the languages asked for. local: small crops of the picture. has_identities: hashes of key and
-    picture. trim_text: cut the tokens to the longest caption of the batch.
+    all captions in the languages asked for. local: small crops of the image. has_identities: hashes of key and image.
+    trim_text: cut the tokens to the longest caption of the batch.
 
     Raises:
-        UsageError: small crops are asked for of pictures that are decoded on the device.
+        UsageError: small crops are asked for of images that are decoded on the device.
     """
 
     plan: BatchSampler
@@ -273,104 +215,113 @@ class TrainingCollator:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of a picture as the model sees it; 0 where it is not decoded here."""
+        """Bytes of an image as the model sees it; 0 where it is not decoded here."""
         return 0 if self.decode_on_device else 3 * self.view.size**2
 
     def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> TrainingBatch:
-        """Read, view, draw and tokenize the samples at these addresses."""
-        incidents: list[list[SampleFailure]] = [[] for _ in sample_indices]
-        # first all reading and drawing, then all decoding: taken in turns, each finds the processor's caches full of
-        # what the other left, and takes half as long again
-        drawn = [
-            self._read_usable(sample_index, shards, found)
-            for sample_index, found in zip(sample_indices, incidents, strict=True)
-        ]
+        """Read, draw, decode and tokenize these samples."""
+        failures: list[list[SampleFailure]] = [[] for _ in sample_indices]
+
+        # First all reading and drawing, then all decoding: taken in turns, each finds the processor's caches full of
+        # what the other left, and takes half as long again.
+        samples: list[_DrawnSample] = []
+        for sample_index, own_failures in zip(sample_indices, failures, strict=True):
+            samples.append(self._read_usable(sample_index, shards, own_failures))
+
+        # A damaged image may show only now, so that its replacement is read and drawn in between.
         buffers = self._allocate(len(sample_indices), shards)
-        rows = [
-            self._decode_usable(batch_row, sample_index, row, buffers, shards, incidents[batch_row])
-            for batch_row, (sample_index, row) in enumerate(zip(sample_indices, drawn, strict=True))
-        ]
-        keys = tuple(row.key for row in rows)
+        for row, sample_index in enumerate(sample_indices):
+            samples[row] = self._decode_usable(row, sample_index, samples[row], buffers, shards, failures[row])
+
+        keys = tuple(sample.key for sample in samples)
+        offsets = [shards.key_and_offset(sample.used)[1] for sample in samples] if buffers.prepared else []
         return TrainingBatch(
             images=torch.from_numpy(buffers.images).permute(0, 3, 1, 2),
-            tokens=self._tokens([row.caption.text for row in rows]),
+            tokens=self._tokens([sample.caption.text for sample in samples]),
             keys=keys,
-            drawn=tuple(row.caption for row in rows),
+            drawn=tuple(sample.caption for sample in samples),
             sample_indices=tuple(sample_indices),
-            used=tuple(row.used for row in rows),
-            incidents=tuple(incident for found in incidents for incident in found),
-            arrays=self.arrays.stack([row.arrays for row in rows], keys),
+            used=tuple(sample.used for sample in samples),
+            failures=tuple(chain.from_iterable(failures)),
+            arrays=self.arrays.stack([sample.arrays for sample in samples], keys),
             prepared=tuple(buffers.prepared),
-            offsets=tuple(shards.key_and_offset(row.used)[1] for row in rows) if buffers.prepared else (),
+            offsets=tuple(offsets),
             position=sample_indices.position if isinstance(sample_indices, BatchIndices) else None,
-            sub_tokens=self._sub_tokens([row.sentences for row in rows]) if self.num_sentences else None,
+            sub_tokens=self._sub_tokens([sample.sentences for sample in samples]) if self.num_sentences else None,
             local_images=None if buffers.local is None else torch.from_numpy(buffers.local).permute(0, 1, 4, 2, 3),
-            identities=torch.tensor([row.identity for row in rows]) if self.has_identities else None,
+            identities=torch.tensor([sample.identity for sample in samples]) if self.has_identities else None,
         )
 
     def _read_usable(
-        self, requested: SampleIndex, shards: ShardSet, incidents: list[SampleFailure], attempt: int = 0
-    ) -> _Row:
-        """The row of the sample asked for, or of the first after it that can be read, from this attempt on."""
+        self, requested: SampleIndex, shards: ShardSet, failures: list[SampleFailure], attempt: int = 0
+    ) -> _DrawnSample:
+        """The requested sample, or the first after it that can be read, from this attempt on."""
         for number in range(attempt, self.max_bad_in_a_row):
             sample_index = self.plan.replacement(requested, number) if number else requested
             try:
-                return self._row(sample_index, number, shards)
+                return self._read_and_draw(sample_index, number, shards)
             except BadSample as error:
-                incidents.append(sample_failure(sample_index, error, shards, is_replacement=number > 0))
+                failures.append(sample_failure(sample_index, error, shards, is_replacement=number > 0))
         raise VlmError(
             f"{self.max_bad_in_a_row} samples in a row cannot be used, from number {requested.number} of "
-            f"{shards.shards[requested.shard]} on; the last, {incidents[-1].key!r}: {incidents[-1].reason}: "
-            f"{incidents[-1].detail}. See vlm inspect; --max-bad-in-a-row raises the limit."
+            f"{shards.shards[requested.shard]} on; the last, {failures[-1].key!r}: {failures[-1].reason}: "
+            f"{failures[-1].detail}. See vlm inspect; --max-bad-in-a-row raises the limit."
         )
 
     def _decode_usable(
         self,
-        batch_row: int,
+        row: int,
         requested: SampleIndex,
-        row: _Row,
+        sample: _DrawnSample,
         buffers: _ImageBuffers,
         shards: ShardSet,
-        incidents: list[SampleFailure],
-    ) -> _Row:
-        """The row whose pictures are now in their place: this one, or of the first after it that can be shown."""
+        failures: list[SampleFailure],
+    ) -> _DrawnSample:
+        """The sample that was decoded into a row of the buffers: this one, or the first after it that decodes."""
         while True:
             try:
-                self._decode_into(batch_row, row, buffers)
+                self._decode_into(row, sample, buffers)
             except BadSample as error:
-                incidents.append(sample_failure(row.used, error, shards, is_replacement=row.attempt > 0))
-                row = self._read_usable(requested, shards, incidents, row.attempt + 1)
+                failures.append(sample_failure(sample.used, error, shards, is_replacement=sample.attempt > 0))
+                sample = self._read_usable(requested, shards, failures, sample.attempt + 1)
             else:
-                return row
+                return sample
 
-    def _row(self, sample_index: SampleIndex, attempt: int, shards: ShardSet) -> _Row:
+    def _read_and_draw(self, sample_index: SampleIndex, attempt: int, shards: ShardSet) -> _DrawnSample:
         sample = shards.read(sample_index, self.arrays.members)
-        rng = view_rng = self._rng_for(sample_index, sample.key)
-        caption, view = self.draw(sample, rng), 0
+
+        # The order of the draws is part of the data a seed stands for: the caption first, then the view.
+        rng = self._rng_for(sample_index, sample.key)
+        caption = self.draw(sample, rng)
+        view_rng = rng
+        view = 0
         if self.arrays.has_views:
             view, view_rng = self.arrays.sample_view(sample, rng)
         arrays = self.arrays.rows(sample, view=view, caption=caption)
+
         sentences = self._sentences(sample_index, sample) if self.num_sentences else []
-        identity = (
-            (content_hash(sample.key.encode()), content_hash(sample.image)) if self.has_identities else _NO_IDENTITIES
-        )
+        identity = _NO_IDENTITIES
+        if self.has_identities:
+            identity = (content_hash(sample.key.encode()), content_hash(sample.image))
+
         image = EncodedImage(sample.image)
         crop = self.view.draw(image.width, image.height, view_rng)
-        return _Row(sample_index, attempt, sample.key, caption, arrays, sentences, identity, image, crop)
+        return _DrawnSample(sample_index, attempt, sample.key, caption, arrays, sentences, identity, image, crop)
 
     def _rng_for(self, sample_index: SampleIndex, key: str, purpose: str = "") -> SampleRng:
+        """The generator of one visit; a purpose of its own keeps an extra draw from shifting the others."""
         return SampleRng(self.seed, sample_index.epoch, key, sample_index.repeat, purpose)
 
-    def _decode_into(self, batch_row: int, row: _Row, buffers: _ImageBuffers) -> None:
-        image, crop = row.image, row.crop
+    def _decode_into(self, row: int, sample: _DrawnSample, buffers: _ImageBuffers) -> None:
+        image = sample.image
         if self.decode_on_device:
-            buffers.prepared.append(prepare_view(image, crop, self.view))
+            buffers.prepared.append(prepare_view(image, sample.crop, self.view))
             return
-        pixels = image.pixels(resolution=self.view.resolution(crop))
-        self.view.cut(image, pixels, crop, out=buffers.images[batch_row])
+        pixels = image.pixels(resolution=self.view.resolution(sample.crop))
+        self.view.cut(image, pixels, sample.crop, out=buffers.images[row])
         if self.local and buffers.local is not None:
-            crops = self.local.draw(image.width, image.height, self._rng_for(row.used, row.key, "local"))
-            self.local.show(image, crops, pixels, out=buffers.local[batch_row])
+            crops = self.local.draw(image.width, image.height, self._rng_for(sample.used, sample.key, "local"))
+            self.local.show(image, crops, pixels, out=buffers.local[row])
 
     def _allocate(self, number: int, shards: ShardSet) -> _ImageBuffers:
         size = self.view.size
@@ -390,10 +341,10 @@ class TrainingCollator:
 
     def _sub_tokens(self, sentences: list[list[str]]) -> Int64[Tensor, "B S L"]:
         # one text more, since not every tokenizer takes none at all
-        rows = self.tokenizer.encode([*(sentence for some in sentences for sentence in some), ""])[:-1]
+        rows = self.tokenizer.encode([*chain.from_iterable(sentences), ""])[:-1]
         tokens = np.full((len(sentences), self.num_sentences, rows.shape[1]), self.tokenizer.pad_token, np.int64)
-        is_given = np.arange(self.num_sentences) < np.array([[len(some)] for some in sentences])
-        tokens[is_given] = rows
+        counts = np.array([[len(own_sentences)] for own_sentences in sentences])
+        tokens[np.arange(self.num_sentences) < counts] = rows
         return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
 
 
@@ -406,67 +357,78 @@ def content_hash(content: bytes) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedBatch:
-    """Samples of one shard in file order.
+class EvalSample:
+    """What evaluation and the catalogue keep of a sample besides its image."""
 
-    items: those that can be read. images, pictures: the views [B, 3, H, W] of those whose picture can be decoded, and
-        the samples they are of. unread: samples that cannot be read. undecoded: those whose picture cannot be decoded.
+    sample_index: SampleIndex
+    key: str
+    captions: Captions
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatch:
+    """Samples of one shard in file order, for evaluation and embedding.
+
+    samples: those that can be read. decoded: those whose image can be decoded too, parallel to `images`; all of them
+        if there is no view.
+    unread: samples that cannot be read. undecoded: samples whose image cannot be decoded.
     """
 
     images: UInt8[Tensor, "..."]
-    image_samples: tuple[EvalSample, ...]
-    items: tuple[EvalSample, ...]
+    samples: tuple[EvalSample, ...]
+    decoded: tuple[EvalSample, ...]
     unread: tuple[SampleFailure, ...]
     undecoded: tuple[SampleFailure, ...]
 
-    def with_images(self, images: UInt8[Tensor, "..."]) -> "EmbedBatch":
-        """The same batch with other pictures."""
+    def with_images(self, images: UInt8[Tensor, "..."]) -> "EvalBatch":
+        """The same batch with other images."""
         return replace(self, images=images)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedCollator:
-    """Reads the samples; without a view, no picture is decoded."""
+class EvalCollator:
+    """Each sample with its fixed view, all its captions and its metadata; without a view, no image is decoded."""
 
     view: EvalTransform | None
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of a picture as the model sees it."""
+        """Bytes of an image as the model sees it."""
         return 3 * self.view.size**2 if self.view else 0
 
-    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EmbedBatch:
-        """Read the samples at these addresses."""
+    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> EvalBatch:
+        """Read and decode these samples."""
         images: list[np.ndarray] = []
-        image_samples: list[EvalSample] = []
-        items: list[EvalSample] = []
+        samples: list[EvalSample] = []
+        decoded: list[EvalSample] = []
         unread: list[SampleFailure] = []
         undecoded: list[SampleFailure] = []
         for sample_index in sample_indices:
             try:
-                sample = shards.read(sample_index)
+                content = shards.read(sample_index)
             except BadSample as error:
                 unread.append(sample_failure(sample_index, error, shards))
                 continue
-            item = EvalSample(
-                sample_index=sample_index, key=sample.key, captions=sample.captions, metadata=sample.metadata
+            sample = EvalSample(
+                sample_index=sample_index, key=content.key, captions=content.captions, metadata=content.metadata
             )
-            items.append(item)
-            if self.view is None:
-                continue
+            samples.append(sample)
             try:
-                images.append(self.view(sample.image))
-                image_samples.append(item)
+                if self.view is not None:
+                    images.append(self.view(content.image))
+                decoded.append(sample)
             except BadSample as error:
                 undecoded.append(sample_failure(sample_index, error, shards))
+
         size = self.view.size if self.view else 0
         stacked = shards.allocate_images((len(images), 3, size, size))
         if images:
             np.stack(images, out=stacked)
-        return EmbedBatch(
+        return EvalBatch(
             images=torch.from_numpy(stacked),
-            image_samples=tuple(image_samples),
-            items=tuple(items),
+            samples=tuple(samples),
+            decoded=tuple(decoded),
             unread=tuple(unread),
             undecoded=tuple(undecoded),
         )

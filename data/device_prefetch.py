@@ -1,4 +1,4 @@
-"""Batches on the device one step ahead: the next one is copied, or decoded there, while one computes on the current."""
+"""Prefetching to the device: the next batch is copied, or decoded there, while the current one is computed on."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +17,11 @@ from vlm.errors import BadSample, VlmError
 class DevicePrefetcher:
     """Yields the batches with their tensors on `device`; a thread gets the next one there on a stream of its own.
 
-    view: of the prepared pictures of the batches, which are decoded on the device, be it the CPU. Otherwise there is
+    view: of the prepared images of the batches, which are decoded on the device, be it the CPU. Without it there is
     nothing to do on the CPU, and the batches pass through.
 
     Raises:
-        VlmError: no picture of a batch can be decoded; also whatever `batches` raises.
+        VlmError: no image of a batch can be decoded; also whatever `batches` raises.
     """
 
     batches: Iterator[TrainingBatch]
@@ -33,12 +33,12 @@ class DevicePrefetcher:
         if stream is None and self.view is None:
             yield from self.batches
             return
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            coming = ahead.submit(self._next, stream)
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            coming = executor.submit(self._next, stream)
             while (current := coming.result()) is not None:
                 if stream is not None:
                     _record_on_current_stream(current, stream)
-                coming = ahead.submit(self._next, stream)
+                coming = executor.submit(self._next, stream)
                 yield current
 
     def _next(self, stream: torch.cuda.Stream | None) -> TrainingBatch | None:
@@ -54,33 +54,36 @@ class DevicePrefetcher:
 
 
 def decode_batch(batch: TrainingBatch, view: RandomResizedCrop, device: torch.device) -> TrainingBatch:
-    """Decode the prepared pictures of a batch on the device; the next whole row stands in for a damaged one.
+    """Decode the prepared images of a batch on the device; the next intact row replaces a damaged one.
 
-    Which row stands in depends on the rows of this process alone, so with damage that only the device finds, what is
+    Which row that is depends on the rows of this process alone, so with damage that only the device finds, what is
     seen depends on the number of processes.
 
     Raises:
         VlmError: none of them can be decoded.
     """
-    shown = decode_views_on_device(batch.prepared, view, device)
-    batch = replace(batch, images=shown.images, prepared=())
-    return _with_replacements(batch, shown.damaged) if shown.damaged else replace(batch, offsets=())
+    decoded = decode_views_on_device(batch.prepared, view, device)
+    batch = replace(batch, images=decoded.images, prepared=())
+    return _with_replacements(batch, decoded.damaged) if decoded.damaged else replace(batch, offsets=())
 
 
 def _with_replacements(batch: TrainingBatch, damaged: dict[int, BadSample]) -> TrainingBatch:
-    number = len(batch.keys)
-    if len(damaged) == number:
+    size = len(batch.keys)
+    if len(damaged) == size:
         row, error = next(iter(damaged.items()))
         raise VlmError(
-            f"None of the {number} pictures of a batch can be decoded; the first, {batch.keys[row]!r}: {error}. "
+            f"None of the {size} images of a batch can be decoded; the first, {batch.keys[row]!r}: {error}. "
             "See vlm inspect, or train without --decode-on-device."
         )
-    rows = [
-        next(batch_row % number for batch_row in range(row, row + number) if batch_row % number not in damaged)
-        for row in range(number)
-    ]
-    incidents = [
-        SampleFailure(
+    rows: list[int] = []
+    for row in range(size):
+        while row in damaged:
+            row = (row + 1) % size
+        rows.append(row)
+
+    failures: list[SampleFailure] = []
+    for row, error in damaged.items():
+        failure = SampleFailure(
             sample_index=batch.used[row],
             key=batch.keys[row],
             offset=batch.offsets[row],
@@ -88,20 +91,22 @@ def _with_replacements(batch: TrainingBatch, damaged: dict[int, BadSample]) -> T
             detail=error.detail,
             is_replacement=batch.used[row] != batch.sample_indices[row],
         )
-        for row, error in damaged.items()
-    ]
+        failures.append(failure)
     return replace(
         batch.changed(lambda tensor: tensor[rows]),
         keys=tuple(batch.keys[row] for row in rows),
         drawn=tuple(batch.drawn[row] for row in rows),
         used=tuple(batch.used[row] for row in rows),
-        incidents=(*batch.incidents, *incidents),
+        failures=(*batch.failures, *failures),
         offsets=(),
     )
 
 
 def _record_on_current_stream(batch: TrainingBatch, stream: torch.cuda.Stream) -> None:
-    """Let the stream that computes wait for the copies, and keep their memory until it has used them."""
+    """Let the stream that computes wait for the copies, and keep their memory until it has used them.
+
+    Without `record_stream` the allocator may hand the memory of a batch to the next copy while it is still being read.
+    """
     computing = torch.cuda.current_stream(stream.device)
     computing.wait_stream(stream)
     for tensor in batch.tensors:

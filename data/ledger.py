@@ -1,4 +1,4 @@
-"""What became of the samples, by epoch and shard: nothing is lost without a word, nothing counted twice."""
+"""The sample ledger: what became of each requested sample, by epoch and shard, so that none is lost."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -11,41 +11,53 @@ from vlm.data.sampler import SampleIndex
 MAX_FAILURES = 1000
 
 
+_NAMES_ON_DISK = {
+    "requested": "asked",
+    "seen": "seen",
+    "repeated": "repeated",
+    "replaced": "replaced",
+    "used_as_replacement": "stood_in",
+    "skipped": "passed_over",
+}
+"""The counts of a shard and their names in checkpoints, which are older."""
+
+
 @dataclass
 class ShardCount:
-    """Visits of the samples of one shard.
+    """Visits of the samples of one shard: requested = seen + replaced + skipped.
 
-    asked: visits the order asked for. seen: those that showed the sample asked for, of which `repeated` showed one that
-    its epoch had shown already, as its selection wants. replaced: those whose sample cannot be used, so that another
-    stood in. passed_over: those that training left out because the run went back from steps that could not be used;
-    asked = seen + replaced + passed_over. corrupt: replaced by reason. stood_in: visits of this shard's samples in
-    place of others; over all shards as many as `replaced`.
+    requested: visits in the sampler's order. seen: those that showed the requested sample, of which `repeated` showed
+    one that its epoch had shown already, as its selection wants. replaced: those whose sample cannot be used, so that
+    another was shown. skipped: those left out by training because the run rolled back from bad steps. corrupt: replaced
+    by reason. used_as_replacement: visits of this shard's samples in place of others; over all shards as many as
+    `replaced`.
     """
 
-    asked: int = 0
+    requested: int = 0
     seen: int = 0
     repeated: int = 0
     replaced: int = 0
-    stood_in: int = 0
-    passed_over: int = 0
+    used_as_replacement: int = 0
+    skipped: int = 0
     corrupt: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "ShardCount") -> None:
         """Add the visits of another count."""
-        for name in ("asked", "seen", "repeated", "replaced", "stood_in", "passed_over"):
+        for name in _NAMES_ON_DISK:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.corrupt.update(other.corrupt)
 
     def to_values(self) -> dict[str, Any]:
-        """Plain values."""
-        return vars(self) | {"corrupt": dict(sorted(self.corrupt.items()))}
+        """Plain values, read back by `from_values`."""
+        values = {on_disk: getattr(self, name) for name, on_disk in _NAMES_ON_DISK.items()}
+        return values | {"corrupt": dict(sorted(self.corrupt.items()))}
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "ShardCount":
         """From the values of `to_values`."""
+        numbers: dict[str, int] = {name: values[on_disk] for name, on_disk in _NAMES_ON_DISK.items()}
         reasons: dict[str, int] = values["corrupt"]
-        numbers: dict[str, Any] = {name: value for name, value in values.items() if name != "corrupt"}
-        return cls(**numbers, corrupt=Counter(reasons))
+        return cls(corrupt=Counter(reasons), **numbers)
 
 
 Epoch = dict[int, ShardCount]
@@ -56,8 +68,8 @@ Epoch = dict[int, ShardCount]
 class Ledger:
     """Visits by epoch and shard, summed over the batches given to `count`; epochs that are over move into `closed`.
 
-    failures: the samples that cannot be used, each once, by shard and number, no more than MAX_FAILURES of them.
-    num_asked, num_replaced: over all shards and epochs.
+    failures: the samples that cannot be used, each once, by shard and number, at most MAX_FAILURES of them.
+    num_requested, num_replaced: over all shards and epochs.
     """
 
     epochs: dict[int, Epoch] = field(default_factory=dict)
@@ -69,30 +81,37 @@ class Ledger:
     def count(self, batch: TrainingBatch) -> None:
         """Add one batch."""
         self.num_requested += len(batch.sample_indices)
-        for asked, used in zip(batch.sample_indices, batch.used, strict=True):
-            count = self._of(asked.epoch, asked.shard)
-            count.asked += 1
-            if asked == used:
+        for requested, used in zip(batch.sample_indices, batch.used, strict=True):
+            count = self._count_of(requested)
+            count.requested += 1
+            if requested == used:
                 count.seen += 1
-                count.repeated += asked.repeat > 0
+                count.repeated += requested.repeat > 0
             else:
                 count.replaced += 1
                 self.num_replaced += 1
-                self._of(used.epoch, used.shard).stood_in += 1
-        for incident in batch.incidents:
-            place = incident.sample_index
-            if not incident.is_replacement:
-                self._of(place.epoch, place.shard).corrupt[incident.reason] += 1
+                self._count_of(used).used_as_replacement += 1
+
+        for failure in batch.failures:
+            sample_index = failure.sample_index
+            # a replacement that fails in turn was not requested, so it is not one more corrupt visit
+            if not failure.is_replacement:
+                self._count_of(sample_index).corrupt[failure.reason] += 1
             if len(self.failures) < MAX_FAILURES:
-                failure = {"key": incident.key, "offset": incident.offset, "reason": incident.reason}
-                self.failures.setdefault((place.shard, place.number), failure | {"detail": incident.detail})
+                record = {
+                    "key": failure.key,
+                    "offset": failure.offset,
+                    "reason": failure.reason,
+                    "detail": failure.detail,
+                }
+                self.failures.setdefault((sample_index.shard, sample_index.number), record)
 
     def add_skipped(self, visits: Iterable[SampleIndex]) -> None:
         """Add visits that training leaves out."""
         for visit in visits:
-            count = self._of(visit.epoch, visit.shard)
-            count.asked += 1
-            count.passed_over += 1
+            count = self._count_of(visit)
+            count.requested += 1
+            count.skipped += 1
             self.num_requested += 1
 
     def by_shard(self) -> Epoch:
@@ -100,7 +119,7 @@ class Ledger:
         return _summed((self.closed, *self.epochs.values()))
 
     def close(self, epoch: int, shards: Collection[int]) -> Epoch:
-        """End an epoch of some shards: its counts, which from now on are only kept in sum."""
+        """End an epoch of some shards; its counts, of which from now on only the sum is kept."""
         ended = {shard: count for shard, count in self.epochs.get(epoch, {}).items() if shard in shards}
         for shard, count in ended.items():
             self.closed.setdefault(shard, ShardCount()).add(count)
@@ -111,17 +130,22 @@ class Ledger:
 
     def merged(self, others: Iterable["Ledger"]) -> "Ledger":
         """The sum of this ledger and those of other processes."""
-        all_of_them = [self, *others]
-        numbers = sorted({number for ledger in all_of_them for number in ledger.epochs})
-        whole = Ledger(
-            epochs={number: _summed(ledger.epochs.get(number, {}) for ledger in all_of_them) for number in numbers},
-            closed=_summed(ledger.closed for ledger in all_of_them),
-            num_requested=sum(ledger.num_requested for ledger in all_of_them),
-            num_replaced=sum(ledger.num_replaced for ledger in all_of_them),
+        ledgers = [self, *others]
+        numbers: set[int] = set()
+        failures: dict[tuple[int, int], dict[str, Any]] = {}
+        for ledger in ledgers:
+            numbers.update(ledger.epochs)
+            failures.update(ledger.failures)
+        epochs: dict[int, Epoch] = {}
+        for number in sorted(numbers):
+            epochs[number] = _summed([ledger.epochs.get(number, {}) for ledger in ledgers])
+        return Ledger(
+            epochs=epochs,
+            closed=_summed([ledger.closed for ledger in ledgers]),
+            failures=dict(sorted(failures.items())[:MAX_FAILURES]),
+            num_requested=sum(ledger.num_requested for ledger in ledgers),
+            num_replaced=sum(ledger.num_replaced for ledger in ledgers),
         )
-        failures = {place: failure for ledger in all_of_them for place, failure in ledger.failures.items()}
-        whole.failures = dict(sorted(failures.items())[:MAX_FAILURES])
-        return whole
 
     def to_values(self) -> dict[str, Any]:
         """Plain values, read back by `from_values`."""
@@ -130,7 +154,7 @@ class Ledger:
             "closed": _values(self.closed),
             "num_asked": self.num_requested,
             "num_replaced": self.num_replaced,
-            "failures": [[*place, failure] for place, failure in sorted(self.failures.items())],
+            "failures": [[*position, failure] for position, failure in sorted(self.failures.items())],
         }
 
     @classmethod
@@ -144,8 +168,8 @@ class Ledger:
             failures={(shard, number): failure for shard, number, failure in values["failures"]},
         )
 
-    def _of(self, epoch: int, shard: int) -> ShardCount:
-        return self.epochs.setdefault(epoch, {}).setdefault(shard, ShardCount())
+    def _count_of(self, sample_index: SampleIndex) -> ShardCount:
+        return self.epochs.setdefault(sample_index.epoch, {}).setdefault(sample_index.shard, ShardCount())
 
 
 def sum_counts(epoch: Epoch) -> ShardCount:

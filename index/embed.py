@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from vlm.console import progress, say
-from vlm.data.collate import EmbedBatch, EmbedCollator, EvalSample, SampleFailure
+from vlm.data.collate import EvalBatch, EvalCollator, EvalSample, SampleFailure
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import Captions
@@ -99,7 +99,7 @@ class PartBuilder:
     origins: list[Origin] = field(default_factory=list)
     incidents: list[SkippedSampleRecord] = field(default_factory=list)
 
-    def add_batch(self, batch: EmbedBatch, model: Encoder) -> None:
+    def add_batch(self, batch: EvalBatch, model: Encoder) -> None:
         """Embed the pictures of a batch, or every caption of its samples.
 
         Raises:
@@ -109,10 +109,10 @@ class PartBuilder:
         for incident in sorted((*batch.unread, *(batch.undecoded if is_image else ())), key=_number):
             self._skip(_number(incident), incident.reason, incident.detail)
         if is_image:
-            origins = [self._image_origin(item) for item in batch.image_samples]
+            origins = [self._image_origin(item) for item in batch.decoded]
             embedded = model.embed_images(batch.images) if origins else None
         else:
-            origins = [origin for item in batch.items for origin in self._caption_origins(item)]
+            origins = [origin for item in batch.samples for origin in self._caption_origins(item)]
             embedded = model.embed_texts([_only_caption(origin.captions) for origin in origins]) if origins else None
         if embedded is not None:
             vectors = embedded.float().numpy()
@@ -227,7 +227,7 @@ class EmbedJob:
     ) -> None:
         plan, namer = self._plan(missing), UidAssigner(self.shards)
         shards = [self.shards[number] for number in missing]
-        collate = EmbedCollator(view=model.view if has_images else None)
+        collate = EvalCollator(view=model.view if has_images else None)
         stream = stream_batches(plan, shards, collate, numbers=range(len(plan)), workers=self.workers)
         total, pending = sum(self._plan(all_numbers).kept), None
         with (
@@ -239,7 +239,7 @@ class EmbedJob:
                 for batch in islice(stream, -(-kept // self.batch_size)):
                     for _, rows in builders:
                         rows.add_batch(batch, model)
-                    shown.update(len(batch.items) + len(batch.unread))
+                    shown.update(len(batch.samples) + len(batch.unread))
                 if pending:
                     pending.result()
                 pending = pool.submit(_add, builders)  # written while the next part is embedded

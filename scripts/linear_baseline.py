@@ -99,10 +99,10 @@ def read(url: str, pixels: int) -> Data:
     """All pictures and captions of the shards."""
     images, captions, metadata, keys = [], [], [], []
     for batch in iter_sample_batches(expand_shards(url), EvalTransform(size=pixels), workers=1):
-        images.append(batch.images.numpy().reshape(len(batch.items), -1) / np.float32(255))
-        captions += [list(next(iter(item.captions.values()), ())) for item in batch.items]
-        metadata += [item.metadata for item in batch.items]
-        keys += [item.key for item in batch.items]
+        images.append(batch.images.numpy().reshape(len(batch.decoded), -1) / np.float32(255))
+        captions += [list(next(iter(item.captions.values()), ())) for item in batch.decoded]
+        metadata += [item.metadata for item in batch.decoded]
+        keys += [item.key for item in batch.decoded]
     return Data(pixels=np.concatenate(images), captions=captions, metadata=metadata, keys=keys)
 
 

@@ -124,7 +124,14 @@ def ledger_table(corpus: Corpus, ledger: Ledger, *, max_rows: int = 20) -> tuple
 
 
 def _row(name: str, samples: int, filtered: int, count: ShardCount, reasons: list[str]) -> list[Any]:
-    numbers = [count.asked, count.seen, count.repeated, count.replaced, count.stood_in, count.passed_over]
+    numbers = [
+        count.requested,
+        count.seen,
+        count.repeated,
+        count.replaced,
+        count.used_as_replacement,
+        count.skipped,
+    ]
     return [name, samples, filtered, *numbers, *(count.corrupt[reason] for reason in reasons)]
 
 

@@ -40,7 +40,8 @@ def measure(model: VisionLanguageModel, data: DataSet) -> Figures:
     for batch in iter_sample_batches(expand_shards(data.val), model.view, workers=1):
         embedded.append(model.embed_images(batch.images))
         captions += [
-            [text for of_one in select_languages(item.captions, ()).values() for text in of_one] for item in batch.items
+            [text for of_one in select_languages(item.captions, ()).values() for text in of_one]
+            for item in batch.decoded
         ]
     images = torch.cat(embedded).numpy()
     texts = model.embed_texts([text for of_image in captions for text in of_image]).numpy()

@@ -161,12 +161,12 @@ def test_the_ledger_of_an_epoch_accounts_for_every_sample(tmp_path_factory, size
     epoch = ledger.close(0, range(len(corpus.shards)))
     (source,) = corpus.order.orders if isinstance(corpus.order, Mixture) else (corpus.order,)
     times = getattr(source, "times", None) or [np.ones(size, int) for size in sizes]
-    assert {shard: count.asked for shard, count in epoch.items()} == {
+    assert {shard: count.requested for shard, count in epoch.items()} == {
         shard: int(part.sum()) for shard, part in enumerate(times) if part.sum()
     }
     total = sum_counts(epoch)
-    assert total.asked == visits == total.seen + total.replaced
-    assert total.corrupt.total() == total.replaced == total.stood_in
+    assert total.requested == visits == total.seen + total.replaced
+    assert total.corrupt.total() == total.replaced == total.used_as_replacement
     if not bad:
         assert total.repeated == sum(int(np.maximum(part.astype(int) - 1, 0).sum()) for part in times)
     assert list(corpus.filtered) == [int((part == 0).sum()) for part in times]

@@ -6,7 +6,7 @@ from vlm.data.ledger import MAX_FAILURES, Ledger, sum_counts
 from vlm.data.sampler import SampleIndex
 
 
-def batch(pairs, incidents=()):
+def batch(pairs, failures=()):
     """A batch from pairs of (asked, used) addresses."""
     return TrainingBatch(
         images=torch.zeros((len(pairs), 3, 1, 1), dtype=torch.uint8),
@@ -15,7 +15,7 @@ def batch(pairs, incidents=()):
         drawn=(),
         sample_indices=tuple(asked for asked, _ in pairs),
         used=tuple(used for _, used in pairs),
-        incidents=tuple(incidents),
+        failures=tuple(failures),
     )
 
 
@@ -34,9 +34,9 @@ def test_seen_repeated_replaced_and_stood_in_are_told_apart():
     failures = [incident(B), incident(SampleIndex(0, 0, 3), "no picture", is_replacement=True)]
     ledger.count(batch([(A, A), (again, again), (B, C)], failures))
     first, second = ledger.epochs[0][0], ledger.epochs[0][1]
-    assert (first.asked, first.seen, first.repeated, first.replaced, first.stood_in) == (3, 2, 1, 1, 0)
+    assert (first.requested, first.seen, first.repeated, first.replaced, first.used_as_replacement) == (3, 2, 1, 1, 0)
     assert dict(first.corrupt) == {"cut short": 1}
-    assert (second.asked, second.seen, second.stood_in) == (0, 0, 1)
+    assert (second.requested, second.seen, second.used_as_replacement) == (0, 0, 1)
     assert ledger.failures[(0, 2)] == {"key": "k2", "offset": 512, "reason": "cut short", "detail": "why"}
     assert set(ledger.failures) == {(0, 2), (0, 3)}
     assert (ledger.num_requested, ledger.num_replaced) == (3, 1)

@@ -89,7 +89,11 @@ def _stream(url: str, *, with_arrays: bool) -> tuple[str, str]:
     for batch in stream_batches(plan, corpus.shards, collate, numbers=range(visits)):
         ledger.count(batch)
     total = sum_counts(ledger.by_shard())
-    if total.asked != visits or total.asked != total.seen + total.replaced or total.corrupt.total() != total.replaced:
+    if (
+        total.requested != visits
+        or total.requested != total.seen + total.replaced
+        or total.corrupt.total() != total.replaced
+    ):
         return "accounts", f"the ledger does not add up: {total} of {visits}"
     if len(ledger.failures) < (total.replaced > 0):
         return "accounts", "a loss has no name"

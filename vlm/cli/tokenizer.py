@@ -61,7 +61,7 @@ def train_tokenizer(shards: str, out: Path, *, vocabulary: int, languages: tuple
     captions = [
         text
         for batch in iter_sample_batches(expand_shards(shards), None, workers=0)
-        for item in batch.items
+        for item in batch.decoded
         for language, texts in item.captions.items()
         if not languages or not language or language in languages
         for text in texts

@@ -49,9 +49,9 @@ def measure_caption_truth(
     wrong: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
     for batch in iter_sample_batches(shards, model.view, workers=workers):
-        if total >= limit or not batch.items:
+        if total >= limit or not batch.decoded:
             break
-        for item, caption in zip(batch.items, model.caption_images(batch.images, prompt), strict=True):
+        for item, caption in zip(batch.decoded, model.caption_images(batch.images, prompt), strict=True):
             if "scene" not in item.metadata:
                 raise UsageError(f"Sample {item.key!r} is no drawn scene; captions are checked against scenes only.")
             check = check_caption(caption, Scene(**item.metadata["scene"]))

@@ -173,10 +173,10 @@ def evaluate_retrieval(
     captions: list[tuple[str, ...]] = []
     num_bad = 0
     for batch in iter_sample_batches(shards, model.view, workers=workers):
-        num_bad += len(batch.incidents)
-        if batch.items:
+        num_bad += len(batch.unread) + len(batch.undecoded)
+        if batch.decoded:
             images.append(model.embed_images(batch.images))
-            captions += [_texts(item.captions, languages, captions_each) for item in batch.items]
+            captions += [_texts(item.captions, languages, captions_each) for item in batch.decoded]
     if not images or not any(captions):
         raise UsageError(f"No picture with a caption in {languages or 'any language'} can be used in {shards[0]} …")
     texts = [text for of_image in captions for text in of_image]

@@ -36,8 +36,8 @@ def read_labelled(url: str, label: str, view: EvalTransform, *, workers: int = 0
         yield from _from_folder(url, view)
         return
     for batch in iter_sample_batches(expand_shards(url), view, workers=workers):
-        if batch.items:
-            yield batch.images.numpy(), [label_of(item.metadata, label, item.key) for item in batch.items]
+        if batch.decoded:
+            yield batch.images.numpy(), [label_of(item.metadata, label, item.key) for item in batch.decoded]
 
 
 def label_of(metadata: dict[str, Any], label: str, key: str) -> str:

@@ -42,7 +42,7 @@ def test_the_student_is_given_what_the_teacher_makes_of_the_very_pixels_it_sees(
     seen = set()
     for epoch in range(4):
         batch = batch_of(reinforced, size=32, epoch=epoch)
-        assert not batch.incidents
+        assert not batch.failures
         images, texts = teacher.embed_images(batch.images), teacher.embed_texts(batch.captions)
         torch.testing.assert_close(batch.arrays["teacher_image"], images, atol=1e-3, rtol=0)
         torch.testing.assert_close(batch.arrays["teacher_text"], texts, atol=1e-3, rtol=0)
@@ -139,7 +139,7 @@ def test_bad_samples_are_carried_over_and_named(tmp_path, make_teacher):
     assert content_of(new.read(2)) == content_of(old.read(2))
     assert new.read(1).image == old.read(1).image
     batch = batch_of(expand_shards(str(tmp_path / "out")), size=32)
-    assert {incident.key for incident in batch.incidents if not incident.is_replacement} == {"k1", "k2", "k7"}
+    assert {incident.key for incident in batch.failures if not incident.is_replacement} == {"k1", "k2", "k7"}
 
 
 def test_nothing_usable_ends_the_work_at_the_first_shard(tmp_path, make_teacher):

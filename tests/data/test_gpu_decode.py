@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 
 from tests.data.tars import without_tables
-from vlm.data import gpu_decode
 from vlm.data.decode import EncodedImage
-from vlm.data.gpu_decode import check_decoder, decode_views_on_device, prepare_view
+from vlm.data.gpu_decode import PreparedView, check_decoder, decode_views_on_device, prepare_view
 from vlm.data.samples import SampleRng
 from vlm.data.tar import ShardReader
 from vlm.data.transforms import RandomResizedCrop
@@ -108,20 +107,19 @@ def test_damage_that_only_the_decoder_finds_changes_no_pixel_of_the_other_rows(m
     assert torch.equal(found.images, expected)
 
 
-def test_a_device_without_a_decoder_is_refused(monkeypatch):
+def test_a_device_without_a_decoder_is_refused():
     check_decoder(CPU)
 
     def refuse(images, device):
         raise RuntimeError("not compiled with nvJPEG support\nat line 1")
 
-    monkeypatch.setattr(gpu_decode, "_decoder", lambda: refuse)
     with pytest.raises(
         UsageError, match=r"on cpu here: not compiled with nvJPEG support\. Install .*--decode-on-device"
     ):
-        check_decoder(CPU)
+        check_decoder(CPU, refuse)
 
 
-def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_other(monkeypatch):
+def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_other():
     view = RandomResizedCrop(size=32)
     whole = noisy()
     prepared, expected = views_of([whole, whole, whole], view)
@@ -129,10 +127,9 @@ def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_oth
     def refuse(images, device):
         raise RuntimeError("one of them is damaged")
 
-    monkeypatch.setattr(gpu_decode, "_decoder", lambda: refuse)
     cut = whole[: len(whole) // 2]
-    broken = gpu_decode.PreparedView(crop=prepared[1].crop, encoded=cut)
-    found = decode_views_on_device([prepared[0], broken, prepared[2]], view, CPU)
+    broken = PreparedView(crop=prepared[1].crop, encoded=cut)
+    found = decode_views_on_device([prepared[0], broken, prepared[2]], view, CPU, refuse)
     assert list(found.damaged) == [1]
     assert found.damaged[1].reason == "unreadable picture"
     assert not found.images[1].any()

@@ -31,7 +31,7 @@ def batches(number):
             drawn=(),
             sample_indices=(),
             used=(),
-            incidents=(),
+            failures=(),
             arrays={"teacher_text": torch.from_numpy(np.full((2, 3), place, np.float32))},
         )
 
@@ -99,7 +99,7 @@ def encoded_images(make_image):
 
 
 def told(batch):
-    return (batch.keys, batch.captions, batch.tokens.tolist(), batch.sample_indices, batch.used, batch.incidents)
+    return (batch.keys, batch.captions, batch.tokens.tolist(), batch.sample_indices, batch.used, batch.failures)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -108,7 +108,7 @@ def test_decoded_on_the_device_batches_are_the_same_but_for_the_decoder(tmp_path
     want = stream(shard, plan, on_device=False, epochs=2)
     found = stream(shard, plan, workers=workers, epochs=2)
     assert list(map(told, found)) == list(map(told, want))
-    assert sum(len(batch.incidents) for batch in found) > 2
+    assert sum(len(batch.failures) for batch in found) > 2
     for one, other in zip(found, want, strict=True):
         assert (one.images.shape, one.images.dtype, one.prepared) == (other.images.shape, torch.uint8, ())
         assert (one.images.int() - other.images.int()).abs().float().mean() < 1.5
@@ -141,10 +141,10 @@ def test_a_image_damaged_only_for_the_device_is_named_and_the_next_whole_row_sta
         assert batch.captions[row].startswith(f"{batch.used[row].number:04d}")
         assert batch.tokens[row].tolist() == [ord(letter) for letter in batch.captions[row][:4]]
         assert torch.equal(batch.images[row], batch.images[source])
-    assert sorted(incident.key for incident in batch.incidents) == ["k2", "k3", "k9"]
+    assert sorted(incident.key for incident in batch.failures) == ["k2", "k3", "k9"]
     with tarfile.open(shard) as tar:
         offsets = {member.name.split(".")[0]: member.offset_data for member in reversed(tar.getmembers())}
-    for incident in batch.incidents:
+    for incident in batch.failures:
         assert (incident.reason, incident.is_replacement) == ("unreadable picture", False)
         assert incident.offset == offsets[incident.key]
     assert not stream(shard, plan)[0].images.ne(batch.images).any()
@@ -171,7 +171,7 @@ def test_stored_arrays_go_with_the_row_that_stands_in(encoded_images):
     )
     assert found.arrays["teacher_text"].tolist() == [[1.0], [1.0]]
     assert (found.keys, found.captions, found.used) == (("a", "a"), ("one", "one"), sample_indices[:1] * 2)
-    assert [incident.sample_index for incident in found.incidents] == [sample_indices[1]]
+    assert [incident.sample_index for incident in found.failures] == [sample_indices[1]]
 
 
 def test_the_ledger_adds_up_with_damage_found_in_workers_and_on_the_device(tmp_path, encoded_images):
@@ -183,10 +183,10 @@ def test_the_ledger_adds_up_with_damage_found_in_workers_and_on_the_device(tmp_p
     for batch in batches:
         ledger.count(batch)
     total = sum_counts(ledger.by_shard())
-    assert (total.asked, total.seen, total.replaced, total.stood_in) == (36, 24, 12, 12)
+    assert (total.requested, total.seen, total.replaced, total.used_as_replacement) == (36, 24, 12, 12)
     assert total.corrupt == {"no picture": 3, "unreadable picture": 9}
     assert [number for _, number in sorted(ledger.failures)] == [2, 7, 8, 10]
-    told = {(i.key, i.is_replacement) for batch in batches for i in batch.incidents}
+    told = {(i.key, i.is_replacement) for batch in batches for i in batch.failures}
     assert told == {("k2", False), ("k7", False), ("k8", False), ("k8", True), ("k10", False)}
 
 

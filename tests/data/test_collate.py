@@ -48,12 +48,12 @@ def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
     made = collate(plan)(plan[0], shards)
     by_number = {asked.number: used.number for asked, used in zip(made.sample_indices, made.used, strict=True)}
     assert by_number == {0: 0, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}
-    assert {(i.key, i.reason, i.sample_index.number, i.is_replacement) for i in made.incidents} == {
+    assert {(i.key, i.reason, i.sample_index.number, i.is_replacement) for i in made.failures} == {
         ("0-1", "no picture", 1, False),
         ("0-2", "unreadable json", 1 + 1, True),
         ("0-2", "unreadable json", 2, False),
     }
-    for incident in made.incidents:
+    for incident in made.failures:
         assert incident.offset == shards.key_and_offset(incident.sample_index)[1] > 0
     rows = {used.number: image.tobytes() for used, image in zip(made.used, made.images.numpy(), strict=True)}
     assert len(set(rows.values())) == 4
@@ -81,7 +81,7 @@ def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_on
     made = collate(plan, has_identities=True)(asked, shards)
     assert [sample_index.number for sample_index in made.used] == [5, 5, 5, 5, 0]
     assert made.keys == ("k5", "k5", "k5", "k5", "k0")
-    told = [(i.key, i.reason, i.is_replacement) for i in made.incidents]
+    told = [(i.key, i.reason, i.is_replacement) for i in made.failures]
     three, four = ("k3", "unreadable picture"), ("k4", "no caption")
     assert told == [
         (*three, False),
@@ -106,7 +106,7 @@ def test_a_batch_arrives_from_a_worker_as_it_was_sent(damaged, size):
     plan = plan_of(6, batch_size=6)
     sent = collate(plan, has_identities=True)(plan[0][:size], ShardSet([damaged]))
     received = pickle.loads(ForkingPickler.dumps(sent))
-    for name in ("keys", "drawn", "sample_indices", "used", "incidents", "position", "captions"):
+    for name in ("keys", "drawn", "sample_indices", "used", "failures", "position", "captions"):
         assert getattr(received, name) == getattr(sent, name)
     assert {type(row) for row in received.sample_indices + received.used} <= {SampleIndex}
     assert {type(row) for row in received.drawn} <= {SampledCaption}

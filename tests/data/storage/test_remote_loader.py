@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.faulty import Fault
-from tests.data.storage.test_cache import Watch
+from tests.data.storage.test_shard_cache import Watch
 from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Source, open_corpus
 from vlm.data.ledger import Ledger, sum_counts

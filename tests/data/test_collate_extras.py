@@ -245,7 +245,7 @@ def test_rows_are_positions_in_the_run_whatever_part_is_asked_for(shard):
     assert batch.rows.tolist() == [100 + 3 * 8 + 4 + place for place in range(4)]
     assert plan.order.locate(batch.rows.tolist()) == list(batch.sample_indices)
     by_hand = collate(plan)([SampleIndex(0, 0, 0)], ShardSet([shard]))
-    with pytest.raises(AssertionError, match="the plan of a run"):
+    with pytest.raises(AssertionError, match="the batch sampler of a run"):
         _ = by_hand.rows
 
 
