@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from vlm.cli.index_fit_head import show_recall
+from vlm.cli.index import show_recall
 from vlm.cli.main import print_error
 from vlm.console import show_fields, show_json
 from vlm.errors import VlmError

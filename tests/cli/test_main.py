@@ -12,6 +12,7 @@ import vlm.cli.main as main_module
 from tests.docs_script import is_up_to_date
 from vlm import __version__
 from vlm.cli.main import VERBS, log_to_stderr, main
+from vlm.cli.options import RENAMED_FLAGS, current_flags
 from vlm.console import progress
 
 
@@ -53,6 +54,20 @@ def test_every_verb_explains_itself(capsys, verb):
     code, out, _ = run(capsys, *verb.split(), "--help")
     assert code == 0
     assert f"usage: vlm {verb}" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "old_flag", "new_flag"),
+    [(verb, *flags) for verb, renamed in RENAMED_FLAGS.items() for flags in renamed.items()],
+)
+def test_flags_of_before_still_work(capsys, verb, old_flag, new_flag):
+    assert current_flags(verb, [old_flag, f"{old_flag}=3", old_flag.replace("-", "_").replace("__", "--", 1)]) == [
+        new_flag,
+        f"{new_flag}=3",
+        new_flag,
+    ]
+    _, out, _ = run(capsys, *verb.split(), "--help")
+    assert new_flag in out
 
 
 def test_the_reference_page_is_what_the_commands_print():
