@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -92,6 +93,7 @@ def _end(codes: list[int]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 misused."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _replace_unprintable()
     logging.getLogger().setLevel(logging.ERROR)
     level = logging.INFO
     while words and words[0] in LOG_LEVELS:
@@ -149,6 +151,13 @@ def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
         yield
     finally:
         logger.handlers, logger.level, logger.propagate = before
+
+
+def _replace_unprintable() -> None:
+    """A terminal that cannot show a character shows a stand-in for it, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
 
 
 def overview() -> str:

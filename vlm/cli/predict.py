@@ -36,7 +36,10 @@ class Classify:
 
         names = read_class_names(self.classes)
         if len(names) < 2:
-            raise UsageError(f"--classes {self.classes!r} names {len(names)} class; give at least two, as a,b,c.")
+            raise UsageError(
+                f"--classes {self.classes!r} names {len(names)} class, which every image would be; give two or more, "
+                "as a,b,c or a file with one a line."
+            )
         model = load_model(self.model, device=self.device)
         images = load_images(self.images, model.view)
         probabilities = classify(model, images, names, self.templates or DEFAULT_TEMPLATES)

@@ -147,7 +147,8 @@ def class_embeddings(
     for template in templates:
         if "{}" not in template:
             raise UsageError(f"The template {template!r} has no {{}} for the class name.")
-    sentences = [template.format(name) for name in names for template in templates]
+    # the templates are people's own: other braces in them are text
+    sentences = [template.replace("{}", name) for name in names for template in templates]
     vectors = model.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(vectors, dim=-1).numpy()
 
