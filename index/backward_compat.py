@@ -7,6 +7,7 @@ The head of an upgrade: a change of basis of the new space, fitted so that its f
 An index whose rows are carried into the space of a head: padded with zeros, not embedded again.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 
 from vlm import __version__
-from vlm.console import say
 from vlm.data.samples import Captions
 from vlm.errors import UsageError
 from vlm.evaluation.retrieval import Retrieval, measure_retrieval
@@ -34,6 +34,8 @@ from vlm.index.writer import iter_live_blocks
 from vlm.manifest import write_manifest
 from vlm.models.variants import CompatibilityProjection
 from vlm.tensors import Array, Float, Float32, Int64
+
+logger = logging.getLogger(__name__)
 
 MIN_IMAGES = 30
 
@@ -163,7 +165,7 @@ class _UidJoin:
                 )
         left = [len(rows) - len(self.names) for rows in self._rows]
         if any(left):
-            say(f"Left out: {left[0]:,} rows only in {old.folder}, {left[1]:,} only in {new.folder}.")
+            logger.info(f"Left out: {left[0]:,} rows only in {old.folder}, {left[1]:,} only in {new.folder}.")
 
     def owners(self) -> Iterator[tuple[str, str]]:
         """Each caption's uid with that of its picture."""
@@ -310,7 +312,7 @@ def fit_head(pairs: EmbeddingPairs, *, seed: int = 0) -> FittedHead:
     """The change of basis nearest to a ridge regression of old on new embeddings, with the penalty that recalls best.
 
     On real pairs it meets old rows better than the regression itself, and better than the Procrustes turn, to which it
-    comes as the penalty grows (benchmarks/model_upgrade.py).
+    comes as the penalty grows (scripts/bench_upgrade.py).
 
     Raises:
         UsageError: there are too few pictures.
@@ -439,7 +441,7 @@ def _write_rows(folder: Path, snapshot: IndexSnapshot, head: CompatibilityProjec
     try:
         return write(resolve_index_type(snapshot.details.kind, len(snapshot)), TuningParams(**snapshot.details.tuning))
     except UsageError as error:
-        say(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
+        logger.info(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
         return write("flat", TuningParams())
 
 

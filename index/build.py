@@ -3,6 +3,7 @@
 `build_index` builds the index type it is told; `build_autotuned` finds the type and its parameters by target.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm.console import say
 from vlm.errors import VlmError
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type import TuningParams
@@ -32,6 +32,8 @@ from vlm.index.layout import IndexDetails, catalogue_file
 from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest
+
+logger = logging.getLogger(__name__)
 
 _FIRST_GENERATION = 1
 
@@ -93,7 +95,7 @@ def build_index(
     source, wishes = Embeddings.open(embeddings, verify=True), tuning or TuningParams()
     chosen = resolve_index_type(kind, len(source))
     if kind != chosen:
-        say(f"{len(source):,} rows: a {chosen} index.")
+        logger.info(f"{len(source):,} rows: a {chosen} index.")
     try:
         with atomic_folder(out) as folder:
             written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})

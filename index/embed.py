@@ -8,6 +8,7 @@ The parts that embeddings folders lack, made in one pass over their shards.
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vlm.console import progress, say
+from vlm.console import progress
 from vlm.data.collate import EvalBatch, EvalCollator, EvalSample, SampleFailure
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
@@ -50,6 +51,8 @@ from vlm.index.encoder import Encoder, absolute_spec, check_unit_norm, compile_e
 from vlm.index.ids import UidAssigner
 from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
 from vlm.tensors import Array, Float32
+
+logger = logging.getLogger(__name__)
 
 # torchrun and accelerate launch set the first; srun sets the second for each process of a step, and only then
 _NAMES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
@@ -229,12 +232,12 @@ class EmbedJob:
         shards = [self.shards[number] for number in missing]
         collate = EvalCollator(view=model.view if has_images else None)
         stream = stream_batches(plan, shards, collate, numbers=range(len(plan)), workers=self.workers)
-        total, pending = sum(self._plan(all_numbers).samples_per_shard), None
+        total, pending = sum(self._plan(all_numbers).kept), None
         with (
-            progress(total=total, done=total - sum(plan.samples_per_shard), what="embed", unit=" samples") as shown,
+            progress(total=total, done=total - sum(plan.kept), what="embed", unit=" samples") as shown,
             ThreadPoolExecutor(1) as pool,
         ):
-            for (number, targets), kept in zip(missing.items(), plan.samples_per_shard, strict=True):
+            for (number, targets), kept in zip(missing.items(), plan.kept, strict=True):
                 builders = [(target, self._rows(number, target, namer)) for target in targets]
                 for batch in islice(stream, -(-kept // self.batch_size)):
                     for _, rows in builders:
@@ -326,29 +329,6 @@ class EmbedSummary:
     ended_here: bool
 
 
-def embed_shards(
-    model: Encoder,
-    shards: Sequence[str],
-    out: Path,
-    *,
-    model_spec: str,
-    modality: Modality = "image",
-    batch_size: int = BATCH_SIZE,
-    workers: int = 0,
-    allow_damage: bool = False,
-    selection: Selection | None = None,
-) -> EmbedSummary:
-    """Embed the picture, or each caption, of every sample of the shards into the folder `out` (see `embed_into`)."""
-    options = EmbedOptions(
-        model_spec=model_spec,
-        batch_size=batch_size,
-        workers=workers,
-        allow_damage=allow_damage,
-        selection=selection,
-    )
-    return embed_into(model, shards, {modality: out}, options)[modality]
-
-
 def embed_into(
     model: Encoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
 ) -> dict[Modality, EmbedSummary]:
@@ -420,11 +400,11 @@ def _open(
                 raise
     manifest = check_compatible(path, identity)
     if fault := first_mismatch(path, manifest.files, verify=True):
-        say(f"{path} was complete: {fault}. The damaged parts are made again.")
+        logger.info(f"{path} was complete: {fault}. The damaged parts are made again.")
         _reopen(path, identity)
         return _open(model, path, modality, addresses, inputs, options)
     remove_leftovers(path)
-    say(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
+    logger.info(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
     return OutputFolder(path=path, space=space, writer=None, manifest=manifest)
 
 

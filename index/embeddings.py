@@ -553,13 +553,18 @@ class Embeddings:
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
         """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+    def take(self, rows: Int64[Array, " N"]) -> Float32[Array, "N D"]:
+        """The rows of these numbers, which must ascend."""
         starts = np.cumsum([0, *(part.rows for part in self.parts)])
-        taken = [
-            open_vectors(self.folder, part)[chosen[(chosen >= first) & (chosen < first + part.rows)] - first]
-            for part, first in zip(self.parts, starts, strict=False)
-        ]
-        return normalize_rows(np.concatenate(taken))
+        # cuts[p]:cuts[p + 1] are the rows that lie in part p
+        cuts = np.searchsorted(rows, starts)
+        blocks: list[Float[Array, "N D"]] = []
+        for number, part in enumerate(self.parts):
+            in_part = rows[cuts[number] : cuts[number + 1]] - starts[number]
+            blocks.append(open_vectors(self.folder, part)[in_part])
+        return normalize_rows(np.concatenate(blocks))
 
 
 def normalize_rows(vectors: Float[Array, "N D"]) -> Float32[Array, "N D"]:

@@ -5,6 +5,7 @@ The batch size at which a model embeds fastest, found by trying.
 A model compiled by torch for batches of one size.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from vlm.console import say
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import find_non_unit_rows
 from vlm.models.model import VisionLanguageModel
 from vlm.models.variants import DIMENSIONS_SEPARATOR, split_model_spec
 from vlm.tensors import Array, Float32, Tensor, UInt8
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -97,7 +99,7 @@ def find_fastest_batch_size(model: Encoder, *, largest: int) -> int:
         raise VlmError(f"Not even {SIZES[0]} pictures at once fit into memory; give a smaller --batch-size.")
     best = max(rates, key=rates.__getitem__)
     tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
-    say(f"Batch size {best}, the fastest of these (samples per second by size): {tried}.")
+    logger.info(f"Batch size {best}, the fastest of these (samples per second by size): {tried}.")
     return best
 
 

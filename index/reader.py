@@ -3,6 +3,7 @@
 An open index: asked with unit vectors, answering with scores and catalogue entries, and kept up with its folder.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm.console import say
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type import CopyToGpu
 from vlm.index.catalog import Catalogue, Entry
@@ -23,6 +23,8 @@ from vlm.index.layout import REBUILD_HINT, IndexDetails, Segment
 from vlm.index.segments import ScoredRows, SegmentReader, SegmentView, nearest, open_array
 from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from vlm.tensors import Array, Float, Float32, Int64
+
+logger = logging.getLogger(__name__)
 
 # how often a folder may change between reading its manifest and opening its files before that counts as a fault
 _MAX_TRIES = 100
@@ -223,7 +225,7 @@ class Index:
         stamp = _stamp(folder)
         snapshot = open_snapshot(folder)
         for reason in _copy_to_gpu(snapshot, gpu):
-            say(reason)
+            logger.info(reason)
         return cls(snapshot, stamp, gpu)
 
     @property

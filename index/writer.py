@@ -17,6 +17,7 @@ The step from one generation to the next: drafted from the one before, then comm
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -29,7 +30,6 @@ from typing import Any
 import numpy as np
 
 from vlm import __version__
-from vlm.console import say
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint
 from vlm.index.ann.index_type import TuningParams
@@ -49,6 +49,8 @@ from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.tensors import Array, Bool, Float, Int64
+
+logger = logging.getLogger(__name__)
 
 LOCK = "writer.lock"
 
@@ -78,9 +80,6 @@ class WriterLock:
     def release(self) -> None:
         """Let others write; the file stays."""
         os.close(self._descriptor)
-
-
-_UNIT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,29 +112,6 @@ class InsertBatch:
             shards=tuple(source.manifest.details["shards"]),
             blocks=lambda: iter_stored_blocks(source),
             origins=source.origins,
-        )
-
-    @classmethod
-    def from_arrays(
-        cls, vectors: Float[Array, "N D"], origins: Sequence[Origin], space: EmbeddingSpace
-    ) -> "InsertBatch":
-        """Rows at hand; they are brought to unit length, and stored as they are if they have it.
-
-        Raises:
-            UsageError: a vector is zero or not finite, or there are not as many as origins.
-        """
-        lengths = np.linalg.norm(vectors.astype(np.float32), axis=1)
-        wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-        if len(wrong):
-            raise UsageError(f"Vector {wrong[0]} has length {lengths[wrong[0]]}: it must be finite and not zero.")
-        if len(vectors) != len(origins):
-            raise UsageError(f"{len(vectors):,} vectors and {len(origins):,} origins were given: one each is needed.")
-        # scaled by a rounding error, a number may round to float16's other neighbour than where it was embedded
-        scales = np.where(np.abs(lengths - 1) < _UNIT_TOLERANCE, 1, lengths)
-        rows = (vectors / scales[:, None]).astype(np.float16)
-        shards = tuple(dict.fromkeys(origin.shard for origin in origins))
-        return cls(
-            space=space, count=len(rows), source="", shards=shards, blocks=lambda: [rows], origins=lambda: origins
         )
 
     def uids(self) -> Iterator[str]:
@@ -562,7 +538,7 @@ class IndexWriter:
         except UsageError as error:
             if kind:
                 raise
-            say(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
+            logger.info(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
             return write("flat", TuningParams())
 
     def _write_segment(

@@ -9,18 +9,20 @@ Inverted lists: rows by nearest centroid, of which a search reads the nearest li
 The kinds of FAISS index: each one function that prepares it, one `Kind` beside it, and one line in `KINDS`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from math import ceil, log2, sqrt
 from typing import TYPE_CHECKING, Any
 
 from vlm.config import lookup
-from vlm.console import say
 from vlm.errors import UsageError
 from vlm.index.ann.gpu import train
 from vlm.index.ann.index_type import CopyToGpu, IndexType, TrainingRows, TuningParams, check_range, load_faiss
 
 if TYPE_CHECKING:
     import faiss
+
+logger = logging.getLogger(__name__)
 
 
 _FLOAT_BYTES = 4
@@ -247,7 +249,7 @@ def _train_ivf(
     wanted = nlist * TRAINING_ROWS_PER_LIST
     training = rows.sample(max(wanted, _CODE_TRAINING_ROWS) if "rerank" in parameters else wanted, seed=seed)
     index.nprobe, index.cp.seed, index.cp.min_points_per_centroid = parameters["nprobe"], seed, 1
-    say(f"Training {nlist:,} lists on {len(training):,} rows.")
+    logger.info(f"Training {nlist:,} lists on {len(training):,} rows.")
     whole = index if rotation is None else load_faiss().IndexPreTransform(rotation, index)
     train(whole, training, gpu)
     return whole

@@ -1,14 +1,9 @@
-"""One kind tried on the sample: built, tuned with one half of the questions, judged by the other, timed.
+"""A trial of the autotuner: one candidate configuration built on the sample, tuned, evaluated and timed.
 
-What an index shall promise.
-
-How much effort, and how much re-ranking, a recall needs.
-
-The kinds a plan tries, the cheapest to build first.
-
-The other way round: rows of the questions' modality, asked with rows held out of the index.
-
-How quick the kinds are that may win: asked in turn, and carried on to all rows.
+A trial has a target to meet (`TuningTarget`) and a configuration to build (`CandidateConfig`: index type and number of
+lists). `TrialIndex.tune` finds the search parameters (`SearchParams`: nprobe or efSearch, and the reranking factor)
+with the least latency that reach the target's recall on one half of the queries; the other half evaluates them. The
+fastest trials are timed again head to head, because a machine changes its pace between trials.
 """
 
 import contextlib
@@ -29,23 +24,17 @@ from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_P
 from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lower_bound, per_query_recall
 from vlm.tensors import Array, Float, Float32
 
-_UNITS = {"": 1} | {
-    name: base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for base, name in ((1000, f"{letter}B"), (1024, f"{letter}IB"))
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TuningTarget:
-    """Recall, and what it may cost; None is no limit.
+    """The recall an index must reach, and its limits; None is no limit.
 
-    recall: share of the `at` nearest rows that a search finds, on average over questions.
-    latency_ms: of one question alone on one thread, that 95 of 100 questions keep.
-    memory_bytes: what the FAISS index of all rows may hold; the float16 rows mapped from disk are not counted.
+    recall: share of the `at` nearest rows that a search finds, on average over queries.
+    latency_ms: of a single query on one thread, met by 95 of 100 queries (p95).
+    memory_bytes: of the FAISS index of all rows; the float16 rows mapped from disk are not counted.
 
     Raises:
-        UsageError: a number that cannot be.
+        UsageError: a number is out of range.
     """
 
     recall: float = 0.95
@@ -55,22 +44,31 @@ class TuningTarget:
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:
-            raise UsageError(f"recall = {self.recall} does not fit: more than 0 and at most 1 can be promised.")
+            raise UsageError(f"recall = {self.recall} is out of range: it must be above 0 and at most 1.")
         if self.at < 1:
-            raise UsageError(f"at = {self.at} does not fit: recall is counted among at least one answer.")
+            raise UsageError(f"at = {self.at} is out of range: recall needs at least one result.")
         for name, value in (("latency-ms", self.latency_ms), ("memory", self.memory_bytes)):
             if value is not None and value <= 0:
-                raise UsageError(f"{name} = {value} does not fit: it must be more than 0.")
+                raise UsageError(f"{name} = {value} is out of range: it must be above 0.")
 
     def describe(self) -> str:
-        """The promise, as one says it.
+        """The target in words.
 
         >>> TuningTarget(recall=0.9, latency_ms=5, memory_bytes=2_000_000_000).describe()
         'recall@10 of 0.9 within 5 ms and 2 GB'
         """
-        limits = [] if self.latency_ms is None else [f"{self.latency_ms:g} ms"]
-        limits += [] if self.memory_bytes is None else [format_bytes(self.memory_bytes)]
+        limits = []
+        if self.latency_ms is not None:
+            limits.append(f"{self.latency_ms:g} ms")
+        if self.memory_bytes is not None:
+            limits.append(format_bytes(self.memory_bytes))
         return f"recall@{self.at} of {self.recall:g}" + (f" within {' and '.join(limits)}" if limits else "")
+
+
+_BYTE_UNITS = {"": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _BYTE_UNITS[f"{_letter}B"] = 1000**_power
+    _BYTE_UNITS[f"{_letter}IB"] = 1024**_power
 
 
 def parse_bytes(text: str) -> int:
@@ -80,12 +78,12 @@ def parse_bytes(text: str) -> int:
     (1500000000, 2147483648, 4096)
 
     Raises:
-        UsageError: it is no size.
+        UsageError: it is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS:
+    if not match or match[2].upper() not in _BYTE_UNITS:
         raise UsageError(f"{text!r} is not a size; write it like 4GB, 512MiB or 1000000.")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
+    return round(float(match[1]) * _BYTE_UNITS[match[2].upper()])
 
 
 def format_bytes(count: float) -> str:
@@ -101,19 +99,20 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-# the factors of re-ranking that are tried
-_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
+# the reranking factors that are tried
+_RERANK_FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
+MAX_TRIED_RERANK = _RERANK_FACTORS[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchParams:
-    """What a search may be told after the build. effort: nprobe or ef_search; rerank: see `Prepared`."""
+    """What may change after the build. effort: nprobe or efSearch, None if there is none; rerank: 0 is none."""
 
     effort: int | None
     rerank: int
 
     def less(self) -> "SearchParams | None":
-        """With a ninth less effort; None if there is none to spare.
+        """With a ninth less effort; None if there is none left.
 
         >>> SearchParams(effort=90, rerank=2).less()
         SearchParams(effort=80, rerank=2)
@@ -121,50 +120,56 @@ class SearchParams:
         return replace(self, effort=self.effort * 8 // 9) if self.effort is not None and self.effort > 1 else None
 
     def more(self, max_effort: int | None) -> "SearchParams | None":
-        """With an eighth more effort; where there is no more, with twice the re-ranking; None at the end of both.
+        """With an eighth more effort; at the highest effort, with twice the reranking; None at the end of both.
 
         >>> SearchParams(effort=80, rerank=2).more(100), SearchParams(effort=100, rerank=2).more(100)
         (SearchParams(effort=90, rerank=2), SearchParams(effort=100, rerank=4))
         """
         if self.effort is not None and max_effort is not None and self.effort < max_effort:
             return replace(self, effort=min(max_effort, self.effort + ceil(self.effort / 8)))
-        return replace(self, rerank=2 * self.rerank) if 0 < self.rerank < _FACTORS[-1] else None
+        return replace(self, rerank=2 * self.rerank) if 0 < self.rerank < MAX_TRIED_RERANK else None
 
 
 def min_effort(reaches_target: Callable[[int], bool], max_effort: int) -> int | None:
-    """The least effort in 1 … most that reaches the goal, if more effort never reaches less; None if not even `most`.
+    """The least effort in 1 … `max_effort` that reaches the target, None if none does; more effort never hurts.
 
-    Doubles until it does, then halves the interval, so that most trials are cheap.
+    Doubles until it does, then bisects, so that most of the searches are cheap ones.
 
     >>> min_effort(lambda effort: effort >= 37, 1000)
     37
     """
-    missed, effort = 0, 1
+    too_low = 0
+    effort = 1
     while not reaches_target(effort):
         if effort == max_effort:
             return None
-        missed, effort = effort, min(2 * effort, max_effort)
-    while effort - missed > 1:
-        middle = (effort + missed) // 2
-        missed, effort = (missed, middle) if reaches_target(middle) else (middle, effort)
+        too_low = effort
+        effort = min(2 * effort, max_effort)
+    while effort - too_low > 1:
+        middle = (effort + too_low) // 2
+        if reaches_target(middle):
+            effort = middle
+        else:
+            too_low = middle
     return effort
 
 
 def candidate_params(
     reaches_target: Callable[[SearchParams], bool], *, max_effort: int | None, is_reranked: bool
 ) -> Iterator[SearchParams]:
-    """Settings that reach the goal: each with the least effort for its factor of re-ranking.
+    """Search parameters that reach the target: the least effort for each reranking factor worth trying.
 
-    Of the factors those are tried that suffice when every row is read: the least, and twice it, which may need so much
-    less effort that it is quicker. Nothing comes if the goal cannot be reached. What has neither effort nor re-ranking
-    is exact, and not asked.
+    Worth trying are the least factor that reaches it when every row is read, and twice it, which may need so much less
+    effort that it is faster. Nothing is yielded if the target cannot be reached. An index type with neither effort nor
+    reranking is exact, so its only parameters are yielded untried.
     """
-    factors: tuple[int, ...] = (0,)
+    factors: list[int] = [0]
     if is_reranked:
-        enough = next(
-            (factor for factor in _FACTORS if reaches_target(SearchParams(effort=max_effort, rerank=factor))), None
-        )
-        factors = () if enough is None else (enough,) if max_effort is None else (enough, 2 * enough)
+        factors = []
+        for factor in _RERANK_FACTORS:
+            if reaches_target(SearchParams(effort=max_effort, rerank=factor)):
+                factors = [factor] if max_effort is None else [factor, 2 * factor]
+                break
     for factor in factors:
         if max_effort is None:
             yield SearchParams(effort=None, rerank=factor)
@@ -179,7 +184,7 @@ def candidate_params(
 def minimize_params(
     start: SearchParams, meets_target: Callable[[SearchParams], bool], *, max_effort: int | None
 ) -> SearchParams | None:
-    """From a setting that holds or nearly does, to nearly the least that holds; None if none above does.
+    """Nearly the least parameters that meet the target, from a start that meets or nearly meets it; None if none do.
 
     >>> minimize_params(SearchParams(effort=50, rerank=0), lambda params: (params.effort or 0) >= 60, max_effort=1000)
     SearchParams(effort=60, rerank=0)
@@ -191,45 +196,51 @@ def minimize_params(
     if meets_target(search_params):
         while (less := search_params.less()) is not None and meets_target(less):
             search_params = less
-        return _bisect_effort(search_params, (less and less.effort) or 0, meets_target)
+        too_low = less.effort if less is not None else None
+        return _bisect_effort(search_params, too_low or 0, meets_target)
     while (more := search_params.more(max_effort)) is not None:
-        if meets_target(more):  # with more re-ranking, anything may be enough
-            return _bisect_effort(
-                more, (search_params.effort or 0) if more.rerank == search_params.rerank else 0, meets_target
-            )
+        if meets_target(more):
+            # the effort that was too low says nothing once the reranking has changed
+            too_low = search_params.effort if more.rerank == search_params.rerank else None
+            return _bisect_effort(more, too_low or 0, meets_target)
         search_params = more
     return None
 
 
 def _bisect_effort(
-    search_params: SearchParams, missing: int, meets_target: Callable[[SearchParams], bool]
+    search_params: SearchParams, too_low: int, meets_target: Callable[[SearchParams], bool]
 ) -> SearchParams:
-    """A setting that holds, with an effort at most a fiftieth above one that does not, as `missing` does not."""
-    while search_params.effort is not None and search_params.effort - missing > max(1, search_params.effort // 50):
-        middle = replace(search_params, effort=(search_params.effort + missing) // 2)
+    """Parameters that meet the target with at most a fiftieth more effort than some that do not."""
+    while search_params.effort is not None and search_params.effort - too_low > max(1, search_params.effort // 50):
+        middle = replace(search_params, effort=(search_params.effort + too_low) // 2)
         if meets_target(middle):
             search_params = middle
         else:
-            missing = middle.effort or 0
+            too_low = middle.effort or 0
     return search_params
 
 
 def extrapolate_power_law(small: tuple[int, int], large: tuple[int, int], rows: int) -> int:
-    """A number measured at two sizes, as (rows, number), carried on to more rows by the power of the size they show.
+    """A number measured at two sizes, both as (rows, number), extrapolated to more rows by a power law.
 
-    The power is held between 0 and 1: no effort falls as rows are added, and none need outgrow them.
+    The exponent is kept between 0 and 1: effort does not fall as rows are added, and need not outgrow them.
 
     >>> extrapolate_power_law((10_000, 10), (40_000, 20), 160_000)
     40
     """
-    (few, less), (many, more) = small, large
-    power = min(max(log(more / less) / log(many / few), 0.0), 1.0) if many > few else 0.0
-    return ceil(more * (rows / many) ** power - 1e-9)
+    small_rows, small_number = small
+    large_rows, large_number = large
+    exponent = 0.0
+    if large_rows > small_rows:
+        exponent = log(large_number / small_number) / log(large_rows / small_rows)
+        exponent = min(max(exponent, 0.0), 1.0)
+    # the small number keeps a product that should be whole from being rounded up
+    return ceil(large_number * (rows / large_rows) ** exponent - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateConfig:
-    """A kind, and how many times √N lists it shall have; None leaves it to the kind, or it has none."""
+    """An index type and its number of lists as a multiple of √N; None: the type's own rule, or it has no lists."""
 
     kind: str
     nlist_per_sqrt_rows: int | None = None
@@ -237,12 +248,11 @@ class CandidateConfig:
     def tuning_params(
         self, rows: int, *, seed: int, effort: str | None = None, search_params: SearchParams | None = None
     ) -> TuningParams:
-        """What to ask of the kind for so many rows. effort: the parameter that the setting's effort is for."""
+        """Parameters of an index of so many rows. effort: name of the parameter that `search_params.effort` sets."""
         numbers: dict[str, int] = {}
         if self.nlist_per_sqrt_rows and rows >= MIN_LISTS * MIN_ROWS_PER_LIST:
-            numbers["nlist"] = max(
-                MIN_LISTS, min(round(self.nlist_per_sqrt_rows * sqrt(rows)), rows // MIN_ROWS_PER_LIST)
-            )
+            nlist = min(round(self.nlist_per_sqrt_rows * sqrt(rows)), rows // MIN_ROWS_PER_LIST)
+            numbers["nlist"] = max(MIN_LISTS, nlist)
         if search_params and effort and search_params.effort is not None:
             max_effort = numbers.get("nlist", search_params.effort)
             numbers[effort] = min(search_params.effort, max_effort)
@@ -251,7 +261,7 @@ class CandidateConfig:
         return TuningParams(seed=seed, **numbers)
 
 
-# k-means takes time with the square of its lists: few lists first, and of many only one kind
+# the cheapest to build first; k-means takes time with the square of nlist, so only one type is tried with many lists
 CANDIDATE_CONFIGS = (
     CandidateConfig(kind="flat"),
     CandidateConfig(kind="sq8"),
@@ -264,17 +274,16 @@ CANDIDATE_CONFIGS = (
 )
 
 
-_WARM_UP = 10
-# a percentile of 99 wants hundreds of questions, a slow kind must not take minutes for them
-_TIMED_QUERIES, _TIMED_SECONDS = 1000, 3.0
-# a setting is looked for, and the curve drawn, with few
-_FEW_QUERIES = 100
-_CURVE_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
+def tuning_values(candidate: CandidateConfig, rows: int, search_params: SearchParams, *, seed: int) -> dict[str, int]:
+    """The parameters of an index of so many rows that are set, not left to the type's own rule."""
+    effort = INDEX_TYPES[candidate.kind].effort
+    tuning = candidate.tuning_params(rows, seed=seed, effort=effort, search_params=search_params)
+    return {name: value for name, value in asdict(tuning).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Of one question at a time on one thread, in milliseconds; per_second: questions answered so in a second."""
+    """Latency of single queries on one thread, in milliseconds; per_second: queries a second at that."""
 
     p50_ms: float
     p95_ms: float
@@ -282,7 +291,7 @@ class Latency:
     per_second: float
 
     def scaled(self, ratio: float) -> "Latency":
-        """Of an index in which a question does `ratio` times as much."""
+        """Of an index in which a query takes `ratio` times as long."""
         return Latency(
             p50_ms=self.p50_ms * ratio,
             p95_ms=self.p95_ms * ratio,
@@ -293,7 +302,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """One point of a kind's recall-latency curve."""
+    """One point of a recall-latency curve."""
 
     effort: int
     recall: float
@@ -302,9 +311,9 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ReversedResult:
-    """What a kind gives when its index is turned round, with the effort that was found for the index to be built.
+    """A configuration measured in the reversed direction, with the search parameters of the index to be built.
 
-    rows: indexed. recall: by number of answers. latency: as measured, of these rows.
+    rows: indexed. recall: by number of results. latency: as measured on these rows.
     """
 
     rows: int
@@ -314,15 +323,14 @@ class ReversedResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What was measured of one kind.
+    """What was measured of one candidate configuration; kept in the manifest of the index.
 
-    wishes: what to ask of the kind for all rows. parameters: what it will then have.
-    recall: by direction and number of answers; `bound`: what the promised one is at least, with 95% confidence.
-    measured: on the sample. latency: expected of all rows (`race.growth`). resident_bytes: of all rows, by the kind's
-        formula.
-    build_seconds: of the sample. mapped_bytes: of the float16 rows it re-ranks from.
-    curve: recall and median latency around the setting. misses: what the promise asks and this does not keep.
-    turned: the other way round, by direction.
+    wishes: the parameters to build the index of all rows with. parameters: all that it will then have.
+    recall: by direction and number of results. bound: lower bound of the target's recall, with 95% confidence.
+    measured: latency on the sample. latency: expected for all rows (`latency_growth`).
+    resident_bytes: of all rows, by the index type's formula. mapped_bytes: of the float16 rows it reranks from.
+    build_seconds: of the sample. curve: recall and median latency around the search parameters.
+    misses: what of the target is not met. turned: the reversed direction, by direction.
     """
 
     kind: str
@@ -341,126 +349,142 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """The kind, with its lists where it has them.
-
-        A plan may try one kind with few lists and with many.
-        """
+        """The index type, with its number of lists where it has any: a type may be tried with few and with many."""
         return f"{self.kind} {self.parameters['nlist']}" if "nlist" in self.parameters else self.kind
 
 
+_WARM_UP_QUERIES = 10
+# p99 needs hundreds of queries; a slow configuration must not take minutes for them
+_MAX_TIMED_QUERIES = 1000
+_MAX_TIMED_SECONDS = 3.0
+# search parameters are looked for, and the curve measured, with few queries
+_FEW_QUERIES = 100
+_CURVE_FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
+
+
 class TrialIndex:
-    """A kind filled with rows in memory, asked with any setting."""
+    """A candidate configuration filled with the sampled rows in memory, searched with any parameters."""
 
     def __init__(self, candidate: CandidateConfig, rows: SampledRows, *, seed: int) -> None:
-        began = time.perf_counter()
-        self.kind, self.candidate, self.rows, self.seed = INDEX_TYPES[candidate.kind], candidate, rows, seed
+        started = time.perf_counter()
+        self.kind = INDEX_TYPES[candidate.kind]
+        self.candidate = candidate
+        self.rows = rows
+        self.seed = seed
         prepared = self.kind(rows, candidate.tuning_params(len(rows), seed=seed))
         self.index: Any = prepared.index
         self.index.add(rows.vectors)
-        self.build_seconds = time.perf_counter() - began
-        self.parameters, self.is_reranked = prepared.parameters, prepared.rerank > 0
+        self.build_seconds = time.perf_counter() - started
+        self.parameters = prepared.parameters
+        self.is_reranked = prepared.rerank > 0
 
     @property
     def max_effort(self) -> int | None:
-        """The most effort worth trying."""
-        max_effort = effort_limit(self.index)
-        return min(max_effort, MAX_EF) if max_effort and self.kind.effort == "ef_search" else max_effort
+        """The highest effort worth trying."""
+        limit = effort_limit(self.index)
+        return min(limit, MAX_EF) if limit and self.kind.effort == "ef_search" else limit
 
     def searcher(self, search_params: SearchParams, top: int) -> "Searcher":
-        """Searches with this setting."""
+        """Searches with these parameters."""
         return Searcher(self, search_params, top)
 
-    def tune(self, questions: QuerySet, target: TuningTarget) -> SearchParams | None:
-        """The quickest setting whose recall, by the bound of its mean, keeps the promise; None if none does.
+    def tune(self, queries: QuerySet, target: TuningTarget) -> SearchParams | None:
+        """The fastest parameters whose recall, by its lower bound, meets the target; None if none do.
 
-        It is looked for with few questions, and then settled with all.
+        They are looked for by the mean recall of few queries, then adjusted until the bound over all of them holds.
         """
         at = target.at
 
         def reaches_target(search_params: SearchParams) -> bool:
-            return float(self._per_query_recall(search_params, questions, at, few=True).mean()) >= target.recall
+            return float(self._per_query_recall(search_params, queries, at, few=True).mean()) >= target.recall
 
         def meets_target(search_params: SearchParams) -> bool:
-            return lower_bound(self._per_query_recall(search_params, questions, at), seed=self.seed) >= target.recall
+            return lower_bound(self._per_query_recall(search_params, queries, at), seed=self.seed) >= target.recall
 
-        found = list(candidate_params(reaches_target, max_effort=self.max_effort, is_reranked=self.is_reranked))
+        options = list(candidate_params(reaches_target, max_effort=self.max_effort, is_reranked=self.is_reranked))
         if self.max_effort or self.is_reranked:
-            settled_ones = (
-                minimize_params(search_params, meets_target, max_effort=self.max_effort) for search_params in found
-            )
-            found = [search_params for search_params in settled_ones if search_params is not None]
-        if len(found) < 2:
-            return found[0] if found else None
-        some = questions.vectors[:_FEW_QUERIES]
-        return min(found, key=lambda search_params: self.time(search_params, some, at).p50_ms)
+            adjusted = [minimize_params(params, meets_target, max_effort=self.max_effort) for params in options]
+            options = [search_params for search_params in adjusted if search_params is not None]
+        if len(options) < 2:
+            return options[0] if options else None
+        few_vectors = queries.vectors[:_FEW_QUERIES]
+        return min(options, key=lambda search_params: self.time(search_params, few_vectors, at).p50_ms)
 
     def time(self, search_params: SearchParams, vectors: Float32[Array, "Q D"], top: int) -> Latency:
-        """Ask one question after the other on one thread, for three seconds at most."""
-        searcher, seconds = self.searcher(search_params, top), []
+        """Latency of one query after the other on one thread, for three seconds at most."""
+        searcher = self.searcher(search_params, top)
+        seconds = []
         with one_thread():
-            for vector in vectors[:_WARM_UP]:
+            for vector in vectors[:_WARM_UP_QUERIES]:
                 searcher.scores(vector[None])
-            began = time.perf_counter()
-            for vector in vectors[:_TIMED_QUERIES]:
+            started = time.perf_counter()
+            for vector in vectors[:_MAX_TIMED_QUERIES]:
                 before = time.perf_counter()
                 searcher.scores(vector[None])
                 seconds.append(time.perf_counter() - before)
-                if time.perf_counter() - began > _TIMED_SECONDS:
+                if time.perf_counter() - started > _MAX_TIMED_SECONDS:
                     break
         p50, p95, p99 = (float(value) * 1000 for value in np.percentile(seconds, (50, 95, 99)))
         return Latency(p50_ms=p50, p95_ms=p95, p99_ms=p99, per_second=len(seconds) / sum(seconds))
 
-    def curve(self, search_params: SearchParams, questions: QuerySet, at: int) -> tuple[CurvePoint, ...]:
-        """Recall and median latency with less effort and with more; none for a kind that has no effort."""
+    def curve(self, search_params: SearchParams, queries: QuerySet, at: int) -> tuple[CurvePoint, ...]:
+        """Recall and median latency with less effort and with more; empty for a type without effort."""
         if search_params.effort is None or self.max_effort is None:
             return ()
+        efforts = {min(max(1, round(search_params.effort * factor)), self.max_effort) for factor in _CURVE_FACTORS}
         points = []
-        for effort in sorted(
-            {min(max(1, round(search_params.effort * factor)), self.max_effort) for factor in _CURVE_FACTORS}
-        ):
-            tried = SearchParams(effort=effort, rerank=search_params.rerank)
-            recall = float(self._per_query_recall(tried, questions, at, few=True).mean())
-            timed = self.time(tried, questions.vectors[:_FEW_QUERIES], at)
-            points.append(CurvePoint(effort=effort, recall=recall, ms=timed.p50_ms))
+        for effort in sorted(efforts):
+            params = SearchParams(effort=effort, rerank=search_params.rerank)
+            recall = float(self._per_query_recall(params, queries, at, few=True).mean())
+            latency = self.time(params, queries.vectors[:_FEW_QUERIES], at)
+            points.append(CurvePoint(effort=effort, recall=recall, ms=latency.p50_ms))
         return tuple(points)
 
     def evaluate(
         self, search_params: SearchParams, query_sets: list[QuerySet], at: int
     ) -> dict[str, dict[int, Float[Array, " Q"]]]:
-        """Recall of each question, by direction and number of answers."""
+        """Recall of each query, by direction and number of results."""
+        counts = sorted({*SHOWN, at})
+        # a search for more results reads more of a graph and reranks more, so each count needs its own search there;
+        # elsewhere the first results of the longest search are those of the shorter ones
+        needs_own_search = search_params.rerank or self.kind.effort == "ef_search"
         recalls: dict[str, dict[int, Float[Array, " Q"]]] = {}
-        for questions in query_sets:
-            counts = sorted({*SHOWN, at})
-            # a search for more answers reads more of a graph and re-ranks more, so each number is asked for apart
-            asked = counts if search_params.rerank or self.kind.effort == "ef_search" else counts[-1:]
-            found = {count: self.searcher(search_params, count).scores(questions.vectors) for count in asked}
-            recalls[questions.direction] = {
-                count: per_query_recall(found.get(count, found[counts[-1]]), questions.scores, count)
-                for count in counts
-            }
+        for queries in query_sets:
+            scores = self.searcher(search_params, counts[-1]).scores(queries.vectors)
+            by_count = {}
+            for count in counts:
+                if needs_own_search and count != counts[-1]:
+                    own_scores = self.searcher(search_params, count).scores(queries.vectors)
+                else:
+                    own_scores = scores
+                by_count[count] = per_query_recall(own_scores, queries.scores, count)
+            recalls[queries.direction] = by_count
         return recalls
 
     def _per_query_recall(
-        self, search_params: SearchParams, questions: QuerySet, at: int, *, few: bool = False
+        self, search_params: SearchParams, queries: QuerySet, at: int, *, few: bool = False
     ) -> Float[Array, " Q"]:
-        some = slice(_FEW_QUERIES if few else None)
-        found = self.searcher(search_params, at).scores(questions.vectors[some])
-        return per_query_recall(found, questions.scores[some], at)
+        used = slice(_FEW_QUERIES if few else None)
+        scores = self.searcher(search_params, at).scores(queries.vectors[used])
+        return per_query_recall(scores, queries.scores[used], at)
 
 
 class Searcher:
-    """Searches with one setting, whose FAISS parameters are made once."""
+    """Searches a trial's index with fixed parameters, so that FAISS's parameter object is made once."""
 
     def __init__(self, built: TrialIndex, search_params: SearchParams, top: int) -> None:
-        self._index, self._stored, self._setting = built.index, built.rows.stored, search_params
+        self._index = built.index
+        self._stored = built.rows.stored
+        self._search_params = search_params
         self._top = min(top, len(built.rows))
         self._parameters = search_parameters(built.index, effort=search_params.effort)
 
     def scores(self, queries: Float32[Array, "Q D"]) -> Float32[Array, "Q K"]:
-        """Exact cosines of the rows found, best first, -inf for what was not found."""
-        wanted = min(num_candidates(self._top, self._setting.rerank), len(self._stored))
-        scores, positions = self._index.search(queries, wanted, params=self._parameters)
-        if self._setting.rerank:
+        """Exact cosines of the rows found, best first, -inf where too few were found."""
+        factor = self._search_params.rerank
+        candidates = min(num_candidates(self._top, factor), len(self._stored))
+        scores, positions = self._index.search(queries, candidates, params=self._parameters)
+        if factor:
             return rerank(self._stored, queries, positions, self._top)[0]
         return np.where(positions < 0, np.float32(-np.inf), scores)
 
@@ -477,58 +501,42 @@ def one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def tuning_values(candidate: CandidateConfig, rows: int, search_params: SearchParams, *, seed: int) -> dict[str, int]:
-    """What to ask of the kind for so many rows, without what is left to it."""
-    tuning = candidate.tuning_params(
-        rows, seed=seed, effort=INDEX_TYPES[candidate.kind].effort, search_params=search_params
-    )
-    return {name: value for name, value in asdict(tuning).items() if value is not None}
-
-
 def measure_reversed(
     candidate: CandidateConfig,
     search_params: SearchParams,
     rows: SampledRows,
-    questions: QuerySet,
+    queries: QuerySet,
     at: int,
     *,
     seed: int,
 ) -> ReversedResult | None:
-    """Build and ask; None if the kind needs more rows."""
+    """Build and measure a configuration on rows of the queries' modality; None if it needs more rows."""
     try:
         built = TrialIndex(candidate, rows, seed=seed)
     except UsageError:
         return None
-    effort = (
-        None
-        if search_params.effort is None or built.max_effort is None
-        else min(search_params.effort, built.max_effort)
-    )
-    tried = SearchParams(effort=effort, rerank=search_params.rerank if built.is_reranked else 0)
-    recalls = built.evaluate(tried, [questions], at)[questions.direction]
+    effort = None
+    if search_params.effort is not None and built.max_effort is not None:
+        effort = min(search_params.effort, built.max_effort)
+    params = SearchParams(effort=effort, rerank=search_params.rerank if built.is_reranked else 0)
+    recalls = built.evaluate(params, [queries], at)[queries.direction]
     return ReversedResult(
         rows=len(rows),
-        recall={count: float(each.mean()) for count, each in recalls.items()},
-        latency=built.time(tried, questions.vectors, at),
+        recall={count: float(recall.mean()) for count, recall in recalls.items()},
+        latency=built.time(params, queries.vectors, at),
     )
-
-
-# a machine changes its pace within seconds; a round of all contenders takes a tenth of one each
-_ROUNDS, _QUERIES_PER_ROUND = 10, 200
-# slower ones do not become the quickest by being asked again
-_CONTENDER_RATIO = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedIndex:
-    """A filled index with the setting it is asked with; work: distances a question computes in it (`Kind.work`)."""
+    """A filled index with its search parameters; num_distances: computed by a query (`IndexType.num_distances`)."""
 
     built: TrialIndex
     search_params: SearchParams
     num_distances: float
 
     def time(self, vectors: Float32[Array, "Q D"], top: int) -> Latency:
-        """As `Built.time`."""
+        """As `TrialIndex.time`."""
         return self.built.time(self.search_params, vectors, top)
 
 
@@ -537,16 +545,16 @@ class Timeable(Protocol):
     """What can be timed again."""
 
     def time(self, vectors: Float32[Array, "Q D"], top: int) -> tuple[Latency, Latency]:
-        """Latency as measured on the sample, and as expected of all rows."""
+        """Latency as measured on the sample, and as expected for all rows."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyProbe:
-    """What tells how quick a kind is.
+    """Times a configuration on the sample and extrapolates to all rows.
 
-    fewer: the same kind with a part of the sample; None: latency is carried on by the work alone. work: of a question
-        to all rows.
+    subsample: the same configuration with part of the sample; None: latency grows with the distances alone.
+    num_distances: computed by a query in the index of all rows.
     """
 
     full: TunedIndex
@@ -554,53 +562,67 @@ class LatencyProbe:
     num_distances: float
 
     def time(self, vectors: Float32[Array, "Q D"], top: int) -> tuple[Latency, Latency]:
-        """As `Timed.time`."""
+        """As `Timeable.time`."""
         measured = self.full.time(vectors, top)
-        smaller = (self.subsample.num_distances, self.subsample.time(vectors, top).p50_ms) if self.subsample else None
-        return measured, measured.scaled(
-            latency_growth((self.full.num_distances, measured.p50_ms), smaller, self.num_distances)
-        )
+        smaller = None
+        if self.subsample:
+            smaller = (self.subsample.num_distances, self.subsample.time(vectors, top).p50_ms)
+        growth = latency_growth((self.full.num_distances, measured.p50_ms), smaller, self.num_distances)
+        return measured, measured.scaled(growth)
 
 
 def latency_growth(full: tuple[float, float], subsample: tuple[float, float] | None, num_distances: float) -> float:
-    """How many times longer a question takes with more work, by the line through two measurements of (work, time).
+    """The factor on latency at `num_distances`, by the line through two measurements of (distances, latency).
 
-    What a question takes whatever its work is not carried on; but neither does a line fall, nor rise more steeply than
-    in proportion. Of one measurement it is the proportion.
+    The line has an offset, the cost of a query that does not depend on the index. It is not let fall, nor rise more
+    steeply than in proportion. With one measurement the growth is in proportion.
 
     >>> latency_growth((100, 3.0), (50, 2.0), 400), latency_growth((100, 3.0), None, 400)
     (3.0, 4.0)
     """
-    (done, time), steepest = full, full[1] / full[0]
-    slope = (time - subsample[1]) / (done - subsample[0]) if subsample and done > subsample[0] else steepest
-    return 1 + min(max(slope, 0.0), steepest) * (num_distances - done) / time
+    distances, latency = full
+    proportional = latency / distances
+    slope = proportional
+    if subsample is not None:
+        fewer_distances, lower_latency = subsample
+        if distances > fewer_distances:
+            slope = (latency - lower_latency) / (distances - fewer_distances)
+    return 1 + min(max(slope, 0.0), proportional) * (num_distances - distances) / latency
+
+
+# a machine changes its pace within seconds; a round of all contenders takes about a tenth of one each
+_ROUNDS = 10
+_QUERIES_PER_ROUND = 200
+# a slower one does not become the fastest by being timed again
+_CONTENDER_RATIO = 1.5
 
 
 def contenders(trials: Sequence[Trial]) -> set[int]:
-    """The places of those that keep the promise and may be the quickest of all, timed again."""
-    meeting = {place: trial.latency.p50_ms for place, trial in enumerate(trials) if not trial.misses}
-    limit = min(meeting.values(), default=0.0) * _CONTENDER_RATIO
-    return {place for place, p50_ms in meeting.items() if p50_ms <= limit}
+    """The numbers of the trials that meet the target and may be the fastest of all, so are timed again."""
+    latencies = {number: trial.latency.p50_ms for number, trial in enumerate(trials) if not trial.misses}
+    limit = min(latencies.values(), default=0.0) * _CONTENDER_RATIO
+    return {number for number, p50_ms in latencies.items() if p50_ms <= limit}
 
 
 def time_head_to_head(
     probes: Mapping[int, Timeable], vectors: Float32[Array, "Q D"], top: int
 ) -> dict[int, tuple[Latency, Latency]]:
-    """Each timed again, in turn with the others; the medians of what they take, by place."""
-    times: dict[int, list[tuple[Latency, Latency]]] = {place: [] for place in probes}
+    """Time each again, in turn with the others; the medians of their latencies, by number."""
+    rounds: dict[int, list[tuple[Latency, Latency]]] = {number: [] for number in probes}
     for _ in range(_ROUNDS):
-        for place, probe in probes.items():
-            times[place].append(probe.time(vectors[:_QUERIES_PER_ROUND], top))
-    return {
-        place: (_median([measured for measured, _ in found]), _median([expected for _, expected in found]))
-        for place, found in times.items()
-    }
+        for number, probe in probes.items():
+            rounds[number].append(probe.time(vectors[:_QUERIES_PER_ROUND], top))
+    medians = {}
+    for number, latencies in rounds.items():
+        measured, expected = zip(*latencies, strict=True)
+        medians[number] = (_median(measured), _median(expected))
+    return medians
 
 
-def _median(times: Sequence[Latency]) -> Latency:
+def _median(latencies: Sequence[Latency]) -> Latency:
     return Latency(
-        p50_ms=median(time.p50_ms for time in times),
-        p95_ms=median(time.p95_ms for time in times),
-        p99_ms=median(time.p99_ms for time in times),
-        per_second=median(time.per_second for time in times),
+        p50_ms=median(latency.p50_ms for latency in latencies),
+        p95_ms=median(latency.p95_ms for latency in latencies),
+        p99_ms=median(latency.p99_ms for latency in latencies),
+        per_second=median(latency.per_second for latency in latencies),
     )

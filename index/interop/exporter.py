@@ -3,6 +3,7 @@
 The living rows of one generation of an index for other tools: npy, FAISS, Parquet, clip-retrieval's folders.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm.console import say
 from vlm.errors import UsageError
 from vlm.files import atomic_folder, atomic_write, check_not_exists, compute_fingerprint, json_text
 from vlm.index.ann.faiss_search import to_float32
@@ -30,6 +30,8 @@ from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentView, write_segment
 from vlm.manifest import Manifest, record_file, write_manifest
 from vlm.tensors import Array, Float, Int64
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["float16", "float32"]
 
@@ -244,7 +246,7 @@ def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
     try:
         return write(resolve_index_type(details.kind, export_rows.rows), TuningParams(**details.tuning))
     except UsageError as error:
-        say(f"The kind {details.kind} does not fit these rows, a flat index is made: {error}")
+        logger.info(f"The kind {details.kind} does not fit these rows, a flat index is made: {error}")
         shutil.rmtree(folder / SEGMENTS, ignore_errors=True)
         return write("flat", TuningParams())
 

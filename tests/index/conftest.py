@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.index.changes import SPACE, MakeIndex, origins, vectors
+from tests.index.embed_fixture import embed_shards
+from tests.index.index_fixture import SPACE, MakeIndex, origins, vectors
 from vlm.data.transforms import EvalTransform
 from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embed import embed_shards
 from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Modality, Origin
 from vlm.tensors import Float32, Tensor, UInt8
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.index.model_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
+from tests.index.oracle_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
 from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings import EmbeddingsWriter, normalize_rows

@@ -63,8 +63,8 @@ def test_the_same_seed_builds_the_same_ivf_index(tmp_path: Path, embed_vectors: 
 
 
 def test_the_kind_chosen_by_auto_is_said_and_kept(
-    tmp_path: Path, embeddings: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, embeddings: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     assert build_index(embeddings, tmp_path / "out").kind == "flat"
-    assert "11 rows: a flat index" in capsys.readouterr().err
+    assert "11 rows: a flat index" in logged.text
     assert Index.open(tmp_path / "out").info().kind == "flat"

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.index.embed_fixture import embed_shards
 from vlm.data.selection import Selection, select_all
 from vlm.errors import UsageError, VlmError
-from vlm.index.embed import embed_shards
 from vlm.index.embeddings import Embeddings, Modality
 from vlm.index.encoder import Encoder
 
 KILLED_RUN = """
 import os, runpy, signal, sys, time
 from pathlib import Path
-from vlm.index.embed import embed_shards
+from vlm.index.embed import EmbedOptions, embed_into
 Model = runpy.run_path(sys.argv[1])["ColourModel"]
 class Killed(Model):
     def embed_images(self, images):
@@ -28,7 +28,7 @@ class Killed(Model):
                 time.sleep(0.01)  # the part before is written meanwhile
             os.kill(os.getpid(), signal.SIGKILL)
         return super().embed_images(images)
-embed_shards(Killed(), sys.argv[3:], Path(sys.argv[2]), model_spec="colours", batch_size=3)
+embed_into(Killed(), sys.argv[3:], {"image": Path(sys.argv[2])}, EmbedOptions(model_spec="colours", batch_size=3))
 """
 
 
@@ -141,7 +141,7 @@ def test_repeated_elsewhere_the_files_are_the_same(
 
 
 def test_a_complete_folder_is_left_as_it_is_and_said_to_be_complete(
-    tmp_path: Path, shards: list[str], make_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shards: list[str], make_model: Callable[..., Any], logged: pytest.LogCaptureFixture
 ) -> None:
     embed(make_model(), shards, tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").read_bytes()
@@ -149,7 +149,7 @@ def test_a_complete_folder_is_left_as_it_is_and_said_to_be_complete(
     summary = embed_shards(again, shards, tmp_path / "out", model_spec="colours")
     assert (summary.was_complete, summary.new_rows, summary.rows, again.batches) == (True, 0, 11, 0)
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
-    assert "complete already" in capsys.readouterr().err
+    assert "complete already" in logged.text
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from tests.index.conftest import ColourModel
+from tests.index.embed_fixture import embed_shards
 from tests.index.test_embed_processes import contents
 from vlm.errors import UsageError, VlmError
-from vlm.index.embed import EmbedOptions, embed_into, embed_shards
+from vlm.index.embed import EmbedOptions, embed_into
 from vlm.index.embeddings import Embeddings, Modality, VectorStorage
 
 OPTIONS = EmbedOptions(model_spec="colours", batch_size=3)
@@ -49,12 +50,12 @@ def test_texts_lost_alone_are_made_again_without_the_images(tmp_path: Path, shar
 
 
 def test_the_batch_size_found_is_said_and_kept_when_the_work_goes_on(
-    tmp_path: Path, shards: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shards: list[str], logged: pytest.LogCaptureFixture
 ) -> None:
     options = EmbedOptions(model_spec="colours", batch_size="auto")
     with pytest.raises(InterruptedError):
         embed_into(ColourModel(fail_on_batch=4), shards, {"image": tmp_path / "out"}, options)
-    assert "Batch size 8, the fastest" in capsys.readouterr().err
+    assert "Batch size 8, the fastest" in logged.text
     assert (tmp_path / "out" / ".batch-size").read_text() == "8\n"
     (tmp_path / "out" / ".batch-size").write_text("3\n")
     resumed = ColourModel()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.index.embed_fixture import embed_shards
 from tests.index.test_embed import contents
 from vlm.errors import VlmError
 from vlm.index.build import build_index
-from vlm.index.embed import embed_shards
 from vlm.index.embeddings import Embeddings
 
 
@@ -36,7 +36,7 @@ def test_only_the_damaged_part_is_made_again(
     damage: Callable[[Path], None],
     name: str,
     batches: int,
-    capsys: pytest.CaptureFixture[str],
+    logged: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
     embed_shards(make_model(), shards, out, model_spec="colours", batch_size=3)
@@ -47,7 +47,7 @@ def test_only_the_damaged_part_is_made_again(
     again = make_model()
     summary = embed_shards(again, shards, out, model_spec="colours", batch_size=3)
     assert (summary.was_complete, summary.missing_parts, summary.rows, again.batches) == (False, 0, 11, batches)
-    assert f"{name} is" in capsys.readouterr().err
+    assert f"{name} is" in logged.text
     assert contents(out) == whole
     assert embed_shards(make_model(), shards, out, model_spec="colours", batch_size=3).was_complete
 
@@ -66,7 +66,7 @@ def test_killed_while_it_is_mended_it_is_mended_the_next_time(
 
 
 def test_imported_rows_are_not_to_be_embedded_again(tmp_path: Path) -> None:
-    from tests.index.foreign import bring, unit, write_matrix
+    from tests.index.clip_retrieval_fixture import bring, unit, write_matrix
 
     bring(write_matrix(tmp_path / "e.npy", unit(2)), tmp_path / "out")
     (tmp_path / "out/parts/part-00000.npy").unlink()

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.index.changes import SPACE, origins, vectors
+from tests.index.index_fixture import SPACE, origins, vectors
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import Embeddings, EmbeddingsWriter, normalize_rows
 

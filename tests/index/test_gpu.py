@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from tests.index.test_kinds import WITH_LISTS, filled
+from tests.index.test_index_types import WITH_LISTS, filled
 from vlm.index.ann import gpu
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.embeddings import normalize_rows
@@ -102,12 +102,12 @@ def test_a_newer_generation_is_copied_too_and_what_was_there_is_not_copied_again
     assert index.nearest(vectors, 1)[1].tolist() == [[5]]
 
 
-def test_a_copy_that_finds_no_room_leaves_the_segment_where_it_is(make_index, capsys):
+def test_a_copy_that_finds_no_room_leaves_the_segment_where_it_is(make_index, logged):
     def refuse(_: faiss.Index) -> faiss.Index:
         raise RuntimeError("out of memory\nat some place")
 
     index = Index.open(make_index(40), gpu=refuse)
-    assert "Segment 0 is searched on the CPU: it cannot be copied there: out of memory." in capsys.readouterr().err
+    assert "Segment 0 is searched on the CPU: it cannot be copied there: out of memory." in logged.text
     assert index.nearest(index.snapshot.vectors(np.array([7])), 1)[1].tolist() == [[7]]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.index.origins import make_origin
+from tests.index.origin_fixture import make_origin
 from vlm.data.transforms import EvalTransform
 from vlm.index.embeddings import EmbeddingSpace, Origin
 from vlm.service.search import SearchService

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.index.embed_fixture import embed_shards
 from vlm.index.build import build_index
-from vlm.index.embed import embed_shards
 from vlm.service.gallery import gallery_page, write_gallery
 from vlm.service.search import Query, SearchService
 

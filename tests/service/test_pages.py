@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.index.origins import make_origin
+from tests.index.index_fixture import insert_batch
+from tests.index.origin_fixture import make_origin
 from tests.service.circle import SPACE, OpenService, origin, points
 from tests.service.paging import pages, uids
 from vlm.errors import UsageError
-from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.index.writer import IndexWriter
 from vlm.service import ranking
 from vlm.service.query import Cursor
 from vlm.service.search import Query
@@ -48,7 +49,7 @@ def test_a_page_goes_on_behind_its_last_answer_when_the_index_has_changed(
     first = service.search(query)
     with IndexWriter(service.index.folder) as writer:
         added = [5, 25, *np.linspace(1, 4, 30)]
-        writer.add(InsertBatch.from_arrays(points(added), [origin(f"n{n}") for n in range(len(added))], SPACE))
+        writer.add(insert_batch(points(added), [origin(f"n{n}") for n in range(len(added))], SPACE))
         writer.delete(["u1", "u2"])
     second = service.search(replace(query, after=first.next))
     assert uids(first) == ["u0", "u1"]

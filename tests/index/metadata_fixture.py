@@ -1,0 +1,24 @@
+"""Fixture: metadata fields in an in-memory database, and the rows a filter selects."""
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+from tests.index.origin_fixture import make_origin
+from vlm.index.filters import matching_rows, parse_filter
+from vlm.index.metadata import SCHEMA, insert_metadata_fields
+
+Metadata = dict[str, Any]
+
+
+def open_facts(rows: Sequence[Metadata]) -> sqlite3.Connection:
+    """The metadata of rows 0, 1, …, whose keys are k0, k1, …"""
+    database = sqlite3.connect(":memory:")
+    database.executescript(SCHEMA)
+    insert_metadata_fields(database, [(row, make_origin(f"k{row}", metadata)) for row, metadata in enumerate(rows)])
+    return database
+
+
+def chosen(database: sqlite3.Connection, text: str) -> list[int]:
+    """The rows of a filter."""
+    return matching_rows(database, parse_filter(text)).tolist()

@@ -1,0 +1,170 @@
+import sqlite3
+
+import pytest
+
+from tests.index.metadata_fixture import Metadata, chosen, open_facts
+from vlm.errors import UsageError
+from vlm.index.filters import LONGEST_FILTER, And, Compare, IsIn, IsNull, Like, Not, Or, parse_filter
+
+IMAGES: list[Metadata] = [
+    {"width": 640, "language": "en", "tags": ["dog", "wet"], "date": "2024-05-31", "exif": {"iso": 100}},
+    {"width": 512, "language": "en", "tags": "cat", "date": "2023-01-02", "good": True},
+    {"width": 300.5, "language": "de", "tags": ["Dog"], "note": 'it\'s 100%_sure \\ "x"'},
+    {"width": "wide", "language": ["en", "zh"], "good": False, "my field": 1},
+    {},
+]
+
+
+@pytest.fixture(scope="module")
+def images() -> sqlite3.Connection:
+    return open_facts(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("language = 'en'", [0, 1, 3]),
+        ("language = 'en' and width >= 512 and tags has 'dog'", [0]),
+        ("width > 300", [0, 1, 2]),
+        ("width < 512", [2]),
+        ("width <= 512.0", [1, 2]),
+        ("width = 512.0", [1]),
+        ("width = +5.12e2", [1]),
+        ("width > -1", [0, 1, 2]),
+        ("width >= 'a'", [3]),
+        ("width < 'zzz'", [3]),
+        ("language != 'en'", [2]),
+        ("not language = 'en'", [2, 4]),
+        ("language not in ('en', 'de')", []),
+        ("language in ('zh','de')", [2, 3]),
+        ("width in (640, 'wide')", [0, 3]),
+        ("tags has 'dog'", [0]),
+        ("tags not has 'dog'", [1, 2]),
+        ("tags like 'DO%'", [0, 2]),
+        ("tags like '%o%'", [0, 2]),
+        ("tags like 'd'", []),
+        ("tags not like 'd%'", [1]),
+        ("note like '%100%_sure%'", [2]),
+        ("note like '%100%-sure%'", []),
+        ("note like '%\\ \"x\"'", [2]),
+        ("note = 'it''s 100%_sure \\ \"x\"'", [2]),
+        ("width like 'w%'", [3]),
+        ("date >= '2024-01-01'", [0]),
+        ("date < '2024'", [1]),
+        ("good = true", [1]),
+        ("good = FALSE", [3]),
+        ("good is missing", [0, 2, 4]),
+        ("good IS NOT Missing", [1, 3]),
+        ("exif.iso = 100", [0]),
+        ('"my field" = 1', [3]),
+        ('"exif.iso" < 101', [0]),
+        ("key = 'k4'", [4]),
+        ("key is not missing", [0, 1, 2, 3, 4]),
+        ("key is missing", []),
+        ("good = true or good = false and width = 'wide'", [1, 3]),
+        ("(good = true or good = false) and width = 'wide'", [3]),
+        ("not good = true and not good = false", [0, 2, 4]),
+        ("not (good = true and width = 1)", [0, 1, 2, 3, 4]),
+        ("not not good = true", [1]),
+        ("width = 1 and not width = 2", []),
+    ],
+)
+def test_a_filter_chooses_rows(images: sqlite3.Connection, text: str, rows: list[int]) -> None:
+    assert chosen(images, text) == rows
+
+
+def test_a_filter_is_read_as_it_is_meant() -> None:
+    both = And((IsIn(field="a", values=(1,)), IsIn(field="b", values=("x",))))
+    less = Compare(field="c", operator="<", value=2)
+    assert parse_filter("a = 1 and b has 'x' or not (c < 2)") == Or((both, Not(less)))
+    assert parse_filter('"AND" is missing') == IsNull(field="AND")
+    assert parse_filter('"a""b" like \'%\'') == Like(field='a"b', pattern="%")
+    assert parse_filter("größe.x_1>=.5") == Compare(field="größe.x_1", operator=">=", value=0.5)
+    assert parse_filter(f"a = {'9' * 5000}") == IsIn(field="a", values=(float("inf"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "place 1: the name of a field was expected, found its end"),
+        ("   ", "place 4: the name of a field was expected, found its end"),
+        ("width", "place 6: one of = != .* was expected, found its end"),
+        ("width >=", "place 9: a number, true, false or a text in single quotes was expected, found its end"),
+        ("width == 5", "place 8: a number, .* found '='"),
+        ('language = "en"', 'place 12: a number, true, false or a text in single quotes was expected, found "en"'),
+        ("language = en", "place 12: .* text in single quotes was expected, found 'en'"),
+        ("width = 5 width = 6", "place 11: and, or, or the end was expected, found 'width'"),
+        ("(width = 5", r"place 11: \) was expected, found its end"),
+        ("width = 5)", r"place 10: and, or, or the end was expected, found '\)'"),
+        ("width in 5", r"place 10: \( was expected, found '5'"),
+        ("width in ()", "place 11: a number, .* found"),
+        ("width like 5", "place 12: a text in single quotes was expected, found '5'"),
+        ("width is 5", "place 10: missing was expected, found '5'"),
+        ("width not = 5", "place 11: one of = !="),
+        ("'width' = 5", "place 1: the name of a field was expected, found 'width'"),
+        ("and = 5", "place 1: the name of a field was expected, found 'and'"),
+        ("language = 'en", r"place 12, .*lacks its closing quote"),
+        ('"language = 5', r"place 1, .*a name lacks its closing quote"),
+        ("a = 5; drop table facts", r"place 6, '; drop table facts': names that hold more"),
+        ("a-b = 5", "place 2, '-b = 5': names that hold more"),
+        ("a = 12abc", "place 5, '12abc'"),
+        ("a = 1.2.3", "place 5, '1.2.3'"),
+        ("a = 'x\0y'", "character at place 5 or soon after"),
+        ("a = '\ud800'", "character at place 5 or soon after"),
+        ("(" * 51 + "a = 1" + ")" * 51, "more than 50 parentheses deep at place 51"),
+        ("not " * 5000, "14,000|20,000 characters; at most 10,000"),
+        ("not " * 60 + "a = 1", "more than 50 parentheses deep"),
+        (f"a = '{'x' * 1000}'", "place 5 of the filter has 1,000 characters"),
+    ],
+)
+def test_a_malformed_filter_names_the_place(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_filter(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("widht > 5", r"'widht' \(place 1 of the filter\); did you mean 'width'\? known: date, exif.iso, good"),
+        ("width > 5 and not x.y.z = 1", r"'x.y.z' \(place 19 of the filter\); known: date, exif.iso"),
+        ("zzz is missing", "'zzz'"),
+        ("language = 5", r"'language' \(place 1 of the filter\) holds texts, and 5 is a number; texts stand in single"),
+        ("good = 'true'", r"'good' .* holds numbers, and 'true' is a text; numbers stand without quotes"),
+        ("good like 't%'", "holds numbers"),
+        ("good in (1, 'x')", "'x' is a text"),
+        ("good < 'x'", "'x' is a text"),
+    ],
+)
+def test_a_filter_that_fits_no_field_says_which_there_are(images: sqlite3.Connection, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        chosen(images, text)
+
+
+def test_a_filter_cannot_write(images: sqlite3.Connection) -> None:
+    before = images.total_changes
+    chosen(images, "language = 'x''; DELETE FROM facts; --' or language like '%''; DROP TABLE facts; --'")
+    assert images.total_changes == before
+
+
+def test_the_longest_filter_is_read() -> None:
+    values = ",".join(["1"] * ((LONGEST_FILTER - 8) // 2))
+    assert chosen(open_facts([{"x": 1}, {"x": 2}]), f"x in ({values})") == [0]
+
+
+def test_a_field_that_rows_had_once_is_missing_in_all_that_are_left() -> None:
+    database = open_facts([{"mark": 1}, {"x": 2}])
+    database.execute("DELETE FROM facts WHERE row = 0")
+    assert chosen(database, "mark is missing") == [1]
+    assert chosen(database, "mark is not missing") == []
+
+
+def test_a_field_that_is_null_in_every_row_is_missing_in_all() -> None:
+    database = open_facts([{"note": None, "captions_x": None}, {"note": None, "x": 2}])
+    assert chosen(database, "note is missing") == [0, 1]
+    assert chosen(database, "note is missing and x = 2") == [1]
+    with pytest.raises(UsageError, match="captions_x"):
+        chosen(database, "captions_x is missing")
+
+
+def test_of_no_rows_every_filter_chooses_none() -> None:
+    assert chosen(open_facts([]), "whatever = 'x' or not y is missing") == []
