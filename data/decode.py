@@ -8,11 +8,11 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, isfinite
 
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Num, UInt8
 from numpy import ndarray as Array
 from PIL import Image, ImageOps
 
@@ -148,18 +148,40 @@ def to_rgb(image: Image.Image, *, resolution: float = 1.0) -> Image.Image:
     """
     with _damaged_image_as_bad_sample():
         if resolution < 1.0:
-            image.draft("RGB", (ceil(image.width * resolution), ceil(image.height * resolution)))
+            # a size rounded up would make Pillow take the next larger scale, with four times the pixels
+            step = reduction(resolution)
+            image.draft("RGB", (max(1, image.width // step), max(1, image.height // step)))
         image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray(_scaled_to_bytes(np.asarray(image)))
         if "A" in image.getbands() or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
+
+
+def _scaled_to_bytes(values: Num[Array, "H W"]) -> UInt8[Array, "H W"]:
+    """Grey values of 16 or 32 bits or floats, scaled by the range that they use.
+
+    Taken are 0 to 1 (floats), 0 to 255, 0 to 65,535, and otherwise what lies between the smallest and the largest.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not (isfinite(low) and isfinite(high)):
+        raise ValueError("its values are not finite")
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        return np.rint(values * 255).astype(np.uint8)
+    if low >= 0 and high <= 255:
+        return np.rint(values).astype(np.uint8)
+    if low >= 0 and high <= 65_535:
+        return (values // 256).astype(np.uint8)
+    return np.rint((values.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
 
 
 def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:

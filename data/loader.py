@@ -109,7 +109,7 @@ class BatchPlan(Protocol):
     """Which samples batch `number` holds."""
 
     @property
-    def largest(self) -> int:
+    def largest_batch(self) -> int:
         """Most samples a batch may hold."""
         ...
 
@@ -234,7 +234,7 @@ def stream_batches(
         raise UsageError(f"workers = {workers}; 0 is the least: then this process reads and decodes.")
     opened = ShardSet(shards, cache)
     if workers and collate.image_bytes:
-        buffer_bytes = plan.largest * collate.image_bytes
+        buffer_bytes = plan.largest_batch * collate.image_bytes
         with suppress(OSError):  # so much cannot be mapped; fresh memory is taken batch by batch
             opened.buffers = SharedMemoryPool(
                 workers=workers, buffers=prefetch + _BUFFERS_IN_USE, buffer_bytes=buffer_bytes

@@ -15,8 +15,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-
 from vlm.console import progress, track
 from vlm.data.decode import open_image, to_rgb
 from vlm.data.dedup import rgb_thumbnail
@@ -24,6 +22,7 @@ from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
 from vlm.data.shards import shards_fingerprint
 from vlm.data.sources.source import PairSource
 from vlm.data.split import GroupedSplit, HeldOutSplit
+from vlm.data.tar import npy_bytes
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, read_lines, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
@@ -46,7 +45,7 @@ def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
     extension, image = storable_image(pair.image, verify=verify)
     text = next(iter(pair.captions.values()))[0]
     content = json.dumps(pair.metadata | captions_to_json(pair.captions), ensure_ascii=False)
-    arrays = {f"{name}.npy": _array_file(array) for name, array in pair.arrays.items()}
+    arrays = {f"{name}.npy": npy_bytes(array) for name, array in pair.arrays.items()}
     return arrays | {
         "__key__": pair.key,
         extension: image,
@@ -85,12 +84,6 @@ def captions_to_json(captions: Captions) -> dict[str, Any]:
         return {"captions": named}
     beside = {f"captions_{language}": texts for language, texts in named.items()}
     return {"captions": list(captions[UNNAMED])} | beside
-
-
-def _array_file(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
 
 
 class JournalEntry(Protocol):

@@ -427,8 +427,8 @@ class _RepeatedBatches:
     batches: int
 
     @property
-    def largest(self) -> int:
-        return self.plan.largest
+    def largest_batch(self) -> int:
+        return self.plan.largest_batch
 
     def __getitem__(self, number: int) -> list[SampleIndex]:
         return self.plan[number % self.batches]

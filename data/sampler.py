@@ -1,8 +1,9 @@
-"""The order in which samples are seen: a pure function of seed, epoch and shard sizes, addressed by one number.
+"""Samplers: which sample is shown at which position of a run, and which positions make a batch.
 
-Several sources as one sequence, in exact proportions, each with its own epochs.
-
-Which samples make up which batch: shuffled for training, in file order for evaluation and embedding.
+A position is one number that counts visits of samples since the run began, so a run resumes from it and nothing else.
+`SampleOrder` shuffles one source, as a pure function of seed, epoch and shard sizes; `Mixture` interleaves several in
+exact proportions, each with its own epochs. `BatchSampler` cuts the positions into training batches, shared evenly by
+the processes; `SequentialBatches` goes through the shards once, in file order, for evaluation and embedding.
 """
 
 from bisect import bisect_right
@@ -27,7 +28,7 @@ Value = TypeVar("Value")
 
 
 class SampleIndex(NamedTuple):
-    """A sample at one visit: in which epoch of its source, from which shard, which number in it.
+    """One visit of a sample: in which epoch of its source, from which shard, which number in it.
 
     repeat: which visit of this sample in the epoch, from 0; a selection may ask for several.
     """
@@ -39,7 +40,7 @@ class SampleIndex(NamedTuple):
 
 
 class BatchIndices(list[SampleIndex]):
-    """The visits at consecutive positions of a run, from `position` on."""
+    """The samples at consecutive positions of a run, from `position` on."""
 
     def __init__(self, sample_indices: Iterable[SampleIndex], *, position: int) -> None:
         super().__init__(sample_indices)
@@ -60,7 +61,7 @@ class Sampler(Protocol):
         ...
 
     def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
-        """The sample `attempt` places further in file order, in place of one that cannot be used."""
+        """The sample `attempt` further on in file order, in place of one that cannot be used."""
         ...
 
     def upcoming_shards(self, position: int) -> list[int]:
@@ -91,7 +92,7 @@ class SampleOrder:
     seed: int = 0
     window: int = DEFAULT_WINDOW
     times: Sequence[np.ndarray] | None = None
-    _kept: dict[str, "_LruCache"] = field(default_factory=dict, repr=False)
+    _caches: dict[str, "_LruCache"] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_selection(cls, times: Sequence[np.ndarray], *, seed: int = 0, window: int = DEFAULT_WINDOW) -> "SampleOrder":
@@ -110,35 +111,37 @@ class SampleOrder:
 
     def locate(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The visits at the given positions."""
-        return [
-            sample_index
-            for (epoch, first), inside in groupby(positions, self._window_of)
-            for sample_index in self._sample_indices(
-                epoch, first, [position % self.num_samples - first for position in inside]
-            )
-        ]
+        sample_indices: list[SampleIndex] = []
+        for (epoch, window_start), window_positions in groupby(positions, self._window_of):
+            offsets = [position % self.num_samples - window_start for position in window_positions]
+            sample_indices += self._visits_in_window(epoch, window_start, offsets)
+        return sample_indices
 
     def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
-        """The first visit of the sample `attempt` places further in file order, among those that are visited."""
-        shard, place = sample_index.shard, self._rank(sample_index) + attempt
-        while place >= (kept := self._num_kept_samples(shard)):
-            place -= kept
+        """The first visit of the sample `attempt` further on in file order, among those that are visited."""
+        shard = sample_index.shard
+        rank = self._rank(sample_index) + attempt
+        while rank >= (num_visited := self._num_visited(shard)):
+            rank -= num_visited
             shard = (shard + 1) % len(self.counts)
-        number = place if self.times is None else int(self._numbers(shard)[place])
+        number = rank if self.times is None else int(self._visited_numbers(shard)[rank])
         return SampleIndex(sample_index.epoch, shard, number)
 
     def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the window at a position and of the next one, also across the end of an epoch."""
-        found: dict[int, None] = {}
+        upcoming: dict[int, None] = {}  # as an ordered set
         for _ in range(2):
             epoch, offset = divmod(position, self.num_samples)
             shards, starts = self._shuffled_shards(epoch)
-            first = offset - offset % self.window
-            last = min(first + self.window, self.num_samples)
-            slots = range(int(np.searchsorted(starts, first, "right")) - 1, int(np.searchsorted(starts, last, "left")))
-            found |= dict.fromkeys(int(shards[slot]) for slot in slots if self.counts[int(shards[slot])])
-            position += last - offset
-        return list(found)
+            window_start = offset - offset % self.window
+            window_end = min(window_start + self.window, self.num_samples)
+            first = int(np.searchsorted(starts, window_start, "right")) - 1
+            last = int(np.searchsorted(starts, window_end, "left"))
+            for shard in shards[first:last].tolist():
+                if self.counts[shard]:
+                    upcoming[shard] = None
+            position += window_end - offset
+        return list(upcoming)
 
     def finished_epochs(self, position: int) -> tuple[int, ...]:
         """Whole epochs before a position."""
@@ -149,69 +152,75 @@ class SampleOrder:
         epoch, offset = divmod(position, self.num_samples)
         return epoch, offset - offset % self.window
 
-    def _sample_indices(self, epoch: int, first: int, offsets: list[int]) -> list[SampleIndex]:
+    def _visits_in_window(self, epoch: int, window_start: int, offsets: list[int]) -> list[SampleIndex]:
         """The visits at these offsets from the beginning of a window."""
+        # second level: where in the epoch, its shards one after the other, the shuffled window points
+        places = self._window_permutation(epoch, window_start)[offsets] + np.int64(window_start)
+        # first level: which of the shuffled shards lies there, and which of its visits
         shards, starts = self._shuffled_shards(epoch)
-        places = self._window_permutation(epoch, first)[offsets] + np.int64(first)
         slots = starts.searchsorted(places, "right") - 1
-        inside = (places - starts[slots]).tolist()
-        return [
-            self._sample_index(epoch, shard, place) for shard, place in zip(shards[slots].tolist(), inside, strict=True)
-        ]
+        visits = places - starts[slots]
+        pairs = zip(shards[slots].tolist(), visits.tolist(), strict=True)
+        return [self._sample_index(epoch, shard, visit) for shard, visit in pairs]
 
-    def _sample_index(self, epoch: int, shard: int, place: int) -> SampleIndex:
+    def _sample_index(self, epoch: int, shard: int, visit: int) -> SampleIndex:
+        """The sample that a visit of a shard shows; visits of a sample that is shown several times are consecutive."""
         if self.times is None:
-            return SampleIndex(epoch, shard, place)
-        ends = self._ends(shard)
-        number = int(ends.searchsorted(ends.dtype.type(place), "right"))
-        return SampleIndex(epoch, shard, number, place - int(ends[number - 1] if number else 0))
+            return SampleIndex(epoch, shard, visit)
+        ends = self._visit_ends(shard)
+        number = int(ends.searchsorted(ends.dtype.type(visit), "right"))
+        return SampleIndex(epoch, shard, number, visit - int(ends[number - 1] if number else 0))
 
     def _rank(self, sample_index: SampleIndex) -> int:
         """Which of the visited samples of its shard this is."""
         if self.times is None:
             return sample_index.number
-        return int(self._numbers(sample_index.shard).searchsorted(sample_index.number))
+        return int(self._visited_numbers(sample_index.shard).searchsorted(sample_index.number))
 
-    def _num_kept_samples(self, shard: int) -> int:
-        return self.counts[shard] if self.times is None else len(self._numbers(shard))
+    def _num_visited(self, shard: int) -> int:
+        return self.counts[shard] if self.times is None else len(self._visited_numbers(shard))
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard numbers in this epoch's order, and where each begins in it, with the total at the end."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
+            # the lists that seed the generators are part of the order a seed stands for, here and below
             shards = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.counts))
-            return shards, np.concatenate([[0], np.cumsum(np.asarray(self.counts, dtype=np.int64)[shards])])
+            counts = np.asarray(self.counts, dtype=np.int64)[shards]
+            return shards, np.concatenate([[0], np.cumsum(counts)])
 
-        return self._recent("epochs", _CACHED_WINDOWS).get(epoch, make)
+        return self._cache("epochs", _CACHED_WINDOWS).get(epoch, make)
 
-    def _window_permutation(self, epoch: int, first: int) -> np.ndarray:
+    def _window_permutation(self, epoch: int, window_start: int) -> np.ndarray:
         def make() -> np.ndarray:
-            length = min(self.window, self.num_samples - first)
-            return np.random.default_rng([self.seed, epoch, 1, first]).permutation(length).astype(np.uint32)
+            length = min(self.window, self.num_samples - window_start)
+            rng = np.random.default_rng([self.seed, epoch, 1, window_start])
+            return rng.permutation(length).astype(np.uint32)
 
-        return self._recent("windows", _CACHED_WINDOWS).get((epoch, first), make)
+        return self._cache("windows", _CACHED_WINDOWS).get((epoch, window_start), make)
 
-    def _ends(self, shard: int) -> np.ndarray:
+    def _visit_ends(self, shard: int) -> np.ndarray:
         """Where the visits of each sample of a shard end, among the shard's visits."""
         assert self.times is not None
         times = self.times[shard]
-        return self._recent("ends", _CACHED_SHARDS).get(shard, lambda: np.cumsum(times, dtype=np.uint32))
+        return self._cache("ends", _CACHED_SHARDS).get(shard, lambda: np.cumsum(times, dtype=np.uint32))
 
-    def _numbers(self, shard: int) -> np.ndarray:
+    def _visited_numbers(self, shard: int) -> np.ndarray:
         """The samples of a shard that are visited."""
         assert self.times is not None
         times = self.times[shard]
-        return self._recent("numbers", _CACHED_WINDOWS).get(shard, lambda: np.flatnonzero(times).astype(np.uint32))
+        return self._cache("numbers", _CACHED_WINDOWS).get(shard, lambda: np.flatnonzero(times).astype(np.uint32))
 
-    def _recent(self, name: str, size: int) -> "_LruCache":
-        return self._kept.setdefault(name, _LruCache(size))
+    def _cache(self, name: str, size: int) -> "_LruCache":
+        return self._caches.setdefault(name, _LruCache(size))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}
+        # a worker makes its own; the permutations of a window are up to 256 KiB each
+        return self.__dict__ | {"_caches": {}}
 
 
 class _LruCache:
-    """The values made last, by key."""
+    """The values used last, by key."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -242,13 +251,20 @@ class Mixture:
 
     def locate(self, positions: Sequence[int]) -> list[SampleIndex]:
         """The visits at the given positions."""
-        places = [self.source_at(position) for position in positions]
-        found = [
-            iter(order.locate([rank for source, rank in places if source == number]))
-            for number, order in enumerate(self.orders)
-        ]
-        sample_indices = [(next(found[source]), self._first_shards[source]) for source, _ in places]
-        return [sample_index._replace(shard=sample_index.shard + first) for sample_index, first in sample_indices]
+        sources: list[int] = []
+        positions_in: list[list[int]] = [[] for _ in self.orders]
+        for position in positions:
+            source, source_position = self.source_at(position)
+            sources.append(source)
+            positions_in[source].append(source_position)
+
+        # all positions of a source at once: its order looks up a whole batch faster than one by one
+        visits = [iter(order.locate(own)) for order, own in zip(self.orders, positions_in, strict=True)]
+        sample_indices: list[SampleIndex] = []
+        for source in sources:
+            visit = next(visits[source])
+            sample_indices.append(visit._replace(shard=visit.shard + self._first_shards[source]))
+        return sample_indices
 
     def source_at(self, position: int) -> tuple[int, int]:
         """The source at a position, and the position in that source.
@@ -256,40 +272,46 @@ class Mixture:
         Source after source takes its share of what the earlier ones left: the n-th of a places among r is
         the first x with (x + 1) * a // r > n.
         """
-        rest = sum(self.shares)
+        remaining_shares = sum(self.shares)
         for source, share in enumerate(self.shares[:-1]):
-            taken = position * share // rest
-            if (position + 1) * share // rest > taken:
+            taken = position * share // remaining_shares
+            if (position + 1) * share // remaining_shares > taken:
                 return source, taken
             position -= taken
-            rest -= share
+            remaining_shares -= share
         return len(self.shares) - 1, position
 
     def source_positions(self, position: int) -> tuple[int, ...]:
         """How many visits of each source lie before a position."""
-        left, rest, before = position, sum(self.shares), []
+        before: list[int] = []
+        remaining_shares = sum(self.shares)
         for share in self.shares[:-1]:
-            before.append(left * share // rest)
-            left -= before[-1]
-            rest -= share
-        return (*before, left)
+            taken = position * share // remaining_shares
+            before.append(taken)
+            position -= taken
+            remaining_shares -= share
+        return (*before, position)
 
     def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
-        """The visit `attempt` places further in the file order of the same source."""
+        """The visit `attempt` further on in the file order of the same source."""
         source = self.source_of(sample_index.shard)
         first = self._first_shards[source]
-        found = self.orders[source].replacement(sample_index._replace(shard=sample_index.shard - first), attempt)
-        return found._replace(shard=found.shard + first)
+        replacement = self.orders[source].replacement(sample_index._replace(shard=sample_index.shard - first), attempt)
+        return replacement._replace(shard=replacement.shard + first)
 
     def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the current and the next window of every source."""
-        places = zip(self.orders, self.source_positions(position), self._first_shards, strict=True)
-        return [first + shard for order, place, first in places for shard in order.upcoming_shards(place)]
+        upcoming: list[int] = []
+        for order, own_position, first in zip(
+            self.orders, self.source_positions(position), self._first_shards, strict=True
+        ):
+            upcoming += [first + shard for shard in order.upcoming_shards(own_position)]
+        return upcoming
 
     def finished_epochs(self, position: int) -> tuple[int, ...]:
         """Whole epochs of each source that lie before a position."""
-        places = zip(self.orders, self.source_positions(position), strict=True)
-        return tuple(place // order.num_samples for order, place in places)
+        own_positions = zip(self.orders, self.source_positions(position), strict=True)
+        return tuple(own // order.num_samples for order, own in own_positions)
 
     def source_of(self, shard: int) -> int:
         """The source a shard belongs to."""
@@ -320,7 +342,7 @@ class BatchSampler:
 
     The global batch n holds positions position + n*batch_size ... in order; each process takes its own
     even share of it, so any number of processes sees the same global batches.
-    parts: even parts in which a share is handed over, one after the other; number n*parts + i is part i of batch n.
+    parts: micro-batches a process's share is handed over in; number n*parts + i is part i of batch n.
     """
 
     order: Sampler
@@ -348,25 +370,25 @@ class BatchSampler:
         return self.batch_size // self.num_processes
 
     @property
-    def largest(self) -> int:
+    def largest_batch(self) -> int:
         """Samples handed over at once."""
         return self.share // self.parts
 
     def __getitem__(self, number: int) -> BatchIndices:
         first = self.first_position(number)
-        return BatchIndices(self.order.locate(range(first, first + self.largest)), position=first)
+        return BatchIndices(self.order.locate(range(first, first + self.largest_batch)), position=first)
 
     def first_position(self, number: int) -> int:
         """Position of the first sample handed over under this number."""
         batch, part = divmod(number, self.parts)
-        return self.position + batch * self.batch_size + self.process * self.share + part * self.largest
+        return self.position + batch * self.batch_size + self.process * self.share + part * self.largest_batch
 
     def upcoming_shards(self, number: int) -> list[int]:
-        """The shards that number and those soon after it need, of any process."""
+        """The shards that this batch and those soon after it need, in any process."""
         return self.order.upcoming_shards(self.position + number // self.parts * self.batch_size)
 
     def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
-        """The sample `attempt` places further in file order, in place of one that cannot be read."""
+        """The sample `attempt` further on in file order, in place of one that cannot be used."""
         return self.order.replacement(sample_index, attempt)
 
 
@@ -382,12 +404,12 @@ class SequentialBatches:
     times: Sequence[np.ndarray] | None = None
 
     @property
-    def largest(self) -> int:
+    def largest_batch(self) -> int:
         """Most samples a batch may hold."""
         return self.batch_size
 
     @cached_property
-    def kept(self) -> list[int]:
+    def samples_per_shard(self) -> list[int]:
         """Samples of each shard that are in some batch."""
         if self.times is None:
             return list(self.counts)
@@ -395,16 +417,20 @@ class SequentialBatches:
 
     @cached_property
     def _batches(self) -> list[tuple[int, int]]:
-        return [(shard, first) for shard, count in enumerate(self.kept) for first in range(0, count, self.batch_size)]
+        """The shard of each batch, and which of its samples is the first."""
+        batches: list[tuple[int, int]] = []
+        for shard, count in enumerate(self.samples_per_shard):
+            batches += [(shard, first) for first in range(0, count, self.batch_size)]
+        return batches
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, number: int) -> list[SampleIndex]:
         shard, first = self._batches[number]
-        last = min(first + self.batch_size, self.kept[shard])
-        places = range(first, last) if self.times is None else np.flatnonzero(self.times[shard])[first:last].tolist()
-        return [SampleIndex(0, shard, place) for place in places]
+        last = min(first + self.batch_size, self.samples_per_shard[shard])
+        numbers = range(first, last) if self.times is None else np.flatnonzero(self.times[shard])[first:last].tolist()
+        return [SampleIndex(0, shard, sample_number) for sample_number in numbers]
 
     def upcoming_shards(self, number: int) -> list[int]:
         """The shard of batch `number` and the next few."""

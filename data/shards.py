@@ -1,5 +1,6 @@
 """Where shards are: from what a person types to a list of tars."""
 
+import glob
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,9 @@ _MANY_REMOTE = 4
 
 
 def expand_shards(url: str) -> list[str]:
-    """The tars named by a folder, a brace or glob pattern, an fsspec address, or several joined with `::`.
+    """The tars named by a folder, a pattern, an fsspec address, or several joined with `::`.
+
+    A pattern may hold `{a,b}`, `{00..12}`, `*` and `**` (any number of folders), and may name folders; `~` is home.
 
     Tars end in .tar, .tar.gz or .tgz. The order is that of the address, sorted inside folders and globs: it is part of
     a run's identity.
@@ -41,22 +44,37 @@ def expand_shards(url: str) -> list[str]:
 
 
 def _expand_local(part: str) -> list[str]:
+    # a name that is there is taken as it is: folders may be called `parts{1}` or `set [new]`
     if Path(part).is_dir():
-        return _shards_among([str(path) for path in Path(part).iterdir()], part)
+        return _shards_in_folder(Path(part))
     paths: list[str] = []
-    for pattern in braceexpand(part):
-        path = Path(pattern)
-        matches = sorted(path.parent.glob(path.name)) if any(sign in path.name for sign in "*?[") else [path]
-        found = [str(match) for match in matches if match.is_file() and _is_meant(match, path)]
-        if not found:
+    for pattern in [part] if Path(part).is_file() else braceexpand(part):
+        matches = _matches(Path(pattern).expanduser())
+        shards = [
+            shard for match in matches for shard in ([str(match)] if match.is_file() else _shards_in_folder(match))
+        ]
+        if not shards:
             raise UsageError(f"There is no shard {pattern!r}.")
-        paths += found
+        paths += shards
     return paths
 
 
-def _is_meant(match: Path, pattern: Path) -> bool:
-    """Whether a file is not hidden, or named by its dot: other systems leave `._NAME` beside files."""
-    return not match.name.startswith(".") or pattern.name.startswith(".")
+def _shards_in_folder(folder: Path) -> list[str]:
+    return _shards_among([str(path) for path in folder.iterdir()], str(folder))
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The files and folders of a name or glob pattern, sorted; of a pattern that names files, the files alone.
+
+    Hidden ones are left out unless the pattern names the dot: other systems leave `._NAME` beside files.
+    """
+    if pattern.exists() or not any(sign in str(pattern) for sign in "*?["):
+        return [pattern] if pattern.exists() else []
+    names_hidden = pattern.name.startswith(".")
+    matches = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    visible = [match for match in matches if names_hidden or not match.name.startswith(".")]
+    files = [match for match in visible if match.is_file()]
+    return files or [match for match in visible if match.is_dir()]
 
 
 def _expand_remote(part: str) -> list[str]:

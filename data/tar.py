@@ -1,10 +1,8 @@
-"""Reading the headers of a plain tar that nobody vouches for: whole, damaged, or made to do harm.
+"""Tar shards: the index of their samples, reading samples by number, and copying a shard with arrays added.
 
-The per-shard index: where each sample's members lie in a plain tar, built on first read and cached.
-
-Samples out of one tar, by number.
-
-A tar copied member by member, with arrays put beside its samples.
+A shard is a plain tar in the WebDataset convention, from a source nobody vouches for: whole, damaged, or made to do
+harm. Its headers are read once, guarded (`read_entries`); the offsets of every sample's members are cached as an Arrow
+file beside the shard (`open_index`); from then on a sample is one positioned read (`ShardReader`).
 """
 
 import io
@@ -34,12 +32,13 @@ _MAX_HEADER_BYTES = 1 << 20
 _MAX_SIZE = 1 << 62
 
 
-class _Guarded:
+class _GuardedFile:
     """A file that refuses reads no honest header asks for: tarfile takes the size of an extended header at its word."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.tell, self.seek = file.tell, file.seek
+        self.tell = file.tell
+        self.seek = file.seek
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _MAX_HEADER_BYTES:
@@ -51,7 +50,7 @@ def read_entries(file: BinaryIO, url: str) -> tuple[list[tarfile.TarInfo], str]:
     """The regular files of a plain tar, and why it ends early, or an empty string.
 
     Links, devices, folders and sparse files are left out. Names are only names: they may hold `..` or begin with `/`,
-    and what is no UTF-8 in them is written out as `\\udcXX`. The last file may reach beyond the end of the tar.
+    and what is not UTF-8 in them is written out as `\\udcXX`. The last file may reach beyond the end of the tar.
 
     Raises:
         UsageError: it is compressed.
@@ -63,28 +62,28 @@ def read_entries(file: BinaryIO, url: str) -> tuple[list[tarfile.TarInfo], str]:
     file.seek(0)
     entries: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(fileobj=cast(BinaryIO, _Guarded(file)), mode="r:") as tar:
-            damage = _collect(tar, entries, end) or _missing_end(file, tar.offset)
+        with tarfile.open(fileobj=cast(BinaryIO, _GuardedFile(file)), mode="r:") as tar:
+            damage = _collect_entries(tar, entries, end) or _missing_end(file, tar.offset)
     except Exception as error:  # on garbage tarfile raises whatever its parsing stumbles over
-        why = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if not entries:
-            raise VlmError(f"{url} is not a tar, or is damaged from the start: {why}.") from error
+            raise VlmError(f"{url} is not a tar, or is damaged from the start: {reason}.") from error
         last = entries[-1]
-        damage = f"{why} after byte {last.offset_data:,} ({last.name})"
+        damage = f"{reason} after byte {last.offset_data:,} ({last.name})"
     return entries, damage
 
 
-def _collect(tar: tarfile.TarFile, entries: list[tarfile.TarInfo], end: int) -> str:
+def _collect_entries(tar: tarfile.TarFile, entries: list[tarfile.TarInfo], end: int) -> str:
     """Append the regular files one by one; why it stops before the end, or empty."""
-    before = -1
+    previous_offset = -1
     for entry in tar:
         if entry.size < 0:  # would send tarfile backwards, for ever
             return f"a negative size at byte {entry.offset:,}"
         if entry.size > _MAX_SIZE:
             return f"an absurd size, {entry.size:,}, at byte {entry.offset:,}"
-        if entry.offset_data <= before:
+        if entry.offset_data <= previous_offset:
             return f"a header at byte {entry.offset:,} that leads back"
-        before = entry.offset_data
+        previous_offset = entry.offset_data
         if not entry.isreg() or entry.issparse():
             continue
         entry.name = entry.name.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
@@ -108,19 +107,25 @@ def _missing_end(file: BinaryIO, offset: int) -> str:
 
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif"})
-_ARRAY = ".npy"
+_ARRAY_SUFFIX = ".npy"
 _FORMAT = "6"
 _MAX_INDEX_BYTES = 256 << 20
 _ROLES = ("image", "text", "json")
-_ROLE_OF = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "text", "json": "json"}
+_ROLE_OF_EXTENSION = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "text", "json": "json"}
 _ARRAYS = pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        *((f"{role}_{what}", pa.int64()) for role in _ROLES for what in ("offset", "size")),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("text_offset", pa.int64()),
+        ("text_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
         ("arrays", _ARRAYS),
     ]
 )
+"""Of the cached index; size -1 stands for a part that a sample lacks."""
 
 
 class Span(NamedTuple):
@@ -142,44 +147,48 @@ class Member(NamedTuple):
     json: Span | None
     arrays: dict[str, Span]
 
+    @property
+    def spans(self) -> list[Span]:
+        """Where all its parts lie."""
+        parts = (self.image, self.text, self.json, *self.arrays.values())
+        return [span for span in parts if span is not None]
+
 
 class TarIndex:
     """The samples of one tar in file order; about 60 bytes each, memory-mapped.
 
     A sample is a run of consecutive members sharing the name up to the first dot of the base name
-    (the WebDataset convention); a member that the run has already begins another sample, of the same key. Of pictures
+    (the WebDataset convention); a member that the run has already begins another sample, of the same key. Of images
     under several extensions the first is the sample's. damage: why the tar ends early, or empty. fingerprint: of the
     keys and the sizes of all parts; moving or renaming the tar does not change it.
     """
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
-        described = table.schema.metadata or {}
-        self.damage = described.get(b"damage", b"").decode()
-        self.fingerprint = described[b"fingerprint"].decode()
+        metadata = table.schema.metadata or {}
+        self.damage = metadata.get(b"damage", b"").decode()
+        self.fingerprint = metadata[b"fingerprint"].decode()
+        self._keys = table.column("key")
         self._arrays = table.column("arrays")
         self._has_arrays = any(len(chunk.flatten()) for chunk in self._arrays.chunks)
-        self._keys = table.column("key")
-        self._spans = {
-            role: (
-                table.column(f"{role}_offset").to_numpy(zero_copy_only=False),
-                table.column(f"{role}_size").to_numpy(zero_copy_only=False),
-            )
-            for role in _ROLES
-        }
+        self._spans: list[tuple[np.ndarray, np.ndarray]] = []
+        for role in _ROLES:
+            offsets = table.column(f"{role}_offset").to_numpy(zero_copy_only=False)
+            sizes = table.column(f"{role}_size").to_numpy(zero_copy_only=False)
+            self._spans.append((offsets, sizes))
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def __getitem__(self, number: int) -> Member:
         spans: list[Span | None] = []
-        for offsets, sizes in self._spans.values():
+        for offsets, sizes in self._spans:
             size = sizes.item(number)
             spans.append(Span(offsets.item(number), size) if size >= 0 else None)
         arrays: dict[str, Span] = {}
-        if self._has_arrays:
-            stored = map(dict.values, self._arrays[number].as_py())
-            arrays = {name: Span(offset, size) for name, offset, size in stored}
+        if self._has_arrays:  # looked at once: turning an empty list of Arrow into Python's costs as much as all else
+            for array in self._arrays[number].as_py():
+                arrays[array["name"]] = Span(array["offset"], array["size"])
         image, text, json = spans
         return Member(self._keys[number].as_py(), image, text, json, arrays)
 
@@ -188,8 +197,8 @@ class TarIndex:
         return self._keys.to_pylist()
 
     def image_bytes(self) -> int:
-        """Sum of the picture sizes, in bytes."""
-        sizes = self._spans["image"][1]
+        """Sum of the image sizes, in bytes."""
+        sizes = self.table.column("image_size").to_numpy(zero_copy_only=False)
         return int(sizes[sizes > 0].sum())
 
 
@@ -211,24 +220,27 @@ def open_index(url: str, cache: ShardCache | None = None) -> TarIndex:
 @lru_cache(maxsize=256)
 def _open_version(url: str, identity: FileIdentity, cache: ShardCache | None) -> TarIndex:
     stamp = f"{_FORMAT}/{identity.token}".encode()
-    for path in _cache_paths(url, stamp):
-        table = _read_cache(path, stamp)
+    paths = _index_paths(url, stamp)
+    for path in paths:
+        table = _read_index(path, stamp)
         if table is not None:
             return TarIndex(table)
-    table = _index_beside_remote(url, identity, stamp, cache) if is_remote(url) else None
+
+    table = _read_remote_index(url, identity, stamp, cache) if is_remote(url) else None
     table = table or _scan(url, identity, stamp, cache)
-    for path in _cache_paths(url, stamp):
+    for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
             break
-        except OSError:
+        except OSError:  # a full or read-only disk costs a scan next time, no more
             continue
     return TarIndex(table)
 
 
-def _cache_paths(url: str, stamp: bytes) -> list[Path]:
+def _index_paths(url: str, stamp: bytes) -> list[Path]:
+    """Where the cached index may lie, the best place first."""
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     central = base / "vlm" / "shard-index" / f"{compute_fingerprint(url, stamp)}.arrow"
     if is_remote(url):
@@ -243,17 +255,18 @@ def _index_name(name: str) -> str:
     return f".{name}.vlm-index"
 
 
-def _read_cache(cache: Path, stamp: bytes) -> pa.Table | None:
-    if not cache.is_file():
+def _read_index(path: Path, stamp: bytes) -> pa.Table | None:
+    """The cached index, unless it is damaged or of another version of the tar."""
+    if not path.is_file():
         return None
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError):
         return None
     return table if (table.schema.metadata or {}).get(b"identity") == stamp else None
 
 
-def _index_beside_remote(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
+def _read_remote_index(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
     """The index that lies beside a remote tar, if it is whole and of a tar of this size."""
     beside = sibling_url(url, _index_name(url_basename(url)))
     data = read_small(beside, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
@@ -271,81 +284,90 @@ def _index_beside_remote(url: str, identity: FileIdentity, stamp: bytes, cache: 
 
 
 def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
-    rows: list[_Row] = []
-    with _open_plain(url, identity, cache) as file:
+    """The index of a tar from its headers."""
+    with _open_tar(url, identity, cache) as file:
         entries, damage = read_entries(file, url)
     if needs_cache(url):
         damage = (cache or default_cache()).damage(url, identity) or damage
+    rows: list[_IndexRow] = []
     for entry in entries:
-        _place(rows, entry)
+        _add_entry(rows, entry)
     table = _table(rows)
     metadata = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
     return table.replace_schema_metadata({**metadata, "fingerprint": _content_fingerprint(table)})
 
 
-def _open_plain(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
+def _open_tar(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
+    """A tar as a plain file: where it lies, or in the cache."""
     if not needs_cache(url):
         return open(url, "rb")
     while True:
         try:
             return (cache or default_cache()).local_path(url, identity).open("rb")
-        except FileNotFoundError:  # made room for another in between
+        except FileNotFoundError:  # it made room for another shard in between
             continue
 
 
 @dataclass
-class _Row:
+class _IndexRow:
+    """A sample while its members are collected."""
+
     key: str
     parts: dict[str, Span] = field(default_factory=dict)
     arrays: dict[str, Span] = field(default_factory=dict)
     extensions: set[str] = field(default_factory=set)
 
 
-def _table(rows: list[_Row]) -> pa.Table:
+def _add_entry(rows: list[_IndexRow], entry: tarfile.TarInfo) -> None:
+    """Put a member to the last sample, or begin another one with it."""
+    folder, _, name = entry.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    extension = extension.lower()
+    if not stem or not extension:
+        return
+
+    key = f"{folder}/{stem}" if folder else stem
+    # even an extension that is of no use here begins a sample: other readers of the convention count it too
+    if not rows or rows[-1].key != key or extension in rows[-1].extensions:
+        rows.append(_IndexRow(key))
+    row = rows[-1]
+    span = Span(entry.offset_data, entry.size)
+    role = _ROLE_OF_EXTENSION.get(extension)
+    if role:
+        row.parts.setdefault(role, span)
+    elif extension.endswith(_ARRAY_SUFFIX):
+        row.arrays[extension.removesuffix(_ARRAY_SUFFIX)] = span
+    else:
+        return
+    row.extensions.add(extension)
+
+
+def _table(rows: list[_IndexRow]) -> pa.Table:
     columns: dict[str, Any] = {"key": pa.array([row.key for row in rows], pa.string())}
     absent = Span(-1, -1)
     for role in _ROLES:
         spans = [row.parts.get(role, absent) for row in rows]
         columns[f"{role}_offset"] = pa.array([span.offset for span in spans], pa.int64())
         columns[f"{role}_size"] = pa.array([span.size for span in spans], pa.int64())
-    arrays = [[(name, *span) for name, span in row.arrays.items()] for row in rows]
+    arrays: list[list[tuple[str, int, int]]] = []
+    for row in rows:
+        arrays.append([(name, *span) for name, span in row.arrays.items()])
     columns["arrays"] = pa.array(arrays, _ARRAYS)
     return pa.table(columns, _SCHEMA)
 
 
 def _content_fingerprint(table: pa.Table) -> str:
+    """Of keys and sizes, not of offsets: padding and folders between the members do not count."""
     sizes = [table.column(f"{role}_size").to_numpy().astype("<i8").tobytes() for role in _ROLES]
-    arrays = [
-        f"{number}/{name}/{size}"
-        for number, row in enumerate(table.column("arrays").to_pylist())
-        for name, _, size in map(dict.values, row)
-    ]
+    arrays: list[str] = []
+    for number, row in enumerate(table.column("arrays").to_pylist()):
+        arrays += [f"{number}/{array['name']}/{array['size']}" for array in row]
     return compute_fingerprint("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
 
 
-def _place(rows: list[_Row], entry: tarfile.TarInfo) -> None:
-    folder, _, name = entry.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    extension = extension.lower()
-    if not stem or not extension:
-        return
-    role = _ROLE_OF.get(extension)
-    key = f"{folder}/{stem}" if folder else stem
-    if not rows or rows[-1].key != key or extension in rows[-1].extensions:
-        rows.append(_Row(key))
-    row, span = rows[-1], Span(entry.offset_data, entry.size)
-    if role:
-        row.parts.setdefault(role, span)
-    elif extension.endswith(_ARRAY):
-        row.arrays[extension.removesuffix(_ARRAY)] = span
-    else:
-        return
-    row.extensions.add(extension)
-
-
-_NOTHING = Span(0, 0)
-_GAP_BYTES = 16_384
-_TRIES = 100
+_NO_BYTES = Span(0, 0)
+_MAX_GAP_BYTES = 16_384
+_MAX_TRIES = 100
 
 
 class ShardReader:
@@ -371,14 +393,13 @@ class ShardReader:
     def key_and_offset(self, number: int) -> tuple[str, int]:
         """Key of a sample and where its first part begins, in bytes from the start of the plain tar."""
         member = self.index[number]
-        spans = [span for span in (member.image, member.text, member.json, *member.arrays.values()) if span]
-        return member.key, min((span.offset for span in spans), default=0)
+        return member.key, min((span.offset for span in member.spans), default=0)
 
     def read(self, number: int, *, arrays: tuple[str, ...] = ()) -> Sample:
         """Sample `number` of this tar, with its arrays (`key.NAME.npy`) of these names.
 
         Raises:
-            BadSample: it has no picture, lacks an array, is cut short, or its JSON or an array cannot be read.
+            BadSample: it has no image, lacks an array, is cut short, or its JSON or an array cannot be read.
             VlmError: a shard that made room in the cache cannot be fetched again.
         """
         member = self.index[number]
@@ -387,15 +408,20 @@ class ShardReader:
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
-        spans = [member.image, member.text or _NOTHING, member.json or _NOTHING]
-        image, text, content, *stored = self._bytes.read(spans + [member.arrays[name] for name in arrays])
-        metadata = _json_object(content) if member.json else {}
+        spans = [member.image, member.text or _NO_BYTES, member.json or _NO_BYTES]
+        spans += [member.arrays[name] for name in arrays]
+        image, text, content, *array_files = self._bytes.read(spans)
+        metadata = _parse_json_object(content) if member.json else {}
+        caption = text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace")
         return Sample(
             key=member.key,
             image=image,
-            captions=parse_captions(text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace"), metadata),
+            captions=parse_captions(caption, metadata),
             metadata=metadata,
-            arrays={name: _array(data, f"{member.key}.{name}.npy") for name, data in zip(arrays, stored, strict=True)},
+            arrays={
+                name: _parse_array(data, f"{member.key}.{name}.npy")
+                for name, data in zip(arrays, array_files, strict=True)
+            },
         )
 
 
@@ -416,7 +442,8 @@ class _LocalBytes:
     """A tar that is read where it lies, and kept open."""
 
     def __init__(self, path: str) -> None:
-        self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
         self._end = os.fstat(self._descriptor).st_size
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
@@ -432,20 +459,22 @@ class _CachedBytes:
     """A tar in the cache: opened for each sample, so that it takes no space once it made room for another."""
 
     def __init__(self, url: str, cache: ShardCache) -> None:
-        self._url, self._cache, self._identity = url, cache, file_identity(url, cache.retry_policy)
+        self._url = url
+        self._cache = cache
+        self._identity = file_identity(url, cache.retry_policy)
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
-        for _ in range(_TRIES):
+        for _ in range(_MAX_TRIES):
             try:
                 descriptor = os.open(self._cache.local_path(self._url, self._identity), os.O_RDONLY)
-            except FileNotFoundError:  # made room for another just now
+            except FileNotFoundError:  # it made room for another shard just now
                 continue
             try:
                 return _read_spans(descriptor, spans, self._url, end=os.fstat(descriptor).st_size)
             finally:
                 os.close(descriptor)
         raise VlmError(
-            f"{self._url} left the cache at {self._cache.folder} {_TRIES} times before it could be read: too many "
+            f"{self._url} left the cache at {self._cache.folder} {_MAX_TRIES} times before it could be read: too many "
             f"shards are read at once for its {self._cache.max_bytes:,} bytes; allow more by VLM_CACHE_GB."
         )
 
@@ -454,18 +483,23 @@ class _CachedBytes:
 
 
 def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -> list[bytes]:
-    first, last, wanted = end, 0, 0
+    """The bytes of each span; one read for all of them where they lie close together, as those of a sample do."""
+    first = end
+    last = 0
+    num_bytes = 0
     for offset, size in spans:
         if not size:
             continue
         stop = offset + size
-        if offset < 0 or size < 0 or stop > end:  # asked first: a header may promise more than there is memory
+        if offset < 0 or size < 0 or stop > end:  # checked first: a header may promise more than there is memory
             raise BadSample("cut short", f"{size:,} bytes at {offset:,} of {url}, which ends at {end:,}")
-        first, last, wanted = offset if offset < first else first, stop if stop > last else last, wanted + size
-    if last - first - wanted > _GAP_BYTES:
+        first = min(first, offset)
+        last = max(last, stop)
+        num_bytes += size
+    if last - first - num_bytes > _MAX_GAP_BYTES:
         return [_read_span(descriptor, span, url) for span in spans]
-    together = _read_span(descriptor, Span(first, max(last - first, 0)), url)
-    return [together[offset - first : offset - first + size] for offset, size in spans]
+    joined = _read_span(descriptor, Span(first, max(last - first, 0)), url)
+    return [joined[offset - first : offset - first + size] for offset, size in spans]
 
 
 def _read_span(descriptor: int, span: Span, url: str) -> bytes:
@@ -475,10 +509,10 @@ def _read_span(descriptor: int, span: Span, url: str) -> bytes:
     return data
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def _parse_json_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-        if b"\\u" in data:  # half a surrogate pair is JSON, but no text
+        if b"\\u" in data:  # half a surrogate pair is valid JSON, but not valid text
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
         raise BadSample("unreadable json", str(error)) from error
@@ -487,7 +521,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _array(data: bytes, name: str) -> np.ndarray:
+def _parse_array(data: bytes, name: str) -> np.ndarray:
     """An array from the bytes of an .npy file; its header is checked before any memory is taken."""
     try:
         file = io.BytesIO(data)
@@ -505,69 +539,75 @@ _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 
 
 Arrays = dict[str, np.ndarray]
+"""Arrays of a sample by name."""
 
 
 def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
-    """Write the tar at `address` anew, with `KEY.NAME.npy` after the last part of each sample.
+    """Copy the tar at `url`, with `KEY.NAME.npy` after the last part of each sample.
 
     Names, contents and order of the regular files stay; times, owners, links and folders are left out, so the same
     arrays give the same bytes. A stored array that the sample had under the same name is replaced. Of a tar cut short,
     the file that is cut is left out.
 
     Args:
+        url: of a plain, compressed or remote tar.
+        out: where the plain copy is written.
         arrays: those of each sample in the order of the index, by name; empty for a sample that gets none.
         cache: where remote and compressed tars are kept; the default one if not given.
     """
     index = open_index(url, cache)
     members = [index[number] for number in range(len(index))]
-    sample_at = {offset: number for number, member in enumerate(members) for offset in _offsets(member)}
-    number, added = -1, Arrays()
-    with _open_for_copy(url, cache) as file, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    sample_at: dict[int, int] = {}
+    for number, member in enumerate(members):
+        sample_at.update((span.offset, number) for span in member.spans)
+
+    path = local_path(url)
+    identity = file_identity(path, cache.retry_policy if cache else None)
+    current = -1
+    added = Arrays()
+    with (
+        _open_tar(path, identity, cache) as file,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
         end = file.seek(0, os.SEEK_END)
         for entry in read_entries(file, url)[0]:
             if entry.offset_data + entry.size > end:
                 break
-            here = sample_at.get(entry.offset_data, -1)  # -1: no part of a sample, as the index sees it
-            while number < here:
-                number, added = number + 1, next(arrays)
-            if here < 0 or not _is_replaced(entry, members[here], added):
-                file.seek(entry.offset_data)
-                tar.addfile(_entry(entry.name, entry.size), file)
-            if here >= 0 and entry.offset_data == max(_offsets(members[here])):
+            number = sample_at.get(entry.offset_data)
+            if number is None:  # not part of a sample, as the index sees it
+                _copy_entry(tar, entry, file)
+                continue
+            while current < number:
+                current += 1
+                added = next(arrays)
+            member = members[number]
+            if not _is_replaced(entry, member, added):
+                _copy_entry(tar, entry, file)
+            if entry.offset_data == max(span.offset for span in member.spans):
                 for name in sorted(added):
-                    data = _array_file(added[name])
-                    tar.addfile(_entry(f"{members[here].key}.{name}.npy", len(data)), io.BytesIO(data))
-        for _ in arrays:  # of samples without any part that is known
+                    data = npy_bytes(added[name])
+                    tar.addfile(_tar_entry(f"{member.key}.{name}.npy", len(data)), io.BytesIO(data))
+        for _ in arrays:  # run to the end, also past samples without any part that is known
             pass
-
-
-def _offsets(member: Member) -> list[int]:
-    spans = (member.image, member.text, member.json, *member.arrays.values())
-    return [span.offset for span in spans if span is not None]
 
 
 def _is_replaced(entry: tarfile.TarInfo, member: Member, added: Arrays) -> bool:
     return any(span.offset == entry.offset_data for name, span in member.arrays.items() if name in added)
 
 
-def _entry(name: str, size: int) -> tarfile.TarInfo:
+def _copy_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> None:
+    file.seek(entry.offset_data)
+    tar.addfile(_tar_entry(entry.name, entry.size), file)
+
+
+def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.size = size
     return entry
 
 
-def _array_file(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as an .npy file."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
-
-
-def _open_for_copy(url: str, cache: ShardCache | None) -> BinaryIO:
-    if not needs_cache(url):
-        return open(local_path(url), "rb")
-    cache = cache or default_cache()
-    while True:
-        try:
-            return cache.local_path(url, file_identity(url, cache.retry_policy)).open("rb")
-        except FileNotFoundError:  # made room for another in between
-            continue

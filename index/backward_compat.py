@@ -312,7 +312,7 @@ def fit_head(pairs: EmbeddingPairs, *, seed: int = 0) -> FittedHead:
     """The change of basis nearest to a ridge regression of old on new embeddings, with the penalty that recalls best.
 
     On real pairs it meets old rows better than the regression itself, and better than the Procrustes turn, to which it
-    comes as the penalty grows (scripts/bench_upgrade.py).
+    comes as the penalty grows (benchmarks/model_upgrade.py).
 
     Raises:
         UsageError: there are too few pictures.

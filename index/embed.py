@@ -232,12 +232,12 @@ class EmbedJob:
         shards = [self.shards[number] for number in missing]
         collate = EvalCollator(view=model.view if has_images else None)
         stream = stream_batches(plan, shards, collate, numbers=range(len(plan)), workers=self.workers)
-        total, pending = sum(self._plan(all_numbers).kept), None
+        total, pending = sum(self._plan(all_numbers).samples_per_shard), None
         with (
-            progress(total=total, done=total - sum(plan.kept), what="embed", unit=" samples") as shown,
+            progress(total=total, done=total - sum(plan.samples_per_shard), what="embed", unit=" samples") as shown,
             ThreadPoolExecutor(1) as pool,
         ):
-            for (number, targets), kept in zip(missing.items(), plan.kept, strict=True):
+            for (number, targets), kept in zip(missing.items(), plan.samples_per_shard, strict=True):
                 builders = [(target, self._rows(number, target, namer)) for target in targets]
                 for batch in islice(stream, -(-kept // self.batch_size)):
                     for _, rows in builders:

@@ -42,7 +42,7 @@ import numpy as np
 
 from vlm.config import suggest
 from vlm.errors import UsageError
-from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text, to_sqlite_number
+from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
 from vlm.tensors import Array, Int64
 
 LONGEST_FILTER = 10_000
@@ -120,8 +120,15 @@ def _token(kind: str, text: str, column: int) -> Token:
 
 
 def _number(text: str) -> FieldValue:
-    # int() refuses thousands of digits; a float of them is what SQLite could hold anyway
-    return to_sqlite_number(int(text)) if len(text) < 100 and text.lstrip("+-").isdigit() else float(text)
+    # int() refuses thousands of digits, and a number so long is refused below either way
+    number = int(text) if len(text) < 100 and text.lstrip("+-").isdigit() else float(text)
+    if not -(2**63) <= number < 2**63:
+        # SQLite keeps such numbers as doubles, of which one stands for a thousand neighbours
+        raise UsageError(
+            f"The filter compares with {text[:40]}, and numbers from 2^63 on are kept to 53 bits only, so that others "
+            "would be chosen with it; keep such hashes as text in the metadata."
+        )
+    return number
 
 
 def _refuse(text: str, begin: int) -> NoReturn:

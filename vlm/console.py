@@ -3,6 +3,7 @@
 Text that a command reads from a file or from standard input.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +29,12 @@ def say(message: str) -> None:
 
 def show_json(result: Any) -> None:
     """A result on stdout for machines; numbers that are not finite are null."""
-    print(json_text(result, indent=2, default=str), flush=True)
+    text = json_text(result, indent=2, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # escaped, so that a program reads what a terminal cannot show
+        text = json.dumps(json.loads(text), indent=2)
+    print(text, flush=True)
 
 
 def show_table(

@@ -113,29 +113,30 @@ def test_an_index_of_nothing_answers_every_filter_with_nothing(capsys, index):
 @pytest.mark.parametrize("sample", ["0", "-3"])
 def test_a_check_of_no_rows_is_refused(capsys, index, sample):
     code, _, err = run(capsys, "index", "check", index, "--sample", sample)
-    assert (code, f"--sample {sample} does not fit" in err) == (2, True)
+    assert (code, f"--sample {sample} is out of range" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--held-out", "nan"), ("--held-out", "0"), ("--held-out", "1"), ("--pictures", "-5"), ("--pictures", "0")],
+    [("--held-out", "nan"), ("--held-out", "0"), ("--held-out", "1"), ("--max-images", "-5"), ("--max-images", "0")],
 )
 def test_a_head_is_not_fitted_to_what_cannot_be(capsys, index, tmp_path, option, value):
     texts = ("--old-texts", index, "--new-texts", index)
     code, _, err = run(capsys, "index", "fit-head", index, index, tmp_path / "head", *texts, option, value)
-    assert (code, f"{option} {float(value) if option == '--held-out' else value} does not fit" in err) == (2, True)
+    shown = float(value) if option == "--held-out" else value
+    assert (code, f"{option} {shown} is out of range" in err) == (2, True)
 
 
-def test_many_dead_rows_call_for_a_compaction(capsys, index):
+def test_many_deleted_rows_call_for_a_compaction(capsys, index):
     _, _, err = run(capsys, "index", "delete", index, "--where", "width < 10")
-    assert f"Next: vlm index compact {index}, for 10 dead rows" in err
+    assert f"Next: vlm index compact {index}, since every search skips 10 deleted rows" in err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "Say what to delete"),
-        (("--uid", "a1", "--where", "width < 3"), "Say what to delete"),
+        ((), "Name the rows to delete"),
+        (("--uid", "a1", "--where", "width < 3"), "Name the rows to delete"),
         (("--uid", "nobody"), "no 'nobody'"),
         (("--where", "width <"), "filter"),
         (("--where", "hight < 3"), "No row has the field 'hight'"),

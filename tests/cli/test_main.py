@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import pytest
 from tqdm import tqdm
 
 import vlm.cli.main as main_module
+from tests.data.tars import tiny_image
 from tests.docs_script import is_up_to_date
 from vlm import __version__
 from vlm.cli.main import VERBS, log_to_stderr, main
+from vlm.cli.options import RENAMED_FLAGS, current_flags
 from vlm.console import progress
 
 
@@ -53,6 +56,20 @@ def test_every_verb_explains_itself(capsys, verb):
     code, out, _ = run(capsys, *verb.split(), "--help")
     assert code == 0
     assert f"usage: vlm {verb}" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "old_flag", "new_flag"),
+    [(verb, *flags) for verb, renamed in RENAMED_FLAGS.items() for flags in renamed.items()],
+)
+def test_flags_of_before_still_work(capsys, verb, old_flag, new_flag):
+    assert current_flags(verb, [old_flag, f"{old_flag}=3", old_flag.replace("-", "_").replace("__", "--", 1)]) == [
+        new_flag,
+        f"{new_flag}=3",
+        new_flag,
+    ]
+    _, out, _ = run(capsys, *verb.split(), "--help")
+    assert new_flag in out
 
 
 def test_the_reference_page_is_what_the_commands_print():
@@ -281,3 +298,19 @@ def test_a_mistake_in_a_command_ends_as_mistakes_do():
     done = subprocess.run([sys.executable, "-c", ENTERED, "fails"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ValueError: by a mistake" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_unicode_shows_stand_ins_and_json_escapes(tmp_path, encoding):
+    (tmp_path / "set" / "猫").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "set" / "猫" / f"{number}.jpg").write_bytes(tiny_image(number))
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+
+    def run(*words):
+        command = [sys.executable, "-m", "vlm", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
+
+    run("pack", "set", "out")
+    assert b"Traceback" not in run("inspect", "out")
+    assert "猫" in json.dumps(json.loads(run("inspect", "out", "--json")), ensure_ascii=False)

@@ -80,7 +80,7 @@ def test_a_run_inside_the_band_of_its_recipe_is_as_expected(capsys, tmp_path, ba
     good = write_run(tmp_path / "good", falling(), is_finished=True)
     code, out, _ = run(capsys, "runs", "compare", good, "--to", "fashion", "--out", tmp_path / "compare.png")
     assert code == 0
-    assert "good: as expected, inside its bands." in out
+    assert "good: as expected, within its reference curves." in out
     assert "Source: three hands" in out
     assert (tmp_path / "compare.png").is_file()
 

@@ -202,3 +202,30 @@ def test_limits_hold_for_jpegs_on_the_fast_way(monkeypatch, make_image):
 def test_postscript_is_not_given_to_ghostscript():
     with pytest.raises(BadSample, match="unreadable picture"):
         open_image(encoded(Image.new("RGB", (8, 8)), "EPS"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [("float32", 1 / 111), ("float32", 1.0), ("int32", 1), ("int32", 255), ("int32", 10**6), ("uint16", 1)],
+)
+def test_grey_values_of_any_type_are_scaled_by_their_range_and_never_black(kind, scale):
+    ramp = np.add.outer(np.arange(48), np.arange(64)) * scale
+    pixels = decoded(encoded(Image.fromarray(ramp.astype(kind)), "TIFF"))[..., 0].astype(int)
+    assert np.ptp(pixels) > 90
+    assert (np.diff(pixels, axis=1) >= 0).all()
+
+
+def test_signed_values_reach_from_black_to_white_and_infinite_ones_are_refused():
+    ramp = np.linspace(-5, 5, 48 * 64).reshape(48, 64)
+    for kind in ("float32", "int32"):
+        pixels = decoded(encoded(Image.fromarray((ramp * 1000).astype(kind)), "TIFF"))
+        assert (pixels.min(), pixels.max()) == (0, 255)
+    with pytest.raises(BadSample, match="not finite"):
+        decoded(encoded(Image.fromarray(np.where(ramp > 0, ramp, np.nan).astype("float32")), "TIFF"))
+
+
+@pytest.mark.parametrize("size", [(100, 100), (101, 75), (799, 601), (17, 33)])
+def test_a_size_that_does_not_divide_is_decoded_at_the_smallest_scale_that_serves(make_image, size):
+    inks = make_image(0, size=size, mode="CMYK")
+    for step in (2, 4, 8):
+        assert decoded(inks, resolution=1 / step).shape[:2] == tuple(-(-side // step) for side in size[::-1])

@@ -192,7 +192,7 @@ def test_the_ledger_adds_up_with_damage_found_in_workers_and_on_the_device(tmp_p
 
 def test_a_batch_of_which_no_image_can_be_decoded_ends_the_run(tmp_path, encoded_images):
     shard = write_shard(tmp_path / "0.tar", damage(encoded_images[:4], 0, 1, 2, 3))
-    with pytest.raises(VlmError, match=r"None of the 4 pictures.*unreadable picture.*vlm inspect"):
+    with pytest.raises(VlmError, match=r"None of the 4 images.*unreadable picture.*vlm inspect"):
         stream(shard, plan_of(4, batch_size=4))
 
 

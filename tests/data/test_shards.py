@@ -230,3 +230,22 @@ def test_flickr8k_is_read_as_it_is(datasets):
     assert len(sample.captions[""]) == 5
     assert len(sample.captions["zh"]) == 5
     reader.close()
+
+
+def test_patterns_reach_over_folders_and_name_folders(write_shard, some, tmp_path, monkeypatch):
+    for part in ("a", "b"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+    made = [write_shard(f"parts/{part}/{number}.tar", some(1)) for part in "ab" for number in (0, 1)]
+    (tmp_path / "parts" / "notes").mkdir()
+    for pattern in ("parts/*/*.tar", "parts/{a,b}", "parts/**/*.tar", "parts/{a,b}/*.tar", "parts/*"):
+        assert expand_shards(f"{tmp_path}/{pattern}") == made
+    assert expand_shards(f"{tmp_path}/parts/*/0.tar") == made[::2]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_shards("~/parts/a") == made[:2]
+
+
+def test_a_name_that_holds_the_signs_of_patterns_is_taken_as_it_is(write_shard, some, tmp_path):
+    for folder in ("set [new]", "set{1}"):
+        (tmp_path / folder).mkdir()
+        made = write_shard(f"{folder}/x{{y}}.tar", some(1))
+        assert expand_shards(str(tmp_path / folder)) == expand_shards(made) == [made]

@@ -4,7 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece, trim_tokens
+from vlm.data.tokenizers import (
+    ClipTokenizer,
+    SentencePieceTokenizer,
+    cut_texts,
+    open_tokenizer,
+    train_sentencepiece,
+    trim_tokens,
+)
 from vlm.errors import UsageError
 
 CAPTIONS = [
@@ -146,3 +153,29 @@ def test_a_sentencepiece_model_with_other_padding_is_refused(tmp_path):
     )
     with pytest.raises(UsageError, match="pad_id=0"):
         SentencePieceTokenizer(model.getvalue())
+
+
+def test_captions_longer_than_the_trainers_lines_are_learned_from():
+    long = ["γάτα στο σπίτι " * 400, "狗在草地上" * 1500]
+    model = SentencePieceTokenizer(train_sentencepiece([*long, "a dog"], vocab_size=80))
+    assert model.decode(model.encode(["γάτα στο σπίτι 狗在草地上"])[0].tolist()) == "γάτα στο σπίτι 狗在草地上"
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (["abcdefghijklmnopqrstuvwxyz"], "A vocabulary of 10 is smaller than the 29 pieces .*--vocabulary"),
+        ([], "hold no text"),
+        (["  "], "hold no text"),
+    ],
+)
+def test_what_the_trainer_refuses_is_one_sentence(captions, message):
+    with pytest.raises(UsageError, match=message):
+        train_sentencepiece(captions, vocab_size=10)
+
+
+def test_texts_longer_than_the_context_are_named():
+    tokenizer = ClipTokenizer(8)
+    fitting = "a jug on a red table"
+    assert cut_texts(tokenizer, [fitting, f"{fitting} indoors", "", "jug"]) == [f"{fitting} indoors"]
+    assert cut_texts(tokenizer, []) == []

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlm.cli.eval import read_names
 from vlm.errors import UsageError
 from vlm.evaluation.zero_shot import class_embeddings, measure_zero_shot
 
@@ -46,3 +47,18 @@ def test_an_unknown_class_is_refused_by_name():
 def test_a_template_without_a_place_is_refused():
     with pytest.raises(UsageError, match=r"no \{\} for"):
         class_embeddings(Reader(), NAMES, ("a photo",))
+
+
+def test_other_braces_of_a_template_are_text():
+    for template in ("a {}, a kind of {kind}.", "a {} in {brackets", "{} }"):
+        assert class_embeddings(Reader(), NAMES, (template,)).shape == (3, 3)
+
+
+def test_class_names_come_one_a_line_whatever_they_contain_and_each_once(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\ufeffoak, English oak\nfir\n\nwalnut, juglans\nfir\n", encoding="utf-8")
+    assert read_names(str(names)) == ["oak, English oak", "fir", "walnut, juglans"]
+    assert read_names("cat, dog,cat") == ["cat", "dog"]
+    assert read_names(",".join(f"class {number}" for number in range(1000)))[-1] == "class 999"
+    with pytest.raises(UsageError, match="no file 'nothing'"):
+        read_names("nothing")

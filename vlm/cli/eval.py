@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.console import show_json, show_table
+from vlm.console import read_text, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -136,12 +136,26 @@ def zero_shot(model: "VisionLanguageModel", arguments: Arguments) -> "ZeroShot":
 
 
 def read_names(given: str) -> list[str]:
-    """Class names from `a,b,c` or, where there is no comma, from a file with one a line."""
-    if given and "," not in given:
-        if not Path(given).is_file():
-            raise UsageError(f"There is no file {given!r} of class names; give one, or names as a,b,c.")
-        given = Path(given).read_text(encoding="utf-8").replace("\n", ",")
-    return [name.strip() for name in given.split(",") if name.strip()]
+    """Class names from a file with one a line, whatever it contains, or from `a,b,c`; a name given twice is one.
+
+    Raises:
+        UsageError: the text is neither, or the file is no UTF-8 text.
+    """
+    if given and _is_file(given):
+        lines = read_text(Path(given)).splitlines()
+    elif given and "," not in given:
+        raise UsageError(f"There is no file {given!r} of class names; give one, or names as a,b,c.")
+    else:
+        lines = given.split(",")
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def _is_file(given: str) -> bool:
+    """Whether the text is the name of a file; a long list of names is longer than a file name may be."""
+    try:
+        return Path(given).is_file()
+    except OSError:
+        return False
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:

@@ -4,49 +4,64 @@ import atexit
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vlm import DISTRIBUTION, __version__
 from vlm.config import suggest
 from vlm.errors import UsageError, VlmError
 
-VERBS: dict[str, tuple[str, str]] = {
-    "quickstart": ("quickstart", "the whole loop on drawn scenes, in minutes on two CPU cores"),
-    "pack": ("pack", "folder, CSV, JSONL, Parquet or img2dataset output → shards"),
-    "inspect": ("inspect", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
-    "curate": ("curate", "filter, deduplicate, balance → a selection; nothing is re-packed"),
-    "doctor": ("doctor", "disk → decode → augment → device → model, each alone: which one holds you back"),
-    "tokenizer train": ("tokenizer", "a SentencePiece model from the captions of shards"),
-    "train": ("train", "pretrain or fine-tune on shards"),
-    "runs": ("runs", "list runs: how far each is, how good and how fast"),
-    "runs compare": ("runs_compare", "runs side by side with their curves, or against the band of a recipe"),
-    "soup": ("soup", "average models tuned from one start: uniform, weighted, greedy, interpolated"),
-    "export": ("export", "a model for other tools, tried there first"),
-    "eval": ("eval", "zero-shot, retrieval and caption truth of a model, as JSON and a page"),
-    "classify": ("classify", "pictures into classes named on the spot"),
-    "caption": ("caption", "a sentence for a picture, from a model with a decoder"),
-    "embed": ("embed", "shards → embeddings, resumable"),
-    "reinforce": ("reinforce", "shards → shards with what teachers make of views and captions, resumable"),
-    "signals": ("signals", "embeddings → similarity, duplicates, clusters, nearness for vlm curate"),
-    "index build": ("index_build", "embeddings → a FAISS index with its catalogue"),
-    "index import": ("index_import", "embeddings of clip-retrieval, autofaiss, npy or Parquet → embeddings"),
-    "index export": ("index_export", "the rows of an index → npy, Parquet, a FAISS file, clip-retrieval's folders"),
-    "index add": ("index_add", "embeddings → rows of an index that is there"),
-    "index update": ("index_update", "the same, in the place of rows with the same uid"),
-    "index delete": ("index_delete", "rows away, by uid or by a filter"),
-    "index compact": ("index_compact", "all segments of an index into one, without the dead rows"),
-    "index fit-head": ("index_fit_head", "embeddings by two models → a head by which the new one asks old rows"),
-    "index upgrade": ("index_upgrade", "an index carried over to a new model's head, nothing embedded again"),
-    "index check": ("index_check", "checksums, joins, counts and distances of an index"),
-    "index info": ("index_info", "what an index holds"),
-    "search": ("search", "ask an index, by text, by picture, by a mix"),
+if TYPE_CHECKING:
+    from vlm.cli.options import Verb
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    "quickstart": ("quickstart", "Arguments", "the whole pipeline on synthetic shapes, in minutes on two CPU cores"),
+    "pack": ("pack", "Arguments", "folder, CSV, JSONL, Parquet or img2dataset output → shards"),
+    "inspect": ("inspect", "Arguments", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
+    "curate": ("curate", "Arguments", "filter, deduplicate, balance → a selection; nothing is repacked"),
+    "doctor": ("doctor", "Arguments", "benchmark the input pipeline: disk, decode, augment, device, model"),
+    "tokenizer train": ("tokenizer", "Arguments", "captions of shards → a SentencePiece tokenizer"),
+    "train": ("train", "Arguments", "pretrain or fine-tune on shards"),
+    "runs": ("runs", "ListRuns", "list training runs with progress, quality and throughput"),
+    "runs compare": ("runs", "CompareRuns", "compare runs with each other, or with a recipe's reference curves"),
+    "soup": ("soup", "Arguments", "average fine-tuned models: uniform, weighted, greedy, interpolated"),
+    "export": ("export", "Arguments", "a model → another tool's format, verified there"),
+    "eval": ("eval", "Arguments", "zero-shot, retrieval and caption accuracy of a model, as JSON and a page"),
+    "classify": ("predict", "Classify", "zero-shot classification of images"),
+    "caption": ("predict", "Caption", "captions for images, by a model with a caption decoder"),
+    "embed": ("embed", "Arguments", "shards → embeddings, resumable"),
+    "reinforce": ("reinforce", "Arguments", "shards → shards with precomputed teacher embeddings, resumable"),
+    "signals": (
+        "signals",
+        "Arguments",
+        "embeddings → CLIP scores, duplicates, clusters, target similarity for vlm curate",
+    ),
+    "index build": ("index", "BuildIndex", "embeddings → a FAISS index with a metadata catalog"),
+    "index import": (
+        "index",
+        "ImportEmbeddings",
+        "embeddings of clip-retrieval, autofaiss, npy or Parquet → embeddings",
+    ),
+    "index export": ("index", "ExportIndex", "rows of an index → npy, Parquet, a FAISS file, clip-retrieval's folders"),
+    "index add": ("index", "AddRows", "add embeddings to an index"),
+    "index update": ("index", "UpdateRows", "upsert embeddings by uid"),
+    "index delete": ("index", "DeleteRows", "delete rows by uid or filter"),
+    "index compact": ("index", "CompactIndex", "merge all segments into one and drop deleted rows"),
+    "index fit-head": (
+        "index",
+        "FitHead",
+        "embeddings by two models → a projection from the new model to the old rows",
+    ),
+    "index upgrade": ("index", "UpgradeIndex", "migrate an index to a new model without re-embedding"),
+    "index check": ("index", "CheckIndex", "verify checksums, referential integrity, counts and distances"),
+    "index info": ("index", "IndexInfo", "show what an index holds"),
+    "search": ("search", "Arguments", "search an index by text, image, or both"),
 }
-"""Each verb with its module in `vlm.cli` and its line of help. Adding a verb is one file and one line here."""
+"""Each verb with its module in `vlm.cli`, its class there and its line of help. A new verb is a class and a line."""
 
 LOG_LEVELS = {"--quiet": logging.WARNING, "--verbose": logging.DEBUG}
 """Flags before the verb that change what is logged."""
@@ -78,6 +93,7 @@ def _end(codes: list[int]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 misused."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _replace_unprintable()
     logging.getLogger().setLevel(logging.ERROR)
     level = logging.INFO
     while words and words[0] in LOG_LEVELS:
@@ -137,10 +153,17 @@ def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
         logger.handlers, logger.level, logger.propagate = before
 
 
+def _replace_unprintable() -> None:
+    """A terminal that cannot show a character shows a stand-in for it, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
+
+
 def overview() -> str:
     """The help of `vlm` itself."""
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items()]
+    lines = [f"  {verb:<{width}}  {line}" for verb, (_, _, line) in VERBS.items()]
     return "\n".join(
         [
             "usage: vlm [--quiet | --verbose] VERB …        (vlm VERB --help: its options; vlm --version)",
@@ -171,30 +194,39 @@ def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def run_verb(verb: str, words: list[str]) -> None:
-    """Parse the words into the verb's `Arguments` and run it."""
+    """Parse the words into the verb's options and run it."""
+    arguments = parse_verb(verb, words)
+    if hasattr(arguments, "run"):
+        arguments.run()
+    else:
+        importlib.import_module(f"vlm.cli.{VERBS[verb][0]}").run(arguments)
+
+
+def parse_verb(verb: str, words: list[str]) -> "Verb":
+    """The verb with its options set; a verb may derive their defaults from the words (a preset)."""
     import tyro
 
-    module = importlib.import_module(f"vlm.cli.{VERBS[verb][0]}")
-    arguments = tyro.cli(
-        module.Arguments,
+    from vlm.cli.options import current_flags
+
+    words = current_flags(verb, words)
+    module_name, class_name, _ = VERBS[verb]
+    module = importlib.import_module(f"vlm.cli.{module_name}")
+    verb_class = getattr(module, class_name)
+    make_defaults = getattr(verb_class, "defaults", getattr(module, "defaults", None))
+    return tyro.cli(
+        verb_class,
         args=words,
-        default=_defaults(module, words),
+        default=make_defaults(words) if make_defaults else None,
         prog=f"vlm {verb}",
-        description=module.__doc__,
+        description=module.__doc__ if class_name == "Arguments" else None,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    module.run(arguments)
 
 
 def print_error(message: str, exit_code: int) -> int:
     """One line on stderr; returns the exit code."""
     print(f"vlm: {message}", file=sys.stderr, flush=True)
     return exit_code
-
-
-def _defaults(module: ModuleType, words: list[str]) -> object | None:
-    """The defaults a verb derives from its first word (a preset), if it does."""
-    return module.defaults(words) if hasattr(module, "defaults") else None
 
 
 def _explain(error: OSError) -> str:

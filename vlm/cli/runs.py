@@ -1,65 +1,70 @@
-"""List the runs below a folder: how far each is, how good and how fast."""
+"""What training runs have come to: `vlm runs` lists them, `vlm runs compare` compares them."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.console import show_json, show_table
+from vlm.cli.options import JsonOption
+from vlm.console import format_duration, show_json, show_table
+from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.train.history import RunRecord
+    from vlm.train.recipes import Recipe, ReferenceComparison
 
 logger = logging.getLogger(__name__)
 
+LAST = (
+    "loss",
+    "text_to_image_recall@1",
+    "text_to_image_recall@10",
+    "image_to_text_recall@1",
+    "image_to_text_recall@10",
+    "logit_scale",
+    "seen",
+    "seconds",
+)
+"""Metrics compared by their last value."""
+
+TYPICAL = ("samples_per_second", "data_wait", "mfu", "memory_bytes", "gradient_norm")
+"""Metrics compared by their median."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Command line of `vlm runs`."""
+class ListRuns:
+    """List the training runs in a directory with progress, quality and throughput."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
-    """Folder that the runs lie in, however deep."""
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Directory of the runs, searched recursively."""
 
-    json: bool = False
-    """Print the result as JSON."""
+    json: JsonOption = False
 
+    def run(self) -> None:
+        """Read the runs and show a row for each."""
+        from vlm.train.history import find_runs, read_run
 
-def run(arguments: Arguments) -> None:
-    """Read the runs and show a line for each."""
-    from vlm.train.history import find_runs, read_run
-
-    records = [read_run(folder) for folder in find_runs(arguments.folder)]
-    facts = [summarize(record, arguments.folder) for record in records]
-    if arguments.json:
-        show_json(facts)
-        return
-    if not facts:
-        logger.info(
-            f"There is no run in {arguments.folder}. Begin one: vlm train tiny --data SHARDS --run {arguments.folder}/a"
-        )
-        return
-    columns = [
-        "run",
-        "state",
-        "what",
-        "objective",
-        "step",
-        "samples",
-        "loss",
-        "best t→i @1 / 10",
-        "samples/s",
-        "MFU",
-        "time",
-    ]
-    show_table(columns, [row_of(summary) for summary in facts])
-    latest = " ".join(str(record.folder) for record in records[-2:])
-    logger.info(f"Compare: vlm runs compare {latest} --out compare.png")
+        records = [read_run(folder) for folder in find_runs(self.folder)]
+        summaries = [summarize_run(record, self.folder) for record in records]
+        if self.json:
+            show_json(summaries)
+            return
+        if not records:
+            start = f"vlm train tiny --data SHARDS --run {self.folder}/a"
+            logger.info(f"There is no run in {self.folder}. Start one: {start}")
+            return
+        columns = ["run", "state", "model", "objective", "step", "samples", "loss"]
+        columns += ["best t→i @1 / 10", "samples/s", "MFU", "time"]
+        show_table(columns, [_run_row(summary) for summary in summaries])
+        latest = " ".join(str(record.folder) for record in records[-2:])
+        logger.info(f"Compare: vlm runs compare {latest} --out compare.png")
 
 
-def summarize(record: "RunRecord", root: Path) -> dict[str, Any]:
-    """What a run is, with names; None where it is not known."""
+def summarize_run(record: "RunRecord", root: Path) -> dict[str, Any]:
+    """Progress, quality and throughput of a run; None where unknown."""
     from vlm.train.history import BEST_METRICS
     from vlm.train.recipes import matching_recipe
 
@@ -84,29 +89,182 @@ def summarize(record: "RunRecord", root: Path) -> dict[str, Any]:
     }
 
 
-def row_of(summary: dict[str, Any]) -> list[str]:
-    """The facts as cells."""
-    from vlm.console import format_duration
+def _run_row(summary: dict[str, Any]) -> list[str]:
     from vlm.train.history import BEST_METRICS
 
-    steps = f"{summary['step']:,}" + (f" of {summary['planned_steps']:,}" if summary["planned_steps"] else "")
-    best = summary["best"]
+    steps = f"{summary['step']:,}"
+    if summary["planned_steps"]:
+        steps += f" of {summary['planned_steps']:,}"
+    best = "–"
+    if summary["best"]:
+        recalls = [f"{100 * summary['best'][name]:.1f}" for name in reversed(BEST_METRICS)]
+        best = f"{' / '.join(recalls)} at {summary['best']['step']:,}"
     return [
         summary["run"],
         f"stopped at {summary['step']:,}" if summary["state"] == "stopped" else summary["state"],
         summary["preset"] or summary["architecture"] or "?",
         summary["objective"] or "?",
         steps,
-        _shown(summary["samples"], ",.0f"),
-        _shown(summary["loss"], ".3f"),
-        " / ".join(f"{100 * best[name]:.1f}" for name in reversed(BEST_METRICS)) + f" at {best['step']:,}"
-        if best
-        else "–",
-        _shown(summary["samples_per_second"], ",.0f"),
-        _shown(summary["mfu"], ".0%"),
-        format_duration(summary["seconds"]) if summary["seconds"] is not None else "–",
+        _format_or_dash(summary["samples"], ",.0f"),
+        _format_or_dash(summary["loss"], ".3f"),
+        best,
+        _format_or_dash(summary["samples_per_second"], ",.0f"),
+        _format_or_dash(summary["mfu"], ".0%"),
+        "–" if summary["seconds"] is None else format_duration(summary["seconds"]),
     ]
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _format_or_dash(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRuns:
+    """Compare training runs with each other, or with the reference curves of their recipe.
+
+    Shows the settings in which they differ, and their last, best and typical metrics; --out plots their curves in one
+    figure. With --to, reports whether, where and in which direction a run leaves the prediction interval of its
+    reference curves.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folders: two or more, or one with --to."""
+
+    to: str = ""
+    """Recipe whose reference curves the runs are compared with."""
+
+    out: Path | None = None
+    """PNG file to plot the curves into."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Read, compare, plot, show."""
+        if len(self.runs) < (1 if self.to else 2):
+            raise UsageError("One run cannot be compared with itself: name another, or a recipe by --to.")
+        from vlm.train.history import read_run
+        from vlm.train.recipes import find_recipe
+
+        recipe = find_recipe(self.to) if self.to else None
+        records = [read_run(folder) for folder in dict.fromkeys(self.runs)]
+        names = _short_names([record.folder for record in records])
+        comparisons = [compare_with_references(record, recipe) for record in records] if recipe else []
+        settings = differing_settings(records, recipe)
+        figures = collect_figures(records)
+        if self.out:
+            plot(self.out, names, records, recipe)
+        if self.json:
+            verdicts = []
+            for record, of_run in zip(records, comparisons, strict=False):
+                verdicts.append([_comparison_to_json(comparison, record) for comparison in of_run])
+            show_json({"runs": names, "settings": settings, "figures": figures, "verdicts": verdicts})
+            return
+        recipe_column = [f"recipe {recipe.preset}"] if recipe else []
+        show_table(["setting", *recipe_column, *names], _table_rows(settings), title="settings that differ")
+        show_table(["metric", *names], _table_rows(figures), title="last loss and val metrics; median throughput")
+        for name, record, of_run in zip(names, records, comparisons, strict=False):
+            print("\n".join(describe_comparisons(name, record, of_run)))
+        if self.out:
+            logger.info(f"Curves: {self.out}")
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names if they differ, else their paths."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") -> dict[str, list[Any]]:
+    """The settings in which runs differ from each other or from the recipe, whose value then comes first."""
+    from vlm.config import config_differences
+    from vlm.train.presets import PRESETS
+
+    recipe_config = [asdict(PRESETS[recipe.preset][1])] if recipe else []
+    return config_differences([*recipe_config, *(record.configuration for record in records)])
+
+
+def collect_figures(records: "Sequence[RunRecord]") -> dict[str, list[float | None]]:
+    """The metrics of each run by name; metrics that no run has are omitted."""
+    figures = {name: [record.last(name) for record in records] for name in LAST}
+    figures |= {f"{name}, usual": [record.typical(name) for record in records] for name in TYPICAL}
+    for record in records:
+        for name in record.figures:
+            figures[name] = [other.figures.get(name) for other in records]
+    return {name: values for name, values in figures.items() if any(value is not None for value in values)}
+
+
+def compare_with_references(record: "RunRecord", recipe: "Recipe") -> "list[ReferenceComparison]":
+    """Compare a run with each reference curve of a recipe.
+
+    Raises:
+        UsageError: the planned number of steps is unknown.
+    """
+    from vlm.train.recipes import compare_with_reference
+
+    if recipe.bands and not record.planned_steps:
+        raise UsageError(f"{record.folder} does not record how many steps it was to have; resume it with --resume.")
+    return [compare_with_reference(band, record.measured(), record.planned_steps) for band in recipe.bands]
+
+
+def describe_comparisons(name: str, record: "RunRecord", comparisons: "Sequence[ReferenceComparison]") -> list[str]:
+    """The verdict on a run for people, with its sources."""
+    if not comparisons:
+        cure = "train three seeds of it, then python scripts/write_docs.py --baselines"
+        return [f"{name}: this recipe has no reference curves yet; {cure}"]
+    compared = [comparison for comparison in comparisons if comparison.compared]
+    departed = [comparison for comparison in compared if comparison.departures]
+    if not compared:
+        verdict = "nothing to compare yet"
+    elif any(not departure.is_better for comparison in departed for departure in comparison.departures):
+        verdict = "NOT as expected: worse than its reference curves"
+    elif departed:
+        verdict = "better than expected"
+    else:
+        verdict = "as expected, within its reference curves"
+    lines = [f"{name}: {verdict}."]
+    for comparison in comparisons:
+        lines.append(f"  {comparison.summary(record.planned_steps)} Source: {comparison.band.source}.")
+    if record.state != "finished":
+        lines.append(f"  It is {record.state} at step {record.step:,} of {record.planned_steps:,}; this is so far.")
+    return lines
+
+
+def plot(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recipe: "Recipe | None") -> None:
+    """Plot the curves of all runs in one figure, in front of the recipe's prediction intervals."""
+    from vlm.files import check_parent_exists
+    from vlm.train.plots import draw_comparison
+
+    check_parent_exists(path)
+    draw_comparison(
+        {name: record.measured() for name, record in zip(names, records, strict=True)},
+        path,
+        title=" · ".join(names) + (f"   against {recipe.preset}" if recipe else ""),
+        bands=recipe.bands if recipe else (),
+        steps=max(record.planned_steps for record in records),
+    )
+
+
+def _comparison_to_json(comparison: "ReferenceComparison", record: "RunRecord") -> dict[str, Any]:
+    departures = []
+    for departure in comparison.departures:
+        step = round(departure.share * record.planned_steps)
+        departures.append(asdict(departure) | {"step": step})
+    return {
+        "metric": comparison.band.metric,
+        "kind": comparison.band.kind,
+        "source": comparison.band.source,
+        "compared": comparison.compared,
+        "departures": departures,
+    }
+
+
+def _table_rows(table: dict[str, list[Any]]) -> list[list[str]]:
+    return [[name, *map(_format_value, values)] for name, values in table.items()]
+
+
+def _format_value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value)

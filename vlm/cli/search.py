@@ -153,6 +153,11 @@ def _show_times(result: "SearchResult") -> None:
     if result.rerank_milliseconds is not None:
         parts.append(f"re-ranked in {result.rerank_milliseconds:.0f} ms")
     logger.info(", ".join(parts))
+    for text in result.cut:
+        logger.warning(
+            f"The query is longer than the model's context, and its end was cut: {text[:60]!r} … "
+            f"({len(text):,} characters)"
+        )
     if result.unread:
         uid, reason = next(iter(result.unread.items()))
         number = len(result.unread)

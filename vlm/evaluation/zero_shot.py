@@ -86,6 +86,20 @@ class TextEncoder(Protocol):
         ...
 
 
+@runtime_checkable
+class ZeroShotClassifier(TextEncoder, Protocol):
+    """What classifying single images needs of a model."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned inverse temperature."""
+        ...
+
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
+        """Unit vectors of images."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
     """One class: its pictures, and the share of them classified rightly."""
@@ -108,6 +122,20 @@ class ZeroShot:
     classes: tuple[ClassScore, ...]
 
 
+def read_class_names(classes: str) -> list[str]:
+    """Class names from `a,b,c` or, without a comma, from a file with one per line.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if classes and "," not in classes:
+        path = Path(classes)
+        if not path.is_file():
+            raise UsageError(f"There is no file {classes!r} of class names; give one, or names as a,b,c.")
+        classes = path.read_text(encoding="utf-8").replace("\n", ",")
+    return [name.strip() for name in classes.split(",") if name.strip()]
+
+
 def class_embeddings(
     model: TextEncoder, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> Float32[Array, "K D"]:
@@ -119,9 +147,21 @@ def class_embeddings(
     for template in templates:
         if "{}" not in template:
             raise UsageError(f"The template {template!r} has no {{}} for the class name.")
-    sentences = [template.format(name) for name in names for template in templates]
+    # the templates are people's own: other braces in them are text
+    sentences = [template.replace("{}", name) for name in names for template in templates]
     vectors = model.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+
+def classify(
+    model: ZeroShotClassifier,
+    images: UInt8[Tensor, "B 3 H W"],
+    names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+) -> Float32[Tensor, "B K"]:
+    """Probability of each class for each image: the softmax of scaled cosines (CLIP §3.1.2)."""
+    classifier = torch.from_numpy(class_embeddings(model, names, templates))
+    return (model.logit_scale * model.embed_images(images) @ classifier.T).softmax(dim=-1)
 
 
 def measure_zero_shot(

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.ann.index_type import CopyToGpu
 from vlm.index.catalog import Entry
@@ -105,7 +106,7 @@ class SearchResult:
 
     next: the cursor to go on from, empty where there is no more. generation: of the index that answered.
     rerank_milliseconds: None where nothing was re-ranked. unread: uids that kept their place because their pictures
-    could not be read, with the reason.
+    could not be read, with the reason. cut: texts of the query whose end lies past the model's context.
     """
 
     query: Query
@@ -116,6 +117,7 @@ class SearchResult:
     search_milliseconds: float
     rerank_milliseconds: float | None = None
     unread: dict[str, str] = field(default_factory=dict)
+    cut: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for people's scripts: what `vlm search --json` prints."""
@@ -127,6 +129,8 @@ class SearchResult:
             "embed_milliseconds": round(self.embed_milliseconds, 3),
             "search_milliseconds": round(self.search_milliseconds, 3),
         }
+        if self.cut:
+            plain["cut"] = list(self.cut)
         if self.rerank_milliseconds is None:
             return plain
         return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
@@ -246,6 +250,7 @@ class SearchService:
                     search_milliseconds=(time.perf_counter() - started) * 1000 - rerank_milliseconds,
                     rerank_milliseconds=rerank_milliseconds if reranker else None,
                     unread=reranker.unread if reranker else {},
+                    cut=self._cut_texts(query),
                 )
             )
         return results
@@ -264,6 +269,11 @@ class SearchService:
                 terms = np.stack([*plus, *images, *items, *given, *islice(texts, len(query.minus))])
                 query_vectors.append(combine_terms(terms, np.asarray(query.signed_weights(), np.float32)))
         return query_vectors
+
+    def _cut_texts(self, query: Query) -> tuple[str, ...]:
+        texts = (*query.texts, *query.minus)
+        tokenizer = getattr(self.model, "tokenizer", None) if texts else None
+        return tuple(cut_texts(tokenizer, texts)) if tokenizer is not None else ()
 
     def _checked_model(self) -> Encoder:
         """The model, whose space is still that of the index; another may lie there by now."""

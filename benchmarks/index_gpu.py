@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""An index on a GPU beside the same on the CPU: learning lists, adding rows, answering; or why FAISS cannot here.
+
+    benchmarks/run index_gpu [--rows 1000000 --dimension 512 --kinds flat ivf ivfsq ivfpq rabitq] [--json]
+
+Both build from the same drawn vectors with the same wishes and are asked the same texts. Of kinds a GPU cannot search
+only the building is compared. Takes about five minutes with a GPU; --threads 0 gives the CPU all its cores.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from vlm.cli.main import print_error
+from vlm.console import say, show_json, show_table
+from vlm.errors import UsageError
+from vlm.index.ann.gpu import find_gpu, gpu_unavailable_reason, gpu_unsupported_reason, make_add_function
+from vlm.index.ann.index_type import CopyToGpu, TuningParams, load_faiss
+from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.autotune.query_sampling import QuerySet, SampledRows
+from vlm.tensors import Array, Float32
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parts.index_vectors import draw_vectors
+
+_TOP = 10
+_ROWS_AT_ONCE = 65_536
+_TIE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of the benchmark of indexes on a GPU."""
+
+    rows: int = 1_000_000
+    """Drawn pictures."""
+
+    dimension: int = 512
+    """Of the drawn vectors."""
+
+    questions: int = 1000
+    """Texts, asked all together and one by one."""
+
+    kinds: tuple[str, ...] = ("flat", "ivf", "ivfsq", "ivfpq", "rabitq")
+    """Of the index."""
+
+    threads: int = 0
+    """Of FAISS on the CPU; 0: all."""
+
+    json: bool = False
+    """Print the results as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Measure and print.
+
+    Raises:
+        UsageError: FAISS has no GPU here.
+    """
+    copy = find_gpu()
+    if copy is None:
+        raise UsageError(f"FAISS cannot use a GPU here: {gpu_unavailable_reason()}.")
+    if arguments.threads:
+        load_faiss().omp_set_num_threads(arguments.threads)
+    vectors, texts = draw_vectors(arguments.rows, arguments.questions, arguments.dimension, seed=0, decay=1.5)
+    drawn = SampledRows(vectors)
+    lowest = QuerySet.with_ground_truth("text→image", texts, drawn, _TOP).scores[:, -1]
+    rows = [row for kind in arguments.kinds for row in _compare(kind, drawn, texts, lowest, copy)]
+    command = shlex.join(["benchmarks/run", "index_gpu", *sys.argv[1:]])
+    if arguments.json:
+        show_json({"command": command, "rows": rows})
+        return
+    columns = list(rows[0])
+    show_table(columns, [[row[column] for column in columns] for row in rows], title=f"{arguments.rows:,} rows")
+    print(f"To repeat: {command}")
+
+
+def _compare(
+    kind: str, rows: SampledRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: CopyToGpu
+) -> Iterator[dict[str, Any]]:
+    for where, chosen in (("CPU", None), ("GPU", copy)):
+        say(f"{kind} on the {where} …")
+        yield {"kind": kind, "on": where} | _measure(kind, rows, texts, lowest, chosen)
+
+
+def _measure(
+    kind: str, rows: SampledRows, texts: Float32[Array, "Q D"], lowest: Float32[Array, " Q"], copy: CopyToGpu | None
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    index: Any = INDEX_TYPES[kind](rows, TuningParams(), copy).index
+    trained = time.perf_counter()
+    add = make_add_function(index, copy)
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        add(rows.vectors[first : first + _ROWS_AT_ONCE])
+    found = {"train s": f"{trained - began:.2f}", "add s": f"{time.perf_counter() - trained:.2f}"}
+    reason = gpu_unsupported_reason(index) if copy else ""
+    if reason:
+        return found | dict.fromkeys(("together / s", "one by one / s", "recall@10"), "–") | {"why not": reason}
+    asked = copy(index) if copy else index
+    _, positions = asked.search(texts, _TOP)
+    scores = np.einsum("qd,qkd->qk", texts, rows.vectors[np.maximum(positions, 0)])
+    recall = float(((scores >= lowest[:, None] - _TIE) & (positions >= 0)).mean())
+    return found | {
+        "together / s": round(len(texts) / _seconds(lambda: asked.search(texts, _TOP))),
+        "one by one / s": round(100 / _seconds(lambda: [asked.search(text[None], _TOP) for text in texts[:100]])),
+        "recall@10": f"{recall:.4f}",
+        "why not": "",
+    }
+
+
+def _seconds(work: Any) -> float:
+    """Of the middle of three times."""
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[1]
+
+
+if __name__ == "__main__":
+    try:
+        run(tyro.cli(Arguments))
+    except UsageError as error:
+        sys.exit(print_error(str(error), 2))

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""What an index costs as it grows: build, search, filter, add, delete, compact, check, each in a process of its own.
+
+    benchmarks/run index_growth [--rows 10000 100000 1000000 --dimension 512 --kind ivf] [--keep FOLDER] [--json]
+
+Each step has two threads and 8 GiB: what it allocates is limited by the system (RLIMIT_DATA), and the peak shown is all
+it holds, pages mapped from files too. With --keep a run that was ended goes on after its last whole step.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from vlm.console import say, show_json, show_table
+from vlm.files import write_text
+from vlm.index.autotune.trial import parse_bytes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parts.growth_tables import growth_table, needs_table, searches_table, steps_table
+from parts.measure_process import Side
+
+STEPS = ("draw", "build", "search", "add", "delete", "search again", "compact", "check")
+Steps = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of the benchmark of size."""
+
+    rows: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Sizes, rising."""
+
+    dimension: int = 512
+    """Of the drawn vectors."""
+
+    kind: str = "ivf"
+    """Of the index, the same at every size, so that its cost can be compared."""
+
+    changed: int = 10_000
+    """Rows added, and rows deleted: half of these from the old, half from the new."""
+
+    questions: int = 300
+    """Texts asked one by one."""
+
+    threads: int = 2
+    """Of FAISS and of numpy."""
+
+    memory: str = "8GiB"
+    """What a step may allocate."""
+
+    keep: Path | None = None
+    """Where rows, indexes and results stay; a run that was ended goes on from there."""
+
+    seed: int = 0
+    """Of the drawn vectors."""
+
+    json: bool = False
+    """Print the results as JSON."""
+
+
+def run(arguments: Arguments) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = arguments.keep or Path(name)
+        result = {str(rows): _measure(arguments, rows, folder / f"{arguments.kind}-{rows}") for rows in arguments.rows}
+    if arguments.json:
+        show_json(result)
+    else:
+        _show(result, arguments)
+
+
+def _measure(arguments: Arguments, rows: int, folder: Path) -> Steps:
+    """The steps that are not done yet, and what they all took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "steps.json"
+    done: Steps = json.loads(kept.read_text()) if kept.is_file() else {}
+    limit = parse_bytes(arguments.memory)
+    for step in STEPS:
+        if step in done:
+            continue
+        say(f"{rows:,} rows: {step} …")
+        with Side(sys.executable, "growth_steps.py", threads=arguments.threads) as side:
+            found = side.ask(
+                do=step,
+                folder=str(folder.resolve()),
+                rows=rows,
+                dimension=arguments.dimension,
+                kind=arguments.kind,
+                changed=arguments.changed,
+                questions=arguments.questions,
+                seed=arguments.seed,
+                threads=arguments.threads,
+                memory_bytes=limit,
+            )
+        if "failed" in found:
+            sys.exit(f"{step} of {rows:,} rows failed: {found['failed']}")
+        found["kept_limit"] = found["peak_mb"] * 1e6 <= limit
+        done[step] = found
+        write_text(kept, json.dumps(done, indent=1))
+    return done
+
+
+def _show(result: dict[str, Steps], arguments: Arguments) -> None:
+    measured = {int(rows): steps for rows, steps in result.items()}
+    what = f"{arguments.dimension} dimensions, {arguments.kind}, {arguments.threads} threads, {arguments.memory}"
+    show_table(*steps_table(measured), title=f"Steps: {what}; files in the page cache")
+    show_table(*growth_table(measured), title="Cost of an item, and the power of the number of rows it grows by")
+    show_table(*searches_table(measured), title="One text question for 10 rows with their catalogue entries")
+    if len(measured) > 1:
+        columns, cells, reckoning = needs_table(measured, dimension=arguments.dimension)
+        show_table(columns, cells, title="On paper")
+        print(reckoning)
+    print(f"To repeat: {shlex.join(['benchmarks/run', 'index_growth', *sys.argv[1:]])}")
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Arguments))

@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""Retrieval and zero-shot without any encoder: ridge CCA between 20-pixel pictures and bags of words.
+
+The figure a trained model has to beat. It is measured by the same code on the same split as the models are:
+
+    benchmarks/run linear_baseline SHARDS/train-*.tar SHARDS/val-*.tar --label articleType
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+
+from vlm.cli.eval import show_evaluation
+from vlm.console import show_json
+from vlm.data.shards import expand_shards
+from vlm.data.transforms import EvalTransform
+from vlm.evaluation.eval_report import Evaluation
+from vlm.evaluation.retrieval import iter_sample_batches, measure_retrieval
+from vlm.evaluation.zero_shot import ZeroShot, label_of, measure_zero_shot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of the linear baseline."""
+
+    train: tyro.conf.Positional[str]
+    """Shards to fit on."""
+
+    val: tyro.conf.Positional[str]
+    """Shards to measure on."""
+
+    label: str = ""
+    """Metadata field to classify by; empty leaves zero-shot out."""
+
+    pixels: int = 20
+    """Side of the pictures."""
+
+    dimensions: int = 256
+    """Canonical directions kept."""
+
+    ridge: float = 0.05
+    """Added to both covariances, as a share of their mean variance."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Pixels [N, 3·P·P] in [0, 1], captions of each picture, metadata and key of each picture."""
+
+    pixels: np.ndarray
+    captions: list[list[str]]
+    metadata: list[dict]
+    keys: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearModel:
+    """Both sides' means and projections, and the words that make up a text's vector."""
+
+    words: dict[str, int]
+    weights: np.ndarray
+    image_mean: np.ndarray
+    text_mean: np.ndarray
+    image_projection: np.ndarray
+    text_projection: np.ndarray
+
+    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Unit vectors [N, D] of pictures."""
+        return unit((pixels - self.image_mean) @ self.image_projection)
+
+    def embed_words(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors [T, D] of texts."""
+        return unit((bag_of_words(texts, self.words) * self.weights - self.text_mean) @ self.text_projection)
+
+
+def main(arguments: Arguments) -> None:
+    """Fit, measure, show."""
+    train, val = read(arguments.train, arguments.pixels), read(arguments.val, arguments.pixels)
+    model = fit(train, arguments.dimensions, arguments.ridge)
+    texts = [text for of_image in val.captions for text in of_image]
+    evaluation = Evaluation(
+        model=f"CCA of {arguments.pixels}-pixel pictures and bags of words",
+        fingerprint="",
+        retrieval=measure_retrieval(model.embed_pixels(val.pixels), model.embed_words(texts), val.captions),
+        zero_shot=classify(model, val, arguments.label) if arguments.label else None,
+    )
+    if arguments.json:
+        show_json(evaluation)
+    else:
+        show_evaluation(evaluation)
+
+
+def read(url: str, pixels: int) -> Data:
+    """All pictures and captions of the shards."""
+    images, captions, metadata, keys = [], [], [], []
+    for batch in iter_sample_batches(expand_shards(url), EvalTransform(size=pixels), workers=1):
+        images.append(batch.images.numpy().reshape(len(batch.decoded), -1) / np.float32(255))
+        captions += [list(next(iter(item.captions.values()), ())) for item in batch.decoded]
+        metadata += [item.metadata for item in batch.decoded]
+        keys += [item.key for item in batch.decoded]
+    return Data(pixels=np.concatenate(images), captions=captions, metadata=metadata, keys=keys)
+
+
+def fit(data: Data, dimensions: int, ridge: float) -> LinearModel:
+    """Ridge CCA: whiten both sides, then the singular vectors of their cross-covariance."""
+    rows = np.repeat(np.arange(len(data.captions)), [len(texts) for texts in data.captions])
+    texts = [text for of_image in data.captions for text in of_image]
+    counts = Counter(word for text in texts for word in set(split(text)))
+    words = {word: number for number, word in enumerate(sorted(w for w, c in counts.items() if c >= 2))}
+    weights = np.log(len(texts) / np.array([counts[word] for word in words], np.float32))
+    bags, images = bag_of_words(texts, words) * weights, data.pixels[rows]
+    image_mean, text_mean = images.mean(axis=0), bags.mean(axis=0)
+    images, bags = images - image_mean, bags - text_mean
+    image_whitener, text_whitener = whitener(images, ridge), whitener(bags, ridge)
+    left, strength, right = np.linalg.svd(image_whitener.T @ (images.T @ bags / len(texts)) @ text_whitener)
+    kept = slice(0, min(dimensions, len(strength)))
+    return LinearModel(
+        words=words,
+        weights=weights,
+        image_mean=image_mean,
+        text_mean=text_mean,
+        image_projection=image_whitener @ left[:, kept] * strength[kept],
+        text_projection=text_whitener @ right[kept].T * strength[kept],
+    )
+
+
+def whitener(rows: np.ndarray, ridge: float) -> np.ndarray:
+    """The inverse root of the rows' covariance with a ridge on its diagonal."""
+    covariance = rows.T @ rows / len(rows)
+    covariance[np.diag_indices_from(covariance)] += ridge * covariance.trace() / len(covariance)
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors / np.sqrt(values) @ vectors.T
+
+
+def classify(model: LinearModel, data: Data, label: str) -> ZeroShot:
+    """Zero-shot among the classes that occur, by their bare names."""
+    labels = [label_of(metadata, label, key) for metadata, key in zip(data.metadata, data.keys, strict=True)]
+    names = sorted(set(labels))
+    return measure_zero_shot([(model.embed_pixels(data.pixels), labels)], model.embed_words(names), names)
+
+
+def bag_of_words(texts: list[str], words: dict[str, int]) -> np.ndarray:
+    """1 where a text has the word."""
+    bags = np.zeros((len(texts), len(words)), np.float32)
+    for row, text in zip(bags, texts, strict=True):
+        row[[words[word] for word in split(text) if word in words]] = 1
+    return bags
+
+
+def split(text: str) -> list[str]:
+    """Lower-case words."""
+    return re.findall(r"\w+", text.lower())
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit length, float32."""
+    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

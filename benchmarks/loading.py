@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""The loader's speed beside open_clip's training pipeline and two kinds of bare decoding, in one run.
+
+    benchmarks/run loading [--shards clothing flickr8k] [--workers 1 2] [--json]
+
+Every side lives in a process of its own; their runs alternate, and medians and ratios of one session are shown. Also:
+time to the first batch, memory over 20 epochs, and what the plan costs for 10^4 to 10^7 samples.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+
+from vlm.console import say, show_json, show_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parts.open_clip_environment import open_clip_python, shards_of
+
+BENCH = Path(__file__).parent / "parts"
+SIDES = ("ours", "ours, float", "open_clip", "bare", "bare, Pillow")
+RATIOS = (("ours", "open_clip"), ("ours, float", "open_clip"), ("ours", "bare"), ("ours", "bare, Pillow"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of the loader benchmark."""
+
+    shards: tuple[str, ...] = ("clothing", "flickr8k")
+    """Data sets: clothing (packed as it is), flickr8k, or any address of shards."""
+
+    size: int = 224
+    """Side of the views, in pixels."""
+
+    batch: int = 64
+    """Images in a batch."""
+
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of worker processes; each is measured."""
+
+    batches: int = 40
+    """Batches of a run."""
+
+    skip: int = 4
+    """First batches of a run that are not timed."""
+
+    repeats: int = 3
+    """Runs of each side, taken in turn."""
+
+    epochs: int = 20
+    """Epochs over which memory is followed, on the first data set; 0 leaves it out."""
+
+    plan_samples: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    """Sizes of the simulated corpora; none leaves them out."""
+
+    cache: Path = Path.home() / ".cache" / "vlm"
+    """Where open_clip's environment (bench-open-clip) and the packed photos are kept."""
+
+    json: bool = False
+    """Print the results as JSON."""
+
+
+class Side:
+    """A process that measures on request (`parts/measure_server.py`). start_s: until its imports were done."""
+
+    def __init__(self, python: Path | str, script: str) -> None:
+        began = time.perf_counter()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [str(python), str(BENCH / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self._answer()
+        self.start_s = time.perf_counter() - began
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Its answer to a request."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            command = shlex.join(map(str, self._process.args))  # pyright: ignore[reportArgumentType]
+            sys.exit(f"A side of the benchmark failed; see why with: echo '{{}}' | {command}")
+        return json.loads(line)
+
+
+def run(arguments: Arguments) -> None:
+    """Measure and print."""
+    cache = arguments.cache.expanduser()
+    shards = shards_of(arguments.shards, cache, max(arguments.workers))
+    theirs = Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py")
+    ours, bare = Side(sys.executable, "vlm_loader.py"), Side(sys.executable, "bare_decoding.py")
+    asked = {"ours": ours, "ours, float": ours, "open_clip": theirs, "bare": bare, "bare, Pillow": bare}
+    result = {
+        "command": shlex.join(["benchmarks/run", "loading", *sys.argv[1:]]),
+        "speed": [
+            _compare(arguments, asked, name=name, shards=found, workers=workers)
+            for name, found in shards.items()
+            for workers in arguments.workers
+        ],
+        "imports_s": {"ours": ours.start_s, "open_clip": theirs.start_s},
+        "memory_mb": _memory(arguments, ours, next(iter(shards.values()))),
+        "plans": [_plan(samples) for samples in arguments.plan_samples],
+    }
+    for side in (ours, theirs, bare):
+        side.close()
+    if arguments.json:
+        show_json(result)
+    else:
+        _show(result)
+
+
+def _compare(
+    arguments: Arguments, asked: dict[str, Side], *, name: str, shards: list[str], workers: int
+) -> dict[str, Any]:
+    request = {field: getattr(arguments, field) for field in ("size", "batch", "batches", "skip")}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for repeat in range(arguments.repeats):
+        say(f"{name}, {workers} workers, run {repeat + 1} of {arguments.repeats} …")
+        for side in SIDES:
+            how = {"is_float": side == "ours, float", "by_pillow": side == "bare, Pillow"}
+            answer = asked[side].ask(**request, **how, shards=shards, workers=workers)
+            runs[side].append(answer)
+    medians = {side: {field: median(run[field] for run in found) for field in found[0]} for side, found in runs.items()}
+    # each run of ours against its neighbours in time, which the noise of a shared machine changes least
+    ratios = {
+        f"{mine} / {other}": median(
+            one["images_per_s"] / two["images_per_s"] for one, two in zip(runs[mine], runs[other], strict=True)
+        )
+        for mine, other in RATIOS
+    }
+    return {"shards": name, "workers": workers, "medians": medians, "ratios": ratios, "runs": runs}
+
+
+def _memory(arguments: Arguments, ours: Side, shards: list[str]) -> list[float]:
+    if not arguments.epochs:
+        return []
+    say(f"{arguments.epochs} epochs of {arguments.shards[0]} …")
+    workers = max(arguments.workers)
+    request = {"shards": shards, "size": arguments.size, "batch": arguments.batch, "workers": workers}
+    return ours.ask(**request, epochs=arguments.epochs, is_float=False)["memory_mb"]
+
+
+def _plan(samples: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(BENCH / "sampler_memory.py"), str(samples), "10000", folder]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _show(result: dict[str, Any]) -> None:
+    show_table(
+        ["shards", "workers", *SIDES, "× open_clip", "float × open_clip", "of bare", "of bare, Pillow"],
+        [_speed_row(row) for row in result["speed"]],
+        title="Images a second",
+    )
+    show_table(
+        ["shards", "workers", "side", "first batch s", "with imports s", "memory MB"],
+        [
+            _start_row(row, side, imports_s)
+            for row in result["speed"]
+            for side, imports_s in result["imports_s"].items()
+        ],
+        title="Start, and memory of all processes",
+    )
+    if result["memory_mb"]:
+        print(f"MB at the end of each epoch: {' '.join(f'{value:.0f}' for value in result['memory_mb'])}")
+    show_table(
+        ["samples", "plan", "build s", "µs a sample", "ms a jump", "anonymous MB"],
+        [_plan_row(plan, kind) for plan in result["plans"] for kind in ("plain", "selected")],
+        title="The plan of a simulated corpus",
+    )
+    print(f"To repeat: {result['command']}")
+
+
+def _speed_row(row: dict[str, Any]) -> list[Any]:
+    rates = [round(row["medians"][side]["images_per_s"]) for side in SIDES]
+    return [row["shards"], row["workers"], *rates, *(f"{ratio:.2f}" for ratio in row["ratios"].values())]
+
+
+def _start_row(row: dict[str, Any], side: str, imports_s: float) -> list[Any]:
+    found = row["medians"][side]
+    first = found["first_s"]
+    return [row["shards"], row["workers"], side, f"{first:.2f}", f"{first + imports_s:.1f}", round(found["memory_mb"])]
+
+
+def _plan_row(plan: dict[str, Any], kind: str) -> list[Any]:
+    costs = plan[kind]
+    shown = (f"{costs['build_s']:.2f}", f"{costs['sample_us']:.1f}", f"{costs['jump_ms']:.1f}")
+    return [f"{plan['samples']:,}", kind, *shown, f"{costs['anonymous_mb']:.1f}"]
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Arguments))

@@ -1,0 +1,146 @@
+"""One run of a side of the embedding benchmark, in a process of its own, and the vectors it left."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from parts.measure_process import BENCH
+
+from vlm.errors import VlmError
+from vlm.index.embeddings import Embeddings
+
+# pairs a second from the start of the process to its end, and without imports and loading, as the tool itself counts
+WHOLE_CALL, WORK = "whole call", "its work"
+
+Vectors = dict[str, dict[str, np.ndarray]]
+"""Of image and text, unit vectors by the key of the sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What both sides get. python: of clip-retrieval's environment. config: open_clip's, of the model's network."""
+
+    folder: Path
+    model: Path
+    weights: Path
+    config: Path
+    shards: Path
+    python: Path
+    pairs: int
+    batch_size: int
+    workers: int
+    threads: int
+
+    @property
+    def ours(self) -> Path:
+        """Where vlm embed writes."""
+        return self.folder / "ours"
+
+    @property
+    def theirs(self) -> Path:
+        """Where clip-retrieval writes."""
+        return self.folder / "clip-retrieval"
+
+
+def run_ours(setting: Setting) -> dict[str, float]:
+    """Rates of `vlm embed` of both modalities; the shards' indexes are made anew, as for shards never seen."""
+    for index in setting.shards.glob(".*.vlm-index"):
+        index.unlink()
+    words = ["embed", str(setting.model), str(setting.shards), str(_fresh(setting.ours)), "--modality", "both"]
+    words += ["--batch-size", str(setting.batch_size), "--workers", str(setting.workers), "--device", "cpu", "--json"]
+    seconds, said = _timed([sys.executable, "-m", "vlm", *words], setting.threads)
+    summaries = json.loads(said)
+    for what, summary in summaries.items():
+        if summary["rows"] != setting.pairs:
+            raise VlmError(f"vlm embed made {summary['rows']:,} rows of {what}s of {setting.pairs:,} pairs.")
+    return {WHOLE_CALL: setting.pairs / seconds, WORK: setting.pairs / summaries["image"]["seconds"]}
+
+
+def run_clip_retrieval(setting: Setting) -> dict[str, float]:
+    """Rates of clip-retrieval's inference, pictures and texts in one call."""
+    out = _fresh(setting.theirs)
+    last = len(list(setting.shards.glob("*.tar"))) - 1
+    request = {
+        "config": str(setting.config),
+        "weights": str(setting.weights),
+        "shards": f"{setting.shards}/{{00000..{last:05d}}}.tar",
+        "out": str(out),
+        "batch_size": setting.batch_size,
+        "workers": setting.workers,
+    }
+    command = [str(setting.python), str(BENCH / "clip_retrieval_embedding.py"), json.dumps(request)]
+    seconds, _ = _timed(command, setting.threads)
+    counted: dict[str, Any] = json.loads((out / "stats" / "0.json").read_text(encoding="utf-8"))
+    if counted["sample_count"] != setting.pairs:
+        raise VlmError(f"clip-retrieval embedded {counted['sample_count']} of {setting.pairs} pairs; see {out}.")
+    return {WHOLE_CALL: setting.pairs / seconds, WORK: setting.pairs / counted["total_duration"]}
+
+
+def vectors_of_ours(setting: Setting) -> Vectors:
+    """What the last of our runs left."""
+    found: Vectors = {}
+    for what in ("image", "text"):
+        opened = Embeddings.open(setting.ours / f"{what}s")
+        rows = np.concatenate(list(opened.blocks()))
+        found[what] = {origin.key: row for origin, row in zip(opened.origins(), rows, strict=True)}
+    return found
+
+
+def vectors_of_clip_retrieval(setting: Setting) -> Vectors:
+    """What the last run of clip-retrieval left; which row is whose stands in its table."""
+    (table,) = (setting.theirs / "metadata").glob("*.parquet")
+    keys = pq.read_table(table).column("image_path").to_pylist()
+    found: Vectors = {}
+    for what, name in (("image", "img_emb"), ("text", "text_emb")):
+        (matrix,) = (setting.theirs / name).glob("*.npy")
+        rows = np.load(matrix).astype(np.float32)
+        found[what] = dict(zip(keys, rows / np.linalg.norm(rows, axis=1, keepdims=True), strict=True))
+    return found
+
+
+def agreement(ours: Vectors, theirs: Vectors) -> dict[str, dict[str, float]]:
+    """Of pictures and of texts, least and mean cosine of a sample's two vectors, as they are and from their centre.
+
+    Vectors of a network with random weights lie so close together that the first alone says little.
+    """
+    found = {}
+    for what, mine in ours.items():
+        if mine.keys() != theirs[what].keys():
+            raise VlmError(f"The two sides embedded different samples: {len(mine)} and {len(theirs[what])} {what}s.")
+        one, two = np.stack(list(mine.values())), np.stack([theirs[what][key] for key in mine])
+        centre = two.mean(axis=0)
+        plain, centred = _cosines(one, two), _cosines(one - centre, two - centre)
+        found[what] = {
+            "least": float(plain.min()),
+            "mean": float(plain.mean()),
+            "least, centred": float(centred.min()),
+            "mean, centred": float(centred.mean()),
+        }
+    return found
+
+
+def _cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    return (one * two).sum(axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1))
+
+
+def _timed(command: list[str], threads: int) -> tuple[float, str]:
+    """Seconds from the start of a process to its end, and its output."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise VlmError(f"{' '.join(command[:4])} … failed: {done.stderr[-2000:]}")
+    return time.perf_counter() - began, done.stdout
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder

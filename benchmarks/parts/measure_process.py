@@ -1,0 +1,59 @@
+"""A process that measures on request, in whichever environment (`parts/measure_server.py` is its other end)."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent
+
+
+class Side:
+    """A process of its own. start_s: until its imports were done.
+
+    script: of this folder. threads: OMP_NUM_THREADS; 0 leaves it as it is here.
+    """
+
+    def __init__(self, python: Path | str, script: str, *, threads: int = 0) -> None:
+        began = time.perf_counter()
+        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [str(python), str(BENCH / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+        )
+        self._answer("{}")
+        self.start_s = time.perf_counter() - began
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Its answer to a request."""
+        assert self._process.stdin is not None
+        asked = json.dumps(request)
+        self._process.stdin.write(asked + "\n")
+        self._process.stdin.flush()
+        return self._answer(asked)
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self, asked: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            command = shlex.join(map(str, self._process.args))  # pyright: ignore[reportArgumentType]
+            sys.exit(f"A side of the benchmark failed; see why with: echo '{asked}' | {command}")
+        return json.loads(line)

@@ -1,0 +1,58 @@
+"""Which runs the quality benchmark makes, checked before the first begins."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+from parts.quality_data import DataSet
+from parts.quality_runs import Run, Trainer, our_words
+from parts.quality_settings import ABLATIONS, EVERYTHING, OPEN_CLIP, OURS, THEIR_VARIANTS
+
+from vlm.cli.train import Arguments, defaults
+from vlm.console import say
+from vlm.train.run_config import TrainConfig
+
+
+def recipe_run(data: DataSet, trainer: Trainer, *, seed: int, epochs: int, batch_size: int) -> Run:
+    """A run of a side's recipe."""
+    words = OURS[data.name] if trainer == "ours" else OPEN_CLIP
+    run = Run(
+        data=data,
+        trainer=trainer,
+        name=trainer,
+        seed=seed,
+        words=tuple(words),
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    configuration(run)
+    return run
+
+
+def ablated_runs(ours: Run) -> list[Run]:
+    """Ours with each default that it has changed switched back, then with all of them."""
+    found = [replace(ours, name=name, words=(*ours.words, *words)) for name, words in ABLATIONS.items()]
+    changed = [run for run in found if configuration(run) != configuration(ours)]
+    left_out = [run.name for run in found if run not in changed]
+    if left_out:
+        say(f"{ours.data.name}: our recipe is as open_clip's, so nothing to switch back, in: {', '.join(left_out)}")
+    everything = tuple(word for words in ABLATIONS.values() for word in words)
+    return [*changed, replace(ours, name=EVERYTHING, words=(*ours.words, *everything))]
+
+
+def their_variants(theirs: Run) -> list[Run]:
+    """open_clip with a setting of ours."""
+    return [
+        replace(theirs, name=f"open_clip, {name}", words=(*theirs.words, *words))
+        for name, words in THEIR_VARIANTS.items()
+    ]
+
+
+def configuration(run: Run) -> TrainConfig | None:
+    """What our trainer makes of the words; None of open_clip's."""
+    if run.trainer != "ours":
+        return None
+    words = our_words(run, Path("run"))
+    config = tyro.cli(Arguments, default=defaults(words), args=words).config
+    config.check()
+    return config

@@ -1,0 +1,52 @@
+"""One side of the loader benchmark: this project's loader, as `vlm train` builds it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from measure_server import memory_mb, serve, time_stream
+
+from vlm.data.collate import TrainingBatch, TrainingCollator
+from vlm.data.loader import stream_batches
+from vlm.data.sampler import BatchSampler, SampleOrder
+from vlm.data.shards import count_samples
+from vlm.data.tokenizers import open_tokenizer
+from vlm.data.transforms import EvalTransform, RandomResizedCrop
+from vlm.models.model import normalise
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Time the loader, or with `epochs` its memory at the end of each."""
+    if "epochs" in request:
+        return {"memory_mb": memory_by_epoch(request)}
+
+    def stream() -> Iterator[int]:
+        for batch in _open(request, request["batches"]):
+            images = normalise(batch.images, EvalTransform()) if request["is_float"] else batch.images
+            yield len(images)
+
+    return time_stream(stream, request)
+
+
+def memory_by_epoch(request: dict[str, Any]) -> list[float]:
+    """MB of all processes at the end of each epoch."""
+    samples = sum(count_samples(request["shards"]))
+    ends = [-(-epoch * samples // request["batch"]) for epoch in range(1, request["epochs"] + 1)]
+    found: list[float] = []
+    for number, _ in enumerate(_open(request, ends[-1]), 1):
+        if number == ends[len(found)]:
+            found.append(memory_mb())
+    return found
+
+
+def _open(request: dict[str, Any], batches: int) -> Iterator[TrainingBatch]:
+    order = SampleOrder(counts=tuple(count_samples(request["shards"])))
+    plan = BatchSampler(order=order, batch_size=request["batch"])
+    collate = TrainingCollator(
+        plan=plan, view=RandomResizedCrop(size=request["size"]), tokenizer=open_tokenizer("clip")
+    )
+    return stream_batches(plan, request["shards"], collate, numbers=range(batches), workers=request["workers"])
+
+
+if __name__ == "__main__":
+    open_tokenizer("clip")  # imports open_clip, which the other side does in its first lines
+    serve(measure)

@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""The trainer beside open_clip's own trainer and beside a bare PyTorch loop, in one run.
+
+    benchmarks/run training [--only throughput step memory split overcount] [--shards clothing flickr8k] [--json]
+
+Same network, optimiser, batches and shards on both sides, every side in a process of its own, runs in turn; medians
+and ratios of one session are shown, whoever wins. In a minute: --steps 2 --repeats 1 --margin 1 --width 32 --layers 1
+--text-layers 1 --image-size 32 --patch-size 8 --batch 16 --large 64 --split 32.
+"""
+
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from vlm.cli.main import print_error
+from vlm.console import show_json, show_table
+from vlm.errors import UsageError, VlmError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parts import training_measurements
+from parts.open_clip_environment import open_clip_python, shards_of
+from parts.training_runs import ALLOCATORS, Network, Trainers
+
+Part = Literal["throughput", "step", "memory", "split", "overcount"]
+PARTS: tuple[Part, ...] = ("throughput", "step", "memory", "split", "overcount")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Command line of the trainer benchmark."""
+
+    only: tuple[Part, ...] = PARTS
+    """What is measured."""
+
+    shards: tuple[str, ...] = ("clothing", "flickr8k")
+    """Data sets: clothing (packed as it is), flickr8k, or any address of shards; all but throughput take the first."""
+
+    steps: int = 8
+    """Timed steps of a run."""
+
+    margin: int = 5
+    """Steps before and after them, while the loaders' queues fill and run dry (ours holds 4 batches, open_clip's 2)."""
+
+    repeats: int = 3
+    """Runs of each side, taken in turn."""
+
+    batch: int = 256
+    """Samples of a step, and of a part of the batches in parts."""
+
+    large: int = 4096
+    """Batch in parts whose memory is compared with that of a batch."""
+
+    split: int = 1024
+    """Batch in parts whose time is compared with that of a batch."""
+
+    allocators: tuple[Literal["default", "raised"], ...] = ("default", "raised")
+    """Settings of glibc's allocator, the same on both sides: as they are, or with both thresholds raised."""
+
+    width: int = 192
+    """Width of both towers and of the embedding."""
+
+    layers: int = 6
+    """Blocks of the image tower."""
+
+    text_layers: int = 4
+    """Blocks of the text tower."""
+
+    image_size: int = 112
+    """Side of the views, in pixels."""
+
+    patch_size: int = 16
+    """Side of a patch, in pixels."""
+
+    cache: Path = Path.home() / ".cache" / "vlm"
+    """Where open_clip's environment (bench-open-clip) and the packed photos are kept."""
+
+    json: bool = False
+    """Print the results as JSON."""
+
+    @property
+    def sizes(self) -> training_measurements.Sizes:
+        """What is measured how often.
+
+        Raises:
+            UsageError: a batch cannot be divided into parts.
+        """
+        for name, value in (("--large", self.large), ("--split", self.split)):
+            if value % self.batch:
+                raise UsageError(f"{name} {value} is no multiple of --batch {self.batch}.")
+        return training_measurements.Sizes(
+            steps=self.steps,
+            repeats=self.repeats,
+            margin=self.margin,
+            batch=self.batch,
+            large=self.large,
+            split=self.split,
+            allocators=self.allocators,
+        )
+
+    @property
+    def network(self) -> Network:
+        """The network both sides train."""
+        return Network(
+            width=self.width,
+            layers=self.layers,
+            text_layers=self.text_layers,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            context_length=77,
+        )
+
+
+def run(arguments: Arguments) -> None:
+    """Measure and print."""
+    sizes, cache = arguments.sizes, arguments.cache.expanduser()
+    shards = shards_of(arguments.shards, cache, workers=1)
+    first = next(iter(shards.values()))
+    with tempfile.TemporaryDirectory() as models:
+        arguments.network.write(Path(models))
+        pythons = {"ours": Path(sys.executable), "open_clip": open_clip_python(cache / "bench-open-clip")}
+        trainers = Trainers(pythons=pythons, models=Path(models))  # pyright: ignore[reportArgumentType]
+        measure = {
+            "throughput": lambda: training_measurements.throughput(trainers, sizes, shards),
+            "step": lambda: training_measurements.step_cost(trainers, sizes, first),
+            "memory": lambda: training_measurements.memory(trainers, sizes, first),
+            "split": lambda: training_measurements.split_cost(trainers, sizes, first),
+            "overcount": lambda: training_measurements.overcount(trainers),
+        }
+        result: dict[str, Any] = {part: measure[part]() for part in arguments.only}
+    result["command"] = shlex.join(["benchmarks/run", "training", *sys.argv[1:]])
+    result["threads"] = torch.get_num_threads()
+    if arguments.json:
+        show_json(result)
+    else:
+        _show(result, arguments)
+
+
+def _show(result: dict[str, Any], arguments: Arguments) -> None:
+    shown = {
+        "throughput": _show_throughput,
+        "step": _show_step,
+        "memory": _show_memory,
+        "split": _show_split,
+        "overcount": _show_overcount,
+    }
+    for part in arguments.only:
+        shown[part](result[part], arguments)
+    print(f"{result['threads']} threads. To repeat: {result['command']}")
+
+
+def _show_throughput(rows: list[dict[str, Any]], arguments: Arguments) -> None:
+    show_table(
+        ["shards", "allocator", "ours", "open_clip", "× open_clip", "ratio of each run"],
+        [
+            [
+                row["shards"],
+                row["allocator"],
+                *(f"{row['samples_per_s'][side]:.1f}" for side in ("ours", "open_clip")),
+                f"{row['ratio']:.2f}",
+                " ".join(
+                    f"{one / two:.2f}" for one, two in zip(row["runs"]["ours"], row["runs"]["open_clip"], strict=True)
+                ),
+            ]
+            for row in rows
+        ],
+        title=f"Samples a second in training, batch {arguments.batch:,}, 1 worker (goal: ≥ 1.2 ×)",
+    )
+    for name in arguments.allocators:
+        settings = " ".join(f"{variable}={value}" for variable, value in ALLOCATORS[name].items())
+        print(f"Allocator {name}, both sides: {settings or 'glibc as it is'}")
+
+
+def _show_step(found: dict[str, Any], arguments: Arguments) -> None:
+    show_table(
+        ["ours s", "bare s", "ours / bare"],
+        [[f"{found['seconds']['ours']:.3f}", f"{found['seconds']['bare']:.3f}", f"{found['ratio']:.3f}"]],
+        title=f"A step on a batch of {arguments.batch:,} in memory (goal: ≤ 1.05)",
+    )
+
+
+def _show_memory(found: dict[str, Any], arguments: Arguments) -> None:
+    show_table(
+        ["trainer", f"batch {arguments.batch:,}", f"{arguments.large:,} in parts of {arguments.batch:,}", "ratio"],
+        [
+            [side, *(f"{peak:.0f}" for peak in found["peak_mb"][side].values()), f"{found['ratio'][side]:.2f}"]
+            for side in found["peak_mb"]
+        ],
+        title="Peak memory of all processes in MB, shared pages once (goal: ratio ≤ 1.3)",
+    )
+    show_table(
+        ["trainer", "KB a sample", *(f"{room} GB" for room in training_measurements.MEMORY_GB)],
+        [
+            [side, f"{line['kb_a_sample']:.0f}", *(f"{batch:,}" for batch in line["largest"].values())]
+            for side, line in found["lines"].items()
+        ],
+        title=f"Largest batch in parts of {arguments.batch:,} by memory, on the line through these two",
+    )
+
+
+def _show_split(found: dict[str, Any], arguments: Arguments) -> None:
+    each, ratios = found["ms_a_sample"], found["ratio"]
+    part, whole = f"{arguments.batch:,}", f"{arguments.split:,}"
+    show_table(
+        [part, f"{whole} in parts", f"{whole} undivided", f"in parts / {part}", f"in parts / {whole} undivided"],
+        [[*(f"{each[name]:.2f}" for name in each), *(f"{ratio:.2f}" for ratio in ratios.values())]],
+        title=f"Milliseconds a sample, parts of {part} (goal: in parts / {part} ≤ 1.4)",
+    )
+
+
+def _show_overcount(found: dict[str, Any], _: Arguments) -> None:
+    rows = [
+        [objective, side, parts, name, f"{value:.6f}", f"{one['times'][name]:.6f}", f"{one['others']:.1e}"]
+        for objective, sides in found.items()
+        for side, by_parts in sides.items()
+        for parts, one in by_parts.items()
+        for name, value in one["gradients"].items()
+    ]
+    show_table(
+        ["objective", "trainer", "parts", "weight", "gradient", "× undivided", "largest difference of all others"],
+        rows,
+        title="Gradients of one batch in parts (float64; right is 1 ×)",
+    )
+
+
+if __name__ == "__main__":
+    try:
+        run(tyro.cli(Arguments))
+    except VlmError as error:
+        raise SystemExit(print_error(str(error), error.exit_code)) from None

@@ -1,0 +1,571 @@
+"""The verbs of an index: build, import, export, add, update, delete, compact, fit-head, upgrade, check, info."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from vlm.cli.options import IndexArgument, JsonOption
+from vlm.console import read_text, show_fields, show_json, show_table
+from vlm.errors import UsageError, VlmError
+
+if TYPE_CHECKING:
+    from vlm.evaluation.retrieval import Retrieval
+    from vlm.index.build import BuildSummary
+    from vlm.index.interop.importer import ImportSummary
+    from vlm.index.writer import CommitInfo
+
+logger = logging.getLogger(__name__)
+
+_TEXTS_HELP = (
+    "Text embeddings by the same model (vlm embed --modality text), as queries for autotuning. If omitted, held-out "
+    "rows serve as queries. With 1,000 or more, the reverse direction (image→text) is evaluated too."
+)
+_SOURCE_HELP = (
+    "Output folder of clip-retrieval (img_emb, text_emb, metadata); folder of .npy with Parquet files of the same "
+    "names or numbers, of .npy alone, of Parquet with a column of vectors, or with one FAISS file (knn.index, "
+    "image.index) and Parquet files next to it or in metadata; one such file; or the output of vlm index export."
+)
+_SOURCE_MODEL_HELP = (
+    "Model that made the vectors: run folder, model folder, or open_clip NAME:WEIGHTS. With unknown, queries can only "
+    "be stored items or vectors. Exports of vlm name it themselves."
+)
+_FORMAT_HELP = (
+    "npy: embeddings.npy with metadata.parquet. clip-retrieval: its folders img_emb (or text_emb) and metadata, which "
+    "autofaiss reads too. faiss: index.faiss, whose ids are the rows of metadata.parquet. parquet: embeddings.parquet, "
+    "with a column of vectors."
+)
+_UPDATE_WHERE_HELP = (
+    "Replace only rows that match this filter, e.g. \"split = 'old' and width < 64\"; other rows of EMBEDDINGS, new "
+    "ones included, are skipped and counted."
+)
+
+_TUNED = {
+    "nlist": "nlist",
+    "nprobe": "nprobe",
+    "hnsw_m": "links",
+    "ef_construction": "ef_construction",
+    "ef_search": "ef_search",
+    "refine_factor": "rerank",
+}
+"""The options that autotuning chooses, with the field of `TuningParams` that each sets."""
+
+_MAX_DELETED_SHARE = 0.2
+"""From this share on, deleted rows slow searches more than a compaction costs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildIndex:
+    """Build a FAISS index with its metadata catalog from embeddings.
+
+    With a target (--recall, --latency-ms, --memory) or queries (--texts, --images), index type and search parameters
+    are autotuned on a sample of the rows.
+    """
+
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Embeddings folder, made by vlm embed or vlm index import."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the index."""
+
+    index_type: str = "auto"
+    """flat (exact), ivf, ivfsq, ivfpq, rabitq, sq8, hnsw, or auto: flat for few rows, ivf for many, or autotuned."""
+
+    recall: float | None = None
+    """Target: minimum recall against exact search; 0.95 if only another target is given."""
+
+    recall_at: int = 10
+    """Target: cut-off K of the recall."""
+
+    latency_ms: float | None = None
+    """Target: maximum p95 latency of one query on one thread."""
+
+    memory: str | None = None
+    """Target: maximum memory of the FAISS index, e.g. 4GB or 512MiB."""
+
+    texts: Annotated[Path | None, tyro.conf.arg(help=_TEXTS_HELP)] = None
+
+    images: Path | None = None
+    """Image embeddings to use as queries when tuning an index of texts."""
+
+    tune_rows: int = 50_000
+    """Rows of the sample that candidate configurations are tried on."""
+
+    nlist: int | None = None
+    """Inverted lists of ivf, ivfsq, ivfpq and rabitq; None chooses by the number of rows."""
+
+    nprobe: int | None = None
+    """Lists probed by a search; None chooses by nlist."""
+
+    hnsw_m: int | None = None
+    """M of hnsw: edges per node; None uses the default of the index type."""
+
+    ef_construction: int | None = None
+    """efConstruction of hnsw; None uses the default of the index type."""
+
+    ef_search: int | None = None
+    """efSearch of hnsw; None uses the default of the index type."""
+
+    refine_factor: int | None = None
+    """ivfsq, ivfpq, rabitq, sq8: candidates rescored with full vectors per result; None uses the type's default."""
+
+    seed: int = 0
+    """Random seed for sampling and k-means."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Build, autotuned if there is a target or are queries."""
+        from vlm.index.ann.index_type import TuningParams
+        from vlm.index.build import build_index
+
+        targets = (self.recall, self.latency_ms, self.memory, self.texts, self.images)
+        if any(value is not None for value in targets):
+            self._build_autotuned()
+            return
+        numbers = {parameter: getattr(self, option) for option, parameter in _TUNED.items()}
+        tuning = TuningParams(seed=self.seed, **numbers)
+        summary = build_index(self.embeddings, self.out, kind=self.index_type, tuning=tuning)
+        if self.json:
+            show_json(asdict(summary))
+        else:
+            self._show(summary)
+
+    def _build_autotuned(self) -> None:
+        """Build for a target, show plan and measurements, and fail if the target is missed."""
+        from vlm.index.autotune.autotune_report import show_plan
+        from vlm.index.autotune.trial import TuningTarget, parse_bytes
+        from vlm.index.build import build_autotuned
+
+        fixed = [option.replace("_", "-") for option in _TUNED if getattr(self, option) is not None]
+        if fixed:
+            raise UsageError(f"--{fixed[0]} is chosen by autotuning; omit it, or omit the targets.")
+        target = TuningTarget(
+            recall=0.95 if self.recall is None else self.recall,
+            at=self.recall_at,
+            latency_ms=self.latency_ms,
+            memory_bytes=None if self.memory is None else parse_bytes(self.memory),
+        )
+        build = build_autotuned(
+            self.embeddings,
+            self.out,
+            target,
+            texts=self.texts,
+            images=self.images,
+            kind=self.index_type,
+            max_rows=self.tune_rows,
+            seed=self.seed,
+            on_plan=None if self.json else show_plan,
+        )
+        verification = asdict(build.verification)
+        if self.json:
+            measured = {"setting": build.search_params and asdict(build.search_params), "confirmed": verification}
+            show_json(asdict(build.summary) | {"plan": build.plan.evidence} | measured)
+        else:
+            del verification["breaks"]
+            show_fields(verification, title=f"The finished index, queried {build.plan.direction}")
+            self._show(build.summary)
+        build.check_target()
+
+    def _show(self, summary: "BuildSummary") -> None:
+        show_fields(asdict(summary))
+        logger.info(f'Next: vlm search {self.out} "your query"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportEmbeddings:
+    """Import embeddings of clip-retrieval, autofaiss or other tools, for vlm index build and vlm index add."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE", help=_SOURCE_HELP)]
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the embeddings."""
+
+    model: Annotated[str, tyro.conf.arg(help=_SOURCE_MODEL_HELP)] = ""
+
+    modality: Literal["image", "text"] | None = None
+    """What was embedded; default: image."""
+
+    metadata: Path | None = None
+    """Parquet file or folder with the metadata, if not next to the vectors; row i describes vector i."""
+
+    uid_column: str = ""
+    """Column of the uids; default: uid, key or image_path, else row numbers."""
+
+    caption_column: str = ""
+    """Column of the captions, a text or a list; default: caption, captions or text."""
+
+    embedding_column: str = ""
+    """Column of the vectors in a Parquet source; default: embedding, or the only column of such lists."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Import, and log what was changed or skipped."""
+        from vlm.index.interop.import_sources import ColumnChoice
+        from vlm.index.interop.importer import import_embeddings
+        from vlm.service.search import load_encoder
+
+        summary = import_embeddings(
+            self.source,
+            self.out,
+            model_spec=self.model,
+            load=load_encoder,
+            modality=self.modality,
+            metadata=self.metadata,
+            column_choice=ColumnChoice(
+                uid=self.uid_column, caption=self.caption_column, embedding=self.embedding_column
+            ),
+        )
+        self._log_changes(summary)
+        if self.json:
+            show_json(asdict(summary))
+            return
+        show_fields({name.replace("_", " "): value for name, value in asdict(summary).items()})
+        logger.info(f"Next: vlm index build {self.out} INDEX")
+
+    def _log_changes(self, summary: "ImportSummary") -> None:
+        from vlm.index.interop.importer import UNKNOWN
+
+        if summary.bad:
+            incidents = self.out / "incidents.jsonl"
+            logger.info(f"{summary.bad:,} vectors are zero or not finite and were skipped: {incidents}")
+        if summary.scaled:
+            logger.info(
+                f"{summary.scaled:,} vectors were not of unit length and were normalised for cosine similarity."
+            )
+        if summary.approximate:
+            logger.info(
+                f"The FAISS file ({summary.approximate}) stores quantized vectors: the rows are approximations. Import "
+                "the original vectors if they still exist."
+            )
+        if summary.renamed:
+            logger.info(
+                f"{summary.renamed:,} rows share their {summary.uid_column}; file and row were added to their uids."
+            )
+        if summary.left_out:
+            names = ", ".join(name or "one without a name" for name in summary.left_out)
+            logger.info(f"Columns that cannot be metadata were skipped: {names}")
+        if summary.model == UNKNOWN:
+            logger.info("The model is unknown: query with vlm search --like UID, and add only rows of the same model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportIndex:
+    """Export the live rows of an index for other tools: npy, clip-retrieval's folders, a FAISS file, Parquet."""
+
+    index: IndexArgument
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the files."""
+
+    to: Annotated[Literal["npy", "clip-retrieval", "faiss", "parquet"], tyro.conf.arg(help=_FORMAT_HELP)]
+
+    where: str = ""
+    """Export only rows that match this filter, as for vlm search."""
+
+    precision: Literal["float16", "float32"] | None = None
+    """Precision of the vectors; default: float16, as stored, or float32 for parquet."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Export, then list the files."""
+        from vlm.index.interop.exporter import export_index
+
+        summary = export_index(self.index, self.out, to=self.to, where=self.where, precision=self.precision)
+        if self.json:
+            show_json(asdict(summary))
+        else:
+            show_fields(asdict(summary))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddRows:
+    """Add embeddings to an index; searches can run meanwhile."""
+
+    index: IndexArgument
+
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Embeddings folder, made by vlm embed with the same model."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Add, then show the counts."""
+        from vlm.index.writer import IndexWriter, InsertBatch
+
+        batch = InsertBatch.from_folder(self.embeddings)
+        with IndexWriter(self.index) as writer:
+            info = writer.add(batch)
+        show_commit_info(info, self.index, as_json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRows:
+    """Upsert embeddings into an index by uid."""
+
+    index: IndexArgument
+
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Embeddings folder, made by vlm embed with the same model; rows with a new uid are added."""
+
+    where: Annotated[str, tyro.conf.arg(help=_UPDATE_WHERE_HELP)] = ""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Replace and add, then show the counts."""
+        from vlm.index.filters import parse_filter
+        from vlm.index.writer import IndexWriter, InsertBatch
+
+        condition = parse_filter(self.where) if self.where else None
+        batch = InsertBatch.from_folder(self.embeddings)
+        with IndexWriter(self.index) as writer:
+            allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
+            info = writer.update(batch, allowed_rows=allowed_rows)
+        show_commit_info(info, self.index, as_json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteRows:
+    """Delete rows of an index by uid or filter."""
+
+    index: IndexArgument
+
+    uid: tuple[str, ...] = ()
+    """Uids to delete; if one does not exist, nothing is deleted."""
+
+    uids: Path | None = None
+    """File with one uid per line; - reads standard input."""
+
+    where: str = ""
+    """Delete rows that match this filter, e.g. "split = 'old' and width < 64"."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Delete, then show the counts."""
+        from vlm.index.filters import parse_filter
+        from vlm.index.writer import IndexWriter
+
+        uids = [*self.uid, *(_read_uids(self.uids) if self.uids else ())]
+        if bool(uids) == bool(self.where):
+            raise UsageError("Name the rows to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
+        condition = parse_filter(self.where) if self.where else None
+        with IndexWriter(self.index) as writer:
+            if condition is None:
+                info = writer.delete(uids)
+            else:
+                info = writer.delete_rows(writer.snapshot.catalogue.where(condition))
+        show_commit_info(info, self.index, as_json=self.json)
+
+
+def _read_uids(path: Path) -> list[str]:
+    uids = [line for line in read_text(path).split("\n") if line]
+    if not uids:
+        raise UsageError(f"{path} holds no uid: one per line was expected; nothing was deleted.")
+    return uids
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactIndex:
+    """Merge all segments into one, retrain it, and drop deleted rows."""
+
+    index: IndexArgument
+
+    index_type: str = ""
+    """Change to this index type, with its default parameters; empty keeps type and parameters."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Compact, then show the counts."""
+        from vlm.index.ann.index_type import TuningParams
+        from vlm.index.writer import IndexWriter
+
+        with IndexWriter(self.index) as writer:
+            info = writer.compact(kind=self.index_type, tuning=TuningParams() if self.index_type else None)
+        show_commit_info(info, self.index, as_json=self.json)
+
+
+def show_commit_info(info: "CommitInfo", index: Path, *, as_json: bool) -> None:
+    """What a change did, and whether it is time to compact."""
+    if as_json:
+        show_json(asdict(info))
+        return
+    show_fields(asdict(info))
+    if info.dead > _MAX_DELETED_SHARE * (info.dead + info.rows):
+        logger.info(f"Next: vlm index compact {index}, since every search skips {info.dead:,} deleted rows.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitHead:
+    """Fit a projection (head) with which a new model queries an index of an old one.
+
+    It is fitted on embeddings of the same samples by both models. The head is a MODEL from then on: vlm index upgrade
+    migrates an index to it, vlm embed adds rows with it; rows embedded by it are searched exactly as with the new model
+    alone. Recall is measured on a held-out part. Prefer samples neither model was trained on, since they reflect how
+    both embed unseen data.
+    """
+
+    old: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OLD-EMBEDDINGS")]
+    """Image embeddings by the old model (or by an older head)."""
+
+    new: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NEW-EMBEDDINGS")]
+    """Embeddings of the same images by the new model."""
+
+    head: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HEAD")]
+    """Folder for the head."""
+
+    old_texts: Path
+    """Embeddings of the images' captions by the old model (vlm embed --modality text)."""
+
+    new_texts: Path
+    """Embeddings of the same captions by the new model."""
+
+    held_out: float = 0.1
+    """Fraction of the images held out to measure recall."""
+
+    max_images: int = 20_000
+    """Maximum number of images used, sampled evenly."""
+
+    seed: int = 0
+    """Random seed for sampling and the held-out split."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Fit, measure, save, show."""
+        from vlm.files import check_not_exists
+        from vlm.index.backward_compat import fit_head, measure_head, read_pairs
+        from vlm.models.variants import save_projection
+
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"--held-out {self.held_out} is out of range: give a fraction between 0 and 1.")
+        if self.max_images < 1:
+            raise UsageError(f"--max-images {self.max_images} is out of range: give at least 1.")
+        check_not_exists(self.head)
+        pairs = read_pairs(
+            self.old, self.new, self.old_texts, self.new_texts, max_images=self.max_images, seed=self.seed
+        )
+        fitting, held_out = pairs.split(self.held_out, seed=self.seed)
+        fitted = fit_head(fitting, seed=self.seed)
+        recall = measure_head(held_out, fitted.head, seed=self.seed)
+        metrics = {name: retrieval.metrics() for name, retrieval in recall.items()}
+        evidence = asdict(fitted.choice) | {"recall": metrics}
+        configuration = {"held_out": self.held_out, "pictures": self.max_images, "seed": self.seed}
+        save_projection(self.head, fitted.head, configuration=configuration, details={"evidence": evidence})
+        if self.json:
+            show_json({"head": str(self.head), "fingerprint": fitted.head.fingerprint} | evidence)
+            return
+        show_fields(asdict(fitted.choice))
+        show_recall(recall, title=f"{len(held_out):,} held-out images")
+        logger.info(f"Next: vlm index upgrade INDEX OUT --head {self.head}")
+
+
+def show_recall(recall: "dict[str, Retrieval]", *, title: str) -> None:
+    """A row for each combination of query model and index model."""
+    cutoffs = next(iter(recall.values())).text_to_image.recall
+    columns = ["query → rows", *(f"{way} R@{k}" for way in ("text→image", "image→text") for k in cutoffs)]
+    rows = [
+        [name, *retrieval.text_to_image.recall.values(), *retrieval.image_to_text.recall.values()]
+        for name, retrieval in recall.items()
+    ]
+    show_table(columns, rows, title=title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeIndex:
+    """Migrate an index to a new model without recomputing its embeddings.
+
+    The new index is queried through the head of vlm index fit-head. Rows embedded later by the new model (vlm embed
+    with the head as MODEL) replace the migrated ones by vlm index update, bit by bit.
+    """
+
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """Index folder, made by vlm index build; it is not changed."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the new index."""
+
+    head: Path
+    """Head folder, made by vlm index fit-head for the index's model and the new one."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Migrate, then log the next steps."""
+        from vlm.index.backward_compat import upgrade_index
+        from vlm.models.variants import read_projection
+
+        summary = upgrade_index(self.index, self.out, read_projection(self.head), head_spec=str(self.head))
+        if self.json:
+            show_json(asdict(summary))
+            return
+        show_fields({name.replace("_", " "): value for name, value in asdict(summary).items()})
+        logger.info(
+            f'Next: vlm search {self.out} "your query"; to replace migrated rows by the new model\'s own:\n'
+            f"vlm embed {self.head} SHARDS EMBEDDINGS && vlm index update {self.out} EMBEDDINGS"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckIndex:
+    """Verify an index: checksums, referential integrity, counts and distances."""
+
+    index: IndexArgument
+
+    sample: int = 1000
+    """Rows whose metadata and distances are recomputed."""
+
+    seed: int = 0
+    """Random seed for this sample."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Check; a fault makes the command fail."""
+        from vlm.index.verify import check_index
+
+        if self.sample < 1:
+            raise UsageError(f"--sample {self.sample} is out of range: give at least 1.")
+        report = check_index(self.index, sample=self.sample, seed=self.seed)
+        if self.json:
+            show_json(asdict(report))
+        else:
+            counts = {name: value for name, value in asdict(report).items() if name not in ("faults", "strays")}
+            show_fields(counts | {"strays": len(report.strays), "faults": len(report.faults)})
+            if report.faults:
+                show_table(["part", "fault"], [[fault.part, fault.what] for fault in report.faults])
+        if report.faults:
+            raise VlmError(
+                f"{self.index} has {len(report.faults)} faults; rebuild it with vlm index build, or restore the "
+                "damaged files from a copy."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """Show what an index holds and what it was made from."""
+
+    index: IndexArgument
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Show the fields, and a row for each segment."""
+        from vlm.index.reader import Index
+
+        fields = asdict(Index.open(self.index).info())
+        if self.json:
+            show_json(fields)
+            return
+        segments, evidence = fields.pop("segments"), fields.pop("evidence")
+        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+        if segments:
+            show_table(list(segments[0]), [list(segment.values()) for segment in segments], title="segments")
+        if "why" in evidence:
+            show_fields({"why this index type": evidence["why"]})

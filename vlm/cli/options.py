@@ -1,0 +1,65 @@
+"""What a verb is, and the options that several verbs share."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import tyro
+
+
+class Verb(Protocol):
+    """A frozen dataclass: its fields are the options, its docstring is the help."""
+
+    def run(self) -> None:
+        """Do the work and show the result."""
+        ...
+
+
+ModelArgument = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint, model folder, or open_clip NAME:WEIGHTS."),
+]
+ShardsArgument = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="SHARDS", help="Shards: a folder, a pattern, a URL, or several joined by ::."),
+]
+IndexArgument = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX", help="Index folder, made by vlm index build.")
+]
+ImageArguments = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help="Image files.")]
+
+JsonOption = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
+DeviceOption = Annotated[str, tyro.conf.arg(help="Device of the model: auto, cpu, cuda, cuda:1, …")]
+PrecisionOption = Annotated[Literal["fp32", "bf16"], tyro.conf.arg(help="Precision of the model's forward pass.")]
+WorkersOption = Annotated[int, tyro.conf.arg(help="Worker processes that read and decode; 0 uses the main process.")]
+AllowDamageOption = Annotated[
+    bool, tyro.conf.arg(help="Use the intact samples of truncated shards instead of failing.")
+]
+
+RENAMED_FLAGS: dict[str, dict[str, str]] = {
+    "index build": {
+        "--kind": "--index-type",
+        "--links": "--hnsw-m",
+        "--rerank": "--refine-factor",
+        "--plan-rows": "--tune-rows",
+    },
+    "index compact": {"--kind": "--index-type"},
+    "index fit-head": {"--pictures": "--max-images"},
+}
+"""Flags by their names before 1.0, with the ones of today, by verb. Old command lines work until 1.0."""
+
+
+def current_flags(verb: str, words: list[str]) -> list[str]:
+    """The words with old flags replaced; `-` and `_` in a flag are alike.
+
+    >>> current_flags("index compact", ["INDEX", "--kind=flat"])
+    ['INDEX', '--index-type=flat']
+    """
+    renamed = RENAMED_FLAGS.get(verb, {})
+    current: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        new_flag = renamed.get(flag.replace("_", "-"), flag)
+        current.append(f"{new_flag}{equals}{value}")
+    return current
