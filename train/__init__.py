@@ -1,1 +1,1 @@
-"""Pretraining: objectives, optimiser, state, the loop; knows nothing of FAISS or HTTP."""
+"""Pretraining: objectives, optimizer, state, the loop; knows nothing of FAISS or HTTP."""

@@ -1,4 +1,4 @@
-"""The running mean of the weights while they are trained (EMA): the last steps without their noise.
+"""The EMA of the weights while they are trained (EMA): the last steps without their noise.
 
 The weighted mean of several networks' weights, summed in float64.
 
@@ -50,7 +50,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step number `step`, counted from 1.
+        """Take in the weights after optimizer step number `step`, counted from 1.
 
         Raises:
             VlmError: the network is not the one the mean is of.
@@ -84,7 +84,7 @@ class EMA:
         unlike = sorted(current.keys() ^ self.weights.keys())
         unlike += [name for name in current if not unlike and current[name].shape != self.weights[name].shape]
         if unlike:
-            raise VlmError(f"The running mean is of another network: they differ in {', '.join(unlike[:3])}.")
+            raise VlmError(f"The EMA is of another network: they differ in {', '.join(unlike[:3])}.")
         for name, value in current.items():
             self.weights[name] = self.weights[name].to(value.device)
         return current
@@ -97,7 +97,7 @@ def _averaged_parameter_names(network: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def _copy(weights: dict[str, Tensor], *, into: nn.Module) -> None:
-    # asked anew each time: state_dict makes FSDP drop the whole weights that its last forward pass gathered
+    # asked again each time: state_dict makes FSDP drop the whole weights that its last forward pass gathered
     for name, own in into.state_dict().items():
         own.copy_(weights[name])
 

@@ -2,7 +2,7 @@
 
 Tensors that several processes hold in parts (FSDP2), taken as whole ones; in one process, or with DDP, they are.
 
-Weights, gradients and optimiser spread over processes (FSDP2), so that each holds its share of them only.
+Weights, gradients and optimizer spread over processes (FSDP2), so that each holds its share of them only.
 
 The rows of all processes, in the order of the processes; alone, a process's own rows.
 
@@ -81,7 +81,7 @@ _MIN_SHARDED_PARAMETERS = 1 << 16
 
 
 def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
-    """Spread the student's weights over all processes, in place: block by block, and what is left as one.
+    """Spread the task's weights over all processes, in place: block by block, and what is left as one.
 
     Numbers that belong to no row (temperature, bias) stay whole on every process, see `average_whole_gradients`.
 

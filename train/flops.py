@@ -1,10 +1,8 @@
-"""What the network must compute for a sample, counted; against the device's peak that is model FLOP utilisation.
-
-How fast a device can multiply at best, and where that figure is from.
-"""
+"""Model FLOP utilisation (MFU): the FLOPs a network needs for a sample, counted, and the peak of the device."""
 
 import contextlib
 import copy
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +13,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm.console import say
 from vlm.models.dropout import PerSampleNoise
 from vlm.tensors import Tensor
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 2
 _META = torch.device("meta")
@@ -37,49 +36,41 @@ class SampleFlops:
         return self.forward + self.backward
 
 
-def count_flops(network: nn.Module, inputs: dict[str, Tensor]) -> SampleFlops:
-    """FLOPs of one sample of inputs [B, …] in `network(inputs)`, a mapping of outputs, and in its backward pass.
-
-    Counted are matrix products, convolutions and attention (all L² of it, masked or not), as dispatched by torch on a
-    copy without data (device `meta`), in the mode the network is in: what patch dropout leaves out is not counted, nor
-    are gradients nobody asks for (locked towers, the pixels). Not counted: elementwise work, normalisation, look-ups,
-    the loss, the optimiser. Nor is work done twice: recomputation under gradient checkpointing, and the first of the
-    two forward passes of the exact split, since they bring the model no further (Chowdhery et al. 2022, PaLM,
-    appendix B).
-
-    Call it before the network is wrapped for several processes. Weights, gradients, buffers and torch's generators stay
-    as they are. Where the network cannot run without data it is copied as it is and run on its own device.
-    """
-    return _count_with_fallback(_copy(network, _META), network, inputs)
-
-
 class FlopCounter:
     """The FLOPs of batches, counted once for each shape of inputs: captions may be trimmed to different lengths.
 
-    Made before the network is wrapped for several processes, it counts at any time after.
+    Counted are matrix products, convolutions and attention (all L² of it, masked or not), as dispatched by torch on a
+    copy without data (device `meta`), in the mode the network is in: what patch dropout leaves out is not counted, nor
+    are gradients nobody needs (locked towers, the pixels). Not counted: elementwise work, normalisation, look-ups, the
+    loss, the optimizer. Nor is work done twice: recomputation under gradient checkpointing, and the first of the two
+    forward passes of gradient caching, since they bring the model no further (Chowdhery et al. 2022, PaLM, appendix B).
+
+    Make it before the network is wrapped for several processes; it counts at any time after. Weights, gradients,
+    buffers and torch's generators do not change. A network that cannot run without data is copied with its data and
+    run on its own device.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._meta_network: nn.Module | None = None
-        with contextlib.suppress(Exception):  # tried again, and said, when something is to be counted
+        with contextlib.suppress(Exception):  # tried again, and logged, when something is to be counted
             self._meta_network = _copy(network, _META)
         self._counted: dict[tuple, SampleFlops | None] = {}
 
     def of(self, inputs: dict[str, Tensor]) -> float:
-        """FLOPs, forward and backward, of all rows of these inputs; nan where they cannot be counted."""
+        """FLOPs, forward and backward, of all rows of these inputs [B, …]; nan where they cannot be counted."""
         sample = self.sample_flops(inputs)
         return sample.total * len(next(iter(inputs.values()))) if sample else float("nan")
 
     def sample_flops(self, inputs: dict[str, Tensor]) -> SampleFlops | None:
-        """The same of one row; None where they cannot be counted, which is said once."""
+        """The same of one row; None where they cannot be counted, which is logged once."""
         shape = tuple(sorted((name, tuple(value.shape[1:])) for name, value in inputs.items()))
         if shape not in self._counted:
             try:
                 meta_network = self._meta_network or _copy(self._network, _META)
                 self._counted[shape] = _count_with_fallback(meta_network, self._network, inputs)
             except Exception as error:  # a figure of speed is no reason to end a run
-                say(f"FLOPs cannot be counted, so there will be no MFU: {type(error).__name__}: {error}")
+                logger.warning(f"FLOPs cannot be counted, so there will be no MFU: {type(error).__name__}: {error}")
                 self._counted[shape] = None
         return self._counted[shape]
 
@@ -95,33 +86,33 @@ def _count_with_fallback(meta_network: nn.Module, network: nn.Module, inputs: di
 
 def _count(network: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> SampleFlops:
     rows = min(_ROWS, len(next(iter(inputs.values()))))
-    few = {name: value[:rows].detach().to(device) for name, value in inputs.items()}
+    few_rows = {name: value[:rows].detach().to(device) for name, value in inputs.items()}
     for module in network.modules():
         if isinstance(noise := getattr(module, "noise", None), PerSampleNoise):
             noise.rows = torch.arange(rows)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), _math_attention(), torch.enable_grad():
         with FlopCounterMode(display=False) as forward:
-            outputs = network(few)
-        trained = [
-            value.flatten().float().sum()
-            for value in outputs.values()
-            if value.is_floating_point() and value.requires_grad
-        ]
+            outputs = network(few_rows)
+        losses: list[Tensor] = []
+        for value in outputs.values():
+            if value.is_floating_point() and value.requires_grad:
+                losses.append(value.flatten().float().sum())
         with FlopCounterMode(display=False) as backward:
-            if trained:
-                torch.stack(trained).sum().backward()
+            if losses:
+                torch.stack(losses).sum().backward()
     return SampleFlops(forward=forward.get_total_flops() / rows, backward=backward.get_total_flops() / rows)
 
 
 def _copy(network: nn.Module, device: torch.device) -> nn.Module:
     """A copy on `device` that computes nothing twice; without data if that is `meta`."""
+    # deepcopy takes what its memo holds for an object, so tensors are never copied on the network's device
     memo: dict[int, object] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         moved = torch.empty_like(tensor, device=device) if device.type == "meta" else tensor.detach().clone()
-        memo[id(tensor)] = (
-            nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-        )
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = moved
     with _gradients_removed(network):
         copied = copy.deepcopy(network, memo)
     for module in copied.modules():
@@ -145,14 +136,14 @@ def _math_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gradients_removed(network: nn.Module) -> Iterator[None]:
-    """Gradients lie aside while the network is copied."""
-    kept = {parameter: parameter.grad for parameter in network.parameters()}
+    """Gradients are set aside while the network is copied."""
+    gradients = {parameter: parameter.grad for parameter in network.parameters()}
     try:
-        for parameter in kept:
+        for parameter in gradients:
             parameter.grad = None
         yield
     finally:
-        for parameter, gradient in kept.items():
+        for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
 
@@ -184,15 +175,16 @@ PEAKS: dict[str, dict[Precision, float]] = {
     "T4": {"bf16": 8.1, "tf32": 8.1, "fp32": 8.1},
     "MI300X": {"bf16": 1307, "tf32": 654, "fp32": 163},
 }
-"""TFLOP/s (10¹² a second) of the makers' data sheets, dense (half of what is given "with sparsity"), sums in fp32.
+"""TFLOP/s (10¹² a second) of the vendors' data sheets, dense (half of what is given "with sparsity"), sums in fp32.
 
-The name is a run of words of what torch calls the device; the first that fits counts. Volta and Turing have no unit for
-bf16 or TF32: torch computes there in fp32.
+The name is a run of words of what torch calls the device; the first that matches counts. Volta and Turing have no unit
+for bf16 or TF32: torch computes there in fp32.
 """
 
-_CPU_SIDE, _GPU_SIDE = 1024, 8192
-_MEASURING_SECONDS = 0.3
-_WARM_UP, _MIN_REPEATS = 2, 3
+_CPU_SIDE = 1024
+_GPU_SIDE = 8192
+_NUM_WARM_UPS = 2
+_MIN_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,22 +196,23 @@ class PeakFlops:
 
 
 def device_peak(device: torch.device, precision: Literal["fp32", "bf16"], *, override_tflops: float = 0.0) -> PeakFlops:
-    """The peak that utilisation is measured against: as given, else of the data sheet, else measured.
+    """The peak that utilisation is measured against: the given one, else the data sheet's, else a measured one.
 
     A GPU computes fp32 products in TF32 where torch is allowed to; then that is its peak. A CPU, and a GPU that is not
-    in the table, is measured: the fastest of a few products of large square matrices, for a third of a second, by as
-    many threads as torch has. That is what a library reaches, not what the maker promises, so utilisation comes out
-    higher than against a data sheet; and two processes on one CPU should measure at the same time, as they compute.
+    in the table, is measured (`measure_peak`). That is what a library reaches, not what the maker promises, so
+    utilisation comes out higher than against a data sheet; and two processes on one CPU should measure at the same
+    time, as they compute.
     """
     if override_tflops:
         return PeakFlops(flops=override_tflops * 1e12, source="as given by peak_tflops")
     if device.type == "cuda":
-        used: Precision = "tf32" if precision == "fp32" and _tf32_is_allowed() else precision
+        is_tf32 = precision == "fp32" and torch.get_float32_matmul_precision() != "highest"
+        arithmetic: Precision = "tf32" if is_tf32 else precision
         name = torch.cuda.get_device_name(device)
-        known = find_peak(name, used)
-        if known:
-            return PeakFlops(flops=known, source=f"{name}, data sheet, {used} dense")
-    return _measure_peak(device, precision)
+        flops = find_peak(name, arithmetic)
+        if flops:
+            return PeakFlops(flops=flops, source=f"{name}, data sheet, {arithmetic} dense")
+    return measure_peak(device, precision)
 
 
 def find_peak(name: str, precision: Precision) -> float:
@@ -239,28 +232,35 @@ def find_peak(name: str, precision: Precision) -> float:
     return 0.0
 
 
-def _tf32_is_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+def measure_peak(
+    device: torch.device, precision: Literal["fp32", "bf16"], *, side: int = 0, seconds: float = 0.3
+) -> PeakFlops:
+    """The fastest of the matrix products done in so many seconds, by as many threads as torch has.
 
-
-def _measure_peak(device: torch.device, precision: Literal["fp32", "bf16"]) -> PeakFlops:
-    side = _GPU_SIDE if device.type == "cuda" else _CPU_SIDE
+    side: rows and columns of the matrices; 0 takes a size that keeps the device busy.
+    """
+    side = side or (_GPU_SIDE if device.type == "cuda" else _CPU_SIDE)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     out = torch.empty_like(matrix)
-    for _ in range(_WARM_UP):
+    for _ in range(_NUM_WARM_UPS):
         torch.mm(matrix, matrix, out=out)
-    best, begun, times = float("inf"), time.perf_counter(), 0
-    while times < _MIN_REPEATS or time.perf_counter() - begun < _MEASURING_SECONDS:
+
+    fastest = float("inf")
+    num_repeats = 0
+    started = time.perf_counter()
+    while num_repeats < _MIN_REPEATS or time.perf_counter() - started < seconds:
         _synchronise(device)
         before = time.perf_counter()
         torch.mm(matrix, matrix, out=out)
         _synchronise(device)
-        best, times = min(best, time.perf_counter() - before), times + 1
+        fastest = min(fastest, time.perf_counter() - before)
+        num_repeats += 1
+
+    # a product of n × n matrices takes n³ multiplications and as many additions
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return PeakFlops(
-        flops=2 * side**3 / best, source=f"measured here: {precision} product of {side:,} × {side:,} matrices{threads}"
-    )
+    source = f"measured here: {precision} product of {side:,} × {side:,} matrices{threads}"
+    return PeakFlops(flops=2 * side**3 / fastest, source=source)
 
 
 def _synchronise(device: torch.device) -> None:

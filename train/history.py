@@ -108,10 +108,12 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run, whatever its state and whichever version began it.
 
     Raises:
-        UsageError: the folder is no run.
+        UsageError: the folder is not a run.
     """
     if not _is_run(folder):
-        raise UsageError(f"{folder} is no run: it needs {CONFIG} and {METRICS}; vlm runs FOLDER lists those there are.")
+        raise UsageError(
+            f"{folder} is not a run: it needs {CONFIG} and {METRICS}; vlm runs FOLDER lists those there are."
+        )
     configuration = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
     lines, telemetry = read_metrics(folder / METRICS), _read_json(folder / TELEMETRY)
     counts = _read_json(folder / MANIFEST).get("counts", {})

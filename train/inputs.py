@@ -1,20 +1,14 @@
-"""From the batches a loader hands over to the inputs a network is given, part by part.
-
-Models that say, while training, what the student is to learn from: a teacher, or its own average.
-
-Where the inputs of the terms come from: the batches, or models that make them while training.
-"""
+"""The inputs of a step, and the models that compute some of them while training: a teacher, the EMA of the weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vlm.data.collate import TrainingBatch
+from vlm.data.collate import NO_IDENTITY, TrainingBatch, content_hash
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.dropout import PerSampleNoise
@@ -29,14 +23,14 @@ from vlm.train.state import seed_step
 from vlm.train.task import TrainingTask
 
 InputProvider = Callable[[UInt8[Tensor, "B 3 H W"], Sequence[str]], Inputs]
-"""Inputs that a model makes of pictures and captions while training, without gradient (`vlm.train.inputs`)."""
+"""Inputs that a model computes from images and captions while training, without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchInputs:
-    """The parts of one process's share of a global batch.
+    """The micro-batches of one process's share of a global batch.
 
-    first_row: number, in the run, of its first sample. providers: by the input they give.
+    first_sample: number, in the run, of its first sample. input_providers: by the input they give.
     """
 
     batches: Sequence[TrainingBatch]
@@ -51,7 +45,7 @@ class MicroBatchInputs:
     input_providers: dict[str, InputProvider]
 
     def __call__(self, number: int, names: frozenset[str]) -> Inputs:
-        """The inputs of a part, on the device; what the network draws from is seeded for this part."""
+        """The inputs of a micro-batch, on the device; what the network draws from is seeded for it."""
         batch = self.batches[number]
         inputs = self.non_image_inputs(number)
         images = batch.images.to(self.device, non_blocking=True)
@@ -60,14 +54,14 @@ class MicroBatchInputs:
             local = batch.local_images.to(self.device, non_blocking=True)
             inputs["local_pixels"] = normalise(local.flatten(0, 1), self.view).unflatten(0, local.shape[:2])
         active_providers = [self.input_providers[name] for name in sorted(names & self.input_providers.keys())]
-        for input_provider in dict.fromkeys(active_providers):
+        for input_provider in dict.fromkeys(active_providers):  # one may give several of the inputs
             inputs |= input_provider(images, batch.captions)
         self.noise.rows = inputs["rows"]
         seed_step(self.seed, self.step, self.process, number)
         return inputs
 
     def non_image_inputs(self, number: int) -> Inputs:
-        """All inputs of a part but pictures and what providers make."""
+        """All inputs of a micro-batch but images and what providers compute."""
         batch = self.batches[number]
         inputs: Inputs = {"tokens": batch.tokens, "rows": self._rows(number)} | batch.arrays
         if batch.sub_tokens is not None:
@@ -82,22 +76,22 @@ class MicroBatchInputs:
 
 
 def pair_identities(batch: TrainingBatch) -> Int64[Tensor, "B G"]:
-    """What makes two pairs the same: key and picture as the loader hashed them, where it did, and the caption."""
-    captions = torch.tensor([_hash(caption) for caption in batch.captions])[:, None]
+    """What makes two pairs the same: key and image as the loader hashed them, where it did, and the caption."""
+    captions = _text_identities(batch.captions)
     if batch.identities is None:
-        return torch.cat([torch.tensor([_hash(key) for key in batch.keys])[:, None], captions], dim=1)
+        return torch.cat([_text_identities(batch.keys), captions], dim=1)
     return torch.cat([batch.identities, captions.to(batch.identities.device)], dim=1)
 
 
-def _hash(text: str) -> int:
-    """64 bits of a text, never 0; 0 for an empty one, which is the same as nothing."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1 if text else 0
+def _text_identities(texts: Sequence[str]) -> Int64[Tensor, "B 1"]:
+    """A hash of each text; an empty one is the same as no other."""
+    return torch.tensor([content_hash(text.encode()) if text else NO_IDENTITY for text in texts])[:, None]
 
 
 class OnlineTeacher:
-    """Another model, run on what the student is shown: gives `teacher_image` and `teacher_text`, of unit length.
+    """Another model, run on what the student sees: gives `teacher_image` and `teacher_text`, of unit length.
 
-    Pictures come in the student's view and are brought to the size and the statistics of the teacher's; captions go
+    Images come in the student's view and are brought to the size and the statistics of the teacher's; captions go
     through the teacher's own tokenizer. The teacher is frozen and runs in its own precision.
     """
 
@@ -107,11 +101,10 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], captions: Sequence[str]) -> Inputs:
-        """Embeddings of pictures and captions, on the teacher's device."""
+        """Embeddings of images and captions, on the teacher's device."""
         model = self.model
-        pixels = normalise(
-            resize_images(images.to(model.device), model.view.size, model.view.interpolation), model.view
-        )
+        resized = resize_images(images.to(model.device), model.view.size, model.view.interpolation)
+        pixels = normalise(resized, model.view)
         tokens = torch.from_numpy(model.tokenizer.encode(list(captions))).to(model.device)
         is_lower = model.precision != torch.float32
         with torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower):
@@ -124,11 +117,11 @@ class OnlineTeacher:
 
 
 class EMATeacher:
-    """The student's own image tower with the running mean of its weights (EMA): gives `global_target`.
+    """The student's own image tower with the EMA of its weights (EMA): gives `global_target`.
 
-    weights: by the names they have in the network; read anew in each call, so they may be updated in place. What is
-    not among them (buffers) is the student's own. The tower runs as in evaluation, so it neither drops anything nor
-    touches statistics.
+    weights: by the names they have in the network; read in each call, so they may be updated in place. What is not
+    among them (buffers) is the student's own. The tower runs in evaluation mode, so it neither drops anything nor
+    changes statistics.
 
     Raises:
         UsageError: the weights are not the network's.
@@ -158,7 +151,7 @@ class EMATeacher:
 
 
 def resize_images(images: UInt8[Tensor, "B 3 H W"], size: int, interpolation: str) -> UInt8[Tensor, "B 3 S S"]:
-    """Square pictures at another size, antialiased; as they are where the size is theirs."""
+    """Square images at another size, antialiased; unchanged if they have it already."""
     if images.shape[-2:] == (size, size):
         return images
     resized = F.interpolate(images.float(), size=(size, size), mode=interpolation, antialias=True, align_corners=False)
@@ -180,7 +173,7 @@ _TEACHER_INPUTS = frozenset({"teacher_image", "teacher_text"})
 _EMA_INPUTS = frozenset({"global_target"})
 _HINTS = {
     "sub_tokens": "--sub-captions N, the sentences shown of each sample",
-    "local_pixels": "--local-views N, the small crops of each picture",
+    "local_pixels": "--local-views N, the small crops of each image",
     "teacher_image": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
     "teacher_text": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
     "text_embedding": "--arrays text_embedding of shards made by vlm reinforce --text-model",
@@ -189,15 +182,15 @@ _ALWAYS_AVAILABLE = frozenset({"pixels", "tokens", "rows", "same"})
 
 
 def needs_ema(config: TrainConfig, terms: Sequence[WeightedLossTerm]) -> bool:
-    """Whether a running mean of the weights is kept.
+    """Whether an EMA of the weights is kept.
 
     Raises:
         UsageError: a term learns from it, and it has no decay.
     """
-    learns = any(_EMA_INPUTS & set(weighted.term.inputs) for weighted in terms)
-    if learns and not config.optimizer.average_decay:
+    is_read = any(_EMA_INPUTS & set(weighted.term.inputs) for weighted in terms)
+    if is_read and not config.optimizer.average_decay:
         raise UsageError(
-            f"objective = {config.objective.objective!r} learns from the running mean of the weights; give its decay, "
+            f"objective = {config.objective.objective!r} learns from the EMA of the weights; give its decay, "
             "e.g. --average-decay 0.996."
         )
     return bool(config.optimizer.average_decay)
@@ -206,13 +199,13 @@ def needs_ema(config: TrainConfig, terms: Sequence[WeightedLossTerm]) -> bool:
 def open_input_providers(
     config: TrainConfig, model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], ema: EMA | None
 ) -> dict[str, InputProvider]:
-    """Models that make inputs while training, by the inputs they make.
+    """Models that compute inputs while training, by the inputs they give.
 
     Raises:
         UsageError: a teacher is named and no term learns from it, or there is no such model.
     """
     read = {name for weighted in terms for name in weighted.term.inputs}
-    found: dict[str, InputProvider] = {}
+    providers: dict[str, InputProvider] = {}
     if config.objective.teacher:
         if not _TEACHER_INPUTS & read:
             raise UsageError(
@@ -220,12 +213,12 @@ def open_input_providers(
                 "none; add a term, e.g. 'clip + distill'."
             )
         teacher = OnlineTeacher(load_model(config.objective.teacher, device=str(model.device)))
-        found |= dict.fromkeys(_TEACHER_INPUTS & read, teacher)
+        providers |= dict.fromkeys(_TEACHER_INPUTS & read, teacher)
     if ema and _EMA_INPUTS & read:
         if config.sharding == "fsdp":
             raise UsageError("local_to_global learns from the whole mean of the weights; leave out --sharding fsdp.")
-        found |= dict.fromkeys(_EMA_INPUTS, EMATeacher(ema.weights, model))
-    return found
+        providers |= dict.fromkeys(_EMA_INPUTS, EMATeacher(ema.weights, model))
+    return providers
 
 
 def check_loss_inputs(
@@ -234,14 +227,14 @@ def check_loss_inputs(
     task: TrainingTask,
     input_providers: dict[str, InputProvider],
 ) -> None:
-    """Refuse terms whose inputs nothing gives.
+    """Check that every input the terms read is given by something.
 
     Raises:
         UsageError: naming the input and what gives it.
     """
     if {weighted.name for weighted in terms} == {"local_to_global"}:
         raise UsageError(
-            "objective = 'local_to_global' alone is least where all pictures are alike; add a term that tells them "
+            "objective = 'local_to_global' alone is least where all images are alike; add a term that tells them "
             "apart, e.g. 'clip + local_to_global'."
         )
     available = _ALWAYS_AVAILABLE | input_providers.keys() | set(config.loader.arrays)

@@ -5,6 +5,7 @@ What a run tells while it goes: lines of metrics, TensorBoard on request, the pr
 
 import contextlib
 import json
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-from vlm.console import say
 from vlm.data.collate import TrainingBatch
 from vlm.data.corpus import Corpus
 from vlm.data.ledger import Epoch, Ledger, ShardCount, sum_counts
@@ -34,6 +34,8 @@ from vlm.train.recovery import SkippedRange, skipped_sample_blocks
 from vlm.train.session import Session
 from vlm.train.step import StepResult
 from vlm.train.task import example_inputs
+
+logger = logging.getLogger(__name__)
 
 LEDGER_FOLDER = "ledger"
 _MIN_ALLOWED_BAD = 10
@@ -162,7 +164,7 @@ class RunLogger:
         self._progress = ProgressLine(steps=session.steps, done=state.step, is_shown=self._is_main)
         if self._is_main:
             write_telemetry(session.folder, steps=session.steps, utilisation=self.utilisation.to_values())
-            say(self.utilisation.summary())
+            logger.info(self.utilisation.summary())
 
     def timed(self, batches: Iterator[list[TrainingBatch]]) -> Generator[list[TrainingBatch], None, None]:
         """Pass the batches on, counting the time each takes to come."""

@@ -1,4 +1,4 @@
-"""Which steps must not reach the weights: a loss or gradient that is not finite, or a loss far above the usual."""
+"""Loss-spike guard: a step with a loss or gradient that is not finite, or a loss spike, must not reach the weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _MIN_RELATIVE_DEVIATION = 1e-3
 
 @dataclass
 class LossSpikeGuard:
-    """The losses of the last good steps, oldest first, and how many steps in a row were skipped just now."""
+    """The losses of the last good steps, oldest first, and how many steps in a row have just been skipped."""
 
     losses: list[float] = field(default_factory=list)
     in_a_row: int = 0
@@ -36,8 +36,8 @@ def skip_reason(
 ) -> str:
     """Why the update of a step is to be skipped; empty where it is good.
 
-    parts: the weighted losses, and gradient_norm: the norm before it is cut, both as all processes agree on them.
-    losses: of the last good steps. spike_factor: see `spike_limit`; 0 lets every finite loss pass.
+    loss_terms: the weighted losses, and gradient_norm: the norm before clipping, both as all processes agree on them.
+    losses: of the last good steps. spike_factor: see `spike_threshold`; 0 lets every finite loss pass.
 
     >>> skip_reason({"clip": math.nan}, 1.0, [])
     'the loss clip is nan'
@@ -55,7 +55,7 @@ def skip_reason(
 
 
 def spike_threshold(losses: Sequence[float], factor: float) -> tuple[float, str]:
-    """The loss above which a step is a spike, and how it comes about; infinity with factor 0 or too few losses.
+    """The loss above which a step is a spike, and its formula; infinity with factor 0 or too few losses.
 
     It is the median plus `factor` deviations, of which one is 1.4826 times the median absolute deviation (the standard
     deviation, where losses are normally distributed: Rousseeuw and Croux 1993, §1), and at least 0.1% of the median.
@@ -64,6 +64,7 @@ def spike_threshold(losses: Sequence[float], factor: float) -> tuple[float, str]
         return math.inf, ""
     middle = median(losses)
     spread = _MAD_TO_STD * median(abs(loss - middle) for loss in losses)
+    # a loss that has stopped changing has next to no spread, and any step would be a spike
     deviation = max(spread, _MIN_RELATIVE_DEVIATION * abs(middle))
     return middle + factor * deviation, f"median {middle:.4g} + {factor:g} x {deviation:.4g}"
 
@@ -76,6 +77,6 @@ def copy_running_stats(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def restore_running_stats(statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Undo what forward passes did to them since."""
+    """Undo what forward passes have done to the buffers since."""
     for buffer, before in statistics:
         buffer.copy_(before)

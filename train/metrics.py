@@ -131,7 +131,7 @@ class WindowMean:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, Tensor]:
-        """The mean of each name over the steps that had it; then start anew."""
+        """The mean of each name over the steps that had it; then start again."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
@@ -188,7 +188,7 @@ class StepTimer:
             yield item
 
     def tick(self, *, decoded: int = 0, flops: float = 0.0) -> None:
-        """One more step is done, for which this process decoded so many pictures and owed so many FLOPs."""
+        """One more step is done, for which this process decoded so many images and owed so many FLOPs."""
         self._steps += 1
         self._decoded += decoded
         self._flops += flops
@@ -198,7 +198,7 @@ class StepTimer:
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """The values of this process for the steps since the last reading; then start anew.
+        """The values of this process for the steps since the last reading; then start again.
 
         samples_per_second (all processes), images_per_second (decoded for this process), data_wait (share in [0, 1]),
         mfu (share of the peak, in [0, 1]; absent without a peak or a count), memory_bytes (largest use of the GPU so

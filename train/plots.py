@@ -1,4 +1,4 @@
-"""The curves of one run, or of several over one another, as a picture."""
+"""The curves of one run, or of several over one another, as an image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -28,7 +28,7 @@ _MUON = OptimizerConfig(
     warmup_steps=30,
     average_decay=0.98,
 )
-# product titles and short captions come again, on other pictures
+# product titles and short captions come again, on other images
 _REPEATED = ObjectiveConfig(same_pairs="positive")
 _EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")
 

@@ -1,31 +1,27 @@
-"""A loader worker that was killed, told so that one knows which, why, and how to go on.
+"""What a run does in lasting trouble: it rolls back to a checkpoint, or ends saying where it hangs or what was lost.
 
-A run that hangs ends, saying where: which process, doing what, with which workers reading which shards.
-
-Going back: when skipping does not help, to a checkpoint from before the trouble, and on past its samples.
-
-The trouble is where the weights came to, so passing over only the batches that were skipped would lead there again;
-as in PaLM (Chowdhery et al. 2022, §5.1) everything from the checkpoint to the end of the trouble is passed over.
-All of it follows from the state and from the checkpoints that are due by step, so a run killed in the midst of trouble
-goes the same way.
+Skipping bad steps does not help when the trouble is where the weights have come to: passing over the skipped batches
+alone would lead there again. So, as in PaLM (Chowdhery et al. 2022, §5.1), the run rolls back to a checkpoint from
+before the trouble and passes over every sample from there to its end. All of it follows from the state and from the
+checkpoints that are due by step, so a run killed in the midst of trouble takes the same course.
 """
 
 import contextlib
 import faulthandler
+import logging
 import multiprocessing
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import psutil
 
-from vlm.console import say
 from vlm.errors import VlmError
 from vlm.train.checkpoint.format import (
     CheckpointInfo,
@@ -39,49 +35,192 @@ from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.run_config import SafetyConfig
 from vlm.train.state import TrainState
 
-_LOST_WORKER_PATTERN = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\)(?P<how>[^\n.)]*)")
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS_KEPT = 1000
+_BLOCK_SAMPLES = 1 << 16
+
+Item = TypeVar("Item")
 
 
-def find_lost_worker(error: BaseException) -> re.Match[str] | None:
-    """Which worker an error, or best what first caused it, says was lost; None if it says no such thing."""
-    found: re.Match[str] | None = None
-    cause: BaseException | None = error
-    while cause is not None:
-        found = _LOST_WORKER_PATTERN.search(str(cause)) or found
-        cause = cause.__cause__
-    return found
+@dataclass(frozen=True, kw_only=True)
+class SkippedStep:
+    """A step whose update was skipped. position: of its first sample in the run."""
+
+    step: int
+    position: int
+    reason: str
+    first_key: str
+    learning_rate: float
 
 
-def lost_worker_error(found: re.Match[str], *, run: Path, checkpoints: Path, workers: int) -> VlmError:
-    """The message, once the writer has finished: pid and end of the worker, memory now, newest checkpoint, command."""
-    free = psutil.virtual_memory().available
-    whole = list_checkpoints(checkpoints)
-    saved = (
-        f"All until step {int(whole[-1].name.rpartition('-')[2]):,} is saved ({whole[-1]})."
-        if whole
-        else "No checkpoint was due yet."
+@dataclass(frozen=True, kw_only=True)
+class SkippedRange:
+    """The samples at positions [first, last), which the run passes over since it rolled back between these steps."""
+
+    from_step: int
+    to_step: int
+    first: int
+    last: int
+    reason: str
+
+
+def record_skipped_step(state: TrainState, skipped: SkippedStep) -> None:
+    """Record a skipped step in the state, and log it."""
+    state.spike_guard.reject()
+    state.skipped.append(asdict(skipped))
+    step_entries = [number for number, entry in enumerate(state.skipped) if "to_step" not in entry]
+    if len(step_entries) > MAX_SKIPPED_STEPS_KEPT:
+        del state.skipped[step_entries[0]]
+    logger.warning(f"step {skipped.step:,} is skipped: {skipped.reason} (first sample {skipped.first_key!r}).")
+
+
+def should_roll_back(state: TrainState, safety: SafetyConfig) -> bool:
+    """Whether too many steps in a row were skipped.
+
+    Raises:
+        VlmError: and the run has rolled back as often as it may.
+    """
+    if state.spike_guard.in_a_row < safety.skip_limit:
+        return False
+    if state.num_rollbacks >= safety.rewind_limit:
+        why = f"the run has rolled back {state.num_rollbacks} times, the limit"
+        raise VlmError(_unrecoverable_message(state, why))
+    return True
+
+
+def roll_back(
+    state: TrainState,
+    writer: CheckpointWriter,
+    folder: Path,
+    *,
+    remote_store: RemoteCheckpointStore | None = None,
+    is_main: bool = True,
+) -> SkippedRange:
+    """Restore a checkpoint from before the trouble, and put the position past the trouble; all processes call it.
+
+    Afterwards the loader has to be opened again at `state.position` for the remaining steps, and the samples passed
+    over counted in the ledger of the main process, which continues that of all processes.
+
+    Raises:
+        VlmError: there is no checkpoint from before the trouble.
+    """
+    writer.wait()
+    path = broadcast_path(lambda: _rollback_target(state, folder, remote_store), is_main=is_main)
+    if path is None:
+        raise VlmError(_unrecoverable_message(state, f"no undamaged checkpoint in {folder} is older than that"))
+
+    # what must survive the restore, which overwrites the state
+    from_step = state.step
+    end_of_trouble = state.position
+    reason = state.skipped[-1]["reason"]
+    num_rollbacks = state.num_rollbacks
+    elapsed_seconds = state.elapsed_seconds
+    restore(path, state, is_main=is_main)
+
+    skipped_range = SkippedRange(
+        from_step=from_step, to_step=state.step, first=state.position, last=end_of_trouble, reason=reason
     )
-    return VlmError(
-        f"Loader worker with pid {found['pid'].strip()} of {workers} was lost: {found['how'].strip()}. Most often the "
-        f"system ends one for want of memory ({free / 2**30:.1f} GiB are free now; see dmesg): take fewer --workers, a "
-        f"smaller --batch-size or --shuffle-window. {saved} Go on with: vlm train {run} --resume"
+    state.skipped.append(asdict(skipped_range))
+    state.position = end_of_trouble
+    state.num_rollbacks = num_rollbacks + 1
+    state.elapsed_seconds = elapsed_seconds
+    writer.roll_back(state.step)
+    if is_main:
+        logger.warning(
+            f"Rolled back from step {from_step:,} to {state.step:,} (rollback {state.num_rollbacks}): {reason}. "
+            f"Passing over {end_of_trouble - skipped_range.first:,} samples, positions {skipped_range.first:,} to "
+            f"{end_of_trouble - 1:,}."
+        )
+    return skipped_range
+
+
+def skipped_sample_blocks(
+    skipped_range: SkippedRange, locate: Callable[[Sequence[int]], Sequence[Item]]
+) -> Iterator[Sequence[Item]]:
+    """The samples that were passed over, in blocks, as `SampleOrder.locate` finds them."""
+    for start in range(skipped_range.first, skipped_range.last, _BLOCK_SAMPLES):
+        yield locate(range(start, min(start + _BLOCK_SAMPLES, skipped_range.last)))
+
+
+def choose_rollback_target(
+    checkpoints: Sequence[CheckpointInfo], *, instability_start: int, last_target: int | None
+) -> CheckpointInfo | None:
+    """The checkpoint to roll back to.
+
+    It is the newest good one from before the trouble that was due by its step, or, where there is none, any good one.
+    If the run rolled back to just that one the last time, it is the one before it.
+
+    instability_start: the last step before the trouble. last_target: the step last rolled back to.
+
+    >>> checkpoints = [CheckpointInfo(step=step, is_scheduled=True, is_good=True) for step in (10, 20, 30)]
+    >>> [choose_rollback_target(checkpoints, instability_start=25, last_target=last).step for last in (None, 20, 10)]
+    [20, 10, 20]
+    """
+    good = [info for info in checkpoints if info.is_good and info.step <= instability_start]
+    good.sort(key=lambda info: info.step)
+    # an interrupted run has the same scheduled checkpoints, but not those a signal or the clock asked for
+    candidates = [info for info in good if info.is_scheduled] or good
+    if len(candidates) > 1 and candidates[-1].step == last_target:
+        return candidates[-2]
+    return candidates[-1] if candidates else None
+
+
+def _rollback_target(state: TrainState, folder: Path, remote_store: RemoteCheckpointStore | None) -> Path | None:
+    """The folder of the checkpoint to roll back to; damaged ones are left out, one that is only a copy is fetched."""
+    local = {checkpoint_name(info.step): info for info in list_checkpoint_infos(folder)}
+    remote = remote_store.infos() if remote_store else {}
+    candidates = remote | local
+    earlier_targets = [entry["to_step"] for entry in state.skipped if "to_step" in entry]
+    while candidates:
+        target = choose_rollback_target(
+            list(candidates.values()),
+            instability_start=state.step - state.spike_guard.in_a_row,
+            last_target=earlier_targets[-1] if earlier_targets else None,
+        )
+        if target is None:
+            return None
+
+        name = checkpoint_name(target.step)
+        damage = find_damage(folder / name) if name in local else "absent"
+        if damage and remote_store and name in remote:
+            damage = remote_store.fetch(name, folder)
+        if not damage:
+            return folder / name
+        logger.warning(f"{folder / name} is damaged ({damage}); trying the one before it.")
+        del candidates[name]
+    return None
+
+
+def _unrecoverable_message(state: TrainState, why: str) -> str:
+    skipped_steps: list[dict[str, Any]] = [entry for entry in state.skipped if "to_step" not in entry]
+    unstable_steps = skipped_steps[-state.spike_guard.in_a_row :]
+    details = "; ".join(
+        f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}" for entry in unstable_steps[:5]
+    )
+    more = f" and {len(unstable_steps) - 5} more" if len(unstable_steps) > 5 else ""
+    learning_rate = unstable_steps[-1]["learning_rate"]
+    return (
+        f"{state.spike_guard.in_a_row} steps in a row could not be used ({details}{more}), and {why}. The learning "
+        f"rate was {learning_rate:.3g}; the weights are unchanged since before these steps. Try a lower "
+        "--learning-rate, more --warmup-steps, --precision fp32, or look at these samples with vlm inspect; then "
+        "resume from a checkpoint with --resume (and --allow for what you change)."
     )
 
 
 _SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz", ".part")
 _OTHER_PROCESSES_GRACE_SECONDS = 5.0
-_FALLBACK_SECONDS = 30.0
 
 
 class Watchdog:
-    """While entered, ends the process with exit code 1 when one thing takes longer than `minutes`.
+    """While entered, ends the process with exit code 1 when one phase takes longer than `minutes`.
 
     Before that it writes the stacks of all threads, the state of the worker processes and the shards they have open to
-    `folder/hang-PROCESS.txt`. Should even its thread be unable to run, because foreign code holds Python's lock, the
-    stacks go to stderr half a minute later.
+    `folder/hang-PROCESS.txt`.
 
     minutes: 0 waits for ever. process: number of this process among `num_processes`.
-    reading: where the loader tells it, the shard each worker read last, by pid.
+    fallback_seconds: should even its thread be unable to run, because foreign code holds Python's lock, the stacks go
+        to stderr this much later.
     """
 
     def __init__(
@@ -91,25 +230,29 @@ class Watchdog:
         minutes: float,
         process: int = 0,
         num_processes: int = 1,
-        reading: Callable[[], Mapping[int, str]] | None = None,
+        fallback_seconds: float = 30.0,
     ) -> None:
-        self._folder, self._seconds = folder, 60 * minutes
+        self._folder = folder
+        self._seconds = 60 * minutes
         self._process_label = f"process {process} of {num_processes}"
         self._path = folder / f"hang-{process}.txt"
         self._grace = _OTHER_PROCESSES_GRACE_SECONDS if num_processes > 1 else 0.0
-        self._reading = reading
-        self._phase, self._phase_started, self._last_event = "starting", time.monotonic(), "starting"
+        self._fallback_seconds = fallback_seconds
+        self._phase = "starting"
+        self._phase_started = time.monotonic()
+        self._last_event = "starting"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def set_phase(self, phase: str, *, after: str = "") -> None:
-        """This begins now: `waiting for data`, `step 12`, `saving`; the time starts anew.
+        """This begins now (`waiting for data`, `in step 12`, `saving`); the time is counted from here.
 
         after: what is known of the run by now, e.g. the last step.
         """
-        self._phase, self._phase_started = phase, time.monotonic()
+        self._phase = phase
+        self._phase_started = time.monotonic()
         self._last_event = after or self._last_event
-        self._arm()
+        self._arm_fallback()
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -124,9 +267,10 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join()
 
-    def _arm(self) -> None:
+    def _arm_fallback(self) -> None:
+        """faulthandler's own thread needs no Python lock, so it works where `_watch` cannot run."""
         if self._seconds:
-            late = self._seconds + self._grace + _FALLBACK_SECONDS
+            late = self._seconds + self._grace + self._fallback_seconds
             faulthandler.dump_traceback_later(late, exit=True, file=sys.__stderr__ or 2)
 
     def _watch(self) -> None:
@@ -135,21 +279,26 @@ class Watchdog:
                 self._terminate()
 
     def _terminate(self) -> None:
-        """Tell what is known and end the process, without the clean-up that would hang too."""
-        phase, seconds = self._phase, time.monotonic() - self._phase_started
+        """Report what is known and end the process, without the clean-up that would hang too."""
+        seconds = time.monotonic() - self._phase_started
         headline = (
             f"{self._process_label[0].upper()}{self._process_label[1:]} (pid {os.getpid()}) "
-            f"has been {phase} for {seconds / 60:.2g} min, "
+            f"has been {self._phase} for {seconds / 60:.2g} min, "
             f"the limit (--hang-minutes); before that: {self._last_event}"
         )
-        workers = describe_workers(self._reading() if self._reading else {})
+        workers = describe_workers()
         with contextlib.suppress(OSError), self._path.open("w", encoding="utf-8") as file:
-            self._write(file, headline, workers)
+            self._write_report(file, headline, workers)
+
         details = f" Workers: {'; '.join(workers)}." if workers else ""
-        say(
-            f"\n{headline}.{details} Where each thread stands: {self._path}. "
-            f"Go on from the last checkpoint with: vlm train {self._folder} --resume"
-        )
+        # not logged: the thread that hangs may hold the lock of a log handler
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(
+                f"\n{headline}.{details} Where each thread stands: {self._path}. "
+                f"Resume from the last checkpoint with: vlm train {self._folder} --resume\n"
+            )
+            sys.stderr.flush()
+
         for worker in multiprocessing.active_children():  # one that hangs does not notice that its parent is gone
             worker.kill()
         time.sleep(self._grace)  # for the other processes to write theirs, before the launcher ends them
@@ -157,15 +306,17 @@ class Watchdog:
             sys.stdout.flush()
         os._exit(1)
 
-    def _write(self, file: TextIO, headline: str, workers: list[str]) -> None:
-        print(headline, *(f"worker: {line}" for line in workers), "", sep="\n", file=file, flush=True)
+    def _write_report(self, file: TextIO, headline: str, workers: list[str]) -> None:
+        lines = [headline, *(f"worker: {line}" for line in workers), ""]
+        file.write("\n".join(lines) + "\n")
+        file.flush()
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.flush()
         os.fsync(file.fileno())
 
 
-def describe_workers(reading: Mapping[int, str]) -> list[str]:
-    """A line for each worker process: pid, what the system says of it, the shard it read last or those it has open."""
+def describe_workers() -> list[str]:
+    """A line for each worker process: its pid, what the system says of it, the shards it has open."""
     lines: list[str] = []
     for worker in multiprocessing.active_children():
         pid = worker.pid or 0
@@ -173,176 +324,45 @@ def describe_workers(reading: Mapping[int, str]) -> list[str]:
             status = psutil.Process(pid).status()
         except psutil.Error:
             status = "gone"
-        opened = ", ".join(open_shard_paths(pid)) or "no shard"
-        shard = f"read {reading[pid]} last" if pid in reading else f"has {opened} open"
-        lines.append(f"pid {pid} ({status}) {shard}")
+        shards = ", ".join(open_shard_paths(pid)) or "no shard"
+        lines.append(f"pid {pid} ({status}) has {shards} open")
     return lines
 
 
 def open_shard_paths(pid: int) -> list[str]:
     """The shards a process has open, where the system tells (Linux); the files themselves are not touched."""
-    found: list[str] = []
+    open_files: set[str] = set()
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                found.append(os.readlink(entry.path))
-    return sorted({path for path in found if path.endswith(_SHARD_ENDINGS)})
+                open_files.add(os.readlink(entry.path))
+    return sorted(path for path in open_files if path.endswith(_SHARD_ENDINGS))
 
 
-MAX_SKIPPED_STEPS_KEPT = 1000
-_BLOCK_SAMPLES = 1 << 16
-
-Item = TypeVar("Item")
+# what torch's DataLoader raises when the system has killed one of its workers
+_LOST_WORKER_PATTERN = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pid>[\d, ]+)\)(?P<how>[^\n.)]*)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkippedStep:
-    """A step that left the weights as they were. position: of its first sample in the run."""
-
-    step: int
-    position: int
-    reason: str
-    first_key: str
-    learning_rate: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedRange:
-    """The samples at positions [first, last), which the run passes over since it went back from one step to another."""
-
-    from_step: int
-    to_step: int
-    first: int
-    last: int
-    reason: str
+def find_lost_worker(error: BaseException) -> re.Match[str] | None:
+    """Which worker an error, or best what first caused it, says was lost; None if it names none."""
+    match: re.Match[str] | None = None
+    cause: BaseException | None = error
+    while cause is not None:
+        match = _LOST_WORKER_PATTERN.search(str(cause)) or match
+        cause = cause.__cause__
+    return match
 
 
-def record_skipped_step(state: TrainState, skipped: SkippedStep) -> None:
-    """Record a skipped step in the state, and say it."""
-    state.spike_guard.reject()
-    state.skipped.append(asdict(skipped))
-    steps = [number for number, entry in enumerate(state.skipped) if "to_step" not in entry]
-    if len(steps) > MAX_SKIPPED_STEPS_KEPT:
-        del state.skipped[steps[0]]
-    say(f"\nstep {skipped.step:,} is skipped: {skipped.reason} (first sample {skipped.first_key!r}).")
-
-
-def should_roll_back(state: TrainState, safety: SafetyConfig) -> bool:
-    """Whether skipping has gone on for too long.
-
-    Raises:
-        VlmError: and the run has gone back as often as it may.
-    """
-    if state.spike_guard.in_a_row < safety.skip_limit:
-        return False
-    if state.num_rollbacks >= safety.rewind_limit:
-        raise VlmError(_unrecoverable_message(state, f"the run has gone back {state.num_rollbacks} times, the limit"))
-    return True
-
-
-def roll_back(
-    state: TrainState,
-    writer: CheckpointWriter,
-    folder: Path,
-    *,
-    remote_store: RemoteCheckpointStore | None = None,
-    is_main: bool = True,
-) -> SkippedRange:
-    """Restore the checkpoint to go back to, and put the position past the trouble; all processes call it.
-
-    Afterwards the loader is to be opened again at `state.position` for the steps that are left, and the samples passed
-    over are to be counted in the ledger of the main process, which carries on that of all.
-
-    Raises:
-        VlmError: there is no checkpoint from before the trouble.
-    """
-    writer.wait()
-    path = broadcast_path(lambda: _rollback_target(state, folder, remote_store), is_main=is_main)
-    if path is None:
-        raise VlmError(_unrecoverable_message(state, f"no undamaged checkpoint in {folder} is older than that"))
-    from_step, last = state.step, state.position
-    reason, num_rollbacks, seconds = state.skipped[-1]["reason"], state.num_rollbacks, state.elapsed_seconds
-    restore(path, state, is_main=is_main)
-    skipped_range = SkippedRange(
-        from_step=from_step, to_step=state.step, first=state.position, last=last, reason=reason
-    )
-    state.skipped.append(asdict(skipped_range))
-    state.position, state.num_rollbacks, state.elapsed_seconds = last, num_rollbacks + 1, seconds
-    writer.roll_back(state.step)
-    if is_main:
-        say(
-            f"\nBack from step {from_step:,} to {state.step:,} (rewind {state.num_rollbacks}): {reason}. Passing over "
-            f"{last - skipped_range.first:,} samples, positions {skipped_range.first:,} to {last - 1:,}."
-        )
-    return skipped_range
-
-
-def skipped_sample_blocks(
-    skipped_range: SkippedRange, locate: Callable[[Sequence[int]], Sequence[Item]]
-) -> Iterator[Sequence[Item]]:
-    """The visits that were passed over, in blocks, as `Order.locate` finds them."""
-    for start in range(skipped_range.first, skipped_range.last, _BLOCK_SAMPLES):
-        yield locate(range(start, min(start + _BLOCK_SAMPLES, skipped_range.last)))
-
-
-def choose_rollback_target(
-    found: Sequence[CheckpointInfo], *, instability_start: int, last_target: int | None
-) -> CheckpointInfo | None:
-    """The checkpoint to go back to.
-
-    It is the newest good one from before the trouble that was due by its step, or, where there is none, any good one.
-    If the run went back to just that one the last time, it is the one before it.
-
-    trouble_since: the last step before the trouble. tried: the step last gone back to.
-
-    >>> found = [CheckpointInfo(step=step, is_scheduled=True, is_good=True) for step in (10, 20, 30)]
-    >>> [choose_rollback_target(found, instability_start=25, last_target=last).step for last in (None, 20, 10)]
-    [20, 10, 20]
-    """
-    older = sorted((info for info in found if info.is_good and info.step <= instability_start), key=lambda f: f.step)
-    fitting = [info for info in older if info.is_scheduled] or older
-    if len(fitting) > 1 and fitting[-1].step == last_target:
-        return fitting[-2]
-    return fitting[-1] if fitting else None
-
-
-def _rollback_target(state: TrainState, folder: Path, remote_store: RemoteCheckpointStore | None) -> Path | None:
-    """The folder of the checkpoint to go back to; damaged ones are left out, and one that is only a copy is fetched."""
-    own = {checkpoint_name(info.step): info for info in list_checkpoint_infos(folder)}
-    copied = remote_store.infos() if remote_store else {}
-    found = copied | own
-    rollback_targets = [entry["to_step"] for entry in state.skipped if "to_step" in entry]
-    while found:
-        chosen = choose_rollback_target(
-            list(found.values()),
-            instability_start=state.step - state.spike_guard.in_a_row,
-            last_target=rollback_targets[-1] if rollback_targets else None,
-        )
-        if chosen is None:
-            return None
-        name = checkpoint_name(chosen.step)
-        damage = find_damage(folder / name) if name in own else "absent"
-        if damage and remote_store and name in copied:
-            damage = remote_store.fetch(name, folder)
-        if not damage:
-            return folder / name
-        say(f"{folder / name} is damaged ({damage}); trying the one before it.")
-        del found[name]
-    return None
-
-
-def _unrecoverable_message(state: TrainState, why: str) -> str:
-    steps: list[dict[str, Any]] = [entry for entry in state.skipped if "to_step" not in entry]
-    unstable_steps = steps[-state.spike_guard.in_a_row :]
-    details = "; ".join(
-        f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}" for entry in unstable_steps[:5]
-    )
-    more = f" and {len(unstable_steps) - 5} more" if len(unstable_steps) > 5 else ""
-    return (
-        f"{state.spike_guard.in_a_row} steps in a row could not be used ({details}{more}), and {why}. "
-        "The learning rate was "
-        f"{unstable_steps[-1]['learning_rate']:.3g}; the weights are as before these steps. "
-        "Try a lower --learning-rate, more "
-        "--warmup-steps, --precision fp32, or look at these samples with vlm inspect; then go on from a checkpoint "
-        "with --resume (and --allow for what you change)."
+def lost_worker_error(match: re.Match[str], *, run: Path, checkpoints: Path, workers: int) -> VlmError:
+    """The message, once the writer has finished: pid and end of the worker, memory now, newest checkpoint, command."""
+    free = psutil.virtual_memory().available
+    saved = "No checkpoint was due yet."
+    newest = list_checkpoints(checkpoints)[-1:]
+    if newest:
+        step = int(newest[0].name.rpartition("-")[2])
+        saved = f"Everything up to step {step:,} is saved ({newest[0]})."
+    return VlmError(
+        f"Loader worker with pid {match['pid'].strip()} of {workers} was lost: {match['how'].strip()}. Most often the "
+        f"system kills one because it is out of memory ({free / 2**30:.1f} GiB are free now; see dmesg): use fewer "
+        f"--workers, a smaller --batch-size or --shuffle-window. {saved} Resume with: vlm train {run} --resume"
     )

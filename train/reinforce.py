@@ -1,4 +1,4 @@
-"""Dataset reinforcement: shards written anew with what teachers make of drawn views and of the captions.
+"""Dataset reinforcement: shards written again with what teachers make of drawn views and of the captions.
 
 The teachers run once, whatever is trained on the shards afterwards (Faghri et al. 2023, section 3; MobileCLIP, Vasu et
 al. 2023, section 4). Of several teachers, the unit vectors are laid side by side, each divided by sqrt(n), so that a
@@ -187,7 +187,7 @@ class Teachers:
         except torch.OutOfMemoryError as error:
             raise VlmError(
                 "A batch does not fit into the device's memory; repeat the command with a smaller --batch-size: it "
-                "goes on after the shards that are done."
+                "resumes after the shards that are done."
             ) from error
         return stored_arrays
 
@@ -233,7 +233,7 @@ def _add_array(stored_arrays: list[Arrays], name: str, parts: Sequence[np.ndarra
 class ReinforceConfig:
     """What is put into shards.
 
-    num_views: A, views of each picture. seed: of the views. half: text embeddings in float16 instead of float32.
+    num_views: A, views of each image. seed: of the views. half: text embeddings in float16 instead of float32.
     """
 
     num_views: int = 5

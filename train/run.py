@@ -1,11 +1,10 @@
-"""A pretraining run, as one story: open, restore, then step, log, evaluate, save, until done or stopped.
+"""A pretraining run as one story: open or resume it, then step, log, evaluate and save until it is done or stopped.
 
-Saving or ending a run between two steps when the system or a person asks for it.
-
-What a finished run leaves: the model, the ledger, the curves and the manifest.
+At its end a run leaves the model, the ledger, the curves and the manifest.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.console import say
 from vlm.data.ledger import Ledger
 from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
@@ -47,109 +45,7 @@ from vlm.train.session import CONFIG, Session, environment, open_remote_store, o
 from vlm.train.state import TrainState
 from vlm.train.step import train_step
 
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class StopRequest:
-    """While entered, signals are remembered instead of ending the process; a second SIGINT ends it.
-
-    SIGTERM and SIGINT: save and end. SIGUSR1: save and go on, as batch systems warn with it whether or not the end
-    follows. Enter it before worker processes are forked: in these SIGUSR1 and SIGINT, which terminals and batch systems
-    send to them too, then do nothing, and SIGTERM ends them.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name = ""
-        self._is_save_requested = False
-        self._previous_handlers: dict[signal.Signals, object] = {}
-        self._process = os.getpid()
-
-    def __bool__(self) -> bool:
-        return bool(self.signal_name)
-
-    @property
-    def is_save_requested(self) -> bool:
-        """Whether SIGUSR1 came since the last `saved`."""
-        return self._is_save_requested
-
-    def mark_saved(self) -> None:
-        """What SIGUSR1 asked for is done."""
-        self._is_save_requested = False
-
-    def __enter__(self) -> "StopRequest":
-        self._process = os.getpid()
-        for number in _HANDLED:
-            self._previous_handlers[number] = signal.signal(number, self._handle_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-
-    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        if number == signal.SIGUSR1:
-            self._is_save_requested = True
-            say("\nSIGUSR1: saving after this step, and going on.")
-            return
-        if self.signal_name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-        say(f"\n{self.signal_name}: saving after this step; press Ctrl-C again to stop at once without saving.")
-
-
-def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> None:
-    """Write model/ (with the mean of the weights where one is kept), ledger.json, curves.png, and last the manifest."""
-    weights = final_weights(session.state)
-    if session.accelerator.is_main_process:
-        _write_run(session, ledger, utilisation, final_model(session.state.model, weights))
-
-
-def final_weights(state: TrainState) -> dict[str, Tensor]:
-    """The weights that are left behind, whole and on the CPU; all processes call it."""
-    held = state.ema_weights if state.ema_weights is not None else state.network.state_dict()
-    return {name: to_full_tensor(tensor).detach().cpu() for name, tensor in held.items()}
-
-
-def final_model(model: VisionLanguageModel, weights: dict[str, Tensor]) -> VisionLanguageModel:
-    """The model with these weights, in a network as it is loaded from a folder."""
-    network = build_network(model.config)
-    if "logit_bias" in weights and getattr(network, "logit_bias", None) is None:
-        network.register_parameter("logit_bias", nn.Parameter(torch.zeros_like(weights["logit_bias"])))
-    kinds = network.state_dict()
-    network.load_state_dict({name: tensor.to(kinds[name].dtype) for name, tensor in weights.items()})
-    return replace(model, network=network.eval(), device=torch.device("cpu"))
-
-
-def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model: VisionLanguageModel) -> None:
-    run, state, config = session.folder, session.state, session.config
-    data = shards_fingerprint(session.corpus.shards)
-    save_model_folder(run / RUN_MODEL, model, inputs={"shards": data})
-    everything = range(len(session.corpus.shards))
-    write_ledger(run / "ledger.json", session.corpus, ledger.by_shard(), ledger, shards=everything)
-    title = f"{run.name}: {config.model.architecture}, {state.step:,} steps of {config.batch_size:,}"
-    draw_curves(read_metrics(run / METRICS), run / "curves.png", title=title)
-    write_manifest(
-        run,
-        Manifest(
-            kind="run",
-            fingerprint=model.fingerprint,
-            counts={"steps": state.step, "samples": state.position, "bad": ledger.num_replaced},
-            configuration=asdict(config),
-            inputs={"shards": data, "sequence": session.corpus.fingerprint},
-            details={
-                "sources": [asdict(source) for source in session.corpus.sources],
-                "environment": environment(),
-                "utilisation": utilisation.to_values(),
-                "skipped": state.skipped,
-                "repeat": f"vlm train {run / CONFIG} --run NEW",
-            },
-        ),
-    )
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,21 +63,22 @@ class RunSummary:
 
 
 def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] = ()) -> RunSummary:
-    """Train as configured; with `resume`, go on from the newest undamaged checkpoint as if never interrupted.
+    """Train as configured; with `resume`, continue from the newest undamaged checkpoint as if never interrupted.
 
     allow: keys of the configuration that may differ from those the run was begun with.
 
     Raises:
         UsageError: the configuration cannot work, or does not fit the run being resumed.
-        VlmError: the run had to end: stopped by a signal (after saving), bad steps that going back did not cure, too
-            many bad samples, a lost worker, no room to save.
+        VlmError: the run had to end: stopped by a signal (after saving), bad steps that rolling back did not cure, too
+            many bad samples, a lost worker, no space to save.
     """
     session = open_session(config, resume=resume, allow=allow)
-    state, safety = session.state, config.safety
+    state = session.state
+    safety = config.safety
     schedule = CheckpointSchedule(
         every=safety.checkpoint_every, minutes=safety.checkpoint_minutes, last_saved_seconds=state.elapsed_seconds
     )
-    begun = time.monotonic() - state.elapsed_seconds
+    started = time.monotonic() - state.elapsed_seconds
     with (
         reraise_lost_workers(session),
         StopRequest() as stop,
@@ -189,18 +86,20 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
         open_writer(session) as writer,
         RunLogger(session) as run_logger,
     ):
-        if state.step == 0:  # where a run with early trouble goes back to; and better no room now than later
+        if state.step == 0:
+            # what early trouble rolls back to; and better to find now than later that there is no space
             writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=True)
         batches = run_logger.timed(session.open_batches())
         while (micro_batches := next(batches, None)) is not None:
             watchdog.set_phase(f"in step {state.step + 1:,}")
             result = train_step(session, micro_batches)
-            state.elapsed_seconds = time.monotonic() - begun
+            state.elapsed_seconds = time.monotonic() - started
             run_logger.step(result, micro_batches)
             check_bad_sample_limit(state.ledger, config.loader.max_bad, session.corpus)
             close_epochs(session, before=state.position - config.batch_size)
+
             if should_roll_back(state, safety):
-                watchdog.set_phase("going back", after=f"step {state.step:,}")
+                watchdog.set_phase("rolling back", after=f"step {state.step:,}")
                 batches.close()
                 roll_back_session(session, writer, run_logger)
                 batches = run_logger.timed(session.open_batches())
@@ -210,29 +109,31 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
             values: dict[str, Any] = {}
             if state.step % config.log_every == 0 or is_last:
                 values = run_logger.read(result, micro_batches)
-            before = time.monotonic()
+            before_pause = time.monotonic()
             if session.val_shards and (state.step % config.evaluate_every == 0 or is_last):
                 watchdog.set_phase("evaluating", after=f"step {state.step:,}")
                 values |= evaluate(session)
             if values:
                 run_logger.write(values)
-            is_wanted = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested or is_best(state)
-            is_stopping, is_due = any_across_processes([bool(stop), is_wanted], state.model.device)
+
+            # clocks, signals and metrics differ between processes, which must save and stop at the same step
+            is_requested = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested
+            wants_save = is_requested or is_best(state)
+            is_stopping, is_due = any_across_processes([bool(stop), wants_save], state.model.device)
             if is_due or is_last or is_stopping:
                 watchdog.set_phase("saving", after=f"step {state.step:,}")
-                writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=schedule.is_scheduled(state.step))
+                is_scheduled = schedule.is_scheduled(state.step)
+                writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=is_scheduled)
                 schedule.mark_saved(state.elapsed_seconds)
                 stop.mark_saved()
             writer.check()
-            run_logger.exclude_time(time.monotonic() - before)
+            run_logger.exclude_time(time.monotonic() - before_pause)
             if is_stopping and not is_last:
                 writer.close()
                 session.accelerator.wait_for_everyone()
-                raise VlmError(
-                    f"Stopped by {stop.signal_name or 'a signal'} after step {state.step:,}; all is saved. "
-                    f"Go on with: vlm train {session.folder} --resume"
-                )
+                raise stopped_error(session, stop)
             watchdog.set_phase("waiting for data", after=f"step {state.step:,}")
+
     ledger = merge_ledgers(state.ledger)
     finish_run(session, ledger, run_logger.utilisation)
     session.accelerator.wait_for_everyone()
@@ -263,57 +164,60 @@ def open_writer(session: Session) -> CheckpointWriter:
 
 @contextlib.contextmanager
 def reraise_lost_workers(session: Session) -> Iterator[None]:
-    """Turn the error of a killed loader worker into one that says how to go on, once what was under way is saved."""
+    """Turn the error of a killed loader worker into one that says how to resume, once pending writes are finished."""
     try:
         yield
     except (RuntimeError, VlmError) as error:
-        found = find_lost_worker(error)
-        if found is None:
+        match = find_lost_worker(error)
+        if match is None:
             raise
         raise lost_worker_error(
-            found, run=session.folder, checkpoints=session.folder / CHECKPOINTS, workers=session.config.loader.workers
+            match, run=session.folder, checkpoints=session.folder / CHECKPOINTS, workers=session.config.loader.workers
         ) from error
 
 
 def roll_back_session(session: Session, writer: CheckpointWriter, run_logger: RunLogger) -> None:
-    """Go back to a checkpoint from before the trouble, and count the samples that are passed over."""
-    is_main = session.accelerator.is_main_process
+    """Roll back to a checkpoint from before the trouble, and count the samples that are passed over."""
     skipped_range = roll_back(
         session.state,
         writer,
         session.folder / CHECKPOINTS,
         remote_store=open_remote_store(session.config),
-        is_main=is_main,
+        is_main=session.accelerator.is_main_process,
     )
     count_skipped_range(session, skipped_range)
     run_logger.roll_back()
 
 
 def evaluate(session: Session) -> dict[str, float]:
-    """Retrieval on the validation shards with the weights the final model would have; said in one line."""
-    state, config = session.state, session.config
+    """Retrieval on the validation shards with the weights the final model would have; logged in one line."""
+    state = session.state
+    config = session.config
     is_main = session.accelerator.is_main_process
+    # with FSDP every process has to take part, since each holds a share of the weights
     if not is_main and config.sharding == "none":
         return {}
+
     state.network.eval()
     ema_weights_applied = session.ema.swapped_in(state.network) if session.ema else contextlib.nullcontext()
     with ema_weights_applied, unsharded_weights(state.task):
-        measured = evaluate_retrieval(
+        retrieval = evaluate_retrieval(
             state.model,
             session.val_shards,
             languages=config.loader.languages,
             captions_each=config.val_captions_each,
         )
     state.network.train()
-    metrics = measured.metrics()
+
+    metrics = retrieval.metrics()
     if not is_main:
         return {}
     if config.safety.keep_best:
         state.best = new_best(state.best, config.safety.keep_best, metrics, state.step) or state.best
-    say(
-        f"\nstep {state.step:,}: text→image recall@1 {metrics['text_to_image_recall@1']:.1%} "
+    logger.info(
+        f"step {state.step:,}: text→image recall@1 {metrics['text_to_image_recall@1']:.1%} "
         f"@10 {metrics['text_to_image_recall@10']:.1%}, image→text @1 {metrics['image_to_text_recall@1']:.1%} "
-        f"@10 {metrics['image_to_text_recall@10']:.1%} ({measured.num_images:,} pictures)"
+        f"@10 {metrics['image_to_text_recall@10']:.1%} ({retrieval.num_images:,} images)"
     )
     return metrics
 
@@ -323,11 +227,64 @@ def is_best(state: TrainState) -> bool:
     return state.best is not None and state.best.step == state.step
 
 
+def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> None:
+    """Write model/ (the EMA where one is kept), ledger.json, curves.png, and last the manifest."""
+    weights = final_weights(session.state)
+    if session.accelerator.is_main_process:
+        _write_run(session, ledger, utilisation, final_model(session.state.model, weights))
+
+
+def final_weights(state: TrainState) -> dict[str, Tensor]:
+    """The weights of the final model, whole and on the CPU; all processes call it."""
+    held = state.ema_weights if state.ema_weights is not None else state.network.state_dict()
+    return {name: to_full_tensor(tensor).detach().cpu() for name, tensor in held.items()}
+
+
+def final_model(model: VisionLanguageModel, weights: dict[str, Tensor]) -> VisionLanguageModel:
+    """The model with these weights, in a network as it is loaded from a folder."""
+    network = build_network(model.config)
+    if "logit_bias" in weights and getattr(network, "logit_bias", None) is None:
+        network.register_parameter("logit_bias", nn.Parameter(torch.zeros_like(weights["logit_bias"])))
+    fresh = network.state_dict()
+    # the EMA of half-precision weights is kept in float32
+    network.load_state_dict({name: tensor.to(fresh[name].dtype) for name, tensor in weights.items()})
+    return replace(model, network=network.eval(), device=torch.device("cpu"))
+
+
+def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model: VisionLanguageModel) -> None:
+    run = session.folder
+    state = session.state
+    config = session.config
+    data = shards_fingerprint(session.corpus.shards)
+    save_model_folder(run / RUN_MODEL, model, inputs={"shards": data})
+    all_shards = range(len(session.corpus.shards))
+    write_ledger(run / "ledger.json", session.corpus, ledger.by_shard(), ledger, shards=all_shards)
+    title = f"{run.name}: {config.model.architecture}, {state.step:,} steps of {config.batch_size:,}"
+    draw_curves(read_metrics(run / METRICS), run / "curves.png", title=title)
+    write_manifest(
+        run,
+        Manifest(
+            kind="run",
+            fingerprint=model.fingerprint,
+            counts={"steps": state.step, "samples": state.position, "bad": ledger.num_replaced},
+            configuration=asdict(config),
+            inputs={"shards": data, "sequence": session.corpus.fingerprint},
+            details={
+                "sources": [asdict(source) for source in session.corpus.sources],
+                "environment": environment(),
+                "utilisation": utilisation.to_values(),
+                "skipped": state.skipped,
+                "repeat": f"vlm train {run / CONFIG} --run NEW",
+            },
+        ),
+    )
+
+
 def summarise(session: Session, ledger: Ledger) -> RunSummary:
-    """What is said at the end."""
-    last: dict[str, Any] = {}
+    """What is reported at the end."""
+    last_values: dict[str, Any] = {}
     for line in read_metrics(session.folder / METRICS):
-        last |= line
+        last_values |= line
     state = session.state
     return RunSummary(
         run=str(session.folder),
@@ -336,6 +293,69 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
         bad_samples=ledger.num_replaced,
         skipped_steps=sum("to_step" not in entry for entry in state.skipped),
         seconds=state.elapsed_seconds,
-        metrics=last,
+        metrics=last_values,
         ledger=ledger_table(session.corpus, ledger),
+    )
+
+
+_HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While entered, signals are remembered instead of ending the process; a second SIGINT ends it.
+
+    SIGTERM and SIGINT: save and end. SIGUSR1: save and continue, since batch systems warn with it whether or not the
+    end follows. Enter it before worker processes are forked: in these SIGUSR1 and SIGINT, which terminals and batch
+    systems send to them too, then do nothing, and SIGTERM ends them.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._is_save_requested = False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+    @property
+    def is_save_requested(self) -> bool:
+        """Whether SIGUSR1 came since the last `mark_saved`."""
+        return self._is_save_requested
+
+    def mark_saved(self) -> None:
+        """The save that SIGUSR1 asked for is done."""
+        self._is_save_requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._process = os.getpid()
+        for number in _HANDLED_SIGNALS:
+            self._previous_handlers[number] = signal.signal(number, self._handle_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker, which inherits the handler
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGUSR1:
+            self._is_save_requested = True
+            logger.info("SIGUSR1: saving after this step; training continues.")
+            return
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        logger.info(f"{self.signal_name}: saving after this step; press Ctrl-C again to stop now without saving.")
+
+
+def stopped_error(session: Session, stop: StopRequest) -> VlmError:
+    """How to resume a run that a signal has stopped."""
+    return VlmError(
+        f"Stopped by {stop.signal_name or 'a signal'} after step {session.state.step:,}; everything is saved. "
+        f"Resume with: vlm train {session.folder} --resume"
     )

@@ -77,7 +77,7 @@ class ObjectiveConfig:
     """Terms of the table in the docs, joined by +, each with a weight if not 1: `clip`, `siglip + 2*caption`."""
 
     same_pairs: Literal["negative", "ignore", "positive"] = "negative"
-    """What pairs of a batch with the same key, caption or picture are to each other in contrastive terms."""
+    """What pairs of a batch with the same key, caption or image are to each other in contrastive terms."""
 
     margin: float = 0.2
     """Margin of the ranking term: cosines of negatives must stay this far below that of the pair."""
@@ -95,13 +95,13 @@ class ObjectiveConfig:
     """Sentences drawn from a sample's captions that are shown as several positives; 0 shows one caption."""
 
     local_views: int = 0
-    """Small crops of each picture for local-to-global self-distillation."""
+    """Small crops of each image for local-to-global self-distillation."""
 
     parallel_share: float = 0.75
     """Share of captions that the parallel captioner predicts all at once (CapPa); the others token by token."""
 
     text_embedding_size: int = 0
-    """Numbers in a stored text embedding that pictures are aligned with (`text_align`)."""
+    """Numbers in a stored text embedding that images are aligned with (`text_align`)."""
 
     similarity_block: int = 1024
     """Rows of the similarity matrix that are held at once; changes memory only."""
@@ -148,7 +148,7 @@ class OptimizerConfig:
     """The gradient's norm is cut to this; 0 leaves it."""
 
     average_decay: float = 0.0
-    """Decay of the running mean of the weights (EMA), which becomes the final model; 0 keeps none."""
+    """Decay of the EMA of the weights (EMA), which becomes the final model; 0 keeps none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +177,10 @@ class LoaderConfig:
     """Arrays stored in the shards that batches carry: teacher_image, teacher_text, text_embedding."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Range of the random crop's share of the picture's area."""
+    """Range of the random crop's share of the image's area."""
 
     flip: float = 0.0
-    """Probability of mirroring a picture; leave at 0 where captions say left and right."""
+    """Probability of mirroring an image; leave at 0 where captions say left and right."""
 
     decode_on_device: bool = False
     """Decode JPEGs on the GPU instead of in the workers; workers then read, draw and tokenize only."""
@@ -212,7 +212,7 @@ class SafetyConfig:
     """Steps between checkpoints; the last step is always saved."""
 
     checkpoint_minutes: float = 0.0
-    """Minutes between checkpoints besides; 0 goes by steps alone."""
+    """Minutes between checkpoints in addition; 0 goes by steps alone."""
 
     keep_checkpoints: int = 2
     """Checkpoints kept, the newest."""
@@ -251,7 +251,7 @@ class TrainConfig:
     """Shards to measure retrieval on while training; empty measures nothing."""
 
     val_captions_each: int = 0
-    """Captions of a picture used in that, in each language: the first so many; 0 uses all."""
+    """Captions of an image used in that, in each language: the first so many; 0 uses all."""
 
     run: str = ""
     """Folder of the run."""
@@ -266,7 +266,7 @@ class TrainConfig:
     """Passes over the data; ignored where steps is given."""
 
     steps: int = -1
-    """Optimiser steps; -1 follows from epochs, 0 saves the fresh model."""
+    """Optimizer steps; -1 follows from epochs, 0 saves the fresh model."""
 
     seed: int = 0
     """Of weights, order, crops and drawn captions."""
@@ -275,7 +275,7 @@ class TrainConfig:
     """Arithmetic of the forward pass; weights stay fp32."""
 
     sharding: Literal["none", "fsdp"] = "none"
-    """none: every process holds the whole network (DDP); fsdp: weights and optimiser are spread (FSDP2)."""
+    """none: every process holds the whole network (DDP); fsdp: weights and optimizer are spread (FSDP2)."""
 
     evaluate_every: int = 500
     """Steps between measurements on val; the last step is always measured."""
@@ -309,19 +309,19 @@ class TrainConfig:
                 raise UsageError(f"{name} = {value} is outside its range; give at least {least}.")
         for name, value in _fractions(self):
             if not 0 <= value <= 1:
-                raise UsageError(f"{name} = {value} is no share; give a number from 0 to 1.")
+                raise UsageError(f"{name} = {value} is not a share; give a number from 0 to 1.")
         if 0 < self.loader.cache_gb < _MIN_CACHE_GB:
             raise UsageError(f"cache_gb = {self.loader.cache_gb} holds no shard; give gigabytes, or 0 for the default.")
         if self.val.endswith(".toml"):
             raise UsageError(f"val = {self.val!r} is a mixture; retrieval is measured on shards: name them.")
         if self.steps < 0 and not 0 < self.epochs < _MAX_EPOCHS:
-            raise UsageError(f"epochs = {self.epochs} is no length; give a positive number, or --steps.")
+            raise UsageError(f"epochs = {self.epochs} is not a length; give a positive number, or --steps.")
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
             raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")
         if self.optimizer.optimizer == "muon" and self.sharding == "fsdp":
             raise UsageError("--optimizer muon needs whole matrices, and fsdp spreads them; give --optimizer adamw.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
-            raise UsageError(f"crop_scale = {self.loader.crop_scale} is no range inside (0, 1].")
+            raise UsageError(f"crop_scale = {self.loader.crop_scale} is not a range inside (0, 1].")
 
 
 def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:

@@ -1,12 +1,12 @@
 """A run as it is opened: all that stays the same while its state changes.
 
-Memory between steps on a CPU: kept for the next one instead of given back to the kernel.
-
-The pieces of a run: its folder and configuration, its data, its model, its state.
+`open_session` puts it together: data, model, task, optimizer and state, and the run's folder with its configuration.
 """
 
 import ctypes
 import dataclasses
+import itertools
+import logging
 import math
 import os
 import platform
@@ -24,7 +24,6 @@ from torch import nn
 
 from vlm import __version__
 from vlm.config import from_toml, to_toml
-from vlm.console import say
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
@@ -69,255 +68,20 @@ from vlm.train.state import TrainState
 from vlm.train.task import TrainingTask, build_task, lock_tower
 from vlm.train.teacher_views import check_views
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_LARGEST = 2**31 - 1
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep what tensors on the CPU free, and hand it to those of the next step.
-
-    By default glibc maps every large tensor anew and unmaps it when freed, so each step meets pages the kernel has to
-    clear first, up to a third of its time. False, and nothing is changed, where the environment sets the allocator
-    already (MALLOC_*, GLIBC_TUNABLES) and where the C library is not glibc.
-
-    Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_MAX.
-    """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return all([bool(mallopt(_MMAP_MAX, 0)), bool(mallopt(_TRIM_THRESHOLD, _LARGEST))])
+logger = logging.getLogger(__name__)
 
 
 CONFIG = "config.toml"
 
 
-def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> None:
-    """Make the run's folder, with `config.toml` in it.
-
-    allow: keys, or groups of them, that may differ from those the run was begun with.
-
-    Raises:
-        UsageError: the folder is in use and `resume` was not asked for, or the run was begun otherwise.
-    """
-    run = Path(config.run)
-    saved = run / CONFIG
-    check_allowed_keys(allow, asdict(config))
-    remote_store = open_remote_store(config)
-    if not resume and remote_store and remote_store.names():
-        raise UsageError(
-            f"{remote_store.url} holds checkpoints of a run already; go on with --resume, or name another run."
-        )
-    if resume and saved.is_file():
-        changed = changed_settings(asdict(from_toml(TrainConfig, saved)), asdict(config))
-        refused = disallowed_changes(changed, allow, free=FREE_ON_RESUME)
-        if refused:
-            raise changed_config_error(run, refused)
-        for line in disallowed_changes(changed, (), free=FREE_ON_RESUME):
-            say(f"Changed, as allowed: {line}")
-    elif run.exists() and (is_complete(run) or any(run.iterdir())):
-        raise UsageError(f"{run} exists already; go on with --resume, name another run, or remove it.")
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(saved, to_toml(config))
-
-
-def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
-    """What the configuration says to stream."""
-    return open_corpus(
-        read_sources(config.data, config.loader.selection),
-        seed=config.seed,
-        window=config.loader.shuffle_window,
-        allow_damage=config.loader.allow_damage,
-        cache=cache,
-    )
-
-
-def resolve_shard_cache(loader: LoaderConfig) -> ShardCache:
-    """Where remote and compressed shards are kept: as configured, else as the environment says."""
-    default = default_cache()
-    return dataclasses.replace(
-        default,
-        folder=Path(loader.cache) if loader.cache else default.folder,
-        max_bytes=int(loader.cache_gb * 1e9) if loader.cache_gb else default.max_bytes,
-    )
-
-
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Device, processes and precision; on a CPU, this process keeps the memory it frees from now on."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    return accelerator
-
-
-def parallelize_task(accelerator: Accelerator, task: nn.Module, config: TrainConfig) -> nn.Module:
-    """The student as its processes train it together; make the optimiser afterwards, since weights may be spread."""
-    task.train()
-    if config.model.channels_last:
-        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if config.model.compile:
-        task.compile()
-    if config.sharding == "fsdp":
-        apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
-        return task
-    return accelerator.prepare_model(task)
-
-
-def restore_state(
-    config: TrainConfig, state: TrainState, corpus: Corpus, *, remote_store: RemoteCheckpointStore | None, is_main: bool
-) -> None:
-    """Be what the newest undamaged checkpoint says, if there is one.
-
-    Raises:
-        UsageError: the checkpoint belongs to another sequence of samples.
-    """
-    if not restore_newest(Path(config.run) / CHECKPOINTS, state, remote_store=remote_store, is_main=is_main):
-        return
-    if state.sequence != corpus.fingerprint:
-        raise UsageError(
-            f"{config.data} is not what {config.run} was begun with: shards, selections or shares have changed since, "
-            "so the run cannot go on from its place. Restore them, or begin another run with --start-from this one."
-        )
-    if is_main:
-        say(f"Resuming {config.run} after step {state.step:,}.")
-
-
-def open_remote_store(config: TrainConfig) -> RemoteCheckpointStore | None:
-    """Where checkpoints are copied to."""
-    address = config.safety.checkpoint_to
-    return RemoteCheckpointStore(address=address, run=Path(config.run).name) if address else None
-
-
-def build_collator(
-    config: TrainConfig, plan: BatchSampler, model: VisionLanguageModel, *, trim_text: bool
-) -> TrainingCollator:
-    """What the workers do with the samples of a batch. trim_text: cut its tokens to the longest caption."""
-    view = RandomResizedCrop(
-        size=model.view.size,
-        scale=config.loader.crop_scale,
-        flip=config.loader.flip,
-        interpolation=model.view.interpolation,
-    )
-    crops = config.objective.local_views
-    return TrainingCollator(
-        plan=plan,
-        view=view,
-        tokenizer=model.tokenizer,
-        draw=CaptionSampler(
-            languages=config.loader.languages,
-            language_weights=config.loader.language_weights,
-            sentences=config.loader.sentences,
-        ),
-        arrays=PrecomputedFeatures(names=config.loader.arrays),
-        seed=config.seed,
-        max_bad_in_a_row=config.loader.max_bad_in_a_row,
-        decode_on_device=config.loader.decode_on_device,
-        num_sentences=config.objective.sub_captions,
-        local=LocalCrops.for_global_crop(view, number=crops) if crops else None,
-        has_identities=config.objective.same_pairs != "negative",
-        trim_text=trim_text,
-    )
-
-
-def total_steps(config: TrainConfig, num_samples: int) -> int:
-    """Optimiser steps of the run; the last epoch is filled up to a whole batch."""
-    if config.steps >= 0:
-        return config.steps
-    return max(1, -(-round(Fraction(str(config.epochs)) * num_samples) // config.batch_size))
-
-
-def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = False) -> VisionLanguageModel:
-    """The model to train: that of `start_from`, or the architecture with fresh weights drawn from the seed.
-
-    with_bias: give fresh logits the bias and temperature sigmoid losses start from (SigLIP, Zhai et al. 2023, §3.2).
-
-    Raises:
-        UsageError: the model cannot be trained as asked.
-    """
-    model_settings = config.model
-    if model_settings.start_from:
-        model = dataclasses.replace(load_network(model_settings.start_from, device=str(device)), name=config.run)
-        if model_settings.dropout or model_settings.drop_path or model_settings.patch_dropout:
-            model = _with_dropout(model, model_settings)
-    else:
-        model = _fresh_model(config, device, with_bias=with_bias)
-    statistics = batch_norm_layers(model.network)
-    if statistics and config.micro_batch:
-        raise UsageError(
-            f"{model_settings.architecture} normalises by statistics of the batch "
-            f"({statistics[0]} and {len(statistics) - 1} "
-            "more layers), so a batch in parts would not be the whole one. Leave out --micro-batch, or take a tower "
-            "with layer norms (a ViT, a ConvNeXt)."
-        )
-    if model_settings.gradient_checkpointing:
-        model.network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
-    return model
-
-
-def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) -> VisionLanguageModel:
-    model_settings = config.model
-    architecture = model_config(model_settings.architecture)
-    length = model_settings.context_length or architecture["text_cfg"].get("context_length")
-    tokenizer = open_tokenizer(model_settings.tokenizer, length)
-    if model_settings.image_size:
-        architecture["vision_cfg"]["image_size"] = model_settings.image_size
-    architecture = set_dropout(
-        fit_to_tokenizer(architecture, tokenizer),
-        dropout=model_settings.dropout,
-        drop_path=model_settings.drop_path,
-        patch_dropout=model_settings.patch_dropout,
-    )
-    if config.loader.trim_text and not model_settings.compile and "multimodal_cfg" not in architecture:
-        architecture["custom_text"] = True  # open_clip's other layout adds the positions of the whole context
-    if with_bias:
-        architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-    torch.manual_seed(config.seed)
-    network = build_network(architecture).to(device)
-    view = EvalTransform(size=_side(architecture["vision_cfg"].get("image_size", 224)))
-    return VisionLanguageModel(
-        name=config.run, network=network, config=architecture, view=view, tokenizer=tokenizer, device=device
-    )
-
-
-def _with_dropout(model: VisionLanguageModel, model_settings: ModelConfig) -> VisionLanguageModel:
-    """The same weights in a network that drops at random."""
-    architecture = set_dropout(
-        model.config,
-        dropout=model_settings.dropout,
-        drop_path=model_settings.drop_path,
-        patch_dropout=model_settings.patch_dropout,
-    )
-    network = build_network(architecture).to(model.device)
-    network.load_state_dict(model.network.state_dict())
-    return dataclasses.replace(model, network=network, config=architecture)
-
-
-def environment() -> dict[str, Any]:
-    """What a run was made with: versions, machine, commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent, check=False
-    )
-    return {
-        "vlm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "commit": commit.stdout.strip(),
-    }
-
-
-def _side(size: int | list[int] | tuple[int, ...]) -> int:
-    return size if isinstance(size, int) else int(size[0])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """trained: the student as the accelerator wraps it. steps: number of the last step. parts: how often a process goes
-    through the network in one. flops: counts those of the student. noise: what the network's layers draw from.
-    trims_text: whether batches are cut to their longest caption.
+    """What a run trains with.
+
+    parallel_task: the task as the accelerator wraps it. noise: what the network's dropout layers draw from.
+    input_providers: models that compute inputs while training, by the inputs they give. flops: counts those of the
+    task. steps: number of the last step. num_micro_batches: into how many a process splits its share of a batch.
+    trims_padding: whether batches are cut to their longest caption.
     """
 
     config: TrainConfig
@@ -345,12 +109,13 @@ class Session:
 
     @property
     def local_batch_size(self) -> int:
-        """Samples of a global batch that this process takes."""
+        """Samples of a global batch that this process trains on."""
         return self.config.batch_size // self.accelerator.num_processes
 
     def open_batches(self) -> Iterator[list[TrainingBatch]]:
-        """The batches from the state's position to the run's end, each in its parts."""
-        config, state = self.config, self.state
+        """The batches from the state's position to the run's end, each as its micro-batches."""
+        config = self.config
+        state = self.state
         plan = BatchSampler(
             order=self.corpus.order,
             batch_size=config.batch_size,
@@ -369,25 +134,9 @@ class Session:
             cache=resolve_shard_cache(config.loader),
         )
         view = collate.view if collate.decode_on_device else None
-        ahead = iter(DevicePrefetcher(stream, self.accelerator.device, view))
-        while micro_batches := [batch for _, batch in zip(range(self.num_micro_batches), ahead, strict=False)]:
+        prefetched = iter(DevicePrefetcher(stream, self.accelerator.device, view))
+        while micro_batches := list(itertools.islice(prefetched, self.num_micro_batches)):
             yield micro_batches
-
-
-def count_micro_batches(config: TrainConfig, num_processes: int) -> int:
-    """How many times a process goes through the network in one step.
-
-    Raises:
-        UsageError: the share does not divide.
-    """
-    local_batch_size, size = config.batch_size // num_processes, config.micro_batch
-    if size and local_batch_size % min(size, local_batch_size):
-        raise UsageError(
-            f"micro_batch = {size} does not divide a process's {local_batch_size} samples "
-            f"of the batch of {config.batch_size}; "
-            f"try {max(part for part in range(1, min(size, local_batch_size) + 1) if local_batch_size % part == 0)}."
-        )
-    return local_batch_size // min(size, local_batch_size) if size else 1
 
 
 def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> Session:
@@ -403,19 +152,26 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     accelerator = build_accelerator(config)
     corpus, val_shards = open_data(config, resolve_shard_cache(config.loader), accelerator.device)
     num_micro_batches = count_micro_batches(config, accelerator.num_processes)
-    model = build_model(
-        config, accelerator.device, with_bias=any("logit_bias" in weighted.term.outputs for weighted in terms)
-    )
+
+    reads_bias = any("logit_bias" in weighted.term.outputs for weighted in terms)
+    model = build_model(config, accelerator.device, with_bias=reads_bias)
     trims_padding = config.loader.trim_text and not config.model.compile and enable_padding_trim(model.network)
     options = LossOptions(config=config.objective, pad_token=model.tokenizer.pad_token)
     noise = PerSampleNoise(seed=config.seed)
     task = open_task(config, model, terms, options, noise)
-    flops = FlopCounter(task.train())
+    flops = FlopCounter(task.train())  # before the network is wrapped or sharded
     parallel_task = parallelize_task(accelerator, task, config)
+
     ema = EMA.from_network(config.optimizer.average_decay, model.network) if needs_ema(config, terms) else None
     input_providers = open_input_providers(config, model, terms, ema)
     check_loss_inputs(config, terms, task, input_providers)
-    state = open_state(config, task, model, corpus, ema)
+    state = TrainState(
+        task=task,
+        model=model,
+        optimizer=build_optimizer(task, config.optimizer),
+        sequence=corpus.fingerprint,
+        ema_weights=ema.weights if ema else None,
+    )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     return Session(
         config=config,
@@ -437,27 +193,8 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     )
 
 
-def open_folder(
-    config: TrainConfig,
-    state: TrainState,
-    corpus: Corpus,
-    accelerator: Accelerator,
-    *,
-    resume: bool,
-    allow: tuple[str, ...],
-) -> None:
-    """Claim the run's folder for this configuration; with `resume`, bring the state to where the run had come."""
-    if accelerator.is_main_process:
-        prepare_run_folder(config, resume=resume, allow=allow)
-    accelerator.wait_for_everyone()
-    if resume:
-        restore_state(
-            config, state, corpus, remote_store=open_remote_store(config), is_main=accelerator.is_main_process
-        )
-
-
 def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, list[str]]:
-    """What is trained on, and the shards retrieval is measured on; refused now rather than at the first evaluation."""
+    """What is trained on, and the validation shards; errors in these come now rather than at the first evaluation."""
     corpus = open_training_corpus(config, cache)
     if config.loader.decode_on_device:
         check_decoder(device)
@@ -467,6 +204,94 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
     return corpus, val_shards
 
 
+def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
+    """The shards the configuration names, with the order of their samples."""
+    return open_corpus(
+        read_sources(config.data, config.loader.selection),
+        seed=config.seed,
+        window=config.loader.shuffle_window,
+        allow_damage=config.loader.allow_damage,
+        cache=cache,
+    )
+
+
+def resolve_shard_cache(loader: LoaderConfig) -> ShardCache:
+    """Where remote and compressed shards are cached: as configured, else as the environment says."""
+    default = default_cache()
+    return dataclasses.replace(
+        default,
+        folder=Path(loader.cache) if loader.cache else default.folder,
+        max_bytes=int(loader.cache_gb * 1e9) if loader.cache_gb else default.max_bytes,
+    )
+
+
+def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = False) -> VisionLanguageModel:
+    """The model to train: that of `start_from`, or the architecture with fresh weights drawn from the seed.
+
+    with_bias: give fresh logits the bias and temperature sigmoid losses start from (SigLIP, Zhai et al. 2023, §3.2).
+
+    Raises:
+        UsageError: the model cannot be trained as configured.
+    """
+    model_settings = config.model
+    if model_settings.start_from:
+        model = dataclasses.replace(load_network(model_settings.start_from, device=str(device)), name=config.run)
+        if model_settings.dropout or model_settings.drop_path or model_settings.patch_dropout:
+            model = _with_dropout(model, model_settings)
+    else:
+        model = _fresh_model(config, device, with_bias=with_bias)
+    batch_norms = batch_norm_layers(model.network)
+    if batch_norms and config.micro_batch:
+        raise UsageError(
+            f"{model_settings.architecture} normalises by statistics of the batch ({batch_norms[0]} and "
+            f"{len(batch_norms) - 1} more layers), so micro-batches would not give the gradient of the whole batch. "
+            "Leave out --micro-batch, or use a tower with layer norms (a ViT, a ConvNeXt)."
+        )
+    if model_settings.gradient_checkpointing:
+        model.network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) -> VisionLanguageModel:
+    model_settings = config.model
+    architecture = model_config(model_settings.architecture)
+    length = model_settings.context_length or architecture["text_cfg"].get("context_length")
+    tokenizer = open_tokenizer(model_settings.tokenizer, length)
+    if model_settings.image_size:
+        architecture["vision_cfg"]["image_size"] = model_settings.image_size
+    architecture = set_dropout(
+        fit_to_tokenizer(architecture, tokenizer),
+        dropout=model_settings.dropout,
+        drop_path=model_settings.drop_path,
+        patch_dropout=model_settings.patch_dropout,
+    )
+    if config.loader.trim_text and not model_settings.compile and "multimodal_cfg" not in architecture:
+        # open_clip's layout without it adds the positions of the whole context, so its rows cannot be trimmed
+        architecture["custom_text"] = True
+    if with_bias:
+        architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    torch.manual_seed(config.seed)
+    network = build_network(architecture).to(device)
+    image_size = architecture["vision_cfg"].get("image_size", 224)
+    view = EvalTransform(size=image_size if isinstance(image_size, int) else int(image_size[0]))
+    return VisionLanguageModel(
+        name=config.run, network=network, config=architecture, view=view, tokenizer=tokenizer, device=device
+    )
+
+
+def _with_dropout(model: VisionLanguageModel, model_settings: ModelConfig) -> VisionLanguageModel:
+    """The same weights in a network with dropout."""
+    architecture = set_dropout(
+        model.config,
+        dropout=model_settings.dropout,
+        drop_path=model_settings.drop_path,
+        patch_dropout=model_settings.patch_dropout,
+    )
+    network = build_network(architecture).to(model.device)
+    network.load_state_dict(model.network.state_dict())
+    return dataclasses.replace(model, network=network, config=architecture)
+
+
 def open_task(
     config: TrainConfig,
     model: VisionLanguageModel,
@@ -474,25 +299,202 @@ def open_task(
     options: LossOptions,
     noise: PerSampleNoise,
 ) -> TrainingTask:
-    """The network with the heads of its objective, locked where asked for, drawing what it drops from `noise`."""
+    """The network with the heads of its objective, locked as configured, its dropout drawing from `noise`."""
     if config.model.lock:
         lock_tower(model.network, config.model.lock, config.model.unlocked_groups)
     use_per_sample_dropout(model.network, noise)
     return build_task(model, terms, options)
 
 
-def open_state(
-    config: TrainConfig,
-    task: TrainingTask,
-    model: VisionLanguageModel,
-    corpus: Corpus,
-    ema: EMA | None,
-) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
-        task=task,
-        model=model,
-        optimizer=build_optimizer(task, config.optimizer),
-        sequence=corpus.fingerprint,
-        ema_weights=ema.weights if ema else None,
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, processes and precision; on a CPU, this process keeps the memory it frees."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
+
+
+def parallelize_task(accelerator: Accelerator, task: nn.Module, config: TrainConfig) -> nn.Module:
+    """The task as its processes train it together; build the optimizer afterwards, since weights may be sharded."""
+    task.train()
+    if config.model.channels_last:
+        task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.model.compile:
+        task.compile()
+    if config.sharding == "fsdp":
+        apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
+        return task
+    return accelerator.prepare_model(task)
+
+
+# of mallopt in glibc's malloc.h
+_TRIM_THRESHOLD = -1
+_MMAP_MAX = -4
+_LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors on the CPU free, for those of the next step.
+
+    By default glibc maps every large tensor and unmaps it when freed, so each step meets pages the kernel has to clear
+    first, up to a third of its time. Returns False, and changes nothing, where the environment configures the allocator
+    already (MALLOC_*, GLIBC_TUNABLES) or the C library is not glibc.
+
+    Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_MAX.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    keeps_large_blocks = bool(mallopt(_MMAP_MAX, 0))
+    keeps_the_top = bool(mallopt(_TRIM_THRESHOLD, _LARGEST))
+    return keeps_large_blocks and keeps_the_top
+
+
+def count_micro_batches(config: TrainConfig, num_processes: int) -> int:
+    """How many micro-batches a process's share of a batch is split into.
+
+    Raises:
+        UsageError: the share cannot be split evenly.
+    """
+    if not config.micro_batch:
+        return 1
+    local_batch_size = config.batch_size // num_processes
+    size = min(config.micro_batch, local_batch_size)
+    if local_batch_size % size:
+        divisors = [divisor for divisor in range(1, size + 1) if local_batch_size % divisor == 0]
+        raise UsageError(
+            f"micro_batch = {config.micro_batch} does not divide a process's {local_batch_size} samples of the batch "
+            f"of {config.batch_size}; try {max(divisors)}."
+        )
+    return local_batch_size // size
+
+
+def total_steps(config: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of the run; the last epoch is filled up to a whole batch."""
+    if config.steps >= 0:
+        return config.steps
+    # a fraction, since 0.29 * 100 is 28.999… in floating point
+    samples_seen = round(Fraction(str(config.epochs)) * num_samples)
+    return max(1, -(-samples_seen // config.batch_size))
+
+
+def build_collator(
+    config: TrainConfig, plan: BatchSampler, model: VisionLanguageModel, *, trim_text: bool
+) -> TrainingCollator:
+    """What the workers make of the samples of a batch. trim_text: cut its tokens to the longest caption."""
+    view = RandomResizedCrop(
+        size=model.view.size,
+        scale=config.loader.crop_scale,
+        flip=config.loader.flip,
+        interpolation=model.view.interpolation,
     )
+    num_crops = config.objective.local_views
+    return TrainingCollator(
+        plan=plan,
+        view=view,
+        tokenizer=model.tokenizer,
+        draw=CaptionSampler(
+            languages=config.loader.languages,
+            language_weights=config.loader.language_weights,
+            sentences=config.loader.sentences,
+        ),
+        arrays=PrecomputedFeatures(names=config.loader.arrays),
+        seed=config.seed,
+        max_bad_in_a_row=config.loader.max_bad_in_a_row,
+        decode_on_device=config.loader.decode_on_device,
+        num_sentences=config.objective.sub_captions,
+        local=LocalCrops.for_global_crop(view, number=num_crops) if num_crops else None,
+        has_identities=config.objective.same_pairs != "negative",
+        trim_text=trim_text,
+    )
+
+
+def open_folder(
+    config: TrainConfig,
+    state: TrainState,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    allow: tuple[str, ...],
+) -> None:
+    """Claim the run's folder for this configuration; with `resume`, restore the state from its newest checkpoint."""
+    if accelerator.is_main_process:
+        prepare_run_folder(config, resume=resume, allow=allow)
+    accelerator.wait_for_everyone()
+    if resume:
+        restore_state(
+            config, state, corpus, remote_store=open_remote_store(config), is_main=accelerator.is_main_process
+        )
+
+
+def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = ()) -> None:
+    """Make the run's folder, with `config.toml` in it.
+
+    allow: keys, or groups of them, that may differ from those the run was begun with.
+
+    Raises:
+        UsageError: the folder is in use without `resume`, or the run was begun with another configuration.
+    """
+    run = Path(config.run)
+    saved = run / CONFIG
+    check_allowed_keys(allow, asdict(config))
+    remote_store = open_remote_store(config)
+    if not resume and remote_store and remote_store.names():
+        raise UsageError(
+            f"{remote_store.url} holds checkpoints of a run already; resume it with --resume, or name another run."
+        )
+    if resume and saved.is_file():
+        changed = changed_settings(asdict(from_toml(TrainConfig, saved)), asdict(config))
+        refused = disallowed_changes(changed, allow, free=FREE_ON_RESUME)
+        if refused:
+            raise changed_config_error(run, refused)
+        for line in disallowed_changes(changed, (), free=FREE_ON_RESUME):
+            logger.info(f"Changed, as allowed: {line}")
+    elif run.exists() and (is_complete(run) or any(run.iterdir())):
+        raise UsageError(f"{run} exists already; resume it with --resume, name another run, or remove it.")
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(saved, to_toml(config))
+
+
+def restore_state(
+    config: TrainConfig, state: TrainState, corpus: Corpus, *, remote_store: RemoteCheckpointStore | None, is_main: bool
+) -> None:
+    """Restore the newest undamaged checkpoint, if there is one.
+
+    Raises:
+        UsageError: the checkpoint belongs to another sequence of samples.
+    """
+    if not restore_newest(Path(config.run) / CHECKPOINTS, state, remote_store=remote_store, is_main=is_main):
+        return
+    if state.sequence != corpus.fingerprint:
+        raise UsageError(
+            f"{config.data} is not what {config.run} was begun with: shards, selections or shares have changed since, "
+            "so the run cannot resume from its position. Restore them, or begin another run with --start-from this one."
+        )
+    if is_main:
+        logger.info(f"Resuming {config.run} after step {state.step:,}.")
+
+
+def open_remote_store(config: TrainConfig) -> RemoteCheckpointStore | None:
+    """Where checkpoints are uploaded to, if anywhere."""
+    address = config.safety.checkpoint_to
+    return RemoteCheckpointStore(address=address, run=Path(config.run).name) if address else None
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: versions, machine, commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent, check=False
+    )
+    return {
+        "vlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "commit": commit.stdout.strip(),
+    }

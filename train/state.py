@@ -28,14 +28,14 @@ class TrainState:
     """What a checkpoint holds.
 
     step: batches trained on, those whose update was skipped included. position: samples drawn so far, over all
-        processes and epochs; after a rewind it is ahead of step times batch by what was passed over.
+        processes and epochs; after a rollback it is ahead of step times batch by what was passed over.
     sequence: fingerprint of the sequence of samples the position is in.
-    average: running mean of the network's weights, by their names, where one is kept.
-    guard: what a loss is compared with. skipped: every skipped step and range of samples passed over, plain values.
-    window: what the next line of metrics is the mean of. rewinds: times the run went back. best: the best value so far
-        of the metric whose checkpoint is kept.
+    ema_weights: EMA of the network's weights, by their names, where one is kept.
+    spike_guard: what a loss is compared with. skipped: every skipped step and range of samples passed over, plain
+        values. num_rollbacks: how often the run rolled back. best: the best value so far of the metric whose checkpoint
+        is kept. window: what the next line of metrics is the mean of.
 
-    Random generators are no part of it: each step seeds them from (seed, step, process), see `seed_step`.
+    Random generators are not part of it: each step seeds them from (seed, step, process), see `seed_step`.
     """
 
     task: TrainingTask
@@ -59,7 +59,7 @@ class TrainState:
         return self.model.network
 
     def to_values(self) -> dict[str, Any]:
-        """What is no tensor, and not the ledger, which only all processes together know."""
+        """Everything but tensors and the ledger, which only all processes together know."""
         return {
             "step": self.step,
             "position": self.position,
@@ -73,14 +73,18 @@ class TrainState:
         }
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Be what `to_values` said."""
-        self.step, self.position, self.sequence = values["step"], values["position"], values["sequence"]
-        self.elapsed_seconds, self.num_rollbacks = values["elapsed_seconds"], values["rewinds"]
-        self.spike_guard, self.skipped = LossSpikeGuard(**values["guard"]), list(values["skipped"])
+        """Restore what `to_values` gave."""
+        self.step = values["step"]
+        self.position = values["position"]
+        self.sequence = values["sequence"]
+        self.elapsed_seconds = values["elapsed_seconds"]
+        self.spike_guard = LossSpikeGuard(**values["guard"])
+        self.skipped = list(values["skipped"])
+        self.num_rollbacks = values["rewinds"]
         self.best = BestCheckpoint(**values["best"]) if values["best"] else None
         self.window.restore(values["window"], self.model.device)
 
 
 def seed_step(seed: int, step: int, process: int, part: int = 0) -> None:
-    """Seed what the network draws from in one part of a step, so that a resumed or repeated one draws the same."""
+    """Seed what the network draws from in one micro-batch of a step, so that a resumed one draws the same."""
     torch.manual_seed(int(compute_fingerprint(f"{seed}/{step}/{process}/{part}"), 16) >> 1)

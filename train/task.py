@@ -175,17 +175,17 @@ class ForwardContext:
 
     @cached_property
     def image(self) -> ImageTowerOutput:
-        """What the image tower makes of the pictures."""
+        """What the image tower makes of the images."""
         return run_image_tower(self.network, self.inputs["pixels"], with_patches=self.task.needs_patches)
 
     @cached_property
     def image_features(self) -> Float[Tensor, "B D"]:
-        """Unit vectors of the pictures."""
+        """Unit vectors of the images."""
         return F.normalize(self.image.image, dim=-1)
 
     @cached_property
     def text(self) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the captions, of any length, and what a decoder goes on with."""
+        """Embeddings of the captions, of any length, and what a decoder resumes with."""
         if takes_embeddings(self.network) and "text_embedding" in self.inputs:
             return self.network.text.project(self.inputs["text_embedding"]), None  # pyright: ignore
         if is_captioner(self.network):
@@ -214,7 +214,7 @@ def takes_embeddings(network: nn.Module) -> bool:
 
 
 def image_features(context: ForwardContext) -> Outputs:
-    """Unit vectors of pictures."""
+    """Unit vectors of images."""
     return {"image_features": context.image_features}
 
 
@@ -274,7 +274,7 @@ def local_crop_features(context: ForwardContext) -> Outputs:
 
 
 def aligned_image_features(context: ForwardContext) -> Outputs:
-    """The picture in the space of stored caption embeddings [B, E]: head `text_align` on its unit vector."""
+    """The image in the space of stored caption embeddings [B, E]: head `text_align` on its unit vector."""
     return {"aligned_image": context.task.heads.get_submodule("text_align")(context.image_features)}
 
 

@@ -2,13 +2,14 @@
 
 A view is the crop that `RandomView` draws from a stored seed. The same seed gives the student the same crop only if its
 own `crop_scale` and `flip` are those of the teacher; so they are written into the manifest of reinforced shards. The
-size of the picture a model sees has no influence on what is drawn, and moves the edges of the crop by less than one
+size of the image a model sees has no influence on what is drawn, and moves the edges of the crop by less than one
 of its pixels (`RandomView` puts them on whole pixels of the reduced JPEG).
 
-What the workers make of samples for teachers: every view of each picture, and all captions.
+What the workers make of samples for teachers: every view of each image, and all captions.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm.console import say
 from vlm.data.collate import SampleFailure, sample_failure
 from vlm.data.decode import EncodedImage
 from vlm.data.loader import ShardSet
@@ -33,6 +33,8 @@ from vlm.storage.urls import is_remote, local_path, sibling_url
 from vlm.tensors import Array, Tensor, UInt8
 from vlm.train.run_config import LoaderConfig
 
+logger = logging.getLogger(__name__)
+
 REINFORCEMENT = "reinforcement"
 """Where a manifest of shards tells, among its details, what `vlm reinforce` put into them."""
 
@@ -41,7 +43,7 @@ _MAX_MANIFEST_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ViewGeometry:
-    """What a view drawn from a seed depends on besides the picture.
+    """What a view drawn from a seed depends on in addition the image.
 
     crop_scale: range of the crop's share of the area. flip: probability of mirroring. ratio: range of the crop's
     width / height.
@@ -56,7 +58,7 @@ class ViewGeometry:
         if not 0 < low <= high <= 1:
             raise UsageError(f"crop_scale = {low:g} {high:g}: give two shares of the area, 0 < smallest ≤ largest ≤ 1.")
         if not 0 <= self.flip <= 1:
-            raise UsageError(f"flip = {self.flip:g} is no probability; give a number from 0 to 1.")
+            raise UsageError(f"flip = {self.flip:g} is not a probability; give a number from 0 to 1.")
 
     def view_for(self, model_view: EvalTransform) -> RandomResizedCrop:
         """The random view at the size a model sees."""
@@ -93,7 +95,9 @@ def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
     ours = ViewGeometry(crop_scale=loader.crop_scale, flip=loader.flip)
     for manifest, stored in _reinforcement_by_manifest(shards).items():
         if "views" not in stored:
-            say(f"{manifest} does not say how the stored views were cropped; --crop-scale and --flip must be the same.")
+            logger.warning(
+                f"{manifest} does not say how the stored views were cropped; --crop-scale and --flip must be the same."
+            )
             continue
         theirs = geometry_from_values(stored)
         if theirs.ratio != ours.ratio:
@@ -102,7 +106,7 @@ def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
             raise UsageError(
                 f"The teacher saw {_describe_geometry(theirs)} ({manifest}), but the run would show the student "
                 f"{_describe_geometry(ours)}: give --crop-scale {theirs.crop_scale[0]:g} {theirs.crop_scale[1]:g} "
-                f"--flip {theirs.flip:g}, or reinforce the shards anew."
+                f"--flip {theirs.flip:g}, or reinforce the shards again."
             )
 
 
@@ -181,7 +185,7 @@ class ViewedBatch:
         return [row for row in self.rows if row is not None]
 
     def with_images(self, images: UInt8[Tensor, "..."]) -> "ViewedBatch":
-        """The same batch with other pictures."""
+        """The same batch with other images."""
         return replace(self, images=images)
 
     def views(self, place: int) -> UInt8[Tensor, "views 3 S S"]:
@@ -196,7 +200,7 @@ class ViewedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class CollateViews:
-    """Draws `num_views` crops of each picture and shows each of them through every view; no view decodes nothing.
+    """Draws `num_views` crops of each image and shows each of them through every view; no view decodes nothing.
 
     views: alike in all but size and interpolation, so that a seed gives all of them the same crop.
     """
@@ -207,7 +211,7 @@ class CollateViews:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of all views of a picture."""
+        """Bytes of all views of an image."""
         return sum(3 * view.size**2 for view in self.views) * self.num_views
 
     def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> ViewedBatch:

@@ -117,7 +117,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 def begin_or_resume_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> bool:
-    """Open an output folder for work; True if earlier, unfinished work of the same kind goes on.
+    """Open an output folder for work; True if earlier, unfinished work of the same kind resumes.
 
     Raises:
         UsageError: the folder is finished, holds something else, or was begun with another

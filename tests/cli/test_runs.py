@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.train.telemetry.run_folders import falling, write_run
+from tests.train.run_folders import falling, write_run
 from vlm.cli.main import main
 from vlm.train import recipes
 from vlm.train.recipes import ReferenceCurve

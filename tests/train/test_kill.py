@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL between two checkpoints, in a process of its own, goes on as if it had not been."""
+"""A run killed by SIGKILL between two checkpoints, in a process of its own, resumes as if it had not been."""
 
 import os
 import random
@@ -96,7 +96,7 @@ def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scen
     run = tmp_path / "run"
     code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGTERM)
     assert code == 1
-    assert "all is saved" in talk
+    assert "everything is saved" in talk
     assert f"vlm train {run} --resume" in talk
     subprocess.run([sys.executable, "-m", "vlm", "train", str(run), "--resume"], check=True, capture_output=True)
     assert history(run) == uninterrupted

@@ -95,7 +95,7 @@ def test_lasting_trouble_goes_back_and_passes_over_its_samples(configure, plant)
 def test_trouble_without_end_ends_the_run_with_all_there_is_to_know(configure, plant):
     plant(100, 10**9, float("inf"))
     config = configure("run", steps=100, objective={"objective": "planted"}, safety={"rewind_limit": 2})
-    with pytest.raises(VlmError, match=r"gone back 2 times, the limit.*learning rate was.*--resume"):
+    with pytest.raises(VlmError, match=r"rolled back 2 times, the limit.*learning rate was.*--resume"):
         train(config)
 
 
@@ -119,7 +119,7 @@ def test_a_lost_worker_is_named_with_what_is_saved(scene_shards, scene_tokenizer
     _, talk = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "was lost" in talk
-    assert "All until step" in talk
+    assert "Everything up to step" in talk
     assert f"vlm train {run} --resume" in talk
 
 

@@ -1,10 +1,10 @@
-"""Which checkpoints stay: the newest, the best, the one a rewind goes to, and any that is being read.
+"""A checkpoint on disk: a folder `step-N`, written whole or not at all, with the checksums by which damage is found.
 
-The state of one step, copied to host memory in one go, so that it can be written while the next steps run.
-
-Checkpoints as folders: written whole or not at all, each with the checksums by which damage is found.
+On the way to it: `take_snapshot` copies the state of one step to host memory in one go, so that it can be written while
+the next steps run; `write_checkpoint` writes it; `steps_to_remove` says which older ones may go.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,12 +27,23 @@ from vlm.models.model import VisionLanguageModel
 from vlm.train.distributed import to_full_tensor
 from vlm.train.state import BestCheckpoint, TrainState
 
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+HEADS = "heads.safetensors"
+EMA_WEIGHTS = "average.safetensors"
+BEST = "best.json"
+FORMAT = 2
+_METADATA_BYTES = 16 << 20
+"""Room for what a checkpoint holds in addition to its tensors: tokenizer, configuration, ledger."""
+_IDENTITY = ("step", "position", "sequence", "rewinds", "skipped")
+"""Values in which two checkpoints of one step differ if the run took another course."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself.
+    """What a checkpoint records of itself.
 
-    is_regular: it was due by its step, so that a run which was interrupted has it too; a rewind goes to such a one.
+    is_scheduled: it was due by its step, so an interrupted run has it too; a rollback goes to such a one.
     is_good: no step just before it was skipped.
     """
 
@@ -48,22 +59,24 @@ class CheckpointInfo:
 
 
 def steps_to_remove(
-    found: Sequence[CheckpointInfo], *, keep: int, best: int | None = None, in_use: Collection[int] = ()
+    checkpoints: Sequence[CheckpointInfo], *, keep: int, best: int | None = None, in_use: Collection[int] = ()
 ) -> list[int]:
-    """The steps whose checkpoints may go, oldest first.
+    """The steps whose checkpoints may be removed, oldest first.
 
-    The newest `keep` stay, the newest `keep` that are good and regular, so that no signal or trouble pushes out what a
-    rewind goes to, the newest good one, the best, and those in use.
+    Kept are the newest `keep`, the newest `keep` that a rollback may go to, the newest good one, the best, and those
+    in use.
 
-    >>> found = [CheckpointInfo(step=step, is_scheduled=True, is_good=step < 40) for step in (10, 20, 30, 40, 50)]
-    >>> steps_to_remove(found, keep=1, best=10)
+    >>> checkpoints = [CheckpointInfo(step=step, is_scheduled=True, is_good=step < 40) for step in (10, 20, 30, 40, 50)]
+    >>> steps_to_remove(checkpoints, keep=1, best=10)
     [20, 40]
     """
-    ordered = sorted(found, key=lambda info: info.step)
+    ordered = sorted(checkpoints, key=lambda info: info.step)
+    newest = [info.step for info in ordered[-keep:]]
     good = [info.step for info in ordered if info.is_good]
-    regular = [info.step for info in ordered if info.is_good and info.is_scheduled]
-    kept = {info.step for info in ordered[-keep:]} | {*good[-1:], *regular[-keep:], *in_use}
-    return [info.step for info in ordered if info.step not in kept and info.step != best]
+    # a rollback goes to a good scheduled one, which no signal and no trouble may push out
+    rollback_targets = [info.step for info in ordered if info.is_good and info.is_scheduled]
+    kept = {*newest, *good[-1:], *rollback_targets[-keep:], *in_use, best}
+    return [info.step for info in ordered if info.step not in kept]
 
 
 def new_best(best: BestCheckpoint | None, metric: str, values: Mapping[str, Any], step: int) -> BestCheckpoint | None:
@@ -81,16 +94,12 @@ def new_best(best: BestCheckpoint | None, metric: str, values: Mapping[str, Any]
     return BestCheckpoint(metric=metric, value=value, step=step)
 
 
-OPTIMIZER = "optimizer.safetensors"
-HEADS = "heads.safetensors"
-EMA_WEIGHTS = "average.safetensors"
-
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A checkpoint in memory: tensors on the host by file and name, plain values, and what the model folder says."""
+    """A checkpoint in host memory: tensors by file and name, plain values, and what a model folder needs."""
 
     step: int
     tensors: dict[str, Tensors]
@@ -106,17 +115,18 @@ class Snapshot:
 
 @dataclass
 class PinnedBuffers:
-    """Page-locked room for the tensors of a GPU, used again for each snapshot; tensors of the CPU are just copied."""
+    """Page-locked memory for the tensors of a GPU, reused for each snapshot; tensors of the CPU are just copied."""
 
-    _kept: Tensors = field(default_factory=dict)
+    _buffers: Tensors = field(default_factory=dict)
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy on the host; from a GPU it is there once the device is synchronised."""
+        """A copy on the host; from a GPU it is complete once the device is synchronised."""
         if tensor.device.type != "cuda":
             return tensor.detach().to("cpu", copy=True).contiguous()
-        buffer = self._kept.get(name)
+        buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._buffers[name] = buffer
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
@@ -129,8 +139,11 @@ def take_snapshot(
     """
     tensors: dict[str, Tensors] = {}
     for file, held in state_tensors(state).items():
-        full_tensors = ((name, to_full_tensor(tensor)) for name, tensor in held.items())
-        copies = {name: host.copy(f"{file}/{name}", tensor) for name, tensor in full_tensors if is_main}
+        copies: Tensors = {}
+        for name, tensor in held.items():
+            full_tensor = to_full_tensor(tensor)  # an exchange that every process must take part in
+            if is_main:
+                copies[name] = host.copy(f"{file}/{name}", full_tensor)
         if copies or file == OPTIMIZER:
             tensors[file] = copies
     if not is_main:
@@ -143,23 +156,16 @@ def take_snapshot(
 
 def state_tensors(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
     """The tensors of a state as it holds them, by file and name."""
+    optimizer_tensors: Tensors = {}
+    for name, parameter in state.task.named_parameters():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            optimizer_tensors[f"{name}/{key}"] = value
     return {
         WEIGHTS: state.network.state_dict(),
         HEADS: state.task.heads.state_dict(),
         EMA_WEIGHTS: state.ema_weights or {},
-        OPTIMIZER: {
-            f"{name}/{key}": value
-            for name, parameter in state.task.named_parameters()
-            for key, value in state.optimizer.state.get(parameter, {}).items()
-        },
+        OPTIMIZER: optimizer_tensors,
     }
-
-
-STATE = "state.json"
-BEST = "best.json"
-FORMAT = 2
-_METADATA_BYTES = 16 << 20
-_IDENTITY = ("step", "position", "sequence", "rewinds", "skipped")
 
 
 def checkpoint_name(step: int) -> str:
@@ -170,12 +176,13 @@ def checkpoint_name(step: int) -> str:
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/step-N`; a checkpoint is itself a model folder, and holds no pickled code.
 
-    One that is there already, whole and of the same course of the run, is left as it is.
+    One that exists already, whole and of the same course of the run, is kept.
 
     Raises:
-        VlmError: it cannot be written; the checkpoints before it are as they were.
+        VlmError: it cannot be written; the checkpoints before it are unchanged.
     """
-    final, beside = folder / checkpoint_name(snapshot.step), folder / f".{checkpoint_name(snapshot.step)}.part"
+    final = folder / checkpoint_name(snapshot.step)
+    beside = folder / f".{checkpoint_name(snapshot.step)}.part"
     try:
         folder.mkdir(exist_ok=True)
         if final.exists() and _is_same_state(final, snapshot.values):
@@ -215,11 +222,12 @@ def _save_error_message(folder: Path, snapshot: Snapshot, error: Exception) -> s
     try:
         free = f"{shutil.disk_usage(folder).free:,} are free"
     except OSError:
-        free = "the free space cannot be asked"
+        free = "the free space is unknown"
     return (
         f"Step {snapshot.step:,} cannot be saved in {folder}: {error}. It takes "
-        f"{snapshot.num_bytes + _METADATA_BYTES:,} bytes, {free}. Make room or make the folder writable (or keep fewer "
-        f"by --keep-checkpoints), then go on with: vlm train {folder.parent} --resume. Checkpoints before it are kept."
+        f"{snapshot.num_bytes + _METADATA_BYTES:,} bytes, {free}. Free some space or make the folder writable (or keep "
+        f"fewer by --keep-checkpoints), then resume with: vlm train {folder.parent} --resume. Checkpoints before it "
+        "are kept."
     )
 
 
@@ -236,16 +244,16 @@ def read_checkpoint_values(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        found = values["format"]
+        format_number = values["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VlmError(f"{path / STATE} cannot be read: {error!r}") from error
-    if found != FORMAT:
-        raise VlmError(f"{path} has format {found}, this version reads {FORMAT}")
+    if format_number != FORMAT:
+        raise VlmError(f"{path} has format {format_number}, this version reads {FORMAT}")
     return values
 
 
 def find_damage(path: Path) -> str:
-    """What is wrong with a checkpoint; empty if every file has its checksum."""
+    """What is damaged in a checkpoint; empty if every file has its checksum."""
     try:
         for name, record in read_checkpoint_values(path)["files"].items():
             if asdict(record_file(path / name)) != record:
@@ -256,18 +264,17 @@ def find_damage(path: Path) -> str:
 
 
 def list_checkpoint_infos(folder: Path) -> list[CheckpointInfo]:
-    """What the checkpoints of a folder say of themselves, oldest first; one that says nothing is left out."""
-    found: list[CheckpointInfo] = []
+    """What the checkpoints of a folder record of themselves, oldest first; an unreadable one is left out."""
+    infos: list[CheckpointInfo] = []
     for path in list_checkpoints(folder):
-        try:
-            found.append(CheckpointInfo.of(read_checkpoint_values(path)))
-        except (VlmError, KeyError):
-            continue
-    return found
+        with contextlib.suppress(VlmError, KeyError):
+            infos.append(CheckpointInfo.of(read_checkpoint_values(path)))
+    return infos
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; from the first moment it counts as none."""
+    """Remove a checkpoint."""
+    # renamed first, so that one removed by half never counts as a checkpoint
     aside = path.with_name(f".{path.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

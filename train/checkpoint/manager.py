@@ -1,10 +1,10 @@
-"""Saving without waiting: the state is copied in memory, a thread writes it, removes old ones, and hands it on.
+"""When a checkpoint is due, how it is saved while training continues, and how a state is restored from one.
 
-Reading a checkpoint back into the state, whatever the number of processes then and now.
-
-When a checkpoint is due, and how several processes agree on it.
+`CheckpointWriter` copies the state to host memory and returns; a thread writes it to disk, removes old checkpoints and
+passes it on to the remote store. Restoring works whatever the number of processes then and now.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.console import say
 from vlm.data.ledger import Ledger
 from vlm.errors import VlmError
 from vlm.models.load import WEIGHTS
@@ -42,230 +41,15 @@ from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore, Uploa
 from vlm.train.distributed import copy_full_tensor, shard_like
 from vlm.train.state import TrainState
 
-
-class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time; made on every process, though only the main one writes.
-
-    What goes wrong in the thread is raised by the next `save`, `check`, `wait` or `close`. On leaving it as a context,
-    what is under way is finished, also where an error ends the run.
-    keep: checkpoints kept, besides the best and the one a rewind goes to.
-    """
-
-    def __init__(
-        self, folder: Path, *, keep: int, remote_store: RemoteCheckpointStore | None = None, is_main: bool = True
-    ) -> None:
-        self._folder, self._keep, self._is_main = folder, keep, is_main
-        self._host = PinnedBuffers()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
-        self._uploader = Uploader(remote_store, keep=keep) if remote_store and is_main else None
-        self.last_saved: int | None = None
-        if is_main:
-            remove_partial_checkpoints(folder)
-
-    def save(self, state: TrainState, *, ledger: Ledger, is_scheduled: bool) -> None:
-        """Copy the state as it is now and write it in the background; all processes call it at the same step.
-
-        A checkpoint still being written is waited for. ledger: that of all processes. is_regular: due by its step.
-
-        Raises:
-            VlmError: this one does not fit, or the one before could not be written.
-        """
-        self.wait()
-        snapshot = take_snapshot(state, self._host, ledger=ledger, is_scheduled=is_scheduled, is_main=self._is_main)
-        if snapshot is not None:
-            self._writing = self._thread.submit(self._write, snapshot)
-
-    def check(self) -> None:
-        """Raise what went wrong, if the thread has come to an end; never waits."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Until the checkpoint is on disk.
-
-        Raises:
-            VlmError: it could not be written.
-        """
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def roll_back(self, step: int) -> None:
-        """Remove the checkpoints after a step, here and where they were copied to: the run went back there."""
-        self.wait()
-        if not self._is_main:
-            return
-        if self._uploader:
-            self._uploader.remove_after(step)
-        for path in reversed(list_checkpoints(self._folder)):
-            if path.name > checkpoint_name(step):
-                remove_checkpoint(path)
-
-    def close(self) -> None:
-        """Wait for what is being written and copied; nothing can be saved afterwards, and closing again does nothing.
-
-        Raises:
-            VlmError: it could not be.
-        """
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-            uploader, self._uploader = self._uploader, None
-            if uploader:
-                uploader.close()
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-            return
-        if issubclass(kind, KeyboardInterrupt) and self._uploader:
-            self._uploader.cancel()
-        try:
-            self.close()
-        except VlmError as error:  # said, so as not to hide what ended the run
-            say(f"\n{error}")
-
-    def _write(self, snapshot: Snapshot) -> None:
-        path = write_checkpoint(self._folder, snapshot)
-        self.last_saved = snapshot.step
-        best = snapshot.best.step if snapshot.best else None
-        write_best(self._folder, snapshot.best)
-        if self._uploader:
-            marker = (self._folder / BEST).read_text(encoding="utf-8") if snapshot.best else ""
-            self._uploader.add(path, best=best, marker=marker)
-        in_use = [snapshot.step, *(self._uploader.in_use if self._uploader else ())]
-        for step in steps_to_remove(list_checkpoint_infos(self._folder), keep=self._keep, best=best, in_use=in_use):
-            remove_checkpoint(self._folder / checkpoint_name(step))
-
-
-def restore_newest(
-    folder: Path, state: TrainState, *, remote_store: RemoteCheckpointStore | None = None, is_main: bool = True
-) -> bool:
-    """Read the newest undamaged checkpoint, of the folder or of its copies, into `state`; False if there is none.
-
-    All processes call it; the main one chooses.
-
-    Raises:
-        VlmError: there are checkpoints, but all are damaged, or it cannot be told whether there are any.
-    """
-    path = broadcast_path(lambda: newest_intact_checkpoint(folder, remote_store), is_main=is_main)
-    if path is None:
-        return False
-    restore(path, state, is_main=is_main)
-    return True
-
-
-def newest_intact_checkpoint(folder: Path, remote_store: RemoteCheckpointStore | None = None) -> Path | None:
-    """The newest checkpoint that every file of has its checksum; one that is only in the copies is fetched."""
-    if folder.is_dir():
-        remove_partial_checkpoints(folder)
-    own, copied = {path.name for path in list_checkpoints(folder)}, _remote_names(folder, remote_store)
-    for name in sorted(own | copied, reverse=True):
-        damage = find_damage(folder / name) if name in own else "absent"
-        if damage and name in own:
-            say(f"{folder / name} is damaged ({damage}); trying {'its copy' if name in copied else 'the one before'}.")
-        if damage and remote_store and name in copied:
-            say(f"Fetching {name} from {remote_store.url}.")
-            damage = remote_store.fetch(name, folder)
-            if damage:
-                say(f"The copy of {name} in {remote_store.url} is damaged ({damage}); trying the one before it.")
-        if not damage:
-            return folder / name
-    if own or copied:
-        number = len(own | copied)
-        raise VlmError(f"All {number} checkpoints in {folder} are damaged; start the run anew in another folder.")
-    return None
-
-
-def _remote_names(folder: Path, remote_store: RemoteCheckpointStore | None) -> set[str]:
-    """The checkpoints that are in the copies; where these cannot be reached, the run's own must do."""
-    if remote_store is None:
-        return set()
-    try:
-        return set(remote_store.names())
-    except VlmError as error:
-        if not list_checkpoints(folder):
-            raise
-        say(f"{error}; going by the checkpoints in {folder}.")
-        return set()
-
-
-def broadcast_path(lookup: Callable[[], Path | None], *, is_main: bool) -> Path | None:
-    """What the main process chooses, on all; what it raises is raised by all."""
-    if not dist.is_initialized():
-        return lookup()
-    outcome: list[Path | VlmError | None] = [None]
-    if is_main:
-        try:
-            outcome = [lookup()]
-        except VlmError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], VlmError):
-        raise outcome[0]
-    return outcome[0]
-
-
-def restore(path: Path, state: TrainState, *, is_main: bool = True) -> None:
-    """Read a checkpoint into the state; its ledger, that of all processes together, is carried on by the main one.
-
-    Raises:
-        VlmError: it is not of this network and these heads.
-    """
-    values = read_checkpoint_values(path)
-    state.load_values(values)
-    state.ledger = Ledger.from_values(values["ledger"]) if is_main else Ledger()
-    weights = load_file(path / WEIGHTS)
-    _load_tensors(state.network.state_dict(), weights, path / WEIGHTS)
-    heads = state.task.heads.state_dict()
-    if heads or (path / HEADS).is_file():
-        _load_tensors(heads, _load(path / HEADS), path / HEADS)
-    if state.ema_weights is not None:
-        if not (path / EMA_WEIGHTS).is_file():
-            say(f"{path} holds no averaged weights; the average starts from its weights.")
-        _load_tensors(state.ema_weights, _load(path / EMA_WEIGHTS) or weights, path / EMA_WEIGHTS)
-    _restore_optimizer(state, load_file(path / OPTIMIZER))
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    return load_file(path) if path.is_file() else {}
-
-
-def _load_tensors(held: Mapping[str, Tensor], read: Mapping[str, Tensor], where: Path) -> None:
-    wrong = sorted(held.keys() ^ read.keys()) or [name for name in held if held[name].shape != read[name].shape]
-    if wrong:
-        raise VlmError(f"{where} is not of the network being trained: {', '.join(wrong[:3])} differ.")
-    for name, target in held.items():
-        copy_full_tensor(target, read[name])
-
-
-def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        by_parameter.setdefault(parameter, {})[key] = tensor
-    names = {parameter: name for name, parameter in state.task.named_parameters()}
-    state.optimizer.state.clear()
-    for group in state.optimizer.param_groups:
-        for parameter in group["params"]:
-            held = by_parameter.pop(names[parameter], {})
-            if held:
-                state.optimizer.state[parameter] = {key: shard_like(held[key], parameter) for key in held}
-    if by_parameter:
-        raise VlmError(f"The checkpoint's optimiser knows {next(iter(by_parameter))}, which is not trained now.")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class CheckpointSchedule:
     """Due by steps, by minutes, or both.
 
-    every: steps between checkpoints. minutes: between checkpoints besides; 0 goes by steps alone.
-    saved_seconds: when the last was taken, on the clock of `is_due`.
+    every: steps between checkpoints. minutes: between checkpoints in addition; 0 goes by steps alone.
+    last_saved_seconds: when the last was taken, on the clock of `is_due`.
     """
 
     every: int
@@ -277,12 +61,12 @@ class CheckpointSchedule:
         return step % self.every == 0
 
     def is_due(self, step: int, seconds: float) -> bool:
-        """Whether one is due. Clocks differ between processes, so these `agree` on it: that of any counts.
+        """Whether one is due. Clocks differ between processes, so these agree on it by `any_across_processes`.
 
         seconds: time spent in the run so far.
 
-        >>> cadence = CheckpointSchedule(every=100, minutes=1)
-        >>> [cadence.is_due(step, seconds) for step, seconds in ((99, 59), (99, 60), (100, 1))]
+        >>> schedule = CheckpointSchedule(every=100, minutes=1)
+        >>> [schedule.is_due(step, seconds) for step, seconds in ((99, 59), (99, 60), (100, 1))]
         [False, True, True]
         """
         is_late = self.minutes > 0 and seconds - self.last_saved_seconds >= 60 * self.minutes
@@ -300,3 +84,241 @@ def any_across_processes(flags: Sequence[bool], device: torch.device) -> list[bo
     votes = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return [bool(vote) for vote in votes.tolist()]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; made on every process, though only the main one writes.
+
+    What goes wrong in the thread is raised by the next `save`, `check`, `wait` or `close`. On leaving it as a context,
+    what is under way is finished, also where an error ends the run.
+
+    keep: checkpoints kept, in addition to the best and the one a rollback goes to.
+    uploader: copies each checkpoint to the remote store; None without one, and on other processes.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int, remote_store: RemoteCheckpointStore | None = None, is_main: bool = True
+    ) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._is_main = is_main
+        self._host = PinnedBuffers()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self.uploader = Uploader(remote_store, keep=keep) if remote_store and is_main else None
+        if is_main:
+            remove_partial_checkpoints(folder)
+
+    def save(self, state: TrainState, *, ledger: Ledger, is_scheduled: bool) -> None:
+        """Copy the state as it is now and write it in the background; all processes call it at the same step.
+
+        A checkpoint still being written is waited for.
+
+        ledger: that of all processes. is_scheduled: whether it is due by its step.
+
+        Raises:
+            VlmError: this one does not fit, or the one before could not be written.
+        """
+        self.wait()
+        snapshot = take_snapshot(state, self._host, ledger=ledger, is_scheduled=is_scheduled, is_main=self._is_main)
+        if snapshot is not None:
+            self._writing = self._thread.submit(self._write, snapshot)
+
+    def check(self) -> None:
+        """Raise what went wrong, if the thread is done; never waits."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is on disk.
+
+        Raises:
+            VlmError: it could not be written.
+        """
+        writing = self._writing
+        self._writing = None  # first, so that an error is raised once
+        if writing is not None:
+            writing.result()
+
+    def roll_back(self, step: int) -> None:
+        """Remove the checkpoints after a step, here and in the remote store: the run rolled back to it."""
+        self.wait()
+        if not self._is_main:
+            return
+        if self.uploader:
+            self.uploader.remove_after(step)
+        for path in reversed(list_checkpoints(self._folder)):
+            if path.name > checkpoint_name(step):
+                remove_checkpoint(path)
+
+    def close(self) -> None:
+        """Wait for what is being written and uploaded; nothing can be saved afterwards. Closing again does nothing.
+
+        Raises:
+            VlmError: it could not be written or uploaded.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            uploader = self.uploader
+            self.uploader = None
+            if uploader:
+                uploader.close()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        if issubclass(kind, KeyboardInterrupt) and self.uploader:
+            self.uploader.cancel()
+        try:
+            self.close()
+        except VlmError as error:  # logged, so as not to hide what ended the run
+            logger.error(str(error))
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """What the thread does: write, mark the best, pass on to the uploader, remove old checkpoints."""
+        path = write_checkpoint(self._folder, snapshot)
+        write_best(self._folder, snapshot.best)
+        best_step = snapshot.best.step if snapshot.best else None
+        in_use = [snapshot.step]
+        if self.uploader:
+            marker = (self._folder / BEST).read_text(encoding="utf-8") if snapshot.best else ""
+            self.uploader.add(path, best=best_step, marker=marker)
+            in_use += self.uploader.in_use
+
+        infos = list_checkpoint_infos(self._folder)
+        for step in steps_to_remove(infos, keep=self._keep, best=best_step, in_use=in_use):
+            remove_checkpoint(self._folder / checkpoint_name(step))
+
+
+def restore_newest(
+    folder: Path, state: TrainState, *, remote_store: RemoteCheckpointStore | None = None, is_main: bool = True
+) -> bool:
+    """Restore the newest undamaged checkpoint, of the folder or the remote store, into `state`; False if there is none.
+
+    All processes call it; the main one chooses.
+
+    Raises:
+        VlmError: all checkpoints are damaged, or the remote store cannot be listed.
+    """
+    path = broadcast_path(lambda: newest_intact_checkpoint(folder, remote_store), is_main=is_main)
+    if path is None:
+        return False
+    restore(path, state, is_main=is_main)
+    return True
+
+
+def newest_intact_checkpoint(folder: Path, remote_store: RemoteCheckpointStore | None = None) -> Path | None:
+    """The newest checkpoint all of whose files have their checksums; one only in the remote store is fetched."""
+    if folder.is_dir():
+        remove_partial_checkpoints(folder)
+    local = {path.name for path in list_checkpoints(folder)}
+    remote = _remote_names(folder, remote_store)
+    for name in sorted(local | remote, reverse=True):
+        damage = find_damage(folder / name) if name in local else "absent"
+        if damage and name in local:
+            fallback = "its copy" if name in remote else "the one before"
+            logger.warning(f"{folder / name} is damaged ({damage}); trying {fallback}.")
+        if damage and remote_store and name in remote:
+            logger.info(f"Fetching {name} from {remote_store.url}.")
+            damage = remote_store.fetch(name, folder)
+            if damage:
+                logger.warning(
+                    f"The copy of {name} in {remote_store.url} is damaged ({damage}); trying the one before it."
+                )
+        if not damage:
+            return folder / name
+
+    if local or remote:
+        raise VlmError(
+            f"All {len(local | remote)} checkpoints in {folder} are damaged; start the run again in another folder."
+        )
+    return None
+
+
+def _remote_names(folder: Path, remote_store: RemoteCheckpointStore | None) -> set[str]:
+    """The checkpoints in the remote store; if it cannot be reached, those of the folder must do."""
+    if remote_store is None:
+        return set()
+    try:
+        return set(remote_store.names())
+    except VlmError as error:
+        if not list_checkpoints(folder):
+            raise
+        logger.warning(f"{error}; using the checkpoints in {folder}.")
+        return set()
+
+
+def broadcast_path(choose: Callable[[], Path | None], *, is_main: bool) -> Path | None:
+    """What the main process chooses, on all; an error it raises is raised by all."""
+    if not dist.is_initialized():
+        return choose()
+    outcome: list[Path | VlmError | None] = [None]
+    if is_main:
+        try:
+            outcome = [choose()]
+        except VlmError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], VlmError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def restore(path: Path, state: TrainState, *, is_main: bool = True) -> None:
+    """Read a checkpoint into the state; its ledger, that of all processes, is continued by the main one.
+
+    Raises:
+        VlmError: it does not belong to this network and these heads.
+    """
+    values = read_checkpoint_values(path)
+    state.load_values(values)
+    state.ledger = Ledger.from_values(values["ledger"]) if is_main else Ledger()
+
+    weights = load_file(path / WEIGHTS)
+    _load_tensors(state.network.state_dict(), weights, path / WEIGHTS)
+    heads = state.task.heads.state_dict()
+    if heads or (path / HEADS).is_file():
+        _load_tensors(heads, _load_if_exists(path / HEADS), path / HEADS)
+    if state.ema_weights is not None:
+        if not (path / EMA_WEIGHTS).is_file():
+            logger.warning(f"{path} holds no EMA weights; the EMA starts from its weights.")
+        _load_tensors(state.ema_weights, _load_if_exists(path / EMA_WEIGHTS) or weights, path / EMA_WEIGHTS)
+    _restore_optimizer(state, load_file(path / OPTIMIZER))
+
+
+def _load_if_exists(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.is_file() else {}
+
+
+def _load_tensors(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
+    differing = sorted(targets.keys() ^ saved.keys())
+    if not differing:
+        differing = [name for name in targets if targets[name].shape != saved[name].shape]
+    if differing:
+        raise VlmError(f"{path} is not of the network being trained: {', '.join(differing[:3])} differ.")
+    for name, target in targets.items():
+        copy_full_tensor(target, saved[name])
+
+
+def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    """Give each trained parameter its saved state, in the same shards as the parameter itself."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        saved.setdefault(parameter_name, {})[key] = tensor
+
+    names = {parameter: name for name, parameter in state.task.named_parameters()}
+    state.optimizer.state.clear()
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            own = saved.pop(names[parameter], {})
+            if own:
+                state.optimizer.state[parameter] = {key: shard_like(own[key], parameter) for key in own}
+    if saved:
+        raise VlmError(f"The checkpoint's optimizer has a state of {next(iter(saved))}, which is not trained now.")

@@ -1,7 +1,12 @@
-"""Copies of checkpoints at another address, whole for whoever reads them: `state.json` comes last and goes first."""
+"""Copies of a run's checkpoints at another address (fsspec), uploaded in the background.
+
+A copy counts once its `state.json` is there, which is uploaded last and removed first: so whoever lists the copies sees
+whole checkpoints only.
+"""
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +15,9 @@ from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from vlm.console import say
+from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import RetryPolicy, classify_error, describe_error, open_system
+from vlm.storage.remote import Retry, RetryPolicy, describe_error, jitter_rng, open_system
 from vlm.storage.urls import is_remote, local_path, protocol_of
 from vlm.train.checkpoint.format import (
     STATE,
@@ -24,6 +29,8 @@ from vlm.train.checkpoint.format import (
     steps_to_remove,
 )
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 _READ_ONLY = frozenset({"http", "https", "hf"})
@@ -31,9 +38,9 @@ _READ_ONLY = frozenset({"http", "https", "hf"})
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteCheckpointStore:
-    """The folder ADDRESS/RUN, in which checkpoints lie as they do in the run's own.
+    """The folder ADDRESS/RUN, in which checkpoints lie as they do in the run's own folder.
 
-    stop: set to end waits between tries.
+    stop: set to end waits between attempts.
     """
 
     address: str
@@ -56,26 +63,27 @@ class RemoteCheckpointStore:
 
     def infos(self) -> dict[str, CheckpointInfo]:
         """What the whole checkpoints there say of themselves, by name, oldest first."""
-        found: dict[str, CheckpointInfo] = {}
+        infos: dict[str, CheckpointInfo] = {}
         for name in self.names():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill
-                found[name] = CheckpointInfo.of(json.loads(self._read(f"{name}/{STATE}")))
-        return found
+                infos[name] = CheckpointInfo.of(json.loads(self._read(f"{name}/{STATE}")))
+        return infos
 
     def upload(self, checkpoint: Path) -> None:
-        """Copy a checkpoint there, in place of one of the same name."""
+        """Copy a checkpoint there, replacing one of the same name."""
 
         def put(system: Any, root: str) -> None:
             target = f"{root}/{checkpoint.name}"
             _remove_folder(system, target)
             files = [file for file in checkpoint.iterdir() if file.is_file()]
-            for file in sorted(files, key=lambda file: (file.name == STATE, file.name)):
+            files.sort(key=lambda file: (file.name == STATE, file.name))
+            for file in files:
                 system.put_file(str(file), f"{target}/{file.name}")
 
         self._with_retries("written to", put)
 
     def write(self, name: str, content: str) -> None:
-        """Write a small file beside the checkpoints."""
+        """Write a small file next to the checkpoints."""
         self._with_retries("written to", lambda system, root: system.pipe_file(f"{root}/{name}", content.encode()))
 
     def remove(self, name: str) -> None:
@@ -85,14 +93,16 @@ class RemoteCheckpointStore:
     def prune(self, *, keep: int, best: int | None, in_use: int) -> None:
         """Remove what is not kept, by the same rule as in the run's own folder, and what a kill left half-copied."""
         infos = self.infos()
-        surplus = steps_to_remove(list(infos.values()), keep=keep, best=best, in_use=(in_use,))
+        surplus_steps = steps_to_remove(list(infos.values()), keep=keep, best=best, in_use=(in_use,))
+        surplus = {checkpoint_name(step) for step in surplus_steps}
         partial_uploads = self._files().keys() - infos.keys() - {checkpoint_name(in_use)}
-        for name in sorted({*map(checkpoint_name, surplus), *partial_uploads}):
+        for name in sorted(surplus | partial_uploads):
             self.remove(name)
 
     def fetch(self, name: str, folder: Path) -> str:
-        """Copy a checkpoint from there to `folder`, in place of one of the same name; what is wrong with it, if so."""
-        final, beside = folder / name, folder / f".{name}.part"
+        """Copy a checkpoint from there to `folder`, replacing one of the same name; returns its damage, if any."""
+        final = folder / name
+        beside = folder / f".{name}.part"
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial_checkpoints(folder)
         beside.mkdir()
@@ -115,11 +125,11 @@ class RemoteCheckpointStore:
 
         def find(system: Any, root: str) -> dict[str, set[str]]:
             system.invalidate_cache()
-            found: dict[str, set[str]] = {}
+            files: dict[str, set[str]] = {}
             for path in system.glob(f"{root}/step-*/*"):
                 _, name, file = path.rstrip("/").rsplit("/", 2)
-                found.setdefault(name, set()).add(file)
-            return found
+                files.setdefault(name, set()).add(file)
+            return files
 
         return self._with_retries("listed", find)
 
@@ -127,29 +137,29 @@ class RemoteCheckpointStore:
         return self._with_retries("read", lambda system, root: system.cat_file(f"{root}/{name}"))
 
     def _with_retries(self, verb: str, work: Callable[[Any, str], Result]) -> Result:
-        attempt = 0
+        """The result of `work`, given a file system and this folder in it; `verb` names it in the error."""
+        retry = Retry(self.url, self.retry_policy, rng=jitter_rng(self.url), stop=self.stop)
         while True:
             try:
                 return work(*_open_filesystem(self.url))
             except VlmError:
                 raise
             except Exception as error:
-                attempt += 1
-                if classify_error(error) != "again" or attempt >= self.retry_policy.attempts or self.stop.is_set():
-                    tries = f"{attempt} attempt{'s' if attempt > 1 else ''}"
-                    raise VlmError(f"{self.url} cannot be {verb} ({tries}): {describe_error(error)}") from error
-                self.stop.wait(min(self.retry_policy.longest_wait, self.retry_policy.first_wait * 2.0 ** (attempt - 1)))
+                if not retry.wait(error):
+                    attempts = pluralize(retry.num_failures, "attempt")
+                    raise VlmError(f"{self.url} cannot be {verb} ({attempts}): {describe_error(error)}") from error
 
 
 class Uploader:
-    """Copies finished checkpoints to a mirror in a thread; the newest one waiting takes the place of an older one.
+    """Copies finished checkpoints to a remote store in a thread; a newer one that waits replaces an older one.
 
-    A failure is said at once and does not end the run, since the checkpoint is safe in the run's folder; the next
+    A failure is logged at once and does not end the run, since the checkpoint is safe in the run's folder; the next
     checkpoint is tried again.
     """
 
     def __init__(self, remote_store: RemoteCheckpointStore, *, keep: int) -> None:
-        self._remote_store, self._keep = remote_store, keep
+        self._remote_store = remote_store
+        self._keep = keep
         self._pending: tuple[Path, int | None, str] | None = None
         self._uploading = ""
         self._failure = ""
@@ -166,7 +176,7 @@ class Uploader:
 
     @property
     def in_use(self) -> list[int]:
-        """Steps of the checkpoints that are being read, or will be."""
+        """Steps of the checkpoints that are being uploaded, or will be."""
         with self._condition:
             names = [self._uploading, self._pending[0].name if self._pending else ""]
             return [int(name.rpartition("-")[2]) for name in names if name]
@@ -177,14 +187,14 @@ class Uploader:
             self._condition.wait_for(lambda: not self._uploading and self._pending is None)
 
     def remove_after(self, step: int) -> None:
-        """Forget the copies of later steps: the run went back. Where that fails, they are written over later."""
+        """Remove the copies of later steps: the run rolled back. Where that fails, they are replaced later."""
         self.wait()
         try:
             for name in self._remote_store.names():
                 if name > checkpoint_name(step):
                     self._remote_store.remove(name)
         except VlmError as error:
-            say(f"\n{error}. Training goes on.")
+            logger.warning(f"{error}. Training continues.")
 
     def cancel(self) -> None:
         """Copy nothing more, and wait for nothing."""
@@ -203,8 +213,8 @@ class Uploader:
         self._thread.join()
         if self._failure:
             raise VlmError(
-                f"{self._failure}. The run's own folder has every checkpoint; copy it by hand, or mend the address "
-                "and go on with --resume."
+                f"{self._failure}. The run's own folder has every checkpoint; copy it by hand, or correct the "
+                "address and resume with --resume."
             )
 
     def _work(self) -> None:
@@ -213,14 +223,15 @@ class Uploader:
                 self._condition.wait_for(lambda: self._pending is not None or self._is_closing)
                 if self._pending is None:
                     return
-                (checkpoint, best, marker), self._pending = self._pending, None
+                checkpoint, best, marker = self._pending
+                self._pending = None
                 self._uploading = checkpoint.name
             try:
                 self._copy(checkpoint, best, marker)
                 self._failure = ""
             except Exception as error:
                 self._failure = f"{checkpoint} could not be copied: {error}"
-                say(f"\n{self._failure}. Training goes on; the next checkpoint is tried again.")
+                logger.warning(f"{self._failure}. Training continues; the next checkpoint is tried again.")
             finally:
                 with self._condition:
                     self._uploading = ""

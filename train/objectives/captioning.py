@@ -1,4 +1,4 @@
-"""Objectives that write the caption of each picture.
+"""Objectives that write the caption of each image.
 
 Captions of which a share is predicted all at once: the parallel captioner (CapPa).
 """
@@ -34,7 +34,7 @@ def count_target_tokens(inputs: Inputs, options: LossOptions) -> Tensor:
 
 
 CAPTION = LossTerm(
-    summary="next token of the caption, given the picture",
+    summary="next token of the caption, given the image",
     paper="Yu et al. 2022, CoCa, equation 2",
     outputs=("logits", "labels"),
     sample_level=caption,
@@ -57,8 +57,8 @@ def choose_parallel_captions(rows: Int64[Tensor, " B"], share: float) -> Bool[Te
 def cappa(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Cross-entropy of each next token, padding left out, summed (CapPa, Tschannen et al. 2023, §3).
 
-    A share of the captions (`parallel_share`) is predicted at once from the picture alone, the others token by token;
-    every token weighs the same. The paper's decoder sees the picture in each of its layers; CoCa's in its upper half.
+    A share of the captions (`parallel_share`) is predicted at once from the image alone, the others token by token;
+    every token weighs the same. The paper's decoder sees the image in each of its layers; CoCa's in its upper half.
     """
     return next_token_loss(outputs["parallel_logits"], outputs["parallel_labels"], pad_token=options.pad_token)
 

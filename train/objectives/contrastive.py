@@ -1,16 +1,10 @@
-"""Objectives that compare every picture of the batch with every text.
+"""Losses that compare every image of the batch with every text: CLIP, SigLIP, DCL and max-margin ranking.
 
-Losses over the matrix of similarities of a batch, a block of rows at a time.
+A process compares its B rows with the N columns of all processes. The matrix of similarities is never held whole: each
+block of rows is computed, reduced to one number, dropped, and computed again when gradients are taken (Chen et al.
+2016, Training Deep Nets with Sublinear Memory Cost, §3). Memory grows with B + N, not with B × N.
 
-A process compares its B rows with the N columns of all processes. The matrix is never held: each block of rows is
-computed, reduced to one number, dropped, and computed again when gradients are taken (Chen et al. 2016, Training Deep
-Nets with Sublinear Memory Cost, §3). Memory grows with B + N, not with B × N.
-
-Contrastive losses of a row of similarities, as pure functions: a row is one picture against texts, or the reverse.
-
-Rows and columns: B of them against N. Each returns a loss for every row; who sums them knows their number.
-
-The objective that ranks: the right partner before every wrong one, by a margin.
+A row is one image against all texts, or one text against all images. The losses of rows are pure functions.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +25,7 @@ from vlm.train.run_config import ObjectiveConfig
 class PairMasks:
     """What the columns are to each row of a block.
 
-    positives: its partner, and what counts as its partner too. left_out: neither positive nor negative, or None.
+    positives: its partner, and what counts as its partner too. ignored: neither positive nor negative, or None.
     """
 
     positives: Bool[Tensor, "B N"]
@@ -39,7 +33,7 @@ class PairMasks:
 
     @property
     def negatives(self) -> Bool[Tensor, "B N"]:
-        """What the row is to be told from."""
+        """The columns a row is to be told apart from."""
         return ~self.positives if self.ignored is None else ~(self.positives | self.ignored)
 
 
@@ -47,11 +41,121 @@ RowLoss = Callable[[Tensor, PairMasks], Tensor]
 """From the cosines of some rows with all columns [B, N], and what these are to them, to a loss for each row [B]."""
 
 
+def clip(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """Softmax contrastive learning, the mean of both directions (CLIP, Radford et al. 2021, figure 3)."""
+    pairs = build_contrastive_pairs(outputs, inputs, options.config)
+    scale = outputs["logit_scale"]
+
+    def row_loss(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return softmax_loss(scale * cosines, masks)
+
+    return (pairs.mean_over_images(row_loss) + pairs.mean_over_texts(row_loss)) / 2
+
+
+def siglip(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """Sigmoid contrastive learning, the mean over images of the sum over texts (SigLIP, Zhai et al. 2023, §3.2).
+
+    Each pair of the global batch counts once, so there is one direction.
+    """
+    pairs = build_contrastive_pairs(outputs, inputs, options.config)
+    scale = outputs["logit_scale"]
+    bias = outputs["logit_bias"]
+
+    def row_loss(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return sigmoid_loss(scale * cosines + bias, masks)
+
+    return pairs.mean_over_images(row_loss)
+
+
+def decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """Decoupled contrastive learning, the mean of both directions (DCL, Yeh et al. 2021, equation 6)."""
+    pairs = build_contrastive_pairs(outputs, inputs, options.config)
+    scale = outputs["logit_scale"]
+
+    def row_loss(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return decoupled_loss(scale * cosines, masks)
+
+    return (pairs.mean_over_images(row_loss) + pairs.mean_over_texts(row_loss)) / 2
+
+
+def ranking(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """Max-margin ranking of cosines, the mean over pairs (VSE++, Faghri et al. 2018, ℓ_SH; `hardest`: ℓ_MH).
+
+    `config.negatives` selects the negatives, as "Deep Learning Applied to Image and Text Matching" does: `texts` for
+    each image, `images` for each text, `both`, or the `hardest` of both. All but `hardest` are summed, so the loss
+    grows with the batch. There is no temperature.
+    """
+    config = options.config
+    pairs = build_contrastive_pairs(outputs, inputs, config)
+    # a hinge needs one cosine to stay below, so same_pairs = positive does here what ignore does
+    pairs = replace(pairs, same_are_positives=False)
+    row_loss = partial(hinge_loss, margin=config.margin, hardest=config.negatives == "hardest")
+
+    losses: list[Tensor] = []
+    if config.negatives != "images":
+        losses.append(pairs.mean_over_images(row_loss))
+    if config.negatives != "texts":
+        losses.append(pairs.mean_over_texts(row_loss))
+    return torch.stack(losses).sum()
+
+
+def softmax_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
+    """-log p(partner) under the softmax over all columns (CLIP, Radford et al. 2021, figure 3).
+
+    With several positives, the mean of their -log p, each under the softmax over all of them and the negatives
+    (SupCon, Khosla et al. 2020, equation 2). What is ignored is in no denominator.
+    """
+    compared = logits if masks.ignored is None else logits.masked_fill(masks.ignored, -torch.inf)
+    return compared.logsumexp(dim=1) - masked_mean(logits, masks.positives)
+
+
+def decoupled_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
+    """The same with the negatives alone in the denominator (DCL, Yeh et al. 2021, equation 6).
+
+    The paper has two views of an image, with negatives among both; here are an image and a text, with the columns of
+    the other modality alone. With several positives all of them leave the denominator, and the mean of their logits is
+    raised; the paper has one. A row without negatives has nothing to be told apart from: its loss is 0.
+    """
+    negatives = masks.negatives
+    has_negatives = negatives.any(dim=1)
+    # rows without negatives keep their logits: a logsumexp over nothing but -inf has a NaN gradient
+    compared = logits.masked_fill(~negatives & has_negatives[:, None], -torch.inf)
+    return torch.where(has_negatives, compared.logsumexp(dim=1) - masked_mean(logits, masks.positives), 0)
+
+
+def sigmoid_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
+    """Every pair by itself: -log σ(±logit), summed over the row (SigLIP, Zhai et al. 2023, §3.2 and algorithm 1).
+
+    The sign is + for positives, however many, and - for negatives; what is ignored has no part.
+    """
+    # softplus(-x) = -log σ(x)
+    losses = F.softplus(torch.where(masks.positives, -logits, logits))
+    if masks.ignored is not None:
+        losses = losses.masked_fill(masks.ignored, 0)
+    return losses.sum(dim=1)
+
+
+def hinge_loss(cosines: Float[Tensor, "B N"], masks: PairMasks, *, margin: float, hardest: bool) -> Float[Tensor, " B"]:
+    """[margin + s(negative) - s(positive)]₊ summed over each row's negatives, or of its hardest; 0 if it has none."""
+    positive = cosines.masked_fill(~masks.positives, 0).sum(dim=1, keepdim=True)
+    hinges = (margin + cosines - positive).relu().masked_fill(~masks.negatives, 0)
+    return hinges.amax(dim=1) if hardest else hinges.sum(dim=1)
+
+
+def masked_mean(values: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """The mean of each row's values where the mask is set, of which there is at least one.
+
+    >>> masked_mean(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[False, True, True]])).tolist()
+    [3.0]
+    """
+    return values.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContrastivePairs:
     """The pairs of this process, to be compared with those of all processes.
 
-    same: identities of the pairs of this process and of all, where pairs that share one are no negatives.
+    same: identities of the pairs of this process and of all processes, where pairs that share one are not negatives.
     block: rows of the matrix that are held at once.
     """
 
@@ -62,35 +166,38 @@ class ContrastivePairs:
     block: int
 
     def mean_over_images(self, row_loss: RowLoss) -> Float[Tensor, ""]:
-        """Mean over this process's pictures, each a row against the texts of all processes."""
+        """Mean over this process's images, each a row against the texts of all processes."""
         return self._mean(self.images, self.texts, row_loss)
 
     def mean_over_texts(self, row_loss: RowLoss) -> Float[Tensor, ""]:
-        """Mean over this process's texts, each a row against the pictures of all processes."""
+        """Mean over this process's texts, each a row against the images of all processes."""
         return self._mean(self.texts, self.images, row_loss)
 
     def _mean(self, rows: Tensor, others: Tensor, row_loss: RowLoss) -> Tensor:
         columns = gather_with_gradient(others)
-        numbers = torch.arange(len(columns), device=columns.device)
+        column_numbers = torch.arange(len(columns), device=columns.device)
 
-        def block_loss(rows: Tensor, own: Tensor, *identities: Tensor) -> Tensor:
-            is_own = own[:, None] == numbers
-            masks = PairMasks(positives=is_own)
-            if self.same is not None:
-                are_same = same_identity(identities[0], self.same[1])
-                masks = (
-                    PairMasks(positives=is_own | are_same)
-                    if self.same_are_positives
-                    else PairMasks(positives=is_own, ignored=are_same & ~is_own)
-                )
+        def block_loss(rows: Tensor, partners: Tensor, *identities: Tensor) -> Tensor:
+            masks = self._masks(partners[:, None] == column_numbers, identities)
             return row_loss(similarity_matrix(rows, columns), masks).sum()
 
-        for_global_crop = [local_columns(len(rows), rows.device), *([] if self.same is None else [self.same[0]])]
-        return sum_over_blocks(block_loss, [rows, *for_global_crop], self.block) / len(rows)
+        # row i of this process and its partner among the columns, which are in the order of the processes
+        partners = local_columns(len(rows), rows.device)
+        tensors = [rows, partners] if self.same is None else [rows, partners, self.same[0]]
+        return sum_over_blocks(block_loss, tensors, self.block) / len(rows)
+
+    def _masks(self, is_partner: Bool[Tensor, "B N"], identities: tuple[Tensor, ...]) -> PairMasks:
+        """What the columns are to a block of rows, of whose pairs these are the identities."""
+        if self.same is None:
+            return PairMasks(positives=is_partner)
+        shares_identity = same_identity(identities[0], self.same[1])
+        if self.same_are_positives:
+            return PairMasks(positives=is_partner | shares_identity)
+        return PairMasks(positives=is_partner, ignored=shares_identity & ~is_partner)
 
 
 def build_contrastive_pairs(outputs: Outputs, inputs: Inputs, config: ObjectiveConfig) -> ContrastivePairs:
-    """The pairs a term is given, with what `same_pairs` makes of those that share an identity."""
+    """The pairs of a batch, with what `same_pairs` makes of those that share an identity."""
     same = None
     if config.same_pairs != "negative":
         same = (inputs["same"], gather_detached(inputs["same"]))
@@ -107,115 +214,41 @@ def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], b
     """The sum of a loss over blocks of rows, each computed again when gradients are taken.
 
     block_loss: from some rows of each tensor, in the order given, to the sum of their losses, a scalar; it must draw
-    nothing at random and exchange nothing between processes. What it reads besides (columns, a temperature) gets its
-    gradient as well. rows: tensors of the same length. A single block is kept instead of computed twice.
+    no random numbers and exchange nothing between processes. What it reads in addition (columns, a temperature) gets
+    its gradient as well. rows: tensors of the same length. A single block is kept instead of computed twice.
     """
     blocks = list(zip(*(tensor.split(block) for tensor in rows), strict=True))
     if len(blocks) == 1:
         return block_loss(*blocks[0])
-    sums = [checkpoint(block_loss, *parts, use_reentrant=False, preserve_rng_state=False) for parts in blocks]
-    return torch.stack(sums).sum()  # pyright: ignore[reportArgumentType]
+    sums: list[Tensor] = []
+    for tensors in blocks:
+        loss = checkpoint(block_loss, *tensors, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(loss, Tensor)
+        sums.append(loss)
+    return torch.stack(sums).sum()
 
 
 def similarity_matrix(rows: Float[Tensor, "B D"], columns: Float[Tensor, "N D"]) -> Float[Tensor, "B N"]:
-    """All products of rows and columns, in single precision or better, inside autocast too."""
+    """All dot products of rows and columns, in single precision or better, inside autocast too."""
     with torch.autocast(rows.device.type, enabled=False):
         return at_least_float32(rows) @ at_least_float32(columns).T
 
 
 def at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The values in single precision, or in double where they are."""
+    """The values in single precision, or in double where they already are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def same_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) -> Bool[Tensor, "B N"]:
-    """Whether row and column have the same number in any place; 0 is no identity and equals nothing.
+    """Whether row and column have the same number in any of the G entries; 0 is no identity and equals nothing.
 
     >>> same_identity(torch.tensor([[1, 0], [2, 5]]), torch.tensor([[1, 5], [0, 0]])).tolist()
     [[True, False], [True, False]]
     """
-    found = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+    is_same = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
     for own, others in zip(rows.T, columns.T, strict=True):
-        found |= (own[:, None] == others) & (own != 0)[:, None]
-    return found
-
-
-def softmax_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
-    """-log p(partner) under the softmax over all columns (CLIP, Radford et al. 2021, figure 3).
-
-    With several positives, the mean of their -log p, each under the softmax over all of them and the negatives
-    (SupCon, Khosla et al. 2020, equation 2). What is left out is in no denominator.
-    """
-    kept = logits if masks.ignored is None else logits.masked_fill(masks.ignored, -torch.inf)
-    return kept.logsumexp(dim=1) - masked_mean(logits, masks.positives)
-
-
-def decoupled_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
-    """The same with the negatives alone in the denominator (DCL, Yeh et al. 2021, equation 6).
-
-    Where the paper has two views of a picture, with negatives among both, here are a picture and a text, with the
-    columns of the other kind alone. With several positives all of them leave the denominator, and the mean of their
-    logits is raised; the paper has one. A row without negatives has nothing to be told from: its loss is 0.
-    """
-    negatives = masks.negatives
-    has_any = negatives.any(dim=1)
-    kept = logits.masked_fill(~negatives & has_any[:, None], -torch.inf)
-    return torch.where(has_any, kept.logsumexp(dim=1) - masked_mean(logits, masks.positives), 0)
-
-
-def sigmoid_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
-    """Every pair by itself: -log σ(±logit), summed over the row (SigLIP, Zhai et al. 2023, §3.2 and algorithm 1).
-
-    The sign is + for positives, however many, and - for negatives; what is left out has no part.
-    """
-    losses = F.softplus(torch.where(masks.positives, -logits, logits))
-    return (losses if masks.ignored is None else losses.masked_fill(masks.ignored, 0)).sum(dim=1)
-
-
-def masked_mean(values: Float[Tensor, "B N"], chosen: Bool[Tensor, "B N"]) -> Float[Tensor, " B"]:
-    """The mean of each row's chosen values, of which it has at least one.
-
-    >>> masked_mean(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[False, True, True]])).tolist()
-    [3.0]
-    """
-    return values.masked_fill(~chosen, 0).sum(dim=1) / chosen.sum(dim=1)
-
-
-def clip(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Softmax contrastive learning, the mean of both directions (CLIP, Radford et al. 2021, figure 3)."""
-    pairs, scale = build_contrastive_pairs(outputs, inputs, options.config), outputs["logit_scale"]
-
-    def rows(cosines: Tensor, masks: PairMasks) -> Tensor:
-        return softmax_loss(scale * cosines, masks)
-
-    return (pairs.mean_over_images(rows) + pairs.mean_over_texts(rows)) / 2
-
-
-def siglip(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Sigmoid contrastive learning, the mean over pictures of the sum over texts (SigLIP, Zhai et al. 2023, §3.2).
-
-    Each pair of the global batch counts once, so there is one direction.
-    """
-    pairs, scale, bias = (
-        build_contrastive_pairs(outputs, inputs, options.config),
-        outputs["logit_scale"],
-        outputs["logit_bias"],
-    )
-
-    def rows(cosines: Tensor, masks: PairMasks) -> Tensor:
-        return sigmoid_loss(scale * cosines + bias, masks)
-
-    return pairs.mean_over_images(rows)
-
-
-def decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Decoupled contrastive learning, the mean of both directions (DCL, Yeh et al. 2021, equation 6)."""
-    pairs, scale = build_contrastive_pairs(outputs, inputs, options.config), outputs["logit_scale"]
-
-    def rows(cosines: Tensor, masks: PairMasks) -> Tensor:
-        return decoupled_loss(scale * cosines, masks)
-
-    return (pairs.mean_over_images(rows) + pairs.mean_over_texts(rows)) / 2
+        is_same |= (own[:, None] == others) & (own != 0)[:, None]
+    return is_same
 
 
 CLIP = LossTerm(
@@ -242,34 +275,11 @@ DCL = LossTerm(
     batch_level=decoupled,
 )
 
-
-def ranking(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Max-margin ranking of cosines, the mean over pairs (VSE++, Faghri et al. 2018, ℓ_SH; `hardest`: ℓ_MH).
-
-    `config.negatives` chooses the wrong partners, as "Deep Learning Applied to Image and Text Matching" does: `texts`
-    for each picture, `images` for each text, `both`, or the `hardest` of both. All but `hardest` are summed, so the
-    loss grows with the batch. There is no temperature. A further positive has no part: same_pairs = positive does what
-    ignore does, since a hinge needs one cosine to stay below.
-    """
-    config = options.config
-    pairs = replace(build_contrastive_pairs(outputs, inputs, config), same_are_positives=False)
-    rows = partial(hinge_loss, margin=config.margin, hardest=config.negatives == "hardest")
-    wrong_texts = [] if config.negatives == "images" else [pairs.mean_over_images(rows)]
-    wrong_images = [] if config.negatives == "texts" else [pairs.mean_over_texts(rows)]
-    return torch.stack([*wrong_texts, *wrong_images]).sum()
-
-
-def hinge_loss(cosines: Float[Tensor, "B N"], masks: PairMasks, *, margin: float, hardest: bool) -> Float[Tensor, " B"]:
-    """[margin + s(wrong) - s(right)]₊ summed over each row's negatives, or of its hardest; 0 where it has none."""
-    right = cosines.masked_fill(~masks.positives, 0).sum(dim=1, keepdim=True)
-    hinges = (margin + cosines - right).relu().masked_fill(~masks.negatives, 0)
-    return hinges.amax(dim=1) if hardest else hinges.sum(dim=1)
-
-
 RANKING = LossTerm(
-    summary="max-margin ranking of cosines, against all wrong partners or the hardest",
+    summary="max-margin ranking of cosines, against all negatives or the hardest",
     paper="Deep Learning Applied to Image and Text Matching; Faghri et al. 2018, VSE++, §3",
     outputs=("image_features", "text_features"),
     inputs=("same",),
     batch_level=ranking,
 )
+"""The right partner before every wrong one, by a margin."""

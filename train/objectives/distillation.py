@@ -1,6 +1,6 @@
 """Objectives that learn from embeddings another model made, stored in the shards or made while training.
 
-Small crops of a picture learn what an average of the network makes of the whole.
+Small crops of an image learn what an average of the network makes of the whole.
 """
 
 import torch
@@ -16,11 +16,11 @@ from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm,
 
 
 def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """KL(teacher ‖ student) of the similarities of each picture with all texts, and the reverse; the mean of both.
+    """KL(teacher ‖ student) of the similarities of each image with all texts, and the reverse; the mean of both.
 
     MobileCLIP (Vasu et al. 2023), equations 2 and 3, with one teacher; dataset reinforcement (Faghri et al. 2023), §2,
     where its embeddings are stored. The teacher's rows may be of any length; they are brought to unit length, and get
-    no gradient. Its inverse temperature is `config.teacher_scale`, the student's its own. It is 0 where both
+    no gradient. Its inverse temperature is `config.teacher_scale`, the task's its own. It is 0 where both
     agree; open_clip's cross-entropy is larger by the teacher's entropy, a constant.
     """
     images, texts = at_least_float32(outputs["image_features"]), at_least_float32(outputs["text_features"])
@@ -54,10 +54,10 @@ def normalise_rows(rows: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
 
 
 def text_align(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """1 - cosine of the projected picture and the stored embedding of its text, summed (GPT4Image, Ding et al. 2023).
+    """1 - cosine of the projected image and the stored embedding of its text, summed (GPT4Image, Ding et al. 2023).
 
     The paper compares a classifier's features with the embedding of a description; here the projection is of the
-    picture's joint embedding, so that the loss reaches all of the image tower.
+    image's joint embedding, so that the loss reaches all of the image tower.
 
     Raises:
         UsageError: the stored embeddings have another length than the head.
@@ -72,7 +72,7 @@ def text_align(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor
 
 
 def alignment_head(model: VisionLanguageModel, options: LossOptions) -> Heads:
-    """The linear map from the picture's embedding to the space of the stored text embeddings.
+    """The linear map from the image's embedding to the space of the stored text embeddings.
 
     Raises:
         UsageError: their length was not given.
@@ -95,7 +95,7 @@ DISTILL = LossTerm(
 )
 
 TEXT_ALIGN = LossTerm(
-    summary="a linear map of the picture's embedding towards the stored embedding of its text",
+    summary="a linear map of the image's embedding towards the stored embedding of its text",
     paper="Ding et al. 2023, GPT4Image",
     outputs=("aligned_image",),
     inputs=("text_embedding",),
@@ -108,7 +108,7 @@ def local_to_global(outputs: Outputs, inputs: Inputs, options: LossOptions) -> T
     """1 − cosine of each crop's embedding and the averaged network's of the whole view, mean over crops, summed.
 
     As in RS-M-CLIP (Silva et al. 2024) and DINO (Caron et al. 2021, equation 2) the student sees crops, the teacher is
-    a running mean of the student and gets no gradient. They compare softmaxes over learned prototypes, which needs a
+    a EMA of the student and gets no gradient. They compare softmaxes over learned prototypes, which needs a
     projection head and a running centre of the teacher's outputs against collapse. Here the embeddings themselves are
     compared, as in BYOL (Grill et al. 2020, equation 2, halved), so nothing is kept from batch to batch; what prevents
     collapse is the contrastive term beside it, without which this one must not be trained.

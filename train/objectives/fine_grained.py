@@ -1,4 +1,4 @@
-"""Sentences of long captions, each a positive of its picture, and each tied to the patches it speaks of (DreamLIP)."""
+"""Sentences of long captions, each a positive of its image, and each tied to the patches it speaks of (DreamLIP)."""
 
 import torch
 from torch.nn import functional as F
@@ -10,11 +10,11 @@ from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Output
 
 
 def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Softmax contrastive learning with several texts a picture, in both directions (DreamLIP, Zheng et al. 2024).
+    """Softmax contrastive learning with several texts an image, in both directions (DreamLIP, Zheng et al. 2024).
 
-    A picture finds each of its sentences among those of all other pictures, its own further sentences left aside; a
-    sentence finds its picture among all pictures. Each is a mean over the picture's sentences and then over the
-    pictures that have any. The paper compares the batch with one sentence of each picture at a time; all are compared
+    An image finds each of its sentences among those of all other images, its own further sentences left aside; a
+    sentence finds its image among all images. Each is a mean over the image's sentences and then over the
+    images that have any. The paper compares the batch with one sentence of each image at a time; all are compared
     at once here, so that there are S times the negatives. Pairs that share an identity are no negatives of each other
     unless `same_pairs` is `negative`.
     """
@@ -51,11 +51,11 @@ def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tens
 
 
 def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Each sentence finds its own group of patches among those of the picture's other sentences, summed over pictures.
+    """Each sentence finds its own group of patches among those of the image's other sentences, summed over images.
 
     DreamLIP (Zheng et al. 2024), after SPARC (Bica et al. 2024): the similarities of a sentence to the P
     patches are stretched to 0 … 1, those below 1/P dropped, and the rest are the weights with which patches are
-    averaged to the sentence's group. Groups and sentences are then contrasted inside the picture, in both directions,
+    averaged to the sentence's group. Groups and sentences are then contrasted inside the image, in both directions,
     at the temperature of the contrastive term.
     """
     patches, sentences = at_least_float32(outputs["patch_features"]), at_least_float32(outputs["sub_features"])
@@ -90,12 +90,12 @@ def sentence_mask(inputs: Inputs, options: LossOptions) -> Bool[Tensor, "B S"]:
 
 
 def count_multi_sentence_images(inputs: Inputs, options: LossOptions) -> Tensor:
-    """Pictures with two sentences or more; with one there is nothing to tell it from."""
+    """Images with two sentences or more; with one there is nothing to tell it from."""
     return (sentence_mask(inputs, options).sum(dim=1) >= 2).sum()
 
 
 def _sentence_weights(is_present: Bool[Tensor, "B S"], kind: torch.dtype) -> Float[Tensor, "B S"]:
-    """Weights of a mean over the sentences of each picture."""
+    """Weights of a mean over the sentences of each image."""
     return is_present.to(kind) / is_present.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -105,7 +105,7 @@ def _mask_logits(logits: Float[Tensor, "..."], ignored: Bool[Tensor, "..."]) -> 
 
 
 SUB_CAPTIONS = LossTerm(
-    summary="several sentences of each picture, each a positive",
+    summary="several sentences of each image, each a positive",
     paper="Zheng et al. 2024, DreamLIP",
     outputs=("image_features", "sub_features", "logit_scale"),
     inputs=("sub_tokens", "same"),

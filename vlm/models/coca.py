@@ -1,6 +1,6 @@
 """Captions from a contrastive captioner, a token at a time.
 
-How likely a contrastive captioner finds texts, given pictures.
+How likely a contrastive captioner finds texts, given images.
 
 Captions predicted at once instead of a token after the other, by the decoder of a contrastive captioner.
 """
@@ -21,7 +21,7 @@ def generate_captions(
 ) -> Int64[Tensor, "B L"]:
     """Greedy decoding (CoCa §3.2 with beam 1): each next token is the likeliest one, until all rows have ended.
 
-    prompt: words every caption begins with ("a picture of", as BLIP does), to ask for one kind of sentence.
+    prompt: words every caption begins with ("an image of", as BLIP does), to ask for one kind of sentence.
     Returns rows that begin with the start token; what follows an end token is padding.
     """
     _, image_tokens = cast(tuple[Tensor, Tensor], network._encode_image(pixels))  # pyright: ignore[reportCallIssue]
@@ -41,9 +41,9 @@ def generate_captions(
 def text_log_likelihoods(
     network: nn.Module, pixels: Float[Tensor, "B 3 H W"], tokens: Int64[Tensor, "T L"], *, pad_token: int
 ) -> Float32[Tensor, "B T"]:
-    """Mean log-likelihood of each text's tokens given each picture, in nats (CoCa, Yu et al. 2022, equation 2).
+    """Mean log-likelihood of each text's tokens given each image, in nats (CoCa, Yu et al. 2022, equation 2).
 
-    The end token counts, the start token and padding do not. Each picture and each text is read once. On the CPU.
+    The end token counts, the start token and padding do not. Each image and each text is read once. On the CPU.
     """
     _, image_tokens = cast(tuple[Tensor, Tensor], network._encode_image(pixels))  # pyright: ignore[reportCallIssue]
     is_token = tokens != pad_token
@@ -83,8 +83,8 @@ def parallel_logits(
     """Logits of the next token at each place, with their labels (CapPa, Tschannen et al. 2023, §3).
 
     Where a row is parallel, every token is the mask embedding and no causal mask hides a place from another, in the
-    text tower as in the decoder, so that the picture is all that is known. The other rows go as in open_clip's CoCa.
-    memory: the picture's tokens, see `ImageReading`. K is the context length less one, whatever L: rows cut to their
+    text tower as in the decoder, so that the image is all that is known. The other rows go as in open_clip's CoCa.
+    memory: the image's tokens, see `ImageReading`. K is the context length less one, whatever L: rows cut to their
     batch's longest caption would otherwise tell how long it is, and depend on the batch.
     """
     text, decoder = network.get_submodule("text"), network.get_submodule("text_decoder")

@@ -25,7 +25,7 @@ _SIZES = ((57, 41), (32, 32), (90, 200))
 class Export:
     """What was written.
 
-    largest_difference: between an entry of a unit vector here and there, over the pictures and texts that were tried.
+    largest_difference: between an entry of a unit vector here and there, over the images and texts that were tried.
     has_tokenizer: whether the other tool makes the same tokens of a text by itself.
     """
 
@@ -38,7 +38,7 @@ class Export:
 def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
     """A new folder that `open_clip.create_model_and_transforms("local-dir:OUT")` loads, and was seen to load.
 
-    Pictures of noise go through open_clip's own preprocessing and network, texts through its network.
+    Images of noise go through open_clip's own preprocessing and network, texts through its network.
 
     Raises:
         UsageError: `out` exists, or open_clip cannot build this network. VlmError: it embeds otherwise than we do.

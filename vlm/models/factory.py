@@ -1,4 +1,4 @@
-"""Our own small architectures, in open_clip's configuration format; its names are known besides.
+"""Our own small architectures, in open_clip's configuration format; its names are known in addition.
 
 Networks from the configuration of a model folder: open_clip's, and those of our towers.
 

@@ -79,10 +79,10 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
     """Read a model folder, ours or one that open_clip wrote.
 
     Raises:
-        UsageError: it is no model folder. VlmError: its weights are damaged, or are not those of its manifest.
+        UsageError: it is not a model folder. VlmError: its weights are damaged, or are not those of its manifest.
     """
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} is no model folder: it has no {CONFIG}.")
+        raise UsageError(f"{folder} is not a model folder: it has no {CONFIG}.")
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = values["model_cfg"]
     text = config["text_cfg"]
@@ -106,7 +106,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
     )
     if is_complete(folder) and read_manifest(folder, "model").fingerprint != model.fingerprint:
         raise VlmError(
-            f"{folder} is not what its manifest says: weights, view or tokenizer were changed. Save it anew."
+            f"{folder} is not what its manifest says: weights, view or tokenizer were changed. Save it again."
         )
     return model
 

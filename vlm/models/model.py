@@ -1,4 +1,4 @@
-"""The model as every stage after training uses it: pictures and texts in, unit vectors or captions out."""
+"""The model as every stage after training uses it: images and texts in, unit vectors or captions out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
-        """Unit vectors of pictures as `view` gives them, on the CPU."""
+        """Unit vectors of images as `view` gives them, on the CPU."""
         with self._inference():
             features = self.network.encode_image(self._pixels(images))  # pyright: ignore[reportCallIssue]
         return nn.functional.normalize(features.float(), dim=-1).cpu()
@@ -79,7 +79,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
-        """A caption for each picture, written greedily, beginning with the prompt.
+        """A caption for each image, written greedily, beginning with the prompt.
 
         Raises:
             UsageError: the model has no decoder.
@@ -91,7 +91,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def text_log_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
-        """Mean log-likelihood of each text's tokens given each picture, in nats, on the CPU.
+        """Mean log-likelihood of each text's tokens given each image, in nats, on the CPU.
 
         Raises:
             UsageError: the model has no decoder.
@@ -123,7 +123,7 @@ def normalise(images: UInt8[Tensor, "B 3 H W"], view: EvalTransform) -> Float32[
     mean, std = (torch.tensor(values, device=images.device) for values in (view.mean, view.std))
     if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
         return _scaled(images, mean.view(3, 1, 1), std.view(3, 1, 1))
-    # by whole rows of a picture: three values at a time would leave the processor's vectors all but empty
+    # by whole rows of an image: three values at a time would leave the processor's vectors all but empty
     width = images.shape[3]
     rows = images.permute(0, 2, 3, 1).flatten(2)
     return _scaled(rows, mean.repeat(width), std.repeat(width)).unflatten(2, (width, 3)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""What an image tower makes of its patches, and of crops smaller than the pictures it was built for."""
+"""What an image tower makes of its patches, and of crops smaller than the images it was built for."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -29,8 +29,8 @@ def run_image_tower(
 ) -> ImageTowerOutput:
     """Run the image tower once.
 
-    The features of a patch are what the tower's own head makes of a picture all of whose places are that patch, so
-    they lie in the space of the picture's embedding and need no weights of their own. Class and register tokens are
+    The features of a patch are what the tower's own head makes of an image all of whose places are that patch, so
+    they lie in the space of the image's embedding and need no weights of their own. Class and register tokens are
     left out. A tower that is neither open_clip's ViT nor its timm adapter says how by a method
     `forward_with_patches(pixels) -> (image, patches)`.
 
@@ -66,7 +66,7 @@ def encode_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int)
     do); other towers see it enlarged to `size`, unless they say `takes_any_size`.
 
     Raises:
-        UsageError: the crop is no whole number of patches.
+        UsageError: the crop is not a whole number of patches.
     """
     from open_clip.transformer import VisionTransformer
 
@@ -136,9 +136,9 @@ def _project_each_patch(visual: nn.Module, features: Tensor) -> Float[Tensor, "B
 def _encode_at_crop_size(visual: nn.Module, crops: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
     patch = visual.patch_size[0]  # pyright: ignore[reportIndexIssue]
     if crops.shape[-1] % patch:
-        raise UsageError(f"Crops of {crops.shape[-1]} pixels are no whole number of patches of {patch}.")
+        raise UsageError(f"Crops of {crops.shape[-1]} pixels are not a whole number of patches of {patch}.")
     grid = visual.get_submodule("conv1")(crops)
-    positions = _resized_positions(visual.get_parameter("positional_embedding"), visual.grid_size, grid.shape[-2:])  # pyright: ignore[reportArgumentType]
+    positions = resize_positions(visual.get_parameter("positional_embedding"), visual.grid_size, grid.shape[-2:])  # pyright: ignore[reportArgumentType]
     first = visual.get_parameter("class_embedding").to(grid.dtype).expand(len(crops), 1, -1)
     tokens = torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1) + positions.to(grid.dtype)
     tokens = visual.get_submodule("ln_pre")(visual.get_submodule("patch_dropout")(tokens))
@@ -146,9 +146,10 @@ def _encode_at_crop_size(visual: nn.Module, crops: Float[Tensor, "B 3 h w"]) -> 
     return pooled @ visual.get_parameter("proj")
 
 
-def _resized_positions(
+def resize_positions(
     positions: Float[Tensor, "L W"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[Tensor, "M W"]:
+    """Position embeddings of a ViT interpolated from one grid of patches to another; the class token's stays."""
     grid = positions[1:].T.reshape(1, -1, *old)
     resized = F.interpolate(grid, size=tuple(new), mode="bicubic", align_corners=False, antialias=True)
     return torch.cat([positions[:1], resized.flatten(2)[0].T])

@@ -71,7 +71,7 @@ class TruncatedModel(VisionLanguageModel):
         return self.dimensions
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B K"]:
-        """Unit vectors of pictures as `view` gives them, on the CPU."""
+        """Unit vectors of images as `view` gives them, on the CPU."""
         return nn.functional.normalize(self.whole.embed_images(images)[:, : self.dimensions], dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T K"]:
@@ -86,14 +86,15 @@ def split_model_spec(spec: str) -> tuple[str, int | None]:
     (('runs/mine', 64), ('ViT-B-32:openai', None))
 
     Raises:
-        UsageError: what follows the sign is no number.
+        UsageError: what follows the sign is not a number.
     """
     model, sign, kept = spec.rpartition(DIMENSIONS_SEPARATOR)
     if not sign or Path(spec).exists():
         return spec, None
     if not (kept.isascii() and kept.isdecimal()):
         raise UsageError(
-            f"{spec!r}: {kept!r} is no number of dimensions; write MODEL{DIMENSIONS_SEPARATOR}64 to keep the first 64."
+            f"{spec!r}: {kept!r} is not a number of dimensions; write MODEL{DIMENSIONS_SEPARATOR}64 to keep "
+            "the first 64."
         )
     return model, int(kept)
 
@@ -162,7 +163,7 @@ class BackwardCompatibleModel(VisionLanguageModel):
         return self.head.dimension
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B S"]:
-        """Unit vectors of pictures as `view` gives them, on the CPU."""
+        """Unit vectors of images as `view` gives them, on the CPU."""
         return self.head(self.base.embed_images(images))
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T S"]:

@@ -62,11 +62,27 @@ class Retry:
     ) -> None:
         self.url, self._retry_policy, self._rng = url, retry_policy, rng
         self.stop = stop or threading.Event()
-        self._failures, self._since = 0, 0.0
+        self.num_failures = 0
+        self._since = 0.0
 
     def reset_attempts(self) -> None:
         """A new byte came: count from nought again."""
-        self._failures = 0
+        self.num_failures = 0
+
+    def wait(self, error: Exception) -> bool:
+        """Wait for the next attempt; False where none is to follow: the error will stay, or the policy is exhausted."""
+        now = time.monotonic()
+        self._since = self._since if self.num_failures else now
+        self.num_failures += 1
+        policy = self._retry_policy
+        if (
+            classify_error(error) != "again"
+            or self.num_failures >= policy.attempts
+            or now - self._since > policy.seconds
+        ):
+            return False
+        wait = min(policy.longest_wait, policy.first_wait * 2.0 ** (self.num_failures - 1))
+        return not self.stop.wait(wait * (0.5 + self._rng.random()))
 
     def after(self, error: Exception) -> None:
         """Wait for the next try, or raise what ends them.
@@ -86,18 +102,15 @@ class Retry:
                 f"{self.url} may not be read: {describe_error(error)}. Not tried again; check the credentials "
                 "in the environment of this command, and the rights to that address."
             ) from error
-        now = time.monotonic()
-        self._since = self._since if self._failures else now
-        self._failures += 1
-        if self._failures >= self._retry_policy.attempts or now - self._since > self._retry_policy.seconds:
-            raise VlmError(
-                f"{self.url} cannot be read: {describe_error(error)}. Given up after {self._failures} attempts in "
-                f"{now - self._since:.0f} s without a new byte; check the network and the address, then run again: "
-                "what was fetched is kept."
-            ) from error
-        wait = min(self._retry_policy.longest_wait, self._retry_policy.first_wait * 2.0 ** (self._failures - 1))
-        if self.stop.wait(wait * (0.5 + self._rng.random())):
+        if self.wait(error):
+            return
+        if self.stop.is_set():
             raise FetchCancelled
+        raise VlmError(
+            f"{self.url} cannot be read: {describe_error(error)}. Given up after {self.num_failures} attempts in "
+            f"{time.monotonic() - self._since:.0f} s without a new byte; check the network and the address, then run "
+            "again: what was fetched is kept."
+        ) from error
 
 
 def classify_error(error: BaseException) -> Literal["absent", "refused", "again"]:
@@ -262,6 +275,11 @@ def read_blocks(url: str, start: int, identity: FileIdentity) -> Iterator[bytes]
     system, path = open_system(url)
     read = _http_blocks if protocol in ("http", "https") else _ranged_blocks
     yield from read(system, path, start, identity)
+
+
+def clear_file_systems() -> None:
+    """Open file systems again at their next use, with the credentials and endpoints of the environment as it is now."""
+    _SYSTEMS.clear()
 
 
 def open_system(url: str) -> tuple[Any, str]:

@@ -105,8 +105,7 @@ def _forget_systems() -> None:
     from s3fs import S3FileSystem
 
     S3FileSystem.clear_instance_cache()
-    for key in [key for key in remote._SYSTEMS if key[2].startswith("s3/")]:
-        del remote._SYSTEMS[key]
+    remote.clear_file_systems()
 
 
 @pytest.fixture

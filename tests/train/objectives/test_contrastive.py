@@ -75,7 +75,7 @@ def log_cosines(*rows):
         ("dcl", "negative", [3 / 4, 3 / 3, 2 / 5, 3 / 4, 3 / 3, 2 / 5]),
         ("dcl", "ignore", [1 / 4, 1 / 3, 2 / 5, 1 / 4, 1 / 3, 2 / 5]),
         ("dcl", "positive", [1 / 8**0.5, 1 / 6**0.5, 2 / 5, 1 / 8**0.5, 1 / 6**0.5, 2 / 5]),
-        # a positive of odds o costs log (1 + o) / o, a negative log (1 + o); each pair counts once, over three pictures
+        # a positive of odds o costs log (1 + o) / o, a negative log (1 + o); each pair counts once, over three images
         ("siglip", "negative", [5 / 4, 3, 2, 3, 4 / 3, 2, 2, 2, 6 / 5] * 2),
         ("siglip", "ignore", [5 / 4, 2, 4 / 3, 2, 2, 2, 6 / 5] * 2),
         ("siglip", "positive", [5 / 4, 3 / 2, 2, 3 / 2, 4 / 3, 2, 2, 2, 6 / 5] * 2),

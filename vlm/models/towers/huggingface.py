@@ -39,7 +39,7 @@ def read_hf_config(name: str) -> tuple[dict[str, Any], str]:
     if name in CONFIG_MAPPING:
         return _values(CONFIG_MAPPING[name]()), ""
     if folder.is_dir():
-        raise UsageError(f"{name} is no Hugging Face folder: it has no config.json.")
+        raise UsageError(f"{name} is not a Hugging Face folder: it has no config.json.")
     raise UsageError(
         f"hf:{name} is neither a folder nor a model type of transformers; "
         f"{suggest_names(name, sorted(CONFIG_MAPPING))} Nothing is downloaded: give a folder on this machine."
@@ -205,7 +205,7 @@ def set_checkpointing(trunk: Any, enable: bool) -> None:
 
 
 def hf_image_size(values: dict[str, Any]) -> int:
-    """The side of the pictures a configuration is for."""
+    """The side of the images a configuration is for."""
     size = values.get("image_size", _SIZE)
     return int(size) if isinstance(size, int) else int(size[0])
 

@@ -112,7 +112,7 @@ def probe_trunk(
     image_size: int,
     own_size: int,
 ) -> TrunkInfo:
-    """What a trunk gives for pictures of a size, found on a twin without memory (torch's meta device).
+    """What a trunk gives for images of a size, found on a twin without memory (torch's meta device).
 
     Raises:
         UsageError: the trunk does not run at that size.
@@ -154,7 +154,7 @@ class Pooling(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
-        """One vector a picture."""
+        """One vector an image."""
 
 
 class AveragePool(Pooling):
@@ -264,7 +264,7 @@ POOLINGS: dict[str, Callable[[int, int], Pooling]] = {
     "queries": BagOfQueries,
     "map": lambda width, _: LatentQueryPool(width),
 }
-"""Poolings besides the trunk's own, by name: (width, queries) → module."""
+"""Poolings in addition the trunk's own, by name: (width, queries) → module."""
 
 
 def num_heads_for(width: int) -> int:

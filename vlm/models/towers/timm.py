@@ -158,13 +158,13 @@ def parse_vit_size(name: str) -> tuple[int, int, int]:
     """
     found = _VIT.fullmatch(name)
     if not found:
-        raise UsageError(f"vit:{name} is no size; write vit:WIDTHxDEPTH/PATCH, e.g. vit:192x12/16.")
+        raise UsageError(f"vit:{name} is not a size; write vit:WIDTHxDEPTH/PATCH, e.g. vit:192x12/16.")
     width, depth, patch = (int(number) for number in found.groups())
     return width, depth, patch
 
 
 def timm_image_size(name: str) -> int:
-    """The side of the pictures a timm model is made for.
+    """The side of the images a timm model is made for.
 
     Raises:
         UsageError: timm has no such model; the nearest is named.

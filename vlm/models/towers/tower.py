@@ -59,7 +59,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 class ImageTower(nn.Module, ABC):
-    """Pictures to vectors of the joint space, through any trunk; subclasses say how a trunk is asked.
+    """Images to vectors of the joint space, through any trunk; subclasses say how a trunk is asked.
 
     The names of its parts are those of open_clip's TimmModel (trunk, head.proj), so that it can be saved as one.
 
@@ -107,7 +107,7 @@ class ImageTower(nn.Module, ABC):
 
     @abstractmethod
     def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """One vector a picture, by the trunk's own pooling."""
+        """One vector an image, by the trunk's own pooling."""
 
     @abstractmethod
     def native_of(self, features: Features) -> Float[Tensor, "B F"]:
@@ -130,9 +130,9 @@ class ImageTower(nn.Module, ABC):
     def forward_with_patches(
         self, pixels: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B P D"]]:
-        """Vectors of the pictures and of their patches, not normalised.
+        """Vectors of the images and of their patches, not normalised.
 
-        The vector of a patch is what pooling and projection make of a picture all of whose places are that patch.
+        The vector of a patch is what pooling and projection make of an image all of whose places are that patch.
 
         Raises:
             UsageError: the tower has no single map with patches.
@@ -146,11 +146,12 @@ class ImageTower(nn.Module, ABC):
         features = self.features(pixels)
         patches = as_tokens(features, layouts)[0].patches
         alone = as_features(patches.flatten(0, 1), layouts[0])
-        return self.head(self._pooled_features(features)), self.head(self._pooled_features(alone)).unflatten(
+        return self.head(self.pool_features(features)), self.head(self.pool_features(alone)).unflatten(
             0, patches.shape[:2]
         )
 
-    def _pooled_features(self, features: Features) -> Float[Tensor, "B F"]:
+    def pool_features(self, features: Features) -> Float[Tensor, "B F"]:
+        """One vector an image, from the trunk's maps."""
         if self.is_native:
             return self.native_of(features)
         return self._pool(as_tokens(features, self.trunk_info.layouts))

@@ -205,8 +205,8 @@ def _complete_transformer(values: Values, name: str) -> Values:
     width, by, layers = name.partition("x")
     if not (by and width.isdigit() and layers.isdigit()) or int(width) % _HEAD_WIDTHS[-1]:
         raise UsageError(
-            f"transformer:{name} is no size; write transformer:WIDTHxDEPTH, e.g. transformer:256x4, with a width that "
-            f"is a multiple of {_HEAD_WIDTHS[-1]}."
+            f"transformer:{name} is not a size; write transformer:WIDTHxDEPTH, e.g. transformer:256x4, with a width "
+            f"that is a multiple of {_HEAD_WIDTHS[-1]}."
         )
     head_width = next(each for each in _HEAD_WIDTHS if int(width) % each == 0)
     own = {"width": int(width), "heads": int(width) // head_width, "layers": int(layers)}
@@ -360,7 +360,7 @@ class TowerNetwork(nn.Module):
         self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
 
     def encode_image(self, image: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Vectors of pictures."""
+        """Vectors of images."""
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 

@@ -1,0 +1,182 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vlm.train.objectives.fine_grained import GROUPING, grouping, sparse_weights, sub_captions
+from vlm.train.objectives.loss_term import LossOptions
+from vlm.train.run_config import ObjectiveConfig
+
+OPTIONS = LossOptions(config=ObjectiveConfig(), pad_token=0)
+BATCH, SENTENCES, WIDTH, PATCHES = 5, 3, 6, 7
+
+
+def options(**changes):
+    return dataclasses.replace(OPTIONS, config=dataclasses.replace(OPTIONS.config, **changes))
+
+
+def values(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def case():
+    """Five images with 3, 1, 2, 0 and 3 sentences, of which the absent ones are not always the last."""
+    is_there = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    sub_tokens = torch.where(is_there[..., None], torch.tensor([4, 9, 2, 0]), 0)
+    outputs = {
+        "image_features": F.normalize(values(BATCH, WIDTH, seed=0), dim=-1),
+        "sub_features": F.normalize(values(BATCH, SENTENCES, WIDTH, seed=1), dim=-1) * is_there[..., None],
+        "patch_features": values(BATCH, PATCHES, WIDTH, seed=2),
+        "logit_scale": torch.tensor(3.0, dtype=torch.float64),
+    }
+    return outputs, {"sub_tokens": sub_tokens}, is_there
+
+
+def slow_sub_captions(outputs, is_there, same=lambda one, other: False):
+    images, sentences, scale = (outputs[name] for name in ("image_features", "sub_features", "logit_scale"))
+
+    def exponential(one, other):
+        return math.exp(float(scale * (one @ other)))
+
+    total, counted = 0.0, 0
+    for own in range(BATCH):
+        mine = [place for place in range(SENTENCES) if is_there[own, place]]
+        others = [row for row in range(BATCH) if row != own and not same(own, row)]
+        counted += bool(mine)
+        for place in mine:
+            hit = exponential(images[own], sentences[own, place])
+            wrong_texts = sum(
+                exponential(images[own], sentences[row, other])
+                for row in others
+                for other in range(SENTENCES)
+                if is_there[row, other]
+            )
+            wrong_images = sum(exponential(images[row], sentences[own, place]) for row in others)
+            total -= (math.log(hit / (hit + wrong_texts)) + math.log(hit / (hit + wrong_images))) / 2 / len(mine)
+    return total / counted
+
+
+def test_sub_captions_are_their_definition(case):
+    outputs, inputs, is_there = case
+    found = sub_captions(outputs, inputs, OPTIONS)
+    assert float(found) == pytest.approx(slow_sub_captions(outputs, is_there), rel=1e-12)
+
+
+@pytest.mark.parametrize("same_pairs", ["ignore", "positive"])
+def test_images_that_share_an_identity_are_no_negatives(case, same_pairs):
+    outputs, inputs, is_there = case
+    inputs["same"] = torch.tensor([[1, 0], [2, 8], [1, 0], [3, 8], [4, 0]])
+    found = sub_captions(outputs, inputs, options(same_pairs=same_pairs))
+    alike = {(0, 2), (2, 0), (1, 3), (3, 1)}
+    assert float(found) == pytest.approx(
+        slow_sub_captions(outputs, is_there, lambda one, other: (one, other) in alike), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_blocks_change_neither_value_nor_gradients(case, block):
+    outputs, inputs, _ = case
+
+    def run(block):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in outputs.items()}
+        loss = sub_captions(leaves, inputs, options(similarity_block=block))
+        read = ("image_features", "sub_features", "logit_scale")
+        return loss, *torch.autograd.grad(loss, [leaves[name] for name in read])
+
+    for one, other in zip(run(block), run(1024), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_with_one_sentence_each_it_is_the_softmax_contrastive_loss(case):
+    from open_clip.loss import ClipLoss
+
+    outputs, inputs, _ = case
+    outputs["sub_features"] = F.normalize(values(BATCH, 1, WIDTH, seed=5), dim=-1)
+    inputs["sub_tokens"] = torch.ones(BATCH, 1, 4, dtype=torch.int64)
+    wanted = ClipLoss()(outputs["image_features"], outputs["sub_features"][:, 0], outputs["logit_scale"])
+    assert torch.allclose(sub_captions(outputs, inputs, OPTIONS), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("term", [sub_captions, grouping])
+def test_absent_sentences_have_no_part_and_a_batch_without_any_is_nothing(case, term):
+    outputs, inputs, is_there = case
+    before = term(outputs, inputs, OPTIONS)
+    noise = values(BATCH, SENTENCES, WIDTH, seed=9)
+    outputs["sub_features"] = torch.where(is_there[..., None], outputs["sub_features"], noise).requires_grad_()
+    after = term(outputs, inputs, OPTIONS)
+    assert torch.allclose(before, after, atol=1e-12)
+    (gradient,) = torch.autograd.grad(after, outputs["sub_features"])
+    assert not gradient[~is_there].any()
+    assert not term(outputs, {"sub_tokens": torch.zeros_like(inputs["sub_tokens"])}, OPTIONS).any()
+
+
+def test_a_single_image_has_finite_gradients(case):
+    outputs, inputs, _ = case
+    leaves = {
+        name: (tensor[:1] if tensor.ndim else tensor).clone().requires_grad_() for name, tensor in outputs.items()
+    }
+    loss = sub_captions(leaves, {"sub_tokens": inputs["sub_tokens"][:1]}, OPTIONS)
+    loss = loss + grouping(leaves, {"sub_tokens": inputs["sub_tokens"][:1]}, OPTIONS)
+    for gradient in torch.autograd.grad(loss, list(leaves.values())):
+        assert torch.isfinite(gradient).all()
+
+
+def slow_grouping(outputs, is_there):
+    total = 0.0
+    for patches, sentences, there in zip(outputs["patch_features"], outputs["sub_features"], is_there, strict=True):
+        mine = [place for place in range(SENTENCES) if there[place]]
+        groups = {}
+        for place in mine:
+            products = [float(sentences[place] @ patch) for patch in patches]
+            stretched = [(one - min(products)) / (max(products) - min(products)) for one in products]
+            kept = [one if one >= 1 / PATCHES else 0.0 for one in stretched]
+            group = torch.tensor(kept, dtype=torch.float64) @ patches
+            groups[place] = group / group.norm()
+        scaled = {
+            (one, other): math.exp(float(outputs["logit_scale"] * (groups[one] @ sentences[other])))
+            for one in mine
+            for other in mine
+        }
+        for place in mine:
+            hit = scaled[place, place]
+            total -= math.log(hit / sum(scaled[place, other] for other in mine)) / 2 / len(mine)
+            total -= math.log(hit / sum(scaled[other, place] for other in mine)) / 2 / len(mine)
+    return total
+
+
+def test_grouping_is_its_definition(case):
+    outputs, inputs, is_there = case
+    assert float(grouping(outputs, inputs, OPTIONS)) == pytest.approx(slow_grouping(outputs, is_there), rel=1e-12)
+    assert int(GROUPING.normaliser(inputs, OPTIONS)) == 3
+
+
+def test_parts_of_a_batch_add_up_to_its_gradients(case):
+    outputs, inputs, _ = case
+    read = ("patch_features", "sub_features", "logit_scale")
+
+    def gradients(parts):
+        leaves = {name: outputs[name].clone().requires_grad_() for name in read}
+        for rows in parts:
+            part = {name: leaves[name] if name == "logit_scale" else leaves[name][rows] for name in read}
+            grouping(part, {"sub_tokens": inputs["sub_tokens"][rows]}, OPTIONS).backward()
+        return [leaves[name].grad for name in read]
+
+    for one, other in zip(gradients([slice(0, 5)]), gradients([slice(0, 2), slice(2, 5)]), strict=True):
+        assert torch.allclose(one, other, atol=1e-14)
+
+
+def test_patches_that_are_all_alike_weigh_the_same():
+    assert torch.equal(sparse_weights(torch.full((1, 2, 4), 3.0)), torch.full((1, 2, 4), 0.25))
+
+
+def test_grouping_finds_planted_groups(case):
+    """Each sentence points where two patches do: they alone are kept, and the loss is as good as nothing."""
+    sentences = torch.eye(6, dtype=torch.float64)[None, :3]
+    patches = torch.cat([sentences, 2 * sentences], dim=1)
+    outputs = {"sub_features": sentences, "patch_features": patches, "logit_scale": torch.tensor(100.0)}
+    weights = sparse_weights(sentences @ patches.mT)
+    assert torch.equal(weights[0] > 0, torch.eye(3, dtype=torch.bool).repeat(1, 2))
+    assert float(grouping(outputs, {"sub_tokens": torch.ones(1, 3, 4, dtype=torch.int64)}, OPTIONS)) < 1e-6
