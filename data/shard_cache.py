@@ -1,14 +1,9 @@
-"""SHA-256 of remote shards, as far as somebody wrote it down.
+"""The shard cache: whole, plain copies of remote and compressed shards on this machine, in bounded space.
 
-The bound of the cache folder: what lies in it, what is promised to fetches under way, and what has to go.
-
-Unpacking gzip as it streams in, with a limit on what comes out.
-
-Fetching one shard whole: resumed after a cut or a kill, checked, and unpacked on the way if it is compressed.
-
-The bounded cache of shards on this machine, shared by all processes: fetched once, least recently used out first.
-
-Fetching the shards of the next window while this one is read.
+From the bottom up: `CacheSpace` keeps a folder within its bound across processes; `Inflater` unpacks gzip as it streams
+in; `fetch` brings one shard whole, resumed after a cut or a kill and checked; `ShardCache` joins them for all processes
+of a machine: fetched once, least recently used out first; `Prefetcher` fetches the shards of the next window while
+this one is read.
 """
 
 import hashlib
@@ -26,20 +21,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, fsync_folder, sha256_file, write_text
 from vlm.manifest import MANIFEST
 from vlm.storage.remote import (
+    BLOCK_BYTES,
     FetchCancelled,
     FileIdentity,
     Retry,
     RetryPolicy,
     fetch_identity,
     file_identity,
-    jitter_rng,
     read_blocks,
     read_small,
 )
@@ -53,42 +47,14 @@ from vlm.storage.urls import (
     url_basename,
 )
 
-_MAX_MANIFEST_BYTES = 256 << 20
-
-
-def published_sha256(url: str, identity: FileIdentity, retry_policy: RetryPolicy) -> str:
-    """The checksum of a remote shard in hex, or empty if nobody knows it.
-
-    It is taken from the server where that has one, else from the `manifest.json` that `vlm pack` wrote into the folder,
-    if what is said there is about a file of this size.
-    """
-    if identity.sha256 or not is_remote(url):
-        return identity.sha256
-    record = _manifest_files(sibling_url(url, MANIFEST), retry_policy).get(url_basename(url))
-    if not isinstance(record, dict) or record.get("bytes") != identity.size:
-        return ""
-    return str(record.get("sha256", ""))
-
-
-@lru_cache(maxsize=256)
-def _manifest_files(url: str, retry_policy: RetryPolicy) -> dict[str, Any]:
-    """What a folder's manifest says of its files, asked once per process; nothing if it has none."""
-    data = read_small(url, max_bytes=_MAX_MANIFEST_BYTES, retry_policy=retry_policy)
-    try:
-        manifest = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == "shards" else None
-    return files if isinstance(files, dict) else {}
-
-
 _CACHE_FILE = re.compile(r"([0-9a-f]{16})\.(tar|part|json)")
-_NOTE_BYTES = 2048
+_METADATA_BYTES = 2048
+"""Kept free for the .json of a shard, which holds its URL twice at most."""
 
 
 @dataclass(kw_only=True)
 class _Entry:
-    """What lies in the folder under one key. used: time of last use in ns."""
+    """What lies in the folder under one key. used: time of the last use in ns."""
 
     bytes: int = 0
     used: int = 0
@@ -97,10 +63,10 @@ class _Entry:
 
 @dataclass(frozen=True)
 class CacheSpace:
-    """Space in a folder for files by key: KEY.tar whole, KEY.part on its way, KEY.json what they are.
+    """Space in a folder for files by key: KEY.tar is whole, KEY.part on its way, KEY.json says what they are.
 
-    max_bytes: what they may come to together. Files of other names are neither counted nor touched. Whoever writes to a
-    key holds its lock; who promises space holds that of the folder, so that the bound is kept across processes.
+    max_bytes: bound of all of them together. Files of other names are neither counted nor touched. Whoever writes to a
+    key holds its lock; whoever reserves space holds that of the folder, so that the bound is kept across processes.
     """
 
     folder: Path
@@ -115,15 +81,15 @@ class CacheSpace:
         return FileLock(self.path(key, "lock"))
 
     def reserve(self, key: str, num_bytes: int, url: str) -> bool:
-        """Promise `num_bytes` to a key whose lock is held, for what it has now included; unused files go.
+        """Reserve `num_bytes` for a key whose lock is held, what it has now included; unused files are removed.
 
         False if what is in use leaves too little; try again later.
 
         Raises:
             UsageError: it is more than the folder may ever hold.
         """
-        wanted = num_bytes + self.max_bytes - self.largest(url)
-        if wanted > self.max_bytes:
+        reserved_bytes = num_bytes + self.max_bytes - self.largest(url)
+        if reserved_bytes > self.max_bytes:
             raise UsageError(
                 f"{url} has {num_bytes:,} bytes, but the cache at {self.folder} may hold {self.max_bytes:,}; "
                 "allow more by VLM_CACHE_GB, or pack smaller shards."
@@ -131,7 +97,7 @@ class CacheSpace:
         with FileLock(self.folder / ".lock"):
             entries = self._entries()
             entries.pop(key, None)
-            surplus = sum(entry.bytes for entry in entries.values()) + wanted - self.max_bytes
+            surplus = sum(entry.bytes for entry in entries.values()) + reserved_bytes - self.max_bytes
             for victim, entry in sorted(entries.items(), key=lambda item: item[1].used):
                 if surplus <= 0:
                     break
@@ -139,19 +105,19 @@ class CacheSpace:
                     surplus -= entry.bytes
             if surplus > 0:
                 return False
-            self.write_metadata(key, {"address": url, "reserved": wanted})
+            self.write_metadata(key, {"address": url, "reserved": reserved_bytes})
         return True
 
     def largest(self, url: str) -> int:
-        """The size of the largest shard of that address for which there can be room, in bytes."""
-        return self.max_bytes - _NOTE_BYTES - 2 * len(url)
+        """The size of the largest shard of that URL for which there can be space, in bytes."""
+        return self.max_bytes - _METADATA_BYTES - 2 * len(url)
 
     def write_metadata(self, key: str, metadata: dict[str, Any]) -> None:
-        """Write down what a key is."""
+        """Record what a key is."""
         write_text(self.path(key, "json"), json.dumps(metadata))
 
     def metadata(self, key: str) -> dict[str, Any]:
-        """What was written down of a key; nothing if it has gone."""
+        """What was recorded of a key; empty if it has gone."""
         try:
             return json.loads(self.path(key, "json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -167,7 +133,7 @@ class CacheSpace:
         path = self.path(key, "tar")
         try:
             os.utime(path)
-        except PermissionError:  # another user's, which may be read all the same
+        except PermissionError:  # another user's, which can be read all the same
             return path.exists()
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -181,7 +147,7 @@ class CacheSpace:
             return False
         try:
             self.drop(key)
-            self.path(key, "lock").unlink(missing_ok=True)  # who waits for it finds out and takes a new one
+            self.path(key, "lock").unlink(missing_ok=True)  # whoever waits for it notices and makes a new one
         finally:
             lock.release()
         return True
@@ -202,16 +168,19 @@ class CacheSpace:
             if match[2] != "json":
                 entry.used = max(entry.used, status.st_mtime_ns)
         for key, entry in entries.items():
+            # a shard on its way counts as large as it will be, or two fetches could take the same space
             if not entry.is_whole:
                 entry.bytes = max(entry.bytes, self.metadata(key).get("reserved", 0))
         return entries
 
 
 MAX_RATIO = 100
-"""More plain bytes than this for each compressed one are taken for a bomb; tars of pictures come to about 1."""
+"""More plain bytes than this for each compressed one are taken for a gzip bomb; tars of images come to about 1."""
 
-_FREE_BYTES = 16 << 20
-_IN_BYTES, _OUT_BYTES, _RECOVERY_BYTES = 64 << 10, 1 << 20, 512
+_ALWAYS_ALLOWED_BYTES = 16 << 20
+_MAX_INPUT_BYTES = 64 << 10
+_MAX_OUTPUT_BYTES = 1 << 20
+_RECOVERY_BYTES = 512
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -224,7 +193,9 @@ class Inflater:
     def __init__(self, url: str) -> None:
         self.damage = ""
         self._url = url
-        self._taken, self._given, self._limit = 0, 0, _OUT_BYTES
+        self._bytes_in = 0
+        self._bytes_out = 0
+        self._limit = _MAX_OUTPUT_BYTES
         self._member: Any = None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -233,28 +204,29 @@ class Inflater:
         Raises:
             VlmError: they are more than `MAX_RATIO` times the compressed ones.
         """
-        for start in range(0, len(data), _IN_BYTES):
-            piece = data[start : start + _IN_BYTES]
-            self._taken += len(piece)
+        for start in range(0, len(data), _MAX_INPUT_BYTES):
+            piece = data[start : start + _MAX_INPUT_BYTES]
+            self._bytes_in += len(piece)
             for plain in self._feed_piece(piece):
-                self._given += len(plain)
-                if self._given > _FREE_BYTES + MAX_RATIO * self._taken:
+                self._bytes_out += len(plain)
+                if self._bytes_out > _ALWAYS_ALLOWED_BYTES + MAX_RATIO * self._bytes_in:
                     raise VlmError(
-                        f"{self._url} unpacks to more than {MAX_RATIO} times its size ({self._taken:,} bytes came "
-                        f"to {self._given:,} so far), as gzip bombs do; unpack it by hand if you know better."
+                        f"{self._url} unpacks to more than {MAX_RATIO} times its size ({self._bytes_in:,} bytes came "
+                        f"to {self._bytes_out:,} so far), as gzip bombs do; unpack it by hand if you know better."
                     )
                 yield plain
 
     def finish(self) -> None:
-        """Say that no more comes; a member that is still open is damage."""
+        """Take note that no more comes; a member that is still open is damage."""
         if self._member is not None and not self.damage:
-            self.damage = f"its gzip is cut short at byte {self._taken:,}"
+            self.damage = f"its gzip is cut short at byte {self._bytes_in:,}"
 
     def _feed_piece(self, piece: bytes) -> Iterator[bytes]:
+        """Decompress one piece; `self._limit` bounds each step, so that a bomb is noticed before it has unfolded."""
         is_full = False
         while (piece or is_full) and not self.damage:
             if self._member is None:
-                piece = piece.lstrip(b"\x00") if self._given else piece  # padding between members
+                piece = piece.lstrip(b"\x00") if self._bytes_out else piece  # padding between members
                 if not piece:
                     return
                 self._member = zlib.decompressobj(_GZIP)
@@ -264,27 +236,31 @@ class Inflater:
             except zlib.error as error:
                 self._member = before
                 if self._limit == 1:
-                    self.damage = f"its gzip cannot be unpacked near byte {self._taken:,}: {error}"
+                    self.damage = f"its gzip cannot be unpacked near byte {self._bytes_in:,}: {error}"
                 # zlib throws away what came before an error in the same call: go up to it in smaller steps
                 self._limit = _RECOVERY_BYTES if self._limit > _RECOVERY_BYTES else 1
                 continue
             if plain:
                 yield plain
-            is_full, piece = len(plain) == self._limit, self._member.unconsumed_tail
+            is_full = len(plain) == self._limit
+            piece = self._member.unconsumed_tail
             if self._member.eof:
-                is_full, piece, self._member = False, self._member.unused_data, None
+                is_full = False
+                piece = self._member.unused_data
+                self._member = None
 
 
+_MAX_MANIFEST_BYTES = 256 << 20
 _FULL_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchRequest:
-    """What is to be fetched, and under which conditions.
+    """What to fetch, and under which conditions.
 
-    identity: the version that is wanted. sha256: of the file as it lies there, in hex; empty if unknown.
-    make_room: told how many bytes the plain tar of a compressed shard comes to, before they are written.
-    stop: set to call the work off.
+    identity: the version to fetch. sha256: of the file as it is stored there, in hex; empty if unknown.
+    free_space: called with the bytes that the plain tar of a compressed shard comes to, before they are written.
+    block_bytes: asked for at once. stop: set to cancel the fetch.
     """
 
     url: str
@@ -292,34 +268,66 @@ class FetchRequest:
     sha256: str = ""
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     free_space: Callable[[int], None] = lambda _: None
+    block_bytes: int = BLOCK_BYTES
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def fetch(request: FetchRequest, path: Path, *, rng: np.random.Generator) -> str:
+def fetch(request: FetchRequest, path: Path) -> str:
     """Bring a shard to `path` as a plain tar; returns why its compressed form ends early, or an empty string.
 
     Bytes that an earlier fetch of the same version left at `path` are kept, and only the rest is asked for, unless the
     shard is compressed; so `path` must stand for this version alone.
-    rng: chance of the waits between tries.
 
     Raises:
         UsageError: there is no such shard.
-        VlmError: it cannot be had after all tries, has another checksum than is known, or changed meanwhile.
-        OSError: `path` cannot be written; what goes wrong on the network never is one.
-        Stopped: it was called off.
+        VlmError: all tries failed, it has another checksum than is known, or changed meanwhile.
+        OSError: `path` cannot be written; a failure of the network never is one.
+        FetchCancelled: it was cancelled.
     """
-    found = ""
+    sha256 = ""
     for _ in range(_FULL_ATTEMPTS):
-        retry = Retry(request.url, request.retry_policy, rng=rng, stop=request.stop)
-        found, damage = (_unpack if is_compressed(request.url) else _download)(request, path, retry)
+        retry = Retry(request.url, request.retry_policy, stop=request.stop)
+        download = _unpack if is_compressed(request.url) else _download
+        sha256, damage = download(request, path, retry)
         _check_unchanged(request, path)
-        if not request.sha256 or found == request.sha256:
+        if not request.sha256 or sha256 == request.sha256:
             return damage
         path.unlink()
     raise VlmError(
-        f"{request.url} came twice with the checksum {found}, where {request.sha256} was written down when it was "
+        f"{request.url} came twice with the checksum {sha256}, where {request.sha256} was recorded when it was "
         "made: the file there is damaged; pack or copy it again."
     )
+
+
+def published_sha256(url: str, identity: FileIdentity, retry_policy: RetryPolicy) -> str:
+    """The checksum of a remote shard in hex, or empty if it is not known.
+
+    It is taken from the server where that has one, else from the `manifest.json` that `vlm pack` wrote into the folder,
+    if that is about a file of this size.
+    """
+    if identity.sha256 or not is_remote(url):
+        return identity.sha256
+    record = _manifest_files(sibling_url(url, MANIFEST), retry_policy).get(url_basename(url))
+    if not isinstance(record, dict) or record.get("bytes") != identity.size:
+        return ""
+    return str(record.get("sha256", ""))
+
+
+@lru_cache(maxsize=256)
+def _manifest_files(url: str, retry_policy: RetryPolicy) -> dict[str, Any]:
+    """The files in a folder's manifest, read once per process; empty if it has none."""
+    data = read_small(url, max_bytes=_MAX_MANIFEST_BYTES, retry_policy=retry_policy)
+    try:
+        manifest = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("kind") == "shards" else None
+    return files if isinstance(files, dict) else {}
+
+
+def clear_manifest_cache() -> None:
+    """Read manifests again that may have changed since this process first read them."""
+    _manifest_files.cache_clear()
 
 
 def _check_unchanged(request: FetchRequest, path: Path) -> None:
@@ -334,12 +342,12 @@ def _check_unchanged(request: FetchRequest, path: Path) -> None:
 
 def _download(request: FetchRequest, path: Path, retry: Retry) -> tuple[str, str]:
     """Append what `path` lacks; its checksum if one is known, and no damage."""
-    have = path.stat().st_size if path.exists() else 0
-    if have > request.identity.size:
+    size = path.stat().st_size if path.exists() else 0
+    if size > request.identity.size:
         path.unlink()
-        have = 0
+        size = 0
     with path.open("ab") as file:
-        for block in _blocks(request, have, retry):
+        for block in _blocks(request, size, retry):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
@@ -347,8 +355,10 @@ def _download(request: FetchRequest, path: Path, retry: Retry) -> tuple[str, str
 
 
 def _unpack(request: FetchRequest, path: Path, retry: Retry) -> tuple[str, str]:
-    """Write the plain bytes to `path`, anew; the checksum of the compressed ones, and the damage found."""
-    inflater, digest, written = Inflater(request.url), hashlib.sha256(), 0
+    """Write the plain bytes to `path` from the start; the checksum of the compressed ones, and the damage found."""
+    inflater = Inflater(request.url)
+    digest = hashlib.sha256()
+    written = 0
     with path.open("wb") as file:
         for block in _blocks(request, 0, retry):
             digest.update(block)
@@ -359,38 +369,41 @@ def _unpack(request: FetchRequest, path: Path, retry: Retry) -> tuple[str, str]:
         inflater.finish()
         file.flush()
         os.fsync(file.fileno())
-    is_checked = not request.sha256 or digest.hexdigest() == request.sha256
-    if is_checked and not written:
-        raise VlmError(f"{request.url} is no gzip, or damaged from the start: {inflater.damage or 'it is empty'}.")
+    is_as_stored = not request.sha256 or digest.hexdigest() == request.sha256
+    if is_as_stored and not written:
+        raise VlmError(f"{request.url} is not gzip, or damaged from the start: {inflater.damage or 'it is empty'}.")
     return digest.hexdigest(), inflater.damage
 
 
 def _blocks(request: FetchRequest, position: int, retry: Retry) -> Iterator[bytes]:
-    """The bytes from `position` to the end, whatever happens on the way."""
-    url, size = request.url, request.identity.size
+    """The bytes from `position` to the end; after a failure the next try resumes behind the last byte that came."""
+    url = request.url
+    size = request.identity.size
     while position < size:
         try:
-            for block in read_blocks(url, position, request.identity):
+            for block in read_blocks(url, position, request.identity, block_bytes=request.block_bytes):
                 if request.stop.is_set():
                     raise FetchCancelled
                 position += len(block)
                 if position > size:
-                    raise VlmError(f"{url} has more than the {size:,} bytes its server told; start again.")
+                    raise VlmError(f"{url} has more than the {size:,} bytes its server reported; start again.")
                 retry.reset_attempts()
                 yield block
             if position < size:
-                raise ConnectionError(f"the answer ended at byte {position:,} of {size:,}")
+                raise ConnectionError(f"the response ended at byte {position:,} of {size:,}")
         except Exception as error:
             retry.after(error)
 
 
 _WAIT_SECONDS = 0.1
-_GROWTH = 1.5
+_RESERVATION_GROWTH = 1.5
+_FIRST_GUESS = 1.25
+"""Of the plain size of a compressed shard, relative to its compressed size."""
 _DEFAULT_GB = 50.0
 
 
 class _OutOfSpace(Exception):
-    """A shard being unpacked came to more than is free just now. bytes: what it had come to."""
+    """A shard being unpacked came to more than is free now. bytes: its size so far."""
 
     def __init__(self, num_bytes: int) -> None:
         self.bytes = num_bytes
@@ -403,17 +416,18 @@ class ShardCache:
     It is safe to share between threads, processes and runs of one machine, and pickles into workers. A file of it may
     be removed by any of them to make room for another: open it, read, close it, and ask again if it has gone.
 
-    patience: how long to try to reach a shard.
+    retry_policy: how long to try to reach a shard. block_bytes: asked for at once.
     """
 
     folder: Path
     max_bytes: int
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
+    block_bytes: int = BLOCK_BYTES
 
     def local_path(self, url: str, identity: FileIdentity | None = None) -> Path:
-        """The shard as a plain tar on this machine, fetched if it is not there.
+        """The shard as a plain tar on this machine, fetched if it is not cached.
 
-        identity: the version that is wanted; the one this process saw first if not given.
+        identity: the version to have; the one this process saw first if not given.
 
         Raises:
             UsageError: there is no such shard, or it is larger than the cache.
@@ -426,21 +440,21 @@ class ShardCache:
         return self._space.path(key, "tar")
 
     def prefetch(self, url: str, stop: threading.Event) -> bool:
-        """Fetch a shard unless it is there; False if somebody else is at it, or there is no room for it now.
+        """Fetch a shard unless it is cached; False if another process fetches it, or there is no space for it now.
 
         Raises:
             VlmError: as `local_path`.
-            Stopped: `stop` was set; what was fetched is kept.
+            FetchCancelled: `stop` was set; what was fetched is kept.
         """
         identity = file_identity(url, self.retry_policy)
         return self.touch(url) or self._fetch_or_wait(url, identity, stop, should_wait=False)
 
     def touch(self, url: str) -> bool:
-        """Mark a shard as used now; False if it is not here."""
+        """Mark a shard as used now; False if it is not cached."""
         return self._space.touch(self._key(url, file_identity(url, self.retry_policy)))
 
     def footprint(self, url: str) -> int:
-        """The bytes a shard takes here; for a compressed one that is not here yet, those of its compressed form.
+        """The bytes a shard takes here; for a compressed one that is not cached yet, those of its compressed form.
 
         Raises:
             VlmError: it cannot be reached.
@@ -473,12 +487,13 @@ class ShardCache:
             ) from error
 
     def _try_fetch(self, url: str, identity: FileIdentity, stop: threading.Event, *, should_wait: bool) -> bool:
-        """One try to lock the shard, find room for it and fetch it; whether it is there now.
+        """One try to lock the shard, find space for it and fetch it; whether it is cached now.
 
-        While there is no room its lock is given back, so that what it has of the shard can make room for others.
+        While there is no space its lock is released, so that what it has of the shard can make room for others.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        key, lock = self._key(url, identity), self._space.lock(self._key(url, identity))
+        key = self._key(url, identity)
+        lock = self._space.lock(key)
         try:
             lock.acquire(blocking=should_wait)
         except Timeout:
@@ -493,17 +508,21 @@ class ShardCache:
         return False
 
     def _fetch_locked(self, url: str, identity: FileIdentity, key: str, stop: threading.Event) -> bool:
-        """Fetch under the lock of the key; False if there is no room now."""
-        space, part, held = self._space, self._space.path(key, "part"), self._estimated_bytes(url, identity, key)
-        if not space.reserve(key, held, url):
+        """Fetch under the lock of the key; False if there is no space now."""
+        space = self._space
+        part = space.path(key, "part")
+        reserved_bytes = self._estimated_bytes(url, identity, key)
+        if not space.reserve(key, reserved_bytes, url):
             return False
 
+        # the plain size of a compressed shard shows only while it is unpacked: the reservation grows with it
         def free_space(num_bytes: int) -> None:
-            nonlocal held
-            if num_bytes > held:
-                held = max(num_bytes, min(int(num_bytes * _GROWTH), self._largest(url)))
-                if not space.reserve(key, held, url):
-                    raise _OutOfSpace(held)
+            nonlocal reserved_bytes
+            if num_bytes > reserved_bytes:
+                grown = min(int(num_bytes * _RESERVATION_GROWTH), self._largest(url))
+                reserved_bytes = max(num_bytes, grown)
+                if not space.reserve(key, reserved_bytes, url):
+                    raise _OutOfSpace(reserved_bytes)
 
         request = FetchRequest(
             url=url,
@@ -511,11 +530,13 @@ class ShardCache:
             sha256=published_sha256(url, identity, self.retry_policy),
             retry_policy=self.retry_policy,
             free_space=free_space,
+            block_bytes=self.block_bytes,
             stop=stop,
         )
         try:
-            damage = fetch(request, part, rng=jitter_rng(url))
+            damage = fetch(request, part)
         except _OutOfSpace as error:
+            # begin again later, with a larger guess; meanwhile what was unpacked must not take space from others
             part.unlink(missing_ok=True)
             space.write_metadata(key, {"address": url, "next": min(2 * error.bytes, self._largest(url))})
             return False
@@ -529,10 +550,10 @@ class ShardCache:
         return True
 
     def _estimated_bytes(self, url: str, identity: FileIdentity, key: str) -> int:
-        """The bytes to ask for: the size, or for a compressed shard a guess that grows when it was too small."""
+        """The bytes to reserve: the size, or for a compressed shard a guess that grows when it was too small."""
         if not is_compressed(url):
             return identity.size
-        guess = max(int(identity.size * 1.25), self._space.metadata(key).get("next", 0))
+        guess = max(int(identity.size * _FIRST_GUESS), self._space.metadata(key).get("next", 0))
         return min(guess, self._largest(url)) if identity.size < self._largest(url) else guess
 
     def _largest(self, url: str) -> int:
@@ -543,7 +564,7 @@ def default_cache() -> ShardCache:
     """The cache the environment names: VLM_CACHE, its folder (`~/.cache/vlm/shards`), and VLM_CACHE_GB, its bound (50).
 
     Raises:
-        UsageError: the bound is no positive number.
+        UsageError: the bound is not a positive number.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     configured = os.environ.get("VLM_CACHE_GB", "")
@@ -560,22 +581,23 @@ _CLOSING_SECONDS = 5.0
 
 
 class Prefetcher:
-    """Fetches the shards that will be wanted into the cache, in order, on a few threads of this process.
+    """Fetches the shards that will be needed into the cache, in order, on a few threads of this process.
 
-    addresses: all shards; those that are read where they lie cost nothing. Failures are kept quiet: the reader meets
-    them itself when it comes to that shard, and says so.
+    urls: all shards; those that are read where they lie cost nothing. Failures are not reported here: the reader meets
+    them itself when it comes to that shard.
     """
 
     def __init__(self, cache: ShardCache, urls: Sequence[str], *, threads: int = 4) -> None:
-        self._cache, self._urls = cache, tuple(urls)
-        self._cached = frozenset(number for number, url in enumerate(urls) if needs_cache(url))
+        self._cache = cache
+        self._urls = tuple(urls)
         self._num_threads = threads
+        self._cached = frozenset(number for number, url in enumerate(urls) if needs_cache(url))
         for protocol in {protocol_of(urls[number]) for number in self._cached} - {""}:
             require_package(protocol)  # here, so that no thread is importing while workers are forked
         self._changed = threading.Condition()
         self._stop = threading.Event()
-        self._wanted: tuple[int, ...] = ()
-        self._settled: set[int] = set()
+        self._needed: tuple[int, ...] = ()
+        self._settled: set[int] = set()  # fetched, being fetched, or failed
         self._postponed: set[int] = set()
         self._threads: list[threading.Thread] = []
 
@@ -589,21 +611,21 @@ class Prefetcher:
 
     def request(self, numbers: Sequence[int]) -> None:
         """Say which shards are needed from now on, the next one first; cheap if nothing has changed."""
-        wanted = tuple(number for number in dict.fromkeys(numbers) if number in self._cached)
-        if wanted == self._wanted or self._stop.is_set():
+        needed = tuple(number for number in dict.fromkeys(numbers) if number in self._cached)
+        if needed == self._needed or self._stop.is_set():
             return
         with self._changed:
-            self._wanted = wanted
-            self._settled = (self._settled & set(wanted)) - self._postponed
+            self._needed = needed
+            self._settled = (self._settled & set(needed)) - self._postponed
             self._postponed.clear()
             self._changed.notify_all()
-        while len(self._threads) < min(self._num_threads, len(wanted)):
+        while len(self._threads) < min(self._num_threads, len(needed)):
             thread = threading.Thread(target=self._run_worker, name="vlm-prefetch", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def close(self) -> None:
-        """Call off what is under way; half-fetched shards are kept and gone on with later."""
+        """Cancel what is under way; half-fetched shards are kept and resumed later."""
         with self._changed:
             self._stop.set()
             self._changed.notify_all()
@@ -619,17 +641,19 @@ class Prefetcher:
                 continue
 
     def _fits_with_nearer(self, number: int) -> bool:
-        """Whether a shard fits into the cache with those wanted before it; marks these as used, the next one last."""
-        wanted = self._wanted
-        needed = self._cache.footprint(self._urls[number])
+        """Whether a shard fits into the cache with those needed before it; marks these as used, the next one last."""
+        needed = self._needed
+        num_before = needed.index(number) if number in needed else 0
+        total_bytes = self._cache.footprint(self._urls[number])
         nearer: list[str] = []
-        for url in (self._urls[place] for place in wanted[: wanted.index(number) if number in wanted else 0]):
+        for nearer_number in needed[:num_before]:
+            url = self._urls[nearer_number]
             try:
-                needed += self._cache.footprint(url)
+                total_bytes += self._cache.footprint(url)
                 nearer.append(url)
-            except VlmError:  # it cannot be had, and takes no room
+            except VlmError:  # it cannot be reached, and takes no space
                 continue
-        if needed > self._cache.max_bytes:
+        if total_bytes > self._cache.max_bytes:
             return False
         for url in reversed(nearer):
             self._cache.touch(url)
@@ -639,7 +663,7 @@ class Prefetcher:
         """The next shard to fetch, marked as taken; None at the end."""
         with self._changed:
             while not self._stop.is_set():
-                number = next((number for number in self._wanted if number not in self._settled), None)
+                number = next((number for number in self._needed if number not in self._settled), None)
                 if number is not None:
                     self._settled.add(number)
                     return number

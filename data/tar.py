@@ -351,7 +351,7 @@ def _table(rows: list[_IndexRow]) -> pa.Table:
         columns[f"{role}_size"] = pa.array([span.size for span in spans], pa.int64())
     arrays: list[list[tuple[str, int, int]]] = []
     for row in rows:
-        arrays.append([(name, *span) for name, span in row.arrays.items()])
+        arrays.append([(name, span.offset, span.size) for name, span in row.arrays.items()])
     columns["arrays"] = pa.array(arrays, _ARRAYS)
     return pa.table(columns, _SCHEMA)
 

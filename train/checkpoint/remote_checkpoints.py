@@ -7,9 +7,10 @@ whole checkpoints only.
 import contextlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import Retry, RetryPolicy, describe_error, jitter_rng, open_system
+from vlm.storage.remote import Retry, RetryPolicy, describe_error, open_system
 from vlm.storage.urls import is_remote, local_path, protocol_of
 from vlm.train.checkpoint.format import (
     STATE,
@@ -138,7 +139,8 @@ class RemoteCheckpointStore:
 
     def _with_retries(self, verb: str, work: Callable[[Any, str], Result]) -> Result:
         """The result of `work`, given a file system and this folder in it; `verb` names it in the error."""
-        retry = Retry(self.url, self.retry_policy, rng=jitter_rng(self.url), stop=self.stop)
+        # no limit on the time: one attempt at a large checkpoint may take many minutes
+        retry = Retry(self.url, replace(self.retry_policy, seconds=math.inf), stop=self.stop)
         while True:
             try:
                 return work(*_open_filesystem(self.url))

@@ -1,6 +1,7 @@
-"""Remote files through fsspec: what identifies one, its bytes from any position on, and what lies in a folder.
+"""Remote files through fsspec: the version of one, its bytes from any position on, the files of a folder; and retries.
 
-Patience with the network: what is worth another try, how long to wait for it, and when to give up.
+Every access to the network goes through `Retry`: it says which errors are worth another try, how long to wait for it
+(exponential backoff with jitter), and when to give up.
 """
 
 import os
@@ -38,7 +39,7 @@ class RetryPolicy:
 
     attempts: failures in a row without a new byte between them.
     seconds: time since the first of these.
-    first_wait, longest_wait: seconds; the wait doubles from one to the other, times a chance factor in [0.5, 1.5).
+    first_wait, longest_wait: seconds; the wait doubles from one to the other, times a random factor in [0.5, 1.5).
     """
 
     attempts: int = 8
@@ -48,49 +49,34 @@ class RetryPolicy:
 
 
 class FetchCancelled(Exception):
-    """A fetch was called off; what it had is kept."""
+    """A fetch was cancelled; what it had is kept."""
 
 
 class Retry:
     """The tries at one address: tells each failure whether, and after how long, another one follows.
 
-    stop: set by whoever calls the work off; ends a wait at once.
+    stop: set by whoever cancels the work; ends a wait at once.
     """
 
-    def __init__(
-        self, url: str, retry_policy: RetryPolicy, *, rng: np.random.Generator, stop: threading.Event | None = None
-    ) -> None:
-        self.url, self._retry_policy, self._rng = url, retry_policy, rng
+    def __init__(self, url: str, retry_policy: RetryPolicy, *, stop: threading.Event | None = None) -> None:
+        self.url = url
         self.stop = stop or threading.Event()
         self.num_failures = 0
-        self._since = 0.0
+        self._retry_policy = retry_policy
+        self._rng = _jitter_rng(url)
+        self._first_failure = 0.0
 
     def reset_attempts(self) -> None:
-        """A new byte came: count from nought again."""
+        """A new byte came: count from zero again."""
         self.num_failures = 0
-
-    def wait(self, error: Exception) -> bool:
-        """Wait for the next attempt; False where none is to follow: the error will stay, or the policy is exhausted."""
-        now = time.monotonic()
-        self._since = self._since if self.num_failures else now
-        self.num_failures += 1
-        policy = self._retry_policy
-        if (
-            classify_error(error) != "again"
-            or self.num_failures >= policy.attempts
-            or now - self._since > policy.seconds
-        ):
-            return False
-        wait = min(policy.longest_wait, policy.first_wait * 2.0 ** (self.num_failures - 1))
-        return not self.stop.wait(wait * (0.5 + self._rng.random()))
 
     def after(self, error: Exception) -> None:
         """Wait for the next try, or raise what ends them.
 
         Raises:
             UsageError: there is no such file.
-            VlmError: access is refused, or patience is at its end.
-            Stopped: the work was called off.
+            VlmError: access is denied, or no tries are left.
+            FetchCancelled: the work was cancelled.
         """
         if isinstance(error, VlmError | FetchCancelled):
             raise error
@@ -104,19 +90,40 @@ class Retry:
             ) from error
         if self.wait(error):
             return
-        if self.stop.is_set():
+        if self.stop.is_set() and self._has_tries_left():
             raise FetchCancelled
         raise VlmError(
             f"{self.url} cannot be read: {describe_error(error)}. Given up after {self.num_failures} attempts in "
-            f"{time.monotonic() - self._since:.0f} s without a new byte; check the network and the address, then run "
-            "again: what was fetched is kept."
+            f"{time.monotonic() - self._first_failure:.0f} s without a new byte; check the network and the address, "
+            "then run again: what was fetched is kept."
         ) from error
+
+    def wait(self, error: Exception) -> bool:
+        """Count a failure and wait for the next try; False if none would help, none is left, or work was cancelled."""
+        if not self.num_failures:
+            self._first_failure = time.monotonic()
+        self.num_failures += 1
+        if classify_error(error) != "again" or not self._has_tries_left():
+            return False
+        policy = self._retry_policy
+        wait = min(policy.longest_wait, policy.first_wait * 2.0 ** (self.num_failures - 1))
+        # many processes that lost the same server must not come back to it at the same moment
+        return not self.stop.wait(wait * (0.5 + self._rng.random()))
+
+    def _has_tries_left(self) -> bool:
+        seconds = time.monotonic() - self._first_failure
+        return self.num_failures < self._retry_policy.attempts and seconds <= self._retry_policy.seconds
+
+
+def _jitter_rng(url: str) -> np.random.Generator:
+    """Randomness for the waits between tries; it differs between processes and addresses, and touches no sample."""
+    return np.random.default_rng(int(compute_fingerprint(url, str(os.getpid())), 16))
 
 
 def classify_error(error: BaseException) -> Literal["absent", "refused", "again"]:
-    """Whether the file is not there, may not be read, or is worth another try.
+    """Whether the file does not exist, may not be read, or is worth another try.
 
-    fsspec's HTTP file system tells every failure to ask for a size as a missing file; its cause says what it was.
+    fsspec's HTTP file system reports every failure to ask for a size as a missing file; its cause says what it was.
     """
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         return classify_error(error.__cause__)
@@ -140,19 +147,22 @@ def describe_error(error: BaseException) -> str:
 def _status(error: Any) -> int | None:
     """The HTTP status an error of aiohttp, botocore, gcsfs, requests or httpx carries."""
     response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    elif response is not None:
-        found = getattr(response, "status_code", None)
-    else:
-        found = error.status if hasattr(error, "status") else getattr(error, "code", None)
-    return found if isinstance(found, int) and 100 <= found < 600 else None
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif response is not None:  # requests, httpx
+        status = getattr(response, "status_code", None)
+    else:  # aiohttp, gcsfs
+        status = error.status if hasattr(error, "status") else getattr(error, "code", None)
+    return status if isinstance(status, int) and 100 <= status < 600 else None
 
 
 ResultT = TypeVar("ResultT")
 
 BLOCK_BYTES = 8 << 20
-_VERSIONS = (
+"""The bytes asked for at once, where a file system reads by ranges."""
+
+# what file systems call the version of a file, the most exact first
+_VERSION_FIELDS = (
     "ETag",
     "etag",
     "blob_id",
@@ -172,7 +182,7 @@ _IDENTITIES: dict[str, "FileIdentity"] = {}
 class FileIdentity:
     """What tells one version of a file from another.
 
-    size: in bytes. version: ETag or time of change, as far as the server says.
+    size: in bytes. version: ETag or modification time, as far as the server reports one.
     sha256: in hex where the server knows it (Hugging Face's large files), else empty.
     """
 
@@ -187,11 +197,11 @@ class FileIdentity:
 
 
 def file_identity(url: str, retry_policy: RetryPolicy | None = None) -> FileIdentity:
-    """The identity of a file, asked once per process for a remote one, so that a whole run sees one version of it.
+    """The identity of a file, requested once per process for a remote one, so that a whole run sees one version of it.
 
     Raises:
         UsageError: there is no such file.
-        VlmError: it cannot be asked, or the server does not say its size.
+        VlmError: the server cannot be reached, or does not report the size.
     """
     if not is_remote(url):
         return fetch_identity(url)
@@ -201,14 +211,14 @@ def file_identity(url: str, retry_policy: RetryPolicy | None = None) -> FileIden
 
 
 def clear_identity_cache() -> None:
-    """Ask again about files that may have changed since this process first read them."""
+    """Look again at files that may have changed since this process first read them."""
     _IDENTITIES.clear()
 
 
 def fetch_identity(
     url: str, retry_policy: RetryPolicy | None = None, stop: threading.Event | None = None
 ) -> FileIdentity:
-    """The identity of a file as it is now; raises as `identity_of`."""
+    """The identity of a file as it is now; raises as `file_identity`."""
     if not is_remote(url):
         try:
             status = os.stat(url)
@@ -217,15 +227,15 @@ def fetch_identity(
         return FileIdentity(size=status.st_size, version=f"{status.st_mtime_ns}/{status.st_ctime_ns}")
     info = _with_retries(url, _info, retry_policy, stop)
     if not isinstance(info.get("size"), int):
-        raise VlmError(f"The server of {url} does not say its size; copy the shard to this machine first.")
-    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
+        raise VlmError(f"The server of {url} does not report its size; copy the shard to this machine first.")
+    version = next((str(info[name]) for name in _VERSION_FIELDS if info.get(name)), "")
     stored = info.get("lfs") or {}
     sha256 = stored.get("sha256") if isinstance(stored, dict) else getattr(stored, "sha256", None)
     return FileIdentity(size=info["size"], version=version, sha256=sha256 or "")
 
 
 def read_small(url: str, *, max_bytes: int, retry_policy: RetryPolicy | None = None) -> bytes | None:
-    """The whole of a small remote file; None if it is not there, may not be read, or is larger than `max_bytes`."""
+    """The whole of a small remote file; None if it does not exist, may not be read, or is larger than `max_bytes`."""
 
     def read(url: str) -> bytes | None:
         system, path = open_system(url)
@@ -239,7 +249,7 @@ def read_small(url: str, *, max_bytes: int, retry_policy: RetryPolicy | None = N
 
 
 def list_files(url: str) -> list[str]:
-    """The addresses of the files a remote folder or a pattern with `*` names, sorted.
+    """The addresses of the files in a remote folder, or of those that match a pattern with `*`, sorted.
 
     Raises:
         UsageError: the server cannot list, or there is no such folder.
@@ -248,8 +258,8 @@ def list_files(url: str) -> list[str]:
 
     def find(url: str) -> list[str]:
         system, path = open_system(url)
-        found = system.glob(path) if "*" in url else system.ls(path, detail=False)
-        return sorted(system.unstrip_protocol(name) for name in found)
+        names = system.glob(path) if "*" in url else system.ls(path, detail=False)
+        return sorted(system.unstrip_protocol(name) for name in names)
 
     try:
         return _with_retries(url, find)
@@ -259,8 +269,8 @@ def list_files(url: str) -> list[str]:
         ) from error
 
 
-def read_blocks(url: str, start: int, identity: FileIdentity) -> Iterator[bytes]:
-    """The bytes of a file from `start` to its end, in blocks of at most 8 MiB.
+def read_blocks(url: str, start: int, identity: FileIdentity, *, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The bytes of a file from `start` to its end, in blocks of at most `block_bytes`.
 
     Raises:
         Exception: whatever the file system raises; the blocks before it count.
@@ -269,17 +279,12 @@ def read_blocks(url: str, start: int, identity: FileIdentity) -> Iterator[bytes]
     if not protocol:
         with open(url, "rb") as file:
             file.seek(start)
-            while block := file.read(BLOCK_BYTES):
+            while block := file.read(block_bytes):
                 yield block
         return
     system, path = open_system(url)
     read = _http_blocks if protocol in ("http", "https") else _ranged_blocks
-    yield from read(system, path, start, identity)
-
-
-def clear_file_systems() -> None:
-    """Open file systems again at their next use, with the credentials and endpoints of the environment as it is now."""
-    _SYSTEMS.clear()
+    yield from read(system, path, start, identity, block_bytes)
 
 
 def open_system(url: str) -> tuple[Any, str]:
@@ -301,8 +306,15 @@ def open_system(url: str) -> tuple[Any, str]:
     return _SYSTEMS[key], kind._strip_protocol(url)
 
 
+def clear_file_systems() -> None:
+    """Open file systems again at their next use, with the credentials and endpoints of the environment as it is now."""
+    for protocol in {key[2].partition("/")[0] for key in _SYSTEMS}:
+        fsspec.get_filesystem_class(protocol).clear_instance_cache()
+    _SYSTEMS.clear()
+
+
 def _http_options() -> dict[str, Any]:
-    """No limit on the time a whole shard takes, one on the time without a byte."""
+    """No limit on the time a whole shard takes, but one on the time without a byte."""
     import aiohttp
 
     configured = fsspec.config.conf.get("http", {}).get("client_kwargs", {})
@@ -325,7 +337,7 @@ def _with_retries(
     retry_policy: RetryPolicy | None = None,
     stop: threading.Event | None = None,
 ) -> ResultT:
-    retry = Retry(url, retry_policy or RetryPolicy(), rng=jitter_rng(url), stop=stop)
+    retry = Retry(url, retry_policy or RetryPolicy(), stop=stop)
     while True:
         try:
             return work(url)
@@ -335,29 +347,24 @@ def _with_retries(
             retry.after(error)
 
 
-def jitter_rng(url: str) -> np.random.Generator:
-    """Chance for the waits between tries; it differs between processes and addresses, and touches no sample."""
-    return np.random.default_rng(int(compute_fingerprint(url, str(os.getpid())), 16))
-
-
-def _http_blocks(system: Any, path: str, start: int, identity: FileIdentity) -> Iterator[bytes]:
-    """One request from `start` on; a server that ignores ranges has the bytes before it thrown away."""
+def _http_blocks(system: Any, path: str, start: int, identity: FileIdentity, block_bytes: int) -> Iterator[bytes]:
+    """One request from `start` on; of a server that ignores ranges the bytes before it are thrown away."""
     headers = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
     with system.open(path, "rb", block_size=0, size=identity.size, headers=headers) as file:
         surplus = start if file.r.status != 206 else 0
-        while block := file.read(BLOCK_BYTES):
+        while block := file.read(block_bytes):
             dropped = min(surplus, len(block))
             surplus -= dropped
             if dropped < len(block):
                 yield block[dropped:]
 
 
-def _ranged_blocks(system: Any, path: str, start: int, identity: FileIdentity) -> Iterator[bytes]:
+def _ranged_blocks(system: Any, path: str, start: int, identity: FileIdentity, block_bytes: int) -> Iterator[bytes]:
     """A request for each block."""
     while start < identity.size:
-        end = min(start + BLOCK_BYTES, identity.size)
+        end = min(start + block_bytes, identity.size)
         block = system.cat_file(path, start=start, end=end)
         if len(block) != end - start:
             raise OSError(f"asked for {end - start} bytes at {start}, got {len(block)}")

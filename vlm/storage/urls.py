@@ -1,4 +1,4 @@
-"""What an address of a shard may be: a path on this machine, or a file behind one of a few protocols."""
+"""Shard URLs: a path on this machine, or a file behind one of a few protocols."""
 
 import importlib
 import re
@@ -18,7 +18,7 @@ PROTOCOLS = {
     "hf": "huggingface_hub",
     "memory": "fsspec",
 }
-"""The protocols that may be read, and the package each needs. Nothing else is opened: no commands, no chains."""
+"""The protocols that may be read, and the package each needs. Nothing else is opened: no commands, no chained URLs."""
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _COMPRESSED = (".tar.gz", ".tgz")
@@ -42,7 +42,7 @@ def protocol_of(url: str) -> str:
         return ""
     if not match[2] or protocol not in PROTOCOLS:
         raise UsageError(
-            f"The protocol {protocol!r} of {url!r} is not one shards are read by; "
+            f"The protocol {protocol!r} of {url!r} is not supported for shards; "
             f"give a path on this machine, or one of {', '.join(f'{name}://' for name in PROTOCOLS)}."
         )
     return protocol

@@ -36,8 +36,8 @@ def faulty_server(served) -> Iterator[FaultyServer]:
 def make_cache(tmp_path):
     """Caches that give up soon; those of the same name share a folder."""
 
-    def make(max_bytes: int = 1 << 30, *, name: str = "cache", retry_policy: RetryPolicy = QUICK) -> ShardCache:
-        return ShardCache(tmp_path / name, max_bytes, retry_policy)
+    def make(max_bytes: int = 1 << 30, *, name: str = "cache", retry_policy: RetryPolicy = QUICK, **more) -> ShardCache:
+        return ShardCache(tmp_path / name, max_bytes, retry_policy, **more)
 
     return make
 
@@ -67,7 +67,7 @@ def write_shards(make_image):
 def fresh_memory() -> None:
     """No test knows of files another one saw."""
     remote.clear_identity_cache()
-    shard_cache._manifest_files.cache_clear()
+    shard_cache.clear_manifest_cache()
 
 
 @pytest.fixture
@@ -95,17 +95,10 @@ def s3() -> Iterator[FaultyServer]:
     emulator.start()
     try:
         with serving(proxy_answer(*emulator.get_host_and_port())) as server:
-            _forget_systems()  # xdist may tear a session's fixture down and set it up again, at another port
+            remote.clear_file_systems()  # xdist may tear a session's fixture down and set it up again, at another port
             yield server
     finally:
         emulator.stop()
-
-
-def _forget_systems() -> None:
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
-    remote.clear_file_systems()
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_what_is_no_gzip_is_refused(served, packed, make_cache, content):
     *_, write = packed
     url = str(served / write(content))
     cache = make_cache()
-    with pytest.raises(VlmError, match=r"0\.tar\.gz is no gzip, or damaged from the start"):
+    with pytest.raises(VlmError, match=r"0\.tar\.gz is not gzip, or damaged from the start"):
         open_index(url, cache)
     assert not list(cache.folder.glob("*.part"))
 

@@ -1,4 +1,5 @@
 import multiprocessing
+import threading
 import time
 
 from tests.data.storage.faulty import Fault
@@ -71,7 +72,7 @@ def test_shards_of_this_machine_cost_no_thread(served, write_shards, make_cache)
     names = write_shards(served, 2)
     with Prefetcher(make_cache(), [str(served / name) for name in names]) as prefetcher:
         prefetcher.request([0, 1])
-        assert not prefetcher._threads
+        assert not [thread for thread in threading.enumerate() if thread.name == "vlm-prefetch"]
 
 
 def _read_in_child(urls, cache, found):

@@ -15,7 +15,6 @@ from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
-from vlm.storage import remote
 
 BATCH = 6
 
@@ -69,15 +68,14 @@ def test_batches_over_http_are_those_of_the_folder_within_the_bound_of_the_cache
     assert size < watch.largest <= cache.max_bytes
 
 
-def test_batches_out_of_a_bucket_are_those_of_the_folder(s3, bucket, served, make_cache, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 5000)
+def test_batches_out_of_a_bucket_are_those_of_the_folder(s3, bucket, served, make_cache):
     near, _ = stream(str(served), None, workers=0)
     s3.faults = [
         Fault(path=bucket[0], cut=4000, times=2),
         Fault(path=bucket[1], status=500, times=2),
         Fault(path=bucket[2], pause=0.005, times=2),
     ]
-    far, ledger = stream(f"s3://{BUCKET}/set", make_cache(), workers=2)
+    far, ledger = stream(f"s3://{BUCKET}/set", make_cache(block_bytes=5000), workers=2)
     assert far == near
     assert sum_counts(ledger.by_shard()).replaced == 0
     assert all(fault.times == 0 for fault in s3.faults)

@@ -6,7 +6,6 @@ from tests.data.storage.test_fetch import read_all
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
-from vlm.storage import remote
 from vlm.storage.remote import RetryPolicy
 
 
@@ -23,10 +22,9 @@ def test_a_bucket_is_listed(bucket):
     [[], [Fault(path=".tar", cut=4000)], [Fault(path=".tar", status=500, times=2)], [Fault(path=".tar", pause=0.01)]],
     ids=["none", "cut", "errors", "slow"],
 )
-def test_faults_of_s3_are_survived_with_the_same_samples(s3, bucket, served, make_cache, monkeypatch, faults):
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 5000)
+def test_faults_of_s3_are_survived_with_the_same_samples(s3, bucket, served, make_cache, faults):
     s3.faults = [Fault(**vars(fault)) for fault in faults]
-    urls, cache = [f"s3://{BUCKET}/set/{name}" for name in bucket], make_cache()
+    urls, cache = [f"s3://{BUCKET}/set/{name}" for name in bucket], make_cache(block_bytes=5000)
     assert count_samples(urls, cache=cache) == [4, 4, 4]
     for url, name in zip(urls, bucket, strict=True):
         assert read_all(url, cache) == read_all(str(served / name))
