@@ -7,6 +7,7 @@ What a process does to prepare a batch, each part alone: read, decode, view, tok
 From the workers to the main process: the hand-over alone, and the whole loader with several numbers of workers.
 """
 
+import logging
 import os
 import warnings
 from collections import Counter
@@ -20,8 +21,10 @@ from time import perf_counter
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 
+from vlm.console import pluralize
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.decode import EncodedImage, open_image
 from vlm.data.loader import Collator, ShardSet, stream_batches
@@ -34,6 +37,8 @@ from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.storage.remote import file_identity, read_blocks
 from vlm.storage.urls import is_remote, local_path, needs_cache
+
+logger = logging.getLogger(__name__)
 
 REPEATS = 3
 
@@ -131,6 +136,7 @@ def seconds_of(
 
 
 _BLOCK_BYTES = 1 << 20
+_QUIET_SECONDS = 0.5
 _MAX_BYTES = 256 << 20
 _MAX_SHARDS = 8
 _PROBES = 256
@@ -499,3 +505,49 @@ def _steady_rate(setup: ProfileSetup, collate: Collator[TrainingBatch], *, worke
 def _each(stream: Iterator[TrainingBatch]) -> Iterator[None]:
     for _ in stream:
         yield None
+
+
+def profile_pipeline(
+    setup: ProfileSetup,
+    workers: Sequence[int],
+    *,
+    device: str,
+    shares_cores: bool,
+    precision: str,
+    measure_compute: Callable[[TrainingBatch], list[Stage]],
+) -> PipelineProfile:
+    """Measure each stage from the disk to the model alone, then the loader with each number of workers.
+
+    device, shares_cores, precision: as of `PipelineProfile`. measure_compute: measures copy and model on a batch; the
+        model is a layer above this one.
+
+    Raises:
+        VlmError: no sample can be used.
+    """
+    busy_cores = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
+    num_samples = setup.num_batches * setup.batch_size
+    logger.info(f"Profiling {pluralize(num_samples, 'sample')} of {pluralize(len(setup.shards), 'shard')} …")
+    plan = setup.plan()
+    locations: list[tuple[int, int]] = []
+    for number in range(setup.num_batches):
+        locations += [(sample_index.shard, sample_index.number) for sample_index in plan[number]]
+    stages = [*measure_disk(setup.shards, locations), *measure_index(setup.shards)]
+    prepared = measure_preparation(setup)
+    stages += [*prepared.stages, measure_worker_transfer(setup)]
+    loader = measure_loader(setup, workers)
+    stages += measure_compute(setup.collate(plan)(plan[0], ShardSet(setup.shards)))
+    return PipelineProfile(
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        busy_cores=busy_cores,
+        device=device,
+        shares_cores=shares_cores,
+        precision=precision,
+        samples=num_samples,
+        unusable=prepared.unusable,
+        batch_size=setup.batch_size,
+        size=setup.view.size,
+        picture_format=prepared.picture_format,
+        shrink=prepared.shrink,
+        stages=tuple(stages),
+        loader=tuple(loader),
+    )

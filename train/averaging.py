@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 
-from vlm.config import config_differences
+from vlm.config import config_differences, lookup
+from vlm.console import progress
 from vlm.errors import UsageError, VlmError
+from vlm.evaluation.retrieval import RECALL_AT, evaluate_retrieval
 from vlm.models.model import VisionLanguageModel
 from vlm.tensors import Tensor
 
@@ -221,6 +223,9 @@ ModelLoader = Callable[[str], VisionLanguageModel]
 Measure = Callable[[VisionLanguageModel], float]
 """A metric on held-out data; more is better."""
 
+DEFAULT_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The interpolations tried where held-out data can choose between them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredient:
@@ -337,6 +342,81 @@ def interpolate(
         for name, share in ((start, 1 - best), (tuned, best))
     )
     return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=sweep)
+
+
+def build_soup(
+    models: Sequence[str],
+    *,
+    open_model: ModelLoader,
+    measure: Measure | None = None,
+    greedy: bool = False,
+    shares: Sequence[float] = (),
+    start: str = "",
+    alphas: Sequence[float] = (),
+) -> Soup:
+    """Average models in one of three ways, with a progress bar.
+
+    greedy: greedy soup; needs `measure`. start: interpolate between it and the one model. Else the weighted soup.
+    shares: of the weighted soup; empty gives all the same. alphas: of the interpolation; empty is 0.5, or with a
+        measure the best of 0, 0.25, 0.5, 0.75, 1.
+
+    Raises: as of `greedy_soup`, `interpolate` and `weighted_soup`.
+    """
+    alphas = alphas or (DEFAULT_ALPHAS if measure else (0.5,))
+    if start:
+        num_opened, num_measured = 2, len(alphas)
+    else:
+        num_opened = len(models)
+        num_measured = len(models) + (len(models) - 1 if greedy else 1)
+    total = num_measured if measure else num_opened
+    with progress(total=total, what="measuring" if measure else "averaging", unit="model") as progress_bar:
+
+        def open_and_count(name: str) -> VisionLanguageModel:
+            model = open_model(name)
+            if measure is None:
+                progress_bar.update()
+            return model
+
+        def measure_and_count(model: VisionLanguageModel) -> float:
+            assert measure is not None
+            metric = measure(model)
+            progress_bar.update()
+            return metric
+
+        counted = measure_and_count if measure else None
+        if start:
+            return interpolate(start, models[0], alphas, open_model=open_and_count, measure=counted)
+        if greedy:
+            return greedy_soup(models, open_model=open_and_count, measure=measure_and_count)
+        return weighted_soup(models, shares or (1.0,) * len(models), open_model=open_and_count, measure=counted)
+
+
+def parse_metric(name: str) -> tuple[str, ...]:
+    """The recalls whose mean is a metric: `recall@10` is that of both directions.
+
+    Raises:
+        UsageError: there is no such metric; the nearest is named.
+    """
+    table: dict[str, tuple[str, ...]] = {}
+    for k in RECALL_AT:
+        both = (f"text_to_image_recall@{k}", f"image_to_text_recall@{k}")
+        table[f"recall@{k}"] = both
+        table |= {recall: (recall,) for recall in both}
+    return lookup(table, name, "metric")
+
+
+def retrieval_measure(
+    metric: str, shards: Sequence[str], *, languages: tuple[str, ...] = (), captions_each: int = 0, workers: int = 0
+) -> Measure:
+    """The metric on held-out shards, as `build_soup` uses it; options as of `evaluate_retrieval`."""
+    recalls = parse_metric(metric)
+
+    def measure(model: VisionLanguageModel) -> float:
+        retrieval = evaluate_retrieval(model, shards, languages=languages, captions_each=captions_each, workers=workers)
+        values = retrieval.metrics()
+        return sum(values[recall] for recall in recalls) / len(recalls)
+
+    return measure
 
 
 class _SoupBuilder:

@@ -9,11 +9,10 @@ from parts.quality_data import DataSet
 from parts.quality_intervals import bootstrap_interval
 from parts.quality_settings import LABELS
 
-from vlm.cli.eval import Arguments as EvalArguments
-from vlm.cli.eval import zero_shot
 from vlm.data.samples import select_languages
 from vlm.data.shards import expand_shards
 from vlm.evaluation.retrieval import iter_sample_batches, measure_retrieval, rank_candidates
+from vlm.evaluation.zero_shot import evaluate_zero_shot
 from vlm.models.model import VisionLanguageModel
 
 _BOOTSTRAP_SEED = 0
@@ -46,11 +45,12 @@ def measure(model: VisionLanguageModel, data: DataSet) -> Figures:
     images = torch.cat(embedded).numpy()
     texts = model.embed_texts([text for of_image in captions for text in of_image]).numpy()
     label = LABELS.get(data.name)
-    asked = EvalArguments(model=model.name, classes=data.val, label=label or "", templates=("{}",))
     return Figures(
         metrics=measure_retrieval(images, texts, captions).metrics(),
         query_interval=_query_interval(images, texts, captions),
-        zero_shot=zero_shot(model, asked).top1 if label else None,
+        zero_shot=evaluate_zero_shot(model, data.val, label=label, templates=("{}",), workers=1).top1
+        if label
+        else None,
         parameters=sum(parameter.numel() for parameter in model.network.parameters()),
     )
 

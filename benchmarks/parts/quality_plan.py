@@ -8,7 +8,7 @@ from parts.quality_data import DataSet
 from parts.quality_runs import Run, Trainer, our_words
 from parts.quality_settings import ABLATIONS, EVERYTHING, OPEN_CLIP, OURS, THEIR_VARIANTS
 
-from vlm.cli.train import Arguments, defaults
+from vlm.cli.train import Train
 from vlm.console import say
 from vlm.train.run_config import TrainConfig
 
@@ -53,6 +53,6 @@ def configuration(run: Run) -> TrainConfig | None:
     if run.trainer != "ours":
         return None
     words = our_words(run, Path("run"))
-    config = tyro.cli(Arguments, default=defaults(words), args=words).config
+    config = tyro.cli(Train, default=Train.defaults(words), args=words).config
     config.check()
     return config

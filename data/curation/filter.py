@@ -126,13 +126,13 @@ def parse_filter(text: str, filters: Mapping[str, Filter]) -> ConfiguredFilter:
         parameter, equals, value = part.partition("=")
         parameter = parameter.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--rule {text!r}: {part!r} lacks a value; it is written {sample_filter.usage(name)}")
+            raise UsageError(f"--filter {text!r}: {part!r} lacks a value; it is written {sample_filter.usage(name)}")
         if parameter in values:
-            raise UsageError(f"--rule {text!r} gives {parameter}= twice; give it once.")
+            raise UsageError(f"--filter {text!r} gives {parameter}= twice; give it once.")
         is_list = get_origin(hints.get(parameter)) is tuple
         values[parameter] = [each for each in value.split("+") if each] if is_list else value.strip()
     try:
-        parameters = from_values(sample_filter.parameters, values, where=f"--rule {text!r}")
+        parameters = from_values(sample_filter.parameters, values, where=f"--filter {text!r}")
     except UsageError as error:
         raise UsageError(f"{error} It is written {sample_filter.usage(name)}: {sample_filter.help}.") from error
     return ConfiguredFilter(name=name.strip(), sample_filter=sample_filter, parameters=parameters)

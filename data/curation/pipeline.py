@@ -13,7 +13,16 @@ from vlm.data.curation import caption_filters, image_filters
 from vlm.data.curation.filter import ConfiguredFilter, Filter, FilterContext, FilterResult, NoParameters
 from vlm.data.curation.sample_table import RequiredColumn, SampleTable, scan
 from vlm.data.curation.score_columns import SCORES, ScoreColumns
-from vlm.data.selection import MAX_TIMES, SelectedShard, Selection, stochastic_round
+from vlm.data.selection import (
+    MAX_TIMES,
+    SelectedShard,
+    Selection,
+    add,
+    intersect_selections,
+    reweight,
+    stochastic_round,
+    subtract_selection,
+)
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
 
@@ -137,7 +146,7 @@ FILTERS: dict[str, Filter] = {
     "sample": _filter("a share, drawn", image_filters.KeepShare, image_filters.keep_random_share, _NONE),
     "weight": _filter("everything so many times", image_filters.Repeats, image_filters.apply_weight, _NONE),
 }
-"""Each rule by its name, as `--rule NAME:PARAMETER=VALUE` calls it."""
+"""Each rule by its name, as `--filter NAME:PARAMETER=VALUE` names it."""
 
 
 def list_filters() -> str:
@@ -181,6 +190,24 @@ class CurationResult:
     steps: tuple[FilterStep, ...]
     sample_table: SampleTable
     corrupt: dict[str, int]
+
+    def summary(self, selection: Selection) -> dict[str, Any]:
+        """The counts of the final selection as plain JSON."""
+        return {
+            "samples": selection.samples,
+            "kept": selection.kept,
+            "visits": selection.visits,
+            "corrupt": self.corrupt,
+            "fingerprint": selection.fingerprint,
+        }
+
+    def report(self, selection: Selection) -> dict[str, Any]:
+        """Counts, lineage, and the curve of each filter that balances, as plain JSON."""
+        curves: list[dict[str, Any]] = []
+        for place, step in enumerate(self.steps):
+            if step.result.curve:
+                curves.append({"rule": step.configured.name, "place": place, "curve": list(step.result.curve)})
+        return {**self.summary(selection), "lineage": list(selection.lineage), "curves": curves}
 
 
 def curate(
@@ -233,6 +260,25 @@ def curate(
     )
 
 
+def compose_selections(
+    selection: Selection,
+    *,
+    intersect: Sequence[Selection] = (),
+    subtract: Sequence[Selection] = (),
+    plus: Sequence[Selection] = (),
+    weight: float = 1.0,
+    seed: int = 0,
+) -> Selection:
+    """The selection intersected with others, less others, plus others, then reweighted, in this order."""
+    for other in intersect:
+        selection = intersect_selections(selection, other)
+    for other in subtract:
+        selection = subtract_selection(selection, other)
+    for other in plus:
+        selection = add(selection, other)
+    return selection if weight == 1 else reweight(selection, weight, seed=seed)
+
+
 def _step(
     configured: ConfiguredFilter, result: FilterResult, is_remaining: np.ndarray, times: np.ndarray
 ) -> FilterStep:
@@ -251,8 +297,8 @@ def _check_scores_exist(configured: ConfiguredFilter, columns: ScoreColumns) -> 
     score = configured.sample_filter.score
     if score and score not in columns:
         raise UsageError(
-            f"--rule {configured.name} reads the stored column {score!r} ({SCORES[score][1]}), which no --columns FILE "
-            "holds; make it by vlm signals EMBEDDINGS …"
+            f"--filter {configured.name} reads the stored score {score!r} ({SCORES[score][1]}), which no --columns "
+            "FILE holds; compute it with vlm score EMBEDDINGS …"
         )
 
 

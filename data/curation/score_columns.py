@@ -114,7 +114,7 @@ class ScoreColumns:
         if score not in self:
             raise UsageError(
                 f"There is no {score!r} ({SCORES[score][1]}) among the columns given ({_listed(self._files)}): "
-                f"make it by vlm signals EMBEDDINGS and give it by --columns FILE."
+                f"make it by vlm score EMBEDDINGS and give it by --columns FILE."
             )
         files = self._files[score]
         described = [_described(file) for file in files]
@@ -173,7 +173,7 @@ def _kind_of(score: str) -> pa.DataType:
 def _column_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise UsageError(f"There is no column file (*.parquet) at {str(path)!r}; vlm signals EMBEDDINGS writes them.")
+        raise UsageError(f"There is no column file (*.parquet) at {str(path)!r}; vlm score EMBEDDINGS writes them.")
     return files
 
 
@@ -183,7 +183,7 @@ def _described(file: Path) -> dict[str, str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{file} is no stored column, or is damaged ({error}); make it again.") from error
     if metadata.get(b"vlm-column") != FORMAT.encode():
-        raise UsageError(f"{file} is no stored column of format {FORMAT}; vlm signals EMBEDDINGS writes them.")
+        raise UsageError(f"{file} is no stored column of format {FORMAT}; vlm score EMBEDDINGS writes them.")
     return {name: metadata[name.encode()].decode() for name in ("signal", "model", "details")}
 
 

@@ -9,7 +9,7 @@ from vlm.data.selection import read_selection
 
 def test_a_selection_is_written_with_its_table(scene_shards, tmp_path, capsys):
     out = tmp_path / "a.selection"
-    words = ["curate", str(scene_shards / "train"), str(out), "--rule", "size:min=8", "--rule", "sample:share=0.5"]
+    words = ["curate", str(scene_shards / "train"), str(out), "--filter", "size:min=8", "--filter", "sample:share=0.5"]
     assert main(words) == 0
     shown = capsys.readouterr()
     assert "sample:share=0.5" in shown.out
@@ -18,18 +18,18 @@ def test_a_selection_is_written_with_its_table(scene_shards, tmp_path, capsys):
     assert 0 < selection.kept < 96
     assert [step.get("rule") for step in selection.lineage] == [None, "size", "sample"]
     assert main(words) == 2
-    assert "already there" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_selections_given_compose_and_the_report_tells_the_curve(scene_shards, tmp_path, capsys):
     shards, concepts = str(scene_shards / "train"), tmp_path / "concepts.txt"
     concepts.write_text("red\nblue\n")
     one, both, report = tmp_path / "one.selection", tmp_path / "both.selection", tmp_path / "report.json"
-    assert main(["curate", shards, str(one), "--rule", "sample:share=0.5"]) == 0
+    assert main(["curate", shards, str(one), "--filter", "sample:share=0.5"]) == 0
     rest = ["--and", str(one), "--weight", "2", "--report", str(report), "--json"]
     rule = f"balance:concepts={concepts},cap=5"
     capsys.readouterr()
-    assert main(["curate", shards, str(both), "--rule", rule, "--rule", "weight:times=1", *rest]) == 0
+    assert main(["curate", shards, str(both), "--filter", rule, "--filter", "weight:times=1", *rest]) == 0
     result = json.loads(capsys.readouterr().out)
     selection = read_selection(both)
     assert result["visits"] == selection.visits == 2 * selection.kept
@@ -43,7 +43,7 @@ def test_selections_given_compose_and_the_report_tells_the_curve(scene_shards, t
 
 def test_a_dry_run_writes_only_the_page(scene_shards, tmp_path, capsys):
     out, page = tmp_path / "a.selection", tmp_path / "page.html"
-    words = ["curate", str(scene_shards / "val"), str(out), "--rule", "sample:share=0.5", "--dry-run"]
+    words = ["curate", str(scene_shards / "val"), str(out), "--filter", "sample:share=0.5", "--dry-run"]
     assert main([*words, "--html", str(page)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert "drawn by chance" in page.read_text()
@@ -53,10 +53,10 @@ def test_a_dry_run_writes_only_the_page(scene_shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("out", "rest", "expected"),
     [
-        ("a.txt", [], "end it in .selection"),
+        ("a.txt", [], "must end in .selection"),
         ("none/a.selection", [], "There is no folder"),
-        ("a.selection", ["--rule", "neer:top=0.5"], "did you mean 'near'"),
-        ("a.selection", ["--rule", "near:top=0.5"], "vlm signals"),
+        ("a.selection", ["--filter", "neer:top=0.5"], "did you mean 'near'"),
+        ("a.selection", ["--filter", "near:top=0.5"], "vlm score"),
         ("a.selection", ["--and", "none.selection"], "There is no selection"),
         ("a.selection", ["--weight", "-1"], "outside"),
     ],
@@ -68,6 +68,6 @@ def test_misuse_is_said_and_leaves_nothing(scene_shards, tmp_path, capsys, out, 
 
 
 def test_the_help_names_every_rule():
-    from vlm.cli import curate
+    from vlm.cli.curate import Curate
 
-    assert not [name for name in FILTERS if name not in (curate.__doc__ or "")]
+    assert not [name for name in FILTERS if name not in (Curate.__doc__ or "")]

@@ -95,7 +95,7 @@ def test_misuse_is_explained(capsys, scene_shards, scene_tokenizer, flags, words
 def test_a_size_that_is_not_the_models_is_refused(capsys, scene_shards, fresh_run):
     code, _, err = run(capsys, "doctor", scene_shards / "train", fresh_run, "--size", 1000)
     assert code == 2
-    assert "leave out --size 1000" in err
+    assert "omit --size 1000" in err
 
 
 def test_shards_that_are_not_there_are_named(capsys, tmp_path, scene_tokenizer):

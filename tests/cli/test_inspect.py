@@ -30,7 +30,7 @@ def test_facts_are_told_in_units_and_numbers_that_fit(tmp_path, capsys):
     shard = write_tar(tmp_path / "0.tar", [""])
     assert main(["inspect", shard, "--html", str(tmp_path / "x.html")]) == 0
     facts = dict(line.strip("│ ").split("│")[:2] for line in capsys.readouterr().out.splitlines() if "│" in line)
-    assert {name.strip(): value.strip() for name, value in facts.items()}["size of pictures"].endswith(" B")
+    assert {name.strip(): value.strip() for name, value in facts.items()}["total size of images"].endswith(" B")
     page = (tmp_path / "x.html").read_text()
     assert "1 sample in 1 shard<" in page
     assert "<b>1</b><span>language</span>" in page

@@ -58,6 +58,12 @@ def test_every_verb_explains_itself(capsys, verb):
     assert f"usage: vlm {verb}" in out
 
 
+def test_a_verb_of_before_still_works(capsys):
+    code, out, _ = run(capsys, "signals", "--help")
+    assert code == 0
+    assert "usage: vlm score" in out
+
+
 @pytest.mark.parametrize(
     ("verb", "old_flag", "new_flag"),
     [(verb, *flags) for verb, renamed in RENAMED_FLAGS.items() for flags in renamed.items()],

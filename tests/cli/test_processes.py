@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vlm.cli.embed import Arguments, run
+from vlm.cli.embed import Embed
 from vlm.cli.launch import run_in_processes
 from vlm.errors import UsageError, VlmError
 
@@ -72,14 +72,14 @@ def test_they_end_when_the_one_that_started_them_is_killed(tmp_path):
 
 
 def test_embedding_refuses_processes_within_processes(monkeypatch, tmp_path):
-    def arguments(**more):
-        return Arguments(model="m", shards="s", out=tmp_path / "out", **more)
+    def embed(**options):
+        Embed(model="m", shards="s", out=tmp_path / "out", **options).run()
 
-    with pytest.raises(UsageError, match="one at least"):
-        run(arguments(processes=0))
+    with pytest.raises(UsageError, match="give at least 1"):
+        embed(processes=0)
     with pytest.raises(UsageError, match="GPU of its own"):
-        run(arguments(processes=2, device="cuda:1"))
+        embed(processes=2, device="cuda:1")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="has started 2 processes"):
-        run(arguments(processes=2))
+        embed(processes=2)

@@ -84,7 +84,7 @@ def test_the_table_of_a_greedy_soup_says_who_was_taken(capsys, tuned, scene_shar
     words = ["--greedy", "--val", scene_shards / "val", "--workers", "0", "--metric", "image_to_text_recall@5"]
     code, out, err = run(capsys, "soup", tuned / "a", tuned / "c", "--out", tuned / "soup", *words)
     assert code == 0, err
-    assert "taken" in out
+    assert "added" in out
     assert "image_to_text_recall@5 alone" in out
     assert "yes" in out
     assert "measuring" in err
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_a_run_is_an_ingredient(capsys, tuned):
         (["a", "b", "--interpolate", "start"], "one tuned MODEL"),
         (["a", "b", "--alphas", "0.5"], "--interpolate START"),
         (["a", "b", "--weights", "1"], "2 models need 2 weights"),
-        (["a", "b", "--weights", "half,half"], "no list of numbers"),
+        (["a", "b", "--weights", "half,half"], "not a list of numbers"),
         (["a", "--interpolate", "start", "--alphas", "0,1"], "--val SHARDS"),
         (["a", "b", "--metric", "recall@11"], "did you mean 'recall@1"),
         (["a", "nowhere"], "There is no model 'nowhere'"),

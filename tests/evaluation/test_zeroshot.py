@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlm.cli.eval import read_names
 from vlm.errors import UsageError
-from vlm.evaluation.zero_shot import class_embeddings, measure_zero_shot
+from vlm.evaluation.zero_shot import class_embeddings, measure_zero_shot, read_class_names
 
 NAMES = ["cat", "dog", "car"]
 
@@ -57,8 +56,8 @@ def test_other_braces_of_a_template_are_text():
 def test_class_names_come_one_a_line_whatever_they_contain_and_each_once(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\ufeffoak, English oak\nfir\n\nwalnut, juglans\nfir\n", encoding="utf-8")
-    assert read_names(str(names)) == ["oak, English oak", "fir", "walnut, juglans"]
-    assert read_names("cat, dog,cat") == ["cat", "dog"]
-    assert read_names(",".join(f"class {number}" for number in range(1000)))[-1] == "class 999"
+    assert read_class_names(str(names)) == ["oak, English oak", "fir", "walnut, juglans"]
+    assert read_class_names("cat, dog,cat") == ["cat", "dog"]
+    assert read_class_names(",".join(f"class {number}" for number in range(1000)))[-1] == "class 999"
     with pytest.raises(UsageError, match="no file 'nothing'"):
-        read_names("nothing")
+        read_class_names("nothing")

@@ -182,7 +182,10 @@ def test_the_model_of_the_index_is_loaded_once_for_both(index: Path, make_model:
 
 
 def test_likelihoods_and_unread_images_are_shown(
-    service: SearchService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    service: SearchService,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "shards" / "00001.tar").unlink()
     result = service.search(Query(texts=("green",), top=11, rerank_top=11))
@@ -190,8 +193,8 @@ def test_likelihoods_and_unread_images_are_shown(
     printed = capsys.readouterr()
     assert "likelihood" in printed.out
     assert f"{result.hits[0].likelihood:.4f}" in printed.out
-    assert "re-ranked in" in printed.err
-    assert f"cannot be read: {len(result.unread)}; the first, 1" in printed.err
+    assert "reranked in" in caplog.text
+    assert f"cannot be read: {len(result.unread)}; the first, 1" in caplog.text
     page = gallery_page([result], title="Green", info=service.index.info())
     assert page.count("nats a token") == 11 - len(result.unread)
     assert "re-ranked by likelihood: the first 11" in page

@@ -1,24 +1,17 @@
-"""Filter, deduplicate, balance: write a selection that training applies while it streams; nothing is re-packed.
+"""`vlm curate`: shards to a selection."""
 
-Rules apply in the order given, each on what the earlier ones left; then --and, --minus, --plus, --weight.
-
---rule NAME:PARAMETER=VALUE,… with several values of one parameter joined by +. The rules are:
-
-usable, size:min=,max=, aspect:max=, words:min=,max=,languages=,of=, characters:…, language:any=en+de,script=,
-repeated-caption:max=, exact-duplicates, near-duplicates:distance=, decontaminate:against=SHARDS,distance=,similarity=,
-balance:concepts=FILE,cap=,languages=, sample:share=, weight:times=; and from stored columns: embedding-duplicates,
-similarity:min=,top=, near:min=,top=, typical:k=,share=, atypical:k=,share=, cluster-balance:cap=.
-"""
-
+import json
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
 from vlm.console import show_json, show_table
+from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.data.curation.pipeline import CurationResult
@@ -30,169 +23,132 @@ _SUFFIX = ".selection"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Command line of `vlm curate`."""
+class Curate:
+    """Filter, deduplicate and balance samples: write a selection that training applies while streaming.
 
-    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """Shards to curate."""
+    The shards stay unchanged. Filters apply in the order given, each on the samples that remain; then --and, --minus,
+    --plus, --weight. A filter is NAME:PARAMETER=VALUE,… with several values of one parameter joined by +:
+
+    usable, size:min=,max=, aspect:max=, words:min=,max=,languages=,of=, characters:…, language:any=en+de,script=,
+    repeated-caption:max=, exact-duplicates, near-duplicates:distance=,
+    decontaminate:against=SHARDS,distance=,similarity=, balance:concepts=FILE,cap=,languages=, sample:share=,
+    weight:times=; and by stored scores: embedding-duplicates, similarity:min=,top=, near:min=,top=,
+    typical:k=,share=, atypical:k=,share=, cluster-balance:cap=.
+    """
+
+    shards: ShardsArgument
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.selection")]
-    """File for the selection."""
+    """Selection file to write."""
 
-    rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A rule, as size:min=200; may be given again."""
+    filter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A filter, e.g. size:min=200."""
 
     and_: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="and")] = ()
-    """Keep only what this selection keeps too; times multiply."""
+    """Intersect with this selection; repeat counts multiply."""
 
     minus: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """Leave out what this selection keeps."""
+    """Subtract this selection."""
 
     plus: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """Add the times of this selection."""
+    """Add the repeat counts of this selection."""
 
     weight: float = 1.0
-    """See every sample so many times as often."""
+    """Multiply all repeat counts by this."""
 
     columns: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """A stored column, or a folder of them, as vlm signals writes them."""
+    """A score file, or folder of them, made by vlm score."""
 
     seed: int = 0
-    """Of all that is drawn."""
+    """Random seed of all sampling."""
 
-    workers: int = 1
-    """Processes that read and decode."""
+    workers: WorkersOption = 1
 
-    allow_damage: bool = False
-    """Curate the whole samples of shards that are cut short."""
+    allow_damage: Annotated[bool, tyro.conf.arg(help="Curate the intact samples of truncated shards.")] = False
 
     dry_run: bool = False
-    """Write no selection."""
+    """Do not write the selection."""
 
     html: Path | None = None
-    """Write a page with kept and dropped pictures of each rule here."""
+    """Write a page with kept and dropped images of each filter to this file."""
 
     report: Path | None = None
-    """Write the steps, and the counts of each concept or cluster that was balanced, as JSON here."""
+    """Write the steps, and the counts of each balanced concept or cluster, as JSON to this file."""
 
-    json: bool = False
-    """Print the result as JSON."""
+    json: JsonOption = False
 
+    def run(self) -> None:
+        """Curate, compose, write, and show the steps."""
+        self._check()
+        from vlm.data.curation.curation_report import render_curation_report
+        from vlm.data.curation.filter import parse_filter
+        from vlm.data.curation.pipeline import FILTERS, compose_selections, curate
+        from vlm.data.curation.score_columns import ScoreColumns
+        from vlm.data.selection import read_selection, write_selection
+        from vlm.data.shards import expand_shards
+        from vlm.files import write_text
 
-def run(arguments: Arguments) -> None:
-    """Curate, compose, write, and show the steps."""
-    validate_arguments(arguments)
-    from vlm.data.curation.curation_report import render_curation_report
-    from vlm.data.curation.filter import parse_filter
-    from vlm.data.curation.pipeline import FILTERS, curate
-    from vlm.data.curation.score_columns import ScoreColumns
-    from vlm.data.selection import read_selection, write_selection
-    from vlm.data.shards import expand_shards
-    from vlm.files import write_text
+        filters = [parse_filter(text, FILTERS) for text in self.filter]
+        intersect, subtract, plus = (list(map(read_selection, paths)) for paths in (self.and_, self.minus, self.plus))
+        result = curate(
+            expand_shards(self.shards),
+            filters,
+            columns=ScoreColumns(self.columns),
+            seed=self.seed,
+            workers=self.workers,
+            allow_damage=self.allow_damage,
+        )
+        selection = compose_selections(
+            result.selection, intersect=intersect, subtract=subtract, plus=plus, weight=self.weight, seed=self.seed
+        )
+        if self.html:
+            write_text(self.html, render_curation_report(result, title=f"vlm curate {self.shards}"))
+            logger.info(f"Page: {self.html}")
+        if self.report:
+            write_text(self.report, json.dumps(result.report(selection), ensure_ascii=False, indent=1) + "\n")
+            logger.info(f"Report: {self.report}")
+        if not self.dry_run:
+            write_selection(self.out, selection)
+        self._show(result, selection)
 
-    filters = [parse_filter(text, FILTERS) for text in arguments.rule]
-    others = {path: read_selection(path) for path in (*arguments.and_, *arguments.minus, *arguments.plus)}
-    curated = curate(
-        expand_shards(arguments.shards),
-        filters,
-        columns=ScoreColumns(arguments.columns),
-        seed=arguments.seed,
-        workers=arguments.workers,
-        allow_damage=arguments.allow_damage,
-    )
-    selection = compose(curated.selection, arguments, others)
-    if arguments.html:
-        write_text(arguments.html, render_curation_report(curated, title=f"vlm curate {arguments.shards}"))
-        logger.info(f"Page: {arguments.html}")
-    if arguments.report:
-        write_report(arguments.report, curated, selection)
-    if not arguments.dry_run:
-        write_selection(arguments.out, selection)
-    show(curated, selection, arguments)
+    def _check(self) -> None:
+        """Refuse, before the long scan, outputs that cannot be written and numbers out of range.
 
+        Raises:
+            UsageError: OUT lacks the suffix or exists, a folder is missing, or a number is out of range.
+        """
+        from vlm.files import check_parent_exists
 
-def validate_arguments(arguments: Arguments) -> None:
-    """Refuse, before the long scan, places where the results cannot go and numbers that cannot work.
+        for name in ("seed", "workers", "weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UsageError(f"{name} = {value} is outside its range; give a number from 0 on.")
+        for page in (self.html, self.report):
+            if page is not None:
+                check_parent_exists(page)
+        if self.out.suffix != _SUFFIX:
+            raise UsageError(f"{str(self.out)!r} must end in {_SUFFIX}, e.g. {self.out.with_suffix(_SUFFIX)}")
+        if self.dry_run:
+            return
+        if self.out.exists():
+            raise UsageError(f"{self.out} exists already, and runs may depend on it; remove it or choose another name.")
+        check_parent_exists(self.out)
 
-    Raises:
-        UsageError: OUT lacks the suffix or is there already, a folder is not there, or a number is out of range.
-    """
-    from vlm.errors import UsageError
-    from vlm.files import check_parent_exists
+    def _show(self, result: "CurationResult", selection: "Selection") -> None:
+        from vlm.data.curation.curation_report import step_rows
 
-    for name in ("seed", "workers", "weight"):
-        if not 0 <= (value := getattr(arguments, name)) < math.inf:
-            raise UsageError(f"{name} = {value} is outside its range; give a number from 0 on.")
-    for page in (arguments.html, arguments.report):
-        if page is not None:
-            check_parent_exists(page)
-    out = arguments.out
-    if out.suffix != _SUFFIX:
-        raise UsageError(f"{str(out)!r} is no name for a selection; end it in {_SUFFIX}: {out.with_suffix(_SUFFIX)}")
-    if arguments.dry_run:
-        return
-    if out.exists():
-        raise UsageError(f"{out} is already there, and runs may rest on it; remove it or choose another name.")
-    check_parent_exists(out)
-
-
-def compose(selection: "Selection", arguments: Arguments, others: dict[Path, "Selection"]) -> "Selection":
-    """The selection with those given by --and, --minus, --plus, and the weight."""
-    from vlm.data.selection import add, intersect_selections, reweight, subtract_selection
-
-    for paths, operation in (
-        (arguments.and_, intersect_selections),
-        (arguments.minus, subtract_selection),
-        (arguments.plus, add),
-    ):
-        for path in paths:
-            selection = operation(selection, others[path])
-    return selection if arguments.weight == 1 else reweight(selection, arguments.weight, seed=arguments.seed)
-
-
-def write_report(path: Path, curated: "CurationResult", selection: "Selection") -> None:
-    """The lineage, and the curve of each rule that balances, as JSON."""
-    from json import dumps
-
-    from vlm.files import write_text
-
-    curves = [
-        {"rule": step.configured.name, "place": position, "curve": list(step.result.curve)}
-        for position, step in enumerate(curated.steps)
-        if step.result.curve
-    ]
-    report: dict[str, Any] = {**summarize(curated, selection), "lineage": list(selection.lineage), "curves": curves}
-    write_text(path, dumps(report, ensure_ascii=False, indent=1) + "\n")
-    logger.info(f"Report: {path}")
-
-
-def summarize(curated: "CurationResult", selection: "Selection") -> dict[str, Any]:
-    """What came out, in numbers."""
-    return {
-        "samples": selection.samples,
-        "kept": selection.kept,
-        "visits": selection.visits,
-        "corrupt": curated.corrupt,
-        "fingerprint": selection.fingerprint,
-    }
-
-
-def show(curated: "CurationResult", selection: "Selection", arguments: Arguments) -> None:
-    """The table of steps and what to do next, or all of it as JSON."""
-    from vlm.data.curation.curation_report import step_rows
-
-    if arguments.json:
-        written = {} if arguments.dry_run else {"out": str(arguments.out)}
-        show_json({**written, **summarize(curated, selection), "lineage": list(selection.lineage)})
-        return
-    columns, rows = step_rows(curated)
-    if arguments.and_ or arguments.minus or arguments.plus or arguments.weight != 1:
-        before = curated.selection
-        rows.append(["composed", before.kept, selection.kept, before.kept - selection.kept, selection.visits])
-    show_table(columns, rows)
-    if arguments.dry_run:
-        logger.info("Dry run: no selection was written.")
-    elif not selection.kept:
-        logger.info("Nothing is left; nothing can be trained on this selection.")
-    else:
-        logger.info(f"Next: vlm train … --data {arguments.shards} --selection {arguments.out}")
+        if self.json:
+            written = {} if self.dry_run else {"out": str(self.out)}
+            show_json({**written, **result.summary(selection), "lineage": list(selection.lineage)})
+            return
+        columns, rows = step_rows(result)
+        if self.and_ or self.minus or self.plus or self.weight != 1:
+            before = result.selection.kept
+            rows.append(["composed", before, selection.kept, before - selection.kept, selection.visits])
+        show_table(columns, rows)
+        if self.dry_run:
+            logger.info("Dry run: no selection was written.")
+        elif not selection.kept:
+            logger.warning("No sample is left; a run cannot train on this selection.")
+        else:
+            logger.info(f"Next: vlm train … --data {self.shards} --selection {self.out}")

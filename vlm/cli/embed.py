@@ -1,7 +1,4 @@
-"""Embed the pictures, the captions, or both, of shards. Killed and repeated, it goes on where it was.
-
-Several processes fill one folder together: give --processes, or start the command by torchrun, accelerate or srun.
-"""
+"""`vlm embed`: shards to embeddings, in one process or several."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -11,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.launch import run_in_processes
+from vlm.cli.options import (
+    AllowDamageOption,
+    DeviceOption,
+    JsonOption,
+    PrecisionOption,
+    ShardsArgument,
+    WorkersOption,
+)
 from vlm.console import show_fields, show_json
 from vlm.errors import UsageError
 
@@ -22,144 +27,143 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Command line of `vlm embed`."""
+class Embed:
+    """Embed the images, the captions, or both, of shards.
+
+    Safe to interrupt: rerun the same command to resume. Several processes can fill one folder together: give
+    --processes, or start the command by torchrun, accelerate or srun.
+    """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Run folder, model folder, or open_clip NAME:WEIGHTS; MODEL#64 keeps the first 64 dimensions."""
+    """Run folder, checkpoint, model folder, or open_clip NAME:WEIGHTS; MODEL#64 truncates to 64 dimensions."""
 
-    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """Shards to embed."""
+    shards: ShardsArgument
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the embeddings."""
 
     modality: Literal["image", "text", "both"] = "image"
-    """Embed each picture, or each caption; both in one pass into OUT/images and OUT/texts."""
+    """Embed each image, each caption, or both in one pass into OUT/images and OUT/texts."""
 
     batch_size: int | Literal["auto"] = 256
-    """Samples at once; auto tries which is fastest."""
+    """Batch size; auto times several and uses the fastest."""
 
-    workers: int = 1
-    """Processes that read and decode ahead of the model; with 0, reading and the model take turns."""
+    workers: WorkersOption = 1
 
     processes: int = 1
-    """Processes with a model each, on the GPUs of this machine in turn."""
+    """Processes with a model each; on a machine with GPUs each uses one of them."""
 
-    allow_damage: bool = False
-    """Embed the whole samples of shards that are cut short."""
+    allow_damage: AllowDamageOption = False
 
     selection: Path | None = None
-    """Embed only what this file of vlm curate selects."""
+    """Embed only samples of this selection file of vlm curate."""
 
     store: Literal["float16", "float32"] = "float16"
-    """How vectors are kept."""
+    """Precision of the stored vectors."""
 
-    codes: tuple[Literal["int8", "binary"], ...] = ()
-    """Short forms to keep beside them."""
+    quantize: tuple[Literal["int8", "binary"], ...] = ()
+    """Store quantized embeddings, too."""
 
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …"""
+    device: DeviceOption = "auto"
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model."""
+    precision: PrecisionOption = "fp32"
 
     compile: bool = False
-    """Compile the model's part for pictures, which takes a minute or more and makes it faster."""
+    """Compile the image tower (torch.compile): a minute or more at the start, then faster."""
 
-    json: bool = False
-    """Print the result as JSON."""
+    json: JsonOption = False
 
+    def run(self) -> None:
+        """Embed in this process, or start the others that do."""
+        from vlm.index.embed import ProcessRank
 
-def run(arguments: Arguments) -> None:
-    """Embed, in as many processes as wished for."""
-    from vlm.index.embed import ProcessRank
-
-    share = ProcessRank.from_environment()
-    if arguments.processes < 1:
-        raise UsageError(f"--processes {arguments.processes}: one at least is needed.")
-    if arguments.processes == 1:
-        embed(arguments)
-        return
-    if share.world_size > 1:
-        raise UsageError(f"A launcher has started {share.world_size} processes already; leave --processes out.")
-    if arguments.device not in ("auto", "cpu"):
-        raise UsageError(
-            f"--device {arguments.device}: each of several processes takes a GPU of its own; leave it out."
-        )
-    run_in_processes(embed, arguments, arguments.processes)
+        rank = ProcessRank.from_environment()
+        if self.processes < 1:
+            raise UsageError(f"--processes {self.processes} is out of range: give at least 1.")
+        if self.processes == 1:
+            embed_share(self)
+            return
+        if rank.world_size > 1:
+            raise UsageError(f"A launcher has started {rank.world_size} processes already; omit --processes.")
+        if self.device not in ("auto", "cpu"):
+            raise UsageError(f"--device {self.device}: each of several processes uses a GPU of its own; omit --device.")
+        run_in_processes(embed_share, self, self.processes)
 
 
-def embed(arguments: Arguments) -> None:
-    """Load the model, embed this process's share; the process that ends the work says what there is."""
+def embed_share(arguments: Embed) -> None:
+    """Load the model and embed this process's share; the process that finishes the work shows the result."""
     from vlm.data.selection import read_selection
     from vlm.data.shards import expand_shards
     from vlm.index.embed import EmbedOptions, ProcessRank, embed_into
     from vlm.index.embeddings import VectorStorage
     from vlm.models.load import load_model
 
-    share, shards, folders = ProcessRank.from_environment(), expand_shards(arguments.shards), _folders(arguments)
+    rank = ProcessRank.from_environment()
+    shards = expand_shards(arguments.shards)
+    folders = _output_folders(arguments)
     options = EmbedOptions(
         model_spec=arguments.model,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         allow_damage=arguments.allow_damage,
         selection=read_selection(arguments.selection) if arguments.selection else None,
-        storage=VectorStorage(store=arguments.store, codes=tuple(sorted(set(arguments.codes)))),
+        storage=VectorStorage(store=arguments.store, codes=tuple(sorted(set(arguments.quantize)))),
         is_compiled=arguments.compile,
         precision=arguments.precision,
-        share=share,
+        share=rank,
     )
-    model = load_model(arguments.model, device=_device(arguments.device, share), precision=arguments.precision)
+    device = _device_of_rank(arguments.device, rank)
+    model = load_model(arguments.model, device=device, precision=arguments.precision)
     summaries = list(embed_into(model, shards, folders, options).values())
-    if share.world_size > 1 and (missing := max(summary.missing_parts for summary in summaries)):
+    missing_parts = max(summary.missing_parts for summary in summaries)
+    if rank.world_size > 1 and missing_parts:
         rows = sum(summary.new_rows for summary in summaries)
         logger.info(
-            f"Process {share.rank} of {share.world_size} has written {rows:,} rows; "
-            f"{missing} parts are left to others. "
-            "If those have ended, repeat the command."
+            f"Process {rank.rank} of {rank.world_size} has written {rows:,} rows; {missing_parts} parts are left to "
+            "other processes. If those have ended, rerun the command."
         )
-    elif share.world_size == 1 or summaries[0].ended_here:
-        _show(summaries, arguments)
+    elif rank.world_size == 1 or summaries[0].ended_here:
+        _show_summaries(summaries, arguments)
 
 
-def _folders(arguments: Arguments) -> "dict[Modality, Path]":
+def _output_folders(arguments: Embed) -> "dict[Modality, Path]":
     if arguments.modality != "both":
         return {arguments.modality: arguments.out}
     from vlm.manifest import MANIFEST, PROGRESS
 
     if any((arguments.out / name).exists() for name in (MANIFEST, PROGRESS)):
-        raise UsageError(f"{arguments.out} holds other work; --modality both needs a folder of its own.")
+        raise UsageError(f"{arguments.out} holds other output; --modality both needs a folder of its own.")
     return {"image": arguments.out / "images", "text": arguments.out / "texts"}
 
 
-def _device(wished: str, share: "ProcessRank") -> str:
-    """Of several processes on a machine with GPUs, each takes the one of its number."""
+def _device_of_rank(device: str, rank: "ProcessRank") -> str:
+    """With several processes on a machine with GPUs, each uses the GPU of its local rank."""
     import torch
 
-    if wished != "auto" or share.world_size == 1 or not torch.cuda.is_available():
-        return wished
-    return f"cuda:{share.local_rank % torch.cuda.device_count()}"
+    if device != "auto" or rank.world_size == 1 or not torch.cuda.is_available():
+        return device
+    return f"cuda:{rank.local_rank % torch.cuda.device_count()}"
 
 
-def _show(summaries: "list[EmbedSummary]", arguments: Arguments) -> None:
+def _show_summaries(summaries: "list[EmbedSummary]", arguments: Embed) -> None:
     for summary in summaries:
-        _say_incidents(summary)
+        _log_skipped(summary)
     if arguments.json:
         by_modality = {summary.modality: asdict(summary) for summary in summaries}
         show_json(by_modality if arguments.modality == "both" else asdict(summaries[0]))
         return
     for summary in summaries:
-        facts = {name.replace("_", " "): value for name, value in asdict(summary).items() if name != "incidents"}
-        show_fields(facts)
-    texts = " --texts " + summaries[1].folder if len(summaries) > 1 else ""
+        fields = asdict(summary)
+        del fields["incidents"]
+        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+    texts = f" --texts {summaries[1].folder}" if len(summaries) > 1 else ""
     logger.info(f"Next: vlm index build {summaries[0].folder} INDEX{texts}")
 
 
-def _say_incidents(summary: "EmbedSummary") -> None:
-    """A table of what was left out, on stderr."""
+def _log_skipped(summary: "EmbedSummary") -> None:
+    """Log the number of skipped samples for each reason."""
     if not summary.incidents:
         return
     width = max(map(len, summary.incidents))
     rows = [f"  {reason:<{width}}  {count:>9,}" for reason, count in summary.incidents.items()]
-    logger.info("\n".join([f"Left out, each named in {summary.folder}/incidents.jsonl:", *rows]))
+    logger.info("\n".join([f"Skipped samples, each listed in {summary.folder}/incidents.jsonl:", *rows]))

@@ -1,4 +1,4 @@
-"""From a command line to a verb: parse, run, and say in one sentence what went wrong."""
+"""From a command line to a verb: parse, run, log, and report an error in one sentence."""
 
 import atexit
 import contextlib
@@ -19,27 +19,23 @@ if TYPE_CHECKING:
     from vlm.cli.options import Verb
 
 VERBS: dict[str, tuple[str, str, str]] = {
-    "quickstart": ("quickstart", "Arguments", "the whole pipeline on synthetic shapes, in minutes on two CPU cores"),
-    "pack": ("pack", "Arguments", "folder, CSV, JSONL, Parquet or img2dataset output → shards"),
-    "inspect": ("inspect", "Arguments", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
-    "curate": ("curate", "Arguments", "filter, deduplicate, balance → a selection; nothing is repacked"),
-    "doctor": ("doctor", "Arguments", "benchmark the input pipeline: disk, decode, augment, device, model"),
-    "tokenizer train": ("tokenizer", "Arguments", "captions of shards → a SentencePiece tokenizer"),
-    "train": ("train", "Arguments", "pretrain or fine-tune on shards"),
+    "quickstart": ("quickstart", "Quickstart", "the whole pipeline on synthetic shapes, in minutes on two CPU cores"),
+    "pack": ("pack", "Pack", "folder, CSV, JSONL, Parquet or img2dataset output → shards"),
+    "inspect": ("inspect", "Inspect", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
+    "curate": ("curate", "Curate", "filter, deduplicate, balance → a selection; nothing is repacked"),
+    "doctor": ("doctor", "Doctor", "benchmark the input pipeline: disk, decode, augment, device, model"),
+    "tokenizer train": ("tokenizer", "TrainTokenizer", "captions of shards → a SentencePiece tokenizer"),
+    "train": ("train", "Train", "pretrain or fine-tune on shards"),
     "runs": ("runs", "ListRuns", "list training runs with progress, quality and throughput"),
     "runs compare": ("runs", "CompareRuns", "compare runs with each other, or with a recipe's reference curves"),
-    "soup": ("soup", "Arguments", "average fine-tuned models: uniform, weighted, greedy, interpolated"),
-    "export": ("export", "Arguments", "a model → another tool's format, verified there"),
-    "eval": ("eval", "Arguments", "zero-shot, retrieval and caption accuracy of a model, as JSON and a page"),
+    "soup": ("soup", "MakeSoup", "average fine-tuned models: uniform, weighted, greedy, interpolated"),
+    "export": ("export", "Export", "a model → another tool's format, verified there"),
+    "eval": ("eval", "Eval", "zero-shot, retrieval and caption accuracy of a model, as JSON and a page"),
     "classify": ("predict", "Classify", "zero-shot classification of images"),
     "caption": ("predict", "Caption", "captions for images, by a model with a caption decoder"),
-    "embed": ("embed", "Arguments", "shards → embeddings, resumable"),
-    "reinforce": ("reinforce", "Arguments", "shards → shards with precomputed teacher embeddings, resumable"),
-    "signals": (
-        "signals",
-        "Arguments",
-        "embeddings → CLIP scores, duplicates, clusters, target similarity for vlm curate",
-    ),
+    "embed": ("embed", "Embed", "shards → embeddings, resumable"),
+    "reinforce": ("reinforce", "Reinforce", "shards → shards with precomputed teacher embeddings, resumable"),
+    "score": ("score", "Score", "embeddings → CLIP score, duplicates, clusters, target similarity for vlm curate"),
     "index build": ("index", "BuildIndex", "embeddings → a FAISS index with a metadata catalog"),
     "index import": (
         "index",
@@ -59,9 +55,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "index upgrade": ("index", "UpgradeIndex", "migrate an index to a new model without re-embedding"),
     "index check": ("index", "CheckIndex", "verify checksums, referential integrity, counts and distances"),
     "index info": ("index", "IndexInfo", "show what an index holds"),
-    "search": ("search", "Arguments", "search an index by text, image, or both"),
+    "search": ("search", "Search", "search an index by text, image, or both"),
 }
 """Each verb with its module in `vlm.cli`, its class there and its line of help. A new verb is a class and a line."""
+
+VERB_ALIASES = {"signals": "score"}
+"""Verbs by their names before 1.0, with the ones of today."""
 
 LOG_LEVELS = {"--quiet": logging.WARNING, "--verbose": logging.DEBUG}
 """Flags before the verb that change what is logged."""
@@ -91,7 +90,7 @@ def _end(codes: list[int]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 misused."""
+    """Run one command; returns the exit code: 0 success, 1 failure, 2 usage error."""
     words = list(sys.argv[1:] if argv is None else argv)
     _replace_unprintable()
     logging.getLogger().setLevel(logging.ERROR)
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlmError as error:
         return print_error(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return print_error("interrupted; what was finished is kept, and the same command goes on from there.", 1)
+        return print_error("interrupted; finished work is kept. Rerun the same command to resume.", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -168,7 +167,7 @@ def overview() -> str:
         [
             "usage: vlm [--quiet | --verbose] VERB …        (vlm VERB --help: its options; vlm --version)",
             "",
-            "pairs ─pack▶ shards ─train▶ run ─embed▶ embeddings ─index build▶ index ─search▶ answers",
+            "pairs ─pack▶ shards ─train▶ run ─embed▶ embeddings ─index build▶ index ─search▶ results",
             "",
             *lines,
             "",
@@ -186,20 +185,17 @@ def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
     """
     for length in (2, 1):
         verb = " ".join(words[:length])
+        verb = VERB_ALIASES.get(verb, verb)
         if len(words) >= length and verb in VERBS:
             return verb, list(words[length:])
     family = [verb for verb in VERBS if verb.startswith(f"{words[0]} ")]
-    asked = " ".join(words[:2]) if family else words[0]
-    raise UsageError(f"There is no verb {asked!r}; {suggest(asked, family or list(VERBS))} (vlm --help lists all)")
+    name = " ".join(words[:2]) if family else words[0]
+    raise UsageError(f"There is no verb {name!r}; {suggest(name, family or list(VERBS))} (vlm --help lists all)")
 
 
 def run_verb(verb: str, words: list[str]) -> None:
     """Parse the words into the verb's options and run it."""
-    arguments = parse_verb(verb, words)
-    if hasattr(arguments, "run"):
-        arguments.run()
-    else:
-        importlib.import_module(f"vlm.cli.{VERBS[verb][0]}").run(arguments)
+    parse_verb(verb, words).run()
 
 
 def parse_verb(verb: str, words: list[str]) -> "Verb":
@@ -208,17 +204,14 @@ def parse_verb(verb: str, words: list[str]) -> "Verb":
 
     from vlm.cli.options import current_flags
 
-    words = current_flags(verb, words)
     module_name, class_name, _ = VERBS[verb]
-    module = importlib.import_module(f"vlm.cli.{module_name}")
-    verb_class = getattr(module, class_name)
-    make_defaults = getattr(verb_class, "defaults", getattr(module, "defaults", None))
+    verb_class = getattr(importlib.import_module(f"vlm.cli.{module_name}"), class_name)
+    words = current_flags(verb, words)
     return tyro.cli(
         verb_class,
         args=words,
-        default=make_defaults(words) if make_defaults else None,
+        default=verb_class.defaults(words) if hasattr(verb_class, "defaults") else None,
         prog=f"vlm {verb}",
-        description=module.__doc__ if class_name == "Arguments" else None,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
@@ -232,5 +225,5 @@ def print_error(message: str, exit_code: int) -> int:
 def _explain(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in DISK_FULL:
-        return f"the disk is full{where}: free some space and repeat the command; nothing half-written was left."
+        return f"the disk is full{where}: free some space and rerun the command; no partial files were left."
     return f"{error.strerror or error}{where}"

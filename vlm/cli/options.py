@@ -38,6 +38,8 @@ AllowDamageOption = Annotated[
 ]
 
 RENAMED_FLAGS: dict[str, dict[str, str]] = {
+    "curate": {"--rule": "--filter"},
+    "embed": {"--codes": "--quantize"},
     "index build": {
         "--kind": "--index-type",
         "--links": "--hnsw-m",

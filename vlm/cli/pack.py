@@ -1,8 +1,4 @@
-"""Pack image-text pairs into WebDataset shards.
-
-SOURCE is a table (captions.csv, .tsv, .jsonl, .parquet) with its pictures, class folders (CLASS/picture.jpg), the
-output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word scenes for drawn ones.
-"""
+"""`vlm pack`: image-text pairs to shards."""
 
 import logging
 from dataclasses import asdict, dataclass, field
@@ -11,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from vlm.cli.options import JsonOption
 from vlm.console import show_fields, show_json
 from vlm.data.sources.source import SceneOptions, SourceKind
 
@@ -18,89 +15,91 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Command line of `vlm pack`."""
+class Pack:
+    """Pack image-text pairs into WebDataset shards.
+
+    SOURCE is a table (captions.csv, .tsv, .jsonl, .parquet) with its images, class folders (CLASS/image.jpg), the
+    output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word scenes for a dataset of
+    synthetic shapes.
+    """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Where the pairs are."""
+    """Location of the pairs."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder for the shards; an interrupted pack is continued by the same command."""
+    """Folder for the shards; to resume an interrupted pack, rerun the same command."""
 
     kind: SourceKind | None = None
-    """What SOURCE is, where looking at it is not enough."""
+    """Kind of SOURCE; None detects it."""
 
     folder: str = ""
-    """Read only what lies under this folder of the source."""
+    """Read only pairs in this folder of the source."""
 
     image_column: str | None = None
-    """Column of a table that names the picture files."""
+    """Column of a table with the image files."""
 
     caption_column: str | None = None
-    """Column of a table that holds the captions: a text, a list, or a {language: text} mapping."""
+    """Column of a table with the captions: a text, a list, or a {language: text} mapping."""
 
     template: str = "a photo of a {}."
-    """Caption of class folders."""
+    """Caption template for class folders."""
 
     languages: tuple[str, ...] = ()
-    """Languages kept, the first one first; empty keeps all."""
+    """Caption languages to keep, the first one first; empty keeps all."""
 
     samples_per_shard: int = 1000
-    """Samples in each tar."""
+    """Samples per shard."""
 
     hold_out: int = 0
-    """Put at least so many samples into val-*.tar; equal captions and equal pictures stay on one side."""
+    """Minimum number of samples for a val split, val-*.tar; equal captions or images are never split."""
 
     seed: int = 0
-    """Of what is held out."""
+    """Random seed of the train/val split."""
 
     max_bad: float = 0.01
-    """Share of unusable pairs past which packing fails."""
+    """Abort when more than this fraction of the pairs is unusable."""
 
-    verify: bool = True
-    """Decode every picture once, to keep damaged ones out (--verify False skips it)."""
+    verify: Annotated[bool, tyro.conf.arg(help="Skip decoding every image; damaged ones are then packed, too.")] = True
+    """Decode every image once, to skip damaged ones."""
 
-    allow_damage: bool = False
-    """Read the whole samples of source tars that are cut short."""
+    allow_damage: Annotated[bool, tyro.conf.arg(help="Read the intact samples of truncated source tars.")] = False
 
     selection: Path | None = None
-    """Where SOURCE is shards: pack only what this file of vlm curate selects."""
+    """If SOURCE is shards: pack only samples of this selection file of vlm curate."""
 
-    json: bool = False
-    """Print the result as JSON."""
+    json: JsonOption = False
 
     scenes: SceneOptions = field(default_factory=SceneOptions)
 
+    def run(self) -> None:
+        """Open the source, pack it, show the counts."""
+        from vlm.data.pack import PackConfig, pack
+        from vlm.data.sources.source import SourceOptions
+        from vlm.data.sources.source_registry import open_source
 
-def run(arguments: Arguments) -> None:
-    """Open the source, pack it, say what came out."""
-    from vlm.data.pack import PackConfig, pack
-    from vlm.data.sources.source import SourceOptions
-    from vlm.data.sources.source_registry import open_source
-
-    options = SourceOptions(
-        kind=arguments.kind,
-        folder=arguments.folder,
-        image_column=arguments.image_column,
-        caption_column=arguments.caption_column,
-        template=arguments.template,
-        allow_damage=arguments.allow_damage,
-        selection=arguments.selection,
-        scenes=arguments.scenes,
-    )
-    config = PackConfig(
-        samples_per_shard=arguments.samples_per_shard,
-        hold_out=arguments.hold_out,
-        seed=arguments.seed,
-        max_bad_share=arguments.max_bad,
-        languages=arguments.languages,
-        verify=arguments.verify,
-    )
-    summary = pack(open_source(arguments.source, options), arguments.out, config)
-    if arguments.json:
-        show_json(asdict(summary))
-        return
-    facts = {name: value for name, value in asdict(summary).items() if value not in ({}, None)}
-    show_fields({name.replace("_", " "): value for name, value in facts.items()})
-    inspect = f"vlm inspect {arguments.out} --html {arguments.out}.html"
-    logger.info(f"Next: {inspect}   or   vlm train tiny --data {arguments.out} …")
+        options = SourceOptions(
+            kind=self.kind,
+            folder=self.folder,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            template=self.template,
+            allow_damage=self.allow_damage,
+            selection=self.selection,
+            scenes=self.scenes,
+        )
+        config = PackConfig(
+            samples_per_shard=self.samples_per_shard,
+            hold_out=self.hold_out,
+            seed=self.seed,
+            max_bad_share=self.max_bad,
+            languages=self.languages,
+            verify=self.verify,
+        )
+        summary = pack(open_source(self.source, options), self.out, config)
+        if self.json:
+            show_json(asdict(summary))
+            return
+        fields = {name: value for name, value in asdict(summary).items() if value not in ({}, None)}
+        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+        inspect = f"vlm inspect {self.out} --html {self.out}.html"
+        logger.info(f"Next: {inspect}   or   vlm train tiny --data {self.out} …")

@@ -1,4 +1,4 @@
-"""Ask an index: by texts, by pictures, by a mix of both, less what is not wanted."""
+"""`vlm search`: one query as a table, or a file of queries as JSON lines."""
 
 import logging
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlm.cli.options import IndexArgument, JsonOption
 from vlm.console import read_text, show_json, show_table
 from vlm.errors import UsageError
 from vlm.files import json_text
@@ -20,178 +21,193 @@ logger = logging.getLogger(__name__)
 
 _QUERIES_AT_ONCE = 256
 
+_VECTOR_HELP = (
+    "Query vectors in the index's space, each an .npy file with one row; combined with the other terms. They need no "
+    "model, and none is checked."
+)
+_WEIGHTS_HELP = (
+    "A weight for each term, in the order texts, images, items, vectors, minus; a negative one subtracts its term. "
+    "Empty weighs all terms equally."
+)
+_WHERE_HELP = (
+    "Search only rows that match this filter: \"language = 'en' and width >= 512 and tags has 'dog'\"; also !=, in "
+    "(…), like 'a%', is missing, not, or, parentheses. Fields are those of the metadata, and key, language and caption."
+)
+_WORDS_HELP = (
+    "Boost captions that contain all these words: the top 1,000 of full-text search and the top 1,000 by cosine are "
+    "combined by reciprocal rank fusion; all others follow by cosine."
+)
+_DIVERSITY_HELP = (
+    "Maximal marginal relevance on the top 1,000, from 0 (relevance only) to 1 (diversity only); the others follow."
+)
+_RERANK_HELP = (
+    "Model with a caption decoder, which may be the index's own: rerank the top results by its log-likelihood of the "
+    "query text."
+)
+_QUERIES_HELP = (
+    "File of queries, - for stdin: one text per line, or a JSON object with texts, images, items, vectors, minus, "
+    "weights, top, where, at_least, words, duplicates, diversity, rerank_top, after; or an .npy file with one vector "
+    "per row. Missing fields default to the command-line options. Results are JSON, one per line; the index runs on a "
+    "GPU where FAISS sees one."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Command line of `vlm search`."""
+class Search:
+    """Search an index by text, image, or both, optionally subtracting negative terms."""
 
-    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Folder that `vlm index build` made."""
+    index: IndexArgument
 
     texts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")] = ()
-    """What to look for; several are added up."""
+    """Query texts; several are combined."""
 
     image: tuple[Path, ...] = ()
-    """Pictures to look for the like of; added to the texts."""
+    """Query images; combined with the text queries."""
 
     like: tuple[str, ...] = ()
-    """Items of the index to look for the like of, by uid; added too. Alone they need no model."""
+    """Uids of stored items to search by; combined too. Alone they need no model."""
 
-    vector: tuple[Path, ...] = ()
-    """Vectors of the index's space, each an .npy file of one row; added too. They need no model, and none is
-    checked."""
+    vector: Annotated[tuple[Path, ...], tyro.conf.arg(help=_VECTOR_HELP)] = ()
 
     minus: tuple[str, ...] = ()
-    """Texts taken away."""
+    """Texts to subtract."""
 
-    weights: tuple[float, ...] = ()
-    """One for each term, in the order texts, pictures, items, vectors, minus; one below 0 takes its term away; empty
-    weighs all alike."""
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(help=_WEIGHTS_HELP)] = ()
 
     top: int = 10
-    """Answers wanted."""
+    """Number of results."""
 
     at_least: float | None = None
-    """The lowest cosine of an answer."""
+    """Minimum cosine similarity of a result."""
 
-    where: str = ""
-    """Only rows that this filter chooses: "language = 'en' and width >= 512 and tags has 'dog'"; also !=, in (…), like
-    'a%', is missing, not, or, parentheses. Fields are those of the metadata, and key, language and caption."""
+    where: Annotated[str, tyro.conf.arg(help=_WHERE_HELP)] = ""
 
-    words: str = ""
-    """Raise captions with all these words: the first 1,000 of the full text and the first 1,000 of the vectors are
-    fused by reciprocal rank; all others follow by cosine."""
+    words: Annotated[str, tyro.conf.arg(help=_WORDS_HELP)] = ""
 
     group_duplicates: float | None = None
-    """Show one of the answers that are alike, with their number: those with at least this cosine, as 0.95."""
+    """Collapse results whose cosine similarity is at least this (e.g. 0.95) and show the group size."""
 
-    diversity: float = 0.0
-    """From 0, the nearest first, to 1, the most unlike each other first, among the nearest 1,000; the others follow."""
+    diversity: Annotated[float, tyro.conf.arg(help=_DIVERSITY_HELP)] = 0.0
 
-    rerank: str = ""
-    """A model with a caption decoder, which may be the index's own: the nearest are ordered by how likely it finds the
-    texts, given their pictures."""
+    rerank: Annotated[str, tyro.conf.arg(help=_RERANK_HELP)] = ""
 
     rerank_top: int = 50
-    """How many of the nearest are re-ranked."""
+    """Number of top results to rerank."""
 
     after: str = ""
-    """The cursor an answer ended with: the next page of the same question."""
+    """Cursor at the end of a result: show the next page of the same query."""
 
-    queries: Path | None = None
-    """A file of questions, - for stdin: a text a line, or a JSON object with texts, images, items, vectors, minus,
-    weights, top, where, at_least, words, duplicates, diversity, rerank_top, after; or an .npy file, a vector a row.
-    What is left out is as the options say. Answers are JSON, one a line; the index gives them on
-    a GPU where FAISS sees one."""
+    queries: Annotated[Path | None, tyro.conf.arg(help=_QUERIES_HELP)] = None
 
     model: str = ""
-    """Another place of the index's model, should it have moved."""
+    """New location of the index's model, if it has moved."""
 
     html: Path | None = None
-    """Write a page of thumbnails here."""
+    """Write a page of thumbnails to this file."""
 
-    json: bool = False
-    """Print the answer as JSON."""
+    json: JsonOption = False
 
+    def run(self) -> None:
+        """Open the index, search, show."""
+        query = self._query()
+        if self.queries is None:
+            query.check()
+            self._search_once(query)
+            return
+        if self.texts or self.html:
+            raise UsageError("--queries has its own texts and results as JSON lines; omit TEXT and --html.")
+        queries = iter(_read_queries_file(self.queries, query).items())
+        service = self._open()
+        while named := dict(islice(queries, _QUERIES_AT_ONCE)):
+            for result in service.search_many(list(named.values()), names=list(named)):
+                print(json_text(result.to_json()), flush=True)
 
-def run(arguments: Arguments) -> None:
-    """Open the index, ask, show."""
-    from vlm.service.query import Query
+    def _query(self) -> "Query":
+        from vlm.service.query import Query
 
-    query = Query(
-        texts=arguments.texts,
-        images=arguments.image,
-        items=arguments.like,
-        vectors=arguments.vector,
-        minus=arguments.minus,
-        weights=arguments.weights,
-        top=arguments.top,
-        where=arguments.where,
-        at_least=arguments.at_least,
-        words=arguments.words,
-        duplicates=arguments.group_duplicates,
-        diversity=arguments.diversity,
-        rerank_top=arguments.rerank_top if arguments.rerank else 0,
-        after=arguments.after,
-    )
-    if arguments.queries is None:
-        query.check()
-        _show(arguments, _open(arguments), query)
-        return
-    if arguments.texts or arguments.html:
-        raise UsageError("--queries brings its texts, and answers in lines of JSON; leave TEXT and --html out.")
-    queries = iter(_read_file(arguments.queries, query).items())
-    service = _open(arguments)
-    while named := dict(islice(queries, _QUERIES_AT_ONCE)):
-        for result in service.search_many(list(named.values()), names=list(named)):
-            print(json_text(result.to_json()), flush=True)
-
-
-def show_result(result: "SearchResult") -> None:
-    """The hits as a table."""
-    asked = result.query
-    columns, rows = ["", "score", "uid", "caption"], []
-    for rank, hit in enumerate(result.hits, 1):
-        caption = next((texts[0] for texts in hit.entry.captions.values() if texts), "")
-        rows.append([rank, hit.score, hit.entry.uid, caption])
-        if asked.rerank_top:
-            rows[-1].insert(2, "–" if hit.likelihood is None else hit.likelihood)
-        if hit.similar is not None:
-            rows[-1].append(hit.similar)
-    if asked.rerank_top:
-        columns.insert(2, "likelihood")
-    if asked.duplicates is not None:
-        columns.append("more like it")
-    show_table(columns, rows, title=asked.describe() + (f"  where {asked.where}" if asked.where else ""))
-    _show_times(result)
-    if result.next:
-        logger.info(f"There is more: --after {result.next}")
-
-
-def _show_times(result: "SearchResult") -> None:
-    parts = [f"embedded in {result.embed_milliseconds:.0f} ms", f"searched in {result.search_milliseconds:.2f} ms"]
-    if result.rerank_milliseconds is not None:
-        parts.append(f"re-ranked in {result.rerank_milliseconds:.0f} ms")
-    logger.info(", ".join(parts))
-    for text in result.cut:
-        logger.warning(
-            f"The query is longer than the model's context, and its end was cut: {text[:60]!r} … "
-            f"({len(text):,} characters)"
+        return Query(
+            texts=self.texts,
+            images=self.image,
+            items=self.like,
+            vectors=self.vector,
+            minus=self.minus,
+            weights=self.weights,
+            top=self.top,
+            where=self.where,
+            at_least=self.at_least,
+            words=self.words,
+            duplicates=self.group_duplicates,
+            diversity=self.diversity,
+            rerank_top=self.rerank_top if self.rerank else 0,
+            after=self.after,
         )
-    if result.unread:
-        uid, reason = next(iter(result.unread.items()))
-        number = len(result.unread)
-        logger.info(f"Not reranked, because their images cannot be read: {number}; the first, {uid}: {reason}")
+
+    def _open(self) -> "SearchService":
+        from vlm.index.ann.gpu import find_gpu
+        from vlm.service.search import SearchService
+
+        return SearchService.open(
+            self.index,
+            model_spec=self.model,
+            rerank_spec=self.rerank,
+            gpu=find_gpu() if self.queries else None,
+        )
+
+    def _search_once(self, query: "Query") -> None:
+        from vlm.service.gallery import write_gallery
+
+        service = self._open()
+        result = service.search(query)
+        if self.html:
+            write_gallery(self.html, [result], title="Search", info=service.index.info())
+            logger.info(f"Page: {self.html}")
+        if self.json:
+            show_json(result.to_json())
+        else:
+            show_result(result)
 
 
-def _open(arguments: Arguments) -> "SearchService":
-    from vlm.index.ann.gpu import find_gpu
-    from vlm.service.search import SearchService
-
-    return SearchService.open(
-        arguments.index,
-        model_spec=arguments.model,
-        rerank_spec=arguments.rerank,
-        gpu=find_gpu() if arguments.queries else None,
-    )
-
-
-def _show(arguments: Arguments, service: "SearchService", query: "Query") -> None:
-    from vlm.service.gallery import write_gallery
-
-    result = service.search(query)
-    if arguments.html:
-        write_gallery(arguments.html, [result], title="Search", info=service.index.info())
-        logger.info(f"Page: {arguments.html}")
-    if arguments.json:
-        show_json(result.to_json())
-    else:
-        show_result(result)
-
-
-def _read_file(path: Path, defaults: "Query") -> "dict[str, Query]":
+def _read_queries_file(path: Path, defaults: "Query") -> "dict[str, Query]":
     from vlm.service.query import queries_from_vectors, read_queries
 
     if path.suffix == ".npy":
         return queries_from_vectors(path, defaults)
     return read_queries(read_text(path).split("\n"), defaults)
+
+
+def show_result(result: "SearchResult") -> None:
+    """The hits as a table, with columns for what the query asked for."""
+    query = result.query
+    columns = ["", "score", "uid", "caption"]
+    if query.rerank_top:
+        columns.insert(2, "likelihood")
+    if query.duplicates is not None:
+        columns.append("duplicates")
+    rows: list[list[object]] = []
+    for rank, hit in enumerate(result.hits, 1):
+        caption = next((texts[0] for texts in hit.entry.captions.values() if texts), "")
+        row: list[object] = [rank, hit.score, hit.entry.uid, caption]
+        if query.rerank_top:
+            row.insert(2, "–" if hit.likelihood is None else hit.likelihood)
+        if hit.similar is not None:
+            row.append(hit.similar)
+        rows.append(row)
+    title = query.describe() + (f"  where {query.where}" if query.where else "")
+    show_table(columns, rows, title=title)
+    _log_times(result)
+    if result.next:
+        logger.info(f"Next page: --after {result.next}")
+
+
+def _log_times(result: "SearchResult") -> None:
+    parts = [f"embedded in {result.embed_milliseconds:.0f} ms", f"searched in {result.search_milliseconds:.2f} ms"]
+    if result.rerank_milliseconds is not None:
+        parts.append(f"reranked in {result.rerank_milliseconds:.0f} ms")
+    logger.info(", ".join(parts))
+    for text in result.cut:
+        shown = f"{text[:60]!r} … ({len(text):,} characters)"
+        logger.warning(f"The query is longer than the model's context and was truncated: {shown}")
+    if result.unread:
+        uid, reason = next(iter(result.unread.items()))
+        number = len(result.unread)
+        logger.info(f"Not reranked, because their images cannot be read: {number}; the first, {uid}: {reason}")

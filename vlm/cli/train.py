@@ -1,68 +1,79 @@
-"""Pretrain or fine-tune on shards.
-
-The first word is a preset (tiny, fashion, flickr8k, emoji, cc3m, …: docs/recipes.md), a TOML file, a run folder (its
-configuration), or an architecture. Everything it sets can be overridden by the options below.
-"""
+"""`vlm train`: shards to a run."""
 
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from vlm.cli.options import JsonOption
 from vlm.console import show_fields, show_json, show_table
 from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
+
+if TYPE_CHECKING:
+    from vlm.train.run import RunSummary
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Command line of `vlm train`."""
+class Train:
+    """Pretrain or fine-tune on shards.
+
+    PRESET is a preset (tiny, fashion, flickr8k, emoji, cc3m, …: docs/recipes.md), a TOML file, a run folder (its
+    configuration), or an architecture. The options override its settings.
+    """
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Preset, TOML file, run folder, or open_clip architecture."""
 
     resume: bool = False
-    """Go on from the newest checkpoint of the run, if there is one."""
+    """Resume from the newest checkpoint of the run, if there is one."""
 
     allow: tuple[str, ...] = ()
-    """Settings, or groups of them, that may change as a run is resumed, e.g. optimizer.learning_rate."""
+    """Settings, or groups of them, that may change on resume, e.g. optimizer.learning_rate."""
 
-    json: bool = False
-    """Print the result as JSON."""
+    json: JsonOption = False
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
+    @classmethod
+    def defaults(cls, words: list[str]) -> "Train":
+        """The configuration of the preset; without one that of the first preset, for the help text."""
+        if not words or words[0].startswith("-"):
+            return cls(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
+        return cls(preset=words[0], config=open_preset(words[0]))
 
-def defaults(words: list[str]) -> Arguments:
-    """The arguments a preset stands for; without one, those of the first preset, for the help text."""
-    if not words or words[0].startswith("-"):
-        return Arguments(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
-    return Arguments(preset=words[0], config=open_preset(words[0]))
+    def run(self) -> None:
+        """Train, then show the summary on the main process."""
+        from accelerate import PartialState
+
+        from vlm.train.run import train
+
+        summary = train(self.config, resume=self.resume, allow=self.allow)
+        if not PartialState().is_main_process:
+            return
+        if self.json:
+            show_json(asdict(summary))
+            return
+        show_summary(summary)
 
 
-def run(arguments: Arguments) -> None:
-    """Train, then say what came out and what to type next."""
-    from accelerate import PartialState
-
-    from vlm.train.run import train
-
-    summary = train(arguments.config, resume=arguments.resume, allow=arguments.allow)
-    if not PartialState().is_main_process:
-        return
-    if arguments.json:
-        show_json(asdict(summary))
-        return
-    facts = {"steps": summary.steps, "samples": summary.samples, "bad samples": summary.bad_samples}
-    facts |= {"skipped steps": summary.skipped_steps}
-    facts |= {"minutes": round(summary.seconds / 60, 2)}
-    facts |= {
-        name: value for name, value in summary.metrics.items() if isinstance(value, float) and "memory" not in name
+def show_summary(summary: "RunSummary") -> None:
+    """The metrics of a run, and what became of its samples."""
+    fields: dict[str, Any] = {
+        "steps": summary.steps,
+        "samples": summary.samples,
+        "bad samples": summary.bad_samples,
+        "skipped steps": summary.skipped_steps,
+        "minutes": round(summary.seconds / 60, 2),
     }
-    show_fields(facts, title=summary.run)
+    for name, value in summary.metrics.items():
+        if isinstance(value, float) and "memory" not in name:
+            fields[name] = value
+    show_fields(fields, title=summary.run)
     columns, rows = summary.ledger
-    show_table(columns, rows, title="what became of the samples (visits; the shards that lost most)")
+    show_table(columns, rows, title="sample ledger (visits; the shards that lost most)")
     logger.info(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {summary.run} --retrieval SHARDS")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vlm.config import suggest
+from vlm.console import read_text
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import open_source
@@ -88,7 +89,12 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class ZeroShotClassifier(TextEncoder, Protocol):
-    """What classifying single images needs of a model."""
+    """What classifying images needs of a model."""
+
+    @property
+    def view(self) -> EvalTransform:
+        """The transform of its images."""
+        ...
 
     @property
     def logit_scale(self) -> float:
@@ -123,17 +129,25 @@ class ZeroShot:
 
 
 def read_class_names(classes: str) -> list[str]:
-    """Class names from `a,b,c` or, without a comma, from a file with one per line.
+    """Class names from a file with one per line, or from `a,b,c`; repeated names are dropped.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: the text is neither, or the file is not UTF-8 text.
     """
-    if classes and "," not in classes:
-        path = Path(classes)
-        if not path.is_file():
-            raise UsageError(f"There is no file {classes!r} of class names; give one, or names as a,b,c.")
-        classes = path.read_text(encoding="utf-8").replace("\n", ",")
-    return [name.strip() for name in classes.split(",") if name.strip()]
+    if classes and _is_file(classes):
+        names = read_text(Path(classes)).splitlines()
+    elif classes and "," not in classes:
+        raise UsageError(f"There is no file {classes!r} of class names; give one, or names as a,b,c.")
+    else:
+        names = classes.split(",")
+    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a long list of names is longer than a file name can be
+        return False
 
 
 def class_embeddings(
@@ -190,6 +204,29 @@ def measure_zero_shot(
     if not truths:
         raise UsageError("There is no picture with a class to measure on.")
     return _summary(np.concatenate(top1), np.concatenate(top5), np.asarray(truths), names)
+
+
+def evaluate_zero_shot(
+    model: "ZeroShotClassifier",
+    url: str,
+    *,
+    label: str = "label",
+    names: Sequence[str] = (),
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    workers: int = 0,
+) -> ZeroShot:
+    """Zero-shot accuracy on labelled images.
+
+    url, label: as of `read_labelled`. names: candidate classes; empty uses those of the images.
+
+    Raises: as of `read_labelled`, `class_embeddings` and `measure_zero_shot`.
+    """
+    batches: list[tuple[np.ndarray, list[str]]] = []
+    for images, labels in read_labelled(url, label, model.view, workers=workers):
+        batches.append((model.embed_images(torch.from_numpy(images)).numpy(), labels))
+    if not names:
+        names = sorted({name for _, labels in batches for name in labels})
+    return measure_zero_shot(batches, class_embeddings(model, names, templates), names)
 
 
 def _summary(top1: np.ndarray, top5: np.ndarray, truths: np.ndarray, names: Sequence[str]) -> ZeroShot:

@@ -83,7 +83,7 @@ def test_a_signal_may_lie_in_several_files_and_in_a_folder(shard, column, times_
 
 
 def test_columns_that_do_not_fit_are_refused(shard, column, apply, tmp_path):
-    with pytest.raises(UsageError, match="vlm signals EMBEDDINGS"):
+    with pytest.raises(UsageError, match="vlm score EMBEDDINGS"):
         apply(shard, "similarity:min=0")
     with pytest.raises(VlmError, match="calls sample 1 of a shard other"):
         apply(shard, "near:min=0", columns=[column(shard, "near", [1, 2], keys=["s00000", "other"])])
