@@ -10,6 +10,7 @@ import pytest
 from tqdm import tqdm
 
 import vlm.cli.main as main_module
+from tests import preloaded
 from tests.data.tars import tiny_image
 from tests.docs_script import is_up_to_date
 from vlm import __version__
@@ -296,12 +297,12 @@ vlm.cli.main.enter()
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_a_command_that_used_torch_ends_before_the_interpreter_is_taken_apart(code):
-    done = subprocess.run([sys.executable, "-c", ENTERED, str(code)], capture_output=True, text=True, check=False)
+    done = preloaded.run([sys.executable, "-c", ENTERED, str(code)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (code, "words\nexit functions ran\n")
 
 
 def test_a_mistake_in_a_command_ends_as_mistakes_do():
-    done = subprocess.run([sys.executable, "-c", ENTERED, "fails"], capture_output=True, text=True, check=False)
+    done = preloaded.run([sys.executable, "-c", ENTERED, "fails"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ValueError: by a mistake" in done.stderr
 

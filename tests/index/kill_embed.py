@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import preloaded
 from tests.data.tars import write_tar
 from vlm.console import show_table
 
@@ -76,14 +77,14 @@ class Trial:
         return [sys.executable, "-m", "vlm", "embed", str(self.model), str(self.shards), OUT, *given]
 
 
-def start(trial: Trial, place: Path, *, is_slowed: bool = True) -> subprocess.Popen:
+def start(trial: Trial, place: Path, *, is_slowed: bool = True) -> preloaded.Popen:
     """Give the command in `place`, in a process group of its own; what it says goes to PLACE.log."""
     place.mkdir(exist_ok=True)
     (trial.work / "sitecustomize.py").write_text(SLOWED, encoding="utf-8")
     paths = [str(trial.work), str(ROOT)] if is_slowed else [str(ROOT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with place.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
+        return preloaded.Popen(
             trial.command(), stdout=log, stderr=log, env=environment, start_new_session=True, cwd=place
         )
 
@@ -167,7 +168,7 @@ def run_until_killed(trial: Trial, place: Path, aim: str) -> bool:
     return False
 
 
-def kill(trial: Trial, process: subprocess.Popen) -> None:
+def kill(trial: Trial, process: preloaded.Popen) -> None:
     """SIGKILL the process, and with several one of those it started, or all of them."""
     whom = trial.chance.choice(("first", "one", "all"))
     if whom == "one" and trial.processes > 1:
@@ -181,13 +182,13 @@ def kill(trial: Trial, process: subprocess.Popen) -> None:
     process.wait()
 
 
-def embedding_processes(process: subprocess.Popen) -> list[psutil.Process]:
+def embedding_processes(process: preloaded.Popen) -> list[psutil.Process]:
     """Those it started to embed, and their readers."""
     others = psutil.Process(process.pid).children(recursive=True)
     return [other for other in others if "resource_tracker" not in " ".join(other.cmdline())]
 
 
-def kill_group(process: subprocess.Popen) -> None:
+def kill_group(process: preloaded.Popen) -> None:
     """SIGKILL the process and all it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import preloaded
 from tests.index.embed_fixture import embed_shards
 from vlm.data.selection import Selection, select_all
 from vlm.errors import UsageError, VlmError
@@ -64,7 +64,7 @@ def test_a_run_killed_inside_a_part_and_repeated_leaves_the_files_of_an_uninterr
     expected = embed(model, shards, whole).manifest
     arguments = [str(Path(__file__).with_name("conftest.py")), str(killed), *shards]
     root = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], cwd=root, capture_output=True, check=False)
+    ended = preloaded.run([sys.executable, "-c", KILLED_RUN, *arguments], cwd=root, capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert [path.name for path in killed.glob("parts/part-*.json")] == ["part-00000.json"]
     with pytest.raises(UsageError, match="unfinished"):

@@ -8,6 +8,7 @@ from threading import Barrier
 
 import pytest
 
+from tests import preloaded
 from tests.index.conftest import ColourModel
 from vlm.errors import UsageError
 from vlm.index.embed import EmbedOptions, ProcessRank, embed_into
@@ -45,10 +46,10 @@ def embed_alone(shards: list[str], out: Path, share: ProcessRank | None = None) 
     return embed_into(ColourModel(), shards, {"image": out / "images", "text": out / "texts"}, options)
 
 
-def start(shards: list[str], out: Path, rank: int, world_size: int) -> subprocess.Popen:
+def start(shards: list[str], out: Path, rank: int, world_size: int) -> preloaded.Popen:
     told = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     arguments = [str(Path(__file__).with_name("conftest.py")), str(out), *shards]
-    return subprocess.Popen(
+    return preloaded.Popen(
         [sys.executable, "-c", EMBED_SHARE, *arguments],
         cwd=ROOT,
         env=os.environ | told,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import preloaded
 from vlm.train.checkpoint.format import find_damage, list_checkpoints
 from vlm.train.history import read_metrics
 
@@ -89,11 +90,12 @@ class Trial:
         return [*launch, "train", "tiny", *given, *more]
 
 
-def start(trial: Trial, run: Path, *more: str) -> subprocess.Popen:
+def start(trial: Trial, run: Path, *more: str) -> preloaded.Popen | subprocess.Popen:
     """Begin or resume the run in a process group of its own; what it says goes to RUN.log."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     with run.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
+        start_process = preloaded.Popen if trial.processes == 1 else subprocess.Popen
+        return start_process(
             trial.command(run, *more), stdout=log, stderr=log, env=environment, start_new_session=True, cwd=ROOT
         )
 
@@ -104,7 +106,7 @@ def history(run: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["samples"]) for line in lines]
 
 
-def kill(trial: Trial, process: subprocess.Popen) -> None:
+def kill(trial: Trial, process: preloaded.Popen | subprocess.Popen) -> None:
     """SIGKILL one of several training processes, or all of the run's."""
     trainers = psutil.Process(process.pid).children() if trial.processes > 1 else []
     if trainers:
@@ -143,7 +145,7 @@ def run_until_killed(trial: Trial, run: Path, *, is_writing: bool) -> set[str]:
     return seen
 
 
-def has_begun(run: Path, process: subprocess.Popen) -> bool:
+def has_begun(run: Path, process: preloaded.Popen | subprocess.Popen) -> bool:
     """Whether the log has changed since this process was started."""
     path = run / "metrics.jsonl"
     return path.exists() and path.stat().st_mtime > psutil.Process(process.pid).create_time()

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from tests import preloaded
 from tests.train.kill_many import Trial, kill_many
 from vlm.train.history import read_metrics
 
@@ -44,7 +45,7 @@ def command(scene_shards, scene_tokenizer, run, workers, *more):
 
 def signalled(words, run, number):
     """Exit code and talk of a run that is sent a signal after its third step, and saves for no other reason."""
-    process = subprocess.Popen([*words, "--checkpoint-every", "1000"], stderr=subprocess.PIPE, text=True)
+    process = preloaded.Popen([*words, "--checkpoint-every", "1000"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and len(history(run)) >= 3):
         time.sleep(0.005)
@@ -60,7 +61,7 @@ def history(run):
 @pytest.fixture(scope="module")
 def uninterrupted(scene_shards, scene_tokenizer, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(scene_shards, scene_tokenizer, run, 0), check=True, capture_output=True)
+    preloaded.run(command(scene_shards, scene_tokenizer, run, 0), check=True, capture_output=True)
     return history(run)
 
 
@@ -70,7 +71,7 @@ def test_a_killed_run_resumes_to_the_same_samples_and_losses(
     workers, uninterrupted, scene_shards, scene_tokenizer, tmp_path
 ):
     run = tmp_path / "run"
-    process = subprocess.Popen(
+    process = preloaded.Popen(
         command(scene_shards, scene_tokenizer, run, workers), stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 120
@@ -86,7 +87,7 @@ def test_a_killed_run_resumes_to_the_same_samples_and_losses(
     assert not left, "loader workers outlived the run"
     assert not (run / "manifest.json").exists()
     before = history(run)
-    subprocess.run(command(scene_shards, scene_tokenizer, run, workers, "--resume"), check=True, capture_output=True)
+    preloaded.run(command(scene_shards, scene_tokenizer, run, workers, "--resume"), check=True, capture_output=True)
     assert before == uninterrupted[: len(before)]
     assert history(run) == uninterrupted
 
@@ -98,7 +99,7 @@ def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scen
     assert code == 1
     assert "everything is saved" in talk
     assert f"vlm train {run} --resume" in talk
-    subprocess.run([sys.executable, "-m", "vlm", "train", str(run), "--resume"], check=True, capture_output=True)
+    preloaded.run([sys.executable, "-m", "vlm", "train", str(run), "--resume"], check=True, capture_output=True)
     assert history(run) == uninterrupted
 
 

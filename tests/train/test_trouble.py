@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import preloaded
 from tests.train.test_kill import command
 from vlm.errors import VlmError
 from vlm.train.objectives import objective_registry
@@ -100,14 +101,14 @@ def test_trouble_without_end_ends_the_run_with_all_there_is_to_know(configure, p
 
 
 def run_cli(words, **more):
-    return subprocess.run(words, capture_output=True, text=True, check=False, **more)
+    return preloaded.run(words, capture_output=True, text=True, check=False, **more)
 
 
 @pytest.mark.slow
 def test_a_lost_worker_is_named_with_what_is_saved(scene_shards, scene_tokenizer, tmp_path):
     run = tmp_path / "run"
     words = command(scene_shards, scene_tokenizer, run, 1, "--steps", "100000")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = preloaded.Popen(words, stderr=subprocess.PIPE, text=True)
     while not (run / "checkpoints").is_dir() or len(list((run / "checkpoints").glob("step-*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)

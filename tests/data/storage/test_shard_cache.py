@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests import preloaded
 from tests.data.storage.faulty import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shard_cache import ShardCache, default_cache
@@ -150,7 +151,7 @@ def test_two_processes_share_one_download_of_each_shard(faulty_server, served, w
     faulty_server.faults = [Fault(path=name, pause=0.01) for name in names]
     arguments = [str(make_cache().folder), str(1 << 30), *(f"{faulty_server.url}/{name}" for name in names)]
     command = [sys.executable, "-c", READ_ALL, *arguments]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [preloaded.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert outputs == [[f"{place}-{number}" for place in range(4) for number in range(4)]] * 2
     assert [len(faulty_server.gets(f"/{name}")) for name in names] == [1] * 4
