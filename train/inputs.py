@@ -191,7 +191,7 @@ def needs_ema(config: TrainConfig, terms: Sequence[WeightedLossTerm]) -> bool:
     if is_read and not config.optimizer.average_decay:
         raise UsageError(
             f"objective = {config.objective.objective!r} learns from the EMA of the weights; give its decay, "
-            "e.g. --average-decay 0.996."
+            "e.g. --ema-decay 0.996."
         )
     return bool(config.optimizer.average_decay)
 

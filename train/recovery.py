@@ -284,7 +284,7 @@ class Watchdog:
         headline = (
             f"{self._process_label[0].upper()}{self._process_label[1:]} (pid {os.getpid()}) "
             f"has been {self._phase} for {seconds / 60:.2g} min, "
-            f"the limit (--hang-minutes); before that: {self._last_event}"
+            f"the limit (--watchdog-minutes); before that: {self._last_event}"
         )
         workers = describe_workers()
         with contextlib.suppress(OSError), self._path.open("w", encoding="utf-8") as file:

@@ -1,25 +1,12 @@
-"""Which network is trained, and what of it.
-
-What is minimised.
-
-How the weights move.
-
-How samples are read, shuffled and seen.
-
-What a run saves, and what it does when something goes wrong.
-
-A whole run, as it is saved with it as TOML and read back.
-
-What may change between the parts of a run.
-
-Which differences of configuration a resumed run takes.
-"""
+"""The configuration of a run, saved with it as TOML, and what of it may change when the run is resumed."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from vlm.config import config_differences, flatten_config, lookup
 from vlm.errors import UsageError
@@ -27,213 +14,216 @@ from vlm.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network, how it reads text, and how it is regularised."""
+    """Architecture, tokenizer and regularisation."""
 
     architecture: str = "tiny"
-    """One of ours (tiny, tiny-coca, small), any open_clip name (ViT-B-32, coca_ViT-L-14), or IMAGE_TOWER+TEXT_TOWER."""
+    """tiny, tiny-coca, small, any open_clip architecture (ViT-B-32, coca_ViT-L-14), or IMAGE_TOWER+TEXT_TOWER."""
 
     start_from: str = ""
-    """MODEL whose weights, view and tokenizer the run starts from; empty starts from fresh weights."""
+    """MODEL to initialise from: weights, image transform and tokenizer; empty initialises randomly."""
 
     tokenizer: str = "clip"
     """clip, a SentencePiece .model file, or a Hugging Face folder."""
 
     context_length: int = 0
-    """Tokens a caption; 0 takes the architecture's."""
+    """Context length in tokens; 0 uses the architecture's."""
 
     image_size: int = 0
-    """Pixels of the square the network sees; 0 takes the architecture's."""
+    """Input resolution in pixels; 0 uses the architecture's."""
 
     lock: Literal["", "image", "text"] = ""
-    """Tower whose weights stay as they are: `image` is locked-image tuning (LiT)."""
+    """Tower to freeze: `image` is locked-image tuning (LiT)."""
 
     unlocked_groups: int = 0
-    """Last groups of layers of the locked tower that are trained all the same."""
+    """Number of last layer groups of the locked tower to train all the same."""
 
     patch_dropout: float = 0.0
-    """Share of patches a ViT leaves out while training."""
+    """Fraction of patches a ViT drops while training (patch dropout)."""
 
     dropout: float = 0.0
-    """Probability of the dropout layers the towers have."""
+    """Dropout probability, for towers with dropout layers."""
 
     drop_path: float = 0.0
-    """Probability of skipping a residual branch of a timm tower, rising with depth to this."""
+    """Maximum stochastic-depth rate of a timm tower; it rises linearly with depth."""
 
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass to save memory (gradient checkpointing)."""
 
     channels_last: bool = False
-    """Lay out a convolutional tower's maps with channels last."""
+    """Use the channels-last memory format for a convolutional tower."""
 
     compile: bool = False
-    """Compile the network (torch.compile); its first steps take minutes."""
+    """Compile the network (torch.compile); the first steps take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """A sum of weighted terms, and what they are told."""
+    """A weighted sum of loss terms, and their parameters."""
 
     objective: str = "clip"
-    """Terms of the table in the docs, joined by +, each with a weight if not 1: `clip`, `siglip + 2*caption`."""
+    """Loss terms (docs/objectives.md) joined by +, each with its weight if not 1: `clip`, `siglip + 2*caption`."""
 
     same_pairs: Literal["negative", "ignore", "positive"] = "negative"
-    """What pairs of a batch with the same key, caption or image are to each other in contrastive terms."""
+    """How to treat in-batch pairs that share a key, caption or image: as negatives, ignored, or as extra positives."""
 
     margin: float = 0.2
-    """Margin of the ranking term: cosines of negatives must stay this far below that of the pair."""
+    """Margin of the ranking loss between the cosines of a pair and its negatives."""
 
     negatives: Literal["both", "images", "texts", "hardest"] = "both"
-    """Negatives of the ranking term: wrong images, wrong texts, both, or the hardest of each."""
+    """Negatives of the ranking loss: images, texts, both, or the hardest of each."""
 
     teacher: str = ""
-    """MODEL that distillation learns from while training; empty reads teacher embeddings stored in the shards."""
+    """Teacher MODEL for online distillation; empty uses teacher embeddings stored in the shards."""
 
     teacher_scale: float = 100.0
     """Inverse temperature of the teacher's similarities."""
 
     sub_captions: int = 0
-    """Sentences drawn from a sample's captions that are shown as several positives; 0 shows one caption."""
+    """Sentences sampled per image as multiple positives; 0 uses one caption."""
 
     local_views: int = 0
-    """Small crops of each image for local-to-global self-distillation."""
+    """Local crops per image for local-to-global self-distillation."""
 
     parallel_share: float = 0.75
-    """Share of captions that the parallel captioner predicts all at once (CapPa); the others token by token."""
+    """Fraction of captions predicted in parallel (CapPa); the others autoregressively."""
 
     text_embedding_size: int = 0
-    """Numbers in a stored text embedding that images are aligned with (`text_align`)."""
+    """Dimension of the stored text embeddings that images are aligned with (`text_align`)."""
 
     similarity_block: int = 1024
-    """Rows of the similarity matrix that are held at once; changes memory only."""
+    """Rows of the similarity matrix computed at once; affects memory only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, or Muon beside it, with linear warm-up and cosine decay to zero."""
+    """AdamW, or Muon with AdamW, with linear warm-up and cosine decay to zero."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: the matrices inside the towers move by orthogonalised momentum, all else by AdamW, at one learning rate."""
+    """muon: Muon for the matrices inside the towers and AdamW for the rest, at one learning rate."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
 
-    table_rate: float = 1.0
-    """Learning rate of tables of tokens, relative to the others'."""
+    table_rate: Annotated[float, tyro.conf.arg(name="embedding-lr-mult")] = 1.0
+    """Learning-rate multiplier for token embeddings."""
 
-    gain_rate: float = 1.0
-    """The same, of gains and biases."""
+    gain_rate: Annotated[float, tyro.conf.arg(name="norm-lr-mult")] = 1.0
+    """Learning-rate multiplier for gains and biases."""
 
-    kernel_rate: float = 1.0
-    """The same, of kernels of convolutions, patch embeddings among them."""
+    kernel_rate: Annotated[float, tyro.conf.arg(name="conv-lr-mult")] = 1.0
+    """Learning-rate multiplier for convolution kernels, patch embeddings included."""
 
-    temperature_rate: float = 1.0
-    """The same, of temperature and bias of the similarities."""
+    temperature_rate: Annotated[float, tyro.conf.arg(name="logit-scale-lr-mult")] = 1.0
+    """Learning-rate multiplier for logit scale and logit bias."""
 
     weight_decay: float = 0.1
-    """On matrices only; gains, biases and the temperature are left alone."""
+    """Weight decay, on matrices only, not on gains, biases and logit scale."""
 
     beta1: float = 0.9
-    """Decay of the mean of the gradient."""
+    """β₁ of Adam: decay of the first moment."""
 
     beta2: float = 0.98
-    """Decay of the mean of its square."""
+    """β₂ of Adam: decay of the second moment."""
 
     epsilon: float = 1e-6
-    """Added to the root of the latter."""
+    """ε of Adam."""
 
     warmup_steps: int = 100
-    """Steps from zero to the peak."""
+    """Warm-up steps."""
 
-    clip_norm: float = 1.0
-    """The gradient's norm is cut to this; 0 leaves it."""
+    clip_norm: Annotated[float, tyro.conf.arg(name="grad-clip-norm")] = 1.0
+    """Gradient-norm clipping threshold; 0 disables it."""
 
-    average_decay: float = 0.0
-    """Decay of the EMA of the weights (EMA), which becomes the final model; 0 keeps none."""
+    average_decay: Annotated[float, tyro.conf.arg(name="ema-decay")] = 0.0
+    """EMA decay; the EMA weights become the final model. 0 disables EMA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How samples are read, shuffled and seen."""
+    """How samples are read, shuffled and augmented."""
 
     workers: int = 1
-    """Processes that read, decode and tokenize; does not change what is read."""
+    """Worker processes that read, decode and tokenize; does not affect results."""
 
     shuffle_window: int = 65536
-    """Samples that are shuffled together after the shards are."""
+    """Size of the window in which samples are shuffled, after the shards are."""
 
     selection: str = ""
-    """File of `vlm curate` that says which samples are seen, and how often; empty sees each once an epoch."""
+    """Selection file of `vlm curate`: which samples to use, and how often per epoch; empty uses each once."""
 
     languages: tuple[str, ...] = ()
-    """Languages captions are drawn from; empty takes the first of each sample. `tags` stands for its tags."""
+    """Caption languages to sample from; empty uses the first of each sample. `tags` stands for its tags."""
 
     language_weights: tuple[float, ...] = ()
-    """How often each of them is drawn, in proportion; empty draws evenly."""
+    """Sampling weight of each language; empty weighs all equally."""
 
     sentences: bool = False
-    """Show one sentence, drawn, of a long caption; cut after . ! ? before a space ("Dr. Smith" too), after 。！？."""
+    """Sample one sentence of a long caption; split after . ! ? before a space ("Dr. Smith" too), and after 。！？."""
 
     arrays: tuple[str, ...] = ()
-    """Arrays stored in the shards that batches carry: teacher_image, teacher_text, text_embedding."""
+    """Precomputed features to load from the shards: teacher_image, teacher_text, text_embedding."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Range of the random crop's share of the image's area."""
+    """Range of the random crop's share of the image area (scale of RandomResizedCrop)."""
 
     flip: float = 0.0
-    """Probability of mirroring an image; leave at 0 where captions say left and right."""
+    """Probability of a horizontal flip; keep 0 if captions mention left and right."""
 
     decode_on_device: bool = False
-    """Decode JPEGs on the GPU instead of in the workers; workers then read, draw and tokenize only."""
+    """Decode JPEGs on the GPU (nvJPEG) instead of in the workers."""
 
     allow_damage: bool = False
-    """Read the whole samples of shards that are cut short instead of refusing them."""
+    """Use the intact samples of truncated shards instead of failing."""
 
     max_bad: float = 0.01
-    """Share of unusable samples past which the run fails; the first ten never count as too many, unless it is 0."""
+    """Abort when more than this fraction of samples is corrupt (the first ten are tolerated, unless 0)."""
 
     max_bad_in_a_row: int = 100
-    """Unusable samples one after the other at which the run fails."""
+    """Abort at this many corrupt samples in a row."""
 
     cache: str = ""
-    """Folder in which remote and compressed shards are kept; empty takes $VLM_CACHE or ~/.cache/vlm/shards."""
+    """Cache folder for remote and compressed shards; empty uses $VLM_CACHE or ~/.cache/vlm/shards."""
 
     cache_gb: float = 0.0
-    """Bound of that folder in 10⁹ bytes; 0 takes $VLM_CACHE_GB or 50."""
+    """Maximum size of the cache in GB (10⁹ bytes); 0 uses $VLM_CACHE_GB or 50."""
 
-    trim_text: bool = True
-    """Cut a batch's tokens to its longest caption, where the text tower gives the same vectors and is not compiled."""
+    trim_text: Annotated[
+        bool,
+        tyro.conf.arg(help="Always pad captions to the full context length.", help_behavior_hint="(default: False)"),
+    ] = True
+    """Pad captions only to the batch's longest, where the text tower gives the same vectors and is not compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
-    """Checkpoints, bad steps, hanging processes."""
+    """Checkpoints, skipped steps, watchdog."""
 
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
+    """Checkpoint interval in steps; the last step is always saved."""
 
     checkpoint_minutes: float = 0.0
-    """Minutes between checkpoints in addition; 0 goes by steps alone."""
+    """Additional checkpoint interval in minutes; 0 disables it."""
 
     keep_checkpoints: int = 2
-    """Checkpoints kept, the newest."""
+    """Number of newest checkpoints to keep."""
 
     keep_best: str = ""
-    """Metric of val whose best checkpoint is kept too, e.g. text_to_image_recall@10; empty keeps none."""
+    """Val metric whose best checkpoint to keep, too, e.g. text_to_image_recall@10; empty keeps none."""
 
     checkpoint_to: str = ""
-    """Address (fsspec: s3://…, gs://…, a folder) that every checkpoint is copied to in the background."""
+    """URL (fsspec: s3://…, gs://…, or a folder) to upload every checkpoint to in the background."""
 
     spike_factor: float = 0.0
-    """A step whose loss rises above the running median by this many times its usual deviation is skipped; 0 never."""
+    """Skip a step whose loss exceeds the running median by this many times its usual deviation; 0 never skips."""
 
     skip_limit: int = 5
-    """Skipped steps in a row at which the run goes back to the last good checkpoint and passes over these samples."""
+    """Roll back to the last good checkpoint, past these samples, at this many skipped steps in a row."""
 
-    rewind_limit: int = 3
-    """Times a run may go back before it ends."""
+    rewind_limit: Annotated[int, tyro.conf.arg(name="rollback-limit")] = 3
+    """Maximum number of rollbacks before the run fails."""
 
-    hang_minutes: float = 30.0
-    """A step that takes longer ends the run with what each process was doing; 0 waits for ever."""
+    hang_minutes: Annotated[float, tyro.conf.arg(name="watchdog-minutes")] = 30.0
+    """Watchdog timeout: end the run with a stack trace of each process if a step takes longer; 0 disables it."""
 
 
 _MIN_CACHE_GB = 1e-3
@@ -242,52 +232,52 @@ _MAX_EPOCHS = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A pretraining run."""
+    """Data, length and precision of a run."""
 
     data: str = ""
-    """Shards to train on: a folder, pattern, several joined with ::, or an address; or a mixture file (.toml)."""
+    """Training shards: a folder, a pattern, a URL, several joined by ::, or a mixture file (.toml)."""
 
     val: str = ""
-    """Shards to measure retrieval on while training; empty measures nothing."""
+    """Shards to evaluate retrieval on while training; empty disables it."""
 
     val_captions_each: int = 0
-    """Captions of an image used in that, in each language: the first so many; 0 uses all."""
+    """Captions per image and language for that evaluation, the first ones; 0 uses all."""
 
     run: str = ""
-    """Folder of the run."""
+    """Run folder."""
 
     batch_size: int = 256
-    """Samples a step, over all processes."""
+    """Global batch size, over all processes."""
 
     micro_batch: int = 0
-    """Samples of a process that go through the network at once; 0 takes its whole share. Gradients are the same."""
+    """Micro-batch per process (gradient caching: same gradients, less memory); 0 uses its whole share of the batch."""
 
     epochs: float = 10.0
-    """Passes over the data; ignored where steps is given."""
+    """Number of epochs; ignored if steps is given."""
 
     steps: int = -1
-    """Optimizer steps; -1 follows from epochs, 0 saves the fresh model."""
+    """Optimizer steps; -1 derives them from epochs, 0 saves the initial model."""
 
     seed: int = 0
-    """Of weights, order, crops and drawn captions."""
+    """Random seed for initialisation, shuffling, crops and caption sampling."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights stay fp32."""
+    """Precision of the forward pass (autocast); weights stay fp32."""
 
     sharding: Literal["none", "fsdp"] = "none"
-    """none: every process holds the whole network (DDP); fsdp: weights and optimizer are spread (FSDP2)."""
+    """none: replicate the network (DDP); fsdp: shard weights and optimizer state (FSDP2)."""
 
     evaluate_every: int = 500
-    """Steps between measurements on val; the last step is always measured."""
+    """Evaluation interval on val in steps; the last step is always evaluated."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Logging interval in steps (metrics.jsonl)."""
 
     peak_tflops: float = 0.0
-    """TFLOP/s of a device that utilisation (MFU) is measured against; 0 takes the data sheet's, or measures a CPU."""
+    """Peak TFLOP/s of a device for MFU; 0 uses the data sheet's, or measures a CPU."""
 
     tensorboard: bool = False
-    """Write metrics for TensorBoard too, into RUN/tensorboard."""
+    """Log metrics to TensorBoard, too, in RUN/tensorboard."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
 from parts.quality_data import DataSet
 from parts.quality_runs import Run, Trainer, our_words
 from parts.quality_settings import ABLATIONS, EVERYTHING, OPEN_CLIP, OURS, THEIR_VARIANTS
 
+from vlm.cli.main import parse_verb
 from vlm.cli.train import Train
 from vlm.console import say
 from vlm.train.run_config import TrainConfig
@@ -52,7 +52,7 @@ def configuration(run: Run) -> TrainConfig | None:
     """What our trainer makes of the words; None of open_clip's."""
     if run.trainer != "ours":
         return None
-    words = our_words(run, Path("run"))
-    config = tyro.cli(Train, default=Train.defaults(words), args=words).config
-    config.check()
-    return config
+    verb = parse_verb("train", our_words(run, Path("run")))
+    assert isinstance(verb, Train)
+    verb.config.check()
+    return verb.config

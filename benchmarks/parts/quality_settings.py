@@ -14,7 +14,7 @@ LABELS: dict[str, str] = {"fashion": "articleType"}
 """Metadata field whose values are classified zero-shot, from the bare names."""
 
 OURS: dict[str, list[str]] = {
-    "fashion": ["--architecture", "small", "--average-decay", "0", "--warmup-steps", "{warmup}", "--flip", "0"],
+    "fashion": ["--architecture", "small", "--ema-decay", "0", "--warmup-steps", "{warmup}", "--flip", "0"],
     "flickr8k": [],
 }
 """Per data set, what is added to `vlm train PRESET`: fashion's own text tower is none that open_clip has,
@@ -24,7 +24,7 @@ OPEN_CLIP: list[str] = ["--warmup", "{warmup}", "--beta2", "0.98", "--eps", "1e-
 """What is changed of open_clip's defaults: its warm-up of 10,000 steps is longer than the whole run, and its AdamW is
 that of CLIP (the default where a network's name holds "vit"; for other names it is 0.999 and 1e-8)."""
 
-_ONE_RATE = ["--table-rate", "1", "--gain-rate", "1", "--kernel-rate", "1", "--temperature-rate", "1"]
+_ONE_RATE = ["--embedding-lr-mult", "1", "--norm-lr-mult", "1", "--conv-lr-mult", "1", "--logit-scale-lr-mult", "1"]
 _ADAMW_WORDS = "--optimizer adamw --weight-decay 0.2 --beta1 0.9 --beta2 0.98 --epsilon 1e-6 --learning-rate 5e-4"
 _ADAMW = [*_ADAMW_WORDS.split(), *_ONE_RATE]
 
@@ -33,8 +33,8 @@ ABLATIONS: dict[str, list[str]] = {
     "AdamW as CLIP's": _ADAMW,
     "one rate for all weights": _ONE_RATE,
     "warm-up of a tenth": ["--warmup-steps", "{warmup}"],
-    "no gradient clipping": ["--clip-norm", "0"],
-    "no mean of weights": ["--average-decay", "0"],
+    "no gradient clipping": ["--grad-clip-norm", "0"],
+    "no mean of weights": ["--ema-decay", "0"],
     "crops of nine tenths": ["--crop-scale", "0.9", "1.0"],
     "no flips": ["--flip", "0"],
     "first caption only": ["--data", "{first_captions}"],

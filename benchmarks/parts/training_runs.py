@@ -103,7 +103,7 @@ def _our_words(run: TrainerRun, folder: Path) -> list[str]:
     return [
         *("train", NETWORK, "--data", "::".join(run.shards), "--run", str(folder / "run"), "--precision", "fp32"),
         *("--batch-size", str(run.batch), "--micro-batch", str(run.micro if run.micro < run.batch else 0)),
-        *("--steps", str(run.steps), "--workers", "1", "--log-every", "1", "--clip-norm", "1"),
+        *("--steps", str(run.steps), "--workers", "1", "--log-every", "1", "--grad-clip-norm", "1"),
     ]
 
 

@@ -12,7 +12,7 @@ from vlm.errors import VlmError
 from vlm.index.backward_compat import EmbeddingPairs, read_pairs
 
 ROLES = ("old", "new", "newer")
-_OLD = ["--architecture", "small", "--epochs", "4", "--warmup-steps", "30", "--average-decay", "0.95", "--seed", "0"]
+_OLD = ["--architecture", "small", "--epochs", "4", "--warmup-steps", "30", "--ema-decay", "0.95", "--seed", "0"]
 _LARGER = ["--architecture", "timm:test_convnext3+bag@256"]
 RECIPES: dict[str, list[str]] = {
     "old": _OLD,

@@ -51,13 +51,22 @@ class PairSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneOptions:
-    """Which drawn scenes: number of them, width in pixels; `is_distinct`: no scene comes twice."""
+    """The synthetic shapes dataset of SOURCE scenes."""
 
     split: Literal["train", "val"] = "train"
+    """Split; combinations of shape and colour in val are absent from train."""
+
     number: int = 10_000
+    """Number of samples."""
+
     seed: int = 0
+    """Random seed."""
+
     pixels: int = 64
+    """Image size in pixels."""
+
     is_distinct: bool = False
+    """Draw no scene twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from vlm.train.history import read_metrics
 
 def options(scene_shards):
     steps = ["--steps", "4", "--checkpoint-every", "2", "--micro-batch", "3", "--evaluate-every", "2"]
-    return [*steps, "--val", str(scene_shards / "val"), "--average-decay", "0.5"]
+    return [*steps, "--val", str(scene_shards / "val"), "--ema-decay", "0.5"]
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_a_live_teacher_is_learnt_from(configure):
     [
         ("distill", "--teacher MODEL"),
         ("sub_captions", "--sub-captions N"),
-        ("local_to_global", "--average-decay"),
+        ("local_to_global", "--ema-decay"),
         ("clip + nonsense", "did you mean|known"),
         ("2**clip", "is not a term"),
         ("clip + clip", "twice"),

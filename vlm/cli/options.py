@@ -40,6 +40,16 @@ AllowDamageOption = Annotated[
 RENAMED_FLAGS: dict[str, dict[str, str]] = {
     "curate": {"--rule": "--filter"},
     "embed": {"--codes": "--quantize"},
+    "train": {
+        "--table-rate": "--embedding-lr-mult",
+        "--gain-rate": "--norm-lr-mult",
+        "--kernel-rate": "--conv-lr-mult",
+        "--temperature-rate": "--logit-scale-lr-mult",
+        "--clip-norm": "--grad-clip-norm",
+        "--average-decay": "--ema-decay",
+        "--rewind-limit": "--rollback-limit",
+        "--hang-minutes": "--watchdog-minutes",
+    },
     "index build": {
         "--kind": "--index-type",
         "--links": "--hnsw-m",

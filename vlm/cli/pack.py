@@ -59,7 +59,12 @@ class Pack:
     max_bad: float = 0.01
     """Abort when more than this fraction of the pairs is unusable."""
 
-    verify: Annotated[bool, tyro.conf.arg(help="Skip decoding every image; damaged ones are then packed, too.")] = True
+    verify: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="Skip decoding every image; damaged ones are then packed, too.", help_behavior_hint="(default: False)"
+        ),
+    ] = True
     """Decode every image once, to skip damaged ones."""
 
     allow_damage: Annotated[bool, tyro.conf.arg(help="Read the intact samples of truncated source tars.")] = False
