@@ -7,7 +7,6 @@ and leaves out what cannot be used.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from itertools import chain, starmap
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from vlm.data.samples import Captions, CaptionSampler, Sample, SampledCaption, S
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
+from vlm.files import content_digest
 from vlm.tensors import Array, Float, Int64, Tensor, UInt8
 
 
@@ -353,7 +353,7 @@ def content_hash(content: bytes) -> int:
 
     Two of a million different ones collide once in 37 million times (birthday bound, 2^-65 n^2).
     """
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True) or NO_IDENTITY + 1
+    return int.from_bytes(content_digest(content, size=8), "little", signed=True) or NO_IDENTITY + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ Two finders of image pairs that show the same thing, and the union-find that joi
 `DigestList` counts exact repeats of keys, captions and encoded images at 16 bytes each.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -544,12 +543,6 @@ def connected_components(pairs: Iterable[tuple[np.ndarray, np.ndarray]], number:
 DIGEST_BYTES = 16
 
 
-def content_digest(data: bytes | str) -> bytes:
-    """16 bytes that stand for the content (BLAKE2b)."""
-    encoded = data.encode() if isinstance(data, str) else data
-    return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).digest()
-
-
 class RepeatedDigest(NamedTuple):
     """A value that occurs more than once: the position of its first occurrence, and how often it occurs."""
 
@@ -570,7 +563,7 @@ class DigestList:
         return self._words[2 * position : 2 * position + 2].tobytes()
 
     def add(self, digest: bytes) -> None:
-        """Append one of `content_digest`."""
+        """Append 16 bytes of `vlm.files.content_digest`."""
         self._words.frombytes(digest)
 
     def distinct(self, where: np.ndarray | None = None) -> int:

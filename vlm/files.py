@@ -171,6 +171,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_digest(data: bytes | str, *, size: int = 16) -> bytes:
+    """`size` bytes that tell contents apart (BLAKE2b)."""
+    encoded = data.encode() if isinstance(data, str) else data
+    return hashlib.blake2b(encoded, digest_size=size).digest()
+
+
 def compute_fingerprint(*parts: bytes | str) -> str:
     """The first 16 hex digits of a SHA-256 over the parts, each preceded by its length.
 

@@ -18,9 +18,9 @@ from vlm.data.curation.filter import (
     keep_one_per_group,
     require_one_of,
 )
-from vlm.data.curation.sample_table import DIGEST_BYTES, RequiredColumn, SampleTable
+from vlm.data.curation.sample_table import RequiredColumn, SampleTable
 from vlm.data.curation.score_columns import ScoreValues
-from vlm.data.dedup import DISTANCE, connected_components, near_duplicate_pairs
+from vlm.data.dedup import DIGEST_BYTES, DISTANCE, connected_components, near_duplicate_pairs
 from vlm.data.selection import MAX_TIMES
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError

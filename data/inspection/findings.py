@@ -1,4 +1,4 @@
-"""What was found in shards, as plain data."""
+"""The result of an inspection, as plain data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,7 +53,7 @@ class BadRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ContactSheetSample:
-    """A sample for the contact sheet; `picture` is a small JPEG."""
+    """A sample for the contact sheet; `image` is a small JPEG."""
 
     key: str
     image: bytes = field(repr=False)
@@ -70,10 +70,10 @@ class Inspection:
     selected: samples left by the selection; None without one.
     damaged: shards that end early or cannot be read. corrupt: the first samples that cannot be used; reasons counts
         all of them.
-    traits: pictures with alpha, a palette, CMYK, grey or 16-bit values, several frames, an EXIF turn.
-    sizes: bytes a picture. aspects: width / height.
-    duplicate_pictures: samples whose picture, bit for bit, an earlier one has; duplicate_keys likewise.
-    near_duplicates: samples that look like an earlier one, the former included; None where that was not asked.
+    traits: images with alpha, a palette, CMYK, grey or 16-bit values, several frames, an EXIF orientation.
+    sizes: bytes an image. aspects: width / height.
+    duplicate_pictures: samples whose image, bit for bit, an earlier one has; duplicate_keys likewise.
+    near_duplicates: samples that look like an earlier one, the former included; None if they were not searched.
     repeated_captions: the most frequent captions that occur more than once, with their numbers.
     context_length: of the tokenizer, if one was given.
     """
@@ -107,7 +107,7 @@ class Inspection:
         return sum(self.reasons.values())
 
     def facts(self) -> dict[str, Any]:
-        """All but the pictures, as plain values."""
+        """All but the images, as plain values."""
         values = asdict(self)
         del values["shown"]
         return values

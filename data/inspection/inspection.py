@@ -1,26 +1,29 @@
-"""Looking into shards: what they hold, what is damaged, what is there twice."""
+"""Inspecting shards: what they hold, what is damaged, what occurs twice."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlm.console import progress
-from vlm.data.dedup import content_digest
 from vlm.data.inspection.findings import BadRecord, Inspection
-from vlm.data.inspection.sample_scan import ScanChunk, ScanOptions, scan_samples
+from vlm.data.inspection.sample_scan import SampleScanner, ScanChunk, ScanOptions
 from vlm.data.inspection.statistics import DatasetStats
+from vlm.data.shard_scan import scan_shards
 from vlm.data.tar import ShardReader, open_index
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError
+from vlm.files import content_digest
 
 if TYPE_CHECKING:
     from vlm.data.selection import Selection
 
 
 NEAR_LIMIT = 100_000
-"""Samples up to which near duplicates are looked for: 1,160 bytes each, and all are compared."""
+"""Samples up to which near-duplicates are searched: 1,160 bytes each, and all are compared."""
 
 _CHUNK_SAMPLES = 64
 
@@ -38,11 +41,11 @@ def inspect_shards(
 ) -> Inspection:
     """Read and decode the samples of shards, never stopping at a bad one.
 
-    sample: look at no more than so many, evenly spread; None looks at all.
-    pictures: how many to keep for the contact sheet, evenly spread.
+    sample: read at most so many, evenly spaced; None reads all.
+    images: how many to keep for the contact sheet, evenly spaced.
     workers: processes that read and decode; the result is the same for any number.
-    selection: look only at what it keeps.
-    near_limit: look for near duplicates among no more samples than that.
+    selection: read only what it keeps.
+    near_limit: search near-duplicates among at most so many samples; among more, not at all.
     tokenizer: as `open_tokenizer` takes it, with its context length or another; counts the tokens of captions.
 
     Raises:
@@ -59,39 +62,41 @@ def inspect_shards(
         if value is not None and value < least:
             raise UsageError(f"{name} = {value} is outside its range; give {least} or more.")
     limit = open_tokenizer(tokenizer, context_length).context_length if tokenizer else None
-    opened = _ShardLayout(shards)
-    there = opened.chosen(selection)
-    numbers = there[evenly_spaced(len(there), len(there) if sample is None else sample)]
-    shown = frozenset(numbers[evenly_spaced(len(numbers), images)].tolist())
+    layout = _ShardLayout(shards)
+    selected = layout.selected_numbers(selection)
+    numbers = selected[evenly_spaced(len(selected), len(selected) if sample is None else sample)]
+    on_sheet = frozenset(numbers[evenly_spaced(len(numbers), images)].tolist())
+
     stats = DatasetStats(limit)
     options = ScanOptions(tokenizer=tokenizer, with_signatures=len(numbers) <= near_limit)
+    make_scan = partial(SampleScanner, options)
     with progress(total=len(numbers), what="inspecting", unit="sample") as bar:
-        for scans in scan_samples(opened.chunks(numbers, shown), options, workers=workers):
+        for scans in scan_shards(make_scan, layout.chunks(numbers, on_sheet), workers=workers):
             for scan in scans:
                 stats.add(scan)
             bar.update(len(scans))
     return _inspection(
-        opened,
+        layout,
         stats,
-        selected=None if selection is None else len(there),
+        selected=None if selection is None else len(selected),
         context_length=limit,
         near_duplicates=stats.near_duplicates() if options.with_signatures else None,
     )
 
 
-def evenly_spaced(total: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` numbers below `total`, ascending, evenly apart."""
-    wanted = min(wanted, total)
-    return (np.arange(wanted, dtype=np.int64) * total) // max(wanted, 1)
+def evenly_spaced(total: int, number: int) -> np.ndarray:
+    """Up to `number` positions below `total`, ascending, evenly spaced."""
+    number = min(number, total)
+    return (np.arange(number, dtype=np.int64) * total) // max(number, 1)
 
 
 class _ShardLayout:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
-    starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be opened.
+    starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be layout.
 
     Raises:
-        VlmError: none can be opened.
+        VlmError: none can be layout.
     """
 
     def __init__(self, shards: Sequence[str]) -> None:
@@ -116,28 +121,30 @@ class _ShardLayout:
             others = f" The other {len(shards) - 1:,} cannot be read either." if len(shards) > 1 else ""
             raise VlmError(f"{self.damaged[0].detail}{others}")
 
-    def chosen(self, selection: "Selection | None") -> np.ndarray:
+    def selected_numbers(self, selection: "Selection | None") -> np.ndarray:
         """The numbers of the samples a selection keeps, ascending."""
         if selection is None:
             return np.arange(self.starts[-1], dtype=np.int64)
-        whole = [position for position in range(len(self.shards)) if self.starts[position] < self.starts[position + 1]]
-        times = selection.times_of([self.shards[position] for position in whole])
-        kept = [np.flatnonzero(of) + self.starts[position] for position, of in zip(whole, times, strict=True)]
-        return np.concatenate([np.zeros(0, np.int64), *kept])
+        # a shard that cannot be opened has no samples, and the selection does not know it
+        filled = [shard for shard in range(len(self.shards)) if self.starts[shard] < self.starts[shard + 1]]
+        times = selection.times_of([self.shards[shard] for shard in filled])
+        numbers = [np.zeros(0, np.int64)]
+        for shard, shard_times in zip(filled, times, strict=True):
+            numbers.append(np.flatnonzero(shard_times) + self.starts[shard])
+        return np.concatenate(numbers)
 
-    def chunks(self, numbers: np.ndarray, shown: frozenset[int]) -> Iterator[ScanChunk]:
-        """The samples to look at, in order, none of two shards in one portion."""
+    def chunks(self, numbers: np.ndarray, on_sheet: frozenset[int]) -> Iterator[ScanChunk]:
+        """The samples to scan, in order, none of two shards in one chunk."""
         for position, shard in enumerate(self.shards):
             first, last = self.starts[position : position + 2]
-            inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, last)] - first
-            for begin in range(0, len(inside), _CHUNK_SAMPLES):
-                part = inside[begin : begin + _CHUNK_SAMPLES].tolist()
-                kept = shown.intersection(first + number for number in part)
-                yield ScanChunk(shard, first, tuple(part), kept)
+            in_shard = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, last)] - first
+            for begin in range(0, len(in_shard), _CHUNK_SAMPLES):
+                part = in_shard[begin : begin + _CHUNK_SAMPLES].tolist()
+                yield ScanChunk(shard, first, tuple(part), on_sheet.intersection(first + number for number in part))
 
-    def texts(self, repeated: list[tuple[int, bytes, int]]) -> dict[str, int]:
+    def texts_of(self, repeated: list[tuple[int, bytes, int]]) -> dict[str, int]:
         """The captions behind digests, read again, with how often they occur."""
-        found: dict[str, int] = {}
+        times_of: dict[str, int] = {}
         for number, digest, times in repeated:
             position = bisect_right(self.starts, number) - 1
             reader = ShardReader(self.shards[position])
@@ -145,12 +152,14 @@ class _ShardLayout:
                 captions = reader.read(number - self.starts[position]).captions
             finally:
                 reader.close()
-            found |= {text: times for texts in captions.values() for text in texts if content_digest(text) == digest}
-        return found
+            for text in chain.from_iterable(captions.values()):
+                if content_digest(text) == digest:
+                    times_of[text] = times
+        return times_of
 
 
 def _inspection(
-    opened: _ShardLayout,
+    layout: _ShardLayout,
     stats: DatasetStats,
     *,
     selected: int | None,
@@ -158,12 +167,12 @@ def _inspection(
     near_duplicates: int | None,
 ) -> Inspection:
     return Inspection(
-        shards=len(opened.shards),
-        samples=opened.starts[-1],
+        shards=len(layout.shards),
+        samples=layout.starts[-1],
         selected=selected,
-        image_bytes=opened.image_bytes,
+        image_bytes=layout.image_bytes,
         looked_at=stats.looked_at,
-        damaged=tuple(opened.damaged),
+        damaged=tuple(layout.damaged),
         corrupt=tuple(stats.bad),
         reasons=dict(stats.reasons.most_common()),
         formats=dict(stats.formats.most_common()),
@@ -172,7 +181,7 @@ def _inspection(
         context_length=context_length,
         columns=stats.columns(),
         near_duplicates=near_duplicates,
-        repeated_captions=opened.texts(stats.repeated_captions()),
+        repeated_captions=layout.texts_of(stats.repeated_captions()),
         shown=tuple(stats.shown),
         duplicate_pictures=stats.duplicate_pictures,
         duplicate_keys=stats.duplicate_keys,

@@ -1,30 +1,25 @@
-"""What one sample shows, small enough to cross between processes.
-
-Looking with several processes; what comes out, and in which order, does not depend on how many.
-"""
+"""What one sample shows when it is inspected, small enough to cross between processes."""
 
 import io
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vlm.data.decode import open_image, to_rgb, upright_size
-from vlm.data.dedup import ImageSignature, content_digest, image_signature
+from vlm.data.dedup import ImageSignature, image_signature
 from vlm.data.inspection.findings import BadRecord, ContactSheetSample
 from vlm.data.samples import Captions, Sample, parse_tags
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
-from vlm.errors import BadSample, VlmError
+from vlm.errors import BadSample
+from vlm.files import content_digest
 
 MAX_COUNTED_TOKENS = 1024
-"""Tokens past which a caption's length is no longer told."""
+"""Tokens past which the length of a caption is no longer counted."""
 
 _THUMBNAIL_PIXELS = 200
 _MAX_VALUE_LENGTH = 60
@@ -43,7 +38,7 @@ class CaptionScan(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScan:
-    """A picture that could be decoded. width, height: upright, in pixels."""
+    """An image that can be decoded. width, height: upright, in pixels."""
 
     format: str
     width: int
@@ -53,7 +48,7 @@ class ImageScan:
 
 @dataclass(kw_only=True)
 class SampleScan:
-    """One sample; what could not be had stays empty, and `bad` says why."""
+    """One sample; what cannot be read or decoded stays empty, and `bad` says why."""
 
     number: int
     key: bytes = b""
@@ -68,59 +63,48 @@ class SampleScan:
 
 
 class ScanChunk(NamedTuple):
-    """Samples of one shard to look at: their numbers in it, and in the whole corpus; and which are kept to be shown."""
+    """Samples of one shard to scan.
+
+    first: number in all shards of the first sample of this one. numbers: of the samples in this shard. on_sheet: those,
+    by number in all shards, that the contact sheet shows.
+    """
 
     shard: str
     first: int
     numbers: tuple[int, ...]
-    kept: frozenset[int]
+    on_sheet: frozenset[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanOptions:
-    """What to look for. tokenizer: as `open_tokenizer` takes it; empty counts no tokens. looks: take them."""
+    """What to scan for. tokenizer: as `open_tokenizer` takes it; empty counts no tokens."""
 
     tokenizer: str = ""
     with_signatures: bool = False
 
 
 class SampleScanner:
-    """Looks at portions of shards; keeps the shard used last open."""
+    """Scans the samples of a chunk, never stopping at a bad one. Of a process for `vlm.data.shard_scan`."""
 
     def __init__(self, options: ScanOptions) -> None:
         self._tokenizer = open_tokenizer(options.tokenizer, MAX_COUNTED_TOKENS) if options.tokenizer else None
         self._with_signatures = options.with_signatures
-        self._reader: ShardReader | None = None
 
-    def __call__(self, chunk: ScanChunk) -> list[SampleScan]:
-        """Look at each sample of a portion, never stopping at a bad one."""
-        reader = self._open(chunk.shard)
+    def __call__(self, reader: ShardReader, chunk: ScanChunk) -> list[SampleScan]:
+        """The scans of a chunk's samples, in its order."""
         return [self._scan_sample(reader, chunk, number) for number in chunk.numbers]
-
-    def close(self) -> None:
-        """Release the shard."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
-
-    def _open(self, shard: str) -> ShardReader:
-        if self._reader is None or self._reader.url != shard:
-            self.close()
-            self._reader = ShardReader(shard)
-        return self._reader
 
     def _scan_sample(self, reader: ShardReader, chunk: ScanChunk, number: int) -> SampleScan:
         scan = SampleScan(number=chunk.first + number)
         try:
             sample = reader.read(number)
-            scan.captions = self._captions(sample.captions)
+            scan.captions = self._scan_captions(sample.captions)
             scan.columns = metadata_columns(sample.metadata)
-            scan.key, scan.image_digest, scan.image_bytes = (
-                content_digest(sample.key),
-                content_digest(sample.image),
-                len(sample.image),
-            )
-            self._scan_image(scan, sample, keep=scan.number in chunk.kept)
+            scan.key = content_digest(sample.key)
+            scan.image_digest = content_digest(sample.image)
+            scan.image_bytes = len(sample.image)
+            self._scan_image(scan, sample, is_on_sheet=scan.number in chunk.on_sheet)
+            # last, so that a sample without captions still counts in the statistics of images
             if not sample.captions:
                 raise BadSample("no caption", "neither a text nor captions")
         except BadSample as error:
@@ -128,28 +112,31 @@ class SampleScanner:
             scan.bad = BadRecord(shard=reader.url, key=key, offset=offset, reason=error.reason, detail=error.detail)
         return scan
 
-    def _scan_image(self, scan: SampleScan, sample: Sample, *, keep: bool) -> None:
+    def _scan_image(self, scan: SampleScan, sample: Sample, *, is_on_sheet: bool) -> None:
         image = open_image(sample.image)
         width, height = upright_size(image)
-        name, traits = image.format or "unknown", image_traits(image)
+        image_format = image.format or "unknown"
+        traits = image_traits(image)
         rgb = to_rgb(image, resolution=min(1.0, _THUMBNAIL_PIXELS / max(width, height)))
-        scan.image = ImageScan(format=name, width=width, height=height, traits=traits)
-        scan.signature = image_signature(sample.image) if self._with_signatures else None
-        if keep:
-            small = _thumbnail(rgb)
+        scan.image = ImageScan(format=image_format, width=width, height=height, traits=traits)
+        if self._with_signatures:
+            scan.signature = image_signature(sample.image)
+        if is_on_sheet:
             scan.shown = ContactSheetSample(
-                key=sample.key, image=small, width=width, height=height, captions=sample.captions
+                key=sample.key, image=_thumbnail(rgb), width=width, height=height, captions=sample.captions
             )
 
-    def _captions(self, captions: Captions) -> dict[str, tuple[CaptionScan, ...]]:
-        texts = [text for several in captions.values() for text in several]
-        tokens = iter(token_lengths(self._tokenizer, texts) if self._tokenizer else [0] * len(texts))
-        return {
-            language: tuple(
-                CaptionScan(content_digest(text), len(text.split()), len(text), next(tokens)) for text in several
+    def _scan_captions(self, captions: Captions) -> dict[str, tuple[CaptionScan, ...]]:
+        # all captions of the sample are tokenized at once
+        all_texts = [*chain.from_iterable(captions.values())]
+        lengths = token_lengths(self._tokenizer, all_texts) if self._tokenizer else [0] * len(all_texts)
+        num_tokens = iter(lengths)
+        scans: dict[str, tuple[CaptionScan, ...]] = {}
+        for language, texts in captions.items():
+            scans[language] = tuple(
+                CaptionScan(content_digest(text), len(text.split()), len(text), next(num_tokens)) for text in texts
             )
-            for language, several in captions.items()
-        }
+        return scans
 
 
 def token_lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
@@ -163,36 +150,40 @@ def token_lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
 
 
 def metadata_columns(metadata: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The columns of a sample other than its captions, with their texts (a list's entries); other values give none.
+    """The metadata columns of a sample, with their texts (or a list's entries); other values give none.
 
     >>> metadata_columns({"captions": ["a dog"], "tags": "dog, wet", "width": 3, "source": "zoo"})
     {'tags': ('dog', 'wet'), 'width': (), 'source': ('zoo',)}
     """
-    found: dict[str, tuple[str, ...]] = {}
+    columns: dict[str, tuple[str, ...]] = {}
     for name, value in metadata.items():
         if name.startswith("caption"):
             continue
-        if len(found) == _MAX_COLUMNS:
+        if len(columns) == _MAX_COLUMNS:
             break
-        values = parse_tags(metadata) if name == "tags" else value if isinstance(value, list) else [value]
-        found[name] = tuple(text[:_MAX_VALUE_LENGTH] for text in values if isinstance(text, str) and text)
-    return found
+        values = value if isinstance(value, list) else [value]
+        if name == "tags":
+            values = parse_tags(metadata)
+        columns[name] = tuple(text[:_MAX_VALUE_LENGTH] for text in values if isinstance(text, str) and text)
+    return columns
 
 
 def image_traits(image: Image.Image) -> tuple[str, ...]:
-    """What is special about a picture whose header was read: alpha, palette, CMYK, grey, 16-bit, animated, turned."""
+    """What is special about an image whose header was read: alpha, palette, CMYK, grey, 16-bit, animated, turned."""
     mode = image.mode
-    stored = str(tile[0][-1]) if (tile := getattr(image, "tile", None)) else ""
+    # Pillow opens a 16-bit colour PNG as 8-bit RGB; only its tile still names the stored mode
+    tile = getattr(image, "tile", None)
+    stored_mode = str(tile[0][-1]) if tile else ""
     traits = {
         "alpha": "A" in image.getbands() or "transparency" in image.info,
         "palette": mode == "P",
         "CMYK": mode == "CMYK",
         "grey": mode in ("1", "L", "LA") or mode.startswith(("I", "F")),
-        "16-bit": mode.startswith("I") or ";16" in stored,
+        "16-bit": mode.startswith("I") or ";16" in stored_mode,
         "animated": bool(getattr(image, "is_animated", False)),
         "turned by EXIF": image.getexif().get(_ORIENTATION, 1) != 1,
     }
-    return tuple(name for name, is_so in traits.items() if is_so)
+    return tuple(name for name, has_trait in traits.items() if has_trait)
 
 
 def _thumbnail(image: Image.Image) -> bytes:
@@ -201,51 +192,3 @@ def _thumbnail(image: Image.Image) -> bytes:
     file = io.BytesIO()
     small.save(file, format="JPEG", quality=80)
     return file.getvalue()
-
-
-_AHEAD = 4
-_scanner: SampleScanner | None = None
-
-
-def scan_samples(chunks: Iterable[ScanChunk], options: ScanOptions, *, workers: int = 0) -> Iterator[list[SampleScan]]:
-    """What each portion shows, in the order of the portions.
-
-    workers: processes that read and decode; 0 does it in this one. Each has no more than a few portions under way.
-
-    Raises:
-        VlmError: a process was ended from outside.
-    """
-    if not workers:
-        scanner = SampleScanner(options)
-        try:
-            yield from map(scanner, chunks)
-        finally:
-            scanner.close()
-        return
-    # spawned, not forked: this process may have threads by now
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(options,))
-    waiting: deque[Future[list[SampleScan]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_scan_in_worker, chunk))
-            if len(waiting) > _AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise VlmError(
-            f"One of the {workers} worker processes ended abruptly, most likely for want of memory; "
-            "repeat with fewer --workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _init_worker(options: ScanOptions) -> None:
-    global _scanner
-    _scanner = SampleScanner(options)
-
-
-def _scan_in_worker(chunk: ScanChunk) -> list[SampleScan]:
-    assert _scanner is not None
-    return _scanner(chunk)

@@ -1,7 +1,4 @@
-"""How numbers are spread: least, median, most, and a histogram.
-
-Adding up what samples show.
-"""
+"""Dataset statistics: counts and distributions, summed up sample by sample in bounded memory."""
 
 from array import array
 from collections import Counter
@@ -9,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.dedup import DISTANCE, THUMBNAIL_BYTES, DigestList, RepeatedDigest, near_duplicate_pairs
+from vlm.data.dedup import DISTANCE, THUMBNAIL_BYTES, DigestList, near_duplicate_pairs
 from vlm.data.inspection.findings import BadRecord, ColumnStats, ContactSheetSample, LanguageStats
 from vlm.data.inspection.sample_scan import CaptionScan, SampleScan
 from vlm.pages import BoundedCounter, Distribution, distribution_of_counts, log_distribution
@@ -20,10 +17,10 @@ _MAX_VALUES = 20
 
 
 class DatasetStats:
-    """What was seen so far.
+    """The statistics of the samples added so far.
 
-    Memory: 48 bytes a sample (two digests, the size and the shape of the picture) and 26 a caption (digest, sample,
-    language), with looks 1,160 more a picture; everything else is bounded.
+    Memory: 48 bytes a sample (two digests, the size and the shape of the image) and 26 a caption (digest, sample,
+    language), with signatures 1,160 more an image; everything else is bounded.
     """
 
     def __init__(self, context_length: int | None = None) -> None:
@@ -33,13 +30,16 @@ class DatasetStats:
         self.traits: Counter[str] = Counter()
         self.bad: list[BadRecord] = []
         self.shown: list[ContactSheetSample] = []
-        self._keys, self._images = DigestList(), DigestList()
+        self._keys = DigestList()
+        self._images = DigestList()
         self._widths: Counter[int] = Counter()
         self._heights: Counter[int] = Counter()
-        self._aspects, self._sizes = array("d"), array("Q")
-        self._captions = _Captions(context_length)
-        self._columns: dict[str, _Column] = {}
-        self._hashes, self._thumbnails = array("Q"), bytearray()
+        self._aspects = array("d")
+        self._sizes = array("Q")
+        self._captions = _CaptionStats(context_length)
+        self._columns: dict[str, _ColumnCounter] = {}
+        self._hashes = array("Q")
+        self._thumbnails = bytearray()
 
     def add(self, scan: SampleScan) -> None:
         """Take in one sample."""
@@ -48,7 +48,7 @@ class DatasetStats:
             self._captions.add(scan.number, scan.captions)
         for name, values in (scan.columns or {}).items():
             if name in self._columns or len(self._columns) < _MAX_COLUMNS:
-                self._columns.setdefault(name, _Column()).add(values)
+                self._columns.setdefault(name, _ColumnCounter()).add(values)
         if scan.key:
             self._keys.add(scan.key)
             self._images.add(scan.image_digest)
@@ -71,27 +71,27 @@ class DatasetStats:
 
     @property
     def widths(self) -> Distribution | None:
-        """Of the pictures, in pixels."""
+        """Of the images, in pixels."""
         return distribution_of_counts(self._widths) if self._widths else None
 
     @property
     def heights(self) -> Distribution | None:
-        """Of the pictures, in pixels."""
+        """Of the images, in pixels."""
         return distribution_of_counts(self._heights) if self._heights else None
 
     @property
     def aspects(self) -> Distribution | None:
-        """Of the pictures, width / height."""
+        """Of the images, width / height."""
         return log_distribution(np.array(self._aspects)) if self._aspects else None
 
     @property
     def sizes(self) -> Distribution | None:
-        """Of the encoded pictures, in bytes."""
+        """Of the encoded images, in bytes."""
         return log_distribution(np.array(self._sizes, dtype=np.float64)) if self._sizes else None
 
     @property
     def duplicate_pictures(self) -> int:
-        """Samples whose picture, bit for bit, an earlier one has."""
+        """Samples whose image, bit for bit, an earlier one has."""
         return len(self._images) - self._images.distinct()
 
     @property
@@ -100,7 +100,7 @@ class DatasetStats:
         return len(self._keys) - self._keys.distinct()
 
     def near_duplicates(self) -> int:
-        """Pictures that look like an earlier one (`vlm.data.dedup`)."""
+        """Images that look like an earlier one (`vlm.data.dedup`)."""
         hashes = np.array(self._hashes, dtype=np.uint64)
         thumbnails = np.frombuffer(self._thumbnails, np.uint8).reshape(-1, THUMBNAIL_BYTES)
         is_later = np.zeros(len(hashes), dtype=bool)
@@ -122,52 +122,60 @@ class DatasetStats:
         return {name: column.summarize() for name, column in self._columns.items()}
 
 
-class _Captions:
+class _CaptionStats:
+    """Captions by language; languages are numbered in the order in which they are first met."""
+
     def __init__(self, context_length: int | None) -> None:
         self._context_length = context_length
         self._digests = DigestList()
-        self._samples, self._language = array("Q"), array("H")
+        self._samples = array("Q")
+        self._languages = array("H")
         self._lengths: dict[str, dict[str, Counter[int]]] = {}
 
     def add(self, number: int, captions: dict[str, tuple[CaptionScan, ...]]) -> None:
-        for language, several in captions.items():
-            lengths = self._lengths.setdefault(
-                language, {name: Counter() for name in ("per_picture", "words", "characters", "tokens")}
-            )
-            lengths["per_picture"][len(several)] += 1
-            position = list(self._lengths).index(language)
-            for caption in several:
+        for language, scans in captions.items():
+            if language not in self._lengths:
+                names = ("per_picture", "words", "characters", "tokens")
+                self._lengths[language] = {name: Counter() for name in names}
+            lengths = self._lengths[language]
+            lengths["per_picture"][len(scans)] += 1
+            language_number = list(self._lengths).index(language)
+            for caption in scans:
                 self._digests.add(caption.digest)
                 self._samples.append(number)
-                self._language.append(position)
+                self._languages.append(language_number)
                 lengths["words"][caption.words] += 1
                 lengths["characters"][caption.characters] += 1
                 lengths["tokens"][caption.tokens] += 1
 
     def summarize(self) -> dict[str, LanguageStats]:
-        languages = np.array(self._language, dtype=np.uint16)
-        found: dict[str, LanguageStats] = {}
-        for position, (name, lengths) in enumerate(self._lengths.items()):
-            distributions: dict[str, Any] = {of: distribution_of_counts(times) for of, times in lengths.items()}
-            limit = self._context_length
+        language_numbers = np.array(self._languages, dtype=np.uint16)
+        limit = self._context_length
+        summary: dict[str, LanguageStats] = {}
+        for language_number, (language, lengths) in enumerate(self._lengths.items()):
+            distributions: dict[str, Any] = {name: distribution_of_counts(times) for name, times in lengths.items()}
+            num_cut = 0
             if limit is None:
                 distributions["tokens"] = None
-            found[name] = LanguageStats(
+            elif limit:
+                num_cut = sum(times for tokens, times in lengths["tokens"].items() if tokens > limit)
+            summary[language] = LanguageStats(
                 captions=lengths["words"].total(),
-                distinct=self._digests.distinct(languages == position),
-                cut=sum(n for tokens, n in lengths["tokens"].items() if tokens > limit) if limit else 0,
+                distinct=self._digests.distinct(language_numbers == language_number),
+                cut=num_cut,
                 **distributions,
             )
-        return found
+        return summary
 
     def repeated(self) -> list[tuple[int, bytes, int]]:
-        most: list[RepeatedDigest] = self._digests.most_repeated(_MAX_VALUES)
-        return [(self._samples[position], self._digests[position], times) for position, times in most]
+        most_repeated = self._digests.most_repeated(_MAX_VALUES)
+        return [(self._samples[position], self._digests[position], times) for position, times in most_repeated]
 
 
-class _Column:
+class _ColumnCounter:
     def __init__(self) -> None:
-        self._samples, self._values = 0, BoundedCounter()
+        self._samples = 0
+        self._values = BoundedCounter()
 
     def add(self, values: tuple[str, ...]) -> None:
         self._samples += 1

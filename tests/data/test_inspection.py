@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.dedup import DigestList, content_digest
+from vlm.data.dedup import DigestList
 from vlm.data.inspection.contact_sheet import contact_sheet
 from vlm.data.inspection.inspection import inspect_shards
 from vlm.data.inspection.sample_scan import image_traits, metadata_columns, token_lengths
@@ -16,6 +16,7 @@ from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError
+from vlm.files import content_digest
 from vlm.pages import BoundedCounter, distribution, distribution_of_counts, format_aspect, log_distribution
 
 
