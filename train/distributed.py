@@ -1,12 +1,7 @@
-"""What several training processes agree on; with one process each of these is the identity.
+"""Training in several processes: what they agree on, what they exchange, and weights sharded over them (FSDP2).
 
-Tensors that several processes hold in parts (FSDP2), taken as whole ones; in one process, or with DDP, they are.
-
-Weights, gradients and optimizer spread over processes (FSDP2), so that each holds its share of them only.
-
-The rows of all processes, in the order of the processes; alone, a process's own rows.
-
-Every process must give as many rows as the others, in the same order of calls.
+With one process each function is the identity, so callers need not ask how many there are. Where tensors are exchanged,
+every process must call with the same shapes, in the same order.
 """
 
 import contextlib
@@ -19,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlm.data.ledger import Ledger
 from vlm.errors import UsageError
@@ -34,7 +29,7 @@ def gather_objects(items: list[Item]) -> list[Item]:
 
 
 def average_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Loss parts averaged over the processes."""
+    """Losses averaged over the processes."""
     values = torch.stack([part.detach().float() for part in losses.values()])
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -51,21 +46,17 @@ def merge_ledgers(ledger: Ledger) -> Ledger:
 
 
 def to_full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; where it is spread, all processes have to call this for the same tensors in turn."""
+    """The whole tensor; where it is sharded, all processes have to call this for the same tensors in turn."""
     if not dist.is_initialized():
         return tensor
-    from torch.distributed.tensor import DTensor
-
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor as `pattern` is held: on its device, and in parts where that is of the same shape and in parts."""
+    """A whole tensor held like `pattern`: on its device, and sharded where that is sharded and of the same shape."""
     moved = tensor.to(pattern.device)
     if not dist.is_initialized():
         return moved
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if isinstance(pattern, DTensor) and pattern.shape == tensor.shape:
         return distribute_tensor(moved, pattern.device_mesh, pattern.placements)
     return moved
@@ -73,7 +64,7 @@ def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full_tensor(target: Tensor, tensor: Tensor) -> None:
-    """Put the values of a whole tensor into `target`, however that is held."""
+    """Copy the values of a whole tensor into `target`, sharded or not."""
     target.copy_(shard_like(tensor, target))
 
 
@@ -81,15 +72,15 @@ _MIN_SHARDED_PARAMETERS = 1 << 16
 
 
 def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
-    """Spread the task's weights over all processes, in place: block by block, and what is left as one.
+    """Shard the task's weights over all processes, in place: block by block, and the rest as one.
 
-    Numbers that belong to no row (temperature, bias) stay whole on every process, see `average_whole_gradients`.
+    Scalars (temperature, bias) stay whole on every process, see `average_unsharded_gradients`.
 
     Raises:
         UsageError: there is one process only.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        raise UsageError("--sharding fsdp spreads weights over processes, and there is one; use accelerate launch.")
+        raise UsageError("--sharding fsdp shards weights over processes, and there is one; use accelerate launch.")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if is_bf16 else None
     fsdp_options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
@@ -100,7 +91,7 @@ def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
 
 
 def average_unsharded_gradients(task: nn.Module) -> None:
-    """Average over processes the gradients of what is not spread; FSDP does so for what is."""
+    """Average over processes the gradients of what is not sharded; FSDP does so for what is."""
     if not isinstance(task, FSDPModule):
         return
     for parameter in task.parameters():
@@ -111,7 +102,7 @@ def average_unsharded_gradients(task: nn.Module) -> None:
 
 @contextlib.contextmanager
 def no_gradient_sync(task: nn.Module) -> Iterator[None]:
-    """Gradients are kept whole and summed up on each process, and exchanged with those of the next backward pass."""
+    """Gradients are accumulated whole on each process, and exchanged with those of the next backward pass."""
     assert isinstance(task, FSDPModule)
     task.set_requires_gradient_sync(False)
     try:
@@ -122,43 +113,51 @@ def no_gradient_sync(task: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unsharded_weights(task: nn.Module) -> Iterator[None]:
-    """The network can be used by itself, on all processes at once; nothing to do where nothing is spread."""
-    spread = [module for module in task.modules() if isinstance(module, FSDPModule)]
-    for module in spread:
+    """The network can be used by itself, on all processes at once; nothing to do where nothing is sharded."""
+    sharded = [module for module in task.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
         module.unshard()
     try:
         yield
     finally:
-        for module in spread:
+        for module in sharded:
             module.reshard()
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
-    """Cut the norm over all gradients, spread or not, to `limit`; returns the norm before."""
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Clip the norm over all gradients, sharded or not, to `max_norm`; returns the norm before."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     groups = [group for group in split_by_sharding(trained) if group]
-    norms = [
-        to_full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norms: list[Tensor] = []
     for group in groups:
-        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
-    return float(norm)
+        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+        norms.append(to_full_tensor(torch.nn.utils.get_total_norm(gradients)))
+    total_norm = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total_norm)
+    return float(total_norm)
 
 
 def split_by_sharding(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Those that are spread and those that are whole, which fused operations do not take together."""
-    is_spread = [isinstance(parameter, DTensor) for parameter in parameters]
-    spread = [parameter for parameter, there in zip(parameters, is_spread, strict=True) if there]
-    return spread, [parameter for parameter, there in zip(parameters, is_spread, strict=True) if not there]
+    """The sharded ones and the whole ones, which fused operations do not take together."""
+    sharded: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
+    for parameter in parameters:
+        (sharded if isinstance(parameter, DTensor) else whole).append(parameter)
+    return sharded, whole
 
 
 def _blocks_to_shard(task: nn.Module) -> list[nn.Module]:
-    """The members of lists of layers that are worth a message of their own; innermost first."""
+    """The layers of lists of layers that are large enough for a message of their own; innermost first."""
     lists = [module for module in task.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    members = [member for layers in reversed(lists) for member in layers]
-    large = [member for member in members if sum(p.numel() for p in member.parameters()) >= _MIN_SHARDED_PARAMETERS]
-    return [member for member in dict.fromkeys(large) if not isinstance(member, nn.ModuleList | nn.Sequential)]
+    blocks: dict[nn.Module, None] = {}
+    for layers in reversed(lists):
+        for layer in layers:
+            num_parameters = sum(parameter.numel() for parameter in layer.parameters())
+            is_list = isinstance(layer, nn.ModuleList | nn.Sequential)
+            if num_parameters >= _MIN_SHARDED_PARAMETERS and not is_list:
+                blocks[layer] = None
+    return list(blocks)
 
 
 _BACKENDS_WITHOUT_REDUCE_SCATTER = frozenset({"mpi"})
@@ -175,7 +174,7 @@ def process_rank() -> int:
 
 
 def local_columns(num_rows: int, device: torch.device) -> Int64[Tensor, " B"]:
-    """Where this process's rows stand among those of all processes.
+    """The positions of this process's rows among those of all processes.
 
     >>> local_columns(3, torch.device("cpu")).tolist()
     [0, 1, 2]
@@ -187,7 +186,7 @@ def local_columns(num_rows: int, device: torch.device) -> Int64[Tensor, " B"]:
 def gather_with_gradient(rows: Float[Tensor, "B ..."]) -> Float[Tensor, "N ..."]:
     """The rows of all processes; gradients flow back, summed, to the process a row came from.
 
-    They are held once: the collective writes into the tensor that is returned.
+    They are in memory once: the collective writes into the tensor that is returned.
     """
     return rows if num_processes() == 1 else _Gather.apply(rows)  # pyright: ignore[reportReturnType]
 

@@ -14,6 +14,7 @@ from vlm.errors import UsageError
 from vlm.models.dropout import PerSampleNoise
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel, normalise
+from vlm.models.network import Network
 from vlm.tensors import Float, Int64, Tensor, UInt8
 from vlm.train.averaging import EMA
 from vlm.train.objectives.loss_term import Inputs
@@ -108,8 +109,8 @@ class OnlineTeacher:
         tokens = torch.from_numpy(model.tokenizer.encode(list(captions))).to(model.device)
         is_lower = model.precision != torch.float32
         with torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower):
-            image = model.network.encode_image(pixels)  # pyright: ignore[reportCallIssue]
-            text = model.network.encode_text(tokens)  # pyright: ignore[reportCallIssue]
+            image = model.network.encode_image(pixels)
+            text = model.network.encode_text(tokens)
         return {
             "teacher_image": F.normalize(image.float(), dim=-1),
             "teacher_text": F.normalize(text.float(), dim=-1),
@@ -161,12 +162,12 @@ def resize_images(images: UInt8[Tensor, "B 3 H W"], size: int, interpolation: st
 class _ImageEncoder(nn.Module):
     """`encode_image` as the forward pass, since that is what `functional_call` calls."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        return self.network.encode_image(pixels)  # pyright: ignore[reportCallIssue]
+        return self.network.encode_image(pixels)
 
 
 _TEACHER_INPUTS = frozenset({"teacher_image", "teacher_text"})

@@ -1,9 +1,7 @@
-"""Muon for the matrices inside a network, AdamW for all else, as one optimizer.
+"""AdamW with weight decay on matrices only, Muon in addition for the matrices inside a network, and their schedule.
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; rates matched to AdamW's root mean square
-as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.
-
-AdamW with decay on matrices only, or Muon beside it, and the schedule as a pure function of the step.
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; learning rates matched to AdamW's root
+mean square as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,25 +18,30 @@ _PIXEL_CHANNELS = 3
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """One step of both. State and groups are those of the weights themselves, saved and restored as any optimizer's.
+    """Both as one optimizer, whose state and groups are those of the weights, saved and restored as any optimizer's.
 
-    matrices: groups of what Muon moves; a kernel [O, I, …] is moved as the matrix [O, I · …].
+    matrices: groups of what Muon updates; a kernel [O, I, …] is updated as the matrix [O, I · …].
     """
 
     def __init__(self, matrices: Sequence[dict[str, Any]], adamw: torch.optim.AdamW, **muon_options: Any) -> None:
-        flat = [group | {"params": [_flat(weight) for weight in group["params"]]} for group in matrices]
-        self.muon, self.adamw = torch.optim.Muon(flat, **muon_options), adamw
+        flat_groups: list[dict[str, Any]] = []
+        for group in matrices:
+            flat_groups.append(group | {"params": [_flat(weight) for weight in group["params"]]})
+        self.muon = torch.optim.Muon(flat_groups, **muon_options)
+        self.adamw = adamw
         super().__init__([{"params": group["params"]} for group in (*matrices, *adamw.param_groups)], {})
-        of_muon = [
-            muon_group | {"params": group["params"]}
-            for muon_group, group in zip(self.muon.param_groups, matrices, strict=True)
-        ]
-        self.param_groups = [*of_muon, *adamw.param_groups]
+
+        # the groups of this optimizer have Muon's settings, but hold the weights instead of their flat views
+        muon_groups: list[dict[str, Any]] = []
+        for muon_group, group in zip(self.muon.param_groups, matrices, strict=True):
+            muon_groups.append(muon_group | {"params": group["params"]})
+        self.param_groups = [*muon_groups, *adamw.param_groups]
         adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Move all weights."""
+        """Update all weights."""
+        # the flat views share the memory of the weights, but need their gradients, states and learning rates
         for muon_group, group in zip(self.muon.param_groups, self.param_groups, strict=False):
             muon_group.update({name: value for name, value in group.items() if name != "params"})
             for flat, weight in zip(muon_group["params"], group["params"], strict=True):
@@ -49,15 +52,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def embedding_weight_names(network: nn.Module) -> set[str]:
-    """Names of the weights that are looked up row by row: tables of tokens, and of positions where they are modules."""
+    """Names of the weights that are looked up row by row: token embeddings, and positions held in modules."""
     lookups = (nn.Embedding, nn.EmbeddingBag)
     return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, lookups)}
 
 
 def is_hidden_matrix(name: str, weight: nn.Parameter) -> bool:
-    """Whether a weight that is no table maps features to features.
+    """Whether a weight that is not an embedding maps features to features.
 
-    Not so: positions, gains, one query, kernels of single channels and those that read pixels.
+    Positions, gains, a single query, kernels of single channels and those that read pixels do not.
     """
     if weight.ndim < 2 or "pos" in name.rpartition(".")[2]:
         return False
@@ -67,12 +70,12 @@ def is_hidden_matrix(name: str, weight: nn.Parameter) -> bool:
 
 
 def _flat(weight: nn.Parameter) -> nn.Parameter:
-    """The same numbers as a matrix."""
+    """A view of the weight as a matrix."""
     return nn.Parameter(weight.detach().view(len(weight), -1))
 
 
 MAX_LOG_SCALE = log(100)
-"""The temperature is kept from falling below 0.01 (CLIP §2.5)."""
+"""Keeps the temperature from falling below 0.01 (CLIP §2.5)."""
 
 _LR_MULTIPLIER = "relative_rate"
 
@@ -80,12 +83,14 @@ _LR_MULTIPLIER = "relative_rate"
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with weight decay for matrices, and without for gains, biases and temperature (as in CLIP §2.5).
 
-    With `optimizer` "muon" the matrices inside the towers are Muon's.
+    With `optimizer` "muon" the matrices inside the towers are updated by Muon.
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     tables = embedding_weight_names(network)
-    hidden = [name for name, weight in trained.items() if name not in tables and is_hidden_matrix(name, weight)]
-    matrices = [trained.pop(name) for name in hidden] if config.optimizer == "muon" else []
+    matrices: list[nn.Parameter] = []
+    if config.optimizer == "muon":
+        hidden = [name for name, weight in trained.items() if name not in tables and is_hidden_matrix(name, weight)]
+        matrices = [trained.pop(name) for name in hidden]
     adamw = _adamw(trained, tables, config)
     if not matrices:
         return adamw
@@ -96,16 +101,17 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
 
 
 def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig) -> torch.optim.AdamW:
-    settings: dict[tuple[float, float], list[nn.Parameter]] = {}
+    by_settings: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in weights.items():
         decay = config.weight_decay if weight.ndim >= 2 else 0.0
-        settings.setdefault((decay, _lr_multiplier(name, weight, tables, config)), []).append(weight)
-    groups = [
-        {"params": kind, "weight_decay": decay, _LR_MULTIPLIER: rate}
-        for (decay, rate), parameters in settings.items()
-        for kind in split_by_sharding(parameters)
-        if kind
-    ]
+        multiplier = _lr_multiplier(name, weight, tables, config)
+        by_settings.setdefault((decay, multiplier), []).append(weight)
+
+    groups: list[dict[str, Any]] = []
+    for (decay, multiplier), parameters in by_settings.items():
+        for params in split_by_sharding(parameters):
+            if params:
+                groups.append({"params": params, "weight_decay": decay, _LR_MULTIPLIER: multiplier})
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
 
@@ -129,17 +135,17 @@ def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> fl
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + cos(pi * min(share, 1.0)))
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + cos(pi * min(progress, 1.0)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use this rate, and those relative to it, in the next step."""
+    """Use this learning rate, times each group's multiplier, in the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[_LR_MULTIPLIER]
 
 
 @torch.no_grad()
 def clamp_logit_scale(network: nn.Module) -> None:
-    """Cut the learned log of the inverse temperature at MAX_LOG_SCALE."""
+    """Clamp the learned log of the inverse temperature to MAX_LOG_SCALE."""
     network.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)

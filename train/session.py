@@ -248,7 +248,7 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
             "Leave out --micro-batch, or use a tower with layer norms (a ViT, a ConvNeXt)."
         )
     if model_settings.gradient_checkpointing:
-        model.network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        model.network.set_grad_checkpointing(True)
     return model
 
 
@@ -314,7 +314,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def parallelize_task(accelerator: Accelerator, task: nn.Module, config: TrainConfig) -> nn.Module:
+def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: TrainConfig) -> nn.Module:
     """The task as its processes train it together; build the optimizer afterwards, since weights may be sharded."""
     task.train()
     if config.model.channels_last:

@@ -1,6 +1,6 @@
-"""Which weights are trained: locked towers (LiT), and those no objective reads.
+"""The training task: a network with the heads its objective adds, which computes just the outputs the terms read.
 
-What is trained: the network with the heads objectives add, giving just the outputs they read.
+Also which of its weights are trained: towers can be locked (LiT), and what no term reads is frozen.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
 from vlm.models.factory import is_captioner
 from vlm.models.model import VisionLanguageModel
+from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.tensors import Bool, Float, Int64, Tensor
@@ -26,113 +27,11 @@ from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOp
 from vlm.train.objectives.objective_registry import WeightedLossTerm
 
 
-def lock_tower(network: nn.Module, tower: Literal["image", "text"], unlocked_groups: int = 0) -> int:
-    """Leave a tower's weights as they are but for its last groups of layers (LiT, Zhai et al. 2022, §3.1).
-
-    Groups are open_clip's: of its own transformers the projection is the last one, the last block with its norm the
-    one before, then block by block, then the embeddings; of a timm tower those of timm, and the projection that
-    stands behind it is always trained, since no pretraining gave it. Batch norms of locked groups keep their
-    statistics. Autograd builds no graph below the first weight that is trained. Returns the number of locked weights.
-
-    Raises:
-        UsageError: the tower cannot be locked, or not in part.
-    """
-    module = network.get_submodule("visual") if tower == "image" else getattr(network, "text", network)
-    before = _trainable_parameters(module)
-    if type(module).__name__ == "TimmModel":
-        _lock_timm(module.get_submodule("trunk"), unlocked_groups)
-    elif module is network:  # open_clip's CLIP keeps the parts of its text tower in itself
-        network.lock_text_tower(unlocked_layers=unlocked_groups)  # pyright: ignore[reportCallIssue]
-    else:
-        _lock_module(module, tower, unlocked_groups)
-    for parameter in _trainable_parameters(module) - before:
-        parameter.requires_grad_(False)  # fixed positions, which open_clip unlocks with their group
-    locked = before - _trainable_parameters(module)
-    _freeze_batch_norm_statistics(module)
-    return sum(parameter.numel() for parameter in locked)
-
-
-def _lock_module(module: nn.Module, tower: str, unlocked_groups: int) -> None:
-    if not hasattr(module, "lock"):
-        if unlocked_groups:
-            raise UsageError(
-                f"unlocked_groups = {unlocked_groups}: this {tower} tower can only be locked whole; give 0."
-            )
-        module.requires_grad_(False)
-        return
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # open_clip's adapter of Hugging Face prints
-            module.lock(unlocked_groups)  # pyright: ignore[reportCallIssue]
-    except AssertionError as error:
-        raise UsageError(f"unlocked_groups = {unlocked_groups}: {error}; give 0 to lock all of it.") from error
-
-
-def _lock_timm(trunk: nn.Module, unlocked_groups: int) -> None:
-    """As open_clip's TimmModel.lock, whose frozen batch norms lose the activations timm fuses into them."""
-    if not unlocked_groups:
-        trunk.requires_grad_(False)
-        return
-    from timm.models import group_parameters
-
-    groups: dict[int, list[str]] = group_parameters(trunk, trunk.group_matcher())  # pyright: ignore[reportCallIssue]
-    for number in sorted(groups)[:-unlocked_groups]:
-        for name in groups[number]:
-            trunk.get_parameter(name).requires_grad_(False)
-
-
-def _freeze_batch_norm_statistics(module: nn.Module) -> None:
-    """Use the stored mean and variance in the layers of batch statistics none of whose weights are trained."""
-    names = batch_norm_layers(module)
-    locked = [name for name in names if not _trainable_parameters(module.get_submodule(name))]
-    freeze_batch_norm(module, locked)
-
-
-def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[str]:
-    """Freeze the trained weights that none of these outputs depends on; returns their names.
-
-    The student is run once on the inputs, in evaluation mode; what its outputs depend on is read from autograd's graph.
-    """
-    modes = {module: module.training for module in task.modules()}
-    task.eval()
-    try:
-        computed = task(inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    read = _graph_leaves(computed[name] for name in outputs)
-    unused = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-    unused = {name: parameter for name, parameter in unused.items() if parameter not in read}
-    for parameter in unused.values():
-        parameter.requires_grad_(False)
-    return list(unused)
-
-
-def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
-    """The leaves the outputs were computed from."""
-    found: set[Tensor] = set()
-    seen: set[object] = set()
-    waiting: list[object] = [output.grad_fn or output for output in outputs]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = node if isinstance(node, Tensor) else getattr(node, "variable", None)
-        if leaf is not None:
-            found.add(leaf)
-        waiting += [following for following, _ in getattr(node, "next_functions", ())]
-    return found
-
-
-def _trainable_parameters(module: nn.Module) -> set[Tensor]:
-    return {parameter for parameter in module.parameters() if parameter.requires_grad}
-
-
 class TrainingTask(nn.Module):
     """The network and its heads; `forward` maps inputs to outputs, both by name (`vlm.train.objectives.loss_term`)."""
 
     def __init__(
-        self, network: nn.Module, heads: Heads, outputs: Sequence[str], options: LossOptions, *, image_size: int
+        self, network: Network, heads: Heads, outputs: Sequence[str], options: LossOptions, *, image_size: int
     ) -> None:
         super().__init__()
         self.network = network
@@ -143,12 +42,12 @@ class TrainingTask(nn.Module):
 
     @property
     def inputs(self) -> frozenset[str]:
-        """Names of the inputs it reads beyond pixels and tokens; `text_embedding` is read where it is given."""
+        """Names of the inputs it reads in addition to pixels and tokens; `text_embedding` is read if it is given."""
         embedded = {"text_embedding"} if takes_embeddings(self.network) else set[str]()
         return frozenset(embedded.union(*(output_head.inputs for output_head in self._output_heads)))
 
     def forward(self, inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
-        """The outputs that were chosen, or those of them that are named; none whose inputs are missing."""
+        """All outputs the objective reads, or the named ones; without those whose inputs are missing."""
         context = ForwardContext(self, inputs)
         computed: Outputs = {}
         for output_head in self._output_heads:
@@ -163,19 +62,21 @@ class TrainingTask(nn.Module):
 
     @property
     def needs_patches(self) -> bool:
-        """Whether an output is made of the features of patches."""
+        """Whether an output is computed from the features of patches."""
         return any("patch_features" in output_head.provides for output_head in self._output_heads)
 
 
 class ForwardContext:
-    """One pass through the student: what several outputs are made of is computed once."""
+    """One forward pass: what several outputs are computed from is computed once."""
 
     def __init__(self, task: TrainingTask, inputs: Inputs) -> None:
-        self.task, self.network, self.inputs = task, task.network, inputs
+        self.task = task
+        self.network: Network = task.network
+        self.inputs = inputs
 
     @cached_property
     def image(self) -> ImageTowerOutput:
-        """What the image tower makes of the images."""
+        """The output of the image tower."""
         return run_image_tower(self.network, self.inputs["pixels"], with_patches=self.task.needs_patches)
 
     @cached_property
@@ -185,32 +86,32 @@ class ForwardContext:
 
     @cached_property
     def text(self) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the captions, of any length, and what a decoder resumes with."""
+        """Embeddings of the captions, not normalised, and the states a decoder continues from."""
         if takes_embeddings(self.network) and "text_embedding" in self.inputs:
-            return self.network.text.project(self.inputs["text_embedding"]), None  # pyright: ignore
+            text: Any = self.network.get_submodule("text")
+            return text.project(self.inputs["text_embedding"]), None
         if is_captioner(self.network):
             return cast(tuple[Tensor, Tensor], self.network.get_submodule("text")(self.inputs["tokens"]))
         return self.encode_text(self.inputs["tokens"]), None
 
     def encode_text(self, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T D"]:
         """Embeddings of other texts than the captions."""
-        return self.network.encode_text(tokens)  # pyright: ignore[reportCallIssue]
+        return self.network.encode_text(tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """A way to compute outputs. fits: whether a network can. inputs: what it reads beyond pixels and tokens."""
+    """A way to compute outputs.
+
+    inputs: what it reads in addition to pixels and tokens. is_supported: whether a network can compute them. hint:
+    which networks can.
+    """
 
     provides: tuple[str, ...]
     compute: Callable[[ForwardContext], Outputs]
     inputs: tuple[str, ...] = ()
     is_supported: Callable[[nn.Module], bool] = lambda network: True
     hint: str = ""
-
-
-def takes_embeddings(network: nn.Module) -> bool:
-    """Whether the text tower is a language model whose embeddings can be computed beforehand (FLAME)."""
-    return bool(getattr(getattr(network, "text", None), "takes_embeddings", False))
 
 
 def image_features(context: ForwardContext) -> Outputs:
@@ -224,8 +125,10 @@ def text_features(context: ForwardContext) -> Outputs:
 
 
 def caption_logits(context: ForwardContext) -> Outputs:
-    """Logits of the token after each of the caption's, with their labels (CoCa, §3.2)."""
-    memory, states, tokens = context.image.memory, context.text[1], context.inputs["tokens"]
+    """Logits of the next token at each position of the caption, with their labels (CoCa, §3.2)."""
+    memory = context.image.memory
+    states = context.text[1]
+    tokens = context.inputs["tokens"]
     assert memory is not None
     assert states is not None
     logits = context.network.get_submodule("text_decoder")(memory, states[:, :-1])
@@ -233,8 +136,9 @@ def caption_logits(context: ForwardContext) -> Outputs:
 
 
 def parallel_caption_logits(context: ForwardContext) -> Outputs:
-    """The same where a share of the captions is predicted at once (CapPa, §3)."""
-    task, memory = context.task, context.image.memory
+    """The same, with a share of the captions predicted all at once (CapPa, §3)."""
+    task = context.task
+    memory = context.image.memory
     assert memory is not None
     logits, labels = parallel_logits(
         context.network,
@@ -249,18 +153,20 @@ def parallel_caption_logits(context: ForwardContext) -> Outputs:
 
 def sub_caption_features(context: ForwardContext) -> Outputs:
     """Unit vectors [B, S, D] of the sentences drawn from each sample's captions; zeros where there is none."""
-    sub_tokens, pad_token = context.inputs["sub_tokens"], context.task.options.pad_token
+    sub_tokens = context.inputs["sub_tokens"]
+    pad_token = context.task.options.pad_token
     is_present: Bool[Tensor, "B S"] = (sub_tokens != pad_token).any(dim=-1)
     length = sub_tokens.shape[2]
-    # a row of nothing but padding makes some towers divide by zero, so they are shown the caption in its place
-    caption = F.pad(context.inputs["tokens"][:, :length], (0, max(0, length - context.inputs["tokens"].shape[1])))
-    shown = torch.where(is_present[..., None], sub_tokens, caption[:, None])
-    features = context.encode_text(shown.flatten(0, 1)).unflatten(0, sub_tokens.shape[:2])
+    # a row of nothing but padding makes some towers divide by zero, so they get the caption instead
+    caption = context.inputs["tokens"][:, :length]
+    caption = F.pad(caption, (0, length - caption.shape[1]))
+    tokens = torch.where(is_present[..., None], sub_tokens, caption[:, None])
+    features = context.encode_text(tokens.flatten(0, 1)).unflatten(0, sub_tokens.shape[:2])
     return {"sub_features": F.normalize(features, dim=-1) * is_present[..., None]}
 
 
 def patch_features(context: ForwardContext) -> Outputs:
-    """Patches [B, P, D] in the joint space, not of unit length (`vlm.models.patch_features`)."""
+    """Patches [B, P, D] in the joint space, not normalised (`vlm.models.patch_features`)."""
     patches = context.image.patches
     assert patches is not None
     return {"patch_features": patches}
@@ -274,11 +180,12 @@ def local_crop_features(context: ForwardContext) -> Outputs:
 
 
 def aligned_image_features(context: ForwardContext) -> Outputs:
-    """The image in the space of stored caption embeddings [B, E]: head `text_align` on its unit vector."""
+    """The image in the space of precomputed caption embeddings [B, E]: head `text_align` on its unit vector."""
     return {"aligned_image": context.task.heads.get_submodule("text_align")(context.image_features)}
 
 
 _CAPTIONER = "it needs a network with a decoder, e.g. --architecture tiny-coca"
+
 
 OUTPUT_HEADS: tuple[OutputHead, ...] = (
     OutputHead(provides=("image_features",), compute=image_features),
@@ -305,10 +212,10 @@ OUTPUT_HEADS: tuple[OutputHead, ...] = (
 
 
 def select_output_heads(network: nn.Module, outputs: Sequence[str]) -> list[OutputHead]:
-    """What gives the outputs, each once.
+    """The heads that compute these outputs, each once.
 
     Raises:
-        UsageError: the network cannot give one of them.
+        UsageError: the network cannot compute one of them.
     """
     selected: list[OutputHead] = []
     for name in dict.fromkeys(outputs):
@@ -321,8 +228,13 @@ def select_output_heads(network: nn.Module, outputs: Sequence[str]) -> list[Outp
     return selected
 
 
+def takes_embeddings(network: nn.Module) -> bool:
+    """Whether the text tower is a language model whose embeddings can be precomputed (FLAME)."""
+    return bool(getattr(getattr(network, "text", None), "takes_embeddings", False))
+
+
 def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], options: LossOptions) -> TrainingTask:
-    """The student of a sum of terms, on the model's device, with fresh heads drawn from torch's global generator.
+    """The task of a sum of terms, on the model's device, with fresh heads drawn from torch's global generator.
 
     Weights that no term reads (a decoder that writes no captions, an unused temperature) are frozen, since nothing
     would move them but weight decay, and since several processes wait for the gradient of every trained weight.
@@ -339,17 +251,125 @@ def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], op
 
 
 def example_inputs(model: VisionLanguageModel, task: TrainingTask, options: LossOptions) -> Inputs:
-    """Two samples of nothing, with every input the student reads."""
-    size, length = model.view.size, model.tokenizer.context_length
+    """Two empty samples, with every input the task reads."""
+    size = model.view.size
     kind = model.network.get_parameter("logit_scale").dtype
-    tokens = torch.full((2, length), options.pad_token)
+    tokens = torch.full((2, model.tokenizer.context_length), options.pad_token)
     examples: Inputs = {
         "rows": torch.arange(2),
         "sub_tokens": tokens[:, None],
         "local_pixels": torch.zeros(2, 1, 3, size, size, dtype=kind),
     }
     if takes_embeddings(model.network):
-        examples["text_embedding"] = torch.zeros(2, model.network.text.embedding_size, dtype=kind)  # pyright: ignore
-    read = {name: tensor for name, tensor in examples.items() if name in task.inputs}
-    provided = {"pixels": torch.zeros(2, 3, size, size, dtype=kind), "tokens": tokens} | read
-    return {name: tensor.to(model.device) for name, tensor in provided.items()}
+        text: Any = model.network.get_submodule("text")
+        examples["text_embedding"] = torch.zeros(2, text.embedding_size, dtype=kind)
+
+    inputs: Inputs = {"pixels": torch.zeros(2, 3, size, size, dtype=kind), "tokens": tokens}
+    inputs |= {name: tensor for name, tensor in examples.items() if name in task.inputs}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def lock_tower(network: Network, tower: Literal["image", "text"], unlocked_groups: int = 0) -> int:
+    """Freeze a tower's weights but for its last groups of layers (LiT, Zhai et al. 2022, §3.1).
+
+    Groups are open_clip's: of its own transformers the projection is the last one, the last block with its norm the one
+    before, then block by block, then the embeddings; of a timm tower those of timm, and the projection after it is
+    always trained, since no pretraining gave it. Batch norms of locked groups keep their statistics. Autograd builds no
+    graph below the first weight that is trained. Returns the number of locked weights.
+
+    Raises:
+        UsageError: the tower cannot be locked, or not in part.
+    """
+    module = network.get_submodule("visual") if tower == "image" else getattr(network, "text", network)
+    before = _trainable_parameters(module)
+    if type(module).__name__ == "TimmModel":
+        _lock_timm(module.get_submodule("trunk"), unlocked_groups)
+    elif module is network:  # open_clip's CLIP keeps the parts of its text tower in itself
+        cast(Any, network).lock_text_tower(unlocked_layers=unlocked_groups)
+    else:
+        _lock_module(module, tower, unlocked_groups)
+    # fixed positions, which open_clip unlocks with their group
+    for parameter in _trainable_parameters(module) - before:
+        parameter.requires_grad_(False)
+    locked = before - _trainable_parameters(module)
+    _freeze_batch_norm_statistics(module)
+    return sum(parameter.numel() for parameter in locked)
+
+
+def _lock_module(module: Any, tower: str, unlocked_groups: int) -> None:
+    if not hasattr(module, "lock"):
+        if unlocked_groups:
+            raise UsageError(
+                f"unlocked_groups = {unlocked_groups}: this {tower} tower can only be locked whole; give 0."
+            )
+        module.requires_grad_(False)
+        return
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # open_clip's adapter for Hugging Face prints
+            module.lock(unlocked_groups)
+    except AssertionError as error:
+        raise UsageError(f"unlocked_groups = {unlocked_groups}: {error}; give 0 to lock all of it.") from error
+
+
+def _lock_timm(trunk: Any, unlocked_groups: int) -> None:
+    """Like open_clip's TimmModel.lock, whose frozen batch norms lose the activations timm fuses into them."""
+    if not unlocked_groups:
+        trunk.requires_grad_(False)
+        return
+    from timm.models import group_parameters
+
+    groups: dict[int, list[str]] = group_parameters(trunk, trunk.group_matcher())
+    for number in sorted(groups)[:-unlocked_groups]:
+        for name in groups[number]:
+            trunk.get_parameter(name).requires_grad_(False)
+
+
+def _freeze_batch_norm_statistics(module: nn.Module) -> None:
+    """Normalise by the stored mean and variance in the batch norms none of whose weights are trained."""
+    names = batch_norm_layers(module)
+    locked = [name for name in names if not _trainable_parameters(module.get_submodule(name))]
+    freeze_batch_norm(module, locked)
+
+
+def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[str]:
+    """Freeze the trained weights that none of these outputs depends on; returns their names.
+
+    DDP would wait for their gradients for ever. The task runs once on the inputs, in evaluation mode; what its outputs
+    depend on is read from autograd's graph.
+    """
+    modes = {module: module.training for module in task.modules()}
+    task.eval()
+    try:
+        computed = task(inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    read = _graph_leaves(computed[name] for name in outputs)
+    unused: list[str] = []
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad and parameter not in read:
+            parameter.requires_grad_(False)
+            unused.append(name)
+    return unused
+
+
+def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
+    """The leaf tensors that the outputs were computed from."""
+    leaves: set[Tensor] = set()
+    visited: set[object] = set()
+    pending: list[object] = [output.grad_fn or output for output in outputs]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        # an AccumulateGrad node holds its leaf as `variable`
+        leaf = node if isinstance(node, Tensor) else getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.add(leaf)
+        pending += [next_node for next_node, _ in getattr(node, "next_functions", ())]
+    return leaves
+
+
+def _trainable_parameters(module: nn.Module) -> set[Tensor]:
+    return {parameter for parameter in module.parameters() if parameter.requires_grad}

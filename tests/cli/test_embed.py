@@ -58,7 +58,7 @@ def test_mistakes_are_told_before_anything_is_written(scene_shards, model, tmp_p
     assert main(["embed", f"{model}#17", *place]) == 2
     assert "have 16 dimensions" in capsys.readouterr().err
     assert main(["embed", f"{model}#x", *place]) == 2
-    assert "no number of dimensions" in capsys.readouterr().err
+    assert "is not a number of dimensions" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text("{}")

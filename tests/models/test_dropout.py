@@ -92,7 +92,7 @@ def test_layers_that_drop_are_replaced():
     )
     assert use_per_sample_dropout(network, noise_of([1])) == 3
     kinds = [type(layer).__name__ for layer in network.modules()]
-    assert {"RowDropout", "RowDropPath", "RowPatchDropout"} <= set(kinds)
+    assert {"PerSampleDropout", "PerSampleDropPath", "PerSamplePatchDropout"} <= set(kinds)
     patches = network[2]
     assert isinstance(patches, PerSamplePatchDropout)
     assert patches.prefix_tokens == 2

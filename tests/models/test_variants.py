@@ -79,5 +79,5 @@ def test_what_follows_the_last_sign_is_a_number_unless_a_path_is_named_so(tmp_pa
     assert split_model_spec(f"{tmp_path}/run#2") == (f"{tmp_path}/run#2", None)
     assert split_model_spec(f"{tmp_path}/run#2#8") == (f"{tmp_path}/run#2", 8)
     for wrong in ("runs/a#", "runs/a#b", "runs/a#-1", "runs/a#²"):
-        with pytest.raises(UsageError, match="no number of dimensions"):
+        with pytest.raises(UsageError, match="is not a number of dimensions"):
             split_model_spec(wrong)

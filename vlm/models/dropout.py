@@ -1,11 +1,13 @@
-"""Dropout that belongs to the sample: what is dropped depends on the sample's number, the layer and the place.
+"""Dropout that belongs to the sample: what is dropped depends on the sample's number, the layer and the position.
 
 torch's dropout draws one mask for whatever goes through the layer at once, so a batch in two halves, or on two
-processes, drops something else than the whole. Here every random number is a hash of (seed, number of the sample in the
-run, layer, place): the split batch drops what the whole does, and a resumed run what an uninterrupted one would have.
+processes, drops something else than the whole batch. Here every random number is a hash of (seed, number of the sample
+in the run, layer, position): micro-batches drop what the whole batch does, and a resumed run what an uninterrupted one
+would have.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,32 +26,37 @@ class PerSampleNoise:
     seed: int
     rows: Int64[Tensor, " B"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def uniform(self, layer: int, rows: int, places: int, device: torch.device) -> Float[Tensor, "N P"]:
-        """Numbers in [0, 1) for N = `rows` rows of `places` places each.
+    def uniform(self, layer: int, rows: int, positions: int, device: torch.device) -> Float[Tensor, "N P"]:
+        """Numbers in [0, 1) for N = `rows` rows of P = `positions` positions each.
 
-        Where a layer sees several rows a sample (windows, sentences), these are the sample's in their order.
+        Where a layer sees several rows per sample (windows, sentences), these are the sample's in their order.
 
         Raises:
-            VlmError: N is no multiple of the samples.
+            VlmError: N is not a multiple of the samples.
         """
-        return _uniform(self._keys(layer, rows, device)[:, None], torch.arange(places, device=device)[None, :])
+        keys = self._row_keys(layer, rows, device)[:, None]
+        position_keys = _hash32(torch.arange(positions, device=device)[None, :] + 1)
+        # the upper 24 bits of a hash, which are all that a float32 in [0, 1) can hold
+        return (_hash32(keys ^ position_keys) >> 8).to(torch.float32) * 2.0**-24
 
-    def _keys(self, layer: int, rows: int, device: torch.device) -> Int64[Tensor, " N"]:
+    def _row_keys(self, layer: int, rows: int, device: torch.device) -> Int64[Tensor, " N"]:
+        """A hash of (seed, sample, layer, row of the sample) for each row."""
         samples = self.rows.to(device)
         if not len(samples) or rows % len(samples):
             raise VlmError(
-                f"A layer that drops at random was given {rows} rows for {len(samples)} samples; set their numbers."
+                f"A dropout layer was given {rows} rows for {len(samples)} samples; set their numbers (`rows`)."
             )
-        each = rows // len(samples)
-        within = torch.arange(each, device=device).repeat(len(samples))
+        rows_per_sample = rows // len(samples)
+        row_of_sample = torch.arange(rows_per_sample, device=device).repeat(len(samples))
         # two words of 32 bits, mixed one after the other, hold every number of a sample that can occur
-        low, high = samples & _LOW_32, (samples >> 32) & _LOW_32
+        low = samples & _LOW_32
+        high = (samples >> 32) & _LOW_32
         keys = _hash32(_hash32(low ^ (self.seed & _LOW_32)) ^ high ^ layer)
-        return _hash32(keys.repeat_interleave(each) ^ within)
+        return _hash32(keys.repeat_interleave(rows_per_sample) ^ row_of_sample)
 
 
 def _hash32(words: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """Hash words of 32 bits, kept in 64 (the constants are those of Wellons' lowbias32 search)."""
+    """Hash words of 32 bits, kept in 64: Wellons' lowbias32, whose constants a search for low bias has found."""
     words = words & _LOW_32
     words = words ^ (words >> 16)
     words = (words * 0x7FEB352D) & _LOW_32
@@ -58,19 +65,15 @@ def _hash32(words: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     return words ^ (words >> 16)
 
 
-def _uniform(keys: Int64[Tensor, "N 1"], places: Int64[Tensor, "1 P"]) -> Float[Tensor, "N P"]:
-    return (_hash32(keys ^ _hash32(places + 1)) >> 8).to(torch.float32) * 2.0**-24
-
-
 class _PerSampleLayer(nn.Module):
     def __init__(self, noise: PerSampleNoise, name: str) -> None:
         super().__init__()
         self.noise = noise
         self.layer = int(compute_fingerprint(name)[:8], 16)
 
-    def numbers(self, rows: int, places: int, device: torch.device) -> Float[Tensor, "N P"]:
+    def numbers(self, rows: int, positions: int, device: torch.device) -> Float[Tensor, "N P"]:
         """Uniform numbers of this layer."""
-        return self.noise.uniform(self.layer, rows, places, device)
+        return self.noise.uniform(self.layer, rows, positions, device)
 
 
 class PerSampleDropout(_PerSampleLayer):
@@ -93,32 +96,35 @@ class PerSampleDropPath(_PerSampleLayer):
 
     def __init__(self, noise: PerSampleNoise, name: str, probability: float, *, rescale: bool) -> None:
         super().__init__(noise, name)
-        self.drop_prob, self.rescale = probability, rescale
+        self.drop_prob = probability
+        self.rescale = rescale
 
     def forward(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Zero rows with the probability of this layer, while training."""
         if not self.training or self.drop_prob == 0:
             return values
-        kept = (self.numbers(len(values), 1, values.device) >= self.drop_prob).to(values.dtype)
-        kept = kept.view(-1, *[1] * (values.ndim - 1))
-        return values * (kept / (1 - self.drop_prob) if self.rescale else kept)
+        mask = (self.numbers(len(values), 1, values.device) >= self.drop_prob).to(values.dtype)
+        mask = mask.view(-1, *[1] * (values.ndim - 1))
+        return values * (mask / (1 - self.drop_prob) if self.rescale else mask)
 
 
 class PerSamplePatchDropout(_PerSampleLayer):
-    """Leave out patches by sample (FLIP, Li et al. 2023); prefix tokens stay."""
+    """Drop patches by sample (FLIP, Li et al. 2023); prefix tokens stay."""
 
     def __init__(self, noise: PerSampleNoise, name: str, probability: float, *, prefix_tokens: int) -> None:
         super().__init__(noise, name)
-        self.prob, self.prefix_tokens = probability, prefix_tokens
+        self.prob = probability
+        self.prefix_tokens = prefix_tokens
 
     def forward(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B K D"]:
         """Keep the share 1 - p of the patches of each row, in their order, while training."""
         if not self.training or self.prob == 0:
             return tokens
-        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
-        count = max(1, int(patches.shape[1] * (1 - self.prob)))
-        places = self.kept_patches(len(patches), patches.shape[1], count, tokens.device)
-        kept = patches.gather(1, places[:, :, None].expand(-1, -1, patches.shape[2]))
+        prefix = tokens[:, : self.prefix_tokens]
+        patches = tokens[:, self.prefix_tokens :]
+        num_kept = max(1, int(patches.shape[1] * (1 - self.prob)))
+        indices = self.kept_patches(len(patches), patches.shape[1], num_kept, tokens.device)
+        kept = patches.gather(1, indices[:, :, None].expand(-1, -1, patches.shape[2]))
         return torch.cat([prefix, kept], dim=1)
 
     def kept_patches(self, rows: int, patches: int, count: int, device: torch.device) -> Int[Tensor, "B K"]:
@@ -127,29 +133,31 @@ class PerSamplePatchDropout(_PerSampleLayer):
 
 
 def use_per_sample_dropout(network: nn.Module, noise: PerSampleNoise) -> int:
-    """Replace the layers of a network that drop at random by ones that draw from `noise`; returns how many.
+    """Replace the dropout layers of a network by ones that draw from `noise`; returns how many.
 
     Replaced are torch's Dropout, timm's DropPath and PatchDropout, open_clip's PatchDropout. What draws inside a
-    function (dropout in a fused attention of some Hugging Face towers) is not seen; the step seeds torch's generator.
+    function (dropout in a fused attention of some Hugging Face towers) is not replaced; for it the step seeds torch's
+    generator.
     """
-    found: list[tuple[nn.Module, str, nn.Module]] = []
+    replacements: list[tuple[nn.Module, str, nn.Module]] = []
     for path, parent in network.named_modules():
         for name, child in parent.named_children():
-            replaced = _per_sample_layer(child, noise, f"{path}.{name}")
-            if replaced is not None:
-                found.append((parent, name, replaced.train(child.training)))
-    for parent, name, replaced in found:
-        setattr(parent, name, replaced)
-    return len(found)
+            replacement = _per_sample_layer(child, noise, f"{path}.{name}")
+            if replacement is not None:
+                replacements.append((parent, name, replacement.train(child.training)))
+    # afterwards, since a network must not change while it is walked
+    for parent, name, replacement in replacements:
+        setattr(parent, name, replacement)
+    return len(replacements)
 
 
-def _per_sample_layer(layer: nn.Module, noise: PerSampleNoise, name: str) -> nn.Module | None:
-    kind = type(layer).__name__
+def _per_sample_layer(layer: Any, noise: PerSampleNoise, name: str) -> nn.Module | None:
+    kind = type(layer).__name__  # timm's classes by name, so that timm need not be imported
     if isinstance(layer, nn.Dropout) and layer.p:
         return PerSampleDropout(noise, name, layer.p)
     if kind == "DropPath" and getattr(layer, "drop_prob", 0):
-        return PerSampleDropPath(noise, name, layer.drop_prob, rescale=getattr(layer, "scale_by_keep", True))  # pyright: ignore[reportArgumentType]
+        return PerSampleDropPath(noise, name, layer.drop_prob, rescale=getattr(layer, "scale_by_keep", True))
     if kind == "PatchDropout" and getattr(layer, "prob", 0):
         prefix = getattr(layer, "num_prefix_tokens", int(getattr(layer, "exclude_first_token", True)))
-        return PerSamplePatchDropout(noise, name, layer.prob, prefix_tokens=prefix)  # pyright: ignore[reportArgumentType]
+        return PerSamplePatchDropout(noise, name, layer.prob, prefix_tokens=prefix)
     return None

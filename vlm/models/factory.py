@@ -1,12 +1,11 @@
-"""Our own small architectures, in open_clip's configuration format; its names are known in addition.
+"""Networks from configurations: our small architectures, those of open_clip, and networks of our own towers.
 
-Networks from the configuration of a model folder: open_clip's, and those of our towers.
-
-Rows of tokens shorter than the context: what a batch of short captions saves in the text tower.
+A configuration is open_clip's `model_cfg`, which a model folder stores. A text tower that needs no padding can be fed
+rows cut to the longest caption of a batch (`enable_padding_trim`), which saves most of its work on short captions.
 """
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from vlm.config import suggest
 from vlm.data.tokenizers import Tokenizer
 from vlm.errors import UsageError
+from vlm.models.network import Network
 
 # sine positions, because learned ones start too weak to be used in a short run; 16 patches see a drawn scene well
 # enough; batch normalisation is avoided throughout, since a split batch must equal the whole one
@@ -61,7 +61,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "custom_text": True,
     },
 }
-"""Sizes of towers; vocabulary and context length follow the tokenizer of the run."""
+"""Sizes of towers in open_clip's format; vocabulary and context length follow the tokenizer of the run."""
 
 
 ModelConfig = dict[str, Any]
@@ -89,15 +89,17 @@ def model_config(name: str) -> ModelConfig:
 
 
 def fit_to_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The same architecture with the tokenizer's vocabulary, context length and special ids.
+    """The same architecture with the tokenizer's vocabulary, context length and special tokens.
 
     Raises:
         UsageError: a tower cannot read that many tokens, or cannot tell where the captions of this tokenizer end.
     """
     fitted = deepcopy(config)
     text = fitted["text_cfg"]
-    text["context_length"], text["vocab_size"] = tokenizer.context_length, tokenizer.vocab_size
-    text["pad_id"], text["eos_id"] = tokenizer.pad_token, tokenizer.end_token
+    text["context_length"] = tokenizer.context_length
+    text["vocab_size"] = tokenizer.vocab_size
+    text["pad_id"] = tokenizer.pad_token
+    text["eos_id"] = tokenizer.end_token
     if "multimodal_cfg" in fitted:
         fitted["multimodal_cfg"]["context_length"] = tokenizer.context_length
         fitted["multimodal_cfg"]["vocab_size"] = tokenizer.vocab_size
@@ -109,7 +111,7 @@ def fit_to_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return fitted
 
 
-def build_network(config: ModelConfig) -> nn.Module:
+def build_network(config: ModelConfig) -> Network:
     """A CLIP, CustomTextCLIP or CoCa of open_clip, or a network of towers, with weights from torch's global generator.
 
     Its forward(images [B, 3, H, W], tokens [B, L]) gives a dict with `image_features` and `text_features` [B, D] of
@@ -118,15 +120,16 @@ def build_network(config: ModelConfig) -> nn.Module:
     if _uses_towers(config):
         from vlm.models.towers.tower_registry import TowerNetwork
 
-        return TowerNetwork(config)
+        return cast(Network, TowerNetwork(config))
     network = _build_open_clip(deepcopy(config))
-    if network.logit_bias is None:  # so that an objective can give it one
+    if network.logit_bias is None:
+        # a plain attribute None would keep an objective from registering one
         del network.logit_bias
         network.register_parameter("logit_bias", None)
     return network
 
 
-def _build_open_clip(values: ModelConfig) -> nn.Module:
+def _build_open_clip(values: ModelConfig) -> Network:
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -134,8 +137,8 @@ def _build_open_clip(values: ModelConfig) -> nn.Module:
     if "multimodal_cfg" in values:
         network = CoCa(**values, pad_id=values["text_cfg"].get("pad_id", 0))
         _initialise_decoder(network)
-        return network
-    return (CustomTextCLIP if is_custom else CLIP)(**values, output_dict=True)
+        return cast(Network, network)
+    return cast(Network, (CustomTextCLIP if is_custom else CLIP)(**values, output_dict=True))
 
 
 def _pool_at_end_token(text: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -172,12 +175,12 @@ _POOLS_BY_TOKEN = frozenset({"argmax", "eos", "first"})
 
 
 def enable_padding_trim(network: nn.Module) -> bool:
-    """Let `encode_text` take rows cut to the batch's longest caption, if its vectors are those of the whole rows.
+    """Let `encode_text` take rows cut to the batch's longest caption, if that gives the same embeddings.
 
     open_clip's transformer adds its mask of the whole context; here it is cut to the row. In a causal tower nothing
     after the end token has any influence before it, so nothing else changes.
 
-    False, and nothing is changed, for captioners, whose class token stands at the end of the row; for open_clip's CLIP
+    Returns False, and changes nothing, for captioners, whose class token is at the end of the row; for open_clip's CLIP
     without `custom_text`, which adds the positions of the whole context; for towers that pool a token counted from the
     row's end; and where texts pass through dropout, since what it drops depends on the length of the row.
     """
@@ -199,7 +202,8 @@ def _has_dropout(text: nn.Module) -> bool:
 def _crop_attention_mask(
     module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    mask, length = named.get("attn_mask"), arguments[0].shape[1]
+    mask = named.get("attn_mask")
+    length = arguments[0].shape[1]
     if mask is not None and mask.shape[-1] > length:
         named = named | {"attn_mask": mask[..., :length, :length]}
     return arguments, named

@@ -5,6 +5,7 @@ MODEL as people write it: a run folder, a model folder, an upgrade folder, or an
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -210,7 +211,7 @@ def _load_pretrained(spec: str, device: torch.device, precision: torch.dtype) ->
         near = [entry for entry in known if entry.startswith(name)][:5] or known[:5]
         raise UsageError(f"open_clip has no {spec!r}; it has for example {', '.join(near)}.")
     try:
-        network = open_clip.create_model(name, pretrained=tag, device=device, output_dict=True)
+        network: Any = open_clip.create_model(name, pretrained=tag, device=device, output_dict=True)
         tokenizer = _tokenizer_of(config)
     except (OSError, RuntimeError) as error:
         raise VlmError(f"The weights of {spec} are neither cached nor within reach of the network: {error}") from error

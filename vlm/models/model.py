@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
 from vlm.models.coca import generate_captions, text_log_likelihoods
 from vlm.models.factory import ModelConfig, is_captioner
+from vlm.models.network import Captioner, Network
 from vlm.tensors import Float, Float32, Tensor, UInt8
 
 TEXT_BATCH_SIZE = 256
@@ -26,7 +28,7 @@ class VisionLanguageModel:
     """
 
     name: str
-    network: nn.Module
+    network: Network
     config: ModelConfig
     view: EvalTransform
     tokenizer: Tokenizer
@@ -60,7 +62,7 @@ class VisionLanguageModel:
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
         """Unit vectors of images as `view` gives them, on the CPU."""
         with self._inference():
-            features = self.network.encode_image(self._pixels(images))  # pyright: ignore[reportCallIssue]
+            features = self.network.encode_image(self._pixels(images))
         return nn.functional.normalize(features.float(), dim=-1).cpu()
 
     @torch.inference_mode()
@@ -73,7 +75,7 @@ class VisionLanguageModel:
                 self.device
             )
             with self._inference():
-                features = self.network.encode_text(rows)  # pyright: ignore[reportCallIssue]
+                features = self.network.encode_text(rows)
             parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
         return torch.cat(parts) if parts else torch.zeros(0, self.embedding_size)
 
@@ -84,9 +86,9 @@ class VisionLanguageModel:
         Raises:
             UsageError: the model has no decoder.
         """
-        self._require_decoder()
+        captioner = self._captioner()
         with self._inference():
-            rows = generate_captions(self.network, self._pixels(images), self.tokenizer, prompt)
+            rows = generate_captions(captioner, self._pixels(images), self.tokenizer, prompt)
         return [self.tokenizer.decode(row) for row in rows.tolist()]
 
     @torch.inference_mode()
@@ -96,19 +98,20 @@ class VisionLanguageModel:
         Raises:
             UsageError: the model has no decoder.
         """
-        self._require_decoder()
+        captioner = self._captioner()
         tokens = torch.from_numpy(self.tokenizer.encode(list(texts))).to(self.device)
         with self._inference():
-            return text_log_likelihoods(self.network, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
+            return text_log_likelihoods(captioner, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
 
     @property
     def logit_scale(self) -> float:
         """The learned inverse temperature that turns cosines into logits."""
         return float(self.network.get_parameter("logit_scale").detach().exp())
 
-    def _require_decoder(self) -> None:
+    def _captioner(self) -> Captioner:
         if not self.can_caption:
             raise UsageError(f"{self.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
+        return cast(Captioner, self.network)
 
     def _pixels(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return normalise(images.to(self.device, non_blocking=True), self.view)

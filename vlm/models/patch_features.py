@@ -1,13 +1,14 @@
-"""What an image tower makes of its patches, and of crops smaller than the images it was built for."""
+"""Embeddings of an image's patches, and of crops smaller than the images a tower was built for."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from vlm.errors import UsageError
+from vlm.models.network import Network
 from vlm.tensors import Float, Tensor
 
 
@@ -15,8 +16,8 @@ from vlm.tensors import Float, Tensor
 class ImageTowerOutput:
     """One pass of the image tower.
 
-    image: the embedding, of any length. memory: what a caption decoder attends to, where the tower gives it.
-    patches: the patches in the joint space, where they were asked for; not of unit length.
+    image: the embedding, not normalised. memory: what a caption decoder attends to, where the tower gives it.
+    patches: the patches in the joint space, if requested; not normalised.
     """
 
     image: Float[Tensor, "B D"]
@@ -25,17 +26,17 @@ class ImageTowerOutput:
 
 
 def run_image_tower(
-    network: nn.Module, pixels: Float[Tensor, "B 3 H W"], *, with_patches: bool = False
+    network: Network, pixels: Float[Tensor, "B 3 H W"], *, with_patches: bool = False
 ) -> ImageTowerOutput:
     """Run the image tower once.
 
-    The features of a patch are what the tower's own head makes of an image all of whose places are that patch, so
-    they lie in the space of the image's embedding and need no weights of their own. Class and register tokens are
-    left out. A tower that is neither open_clip's ViT nor its timm adapter says how by a method
+    The features of a patch are what the tower's own head makes of an image that is this patch everywhere, so they lie
+    in the space of the image's embedding and need no weights of their own. Class and register tokens are left out. A
+    tower that is neither open_clip's ViT nor its timm adapter needs a method
     `forward_with_patches(pixels) -> (image, patches)`.
 
     Raises:
-        UsageError: patches are asked of a tower that has none to give.
+        UsageError: patches are requested from a tower that has none.
     """
     visual = network.get_submodule("visual")
     if with_patches:
@@ -43,11 +44,11 @@ def run_image_tower(
     if getattr(visual, "output_tokens", False):
         image, memory = cast(tuple[Tensor, Tensor], visual(pixels))
         return ImageTowerOutput(image=image, memory=memory)
-    return ImageTowerOutput(image=network.encode_image(pixels))  # pyright: ignore[reportCallIssue]
+    return ImageTowerOutput(image=network.encode_image(pixels))
 
 
 def supports_patch_features(network: nn.Module) -> bool:
-    """Whether `read_image` can give the patches of this network's image tower."""
+    """Whether `run_image_tower` can give the patches of this network's image tower."""
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
@@ -59,11 +60,11 @@ def supports_patch_features(network: nn.Module) -> bool:
     return hasattr(visual, "forward_with_patches")
 
 
-def encode_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B D"]:
+def encode_crops(network: Network, crops: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B D"]:
     """Embeddings, of any length, of square crops whose side need not be `size`, the one the network was built for.
 
     open_clip's ViTs read a crop at its own size, with their position embeddings interpolated (as Caron et al. 2021
-    do); other towers see it enlarged to `size`, unless they say `takes_any_size`.
+    do); other towers see it enlarged to `size`, unless they have `takes_any_size`.
 
     Raises:
         UsageError: the crop is not a whole number of patches.
@@ -79,7 +80,7 @@ def encode_crops(network: nn.Module, crops: Float[Tensor, "B 3 h w"], size: int)
     return run_image_tower(network, enlarged).image
 
 
-def _run_with_patches(visual: nn.Module, pixels: Float[Tensor, "B 3 H W"]) -> ImageTowerOutput:
+def _run_with_patches(visual: Any, pixels: Float[Tensor, "B 3 H W"]) -> ImageTowerOutput:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
@@ -90,16 +91,17 @@ def _run_with_patches(visual: nn.Module, pixels: Float[Tensor, "B 3 H W"]) -> Im
         patches = _pool_each_patch(visual, tokens[:, 1:]) @ projection
         return ImageTowerOutput(image=pooled @ projection, memory=memory, patches=patches)
     if isinstance(visual, TimmModel):
-        features = visual.trunk.forward_features(pixels)  # pyright: ignore[reportCallIssue]
-        image = visual.head(visual.trunk.forward_head(features))  # pyright: ignore[reportCallIssue]
+        trunk: Any = visual.trunk
+        features = trunk.forward_features(pixels)
+        image = visual.head(trunk.forward_head(features))
         return ImageTowerOutput(image=image, patches=_project_each_patch(visual, features))
     if hasattr(visual, "forward_with_patches"):
-        image, patches = cast(tuple[Tensor, Tensor], visual.forward_with_patches(pixels))  # pyright: ignore[reportCallIssue]
+        image, patches = visual.forward_with_patches(pixels)
         return ImageTowerOutput(image=image, patches=patches)
     raise UsageError(f"{type(visual).__name__} gives no features of patches; train a ViT or a timm tower.")
 
 
-def _pool_each_patch(visual: nn.Module, patches: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
+def _pool_each_patch(visual: Any, patches: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
     """Pooling and last norm of open_clip's ViT, for each patch as if it were the only one."""
     pool = getattr(visual, "attn_pool", None)
     if pool is not None:
@@ -115,7 +117,7 @@ def _attend_to_single_key(attention: nn.MultiheadAttention, keys: Float[Tensor, 
     return attention.out_proj(F.linear(keys, weight, bias))
 
 
-def _project_each_patch(visual: nn.Module, features: Tensor) -> Float[Tensor, "B P D"]:
+def _project_each_patch(visual: Any, features: Tensor) -> Float[Tensor, "B P D"]:
     """Pooling, norm and projection of a timm tower, for each place of its tokens or of its map."""
     trunk = visual.get_submodule("trunk")
     prefix = int(getattr(trunk, "num_prefix_tokens", 0) or 0)
@@ -129,20 +131,20 @@ def _project_each_patch(visual: nn.Module, features: Tensor) -> Float[Tensor, "B
     else:
         places = features.flatten(2).transpose(1, 2)
         alone = places.flatten(0, 1)[:, :, None, None]
-    projected = visual.get_submodule("head")(trunk.forward_head(alone))  # pyright: ignore[reportCallIssue]
+    projected = visual.get_submodule("head")(trunk.forward_head(alone))
     return projected.unflatten(0, places.shape[:2])
 
 
-def _encode_at_crop_size(visual: nn.Module, crops: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
-    patch = visual.patch_size[0]  # pyright: ignore[reportIndexIssue]
+def _encode_at_crop_size(visual: Any, crops: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+    patch = visual.patch_size[0]
     if crops.shape[-1] % patch:
         raise UsageError(f"Crops of {crops.shape[-1]} pixels are not a whole number of patches of {patch}.")
     grid = visual.get_submodule("conv1")(crops)
-    positions = resize_positions(visual.get_parameter("positional_embedding"), visual.grid_size, grid.shape[-2:])  # pyright: ignore[reportArgumentType]
+    positions = resize_positions(visual.get_parameter("positional_embedding"), visual.grid_size, grid.shape[-2:])
     first = visual.get_parameter("class_embedding").to(grid.dtype).expand(len(crops), 1, -1)
     tokens = torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1) + positions.to(grid.dtype)
     tokens = visual.get_submodule("ln_pre")(visual.get_submodule("patch_dropout")(tokens))
-    pooled, _ = visual._pool(visual.get_submodule("transformer")(tokens))  # pyright: ignore[reportCallIssue]
+    pooled, _ = visual._pool(visual.get_submodule("transformer")(tokens))
     return pooled @ visual.get_parameter("proj")
 
 

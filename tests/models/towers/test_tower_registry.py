@@ -222,8 +222,8 @@ def test_a_wrong_name_is_told_the_nearest(name, message):
 
 def test_locked_towers_do_not_move_and_the_others_do(open_model):
     network: Any = open_model("timm:test_vit+bag@16", 32).network
-    network.lock_image_tower(unlocked_groups=0, freeze_bn_stats=True)
-    network.lock_text_tower(0)
+    network.visual.lock(unlocked_groups=0, freeze_bn_stats=True)
+    network.text.lock(0)
     free = {name for name, each in network.named_parameters() if each.requires_grad}
     assert free == {"visual.head.proj.weight", "logit_scale"}
 

@@ -30,14 +30,16 @@ class TimmTower(ImageTower):
 
     def native_of(self, features: Features) -> Float[Tensor, "B F"]:
         """What timm's `forward_head` makes of the maps."""
-        return self.trunk.forward_head(features, pre_logits=True)  # pyright: ignore[reportCallIssue]
+        trunk: Any = self.trunk
+        return trunk.forward_head(features, pre_logits=True)
 
     def parameter_groups(self) -> list[list[str]]:
         """timm's own groups of layers where it has them."""
         from timm.models import group_parameters
 
+        trunk: Any = self.trunk
         try:
-            groups = group_parameters(self.trunk, self.trunk.group_matcher())  # pyright: ignore[reportCallIssue]
+            groups = group_parameters(trunk, trunk.group_matcher())
         except (AttributeError, TypeError):
             return group_by_layer(dict(self.trunk.named_parameters()))
         return [groups[number] for number in sorted(groups)]
@@ -48,8 +50,9 @@ class TimmTower(ImageTower):
         Raises:
             UsageError: the trunk cannot.
         """
+        trunk: Any = self.trunk
         try:
-            self.trunk.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]
+            trunk.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError) as error:
             raise UsageError(
                 f"{type(self.trunk).__name__} has no gradient checkpointing; leave it out, or give a smaller "

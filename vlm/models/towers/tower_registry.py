@@ -379,19 +379,12 @@ class TowerNetwork(nn.Module):
         bias = self.logit_bias
         return outputs | {"logit_bias": bias} if isinstance(bias, Tensor) else outputs
 
-    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Keep the image trunk as it is, but for its last groups of layers."""
-        self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)  # pyright: ignore[reportCallIssue]
-
-    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Keep the text trunk as it is, but for its last layers."""
-        self.text.lock(unlocked_layers, freeze_layer_norm)  # pyright: ignore[reportCallIssue]
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them.
 
         Raises:
             UsageError: the trunk of a tower cannot.
         """
-        for tower in (self.visual, self.text):
-            tower.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]
+        towers: tuple[Any, Any] = (self.visual, self.text)
+        for tower in towers:
+            tower.set_grad_checkpointing(enable)
