@@ -1,10 +1,7 @@
-"""The EMA of the weights while they are trained (EMA): the last steps without their noise.
+"""Averages of weights: the EMA kept while training, and soups of several models tuned from the same start.
 
-The weighted mean of several networks' weights, summed in float64.
-
-Whether two models are so alike that a mean of their weights is a model again.
-
-One model out of several tuned from the same start: uniform, weighted and greedy soups, and interpolation.
+Soups are uniform, weighted or greedy (Wortsman et al. 2022), or interpolate between a start and a tuned model (WiSE-FT,
+Wortsman et al. 2021).
 """
 
 import dataclasses
@@ -32,32 +29,32 @@ class EMA:
     TensorFlow's ExponentialMovingAverage). Parameters are averaged in float32 at least; buffers, and whatever holds
     whole numbers, are those of the last step. Processes that train the same weights each keep the same mean.
 
-    weights: the mean by the names of `state_dict`: all there is to save. The dict stays the same object.
+    weights: the mean, by the names of `state_dict`; nothing else has to be saved. The dict stays the same object.
     """
 
     def __init__(self, decay: float, weights: dict[str, Tensor]) -> None:
-        self.decay, self.weights = decay, weights
+        self.decay = decay
+        self.weights = weights
 
     @classmethod
     def from_network(cls, decay: float, network: nn.Module) -> "EMA":
-        """The mean before the first step: the weights as they are."""
+        """The mean before the first step: the weights themselves."""
         averaged = _averaged_parameter_names(network)
-        return cls(
-            decay,
-            {
-                name: value.to(torch.promote_types(value.dtype, torch.float32) if name in averaged else None, copy=True)
-                for name, value in network.state_dict().items()
-            },
-        )
+        means: dict[str, Tensor] = {}
+        for name, value in network.state_dict().items():
+            dtype = torch.promote_types(value.dtype, torch.float32) if name in averaged else value.dtype
+            means[name] = value.to(dtype, copy=True)
+        return cls(decay, means)
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step number `step`, counted from 1.
+        """Include the weights after optimizer step number `step`, counted from 1.
 
         Raises:
-            VlmError: the network is not the one the mean is of.
+            VlmError: the mean is that of another network.
         """
-        current, averaged = self._weights_of(network), _averaged_parameter_names(network)
+        current = self._weights_of(network)
+        averaged = _averaged_parameter_names(network)
         decay = min(self.decay, (1 + step) / (10 + step))
         means = [self.weights[name] for name in current if name in averaged]
         values = [value.to(self.weights[name].dtype) for name, value in current.items() if name in averaged]
@@ -68,25 +65,24 @@ class EMA:
 
     @contextmanager
     def swapped_in(self, network: nn.Module) -> Iterator[None]:
-        """The network with the mean as its weights; afterwards it has its own again, bit for bit.
+        """The network with the mean as its weights; afterwards its own are restored, bit for bit.
 
         Raises:
-            VlmError: the network is not the one the mean is of.
+            VlmError: the mean is that of another network.
         """
-        kept = {name: value.clone() for name, value in self._weights_of(network).items()}
+        own = {name: value.clone() for name, value in self._weights_of(network).items()}
         try:
             _copy(self.weights, into=network)
             yield
         finally:
-            _copy(kept, into=network)
+            _copy(own, into=network)
 
     def _weights_of(self, network: nn.Module) -> dict[str, Tensor]:
-        """The network's own tensors, with the mean brought to where they are."""
+        """The network's own tensors; the mean is moved to their devices."""
         current: dict[str, Tensor] = network.state_dict()
-        unlike = sorted(current.keys() ^ self.weights.keys())
-        unlike += [name for name in current if not unlike and current[name].shape != self.weights[name].shape]
-        if unlike:
-            raise VlmError(f"The EMA is of another network: they differ in {', '.join(unlike[:3])}.")
+        differing = _differing_names(current, self.weights)
+        if differing:
+            raise VlmError(f"The EMA is of another network: they differ in {', '.join(differing[:3])}.")
         for name, value in current.items():
             self.weights[name] = self.weights[name].to(value.device)
         return current
@@ -99,7 +95,7 @@ def _averaged_parameter_names(network: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def _copy(weights: dict[str, Tensor], *, into: nn.Module) -> None:
-    # asked again each time: state_dict makes FSDP drop the whole weights that its last forward pass gathered
+    # a new state_dict each time, which makes FSDP drop the whole weights that its last forward pass gathered
     for name, own in into.state_dict().items():
         own.copy_(weights[name])
 
@@ -110,11 +106,11 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedMean:
-    """Σ share · weights / Σ share, one network after the other; `plus` leaves the mean it is asked of as it was.
+    """Σ share · weights / Σ share, one network after the other, summed in float64; `plus` returns a new mean.
 
-    A network alone, with share 1, comes out bit for bit. The statistics of batch normalisation are averaged as weights
-    are. Whole numbers (counters, places) are no quantities to average: those of the network with the largest share
-    stand, the first among equals.
+    A network alone, with share 1, comes out bit for bit. The statistics of batch normalisation are averaged like
+    weights. Integers (counters, indices) cannot be averaged: those of the network with the largest share are taken, of
+    the first among equals.
     """
 
     total: float = 0.0
@@ -154,31 +150,37 @@ class WeightedMean:
         }
 
     def _check_compatible(self, weights: Weights) -> None:
-        unlike = sorted(weights.keys() ^ self.sums.keys())
-        unlike += [name for name in weights if not unlike and weights[name].shape != self.sums[name].shape]
-        if unlike:
-            raise VlmError(f"Weights of different networks cannot be averaged; they differ in {', '.join(unlike[:3])}.")
+        differing = _differing_names(weights, self.sums)
+        if differing:
+            names = ", ".join(differing[:3])
+            raise VlmError(f"Weights of different networks cannot be averaged; they differ in {names}.")
+
+
+def _differing_names(one: Weights, other: Weights) -> list[str]:
+    """Names that only one of the two has, or else those whose shapes differ."""
+    differing = sorted(one.keys() ^ other.keys())
+    return differing or [name for name in one if one[name].shape != other[name].shape]
 
 
 _TRAINING_ONLY = frozenset({"patch_dropout", "timm_drop", "timm_drop_path"})
-"""Keys of open_clip's configuration that an evaluated network does not feel; runs of one soup may differ in them."""
+"""Keys of open_clip's configuration without effect in evaluation; the runs of one soup may differ in them."""
 
-_SHOWN = 4
+_NUM_SHOWN = 4
 _ABSENT = object()
 
 
 def check_compatible(first: VisionLanguageModel, other: VisionLanguageModel) -> None:
-    """Refuse two models that differ in more than the values of their weights.
+    """Check that two models differ in nothing but the values of their weights.
 
     Raises:
         UsageError: they differ in configuration, view, tokenizer, names or shapes of weights; it says where.
     """
-    found = model_differences(first, other)
-    if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    differences = model_differences(first, other)
+    if differences:
+        more = f" and {len(differences) - _NUM_SHOWN} more" if len(differences) > _NUM_SHOWN else ""
         raise UsageError(
             f"{first.name} and {other.name} cannot be averaged, they are different networks: "
-            f"{'; '.join(found[:_SHOWN])}{more}. Average models that were tuned from the same start."
+            f"{'; '.join(differences[:_NUM_SHOWN])}{more}. Average models that were tuned from the same start."
         )
 
 
@@ -197,7 +199,7 @@ def model_differences(first: VisionLanguageModel, other: VisionLanguageModel) ->
 
 
 def check_finite(model: VisionLanguageModel) -> None:
-    """Refuse a model that has diverged: one NaN spoils a whole soup.
+    """Check that a model has not diverged: one NaN spoils a whole soup.
 
     Raises:
         VlmError: a weight is NaN or infinite; the tensor is named.
@@ -229,9 +231,9 @@ DEFAULT_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredient:
-    """A model that went into a soup, or was tried.
+    """A model that is part of a soup, or was tried.
 
-    share: its part of the result in [0, 1], 0 where it was left out. metric: of it alone.
+    share: its share of the result in [0, 1], 0 if it was left out. metric: of it alone.
     metric_with: of the soup so far with it added (greedy).
     """
 
@@ -244,7 +246,7 @@ class Ingredient:
 
 @dataclass(frozen=True, kw_only=True)
 class Soup:
-    """The averaged model, what it is made of, and its metric where one was measured.
+    """The averaged model, its ingredients, and its metric if one was measured.
 
     sweep: (α, metric) of each interpolation tried.
     """
@@ -267,7 +269,8 @@ def weighted_soup(
     """
     if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
         raise UsageError(f"{len(names)} models need {len(names)} weights above 0; got {', '.join(map(str, shares))}.")
-    builder, mean = _SoupBuilder(open_model), WeightedMean()
+    builder = _SoupBuilder(open_model)
+    mean = WeightedMean()
     ingredients: list[Ingredient] = []
     for name, share in zip(names, shares, strict=True):
         model = builder.open(name)
@@ -281,36 +284,39 @@ def weighted_soup(
 
 
 def greedy_soup(names: Sequence[str], *, open_model: ModelLoader, measure: Measure) -> Soup:
-    """Best model first, each next one kept if the metric does not fall (Wortsman et al. 2022, recipe 1).
+    """Best model first, each further one kept if the metric does not fall (Wortsman et al. 2022, recipe 1).
 
-    So the metric is never below that of the best model, on the data it was measured on. However many they are, two
-    models are in memory at a time, and two sums in float64.
+    So the metric is never below that of the best model, on the data it was measured on. However many models there are,
+    two are in memory at a time, and two sums in float64.
 
     Raises:
         UsageError: the models differ in more than their weights, or two are the same. VlmError: one has diverged.
     """
     builder = _SoupBuilder(open_model)
-    alone = sorted(((measure(builder.open(name)), name) for name in names), key=lambda found: -found[0])
-    mean, best, tried = WeightedMean(), -math.inf, list[tuple[str, float, float]]()
-    taken: set[str] = set()
-    for metric, name in alone:
+    metrics_alone = [(measure(builder.open(name)), name) for name in names]
+    metrics_alone.sort(key=lambda entry: -entry[0])
+
+    mean = WeightedMean()
+    best = -math.inf
+    tried: list[tuple[str, float, float]] = []
+    included: set[str] = set()
+    for metric, name in metrics_alone:
         candidate = mean.plus(open_model(name).network.state_dict())
-        metric_with = measure(builder.fill(candidate)) if taken else metric
+        metric_with = measure(builder.fill(candidate)) if included else metric
         tried.append((name, metric, metric_with))
         if metric_with >= best:
-            mean, best = candidate, metric_with
-            taken.add(name)
-    ingredients = tuple(
-        Ingredient(
-            model=name,
-            fingerprint=builder.fingerprints[name],
-            share=1 / len(taken) if name in taken else 0.0,
-            metric=metric,
-            metric_with=metric_with,
+            mean = candidate
+            best = metric_with
+            included.add(name)
+
+    ingredients: list[Ingredient] = []
+    for name, metric, metric_with in tried:
+        share = 1 / len(included) if name in included else 0.0
+        fingerprint = builder.fingerprints[name]
+        ingredients.append(
+            Ingredient(model=name, fingerprint=fingerprint, share=share, metric=metric, metric_with=metric_with)
         )
-        for name, metric, metric_with in tried
-    )
-    return Soup(model=builder.fill(mean), ingredients=ingredients, metric=best)
+    return Soup(model=builder.fill(mean), ingredients=tuple(ingredients), metric=best)
 
 
 def interpolate(
@@ -329,11 +335,11 @@ def interpolate(
     if len(alphas) > 1 and not measure:
         raise UsageError(f"To choose between {len(alphas)} alphas, give held-out data (--val SHARDS), or a single one.")
     builder = _SoupBuilder(open_model)
-    opened = [builder.open(name) for name in (start, tuned)]
-    ends = [{name: value.cpu().clone() for name, value in model.network.state_dict().items()} for model in opened]
+    start_weights = _copy_to_cpu(builder.open(start))
+    tuned_weights = _copy_to_cpu(builder.open(tuned))
 
     def between(alpha: float) -> VisionLanguageModel:
-        return builder.fill(WeightedMean().plus(ends[0], 1 - alpha).plus(ends[1], alpha))
+        return builder.fill(WeightedMean().plus(start_weights, 1 - alpha).plus(tuned_weights, alpha))
 
     sweep = tuple((alpha, measure(between(alpha)) if measure else None) for alpha in alphas)
     best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
@@ -419,8 +425,12 @@ def retrieval_measure(
     return measure
 
 
+def _copy_to_cpu(model: VisionLanguageModel) -> dict[str, Tensor]:
+    return {name: value.cpu().clone() for name, value in model.network.state_dict().items()}
+
+
 class _SoupBuilder:
-    """Models opened one at a time; the network of the first takes up the soup, so its own weights are read before."""
+    """Opens models one at a time; the network of the first holds the soup later, so its own weights are read before."""
 
     def __init__(self, open_model: ModelLoader) -> None:
         self._open_model = open_model
@@ -428,7 +438,7 @@ class _SoupBuilder:
         self.fingerprints: dict[str, str] = {}
 
     def open(self, name: str) -> VisionLanguageModel:
-        """A model, after it was found to fit those before and to be none of them."""
+        """A model, checked to be compatible with those before and none of them."""
         model = self._open_model(name)
         self._first = self._first or model
         check_compatible(self._first, model)
@@ -440,7 +450,7 @@ class _SoupBuilder:
         return model
 
     def fill(self, mean: WeightedMean) -> VisionLanguageModel:
-        """The mean as a model, until the next one is filled in."""
+        """The mean as a model, until `fill` is called again."""
         assert self._first is not None
         self._first.network.load_state_dict(mean.weights())
         return dataclasses.replace(self._first, name="soup")

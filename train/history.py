@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: which there are, what they are, how far they came, how well and how fast."""
+"""Runs on disk: which there are, their configuration, their progress, their quality and their speed."""
 
 import itertools
 import json
@@ -44,9 +44,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class RunRecord:
     """A run folder, read.
 
-    state: finished once it has its manifest; running while it has written a line not long ago (within five times the
-    usual pause, and at least two minutes), or stopped. planned_steps: 0 where unknown. figures: what `vlm eval --out
-    RUN/evaluation` left, with names as in bands.
+    state: finished once it has its manifest; running while it has written a line recently (within five times the usual
+    pause, and at least two minutes), else stopped. planned_steps: 0 if unknown. figures: what `vlm eval --out
+    RUN/evaluation` left, named like the metrics of reference curves.
     """
 
     folder: Path
@@ -82,26 +82,25 @@ class RunRecord:
         return max(measured, key=lambda line: [line[metric] for metric in BEST_METRICS], default=None)
 
     def measured(self) -> list[Mapping[str, Any]]:
-        """The lines, with what was evaluated afterwards as one more at the last step."""
+        """The lines, with what was evaluated afterwards as one more line at the last step."""
         return [*self.lines, {"step": self.step, **self.figures}] if self.figures else list(self.lines)
 
 
 def write_telemetry(run: Path, *, steps: int, utilisation: Mapping[str, Any]) -> None:
-    """Leave in a run's folder, when it begins, how long it will be and what utilisation is measured against
-    (`Utilisation.facts`)."""
+    """Write into a run's folder, when it begins, its planned steps and what MFU is measured against."""
     write_text(run / TELEMETRY, json.dumps({"steps": steps, **utilisation}, indent=1) + "\n")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders below a folder, or itself, oldest first; checkpoints and models inside runs are no runs.
+    """The run folders in a folder, or itself, oldest first; checkpoints and models inside runs do not count.
 
     Raises:
         UsageError: there is no such folder.
     """
     if not folder.is_dir():
         raise UsageError(f"There is no folder {str(folder)!r}; give the one your runs are in.")
-    found = [path.parent for path in folder.rglob(CONFIG) if _is_run(path.parent)]
-    return sorted(found, key=lambda path: ((path / CONFIG).stat().st_mtime, path))
+    runs = [path.parent for path in folder.rglob(CONFIG) if _is_run(path.parent)]
+    return sorted(runs, key=lambda path: ((path / CONFIG).stat().st_mtime, path))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -112,10 +111,11 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not _is_run(folder):
         raise UsageError(
-            f"{folder} is not a run: it needs {CONFIG} and {METRICS}; vlm runs FOLDER lists those there are."
+            f"{folder} is not a run: it needs {CONFIG} and {METRICS}; vlm runs DIR lists the runs of a directory."
         )
     configuration = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    lines, telemetry = read_metrics(folder / METRICS), _read_json(folder / TELEMETRY)
+    lines = read_metrics(folder / METRICS)
+    telemetry = _read_json(folder / TELEMETRY)
     counts = _read_json(folder / MANIFEST).get("counts", {})
     planned = counts.get("steps") or telemetry.get("steps") or max(configuration.get("steps", -1), 0)
     return RunRecord(
@@ -138,8 +138,9 @@ def _state(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Literal["finishe
         return "finished"
     times = [line["seconds"] for line in lines if "seconds" in line]
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    patience = max(_RUNNING_SECONDS, _RUNNING_INTERVALS * median(pauses) if pauses else 0.0)
-    return "running" if time.time() - (folder / METRICS).stat().st_mtime < patience else "stopped"
+    longest_pause = max(_RUNNING_SECONDS, _RUNNING_INTERVALS * median(pauses) if pauses else 0.0)
+    silence = time.time() - (folder / METRICS).stat().st_mtime
+    return "running" if silence < longest_pause else "stopped"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The data ledger of a run as files: one for each finished epoch of a source, one for the whole.
+"""What a run logs: metrics.jsonl, TensorBoard on request, the progress line, and the data ledger as files.
 
-What a run tells while it goes: lines of metrics, TensorBoard on request, the progress line.
+The ledger is written once for each finished epoch of a source, and once for the whole run.
 """
 
 import contextlib
@@ -43,45 +43,49 @@ _MIN_ALLOWED_BAD = 10
 
 def close_epochs(session: Session, *, before: int) -> None:
     """Write the ledger of every epoch that ended since a position; all processes call it at the same step."""
-    corpus, state = session.corpus, session.state
-    epoch_ranges = zip(corpus.order.finished_epochs(before), corpus.order.finished_epochs(state.position), strict=True)
-    ended = [(source, epoch) for source, (first, last) in enumerate(epoch_ranges) for epoch in range(first, last)]
-    for source, epoch in ended:
-        shards = corpus.shards_of(source)
-        whole = merge_ledgers(state.ledger)
-        counts = whole.close(epoch, shards)
-        state.ledger.close(epoch, shards)
-        if session.accelerator.is_main_process:
-            path = session.folder / LEDGER_FOLDER / f"{corpus.sources[source].name}-epoch-{epoch:05d}.json"
-            write_ledger(path, corpus, counts, whole, shards=shards)
+    corpus = session.corpus
+    state = session.state
+    finished_before = corpus.order.finished_epochs(before)
+    finished_now = corpus.order.finished_epochs(state.position)
+    for source, (first, last) in enumerate(zip(finished_before, finished_now, strict=True)):
+        for epoch in range(first, last):
+            shards = corpus.shards_of(source)
+            merged = merge_ledgers(state.ledger)
+            counts = merged.close(epoch, shards)
+            state.ledger.close(epoch, shards)
+            if session.accelerator.is_main_process:
+                path = session.folder / LEDGER_FOLDER / f"{corpus.sources[source].name}-epoch-{epoch:05d}.json"
+                write_ledger(path, corpus, counts, merged, shards=shards)
 
 
 def count_skipped_range(session: Session, skipped_range: SkippedRange) -> None:
-    """Count the visits that a run which went back passes over, and close the epochs they end; all processes call it.
+    """Count the samples that a rollback passes over, and close the epochs they end; all processes call it.
 
-    The main process carries on the restored ledger, which is that of all.
+    The main process continues the restored ledger, which is that of all processes.
     """
-    order, state = session.corpus.order, session.state
+    order = session.corpus.order
+    state = session.state
     if session.accelerator.is_main_process:
-        for visits in skipped_sample_blocks(skipped_range, order.locate):
-            state.ledger.add_skipped(visits)
+        for sample_indices in skipped_sample_blocks(skipped_range, order.locate):
+            state.ledger.add_skipped(sample_indices)
     close_epochs(session, before=skipped_range.first)
 
 
 def write_ledger(path: Path, corpus: Corpus, counts: Epoch, ledger: Ledger, *, shards: Iterable[int]) -> None:
-    """Counts by shard, their sum, and the samples among these shards that cannot be used."""
-    chosen = list(shards)
+    """Write the counts by shard, their sum, and the samples of these shards that cannot be used."""
+    numbers = list(shards)
+    num_filtered = sum(corpus.filtered[shard] for shard in numbers)
     content = {
-        "total": sum_counts(counts).to_values() | {"filtered": sum(corpus.filtered[shard] for shard in chosen)},
-        "shards": [shard_record(corpus, shard, counts.get(shard, ShardCount())) for shard in chosen],
-        "failures": failure_records(corpus, ledger, set(chosen)),
+        "total": sum_counts(counts).to_values() | {"filtered": num_filtered},
+        "shards": [shard_record(corpus, shard, counts.get(shard, ShardCount())) for shard in numbers],
+        "failures": failure_records(corpus, ledger, set(numbers)),
     }
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def shard_record(corpus: Corpus, shard: int, count: ShardCount) -> dict[str, Any]:
-    """What became of one shard's samples; filtered counts the samples its selection leaves out of every epoch."""
+    """The counts of one shard; filtered counts the samples its selection leaves out of every epoch."""
     record = {"shard": corpus.shards[shard], "samples": corpus.samples[shard], "filtered": corpus.filtered[shard]}
     return record | count.to_values()
 
@@ -141,7 +145,7 @@ _ROWS = 2
 
 
 class RunLogger:
-    """Entered for the length of a run; only the main process writes and shows, all of them count."""
+    """Entered for the length of a run; only the main process writes and shows, but all of them count."""
 
     def __init__(self, session: Session) -> None:
         config, state = session.config, session.state
@@ -167,23 +171,26 @@ class RunLogger:
             logger.info(self.utilisation.summary())
 
     def timed(self, batches: Iterator[list[TrainingBatch]]) -> Generator[list[TrainingBatch], None, None]:
-        """Pass the batches on, counting the time each takes to come."""
+        """Pass the batches on, timing how long each is waited for."""
         return self._timer.timed(batches)
 
     def step(self, result: StepResult, batches: Sequence[TrainingBatch]) -> None:
         """One more step is done, whether its update was skipped or not."""
-        decoded = sum(len(batch.keys) for batch in batches)
-        flops = sum(
-            self._session.flops.of(self._inputs_shaped_like(batch)) * len(batch.keys) / _ROWS for batch in batches
-        )
-        self._timer.tick(decoded=decoded, flops=flops)
+        num_samples = 0
+        flops = 0.0
+        for batch in batches:
+            num_samples += len(batch.keys)
+            flops += self._session.flops.of(self._inputs_shaped_like(batch)) * len(batch.keys) / _ROWS
+        self._timer.tick(decoded=num_samples, flops=flops)
         self._session.state.window.add(result.losses | {"gradient_norm": result.gradient_norm})
         self._progress.step()
 
     def read(self, result: StepResult, batches: Sequence[TrainingBatch]) -> dict[str, Any]:
         """The values of the steps since the last line, averaged over processes where they differ."""
         state = self._session.state
-        shown = [f"{key}\t{text}" for part in batches for key, text in zip(part.keys, part.captions, strict=True)]
+        samples: list[str] = []
+        for batch in batches:
+            samples += [f"{key}\t{caption}" for key, caption in zip(batch.keys, batch.captions, strict=True)]
         means = {name: float(value) for name, value in state.window.read().items()}
         values: dict[str, Any] = {"loss": sum(means[name] for name in result.losses)} | means
         values |= {
@@ -195,7 +202,7 @@ class RunLogger:
             "seconds": state.elapsed_seconds,
         }
         values |= reduce_over_processes(self._timer.read())
-        values["samples"] = compute_fingerprint(*gather_objects(shown))
+        values["samples"] = compute_fingerprint(*gather_objects(samples))
         self._progress.update(values)
         return values
 
@@ -212,7 +219,7 @@ class RunLogger:
         self._timer.exclude_time(seconds)
 
     def roll_back(self) -> None:
-        """The state is that of an earlier step: what was written after it is no more."""
+        """The state is that of an earlier step: remove what was written after it."""
         step = self._session.state.step
         self._timer = self._new_timer()
         if self._log:
@@ -240,8 +247,9 @@ class RunLogger:
         )
 
     def _inputs_shaped_like(self, batch: TrainingBatch) -> Inputs:
-        """Inputs of as few samples, as long and as large as those of a batch."""
-        task, view = self._session.state.task, self._session.state.model.view
+        """Inputs of a few samples, as long and as large as those of a batch, to count FLOPs with."""
+        task = self._session.state.task
+        view = self._session.state.model.view
         shapes: Inputs = {
             "pixels": torch.empty(_ROWS, 3, view.size, view.size),
             "tokens": batch.tokens[:1].expand(_ROWS, -1),

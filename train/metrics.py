@@ -1,13 +1,4 @@
-"""How a run goes, written down: a line of metrics.jsonl every few steps.
-
-Metrics as TensorBoard shows them, on request.
-
-The line people watch while a run goes.
-
-Values over the steps since the last line.
-
-How fast a run is, what it waits for, how much of the machine it uses, how long it will still take.
-"""
+"""Metrics of a run: means since the last line, speed, data wait, MFU and time left; progress line and TensorBoard."""
 
 import math
 import time
@@ -53,7 +44,7 @@ class TensorBoardLog:
         self._writer.flush()
 
     def close(self) -> None:
-        """No more will come."""
+        """Close the event file."""
         self._writer.close()
 
 
@@ -66,7 +57,8 @@ class ProgressLine:
     def __init__(self, *, steps: int, done: int, is_shown: bool) -> None:
         self._bar = progress(total=steps, what="training", done=done, unit="step") if is_shown else None
         if self._bar is not None:
-            self._bar.bar_format = _FORMAT  # the bar's own time left forgets evaluations
+            # the bar's own estimate of the time left ignores evaluations
+            self._bar.bar_format = _FORMAT
 
     def update(self, values: dict[str, Any]) -> None:
         """Show the newest values."""
@@ -79,7 +71,7 @@ class ProgressLine:
             self._bar.update()
 
     def roll_back(self, step: int) -> None:
-        """The run went back to a step."""
+        """The run rolled back to a step."""
         if self._bar is not None:
             self._bar.n = step
             self._bar.refresh()
@@ -131,7 +123,7 @@ class WindowMean:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, Tensor]:
-        """The mean of each name over the steps that had it; then start again."""
+        """The mean of each name over the steps that had it; then the sums are reset."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
@@ -141,7 +133,7 @@ class WindowMean:
         return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
     def restore(self, values: dict[str, Any], device: torch.device) -> None:
-        """Go on from what `to_values` gave."""
+        """Continue from what `to_values` gave."""
         self._sums = {
             name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in values.items()
         }
@@ -167,18 +159,24 @@ class StepTimer:
         peak: PeakFlops | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._batch_size, self._peak, self._now = batch_size, peak, now
-        self._left, self._is_known = steps - done, steps > 0
+        self._batch_size = batch_size
+        self._peak = peak
+        self._now = now
+        self._steps_left = steps - done
+        self._is_length_known = steps > 0
         self._timed_from: float | None = None
         self._timed_steps = 0
         self._restart()
 
     def _restart(self) -> None:
-        self._since, self._data_wait_seconds, self._steps = self._now(), 0.0, 0
-        self._decoded, self._flops = 0, 0.0
+        self._since = self._now()
+        self._data_wait_seconds = 0.0
+        self._steps = 0
+        self._decoded = 0
+        self._flops = 0.0
 
     def timed(self, items: Iterator[Item]) -> Generator[Item, None, None]:
-        """Pass the items on, counting the time each takes to come."""
+        """Pass the items on, timing how long each is waited for."""
         while True:
             before = self._now()
             item = next(items, None)
@@ -188,7 +186,7 @@ class StepTimer:
             yield item
 
     def tick(self, *, decoded: int = 0, flops: float = 0.0) -> None:
-        """One more step is done, for which this process decoded so many images and owed so many FLOPs."""
+        """One more step is done, for which this process decoded so many images and needed so many FLOPs."""
         self._steps += 1
         self._decoded += decoded
         self._flops += flops
@@ -198,7 +196,7 @@ class StepTimer:
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """The values of this process for the steps since the last reading; then start again.
+        """The values of this process for the steps since the last reading; then the timer is reset.
 
         samples_per_second (all processes), images_per_second (decoded for this process), data_wait (share in [0, 1]),
         mfu (share of the peak, in [0, 1]; absent without a peak or a count), memory_bytes (largest use of the GPU so
@@ -221,28 +219,34 @@ class StepTimer:
 
     def _seconds_left(self, elapsed: float) -> float | None:
         """From the mean over all windows but the first, which compiles and fills queues; evaluations count in it."""
-        if not self._is_known:
+        if not self._is_length_known:
             return None
-        self._left -= self._steps
-        if self._left <= 0 or not self._steps:
-            return 0.0 if self._left <= 0 else None
+        self._steps_left -= self._steps
+        if self._steps_left <= 0:
+            return 0.0
+        if not self._steps:
+            return None
         if self._timed_from is None:
             self._timed_from = self._now()
-            return self._left * elapsed / self._steps
+            return self._steps_left * elapsed / self._steps
         self._timed_steps += self._steps
-        return self._left * (self._now() - self._timed_from) / self._timed_steps
+        return self._steps_left * (self._now() - self._timed_from) / self._timed_steps
 
 
 def reduce_over_processes(reading: dict[str, float]) -> dict[str, float]:
     """One reading for all processes, called by all: images are summed, memory is the largest, the rest are means."""
     readings = gather_objects([reading])
-    merge: dict[str, Callable[[list[float]], float]] = {"images_per_second": math.fsum, "memory_bytes": max}
-    return {name: merge.get(name, _mean)([other.get(name, reading[name]) for other in readings]) for name in reading}
+    reducers: dict[str, Callable[[list[float]], float]] = {"images_per_second": math.fsum, "memory_bytes": max}
+    merged: dict[str, float] = {}
+    for name, own_value in reading.items():
+        values = [other.get(name, own_value) for other in readings]
+        merged[name] = reducers.get(name, _mean)(values)
+    return merged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utilisation:
-    """What utilisation is measured against: the FLOPs of a sample, and the peak of each of the processes' devices."""
+    """What MFU is measured against: the FLOPs of a sample, and the peak of each process's device."""
 
     sample: SampleFlops | None
     peak: PeakFlops
@@ -261,7 +265,7 @@ class Utilisation:
     def summary(self) -> str:
         """In words, for the start of a run."""
         if self.sample is None:
-            return "MFU is not given: the FLOPs of this network cannot be counted."
+            return "MFU is not reported: the FLOPs of this network cannot be counted."
         devices = f"{self.processes} × " if self.processes > 1 else ""
         return (
             f"MFU is of {devices}{self.peak.flops / 1e12:,.3g} TFLOP/s ({self.peak.source}); a sample takes "

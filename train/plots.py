@@ -1,4 +1,4 @@
-"""The curves of one run, or of several over one another, as an image."""
+"""The curves of one run, or of several over one another, as a PNG."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ Lines = Sequence[Mapping[str, Any]]
 class Panel:
     """One set of axes, and the metrics drawn in it. is_smoothed: the mean of neighbours is drawn over the values.
 
-    least_top: the axis reaches at least so far, lest a share of little look like much.
+    min_upper_limit: the axis reaches at least this far, so that a small fraction does not look large.
     """
 
     heading: str
@@ -46,7 +46,7 @@ _PANELS = (
         is_fraction=True,
         starts_at_zero=True,
     ),
-    Panel(heading="gradient norm, before it is cut", names=("gradient_norm",), is_logarithmic=True),
+    Panel(heading="gradient norm, before clipping", names=("gradient_norm",), is_logarithmic=True),
     Panel(heading="inverse temperature", names=("logit_scale",), is_smoothed=False),
     Panel(heading="learning rate", names=("learning_rate",), is_smoothed=False, starts_at_zero=True),
     Panel(heading="samples a second", names=("samples_per_second",), starts_at_zero=True),
@@ -67,10 +67,13 @@ _MAX_SMOOTHING_RADIUS = 200
 
 
 def draw_curves(metrics: Lines, path: Path, *, title: str) -> None:
-    """Draw what a run measured over its steps into a PNG: loss and its parts, recall, gradient norm, temperature,
-    learning rate, speed, data wait, utilisation; what it did not measure is left out."""
+    """Draw the metrics of a run over its steps into a PNG: loss and its terms, recall, gradient norm, temperature,
+    learning rate, speed, data wait, MFU; what it did not measure is left out."""
     loss = Panel(heading="loss", names=("loss", *_loss_terms_in(metrics)))
-    panels = [panel for panel in (loss, *_PANELS) if any(_points(metrics, name) for name in panel.names)]
+    panels: list[Panel] = []
+    for panel in (loss, *_PANELS):
+        if any(_points(metrics, name) for name in panel.names):
+            panels.append(panel)
 
     def draw(axes: "Axes", panel: Panel) -> None:
         for number, name in enumerate(panel.names):
@@ -87,14 +90,18 @@ def draw_comparison(
 ) -> None:
     """Draw the curves of several runs, by name, over one another into a PNG.
 
-    bands: where a run of so many planned steps is expected to be; each is drawn behind its metric.
+    bands: reference curves of a run of so many planned steps; each is drawn behind its metric.
     """
     expected = {band.metric: band for band in bands}
-    panels = [panel for panel in _single_panels() if panel.names[0] not in expected and _has(runs, panel.names[0])]
-    banded = [
-        Panel(heading=f"{name.replace('_', ' ')}, band {band.kind}", names=(name,), is_fraction=name != "loss")
-        for name, band in expected.items()
-    ]
+    drawn: list[Panel] = []
+    for name, band in expected.items():
+        heading = f"{name.replace('_', ' ')}, band {band.kind}"
+        drawn.append(Panel(heading=heading, names=(name,), is_fraction=name != "loss"))
+    for panel in _single_panels():
+        name = panel.names[0]
+        if name not in expected and any(_points(lines, name) for lines in runs.values()):
+            drawn.append(panel)
+    first = drawn[0] if drawn else None
 
     def draw(axes: "Axes", panel: Panel) -> None:
         name = panel.names[0]
@@ -105,8 +112,6 @@ def draw_comparison(
         if panel is first:
             axes.legend(fontsize=8, frameon=False)
 
-    drawn = [*banded, *panels]
-    first = drawn[0] if drawn else None
     _draw_panels(drawn, draw, path, title=title)
 
 
@@ -116,9 +121,8 @@ def _single_panels() -> list[Panel]:
     for panel in _PANELS:
         for name, label in zip(panel.names, panel.labels or ("",), strict=True):
             if not label or name in _COMPARISON_METRICS:
-                singles.append(
-                    replace(panel, heading=f"{panel.heading}, {label}" if label else panel.heading, names=(name,))
-                )
+                heading = f"{panel.heading}, {label}" if label else panel.heading
+                singles.append(replace(panel, heading=heading, names=(name,)))
     return singles
 
 
@@ -180,21 +184,23 @@ def _draw_line(axes: "Axes", points: list[tuple[int, float]], *, label: str, col
 
 def _draw_reference(axes: "Axes", band: ReferenceCurve, *, steps: int) -> None:
     shares, low, high = zip(*band.points, strict=True)
-    places = [share * steps for share in shares]
-    if len(places) == 1:
-        middle, half = (low[0] + high[0]) / 2, (high[0] - low[0]) / 2
-        axes.errorbar(places, [middle], yerr=[half], color="0.45", capsize=5, linewidth=2, label="expected")
+    positions = [share * steps for share in shares]
+    if len(positions) == 1:
+        middle = (low[0] + high[0]) / 2
+        half = (high[0] - low[0]) / 2
+        axes.errorbar(positions, [middle], yerr=[half], color="0.45", capsize=5, linewidth=2, label="expected")
     else:
-        axes.fill_between(places, low, high, color="0.6", alpha=0.3, linewidth=0, label="expected")
+        axes.fill_between(positions, low, high, color="0.6", alpha=0.3, linewidth=0, label="expected")
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of each value with its neighbours, over a fortieth of the curve and no further than its ends."""
-    reach = min(max(len(values) // 40, 1), _MAX_SMOOTHING_RADIUS)
-    smoothed = []
-    for place in range(len(values)):
-        near = min(reach, place, len(values) - 1 - place)
-        window = values[place - near : place + near + 1]
+    """The mean of each value with its neighbours, over a fortieth of the curve to each side."""
+    radius = min(max(len(values) // 40, 1), _MAX_SMOOTHING_RADIUS)
+    smoothed: list[float] = []
+    for position in range(len(values)):
+        # symmetric up to the ends, so that a rising curve is not bent there
+        near = min(radius, position, len(values) - 1 - position)
+        window = values[position - near : position + near + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed
 
@@ -203,12 +209,8 @@ def _points(lines: Lines, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
 
 
-def _has(runs: Mapping[str, Lines], name: str) -> bool:
-    return any(_points(lines, name) for lines in runs.values())
-
-
 def _loss_terms_in(lines: Lines) -> list[str]:
-    """The terms of the objective whose values stand on the lines; none if the loss is a single one."""
+    """The loss terms whose values are on the lines; none if the loss is a single one."""
     from vlm.train.objectives.objective_registry import LOSS_TERMS
 
     names = [name for name in LOSS_TERMS if _points(lines, name)]

@@ -1,13 +1,11 @@
-"""Dataset reinforcement: shards written again with what teachers make of drawn views and of the captions.
+"""Dataset reinforcement: shards written again with teachers' embeddings of random views and of the captions.
 
 The teachers run once, whatever is trained on the shards afterwards (Faghri et al. 2023, section 3; MobileCLIP, Vasu et
-al. 2023, section 4). Of several teachers, the unit vectors are laid side by side, each divided by sqrt(n), so that a
-dot product of two rows is the mean of the teachers' cosines. MobileCLIP instead averages the divergences from each
-teacher (its equation 3); `teachers` in the manifest tells the columns of each, for whoever wants to part them.
+al. 2023, section 4). The unit vectors of several teachers are concatenated, each divided by sqrt(n), so that a dot
+product of two rows is the mean of the teachers' cosines. MobileCLIP instead averages the divergences from each teacher
+(its equation 3); `teachers` in the manifest gives the columns of each, for whoever wants to separate them.
 
-The folder of reinforced shards: what each is called, which are done, and the manifest at the end.
-
-The rows stored with each sample: what each teacher makes of its views and captions, side by side.
+An interrupted run is resumed: a journal lists the finished shards, and the manifest is written at the end.
 """
 
 import json
@@ -50,14 +48,14 @@ if TYPE_CHECKING:
 
 
 UNREINFORCED = "unreinforced.jsonl"
-"""The samples that were carried over without arrays, and why."""
+"""File that lists the samples copied without features, and why."""
 
 _JOURNAL = ".shards-done.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcedShard:
-    """A finished shard. sizes: columns of each array. left: the samples without arrays."""
+    """A finished shard. sizes: columns of each feature. left: the samples without features."""
 
     name: str
     samples: int
@@ -68,7 +66,7 @@ class ReinforcedShard:
 
 
 def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
-    """A plain tar's name for each shard: its own, with its number before it where two are called the same.
+    """The name of each shard as a plain tar: its own, with its number before it where two have the same name.
 
     >>> reinforced_shard_names(["a/0.tar", "b/1.tar.gz"]), reinforced_shard_names(["a/0.tar", "b/0.tar"])
     (['0.tar', '1.tar'], ['00000-0.tar', '00001-0.tar'])
@@ -82,7 +80,7 @@ def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
 
 
 def record_finished_shard(out: Path, shard: ReinforcedShard) -> None:
-    """Write into the journal that a shard is whole."""
+    """Write into the journal that a shard is complete."""
     append_line(out / _JOURNAL, json.dumps(asdict(shard)))
 
 
@@ -90,7 +88,7 @@ def read_finished_shards(out: Path) -> list[ReinforcedShard]:
     """The shards an earlier run finished.
 
     Raises:
-        VlmError: one of them is no longer there as it was.
+        VlmError: one of them is missing or was changed.
     """
     return read_journal(out / _JOURNAL, ReinforcedShard)
 
@@ -104,7 +102,7 @@ def finish_folder(
     inputs: dict[str, str],
     sources: Sequence[str],
 ) -> Manifest:
-    """Write the list of what was left out, and the manifest; the journal goes."""
+    """Write the list of skipped samples and the manifest; remove the journal."""
     left = [sample for shard in shards for sample in shard.left]
     files = {shard.name: FileRecord(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
     if left:
@@ -152,7 +150,7 @@ class TextEmbedder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Teachers:
-    """Who looks at the samples. names: of `models` and of `text_model`, as a person wrote them."""
+    """The models that embed the samples. names: of `models` and of `text_model`, as given on the command line."""
 
     models: tuple[VisionLanguageModel, ...] = ()
     names: tuple[str, ...] = ()
@@ -161,15 +159,16 @@ class Teachers:
 
     def __post_init__(self) -> None:
         if not self.models and self.text_model is None:
-            raise UsageError("There is nothing to put into the shards; give --teacher MODEL, --text-model, or both.")
+            raise UsageError("There is nothing to store in the shards; give --teacher MODEL, --text-model, or both.")
 
     def compute_arrays(self, batch: ViewedBatch, view_indices: Sequence[int], *, half: bool) -> list[Arrays]:
-        """The arrays of each usable sample of a batch. places: for each model, the number of the view it looks through.
+        """The features of each usable sample of a batch. view_indices: for each model, the number of its view.
 
         Raises:
             VlmError: a number is not finite, or the batch does not fit into memory.
         """
-        usable, models = batch.usable, self.models
+        usable = batch.usable
+        models = self.models
         stored_arrays = [Arrays() for _ in usable]
         if not usable:
             return stored_arrays
@@ -187,7 +186,7 @@ class Teachers:
         except torch.OutOfMemoryError as error:
             raise VlmError(
                 "A batch does not fit into the device's memory; repeat the command with a smaller --batch-size: it "
-                "resumes after the shards that are done."
+                "resumes after the finished shards."
             ) from error
         return stored_arrays
 
@@ -204,22 +203,22 @@ class Teachers:
 
 
 def _concatenate_embeddings(parts: Sequence[Float32[Tensor, "N _"]]) -> Float32[Tensor, "N D"]:
-    """The teachers' unit vectors side by side, at unit length again."""
+    """The teachers' unit vectors concatenated, at unit length again."""
     return torch.cat(list(parts), dim=1) / math.sqrt(len(parts))
 
 
 def _rows(
     vectors: Float32[Tensor, "N D"], numbers: list[int], kind: type, names: Sequence[str], usable: list[ViewedSample]
 ) -> list[np.ndarray]:
-    """The vectors, so many for each sample, as stored; VlmError where one is not finite."""
+    """The vectors of each sample, as stored; VlmError if one is not finite."""
     with np.errstate(over="ignore"):
         stored = vectors.numpy().astype(kind)
     parts = np.split(stored, list(accumulate(numbers))[:-1])
     for part, row in zip(parts, usable, strict=True):
         if not np.isfinite(part).all():
             raise VlmError(
-                f"{' + '.join(names)} gave numbers that are no finite {np.dtype(kind)} for {row.key!r}: the weights "
-                "are damaged, its training diverged, or (with --half) they are too large."
+                f"{' + '.join(names)} gave numbers that are not finite in {np.dtype(kind)} for {row.key!r}: the "
+                "weights are damaged, its training diverged, or (with --half) they are too large."
             )
     return parts
 
@@ -231,7 +230,7 @@ def _add_array(stored_arrays: list[Arrays], name: str, parts: Sequence[np.ndarra
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceConfig:
-    """What is put into shards.
+    """What is stored in the shards.
 
     num_views: A, views of each image. seed: of the views. half: text embeddings in float16 instead of float32.
     """
@@ -243,14 +242,14 @@ class ReinforceConfig:
 
     def __post_init__(self) -> None:
         if self.num_views < 1:
-            raise UsageError(f"views = {self.num_views}; a teacher needs one at least.")
+            raise UsageError(f"views = {self.num_views}; a teacher needs at least one.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceSummary:
     """What was written; `seconds` and `samples_per_second` are of this run, without what an earlier one had done.
 
-    bad: samples carried over without arrays, by reason in `unreinforced`. arrays: numbers in a row, by name.
+    bad: samples copied without features, by reason in `unreinforced`. arrays: columns of each feature, by name.
     """
 
     out: str
@@ -276,27 +275,29 @@ def reinforce(
     workers: int = 0,
     allow_damage: bool = False,
 ) -> ReinforceSummary:
-    """Write the shards into the new folder `out` with stored arrays, or go on where an interrupted run stopped.
+    """Write the shards into the new folder `out` with precomputed features, or resume an interrupted run.
 
-    Names, contents and order of all files stay; samples that cannot be used are carried over as they are, and named in
+    Names, contents and order of all files stay; samples that cannot be used are copied unchanged, and listed in
     `unreinforced.jsonl`. With the same batch size, the folder ends with the same bytes however often it was
-    interrupted. Arrays the shards had before are kept, except those of the same name.
+    interrupted. Features the shards had before are kept, except those of the same name.
 
     Args:
-        shards: addresses as `expand_shards` gives them.
-        batch_size: views a teacher sees at once.
-        allow_damage: copy what lies before the damage of a tar cut short.
+        shards: URLs as `expand_shards` gives them.
+        batch_size: views per forward pass of a teacher.
+        allow_damage: copy what lies before the damage of a truncated tar.
 
     Raises:
         UsageError: `out` holds something else already, or the batch has no size.
-        VlmError: a shard is damaged, a model gives vectors that are not finite, or not one sample can be used.
+        VlmError: a shard is damaged, a model gives vectors that are not finite, or no sample can be used.
     """
-    config, started = config or ReinforceConfig(), time.perf_counter()
+    config = config or ReinforceConfig()
+    started = time.perf_counter()
     if batch_size < 1:
-        raise UsageError(f"batch_size = {batch_size}; a model must see one view at least.")
+        raise UsageError(f"batch_size = {batch_size}; a model must see at least one view.")
     counts = count_samples(list(shards), allow_damage=allow_damage)
     contents = _reinforcement(teachers, config, read_reinforcement(shards))
-    inputs, options = {"shards": shards_fingerprint(shards)}, {"batch_size": batch_size, "workers": workers}
+    inputs = {"shards": shards_fingerprint(shards)}
+    options = {"batch_size": batch_size, "workers": workers}
     begin_or_resume_folder(out, kind="shards", configuration={"reinforcement": contents} | inputs)
     work = _ReinforceJob(list(shards), counts, out, teachers, config)
     done = sum(shard.samples for shard in work.done)
@@ -322,7 +323,7 @@ def reinforce(
 
 
 def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest tells; what the shards had before and keep stays told."""
+    """What the manifest records; what the shards had before and keep stays recorded."""
     contents = dict(before)
     if teachers.models:
         contents["views"] = views_to_values(config.geometry, number=config.num_views, seed=config.seed)
@@ -348,7 +349,7 @@ def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str
 
 
 class _ReinforceJob:
-    """The shards written so far, and the next ones."""
+    """Writes the shards, one after the other."""
 
     def __init__(
         self, shards: list[str], counts: list[int], out: Path, teachers: Teachers, config: ReinforceConfig
@@ -356,14 +357,18 @@ class _ReinforceJob:
         for half_written in out.glob(".*.part"):
             half_written.unlink()
         self.done = read_finished_shards(out)
-        self._shards, self._counts, self._out, self._teachers, self._config = shards, counts, out, teachers, config
+        self._shards = shards
+        self._counts = counts
+        self._out = out
+        self._teachers = teachers
+        self._config = config
         self._names = reinforced_shard_names(shards)
         views = [config.geometry.view_for(model.view) for model in teachers.models]
         self._views = tuple(dict.fromkeys(views))
         self._view_indices = [self._views.index(view) for view in views]
 
     def write_remaining_shards(self, *, batch_size: int, workers: int, progress_bar: "tqdm") -> None:
-        """Write the shards that are not there yet, one after the other."""
+        """Write the shards that are missing, one after the other."""
         per_batch = max(batch_size // (self._config.num_views if self._views else 1), 1)
         plan = SequentialBatches(counts=self._counts, batch_size=per_batch)
         num_batches = [-(-count // per_batch) for count in self._counts]
@@ -377,7 +382,8 @@ class _ReinforceJob:
             self._write(number, islice(stream, num_batches[number]))
 
     def _write(self, number: int, batches: Iterator[ViewedBatch]) -> None:
-        path, address = self._out / self._names[number], self._shards[number]
+        path = self._out / self._names[number]
+        address = self._shards[number]
         sizes: dict[str, int] = {}
         left: list[dict[str, Any]] = []
         with atomic_write(path) as file:
@@ -403,7 +409,7 @@ class _ReinforceJob:
     def _arrays(
         self, batches: Iterator[ViewedBatch], sizes: dict[str, int], left: list[dict[str, Any]], name: str
     ) -> Iterator[Arrays]:
-        """The arrays of each sample of a shard; empty for a bad one, which is added to `left`."""
+        """The features of each sample of a shard; empty for a bad one, which is added to `left`."""
         for batch in batches:
             for bad in batch.incidents:
                 left.append({"shard": name, "key": bad.key, "reason": bad.reason, "detail": bad.detail})
@@ -415,7 +421,7 @@ class _ReinforceJob:
 
 
 def _with_progress(batches: Iterator[ViewedBatch], progress_bar: "tqdm") -> Iterator[ViewedBatch]:
-    """The batches, each shown as done when the next one is asked for."""
+    """The batches, each shown as done when the next one is requested."""
     for batch in batches:
         yield batch
         progress_bar.update(len(batch.rows))

@@ -286,7 +286,7 @@ class TrainConfig:
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
     def check(self) -> None:
-        """Refuse values that cannot work.
+        """Check values against their limits, and those that cannot work together.
 
         Raises:
             UsageError: naming the value, its limit and the cure.
@@ -309,7 +309,7 @@ class TrainConfig:
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
             raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")
         if self.optimizer.optimizer == "muon" and self.sharding == "fsdp":
-            raise UsageError("--optimizer muon needs whole matrices, and fsdp spreads them; give --optimizer adamw.")
+            raise UsageError("--optimizer muon needs whole matrices, and fsdp shards them; give --optimizer adamw.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
             raise UsageError(f"crop_scale = {self.loader.crop_scale} is not a range inside (0, 1].")
 
@@ -386,7 +386,7 @@ FREE_ON_RESUME = frozenset(
         "safety.hang_minutes",
     }
 )
-"""Keys that may change when a run is resumed: they have no influence on the weights."""
+"""Keys that may change when a run is resumed, since they have no influence on the weights."""
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -414,7 +414,7 @@ def disallowed_changes(changed: Iterable[str], allow: Sequence[str], *, free: Co
 
 
 def check_allowed_keys(allow: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Refuse names that no key or group of the configuration has, naming the nearest.
+    """Check that every name is a key or a group of the configuration; the nearest is named.
 
     Raises:
         UsageError: there is such a name.
@@ -428,10 +428,10 @@ def check_allowed_keys(allow: Sequence[str], values: Mapping[str, Any]) -> None:
 
 
 def changed_config_error(run: Path | str, refused: Sequence[str]) -> UsageError:
-    """What is said of changes that are not allowed, with the words that allow them."""
-    words = " ".join(f"--allow {line.partition(':')[0]}" for line in refused)
+    """The error for changes that are not allowed, with the options that allow them."""
+    options = " ".join(f"--allow {line.partition(':')[0]}" for line in refused)
     lines = "".join(f"\n  {line}" for line in refused)
     return UsageError(
-        f"{run} was begun with another configuration:{lines}\nResume it as it was by vlm train {run} --resume, name "
-        f"another run, or, if the change is meant, add: {words}"
+        f"{run} was begun with another configuration:{lines}\nResume it unchanged by vlm train {run} --resume, name "
+        f"another run, or, if the change is intended, add: {options}"
     )

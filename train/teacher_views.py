@@ -1,11 +1,11 @@
-"""The views a teacher saw and the student is shown again: their seeds, their geometry, and that both agree.
+"""The views a teacher saw and the student is trained on: their seeds, their geometry, a check that both agree.
 
-A view is the crop that `RandomView` draws from a stored seed. The same seed gives the student the same crop only if its
-own `crop_scale` and `flip` are those of the teacher; so they are written into the manifest of reinforced shards. The
-size of the image a model sees has no influence on what is drawn, and moves the edges of the crop by less than one
-of its pixels (`RandomView` puts them on whole pixels of the reduced JPEG).
+A view is the crop that `RandomResizedCrop` draws from a stored seed. The same seed gives the student the same crop only
+if its own `crop_scale` and `flip` are those of the teacher; so they are written into the manifest of reinforced shards.
+The size of the image a model sees has no influence on what is drawn, and moves the edges of the crop by less than one
+of its pixels, since these lie on whole pixels of the reduced JPEG.
 
-What the workers make of samples for teachers: every view of each image, and all captions.
+`CollateViews` is what workers make of samples for teachers: every view of each image, and all captions.
 """
 
 import json
@@ -36,16 +36,16 @@ from vlm.train.run_config import LoaderConfig
 logger = logging.getLogger(__name__)
 
 REINFORCEMENT = "reinforcement"
-"""Where a manifest of shards tells, among its details, what `vlm reinforce` put into them."""
+"""Key in the details of a manifest of shards: what `vlm reinforce` stored in them."""
 
 _MAX_MANIFEST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewGeometry:
-    """What a view drawn from a seed depends on in addition the image.
+    """What a view drawn from a seed depends on in addition to the image.
 
-    crop_scale: range of the crop's share of the area. flip: probability of mirroring. ratio: range of the crop's
+    crop_scale: range of the crop's fraction of the area. flip: probability of a horizontal flip. ratio: range of its
     width / height.
     """
 
@@ -72,20 +72,22 @@ class ViewGeometry:
 
 
 def view_seeds(seed: int, key: str, number: int) -> np.ndarray:
-    """Seeds of the views of a sample, uint64 [number]; the first ones stay when more are asked for.
+    """Seeds of the views of a sample, uint64 [number]; the first ones stay the same for a larger number.
 
     >>> view_seeds(0, "a", 3)[:2].tolist() == view_seeds(0, "a", 2).tolist()
     True
     """
-    drawn = (f"{seed}/{place}/{key}".encode(errors="surrogatepass") for place in range(number))
-    digests = [blake2b(text, digest_size=8, person=b"view").digest() for text in drawn]
+    digests: list[bytes] = []
+    for view in range(number):
+        text = f"{seed}/{view}/{key}".encode(errors="surrogatepass")
+        digests.append(blake2b(text, digest_size=8, person=b"view").digest())
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
 def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
-    """Refuse to show the student other crops than the teacher saw. Does nothing unless arrays with views are asked for.
+    """Check that the student sees the crops the teacher saw. Does nothing unless features with views are read.
 
-    shards: addresses as `expand_shards` gives them. Of shards whose folder does not say, a line of talk is made.
+    shards: URLs as `expand_shards` gives them. Shards whose folder does not say are logged.
 
     Raises:
         UsageError: `crop_scale`, `flip` or the ratio is not that of the teacher's views.
@@ -111,7 +113,7 @@ def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
 
 
 def geometry_from_values(stored: dict[str, Any]) -> ViewGeometry:
-    """The geometry that `views` of a reinforcement tells."""
+    """The geometry from `views` of a reinforcement."""
     views = stored["views"]
     low, high = views["crop_scale"]
     narrow, wide = views["ratio"]
@@ -119,7 +121,7 @@ def geometry_from_values(stored: dict[str, Any]) -> ViewGeometry:
 
 
 def read_reinforcement(shards: Sequence[str]) -> dict[str, Any]:
-    """What the folders of shards say was put into them before; empty unless all say the same."""
+    """What was stored in the shards before, according to their folders; empty unless all say the same."""
     stored = list(_reinforcement_by_manifest(shards).values())
     return stored[0] if all(other == stored[0] for other in stored) else {}
 
@@ -130,7 +132,7 @@ def views_to_values(geometry: ViewGeometry, *, number: int, seed: int) -> dict[s
 
 
 def _reinforcement_by_manifest(shards: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the manifest beside each shard says of stored arrays, by its address; empty where there is none."""
+    """What the manifest next to each shard says of stored features, by its URL; empty if there is none."""
     addresses = [
         sibling_url(shard, MANIFEST) if is_remote(shard) else str(Path(local_path(shard)).parent / MANIFEST)
         for shard in shards
@@ -168,9 +170,9 @@ class ViewedSample:
 class ViewedBatch:
     """Samples of one shard in file order.
 
-    rows: of each address, its sample, or None for a bad one, which `incidents` names. images: of the usable samples,
-    one after the other, the views [A, S, S, 3] at each size S of `sizes`, as rows of plain bytes [B, bytes]; empty on
-    the way from a worker.
+    rows: of each index, its sample, or None for a bad one, which `incidents` names. images: of the usable samples, one
+    after the other, the views [A, S, S, 3] at each size S of `sizes`, as rows of plain bytes [B, bytes]; empty on the
+    way from a worker.
     """
 
     images: UInt8[Tensor, "..."]
@@ -188,9 +190,10 @@ class ViewedBatch:
         """The same batch with other images."""
         return replace(self, images=images)
 
-    def views(self, place: int) -> UInt8[Tensor, "views 3 S S"]:
-        """All views at size number `place`, sample by sample."""
-        first, size = sum(map(self._bytes, self.sizes[:place])), self.sizes[place]
+    def views(self, size_index: int) -> UInt8[Tensor, "views 3 S S"]:
+        """All views at size number `size_index`, sample by sample."""
+        first = sum(self._bytes(size) for size in self.sizes[:size_index])
+        size = self.sizes[size_index]
         images = self.images[:, first : first + self._bytes(size)]
         return images.reshape(len(images) * self.num_views, size, size, 3).permute(0, 3, 1, 2)
 
@@ -200,9 +203,9 @@ class ViewedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class CollateViews:
-    """Draws `num_views` crops of each image and shows each of them through every view; no view decodes nothing.
+    """Draws `num_views` crops of each image and renders each of them by every view; without views nothing is decoded.
 
-    views: alike in all but size and interpolation, so that a seed gives all of them the same crop.
+    views: the same in all but size and interpolation, so that a seed gives all of them the same crop.
     """
 
     views: tuple[RandomResizedCrop, ...]
@@ -215,7 +218,7 @@ class CollateViews:
         return sum(3 * view.size**2 for view in self.views) * self.num_views
 
     def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> ViewedBatch:
-        """Read the samples at these addresses."""
+        """Read these samples."""
         images = shards.allocate_images((len(sample_indices), self.image_bytes))
         rows: list[ViewedSample | None] = []
         incidents: list[SampleFailure] = []

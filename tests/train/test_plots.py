@@ -29,7 +29,7 @@ def test_a_run_is_drawn_as_it_was_measured(tmp_path, drawn):
     assert drawn["loss"]["loss"][0] == pytest.approx([5, 4.85])
     assert drawn["recall on val"]["text→image @10"][-1] == pytest.approx([100, 0.5])
     assert drawn["inverse temperature"]["logit_scale"][-1] == pytest.approx([100, 24])
-    assert {"gradient norm, before it is cut", "time waiting for data", "model FLOP utilisation"} <= drawn.keys()
+    assert {"gradient norm, before clipping", "time waiting for data", "model FLOP utilisation"} <= drawn.keys()
 
 
 def test_parts_of_the_loss_are_drawn_where_there_are_several(tmp_path, drawn):

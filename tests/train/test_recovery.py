@@ -34,7 +34,7 @@ class Killed(Exception):
 
 @dataclass
 class Run:
-    """A run over positions: each batch is drawn from its first one; those in `bad` have no finite loss."""
+    """A run over positions: each batch is drawn from its first one; those in `bad` have a loss that is not finite."""
 
     folder: Path
     bad: frozenset[int]

@@ -153,7 +153,7 @@ def test_a_diverged_teacher_is_named(tmp_path, make_teacher):
     teacher = make_teacher(1)
     with torch.no_grad():
         teacher.network.get_parameter("visual.proj").fill_(math.nan)
-    with pytest.raises(VlmError, match="1 gave numbers that are no finite float16 for 'k0'"):
+    with pytest.raises(VlmError, match="1 gave numbers that are not finite in float16 for 'k0'"):
         reinforce(write_shards(tmp_path / "in", range(2)), tmp_path / "out", teachers_of(teacher), CONFIG)
 
 

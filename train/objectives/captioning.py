@@ -1,7 +1,4 @@
-"""Objectives that write the caption of each image.
-
-Captions of which a share is predicted all at once: the parallel captioner (CapPa).
-"""
+"""Captioning losses: the next token, token by token (CoCa) or for a share of the captions all at once (CapPa)."""
 
 import torch
 from torch import nn
@@ -23,7 +20,7 @@ def caption(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
 def next_token_loss(
     logits: Float[Tensor, "B L V"], labels: Int64[Tensor, "B L"], *, pad_token: int
 ) -> Float[Tensor, ""]:
-    """Cross-entropy summed over the tokens that are no padding, in single precision at least."""
+    """Cross-entropy summed over the tokens that are not padding, in single precision at least."""
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=pad_token, reduction="sum")
 
@@ -45,7 +42,7 @@ CAPTION = LossTerm(
 MASK_EMBEDDING = "mask_embedding"
 """Head that holds the embedding of a masked token, [1, E]."""
 
-# of the draw that says which captions are predicted at once; any number would do
+# the layer number of the draw that selects the captions predicted at once; any number will do
 _DRAW = 0xCA99A
 
 
@@ -67,7 +64,7 @@ def add_mask_embedding(model: VisionLanguageModel, options: LossOptions) -> Head
     """The embedding that stands for every token of a caption predicted at once.
 
     Raises:
-        UsageError: the network cannot write captions so.
+        UsageError: the network cannot predict captions at once.
     """
     if not can_caption_in_parallel(model.network):
         raise UsageError(

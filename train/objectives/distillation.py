@@ -1,9 +1,5 @@
-"""Objectives that learn from embeddings another model made, stored in the shards or made while training.
+"""Losses that learn from another network: teacher embeddings, precomputed or online, and the network's own EMA."""
 
-Small crops of an image learn what an average of the network makes of the whole.
-"""
-
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,16 +15,20 @@ def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """KL(teacher ‖ student) of the similarities of each image with all texts, and the reverse; the mean of both.
 
     MobileCLIP (Vasu et al. 2023), equations 2 and 3, with one teacher; dataset reinforcement (Faghri et al. 2023), §2,
-    where its embeddings are stored. The teacher's rows may be of any length; they are brought to unit length, and get
-    no gradient. Its inverse temperature is `config.teacher_scale`, the task's its own. It is 0 where both
-    agree; open_clip's cross-entropy is larger by the teacher's entropy, a constant.
+    where its embeddings are stored. The teacher's rows may be of any length; they are normalised, and get no gradient.
+    Its inverse temperature is `config.teacher_scale`, the student's is learned. The loss is 0 where both agree;
+    open_clip's cross-entropy is larger by the teacher's entropy, a constant.
     """
-    images, texts = at_least_float32(outputs["image_features"]), at_least_float32(outputs["text_features"])
-    scale, teacher_scale = outputs["logit_scale"], options.config.teacher_scale
-    teacher_images, teacher_texts = normalise_rows(inputs["teacher_image"]), normalise_rows(inputs["teacher_text"])
+    images = at_least_float32(outputs["image_features"])
+    texts = at_least_float32(outputs["text_features"])
+    scale = outputs["logit_scale"]
+    teacher_images = normalise_rows(inputs["teacher_image"])
+    teacher_texts = normalise_rows(inputs["teacher_text"])
+    teacher_scale = options.config.teacher_scale
 
     def direction(rows: Tensor, others: Tensor, teacher_rows: Tensor, teacher_others: Tensor) -> Tensor:
-        columns, teacher_columns = gather_with_gradient(others), gather_detached(teacher_others)
+        columns = gather_with_gradient(others)
+        teacher_columns = gather_detached(teacher_others)
 
         def block_loss(rows: Tensor, teacher_rows: Tensor) -> Tensor:
             student = scale * similarity_matrix(rows, columns)
@@ -49,7 +49,7 @@ def kl_divergence(student: Float[Tensor, "B N"], teacher: Float[Tensor, "B N"]) 
 
 
 def normalise_rows(rows: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """The rows at unit length, as constants, in single precision or better."""
+    """The rows normalised, as constants, in single precision or better."""
     return F.normalize(at_least_float32(rows.detach()), dim=1)
 
 
@@ -62,20 +62,22 @@ def text_align(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor
     Raises:
         UsageError: the stored embeddings have another length than the head.
     """
-    projected, target = outputs["aligned_image"], inputs["text_embedding"]
+    projected = outputs["aligned_image"]
+    target = inputs["text_embedding"]
     if projected.shape[1] != target.shape[1]:
         raise UsageError(
             f"text_embedding_size = {projected.shape[1]}, but the stored text embeddings have {target.shape[1]} "
             f"numbers; give --text-embedding-size {target.shape[1]}."
         )
-    return (1 - (F.normalize(at_least_float32(projected), dim=1) * normalise_rows(target)).sum(dim=1)).sum()
+    cosines = (F.normalize(at_least_float32(projected), dim=1) * normalise_rows(target)).sum(dim=1)
+    return (1 - cosines).sum()
 
 
 def alignment_head(model: VisionLanguageModel, options: LossOptions) -> Heads:
     """The linear map from the image's embedding to the space of the stored text embeddings.
 
     Raises:
-        UsageError: their length was not given.
+        UsageError: their length is not configured.
     """
     size = options.config.text_embedding_size
     if size < 1:
@@ -108,14 +110,14 @@ def local_to_global(outputs: Outputs, inputs: Inputs, options: LossOptions) -> T
     """1 − cosine of each crop's embedding and the averaged network's of the whole view, mean over crops, summed.
 
     As in RS-M-CLIP (Silva et al. 2024) and DINO (Caron et al. 2021, equation 2) the student sees crops, the teacher is
-    a EMA of the student and gets no gradient. They compare softmaxes over learned prototypes, which needs a
+    an EMA of the student and gets no gradient. They compare softmaxes over learned prototypes, which needs a
     projection head and a running centre of the teacher's outputs against collapse. Here the embeddings themselves are
     compared, as in BYOL (Grill et al. 2020, equation 2, halved), so nothing is kept from batch to batch; what prevents
-    collapse is the contrastive term beside it, without which this one must not be trained.
+    collapse is the contrastive term next to it, without which this one must not be trained.
     """
-    crops, target = outputs["local_features"], inputs["global_target"].detach()
-    precise = torch.promote_types(crops.dtype, torch.float32)
-    cosines = (crops.to(precise) * F.normalize(target.to(precise), dim=-1)[:, None]).sum(dim=-1)
+    crops = at_least_float32(outputs["local_features"])
+    target = normalise_rows(inputs["global_target"].to(crops.dtype))
+    cosines = (crops * target[:, None]).sum(dim=-1)
     return (1 - cosines).mean(dim=1).sum()
 
 

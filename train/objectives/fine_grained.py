@@ -1,4 +1,4 @@
-"""Sentences of long captions, each a positive of its image, and each tied to the patches it speaks of (DreamLIP)."""
+"""Sentences of long captions: each a positive of its image, and each matched with its patches (DreamLIP, SPARC)."""
 
 import torch
 from torch.nn import functional as F
@@ -12,42 +12,49 @@ from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Output
 def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Softmax contrastive learning with several texts an image, in both directions (DreamLIP, Zheng et al. 2024).
 
-    An image finds each of its sentences among those of all other images, its own further sentences left aside; a
-    sentence finds its image among all images. Each is a mean over the image's sentences and then over the
-    images that have any. The paper compares the batch with one sentence of each image at a time; all are compared
-    at once here, so that there are S times the negatives. Pairs that share an identity are no negatives of each other
-    unless `same_pairs` is `negative`.
+    An image is compared with each of its sentences and those of all other images, its own further sentences ignored; a
+    sentence with all images. Each is a mean over the image's sentences and then over the images that have any. The
+    paper compares the batch with one sentence of each image at a time; all are compared at once here, so that there are
+    S times the negatives. Pairs that share an identity are not negatives of each other unless `same_pairs` is
+    `negative`.
     """
-    images, sentences = at_least_float32(outputs["image_features"]), at_least_float32(outputs["sub_features"])
-    scale, block = outputs["logit_scale"], options.config.similarity_block
+    images = at_least_float32(outputs["image_features"])
+    sentences = at_least_float32(outputs["sub_features"])
+    scale = outputs["logit_scale"]
+    num_sentences = sentences.shape[1]
     is_present = sentence_mask(inputs, options)
-    each = sentences.shape[1]
-    all_images, all_sentences = gather_with_gradient(images), gather_with_gradient(sentences).flatten(0, 1)
-    all_there = gather_detached(is_present)
     weights = _sentence_weights(is_present, images.dtype)
-    own = local_columns(len(images), images.device)
-    numbers = torch.arange(len(all_images), device=images.device)
-    same = inputs["same"] if options.config.same_pairs != "negative" else own[:, None] + 1
+
+    all_images = gather_with_gradient(images)
+    all_sentences = gather_with_gradient(sentences).flatten(0, 1)
+    all_present = gather_detached(is_present)
+    partners = local_columns(len(images), images.device)
+    column_numbers = torch.arange(len(all_images), device=images.device)
+    # without same_pairs each pair has an identity of its own; 0 would be none
+    same = inputs["same"] if options.config.same_pairs != "negative" else partners[:, None] + 1
     all_same = gather_detached(same)
 
-    def by_image(rows: Tensor, own: Tensor, same: Tensor, weights: Tensor) -> Tensor:
-        logits = (scale * similarity_matrix(rows, all_sentences)).unflatten(1, (-1, each))
-        is_other = (~same_identity(same, all_same) & (own[:, None] != numbers))[..., None] & all_there
-        others = _mask_logits(logits, ~is_other).flatten(1).logsumexp(dim=1)
-        positives = logits[torch.arange(len(rows), device=rows.device), own]
-        return (weights * (torch.logaddexp(others[:, None], positives) - positives)).sum()
+    def image_loss(rows: Tensor, partners: Tensor, same: Tensor, weights: Tensor) -> Tensor:
+        logits = (scale * similarity_matrix(rows, all_sentences)).unflatten(1, (-1, num_sentences))
+        is_other_image = ~same_identity(same, all_same) & (partners[:, None] != column_numbers)
+        is_negative = is_other_image[..., None] & all_present
+        negatives = _mask_logits(logits, ~is_negative).flatten(1).logsumexp(dim=1)
+        positives = logits[torch.arange(len(rows), device=rows.device), partners]
+        # -log p of each sentence under the softmax over it and all negatives
+        return (weights * (torch.logaddexp(negatives[:, None], positives) - positives)).sum()
 
-    def by_sentence(rows: Tensor, own: Tensor, same: Tensor, weights: Tensor) -> Tensor:
+    def sentence_loss(rows: Tensor, partners: Tensor, same: Tensor, weights: Tensor) -> Tensor:
         logits = (scale * similarity_matrix(rows.flatten(0, 1), all_images)).unflatten(0, rows.shape[:2])
-        is_same = same_identity(same, all_same) & (own[:, None] != numbers)
-        found = _mask_logits(logits, is_same[:, None]).log_softmax(dim=2)
-        chosen = found[torch.arange(len(rows), device=rows.device), :, own]
-        return -(weights * chosen).sum()
+        is_ignored = same_identity(same, all_same) & (partners[:, None] != column_numbers)
+        log_probabilities = _mask_logits(logits, is_ignored[:, None]).log_softmax(dim=2)
+        of_partners = log_probabilities[torch.arange(len(rows), device=rows.device), :, partners]
+        return -(weights * of_partners).sum()
 
-    size = max(1, block // each)
-    total = sum_over_blocks(by_image, [images, own, same, weights], size)
-    total = total + sum_over_blocks(by_sentence, [sentences, own, same, weights], size)
-    return total / 2 * num_processes() / all_there.any(dim=1).sum().clamp(min=1)
+    # a row of images has num_sentences times the columns of a contrastive term
+    block = max(1, options.config.similarity_block // num_sentences)
+    total = sum_over_blocks(image_loss, [images, partners, same, weights], block)
+    total = total + sum_over_blocks(sentence_loss, [sentences, partners, same, weights], block)
+    return total / 2 * num_processes() / all_present.any(dim=1).sum().clamp(min=1)
 
 
 def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
@@ -58,39 +65,42 @@ def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     averaged to the sentence's group. Groups and sentences are then contrasted inside the image, in both directions,
     at the temperature of the contrastive term.
     """
-    patches, sentences = at_least_float32(outputs["patch_features"]), at_least_float32(outputs["sub_features"])
+    patches = at_least_float32(outputs["patch_features"])
+    sentences = at_least_float32(outputs["sub_features"])
     is_present = sentence_mask(inputs, options)
     with torch.autocast(patches.device.type, enabled=False):
         groups = F.normalize(sparse_weights(sentences @ patches.mT) @ patches, dim=-1)
         logits = outputs["logit_scale"] * (groups @ sentences.mT)
     by_group = _mask_logits(logits, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
     by_sentence = _mask_logits(logits.mT, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
-    return -(_sentence_weights(is_present, logits.dtype) * (by_group + by_sentence) / 2).sum()
+    weights = _sentence_weights(is_present, logits.dtype)
+    return -(weights * (by_group + by_sentence) / 2).sum()
 
 
 def sparse_weights(similarity: Float[Tensor, "B S P"]) -> Float[Tensor, "B S P"]:
-    """How much each patch has to do with a sentence: weights that sum to 1, many of them 0 (SPARC).
+    """The weight of each patch for a sentence: weights that sum to 1, many of them 0 (SPARC).
 
-    Where all patches are alike, they weigh the same.
+    If all patches are equally similar, they have equal weights.
 
     >>> sparse_weights(torch.tensor([[[0.0, 1.0, 2.0, 4.0]]])).tolist()
     [[[0.0, 0.1428571492433548, 0.2857142984867096, 0.5714285969734192]]]
     """
-    least, most = similarity.amin(dim=-1, keepdim=True), similarity.amax(dim=-1, keepdim=True)
-    are_alike = most == least
-    stretched = (similarity - least) / (most - least).masked_fill(are_alike, 1)
-    stretched = stretched.masked_fill(are_alike, 1)
-    kept = stretched * (stretched >= 1 / similarity.shape[-1])
-    return kept / kept.sum(dim=-1, keepdim=True)
+    lowest = similarity.amin(dim=-1, keepdim=True)
+    highest = similarity.amax(dim=-1, keepdim=True)
+    are_equal = highest == lowest
+    stretched = (similarity - lowest) / (highest - lowest).masked_fill(are_equal, 1)
+    stretched = stretched.masked_fill(are_equal, 1)
+    sparse = stretched * (stretched >= 1 / similarity.shape[-1])
+    return sparse / sparse.sum(dim=-1, keepdim=True)
 
 
 def sentence_mask(inputs: Inputs, options: LossOptions) -> Bool[Tensor, "B S"]:
-    """Which of the S places of each sample hold a sentence; the others are all padding."""
+    """Which of the S rows of each sample hold a sentence; the others are all padding."""
     return (inputs["sub_tokens"] != options.pad_token).any(dim=-1)
 
 
 def count_multi_sentence_images(inputs: Inputs, options: LossOptions) -> Tensor:
-    """Images with two sentences or more; with one there is nothing to tell it from."""
+    """Images with two sentences or more; with one there is nothing to tell it apart from."""
     return (sentence_mask(inputs, options).sum(dim=1) >= 2).sum()
 
 
@@ -100,7 +110,7 @@ def _sentence_weights(is_present: Bool[Tensor, "B S"], kind: torch.dtype) -> Flo
 
 
 def _mask_logits(logits: Float[Tensor, "..."], ignored: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Logits that leave no trace in a softmax where they are left out, finite so that gradients stay so."""
+    """Logits without effect in a softmax where they are ignored, finite so that gradients stay so."""
     return logits.masked_fill(ignored, torch.finfo(logits.dtype).min / 2)
 
 
@@ -113,7 +123,7 @@ SUB_CAPTIONS = LossTerm(
 )
 
 GROUPING = LossTerm(
-    summary="each sentence finds the patches it speaks of",
+    summary="each sentence finds its patches",
     paper="Zheng et al. 2024, DreamLIP; Bica et al. 2024, SPARC",
     outputs=("sub_features", "patch_features", "logit_scale"),
     inputs=("sub_tokens",),
