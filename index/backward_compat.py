@@ -23,7 +23,7 @@ from vlm.errors import UsageError
 from vlm.evaluation.retrieval import Retrieval, measure_retrieval
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type import TuningParams
-from vlm.index.ann.index_types import resolve_index_type
+from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings import Embeddings, EmbeddingSpace, normalize_rows, open_vectors
 from vlm.index.encoder import absolute_spec
@@ -434,15 +434,12 @@ def _require_old_space(snapshot: IndexSnapshot, head: CompatibilityProjection) -
 
 def _write_rows(folder: Path, snapshot: IndexSnapshot, head: CompatibilityProjection) -> WrittenSegment:
     def write(kind: str, tuning: TuningParams) -> WrittenSegment:
-        blocks = chain.from_iterable(map(iter_live_blocks, snapshot.views))
-        pad_to = _padded(blocks, head.dimension - head.old_dimension)
-        return write_segment(folder, 0, pad_to, snapshot.rows, dimension=head.dimension, kind=kind, tuning=tuning)
+        blocks = chain(*map(iter_live_blocks, snapshot.views))
+        padded = _padded(blocks, head.dimension - head.old_dimension)
+        return write_segment(folder, 0, padded, snapshot.rows, dimension=head.dimension, kind=kind, tuning=tuning)
 
-    try:
-        return write(resolve_index_type(snapshot.details.kind, len(snapshot)), TuningParams(**snapshot.details.tuning))
-    except UsageError as error:
-        logger.info(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
-        return write("flat", TuningParams())
+    details = snapshot.details
+    return fall_back_to_flat(write, details.kind, len(snapshot), TuningParams(**details.tuning))
 
 
 def _padded(blocks: Iterable[Float[Array, "_ D"]], extra: int) -> Iterator[Float[Array, "_ S"]]:

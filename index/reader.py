@@ -1,6 +1,8 @@
-"""One generation of an index folder, open for reading: its manifest, its catalogue and the living of its segments.
+"""An index open for reading: a snapshot of one version of its folder, searched with unit vectors.
 
-An open index: asked with unit vectors, answering with scores and catalogue entries, and kept up with its folder.
+Every change of an index makes a new version, whose manifest replaces the one before. An `IndexSnapshot` is what one
+manifest names: segments with their live rows, and the catalogue. It stays valid while later changes remove files,
+because it has them open. An `Index` holds a snapshot, answers queries from it, and moves to the newest on `refresh`.
 """
 
 import logging
@@ -29,15 +31,17 @@ logger = logging.getLogger(__name__)
 # how often a folder may change between reading its manifest and opening its files before that counts as a fault
 _MAX_TRIES = 100
 
-_Identity = tuple[str, tuple[tuple[str, FileRecord], ...]]
 _ENTRIES_AT_ONCE = 10_000
+
+_Identity = tuple[str, tuple[tuple[str, FileRecord], ...]]
+"""Of a segment: its metadata, and its files with their checksums."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexSnapshot:
-    """What the folder held when its manifest was read; later changes and removed files do not touch it.
+    """One version of an index; later changes and removed files do not affect it.
 
-    selected: the segments with their living positions. dead: rows of the segments that are dead, sorted.
+    views: the segments with their live positions. dead: deleted rows that segments still hold, sorted.
     """
 
     folder: Path
@@ -52,31 +56,32 @@ class IndexSnapshot:
 
     @property
     def number(self) -> int:
-        """The generation's number."""
+        """The version's number, `generation` on disk."""
         return self.manifest.generation
 
     @cached_property
     def rows(self) -> Int64[Array, " N"]:
-        """All living rows, rising."""
+        """All live rows, ascending."""
         return np.concatenate([np.zeros(0, np.int64), *(view.rows() for view in self.views)])
 
     def entries(self) -> Iterator[tuple[int, Origin]]:
-        """Each living row with what it was made from, rising."""
+        """Each live row with what it was made from, ascending."""
         for first in range(0, len(self.rows), _ENTRIES_AT_ONCE):
             for entry in self.catalogue.entries(self.rows[first : first + _ENTRIES_AT_ONCE].tolist()):
                 yield entry.row, entry
 
     def vectors(self, rows: Int64[Array, " N"]) -> Float32[Array, "N D"]:
-        """The stored unit vectors of living or dead rows, in the order asked; all must be in its segments."""
-        wanted, places = np.unique(rows, return_inverse=True)
-        # segments lie in the order of their rows, which never overlap
-        segments = [view.segment for view in self.views]
-        blocks = [segment.vectors.take(segment.positions_of(wanted)) for segment in segments]
-        return np.concatenate([np.zeros((0, self.details.space.dimension), np.float32), *blocks])[places]
+        """The stored unit vectors of live or deleted rows, in the given order; the segments must hold all of them."""
+        sorted_rows, order = np.unique(rows, return_inverse=True)
+        blocks = [np.zeros((0, self.details.space.dimension), np.float32)]
+        # segments are in the order of their rows, which never overlap, so the blocks follow `sorted_rows`
+        for view in self.views:
+            blocks.append(view.segment.vectors.take(view.segment.positions_of(sorted_rows)))
+        return np.concatenate(blocks)[order]
 
 
 def open_snapshot(folder: Path, *, before: IndexSnapshot | None = None) -> IndexSnapshot:
-    """Open what the manifest names now; files that `before` holds open already are not opened again.
+    """Open the version that the manifest names now; files that `before` has open are not opened again.
 
     Raises:
         UsageError: the folder is unfinished, of another kind, or of another format.
@@ -85,22 +90,22 @@ def open_snapshot(folder: Path, *, before: IndexSnapshot | None = None) -> Index
     for _ in range(_MAX_TRIES):
         manifest = read_manifest(folder, "index")
         try:
-            return _open(folder, manifest, before)
+            return _open_version(folder, manifest, before)
         except (VlmError, FileNotFoundError):
-            # a writer may have put away what the manifest named a moment ago
+            # a writer may have removed what the manifest named a moment ago
             if read_manifest(folder, "index") == manifest:
                 raise
     raise VlmError(f"{folder} changed {_MAX_TRIES} times while it was being opened; try again.")
 
 
-def _open(folder: Path, manifest: Manifest, before: IndexSnapshot | None) -> IndexSnapshot:
+def _open_version(folder: Path, manifest: Manifest, before: IndexSnapshot | None) -> IndexSnapshot:
     details = IndexDetails.from_manifest(manifest, folder)
     check_files(folder, manifest.files, verify=False, cure=REBUILD_HINT)
-    held = _open_segments_of(before)
-    segments = [
-        held.get(_identity(manifest.files, segment)) or SegmentReader(folder, segment, details.space.dimension)
-        for segment in details.segments
-    ]
+    open_segments = _open_segments_of(before)
+    segments = []
+    for meta in details.segments:
+        segment = open_segments.get(_identity(manifest.files, meta))
+        segments.append(segment or SegmentReader(folder, meta, details.space.dimension))
     dead = _read_tombstones(folder, details, manifest)
     snapshot = IndexSnapshot(
         folder=folder,
@@ -110,10 +115,12 @@ def _open(folder: Path, manifest: Manifest, before: IndexSnapshot | None) -> Ind
         views=tuple(SegmentView(segment).excluding(dead) for segment in segments),
         dead=dead,
     )
-    living, listed = sum(view.count for view in snapshot.views), len(snapshot.catalogue)
-    if not living == listed == len(snapshot):
+
+    num_live = sum(view.count for view in snapshot.views)
+    num_listed = len(snapshot.catalogue)
+    if not num_live == num_listed == len(snapshot):
         raise VlmError(
-            f"{folder} does not hold together: {living:,} living rows in its segments and {listed:,} in "
+            f"{folder} is inconsistent: {num_live:,} live rows in its segments and {num_listed:,} in "
             f"{details.catalogue}, {len(snapshot):,} were written; {REBUILD_HINT}."
         )
     return snapshot
@@ -122,12 +129,12 @@ def _open(folder: Path, manifest: Manifest, before: IndexSnapshot | None) -> Ind
 def _open_segments_of(before: IndexSnapshot | None) -> Mapping[_Identity, SegmentReader]:
     if before is None:
         return {}
-    open_ones = (view.segment for view in before.views)
-    return {_identity(before.manifest.files, segment.meta): segment for segment in open_ones}
+    segments = [view.segment for view in before.views]
+    return {_identity(before.manifest.files, segment.meta): segment for segment in segments}
 
 
 def _identity(files: Mapping[str, FileRecord], segment: Segment) -> _Identity:
-    """Of files and of how they are searched."""
+    # with the metadata, because search parameters change without a change of files
     return repr(segment), tuple((name, files[name]) for name in segment.files)
 
 
@@ -146,16 +153,16 @@ def _read_tombstones(folder: Path, details: IndexDetails, manifest: Manifest) ->
     return np.array(open_array(folder / details.tombstones, np.dtype(np.int64), shape))
 
 
-# the square of a unit vector's length in float32 is no further from 1
+# the squared length of a unit vector in float32 is no further from 1
 _ROUNDING = 1e-6
 
 RowSet = Int64[Array, " N"]
-"""Rows to search among: their numbers, rising."""
+"""Row numbers, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One answer: `score` is the cosine of query and row, in [-1, 1]."""
+    """One result: `score` is the cosine of query and row, in [-1, 1]."""
 
     score: float
     entry: Entry
@@ -163,7 +170,7 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentInfo:
-    """Facts about one segment; `rows` and `dead` are those in it that live and that do not."""
+    """One segment; `rows` are its live ones, `dead` its deleted ones."""
 
     number: int
     kind: str
@@ -176,10 +183,10 @@ class SegmentInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexInfo:
-    """Facts about an index, for people.
+    """An index in numbers.
 
-    kind, parameters: of the segment with most rows. dead: rows that searches leave out until `vlm index compact`.
-    fresh: rows outside that segment.
+    kind, parameters: of the segment with most rows. dead: deleted rows that segments hold until `vlm index compact`.
+    fresh: live rows outside that segment.
     """
 
     folder: str
@@ -204,19 +211,21 @@ class IndexInfo:
 
 
 class Index:
-    """An index folder open for reading: one generation of it, until `refresh` moves on to the newest."""
+    """An index folder open for reading: one version of it, until `refresh` moves to the newest."""
 
     def __init__(self, snapshot: IndexSnapshot, stamp: tuple[int, ...], gpu: CopyToGpu | None = None) -> None:
-        self.snapshot, self._stamp, self._gpu = snapshot, stamp, gpu
+        self.snapshot = snapshot
+        self._stamp = stamp
+        self._gpu = gpu
         self._refresh_lock = threading.Lock()
 
     @classmethod
     def open(cls, folder: Path, *, gpu: CopyToGpu | None = None) -> "Index":
         """Open an index folder.
 
-        gpu: where copies of the segments it can search are held (`find_gpu`), which costs its memory and their way
-            there, and pays for many questions. Questions with a filter, and of segments with dead rows, stay here.
-            FAISS lets one thread ask a GPU at a time.
+        gpu: holds copies of the segments it can search (`find_gpu`), which costs its memory and the copying, and pays
+            off for many queries. Queries with a filter, and segments with deleted rows, stay on the CPU. FAISS lets
+            one thread use a GPU at a time.
 
         Raises:
             UsageError: it is unfinished, of another kind, or of another format.
@@ -224,41 +233,40 @@ class Index:
         """
         stamp = _stamp(folder)
         snapshot = open_snapshot(folder)
-        for reason in _copy_to_gpu(snapshot, gpu):
-            logger.info(reason)
+        for message in _copy_to_gpu(snapshot, gpu):
+            logger.info(message)
         return cls(snapshot, stamp, gpu)
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Its folder."""
         return self.snapshot.folder
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of this generation."""
+        """The manifest of this version."""
         return self.snapshot.manifest
 
     @property
     def details(self) -> IndexDetails:
-        """What the manifest says, typed."""
+        """The manifest's details, typed."""
         return self.snapshot.details
 
     @property
     def catalogue(self) -> Catalogue:
-        """The catalogue as this generation sees it."""
+        """The catalogue of this version."""
         return self.snapshot.catalogue
 
     def __len__(self) -> int:
         return len(self.snapshot)
 
     def refresh(self) -> bool:
-        """Move to the newest generation, if there is a newer one; whether it moved.
+        """Move to the newest version, if there is a newer one; whether it moved.
 
-        Costs one look at the manifest's date while nothing has changed. Searches under way finish on the old
-        generation.
+        Costs one stat of the manifest while nothing has changed. Searches under way finish on the old version.
 
         Raises:
-            VlmError: the folder is gone or damaged; the old generation stays open.
+            VlmError: the folder is gone or damaged; the old version stays open.
         """
         with self._refresh_lock:
             stamp = _stamp(self.folder)
@@ -266,16 +274,17 @@ class Index:
                 return False
             newest = open_snapshot(self.folder, before=self.snapshot)
             _copy_to_gpu(newest, self._gpu)
-            moved = newest.manifest != self.manifest
-            self.snapshot, self._stamp = newest, stamp
-            return moved
+            has_moved = newest.manifest != self.manifest
+            self.snapshot = newest
+            self._stamp = stamp
+            return has_moved
 
     def close(self) -> None:
         """Release the catalogue."""
         self.catalogue.close()
 
     def require_model(self, fingerprint: str, name: str) -> None:
-        """Refuse a model whose vectors do not belong to this index.
+        """Refuse a model whose vectors cannot be compared with those of this index.
 
         Raises:
             UsageError: its fingerprint is another.
@@ -290,39 +299,42 @@ class Index:
             )
         raise UsageError(
             f"{self.folder} was embedded by {space.model} (fingerprint {space.fingerprint}); {name} is another model "
-            f"(fingerprint {fingerprint}), and their vectors cannot be compared. Ask with {space.model}, or embed and "
-            f"index again with {name}."
+            f"(fingerprint {fingerprint}), and their vectors cannot be compared. Query with {space.model}, or embed "
+            f"and index again with {name}."
         )
 
     def search(self, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None = None) -> list[list[Hit]]:
         """The `top` rows nearest to each query, best first. Fewer only if there are fewer rows.
 
-        Ties are ordered by row; which of several equal rows at the cut are among the `top` is up to FAISS.
+        Ties are ordered by row; which of several rows tied at the end are among the `top` is up to FAISS.
 
-        among: only these rows may answer (as `Catalogue.where` gives them); dead ones never do.
+        allowed_rows: only these rows are returned (as from `Catalogue.where`), deleted ones never.
 
         Raises:
             UsageError: another dimension, a query that is zero or not finite, or top < 1.
         """
         snapshot = self.snapshot
         scores, rows = _nearest(snapshot, queries, top, allowed_rows)
-        wanted = np.unique(rows)
-        entries = dict(zip(wanted.tolist(), snapshot.catalogue.entries(wanted.tolist()), strict=True))
-        return [
-            [Hit(score=score, entry=entries[row]) for score, row in zip(*line, strict=True)]
-            for line in zip(scores.tolist(), rows.tolist(), strict=True)
-        ]
+        distinct_rows = np.unique(rows).tolist()
+        entries = dict(zip(distinct_rows, snapshot.catalogue.entries(distinct_rows), strict=True))
+        results = []
+        for query_scores, query_rows in zip(scores.tolist(), rows.tolist(), strict=True):
+            hits = zip(query_scores, query_rows, strict=True)
+            results.append([Hit(score=score, entry=entries[row]) for score, row in hits])
+        return results
 
     def nearest(self, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None = None) -> ScoredRows:
-        """As `search`, but scores and rows alone, without a look into the catalogue."""
+        """As `search`, but scores and rows alone, without reading the catalogue."""
         return _nearest(self.snapshot, queries, top, allowed_rows)
 
     def info(self) -> IndexInfo:
-        """What manifest and segments say, in one place."""
-        space, manifest, details = self.details.space, self.manifest, self.details
+        """The index in numbers, from the manifest and the segments."""
+        manifest = self.manifest
+        details = self.details
+        space = details.space
         segments = tuple(_segment_info(view, manifest) for view in self.snapshot.views)
         largest = max(segments, key=lambda segment: segment.rows, default=None)
-        in_files = sum(record.bytes for record in manifest.files.values())
+        catalogue_bytes = self.catalogue.path.stat().st_size
         return IndexInfo(
             folder=str(self.folder),
             kind=largest.kind if largest else details.kind,
@@ -333,7 +345,7 @@ class Index:
             dimension=space.dimension,
             modality=space.modality,
             metric=details.metric,
-            bytes=in_files + self.catalogue.path.stat().st_size,
+            bytes=sum(record.bytes for record in manifest.files.values()) + catalogue_bytes,
             generation=manifest.generation,
             model=space.model,
             model_fingerprint=space.fingerprint,
@@ -347,11 +359,14 @@ class Index:
 
 
 def _copy_to_gpu(snapshot: IndexSnapshot, gpu: CopyToGpu | None) -> list[str]:
-    """Have the GPU, if there is one, answer for the segments it can; why it cannot for the others."""
+    """Copy the segments that a GPU can search there; a message for each of the others."""
     if gpu is None:
         return []
-    tried = {one.segment.meta.number: one.segment.copy_to_gpu(gpu) for one in snapshot.views}
-    return [f"Segment {number} is searched on the CPU: {reason}." for number, reason in tried.items() if reason]
+    messages = []
+    for view in snapshot.views:
+        if reason := view.segment.copy_to_gpu(gpu):
+            messages.append(f"Segment {view.segment.meta.number} is searched on the CPU: {reason}.")
+    return messages
 
 
 def _nearest(
@@ -359,26 +374,26 @@ def _nearest(
 ) -> ScoredRows:
     units = _normalize_queries(queries, top, snapshot.details.space.dimension)
     if allowed_rows is not None and not (np.diff(allowed_rows) > 0).all():
-        raise UsageError("The rows to search among must rise, each given once, as Catalogue.where gives them.")
+        raise UsageError("allowed_rows must be distinct and ascending, as from Catalogue.where.")
     return nearest(snapshot.views, units, top, allowed_rows)
 
 
 def _normalize_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:
     if top < 1:
-        raise UsageError(f"top = {top} does not fit: at least one answer must be asked for.")
+        raise UsageError(f"top = {top} is out of range: ask for at least one result.")
     if queries.shape[1] != dimension:
         raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
-    wide = queries.astype(np.float32, copy=False)
-    squares = np.vecdot(wide, wide)
-    each = squares.tolist()
-    # of few numbers, which is the rule, Python is quicker than numpy
-    if all([-_ROUNDING < square - 1 < _ROUNDING for square in each]):
-        return wide
-    # not so of NaN
-    if not all([0 < square < inf for square in each]):
+    vectors = queries.astype(np.float32, copy=False)
+    squares = np.vecdot(vectors, vectors)
+    # one query at a time is the rule, and for few numbers Python is faster than numpy
+    squares_list = squares.tolist()
+    if all([-_ROUNDING < square - 1 < _ROUNDING for square in squares_list]):
+        return vectors
+    # the comparison is false for NaN too
+    if not all([0 < square < inf for square in squares_list]):
         wrong = int(np.argmin((squares > 0) & (squares < np.inf)))
         raise UsageError(f"Query {wrong} has length {np.sqrt(squares[wrong])}: it must be finite and not zero.")
-    return wide / np.sqrt(squares)[:, None]
+    return vectors / np.sqrt(squares)[:, None]
 
 
 def _segment_info(view: SegmentView, manifest: Manifest) -> SegmentInfo:
@@ -397,7 +412,7 @@ def _segment_info(view: SegmentView, manifest: Manifest) -> SegmentInfo:
 def _stamp(folder: Path) -> tuple[int, ...]:
     """What changes whenever the manifest is replaced; all zero if there is none."""
     try:
-        found = os.stat(folder / MANIFEST)
+        stat = os.stat(folder / MANIFEST)
     except OSError:
         return (0, 0, 0, 0)
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -1,23 +1,13 @@
-"""Changes of an index folder: each makes one new generation, whole or not at all, while readers go on.
+"""Changes of an index folder: inserts, upserts, deletes and compaction, each one new version, whole or not at all.
 
-Order of a change: files of new names; the catalogue's transaction, whose rows no reader of the old generation sees;
-the manifest, which is the commit; then the files nobody names any more are unlinked. Killed in between, the next
-writer takes back what the manifest does not know (`recovery.py`).
+The order of a change: files under new names; the catalogue's transaction, whose rows no reader of the old version
+sees; the manifest, which is the commit; then files that it does not name are removed. Readers go on meanwhile. If the
+process is killed in between, the next writer rolls back what the manifest does not know.
 
-One writer at a time: a lock on a file of the index folder, which ends with the process that holds it.
-
-What a change of an index brings, and what it did.
-
-Which segments are written anew, and what of the others is dead.
-
-What a killed writer left behind is taken back or removed, so that the folder is again what its manifest says.
-
-The step from one generation to the next: drafted from the one before, then committed by its manifest.
+Only one writer at a time: it holds a lock on a file of the folder, which the system frees when the process ends.
 """
 
 import contextlib
-import fcntl
-import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -28,12 +18,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from vlm import __version__
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint
 from vlm.index.ann.index_type import TuningParams
-from vlm.index.ann.index_types import resolve_index_type, search_params_dict
+from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type, search_params_dict
 from vlm.index.catalog import copy_catalogue, has_uncommitted_changes, max_row, roll_back_catalogue, update_catalogue
 from vlm.index.embeddings import Embeddings, EmbeddingSpace, Origin
 from vlm.index.layout import (
@@ -50,41 +41,10 @@ from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, iter_
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.tensors import Array, Bool, Float, Int64
 
-logger = logging.getLogger(__name__)
-
-LOCK = "writer.lock"
-
-
-class WriterLock:
-    """Held from its making until `release`.
-
-    Raises:
-        UsageError: another writer holds it; its process is named.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(self._descriptor, 32).decode(errors="replace").strip()
-            os.close(self._descriptor)
-            raise UsageError(
-                f"{folder} is being changed by another process ({holder or 'unknown'}); wait until it has finished, "
-                "or end it: what it had not finished is then taken back."
-            ) from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        """Let others write; the file stays."""
-        os.close(self._descriptor)
-
 
 @dataclass(frozen=True, kw_only=True)
 class InsertBatch:
-    """Rows to come in: as many vectors as origins, in the same order; both can be asked for several times.
+    """Rows to insert: as many vectors as origins, in the same order; both can be iterated several times.
 
     source: fingerprint of where they are from. shards: addresses of their tars.
     """
@@ -115,7 +75,7 @@ class InsertBatch:
         )
 
     def uids(self) -> Iterator[str]:
-        """The name of each row.
+        """The uid of each row.
 
         Raises:
             VlmError: two rows have the same.
@@ -128,13 +88,13 @@ class InsertBatch:
             yield origin.uid
 
     def select(self, uids: Container[str]) -> "InsertBatch":
-        """Those of these names."""
-        keep = np.fromiter((origin.uid in uids for origin in self.origins()), bool, self.count)
+        """The rows of these uids."""
+        is_selected = np.fromiter((origin.uid in uids for origin in self.origins()), bool, self.count)
         return replace(
             self,
-            count=int(keep.sum()),
-            blocks=lambda: _filter_blocks(self.blocks(), keep),
-            origins=lambda: compress(self.origins(), keep),
+            count=int(is_selected.sum()),
+            blocks=lambda: _filter_blocks(self.blocks(), is_selected),
+            origins=lambda: compress(self.origins(), is_selected),
         )
 
     def check_compatible_space(self, space: EmbeddingSpace, folder: Path) -> None:
@@ -156,21 +116,22 @@ class InsertBatch:
             )
 
 
-def _filter_blocks(blocks: Iterable[Float[Array, "_ D"]], keep: Bool[Array, " N"]) -> Iterator[Float[Array, "_ D"]]:
-    """The rows to keep, block by block."""
+def _filter_blocks(
+    blocks: Iterable[Float[Array, "_ D"]], is_selected: Bool[Array, " N"]
+) -> Iterator[Float[Array, "_ D"]]:
     first = 0
     for block in blocks:
-        yield block[keep[first : first + len(block)]]
+        yield block[is_selected[first : first + len(block)]]
         first += len(block)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommitInfo:
-    """What a change did: the generation it made, and how many rows there are now.
+    """What a change did: the version it made, and how many rows there are now.
 
-    added: rows that were not there. replaced: those whose uid was there. removed: those deleted.
-    left_out: new rows whose uid no row has that an update's filter chooses.
-    dead: rows that searches leave out until `compact`.
+    added: new rows. replaced: new rows whose uid existed. removed: deleted rows.
+    left_out: rows of an update that was limited by a filter, whose uid no selected row has.
+    dead: deleted rows that segments hold until `compact`.
     """
 
     generation: int
@@ -188,22 +149,24 @@ _ROWS_AT_ONCE = 65_536
 
 
 def num_segments_to_merge(views: Sequence[SegmentView], new_rows: int) -> int:
-    """How many of the last segments are merged with new rows: the flat ones that are no larger than what has come
-    together behind them.
+    """The compaction policy: how many of the last segments are merged with new rows.
 
-    A row is so written about log2(N) times in all, and about log2(N) segments are ever open, as in a binary counter
-    (O'Neil et al. 1996, the log-structured merge tree, with a factor of 2).
+    They are the flat ones, as long as a segment has no more rows than the merged ones behind it. A row is then written
+    about log2(N) times, and about log2(N) segments are open at once, as in a binary counter (the log-structured merge
+    tree of O'Neil et al. 1996, with a factor of 2).
     """
-    number, gathered = 0, new_rows
-    for last in reversed(views):
-        if last.segment.meta.kind != "flat" or last.count > gathered:
+    num_segments = 0
+    merged_rows = new_rows
+    for view in reversed(views):
+        if view.segment.meta.kind != "flat" or view.count > merged_rows:
             break
-        number, gathered = number + 1, gathered + last.count
-    return number
+        num_segments += 1
+        merged_rows += view.count
+    return num_segments
 
 
 def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
-    """The chosen rows of a segment as they are stored, float16."""
+    """The rows of a view in their stored float16."""
     for first in range(0, view.count, _ROWS_AT_ONCE):
         yield view.segment.vectors.stored[view.positions[first : first + _ROWS_AT_ONCE]]
 
@@ -211,20 +174,21 @@ def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
 def drop_dead_segments(
     segments: Iterable[SegmentReader], dead: Int64[Array, " N"]
 ) -> tuple[list[SegmentReader], Int64[Array, " M"]]:
-    """The segments in which something lives, and those of the dead rows (sorted) that lie in them."""
-    kept, remaining = [], [np.zeros(0, np.int64)]
+    """The segments that hold a live row, and the deleted rows (sorted) that these hold."""
+    live_segments = []
+    remaining_dead = [np.zeros(0, np.int64)]
     for segment in segments:
         positions = segment.positions_of(dead)
         if len(positions) < len(segment):
-            kept.append(segment)
-            remaining.append(segment.rows[positions])
-    return kept, np.concatenate(remaining)
+            live_segments.append(segment)
+            remaining_dead.append(segment.rows[positions])
+    return live_segments, np.concatenate(remaining_dead)
 
 
 def roll_back_unfinished(folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
-    """Bring a folder back to its manifest's generation; only for the one who holds the writer's lock.
+    """Roll a folder back to its manifest's version; only for the holder of the writer's lock.
 
-    May be killed and repeated. Readers notice nothing: what is removed no newer manifest names.
+    It may be killed and repeated. Readers notice nothing, for no manifest names what is removed.
 
     Raises:
         VlmError: the catalogue is damaged or the disk is full.
@@ -232,7 +196,7 @@ def roll_back_unfinished(folder: Path, *, failpoint: FailPoint = no_failpoint) -
     manifest = read_manifest(folder, "index")
     details = IndexDetails.from_manifest(manifest, folder)
     if has_uncommitted_changes(folder / details.catalogue, generation=manifest.generation):
-        failpoint("taking back the catalogue")
+        failpoint("rolling back the catalogue")
         roll_back_catalogue(folder / details.catalogue, generation=manifest.generation)
     remove_orphans(folder, manifest, details, failpoint=failpoint)
 
@@ -240,26 +204,26 @@ def roll_back_unfinished(folder: Path, *, failpoint: FailPoint = no_failpoint) -
 def remove_orphans(
     folder: Path, manifest: Manifest, details: IndexDetails, *, failpoint: FailPoint = no_failpoint
 ) -> None:
-    """Unlink the strays; who has one of them open keeps it."""
+    """Remove the strays; a reader that has one open keeps it."""
     for path in strays(folder, manifest, details):
         failpoint(f"removing {path.name}")
         path.unlink(missing_ok=True)
 
 
 def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path]:
-    """Files of the index that its manifest does not name: of an older generation, or of one that was never finished."""
-    named = {folder / name for name in (*manifest.files, details.catalogue)}
-    journal = folder / f"{details.catalogue}-journal"
-    inside = [path for name in (SEGMENTS, TOMBSTONES) if (folder / name).is_dir() for path in (folder / name).iterdir()]
-    beside = [path for pattern in ("catalogue-*", ".manifest.json.*.part") for path in folder.glob(pattern)]
-    return sorted(path for path in (*inside, *beside) if path not in named and path != journal)
+    """Files of the index that its manifest does not name: of an older version, or of one that was never committed."""
+    # SQLite needs the journal of the current catalogue to roll it back
+    known = {folder / name for name in (*manifest.files, details.catalogue, f"{details.catalogue}-journal")}
+    patterns = (f"{SEGMENTS}/*", f"{TOMBSTONES}/*", "catalogue-*", ".manifest.json.*.part")
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    return sorted(path for path in paths if path not in known)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PendingVersion:
-    """The next generation.
+    """The next version, before its commit.
 
-    manifest: all but the line of its tombstones' file. dead: rows of its segments that are dead, sorted.
+    manifest: complete but for the record of the tombstones' file. dead: deleted rows its segments hold, sorted.
     """
 
     manifest: Manifest
@@ -268,7 +232,7 @@ class PendingVersion:
 
     @property
     def number(self) -> int:
-        """The generation's number."""
+        """The version's number."""
         return self.manifest.generation
 
 
@@ -281,25 +245,31 @@ def prepare_version(
     deleted_rows: Int64[Array, " N"],
     **details: Any,
 ) -> PendingVersion:
-    """The generation after `now`.
+    """The version after a snapshot.
 
     Args:
         what: the kind of change, part of the fingerprint.
-        keep: how many of the first segments stay; all others were written anew, or are gone.
-        written: the new segment, after those kept.
-        dying: rows that die, sorted.
-        details: what else changes in them.
+        keep: how many of the first segments stay; the others were merged into the new one, or are gone.
+        written: the new segment, which comes last.
+        deleted_rows: rows that this change deletes, sorted.
+        details: what else of the index's details changes.
     """
-    dead = np.union1d(snapshot.dead, deleted_rows)
-    kept, dead = drop_dead_segments([view.segment for view in snapshot.views[:keep]], dead)
-    segments = [segment.meta for segment in kept] + ([written.segment] if written else [])
-    files = {name: snapshot.manifest.files[name] for segment in kept for name in segment.meta.files}
-    files |= written.files if written else {}
+    kept_segments, dead = drop_dead_segments(
+        [view.segment for view in snapshot.views[:keep]], np.union1d(snapshot.dead, deleted_rows)
+    )
+    segments = [segment.meta for segment in kept_segments]
+    files = {name: snapshot.manifest.files[name] for segment in segments for name in segment.files}
+    next_segment = snapshot.details.next_segment
+    if written:
+        segments.append(written.segment)
+        files |= written.files
+        next_segment = written.segment.number + 1
+
     number = snapshot.number + 1
     changed = replace(
         snapshot.details,
         segments=tuple(segments),
-        next_segment=written.segment.number + 1 if written else snapshot.details.next_segment,
+        next_segment=next_segment,
         tombstones=tombstones_file(number) if len(dead) else "",
         **details,
     )
@@ -319,24 +289,20 @@ def prepare_version(
 
 
 def with_search_params(pending: PendingVersion, *, effort: int | None, rerank: int) -> PendingVersion:
-    """The same, with another effort and re-ranking of its largest segment, also when it is compacted."""
-    largest = max(pending.details.segments, key=lambda segment: segment.rows)
-    told = search_params_dict(largest.kind, effort=effort, rerank=rerank)
-    changed = replace(
-        pending.details,
-        segments=tuple(
-            replace(segment, parameters=segment.parameters | told, rerank=rerank) if segment is largest else segment
-            for segment in pending.details.segments
-        ),
-        tuning=pending.details.tuning | told,
-    )
+    """The same with other search parameters of its largest segment, which a compaction will use too."""
+    segments = list(pending.details.segments)
+    number = max(range(len(segments)), key=lambda number: segments[number].rows)
+    largest = segments[number]
+    search_params = search_params_dict(largest.kind, effort=effort, rerank=rerank)
+    segments[number] = replace(largest, parameters=largest.parameters | search_params, rerank=rerank)
+    changed = replace(pending.details, segments=tuple(segments), tuning=pending.details.tuning | search_params)
     return replace(pending, details=changed, manifest=replace(pending.manifest, details=asdict(changed)))
 
 
 def commit(
     folder: Path, pending: PendingVersion, update_catalogue: Callable[[], None], *, failpoint: FailPoint
 ) -> None:
-    """Write the tombstones, change the catalogue, and replace the manifest: only the last of these counts."""
+    """Write the tombstones, change the catalogue, and replace the manifest: only the last of these commits."""
     files = dict(pending.manifest.files)
     if len(pending.dead):
         path = folder / pending.details.tombstones
@@ -353,13 +319,37 @@ def commit(
     failpoint("manifest written")
 
 
+LOCK = "writer.lock"
+
+
+def _lock_for_writing(folder: Path) -> FileLock:
+    """The writer's lock, held; its file names the process that holds it, and stays when it is released.
+
+    Raises:
+        UsageError: another writer holds it.
+    """
+    path = folder / LOCK
+    # any thread may close the writer
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        owner = path.read_text(encoding="utf-8", errors="replace").strip()
+        raise UsageError(
+            f"{folder} is being changed by another process ({owner or 'unknown'}); wait until it has finished, or end "
+            "it: its unfinished change is then rolled back."
+        ) from error
+    path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    return lock
+
+
 _NO_ROWS = np.zeros(0, np.int64)
 
 
 class IndexWriter:
-    """The one writer of an index folder, until `close`; what an earlier one left unfinished is taken back first.
+    """The one writer of an index folder, until `close`; it first rolls back what an earlier one left unfinished.
 
-    reached: is told before each step that changes the folder.
+    failpoint: called before each step that changes the folder.
 
     Raises:
         UsageError: there is another writer, or no index of this layout.
@@ -368,8 +358,10 @@ class IndexWriter:
 
     def __init__(self, folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
         IndexDetails.from_manifest(read_manifest(folder, "index"), folder)
-        self.folder, self._failpoint, self._needs_rollback = folder, failpoint, False
-        self._lock = WriterLock(folder)
+        self.folder = folder
+        self._failpoint = failpoint
+        self._needs_rollback = False
+        self._lock = _lock_for_writing(folder)
         try:
             roll_back_unfinished(folder, failpoint=failpoint)
             self.snapshot = open_snapshot(folder)
@@ -389,39 +381,40 @@ class IndexWriter:
         self._lock.release()
 
     def add(self, batch: InsertBatch) -> CommitInfo:
-        """Rows that were not there, as a flat segment; small flat ones before it are merged with it.
+        """Insert new rows as a flat segment; small flat ones before it are merged with it.
 
         Raises:
-            UsageError: they are of another model, or a uid is there already.
+            UsageError: they are of another model, or a uid exists already.
             VlmError: two of them have the same uid, or a vector is not of unit length.
         """
         return self._insert(batch, is_upsert=False)
 
     def update(self, batch: InsertBatch, *, allowed_rows: Int64[Array, " N"] | None = None) -> CommitInfo:
-        """As `add`, but a row whose uid is there takes the place of the one that has it.
+        """As `add`, but a row whose uid exists replaces the one that has it (upsert).
 
-        among: only these rows (as `Catalogue.where` gives them) are replaced; new rows of other uids are left out.
+        allowed_rows: only these rows (as from `Catalogue.where`) are replaced; new rows of other uids are left out.
         """
         return self._insert(batch, is_upsert=True, allowed_rows=allowed_rows)
 
     def delete(self, uids: Sequence[str]) -> CommitInfo:
-        """The rows of these uids die.
+        """Delete the rows of these uids.
 
         Raises:
-            UsageError: one of them is not there; nothing is deleted.
+            UsageError: one of them does not exist; nothing is deleted.
         """
         rows = self.snapshot.catalogue.rows_by_uid(uids)
         unknown = [uid for uid in uids if uid not in rows]
         if unknown:
             raise UsageError(
-                f"{self.folder} has no {unknown[0]!r} ({len(unknown):,} of {len(uids):,} uids are not there); nothing "
+                f"{self.folder} has no {unknown[0]!r} ({len(unknown):,} of {len(uids):,} uids are missing); nothing "
                 "was deleted: leave them out."
             )
         return self.delete_rows(np.unique(np.array(list(rows.values()), np.int64)))
 
     def delete_rows(self, rows: Int64[Array, " N"]) -> CommitInfo:
-        """The living of these rows (sorted, as `Catalogue.where` gives them) die; nothing changes if there is none."""
-        started, snapshot = time.perf_counter(), self.snapshot
+        """Delete the live ones of these rows (sorted, as from `Catalogue.where`); without any, nothing changes."""
+        started = time.perf_counter()
+        snapshot = self.snapshot
         deleted_rows = np.intersect1d(rows, snapshot.rows, assume_unique=True)
         if len(deleted_rows):
             with self._rolling_back_on_error():
@@ -432,38 +425,38 @@ class IndexWriter:
         return self._commit_info(started, removed=len(deleted_rows))
 
     def compact(self, *, kind: str = "", tuning: TuningParams | None = None) -> CommitInfo:
-        """All living rows into one segment, trained anew, and into a catalogue without the dead.
+        """Merge all segments into one, retrain it, and drop deleted rows from it and from the catalogue.
 
         kind, tuning: as for `build_index`; left out, those the index was built with, or flat where they no longer fit.
 
         Raises:
-            UsageError: there is no such kind, or it does not fit the rows.
+            UsageError: there is no such index type, or it does not fit the rows.
         """
-        started, snapshot = time.perf_counter(), self.snapshot
+        started = time.perf_counter()
+        snapshot = self.snapshot
         if not kind and tuning is None and self._is_compact():
             return self._commit_info(started)
-        wishes = {
-            "kind": kind or snapshot.details.kind,
-            "tuning": asdict(tuning) if tuning else snapshot.details.tuning,
-        }
         with self._rolling_back_on_error():
-            written = (
-                self._write_compacted(kind, tuning or TuningParams(**snapshot.details.tuning))
-                if len(snapshot)
-                else None
-            )
-            catalogue = catalogue_file(snapshot.number + 1)
-            next_row = max(snapshot.details.next_row, max_row(snapshot.catalogue.path) + 1)
-            details = wishes | {"catalogue": catalogue, "next_row": next_row}
+            used_tuning = tuning or TuningParams(**snapshot.details.tuning)
+            written = self._write_compacted(kind, used_tuning) if len(snapshot) else None
             pending = prepare_version(
-                snapshot, what="compact", keep=0, written=written, deleted_rows=_NO_ROWS, **details
+                snapshot,
+                what="compact",
+                keep=0,
+                written=written,
+                deleted_rows=_NO_ROWS,
+                kind=kind or snapshot.details.kind,
+                tuning=asdict(tuning) if tuning else snapshot.details.tuning,
+                catalogue=catalogue_file(snapshot.number + 1),
+                next_row=self._next_row(),
             )
             self._commit(pending, lambda: self._rewrite_catalogue(pending))
         return self._commit_info(started)
 
     def set_search_params(self, *, effort: int | None, rerank: int) -> CommitInfo:
-        """The largest segment is searched with another effort (nprobe, ef_search) and re-ranking from now on."""
-        started, snapshot = time.perf_counter(), self.snapshot
+        """Search the largest segment with another effort (nprobe, efSearch) and reranking factor from now on."""
+        started = time.perf_counter()
+        snapshot = self.snapshot
         with self._rolling_back_on_error():
             pending = prepare_version(
                 snapshot, what="search", keep=len(snapshot.views), written=None, deleted_rows=_NO_ROWS
@@ -473,81 +466,97 @@ class IndexWriter:
         return self._commit_info(started)
 
     def _is_compact(self) -> bool:
-        """One segment of the kind wished for, or none, and nothing dead in it or in the catalogue."""
+        """Whether there is at most one segment, of the index's type, and no deleted row in it or the catalogue."""
         snapshot = self.snapshot
-        kinds = {view.segment.meta.kind for view in snapshot.views}
-        is_one = len(snapshot.views) <= 1 and kinds <= {resolve_index_type(snapshot.details.kind, len(snapshot))}
-        return is_one and not len(snapshot.dead) and not snapshot.catalogue.count_hidden()
+        if len(snapshot.views) > 1 or len(snapshot.dead) or snapshot.catalogue.count_hidden():
+            return False
+        kind = resolve_index_type(snapshot.details.kind, len(snapshot))
+        return all(view.segment.meta.kind == kind for view in snapshot.views)
+
+    def _next_row(self) -> int:
+        """A row number that was never used, not even by a change that was rolled back."""
+        return max(self.snapshot.details.next_row, max_row(self.snapshot.catalogue.path) + 1)
 
     def _insert(
         self, batch: InsertBatch, *, is_upsert: bool, allowed_rows: Int64[Array, " N"] | None = None
     ) -> CommitInfo:
-        started, snapshot, given = time.perf_counter(), self.snapshot, batch.count
+        started = time.perf_counter()
+        snapshot = self.snapshot
+        num_given = batch.count
         batch.check_compatible_space(snapshot.details.space, self.folder)
-        old = snapshot.catalogue.rows_by_uid(batch.uids())
+        existing = snapshot.catalogue.rows_by_uid(batch.uids())
         if allowed_rows is not None:
-            chosen = set(allowed_rows.tolist())
-            old = {uid: row for uid, row in old.items() if row in chosen}
-            batch = batch.select(old)
-        if old and not is_upsert:
+            allowed = set(allowed_rows.tolist())
+            existing = {uid: row for uid, row in existing.items() if row in allowed}
+            batch = batch.select(existing)
+        if existing and not is_upsert:
             raise UsageError(
-                f"{self.folder} has {next(iter(old))!r} already ({len(old):,} of the {batch.count:,} new rows are "
-                "there); nothing was added: vlm index update replaces them."
+                f"{self.folder} has {next(iter(existing))!r} already ({len(existing):,} of the {batch.count:,} new "
+                "rows exist); nothing was added: vlm index update replaces them."
             )
         if not batch.count:
-            return self._commit_info(started, left_out=given)
-        deleted_rows = np.sort(np.array(list(old.values()), np.int64))
+            return self._commit_info(started, left_out=num_given)
+
+        deleted_rows = np.sort(np.array(list(existing.values()), np.int64))
         with self._rolling_back_on_error():
-            first = max(snapshot.details.next_row, max_row(snapshot.catalogue.path) + 1)
+            first = self._next_row()
             keep = len(snapshot.views) - num_segments_to_merge(snapshot.views, batch.count)
             written = self._write_merged(batch, keep, deleted_rows, first)
-            details = {
-                "next_row": first + batch.count,
-                "shards": tuple(dict.fromkeys((*snapshot.details.shards, *batch.shards))),
-                "sources": tuple(dict.fromkeys((*snapshot.details.sources, batch.source))),
-            }
-            what = "update" if is_upsert else "add"
             pending = prepare_version(
-                snapshot, what=what, keep=keep, written=written, deleted_rows=deleted_rows, **details
+                snapshot,
+                what="update" if is_upsert else "add",
+                keep=keep,
+                written=written,
+                deleted_rows=deleted_rows,
+                next_row=first + batch.count,
+                shards=tuple(dict.fromkeys((*snapshot.details.shards, *batch.shards))),
+                sources=tuple(dict.fromkeys((*snapshot.details.sources, batch.source))),
             )
             self._commit(
                 pending, lambda: self._change_catalogue(pending, deleted_rows, enumerate(batch.origins(), first))
             )
-        left_out = given - batch.count
-        return self._commit_info(started, added=batch.count - len(old), replaced=len(old), left_out=left_out)
+        return self._commit_info(
+            started,
+            added=batch.count - len(existing),
+            replaced=len(existing),
+            left_out=num_given - batch.count,
+        )
 
     def _write_merged(
         self, batch: InsertBatch, keep: int, deleted_rows: Int64[Array, " N"], first: int
     ) -> WrittenSegment:
-        """The segment of new rows, with what lives of the segments from `keep` on."""
+        """The segment of new rows, merged with the live rows of the segments from `keep` on."""
         merged = [view.excluding(deleted_rows) for view in self.snapshot.views[keep:]]
-        rows = [*(view.rows() for view in merged), np.arange(first, first + batch.count)]
-        blocks = chain(chain.from_iterable(map(iter_live_blocks, merged)), batch.blocks())
-        return self._write_segment(blocks, np.concatenate(rows), "flat", TuningParams())
+        new_rows = np.arange(first, first + batch.count)
+        rows = np.concatenate([*(view.rows() for view in merged), new_rows])
+        blocks = chain(*map(iter_live_blocks, merged), batch.blocks())
+        return self._write_segment(blocks, rows, "flat", TuningParams())
 
     def _write_compacted(self, kind: str, tuning: TuningParams) -> WrittenSegment:
-        """The segment of all living rows."""
+        """The segment of all live rows. kind: the type asked for; empty: the index's, or flat if that does not fit."""
         snapshot = self.snapshot
 
         def write(kind: str, tuning: TuningParams) -> WrittenSegment:
-            blocks = chain.from_iterable(map(iter_live_blocks, snapshot.views))
+            blocks = chain(*map(iter_live_blocks, snapshot.views))
             return self._write_segment(blocks, snapshot.rows, kind, tuning)
 
-        try:
-            return write(resolve_index_type(kind or snapshot.details.kind, len(snapshot)), tuning)
-        except UsageError as error:
-            if kind:
-                raise
-            logger.info(f"The kind {snapshot.details.kind} no longer fits, a flat segment is made: {error}")
-            return write("flat", TuningParams())
+        if kind:
+            return write(resolve_index_type(kind, len(snapshot)), tuning)
+        return fall_back_to_flat(write, snapshot.details.kind, len(snapshot), tuning)
 
     def _write_segment(
         self, blocks: Iterable[Float[Array, "_ D"]], rows: Int64[Array, " N"], kind: str, tuning: TuningParams
     ) -> WrittenSegment:
         details = self.snapshot.details
-        dimension, number = details.space.dimension, details.next_segment
         return write_segment(
-            self.folder, number, blocks, rows, dimension=dimension, kind=kind, tuning=tuning, failpoint=self._failpoint
+            self.folder,
+            details.next_segment,
+            blocks,
+            rows,
+            dimension=details.space.dimension,
+            kind=kind,
+            tuning=tuning,
+            failpoint=self._failpoint,
         )
 
     def _change_catalogue(
@@ -559,7 +568,8 @@ class IndexWriter:
         )
 
     def _rewrite_catalogue(self, pending: PendingVersion) -> None:
-        snapshot, path = self.snapshot, self.folder / pending.details.catalogue
+        path = self.folder / pending.details.catalogue
+        snapshot = self.snapshot
         copy_catalogue(snapshot.catalogue.path, path, snapshot.rows, seen=snapshot.number, generation=pending.number)
 
     def _commit(self, pending: PendingVersion, change: Callable[[], None]) -> None:
@@ -569,7 +579,7 @@ class IndexWriter:
 
     @contextlib.contextmanager
     def _rolling_back_on_error(self) -> Iterator[None]:
-        """If the block fails, what it did is taken back; what cannot be now, before the next change."""
+        """If the block fails, its change is rolled back: at once or, if that fails too, before the next change."""
         if self._needs_rollback:
             self._roll_back()
         try:

@@ -1,4 +1,4 @@
-"""What a kind of index is: how it is prepared, what it needs in memory, and which number trades time for recall."""
+"""What an index type is: how it is made and trained, what it costs, and which parameter trades latency for recall."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ CopyToGpu = Callable[["faiss.Index"], "faiss.Index"]
 
 @runtime_checkable
 class TrainingRows(Protocol):
-    """What a kind may ask about the rows it will hold."""
+    """The rows an index will hold, as its training sees them."""
 
     def __len__(self) -> int: ...
 
@@ -28,18 +28,18 @@ class TrainingRows(Protocol):
         ...
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
-        """Distinct rows drawn evenly."""
+        """Distinct rows sampled uniformly."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningParams:
-    """Wishes about an index; None leaves the number to the kind's rule.
+    """Parameters of an index; None leaves a number to the type's own rule.
 
-    nlist: lists of an IVF index. nprobe: lists a search reads.
+    nlist: lists of an IVF index. nprobe: lists that a search reads.
     links: edges of a node in an HNSW graph (M).
     ef_construction, ef_search: candidates kept while a graph is built, and while it is searched.
-    rerank: how many times more rows than asked for are taken by their codes, for exact cosines to decide.
+    rerank: how many times more rows than results are taken by their codes, for exact cosines to decide.
     seed: of the training sample and of k-means.
     """
 
@@ -56,8 +56,8 @@ class TuningParams:
 class PreparedIndex:
     """A trained index without rows, and the parameters it was made with.
 
-    rerank: 0 if the scores are exact cosines; else FAISS is to be asked for more rows (`searching.candidates_for`), and
-        the cosines with the stored float16 rows decide among them (`searching.rerank`).
+    rerank: 0 if its scores are exact cosines; else a search takes more rows (`faiss_search.num_candidates`), and the
+        cosines with the stored float16 rows decide among them (`faiss_search.rerank`).
     """
 
     index: "faiss.Index"
@@ -65,24 +65,35 @@ class PreparedIndex:
     rerank: int = 0
 
 
+def _train_nothing(
+    index: "faiss.Index", rows: TrainingRows, parameters: Mapping[str, int], gpu: CopyToGpu | None
+) -> None:
+    """For an index type that learns nothing from its rows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexType:
-    """One kind of index; called with rows and wishes it prepares one.
+    """One type of index; called with rows and tuning parameters it prepares one.
 
-    parameters: all its numbers for so many rows, from the wishes and its own rule.
-    prepare: makes the trained, empty index of these parameters; with a GPU at hand it may learn there.
-    resident_bytes: memory an index of (rows, dimension, parameters) must hold, as read from its file; the float16
-        rows that re-ranking maps from disk are not in it.
-    work: distances a question computes in an index of (rows, parameters), to scale a latency with the size.
-    wishes: the fields of `Tuning` it heeds besides the seed.
-    effort: the parameter that trades time for recall and can be changed after the build; None: there is none.
+    factory: its description for `faiss.index_factory`, with the names of parameters, `dimension` and `num_subvectors`
+        in braces.
+    parameters: all its numbers for so many rows, from the tuning parameters and its own rule.
+    resident_bytes: memory that an index of (rows, dimension, parameters) needs, as read from its file; the float16
+        rows that reranking maps from disk are not counted.
+    num_distances: computed by a query in an index of (rows, parameters), to scale a latency with the size.
+    make: an empty index of (dimension, parameters), where the factory knows none.
+    train: trains the empty index and sets its search parameters; with a GPU at hand it may learn there.
+    tunable: the fields of `TuningParams` it uses besides the seed.
+    effort: the parameter that trades latency for recall and can change after the build; None: there is none.
     """
 
     name: str
+    factory: str
     parameters: Callable[[int, TuningParams], dict[str, int]]
-    prepare: Callable[[TrainingRows, dict[str, int], CopyToGpu | None], "faiss.Index"]
     resident_bytes: Callable[[int, int, Mapping[str, int]], int]
     num_distances: Callable[[int, Mapping[str, int]], float]
+    make: Callable[[int, Mapping[str, int]], "faiss.Index"] | None = None
+    train: Callable[["faiss.Index", TrainingRows, Mapping[str, int], CopyToGpu | None], None] = _train_nothing
     tunable: tuple[str, ...] = ()
     effort: str | None = None
 
@@ -90,23 +101,36 @@ class IndexType:
         """All numbers of an index of so many rows.
 
         Raises:
-            UsageError: a wish that this kind cannot heed, a number out of range, or too few rows.
+            UsageError: a parameter that this type does not have, a number out of range, or too few rows.
         """
         for name, value in asdict(tuning).items():
             if name != "seed" and value is not None and name not in self.tunable:
-                takes = f"it takes {', '.join(self.tunable)}" if self.tunable else "it has nothing to tune"
-                raise UsageError(f"An index of kind {self.name} has no {name}: {takes}. Leave {name} out.")
+                has = f"it has {', '.join(self.tunable)}" if self.tunable else "it has no parameters"
+                raise UsageError(f"The index type {self.name} has no {name}: {has}. Leave {name} out.")
         return self.parameters(num_rows, tuning)
 
     def __call__(self, rows: TrainingRows, tuning: TuningParams, gpu: CopyToGpu | None = None) -> PreparedIndex:
-        """A trained index without rows; learned on a GPU, if one is given and the kind can.
+        """A trained index without rows; trained on a GPU if one is given and the type can.
 
         Raises:
             UsageError: as `parameters_for`.
         """
         parameters = self.parameters_for(len(rows), tuning)
-        index = self.prepare(rows, parameters, gpu)
+        index = self._make_empty(rows.dimension, parameters)
+        self.train(index, rows, parameters, gpu)
         return PreparedIndex(index=index, parameters=parameters, rerank=parameters.get("rerank", 0))
+
+    def _make_empty(self, dimension: int, parameters: dict[str, int]) -> "faiss.Index":
+        if self.make is not None:
+            return self.make(dimension, parameters)
+        faiss = load_faiss()
+        description = self.factory.format(dimension=dimension, num_subvectors=num_subvectors(dimension), **parameters)
+        return faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
+
+
+def num_subvectors(dimension: int) -> int:
+    """Subvectors of a product code: pairs of dimensions, or single ones where their number is odd."""
+    return dimension // 2 if dimension % 2 == 0 else dimension
 
 
 def load_faiss() -> ModuleType:
@@ -129,11 +153,11 @@ def unwrap_transforms(index: "faiss.Index") -> Any:
     return unwrap_transforms(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 
 
-def check_range(name: str, value: int, limit: int, what: str, *, least: int = 1) -> None:
-    """Refuse a number that is not in least … limit; `what` says where the limit comes from.
+def check_range(name: str, value: int, limit: int, reason: str, *, least: int = 1) -> None:
+    """Refuse a number outside least … limit; `reason` says where the limit comes from.
 
     Raises:
         UsageError: it is not.
     """
     if not least <= value <= limit:
-        raise UsageError(f"{name} = {value:,} does not fit: {least} to {limit:,} ({what}) can be.")
+        raise UsageError(f"{name} = {value:,} is out of range: it must be {least} to {limit:,} ({reason}).")

@@ -19,7 +19,7 @@ from vlm.errors import UsageError
 from vlm.files import atomic_folder, atomic_write, check_not_exists, compute_fingerprint, json_text
 from vlm.index.ann.faiss_search import to_float32
 from vlm.index.ann.index_type import TuningParams, load_faiss
-from vlm.index.ann.index_types import resolve_index_type
+from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import Catalogue, Entry
 from vlm.index.embeddings import normalize_rows
 from vlm.index.filters import parse_filter
@@ -243,12 +243,7 @@ def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
         shutil.rmtree(folder / SEGMENTS)
         return kind
 
-    try:
-        return write(resolve_index_type(details.kind, export_rows.rows), TuningParams(**details.tuning))
-    except UsageError as error:
-        logger.info(f"The kind {details.kind} does not fit these rows, a flat index is made: {error}")
-        shutil.rmtree(folder / SEGMENTS, ignore_errors=True)
-        return write("flat", TuningParams())
+    return fall_back_to_flat(write, details.kind, export_rows.rows, TuningParams(**details.tuning))
 
 
 def _write_matrix(path: Path, export_rows: _RowsToExport) -> None:

@@ -68,15 +68,15 @@ def test_lists_are_four_root_n_of_at_least_39_rows(kind: str, rows: int, nlist: 
 @pytest.mark.parametrize(
     ("kind", "rows", "tuning", "message"),
     [
-        ("ivf", 311, TuningParams(), "at least 312 rows, there are 311; use the kind flat"),
-        ("ivf", 50, TuningParams(nlist=51), "nlist = 51 does not fit: 1 to 50"),
-        ("rabitq", 50, TuningParams(nlist=5, nprobe=6), "nprobe = 6 does not fit: 1 to 5"),
-        ("flat", 50, TuningParams(nprobe=6), "kind flat has no nprobe: it has nothing to tune"),
-        ("ivf", 400, TuningParams(rerank=2), "kind ivf has no rerank: it takes nlist, nprobe"),
-        ("sq8", 50, TuningParams(rerank=0), "rerank = 0 does not fit"),
-        ("hnsw", 50, TuningParams(links=1), "links = 1 does not fit: 2 to 256"),
-        ("hnsw", 50, TuningParams(ef_search=5000), "ef_search = 5,000 does not fit"),
-        ("hnsw", 50, TuningParams(nlist=8), "kind hnsw has no nlist: it takes links"),
+        ("ivf", 311, TuningParams(), "at least 312 rows, there are 311; use the index type flat"),
+        ("ivf", 50, TuningParams(nlist=51), "nlist = 51 is out of range: it must be 1 to 50"),
+        ("rabitq", 50, TuningParams(nlist=5, nprobe=6), "nprobe = 6 is out of range: it must be 1 to 5"),
+        ("flat", 50, TuningParams(nprobe=6), "type flat has no nprobe: it has no parameters"),
+        ("ivf", 400, TuningParams(rerank=2), "type ivf has no rerank: it has nlist, nprobe"),
+        ("sq8", 50, TuningParams(rerank=0), "rerank = 0 is out of range"),
+        ("hnsw", 50, TuningParams(links=1), "links = 1 is out of range: it must be 2 to 256"),
+        ("hnsw", 50, TuningParams(ef_search=5000), "ef_search = 5,000 is out of range"),
+        ("hnsw", 50, TuningParams(nlist=8), "type hnsw has no nlist: it has links"),
     ],
 )
 def test_wishes_that_do_not_fit_are_refused(kind: str, rows: int, tuning: TuningParams, message: str) -> None:

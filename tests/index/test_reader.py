@@ -87,7 +87,9 @@ def test_an_ivf_search_is_never_silently_short(given: Callable[..., tuple[Index,
 def test_another_model_is_refused_by_name_with_its_cure(index: Path) -> None:
     opened = Index.open(index)
     opened.require_model("colours", "runs/a")
-    with pytest.raises(UsageError, match=r"by colours \(fingerprint colours\); runs/b .*fingerprint shapes.*Ask with"):
+    with pytest.raises(
+        UsageError, match=r"by colours \(fingerprint colours\); runs/b .*fingerprint shapes.*Query with"
+    ):
         opened.require_model("shapes", "runs/b")
     with pytest.raises(UsageError, match="colours has changed since"):
         opened.require_model("shapes", "colours")

@@ -40,5 +40,5 @@ def test_a_filter_that_leaves_few_rows_is_answered_exactly_by_a_lossy_kind(make_
     truth = np.argsort(-(vectors(2000, 0)[:500] @ query[0]))[:30]
     assert len(set(rows[0]) & set(truth)) >= 29
     assert index.nearest(query, 30, np.array([], np.int64))[1].shape == (1, 0)
-    with pytest.raises(UsageError, match="must rise"):
+    with pytest.raises(UsageError, match="distinct and ascending"):
         index.nearest(query, 30, np.array([3, 1]))

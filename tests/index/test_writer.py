@@ -124,7 +124,7 @@ def test_a_kind_that_no_longer_fits_gives_way_to_flat_and_says_so(
     with IndexWriter(folder) as writer:
         writer.delete([f"k{n}" for n in range(450)])
         writer.compact()
-        assert "no longer fits" in logged.text
+        assert "does not fit these rows" in logged.text
         with pytest.raises(UsageError, match="at least 312 rows"):
             writer.compact(kind="ivf")
         assert len(Index.open(folder)) == 50

@@ -206,9 +206,9 @@ def test_a_writer_waits_for_nobody_and_is_freed_by_the_death_of_another(folder: 
     ready, go = os.pipe()
     child = os.fork()
     if not child:
-        IndexWriter(folder)
-        os.write(go, b"x")
-        os.read(os.pipe()[0], 1)
+        with IndexWriter(folder):
+            os.write(go, b"x")
+            os.read(os.pipe()[0], 1)
     os.read(ready, 1)
     with pytest.raises(UsageError, match=rf"another process \({child}\)"):
         IndexWriter(folder)
