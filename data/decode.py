@@ -38,6 +38,8 @@ _MAX_PIXELS_PER_BYTE = 1024
 # of pictures decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
 _FAST_UPSAMPLING_BELOW = 0.75
 
+_THUMBNAIL_QUALITY = 82
+
 # EXIF orientation → the stored pixels upright, as a view of them
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda stored: stored[:, ::-1],
@@ -162,6 +164,19 @@ def to_rgb(image: Image.Image, *, resolution: float = 1.0) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
+
+
+def jpeg_thumbnail(image: Image.Image, *, pixels: int) -> bytes:
+    """An opened or decoded image as a small JPEG in RGB whose longer side has at most `pixels` pixels.
+
+    Raises:
+        BadSample: the image's data is damaged.
+    """
+    rgb = to_rgb(image, resolution=min(1.0, pixels / max(image.size))).copy()
+    rgb.thumbnail((pixels, pixels))
+    file = io.BytesIO()
+    rgb.save(file, format="JPEG", quality=_THUMBNAIL_QUALITY)
+    return file.getvalue()
 
 
 def _scaled_to_bytes(values: Num[Array, "H W"]) -> UInt8[Array, "H W"]:

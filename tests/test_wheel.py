@@ -69,6 +69,14 @@ def test_the_wheel_holds_every_source_file(unpacked):
                 assert (unpacked / "vlm" / inside / path.relative_to(ROOT / folder)).is_file(), path
 
 
+def test_the_wheel_holds_the_pages(unpacked, tmp_path):
+    names = {path.name for path in (ROOT / "vlm" / "templates").iterdir()}
+    assert {"base.html", "style.css"} <= names
+    assert {path.name for path in (unpacked / "vlm" / "templates").iterdir()} == names
+    code = "from vlm.pages import render; print(render('base.html', title='A page'))"
+    assert "<h1>A page</h1>" in start(unpacked, tmp_path, "-c", code).stdout
+
+
 def test_the_wheel_holds_the_reference_curves(unpacked, tmp_path):
     code = "from vlm.train.recipes import measured_curves; print(sorted(measured_curves()))"
     done = start(unpacked, tmp_path, "-c", code)

@@ -84,6 +84,22 @@ def format_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def format_bytes(number_of_bytes: float) -> str:
+    """A size for people.
+
+    >>> format_bytes(1536)
+    '1.5 KB'
+    """
+    size = float(number_of_bytes)
+    if size < 1024:
+        return f"{size:.0f} B"
+    for unit in ("KB", "MB", "GB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TB"
+
+
 def bar(share: float, *, width: int = 30) -> str:
     """A bar of `width` characters filled to `share` in [0, 1].
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vlm.data.inspection.distribution import Distribution
 from vlm.data.samples import Captions
-from vlm.pages import Distribution
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """What one sample shows when it is inspected, small enough to cross between processes."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlm.data.decode import open_image, to_rgb, upright_size
+from vlm.data.decode import jpeg_thumbnail, open_image, to_rgb, upright_size
 from vlm.data.dedup import ImageSignature, image_signature
 from vlm.data.inspection.findings import BadRecord, ContactSheetSample
 from vlm.data.samples import Captions, Sample, parse_tags
@@ -117,13 +116,18 @@ class SampleScanner:
         width, height = upright_size(image)
         image_format = image.format or "unknown"
         traits = image_traits(image)
+        # every image is decoded, for damage shows only then
         rgb = to_rgb(image, resolution=min(1.0, _THUMBNAIL_PIXELS / max(width, height)))
         scan.image = ImageScan(format=image_format, width=width, height=height, traits=traits)
         if self._with_signatures:
             scan.signature = image_signature(sample.image)
         if is_on_sheet:
             scan.shown = ContactSheetSample(
-                key=sample.key, image=_thumbnail(rgb), width=width, height=height, captions=sample.captions
+                key=sample.key,
+                image=jpeg_thumbnail(rgb, pixels=_THUMBNAIL_PIXELS),
+                width=width,
+                height=height,
+                captions=sample.captions,
             )
 
     def _scan_captions(self, captions: Captions) -> dict[str, tuple[CaptionScan, ...]]:
@@ -184,11 +188,3 @@ def image_traits(image: Image.Image) -> tuple[str, ...]:
         "turned by EXIF": image.getexif().get(_ORIENTATION, 1) != 1,
     }
     return tuple(name for name, has_trait in traits.items() if has_trait)
-
-
-def _thumbnail(image: Image.Image) -> bytes:
-    small = image.copy()
-    small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-    file = io.BytesIO()
-    small.save(file, format="JPEG", quality=80)
-    return file.getvalue()

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from vlm.data.dedup import DISTANCE, THUMBNAIL_BYTES, DigestList, near_duplicate_pairs
+from vlm.data.inspection.distribution import Distribution, distribution_of_counts, log_distribution
 from vlm.data.inspection.findings import BadRecord, ColumnStats, ContactSheetSample, LanguageStats
 from vlm.data.inspection.sample_scan import CaptionScan, SampleScan
-from vlm.pages import BoundedCounter, Distribution, distribution_of_counts, log_distribution
 
 _MAX_BAD = 1000
 _MAX_COLUMNS = 64
@@ -185,3 +185,30 @@ class _ColumnCounter:
     def summarize(self) -> ColumnStats:
         most = {value: times for value, times in self._values.most_common(_MAX_VALUES).items() if times > 1}
         return ColumnStats(samples=self._samples, distinct=len(self._values), is_exact=self._values.is_exact, most=most)
+
+
+class BoundedCounter:
+    """How often values occur, for at most `limit` different ones: past it the rarer half is forgotten.
+
+    Frequent values keep their count; once something was forgotten, `is_exact` is False and the rarer counts are
+    lower bounds.
+    """
+
+    def __init__(self, limit: int = 50_000) -> None:
+        self._limit = limit
+        self._counts = Counter[str]()
+        self.is_exact = True
+
+    def add(self, value: str) -> None:
+        """Count one."""
+        self._counts[value] += 1
+        if len(self._counts) > self._limit:
+            self._counts = Counter(dict(self._counts.most_common(self._limit // 2)))
+            self.is_exact = False
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def most_common(self, number: int) -> dict[str, int]:
+        """The most frequent values with their counts; equal ones in the order in which they were met."""
+        return dict(self._counts.most_common(number))

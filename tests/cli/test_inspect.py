@@ -33,4 +33,4 @@ def test_facts_are_told_in_units_and_numbers_that_fit(tmp_path, capsys):
     assert {name.strip(): value.strip() for name, value in facts.items()}["total size of images"].endswith(" B")
     page = (tmp_path / "x.html").read_text()
     assert "1 sample in 1 shard<" in page
-    assert "<b>1</b><span>language</span>" in page
+    assert "<dt>language</dt><dd>1</dd>" in page

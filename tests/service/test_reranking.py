@@ -127,7 +127,7 @@ def test_a_image_that_cannot_be_read_keeps_its_place(service: SearchService, tmp
     assert 0 < len(lost) < 11
     assert [uids(result)[place] for place in lost] == [uids(by_cosine)[place] for place in lost]
     assert set(result.unread) == {uids(by_cosine)[place] for place in lost}
-    assert set(result.unread.values()) == {"The shard 00001.tar is no longer there"}
+    assert set(result.unread.values()) == {"The shard 00001.tar no longer exists"}
     assert result.to_json()["unread"] == result.unread
     read = [hit.likelihood for place, hit in enumerate(result.hits) if place not in lost]
     assert read == sorted((value for value in read if value is not None), reverse=True)
@@ -196,6 +196,6 @@ def test_likelihoods_and_unread_images_are_shown(
     assert "reranked in" in caplog.text
     assert f"cannot be read: {len(result.unread)}; the first, 1" in caplog.text
     page = gallery_page([result], title="Green", info=service.index.info())
-    assert page.count("nats a token") == 11 - len(result.unread)
-    assert "re-ranked by likelihood: the first 11" in page
-    assert f"but for {len(result.unread)} whose pictures cannot be read" in page
+    assert page.count("nats per token") == 11 - len(result.unread)
+    assert "reranked by likelihood: top 11" in page
+    assert f"not reranked, image unreadable: {len(result.unread)}" in page

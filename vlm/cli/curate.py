@@ -87,6 +87,7 @@ class Curate:
         from vlm.data.selection import read_selection, write_selection
         from vlm.data.shards import expand_shards
         from vlm.files import write_text
+        from vlm.pages import Provenance
 
         filters = [parse_filter(text, FILTERS) for text in self.filter]
         intersect, subtract, plus = (list(map(read_selection, paths)) for paths in (self.and_, self.minus, self.plus))
@@ -102,7 +103,8 @@ class Curate:
             result.selection, intersect=intersect, subtract=subtract, plus=plus, weight=self.weight, seed=self.seed
         )
         if self.html:
-            write_text(self.html, render_curation_report(result, title=f"vlm curate {self.shards}"))
+            title = f"Curation of {self.shards}"
+            write_text(self.html, render_curation_report(result, title=title, provenance=Provenance.current()))
             logger.info(f"Page: {self.html}")
         if self.report:
             write_text(self.report, json.dumps(result.report(selection), ensure_ascii=False, indent=1) + "\n")

@@ -76,12 +76,14 @@ class Eval:
         evaluation = self._evaluate(model)
         values = asdict(evaluation)
         if self.out:
-            from vlm.evaluation.eval_report import write_report
+            from vlm.evaluation.eval_report import EvalData, write_report
             from vlm.files import write_text
+            from vlm.pages import Provenance
 
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(self.out / "evaluation.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-            write_report(evaluation, self.out / "report.html")
+            data = EvalData(retrieval=self.retrieval, zero_shot=self.classes, captions=self.captions)
+            write_report(evaluation, self.out / "report.html", data=data, provenance=Provenance.current())
             logger.info(f"Report: {self.out / 'report.html'}")
         if self.json:
             show_json(values)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
-from vlm.console import show_fields, show_json, show_table
+from vlm.console import format_bytes, show_fields, show_json, show_table
 
 if TYPE_CHECKING:
+    from vlm.data.inspection.distribution import Distribution
     from vlm.data.inspection.findings import ColumnStats, Inspection, LanguageStats
-    from vlm.pages import Distribution
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Inspect:
         from vlm.data.selection import read_selection
         from vlm.data.shards import expand_shards
         from vlm.files import check_parent_exists, write_text
+        from vlm.pages import Provenance
 
         if self.html:
             check_parent_exists(self.html)
@@ -66,7 +67,7 @@ class Inspect:
             near_limit=self.near_limit,
         )
         if self.html:
-            write_text(self.html, contact_sheet(inspection, title=self.shards))
+            write_text(self.html, contact_sheet(inspection, title=self.shards, provenance=Provenance.current()))
             logger.info(f"Page: {self.html}")
         if self.json:
             show_json(inspection.facts())
@@ -96,8 +97,6 @@ def show_inspection(inspection: "Inspection") -> None:
 
 
 def _overview_fields(inspection: "Inspection") -> dict[str, Any]:
-    from vlm.pages import format_bytes
-
     fields: dict[str, Any] = {"shards": inspection.shards, "samples": inspection.samples}
     if inspection.selected is not None:
         fields["selected samples"] = inspection.selected

@@ -131,6 +131,7 @@ def _run_timed(work: Callable[[], None], title: str, words: list[str]) -> float:
 def run_queries(out: Path) -> None:
     """Three texts, a text minus another, and an image plus a text; results as tables and as one page."""
     from vlm.cli.search import show_result
+    from vlm.pages import Provenance
     from vlm.service.gallery import write_gallery
     from vlm.service.images import read_image_bytes
     from vlm.service.search import Query, SearchService
@@ -143,7 +144,8 @@ def run_queries(out: Path) -> None:
     results.append(service.search(Query(images=(image,), texts=("a yellow background",), top=_HITS_SHOWN)))
     for result in results:
         show_result(result)
-    write_gallery(out / "gallery.html", results, title="Synthetic shapes", info=service.index.info())
+    page = out / "gallery.html"
+    write_gallery(page, results, title="Synthetic shapes", info=service.index.info(), provenance=Provenance.current())
 
 
 def collect_metrics(out: Path) -> dict[str, Any]:

@@ -154,12 +154,15 @@ class Search:
         )
 
     def _search_once(self, query: "Query") -> None:
+        from vlm.pages import Provenance
         from vlm.service.gallery import write_gallery
 
         service = self._open()
         result = service.search(query)
         if self.html:
-            write_gallery(self.html, [result], title="Search", info=service.index.info())
+            write_gallery(
+                self.html, [result], title="Search results", info=service.index.info(), provenance=Provenance.current()
+            )
             logger.info(f"Page: {self.html}")
         if self.json:
             show_json(result.to_json())

@@ -1,28 +1,24 @@
-"""Pictures of index rows: their bytes out of the shard, and small copies for a page."""
+"""Images of index rows: their bytes out of the shard, and small copies for a page."""
 
-import base64
-import io
 from pathlib import Path
 
 import fsspec
 
-from vlm.data.decode import open_image, to_rgb, upright_size
+from vlm.data.decode import jpeg_thumbnail, open_image
 from vlm.data.shard_cache import default_cache
 from vlm.errors import BadSample, VlmError
 from vlm.index.catalog import Entry
 from vlm.storage.urls import is_compressed
 
-_QUALITY = 82
-
 
 def read_image_bytes(entry: Entry) -> bytes:
-    """The encoded picture of an entry, read from its shard by byte range.
+    """The encoded image of an entry, read from its shard by byte range.
 
     Raises:
         VlmError: it was imported without one, or the shard is gone, cannot be reached, or is shorter than it was.
     """
     if not entry.image_size:
-        raise VlmError("The row was imported and has no picture in a shard")
+        raise VlmError("The row was imported and has no image in a shard")
     try:
         # the byte range is that of the plain tar
         address = str(default_cache().local_path(entry.shard)) if is_compressed(entry.shard) else entry.shard
@@ -30,25 +26,20 @@ def read_image_bytes(entry: Entry) -> bytes:
         data: bytes = system.cat_file(path, start=entry.image_offset, end=entry.image_offset + entry.image_size)
     except (OSError, ValueError, ImportError) as error:
         name = Path(entry.shard).name
-        reason = "is no longer there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        reason = "no longer exists" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise VlmError(f"The shard {name} {reason}") from error
     if len(data) != entry.image_size:
         raise VlmError(f"The shard {Path(entry.shard).name} is shorter than it was when it was embedded")
     return data
 
 
-def thumbnail(image: bytes, *, pixels: int) -> str:
-    """A `data:` address of the picture as a JPEG whose longer side has at most `pixels` pixels.
+def thumbnail(image: bytes, *, pixels: int) -> bytes:
+    """The image as a JPEG whose longer side has at most `pixels` pixels.
 
     Raises:
         VlmError: it cannot be decoded.
     """
     try:
-        pil_image = open_image(image)
-        pil_image = to_rgb(pil_image, resolution=min(1.0, pixels / max(upright_size(pil_image))))
+        return jpeg_thumbnail(open_image(image), pixels=pixels)
     except BadSample as error:
-        raise VlmError(f"The picture cannot be shown: {error}") from error
-    pil_image.thumbnail((pixels, pixels))
-    file = io.BytesIO()
-    pil_image.save(file, "JPEG", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        raise VlmError(f"The image cannot be shown: {error}") from error
