@@ -4,11 +4,14 @@ Pillow reads every kind and has the last word on what is damaged; plain JPEGs, w
 take a faster way through libjpeg-turbo (`EncodedPicture`).
 """
 
+import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from math import ceil, isfinite
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -23,6 +26,7 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 250
 # others are never tried: Pillow would start Ghostscript for a PostScript file that calls itself .jpg
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+_RARE_FORMATS = ("JPEG2000", "PPM", "ICO", "QOI", "DIB")
 # the shares of its size, 1/8, 1/4 and 1/2, at which a JPEG is decoded faster than whole
 REDUCTIONS = (8, 4, 2)
 
@@ -121,14 +125,25 @@ def reduction(resolution: float) -> int:
     return 1
 
 
-def open_image(data: bytes) -> Image.Image:
+@cache
+def packable_formats() -> tuple[str, ...]:
+    """All that may be packed, which turns into PNG what no reader of shards knows; HEIF with its extra."""
+    formats = (*FORMATS, *_RARE_FORMATS)
+    if importlib.util.find_spec("pillow_heif") is None:
+        return formats
+    pillow_heif: Any = importlib.import_module("pillow_heif")
+    pillow_heif.register_heif_opener()
+    return (*formats, "HEIF")
+
+
+def open_image(data: bytes, *, formats: Sequence[str] = FORMATS) -> Image.Image:
     """Read the header only.
 
     Raises:
         BadSample: not a picture, more than MAX_PIXELS pixels, or more than MAX_ASPECT times as long as wide.
     """
     with _damaged_image_as_bad_sample():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     _check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)
     return image
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlm.console import progress, track
-from vlm.data.decode import open_image, to_rgb
+from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
 from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
 from vlm.data.shards import shards_fingerprint
-from vlm.data.sources.source import PairSource
+from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.split import GroupedSplit, HeldOutSplit
 from vlm.data.tar import npy_bytes
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.files import append_line, atomic_write, read_lines, write_text
+from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 
 if TYPE_CHECKING:
@@ -37,21 +37,18 @@ _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
     """A pair as `__key__`, a picture, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
 
-    The text is the first caption of the first language; the JSON holds the metadata with all captions.
+    The text is the first caption of the first language, and is left out where there is none; the JSON holds the
+    metadata with all captions.
 
     Raises:
         BadSample: the picture cannot be decoded (what is kept as it is is only looked into if `verify`).
     """
     extension, image = storable_image(pair.image, verify=verify)
-    text = next(iter(pair.captions.values()))[0]
+    texts = next(iter(pair.captions.values()), ())
     content = json.dumps(pair.metadata | captions_to_json(pair.captions), ensure_ascii=False)
     arrays = {f"{name}.npy": npy_bytes(array) for name, array in pair.arrays.items()}
-    return arrays | {
-        "__key__": pair.key,
-        extension: image,
-        "txt": text.encode(errors="replace"),
-        "json": content.encode(errors="replace"),
-    }
+    words = {"txt": texts[0].encode(errors="replace")} if texts else {}
+    return arrays | {"__key__": pair.key, extension: image} | words | {"json": content.encode(errors="replace")}
 
 
 def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
@@ -60,7 +57,7 @@ def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
     Raises:
         BadSample: it cannot be decoded.
     """
-    pil_image = open_image(image)
+    pil_image = open_image(image, formats=packable_formats())
     extension = _KEPT_FORMATS.get(pil_image.format or "")
     if extension is not None:
         if verify:
@@ -79,6 +76,8 @@ def captions_to_json(captions: Captions) -> dict[str, Any]:
     >>> captions_to_json({"de": ("Hund",)})
     {'captions': {'de': ['Hund']}}
     """
+    if not captions:
+        return {"captions": []}
     named = {language: list(texts) for language, texts in captions.items() if language != UNNAMED}
     if UNNAMED not in captions:
         return {"captions": named}
@@ -124,6 +123,10 @@ REJECTED = "rejected.jsonl"
 _JOURNAL = ".shards-done.jsonl"
 _HELD_OUT = ".held-out.json"
 _MIN_DECODED_PIXELS = 64
+# captions are said to be nearly all equal where there are enough of them to tell
+_MIN_JUDGED_CAPTIONS = 20
+_NEARLY_ALL = 0.95
+_MAX_COUNTED_CAPTIONS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,7 @@ class PackSummary:
     fingerprint: str
     seconds: float
     pairs_per_second: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +225,7 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
         fingerprint=manifest.fingerprint,
         seconds=seconds,
         pairs_per_second=(len(source) - already) / seconds,
+        warnings=work.warnings(),
     )
 
 
@@ -235,6 +240,20 @@ class _PackJob:
         self._source, self._out, self._config, self._shown = source, out, config, shown
         self._upto = 0
         self._since_last: list[dict[str, Any]] = []
+        self._captions: Counter[str] = Counter()
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd about the pairs as a whole."""
+        number = self._captions.total()
+        caption, most = next(iter(self._captions.most_common(1)), ("", 0))
+        if number < _MIN_JUDGED_CAPTIONS or most < _NEARLY_ALL * number:
+            return ()
+        cause = (
+            "the folders are perhaps no classes: --captions FILE names the captions, --captions none packs without"
+            if self._source.captions_are_labels
+            else "the column of captions is perhaps another: --caption-column"
+        )
+        return (f"{most:,} of {number:,} images have the same caption, {caption[:60]!r}; {cause}.",)
 
     def write_split(self, split: str, numbers: Sequence[int]) -> None:
         """Write what is missing of a split, a shard at a time."""
@@ -278,30 +297,47 @@ class _PackJob:
             self._shown.update()
             try:
                 pair = _read_pair(self._source, numbers[place], self._config)
-                yield encode_pair(pair, verify=self._config.verify)
+                sample = encode_pair(pair, verify=self._config.verify)
+                self._count_caption(pair)
+                yield sample
             except BadSample as error:
                 self._reject(numbers[place], error)
 
+    def _file_of(self, number: int) -> dict[str, str]:
+        return {"file": self._source.file_of(number)} if isinstance(self._source, NamedSource) else {}
+
+    def _count_caption(self, pair: Pair) -> None:
+        text = next(iter(pair.captions.values()), ("",))[0]
+        # of many different captions no single one can become nearly all later on
+        if text in self._captions or len(self._captions) < _MAX_COUNTED_CAPTIONS:
+            self._captions[text] += 1
+
     def _reject(self, number: int, error: BadSample) -> None:
-        reject = {"number": number, "reason": error.reason, "detail": error.detail}
+        reject = {"number": number} | self._file_of(number) | {"reason": error.reason, "detail": error.detail}
         self.rejected.append(reject)
         self._since_last.append(reject)
         total, limit = len(self._source), self._config.max_bad_share
         if len(self.rejected) > limit * total:
-            first = "; ".join(f"number {bad['number']}: {bad['reason']}: {bad['detail']}" for bad in self.rejected[:3])
+            first = "; ".join(map(_describe_reject, self.rejected[:3]))
+            reasons = Counter(bad["reason"] for bad in self.rejected)
+            listing = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
             raise VlmError(
                 f"{len(self.rejected):,} of {total:,} pairs cannot be used so far, more than the {limit:.1%} allowed. "
-                f"The first: {first}. Mend the source, or allow more with --max-bad (up to 1)."
+                f"The first: {first}. By reason: {listing}. Mend the source, or allow more with --max-bad (up to 1)."
             )
 
 
+def _describe_reject(reject: dict[str, Any]) -> str:
+    name = reject.get("file") or f"number {reject['number']}"
+    return f"{name}: {reject['reason']}: {reject['detail']}"
+
+
 def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair:
-    """A pair with the captions that are wanted, of which there is one at least."""
+    """A pair with the captions that are wanted; a source that reads images without words gives none."""
     pair = source.read(number)
-    captions = select_languages(pair.captions, config.languages) if config.languages else pair.captions
-    if not captions:
-        raise BadSample("no caption", f"key {pair.key!r}")
-    return replace(pair, captions=captions)
+    if not config.languages or not pair.captions:
+        return pair
+    return replace(pair, captions=select_languages(pair.captions, config.languages))
 
 
 def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit:
@@ -314,7 +350,7 @@ def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit
     for number in track(range(len(source)), total=len(source), what="grouping", unit="pair"):
         try:
             pair = _read_pair(source, number, config)
-            pil_image = open_image(pair.image)
+            pil_image = open_image(pair.image, formats=packable_formats())
             rgb = to_rgb(pil_image, resolution=min(1.0, _MIN_DECODED_PIXELS / min(pil_image.size)))
         except BadSample:
             continue
@@ -336,11 +372,13 @@ def _finish(
     source: PairSource, out: Path, config: PackConfig, work: _PackJob, held_out: HeldOutSplit | None
 ) -> Manifest:
     if not work.shards:
-        raise VlmError(f"None of the {len(source):,} pairs can be used; the first: {work.rejected[0]['detail']}.")
+        raise VlmError(
+            f"None of the {len(source):,} pairs can be used; the first: {_describe_reject(work.rejected[0])}."
+        )
     shards = sorted(work.shards, key=lambda shard: shard.name)
     files = {shard.name: FileRecord(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
     if work.rejected:
-        write_text(out / REJECTED, "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in work.rejected))
+        write_text(out / REJECTED, "".join(json_text(reject) + "\n" for reject in work.rejected))
         files[REJECTED] = record_file(out / REJECTED)
     samples: Counter[str] = Counter()
     for shard in shards:

@@ -3,13 +3,15 @@
 Files by relative name, from a folder or from inside a plain tar.
 """
 
+import io
 import os
 import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from vlm.data.samples import Pair
 from vlm.data.tar import Span, read_entries
@@ -17,7 +19,7 @@ from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 from vlm.storage.urls import is_shard
 
-SourceKind = Literal["scenes", "shards", "table", "classes"]
+SourceKind = Literal["scenes", "shards", "table", "annotations", "texts", "classes", "images"]
 
 
 @runtime_checkable
@@ -49,6 +51,15 @@ class PairSource(Protocol):
         ...
 
 
+@runtime_checkable
+class NamedSource(Protocol):
+    """A source that can name a pair without reading it, for what is said of those that are rejected."""
+
+    def file_of(self, number: int) -> str:
+        """The image's file, or whatever else a person finds it by."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SceneOptions:
     """The synthetic shapes dataset of SOURCE scenes."""
@@ -75,8 +86,12 @@ class SourceOptions:
 
     kind: found by looking if not given.
     folder: read only what lies under this folder of the source (such as `train`).
-    image_column, caption_column: of a table; found by name if not given.
-    template: the caption of a class folder, with {} for the class.
+    image_column, caption_column, key_column: of a table; the first two found by name if not given, the third `key`.
+    captions: `none` reads images without words, `optional` also those among others that have none; else the file
+        that holds the captions, where looking leaves several.
+    caption_lines: each line of a text beside an image is a caption.
+    encoding: of tables and texts that are not UTF-8.
+    template: the caption of a class, with {} for its name.
     allow_damage: read what is whole of a shard that was cut short.
     selection: of the samples of shards, only those of this file, each as often as it says.
     scenes: for `vlm pack scenes`.
@@ -86,13 +101,16 @@ class SourceOptions:
     folder: str = ""
     image_column: str | None = None
     caption_column: str | None = None
+    key_column: str | None = None
+    captions: str = ""
+    caption_lines: bool = False
+    encoding: str = ""
     template: str = "a photo of a {}."
     allow_damage: bool = False
     selection: Path | None = None
     scenes: SceneOptions = field(default_factory=SceneOptions)
 
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 _ESCAPES_ROOT = re.compile(r"[/\\]|[a-zA-Z]:[/\\]|[a-zA-Z][\w+.-]*://")
 
 
@@ -114,40 +132,115 @@ class SourceFiles(Protocol):
         """
         ...
 
+    def read_beginning(self, name: str, size: int) -> bytes:
+        """The first bytes of a file; raises as `read`."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read from anywhere in it; raises as `read`."""
+        ...
+
     def fingerprint(self) -> str:
         """Identity of the names and sizes."""
         ...
 
 
 class FolderFiles:
-    """The files under a folder."""
+    """The files under a folder. Links are followed, each folder once, so that a circle of links ends.
+
+    skipped: what is neither file nor folder, or a folder that may not be read, with the reason.
+    """
 
     def __init__(self, root: Path) -> None:
         self.url = str(root)
+        self.skipped: dict[str, str] = {}
         self._root = root
 
     def names(self) -> list[str]:
-        """Names below the folder; links to folders are not followed."""
-        found: list[str] = []
-        for folder, subfolders, files in os.walk(self._root):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            relative = Path(folder).relative_to(self._root)
-            found += [(relative / name).as_posix() for name in files if not name.startswith(".")]
-        return sorted(found)
+        """Names below the folder; dead links are among them, for whoever reads them to say so."""
+        return list(self._names)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        names: list[str] = []
+        pending = [""]
+        links: list[str] = []
+        visited = {_identity(os.stat(self._root))} if self._root.is_dir() else set()
+        # folders by link come after the real ones, so that a folder that is there itself keeps its own name
+        while pending or links:
+            if not pending:
+                link = links.pop(0)
+                identity = _identity(os.stat(self._root / link))
+                if identity in visited:
+                    self.skipped[link] = "a link to a folder that is read already"
+                    continue
+                visited.add(identity)
+                pending.append(link)
+            folder = pending.pop()
+            for entry in self._entries(folder):
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    visited.add(_identity(entry.stat(follow_symlinks=False)))
+                    pending.append(name)
+                elif entry.is_symlink():
+                    (links if _is_folder(entry) else names).append(name)
+                elif entry.is_file():
+                    names.append(name)
+                else:
+                    self.skipped[name] = "neither a file nor a folder"
+            links.sort()
+        return sorted(names)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(self._root / folder) as entries:
+                return [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            self.skipped[folder] = error.strerror or str(error)
+            return []
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def read_beginning(self, name: str, size: int) -> bytes:
+        """The first bytes of a file."""
+        with self.open(name) as file:
+            return file.read(size)
+
+    def open(self, name: str) -> BinaryIO:
+        """The file."""
         path = self._root / inner_name(name)
         try:
-            return path.read_bytes()
+            return path.open("rb")
         except FileNotFoundError as error:
-            raise BadSample("missing file", str(path)) from error
+            if path.is_symlink():
+                raise BadSample("dead link", f"{readable_text(str(path))} leads to {os.readlink(path)}") from error
+            raise BadSample("missing file", readable_text(str(path))) from error
         except (OSError, ValueError) as error:
-            raise BadSample("unreadable file", str(error)) from error
+            raise BadSample("unreadable file", readable_text(str(error))) from error
 
     def fingerprint(self) -> str:
-        """Names and sizes; each file is asked for its size."""
-        return compute_fingerprint(*(f"{name}\n{(self._root / name).stat().st_size}" for name in self.names()))
+        """Names and sizes; each file is asked for its size, and a dead link has none."""
+        return compute_fingerprint(*(f"{name}\n{self._size(name)}" for name in self._names))
+
+    def _size(self, name: str) -> int:
+        try:
+            return (self._root / name).stat().st_size
+        except OSError:
+            return -1
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(link: os.DirEntry[str]) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 class TarFiles:
@@ -183,6 +276,14 @@ class TarFiles:
             raise BadSample("missing file", f"{name} in {self.url}")
         return os.pread(self._descriptor, span.size, span.offset)
 
+    def read_beginning(self, name: str, size: int) -> bytes:
+        """The first bytes of a member."""
+        return self.read(name)[:size]
+
+    def open(self, name: str) -> BinaryIO:
+        """A member, in memory."""
+        return io.BytesIO(self.read(name))
+
     def fingerprint(self) -> str:
         """Names and sizes from the headers."""
         return compute_fingerprint(*(f"{name}\n{self._spans[name].size}" for name in self.names()))
@@ -211,6 +312,17 @@ def open_files(url: str, folder: str = "", *, allow_damage: bool = False) -> Sou
     if folder and files is not None and not files.names():
         raise UsageError(f"{url} has no folder {folder!r}, or it is empty.")
     return files
+
+
+def readable_text(name: str) -> str:
+    """A name with the bytes that are not UTF-8 written as %XX, as text and JSON can hold it.
+
+    >>> readable_text("caf\\udce9.jpg")
+    'caf%E9.jpg'
+    """
+    if name.isascii():
+        return name
+    return "".join(f"%{ord(sign) - 0xDC00:02X}" if "\udc80" <= sign <= "\udcff" else sign for sign in name)
 
 
 def inner_name(name: str) -> str:

@@ -1,233 +1,117 @@
-"""Pairs listed in a table: a column with names of pictures, one with captions, the rest metadata.
+"""Pairs listed in a table: a column with images or their names, one with captions, the rest metadata."""
 
-The rows of a CSV, TSV, JSONL or Parquet table, by number and by column.
-"""
-
-import csv
 import difflib
-import io
 import json
-import math
 import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import date, datetime, time
-from decimal import Decimal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import PurePosixPath
-from typing import Any, Protocol, cast, runtime_checkable
-
-import pyarrow as pa
+from typing import Any
 
 from vlm.config import suggest
-from vlm.data.samples import Captions, Pair, parse_captions
-from vlm.data.sources.source import SourceFiles
-from vlm.errors import BadSample, UsageError, VlmError
+from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
+from vlm.data.sources.image_names import ImageFinder, is_web_address
+from vlm.data.sources.rows import Rows, image_of_caption, read_rows
+from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.errors import BadSample, UsageError
 from vlm.files import compute_fingerprint
 
-_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
-_DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """A table: the names of its columns, in order, and its rows."""
-
-    columns: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """Row `number` as plain values; what is empty is left out.
-
-        Raises:
-            BadSample: it cannot be read.
-        """
-        ...
-
-    def column(self, name: str) -> list[Any]:
-        """One column; None where a row lacks it or cannot be read."""
-        ...
-
-
-class ArrowRows:
-    """Rows of a CSV or Parquet table."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.columns = tuple(table.column_names)
-        self._table = table
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        values = {name: plain_value(self._table.column(name)[number].as_py()) for name in self.columns}
-        return {name: value for name, value in values.items() if value not in (None, "")}
-
-    def column(self, name: str) -> list[Any]:
-        """One column as Python values."""
-        return self._table.column(name).to_pylist()
-
-
-class JsonRows:
-    """Rows of a JSONL table: kept as text, parsed when asked for. A line that is not an object is a bad row."""
-
-    def __init__(self, data: bytes) -> None:
-        self._lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
-        names: dict[str, None] = {}
-        for row in self._readable():
-            names |= dict.fromkeys(row or {})
-        self.columns = tuple(names)
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        try:
-            row = json.loads(self._lines[number])
-        except ValueError as error:
-            raise BadSample("unreadable row", f"row {number + 1} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BadSample("unreadable row", f"row {number + 1} is {type(row).__name__}, not an object")
-        values = {name: plain_value(value) for name, value in row.items()}
-        return {name: value for name, value in values.items() if value not in (None, "")}
-
-    def column(self, name: str) -> list[Any]:
-        """One value of every line."""
-        return [None if row is None else row.get(name) for row in self._readable()]
-
-    def _readable(self) -> Iterable[dict[str, Any] | None]:
-        for number in range(len(self)):
-            try:
-                yield self[number]
-            except BadSample:
-                yield None
-
-
-def read_rows(data: bytes, *, name: str) -> Rows:
-    """The rows of a table whose kind is told by the ending of its name (see TABLE_KINDS).
-
-    A CSV column becomes numbers only if each of its values is one in plain digits: 2011 or -0.5, but not 007, 1e5
-    or 1,000. JSONL and Parquet keep their own types.
-
-    Raises:
-        VlmError: it cannot be read.
-    """
-    try:
-        return TABLE_KINDS[file_extension(name)](data)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, csv.Error, OSError) as error:
-        raise VlmError(f"{name} cannot be read as a table: {error}. It must be whole, and in UTF-8 if text.") from error
-
-
-def file_extension(name: str) -> str:
-    """The ending of a file name in lower case, without the dot."""
-    return name.rpartition(".")[2].lower()
-
-
-def plain_value(value: Any) -> Any:
-    """A value as JSON can hold it: dates as ISO text, decimals as floats, bytes and NaN as nothing."""
-    if isinstance(value, dict):
-        return {str(key): plain_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(item) for item in value]
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, Decimal):
-        return float(value)
-    is_no_json = isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value))
-    return None if is_no_json else value
-
-
-def _read_csv(data: bytes, *, delimiter: str) -> Rows:
-    from pyarrow import csv as arrow_csv
-
-    names = next(csv.reader(io.StringIO(data[: 1 << 16].decode("utf-8-sig", errors="ignore")), delimiter=delimiter), [])
-    if not names or len(set(names)) < len(names):
-        raise VlmError(f"The first line must name the columns, each once; it holds {names}.")
-    table = arrow_csv.read_csv(
-        io.BytesIO(data),
-        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-    )
-    return ArrowRows(pa.table([_as_numbers(column) for column in table.columns], names=table.column_names))
-
-
-def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """The column as integers or floats if each of its values is one; itself otherwise."""
-    texts = cast(list[str], column.to_pylist())
-    for form, number, kind in ((_INTEGER, int, pa.int64()), (_DECIMAL, float, pa.float64())):
-        if any(texts) and all(form.fullmatch(text) for text in texts if text):
-            return pa.array([number(text) if text else None for text in texts], kind)
-    return column
-
-
-def _read_parquet(data: bytes) -> Rows:
-    from pyarrow import parquet
-
-    return ArrowRows(parquet.read_table(pa.BufferReader(data)))
-
-
-TABLE_KINDS: dict[str, Callable[[bytes], Rows]] = {
-    "csv": lambda data: _read_csv(data, delimiter=","),
-    "tsv": lambda data: _read_csv(data, delimiter="\t"),
-    "jsonl": JsonRows,
-    "parquet": _read_parquet,
-}
-"""Readers of tables by the ending of the file name."""
-
-
 IMAGE_COLUMNS = (
-    "image",
-    "file",
-    "path",
-    "filename",
-    "file_name",
-    "image_path",
-    "filepath",
-    "image_file",
-    "img",
-    "picture",
+    *("image", "file", "path", "filename", "file_name", "image_path", "filepath", "image_file", "img", "picture"),
+    *("image_name", "img_path", "img_name", "image_filename", "file_path", "imageid", "image_id"),
+    # img2dataset's Parquet output names the column by the format of the images
+    *("jpg", "jpeg", "png", "webp"),
 )
-CAPTION_COLUMNS = ("captions", "caption", "title", "text", "name", "description", "alt", "names", "label")
+CAPTION_COLUMNS = (
+    *("captions", "caption", "title", "text", "name", "description", "alt", "names", "label"),
+    *("comment", "sentence", "sentences", "raw", "alt_text", "txt", "prompt", "blip_caption"),
+)
+URL_COLUMNS = ("url", "image_url", "img_url", "image_urls", "link")
 KEY_COLUMN = "key"
 _LANGUAGE_COLUMN = re.compile(r"captions_\w+")
 
 
-class TableSource:
-    """Rows of a table with the pictures they name.
+@dataclass(frozen=True)
+class Table:
+    """A file of the source with its rows. data: the whole file, or empty where images lie in it."""
 
-    Rows naming the same picture are one pair with the captions of all of them and the metadata of the first.
-    A caption may be a text, a list, or either by language; columns `captions_LANGUAGE` add to it.
+    name: str
+    rows: Rows = field(repr=False)
+    data: bytes = field(default=b"", repr=False)
+
+    @property
+    def folder(self) -> str:
+        """Where the table lies; names in it are tried from there."""
+        parent = str(PurePosixPath(self.name).parent)
+        return "" if parent == "." else parent
+
+
+def read_table(files: SourceFiles, name: str, encoding: str = "") -> Table:
+    """A table of the source; a Parquet file is read where it lies, for it may hold the images.
+
+    Raises:
+        BadSample: there is no such file.
+        VlmError: it cannot be read.
+    """
+    if name.lower().endswith(".parquet"):
+        return Table(name, read_rows(files.open(name), name=name))
+    data = files.read(name)
+    return Table(name, read_rows(data, name=name, encoding=encoding), data)
+
+
+class TableSource:
+    """Rows of one table, or of several that are alike, with the images they name or hold.
+
+    Rows naming the same image are one pair with the captions of all of them and the metadata of the first.
+    A caption may be a text, a list, or either by language; columns `captions_LANGUAGE` add to it. Where the captions
+    are numbers of classes with known names (Hugging Face's ClassLabel), the template says the name.
     """
 
-    captions_are_labels = False
-
-    def __init__(
-        self, files: SourceFiles, table: str, *, image_column: str | None = None, caption_column: str | None = None
-    ) -> None:
-        self._files, self._table = files, table
-        data = files.read(table)
-        self._rows = read_rows(data, name=table)
-        self._image_column = _choose_column(self._rows, image_column, IMAGE_COLUMNS, table, what="image")
-        self._caption_column = _choose_column(self._rows, caption_column, CAPTION_COLUMNS, table, what="caption")
-        names = self._rows.column(self._image_column)
-        self._groups = _rows_by_image(names)
-        raw = self._rows.column(KEY_COLUMN) if KEY_COLUMN in self._rows.columns else [None] * len(names)
-        self._keys = unique_keys([(raw[rows[0]], names[rows[0]]) for rows in self._groups])
-        self._identity = compute_fingerprint(data, files.fingerprint(), self._image_column, self._caption_column)
+    def __init__(self, files: SourceFiles, tables: Sequence[Table], options: SourceOptions) -> None:
+        self._files, self._tables, self._options = files, tables, options
+        self._finder = ImageFinder(files)
+        first = tables[0]
+        self._image_column = _choose_column(first, options.image_column, IMAGE_COLUMNS, what="image")
+        is_wordless = options.captions in ("none", "optional")
+        self._caption_column = (
+            None
+            if is_wordless and options.caption_column is None and not _known_column(first.rows, CAPTION_COLUMNS)
+            else _choose_column(first, options.caption_column, CAPTION_COLUMNS, what="caption")
+        )
+        self._key_column = options.key_column or KEY_COLUMN
+        if options.key_column is not None:
+            _choose_column(first, options.key_column, (), what="key")
+        self.captions_are_labels = self._caption_column in first.rows.class_names
+        self._ends = list(accumulate(len(table.rows) for table in tables))
+        names = [name for table in tables for name in _image_names(table.rows, self._image_column)]
+        # many embedded images may be called by one name, such as image.jpg
+        is_shared_name = [self._image_column in table.rows.embedded for table in tables]
+        folders = [table.folder for table in tables]
+        self._groups = _rows_by_image(names, folders, is_shared_name, self._ends)
+        self._names = [names[rows[0]] for rows in self._groups]
+        keys = [key for table in tables for key in _column_or_nothing(table.rows, self._key_column)]
+        self._keys = unique_keys(
+            [(keys[rows[0]], name) for rows, name in zip(self._groups, self._names, strict=True)],
+        )
+        self._identity = self._compute_fingerprint()
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def read(self, number: int) -> Pair:
-        """The picture a row names, with the captions of all rows that name it."""
+        """The image a row names or holds, with the captions of all rows that name it."""
         numbers = self._groups[number]
-        rows = [self._rows[row] for row in numbers]
-        name = rows[0].get(self._image_column)
-        if not isinstance(name, str | int):
-            raise BadSample("no picture named", f"row {numbers[0] + 1} has no text in {self._image_column!r}")
-        captions = _merge(self._captions(row) for row in rows)
-        if not captions:
+        rows = [self._row(row) for row in numbers]
+        self._check_image_named(numbers[0], rows[0])
+        captions: Captions = {}
+        if self._options.captions != "none":
+            captions = _merge([self._captions(row) for row in rows])
+        if not captions and self._options.captions not in ("none", "optional"):
             raise BadSample("no caption", f"row {numbers[0] + 1} has no text in {self._caption_column!r}")
+        image = self._image(numbers[0], rows[0])
         key = self._keys[number]
         metadata = {
             column: value
@@ -236,46 +120,128 @@ class TableSource:
             and not _LANGUAGE_COLUMN.fullmatch(column)
             and (column, str(value)) != (KEY_COLUMN, key)
         }
-        return Pair(key=key, image=self._files.read(str(name)), captions=captions, metadata=metadata)
+        if self.captions_are_labels:
+            metadata["label"] = rows[0].get(str(self._caption_column))
+        return Pair(key=key, image=image, captions=captions, metadata=metadata)
+
+    def file_of(self, number: int) -> str:
+        """The image as the table names it, else the row."""
+        name = self._names[number]
+        return f"row {self._groups[number][0] + 1}" if name is None else readable_text(str(name))
+
+    def used_files(self) -> set[str]:
+        """The tables, and the images they name."""
+        used = {table.name for table in self._tables}
+        for rows, name in zip(self._groups, self._names, strict=True):
+            try:
+                used.add(self._finder.find(str(name), self._table_of(rows[0]).folder))
+            except BadSample:
+                continue
+        return used
 
     def fingerprint(self) -> str:
-        """The table, the columns chosen, and the names and sizes of all files."""
+        """The tables, the columns chosen, and the names and sizes of all files."""
         return self._identity
 
     def describe(self) -> dict[str, Any]:
-        """The table and the columns chosen."""
-        return {
+        """The tables and the columns chosen."""
+        described = {
             "kind": "table",
             "address": self._files.url,
-            "table": self._table,
-            "rows": len(self._rows),
+            "table": "::".join(table.name for table in self._tables),
+            "rows": self._ends[-1],
             "image_column": self._image_column,
             "caption_column": self._caption_column,
         }
+        return described | ({"template": self._options.template} if self.captions_are_labels else {})
+
+    def _compute_fingerprint(self) -> str:
+        parts = [table.data for table in self._tables]
+        chosen: list[str] = [self._image_column, self._caption_column or ""]
+        # what is not said by the options of old leaves old fingerprints as they are
+        chosen += [self._options.key_column] if self._options.key_column else []
+        chosen += [self._options.captions] if self._options.captions in ("none", "optional") else []
+        chosen += [self._options.template] if self.captions_are_labels else []
+        return compute_fingerprint(*parts, self._files.fingerprint(), *chosen)
+
+    def _table_of(self, row: int) -> Table:
+        return self._tables[bisect_right(self._ends, row)]
+
+    def _row_in_table(self, row: int) -> int:
+        number = bisect_right(self._ends, row)
+        return row - (self._ends[number - 1] if number else 0)
+
+    def _row(self, row: int) -> dict[str, Any]:
+        return self._table_of(row).rows[self._row_in_table(row)]
+
+    def _check_image_named(self, row: int, values: dict[str, Any]) -> None:
+        is_embedded = self._image_column in self._table_of(row).rows.embedded
+        if not is_embedded and not isinstance(values.get(self._image_column), str | int):
+            raise BadSample("no picture named", f"row {row + 1} has no text in {self._image_column!r}")
+
+    def _image(self, row: int, values: dict[str, Any]) -> bytes:
+        table = self._table_of(row)
+        is_embedded = self._image_column in table.rows.embedded
+        embedded = table.rows.image(self._row_in_table(row), self._image_column) if is_embedded else None
+        if embedded:
+            return embedded
+        status = values.get("status", "success")
+        if status != "success":
+            raise BadSample("not downloaded", f"status {status!r}: {values.get('error_message')}")
+        if is_embedded and self._image_column not in values:
+            raise BadSample("no picture", f"row {row + 1} has neither bytes nor a path in {self._image_column!r}")
+        name = image_of_caption(str(values[self._image_column]))
+        return self._files.read(self._finder.find(name, table.folder))
 
     def _captions(self, row: dict[str, Any]) -> Captions:
-        value = row.get(self._caption_column)
+        value = row.get(self._caption_column) if self._caption_column else None
+        if self.captions_are_labels and value is not None:
+            return {UNNAMED: (self._options.template.replace("{}", str(value).replace("_", " ")),)}
         in_languages = {name: raw for name, raw in row.items() if _LANGUAGE_COLUMN.fullmatch(name)}
         return parse_captions(
             None, in_languages | {"captions": str(value) if isinstance(value, int | float) else value}
         )
 
 
-def find_table(names: Sequence[str]) -> str | None:
-    """The table at the top of a source: `captions.*`, or the only one there.
+def names_only_addresses(table: Table, options: SourceOptions) -> bool:
+    """Whether the images of a table are still on the web: it has addresses in place of files."""
+    column = options.image_column or _known_column(table.rows, IMAGE_COLUMNS)
+    if column is None:
+        return _known_column(table.rows, URL_COLUMNS) is not None
+    if column not in table.rows.columns:
+        return False
+    names = [name for name in table.rows.column(column) if name is not None][:20]
+    return bool(names) and all(isinstance(name, str) and is_web_address(name) for name in names)
 
-    Raises:
-        UsageError: there are several and none is called captions.
-    """
-    tables = [name for name in names if "/" not in name and file_extension(name) in TABLE_KINDS]
-    preferred = [name for name in tables if PurePosixPath(name).stem == "captions"] or tables
-    if len(preferred) > 1:
-        raise UsageError(f"Several tables: {', '.join(preferred)}; name the one to read as the source itself.")
-    return preferred[0] if preferred else None
+
+def has_columns(table: Table, options: SourceOptions) -> bool:
+    """Whether a table has a column of images and one of captions, as they are asked for or by known names."""
+    image = options.image_column or _known_column(table.rows, IMAGE_COLUMNS)
+    caption = options.caption_column or _known_column(table.rows, CAPTION_COLUMNS)
+    by_language = any(_LANGUAGE_COLUMN.fullmatch(column) for column in table.rows.columns)
+    needs_caption = options.captions not in ("none", "optional")
+    return bool(image) and bool(caption or by_language or not needs_caption)
+
+
+def names_files(table: Table, files: SourceFiles, options: SourceOptions, *, tries: int = 20) -> bool:
+    """Whether some of the first rows of a table hold an image or name one that is there."""
+    column = options.image_column or _known_column(table.rows, IMAGE_COLUMNS)
+    if column is None or column not in table.rows.columns:
+        return False
+    finder = ImageFinder(files)
+    for number, name in enumerate(table.rows.column(column)[:tries]):
+        if table.rows.image(number, column) is not None:
+            return True
+        try:
+            if name is not None and finder.find(image_of_caption(str(name)), table.folder) in finder.names:
+                return True
+        except BadSample:
+            continue
+    return False
 
 
 def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
-    """Keys from (given key, name of the picture): the key, else the stem of the name, else number in the table.
+    """Keys from (given key, name of the image): the key, else the stem of the name, else number in the table.
 
     Dots become underscores, for a WebDataset key ends at its first dot. Stems that occur twice get the names of
     their folders in front; what is still not unique gets a number behind.
@@ -294,6 +260,7 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
             preferred = f"row-{number + 1}"
         else:
             preferred = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
+        preferred = readable_text(preferred)
         key = base = (
             re.sub(r"[\x00-\x1f/\\]+", "-", preferred.strip().strip("/")).replace(".", "_") or f"row-{number + 1}"
         )
@@ -306,41 +273,62 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
     return keys
 
 
-def _choose_column(rows: Rows, preferred: str | None, known: Sequence[str], table: str, *, what: str) -> str:
-    """The column asked for, else the first of the known names, whatever their case."""
-    columns = [str(column) for column in rows.columns]
+def _known_column(rows: Rows, known: Sequence[str]) -> str | None:
+    """The first of the known names that is a column, whatever its case."""
+    by_name = {str(column).casefold(): str(column) for column in reversed(rows.columns)}
+    return next((by_name[name] for name in known if name in by_name), None)
+
+
+def _choose_column(table: Table, preferred: str | None, known: Sequence[str], *, what: str) -> str:
+    """The column asked for, else the first of the known names."""
+    columns = [str(column) for column in table.rows.columns]
     if preferred is not None:
         if preferred not in columns:
-            raise UsageError(
-                f"{table} has no column {preferred!r}; {suggest(preferred, columns)} (columns: {', '.join(columns)})."
-            )
+            hint = suggest(preferred, columns)
+            raise UsageError(f"{table.name} has no column {preferred!r}; {hint} (columns: {', '.join(columns)}).")
         return preferred
-    by_name = {column.casefold(): column for column in reversed(columns)}
-    for name in known:
-        if name in by_name:
-            return by_name[name]
-    likeness = {column: max(_name_similarity(column, name) for name in known) for column in columns}
-    closest = max(columns, key=lambda column: likeness[column], default="")
-    is_close = bool(closest) and likeness[closest] > 0.7
+    column = _known_column(table.rows, known)
+    if column is not None:
+        return column
+    similarities = {column: max(_name_similarity(column, name) for name in known) for column in columns}
+    closest = max(columns, key=lambda column: similarities[column], default="")
+    is_close = bool(closest) and similarities[closest] > 0.7
     hint = f"perhaps {closest!r} is meant" if is_close else f"it was looked for as {', '.join(known)}"
-    found = ", ".join(columns) or "none"
-    raise UsageError(f"{table} has no {what} column: {hint}; name it with --{what}-column. Its columns: {found}.")
+    listing = ", ".join(columns) or "none"
+    raise UsageError(
+        f"{table.name} has no {what} column: {hint}; name it with --{what}-column. Its columns: {listing}."
+    )
 
 
 def _name_similarity(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one.casefold(), other).ratio()
 
 
-def _rows_by_image(names: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The rows of each picture, in the order of its first row; rows that name none stay alone."""
-    groups: dict[str, list[int]] = {}
+def _image_names(rows: Rows, column: str) -> list[Any]:
+    """The images of the rows; a numbered caption (`1.jpg#0`) is one of its image."""
+    return [image_of_caption(name) if isinstance(name, str) else name for name in _column_or_nothing(rows, column)]
+
+
+def _column_or_nothing(rows: Rows, column: str) -> list[Any]:
+    return rows.column(column) if column in rows.columns else [None] * len(rows)
+
+
+def _rows_by_image(
+    names: Sequence[Any], folders: Sequence[str], is_shared_name: Sequence[bool], ends: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The rows of each image, in the order of its first row; rows that name none stay alone.
+
+    Tables in different folders may give different images one name. ends: where the rows of each table end.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
     for row, name in enumerate(names):
-        image = json.dumps([row]) if name is None else str(name)
-        groups.setdefault(image, []).append(row)
+        table = bisect_right(ends, row)
+        image = json.dumps([row]) if name is None or is_shared_name[table] else str(name)
+        groups.setdefault((folders[table], image), []).append(row)
     return [tuple(rows) for rows in groups.values()]
 
 
-def _merge(parts: Iterator[Captions]) -> Captions:
+def _merge(parts: Iterable[Captions]) -> Captions:
     """All captions by language, each once."""
     merged: dict[str, dict[str, None]] = {}
     for captions in parts:

@@ -13,7 +13,8 @@ from vlm.data.samples import Pair
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.sources.source import IMAGE_SUFFIXES
+from vlm.data.sources.image_folder import split_lines
+from vlm.data.sources.image_names import IMAGE_SUFFIXES
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index, read_entries
 from vlm.errors import BadSample, VlmError
@@ -28,13 +29,23 @@ _PROBED_BYTES = _PROBED_PIECES * 65_536
 class ShardSource:
     """The samples of existing shards, in their order; what img2dataset marks as failed is a bad sample.
 
-    selection: only these samples, each as often as it says.
+    selection: only these samples, each as often as it says. caption_lines: each line of a caption is one of its own.
+    captions_mode: `none` leaves captions out, `optional` takes samples without them as well.
     """
 
     captions_are_labels = False
 
-    def __init__(self, shards: list[str], *, allow_damage: bool = False, selection: Selection | None = None) -> None:
+    def __init__(
+        self,
+        shards: list[str],
+        *,
+        allow_damage: bool = False,
+        selection: Selection | None = None,
+        caption_lines: bool = False,
+        captions_mode: str = "",
+    ) -> None:
         self._shards, self._selection = shards, selection
+        self._caption_lines, self._captions_mode = caption_lines, captions_mode
         self._ends = list(accumulate(count_samples(shards, allow_damage=allow_damage)))
         self._reader = ShardReader(shards[0])
         self._numbers = np.arange(self._ends[-1])
@@ -58,7 +69,10 @@ class ShardSource:
         status = sample.metadata.get("status", "success")
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {sample.metadata.get('error_message')}")
-        if not sample.captions:
+        captions = split_lines(sample.captions) if self._caption_lines else sample.captions
+        if self._captions_mode == "none":
+            captions = {}
+        elif not captions and self._captions_mode != "optional":
             raise BadSample("no caption", f"key {sample.key!r} has neither text nor captions")
         metadata = {
             name: value
@@ -68,15 +82,22 @@ class ShardSource:
         return Pair(
             key=self._keys[number],
             image=sample.image,
-            captions=sample.captions,
+            captions=captions,
             metadata=metadata,
             arrays=sample.arrays,
         )
 
+    def file_of(self, number: int) -> str:
+        """The key of the sample."""
+        return self._keys[number]
+
     def fingerprint(self) -> str:
         """Keys and sizes, from the indexes of the shards, and what is selected of them."""
         content = shards_fingerprint(self._shards)
-        return content if self._selection is None else compute_fingerprint(content, self._selection.fingerprint)
+        chosen = [self._selection.fingerprint] if self._selection is not None else []
+        chosen += ["caption lines"] if self._caption_lines else []
+        chosen += [self._captions_mode] if self._captions_mode else []
+        return compute_fingerprint(content, *chosen) if chosen else content
 
     def describe(self) -> dict[str, Any]:
         """The shards by address."""

@@ -154,10 +154,15 @@ def test_names_that_lead_out_are_refused(tmp_path, name):
             files.read(name)
 
 
-def test_a_csv_with_a_broken_row_is_refused_with_its_reason(tmp_path):
-    (tmp_path / "captions.csv").write_text("file,title\n1.jpg,one\n2.jpg\n")
-    with pytest.raises(VlmError, match=r"captions.csv cannot be read as a table.*Expected 2 columns, got 1"):
-        open_source(str(tmp_path))
+def test_a_broken_row_of_a_csv_is_a_bad_sample_and_its_neighbours_are_read(tmp_path, make_image):
+    write_images(tmp_path, make_image, ["1.jpg", "3.jpg"])
+    (tmp_path / "captions.csv").write_text("file,title\n1.jpg,one\n2.jpg\n3.jpg,three\n4.jpg,four, five\n")
+    pairs = open_source(str(tmp_path))
+    assert len(pairs) == 4
+    assert [pairs.read(number).captions[""] for number in (0, 2)] == [("one",), ("three",)]
+    for number, message in ((1, "row 2 has 1 fields, 2 are named"), (3, "row 4 has 3 fields.* ',' stands in quotes")):
+        with pytest.raises(BadSample, match=message):
+            pairs.read(number)
 
 
 def test_class_folders_become_captions_through_the_template(tmp_path, make_image):

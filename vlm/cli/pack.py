@@ -18,9 +18,11 @@ logger = logging.getLogger(__name__)
 class Pack:
     """Pack image-text pairs into WebDataset shards.
 
-    SOURCE is a table (captions.csv, .tsv, .jsonl, .parquet) with its images, class folders (CLASS/image.jpg), the
-    output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word scenes for a dataset of
-    synthetic shapes.
+    SOURCE is a table that names its images or holds them (captions.csv, .tsv, .jsonl, .parquet; metadata.csv in any
+    folder; captions.txt), images with a text beside each, COCO's or Karpathy's annotations, class folders
+    (CLASS/image.jpg), the output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word
+    scenes for a dataset of synthetic shapes. What SOURCE was recognised as is logged first; docs/data.md shows each
+    layout.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -40,6 +42,20 @@ class Pack:
 
     caption_column: str | None = None
     """Column of a table with the captions: a text, a list, or a {language: text} mapping."""
+
+    key_column: str | None = None
+    """Column of a table with the sample keys; None takes the column key, or the names of the images."""
+
+    captions: str = ""
+    """Where the captions are, if that is ambiguous: a FILE inside SOURCE; none packs images without captions; optional
+    also packs the images that have none among others that do."""
+
+    caption_lines: Annotated[
+        bool, tyro.conf.arg(help="Every line of KEY.txt, or of a text beside an image, is a caption of its own.")
+    ] = False
+
+    encoding: str = ""
+    """Encoding of tables and texts that are not UTF-8, such as latin-1, cp1252 or gb18030."""
 
     template: str = "a photo of a {}."
     """Caption template for class folders."""
@@ -79,6 +95,7 @@ class Pack:
     def run(self) -> None:
         """Open the source, pack it, show the counts."""
         from vlm.data.pack import PackConfig, pack
+        from vlm.data.sources.recognition import describe_recognition
         from vlm.data.sources.source import SourceOptions
         from vlm.data.sources.source_registry import open_source
 
@@ -87,6 +104,10 @@ class Pack:
             folder=self.folder,
             image_column=self.image_column,
             caption_column=self.caption_column,
+            key_column=self.key_column,
+            captions=self.captions,
+            caption_lines=self.caption_lines,
+            encoding=self.encoding,
             template=self.template,
             allow_damage=self.allow_damage,
             selection=self.selection,
@@ -100,11 +121,17 @@ class Pack:
             languages=self.languages,
             verify=self.verify,
         )
-        summary = pack(open_source(self.source, options), self.out, config)
+        source = open_source(self.source, options)
+        recognition = describe_recognition(source, self.source, options)
+        for line in recognition.lines():
+            logger.info(line)
+        summary = pack(source, self.out, config)
+        for warning in summary.warnings:
+            logger.warning(warning)
         if self.json:
-            show_json(asdict(summary))
+            show_json(asdict(summary) | {"recognised": asdict(recognition)})
             return
-        fields = {name: value for name, value in asdict(summary).items() if value not in ({}, None)}
+        fields = {name: value for name, value in asdict(summary).items() if value not in ({}, None, ())}
         show_fields({name.replace("_", " "): value for name, value in fields.items()})
         inspect = f"vlm inspect {self.out} --html {self.out}.html"
         logger.info(f"Next: {inspect}   or   vlm train tiny --data {self.out} …")

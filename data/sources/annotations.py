@@ -1,0 +1,176 @@
+"""Captions in one JSON file beside folders of images: COCO's `captions_*.json` and Karpathy's `dataset_*.json`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from vlm.data.samples import UNNAMED, Pair
+from vlm.data.sources.image_names import ImageFinder
+from vlm.data.sources.rows import decode_text
+from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.data.sources.table import unique_keys
+from vlm.errors import BadSample
+from vlm.files import compute_fingerprint
+
+# COCO's own are 90 MB at most; boxes and masks of the same images are several times that, and no captions
+_MAX_BYTES = 1 << 30
+_BEGINNING = 1 << 16
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """An image with its captions. folders: where its file may lie, the likeliest first."""
+
+    file: str
+    captions: tuple[str, ...]
+    folders: tuple[str, ...]
+    metadata: dict[str, Any] = field(repr=False)
+
+
+def read_annotations(files: SourceFiles, name: str) -> list[AnnotatedImage] | None:
+    """The images of an annotation file; None if it is no such file or holds no captions.
+
+    Raises:
+        BadSample: there is no such file.
+    """
+    data = files.read(name) if len(files.read_beginning(name, _MAX_BYTES + 1)) <= _MAX_BYTES else b""
+    try:
+        content = json.loads(decode_text(data))
+    except (ValueError, RecursionError):
+        return None
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        return None
+    if isinstance(content.get("annotations"), list):
+        return _coco(images, content["annotations"], name)
+    return _karpathy(images, name)
+
+
+def may_be_annotations(files: SourceFiles, name: str) -> bool:
+    """Whether a JSON file begins like one of annotations: an object that names images or annotations early on."""
+    if PurePosixPath(name).suffix.lower() != ".json":
+        return False
+    beginning = files.read_beginning(name, _BEGINNING).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return beginning.startswith(b"{") and any(word in beginning for word in (b'"images"', b'"annotations"', b'"info"'))
+
+
+def _coco(images: list[dict[str, Any]], annotations: list[Any], name: str) -> list[AnnotatedImage] | None:
+    """COCO: captions point to images by id. `captions_train2017.json` belongs to the folder `train2017`."""
+    captions: dict[Any, list[str]] = {}
+    for annotation in annotations:
+        if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+    if not captions:
+        return None
+    split = PurePosixPath(name).stem.removeprefix("captions_")
+    folders = (split, f"images/{split}", _folder_of(name))
+    return [
+        AnnotatedImage(
+            file=str(image.get("file_name") or image.get("id")),
+            captions=_texts(captions.get(image.get("id"), [])),
+            folders=folders,
+            metadata={key: value for key, value in image.items() if key != "license"},
+        )
+        for image in images
+    ]
+
+
+def _karpathy(images: list[dict[str, Any]], name: str) -> list[AnnotatedImage] | None:
+    """Karpathy's splits: sentences within each image, with the split it belongs to."""
+    if not any(isinstance(image.get("sentences"), list) for image in images):
+        return None
+    annotated: list[AnnotatedImage] = []
+    for image in images:
+        sentences = image.get("sentences") or []
+        raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+        folder = str(image.get("filepath") or "")
+        metadata = {key: value for key, value in image.items() if key not in ("sentences", "sentids")}
+        annotated.append(
+            AnnotatedImage(
+                file=str(image.get("filename")),
+                captions=_texts(raw),
+                folders=(folder, f"images/{folder}", "images", _folder_of(name)),
+                metadata=metadata,
+            )
+        )
+    return annotated
+
+
+def _folder_of(name: str) -> str:
+    parent = str(PurePosixPath(name).parent)
+    return "" if parent == "." else parent
+
+
+def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    stripped = [value.strip() for value in values if isinstance(value, str)]
+    return tuple(dict.fromkeys(text for text in stripped if text))
+
+
+class AnnotationSource:
+    """The images of annotation files, each with all its captions; metadata is what the file says of the image."""
+
+    captions_are_labels = False
+
+    def __init__(
+        self, files: SourceFiles, annotations: dict[str, list[AnnotatedImage]], options: SourceOptions
+    ) -> None:
+        self._files, self._annotations, self._options = files, tuple(annotations), options
+        self._finder = ImageFinder(files)
+        self._images = [image for images in annotations.values() for image in images]
+        self._keys = unique_keys([(None, image.file) for image in self._images])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, number: int) -> Pair:
+        """The image with its captions."""
+        image = self._images[number]
+        captions = {} if self._options.captions == "none" else {UNNAMED: image.captions}
+        if not image.captions and self._options.captions not in ("none", "optional"):
+            raise BadSample("no caption", f"no annotation has a caption of {image.file}")
+        file = self._files.read(self._finder.find(image.file, *image.folders))
+        return Pair(
+            key=self._keys[number],
+            image=file,
+            captions={language: texts for language, texts in captions.items() if texts},
+            metadata=image.metadata,
+        )
+
+    def file_of(self, number: int) -> str:
+        """The image as the annotations name it."""
+        return readable_text(self._images[number].file)
+
+    def used_files(self) -> set[str]:
+        """The annotation files, and the images they name."""
+        used = set(self._annotations)
+        for image in self._images:
+            try:
+                used.add(self._finder.find(image.file, *image.folders))
+            except BadSample:
+                continue
+        return used
+
+    def fingerprint(self) -> str:
+        """The annotation files, and names and sizes of all files."""
+        contents = [self._files.read(name) for name in self._annotations]
+        chosen = [self._options.captions] if self._options.captions in ("none", "optional") else []
+        return compute_fingerprint(*contents, self._files.fingerprint(), *chosen)
+
+    def describe(self) -> dict[str, Any]:
+        """The annotation files."""
+        return {"kind": "annotations", "address": self._files.url, "annotations": list(self._annotations)}
+
+
+def has_images(files: SourceFiles, images: Sequence[AnnotatedImage], *, tries: int = 50) -> bool:
+    """Whether some of the annotated images are there."""
+    finder = ImageFinder(files)
+    step = max(1, len(images) // tries)
+    for image in images[::step]:
+        try:
+            if finder.find(image.file, *image.folders) in finder.names:
+                return True
+        except BadSample:
+            return True
+    return False

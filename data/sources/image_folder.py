@@ -1,0 +1,243 @@
+"""Folders of images: a text beside each, a folder for each class, or no words at all."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
+from vlm.data.sources.image_names import image_names
+from vlm.data.sources.rows import decode_text
+from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.data.sources.table import CAPTION_COLUMNS, unique_keys
+from vlm.errors import BadSample, UsageError
+from vlm.files import compute_fingerprint
+
+TEXT_SUFFIXES = (".txt", ".caption", ".cap")
+JSON_SUFFIX = ".json"
+# folders that sort images by their use, and say nothing about them
+_PLAIN_FOLDERS = re.compile(
+    r"(images?|imgs?|pictures?|pics?|photos?|photographs?|jpe?gs?|pngs?|files?|data(set)?s?|raw|all|media|uploads?"
+    r"|train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|unlabell?ed|downloads?|samples?|frames?)[\W_]*\d*"
+    # fewer digits may be classes, as those of MNIST are
+    r"|\d{4,}",
+    re.IGNORECASE,
+)
+_COLLECTION = re.compile(r".*[\W_](images?|imgs?|pictures?|photos?|data(set)?)", re.IGNORECASE)
+# lines of numbers beside an image are boxes (YOLO), not captions
+_NUMBERS = re.compile(r"[\s\d.eE+-]*")
+
+
+class ClassFolderSource:
+    """`CLASS/image.jpg`, below any other folders; metadata `label` and `file`.
+
+    Images come in the order of their own names, not of their classes, so that a shard holds many classes.
+    """
+
+    captions_are_labels = True
+
+    def __init__(self, files: SourceFiles, *, template: str) -> None:
+        if "{}" not in template:
+            raise UsageError(f"The template {template!r} has no {{}} for the class; an example: 'a photo of a {{}}.'")
+        self._files, self._template = files, template
+        inside = [name for name in image_names(files) if "/" in name]
+        self._names = sorted(inside, key=lambda name: (PurePosixPath(name).name, name))
+        self._keys = unique_keys([(None, name) for name in self._names])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, number: int) -> Pair:
+        """The image with its class said through the template."""
+        name = self._names[number]
+        label = readable_text(PurePosixPath(name).parent.name)
+        caption = self._template.replace("{}", label.replace("_", " "))
+        metadata = {"label": label, "file": readable_text(name)}
+        return Pair(
+            key=self._keys[number], image=self._files.read(name), captions={UNNAMED: (caption,)}, metadata=metadata
+        )
+
+    def file_of(self, number: int) -> str:
+        """The image's name."""
+        return readable_text(self._names[number])
+
+    def used_files(self) -> set[str]:
+        """All images inside folders."""
+        return set(self._names)
+
+    def classes(self) -> list[str]:
+        """The names of the classes."""
+        return sorted({readable_text(PurePosixPath(name).parent.name) for name in self._names})
+
+    def fingerprint(self) -> str:
+        """Names and sizes of all files, and the template."""
+        return compute_fingerprint(self._files.fingerprint(), self._template)
+
+    def describe(self) -> dict[str, Any]:
+        """The template and the classes found."""
+        return {
+            "kind": "classes",
+            "address": self._files.url,
+            "template": self._template,
+            "classes": self.classes(),
+        }
+
+
+class ImageFolderSource:
+    """Images with a text beside each: `a.txt`, `a.caption` or `a.json`; or, where that is asked for, without.
+
+    The JSON is metadata, whose captions count as in shards; of texts and JSON both may be there.
+    """
+
+    captions_are_labels = False
+
+    def __init__(self, files: SourceFiles, options: SourceOptions) -> None:
+        self._files, self._options = files, options
+        self._names = image_names(files)
+        self._keys = unique_keys([(None, name) for name in self._names])
+        self._all = frozenset(files.names())
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, number: int) -> Pair:
+        """The image with the words beside it."""
+        name = self._names[number]
+        metadata = self._metadata(name)
+        status = metadata.get("status", "success")
+        if status != "success":
+            raise BadSample("not downloaded", f"status {status!r}: {metadata.get('error_message')}")
+        captions: Captions = {}
+        if self._options.captions != "none":
+            captions = self._captions(name, metadata)
+            if not captions and self._options.captions != "optional":
+                raise BadSample("no caption", f"{readable_text(name)} has no text beside it")
+        metadata = {
+            key: value
+            for key, value in metadata.items()
+            if key not in ("caption", "captions") and not key.startswith("captions_")
+        }
+        return Pair(
+            key=self._keys[number],
+            image=self._files.read(name),
+            captions=captions,
+            metadata={"file": readable_text(name)} | metadata,
+        )
+
+    def file_of(self, number: int) -> str:
+        """The image's name."""
+        return readable_text(self._names[number])
+
+    def used_files(self) -> set[str]:
+        """The images and what lies beside them."""
+        used = set(self._names)
+        if self._options.captions != "none":
+            used |= {beside for name in self._names for beside in files_beside(name, self._all)}
+        return used
+
+    def fingerprint(self) -> str:
+        """Names and sizes of all files, and how they are read."""
+        return compute_fingerprint(
+            self._files.fingerprint(), self._options.captions, str(self._options.caption_lines), self._options.encoding
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """How the words are found."""
+        kind = "images" if self._options.captions == "none" else "texts"
+        return {"kind": kind, "address": self._files.url, "captions": self._options.captions or "beside each image"}
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        json_name = next((file for file in files_beside(name, self._all) if file.endswith(JSON_SUFFIX)), None)
+        if json_name is None:
+            return {}
+        try:
+            content = json.loads(decode_text(self._files.read(json_name), self._options.encoding))
+            # half a surrogate pair is JSON, but no text
+            content = json.loads(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
+        except (ValueError, RecursionError) as error:
+            raise BadSample("unreadable json", f"{readable_text(json_name)}: {error}") from error
+        if not isinstance(content, dict):
+            raise BadSample("unreadable json", f"{readable_text(json_name)} is no object")
+        return content
+
+    def _captions(self, name: str, metadata: dict[str, Any]) -> Captions:
+        text: str | list[str] | None = None
+        text_name = next((file for file in files_beside(name, self._all) if not file.endswith(JSON_SUFFIX)), None)
+        if text_name is not None:
+            text = _decoded(self._files.read(text_name), text_name, self._options.encoding)
+        captions = parse_captions(text, metadata)
+        if captions or not metadata:
+            return split_lines(captions) if self._options.caption_lines else captions
+        other = next((metadata[column] for column in CAPTION_COLUMNS if metadata.get(column)), None)
+        return parse_captions(None, {"captions": other})
+
+
+def _decoded(data: bytes, name: str, encoding: str) -> str:
+    try:
+        text = decode_text(data, encoding)
+        text.encode()
+    except UnicodeError as error:
+        hint = f"not {encoding or 'UTF-8'}; name its encoding, as in --encoding latin-1"
+        raise BadSample("unreadable text", f"{readable_text(name)} is {hint}") from error
+    return text
+
+
+def split_lines(captions: Captions) -> Captions:
+    """Each line of a caption as one of its own.
+
+    >>> split_lines({"": ("a jug\\n\\na pot ",)})
+    {'': ('a jug', 'a pot')}
+    """
+    by_language: Captions = {}
+    for language, texts in captions.items():
+        lines = [line.strip() for text in texts for line in text.splitlines()]
+        by_language[language] = tuple(dict.fromkeys(filter(None, lines)))
+    return by_language
+
+
+def files_beside(image: str, names: frozenset[str]) -> list[str]:
+    """The texts and the JSON that belong to an image: `a.txt` or `a.jpg.txt`."""
+    stem = image.removesuffix(PurePosixPath(image).suffix)
+    candidates = [f"{base}{suffix}" for suffix in (*TEXT_SUFFIXES, JSON_SUFFIX) for base in (stem, image)]
+    return [name for name in candidates if name in names]
+
+
+def has_words_beside(files: SourceFiles, image: str, names: frozenset[str]) -> bool:
+    """Whether what lies beside an image holds words; boxes in numbers are none."""
+    for name in files_beside(image, names):
+        try:
+            text = decode_text(files.read(name)).strip()
+        except (BadSample, UnicodeError):
+            continue
+        if name.endswith(JSON_SUFFIX):
+            if _has_json_caption(text):
+                return True
+        elif text and not _NUMBERS.fullmatch(text):
+            return True
+    return False
+
+
+def _has_json_caption(text: str) -> bool:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and any(content.get(column) for column in CAPTION_COLUMNS)
+
+
+def are_no_classes(folders: set[str]) -> bool:
+    """Whether no folder has the name of a class, but of a use or a part: images, train, 00012.
+
+    >>> [are_no_classes(names) for names in ({"Images"}, {"train2017", "val2017"}, {"00000", "00001"}, {"my_images"})]
+    [True, True, True, True]
+    >>> [are_no_classes(names) for names in ({"cat"}, {"0", "1"}, {"train", "cat"}, {"cat_images", "dog_images"})]
+    [False, False, False, False]
+    """
+    is_one_collection = len(folders) == 1 and all(map(_COLLECTION.fullmatch, folders))
+    return is_one_collection or all(map(_PLAIN_FOLDERS.fullmatch, folders))
+
+
+def label_folders(names: Sequence[str]) -> set[str]:
+    """The folders that would be classes."""
+    return {PurePosixPath(name).parent.name for name in names if "/" in name}

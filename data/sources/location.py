@@ -1,0 +1,232 @@
+"""What lies at an address, looked at once: its images, the words beside them, and the tables that name them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from vlm.data.sources.annotations import AnnotatedImage, has_images, may_be_annotations, read_annotations
+from vlm.data.sources.image_folder import files_beside, has_words_beside
+from vlm.data.sources.image_names import image_names
+from vlm.data.sources.rows import TABLE_READERS, file_extension, is_table
+from vlm.data.sources.source import FolderFiles, SourceFiles, SourceOptions, open_files, readable_text
+from vlm.data.sources.table import Table, has_columns, names_files, names_only_addresses, read_table
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.storage.urls import needs_cache
+
+SCENES = "scenes"
+_CAPTION_STEMS = ("captions", "metadata")
+# files looked into, at most, for captions that lie apart from the images
+_MAX_CANDIDATES = 40
+_CHECKED_IMAGES = 200
+_PART_NUMBER = re.compile(r"\d+")
+_LOOKS_LIKE_CAPTIONS = re.compile(r"(.*[\W_])?(captions?|annotations?|metadata|token)([\W_\d].*)?", re.IGNORECASE)
+_IMG2DATASET_STATS = re.compile(r"(.*/)?\d{5,}_stats\.json")
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """An address with the files found there; `files` is None if it is no folder and no tar of this machine."""
+
+    url: str
+    options: SourceOptions
+    files: SourceFiles | None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All files."""
+        return tuple(self.files.names()) if self.files else ()
+
+    @cached_property
+    def all_names(self) -> frozenset[str]:
+        """All files, to ask for one."""
+        return frozenset(self.names)
+
+    @cached_property
+    def images(self) -> list[str]:
+        """The images among the files."""
+        return image_names(self.files) if self.files else []
+
+    @cached_property
+    def with_words(self) -> tuple[int, int]:
+        """Of how many images, evenly spread, how many have words beside them."""
+        assert self.files is not None
+        step = max(1, len(self.images) // _CHECKED_IMAGES)
+        checked = self.images[::step]
+        return len(checked), sum(has_words_beside(self.files, image, self.all_names) for image in checked)
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        """The table to read, or those that are parts of one; empty where there is none.
+
+        Raises:
+            UsageError: several are possible.
+        """
+        return _find_tables(self)
+
+    @cached_property
+    def annotations(self) -> dict[str, list[AnnotatedImage]]:
+        """The annotation files whose images are there, by name."""
+        return _find_annotations(self)
+
+
+def open_location(url: str, options: SourceOptions) -> SourceLocation:
+    """Look what lies at an address.
+
+    Raises:
+        UsageError: nothing does.
+    """
+    is_drawn = options.kind == SCENES or (url == SCENES and not Path(url).exists())
+    is_pattern = not Path(url).exists() and (needs_cache(url) or any(sign in url for sign in "{*") or "::" in url)
+    if is_drawn or is_pattern or (needs_cache(url) and not Path(url).is_dir()):
+        return SourceLocation(url=url, options=options, files=None)
+    path = Path(url).expanduser()
+    if not path.exists():
+        raise UsageError(f"There is no {url!r}; give a folder, a table, a tar, or the word {SCENES}.")
+    if is_table_file(url):
+        files: SourceFiles | None = FolderFiles(path.parent / options.folder)
+    else:
+        files = open_files(str(path), options.folder, allow_damage=options.allow_damage)
+    return SourceLocation(url=url, options=options, files=files)
+
+
+def is_table_file(url: str) -> bool:
+    """Whether an address is a table itself, and not what holds one."""
+    return Path(url).expanduser().is_file() and file_extension(url) in TABLE_READERS
+
+
+def _find_tables(location: SourceLocation) -> list[Table]:
+    """The tables to read: the one named, the one at the top, those of a name beside the images of each folder."""
+    files, options = location.files, location.options
+    if files is None:
+        return []
+    if is_table_file(location.url):
+        return _checked(location, [Path(location.url).name])
+    if options.captions not in ("", "none", "optional"):
+        return _checked(location, [options.captions])
+    at_top = [
+        name for name in location.names if "/" not in name and is_table(name) and not is_bookkeeping(location, name)
+    ]
+    preferred = [name for name in at_top if PurePosixPath(name).stem in _CAPTION_STEMS] or at_top
+    if len(preferred) == 1 or _are_parts(preferred):
+        tables = _readable_tables(location, preferred)
+        if tables and has_columns(tables[0], options):
+            return _checked(location, preferred)
+    candidates = _captions_apart(location)
+    if not candidates and len(preferred) > 1 and not _are_parts(preferred):
+        _refuse_several(preferred)
+    names = [table.name for table in candidates]
+    stems = {PurePosixPath(name).stem.lower() for name in names}
+    is_one_each = len({table.folder for table in candidates}) == len(candidates) and len(stems) <= 1
+    if len(candidates) > 1 and not is_one_each and not _are_parts(names):
+        _refuse_several(names)
+    return candidates
+
+
+def _checked(location: SourceLocation, names: Sequence[str]) -> list[Table]:
+    """The tables named, each read.
+
+    Raises:
+        UsageError: there is no such file, or its images are still on the web.
+    """
+    assert location.files is not None
+    missing = next((name for name in names if name not in location.all_names), None)
+    if missing is not None:
+        raise UsageError(
+            f"There is no file {missing!r} of captions in {location.url}; name it from there (--captions)."
+        )
+    tables = [read_table(location.files, name, location.options.encoding) for name in names]
+    if names_only_addresses(tables[0], location.options):
+        raise UsageError(
+            f"{tables[0].name} names its images by their addresses on the web. Download them first, as with "
+            "img2dataset (--output_format webdataset), and pack what it leaves."
+        )
+    return tables
+
+
+def _readable_tables(location: SourceLocation, names: Sequence[str]) -> list[Table]:
+    assert location.files is not None
+    tables: list[Table] = []
+    for name in names:
+        try:
+            tables.append(read_table(location.files, name, location.options.encoding))
+        except (BadSample, UnicodeError):
+            continue
+    return tables
+
+
+def _captions_apart(location: SourceLocation) -> list[Table]:
+    """Tables anywhere in the source, and texts and JSON that read as one, whose images are there."""
+    files = location.files
+    assert files is not None
+    beside = {name for image in location.images for name in files_beside(image, location.all_names)}
+    candidates = [
+        name
+        for name in location.names
+        if file_extension(name) in TABLE_READERS and name not in beside and not is_bookkeeping(location, name)
+    ]
+    if len(candidates) > _MAX_CANDIDATES:
+        candidates = [name for name in candidates if _LOOKS_LIKE_CAPTIONS.fullmatch(PurePosixPath(name).stem)]
+    tables: list[Table] = []
+    for name in candidates[:_MAX_CANDIDATES]:
+        try:
+            table = read_table(files, name, location.options.encoding)
+        except VlmError:
+            continue
+        if has_columns(table, location.options) and names_files(table, files, location.options):
+            tables.append(table)
+    return tables
+
+
+def is_bookkeeping(location: SourceLocation, name: str) -> bool:
+    """Whether a file tells of a part of img2dataset's output that lies beside it: its rows, its counts."""
+    path = PurePosixPath(name)
+    part = str(path.with_suffix("")).removesuffix("_stats")
+    if f"{part}_stats.json" not in location.all_names:
+        return False
+    return (
+        f"{part}.tar" in location.all_names
+        or any(other.startswith(f"{part}/") for other in location.names)
+        or path.suffix == ".json"
+    )
+
+
+def _are_parts(names: Sequence[str]) -> bool:
+    """Whether names differ in their numbers alone: `train-00000-of-00002.parquet`."""
+    return len(names) > 1 and len({_PART_NUMBER.sub("#", name) for name in names}) == 1
+
+
+def _refuse_several(names: Sequence[str]) -> None:
+    listing = ", ".join(map(readable_text, names))
+    raise UsageError(f"Several tables: {listing}; name the one to read as the source itself, or by --captions FILE.")
+
+
+def _find_annotations(location: SourceLocation) -> dict[str, list[AnnotatedImage]]:
+    files, options = location.files, location.options
+    if files is None:
+        return {}
+    is_named = options.captions not in ("", "none", "optional")
+    beside = {name for image in location.images for name in files_beside(image, location.all_names)}
+    names = [options.captions] if is_named else [name for name in location.names if name not in beside]
+    annotations: dict[str, list[AnnotatedImage]] = {}
+    for name in names:
+        if name not in location.all_names or not may_be_annotations(files, name):
+            continue
+        images = read_annotations(files, name)
+        if images and (is_named or has_images(files, images)):
+            annotations[name] = images
+    return annotations
+
+
+def unread_captions(location: SourceLocation) -> list[str]:
+    """Tables, and files whose name says captions, that no reading has taken."""
+    unread: list[str] = []
+    for name in location.names:
+        stem = PurePosixPath(name).stem
+        is_text = file_extension(name) in TABLE_READERS
+        if not is_text or is_bookkeeping(location, name):
+            continue
+        if _LOOKS_LIKE_CAPTIONS.fullmatch(stem) or (is_table(name) and "/" not in name):
+            unread.append(name)
+    return unread
