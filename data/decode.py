@@ -7,7 +7,7 @@ take a faster way through libjpeg-turbo (`EncodedPicture`).
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import ceil, isfinite
@@ -136,7 +136,7 @@ def packable_formats() -> tuple[str, ...]:
     return (*formats, "HEIF")
 
 
-def open_image(data: bytes, *, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Read the header only.
 
     Raises:
