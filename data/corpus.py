@@ -1,6 +1,6 @@
-"""What a run streams: one address, or several sources in proportions, each with its selection.
+"""The corpus of a run: shards at one URL, or several sources in proportions, each with its selection.
 
-The file that names the sources of a mixture: TOML, one `[[source]]` table each.
+The sources of a mixture are named in a TOML file, one `[[source]]` table each.
 """
 
 import math
@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +30,8 @@ _NAME = re.compile(r"[\w][\w.\-]*")
 class Source:
     """Shards that share an order.
 
-    weight: its share of what is drawn, against the weights of the others; 0 lets its visits times `repeats` decide.
-    selection: file of a selection; empty takes every sample once.
+    weight: its share of the samples, relative to the weights of the others; 0 uses its visits times `repeats`.
+    selection: file of a selection; empty shows every sample once.
     """
 
     data: str
@@ -43,30 +42,32 @@ class Source:
 
 
 def read_sources(url: str, selection: str = "") -> tuple[Source, ...]:
-    """The sources an address means: those of a mixture file (`.toml`), or shards.
+    """The sources at a URL: those of a mixture file (`.toml`), or shards as the only one.
 
     Raises:
-        UsageError: the file does not exist or says what a source does not have.
+        UsageError: the file does not exist or has a key that a source does not have.
     """
     if not url.endswith(MIXTURE_SUFFIX):
         return (Source(data=url, selection=selection, name="data"),)
     if selection:
         raise UsageError(f"{url} names a selection for each of its sources; leave out --selection {selection}.")
-    sources = [_source(table, f"{url}, source {number}") for number, table in enumerate(_tables(Path(url)), 1)]
+    sources: list[Source] = []
+    for number, table in enumerate(_read_tables(Path(url)), 1):
+        source = _parse_source(table, f"{url}, source {number}")
+        sources.append(replace(source, name=source.name or f"source-{number}"))
     if len({source.weight > 0 for source in sources}) > 1:
         raise UsageError(f"{url} gives a weight to some sources only; give one to each, or to none.")
-    named = [replace(source, name=source.name or f"source-{number}") for number, source in enumerate(sources, 1)]
-    if len({source.name for source in named}) < len(named):
+    if len({source.name for source in sources}) < len(sources):
         raise UsageError(f"{url} gives several sources one name; each has its own ledgers and needs its own name.")
-    return tuple(named)
+    return tuple(sources)
 
 
-def _tables(path: Path) -> list[dict[str, Any]]:
+def _read_tables(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"There is no mixture file {str(path)!r}.")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # what is no TOML, no UTF-8, or has endless numbers
+    except ValueError as error:  # not TOML, not UTF-8, or a number with too many digits
         raise UsageError(f"{path} is not TOML: {error}.") from error
     for name in content:
         if name != "source":
@@ -77,7 +78,7 @@ def _tables(path: Path) -> list[dict[str, Any]]:
     return tables
 
 
-def _source(table: dict[str, Any], where: str) -> Source:
+def _parse_source(table: dict[str, Any], where: str) -> Source:
     known = Source.__dataclass_fields__
     for name, value in table.items():
         if name not in known:
@@ -90,7 +91,7 @@ def _source(table: dict[str, Any], where: str) -> Source:
         elif not isinstance(value, str):
             raise UsageError(f"{where}: {name} = {value!r} must be a string.")
     if not table.get("data"):
-        raise UsageError(f"{where}: data is needed: a folder, pattern or address of shards.")
+        raise UsageError(f"{where}: data is required: a folder, pattern or URL of shards.")
     source = Source(**table)
     if source.name and not _NAME.fullmatch(source.name):
         raise UsageError(f"{where}: name = {source.name!r} names files; use letters, digits, dots and dashes.")
@@ -102,7 +103,7 @@ _MAX_POSITION = 10**15
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Sources opened: their shards numbered through, and the order they are seen in.
+    """The opened sources: their shards numbered through, and the order in which samples are seen.
 
     samples, filtered: of each shard, how many there are, and how many its selection leaves out.
     first_shards: of each source. fingerprint: of the sequence; the same content, selections and shares give the same.
@@ -129,27 +130,36 @@ def open_corpus(
     allow_damage: bool = False,
     cache: ShardCache | None = None,
 ) -> Corpus:
-    """Find the shards of all sources, count their samples, and settle the order.
+    """Find the shards of all sources, count their samples, and make the sampler.
 
     Raises:
         UsageError: a source has no shards, its selection does not know them, or leaves nothing.
         VlmError: a shard is damaged (unless allowed) or cannot be fetched.
     """
-    opened = [
-        _open_source(source, _OpenOptions(_source_seed(seed, number), window, allow_damage, cache))
-        for number, source in enumerate(sources)
-    ]
-    order, shares = _mix_sources(sources, [one.order for one in opened])
+    opened: list[_OpenedSource] = []
+    for number, source in enumerate(sources):
+        options = _OpenOptions(_source_seed(seed, number), window, allow_damage, cache)
+        opened.append(_open_source(source, options))
+    order, shares = _mix_sources(sources, [source.order for source in opened])
+
+    first_shards = [0]
+    shards: list[str] = []
+    samples: list[int] = []
+    filtered: list[int] = []
+    for source in opened:
+        shards += source.shards
+        samples += source.samples
+        filtered += source.filtered
+        first_shards.append(len(shards))
+    sequence = map(str, (seed, window, order.num_samples, *shares))
     return Corpus(
         sources=tuple(sources),
-        first_shards=(0, *accumulate(len(one.shards) for one in opened[:-1])),
-        shards=tuple(shard for one in opened for shard in one.shards),
-        samples=tuple(count for one in opened for count in one.samples),
-        filtered=tuple(count for one in opened for count in one.filtered),
+        first_shards=tuple(first_shards[:-1]),
+        shards=tuple(shards),
+        samples=tuple(samples),
+        filtered=tuple(filtered),
         order=order,
-        fingerprint=compute_fingerprint(
-            *map(str, (seed, window, order.num_samples, *shares)), *(one.identity for one in opened)
-        ),
+        fingerprint=compute_fingerprint(*sequence, *(source.identity for source in opened)),
     )
 
 
@@ -169,6 +179,7 @@ class _OpenedSource(NamedTuple):
 
 
 def _source_seed(seed: int, number: int) -> int:
+    """The first source keeps the seed, so that a run of one source has the same order with and without a mixture."""
     return seed if number == 0 else int(compute_fingerprint(f"{seed}/{number}"), 16) >> 1
 
 
@@ -189,16 +200,17 @@ def _open_source(source: Source, options: _OpenOptions) -> _OpenedSource:
 
 
 def _mix_sources(sources: Sequence[Source], orders: Sequence[SampleOrder]) -> tuple[Sampler, tuple[int, ...]]:
-    """One order out of several, and the shares of its sources."""
+    """The sampler over all sources, and the share of each."""
     repeats = [Fraction(str(source.repeats)) for source in sources]
     if len(orders) == 1 and repeats[0] == 1:
         return orders[0], (1,)
+    # as exact fractions of the decimals that were written: 0.1 is a tenth
     visits = [order.num_samples * times for order, times in zip(orders, repeats, strict=True)]
     weights = [Fraction(str(source.weight)) for source in sources]
     shares = integer_shares(weights if weights[0] else visits)
     length = max(1, round(sum(visits)))
     if length > _MAX_POSITION:
         raise UsageError(
-            f"repeats make an epoch of {length:.3g} visits; give less, at most {_MAX_POSITION:.0e} together."
+            f"repeats make an epoch of {length:.3g} visits; give fewer, at most {_MAX_POSITION:.0e} together."
         )
     return Mixture(orders=tuple(orders), shares=shares, num_samples=length), shares

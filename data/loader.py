@@ -1,12 +1,7 @@
 """The streaming loader: batches by number, read and prepared in worker processes, the same for any number of them.
 
-Memory in which workers hand pictures over: mapped once before they start, used again and again.
-
-A batch in fresh shared memory costs a page fault for every 4 KiB, in the worker and again in the reader; at 224
-pixels that is more than decoding a small JPEG. Here each worker owns a few slots and fills a free one; the reader's
-tensor lies in the slot itself, and when the last of its kind is gone the slot is free again. Where no slot is free,
-fresh memory is taken, so nobody waits. The mapping is anonymous: it needs no room in /dev/shm, and a kill leaves
-nothing behind.
+`stream_batches` yields them; a collator makes a batch of the samples that a batch plan names, in a worker. Images
+travel from the workers in a `SharedMemoryPool` that is mapped once, before they start.
 """
 
 import gc
@@ -38,7 +33,7 @@ _PAGE = mmap.PAGESIZE
 
 @dataclass(frozen=True)
 class SharedBuffer:
-    """A filled slot: of which worker, which one, and how the tensor in it is laid out."""
+    """A filled buffer of the pool: of which worker, which one, and the layout of the tensor in it."""
 
     worker: int
     number: int
@@ -47,7 +42,14 @@ class SharedBuffer:
 
 
 class SharedMemoryPool:
-    """Slots for `workers` processes forked from this one, `slots` each, of up to `slot_bytes`."""
+    """Buffers for `workers` processes forked from this one, `buffers` each, of up to `buffer_bytes`.
+
+    A batch in fresh shared memory costs a page fault for every 4 KiB, in the worker and again in the reader; at 224
+    pixels that is more than decoding a small JPEG. Here each worker owns a few buffers and fills a free one; the
+    reader's tensor lies in the buffer itself, and when the last tensor on it is gone the buffer is free again. If none
+    is free, fresh memory is used, so nobody waits. The mapping is anonymous: it takes no space in /dev/shm, and a kill
+    leaves nothing behind.
+    """
 
     def __init__(self, *, workers: int, buffers: int, buffer_bytes: int) -> None:
         self._buffer_bytes = -(-buffer_bytes // _PAGE) * _PAGE
@@ -57,7 +59,7 @@ class SharedMemoryPool:
         self._memory = np.frombuffer(memory, np.uint8).reshape(workers, buffers, self._buffer_bytes)
 
     def acquire(self, worker: int, shape: tuple[int, ...]) -> UInt8[Array, "..."] | None:
-        """In a worker: a free slot of its own, as an array of this shape; None if there is none, or it is too small."""
+        """In a worker: a free buffer of its own as an array of this shape; None if there is none or it is too small."""
         size = math.prod(shape)
         free = np.flatnonzero(self._is_taken[worker] == 0)
         if size > self._buffer_bytes or not len(free):
@@ -66,17 +68,17 @@ class SharedMemoryPool:
         return self._memory[worker, free[0], :size].reshape(shape)
 
     def buffer_of(self, worker: int, filled: UInt8[Tensor, "..."]) -> SharedBuffer | None:
-        """The slot at whose beginning a tensor lies; None if it lies elsewhere."""
-        distance = filled.data_ptr() - self._memory[worker].ctypes.data
-        if not 0 <= distance < self._memory[worker].size:
+        """The buffer at whose beginning a tensor lies; None if it lies elsewhere."""
+        offset = filled.data_ptr() - self._memory[worker].ctypes.data
+        if not 0 <= offset < self._memory[worker].size:
             return None
-        return SharedBuffer(worker, distance // self._buffer_bytes, tuple(filled.shape), filled.stride())
+        return SharedBuffer(worker, offset // self._buffer_bytes, tuple(filled.shape), filled.stride())
 
     def open(self, buffer: SharedBuffer) -> UInt8[Tensor, "..."]:
-        """In the reader: what is in a slot, which is free once this tensor and all that share its memory are gone."""
+        """In the reader: a buffer's content; it is free once this tensor and all that share its memory are gone."""
         array = self._memory[buffer.worker, buffer.number, : math.prod(buffer.shape)]
         weakref.finalize(array, self._free, buffer.worker, buffer.number)
-        # the storage of the tensor keeps this very array
+        # the storage of the tensor keeps this very array alive, so its end is the end of all views of the buffer
         return torch.from_numpy(array).as_strided(buffer.shape, buffer.strides)
 
     def _free(self, worker: int, number: int) -> None:
@@ -84,7 +86,7 @@ class SharedMemoryPool:
 
 
 class HasImages(Protocol):
-    """A batch with pictures [B, 3, H, W]."""
+    """A batch with images [B, 3, H, W]."""
 
     @property
     def images(self) -> torch.Tensor:
@@ -92,7 +94,7 @@ class HasImages(Protocol):
         ...
 
     def with_images(self, images: torch.Tensor) -> Self:
-        """The same batch with other pictures."""
+        """The same batch with other images."""
         ...
 
 
@@ -106,7 +108,7 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 @runtime_checkable
 class BatchPlan(Protocol):
-    """Which samples batch `number` holds."""
+    """Which samples batch `number` holds; a batch sampler of `vlm.data.sampler`."""
 
     @property
     def largest_batch(self) -> int:
@@ -121,28 +123,29 @@ class BatchPlan(Protocol):
 
 
 class ShardSet:
-    """Samples by address; keeps the shards used last open. Each worker process has its own.
+    """Samples by their index in some shards; keeps the shards used last open. Each worker process has its own.
 
     cache: where remote and compressed shards are kept; the default one if not given.
     """
 
     def __init__(self, shards: Sequence[str], cache: ShardCache | None = None) -> None:
-        self.shards, self.cache = tuple(shards), cache or default_cache()
+        self.shards = tuple(shards)
+        self.cache = cache or default_cache()
         self._open: dict[int, ShardReader] = {}
         self.buffers: SharedMemoryPool | None = None
 
     def allocate_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
-        """Room for the pictures of a batch: in a worker where they are handed over without a copy, if there is any."""
+        """Memory for the images of a batch: in a worker, if possible, a shared buffer that needs no copy."""
         worker = get_worker_info()
-        taken = self.buffers.acquire(worker.id, shape) if self.buffers and worker else None
-        return np.empty(shape, np.uint8) if taken is None else taken
+        buffer = self.buffers.acquire(worker.id, shape) if self.buffers and worker else None
+        return np.empty(shape, np.uint8) if buffer is None else buffer
 
     def read(self, sample_index: SampleIndex, arrays: tuple[str, ...] = ()) -> Sample:
-        """The sample at an address, with the stored arrays of these names.
+        """The sample at an index, with the stored arrays of these names.
 
         Raises:
             BadSample: it cannot be read.
-            VlmError: its shard cannot be.
+            VlmError: its shard cannot be read.
         """
         return self._reader(sample_index.shard).read(sample_index.number, arrays=arrays)
 
@@ -151,6 +154,7 @@ class ShardSet:
         return self._reader(sample_index.shard).key_and_offset(sample_index.number)
 
     def _reader(self, shard: int) -> ShardReader:
+        # taken out and put back at the end: the dictionary is ordered by last use
         reader = self._open.pop(shard, None) or ShardReader(self.shards[shard], self.cache)
         self._open[shard] = reader
         if len(self._open) > _MAX_OPEN_SHARDS:
@@ -163,31 +167,31 @@ class ShardSet:
 
 @runtime_checkable
 class Collator(Protocol[BatchT]):
-    """Turns the addresses of a batch into a batch; runs in the workers.
+    """Turns the sample indices of a batch into a batch; runs in the workers.
 
-    Pictures in memory of `ShardSet.new_images` are handed over without a copy.
+    Images in memory of `ShardSet.allocate_images` are handed over without a copy.
     """
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the picture of a sample in the batch."""
+        """Bytes of the image of a sample in the batch."""
         ...
 
     def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> BatchT:
-        """The batch made of the samples at these addresses."""
+        """The batch of these samples."""
         ...
 
 
 @dataclass(frozen=True)
 class _WorkerError:
-    """What ended a worker, carried as a value: torch would bury the message in a traceback."""
+    """The error that ended a worker, returned as a value: torch would bury the message in a traceback."""
 
     error: VlmError
 
 
 @dataclass(frozen=True)
 class _SharedBatch(Generic[BatchT]):
-    """A batch whose pictures lie in a slot."""
+    """A batch whose images lie in a shared buffer."""
 
     batch: BatchT
     buffer: SharedBuffer
@@ -204,7 +208,8 @@ class _Batches(Dataset, Generic[BatchT]):
             batch = self.collate(self.plan[index], self.shards)
         except VlmError as error:
             return _WorkerError(error)
-        buffers, worker = self.shards.buffers, get_worker_info()
+        buffers = self.shards.buffers
+        worker = get_worker_info()
         buffer = buffers.buffer_of(worker.id, batch.images) if buffers and worker else None
         return batch if buffer is None else _SharedBatch(batch.with_images(_NOTHING), buffer)
 
@@ -222,54 +227,54 @@ def stream_batches(
     """The batches of the given numbers, in order.
 
     workers: processes that read, decode and tokenize; 0 does it in this one. Which worker makes a batch has no
-        influence on what is in it, and nothing here draws from a global random generator.
+        influence on its content, and nothing here draws from a global random generator.
     prefetch: batches each worker keeps ready.
     cache: where remote and compressed shards are kept; those of the next window are fetched while this one is read.
 
     Raises:
-        UsageError: fewer workers than 0.
+        UsageError: workers is negative.
         VlmError: a shard cannot be read, or too many samples in a row cannot be used.
     """
     if workers < 0:
-        raise UsageError(f"workers = {workers}; 0 is the least: then this process reads and decodes.")
-    opened = ShardSet(shards, cache)
+        raise UsageError(f"workers = {workers}; give 0 or more (with 0 this process reads and decodes).")
+    shard_set = ShardSet(shards, cache)
     if workers and collate.image_bytes:
         buffer_bytes = plan.largest_batch * collate.image_bytes
-        with suppress(OSError):  # so much cannot be mapped; fresh memory is taken batch by batch
-            opened.buffers = SharedMemoryPool(
+        with suppress(OSError):  # so much cannot be mapped; fresh memory is used batch by batch
+            shard_set.buffers = SharedMemoryPool(
                 workers=workers, buffers=prefetch + _BUFFERS_IN_USE, buffer_bytes=buffer_bytes
             )
     loader = DataLoader(
-        _Batches(plan, opened, collate),
+        _Batches(plan, shard_set, collate),
         batch_size=None,
         sampler=numbers,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0),  # else torch takes a number from the global generator
         worker_init_fn=_init_worker,
         multiprocessing_context="fork" if workers else None,
     )
-    return _receive(iter(loader), plan, opened, numbers)
+    return _receive(iter(loader), plan, shard_set, numbers)
 
 
 def _receive(
     produced: "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]",
     plan: BatchPlan,
-    opened: ShardSet,
+    shard_set: ShardSet,
     numbers: range,
 ) -> Iterator[BatchT]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
-    is_fetched = any(map(needs_cache, opened.shards))
-    with Prefetcher(opened.cache, opened.shards) as prefetcher:
+    is_any_cached = any(map(needs_cache, shard_set.shards))
+    with Prefetcher(shard_set.cache, shard_set.shards) as prefetcher:
         for number in numbers:
-            if is_fetched:
+            if is_any_cached:
                 prefetcher.request(plan.upcoming_shards(number))
             batch = _next(produced)
             if isinstance(batch, _WorkerError):
                 raise batch.error
             if isinstance(batch, _SharedBatch):
-                assert opened.buffers is not None
-                batch = batch.batch.with_images(opened.buffers.open(batch.buffer))
+                assert shard_set.buffers is not None
+                batch = batch.batch.with_images(shard_set.buffers.open(batch.buffer))
             yield batch
 
 
@@ -282,20 +287,20 @@ def _next(
         if "DataLoader worker" not in str(error):
             raise
         raise VlmError(
-            f"A loader worker was killed ({error}), often for want of memory: take fewer --workers or a smaller batch. "
-            "What was saved is kept; go on with --resume."
+            f"A loader worker was killed ({error}), often out of memory: use fewer --workers or a smaller batch. "
+            "What was saved is kept; continue with --resume."
         ) from error
 
 
 def _init_worker(_: int) -> None:
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), name="parent", daemon=True).start()
     torch.set_num_threads(1)
-    # what was there before the fork stays; each collection would go through all of it, and take a copy by writing to it
+    # objects from before the fork stay; each collection would visit them all, and copy their pages by writing to them
     gc.freeze()
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this worker when its parent was killed: torch's own would wait for ever to hand over its last batches."""
+    """End this worker when its parent was killed: torch itself would wait for ever to hand over the last ones."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Arrays stored beside a sample: what a teacher made of drawn views and of captions, text embeddings made beforehand.
+"""Precomputed features stored next to a sample: a teacher's embeddings of views and captions, or text embeddings.
 
 A sample may hold `key.NAME.npy` members. Those of NAME `view_seeds` (uint64 [A]) are seeds of A views a teacher saw;
 `teacher_image` (float [A, D]) is what it made of them: the student is shown the same view (dataset reinforcement,
@@ -29,7 +29,7 @@ ARRAY_ROWS: dict[str, Literal["view", "caption"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputedFeatures:
-    """Which stored arrays a batch carries. names: keys of `ROWS`."""
+    """Which stored arrays a batch carries. names: keys of `ARRAY_ROWS`."""
 
     names: tuple[str, ...] = ()
 
@@ -40,7 +40,7 @@ class PrecomputedFeatures:
 
     @cached_property
     def members(self) -> tuple[str, ...]:
-        """What has to be read of each sample."""
+        """The arrays to read of each sample."""
         return (VIEW_SEEDS, *self.names) if self.has_views else self.names
 
     @cached_property
@@ -49,14 +49,16 @@ class PrecomputedFeatures:
         return any(ARRAY_ROWS[name] == "view" for name in self.names)
 
     def sample_view(self, sample: Sample, rng: RandomSource) -> tuple[int, np.random.Generator]:
-        """The number of a stored view, drawn, and the generator that draws it again.
+        """The number of a stored view, drawn at random, and the generator that draws the view again.
 
         Raises:
-            BadSample: the seeds are no list of whole numbers.
+            BadSample: the seeds are not a list of whole numbers.
         """
         seeds = sample.arrays[VIEW_SEEDS]
         if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui" or seeds.min() < 0:
-            raise BadSample("bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is wanted")
+            raise BadSample(
+                "bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is expected"
+            )
         number = random_below(rng, len(seeds))
         return number, view_rng(int(seeds[number]))
 
@@ -68,16 +70,17 @@ class PrecomputedFeatures:
         """
         selected: list[np.ndarray] = []
         for name in self.names:
-            array, row = sample.arrays[name], view if ARRAY_ROWS[name] == "view" else caption.number
+            array = sample.arrays[name]
+            row = view if ARRAY_ROWS[name] == "view" else caption.number
             if array.ndim != 2 or array.dtype.kind != "f" or not 0 <= row < len(array):
                 raise BadSample(
                     "bad array",
-                    f"{name} has shape {array.shape} of {array.dtype}; row {row} of a float matrix is wanted",
+                    f"{name} has shape {array.shape} of {array.dtype}; row {row} of a float matrix is expected",
                 )
             with np.errstate(over="ignore"):
                 values = array[row].astype(np.float32)
             if not np.isfinite(values).all():
-                raise BadSample("bad array", f"{name} has values in row {row} that are no finite float32")
+                raise BadSample("bad array", f"{name} has values in row {row} that are not finite in float32")
             selected.append(values)
         return tuple(selected)
 
@@ -93,7 +96,9 @@ class PrecomputedFeatures:
         for position, name in enumerate(self.names):
             sizes = {row[position].size: key for row, key in zip(rows, keys, strict=True)}
             if len(sizes) > 1:
-                raise VlmError(f"{name} has rows of different lengths ({sizes}, one key each); store them alike.")
+                raise VlmError(
+                    f"{name} has rows of different lengths ({sizes}, one key each); store them with one length."
+                )
             stacked[name] = torch.from_numpy(np.stack([row[position] for row in rows]))
         return stacked
 

@@ -1,6 +1,8 @@
-"""What travels through the data rooms: a pair on its way into a shard, a sample on its way out.
+"""Samples: a pair on its way into a shard, a sample on its way out, and which of its captions is shown.
 
-Which caption of a sample is shown: drawn by language and probability, whole or one sentence of it.
+Every random choice about a sample comes from `SampleRng`, a pure function of the visit, so that neither the number of
+workers nor a resumed run changes it. `CaptionSampler` draws one caption by language and probability, whole or one
+sentence of it.
 """
 
 import math
@@ -28,10 +30,10 @@ Captions = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A picture with its captions, as a source gives it to `vlm pack`.
+    """An image with its captions, as a source gives it to `vlm pack`.
 
-    key: unlike that of any other pair of its source, without a dot.
-    image: the encoded file as it was found, of any kind.
+    key: unique in its source, without a dot.
+    image: the encoded file as it was found, in any format.
     metadata: plain JSON values, kept in `key.json`. arrays: kept as `key.NAME.npy`.
     """
 
@@ -43,7 +45,7 @@ class Pair:
 
 
 class Sample(NamedTuple):
-    """One sample as it lies in a shard: encoded picture, captions, metadata, and the stored arrays asked for."""
+    """One sample as it is stored in a shard: encoded image, captions, metadata, and the requested arrays."""
 
     key: str
     image: bytes
@@ -62,47 +64,49 @@ def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     {'': ('a dog',), 'zh': ('狗',)}
     """
     raw = metadata.get("captions")
-    found = {str(language): _texts(texts) for language, texts in raw.items()} if isinstance(raw, dict) else {}
-    if not any(found.values()):
-        found = {UNNAMED: _texts(raw) or _texts(text) or _texts(metadata.get("caption"))}
+    captions: Captions = {}
+    if isinstance(raw, dict):
+        captions = {str(language): _texts(texts) for language, texts in raw.items()}
+    if not any(captions.values()):
+        captions = {UNNAMED: _texts(raw) or _texts(text) or _texts(metadata.get("caption"))}
     for name, value in metadata.items():
         if name.startswith("captions_"):
-            found[name.removeprefix("captions_")] = _texts(value)
-    return {language: texts for language, texts in found.items() if texts}
+            captions[name.removeprefix("captions_")] = _texts(value)
+    return {language: texts for language, texts in captions.items() if texts}
 
 
 def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions:
-    """The captions in the asked languages; without a wish, those of the first language.
+    """The captions in the requested languages, in their order; without a request, those of the first language.
 
-    Captions that do not name their language count as the first one asked for.
+    Captions that do not name their language count as the first requested one.
 
     Raises:
         BadSample: none is left.
     """
     if not languages:
-        chosen = dict(list(captions.items())[:1])
+        selected = dict(list(captions.items())[:1])
     else:
         named = {languages[0] if language == UNNAMED else language: texts for language, texts in captions.items()}
-        chosen = {language: named[language] for language in languages if language in named}
-    if not chosen:
-        raise BadSample("no caption", f"languages asked {languages or 'any'}, found {tuple(captions)}")
-    return chosen
+        selected = {language: named[language] for language in languages if language in named}
+    if not selected:
+        raise BadSample("no caption", f"languages requested {languages or 'any'}, found {tuple(captions)}")
+    return selected
 
 
 class RandomSource(Protocol):
     """A source of random numbers; numpy's generators are one."""
 
     def random(self) -> float:
-        """The next number, even in [0, 1)."""
+        """The next number, uniform in [0, 1)."""
         ...
 
 
 class SampleRng:
     """Every random choice about one sample at one visit: a pure function of seed, epoch, key and repeat.
 
-    Numbers are read off the BLAKE2 digest of the visit, eight at a time; setting a generator of numpy up takes longer
+    Numbers are read off the BLAKE2 digest of the visit, eight at a time; setting up a generator of numpy takes longer
     than all that is drawn for a sample. purpose: at most 16 ASCII letters; streams of different purposes are
-    independent, so that asking for one thing more changes no other. repeat: which visit of the sample in this epoch,
+    independent, so that one more kind of draw changes no other. repeat: which visit of the sample in this epoch,
     from 0, where a selection asks for several.
 
     >>> SampleRng(0, 0, "key").random() == SampleRng(0, 0, "key").random()
@@ -118,29 +122,32 @@ class SampleRng:
         self._words: list[int] = []
 
     def random(self) -> float:
-        """The next number, even in [0, 1), of 53 bits."""
+        """The next number, uniform in [0, 1), of 53 bits."""
         if not self._words:
             digest = blake2b(self._visit, salt=_NUMBERED(self._block), person=self._purpose).digest()
-            self._block, self._words = self._block + 1, list(_WORDS(digest))
+            self._block += 1
+            self._words = list(_WORDS(digest))
         return (self._words.pop() >> 11) * _OF_53_BITS
 
 
-_NUMBERED, _WORDS = Struct("<Q").pack, Struct("<8Q").unpack
+_NUMBERED = Struct("<Q").pack
+_WORDS = Struct("<8Q").unpack
 _OF_53_BITS = 2.0**-53
 
 
 def random_below(rng: RandomSource, number: int) -> int:
-    """One of the whole numbers from 0 on below `number`, evenly."""
+    """A whole number from 0 up to but not including `number`, uniform."""
     return int(rng.random() * number)
 
 
 def shuffled(values: Sequence[Value], rng: RandomSource, number: int | None = None) -> list[Value]:
-    """The values in an even random order, or the first `number` of them in that order (Fisher and Yates)."""
-    left = list(values)
-    for position in range(min(len(left) if number is None else number, len(left))):
-        other = position + random_below(rng, len(left) - position)
-        left[position], left[other] = left[other], left[position]
-    return left if number is None else left[:number]
+    """The values in a uniform random order, or the first `number` of them in that order (Fisher and Yates)."""
+    order = list(values)
+    number = len(order) if number is None else min(number, len(order))
+    for position in range(number):
+        other = position + random_below(rng, len(order) - position)
+        order[position], order[other] = order[other], order[position]
+    return order[:number]
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -152,7 +159,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 TAGS = "tags"
-"""The language under which the tags of a sample can be asked for."""
+"""The language under which the tags of a sample can be requested."""
 
 _WEIGHTS = "caption_weights"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])(?![.!?。！？])")
@@ -161,7 +168,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])(?![.!?。！�
 class SampledCaption(NamedTuple):
     """A caption as it was drawn.
 
-    number: its place among all captions of the sample, languages in their order; -1 for tags.
+    number: its position among all captions of the sample, languages in their order; -1 for tags.
     """
 
     text: str
@@ -171,15 +178,15 @@ class SampledCaption(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSampler:
-    """How one caption of a sample is drawn.
+    """Draws one caption of a sample.
 
-    languages: those captions are drawn from, evenly or by `language_weights`; empty takes the first of each sample.
-        `tags` stands for the sample's tags, joined in a drawn order. Any group of captions kept under a name
-        (`captions_synthetic`) is asked for like a language.
-    sentences: of the drawn caption, show one sentence, drawn evenly (DreamLIP's sub-captions).
+    languages: drawn from, uniformly or by `language_weights`; empty uses the first one of each sample.
+        `tags` stands for the sample's tags, joined in a random order. Any group of captions stored under a name
+        (`captions_synthetic`) is requested like a language.
+    sentences: of the drawn caption, show one sentence, drawn uniformly (DreamLIP's sub-captions).
 
-    Within a language captions are drawn evenly, or by the sample's own `caption_weights`: a list beside `captions`,
-    or lists by language.
+    Within a language captions are drawn uniformly, or by the sample's own `caption_weights`: a list next to
+    `captions`, or lists by language.
     """
 
     languages: tuple[str, ...] = ()
@@ -194,54 +201,66 @@ class CaptionSampler:
         if len(set(self.languages)) < len(self.languages):
             raise UsageError(f"languages = {self.languages} names one twice; name each once, with a weight if need be.")
         if self.language_weights and (min(self.language_weights) < 0 or not 0 < sum(self.language_weights) < math.inf):
-            raise UsageError(f"language_weights = {self.language_weights}: give numbers from 0 on, not all 0.")
+            raise UsageError(f"language_weights = {self.language_weights}: give numbers of at least 0, not all 0.")
 
     def __call__(self, sample: Sample, rng: RandomSource) -> SampledCaption:
         """Draw one caption.
 
         Raises:
-            BadSample: there is none in the languages asked for, or its weights do not fit.
+            BadSample: there is none in the requested languages, or its weights do not fit.
         """
         captions = sample.captions
-        if TAGS in self.languages and (tags := parse_tags(sample.metadata)):
+        tags = parse_tags(sample.metadata) if TAGS in self.languages else ()
+        if tags:
             captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
-        chosen = select_languages(captions, self.languages)
-        language = list(chosen)[_weighted_index(rng, self._weights_of(tuple(chosen)), len(chosen))]
-        texts = chosen[language]
-        kept_as = language if language in sample.captions or language == TAGS else UNNAMED
-        position = _weighted_index(rng, _caption_weights(sample, kept_as, len(texts)), len(texts))
+
+        # the language, then the caption, then the sentence: the order of the draws is part of what a seed stands for
+        candidates = select_languages(captions, self.languages)
+        language_weights = self._weights_of(tuple(candidates))
+        language = list(candidates)[_weighted_index(rng, language_weights, len(candidates))]
+        texts = candidates[language]
+        # captions that do not name their language are stored under none, but may have been requested under one
+        stored_language = language if language in sample.captions or language == TAGS else UNNAMED
+        position = _weighted_index(rng, _caption_weights(sample, stored_language, len(texts)), len(texts))
         text = texts[position]
         if self.sentences:
             sentences = split_sentences(text)
             text = sentences[random_below(rng, len(sentences))]
-        return SampledCaption(text=text, language=language, number=_caption_index(sample.captions, kept_as, position))
+        number = _caption_index(sample.captions, stored_language, position)
+        return SampledCaption(text=text, language=language, number=number)
 
     def sentences_of(self, sample: Sample) -> list[str]:
-        """The different sentences of all captions in the languages asked for, in their order; tags are none."""
+        """The different sentences of all captions in the requested languages, in their order; tags have none."""
         requested = tuple(language for language in self.languages if language != TAGS)
+        if self.languages and not requested:
+            return []
         weights = dict(zip(self.languages, self.language_weights, strict=False))
         try:
-            chosen = select_languages(sample.captions, requested) if requested or not self.languages else {}
+            captions = select_languages(sample.captions, requested)
         except BadSample:
             return []
-        texts = [text for language in chosen if weights.get(language, 1) > 0 for text in chosen[language]]
-        return list(dict.fromkeys(sentence for text in texts for sentence in split_sentences(text)))
+        sentences: dict[str, None] = {}  # as an ordered set
+        for language, texts in captions.items():
+            if weights.get(language, 1) > 0:
+                for text in texts:
+                    sentences.update(dict.fromkeys(split_sentences(text)))
+        return list(sentences)
 
-    def _weights_of(self, chosen: tuple[str, ...]) -> list[float] | None:
+    def _weights_of(self, candidates: tuple[str, ...]) -> list[float] | None:
         if not self.language_weights:
             return None
         by_language = dict(zip(self.languages, self.language_weights, strict=True))
-        weights = [by_language[language] for language in chosen]
+        weights = [by_language[language] for language in candidates]
         if sum(weights) <= 0:
-            raise BadSample("no caption", f"only in languages of weight 0: {chosen}")
+            raise BadSample("no caption", f"only in languages of weight 0: {candidates}")
         return weights
 
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a caption; a text without an end mark is one.
 
-    Cut is after . ! ? before a space, and after 。！？ anywhere; several marks in a row end one sentence.
-    Abbreviations are not known: "Dr. Smith" is cut too.
+    It is split after . ! ? before a space, and after 。！？ anywhere; several marks in a row end one sentence.
+    Abbreviations are not known: "Dr. Smith" is split too.
 
     >>> split_sentences("A dog runs. It is wet!")
     ['A dog runs.', 'It is wet!']
@@ -272,12 +291,13 @@ def _caption_weights(sample: Sample, language: str, number: int) -> list[float] 
         return None
     try:
         numbers = [float(weight) for weight in weights]
-        is_sound = len(numbers) == number and min(numbers) >= 0 and 0 < sum(numbers) < math.inf
+        is_valid = len(numbers) == number and min(numbers) >= 0 and 0 < sum(numbers) < math.inf
     except (TypeError, ValueError, OverflowError):
-        is_sound, numbers = False, []
-    if not is_sound:
+        numbers = []
+        is_valid = False
+    if not is_valid:
         preview = repr(weights)[:80]
-        raise BadSample("bad caption weights", f"{number} weights from 0 on are wanted for {language!r}: {preview}")
+        raise BadSample("bad caption weights", f"{number} weights of at least 0 needed for {language!r}: {preview}")
     return numbers
 
 

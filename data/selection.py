@@ -1,4 +1,4 @@
-"""A selection: how often each sample of some shards is seen in an epoch, applied while streaming."""
+"""Selections: how often each sample of some shards is seen in an epoch, applied while streaming."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ MAX_TIMES = np.iinfo(np.uint16).max
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedShard:
-    """A shard a selection speaks of. fingerprint: of its content (`TarIndex.fingerprint`), so it may be moved."""
+    """A shard of a selection. fingerprint: of its content (`TarIndex.fingerprint`), so it may be moved."""
 
     name: str
     fingerprint: str
@@ -54,7 +54,7 @@ class Selection:
 
     @property
     def samples(self) -> int:
-        """Samples there are."""
+        """Samples of all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
@@ -70,28 +70,28 @@ class Selection:
             UsageError: a tar is not among those the selection was made for.
         """
         by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
-        found: list[UInt16[Array, " N"]] = []
+        times_of_shards: list[UInt16[Array, " N"]] = []
         for url in shards:
             index = open_index(url, cache)
             times = by_content.get(index.fingerprint)
             if times is None or len(times) != len(index):
                 raise UsageError(
-                    f"The selection knows nothing of {url} (it was made for {len(self.shards):,} shards, the first "
+                    f"The selection does not know {url} (it was made for {len(self.shards):,} shards, the first "
                     f"is {self.shards[0].name}); the tar has changed since, or is another one: run vlm curate on it."
                 )
-            found.append(times)
-        return found
+            times_of_shards.append(times)
+        return times_of_shards
 
 
 def select_all(shards: Sequence[str], *, cache: ShardCache | None = None) -> Selection:
     """Every sample of the tars once."""
-    described = []
+    selected: list[SelectedShard] = []
     for url in shards:
         index = open_index(url, cache)
         name = url.rpartition("/")[2]
-        described.append(SelectedShard(name=name, fingerprint=index.fingerprint, samples=len(index)))
-    times = tuple(np.ones(shard.samples, np.uint16) for shard in described)
-    return Selection(shards=tuple(described), times=times)
+        selected.append(SelectedShard(name=name, fingerprint=index.fingerprint, samples=len(index)))
+    times = tuple(np.ones(shard.samples, np.uint16) for shard in selected)
+    return Selection(shards=tuple(selected), times=times)
 
 
 def write_selection(path: Path, selection: Selection) -> None:
@@ -114,40 +114,42 @@ def read_selection(path: Path) -> Selection:
     """Read a selection; its times stay on disk and are memory-mapped.
 
     Raises:
-        UsageError: there is no such file, or it is no selection of this format.
+        UsageError: there is no such file, or it is not a selection of this format.
     """
     if not path.is_file():
         raise UsageError(f"There is no selection {str(path)!r}; vlm curate SHARDS OUT{SUFFIX} writes one.")
     try:
         return _read(path)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no selection, or is damaged ({error}); make it again by vlm curate.") from error
+        raise UsageError(
+            f"{path} is not a selection, or is damaged ({error}); make it again with vlm curate."
+        ) from error
 
 
 def _read(path: Path) -> Selection:
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    described = reader.schema.metadata or {}
-    if described.get(b"vlm-selection") != FORMAT.encode() or reader.schema.types != [pa.uint16()]:
+    metadata = reader.schema.metadata or {}
+    if metadata.get(b"vlm-selection") != FORMAT.encode() or reader.schema.types != [pa.uint16()]:
         raise ValueError(f"not of format {FORMAT}")
-    shards = tuple(
-        SelectedShard(name=str(name), fingerprint=str(fingerprint), samples=int(samples))
-        for name, fingerprint, samples in json.loads(described[b"shards"])
-    )
+    shards: list[SelectedShard] = []
+    for name, fingerprint, samples in json.loads(metadata[b"shards"]):
+        shards.append(SelectedShard(name=str(name), fingerprint=str(fingerprint), samples=int(samples)))
+
+    # validated, since a damaged file that is memory-mapped would fail, or worse not fail, in the middle of a run
     batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     for batch in batches:
         batch.validate(full=True)
     if [batch.num_rows for batch in batches] != [shard.samples for shard in shards] or not shards:
         raise ValueError("it does not hold as many times as its shards have samples")
-    lineage = json.loads(described[b"lineage"])
+    lineage = json.loads(metadata[b"lineage"])
     if any(batch.column(0).null_count for batch in batches) or not isinstance(lineage, list):
         raise ValueError("values are missing")
-    return Selection(
-        shards=shards, times=tuple(batch.column(0).to_numpy() for batch in batches), lineage=tuple(lineage)
-    )
+    times = tuple(batch.column(0).to_numpy() for batch in batches)
+    return Selection(shards=tuple(shards), times=times, lineage=tuple(lineage))
 
 
 def intersect_selections(one: Selection, other: Selection) -> Selection:
-    """And: the samples in both, as often as the product of their times says."""
+    """And: the samples in both, their times multiplied."""
     theirs = _aligned_times(one, other)
     times = [_clip_times(a.astype(np.int64) * b) for a, b in zip(one.times, theirs, strict=True)]
     return _compose("and", one, other, times)
@@ -168,7 +170,7 @@ def add(one: Selection, other: Selection) -> Selection:
 
 
 def reweight(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
-    """Every sample `weight` times as often; what is left of a whole number is drawn from the seed.
+    """Every sample `weight` times as often; the fraction beyond a whole number is drawn from the seed.
 
     Weight 1.5 sees each sample once and half of them, drawn, once more.
     """
@@ -183,7 +185,7 @@ def reweight(selection: Selection, weight: float, *, seed: int = 0) -> Selection
 
 
 def stochastic_round(expected: Float[Array, " N"], rng: np.random.Generator) -> UInt16[Array, " N"]:
-    """Whole times with the expected mean: the floor, and one more with the probability of what is left."""
+    """Whole times with the expected mean: the floor, and one more with the probability of the fraction."""
     whole = np.floor(expected)
     return _clip_times(whole + (rng.random(len(expected)) < expected - whole))
 
@@ -197,7 +199,7 @@ def _aligned_times(one: Selection, other: Selection) -> list[UInt16[Array, " N"]
     missing = [shard.name for shard in one.shards if shard.fingerprint not in by_content]
     if missing:
         raise UsageError(
-            f"The selections speak of different shards: {missing[0]} and {len(missing) - 1:,} more are missing in the "
+            f"The selections are of different shards: {missing[0]} and {len(missing) - 1:,} more are missing in the "
             "second; curate both over the same shards."
         )
     return [by_content[shard.fingerprint] for shard in one.shards]

@@ -1,8 +1,7 @@
-"""A picture as a model sees it: the random view of training and the fixed view of everything else.
+"""Transforms: an image as a model sees it.
 
-Small crops of a picture beside its view, for objectives that hold parts against the whole.
-
-Picture files given by a person, as a model sees them.
+`RandomResizedCrop` is the random view of training, `LocalCrops` the small crops next to it, `EvalTransform` the fixed
+view of everything else.
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTransform:
-    """Resize and crop without chance, pixel for pixel as open_clip's evaluation transform does.
+    """Resize and crop deterministically, pixel for pixel as open_clip's evaluation transform does.
 
     size: pixels of the square. mean, std: of the channels in [0, 1], applied on the device.
     resize_mode: shortest (then centre crop), squash, or longest (then pad with fill_color).
@@ -46,23 +45,24 @@ class EvalTransform:
     @classmethod
     def from_preprocess(cls, values: dict[str, Any]) -> "EvalTransform":
         """From the `preprocess_cfg` of an open_clip model folder."""
-        known = {field.name for field in fields(cls)}
-        kept: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known
-        }
-        if isinstance(kept.get("size"), tuple):
-            height, width = kept["size"]
+        arguments: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            if name in values:
+                value = values[name]
+                arguments[name] = tuple(value) if isinstance(value, list) else value
+        if isinstance(arguments.get("size"), tuple):
+            height, width = arguments["size"]
             if height != width:
-                raise UsageError(f"The model wants {height}×{width} pictures; only square ones are supported.")
-            kept["size"] = height
-        return cls(**kept)
+                raise UsageError(f"The model takes {height}×{width} images; only square ones are supported.")
+            arguments["size"] = height
+        return cls(**arguments)
 
     def to_preprocess(self) -> dict[str, Any]:
         """As the `preprocess_cfg` of an open_clip model folder."""
         return asdict(self) | {"mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Encoded picture to uint8 [3, size, size].
+        """Encoded image to uint8 [3, size, size].
 
         Raises:
             BadSample: it cannot be decoded.
@@ -71,7 +71,8 @@ class EvalTransform:
         return _channels_first(self._fit(image))
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        size, resample = self.size, _FILTERS[self.interpolation]
+        size = self.size
+        resample = _FILTERS[self.interpolation]
         if self.resize_mode == "squash":
             return image.resize((size, size), resample)
         width, height = image.size
@@ -81,18 +82,18 @@ class EvalTransform:
             square = Image.new("RGB", (size, size), (self.fill_color,) * 3)
             square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
             return square
-        if width <= height:
-            new_width, new_height = size, int(size * height / width)
-        else:
-            new_width, new_height = int(size * width / height), size
+        # int() and round() as in torchvision's Resize and CenterCrop: another rounding shifts the image by a pixel
+        new_width = size if width <= height else int(size * width / height)
+        new_height = int(size * height / width) if width <= height else size
         if (new_width, new_height) != image.size:
             image = image.resize((new_width, new_height), resample)
-        left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+        left = round((new_width - size) / 2)
+        top = round((new_height - size) / 2)
         return image.crop((left, top, left + size, top + size))
 
 
 class Crop(NamedTuple):
-    """A piece of an upright picture, in its pixels, and whether it is shown mirrored."""
+    """A rectangle of an upright image, in its pixels, and whether it is mirrored."""
 
     left: int
     top: int
@@ -103,7 +104,7 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """A random crop, resized (Inception's RandomResizedCrop), decoded no larger than it needs.
+    """A random crop, resized (Inception's RandomResizedCrop), decoded no larger than needed.
 
     scale: range of the crop's share of the area. ratio: range of its width / height.
     flip: probability of mirroring. interpolation: bicubic or bilinear, both antialiased.
@@ -123,7 +124,7 @@ class RandomResizedCrop:
             raise UsageError(f"size = {self.size} pixels show nothing; give 1 or more.")
 
     def __call__(self, data: bytes, rng: RandomSource) -> UInt8[Array, "3 S S"]:
-        """Encoded picture to its view; the channels of a pixel lie side by side in memory (as of `show`).
+        """Encoded image to its view; the channels of a pixel lie side by side in memory (as of `show`).
 
         Raises:
             BadSample: it cannot be decoded.
@@ -132,25 +133,36 @@ class RandomResizedCrop:
         return self.show(image, self.draw(image.width, image.height, rng))
 
     def draw(self, width: int, height: int, rng: RandomSource) -> Crop:
-        """The crop of an upright picture of this size; the middle, as large as the ratio allows, after ten misses.
+        """The crop of an upright image of this size; the centre, as large as the ratio allows, after ten misses.
 
-        What is drawn from the generator depends on the size alone, not on how the picture is decoded.
+        What is drawn from the generator depends on the size alone, not on how the image is decoded.
         """
         is_flipped = rng.random() < self.flip
         if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
             return self._on_grid(0, 0, width, height, is_flipped)
-        random, pixels, (low, span), (least, most) = rng.random, width * height, self._log_ratio, self.scale
+        random = rng.random
+        low, span = self._log_ratio
+        min_scale, max_scale = self.scale
         for _ in range(10):
-            share, shape, across, down = random(), random(), random(), random()
-            area = pixels * (least + share * (most - least))
-            aspect = exp(low + shape * span)
-            crop_width, crop_height = round(sqrt(area * aspect)), round(sqrt(area / aspect))
+            # four numbers for every try, in this order: it is part of the views a seed stands for
+            share = random()
+            shape = random()
+            across = random()
+            down = random()
+            area = width * height * (min_scale + share * (max_scale - min_scale))
+            aspect = exp(low + shape * span)  # uniform in the logarithm, so that wide is as likely as tall
+            crop_width = round(sqrt(area * aspect))
+            crop_height = round(sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
-                left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
+                left = int(across * (width - crop_width + 1))
+                top = int(down * (height - crop_height + 1))
                 return self._on_grid(left, top, crop_width, crop_height, is_flipped)
+
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
-        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        crop_width = min(width, round(height * aspect))
+        crop_height = min(height, round(width / aspect))
+        left = (width - crop_width) // 2
+        top = (height - crop_height) // 2
         return self._on_grid(left, top, crop_width, crop_height, is_flipped)
 
     @cached_property
@@ -158,9 +170,9 @@ class RandomResizedCrop:
         return log(self.ratio[0]), log(self.ratio[1]) - log(self.ratio[0])
 
     def _on_grid(self, left: int, top: int, width: int, height: int, is_flipped: bool) -> Crop:
-        """The crop with its edges on whole pixels of the reduced JPEG, for every kind of picture.
+        """The crop with its edges on whole pixels of the reduced JPEG, for images of every format.
 
-        Otherwise a reduced picture would be shown shifted by part of a pixel against the same one decoded whole.
+        Otherwise a reduced image would be shifted by part of a pixel against the same one decoded whole.
         """
         step = reduction(self.size / min(width, height))
         if step == 1:
@@ -168,7 +180,7 @@ class RandomResizedCrop:
         return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_flipped)
 
     def show(self, image: EncodedImage, crop: Crop) -> UInt8[Array, "3 S S"]:
-        """Decode a picture and resize its crop; the channels of a pixel lie side by side in memory.
+        """Decode an image and resize its crop; the channels of a pixel lie side by side in memory.
 
         Raises:
             BadSample: it cannot be decoded.
@@ -178,13 +190,13 @@ class RandomResizedCrop:
         return shown.transpose(2, 0, 1)
 
     def resolution(self, crop: Crop) -> float:
-        """Share of the picture's width and height at which its crop still fills the view."""
+        """Share of the image's width and height at which its crop still fills the view."""
         return min(1.0, self.size / min(crop.width, crop.height))
 
     def cut(
         self, image: EncodedImage, pixels: UInt8[Array, "H W 3"], crop: Crop, *, out: UInt8[Array, "S S 3"]
     ) -> None:
-        """Write the resized crop of the picture's pixels, whole or reduced, to `out`."""
+        """Write the resized crop of the image's pixels, whole or reduced, to `out`."""
         step = image.reduction_of(pixels)
         if image.orientation != 1 and any(overhang := image.overhang(step)):
             self._crop_between_pixels(pixels, crop, step, overhang, out=out)
@@ -204,18 +216,19 @@ class RandomResizedCrop:
         *,
         out: UInt8[Array, "S S 3"],
     ) -> None:
-        """As `cut` where the reduced pixels do not begin at the picture's corner; torch cuts at whole ones only."""
+        """As `cut` where the reduced pixels do not begin at the image's corner; torch cuts at whole ones only."""
         left, right = _reduced_edges(crop.left, crop.width, overhang[0], step, pixels.shape[1])
         top, bottom = _reduced_edges(crop.top, crop.height, overhang[1], step, pixels.shape[0])
-        first_row, first_column = int(top), int(left)
+        first_row = int(top)
+        first_column = int(left)
         piece = Image.fromarray(np.ascontiguousarray(pixels[first_row : ceil(bottom), first_column : ceil(right)]))
         box = (left - first_column, top - first_row, right - first_column, bottom - first_row)
         out[:] = piece.resize((self.size, self.size), _FILTERS[self.interpolation], box=box)
 
 
-def _reduced_edges(first: int, length: int, overhang: int, step: int, most: int) -> tuple[float, float]:
-    """Where a stretch of a picture lies among its reduced pixels."""
-    return (first + overhang) / step, min((first + length + overhang) / step, most)
+def _reduced_edges(first: int, length: int, overhang: int, step: int, num_pixels: int) -> tuple[float, float]:
+    """Where a stretch of an image begins and ends among its reduced pixels."""
+    return (first + overhang) / step, min((first + length + overhang) / step, num_pixels)
 
 
 def resize_antialiased(
@@ -224,7 +237,7 @@ def resize_antialiased(
     """Resize to the size of `out` by torch's antialiased filter: Pillow's results within two levels, in a fifth of its
     time.
     """
-    if min(pixels.strides) < 0:  # a turned picture; torch has no negative strides
+    if min(pixels.strides) < 0:  # an image turned upright; torch has no negative strides
         pixels = np.ascontiguousarray(pixels)
     # what F.interpolate calls, but it has no `out`, and a view that is copied later has left the processor's cache
     _RESIZE[interpolation](_batch_of_one(pixels), out.shape[:2], False, out=_batch_of_one(out))
@@ -251,7 +264,7 @@ LOCAL_SCALE = (0.05, 0.4)
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCrops:
-    """So many crops of a picture, each drawn as `view` says."""
+    """`number` crops of an image, each drawn as `view` says."""
 
     number: int
     view: RandomResizedCrop
@@ -264,11 +277,11 @@ class LocalCrops:
     def for_global_crop(
         cls, view: RandomResizedCrop, *, number: int, size: int = 0, scale: tuple[float, float] = LOCAL_SCALE
     ) -> "LocalCrops":
-        """Crops that go with a view, mirrored as often and resized alike. size: of their side; 0 is half the view's."""
+        """Crops next to a view, flipped as often and resized alike. size: of their side; 0 is half the view's."""
         return cls(number=number, view=replace(view, size=size or max(view.size // 2, 1), scale=scale))
 
     def draw(self, width: int, height: int, rng: RandomSource) -> list[Crop]:
-        """The crops of an upright picture of this size."""
+        """The crops of an upright image of this size."""
         return [self.view.draw(width, height, rng) for _ in range(self.number)]
 
     def show(
@@ -281,7 +294,7 @@ class LocalCrops:
     ) -> None:
         """Write the resized crops to `out`.
 
-        decoded: the picture as its view needed it, which serves unless the crops need it finer; then it is decoded a
+        decoded: the image as its view needed it, which serves unless the crops need it finer; then it is decoded a
         second time.
 
         Raises:
@@ -298,14 +311,14 @@ def load_images(paths: Sequence[Path], view: EvalTransform) -> UInt8[Tensor, "B 
     """Read, decode and fit each file.
 
     Raises:
-        UsageError: none is given, or one does not exist or is no picture.
+        UsageError: none is given, or one does not exist or is not an image.
     """
     if not paths:
-        raise UsageError("No picture was given.")
+        raise UsageError("No image was given.")
     views: list[np.ndarray] = []
     for path in paths:
         if not path.is_file():
-            raise UsageError(f"There is no picture {str(path)!r}.")
+            raise UsageError(f"There is no image {str(path)!r}.")
         try:
             views.append(view(path.read_bytes()))
         except BadSample as error:

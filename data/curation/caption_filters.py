@@ -1,6 +1,6 @@
-"""Rules by the captions alone.
+"""Filters by caption: length, language, repetition, and balancing over concepts after MetaCLIP.
 
-Balancing over concepts, after MetaCLIP.
+Each filter is the dataclass of its parameters, then the function that decides.
 """
 
 import json
@@ -8,7 +8,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from vlm.files import compute_fingerprint
 
 # scripts written without spaces: each character counts as a word
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-# the same, for Python's regular expressions, which know no scripts
+# the same for Python's regular expressions, which do not know scripts
 UNSPACED_CHARACTERS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
 )
@@ -50,12 +50,12 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "el": ("GREEK",),
     "th": ("THAI",),
 }
-"""Scripts by language, as the names of their characters begin in Unicode; other languages are taken at their word."""
+"""Scripts by language, as the Unicode names of their characters begin; other languages are not checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthLimits:
-    """min, max: of a caption; languages: look at these only; of: whether any or all captions of a sample must fit."""
+    """min, max: of a caption; languages: only these count; of: whether any or all captions of a sample must fit."""
 
     min: Annotated[int, Field(ge=0)] | None = None
     max: Annotated[int, Field(ge=0)] | None = None
@@ -101,8 +101,12 @@ def _filter_by_length(
 
 
 def _any_or_all(positions: np.ndarray, fits: np.ndarray, samples: int, of: str) -> np.ndarray:
-    fitting, all_of = np.bincount(positions[fits], minlength=samples), np.bincount(positions, minlength=samples)
-    is_kept = (fitting > 0) if of == "any" else (fitting > 0) & (fitting == all_of)
+    """float64 [samples]: 1 for the samples of which any, or all, captions fit."""
+    num_fitting = np.bincount(positions[fits], minlength=samples)
+    num_captions = np.bincount(positions, minlength=samples)
+    is_kept = num_fitting > 0
+    if of == "all":
+        is_kept &= num_fitting == num_captions
     return is_kept.astype(np.float64)
 
 
@@ -131,8 +135,9 @@ def filter_by_language(context: FilterContext, parameters: Languages) -> FilterR
         rows = np.flatnonzero(compute.equal(named, language).to_numpy())
         scripts = SCRIPTS.get(language)
         for row in rows:
-            is_plain = is_ascii[row] and scripts == _LATIN
-            fits[row] = not scripts or is_plain or script_share(texts[int(row)].as_py(), scripts) >= parameters.script
+            # most captions are ASCII: their letters need not be looked up one by one
+            is_latin = is_ascii[row] and scripts == _LATIN
+            fits[row] = not scripts or is_latin or script_share(texts[int(row)].as_py(), scripts) >= parameters.script
     weights = _any_or_all(positions, fits, len(context.sample_table), "any")
 
     def why(position: int) -> str:
@@ -159,27 +164,32 @@ def _script(letter: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionLimit:
-    """max: samples that may have the same caption."""
+    """max: how many samples may have the same caption."""
 
     max: Annotated[int, Field(ge=1)] = 10
 
 
 def limit_repeated_captions(context: FilterContext, parameters: CaptionLimit) -> FilterResult:
-    """Keep no caption more than `max` times: of its samples the first in an order drawn from the seed.
+    """Keep no caption more than `max` times: of its samples the first in a random order drawn from the seed.
 
-    Captions that differ only in case and spaces are the same. A sample of several captions goes as soon as one of
-    them is used up.
+    Captions that differ only in case and spaces are the same. A sample with several captions is dropped as soon as one
+    of them is used up.
     """
     sample_table = context.sample_table
     positions, _, texts = sample_table.captions()
     is_remaining = context.is_remaining[positions]
-    positions, texts = positions[is_remaining], texts.filter(pa.array(is_remaining))
-    words = compute.utf8_trim_whitespace(compute.replace_substring_regex(compute.utf8_lower(texts), r"\s+", " "))
-    coded = words.combine_chunks().dictionary_encode()
+    positions = positions[is_remaining]
+    texts = texts.filter(pa.array(is_remaining))
+
+    # a number for each distinct caption, then the distinct (sample, caption) pairs of captions that occur too often
+    normalized = compute.utf8_trim_whitespace(compute.replace_substring_regex(compute.utf8_lower(texts), r"\s+", " "))
+    coded = normalized.combine_chunks().dictionary_encode()
     codes = (coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded).indices.to_numpy()
     pairs = np.unique(np.stack([positions, codes], axis=1), axis=0) if len(positions) else np.zeros((0, 2), np.int64)
     counts = np.bincount(pairs[:, 1])
     pairs = pairs[counts[pairs[:, 1]] > parameters.max]
+
+    # samples in random order; each uses up one of the allowed times of all its captions, or is dropped
     starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
     weights = np.ones(len(sample_table))
     used: Counter[int] = Counter()
@@ -190,6 +200,7 @@ def limit_repeated_captions(context: FilterContext, parameters: CaptionLimit) ->
             used.update(repeated)
         else:
             weights[pairs[starts[group], 0]] = 0
+
     worst = np.zeros(len(sample_table), dtype=np.int64)
     np.maximum.at(worst, pairs[:, 0], counts[pairs[:, 1]])
     return FilterResult(weights=weights, why=lambda position: f"caption of {max(worst[position], 1):,} samples")
@@ -201,9 +212,9 @@ _CAPTIONS_PER_BLOCK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptCap:
-    """concepts: a file, a JSON list or a concept a line; cap: samples expected of a concept, more or less.
+    """concepts: a file, a JSON list or a concept a line; cap: expected number of samples of a concept, roughly.
 
-    languages: look at these captions only (`tags` for tags).
+    languages: only these captions count (`tags` for tags).
     """
 
     concepts: Path
@@ -214,22 +225,23 @@ class ConceptCap:
 def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterResult:
     """Keep samples of frequent concepts less often (Xu et al. 2024, arXiv 2309.16671, algorithm 1).
 
-    A concept matches a sample when it stands, between word borders, in one of its captions. With `count` samples
+    A concept matches a sample when it occurs, between word boundaries, in one of its captions. With `count` samples
     matched, each match keeps its sample with probability min(1, cap / count), independently, so a sample is kept with
     1 - Π (1 - p) over its concepts; one that matches nothing is dropped. As in the paper a frequent concept may end
-    above the cap, kept by the rarer concepts beside it. Theirs counts pairs of picture and caption, this one samples.
+    above the cap, kept by the rarer concepts next to it. Theirs counts pairs of image and caption, this one samples.
     """
     sample_table = context.sample_table
     names = read_concepts(parameters.concepts)
     positions, _, texts = sample_table.captions(parameters.languages)
     is_remaining = context.is_remaining[positions]
     samples, concepts = match(names, positions[is_remaining], texts.filter(pa.array(is_remaining)))
+
     counts = np.bincount(concepts, minlength=len(names))
     chances = np.minimum(1.0, parameters.cap / np.maximum(counts, 1))
     weights = keep_probabilities(samples, chances[concepts], len(sample_table))
     kept = np.bincount(concepts, weights=weights[samples], minlength=len(names))
-    order = np.argsort(-counts, kind="stable")
-    matched = int(np.count_nonzero(counts))
+    by_frequency = np.argsort(-counts, kind="stable")
+    num_matched = int(np.count_nonzero(counts))
 
     def why(position: int) -> str:
         own = concepts[samples == position]
@@ -244,13 +256,13 @@ def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterRe
         record={
             "concepts": compute_fingerprint(*names),
             "concepts_given": len(names),
-            "concepts_matched": matched,
+            "concepts_matched": num_matched,
             "concepts_above_cap": int((counts > parameters.cap).sum()),
             "samples_matched": len(np.unique(samples)),
         },
         curve=[
-            {"concept": names[position], "matches": int(counts[position]), "expected": float(kept[position])}
-            for position in order[:matched].tolist()
+            {"concept": names[concept], "matches": int(counts[concept]), "expected": float(kept[concept])}
+            for concept in by_frequency[:num_matched].tolist()
         ],
     )
 
@@ -262,6 +274,7 @@ def keep_probabilities(samples: np.ndarray, chances: np.ndarray, number: int) ->
     [0.75, 0.0, 1.0]
     """
     with np.errstate(divide="ignore"):
+        # in logarithms a product becomes a sum that bincount can make; a certain match is log 0
         missed = np.bincount(samples, weights=np.log1p(-chances), minlength=number)
     return 0.0 - np.expm1(missed)
 
@@ -270,14 +283,14 @@ def read_concepts(path: Path) -> list[str]:
     """The concepts of a file, each once, lower case, in their order.
 
     Raises:
-        UsageError: there is no such file, or no concept in it.
+        UsageError: there is no such file, or it has no concept.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         raise UsageError(f"The concepts {str(path)!r} cannot be read: {error}.") from error
-    names = list(dict.fromkeys(spaced(name) for name in listed if isinstance(name, str) and name.strip()))
+    names = list(dict.fromkeys(spaced(name) for name in lines if isinstance(name, str) and name.strip()))
     if not names:
         raise UsageError(f"{path} names no concept; write one a line, or a JSON list.")
     return names
@@ -293,26 +306,24 @@ def spaced(text: str) -> str:
 
 
 def match(names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Which concepts stand in the captions of which samples: parallel arrays of places and concepts, each pair once.
+    """Which concepts occur in the captions of which samples: parallel arrays of positions and concepts, each pair once.
 
-    names: as `spaced` gives them; places (int64, ascending): the sample of each text. One pass of Aho and
+    names: of `spaced`; positions (int64, ascending): the sample of each text. One pass of Aho and
     Corasick (1975) a caption, whatever the number of concepts.
     """
     import ahocorasick_rs
 
     patterns = [name if UNSPACED_CHARACTERS.search(name) else f" {name} " for name in names]
     automaton = ahocorasick_rs.AhoCorasick(patterns)
-    samples, concepts = array("q"), array("q")
+    samples = array("q")
+    concepts = array("q")
     for start in range(0, len(texts), _CAPTIONS_PER_BLOCK):
         block = texts.slice(start, _CAPTIONS_PER_BLOCK).to_pylist()
         for position, text in zip(positions[start : start + _CAPTIONS_PER_BLOCK].tolist(), block, strict=True):
-            found = _found(automaton.find_matches_as_indexes(f" {spaced(text)} ", overlapping=True))
-            samples.extend([position] * len(found))
-            concepts.extend(found)
+            matches = automaton.find_matches_as_indexes(f" {spaced(text)} ", overlapping=True)
+            matched = {concept for concept, _, _ in matches}
+            samples.extend([position] * len(matched))
+            concepts.extend(matched)
     pairs = np.stack([np.array(samples, dtype=np.int64), np.array(concepts, dtype=np.int64)], axis=1)
     pairs = np.unique(pairs, axis=0)
     return pairs[:, 0], pairs[:, 1]
-
-
-def _found(matches: Iterable[tuple[int, int, int]]) -> set[int]:
-    return {concept for concept, _, _ in matches}

@@ -1,7 +1,4 @@
-"""What a rule is, and a rule as a person writes it: `size:min=200`.
-
-Groups of samples that show the same thing, and the one of each that stays.
-"""
+"""The interface of a curation filter, its notation on the command line (`size:min=200`), and what filters share."""
 
 import dataclasses
 import re
@@ -19,15 +16,15 @@ from vlm.errors import UsageError
 _PARAMETER = re.compile(r",(?=[a-z_]+=)")
 
 Scan = Callable[[Sequence[str], frozenset[RequiredColumn]], SampleTable]
-"""Looks at further shards, those of an evaluation set."""
+"""Scans further shards, those of an evaluation set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterContext:
-    """What a rule decides on.
+    """What a filter decides on.
 
-    facts: of all N samples; is_left (bool [N]): those the earlier rules left and nothing is wrong with. Only of these
-    it decides: what it says of others does not count, and they are to be no example for it either.
+    sample_table: of all N samples; is_remaining (bool [N]): those the earlier filters left and nothing is wrong with.
+    Only on these it decides: what it says of others does not count, and they must not influence it either.
     """
 
     sample_table: SampleTable
@@ -37,18 +34,18 @@ class FilterContext:
     scan: Scan
 
     @property
-    def left(self) -> np.ndarray:
-        """int64: places of the samples left."""
+    def remaining(self) -> np.ndarray:
+        """int64: positions of the remaining samples."""
         return np.flatnonzero(self.is_remaining)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterResult:
-    """What a rule decided.
+    """What a filter decided.
 
     weights (float64 [N]): expected times; 0 drops, 1 keeps, 0.25 keeps with that probability, 2 repeats.
-    why: says of a sample (by place), in a few words, what decided.
-    twins (int64 [N]): the sample each was found to repeat, -1 for none.
+    why: the reason of the decision on a sample (by position), in a few words.
+    duplicates_of (int64 [N]): the sample each one repeats, -1 for none.
     without_value: samples dropped because their stored column has no value.
     record: for the lineage; curve: for the report, a plain JSON object each.
     """
@@ -63,9 +60,9 @@ class FilterResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """A rule: its line of help, the dataclass of its parameters, what it needs to know, and the function itself.
+    """A filter: its line of help, the dataclass of its parameters, the columns it requires, and the function itself.
 
-    signal: the stored column without which it cannot decide.
+    score: the stored column without which it cannot decide.
     """
 
     help: str
@@ -75,23 +72,24 @@ class Filter:
     score: str = ""
 
     def usage(self, name: str) -> str:
-        """How it is written.
+        """Its notation.
 
         >>> Filter(help="", parameters=NoParameters, apply=print).usage("usable")
         'usable'
         """
-        parameters = ",".join(f"{each.name.replace('_', '-')}=…" for each in dataclasses.fields(self.parameters))
+        names = [parameter.name.replace("_", "-") for parameter in dataclasses.fields(self.parameters)]
+        parameters = ",".join(f"{name}=…" for name in names)
         return f"{name}:{parameters}" if parameters else name
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoParameters:
-    """Of a rule that takes none."""
+    """Of a filter without parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfiguredFilter:
-    """A rule with the parameters a person gave."""
+    """A filter with the parameters a person gave."""
 
     name: str
     sample_filter: Filter
@@ -103,7 +101,7 @@ class ConfiguredFilter:
         return {"rule": self.name, "parameters": values}
 
     def shown(self) -> str:
-        """As a person would write it, defaults included."""
+        """In the notation of the command line, defaults included."""
         parameters = [
             f"{name.replace('_', '-')}={_written(value)}"
             for name, value in asdict(self.parameters).items()
@@ -113,13 +111,13 @@ class ConfiguredFilter:
 
 
 def parse_filter(text: str, filters: Mapping[str, Filter]) -> ConfiguredFilter:
-    """A rule from `name:parameter=value,parameter=value`; several values of one parameter are joined by `+`.
+    """A filter from `name:parameter=value,parameter=value`; several values of one parameter are joined by `+`.
 
     Raises:
-        UsageError: there is no such rule or parameter (the nearest is named), or a value does not fit.
+        UsageError: there is no such filter or parameter (the nearest is named), or a value does not fit.
     """
     name, _, rest = text.partition(":")
-    sample_filter = lookup(dict(filters), name.strip(), "rule")
+    sample_filter = lookup(dict(filters), name.strip(), "filter")
     values: dict[str, Any] = {}
     hints = get_type_hints(sample_filter.parameters)
     for part in _PARAMETER.split(rest) if rest.strip() else []:
@@ -130,7 +128,7 @@ def parse_filter(text: str, filters: Mapping[str, Filter]) -> ConfiguredFilter:
         if parameter in values:
             raise UsageError(f"--filter {text!r} gives {parameter}= twice; give it once.")
         is_list = get_origin(hints.get(parameter)) is tuple
-        values[parameter] = [each for each in value.split("+") if each] if is_list else value.strip()
+        values[parameter] = [item for item in value.split("+") if item] if is_list else value.strip()
     try:
         parameters = from_values(sample_filter.parameters, values, where=f"--filter {text!r}")
     except UsageError as error:
@@ -163,24 +161,29 @@ def _plain(value: Any) -> Any:
 def keep_one_per_group(
     context: FilterContext, positions: np.ndarray, groups: np.ndarray, why: Callable[[str], str]
 ) -> FilterResult:
-    """Of each group keep the largest picture, of equally large ones the first.
+    """Of each group keep the largest image, of equally large ones the first.
 
-    places: the samples that are grouped; groups (int64, parallel): their groups.
-    why: says of a dropped sample what it repeats, given the key of that.
+    positions: the samples that are grouped; groups (int64, parallel): their groups.
+    why: the reason for dropping a sample, given the key of the one it repeats.
     """
     sample_table = context.sample_table
+    # sorted by group, then the sample to keep first: each sample repeats the last "first" at or before it
     order = np.lexsort((positions, -sample_table.areas[positions], groups))
     is_first = np.diff(groups[order], prepend=-1) != 0
-    kept = positions[order][np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
+    group_starts = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    ordered = positions[order]
+    kept = ordered[group_starts]
     duplicates_of = np.full(len(sample_table), -1, dtype=np.int64)
-    duplicates_of[positions[order][~is_first]] = kept[~is_first]
-    weights = (duplicates_of < 0).astype(np.float64)
-    sizes = np.bincount(np.unique(groups, return_inverse=True)[1]) if len(groups) else np.zeros(0, np.int64)
+    duplicates_of[ordered[~is_first]] = kept[~is_first]
+
+    def reason(position: int) -> str:
+        original = int(duplicates_of[position])
+        return why(sample_table.key(original)) if original >= 0 else "kept"
+
+    sizes = np.unique(groups, return_counts=True)[1]
     return FilterResult(
-        weights=weights,
-        why=lambda position: (
-            why(sample_table.key(int(duplicates_of[position]))) if duplicates_of[position] >= 0 else "kept"
-        ),
+        weights=(duplicates_of < 0).astype(np.float64),
+        why=reason,
         duplicates_of=duplicates_of,
         record={"groups": int((sizes > 1).sum()), "largest_group": int(sizes.max(initial=0))},
     )

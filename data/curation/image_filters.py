@@ -1,8 +1,6 @@
-"""Rules by the picture alone, and by chance alone.
+"""Filters by image and by score: size and chance, duplicates, and the scores a model gave to samples.
 
-Rules that drop what is there twice, in the shards or in an evaluation set.
-
-Rules by the values a model gave to samples, read from stored columns.
+Each filter is the dataclass of its parameters, then the function that decides.
 """
 
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ Pixels = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SizeLimits:
-    """min: pixels the shorter side has at least; max: pixels the longer side has at most."""
+    """min: pixels of the shorter side, at least; max: pixels of the longer side, at most."""
 
     min: Pixels | None = None
     max: Pixels | None = None
@@ -39,12 +37,13 @@ class SizeLimits:
     def __post_init__(self) -> None:
         require_one_of(self, "min", "max")
         if self.min and self.max and self.min > self.max:
-            raise UsageError(f"min = {self.min} is above max = {self.max}; no picture fits.")
+            raise UsageError(f"min = {self.min} is above max = {self.max}; no image fits.")
 
 
 def filter_by_size(context: FilterContext, parameters: SizeLimits) -> FilterResult:
-    """Keep pictures whose sides are within limits."""
-    widths, heights = context.sample_table.numbers("width"), context.sample_table.numbers("height")
+    """Keep images whose sides are within limits."""
+    widths = context.sample_table.numbers("width")
+    heights = context.sample_table.numbers("height")
     fits = np.ones(len(context.sample_table), dtype=bool)
     if parameters.min is not None:
         fits &= np.minimum(widths, heights) >= parameters.min
@@ -57,13 +56,13 @@ def filter_by_size(context: FilterContext, parameters: SizeLimits) -> FilterResu
 
 @dataclass(frozen=True, kw_only=True)
 class AspectLimit:
-    """max: how many times the longer side is as long as the shorter one, at most."""
+    """max: longer side / shorter side, at most."""
 
     max: Annotated[float, Field(ge=1)] = 3.0
 
 
 def filter_by_aspect(context: FilterContext, parameters: AspectLimit) -> FilterResult:
-    """Keep pictures that are not too long and narrow."""
+    """Keep images that are not too long and narrow."""
     sides = np.stack([context.sample_table.numbers("width"), context.sample_table.numbers("height")]).astype(np.float64)
     ratios = sides.max(axis=0) / np.maximum(sides.min(axis=0), 1)
     return FilterResult(
@@ -72,7 +71,7 @@ def filter_by_aspect(context: FilterContext, parameters: AspectLimit) -> FilterR
 
 
 def filter_by_decoding(context: FilterContext, parameters: NoParameters) -> FilterResult:
-    """Keep what decodes; the scan has already said what does not."""
+    """Keep what decodes; the scan has already marked what does not."""
     weights = context.sample_table.is_usable.astype(np.float64)
     return FilterResult(weights=weights, why=lambda position: "decodes" if weights[position] else "cannot be decoded")
 
@@ -85,20 +84,20 @@ class KeepShare:
 
 
 def keep_random_share(context: FilterContext, parameters: KeepShare) -> FilterResult:
-    """Keep a share, drawn from the seed."""
+    """Keep a random share, drawn from the seed."""
     weights = np.full(len(context.sample_table), parameters.share)
     return FilterResult(weights=weights, why=lambda position: "drawn by chance")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """times: how often each sample is seen, on the mean."""
+    """times: how often each sample is seen in an epoch, on average."""
 
     times: Annotated[float, Field(ge=0, le=MAX_TIMES)]
 
 
 def apply_weight(context: FilterContext, parameters: Repeats) -> FilterResult:
-    """See every sample so many times."""
+    """Repeat every sample so many times."""
     weights = np.full(len(context.sample_table), parameters.times)
     return FilterResult(weights=weights, why=lambda position: f"{parameters.times:g} times")
 
@@ -107,30 +106,30 @@ Bits = Annotated[int, Field(ge=0, le=15)]
 
 
 def drop_exact_duplicates(context: FilterContext, parameters: NoParameters) -> FilterResult:
-    """Keep one of the samples whose encoded pictures are equal byte by byte."""
-    positions = context.left
+    """Keep one of the samples whose encoded images are equal byte by byte."""
+    positions = context.remaining
     _, groups = np.unique(_digests(context.sample_table)[positions], return_inverse=True)
     return keep_one_per_group(context, positions, groups, lambda key: f"the same file as {key}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HashDistance:
-    """distance: bits in which the 64-bit hashes of two pictures that are compared may differ."""
+    """distance: the most bits in which the 64-bit hashes of two images may differ for them to be compared."""
 
     distance: Bits = DISTANCE
 
 
 def drop_near_duplicates(context: FilterContext, parameters: HashDistance) -> FilterResult:
-    """Keep one of the pictures that differ only by encoding, size, a little brightness or a hair at the edges."""
-    positions = context.left
+    """Keep one of the images that differ only by encoding, size, a little brightness or a crop by a few pixels."""
+    positions = context.remaining
     hashes, thumbnails = _signatures(context.sample_table, positions)
     pairs = near_duplicate_pairs(hashes, thumbnails, distance=parameters.distance)
     groups = connected_components(pairs, len(positions))
-    return keep_one_per_group(context, positions, groups, lambda key: f"the same picture as {key}")
+    return keep_one_per_group(context, positions, groups, lambda key: f"the same image as {key}")
 
 
 def drop_embedding_duplicates(context: FilterContext, parameters: NoParameters) -> FilterResult:
-    """Keep one of the samples that the stored groups of embeddings put together."""
+    """Keep one of the samples of each stored group of near-duplicate embeddings."""
     stored = context.columns.aligned_values("duplicates", context.sample_table)
     has_value = stored.has_value
     positions = np.flatnonzero(context.is_remaining & has_value & (stored.values >= 0))
@@ -150,7 +149,7 @@ def drop_embedding_duplicates(context: FilterContext, parameters: NoParameters) 
 class Decontamination:
     """against: the evaluation shards; distance: as of near-duplicates; similarity: the cosine that counts as the same.
 
-    similarity: used only where a stored column `overlap` against these shards is given.
+    similarity is used only if a stored column `overlap` against these shards is given.
     """
 
     against: str
@@ -159,48 +158,61 @@ class Decontamination:
 
 
 def decontaminate(context: FilterContext, parameters: Decontamination) -> FilterResult:
-    """Drop whatever an evaluation set also holds: the same file, the same picture, or nearly the same embedding."""
-    sample_table, positions = context.sample_table, context.left
-    others = context.scan(
-        expand_shards(parameters.against), frozenset({RequiredColumn.DIGEST, RequiredColumn.SIGNATURE})
-    )
-    usable = np.flatnonzero(others.is_usable)
-    is_same_file = np.isin(_digests(sample_table), _digests(others)[usable])
-    are_near_duplicates = np.zeros(len(sample_table), dtype=bool)
-    hashes, thumbnails = (
-        np.concatenate(pair)
-        for pair in zip(_signatures(sample_table, positions), _signatures(others, usable), strict=True)
-    )
-    groups = connected_components(near_duplicate_pairs(hashes, thumbnails, distance=parameters.distance), len(hashes))
-    are_near_duplicates[positions] = np.isin(groups[: len(positions)], groups[len(positions) :])
-    is_near = _near_evaluation(context, parameters, others)
-    found = is_same_file | are_near_duplicates | is_near
-    reasons = ["the same file", "the same picture", "nearly the same embedding", "not in it"]
+    """Drop whatever an evaluation set also holds: the same file, the same image, or nearly the same embedding."""
+    sample_table = context.sample_table
+    evaluation_columns = frozenset({RequiredColumn.DIGEST, RequiredColumn.SIGNATURE})
+    evaluation = context.scan(expand_shards(parameters.against), evaluation_columns)
+    usable = np.flatnonzero(evaluation.is_usable)
+
+    is_same_file = np.isin(_digests(sample_table), _digests(evaluation)[usable])
+    is_same_image = np.zeros(len(sample_table), dtype=bool)
+    is_same_image[context.remaining] = _shared_images(context, evaluation, usable, distance=parameters.distance)
+    is_near = _near_evaluation(context, parameters, evaluation)
+    is_contaminated = is_same_file | is_same_image | is_near
 
     def why(position: int) -> str:
-        flags = (is_same_file[position], are_near_duplicates[position], is_near[position], True)
-        return f"{reasons[flags.index(True)]} · {parameters.against}"
+        if is_same_file[position]:
+            reason = "the same file"
+        elif is_same_image[position]:
+            reason = "the same image"
+        else:
+            reason = "nearly the same embedding" if is_near[position] else "not in it"
+        return f"{reason} · {parameters.against}"
 
     return FilterResult(
-        weights=(~found).astype(np.float64),
+        weights=(~is_contaminated).astype(np.float64),
         why=why,
         record={
-            "against": compute_fingerprint(*(shard.fingerprint for shard in others.shards)),
+            "against": compute_fingerprint(*(shard.fingerprint for shard in evaluation.shards)),
             "same_files": int((is_same_file & context.is_remaining).sum()),
-            "same_pictures": int((are_near_duplicates & ~is_same_file).sum()),
-            "same_embeddings": int((is_near & ~is_same_file & ~are_near_duplicates & context.is_remaining).sum()),
-            "corrupt_in_evaluation": len(others) - len(usable),
+            "same_pictures": int((is_same_image & ~is_same_file).sum()),
+            "same_embeddings": int((is_near & ~is_same_file & ~is_same_image & context.is_remaining).sum()),
+            "corrupt_in_evaluation": len(evaluation) - len(usable),
         },
     )
 
 
-def _near_evaluation(context: FilterContext, parameters: Decontamination, others: SampleTable) -> np.ndarray:
-    """bool [N]: whether the stored nearness to just these evaluation shards reaches the limit."""
+def _shared_images(context: FilterContext, evaluation: SampleTable, usable: np.ndarray, *, distance: int) -> np.ndarray:
+    """bool, of each remaining sample: whether it is grouped with a usable image of the evaluation set."""
+    hashes, thumbnails = _signatures(context.sample_table, context.remaining)
+    evaluation_hashes, evaluation_thumbnails = _signatures(evaluation, usable)
+    pairs = near_duplicate_pairs(
+        np.concatenate([hashes, evaluation_hashes]),
+        np.concatenate([thumbnails, evaluation_thumbnails]),
+        distance=distance,
+    )
+    # by groups rather than pairs: a copy of a copy of an evaluation image counts too
+    groups = connected_components(pairs, len(hashes) + len(evaluation_hashes))
+    return np.isin(groups[: len(hashes)], groups[len(hashes) :])
+
+
+def _near_evaluation(context: FilterContext, parameters: Decontamination, evaluation: SampleTable) -> np.ndarray:
+    """bool [N]: whether the stored similarity to exactly these evaluation shards reaches the limit."""
     if "overlap" not in context.columns:
         return np.zeros(len(context.sample_table), dtype=bool)
     stored = context.columns.aligned_values("overlap", context.sample_table)
     against = set(stored.details.get("against", ()))
-    missing = [shard.url for shard in others.shards if shard.fingerprint not in against]
+    missing = [shard.url for shard in evaluation.shards if shard.fingerprint not in against]
     if missing:
         raise VlmError(
             f"The column 'overlap' was made against other shards: {missing[0]} is not among them; "
@@ -222,7 +234,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class MinimumScore:
-    """min: the least value kept; top: or the share of samples kept, those of the highest values."""
+    """min: the lowest score kept; top: or the share of samples kept, those of the highest scores."""
 
     min: Annotated[float, Field(allow_inf_nan=False)] | None = None
     top: Fraction | None = None
@@ -234,12 +246,12 @@ class MinimumScore:
 
 
 def filter_by_similarity(context: FilterContext, parameters: MinimumScore) -> FilterResult:
-    """Keep samples whose picture and caption a model finds alike (LAION and DataComp filter by it)."""
+    """Keep samples whose image and caption a model finds similar (the CLIP score of LAION and DataComp)."""
     return _filter_by_score(context, "similarity", parameters)
 
 
 def filter_by_target(context: FilterContext, parameters: MinimumScore) -> FilterResult:
-    """Keep samples near to a target set."""
+    """Keep samples near a target set."""
     return _filter_by_score(context, "near", parameters)
 
 
@@ -248,13 +260,13 @@ def _filter_by_score(context: FilterContext, score: str, parameters: MinimumScor
     if parameters.min is not None:
         is_kept = stored.has_value & (stored.values >= np.float32(parameters.min))
     else:
-        is_kept = _first(context, stored, -stored.values, share=parameters.top, k=None)
-    return _verdict(context, stored, is_kept.astype(np.float64), score)
+        is_kept = _lowest(context, stored, -stored.values, share=parameters.top, k=None)
+    return _score_result(context, stored, is_kept.astype(np.float64), score)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepCount:
-    """k: samples kept; share: or which share of them."""
+    """k: how many samples are kept; share: or which share of them."""
 
     k: Annotated[int, Field(ge=1)] | None = None
     share: Fraction | None = None
@@ -277,13 +289,13 @@ def keep_atypical(context: FilterContext, parameters: KeepCount) -> FilterResult
 
 def _keep_by_distance(context: FilterContext, parameters: KeepCount, *, sign: int) -> FilterResult:
     stored = context.columns.aligned_values("centre-distance", context.sample_table)
-    is_kept = _first(context, stored, sign * stored.values, share=parameters.share, k=parameters.k)
-    return _verdict(context, stored, is_kept.astype(np.float64), "centre distance")
+    is_kept = _lowest(context, stored, sign * stored.values, share=parameters.share, k=parameters.k)
+    return _score_result(context, stored, is_kept.astype(np.float64), "centre distance")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterCap:
-    """cap: samples expected of a cluster, at most."""
+    """cap: expected number of samples of a cluster, at most."""
 
     cap: Annotated[float, Field(gt=0)]
 
@@ -291,38 +303,38 @@ class ClusterCap:
 def balance_clusters(context: FilterContext, parameters: ClusterCap) -> FilterResult:
     """Keep each sample with probability cap / size of its cluster; small clusters stay whole."""
     stored = context.columns.aligned_values("cluster", context.sample_table)
-    is_grouped = stored.has_value & (stored.values >= 0)
-    pluralize = np.flatnonzero(context.is_remaining & is_grouped)
-    clusters, codes, counts = np.unique(stored.values[pluralize], return_inverse=True, return_counts=True)
-    chances = np.minimum(1.0, parameters.cap / counts)
+    clustered = np.flatnonzero(context.is_remaining & stored.has_value & (stored.values >= 0))
+    clusters, codes, sizes = np.unique(stored.values[clustered], return_inverse=True, return_counts=True)
+    probabilities = np.minimum(1.0, parameters.cap / sizes)
     weights = np.where(stored.has_value, 1.0, 0.0)
-    weights[pluralize] = chances[codes]
-    curve = [
-        {"cluster": int(cluster), "samples": int(count), "expected": float(count * chance)}
-        for cluster, count, chance in zip(clusters, counts, chances, strict=True)
-    ]
-    result = _verdict(context, stored, weights, "cluster")
+    weights[clustered] = probabilities[codes]
+
+    curve: list[dict[str, float]] = []
+    for cluster, size, probability in zip(clusters, sizes, probabilities, strict=True):
+        curve.append({"cluster": int(cluster), "samples": int(size), "expected": float(size * probability)})
+    result = _score_result(context, stored, weights, "cluster")
     return FilterResult(
         weights=weights,
         why=result.why,
         without_value=result.without_value,
-        record={**result.record, "clusters": len(clusters), "capped": int((chances < 1).sum())},
-        curve=sorted(curve, key=lambda each: -each["samples"]),
+        record={**result.record, "clusters": len(clusters), "capped": int((probabilities < 1).sum())},
+        curve=sorted(curve, key=lambda entry: -entry["samples"]),
     )
 
 
-def _first(
+def _lowest(
     context: FilterContext, stored: ScoreValues, ranks: np.ndarray, *, share: float | None, k: int | None
 ) -> np.ndarray:
-    """bool [N]: of the samples left, those with the least ranks; equal ones in the order of the tars."""
+    """bool [N]: the k, or the share, of the remaining samples with the lowest ranks; ties in the order of the tars."""
     positions = np.flatnonzero(context.is_remaining & stored.has_value)
-    wanted = k if k is not None else round((share or 0.0) * len(positions))
+    number = k if k is not None else round((share or 0.0) * len(positions))
+    order = np.argsort(ranks[positions], kind="stable")
     is_kept = np.zeros(len(context.sample_table), dtype=bool)
-    is_kept[positions[np.argsort(ranks[positions], kind="stable")[:wanted]]] = True
+    is_kept[positions[order[:number]]] = True
     return is_kept
 
 
-def _verdict(context: FilterContext, stored: ScoreValues, weights: np.ndarray, what: str) -> FilterResult:
+def _score_result(context: FilterContext, stored: ScoreValues, weights: np.ndarray, what: str) -> FilterResult:
     return FilterResult(
         weights=weights,
         why=lambda position: f"{what} {stored.values[position]:.4g}" if stored.has_value[position] else "no value",

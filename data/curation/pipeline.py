@@ -1,6 +1,6 @@
-"""The rules of `vlm curate`. Adding one is a function and a line here.
+"""Curation: the table of filters, and applying some in their order over shards, which gives a selection.
 
-Rules in their order over shards, and the selection that comes out.
+Adding a filter is a function in `caption_filters` or `image_filters` and an entry in `FILTERS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ FILTERS: dict[str, Filter] = {
         "one of the samples with equal files", NoParameters, image_filters.drop_exact_duplicates, _FILE
     ),
     "near-duplicates": _filter(
-        "one of the pictures that differ by encoding, size, a little brightness or a hair at the edges",
+        "one of the images that differ by encoding, size, a little brightness or a crop by a few pixels",
         image_filters.HashDistance,
         image_filters.drop_near_duplicates,
         _SIGNATURE,
@@ -107,7 +107,7 @@ FILTERS: dict[str, Filter] = {
         _BOTH,
     ),
     "similarity": _filter(
-        "picture and caption alike: min cosine, or the top share",
+        "image and caption alike: min cosine, or the top share",
         image_filters.MinimumScore,
         image_filters.filter_by_similarity,
         _NONE,
@@ -146,19 +146,19 @@ FILTERS: dict[str, Filter] = {
     "sample": _filter("a share, drawn", image_filters.KeepShare, image_filters.keep_random_share, _NONE),
     "weight": _filter("everything so many times", image_filters.Repeats, image_filters.apply_weight, _NONE),
 }
-"""Each rule by its name, as `--filter NAME:PARAMETER=VALUE` names it."""
+"""Each filter by its name, as in `--filter NAME:PARAMETER=VALUE`."""
 
 
 def list_filters() -> str:
-    """Every rule with its parameters, a line each."""
+    """Every filter with its parameters, a line each."""
     return "\n".join(f"  {sample_filter.usage(name)} – {sample_filter.help}" for name, sample_filter in FILTERS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterStep:
-    """One rule as it went.
+    """One filter as it was applied.
 
-    before, kept: distinct samples; visits: of an epoch; is_left_before (bool [N]), times (uint16 [N]): of each sample.
+    before, kept: distinct samples; visits: of an epoch; was_remaining (bool [N]), times (uint16 [N]): of each sample.
     """
 
     configured: ConfiguredFilter
@@ -219,13 +219,14 @@ def curate(
     workers: int = 1,
     allow_damage: bool = False,
 ) -> CurationResult:
-    """Apply the rules in their order, each on what the earlier ones left; the times a sample gets multiply.
+    """Apply the filters in their order, each on what the earlier ones left; the times a sample gets multiply.
 
-    A sample found unusable, as far as the rules made the scan look, is left out before the first rule. A fractional
-    expectation is drawn from (seed, place of the rule, its name), so the result depends on nothing else.
+    A sample found unusable, as far as the filters require the scan to look, is left out before the first filter. A
+    fractional weight is rounded at random from (seed, position of the filter, its name), so the result depends on
+    nothing else.
 
     Raises:
-        UsageError: a rule asks for a stored column that is not given.
+        UsageError: a filter requires a stored column that is not given.
     """
     score_columns = columns or ScoreColumns()
     for configured in filters:
@@ -234,9 +235,9 @@ def curate(
     def scan_shards(urls: Sequence[str], required_columns: frozenset[RequiredColumn]) -> SampleTable:
         return scan(urls, required_columns, workers=workers, allow_damage=allow_damage)
 
-    sample_table = scan_shards(
-        shards, frozenset().union(*(configured.sample_filter.required_columns for configured in filters))
-    )
+    required_columns = frozenset().union(*(configured.sample_filter.required_columns for configured in filters))
+    sample_table = scan_shards(shards, required_columns)
+
     times = sample_table.is_usable.astype(np.uint16)
     steps: list[FilterStep] = []
     for number, configured in enumerate(filters):
@@ -246,12 +247,22 @@ def curate(
             sample_table=sample_table, is_remaining=is_remaining, columns=score_columns, rng=rng, scan=scan_shards
         )
         result = configured.sample_filter.apply(context, configured.parameters)
-        drawn = stochastic_round(result.weights, rng)
-        times = np.minimum(times.astype(np.int64) * drawn, MAX_TIMES).astype(np.uint16)
-        steps.append(_step(configured, result, is_remaining, times))
-    corrupt = _corrupt(sample_table)
-    begin = {"step": "curate", "seed": seed, "samples": len(sample_table), "corrupt": corrupt}
-    lineage = (begin, *(step.described() for step in steps))
+        factors = stochastic_round(result.weights, rng)
+        times = np.minimum(times.astype(np.int64) * factors, MAX_TIMES).astype(np.uint16)
+        step = FilterStep(
+            configured=configured,
+            result=result,
+            before=int(is_remaining.sum()),
+            kept=int(np.count_nonzero(times)),
+            visits=int(times.sum(dtype=np.int64)),
+            was_remaining=is_remaining,
+            times=times,
+        )
+        steps.append(step)
+
+    corrupt = _corrupt_by_reason(sample_table)
+    first_record = {"step": "curate", "seed": seed, "samples": len(sample_table), "corrupt": corrupt}
+    lineage = (first_record, *(step.described() for step in steps))
     return CurationResult(
         selection=_selection(sample_table, times, lineage),
         steps=tuple(steps),
@@ -279,20 +290,6 @@ def compose_selections(
     return selection if weight == 1 else reweight(selection, weight, seed=seed)
 
 
-def _step(
-    configured: ConfiguredFilter, result: FilterResult, is_remaining: np.ndarray, times: np.ndarray
-) -> FilterStep:
-    return FilterStep(
-        configured=configured,
-        result=result,
-        before=int(is_remaining.sum()),
-        kept=int(np.count_nonzero(times)),
-        visits=int(times.sum(dtype=np.int64)),
-        was_remaining=is_remaining,
-        times=times,
-    )
-
-
 def _check_scores_exist(configured: ConfiguredFilter, columns: ScoreColumns) -> None:
     score = configured.sample_filter.score
     if score and score not in columns:
@@ -302,9 +299,9 @@ def _check_scores_exist(configured: ConfiguredFilter, columns: ScoreColumns) -> 
         )
 
 
-def _corrupt(sample_table: SampleTable) -> dict[str, int]:
-    pluralize = sample_table.table.column("reason").value_counts().to_pylist()
-    return {each["values"]: each["counts"] for each in pluralize if each["values"]}
+def _corrupt_by_reason(sample_table: SampleTable) -> dict[str, int]:
+    counts = sample_table.table.column("reason").value_counts().to_pylist()
+    return {count["values"]: count["counts"] for count in counts if count["values"]}
 
 
 def _selection(sample_table: SampleTable, times: np.ndarray, lineage: tuple[dict[str, Any], ...]) -> Selection:

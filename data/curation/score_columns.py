@@ -1,17 +1,17 @@
-"""Values that a model or a search for neighbours gave to samples, kept beside the embeddings, read by rules.
+"""Score columns: values that a model or a neighbour search gave to samples, stored next to the embeddings for filters.
 
 A file is Parquet, a row a sample, with the columns
 
 - `shard` (string): `TarIndex.fingerprint` of the tar, so that tars may be moved and renamed;
-- `number` (int64): the sample's place in that tar;
-- `key` (string): its key, to tell a changed tar;
-- `value`: float32 for a score, int64 for the number of a group (below 0: in none), as `SIGNALS` says;
+- `number` (int64): the sample's number in that tar;
+- `key` (string): its key, to notice a changed tar;
+- `value`: float32 for a score, int64 for the number of a group (below 0: in none), as in `SCORES`;
 
-and the schema metadata `vlm-column` (the format, "1"), `signal` (a name of `SIGNALS`), `model` (fingerprint of the
+and the schema metadata `vlm-column` (the format, "1"), `signal` (a name of `SCORES`), `model` (fingerprint of the
 model that embedded, may be empty) and `details` (a JSON object; for `overlap` it holds `against`, the list of the
-fingerprints of the evaluation shards). A signal may be spread over several files (one a shard, say), of one model and
+fingerprints of the evaluation shards). A score may be spread over several files (one a shard, say), of one model and
 with the same details. Shards and samples in any order; a sample has one row or none. A sample without a row, or with
-a value that is not a number, is dropped by the rules that ask, and counted as `without value`.
+a value that is not a number, is dropped by the filters that use the score, and counted as `without value`.
 """
 
 import json
@@ -31,19 +31,19 @@ from vlm.files import atomic_write
 
 FORMAT = "1"
 SCORES: dict[str, tuple[pa.DataType, str]] = {
-    "similarity": (pa.float32(), "cosine of picture and caption, the highest of a sample's captions"),
+    "similarity": (pa.float32(), "cosine of image and caption, the highest of a sample's captions"),
     "duplicates": (pa.int64(), "group of samples with nearly the same embedding, below 0 for a sample alone"),
     "cluster": (pa.int64(), "cluster the sample is in"),
     "centre-distance": (pa.float32(), "distance to the centre of the sample's cluster, smaller is more typical"),
     "near": (pa.float32(), "nearness to a target set, larger is nearer"),
     "overlap": (pa.float32(), "cosine to the nearest sample of the evaluation shards in the details"),
 }
-"""Signals by name: type of the value and meaning."""
+"""Scores by name: type of the value and meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRows:
-    """The rows of one signal: parallel shard (fingerprint), number, key, value."""
+    """The rows of one score: parallel shard (fingerprint), number, key, value."""
 
     shards: Sequence[str]
     numbers: Sequence[int] | np.ndarray
@@ -54,10 +54,10 @@ class ScoreRows:
 def write_score_column(
     path: Path, score: str, rows: ScoreRows, *, model: str = "", details: Mapping[str, Any] | None = None
 ) -> None:
-    """Write one signal of some samples, atomically.
+    """Write one score of some samples, atomically.
 
     Raises:
-        UsageError: there is no such signal.
+        UsageError: there is no such score.
     """
     kind = _kind_of(score)
     fields = {"shard": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64(), "key": pa.string(), "value": kind}
@@ -79,7 +79,7 @@ def write_score_column(
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreValues:
-    """A signal laid along the samples of some facts: values [N], and whether each has one (bool [N])."""
+    """A score aligned to a sample table: values [N], and whether each sample has one (bool [N])."""
 
     values: np.ndarray
     has_value: np.ndarray
@@ -91,7 +91,7 @@ class ScoreColumns:
     """The stored columns of some files, or of the folders that hold them.
 
     Raises:
-        UsageError: a path is not there, or a file is no stored column.
+        UsageError: a path does not exist, or a file is not a score column.
     """
 
     def __init__(self, paths: Sequence[Path] = ()) -> None:
@@ -104,11 +104,11 @@ class ScoreColumns:
         return score in self._files
 
     def aligned_values(self, score: str, sample_table: SampleTable) -> ScoreValues:
-        """A signal along the samples of `facts`.
+        """A score aligned to the samples of a table.
 
         Raises:
             UsageError: no file holds it; the command that makes it is named.
-            VlmError: its files are of several models, speak twice of a sample, or of other samples than there are.
+            VlmError: its files are of several models, have two rows of a sample, or rows of samples that do not exist.
         """
         _kind_of(score)
         if score not in self:
@@ -123,12 +123,8 @@ class ScoreColumns:
                 raise VlmError(
                     f"{files[0]} and {file} hold {score!r} of different models or details; give those of one."
                 )
-        table = pa.concat_tables(
-            [
-                pq.read_table(file, columns=["shard", "number", "key", "value"]).replace_schema_metadata()
-                for file in files
-            ]
-        )
+        columns = ["shard", "number", "key", "value"]
+        table = pa.concat_tables([pq.read_table(file, columns=columns).replace_schema_metadata() for file in files])
         values, has_value = _align_to_samples(table, sample_table, f"{score!r} ({files[0]})")
         return ScoreValues(
             values=values,
@@ -139,34 +135,40 @@ class ScoreColumns:
 
 
 def _align_to_samples(table: pa.Table, sample_table: SampleTable, what: str) -> tuple[np.ndarray, np.ndarray]:
-    known = pa.array([shard.fingerprint for shard in sample_table.shards], pa.string())
-    shard = compute.fill_null(compute.index_in(table.column("shard").cast(pa.string()), known), -1).to_numpy()
-    rows = np.flatnonzero(shard >= 0)
+    """The values [N] of a table's samples, and whether each has one. what: names the column in errors."""
+    # which of the scanned shards each row is of; rows of other shards are left out
+    known_shards = pa.array([shard.fingerprint for shard in sample_table.shards], pa.string())
+    shards = compute.fill_null(compute.index_in(table.column("shard").cast(pa.string()), known_shards), -1).to_numpy()
+    rows = np.flatnonzero(shards >= 0)
+    shards = shards[rows]
+
     numbers = table.column("number").to_numpy()[rows]
-    sizes = np.array([each.samples for each in sample_table.shards], dtype=np.int64)[shard[rows]]
+    sizes = np.array([shard.samples for shard in sample_table.shards], dtype=np.int64)[shards]
     if np.any((numbers < 0) | (numbers >= sizes)):
-        raise VlmError(f"{what} speaks of sample {numbers.max():,} of a shard of {sizes.min():,}; make it again.")
-    positions = sample_table.starts[shard[rows]] + numbers
+        raise VlmError(f"{what} has a row of sample {numbers.max():,} of a shard of {sizes.min():,}; compute it again.")
+    positions = sample_table.starts[shards] + numbers
     if len(np.unique(positions)) < len(positions):
-        raise VlmError(f"{what} speaks twice of a sample; give each file once.")
+        raise VlmError(f"{what} has two rows of one sample; give each file once.")
     expected = sample_table.table.column("key").take(pa.array(positions))
     is_equal = compute.equal(table.column("key").take(pa.array(rows)).cast(pa.large_string()), expected).to_numpy()
     if not is_equal.all():
         wrong = int(np.flatnonzero(~is_equal)[0])
         raise VlmError(
             f"{what} calls sample {numbers[wrong]:,} of a shard {table.column('key')[int(rows[wrong])]!s}, the shard "
-            f"{expected[wrong]!s}: the shards have changed since; embed and make the column again."
+            f"{expected[wrong]!s}: the shards have changed since; embed and compute the score again."
         )
+
     stored = table.column("value").to_numpy()[rows]
     values = np.zeros(len(sample_table), dtype=stored.dtype)
     has_value = np.zeros(len(sample_table), dtype=bool)
-    values[positions], has_value[positions] = stored, np.isfinite(stored)
+    values[positions] = stored
+    has_value[positions] = np.isfinite(stored)
     return values, has_value
 
 
 def _kind_of(score: str) -> pa.DataType:
     if score not in SCORES:
-        raise UsageError(f"There is no signal {score!r}; {suggest(score, list(SCORES))}")
+        raise UsageError(f"There is no score {score!r}; {suggest(score, list(SCORES))}")
     return SCORES[score][0]
 
 
@@ -181,9 +183,9 @@ def _described(file: Path) -> dict[str, str]:
     try:
         metadata = pq.read_schema(file).metadata or {}
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{file} is no stored column, or is damaged ({error}); make it again.") from error
+        raise UsageError(f"{file} is not a score column, or is damaged ({error}); compute it again.") from error
     if metadata.get(b"vlm-column") != FORMAT.encode():
-        raise UsageError(f"{file} is no stored column of format {FORMAT}; vlm score EMBEDDINGS writes them.")
+        raise UsageError(f"{file} is not a score column of format {FORMAT}; vlm score EMBEDDINGS writes them.")
     return {name: metadata[name.encode()].decode() for name in ("signal", "model", "details")}
 
 

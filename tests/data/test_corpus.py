@@ -77,7 +77,7 @@ def test_another_length_of_an_epoch_is_another_sequence(folder):
     ("text", "told"),
     [
         ("", "no [[source]]"),
-        ("[[source]]\n", "data is needed"),
+        ("[[source]]\n", "data is required"),
         ("[[source]]\ndata='FOLDER/a'\nwieght=2\n", "weight"),
         ("[[source]]\ndata=3\n", "must be a string"),
         ("[[source]]\ndata='FOLDER/a'\nweight='much'\n", "must be a number"),
@@ -95,7 +95,7 @@ def test_another_length_of_an_epoch_is_another_sequence(folder):
         ("[[source]]\ndata='FOLDER/a'\nname='x'\n[[source]]\ndata='FOLDER/b'\nname='x'\n", "one name"),
         ("[[source]]\ndata='FOLDER/a'\n[[source]]\ndata='FOLDER/b'\nname='source-1'\n", "one name"),
         ("[[source]]\ndata='FOLDER/a'\nselection='FOLDER/none.selection'\n", "no selection"),
-        ("[[source]]\ndata='FOLDER/b'\nselection='FOLDER/a.selection'\n", "knows nothing"),
+        ("[[source]]\ndata='FOLDER/b'\nselection='FOLDER/a.selection'\n", "does not know"),
     ],
 )
 def test_a_mixture_that_cannot_work_is_refused(folder, text, told):

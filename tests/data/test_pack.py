@@ -257,7 +257,7 @@ def test_languages_are_kept_in_the_order_asked_for(tmp_path, make_image):
     pair = Pair(key="a", image=make_image(0), captions=captions)
     pack(ListSource([pair]), tmp_path / "out", PackConfig(languages=("en", "de")))
     assert samples_of(tmp_path / "out")[0].captions == {"en": ("dog",), "de": ("Hund",)}
-    with pytest.raises(VlmError, match="no caption: languages asked"):
+    with pytest.raises(VlmError, match="no caption: languages requested"):
         pack(ListSource([pair]), tmp_path / "none", PackConfig(languages=("fr",)))
 
 

@@ -43,7 +43,7 @@ def test_languages_are_selected_in_the_order_asked_for():
     assert select_languages(captions, ()) == {"en": ("dog",)}
     assert list(select_languages(captions, ("zh", "en"))) == ["zh", "en"]
     assert select_languages({"": ("dog",)}, ("en", "de")) == {"en": ("dog",)}
-    with pytest.raises(BadSample, match=r"languages asked \('fr',\)"):
+    with pytest.raises(BadSample, match=r"languages requested \('fr',\)"):
         select_languages(captions, ("fr",))
 
 

@@ -58,7 +58,7 @@ def test_times_are_found_by_content_and_unknown_shards_are_refused(scene_shards)
     shards = expand_shards(str(scene_shards / "train"))
     selection = select_all(shards)
     assert [len(times) for times in selection.times_of(shards[::-1])] == [16, 40, 40]
-    with pytest.raises(UsageError, match="knows nothing of"):
+    with pytest.raises(UsageError, match="does not know"):
         selection.times_of(expand_shards(str(scene_shards / "val")))
 
 
@@ -87,7 +87,7 @@ def test_times_of_another_length_than_the_tar_are_not_applied(tmp_path, scene_sh
     write_selection(tmp_path / "a.selection", short)
     with pytest.raises(UsageError, match="as many times"):
         read_selection(tmp_path / "a.selection")
-    with pytest.raises(UsageError, match="knows nothing"):
+    with pytest.raises(UsageError, match="does not know"):
         short.times_of([shard])
 
 

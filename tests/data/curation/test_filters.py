@@ -78,7 +78,7 @@ def test_near_duplicates_keep_the_largest(make_shard, make_image, apply):
     result = curated.steps[0].result
     assert result.duplicates_of is not None
     assert result.duplicates_of.tolist() == [1, -1, -1, 1]
-    assert result.why(0) == "the same picture as s00001"
+    assert result.why(0) == "the same image as s00001"
     assert (result.record["groups"], result.record["largest_group"]) == (1, 3)
 
 
@@ -123,7 +123,7 @@ def test_usable_finds_what_only_decoding_shows(make_shard, make_image, apply):
         ("size:min=x", "valid integer.*size:min=…,max=…"),
         ("size:min=0", "greater than or equal to 1"),
         ("size", "min=… or max=…"),
-        ("size:min=9,max=3", "no picture fits"),
+        ("size:min=9,max=3", "no image fits"),
         ("size:min", "lacks a value"),
         ("sample:share=1.5", "less than or equal to 1"),
         ("balance:cap=3", "concepts"),

@@ -87,16 +87,16 @@ def test_columns_that_do_not_fit_are_refused(shard, column, apply, tmp_path):
         apply(shard, "similarity:min=0")
     with pytest.raises(VlmError, match="calls sample 1 of a shard other"):
         apply(shard, "near:min=0", columns=[column(shard, "near", [1, 2], keys=["s00000", "other"])])
-    with pytest.raises(VlmError, match="make it again"):
+    with pytest.raises(VlmError, match="compute it again"):
         apply(shard, "cluster-balance:cap=1", columns=[_beyond(tmp_path, shard)])
     twice = column(shard, "similarity", [1, 2], numbers=[0, 0])
-    with pytest.raises(VlmError, match="speaks twice"):
+    with pytest.raises(VlmError, match="has two rows of one sample"):
         apply(shard, "similarity:min=0", columns=[twice])
     models = [column(shard, "near", [1], model=model) for model in ("a", "b")]
     with pytest.raises(VlmError, match="different models"):
         apply(shard, "near:min=0", columns=models)
     (tmp_path / "no.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match="no stored column"):
+    with pytest.raises(UsageError, match="not a score column"):
         ScoreColumns([tmp_path / "no.parquet"])
     with pytest.raises(UsageError, match="no column file"):
         ScoreColumns([tmp_path / "absent"])
