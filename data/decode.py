@@ -252,7 +252,7 @@ def _check_size(width: int, height: int, *, num_bytes: int | None) -> None:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("too narrow", f"{width}×{height} pixels, the limit is 1:{MAX_ASPECT}")
     if num_bytes is not None and width * height > num_bytes * _MAX_PIXELS_PER_BYTE:
-        raise BadSample("unreadable picture", f"{width}×{height} pixels cannot lie in a JPEG of {num_bytes:,} bytes")
+        raise BadSample("unreadable image", f"{width}×{height} pixels cannot lie in a JPEG of {num_bytes:,} bytes")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -268,7 +268,7 @@ def _damaged_image_as_bad_sample() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        raise BadSample("unreadable picture", _reason(error)) from error
+        raise BadSample("unreadable image", _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

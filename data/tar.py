@@ -404,7 +404,7 @@ class ShardReader:
         """
         member = self.index[number]
         if member.image is None:
-            raise BadSample("no picture", f"key {member.key!r} has no jpg, jpeg, png, webp, avif or gif")
+            raise BadSample("no image", f"key {member.key!r} has no jpg, jpeg, png, webp, avif or gif")
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")

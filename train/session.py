@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm import __version__
 from vlm.config import from_toml, to_toml
@@ -105,7 +106,10 @@ class Session:
         """A context in which gradients are not yet exchanged between processes."""
         if self.config.sharding == "fsdp":
             return no_gradient_sync(self.state.task)
-        return self.accelerator.no_sync(self.parallel_task)
+        # accelerator.no_sync does nothing for one process under a launcher, which is wrapped all the same
+        if isinstance(self.parallel_task, DistributedDataParallel):
+            return self.parallel_task.no_sync()
+        return nullcontext()
 
     @property
     def local_batch_size(self) -> int:

@@ -31,7 +31,7 @@ def model(scene_tokenizer, tmp_path):
 
 
 def test_both_modalities_of_a_prefix_with_codes_by_two_processes(scene_shards, model, tmp_path, capfd):
-    write_tar(tmp_path / "broken.tar", ["", "unreadable picture", ""])
+    write_tar(tmp_path / "broken.tar", ["", "unreadable image", ""])
     words = ["embed", f"{model}#8", f"{scene_shards / 'val'}::{tmp_path / 'broken.tar'}"]
     options = ["--modality", "both", "--store", "float32", "--codes", "int8", "binary", "--json", "--workers", "0"]
     assert main([*words, str(tmp_path / "out"), *options, "--processes", "2"]) == 0
@@ -40,8 +40,8 @@ def test_both_modalities_of_a_prefix_with_codes_by_two_processes(scene_shards, m
     images = Embeddings.open(tmp_path / "out" / "images", verify=True)
     texts = Embeddings.open(tmp_path / "out" / "texts", verify=True)
     assert (told["image"]["rows"], told["image"]["missing_parts"], told["image"]["bad"]) == (len(images), 0, 1)
-    assert told["image"]["incidents"] == {"unreadable picture": 1}
-    assert "unreadable picture" in printed.err
+    assert told["image"]["incidents"] == {"unreadable image": 1}
+    assert "unreadable image" in printed.err
     assert "incidents.jsonl" in printed.err
     for found in (images, texts):
         assert found.dimension == 8

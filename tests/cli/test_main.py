@@ -164,7 +164,7 @@ def test_missing_columns_are_named_with_those_found(capsys, tmp_path):
 
 
 def test_too_many_unreadable_images_end_the_pack_with_their_names(capsys, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "a.jpg").write_bytes(b"no image")
     code, _, err = run(capsys, "pack", table(tmp_path, "file,caption\na.jpg,hello\n"), tmp_path / "out")
     assert code == 1
     assert "a.jpg" in err or "unreadable" in err

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-DAMAGES = ("", "no picture", "unreadable picture", "unreadable json", "no caption")
+DAMAGES = ("", "no image", "unreadable image", "unreadable json", "no caption")
 
 
 def tiny_image(number: int) -> bytes:
@@ -24,10 +24,10 @@ def members(key: str, number: int, damage: str = "", metadata: dict[str, Any] | 
     captions = [] if damage == "no caption" else [f"{key} one", f"{key} two", f"{key} three"]
     described = {"captions": captions} | (metadata or {})
     parts = [
-        (f"{key}.jpg", b"\xff\xd8 not much more" if damage == "unreadable picture" else tiny_image(number)),
+        (f"{key}.jpg", b"\xff\xd8 not much more" if damage == "unreadable image" else tiny_image(number)),
         (f"{key}.json", b"{" if damage == "unreadable json" else json.dumps(described).encode()),
     ]
-    return parts[1:] if damage == "no picture" else parts
+    return parts[1:] if damage == "no image" else parts
 
 
 def write_tar(path: Path, damages: Sequence[str], *, prefix: str = "", metadata: dict[str, Any] | None = None) -> str:

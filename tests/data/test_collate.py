@@ -39,7 +39,7 @@ def plan_of(*counts, batch_size):
 @pytest.fixture
 def damaged(tmp_path):
     """A shard of six samples: the second and the third unusable."""
-    return write_tar(tmp_path / "0.tar", ["", "no picture", "unreadable json", "", "", ""])
+    return write_tar(tmp_path / "0.tar", ["", "no image", "unreadable json", "", "", ""])
 
 
 def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
@@ -49,7 +49,7 @@ def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
     by_number = {asked.number: used.number for asked, used in zip(made.sample_indices, made.used, strict=True)}
     assert by_number == {0: 0, 1: 3, 2: 3, 3: 3, 4: 4, 5: 5}
     assert {(i.key, i.reason, i.sample_index.number, i.is_replacement) for i in made.failures} == {
-        ("0-1", "no picture", 1, False),
+        ("0-1", "no image", 1, False),
         ("0-2", "unreadable json", 1 + 1, True),
         ("0-2", "unreadable json", 2, False),
     }
@@ -60,14 +60,14 @@ def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
 
 
 def test_too_many_unusable_in_a_row_end_the_run_with_the_last_one_named(tmp_path):
-    sample_index = write_tar(tmp_path / "0.tar", ["no picture"] * 5)
+    sample_index = write_tar(tmp_path / "0.tar", ["no image"] * 5)
     plan = plan_of(5, batch_size=1)
     with pytest.raises(VlmError, match=r"3 samples in a row.*no picture.*max-bad-in-a-row"):
         collate(plan, max_bad_in_a_row=3)(plan[0], ShardSet([sample_index]))
 
 
 def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_one_stands_in(tmp_path):
-    damages = ["", "no tables", "no picture", "no tables", "no caption", ""]
+    damages = ["", "no tables", "no image", "no tables", "no caption", ""]
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
         for number, damage in enumerate(damages):
@@ -82,15 +82,15 @@ def test_damage_found_while_decoding_is_told_in_its_place_and_the_next_usable_on
     assert [sample_index.number for sample_index in made.used] == [5, 5, 5, 5, 0]
     assert made.keys == ("k5", "k5", "k5", "k5", "k0")
     told = [(i.key, i.reason, i.is_replacement) for i in made.failures]
-    three, four = ("k3", "unreadable picture"), ("k4", "no caption")
+    three, four = ("k3", "unreadable image"), ("k4", "no caption")
     assert told == [
         (*three, False),
         (*four, True),
-        ("k1", "unreadable picture", False),
-        ("k2", "no picture", True),
+        ("k1", "unreadable image", False),
+        ("k2", "no image", True),
         (*three, True),
         (*four, True),
-        ("k2", "no picture", False),
+        ("k2", "no image", False),
         (*three, True),
         (*four, True),
     ]

@@ -204,7 +204,7 @@ def test_identities_are_equal_for_equal_keys_and_equal_images_alone(shard):
 
 
 def test_the_identity_of_a_stand_in_is_that_of_what_is_shown(tmp_path):
-    address = write_tar(tmp_path / "0.tar", ["", "no caption", "no picture"])
+    address = write_tar(tmp_path / "0.tar", ["", "no caption", "no image"])
     plan = plan_of(3, batch_size=3)
     batch = collate(plan, has_identities=True)(plan[0], ShardSet([address]))
     assert set(batch.keys) == {"0-0"}

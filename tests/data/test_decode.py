@@ -97,10 +97,10 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(make_image):
 def test_damaged_images_are_bad_samples(make_image, kind):
     data = make_image(0, size=(200, 200), kind=kind)
     for broken in (data[: len(data) // 2], data[:30], b"", b"no picture at all"):
-        with pytest.raises(BadSample, match="unreadable picture"):
+        with pytest.raises(BadSample, match="unreadable image"):
             decoded(broken)
         if kind == "JPEG":
-            with pytest.raises(BadSample, match="unreadable picture"):
+            with pytest.raises(BadSample, match="unreadable image"):
                 decoded(broken, resolution=1 / 8)
 
 
@@ -148,7 +148,7 @@ def test_what_libjpeg_might_read_otherwise_than_we_is_left_to_pillow(make_image)
     twice = plain[:frame] + bytes(small) + plain[frame:]
     unscanned = plain[: plain.find(b"\xff\xda")]
     for data in (odd, hidden, unscanned):
-        with pytest.raises(BadSample, match="unreadable picture"):
+        with pytest.raises(BadSample, match="unreadable image"):
             EncodedImage(data).pixels()
     assert not EncodedImage(twice).is_jpeg
     assert EncodedImage(plain).is_jpeg
@@ -172,7 +172,7 @@ def test_a_jpeg_cut_anywhere_is_a_bad_sample(cut):
     data = encoded(Image.fromarray(noise), "JPEG")
     image = EncodedImage(data[:-cut])
     for resolution in (1.0, 0.125):
-        with pytest.raises(BadSample, match="unreadable picture"):
+        with pytest.raises(BadSample, match="unreadable image"):
             image.pixels(resolution=resolution)
 
 
@@ -200,7 +200,7 @@ def test_limits_hold_for_jpegs_on_the_fast_way(monkeypatch, make_image):
 
 
 def test_postscript_is_not_given_to_ghostscript():
-    with pytest.raises(BadSample, match="unreadable picture"):
+    with pytest.raises(BadSample, match="unreadable image"):
         open_image(encoded(Image.new("RGB", (8, 8)), "EPS"))
 
 

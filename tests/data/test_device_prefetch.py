@@ -145,7 +145,7 @@ def test_a_image_damaged_only_for_the_device_is_named_and_the_next_whole_row_sta
     with tarfile.open(shard) as tar:
         offsets = {member.name.split(".")[0]: member.offset_data for member in reversed(tar.getmembers())}
     for incident in batch.failures:
-        assert (incident.reason, incident.is_replacement) == ("unreadable picture", False)
+        assert (incident.reason, incident.is_replacement) == ("unreadable image", False)
         assert incident.offset == offsets[incident.key]
     assert not stream(shard, plan)[0].images.ne(batch.images).any()
 
@@ -184,7 +184,7 @@ def test_the_ledger_adds_up_with_damage_found_in_workers_and_on_the_device(tmp_p
         ledger.count(batch)
     total = sum_counts(ledger.by_shard())
     assert (total.requested, total.seen, total.replaced, total.used_as_replacement) == (36, 24, 12, 12)
-    assert total.corrupt == {"no picture": 3, "unreadable picture": 9}
+    assert total.corrupt == {"no image": 3, "unreadable image": 9}
     assert [number for _, number in sorted(ledger.failures)] == [2, 7, 8, 10]
     told = {(i.key, i.is_replacement) for batch in batches for i in batch.failures}
     assert told == {("k2", False), ("k7", False), ("k8", False), ("k8", True), ("k10", False)}
@@ -192,7 +192,7 @@ def test_the_ledger_adds_up_with_damage_found_in_workers_and_on_the_device(tmp_p
 
 def test_a_batch_of_which_no_image_can_be_decoded_ends_the_run(tmp_path, encoded_images):
     shard = write_shard(tmp_path / "0.tar", damage(encoded_images[:4], 0, 1, 2, 3))
-    with pytest.raises(VlmError, match=r"None of the 4 images.*unreadable picture.*vlm inspect"):
+    with pytest.raises(VlmError, match=r"None of the 4 images.*unreadable image.*vlm inspect"):
         stream(shard, plan_of(4, batch_size=4))
 
 

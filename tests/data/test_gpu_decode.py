@@ -83,7 +83,7 @@ def test_other_kinds_are_decoded_by_the_workers_and_stand_in_their_rows(make_ima
 
 def test_a_cut_jpeg_is_found_by_the_worker():
     view = RandomResizedCrop(size=32)
-    with pytest.raises(BadSample, match="unreadable picture"):
+    with pytest.raises(BadSample, match="unreadable image"):
         prepare(noisy()[:-200], view, np.random.default_rng(0))
 
 
@@ -102,7 +102,7 @@ def test_damage_that_only_the_decoder_finds_changes_no_pixel_of_the_other_rows(m
     expected = views_of(images, view)[1].images
     images[3] = without_tables(images[3])
     found = views_of(images, view)[1]
-    assert {row: error.reason for row, error in found.damaged.items()} == {3: "unreadable picture"}
+    assert {row: error.reason for row, error in found.damaged.items()} == {3: "unreadable image"}
     expected[3] = 0
     assert torch.equal(found.images, expected)
 
@@ -131,7 +131,7 @@ def test_damage_that_only_the_decoder_finds_is_named_by_its_row_and_harms_no_oth
     broken = PreparedView(crop=prepared[1].crop, encoded=cut)
     found = decode_views_on_device([prepared[0], broken, prepared[2]], view, CPU, refuse)
     assert list(found.damaged) == [1]
-    assert found.damaged[1].reason == "unreadable picture"
+    assert found.damaged[1].reason == "unreadable image"
     assert not found.images[1].any()
     errors = (found.images[::2].int() - expected.images[::2].int()).abs()
     assert errors.float().mean() < 1.5

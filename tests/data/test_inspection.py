@@ -55,12 +55,12 @@ def test_everything_is_counted_and_the_corrupt_are_named(shards):
     found = inspect_shards(shards)
     assert (found.shards, found.samples, found.looked_at) == (2, 20, 20)
     assert [(bad.shard, bad.key, bad.reason) for bad in found.corrupt] == [
-        (shards[0], "k3", "unreadable picture"),
-        (shards[0], "k4", "no picture"),
+        (shards[0], "k3", "unreadable image"),
+        (shards[0], "k4", "no image"),
         (shards[1], "k12", "unreadable json"),
     ]
     assert found.unusable == 3
-    assert found.reasons == {"unreadable picture": 1, "no picture": 1, "unreadable json": 1}
+    assert found.reasons == {"unreadable image": 1, "no image": 1, "unreadable json": 1}
     assert (found.duplicate_pictures, found.duplicate_keys) == (1, 1)
     assert found.formats == {"JPEG": 17}
     assert found.widths is not None

@@ -31,7 +31,7 @@ A, B, C = SampleIndex(0, 0, 1), SampleIndex(0, 0, 2), SampleIndex(0, 1, 0)
 def test_seen_repeated_replaced_and_stood_in_are_told_apart():
     ledger = Ledger()
     again = SampleIndex(0, 0, 1, 1)
-    failures = [incident(B), incident(SampleIndex(0, 0, 3), "no picture", is_replacement=True)]
+    failures = [incident(B), incident(SampleIndex(0, 0, 3), "no image", is_replacement=True)]
     ledger.count(batch([(A, A), (again, again), (B, C)], failures))
     first, second = ledger.epochs[0][0], ledger.epochs[0][1]
     assert (first.requested, first.seen, first.repeated, first.replaced, first.used_as_replacement) == (3, 2, 1, 1, 0)

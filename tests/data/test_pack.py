@@ -123,12 +123,12 @@ def test_the_manifest_says_what_is_there(tmp_path, pairs):
     manifest = read_manifest(tmp_path / "out", "shards")
     assert manifest.counts == {"samples": 23, "bad": 2, "shards": 3}
     assert set(manifest.files) == {*(f"shard-0000{n}.tar" for n in range(3)), "rejected.jsonl"}
-    assert manifest.details["rejected"] == {"missing file": 1, "unreadable picture": 1}
+    assert manifest.details["rejected"] == {"missing file": 1, "unreadable image": 1}
     assert manifest.fingerprint == summary.fingerprint == shards_fingerprint(expand_shards(str(tmp_path / "out")))
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(reject["number"], reject["reason"]) for reject in rejected] == [
         (7, "missing file"),
-        (24, "unreadable picture"),
+        (24, "unreadable image"),
     ]
 
 

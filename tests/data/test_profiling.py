@@ -198,7 +198,7 @@ def test_samples_that_cannot_be_used_are_counted(tmp_path, make_image, setup):
 
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
         for number in range(16):
-            image = make_image(number) if number else b"no picture"
+            image = make_image(number) if number else b"no image"
             tar.write({"__key__": str(number), "jpg": image, "txt": b"a thing"})
     found = measure_preparation(replace(setup, shards=(str(tmp_path / "0.tar"),), samples=16))
     assert found.unusable == 1
@@ -209,7 +209,7 @@ def test_shards_without_a_usable_sample_end_in_a_sentence(tmp_path, setup):
 
     with TarWriter(str(tmp_path / "0.tar"), encoder=False, mtime=0) as tar:
         for number in range(16):
-            tar.write({"__key__": str(number), "jpg": b"no picture", "txt": b"a thing"})
+            tar.write({"__key__": str(number), "jpg": b"no image", "txt": b"a thing"})
     with pytest.raises(VlmError, match="None of 16 samples can be used"):
         measure_preparation(replace(setup, shards=(str(tmp_path / "0.tar"),), samples=16))
 

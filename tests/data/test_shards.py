@@ -84,7 +84,7 @@ def test_a_sample_that_cannot_be_used_says_why(write_shard, some):
     with open(url, "r+b") as file:
         file.truncate(in_last_image)
     reader = ShardReader(url)
-    for number, reason in enumerate(["no picture", "unreadable json", "unreadable json", "cut short"]):
+    for number, reason in enumerate(["no image", "unreadable json", "unreadable json", "cut short"]):
         with pytest.raises(BadSample) as error:
             reader.read(number)
         assert error.value.reason == reason

@@ -120,7 +120,7 @@ def shards(tmp_path: Path) -> list[str]:
         samples = []
         for number in range(4):
             first, second = names[(shard * 4 + number) % 8], names[(shard + number + 1) % 8]
-            image = b"no picture" if (shard, number) == (1, 2) else _paint(first, second)
+            image = b"no image" if (shard, number) == (1, 2) else _paint(first, second)
             samples.append((f"{shard}{number}", image, [f"{first} and {second}", f"stripes of {second}"]))
         addresses.append(_write_shard(tmp_path / "shards" / f"{shard:05d}.tar", samples))
     return addresses

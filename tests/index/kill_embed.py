@@ -246,7 +246,7 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     source = open_source("scenes", SourceOptions(scenes=SceneOptions(number=6 * shards, pixels=32)))
     pack(source, folder / "shards", PackConfig(samples_per_shard=6))
     for path in sorted((folder / "shards").glob("*.tar"))[::5]:
-        write_tar(path.with_name(f"{path.stem}-broken.tar"), ["", "unreadable picture", "unreadable json", ""])
+        write_tar(path.with_name(f"{path.stem}-broken.tar"), ["", "unreadable image", "unreadable json", ""])
     train_tokenizer(str(folder / "shards"), folder / "words.model", vocabulary=300, languages=("en",))
     tokenizer, view = open_tokenizer(str(folder / "words.model"), 16), EvalTransform(size=32)
     config = fit_to_tokenizer(model_config("vit:32x1/8+bag@16"), tokenizer)  # these import quickly

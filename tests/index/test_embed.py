@@ -189,7 +189,7 @@ def test_a_bad_image_is_counted_and_named_with_its_shard_and_reason(
     assert embeddings.manifest.counts == {"rows": 11, "bad": 1, "parts": 3}
     assert "12" not in vector_of(embeddings)
     assert {name: incident[name] for name in ("part", "shard", "number", "key", "reason")} == {
-        "part": "part-00001", "shard": shards[1], "number": 2, "key": "12", "reason": "unreadable picture",
+        "part": "part-00001", "shard": shards[1], "number": 2, "key": "12", "reason": "unreadable image",
     }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_shards_without_one_usable_sample_fail_and_stay_unfinished(
     tmp_path: Path, write_shard: Callable[..., str], model: Encoder
 ) -> None:
     shard = write_shard(tmp_path / "0.tar", [("a", b"x", ["red"]), ("b", b"y", ["red"])])
-    with pytest.raises(VlmError, match=r"Not one of 2 samples.*a unreadable picture.*incidents.jsonl"):
+    with pytest.raises(VlmError, match=r"Not one of 2 samples.*a unreadable image.*incidents.jsonl"):
         embed(model, [shard], tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len((tmp_path / "out" / "incidents.jsonl").read_text().splitlines()) == 2

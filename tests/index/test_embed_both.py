@@ -19,7 +19,7 @@ def test_both_in_one_pass_are_what_two_passes_give(tmp_path: Path, shards: list[
     assert contents(tmp_path / "i") == contents(tmp_path / "images")
     assert contents(tmp_path / "t") == contents(tmp_path / "texts")
     assert (done["image"].rows, done["text"].rows) == (11, 24)
-    assert done["image"].incidents == {"unreadable picture": 1}
+    assert done["image"].incidents == {"unreadable image": 1}
     assert done["text"].incidents == {}
 
 

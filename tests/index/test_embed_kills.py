@@ -4,16 +4,13 @@ import os
 import random
 from pathlib import Path
 
-import pytest
-
 from tests.index.kill_embed import Trial, kill_many, make_data
 
 
-@pytest.mark.slow
 def test_killed_while_it_writes_a_part_and_the_manifest_it_leaves_the_files_of_an_uninterrupted_run(
     tmp_path: Path,
 ) -> None:
-    shards, model = make_data(tmp_path, shards=10)
+    shards, model = make_data(tmp_path, shards=6)
     trial = Trial(
         shards=shards,
         model=model,

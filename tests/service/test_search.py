@@ -155,8 +155,8 @@ def test_a_question_that_means_nothing_is_refused(service: SearchService, query:
 
 
 def test_a_image_that_cannot_be_read_is_named(service: SearchService, tmp_path: Path) -> None:
-    (tmp_path / "q.png").write_bytes(b"no picture")
-    with pytest.raises(VlmError, match=r"q\.png cannot be used as a question: unreadable picture"):
+    (tmp_path / "q.png").write_bytes(b"no image")
+    with pytest.raises(VlmError, match=r"q\.png cannot be used as a question: unreadable image"):
         service.search(Query(images=(tmp_path / "q.png",)))
 
 

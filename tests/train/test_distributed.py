@@ -1,10 +1,9 @@
 """Weights spread over two processes (FSDP2) are trained, measured, averaged and saved as whole ones are."""
 
-import subprocess
-
 import pytest
 from safetensors.torch import load_file
 
+from tests import preloaded
 from tests.train.test_processes import command, environment
 from vlm.train.history import read_metrics
 
@@ -14,16 +13,13 @@ def options(scene_shards):
     return [*steps, "--val", str(scene_shards / "val"), "--ema-decay", "0.5"]
 
 
-@pytest.mark.slow
 def test_spread_weights_train_as_whole_ones_and_go_on_in_one_process(
     scene_shards, scene_tokenizer, tmp_path, free_port
 ):
     for kind, processes in (("none", 1), ("fsdp", 2)):
-        launched = command(
-            scene_shards / "train", scene_tokenizer, tmp_path / kind, processes=processes, workers=0, port=free_port()
-        )
-        words = [*launched, *options(scene_shards), "--sharding", kind]
-        subprocess.run(words, check=True, capture_output=True, env=environment())
+        words = command(scene_shards / "train", scene_tokenizer, tmp_path / kind, workers=0)
+        words += [*options(scene_shards), "--sharding", kind]
+        preloaded.run_ranks(words, processes=processes, port=free_port(), env=environment())
     whole, spread = (read_metrics(tmp_path / kind / "metrics.jsonl") for kind in ("none", "fsdp"))
     for name in ("loss", "gradient_norm", "logit_scale"):
         assert [line[name] for line in spread] == pytest.approx([line[name] for line in whole], rel=1e-4)
@@ -32,7 +28,7 @@ def test_spread_weights_train_as_whole_ones_and_go_on_in_one_process(
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
 
-    alone = command(scene_shards / "train", scene_tokenizer, tmp_path / "fsdp", processes=1, workers=0, port=0)
+    alone = command(scene_shards / "train", scene_tokenizer, tmp_path / "fsdp", workers=0)
     more = ["--steps", "6", "--resume", "--allow", "sharding", "steps"]
-    subprocess.run([*alone, *options(scene_shards), *more], check=True, capture_output=True, env=environment())
+    preloaded.run([*alone, *options(scene_shards), *more], check=True, capture_output=True, env=environment())
     assert read_metrics(tmp_path / "fsdp" / "metrics.jsonl")[-1]["step"] == 6

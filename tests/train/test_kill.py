@@ -65,8 +65,7 @@ def uninterrupted(scene_shards, scene_tokenizer, tmp_path_factory):
     return history(run)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_killed_run_resumes_to_the_same_samples_and_losses(
     workers, uninterrupted, scene_shards, scene_tokenizer, tmp_path
 ):
@@ -92,7 +91,6 @@ def test_a_killed_run_resumes_to_the_same_samples_and_losses(
     assert history(run) == uninterrupted
 
 
-@pytest.mark.slow
 def test_sigterm_saves_before_it_stops_and_says_how_to_go_on(uninterrupted, scene_shards, scene_tokenizer, tmp_path):
     run = tmp_path / "run"
     code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGTERM)

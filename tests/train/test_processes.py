@@ -1,4 +1,4 @@
-"""Training in several processes under `accelerate launch`: one is killed, and the run resumes under other splits."""
+"""Training in several processes: under `accelerate launch` one is killed, and the run resumes under other splits."""
 
 import json
 import os
@@ -32,11 +32,16 @@ def damaged_shards(tmp_path_factory) -> Path:
     return folder
 
 
-def command(shards: Path, tokenizer: Path, run: Path, *, processes: int, workers: int, port: int) -> list[str]:
+def launched(words: list[str], *, processes: int, port: int) -> list[str]:
+    """The command under accelerate's launcher."""
+    # what accelerate calls multi_gpu is torchrun; with ACCELERATE_USE_CPU it starts gloo processes
+    launcher = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    ranks = f"{launcher} --num_processes {processes} --main_process_port {port}".split()
+    return [*words[:2], *ranks, *words[1:]]
+
+
+def command(shards: Path, tokenizer: Path, run: Path, *, workers: int) -> list[str]:
     launch = [sys.executable, "-m", "vlm"]
-    if processes > 1:  # what accelerate calls multi_gpu is torchrun; with ACCELERATE_USE_CPU it starts gloo processes
-        launcher = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-        launch[2:2] = [*f"{launcher} --num_processes {processes} --main_process_port {port}".split(), "-m"]
     options = {
         "data": shards,
         "run": run,
@@ -70,8 +75,8 @@ def environment() -> dict[str, str]:
 def whole(damaged_shards, scene_tokenizer, tmp_path_factory) -> Path:
     """The uninterrupted run, in two processes."""
     run, port = tmp_path_factory.mktemp("whole") / "run", 29_500 + random.randrange(500)
-    words = command(damaged_shards, scene_tokenizer, run, processes=2, workers=0, port=port)
-    subprocess.run(words, check=True, capture_output=True, env=environment())
+    words = command(damaged_shards, scene_tokenizer, run, workers=0)
+    preloaded.run_ranks(words, processes=2, port=port, env=environment())
     return run
 
 
@@ -79,23 +84,23 @@ def whole(damaged_shards, scene_tokenizer, tmp_path_factory) -> Path:
 def killed(damaged_shards, scene_tokenizer, tmp_path_factory) -> Path:
     """The same run after one of its two processes, either, was killed between two checkpoints."""
     run, port = tmp_path_factory.mktemp("killed") / "run", 29_500 + random.randrange(500)
-    words = command(damaged_shards, scene_tokenizer, run, processes=2, workers=1, port=port)
-    launched = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True)
+    words = launched(command(damaged_shards, scene_tokenizer, run, workers=1), processes=2, port=port)
+    launcher = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True)
     try:
         deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and launched.poll() is None:
+        while time.monotonic() < deadline and launcher.poll() is None:
             done = len(history(run))
             if done >= 10 and done % 4:
                 break
             time.sleep(0.005)
-        trainers = psutil.Process(launched.pid).children()
+        trainers = psutil.Process(launcher.pid).children()
         assert len(trainers) == 2, trainers
         random.choice(trainers).send_signal(signal.SIGKILL)
-        assert launched.wait(timeout=120) != 0
+        assert launcher.wait(timeout=120) != 0
     finally:
-        if launched.poll() is None:
-            os.killpg(launched.pid, signal.SIGKILL)
-            launched.wait()
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
     assert not (run / "manifest.json").exists()
     return run
 
@@ -117,17 +122,18 @@ def test_the_ledger_of_the_whole_run_adds_up(whole):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "workers"), [(2, 1), (2, 3), (1, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("processes", "workers"),
+    [(2, 1), (1, 3), pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
+)
 def test_a_run_that_lost_a_process_goes_on_identically_under_any_split(
     processes, workers, whole, killed, damaged_shards, scene_tokenizer, tmp_path, free_port
 ):
     run = tmp_path / "run"
     shutil.copytree(killed, run)
     before = history(run)
-    words = command(damaged_shards, scene_tokenizer, run, processes=processes, workers=workers, port=free_port())
-    start = subprocess.run if processes > 1 else preloaded.run
-    start([*words, "--resume"], check=True, capture_output=True, env=environment())
+    words = [*command(damaged_shards, scene_tokenizer, run, workers=workers), "--resume"]
+    preloaded.run_ranks(words, processes=processes, port=free_port(), env=environment())
     want = history(whole)
     assert before == want[: len(before)]
     assert [line[:2] for line in history(run)] == [line[:2] for line in want]

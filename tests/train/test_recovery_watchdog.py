@@ -1,6 +1,5 @@
 """Real processes that hang, and are ended."""
 
-import subprocess
 import sys
 import textwrap
 import time
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,12 +32,11 @@ def hang(tmp_path, body, *, minutes=0.02, fallback_seconds=30.0):
         watchdog.set_phase("step 12", after="step 11 is done")
     """
     code = textwrap.dedent(script) + textwrap.indent(textwrap.dedent(body), "    ")
-    return subprocess.run(
+    return preloaded.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
     )
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_ends_with_where_it_stood(tmp_path):
     done = hang(
         tmp_path,
@@ -58,7 +58,6 @@ def test_a_process_that_hangs_ends_with_where_it_stood(tmp_path):
     assert "has been waiting for data" in told
 
 
-@pytest.mark.slow
 def test_the_workers_are_named_with_the_shard_they_have_open(tmp_path):
     (tmp_path / "00003.tar").write_bytes(b"")
     done = hang(
@@ -85,7 +84,6 @@ def test_the_workers_are_named_with_the_shard_they_have_open(tmp_path):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_a_process_that_goes_on_is_left_alone_and_leaves_nothing(tmp_path):
     done = hang(
         tmp_path,

@@ -101,10 +101,9 @@ def test_trouble_without_end_ends_the_run_with_all_there_is_to_know(configure, p
 
 
 def run_cli(words, **more):
-    return preloaded.run(words, capture_output=True, text=True, check=False, **more)
+    return subprocess.run(words, capture_output=True, text=True, check=False, **more)
 
 
-@pytest.mark.slow
 def test_a_lost_worker_is_named_with_what_is_saved(scene_shards, scene_tokenizer, tmp_path):
     run = tmp_path / "run"
     words = command(scene_shards, scene_tokenizer, run, 1, "--steps", "100000")
@@ -124,8 +123,9 @@ def test_a_lost_worker_is_named_with_what_is_saved(scene_shards, scene_tokenizer
     assert f"vlm train {run} --resume" in talk
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "said"), [("full", "free"), ("read-only", "Read-only file system")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("full", "free"), pytest.param("read-only", "Read-only file system", marks=pytest.mark.slow)]
+)
 def test_a_run_that_cannot_save_ends_with_what_it_has(scene_shards, scene_tokenizer, tmp_path, kind, said):
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-Umr", "true"], check=False).returncode:
         pytest.skip("no name spaces of one's own here")

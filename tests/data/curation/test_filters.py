@@ -108,11 +108,11 @@ def test_decontamination_drops_what_the_evaluation_set_holds(make_shard, make_im
 
 def test_usable_finds_what_only_decoding_shows(make_shard, make_image, apply):
     whole = make_image(0, size=(200, 200))
-    shard = make_shard([{"image": whole}, {"image": whole[: len(whole) // 2]}, {"image": b"no picture"}])
-    assert apply(shard, "size:min=10").corrupt == {"unreadable picture": 1}
+    shard = make_shard([{"image": whole}, {"image": whole[: len(whole) // 2]}, {"image": b"no image"}])
+    assert apply(shard, "size:min=10").corrupt == {"unreadable image": 1}
     curated = apply(shard, "usable")
     assert curated.selection.times[0].tolist() == [1, 0, 0]
-    assert curated.selection.lineage[0]["corrupt"] == {"unreadable picture": 2}
+    assert curated.selection.lineage[0]["corrupt"] == {"unreadable image": 2}
 
 
 @pytest.mark.parametrize(

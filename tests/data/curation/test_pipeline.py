@@ -33,7 +33,7 @@ def test_rules_go_one_after_the_other_and_tell_what_they_did(make_shard, make_im
     other = apply(shard, "words:min=2", "exact-duplicates")
     assert other.selection.times[0].tolist() == [0, 1, 0, 0]
     begin, words, duplicates = other.selection.lineage
-    assert begin == {"step": "curate", "seed": 0, "samples": 4, "corrupt": {"unreadable picture": 1}}
+    assert begin == {"step": "curate", "seed": 0, "samples": 4, "corrupt": {"unreadable image": 1}}
     assert (words["rule"], words["before"], words["kept"], words["visits"]) == ("words", 3, 1, 1)
     assert words["parameters"] == {"min": 2, "max": None, "languages": [], "of": "any"}
     assert (duplicates["rule"], duplicates["before"], duplicates["kept"]) == ("exact-duplicates", 1, 1)
@@ -101,6 +101,6 @@ def test_the_page_shows_what_was_dropped_and_why(make_shard, make_image, apply):
     assert "&lt;b&gt;a dog" in page
     assert "Nothing was dropped." in page
     assert "the same file as s00000" in page
-    assert "scan: 1 unreadable picture" in page
+    assert "scan: 1 unreadable image" in page
     assert page.count("data:image/jpeg;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")

@@ -20,8 +20,7 @@ def read(path):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_processes_read_what_one_wrote_and_write_what_one_reads(kind, folder, make_state):
     state = make_state()
     with CheckpointWriter(folder, keep=2) as writer:
