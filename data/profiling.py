@@ -1,10 +1,8 @@
-"""A stage and how fast it is alone.
+"""Profiling the input pipeline: each stage between the disk and the model measured alone, then the loader as a whole.
 
-The disk and the indexes, alone: how fast shards are read in order and at random, and their members found.
-
-What a process does to prepare a batch, each part alone: read, decode, view, tokenize; and all of it together.
-
-From the workers to the main process: the hand-over alone, and the whole loader with several numbers of workers.
+Bottom up: the disk and the indexes; what one process does to prepare a batch (read, decode, view, tokenize, stack);
+the transfer from a worker to the main process; the loader with several numbers of workers; and `profile_pipeline`,
+which measures all of it. What the figures mean is for `vlm.data.bottleneck` to say.
 """
 
 import logging
@@ -15,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing import get_context
 from statistics import median
 from time import perf_counter
@@ -60,7 +59,7 @@ StageName = Literal[
 ]
 
 PARTS: tuple[StageName, ...] = ("read", "decode", "view", "tokenize", "stack")
-"""What one process does, one after the other, to assemble a batch; `stack` puts its views together."""
+"""What one process does in turn to make a batch; `stack` joins its views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Stage:
 
     rate: samples a second. cores: processor cores it keeps busy; 0 for a stage that waits for other hardware.
     each: whose rate it is; that of a process grows with the workers.
-    bytes_rate: bytes a second, where bytes are what it moves.
+    bytes_rate: bytes a second, for stages that move bytes.
     """
 
     name: StageName
@@ -82,7 +81,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderRate:
-    """The whole loader with so many workers: samples a second once it runs, and the time to its first batch."""
+    """The whole loader with so many workers: samples a second in steady state, and the time to its first batch."""
 
     workers: int
     rate: float
@@ -93,13 +92,13 @@ class LoaderRate:
 class PipelineProfile:
     """All that was measured.
 
-    cores: processor cores this process may use. device: what the model runs on, or what there is.
-    busy_cores: cores that other work took just before; figures are too low by that.
+    cores: processor cores this process may use. device: what the model runs on, or what is available.
+    busy_cores: cores that other work used just before; the figures are too low by that.
     shares_cores: the model runs on the same cores as the workers.
     precision: of the model, fp32 or bf16.
     samples: how many were used; unusable: how many of them cannot be read or decoded.
-    picture_format: of most of the pictures, as Pillow names it.
-    shrink: median of the picture's shorter side / the view's side.
+    picture_format: of most images, as Pillow names it.
+    shrink: median of the image's shorter side / the view's side.
     """
 
     cores: int
@@ -124,15 +123,15 @@ class PipelineProfile:
 def seconds_of(
     work: Callable[[], object], *, repeats: int = REPEATS, before: Callable[[], object] | None = None
 ) -> float:
-    """Seconds that `work` takes: the median of a few repeats; `before` is called before each and not counted."""
-    taken: list[float] = []
+    """Seconds that `work` takes: the median of a few repeats; `before` is called before each and not timed."""
+    durations: list[float] = []
     for _ in range(repeats):
         if before is not None:
             before()
-        begun = perf_counter()
+        start = perf_counter()
         work()
-        taken.append(perf_counter() - begun)
-    return max(median(taken), 1e-9)
+        durations.append(perf_counter() - start)
+    return max(median(durations), 1e-9)
 
 
 _BLOCK_BYTES = 1 << 20
@@ -140,38 +139,39 @@ _QUIET_SECONDS = 0.5
 _MAX_BYTES = 256 << 20
 _MAX_SHARDS = 8
 _PROBES = 256
-_MOSTLY = 0.5
+_MOSTLY_CACHED = 0.5
 
 
-def measure_disk(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> list[Stage]:
+def measure_disk(shards: Sequence[str], locations: Sequence[tuple[int, int]]) -> list[Stage]:
     """Reading shards in order, and samples at random.
 
-    places: (shard, number) of the samples to read at random, in that order.
+    locations: (shard, number) of the samples to read at random, in that order.
     """
     counts = [len(open_index(shard)) for shard in shards[:_MAX_SHARDS]]
     files = [local_path(shard) for shard in shards[:_MAX_SHARDS]]
-    read, seconds, note = _in_order(files)
-    bytes_a_sample = max(sum(file_identity(file).size for file in files) / max(sum(counts), 1), 1)
-    rate = read / seconds
+    num_bytes, seconds, note = _measure_sequential_read(files)
+    total_bytes = sum(file_identity(file).size for file in files)
+    bytes_a_sample = max(total_bytes / max(sum(counts), 1), 1)
+    rate = num_bytes / seconds
     stages = [
         Stage(name="disk, in order", rate=rate / bytes_a_sample, cores=0, each="machine", bytes_rate=rate, note=note)
     ]
-    if all(not needs_cache(shards[shard]) for shard, _ in places):
-        stages.append(_at_random(shards, places))
+    if all(not needs_cache(shards[shard]) for shard, _ in locations):
+        stages.append(_measure_random_reads(shards, locations))
     return stages
 
 
 def measure_index(shards: Sequence[str]) -> list[Stage]:
-    """Finding the members of shards: by going through the tar, and from the cached index."""
+    """Finding the members of shards: by scanning the tar, and from the cached index."""
     files = [local_path(shard) for shard in shards[:_MAX_SHARDS] if not needs_cache(shard)]
     stages: list[Stage] = []
     if files:
-        seconds = seconds_of(lambda: [_scan(shard) for shard in files])
+        seconds = seconds_of(lambda: [_scan_headers(shard) for shard in files])
         samples = sum(len(open_index(shard)) for shard in files)
         stages.append(Stage(name="index, scanned", rate=samples / seconds, cores=1, each="process"))
     opened = list(shards[:_MAX_SHARDS])
     samples = sum(len(open_index(shard)) for shard in opened)
-    # in a fresh process: this one has them open
+    # in a new process: this one has them open already
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         seconds = pool.submit(seconds_to_open, opened).result()
     return [*stages, Stage(name="index, cached", rate=samples / seconds, cores=1, each="process")]
@@ -179,68 +179,70 @@ def measure_index(shards: Sequence[str]) -> list[Stage]:
 
 def seconds_to_open(shards: list[str]) -> float:
     """Seconds to open the indexes of shards for the first time in a process."""
-    begun = perf_counter()
+    start = perf_counter()
     for shard in shards:
         open_index(shard)
-    return max(perf_counter() - begun, 1e-9)
+    return max(perf_counter() - start, 1e-9)
 
 
 def cached_share(path: str) -> float | None:
-    """Which share of a file lies in the page cache, from evenly spread probes; None where the system does not say."""
+    """The share of a file in the page cache, from evenly spaced probes; None where the system does not tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     size = os.path.getsize(path)
     probes = np.unique(np.linspace(0, max(size - 1, 0), _PROBES).astype(np.int64)).tolist()
-    there = 0
+    num_cached = 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for offset in probes:
             try:
-                there += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-            except BlockingIOError:
+                num_cached += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+            except BlockingIOError:  # it would have to be read from the disk
                 continue
             except OSError:
                 return None
     finally:
         os.close(descriptor)
-    return there / len(probes)
+    return num_cached / len(probes)
 
 
-def _in_order(files: list[str]) -> tuple[int, float, str]:
-    """Bytes read, seconds taken, and whose speed that is."""
+def _measure_sequential_read(files: list[str]) -> tuple[int, float, str]:
+    """Bytes read, seconds taken, and a note on where the bytes came from."""
     if any(map(is_remote, files)):
-        begun = perf_counter()
-        return _read_all(files), perf_counter() - begun, "over the network, past the cache"
+        start = perf_counter()
+        num_bytes = _read_all(files)
+        return num_bytes, perf_counter() - start, "over the network, past the cache"
+    # a file in the page cache would give the speed of memory, so it is dropped before each repeat
     before = cached_share(files[0])
     _drop_page_cache(files)
     dropped = cached_share(files[0])
-    read = min(sum(file_identity(file).size for file in files), _MAX_BYTES)
+    num_bytes = min(sum(file_identity(file).size for file in files), _MAX_BYTES)
     seconds = seconds_of(lambda: _read_all(files), before=lambda: _drop_page_cache(files))
     if before is None or dropped is None:
-        return read, seconds, "it is not known what lay in memory"
-    if dropped > _MOSTLY:
-        return read, seconds, "from memory: it could not be read from the disk itself"
-    return read, seconds, f"{before:.0%} lay in memory and was dropped first"
+        return num_bytes, seconds, "it is not known how much was cached in memory"
+    if dropped > _MOSTLY_CACHED:
+        return num_bytes, seconds, "from memory: it could not be read from the disk itself"
+    return num_bytes, seconds, f"{before:.0%} was cached in memory and was dropped first"
 
 
 def _read_all(files: list[str]) -> int:
-    """Read up to `_MOST_BYTES`; the bytes read."""
-    read = 0
+    """Read up to `_MAX_BYTES`; the bytes read."""
+    num_bytes = 0
     for file in files:
         for block in _blocks(file):
-            read += len(block)
-            if read >= _MAX_BYTES:
-                return read
-    return read
+            num_bytes += len(block)
+            if num_bytes >= _MAX_BYTES:
+                return num_bytes
+    return num_bytes
 
 
-def _at_random(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> Stage:
-    used = sorted({shard for shard, _ in places})
-    files = [local_path(shards[shard]) for shard in used]
-    descriptors = {shard: os.open(file, os.O_RDONLY) for shard, file in zip(used, files, strict=True)}
-    indexes = {shard: open_index(shards[shard]) for shard in used}
+def _measure_random_reads(shards: Sequence[str], locations: Sequence[tuple[int, int]]) -> Stage:
+    needed_shards = sorted({shard for shard, _ in locations})
+    files = [local_path(shards[shard]) for shard in needed_shards]
+    descriptors = {shard: os.open(file, os.O_RDONLY) for shard, file in zip(needed_shards, files, strict=True)}
+    indexes = {shard: open_index(shards[shard]) for shard in needed_shards}
     spans: list[tuple[int, Span]] = []
-    for shard, number in places:
+    for shard, number in locations:
         member = indexes[shard][number]
         spans += [(descriptors[shard], span) for span in (member.image, member.text, member.json) if span]
 
@@ -250,22 +252,22 @@ def _at_random(shards: Sequence[str], places: Sequence[tuple[int, int]]) -> Stag
 
     try:
         seconds = seconds_of(read_all, before=lambda: _drop_page_cache(files))
-        warm = seconds_of(read_all)
+        cached_seconds = seconds_of(read_all)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
     return Stage(
         name="disk, at random",
-        rate=len(places) / seconds,
+        rate=len(locations) / seconds,
         cores=0,
         each="process",
         bytes_rate=sum(span.size for _, span in spans) / seconds,
-        note=f"{len(places) / warm:,.0f}/s once in memory",
+        note=f"{len(locations) / cached_seconds:,.0f}/s once in memory",
     )
 
 
 def _drop_page_cache(files: list[str]) -> None:
-    """Ask the system to forget what it keeps of these files in memory."""
+    """Ask the system to drop these files from the page cache."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in files:
@@ -276,23 +278,23 @@ def _drop_page_cache(files: list[str]) -> None:
             os.close(descriptor)
 
 
-def _scan(shard: str) -> None:
+def _scan_headers(shard: str) -> None:
     with open(shard, "rb") as file:
         read_entries(file, shard)
 
 
-def _blocks(address: str) -> Iterator[bytes]:
-    if is_remote(address):
-        yield from read_blocks(address, 0, file_identity(address))
+def _blocks(url: str) -> Iterator[bytes]:
+    if is_remote(url):
+        yield from read_blocks(url, 0, file_identity(url))
         return
-    with open(local_path(address), "rb", buffering=0) as file:
+    with open(local_path(url), "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
             yield block
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSetup:
-    """What is measured: the first `samples` of the first epoch, whole batches of them."""
+    """What is measured: the first `samples` of the first epoch, in whole batches."""
 
     shards: tuple[str, ...]
     view: RandomResizedCrop
@@ -309,22 +311,22 @@ class ProfileSetup:
 
     @property
     def num_batches(self) -> int:
-        """Whole batches."""
+        """The number of whole batches."""
         return self.samples // self.batch_size
 
     def plan(self) -> BatchSampler:
-        """Batches as training takes them."""
+        """The batches of training."""
         counts = tuple(count_samples(list(self.shards), allow_damage=True))
         return BatchSampler(order=SampleOrder(counts=counts), batch_size=self.batch_size)
 
     def collate(self, plan: BatchSampler) -> TrainingCollator:
-        """What a worker does."""
+        """The work of a loader's worker."""
         return TrainingCollator(plan=plan, view=self.view, tokenizer=self.tokenizer, draw=self.draw)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationProfile:
-    """The stages of preparing, and what the samples are like (see `Diagnosis`)."""
+    """The stages of preparing a batch, and the properties of the samples (see `PipelineProfile`)."""
 
     stages: tuple[Stage, ...]
     unusable: int
@@ -333,29 +335,32 @@ class PreparationProfile:
 
 
 def measure_preparation(setup: ProfileSetup) -> PreparationProfile:
-    """Measure reading, decoding, viewing and tokenizing alone, and assembling whole batches, in this process.
+    """Measure reading, decoding, cropping and tokenizing alone, and making whole batches, in this process.
 
     Raises:
         VlmError: none of the samples can be used.
     """
     plan = setup.plan()
     batches = [plan[number] for number in range(setup.num_batches)]
+    num_samples = setup.num_batches * setup.batch_size
     with one_thread():
-        opened = ShardSet(setup.shards)
-        usable = _read_usable(setup, [address for batch in batches for address in batch], opened)
+        shard_set = ShardSet(setup.shards)
+        usable = _read_usable(setup, list(chain.from_iterable(batches)), shard_set)
         if not usable:
-            raise VlmError(f"None of {setup.num_batches * setup.batch_size:,} samples can be used; see vlm inspect.")
-        stages = [_stage("read", len(usable), seconds_of(lambda: [opened.read(address) for address, _ in usable]))]
+            raise VlmError(f"None of {num_samples:,} samples can be used; see vlm inspect.")
+        read_seconds = seconds_of(lambda: [shard_set.read(sample_index) for sample_index, _ in usable])
+        stages = [_stage("read", len(usable), read_seconds)]
         samples = [sample for _, sample in usable]
-        stages += [*_images(setup, samples), _tokens(setup, samples), _stack(setup, samples)]
+        stages += [*_measure_images(setup, samples), _measure_tokenizer(setup, samples), _measure_stack(setup, samples)]
         collate = setup.collate(plan)
-        seconds = seconds_of(lambda: [collate(batch, opened) for batch in batches])
-        stages.append(_stage("assemble", setup.num_batches * setup.batch_size, seconds))
+        seconds = seconds_of(lambda: [collate(batch, shard_set) for batch in batches])
+        stages.append(_stage("assemble", num_samples, seconds))
+
     images = [EncodedImage(sample.image) for sample in samples]
     formats = Counter(open_image(sample.image).format or "unknown" for sample in samples)
     return PreparationProfile(
         stages=tuple(stages),
-        unusable=setup.num_batches * setup.batch_size - len(usable),
+        unusable=num_samples - len(usable),
         picture_format=formats.most_common(1)[0][0],
         shrink=median(min(image.width, image.height) for image in images) / setup.view.size,
     )
@@ -373,21 +378,22 @@ def one_thread() -> Iterator[None]:
 
 
 def _read_usable(
-    setup: ProfileSetup, sample_indices: Sequence[SampleIndex], opened: ShardSet
+    setup: ProfileSetup, sample_indices: Sequence[SampleIndex], shard_set: ShardSet
 ) -> list[tuple[SampleIndex, Sample]]:
-    found: list[tuple[SampleIndex, Sample]] = []
-    for address in sample_indices:
+    """The samples that every later step can use, with their indices."""
+    usable: list[tuple[SampleIndex, Sample]] = []
+    for sample_index in sample_indices:
         try:
-            sample = opened.read(address)
+            sample = shard_set.read(sample_index)
             setup.draw(sample, SampleRng(0, 0, sample.key))
             setup.view(sample.image, SampleRng(0, 0, sample.key))
         except BadSample:
             continue
-        found.append((address, sample))
-    return found
+        usable.append((sample_index, sample))
+    return usable
 
 
-def _images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
+def _measure_images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
     size = setup.view.size
 
     def decode() -> None:
@@ -399,19 +405,20 @@ def _images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
         for sample in samples:
             setup.view(sample.image, SampleRng(0, 0, sample.key))
 
-    decoding = seconds_of(decode)
-    # noise may make the whole shorter than its part
-    viewing = max(seconds_of(view) - decoding, decoding / 100)
-    return [_stage("decode", len(samples), decoding), _stage("view", len(samples), viewing)]
+    decode_seconds = seconds_of(decode)
+    # a view includes its decoding; noise may make the whole shorter than its part
+    view_seconds = max(seconds_of(view) - decode_seconds, decode_seconds / 100)
+    return [_stage("decode", len(samples), decode_seconds), _stage("view", len(samples), view_seconds)]
 
 
-def _tokens(setup: ProfileSetup, samples: list[Sample]) -> Stage:
+def _measure_tokenizer(setup: ProfileSetup, samples: list[Sample]) -> Stage:
     captions = [setup.draw(sample, SampleRng(0, 0, sample.key)).text for sample in samples]
-    parts = [captions[first : first + setup.batch_size] for first in range(0, len(captions), setup.batch_size)]
-    return _stage("tokenize", len(samples), seconds_of(lambda: [setup.tokenizer.encode(part) for part in parts]))
+    batches = [captions[first : first + setup.batch_size] for first in range(0, len(captions), setup.batch_size)]
+    seconds = seconds_of(lambda: [setup.tokenizer.encode(batch) for batch in batches])
+    return _stage("tokenize", len(samples), seconds)
 
 
-def _stack(setup: ProfileSetup, samples: list[Sample]) -> Stage:
+def _measure_stack(setup: ProfileSetup, samples: list[Sample]) -> Stage:
     views = [setup.view(sample.image, SampleRng(0, 0, sample.key)) for sample in samples[: setup.batch_size]]
     return _stage("stack", len(views), seconds_of(lambda: np.stack(views)))
 
@@ -420,32 +427,32 @@ def _stage(name: StageName, samples: int, seconds: float) -> Stage:
     return Stage(name=name, rate=samples / seconds, cores=1, each="process")
 
 
-_ROUNDS = 4
+_BATCHES_PER_WORKER = 4
 _TRANSFER_BYTES = 512 << 20
 _MAX_TRANSFERS = 256
 
 
 @dataclass(frozen=True)
 class _RepeatedBatches:
-    """The same few batches over and over."""
+    """The same few batches over and over, so that a long measurement stays within the samples of the setup."""
 
     plan: BatchSampler
-    batches: int
+    num_batches: int
 
     @property
     def largest_batch(self) -> int:
         return self.plan.largest_batch
 
     def __getitem__(self, number: int) -> list[SampleIndex]:
-        return self.plan[number % self.batches]
+        return self.plan[number % self.num_batches]
 
     def upcoming_shards(self, number: int) -> list[int]:
-        return self.plan.upcoming_shards(number % self.batches)
+        return self.plan.upcoming_shards(number % self.num_batches)
 
 
 @dataclass(frozen=True)
 class _ReadyBatch:
-    """Gives a batch that is ready, copied into the memory it is handed over in."""
+    """Returns a finished batch, copied into the memory it is handed over in."""
 
     batch: TrainingBatch
 
@@ -460,51 +467,51 @@ class _ReadyBatch:
 
 
 def measure_worker_transfer(setup: ProfileSetup) -> Stage:
-    """One worker that does nothing but hand over a batch that is ready."""
+    """One worker that does nothing but hand over a finished batch."""
     plan = setup.plan()
     with one_thread():
         batch = setup.collate(plan)(plan[0], ShardSet(setup.shards))
-    size = batch.images.numel() + batch.tokens.numel() * batch.tokens.element_size()
-    number = min(max(_TRANSFER_BYTES // size, 16), _MAX_TRANSFERS)
-    rate = _steady_rate(setup, _ReadyBatch(batch), workers=1, batches=number).rate
+    batch_bytes = batch.images.numel() + batch.tokens.numel() * batch.tokens.element_size()
+    num_batches = min(max(_TRANSFER_BYTES // batch_bytes, 16), _MAX_TRANSFERS)
+    rate = _measure_steady_rate(setup, _ReadyBatch(batch), workers=1, num_batches=num_batches).rate
     return Stage(
         name="hand-over",
         rate=rate,
         cores=1,
         each="process",
-        bytes_rate=rate * size / setup.batch_size,
-        note=f"{size / 1e6:.1f} MB a batch",
+        bytes_rate=rate * batch_bytes / setup.batch_size,
+        note=f"{batch_bytes / 1e6:.1f} MB a batch",
     )
 
 
 def measure_loader(setup: ProfileSetup, workers: Sequence[int]) -> list[LoaderRate]:
     """The whole loader with each number of workers, for as many batches as give each worker a few."""
     collate = setup.collate(setup.plan())
-    return [
-        _steady_rate(setup, collate, workers=number, batches=max(setup.num_batches, _ROUNDS * max(number, 1)))
-        for number in workers
-    ]
+    rates: list[LoaderRate] = []
+    for number in workers:
+        num_batches = max(setup.num_batches, _BATCHES_PER_WORKER * max(number, 1))
+        rates.append(_measure_steady_rate(setup, collate, workers=number, num_batches=num_batches))
+    return rates
 
 
-def _steady_rate(setup: ProfileSetup, collate: Collator[TrainingBatch], *, workers: int, batches: int) -> LoaderRate:
-    """Samples a second from the batch on with which every worker has given one."""
-    warm = max(workers, 1)
+def _measure_steady_rate(
+    setup: ProfileSetup, collate: Collator[TrainingBatch], *, workers: int, num_batches: int
+) -> LoaderRate:
+    """Samples a second, from the batch on with which every worker has given one."""
+    num_warmup = max(workers, 1)
     plan = _RepeatedBatches(setup.plan(), setup.num_batches)
     with one_thread(), warnings.catch_warnings():
-        begun = perf_counter()
+        start = perf_counter()
         warnings.filterwarnings("ignore", message="This DataLoader will create")
-        stream = stream_batches(plan, setup.shards, collate, numbers=range(warm + batches), workers=workers)
-        times = [perf_counter() for _ in _each(stream)]
+        numbers = range(num_warmup + num_batches)
+        times: list[float] = []
+        for _ in stream_batches(plan, setup.shards, collate, numbers=numbers, workers=workers):
+            times.append(perf_counter())
     return LoaderRate(
         workers=workers,
-        rate=batches * setup.batch_size / max(times[-1] - times[warm - 1], 1e-9),
-        first_batch_seconds=times[0] - begun,
+        rate=num_batches * setup.batch_size / max(times[-1] - times[num_warmup - 1], 1e-9),
+        first_batch_seconds=times[0] - start,
     )
-
-
-def _each(stream: Iterator[TrainingBatch]) -> Iterator[None]:
-    for _ in stream:
-        yield None
 
 
 def profile_pipeline(
@@ -524,6 +531,7 @@ def profile_pipeline(
     Raises:
         VlmError: no sample can be used.
     """
+    # before anything else: later this process is what keeps the cores busy
     busy_cores = psutil.cpu_percent(interval=_QUIET_SECONDS) / 100 * (psutil.cpu_count() or 1)
     num_samples = setup.num_batches * setup.batch_size
     logger.info(f"Profiling {pluralize(num_samples, 'sample')} of {pluralize(len(setup.shards), 'shard')} …")
@@ -531,6 +539,7 @@ def profile_pipeline(
     locations: list[tuple[int, int]] = []
     for number in range(setup.num_batches):
         locations += [(sample_index.shard, sample_index.number) for sample_index in plan[number]]
+
     stages = [*measure_disk(setup.shards, locations), *measure_index(setup.shards)]
     prepared = measure_preparation(setup)
     stages += [*prepared.stages, measure_worker_transfer(setup)]

@@ -129,7 +129,7 @@ def test_more_workers_are_advised_where_cores_are_left():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"picture_format": "PNG"}, "store the pictures as JPEG"),
+        ({"picture_format": "PNG"}, "store the images as JPEG"),
         ({"shrink": 4.0}, "shrink them to a shorter side of 258 px"),
         ({}, "more cores"),
     ],
