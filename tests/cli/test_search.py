@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.service.circle import CircleModel
+from tests.service.circle_fixture import CircleModel
 from vlm.cli.main import main
 from vlm.index.build import build_index
 from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin
@@ -137,7 +137,7 @@ def test_questions_that_are_not_utf_8_are_refused(
         ('{"items": ["nope"]}', "no item 'nope'"),
         ('{"items": ["u1"], "where": "m = 1"}', "No row has the field 'm'"),
         ('{"items": ["u1"], "where": "n >"}', "place 4"),
-        ('{"items": ["u1"], "after": "x"}', "'x' is no cursor"),
+        ('{"items": ["u1"], "after": "x"}', "'x' is not a cursor"),
         ('{"items": [], "vectors": [[1, 2, 3]]}', "3 numbers; the rows of this index have 2"),
         ('{"items": [], "vectors": [[0, 0]]}', "has length 0.0"),
         ('{"images": ["/nowhere.png"]}', "/nowhere.png cannot be read"),
@@ -146,11 +146,11 @@ def test_questions_that_are_not_utf_8_are_refused(
 def test_the_line_of_a_question_that_cannot_be_answered_is_named(
     search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    monkeypatch.setattr("vlm.service.search.SearchService._checked_model", lambda _: CircleModel())
+    monkeypatch.setattr("vlm.models.load.load_model", lambda _: CircleModel(fingerprint="none"))
     (tmp_path / "questions").write_text('{"items": ["u1"]}\n\n' * 140 + line + '\n{"items": ["u1"]}\n')
     code, _, err = search("--queries", str(tmp_path / "questions"), "--top", "1")
     assert code == 2
-    assert "Line 281 of the questions: " in err
+    assert "Line 281 of the queries: " in err
     assert message in err
 
 
@@ -168,13 +168,13 @@ def test_the_row_of_a_vector_that_cannot_be_asked_is_named(search: Search, tmp_p
         (("--like", "u0", "--where", "n >"), "place 4"),
         (("--like", "u0", "--where", "m = 1"), "known: caption, key, language, n"),
         (("--like", "nobody"), "no item 'nobody'"),
-        (("--like", "u0", "--after", "x"), "'x' is no cursor"),
+        (("--like", "u0", "--after", "x"), "'x' is not a cursor"),
         (("--queries", "/nowhere/q"), "/nowhere/q cannot be read"),
         (("--queries", "/nowhere/q.npy"), "/nowhere/q.npy cannot be read as .npy"),
-        (("--like", "u0", "--rerank", "nowhere"), "this question has no text"),
+        (("--like", "u0", "--rerank", "nowhere"), "this query has no text"),
         (("a dog", "--rerank", "nowhere"), "There is no model 'nowhere'"),
         (("a text", "--queries", "-"), "omit TEXT and --html"),
-        ((), "needs a text or a picture or an item"),
+        ((), "needs a text, image, item or vector"),
     ],
 )
 def test_misuse_is_said_in_a_line(search: Search, words: tuple[str, ...], message: str) -> None:

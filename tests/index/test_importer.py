@@ -192,7 +192,7 @@ def test_a_column_without_a_name_is_left_out_and_said(tmp_path, capsys):
     assert main(words) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["left_out"] == [""]
-    assert "left out: one without a name" in printed.err
+    assert "skipped: one without a name" in printed.err
     assert origins_in(tmp_path / "out")[0].metadata == {"n": 2}
 
 

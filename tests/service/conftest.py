@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.service.circle import SPACE, CircleModel, OpenService, origin, points
+from tests.service.circle_fixture import SPACE, CircleModel, OpenService, origin, points
 from vlm.index.ann.index_type import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings import EmbeddingsWriter, Origin

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.service.circle import OpenService, origin
-from tests.service.paging import pages, uids
+from tests.service.circle_fixture import OpenService, origin
+from tests.service.paging_helper import pages, uids
 from vlm.errors import UsageError
-from vlm.service import ranking
 from vlm.service.search import Query
 
 
@@ -76,11 +75,9 @@ def test_words_put_captions_that_hold_them_first(open_service: OpenService) -> N
     assert result.hits[-1].score == pytest.approx(1, abs=1e-3)
 
 
-def test_words_are_looked_for_among_the_filtered_only(
-    open_service: OpenService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranking, "CANDIDATES", 1)
+def test_words_are_searched_among_the_filtered_rows_only(open_service: OpenService) -> None:
     service = open_service([50, 0, 60, 70], CAPTIONED)
+    service.num_candidates = 1
     assert uids(service.search(Query(texts=("0",), words="dog", where="n = 1 and key != 'd'"))) == ["c"]
     assert uids(service.search(Query(texts=("0",), words="dog", where="key = 'b'"))) == ["b"]
     assert uids(service.search(Query(texts=("0",), words="nowhere \0 \ud800", top=1))) == ["b"]
@@ -95,9 +92,9 @@ def test_duplicates_are_counted_behind_the_best_of_them(open_service: OpenServic
     assert pages(service, replace(result.query, top=1)) == ["u0", "u3", "u5", "u6"]
 
 
-def test_more_is_looked_at_until_enough_differ(open_service: OpenService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "CANDIDATES", 4)
+def test_more_is_searched_until_enough_differ(open_service: OpenService) -> None:
     service = open_service([*np.linspace(0, 1, 300), 30, 60, 90])
+    service.num_candidates = 4
     result = service.search(Query(texts=("0",), duplicates=0.99, top=3))
     assert uids(result) == ["u0", "u300", "u301"]
     assert result.hits[0].similar == 299
@@ -132,12 +129,12 @@ def test_several_questions_are_embedded_together_and_answered_alike(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"words": " "}, "words of the question are empty"),
+        ({"words": " "}, "words of the query are empty"),
         ({"diversity": 1.5}, "outside 0 to 1"),
         ({"at_least": 1.01}, "in -1 to 1"),
         ({"diversity": float("nan")}, "outside 0 to 1"),
         ({"duplicates": 0.0}, "above 0 and at most 1"),
-        ({"after": "rubbish"}, "is no cursor"),
+        ({"after": "rubbish"}, "is not a cursor"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(

@@ -60,16 +60,14 @@ def test_a_weight_below_0_takes_its_term_away(service: SearchService, paint: Cal
     minus = Query(texts=("red", "blue"), minus=("blue",), weights=(1.0, 1.0, 0.5))
     results = service.search_many([away, minus])
     assert [hit.score for hit in results[0].hits] == pytest.approx([hit.score for hit in results[1].hits], abs=1e-6)
-    assert away.describe() == "red + blue − a picture"
+    assert away.describe() == "red + blue − an image"
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8)])
 def test_a_vector_asks_without_a_model(service: SearchService, tmp_path: Path, shape: tuple[int, ...]) -> None:
-    service_model = service.model
-    service.load = lambda _: pytest.fail("the model was loaded")
-    vector = 7 * service_model.embed_texts(["cyan and red"]).numpy()[0]
+    vector = 7 * service.model.embed_texts(["cyan and red"]).numpy()[0]
     np.save(tmp_path / "q.npy", vector.astype(np.float64).reshape(shape))
-    del service.model
+    service = SearchService.open(service.index.folder, load=lambda _: pytest.fail("the model was loaded"))
     by_file = service.search(Query(vectors=(tmp_path / "q.npy",)))
     by_numbers = service.search(Query(vectors=(tuple(vector.tolist()),)))
     assert first_caption(by_file) == "cyan and red"
@@ -90,7 +88,7 @@ def test_vectors_are_added_between_items_and_minus_terms(service: SearchService)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.ones((2, 8), np.float32), "holds 2 vectors; a question takes one, --queries takes them all"),
+        (np.ones((2, 8), np.float32), "holds 2 vectors; a query takes one, --queries takes them all"),
         (np.array(["red"]), "holds no vectors"),
         (np.ones((1, 1, 8), np.float32), "holds no vectors"),
         (np.array([{}], object), "cannot be read as .npy"),
@@ -126,8 +124,8 @@ def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights:
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (Query(), "needs a text or a picture or an item or a vector"),
-        (Query(minus=("red",)), "minus alone is none"),
+        (Query(), "needs a text, image, item or vector"),
+        (Query(minus=("red",)), "minus alone is not enough"),
         (Query(texts=(" ",)), "is empty"),
         (Query(texts=("red",), weights=(1.0, 1.0)), "1 terms need as many weights"),
         (Query(texts=("red",), weights=(0.0,)), "weights that are not 0"),
@@ -138,11 +136,11 @@ def test_a_mixture_has_unit_length_and_only_the_ratio_of_weights_counts(weights:
         (Query(vectors=((0.0,) * 8,)), "The vector has length 0.0"),
         (Query(vectors=((float("inf"),) * 8,)), "must be finite"),
         (Query(vectors=(Path("/nowhere.npy"),)), r"/nowhere\.npy cannot be read as \.npy"),
-        (Query(texts=("red",), minus=("red",)), "cancel each other"),
+        (Query(texts=("red",), minus=("red",)), "cancel out"),
         (Query(texts=("red",), top=0), "top = 0"),
         (Query(images=(Path("/nowhere.png"),)), r"/nowhere\.png cannot be read: No such file"),
-        (Query(images=(Path("a\0.png"),)), "cannot be read: that is no name of a file"),
-        (Query(images=(Path("\ud83d.png"),)), "cannot be read: that is no name of a file"),
+        (Query(images=(Path("a\0.png"),)), "cannot be read: that is not a valid file name"),
+        (Query(images=(Path("\ud83d.png"),)), "cannot be read: that is not a valid file name"),
         (Query(texts=("caf\udce9",)), r"'caf\\udce9' is not Unicode text: its character 4"),
         (Query(texts=("red",), minus=("\ud83d cat",)), "is not Unicode text: its character 1"),
         (Query(texts=("red", "blue"), weights=(1.0, 1e-320)), "each must be from 1e-06 to 1e\\+06"),
@@ -156,7 +154,7 @@ def test_a_question_that_means_nothing_is_refused(service: SearchService, query:
 
 def test_a_image_that_cannot_be_read_is_named(service: SearchService, tmp_path: Path) -> None:
     (tmp_path / "q.png").write_bytes(b"no image")
-    with pytest.raises(VlmError, match=r"q\.png cannot be used as a question: unreadable image"):
+    with pytest.raises(VlmError, match=r"q\.png cannot be used as a query: unreadable image"):
         service.search(Query(images=(tmp_path / "q.png",)))
 
 

@@ -1,4 +1,4 @@
-"""Images of index rows: their bytes out of the shard, and small copies for a page."""
+"""Images of index rows: their bytes from the shard, and thumbnails for a page."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def read_image_bytes(entry: Entry) -> bytes:
     """The encoded image of an entry, read from its shard by byte range.
 
     Raises:
-        VlmError: it was imported without one, or the shard is gone, cannot be reached, or is shorter than it was.
+        VlmError: it was imported without an image, or the shard is missing, unreachable, or shorter than it was.
     """
     if not entry.image_size:
         raise VlmError("The row was imported and has no image in a shard")

@@ -1,11 +1,4 @@
-"""Where a page of answers ended, as a word that a later question hands back.
-
-A question to an index, in words and pictures, with what narrows and orders its answers.
-
-Vectors that people bring themselves, as a question or a file of questions.
-
-Questions from a file, one a line: a text, or a JSON object with the fields of a question.
-"""
+"""A query and how people give one: its terms and options, its cursor, files of queries and of vectors."""
 
 import base64
 import binascii
@@ -24,72 +17,28 @@ from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.tensors import Array, Float32, Float64
 
-_LAYOUT = struct.Struct(">IIIIfq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cursor:
-    """The last answer shown.
-
-    generation, first: of the index, and answers asked for, when the first page was shown.
-    question: digest of what was asked. seen: answers shown so far. score, row: of the last of them.
-    """
-
-    generation: int
-    query_digest: int
-    first: int
-    seen: int
-    score: float
-    row: int
-
-    def to_token(self) -> str:
-        """As letters, digits, - and _.
-
-        >>> cursor = Cursor(generation=1, query_digest=2, first=10, seen=10, score=0.5, row=7)
-        >>> Cursor.from_token(cursor.to_token()) == cursor
-        True
-        """
-        packed = _LAYOUT.pack(self.generation, self.query_digest, self.first, self.seen, self.score, self.row)
-        return base64.urlsafe_b64encode(packed).decode()
-
-    @classmethod
-    def from_token(cls, token: str) -> "Cursor":
-        """The inverse of `to_word`.
-
-        Raises:
-            UsageError: the word is none.
-        """
-        try:
-            generation, query_digest, first, seen, score, row = _LAYOUT.unpack(
-                base64.b64decode(token, b"-_", validate=True)
-            )
-        except (binascii.Error, struct.error, ValueError) as error:
-            raise UsageError(f"{token!r} is no cursor; take it from the answer before, or leave it out.") from error
-        return cls(generation=generation, query_digest=query_digest, first=first, seen=seen, score=score, row=row)
-
-
 MAX_RERANK = 1000
-"""More pictures than this are not read for one question."""
+"""Maximum number of images read to rerank one query."""
 
-
-LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
-"""Single precision adds up terms of these weights."""
+MIN_WEIGHT = 1e-6
+MAX_WEIGHT = 1e6
+"""Range of the absolute weights, in which single precision can sum the terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What is looked for: the sum of all texts, pictures, stored items and vectors, less the `minus` texts.
+    """What to search for: the weighted sum of all texts, images, stored items and vectors, minus the `minus` texts.
 
-    images: files, or encoded pictures as bytes. items: uids of rows of the index. vectors: .npy files of one vector, or
+    images: files, or encoded images as bytes. items: uids of rows of the index. vectors: .npy files of one vector, or
     its numbers; of the index's space, which cannot be checked. weights: one a term, in the order texts, images, items,
-    vectors, minus; one below 0 takes its term away; empty counts every term once. top: how many answers.
-    where: a filter (`vlm.index.filters`); empty lets every row answer. at_least: the lowest cosine of an answer.
-    words: captions that hold these words are raised, by reciprocal rank fusion of the first of them with the first by
-        cosine; all others follow by cosine.
-    duplicates: answers whose cosine with a better one is at least this are counted, not shown; None shows all.
-    diversity: from 0, the nearest first, to 1, the most unlike each other first (`reorder.diversify`).
-    rerank_top: so many of the first answers are put in the order of likelihood (`reranking`); 0 leaves them.
-    after: the `next` of an answer to this question, to go on from there.
+    vectors, minus; a negative one subtracts its term; empty weighs all equally. top: number of results.
+    where: a filter (`vlm.index.filters`); empty searches all rows. at_least: minimum cosine of a result.
+    words: captions with these words are boosted, by reciprocal rank fusion of the top results of full-text search and
+        of the search by cosine; all others follow by cosine.
+    duplicates: results whose cosine with a better one is at least this are counted, not shown; None shows all.
+    diversity: from 0, relevance only, to 1, diversity only (`ranking.diversify`).
+    rerank_top: number of top results ordered by likelihood (`ranking.Reranker`); 0 reranks none.
+    after: the `next` of a result of this query, to get the next page.
     """
 
     texts: tuple[str, ...] = ()
@@ -108,73 +57,73 @@ class Query:
     after: str = ""
 
     def check(self) -> None:
-        """Refuse what means nothing.
+        """Refuse a query that cannot be searched for.
 
         Raises:
-            UsageError: nothing to look for is given, or a value does not fit.
+            UsageError: it has no positive term, or a value is out of range.
         """
         self.signed_weights()
-        self._check_texts()
+        self._check_unicode()
         if self.top < 1:
-            raise UsageError(f"top = {self.top} does not fit: at least one answer must be asked for.")
+            raise UsageError(f"top = {self.top} is out of range: request at least one result.")
         if self.words and not self.words.strip():
-            raise UsageError("The words of the question are empty.")
+            raise UsageError("The words of the query are empty.")
         if not 0 <= self.diversity <= 1:
-            raise UsageError(f"A diversity of {self.diversity} is outside 0 to 1.")
+            raise UsageError(f"diversity = {self.diversity} is outside 0 to 1.")
         if self.at_least is not None and not -1 <= self.at_least <= 1:
-            raise UsageError(f"Answers of at least a cosine of {self.at_least}: it must be in -1 to 1.")
+            raise UsageError(f"at_least = {self.at_least}: the minimum cosine must be in -1 to 1.")
         if self.duplicates is not None and not 0 < self.duplicates <= 1:
-            raise UsageError(f"Duplicates from a cosine of {self.duplicates}: it must be above 0 and at most 1.")
+            raise UsageError(f"duplicates = {self.duplicates}: the cosine must be above 0 and at most 1.")
         self._check_rerank()
 
     def signed_weights(self) -> list[float]:
-        """The factor of each term in the order texts, images, items, vectors, minus; minus terms are below 0.
+        """The factor of each term in the order texts, images, items, vectors, minus; negative for minus terms.
 
         Raises:
-            UsageError: nothing to look for is given, or the weights do not fit the terms.
+            UsageError: there is no term to search for, or the weights do not fit the terms.
         """
         num_terms = self.num_terms
         num_plus = num_terms - len(self.minus)
         if not num_plus:
-            raise UsageError(
-                "A question needs a text or a picture or an item or a vector to look for; minus alone is none."
-            )
+            raise UsageError("A query needs a text, image, item or vector to search for; minus alone is not enough.")
         if any(not text.strip() for text in (*self.texts, *self.minus)):
-            raise UsageError("A text of the question is empty.")
+            raise UsageError("A text of the query is empty.")
         weights = self.weights or (1.0,) * num_terms
         is_usable = [np.isfinite(weight) and weight != 0 for weight in weights]
         if len(weights) != num_terms or not all(is_usable):
             raise UsageError(f"{num_terms} terms need as many weights that are not 0, given: {list(weights)}.")
-        if not all(LEAST_WEIGHT <= abs(weight) <= MOST_WEIGHT for weight in weights):
+        if not all(MIN_WEIGHT <= abs(weight) <= MAX_WEIGHT for weight in weights):
             raise UsageError(
-                f"Weights {list(weights)}: without its sign each must be from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}; "
-                "only their ratios count."
+                f"Weights {list(weights)}: without its sign each must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}; only "
+                "their ratios count."
             )
-        if any(weight < 0 for weight in weights[num_plus:]) or all(weight < 0 for weight in weights[:num_plus]):
+        plus_weights = list(weights[:num_plus])
+        minus_weights = list(weights[num_plus:])
+        if any(weight < 0 for weight in minus_weights) or all(weight < 0 for weight in plus_weights):
             raise UsageError(
                 f"Weights {list(weights)}: those of minus terms must be above 0, and so must one of the others."
             )
-        return [weight if number < num_plus else -weight for number, weight in enumerate(weights)]
+        return plus_weights + [-weight for weight in minus_weights]
 
     @property
     def num_terms(self) -> int:
-        """Texts, pictures, items, vectors and minus texts together."""
+        """Texts, images, items, vectors and minus texts together."""
         return sum(map(len, (self.texts, self.images, self.items, self.vectors, self.minus)))
 
     @property
     def is_plain(self) -> bool:
-        """Whether the nearest rows in their order are the answer."""
+        """Whether the results are the nearest rows in their order."""
         return not (self.words or self.diversity or self.duplicates is not None or self.rerank_top)
 
     def digest(self, *, reranker: str = "") -> int:
-        """CRC-32 of all that decides the order of the answers; pictures count by their bytes or by their names.
+        """CRC-32 of all that determines the order of the results; images count by their bytes or by their names.
 
-        reranker: fingerprint of the model that re-ranks.
+        reranker: fingerprint of the model that reranks.
         """
         images = [zlib.crc32(image) if isinstance(image, bytes) else str(image) for image in self.images]
         vectors = [str(vector) if isinstance(vector, Path) else list(vector) for vector in self.vectors]
-        asked = self.to_json() | {"images": images, "vectors": vectors, "reranker": reranker, "top": 0, "after": ""}
-        return zlib.crc32(json.dumps(asked, sort_keys=True).encode())
+        values = self.to_json() | {"images": images, "vectors": vectors, "reranker": reranker, "top": 0, "after": ""}
+        return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
     def describe(self) -> str:
         """The terms as a sum.
@@ -182,65 +131,112 @@ class Query:
         >>> Query(texts=("a dog", "snow"), items=("a/7",), minus=("a cat",), weights=(1, -1, 1, 1)).describe()
         'a dog + a/7 − snow − a cat'
         """
-        names = ["a picture" if isinstance(image, bytes) else image.name for image in self.images]
+        images = ["an image" if isinstance(image, bytes) else image.name for image in self.images]
         vectors = [vector.name if isinstance(vector, Path) else "a vector" for vector in self.vectors]
-        terms = list(zip([*self.texts, *names, *self.items, *vectors, *self.minus], self.signed_weights(), strict=True))
+        names = [*self.texts, *images, *self.items, *vectors, *self.minus]
+        terms = list(zip(names, self.signed_weights(), strict=True))
         plus = " + ".join(name for name, weight in terms if weight > 0)
         return plus + "".join(f" − {name}" for name, weight in terms if weight < 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a picture given as bytes, or a vector as numbers, is told by its size."""
+        """Plain values; images given as bytes and vectors given as numbers are shown by their sizes."""
+        images = [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images]
+        vectors = [str(vector) if isinstance(vector, Path) else f"({len(vector):,} numbers)" for vector in self.vectors]
         options = ("top", "where", "at_least", "words", "duplicates", "diversity", "rerank_top", "after")
-        plain = {name: getattr(self, name) for name in options}
-        terms = {
+        return {
             "texts": list(self.texts),
-            "images": [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images],
+            "images": images,
             "items": list(self.items),
-            "vectors": [
-                str(vector) if isinstance(vector, Path) else f"({len(vector):,} numbers)" for vector in self.vectors
-            ],
+            "vectors": vectors,
             "minus": list(self.minus),
+            "weights": self.signed_weights(),
+            **{name: getattr(self, name) for name in options},
         }
-        return terms | {"weights": self.signed_weights()} | plain
 
-    def _check_texts(self) -> None:
+    def _check_unicode(self) -> None:
         for text in (*self.texts, *self.minus):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UsageError(
-                    f"{text!r} is not Unicode text: its character {error.start + 1} is half of a pair, or a byte "
-                    "that is not UTF-8; give the text as UTF-8."
+                    f"{text!r} is not Unicode text: its character {error.start + 1} is half of a surrogate pair, or a "
+                    "byte that is not UTF-8; give the text as UTF-8."
                 ) from error
 
     def _check_rerank(self) -> None:
         if not 0 <= self.rerank_top <= MAX_RERANK:
-            raise UsageError(f"rerank_top = {self.rerank_top} does not fit: 0 to {MAX_RERANK:,} can be re-ranked.")
+            raise UsageError(f"rerank_top = {self.rerank_top} is out of range: 0 to {MAX_RERANK:,} can be reranked.")
         if self.rerank_top and not self.texts:
-            raise UsageError("Re-ranking asks how likely a text is, given a picture; this question has no text.")
+            raise UsageError("Reranking needs a text, whose likelihood given an image it uses; this query has no text.")
         if self.rerank_top and self.diversity:
-            raise UsageError("Re-ranking puts the likeliest first, diversity the unlike: ask for one of them.")
+            raise UsageError("Reranking orders by likelihood, diversity by dissimilarity: use one of them.")
 
 
-def load_query_vector(given: Path | Sequence[float], dimension: int) -> Float32[Array, " D"]:
-    """The vector brought to unit length; of a file the only row.
+_CURSOR = struct.Struct(">IIIIfq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """The last result shown, from which the next page starts.
+
+    generation, first: version of the index, and page size, when the first page was shown.
+    query_digest: of `Query.digest`. seen: results shown so far. score, row: of the last of them.
+    """
+
+    generation: int
+    query_digest: int
+    first: int
+    seen: int
+    score: float
+    row: int
+
+    def to_token(self) -> str:
+        """As letters, digits, - and _.
+
+        >>> cursor = Cursor(generation=1, query_digest=2, first=10, seen=10, score=0.5, row=7)
+        >>> Cursor.from_token(cursor.to_token()) == cursor
+        True
+        """
+        packed = _CURSOR.pack(self.generation, self.query_digest, self.first, self.seen, self.score, self.row)
+        return base64.urlsafe_b64encode(packed).decode()
+
+    @classmethod
+    def from_token(cls, token: str) -> "Cursor":
+        """The inverse of `to_token`.
+
+        Raises:
+            UsageError: the token is malformed.
+        """
+        try:
+            packed = base64.b64decode(token, b"-_", validate=True)
+            generation, query_digest, first, seen, score, row = _CURSOR.unpack(packed)
+        except (binascii.Error, struct.error, ValueError) as error:
+            raise UsageError(f"{token!r} is not a cursor; copy it from the page before, or omit it.") from error
+        return cls(generation=generation, query_digest=query_digest, first=first, seen=seen, score=score, row=row)
+
+
+def load_query_vector(vector: Path | Sequence[float], dimension: int) -> Float32[Array, " D"]:
+    """The vector scaled to unit length; of a file the only row.
 
     Raises:
-        UsageError: the file is no vector, or the vector has another dimension, is zero or not finite.
+        UsageError: the file is not a vector, or the vector has another dimension, is zero or not finite.
     """
-    if isinstance(given, Path):
-        rows, name = read_vectors(given), str(given)
+    if isinstance(vector, Path):
+        name = str(vector)
+        rows = read_vectors(vector)
         if len(rows) != 1:
-            raise UsageError(f"{given} holds {len(rows):,} vectors; a question takes one, --queries takes them all.")
-        vector = rows[0]
+            raise UsageError(f"{vector} holds {len(rows):,} vectors; a query takes one, --queries takes them all.")
+        numbers = rows[0]
     else:
-        vector, name = np.asarray(given, np.float64), "The vector"
-    if len(vector) != dimension:
-        raise UsageError(f"{name} has {len(vector)} numbers; the rows of this index have {dimension}.")
-    largest = float(np.abs(vector).max())
+        name = "The vector"
+        numbers = np.asarray(vector, np.float64)
+    if len(numbers) != dimension:
+        raise UsageError(f"{name} has {len(numbers)} numbers; the rows of this index have {dimension}.")
+    largest = float(np.abs(numbers).max())
     if not (np.isfinite(largest) and largest > 0):
         raise UsageError(f"{name} has length {largest}: it must be finite and not zero.")
-    scaled = vector / largest  # the square of a number such as 1e200 is not finite
+    # the square of a number such as 1e200 is not finite
+    scaled = numbers / largest
     return (scaled / np.linalg.norm(scaled)).astype(np.float32)
 
 
@@ -251,37 +247,41 @@ def read_vectors(path: Path) -> Float64[Array, "N D"]:
         UsageError: it cannot be read or holds something else.
     """
     try:
-        found = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"{path} cannot be read as .npy: {error}.") from error
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.ndim not in (1, 2):
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim not in (1, 2):
         raise UsageError(f"{path} holds no vectors: a matrix of numbers or one row of them is needed.")
-    return np.atleast_2d(found).astype(np.float64)
+    return np.atleast_2d(array).astype(np.float64)
 
 
 def queries_from_vectors(path: Path, defaults: Query) -> dict[str, Query]:
-    """A question for each row of an .npy file, under the row's name; the rest is as in `defaults`.
+    """A query for each row of an .npy file, by the row's name; the other fields are those of `defaults`.
 
-    Raises: as `read_rows` does.
+    Raises: as of `read_vectors`.
     """
-    rows = enumerate(read_vectors(path).tolist())
-    return {f"Row {number} (from 0) of {path}": replace(defaults, vectors=(tuple(row),)) for number, row in rows}
+    queries = {}
+    for number, row in enumerate(read_vectors(path).tolist()):
+        queries[f"Row {number} (from 0) of {path}"] = replace(defaults, vectors=(tuple(row),))
+    return queries
 
 
 def read_queries(lines: Iterable[str], defaults: Query) -> dict[str, Query]:
-    """A question for each line that is not empty, under the line's name; what it does not say is as in `defaults`.
+    """A query for each line that is not empty, by the line's name; missing fields are those of `defaults`.
 
-    >>> read_queries(["a dog", "", '{"texts": ["a cat"], "top": 3}'], Query())["Line 3 of the questions"].top
+    A line is a text, or a JSON object with the fields of a query.
+
+    >>> read_queries(["a dog", "", '{"texts": ["a cat"], "top": 3}'], Query())["Line 3 of the queries"].top
     3
 
     Raises:
-        UsageError: a line is no question; its number is named.
+        UsageError: a line is not a query; its number is named.
     """
     queries = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name = f"Line {number} of the questions"
+        name = f"Line {number} of the queries"
         try:
             query = _parse_query(line.strip(), defaults)
             query.check()
@@ -295,54 +295,67 @@ def _parse_query(line: str, defaults: Query) -> Query:
     if not line.startswith("{"):
         return replace(defaults, texts=(line,))
     try:
-        given = json.loads(line)
+        values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"it begins like a JSON object but is none ({error}).") from error
-    values = {}
-    for name, value in given.items():
+        raise UsageError(f"it begins like a JSON object but is not one ({error}).") from error
+    fields = {}
+    for name, value in values.items():
         if name not in _FIELDS:
-            raise UsageError(f"a question has no {name!r}; {suggest(name, list(_FIELDS))}")
-        fits, meant, make = _FIELDS[name]
-        if not fits(value):
-            raise UsageError(f"{name} must be {meant}, given: {value!r}.")
-        values[name] = make(value)
-    return replace(defaults, **values)
+            raise UsageError(f"a query has no {name!r}; {suggest(name, list(_FIELDS))}")
+        is_valid, expected, convert = _FIELDS[name]
+        if not is_valid(value):
+            raise UsageError(f"{name} must be {expected}, given: {value!r}.")
+        fields[name] = convert(value)
+    return replace(defaults, **fields)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def _is_integer(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
+def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
-_TEXTS = (_list_of(_is_text), "a list of texts", tuple)
+def _to_paths(names: list[str]) -> tuple[Path, ...]:
+    return tuple(map(Path, names))
+
+
+def _to_floats(numbers: list[float]) -> tuple[float, ...]:
+    return tuple(map(float, numbers))
+
+
+def _to_vectors(vectors: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(_to_floats, vectors))
+
+
+_TEXTS = (_is_list_of(_is_text), "a list of texts", tuple)
 _TEXT = (_is_text, "a text", str)
 _NUMBER = (_is_number, "a number", float)
-_WHOLE = (lambda value: _is_number(value) and isinstance(value, int), "a whole number", int)
+_INTEGER = (_is_integer, "a whole number", int)
+
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "texts": _TEXTS,
-    "images": (_list_of(_is_text), "a list of files", lambda names: tuple(map(Path, names))),
+    "images": (_is_list_of(_is_text), "a list of files", _to_paths),
     "items": _TEXTS,
-    "vectors": (
-        _list_of(_list_of(_is_number)),
-        "a list of lists of numbers",
-        lambda vectors: tuple(tuple(map(float, vector)) for vector in vectors),
-    ),
+    "vectors": (_is_list_of(_is_list_of(_is_number)), "a list of lists of numbers", _to_vectors),
     "minus": _TEXTS,
-    "weights": (_list_of(_is_number), "a list of numbers", lambda numbers: tuple(map(float, numbers))),
-    "top": _WHOLE,
+    "weights": (_is_list_of(_is_number), "a list of numbers", _to_floats),
+    "top": _INTEGER,
     "where": _TEXT,
     "at_least": _NUMBER,
     "words": _TEXT,
     "duplicates": _NUMBER,
     "diversity": _NUMBER,
-    "rerank_top": _WHOLE,
+    "rerank_top": _INTEGER,
     "after": _TEXT,
 }
-"""For each field of a question: whether a value of JSON fits, what is meant, and how it becomes the field's."""
+"""For each field of a query in JSON: whether a value is valid, what is expected, and how it is converted."""

@@ -1,6 +1,7 @@
-"""Questions in words and pictures to an index, and their answers.
+"""Search an index: queries of texts, images, stored items and vectors to ranked hits.
 
-The terms of a question as vectors, and their mixture.
+A query is a weighted sum of unit vectors, one a term; `SearchService.search_many` embeds the terms of all queries
+together and ranks each query (`vlm.service.ranking`).
 """
 
 import contextlib
@@ -24,69 +25,28 @@ from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.interop.importer import UNKNOWN
 from vlm.index.reader import Hit, Index, IndexSnapshot
 from vlm.service.query import Query, load_query_vector
-from vlm.service.ranking import Captioner, Ranker, Ranking, Reranker, require_captioner, rows_among
+from vlm.service.ranking import (
+    NUM_CANDIDATES,
+    Captioner,
+    Ranker,
+    Ranking,
+    Reranker,
+    require_captioner,
+    rows_matching,
+)
 from vlm.tensors import Array, Float32, Int64
 
-# two opposite unit vectors computed in float32 leave about 1e-7; a mixture this short has no direction
-_SHORTEST_MIXTURE = 1e-5
-
-
-def embed_query_images(model: Encoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
-    """A unit vector for each picture.
-
-    Raises:
-        UsageError: a file cannot be read. VlmError: it is no picture.
-    """
-    pixels = np.stack([_load_query_image(model, image) for image in images])
-    return list(model.embed_images(torch.from_numpy(pixels)).numpy())
-
-
-def item_vectors(snapshot: IndexSnapshot, uids: Sequence[str]) -> Float32[Array, "N D"]:
-    """The stored vector of each item.
-
-    Raises:
-        UsageError: there is no such item.
-    """
-    rows = snapshot.catalogue.rows_by_uid(uids)
-    for uid in uids:
-        if uid not in rows:
-            raise UsageError(f"{snapshot.folder} has no item {uid!r}; take the uid from an answer.")
-    return snapshot.vectors(np.array([rows[uid] for uid in uids], np.int64))
-
-
-def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:
-    """The weighted sum of unit vectors, brought to unit length.
-
-    Raises:
-        UsageError: the terms cancel each other out.
-    """
-    mixture = weights @ terms
-    length = float(np.linalg.norm(mixture))
-    if not length > _SHORTEST_MIXTURE * float(np.abs(weights).sum()):
-        raise UsageError("The terms of the question cancel each other out; change the minus terms or the weights.")
-    return mixture / np.float32(length)
-
-
-def _load_query_image(model: Encoder, image: Path | bytes) -> np.ndarray:
-    name = "the picture" if isinstance(image, bytes) else str(image)
-    try:
-        data = image if isinstance(image, bytes) else image.read_bytes()
-    except (OSError, ValueError) as error:  # no file has NUL or half a surrogate pair in its name
-        reason = error.strerror if isinstance(error, OSError) else "that is no name of a file"
-        raise UsageError(f"{name} cannot be read: {reason or error}.") from error
-    try:
-        return model.view(data)
-    except BadSample as error:
-        raise VlmError(f"{name} cannot be used as a question: {error}.") from error
+# two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
+_MIN_SUM_LENGTH = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankedHit(Hit):
-    """A hit of a question.
+    """A hit of a query.
 
-    fused: the score that orders the hits of a question with words; None behind the last of these.
+    fused: the score of rank fusion that orders the hits of a query with words; None for those ordered by cosine.
     similar: how many worse hits it stands for.
-    likelihood: of the question's texts given the picture (`Reranking.order`); None where the hit was not re-ranked.
+    likelihood: of the query's texts given the image (`Reranker.order`); None if it was not reranked.
     """
 
     fused: float | None = None
@@ -94,19 +54,19 @@ class RankedHit(Hit):
     likelihood: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; what the question did not ask for is left out."""
-        asked = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood}
-        given = {name: value for name, value in asked.items() if value is not None}
-        return {"score": self.score} | given | asdict(self.entry)
+        """Plain values; without those that the query did not ask for."""
+        optional = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood}
+        present = {name: value for name, value in optional.items() if value is not None}
+        return {"score": self.score} | present | asdict(self.entry)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """The hits of a question, best first, and how long the embedding of the question and the search took.
+    """The hits of a query, best first, and how long embedding the query and searching took.
 
-    next: the cursor to go on from, empty where there is no more. generation: of the index that answered.
-    rerank_milliseconds: None where nothing was re-ranked. unread: uids that kept their place because their pictures
-    could not be read, with the reason. cut: texts of the query whose end lies past the model's context.
+    next: the cursor of the next page, empty at the end. generation: version of the index that was searched.
+    rerank_milliseconds: None without reranking. unread: uids that were not reranked because their images cannot be
+    read, with the reason. cut: texts of the query that are longer than the model's context.
     """
 
     query: Query
@@ -120,7 +80,7 @@ class SearchResult:
     cut: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for people's scripts: what `vlm search --json` prints."""
+        """Plain values: what `vlm search --json` prints."""
         plain = {
             "question": self.query.to_json(),
             "hits": [{"rank": rank} | hit.to_json() for rank, hit in enumerate(self.hits, 1)],
@@ -145,16 +105,19 @@ def load_encoder(spec: str) -> Encoder:
 
 @dataclass(kw_only=True)
 class SearchService:
-    """An open index with the model that asks it; the model is loaded with the first question.
+    """An open index with the model that embeds its queries; the model is loaded with the first query.
 
-    model_spec: another place of the same model, or empty for the one the index names.
-    rerank_spec: the model that re-ranks; any with a caption decoder, for it reads pictures, not vectors.
+    model_spec: new location of the same model, or empty for the one the index names.
+    rerank_spec: the model that reranks; any with a caption decoder, since it reads images, not vectors.
+    num_candidates: as of `Ranker`.
     """
 
     index: Index
     model_spec: str = ""
     rerank_spec: str = ""
     load: Callable[[str], Encoder] = field(default=load_encoder)
+    num_candidates: int = NUM_CANDIDATES
+    _model: Encoder | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def open(
@@ -173,31 +136,33 @@ class SearchService:
         """Release the index."""
         self.index.close()
 
-    @cached_property
+    @property
     def model(self) -> Encoder:
-        """The model, whose space is that of the index.
+        """The model, whose embedding space is that of the index.
 
         Raises:
-            UsageError: there is no such model, its fingerprint is another, or the rows came without one.
+            UsageError: there is no such model, its fingerprint differs, or the rows were imported without one.
         """
         if self.index.details.space.fingerprint == UNKNOWN:
             raise UsageError(
-                f"{self.index.folder} was imported without its model: ask with stored items (--like UID) or vectors "
+                f"{self.index.folder} was imported without its model: search by stored items (--like UID) or vectors "
                 "(--vector FILE.npy), or import again with --model."
             )
-        model = self.load(self._spec)
+        model = self._model or self.load(self._spec)
+        # checked each time: an index of another model may have taken this one's place
         self.index.require_model(model.fingerprint, self._spec)
+        self._model = model
         return model
 
     @cached_property
     def captioner(self) -> Captioner:
-        """The model that re-ranks.
+        """The model that reranks.
 
         Raises:
             UsageError: none was named, there is no such model, or it has no caption decoder.
         """
         if not self.rerank_spec:
-            raise UsageError("The question asks for a re-ranking, but no model for it was named: --rerank MODEL.")
+            raise UsageError("The query asks for reranking, but no model for it was named: --rerank MODEL.")
         is_own = absolute_spec(self.rerank_spec) == absolute_spec(self._spec)
         return require_captioner(self.model if is_own else self.load(self.rerank_spec), self.rerank_spec)
 
@@ -206,85 +171,90 @@ class SearchService:
         return self.model_spec or self.index.details.space.model
 
     def search(self, query: Query) -> SearchResult:
-        """The rows nearest to a question, in the newest generation of the index.
+        """The rows nearest to a query, in the newest snapshot of the index.
 
         Raises:
-            UsageError: the question is empty, its filter, cursor or weights do not fit, or its terms cancel each other
-                out.
-            VlmError: a picture of the question cannot be read, or the index has been damaged.
+            UsageError: the query is empty, its filter, cursor or weights do not fit, or its terms cancel out.
+            VlmError: an image of the query cannot be read, or the index is damaged.
         """
         return self.search_many([query])[0]
 
     def search_many(self, queries: Sequence[Query], *, names: Sequence[str] = ()) -> list[SearchResult]:
-        """The answers to several questions, from one generation; their texts are embedded together.
+        """The results of several queries, from one snapshot; their texts are embedded together.
 
-        names: of the questions; a message about one of them begins with its name.
+        names: of the queries; an error about one of them begins with its name.
 
-        Raises: as `answer` does.
+        Raises: as of `search`.
         """
         self.index.refresh()
         snapshot = self.index.snapshot
-        asked = list(zip(names or [""] * len(queries), queries, strict=True))
-        allowed_rows = _resolve_filters(asked, snapshot)
+        named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
+        allowed_rows = _resolve_filters(named_queries, snapshot)
         captioner = self.captioner if any(query.rerank_top for query in queries) else None
         started = time.perf_counter()
-        query_vectors = self._embed(asked, snapshot)
+        query_vectors = self._embed(named_queries, snapshot)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(queries))
-        results = []
-        for (name, query), query_vector in zip(asked, query_vectors, strict=True):
-            reranker = None
-            if captioner and query.rerank_top:
-                reranker = Reranker(captioner, query, snapshot.catalogue)
-            started = time.perf_counter()
-            with _prefixing_errors(name):
-                ranking, after = Ranker(snapshot, query_vector, query, allowed_rows[query.where], reranker).page()
-            hits = _hits(ranking, snapshot.catalogue.entries(ranking.rows.tolist()))
-            rerank_milliseconds = reranker.milliseconds if reranker else 0.0
-            results.append(
-                SearchResult(
-                    query=query,
-                    hits=hits,
-                    next=after,
-                    generation=snapshot.number,
-                    embed_milliseconds=embed_milliseconds,
-                    search_milliseconds=(time.perf_counter() - started) * 1000 - rerank_milliseconds,
-                    rerank_milliseconds=rerank_milliseconds if reranker else None,
-                    unread=reranker.unread if reranker else {},
-                    cut=self._cut_texts(query),
-                )
+        results: list[SearchResult] = []
+        for (name, query), query_vector in zip(named_queries, query_vectors, strict=True):
+            ranker = Ranker(
+                snapshot=snapshot,
+                query_vector=query_vector,
+                query=query,
+                allowed_rows=allowed_rows[query.where],
+                reranker=Reranker(captioner, query, snapshot.catalogue) if captioner and query.rerank_top else None,
+                num_candidates=self.num_candidates,
             )
+            with _prefixing_errors(name):
+                results.append(self._rank(ranker, embed_milliseconds))
         return results
 
-    def _embed(self, asked: Sequence[tuple[str, Query]], snapshot: IndexSnapshot) -> list[Float32[Array, " D"]]:
-        """The unit vector of each question; questions about items and vectors alone need no model."""
-        words = [text for _, query in asked for text in (*query.texts, *query.minus)]
-        model = self._checked_model() if words or any(query.images for _, query in asked) else None
-        texts, query_vectors = iter(model.embed_texts(words).numpy() if model and words else ()), []
-        for name, query in asked:
-            plus = list(islice(texts, len(query.texts)))
+    def _embed(self, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot) -> list[Float32[Array, " D"]]:
+        """The unit vector of each query; queries of items and vectors alone need no model."""
+        all_texts = [text for _, query in named_queries for text in (*query.texts, *query.minus)]
+        has_images = any(query.images for _, query in named_queries)
+        model = self.model if all_texts or has_images else None
+        # of each query in turn the plus texts, then the minus texts
+        text_vectors = iter(model.embed_texts(all_texts).numpy() if model and all_texts else ())
+        query_vectors: list[Float32[Array, " D"]] = []
+        for name, query in named_queries:
             with _prefixing_errors(name):
+                plus = list(islice(text_vectors, len(query.texts)))
                 images = embed_query_images(model, query.images) if model and query.images else []
                 items = item_vectors(snapshot, query.items)
-                given = [load_query_vector(vector, self.index.details.space.dimension) for vector in query.vectors]
-                terms = np.stack([*plus, *images, *items, *given, *islice(texts, len(query.minus))])
+                dimension = self.index.details.space.dimension
+                vectors = [load_query_vector(vector, dimension) for vector in query.vectors]
+                minus = list(islice(text_vectors, len(query.minus)))
+                terms = np.stack([*plus, *images, *items, *vectors, *minus])
                 query_vectors.append(combine_terms(terms, np.asarray(query.signed_weights(), np.float32)))
         return query_vectors
+
+    def _rank(self, ranker: Ranker, embed_milliseconds: float) -> SearchResult:
+        started = time.perf_counter()
+        ranking, next_cursor = ranker.page()
+        hits = _ranked_hits(ranking, ranker.snapshot.catalogue.entries(ranking.rows.tolist()))
+        milliseconds = (time.perf_counter() - started) * 1000
+        reranker = ranker.reranker
+        return SearchResult(
+            query=ranker.query,
+            hits=hits,
+            next=next_cursor,
+            generation=ranker.snapshot.number,
+            embed_milliseconds=embed_milliseconds,
+            search_milliseconds=milliseconds - (reranker.milliseconds if reranker else 0.0),
+            rerank_milliseconds=reranker.milliseconds if reranker else None,
+            unread=reranker.unread if reranker else {},
+            cut=self._cut_texts(ranker.query),
+        )
 
     def _cut_texts(self, query: Query) -> tuple[str, ...]:
         texts = (*query.texts, *query.minus)
         tokenizer = getattr(self.model, "tokenizer", None) if texts else None
         return tuple(cut_texts(tokenizer, texts)) if tokenizer is not None else ()
 
-    def _checked_model(self) -> Encoder:
-        """The model, whose space is still that of the index; another may lie there by now."""
-        model = self.model
-        self.index.require_model(model.fingerprint, self._spec)
-        return model
-
 
 @contextlib.contextmanager
 def _prefixing_errors(name: str) -> Iterator[None]:
-    """What the block raises begins with the name of the question it is about, if that has one."""
+    """Errors of the block begin with the name of the query they are about, if it has one."""
     try:
         yield
     except VlmError as error:
@@ -295,37 +265,90 @@ def _prefixing_errors(name: str) -> Iterator[None]:
 
 
 def _resolve_filters(
-    asked: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
+    named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
 ) -> dict[str, Int64[Array, " N"] | None]:
-    """The rows that each filter of the questions chooses; every question is checked."""
+    """The rows that match each filter of the queries, by filter; every query is checked."""
     allowed_rows = {}
-    for name, query in asked:
+    for name, query in named_queries:
         with _prefixing_errors(name):
             query.check()
             if query.where not in allowed_rows:
-                allowed_rows[query.where] = rows_among(snapshot, query.where)
+                allowed_rows[query.where] = rows_matching(snapshot, query.where)
     return allowed_rows
 
 
-def _hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit, ...]:
-    nothing = [None] * len(ranking)
-    columns = (
+def embed_query_images(model: Encoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
+    """A unit vector for each image.
+
+    Raises:
+        UsageError: a file cannot be read. VlmError: it is not an image.
+    """
+    pixels = np.stack([_load_query_image(model, image) for image in images])
+    return list(model.embed_images(torch.from_numpy(pixels)).numpy())
+
+
+def _load_query_image(model: Encoder, image: Path | bytes) -> np.ndarray:
+    name = "the image" if isinstance(image, bytes) else str(image)
+    try:
+        data = image if isinstance(image, bytes) else image.read_bytes()
+    except (OSError, ValueError) as error:  # no file has NUL or half a surrogate pair in its name
+        reason = error.strerror if isinstance(error, OSError) else "that is not a valid file name"
+        raise UsageError(f"{name} cannot be read: {reason or error}.") from error
+    try:
+        return model.view(data)
+    except BadSample as error:
+        raise VlmError(f"{name} cannot be used as a query: {error}.") from error
+
+
+def item_vectors(snapshot: IndexSnapshot, uids: Sequence[str]) -> Float32[Array, "N D"]:
+    """The stored vector of each item.
+
+    Raises:
+        UsageError: there is no such item.
+    """
+    rows = snapshot.catalogue.rows_by_uid(uids)
+    for uid in uids:
+        if uid not in rows:
+            raise UsageError(f"{snapshot.folder} has no item {uid!r}; use a uid from a search result.")
+    return snapshot.vectors(np.array([rows[uid] for uid in uids], np.int64))
+
+
+def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -> Float32[Array, " D"]:
+    """The weighted sum of unit vectors, scaled to unit length.
+
+    Raises:
+        UsageError: the terms cancel out.
+    """
+    total = weights @ terms
+    length = float(np.linalg.norm(total))
+    if not length > _MIN_SUM_LENGTH * float(np.abs(weights).sum()):
+        raise UsageError("The terms of the query cancel out; change the minus terms or the weights.")
+    return total / np.float32(length)
+
+
+def _ranked_hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit, ...]:
+    none = [None] * len(ranking)
+    columns = zip(
+        entries,
         ranking.cosines.tolist(),
-        nothing if ranking.fused is None else ranking.fused.tolist(),
-        nothing if ranking.similar is None else ranking.similar.tolist(),
-        nothing if ranking.likelihoods is None else ranking.likelihoods.tolist(),
+        none if ranking.fused is None else ranking.fused.tolist(),
+        none if ranking.similar is None else ranking.similar.tolist(),
+        none if ranking.likelihoods is None else ranking.likelihoods.tolist(),
+        strict=True,
     )
-    return tuple(
-        RankedHit(
-            score=score,
-            entry=entry,
-            fused=_unless_nan(fused),
-            similar=similar,
-            likelihood=_unless_nan(likelihood),
+    hits: list[RankedHit] = []
+    for entry, score, fused, similar, likelihood in columns:
+        hits.append(
+            RankedHit(
+                score=score,
+                entry=entry,
+                fused=_none_if_nan(fused),
+                similar=similar,
+                likelihood=_none_if_nan(likelihood),
+            )
         )
-        for entry, score, fused, similar, likelihood in zip(entries, *columns, strict=True)
-    )
+    return tuple(hits)
 
 
-def _unless_nan(value: float | None) -> float | None:
+def _none_if_nan(value: float | None) -> float | None:
     return None if value is None or isnan(value) else value

@@ -16,7 +16,7 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         "[1] is a text",
     ]
     defaults = Query(top=7, where="y = 2")
-    assert list(read_queries(lines, defaults)) == [f"Line {n} of the questions" for n in (1, 3, 4, 5, 6)]
+    assert list(read_queries(lines, defaults)) == [f"Line {n} of the queries" for n in (1, 3, 4, 5, 6)]
     assert list(read_queries(lines, defaults).values()) == [
         Query(texts=("a dog",), top=7, where="y = 2"),
         Query(texts=("a", "b"), minus=("c",), weights=(1.0, 2.0, 3.0), top=3, where="x = 1"),
@@ -30,7 +30,7 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"texts": ["a"', "Line 2 of the questions: it begins like a JSON object"),
+        ('{"texts": ["a"', "Line 2 of the queries: it begins like a JSON object"),
         ("{" + '"a":{' * 100_000, "Line 2 .* begins like a JSON object"),
         ('{"text": ["a"]}', "no 'text'; did you mean 'texts'?"),
         ('{"texts": "a"}', "texts must be a list of texts, given: 'a'"),
@@ -39,16 +39,16 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         ('{"texts": ["a"], "top": true}', "top must be a whole number"),
         ('{"texts": ["a"], "top": NaN}', "top must be a whole number"),
         ('{"texts": ["a"], "top": Infinity}', "top must be a whole number"),
-        ('{"texts": ["a"], "top": 0}', "Line 2 .* top = 0 does not fit"),
+        ('{"texts": ["a"], "top": 0}', "Line 2 .* top = 0 is out of range"),
         ('{"texts": ["a"], "weights": [1, "x"]}', "weights must be a list of numbers"),
         ('{"vectors": [1, 2]}', "vectors must be a list of lists of numbers"),
         ('{"texts": ["a"], "rerank_top": 1.5}', "rerank_top must be a whole number"),
         ('{"texts": ["a"], "where": 1}', "where must be a text"),
         ('{"texts": ["a"], "duplicates": null}', "duplicates must be a number"),
-        ('{"texts": ["a"], "diversity": 7}', "diversity of 7.0 is outside"),
-        ("{}", "Line 2 .* needs a text or a picture"),
+        ('{"texts": ["a"], "diversity": 7}', "diversity = 7.0 is outside"),
+        ("{}", "Line 2 .* needs a text, image"),
     ],
 )
-def test_a_line_that_is_no_question_is_named(line: str, message: str) -> None:
+def test_a_line_that_is_not_a_query_is_named(line: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read_queries(["a dog", line], Query())

@@ -8,11 +8,10 @@ import pytest
 
 from tests.index.index_fixture import insert_batch
 from tests.index.origin_fixture import make_origin
-from tests.service.circle import SPACE, OpenService, origin, points
-from tests.service.paging import pages, uids
+from tests.service.circle_fixture import SPACE, OpenService, origin, points
+from tests.service.paging_helper import pages, uids
 from vlm.errors import UsageError
 from vlm.index.writer import IndexWriter
-from vlm.service import ranking
 from vlm.service.query import Cursor
 from vlm.service.search import Query
 
@@ -66,7 +65,7 @@ def test_a_page_whose_order_the_change_may_have_touched_is_refused(
     first = service.search(query)
     with IndexWriter(service.index.folder) as writer:
         writer.delete(["u1"])
-    with pytest.raises(UsageError, match="generation 1 to 2 since the last page"):
+    with pytest.raises(UsageError, match="version 1 to 2 since the last page"):
         service.search(replace(query, after=first.next))
 
 
@@ -75,13 +74,13 @@ def test_a_cursor_of_another_question_is_refused(open_service: OpenService) -> N
     after = service.search(Query(texts=("0",), top=1)).next
     assert uids(service.search(Query(texts=("0",), top=2, after=after))) == ["u1", "u2"]
     for other in (Query(texts=("1",), after=after), Query(texts=("0",), where="n < 9", after=after)):
-        with pytest.raises(UsageError, match="belongs to another question"):
+        with pytest.raises(UsageError, match="belongs to another query"):
             service.search(other)
 
 
 @pytest.mark.parametrize("token", ["x", "ä", "AAAA", "", "=" * 32])
 def test_a_word_that_is_no_cursor_is_named(token: str) -> None:
-    with pytest.raises(UsageError, match="is no cursor"):
+    with pytest.raises(UsageError, match="is not a cursor"):
         Cursor.from_token(token)
 
 
@@ -119,10 +118,10 @@ def test_pages_of_different_length_show_every_row_once_too(open_service: OpenSer
     [{"words": "row"}, {"diversity": 1.0}, {"words": "row", "diversity": 1.0}, {"words": "row", "at_least": 0}],
 )
 def test_no_answer_is_short_where_more_are_asked_for_than_are_fused_or_turned(
-    open_service: OpenService, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    open_service: OpenService, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(ranking, "CANDIDATES", 10)
     service = open_service(DEGREES[:200], [origin(f"u{n}", "row" if n % 2 else "other", n=n) for n in range(200)])
+    service.num_candidates = 10
     plain = Query(texts=("100",), top=1000, at_least=options.get("at_least"))
     query = replace(plain, **options)
     result = service.search(query)

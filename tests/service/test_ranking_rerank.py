@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.service.paging import pages, uids
+from tests.service.paging_helper import pages, uids
 from vlm.cli.search import show_result
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
@@ -108,12 +108,12 @@ def test_a_cursor_belongs_to_its_captioner_its_count_and_its_generation(
     after = service.search(query).next
     reader.fingerprint = "another"
     for other in (query, replace(query, rerank_top=5), replace(query, rerank_top=0)):
-        with pytest.raises(UsageError, match="belongs to another question"):
+        with pytest.raises(UsageError, match="belongs to another query"):
             service.search(replace(other, after=after))
     reader.fingerprint = "reader"
     with IndexWriter(index) as writer:
         writer.delete([service.search(query).hits[0].entry.uid])
-    with pytest.raises(UsageError, match="generation 1 to 2 since the last page"):
+    with pytest.raises(UsageError, match="version 1 to 2 since the last page"):
         service.search(replace(query, after=after))
 
 
@@ -140,10 +140,10 @@ def test_a_image_that_cannot_be_read_keeps_its_place(service: SearchService, tmp
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (Query(items=("0/0",), rerank_top=5), "this question has no text"),
-        (Query(texts=("red",), rerank_top=-1), "rerank_top = -1 does not fit"),
+        (Query(items=("0/0",), rerank_top=5), "this query has no text"),
+        (Query(texts=("red",), rerank_top=-1), "rerank_top = -1 is out of range"),
         (Query(texts=("red",), rerank_top=1001), "0 to 1,000"),
-        (Query(texts=("red",), rerank_top=5, diversity=0.1), "ask for one of them"),
+        (Query(texts=("red",), rerank_top=5, diversity=0.1), "use one of them"),
     ],
 )
 def test_a_question_that_cannot_be_reranked_is_refused(service: SearchService, query: Query, message: str) -> None:
@@ -154,7 +154,7 @@ def test_a_question_that_cannot_be_reranked_is_refused(service: SearchService, q
 def test_a_model_that_cannot_rerank_is_refused(service: SearchService, reader: Reader) -> None:
     query = Query(texts=("red",), rerank_top=5)
     reader.can_caption = False
-    with pytest.raises(UsageError, match="reader has no caption decoder to re-rank with"):
+    with pytest.raises(UsageError, match="reader has no caption decoder to rerank with"):
         service.search(query)
     reader.can_caption, service.rerank_spec = True, "colours"
     with pytest.raises(UsageError, match="colours has no caption decoder"):
