@@ -1,9 +1,8 @@
-"""How a catalogue is written: whole by a build, in one transaction by each change, and brought back after a crash.
+"""The catalogue of an index: SQLite with the origin of each row, its metadata fields and the words of its captions.
 
-A row has the generations in which it was born and in which it died; one that lives dies in `LATEST`. A reader of
-generation g sees the rows with born <= g < died, so that a change shows only once the manifest says g.
-
-The catalogue of an index as one generation sees it: SQLite with what each row is, its facts and its words.
+A row has the version that inserted it (`born`) and the one that deleted it (`died`, `LATEST` while it is live). A
+reader of version g sees the rows with born <= g < died, so a change shows only once the manifest says g. A build writes
+the catalogue whole, each change in one transaction; after a crash, rows that no manifest knows are hidden again.
 """
 
 import contextlib
@@ -31,10 +30,11 @@ from vlm.tensors import Array, Int64
 
 LATEST = 2**63 - 1
 _ROWS_AT_ONCE = 10_000
-_PATIENCE_SECONDS = 60.0
-# the first is said of a file without our tables
+# a writer holds the file alone only while it commits
+_LOCK_TIMEOUT_SECONDS = 60.0
+# the first is raised for a file without our tables
 _DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-# changed pages up to so many KiB are kept in memory, so that readers are held up only by the commit itself
+# changed pages of up to this size stay in memory, so that readers wait only for the commit itself
 _CACHE_KIBIBYTES = 262_144
 # `captions_text` keeps no copy of the text (content=''), only the words; its rowid is the row
 _SCHEMA = f"""
@@ -57,14 +57,14 @@ CREATE TABLE shards (id INTEGER PRIMARY KEY, address TEXT NOT NULL UNIQUE);
 CREATE VIRTUAL TABLE captions_text USING fts5(text, content='', tokenize='unicode61 remove_diacritics 2');
 {metadata.SCHEMA}
 """
-# made once the rows are there: sorted in one go
+# made after the rows: one sort is faster than ordered inserts
 _INDEXES = (
     "CREATE UNIQUE INDEX rows_uid ON rows(uid, died)",
     "CREATE INDEX rows_born ON rows(born)",
     f"CREATE INDEX rows_died ON rows(died) WHERE died < {LATEST}",
 )
 _INSERT = f"INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {LATEST})"
-# facts in the order of their table, so that each is put behind the one before
+# metadata in the order of its table, so that each row is appended to the one before
 _COPY = (
     "INSERT INTO main.shards SELECT * FROM old.shards",
     "INSERT INTO main.fields SELECT * FROM old.fields",
@@ -75,12 +75,12 @@ _COPY = (
     f" SELECT row FROM old.rows WHERE died <= :seen AND died < {LATEST}) ORDER BY field, value, row",
     "INSERT INTO main.captions_text(rowid, text) SELECT row, words(captions) FROM main.rows",
 )
-# Chinese and Japanese are written without spaces: each of their characters counts as a word, neighbours as a phrase
+# Chinese and Japanese are written without spaces: each character counts as a word, and neighbours as a phrase
 _IDEOGRAPH = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 
 
 def write_catalogue(path: Path, rows: Iterable[tuple[int, Origin]], *, generation: int = 1) -> int:
-    """Write a new catalogue of rows with their numbers, born in `generation`; how many there are.
+    """Write a new catalogue of numbered rows, inserted by version `generation`; how many there are.
 
     Raises:
         VlmError: two rows have the same uid, or the disk is full.
@@ -90,9 +90,9 @@ def write_catalogue(path: Path, rows: Iterable[tuple[int, Origin]], *, generatio
 
 
 def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: int, generation: int) -> None:
-    """Write a new catalogue of the rows that generation `seen` sees in another one, born in `generation`.
+    """Write a new catalogue of the rows that version `seen` has in another one, inserted by version `generation`.
 
-    rows: their numbers as the segments have them, rising.
+    rows: their numbers as the segments have them, ascending.
 
     Raises:
         VlmError: the other catalogue has other rows, is damaged, or the disk is full.
@@ -103,7 +103,7 @@ def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: 
             database.execute(statement, {"seen": seen, "generation": generation})
         listed = [row for (row,) in database.execute("SELECT row FROM main.rows ORDER BY row")]
         if not np.array_equal(listed, rows):
-            raise VlmError(f"{source} and the segments beside it have different rows; {REBUILD_HINT}.")
+            raise VlmError(f"{source} and its segments have different rows; {REBUILD_HINT}.")
 
 
 def update_catalogue(
@@ -114,10 +114,10 @@ def update_catalogue(
     deleted: Int64[Array, " N"],
     failpoint: FailPoint = no_failpoint,
 ) -> None:
-    """Let rows die and others be born, all or none.
+    """Delete rows and insert others, all or none.
 
     Raises:
-        VlmError: two living rows would have the same uid, or the disk is full; nothing has changed.
+        VlmError: two live rows would have the same uid, or the disk is full; nothing has changed.
     """
     with _opened(path) as database:
         deletions = ((generation, row) for row in deleted.tolist())
@@ -128,22 +128,23 @@ def update_catalogue(
 
 
 def roll_back_catalogue(path: Path, *, generation: int) -> None:
-    """Take back what was committed here by a change whose manifest was never written.
+    """Undo a change that was committed here but whose manifest was never written.
 
-    Rows born later are hidden for good (their numbers and words stay until `compact`), rows that died later live.
+    Rows that it inserted are hidden for good (their numbers and words stay until `compact`), rows that it deleted are
+    live again.
 
     Raises:
         VlmError: the file is damaged or the disk is full.
     """
     with _opened(path) as database:
-        # a number of its own for each, because uid and `died` together must be unique
+        # a negative number, which no version reaches, and a different one for each: (uid, died) is unique
         database.execute("UPDATE rows SET died = -row - 1 WHERE born > ? AND died >= 0", (generation,))
         query = f"UPDATE rows SET died = {LATEST} WHERE died > ? AND died < {LATEST} AND born <= ?"
         database.execute(query, (generation, generation))
 
 
 def has_uncommitted_changes(path: Path, *, generation: int) -> bool:
-    """Whether there is something for `restore_catalogue` to take back."""
+    """Whether there is something for `roll_back_catalogue` to undo."""
     inserted = "SELECT 1 FROM rows WHERE born > ?1 AND died >= 0"
     deleted = f"SELECT 1 FROM rows WHERE died > ?1 AND died < {LATEST}"
     with _opened(path) as database:
@@ -151,15 +152,18 @@ def has_uncommitted_changes(path: Path, *, generation: int) -> bool:
 
 
 def max_row(path: Path) -> int:
-    """The highest number that a row has here, hidden ones too; -1 if there is none."""
+    """The highest row number, hidden rows included; -1 if there is none."""
     with _opened(path) as database:
         return database.execute("SELECT coalesce(max(row), -1) FROM rows").fetchone()[0]
 
 
 @contextlib.contextmanager
 def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connection]:
-    """A new catalogue in its one transaction; its indexes are made on leaving. beside: attached as `old`."""
-    with _writing_errors(path), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+    """A new catalogue in its only transaction; its indexes are made on leaving. beside: attached as `old`."""
+    with (
+        _sqlite_errors_as_ours(path, is_writing=True),
+        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
+    ):
         # no journal: a file that is not finished is never named by a manifest
         database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = FULL; {_SCHEMA}")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
@@ -175,14 +179,15 @@ def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connecti
 
 
 def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]], *, generation: int) -> int:
-    """Add rows with their facts and words; how many. Nothing is committed."""
-    numbered, count = iter(rows), 0
+    """Insert rows with their metadata fields and words; how many. Nothing is committed."""
+    remaining = iter(rows)
+    count = 0
     shards: dict[str, int] = dict(database.execute("SELECT address, id FROM shards"))
-    while block := list(islice(numbered, _ROWS_AT_ONCE)):
-        for address in {origin.shard: None for _, origin in block}:
-            if address not in shards:
-                shards[address] = len(shards)
-                database.execute("INSERT INTO shards VALUES (?, ?)", (shards[address], address))
+    while block := list(islice(remaining, _ROWS_AT_ONCE)):
+        for _, origin in block:
+            if origin.shard not in shards:
+                shards[origin.shard] = len(shards)
+                database.execute("INSERT INTO shards VALUES (?, ?)", (shards[origin.shard], origin.shard))
         lines = [(number, *_values(origin, shards[origin.shard]), generation) for number, origin in block]
         texts = [(number, _words(origin.captions)) for number, origin in block]
         database.executemany(_INSERT, lines)
@@ -192,8 +197,8 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
     return count
 
 
-def digest_of(*values: str | int | None) -> int:
-    """CRC-32 of what a row says of its origin, in the order of `Origin`'s fields."""
+def crc32_of(*values: str | int | None) -> int:
+    """Checksum of a row's origin, given in the order of `Origin`'s fields: it finds damage, and is no identity."""
     return zlib.crc32("\0".join(map(str, values)).encode(errors="surrogatepass"))
 
 
@@ -203,10 +208,12 @@ def as_words(text: str) -> str:
 
 
 def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
-    place = (origin.number, origin.image_offset, origin.image_size, origin.caption_number)
-    described = tuple(json.dumps(value, ensure_ascii=False) for value in (origin.captions, origin.metadata))
-    digest = digest_of(origin.uid, origin.key, origin.shard, *place, *described)
-    return (origin.uid, origin.key, shard, *place, *described, digest)
+    """The columns of a row from uid to digest. shard: the id of its shard."""
+    location = (origin.number, origin.image_offset, origin.image_size, origin.caption_number)
+    captions = json.dumps(origin.captions, ensure_ascii=False)
+    metadata_json = json.dumps(origin.metadata, ensure_ascii=False)
+    digest = crc32_of(origin.uid, origin.key, origin.shard, *location, captions, metadata_json)
+    return (origin.uid, origin.key, shard, *location, captions, metadata_json, digest)
 
 
 def _words(captions: Captions) -> str:
@@ -222,8 +229,10 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """A catalogue inside a transaction that is committed on leaving, or rolled back."""
     uri = f"{path.absolute().as_uri()}?mode=rw"
     with (
-        _writing_errors(path),
-        contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_PATIENCE_SECONDS)) as database,
+        _sqlite_errors_as_ours(path, is_writing=True),
+        contextlib.closing(
+            sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_LOCK_TIMEOUT_SECONDS)
+        ) as database,
     ):
         database.execute("PRAGMA synchronous = FULL")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
@@ -238,20 +247,21 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _writing_errors(path: Path) -> Iterator[None]:
+def _sqlite_errors_as_ours(path: Path, *, is_writing: bool) -> Iterator[None]:
+    """Raise SQLite's errors as VlmError with their cure."""
     try:
         yield
-    except sqlite3.IntegrityError as error:
-        raise VlmError(f"Two embeddings have the same uid ({error}); embed again with distinct keys.") from error
     except sqlite3.Error as error:
+        if not is_writing:
+            raise VlmError(f"{path} cannot be read ({error}); {REBUILD_HINT}.") from error
+        if isinstance(error, sqlite3.IntegrityError):
+            raise VlmError(f"Two embeddings have the same uid ({error}); embed again with distinct keys.") from error
         if not path.is_file() or error.sqlite_errorcode & 0xFF in _DAMAGED:
             raise VlmError(f"{path} is missing or damaged ({error}); {REBUILD_HINT}.") from error
         raise VlmError(
             f"{path} cannot be written: {error}; if the disk is full, make room on it and try again."
         ) from error
 
-
-# a writer holds the file alone only while it commits
 
 _NAMES_AT_ONCE = 10_000
 _SELECT = """
@@ -262,33 +272,36 @@ FROM rows JOIN shards ON shards.id = rows.shard
 
 @dataclass(frozen=True, kw_only=True)
 class Entry(Origin):
-    """One row of an index: its number, which is never given again, and what it was made from."""
+    """One row of an index: its number, which is never used again, and what it was made from."""
 
     row: int
 
 
 class Catalogue:
-    """An open catalogue, for reading only; may be used from several threads.
+    """An open catalogue, for reading only; several threads may use it.
 
-    generation: the rows it shows are those that were born by then and had not died; later changes are not seen.
+    generation: the version whose rows it shows; later changes are not seen.
     """
 
     def __init__(self, path: Path, generation: int = LATEST - 1) -> None:
-        self.path, self.generation = path, generation
+        self.path = path
+        self.generation = generation
         self._file = _File(path)
 
     def at(self, generation: int) -> "Catalogue":
-        """The same open file as another generation sees it."""
+        """The same open file as another version sees it."""
         other = object.__new__(Catalogue)
-        other.path, other.generation, other._file = self.path, generation, self._file
+        other.path = self.path
+        other.generation = generation
+        other._file = self._file
         return other
 
     def is_current(self) -> bool:
-        """Whether the open file is still the one of this name."""
+        """Whether the open file still has this name."""
         return self._file.is_current()
 
     def close(self) -> None:
-        """Release the file, for every generation; left alone, it goes with the last of them."""
+        """Close the file for every version that shares it; otherwise it is closed with the last of them."""
         self._file.database.close()
 
     def __len__(self) -> int:
@@ -301,18 +314,18 @@ class Catalogue:
             return database.execute(query, (self.generation,)).fetchone()[0]
 
     def count_hidden(self) -> int:
-        """How many rows are kept that this generation does not see."""
+        """Number of rows in the file that this version does not see."""
         with self._reading() as database:
             return len(self._hidden(database))
 
     def entries(self, rows: Sequence[int]) -> list[Entry]:
-        """The entries of the given row numbers, in their order, dead or alive.
+        """The entries of the given rows, in their order, live or deleted.
 
         Raises:
-            VlmError: one is not there.
+            VlmError: one is missing.
         """
-        found = self._select("WHERE row IN (SELECT value FROM json_each(?))", json.dumps(sorted(set(rows))))
-        by_row = {entry.row: entry for entry in found}
+        entries = self._select("WHERE row IN (SELECT value FROM json_each(?))", json.dumps(sorted(set(rows))))
+        by_row = {entry.row: entry for entry in entries}
         missing = next((row for row in rows if row not in by_row), None)
         if missing is not None:
             raise VlmError(f"{self.path} has no row {missing:,}, which a segment has; {REBUILD_HINT}.")
@@ -323,23 +336,24 @@ class Catalogue:
         return next(iter(self._select("WHERE uid = ? AND born <= ? AND died > ?", uid, *self._visible_at)), None)
 
     def rows_by_uid(self, uids: Iterable[str]) -> dict[str, int]:
-        """The row of each uid that there is."""
-        names, found = list(uids), {}
+        """The row of each of these uids that exists."""
+        names = list(uids)
+        rows: dict[str, int] = {}
         query = "SELECT uid, row FROM rows WHERE uid IN (SELECT value FROM json_each(?)) AND born <= ? AND died > ?"
         with self._reading() as database:
             for first in range(0, len(names), _NAMES_AT_ONCE):
                 block = json.dumps(names[first : first + _NAMES_AT_ONCE])
-                found |= dict(database.execute(query, (block, *self._visible_at)).fetchall())
-        return found
+                rows |= dict(database.execute(query, (block, *self._visible_at)).fetchall())
+        return rows
 
     def rows(self) -> Int64[Array, " N"]:
-        """All row numbers, rising."""
+        """All row numbers, ascending."""
         with self._reading() as database:
-            everyone = np.array([row for (row,) in database.execute("SELECT row FROM rows")], np.int64)
-            return np.setdiff1d(everyone, self._hidden(database), assume_unique=True)
+            all_rows = np.array([row for (row,) in database.execute("SELECT row FROM rows")], np.int64)
+            return np.setdiff1d(all_rows, self._hidden(database), assume_unique=True)
 
     def where(self, condition: Condition) -> Int64[Array, " N"]:
-        """The numbers of the rows a condition chooses, rising.
+        """The numbers of the rows that a condition selects, ascending.
 
         Raises:
             UsageError: it names a field that no row has, or compares numbers with texts.
@@ -348,53 +362,54 @@ class Catalogue:
             return np.setdiff1d(matching_rows(database, condition), self._hidden(database), assume_unique=True)
 
     def search_text(self, words: str, top: int) -> list[Entry]:
-        """The entries whose captions hold all the words, best first (BM25; ties by row).
+        """The entries whose captions contain all the words, best first (BM25; ties by row).
 
-        Case and accents do not matter; nothing in `words` is an operator.
+        Case and accents are ignored; nothing in `words` is an operator.
         """
         phrases = [f'"{as_words(word)}"' for word in words.replace('"', " ").split()]
         if not phrases:
             return []
         with self._reading() as database:
-            found = database.execute(
+            rows = database.execute(
                 "SELECT row FROM captions_text JOIN rows ON row = captions_text.rowid WHERE captions_text MATCH ?"
                 " AND born <= ? AND died > ? ORDER BY rank, row LIMIT ?",
                 (" ".join(phrases), *self._visible_at, top),
             ).fetchall()
-        return self.entries([row for (row,) in found])
+        return self.entries([row for (row,) in rows])
 
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
-        """The field and value of each fact of the given rows; reads the whole table of metadata."""
-        found: dict[int, set[tuple[str, int | float | str]]] = {row: set() for row in rows}
+        """The metadata fields and values of each given row; reads the whole table of metadata."""
+        fields: dict[int, set[tuple[str, int | float | str]]] = {row: set() for row in rows}
         query = (
             "SELECT row, name, value FROM facts JOIN fields ON id = field WHERE row IN (SELECT value FROM json_each(?))"
         )
         with self._reading() as database:
             for row, name, value in database.execute(query, (json.dumps(list(rows)),)):
-                found[row].add((name, value))
-        return found
+                fields[row].add((name, value))
+        return fields
 
     def faults(self) -> Iterator[str]:
-        """What is not as it was written: SQLite's own check, then each row against its digest."""
-        query, last = f"{_SELECT} WHERE row > ? ORDER BY row LIMIT {_NAMES_AT_ONCE}", -1
+        """What differs from what was written: SQLite's own check, then each row against its checksum."""
+        query = f"{_SELECT} WHERE row > ? ORDER BY row LIMIT {_NAMES_AT_ONCE}"
+        last_row = -1
         with self._reading() as database:
-            for (found,) in database.execute("PRAGMA integrity_check").fetchall():
-                if found != "ok":
-                    yield f"{self.path.name}: {found}"
+            for (message,) in database.execute("PRAGMA integrity_check").fetchall():
+                if message != "ok":
+                    yield f"{self.path.name}: {message}"
             # block by block, so that a writer may commit in between
-            while block := database.execute(query, (last,)).fetchall():
-                last = block[-1]["row"]
+            while block := database.execute(query, (last_row,)).fetchall():
+                last_row = block[-1]["row"]
                 for values in map(dict, block):
-                    if values.pop("digest") != digest_of(*list(values.values())[1:]):
-                        yield f"{self.path.name}: row {values['row']:,} ({values['uid']}) is not as it was written"
+                    if values.pop("digest") != crc32_of(*list(values.values())[1:]):
+                        yield f"{self.path.name}: row {values['row']:,} ({values['uid']}) differs from what was written"
 
     @property
     def _visible_at(self) -> tuple[int, int]:
         return self.generation, self.generation
 
     def _hidden(self, database: sqlite3.Connection) -> Int64[Array, " N"]:
-        """The rows there are that this generation does not see."""
-        # the second condition is the one of the partial index on `died`
+        """The rows in the file that this version does not see."""
+        # `died < LATEST` makes SQLite use the partial index
         query = f"SELECT row FROM rows WHERE born > ? UNION SELECT row FROM rows WHERE died <= ? AND died < {LATEST}"
         return np.array([row for (row,) in database.execute(query, self._visible_at)], np.int64)
 
@@ -404,20 +419,20 @@ class Catalogue:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with _reading(self.path):
+        with _sqlite_errors_as_ours(self.path, is_writing=False):
             yield self._file.database
 
 
 class _File:
-    """A connection, shared by the generations that are read through it, and closed with the last of them."""
+    """A connection, shared by the versions that are read through it, and closed with the last of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _reading(path):
-            # not mode=ro: what a killed writer left half done must be rolled back before anything can be read
+        with _sqlite_errors_as_ours(path, is_writing=False):
+            # not mode=ro: SQLite must roll back what a killed writer left half done before anything can be read
             uri = f"{path.absolute().as_uri()}?mode=rw"
             self.database = sqlite3.connect(
-                uri, uri=True, check_same_thread=False, timeout=_PATIENCE_SECONDS, isolation_level=None
+                uri, uri=True, check_same_thread=False, timeout=_LOCK_TIMEOUT_SECONDS, isolation_level=None
             )
             weakref.finalize(self, self.database.close)
             self.database.row_factory = sqlite3.Row
@@ -435,16 +450,8 @@ class _File:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise VlmError(f"{path} cannot be read ({error}); {REBUILD_HINT}.") from error
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _entry(row: sqlite3.Row) -> Entry:

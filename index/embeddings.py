@@ -1,26 +1,24 @@
-"""The embeddings folder: parts written one by one and resumed after a crash, then read as one matrix with its rows.
+"""The embeddings folder: one part per shard, written in any order by any number of processes, read as one matrix.
 
-Short forms of unit vectors: int8 with a scale for each row, and signs as bits.
-
-One part of an embeddings folder: a matrix, a Parquet table whose row i says what matrix row i is, and a marker.
-
-The unfinished embeddings folder: begun, shared by processes, killed at any moment, and tidy once it is whole.
+A part is a matrix (.npy), a Parquet table whose row i says what row i of the matrix was made from, quantized copies of
+the matrix if asked for, and a marker that is written last. `EmbeddingsWriter` adds parts to an unfinished folder, which
+may be killed at any moment and resumed; the manifest comes last, and from then on `Embeddings` opens the folder.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from vlm.data.samples import Captions
 from vlm.errors import UsageError, VlmError
@@ -45,31 +43,26 @@ QUANTIZED_FILES: dict[Quantization, tuple[str, ...]] = {
     "int8": ("int8.npy", "int8-scales.npy"),
     "binary": ("binary.npy",),
 }
-"""What the files of a code are called after the name of their part."""
+"""Suffixes of a quantized copy's files, after the name of their part."""
 
 
 def quantize(vectors: Float[Array, "N D"], code: Quantization) -> tuple[Array, ...]:
-    """The arrays of a code, in the order of `CODE_FILES`."""
+    """The arrays of a quantized copy, in the order of `QUANTIZED_FILES`."""
     return quantize_int8(vectors) if code == "int8" else (quantize_binary(vectors),)
 
 
 def quantize_int8(vectors: Float[Array, "N D"]) -> tuple[Int[Array, "N D"], Float32[Array, " N"]]:
-    """Whole numbers from -127 to 127, and what a row's are to be multiplied by.
+    """Integers from -127 to 127, and the scale of each row: `codes * scales[:, None]` are the vectors again.
 
-    A number that comes back is off by half the row's scale at most, which is a 254th of the row's largest number.
+    Their error is at most half the row's scale, which is a 254th of the row's largest number.
     """
     wide = vectors.astype(np.float32)
     scales = np.abs(wide).max(axis=1) / np.float32(127)
     return np.rint(wide / scales[:, None]).astype(np.int8), scales
 
 
-def dequantize_int8(codes: Int[Array, "N D"], scales: Float32[Array, " N"]) -> Float32[Array, "N D"]:
-    """The vectors that `to_int8` stands for."""
-    return codes * scales[:, None]
-
-
 def quantize_binary(vectors: Float[Array, "N D"]) -> UInt8[Array, "N _"]:
-    """A bit for each number, 1 where it is above 0, eight to a byte with the first highest, zeros at the end.
+    """One bit per number, 1 if it is above 0; eight to a byte with the first one highest, padded with zeros.
 
     >>> quantize_binary(np.array([[0.5, -0.5, 0.0, 0.7]])).tolist()
     [[144]]
@@ -98,11 +91,11 @@ _SCHEMA = pa.schema(
 class Origin:
     """What an embedding was made from.
 
-    uid: its name, unique in the folder (`uids.py`). key: of the sample.
-    shard, number: the tar's address and the sample's place in it, from 0.
-    image_offset, image_size: the byte range of the encoded picture in the tar.
-    caption_number: which of the sample's captions was embedded, from 0; None for a picture's embedding.
-    captions: all captions of a picture, or the one that was embedded.
+    uid: unique in the folder (`ids.py`). key: of the sample.
+    shard, number: the tar's address, and the sample's position in it, from 0.
+    image_offset, image_size: the byte range of the encoded image in the tar.
+    caption_number: which of the sample's captions was embedded, from 0; None for an image embedding.
+    captions: all captions of an image, or the one that was embedded.
     """
 
     uid: str
@@ -130,7 +123,7 @@ class SkippedSampleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorStorage:
-    """How vectors are kept. codes: short forms beside them (`codes.py`)."""
+    """How vectors are stored. codes: quantized copies in addition."""
 
     store: Literal["float16", "float32"] = "float16"
     codes: tuple[Quantization, ...] = ()
@@ -141,7 +134,7 @@ FLOAT16 = VectorStorage()
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One finished part: its shard, how many rows it has, how many samples were bad, its files with checksums."""
+    """One finished part: its shard, its number of rows and of skipped samples (`bad`), its files with checksums."""
 
     name: str
     shard: str
@@ -160,7 +153,7 @@ class Part:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "Part":
-        """From plain values, as JSON gives them."""
+        """From plain JSON values."""
         files = {name: FileRecord(**record) for name, record in values["files"].items()}
         return cls(**(values | {"files": files}))  # pyright: ignore[reportArgumentType]
 
@@ -206,15 +199,15 @@ def write_part(
 
 
 def write_marker(folder: Path, part: Part, incidents: Sequence[SkippedSampleRecord]) -> None:
-    """Write the marker of a part, after its files; from then on it survives any crash."""
+    """Write the marker of a part, after its files; from then on the part survives any crash."""
     values = asdict(part) | {"incidents": [asdict(incident) for incident in incidents]}
     write_text(_marker_path(folder, part.name), json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def read_marker(folder: Path, name: str, *, verify: bool = False) -> PartMarker | None:
-    """What the marker of a part says; None where there is none, or the files are not those it names.
+    """The marker of a part; None if there is none, or its files differ from those it names.
 
-    verify: compare checksums too, not the sizes alone.
+    verify: compare checksums too, not only sizes.
     """
     try:
         values = json.loads(_marker_path(folder, name).read_text(encoding="utf-8"))
@@ -232,7 +225,7 @@ def read_marker(folder: Path, name: str, *, verify: bool = False) -> PartMarker 
 
 
 def open_vectors(folder: Path, part: Part) -> Float[Array, "N D"]:
-    """The matrix of a part as it is stored, memory-mapped.
+    """The matrix of a part in its stored precision, memory-mapped.
 
     Raises:
         VlmError: it is damaged or has another number of rows than its line says.
@@ -247,8 +240,7 @@ def open_vectors(folder: Path, part: Part) -> Float[Array, "N D"]:
 
 
 def open_quantized(folder: Path, part: Part, code: Quantization) -> tuple[Array, ...]:
-    """The arrays of a code, memory-mapped: of int8 the numbers [N, D] and a scale for each row (`codes.from_int8`);
-    of binary the bytes [N, D / 8 rounded up].
+    """The arrays of a quantized copy, memory-mapped, as `quantize_int8` and `quantize_binary` give them.
 
     Raises:
         VlmError: the folder was embedded without, or they are damaged.
@@ -259,12 +251,12 @@ def open_quantized(folder: Path, part: Part, code: Quantization) -> tuple[Array,
 def _open_array(folder: Path, part: Part, suffix: str) -> Array:
     path = folder / PARTS / f"{part.name}.{suffix}"
     try:
-        found = np.load(path, mmap_mode="r" if part.rows else None, allow_pickle=False)
+        array = np.load(path, mmap_mode="r" if part.rows else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise VlmError(f"{path} cannot be read ({error}); run the same vlm embed again.") from error
-    if len(found) != part.rows:
-        raise VlmError(f"{path} has {len(found):,} rows, {part.rows:,} were written; run the same vlm embed again.")
-    return found
+    if len(array) != part.rows:
+        raise VlmError(f"{path} has {len(array):,} rows, {part.rows:,} were written; run the same vlm embed again.")
+    return array
 
 
 def _marker_path(folder: Path, name: str) -> Path:
@@ -294,7 +286,7 @@ def read_origins(folder: Path, part: Part) -> Iterator[Origin]:
 
 
 def captions_from_json(text: str) -> Captions:
-    """Captions as they are kept in the Parquet table and the catalogue."""
+    """Captions as the Parquet table and the catalogue store them."""
     return {language: tuple(texts) for language, texts in json.loads(text).items()}
 
 
@@ -305,16 +297,17 @@ def _table(origins: Sequence[Origin]) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-_LOCK, _BATCH_SIZE = ".lock", ".batch-size"
-# so long another process may take to begin; what is older was left by a killed one
-_PATIENCE_SECONDS = 5.0
+_LOCK = ".lock"
+_BATCH_SIZE = ".batch-size"
+# another process may take so long to begin; what is older was left by a killed one
+_BEGIN_SECONDS = 5.0
 
 
 def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
-    """Open a folder for embeddings, new or unfinished, while others may be doing the same or were killed at it.
+    """Open a folder for embeddings, new or unfinished, while other processes may do the same or were killed at it.
 
     Raises:
-        UsageError: it is finished, holds something else, or was begun with another identity; nothing is touched.
+        UsageError: it is finished, holds something else, or was begun with another identity; nothing is changed.
     """
     while True:
         was_begun = _is_begun(folder)
@@ -322,12 +315,12 @@ def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
             begin_or_resume_folder(folder, kind="embeddings", configuration=identity)
             break
         except UsageError:
-            # in this order: between the two looks a beginner may have ended its marker
+            # in this order: between the two checks another process may have finished writing its marker
             if was_begun or not (_abandoned_marker(folder) or _is_begun(folder)):
                 raise
         for path in _abandoned_marker(folder):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _PATIENCE_SECONDS:
+                if time.time() - path.stat().st_mtime > _BEGIN_SECONDS:
                     path.unlink()
         time.sleep(0.02)
     (folder / PARTS).mkdir(exist_ok=True)
@@ -335,18 +328,13 @@ def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """No other process of this folder is in such a block meanwhile, where the file system has locks."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    """No other process is in such a block of this folder meanwhile; a killed process frees it."""
+    with FileLock(folder / _LOCK):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def saved_batch_size(folder: Path) -> int | None:
-    """What was chosen when the work was begun; None if nothing was."""
+    """The batch size that the work was begun with; None if none was chosen."""
     try:
         return int((folder / _BATCH_SIZE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -354,12 +342,12 @@ def saved_batch_size(folder: Path) -> int | None:
 
 
 def save_batch_size(folder: Path, batch_size: int) -> None:
-    """Keep the choice for whoever goes on with the work."""
+    """Store the batch size for whoever resumes the work."""
     write_text(folder / _BATCH_SIZE, f"{batch_size}\n")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from a whole folder what served to make it, and what killed processes left."""
+    """Remove from a complete folder what served to make it, and what killed processes left."""
     half_written = [*folder.glob(".*.part"), *(folder / PARTS).glob(".*.part")]
     for path in (folder / PROGRESS, folder / _LOCK, folder / _BATCH_SIZE, *half_written):
         path.unlink(missing_ok=True)
@@ -371,9 +359,10 @@ def _is_begun(folder: Path) -> bool:
 
 def _abandoned_marker(folder: Path) -> list[Path]:
     """The half-written marker, if the folder holds nothing else."""
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    is_marker = [path.name.startswith(f".{PROGRESS}.") and path.name.endswith(".part") for path in found]
-    return found if all(is_marker) else []
+    # one listing: between two of them another process may write the marker
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    is_half_written = [fnmatch(path.name, f".{PROGRESS}.*.part") for path in paths]
+    return paths if all(is_half_written) else []
 
 
 Modality = Literal["image", "text"]
@@ -384,9 +373,9 @@ SKIPPED_JSONL = "incidents.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSpace:
-    """Whose vectors a folder holds.
+    """The model and modality of a folder's vectors: only vectors of one space can be compared.
 
-    model: what `load_model` takes to have the model again. fingerprint: of the model. dimension: D.
+    model: as `load_model` takes it. fingerprint: of the model. dimension: D.
     """
 
     model: str
@@ -398,26 +387,29 @@ class EmbeddingSpace:
 class EmbeddingsWriter:
     """Writes parts, each whole or absent, in any order and from any number of processes.
 
-    Opened again after a crash, what was added is there still.
+    Opened again after a crash, it still has the parts that were added.
 
-    identity: what makes the folder what it is (model, shards, modality); unfinished work of another identity is
-        refused with a UsageError.
+    identity: what the rows depend on (model, shards, modality); unfinished work of another identity is refused with a
+        UsageError.
     """
 
     def __init__(
         self, folder: Path, *, space: EmbeddingSpace, identity: dict[str, Any], storage: VectorStorage = FLOAT16
     ) -> None:
         begin_or_resume(folder, identity)
-        self.folder, self.space, self.identity, self.storage = folder, space, identity, storage
+        self.folder = folder
+        self.space = space
+        self.identity = identity
+        self.storage = storage
         self._next: int | None = None
 
     @property
     def parts(self) -> list[Part]:
-        """The parts that are there, in order, up to the first that is not."""
+        """The finished parts, in order, up to the first that is missing."""
         return [marker.part for marker in self._markers()]
 
     def part(self, number: int, *, verify: bool = False) -> Part | None:
-        """A part if it is there; with `verify`, its checksums are compared, too."""
+        """A part if it is finished; with `verify`, its checksums are compared too."""
         marker = read_marker(self.folder, part_name(number), verify=verify)
         return marker.part if marker else None
 
@@ -432,18 +424,25 @@ class EmbeddingsWriter:
     ) -> Part:
         """Write a part; once this returns, it survives any crash.
 
-        number: without, what follows `parts` as they were at the first such call, then one after the other.
+        number: left out, parts are numbered on from those that existed at the first such call.
         """
         if number is None:
             number = len(self.parts) if self._next is None else self._next
             self._next = number + 1
-        name, bad = part_name(number), len(incidents)
-        part = write_part(self.folder, name, vectors, origins, shard=shard, bad=bad, storage=self.storage)
+        part = write_part(
+            self.folder,
+            part_name(number),
+            vectors,
+            origins,
+            shard=shard,
+            bad=len(incidents),
+            storage=self.storage,
+        )
         write_marker(self.folder, part, incidents)
         return part
 
     def finish(self, *, inputs: dict[str, str], details: dict[str, Any]) -> Manifest:
-        """Write the manifest: the folder is whole. If another process did it already, that manifest is given.
+        """Write the manifest, which completes the folder; if another process did so already, return that one.
 
         Raises:
             VlmError: there is not one row.
@@ -453,7 +452,7 @@ class EmbeddingsWriter:
         return read_manifest(self.folder, "embeddings")
 
     def end(self, *, inputs: dict[str, str], details: dict[str, Any]) -> bool:
-        """As `finish`, for who is alone in the folder already; whether the manifest was still to be written."""
+        """As `finish`, for the holder of the lock; whether the manifest was still to be written."""
         is_first = not is_complete(self.folder)
         if is_first:
             self._write_manifest(inputs, details)
@@ -461,23 +460,31 @@ class EmbeddingsWriter:
         return is_first
 
     def _write_manifest(self, inputs: dict[str, str], details: dict[str, Any]) -> None:
-        marker = list(self._markers())
-        parts, incidents = [each.part for each in marker], [line for each in marker for line in each.incidents]
+        parts: list[Part] = []
+        incidents: list[SkippedSampleRecord] = []
+        for marker in self._markers():
+            parts.append(marker.part)
+            incidents += marker.incidents
         _write_lines(self.folder / PARTS_JSONL, (part.to_line() for part in parts))
         _write_lines(
             self.folder / SKIPPED_JSONL,
             (json.dumps(asdict(incident), ensure_ascii=False) for incident in incidents),
         )
-        rows, bad = sum(part.rows for part in parts), sum(part.bad for part in parts)
+        rows = sum(part.rows for part in parts)
+        bad = sum(part.bad for part in parts)
         reasons = Counter(incident.reason for incident in incidents)
         if not rows:
-            first = f"{incidents[0].key} {incidents[0].reason} {incidents[0].detail}" if incidents else "there was none"
+            first = f"{incidents[0].key} {incidents[0].reason} {incidents[0].detail}" if incidents else "none existed"
             raise VlmError(
                 f"Not one of {bad:,} samples could be embedded; the first: {first}. "
                 f"All are in {self.folder / SKIPPED_JSONL}."
             )
-        files = {name: record for part in parts for name, record in part.files.items()}
-        files |= {name: record_file(self.folder / name) for name in (PARTS_JSONL, SKIPPED_JSONL)}
+
+        files: dict[str, FileRecord] = {}
+        for part in parts:
+            files |= part.files
+        for name in (PARTS_JSONL, SKIPPED_JSONL):
+            files[name] = record_file(self.folder / name)
         manifest = Manifest(
             kind="embeddings",
             fingerprint=compute_fingerprint(self.space.fingerprint, *(files[name].sha256 for name in sorted(files))),
@@ -501,7 +508,8 @@ class Embeddings:
     """A finished embeddings folder: rows in the order of the shards, each a unit vector with its origin."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder = folder
+        self.manifest = manifest
         with damage_as_error(folder / MANIFEST):
             self.space = EmbeddingSpace(**manifest.details["space"])
         with damage_as_error(folder / PARTS_JSONL):
@@ -516,8 +524,9 @@ class Embeddings:
             VlmError: a file is missing or not as it was written.
         """
         manifest = read_manifest(folder, "embeddings")
-        again = "import the rows again" if "source" in manifest.configuration else "run the same vlm embed again"
-        check_files(folder, manifest.files, verify=verify, cure=again)
+        was_imported = "source" in manifest.configuration
+        cure = "import the rows again" if was_imported else "run the same vlm embed again"
+        check_files(folder, manifest.files, verify=verify, cure=cure)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -534,14 +543,14 @@ class Embeddings:
             yield from read_origins(self.folder, part)
 
     def blocks(self, rows_at_once: int = 65_536) -> Iterator[Float32[Array, "N D"]]:
-        """All rows in order, float32, brought back to unit length after their storage."""
+        """All rows in order, float32, normalised again because their storage rounded them."""
         for part in self.parts:
             vectors = open_vectors(self.folder, part)
             for first in range(0, part.rows, rows_at_once):
                 yield normalize_rows(vectors[first : first + rows_at_once])
 
     def codes(self, code: Quantization) -> Iterator[tuple[Array, ...]]:
-        """The arrays of a code, part by part (`parts.open_codes`).
+        """The arrays of a quantized copy, part by part (`open_quantized`).
 
         Raises:
             UsageError: the folder was embedded without.
@@ -552,7 +561,7 @@ class Embeddings:
             yield open_quantized(self.folder, part, code)
 
     def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
-        """`count` distinct rows (all of them if there are fewer), drawn evenly, in row order."""
+        """`count` distinct rows (all of them if there are fewer), sampled uniformly, in row order."""
         return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
 
     def take(self, rows: Int64[Array, " N"]) -> Float32[Array, "N D"]:
@@ -585,7 +594,7 @@ def find_non_unit_rows(vectors: Float32[Array, "N D"]) -> tuple[Int64[Array, " M
 
 
 def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cure: str) -> None:
-    """Compare a folder's files with what its manifest says: sizes, and checksums when asked to verify.
+    """Compare a folder's files with its manifest: sizes, and with `verify` checksums.
 
     Raises:
         VlmError: a file is missing or differs; the message ends with the cure.
@@ -595,7 +604,7 @@ def check_files(folder: Path, files: dict[str, FileRecord], *, verify: bool, cur
 
 
 def first_mismatch(folder: Path, files: dict[str, FileRecord], *, verify: bool) -> str:
-    """What is wrong with the first of a folder's files that is not as its manifest says; empty if all are."""
+    """What is wrong with the first file that differs from its record in the manifest; empty if none does."""
     for name, record in files.items():
         path = folder / name
         if not path.is_file():

@@ -1,13 +1,8 @@
-"""What this room asks of a model, and the check of what it gives.
-
-The batch size at which a model embeds fastest, found by trying.
-
-A model compiled by torch for batches of one size.
-"""
+"""What embedding asks of a model (`Encoder`), and two ways to embed faster: the best batch size, and torch.compile."""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -26,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Pictures and texts to unit vectors on the CPU; `fingerprint` is the identity of their space."""
+    """Images and texts to unit vectors on the CPU; `fingerprint` identifies their embedding space."""
 
     @property
     def view(self) -> EvalTransform:
-        """From an encoded picture to the pixels the model sees."""
+        """From an encoded image to the pixels the model sees."""
         ...
 
     @property
@@ -44,19 +39,19 @@ class Encoder(Protocol):
         ...
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
-        """Pictures as `view` gives them."""
+        """Images as `view` gives them."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
-        """Texts as people write them."""
+        """Texts, not yet tokenized."""
         ...
 
 
 def check_unit_norm(vectors: Float32[Array, "N D"], names: Sequence[str]) -> None:
-    """Refuse what cannot be compared by cosine.
+    """Refuse vectors that cannot be compared by cosine.
 
     Raises:
-        VlmError: a vector is not finite, zero, or not of length 1; `names` says whose it is.
+        VlmError: a vector is not finite or not of length 1; `names` says whose it is.
     """
     wrong, lengths = find_non_unit_rows(vectors)
     if len(wrong):
@@ -68,64 +63,66 @@ def check_unit_norm(vectors: Float32[Array, "N D"], names: Sequence[str]) -> Non
 
 
 def absolute_spec(spec: str) -> str:
-    """A model's folder as an absolute path, so that it is found from anywhere; a name as it is."""
-    model, kept = split_model_spec(spec)
+    """A model's folder as an absolute path, so that it is found from anywhere; a name unchanged."""
+    model, dimensions = split_model_spec(spec)
     if Path(model).exists():
         model = str(Path(model).resolve())
-    return model if kept is None else f"{model}{DIMENSIONS_SEPARATOR}{kept}"
+    return model if dimensions is None else f"{model}{DIMENSIONS_SEPARATOR}{dimensions}"
 
 
-SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-_TRIALS = 2
-# a batch that takes longer tells enough; of a rate this far below the best one, larger batches make no better
-_LONGEST_SECONDS = 5.0
-_GIVE_UP_BELOW = 0.9
+BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+_NUM_TRIALS = 2
+# after a batch this slow, or a rate this far below the best one, larger batches will not be faster
+_MAX_BATCH_SECONDS = 5.0
+_MIN_RELATIVE_RATE = 0.9
 
 
-def find_fastest_batch_size(model: Encoder, *, largest: int) -> int:
-    """The size of the most pictures per second, each size tried with random pixels of the model's view.
+def find_fastest_batch_size(model: Encoder, *, largest: int, clock: Callable[[], float] = time.perf_counter) -> int:
+    """The batch size with the most images per second, each size tried with random pixels of the model's view.
 
-    largest: samples of the largest shard; no batch is larger.
+    largest: samples of the largest shard; no batch is larger. clock: seconds since any moment.
 
     Raises:
         VlmError: not even the smallest fits into memory.
     """
     rates: dict[int, float] = {}
-    for size, seconds in _timed_sizes(model, largest):
+    for size, seconds in _timed_sizes(model, largest, clock):
         rates[size] = size / seconds
-        if seconds > _LONGEST_SECONDS or rates[size] < _GIVE_UP_BELOW * max(rates.values()):
+        if seconds > _MAX_BATCH_SECONDS or rates[size] < _MIN_RELATIVE_RATE * max(rates.values()):
             break
     if not rates:
-        raise VlmError(f"Not even {SIZES[0]} pictures at once fit into memory; give a smaller --batch-size.")
+        raise VlmError(f"Not even {BATCH_SIZES[0]} images at once fit into memory; give a smaller --batch-size.")
     best = max(rates, key=rates.__getitem__)
-    tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
-    logger.info(f"Batch size {best}, the fastest of these (samples per second by size): {tried}.")
+    listing = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
+    logger.info(f"Batch size {best}, the fastest of these (samples per second by size): {listing}.")
     return best
 
 
-def _timed_sizes(model: Encoder, largest: int) -> Iterator[tuple[int, float]]:
-    """Sizes, as far as they fit into memory, and the seconds a batch takes."""
-    generator, side = torch.Generator().manual_seed(0), model.view.size
-    sizes = [size for size in SIZES if size < 2 * largest]
-    for size in sizes or SIZES[:1]:
+def _timed_sizes(model: Encoder, largest: int, clock: Callable[[], float]) -> Iterator[tuple[int, float]]:
+    """Batch sizes, as far as they fit into memory, and the seconds a batch takes."""
+    generator = torch.Generator().manual_seed(0)
+    side = model.view.size
+    # one size may exceed the largest shard, whose samples then are one batch
+    sizes = [size for size in BATCH_SIZES if size < 2 * largest] or [BATCH_SIZES[0]]
+    for size in sizes:
         images = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
         try:
+            # the first batch warms up: it allocates memory and picks kernels
             model.embed_images(images)
-            yield size, min(_seconds(model, images) for _ in range(_TRIALS))
+            trials = []
+            for _ in range(_NUM_TRIALS):
+                started = clock()
+                model.embed_images(images)
+                trials.append(clock() - started)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return
-
-
-def _seconds(model: Encoder, images: torch.Tensor) -> float:
-    started = time.perf_counter()
-    model.embed_images(images)
-    return time.perf_counter() - started
+        yield size, min(trials)
 
 
 @dataclass(frozen=True)
 class CompiledEncoder:
-    """Shows the model pictures in batches of just `batch_size`, the last ones filled up with black."""
+    """A compiled model, which sees images in batches of exactly `batch_size`, the last ones padded with black."""
 
     model: VisionLanguageModel
     batch_size: int
@@ -146,7 +143,7 @@ class CompiledEncoder:
         return self.model.embedding_size
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
-        """Unit vectors of pictures, as many at most as the batch size."""
+        """Unit vectors of images, at most as many as the batch size."""
         missing = self.batch_size - len(images)
         if missing:
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
@@ -158,21 +155,23 @@ class CompiledEncoder:
 
 
 def compile_encoder(model: Encoder, batch_size: int) -> CompiledEncoder:
-    """Compile the image tower of a model and try it.
+    """Compile the image tower of a model, and run it once.
 
     Raises:
-        UsageError: it is no network. VlmError: torch cannot compile it here.
+        UsageError: it is not a network. VlmError: torch cannot compile it here.
     """
     if not isinstance(model, VisionLanguageModel):
         raise UsageError(f"A {type(model).__name__} cannot be compiled; leave --compile out.")
-    model.fingerprint  # noqa: B018  taken of the weights before anything is changed
-    network, encoder, side = model.network, CompiledEncoder(model, batch_size), model.view.size
+    model.fingerprint  # noqa: B018  computed from the weights before anything is changed
+    network = model.network
     network.encode_image = torch.compile(network.encode_image)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    encoder = CompiledEncoder(model, batch_size)
+    side = model.view.size
     try:
         encoder.embed_images(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever compilers stumble over
+    except Exception as error:  # compilers raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise VlmError(f"{model.name} cannot be compiled on {model.device}: {reason}. Leave --compile out.") from error
     return encoder

@@ -1,31 +1,26 @@
-"""The text of a filter as words, each with its place.
+"""The filter language of an index: `language = 'en' and width >= 512 and tags has 'dog'`, and the rows it selects.
 
-A condition as a tree. Every leaf is about one field, and is true of a row when one of the field's values fits.
-
-From the text of a filter to its condition, by recursive descent.
-
-some   = every ("or" every)*
-every  = denial ("and" denial)*
-denial = "not" denial | "(" some ")" | test
-test   = name ("=" | "!=" | "<" | "<=" | ">" | ">=") value
-       | name ["not"] ("has" value | "like" text | "in" "(" value ("," value)* ")")
-       | name "is" ["not"] "missing"
-
-The rows a condition chooses, by sets of row numbers; every value of the filter is a bound parameter.
-
-The filter language: `language = 'en' and width >= 512 and tags has 'dog'`, and the rows a condition chooses.
-
-    field = value        one of the field's values is this; `has` is the same, and reads better for lists
-    field < <= > >= 1.5  one of them is in this order: numbers by size, texts by character (so do dates as 2024-05-31)
+    field = value        one of the field's values equals this; `has` is the same, and reads better for lists
+    field < <= > >= 1.5  one of them compares so: numbers by size, texts by character (so do dates as 2024-05-31)
     field in (1, 'a')    one of them is one of these
-    field like 'a%'      one of them fits: % is any run of characters, capital letters A to Z count as small ones
+    field like 'a%'      one of them matches: % is any run of characters; A to Z match a to z
     field is missing     the row has no value of the field
 
-`!=`, `not in`, `not has` and `not like` choose the rows that have the field, but none of whose values is so; `is not
-missing` those that have it. Conditions are joined by `not`, `and`, `or` (in that order) and parentheses; `not
-condition` is every row the condition does not choose, those without the field too. Texts stand in 'single quotes'
-('' is a quote), names in "double quotes" where they hold more than letters, digits, _ and dots or are a word of the
-language. true and false are 1 and 0.
+`!=`, `not in`, `not has` and `not like` select the rows that have the field but no such value; `is not missing` those
+that have it. Conditions are joined by `not`, `and`, `or` (in that order of binding) and parentheses; `not condition` is
+every row that the condition does not select, including those without the field. Texts are in 'single quotes' ('' is a
+quote), names in "double quotes" if they hold more than letters, digits, _ and dots or are a keyword. true and false are
+1 and 0.
+
+A text goes through a lexer (`tokenize_filter`), a recursive-descent parser (`parse_filter`) and an evaluator
+(`matching_rows`), which intersects sets of row numbers; every value of the filter is a bound SQL parameter.
+
+    or        = and ("or" and)*
+    and       = not ("and" not)*
+    not       = "not" not | "(" or ")" | predicate
+    predicate = name ("=" | "!=" | "<" | "<=" | ">" | ">=") value
+              | name ["not"] ("has" value | "like" text | "in" "(" value ("," value)* ")")
+              | name "is" ["not"] "missing"
 """
 
 import json
@@ -63,8 +58,11 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """kind: what it is; keywords, signs and the end of the filter are `sign`. text: as it was written, keywords in
-    small letters. place: where it begins, from 1. value: of a name, a text or a number."""
+    """One token of a filter.
+
+    kind: keywords, signs and the end of the filter are `sign`, true and false numbers. text: as written, keywords in
+    lower case. column: where it begins, from 1. value: of a name, a text or a number.
+    """
 
     kind: Literal["name", "text", "number", "sign"]
     text: str
@@ -73,28 +71,29 @@ class Token:
 
 
 def tokenize_filter(filter_text: str) -> list[Token]:
-    """The words of a filter; the last is the end, an empty sign.
+    """The tokens of a filter; the last is the end, an empty sign.
 
     Raises:
-        UsageError: it is too long, or something in it is no word; the place is named.
+        UsageError: it is too long, or something in it is not a token; its column is named.
     """
     if len(filter_text) > LONGEST_FILTER:
-        raise UsageError(f"A filter of {len(filter_text):,} characters; at most {LONGEST_FILTER:,} are read.")
-    tokens, position = [], 0
+        raise UsageError(f"The filter has {len(filter_text):,} characters; at most {LONGEST_FILTER:,} are allowed.")
+    tokens: list[Token] = []
+    position = 0
     while not tokens or tokens[-1].text:
-        found = _TOKEN.match(filter_text, position)
-        if not found:
-            begin = position + len(filter_text[position:]) - len(filter_text[position:].lstrip())
-            _refuse(filter_text, begin)
-        kind = found.lastgroup or ""
-        tokens.append(_token(kind, found[kind], found.start(kind) + 1))
-        position = found.end()
+        match = _TOKEN.match(filter_text, position)
+        if not match:
+            rest = filter_text[position:]
+            _refuse_character(filter_text, position + len(rest) - len(rest.lstrip()))
+        kind = match.lastgroup or ""
+        tokens.append(_token(kind, match[kind], match.start(kind) + 1))
+        position = match.end()
     return tokens
 
 
 def _token(kind: str, text: str, column: int) -> Token:
     if sanitize_text(text) != text:
-        raise UsageError(f"The filter holds a character at place {column} or soon after it that no text can hold.")
+        raise UsageError(f"The filter holds a character at column {column} or soon after it that no text can hold.")
     match kind:
         case "text" | "quoted":
             quote = text[0]
@@ -126,19 +125,18 @@ def _number(text: str) -> FieldValue:
         # SQLite keeps such numbers as doubles, of which one stands for a thousand neighbours
         raise UsageError(
             f"The filter compares with {text[:40]}, and numbers from 2^63 on are kept to 53 bits only, so that others "
-            "would be chosen with it; keep such hashes as text in the metadata."
+            "would match too; store such hashes as text in the metadata."
         )
     return number
 
 
-def _refuse(text: str, begin: int) -> NoReturn:
-    first = text[begin]
+def _refuse_character(text: str, begin: int) -> NoReturn:
     cures = {
         "'": "a text lacks its closing quote; a quote inside a text is written twice",
         '"': "a name lacks its closing quote",
     }
-    cure = cures.get(first, "names that hold more than letters, digits, _ and dots stand in double quotes")
-    raise UsageError(f"The filter cannot be read at place {begin + 1}, {text[begin : begin + 20]!r}: {cure}.")
+    cure = cures.get(text[begin], "names that hold more than letters, digits, _ and dots need double quotes")
+    raise UsageError(f"The filter cannot be read at column {begin + 1}, {text[begin : begin + 20]!r}: {cure}.")
 
 
 Operator = Literal["<", "<=", ">", ">="]
@@ -146,7 +144,10 @@ Operator = Literal["<", "<=", ">", ">="]
 
 @dataclass(frozen=True, kw_only=True)
 class Predicate:
-    """place: where the name of the field stands in the text, from 1; for messages."""
+    """A condition on one field, true of a row if one of the field's values meets it.
+
+    column: where the field's name begins in the filter, from 1; for messages.
+    """
 
     field: str
     column: int = attribute(default=1, compare=False)
@@ -154,14 +155,14 @@ class Predicate:
 
 @dataclass(frozen=True, kw_only=True)
 class IsIn(Predicate):
-    """A value is one of these."""
+    """A value equals one of these."""
 
     values: tuple[FieldValue, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Predicate):
-    """A value of the same kind, number or text, stands so to this one."""
+    """A value of the same type, number or text, compares so with this one."""
 
     operator: Operator
     value: FieldValue
@@ -169,7 +170,7 @@ class Compare(Predicate):
 
 @dataclass(frozen=True, kw_only=True)
 class Like(Predicate):
-    """A text fits the pattern, in which % is any run of characters; A to Z count as a to z."""
+    """A text matches the pattern, in which % is any run of characters; A to Z match a to z."""
 
     pattern: str
 
@@ -181,21 +182,21 @@ class IsNull(Predicate):
 
 @dataclass(frozen=True)
 class Not:
-    """What the condition does not choose."""
+    """The rows that the condition does not select."""
 
     condition: "Condition"
 
 
 @dataclass(frozen=True)
 class And:
-    """What all of the conditions choose."""
+    """The rows that all of the conditions select."""
 
     conditions: tuple["Condition", ...]
 
 
 @dataclass(frozen=True)
 class Or:
-    """What any of the conditions chooses."""
+    """The rows that any of the conditions selects."""
 
     conditions: tuple["Condition", ...]
 
@@ -204,7 +205,7 @@ Condition = IsIn | Compare | Like | IsNull | Not | And | Or
 
 
 def predicates(condition: Condition) -> list[Predicate]:
-    """All leaves, from left to right."""
+    """All leaves of a condition, from left to right."""
     match condition:
         case Predicate():
             return [condition]
@@ -214,24 +215,26 @@ def predicates(condition: Condition) -> list[Predicate]:
             return [predicate for part in parts for predicate in predicates(part)]
 
 
-_DEEPEST = 50
-_TESTS = "one of = != < <= > >= in has like is"
+_MAX_DEPTH = 50
+_OPERATORS = "one of = != < <= > >= in has like is"
 
 
 def parse_filter(text: str) -> Condition:
-    """The condition a filter says.
+    """The condition that a filter text expresses.
 
     Raises:
-        UsageError: it is none; the place, what stands there and what was expected are named.
+        UsageError: it is malformed; the column, what is there and what was expected are named.
     """
     return _Parser(tokenize_filter(text)).parse()
 
 
 class _Parser:
-    """Reads words one after the other."""
+    """Reads tokens from left to right; each method parses one rule of the grammar."""
 
     def __init__(self, tokens: Sequence[Token]) -> None:
-        self._tokens, self._next, self._depth = tokens, 0, 0
+        self._tokens = tokens
+        self._next = 0
+        self._depth = 0
 
     def parse(self) -> Condition:
         condition = self._parse_or()
@@ -244,12 +247,12 @@ class _Parser:
         return self._tokens[self._next]
 
     def _accept(self, *signs: str) -> str:
-        """The next word if it is one of these signs or keywords, and pass over it; else nothing."""
-        word = self._token
-        if word.kind != "sign" or word.text not in signs:
+        """Consume and return the next token if it is one of these signs or keywords; else return nothing."""
+        token = self._token
+        if token.kind != "sign" or token.text not in signs:
             return ""
         self._next += 1
-        return word.text
+        return token.text
 
     def _expect(self, sign: str) -> None:
         if not self._accept(sign):
@@ -269,38 +272,39 @@ class _Parser:
 
     def _parse_not(self) -> Condition:
         self._depth += 1
-        if self._depth > _DEEPEST:
-            raise UsageError(f"The filter is more than {_DEEPEST} parentheses deep at place {self._token.column}.")
+        if self._depth > _MAX_DEPTH:
+            raise UsageError(f"The filter is nested more than {_MAX_DEPTH} deep at column {self._token.column}.")
         if self._accept("not"):
             condition = Not(self._parse_not())
         elif self._accept("("):
             condition = self._parse_or()
             self._expect(")")
         else:
-            condition = self._test()
+            condition = self._parse_predicate()
         self._depth -= 1
         return condition
 
-    def _test(self) -> Condition:
+    def _parse_predicate(self) -> Condition:
         name = self._token
         if name.kind != "name":
             self._refuse("the name of a field")
         self._next += 1
-        field, column = str(name.value), name.column
+        field = str(name.value)
+        column = name.column
         missing = IsNull(field=field, column=column)
         if self._accept("is"):
-            present = self._accept("not")
+            is_negated = self._accept("not")
             self._expect("missing")
-            return Not(missing) if present else missing
+            return Not(missing) if is_negated else missing
         if operator := self._accept("<", "<=", ">", ">="):
             return Compare(field=field, column=column, operator=cast(Operator, operator), value=self._value())
         if self._accept("="):
             return IsIn(field=field, column=column, values=(self._value(),))
         if self._accept("!="):
             return And((Not(missing), Not(IsIn(field=field, column=column, values=(self._value(),)))))
-        denied = self._accept("not")
-        found = self._parse_membership(field, column)
-        return And((Not(missing), Not(found))) if denied else found
+        is_negated = self._accept("not")
+        condition = self._parse_membership(field, column)
+        return And((Not(missing), Not(condition))) if is_negated else condition
 
     def _parse_membership(self, field: str, column: int) -> Condition:
         match self._accept("has", "like", "in"):
@@ -317,65 +321,76 @@ class _Parser:
                     values.append(self._value())
                 self._expect(")")
                 return IsIn(field=field, column=column, values=tuple(values))
-        self._refuse(_TESTS)
+        self._refuse(_OPERATORS)
 
     def _value(self) -> FieldValue:
-        word = self._token
-        if word.kind not in ("text", "number"):
+        token = self._token
+        if token.kind not in ("text", "number"):
             self._refuse("a number, true, false or a text in single quotes")
-        if isinstance(word.value, str) and len(word.value) >= LONGEST_TEXT:
+        if isinstance(token.value, str) and len(token.value) >= LONGEST_TEXT:
             raise UsageError(
-                f"The text at place {word.column} of the filter has {len(word.value):,} characters; "
-                "the catalogue keeps "
-                f"the first {LONGEST_TEXT:,} of a text, so only shorter ones can be compared."
+                f"The text at column {token.column} of the filter has {len(token.value):,} characters; the catalogue "
+                f"keeps the first {LONGEST_TEXT:,} of a text, so only shorter ones can be compared."
             )
         self._next += 1
-        return word.value
+        return token.value
 
     def _refuse(self, expected: str) -> NoReturn:
-        found = self._token.text
-        shown = (repr(found) if found[0] not in "'\"" else found[:40]) if found else "its end"
-        raise UsageError(f"The filter, at place {self._token.column}: {expected} was expected, found {shown}.")
+        text = self._token.text
+        if not text:
+            actual = "its end"
+        elif text[0] in "'\"":
+            actual = text[:40]
+        else:
+            actual = repr(text)
+        raise UsageError(f"The filter, at column {self._token.column}: expected {expected}, found {actual}.")
 
 
 RowIds = Int64[Array, " _"]
 
-# up to so many rows found already go into the next question; beyond, sets are intersected afterwards
+# up to so many allowed rows become part of a query; with more, sets are intersected afterwards
 _FEW_ROWS = 10_000
-# conditions are ordered by how many facts they touch, counted up to here
+# the conditions of an `and` are ordered by how many metadata values they read, counted up to here
 _COST_LIMIT = 20_000
-_EQUAL, _NUMBERS, _TEXTS = "value = ?", "value < ''", "value >= ''"
+_EQUAL = "value = ?"
+# SQLite sorts numbers before texts
+_IS_NUMBER = "value < ''"
+_IS_TEXT = "value >= ''"
 
 
 def matching_rows(database: sqlite3.Connection, condition: Condition) -> Int64[Array, " N"]:
-    """The numbers of the rows a condition chooses, rising, of living and dead rows alike.
+    """The numbers of the rows that a condition selects, ascending, live and deleted ones alike.
 
     Raises:
-        UsageError: it names a field that no row has (unless to say that it is missing, where it was null or rows had
-            it once), or compares numbers with texts.
+        UsageError: it names a field that no row has (but `is missing` may name one that is always null, or that only
+            deleted rows had), or compares numbers with texts.
     """
-    kinds, fields = field_types(database), dict(database.execute("SELECT name, id FROM fields"))
-    if not kinds:  # every row has a key
+    types = field_types(database)
+    fields: dict[str, int] = dict(database.execute("SELECT name, id FROM fields"))
+    # every row has a key, so without fields there are no rows
+    if not types:
         return np.zeros(0, np.int64)
     for predicate in predicates(condition):
         if not (isinstance(predicate, IsNull) and predicate.field in fields):
-            _check(predicate, kinds)
+            _check_field(predicate, types)
     return _Evaluator(database, fields).rows(condition)
 
 
-def _check(predicate: Predicate, kinds: dict[str, tuple[FieldType, ...]]) -> None:
-    if predicate.field not in kinds:
-        hint, listing = suggest(predicate.field, sorted(kinds)), f"known: {', '.join(sorted(kinds))}"
-        hint = shorten(hint if hint == listing else f"{hint} {listing}", 500, placeholder=" …")
-        raise UsageError(f"No row has the field {predicate.field!r} (place {predicate.column} of the filter); {hint}")
+def _check_field(predicate: Predicate, types: dict[str, tuple[FieldType, ...]]) -> None:
+    where = f"{predicate.field!r} (column {predicate.column} of the filter)"
+    if predicate.field not in types:
+        known = sorted(types)
+        hint = suggest(predicate.field, known)
+        listing = f"known: {', '.join(known)}"
+        if hint != listing:
+            hint = f"{hint} {listing}"
+        raise UsageError(f"No row has the field {where}; {shorten(hint, 500, placeholder=' …')}")
     for value in _values(predicate):
-        kind = "text" if isinstance(value, str) else "number"
-        if kind not in kinds[predicate.field]:
-            cure = "texts stand in single quotes" if kind == "number" else "numbers stand without quotes"
+        value_type = "text" if isinstance(value, str) else "number"
+        if value_type not in types[predicate.field]:
+            cure = "texts need single quotes" if value_type == "number" else "numbers have no quotes"
             raise UsageError(
-                f"The field {predicate.field!r} (place {predicate.column} of the filter) "
-                f"holds {kinds[predicate.field][0]}s, and "
-                f"{value!r} is a {kind}; {cure}."
+                f"The field {where} holds {types[predicate.field][0]}s, and {value!r} is a {value_type}; {cure}."
             )
 
 
@@ -392,13 +407,13 @@ def _values(predicate: Predicate) -> tuple[FieldValue, ...]:
 
 @dataclass(frozen=True)
 class _Evaluator:
-    """fields: the number of each field."""
+    """Evaluates conditions to sets of rows. fields: the id of each field."""
 
     database: sqlite3.Connection
     fields: dict[str, int]
 
     def rows(self, condition: Condition, allowed_rows: RowIds | None = None) -> RowIds:
-        """The rows chosen, or those of them that are in `among`; rising."""
+        """The rows selected, or those of them in `allowed_rows`; ascending."""
         match condition:
             case Not(IsNull() as predicate):
                 return self._rows_with_field(predicate.field, "TRUE", (), allowed_rows)
@@ -408,6 +423,7 @@ class _Evaluator:
             case IsNull():
                 return self.rows(Not(Not(condition)), allowed_rows)
             case And(parts):
+                # the cheapest first, so that the others are asked about few rows
                 for part in sorted(parts, key=self._estimated_cost):
                     allowed_rows = self.rows(part, allowed_rows)
                     if not len(allowed_rows):
@@ -415,20 +431,24 @@ class _Evaluator:
                 return self._all_rows() if allowed_rows is None else allowed_rows
             case Or(parts):
                 return _sorted_set(np.concatenate([self.rows(part, allowed_rows) for part in parts]))
-        return self._rows_with_field(condition.field, *_test(condition), allowed_rows)
+        sql, values = _predicate_sql(condition)
+        return self._rows_with_field(condition.field, sql, values, allowed_rows)
 
     def _all_rows(self) -> RowIds:
         return self._rows_with_field(KEY, "TRUE", (), None)
 
     def _rows_with_field(
-        self, field: str, test: str, values: tuple[FieldValue, ...], allowed_rows: RowIds | None
+        self, field: str, predicate_sql: str, values: tuple[FieldValue, ...], allowed_rows: RowIds | None
     ) -> RowIds:
-        sql = f"SELECT row FROM facts WHERE field = ? AND {test}"
-        if allowed_rows is None or len(allowed_rows) > _FEW_ROWS:
-            found = self._fetch(sql, self.fields[field], *values)
-            return found if allowed_rows is None else np.intersect1d(found, allowed_rows, assume_unique=True)
-        # one value: the table is asked row by row; several: every fact of the test is read (+ keeps SQLite to that)
-        row = "row" if test == _EQUAL else "+row"
+        sql = f"SELECT row FROM facts WHERE field = ? AND {predicate_sql}"
+        if allowed_rows is None:
+            return self._fetch(sql, self.fields[field], *values)
+        if len(allowed_rows) > _FEW_ROWS:
+            rows = self._fetch(sql, self.fields[field], *values)
+            return np.intersect1d(rows, allowed_rows, assume_unique=True)
+        # for one value the primary key finds each allowed row; for a range it would be read again for each of them, so
+        # the + takes this index away from SQLite
+        row = "row" if predicate_sql == _EQUAL else "+row"
         sql += f" AND {row} IN (SELECT value FROM json_each(?))"
         return self._fetch(sql, self.fields[field], *values, json.dumps(allowed_rows.tolist()))
 
@@ -438,7 +458,7 @@ class _Evaluator:
         return _sorted_set(np.fromiter(chain.from_iterable(cursor.execute(sql, values)), np.int64))
 
     def _estimated_cost(self, condition: Condition) -> int:
-        """About how many facts must be read for a condition, counted only as far as that is cheap."""
+        """About how many metadata values a condition reads, counted only as far as that is cheap."""
         match condition:
             case Not() | IsNull() | Like():
                 return _COST_LIMIT
@@ -446,24 +466,24 @@ class _Evaluator:
                 return min(map(self._estimated_cost, parts))
             case Or(parts):
                 return sum(map(self._estimated_cost, parts))
-        test, values = _test(condition)
-        sql = f"SELECT count(*) FROM (SELECT 1 FROM facts WHERE field = ? AND {test} LIMIT {_COST_LIMIT})"
+        predicate_sql, values = _predicate_sql(condition)
+        sql = f"SELECT count(*) FROM (SELECT 1 FROM facts WHERE field = ? AND {predicate_sql} LIMIT {_COST_LIMIT})"
         return self.database.execute(sql, (self.fields[condition.field], *values)).fetchone()[0]
 
 
 def _sorted_set(rows: RowIds) -> RowIds:
-    """As np.unique, whose hashing takes longer where most rows are in order already."""
+    """As np.unique, but faster where most rows are in order already."""
     rows = np.sort(rows, kind="stable")
     return rows[np.diff(rows, prepend=-1) > 0]
 
 
-def _test(predicate: IsIn | Compare | Like) -> tuple[str, tuple[FieldValue, ...]]:
-    """What a fact's value must fulfil, in SQL, and the values of its question marks."""
+def _predicate_sql(predicate: IsIn | Compare | Like) -> tuple[str, tuple[FieldValue, ...]]:
+    """The predicate on a metadata value in SQL, and the values of its parameters."""
     match predicate:
         case IsIn(values=values):
             return (_EQUAL if len(values) == 1 else f"value IN ({', '.join('?' * len(values))})"), values
         case Compare(operator=operator, value=value):
-            return f"value {operator} ? AND {_TEXTS if isinstance(value, str) else _NUMBERS}", (value,)
+            return f"value {operator} ? AND {_IS_TEXT if isinstance(value, str) else _IS_NUMBER}", (value,)
         case Like(pattern=pattern):
             escaped = pattern.replace("\\", "\\\\").replace("_", "\\_")
-            return f"value LIKE ? ESCAPE '\\' AND {_TEXTS}", (escaped,)
+            return f"value LIKE ? ESCAPE '\\' AND {_IS_TEXT}", (escaped,)

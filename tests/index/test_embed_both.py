@@ -85,5 +85,5 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, shards: list[str]) -
         embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, options)
     with pytest.raises(UsageError, match="leave --compile out"):
         embed_into(ColourModel(), shards, {"text": tmp_path / "texts"}, options)
-    with pytest.raises(VlmError, match="one sample at once"):
+    with pytest.raises(VlmError, match="batch_size = 0 is out of range"):
         embed_into(ColourModel(), shards, {"image": tmp_path / "out"}, EmbedOptions(model_spec="colours", batch_size=0))

@@ -100,7 +100,7 @@ def test_a_process_is_known_by_what_its_launcher_tells() -> None:
     assert ProcessRank.from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == ProcessRank()
     assert list(ProcessRank(1, 3).shard_indices(8)) == [1, 4, 7]
     for told in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
-        with pytest.raises(UsageError, match="name no process"):
+        with pytest.raises(UsageError, match="are not a rank"):
             ProcessRank.from_environment(told)
 
 

@@ -48,16 +48,15 @@ def test_rows_of_a_file_are_converted_without_a_warning(tmp_path: Path) -> None:
     assert type(rows) is np.ndarray
 
 
-@pytest.mark.parametrize("numbers_at_once", [1, 30 * 16 * 3, 2**20])
+@pytest.mark.parametrize("values_at_once", [1, 30 * 16 * 3, 2**20])
 @pytest.mark.parametrize("top", [1, 7, 50])
-def test_reranking_in_blocks_equals_one_by_one(monkeypatch: pytest.MonkeyPatch, numbers_at_once: int, top: int) -> None:
-    monkeypatch.setattr("vlm.index.ann.faiss_search._VALUES_AT_ONCE", numbers_at_once)
+def test_reranking_in_blocks_equals_one_by_one(values_at_once: int, top: int) -> None:
     rng = np.random.default_rng(4)
     rows, queries = vectors(200, 1).astype(np.float16), vectors(11, 2)
     rows[100:] = rows[:100]
     positions = np.stack([rng.permutation(200)[:30] for _ in queries])
     positions[2, 20:], positions[3] = -1, -1
-    scores, found = rerank(rows, queries, positions, top)
+    scores, found = rerank(rows, queries, positions, top, values_at_once=values_at_once)
     expected, truth = reranked_one_by_one(rows, queries, positions, top)
     np.testing.assert_array_equal(found, truth)
     np.testing.assert_allclose(scores, expected, atol=1e-6)

@@ -74,8 +74,8 @@ def test_a_changed_byte_a_lost_byte_and_a_lost_file_are_named(changed: Path, nam
 @pytest.mark.parametrize(
     ("statement", "part", "message"),
     [
-        ("UPDATE rows SET captions = '{}' WHERE uid = '01'", "catalogue", r"row 1 \(01\) is not as it was written"),
-        ("UPDATE rows SET uid = 'x' WHERE uid = '01'", "catalogue", r"row 1 \(x\) is not as it was written"),
+        ("UPDATE rows SET captions = '{}' WHERE uid = '01'", "catalogue", r"row 1 \(01\) differs from what was"),
+        ("UPDATE rows SET uid = 'x' WHERE uid = '01'", "catalogue", r"row 1 \(x\) differs from what was"),
         ("DELETE FROM rows WHERE uid = '01'", "joins", "is inconsistent: 9 live rows.*and 8 in"),
         ("UPDATE rows SET died = 9223372036854775807 WHERE uid = '00'", "joins", "9 live rows.*and 10 in"),
         ("DELETE FROM facts WHERE row = 1", "facts", r"the facts of row 1 \(01\)"),
