@@ -11,7 +11,7 @@ _MAX_VALUES = 8
 def contact_sheet(inspection: Inspection, *, title: str, provenance: Provenance | None = None) -> str:
     """The page: counts, damaged and unusable samples, histograms, metadata, and images with their captions."""
     languages = inspection.languages
-    # the trait "grey" of a JPEG and the like; a trait named as a format would say the same twice
+    # in one table: a trait must not overwrite the count of a format of the same name
     traits = {name: count for name, count in inspection.traits.items() if name not in inspection.formats}
     return render(
         "contact_sheet.html",

@@ -100,9 +100,9 @@ def _options(query: Query) -> list[str]:
 
 
 def _durations(result: SearchResult) -> list[str]:
-    durations = [f"embedded in {result.embed_milliseconds:.1f} ms", f"found in {result.search_milliseconds:.1f} ms"]
+    durations = [f"embedded in {result.embed_milliseconds:,.1f} ms", f"found in {result.search_milliseconds:,.1f} ms"]
     if result.rerank_milliseconds is not None:
-        durations.append(f"reranked in {result.rerank_milliseconds:.0f} ms")
+        durations.append(f"reranked in {result.rerank_milliseconds:,.0f} ms")
     if result.unread:
         durations.append(f"not reranked, image unreadable: {len(result.unread)}")
     return durations
