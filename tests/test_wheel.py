@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_reference_curves(unpacked, tmp_path):
 
 def test_it_starts_and_packs_from_there(unpacked, tmp_path):
     assert start(unpacked, tmp_path, "-c", "import vlm; print(vlm.__file__)").stdout.startswith(str(unpacked))
-    assert "usage: vlm VERB" in start(unpacked, tmp_path, "-m", "vlm", "--help").stdout
+    assert "usage: vlm [--quiet | --verbose] VERB" in start(unpacked, tmp_path, "-m", "vlm", "--help").stdout
     done = start(unpacked, tmp_path, "-m", "vlm", "pack", "scenes", "out", "--scenes.number", "10", "--json")
     assert done.returncode == 0, done.stderr
     assert '"samples": 10' in done.stdout
