@@ -325,6 +325,7 @@ class TrainingCollator:
 
     def _allocate(self, number: int, shards: ShardSet) -> _ImageBuffers:
         size = self.view.size
+        # channels last, as decoders leave them; the batch shows them as [B, 3, H, W] without a copy
         images = shards.allocate_images((0 if self.decode_on_device else number, size, size, 3))
         if self.local is None:
             return _ImageBuffers(images, None)
@@ -414,6 +415,7 @@ class EvalCollator:
                 sample_index=sample_index, key=content.key, captions=content.captions, metadata=content.metadata
             )
             samples.append(sample)
+            # a sample with a damaged image still has captions to embed
             try:
                 if self.view is not None:
                     images.append(self.view(content.image))

@@ -9,6 +9,7 @@ from vlm.data.collate import TrainingBatch
 from vlm.data.sampler import SampleIndex
 
 MAX_FAILURES = 1000
+"""Failures kept by name in a ledger, which goes into every checkpoint."""
 
 
 _NAMES_ON_DISK = {
@@ -120,11 +121,13 @@ class Ledger:
 
     def close(self, epoch: int, shards: Collection[int]) -> Epoch:
         """End an epoch of some shards; its counts, of which from now on only the sum is kept."""
-        ended = {shard: count for shard, count in self.epochs.get(epoch, {}).items() if shard in shards}
-        for shard, count in ended.items():
-            self.closed.setdefault(shard, ShardCount()).add(count)
-            del self.epochs[epoch][shard]
-        if not self.epochs.get(epoch):
+        counts = self.epochs.get(epoch, {})
+        ended: Epoch = {}
+        # the sources of a mixture end their epochs at different positions, so an epoch is closed source by source
+        for shard in [shard for shard in counts if shard in shards]:
+            ended[shard] = counts.pop(shard)
+            self.closed.setdefault(shard, ShardCount()).add(ended[shard])
+        if not counts:
             self.epochs.pop(epoch, None)
         return ended
 

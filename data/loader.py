@@ -53,6 +53,7 @@ class SharedMemoryPool:
 
     def __init__(self, *, workers: int, buffers: int, buffer_bytes: int) -> None:
         self._buffer_bytes = -(-buffer_bytes // _PAGE) * _PAGE
+        # anonymous maps are inherited by fork and shared; one byte says whether a buffer is taken
         flags = mmap.mmap(-1, workers * buffers)
         memory = mmap.mmap(-1, workers * buffers * self._buffer_bytes)
         self._is_taken = np.frombuffer(flags, np.uint8).reshape(workers, buffers)
@@ -61,6 +62,7 @@ class SharedMemoryPool:
     def acquire(self, worker: int, shape: tuple[int, ...]) -> UInt8[Array, "..."] | None:
         """In a worker: a free buffer of its own as an array of this shape; None if there is none or it is too small."""
         size = math.prod(shape)
+        # no lock: only its worker takes a buffer, and only the reader frees it
         free = np.flatnonzero(self._is_taken[worker] == 0)
         if size > self._buffer_bytes or not len(free):
             return None
@@ -101,6 +103,7 @@ class HasImages(Protocol):
 BatchT = TypeVar("BatchT", bound=HasImages, covariant=True)
 
 _MAX_OPEN_SHARDS = 64
+# beyond those that wait: the reader holds the current batch, and the next one on its way to the device
 _BUFFERS_IN_USE = 2
 _PARENT_SECONDS = 2.0
 _NOTHING = torch.empty(0, dtype=torch.uint8)

@@ -21,6 +21,7 @@ import numpy as np
 from vlm.errors import UsageError
 
 DEFAULT_WINDOW = 1 << 16
+# a batch lies in one window or two, but its window may lie in hundreds of shards
 _CACHED_WINDOWS = 4
 _CACHED_SHARDS = 256
 
@@ -119,6 +120,7 @@ class SampleOrder:
 
     def replacement(self, sample_index: SampleIndex, attempt: int) -> SampleIndex:
         """The first visit of the sample `attempt` further on in file order, among those that are visited."""
+        # in file order, not the shuffled one: the next sample is in a shard that is open already
         shard = sample_index.shard
         rank = self._rank(sample_index) + attempt
         while rank >= (num_visited := self._num_visited(shard)):
@@ -130,7 +132,7 @@ class SampleOrder:
     def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the window at a position and of the next one, also across the end of an epoch."""
         upcoming: dict[int, None] = {}  # as an ordered set
-        for _ in range(2):
+        for _ in range(2):  # the window at the position, then the next one
             epoch, offset = divmod(position, self.num_samples)
             shards, starts = self._shuffled_shards(epoch)
             window_start = offset - offset % self.window
@@ -328,12 +330,14 @@ def integer_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
     >>> integer_shares([Fraction("0.5"), Fraction("1.25")])
     (2, 5)
     """
+    # times the common denominator they are whole; the shares are then as small as the proportions allow
     scale = lcm(*(weight.denominator for weight in weights))
     shares = [int(weight * scale) for weight in weights]
     return tuple(share // gcd(*shares) for share in shares)
 
 
 _PREFETCH_SHARDS = 4
+"""Of a sequential pass: the shard that is read and the next three."""
 
 
 @dataclass(frozen=True, kw_only=True)

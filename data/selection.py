@@ -69,6 +69,7 @@ class Selection:
         Raises:
             UsageError: a tar is not among those the selection was made for.
         """
+        # by content: the tars may have been renamed, moved, or given in another order since
         by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
         times_of_shards: list[UInt16[Array, " N"]] = []
         for url in shards:
@@ -96,12 +97,12 @@ def select_all(shards: Sequence[str], *, cache: ShardCache | None = None) -> Sel
 
 def write_selection(path: Path, selection: Selection) -> None:
     """Write a selection as one Arrow file, atomically: a record batch a shard."""
-    described = [[shard.name, shard.fingerprint, shard.samples] for shard in selection.shards]
+    shards = [[shard.name, shard.fingerprint, shard.samples] for shard in selection.shards]
     schema = pa.schema(
         [("times", pa.uint16())],
         metadata={
             "vlm-selection": FORMAT,
-            "shards": json.dumps(described),
+            "shards": json.dumps(shards),
             "lineage": json.dumps(selection.lineage, ensure_ascii=False),
         },
     )
@@ -151,6 +152,7 @@ def _read(path: Path) -> Selection:
 def intersect_selections(one: Selection, other: Selection) -> Selection:
     """And: the samples in both, their times multiplied."""
     theirs = _aligned_times(one, other)
+    # in 64 bits, since the product of two uint16 would wrap around before it is clipped
     times = [_clip_times(a.astype(np.int64) * b) for a, b in zip(one.times, theirs, strict=True)]
     return _compose("and", one, other, times)
 
@@ -176,12 +178,12 @@ def reweight(selection: Selection, weight: float, *, seed: int = 0) -> Selection
     """
     if not 0 <= weight <= MAX_TIMES or seed < 0:
         raise UsageError(f"A weight of {weight} is outside 0 to {MAX_TIMES:,}, or the seed {seed} below 0.")
-    times = [
-        stochastic_round(times * np.float64(weight), np.random.default_rng([seed, number]))
-        for number, times in enumerate(selection.times)
-    ]
+    reweighted: list[UInt16[Array, " N"]] = []
+    for number, times in enumerate(selection.times):
+        rng = np.random.default_rng([seed, number])
+        reweighted.append(stochastic_round(times * np.float64(weight), rng))
     step = {"step": "weight", "weight": weight, "seed": seed}
-    return Selection(shards=selection.shards, times=tuple(times), lineage=(*selection.lineage, step))
+    return Selection(shards=selection.shards, times=tuple(reweighted), lineage=(*selection.lineage, step))
 
 
 def stochastic_round(expected: Float[Array, " N"], rng: np.random.Generator) -> UInt16[Array, " N"]:

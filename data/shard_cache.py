@@ -98,6 +98,7 @@ class CacheSpace:
             entries = self._entries()
             entries.pop(key, None)
             surplus = sum(entry.bytes for entry in entries.values()) + reserved_bytes - self.max_bytes
+            # least recently used first; a key whose lock is held is being fetched, and stays
             for victim, entry in sorted(entries.items(), key=lambda item: item[1].used):
                 if surplus <= 0:
                     break
@@ -285,7 +286,7 @@ def fetch(request: FetchRequest, path: Path) -> str:
         FetchCancelled: it was cancelled.
     """
     sha256 = ""
-    for _ in range(_FULL_ATTEMPTS):
+    for _ in range(_FULL_ATTEMPTS):  # once more, since a resumed part may be what is damaged
         retry = Retry(request.url, request.retry_policy, stop=request.stop)
         download = _unpack if is_compressed(request.url) else _download
         sha256, damage = download(request, path, retry)
@@ -435,7 +436,7 @@ class ShardCache:
         """
         identity = identity or file_identity(url, self.retry_policy)
         key = self._key(url, identity)
-        while not self._space.touch(key):
+        while not self._space.touch(key):  # which also marks it as used
             self._fetch_or_wait(url, identity, threading.Event(), should_wait=True)
         return self._space.path(key, "tar")
 

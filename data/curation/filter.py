@@ -13,6 +13,7 @@ from vlm.data.curation.sample_table import RequiredColumn, SampleTable
 from vlm.data.curation.score_columns import ScoreColumns
 from vlm.errors import UsageError
 
+# a comma only separates parameters if a name follows: a path may hold commas
 _PARAMETER = re.compile(r",(?=[a-z_]+=)")
 
 Scan = Callable[[Sequence[str], frozenset[RequiredColumn]], SampleTable]
@@ -58,7 +59,7 @@ class FilterResult:
     curve: Sequence[Mapping[str, Any]] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Filter:
     """A filter: its line of help, the dataclass of its parameters, the columns it requires, and the function itself.
 

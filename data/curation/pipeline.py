@@ -3,7 +3,7 @@
 Adding a filter is a function in `caption_filters` or `image_filters` and an entry in `FILTERS`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,124 +34,109 @@ _BOTH = frozenset({RequiredColumn.DIGEST, RequiredColumn.SIGNATURE})
 _NONE: frozenset[RequiredColumn] = frozenset()
 
 
-def _filter(
-    line: str,
-    parameters: type,
-    apply: Callable[..., FilterResult],
-    required_columns: frozenset[RequiredColumn],
-    score: str = "",
-) -> Filter:
-    return Filter(help=line, parameters=parameters, apply=apply, required_columns=required_columns, score=score)
-
-
 FILTERS: dict[str, Filter] = {
-    "usable": _filter(
+    "usable": Filter(
         "drop what cannot be decoded",
         NoParameters,
         image_filters.filter_by_decoding,
         frozenset({RequiredColumn.DECODED}),
     ),
-    "size": _filter(
+    "size": Filter(
         "shorter side at least min, longer at most max, in pixels",
         image_filters.SizeLimits,
         image_filters.filter_by_size,
         _SIZE,
     ),
-    "aspect": _filter(
+    "aspect": Filter(
         "longer side at most max times the shorter", image_filters.AspectLimit, image_filters.filter_by_aspect, _SIZE
     ),
-    "words": _filter(
+    "words": Filter(
         "a caption of min to max words, a character counting as one in Chinese, Japanese, Thai",
         caption_filters.LengthLimits,
         caption_filters.filter_by_words,
         _CAPTIONS,
     ),
-    "characters": _filter(
+    "characters": Filter(
         "a caption of min to max characters",
         caption_filters.LengthLimits,
         caption_filters.filter_by_characters,
         _CAPTIONS,
     ),
-    "language": _filter(
+    "language": Filter(
         "a caption in any of the languages, with a share of at least script of its letters in their script",
         caption_filters.Languages,
         caption_filters.filter_by_language,
         _CAPTIONS,
     ),
-    "repeated-caption": _filter(
+    "repeated-caption": Filter(
         "no caption on more than max samples",
         caption_filters.CaptionLimit,
         caption_filters.limit_repeated_captions,
         _CAPTIONS,
     ),
-    "exact-duplicates": _filter(
+    "exact-duplicates": Filter(
         "one of the samples with equal files", NoParameters, image_filters.drop_exact_duplicates, _FILE
     ),
-    "near-duplicates": _filter(
+    "near-duplicates": Filter(
         "one of the images that differ by encoding, size, a little brightness or a crop by a few pixels",
         image_filters.HashDistance,
         image_filters.drop_near_duplicates,
         _SIGNATURE,
     ),
-    "embedding-duplicates": _filter(
+    "embedding-duplicates": Filter(
         "one of the samples with nearly equal embeddings",
         NoParameters,
         image_filters.drop_embedding_duplicates,
         _SIZE,
         "duplicates",
     ),
-    "decontaminate": _filter(
+    "decontaminate": Filter(
         "nothing that the evaluation shards also hold",
         image_filters.Decontamination,
         image_filters.decontaminate,
         _BOTH,
     ),
-    "similarity": _filter(
+    "similarity": Filter(
         "image and caption alike: min cosine, or the top share",
         image_filters.MinimumScore,
         image_filters.filter_by_similarity,
         _NONE,
         "similarity",
     ),
-    "near": _filter(
+    "near": Filter(
         "near to a target set: min, or the top share",
         image_filters.MinimumScore,
         image_filters.filter_by_target,
         _NONE,
         "near",
     ),
-    "typical": _filter(
+    "typical": Filter(
         "the k, or the share, most typical",
         image_filters.KeepCount,
         image_filters.keep_typical,
         _NONE,
         "centre-distance",
     ),
-    "atypical": _filter(
+    "atypical": Filter(
         "the k, or the share, least typical",
         image_filters.KeepCount,
         image_filters.keep_atypical,
         _NONE,
         "centre-distance",
     ),
-    "cluster-balance": _filter(
+    "cluster-balance": Filter(
         "at most cap expected of a cluster", image_filters.ClusterCap, image_filters.balance_clusters, _NONE, "cluster"
     ),
-    "balance": _filter(
+    "balance": Filter(
         "frequent concepts less often, after MetaCLIP",
         caption_filters.ConceptCap,
         caption_filters.balance_concepts,
         _CAPTIONS,
     ),
-    "sample": _filter("a share, drawn", image_filters.KeepShare, image_filters.keep_random_share, _NONE),
-    "weight": _filter("everything so many times", image_filters.Repeats, image_filters.apply_weight, _NONE),
+    "sample": Filter("a share, drawn", image_filters.KeepShare, image_filters.keep_random_share, _NONE),
+    "weight": Filter("everything so many times", image_filters.Repeats, image_filters.apply_weight, _NONE),
 }
 """Each filter by its name, as in `--filter NAME:PARAMETER=VALUE`."""
-
-
-def list_filters() -> str:
-    """Every filter with its parameters, a line each."""
-    return "\n".join(f"  {sample_filter.usage(name)} – {sample_filter.help}" for name, sample_filter in FILTERS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +189,9 @@ class CurationResult:
     def report(self, selection: Selection) -> dict[str, Any]:
         """Counts, lineage, and the curve of each filter that balances, as plain JSON."""
         curves: list[dict[str, Any]] = []
-        for place, step in enumerate(self.steps):
+        for position, step in enumerate(self.steps):
             if step.result.curve:
-                curves.append({"rule": step.configured.name, "place": place, "curve": list(step.result.curve)})
+                curves.append({"rule": step.configured.name, "place": position, "curve": list(step.result.curve)})
         return {**self.summary(selection), "lineage": list(selection.lineage), "curves": curves}
 
 
@@ -238,7 +223,7 @@ def curate(
     required_columns = frozenset().union(*(configured.sample_filter.required_columns for configured in filters))
     sample_table = scan_shards(shards, required_columns)
 
-    times = sample_table.is_usable.astype(np.uint16)
+    times = sample_table.is_usable.astype(np.uint16)  # as a selection stores them
     steps: list[FilterStep] = []
     for number, configured in enumerate(filters):
         rng = np.random.default_rng(int(compute_fingerprint(f"{seed}/{number}/{configured.name}"), 16))
@@ -247,6 +232,7 @@ def curate(
             sample_table=sample_table, is_remaining=is_remaining, columns=score_columns, rng=rng, scan=scan_shards
         )
         result = configured.sample_filter.apply(context, configured.parameters)
+        # the generator goes on where the filter left it: a filter that draws shifts its own rounding, no other filter's
         factors = stochastic_round(result.weights, rng)
         times = np.minimum(times.astype(np.int64) * factors, MAX_TIMES).astype(np.uint16)
         step = FilterStep(

@@ -104,6 +104,7 @@ class SampleTable:
 
     def fixed(self, column: str) -> np.ndarray:
         """uint8 [N, bytes] of a column of fixed size."""
+        # Arrow would make a Python object of each value; its buffer holds them side by side
         array = self.table.column(column).combine_chunks()
         width = array.type.byte_width
         chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
@@ -142,6 +143,7 @@ def _fixed_bytes(array: pa.Array, width: int) -> np.ndarray:
 
 
 _SAMPLES_PER_CHUNK = 512
+"""Enough to make the transfer between processes cheap, few enough to keep all of them busy with a small shard."""
 _EMPTY_ROW: dict[str, Any] = {
     "reason": "",
     "bytes": 0,

@@ -61,20 +61,21 @@ def write_score_column(
     """
     kind = _kind_of(score)
     fields = {"shard": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64(), "key": pa.string(), "value": kind}
-    described = {
+    metadata = {
         "vlm-column": FORMAT,
         "signal": score,
         "model": model,
         "details": json.dumps(dict(details or {}), ensure_ascii=False, sort_keys=True),
     }
     columns = [
+        # a fingerprint is repeated for all rows of its shard
         pa.array(rows.shards, pa.string()).dictionary_encode(),
         pa.array(np.asarray(rows.numbers, dtype=np.int64)),
         pa.array(rows.keys, pa.string()),
         pa.array(np.asarray(rows.values), kind),
     ]
     with atomic_write(path) as file:
-        pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata=described)), file)
+        pq.write_table(pa.table(columns, schema=pa.schema(fields, metadata=metadata)), file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class ScoreColumns:
         self._files: dict[str, list[Path]] = {}
         for path in paths:
             for file in _column_files(path):
-                self._files.setdefault(_described(file)["signal"], []).append(file)
+                self._files.setdefault(_read_metadata(file)["signal"], []).append(file)
 
     def __contains__(self, score: str) -> bool:
         return score in self._files
@@ -117,9 +118,9 @@ class ScoreColumns:
                 f"make it by vlm score EMBEDDINGS and give it by --columns FILE."
             )
         files = self._files[score]
-        described = [_described(file) for file in files]
-        for file, other in zip(files, described, strict=True):
-            if other != described[0]:
+        metadata = _read_metadata(files[0])
+        for file in files[1:]:
+            if _read_metadata(file) != metadata:
                 raise VlmError(
                     f"{files[0]} and {file} hold {score!r} of different models or details; give those of one."
                 )
@@ -129,8 +130,8 @@ class ScoreColumns:
         return ScoreValues(
             values=values,
             has_value=has_value,
-            model=described[0]["model"],
-            details=json.loads(described[0]["details"]),
+            model=metadata["model"],
+            details=json.loads(metadata["details"]),
         )
 
 
@@ -149,6 +150,8 @@ def _align_to_samples(table: pa.Table, sample_table: SampleTable, what: str) -> 
     positions = sample_table.starts[shards] + numbers
     if len(np.unique(positions)) < len(positions):
         raise VlmError(f"{what} has two rows of one sample; give each file once.")
+
+    # the keys must agree, or the scores would silently be those of other samples
     expected = sample_table.table.column("key").take(pa.array(positions))
     is_equal = compute.equal(table.column("key").take(pa.array(rows)).cast(pa.large_string()), expected).to_numpy()
     if not is_equal.all():
@@ -179,7 +182,7 @@ def _column_files(path: Path) -> list[Path]:
     return files
 
 
-def _described(file: Path) -> dict[str, str]:
+def _read_metadata(file: Path) -> dict[str, str]:
     try:
         metadata = pq.read_schema(file).metadata or {}
     except (pa.ArrowInvalid, OSError) as error:

@@ -26,6 +26,7 @@ NEAR_LIMIT = 100_000
 """Samples up to which near-duplicates are searched: 1,160 bytes each, and all are compared."""
 
 _CHUNK_SAMPLES = 64
+"""Few, since each is decoded, tokenized and hashed, and a chunk's thumbnails wait in memory for their turn."""
 
 
 def inspect_shards(
@@ -61,6 +62,7 @@ def inspect_shards(
     ):
         if value is not None and value < least:
             raise UsageError(f"{name} = {value} is outside its range; give {least} or more.")
+    # opened here as well, so that a wrong name ends the command before any shard is read
     limit = open_tokenizer(tokenizer, context_length).context_length if tokenizer else None
     layout = _ShardLayout(shards)
     selected = layout.selected_numbers(selection)

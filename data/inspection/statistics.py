@@ -11,6 +11,7 @@ from vlm.data.inspection.distribution import Distribution, distribution_of_count
 from vlm.data.inspection.findings import BadRecord, ColumnStats, ContactSheetSample, LanguageStats
 from vlm.data.inspection.sample_scan import CaptionScan, SampleScan
 
+# bounds of what is kept by name; everything beyond is only counted
 _MAX_BAD = 1000
 _MAX_COLUMNS = 64
 _MAX_VALUES = 20
@@ -49,10 +50,11 @@ class DatasetStats:
         for name, values in (scan.columns or {}).items():
             if name in self._columns or len(self._columns) < _MAX_COLUMNS:
                 self._columns.setdefault(name, _ColumnCounter()).add(values)
+        # each part counts as far as the sample could be read: a damaged image still has a key and captions
         if scan.key:
             self._keys.add(scan.key)
             self._images.add(scan.image_digest)
-            self._sizes.append(max(scan.image_bytes, 1))
+            self._sizes.append(max(scan.image_bytes, 1))  # their distribution is logarithmic
         if scan.image is not None:
             self.formats[scan.image.format] += 1
             self.traits.update(scan.image.traits)
