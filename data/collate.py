@@ -70,7 +70,7 @@ class TrainingBatch:
     arrays: precomputed features by name.
     prepared: images still to be decoded on the device (by `DevicePrefetcher`); images is [0, 3, H, W] until then.
         offsets: byte offsets of those samples' first parts in their shards.
-    position: of the first sample in the run; None if the sample indices were made up by hand.
+    position: of the first sample in the run; None if the sample indices are not from a sampler.
 
     On request (`TrainingCollator`), else None:
     sub_tokens: drawn sentences; rows of padding alone where a sample has fewer.
@@ -185,12 +185,12 @@ class TrainingCollator:
 
     decode_on_device: leave the decoding to the device; batches then hold prepared images.
 
-    What batches carry besides, none of which changes the rest. num_sentences: how many different sentences, drawn from
-    all captions in the languages asked for. local: small crops of the image. has_identities: hashes of key and image.
+    Optional parts of a batch, none of which changes the rest. num_sentences: how many different sentences, drawn from
+    all captions in the requested languages. local: small crops of the image. has_identities: hashes of key and image.
     trim_text: cut the tokens to the longest caption of the batch.
 
     Raises:
-        UsageError: small crops are asked for of images that are decoded on the device.
+        UsageError: small crops are requested of images that are decoded on the device.
     """
 
     plan: BatchSampler
@@ -222,7 +222,7 @@ class TrainingCollator:
         """Read, draw, decode and tokenize these samples."""
         failures: list[list[SampleFailure]] = [[] for _ in sample_indices]
 
-        # First all reading and drawing, then all decoding: taken in turns, each finds the processor's caches full of
+        # First all reading and drawing, then all decoding: one by one, each step finds the processor's caches full of
         # what the other left, and takes half as long again.
         samples: list[_DrawnSample] = []
         for sample_index, own_failures in zip(sample_indices, failures, strict=True):
@@ -290,7 +290,7 @@ class TrainingCollator:
     def _read_and_draw(self, sample_index: SampleIndex, attempt: int, shards: ShardSet) -> _DrawnSample:
         sample = shards.read(sample_index, self.arrays.members)
 
-        # The order of the draws is part of the data a seed stands for: the caption first, then the view.
+        # The order of the draws must not change, or a seed gives other data: the caption first, then the view.
         rng = self._rng_for(sample_index, sample.key)
         caption = self.draw(sample, rng)
         view_rng = rng
@@ -359,7 +359,7 @@ def content_hash(content: bytes) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSample:
-    """What evaluation and the catalogue keep of a sample besides its image."""
+    """What evaluation and the catalogue keep of a sample in addition to its image."""
 
     sample_index: SampleIndex
     key: str

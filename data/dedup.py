@@ -2,10 +2,10 @@
 
 Two finders of image pairs that show the same thing, and the union-find that joins their pairs into groups:
 
-- `near_duplicate_pairs` for curation and inspection: copies encoded anew, resized, a little brighter, or cropped by a
+- `near_duplicate_pairs` for curation and inspection: copies re-encoded, resized, a little brighter, or cropped by a
   few pixels. Hashes propose candidate pairs (multi-index hashing), thumbnails verify them: what a small change cannot
   explain must be within the noise.
-- `reencoded_pairs` for the grouped split of `vlm.data.split`: copies that were only encoded anew. It is the stricter
+- `reencoded_pairs` for the grouped split of `vlm.data.split`: copies that were only re-encoded. It is the stricter
   of the two on purpose: its groups decide which samples a seed draws, so a looser finder would change every split
   that was ever made with that seed.
 
@@ -60,7 +60,7 @@ def image_signature(data: bytes) -> ImageSignature:
     width, height = upright_size(image)
     rgb = to_rgb(image, resolution=min(1.0, _DECODED_SIDE / min(width, height)))
 
-    # of a JPEG decoded at 1/2, 1/4 or 1/8 the last pixels of a side may lie partly outside the image
+    # of a JPEG decoded at 1/2, 1/4 or 1/8 the last pixels of a side may be partly outside the image
     reduction = round(width / rgb.width)
     frame = (0, 0, width / reduction, height / reduction)
     # a triangle, not a box: Pillow's box takes whole pixels only, so that copies of another size would differ
@@ -503,7 +503,7 @@ def _contrasts() -> np.ndarray:
 
 
 class DisjointSets:
-    """Union-find with path halving; the least member stands for its set. Members appear as they are named."""
+    """Union-find with path halving; a set is named by its least member. Members are added as they are named."""
 
     def __init__(self) -> None:
         self._parents: dict[int, int] = {}

@@ -46,7 +46,7 @@ class SharedMemoryPool:
 
     A batch in fresh shared memory costs a page fault for every 4 KiB, in the worker and again in the reader; at 224
     pixels that is more than decoding a small JPEG. Here each worker owns a few buffers and fills a free one; the
-    reader's tensor lies in the buffer itself, and when the last tensor on it is gone the buffer is free again. If none
+    reader's tensor is a view of the buffer, and once the last tensor on it is gone the buffer is free again. If none
     is free, fresh memory is used, so nobody waits. The mapping is anonymous: it takes no space in /dev/shm, and a kill
     leaves nothing behind.
     """
@@ -70,7 +70,7 @@ class SharedMemoryPool:
         return self._memory[worker, free[0], :size].reshape(shape)
 
     def buffer_of(self, worker: int, filled: UInt8[Tensor, "..."]) -> SharedBuffer | None:
-        """The buffer at whose beginning a tensor lies; None if it lies elsewhere."""
+        """The buffer at whose beginning a tensor is; None if it is elsewhere."""
         offset = filled.data_ptr() - self._memory[worker].ctypes.data
         if not 0 <= offset < self._memory[worker].size:
             return None
@@ -194,7 +194,7 @@ class _WorkerError:
 
 @dataclass(frozen=True)
 class _SharedBatch(Generic[BatchT]):
-    """A batch whose images lie in a shared buffer."""
+    """A batch whose images are in a shared buffer."""
 
     batch: BatchT
     buffer: SharedBuffer

@@ -24,7 +24,7 @@ ARRAY_ROWS: dict[str, Literal["view", "caption"]] = {
     "teacher_text": "caption",
     "text_embedding": "caption",
 }
-"""The arrays training may ask for, and what their rows stand for."""
+"""The arrays training may request, and what each row belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import numpy as np
 from vlm.errors import UsageError
 
 DEFAULT_WINDOW = 1 << 16
-# a batch lies in one window or two, but its window may lie in hundreds of shards
+# a batch is in one window or two, but a window may span hundreds of shards
 _CACHED_WINDOWS = 4
 _CACHED_SHARDS = 256
 
@@ -70,7 +70,7 @@ class Sampler(Protocol):
         ...
 
     def finished_epochs(self, position: int) -> tuple[int, ...]:
-        """Whole epochs that lie before a position, for each source."""
+        """Whole epochs before a position, for each source."""
         ...
 
 
@@ -85,7 +85,7 @@ class SampleOrder:
     memory-mapped); without it, once each.
 
     Memory: 20 bytes a shard, and for the windows and shards used last one permutation of at most `window` visits
-    (4 bytes each) and the running sums of their times (4 bytes a sample). Nothing grows with the samples besides
+    (4 bytes each) and the running sums of their times (4 bytes a sample). Nothing else grows with the samples but
     `times` itself: 2 bytes a sample, on disk.
     """
 
@@ -158,7 +158,7 @@ class SampleOrder:
         """The visits at these offsets from the beginning of a window."""
         # second level: where in the epoch, its shards one after the other, the shuffled window points
         places = self._window_permutation(epoch, window_start)[offsets] + np.int64(window_start)
-        # first level: which of the shuffled shards lies there, and which of its visits
+        # first level: which of the shuffled shards is there, and which of its visits
         shards, starts = self._shuffled_shards(epoch)
         slots = starts.searchsorted(places, "right") - 1
         visits = places - starts[slots]
@@ -186,7 +186,7 @@ class SampleOrder:
         """Shard numbers in this epoch's order, and where each begins in it, with the total at the end."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
-            # the lists that seed the generators are part of the order a seed stands for, here and below
+            # the lists that seed the generators must not change, here and below, or a seed gives another order
             shards = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.counts))
             counts = np.asarray(self.counts, dtype=np.int64)[shards]
             return shards, np.concatenate([[0], np.cumsum(counts)])
@@ -284,7 +284,7 @@ class Mixture:
         return len(self.shares) - 1, position
 
     def source_positions(self, position: int) -> tuple[int, ...]:
-        """How many visits of each source lie before a position."""
+        """How many visits of each source come before a position."""
         before: list[int] = []
         remaining_shares = sum(self.shares)
         for share in self.shares[:-1]:
@@ -311,7 +311,7 @@ class Mixture:
         return upcoming
 
     def finished_epochs(self, position: int) -> tuple[int, ...]:
-        """Whole epochs of each source that lie before a position."""
+        """Whole epochs of each source before a position."""
         own_positions = zip(self.orders, self.source_positions(position), strict=True)
         return tuple(own // order.num_samples for order, own in own_positions)
 

@@ -57,7 +57,7 @@ class Sample(NamedTuple):
 def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     """Captions from the `key.txt` and `key.json` of a sample.
 
-    Read in this order: `captions` (a list, or lists by language) with any `captions_LANGUAGE` beside it;
+    Read in this order: `captions` (a list, or lists by language) with any `captions_LANGUAGE` next to it;
     the text file; `caption` (img2dataset).
 
     >>> parse_captions(None, {"captions": ["a dog"], "captions_zh": ["狗"]})
@@ -181,7 +181,7 @@ class CaptionSampler:
     """Draws one caption of a sample.
 
     languages: drawn from, uniformly or by `language_weights`; empty uses the first one of each sample.
-        `tags` stands for the sample's tags, joined in a random order. Any group of captions stored under a name
+        `tags` means the sample's tags, joined in a random order. Any group of captions stored under a name
         (`captions_synthetic`) is requested like a language.
     sentences: of the drawn caption, show one sentence, drawn uniformly (DreamLIP's sub-captions).
 
@@ -199,7 +199,7 @@ class CaptionSampler:
                 f"{len(self.language_weights)} language_weights for {len(self.languages)} languages; give one each."
             )
         if len(set(self.languages)) < len(self.languages):
-            raise UsageError(f"languages = {self.languages} names one twice; name each once, with a weight if need be.")
+            raise UsageError(f"languages = {self.languages} names one twice; name each once, with a weight if needed.")
         if self.language_weights and (min(self.language_weights) < 0 or not 0 < sum(self.language_weights) < math.inf):
             raise UsageError(f"language_weights = {self.language_weights}: give numbers of at least 0, not all 0.")
 
@@ -214,7 +214,7 @@ class CaptionSampler:
         if tags:
             captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
 
-        # the language, then the caption, then the sentence: the order of the draws is part of what a seed stands for
+        # the language, then the caption, then the sentence: in another order a seed would give other captions
         candidates = select_languages(captions, self.languages)
         language_weights = self._weights_of(tuple(candidates))
         language = list(candidates)[_weighted_index(rng, language_weights, len(candidates))]

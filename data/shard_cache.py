@@ -49,12 +49,12 @@ from vlm.storage.urls import (
 
 _CACHE_FILE = re.compile(r"([0-9a-f]{16})\.(tar|part|json)")
 _METADATA_BYTES = 2048
-"""Kept free for the .json of a shard, which holds its URL twice at most."""
+"""Kept free for the .json of a shard, with its URL on top (see `largest`)."""
 
 
 @dataclass(kw_only=True)
 class _Entry:
-    """What lies in the folder under one key. used: time of the last use in ns."""
+    """What is in the folder under one key. used: time of the last use in ns."""
 
     bytes: int = 0
     used: int = 0
@@ -176,7 +176,7 @@ class CacheSpace:
 
 
 MAX_RATIO = 100
-"""More plain bytes than this for each compressed one are taken for a gzip bomb; tars of images come to about 1."""
+"""More plain bytes than this for each compressed one count as a gzip bomb; tars of images come to about 1."""
 
 _ALWAYS_ALLOWED_BYTES = 16 << 20
 _MAX_INPUT_BYTES = 64 << 10
@@ -261,7 +261,7 @@ class FetchRequest:
 
     identity: the version to fetch. sha256: of the file as it is stored there, in hex; empty if unknown.
     free_space: called with the bytes that the plain tar of a compressed shard comes to, before they are written.
-    block_bytes: asked for at once. stop: set to cancel the fetch.
+    block_bytes: of one request. stop: set to cancel the fetch.
     """
 
     url: str
@@ -276,8 +276,8 @@ class FetchRequest:
 def fetch(request: FetchRequest, path: Path) -> str:
     """Bring a shard to `path` as a plain tar; returns why its compressed form ends early, or an empty string.
 
-    Bytes that an earlier fetch of the same version left at `path` are kept, and only the rest is asked for, unless the
-    shard is compressed; so `path` must stand for this version alone.
+    Bytes that an earlier fetch of the same version left at `path` are kept, and only the rest is requested, unless the
+    shard is compressed; so `path` must belong to this version alone.
 
     Raises:
         UsageError: there is no such shard.
@@ -303,7 +303,7 @@ def fetch(request: FetchRequest, path: Path) -> str:
 def published_sha256(url: str, identity: FileIdentity, retry_policy: RetryPolicy) -> str:
     """The checksum of a remote shard in hex, or empty if it is not known.
 
-    It is taken from the server where that has one, else from the `manifest.json` that `vlm pack` wrote into the folder,
+    It comes from the server if that has one, else from the `manifest.json` that `vlm pack` wrote into the folder,
     if that is about a file of this size.
     """
     if identity.sha256 or not is_remote(url):
@@ -417,7 +417,7 @@ class ShardCache:
     It is safe to share between threads, processes and runs of one machine, and pickles into workers. A file of it may
     be removed by any of them to make room for another: open it, read, close it, and ask again if it has gone.
 
-    retry_policy: how long to try to reach a shard. block_bytes: asked for at once.
+    retry_policy: how long to try to reach a shard. block_bytes: of one request.
     """
 
     folder: Path
@@ -584,7 +584,7 @@ _CLOSING_SECONDS = 5.0
 class Prefetcher:
     """Fetches the shards that will be needed into the cache, in order, on a few threads of this process.
 
-    urls: all shards; those that are read where they lie cost nothing. Failures are not reported here: the reader meets
+    urls: all shards; local ones cost nothing. Failures are not reported here: the reader meets
     them itself when it comes to that shard.
     """
 
@@ -661,7 +661,7 @@ class Prefetcher:
         return True
 
     def _next(self) -> int | None:
-        """The next shard to fetch, marked as taken; None at the end."""
+        """The next shard to fetch, which no other thread then fetches; None at the end."""
         with self._changed:
             while not self._stop.is_set():
                 number = next((number for number in self._needed if number not in self._settled), None)

@@ -11,7 +11,7 @@ from vlm.data.tar import ShardReader
 from vlm.errors import VlmError
 
 _CHUNKS_AHEAD = 4
-"""Submitted for each process, so that none waits while results are taken in, and few results wait in memory."""
+"""Submitted for each process, so that none is idle while results are consumed, and few results wait in memory."""
 
 
 class ShardChunk(Protocol):

@@ -63,7 +63,7 @@ class GroupedSplit:
     def hold_out(self, at_least: int, *, seed: int) -> HeldOutSplit:
         """Whole groups, drawn by a hash of the seed and their first key, until `at_least` samples are held out.
 
-        A group of more than a tenth of `at_least` is taken only when no smaller one is left.
+        A group of more than a tenth of `at_least` is drawn only when no smaller one is left.
 
         Raises:
             UsageError: nothing would be left to train on.

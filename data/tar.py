@@ -2,7 +2,7 @@
 
 A shard is a plain tar in the WebDataset convention, from a source nobody vouches for: whole, damaged, or made to do
 harm. Its headers are read once, guarded (`read_entries`); the offsets of every sample's members are cached as an Arrow
-file beside the shard (`open_index`); from then on a sample is one positioned read (`ShardReader`).
+file next to the shard (`open_index`); from then on a sample is one positioned read (`ShardReader`).
 """
 
 import io
@@ -125,7 +125,7 @@ _SCHEMA = pa.schema(
         ("arrays", _ARRAYS),
     ]
 )
-"""Of the cached index; size -1 stands for a part that a sample lacks."""
+"""Of the cached index; size -1 marks a part that a sample does not have."""
 
 
 class Span(NamedTuple):
@@ -205,8 +205,8 @@ class TarIndex:
 def open_index(url: str, cache: ShardCache | None = None) -> TarIndex:
     """The index of a tar: from its cache if that still fits the tar, else scanned and cached.
 
-    The cache lies beside the tar where its folder may be written, else under `~/.cache/vlm`. For a remote tar an index
-    that lies beside it there is taken if it was made of a tar of the same size; else the tar is fetched and scanned.
+    The cache is next to the tar if its folder is writable, else under `~/.cache/vlm`. For a remote tar an index stored
+    next to it is used if it was made of a tar of the same size; else the tar is fetched and scanned.
     cache: where remote and compressed tars are kept; the default one if not given.
 
     Raises:
@@ -246,7 +246,7 @@ def _index_paths(url: str, stamp: bytes) -> list[Path]:
     if is_remote(url):
         return [central]
     path = Path(url).absolute()
-    # the mode is asked, not os.access: root may write into folders that are meant to be read-only
+    # the mode too, not os.access alone: root may write into folders that are meant to be read-only
     is_writable = path.parent.stat().st_mode & stat.S_IWUSR and os.access(path.parent, os.W_OK)
     return [path.parent / _index_name(path.name), central] if is_writable else [central]
 
@@ -267,9 +267,9 @@ def _read_index(path: Path, stamp: bytes) -> pa.Table | None:
 
 
 def _read_remote_index(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
-    """The index that lies beside a remote tar, if it is whole and of a tar of this size."""
-    beside = sibling_url(url, _index_name(url_basename(url)))
-    data = read_small(beside, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
+    """The index stored next to a remote tar, if it is whole and of a tar of this size."""
+    index_url = sibling_url(url, _index_name(url_basename(url)))
+    data = read_small(index_url, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
     try:
         table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
         table.validate(full=True)
@@ -298,7 +298,7 @@ def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | No
 
 
 def _open_tar(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
-    """A tar as a plain file: where it lies, or in the cache."""
+    """A tar as a plain file: in its place, or in the cache."""
     if not needs_cache(url):
         return open(url, "rb")
     while True:
@@ -439,7 +439,7 @@ class _Bytes(Protocol):
 
 
 class _LocalBytes:
-    """A tar that is read where it lies, and kept open."""
+    """A local tar, kept open."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -483,7 +483,7 @@ class _CachedBytes:
 
 
 def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -> list[bytes]:
-    """The bytes of each span; one read for all of them where they lie close together, as those of a sample do."""
+    """The bytes of each span; a single read if they are close together, as those of a sample are."""
     first = end
     last = 0
     num_bytes = 0
@@ -522,7 +522,7 @@ def _parse_json_object(data: bytes) -> dict[str, Any]:
 
 
 def _parse_array(data: bytes, name: str) -> np.ndarray:
-    """An array from the bytes of an .npy file; its header is checked before any memory is taken."""
+    """An array from the bytes of an .npy file; its header is checked before any memory is allocated."""
     try:
         file = io.BytesIO(data)
         read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]

@@ -124,7 +124,7 @@ class RandomResizedCrop:
             raise UsageError(f"size = {self.size} pixels show nothing; give 1 or more.")
 
     def __call__(self, data: bytes, rng: RandomSource) -> UInt8[Array, "3 S S"]:
-        """Encoded image to its view; the channels of a pixel lie side by side in memory (as of `show`).
+        """Encoded image to its view; the channels of a pixel are adjacent in memory (as of `show`).
 
         Raises:
             BadSample: it cannot be decoded.
@@ -144,7 +144,7 @@ class RandomResizedCrop:
         low, span = self._log_ratio
         min_scale, max_scale = self.scale
         for _ in range(10):
-            # four numbers for every try, in this order: it is part of the views a seed stands for
+            # four numbers for every try, in this order: with another one a seed would give other views
             share = random()
             shape = random()
             across = random()
@@ -180,7 +180,7 @@ class RandomResizedCrop:
         return Crop(left - left % step, top - top % step, width - width % step, height - height % step, is_flipped)
 
     def show(self, image: EncodedImage, crop: Crop) -> UInt8[Array, "3 S S"]:
-        """Decode an image and resize its crop; the channels of a pixel lie side by side in memory.
+        """Decode an image and resize its crop; the channels of a pixel are adjacent in memory.
 
         Raises:
             BadSample: it cannot be decoded.

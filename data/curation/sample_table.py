@@ -201,7 +201,7 @@ def _check_distinct_shards(shards: list[ScannedShard]) -> None:
     for shard in shards:
         if shard.fingerprint in first_with:
             raise UsageError(
-                f"{first_with[shard.fingerprint]} and {shard.url} have the same keys and sizes, so they are taken for "
+                f"{first_with[shard.fingerprint]} and {shard.url} have the same keys and sizes, so they count as "
                 "the same tar; give it once (vlm curate … --weight 2 sees its samples twice). If they differ after "
                 "all, curate each alone."
             )

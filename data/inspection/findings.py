@@ -9,7 +9,7 @@ from vlm.data.samples import Captions
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageStats:
-    """Captions of one language; an empty code stands for captions that do not name theirs.
+    """Captions of one language; an empty code is for captions that do not name theirs.
 
     tokens: of a caption with its start and end, uncut; None where no tokenizer was given.
     cut: captions longer than the context.

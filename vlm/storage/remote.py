@@ -159,7 +159,7 @@ def _status(error: Any) -> int | None:
 ResultT = TypeVar("ResultT")
 
 BLOCK_BYTES = 8 << 20
-"""The bytes asked for at once, where a file system reads by ranges."""
+"""Bytes of one request, where a file system reads by ranges."""
 
 # what file systems call the version of a file, the most exact first
 _VERSION_FIELDS = (
@@ -367,6 +367,6 @@ def _ranged_blocks(system: Any, path: str, start: int, identity: FileIdentity, b
         end = min(start + block_bytes, identity.size)
         block = system.cat_file(path, start=start, end=end)
         if len(block) != end - start:
-            raise OSError(f"asked for {end - start} bytes at {start}, got {len(block)}")
+            raise OSError(f"requested {end - start} bytes at {start}, got {len(block)}")
         yield block
         start = end

@@ -81,7 +81,7 @@ def is_compressed(url: str) -> bool:
 
 
 def needs_cache(url: str) -> bool:
-    """Whether a shard is read from the cache rather than where it lies."""
+    """Whether a shard is read from the cache rather than from its own place."""
     return is_remote(url) or is_compressed(url)
 
 

@@ -87,7 +87,7 @@ def test_a_cut_tar_and_a_tar_given_twice_are_refused(tmp_path, make_shard, apply
     shard = make_shard([{}, {}])
     copy = tmp_path / "b.tar"
     copy.write_bytes((tmp_path / "a.tar").read_bytes())
-    with pytest.raises(UsageError, match=r"same keys and sizes, so they are taken for the same tar.*curate each alone"):
+    with pytest.raises(UsageError, match=r"same keys and sizes, so they count as the same tar.*curate each alone"):
         apply([shard, str(copy)], "exact-duplicates")
     copy.write_bytes(copy.read_bytes()[:3000])
     with pytest.raises(VlmError, match="damaged"):
