@@ -55,10 +55,12 @@ class EMA:
         """
         current = self._weights_of(network)
         averaged = _averaged_parameter_names(network)
+        # 1/5.5 at step 1, 0.99 at step 900
         decay = min(self.decay, (1 + step) / (10 + step))
         means = [self.weights[name] for name in current if name in averaged]
         values = [value.to(self.weights[name].dtype) for name, value in current.items() if name in averaged]
         if means:
+            # one fused call instead of hundreds of small ones
             torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for name in current.keys() - averaged:
             self.weights[name].copy_(current[name])
@@ -131,6 +133,8 @@ class WeightedMean:
         sums: dict[str, Tensor] = {}
         for name, value in weights.items():
             if value.is_floating_point():
+                # in float64, a sum of float32 weights times shares is exact enough to give one network back bit for
+                # bit
                 term = value.detach().to("cpu", torch.float64) * share
                 sums[name] = self.sums[name] + term if self.sums else term
             else:
@@ -139,6 +143,7 @@ class WeightedMean:
             total=self.total + share,
             largest=max(self.largest, share),
             sums=sums,
+            # sums are float64; the result must have the types of the first network again
             dtypes=self.dtypes or {name: value.dtype for name, value in weights.items()},
         )
 
@@ -302,8 +307,10 @@ def greedy_soup(names: Sequence[str], *, open_model: ModelLoader, measure: Measu
     included: set[str] = set()
     for metric, name in metrics_alone:
         candidate = mean.plus(open_model(name).network.state_dict())
+        # the first candidate is the best model itself, which has been measured
         metric_with = measure(builder.fill(candidate)) if included else metric
         tried.append((name, metric, metric_with))
+        # an equal metric counts, as in the paper
         if metric_with >= best:
             mean = candidate
             best = metric_with
@@ -335,6 +342,7 @@ def interpolate(
     if len(alphas) > 1 and not measure:
         raise UsageError(f"To choose between {len(alphas)} alphas, give held-out data (--val SHARDS), or a single one.")
     builder = _SoupBuilder(open_model)
+    # copied, since the network that holds the first model's weights takes up the mean
     start_weights = _copy_to_cpu(builder.open(start))
     tuned_weights = _copy_to_cpu(builder.open(tuned))
 
@@ -342,6 +350,7 @@ def interpolate(
         return builder.fill(WeightedMean().plus(start_weights, 1 - alpha).plus(tuned_weights, alpha))
 
     sweep = tuple((alpha, measure(between(alpha)) if measure else None) for alpha in alphas)
+    # max returns the first of equal values
     best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
     ingredients = tuple(
         Ingredient(model=name, fingerprint=builder.fingerprints[name], share=share)

@@ -30,6 +30,7 @@ def gather_objects(items: list[Item]) -> list[Item]:
 
 def average_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     """Losses averaged over the processes."""
+    # one exchange for all terms
     values = torch.stack([part.detach().float() for part in losses.values()])
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -68,6 +69,7 @@ def copy_full_tensor(target: Tensor, tensor: Tensor) -> None:
     target.copy_(shard_like(tensor, target))
 
 
+# a gather of fewer numbers costs its latency only
 _MIN_SHARDED_PARAMETERS = 1 << 16
 
 
@@ -81,11 +83,13 @@ def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise UsageError("--sharding fsdp shards weights over processes, and there is one; use accelerate launch.")
+    # one dimension: every process holds 1/N of each weight
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if is_bf16 else None
     fsdp_options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
     for block in _blocks_to_shard(task):
         fully_shard(block, **fsdp_options)
+    # fully_shard splits along the first dimension, which scalars do not have
     scalars = {parameter for parameter in task.parameters() if not parameter.ndim}
     fully_shard(task, ignored_params=scalars, **fsdp_options)
 
@@ -128,6 +132,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     """Clip the norm over all gradients, sharded or not, to `max_norm`; returns the norm before."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     groups = [group for group in split_by_sharding(trained) if group]
+    # the norms of sharded and whole gradients are computed apart and combined
     norms: list[Tensor] = []
     for group in groups:
         gradients = [parameter.grad for parameter in group if parameter.grad is not None]
@@ -151,6 +156,7 @@ def _blocks_to_shard(task: nn.Module) -> list[nn.Module]:
     """The layers of lists of layers that are large enough for a message of their own; innermost first."""
     lists = [module for module in task.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     blocks: dict[nn.Module, None] = {}
+    # fully_shard must be applied bottom-up, so that an outer block manages only what no inner one does
     for layers in reversed(lists):
         for layer in layers:
             num_parameters = sum(parameter.numel() for parameter in layer.parameters())
@@ -210,6 +216,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
+        # each process has the gradient of all rows by its own losses; a row's gradient is the sum over processes
         share = len(gradient) // num_processes()
         if dist.get_backend() in _BACKENDS_WITHOUT_REDUCE_SCATTER:
             summed = gradient.clone(memory_format=torch.contiguous_format)

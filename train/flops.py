@@ -18,6 +18,7 @@ from vlm.tensors import Tensor
 
 logger = logging.getLogger(__name__)
 
+# two rows, since batch norms refuse one in training mode
 _ROWS = 2
 _META = torch.device("meta")
 _CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")
@@ -64,6 +65,7 @@ class FlopCounter:
 
     def sample_flops(self, inputs: dict[str, Tensor]) -> SampleFlops | None:
         """The same of one row; None where they cannot be counted, which is logged once."""
+        # without the batch dimension, in which everything counted is linear
         shape = tuple(sorted((name, tuple(value.shape[1:])) for name, value in inputs.items()))
         if shape not in self._counted:
             try:
@@ -91,6 +93,7 @@ def _count(network: nn.Module, inputs: dict[str, Tensor], device: torch.device) 
         if isinstance(noise := getattr(module, "noise", None), PerSampleNoise):
             noise.rows = torch.arange(rows)
     devices = [device] if device.type == "cuda" else []
+    # counting must not move the run's random state
     with torch.random.fork_rng(devices), _math_attention(), torch.enable_grad():
         with FlopCounterMode(display=False) as forward:
             outputs = network(few_rows)
@@ -116,6 +119,7 @@ def _copy(network: nn.Module, device: torch.device) -> nn.Module:
     with _gradients_removed(network):
         copied = copy.deepcopy(network, memo)
     for module in copied.modules():
+        # recomputation is not useful work, see the docstring of FlopCounter
         for name in _CHECKPOINTING_FLAGS:
             if getattr(module, name, False) is True:
                 setattr(module, name, False)
@@ -125,6 +129,7 @@ def _copy(network: nn.Module, device: torch.device) -> nn.Module:
 @contextlib.contextmanager
 def _math_attention() -> Iterator[None]:
     """One implementation of attention on every device, made of products that are counted."""
+    # the fused kernels of attention and of TransformerEncoder are opaque to the counter
     is_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

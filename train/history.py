@@ -27,6 +27,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self._path = path
+        # a killed run has logged steps after its newest checkpoint, which are repeated
         kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resumed_step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -74,6 +75,7 @@ class RunRecord:
     def typical(self, metric: str) -> float | None:
         """The median of a metric over all lines but the first, which holds the start-up."""
         values = [line[metric] for line in self.lines if metric in line]
+        # the median, since evaluations and slow disks make outliers
         return median(values[1:] or values) if values else None
 
     def best(self) -> Mapping[str, Any] | None:
@@ -117,6 +119,7 @@ def read_run(folder: Path) -> RunRecord:
     lines = read_metrics(folder / METRICS)
     telemetry = _read_json(folder / TELEMETRY)
     counts = _read_json(folder / MANIFEST).get("counts", {})
+    # earlier versions wrote no telemetry; a finished run knows its steps best
     planned = counts.get("steps") or telemetry.get("steps") or max(configuration.get("steps", -1), 0)
     return RunRecord(
         folder=folder,
@@ -146,6 +149,7 @@ def _state(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Literal["finishe
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    # a running process may be in the midst of writing it
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 

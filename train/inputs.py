@@ -56,7 +56,9 @@ class MicroBatchInputs:
             inputs["local_pixels"] = normalise(local.flatten(0, 1), self.view).unflatten(0, local.shape[:2])
         active_providers = [self.input_providers[name] for name in sorted(names & self.input_providers.keys())]
         for input_provider in dict.fromkeys(active_providers):  # one may give several of the inputs
+            # raw pixels, since a teacher normalises them by its own statistics
             inputs |= input_provider(images, batch.captions)
+        # the last thing before the forward pass, so that both passes of gradient caching draw the same
         self.noise.rows = inputs["rows"]
         seed_step(self.seed, self.step, self.process, number)
         return inputs
@@ -143,6 +145,7 @@ class EMATeacher:
         modes = {module: module.training for module in self._encoder.modules()}
         self._encoder.eval()
         try:
+            # functional_call replaces parameters and keeps the buffers of the module itself
             named = {f"network.{name}": tensor for name, tensor in self.weights.items()}
             image: Tensor = functional_call(self._encoder, named, (pixels,))
         finally:
@@ -155,6 +158,7 @@ def resize_images(images: UInt8[Tensor, "B 3 H W"], size: int, interpolation: st
     """Square images at another size, antialiased; unchanged if they have it already."""
     if images.shape[-2:] == (size, size):
         return images
+    # antialiased like the image library's resize, without which a smaller teacher sees aliasing
     resized = F.interpolate(images.float(), size=(size, size), mode=interpolation, antialias=True, align_corners=False)
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -216,6 +220,7 @@ def open_input_providers(
         teacher = OnlineTeacher(load_model(config.objective.teacher, device=str(model.device)))
         providers |= dict.fromkeys(_TEACHER_INPUTS & read, teacher)
     if ema and _EMA_INPUTS & read:
+        # functional_call would need the whole EMA, of which each process has a share
         if config.sharding == "fsdp":
             raise UsageError("local_to_global learns from the whole mean of the weights; leave out --sharding fsdp.")
         providers |= dict.fromkeys(_EMA_INPUTS, EMATeacher(ema.weights, model))
@@ -233,6 +238,7 @@ def check_loss_inputs(
     Raises:
         UsageError: naming the input and what gives it.
     """
+    # BYOL's collapse: constant embeddings agree perfectly
     if {weighted.name for weighted in terms} == {"local_to_global"}:
         raise UsageError(
             "objective = 'local_to_global' alone is least where all images are alike; add a term that tells them "

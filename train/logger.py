@@ -105,6 +105,7 @@ def check_bad_sample_limit(ledger: Ledger, limit: float, corpus: Corpus) -> None
     Raises:
         VlmError: naming one of them.
     """
+    # a fraction of few samples is no measure: one bad sample among the first fifty would end a run
     allowed = max(limit * ledger.num_requested, _MIN_ALLOWED_BAD) if limit else 0
     if ledger.num_replaced > allowed:
         record = failure_records(corpus, ledger, set(range(len(corpus.shards))))[-1]
@@ -151,6 +152,7 @@ class RunLogger:
         config, state = session.config, session.state
         self._session = session
         self._is_main = session.accelerator.is_main_process
+        # the FLOPs of a sample of full length, for the summary; steps count their own shapes
         examples = example_inputs(state.model, state.task, session.options)
         self.utilisation = Utilisation(
             sample=session.flops.sample_flops(examples),
@@ -191,6 +193,7 @@ class RunLogger:
         samples: list[str] = []
         for batch in batches:
             samples += [f"{key}\t{caption}" for key, caption in zip(batch.keys, batch.captions, strict=True)]
+        # the only place where the host waits for the losses of the window
         means = {name: float(value) for name, value in state.window.read().items()}
         values: dict[str, Any] = {"loss": sum(means[name] for name in result.losses)} | means
         values |= {
@@ -201,6 +204,7 @@ class RunLogger:
             "skipped": sum("to_step" not in entry for entry in state.skipped),
             "seconds": state.elapsed_seconds,
         }
+        # every process must take part, though only the main one writes
         values |= reduce_over_processes(self._timer.read())
         values["samples"] = compute_fingerprint(*gather_objects(samples))
         self._progress.update(values)
@@ -223,6 +227,7 @@ class RunLogger:
         step = self._session.state.step
         self._timer = self._new_timer()
         if self._log:
+            # rewritten without the lines after the step rolled back to
             self._log = MetricsLog(self._session.folder / METRICS, resumed_step=step)
         self._progress.roll_back(step)
 

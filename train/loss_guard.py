@@ -8,7 +8,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+# long enough for a stable median, short enough to follow the falling loss of an early run
 LOSS_HISTORY_LENGTH = 100
+# before that the loss falls by more per step than it scatters
 _MIN_LOSSES = 20
 _MAD_TO_STD = 1.4826
 _MIN_RELATIVE_DEVIATION = 1e-3
@@ -72,6 +74,7 @@ def spike_threshold(losses: Sequence[float], factor: float) -> tuple[float, str]
 def copy_running_stats(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The buffers that a forward pass changes (of batch normalisation), each with a copy of its values now."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    # layers in evaluation mode (frozen ones) do not change
     return [(buffer, buffer.clone()) for layer in layers if layer.training for buffer in layer.buffers()]
 
 

@@ -34,6 +34,7 @@ class TensorBoardLog:
                 "--tensorboard needs the package tensorboard: pip install tensorboard, or leave the flag out; "
                 "metrics.jsonl and curves.png hold the same."
             ) from error
+        # TensorBoard hides events of an interrupted run after this step; the files stay
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -118,6 +119,8 @@ class WindowMean:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """The values of one step."""
         for name, value in values.items():
+            # float64, so that sums do not depend on where a window begins; on the device, so that nothing waits for
+            # it
             number = torch.as_tensor(value).detach().double()
             self._sums[name] = self._sums[name] + number if name in self._sums else number
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -193,6 +196,7 @@ class StepTimer:
 
     def exclude_time(self, seconds: float) -> None:
         """Leave out time that was spent on neither data nor steps (evaluation, saving)."""
+        # as if the window had begun later
         self._since += seconds
 
     def read(self) -> dict[str, float]:
@@ -226,6 +230,7 @@ class StepTimer:
             return 0.0
         if not self._steps:
             return None
+        # the first window has compilation and empty queues; from the second on the mean is representative
         if self._timed_from is None:
             self._timed_from = self._now()
             return self._steps_left * elapsed / self._steps

@@ -24,6 +24,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: Sequence[dict[str, Any]], adamw: torch.optim.AdamW, **muon_options: Any) -> None:
+        # torch's Muon takes matrices only
         flat_groups: list[dict[str, Any]] = []
         for group in matrices:
             flat_groups.append(group | {"params": [_flat(weight) for weight in group["params"]]})
@@ -62,6 +63,7 @@ def is_hidden_matrix(name: str, weight: nn.Parameter) -> bool:
 
     Positions, gains, a single query, kernels of single channels and those that read pixels do not.
     """
+    # positions are added, not multiplied: they map nothing
     if weight.ndim < 2 or "pos" in name.rpartition(".")[2]:
         return False
     if weight.ndim > 2:
@@ -103,6 +105,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
 def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig) -> torch.optim.AdamW:
     by_settings: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in weights.items():
+        # pulling gains towards 0 would shrink activations, and a bias has no scale to regularise
         decay = config.weight_decay if weight.ndim >= 2 else 0.0
         multiplier = _lr_multiplier(name, weight, tables, config)
         by_settings.setdefault((decay, multiplier), []).append(weight)
@@ -112,6 +115,7 @@ def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config:
         for params in split_by_sharding(parameters):
             if params:
                 groups.append({"params": params, "weight_decay": decay, _LR_MULTIPLIER: multiplier})
+    # fused: one kernel for all weights of a group, which must then be all sharded or all whole
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
 
@@ -134,6 +138,7 @@ def learning_rate_at(step: int, config: OptimizerConfig, total_steps: int) -> fl
     [0.1, 1.0, 0.5, 0.0]
     """
     if step < config.warmup_steps:
+        # step + 1, since a first step at rate 0 would be lost
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     return config.learning_rate * 0.5 * (1 + cos(pi * min(progress, 1.0)))

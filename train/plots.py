@@ -127,12 +127,14 @@ def _single_panels() -> list[Panel]:
 
 
 def _draw_panels(panels: Sequence[Panel], draw: Any, path: Path, *, title: str) -> None:
+    # imported late: the listing of runs needs neither matplotlib nor a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, max(len(panels), 1))
     rows = max(-(-len(panels) // columns), 1)
     figure = Figure(figsize=(4.6 * columns, 3.1 * rows + 0.5), layout="constrained")
+    # without pyplot, which keeps global state and chooses a backend by the environment
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     for number, panel in enumerate(panels, start=1):
@@ -164,6 +166,7 @@ def _set_scales(axes: "Axes", panel: Panel) -> None:
     else:
         axes.ticklabel_format(axis="y", scilimits=(-2, 5), useMathText=True)
     if panel.starts_at_zero:
+        # a loss of throughput by 1% should look like 1%
         axes.set_ylim(0, max(axes.get_ylim()[1], panel.min_upper_limit))
     if panel.is_fraction:
         is_wide = axes.get_ylim()[1] - axes.get_ylim()[0] > _WHOLE_PERCENT_RANGE

@@ -90,6 +90,7 @@ def value_at(lines: Lines, metric: str, *, share: float, steps: int, width: floa
     """What a run of so many planned steps measured at a share of it; None if it measured nothing there yet."""
     low = (share - (width / 2 or _END_WIDTH)) * steps
     high = min(share + width / 2, 1.0) * steps + _ROUNDING
+    # a mean over half a window would be biased, since curves are not flat
     if not lines or lines[-1]["step"] < high - 2 * _ROUNDING:
         return None
 
@@ -140,10 +141,12 @@ def reference_curve_of_runs(
     is_relative = metric == "loss"
     variances: list[float] = []
     for values in values_by_share.values():
+        # a loss falls tenfold in a run, and its spread with it
         unit = fmean(values) if is_relative else 1.0
         variances.append(variance(values) / unit**2)
     # halved, since neighbouring points are not independent
     degrees_of_freedom = (len(runs) - 1) * max(len(values_by_share) // 2, 1)
+    # the spread is estimated from few runs, so Student's t instead of the normal 1.96
     t = _STUDENT_T[min(degrees_of_freedom, len(_STUDENT_T)) - 1]
     half_width = t * sqrt(1 + 1 / len(runs)) * sqrt(fmean(variances))
 

@@ -69,6 +69,7 @@ def record_skipped_step(state: TrainState, skipped: SkippedStep) -> None:
     """Record a skipped step in the state, and log it."""
     state.spike_guard.reject()
     state.skipped.append(asdict(skipped))
+    # a run that skips for ever must not grow its checkpoints
     step_entries = [number for number, entry in enumerate(state.skipped) if "to_step" not in entry]
     if len(step_entries) > MAX_SKIPPED_STEPS_KEPT:
         del state.skipped[step_entries[0]]
@@ -105,6 +106,7 @@ def roll_back(
     Raises:
         VlmError: there is no checkpoint from before the trouble.
     """
+    # the checkpoint being written may be the one to roll back to, and must not be half-written
     writer.wait()
     path = broadcast_path(lambda: _rollback_target(state, folder, remote_store), is_main=is_main)
     if path is None:
@@ -125,6 +127,7 @@ def roll_back(
     state.position = end_of_trouble
     state.num_rollbacks = num_rollbacks + 1
     state.elapsed_seconds = elapsed_seconds
+    # later checkpoints belong to the course that was given up; a resumed run must not find them
     writer.roll_back(state.step)
     if is_main:
         logger.warning(
@@ -242,6 +245,7 @@ class Watchdog:
         self._phase_started = time.monotonic()
         self._last_event = "starting"
         self._ended = threading.Event()
+        # a thread, since a signal handler would not run while the main thread is in foreign code
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def set_phase(self, phase: str, *, after: str = "") -> None:
@@ -304,6 +308,7 @@ class Watchdog:
         time.sleep(self._grace)  # for the other processes to write theirs, before the launcher ends them
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
+        # sys.exit only ends this thread, and exit handlers would wait for the hanging ones
         os._exit(1)
 
     def _write_report(self, file: TextIO, headline: str, workers: list[str]) -> None:
@@ -349,6 +354,7 @@ def find_lost_worker(error: BaseException) -> re.Match[str] | None:
     cause: BaseException | None = error
     while cause is not None:
         match = _LOST_WORKER_PATTERN.search(str(cause)) or match
+        # torch raises several errors in a row: the innermost one names the worker that died first
         cause = cause.__cause__
     return match
 

@@ -73,7 +73,9 @@ def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
     """
     names = [url_basename(shard) for shard in shards]
     suffixes = [max((end for end in SHARD_SUFFIXES if name.lower().endswith(end)), key=len) for name in names]
+    # the output is never compressed, so two inputs that differ in their suffix only would collide
     stems = [name[: -len(suffix)] for name, suffix in zip(names, suffixes, strict=True)]
+    # macOS and Windows do not tell upper from lower case
     if len({stem.lower() for stem in stems}) < len(stems) or any(stem.startswith(".") for stem in stems):
         stems = [f"{number:05d}-{stem}" for number, stem in enumerate(stems)]
     return [f"{stem}.tar" for stem in stems]
@@ -125,6 +127,7 @@ def finish_folder(
         },
     )
     write_manifest(out, manifest)
+    # after the manifest, so that a kill in between leaves a finished folder
     (out / _JOURNAL).unlink()
     return manifest
 
@@ -211,6 +214,7 @@ def _rows(
     vectors: Float32[Tensor, "N D"], numbers: list[int], kind: type, names: Sequence[str], usable: list[ViewedSample]
 ) -> list[np.ndarray]:
     """The vectors of each sample, as stored; VlmError if one is not finite."""
+    # an overflow of float16 becomes infinite, which is reported below with the sample's key
     with np.errstate(over="ignore"):
         stored = vectors.numpy().astype(kind)
     parts = np.split(stored, list(accumulate(numbers))[:-1])
@@ -354,6 +358,7 @@ class _ReinforceJob:
     def __init__(
         self, shards: list[str], counts: list[int], out: Path, teachers: Teachers, config: ReinforceConfig
     ) -> None:
+        # what a killed process left
         for half_written in out.glob(".*.part"):
             half_written.unlink()
         self.done = read_finished_shards(out)
@@ -363,12 +368,14 @@ class _ReinforceJob:
         self._teachers = teachers
         self._config = config
         self._names = reinforced_shard_names(shards)
+        # teachers of the same size share a view, which is decoded and resized once
         views = [config.geometry.view_for(model.view) for model in teachers.models]
         self._views = tuple(dict.fromkeys(views))
         self._view_indices = [self._views.index(view) for view in views]
 
     def write_remaining_shards(self, *, batch_size: int, workers: int, progress_bar: "tqdm") -> None:
         """Write the shards that are missing, one after the other."""
+        # batch_size counts views, since these are what fills the device's memory
         per_batch = max(batch_size // (self._config.num_views if self._views else 1), 1)
         plan = SequentialBatches(counts=self._counts, batch_size=per_batch)
         num_batches = [-(-count // per_batch) for count in self._counts]
@@ -397,12 +404,14 @@ class _ReinforceJob:
             sizes=sizes,
             left=left,
         )
+        # a first shard without one usable sample means a wrong format, which is not worth hours of work
         if not any(shard.samples > len(shard.left) for shard in [*self.done, shard]):
             path.unlink()
             raise VlmError(
                 f"None of the {shard.samples:,} samples of {address} can be used; the first, {left[0]['key']!r}: "
                 f"{left[0]['reason']}: {left[0]['detail']}. See vlm inspect."
             )
+        # after the file is durable: the journal promises it
         record_finished_shard(self._out, shard)
         self.done.append(shard)
 

@@ -78,9 +78,11 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     schedule = CheckpointSchedule(
         every=safety.checkpoint_every, minutes=safety.checkpoint_minutes, last_saved_seconds=state.elapsed_seconds
     )
+    # a resumed run counts the time of its earlier parts too; a monotonic clock, since wall clocks are set back
     started = time.monotonic() - state.elapsed_seconds
     with (
         reraise_lost_workers(session),
+        # entered before the loader's workers are forked, which inherit its handlers
         StopRequest() as stop,
         open_watchdog(session) as watchdog,
         open_writer(session) as writer,
@@ -96,10 +98,12 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
             state.elapsed_seconds = time.monotonic() - started
             run_logger.step(result, micro_batches)
             check_bad_sample_limit(state.ledger, config.loader.max_bad, session.corpus)
+            # an epoch may end inside a batch, so every step asks
             close_epochs(session, before=state.position - config.batch_size)
 
             if should_roll_back(state, safety):
                 watchdog.set_phase("rolling back", after=f"step {state.step:,}")
+                # ends the workers of the old loader, which are ahead on samples that are passed over now
                 batches.close()
                 roll_back_session(session, writer, run_logger)
                 batches = run_logger.timed(session.open_batches())
@@ -126,9 +130,12 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
                 writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=is_scheduled)
                 schedule.mark_saved(state.elapsed_seconds)
                 stop.mark_saved()
+            # an error of the thread ends the run at the next step rather than at the next checkpoint
             writer.check()
+            # neither evaluation nor saving may look like slow steps
             run_logger.exclude_time(time.monotonic() - before_pause)
             if is_stopping and not is_last:
+                # the upload of this checkpoint must end before the process does
                 writer.close()
                 session.accelerator.wait_for_everyone()
                 raise stopped_error(session, stop)
@@ -194,6 +201,7 @@ def evaluate(session: Session) -> dict[str, float]:
     state = session.state
     config = session.config
     is_main = session.accelerator.is_main_process
+    # evaluation is not distributed: its ranks need every image against every text
     # with FSDP every process has to take part, since each holds a share of the weights
     if not is_main and config.sharding == "none":
         return {}
@@ -242,6 +250,7 @@ def final_weights(state: TrainState) -> dict[str, Tensor]:
 
 def final_model(model: VisionLanguageModel, weights: dict[str, Tensor]) -> VisionLanguageModel:
     """The model with these weights, in a network as it is loaded from a folder."""
+    # a new network rather than the trained one, which may be sharded, compiled or wrapped
     network = build_network(model.config)
     if "logit_bias" in weights and getattr(network, "logit_bias", None) is None:
         network.register_parameter("logit_bias", nn.Parameter(torch.zeros_like(weights["logit_bias"])))
@@ -261,6 +270,7 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
     write_ledger(run / "ledger.json", session.corpus, ledger.by_shard(), ledger, shards=all_shards)
     title = f"{run.name}: {config.model.architecture}, {state.step:,} steps of {config.batch_size:,}"
     draw_curves(read_metrics(run / METRICS), run / "curves.png", title=title)
+    # last, since a folder with a manifest counts as finished
     write_manifest(
         run,
         Manifest(
@@ -282,6 +292,7 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
 
 def summarise(session: Session, ledger: Ledger) -> RunSummary:
     """What is reported at the end."""
+    # validation metrics are only on some of the lines
     last_values: dict[str, Any] = {}
     for line in read_metrics(session.folder / METRICS):
         last_values |= line

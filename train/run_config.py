@@ -226,6 +226,7 @@ class SafetyConfig:
     """Watchdog timeout: end the run with a stack trace of each process if a step takes longer; 0 disables it."""
 
 
+# a megabyte: less would hold no shard, and is likely a mistaken unit
 _MIN_CACHE_GB = 1e-3
 _MAX_EPOCHS = 1e9
 
@@ -419,6 +420,7 @@ def check_allowed_keys(allow: Sequence[str], values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: there is such a name.
     """
+    # groups count too: --allow optimizer allows all of its keys
     known: dict[str, None] = {}
     for key in flatten_config(values):
         parts = key.split(".")

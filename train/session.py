@@ -133,6 +133,7 @@ class Session:
             plan,
             self.corpus.shards,
             collate,
+            # numbered from the state's position, where the batch sampler begins
             numbers=range((self.steps - state.step) * self.num_micro_batches),
             workers=config.loader.workers,
             cache=resolve_shard_cache(config.loader),
@@ -270,10 +271,12 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
         patch_dropout=model_settings.patch_dropout,
     )
     if config.loader.trim_text and not model_settings.compile and "multimodal_cfg" not in architecture:
+        # captioners always have this layout
         # open_clip's layout without it adds the positions of the whole context, so its rows cannot be trimmed
         architecture["custom_text"] = True
     if with_bias:
         architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    # open_clip and timm initialise from the global generator
     torch.manual_seed(config.seed)
     network = build_network(architecture).to(device)
     image_size = architecture["vision_cfg"].get("image_size", 224)
@@ -306,6 +309,7 @@ def open_task(
     """The network with the heads of its objective, locked as configured, its dropout drawing from `noise`."""
     if config.model.lock:
         lock_tower(model.network, config.model.lock, config.model.unlocked_groups)
+    # after locking, before the optimizer sees the parameters: it replaces modules, not weights
     use_per_sample_dropout(model.network, noise)
     return build_task(model, terms, options)
 
@@ -324,6 +328,7 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
     if config.model.channels_last:
         task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.model.compile:
+        # in place, so that the names in state_dict stay without a prefix
         task.compile()
     if config.sharding == "fsdp":
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
@@ -428,6 +433,7 @@ def open_folder(
     """Claim the run's folder for this configuration; with `resume`, restore the state from its newest checkpoint."""
     if accelerator.is_main_process:
         prepare_run_folder(config, resume=resume, allow=allow)
+    # the others must not look for checkpoints before the main process has checked the folder
     accelerator.wait_for_everyone()
     if resume:
         restore_state(
@@ -454,6 +460,7 @@ def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, .
     if resume and saved.is_file():
         changed = changed_settings(asdict(from_toml(TrainConfig, saved)), asdict(config))
         refused = disallowed_changes(changed, allow, free=FREE_ON_RESUME)
+        # everything that has an influence on the weights must be what the run was begun with
         if refused:
             raise changed_config_error(run, refused)
         for line in disallowed_changes(changed, (), free=FREE_ON_RESUME):
@@ -491,6 +498,7 @@ def open_remote_store(config: TrainConfig) -> RemoteCheckpointStore | None:
 
 def environment() -> dict[str, Any]:
     """What a run was made with: versions, machine, commit."""
+    # an installed package is in no repository; then the commit stays empty
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent, check=False
     )

@@ -65,6 +65,7 @@ class TrainState:
             "position": self.position,
             "sequence": self.sequence,
             "elapsed_seconds": self.elapsed_seconds,
+            # names on disk are older than those of the attributes
             "guard": asdict(self.spike_guard),
             "skipped": [dict(entry) for entry in self.skipped],
             "rewinds": self.num_rollbacks,
@@ -87,4 +88,5 @@ class TrainState:
 
 def seed_step(seed: int, step: int, process: int, part: int = 0) -> None:
     """Seed what the network draws from in one micro-batch of a step, so that a resumed one draws the same."""
+    # hashed, so that neighbouring steps have unrelated seeds; shifted, since torch takes 63 bits
     torch.manual_seed(int(compute_fingerprint(f"{seed}/{step}/{process}/{part}"), 16) >> 1)

@@ -52,6 +52,7 @@ def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult
     counted.
     """
     state = session.state
+    # a forward pass updates these, so a skipped step has to put them back
     running_stats = copy_running_stats(session.parallel_task)
     result = compute_gradients(session, batches)
 
@@ -72,9 +73,11 @@ def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult
         )
         record_skipped_step(state, skipped)
     else:
+        # skipped losses must not become what later losses are compared with
         state.spike_guard.accept(sum(result.losses.values()))
         update_weights(session, result)
 
+    # to None rather than to zero: frees memory, and a weight without gradient is not decayed by AdamW
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.position += session.config.batch_size
@@ -110,7 +113,9 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
     )
 
     losses = backward_with_gradient_caching(micro_batches, session.terms, session.options)
+    # FSDP averages the gradients of sharded weights only, DDP all of them
     average_unsharded_gradients(state.task)
+    # infinity still computes the norm, which the loss-spike guard and the log need
     max_norm = config.optimizer.clip_norm or math.inf
     return StepResult(
         losses=average_losses(losses),
@@ -190,6 +195,7 @@ def _backward_in_one_pass(
     """The same where the whole batch fits: nothing has to be cached."""
     inputs = micro_batches.inputs(0, _input_names(batch_level) | _input_names(sample_level))
     outputs = micro_batches.forward(inputs, None)
+    # batch-level losses first in both paths, so that sums of floats have one order
     losses = _batch_level_losses(outputs, inputs, batch_level, options)
     losses |= _sample_level_losses(outputs, inputs, sample_level, normalisers, options)
     micro_batches.backward(torch.stack(list(losses.values())).sum())
@@ -207,6 +213,7 @@ def _cache_output_gradients(
 
     cached_outputs: dict[str, list[Tensor]] = {name: [] for name in output_names}
     cached_inputs: dict[str, list[Tensor]] = {name: [] for name in input_names}
+    # no graph is kept: that is what saves the memory
     with torch.no_grad():
         for number in range(micro_batches.count):
             inputs = micro_batches.inputs(number, input_names)
@@ -219,12 +226,14 @@ def _cache_output_gradients(
     # the outputs of the whole batch become leaves, so that autograd stops at them
     leaves: Outputs = {}
     for name, chunks in cached_outputs.items():
+        # every micro-batch has the same shared outputs, since the weights do not change within a step
         whole = chunks[0] if name in SHARED_OUTPUTS else torch.cat(chunks)
         leaves[name] = whole.detach().requires_grad_()
     whole_inputs = {name: torch.cat(chunks) for name, chunks in cached_inputs.items() if chunks}
 
     losses = _batch_level_losses(leaves, whole_inputs, terms, options)
     total = torch.stack(list(losses.values())).sum()
+    # unlike backward(), this accumulates into no .grad
     leaf_gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     gradients: Outputs = {}
     for name, gradient in zip(leaves, leaf_gradients, strict=True):
@@ -283,6 +292,7 @@ def _global_normalisers(
             dist.all_reduce(count)
             # gradients are averaged over processes afterwards, so each divides by its mean share
             count = count / dist.get_world_size()
+        # a batch without any unit (no caption with two sentences) has loss 0 instead of NaN
         normalisers[weighted.name] = count.clamp(min=1)
     return normalisers
 

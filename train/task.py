@@ -38,6 +38,7 @@ class TrainingTask(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.options = options
         self.image_size = image_size
+        # decided once: which outputs are computed does not depend on the batch
         self._output_heads = select_output_heads(network, outputs)
 
     @property
@@ -54,6 +55,7 @@ class TrainingTask(nn.Module):
             is_read = outputs is None or not outputs.isdisjoint(output_head.provides)
             if is_read and inputs.keys() >= set(output_head.inputs):
                 computed |= output_head.compute(context)
+        # inside the forward pass, since DDP follows what its outputs depend on
         computed["logit_scale"] = self.network.get_parameter("logit_scale").exp()
         bias = getattr(self.network, "logit_bias", None)
         if bias is not None:
@@ -162,6 +164,7 @@ def sub_caption_features(context: ForwardContext) -> Outputs:
     caption = F.pad(caption, (0, length - caption.shape[1]))
     tokens = torch.where(is_present[..., None], sub_tokens, caption[:, None])
     features = context.encode_text(tokens.flatten(0, 1)).unflatten(0, sub_tokens.shape[:2])
+    # absent sentences become zeros, which have no similarity to anything
     return {"sub_features": F.normalize(features, dim=-1) * is_present[..., None]}
 
 
@@ -239,6 +242,7 @@ def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], op
     Weights that no term reads (a decoder that writes no captions, an unused temperature) are frozen, since nothing
     would move them but weight decay, and since several processes wait for the gradient of every trained weight.
     """
+    # heads are drawn in the order of the terms, so the same objective and seed give the same heads
     heads: Heads = {}
     for weighted in terms:
         heads |= weighted.term.heads(model, options) if weighted.term.heads else {}
@@ -337,6 +341,7 @@ def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs
     DDP would wait for their gradients for ever. The task runs once on the inputs, in evaluation mode; what its outputs
     depend on is read from autograd's graph.
     """
+    # per module, since frozen batch norms stay in evaluation mode
     modes = {module: module.training for module in task.modules()}
     task.eval()
     try:

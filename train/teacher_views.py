@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 REINFORCEMENT = "reinforcement"
 """Key in the details of a manifest of shards: what `vlm reinforce` stored in them."""
 
+# a manifest of many shards lists the checksum of each file
 _MAX_MANIFEST_BYTES = 256 << 20
 
 
@@ -77,6 +78,7 @@ def view_seeds(seed: int, key: str, number: int) -> np.ndarray:
     >>> view_seeds(0, "a", 3)[:2].tolist() == view_seeds(0, "a", 2).tolist()
     True
     """
+    # hashed from the key, so that a sample has the same views in whatever shard and order it is read
     digests: list[bytes] = []
     for view in range(number):
         text = f"{seed}/{view}/{key}".encode(errors="surrogatepass")
@@ -102,6 +104,7 @@ def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
             )
             continue
         theirs = geometry_from_values(stored)
+        # the ratio is not configurable, so there is no option to name
         if theirs.ratio != ours.ratio:
             raise UsageError(f"The views of {manifest} have the ratio {theirs.ratio}, this vlm draws {ours.ratio}.")
         if theirs != ours:
@@ -223,6 +226,7 @@ class CollateViews:
         rows: list[ViewedSample | None] = []
         incidents: list[SampleFailure] = []
         for sample_index in sample_indices:
+            # bad samples leave no gap in the images
             usable = len(rows) - len(incidents)
             try:
                 rows.append(self._row(shards.read(sample_index), images[usable]))

@@ -148,6 +148,7 @@ def take_snapshot(
             tensors[file] = copies
     if not is_main:
         return None
+    # copies to pinned memory are asynchronous
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     values = state.to_values() | {"is_regular": is_scheduled, "ledger": ledger.to_values()}
@@ -185,15 +186,18 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     beside = folder / f".{checkpoint_name(snapshot.step)}.part"
     try:
         folder.mkdir(exist_ok=True)
+        # the same step after a resume; writing it again would risk the one that is known to be good
         if final.exists() and _is_same_state(final, snapshot.values):
             return final
         shutil.rmtree(beside, ignore_errors=True)
+        # asked before writing: a disk that is filled up fails other programs too
         free = shutil.disk_usage(folder).free
         if free < snapshot.num_bytes + _METADATA_BYTES:
             raise OSError("too little space")
         _write_files(beside, snapshot)
         if final.exists():
             remove_checkpoint(final)
+        # the rename is what makes it a checkpoint
         beside.rename(final)
         fsync_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -212,9 +216,11 @@ def _write_files(beside: Path, snapshot: Snapshot) -> None:
             save_file(tensors, beside / file)
     files = sorted(path for path in beside.iterdir() if path.is_file())
     for path in files:
+        # a checksum of what only the page cache holds would promise too much
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     records = {path.name: asdict(record_file(path)) for path in files}
+    # last: a folder without it does not count as a checkpoint
     write_text(beside / STATE, json.dumps({"format": FORMAT, **snapshot.values, "files": records}))
 
 
@@ -295,6 +301,7 @@ def write_best(folder: Path, best: BestCheckpoint | None) -> None:
         path.unlink(missing_ok=True)
         return
     content = json.dumps({**asdict(best), "checkpoint": checkpoint_name(best.step)}) + "\n"
+    # unchanged content is not written again, so that its time says when the best was found
     if not path.is_file() or path.read_text(encoding="utf-8") != content:
         write_text(path, content)
 

@@ -81,6 +81,7 @@ def any_across_processes(flags: Sequence[bool], device: torch.device) -> list[bo
     """Which of the flags are set in any process, in one exchange."""
     if not dist.is_initialized():
         return list(flags)
+    # as integers: not every backend reduces booleans
     votes = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return [bool(vote) for vote in votes.tolist()]
@@ -103,6 +104,7 @@ class CheckpointWriter:
         self._keep = keep
         self._is_main = is_main
         self._host = PinnedBuffers()
+        # one worker, so that checkpoints are written in their order
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.uploader = Uploader(remote_store, keep=keep) if remote_store and is_main else None
@@ -119,6 +121,7 @@ class CheckpointWriter:
         Raises:
             VlmError: this one does not fit, or the one before could not be written.
         """
+        # memory for one snapshot at a time
         self.wait()
         snapshot = take_snapshot(state, self._host, ledger=ledger, is_scheduled=is_scheduled, is_main=self._is_main)
         if snapshot is not None:
@@ -147,6 +150,7 @@ class CheckpointWriter:
             return
         if self.uploader:
             self.uploader.remove_after(step)
+        # newest first: a kill in between leaves no checkpoint of the old course that is newer than a removed one
         for path in reversed(list_checkpoints(self._folder)):
             if path.name > checkpoint_name(step):
                 remove_checkpoint(path)
@@ -219,6 +223,7 @@ def newest_intact_checkpoint(folder: Path, remote_store: RemoteCheckpointStore |
         remove_partial_checkpoints(folder)
     local = {path.name for path in list_checkpoints(folder)}
     remote = _remote_names(folder, remote_store)
+    # names sort by step, since they are padded with zeros
     for name in sorted(local | remote, reverse=True):
         damage = find_damage(folder / name) if name in local else "absent"
         if damage and name in local:
@@ -264,6 +269,7 @@ def broadcast_path(choose: Callable[[], Path | None], *, is_main: bool) -> Path 
             outcome = [choose()]
         except VlmError as error:
             outcome = [error]
+    # an error goes along, or the other processes would wait for ever
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], VlmError):
         raise outcome[0]
@@ -314,6 +320,7 @@ def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None
         saved.setdefault(parameter_name, {})[key] = tensor
 
     names = {parameter: name for name, parameter in state.task.named_parameters()}
+    # state of weights that are trained no longer must not stay
     state.optimizer.state.clear()
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:

@@ -75,6 +75,7 @@ class RemoteCheckpointStore:
 
         def put(system: Any, root: str) -> None:
             target = f"{root}/{checkpoint.name}"
+            # an earlier, damaged copy must not complete this one's files
             _remove_folder(system, target)
             files = [file for file in checkpoint.iterdir() if file.is_file()]
             files.sort(key=lambda file: (file.name == STATE, file.name))
@@ -125,6 +126,7 @@ class RemoteCheckpointStore:
         """The files there of each checkpoint, whole or not."""
 
         def find(system: Any, root: str) -> dict[str, set[str]]:
+            # fsspec caches listings, and other processes write here too
             system.invalidate_cache()
             files: dict[str, set[str]] = {}
             for path in system.glob(f"{root}/step-*/*"):
@@ -173,6 +175,7 @@ class Uploader:
     def add(self, checkpoint: Path, *, best: int | None, marker: str) -> None:
         """Copy this checkpoint next. best: step of the best. marker: content of `best.json`, if any."""
         with self._condition:
+            # an older one that still waits is dropped: the newest is what a resume needs
             self._pending = (checkpoint, best, marker)
             self._condition.notify_all()
 
@@ -227,6 +230,7 @@ class Uploader:
                     return
                 checkpoint, best, marker = self._pending
                 self._pending = None
+                # set under the lock, so that `in_use` protects the folder without a gap
                 self._uploading = checkpoint.name
             try:
                 self._copy(checkpoint, best, marker)
@@ -250,6 +254,7 @@ class Uploader:
 def _open_filesystem(url: str) -> tuple[Any, str]:
     if is_remote(url):
         return open_system(url)
+    # object stores need no folders, local ones do
     return LocalFileSystem(auto_mkdir=True), str(Path(local_path(url)).absolute())
 
 

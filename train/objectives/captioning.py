@@ -21,6 +21,7 @@ def next_token_loss(
     logits: Float[Tensor, "B L V"], labels: Int64[Tensor, "B L"], *, pad_token: int
 ) -> Float[Tensor, ""]:
     """Cross-entropy summed over the tokens that are not padding, in single precision at least."""
+    # a softmax over tens of thousands of tokens loses small probabilities in half precision
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=pad_token, reduction="sum")
 
@@ -48,6 +49,7 @@ _DRAW = 0xCA99A
 
 def choose_parallel_captions(rows: Int64[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
     """Which samples are predicted at once: each with probability `share`, by its number in the run alone."""
+    # by the sample's number alone, so that micro-batches and resumed runs choose alike
     return PerSampleNoise(seed=0, rows=rows).uniform(_DRAW, len(rows), 1, rows.device)[:, 0] < share
 
 

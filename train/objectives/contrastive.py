@@ -174,6 +174,7 @@ class ContrastivePairs:
         return self._mean(self.texts, self.images, row_loss)
 
     def _mean(self, rows: Tensor, others: Tensor, row_loss: RowLoss) -> Tensor:
+        # gathered once for all blocks; each process then has the gradient of all columns by its own rows
         columns = gather_with_gradient(others)
         column_numbers = torch.arange(len(columns), device=columns.device)
 
@@ -200,6 +201,7 @@ def build_contrastive_pairs(outputs: Outputs, inputs: Inputs, config: ObjectiveC
     """The pairs of a batch, with what `same_pairs` makes of those that share an identity."""
     same = None
     if config.same_pairs != "negative":
+        # identities need no gradient
         same = (inputs["same"], gather_detached(inputs["same"]))
     return ContrastivePairs(
         images=at_least_float32(outputs["image_features"]),
@@ -222,6 +224,7 @@ def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], b
         return block_loss(*blocks[0])
     sums: list[Tensor] = []
     for tensors in blocks:
+        # without a saved random state, since block losses draw nothing
         loss = checkpoint(block_loss, *tensors, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(loss, Tensor)
         sums.append(loss)
@@ -230,6 +233,7 @@ def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], b
 
 def similarity_matrix(rows: Float[Tensor, "B D"], columns: Float[Tensor, "N D"]) -> Float[Tensor, "B N"]:
     """All dot products of rows and columns, in single precision or better, inside autocast too."""
+    # bf16 has 8 bits: cosines would be rounded to 1/256, and differences of logits by a temperature of 0.01 to 0.4
     with torch.autocast(rows.device.type, enabled=False):
         return at_least_float32(rows) @ at_least_float32(columns).T
 

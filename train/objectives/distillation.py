@@ -44,6 +44,7 @@ def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
 
 def kl_divergence(student: Float[Tensor, "B N"], teacher: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     """KL(teacher ‖ student) of the softmaxes of each row of logits."""
+    # log_target: the logarithm of a softmax that underflowed would be -inf
     divergences = F.kl_div(student.log_softmax(dim=1), teacher.log_softmax(dim=1), reduction="none", log_target=True)
     return divergences.sum(dim=1)
 
@@ -85,6 +86,7 @@ def alignment_head(model: VisionLanguageModel, options: LossOptions) -> Heads:
             f"text_embedding_size = {size}: text_align needs the length of the stored text embeddings; "
             "give it, e.g. --text-embedding-size 768."
         )
+    # no bias: cosines compare directions
     return {"text_align": nn.Linear(model.embedding_size, size, bias=False)}
 
 

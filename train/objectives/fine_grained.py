@@ -54,6 +54,7 @@ def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tens
     block = max(1, options.config.similarity_block // num_sentences)
     total = sum_over_blocks(image_loss, [images, partners, same, weights], block)
     total = total + sum_over_blocks(sentence_loss, [sentences, partners, same, weights], block)
+    # the mean over images of all processes, which all have the same number; gradients are averaged afterwards
     return total / 2 * num_processes() / all_present.any(dim=1).sum().clamp(min=1)
 
 
@@ -68,6 +69,7 @@ def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     patches = at_least_float32(outputs["patch_features"])
     sentences = at_least_float32(outputs["sub_features"])
     is_present = sentence_mask(inputs, options)
+    # as in `similarity_matrix`: half precision is too coarse for logits
     with torch.autocast(patches.device.type, enabled=False):
         groups = F.normalize(sparse_weights(sentences @ patches.mT) @ patches, dim=-1)
         logits = outputs["logit_scale"] * (groups @ sentences.mT)

@@ -60,6 +60,7 @@ def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:
             weight = float(match["weight"] or 1) if match else 0.0
         except ValueError:
             weight = 0.0
+        # a term without weight still costs its forward pass, and nan passes every other comparison
         if not match or not 0 < weight < float("inf"):
             raise UsageError(
                 f"objective = {expression!r}: {summand.strip()!r} is not a term; write NAME or WEIGHT*NAME joined by "
