@@ -13,7 +13,7 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.dropout import PerSampleNoise
 from vlm.models.load import load_model
-from vlm.models.model import VisionLanguageModel, normalise
+from vlm.models.model import VisionLanguageModel, autocast_to, normalise
 from vlm.models.network import Network
 from vlm.tensors import Float, Int64, Tensor, UInt8
 from vlm.train.averaging import EMA
@@ -109,8 +109,7 @@ class OnlineTeacher:
         resized = resize_images(images.to(model.device), model.view.size, model.view.interpolation)
         pixels = normalise(resized, model.view)
         tokens = torch.from_numpy(model.tokenizer.encode(list(captions))).to(model.device)
-        is_lower = model.precision != torch.float32
-        with torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower):
+        with autocast_to(model.precision, model.device):
             image = model.network.encode_image(pixels)
             text = model.network.encode_text(tokens)
         return {

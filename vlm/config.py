@@ -14,7 +14,7 @@ Config = TypeVar("Config")
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """A hint naming the known word nearest to `name`, or all of them when none is near.
+    """A hint with the known name nearest to `name`, or all of them if none is near.
 
     >>> suggest("learning_rat", ["learning_rate", "steps"])
     "did you mean 'learning_rate'?"
@@ -24,7 +24,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def lookup(table: dict[str, Config], name: str, what: str) -> Config:
-    """The entry `name` of a table; a UsageError naming the nearest one when it is absent."""
+    """The entry `name` of a table; a UsageError with the nearest name if there is none."""
     if name not in table:
         raise UsageError(f"Unknown {what} {name!r}; {suggest(name, list(table))}")
     return table[name]

@@ -33,7 +33,7 @@ class Manifest:
     kind: shards, run, model, embeddings, index, upgrade (a head), or export (rows for other tools).
     fingerprint: identity of the content; readers compare it with what they were made from.
     inputs: fingerprint of each earlier stage, by name (`shards`, `model`, `embeddings`).
-    configuration: what the stage was told, plain values only.
+    configuration: the settings of the stage, plain values only.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder/manifest.json` atomically; from then on the folder counts as whole."""
+    """Write `folder/manifest.json` atomically; from then on the folder counts as complete."""
     values = asdict(manifest)
     values["made_at"] = manifest.made_at or datetime.now(UTC).isoformat(timespec="seconds")
     values["command"] = manifest.command or " ".join(["vlm", *sys.argv[1:]])
@@ -86,16 +86,16 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
 @contextlib.contextmanager
 def damage_as_error(path: Path) -> Iterator[None]:
-    """What a JSON file that is not as it was written does to its reader becomes a message.
+    """Turn the errors of reading a damaged JSON file into one message.
 
     Raises:
-        VlmError: the block failed at it.
+        VlmError: the block failed to read it.
     """
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise VlmError(f"{path} is damaged ({what}); put back a copy of it, or make the folder again.") from error
+        raise VlmError(f"{path} is damaged ({what}); restore a copy of it, or make the folder again.") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -117,11 +117,11 @@ def record_file(path: Path) -> FileRecord:
 
 
 def begin_or_resume_folder(folder: Path, *, kind: str, configuration: dict[str, Any]) -> bool:
-    """Open an output folder for work; True if earlier, unfinished work of the same kind resumes.
+    """Open an output folder; True if unfinished work of the same kind is resumed.
 
     Raises:
         UsageError: the folder is finished, holds something else, or was begun with another
-            configuration; nothing in it is touched.
+            configuration; nothing in it is changed.
     """
     if is_complete(folder):
         raise UsageError(f"{folder} exists already and is complete; name another folder or remove it.")

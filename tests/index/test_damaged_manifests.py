@@ -43,7 +43,7 @@ DAMAGES = {
 def test_a_damaged_manifest_of_embeddings_is_named(embeddings: Path, what: str) -> None:
     path = embeddings / MANIFEST
     path.write_bytes(DAMAGES[what](path.read_bytes()))
-    with pytest.raises(VlmError, match=r"manifest.json is damaged .*; put back a copy of it, or make the folder again"):
+    with pytest.raises(VlmError, match=r"manifest.json is damaged .*; restore a copy of it, or make the folder again"):
         Embeddings.open(embeddings)
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_manifest_of_an_index_is_named(index: Path, what: str) -> None
         "no source": without("inputs", "embeddings"),
     }
     path.write_bytes((DAMAGES | more)[what](path.read_bytes()))
-    with pytest.raises(VlmError, match=r"manifest.json is damaged .*; put back a copy of it, or make the folder again"):
+    with pytest.raises(VlmError, match=r"manifest.json is damaged .*; restore a copy of it, or make the folder again"):
         Index.open(index)
 
 

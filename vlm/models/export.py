@@ -1,4 +1,4 @@
-"""Models that leave for other tools, tried there before they are handed over."""
+"""Export of models to other tools, tested there before they are handed over."""
 
 import io
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ _SIZES = ((57, 41), (32, 32), (90, 200))
 class Export:
     """What was written.
 
-    largest_difference: between an entry of a unit vector here and there, over the images and texts that were tried.
-    has_tokenizer: whether the other tool makes the same tokens of a text by itself.
+    largest_difference: between an entry of a unit vector here and there, over some test images and texts.
+    has_tokenizer: whether the other tool tokenizes texts the same way by itself.
     """
 
     out: str
@@ -36,12 +36,12 @@ class Export:
 
 
 def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
-    """A new folder that `open_clip.create_model_and_transforms("local-dir:OUT")` loads, and was seen to load.
+    """A new folder that `open_clip.create_model_and_transforms("local-dir:OUT")` loads, which is tested.
 
     Images of noise go through open_clip's own preprocessing and network, texts through its network.
 
     Raises:
-        UsageError: `out` exists, or open_clip cannot build this network. VlmError: it embeds otherwise than we do.
+        UsageError: `out` exists, or open_clip cannot build this network. VlmError: its embeddings differ from ours.
     """
     with atomic_folder(out) as folder:
         save_model_folder(folder, model, inputs={"model": model.fingerprint})
@@ -49,7 +49,7 @@ def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
         difference = max(_image_difference(model, network, preprocess), _text_difference(model, network))
         if not difference <= TOLERANCE:
             raise VlmError(
-                f"open_clip embeds otherwise than {model.name} does: an entry of a unit vector differs by "
+                f"open_clip's embeddings differ from those of {model.name}: an entry of a unit vector by "
                 f"{difference:.1e}, more than {TOLERANCE:.0e}; nothing was written."
             )
         has_tokenizer = _open_clip_tokenizer_matches(folder, model)
@@ -65,7 +65,7 @@ def _load_with_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
         opened: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
         raise UsageError(
-            f"open_clip cannot build the network of {name} ({error}): a tower of it is of vlm's own making. "
+            f"open_clip cannot build the network of {name} ({error}): one of its towers is vlm's own. "
             "It stays usable here; for open_clip, train one of its architectures."
         ) from error
     network, _, preprocess = opened
@@ -74,8 +74,9 @@ def _load_with_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def _image_difference(model: VisionLanguageModel, network: Any, preprocess: Any) -> float:
-    chance = np.random.default_rng(0)
-    images = [Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
+    rng = np.random.default_rng(0)
+    # of several sizes and shapes, so that the preprocessing is compared as well
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
     ours = model.embed_images(torch.from_numpy(np.stack([model.view(_png(image)) for image in images])))
     theirs = network.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
     return _max_difference(ours, theirs)

@@ -1,6 +1,6 @@
-"""The model folder: open_clip's own format where it can say the towers, with tokenizer, fingerprint and manifest.
+"""A model folder on disk, and MODEL as people write it: a run, model or upgrade folder, or an open_clip name.
 
-MODEL as people write it: a run folder, a model folder, an upgrade folder, or an open_clip name.
+A model folder is in open_clip's own format where that can express the towers, with tokenizer and manifest.
 """
 
 import json
@@ -41,7 +41,7 @@ def save_model(
 ) -> None:
     """Write the files that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, and the tokenizer's.
 
-    Towers that open_clip's format cannot say are named by a `tower` key, which open_clip refuses.
+    Towers that open_clip's format cannot express are named by a `tower` key, which open_clip rejects.
     """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -52,7 +52,7 @@ def save_model(
 
 
 def save_model_folder(folder: Path, model: VisionLanguageModel, *, inputs: dict[str, str]) -> None:
-    """Write a whole model folder with its manifest."""
+    """Write a complete model folder with its manifest."""
     save_model(
         folder,
         weights=model.network.state_dict(),
@@ -62,7 +62,7 @@ def save_model_folder(folder: Path, model: VisionLanguageModel, *, inputs: dict[
     )
     fingerprint = space_fingerprint(model.network, model.view, model.tokenizer)
     files = {path.name: record_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    files.pop("manifest.json", None)
+    files.pop("manifest.json", None)  # of an earlier save
     write_manifest(
         folder,
         Manifest(
@@ -87,6 +87,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = values["model_cfg"]
     text = config["text_cfg"]
+    # folders that open_clip wrote hold no tokenizer: CLIP's is meant, unless the configuration names another
     source = "clip" if not _has_tokenizer(folder) and "hf_tokenizer_name" not in text else str(folder)
     network = build_network(config)
     try:
@@ -126,34 +127,37 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     Any of them followed by `#64` keeps the first 64 dimensions.
 
     Raises:
-        UsageError: there is no such model, or it has fewer dimensions. VlmError: its weights cannot be had.
+        UsageError: there is no such model, or it has fewer dimensions. VlmError: its weights cannot be loaded.
     """
-    where, dtype = choose_device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    whole, kept = split_model_spec(spec)
-    if kept is not None:
-        return TruncatedModel.of(load_model(whole, device=device, precision=precision), kept)
+    whole_spec, num_dimensions = split_model_spec(spec)
+    if num_dimensions is not None:
+        whole = load_model(whole_spec, device=device, precision=precision)
+        return TruncatedModel.of(whole, num_dimensions)
+
+    torch_device = choose_device(device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     path = Path(spec)
     if is_projection_folder(path):
         return _load_backward_compatible(path, device, precision)
     if path.is_dir():
-        return load_model_folder(_model_folder(path), where, dtype)
+        return load_model_folder(_model_folder(path), torch_device, dtype)
     if ":" not in spec:
         raise UsageError(
             f"There is no model {spec!r}: give a run folder, a model folder, or NAME:WEIGHTS of open_clip."
         )
-    return _load_pretrained(spec, where, dtype)
+    return _load_pretrained(spec, torch_device, dtype)
 
 
 def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
     """A model to take weights from: one whose embeddings are those of its network.
 
     Raises:
-        UsageError: it is a prefix or has a head; otherwise as `load_model`.
+        UsageError: it is truncated or has a projection; otherwise as `load_model`.
     """
     model = load_model(spec, device=device, precision=precision)
     if model.derived_from:
         raise UsageError(
-            f"{spec} has no weights of its own: its embeddings are made of those of "
+            f"{spec} has no weights of its own: its embeddings are derived from those of "
             f"{model.derived_from}. Give that one."
         )
     return model
@@ -161,6 +165,7 @@ def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") ->
 
 def _load_backward_compatible(folder: Path, device: str, precision: str) -> BackwardCompatibleModel:
     head = read_projection(folder)
+    # by its path, since an upgrade folder holds only the projection
     base = load_model(head.model, device=device, precision=precision)
     if base.fingerprint != head.new:
         raise UsageError(
@@ -183,6 +188,7 @@ def choose_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"There is no device {device!r}; give auto, cpu, cuda or cuda:1.") from error
     try:
+        # torch accepts the name of a device it cannot use; this fails now rather than after the data is opened
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""The model as every stage after training uses it: images and texts in, unit vectors or captions out."""
+"""The model as every stage after training uses it: images and texts in, embeddings or captions out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class VisionLanguageModel:
     """A dual encoder with the view and the tokenizer it was trained with.
 
     name: where it was loaded from, for people; the identity is `fingerprint`.
-    trims_text: rows of tokens are cut to the longest text (`accept_short_texts` says whether the network takes them).
+    trims_padding: rows of tokens are cut to the longest text (`enable_padding_trim` says whether the network can).
     """
 
     name: str
@@ -39,13 +39,13 @@ class VisionLanguageModel:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the embedding space: weights, view and tokenizer; taken once, so not while training."""
+        """Identity of the embedding space: weights, view and tokenizer; computed once, so not while training."""
         self._fingerprint = self._fingerprint or space_fingerprint(self.network, self.view, self.tokenizer)
         return self._fingerprint
 
     @property
     def derived_from(self) -> str:
-        """The MODEL from whose embeddings this one makes its own; empty where they are the network's."""
+        """The MODEL from whose embeddings this one derives its own; empty if they are the network's."""
         return ""
 
     @property
@@ -63,6 +63,7 @@ class VisionLanguageModel:
         """Unit vectors of images as `view` gives them, on the CPU."""
         with self._inference():
             features = self.network.encode_image(self._pixels(images))
+        # normalised in float32: half precision would move the result by 1e-3
         return nn.functional.normalize(features.float(), dim=-1).cpu()
 
     @torch.inference_mode()
@@ -71,9 +72,9 @@ class VisionLanguageModel:
         parts: list[Tensor] = []
         for first in range(0, len(texts), TEXT_BATCH_SIZE):
             tokens = self.tokenizer.encode(list(texts[first : first + TEXT_BATCH_SIZE]))
-            rows = torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trims_padding else tokens).to(
-                self.device
-            )
+            if self.trims_padding:
+                tokens = trim_tokens(tokens, self.tokenizer)
+            rows = torch.from_numpy(tokens).to(self.device)
             with self._inference():
                 features = self.network.encode_text(rows)
             parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
@@ -117,16 +118,22 @@ class VisionLanguageModel:
         return normalise(images.to(self.device, non_blocking=True), self.view)
 
     def _inference(self) -> torch.autocast:
-        is_lower = self.precision != torch.float32
-        return torch.autocast(self.device.type, dtype=self.precision if is_lower else None, enabled=is_lower)
+        return autocast_to(self.precision, self.device)
+
+
+def autocast_to(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast for a lower precision; float32 disables it."""
+    is_lower = precision != torch.float32
+    return torch.autocast(device.type, dtype=precision if is_lower else None, enabled=is_lower)
 
 
 def normalise(images: UInt8[Tensor, "B 3 H W"], view: EvalTransform) -> Float32[Tensor, "B 3 H W"]:
     """Bytes of colour to the floats the network was trained on: (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(values, device=images.device) for values in (view.mean, view.std))
+    mean = torch.tensor(view.mean, device=images.device)
+    std = torch.tensor(view.std, device=images.device)
     if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
         return _scaled(images, mean.view(3, 1, 1), std.view(3, 1, 1))
-    # by whole rows of an image: three values at a time would leave the processor's vectors all but empty
+    # by whole rows of an image: with three values at a time a CPU's vector units would be almost empty
     width = images.shape[3]
     rows = images.permute(0, 2, 3, 1).flatten(2)
     return _scaled(rows, mean.repeat(width), std.repeat(width)).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
@@ -139,7 +146,7 @@ def _scaled(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def space_fingerprint(network: nn.Module, view: EvalTransform, tokenizer: Tokenizer) -> str:
     """Identity of an embedding space, the same wherever and however its weights are stored."""
     parts: list[bytes | str] = [repr(view), tokenizer.fingerprint()]
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):  # sorted, since the order depends on how it was built
         values = tensor.detach().cpu().contiguous()
         parts += [
             name,

@@ -1,4 +1,4 @@
-"""Texts to the vectors of a frozen language model, as its text tower `lm:FOLDER` would make them (FLAME)."""
+"""Texts to the embeddings of a frozen language model, as the text tower `lm:FOLDER` computes them (FLAME)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,14 @@ Pooling = Literal["", "mean", "last"]
 
 
 class LanguageModelEmbedder:
-    """What a tower that takes embeddings made beforehand is given: `tower.embed` of the tokens, in float32."""
+    """What a tower that reads precomputed embeddings is given: `tower.embed` of the tokens, in float32."""
 
     precision = torch.float32
 
     def __init__(self, tower: FrozenLanguageTower, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._tower, self._tokenizer, self._device = tower, tokenizer, device
+        self._tower = tower
+        self._tokenizer = tokenizer
+        self._device = device
 
     @property
     def fingerprint(self) -> str:
@@ -60,14 +62,14 @@ def load_text_model(
 ) -> VisionLanguageModel | LanguageModelEmbedder:
     """The text tower of a MODEL, or a language model in a Hugging Face folder.
 
-    Of a MODEL that takes embeddings made beforehand, those are meant, and not what it makes of them.
+    For a MODEL that reads precomputed embeddings, these are meant, not what it makes of them.
 
     Args:
-        context_length: tokens of a text; 0 is 77. pooling: which states are taken; empty is the last one. prompts:
+        context_length: tokens of a text; 0 is 77. pooling: which states are used; empty is the last one. prompts:
             facet prompts (FLAME). All three are for a folder: a MODEL has its own.
 
     Raises:
-        UsageError: there is no such model, or it was told what it knows itself.
+        UsageError: there is no such model, or an option is given that it has itself.
     """
     path = Path(spec)
     is_model = any((path / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS))

@@ -1,4 +1,4 @@
-"""How fast a model and the way to it are, alone: copying a batch to the device, forward, forward and backward."""
+"""Throughput of a model alone: copying a batch to the device, forward, forward and backward."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from vlm.data.profiling import Stage, StageName, seconds_of
 from vlm.errors import VlmError
-from vlm.models.model import VisionLanguageModel, normalise
+from vlm.models.model import VisionLanguageModel, autocast_to, normalise
 from vlm.tensors import Int64, Tensor, UInt8
 
 _WARM_UP = 2
@@ -36,12 +36,13 @@ def measure_copy(images: UInt8[Tensor, "B 3 H W"], device: torch.device) -> list
 def measure_model(
     model: VisionLanguageModel, images: UInt8[Tensor, "B 3 H W"], tokens: Int64[Tensor, "B L"]
 ) -> list[Stage]:
-    """Forward without, and with, the backward pass, on a batch that lies on the device already; no weight changes.
+    """Forward with and without the backward pass, on a batch that is on the device already; no weight changes.
 
     Raises:
         VlmError: the batch does not fit into memory.
     """
-    images, tokens = images.to(model.device), tokens.to(model.device)
+    images = images.to(model.device)
+    tokens = tokens.to(model.device)
     cores = torch.get_num_threads() if model.device.type == "cpu" else 0
 
     def stage(name: StageName, work: Callable[[], object]) -> Stage:
@@ -65,13 +66,13 @@ def measure_model(
 
 @torch.inference_mode()
 def _forward(model: VisionLanguageModel, images: Tensor, tokens: Tensor) -> None:
-    with _precision(model):
+    with autocast_to(model.precision, model.device):
         model.network(normalise(images, model.view), tokens)
 
 
 def _forward_backward(model: VisionLanguageModel, images: Tensor, tokens: Tensor) -> None:
     """One pass of CLIP's loss (Radford et al. 2021, figure 3), with that of the captions for a model that writes."""
-    with _precision(model):
+    with autocast_to(model.precision, model.device):
         outputs = model.network(normalise(images, model.view), tokens)
         logits = outputs["logit_scale"] * outputs["image_features"] @ outputs["text_features"].T
         matching = torch.arange(len(images), device=logits.device)
@@ -81,13 +82,8 @@ def _forward_backward(model: VisionLanguageModel, images: Tensor, tokens: Tensor
     loss.backward()
 
 
-def _precision(model: VisionLanguageModel) -> torch.autocast:
-    is_lower = model.precision != torch.float32
-    return torch.autocast(model.device.type, dtype=model.precision if is_lower else None, enabled=is_lower)
-
-
 def _device_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that work takes, until the device has finished it."""
+    """Seconds until the device has finished the work, which it runs asynchronously."""
 
     def finished() -> None:
         work()

@@ -1,12 +1,12 @@
-"""`MODEL#64`: the first 64 numbers of a model's embeddings, of unit length again.
+"""Models derived from a loaded one: truncated (Matryoshka) embeddings, and a backward-compatible projection.
 
-It is meant for models whose leading numbers say most (Matryoshka representations, Kusupati et al. 2022).
+`MODEL#64` keeps the first 64 numbers of an embedding, normalised again; meant for models whose leading numbers say most
+(Matryoshka representations, Kusupati et al. 2022).
 
-A new model whose embeddings can be compared with those of an old one: one isometric matrix on top of it.
-
-After BT² (Zhou et al., ICCV 2023): the embedding is [what is compared with old ones | the rest]. A matrix with
-orthonormal columns makes it, so that no cosine between two new embeddings changes; old ones are padded with zeros. BT²
-learns a turn of the space as well: for a model that is trained already it can be taken into the matrix.
+A backward-compatible model is a new one whose embeddings can be compared with those of an old one. After BT² (Zhou et
+al., ICCV 2023) its embedding is [what is compared with old ones | the rest], by a matrix with orthonormal columns, so
+that no cosine between two new embeddings changes; old ones are padded with zeros. BT² also learns a rotation of the
+space; for a model that is trained already it can be part of the matrix.
 """
 
 from collections.abc import Sequence
@@ -27,31 +27,34 @@ from vlm.tensors import Float32, Tensor, UInt8
 DIMENSIONS_SEPARATOR = "#"
 
 
+def _fields_of(model: VisionLanguageModel) -> dict[str, Any]:
+    """What a derived model takes over from the model it wraps."""
+    return {field.name: getattr(model, field.name) for field in fields(VisionLanguageModel) if field.init}
+
+
 @dataclass(kw_only=True)
 class TruncatedModel(VisionLanguageModel):
-    """A model that keeps the first `dimensions` numbers of each embedding; all else is that of the whole model."""
+    """A model that keeps the first `dimensions` numbers of each embedding; all else is the whole model's."""
 
     whole: VisionLanguageModel
     dimensions: int
 
     @classmethod
     def of(cls, whole: VisionLanguageModel, dimensions: int) -> VisionLanguageModel:
-        """The first numbers of `whole`; all of them are `whole` itself.
+        """`whole` truncated to so many dimensions; `whole` itself if these are all.
 
         Raises:
-            UsageError: it has not so many.
+            UsageError: it has fewer.
         """
         size = whole.embedding_size
         if not 1 <= dimensions <= size:
             raise UsageError(
-                f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}: "
-                f"the embeddings of {whole.name} have {size} dimensions; "
-                "keep from 1 "
-                f"to {size} of them."
+                f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}: the embeddings of {whole.name} have {size} "
+                f"dimensions; keep from 1 to {size} of them."
             )
         if dimensions == size:
             return whole
-        shared = {one.name: getattr(whole, one.name) for one in fields(VisionLanguageModel) if one.init}
+        shared = _fields_of(whole)
         name = f"{whole.name}{DIMENSIONS_SEPARATOR}{dimensions}"
         return cls(**shared | {"name": name, "whole": whole, "dimensions": dimensions})
 
@@ -67,7 +70,7 @@ class TruncatedModel(VisionLanguageModel):
 
     @property
     def embedding_size(self) -> int:
-        """As many as are kept."""
+        """The number of dimensions kept."""
         return self.dimensions
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B K"]:
@@ -80,7 +83,7 @@ class TruncatedModel(VisionLanguageModel):
 
 
 def split_model_spec(spec: str) -> tuple[str, int | None]:
-    """The model, and how many numbers of its embeddings are kept; None where nothing is said, or a path is named so.
+    """The model, and how many dimensions are kept; None without a number, or if a path has this name.
 
     >>> split_model_spec("runs/mine#64"), split_model_spec("ViT-B-32:openai")
     (('runs/mine', 64), ('ViT-B-32:openai', None))
@@ -105,10 +108,10 @@ WEIGHTS = "head.safetensors"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompatibilityProjection:
-    """From the new model's space of D dimensions to the one of S that it shares with old rows.
+    """From the new model's space of D dimensions to the one of S that it shares with old embeddings.
 
-    matrix: its columns are orthonormal; its first `old_dimension` rows give the block that is compared with old rows.
-    old, new: fingerprints of the old space and of the new model. model: what `load_model` takes to have the new model.
+    matrix: its columns are orthonormal; its first `old_dimension` rows give the block compared with old embeddings.
+    old, new: fingerprints of the old space and of the new model. model: the new model, as for `load_model`.
     """
 
     matrix: Float32[Tensor, "S D"]
@@ -130,31 +133,31 @@ class CompatibilityProjection:
         )
 
     def __call__(self, vectors: Float32[Tensor, "B D"]) -> Float32[Tensor, "B S"]:
-        """Unit vectors of the new model to unit vectors of the space both share."""
+        """Unit vectors of the new model to unit vectors of the shared space."""
         return nn.functional.normalize(vectors @ self.matrix.T, dim=-1)
 
 
 @dataclass(kw_only=True)
 class BackwardCompatibleModel(VisionLanguageModel):
-    """The new model with the head on top; captions are those of the new model."""
+    """The new model with the projection on top; captions are those of the new model."""
 
     base: VisionLanguageModel
     head: CompatibilityProjection
 
     @classmethod
     def of(cls, base: VisionLanguageModel, head: CompatibilityProjection, name: str) -> "BackwardCompatibleModel":
-        """`base` with a head that was made for it."""
-        shared = {one.name: getattr(base, one.name) for one in fields(VisionLanguageModel) if one.init}
+        """`base` with a projection that was fitted for it."""
+        shared = _fields_of(base)
         return cls(**shared | {"base": base, "head": head, "name": name})
 
     @property
     def fingerprint(self) -> str:
-        """Of the space that old and new rows share."""
+        """Of the space that old and new embeddings share."""
         return self.head.fingerprint
 
     @property
     def derived_from(self) -> str:
-        """The model without its head."""
+        """The model without its projection."""
         return self.base.name
 
     @property
@@ -172,7 +175,7 @@ class BackwardCompatibleModel(VisionLanguageModel):
 
 
 def is_projection_folder(folder: Path) -> bool:
-    """Whether a folder holds a head."""
+    """Whether a folder holds a projection."""
     return (folder / WEIGHTS).is_file()
 
 
@@ -199,10 +202,10 @@ def save_projection(
 
 
 def read_projection(folder: Path) -> CompatibilityProjection:
-    """The head of an upgrade folder.
+    """The projection of an upgrade folder.
 
     Raises:
-        UsageError: it is none. VlmError: its weights are damaged.
+        UsageError: it is not one. VlmError: its weights are damaged.
     """
     manifest = read_manifest(folder, MANIFEST_KIND)
     try:

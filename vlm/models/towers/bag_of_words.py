@@ -1,4 +1,4 @@
-"""Towers without order or attention: bags of tokens and of n-grams, which run at the speed of a table."""
+"""Bag-of-words text encoders, of tokens and of n-grams: no order, no attention, as fast as a table lookup."""
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ class BagOfWordsTower(TextTower):
 
     def __init__(self, config: TextTowerConfig, embed_dim: int, *, entries: int) -> None:
         super().__init__()
-        self.pad_id, self.is_mean = config.pad_id, config.reduce == "mean"
+        self.pad_id = config.pad_id
+        self.is_mean = config.reduce == "mean"
         self.table = nn.EmbeddingBag(entries, config.width, mode="sum")
         nn.init.normal_(self.table.weight, std=config.width**-0.5)
         self.head = projection(config.width, config.hidden, embed_dim, config.dropout)
@@ -33,7 +34,7 @@ class BagOfWordsTower(TextTower):
         return self.head(self.table(entries, per_sample_weights=weights))
 
     def entries(self, tokens: Int64[Tensor, "B L"]) -> tuple[Int64[Tensor, "B N"], Bool[Tensor, "B N"]]:
-        """Places in the table, and which of them count."""
+        """Entries of the table, and which of them count."""
         return tokens, text_mask(tokens, self.pad_id)
 
 
@@ -82,7 +83,7 @@ def _check(config: TextTowerConfig, name: str) -> None:
     if name:
         raise UsageError(f"{config.tower}: {config.tower.split(':')[0]} takes no name; its width is an option: width=.")
     if not config.orders or min(config.orders) < 1:
-        raise UsageError(f"orders = {config.orders} are no lengths of n-grams; give some from 1.")
+        raise UsageError(f"orders = {config.orders} are not lengths of n-grams; give some from 1.")
     if max(config.orders) > config.context_length:
         raise UsageError(
             f"orders = {config.orders}: captions have {config.context_length} tokens; give a longer --context-length."

@@ -1,8 +1,7 @@
-"""Hugging Face configurations: from a folder or a model type, kept inside our own.
+"""Towers on transformers: any vision model, and any encoder or causal language model, from a folder or a model type.
 
-Image towers on transformers: any vision model by folder, or by model type with fresh weights (CvT, PVT, DiNAT).
-
-Text towers on transformers: any encoder or causal language model, trained with the rest.
+A folder's weights start a fresh network; a model type (CvT, PVT, DiNAT, bert) starts with random ones. The transformers
+configuration is kept inside our own, so that a model folder needs no other file.
 """
 
 import json
@@ -20,7 +19,7 @@ from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, su
 from vlm.tensors import Float, Int64, Tensor
 
 _STATE_DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "drop_rate")
-# attention drops inside one fused operation, which cannot be told whose sample a weight is, so it is left out
+# attention dropout is inside one fused operation, where `PerSampleDropout` cannot replace it, so it is disabled
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attention_drop_rate")
 
 
@@ -57,9 +56,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def build_hf_config(values: dict[str, Any], **changes: Any) -> Any:
-    """The transformers configuration of saved values, with those of `changes` it has a place for.
+    """The transformers configuration of saved values, with those of `changes` it has a key for.
 
-    Where it has a value for each stage (CvT), numbers are given to all of them, and drop path rises to the last.
+    If it has a value for each stage (CvT), numbers apply to all of them, and drop path to the last.
     """
     from transformers import AutoConfig
 
@@ -75,8 +74,8 @@ def build_hf_config(values: dict[str, Any], **changes: Any) -> Any:
 
 
 def dropout_settings(probability: float) -> dict[str, float]:
-    """What a configuration is told of dropout, whatever its family calls it."""
-    return {**{key: probability for key in _STATE_DROPOUT}, **{key: 0.0 for key in _ATTENTION_DROPOUT}}
+    """The dropout settings of a configuration, whatever its model family calls them."""
+    return dict.fromkeys(_STATE_DROPOUT, probability) | dict.fromkeys(_ATTENTION_DROPOUT, 0.0)
 
 
 def is_causal(values: dict[str, Any]) -> bool:
@@ -114,7 +113,7 @@ class HuggingFaceImageTower(ImageTower):
         return tokens.prefix[:, 0] if tokens.prefix.shape[1] else tokens.patches.mean(dim=1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the trunk does it.
+        """Recompute activations in the backward pass, as the trunk does it.
 
         Raises:
             UsageError: the trunk cannot.
@@ -153,7 +152,7 @@ def fresh_builder(hf_config: Any, tower: str) -> Callable[[], nn.Module]:
     """A function that makes the model of a configuration, without a pooling layer of its own where it can be left out.
 
     Raises, when called:
-        UsageError: a library the model needs is not there (natten for DiNAT), or it is no model of this kind.
+        UsageError: a library the model needs is missing (natten for DiNAT), or it is not a model of this kind.
     """
     from transformers import AutoModel
 
@@ -184,8 +183,8 @@ def load_weights(hf_config: Any, folder: str) -> nn.Module:
             return AutoModel.from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise VlmError(
-            f"The weights of {folder} cannot be read as they are asked for ({error}); an image size other than "
-            "theirs is one cause."
+            f"The weights of {folder} do not fit the configuration ({error}); an image size other than theirs is "
+            "one cause."
         ) from error
 
 
@@ -205,7 +204,7 @@ def set_checkpointing(trunk: Any, enable: bool) -> None:
 
 
 def hf_image_size(values: dict[str, Any]) -> int:
-    """The side of the images a configuration is for."""
+    """The image size of a configuration."""
     size = values.get("image_size", _SIZE)
     return int(size) if isinstance(size, int) else int(size[0])
 
@@ -249,7 +248,7 @@ class HuggingFaceTextTower(TextTower):
         return dict(self.trunk.named_parameters())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the language model does it."""
+        """Recompute activations in the backward pass, as the language model does it."""
         set_checkpointing(self.trunk, enable)
 
 
@@ -276,7 +275,7 @@ def build_hf_text(config: TextTowerConfig, name: str, embed_dim: int) -> TextTow
 
 
 def check_length(tower: str, hf_config: Any, length: int) -> None:
-    """Refuse captions longer than the model has positions for.
+    """Check that captions are not longer than the model has positions for.
 
     Raises:
         UsageError: they are.

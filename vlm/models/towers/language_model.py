@@ -1,4 +1,4 @@
-"""A frozen causal language model as text tower, its embeddings made beforehand (FLAME)."""
+"""A frozen causal language model as text tower, whose embeddings can be precomputed (FLAME)."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ _CHUNK = 1 << 24
 
 
 class LazyLanguageModel:
-    """A language model in a folder: read when it is first asked, part of no network, never copied with one."""
+    """A language model in a folder: loaded at its first use, not part of any network, never copied with one."""
 
     def __init__(self, folder: str, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
+        self.folder = folder
+        self.fingerprint = fingerprint
         self._model: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LazyLanguageModel":
@@ -37,20 +38,20 @@ class LazyLanguageModel:
             values, weights = read_language_model(self.folder)
             if lm_fingerprint(self.folder) != self.fingerprint:
                 raise UsageError(
-                    f"{self.folder} is not the language model this tower was made for; put that one back, or give "
+                    f"{self.folder} is not the language model this tower was made for; restore that one, or give "
                     "its folder in the text_cfg of the model folder."
                 )
+            # tensors made in inference mode could never be used in training
             with torch.inference_mode(False):
-                self._model = (
-                    load_weights(build_hf_config(values, use_cache=False), weights).eval().requires_grad_(False)
-                )
+                model = load_weights(build_hf_config(values, use_cache=False), weights)
+                self._model = model.eval().requires_grad_(False)
         return self._model
 
 
 class FrozenLanguageTower(TextTower):
     """FLAME (Cao et al. 2024): a frozen language model embeds the text, a head projects it to the joint space.
 
-    The model's weights are no part of the state; a digest of what the embeddings depend on is, so that spaces of
+    The model's weights are not part of the state; a digest of what the embeddings depend on is, so that spaces of
     different models are told apart. embedding_size: E.
     """
 
@@ -59,8 +60,11 @@ class FrozenLanguageTower(TextTower):
     def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()
         self.language_model = LazyLanguageModel(config.folder, config.lm_fingerprint)
-        self.pad_id, self.end_id, self.pooling = config.pad_id, config.eos_id, config.pooling
-        self.prompts, self.facets = config.prompt_tokens, config.facets
+        self.pad_id = config.pad_id
+        self.end_id = config.eos_id
+        self.pooling = config.pooling
+        self.prompts = config.prompt_tokens
+        self.facets = config.facets
         copies = len(self.prompts) if self.prompts and config.facets == "concat" else 1
         self.embedding_size = config.lm_width * copies
         self.norm = nn.LayerNorm(self.embedding_size)
@@ -69,7 +73,7 @@ class FrozenLanguageTower(TextTower):
         self.register_buffer("language_model_digest", torch.tensor(list(digest.encode()), dtype=torch.uint8))
 
     def embed(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B E"]:
-        """What the language model makes of the texts: the pooled state, or that at the end of each facet prompt.
+        """The language model's embeddings of the texts: the pooled state, or that at the end of each facet prompt.
 
         A prompt follows the text, whose end token is left out (FLAME §3.2); each is read by itself, which gives what
         its facet-decoupled attention gives.
@@ -80,16 +84,17 @@ class FrozenLanguageTower(TextTower):
         lengths = mask.sum(dim=1)
         last = tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
         lengths = lengths - (last == self.end_id).long()
-        found = [self._facet(tokens, lengths, prompt) for prompt in self.prompts]
-        return torch.cat(found, dim=1) if self.facets == "concat" else torch.stack(found).mean(dim=0)
+        facets = [self._facet(tokens, lengths, prompt) for prompt in self.prompts]
+        return torch.cat(facets, dim=1) if self.facets == "concat" else torch.stack(facets).mean(dim=0)
 
     def _facet(
         self, tokens: Int64[Tensor, "B L"], lengths: Int64[Tensor, " B"], prompt: tuple[int, ...]
     ) -> Float[Tensor, "B C"]:
         added = torch.tensor(prompt, device=tokens.device).expand(len(tokens), -1)
         longer = nn.functional.pad(tokens, (0, len(prompt)), value=self.pad_id)
-        places = lengths[:, None] + torch.arange(len(prompt), device=tokens.device)
-        longer = longer.scatter(1, places, added)
+        # right after each text, whose padding it overwrites
+        positions = lengths[:, None] + torch.arange(len(prompt), device=tokens.device)
+        longer = longer.scatter(1, positions, added)
         mask = torch.arange(longer.shape[1], device=tokens.device) < (lengths + len(prompt))[:, None]
         return pool_states(self.language_model.states(longer, mask), mask, "last")
 
@@ -119,8 +124,8 @@ def complete_lm(values: dict[str, Any], name: str) -> dict[str, Any]:
     Raises:
         UsageError: the folder holds no causal language model with weights, or captions and prompts are too long for it.
     """
-    found, _ = read_language_model(name)
-    config = build_hf_config(found)
+    hf_config, _ = read_language_model(name)
+    config = build_hf_config(hf_config)
     prompts = list(values.get("prompts", ()))
     tokens = _prompt_tokens(name, prompts)
     longest = max((len(prompt) for prompt in tokens), default=0)
@@ -151,12 +156,12 @@ def lm_fingerprint(folder: str) -> str:
     """Identity of a language model: its configuration and the bytes of its weights."""
     from hashlib import blake2b
 
-    found = blake2b((Path(folder) / "config.json").read_bytes(), digest_size=16)
+    digest = blake2b((Path(folder) / "config.json").read_bytes(), digest_size=16)
     for path in weight_files(Path(folder)):
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
-                found.update(chunk)
-    return found.hexdigest()
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _prompt_tokens(folder: str, prompts: list[str]) -> list[list[int]]:

@@ -1,7 +1,4 @@
-"""From the patches of a map to one vector.
-
-What trunks give: maps in NCHW or NHWC, or tokens with prefix tokens, one or several; read as tokens.
-"""
+"""What trunks give (maps in NCHW or NHWC, or tokens; one or several), read as tokens, and pooled to one vector."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,7 +18,7 @@ Features = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MapLayout:
-    """How one map lies in memory: its width C, prefix tokens before its patches, and number of patches."""
+    """The memory layout of one map: its width C, prefix tokens before its patches, and number of patches."""
 
     kind: Literal["NCHW", "NHWC", "tokens"]
     width: int
@@ -29,12 +26,10 @@ class MapLayout:
     patches: int
 
     def __str__(self) -> str:
-        """As the table of towers says it."""
-        return (
-            f"{self.kind} {self.prefix}+{self.patches}×{self.width}"
-            if self.kind == "tokens"
-            else (f"{self.kind} {isqrt(self.patches)}²×{self.width}")
-        )
+        """As the table of towers shows it."""
+        if self.kind == "tokens":
+            return f"{self.kind} {self.prefix}+{self.patches}×{self.width}"
+        return f"{self.kind} {isqrt(self.patches)}²×{self.width}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +42,10 @@ class TokenMap:
 
 @dataclass(frozen=True, kw_only=True)
 class TrunkInfo:
-    """What a trial pass through a trunk told.
+    """What a trial pass through a trunk has shown.
 
-    layouts: of its maps. native_width: of the vector its own pooling gives. idle, idle_native: parameters that have no
-    part in the maps, or in that vector.
+    layouts: of its maps. native_width: of the vector its own pooling gives. unused, unused_native: parameters that have
+    no part in the maps, or in that vector.
     """
 
     layouts: tuple[MapLayout, ...]
@@ -60,16 +55,17 @@ class TrunkInfo:
 
 
 def read_layout(output: Tensor, trunk: nn.Module) -> MapLayout:
-    """The layout of a map [1, …], by its shape and what the trunk says of itself."""
+    """The layout of a map [1, …], by its shape and the trunk's attributes."""
     if output.ndim == 3:
         prefix = _prefix_tokens(trunk, output.shape[1])
         return MapLayout(kind="tokens", width=output.shape[2], prefix=prefix, patches=output.shape[1] - prefix)
     width = getattr(trunk, "num_features", getattr(getattr(trunk, "config", None), "hidden_size", None))
-    says_last = str(getattr(trunk, "output_fmt", "")).endswith("NHWC")
-    is_last = output.shape[3] == width and (says_last or output.shape[1] != width)
-    height_axis, width_axis = (1, 3) if is_last else (2, 1)
-    patches = output.shape[height_axis] * output.shape[height_axis + 1]
-    return MapLayout(kind="NHWC" if is_last else "NCHW", width=output.shape[width_axis], prefix=0, patches=patches)
+    # a map as high as it has channels could be either; then the trunk's own word counts
+    declares_nhwc = str(getattr(trunk, "output_fmt", "")).endswith("NHWC")
+    is_nhwc = output.shape[3] == width and (declares_nhwc or output.shape[1] != width)
+    if is_nhwc:
+        return MapLayout(kind="NHWC", width=output.shape[3], prefix=0, patches=output.shape[1] * output.shape[2])
+    return MapLayout(kind="NCHW", width=output.shape[1], prefix=0, patches=output.shape[2] * output.shape[3])
 
 
 def _prefix_tokens(trunk: nn.Module, number: int) -> int:
@@ -79,13 +75,13 @@ def _prefix_tokens(trunk: nn.Module, number: int) -> int:
     class_token = getattr(trunk, "cls_token", None)
     if isinstance(class_token, Tensor) and class_token.ndim == 3 and class_token.shape[1] == number:
         return number  # PiT gives its class token alone
-    return number - isqrt(number) ** 2  # VOLO, CrossViT and PVT have a class token and say nothing of it
+    return number - isqrt(number) ** 2  # VOLO, CrossViT and PVT have a class token and do not declare it
 
 
 def as_tokens(features: Features, layouts: Sequence[MapLayout]) -> list[TokenMap]:
     """The maps as prefix tokens and patches, row by row."""
     maps = [features] if isinstance(features, Tensor) else list(features)
-    return [_tokens_of(each, layout) for each, layout in zip(maps, layouts, strict=True)]
+    return [_tokens_of(output, layout) for output, layout in zip(maps, layouts, strict=True)]
 
 
 def _tokens_of(output: Tensor, layout: MapLayout) -> TokenMap:
@@ -96,11 +92,11 @@ def _tokens_of(output: Tensor, layout: MapLayout) -> TokenMap:
     return TokenMap(prefix=output[:, : layout.prefix], patches=output[:, layout.prefix :])
 
 
-def as_features(places: Float[Tensor, "N C"], layout: MapLayout) -> Tensor:
+def as_features(patches: Float[Tensor, "N C"], layout: MapLayout) -> Tensor:
     """Maps of one patch each, as a trunk of that layout would give them; prefix tokens are the patch too."""
     if layout.kind == "tokens":
-        return places[:, None].expand(-1, layout.prefix + 1, -1)
-    return places[:, None, None] if layout.kind == "NHWC" else places[:, :, None, None]
+        return patches[:, None].expand(-1, layout.prefix + 1, -1)
+    return patches[:, None, None] if layout.kind == "NHWC" else patches[:, :, None, None]
 
 
 def probe_trunk(
@@ -112,7 +108,7 @@ def probe_trunk(
     image_size: int,
     own_size: int,
 ) -> TrunkInfo:
-    """What a trunk gives for images of a size, found on a twin without memory (torch's meta device).
+    """What a trunk gives for images of a size, found on a copy without memory (torch's meta device).
 
     Raises:
         UsageError: the trunk does not run at that size.
@@ -124,7 +120,7 @@ def probe_trunk(
         with torch.enable_grad():
             maps = features(meta_trunk, pixels)
             maps = [maps] if isinstance(maps, Tensor) else list(maps)
-            layouts = tuple(read_layout(each, meta_trunk) for each in maps)
+            layouts = tuple(read_layout(output, meta_trunk) for output in maps)
             unused = _unused_parameters(meta_trunk, maps)
             pooled = native(meta_trunk, pixels)
             unused_native = _unused_parameters(meta_trunk, [pooled])
@@ -148,13 +144,13 @@ _HEAD_WIDTH = 64
 
 
 class Pooling(nn.Module, ABC):
-    """A way from a map to one vector of `width`."""
+    """From a map to one vector of `width`."""
 
     width: int
 
     @abstractmethod
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
-        """One vector an image."""
+        """One vector per image."""
 
 
 class AveragePool(Pooling):
@@ -250,11 +246,14 @@ class BagOfQueries(Pooling):
 
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
         """The rows, one after the other."""
-        patches, found = tokens.patches, []
+        patches = tokens.patches
+        outputs: list[Tensor] = []
         for block in self.blocks:
-            patches, outputs = block(patches)
-            found.append(outputs)
-        return self.rows(torch.cat(found, dim=1).transpose(1, 2)).transpose(1, 2).flatten(1)
+            patches, queries = block(patches)
+            outputs.append(queries)
+        # the linear layer mixes queries, so they must be the last dimension
+        by_channel = torch.cat(outputs, dim=1).transpose(1, 2)
+        return self.rows(by_channel).transpose(1, 2).flatten(1)
 
 
 POOLINGS: dict[str, Callable[[int, int], Pooling]] = {
@@ -264,11 +263,11 @@ POOLINGS: dict[str, Callable[[int, int], Pooling]] = {
     "queries": BagOfQueries,
     "map": lambda width, _: LatentQueryPool(width),
 }
-"""Poolings in addition the trunk's own, by name: (width, queries) → module."""
+"""Poolings in addition to the trunk's own, by name: (width, queries) → module."""
 
 
 def num_heads_for(width: int) -> int:
-    """Attention heads for a width: as near to 64 wide as divides it."""
+    """Attention heads for a width: the most heads at least 64 wide that divide it."""
     return next(heads for heads in range(max(1, width // _HEAD_WIDTH), 0, -1) if width % heads == 0)
 
 
@@ -276,7 +275,7 @@ def build_pooling(pooling: str, layout: MapLayout, *, queries: int, has_class_to
     """The pool for a map.
 
     Raises:
-        UsageError: the map has not what the pooling reads.
+        UsageError: the map lacks what the pooling reads.
     """
     if pooling == "token" and not (layout.prefix and has_class_token):
         raise UsageError(f"{name} has no class token to pool by; give pooling=avg, native or simpool.")

@@ -25,7 +25,7 @@ class TimmTower(ImageTower):
         return _features(self.trunk, pixels)
 
     def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """What the trunk would classify."""
+        """The vector the trunk would classify."""
         return self.trunk(pixels)
 
     def native_of(self, features: Features) -> Float[Tensor, "B F"]:
@@ -45,7 +45,7 @@ class TimmTower(ImageTower):
         return [groups[number] for number in sorted(groups)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the trunk does it.
+        """Recompute activations in the backward pass, as the trunk does it.
 
         Raises:
             UsageError: the trunk cannot.
@@ -64,7 +64,7 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
     """`timm:NAME`, with fresh weights.
 
     Raises:
-        UsageError: timm has no such model, or it does not take what is asked of it.
+        UsageError: timm has no such model, or it does not take these options.
     """
     import timm
 
@@ -87,11 +87,11 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
 def build_vit(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
     """`vit:WIDTHxDEPTH/PATCH`: a plain ViT (Dosovitskiy et al. 2021) of timm's class.
 
-    Its own pooling is the mean of the patches before the last norm; a class token is there for pooling=token alone.
+    Its own pooling is the mean of the patches before the last norm; it has a class token with pooling=token only.
     Sine positions are fixed (Beyer et al. 2022, better plain ViT baselines).
 
     Raises:
-        UsageError: the name is no such size.
+        UsageError: the name is not such a size.
     """
     from timm.models import VisionTransformer
 
@@ -157,17 +157,17 @@ def parse_vit_size(name: str) -> tuple[int, int, int]:
     """Width, depth and patch of `WIDTHxDEPTH/PATCH`.
 
     Raises:
-        UsageError: it is not written so.
+        UsageError: it is written otherwise.
     """
-    found = _VIT.fullmatch(name)
-    if not found:
+    match = _VIT.fullmatch(name)
+    if not match:
         raise UsageError(f"vit:{name} is not a size; write vit:WIDTHxDEPTH/PATCH, e.g. vit:192x12/16.")
-    width, depth, patch = (int(number) for number in found.groups())
+    width, depth, patch = (int(number) for number in match.groups())
     return width, depth, patch
 
 
 def timm_image_size(name: str) -> int:
-    """The side of the images a timm model is made for.
+    """The image size a timm model is made for.
 
     Raises:
         UsageError: timm has no such model; the nearest is named.
@@ -176,7 +176,7 @@ def timm_image_size(name: str) -> int:
 
 
 def has_fixed_input_size(name: str) -> bool:
-    """Whether a timm model must be told a size other than its own."""
+    """Whether a timm model must be built for a size other than its own."""
     return bool(_pretrained_config(name).fixed_input_size)
 
 
@@ -186,7 +186,7 @@ def _pretrained_config(name: str) -> Any:
 
     if not timm.is_model(name.split(".")[0]):
         raise UsageError(f"timm has no model {name!r}; {suggest_names(name, timm.list_models())}")
-    found = get_pretrained_cfg(name, allow_unregistered=True)
-    if found is None:
+    config = get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None:
         raise UsageError(f"timm says nothing of the input of {name!r}; name one of its tags, or another model.")
-    return found
+    return config

@@ -1,8 +1,6 @@
-"""Batch normalisation: where it is, and how to hold its statistics still.
+"""Base classes of our towers: an image tower is a trunk with pooling and projection; a text tower embeds tokens.
 
-An image tower: a trunk, its patches pooled, and a projection to the joint space.
-
-Text towers: token rows to vectors of the joint space.
+Also batch normalisation: which layers use statistics of the batch, and how to freeze them.
 """
 
 from abc import ABC, abstractmethod
@@ -23,25 +21,28 @@ from vlm.tensors import Bool, Float, Int64, Tensor
 def batch_norm_layers(network: nn.Module) -> list[str]:
     """Names of the layers that use statistics of the batch while training, as batch normalisation does.
 
-    With them a batch in parts differs from the whole one. Frozen ones are not among them.
+    With them micro-batches differ from the whole batch. Frozen ones are not among them.
     """
-    return [
-        name for name, module in network.named_modules() if _uses_batch_statistics(module) and not _is_frozen(module)
-    ]
+    names: list[str] = []
+    for name, module in network.named_modules():
+        if _uses_batch_statistics(module) and keep_in_eval_mode not in module._forward_pre_hooks.values():
+            names.append(name)
+    return names
 
 
 def freeze_batch_norm(network: nn.Module, names: Collection[str] | None = None) -> list[str]:
-    """Make these layers (all of them when none are named) normalise by their running statistics for good.
+    """Make these layers (all if none are named) normalise by their running statistics from now on.
 
-    Gains and biases are trained as before. In a fresh network the statistics are mean 0 and variance 1, so its layers
+    Gains and biases are still trained. In a fresh network the statistics are mean 0 and variance 1, so its layers
     become plain gains; this is meant for trained towers. Returns the names of the layers that were frozen.
     """
-    chosen = [name for name in batch_norm_layers(network) if names is None or name in names]
-    for name in chosen:
+    frozen = [name for name in batch_norm_layers(network) if names is None or name in names]
+    for name in frozen:
         module = network.get_submodule(name)
         module.eval()
+        # network.train() would undo eval() alone
         module.register_forward_pre_hook(keep_in_eval_mode)
-    return chosen
+    return frozen
 
 
 def keep_in_eval_mode(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -54,16 +55,12 @@ def _uses_batch_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or isinstance(getattr(module, "running_var", None), Tensor)
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    return keep_in_eval_mode in module._forward_pre_hooks.values()
-
-
 class ImageTower(nn.Module, ABC):
-    """Images to vectors of the joint space, through any trunk; subclasses say how a trunk is asked.
+    """Images to vectors of the joint space, through any trunk; subclasses know how to run their trunks.
 
     The names of its parts are those of open_clip's TimmModel (trunk, head.proj), so that it can be saved as one.
 
-    image_size: the size it is built for. measured: layouts and widths. width: of the pooled vector.
+    image_size: the size it is built for. trunk_info: layouts and widths. width: of the pooled vector.
     """
 
     def __init__(
@@ -96,10 +93,12 @@ class ImageTower(nn.Module, ABC):
         self.width = sum(pool.width for pool in pools) or trunk_info.native_width
         # the trunk's last norm often stands in the head that is left out
         self.norm = nn.LayerNorm(self.width) if pools else nn.Identity()
-        drop, projection = nn.Dropout(config.dropout), nn.Linear(self.width, embed_dim, bias=False)
-        self.head = nn.Sequential(OrderedDict(drop=drop, proj=projection))
+        dropout = nn.Dropout(config.dropout)
+        projection = nn.Linear(self.width, embed_dim, bias=False)
+        self.head = nn.Sequential(OrderedDict(drop=dropout, proj=projection))
+        # parameters without a part in the output get no gradient, which DDP would wait for
         for name in trunk_info.unused_native if self.is_native else trunk_info.unused:
-            trunk.get_parameter(name).requires_grad_(False)  # they have no gradient, which DDP would wait for
+            trunk.get_parameter(name).requires_grad_(False)
 
     @abstractmethod
     def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
@@ -107,14 +106,14 @@ class ImageTower(nn.Module, ABC):
 
     @abstractmethod
     def native(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """One vector an image, by the trunk's own pooling."""
+        """One vector per image, by the trunk's own pooling."""
 
     @abstractmethod
     def native_of(self, features: Features) -> Float[Tensor, "B F"]:
         """The same of the trunk's maps."""
 
     def parameter_groups(self) -> list[list[str]]:
-        """Names of the trunk's parameters, a group a layer, from the first to the last."""
+        """Names of the trunk's parameters, a group per layer, from the first to the last."""
         return group_by_layer(dict(self.trunk.named_parameters()))
 
     def tokens(self, pixels: Float[Tensor, "B 3 H W"]) -> list[TokenMap]:
@@ -132,7 +131,7 @@ class ImageTower(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B P D"]]:
         """Vectors of the images and of their patches, not normalised.
 
-        The vector of a patch is what pooling and projection make of an image all of whose places are that patch.
+        The vector of a patch is what pooling and projection make of an image that is this patch everywhere.
 
         Raises:
             UsageError: the tower has no single map with patches.
@@ -140,32 +139,36 @@ class ImageTower(nn.Module, ABC):
         layouts = self.trunk_info.layouts
         if len(layouts) != 1 or not layouts[0].patches:
             raise UsageError(
-                f"{type(self.trunk).__name__} gives {', '.join(map(str, layouts))} and so no one set of patches; "
+                f"{type(self.trunk).__name__} gives {', '.join(map(str, layouts))}, so there is no one set of patches; "
                 "choose another image tower."
             )
         features = self.features(pixels)
+        image = self.head(self.pool_features(features))
         patches = as_tokens(features, layouts)[0].patches
-        alone = as_features(patches.flatten(0, 1), layouts[0])
-        return self.head(self.pool_features(features)), self.head(self.pool_features(alone)).unflatten(
-            0, patches.shape[:2]
-        )
+        # each patch as a map of its own, so that one pass pools all of them
+        single_patch_maps = as_features(patches.flatten(0, 1), layouts[0])
+        embedded = self.head(self.pool_features(single_patch_maps))
+        return image, embedded.unflatten(0, patches.shape[:2])
 
     def pool_features(self, features: Features) -> Float[Tensor, "B F"]:
-        """One vector an image, from the trunk's maps."""
+        """One vector per image, from the trunk's maps."""
         if self.is_native:
             return self.native_of(features)
         return self._pool(as_tokens(features, self.trunk_info.layouts))
 
     def _pool(self, maps: list[TokenMap]) -> Float[Tensor, "B F"]:
-        return self.norm(torch.cat([pool(tokens) for pool, tokens in zip(self.pools, maps, strict=True)], dim=-1))
+        pooled = [pool(tokens) for pool, tokens in zip(self.pools, maps, strict=True)]
+        return self.norm(torch.cat(pooled, dim=-1))
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Keep the trunk as it is, but for its last groups of layers (LiT, Zhai et al. 2022).
+        """Freeze the trunk but for its last groups of layers (LiT, Zhai et al. 2022).
 
-        Pools of ours and the projection are trained all the same, since no pretraining gave them.
+        Our own pooling and the projection are always trained, since no pretraining gave them.
         """
         groups = self.parameter_groups()
-        locked = {name for group in groups[: max(0, len(groups) - unlocked_groups)] for name in group}
+        locked: set[str] = set()
+        for group in groups[: max(0, len(groups) - unlocked_groups)]:
+            locked.update(group)
         for name in locked:
             self.trunk.get_parameter(name).requires_grad_(False)
         if freeze_bn_stats:
@@ -174,7 +177,7 @@ class ImageTower(nn.Module, ABC):
 
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the trunk's activations again in the backward pass."""
+        """Recompute the trunk's activations in the backward pass."""
 
 
 def group_by_layer(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
@@ -188,14 +191,14 @@ def group_by_layer(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
 
 
 def _is_fully_locked(trunk: nn.Module, name: str, locked: set[str]) -> bool:
-    own = [f"{name}.{each}" for each, _ in trunk.get_submodule(name).named_parameters()]
-    return all(each in locked for each in own)
+    parameters = trunk.get_submodule(name).named_parameters()
+    return all(f"{name}.{parameter_name}" in locked for parameter_name, _ in parameters)
 
 
 class TextTower(nn.Module, ABC):
     """Token rows to vectors of the joint space.
 
-    takes_embeddings: whether it reads embeddings made beforehand, by `project`.
+    takes_embeddings: whether it reads precomputed embeddings, by `project`.
     """
 
     takes_embeddings = False
@@ -205,11 +208,11 @@ class TextTower(nn.Module, ABC):
         """Vectors of the joint space, not normalised."""
 
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
-        """What pretraining may have given; locking keeps it. Here everything."""
+        """The pretrained parameters, which locking freezes; here all."""
         return dict(self.named_parameters())
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Keep the trunk as it is, but for its last layers."""
+        """Freeze the trunk but for its last layers."""
         parameters = self.trunk_parameters()
         groups = group_by_layer(parameters)
         for group in groups[: max(0, len(groups) - unlocked_layers)]:
@@ -218,16 +221,18 @@ class TextTower(nn.Module, ABC):
                 parameters[name].requires_grad_(is_norm and not freeze_layer_norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute activations again in the backward pass; nothing to do where there are hardly any."""
+        """Recompute activations in the backward pass; nothing to do for towers with hardly any."""
 
 
 def text_mask(tokens: Int64[Tensor, "B L"], pad_id: int) -> Bool[Tensor, "B L"]:
-    """Which places hold text: from the first to the last that is not padding.
+    """Which positions hold text: from the first to the last token that is not padding.
 
-    CLIP's padding is also its piece "!", so padding between other tokens is text.
+    CLIP's padding is also its token "!", so padding between other tokens is text.
     """
-    there = (tokens != pad_id).long()
-    return (there.cumsum(dim=1) > 0) & (there.flip(1).cumsum(dim=1).flip(1) > 0)
+    is_token = (tokens != pad_id).long()
+    has_token_before = is_token.cumsum(dim=1) > 0
+    has_token_after = is_token.flip(1).cumsum(dim=1).flip(1) > 0
+    return has_token_before & has_token_after
 
 
 def pool_states(states: Float[Tensor, "B L C"], mask: Bool[Tensor, "B L"], pooling: str) -> Float[Tensor, "B C"]:
@@ -235,14 +240,14 @@ def pool_states(states: Float[Tensor, "B L C"], mask: Bool[Tensor, "B L"], pooli
     if pooling == "mean":
         weights = mask.to(states.dtype)[:, :, None]
         return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-    places = mask.long()
-    first = places.argmax(dim=1)
-    index = first if pooling == "cls" else first + (places.sum(dim=1) - 1).clamp(min=0)
+    is_text = mask.long()
+    first = is_text.argmax(dim=1)  # argmax gives the first of equal values
+    index = first if pooling == "cls" else first + (is_text.sum(dim=1) - 1).clamp(min=0)
     return states.gather(1, index[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
 
 
 def projection(width: int, hidden: int, embed_dim: int, dropout: float = 0.0) -> nn.Sequential:
-    """A linear layer to the joint space, or two with GELU between them where `hidden` is a width."""
+    """A linear layer to the joint space, or two with a GELU between them if `hidden` is a width."""
     if not hidden:
         return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=False))
     return nn.Sequential(

@@ -1,7 +1,4 @@
-"""Names of towers: PREFIX:NAME, with options after commas.
-
-What a tower is told: the `vision_cfg` and `text_cfg` of a model folder that names a tower of ours.
-"""
+"""Names of towers, PREFIX:NAME with options after commas, and their configurations in the model_cfg of a folder."""
 
 import ast
 import difflib
@@ -33,19 +30,17 @@ def parse_tower_options(words: str) -> tuple[str, dict[str, Any]]:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise UsageError(f"{option!r} in {words!r} is no option; write KEY=VALUE, e.g. pooling=simpool.")
+            raise UsageError(f"{option!r} in {words!r} is not an option; write KEY=VALUE, e.g. pooling=simpool.")
         values[key] = _value(value)
     return tower, values
 
 
 def suggest_names(name: str, known: list[str]) -> str:
-    """A hint naming the few names nearest to `name`."""
+    """A hint with the few names nearest to `name`."""
     close = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.5)
-    return (
-        f"did you mean {', '.join(close)}?"
-        if close
-        else f"it has {len(known)} names, e.g. {', '.join(known[:_SHOWN])}."
-    )
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"it has {len(known)} names, e.g. {', '.join(known[:_SHOWN])}."
 
 
 def _value(word: str) -> Any:
@@ -59,18 +54,18 @@ TOWER_KEY = "tower"
 """The key that tells our towers from open_clip's, whose configurations do not have it."""
 
 INITIAL_WEIGHTS_KEY = "initial_weights"
-"""The key that only a fresh network reads; a saved model folder does without."""
+"""The key that only a fresh network reads; a saved model folder does not have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    """An image tower: which trunk, at which size, pooled how."""
+    """An image tower: its trunk, its size, its pooling."""
 
     tower: str
     """PREFIX:NAME, with a prefix of `IMAGE_TOWERS`."""
 
     image_size: int
-    """Pixels of the square the tower sees."""
+    """Side of the square input image in pixels."""
 
     pooling: Literal["native", "avg", "token", "simpool", "queries", "map"] = "native"
     """How patches become one vector; native is the trunk's own way (`vlm.models.towers.pooling`)."""
@@ -79,7 +74,7 @@ class ImageTowerConfig:
     """Learned queries of a block, for pooling by queries."""
 
     registers: int = 0
-    """Register tokens beside the patches of a ViT (Darcet et al. 2024)."""
+    """Register tokens in addition to the patches of a ViT (Darcet et al. 2024)."""
 
     positions: Literal["learned", "sine"] = "learned"
     """Positions of `vit:`: learned, or fixed sines in two dimensions."""
@@ -94,7 +89,7 @@ class ImageTowerConfig:
     """Probability of skipping a residual branch, rising with depth to this."""
 
     patch_dropout: float = 0.0
-    """Share of patches left out while training."""
+    """Fraction of patches dropped while training."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the timm builder, e.g. {"depth": 4}."""
@@ -108,13 +103,13 @@ class ImageTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    """A text tower: which encoder, of which tokens, pooled how."""
+    """A text tower: its encoder, its tokens, its pooling."""
 
     tower: str
     """PREFIX:NAME, with a prefix of `TEXT_TOWERS`."""
 
     context_length: int = 77
-    """Tokens a caption."""
+    """Tokens per caption."""
 
     vocab_size: int = 49408
     """Ids the tokenizer gives."""

@@ -1,10 +1,7 @@
-"""Dropout of a whole model, told to the towers that have it.
+"""All towers by prefix, model configurations completed from tower names, and `TowerNetwork`, which joins two towers.
 
-Saying a model in open_clip's own format where that can say it.
-
-All towers by prefix, and configurations completed with what their names stand for.
-
-A dual encoder of towers, with the interface of open_clip's CLIP.
+A tower is named PREFIX:NAME. What open_clip's format can express is written in it (`portable_config`), so that a model
+folder opens there too; other towers keep a `tower` key, which open_clip rejects.
 """
 
 import math
@@ -49,14 +46,14 @@ _OPEN_CLIP_TIMM = {"dropout": "timm_drop", "drop_path": "timm_drop_path", "patch
 def set_dropout(
     config: dict[str, Any], *, dropout: float = 0.0, drop_path: float = 0.0, patch_dropout: float = 0.0
 ) -> dict[str, Any]:
-    """The same model_cfg with dropout in every tower that has that kind of it; 0 leaves what the towers say.
+    """The same model_cfg with dropout in every tower that has the kind; 0 leaves what is configured.
 
     dropout: on pooled vectors (timm's head, open_clip's timm_drop), in the hidden layers of hf:, and before the
     projection of bag, ngram and lm:. drop_path: residual branches of timm and hf trunks. patch_dropout: patches of ViTs
     (FLIP, Li et al. 2023).
 
     Raises:
-        UsageError: no tower has the kind asked for.
+        UsageError: no tower has the kind.
     """
     changed = deepcopy(config)
     for kind, value in (("dropout", dropout), ("drop_path", drop_path), ("patch_dropout", patch_dropout)):
@@ -96,11 +93,10 @@ def _tower_label(values: dict[str, Any]) -> str:
 
 
 def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The model_cfg to write beside weights: in open_clip's format where it builds a network of the same weights.
+    """The model_cfg to write next to weights: in open_clip's format if that builds a network of the same weights.
 
-    open_clip can say: its own towers, and `timm:` towers pooled natively at the size timm made them for. It cannot say
-    other poolings, other sizes of trunks with fixed positions, and hf:, lm:, bag and ngram; these keep our `tower` key,
-    which open_clip refuses.
+    open_clip's format can express its own towers, and `timm:` towers with native pooling at timm's size for them. It
+    cannot express other poolings, other sizes of trunks with fixed positions, and hf:, lm:, bag and ngram.
     """
     saved = deepcopy(config)
     if "logit_bias" in weights and saved.get("init_logit_bias") is None:
@@ -113,16 +109,12 @@ def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> di
     if vision is None:
         return saved
     exported = saved | {"vision_cfg": vision, "custom_text": True}
-    return (
-        exported
-        if _open_clip_shapes(exported) == {name: tuple(value.shape) for name, value in weights.items()}
-        else saved
-    )
+    # some timm trunks get other layers through open_clip's adapter, which only the shapes show
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    return exported if _open_clip_shapes(exported) == shapes else saved
 
 
 def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
-    from vlm.models.towers.timm import timm_image_size
-
     prefix, name = split_tower(config.tower)
     is_plain = prefix == "timm" and config.pooling == "native" and not (config.registers or config.overrides)
     if not is_plain or config.image_size != timm_image_size(name):
@@ -144,10 +136,10 @@ def _open_clip_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | No
     values = {key: value for key, value in config.items() if key != "custom_text"}
     try:
         with torch.device("meta"):
-            twin = CustomTextCLIP(**values, output_dict=True)
+            meta_network = CustomTextCLIP(**values, output_dict=True)
     except (TypeError, RuntimeError, AssertionError):
         return None
-    return {name: tuple(value.shape) for name, value in twin.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in meta_network.state_dict().items()}
 
 
 Values = dict[str, Any]
@@ -158,9 +150,9 @@ _HEAD_WIDTHS = (64, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class TowerType:
-    """A prefix of towers. complete: fills in what the name stands for, given (values, name).
+    """A kind of tower. complete: fills in what the name stands for, given (values, name).
 
-    build: makes the tower of completed values, given (config, name, embed_dim); without it, completing gives values
+    build: builds the tower of completed values, given (config, name, embed_dim); without it, completing gives values
     in open_clip's own format.
     """
 
@@ -174,22 +166,22 @@ def _complete_timm(values: Values, name: str) -> Values:
 
 def _complete_vit(values: Values, name: str) -> Values:
     width, _, _ = parse_vit_size(name)
-    head_width = next((each for each in _HEAD_WIDTHS if width % each == 0), width)
+    head_width = next((head_width for head_width in _HEAD_WIDTHS if width % head_width == 0), width)
     return {"image_size": _VIT_SIZE, "head_width": head_width, **values}
 
 
 def _complete_hf_image(values: Values, name: str) -> Values:
     if "hf_config" in values:
         return {"image_size": hf_image_size(values["hf_config"]), **values}
-    found, weights = read_hf_config(name)
-    return {"image_size": hf_image_size(found), "hf_config": found, "initial_weights": weights, **values}
+    hf_config, weights = read_hf_config(name)
+    return {"image_size": hf_image_size(hf_config), "hf_config": hf_config, "initial_weights": weights, **values}
 
 
 def _complete_hf_text(values: Values, name: str) -> Values:
     if "hf_config" in values:
         return values
-    found, weights = read_hf_config(name)
-    return {"pooling": default_pooling(found), "hf_config": found, "initial_weights": weights, **values}
+    hf_config, weights = read_hf_config(name)
+    return {"pooling": default_pooling(hf_config), "hf_config": hf_config, "initial_weights": weights, **values}
 
 
 def _complete_lm(values: Values, name: str) -> Values:
@@ -201,16 +193,16 @@ def _complete_bag(values: Values, name: str) -> Values:
 
 
 def _complete_transformer(values: Values, name: str) -> Values:
-    """`transformer:WIDTHxDEPTH` in open_clip's keys; other keys are open_clip's and stay."""
-    width, by, layers = name.partition("x")
-    if not (by and width.isdigit() and layers.isdigit()) or int(width) % _HEAD_WIDTHS[-1]:
+    """`transformer:WIDTHxDEPTH` in open_clip's keys; other keys are open_clip's already."""
+    width, separator, layers = name.partition("x")
+    if not (separator and width.isdigit() and layers.isdigit()) or int(width) % _HEAD_WIDTHS[-1]:
         raise UsageError(
             f"transformer:{name} is not a size; write transformer:WIDTHxDEPTH, e.g. transformer:256x4, with a width "
             f"that is a multiple of {_HEAD_WIDTHS[-1]}."
         )
-    head_width = next(each for each in _HEAD_WIDTHS if int(width) % each == 0)
-    own = {"width": int(width), "heads": int(width) // head_width, "layers": int(layers)}
-    return own | {key: value for key, value in values.items() if key != TOWER_KEY}
+    head_width = next(head_width for head_width in _HEAD_WIDTHS if int(width) % head_width == 0)
+    sizes = {"width": int(width), "heads": int(width) // head_width, "layers": int(layers)}
+    return sizes | {key: value for key, value in values.items() if key != TOWER_KEY}
 
 
 def _complete_open_clip(part: str) -> Callable[[Values, str], Values]:
@@ -256,21 +248,31 @@ def parse_towers(name: str) -> Values:
     if not (at and size.isdigit()):
         towers, size = name, str(_EMBED_DIM)
     image, text = _split(towers)
-    vision_cfg, text_cfg = (
-        {TOWER_KEY: tower, **options} for tower, options in (parse_tower_options(image), parse_tower_options(text))
+    image_tower, image_options = parse_tower_options(image)
+    text_tower, text_options = parse_tower_options(text)
+    return resolve_tower_configs(
+        {
+            "embed_dim": int(size),
+            "vision_cfg": {TOWER_KEY: image_tower, **image_options},
+            "text_cfg": {TOWER_KEY: text_tower, **text_options},
+        }
     )
-    return resolve_tower_configs({"embed_dim": int(size), "vision_cfg": vision_cfg, "text_cfg": text_cfg})
 
 
 def _split(towers: str) -> tuple[str, str]:
-    places = [place for place, letter in enumerate(towers) if letter == "+"]
-    for place in places:  # folders may have a + in their names
-        image, text = towers[:place], towers[place + 1 :]
+    # folders may have a + in their names, so the first + with a known prefix on both sides counts
+    parts = towers.split("+")
+    for number in range(1, len(parts)):
+        image = "+".join(parts[:number])
+        text = "+".join(parts[number:])
         if _prefix_of(image) in IMAGE_TOWERS and _prefix_of(text) in TEXT_TOWERS:
             return image, text
-    image, text = towers[: places[0]], towers[places[0] + 1 :]
-    table, tower = (TEXT_TOWERS, text) if _prefix_of(image) in IMAGE_TOWERS else (IMAGE_TOWERS, image)
-    raise UsageError(f"Unknown tower {tower!r} in {towers!r}; {suggest(_prefix_of(tower), list(table))}")
+
+    image, _, text = towers.partition("+")
+    is_image_known = _prefix_of(image) in IMAGE_TOWERS
+    unknown = text if is_image_known else image
+    known = list(TEXT_TOWERS if is_image_known else IMAGE_TOWERS)
+    raise UsageError(f"Unknown tower {unknown!r} in {towers!r}; {suggest(_prefix_of(unknown), known)}")
 
 
 def _prefix_of(words: str) -> str:
@@ -280,10 +282,10 @@ def _prefix_of(words: str) -> str:
 def resolve_tower_configs(config: Values) -> Values:
     """A model_cfg with what the names of its towers stand for, and every key checked.
 
-    Towers that open_clip's format can say are said in it; what is complete stays as it is.
+    Towers that open_clip's format can express are written in it; what is complete does not change.
 
     Raises:
-        UsageError: a tower or a key is unknown, or a folder is not there.
+        UsageError: a tower or a key is unknown, or a folder is missing.
     """
     completed = deepcopy(config)
     for part, table, read in (
@@ -302,7 +304,7 @@ def resolve_tower_configs(config: Values) -> Values:
 
 
 def uses_towers(config: Values) -> bool:
-    """Whether a model_cfg names a tower that open_clip's format cannot say."""
+    """Whether a model_cfg names a tower that open_clip's format cannot express."""
     return TOWER_KEY in config["vision_cfg"] or TOWER_KEY in config["text_cfg"]
 
 
@@ -344,7 +346,7 @@ INITIAL_SCALE = math.log(1 / 0.07)  # CLIP §2.5
 class TowerNetwork(nn.Module):
     """An image tower and a text tower with a learned temperature; its parts have the names of CustomTextCLIP's.
 
-    logit_bias is there where init_logit_bias is a number (SigLIP, Zhai et al. 2023).
+    It has a logit_bias if init_logit_bias is a number (SigLIP, Zhai et al. 2023).
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -360,12 +362,12 @@ class TowerNetwork(nn.Module):
         self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
 
     def encode_image(self, image: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Vectors of images."""
+        """Embeddings of images."""
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Int64[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Vectors of texts."""
+        """Embeddings of texts."""
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
