@@ -105,5 +105,5 @@ def test_a_prefix_has_no_weights_to_give(capsys, scene_tokenizer, tmp_path, word
     filled = [word.format(f"{tmp_path / 'model'}#4", out=tmp_path / "out") for word in words]
     code, _, err = run(capsys, *filled)
     assert code == 2
-    assert f"made of those of {tmp_path / 'model'}. Give that one." in err
+    assert f"derived from those of {tmp_path / 'model'}. Give that one." in err
     assert not (tmp_path / "out").exists()

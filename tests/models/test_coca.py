@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from vlm.models.coca import text_log_likelihoods
 from vlm.models.factory import build_network, model_config
+from vlm.models.network import Captioner
 
 PAD, START, END = 0, 1, 2
 
@@ -35,7 +36,7 @@ def slow_likelihood(network: torch.nn.Module, image: torch.Tensor, tokens: torch
     return -float(losses[outputs["labels"][0] != PAD].mean())
 
 
-def test_likelihoods_are_those_of_each_pair_alone(network: torch.nn.Module) -> None:
+def test_likelihoods_are_those_of_each_pair_alone(network: Captioner) -> None:
     torch.manual_seed(1)
     pixels, tokens = torch.randn(4, 3, 32, 32), rows()
     with torch.no_grad():
@@ -46,7 +47,7 @@ def test_likelihoods_are_those_of_each_pair_alone(network: torch.nn.Module) -> N
     assert float(found.std(dim=0).min()) > 1e-3
 
 
-def test_a_token_that_is_numbered_as_padding_does_not_cut_the_text(network: torch.nn.Module) -> None:
+def test_a_token_that_is_numbered_as_padding_does_not_cut_the_text(network: Captioner) -> None:
     torch.manual_seed(1)
     pixels, tokens = torch.randn(2, 3, 32, 32), rows()[1:2]
     tokens[0, 3] = PAD

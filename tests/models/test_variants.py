@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import nn
@@ -43,7 +45,7 @@ def whole() -> VisionLanguageModel:
     torch.manual_seed(0)
     return VisionLanguageModel(
         name="given",
-        network=Network().eval(),
+        network=cast(Any, Network().eval()),
         config={"embed_dim": 16},
         view=EvalTransform(size=4),
         tokenizer=Letters(),

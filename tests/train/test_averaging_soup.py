@@ -1,6 +1,6 @@
 import copy
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def model(point, *, config=None, size=32, words="pieces"):
         network.weight.copy_(torch.tensor([point]))
     return VisionLanguageModel(
         name=str(point),
-        network=network,
+        network=cast(Any, network),
         config=config or {"embed_dim": 1, "vision_cfg": {"layers": 1, "image_size": 32}},
         view=EvalTransform(size=size),
         tokenizer=Words(words),

@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -243,4 +243,4 @@ def test_an_objective_the_network_cannot_serve_is_refused_with_the_cure():
     with pytest.raises(UsageError, match=r"reads logits: it needs a network with a decoder, e.g. --architecture"):
         task_of("caption", model_of("micro"))
     with pytest.raises(UsageError, match="image tower with patches"):
-        TrainingTask(nn.Identity(), {}, ["patch_features"], options_of(), image_size=SIZE)
+        TrainingTask(cast(Any, nn.Identity()), {}, ["patch_features"], options_of(), image_size=SIZE)

@@ -152,9 +152,9 @@ def use_per_sample_dropout(network: nn.Module, noise: PerSampleNoise) -> int:
 
 
 def _per_sample_layer(layer: Any, noise: PerSampleNoise, name: str) -> nn.Module | None:
+    if isinstance(layer, nn.Dropout):
+        return PerSampleDropout(noise, name, layer.p) if layer.p else None
     kind = type(layer).__name__  # timm's classes by name, so that timm need not be imported
-    if isinstance(layer, nn.Dropout) and layer.p:
-        return PerSampleDropout(noise, name, layer.p)
     if kind == "DropPath" and getattr(layer, "drop_prob", 0):
         return PerSampleDropPath(noise, name, layer.drop_prob, rescale=getattr(layer, "scale_by_keep", True))
     if kind == "PatchDropout" and getattr(layer, "prob", 0):

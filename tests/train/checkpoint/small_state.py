@@ -1,6 +1,7 @@
 """A state around a network of a few numbers, with everything a checkpoint may hold."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def small_state(seed: int = 0, *, has_head: bool = True, has_average: bool = Tru
     config = {"embed_dim": 2, "vision_cfg": {"image_size": 8}, "text_cfg": {"context_length": 4}}
     tokenizer = NoTokenizer.__new__(NoTokenizer)
     model = VisionLanguageModel(
-        name="small", network=network, config=config, view=EvalTransform(size=8), tokenizer=tokenizer
+        name="small", network=cast(Any, network), config=config, view=EvalTransform(size=8), tokenizer=tokenizer
     )
     state = TrainState(task=task, model=model, optimizer=optimizer, sequence="sequence")
     if has_average:

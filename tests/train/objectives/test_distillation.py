@@ -1,5 +1,7 @@
 """What is learnt from the embeddings of another model."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def small_embedder():
 
     return VisionLanguageModel(
         name="small",
-        network=torch.nn.Identity(),
+        network=cast(Any, torch.nn.Identity()),
         config={"embed_dim": 16},
         view=EvalTransform(size=32),
         tokenizer=open_tokenizer("clip", 10),

@@ -75,7 +75,8 @@ def build_hf_config(values: dict[str, Any], **changes: Any) -> Any:
 
 def dropout_settings(probability: float) -> dict[str, float]:
     """The dropout settings of a configuration, whatever its model family calls them."""
-    return dict.fromkeys(_STATE_DROPOUT, probability) | dict.fromkeys(_ATTENTION_DROPOUT, 0.0)
+    settings: dict[str, float] = dict.fromkeys(_STATE_DROPOUT, probability)
+    return settings | dict.fromkeys(_ATTENTION_DROPOUT, 0.0)
 
 
 def is_causal(values: dict[str, Any]) -> bool:
