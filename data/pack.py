@@ -7,6 +7,8 @@ The journal of a folder of shards that is being written: a line for each that is
 
 import io
 import json
+import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,17 +21,20 @@ from vlm.console import progress, track
 from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
 from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
-from vlm.data.shards import shards_fingerprint
+from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
+from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
 from vlm.data.tar import npy_bytes
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
-from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
+from vlm.manifest import MANIFEST, FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+
+logger = logging.getLogger(__name__)
 
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -227,6 +232,26 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
         pairs_per_second=(len(source) - already) / seconds,
         warnings=work.warnings(),
     )
+
+
+def shards_at(url: str) -> list[str]:
+    """The shards at an address; whatever else `pack` reads is packed once, into the cache of this machine.
+
+    Raises:
+        UsageError: nothing is there, or no single reading of it.
+    """
+    if holds_shards(url):
+        return expand_shards(url)
+    source = open_source(url)
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    out = base / "vlm" / "packed" / source.fingerprint()
+    if not (out / MANIFEST).is_file():
+        logger.info(f"{url} is no shards; it is packed to {out} first. vlm pack puts them where you want them.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        summary = pack(source, out, PackConfig(max_bad_share=1.0))
+        if summary.bad:
+            logger.warning(f"{summary.bad:,} of its pairs cannot be used; {out / REJECTED} names them.")
+    return expand_shards(str(out))
 
 
 class _PackJob:

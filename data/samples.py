@@ -75,6 +75,19 @@ def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     return {language: texts for language, texts in captions.items() if texts}
 
 
+def split_lines(captions: Captions) -> Captions:
+    """Each line of a caption as one of its own.
+
+    >>> split_lines({"": ("a jug\\n\\na pot ",)})
+    {'': ('a jug', 'a pot')}
+    """
+    by_language: Captions = {}
+    for language, texts in captions.items():
+        lines = [line.strip() for text in texts for line in text.splitlines()]
+        by_language[language] = tuple(dict.fromkeys(filter(None, lines)))
+    return by_language
+
+
 def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions:
     """The captions in the requested languages, in their order; without a request, those of the first language.
 

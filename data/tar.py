@@ -297,6 +297,20 @@ def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | No
     return table.replace_schema_metadata({**metadata, "fingerprint": _content_fingerprint(table)})
 
 
+def read_members(url: str, extension: str, cache: ShardCache | None = None) -> dict[str, bytes]:
+    """The members `KEY.extension` of a tar, by key: those that the index does not tell, such as `KEY.cls`."""
+    url = local_path(url)
+    contents: dict[str, bytes] = {}
+    with _open_tar(url, file_identity(url, cache.retry_policy if cache else None), cache) as file:
+        for entry in read_entries(file, url)[0]:
+            folder, _, name = entry.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            if ending.lower() == extension and entry.size <= _MAX_HEADER_BYTES:
+                file.seek(entry.offset_data)
+                contents[f"{folder}/{stem}" if folder else stem] = file.read(entry.size)
+    return contents
+
+
 def _open_tar(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
     """A tar as a plain file: in its place, or in the cache."""
     if not needs_cache(url):

@@ -76,6 +76,7 @@ class Inspection:
     near_duplicates: samples that look like an earlier one, the former included; None if they were not searched.
     repeated_captions: the most frequent captions that occur more than once, with their numbers.
     context_length: of the tokenizer, if one was given.
+    caption_lines: samples whose captions go over several lines, and the captions there are if each line is one.
     """
 
     shards: int
@@ -94,6 +95,7 @@ class Inspection:
     sizes: Distribution | None
     languages: dict[str, LanguageStats]
     context_length: int | None
+    caption_lines: dict[str, int] | None
     columns: dict[str, ColumnStats]
     duplicate_pictures: int
     duplicate_keys: int

@@ -181,6 +181,7 @@ def _inspection(
         traits=dict(stats.traits.most_common()),
         languages=stats.languages(),
         context_length=context_length,
+        caption_lines=stats.caption_lines(),
         columns=stats.columns(),
         near_duplicates=near_duplicates,
         repeated_captions=layout.texts_of(stats.repeated_captions()),

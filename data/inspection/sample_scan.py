@@ -11,7 +11,7 @@ from PIL import Image
 from vlm.data.decode import jpeg_thumbnail, open_image, to_rgb, upright_size
 from vlm.data.dedup import ImageSignature, image_signature
 from vlm.data.inspection.findings import BadRecord, ContactSheetSample
-from vlm.data.samples import Captions, Sample, parse_tags
+from vlm.data.samples import Captions, Sample, parse_tags, split_lines
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.errors import BadSample
@@ -54,6 +54,7 @@ class SampleScan:
     image_digest: bytes = b""
     image_bytes: int = 0
     captions: dict[str, tuple[CaptionScan, ...]] | None = None
+    caption_lines: int = 0
     columns: dict[str, tuple[str, ...]] | None = None
     image: ImageScan | None = None
     signature: ImageSignature | None = None
@@ -98,6 +99,7 @@ class SampleScanner:
         try:
             sample = reader.read(number)
             scan.captions = self._scan_captions(sample.captions)
+            scan.caption_lines = sum(len(texts) for texts in split_lines(sample.captions).values())
             scan.columns = metadata_columns(sample.metadata)
             scan.key = content_digest(sample.key)
             scan.image_digest = content_digest(sample.image)

@@ -38,6 +38,8 @@ class DatasetStats:
         self._aspects = array("d")
         self._sizes = array("Q")
         self._captions = _CaptionStats(context_length)
+        self._lines = 0
+        self._samples_of_lines = 0
         self._columns: dict[str, _ColumnCounter] = {}
         self._hashes = array("Q")
         self._thumbnails = bytearray()
@@ -47,6 +49,8 @@ class DatasetStats:
         self.looked_at += 1
         if scan.captions is not None:
             self._captions.add(scan.number, scan.captions)
+            self._lines += scan.caption_lines
+            self._samples_of_lines += scan.caption_lines > sum(map(len, scan.captions.values()))
         for name, values in (scan.columns or {}).items():
             if name in self._columns or len(self._columns) < _MAX_COLUMNS:
                 self._columns.setdefault(name, _ColumnCounter()).add(values)
@@ -114,6 +118,12 @@ class DatasetStats:
     def languages(self) -> dict[str, LanguageStats]:
         """The captions by language."""
         return self._captions.summarize()
+
+    def caption_lines(self) -> dict[str, int] | None:
+        """Samples whose captions go over several lines, and all captions if each line is one; None without such."""
+        if not self._samples_of_lines:
+            return None
+        return {"samples": self._samples_of_lines, "captions": self._lines}
 
     def repeated_captions(self) -> list[tuple[int, bytes, int]]:
         """Of the captions that occur most: number of a sample that has it, its digest, how often it occurs."""

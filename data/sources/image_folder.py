@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
+from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions, split_lines
 from vlm.data.sources.image_names import image_names
 from vlm.data.sources.rows import decode_text
 from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
@@ -181,19 +181,6 @@ def _decoded(data: bytes, name: str, encoding: str) -> str:
         hint = f"not {encoding or 'UTF-8'}; name its encoding, as in --encoding latin-1"
         raise BadSample("unreadable text", f"{readable_text(name)} is {hint}") from error
     return text
-
-
-def split_lines(captions: Captions) -> Captions:
-    """Each line of a caption as one of its own.
-
-    >>> split_lines({"": ("a jug\\n\\na pot ",)})
-    {'': ('a jug', 'a pot')}
-    """
-    by_language: Captions = {}
-    for language, texts in captions.items():
-        lines = [line.strip() for text in texts for line in text.splitlines()]
-        by_language[language] = tuple(dict.fromkeys(filter(None, lines)))
-    return by_language
 
 
 def files_beside(image: str, names: frozenset[str]) -> list[str]:

@@ -1,11 +1,11 @@
 """Which files of a source are images, and which one a table means by a name."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from vlm.data.sources.source import SourceFiles, inner_name
+from vlm.data.sources.source import FolderFiles, SourceFiles, inner_name
 from vlm.errors import BadSample
 
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -41,6 +41,14 @@ def is_image_name(name: str) -> bool:
 def image_names(files: SourceFiles) -> list[str]:
     """The images among the files: by their endings, and by their first bytes where an ending says nothing."""
     return [name for name in files.names() if is_image_name(name) or _is_unnamed_image(files, name)]
+
+
+def image_paths(paths: Sequence[Path]) -> list[Path]:
+    """Image files as they are, and all images inside of folders."""
+    images: list[Path] = []
+    for path in paths:
+        images += [path / name for name in image_names(FolderFiles(path))] if path.is_dir() else [path]
+    return images
 
 
 def _is_unnamed_image(files: SourceFiles, name: str) -> bool:

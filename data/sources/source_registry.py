@@ -13,7 +13,7 @@ from vlm.data.shards import expand_shards
 from vlm.data.sources.annotations import AnnotationSource
 from vlm.data.sources.image_folder import ClassFolderSource, ImageFolderSource, are_no_classes, label_folders
 from vlm.data.sources.location import SCENES, SourceLocation, is_table_file, open_location, unread_captions
-from vlm.data.sources.source import PairSource, SourceKind, SourceOptions, TarFiles, readable_text
+from vlm.data.sources.source import FolderFiles, PairSource, SourceKind, SourceOptions, TarFiles, readable_text
 from vlm.data.sources.synthetic_shapes import SyntheticShapesSource
 from vlm.data.sources.table import TableSource, read_table
 from vlm.data.sources.webdataset import ShardSource, contains_samples, looks_like_shard
@@ -47,9 +47,21 @@ def open_source(url: str, options: SourceOptions | None = None) -> PairSource:
     return source
 
 
-def recognised_kind(url: str) -> SourceKind:
-    """What lies at an address; raises as `open_source`."""
-    return _recognise(open_location(url, SourceOptions()))
+def holds_shards(url: str) -> bool:
+    """Whether an address is one of shards, which every command reads as they are.
+
+    A pattern or a remote address is; so is a folder with tars that hold no samples, for whoever reads them to say so.
+
+    Raises:
+        UsageError: there is nothing.
+    """
+    if not Path(url).expanduser().exists():
+        return True
+    location = open_location(url, SourceOptions())
+    is_folder_of_tars = isinstance(location.files, FolderFiles) and any(
+        "/" not in n and is_shard(n) for n in location.names
+    )
+    return _contains_shards(location) or is_folder_of_tars
 
 
 def _recognise(location: SourceLocation) -> SourceKind:

@@ -16,7 +16,7 @@ from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
 from vlm.data.sources.image_names import ImageFinder, is_web_address
 from vlm.data.sources.rows import Rows, image_of_caption, read_rows
 from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
-from vlm.errors import BadSample, UsageError
+from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 
 IMAGE_COLUMNS = (
@@ -57,7 +57,12 @@ def read_table(files: SourceFiles, name: str, encoding: str = "") -> Table:
         VlmError: it cannot be read.
     """
     if name.lower().endswith(".parquet"):
-        return Table(name, read_rows(files.open(name), name=name))
+        file = files.open(name)
+        try:
+            return Table(name, read_rows(file, name=name))
+        except VlmError:
+            file.close()
+            raise
     data = files.read(name)
     return Table(name, read_rows(data, name=name, encoding=encoding), data)
 
@@ -305,8 +310,12 @@ def _name_similarity(one: str, other: str) -> float:
 
 
 def _image_names(rows: Rows, column: str) -> list[Any]:
-    """The images of the rows; a numbered caption (`1.jpg#0`) is one of its image."""
-    return [image_of_caption(name) if isinstance(name, str) else name for name in _column_or_nothing(rows, column)]
+    """The images of the rows, None where none is named; a numbered caption (`1.jpg#0`) is one of its image."""
+    names: list[Any] = []
+    for name in _column_or_nothing(rows, column):
+        is_text = isinstance(name, str)
+        names.append((image_of_caption(name) if name.strip() else None) if is_text else name)
+    return names
 
 
 def _column_or_nothing(rows: Rows, column: str) -> list[Any]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.samples import Pair
+from vlm.data.samples import Pair, split_lines
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.sources.image_folder import split_lines
 from vlm.data.sources.image_names import IMAGE_SUFFIXES
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index, read_entries
@@ -126,7 +125,7 @@ def _inflated_beginning(tar: Path) -> bytes:
 
 
 def looks_like_shard(names: Sequence[str]) -> bool:
-    """Whether files of a tar are samples: some picture has its text or JSON beside it, under the same name."""
-    annotated_stems = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json"))}
+    """Whether files of a tar are samples: some image has its text, JSON or class beside it, under the same name."""
+    annotated_stems = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json", ".cls"))}
     images = (name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
     return any(name.rpartition(".")[0] in annotated_stems for name in images)

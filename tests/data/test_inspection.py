@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.tars import tiny_image
 from vlm.data.dedup import DigestList
 from vlm.data.inspection.contact_sheet import contact_sheet
 from vlm.data.inspection.distribution import distribution_of_counts, log_distribution
@@ -298,3 +299,15 @@ def test_the_contact_sheet_shows_what_is_wrong(shards, tmp_path):
     assert "unreadable json" in page
     partly = contact_sheet(inspect_shards([*shards, str(tmp_path / "none.tar")]), title="partly")
     assert "There is no shard" in partly
+
+
+def test_captions_of_several_lines_are_counted_as_if_each_line_were_one(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(3):
+            for name, data in ((f"{number}.jpg", tiny_image(number)), (f"{number}.txt", b"a jug\na pot\n\nthe pot\n")):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    inspection = inspect_shards([str(tmp_path / "0.tar")])
+    assert inspection.languages[""].captions == 3
+    assert inspection.caption_lines == {"samples": 3, "captions": 9}

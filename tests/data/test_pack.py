@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from vlm.data.pack import PackConfig, pack
+from vlm.data.pack import PackConfig, pack, shards_at
 from vlm.data.samples import Pair
 from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import SceneOptions, SourceOptions
@@ -272,3 +272,27 @@ def test_importing_it_does_not_import_torch():
     modules = "vlm.data.pack, vlm.data.sources.source_registry, vlm.data.inspection.inspection"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_no_shards_is_packed_once_into_the_cache(tmp_path, make_image):
+    folder = tmp_path / "set"
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{number}.jpg").write_bytes(make_image(number))
+    (folder / "dog" / "broken.jpg").write_bytes(b"no image")
+    shards = shards_at(str(folder))
+    made = Path(shards[0]).stat().st_mtime_ns
+    assert shards_at(str(folder)) == shards
+    assert Path(shards[0]).stat().st_mtime_ns == made
+    assert ShardReader(shards[0]).read(1).captions == {"": ("a photo of a dog.",)}
+    assert shards_at(str(Path(shards[0]).parent)) == shards
+    with pytest.raises(UsageError, match="There is no"):
+        shards_at(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_a_pair_without_words_has_no_text_member(tmp_path, make_image, size):
+    made = [Pair(key=f"k{n}", image=make_image(n), captions={"": ("a dog",)} if n < size else {}) for n in range(5)]
+    pack(ListSource(made), tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "shard-00000.tar") as tar:
+        assert sum(name.endswith(".txt") for name in tar.getnames()) == size

@@ -1,9 +1,20 @@
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 
+from tests.data.tars import tiny_image
+from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.evaluation.zero_shot import class_embeddings, measure_zero_shot, read_class_names
+from vlm.evaluation.zero_shot import (
+    class_embeddings,
+    class_list_beside,
+    measure_zero_shot,
+    read_class_names,
+    read_labelled,
+)
 
 NAMES = ["cat", "dog", "car"]
 
@@ -61,3 +72,47 @@ def test_class_names_come_one_a_line_whatever_they_contain_and_each_once(tmp_pat
     assert read_class_names(",".join(f"class {number}" for number in range(1000)))[-1] == "class 999"
     with pytest.raises(UsageError, match="no file 'nothing'"):
         read_class_names("nothing")
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def labels_at(url, label="label", **options):
+    view = EvalTransform(size=16)
+    return [name for _, labels in read_labelled(str(url), label, view, **options) for name in labels]
+
+
+def test_key_cls_is_a_class_by_number_or_by_name(tmp_path):
+    numbered = [part for n in range(4) for part in ((f"{n}.cls", str(n % 3).encode()), (f"{n}.jpg", tiny_image(n)))]
+    named = [part for n in range(2) for part in ((f"{n}.jpg", tiny_image(n)), (f"{n}.cls", b"jug\n"))]
+    tar_of(tmp_path / "0.tar", numbered)
+    (tmp_path / "named").mkdir()
+    tar_of(tmp_path / "named" / "0.tar", named)
+    assert labels_at(tmp_path / "named", "cls") == ["jug", "jug"]
+    assert class_list_beside(str(tmp_path / "0.tar")) == []
+    (tmp_path / "classnames.txt").write_text("jug\ncup\njug\n")
+    names = class_list_beside(str(tmp_path / "0.tar"))
+    assert labels_at(tmp_path / "0.tar", "cls", class_list=names) == ["jug", "cup", "jug", "jug"]
+    with pytest.raises(UsageError, match="is of class 2, but there are 2 class names"):
+        labels_at(tmp_path / "0.tar", "cls", class_list=names[:2])
+    with pytest.raises(UsageError, match="no metadata 'label'"):
+        labels_at(tmp_path / "0.tar")
+
+
+def test_what_pack_reads_is_measured_as_well(tmp_path):
+    """Class folders, the same in a tar, and a table with a column of labels."""
+    folder = tmp_path / "set"
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{number}.jpg").write_bytes(tiny_image(number))
+    tar_of(tmp_path / "all.tar", [(f"{name}/{n}.jpg", tiny_image(n)) for n, name in enumerate(("cat", "dog"))])
+    assert labels_at(folder) == labels_at(tmp_path / "all.tar") == ["cat", "dog"]
+    (folder / "captions.csv").write_text("file,label\ncat/0.jpg,tom\ndog/1.jpg,rex\n")
+    assert labels_at(folder) == ["tom", "rex"]
+    (folder / "captions.csv").write_text("file,caption,breed\ncat/0.jpg,a cat,tom\ndog/1.jpg,a dog,rex\n")
+    assert labels_at(folder, "breed") == ["tom", "rex"]

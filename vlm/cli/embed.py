@@ -92,14 +92,14 @@ class Embed:
 
 def embed_share(arguments: Embed) -> None:
     """Load the model and embed this process's share; the process that finishes the work shows the result."""
+    from vlm.data.pack import shards_at
     from vlm.data.selection import read_selection
-    from vlm.data.shards import expand_shards
     from vlm.index.embed import EmbedOptions, ProcessRank, embed_into
     from vlm.index.embeddings import VectorStorage
     from vlm.models.load import load_model
 
     rank = ProcessRank.from_environment()
-    shards = expand_shards(arguments.shards)
+    shards = shards_at(arguments.shards)
     folders = _output_folders(arguments)
     options = EmbedOptions(
         model_spec=arguments.model,

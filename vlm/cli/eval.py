@@ -91,17 +91,18 @@ class Eval:
             show_evaluation(evaluation)
 
     def _evaluate(self, model: "VisionLanguageModel") -> "Evaluation":
+        from vlm.data.pack import shards_at
         from vlm.data.shards import expand_shards
         from vlm.evaluation.caption_accuracy import measure_caption_truth
         from vlm.evaluation.eval_report import Evaluation
         from vlm.evaluation.retrieval import evaluate_retrieval
-        from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, read_class_names
+        from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, read_class_list
 
         retrieval = zero_shot = caption_truth = None
         if self.retrieval:
             retrieval = evaluate_retrieval(
                 model,
-                expand_shards(self.retrieval),
+                shards_at(self.retrieval),
                 languages=self.languages,
                 captions_each=self.captions_each,
                 workers=self.workers,
@@ -111,7 +112,7 @@ class Eval:
                 model,
                 self.classes,
                 label=self.label,
-                names=read_class_names(self.class_names),
+                names=read_class_list(self.class_names),
                 templates=self.templates or DEFAULT_TEMPLATES,
                 workers=self.workers,
             )

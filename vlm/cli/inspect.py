@@ -50,15 +50,15 @@ class Inspect:
         """Inspect, show, and list what is damaged."""
         from vlm.data.inspection.contact_sheet import contact_sheet
         from vlm.data.inspection.inspection import inspect_shards
+        from vlm.data.pack import shards_at
         from vlm.data.selection import read_selection
-        from vlm.data.shards import expand_shards
         from vlm.files import check_parent_exists, write_text
         from vlm.pages import Provenance
 
         if self.html:
             check_parent_exists(self.html)
         inspection = inspect_shards(
-            expand_shards(self.shards),
+            shards_at(self.shards),
             sample=self.sample,
             workers=self.workers,
             selection=read_selection(self.selection) if self.selection else None,
@@ -83,6 +83,12 @@ def show_inspection(inspection: "Inspection") -> None:
         columns += ["tokens", f"over {inspection.context_length}"]
     rows = [_language_row(code, stats, inspection) for code, stats in inspection.languages.items()]
     show_table(columns, rows)
+    if inspection.caption_lines:
+        samples, captions = inspection.caption_lines["samples"], inspection.caption_lines["captions"]
+        logger.info(
+            f"{samples:,} samples have captions of several lines. If every line is a caption ({captions:,} in all), "
+            "repack them: vlm pack SHARDS OUT --caption-lines"
+        )
     rows = [
         [name, column.samples, column.distinct, _most_frequent(column)] for name, column in inspection.columns.items()
     ]

@@ -30,6 +30,7 @@ class Classify:
 
     def run(self) -> None:
         """Show the most probable classes of each image."""
+        from vlm.data.sources.image_names import image_paths
         from vlm.data.transforms import load_images
         from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, classify, read_class_names
         from vlm.models.load import load_model
@@ -41,10 +42,11 @@ class Classify:
                 "as a,b,c or a file with one a line."
             )
         model = load_model(self.model, device=self.device)
-        images = load_images(self.images, model.view)
+        paths = image_paths(self.images)
+        images = load_images(paths, model.view)
         probabilities = classify(model, images, names, self.templates or DEFAULT_TEMPLATES)
         results = []
-        for path, row in zip(self.images, probabilities.tolist(), strict=True):
+        for path, row in zip(paths, probabilities.tolist(), strict=True):
             ranked = sorted(zip(names, row, strict=True), key=lambda entry: -entry[1])[: self.top]
             classes = [{"name": name, "probability": probability} for name, probability in ranked]
             results.append({"image": str(path), "classes": classes})

@@ -74,11 +74,11 @@ def train_tokenizer(shards: str, out: Path, *, vocabulary: int, languages: tuple
 
 def _read_captions(shards: str, languages: tuple[str, ...]) -> list[str]:
     """All captions of the shards in these languages, and those without a language."""
-    from vlm.data.shards import expand_shards
+    from vlm.data.pack import shards_at
     from vlm.evaluation.retrieval import iter_sample_batches
 
     captions: list[str] = []
-    for batch in iter_sample_batches(expand_shards(shards), None, workers=0):
+    for batch in iter_sample_batches(shards_at(shards), None, workers=0):
         for sample in batch.decoded:
             for language, texts in sample.captions.items():
                 if not languages or not language or language in languages:

@@ -14,31 +14,67 @@ import torch
 from vlm.config import suggest
 from vlm.console import read_text
 from vlm.data.shards import expand_shards
-from vlm.data.sources.source import SourceOptions
-from vlm.data.sources.source_registry import open_source
+from vlm.data.sources.source import PairSource, SourceOptions
+from vlm.data.sources.source_registry import holds_shards, open_source
+from vlm.data.tar import read_members
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
 from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches, rank_candidates
+from vlm.storage.urls import is_remote
 from vlm.tensors import Array, Float32, Tensor, UInt8
 
 LabelledBatch = tuple[UInt8[Array, "B 3 H W"], list[str]]
 
 
-def read_labelled(url: str, label: str, view: EvalTransform, *, workers: int = 0) -> Iterator[LabelledBatch]:
-    """Pictures with their class names, in batches; what cannot be used is left out.
+CLS_LABEL = "cls"
+_CLASS_NAMES_FILE = "classnames.txt"
 
-    address: shards, whose `label` is read from each sample's metadata, or a folder of CLASS/picture.
+
+def read_labelled(
+    url: str, label: str, view: EvalTransform, *, class_list: Sequence[str] = (), workers: int = 0
+) -> Iterator[LabelledBatch]:
+    """Images with their class names, in batches; what cannot be used is left out.
+
+    url: shards, whose `label` is read from each sample's metadata, or for `cls` from its KEY.cls; or what else
+        `vlm pack` reads: class folders, also inside a tar, or a table with the label in a column.
+    class_list: names by number, for KEY.cls that holds numbers.
 
     Raises:
-        UsageError: the metadata has no such label, or the folder has no classes.
+        UsageError: the metadata has no such label, the folder has no classes, or a number has no name.
     """
-    path = Path(url)
-    if path.is_dir() and not list(path.glob("*.tar")):
-        yield from _from_folder(url, view)
+    if not holds_shards(url):
+        yield from _from_source(url, label, view)
         return
-    for batch in iter_sample_batches(expand_shards(url), view, workers=workers):
-        if batch.decoded:
-            yield batch.images.numpy(), [label_of(item.metadata, label, item.key) for item in batch.decoded]
+    if label != CLS_LABEL:
+        for batch in iter_sample_batches(expand_shards(url), view, workers=workers):
+            if batch.decoded:
+                yield batch.images.numpy(), [label_of(item.metadata, label, item.key) for item in batch.decoded]
+        return
+    for shard in expand_shards(url):
+        contents = read_members(shard, CLS_LABEL)
+        for batch in iter_sample_batches([shard], view, workers=workers):
+            if batch.decoded:
+                labels = [_class_of(contents.get(item.key), item.key, class_list) for item in batch.decoded]
+                yield batch.images.numpy(), labels
+
+
+def _class_of(content: bytes | None, key: str, class_list: Sequence[str]) -> str:
+    """The name of the class that KEY.cls holds: a number among the names, or the name itself."""
+    if content is None:
+        raise UsageError(f"Sample {key!r} has no {key}.cls; name another label (--label FIELD).")
+    text = content.decode(errors="replace").strip()
+    if not text.isdecimal() or not class_list:
+        return text
+    if int(text) >= len(class_list):
+        raise UsageError(f"Sample {key!r} is of class {text}, but there are {len(class_list)} class names.")
+    return class_list[int(text)]
+
+
+def class_list_beside(url: str) -> list[str]:
+    """The names in `classnames.txt` beside shards of this machine; empty if there is no such file."""
+    shards = expand_shards(url) if holds_shards(url) else []
+    path = Path(shards[0]).parent / _CLASS_NAMES_FILE if shards and not is_remote(shards[0]) else None
+    return read_class_list(str(path)) if path is not None and path.is_file() else []
 
 
 def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
@@ -56,15 +92,25 @@ def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
     return str(value)
 
 
-def _from_folder(url: str, view: EvalTransform) -> Iterator[LabelledBatch]:
-    source = open_source(url, SourceOptions(kind="classes"))
+def _from_source(url: str, label: str, view: EvalTransform) -> Iterator[LabelledBatch]:
+    try:
+        source: PairSource = open_source(url)
+        is_table = source.describe()["kind"] == "table"
+    except UsageError:
+        is_table = False
+    if not is_table:
+        source = open_source(url, SourceOptions(kind="classes"))
+    described = source.describe()
     images: list[np.ndarray] = []
     labels: list[str] = []
     for number in range(len(source)):
         try:
             pair = source.read(number)
             images.append(view(pair.image))
-            labels.append(str(pair.metadata["label"]))
+            # the column of labels may have been taken for the captions
+            texts = next(iter(pair.captions.values()), ())
+            metadata = {described.get("caption_column"): texts[0] if texts else ""} | pair.metadata
+            labels.append(label_of(metadata, label, pair.key) if is_table else str(pair.metadata["label"]))
         except BadSample:
             continue
         if len(images) == IMAGES_AT_ONCE:
@@ -129,7 +175,12 @@ class ZeroShot:
 
 
 def read_class_names(classes: str) -> list[str]:
-    """Class names from a file with one per line, or from `a,b,c`; repeated names are dropped.
+    """Class names as `read_class_list` reads them, repeated ones dropped."""
+    return list(dict.fromkeys(read_class_list(classes)))
+
+
+def read_class_list(classes: str) -> list[str]:
+    """Class names by number, from a file with one per line, whatever it contains, or from `a,b,c`.
 
     Raises:
         UsageError: the text is neither, or the file is not UTF-8 text.
@@ -140,7 +191,7 @@ def read_class_names(classes: str) -> list[str]:
         raise UsageError(f"There is no file {classes!r} of class names; give one, or names as a,b,c.")
     else:
         names = classes.split(",")
-    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    return [name.strip() for name in names if name.strip()]
 
 
 def _is_file(name: str) -> bool:
@@ -217,15 +268,17 @@ def evaluate_zero_shot(
 ) -> ZeroShot:
     """Zero-shot accuracy on labelled images.
 
-    url, label: as of `read_labelled`. names: candidate classes; empty uses those of the images.
+    url, label: as of `read_labelled`. names: candidate classes, by number for KEY.cls; a name given twice is one
+    class. Empty uses `classnames.txt` beside shards with KEY.cls, else those of the images.
 
     Raises: as of `read_labelled`, `class_embeddings` and `measure_zero_shot`.
     """
     batches: list[tuple[np.ndarray, list[str]]] = []
-    for images, labels in read_labelled(url, label, model.view, workers=workers):
+    if label == CLS_LABEL and not names:
+        names = class_list_beside(url)
+    for images, labels in read_labelled(url, label, model.view, class_list=names, workers=workers):
         batches.append((model.embed_images(torch.from_numpy(images)).numpy(), labels))
-    if not names:
-        names = sorted({name for _, labels in batches for name in labels})
+    names = list(dict.fromkeys(names)) or sorted({name for _, labels in batches for name in labels})
     return measure_zero_shot(batches, class_embeddings(model, names, templates), names)
 
 
