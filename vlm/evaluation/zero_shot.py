@@ -3,6 +3,7 @@
 Classification by class names alone: sentences made of them act as the classifier (CLIP §3.1.2).
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,17 @@ def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
     return str(value)
 
 
+def _labelled_source(url: str) -> PairSource:
+    """A table as it is; anything else by its class folders."""
+    with contextlib.suppress(UsageError):
+        source = open_source(url)
+        if source.describe()["kind"] == "table":
+            return source
+    return open_source(url, SourceOptions(kind="classes"))
+
+
 def _from_source(url: str, label: str, view: EvalTransform) -> Iterator[LabelledBatch]:
-    try:
-        source: PairSource = open_source(url)
-        is_table = source.describe()["kind"] == "table"
-    except UsageError:
-        is_table = False
-    if not is_table:
-        source = open_source(url, SourceOptions(kind="classes"))
+    source = _labelled_source(url)
     described = source.describe()
     images: list[np.ndarray] = []
     labels: list[str] = []
@@ -109,8 +113,10 @@ def _from_source(url: str, label: str, view: EvalTransform) -> Iterator[Labelled
             images.append(view(pair.image))
             # the column of labels may have been taken for the captions
             texts = next(iter(pair.captions.values()), ())
-            metadata = {described.get("caption_column"): texts[0] if texts else ""} | pair.metadata
-            labels.append(label_of(metadata, label, pair.key) if is_table else str(pair.metadata["label"]))
+            metadata = {str(described.get("caption_column")): texts[0] if texts else ""} | pair.metadata
+            labels.append(
+                label_of(metadata, label, pair.key) if described["kind"] == "table" else str(pair.metadata["label"])
+            )
         except BadSample:
             continue
         if len(images) == IMAGES_AT_ONCE:
