@@ -1,10 +1,8 @@
-"""The same pictures and captions as an old and a new model embedded them, joined by uid.
+"""A new model for an old index: its head is fitted to pairs that both models embedded, and the index is migrated.
 
-What an upgrade costs and brings: recall on pairs, by an old model, by a new one, and by the new one on old rows.
-
-The head of an upgrade: a change of basis of the new space, fitted so that its first block meets old rows.
-
-An index whose rows are carried into the space of a head: padded with zeros, not embedded again.
+`read_pairs` joins the embeddings of an old and a new model by uid, `fit_head` fits a projection of the new space whose
+first dimensions meet the old rows, `measure_head` compares recall with and without it, and `upgrade_index` pads the
+stored rows with zeros into the new space, so that nothing is embedded again.
 """
 
 import logging
@@ -25,9 +23,9 @@ from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings import Embeddings, EmbeddingSpace, normalize_rows, open_vectors
+from vlm.index.embeddings import Embeddings, EmbeddingSpace
 from vlm.index.encoder import absolute_spec
-from vlm.index.layout import IndexDetails, catalogue_file
+from vlm.index.layout import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
 from vlm.index.writer import iter_live_blocks
@@ -42,9 +40,9 @@ MIN_IMAGES = 30
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EmbeddingPairs:
-    """Row n of `old_images` and of `new_images` is one picture, row t of `old_texts` and of `new_texts` one caption.
+    """Row n of `old_images` and of `new_images` is one image, row t of `old_texts` and of `new_texts` one caption.
 
-    owner: for each caption the number of its picture, rising. captions: their words.
+    image_of: for each caption the number of its image, ascending. captions: their texts.
     """
 
     old: EmbeddingSpace
@@ -60,7 +58,7 @@ class EmbeddingPairs:
         return len(self.old_images)
 
     def select(self, images: Int64[Array, " K"]) -> "EmbeddingPairs":
-        """These pictures (numbers, rising) with their captions."""
+        """These images (numbers, ascending) with their captions."""
         texts = np.flatnonzero(np.isin(self.image_of, images))
         return EmbeddingPairs(
             old=self.old,
@@ -74,22 +72,22 @@ class EmbeddingPairs:
         )
 
     def split(self, share: float, *, seed: int) -> tuple["EmbeddingPairs", "EmbeddingPairs"]:
-        """All but a share of the pictures, drawn evenly, and that share.
+        """All but a random share of the images, and that share.
 
         Raises:
-            UsageError: either has too few pictures to fit or to measure anything.
+            UsageError: either has too few images to fit or measure anything.
         """
         order = np.random.default_rng(seed).permutation(len(self))
-        held = round(share * len(self))
-        if min(held, len(self) - held) < MIN_IMAGES:
+        num_held_out = round(share * len(self))
+        if min(num_held_out, len(self) - num_held_out) < MIN_IMAGES:
             raise UsageError(
-                f"{len(self):,} pictures are in both old and new embeddings; with {share:.0%} of them held out, fewer "
+                f"{len(self):,} images are in both old and new embeddings; with {share:.0%} of them held out, fewer "
                 f"than {MIN_IMAGES} are left on one side. Embed more with both models."
             )
-        return self.select(np.sort(order[held:])), self.select(np.sort(order[:held]))
+        return self.select(np.sort(order[num_held_out:])), self.select(np.sort(order[:num_held_out]))
 
     def captions_of(self) -> list[list[str]]:
-        """The captions of each picture; one after the other they are in the order of the texts."""
+        """The captions of each image, in the order of the texts."""
         grouped: list[list[str]] = [[] for _ in range(len(self))]
         for image_of, caption in zip(self.image_of.tolist(), self.captions, strict=True):
             grouped[image_of].append(caption)
@@ -99,7 +97,7 @@ class EmbeddingPairs:
 def read_pairs(
     old_images: Path, new_images: Path, old_texts: Path, new_texts: Path, *, max_images: int, seed: int
 ) -> EmbeddingPairs:
-    """The pairs of four embeddings folders; of more than `most` pictures so many are drawn.
+    """The pairs of four embeddings folders; of more than `max_images` images a random sample.
 
     Raises:
         UsageError: a folder is of the wrong modality or model, or the folders are not of the same samples.
@@ -115,11 +113,15 @@ def read_pairs(
         drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:max_images])
         names = [names[number] for number in drawn]
     number_of = {name: number for number, name in enumerate(names)}
-    owned = [(number_of[image_of], name) for name, image_of in texts.owners() if image_of in number_of]
-    owned.sort(key=lambda one: one[0])
-    if not owned:
-        raise UsageError(f"No caption of {old_texts} belongs to a picture of {old_images}: embed the same shards.")
-    captions = [name for _, name in owned]
+    captions_of_images = []
+    for name, image_name in texts.images_of_captions():
+        if image_name in number_of:
+            captions_of_images.append((number_of[image_name], name))
+    if not captions_of_images:
+        raise UsageError(f"No caption of {old_texts} belongs to an image of {old_images}: embed the same shards.")
+    # stable, so that the captions of an image keep their order
+    captions_of_images.sort(key=lambda pair: pair[0])
+    captions = [name for _, name in captions_of_images]
     return EmbeddingPairs(
         old=sources[0].space,
         new=sources[1].space,
@@ -127,14 +129,14 @@ def read_pairs(
         new_images=images.vectors(1, names),
         old_texts=texts.vectors(0, captions),
         new_texts=texts.vectors(1, captions),
-        image_of=np.array([image_of for image_of, _ in owned], np.int64),
+        image_of=np.array([number for number, _ in captions_of_images], np.int64),
         captions=tuple(texts.caption_of(name) for name in captions),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What is kept of an origin while folders are joined: where its vector lies, and what it shows or says."""
+    """What a join needs of an origin: the number of its row, and its captions."""
 
     row: int
     captions: Captions
@@ -145,51 +147,49 @@ class _UidJoin:
     """The rows of two folders that have the same uid, in the order of the first.
 
     Raises:
-        UsageError: there are none, or one uid stands for different samples.
+        UsageError: there are none, or a uid has different samples.
     """
 
     def __init__(self, old: Embeddings, new: Embeddings) -> None:
         self._sources = (old, new)
-        self._rows = tuple(map(_pad_rows, self._sources))
-        ours, theirs = self._rows
-        self.names = [uid for uid in ours if uid in theirs]
+        self._rows = tuple(map(_rows_by_uid, self._sources))
+        old_rows, new_rows = self._rows
+        self.names = [uid for uid in old_rows if uid in new_rows]
         if not self.names:
             raise UsageError(
                 f"{old.folder} and {new.folder} have no uid in common: embed the same shards by both models."
             )
         for name in self.names:
-            if ours[name].captions != theirs[name].captions:
+            if old_rows[name].captions != new_rows[name].captions:
                 raise UsageError(
-                    f"{name!r} has the captions {ours[name].captions} in {old.folder} and {theirs[name].captions} in "
-                    f"{new.folder}: they are of different samples. Embed the same shards by both models."
+                    f"{name!r} has the captions {old_rows[name].captions} in {old.folder} and "
+                    f"{new_rows[name].captions} in {new.folder}: they are of different samples. "
+                    "Embed the same shards by both models."
                 )
-        left = [len(rows) - len(self.names) for rows in self._rows]
-        if any(left):
-            logger.info(f"Left out: {left[0]:,} rows only in {old.folder}, {left[1]:,} only in {new.folder}.")
+        only_old = len(old_rows) - len(self.names)
+        only_new = len(new_rows) - len(self.names)
+        if only_old or only_new:
+            logger.info(f"Skipped {only_old:,} rows only in {old.folder} and {only_new:,} only in {new.folder}.")
 
-    def owners(self) -> Iterator[tuple[str, str]]:
-        """Each caption's uid with that of its picture."""
+    def images_of_captions(self) -> Iterator[tuple[str, str]]:
+        """The uid of each caption with that of its image."""
         for name in self.names:
             yield name, name.removesuffix(f"#{self._rows[0][name].caption_number}")
 
     def caption_of(self, name: str) -> str:
-        """The one caption of a text row."""
+        """The caption of a text row, which has just one."""
         return next(text for texts in self._rows[0][name].captions.values() for text in texts)
 
     def vectors(self, side: int, names: list[str]) -> Float32[Array, "N D"]:
         """The unit vectors of these rows in folder `side`, in their order."""
-        source = self._sources[side]
-        wanted = np.array([self._rows[side][name].row for name in names], np.int64)
-        found = np.empty((len(names), source.dimension), np.float32)
-        first = 0
-        for part in source.parts:
-            here = np.flatnonzero((wanted >= first) & (wanted < first + part.rows))
-            found[here] = normalize_rows(open_vectors(source.folder, part)[wanted[here] - first])
-            first += part.rows
-        return found
+        rows = np.array([self._rows[side][name].row for name in names], np.int64)
+        order = np.argsort(rows)
+        vectors = np.empty((len(names), self._sources[side].dimension), np.float32)
+        vectors[order] = self._sources[side].take(rows[order])
+        return vectors
 
 
-def _pad_rows(source: Embeddings) -> dict[str, _Row]:
+def _rows_by_uid(source: Embeddings) -> dict[str, _Row]:
     rows = {
         origin.uid: _Row(row, origin.captions, origin.caption_number) for row, origin in enumerate(source.origins())
     }
@@ -199,7 +199,7 @@ def _pad_rows(source: Embeddings) -> dict[str, _Row]:
 
 
 def _check_spaces(sources: list[Embeddings]) -> None:
-    """Refuse folders of the wrong kind, or of more than two models."""
+    """Refuse folders of the wrong modality, or of more than two models."""
     old_images, new_images, old_texts, new_texts = sources
     for source, modality in zip(sources, ("image", "image", "text", "text"), strict=True):
         if source.space.modality != modality:
@@ -210,7 +210,7 @@ def _check_spaces(sources: list[Embeddings]) -> None:
         if images.space.fingerprint != texts.space.fingerprint:
             raise UsageError(
                 f"{images.folder} was embedded by {images.space.model} (fingerprint {images.space.fingerprint}), "
-                f"{texts.folder} by {texts.space.model} (fingerprint {texts.space.fingerprint}): pictures and captions "
+                f"{texts.folder} by {texts.space.model} (fingerprint {texts.space.fingerprint}): images and captions "
                 "must be of one model."
             )
     if old_images.space.fingerprint == new_images.space.fingerprint:
@@ -220,7 +220,7 @@ def _check_spaces(sources: list[Embeddings]) -> None:
 
 
 def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> dict[str, Retrieval]:
-    """Recall by who asks and which rows answer; pictures asked by captions, and captions by pictures."""
+    """Recall by the model of queries and of rows, each of images by captions and of captions by images."""
     images, texts = project_through(head, pairs.new_images), project_through(head, pairs.new_texts)
     return {
         "old → old": _retrieve(pairs, pairs.old_images, pairs.old_texts, pairs.old_images, pairs.old_texts),
@@ -232,7 +232,7 @@ def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: 
 
 
 def query_old_rows(pairs: EmbeddingPairs, head: CompatibilityProjection) -> Retrieval:
-    """The new model asks old rows."""
+    """Queries of the new model over old rows."""
     size = head.dimension
     return _retrieve(
         pairs,
@@ -244,9 +244,9 @@ def query_old_rows(pairs: EmbeddingPairs, head: CompatibilityProjection) -> Retr
 
 
 def query_mixed_rows(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> Retrieval:
-    """The new model asks rows of which half are its own.
+    """Queries of the new model over rows of which half are its own.
 
-    seed: of the half of the pictures that count as embedded again, with their captions.
+    seed: of the half of the images that count as embedded again, with their captions.
     """
     images, texts = project_through(head, pairs.new_images), project_through(head, pairs.new_texts)
     again = np.random.default_rng(seed).permutation(len(pairs)) < len(pairs) // 2
@@ -261,7 +261,7 @@ def project_through(head: CompatibilityProjection, vectors: Float32[Array, "N D"
 
 
 def pad_to(vectors: Float32[Array, "N D"], dimension: int) -> Float32[Array, "N S"]:
-    """Old rows as an upgraded index holds them."""
+    """Old rows as a migrated index holds them."""
     return np.pad(vectors, ((0, 0), (0, dimension - vectors.shape[1])))
 
 
@@ -272,7 +272,7 @@ def _retrieve(
     images: Float32[Array, "N S"],
     texts: Float32[Array, "T S"],
 ) -> Retrieval:
-    """Captions ask for `images`, pictures for `texts`."""
+    """Captions query `images`, images query `texts`."""
     captions = pairs.captions_of()
     by_texts = measure_retrieval(images, query_texts, captions)
     by_images = measure_retrieval(query_images, texts, captions)
@@ -285,12 +285,12 @@ def _retrieve(
 
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-_CHOOSE_BY = 0.15
+_VALIDATION_SHARE = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class RidgeChoice:
-    """What was chosen, and what it reached on pictures that were kept out for choosing.
+    """The penalty that was chosen, and the recall it reached on images held out for the choice.
 
     penalty: of the ridge regression. recall: mean over both directions and over recall@1, 5, 10, on old rows and on
     rows of which half are new.
@@ -309,37 +309,40 @@ class FittedHead:
 
 
 def fit_head(pairs: EmbeddingPairs, *, seed: int = 0) -> FittedHead:
-    """The change of basis nearest to a ridge regression of old on new embeddings, with the penalty that recalls best.
+    """The change of basis nearest to a ridge regression of old on new embeddings, with the penalty of the best recall.
 
-    On real pairs it meets old rows better than the regression itself, and better than the Procrustes turn, to which it
-    comes as the penalty grows (benchmarks/model_upgrade.py).
+    On real pairs it meets old rows better than the regression itself, and better than the Procrustes rotation, which it
+    approaches as the penalty grows (benchmarks/model_upgrade.py).
 
     Raises:
-        UsageError: there are too few pictures.
+        UsageError: there are too few images.
     """
-    fitting, choosing = pairs.split(_CHOOSE_BY, seed=seed)
-    tried = []
+    training, validation = pairs.split(_VALIDATION_SHARE, seed=seed)
+    choices = []
     for penalty in PENALTIES:
-        head = make_head(pairs, basis_change(predict_old(fitting, penalty)))
-        recall = _mean_recall(query_old_rows(choosing, head), query_mixed_rows(choosing, head, seed=seed))
-        tried.append(RidgeChoice(penalty=penalty, recall=recall))
-    best = max(tried, key=lambda one: one.recall)
+        head = make_head(pairs, basis_change(predict_old(training, penalty)))
+        recall = _mean_recall(query_old_rows(validation, head), query_mixed_rows(validation, head, seed=seed))
+        choices.append(RidgeChoice(penalty=penalty, recall=recall))
+    best = max(choices, key=lambda choice: choice.recall)
+    # the winner is fitted again, with all pairs
     return FittedHead(head=make_head(pairs, basis_change(predict_old(pairs, best.penalty))), choice=best)
 
 
 def predict_old(pairs: EmbeddingPairs, penalty: float) -> Float[Array, "d D"]:
-    """The matrix W with the least mean |W new - old|² + penalty |W|², pictures and captions weighing alike."""
-    new, old = (
-        np.concatenate([images / len(images) ** 0.5, texts / len(texts) ** 0.5]).astype(np.float64)
-        for images, texts in ((pairs.new_images, pairs.new_texts), (pairs.old_images, pairs.old_texts))
-    )
+    """The matrix W with the least mean |W new - old|² + penalty |W|², images and captions equally weighted."""
+    new = _equally_weighted(pairs.new_images, pairs.new_texts)
+    old = _equally_weighted(pairs.old_images, pairs.old_texts)
     return np.linalg.solve(new.T @ new + penalty * np.eye(new.shape[1]), new.T @ old).T
+
+
+def _equally_weighted(images: Float32[Array, "N D"], texts: Float32[Array, "T D"]) -> Float[Array, "M D"]:
+    return np.concatenate([images / len(images) ** 0.5, texts / len(texts) ** 0.5]).astype(np.float64)
 
 
 def basis_change(prediction: Float[Array, "d D"]) -> Float[Array, "S D"]:
     """The matrix with orthonormal columns whose first d rows are the polar factor of the prediction.
 
-    Where D > d the other D - d rows span what the first ones leave out; S is the larger of d and D.
+    Where D > d the other D - d rows span the rest of the space; S is the larger of d and D.
     """
     left, _, right = np.linalg.svd(prediction, full_matrices=True)
     common = min(prediction.shape)
@@ -357,17 +360,17 @@ def make_head(pairs: EmbeddingPairs, matrix: Float[Array, "S D"]) -> Compatibili
     )
 
 
-def _mean_recall(*found: Retrieval) -> float:
-    directions = [direction for one in found for direction in (one.text_to_image, one.image_to_text)]
-    return float(np.mean([value for direction in directions for value in direction.recall.values()]))
-
-
-_FIRST_GENERATION = 1
+def _mean_recall(*retrievals: Retrieval) -> float:
+    values: list[float] = []
+    for retrieval in retrievals:
+        values += retrieval.text_to_image.recall.values()
+        values += retrieval.image_to_text.recall.values()
+    return float(np.mean(values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpgradeSummary:
-    """The index that was made: its rows are those that lived, `dimension` the length they were padded to."""
+    """The migrated index: `rows` live ones, padded to `dimension`."""
 
     folder: str
     kind: str
@@ -378,13 +381,13 @@ class UpgradeSummary:
 
 
 def upgrade_index(index: Path, out: Path, head: CompatibilityProjection, *, head_spec: str) -> UpgradeSummary:
-    """A new index folder in the space of the head, with the living rows of `index` under their numbers.
+    """A new index folder in the space of the head, with the live rows of `index` under the same row numbers.
 
-    A row keeps its stored numbers, followed by zeros, so that cosines between old rows stay what they were. Kind and
-    tuning stay as they were wished for; what a planner found is dropped, for it was measured with the old model.
+    A row keeps its stored values, followed by zeros, so cosines between old rows do not change. Index type and tuning
+    parameters stay; the evidence of an autotuner is dropped, because it was measured with the old model.
 
     Args:
-        head_spec: what the head was read from; kept absolute, so that a search finds it again.
+        head_spec: what the head was read from; stored as an absolute path, so that a search finds it again.
 
     Raises:
         UsageError: the index is of another space than the head's old one, or `out` exists.
@@ -396,8 +399,8 @@ def upgrade_index(index: Path, out: Path, head: CompatibilityProjection, *, head
     _require_old_space(snapshot, head)
     with atomic_folder(out) as folder:
         written = _write_rows(folder, snapshot, head) if len(snapshot) else None
-        catalogue = catalogue_file(_FIRST_GENERATION)
-        write_catalogue(folder / catalogue, snapshot.entries(), generation=_FIRST_GENERATION)
+        catalogue = catalogue_file(FIRST_VERSION)
+        write_catalogue(folder / catalogue, snapshot.entries(), generation=FIRST_VERSION)
         space = replace(
             snapshot.details.space,
             model=absolute_spec(head_spec),
@@ -419,7 +422,7 @@ def upgrade_index(index: Path, out: Path, head: CompatibilityProjection, *, head
 def _require_old_space(snapshot: IndexSnapshot, head: CompatibilityProjection) -> None:
     space = snapshot.details.space
     if space.fingerprint != head.old:
-        hint = " It was carried over by this head already." if space.fingerprint == head.fingerprint else ""
+        hint = " It was migrated by this head already." if space.fingerprint == head.fingerprint else ""
         raise UsageError(
             f"{snapshot.folder} was embedded by {space.model} (fingerprint {space.fingerprint}), "
             "the head was fitted to "
@@ -454,7 +457,7 @@ def _write_manifest(
     details: IndexDetails = replace(
         snapshot.details,
         space=space,
-        catalogue=catalogue_file(_FIRST_GENERATION),
+        catalogue=catalogue_file(FIRST_VERSION),
         segments=(written.segment,) if written else (),
         next_segment=1,
         tombstones="",
@@ -464,7 +467,7 @@ def _write_manifest(
     manifest = replace(
         snapshot.manifest,
         fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, "upgrade", space.fingerprint, *checksums),
-        generation=_FIRST_GENERATION,
+        generation=FIRST_VERSION,
         counts={"rows": len(snapshot), "dead": 0},
         configuration={"index": str(snapshot.folder.absolute()), "head": space.model},
         inputs=snapshot.manifest.inputs | {"model": space.fingerprint, "index": snapshot.manifest.fingerprint},

@@ -28,14 +28,12 @@ from vlm.index.autotune.autotuner import (
 from vlm.index.autotune.trial import SearchParams, TuningTarget
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings import Embeddings
-from vlm.index.layout import IndexDetails, catalogue_file
+from vlm.index.layout import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest
 
 logger = logging.getLogger(__name__)
-
-_FIRST_GENERATION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,30 +79,32 @@ def build_index(
     tuning: TuningParams | None = None,
     evidence: dict[str, Any] | None = None,
 ) -> BuildSummary:
-    """Build an index of a finished embeddings folder, whose checksums are verified on the way.
+    """Build an index of a finished embeddings folder, whose checksums are verified.
 
-    kind: one of `kinds.KINDS`, or auto (`kinds.choose_kind`). evidence: why this kind, kept in the manifest as plain
-    values. The work is done beside `out` and renamed at the end.
+    kind: one of `INDEX_TYPES`, or auto (`resolve_index_type`). evidence: why this type, plain values for the manifest.
+    The folder is written under another name and renamed at the end.
 
     Raises:
-        UsageError: `out` exists, the embeddings are unfinished, or the kind does not fit them.
+        UsageError: `out` exists, the embeddings are unfinished, or the index type does not fit them.
         VlmError: the embeddings are damaged, or the disk is full or cannot be written.
     """
     started = time.perf_counter()
     check_not_exists(out)
-    source, wishes = Embeddings.open(embeddings, verify=True), tuning or TuningParams()
-    chosen = resolve_index_type(kind, len(source))
-    if kind != chosen:
-        logger.info(f"{len(source):,} rows: a {chosen} index.")
+    source = Embeddings.open(embeddings, verify=True)
+    resolved_kind = resolve_index_type(kind, len(source))
+    if kind != resolved_kind:
+        logger.info(f"{len(source):,} rows: a {resolved_kind} index.")
     try:
         with atomic_folder(out) as folder:
-            written = _fill(folder, source, chosen, wishes, wanted=kind, evidence=evidence or {})
+            written = _write_index(
+                folder, source, resolved_kind, tuning or TuningParams(), requested_kind=kind, evidence=evidence or {}
+            )
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
-        raise VlmError(f"{out} cannot be written: {error}; nothing of it was kept.") from error
+        raise VlmError(f"{out} cannot be written: {error}; nothing was kept.") from error
     return BuildSummary(
         folder=str(out),
-        kind=chosen,
+        kind=resolved_kind,
         parameters=written.segment.parameters,
         rows=len(source),
         dimension=source.dimension,
@@ -165,23 +165,30 @@ def build_autotuned(
     return AutotunedBuild(summary=summary, plan=plan, search_params=search_params, verification=verification)
 
 
-def _fill(
-    folder: Path, source: Embeddings, chosen: str, wishes: TuningParams, *, wanted: str, evidence: dict[str, Any]
+def _write_index(
+    folder: Path,
+    source: Embeddings,
+    kind: str,
+    tuning: TuningParams,
+    *,
+    requested_kind: str,
+    evidence: dict[str, Any],
 ) -> WrittenSegment:
-    """Write all there is to an index of its first generation; the manifest last."""
-    rows, catalogue = np.arange(len(source)), catalogue_file(_FIRST_GENERATION)
+    """Write the first version of an index: segment, catalogue, and the manifest last."""
+    rows = np.arange(len(source))
+    catalogue = catalogue_file(FIRST_VERSION)
     written = write_segment(
-        folder, 0, iter_stored_blocks(source), rows, dimension=source.dimension, kind=chosen, tuning=wishes
+        folder, 0, iter_stored_blocks(source), rows, dimension=source.dimension, kind=kind, tuning=tuning
     )
-    write_catalogue(folder / catalogue, enumerate(source.origins()), generation=_FIRST_GENERATION)
+    write_catalogue(folder / catalogue, enumerate(source.origins()), generation=FIRST_VERSION)
     details = IndexDetails(
         space=source.space,
         catalogue=catalogue,
         segments=(written.segment,),
         next_row=len(source),
         next_segment=1,
-        kind=wanted,
-        tuning=asdict(wishes),
+        kind=requested_kind,
+        tuning=asdict(tuning),
         shards=tuple(source.manifest.details["shards"]),
         sources=(source.manifest.fingerprint,),
         evidence=evidence,
@@ -197,7 +204,7 @@ def _manifest(source: Embeddings, written: WrittenSegment, details: IndexDetails
         fingerprint=compute_fingerprint(
             source.manifest.fingerprint, segment.kind, repr(sorted(segment.parameters.items()))
         ),
-        generation=_FIRST_GENERATION,
+        generation=FIRST_VERSION,
         counts={"rows": segment.rows, "dead": 0},
         configuration={"embeddings": str(source.folder.absolute()), "kind": segment.kind, **segment.parameters},
         inputs={"model": source.space.fingerprint, "embeddings": source.manifest.fingerprint},

@@ -331,7 +331,7 @@ class _EmbedJob:
         self, model: Encoder, missing: dict[int, list[_Output]], *, all_numbers: range, has_images: bool
     ) -> None:
         """For every missing part: read its batches, embed them into rows, and write the part."""
-        assigner = UidAssigner(self.shards)
+        assigner = UidAssigner.for_shards(self.shards)
         plan = self._plan(missing)
         batches = stream_batches(
             plan,

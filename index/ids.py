@@ -1,4 +1,4 @@
-"""Names of embeddings: a sample's key, made longer only where two samples share it."""
+"""Uids of embeddings: a sample's key, made longer only where two samples share it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,46 +12,63 @@ from vlm.errors import UsageError
 
 
 class UidAssigner:
-    """Gives each embedding of a list of shards its uid: the same whenever the same shards are embedded.
+    """Gives each embedding of several sources its uid: the same whenever the same sources are embedded.
 
     A uid is the sample's key. Samples of several shards that share a key get `key@shard` (the shard by as much of the
     end of its path as tells it from the others); those inside one shard `key@shard:number`. Text embeddings add
-    `#caption_number`. Nothing is merged: a key that begins like such a uid (`a@x`, where `a` is shared) gets one, too.
+    `#caption_number`. No uid is given twice: a key that looks like such a uid (`a@x`, where `a` is shared) is made
+    longer too.
 
-    Memory: one Arrow string column with the keys while it is made, then the shared keys only.
+    names: addresses of the shards, or of other sources of rows. keys: of their samples in order; None: they have none.
+    num_renamed: samples whose uid had to be longer than their key.
+
+    Memory: one Arrow string column with all keys while it is made, then the shared keys only.
     """
 
-    def __init__(self, shards: Sequence[str]) -> None:
-        self._names = shorten_shard_names(shards)
-        tables = [open_index(shard).table.select(["key"]).replace_schema_metadata() for shard in shards]
-        is_shared = pc.field("key").isin(find_shared_keys(pa.concat_tables(tables)))
-        self._shared = Counter(
-            (shard, key)
-            for shard, table in enumerate(tables)
-            for key in table.filter(is_shared).column("key").to_pylist()
-        )
+    def __init__(self, names: Sequence[str], keys: Sequence[pa.ChunkedArray | None]) -> None:
+        self._names = shorten_shard_names(names)
+        tables = {number: pa.table({"key": column}) for number, column in enumerate(keys) if column is not None}
+        no_keys = pa.table({"key": pa.chunked_array([], pa.string())})
+        shared_keys = find_shared_keys(pa.concat_tables([no_keys, *tables.values()]))
+        self._shared: Counter[tuple[int, str]] = Counter()
+        for number, table in tables.items():
+            for key in table.filter(pc.field("key").isin(shared_keys)).column("key").to_pylist():
+                self._shared[number, key] += 1
+        self.num_renamed = self._shared.total()
 
-    def name(self, shard: int, number: int, key: str, caption_number: int | None = None) -> str:
-        """The uid of sample `number` of a shard, or of one of its captions."""
-        times = self._shared[shard, key]
+    @classmethod
+    def for_shards(cls, shards: Sequence[str]) -> "UidAssigner":
+        """For the samples of shards."""
+        return cls(shards, [open_index(shard).table.column("key") for shard in shards])
+
+    def name(self, source: int, number: int, key: str, caption_number: int | None = None) -> str:
+        """The uid of sample `number` of a source, or of one of its captions."""
+        times = self._shared[source, key]
         uid = key
         if times:
-            uid += f"@{self._names[shard]}" + (f":{number}" if times > 1 else "")
+            uid += f"@{self._names[source]}"
+        if times > 1:
+            uid += f":{number}"
         return uid if caption_number is None else f"{uid}#{caption_number}"
 
 
 def find_shared_keys(keyed: pa.Table) -> pa.Array:
-    """What the column `key` has several times, and what begins like one of these with an @ behind it."""
+    """The keys that occur several times in the column `key`, and those that begin like one of these and an @."""
     counted = keyed.group_by("key").aggregate([([], "count_all")])
     shared = counted.filter(pc.field("count_all") > 1).column("key").combine_chunks()
-    known, alike = set(shared.to_pylist()), []
-    others = counted.filter(pc.field("count_all") == 1).column("key") if known else pa.chunked_array([], pa.string())
-    has_sign = pc.call_function("match_substring", [others], pc.MatchSubstringOptions("@"))
-    for key in sorted(others.filter(has_sign).to_pylist(), key=len):
-        if any(letter == "@" and key[:place] in known for place, letter in enumerate(key)):
+    known = set(shared.to_pylist())
+    if not known:
+        return shared
+    unique_keys = counted.filter(pc.field("count_all") == 1).column("key")
+    has_sign = pc.call_function("match_substring", [unique_keys], pc.MatchSubstringOptions("@"))
+    similar = []
+    # the shortest first, so that a key that begins like a similar one is found as well
+    for key in sorted(unique_keys.filter(has_sign).to_pylist(), key=len):
+        prefixes = [key[:position] for position, letter in enumerate(key) if letter == "@"]
+        if known.intersection(prefixes):
             known.add(key)
-            alike.append(key)
-    return pa.concat_arrays([shared, pa.array(alike, shared.type)])
+            similar.append(key)
+    return pa.concat_arrays([shared, pa.array(similar, shared.type)])
 
 
 def shorten_shard_names(shards: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The files of an index folder and the typed form of its manifest's details."""
+"""The files of an index folder, and the typed form of its manifest's details."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,23 +12,23 @@ from vlm.manifest import MANIFEST, Manifest, damage_as_error
 LAYOUT = 2
 SEGMENTS, TOMBSTONES = "segments", "tombstones"
 METRIC = "inner product of unit vectors"
+FIRST_VERSION = 1
 REBUILD_HINT = "build the index again with vlm index build"
 
 FailPoint = Callable[[str], None]
-"""Is told before each step that changes a folder; tests hand in one that ends the process there."""
+"""Called before each step that changes a folder, with its name; tests hand in one that ends the process there."""
 
 
 def no_failpoint(point: str) -> None:
-    """The write point of ordinary work: it does nothing."""
+    """The failpoint of ordinary work, which does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """Rows that were indexed together and never change; position p of its FAISS file is the p-th of its rows.
 
-    kind, parameters: of its FAISS index. rows: how many it has, dead ones too.
-    rerank: 0 where the scores of FAISS are exact; else `rerank` times the answers wanted are asked of FAISS, and the
-        stored rows decide.
+    kind, parameters: of its FAISS index. rows: their number, deleted ones included.
+    rerank: 0 if the scores of FAISS are exact; else FAISS gives `rerank` times the results, and the stored rows decide.
     """
 
     number: int
@@ -60,13 +60,13 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexDetails:
-    """What the manifest of an index says besides its counts.
+    """The details of an index's manifest.
 
-    catalogue: the SQLite file. tombstones: the file of the dead rows, empty if there are none.
+    catalogue: the SQLite file. tombstones: the file of the deleted rows, empty if there are none.
     segments: in the order of their rows, which never overlap.
-    next_row, next_segment: numbers not given yet; none is ever given twice.
-    kind, tuning: as they were wished for, for `compact`. evidence: what the planner found, if it chose.
-    shards, sources: addresses of the tars, and fingerprints of the embeddings, that ever came in.
+    next_row, next_segment: the next unused numbers; none is ever used twice.
+    kind, tuning: as they were asked for, for `compact`. evidence: the plan of the autotuner, if there was one.
+    shards, sources: addresses of all tars, and fingerprints of all embeddings, that were ever inserted.
     """
 
     space: EmbeddingSpace
@@ -88,7 +88,7 @@ class IndexDetails:
         """From the plain values of the manifest of `folder`.
 
         Raises:
-            UsageError: an older or newer version wrote them. VlmError: they are damaged.
+            UsageError: an older or newer version of the program wrote them. VlmError: they are damaged.
         """
         with damage_as_error(folder / MANIFEST):
             details = manifest.details
@@ -103,14 +103,18 @@ class IndexDetails:
                 "shards": tuple(details["shards"]),
                 "sources": tuple(details["sources"]),
             }
-            for name, told in (("rows", manifest.counts), ("dead", manifest.counts), ("embeddings", manifest.inputs)):
-                if name not in told:
+            for name, values_of in (
+                ("rows", manifest.counts),
+                ("dead", manifest.counts),
+                ("embeddings", manifest.inputs),
+            ):
+                if name not in values_of:
                     raise KeyError(name)
             return cls(**values)
 
 
 def segment_file(number: int, suffix: str) -> str:
-    """Where a file of segment `number` lies in an index folder.
+    """The path of a file of segment `number` in an index folder.
 
     >>> segment_file(3, "rows.npy")
     'segments/segment-00003.rows.npy'
@@ -119,7 +123,7 @@ def segment_file(number: int, suffix: str) -> str:
 
 
 def catalogue_file(generation: int) -> str:
-    """The name of a catalogue that was begun in a generation.
+    """The name of a catalogue that was begun by a version.
 
     >>> catalogue_file(1)
     'catalogue-00001.sqlite'
@@ -128,7 +132,7 @@ def catalogue_file(generation: int) -> str:
 
 
 def tombstones_file(generation: int) -> str:
-    """Where the dead rows of a generation are named.
+    """The path of the file with the deleted rows of a version.
 
     >>> tombstones_file(2)
     'tombstones/00002.npy'

@@ -1,13 +1,13 @@
-"""Facts: the metadata of each row as typed columns of the catalogue, by which a filter chooses rows.
+"""Metadata fields: the metadata of each row as typed columns of the catalogue, by which filters select rows.
 
-A fact is a field, a value and a row. Names inside names are joined by dots (`exif.width`), a list gives a fact for each
-of its values, and so may a row have several values of one field. Beside the metadata every row has the fields `key`,
+A table holds field, value and row. Names inside names are joined by dots (`exif.width`); a list gives one value for
+each item, so a row may have several values of a field. In addition to its metadata every row has the fields `key`,
 `language` (of its captions) and `caption`; `tags` may be a list or words separated by commas. A value is a number or a
 text; true and false are the numbers 1 and 0.
 
-Left out: null (the name of the field is kept), NaN, lists of more than 32 numbers (vectors are no facts), what lies
-more than 8 names deep, and `captions`, `captions_NAME` and `caption_weights`, which `caption` holds. Texts are kept
-up to 1,000 characters.
+Left out: null (but the field's name is known), NaN, lists of more than 32 numbers (these are vectors), what is nested
+more than 8 deep, and `captions`, `captions_NAME` and `caption_weights`, which `caption` covers. Texts are stored up to
+1,000 characters.
 """
 
 import math
@@ -33,7 +33,7 @@ CREATE TABLE facts (
     PRIMARY KEY (field, value, row)
 ) WITHOUT ROWID;
 """
-"""`value` has no type of its own: SQLite keeps numbers and texts as they are and sorts the numbers before the texts."""
+"""`value` is declared without a type: SQLite stores numbers and texts unchanged and sorts numbers before texts."""
 
 _LONGEST_VECTOR = 32
 _DEEPEST = 8
@@ -41,42 +41,46 @@ _FROM_CAPTIONS = ("captions", "caption_weights")
 
 
 def insert_metadata_fields(database: sqlite3.Connection, rows: Sequence[tuple[int, Origin]]) -> None:
-    """Add the facts of rows, given as row number and origin; nothing is committed.
+    """Insert the metadata of numbered rows; nothing is committed.
 
-    Metadata that is null gives no fact, but its name is known: a filter may say that it is missing.
+    Null has no value here, but its field's name is stored, so that a filter may ask whether it is missing.
     """
+    # by field and whether the values are texts
     columns: defaultdict[tuple[str, bool], list[tuple[FieldValue, int]]] = defaultdict(list)
-    empty: set[str] = set()
+    names: set[str] = set()
     for row, origin in rows:
-        empty |= {sanitize_text(name) for name, value in origin.metadata.items() if value is None and _is_field(name)}
+        for name, value in origin.metadata.items():
+            if value is None and _is_field(name):
+                names.add(sanitize_text(name))
         for name, value in metadata_fields(origin):
             columns[name, isinstance(value, str)].append((value, row))
-    names = sorted({name for name, _ in columns} | empty)
-    database.executemany("INSERT OR IGNORE INTO fields(name) VALUES (?)", [(name,) for name in names])
-    numbers: dict[str, int] = dict(database.execute("SELECT name, id FROM fields"))
-    # in the order of the table, so that neighbours are written together
-    for name, is_text in sorted(columns, key=lambda column: (numbers[column[0]], column[1])):
-        field, values = numbers[name], sorted(columns[name, is_text])
-        facts = ((field, value, row) for value, row in values)
-        database.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", facts)
+            names.add(name)
+    database.executemany("INSERT OR IGNORE INTO fields(name) VALUES (?)", [(name,) for name in sorted(names)])
+    ids: dict[str, int] = dict(database.execute("SELECT name, id FROM fields"))
+    # in the order of the primary key, so that neighbours are written together
+    for name, is_text in sorted(columns, key=lambda column: (ids[column[0]], column[1])):
+        values = [(ids[name], value, row) for value, row in sorted(columns[name, is_text])]
+        database.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", values)
 
 
 def field_types(database: sqlite3.Connection) -> dict[str, tuple[FieldType, ...]]:
     """The fields that have values, by name, and whether these are numbers, texts or both; reads a few pages."""
-    found: dict[str, tuple[FieldType, ...]] = {}
+    types: dict[str, tuple[FieldType, ...]] = {}
     for number, name in database.execute("SELECT id, name FROM fields ORDER BY name").fetchall():
         has_number, has_text = database.execute(
             "SELECT EXISTS (SELECT 1 FROM facts WHERE field = ?1 AND value < ''),"
             " EXISTS (SELECT 1 FROM facts WHERE field = ?1 AND value >= '')",
             (number,),
         ).fetchone()
-        if has_number or has_text:
-            found[name] = (*(("number",) if has_number else ()), *(("text",) if has_text else ()))
-    return found
+        if has_number and has_text:
+            types[name] = ("number", "text")
+        elif has_number or has_text:
+            types[name] = ("number",) if has_number else ("text",)
+    return types
 
 
 def metadata_fields(origin: Origin) -> Iterator[tuple[str, FieldValue]]:
-    """Each field and value of a row; the same may come twice.
+    """Each field and value of a row; a pair may occur twice.
 
     >>> from vlm.index.embeddings import Origin
     >>> origin = Origin(uid="u", key="u", shard="s", number=0, image_offset=0, image_size=0, caption_number=None,
@@ -102,7 +106,7 @@ def _is_field(name: str) -> bool:
 
 
 def sanitize_text(text: str) -> str:
-    """The text with a replacement mark for what SQLite cannot compare: NUL and halves of surrogate pairs."""
+    """The text with a replacement character for what SQLite cannot compare: NUL and halves of surrogate pairs."""
     if text.isascii() and "\0" not in text:
         return text
     return text.encode(errors="replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
@@ -112,7 +116,7 @@ def _flattened(name: str, value: Any, depth: int) -> Iterator[tuple[str, FieldVa
     if isinstance(value, str):
         yield name, sanitize_text(value)[:LONGEST_TEXT]
     elif isinstance(value, int) or (isinstance(value, float) and not math.isnan(value)):
-        # the sign makes numbers of true and false
+        # the plus sign turns true and false into numbers
         yield name, to_sqlite_number(+value)
     elif isinstance(value, dict) and depth <= _DEEPEST:
         for inner, content in value.items():

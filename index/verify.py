@@ -1,6 +1,6 @@
-"""Whether an index folder is as it was written and holds together: files, joins, counts, facts and distances."""
+"""Verify an index folder: checksums, row joins between segments and catalogue, metadata fields, and distances."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,14 @@ _ROWS_AT_ONCE = 65_536
 # FAISS sums float32 products in another order than numpy
 _SCORE_TOLERANCE = 1e-4
 _NEIGHBOURS = 10
-# codes lose rows at random; an index whose rows are exchanged finds none
-_LEAST_FOUND = 0.5
+# codes lose rows at random; an index with the wrong rows finds none
+_MIN_SELF_RECALL = 0.5
 _MAX_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is wrong, and where it was found: files, catalogue, joins, vectors, facts or distances."""
+    """What is wrong, and in which part: files, catalogue, joins, vectors, facts or distances."""
 
     part: str
     what: str
@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """What was looked at and what was found; strays are files that no manifest names (the next change removes them)."""
+    """What was checked, and its faults. strays: files that the manifest does not name; the next change removes them."""
 
     folder: str
     generation: int
@@ -52,27 +52,27 @@ class CheckReport:
 
 
 def check_index(folder: Path, *, sample: int = 1000, seed: int = 0) -> CheckReport:
-    """Read all of an index folder and compare; nothing is changed, and a writer may go on meanwhile.
+    """Read and check a whole index folder; nothing is changed, and a writer may work meanwhile.
 
-    sample: of how many rows the facts are made again and the distances to their neighbours computed anew.
+    sample: number of rows whose metadata fields and distances to their neighbours are computed again.
 
     Raises:
-        UsageError: it is no index of this layout.
+        UsageError: it is not an index of this layout.
         VlmError: its manifest is damaged.
     """
     for _ in range(_MAX_TRIES):
         manifest = read_manifest(folder, "index")
         report = _check(folder, manifest, sample=sample, seed=seed)
-        # a change may have put away what was being read
+        # a change may have removed what was being read
         if not report.faults or read_manifest(folder, "index") == manifest:
             return report
-    raise VlmError(f"{folder} changed {_MAX_TRIES} times while it was checked; check it while nobody writes.")
+    raise VlmError(f"{folder} changed {_MAX_TRIES} times while it was checked; check it while there is no writer.")
 
 
 def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> CheckReport:
     details = IndexDetails.from_manifest(manifest, folder)
-    faults = [Fault(part="files", what=what) for what in _file_faults(folder, manifest)]
-    faults += [Fault(part="catalogue", what=what) for what in _catalogue_faults(folder / details.catalogue)]
+    faults = _faults("files", _file_faults(folder, manifest))
+    faults += _faults("catalogue", _catalogue_faults(folder / details.catalogue))
     num_compared = 0
     if not faults:
         try:
@@ -96,6 +96,10 @@ def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> Check
     )
 
 
+def _faults(part: str, messages: Iterable[str]) -> list[Fault]:
+    return [Fault(part=part, what=message) for message in messages]
+
+
 def _file_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.files.items():
         path = folder / name
@@ -104,7 +108,7 @@ def _file_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
         elif (size := path.stat().st_size) != record.bytes:
             yield f"{name} has {size:,} bytes, {record.bytes:,} were written"
         elif sha256_file(path) != record.sha256:
-            yield f"{name} has another checksum than it was written with"
+            yield f"{name} has a different checksum than it was written with"
 
 
 def _catalogue_faults(path: Path) -> Iterator[str]:
@@ -120,39 +124,40 @@ def _catalogue_faults(path: Path) -> Iterator[str]:
 
 
 def _content_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: int) -> list[Fault]:
-    faults = [Fault(part="joins", what=what) for what in _join_faults(snapshot)]
-    faults += [Fault(part="facts", what=what) for what in _metadata_faults(snapshot, rng, sample)]
-    stored = sum(len(view.segment) for view in snapshot.views)
+    faults = _faults("joins", _join_faults(snapshot))
+    faults += _faults("facts", _metadata_faults(snapshot, rng, sample))
+    num_stored = sum(len(view.segment) for view in snapshot.views)
     for view in snapshot.views:
         segment = view.segment
-        faults += [Fault(part="vectors", what=what) for what in _vector_faults(segment)]
-        drawn = rng.permutation(len(segment))[: max(1, round(sample * len(segment) / stored))]
-        faults += [Fault(part="distances", what=what) for what in _distance_faults(segment, np.sort(drawn))]
+        faults += _faults("vectors", _vector_faults(segment))
+        num_sampled = max(1, round(sample * len(segment) / num_stored))
+        positions = np.sort(rng.permutation(len(segment))[:num_sampled])
+        faults += _faults("distances", _distance_faults(segment, positions))
     return faults
 
 
 def _join_faults(snapshot: IndexSnapshot) -> Iterator[str]:
     stored = np.concatenate([np.zeros(0, np.int64), *(view.segment.rows for view in snapshot.views)])
     if not (np.diff(stored) > 0).all():
-        yield "the rows of the segments do not rise: two segments may have the same row"
+        yield "the rows of the segments do not ascend: two segments may have the same row"
     if len(np.setdiff1d(snapshot.dead, stored)):
         yield "a tombstone is for a row that no segment has"
     listed = snapshot.catalogue.rows()
-    for what, rows in (
-        ("is in a segment, but not in the catalogue", np.setdiff1d(snapshot.rows, listed)),
-        ("is in the catalogue, but in no segment", np.setdiff1d(listed, snapshot.rows)),
-    ):
-        if len(rows):
-            yield f"row {rows[0]:,} ({len(rows):,} such) {what}"
+    not_listed = np.setdiff1d(snapshot.rows, listed)
+    if len(not_listed):
+        yield f"row {not_listed[0]:,} ({len(not_listed):,} such) is in a segment, but not in the catalogue"
+    not_stored = np.setdiff1d(listed, snapshot.rows)
+    if len(not_stored):
+        yield f"row {not_stored[0]:,} ({len(not_stored):,} such) is in the catalogue, but in no segment"
     if len(stored) and stored.max() >= snapshot.details.next_row:
-        yield f"row {stored.max():,} is there, and would be given again: the next is {snapshot.details.next_row:,}"
+        yield f"row {stored.max():,} exists and would be used again: the next is {snapshot.details.next_row:,}"
 
 
 def _metadata_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: int) -> Iterator[str]:
-    drawn = np.sort(rng.permutation(snapshot.rows)[:sample]).tolist()
-    kept = snapshot.catalogue.metadata_fields(drawn)
-    for entry in snapshot.catalogue.entries(drawn):
-        if kept[entry.row] != set(metadata_fields(entry)):
+    rows = np.sort(rng.permutation(snapshot.rows)[:sample]).tolist()
+    fields = snapshot.catalogue.metadata_fields(rows)
+    for entry in snapshot.catalogue.entries(rows):
+        if fields[entry.row] != set(metadata_fields(entry)):
             yield f"the facts of row {entry.row:,} ({entry.uid}) are not those of its metadata"
 
 
@@ -164,21 +169,21 @@ def _vector_faults(segment: SegmentReader) -> Iterator[str]:
 
 
 def _distance_faults(segment: SegmentReader, positions: Int64[Array, " N"]) -> Iterator[str]:
-    """FAISS's scores against the cosines of the stored rows; codes are only asked whether a row finds itself."""
+    """FAISS's scores against the cosines of the stored rows; of codes only whether a row finds itself."""
     meta = segment.meta
     queries = normalize_rows(segment.vectors.stored[positions])
     top = min(len(segment), _NEIGHBOURS * max(1, meta.rerank))
-    scores, found = segment.index.search(queries, top)
+    scores, neighbours = segment.index.search(queries, top)
     if meta.rerank:
-        share = float((found == positions[:, None]).any(axis=1).mean())
-        if share < _LEAST_FOUND:
+        share = float((neighbours == positions[:, None]).any(axis=1).mean())
+        if share < _MIN_SELF_RECALL:
             yield f"{meta.index_file}: only {share:.0%} of {len(positions):,} rows find themselves"
         return
     for number, query in enumerate(queries):
-        there = found[number] >= 0
-        cosines = segment.vectors.take(found[number, there]) @ query
-        off = np.abs(cosines - scores[number, there]).max(initial=0.0)
-        if off > _SCORE_TOLERANCE:
+        is_found = neighbours[number] >= 0
+        cosines = segment.vectors.take(neighbours[number, is_found]) @ query
+        error = np.abs(cosines - scores[number, is_found]).max(initial=0.0)
+        if error > _SCORE_TOLERANCE:
             row = segment.rows[positions[number]]
-            yield f"{meta.index_file}: a score of row {row:,} is off by {off:.2g} from the cosine of its vectors"
+            yield f"{meta.index_file}: a score of row {row:,} is off by {error:.2g} from the cosine of its vectors"
             return

@@ -1,6 +1,6 @@
-"""The rows of an index as a Parquet table for other tools, with or without their vectors.
+"""Export the live rows of an index for other tools: npy, FAISS, Parquet, or clip-retrieval's folders.
 
-The living rows of one generation of an index for other tools: npy, FAISS, Parquet, clip-retrieval's folders.
+Row i of the vectors, or id i of the FAISS file, is row i of the Parquet table that comes with them.
 """
 
 import logging
@@ -43,8 +43,8 @@ _TYPES = {
     "image_size": pa.int64(),
     "caption_number": pa.int32(),
 }
-# what clip-retrieval's own back end shows of a row
-_SHOWN = ("image_path", "caption", "url")
+# columns that clip-retrieval's back end displays
+_DISPLAYED = ("image_path", "caption", "url")
 
 
 def write_rows(
@@ -55,14 +55,15 @@ def write_rows(
     precision: Precision | None = None,
     for_clip_retrieval: bool = False,
 ) -> None:
-    """Write a row for each that is selected, in their order, atomically.
+    """Write the rows of the views as a Parquet table, in their order, atomically.
 
     Columns are those of `Origin`, captions and metadata as JSON; with `precision` also `embedding`, the unit vector;
     for clip-retrieval also `image_path`, `caption` and `url`.
     """
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in ORIGIN])
-    for name in _SHOWN if for_clip_retrieval else ():
-        schema = schema.append(pa.field(name, pa.string()))
+    if for_clip_retrieval:
+        for name in _DISPLAYED:
+            schema = schema.append(pa.field(name, pa.string()))
     if precision is not None:
         schema = schema.append(pa.field(EMBEDDING, pa.list_(pa.float16() if precision == "float16" else pa.float32())))
     with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
@@ -70,23 +71,23 @@ def write_rows(
             entries = catalogue.entries(rows.tolist())
             columns: dict[str, Any] = {name: [_value(entry, name) for entry in entries] for name in ORIGIN}
             if for_clip_retrieval:
-                columns |= {name: [_shown(entry, name) for entry in entries] for name in _SHOWN}
+                columns |= {name: [_displayed(entry, name) for entry in entries] for name in _DISPLAYED}
             if precision is not None:
                 columns[EMBEDDING] = _lists(to_precision(stored, precision))
             writer.write_table(pa.table(columns, schema=schema))
 
 
 def iter_stored_rows(views: Iterable[SegmentView]) -> Iterator[tuple[Int64[Array, " N"], Float[Array, "N D"]]]:
-    """The catalogue's rows and the vectors as they are stored, float16, block by block."""
-    for one in views:
-        rows = one.rows()
-        for first in range(0, one.count, _ROWS_AT_ONCE):
-            places = slice(first, first + _ROWS_AT_ONCE)
-            yield rows[places], one.segment.vectors.stored[one.positions[places]]
+    """The catalogue's rows and the stored float16 vectors, block by block."""
+    for view in views:
+        rows = view.rows()
+        for first in range(0, view.count, _ROWS_AT_ONCE):
+            block = slice(first, first + _ROWS_AT_ONCE)
+            yield rows[block], view.segment.vectors.stored[view.positions[block]]
 
 
 def to_precision(stored: Float[Array, "N D"], precision: Precision) -> Float[Array, "N D"]:
-    """Stored vectors as they are, or as float32 of exactly unit length."""
+    """Stored vectors unchanged, or as float32 of exactly unit length."""
     return normalize_rows(to_float32(stored)) if precision == "float32" else np.asarray(stored)
 
 
@@ -95,7 +96,7 @@ def _value(entry: Entry, name: str) -> Any:
     return json_text(value) if name in ("captions", "metadata") else value
 
 
-def _shown(entry: Entry, name: str) -> str | None:
+def _displayed(entry: Entry, name: str) -> str | None:
     if name == "caption":
         return next((text for texts in entry.captions.values() for text in texts), None)
     value = entry.metadata.get(name, entry.key if name == "image_path" else None)
@@ -114,7 +115,7 @@ FAISS_FILE, MATRIX, TABLE, WITH_VECTORS = "index.faiss", "embeddings.npy", "meta
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What was written, and of which generation. faiss_kind: of the FAISS file, empty where there is none."""
+    """What was written, and of which version. faiss_kind: type of the FAISS file, empty if there is none."""
 
     folder: str
     to: ExportFormat
@@ -130,7 +131,7 @@ class ExportSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class _RowsToExport:
-    """The rows to export, segment by segment."""
+    """The rows to export, by segment."""
 
     snapshot: IndexSnapshot
     views: Sequence[SegmentView]
@@ -138,7 +139,7 @@ class _RowsToExport:
 
     @property
     def rows(self) -> int:
-        return sum(one.count for one in self.views)
+        return sum(view.count for view in self.views)
 
     @property
     def dimension(self) -> int:
@@ -148,16 +149,14 @@ class _RowsToExport:
 def export_index(
     index: Path, out: Path, *, to: ExportFormat, where: str = "", precision: Precision | None = None
 ) -> ExportSummary:
-    """Write the living rows of the newest generation, or those a filter chooses, into the folder `out`, whole or not.
-
-    Row i of the vectors, or id i of the FAISS file, is row i of the Parquet table.
+    """Write the live rows of the newest version, or those a filter selects, into a new folder, whole or not at all.
 
     Args:
-        precision: of the vectors; left out, float16 as they are stored, and float32 for Parquet, which few tools read
-            with float16. A FAISS file has its own.
+        precision: of the vectors; left out, float16 as they are stored, but float32 for Parquet, because few tools read
+            float16 from it. A FAISS file has its own.
 
     Raises:
-        UsageError: no row is chosen, the filter is malformed, `out` is there, or `index` is no index.
+        UsageError: no row is selected, the filter is malformed, `out` exists, or `index` is not an index.
         VlmError: the index is damaged. OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
@@ -190,11 +189,11 @@ def _choose(snapshot: IndexSnapshot, where: str, precision: Precision) -> _RowsT
     views = snapshot.views
     if where:
         rows = snapshot.catalogue.where(parse_filter(where))
-        views = tuple(one.restricted_to(rows) for one in views)
-    export_rows = _RowsToExport(snapshot=snapshot, views=[one for one in views if one.count], precision=precision)
+        views = tuple(view.restricted_to(rows) for view in views)
+    export_rows = _RowsToExport(snapshot=snapshot, views=[view for view in views if view.count], precision=precision)
     if not export_rows.rows:
-        why = f"the filter {where!r} chooses none" if where else "it is empty"
-        raise UsageError(f"{snapshot.folder} has no row to export: {why}.")
+        reason = f"the filter {where!r} selects none" if where else "it is empty"
+        raise UsageError(f"{snapshot.folder} has no row to export: {reason}.")
     return export_rows
 
 
@@ -207,8 +206,8 @@ def _write_npy(folder: Path, export_rows: _RowsToExport) -> str:
 def _write_clip_retrieval(folder: Path, export_rows: _RowsToExport) -> str:
     """One numbered part, as clip-retrieval's inference leaves it."""
     name = VECTOR_FOLDERS[export_rows.snapshot.details.space.modality]
-    for inside in (name, TABLE_FOLDER):
-        (folder / inside).mkdir()
+    (folder / name).mkdir()
+    (folder / TABLE_FOLDER).mkdir()
     _write_matrix(folder / name / f"{name}_0.npy", export_rows)
     table = folder / TABLE_FOLDER / f"{TABLE_FOLDER}_0.parquet"
     write_rows(table, export_rows.snapshot.catalogue, export_rows.views, for_clip_retrieval=True)
@@ -222,19 +221,20 @@ def _write_parquet(folder: Path, export_rows: _RowsToExport) -> str:
 
 
 def _write_faiss(folder: Path, export_rows: _RowsToExport) -> str:
-    """The FAISS index of the only segment if all of it is wanted, else one made of all rows; its kind."""
+    """The FAISS index of the only segment if all of its rows are exported, else a new one; its type."""
     write_rows(folder / TABLE, export_rows.snapshot.catalogue, export_rows.views)
-    only = export_rows.views[0]
-    if len(export_rows.views) > 1 or only.count < len(only.segment):
+    view = export_rows.views[0]
+    if len(export_rows.views) > 1 or view.count < len(view.segment):
         return _build_faiss(folder, export_rows)
     faiss = load_faiss()
     with atomic_write(folder / FAISS_FILE) as file:
-        faiss.write_index(only.segment.index, faiss.PyCallbackIOWriter(file.write))
-    return only.segment.meta.kind
+        faiss.write_index(view.segment.index, faiss.PyCallbackIOWriter(file.write))
+    return view.segment.meta.kind
 
 
 def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
-    details, rows = export_rows.snapshot.details, np.arange(export_rows.rows)
+    details = export_rows.snapshot.details
+    rows = np.arange(export_rows.rows)
 
     def write(kind: str, tuning: TuningParams) -> str:
         blocks = (stored for _, stored in iter_stored_rows(export_rows.views))
@@ -247,7 +247,8 @@ def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
 
 
 def _write_matrix(path: Path, export_rows: _RowsToExport) -> None:
-    shape, dtype = (export_rows.rows, export_rows.dimension), np.dtype(export_rows.precision)
+    shape = (export_rows.rows, export_rows.dimension)
+    dtype = np.dtype(export_rows.precision)
     with atomic_write(path) as file:
         meta = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, meta)
@@ -258,7 +259,8 @@ def _write_matrix(path: Path, export_rows: _RowsToExport) -> None:
 def _write_manifest(
     folder: Path, export_rows: _RowsToExport, to: ExportFormat, where: str, files: Sequence[str]
 ) -> None:
-    before, space = export_rows.snapshot.manifest, export_rows.snapshot.details.space
+    before = export_rows.snapshot.manifest
+    space = export_rows.snapshot.details.space
     manifest = Manifest(
         kind=EXPORT,
         fingerprint=compute_fingerprint(before.fingerprint, to, where, export_rows.precision),

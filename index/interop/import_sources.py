@@ -1,10 +1,7 @@
-"""What the columns of another tool's table are for, and its values as plain ones.
+"""The files of another tool: which hold vectors, which table describes their rows, and their rows block by block.
 
-The rows of a FAISS file, reconstructed: as they were where it keeps vectors, nearly so where it keeps codes.
-
-Which files of another tool hold vectors, and which table tells about the rows of each.
-
-Vectors and tables of other tools: checked against each other before anything is written, then read in blocks.
+`find_file_pairs` pairs matrices or a FAISS file with Parquet tables, `open_parts` checks that they fit together before
+anything is written, and `read_blocks` reads them. The columns of a table become uid, captions and metadata.
 """
 
 import contextlib
@@ -12,7 +9,7 @@ import datetime
 import decimal
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,13 +30,13 @@ ORIGIN = tuple(field.name for field in fields(Origin))
 EMBEDDING = "embedding"
 _UIDS = ("uid", "key", "image_path")
 _CAPTIONS = ("caption", "captions", "text", "TEXT")
-# pandas keeps its row labels under such a name
+# pandas stores its row labels under such a name
 _LABELS = "__index_level_"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnChoice:
-    """Which columns are meant; empty: the first of the usual names that is there."""
+    """The columns to use; empty: the first of the usual names that exists."""
 
     uid: str = ""
     caption: str = ""
@@ -48,11 +45,11 @@ class ColumnChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class TableColumns:
-    """The columns of one table; empty where there is none.
+    """The columns of one table; empty if there is none.
 
-    metadata: all others that can be kept. left_out: those that cannot: bytes, vectors beside those imported, and what
-        has no name.
-    is_ours: `vlm index export` wrote the table, so that a row says itself what it is.
+    metadata: all others that can be stored. left_out: those that cannot: bytes, vectors other than those imported, and
+        columns without a name.
+    is_vlm_export: `vlm index export` wrote the table, so its rows have all fields of `Origin`.
     """
 
     uid: str
@@ -64,7 +61,7 @@ class TableColumns:
 
     @property
     def value_columns(self) -> tuple[str, ...]:
-        """All to be read but the embedding."""
+        """All columns to read but the embedding."""
         if self.is_vlm_export:
             return ORIGIN
         return tuple(dict.fromkeys(name for name in (self.uid, self.caption, *self.metadata) if name))
@@ -75,12 +72,12 @@ class TableColumns:
 
 
 def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *, has_vectors: bool) -> TableColumns:
-    """What the columns of the table `path` are for.
+    """The use of each column of the table `path`.
 
-    has_vectors: the vectors are in a column of it.
+    has_vectors: the vectors are in one of its columns.
 
     Raises:
-        UsageError: a column wished for is not there or of a wrong type, or the vectors' column is not clear.
+        UsageError: a chosen column is missing or of the wrong type, or which column holds the vectors is ambiguous.
     """
     names = schema.names
     for name in (column_choice.uid, column_choice.caption, column_choice.embedding if has_vectors else ""):
@@ -89,18 +86,18 @@ def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *
     is_vlm_export = (
         set(ORIGIN) <= set(names) and column_choice.uid in ("", "uid") and column_choice.caption in ("", "captions")
     )
-    uid = "uid" if is_vlm_export else column_choice.uid or next((name for name in _UIDS if name in names), "")
-    caption = (
-        "captions"
-        if is_vlm_export
-        else column_choice.caption or next((name for name in _CAPTIONS if name in names), "")
-    )
+    if is_vlm_export:
+        uid = "uid"
+        caption = "captions"
+    else:
+        uid = column_choice.uid or next((name for name in _UIDS if name in names), "")
+        caption = column_choice.caption or next((name for name in _CAPTIONS if name in names), "")
     if uid and not _is_name(schema.field(uid).type):
         kind = schema.field(uid).type
         raise UsageError(f"The column {uid!r} of {path} holds {kind}; a uid is a text or a whole number.")
     vectors = [field.name for field in schema if _is_vector(field.type)] if has_vectors else []
     embedding = _choose_embedding(vectors, column_choice.embedding, path) if has_vectors else ""
-    # a row is found by its key and uid without their being metadata too
+    # filters find a row by its key and uid, so these need not be metadata too
     special = {embedding, caption, uid if uid in ("uid", "key") else ""} - {""}
     others = [name for name in names if name not in special and not name.startswith(_LABELS)]
     left_out = [name for name in others if not name or name in vectors or _is_binary(schema.field(name).type)]
@@ -115,7 +112,7 @@ def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *
 
 
 def to_json_value(value: Any) -> Any:
-    """The value as JSON can hold it: times as ISO texts, numbers that are none as null.
+    """The value as JSON can hold it: times as ISO texts, NaN and infinities as null.
 
     >>> to_json_value({"at": datetime.date(2024, 5, 31), "box": (1, float("nan"))})
     {'at': '2024-05-31', 'box': [1, None]}
@@ -143,20 +140,21 @@ def captions_of(value: Any) -> Captions:
     by_language = value if isinstance(value, dict) else {"": value}
     captions: Captions = {}
     for language, texts in by_language.items():
-        kept = tuple(str(text) for text in (texts if isinstance(texts, list) else [texts]) if text)
-        if kept:
-            captions[language] = kept
+        listed = texts if isinstance(texts, list) else [texts]
+        non_empty = tuple(str(text) for text in listed if text)
+        if non_empty:
+            captions[language] = non_empty
     return captions
 
 
 def to_records(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The named columns of a batch, row by row; times finer than a microsecond are cut there."""
+    """The named columns of a batch, row by row; times are truncated to microseconds."""
     arrays = [_to_microseconds(batch.column(name)) for name in names]
     return pa.table(arrays, names=list(names)).to_pylist() if arrays else [{} for _ in range(len(batch))]
 
 
 def _to_microseconds(array: pa.Array) -> pa.Array:
-    """Times as Python can hold them; all else as it is."""
+    """Times in Python's resolution; all else unchanged."""
     kind = array.type
     if pa.types.is_timestamp(kind):
         return array.cast(pa.timestamp("us", kind.tz), safe=False)
@@ -165,17 +163,19 @@ def _to_microseconds(array: pa.Array) -> pa.Array:
     return array
 
 
-def _choose_embedding(vectors: Sequence[str], wished: str, path: Path) -> str:
-    if wished and wished not in vectors:
-        raise UsageError(f"The column {wished!r} of {path} does not hold lists of floating-point numbers.")
-    if not wished and EMBEDDING in vectors:
+def _choose_embedding(vectors: Sequence[str], chosen: str, path: Path) -> str:
+    if chosen and chosen not in vectors:
+        raise UsageError(f"The column {chosen!r} of {path} does not hold lists of floating-point numbers.")
+    if chosen:
+        return chosen
+    if EMBEDDING in vectors:
         return EMBEDDING
-    if not wished and len(vectors) != 1:
-        there = f"several: {', '.join(vectors)}; choose one by --embedding-column" if vectors else "none"
+    if len(vectors) != 1:
+        available = f"several: {', '.join(vectors)}; choose one by --embedding-column" if vectors else "none"
         raise UsageError(
-            f"The vectors are to be a column with lists of floating-point numbers, and {path} has {there}."
+            f"The vectors must be a column with lists of floating-point numbers, and {path} has {available}."
         )
-    return wished or vectors[0]
+    return vectors[0]
 
 
 def _is_vector(kind: pa.DataType) -> bool:
@@ -199,7 +199,7 @@ _KEEPS_VECTORS = re.compile(r"Flat(IP|L2)?$")
 
 @dataclass(frozen=True, eq=False)
 class FaissRows:
-    """Row i is the vector of id i. kind: FAISS's name of the index."""
+    """The rows of a FAISS file, reconstructed; row i is the vector of id i. kind: FAISS's class of the index."""
 
     path: Path
     kind: str
@@ -215,11 +215,11 @@ class FaissRows:
 
     @property
     def is_exact(self) -> bool:
-        """Whether vectors are kept, not codes of them."""
+        """Whether the index stores vectors, not codes of them."""
         return bool(_KEEPS_VECTORS.search(self.kind))
 
     def rows(self, first: int, last: int) -> Float32[Array, "N D"]:
-        """Rows `first` to `last`, without the last.
+        """Rows `first` up to but not including `last`.
 
         Raises:
             VlmError: the index cannot give them.
@@ -229,15 +229,15 @@ class FaissRows:
         except RuntimeError as error:
             raise VlmError(
                 f"{self.path} ({self.kind}) cannot give its rows by number: import the vectors themselves (.npy) "
-                f"where they still are. FAISS says: {_last_line(error)}"
+                f"if they still exist. FAISS says: {_last_line(error)}"
             ) from error
 
 
 def open_faiss(path: Path) -> FaissRows:
-    """A FAISS file, memory-mapped where this build of FAISS can.
+    """A FAISS file, memory-mapped if this build of FAISS can.
 
     Raises:
-        VlmError: it is damaged or none, or its rows have ids that are not their numbers.
+        VlmError: it is damaged or not one, or its rows have ids that are not their numbers.
     """
     faiss = load_faiss()
     try:
@@ -263,8 +263,8 @@ class FilePair:
     """Files whose rows belong together by position.
 
     vectors: a .npy matrix or a FAISS file; None: they are a column of the table.
-    table: Parquet; None: nothing is known of the rows but their number.
-    is_slice: several tables, one behind the other, tell about the rows of one FAISS file.
+    table: Parquet; None: the rows have a number only.
+    is_slice: several tables in turn describe the rows of one FAISS file.
     """
 
     vectors: Path | None
@@ -283,17 +283,17 @@ def find_file_pairs(source: Path, *, modality: Modality, metadata: Path | None =
     """The files of a source, in the order of their numbers.
 
     source: a folder of clip-retrieval (`img_emb`, `text_emb`, `metadata`), a folder of .npy and Parquet files, of .npy
-        alone, or of Parquet alone; a folder with a FAISS file in place of .npy, whose tables may lie in `metadata`; or
-        one such file, whose table may lie beside it under the same name.
+        alone, or of Parquet alone; a folder with a FAISS file in place of .npy, whose tables may be in `metadata`; or
+        one such file, whose table may be next to it under the same name.
     metadata: where the tables are, if elsewhere.
 
     Raises:
-        UsageError: there is nothing to import, or a file is without its partner.
+        UsageError: there is nothing to import, or a file lacks its partner.
     """
     if not source.exists():
         raise UsageError(f"There is no {source}.")
     if (source / PARTS_JSONL).is_file():
-        raise UsageError(f"{source} is an embeddings folder already; vlm index build takes it as it is.")
+        raise UsageError(f"{source} is an embeddings folder already; vlm index build reads it directly.")
     vectors, tables = _files_of(source, modality, metadata)
     if metadata is not None and not (vectors and tables):
         raise UsageError(f"{source if tables else metadata} holds no {'.npy' if tables else '.parquet'} file.")
@@ -332,17 +332,17 @@ def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[
 
 
 def _faiss_file(source: Path, modality: Modality) -> list[Path]:
-    """The one of a folder; clip-retrieval's back end has `image.index` and `text.index` beside each other."""
-    found = [path for suffix in FAISS_SUFFIXES for path in _files(source, suffix)]
+    """The FAISS file of a folder; clip-retrieval's back end has `image.index` next to `text.index`."""
+    files = [path for suffix in FAISS_SUFFIXES for path in _files(source, suffix)]
     named = {f"{name}.index": name for name in VECTOR_FOLDERS}
-    if len(found) > 1 and all(path.name in named for path in found):
-        found = [path for path in found if named[path.name] == modality]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+    if len(files) > 1 and all(path.name in named for path in files):
+        files = [path for path in files if named[path.name] == modality]
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
         raise UsageError(f"{source} holds several FAISS files ({names}); give one, and its tables as --metadata.")
-    if found and named.get(found[0].name, modality) != modality:
-        raise UsageError(f"{source} has {found[0].name} only; import it with --modality {named[found[0].name]}.")
-    return found
+    if files and named.get(files[0].name, modality) != modality:
+        raise UsageError(f"{source} has {files[0].name} only; import it with --modality {named[files[0].name]}.")
+    return files
 
 
 def _files(place: Path, suffix: str) -> list[Path]:
@@ -353,26 +353,27 @@ def _files(place: Path, suffix: str) -> list[Path]:
 
 def _number(path: Path) -> int:
     """The last number in a name, -1 without one: clip-retrieval and img2dataset number their parts so."""
-    found = re.findall(r"\d+", path.stem)
-    return int(found[-1]) if found else -1
+    numbers = re.findall(r"\d+", path.stem)
+    return int(numbers[-1]) if numbers else -1
 
 
 def _join(vectors: Sequence[Path], tables: Sequence[Path]) -> list[FilePair]:
-    """By name, else by number; one of each belongs together whatever the names are."""
+    """Pair by name, else by number; one of each belong together whatever their names."""
     if len(vectors) == len(tables) == 1:
         return [FilePair(vectors=vectors[0], table=tables[0])]
-    labels: tuple[Callable[[Path], Hashable], ...] = (lambda path: path.stem, _number)
+    labels: tuple[Callable[[Path], str | int], ...] = (lambda path: path.stem, _number)
     for label in labels:
         by_label = {label(table): table for table in tables}
-        wanted = [label(matrix) for matrix in vectors]
-        if len(by_label) == len(tables) and len(set(wanted)) == len(wanted) and set(wanted) == set(by_label):
+        vector_labels = {label(matrix) for matrix in vectors}
+        is_one_to_one = len(vector_labels) == len(vectors) == len(tables) == len(by_label)
+        if is_one_to_one and vector_labels == set(by_label):
             return [FilePair(vectors=matrix, table=by_label[label(matrix)]) for matrix in vectors]
-    numbers = [{_number(path) for path in paths} for paths in (vectors, tables)]
-    lone = [path for path in (*vectors, *tables) if not all(_number(path) in known for known in numbers)]
-    what = f"{lone[0]} has no partner" if lone else f"the number of {vectors[0]} is not its own"
+    common_numbers = set(map(_number, vectors)) & set(map(_number, tables))
+    unpaired = [path for path in (*vectors, *tables) if _number(path) not in common_numbers]
+    reason = f"{unpaired[0]} has no partner" if unpaired else f"the number of {vectors[0]} is not unique"
     raise UsageError(
-        f"{len(vectors)} .npy and {len(tables)} Parquet files cannot be matched by name or number: {what}. "
-        "Move away what does not belong, or name the place of the tables as --metadata."
+        f"{len(vectors)} .npy and {len(tables)} Parquet files cannot be matched by name or number: {reason}. "
+        "Move away what does not belong, or give the folder of the tables as --metadata."
     )
 
 
@@ -383,10 +384,10 @@ Slices = Callable[[int, int], Float[Array, "N D"]]
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePart:
-    """A pair that fits together.
+    """A pair of files that fit together.
 
-    first: the number of its first row in the whole source. dimension: D. columns: None if the table tells nothing.
-    faiss: where the vectors are in a FAISS file.
+    first: number of its first row in the whole source. dimension: D. columns: None if there is no table to read.
+    faiss: the FAISS file, if that holds the vectors.
     """
 
     pair: FilePair
@@ -397,10 +398,11 @@ class SourcePart:
     faiss: FaissRows | None = None
 
     def vectors(self) -> "Slices | None":
-        """What gives the vectors of the rows from one to another; None: they are in the table."""
+        """A function that gives the vectors of a range of rows; None: they are in the table."""
         if self.faiss is not None:
-            rows, offset = self.faiss, self.first if self.pair.is_slice else 0
-            return lambda first, last: rows.rows(offset + first, offset + last)
+            faiss = self.faiss
+            offset = self.first if self.pair.is_slice else 0
+            return lambda first, last: faiss.rows(offset + first, offset + last)
         if self.pair.vectors is None:
             return None
         matrix = _open_matrix(self.pair.vectors)
@@ -414,7 +416,7 @@ class SourcePart:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Some rows of a part: `first` is the number in it of the first; records has a dictionary for each row."""
+    """Some rows of a part, from number `first` on; records has a dictionary for each row."""
 
     part: SourcePart
     first: int
@@ -423,17 +425,18 @@ class Block:
 
 
 def open_parts(pairs: Sequence[FilePair], column_choice: ColumnChoice) -> list[SourcePart]:
-    """The parts with rows in them, all of one dimension; only heads of files are read.
+    """The parts that have rows, all of one dimension; only the headers of files are read.
 
     Raises:
-        UsageError: a matrix and its table have different numbers of rows, two parts different dimensions, a matrix is
-            none, a column is missing, or there is not one row.
+        UsageError: a matrix and its table have different numbers of rows, two parts different dimensions, a file is not
+            a matrix, a column is missing, or there is no row.
         VlmError: a file is damaged.
     """
     parts: list[SourcePart] = []
     faiss = _open_faiss(pairs[0])
     for pair in pairs:
-        part = _open_part(pair, column_choice, faiss, first=parts[-1].first + parts[-1].rows if parts else 0)
+        first = parts[-1].first + parts[-1].rows if parts else 0
+        part = _open_part(pair, column_choice, faiss, first)
         if not part.rows:
             continue
         if parts and part.dimension != parts[0].dimension:
@@ -444,7 +447,7 @@ def open_parts(pairs: Sequence[FilePair], column_choice: ColumnChoice) -> list[S
         column_choice = part.columns.as_column_choice() if part.columns else column_choice
         parts.append(part)
     if not parts:
-        raise UsageError(f"There is not one row in {pairs[0].path}" + (" or the other files." if pairs[1:] else "."))
+        raise UsageError(f"There is no row in {pairs[0].path}" + (" or the other files." if pairs[1:] else "."))
     if faiss is not None:
         tables = str(pairs[0].path) + (f" to {pairs[-1].path.name}" if pairs[1:] else "")
         _check_count(faiss.path, len(faiss), tables, parts[-1].first + parts[-1].rows)
@@ -457,24 +460,27 @@ def read_blocks(part: SourcePart) -> Iterator[Block]:
     Raises:
         VlmError: the table is damaged, or a vector in it has another length than the rest.
     """
-    given = part.vectors()
+    read_vectors = part.vectors()
     if part.columns is None:
-        assert given is not None
+        assert read_vectors is not None
         for first in range(0, part.rows, ROWS_AT_ONCE):
-            vectors = given(first, min(first + ROWS_AT_ONCE, part.rows))
+            vectors = read_vectors(first, min(first + ROWS_AT_ONCE, part.rows))
             yield Block(part=part, first=first, vectors=vectors, records=None)
         return
-    first, columns = 0, part.columns
-    wanted = [*columns.value_columns, *([columns.embedding] if columns.embedding else [])]
-    for batch in _batches(part.pair.path, wanted):
+    first = 0
+    columns = part.columns
+    names = list(columns.value_columns)
+    if columns.embedding:
+        names.append(columns.embedding)
+    for batch in _batches(part.pair.path, names):
         last = first + len(batch)
-        vectors = given(first, last) if given else _vectors_in(batch, part, columns.embedding)
+        vectors = read_vectors(first, last) if read_vectors else _vectors_in(batch, part, columns.embedding)
         yield Block(part=part, first=first, vectors=vectors, records=to_records(batch, columns.value_columns))
         first = last
 
 
 def read_names(part: SourcePart) -> pa.ChunkedArray | None:
-    """What the uid column of a part says, as texts; None: rows have numbers only.
+    """The uid column of a part, as texts; None: rows have numbers only.
 
     Raises:
         UsageError: a row has no uid.
@@ -494,11 +500,11 @@ def read_names(part: SourcePart) -> pa.ChunkedArray | None:
 
 
 def _open_part(pair: FilePair, column_choice: ColumnChoice, faiss: FaissRows | None, first: int) -> SourcePart:
-    """A pair as it is; `faiss` has the vectors of all if it is there."""
+    """A pair, unchecked against others; `faiss` has the vectors of all pairs if it is given."""
     count, dimension = _shape(pair, faiss)
     if pair.table is None:
         return SourcePart(pair=pair, first=first, rows=count, dimension=dimension, columns=None, faiss=faiss)
-    with _explaining(pair.table) as table:
+    with _open_table(pair.table) as table:
         rows, schema = table.metadata.num_rows, table.schema_arrow
     if pair.vectors is not None and not pair.is_slice:
         _check_count(pair.vectors, count, str(pair.table), rows)
@@ -514,7 +520,7 @@ def _open_part(pair: FilePair, column_choice: ColumnChoice, faiss: FaissRows | N
 
 
 def _open_faiss(pair: FilePair) -> FaissRows | None:
-    """Where the vectors of a source are in a FAISS file, it is the only one."""
+    """The FAISS file of a source, which never has several."""
     is_faiss = pair.vectors is not None and pair.vectors.suffix in FAISS_SUFFIXES
     return open_faiss(pair.vectors) if is_faiss and pair.vectors else None
 
@@ -539,7 +545,7 @@ def _open_matrix(path: Path) -> Float[Array, "N D"]:
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise VlmError(f"{path} cannot be read as an array ({error}); it is damaged or no .npy file.") from error
+        raise VlmError(f"{path} cannot be read as an array ({error}); it is damaged or not a .npy file.") from error
     if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating) or not matrix.shape[1]:
         raise UsageError(
             f"{path} holds {matrix.dtype} of shape {matrix.shape}; a floating-point row for each item is needed."
@@ -557,12 +563,14 @@ def _dimension_in(path: Path, column: str) -> int:
 
 
 def _vectors_in(batch: pa.RecordBatch, part: SourcePart, column: str) -> Float[Array, "N D"]:
-    """The vectors of a batch; NaN where there is none."""
+    """The vectors of a batch; NaN for a null."""
     lists = batch.column(column)
     lengths = _lengths(lists)
-    other = [length for length in lengths.drop_null().unique().to_pylist() if length != part.dimension]
-    if other:
-        raise VlmError(f"{part.place} has vectors of {part.dimension} and of {other[0]} numbers; nothing was imported.")
+    for length in lengths.drop_null().unique().to_pylist():
+        if length != part.dimension:
+            raise VlmError(
+                f"{part.place} has vectors of {part.dimension} and of {length} numbers; nothing was imported."
+            )
     flat = lists.flatten().to_numpy(zero_copy_only=False)
     vectors = np.full((len(lists), part.dimension), np.nan, flat.dtype)
     vectors[lengths.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, part.dimension)
@@ -574,14 +582,14 @@ def _lengths(lists: pa.Array) -> pa.Array:
 
 
 def _batches(path: Path, names: Sequence[str], rows_at_once: int = ROWS_AT_ONCE) -> Iterator[pa.RecordBatch]:
-    with _explaining(path) as table:
+    with _open_table(path) as table:
         for batch in table.iter_batches(batch_size=rows_at_once, columns=list(names)):
-            # a name chooses the fields within it too
+            # Parquet also selects the fields inside a struct of this name
             yield batch.select(list(names))
 
 
 @contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[pq.ParquetFile]:
+def _open_table(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as table:
             yield table

@@ -1,20 +1,12 @@
-"""Names of imported rows: as for embedded ones, what they are called, made longer only where two share it.
-
-Folders that `vlm index export` wrote: what they say of themselves.
-
-Vectors of other tools as an embeddings folder: joins checked, rows normalised, columns kept as metadata.
-"""
+"""Import vectors of other tools as an embeddings folder: joins checked, rows normalised, columns kept as metadata."""
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
@@ -30,7 +22,7 @@ from vlm.index.embeddings import (
     part_name,
 )
 from vlm.index.encoder import Encoder, absolute_spec
-from vlm.index.ids import find_shared_keys, shorten_shard_names
+from vlm.index.ids import UidAssigner
 from vlm.index.interop.import_sources import (
     Block,
     ColumnChoice,
@@ -44,45 +36,11 @@ from vlm.index.interop.import_sources import (
 )
 from vlm.manifest import MANIFEST, Manifest
 
-
-class RowUidAssigner:
-    """Gives each row its key and its uid, as `UidNamer` does for samples of shards, with a part in place of a shard.
-
-    The key is what the uid column says, or the row's number in the whole source. num_shared: rows whose uid had to be
-    longer than their key.
-
-    Memory: one Arrow string column with the keys of all rows while it is made, then the shared keys only.
-
-    Raises:
-        UsageError: a row has no uid.
-        VlmError: a table is damaged.
-    """
-
-    def __init__(self, parts: Sequence[SourcePart]) -> None:
-        self._parts = shorten_shard_names([str(part.pair.path.with_suffix("")) for part in parts])
-        named = [read_names(part) for part in parts]
-        chunks = [chunk for names in named if names is not None for chunk in names.chunks]
-        keyed = pa.table({"key": pa.chunked_array(chunks, pa.string())})
-        is_shared = pc.field("key").isin(find_shared_keys(keyed))
-        self._shared = Counter(
-            (number, key)
-            for number, names in enumerate(named)
-            if names is not None
-            for key in pa.table({"key": names}).filter(is_shared).column("key").to_pylist()
-        )
-        self.num_renamed = sum(self._shared.values())
-
-    def uid(self, part: int, number: int, key: str) -> str:
-        """The uid of row `number` of a part."""
-        times = self._shared[part, key]
-        return key if not times else f"{key}@{self._parts[part]}" + (f":{number}" if times > 1 else "")
-
-
 EXPORT = "export"
 
 
 def exported_space(source: Path) -> EmbeddingSpace | None:
-    """Whose vectors an export holds; None: the folder is of another tool."""
+    """The embedding space of an export of ours; None: the folder is of another tool."""
     path = source / MANIFEST
     if not path.is_file():
         return None
@@ -94,9 +52,9 @@ def exported_space(source: Path) -> EmbeddingSpace | None:
 
 
 UNKNOWN = "unknown"
-"""The model of vectors of which nobody knows what made them."""
+"""The model of vectors whose origin nobody knows."""
 
-# rows of float16 that were of unit length are off by less
+# unit vectors stored as float16 are off by less
 _ROUNDING = 2e-3
 # the length of a shorter row is not exact in single precision
 _SHORTEST = 1e-15
@@ -104,11 +62,11 @@ _SHORTEST = 1e-15
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSummary:
-    """What came in.
+    """What was imported.
 
-    files: pairs of vectors and table. bad: rows left out, named in `incidents.jsonl`. scaled: rows that were not of
-    unit length. renamed: rows that share the key with another. left_out: columns that cannot be metadata.
-    approximate: the kind of the FAISS file whose codes the rows were made from; empty: they are as they were.
+    files: pairs of vectors and table. bad: skipped rows, listed in `incidents.jsonl`. scaled: rows that were not of
+    unit length. renamed: rows that share their key with another. left_out: columns that cannot be metadata.
+    approximate: the type of the FAISS file whose codes the rows were decoded from; empty: they are exact.
     """
 
     folder: str
@@ -136,43 +94,51 @@ def import_embeddings(
     metadata: Path | None = None,
     column_choice: ColumnChoice | None = None,
 ) -> ImportSummary:
-    """Write the rows of `source` (as `find_pairs` takes it) as an embeddings folder `out`, whole or not at all.
+    """Write the rows of `source` (as `find_file_pairs` takes it) as an embeddings folder `out`, whole or not at all.
 
     Args:
-        model_spec: whose vectors they are, as `load` takes it; `unknown`; or empty if `vlm index export` wrote them.
-        modality: image if not given, or what an export says.
-        metadata: where the tables are, if not beside the vectors.
+        model_spec: the model of the vectors, as `load` takes it; `unknown`; or empty if `vlm index export` wrote them.
+        modality: by default image, or that of an export.
+        metadata: where the tables are, if not next to the vectors.
 
     Raises:
-        UsageError: files do not belong together, a column is missing, the model has another dimension, or `out` is
-            there.
-        VlmError: a file is damaged, or not one row can be used. OSError: the disk is full or cannot be written.
+        UsageError: files do not belong together, a column is missing, the model has another dimension, or `out`
+            exists.
+        VlmError: a file is damaged, or no row can be used. OSError: the disk is full or cannot be written.
     """
     started = time.perf_counter()
     check_not_exists(out)
     written = exported_space(source)
-    kind = modality or (written.modality if written else "image")
-    parts = open_parts(find_file_pairs(source, modality=kind, metadata=metadata), column_choice or ColumnChoice())
-    namer = RowUidAssigner(parts)
-    space = _choose_space(model_spec, parts[0].dimension, kind, written, load)
-    identity = {"modality": kind, "model": space.fingerprint, "source": str(source.absolute())}
+    if modality is None:
+        modality = written.modality if written else "image"
+    parts = open_parts(find_file_pairs(source, modality=modality, metadata=metadata), column_choice or ColumnChoice())
+    # a part stands for a shard, and a row's key is its uid column or its number
+    names = [str(part.pair.path.with_suffix("")) for part in parts]
+    assigner = UidAssigner(names, [read_names(part) for part in parts])
+    space = _choose_space(model_spec, parts[0].dimension, modality, written, load)
+    identity = {"modality": modality, "model": space.fingerprint, "source": str(source.absolute())}
     with atomic_folder(out) as folder:
-        importer = _Importer(EmbeddingsWriter(folder, space=space, identity=identity), namer)
+        importer = _Importer(EmbeddingsWriter(folder, space=space, identity=identity), assigner)
         importer.import_all(parts)
         manifest = importer.finish()
+    first = parts[0]
+    left_out: dict[str, None] = {}
+    for part in parts:
+        if part.columns:
+            left_out |= dict.fromkeys(part.columns.left_out)
     return ImportSummary(
         folder=str(out),
         model=space.model,
-        modality=kind,
+        modality=modality,
         dimension=space.dimension,
         files=len(parts),
         rows=manifest.counts["rows"],
         bad=manifest.counts["bad"],
         scaled=importer.scaled,
-        renamed=namer.num_renamed,
-        uid_column=parts[0].columns.uid if parts[0].columns else "",
-        left_out=tuple(dict.fromkeys(name for part in parts if part.columns for name in part.columns.left_out)),
-        approximate=parts[0].faiss.kind if parts[0].faiss and not parts[0].faiss.is_exact else "",
+        renamed=assigner.num_renamed,
+        uid_column=first.columns.uid if first.columns else "",
+        left_out=tuple(left_out),
+        approximate=first.faiss.kind if first.faiss and not first.faiss.is_exact else "",
         seconds=time.perf_counter() - started,
     )
 
@@ -182,7 +148,7 @@ def _choose_space(
 ) -> EmbeddingSpace:
     if not spec and written is None:
         raise UsageError(
-            f"Say by --model whose vectors these are, or --model {UNKNOWN}: then only stored items can be asked with."
+            f"Name the model of these vectors by --model, or --model {UNKNOWN}: then only stored items can be queries."
         )
     if spec == UNKNOWN:
         return EmbeddingSpace(model=UNKNOWN, fingerprint=UNKNOWN, dimension=dimension, modality=modality)
@@ -211,39 +177,44 @@ def _choose_space(
 
 
 class _Importer:
-    """Blocks on their way into an embeddings folder, and what was seen of them."""
+    """Writes blocks into an embeddings folder. rows: written so far. scaled: those that were not of unit length."""
 
-    def __init__(self, writer: EmbeddingsWriter, namer: RowUidAssigner) -> None:
-        self._writer, self._namer = writer, namer
+    def __init__(self, writer: EmbeddingsWriter, assigner: UidAssigner) -> None:
+        self._writer = writer
+        self._assigner = assigner
         self._shards: dict[str, None] = {}
-        self._blocks, self.rows, self.scaled = 0, 0, 0
+        self._num_blocks = 0
+        self.rows = 0
+        self.scaled = 0
 
     def import_all(self, parts: Sequence[SourcePart]) -> None:
         """Every row, in order."""
-        with progress(total=sum(part.rows for part in parts), what="import", unit=" rows") as shown:
+        with progress(total=sum(part.rows for part in parts), what="import", unit=" rows") as bar:
             for number, part in enumerate(parts):
                 for block in read_blocks(part):
                     self.import_block(number, block)
-                    shown.update(len(block.vectors))
+                    bar.update(len(block.vectors))
 
     def import_block(self, part: int, block: Block) -> None:
-        """Write the rows of a block that can be used."""
+        """Write the usable rows of a block."""
+        # rows that are not finite, or too large to square, are skipped below
         with np.errstate(over="ignore", invalid="ignore"):
             vectors = to_float32(block.vectors)
             lengths = np.linalg.norm(vectors, axis=1)
         is_usable = np.isfinite(lengths) & (lengths >= _SHORTEST)
         is_off = is_usable & (np.abs(lengths - 1) > _ROUNDING)
         rows = vectors[is_usable] / np.where(is_off, lengths, 1)[is_usable, None]
-        origins, incidents = [], []
-        for place, length in enumerate(lengths.tolist()):
-            origin = self._origin(part, block, place)
-            if is_usable[place]:
+        origins: list[Origin] = []
+        skipped: list[SkippedSampleRecord] = []
+        for position, length in enumerate(lengths.tolist()):
+            origin = self._origin(part, block, position)
+            if is_usable[position]:
                 origins.append(origin)
                 self._shards[origin.shard] = None
             else:
-                incidents.append(self._skip(origin, block, place, length))
-        self._writer.add(str(block.part.place.absolute()), rows, origins, incidents)
-        self._blocks += 1
+                skipped.append(self._skip(origin, block, position, length))
+        self._writer.add(str(block.part.place.absolute()), rows, origins, skipped)
+        self._num_blocks += 1
         self.rows += len(origins)
         self.scaled += int(is_off.sum())
 
@@ -251,20 +222,22 @@ class _Importer:
         """Write the manifest.
 
         Raises:
-            VlmError: there is not one row.
+            VlmError: there is no row.
         """
         if not self.rows:
-            raise VlmError("Not one vector can be used: each is zero or not finite. Nothing was imported.")
+            raise VlmError("No vector can be used: each is zero or not finite. Nothing was imported.")
         space = self._writer.space
         return self._writer.finish(inputs={"model": space.fingerprint}, details={"shards": list(self._shards)})
 
-    def _origin(self, part: int, block: Block, place: int) -> Origin:
-        number, columns = block.first + place, block.part.columns
-        record = block.records[place] if block.records is not None else {}
+    def _origin(self, part: int, block: Block, position: int) -> Origin:
+        number = block.first + position
+        columns = block.part.columns
+        record = block.records[position] if block.records is not None else {}
         key = str(record[columns.uid]) if columns and columns.uid else str(block.part.first + number)
-        uid = self._namer.uid(part, number, key)
+        uid = self._assigner.name(part, number, key)
         if columns and columns.is_vlm_export:
-            captions, metadata = captions_from_json(record["captions"]), json.loads(record["metadata"])
+            captions = captions_from_json(record["captions"])
+            metadata = json.loads(record["metadata"])
             return Origin(**record | {"uid": uid, "captions": captions, "metadata": metadata})
         values = {name: to_json_value(record[name]) for name in columns.metadata} if columns else {}
         return Origin(
@@ -279,10 +252,10 @@ class _Importer:
             metadata={name: value for name, value in values.items() if value is not None},
         )
 
-    def _skip(self, origin: Origin, block: Block, place: int, length: float) -> SkippedSampleRecord:
-        number = block.first + place
+    def _skip(self, origin: Origin, block: Block, position: int, length: float) -> SkippedSampleRecord:
+        number = block.first + position
         return SkippedSampleRecord(
-            part=part_name(self._blocks),
+            part=part_name(self._num_blocks),
             shard=origin.shard,
             number=number,
             key=origin.key,

@@ -149,7 +149,7 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path):
 
 
 def test_too_few_pairs_are_refused():
-    with pytest.raises(UsageError, match="50 pictures are in both"):
+    with pytest.raises(UsageError, match="50 images are in both"):
         fit_head(World(50).pairs(HALF, EVERYTHING))
 
 

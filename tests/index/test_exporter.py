@@ -179,7 +179,7 @@ def test_texts_keep_their_caption_and_modality(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"where": "number > 1000"}, "chooses none"),
+        ({"where": "number > 1000"}, "selects none"),
         ({"where": "number >"}, "filter"),
         ({"where": "hight > 3"}, "No row has the field 'hight'"),
     ],

@@ -203,7 +203,7 @@ def test_the_model_is_loaded_and_its_dimension_compared(tmp_path, make_model: Ca
     assert (space.model, space.fingerprint, space.dimension) == ("colours", "colours", 8)
     with pytest.raises(UsageError, match="8 dimensions, those of wide 9"):
         bring(tmp_path / "e.npy", tmp_path / "o2", model_spec="wide", load=lambda spec: make_model(embedding_size=9))
-    with pytest.raises(UsageError, match="Say by --model"):
+    with pytest.raises(UsageError, match="by --model, or --model unknown"):
         bring(tmp_path / "e.npy", tmp_path / "o2", model_spec="")
 
 

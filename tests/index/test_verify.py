@@ -64,7 +64,7 @@ def test_a_changed_byte_a_lost_byte_and_a_lost_file_are_named(changed: Path, nam
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert faults(changed)["files"] == f"{name} has another checksum than it was written with"
+    assert faults(changed)["files"] == f"{name} has a different checksum than it was written with"
     path.write_bytes(data[:-1])
     assert "bytes" in faults(changed)["files"]
     path.unlink()
