@@ -1,13 +1,13 @@
-"""Signals: a value for each embedded sample, beside its embeddings, by which `vlm curate` selects without a model.
+"""Scores: a value for each embedded image, stored with its embeddings, by which `vlm curate` selects without a model.
 
-similarity  cosine of a picture and its own captions, the highest of them (CLIP score filtering: Schuhmann et al. 2021,
+similarity  cosine of an image and its own captions, the highest of them (CLIP score filtering: Schuhmann et al. 2021,
             LAION-400M; DataComp, Gadre et al. 2023, section 5)
-duplicates  number of the group of pictures that are linked by cosines above a threshold
+duplicates  number of the group of images that are linked by cosines above a threshold
             (SemDeDup, Abbas et al. 2023, over all pairs instead of inside clusters)
-cluster     number of the nearest of K centres (spherical k-means), and centre-distance, 1 - cosine to it
+cluster     number of the nearest of K centroids (spherical k-means), and centre-distance, 1 - cosine to it
             (prototypicality: Sorscher et al. 2022)
 near        the highest cosine to any row of a target's embeddings (image-based filtering of DataComp)
-overlap     the highest cosine to any picture of evaluation shards (decontamination)
+overlap     the highest cosine to any image of evaluation shards (decontamination)
 """
 
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ from vlm.tensors import Array, Float32
 
 FOLDER = "signals"
 _ROWS_AT_ONCE = 4096
-_MOST_EXACT = 200_000
+_MAX_ROWS_FOR_ALL_PAIRS = 200_000
 _CLUSTER_ITERATIONS = 20
 _ALONE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreColumn:
-    """A signal as it was written: its file, its rows, and how its values are spread."""
+    """A score that was written: its file, its number of rows, and the distribution of its values."""
 
     name: str
     path: Path
@@ -46,15 +46,13 @@ class ScoreColumn:
 
 @dataclass(frozen=True)
 class ScoreWriter:
-    """Computes signals of the pictures of an embeddings folder and writes them into its `signals/`."""
+    """Computes scores of the images of an embeddings folder and writes them into its `signals/`."""
 
     images: Embeddings
 
     def __post_init__(self) -> None:
         if self.images.space.modality != "image":
-            raise UsageError(
-                f"{self.images.folder} holds texts; signals are about pictures: embed with --modality image."
-            )
+            raise UsageError(f"{self.images.folder} holds texts; scores are about images: embed with --modality image.")
         (self.images.folder / FOLDER).mkdir(exist_ok=True)
 
     @cached_property
@@ -63,7 +61,7 @@ class ScoreWriter:
         return np.concatenate(list(self.images.blocks()))
 
     @cached_property
-    def _places(self) -> tuple[list[str], list[int], list[str]]:
+    def _sample_columns(self) -> tuple[list[str], list[int], list[str]]:
         """Shard content, number and key of each row."""
         contents: dict[str, str] = {}
         shards, numbers, keys = [], [], []
@@ -76,14 +74,14 @@ class ScoreWriter:
         return shards, numbers, keys
 
     def similarity(self, texts: Embeddings) -> ScoreColumn:
-        """The highest cosine of each picture with one of its own captions.
+        """The highest cosine of each image with one of its own captions.
 
         Raises:
             UsageError: the texts are of another model, or of other shards.
         """
         self._check_same_space(texts)
         if texts.space.modality != "text":
-            raise UsageError(f"{texts.folder} holds pictures; embed the captions with --modality text.")
+            raise UsageError(f"{texts.folder} holds images; embed the captions with --modality text.")
         rows = {(origin.shard, origin.number): row for row, origin in enumerate(self.images.origins())}
         best = np.full(len(self.images), -np.inf, np.float32)
         origins = texts.origins()
@@ -94,27 +92,27 @@ class ScoreWriter:
                     best[row] = max(best[row], float(vector @ self.vectors[row]))
         has_text = np.isfinite(best)
         if not has_text.any():
-            raise UsageError(f"{texts.folder} holds no captions of the pictures of {self.images.folder}.")
-        return self._write("similarity", best, {"texts": texts.manifest.fingerprint}, kept=has_text)
+            raise UsageError(f"{texts.folder} holds no captions of the images of {self.images.folder}.")
+        return self._write("similarity", best, {"texts": texts.manifest.fingerprint}, is_scored=has_text)
 
     def duplicates(self, threshold: float) -> ScoreColumn:
-        """Groups of pictures linked by cosines of at least `threshold`; the number is that of the group's first row,
-        -1 for a picture alone.
+        """Groups of images linked by cosines of at least `threshold`; the number is that of the group's first row,
+        -1 for an image alone.
 
-        All pairs are compared up to 200,000 rows; beyond, those whose cells of an inverted file are near.
+        All pairs are compared up to 200,000 rows; beyond, those in near lists of an inverted file.
         """
         if not 0 < threshold <= 1:
             raise UsageError(f"A cosine of {threshold} is outside 0 to 1.")
-        found = connected_components(self._similar_pairs(threshold), len(self.vectors))
-        sizes = np.bincount(found)
-        found[sizes[found] == 1] = _ALONE
+        groups = connected_components(self._similar_pairs(threshold), len(self.vectors))
+        sizes = np.bincount(groups)
+        groups[sizes[groups] == 1] = _ALONE
         facts = {"threshold": threshold, "groups of several": int((sizes > 1).sum())}
-        return self._write("duplicates", found, facts | {"beyond the first": int((sizes[sizes > 1] - 1).sum())})
+        return self._write("duplicates", groups, facts | {"beyond the first": int((sizes[sizes > 1] - 1).sum())})
 
     def clusters(self, number: int, *, seed: int = 0) -> list[ScoreColumn]:
-        """The nearest of `number` centres, and 1 - cosine to it."""
+        """The nearest of `number` centroids, and 1 - cosine to it."""
         if not 1 <= number <= len(self.vectors):
-            raise UsageError(f"{number:,} clusters of {len(self.vectors):,} pictures; give 1 to {len(self.vectors):,}.")
+            raise UsageError(f"{number:,} clusters of {len(self.vectors):,} images; give 1 to {len(self.vectors):,}.")
         means = faiss.Kmeans(
             self.vectors.shape[1],
             number,
@@ -136,7 +134,7 @@ class ScoreWriter:
         return self._write("near", self._highest_cosine(target, "near"), {"target": target.manifest.fingerprint})
 
     def overlap(self, evaluation: Embeddings) -> ScoreColumn:
-        """The highest cosine to any picture of the evaluation shards that were embedded."""
+        """The highest cosine to any image of the evaluation shards that were embedded."""
         against = [open_index(address).fingerprint for address in evaluation.manifest.details["shards"]]
         return self._write("overlap", self._highest_cosine(evaluation, "overlap"), {"against": against})
 
@@ -148,13 +146,13 @@ class ScoreWriter:
         return np.concatenate([index.search(block, 1)[0][:, 0] for block in _blocks(self.vectors, what)])
 
     def _similar_pairs(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows and the rows they are linked to, pair by pair."""
+        """Pairs of rows that are linked, as two arrays."""
         count, dimension = self.vectors.shape
         index: faiss.Index = faiss.IndexFlatIP(dimension)
-        if count > _MOST_EXACT:
-            cells = int(4 * count**0.5)
-            index = faiss.IndexIVFFlat(index, dimension, cells, faiss.METRIC_INNER_PRODUCT)
-            index.train(self.vectors[:: max(1, count // (40 * cells))])
+        if count > _MAX_ROWS_FOR_ALL_PAIRS:
+            lists = int(4 * count**0.5)
+            index = faiss.IndexIVFFlat(index, dimension, lists, faiss.METRIC_INNER_PRODUCT)
+            index.train(self.vectors[:: max(1, count // (40 * lists))])
             index.nprobe = 16
         index.add(self.vectors)
         first = 0
@@ -170,23 +168,25 @@ class ScoreWriter:
             )
 
     def _write(
-        self, name: str, values: np.ndarray, facts: dict[str, Any], *, kept: np.ndarray | None = None
+        self, name: str, values: np.ndarray, facts: dict[str, Any], *, is_scored: np.ndarray | None = None
     ) -> ScoreColumn:
-        chosen = np.arange(len(values)) if kept is None else np.flatnonzero(kept)
-        shards, numbers, keys = self._places
+        scored_rows = np.arange(len(values)) if is_scored is None else np.flatnonzero(is_scored)
+        shards, numbers, keys = self._sample_columns
         path = self.images.folder / FOLDER / f"{name}.parquet"
         rows = ScoreRows(
-            shards=[shards[row] for row in chosen],
-            numbers=[numbers[row] for row in chosen],
-            keys=[keys[row] for row in chosen],
-            values=values[chosen],
+            shards=[shards[row] for row in scored_rows],
+            numbers=[numbers[row] for row in scored_rows],
+            keys=[keys[row] for row in scored_rows],
+            values=values[scored_rows],
         )
         write_score_column(path, name, rows, model=self.images.space.fingerprint, details=facts)
-        return ScoreColumn(name=name, path=path, rows=len(chosen), facts=facts | _distribution(values[chosen]))
+        return ScoreColumn(
+            name=name, path=path, rows=len(scored_rows), facts=facts | _distribution(values[scored_rows])
+        )
 
 
 def _distribution(values: np.ndarray) -> dict[str, float]:
-    """Least, median and most of scores; nothing of the numbers of groups."""
+    """Least, median and most of scores; nothing for the numbers of groups."""
     if values.dtype.kind != "f":
         return {}
     return {"least": values.min().item(), "median": np.median(values).item(), "most": values.max().item()}

@@ -1,7 +1,7 @@
-"""A GPU that FAISS sees: lists are learned on it and found for new rows, and whole segments searched on it.
+"""A GPU that FAISS sees: it trains lists, assigns new rows to them, and searches whole segments.
 
-An index on disk is always one for CPUs. A GPU changes how long it takes, and answers no further than sums of float32
-in another order do. CUDA_VISIBLE_DEVICES= hides it.
+An index on disk is always one for CPUs. A GPU changes the time, and the scores only by float32 sums in another order.
+CUDA_VISIBLE_DEVICES= hides it.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 MAX_GPU_RESULTS = 2048
-"""To one question, of any index on a GPU (FAISS wiki, "Faiss on the GPU")."""
-# the most lists it reads for a question
+"""Of one query, in any index on a GPU (FAISS wiki, "Faiss on the GPU")."""
+# the most lists it reads for a query
 _MAX_GPU_LISTS = 2048
 
 
@@ -32,7 +32,7 @@ def gpu_unavailable_reason() -> str:
 
 
 def find_gpu() -> CopyToGpu | None:
-    """The way to the first GPU that FAISS sees, if it sees one."""
+    """A function that copies an index to the first GPU that FAISS sees; None if it sees none."""
     if gpu_unavailable_reason():
         return None
     return lambda index: load_faiss().index_cpu_to_gpu(_resources(), 0, index)
@@ -40,40 +40,44 @@ def find_gpu() -> CopyToGpu | None:
 
 @cache
 def _resources() -> Any:
-    """Working memory on the GPU, more than a gigabyte of it: taken with the first copy, and once in a process."""
+    """Working memory on the GPU, more than a gigabyte: allocated with the first copy, once per process."""
     return load_faiss().StandardGpuResources()
 
 
 def train(index: "faiss.Index", rows: Float32[Array, "N D"], copy: CopyToGpu | None) -> None:
-    """Train an index; where it has lists, a copy of a flat one finds the centroid of each row."""
-    lists = extract_ivf(index)
-    if copy is None or lists is None:
+    """Train an index; if it has lists, a flat index on the GPU finds the centroid of each row."""
+    ivf = extract_ivf(index)
+    if copy is None or ivf is None:
         index.train(rows)
         return
-    finder = copy(load_faiss().IndexFlatIP(lists.d))
-    lists.clustering_index = finder  # held there by its address alone
+    # FAISS holds only its address, so this name must keep it alive
+    centroid_index = copy(load_faiss().IndexFlatIP(ivf.d))
+    ivf.clustering_index = centroid_index
     try:
         index.train(rows)
     finally:
-        lists.clustering_index = None
+        ivf.clustering_index = None
 
 
 def make_add_function(index: "faiss.Index", copy: CopyToGpu | None) -> Callable[[Float32[Array, "N D"]], None]:
-    """What adds rows to a trained index; where it has lists, a copy of its quantizer finds those of new rows.
+    """A function that adds rows to a trained index; if it has lists, the GPU assigns the rows to them.
 
-    They are encoded and kept by the index itself. FAISS leaves no door open to do so for codes in blocks (ivfpq).
+    The index itself encodes and stores them. FAISS has no such way for codes in blocks (ivfpq).
     """
-    faiss, lists = load_faiss(), extract_ivf(index)
-    if copy is None or lists is None or isinstance(lists, faiss.IndexIVFFastScan):
+    faiss = load_faiss()
+    ivf = extract_ivf(index)
+    if copy is None or ivf is None or isinstance(ivf, faiss.IndexIVFFastScan):
         return index.add
-    finder, chain = copy(lists.quantizer), _transforms(index)
+    quantizer = copy(ivf.quantizer)
+    transforms = _transforms(index)
 
     def add(rows: Float32[Array, "N D"]) -> None:
-        for transform in chain:
+        for transform in transforms:
             rows = transform.apply(rows)
-        _, found = finder.search(rows, 1)
-        lists.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(found))
-        index.ntotal = lists.ntotal
+        _, lists = quantizer.search(rows, 1)
+        ivf.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(lists))
+        # a wrapping transform does not see rows that are added behind it
+        index.ntotal = ivf.ntotal
 
     return add
 
@@ -92,7 +96,7 @@ def gpu_unsupported_reason(index: "faiss.Index") -> str:
 
 
 def extract_ivf(index: "faiss.Index") -> Any:
-    """The index with lists inside an index, as FAISS's own class; None if there is none."""
+    """The IVF index inside an index, as FAISS's own class; None if there is none."""
     inner = unwrap_transforms(index)
     return inner if isinstance(inner, load_faiss().IndexIVF) else None
 

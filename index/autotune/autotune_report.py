@@ -1,4 +1,4 @@
-"""A plan for people: the table of what was tried, and the recall-latency plot."""
+"""The report of an autotuner's plan: tables of its trials, and the recall-latency plot."""
 
 from pathlib import Path
 from typing import Any
@@ -6,18 +6,19 @@ from typing import Any
 from vlm.console import show_table
 from vlm.files import atomic_write
 from vlm.index.autotune.autotuner import Plan
-from vlm.index.autotune.trial import Trial, format_bytes
+from vlm.index.autotune.trial import Latency, Trial, format_bytes
 
 PLOT = "plan.png"
 
 
 def show_plan(plan: Plan) -> None:
-    """The trials as two tables on stdout, then what was taken and why."""
+    """Show the trials as tables on stdout, then which was taken and why."""
     counts = list(next(iter(plan.trials[0].recall.values())))
-    columns = ["kind", "tuned to", *(f"{_short(way)} R@{count}" for way in plan.judged_by for count in counts), ""]
+    recalls = [f"{_short(direction)} R@{count}" for direction in plan.judged_by for count in counts]
+    columns = ["index type", "search parameters", *recalls, ""]
     show_table(columns, [_recall_cells(trial, plan, counts) for trial in plan.trials], title=_heading(plan))
-    columns = ["kind", "p50 ms", "p95 ms", "p99 ms", "questions/s", "memory", "mapped from disk", "built in s"]
-    show_table(columns, [_cost_cells(trial) for trial in plan.trials], title="One question at a time on one thread")
+    columns = ["index type", "p50 ms", "p95 ms", "p99 ms", "queries/s", "memory", "mapped from disk", "build s"]
+    show_table(columns, [_cost_cells(trial) for trial in plan.trials], title="Single queries on one thread")
     for direction in sorted({direction for trial in plan.trials for direction in trial.turned}):
         _show_reversed(plan, direction)
     for direction, why in plan.unturned.items():
@@ -26,29 +27,34 @@ def show_plan(plan: Plan) -> None:
         print(f"Not tried: {name}: {why}.")
     print(f"Taken: {plan.why}")
     if plan.is_optimistic:
-        print("Its recall is optimistic: rows were asked with, and texts need more. Give --texts with text embeddings.")
+        print(
+            "Its recall is optimistic: the queries were rows, and texts need more effort. Give text queries by --texts."
+        )
 
 
 def _show_reversed(plan: Plan, direction: str) -> None:
-    turned = {trial.label: trial.turned[direction] for trial in plan.trials if direction in trial.turned}
-    first = next(iter(turned.values()))
-    columns = ["kind", *(f"{_short(direction)} R@{count}" for count in first.recall), "p50 ms", "p95 ms", "p99 ms"]
-    rows = [
-        [
-            label,
-            *(f"{recall:.3f}" for recall in found.recall.values()),
-            *(f"{ms:.3g}" for ms in (found.latency.p50_ms, found.latency.p95_ms, found.latency.p99_ms)),
-        ]
-        for label, found in turned.items()
+    results = {trial.label: trial.turned[direction] for trial in plan.trials if direction in trial.turned}
+    first = next(iter(results.values()))
+    columns = [
+        "index type",
+        *(f"{_short(direction)} R@{count}" for count in first.recall),
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
     ]
-    asked, rows_of = direction.split("→")
-    show_table(columns, rows, title=f"The other way round: {first.rows:,} {rows_of}s as rows, asked with {asked}s")
+    rows = []
+    for label, result in results.items():
+        recalls = [f"{recall:.3f}" for recall in result.recall.values()]
+        rows.append([label, *recalls, *_percentiles(result.latency)])
+    query_modality, row_modality = direction.split("→")
+    title = f"Reversed direction: {first.rows:,} {row_modality}s as rows, {query_modality}s as queries"
+    show_table(columns, rows, title=title)
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Recall of the promised direction against median latency, as a PNG.
+    """Draw recall in the target's direction against median latency, as a PNG.
 
-    A line is a kind with less effort and with more, a square the setting that was tuned or a kind without effort.
+    A line is an index type with less effort and with more, a square its tuned search parameters, the star the winner.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,15 +63,16 @@ def draw_plan(plan: Plan, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, trial in enumerate(plan.trials):
-        colour, is_taken = f"C{number}", trial is plan.winner
+        colour = f"C{number}"
+        is_winner = trial is plan.winner
         curve = [(point.ms, point.recall) for point in trial.curve]
         axes.plot(*_columns(curve), marker="o", markersize=3.5, linewidth=1.2, color=colour)
         axes.plot(
             *_tuned_point(trial, plan),
             label=f"{trial.label}, {format_bytes(trial.resident_bytes)}",
             linestyle="none",
-            marker="*" if is_taken else "s",
-            markersize=15 if is_taken else 6,
+            marker="*" if is_winner else "s",
+            markersize=15 if is_winner else 6,
             color=colour,
             zorder=3,
         )
@@ -86,7 +93,7 @@ def _tuned_point(trial: Trial, plan: Plan) -> tuple[float, float]:
 
 
 def _scale(axes: Any, plan: Plan) -> None:
-    """Room around what is shown, and no recall above 1; latencies in plain numbers."""
+    """Leave room around the points, show no recall above 1, and write latencies as plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     points = [_tuned_point(trial, plan) for trial in plan.trials]
@@ -103,7 +110,7 @@ def _scale(axes: Any, plan: Plan) -> None:
 
 
 def _label(axes: Any, plan: Plan) -> None:
-    axes.set_xlabel(f"median of one question on one thread, ms ({plan.sample_rows:,} rows)", fontsize=9)
+    axes.set_xlabel(f"median latency of a query on one thread, ms ({plan.sample_rows:,} rows)", fontsize=9)
     axes.set_ylabel(f"{plan.direction} recall@{plan.promise.at}", fontsize=9)
     axes.set_title(f"{plan.winner.label} taken (★); dotted: {plan.promise.describe()}", fontsize=10)
     axes.grid(alpha=0.25)
@@ -112,11 +119,12 @@ def _label(axes: Any, plan: Plan) -> None:
 
 
 def _heading(plan: Plan) -> str:
-    judged = ", ".join(f"{count:,} {direction}" for direction, count in plan.judged_by.items())
-    scaled = "" if all(trial.latency == trial.measured for trial in plan.trials) else ", scaled to all rows"
+    evaluated = ", ".join(f"{count:,} {direction}" for direction, count in plan.judged_by.items())
+    is_extrapolated = any(trial.latency != trial.measured for trial in plan.trials)
     return (
-        f"{plan.promise.describe()}, for {plan.num_rows:,} rows: tried on {plan.sample_rows:,}{scaled}; tuned with "
-        f"{plan.tuned_with:,} questions, judged by others: {judged}"
+        f"{plan.promise.describe()}, for {plan.num_rows:,} rows: tried on {plan.sample_rows:,}"
+        f"{', extrapolated to all rows' if is_extrapolated else ''}; tuned with {plan.tuned_with:,} queries, "
+        f"evaluated on others: {evaluated}"
     )
 
 
@@ -130,23 +138,28 @@ def _short(direction: str) -> str:
 
 
 def _recall_cells(trial: Trial, plan: Plan, counts: list[int]) -> list[Any]:
-    tuned = {name: trial.wishes[name] for name in ("nprobe", "ef_search", "rerank") if name in trial.wishes}
-    keeps = "taken" if trial is plan.winner else "keeps it"
+    search_params = [
+        f"{name} {trial.wishes[name]}" for name in ("nprobe", "ef_search", "rerank") if name in trial.wishes
+    ]
+    verdict = "taken" if trial is plan.winner else "meets it"
     return [
         trial.label,
-        ", ".join(f"{name} {value}" for name, value in tuned.items()),
-        *(f"{trial.recall[way][count]:.3f}" for way in plan.judged_by for count in counts),
-        f"misses {' and '.join(trial.misses)}" if trial.misses else keeps,
+        ", ".join(search_params),
+        *(f"{trial.recall[direction][count]:.3f}" for direction in plan.judged_by for count in counts),
+        f"misses {' and '.join(trial.misses)}" if trial.misses else verdict,
     ]
 
 
 def _cost_cells(trial: Trial) -> list[Any]:
-    latency = trial.latency
     return [
         trial.label,
-        *(f"{ms:.3g}" for ms in (latency.p50_ms, latency.p95_ms, latency.p99_ms)),
-        f"{latency.per_second:,.0f}",
+        *_percentiles(trial.latency),
+        f"{trial.latency.per_second:,.0f}",
         format_bytes(trial.resident_bytes),
         format_bytes(trial.mapped_bytes) if trial.mapped_bytes else "–",
         f"{trial.build_seconds:.1f}",
     ]
+
+
+def _percentiles(latency: Latency) -> list[str]:
+    return [f"{ms:.3g}" for ms in (latency.p50_ms, latency.p95_ms, latency.p99_ms)]

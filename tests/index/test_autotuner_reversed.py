@@ -40,7 +40,7 @@ def test_texts_as_rows_are_asked_with_images(
     assert turned.evidence["trials"][0]["turned"]["image→text"]["recall"] == {"1": 1.0, "10": 1.0, "100": 1.0}
     show_plan(turned)
     printed = capsys.readouterr().out
-    assert "The other way round: 400 texts as rows, asked with images" in printed
+    assert "Reversed direction: 400 texts as rows, images as queries" in printed
     assert "i→t R@100" in printed
 
 

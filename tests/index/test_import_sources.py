@@ -108,4 +108,4 @@ def test_the_command_says_that_codes_are_only_near(tmp_path, capsys):
     write_faiss(tmp_path / "knn.index", unit(300, dtype="float32"), "SQ8")
     words = ["index", "import", str(tmp_path / "knn.index"), str(tmp_path / "out"), "--model", "unknown", "--json"]
     assert main(words) == 0
-    assert "The FAISS file (IndexScalarQuantizer) keeps codes of the vectors" in capsys.readouterr().err
+    assert "The FAISS file (IndexScalarQuantizer) stores quantized vectors" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_what_cannot_be_compared_is_refused(writer, texts, make_model, shards, t
     embed_shards(other, shards, tmp_path / "other", model_spec="x", batch_size=5)
     with pytest.raises(UsageError, match="another model"):
         writer.near(Embeddings.open(tmp_path / "other"))
-    with pytest.raises(UsageError, match="holds pictures"):
+    with pytest.raises(UsageError, match="holds images"):
         writer.similarity(writer.images)
     with pytest.raises(UsageError, match="holds texts"):
         ScoreWriter(texts)
