@@ -259,7 +259,7 @@ def test_a_promise_nobody_keeps_leaves_no_folder(build: Build, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--recall", 0.9, "--ef-search", 9), "--ef-search is for the plan to find"),
+        (("--recall", 0.9, "--ef-search", 9), "--ef-search is chosen by autotuning"),
         (("--memory", "much"), "'much' is not a size"),
         (("--recall", 2), "recall = 2.0 is out of range"),
     ],
