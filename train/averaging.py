@@ -57,8 +57,12 @@ class EMA:
         averaged = _averaged_parameter_names(network)
         # 1/5.5 at step 1, 0.99 at step 900
         decay = min(self.decay, (1 + step) / (10 + step))
-        means = [self.weights[name] for name in current if name in averaged]
-        values = [value.to(self.weights[name].dtype) for name, value in current.items() if name in averaged]
+        means: list[Tensor] = []
+        values: list[Tensor] = []
+        for name, value in current.items():
+            if name in averaged:
+                means.append(self.weights[name])
+                values.append(value.to(self.weights[name].dtype))
         if means:
             # one fused call instead of hundreds of small ones
             torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
@@ -149,10 +153,13 @@ class WeightedMean:
 
     def weights(self) -> dict[str, Tensor]:
         """The mean, in the types of the first network, on the CPU."""
-        return {
-            name: (value / self.total).to(self.dtypes[name]) if value.is_floating_point() else value.clone()
-            for name, value in self.sums.items()
-        }
+        means: dict[str, Tensor] = {}
+        for name, value in self.sums.items():
+            if value.is_floating_point():
+                means[name] = (value / self.total).to(self.dtypes[name])
+            else:
+                means[name] = value.clone()
+        return means
 
     def _check_compatible(self, weights: Weights) -> None:
         differing = _differing_names(weights, self.sums)

@@ -70,7 +70,10 @@ class RunRecord:
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric, None if there is none."""
-        return next((line[metric] for line in reversed(self.lines) if metric in line), None)
+        for line in reversed(self.lines):
+            if metric in line:
+                return line[metric]
+        return None
 
     def typical(self, metric: str) -> float | None:
         """The median of a metric over all lines but the first, which holds the start-up."""

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LEDGER_FOLDER = "ledger"
 _MIN_ALLOWED_BAD = 10
+_MAX_TABLE_ROWS = 20
 
 
 def close_epochs(session: Session, *, before: int) -> None:
@@ -116,7 +117,7 @@ def check_bad_sample_limit(ledger: Ledger, limit: float, corpus: Corpus) -> None
         )
 
 
-def ledger_table(corpus: Corpus, ledger: Ledger, *, max_rows: int = 20) -> tuple[list[str], list[list[Any]]]:
+def ledger_table(corpus: Corpus, ledger: Ledger) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows for people: the sum, then the shards that lost most."""
     counts = ledger.by_shard()
     reasons = sorted({reason for count in counts.values() for reason in count.corrupt})
@@ -124,7 +125,7 @@ def ledger_table(corpus: Corpus, ledger: Ledger, *, max_rows: int = 20) -> tuple
     columns += reasons
     losing = sorted((shard for shard in counts if counts[shard].replaced), key=lambda shard: -counts[shard].replaced)
     rows = [_row("all", sum(corpus.samples), sum(corpus.filtered), sum_counts(counts), reasons)]
-    for shard in losing[:max_rows]:
+    for shard in losing[:_MAX_TABLE_ROWS]:
         name = corpus.shards[shard].rpartition("/")[2]
         rows.append(_row(name, corpus.samples[shard], corpus.filtered[shard], counts[shard], reasons))
     return columns, rows
@@ -193,7 +194,6 @@ class RunLogger:
         samples: list[str] = []
         for batch in batches:
             samples += [f"{key}\t{caption}" for key, caption in zip(batch.keys, batch.captions, strict=True)]
-        # the only place where the host waits for the losses of the window
         means = {name: float(value) for name, value in state.window.read().items()}
         values: dict[str, Any] = {"loss": sum(means[name] for name in result.losses)} | means
         values |= {

@@ -22,7 +22,7 @@ Lines = Sequence[Mapping[str, Any]]
 Point = tuple[float, float, float]
 """Share of a run's steps, and the lowest and the highest value expected there."""
 
-REPORT_FRACTIONS = tuple(number / 10 for number in range(1, 11))
+_SHARES = tuple(number / 10 for number in range(1, 11))
 _END_WIDTH = 0.01
 _ROUNDING = 0.5
 _STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
@@ -115,9 +115,7 @@ def compare_with_reference(band: ReferenceCurve, lines: Lines, steps: int) -> Re
     return ReferenceComparison(band=band, compared=compared, departures=tuple(departures))
 
 
-def reference_curve_of_runs(
-    runs: Sequence[tuple[Lines, int]], metric: str, *, source: str, shares: Sequence[float] = REPORT_FRACTIONS
-) -> ReferenceCurve:
+def reference_curve_of_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, source: str) -> ReferenceCurve:
     """The interval that one more run of the same recipe stays in, at each of K points, with a probability of 95%.
 
     runs: lines and planned steps of n runs that differ in their seed alone. The interval is the prediction interval of
@@ -131,8 +129,8 @@ def reference_curve_of_runs(
     """
     if len(runs) < 2:
         raise UsageError(f"A band needs two runs or more that differ in their seed, got {len(runs)}.")
-    width = shares[1] - shares[0] if len(shares) > 1 else _END_WIDTH
-    values_by_share = _values_of_all_runs(runs, metric, shares=shares, width=width)
+    width = _SHARES[1] - _SHARES[0]
+    values_by_share = _values_of_all_runs(runs, metric, width=width)
     if not values_by_share:
         raise UsageError(
             f"There is no {metric!r} that all {len(runs)} runs measured at the same tenths of their steps."
@@ -160,12 +158,10 @@ def reference_curve_of_runs(
     return ReferenceCurve(metric=metric, points=tuple(points), kind="measured", source=source, width=width)
 
 
-def _values_of_all_runs(
-    runs: Sequence[tuple[Lines, int]], metric: str, *, shares: Sequence[float], width: float
-) -> dict[float, list[float]]:
+def _values_of_all_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, width: float) -> dict[float, list[float]]:
     """The values of all runs at each share; shares at which a run has none are left out."""
     values_by_share: dict[float, list[float]] = {}
-    for share in shares:
+    for share in _SHARES:
         values = [value_at(lines, metric, share=share, steps=steps, width=width) for lines, steps in runs]
         measured = [value for value in values if value is not None]
         if len(measured) == len(runs):

@@ -72,10 +72,12 @@ def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
     (['0.tar', '1.tar'], ['00000-0.tar', '00001-0.tar'])
     """
     names = [url_basename(shard) for shard in shards]
-    suffixes = [max((end for end in SHARD_SUFFIXES if name.lower().endswith(end)), key=len) for name in names]
-    # the output is never compressed, so two inputs that differ in their suffix only would collide
-    stems = [name[: -len(suffix)] for name, suffix in zip(names, suffixes, strict=True)]
-    # macOS and Windows do not tell upper from lower case
+    stems: list[str] = []
+    for name in names:
+        suffixes = [suffix for suffix in SHARD_SUFFIXES if name.lower().endswith(suffix)]
+        stems.append(name[: -len(max(suffixes, key=len))])
+    # the output is never compressed, so two inputs that differ only in their suffix would collide; so would names that
+    # differ only in case, on macOS and Windows
     if len({stem.lower() for stem in stems}) < len(stems) or any(stem.startswith(".") for stem in stems):
         stems = [f"{number:05d}-{stem}" for number, stem in enumerate(stems)]
     return [f"{stem}.tar" for stem in stems]
@@ -105,10 +107,14 @@ def finish_folder(
     sources: Sequence[str],
 ) -> Manifest:
     """Write the list of skipped samples and the manifest; remove the journal."""
-    left = [sample for shard in shards for sample in shard.left]
-    files = {shard.name: FileRecord(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
+    left: list[dict[str, Any]] = []
+    files: dict[str, FileRecord] = {}
+    for shard in shards:
+        left += shard.left
+        files[shard.name] = FileRecord(bytes=shard.bytes, sha256=shard.sha256)
     if left:
-        write_text(out / UNREINFORCED, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in left))
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in left]
+        write_text(out / UNREINFORCED, "".join(lines))
         files[UNREINFORCED] = record_file(out / UNREINFORCED)
     samples = sum(shard.samples for shard in shards)
     counts = {"samples": samples, "reinforced": samples - len(left), "bad": len(left), "shards": len(shards)}
@@ -178,13 +184,13 @@ class Teachers:
         try:
             if models:
                 _add_array(stored_arrays, "view_seeds", [row.seeds for row in usable])
-                images = [model.embed_images(batch.views(at)) for model, at in zip(models, view_indices, strict=True)]
-                numbers = [batch.num_views] * len(usable)
-                _add_array(
-                    stored_arrays,
-                    "teacher_image",
-                    _rows(_concatenate_embeddings(images), numbers, np.float16, self.names, usable),
-                )
+                images: list[Tensor] = []
+                for model, view_index in zip(models, view_indices, strict=True):
+                    images.append(model.embed_images(batch.views(view_index)))
+                rows_per_sample = [batch.num_views] * len(usable)
+                vectors = _concatenate_embeddings(images)
+                rows = _rows(vectors, rows_per_sample, np.float16, self.names, usable)
+                _add_array(stored_arrays, "teacher_image", rows)
             self._add_texts(stored_arrays, usable, half=half)
         except torch.OutOfMemoryError as error:
             raise VlmError(
@@ -194,8 +200,11 @@ class Teachers:
         return stored_arrays
 
     def _add_texts(self, stored_arrays: list[Arrays], usable: list[ViewedSample], *, half: bool) -> None:
-        captions = [text for row in usable for text in row.captions]
-        numbers = [len(row.captions) for row in usable]
+        captions: list[str] = []
+        numbers: list[int] = []
+        for row in usable:
+            captions += row.captions
+            numbers.append(len(row.captions))
         if self.models:
             texts = _concatenate_embeddings([model.embed_texts(captions) for model in self.models])
             _add_array(stored_arrays, "teacher_text", _rows(texts, numbers, np.float16, self.names, usable))
@@ -331,8 +340,9 @@ def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str
     contents = dict(before)
     if teachers.models:
         contents["views"] = views_to_values(config.geometry, number=config.num_views, seed=config.seed)
-        contents["teachers"] = [
-            {
+        records: list[dict[str, Any]] = []
+        for model, name in zip(teachers.models, teachers.names, strict=True):
+            record = {
                 "name": name,
                 "fingerprint": model.fingerprint,
                 "precision": str(model.precision),
@@ -340,8 +350,8 @@ def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str
                 "columns": model.embedding_size,
                 "logit_scale": model.logit_scale,
             }
-            for model, name in zip(teachers.models, teachers.names, strict=True)
-        ]
+            records.append(record)
+        contents["teachers"] = records
     if (text_model := teachers.text_model) is not None:
         contents["text_embedding"] = {
             "name": teachers.text_name,
@@ -425,7 +435,9 @@ class _ReinforceJob:
             stored_arrays = iter(self._teachers.compute_arrays(batch, self._view_indices, half=self._config.half))
             for row in batch.rows:
                 arrays = Arrays() if row is None else next(stored_arrays)
-                sizes |= {array: rows.shape[1] for array, rows in arrays.items() if rows.ndim == 2}
+                for array_name, rows in arrays.items():
+                    if rows.ndim == 2:
+                        sizes[array_name] = rows.shape[1]
                 yield arrays
 
 

@@ -43,7 +43,7 @@ def test_a_run_decodes_on_the_device_and_accounts_for_what_is_damaged(configure,
     there, here = [train(config) for config in runs]
     total = json.loads((Path(runs[0].run) / "ledger.json").read_text())["total"]
     assert (total["asked"], total["seen"], total["replaced"], total["stood_in"]) == (30, 29, 1, 1)
-    assert total["corrupt"] == {"unreadable picture": 1}
+    assert total["corrupt"] == {"unreadable image": 1}
     assert there.bad_samples == here.bad_samples == 1
     first, second = (np.array([loss for _, loss, _ in history(config.run)]) for config in runs)
     assert len(first) == 3

@@ -19,7 +19,7 @@ from vlm.train.history import read_metrics
 
 STEPS = 30
 BATCH = 12
-DAMAGED = {0: {3: "unreadable picture"}, 2: {0: "no caption", 5: "unreadable json"}}
+DAMAGED = {0: {3: "unreadable image"}, 2: {0: "no caption", 5: "unreadable json"}}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_the_ledger_of_the_whole_run_adds_up(whole):
             assert (total["asked"], total["replaced"], total["repeated"]) == (57, 3, 0)
     failures = {(Path(told["shard"]).name, told["key"], told["reason"]) for told in files["ledger.json"]["failures"]}
     assert failures == {
-        ("0.tar", "k0-3", "unreadable picture"),
+        ("0.tar", "k0-3", "unreadable image"),
         ("2.tar", "k2-0", "no caption"),
         ("2.tar", "k2-5", "unreadable json"),
     }

@@ -127,7 +127,7 @@ def test_bad_samples_are_carried_over_and_named(tmp_path, make_teacher):
     shards = write_shards(tmp_path / "in", range(8), bad=(1, 2, 7))
     summary = reinforce(shards, tmp_path / "out", teachers_of(make_teacher(1)), CONFIG, batch_size=6)
     assert (summary.samples, summary.reinforced, summary.bad) == (8, 5, 3)
-    assert summary.unreinforced == {"unreadable picture": 2, "no caption": 1}
+    assert summary.unreinforced == {"unreadable image": 2, "no caption": 1}
     left = [json.loads(line) for line in (tmp_path / "out" / UNREINFORCED).read_text().splitlines()]
     assert [(each["shard"], each["key"]) for each in left] == [
         ("00000.tar", "k1"),
