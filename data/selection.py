@@ -1,7 +1,7 @@
 """Selections: how often each sample of some shards is seen in an epoch, applied while streaming."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +84,6 @@ class Selection:
         return times_of_shards
 
 
-def select_all(shards: Sequence[str], *, cache: ShardCache | None = None) -> Selection:
-    """Every sample of the tars once."""
-    selected: list[SelectedShard] = []
-    for url in shards:
-        index = open_index(url, cache)
-        name = url.rpartition("/")[2]
-        selected.append(SelectedShard(name=name, fingerprint=index.fingerprint, samples=len(index)))
-    times = tuple(np.ones(shard.samples, np.uint16) for shard in selected)
-    return Selection(shards=tuple(selected), times=times)
-
-
 def write_selection(path: Path, selection: Selection) -> None:
     """Write a selection as one Arrow file, atomically: a record batch a shard."""
     shards = [[shard.name, shard.fingerprint, shard.samples] for shard in selection.shards]
@@ -151,24 +140,37 @@ def _read(path: Path) -> Selection:
 
 def intersect_selections(one: Selection, other: Selection) -> Selection:
     """And: the samples in both, their times multiplied."""
-    theirs = _aligned_times(one, other)
-    # in 64 bits, since the product of two uint16 would wrap around before it is clipped
-    times = [_clip_times(a.astype(np.int64) * b) for a, b in zip(one.times, theirs, strict=True)]
-    return _compose("and", one, other, times)
+    return _combine("and", one, other, lambda times, other_times: times * other_times)
 
 
 def subtract_selection(one: Selection, other: Selection) -> Selection:
     """Minus: the samples of `one` that are not in `other`."""
-    theirs = _aligned_times(one, other)
-    times = [np.where(b == 0, a, 0).astype(np.uint16) for a, b in zip(one.times, theirs, strict=True)]
-    return _compose("minus", one, other, times)
+    return _combine("minus", one, other, lambda times, other_times: np.where(other_times == 0, times, 0))
 
 
 def add(one: Selection, other: Selection) -> Selection:
     """Plus: each sample as often as in both together."""
-    theirs = _aligned_times(one, other)
-    times = [_clip_times(a.astype(np.int64) + b) for a, b in zip(one.times, theirs, strict=True)]
-    return _compose("plus", one, other, times)
+    return _combine("plus", one, other, lambda times, other_times: times + other_times)
+
+
+def _combine(
+    step: str, one: Selection, other: Selection, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> Selection:
+    """The shards of `one`, with what an operation makes of the times in both selections."""
+    by_content = {shard.fingerprint: times for shard, times in zip(other.shards, other.times, strict=True)}
+    missing = [shard.name for shard in one.shards if shard.fingerprint not in by_content]
+    if missing:
+        raise UsageError(
+            f"The selections are of different shards: {missing[0]} and {len(missing) - 1:,} more are missing in the "
+            "second; curate both over the same shards."
+        )
+    combined: list[UInt16[Array, " N"]] = []
+    for shard, times in zip(one.shards, one.times, strict=True):
+        # in 64 bits, since the product of two uint16 would wrap around before it is clipped
+        result = operation(times.astype(np.int64), by_content[shard.fingerprint].astype(np.int64))
+        combined.append(_clip_times(result))
+    record = {"step": step, "with": other.fingerprint, "lineage": list(other.lineage)}
+    return Selection(shards=one.shards, times=tuple(combined), lineage=(*one.lineage, record))
 
 
 def reweight(selection: Selection, weight: float, *, seed: int = 0) -> Selection:
@@ -194,19 +196,3 @@ def stochastic_round(expected: Float[Array, " N"], rng: np.random.Generator) -> 
 
 def _clip_times(times: np.ndarray) -> UInt16[Array, " N"]:
     return np.minimum(times, MAX_TIMES).astype(np.uint16)
-
-
-def _aligned_times(one: Selection, other: Selection) -> list[UInt16[Array, " N"]]:
-    by_content = {shard.fingerprint: times for shard, times in zip(other.shards, other.times, strict=True)}
-    missing = [shard.name for shard in one.shards if shard.fingerprint not in by_content]
-    if missing:
-        raise UsageError(
-            f"The selections are of different shards: {missing[0]} and {len(missing) - 1:,} more are missing in the "
-            "second; curate both over the same shards."
-        )
-    return [by_content[shard.fingerprint] for shard in one.shards]
-
-
-def _compose(step: str, one: Selection, other: Selection, times: list[UInt16[Array, " N"]]) -> Selection:
-    record = {"step": step, "with": other.fingerprint, "lineage": list(other.lineage)}
-    return Selection(shards=one.shards, times=tuple(times), lineage=(*one.lineage, record))

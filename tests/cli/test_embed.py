@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from tests.data.tars import write_tar
+from tests.data.tar_fixture import write_tar
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform

@@ -1,7 +1,7 @@
 import pytest
 
 import vlm.data.inspection.inspection as inspection
-from tests.data.tars import write_tar
+from tests.data.tar_fixture import write_tar
 from vlm.cli.main import main
 
 

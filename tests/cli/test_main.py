@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import vlm.cli.main as main_module
 from tests import preloaded
-from tests.data.tars import tiny_image
+from tests.data.tar_fixture import tiny_image
 from tests.docs_script import is_up_to_date
 from vlm import __version__
 from vlm.cli.main import VERBS, log_to_stderr, main

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.tars import members, without_tables, write_tar
+from tests.data.tar_fixture import members, without_tables, write_tar
 from vlm.data.collate import TrainingCollator
 from vlm.data.loader import ShardSet
 from vlm.data.pack import encode_pair

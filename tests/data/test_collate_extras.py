@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.tars import write_tar
+from tests.data.tar_fixture import write_tar
 from vlm.data.collate import TrainingCollator
 from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.loader import ShardSet, stream_batches
@@ -264,7 +264,7 @@ def test_tokens_are_cut_to_the_longest_caption_of_the_batch(shard):
 
 
 def test_extras_go_with_the_row_that_stands_in_on_the_device(tmp_path, make_image):
-    from tests.data.tars import without_tables
+    from tests.data.tar_fixture import without_tables
     from vlm.data.device_prefetch import DevicePrefetcher
 
     images = [make_image(number, size=(60, 50)) for number in range(4)]

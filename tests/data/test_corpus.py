@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from tests.data.tars import write_tar
+from tests.data.selection_fixture import select_all
+from tests.data.tar_fixture import write_tar
 from vlm.data.corpus import open_corpus, read_sources
 from vlm.data.sampler import Mixture
-from vlm.data.selection import Selection, select_all, write_selection
+from vlm.data.selection import Selection, write_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError
 

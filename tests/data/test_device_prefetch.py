@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.tars import without_tables
+from tests.data.tar_fixture import without_tables
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.device_prefetch import DevicePrefetcher, decode_batch
 from vlm.data.gpu_decode import PreparedView

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.tars import without_tables
+from tests.data.tar_fixture import without_tables
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, check_decoder, decode_views_on_device, prepare_view
 from vlm.data.samples import SampleRng

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.tars import tiny_image
+from tests.data.tar_fixture import tiny_image
 from vlm.data.dedup import DigestList
 from vlm.data.inspection.contact_sheet import contact_sheet
 from vlm.data.inspection.distribution import distribution_of_counts, log_distribution
@@ -107,7 +107,7 @@ def test_any_number_of_processes_finds_the_same(shards, scene_tokenizer):
 
 
 def test_a_selection_says_what_is_looked_at(shards):
-    from vlm.data.selection import select_all
+    from tests.data.selection_fixture import select_all
 
     whole = select_all(shards)
     times = tuple(np.where(np.arange(10) % 2, 3, 0).astype(np.uint16) for _ in shards)

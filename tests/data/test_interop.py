@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.tars import write_tar
+from tests.data.selection_fixture import select_all
+from tests.data.tar_fixture import write_tar
 from vlm.data.pack import pack
-from vlm.data.selection import Selection, select_all, write_selection
+from vlm.data.selection import Selection, write_selection
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import open_source

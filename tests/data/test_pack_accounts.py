@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.tars import tiny_image
+from tests.data.tar_fixture import tiny_image
 from vlm.data.pack import REJECTED, PackConfig, pack
 from vlm.data.sources.recognition import describe_recognition
 from vlm.data.sources.source import SourceOptions

@@ -3,6 +3,7 @@ import contextlib
 import numpy as np
 import pytest
 
+from tests.data.selection_fixture import select_all
 from vlm.data.selection import (
     SelectedShard,
     Selection,
@@ -10,7 +11,6 @@ from vlm.data.selection import (
     intersect_selections,
     read_selection,
     reweight,
-    select_all,
     subtract_selection,
     write_selection,
 )

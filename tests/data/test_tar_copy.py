@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.data.tars import tiny_image
+from tests.data.tar_fixture import tiny_image
 from vlm.data.tar import ShardReader, copy_with_arrays
 
 CAPTION = json.dumps({"captions": ["one"]}).encode()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.tars import tiny_image
+from tests.data.tar_fixture import tiny_image
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.evaluation.zero_shot import (

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from tests import preloaded
-from tests.data.tars import write_tar
+from tests.data.tar_fixture import write_tar
 from vlm.console import show_table
 
 ROOT = Path(__file__).resolve().parents[2]

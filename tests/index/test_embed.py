@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests import preloaded
+from tests.data.selection_fixture import select_all
 from tests.index.embed_fixture import embed_shards
-from vlm.data.selection import Selection, select_all
+from vlm.data.selection import Selection
 from vlm.errors import UsageError, VlmError
 from vlm.index.embeddings import Embeddings, Modality
 from vlm.index.encoder import Encoder

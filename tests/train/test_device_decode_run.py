@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.tars import without_tables
+from tests.data.tar_fixture import without_tables
 from tests.train.test_run import interrupt_after
 from vlm.errors import UsageError
 from vlm.train.run import train

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests import preloaded
-from tests.data.tars import write_tar
+from tests.data.tar_fixture import write_tar
 from vlm.train.history import read_metrics
 
 STEPS = 30

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.storage.faulty import FaultyServer, folder_answer, proxy_answer, serving
+from tests.data.storage.faulty_server import FaultyServer, folder_answer, proxy_answer, serving
 from vlm.data import shard_cache
 from vlm.data.shard_cache import ShardCache
 from vlm.storage import remote

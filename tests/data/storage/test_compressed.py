@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from tests.data.storage.faulty import Fault
+from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.data.storage.faulty import Fault
+from tests.data.storage.faulty_server import Fault
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError

@@ -2,7 +2,7 @@ import multiprocessing
 import threading
 import time
 
-from tests.data.storage.faulty import Fault
+from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shard_cache import Prefetcher
 from vlm.data.shards import count_samples

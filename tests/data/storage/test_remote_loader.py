@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.storage.conftest import BUCKET
-from tests.data.storage.faulty import Fault
+from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_shard_cache import Watch
 from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Source, open_corpus

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.data.storage.conftest import BUCKET
-from tests.data.storage.faulty import Fault
+from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests import preloaded
-from tests.data.storage.faulty import Fault
+from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples
