@@ -1,4 +1,4 @@
-"""How many written captions are true of drawn scenes, checked fact by fact against the scene itself."""
+"""Caption accuracy on synthetic shapes: each generated caption is checked fact by fact against its scene."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ class Captioner(Protocol):
 
     @property
     def view(self) -> EvalTransform:
-        """How a picture is fitted."""
+        """The transform of its images."""
         ...
 
     def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
-        """A caption for each picture."""
+        """A caption for each image."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTruth:
-    """true: share in [0, 1] of captions of which every fact holds. wrong: how often each kind of fact was wrong."""
+    """true: fraction of captions whose every fact is correct. wrong: how often each kind of fact was wrong."""
 
     true: float
     num_captions: int
@@ -43,9 +43,10 @@ def measure_caption_truth(
     """Caption the first `limit` scenes of the shards and check each caption.
 
     Raises:
-        UsageError: the shards hold no drawn scenes.
+        UsageError: the shards hold no synthetic shapes.
     """
-    num_true, total = 0, 0
+    num_true = 0
+    total = 0
     wrong: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
     for batch in iter_sample_batches(shards, model.view, workers=workers):
@@ -53,7 +54,9 @@ def measure_caption_truth(
             break
         for item, caption in zip(batch.decoded, model.caption_images(batch.images, prompt), strict=True):
             if "scene" not in item.metadata:
-                raise UsageError(f"Sample {item.key!r} is no drawn scene; captions are checked against scenes only.")
+                raise UsageError(
+                    f"Sample {item.key!r} has no scene; only synthetic shapes (vlm pack scenes) can be checked."
+                )
             check = check_caption(caption, Scene(**item.metadata["scene"]))
             total += 1
             num_true += check.is_true
@@ -61,5 +64,5 @@ def measure_caption_truth(
             if len(examples) < 8 or (not check.is_true and len(examples) < 16):
                 examples.append({"key": item.key, "caption": caption, "true": check.is_true, "reason": check.reason})
     if not total:
-        raise UsageError(f"No picture to caption in {shards[0]} …")
+        raise UsageError(f"No image to caption in {shards[0]} …")
     return CaptionTruth(true=num_true / total, num_captions=total, wrong=dict(wrong), examples=tuple(examples))

@@ -1,7 +1,4 @@
-"""Recall of pictures by captions and of captions by pictures, with several captions a picture.
-
-Where the right answers stand among all, with ties broken by no one's favour; in chunks, never all at once.
-"""
+"""Image-text retrieval: recall and median rank in both directions, with several captions per image and exact ties."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,15 +17,17 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.tensors import Array, Float, Float32, Int, Tensor, UInt8
 
+RECALL_AT = (1, 5, 10)
+IMAGES_AT_ONCE = 256
 QUERIES_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """For each query the standing of its best right answer under an exchangeable breaking of ties.
+    """For each query the rank of its best positive, with ties resolved in expectation over all orderings.
 
-    above: wrong answers that score strictly higher than the best right one.
-    tied_wrong, tied_right: wrong and right answers that score exactly the same as it (tied_right >= 1).
+    above: negatives that score strictly higher than the best positive.
+    tied_negatives, tied_positives: negatives and positives with exactly its score (tied_positives >= 1).
     """
 
     above: Int[Array, " Q"]
@@ -36,27 +35,29 @@ class Ranks:
     tied_positives: Int[Array, " Q"]
 
     def recall(self, k: int) -> float:
-        """Share of queries with a right answer among the first k, expected over all orders of tied answers."""
+        """Fraction of queries with a positive in the top k, in expectation over all orderings of ties."""
         return float(self.hits(k).mean())
 
     def hits(self, k: int) -> Float[Array, " Q"]:
-        """Probability per query of a right answer among the first k.
+        """Probability per query of a positive in the top k.
 
-        With j = k - above places left for the tie, all j go to wrong answers with probability
-        C(tied_wrong, j) / C(tied_wrong + tied_right, j).
+        With j = k - above positions left for the tie, all j go to negatives with probability
+        C(tied_negatives, j) / C(tied_negatives + tied_positives, j).
         """
-        left = np.maximum(k - self.above, 0)
-        miss = np.ones(len(left))
-        for place in range(int(left.max(initial=0))):
-            wrong = np.maximum(self.tied_negatives - place, 0)
-            everyone = np.maximum(self.tied_negatives + self.tied_positives - place, 1)
-            miss = np.where(place < left, miss * wrong / everyone, miss)
-            if not miss[left > place].any():
+        positions_left = np.maximum(k - self.above, 0)
+        miss = np.ones(len(positions_left))
+        # the quotient of binomials, one factor for each position
+        for position in range(int(positions_left.max(initial=0))):
+            negatives = np.maximum(self.tied_negatives - position, 0)
+            tied = np.maximum(self.tied_negatives + self.tied_positives - position, 1)
+            is_open = position < positions_left
+            miss = np.where(is_open, miss * negatives / tied, miss)
+            if not miss[is_open].any():
                 break
         return 1.0 - miss
 
     def expected(self) -> Float[Array, " Q"]:
-        """Expected rank of the first right answer, counted from 1."""
+        """Expected rank of the first positive, from 1."""
         return self.above + 1 + self.tied_negatives / (self.tied_positives + 1)
 
     def median(self) -> float:
@@ -71,35 +72,35 @@ def rank_candidates(
     *,
     queries_at_once: int = QUERIES_AT_ONCE,
 ) -> Ranks:
-    """Rank the right answers of each query by inner product.
+    """Rank the positives of each query among all candidates by inner product.
 
-    right: for each query the numbers of its right answers, at least one.
+    positives: for each query the positions of its positives, at least one.
     Memory: queries_at_once × N scores.
 
     Raises:
         VlmError: a score is not finite: the model has diverged, and ranks would mean nothing.
     """
-    above, tied_negatives, tied_positives = [np.empty(len(queries), np.int64) for _ in range(3)]
+    above = np.empty(len(queries), np.int64)
+    tied_negatives = np.empty(len(queries), np.int64)
+    tied_positives = np.empty(len(queries), np.int64)
     for first in range(0, len(queries), queries_at_once):
         chunk = slice(first, min(first + queries_at_once, len(queries)))
         scores = queries[chunk] @ candidates.T
         if not np.isfinite(scores).all():
             raise VlmError(
-                "The model gives embeddings that are not finite: its weights have diverged. Measure an earlier "
-                "checkpoint, or train it anew with a lower learning rate."
+                "The model's embeddings are not finite: its weights have diverged. Evaluate an earlier checkpoint, or "
+                "retrain with a lower learning rate."
             )
-        rows = np.repeat(np.arange(len(scores)), [len(found) for found in positives[chunk]])
-        columns = np.concatenate([np.asarray(found, dtype=np.int64) for found in positives[chunk]])
+        # the positives of all queries of the chunk, flat: row is the query, column the candidate
+        rows = np.repeat(np.arange(len(scores)), [len(of_query) for of_query in positives[chunk]])
+        columns = np.concatenate([np.asarray(of_query, dtype=np.int64) for of_query in positives[chunk]])
+        positive_scores = scores[rows, columns]
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)
-        np.maximum.at(best, rows, scores[rows, columns])
+        np.maximum.at(best, rows, positive_scores)
         above[chunk] = (scores > best[:, None]).sum(axis=1)
-        tied_positives[chunk] = np.bincount(rows, scores[rows, columns] == best[rows], minlength=len(scores))
+        tied_positives[chunk] = np.bincount(rows, positive_scores == best[rows], minlength=len(scores))
         tied_negatives[chunk] = (scores == best[:, None]).sum(axis=1) - tied_positives[chunk]
     return Ranks(above=above, tied_negatives=tied_negatives, tied_positives=tied_positives)
-
-
-RECALL_AT = (1, 5, 10)
-IMAGES_AT_ONCE = 256
 
 
 @runtime_checkable
@@ -108,11 +109,11 @@ class DualEncoder(Protocol):
 
     @property
     def view(self) -> EvalTransform:
-        """How a picture is fitted."""
+        """The transform of its images."""
         ...
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
-        """Unit vectors of pictures."""
+        """Unit vectors of images."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
@@ -131,7 +132,7 @@ class Direction:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Both directions over the same pictures, and how many samples could not be used."""
+    """Both directions over the same images, and how many samples were skipped."""
 
     text_to_image: Direction
     image_to_text: Direction
@@ -140,7 +141,7 @@ class Retrieval:
     num_bad: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """Flat names to values, as logs want them."""
+        """Flat names to values, as logged."""
         flat: dict[str, float] = {}
         for name, direction in (("text_to_image", self.text_to_image), ("image_to_text", self.image_to_text)):
             flat |= {f"{name}_recall@{k}": value for k, value in direction.recall.items()}
@@ -162,9 +163,9 @@ def evaluate_retrieval(
     captions_each: int = 0,
     workers: int = 0,
 ) -> Retrieval:
-    """Embed all pictures and all their captions, then rank each against the whole other side.
+    """Embed all images and all their captions, then rank each against all of the other modality.
 
-    captions_each: only the first so many captions of a picture in each language are used; 0 uses all.
+    captions_each: number of captions per image and language, the first ones; 0 uses all.
 
     Raises:
         UsageError: no sample can be used.
@@ -173,14 +174,23 @@ def evaluate_retrieval(
     captions: list[tuple[str, ...]] = []
     num_bad = 0
     for batch in iter_sample_batches(shards, model.view, workers=workers):
-        num_bad += len(batch.unread) + len(batch.undecoded)
+        num_bad += len(batch.unread)
         if batch.decoded:
             images.append(model.embed_images(batch.images))
-            captions += [_texts(item.captions, languages, captions_each) for item in batch.decoded]
+            captions += [_select_captions(sample.captions, languages, captions_each) for sample in batch.decoded]
     if not images or not any(captions):
-        raise UsageError(f"No picture with a caption in {languages or 'any language'} can be used in {shards[0]} …")
+        raise UsageError(f"No image with a caption in {languages or 'any language'} can be used in {shards[0]} …")
     texts = [text for of_image in captions for text in of_image]
     return measure_retrieval(torch.cat(images).numpy(), model.embed_texts(texts).numpy(), captions, num_bad=num_bad)
+
+
+def _select_captions(captions: Captions, languages: tuple[str, ...], captions_each: int) -> tuple[str, ...]:
+    if not captions:
+        return ()
+    selected: list[str] = []
+    for texts in select_languages(captions, languages).values():
+        selected += texts[: captions_each or None]
+    return tuple(selected)
 
 
 def measure_retrieval(
@@ -188,36 +198,34 @@ def measure_retrieval(
 ) -> Retrieval:
     """Recall and median rank in both directions.
 
-    captions: those of each picture, in the order of `texts`. Every caption is a query; a picture is a right answer
-    when it carries the same caption text, so that two pictures with equal captions are no error of the model.
-    Pictures without captions are answers but no queries.
+    captions: those of each image, in the order of `texts`. Every caption is a query; an image is a positive when it
+    has the same caption text, so that two images with equal captions are no error of the model. Images without
+    captions are candidates but not queries.
     """
-    flat = [text for of_image in captions for text in of_image]
-    images_of: dict[str, set[int]] = defaultdict(set)
-    for number, of_image in enumerate(captions):
+    flat_captions = [text for of_image in captions for text in of_image]
+    images_by_text: dict[str, set[int]] = defaultdict(set)
+    for image, of_image in enumerate(captions):
         for text in of_image:
-            images_of[text].add(number)
-    texts_of: dict[str, list[int]] = defaultdict(list)
-    for number, text in enumerate(flat):
-        texts_of[text].append(number)
-    with_captions = [number for number, of_image in enumerate(captions) if of_image]
-    right_texts = [sorted({place for text in captions[number] for place in texts_of[text]}) for number in with_captions]
+            images_by_text[text].add(image)
+    captions_by_text: dict[str, list[int]] = defaultdict(list)
+    for caption, text in enumerate(flat_captions):
+        captions_by_text[text].append(caption)
+
+    positive_images = [sorted(images_by_text[text]) for text in flat_captions]
+    captioned_images: list[int] = []
+    positive_captions: list[list[int]] = []
+    for image, of_image in enumerate(captions):
+        if of_image:
+            captioned_images.append(image)
+            positive_captions.append(sorted({caption for text in of_image for caption in captions_by_text[text]}))
+    image_queries = images[np.asarray(captioned_images, dtype=np.int64)]
     return Retrieval(
-        text_to_image=_direction(rank_candidates(texts, images, [sorted(images_of[text]) for text in flat])),
-        image_to_text=_direction(
-            rank_candidates(images[np.asarray(with_captions, dtype=np.int64)], texts, right_texts)
-        ),
+        text_to_image=_direction(rank_candidates(texts, images, positive_images)),
+        image_to_text=_direction(rank_candidates(image_queries, texts, positive_captions)),
         num_images=len(images),
-        num_texts=len(flat),
+        num_texts=len(flat_captions),
         num_bad=num_bad,
     )
-
-
-def _texts(captions: Captions, languages: tuple[str, ...], captions_each: int) -> tuple[str, ...]:
-    if not captions:
-        return ()
-    chosen = select_languages(captions, languages).values()
-    return tuple(text for texts in chosen for text in texts[: captions_each or None])
 
 
 def _direction(ranks: Ranks) -> Direction:

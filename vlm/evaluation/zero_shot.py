@@ -1,7 +1,4 @@
-"""Pictures with a true class: from shards with a label in their metadata, or from class folders.
-
-Classification by class names alone: sentences made of them act as the classifier (CLIP §3.1.2).
-"""
+"""Zero-shot classification: prompts of the class names act as the classifier (CLIP §3.1.2)."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,9 +31,9 @@ _CLASS_NAMES_FILE = "classnames.txt"
 def read_labelled(
     url: str, label: str, view: EvalTransform, *, class_list: Sequence[str] = (), workers: int = 0
 ) -> Iterator[LabelledBatch]:
-    """Images with their class names, in batches; what cannot be used is left out.
+    """Images with their class names, in batches; unusable ones are skipped.
 
-    url: shards, whose `label` is read from each sample's metadata, or for `cls` from its KEY.cls; or what else
+    url: shards, whose `label` is read from each sample's metadata, or for `cls` from its KEY.cls; or anything
         `vlm pack` reads: class folders, also inside a tar, or a table with the label in a column.
     class_list: names by number, for KEY.cls that holds numbers.
 
@@ -72,14 +69,14 @@ def _class_of(content: bytes | None, key: str, class_list: Sequence[str]) -> str
 
 
 def class_list_beside(url: str) -> list[str]:
-    """The names in `classnames.txt` beside shards of this machine; empty if there is no such file."""
+    """The names in `classnames.txt` next to local shards; empty if there is no such file."""
     shards = expand_shards(url) if holds_shards(url) else []
     path = Path(shards[0]).parent / _CLASS_NAMES_FILE if shards and not is_remote(shards[0]) else None
     return read_class_list(str(path)) if path is not None and path.is_file() else []
 
 
 def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
-    """The class name of a sample; a dotted label looks inside nested metadata (`scene.shape`).
+    """The class name of a sample; a dotted label selects nested fields (`scene.shape`).
 
     Raises:
         UsageError: it has none; the nearest field is named.
@@ -126,7 +123,7 @@ def _from_source(url: str, label: str, view: EvalTransform) -> Iterator[Labelled
         yield np.stack(images), labels
 
 
-# three sentences do most of what CLIP's eighty do, and suit drawings and product photos as well
+# three templates do most of what CLIP's eighty do, and suit drawings and product photos, too
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of {}.", "{}")
 
 
@@ -160,7 +157,7 @@ class ZeroShotClassifier(TextEncoder, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """One class: its pictures, and the share of them classified rightly."""
+    """One class: its images, and the fraction of them classified correctly."""
 
     name: str
     num_images: int
@@ -169,7 +166,7 @@ class ClassScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
-    """Shares in [0, 1]. mean_per_class weighs each class present alike; majority is the largest class's share."""
+    """Accuracies in [0, 1]. mean_per_class weighs all classes present equally; majority is the share of the largest."""
 
     top1: float
     top5: float
@@ -213,12 +210,12 @@ def class_embeddings(
     """A unit vector per class: the mean over the templates of the unit vectors of its sentences.
 
     Raises:
-        UsageError: a template has no place for the name.
+        UsageError: a template has no {} for the name.
     """
     for template in templates:
         if "{}" not in template:
             raise UsageError(f"The template {template!r} has no {{}} for the class name.")
-    # the templates are people's own: other braces in them are text
+    # other braces in a template are text
     sentences = [template.replace("{}", name) for name in names for template in templates]
     vectors = model.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(vectors, dim=-1).numpy()
@@ -240,10 +237,10 @@ def measure_zero_shot(
     classifier: Float32[Array, "K D"],
     names: Sequence[str],
 ) -> ZeroShot:
-    """Accuracy of nearest-class classification of embedded pictures with their true class names.
+    """Accuracy of nearest-class classification of embedded images with their true class names.
 
     Raises:
-        UsageError: no picture, or a true class that is not among the names.
+        UsageError: there is no image, or a true class is not among the names.
     """
     class_index = {name: number for number, name in enumerate(names)}
     top1: list[np.ndarray] = []
@@ -252,14 +249,14 @@ def measure_zero_shot(
     for images, labels in batches:
         unknown = set(labels) - set(class_index)
         if unknown:
-            raise UsageError(f"{len(unknown)} classes of the pictures are not among the names: {sorted(unknown)[:5]}")
+            raise UsageError(f"{len(unknown)} classes of the images are not among the names: {sorted(unknown)[:5]}")
         truth = [class_index[label] for label in labels]
         ranks = rank_candidates(images, classifier, [[number] for number in truth])
         top1.append(ranks.hits(1))
         top5.append(ranks.hits(5))
         truths += truth
     if not truths:
-        raise UsageError("There is no picture with a class to measure on.")
+        raise UsageError("There is no image with a class to evaluate on.")
     return _summary(np.concatenate(top1), np.concatenate(top5), np.asarray(truths), names)
 
 
