@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 
 from vlm.cli.main import print_error
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.errors import VlmError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +38,7 @@ from parts.embedding_runs import (
 )
 from parts.isolated_environment import CLIP_RETRIEVAL, own_python, same_torch
 from parts.measure_process import Side
+from parts.messages import say
 from parts.open_clip_environment import shards_of
 
 OURS = "vlm embed"

@@ -23,10 +23,11 @@ from typing import Any
 import tyro
 
 from vlm.cli.main import print_error
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.errors import UsageError, VlmError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from parts.messages import say
 from parts.time_limit import Outcome, Part, run_limited
 
 GOALS = {"alone": 0.45, "fed": 0.40}

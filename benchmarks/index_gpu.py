@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from vlm.cli.main import print_error
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.errors import UsageError
 from vlm.index.ann.gpu import find_gpu, gpu_unavailable_reason, gpu_unsupported_reason, make_add_function
 from vlm.index.ann.index_type import CopyToGpu, TuningParams, load_faiss
@@ -29,6 +29,7 @@ from vlm.tensors import Array, Float32
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.index_vectors import draw_vectors
+from parts.messages import say
 
 _TOP = 10
 _ROWS_AT_ONCE = 65_536

@@ -17,13 +17,14 @@ from typing import Any
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.files import write_text
 from vlm.index.autotune.trial import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.growth_tables import growth_table, needs_table, searches_table, steps_table
 from parts.measure_process import Side
+from parts.messages import say
 
 STEPS = ("draw", "build", "search", "add", "delete", "search again", "compact", "check")
 Steps = dict[str, dict[str, Any]]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from vlm.console import progress, say, show_json, show_table
+from vlm.console import progress, show_json, show_table
 from vlm.errors import UsageError, VlmError
 from vlm.index.autotune.query_sampling import exact_scores
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parts.index_vectors import draw_vectors, halves, read_vectors, write_vectors
 from parts.isolated_environment import AUTOFAISS, own_python
 from parts.measure_process import Side
+from parts.messages import say
 
 _MEASURED = ("recall@1", "recall@10", "recall@100", "p50_ms", "p95_ms", "questions_per_s")
 

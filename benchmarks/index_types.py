@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 from vlm.data.shards import count_samples, expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write
@@ -29,6 +29,7 @@ from vlm.models.load import load_model
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.index_type_rows import embed_copies, split_texts
 from parts.index_type_trials import AT, IMAGES, TEXTS, Material, effort_of, keep_promises, try_kinds
+from parts.messages import say
 from parts.quality_data import DataSet, prepare
 
 Trials = list[dict[str, Any]]

@@ -21,9 +21,10 @@ from typing import Any
 
 import tyro
 
-from vlm.console import say, show_json, show_table
+from vlm.console import show_json, show_table
 
 sys.path.insert(0, str(Path(__file__).parent))
+from parts.messages import say
 from parts.open_clip_environment import open_clip_python, shards_of
 
 BENCH = Path(__file__).parent / "parts"

@@ -19,10 +19,11 @@ import torch
 import tyro
 
 from vlm.cli.main import print_error
-from vlm.console import say, show_json
+from vlm.console import show_json
 from vlm.errors import UsageError, VlmError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from parts.messages import say
 from parts.open_clip_environment import open_clip_python
 from parts.quality_data import DataSet, prepare, write_network
 from parts.quality_plan import ablated_runs, recipe_run, their_variants

@@ -1,7 +1,4 @@
-"""What people see: talk on stderr, results on stdout as a table or as JSON.
-
-Text that a command reads from a file or from standard input.
-"""
+"""Terminal output and input: results on stdout as tables or JSON, progress bars on stderr, text files and stdin."""
 
 import json
 import logging
@@ -19,12 +16,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-_QUIET_INTERVAL_SECONDS = 10.0
-
-
-def say(message: str) -> None:
-    """One line of talk on stderr."""
-    print(message, file=sys.stderr, flush=True)
+_LOG_INTERVAL_SECONDS = 10.0
 
 
 def show_json(result: Any) -> None:
@@ -40,7 +32,7 @@ def show_json(result: Any) -> None:
 def show_table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", has_header: bool = True
 ) -> None:
-    """A table on stdout; numbers are set right-aligned, floats with four digits."""
+    """A table on stdout; numbers are right-aligned, floats have four decimals."""
     from rich.console import Console
     from rich.table import Table
 
@@ -55,15 +47,15 @@ def show_table(
     console.print(table)
 
 
-def show_fields(facts: dict[str, Any], *, title: str = "") -> None:
-    """Names and values, a line each, on stdout."""
+def show_fields(fields: dict[str, Any], *, title: str = "") -> None:
+    """Names and values on stdout, one pair per line."""
     show_table(
-        ["fact", "value"], [[name, _cell(value)] for name, value in facts.items()], title=title, has_header=False
+        ["name", "value"], [[name, _cell(value)] for name, value in fields.items()], title=title, has_header=False
     )
 
 
 def pluralize(number: int, noun: str) -> str:
-    """A number of things.
+    """A number with its noun.
 
     >>> pluralize(1, "shard"), pluralize(2000, "shard")
     ('1 shard', '2,000 shards')
@@ -72,7 +64,7 @@ def pluralize(number: int, noun: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time for people, in its two largest units.
+    """A duration in its two largest units.
 
     >>> [format_duration(seconds) for seconds in (8, 75, 3750, 200_000)]
     ['8 s', '1 min 15 s', '1 h 2 min', '2 d 7 h']
@@ -111,7 +103,7 @@ def bar(share: float, *, width: int = 30) -> str:
 
 
 def progress(*, total: int, what: str, done: int = 0, unit: str = "it") -> "tqdm[NoReturn]":
-    """A bar with rate and time left on stderr; off a terminal, a line every ten seconds.
+    """A progress bar on stderr; if that is not a terminal, a line every ten seconds.
 
     It is drawn where the package's INFO messages are shown: by the command line, unless --quiet, and by a program that
     configures logging so.
@@ -126,14 +118,14 @@ def progress(*, total: int, what: str, done: int = 0, unit: str = "it") -> "tqdm
         initial=done,
         unit=unit,
         file=sys.stderr if is_terminal else _Lines(sys.stderr),
-        mininterval=0.1 if is_terminal else _QUIET_INTERVAL_SECONDS,
+        mininterval=0.1 if is_terminal else _LOG_INTERVAL_SECONDS,
         dynamic_ncols=is_terminal,
         ascii=not is_terminal,
     )
 
 
 class _Lines:
-    """A text stream on which a bar that redraws itself becomes lines, as logs want them."""
+    """A text stream that turns the redraws of a progress bar into lines, for log files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -148,11 +140,11 @@ class _Lines:
 
 
 def track(items: Iterable[Item], *, total: int, what: str, unit: str = "it") -> Iterator[Item]:
-    """Yield the items, showing progress and the time left on stderr."""
-    with progress(total=total, what=what, unit=unit) as shown:
+    """Yield the items with a progress bar on stderr."""
+    with progress(total=total, what=what, unit=unit) as progress_bar:
         for item in items:
             yield item
-            shown.update()
+            progress_bar.update()
 
 
 def _cell(value: Any) -> str:
@@ -165,10 +157,10 @@ def _cell(value: Any) -> str:
 
 
 def read_text(path: Path) -> str:
-    """What a file, or standard input for -, holds as UTF-8, less the byte order mark that some editors begin it with.
+    """The text of a file, or of standard input for -, without a byte order mark.
 
     Raises:
-        UsageError: it cannot be read or is no UTF-8.
+        UsageError: it cannot be read or is not UTF-8.
     """
     is_piped = str(path) == "-"
     name = "Standard input" if is_piped else str(path)

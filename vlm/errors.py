@@ -1,14 +1,14 @@
-"""What is said to a person when something cannot go on."""
+"""Errors whose message is for the user."""
 
 
 class VlmError(Exception):
-    """The work failed; the message names the value, the limit and the cure. Exit code 1."""
+    """A command failed; the message names the value, the limit and the cure. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(VlmError):
-    """The command, a configuration or a folder was given wrongly. Exit code 2."""
+    """The command line, a configuration or a folder is invalid. Exit code 2."""
 
     exit_code = 2
 

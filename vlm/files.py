@@ -1,7 +1,4 @@
-"""Files that are either whole or absent, and folders that are either whole or resumable.
-
-JSON that every reader takes: Python's own writer leaves NaN and Infinity in it, which JSON does not have.
-"""
+"""Atomic writes of files and folders, append-only logs, portable JSON, checksums and fingerprints."""
 
 import contextlib
 import hashlib
@@ -18,9 +15,9 @@ from vlm.errors import UsageError
 
 
 def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
-    """The value as JSON; numbers that are not finite become null.
+    """The value as JSON; NaN and Infinity, which JSON does not have, become null.
 
-    Where a text holds what UTF-8 cannot (half of a surrogate pair), all is written in ASCII.
+    If a text cannot be encoded as UTF-8 (half of a surrogate pair), everything is escaped to ASCII.
 
     >>> json_text({"width": 4, "scores": [0.5, float("nan")]})
     '{"width": 4, "scores": [0.5, null]}'
@@ -52,20 +49,20 @@ _BLOCK_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a neighbour of `path` for writing; on leaving, fsync it and rename it over `path`.
+    """Open a temporary file next to `path`; at the end of the block, fsync it and rename it to `path`.
 
-    If the block raises (a full disk, a signal), `path` stays as it was and the neighbour is removed.
+    If the block raises (a full disk, a signal), `path` is unchanged and the temporary file is removed.
     """
-    beside = _temporary_path(path)
+    temporary = _temporary_path(path)
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
         fsync_folder(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -81,9 +78,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and fsync it, so that what it announces is durable once this returns.
+    """Append one line and fsync it, so that it is durable once this returns.
 
-    A line that a crash or a full disk left half-written at the end of the file is cut off first.
+    A partial line that a crash or a full disk left at the end of the file is removed first.
     """
     with path.open("a+b") as file:
         if file.tell():
@@ -97,7 +94,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The complete lines of a file written by `append_line`; a line cut by a crash is left out."""
+    """The complete lines of a file written by `append_line`, without a partial last one."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
@@ -115,10 +112,10 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block has succeeded, and is removed when it has not.
+    """A temporary folder next to `out` that is renamed to it if the block succeeds, else removed.
 
     Raises:
-        UsageError: something lies at `out`.
+        UsageError: `out` exists.
         OSError: the disk is full or cannot be written.
     """
     check_not_exists(out)
@@ -138,12 +135,12 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def _temporary_path(path: Path) -> Path:
-    """A name beside `path` that no other writer has: threads share a process number, and containers theirs."""
+    """A name next to `path`, random since process ids repeat: in threads of a process, and in containers."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
 
 
 def check_not_exists(out: Path) -> None:
-    """Refuse to write a folder where something lies; an empty one may be there.
+    """Refuse to write a folder that exists, unless it is empty.
 
     Raises:
         UsageError: `out` is a file, or a folder that is not empty.
@@ -153,13 +150,13 @@ def check_not_exists(out: Path) -> None:
 
 
 def check_parent_exists(out: Path) -> None:
-    """Refuse a file whose folder is not there, before the work whose result it is to hold.
+    """Refuse a file whose folder does not exist, before the work whose result it is to hold.
 
     Raises:
         UsageError: there is no such folder.
     """
     if not out.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {str(out.parent)!r} for {out.name}; make it first.")
+        raise UsageError(f"There is no folder {str(out.parent)!r} for {out.name}; create it first.")
 
 
 def sha256_file(path: Path) -> str:

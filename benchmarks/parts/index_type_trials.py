@@ -7,8 +7,8 @@ from typing import Any
 
 import faiss
 import numpy as np
+from parts.messages import say
 
-from vlm.console import say
 from vlm.errors import UsageError
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.autotune.autotuner import autotune, retune

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.autotune.query_sampling import take_rows
 from vlm.index.embeddings import Embeddings, EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 from vlm.tensors import Array, Float32
 
@@ -105,4 +104,4 @@ def halves(folder: Path, count: int, *, seed: int) -> tuple[Float32[Array, "Q D"
     first, second = (
         np.sort(generator.permutation(np.flatnonzero(chosen))[: count // 2]) for chosen in (~is_second, is_second)
     )
-    return take_rows(embeddings, first), take_rows(embeddings, second)
+    return embeddings.take(first), embeddings.take(second)

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.console import say
+from parts.messages import say
+
 from vlm.errors import VlmError
 
 # it wants NumPy 1, which newer pyarrow refuses without saying so in its requirements

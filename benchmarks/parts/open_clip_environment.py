@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torchvision
 from parts.isolated_environment import own_python, run_quietly
+from parts.messages import say
 
-from vlm.console import say
 from vlm.data.shards import expand_shards
 from vlm.errors import VlmError
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parts.messages import say
 from parts.open_clip_environment import DATASETS
 
-from vlm.console import say
 from vlm.data.shards import count_samples, expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, write_text

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+from parts.messages import say
 from parts.quality_data import DataSet
 from parts.quality_runs import Run, Trainer, our_words
 from parts.quality_settings import ABLATIONS, EVERYTHING, OPEN_CLIP, OURS, THEIR_VARIANTS
 
 from vlm.cli.main import parse_verb
 from vlm.cli.train import Train
-from vlm.console import say
 from vlm.train.run_config import TrainConfig
 
 

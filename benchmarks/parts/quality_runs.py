@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from parts.messages import say
 from parts.quality_data import NETWORK, DataSet, their_network
 from parts.quality_metrics import measure
 
-from vlm.console import say
 from vlm.data.tokenizers import ClipTokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import VlmError

@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any
 
 from parts.measure_process import BENCH, Side
+from parts.messages import say
 from parts.training_runs import NETWORK, Network, Trainer, TrainerRun, Trainers
 
-from vlm.console import say
 from vlm.errors import VlmError
 
 MEMORY_GB = (8, 16, 64, 128)

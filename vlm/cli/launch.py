@@ -1,4 +1,4 @@
-"""The same work in several processes of this machine, each of which knows its number as if torchrun had started it."""
+"""Run a function in several processes on this machine, with the environment variables of torchrun."""
 
 import logging
 import multiprocessing
@@ -13,11 +13,11 @@ from typing import TypeVar
 from vlm.cli.main import log_to_stderr, print_error
 from vlm.errors import UsageError, VlmError
 
-Given = TypeVar("Given")
+Argument = TypeVar("Argument")
 
 
-def run_in_processes(work: Callable[[Given], None], given: Given, number: int) -> None:
-    """Call `work(given)` in so many new processes; when one fails, the others are ended.
+def run_in_processes(work: Callable[[Argument], None], argument: Argument, number: int) -> None:
+    """Call `work(argument)` in `number` new processes; if one fails, the others are terminated.
 
     Raises:
         VlmError: one failed.
@@ -25,7 +25,7 @@ def run_in_processes(work: Callable[[Given], None], given: Given, number: int) -
     level = logging.getLogger("vlm").getEffectiveLevel()
     spawn = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
-        spawn.Process(target=_run_one, args=(work, given, rank, number, level)) for rank in range(number)
+        spawn.Process(target=_run_one, args=(work, argument, rank, number, level)) for rank in range(number)
     ]
     try:
         for process in processes:
@@ -45,16 +45,16 @@ def run_in_processes(work: Callable[[Given], None], given: Given, number: int) -
 
 def _failure(code: int, rank: int, number: int) -> VlmError:
     how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    message = f"Process {rank} of {number} {how}; what was finished is kept, and the same command goes on from there."
+    message = f"Process {rank} of {number} {how}; finished work is kept. Rerun the same command to resume."
     return UsageError(message) if code == UsageError.exit_code else VlmError(message)
 
 
-def _run_one(work: Callable[[Given], None], given: Given, rank: int, number: int, level: int) -> None:
+def _run_one(work: Callable[[Argument], None], argument: Argument, rank: int, number: int, level: int) -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)}
     try:
         with log_to_stderr(level):
-            work(given)
+            work(argument)
     except VlmError as error:
         sys.exit(print_error(str(error), error.exit_code))
     except OSError as error:

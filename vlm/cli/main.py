@@ -69,11 +69,11 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def enter() -> NoReturn:
-    """The command `vlm`: `main`, then an end that torch's threads cannot turn into an abort.
+    """The command `vlm`: `main`, then an exit that torch's threads cannot turn into an abort.
 
-    A thread of torch (of gloo, of autograd) that gives up its last tensor while the interpreter is taken apart aborts
-    the process: all was done and saved, and yet it fails (PyTorch issue 190489). So where torch was used and `main`
-    came to its end, the process ends once all that waits for the exit has run, its interpreter whole.
+    A thread of torch (of gloo, of autograd) that frees its last tensor during interpreter shutdown aborts the process,
+    although all work is done and saved (PyTorch issue 190489). So if torch was used and `main` returned, the process
+    exits right after the exit functions, before the interpreter is torn down.
     """
     codes: list[int] = []
     atexit.register(_end, codes)  # the first registered runs last
@@ -153,7 +153,7 @@ def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
 
 
 def _replace_unprintable() -> None:
-    """A terminal that cannot show a character shows a stand-in for it, instead of ending the command."""
+    """Replace characters that the terminal cannot show, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")

@@ -13,13 +13,18 @@ from vlm.data.sources.source import SceneOptions, SourceKind
 
 logger = logging.getLogger(__name__)
 
+_CAPTIONS_HELP = (
+    "Location of the captions, if ambiguous: a FILE inside SOURCE; none packs images without captions; optional also "
+    "packs the images that have none among others that do."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
     """Pack image-text pairs into WebDataset shards.
 
     SOURCE is a table that names its images or holds them (captions.csv, .tsv, .jsonl, .parquet; metadata.csv in any
-    folder; captions.txt), images with a text beside each, COCO's or Karpathy's annotations, class folders
+    folder; captions.txt), images with a text file each, COCO's or Karpathy's annotations, class folders
     (CLASS/image.jpg), the output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word
     scenes for a dataset of synthetic shapes. What SOURCE was recognised as is logged first; docs/data.md shows each
     layout.
@@ -44,14 +49,12 @@ class Pack:
     """Column of a table with the captions: a text, a list, or a {language: text} mapping."""
 
     key_column: str | None = None
-    """Column of a table with the sample keys; None takes the column key, or the names of the images."""
+    """Column of a table with the sample keys; None uses the column key, or the names of the images."""
 
-    captions: str = ""
-    """Where the captions are, if that is ambiguous: a FILE inside SOURCE; none packs images without captions; optional
-    also packs the images that have none among others that do."""
+    captions: Annotated[str, tyro.conf.arg(help=_CAPTIONS_HELP)] = ""
 
     caption_lines: Annotated[
-        bool, tyro.conf.arg(help="Every line of KEY.txt, or of a text beside an image, is a caption of its own.")
+        bool, tyro.conf.arg(help="Treat each line of KEY.txt, or of an image's text file, as a caption of its own.")
     ] = False
 
     encoding: str = ""
