@@ -63,7 +63,7 @@ def test_an_unknown_preset_names_the_nearest():
         ),
         ({"data": "x", "run": "y", "batch_size": 1}, "batch_size = 1 is outside its range; give at least 2"),
         ({"data": "x", "run": "y", "epochs": 0.0}, "epochs = 0.0 is not a length"),
-        ({"data": "x", "run": "y", "loader": {"crop_scale": (0.5, 2.0)}}, "no range inside"),
+        ({"data": "x", "run": "y", "loader": {"crop_scale": (0.5, 2.0)}}, "not a range inside"),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_their_limit(values, message):
