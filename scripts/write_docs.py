@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write the pages of docs/ that are made from the code: cli.md, objectives.md, recipes.md.
+"""Generate the pages of docs/ that derive from the code: cli.md, objectives.md, recipes.md.
 
-python scripts/write_docs.py             write them
-python scripts/write_docs.py --check     exit with 1 and name the pages that are out of date
+python scripts/write_docs.py             write the pages
+python scripts/write_docs.py --check     list the pages that are out of date; exit code 1 if there are any
 python scripts/write_docs.py --baselines RUN RUN RUN --source "3 seeds, commit …, machine"
-                                         print the reference curves of finished runs that differ in their seed
-                                         alone, as entries for train/baselines.toml
+                                         print the reference curves of finished runs that differ only in their
+                                         seed, as entries for train/baselines.toml
 """
 
 import argparse
@@ -28,7 +28,7 @@ METRICS = ("loss", "text_to_image_recall@10", "image_to_text_recall@10")
 
 
 def cli_page() -> str:
-    """docs/cli.md: the help of every verb, as it is printed."""
+    """docs/cli.md: the printed help of every verb."""
     os.environ.update({"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
     parts = ["# Command line", "", "Written by `python scripts/write_docs.py`.", "", "```", overview(), "```"]
     for verb in VERBS:
@@ -46,29 +46,29 @@ def _help_of(verb: str) -> str:
 
 _OBJECTIVES_HEAD = """# Objectives
 
-What a run minimises is a sum: `--objective "clip + 2*caption"`. Each term below is one function with its paper; adding
-one is a function in `train/objectives/` and a line in `LOSS_TERMS` (`objective_registry.py`). A *batch-level* term
-compares the pairs of the global batch, in blocks of `--similarity-block` rows; a *sample-level* term needs no other
-sample. Either way the gradient of a batch in micro-batches (`--micro-batch`), on any number of processes, is that of
-the whole batch (`train/step.py`).
+A run minimises a weighted sum of loss terms: `--objective "clip + 2*caption"`. Each term below is one function with its
+paper; to add one, write a function in `train/objectives/` and a line in `LOSS_TERMS`
+(`train/objectives/objective_registry.py`). A *batch-level* term compares the pairs of the global batch, in blocks of
+`--similarity-block` rows; a *sample-level* term needs no other sample. In both cases the gradient of a batch in
+micro-batches (`--micro-batch`), on any number of processes, is that of the whole batch (`train/step.py`).
 
-`--same-pairs` says how batch-level terms treat pairs with the same key, caption or image: as `negative` (as in CLIP),
-`ignore`, or `positive`. Written by `python scripts/write_docs.py`.
+`--same-pairs` sets how batch-level terms treat in-batch pairs that share a key, caption or image: as `negative` (as in
+CLIP), `ignore`, or `positive`. Written by `python scripts/write_docs.py`.
 """
 
 
 def objectives_page() -> str:
-    """docs/objectives.md: the table of loss terms and of the names of sums."""
+    """docs/objectives.md: the loss terms and the aliases of common sums."""
     lines = [
         _OBJECTIVES_HEAD,
-        "| term | objective | paper | level | inputs in addition to image and caption |",
+        "| term | loss | paper | level | inputs in addition to image and caption |",
         "|" + "---|" * 5,
     ]
     for name, term in LOSS_TERMS.items():
         level = "batch" if term.batch_level else "sample"
-        extra_inputs = [f"`{given}`" for given in term.inputs if given not in ("same", "rows")]
+        extra_inputs = [f"`{name}`" for name in term.inputs if name not in ("same", "rows")]
         lines.append(f"| `{name}` | {term.summary} | {term.paper} | {level} | {', '.join(extra_inputs) or '–'} |")
-    lines += ["", "| short for | sum |", "|---|---|"]
+    lines += ["", "| alias | sum |", "|---|---|"]
     lines += [f"| `{name}` | `{expression}` |" for name, expression in ALIASES.items()]
     return "\n".join(lines) + "\n"
 
@@ -77,29 +77,28 @@ _RECIPES_HEAD = """# Recipes
 
 Written by `python scripts/write_docs.py` from `train/recipes.py` and `train/baselines.toml`.
 
-A recipe is a preset (`train/presets.py`) with its commands and its reference curves. Everything a preset sets can be
-overridden: `vlm train cc3m --batch-size 2048 …`. `vlm runs compare RUN --to RECIPE --out compare.png` says whether,
-where and in which direction a run leaves them.
+A recipe is a preset (`train/presets.py`) with its commands and reference curves. Every setting of a preset can be
+overridden: `vlm train cc3m --batch-size 2048 …`. `vlm runs compare RUN --to RECIPE --out compare.png` reports whether,
+where and in which direction a run leaves the reference curves.
 
-**measured** curves are of runs of this code: the interval in which one more run is expected at each point with a
-probability of 95%. **published** ones are figures of others at the end of their runs, which have not been repeated
-here; they are top-1 of zero-shot classification on ImageNet's 50,000 validation images, so they can only be compared
-after
+**measured** curves come from runs of this code: the 95% prediction interval of one more run at each point.
+**published** ones are final results of others, not reproduced here: zero-shot top-1 on ImageNet's 50,000 validation
+images. To compare with them, first run
 
 ```
 vlm eval RUN --classes imagenet/val --out RUN/evaluation
 ```
 
-where `imagenet/val` holds a folder for each class, called by its English name.
+where `imagenet/val` holds one folder per class, named by the English class name.
 
-| recipe | what it trains | expected at the end | kind |
+| recipe | description | expected final value | kind |
 |---|---|---|---|
 """
 
 _RECIPES_TAIL = """
 ## Measuring reference curves
 
-Train a recipe with three seeds, then print its curves as entries for `train/baselines.toml`:
+Train a recipe with three seeds, then print the curves as entries for `train/baselines.toml`:
 
 ```
 for seed in 0 1 2; do vlm train fashion … --seed $seed --run runs/fashion-$seed; done
@@ -110,15 +109,15 @@ python scripts/write_docs.py --baselines runs/fashion-? --source "3 seeds, commi
 
 
 def recipes_page() -> str:
-    """docs/recipes.md: a table of all recipes, and the commands of each."""
+    """docs/recipes.md: a table of all recipes, then the commands of each."""
     rows = [_recipe_row(recipe) for recipe in RECIPES.values()]
     sections = [_recipe_section(recipe) for recipe in RECIPES.values()]
     return _RECIPES_HEAD + "\n".join(rows) + "\n" + "".join(sections) + _RECIPES_TAIL
 
 
 def _recipe_row(recipe: Recipe) -> str:
-    expected = "; ".join(_value_at_end(band) for band in recipe.bands) or "no reference curve yet"
-    kinds = ", ".join(dict.fromkeys(band.kind for band in recipe.bands)) or "–"
+    expected = "; ".join(_value_at_end(reference) for reference in recipe.reference_curves) or "no reference curve yet"
+    kinds = ", ".join(dict.fromkeys(reference.kind for reference in recipe.reference_curves)) or "–"
     return f"| [`{recipe.preset}`](#{recipe.preset}) | {PRESETS[recipe.preset][0]} | {expected} | {kinds} |"
 
 
@@ -127,15 +126,18 @@ def _recipe_section(recipe: Recipe) -> str:
     summary = PRESETS[recipe.preset][0]
     lines = [f"\n## {recipe.preset}\n", f"{summary[0].upper()}{summary[1:]}. Data: {recipe.data}.\n", "```"]
     lines += [*commands, f"vlm runs compare runs/{recipe.preset} --to {recipe.preset} --out compare.png", "```\n"]
-    lines += [f"- expected, {band.kind}: {_value_at_end(band)} ({band.source})" for band in recipe.bands]
+    lines += [
+        f"- expected, {reference.kind}: {_value_at_end(reference)} ({reference.source})"
+        for reference in recipe.reference_curves
+    ]
     lines += [f"- {recipe.remarks}"] if recipe.remarks else []
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _value_at_end(band: ReferenceCurve) -> str:
-    _, low, high = band.points[-1]
-    name = band.metric.replace("_", " ")
-    if band.metric == "loss":
+def _value_at_end(reference: ReferenceCurve) -> str:
+    _, low, high = reference.points[-1]
+    name = reference.metric.replace("_", " ")
+    if reference.metric == "loss":
         return f"{name} {low:.2f} to {high:.2f}"
     return f"{name} {low:.1%} to {high:.1%}"
 
@@ -147,18 +149,18 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
-def baseline_entry(recipe: str, band: ReferenceCurve) -> str:
+def baseline_entry(recipe: str, reference: ReferenceCurve) -> str:
     """A measured curve as an entry of train/baselines.toml."""
-    points = "\n".join(f"    [{share:.4g}, {low:.4g}, {high:.4g}]," for share, low, high in band.points)
-    source = band.source.replace("\\", "\\\\").replace('"', '\\"')
+    points = "\n".join(f"    [{share:.4g}, {low:.4g}, {high:.4g}]," for share, low, high in reference.points)
+    source = reference.source.replace("\\", "\\\\").replace('"', '\\"')
     return (
-        f'[[{recipe}]]\nmetric = "{band.metric}"\nsource = "{source}"\nwidth = {band.width:.4g}\n'
+        f'[[{recipe}]]\nmetric = "{reference.metric}"\nsource = "{source}"\nwidth = {reference.width:.4g}\n'
         f"points = [\n{points}\n]\n"
     )
 
 
 def print_baselines(folders: Sequence[Path], metrics: Sequence[str], source: str) -> None:
-    """Print the reference curves of finished runs of one recipe, which differ in their seed alone."""
+    """Print the reference curves of finished runs of one recipe that differ only in their seed."""
     runs = [read_run(folder) for folder in folders]
     recipe = folders[0].name.rpartition("-")[0] or folders[0].name
     for metric in metrics:
@@ -167,11 +169,11 @@ def print_baselines(folders: Sequence[Path], metrics: Sequence[str], source: str
 
 
 def main() -> int:
-    """Write, check or print, as the arguments say."""
+    """Write or check the pages, or print reference curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--check", action="store_true", help="check the pages instead of writing them")
     parser.add_argument("--baselines", nargs="+", type=Path, metavar="RUN", help="print reference curves of runs")
-    parser.add_argument("--source", default="", help="what these runs were: seeds, commit, machine")
+    parser.add_argument("--source", default="", help="seeds, commit and machine of these runs")
     parser.add_argument("--metric", nargs="+", default=METRICS, help="metrics of these runs")
     arguments = parser.parse_args()
     if arguments.baselines:

@@ -86,16 +86,16 @@ def draw_curves(metrics: Lines, path: Path, *, title: str) -> None:
 
 
 def draw_comparison(
-    runs: Mapping[str, Lines], path: Path, *, title: str, bands: Sequence[ReferenceCurve] = (), steps: int = 0
+    runs: Mapping[str, Lines], path: Path, *, title: str, references: Sequence[ReferenceCurve] = (), steps: int = 0
 ) -> None:
     """Draw the curves of several runs, by name, over one another into a PNG.
 
-    bands: reference curves of a run of so many planned steps; each is drawn behind its metric.
+    references: reference curves of a run of so many planned steps; each is drawn behind its metric.
     """
-    expected = {band.metric: band for band in bands}
+    expected = {reference.metric: reference for reference in references}
     drawn: list[Panel] = []
-    for name, band in expected.items():
-        heading = f"{name.replace('_', ' ')}, band {band.kind}"
+    for name, reference in expected.items():
+        heading = f"{name.replace('_', ' ')}, {reference.kind} reference"
         drawn.append(Panel(heading=heading, names=(name,), is_fraction=name != "loss"))
     for panel in _single_panels():
         name = panel.names[0]
@@ -185,8 +185,8 @@ def _draw_line(axes: "Axes", points: list[tuple[int, float]], *, label: str, col
     axes.plot(steps, _smooth(values), linewidth=1.4, label=label, color=colour)
 
 
-def _draw_reference(axes: "Axes", band: ReferenceCurve, *, steps: int) -> None:
-    shares, low, high = zip(*band.points, strict=True)
+def _draw_reference(axes: "Axes", reference: ReferenceCurve, *, steps: int) -> None:
+    shares, low, high = zip(*reference.points, strict=True)
     positions = [share * steps for share in shares]
     if len(positions) == 1:
         middle = (low[0] + high[0]) / 2

@@ -43,7 +43,7 @@ _WEB = LoaderConfig(workers=12)
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "tiny": (
-        "learns the drawn scenes in about three minutes on two CPU cores",
+        "learns the synthetic shapes in about three minutes on two CPU cores",
         TrainConfig(
             model=ModelConfig(architecture="tiny"),
             loader=_SHAPES_LOADER,
@@ -54,7 +54,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "tiny-coca": (
-        "learns to caption the drawn scenes in under five minutes on two CPU cores",
+        "learns to caption the synthetic shapes in under five minutes on two CPU cores",
         TrainConfig(
             model=ModelConfig(architecture="tiny-coca"),
             loader=_SHAPES_LOADER,
@@ -155,7 +155,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "lit": (
-        "locked-image tuning: a text tower learns to read a trained image tower (give --start-from)",
+        "locked-image tuning: a text tower learns to read a trained image tower (requires --start-from)",
         TrainConfig(
             model=ModelConfig(architecture="ViT-B-16", lock="image"),
             loader=LoaderConfig(workers=12, crop_scale=(0.9, 1.0), flip=0.5),

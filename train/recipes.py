@@ -1,7 +1,7 @@
-"""Recipes: a preset with its data, its commands and its reference curves, and where a run leaves these.
+"""Recipes: a preset with its data, commands and reference curves, and the comparison of a run with these.
 
-A reference curve says where a metric is expected in the course of a run. Those measured with this code stand in
-`baselines.toml`; those of others are figures at the end of their runs.
+A reference curve is the interval in which a metric is expected in the course of a run. Curves measured with this code
+are in `baselines.toml`; published ones are figures at the end of a run.
 """
 
 import tomllib
@@ -31,7 +31,7 @@ _STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20,
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceCurve:
-    """What one metric of a recipe is expected to be in the course of a run.
+    """The expected values of one metric in the course of a run of a recipe.
 
     points: ascending by share. The value of a run at a share is the mean of what it measured in the `width` around it,
     a share of the run too; without a `width`, what it measured last before it.
@@ -46,7 +46,7 @@ class ReferenceCurve:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether less of the metric is better."""
+        """Whether lower values of the metric are better."""
         return self.metric == "loss"
 
 
@@ -63,31 +63,31 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceComparison:
-    """A run against one reference curve: how many of its points could be compared, and those outside."""
+    """A run compared with one reference curve: the number of points compared, and the points outside."""
 
-    band: ReferenceCurve
+    reference: ReferenceCurve
     compared: int
     departures: tuple[Deviation, ...]
 
     def summary(self, steps: int) -> str:
-        """In words; steps is the planned length of the run."""
-        name = f"{self.band.metric} ({self.band.kind})"
+        """One sentence; steps is the planned length of the run."""
+        name = f"{self.reference.metric} ({self.reference.kind})"
         if not self.compared:
-            return f"{name}: the run has measured nothing that could be compared yet."
+            return f"{name}: nothing to compare yet."
         if not self.departures:
             points = "at its one point" if self.compared == 1 else f"at all {self.compared} points"
-            return f"{name}: inside the band {points}."
+            return f"{name}: within the reference curve {points}."
         first = self.departures[0]
         side = "better" if first.is_better else "worse"
         return (
-            f"{name}: leaves the band at step {round(first.share * steps):,} ({first.share:.0%} of the run): "
-            f"{first.value:.4g}, expected {first.low:.4g} to {first.high:.4g}, so {side}; outside at "
-            f"{len(self.departures)} of {self.compared} points."
+            f"{name}: leaves the reference curve at step {round(first.share * steps):,} "
+            f"({first.share:.0%} of the run): {first.value:.4g}, expected {first.low:.4g} to {first.high:.4g}, "
+            f"so {side}; outside at {len(self.departures)} of {self.compared} points."
         )
 
 
 def value_at(lines: Lines, metric: str, *, share: float, steps: int, width: float) -> float | None:
-    """What a run of so many planned steps measured at a share of it; None if it measured nothing there yet."""
+    """The value of a metric at a share of the planned steps of a run; None if it has not been measured there yet."""
     low = (share - (width / 2 or _END_WIDTH)) * steps
     high = min(share + width / 2, 1.0) * steps + _ROUNDING
     # a mean over half a window would be biased, since curves are not flat
@@ -100,41 +100,39 @@ def value_at(lines: Lines, metric: str, *, share: float, steps: int, width: floa
     return fmean(values) if width else values[-1]
 
 
-def compare_with_reference(band: ReferenceCurve, lines: Lines, steps: int) -> ReferenceComparison:
-    """Where a run of so many planned steps leaves a reference curve."""
+def compare_with_reference(reference: ReferenceCurve, lines: Lines, steps: int) -> ReferenceComparison:
+    """The points at which a run with this number of planned steps is outside a reference curve."""
     departures: list[Deviation] = []
     compared = 0
-    for share, low, high in band.points:
-        value = value_at(lines, band.metric, share=share, steps=steps, width=band.width)
+    for share, low, high in reference.points:
+        value = value_at(lines, reference.metric, share=share, steps=steps, width=reference.width)
         if value is None:
             continue
         compared += 1
         if not low <= value <= high:
-            is_better = (value < low) == band.lower_is_better
+            is_better = (value < low) == reference.lower_is_better
             departures.append(Deviation(share=share, value=value, low=low, high=high, is_better=is_better))
-    return ReferenceComparison(band=band, compared=compared, departures=tuple(departures))
+    return ReferenceComparison(reference=reference, compared=compared, departures=tuple(departures))
 
 
 def reference_curve_of_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, source: str) -> ReferenceCurve:
     """The interval that one more run of the same recipe stays in, at each of K points, with a probability of 95%.
 
-    runs: lines and planned steps of n runs that differ in their seed alone. The interval is the prediction interval of
+    runs: lines and planned steps of n runs that differ only in their seed. The interval is the prediction interval of
     a normal variable, mean ± t · s · √(1 + 1/n). Since three runs say little about the spread at one point, s² is the
     mean over the points (for a loss relative to its mean there, which falls by much in a run), and t that of
     (n - 1) · K / 2 degrees of freedom, n - 1 at the least, for neighbouring points of a run are not independent. Shares
     at which a run measured nothing are left out.
 
     Raises:
-        UsageError: fewer than two runs, or nothing of this metric in all of them.
+        UsageError: fewer than two runs, or no value of this metric in all of them.
     """
     if len(runs) < 2:
-        raise UsageError(f"A band needs two runs or more that differ in their seed, got {len(runs)}.")
+        raise UsageError(f"A reference curve needs at least two runs that differ in their seed, got {len(runs)}.")
     width = _SHARES[1] - _SHARES[0]
     values_by_share = _values_of_all_runs(runs, metric, width=width)
     if not values_by_share:
-        raise UsageError(
-            f"There is no {metric!r} that all {len(runs)} runs measured at the same tenths of their steps."
-        )
+        raise UsageError(f"{metric!r} was not measured by all {len(runs)} runs at the same tenths of their steps.")
 
     is_relative = metric == "loss"
     variances: list[float] = []
@@ -189,11 +187,11 @@ def _measured_curve(entry: Mapping[str, Any]) -> ReferenceCurve:
 _USER_SPECIFIC_KEYS = frozenset(
     {"data", "val", "run", "seed", "model.tokenizer", "loader.selection", "micro_batch", "precision"}
 )
-"""What everybody sets for themselves, in addition to what has no influence on the weights."""
+"""Settings that every user chooses, in addition to those without influence on the weights."""
 
 
 def matching_recipe(configuration: Mapping[str, Any]) -> str:
-    """The preset a saved configuration was made from without a change that matters; empty if none."""
+    """The preset from which a saved configuration differs in no relevant setting; empty if there is none."""
     saved = flatten_config(configuration)
     for name, (_, preset) in PRESETS.items():
         # a run saved by an earlier version lacks the keys that are new since
@@ -212,11 +210,11 @@ _TO_SHARDS = "--output_format webdataset --image_size 256 --resize_mode keep_rat
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A preset with everything around it.
+    """A preset with its data, commands and reference curves.
 
-    preset: its name in `PRESETS`. data: what it is trained on. prepare: commands that bring the data into shape.
-    train: the command. evaluate: the command whose figure is compared, where the run itself does not measure it.
-    published: figures of others; without them the curves are our own. remarks: where we differ from what was published.
+    preset: its name in `PRESETS`. data: the training data. prepare: commands that prepare the data.
+    train: the command. evaluate: the command that measures the compared figure if the run itself does not.
+    published: published figures; without them the measured curves are used. remarks: differences from the publication.
     """
 
     preset: str
@@ -228,13 +226,13 @@ class Recipe:
     remarks: str = ""
 
     @property
-    def bands(self) -> tuple[ReferenceCurve, ...]:
-        """The reference curves a run of it is compared with."""
+    def reference_curves(self) -> tuple[ReferenceCurve, ...]:
+        """The reference curves that a run is compared with."""
         return self.published or measured_curves().get(self.preset, ())
 
 
 def published_curve(low: float, high: float, source: str) -> tuple[ReferenceCurve, ...]:
-    """The curve of a figure others published: zero-shot top-1 on ImageNet's validation images at the end."""
+    """The curve of a published figure: zero-shot top-1 on ImageNet's validation images at the end of the run."""
     return (ReferenceCurve(metric=ZERO_SHOT, kind="published", source=source, points=((1.0, low, high),)),)
 
 
@@ -242,7 +240,7 @@ def find_recipe(name: str) -> Recipe:
     """The recipe of a preset.
 
     Raises:
-        UsageError: there is none of that name; the nearest is named.
+        UsageError: there is no recipe of that name; the message suggests the nearest.
     """
     return lookup(RECIPES, name, "recipe")
 
@@ -289,8 +287,8 @@ _SPLIT_OPTIONS = "--data 'shards/train-*.tar' --val 'shards/val-*.tar' --tokeniz
 RECIPES: dict[str, Recipe] = {
     recipe.preset: recipe
     for recipe in (
-        _own_recipe("tiny", data="16,000 drawn scenes", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
-        _own_recipe("tiny-coca", data="16,000 drawn scenes", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
+        _own_recipe("tiny", data="16,000 synthetic shapes images", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
+        _own_recipe("tiny-coca", data="16,000 synthetic shapes images", prepare=_SCENE_SHARDS, options=_SCENE_OPTIONS),
         _own_recipe(
             "fashion",
             data="8,383 product photos with titles, 1,000 held out",
@@ -314,43 +312,43 @@ RECIPES: dict[str, Recipe] = {
                 "vlm tokenizer train 'shards/train-*.tar' words.model --vocabulary 8000",
             ),
             options=_SPLIT_OPTIONS,
-            remarks="A name stands for one drawing of each vendor; the pack holds out all of them together.",
+            remarks="A name has one drawing per vendor; `--hold-out` keeps all of them on one side.",
         ),
         _web_recipe(
             "cc3m",
-            data="Conceptual Captions: 3.3 million pairs, of which some links are dead",
+            data="Conceptual Captions: 3.3 million pairs, some of whose links are dead",
             prepare=f"img2dataset --url_list cc3m.tsv --input_format tsv {_TO_SHARDS} --output_folder cc3m",
             shards="cc3m/{00000..00331}.tar",
             published=published_curve(
                 0.158, 0.185, "ViT-B/16: 17.1% SLIP's README, 15.8% LaCLIP's; RN50: 18.5% open_clip#448"
             ),
-            remarks="Settings of SLIP's README and main.py (Mu et al. 2021), 2.9 million pairs an epoch. "
-            "SLIP decays to 1e-5 and does not cut the gradient, we decay to zero and cut at 1.",
+            remarks="Settings of SLIP's README and main.py (Mu et al. 2021), 2.9 million pairs per epoch. "
+            "SLIP decays the learning rate to 1e-5 and does not clip gradients; we decay to zero and clip at norm 1.",
         ),
         _web_recipe(
             "cc12m",
-            data="Conceptual 12M, of which about 10.7 million pairs are left",
+            data="Conceptual 12M, of which about 10.7 million pairs remain",
             prepare=f"img2dataset --url_list cc12m.tsv --input_format tsv {_TO_SHARDS} --output_folder cc12m",
             shards="cc12m/{00000..01242}.tar",
             published=published_curve(0.365, 0.402, "ViT-B/16: 36.5% SLIP's README, 40.2% LaCLIP's (other settings)"),
-            remarks="Settings of SLIP's README and main.py (Mu et al. 2021), 10.7 million pairs an epoch. "
-            "SLIP decays to 1e-5 and does not cut the gradient, we decay to zero and cut at 1.",
+            remarks="Settings of SLIP's README and main.py (Mu et al. 2021), 10.7 million pairs per epoch. "
+            "SLIP decays the learning rate to 1e-5 and does not clip gradients; we decay to zero and clip at norm 1.",
         ),
         _web_recipe(
             "datacomp-small",
-            data="CommonPool small: 12.8 million pairs, or what a filter leaves of them",
+            data="CommonPool small: 12.8 million pairs, or the subset that a filter keeps",
             prepare="python download_upstream.py --scale small --data_dir datacomp-small  # mlfoundations/datacomp",
             shards="datacomp-small/shards/*.tar",
             published=published_curve(0.025, 0.051, "2.5% unfiltered, 5.1% by CLIP score: openclip_results.csv"),
-            remarks="Settings of DataComp's scale_configs.py (Gadre et al. 2023). The filter decides.",
+            remarks="Settings of DataComp's scale_configs.py (Gadre et al. 2023). The result depends on the filter.",
         ),
         _web_recipe(
             "datacomp-medium",
-            data="CommonPool medium: 128 million pairs, or what a filter leaves of them",
+            data="CommonPool medium: 128 million pairs, or the subset that a filter keeps",
             prepare="python download_upstream.py --scale medium --data_dir datacomp-medium  # mlfoundations/datacomp",
             shards="datacomp-medium/shards/*.tar",
             published=published_curve(0.176, 0.297, "17.6% unfiltered, 29.7% DataComp's filter: openclip_results.csv"),
-            remarks="Settings of DataComp's scale_configs.py (Gadre et al. 2023). The filter decides.",
+            remarks="Settings of DataComp's scale_configs.py (Gadre et al. 2023). The result depends on the filter.",
         ),
         _web_recipe(
             "laion",
@@ -358,8 +356,8 @@ RECIPES: dict[str, Recipe] = {
             shards="laion400m/{00000..41407}.tar",
             options=" --micro-batch 256",
             published=published_curve(0.62, 0.63, "62.96% open_clip's PRETRAINED.md, 62.0% LaCLIP's README"),
-            remarks="Batch and epochs of PRETRAINED.md, the rest as in the CLIP paper (so open_clip#100 says). "
-            "Shards that are gone since 2021 shorten the epochs.",
+            remarks="Batch size and epochs of PRETRAINED.md, the rest as in the CLIP paper (see open_clip#100). "
+            "Shards that have become unavailable since 2021 shorten the epochs.",
         ),
         _web_recipe(
             "lit",
@@ -367,9 +365,9 @@ RECIPES: dict[str, Recipe] = {
             shards="cc12m/{00000..01242}.tar",
             options=" --start-from MODEL",
             published=published_curve(0.721, 0.757, "72.1% LiT-B16B, 75.7% LiT-L16L: model card (Zhai et al. 2022)"),
-            remarks="Rate and batch of big_vision's lit_coco.py; decay and length are ours. Both towers start from "
-            "MODEL, whose image tower stays as it is; the published ones started from ViT on ImageNet-21k and BERT. So "
-            "the figure is a yardstick rather than a promise: it depends on MODEL.",
+            remarks="Learning rate and batch size of big_vision's lit_coco.py; weight decay and length are ours. "
+            "Both towers start from MODEL, whose image tower stays frozen; the published ones started from ViT on "
+            "ImageNet-21k and BERT. So the figure is only a reference point: the result depends on MODEL.",
         ),
         _web_recipe(
             "coca",
@@ -379,9 +377,9 @@ RECIPES: dict[str, Recipe] = {
             published=published_curve(
                 0.628, 0.638, "63.3% ± 0.5 assumed, coca_ViT-B-32 laion2b_s13b_b90k: openclip_results.csv"
             ),
-            remarks="Batch and samples seen are in the name of the published weights; rate, warm-up and beta2 are "
-            "those of DataComp's xlarge scale, which has the same batch, since CoCa's were not published.",
+            remarks="Batch size and samples seen are in the name of the published weights; learning rate, warm-up and "
+            "beta2 are those of DataComp's xlarge scale, which has the same batch size, since CoCa's are unpublished.",
         ),
     )
 }
-"""By the name of the preset."""
+"""Recipes by the name of the preset."""

@@ -20,11 +20,11 @@ def run(capsys, *words):
 
 @pytest.fixture
 def banded(monkeypatch):
-    """The fashion recipe, with a band that `falling` stays in."""
+    """The fashion recipe, with a reference curve that `falling` stays in."""
     points = tuple((share, 4.0 - 3 * share, 6.0 - 3 * share) for share in (0.2, 0.4, 0.6, 0.8, 1.0))
-    band = ReferenceCurve(metric="loss", kind="measured", source="three hands", width=0.1, points=points)
+    reference = ReferenceCurve(metric="loss", kind="measured", source="three hands", width=0.1, points=points)
     recipe = recipes.RECIPES["fashion"]
-    changed = type(recipe)(preset="fashion", data="", prepare=(), train="", published=(band,))
+    changed = type(recipe)(preset="fashion", data="", prepare=(), train="", published=(reference,))
     monkeypatch.setitem(recipes.RECIPES, "fashion", changed)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_leaves_the_band_is_told_where(capsys, tmp_path, banded):
     code, out, _ = run(capsys, "runs", "compare", bad, "--to", "fashion")
     assert code == 0
     assert "bad: NOT as expected" in out
-    assert "leaves the band at step 60 (60% of the run)" in out
+    assert "leaves the reference curve at step 60 (60% of the run)" in out
     _, out, _ = run(capsys, "runs", "compare", bad, "--to", "fashion", "--json")
     [[verdict]] = json.loads(out)["verdicts"]
     assert [departure["step"] for departure in verdict["departures"]] == [60, 80, 100]

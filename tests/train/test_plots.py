@@ -55,15 +55,15 @@ def test_many_points_are_smoothed_but_never_past_their_ends(tmp_path, drawn):
 
 
 def test_runs_are_drawn_over_one_another_with_the_band_behind(tmp_path, drawn):
-    band = ReferenceCurve(metric="loss", kind="measured", source="", width=0.1, points=((0.5, 3, 4), (1.0, 1, 2)))
+    reference = ReferenceCurve(metric="loss", kind="measured", source="", width=0.1, points=((0.5, 3, 4), (1.0, 1, 2)))
     runs = {"a": falling(), "b": falling(1.0)}
-    draw_comparison(runs, tmp_path / "compare.png", title="", bands=[band], steps=100)
-    assert set(drawn["loss, band measured"]) == {"a", "b", "expected"}
+    draw_comparison(runs, tmp_path / "compare.png", title="", references=[reference], steps=100)
+    assert set(drawn["loss, measured reference"]) == {"a", "b", "expected"}
     assert "loss" not in drawn
     assert set(drawn["recall on val, text→image @1"]) == {"a", "b"}
 
 
 def test_a_published_figure_is_drawn_though_nothing_was_measured(tmp_path, drawn):
-    band = ReferenceCurve(metric="zero_shot_top1", kind="published", source="", points=((1.0, 0.1, 0.2),))
-    draw_comparison({"a": falling()}, tmp_path / "compare.png", title="", bands=[band], steps=100)
-    assert "zero shot top1, band published" in drawn
+    reference = ReferenceCurve(metric="zero_shot_top1", kind="published", source="", points=((1.0, 0.1, 0.2),))
+    draw_comparison({"a": falling()}, tmp_path / "compare.png", title="", references=[reference], steps=100)
+    assert "zero shot top1, published reference" in drawn

@@ -41,13 +41,13 @@ def test_a_recipe_s_commands_exist(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.preset)
 def test_bands_are_in_order_and_have_a_source(recipe):
-    for band in recipe.bands:
-        assert band.source
-        shares = [share for share, _, _ in band.points]
+    for reference in recipe.reference_curves:
+        assert reference.source
+        shares = [share for share, _, _ in reference.points]
         assert shares == sorted(set(shares))
         assert 0 < shares[0] <= shares[-1] <= 1
-        assert all(0 <= low <= high for _, low, high in band.points)
-        assert (band.kind == "measured") == (band.width > 0)
+        assert all(0 <= low <= high for _, low, high in reference.points)
+        assert (reference.kind == "measured") == (reference.width > 0)
 
 
 def test_datacomp_s_scales_are_the_published_ones():
@@ -74,7 +74,7 @@ def test_the_page_of_objectives_is_what_the_table_says():
 
 def test_measured_curves_belong_to_recipes_and_are_used():
     assert measured_curves().keys() <= RECIPES.keys()
-    assert all(RECIPES[name].bands == curves for name, curves in measured_curves().items())
+    assert all(RECIPES[name].reference_curves == curves for name, curves in measured_curves().items())
 
 
 def saved(name, **changes):

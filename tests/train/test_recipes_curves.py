@@ -14,7 +14,7 @@ from vlm.train.recipes import (
 )
 
 
-def band(points, *, metric="loss", width=0.1):
+def reference(points, *, metric="loss", width=0.1):
     return ReferenceCurve(metric=metric, kind="measured", source="a test", width=width, points=points)
 
 
@@ -36,17 +36,17 @@ def test_a_run_that_is_not_there_yet_has_no_value():
 
 
 def test_a_run_inside_its_band_is_said_to_be():
-    comparison = compare_with_reference(band(((0.5, 3, 4), (1.0, 1, 3))), falling(), 100)
+    comparison = compare_with_reference(reference(((0.5, 3, 4), (1.0, 1, 3))), falling(), 100)
     assert (comparison.compared, comparison.departures) == (2, ())
-    assert "inside the band at all 2 points" in comparison.summary(100)
+    assert "within the reference curve at all 2 points" in comparison.summary(100)
 
 
 def test_where_a_run_leaves_its_band_is_said_with_step_value_limits_and_side():
-    comparison = compare_with_reference(band(((0.5, 3, 4), (0.8, 1, 2), (1.0, 1, 3))), falling(), 100)
+    comparison = compare_with_reference(reference(((0.5, 3, 4), (0.8, 1, 2), (1.0, 1, 3))), falling(), 100)
     [out] = comparison.departures
     assert (out.share, out.low, out.high, out.is_better) == (0.8, 1, 2, False)
     assert comparison.summary(100) == (
-        "loss (measured): leaves the band at step 80 (80% of the run): 2.525, expected 1 to 2, so worse; "
+        "loss (measured): leaves the reference curve at step 80 (80% of the run): 2.525, expected 1 to 2, so worse; "
         "outside at 1 of 3 points."
     )
 
@@ -61,20 +61,20 @@ def test_where_a_run_leaves_its_band_is_said_with_step_value_limits_and_side():
     ],
 )
 def test_a_low_loss_and_a_high_recall_are_the_better_side(metric, limits, is_better):
-    [out] = compare_with_reference(band(((1.0, *limits),), metric=metric), falling(), 100).departures
+    [out] = compare_with_reference(reference(((1.0, *limits),), metric=metric), falling(), 100).departures
     assert out.is_better is is_better
 
 
 def test_only_what_the_run_has_done_is_compared():
-    comparison = compare_with_reference(band(((0.2, 0, 9), (0.9, 0, 9))), falling(until=50), 100)
+    comparison = compare_with_reference(reference(((0.2, 0, 9), (0.9, 0, 9))), falling(until=50), 100)
     assert comparison.compared == 1
-    nothing = compare_with_reference(band(((0.9, 0, 9),)), falling(until=50), 100)
-    assert "nothing that could be compared" in nothing.summary(100)
+    nothing = compare_with_reference(reference(((0.9, 0, 9),)), falling(until=50), 100)
+    assert "nothing to compare yet" in nothing.summary(100)
 
 
 def test_the_length_of_the_run_scales_the_band():
     doubled = [line | {"step": 2 * line["step"]} for line in falling()]
-    assert compare_with_reference(band(((0.5, 3.3, 3.5),)), doubled, 200).departures == ()
+    assert compare_with_reference(reference(((0.5, 3.3, 3.5),)), doubled, 200).departures == ()
 
 
 def test_the_band_of_runs_is_the_prediction_interval_with_pooled_spread():
@@ -105,7 +105,7 @@ def test_shares_that_a_run_did_not_measure_are_left_out():
 
 
 def test_too_few_runs_or_nothing_measured_is_refused():
-    with pytest.raises(UsageError, match="two runs or more"):
+    with pytest.raises(UsageError, match="at least two runs"):
         reference_curve_of_runs([(falling(), 100)], "loss", source="")
     with pytest.raises(UsageError, match="nothing"):
         reference_curve_of_runs([(falling(), 100)] * 2, "nothing", source="")

@@ -1,4 +1,4 @@
-"""Captioning losses: the next token, token by token (CoCa) or for a share of the captions all at once (CapPa)."""
+"""Captioning losses: next-token prediction (CoCa), and parallel prediction for a share of the captions (CapPa)."""
 
 import torch
 from torch import nn
@@ -27,12 +27,12 @@ def next_token_loss(
 
 
 def count_target_tokens(inputs: Inputs, options: LossOptions) -> Tensor:
-    """Tokens that are predicted: all but the first of each caption."""
+    """Number of predicted tokens: all but the first of each caption."""
     return (inputs["tokens"][:, 1:] != options.pad_token).sum()
 
 
 CAPTION = LossTerm(
-    summary="next token of the caption, given the image",
+    summary="next-token prediction of the caption, given the image",
     paper="Yu et al. 2022, CoCa, equation 2",
     outputs=("logits", "labels"),
     sample_level=caption,
@@ -43,12 +43,12 @@ CAPTION = LossTerm(
 MASK_EMBEDDING = "mask_embedding"
 """Head that holds the embedding of a masked token, [1, E]."""
 
-# the layer number of the draw that selects the captions predicted at once; any number will do
+# the layer number of the draw that selects the captions predicted in parallel; any number will do
 _DRAW = 0xCA99A
 
 
 def choose_parallel_captions(rows: Int64[Tensor, " B"], share: float) -> Bool[Tensor, " B"]:
-    """Which samples are predicted at once: each with probability `share`, by its number in the run alone."""
+    """Which samples are predicted in parallel: each with probability `share`, decided by its number in the run."""
     # by the sample's number alone, so that micro-batches and resumed runs choose alike
     return PerSampleNoise(seed=0, rows=rows).uniform(_DRAW, len(rows), 1, rows.device)[:, 0] < share
 
@@ -56,14 +56,14 @@ def choose_parallel_captions(rows: Int64[Tensor, " B"], share: float) -> Bool[Te
 def cappa(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Cross-entropy of each next token, padding left out, summed (CapPa, Tschannen et al. 2023, §3).
 
-    A share of the captions (`parallel_share`) is predicted at once from the image alone, the others token by token;
+    A share of the captions (`parallel_share`) is predicted in parallel from the image alone, the others token by token;
     every token weighs the same. The paper's decoder sees the image in each of its layers; CoCa's in its upper half.
     """
     return next_token_loss(outputs["parallel_logits"], outputs["parallel_labels"], pad_token=options.pad_token)
 
 
 def add_mask_embedding(model: VisionLanguageModel, options: LossOptions) -> Heads:
-    """The embedding that stands for every token of a caption predicted at once.
+    """The embedding that stands for every token of a caption predicted in parallel.
 
     Raises:
         UsageError: the network cannot predict captions at once.
@@ -78,7 +78,7 @@ def add_mask_embedding(model: VisionLanguageModel, options: LossOptions) -> Head
 
 
 CAPPA = LossTerm(
-    summary="tokens of the caption, for a share of the captions all at once",
+    summary="next-token prediction; for a share of the captions all tokens in parallel",
     paper="Tschannen et al. 2023, Image Captioners Are Scalable Vision Learners Too, §3",
     outputs=("parallel_logits", "parallel_labels"),
     inputs=("rows",),

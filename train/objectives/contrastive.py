@@ -256,7 +256,7 @@ def same_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) -> 
 
 
 CLIP = LossTerm(
-    summary="softmax contrastive",
+    summary="softmax contrastive (InfoNCE)",
     paper="Radford et al. 2021, CLIP, §2.3",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("same",),
@@ -264,7 +264,7 @@ CLIP = LossTerm(
 )
 
 SIGLIP = LossTerm(
-    summary="sigmoid contrastive: every pair judged by itself",
+    summary="sigmoid contrastive: binary classification of every pair",
     paper="Zhai et al. 2023, SigLIP, §3.2 and algorithm 1",
     outputs=("image_features", "text_features", "logit_scale", "logit_bias"),
     inputs=("same",),
@@ -272,7 +272,7 @@ SIGLIP = LossTerm(
 )
 
 DCL = LossTerm(
-    summary="softmax contrastive with the positive out of the denominator, for small batches",
+    summary="softmax contrastive with the positive removed from the denominator, for small batches",
     paper="Yeh et al. 2021, Decoupled Contrastive Learning, equation 6",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("same",),
@@ -280,7 +280,7 @@ DCL = LossTerm(
 )
 
 RANKING = LossTerm(
-    summary="max-margin ranking of cosines, against all negatives or the hardest",
+    summary="max-margin ranking of cosines, with all negatives or the hardest",
     paper="Deep Learning Applied to Image and Text Matching; Faghri et al. 2018, VSE++, §3",
     outputs=("image_features", "text_features"),
     inputs=("same",),

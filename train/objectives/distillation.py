@@ -91,7 +91,7 @@ def alignment_head(model: VisionLanguageModel, options: LossOptions) -> Heads:
 
 
 DISTILL = LossTerm(
-    summary="the similarities a teacher sees between the pairs of the batch",
+    summary="distillation of a teacher's image-text similarities within the batch",
     paper="Vasu et al. 2023, MobileCLIP, equations 2 and 3; Faghri et al. 2023, dataset reinforcement",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("teacher_image", "teacher_text"),
@@ -99,7 +99,7 @@ DISTILL = LossTerm(
 )
 
 TEXT_ALIGN = LossTerm(
-    summary="a linear map of the image's embedding towards the stored embedding of its text",
+    summary="cosine loss between a projected image embedding and the stored embedding of its text",
     paper="Ding et al. 2023, GPT4Image",
     outputs=("aligned_image",),
     inputs=("text_embedding",),
@@ -109,7 +109,7 @@ TEXT_ALIGN = LossTerm(
 
 
 def local_to_global(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """1 − cosine of each crop's embedding and the averaged network's of the whole view, mean over crops, summed.
+    """1 − cosine of each crop's embedding and the EMA network's of the whole view, mean over crops, summed.
 
     As in RS-M-CLIP (Silva et al. 2024) and DINO (Caron et al. 2021, equation 2) the student sees crops, the teacher is
     an EMA of the student and gets no gradient. They compare softmaxes over learned prototypes, which needs a
@@ -124,7 +124,7 @@ def local_to_global(outputs: Outputs, inputs: Inputs, options: LossOptions) -> T
 
 
 LOCAL_TO_GLOBAL = LossTerm(
-    summary="small crops agree with the averaged network's whole view",
+    summary="cosine loss between small crops and the EMA network's embedding of the whole view",
     paper="Silva et al. 2024, RS-M-CLIP; Caron et al. 2021, DINO, equation 2",
     outputs=("local_features",),
     inputs=("local_pixels", "global_target"),

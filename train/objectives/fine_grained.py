@@ -117,7 +117,7 @@ def _mask_logits(logits: Float[Tensor, "..."], ignored: Bool[Tensor, "..."]) -> 
 
 
 SUB_CAPTIONS = LossTerm(
-    summary="several sentences of each image, each a positive",
+    summary="softmax contrastive with several sentences per image, each a positive",
     paper="Zheng et al. 2024, DreamLIP",
     outputs=("image_features", "sub_features", "logit_scale"),
     inputs=("sub_tokens", "same"),
@@ -125,7 +125,7 @@ SUB_CAPTIONS = LossTerm(
 )
 
 GROUPING = LossTerm(
-    summary="each sentence finds its patches",
+    summary="contrastive matching of each sentence with its patches, within an image",
     paper="Zheng et al. 2024, DreamLIP; Bica et al. 2024, SPARC",
     outputs=("sub_features", "patch_features", "logit_scale"),
     inputs=("sub_tokens",),

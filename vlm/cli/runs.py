@@ -201,9 +201,9 @@ def compare_with_references(record: "RunRecord", recipe: "Recipe") -> "list[Refe
     """
     from vlm.train.recipes import compare_with_reference
 
-    if recipe.bands and not record.planned_steps:
+    if recipe.reference_curves and not record.planned_steps:
         raise UsageError(f"{record.folder} does not record how many steps it was to have; resume it with --resume.")
-    return [compare_with_reference(band, record.measured(), record.planned_steps) for band in recipe.bands]
+    return [compare_with_reference(curve, record.measured(), record.planned_steps) for curve in recipe.reference_curves]
 
 
 def describe_comparisons(name: str, record: "RunRecord", comparisons: "Sequence[ReferenceComparison]") -> list[str]:
@@ -223,7 +223,7 @@ def describe_comparisons(name: str, record: "RunRecord", comparisons: "Sequence[
         verdict = "as expected, within its reference curves"
     lines = [f"{name}: {verdict}."]
     for comparison in comparisons:
-        lines.append(f"  {comparison.summary(record.planned_steps)} Source: {comparison.band.source}.")
+        lines.append(f"  {comparison.summary(record.planned_steps)} Source: {comparison.reference.source}.")
     if record.state != "finished":
         lines.append(f"  It is {record.state} at step {record.step:,} of {record.planned_steps:,}; this is so far.")
     return lines
@@ -239,7 +239,7 @@ def plot(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recip
         {name: record.measured() for name, record in zip(names, records, strict=True)},
         path,
         title=" · ".join(names) + (f"   against {recipe.preset}" if recipe else ""),
-        bands=recipe.bands if recipe else (),
+        references=recipe.reference_curves if recipe else (),
         steps=max(record.planned_steps for record in records),
     )
 
@@ -250,9 +250,9 @@ def _comparison_to_json(comparison: "ReferenceComparison", record: "RunRecord") 
         step = round(departure.share * record.planned_steps)
         departures.append(asdict(departure) | {"step": step})
     return {
-        "metric": comparison.band.metric,
-        "kind": comparison.band.kind,
-        "source": comparison.band.source,
+        "metric": comparison.reference.metric,
+        "kind": comparison.reference.kind,
+        "source": comparison.reference.source,
         "compared": comparison.compared,
         "departures": departures,
     }
