@@ -28,6 +28,7 @@ def generate_captions(
     while rows.shape[1] < tokenizer.context_length and not bool(has_ended.all()):
         _, text_tokens = network._encode_text(rows)
         logits = network.text_decoder(image_tokens, text_tokens)[:, -1].float()
+        # neither may be generated: the first is in every row, the second marks rows that have ended
         logits[:, [tokenizer.start_token, tokenizer.pad_token]] = -torch.inf
         next_tokens = logits.argmax(dim=-1).masked_fill(has_ended, tokenizer.pad_token)
         has_ended |= next_tokens == tokenizer.end_token
@@ -43,6 +44,7 @@ def text_log_likelihoods(
     The end token counts, the start token and padding do not. Each image and each text is read once. On the CPU.
     """
     _, image_tokens = network._encode_image(pixels)
+    # columns of padding alone cost as much as text and count for nothing
     longest = int((tokens != pad_token).any(dim=0).nonzero().max()) + 1
     tokens = tokens[:, :longest]
     is_target = tokens[:, 1:] != pad_token
@@ -110,7 +112,9 @@ def _attention_masks(
         return None
     length = states.shape[1]
     causal = causal[:length, :length].to(states.dtype)
+    # zeros added to attention logits hide nothing
     by_row = torch.where(is_parallel[:, None, None], torch.zeros_like(causal), causal)
+    # nn.MultiheadAttention takes one mask per row and head, rows outermost
     return by_row.repeat_interleave(heads, dim=0)
 
 

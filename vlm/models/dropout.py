@@ -42,6 +42,7 @@ class PerSampleNoise:
     def _row_keys(self, layer: int, rows: int, device: torch.device) -> Int64[Tensor, " N"]:
         """A hash of (seed, sample, layer, row of the sample) for each row."""
         samples = self.rows.to(device)
+        # a step that forgot to set the numbers would drop the same in every batch
         if not len(samples) or rows % len(samples):
             raise VlmError(
                 f"A dropout layer was given {rows} rows for {len(samples)} samples; set their numbers (`rows`)."
@@ -69,6 +70,7 @@ class _PerSampleLayer(nn.Module):
     def __init__(self, noise: PerSampleNoise, name: str) -> None:
         super().__init__()
         self.noise = noise
+        # by name rather than by order, so that adding a layer does not change the others
         self.layer = int(compute_fingerprint(name)[:8], 16)
 
     def numbers(self, rows: int, positions: int, device: torch.device) -> Float[Tensor, "N P"]:
@@ -104,6 +106,7 @@ class PerSampleDropPath(_PerSampleLayer):
         if not self.training or self.drop_prob == 0:
             return values
         mask = (self.numbers(len(values), 1, values.device) >= self.drop_prob).to(values.dtype)
+        # one number per row, for all of its values
         mask = mask.view(-1, *[1] * (values.ndim - 1))
         return values * (mask / (1 - self.drop_prob) if self.rescale else mask)
 

@@ -46,6 +46,7 @@ def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
     with atomic_folder(out) as folder:
         save_model_folder(folder, model, inputs={"model": model.fingerprint})
         network, preprocess = _load_with_open_clip(folder, model.name)
+        # both modalities, since either tower or the preprocessing may differ
         difference = max(_image_difference(model, network, preprocess), _text_difference(model, network))
         if not difference <= TOLERANCE:
             raise VlmError(
@@ -63,6 +64,7 @@ def _load_with_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
 
     try:
         opened: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    # open_clip has no error of its own for configurations it cannot build
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError, OSError) as error:
         raise UsageError(
             f"open_clip cannot build the network of {name} ({error}): one of its towers is vlm's own. "

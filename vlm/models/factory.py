@@ -74,9 +74,11 @@ def model_config(name: str) -> ModelConfig:
     Raises:
         UsageError: the name is known to none; the nearest one is named.
     """
+    # a copy, since callers fill in the tokenizer's sizes
     if name in ARCHITECTURES:
         return deepcopy(ARCHITECTURES[name])
     if "+" in name:
+        # imported late: transformers and timm take seconds
         from vlm.models.towers.tower_registry import parse_towers
 
         return parse_towers(name)
@@ -100,6 +102,7 @@ def fit_to_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     text["vocab_size"] = tokenizer.vocab_size
     text["pad_id"] = tokenizer.pad_token
     text["eos_id"] = tokenizer.end_token
+    # the decoder reads the same tokens as the text tower
     if "multimodal_cfg" in fitted:
         fitted["multimodal_cfg"]["context_length"] = tokenizer.context_length
         fitted["multimodal_cfg"]["vocab_size"] = tokenizer.vocab_size
@@ -133,6 +136,7 @@ def _build_open_clip(values: ModelConfig) -> Network:
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
+    # as open_clip.create_model decides it: a Hugging Face tower needs CustomTextCLIP
     is_custom = values.pop("custom_text", False) or "hf_model_name" in values["text_cfg"]
     if "multimodal_cfg" in values:
         network = CoCa(**values, pad_id=values["text_cfg"].get("pad_id", 0))
@@ -147,6 +151,7 @@ def _pool_at_end_token(text: ModelConfig, tokenizer: Tokenizer) -> None:
     is_other = "tower" in text or "hf_model_name" in text
     if is_other or not is_by_largest or tokenizer.end_token == tokenizer.vocab_size - 1:
         return
+    # a text that is too long shows whether the end token survives truncation
     if tokenizer.end_token not in tokenizer.encode(["a " * tokenizer.context_length])[0]:
         raise UsageError(
             "This tokenizer puts no end token after a caption, which open_clip's transformer reads its vector from; "
@@ -168,6 +173,7 @@ def _initialise_decoder(network: nn.Module) -> None:
     """Give CoCa's output projection its weights: open_clip 3.3 leaves them as uninitialised memory."""
     projection = network.get_parameter("text_decoder.text_projection")
     with torch.no_grad():
+        # as open_clip initialises the projection of its text tower
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 

@@ -44,6 +44,7 @@ def save_model(
     Towers that open_clip's format cannot express are named by a `tower` key, which open_clip rejects.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that are not contiguous, as channels-last kernels are
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder)
@@ -106,6 +107,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         precision=precision,
         trims_padding=enable_padding_trim(network),
     )
+    # a folder that open_clip wrote has no manifest to compare with
     if is_complete(folder) and read_manifest(folder, "model").fingerprint != model.fingerprint:
         raise VlmError(
             f"{folder} is not what its manifest says: weights, view or tokenizer were changed. Save it again."
@@ -155,6 +157,7 @@ def load_network(spec: str, *, device: str = "auto") -> VisionLanguageModel:
         UsageError: it is truncated or has a projection; otherwise as `load_model`.
     """
     model = load_model(spec, device=device)
+    # a network's weights alone would embed otherwise than the named model
     if model.derived_from:
         raise UsageError(
             f"{spec} has no weights of its own: its embeddings are derived from those of "
@@ -204,6 +207,7 @@ def _model_folder(folder: Path) -> Path:
     checkpoints = sorted((folder / CHECKPOINTS).glob("step-*"))
     if not checkpoints:
         raise UsageError(f"{folder} holds no model: neither {CONFIG}, nor {RUN_MODEL}/, nor {CHECKPOINTS}/step-*.")
+    # a run in progress has no final model yet; names sort by step
     return checkpoints[-1]
 
 
@@ -217,6 +221,7 @@ def _load_pretrained(spec: str, device: torch.device, precision: torch.dtype) ->
         near = [entry for entry in known if entry.startswith(name)][:5] or known[:5]
         raise UsageError(f"open_clip has no {spec!r}; it has for example {', '.join(near)}.")
     try:
+        # output_dict, so that its forward pass gives names as ours do
         network: Any = open_clip.create_model(name, pretrained=tag, device=device, output_dict=True)
         tokenizer = _tokenizer_of(config)
     except (OSError, RuntimeError) as error:

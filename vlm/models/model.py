@@ -70,6 +70,7 @@ class VisionLanguageModel:
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
         """Unit vectors of texts, on the CPU."""
         parts: list[Tensor] = []
+        # in batches, since a caller may pass all captions of a data set
         for first in range(0, len(texts), TEXT_BATCH_SIZE):
             tokens = self.tokenizer.encode(list(texts[first : first + TEXT_BATCH_SIZE]))
             if self.trims_padding:
@@ -102,6 +103,7 @@ class VisionLanguageModel:
         captioner = self._captioner()
         tokens = torch.from_numpy(self.tokenizer.encode(list(texts))).to(self.device)
         with self._inference():
+            # whole rows: the decoder's class token is at their end
             return text_log_likelihoods(captioner, self._pixels(images), tokens, pad_token=self.tokenizer.pad_token)
 
     @property

@@ -39,6 +39,7 @@ def run_image_tower(
         UsageError: patches are requested from a tower that has none.
     """
     visual = network.get_submodule("visual")
+    # one pass for image and patches, since the tower dominates the cost of a step
     if with_patches:
         return _run_with_patches(visual, pixels)
     if getattr(visual, "output_tokens", False):
@@ -54,8 +55,10 @@ def supports_patch_features(network: nn.Module) -> bool:
 
     visual = getattr(network, "visual", None)
     if isinstance(visual, VisionTransformer):
+        # cascaded pooling attends to pooled queries, which no patch could stand for
         return getattr(visual, "attn_pool_contrastive", None) is None
     if isinstance(visual, TimmModel):
+        # such a head pools over the tokens itself, with learned queries for a whole map
         return "pool" not in dict(visual.head.named_children())
     return hasattr(visual, "forward_with_patches")
 
@@ -76,6 +79,7 @@ def encode_crops(network: Network, crops: Float[Tensor, "B 3 h w"], size: int) -
         return run_image_tower(network, crops).image
     if isinstance(visual, VisionTransformer):
         return _encode_at_crop_size(visual, crops)
+    # towers with fixed positions or windows run at their own size only
     enlarged = F.interpolate(crops, size=(size, size), mode="bilinear", align_corners=False)
     return run_image_tower(network, enlarged).image
 
@@ -112,6 +116,7 @@ def _pool_each_patch(visual: Any, patches: Float[Tensor, "B P W"]) -> Float[Tens
 def _attend_to_single_key(attention: nn.MultiheadAttention, keys: Float[Tensor, "B P W"]) -> Float[Tensor, "B P E"]:
     """What any query gets from a sequence of one: its value, whatever the query."""
     width = attention.embed_dim
+    # packed in_proj_weight holds query, key and value one after the other
     weight = attention.v_proj_weight if attention.v_proj_weight is not None else attention.in_proj_weight[2 * width :]
     bias = attention.in_proj_bias[2 * width :] if attention.in_proj_bias is not None else None
     return attention.out_proj(F.linear(keys, weight, bias))
@@ -153,5 +158,6 @@ def resize_positions(
 ) -> Float[Tensor, "M W"]:
     """Position embeddings of a ViT interpolated from one grid of patches to another; the class token's stays."""
     grid = positions[1:].T.reshape(1, -1, *old)
+    # bicubic, as DINO resamples positions
     resized = F.interpolate(grid, size=tuple(new), mode="bicubic", align_corners=False, antialias=True)
     return torch.cat([positions[:1], resized.flatten(2)[0].T])

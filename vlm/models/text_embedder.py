@@ -72,6 +72,7 @@ def load_text_model(
         UsageError: there is no such model, or an option is given that it has itself.
     """
     path = Path(spec)
+    # a MODEL comes first, whatever other files its folder holds
     is_model = any((path / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS))
     if (path / "config.json").is_file() and not is_model:
         tokenizer = open_tokenizer(spec, context_length or None)

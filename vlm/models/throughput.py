@@ -17,6 +17,7 @@ def measure_copy(images: UInt8[Tensor, "B 3 H W"], device: torch.device) -> list
     """Copying a batch from page-locked memory, with the rate from ordinary memory as a note; nothing on a CPU."""
     if device.type != "cuda":
         return []
+    # copies from page-locked memory run at the bus's speed and in the background
     pinned = images.pin_memory()
     seconds = _device_seconds(lambda: pinned.to(device, non_blocking=True), device)
     plain = _device_seconds(lambda: images.to(device), device)
@@ -51,6 +52,7 @@ def measure_model(
 
     try:
         forward = stage("model, forward", lambda: _forward(model, images, tokens))
+        # dropout and batch norm cost time in training only
         model.network.train()
         try:
             step = stage("model, forward and backward", lambda: _forward_backward(model, images, tokens))

@@ -75,6 +75,7 @@ class TruncatedModel(VisionLanguageModel):
 
     def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B K"]:
         """Unit vectors of images as `view` gives them, on the CPU."""
+        # normalised again, since a part of a unit vector is shorter
         return nn.functional.normalize(self.whole.embed_images(images)[:, : self.dimensions], dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T K"]:
@@ -92,6 +93,7 @@ def split_model_spec(spec: str) -> tuple[str, int | None]:
         UsageError: what follows the sign is not a number.
     """
     model, sign, kept = spec.rpartition(DIMENSIONS_SEPARATOR)
+    # a folder may have a # in its name
     if not sign or Path(spec).exists():
         return spec, None
     if not (kept.isascii() and kept.isdecimal()):
@@ -187,6 +189,7 @@ def save_projection(
     Raises:
         UsageError: it exists.
     """
+    # an index that migrates must never see half a projection
     with atomic_folder(folder) as beside:
         save_file({"matrix": head.matrix.contiguous()}, beside / WEIGHTS)
         manifest = Manifest(
@@ -218,6 +221,7 @@ def read_projection(folder: Path) -> CompatibilityProjection:
         model=manifest.details["model"],
         **manifest.inputs,
     )
+    # the fingerprint covers the matrix, so it is the checksum as well
     if head.fingerprint != manifest.fingerprint:
         raise VlmError(f"{folder} is not what its manifest says: its weights were changed. Fit the head again.")
     return head

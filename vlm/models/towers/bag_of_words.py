@@ -22,6 +22,7 @@ class BagOfWordsTower(TextTower):
         self.pad_id = config.pad_id
         self.is_mean = config.reduce == "mean"
         self.table = nn.EmbeddingBag(entries, config.width, mode="sum")
+        # so that entries have unit length on average
         nn.init.normal_(self.table.weight, std=config.width**-0.5)
         self.head = projection(config.width, config.hidden, embed_dim, config.dropout)
 
@@ -30,6 +31,7 @@ class BagOfWordsTower(TextTower):
         entries, mask = self.entries(tokens)
         weights = mask.to(self.table.weight.dtype)
         if self.is_mean:
+            # weights instead of mode="mean", which would count padding
             weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
         return self.head(self.table(entries, per_sample_weights=weights))
 

@@ -85,6 +85,7 @@ def is_causal(values: dict[str, Any]) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     named = " ".join(values.get("architectures") or ())
+    # what the weights were saved as says more than what the model type can be
     if named:
         return "CausalLM" in named or "LMHead" in named or named.startswith("GPT2")
     return values["model_type"] in CAUSAL and values["model_type"] not in MASKED
@@ -268,9 +269,11 @@ def build_hf_text(config: TextTowerConfig, name: str, embed_dim: int) -> TextTow
         trunk: Any = load_weights(hf_config, config.initial_weights)
     else:
         trunk = fresh_builder(hf_config, config.tower)()
+    # the decoder would need a target to read
     if getattr(hf_config, "is_encoder_decoder", False):
         trunk = trunk.get_encoder()
     if config.vocab_size > trunk.get_input_embeddings().weight.shape[0]:
+        # mean_resizing draws from a covariance of all embeddings, which is slow for large vocabularies
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     return HuggingFaceTextTower(trunk, config, embed_dim)
 

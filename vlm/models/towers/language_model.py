@@ -24,12 +24,14 @@ class LazyLanguageModel:
         self.fingerprint = fingerprint
         self._model: Any = None
 
+    # EMA teachers and FLOP counts copy the network; billions of frozen weights must not be copied along
     def __deepcopy__(self, memo: dict[int, Any]) -> "LazyLanguageModel":
         return self
 
     def states(self, tokens: Int64[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
         """The last hidden states in float32, without gradient."""
         model = self._read().to(tokens.device)
+        # in float32 whatever the run's precision, so that precomputed and online embeddings are the same
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             return model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
@@ -70,6 +72,7 @@ class FrozenLanguageTower(TextTower):
         self.norm = nn.LayerNorm(self.embedding_size)
         self.head = projection(self.embedding_size, config.hidden, embed_dim, config.dropout)
         digest = compute_fingerprint(config.lm_fingerprint, repr(self.prompts), config.facets, config.pooling)
+        # a buffer, so that it is part of state_dict and of the fingerprint
         self.register_buffer("language_model_digest", torch.tensor(list(digest.encode()), dtype=torch.uint8))
 
     def embed(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B E"]:
@@ -83,6 +86,7 @@ class FrozenLanguageTower(TextTower):
             return pool_states(self.language_model.states(tokens, mask), mask, self.pooling)
         lengths = mask.sum(dim=1)
         last = tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+        # the prompt follows the text itself
         lengths = lengths - (last == self.end_id).long()
         facets = [self._facet(tokens, lengths, prompt) for prompt in self.prompts]
         return torch.cat(facets, dim=1) if self.facets == "concat" else torch.stack(facets).mean(dim=0)

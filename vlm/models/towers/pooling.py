@@ -113,10 +113,12 @@ def probe_trunk(
     Raises:
         UsageError: the trunk does not run at that size.
     """
+    # a trial pass costs no memory or time there, whatever the trunk's size
     with torch.device("meta"):
         meta_trunk = build().eval()
     pixels = torch.zeros(1, 3, image_size, image_size, device="meta")
     try:
+        # autograd shows which parameters have a part in the output
         with torch.enable_grad():
             maps = features(meta_trunk, pixels)
             maps = [maps] if isinstance(maps, Tensor) else list(maps)
@@ -227,6 +229,7 @@ class QueryBlock(nn.Module):
         """The encoded patches, for the next block, and what each query found."""
         patches = self.encoder(patches)
         queries = self.queries.expand(len(patches), -1, -1)
+        # a residual connection, then the norm
         queries = self.norm_queries(queries + self.among(queries, queries, queries, need_weights=False)[0])
         return patches, self.norm_out(self.across(queries, patches, patches, need_weights=False)[0])
 

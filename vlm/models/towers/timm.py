@@ -68,8 +68,10 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
     """
     import timm
 
+    # checks the name before anything is built
     own_size = timm_image_size(name)
     arguments: dict[str, Any] = {_ARGUMENTS[key]: getattr(config, key) for key in _ARGUMENTS if getattr(config, key)}
+    # trunks without fixed positions take any size and no img_size argument
     if config.image_size != own_size and has_fixed_input_size(name):
         arguments["img_size"] = config.image_size
 
@@ -135,6 +137,7 @@ def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: 
         image_size=config.image_size,
         own_size=own_size,
     )
+    # built again, since the trial copy has no data
     trunk = build()
     has_class_token = getattr(trunk, "has_class_token", None)
     return TimmTower(trunk, config, trunk_info, embed_dim, has_class_token=has_class_token is not False)

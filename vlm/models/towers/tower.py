@@ -79,6 +79,7 @@ class ImageTower(nn.Module, ABC):
         self.is_native = config.pooling == "native"
         pools: list[Pooling] = []
         if not self.is_native:
+            # several maps (CrossViT) are pooled apart and concatenated
             pools = [
                 build_pooling(
                     config.pooling,
@@ -217,6 +218,7 @@ class TextTower(nn.Module, ABC):
         groups = group_by_layer(parameters)
         for group in groups[: max(0, len(groups) - unlocked_layers)]:
             for name in group:
+                # LiT leaves layer norms trainable on request, as open_clip does
                 is_norm = "norm" in name.lower() or "ln_" in name
                 parameters[name].requires_grad_(is_norm and not freeze_layer_norm)
 

@@ -76,6 +76,7 @@ def _vision_key(values: dict[str, Any], kind: str) -> str | None:
         return kind if kind in _VISION[split_tower(values[TOWER_KEY])[0]] else None
     if values.get("timm_model_name"):
         return _OPEN_CLIP_TIMM[kind]
+    # open_clip's ResNets have no patches to drop
     is_resnet = isinstance(values.get("layers"), list | tuple)
     return kind if kind == "patch_dropout" and not is_resnet else None
 
@@ -101,6 +102,7 @@ def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> di
     saved = deepcopy(config)
     if "logit_bias" in weights and saved.get("init_logit_bias") is None:
         saved["init_logit_bias"] = float(weights["logit_bias"])
+    # saved weights replace the initial ones, whose folder may be gone
     for part in ("vision_cfg", "text_cfg"):
         saved[part].pop(INITIAL_WEIGHTS_KEY, None)
     if TOWER_KEY in saved["text_cfg"] or TOWER_KEY not in saved["vision_cfg"]:
@@ -298,6 +300,7 @@ def resolve_tower_configs(config: Values) -> Values:
         kind, name = _choose(table, values[TOWER_KEY])
         values = kind.complete(values, name)
         completed[part] = config_to_values(read(values)) if kind.build else values
+    # both towers are open_clip's now; CustomTextCLIP keeps the names of TowerNetwork's parts
     if not uses_towers(completed):
         completed["custom_text"] = True
     return completed
