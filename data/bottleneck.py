@@ -6,10 +6,13 @@ from vlm.console import pluralize
 from vlm.data.profiling import PARTS, LoaderRate, PipelineProfile, StageName
 
 _HEADROOM = 1.05
+"""Of the loader over the model, so that the model does not wait when the loader has a slow moment."""
 _TIE_FACTOR = 0.95
+"""Share of the fastest rate from which fewer workers are as good."""
 _MIN_SPEEDUP = 1.1
 _MAX_USEFUL_SHRINK = 1.5
 _MAX_BUSY_SHARE = 0.15
+"""Share of the cores that other work may use before the figures are called too low."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ class DevicePrefetcher:
         if stream is None and self.view is None:
             yield from self.batches
             return
+        # one thread, so that the batches stay in order
         with ThreadPoolExecutor(max_workers=1) as executor:
             coming = executor.submit(self._next, stream)
             while (current := coming.result()) is not None:

@@ -134,8 +134,9 @@ def seconds_of(
     return max(median(durations), 1e-9)
 
 
-_BLOCK_BYTES = 1 << 20
 _QUIET_SECONDS = 0.5
+# bounds of what is read, whatever the size of the shards
+_BLOCK_BYTES = 1 << 20
 _MAX_BYTES = 256 << 20
 _MAX_SHARDS = 8
 _PROBES = 256
@@ -246,6 +247,7 @@ def _measure_random_reads(shards: Sequence[str], locations: Sequence[tuple[int, 
         member = indexes[shard][number]
         spans += [(descriptors[shard], span) for span in (member.image, member.text, member.json) if span]
 
+    # positioned reads, as a worker makes them
     def read_all() -> None:
         for descriptor, span in spans:
             os.pread(descriptor, span.size, span.offset)
@@ -356,6 +358,7 @@ def measure_preparation(setup: ProfileSetup) -> PreparationProfile:
         seconds = seconds_of(lambda: [collate(batch, shard_set) for batch in batches])
         stages.append(_stage("assemble", num_samples, seconds))
 
+    # how large the images are against the view says whether shrinking them before packing would help
     images = [EncodedImage(sample.image) for sample in samples]
     formats = Counter(open_image(sample.image).format or "unknown" for sample in samples)
     return PreparationProfile(

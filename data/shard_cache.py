@@ -231,7 +231,7 @@ class Inflater:
                 if not piece:
                     return
                 self._member = zlib.decompressobj(_GZIP)
-            before = self._member.copy()
+            before = self._member.copy()  # an error leaves the decompressor unusable
             try:
                 plain = self._member.decompress(piece, self._limit)
             except zlib.error as error:
@@ -334,7 +334,7 @@ def clear_manifest_cache() -> None:
 def _check_unchanged(request: FetchRequest, path: Path) -> None:
     now = fetch_identity(request.url, request.retry_policy, request.stop)
     if now != request.identity:
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # it may hold bytes of both versions
         raise VlmError(
             f"{request.url} changed since it was first looked at (then {request.identity.token}, now {now.token}); "
             "start again to read it as it is now."

@@ -10,6 +10,7 @@ from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
 
 _MAX_GROUP_SHARE = 0.1
+"""Of the samples to hold out: a few large groups would make a validation set of near-copies."""
 
 
 @dataclass(frozen=True, kw_only=True)

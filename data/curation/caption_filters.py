@@ -290,6 +290,7 @@ def read_concepts(path: Path) -> list[str]:
         lines = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         raise UsageError(f"The concepts {str(path)!r} cannot be read: {error}.") from error
+    # in their order, each once: the number of a concept is its position here
     names = list(dict.fromkeys(spaced(name) for name in lines if isinstance(name, str) and name.strip()))
     if not names:
         raise UsageError(f"{path} names no concept; write one a line, or a JSON list.")
@@ -313,6 +314,7 @@ def match(names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray) -
     """
     import ahocorasick_rs
 
+    # between spaces, a pattern cannot match inside a word; scripts without spaces have no such border
     patterns = [name if UNSPACED_CHARACTERS.search(name) else f" {name} " for name in names]
     automaton = ahocorasick_rs.AhoCorasick(patterns)
     samples = array("q")

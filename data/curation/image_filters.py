@@ -130,6 +130,7 @@ def drop_near_duplicates(context: FilterContext, parameters: HashDistance) -> Fi
 
 def drop_embedding_duplicates(context: FilterContext, parameters: NoParameters) -> FilterResult:
     """Keep one of the samples of each stored group of near-duplicate embeddings."""
+    # groups below 0 are samples without a duplicate; samples without a value are dropped, as by every filter of scores
     stored = context.columns.aligned_values("duplicates", context.sample_table)
     has_value = stored.has_value
     positions = np.flatnonzero(context.is_remaining & has_value & (stored.values >= 0))
@@ -222,6 +223,7 @@ def _near_evaluation(context: FilterContext, parameters: Decontamination, evalua
 
 
 def _digests(sample_table: SampleTable) -> np.ndarray:
+    # as one opaque value of 16 bytes each, which numpy can sort and compare
     return np.ascontiguousarray(sample_table.fixed("digest")).view(f"V{DIGEST_BYTES}").reshape(-1)
 
 

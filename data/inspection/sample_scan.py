@@ -20,6 +20,7 @@ from vlm.files import content_digest
 MAX_COUNTED_TOKENS = 1024
 """Tokens past which the length of a caption is no longer counted."""
 
+# bounds of what crosses between processes for each sample
 _THUMBNAIL_PIXELS = 200
 _MAX_VALUE_LENGTH = 60
 _MAX_COLUMNS = 64

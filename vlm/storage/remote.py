@@ -53,7 +53,7 @@ class FetchCancelled(Exception):
 
 
 class Retry:
-    """The tries at one address: tells each failure whether, and after how long, another one follows.
+    """The attempts at one URL: says after each failure whether, and how soon, another one follows.
 
     stop: set by whoever cancels the work; ends a wait at once.
     """
@@ -86,7 +86,7 @@ class Retry:
         if outcome == "refused":
             raise VlmError(
                 f"{self.url} may not be read: {describe_error(error)}. Not tried again; check the credentials "
-                "in the environment of this command, and the rights to that address."
+                "in the environment of this command, and the permissions of that URL."
             ) from error
         if self.wait(error):
             return
@@ -94,7 +94,7 @@ class Retry:
             raise FetchCancelled
         raise VlmError(
             f"{self.url} cannot be read: {describe_error(error)}. Given up after {self.num_failures} attempts in "
-            f"{time.monotonic() - self._first_failure:.0f} s without a new byte; check the network and the address, "
+            f"{time.monotonic() - self._first_failure:.0f} s without a new byte; check the network and the URL, "
             "then run again: what was fetched is kept."
         ) from error
 
@@ -116,7 +116,7 @@ class Retry:
 
 
 def _jitter_rng(url: str) -> np.random.Generator:
-    """Randomness for the waits between tries; it differs between processes and addresses, and touches no sample."""
+    """Randomness for the waits between tries; it differs between processes and URLs, and touches no sample."""
     return np.random.default_rng(int(compute_fingerprint(url, str(os.getpid())), 16))
 
 
@@ -226,6 +226,7 @@ def fetch_identity(
             raise UsageError(f"There is no shard {url!r}.") from error
         return FileIdentity(size=status.st_size, version=f"{status.st_mtime_ns}/{status.st_ctime_ns}")
     info = _with_retries(url, _info, retry_policy, stop)
+    # without a size neither a cut nor the end can be told
     if not isinstance(info.get("size"), int):
         raise VlmError(f"The server of {url} does not report its size; copy the shard to this machine first.")
     version = next((str(info[name]) for name in _VERSION_FIELDS if info.get(name)), "")
@@ -249,7 +250,7 @@ def read_small(url: str, *, max_bytes: int, retry_policy: RetryPolicy | None = N
 
 
 def list_files(url: str) -> list[str]:
-    """The addresses of the files in a remote folder, or of those that match a pattern with `*`, sorted.
+    """The URLs of the files in a remote folder, or of those that match a pattern with `*`, sorted.
 
     Raises:
         UsageError: the server cannot list, or there is no such folder.
@@ -288,7 +289,7 @@ def read_blocks(url: str, start: int, identity: FileIdentity, *, block_bytes: in
 
 
 def open_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, one for each process and thread, and the path in it.
+    """The fsspec file system of a URL, one for each process and thread, and the path in it.
 
     File systems of a parent process are kept, unused: collecting one in a forked child would take the sockets of
     the parent's event loop out of the epoll set they share.
@@ -327,7 +328,7 @@ _OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {"http": _http_options, "htt
 
 def _info(url: str) -> dict[str, Any]:
     system, path = open_system(url)
-    system.invalidate_cache()
+    system.invalidate_cache()  # fsspec would go on reporting the file as it was first seen
     return system.info(path)
 
 

@@ -29,7 +29,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):(//)?")
 
 
 def protocol_of(url: str) -> str:
-    """The protocol of an address in small letters; empty for a path on this machine.
+    """The protocol of a URL in lower case; empty for a path on this machine.
 
     Raises:
         UsageError: it is not one of `PROTOCOLS`, or protocols are chained.
@@ -49,10 +49,10 @@ def protocol_of(url: str) -> str:
 
 
 def split_urls(joined: str) -> list[str]:
-    """The addresses joined with `::`.
+    """The URLs joined with `::`.
 
     Raises:
-        UsageError: one of them is the bare name of a protocol, as in the chained addresses of fsspec.
+        UsageError: one of them is the bare name of a protocol, as in the chained URLs of fsspec.
     """
     parts = _BETWEEN.split(joined)
     for part in parts:
@@ -61,13 +61,13 @@ def split_urls(joined: str) -> list[str]:
 
 
 def _is_command(url: str, word: str) -> bool:
-    """Whether `word:` before an address asks for something other than a file of that name."""
+    """Whether `word:` at the beginning names something other than a file of that name."""
     is_known = word.lower() in _KNOWN_ELSEWHERE or word.lower() in fsspec.available_protocols()
     return is_known and not Path(url.split("/")[0].rstrip(":")).exists()
 
 
 def is_remote(url: str) -> bool:
-    """Whether an address is read over a protocol rather than from this machine's own files.
+    """Whether a URL is read over a protocol rather than from this machine's own files.
 
     Raises:
         UsageError: over one that is not allowed.
@@ -86,7 +86,7 @@ def needs_cache(url: str) -> bool:
 
 
 def url_basename(url: str) -> str:
-    """The last part of an address, without the query of a web address.
+    """The last part of a URL, without the query of a web URL.
 
     >>> url_basename("https://host/a/B.tar?key=1")
     'B.tar'
@@ -95,7 +95,7 @@ def url_basename(url: str) -> str:
 
 
 def is_shard(url: str) -> bool:
-    """Whether an address names a tar rather than a folder."""
+    """Whether a URL names a tar rather than a folder."""
     return url_basename(url).lower().endswith(SHARD_SUFFIXES)
 
 
@@ -108,7 +108,7 @@ def local_path(url: str) -> str:
 
 
 def sibling_url(url: str, name: str) -> str:
-    """The address of the file `name` in the folder of a remote address; the query of a web address is left out.
+    """The URL of the file `name` in the folder of a remote URL; the query of a web URL is left out.
 
     >>> sibling_url("s3://bucket/a/0.tar", "manifest.json")
     's3://bucket/a/manifest.json'
