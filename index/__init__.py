@@ -1,1 +1,1 @@
-"""Embeddings on disk, FAISS over them, and the catalogue that says which picture a row is."""
+"""Embeddings on disk, FAISS indexes over them, and the catalogue that says what each row is."""

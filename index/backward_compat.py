@@ -344,6 +344,7 @@ def basis_change(prediction: Float[Array, "d D"]) -> Float[Array, "S D"]:
 
     Where D > d the other D - d rows span the rest of the space; S is the larger of d and D.
     """
+    # the polar factor is the orthonormal matrix nearest to the prediction
     left, _, right = np.linalg.svd(prediction, full_matrices=True)
     common = min(prediction.shape)
     return np.concatenate([left[:, :common] @ right[:common], right[common:]])
@@ -420,6 +421,7 @@ def upgrade_index(index: Path, out: Path, head: CompatibilityProjection, *, head
 
 
 def _require_old_space(snapshot: IndexSnapshot, head: CompatibilityProjection) -> None:
+    # zeros after a row change no cosine, but only rows of the old model meet the first dimensions of the head
     space = snapshot.details.space
     if space.fingerprint != head.old:
         hint = " It was migrated by this head already." if space.fingerprint == head.fingerprint else ""

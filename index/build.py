@@ -137,6 +137,7 @@ def build_autotuned(
         UsageError: `out` exists, no index type meets the target, or the embeddings do not fit each other.
         VlmError: the embeddings are damaged, or the disk is full or cannot be written.
     """
+    # before the trials, which may take minutes
     check_not_exists(out)
     source = Embeddings.open(embeddings)
     kinds: Sequence[str] = () if kind == "auto" else (kind,)
@@ -153,6 +154,7 @@ def build_autotuned(
         on_plan(plan)
     summary = build_index(embeddings, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
     draw_plan(plan, out / PLOT)
+    # a sample misjudges effort, so it is set again on all rows
     search_params = retune(out, source, plan)
     if search_params is not None:
         retuned = search_params_dict(plan.kind, effort=search_params.effort, rerank=search_params.rerank)

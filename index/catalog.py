@@ -101,6 +101,7 @@ def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: 
         database.create_function("words", 1, _words_of, deterministic=True)
         for statement in _COPY:
             database.execute(statement, {"seen": seen, "generation": generation})
+        # a compaction is the moment at which a mismatch would otherwise be made permanent
         listed = [row for (row,) in database.execute("SELECT row FROM main.rows ORDER BY row")]
         if not np.array_equal(listed, rows):
             raise VlmError(f"{source} and its segments have different rows; {REBUILD_HINT}.")
@@ -173,6 +174,7 @@ def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connecti
         yield database
         for index in _INDEXES:
             database.execute(index)
+        # merges the pieces of the full-text index into one, which is faster to search
         database.execute("INSERT INTO captions_text(captions_text) VALUES ('optimize')")
         database.execute("COMMIT")
     fsync_folder(path.parent)
@@ -217,7 +219,10 @@ def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
 
 
 def _words(captions: Captions) -> str:
-    return "\n".join(as_words(text) for texts in captions.values() for text in texts)
+    lines: list[str] = []
+    for texts in captions.values():
+        lines += map(as_words, texts)
+    return "\n".join(lines)
 
 
 def _words_of(captions: str) -> str:
@@ -236,6 +241,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     ):
         database.execute("PRAGMA synchronous = FULL")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
+        # the write lock at once, so that a lock held elsewhere is met before any work
         database.execute("BEGIN IMMEDIATE")
         try:
             yield database
@@ -366,6 +372,7 @@ class Catalogue:
 
         Case and accents are ignored; nothing in `words` is an operator.
         """
+        # in quotes, a word is a phrase to FTS5 and never an operator
         phrases = [f'"{as_words(word)}"' for word in words.replace('"', " ").split()]
         if not phrases:
             return []
@@ -434,12 +441,14 @@ class _File:
             self.database = sqlite3.connect(
                 uri, uri=True, check_same_thread=False, timeout=_LOCK_TIMEOUT_SECONDS, isolation_level=None
             )
+            # closed with the last version that uses it, not with the first
             weakref.finalize(self, self.database.close)
             self.database.row_factory = sqlite3.Row
             self.database.execute("PRAGMA query_only = ON")
             (pages,) = self.database.execute("PRAGMA page_count").fetchone()
             (page_bytes,) = self.database.execute("PRAGMA page_size").fetchone()
             self._identity = _identity(path)
+        # SQLite itself notices a truncated file only when it reads the missing pages
         if path.stat().st_size < pages * page_bytes:
             raise VlmError(
                 f"{path} is damaged: {path.stat().st_size:,} of {pages * page_bytes:,} bytes; {REBUILD_HINT}."

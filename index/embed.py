@@ -170,7 +170,9 @@ def embed_into(
     if options.is_compiled and "image" not in folders:
         raise UsageError("Only the image tower can be compiled; leave --compile out for texts.")
     addresses = [_absolute(shard) for shard in shards]
+    # before a folder is begun: a shard that is missing leaves nothing behind
     counts = count_samples(addresses, allow_damage=options.allow_damage)
+    # what decides over the rows: a folder begun with other inputs is refused
     inputs = {
         "model": model.fingerprint,
         "shards": shards_fingerprint(addresses),
@@ -311,12 +313,14 @@ class _EmbedJob:
         """
         missing: dict[int, list[_Output]] = {}
         for number in numbers:
+            # with checksums, because what stopped the last run may have damaged a part
             lacking = [output for output in outputs if output.is_missing(number)]
             if lacking:
                 missing[number] = lacking
         if not missing:
             return
-        has_images = any(output.space.modality == "image" for lacking in missing.values() for output in lacking)
+        modalities = {output.space.modality for lacking in missing.values() for output in lacking}
+        has_images = "image" in modalities
         try:
             if has_images and self.is_compiled:
                 model = compile_encoder(model, self.batch_size)
@@ -332,6 +336,7 @@ class _EmbedJob:
     ) -> None:
         """For every missing part: read its batches, embed them into rows, and write the part."""
         assigner = UidAssigner.for_shards(self.shards)
+        # one stream over all missing shards, so that workers read ahead from one into the next
         plan = self._plan(missing)
         batches = stream_batches(
             plan,
@@ -391,14 +396,17 @@ class _PartRows:
             VlmError: the model gave a vector that is not of unit length.
         """
         is_image = self._modality == "image"
+        # a text embedding needs no image, so an image that cannot be decoded is none of its failures
         failures = [*batch.unread, *batch.undecoded] if is_image else list(batch.unread)
         for failure in sorted(failures, key=lambda failure: failure.sample_index.number):
             self._skip(failure.sample_index.number, failure.reason, failure.detail)
 
+        origins: list[Origin] = []
         if is_image:
-            origins = [self._image_origin(sample) for sample in batch.decoded]
+            origins += map(self._image_origin, batch.decoded)
         else:
-            origins = [origin for sample in batch.samples for origin in self._caption_origins(sample)]
+            for sample in batch.samples:
+                origins += self._caption_origins(sample)
         if not origins:
             return
         if is_image:

@@ -76,6 +76,7 @@ _SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
         ("key", pa.string()),
+        # few shards, many rows
         ("shard", pa.dictionary(pa.int32(), pa.string())),
         ("number", pa.int64()),
         ("image_offset", pa.int64()),
@@ -188,6 +189,7 @@ def write_part(
     stored = {"npy": vectors.astype(storage.store)}
     for code in storage.codes:
         stored |= zip(QUANTIZED_FILES[code], quantize(vectors, code), strict=True)
+    # the marker that follows names all of these, so their order does not matter
     paths = {suffix: folder / PARTS / f"{name}.{suffix}" for suffix in (*stored, "parquet")}
     for suffix, array in stored.items():
         with atomic_write(paths[suffix]) as file:
@@ -213,6 +215,7 @@ def read_marker(folder: Path, name: str, *, verify: bool = False) -> PartMarker 
         values = json.loads(_marker_path(folder, name).read_text(encoding="utf-8"))
         incidents = [SkippedSampleRecord(**incident) for incident in values.pop("incidents")]
         part = Part.from_values(values)
+    # whatever JSON a damaged file may hold, the part is made again
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     for file, record in part.files.items():
@@ -291,9 +294,11 @@ def captions_from_json(text: str) -> Captions:
 
 
 def _table(origins: Sequence[Origin]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [getattr(origin, name) for origin in origins] for name in _SCHEMA.names}
-    columns["captions"] = [json_text(origin.captions) for origin in origins]
-    columns["metadata"] = [json_text(origin.metadata) for origin in origins]
+    columns: dict[str, list[Any]] = {}
+    for name in _SCHEMA.names:
+        values = [getattr(origin, name) for origin in origins]
+        # captions and metadata have a schema of their own in every dataset, so they are stored as JSON
+        columns[name] = [json_text(value) for value in values] if name in ("captions", "metadata") else values
     return pa.table(columns, schema=_SCHEMA)
 
 
@@ -453,6 +458,7 @@ class EmbeddingsWriter:
 
     def end(self, *, inputs: dict[str, str], details: dict[str, Any]) -> bool:
         """As `finish`, for the holder of the lock; whether the manifest was still to be written."""
+        # several processes may find all parts finished; the first of them writes
         is_first = not is_complete(self.folder)
         if is_first:
             self._write_manifest(inputs, details)
@@ -524,6 +530,7 @@ class Embeddings:
             VlmError: a file is missing or not as it was written.
         """
         manifest = read_manifest(folder, "embeddings")
+        # imported rows cannot be embedded again, only imported
         was_imported = "source" in manifest.configuration
         cure = "import the rows again" if was_imported else "run the same vlm embed again"
         check_files(folder, manifest.files, verify=verify, cure=cure)
@@ -578,6 +585,7 @@ class Embeddings:
 
 def normalize_rows(vectors: Float[Array, "N D"]) -> Float32[Array, "N D"]:
     """The rows as float32 of length 1; rows must not be zero."""
+    # in float32, because the squares of float16 are rounded too coarsely
     wide = vectors.astype(np.float32)
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 

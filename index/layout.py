@@ -10,7 +10,8 @@ from vlm.index.embeddings import EmbeddingSpace
 from vlm.manifest import MANIFEST, Manifest, damage_as_error
 
 LAYOUT = 2
-SEGMENTS, TOMBSTONES = "segments", "tombstones"
+SEGMENTS = "segments"
+TOMBSTONES = "tombstones"
 METRIC = "inner product of unit vectors"
 FIRST_VERSION = 1
 REBUILD_HINT = "build the index again with vlm index build"

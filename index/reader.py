@@ -100,6 +100,7 @@ def open_snapshot(folder: Path, *, before: IndexSnapshot | None = None) -> Index
 
 def _open_version(folder: Path, manifest: Manifest, before: IndexSnapshot | None) -> IndexSnapshot:
     details = IndexDetails.from_manifest(manifest, folder)
+    # sizes only, so that an index opens at once; `vlm index check` compares checksums
     check_files(folder, manifest.files, verify=False, cure=REBUILD_HINT)
     open_segments = _open_segments_of(before)
     segments = []
@@ -116,6 +117,7 @@ def _open_version(folder: Path, manifest: Manifest, before: IndexSnapshot | None
         dead=dead,
     )
 
+    # the cheapest test that segments and catalogue are of the same version
     num_live = sum(view.count for view in snapshot.views)
     num_listed = len(snapshot.catalogue)
     if not num_live == num_listed == len(snapshot):
@@ -150,6 +152,7 @@ def _read_tombstones(folder: Path, details: IndexDetails, manifest: Manifest) ->
     if not details.tombstones:
         return np.zeros(0, np.int64)
     shape = (manifest.counts["dead"],)
+    # a copy in memory: the next change removes the file
     return np.array(open_array(folder / details.tombstones, np.dtype(np.int64), shape))
 
 
@@ -231,6 +234,7 @@ class Index:
             UsageError: it is unfinished, of another kind, or of another format.
             VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
         """
+        # the stamp first: a change in between is then noticed by the next refresh
         stamp = _stamp(folder)
         snapshot = open_snapshot(folder)
         for message in _copy_to_gpu(snapshot, gpu):
@@ -268,6 +272,7 @@ class Index:
         Raises:
             VlmError: the folder is gone or damaged; the old version stays open.
         """
+        # one thread opens the new version; the others wait and find it open
         with self._refresh_lock:
             stamp = _stamp(self.folder)
             if stamp == self._stamp:
@@ -315,6 +320,7 @@ class Index:
         """
         snapshot = self.snapshot
         scores, rows = _nearest(snapshot, queries, top, allowed_rows)
+        # several queries share results, whose entries are read once
         distinct_rows = np.unique(rows).tolist()
         entries = dict(zip(distinct_rows, snapshot.catalogue.entries(distinct_rows), strict=True))
         results = []

@@ -74,6 +74,7 @@ def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> Check
     faults = _faults("files", _file_faults(folder, manifest))
     faults += _faults("catalogue", _catalogue_faults(folder / details.catalogue))
     num_compared = 0
+    # contents are compared only if they can be read
     if not faults:
         try:
             snapshot = open_snapshot(folder)
@@ -174,6 +175,7 @@ def _distance_faults(segment: SegmentReader, positions: Int64[Array, " N"]) -> I
     queries = normalize_rows(segment.vectors.stored[positions])
     top = min(len(segment), _NEIGHBOURS * max(1, meta.rerank))
     scores, neighbours = segment.index.search(queries, top)
+    # scores of codes are approximate, but a row should be among the nearest to itself
     if meta.rerank:
         share = float((neighbours == positions[:, None]).any(axis=1).mean())
         if share < _MIN_SELF_RECALL:

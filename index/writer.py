@@ -38,7 +38,7 @@ from vlm.index.layout import (
 )
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, iter_stored_blocks, write_segment
-from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
+from vlm.manifest import FileRecord, Manifest, read_manifest, record_file, write_manifest
 from vlm.tensors import Array, Bool, Float, Int64
 
 
@@ -119,6 +119,7 @@ class InsertBatch:
 def _filter_blocks(
     blocks: Iterable[Float[Array, "_ D"]], is_selected: Bool[Array, " N"]
 ) -> Iterator[Float[Array, "_ D"]]:
+    # the mask is over all rows, a block over some of them
     first = 0
     for block in blocks:
         yield block[is_selected[first : first + len(block)]]
@@ -215,8 +216,10 @@ def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path
     # SQLite needs the journal of the current catalogue to roll it back
     known = {folder / name for name in (*manifest.files, details.catalogue, f"{details.catalogue}-journal")}
     patterns = (f"{SEGMENTS}/*", f"{TOMBSTONES}/*", "catalogue-*", ".manifest.json.*.part")
-    paths = [path for pattern in patterns for path in folder.glob(pattern)]
-    return sorted(path for path in paths if path not in known)
+    orphans: list[Path] = []
+    for pattern in patterns:
+        orphans += [path for path in folder.glob(pattern) if path not in known]
+    return sorted(orphans)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,7 +261,9 @@ def prepare_version(
         [view.segment for view in snapshot.views[:keep]], np.union1d(snapshot.dead, deleted_rows)
     )
     segments = [segment.meta for segment in kept_segments]
-    files = {name: snapshot.manifest.files[name] for segment in segments for name in segment.files}
+    files: dict[str, FileRecord] = {}
+    for segment in segments:
+        files |= {name: snapshot.manifest.files[name] for name in segment.files}
     next_segment = snapshot.details.next_segment
     if written:
         segments.append(written.segment)
@@ -266,6 +271,7 @@ def prepare_version(
         next_segment = written.segment.number + 1
 
     number = snapshot.number + 1
+    # tombstones are written anew each time: a reader of the old version still has the old file
     changed = replace(
         snapshot.details,
         segments=tuple(segments),
@@ -273,6 +279,7 @@ def prepare_version(
         tombstones=tombstones_file(number) if len(dead) else "",
         **details,
     )
+    # the fingerprint chains all changes since the build, so equal fingerprints mean equal contents
     checksums = [files[name].sha256 for name in sorted(files)]
     manifest = replace(
         snapshot.manifest,
@@ -314,6 +321,7 @@ def commit(
         files[pending.details.tombstones] = record_file(path)
     failpoint("catalogue")
     update_catalogue()
+    # from here on the change counts
     failpoint("manifest")
     write_manifest(folder, replace(pending.manifest, files=files))
     failpoint("manifest written")
@@ -357,6 +365,7 @@ class IndexWriter:
     """
 
     def __init__(self, folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
+        # refuse what is not an index before a lock file appears in it
         IndexDetails.from_manifest(read_manifest(folder, "index"), folder)
         self.folder = folder
         self._failpoint = failpoint
@@ -437,6 +446,7 @@ class IndexWriter:
         if not kind and tuning is None and self._is_compact():
             return self._commit_info(started)
         with self._rolling_back_on_error():
+            # a new catalogue file, because readers of the old version have the old one open
             used_tuning = tuning or TuningParams(**snapshot.details.tuning)
             written = self._write_compacted(kind, used_tuning) if len(snapshot) else None
             pending = prepare_version(
@@ -484,6 +494,7 @@ class IndexWriter:
         snapshot = self.snapshot
         num_given = batch.count
         batch.check_compatible_space(snapshot.details.space, self.folder)
+        # all refusals come before anything is written
         existing = snapshot.catalogue.rows_by_uid(batch.uids())
         if allowed_rows is not None:
             allowed = set(allowed_rows.tolist())
@@ -499,6 +510,7 @@ class IndexWriter:
 
         deleted_rows = np.sort(np.array(list(existing.values()), np.int64))
         with self._rolling_back_on_error():
+            # an upsert deletes the old row and inserts a new one: row numbers are never used again
             first = self._next_row()
             keep = len(snapshot.views) - num_segments_to_merge(snapshot.views, batch.count)
             written = self._write_merged(batch, keep, deleted_rows, first)
@@ -575,6 +587,7 @@ class IndexWriter:
     def _commit(self, pending: PendingVersion, change: Callable[[], None]) -> None:
         commit(self.folder, pending, change, failpoint=self._failpoint)
         self.snapshot = open_snapshot(self.folder, before=self.snapshot)
+        # readers of the old version keep what they have open
         remove_orphans(self.folder, self.snapshot.manifest, self.snapshot.details, failpoint=self._failpoint)
 
     @contextlib.contextmanager
@@ -584,7 +597,8 @@ class IndexWriter:
             self._roll_back()
         try:
             yield
-        except BaseException:
+        except BaseException:  # a keyboard interrupt too
+            # set first: rolling back may fail for the same reason, as on a full disk
             self._needs_rollback = True
             with contextlib.suppress(Exception):
                 self._roll_back()

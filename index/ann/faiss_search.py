@@ -68,9 +68,12 @@ def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int
     if isinstance(inner, faiss.IndexIVFRaBitQ):
         parameters = faiss.IVFRaBitQSearchParameters()
         parameters.nprobe = inner.nprobe if effort is None else effort
-        parameters.qb, parameters.centered = inner.qb, False
+        parameters.qb = inner.qb
+        parameters.centered = False
         if selector is not None:
-            parameters.sel, parameters.keeps_alive = selector, selector
+            parameters.sel = selector
+            # FAISS holds only the address of the selector
+            parameters.keeps_alive = selector
         return parameters
     if isinstance(inner, faiss.IndexIVF):
         return faiss.SearchParametersIVF(nprobe=inner.nprobe if effort is None else effort, **selection)
@@ -79,7 +82,8 @@ def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int
 
 def effort_limit(index: "faiss.Index") -> int | None:
     """The highest effort: nlist of an index with lists, the rows of a graph; None for a type without effort."""
-    faiss, inner = load_faiss(), unwrap_transforms(index)
+    faiss = load_faiss()
+    inner = unwrap_transforms(index)
     if isinstance(inner, faiss.IndexHNSW):
         return inner.ntotal
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else None
@@ -87,7 +91,8 @@ def effort_limit(index: "faiss.Index") -> int | None:
 
 def set_search_effort(index: "faiss.Index", effort: int) -> None:
     """Search with this effort (nprobe, efSearch) from now on, if the type has any."""
-    faiss, inner = load_faiss(), unwrap_transforms(index)
+    faiss = load_faiss()
+    inner = unwrap_transforms(index)
     if isinstance(inner, faiss.IndexHNSW):
         inner.hnsw.efSearch = effort
     elif isinstance(inner, faiss.IndexIVF):
@@ -130,7 +135,8 @@ def rerank(
     num_queries = max(1, values_at_once // max(1, values_per_query))
     if len(queries) <= num_queries:
         return _rerank(rows, queries, positions, top)
-    scores, best = [], []
+    scores: list[Float32[Array, "B K"]] = []
+    best: list[Int64[Array, "B K"]] = []
     for first in range(0, len(queries), num_queries):
         block = slice(first, first + num_queries)
         block_scores, block_best = _rerank(rows, queries[block], positions[block], top)

@@ -226,6 +226,7 @@ class _Autotuner:
             name = f"{candidate.kind} ({candidate.nlist_per_sqrt_rows}√N lists)"
         limit = self._target.memory_bytes
         try:
+            # whether it can fit is known by formula, before it is built
             least = self._parameters(candidate, SearchParams(effort=None, rerank=0))
             needed = INDEX_TYPES[candidate.kind].resident_bytes(self._num_rows, self._rows.dimension, least)
             if limit is not None and needed > limit:
@@ -294,6 +295,7 @@ class _Autotuner:
             mapped_bytes=2 * self._num_rows * self._rows.dimension if built.is_reranked else 0,
             build_seconds=built.build_seconds,
             curve=built.curve(search_params, self._eval_queries[0], target.at),
+            # with the search parameters of the forward direction: an index has only one setting
             turned=self._measure_reversed(candidate, search_params),
         )
         return replace(trial, misses=unmet_targets(trial, target)), probe
@@ -322,6 +324,7 @@ class _Autotuner:
 
     def _tune_on_subsample(self, candidate: CandidateConfig) -> TunedIndex | None:
         """The configuration tuned on a quarter of the sample; None if the sample is all rows, or nothing suffices."""
+        # queries that are rows are held out of the index, so the sample is at most this much smaller than all rows
         num_held_out = max(len(queries.vectors) for queries in self._eval_queries)
         if self._num_rows <= len(self._rows) + num_held_out:
             return None
@@ -368,6 +371,7 @@ def select_trial(trials: Sequence[Trial], target: TuningTarget, *, left_out: dic
     meeting = [trial for trial in trials if not trial.misses]
     if meeting:
         fastest_ms = min(trial.latency.p50_ms for trial in meeting)
+        # latencies differ by noise, memory does not, so among the equally fast the smallest is taken
         as_fast = [trial for trial in meeting if trial.latency.p50_ms <= fastest_ms * _EQUALLY_FAST]
         return min(as_fast, key=lambda trial: (trial.resident_bytes, trial.latency.p50_ms))
 
@@ -443,6 +447,7 @@ def retune(folder: Path, source: Embeddings, plan: Plan) -> SearchParams | None:
         truth = exact_scores(source.blocks(), queries, at)
 
         def meets_target(search_params: SearchParams) -> bool:
+            # by the lower bound of the recall, because other queries than these will be searched
             scores, _ = nearest([_with_search_params(view, search_params)], queries, at)
             return lower_bound(per_query_recall(scores, truth, at)) >= plan.promise.recall
 
@@ -467,6 +472,7 @@ def _search_params_of(segment: SegmentReader) -> SearchParams:
 
 def _with_search_params(view: SegmentView, search_params: SearchParams) -> SegmentView:
     """The same open segment, searched with other parameters; the two share their FAISS index."""
+    # a shallow copy, so that the view itself keeps its parameters
     segment = copy(view.segment)
     meta = segment.meta
     changed = search_params_dict(meta.kind, effort=search_params.effort, rerank=0)
@@ -509,6 +515,7 @@ def verify_plan(index: Index, source: Embeddings, plan: Plan) -> VerificationRes
     scores = np.full(truth.shape, -np.inf, np.float32)
     seconds = []
     with one_thread():
+        # the first searches read the mapped files from disk
         index.nearest(queries[:_WARM_UP_QUERIES], target.at)
         for number, query in enumerate(queries):
             before = time.perf_counter()

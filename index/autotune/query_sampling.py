@@ -156,6 +156,7 @@ def sample_queries(
         UsageError: queries of another model or dimension, or too few rows or queries to hold any out.
     """
     generator = np.random.default_rng(seed)
+    # shuffled, so that any first part of the sample is a random one
     sample = generator.permutation(source.sample(max_rows, seed=seed))
     num_held_out = min(max_queries, int(len(sample) * _HELD_OUT_SHARE))
     if num_held_out < 2:
@@ -192,6 +193,7 @@ def _reversed(
     unturned: dict[str, str] = {}
     for other in others:
         direction = f"{source.space.modality}→{other.space.modality}"
+        # within one modality both directions are the same
         if other.space.modality == source.space.modality:
             continue
         if len(other) < min_rows:
@@ -209,6 +211,7 @@ def _split_tuning_and_eval(
     sample_of_row = np.empty(len(queries), np.int64)
     for row, origin in enumerate(queries.origins()):
         sample_of_row[row] = sample_numbers.setdefault((origin.shard, origin.number), len(sample_numbers))
+    # captions of one image are near each other: in both halves they would leak from tuning into evaluation
     half_of_sample = generator.permutation(len(sample_numbers)) % 2
     halves = []
     for half in (0, 1):

@@ -110,7 +110,10 @@ def _lists(vectors: Float[Array, "N D"]) -> pa.ListArray:
 
 ExportFormat = Literal["npy", "clip-retrieval", "faiss", "parquet"]
 
-FAISS_FILE, MATRIX, TABLE, WITH_VECTORS = "index.faiss", "embeddings.npy", "metadata.parquet", "embeddings.parquet"
+FAISS_FILE = "index.faiss"
+MATRIX = "embeddings.npy"
+TABLE = "metadata.parquet"
+WITH_VECTORS = "embeddings.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +229,7 @@ def _write_faiss(folder: Path, export_rows: _RowsToExport) -> str:
     view = export_rows.views[0]
     if len(export_rows.views) > 1 or view.count < len(view.segment):
         return _build_faiss(folder, export_rows)
+    # positions are the ids then, as in the table
     faiss = load_faiss()
     with atomic_write(folder / FAISS_FILE) as file:
         faiss.write_index(view.segment.index, faiss.PyCallbackIOWriter(file.write))

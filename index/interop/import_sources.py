@@ -243,6 +243,7 @@ def open_faiss(path: Path) -> FaissRows:
     try:
         index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
         inverted = faiss.try_extract_index_ivf(index)
+        # without it an IVF index cannot find a row by its id
         if inverted is not None:
             inverted.make_direct_map()
     except RuntimeError as error:
@@ -444,6 +445,7 @@ def open_parts(pairs: Sequence[FilePair], column_choice: ColumnChoice) -> list[S
                 f"{parts[0].place} has vectors of {parts[0].dimension} dimensions, {part.place} of {part.dimension}: "
                 "they are of two models; import them apart."
             )
+        # the first table decides which columns are used, so that all parts agree
         column_choice = part.columns.as_column_choice() if part.columns else column_choice
         parts.append(part)
     if not parts:
@@ -488,7 +490,8 @@ def read_names(part: SourcePart) -> pa.ChunkedArray | None:
     """
     if part.columns is None or not part.columns.uid:
         return None
-    name, path = part.columns.uid, part.pair.path
+    name = part.columns.uid
+    path = part.pair.path
     batches = [batch.column(name).cast(pa.string()) for batch in _batches(path, [name])]
     names = pa.chunked_array(batches, pa.string())
     if names.null_count:
@@ -505,7 +508,8 @@ def _open_part(pair: FilePair, column_choice: ColumnChoice, faiss: FaissRows | N
     if pair.table is None:
         return SourcePart(pair=pair, first=first, rows=count, dimension=dimension, columns=None, faiss=faiss)
     with _open_table(pair.table) as table:
-        rows, schema = table.metadata.num_rows, table.schema_arrow
+        rows = table.metadata.num_rows
+        schema = table.schema_arrow
     if pair.vectors is not None and not pair.is_slice:
         _check_count(pair.vectors, count, str(pair.table), rows)
     columns = choose_columns(schema, column_choice, pair.table, has_vectors=pair.vectors is None)

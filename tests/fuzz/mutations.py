@@ -1,4 +1,4 @@
-"""Tars and pictures as an enemy, or a failing disk, would hand them over."""
+"""Fixture: tars and images as an attacker, or a failing disk, would deliver them."""
 
 import io
 import json
@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "progressive", "CMYK", "grey", "PNG", "16-bit", "palette", "W
 
 
 def pil_image(kind: str, rng: Rng) -> tuple[str, bytes]:
-    """Extension and bytes of a picture of one of `FORMATS`."""
+    """Extension and bytes of an image of one of `FORMATS`."""
     size = (int(rng.integers(8, 90)), int(rng.integers(8, 90)))
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size)
     file = io.BytesIO()
@@ -67,8 +67,8 @@ def cut(data: bytearray, rng: Rng) -> bytearray:
 
 def flip(data: bytearray, rng: Rng) -> bytearray:
     """A few bytes anywhere are something else."""
-    for place in rng.integers(0, len(data), int(rng.integers(1, 40))):
-        data[int(place)] ^= int(rng.integers(1, 256))
+    for offset in rng.integers(0, len(data), int(rng.integers(1, 40))):
+        data[int(offset)] ^= int(rng.integers(1, 256))
     return data
 
 
@@ -140,7 +140,7 @@ def pax_rubbish(data: bytearray, rng: Rng) -> bytearray:
 
 
 def hurt_image(data: bytearray, rng: Rng) -> bytearray:
-    """Bytes of one picture change, its headers above all; the tar stays sound."""
+    """Bytes of one image change, mostly in its headers; the tar stays valid."""
     at = _header(data, rng, kinds=(b".jpg", b".png", b".webp", b".gif", b".avif"))
     said = bytes(data[at + 124 : at + 135]).split(b"\0")[0]
     size = int(said, 8) if said.isdigit() and b"8" not in said and b"9" not in said else 0  # another mutation was here
@@ -184,7 +184,7 @@ def hurt_array(data: bytearray, rng: Rng) -> bytearray:
 
 
 def bomb(data: bytearray, rng: Rng) -> bytearray:
-    """A picture of a few bytes whose header promises gigapixels, or one that unpacks to them."""
+    """An image of a few bytes whose header claims gigapixels, or one that unpacks to them."""
     width, height = [(60_000, 60_000), (2**31 - 1, 1), (1, 65_535), (30_000, 30_000), (0, 0)][int(rng.integers(5))]
     if rng.random() < 0.5:
         rows = zlib.compress(bytes(1 << 20)) * 3
@@ -229,13 +229,13 @@ def mutated_tar(rng: Rng) -> tuple[str, bytes]:
 
 
 def _header(data: bytearray, rng: Rng, kinds: tuple[bytes, ...] = (b"",)) -> int:
-    """The place of some member's header."""
-    places = [
+    """The offset of some member's header."""
+    offsets = [
         at
         for at in range(0, len(data) - BLOCK, BLOCK)
         if data[at + 257 : at + 262] == b"ustar" and bytes(data[at : at + 100]).rstrip(b"\0").endswith(kinds)
     ]
-    return places[int(rng.integers(len(places)))] if places else 0
+    return offsets[int(rng.integers(len(offsets)))] if offsets else 0
 
 
 def _with_checksum(data: bytearray, at: int, rng: Rng) -> bytearray:

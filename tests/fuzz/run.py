@@ -1,6 +1,6 @@
 """Mutated tars through index, loader and ledger: python -m tests.fuzz.run --cases 10000
 
-Each case is read in a process of its own group with a limit on time and memory. What is asked of it: no crash, no
+Each case is read in a process of its own group with a limit on time and memory. What is required: no crash, no
 hang, nothing written outside its folder, and every sample of the index either shown or named in the ledger.
 """
 
