@@ -12,9 +12,10 @@ import os
 import stat
 import tarfile
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -409,6 +410,19 @@ class ShardReader:
         member = self.index[number]
         return member.key, min((span.offset for span in member.spans), default=0)
 
+    def _why_no_image(self, key: str) -> tuple[str, str]:
+        """The reason and its detail; members of one key that do not follow each other are samples of their own."""
+        if self._num_with_key[key] > 1:
+            return "parts apart", (
+                f"key {key!r} comes {self._num_with_key[key]} times; the parts of a sample must follow each other. "
+                "vlm pack --kind texts puts them together"
+            )
+        return "no image", f"key {key!r} has no jpg, jpeg, png, webp, avif or gif"
+
+    @cached_property
+    def _num_with_key(self) -> Counter[str]:
+        return Counter(self.index.sample_keys())
+
     def read(self, number: int, *, arrays: tuple[str, ...] = ()) -> Sample:
         """Sample `number` of this tar, with its arrays (`key.NAME.npy`) of these names.
 
@@ -418,7 +432,7 @@ class ShardReader:
         """
         member = self.index[number]
         if member.image is None:
-            raise BadSample("no image", f"key {member.key!r} has no jpg, jpeg, png, webp, avif or gif")
+            raise BadSample(*self._why_no_image(member.key))
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")

@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.data.samples import UNNAMED, Pair
+from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import ImageFinder
-from vlm.data.sources.rows import decode_text
 from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
 from vlm.data.sources.table import unique_keys
 from vlm.errors import BadSample

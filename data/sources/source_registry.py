@@ -93,6 +93,8 @@ def _nothing_found(location: SourceLocation) -> str:
     if location.images:
         number = pluralize(len(location.images), "image")
         cure = f"No words were found for its {number}: --captions none packs images without, as search needs none."
+    elif any("/" in name and is_shard(name) for name in location.names):
+        cure = f"Its tars lie deeper; name them by a pattern: '{location.url.rstrip('/')}/**/*.tar'."
     else:
         cure = "Tars that hold samples all the same are read by --kind shards."
     return f"Nothing to pack at {location.url!r} ({inside}). Looked for: {looked}. {cure}"

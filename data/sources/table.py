@@ -13,8 +13,9 @@ from typing import Any
 
 from vlm.config import suggest
 from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
+from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
-from vlm.data.sources.rows import Rows, image_of_caption, read_rows
+from vlm.data.sources.rows import Rows, read_rows
 from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint

@@ -598,3 +598,22 @@ def test_columns_without_a_name_are_numbered(write):
     source = write("0.jpg")
     put(source, "p.csv", ",image,caption\n0,0.jpg,a jug\n")
     assert open_source(str(source)).read(0).metadata == {"column_1": 0, "image": "0.jpg"}
+
+
+def test_parts_that_lie_apart_in_a_tar_are_named_and_put_together_on_request(tmp_path, make_image):
+    with tarfile.open(tmp_path / "apart.tar", "w") as tar:
+        parts = [(f"{n}.jpg", make_image(n)) for n in (0, 1)] + [(f"{n}.txt", f"jug {n}".encode()) for n in (0, 1)]
+        for name, data in parts:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    pairs = open_source(str(tmp_path / "apart.tar"))
+    with pytest.raises(BadSample, match=r"parts apart: key '0' comes 2 times.*--kind texts"):
+        pairs.read(2)
+    assert captions_of(tmp_path / "apart.tar", kind="texts") == {"0": ("jug 0",), "1": ("jug 1",)}
+
+
+def test_tars_in_deeper_folders_are_named_by_their_pattern(tmp_path, make_image):
+    put(tmp_path, "parts/a/0.tar", b"")
+    with pytest.raises(UsageError, match=r"Its tars lie deeper.*parts/\*\*/\*\.tar"):
+        open_source(str(tmp_path / "parts"))
