@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from vlm.data.sources.annotations import AnnotatedImage, has_images, may_be_annotations, read_annotations
-from vlm.data.sources.image_folder import files_beside, has_words_beside
+from vlm.data.sources.image_folder import has_words_beside
 from vlm.data.sources.image_names import image_names
 from vlm.data.sources.rows import TABLE_READERS, file_extension, is_table
 from vlm.data.sources.source import FolderFiles, SourceFiles, SourceOptions, open_files, readable_text
 from vlm.data.sources.table import Table, has_columns, names_files, names_only_addresses, read_table
-from vlm.errors import BadSample, UsageError, VlmError
+from vlm.errors import UsageError, VlmError
 from vlm.storage.urls import needs_cache
 
 SCENES = "scenes"
@@ -47,6 +47,17 @@ class SourceLocation:
     def images(self) -> list[str]:
         """The images among the files."""
         return image_names(self.files) if self.files else []
+
+    @cached_property
+    def image_stems(self) -> frozenset[str]:
+        """The images, and their names without the ending, to ask what lies beside one."""
+        stems = {name.removesuffix(PurePosixPath(name).suffix) for name in self.images}
+        return frozenset(stems.union(self.images))
+
+    @cached_property
+    def folders(self) -> frozenset[str]:
+        """The folders that hold files."""
+        return frozenset(name.rpartition("/")[0] for name in self.names)
 
     @cached_property
     def with_words(self) -> tuple[int, int]:
@@ -108,11 +119,13 @@ def _find_tables(location: SourceLocation) -> list[Table]:
     at_top = [
         name for name in location.names if "/" not in name and is_table(name) and not is_bookkeeping(location, name)
     ]
-    preferred = [name for name in at_top if PurePosixPath(name).stem in _CAPTION_STEMS] or at_top
+    preferred = at_top
+    for stem in reversed(_CAPTION_STEMS):
+        preferred = [name for name in at_top if PurePosixPath(name).stem == stem] or preferred
     if len(preferred) == 1 or _are_parts(preferred):
-        tables = _readable_tables(location, preferred)
-        if tables and has_columns(tables[0], options):
-            return _checked(location, preferred)
+        tables = _checked(location, preferred)
+        if has_columns(tables[0], options):
+            return tables
     candidates = _captions_apart(location)
     if not candidates and len(preferred) > 1 and not _are_parts(preferred):
         _refuse_several(preferred)
@@ -145,26 +158,16 @@ def _checked(location: SourceLocation, names: Sequence[str]) -> list[Table]:
     return tables
 
 
-def _readable_tables(location: SourceLocation, names: Sequence[str]) -> list[Table]:
-    assert location.files is not None
-    tables: list[Table] = []
-    for name in names:
-        try:
-            tables.append(read_table(location.files, name, location.options.encoding))
-        except (BadSample, UnicodeError):
-            continue
-    return tables
-
-
 def _captions_apart(location: SourceLocation) -> list[Table]:
     """Tables anywhere in the source, and texts and JSON that read as one, whose images are there."""
     files = location.files
     assert files is not None
-    beside = {name for image in location.images for name in files_beside(image, location.all_names)}
     candidates = [
         name
         for name in location.names
-        if file_extension(name) in TABLE_READERS and name not in beside and not is_bookkeeping(location, name)
+        if file_extension(name) in TABLE_READERS
+        and not is_beside_image(location, name)
+        and not is_bookkeeping(location, name)
     ]
     if len(candidates) > _MAX_CANDIDATES:
         candidates = [name for name in candidates if _LOOKS_LIKE_CAPTIONS.fullmatch(PurePosixPath(name).stem)]
@@ -185,11 +188,7 @@ def is_bookkeeping(location: SourceLocation, name: str) -> bool:
     part = str(path.with_suffix("")).removesuffix("_stats")
     if f"{part}_stats.json" not in location.all_names:
         return False
-    return (
-        f"{part}.tar" in location.all_names
-        or any(other.startswith(f"{part}/") for other in location.names)
-        or path.suffix == ".json"
-    )
+    return f"{part}.tar" in location.all_names or part in location.folders or path.suffix == ".json"
 
 
 def _are_parts(names: Sequence[str]) -> bool:
@@ -207,16 +206,21 @@ def _find_annotations(location: SourceLocation) -> dict[str, list[AnnotatedImage
     if files is None:
         return {}
     is_named = options.captions not in ("", "none", "optional")
-    beside = {name for image in location.images for name in files_beside(image, location.all_names)}
-    names = [options.captions] if is_named else [name for name in location.names if name not in beside]
     annotations: dict[str, list[AnnotatedImage]] = {}
-    for name in names:
-        if name not in location.all_names or not may_be_annotations(files, name):
+    for name in [options.captions] if is_named else location.names:
+        if file_extension(name) != "json" or name not in location.all_names or is_beside_image(location, name):
+            continue
+        if not may_be_annotations(files, name):
             continue
         images = read_annotations(files, name)
         if images and (is_named or has_images(files, images)):
             annotations[name] = images
     return annotations
+
+
+def is_beside_image(location: SourceLocation, name: str) -> bool:
+    """Whether a text belongs to one image, by its name."""
+    return name.removesuffix(PurePosixPath(name).suffix) in location.image_stems
 
 
 def unread_captions(location: SourceLocation) -> list[str]:

@@ -124,6 +124,18 @@ def _open_classes(location: SourceLocation) -> PairSource:
     return ClassFolderSource(location.files, template=location.options.template)
 
 
+def _are_annotations(location: SourceLocation) -> bool:
+    """Whether there are annotations, and no table beside them that is captions as well."""
+    if is_table_file(location.url) or not location.annotations:
+        return False
+    if location.options.captions in ("", "optional") and location.tables:
+        files = [*location.annotations, *(table.name for table in location.tables)]
+        raise UsageError(
+            f"{location.url!r} holds captions in {', '.join(files)}; name those to read by --captions FILE."
+        )
+    return True
+
+
 def _are_texts(location: SourceLocation) -> bool:
     """Whether images have words beside them; where only some have, and folders may be classes, that is for people."""
     if not location.images:
@@ -200,7 +212,7 @@ KINDS: dict[SourceKind, SourceType] = {
     ),
     "annotations": SourceType(
         description="COCO's captions_*.json or Karpathy's dataset_*.json beside folders of images",
-        matches=lambda location: not is_table_file(location.url) and bool(location.annotations),
+        matches=_are_annotations,
         open=_open_annotations,
     ),
     "table": SourceType(

@@ -617,3 +617,23 @@ def test_tars_in_deeper_folders_are_named_by_their_pattern(tmp_path, make_image)
     put(tmp_path, "parts/a/0.tar", b"")
     with pytest.raises(UsageError, match=r"Its tars lie deeper.*parts/\*\*/\*\.tar"):
         open_source(str(tmp_path / "parts"))
+
+
+def test_annotations_and_a_table_of_captions_are_for_people_to_decide(write):
+    source = write("val2017/000000000001.jpg")
+    put(source, "annotations/captions_val2017.json", coco("val", [1]))
+    put(source, "captions.csv", "image,caption\nval2017/000000000001.jpg,by hand\n")
+    with pytest.raises(
+        UsageError, match=r"captions_val2017\.json, captions\.csv; name those to read by --captions FILE"
+    ):
+        open_source(str(source))
+    assert list(captions_of(source, captions="captions.csv").values()) == [("by hand",)]
+    captions = captions_of(source, captions="annotations/captions_val2017.json")
+    assert list(captions.values()) == [("a red kite 1", "a wide kite 1")]
+
+
+def test_captions_come_before_metadata_at_the_top(write):
+    source = write("1.jpg")
+    put(source, "captions.csv", "image,caption\n1.jpg,one\n")
+    put(source, "metadata.csv", "image,caption\n1.jpg,two\n")
+    assert captions_of(source) == {"1": ("one",)}
