@@ -26,8 +26,8 @@ _SUFFIX = ".selection"
 class Curate:
     """Filter, deduplicate and balance samples: write a selection that training applies while streaming.
 
-    The shards stay unchanged. Filters apply in the order given, each on the samples that remain; then --and, --minus,
-    --plus, --weight. A filter is NAME:PARAMETER=VALUE,… with several values of one parameter joined by +:
+    The shards stay unchanged. Filters apply in the order given, each on the samples that remain; then --and,
+    then --minus, --plus and --weight. A filter is NAME:PARAMETER=VALUE,…; join several values of a parameter by +:
 
     usable, size:min=,max=, aspect:max=, words:min=,max=,languages=,of=, characters:…, language:any=en+de,script=,
     repeated-caption:max=, exact-duplicates, near-duplicates:distance=,

@@ -24,9 +24,9 @@ class Pack:
     """Pack image-text pairs into WebDataset shards.
 
     SOURCE is a table that names its images or holds them (captions.csv, .tsv, .jsonl, .parquet; metadata.csv in any
-    folder; captions.txt), images with a text file each, COCO's or Karpathy's annotations, class folders
-    (CLASS/image.jpg), the output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word
-    scenes for a dataset of synthetic shapes. What SOURCE was recognised as is logged first; docs/data.md shows each
+    folder; captions.txt), images with a text file each, COCO's or Karpathy's annotations, folders of classes such as
+    CLASS/image.jpg, the output of img2dataset or any WebDataset tars, one tar that holds any of these, or the word
+    scenes for a dataset of synthetic shapes. The detected kind of SOURCE is logged first; docs/data.md shows each
     layout.
     """
 

@@ -150,13 +150,13 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     return _load_pretrained(spec, torch_device, dtype)
 
 
-def load_network(spec: str, *, device: str = "auto") -> VisionLanguageModel:
+def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
     """A model to take weights from: one whose embeddings are those of its network.
 
     Raises:
         UsageError: it is truncated or has a projection; otherwise as `load_model`.
     """
-    model = load_model(spec, device=device)
+    model = load_model(spec, device=device, precision=precision)
     # a network's weights alone would embed otherwise than the named model
     if model.derived_from:
         raise UsageError(

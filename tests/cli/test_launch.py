@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = """
 import sys
 from pathlib import Path
-from tests.cli.test_processes import Task, work
+from tests.cli.test_launch import Task, work
 from vlm.cli.launch import run_in_processes
 if __name__ == "__main__":
     run_in_processes(work, Task(folder=Path(sys.argv[1]), endless=True), 2)
