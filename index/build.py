@@ -195,6 +195,7 @@ def _write_index(
         sources=(source.manifest.fingerprint,),
         evidence=evidence,
     )
+    # last, because a folder with a manifest is complete
     write_manifest(folder, _manifest(source, written, details))
     return written
 

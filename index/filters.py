@@ -92,6 +92,7 @@ def tokenize_filter(filter_text: str) -> list[Token]:
 
 
 def _token(kind: str, text: str, column: int) -> Token:
+    # such a character was replaced in the stored texts, so it could never match
     if sanitize_text(text) != text:
         raise UsageError(f"The filter holds a character at column {column} or soon after it that no text can hold.")
     match kind:
@@ -418,9 +419,11 @@ class _Evaluator:
             case Not(IsNull() as predicate):
                 return self._rows_with_field(predicate.field, "TRUE", (), allowed_rows)
             case Not(inner):
+                # rows without the field are included, as the complement of all rows
                 everything = self._all_rows() if allowed_rows is None else allowed_rows
                 return np.setdiff1d(everything, self.rows(inner, allowed_rows), assume_unique=True)
             case IsNull():
+                # the complement of the rows that have the field; `Not(IsNull)` itself is a single query
                 return self.rows(Not(Not(condition)), allowed_rows)
             case And(parts):
                 # the cheapest first, so that the others are asked about few rows
@@ -453,6 +456,7 @@ class _Evaluator:
         return self._fetch(sql, self.fields[field], *values, json.dumps(allowed_rows.tolist()))
 
     def _fetch(self, sql: str, *values: FieldValue) -> RowIds:
+        # plain tuples: the connection's row objects would cost more than the query
         cursor = self.database.cursor()
         cursor.row_factory = None
         return _sorted_set(np.fromiter(chain.from_iterable(cursor.execute(sql, values)), np.int64))
@@ -460,6 +464,7 @@ class _Evaluator:
     def _estimated_cost(self, condition: Condition) -> int:
         """About how many metadata values a condition reads, counted only as far as that is cheap."""
         match condition:
+            # these read all values of a field, or all rows
             case Not() | IsNull() | Like():
                 return _COST_LIMIT
             case And(parts):
@@ -485,5 +490,6 @@ def _predicate_sql(predicate: IsIn | Compare | Like) -> tuple[str, tuple[FieldVa
         case Compare(operator=operator, value=value):
             return f"value {operator} ? AND {_IS_TEXT if isinstance(value, str) else _IS_NUMBER}", (value,)
         case Like(pattern=pattern):
+            # _ is a wildcard of SQL, but not of the filter language
             escaped = pattern.replace("\\", "\\\\").replace("_", "\\_")
             return f"value LIKE ? ESCAPE '\\' AND {_IS_TEXT}", (escaped,)

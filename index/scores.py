@@ -149,6 +149,7 @@ class ScoreWriter:
         """Pairs of rows that are linked, as two arrays."""
         count, dimension = self.vectors.shape
         index: faiss.Index = faiss.IndexFlatIP(dimension)
+        # time grows with the square of the rows
         if count > _MAX_ROWS_FOR_ALL_PAIRS:
             lists = int(4 * count**0.5)
             index = faiss.IndexIVFFlat(index, dimension, lists, faiss.METRIC_INNER_PRODUCT)

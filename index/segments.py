@@ -160,6 +160,7 @@ def write_segment(
         np.save(file, rows, allow_pickle=False)
 
     vectors = Vectors(vectors_path, len(rows), dimension)
+    # training sees the rows as they are stored, rounded to float16
     gpu = find_gpu()
     prepared = INDEX_TYPES[kind](vectors, tuning, gpu)
     _add_all(vectors, make_add_function(prepared.index, gpu))
@@ -387,6 +388,7 @@ class SegmentView:
         best = _empty_result(queries)
         for first in range(0, self.count, _SCAN_ROWS):
             positions = self.positions[first : first + _SCAN_ROWS]
+            # block by block, so that the scores of all queries and rows never exist at once
             scores = queries @ self.segment.vectors.take(positions).T
             rows = np.broadcast_to(self.segment.rows[positions], scores.shape)
             best = merge([best, _top_of_block(scores, rows, top)], top)
@@ -400,6 +402,7 @@ class SegmentView:
                 return segment.on_gpu.search(queries, top)
             if depth == 1 or not segment.is_approximate:
                 return segment.faiss_search(queries, top)
+        # excluded rows are skipped, so more lists or nodes are read for as many comparisons
         selector = None if self.mask is None else load_faiss().IDSelectorBitmap(self.bitmap)
         effort = segment.effort(self.count / len(segment) / depth)
         parameters = search_parameters(segment.index, selector=selector, effort=effort)
@@ -420,6 +423,7 @@ def nearest(
 
     exact_rows: a filter that leaves no more rows than this, or a fiftieth of them, is answered by an exact scan.
     """
+    # bounds the memory of scans and reranking
     if len(queries) > _MAX_QUERIES:
         starts = range(0, len(queries), _MAX_QUERIES)
         results = [
@@ -434,6 +438,7 @@ def nearest(
             return views[0].search(queries, top)
         return merge([view.search(queries, top) for view in views if view.count] or [_empty_result(queries)], top)
 
+    # all segments are answered in the same way, so that their scores are equally exact
     total = sum(view.count for view in views)
     allowed_views = [view.restricted_to(allowed_rows) for view in views]
     num_allowed = sum(view.count for view in allowed_views)
@@ -464,6 +469,7 @@ def _has_ties(scores: Float32[Array, "Q K"]) -> bool:
 
 
 def _sort_by_score(scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> ScoredRows:
+    # the last key is the primary one: by score, then by row
     order = np.lexsort((rows, -scores), axis=1)[:, :top]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 

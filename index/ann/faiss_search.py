@@ -65,6 +65,7 @@ def search_parameters(index: "faiss.Index", *, selector: Any = None, effort: int
     selection = {} if selector is None else {"sel": selector}
     if isinstance(inner, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=inner.hnsw.efSearch if effort is None else effort, **selection)
+    # before IndexIVF, of which it is a subclass with parameters of its own
     if isinstance(inner, faiss.IndexIVFRaBitQ):
         parameters = faiss.IVFRaBitQSearchParameters()
         parameters.nprobe = inner.nprobe if effort is None else effort
@@ -129,6 +130,7 @@ def rerank(
     rows: as stored, float16, so not quite of unit length. positions: -1, and last, for no candidate. K is the smaller
     of `top` and C; a result without a candidate has position -1 and score -inf.
     """
+    # `take` with mode="wrap" reads some row for position -1, whose score is overwritten
     if len(queries) == 1:
         return _rerank_one(rows, queries[0], positions[0], top)
     values_per_query = positions.shape[1] * rows.shape[1]

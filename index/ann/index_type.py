@@ -103,6 +103,7 @@ class IndexType:
         Raises:
             UsageError: a parameter that this type does not have, a number out of range, or too few rows.
         """
+        # a parameter that would have no effect is refused, not ignored
         for name, value in asdict(tuning).items():
             if name != "seed" and value is not None and name not in self.tunable:
                 has = f"it has {', '.join(self.tunable)}" if self.tunable else "it has no parameters"
@@ -149,6 +150,7 @@ def load_faiss() -> ModuleType:
 def unwrap_transforms(index: "faiss.Index") -> Any:
     """The index behind the transforms of its rows, if it has any, as FAISS's own class; it lives as long as `index`."""
     faiss = load_faiss()
+    # FAISS hands out base classes, whose parameters Python cannot see
     inner = faiss.downcast_index(index)
     return unwrap_transforms(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 

@@ -138,6 +138,7 @@ def min_effort(reaches_target: Callable[[int], bool], max_effort: int) -> int | 
     >>> min_effort(lambda effort: effort >= 37, 1000)
     37
     """
+    # invariant: `too_low` misses the target, and so does all below it
     too_low = 0
     effort = 1
     while not reaches_target(effort):
@@ -163,6 +164,7 @@ def candidate_params(
     effort that it is faster. Nothing is yielded if the target cannot be reached. An index type with neither effort nor
     reranking is exact, so its only parameters are yielded untried.
     """
+    # how far reranking must look is known by reading every row: then only the codes can miss
     factors: list[int] = [0]
     if is_reranked:
         factors = []
@@ -254,6 +256,7 @@ class CandidateConfig:
             nlist = min(round(self.nlist_per_sqrt_rows * sqrt(rows)), rows // MIN_ROWS_PER_LIST)
             numbers["nlist"] = max(MIN_LISTS, nlist)
         if search_params and effort and search_params.effort is not None:
+            # no search reads more lists than there are
             max_effort = numbers.get("nlist", search_params.effort)
             numbers[effort] = min(search_params.effort, max_effort)
         if search_params and search_params.rerank:
@@ -371,6 +374,7 @@ class TrialIndex:
         self.candidate = candidate
         self.rows = rows
         self.seed = seed
+        # search parameters are not set yet: every search brings its own
         prepared = self.kind(rows, candidate.tuning_params(len(rows), seed=seed))
         self.index: Any = prepared.index
         self.index.add(rows.vectors)
@@ -381,6 +385,7 @@ class TrialIndex:
     @property
     def max_effort(self) -> int | None:
         """The highest effort worth trying."""
+        # a graph with more candidates than this is slower than an exact search
         limit = effort_limit(self.index)
         return min(limit, MAX_EF) if limit and self.kind.effort == "ef_search" else limit
 
@@ -407,6 +412,7 @@ class TrialIndex:
             options = [search_params for search_params in adjusted if search_params is not None]
         if len(options) < 2:
             return options[0] if options else None
+        # less effort with more reranking or the reverse: only the clock can tell
         few_vectors = queries.vectors[:_FEW_QUERIES]
         return min(options, key=lambda search_params: self.time(search_params, few_vectors, at).p50_ms)
 
@@ -414,6 +420,7 @@ class TrialIndex:
         """Latency of one query after the other on one thread, for three seconds at most."""
         searcher = self.searcher(search_params, top)
         seconds = []
+        # on one thread: the latency of a single query, not the throughput of a batch
         with one_thread():
             for vector in vectors[:_WARM_UP_QUERIES]:
                 searcher.scores(vector[None])
@@ -432,6 +439,7 @@ class TrialIndex:
         if search_params.effort is None or self.max_effort is None:
             return ()
         efforts = {min(max(1, round(search_params.effort * factor)), self.max_effort) for factor in _CURVE_FACTORS}
+        # the parameters themselves are one of the points
         points = []
         for effort in sorted(efforts):
             params = SearchParams(effort=effort, rerank=search_params.rerank)
@@ -515,6 +523,7 @@ def measure_reversed(
         built = TrialIndex(candidate, rows, seed=seed)
     except UsageError:
         return None
+    # the reversed index is smaller, and so may have fewer lists
     effort = None
     if search_params.effort is not None and built.max_effort is not None:
         effort = min(search_params.effort, built.max_effort)
@@ -608,6 +617,7 @@ def time_head_to_head(
     probes: Mapping[int, Timeable], vectors: Float32[Array, "Q D"], top: int
 ) -> dict[int, tuple[Latency, Latency]]:
     """Time each again, in turn with the others; the medians of their latencies, by number."""
+    # in rounds, so that a slow second of the machine hits all of them alike
     rounds: dict[int, list[tuple[Latency, Latency]]] = {number: [] for number in probes}
     for _ in range(_ROUNDS):
         for number, probe in probes.items():

@@ -44,6 +44,7 @@ def exported_space(source: Path) -> EmbeddingSpace | None:
     path = source / MANIFEST
     if not path.is_file():
         return None
+    # another tool may have a manifest.json of its own
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return EmbeddingSpace(**values["details"]["space"]) if values["kind"] == EXPORT else None
@@ -202,6 +203,7 @@ class _Importer:
             vectors = to_float32(block.vectors)
             lengths = np.linalg.norm(vectors, axis=1)
         is_usable = np.isfinite(lengths) & (lengths >= _SHORTEST)
+        # rows that are of unit length up to rounding are stored unchanged
         is_off = is_usable & (np.abs(lengths - 1) > _ROUNDING)
         rows = vectors[is_usable] / np.where(is_off, lengths, 1)[is_usable, None]
         origins: list[Origin] = []
