@@ -91,7 +91,7 @@ def test_every_kind_is_measured_and_all_keep_what_they_are_said_to_keep(plan: Pl
     assert flat.resident_bytes == 3000 * 16 * 4
 
 
-def test_the_promise_holds_in_the_finished_index(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_target_is_met_by_the_finished_index(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = Embeddings.open(spaces[0]), tmp_path
     for one in plan.trials:
         wanted = replace(plan, kind=one.kind)
@@ -111,7 +111,7 @@ def test_the_promise_holds_in_the_finished_index(plan: Plan, spaces: tuple[Path,
 _NONE = dict.fromkeys(("nlist", "nprobe", "links", "ef_construction", "ef_search", "rerank"))
 
 
-def test_a_broken_promise_is_confirmed_as_broken(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_missed_target_is_verified_as_missed(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
     build_index(
         spaces[0], tmp_path / "out", kind="ivf", tuning=replace(plan.tuning, **(_NONE | {"nlist": 60, "nprobe": 1}))
     )
@@ -157,7 +157,7 @@ def test_answers_too_long_for_effort_to_matter_leave_it_as_planned(
     assert view.segment.meta.parameters["nprobe"] == 20
 
 
-def test_an_exact_kind_has_nothing_to_settle(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_exact_index_type_has_nothing_to_retune(plan: Plan, spaces: tuple[Path, Path], tmp_path: Path) -> None:
     build_index(spaces[0], tmp_path / "out", kind="flat")
     assert retune(tmp_path / "out", Embeddings.open(spaces[0]), replace(plan, kind="flat")) is None
 
@@ -237,7 +237,7 @@ def build(spaces: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     return run
 
 
-def test_a_build_with_a_promise_plans_draws_and_confirms(
+def test_a_build_for_a_target_autotunes_draws_and_verifies(
     build: Build, spaces: tuple[Path, Path], tmp_path: Path
 ) -> None:
     code, out, _ = build("--recall", 0.8, "--texts", spaces[1], "--kind", "ivfsq", "--plan-rows", 600, "--json")
@@ -250,7 +250,7 @@ def test_a_build_with_a_promise_plans_draws_and_confirms(
     assert (tmp_path / "out" / "plan.png").is_file()
 
 
-def test_a_promise_nobody_keeps_leaves_no_folder(build: Build, tmp_path: Path) -> None:
+def test_a_target_that_nothing_meets_leaves_no_folder(build: Build, tmp_path: Path) -> None:
     code, _, err = build("--memory", "1kB", "--kind", "sq8")
     assert (code, "sq8: needs 48.1 kB" in err) == (2, True)
     assert not (tmp_path / "out").exists()
@@ -264,15 +264,13 @@ def test_a_promise_nobody_keeps_leaves_no_folder(build: Build, tmp_path: Path) -
         (("--recall", 2), "recall = 2.0 is out of range"),
     ],
 )
-def test_wishes_beside_a_promise_that_do_not_fit_it_are_refused(
-    build: Build, words: tuple[object, ...], message: str
-) -> None:
+def test_options_that_contradict_a_target_are_refused(build: Build, words: tuple[object, ...], message: str) -> None:
     code, _, err = build(*words)
     assert code == 2
     assert message in err
 
 
-def test_a_folder_that_exists_is_refused_before_planning(build: Build, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_refused_before_autotuning(build: Build, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     code, _, err = build("--recall", 0.9)

@@ -27,7 +27,7 @@ def turned(spaces: tuple[Path, Path]) -> Plan:
     return autotune(images, texts, TuningTarget(recall=0.9), kinds=kinds, max_queries=100, min_reversed_rows=400)
 
 
-def test_texts_as_rows_are_asked_with_images(
+def test_texts_as_rows_are_queried_with_images(
     turned: Plan, spaces: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert turned.unturned == {}
@@ -44,7 +44,7 @@ def test_texts_as_rows_are_asked_with_images(
     assert "i→t R@100" in printed
 
 
-def test_rows_turned_round_are_the_texts_and_the_questions_no_rows(spaces: tuple[Path, Path]) -> None:
+def test_reversed_rows_are_the_texts_and_the_queries_are_not_rows(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
     drawn = sample_queries(images, [texts], max_rows=3000, max_queries=100, seed=0)
     assert drawn.turned == {}
@@ -54,7 +54,7 @@ def test_rows_turned_round_are_the_texts_and_the_questions_no_rows(spaces: tuple
     assert (swapped.held_out @ swapped.rows.vectors.T).max() < 1 - 1e-4
 
 
-def test_too_few_texts_are_not_turned_round(spaces: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_texts_are_not_measured_reversed(spaces: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
     plan = autotune(images, texts, TuningTarget(recall=0.9), kinds=["flat"], max_queries=40)
     assert plan.unturned == {"image→text": "400 texts are too few, 1,000 are needed"}
@@ -63,7 +63,7 @@ def test_too_few_texts_are_not_turned_round(spaces: tuple[Path, Path], capsys: p
     assert "Not measured: image→text: 400 texts are too few" in capsys.readouterr().out
 
 
-def test_an_index_of_texts_is_asked_with_images(spaces: tuple[Path, Path]) -> None:
+def test_an_index_of_texts_is_queried_with_images(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
     asked = autotune(texts, None, TuningTarget(recall=0.9), images=images, kinds=["flat", "sq8"], max_queries=40)
     assert asked.judged_by == {"image→text": 40, "text→text": 40}
@@ -76,7 +76,7 @@ def test_an_index_of_texts_is_asked_with_images(spaces: tuple[Path, Path]) -> No
     assert (held_out.direction, held_out.is_optimistic, held_out.unturned) == ("other image→image", True, {})
 
 
-def test_questions_of_the_wrong_modality_are_refused(spaces: tuple[Path, Path]) -> None:
+def test_queries_of_the_wrong_modality_are_refused(spaces: tuple[Path, Path]) -> None:
     images, texts = (Embeddings.open(folder) for folder in spaces)
     with pytest.raises(UsageError, match="holds image embeddings; text ones are needed here"):
         autotune(images, images, TuningTarget())

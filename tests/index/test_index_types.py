@@ -79,7 +79,7 @@ def test_lists_are_four_root_n_of_at_least_39_rows(kind: str, rows: int, nlist: 
         ("hnsw", 50, TuningParams(nlist=8), "type hnsw has no nlist: it has links"),
     ],
 )
-def test_wishes_that_do_not_fit_are_refused(kind: str, rows: int, tuning: TuningParams, message: str) -> None:
+def test_parameters_out_of_range_are_refused(kind: str, rows: int, tuning: TuningParams, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         INDEX_TYPES[kind](RandomRows(rows), tuning)
 

@@ -62,7 +62,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"memory_bytes": -1}, "memory = -1"),
     ],
 )
-def test_promises_that_cannot_be_are_refused(wish: dict[str, float], message: str) -> None:
+def test_targets_out_of_range_are_refused(wish: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TuningTarget(**wish)  # pyright: ignore[reportArgumentType]
 
@@ -140,7 +140,7 @@ def test_effort_is_carried_on_by_the_power_it_shows(
 
 
 @given(st.integers(1, 2000), st.integers(1, 2000))
-def test_a_settled_effort_is_within_a_fiftieth_of_the_least(start: int, least: int) -> None:
+def test_a_minimized_effort_is_within_a_fiftieth_of_the_least(start: int, least: int) -> None:
     found = minimize_params(
         SearchParams(effort=start, rerank=0),
         lambda search_params: (search_params.effort or 0) >= least,
@@ -165,7 +165,7 @@ def test_more_re_ranking_needs_no_more_effort_than_before() -> None:
     assert found == SearchParams(effort=20, rerank=2)
 
 
-def test_a_rung_asks_for_its_share_of_lists_and_never_probes_more() -> None:
+def test_a_candidate_configuration_gets_its_share_of_lists_and_never_probes_more() -> None:
     candidate = CandidateConfig(kind="ivf", nlist_per_sqrt_rows=2)
     assert candidate.tuning_params(10_000, seed=0).nlist == 200
     assert candidate.tuning_params(400, seed=0).nlist == 10
@@ -177,7 +177,7 @@ def test_a_rung_asks_for_its_share_of_lists_and_never_probes_more() -> None:
     )
 
 
-def test_the_quickest_is_picked_and_among_as_quick_the_smallest() -> None:
+def test_the_fastest_is_taken_and_among_as_fast_the_smallest() -> None:
     slow, quick, small = trial(p50=2), trial("hnsw", p50=1, memory=300), trial("ivfpq", p50=1.05, memory=50)
     assert select_trial([slow, quick, small], TuningTarget(), left_out={}) is small
     assert select_trial([slow, quick], TuningTarget(), left_out={}) is quick
@@ -194,7 +194,7 @@ def test_what_a_trial_misses_is_named() -> None:
     assert unmet_targets(trial(), TuningTarget(recall=0.99, latency_ms=2, memory_bytes=100)) == ()
 
 
-def test_a_promise_nobody_keeps_names_the_nearest() -> None:
+def test_a_target_that_no_trial_meets_names_the_closest() -> None:
     target = TuningTarget(recall=0.95, latency_ms=1)
     trials = [trial(p50=5), trial("hnsw", p50=0.6)]
     trials = [replace(one, misses=unmet_targets(one, target)) for one in trials]

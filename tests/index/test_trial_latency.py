@@ -1,4 +1,4 @@
-"""How quick kinds are expected to be, and the race of those that may win."""
+"""Expected latency of all rows, and the head-to-head timing of the contenders."""
 
 from dataclasses import replace
 
@@ -27,14 +27,14 @@ def test_latency_is_carried_on_along_a_line_that_neither_falls_nor_outgrows_the_
     assert latency_growth(here, fewer, work) == pytest.approx(expected)
 
 
-def test_only_what_keeps_the_promise_near_the_quickest_is_timed_again() -> None:
+def test_only_what_meets_the_target_near_the_fastest_is_timed_again() -> None:
     missing = replace(trial(p50=0.5), misses=("recall 0.95",))
     assert contenders([trial(p50=1.4), missing, trial(p50=1), trial(p50=1.6)]) == {0, 2}
     assert contenders([missing]) == set()
 
 
 class Runner:
-    """Stands for a pace; its nth turn takes so many milliseconds as the pattern says, twice as long for all rows."""
+    """Fake: its nth turn takes as many milliseconds as the pattern says, and twice that for all rows."""
 
     def __init__(self, name: str, pattern: list[float], turns: list[str]) -> None:
         self.name, self.pattern, self.turns = name, pattern, turns
@@ -47,7 +47,7 @@ class Runner:
         return latency, latency.scaled(2)
 
 
-def test_a_race_takes_turns_and_tells_the_medians() -> None:
+def test_head_to_head_timing_takes_turns_and_gives_the_medians() -> None:
     turns: list[str] = []
     paces = {0: Runner("a", [1.0, 1.0, 1.0, 9.0, 1.0], turns), 3: Runner("b", [4.0, 5.0], turns)}
     found = time_head_to_head(paces, vectors(4, 0), 10)
