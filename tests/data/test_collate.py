@@ -62,7 +62,7 @@ def test_an_unusable_sample_is_named_and_the_next_usable_one_stands_in(damaged):
 def test_too_many_unusable_in_a_row_end_the_run_with_the_last_one_named(tmp_path):
     sample_index = write_tar(tmp_path / "0.tar", ["no image"] * 5)
     plan = plan_of(5, batch_size=1)
-    with pytest.raises(VlmError, match=r"3 samples in a row.*no picture.*max-bad-in-a-row"):
+    with pytest.raises(VlmError, match=r"3 samples in a row.*no image.*max-bad-in-a-row"):
         collate(plan, max_bad_in_a_row=3)(plan[0], ShardSet([sample_index]))
 
 
