@@ -66,7 +66,7 @@ class AutotunedBuild:
         if self.verification.breaks:
             raise VlmError(
                 f"{self.summary.folder} is complete but misses its target: {' and '.join(self.verification.breaks)}. "
-                "The sample was not representative: remove the folder and build with more --plan-rows, or lower the "
+                "The sample was not representative: remove the folder and build with more --tune-rows, or lower the "
                 "target."
             )
 

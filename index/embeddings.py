@@ -563,7 +563,7 @@ class Embeddings:
             UsageError: the folder was embedded without.
         """
         if code not in self.manifest.details.get("codes", ()):
-            raise UsageError(f"{self.folder} has no {code} codes; embed again with --codes {code}.")
+            raise UsageError(f"{self.folder} has no {code} codes; embed again with --quantize {code}.")
         for part in self.parts:
             yield open_quantized(self.folder, part, code)
 

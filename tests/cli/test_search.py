@@ -136,7 +136,7 @@ def test_questions_that_are_not_utf_8_are_refused(
     [
         ('{"items": ["nope"]}', "no item 'nope'"),
         ('{"items": ["u1"], "where": "m = 1"}', "No row has the field 'm'"),
-        ('{"items": ["u1"], "where": "n >"}', "place 4"),
+        ('{"items": ["u1"], "where": "n >"}', "column 4"),
         ('{"items": ["u1"], "after": "x"}', "'x' is not a cursor"),
         ('{"items": [], "vectors": [[1, 2, 3]]}', "3 numbers; the rows of this index have 2"),
         ('{"items": [], "vectors": [[0, 0]]}', "has length 0.0"),
@@ -165,7 +165,7 @@ def test_the_row_of_a_vector_that_cannot_be_asked_is_named(search: Search, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--like", "u0", "--where", "n >"), "place 4"),
+        (("--like", "u0", "--where", "n >"), "column 4"),
         (("--like", "u0", "--where", "m = 1"), "known: caption, key, language, n"),
         (("--like", "nobody"), "no item 'nobody'"),
         (("--like", "u0", "--after", "x"), "'x' is not a cursor"),

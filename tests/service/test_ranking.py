@@ -26,7 +26,7 @@ def test_a_wrong_filter_is_refused_before_the_model_is_loaded(open_service: Open
         raise AssertionError("the model was loaded")
 
     service.load = refuse
-    for where, message in {"n >": "place 4", "m = 1": "'m'", "n = 'x'": "holds numbers"}.items():
+    for where, message in {"n >": "column 4", "m = 1": "'m'", "n = 'x'": "holds numbers"}.items():
         with pytest.raises(UsageError, match=message):
             service.search(Query(texts=("0",), where=where))
 

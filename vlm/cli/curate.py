@@ -90,7 +90,10 @@ class Curate:
         from vlm.pages import Provenance
 
         filters = [parse_filter(text, FILTERS) for text in self.filter]
-        intersect, subtract, plus = (list(map(read_selection, paths)) for paths in (self.and_, self.minus, self.plus))
+        # read before the long scan, which a selection that cannot be read would waste
+        intersect = list(map(read_selection, self.and_))
+        subtract = list(map(read_selection, self.minus))
+        plus = list(map(read_selection, self.plus))
         result = curate(
             expand_shards(self.shards),
             filters,

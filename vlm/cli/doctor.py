@@ -93,6 +93,7 @@ class Doctor:
 
         default_size = model.view.size if model else _DEFAULT_SIZE
         size = default_size if self.size is None else self.size
+        # a model of fixed positions sees one size only
         if model and size != model.view.size:
             raise UsageError(f"{self.model} has an image size of {model.view.size} px; omit --size {size}.")
         return ProfileSetup(

@@ -85,6 +85,7 @@ class Embed:
             return
         if rank.world_size > 1:
             raise UsageError(f"A launcher has started {rank.world_size} processes already; omit --processes.")
+        # one named GPU would hold a model of each process
         if self.device not in ("auto", "cpu"):
             raise UsageError(f"--device {self.device}: each of several processes uses a GPU of its own; omit --device.")
         run_in_processes(embed_share, self, self.processes)
@@ -115,6 +116,7 @@ def embed_share(arguments: Embed) -> None:
     device = _device_of_rank(arguments.device, rank)
     model = load_model(arguments.model, device=device, precision=arguments.precision)
     summaries = list(embed_into(model, shards, folders, options).values())
+    # a process that is done early cannot tell what is left from what others are still writing
     missing_parts = max(summary.missing_parts for summary in summaries)
     if rank.world_size > 1 and missing_parts:
         rows = sum(summary.new_rows for summary in summaries)

@@ -75,6 +75,7 @@ class Eval:
         model = load_model(self.model, device=self.device, precision=self.precision)
         evaluation = self._evaluate(model)
         values = asdict(evaluation)
+        # the page before the tables, so that a closed pipe (vlm eval … | head) does not lose it
         if self.out:
             from vlm.evaluation.eval_report import EvalData, write_report
             from vlm.files import write_text

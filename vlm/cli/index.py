@@ -297,6 +297,7 @@ class AddRows:
         """Add, then show the counts."""
         from vlm.index.writer import IndexWriter, InsertBatch
 
+        # read before the index is locked: a faulty folder keeps no other writer waiting
         batch = InsertBatch.from_folder(self.embeddings)
         with IndexWriter(self.index) as writer:
             info = writer.add(batch)
@@ -321,6 +322,7 @@ class UpdateRows:
         from vlm.index.filters import parse_filter
         from vlm.index.writer import IndexWriter, InsertBatch
 
+        # parsed before the index is locked, as the batch is read
         condition = parse_filter(self.where) if self.where else None
         batch = InsertBatch.from_folder(self.embeddings)
         with IndexWriter(self.index) as writer:
@@ -352,6 +354,7 @@ class DeleteRows:
         from vlm.index.writer import IndexWriter
 
         uids = [*self.uid, *(_read_uids(self.uids) if self.uids else ())]
+        # both would leave open whether their union or their intersection is meant
         if bool(uids) == bool(self.where):
             raise UsageError("Name the rows to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
         condition = parse_filter(self.where) if self.where else None
@@ -456,6 +459,7 @@ class FitHead:
         recall = measure_head(held_out, fitted.head, seed=self.seed)
         metrics = {name: retrieval.metrics() for name, retrieval in recall.items()}
         evidence = asdict(fitted.choice) | {"recall": metrics}
+        # the keys of heads saved before --max-images had that name
         configuration = {"held_out": self.held_out, "pictures": self.max_images, "seed": self.seed}
         save_projection(self.head, fitted.head, configuration=configuration, details={"evidence": evidence})
         if self.json:

@@ -22,7 +22,9 @@ def run_in_processes(work: Callable[[Argument], None], argument: Argument, numbe
     Raises:
         VlmError: one failed.
     """
+    # a spawned process starts without the handlers of this one
     level = logging.getLogger("vlm").getEffectiveLevel()
+    # not forked: CUDA and FAISS threads do not survive a fork
     spawn = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
         spawn.Process(target=_run_one, args=(work, argument, rank, number, level)) for rank in range(number)

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 usage error."""
     words = list(sys.argv[1:] if argv is None else argv)
     _replace_unprintable()
+    # other packages warn of what is none of the user's business; ours logs to its own handler
     logging.getLogger().setLevel(logging.ERROR)
     level = logging.INFO
     while words and words[0] in LOG_LEVELS:
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return print_error("interrupted; finished work is kept. Rerun the same command to resume.", 1)
     except BrokenPipeError:
+        # the reader has closed (vlm … | head): what is still buffered must not raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -183,6 +185,7 @@ def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         UsageError: there is no such verb; the nearest is named.
     """
+    # two words first, since `runs` is a verb as well as the family of `runs compare`
     for length in (2, 1):
         verb = " ".join(words[:length])
         verb = VERB_ALIASES.get(verb, verb)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal, Protocol
 
 import tyro
 
+# Modules of verbs import torch, FAISS and the package's layers inside `run`: --help and mistakes answer at once.
+
 
 class Verb(Protocol):
     """A frozen dataclass: its fields are the options, its docstring is the help."""
@@ -14,6 +16,7 @@ class Verb(Protocol):
         ...
 
 
+# types rather than a base class, so that each verb lists its options in its own order
 ModelArgument = Annotated[
     str,
     tyro.conf.Positional,

@@ -54,6 +54,7 @@ class Quickstart:
         write_text(self.out / CLASSES_FILE, "\n".join(shape_colour_classes()) + "\n")
         seconds: dict[str, float] = {}
         for step in plan_steps(self.out, num_train=self.scenes, num_steps=self.steps):
+            # so an interrupted quickstart resumes at the step it was in
             if step.is_done:
                 logger.info(f"✓ {step.title}: already in {step.output}")
                 continue

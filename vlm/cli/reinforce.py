@@ -124,6 +124,7 @@ class Reinforce:
         return Teachers(models=tuple(teachers), names=self.teacher, text_model=text_model, text_name=self.text_model)
 
     def _train_flags(self) -> str:
+        # without a teacher only --text-model has stored something
         if not self.teacher:
             return "--arrays text_embedding"
         low, high = self.crop_scale

@@ -186,6 +186,7 @@ def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") 
 def collect_figures(records: "Sequence[RunRecord]") -> dict[str, list[float | None]]:
     """The metrics of each run by name; metrics that no run has are omitted."""
     figures = {name: [record.last(name) for record in records] for name in LAST}
+    # medians, since single steps wait for evaluations and checkpoints
     figures |= {f"{name}, usual": [record.typical(name) for record in records] for name in TYPICAL}
     for record in records:
         for name in record.figures:

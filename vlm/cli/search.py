@@ -116,8 +116,10 @@ class Search:
             return
         if self.texts or self.html:
             raise UsageError("--queries has its own texts and results as JSON lines; omit TEXT and --html.")
+        # the whole file is checked before the first query is answered
         queries = iter(_read_queries_file(self.queries, query).items())
         service = self._open()
+        # in batches, so that results appear before the last query of a long file is embedded
         while named := dict(islice(queries, _QUERIES_AT_ONCE)):
             for result in service.search_many(list(named.values()), names=list(named)):
                 print(json_text(result.to_json()), flush=True)

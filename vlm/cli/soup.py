@@ -83,6 +83,7 @@ class MakeSoup:
             if ingredient.share:
                 inputs[f"model {ingredient.model}"] = ingredient.fingerprint
         summary = self._summarize(soup)
+        # the summary first, so that the manifest, written last, lists it
         with atomic_folder(self.out) as folder:
             write_text(folder / SOUP_FILE, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
             save_model_folder(folder, soup.model, inputs=inputs)

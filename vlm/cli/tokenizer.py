@@ -61,6 +61,7 @@ def train_tokenizer(shards: str, out: Path, *, vocabulary: int, languages: tuple
     model = train_sentencepiece(captions, vocab_size=vocabulary)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, model)
+    # lengths tell which --context-length captions need; a sample of them is enough
     tokens = SentencePieceTokenizer(model, _MAX_TOKENS).encode(captions[:_MEASURED_CAPTIONS])
     lengths = [int((row != 0).sum()) for row in tokens]
     return {

@@ -53,6 +53,7 @@ class Train:
         from vlm.train.run import train
 
         summary = train(self.config, resume=self.resume, allow=self.allow)
+        # under torchrun every process runs this verb; one of them reports
         if not PartialState().is_main_process:
             return
         if self.json:

@@ -122,6 +122,7 @@ class Query:
         """
         images = [zlib.crc32(image) if isinstance(image, bytes) else str(image) for image in self.images]
         vectors = [str(vector) if isinstance(vector, Path) else list(vector) for vector in self.vectors]
+        # top and after differ from page to page of one query
         values = self.to_json() | {"images": images, "vectors": vectors, "reranker": reranker, "top": 0, "after": ""}
         return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 

@@ -186,6 +186,7 @@ class SearchService:
 
         Raises: as of `search`.
         """
+        # all queries see one snapshot, whatever a writer commits meanwhile
         self.index.refresh()
         snapshot = self.index.snapshot
         named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
