@@ -106,7 +106,7 @@ def test_sigusr1_saves_and_goes_on(uninterrupted, scene_shards, scene_tokenizer,
     run = tmp_path / "run"
     code, talk = signalled(command(scene_shards, scene_tokenizer, run, 1), run, signal.SIGUSR1)
     assert code == 0
-    assert "SIGUSR1: saving after this step, and going on" in talk
+    assert "SIGUSR1: saving after this step; training continues" in talk
     kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
     assert kept[0] == 0
     assert 3 <= kept[1] < kept[2] == STEPS
