@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""vlm embed beside clip-retrieval's inference and beside the bare model: pictures and texts of the same shards.
+"""vlm embed compared with clip-retrieval's inference and with the bare model: images and texts of the same shards.
 
     benchmarks/run embedding [--shards flickr8k] [--pairs 3000] [--json]
 
-Same weights, batches, readers and threads on all sides, each run in a process of its own, runs in turn; the vectors
-of both tools are compared. The bare model sees one batch again and again, with nothing read. In a minute:
+All sides use the same weights, batches, readers and threads; each run has its own process, and runs alternate. The
+vectors of both tools are compared. The bare model sees one batch repeatedly and reads nothing. In a minute:
 --pairs 256 --repeats 1 --batch-size 64 --bare-seconds 2 --width 64 --layers 1.
 """
 
@@ -44,52 +44,52 @@ from parts.open_clip_environment import shards_of
 OURS = "vlm embed"
 SIDES: dict[str, Callable[[Setting], dict[str, float]]] = {"clip-retrieval": run_clip_retrieval, OURS: run_ours}
 Rates = dict[str, dict[str, float]]
-"""Pairs a second by name and kind."""
+"""Pairs per second by name and kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the embedding benchmark."""
+    """Options of the embedding benchmark."""
 
     shards: str = "flickr8k"
     """flickr8k or clothing of ../shared/datasets, or any shards of JPEGs with captions."""
 
     pairs: int = 3000
-    """Pictures with one caption each; the shards are gone through as often as it takes."""
+    """Number of images with one caption each; the shards are repeated as often as necessary."""
 
     tars: int = 6
-    """Shards they are written to."""
+    """Number of shards they are written to."""
 
     width: int = 192
-    """Of both towers of the model."""
+    """Width of both towers."""
 
     layers: int = 4
-    """Of each tower."""
+    """Number of layers of each tower."""
 
     batch_size: int = 256
-    """Pairs at once."""
+    """Batch size in pairs."""
 
     workers: int = 1
-    """Processes that read, on both sides."""
+    """Reader processes, on both sides."""
 
     threads: int = os.cpu_count() or 1
-    """Of the model, on all sides."""
+    """Threads of the model, on all sides."""
 
     repeats: int = 3
-    """Runs of each side, taken in turn."""
+    """Runs per side; the sides alternate."""
 
     bare_seconds: float = 10.0
-    """How long the bare model is measured each time."""
+    """Seconds for which the bare model is measured each time."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Where clip-retrieval's environment (bench-clip-retrieval) is kept."""
+    """Folder of clip-retrieval's environment (bench-clip-retrieval)."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     with tempfile.TemporaryDirectory() as name:
         result = _measure(arguments, Path(name)) | {
             "command": shlex.join(["benchmarks/run", "embedding", *sys.argv[1:]])
@@ -135,12 +135,12 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
 
 
 def _bounds(alone: dict[str, float], cores: int) -> Rates:
-    """What the parts allow; the last is that of a model and readers that share the cores and never wait."""
+    """Upper bounds from the parts; the last is for a model and readers that share the cores and never wait."""
     shared = 1 / (1 / alone["cut"] + 1 / (alone["reading"] * cores))
     return {
         "bare model": {WORK: alone["whole"]},
-        "bare model, texts cut": {WORK: alone["cut"]},
-        "bare model, texts cut, and reading on its cores": {WORK: shared},
+        "bare model, texts trimmed": {WORK: alone["cut"]},
+        "bare model, texts trimmed, and reading on its cores": {WORK: shared},
         "one reader": {WORK: alone["reading"]},
     }
 
@@ -150,7 +150,7 @@ def _medians(rates: list[Rates]) -> Rates:
 
 
 def _ratios(rates: list[Rates]) -> Rates:
-    """Ours to each other, by the median of the ratios of neighbours in time."""
+    """Our rate relative to each other side: the median of the ratios of neighbours in time."""
     others = [name for name in rates[0] if name not in (OURS, "one reader")]
     return {
         name: {kind: median(one[OURS][kind] / one[name][kind] for one in rates) for kind in rates[0][name]}

@@ -3,10 +3,10 @@
 
     benchmarks/run gpu_training [--shards ADDRESS] [--batch 1024] [--global-batch 65536] [--json]
 
-For each model samples/s, share of the peak (MFU) and of the time waited for data: alone, on one batch in memory, and
-fed by the loader. For the last one also the largest undivided batch, the gradient in parts beside that of the whole,
-and steps of a very large global batch in parts. Each part has a time limit, and what it gave until then is shown.
-Without --shards, pictures are drawn. --tiny tries all of it on a CPU in two minutes; its figures mean nothing.
+Reports samples/s, MFU and data wait for each model: alone, on one batch in memory, and fed by the loader. For the last
+model also the largest undivided batch, the gradient in micro-batches compared with that of the whole batch, and steps
+of a very large global batch in micro-batches. Each part has a time limit; results up to then are reported. Without
+--shards, synthetic shapes are drawn. --tiny tries everything on a CPU in two minutes; its figures are meaningless.
 """
 
 import os
@@ -32,52 +32,52 @@ from parts.time_limit import Outcome, Part, run_limited
 
 GOALS = {"alone": 0.45, "fed": 0.40}
 LIMITS_S = {"device": 10.0, "speed": 100.0, "exact": 140.0, "equality": 25.0, "largest": 45.0}
-"""Time of each part; with two models and the drawing they stay under eight minutes."""
+"""Time limit of each part; with two models and the drawing of images the total stays under eight minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the GPU benchmark."""
+    """Options of the GPU benchmark."""
 
     models: tuple[str, ...] = ("ViT-B-32", "ViT-B-16")
     """Architectures; the last is also measured for its largest batch and the large global batch."""
 
     shards: str = ""
-    """Shards to train on; empty draws scenes."""
+    """Shards to train on; empty draws synthetic shapes."""
 
     scenes: int = 2048
-    """Scenes drawn, and seen again and again."""
+    """Number of images drawn; they are reused in every epoch."""
 
     scene_pixels: int = 256
-    """Their side."""
+    """Their size in pixels."""
 
     batch: int = 1024
-    """Samples that go through the network at once."""
+    """Micro-batch size."""
 
     global_batch: int = 65_536
-    """The large batch, in parts of that size."""
+    """Size of the large global batch, in micro-batches of --batch."""
 
     workers: int = 0
-    """Loader processes; 0 takes all cores but two."""
+    """Loader processes; 0 uses all cores but two."""
 
     decode_on_device: bool = False
     """Decode JPEGs on the GPU instead of in the workers."""
 
     seconds: float = 12.0
-    """Timed steps of each figure, in seconds."""
+    """Seconds of timed steps per figure."""
 
     objective: str = "clip"
-    """What is minimised."""
+    """Objective."""
 
     tiny: bool = False
-    """Try the script on a small network, on any device, without compiling."""
+    """Run the script on a small network, on any device, without compiling."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print.
+    """Run the measurements and print the results.
 
     Raises:
         UsageError: there is no GPU.
@@ -87,9 +87,9 @@ def run(arguments: Arguments) -> None:
 
     device = run_limited(gpu_measurements.device_name, limit_s=LIMITS_S["device"])
     if not arguments.tiny and not device.rows:
-        raise UsageError("There is no GPU that torch can use; --tiny tries the script on a CPU.")
+        raise UsageError("torch finds no GPU; --tiny runs the script on a CPU.")
     if arguments.global_batch % arguments.batch:
-        raise UsageError(f"--global-batch {arguments.global_batch} is no multiple of --batch {arguments.batch}.")
+        raise UsageError(f"--global-batch {arguments.global_batch} is not a multiple of --batch {arguments.batch}.")
     with tempfile.TemporaryDirectory() as folder:
         shards = arguments.shards or draw_scenes(arguments, Path(folder) / "scenes")
         settings = settings_of(arguments, shards)
@@ -111,7 +111,7 @@ def run(arguments: Arguments) -> None:
 
 
 def planned(models: tuple[str, ...], parts: Any) -> Iterator[tuple[str, Part, float]]:
-    """The parts in order: name, generator of figures, time limit."""
+    """The parts in order: name, generator of results, time limit."""
     for model in models:
         yield f"{model}: speed", parts.speed, LIMITS_S["speed"]
     last = models[-1]
@@ -122,7 +122,7 @@ def planned(models: tuple[str, ...], parts: Any) -> Iterator[tuple[str, Part, fl
 
 
 def settings_of(arguments: Arguments, shards: str) -> Any:
-    """What all parts share; small ones with --tiny."""
+    """Settings shared by all parts; small ones with --tiny."""
     from parts.gpu_measurements import Settings
 
     is_tiny = arguments.tiny
@@ -142,13 +142,13 @@ def settings_of(arguments: Arguments, shards: str) -> Any:
 
 
 def draw_scenes(arguments: Arguments, folder: Path) -> str:
-    """Drawn scenes packed into shards."""
+    """Synthetic shapes packed into shards."""
     from vlm.data.pack import PackConfig, pack
     from vlm.data.sources.source import SceneOptions, SourceOptions
     from vlm.data.sources.source_registry import open_source
 
     number, pixels = (64, 64) if arguments.tiny else (arguments.scenes, arguments.scene_pixels)
-    say(f"Drawing {number:,} scenes of {pixels} × {pixels} pixels …")
+    say(f"Drawing {number:,} synthetic shapes of {pixels} × {pixels} pixels …")
     options = SourceOptions(scenes=SceneOptions(number=number, pixels=pixels))
     pack(open_source("scenes", options), folder, PackConfig(samples_per_shard=max(1, number // 32), verify=False))
     return str(folder)
@@ -177,7 +177,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _last_of_each(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """A search gives a row for each find; the last one counts."""
+    """A search yields a row per batch that fits; the last one counts."""
     return list({(name, row["what"]): (name, row) for name, row in rows}.values())
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""An index on a GPU beside the same on the CPU: learning lists, adding rows, answering; or why FAISS cannot here.
+"""An index on a GPU compared with the CPU: training lists, adding rows, searching; or why FAISS cannot use a GPU.
 
     benchmarks/run index_gpu [--rows 1000000 --dimension 512 --kinds flat ivf ivfsq ivfpq rabitq] [--json]
 
-Both build from the same drawn vectors with the same wishes and are asked the same texts. Of kinds a GPU cannot search
-only the building is compared. Takes about five minutes with a GPU; --threads 0 gives the CPU all its cores.
+Both sides build from the same synthetic vectors with the same parameters and get the same text queries. For index types
+that a GPU cannot search only the build is compared. Takes about five minutes with a GPU; --threads 0 uses all cores.
 """
 
 import shlex
@@ -38,32 +38,32 @@ _TIE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the benchmark of indexes on a GPU."""
+    """Options of the GPU index benchmark."""
 
     rows: int = 1_000_000
-    """Drawn pictures."""
+    """Number of synthetic image vectors."""
 
     dimension: int = 512
-    """Of the drawn vectors."""
+    """Dimension of the synthetic vectors."""
 
     questions: int = 1000
-    """Texts, asked all together and one by one."""
+    """Number of text queries, searched as one batch and one by one."""
 
     kinds: tuple[str, ...] = ("flat", "ivf", "ivfsq", "ivfpq", "rabitq")
-    """Of the index."""
+    """Index types."""
 
     threads: int = 0
-    """Of FAISS on the CPU; 0: all."""
+    """FAISS threads on the CPU; 0 uses all cores."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print.
+    """Run the measurements and print the results.
 
     Raises:
-        UsageError: FAISS has no GPU here.
+        UsageError: FAISS cannot use a GPU.
     """
     copy = find_gpu()
     if copy is None:
@@ -103,13 +103,13 @@ def _measure(
     found = {"train s": f"{trained - began:.2f}", "add s": f"{time.perf_counter() - trained:.2f}"}
     reason = gpu_unsupported_reason(index) if copy else ""
     if reason:
-        return found | dict.fromkeys(("together / s", "one by one / s", "recall@10"), "–") | {"why not": reason}
+        return found | dict.fromkeys(("batched / s", "one by one / s", "recall@10"), "–") | {"why not": reason}
     asked = copy(index) if copy else index
     _, positions = asked.search(texts, _TOP)
     scores = np.einsum("qd,qkd->qk", texts, rows.vectors[np.maximum(positions, 0)])
     recall = float(((scores >= lowest[:, None] - _TIE) & (positions >= 0)).mean())
     return found | {
-        "together / s": round(len(texts) / _seconds(lambda: asked.search(texts, _TOP))),
+        "batched / s": round(len(texts) / _seconds(lambda: asked.search(texts, _TOP))),
         "one by one / s": round(100 / _seconds(lambda: [asked.search(text[None], _TOP) for text in texts[:100]])),
         "recall@10": f"{recall:.4f}",
         "why not": "",
@@ -117,7 +117,7 @@ def _measure(
 
 
 def _seconds(work: Any) -> float:
-    """Of the middle of three times."""
+    """Queries per second by the median of three times."""
     taken = []
     for _ in range(3):
         began = time.perf_counter()

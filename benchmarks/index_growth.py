@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What an index costs as it grows: build, search, filter, add, delete, compact, check, each in a process of its own.
+"""Cost of an index as it grows: build, search, filter, add, delete, compact, check, each in its own process.
 
     benchmarks/run index_growth [--rows 10000 100000 1000000 --dimension 512 --kind ivf] [--keep FOLDER] [--json]
 
-Each step has two threads and 8 GiB: what it allocates is limited by the system (RLIMIT_DATA), and the peak shown is all
-it holds, pages mapped from files too. With --keep a run that was ended goes on after its last whole step.
+Each step has two threads and 8 GiB: the system limits its allocations (RLIMIT_DATA), and the reported peak includes
+memory-mapped file pages. With --keep an interrupted run resumes after its last complete step.
 """
 
 import json
@@ -32,41 +32,41 @@ Steps = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the benchmark of size."""
+    """Options of the index size benchmark."""
 
     rows: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Sizes, rising."""
+    """Numbers of rows, ascending."""
 
     dimension: int = 512
-    """Of the drawn vectors."""
+    """Dimension of the synthetic vectors."""
 
     kind: str = "ivf"
-    """Of the index, the same at every size, so that its cost can be compared."""
+    """Index type, the same at every size so that costs can be compared."""
 
     changed: int = 10_000
-    """Rows added, and rows deleted: half of these from the old, half from the new."""
+    """Number of rows added, and of rows deleted: half of those old, half new."""
 
     questions: int = 300
-    """Texts asked one by one."""
+    """Number of text queries, searched one by one."""
 
     threads: int = 2
-    """Of FAISS and of numpy."""
+    """Threads of FAISS and numpy."""
 
     memory: str = "8GiB"
-    """What a step may allocate."""
+    """Allocation limit of a step."""
 
     keep: Path | None = None
-    """Where rows, indexes and results stay; a run that was ended goes on from there."""
+    """Folder for rows, indexes and results, from which an interrupted run resumes."""
 
     seed: int = 0
-    """Of the drawn vectors."""
+    """Random seed of the synthetic vectors."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.keep or Path(name)
         result = {str(rows): _measure(arguments, rows, folder / f"{arguments.kind}-{rows}") for rows in arguments.rows}
@@ -77,7 +77,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _measure(arguments: Arguments, rows: int, folder: Path) -> Steps:
-    """The steps that are not done yet, and what they all took."""
+    """Run the steps that are missing; returns the results of all."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "steps.json"
     done: Steps = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -111,8 +111,8 @@ def _show(result: dict[str, Steps], arguments: Arguments) -> None:
     measured = {int(rows): steps for rows, steps in result.items()}
     what = f"{arguments.dimension} dimensions, {arguments.kind}, {arguments.threads} threads, {arguments.memory}"
     show_table(*steps_table(measured), title=f"Steps: {what}; files in the page cache")
-    show_table(*growth_table(measured), title="Cost of an item, and the power of the number of rows it grows by")
-    show_table(*searches_table(measured), title="One text question for 10 rows with their catalogue entries")
+    show_table(*growth_table(measured), title="Cost per item, and the power of the number of rows with which it grows")
+    show_table(*searches_table(measured), title="One text query for 10 rows with their catalog entries")
     if len(measured) > 1:
         columns, cells, reckoning = needs_table(measured, dimension=arguments.dimension)
         show_table(columns, cells, title="On paper")

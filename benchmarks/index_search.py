@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The planned index beside bare FAISS with the same parameters and beside autofaiss, in one run, one thread each.
+"""The autotuned index compared with bare FAISS (same parameters) and autofaiss, in one run, one thread each.
 
     benchmarks/run index_search [--rows 200000 --dimension 192] [--images EMBEDDINGS --texts EMBEDDINGS] [--json]
 
-Every side lives in a process of its own and gets the same vectors; all are judged by the same text questions, which no
-plan has seen. Their measurements alternate in short rounds, since such machines change their pace within seconds, and
-medians are shown. Without embeddings, vectors are drawn: clusters of pictures, and texts on the other side of a gap.
+Every side has its own process and gets the same vectors and the same text queries, which no tuner has seen. The sides
+alternate in short rounds, since the speed of shared machines varies within seconds, and medians are reported. Without
+embeddings, vectors are synthetic: clusters of images, and texts across a modality gap.
 """
 
 import shlex
@@ -34,57 +34,57 @@ _MEASURED = ("recall@1", "recall@10", "recall@100", "p50_ms", "p95_ms", "questio
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the index benchmark."""
+    """Options of the index benchmark."""
 
     rows: int = 200_000
-    """Drawn pictures."""
+    """Number of synthetic image vectors."""
 
     dimension: int = 192
-    """Of drawn vectors."""
+    """Dimension of synthetic vectors."""
 
     questions: int = 2000
-    """Text questions: half to plan with, half to judge by."""
+    """Number of text queries: half for tuning, half for evaluation."""
 
     images: Path | None = None
-    """Embeddings of pictures, instead of drawn ones."""
+    """Embeddings folder of images, instead of synthetic vectors."""
 
     texts: Path | None = None
-    """Embeddings of texts, by the same model."""
+    """Embeddings folder of texts, by the same model."""
 
     decay: float = 1.5
-    """Of drawn vectors: the variance of the i-th strongest dimension is as i^-decay.
+    """Decay of synthetic vectors: the variance of the i-th strongest dimension is proportional to i^-decay.
 
-    With 1.5, recall@10 of 0.99 of text questions takes as many lists as with our models on 7,383 fashion photos (13 of
-    86; theirs 7, 10, 13), and more of a graph (efSearch 48; theirs 12, 12, 24). With 0 all dimensions vary alike.
+    With 1.5, recall@10 of 0.99 for text queries takes as many lists as with our models on 7,383 fashion photos (13 of
+    86; theirs 7, 10, 13), and a larger efSearch (48; theirs 12, 12, 24). With 0 all dimensions have equal variance.
     """
 
     recall: float = 0.99
-    """Text-to-image recall@10 that our plan shall promise."""
+    """Target of text-to-image recall@10 for our autotuner."""
 
     plan_rows: int = 50_000
-    """Rows of the sample our plan tries kinds on."""
+    """Rows of the sample on which our autotuner tries configurations."""
 
     autofaiss_memory: str = "16G"
-    """What autofaiss may use for its index; the default is its own."""
+    """Memory that autofaiss may use for its index; defaults to its own setting."""
 
     autofaiss: bool = True
     """Measure autofaiss too."""
 
     rounds: int = 50
-    """Measurements of each side, taken in turn, of a fifth of a second each."""
+    """Rounds per side, a fifth of a second each; the sides alternate."""
 
     seed: int = 0
-    """Of drawn vectors."""
+    """Random seed of synthetic vectors."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Where autofaiss's environment (bench-autofaiss) is kept."""
+    """Folder of autofaiss's environment (bench-autofaiss)."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shape = _write(arguments, folder)
@@ -99,9 +99,9 @@ def run(arguments: Arguments) -> None:
 
 
 def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
-    """Rows, questions and truth for all sides, and the embeddings folders that ours reads."""
+    """Rows, queries and ground truth for all sides, and the embeddings folders that ours reads."""
     if (arguments.images is None) != (arguments.texts is None):
-        raise UsageError("--images and --texts belong together: give both, or none.")
+        raise UsageError("--images and --texts belong together: pass both or neither.")
     if arguments.images and arguments.texts:
         rows = read_vectors(arguments.images)
         planned, asked = halves(arguments.texts, arguments.questions, seed=arguments.seed)
@@ -110,10 +110,10 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
             arguments.rows, arguments.questions, arguments.dimension, seed=arguments.seed, decay=arguments.decay
         )
         planned, asked = texts[::2], texts[1::2]
-    say(f"Writing {len(rows):,} × {rows.shape[1]} and the truth of {len(asked):,} questions …")
+    say(f"Writing {len(rows):,} × {rows.shape[1]} and the ground truth of {len(asked):,} queries …")
     write_vectors(folder / "images", rows, modality="image")
     write_vectors(folder / "texts", planned, modality="text")
-    # all sides get the rows as float16 keeps them
+    # all sides get the rows rounded to float16
     rows = read_vectors(folder / "images")
     np.save(folder / "rows.npy", rows)
     np.save(folder / "questions.npy", asked)
@@ -123,7 +123,7 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
 
 def _compare(arguments: Arguments, folder: Path) -> dict[str, Any]:
     sides = {"ours": Side(sys.executable, "vlm_index.py", threads=1)}
-    say("Ours: planning and building …")
+    say("Ours: autotuning and building …")
     built = {
         "ours": sides["ours"].ask(
             do="build", folder=str(folder), recall=arguments.recall, plan_rows=arguments.plan_rows
@@ -146,7 +146,7 @@ def _compare(arguments: Arguments, folder: Path) -> dict[str, Any]:
 
 
 def _time(arguments: Arguments, folder: Path, sides: dict[str, Side]) -> dict[str, list[list[float]]]:
-    """Of each side and round the seconds of each question; who comes first changes from round to round."""
+    """Seconds per query, by side and round; the first side changes from round to round."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
     names, places = list(sides), dict.fromkeys(sides, 0)
     with progress(total=arguments.rounds, what="measure", unit=" rounds") as shown:
@@ -161,7 +161,7 @@ def _time(arguments: Arguments, folder: Path, sides: dict[str, Side]) -> dict[st
 
 
 def _speed(rounds: list[list[float]]) -> dict[str, float]:
-    """Median and 95th percentile of all questions; questions a second in the median round."""
+    """Median and 95th percentile over all queries; queries per second in the median round."""
     p50, p95 = (float(value) * 1000 for value in np.percentile(np.concatenate(rounds), (50, 95)))
     return {"p50_ms": p50, "p95_ms": p95, "questions_per_s": median(map(_rate, rounds))}
 
@@ -173,7 +173,7 @@ def _rate(seconds: list[float]) -> float:
 def _add_autofaiss(
     arguments: Arguments, folder: Path, sides: dict[str, Side], built: dict[str, dict[str, Any]]
 ) -> None:
-    """autofaiss among the sides; if it cannot be had, or gives nothing, that is said and it is left out."""
+    """Add autofaiss to the sides; if it cannot be installed or fails, the reason is printed and it is left out."""
     try:
         python = own_python(arguments.cache.expanduser() / "bench-autofaiss", AUTOFAISS)
         side = Side(python, "autofaiss_index.py", threads=1)
@@ -189,7 +189,7 @@ def _add_autofaiss(
 
 
 def _ratios(built: dict[str, dict[str, Any]], seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
-    """Ours to each other side: questions a second by the median of rounds, with quartiles, and seconds of the build."""
+    """Ours relative to each other side: queries per second (median of rounds, quartiles) and build seconds."""
     ratios = {}
     for name, found in seconds.items():
         if name == "ours":
@@ -210,7 +210,7 @@ def _show(result: dict[str, Any]) -> None:
     columns = [
         "side",
         "index",
-        "plan s",
+        "autotune s",
         "build s",
         "index MB",
         "peak MB",
@@ -222,9 +222,9 @@ def _show(result: dict[str, Any]) -> None:
         "q/s",
     ]
     cells = [_cells(name, built, result["medians"].get(name)) for name, built in result["built"].items()]
-    show_table(columns, cells, title=f"{rows:,} × {dimension}, text questions, one thread")
+    show_table(columns, cells, title=f"{rows:,} × {dimension}, text queries, one thread")
     show_table(
-        ["ours to", "questions a second", "half of the rounds", "build time", "plan and build"],
+        ["ours to", "queries per second", "middle half of the rounds", "build time", "autotune and build"],
         [
             [
                 name,

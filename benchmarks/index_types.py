@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Every kind of index on real embeddings: recall of texts and of pictures, time and bytes, and whether promises hold.
+"""Every index type on real embeddings: text and image recall, time and bytes, and whether recall targets hold.
 
-    benchmarks/run index_types [--data flickr8k] [--model RUN] [--copies 8 --moved 130000] [--json]
+    benchmarks/run index_types [--data flickr8k] [--model RUN] [--copies 8 --rows 200000] [--json]
 
-A model trained by its preset embeds the pictures of a data set, jittered copies of them, and drawn scenes; it is asked
-with the captions of the held-out pictures, which it never saw in training. One half of these tunes every kind for a
-recall, the other half measures it. All that takes long is kept and done once.
+A model trained by its preset embeds the images of a data set, augmented copies of them, and synthetic shapes. The
+queries are the captions of the held-out images, which it never saw in training: one half tunes every index type for a
+recall, the other half measures it. Slow results are cached and computed once.
 """
 
 import shlex
@@ -37,50 +37,50 @@ Trials = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the benchmark of kinds."""
+    """Options of the index type benchmark."""
 
     data: Literal["flickr8k", "fashion"] = "flickr8k"
-    """Pictures and captions."""
+    """Data set of images and captions."""
 
     model: str = ""
-    """A model trained on them; otherwise one is trained by the preset of that name and kept."""
+    """MODEL trained on it; empty trains one by the preset of that name and keeps it."""
 
     copies: int = 8
-    """Jittered views of each picture, embedded by the model."""
+    """Augmented views per image, embedded by the model."""
 
     scenes: int = 8000
-    """Drawn scenes among the rows."""
+    """Number of synthetic shapes images among the rows."""
 
     rows: int = 200_000
-    """Rows in all: what is missing is added by moving pictures in the space as jitter moved others."""
+    """Total rows; the remainder are image embeddings shifted the way augmentation shifted others."""
 
     questions: int = 1000
-    """Texts in each half, and pictures held out to ask with."""
+    """Texts in each half, and images held out as queries."""
 
     promises: tuple[float, ...] = (0.9, 0.95, 0.99)
-    """Of text-to-image recall@10."""
+    """Targets of text-to-image recall@10."""
 
     shown: float = 0.95
-    """The promise at which the table of kinds shows them."""
+    """Target for which the table of index types shows the results."""
 
     sample: int = 50_000
-    """Rows the planner tries kinds on, to be extrapolated to all of them."""
+    """Rows on which the autotuner tries configurations before extrapolating to all rows."""
 
     figure: Path | None = None
-    """Where a picture of recall and time goes (PNG)."""
+    """PNG file for a plot of recall against latency."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Where shards, model (bench-quality) and embeddings (bench-kinds) are kept."""
+    """Folder of the shards, the model (bench-quality) and the embeddings (bench-kinds)."""
 
     seed: int = 0
-    """Of halves, training samples and k-means."""
+    """Random seed of halves, training samples and k-means."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Embed what is not there yet, measure, print."""
+    """Embed what is missing, run the measurements, print the results."""
     cache = arguments.cache.expanduser()
     data = prepare(arguments.data, cache / "bench-quality", shards=0)
     folder = cache / "bench-kinds" / arguments.data
@@ -101,7 +101,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _trained(data: DataSet, folder: Path) -> str:
-    """The run of the preset, trained on if it is not whole."""
+    """The run of the preset; resumed if it is unfinished."""
     out = folder / "run"
     if not is_complete(out):
         say(f"Training {data.name} by its preset …")
@@ -112,7 +112,7 @@ def _trained(data: DataSet, folder: Path) -> str:
 
 
 def _embedded(arguments: Arguments, data: DataSet, spec: str, folder: Path) -> tuple[Path, Path, Path]:
-    """Folders of the rows and of both halves of the texts."""
+    """Embeddings folders of the rows and of both halves of the texts."""
     model, shards, scenes = load_model(spec), expand_shards(f"{data.train}::{data.val}"), folder / "scenes"
     if not (scenes / "manifest.json").is_file():
         _vlm("pack", "scenes", str(scenes), "--scenes.number", str(arguments.scenes))
@@ -120,11 +120,9 @@ def _embedded(arguments: Arguments, data: DataSet, spec: str, folder: Path) -> t
     image_rows = sum(count_samples(shards))
     moved = arguments.rows - image_rows * (arguments.copies + 1) - arguments.scenes
     if moved < 0:
-        raise UsageError(
-            f"{image_rows:,} pictures with {arguments.copies} copies are more than {arguments.rows:,} rows."
-        )
+        raise UsageError(f"{image_rows:,} images with {arguments.copies} copies are more than {arguments.rows:,} rows.")
     name = f"{model.fingerprint}-{arguments.copies}-{arguments.rows}"
-    say(f"Embedding {image_rows:,} pictures {arguments.copies + 1} times and {arguments.scenes:,} scenes …")
+    say(f"Embedding {image_rows:,} images {arguments.copies + 1} times and {arguments.scenes:,} synthetic shapes …")
     images = embed_copies(
         model, shards, drawn, folder / f"images-{name}", spec=spec, copies=arguments.copies, moved=moved
     )
@@ -160,19 +158,20 @@ def _show(arguments: Arguments, material: Material, trials: Trials, plans: Trial
         if trial["promise"] == arguments.shown and "failed" not in trial
     ]
     show_table(columns, cells, title=_title(arguments, material))
-    columns = ["kind", *(f"promise {promise:g}" for promise in arguments.promises)]
+    columns = ["index type", *(f"target {promise:g}" for promise in arguments.promises)]
     kinds = dict.fromkeys(trial["kind"] for trial in trials)
     cells = [[kind, *(_kept(trial) for trial in trials if trial["kind"] == kind)] for kind in kinds]
-    show_table(columns, cells, title=f"t→i recall@{AT} of {len(material.judge[0].vectors):,} texts never seen, p50 ms")
-    columns = ["promise", "chosen", "tuned to", "plan's own estimate (≥, 95%)", "measured (≥, 95%)"]
-    show_table(columns, [_planned(plan) for plan in plans], title=f"The planner on {arguments.sample:,} of all rows")
+    show_table(columns, cells, title=f"t→i recall@{AT} of {len(material.judge[0].vectors):,} unseen texts, p50 ms")
+    columns = ["target", "chosen", "parameters", "autotuner's estimate (≥, 95%)", "measured (≥, 95%)"]
+    show_table(columns, [_planned(plan) for plan in plans], title=f"The autotuner on {arguments.sample:,} of all rows")
     print(f"To repeat: {shlex.join(['benchmarks/run', 'index_types', *sys.argv[1:]])}")
 
 
 def _title(arguments: Arguments, material: Material) -> str:
     return (
-        f"{len(material.rows):,} × {material.rows.dimension}: {arguments.data}, {arguments.copies} jittered views of "
-        f"each picture, {arguments.scenes:,} drawn scenes, the rest moved in the space as jitter moved other pictures; "
+        f"{len(material.rows):,} × {material.rows.dimension}: {arguments.data}, {arguments.copies} augmented views of "
+        f"each image, {arguments.scenes:,} synthetic shapes images, the rest "
+        "shifted in embedding space as augmentation shifted other images; "
         f"tuned for t→i recall@{AT} {arguments.shown:g}; one thread"
     )
 
@@ -181,13 +180,13 @@ def _kept(trial: dict[str, Any]) -> str:
     if "failed" in trial:
         return trial["failed"]
     recall = trial["recall"][TEXTS][AT]
-    return f"{recall:.4f}{'' if recall >= trial['promise'] else ' BROKEN'}, {trial['p50_ms']:.2f} ms"
+    return f"{recall:.4f}{'' if recall >= trial['promise'] else ' MISSED'}, {trial['p50_ms']:.2f} ms"
 
 
 def _planned(plan: dict[str, Any]) -> list[str]:
     if "failed" in plan:
         return [f"{plan['promise']:g}", plan["failed"], "–", "–", "–"]
-    broken = "" if plan["measured"] >= plan["promise"] else " BROKEN"
+    broken = "" if plan["measured"] >= plan["promise"] else " MISSED"
     tuned = ", ".join(f"{name} {value}" for name, value in plan["tuned"].items()) or "–"
     expected = f"{plan['expected']:.4f} (≥ {plan['expected_bound']:.4f})"
     measured = f"{plan['measured']:.4f} (≥ {plan['bound']:.4f}){broken}"
@@ -195,7 +194,7 @@ def _planned(plan: dict[str, Any]) -> list[str]:
 
 
 def _draw(trials: Trials, path: Path) -> None:
-    """Recall of texts never seen against median latency, a line a kind."""
+    """Plot recall on unseen texts against median latency, one line per index type."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -206,7 +205,7 @@ def _draw(trials: Trials, path: Path) -> None:
         own = [trial for trial in trials if trial["kind"] == kind and "failed" not in trial]
         recalls = [trial["recall"][TEXTS][AT] for trial in own]
         axes.plot([trial["p50_ms"] for trial in own], recalls, marker="o", markersize=4, linewidth=1.2, label=kind)
-    axes.set(xscale="log", xlabel="median of one question on one thread, ms", ylabel=f"text→image recall@{AT}")
+    axes.set(xscale="log", xlabel="median latency per query on one thread, ms", ylabel=f"text→image recall@{AT}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="lower right")

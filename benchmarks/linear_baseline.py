@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Retrieval and zero-shot without any encoder: ridge CCA between 20-pixel pictures and bags of words.
+"""Retrieval and zero-shot without a neural encoder: ridge CCA between 20-pixel images and bags of words.
 
-The figure a trained model has to beat. It is measured by the same code on the same split as the models are:
+The baseline that a trained model has to beat, evaluated by the same code on the same split as the models:
 
     benchmarks/run linear_baseline SHARDS/train-*.tar SHARDS/val-*.tar --label articleType
 """
@@ -24,25 +24,25 @@ from vlm.evaluation.zero_shot import ZeroShot, label_of, measure_zero_shot
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the linear baseline."""
+    """Options of the linear baseline."""
 
     train: tyro.conf.Positional[str]
     """Shards to fit on."""
 
     val: tyro.conf.Positional[str]
-    """Shards to measure on."""
+    """Shards to evaluate on."""
 
     label: str = ""
-    """Metadata field to classify by; empty leaves zero-shot out."""
+    """Metadata field to classify by; empty skips zero-shot."""
 
     pixels: int = 20
-    """Side of the pictures."""
+    """Image size in pixels."""
 
     dimensions: int = 256
-    """Canonical directions kept."""
+    """Number of canonical directions."""
 
     ridge: float = 0.05
-    """Added to both covariances, as a share of their mean variance."""
+    """Ridge added to both covariances, relative to their mean variance."""
 
     json: bool = False
     """Print the result as JSON."""
@@ -50,7 +50,7 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Pixels [N, 3·P·P] in [0, 1], captions of each picture, metadata and key of each picture."""
+    """Pixels [N, 3·P·P] in [0, 1], captions of each image, metadata and key of each image."""
 
     pixels: np.ndarray
     captions: list[list[str]]
@@ -60,7 +60,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearModel:
-    """Both sides' means and projections, and the words that make up a text's vector."""
+    """Means and projections of both modalities, and the vocabulary of the bag-of-words vectors."""
 
     words: dict[str, int]
     weights: np.ndarray
@@ -70,7 +70,7 @@ class LinearModel:
     text_projection: np.ndarray
 
     def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Unit vectors [N, D] of pictures."""
+        """Unit vectors [N, D] of images."""
         return unit((pixels - self.image_mean) @ self.image_projection)
 
     def embed_words(self, texts: list[str]) -> np.ndarray:
@@ -79,12 +79,12 @@ class LinearModel:
 
 
 def main(arguments: Arguments) -> None:
-    """Fit, measure, show."""
+    """Fit, evaluate and print the results."""
     train, val = read(arguments.train, arguments.pixels), read(arguments.val, arguments.pixels)
     model = fit(train, arguments.dimensions, arguments.ridge)
     texts = [text for of_image in val.captions for text in of_image]
     evaluation = Evaluation(
-        model=f"CCA of {arguments.pixels}-pixel pictures and bags of words",
+        model=f"CCA of {arguments.pixels}-pixel images and bags of words",
         fingerprint="",
         retrieval=measure_retrieval(model.embed_pixels(val.pixels), model.embed_words(texts), val.captions),
         zero_shot=classify(model, val, arguments.label) if arguments.label else None,
@@ -96,7 +96,7 @@ def main(arguments: Arguments) -> None:
 
 
 def read(url: str, pixels: int) -> Data:
-    """All pictures and captions of the shards."""
+    """Read all images and captions of the shards."""
     images, captions, metadata, keys = [], [], [], []
     for batch in iter_sample_batches(expand_shards(url), EvalTransform(size=pixels), workers=1):
         images.append(batch.images.numpy().reshape(len(batch.decoded), -1) / np.float32(255))
@@ -138,14 +138,14 @@ def whitener(rows: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def classify(model: LinearModel, data: Data, label: str) -> ZeroShot:
-    """Zero-shot among the classes that occur, by their bare names."""
+    """Zero-shot among the classes that occur, from bare class names."""
     labels = [label_of(metadata, label, key) for metadata, key in zip(data.metadata, data.keys, strict=True)]
     names = sorted(set(labels))
     return measure_zero_shot([(model.embed_pixels(data.pixels), labels)], model.embed_words(names), names)
 
 
 def bag_of_words(texts: list[str], words: dict[str, int]) -> np.ndarray:
-    """1 where a text has the word."""
+    """1 for each word that a text contains."""
     bags = np.zeros((len(texts), len(words)), np.float32)
     for row, text in zip(bags, texts, strict=True):
         row[[words[word] for word in split(text) if word in words]] = 1
@@ -158,7 +158,7 @@ def split(text: str) -> list[str]:
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of unit length, float32."""
+    """Rows normalised to unit length, float32."""
     return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The loader's speed beside open_clip's training pipeline and two kinds of bare decoding, in one run.
+"""Loader throughput compared with open_clip's training pipeline and two kinds of bare decoding, in one run.
 
     benchmarks/run loading [--shards clothing flickr8k] [--workers 1 2] [--json]
 
-Every side lives in a process of its own; their runs alternate, and medians and ratios of one session are shown. Also:
-time to the first batch, memory over 20 epochs, and what the plan costs for 10^4 to 10^7 samples.
+Every side has its own process; runs alternate, and medians and ratios of one session are reported. Also: time to the
+first batch, memory over 20 epochs, and the cost of the sampler for 10^4 to 10^7 samples.
 """
 
 import json
@@ -34,44 +34,44 @@ RATIOS = (("ours", "open_clip"), ("ours, float", "open_clip"), ("ours", "bare"),
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the loader benchmark."""
+    """Options of the loader benchmark."""
 
     shards: tuple[str, ...] = ("clothing", "flickr8k")
-    """Data sets: clothing (packed as it is), flickr8k, or any address of shards."""
+    """Data sets: clothing (packed unchanged), flickr8k, or any shards."""
 
     size: int = 224
-    """Side of the views, in pixels."""
+    """Size of the views in pixels."""
 
     batch: int = 64
-    """Images in a batch."""
+    """Batch size in images."""
 
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes; each is measured."""
 
     batches: int = 40
-    """Batches of a run."""
+    """Batches per run."""
 
     skip: int = 4
-    """First batches of a run that are not timed."""
+    """Warm-up batches of a run, not timed."""
 
     repeats: int = 3
-    """Runs of each side, taken in turn."""
+    """Runs per side; the sides alternate."""
 
     epochs: int = 20
-    """Epochs over which memory is followed, on the first data set; 0 leaves it out."""
+    """Epochs over which memory is tracked, on the first data set; 0 skips it."""
 
     plan_samples: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
-    """Sizes of the simulated corpora; none leaves them out."""
+    """Sizes of the simulated corpora; none skips them."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Where open_clip's environment (bench-open-clip) and the packed photos are kept."""
+    """Folder of open_clip's environment (bench-open-clip) and the packed photos."""
 
     json: bool = False
     """Print the results as JSON."""
 
 
 class Side:
-    """A process that measures on request (`parts/measure_server.py`). start_s: until its imports were done."""
+    """A process that measures on request (`parts/measure_server.py`). start_s: seconds until its imports were done."""
 
     def __init__(self, python: Path | str, script: str) -> None:
         began = time.perf_counter()
@@ -88,14 +88,14 @@ class Side:
         self.start_s = time.perf_counter() - began
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Its answer to a request."""
+        """Send a request; returns the response."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
     def _answer(self) -> dict[str, Any]:
@@ -103,12 +103,12 @@ class Side:
         line = self._process.stdout.readline()
         if not line:
             command = shlex.join(map(str, self._process.args))  # pyright: ignore[reportArgumentType]
-            sys.exit(f"A side of the benchmark failed; see why with: echo '{{}}' | {command}")
+            sys.exit(f"A side of the benchmark failed; for the error run: echo '{{}}' | {command}")
         return json.loads(line)
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     cache = arguments.cache.expanduser()
     shards = shards_of(arguments.shards, cache, max(arguments.workers))
     theirs = Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py")
@@ -145,7 +145,7 @@ def _compare(
             answer = asked[side].ask(**request, **how, shards=shards, workers=workers)
             runs[side].append(answer)
     medians = {side: {field: median(run[field] for run in found) for field in found[0]} for side, found in runs.items()}
-    # each run of ours against its neighbours in time, which the noise of a shared machine changes least
+    # each of our runs compared with its neighbours in time, since noise on a shared machine affects those ratios least
     ratios = {
         f"{mine} / {other}": median(
             one["images_per_s"] / two["images_per_s"] for one, two in zip(runs[mine], runs[other], strict=True)
@@ -172,9 +172,9 @@ def _plan(samples: int) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     show_table(
-        ["shards", "workers", *SIDES, "× open_clip", "float × open_clip", "of bare", "of bare, Pillow"],
+        ["shards", "workers", *SIDES, "× open_clip", "float × open_clip", "÷ bare", "÷ bare, Pillow"],
         [_speed_row(row) for row in result["speed"]],
-        title="Images a second",
+        title="Images per second",
     )
     show_table(
         ["shards", "workers", "side", "first batch s", "with imports s", "memory MB"],
@@ -188,9 +188,9 @@ def _show(result: dict[str, Any]) -> None:
     if result["memory_mb"]:
         print(f"MB at the end of each epoch: {' '.join(f'{value:.0f}' for value in result['memory_mb'])}")
     show_table(
-        ["samples", "plan", "build s", "µs a sample", "ms a jump", "anonymous MB"],
+        ["samples", "sampler", "build s", "µs per sample", "ms per seek", "anonymous MB"],
         [_plan_row(plan, kind) for plan in result["plans"] for kind in ("plain", "selected")],
-        title="The plan of a simulated corpus",
+        title="Sampler of a simulated corpus",
     )
     print(f"To repeat: {result['command']}")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Upgrade of a model without embedding the gallery again: recall on held-out data, old → new → newer.
+"""Model upgrade without re-embedding the gallery: recall on held-out data, old → new → newer.
 
     benchmarks/run model_upgrade [--data fashion] [--old RUN --new RUN --newer RUN] [--json]
 
-Heads are fitted to embeddings of the training split (vlm index fit-head does the same) and measured on val. Beside the
-head stand others: the orthogonal Procrustes turn, and the ridge regression itself. Models that are not given are
-trained and kept (--keep FOLDER), minutes each.
+Projections are fitted to embeddings of the training split (as vlm index fit-head does) and evaluated on val. They are
+compared with the orthogonal Procrustes rotation and with the plain ridge regression. Missing models are trained and
+kept (--keep FOLDER), minutes each.
 """
 
 import shlex
@@ -49,22 +49,22 @@ from parts.upgrade_models import Models, open_models
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the upgrade benchmark."""
+    """Options of the model upgrade benchmark."""
 
     data: Literal["fashion", "flickr8k"] = "fashion"
     """Data set."""
 
     old: str = ""
-    """MODEL of the rows; empty trains a small one."""
+    """MODEL that embedded the rows; empty trains a small one."""
 
     new: str = ""
-    """MODEL that takes over; empty trains a better one."""
+    """MODEL that replaces it; empty trains a better one."""
 
     newer: str = ""
     """MODEL of a second upgrade; empty trains one."""
 
     seed: int = 0
-    """Of what is drawn in a fit, and of the half that is embedded again."""
+    """Random seed of the fit and of the half that is re-embedded."""
 
     keep: Path = Path.home() / ".cache" / "vlm" / "bench-upgrade"
     """Folder of the packed data, the runs and the embeddings."""
@@ -74,7 +74,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    """Train or take, embed, fit, measure, print."""
+    """Train missing models, embed, fit, evaluate and print the results."""
     keep = arguments.keep.expanduser().absolute()
     keep.mkdir(parents=True, exist_ok=True)
     given = {"old": arguments.old, "new": arguments.new, "newer": arguments.newer}
@@ -85,7 +85,7 @@ def run(arguments: Arguments) -> None:
     seconds = time.perf_counter() - started
     tables = {
         "first upgrade": measure_head(val, fitted.head, seed=arguments.seed),
-        "other heads": _other_heads(train, val, fitted.choice.penalty, arguments.seed),
+        "other projections": _other_heads(train, val, fitted.choice.penalty, arguments.seed),
         "second upgrade": _second(models, fitted.head, arguments.seed),
     }
     facts = asdict(fitted.choice) | {"pictures": len(train), "fit_seconds": seconds}
@@ -95,9 +95,9 @@ def run(arguments: Arguments) -> None:
 
 
 def _other_heads(train: EmbeddingPairs, val: EmbeddingPairs, penalty: float, seed: int) -> dict[str, Retrieval]:
-    """New → old, and new → half new, by other matrices than the chosen one."""
+    """New → old, and new → half new, with other matrices."""
     regression = predict_old(train, penalty)
-    matrices = {"Procrustes": basis_change(_cross(train)), "regression, new space beside it": _dilation(regression)}
+    matrices = {"Procrustes": basis_change(_cross(train)), "regression, plus the new space": _dilation(regression)}
     found = {}
     for name, matrix in matrices.items():
         head = make_head(train, matrix)
@@ -109,7 +109,7 @@ def _other_heads(train: EmbeddingPairs, val: EmbeddingPairs, penalty: float, see
 
 
 def _dilation(prediction: np.ndarray) -> np.ndarray:
-    """The prediction, as large as no direction grows, and as many dimensions as the new model has for what it lacks.
+    """The regression scaled so that no direction grows, plus the new model's dimensions for the part it lacks.
 
     Its columns are orthonormal, too (the dilation of a contraction: Halmos 1950).
     """
@@ -127,7 +127,7 @@ def _cross(pairs: EmbeddingPairs) -> np.ndarray:
 
 
 def _second(models: Models, first: CompatibilityProjection, seed: int) -> dict[str, Retrieval]:
-    """The newer model asks rows of the first head, and rows of the old model that were carried over twice."""
+    """The newer model queries rows of the first projection, and rows of the old model that were migrated twice."""
     fitted = fit_head(_behind(models.pairs("new", "newer", "train"), first), seed=seed)
     oldest, middle = models.pairs("old", "newer", "val"), _behind(models.pairs("new", "newer", "val"), first)
     size = first.dimension
@@ -136,15 +136,15 @@ def _second(models: Models, first: CompatibilityProjection, seed: int) -> dict[s
     )
     found = measure_head(middle, fitted.head, seed=seed)
     return {
-        "newer → old, carried twice": query_old_rows(twice, fitted.head),
-        "newer → new, carried once": found["new → old"],
+        "newer → old, migrated twice": query_old_rows(twice, fitted.head),
+        "newer → new, migrated once": found["new → old"],
         "newer → newer": found["new → new"],
-        "newer → newer, no head": found["new → new, no head"],
+        "newer → newer, no projection": found["new → new, no projection"],
     }
 
 
 def _behind(pairs: EmbeddingPairs, head: CompatibilityProjection) -> EmbeddingPairs:
-    """The pairs with the old side through a head, as `vlm embed HEAD` would give it."""
+    """The pairs with the old side through a projection, as `vlm embed HEAD` would yield it."""
     space = replace(pairs.old, fingerprint=head.fingerprint, dimension=head.dimension)
     return replace(
         pairs,
@@ -155,7 +155,7 @@ def _behind(pairs: EmbeddingPairs, head: CompatibilityProjection) -> EmbeddingPa
 
 
 def _through_an_index(models: Models, val: EmbeddingPairs, head: CompatibilityProjection) -> dict[str, Any]:
-    """Recall@10 of the carried index by captions, and how long it took to carry over."""
+    """Recall@10 of the migrated index for caption queries, and the duration of the migration."""
     with tempfile.TemporaryDirectory() as scratch:
         index, out = Path(scratch) / "index", Path(scratch) / "out"
         build_index(models.images("old", "val"), index, kind="flat")

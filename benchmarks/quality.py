@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Quality at equal samples seen: our recipe beside open_clip's own trainer with its defaults.
+"""Quality at equal samples seen: our recipe compared with open_clip's own trainer and its defaults.
 
     benchmarks/run quality [--data fashion flickr8k] [--seeds 0 1 2] [--ablate] [--plot FILE.png] [--json]
 
-Same data, batches, steps and towers; both sides are measured by the same code on val. A result that is kept
-(--keep FOLDER, results.jsonl) is not made again. What each side is told stands in parts/quality_settings.py. To try it
-in two minutes: --shards 1 --epochs 1 --seeds 0 --keep /tmp/quality.
+Same data, batches, steps and towers; both sides are evaluated by the same code on val. Results are cached
+(--keep FOLDER, results.jsonl). The settings of each side are in parts/quality_settings.py.
+To try it in two minutes: --shards 1 --epochs 1 --seeds 0 --keep FOLDER.
 """
 
 import shlex
@@ -36,7 +36,7 @@ SIDES: tuple[Trainer, ...] = ("ours", "open_clip")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the quality benchmark."""
+    """Options of the quality benchmark."""
 
     data: tuple[Literal["fashion", "flickr8k"], ...] = ("fashion", "flickr8k")
     """Data sets."""
@@ -45,56 +45,56 @@ class Arguments:
     """Trainers."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A run of each side for each."""
+    """Random seeds; one run per side and seed."""
 
     ablate: bool = False
-    """Also switch back each default of ours that differs from open_clip's, one at a time and all at once, and give
-    open_clip our learning rate."""
+    """Also revert each of our defaults that differs from open_clip's, one at a time and all at once, and run open_clip
+    with our learning rate."""
 
     ablation_seeds: tuple[int, ...] = (0,)
-    """Seeds of those runs."""
+    """Random seeds of those runs."""
 
     epochs: int = 0
-    """Passes over each data set; 0 takes those of the table in parts/quality_settings.py."""
+    """Epochs on each data set; 0 uses the table in parts/quality_settings.py."""
 
     batch_size: int = BATCH_SIZE
-    """Samples a step, of both sides."""
+    """Batch size of both sides."""
 
     shards: int = 0
-    """Training shards used, the first so many; 0 takes all."""
+    """Number of training shards used, the first ones; 0 uses all."""
 
     keep: Path = Path.home() / ".cache" / "vlm" / "bench-quality"
     """Folder of the packed data, the runs and results.jsonl."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Where open_clip's environment (bench-open-clip) is kept."""
+    """Folder of open_clip's environment (bench-open-clip)."""
 
     plot: Path | None = None
-    """Picture of the headline of both sides, with intervals."""
+    """Image file for a plot of the headline metric of both sides, with intervals."""
 
     json: bool = False
     """Print the results as JSON."""
 
     def check(self) -> None:
-        """Refuse what cannot be run.
+        """Reject settings that cannot be run.
 
         Raises:
-            UsageError: naming the value and the cure.
+            UsageError: a value is invalid; the message has the value and the cure.
         """
         for name, values in (("--data", self.data), ("--sides", self.sides), ("--seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
-                raise UsageError(f"{name} {' '.join(map(str, values))}: give each once, and at least one.")
+                raise UsageError(f"{name} {' '.join(map(str, values))}: at least one value, each only once.")
         for name, value, least in (("--epochs", self.epochs, 0), ("--shards", self.shards, 0)):
             if value < least:
-                raise UsageError(f"{name} {value} is outside its range; give at least {least}.")
+                raise UsageError(f"{name} {value} is out of range; it must be at least {least}.")
         if self.batch_size < 2:
-            raise UsageError(f"--batch-size {self.batch_size} is outside its range; give at least 2.")
+            raise UsageError(f"--batch-size {self.batch_size} is out of range; it must be at least 2.")
         if self.ablate and not (self.ablation_seeds and "ours" in self.sides):
-            raise UsageError("--ablate needs our side, and --ablation-seeds, at least one.")
+            raise UsageError("--ablate needs our side in --sides and at least one value in --ablation-seeds.")
 
 
 def run(arguments: Arguments) -> None:
-    """Make the runs that are not kept yet, then print."""
+    """Make the missing runs, then print the results."""
     arguments.check()
     keep = arguments.keep.expanduser().absolute()
     bench = Bench(
@@ -106,7 +106,7 @@ def run(arguments: Arguments) -> None:
     data = [prepare(name, keep, shards=arguments.shards) for name in arguments.data]
     planned = {(one.name, side): _recipe_runs(arguments, one, side, arguments.seeds) for side in SIDES for one in data}
     ablations = [_ablations(arguments, one) for one in data] if arguments.ablate else []
-    # seeds outermost, so that an interrupted benchmark has something of everything
+    # seeds outermost, so that an interrupted benchmark has results for every setting
     for number in range(len(arguments.seeds)):
         for (_, side), runs in planned.items():
             if side in arguments.sides:
@@ -124,7 +124,7 @@ def _recipe_runs(arguments: Arguments, data: DataSet, trainer: Trainer, seeds: S
 
 
 def _ablations(arguments: Arguments, data: DataSet) -> tuple[list[Run], list[list[Run]]]:
-    """Our recipe, and each row of the table of ablations, as a run for each seed."""
+    """The runs of our recipe and of each row of the ablation table, one per seed."""
     full = _recipe_runs(arguments, data, "ours", arguments.ablation_seeds)
     found = [ablated_runs(one) for one in full]
     theirs = _recipe_runs(arguments, data, "open_clip", arguments.ablation_seeds)
@@ -141,7 +141,7 @@ def _print(arguments: Arguments, rows: list[Row], ablated: list[tuple[Row, list[
     command = shlex.join(["benchmarks/run", "quality", *sys.argv[1:]])
     if arguments.plot:
         draw(rows, arguments.plot)
-        say(f"Picture: {arguments.plot}")
+        say(f"Plot: {arguments.plot}")
     if arguments.json:
         result: dict[str, Any] = {"command": command, "threads": torch.get_num_threads()}
         result |= {"sides": [row.values_for_machines() for row in rows], "ratios": found}

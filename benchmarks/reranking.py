@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Recall and latency of a text search with its first answers re-ranked by a captioner, and without.
+"""Recall and latency of text search with and without re-ranking the top results by a captioner.
 
     benchmarks/run reranking INDEX MODEL [--questions 1000] [--top 50] [--language en] [--json]
 
-The index must hold pictures with captions that the model has not seen. On the drawn scenes:
+The index must hold images with captions that the model has not seen. On the synthetic shapes:
 
     vlm quickstart
     vlm train tiny-coca --data quickstart-out/shards/train --val quickstart-out/shards/val \\
@@ -12,8 +12,8 @@ The index must hold pictures with captions that the model has not seen. On the d
     vlm index build held-out held-out-index
     benchmarks/run reranking held-out-index quickstart-out/captioner
 
-Each picture's first caption is asked; a picture that has this caption is right. Three orders of the same answers are
-compared: by cosine, by likelihood, and by the sum of both ranks' reciprocals (`fuse_ranks`).
+Each image's first caption is a query; every image with this caption is correct. Three orders of the same results are
+compared: by cosine, by likelihood, and by reciprocal rank fusion of the two (`fuse_ranks`).
 """
 
 import shlex
@@ -37,32 +37,32 @@ _ORDERS = ("cosine", "likelihood", "both")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the re-ranking benchmark."""
+    """Options of the re-ranking benchmark."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """Index of held-out pictures."""
+    """Index of held-out images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Model with a caption decoder."""
+    """MODEL with a caption decoder."""
 
     queries: int = 1000
-    """Captions asked, drawn evenly if there are more."""
+    """Number of caption queries; a random subset if there are more."""
 
     top: int = 50
-    """Answers that are re-ranked."""
+    """Number of results to re-rank."""
 
     language: str = "en"
-    """Of the captions."""
+    """Language of the captions."""
 
     seed: int = 0
-    """Of the draw."""
+    """Random seed of the subset."""
 
     json: bool = False
     """Print the result as JSON."""
 
 
 def run(arguments: Arguments) -> None:
-    """Ask and print."""
+    """Run the queries and print the results."""
     service = SearchService.open(arguments.index, rerank_spec=arguments.model)
     texts = _captions(service, arguments)
     service.search(Query(texts=texts[:1], top=arguments.top, rerank_top=arguments.top))
@@ -97,13 +97,13 @@ def _captions(service: SearchService, arguments: Arguments) -> tuple[str, ...]:
     texts = tuple(captions[0] for captions in found if captions)
     if not texts:
         raise UsageError(
-            f"No row of {arguments.index} has a caption in {arguments.language!r}; name another --language."
+            f"No row of {arguments.index} has a caption in {arguments.language!r}; choose another --language."
         )
     return texts
 
 
 def _ranks(answer: SearchResult, text: str, language: str) -> dict[str, float]:
-    """The rank of the first right picture in each order, from 1; infinite if none was found."""
+    """The rank of the first correct image in each order, from 1; infinite if it is not among the results."""
     hits = answer.hits
     is_right = np.array([text in hit.entry.captions.get(language, ()) for hit in hits])
     by_likelihood = np.arange(len(hits))
@@ -119,20 +119,20 @@ def _recalls(ranks: np.ndarray) -> dict[str, float]:
 
 
 def _share_better(ranks: dict[str, list[float]], first: str, second: str) -> float:
-    """The share of questions whose right picture is the first answer in one order and not in the other."""
+    """The share of queries whose correct image is the first result in one order but not in the other."""
     return float(((np.array(ranks[first]) == 1) & (np.array(ranks[second]) > 1)).mean())
 
 
 def _show(result: dict[str, Any]) -> None:
     columns = ["ordered by", *(f"R@{count}" for count in _COUNTS), f"among the {result['top']}"]
     rows = [[order, *found.values()] for order, found in result["recall"].items()]
-    show_table(columns, rows, title=f"{result['questions']:,} captions asked of {result['rows']:,} pictures")
+    show_table(columns, rows, title=f"{result['questions']:,} caption queries over {result['rows']:,} images")
     show_fields(
         {
             "right first only by likelihood": f"{result['likelihood_better']:.1%}",
             "right first only by cosine": f"{result['likelihood_worse']:.1%}",
-            "median ms a question": ", ".join(f"{part} {spent:.1f}" for part, spent in result["median_ms"].items()),
-            "p95 ms a question": ", ".join(f"{part} {spent:.1f}" for part, spent in result["p95_ms"].items()),
+            "median ms per query": ", ".join(f"{part} {spent:.1f}" for part, spent in result["median_ms"].items()),
+            "p95 ms per query": ", ".join(f"{part} {spent:.1f}" for part, spent in result["p95_ms"].items()),
         }
     )
     print(f"To repeat: {result['command']}")

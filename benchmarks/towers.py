@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Build every named backbone, train it one step, save, load and embed with it; write docs/towers.md.
+"""Build every named backbone, train it for one step, save, load and embed with it; write docs/towers.md.
 
-usage: benchmarks/towers.py [PATTERN]   (with a pattern only those towers, printed and not written)
+benchmarks/run towers [PATTERN]    (with a pattern, only the matching towers are run, and printed instead of written)
 """
 
 import fnmatch
@@ -26,7 +26,7 @@ TEXTS = ("a small red circle", "two blue stars", "a green square on white", "thr
 
 @dataclass(frozen=True)
 class Family:
-    """A backbone of the papers by its smallest name; cut: layers left out to fit, and why it says so in the table."""
+    """A backbone of a paper by its smallest registered name; note: remark on the overrides, for the table."""
 
     paper: str
     tower: str
@@ -90,7 +90,7 @@ FAMILIES = (
 
 
 def main() -> None:
-    """Go through the families, one after the other."""
+    """Try the families one by one, then write the page."""
     pattern = sys.argv[1] if len(sys.argv) > 1 else "*"
     lines: list[str] = []
     for family in FAMILIES:
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def try_family(family: Family) -> str:
-    """One line of the table."""
+    """Train, save and load one backbone; returns its row of the table."""
     import torch
 
     from vlm.data.tokenizers import open_tokenizer
@@ -122,7 +122,7 @@ def try_family(family: Family) -> str:
     try:
         network, size = build_small(config, own_size)
     except UsageError as error:
-        return f"| {family.paper} | `{family.tower}` | – | not built here: {str(error)[:90]}… | | | | | |"
+        return f"| {family.paper} | `{family.tower}` | – | not built: {str(error)[:90]}… | | | | | |"
     model = VisionLanguageModel(
         name=family.tower, network=network, config=config, view=EvalTransform(size=size), tokenizer=tokenizer
     )
@@ -141,7 +141,7 @@ def try_family(family: Family) -> str:
 
 
 def build_small(config: dict[str, Any], own_size: int) -> tuple[Any, int]:
-    """The network at the smallest size of 96, 128 and its own that it runs at; the size is put into the config."""
+    """The network at the smallest of 96, 128 and its own resolution that it supports; the config gets that size."""
     import torch
 
     from vlm.errors import UsageError
@@ -158,11 +158,11 @@ def build_small(config: dict[str, Any], own_size: int) -> tuple[Any, int]:
         except UsageError:
             if size == own_size:
                 raise
-    raise AssertionError("its own size was tried last")
+    raise AssertionError("the tower's own resolution was tried last")
 
 
 def one_step(model: Any, images: Any) -> tuple[float, float]:
-    """CLIP's loss on a batch before and after a step of AdamW on it, in training mode."""
+    """CLIP loss on a batch before and after one AdamW step on it, in training mode."""
     import torch
     from torch.nn import functional as F
 
@@ -192,7 +192,7 @@ def one_step(model: Any, images: Any) -> tuple[float, float]:
 
 
 def embedding_check(model: Any, images: Any) -> str:
-    """Whether a saved folder, loaded twice, gives the same unit vectors."""
+    """Whether a saved folder, loaded twice, yields the same unit vectors."""
     import torch
 
     from vlm.models.load import load_model_folder, save_model_folder
@@ -211,18 +211,19 @@ def embedding_check(model: Any, images: Any) -> str:
 
 
 def document(lines: list[str]) -> str:
-    """The page."""
+    """The content of docs/towers.md."""
     head = """# Backbones
 
-Written by `benchmarks/towers.py`: every family that `papers.md` §2a and §2b name, by its smallest registered name,
-with a bag of words as text tower. Each is built with fresh weights at the smallest of 96 pixels, 128 and its own size
-that it runs at; trained one step of AdamW (learning rate 1e-5, CLIP's loss, a batch of 4 of noise, in training mode);
-saved, loaded twice, and asked for the embeddings again, which must agree to 1e-5. Every trained weight had a gradient.
-The loss shows that a step runs; after one step on noise it may rise. The rate is 1e-5 because three of eight towers
-rose at 1e-4.
+Written by `benchmarks/run towers`: one tower per backbone paper, by the smallest registered name, with a bag-of-words
+text encoder. Each is built with random weights at the smallest of 96 pixels, 128 and its own resolution
+that it supports; trained for one AdamW step (learning rate 1e-5, CLIP loss, a batch of 4 noise images, training mode);
+saved and loaded twice; the embeddings of both copies must agree with the original's to 1e-5. Every trained weight had a
+gradient. The loss only shows that a step runs; after one step on noise it may rise. The learning rate is 1e-5 because
+the loss of three of eight towers rose at 1e-4.
 
-Features: layout of what the trunk gives; tokens are written prefix + patches × width. Width is that of the vector the
-trunk's own pooling gives. BN: whether it has batch normalisation, with which a split batch differs from the whole one.
+Pixels: input resolution used, of the tower's own. Features: layout of the trunk's output; tokens are written prefix +
+patches × width. Width: size of the vector after the trunk's own pooling. BN: whether the tower has batch normalisation,
+with which micro-batches differ from the whole batch.
 
 | paper | tower | pixels | features | width | parameters (M) | BN | loss, one step | embeddings |
 |---|---|---|---|---|---|---|---|---|

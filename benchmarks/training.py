@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The trainer beside open_clip's own trainer and beside a bare PyTorch loop, in one run.
+"""The trainer compared with open_clip's own trainer and with a bare PyTorch loop, in one run.
 
     benchmarks/run training [--only throughput step memory split overcount] [--shards clothing flickr8k] [--json]
 
-Same network, optimiser, batches and shards on both sides, every side in a process of its own, runs in turn; medians
-and ratios of one session are shown, whoever wins. In a minute: --steps 2 --repeats 1 --margin 1 --width 32 --layers 1
+Same network, optimizer, batches and shards on both sides, every side in its own process, runs alternating; medians and
+ratios of one session are reported, whoever wins. In a minute: --steps 2 --repeats 1 --margin 1 --width 32 --layers 1
 --text-layers 1 --image-size 32 --patch-size 8 --batch 16 --large 64 --split 32.
 """
 
@@ -33,66 +33,66 @@ PARTS: tuple[Part, ...] = ("throughput", "step", "memory", "split", "overcount")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Command line of the trainer benchmark."""
+    """Options of the trainer benchmark."""
 
     only: tuple[Part, ...] = PARTS
-    """What is measured."""
+    """Measurements to run."""
 
     shards: tuple[str, ...] = ("clothing", "flickr8k")
-    """Data sets: clothing (packed as it is), flickr8k, or any address of shards; all but throughput take the first."""
+    """Data sets: clothing (packed unchanged), flickr8k, or any shards; all but throughput use the first."""
 
     steps: int = 8
-    """Timed steps of a run."""
+    """Timed steps per run."""
 
     margin: int = 5
-    """Steps before and after them, while the loaders' queues fill and run dry (ours holds 4 batches, open_clip's 2)."""
+    """Untimed steps before and after, while the loaders' queues fill and drain (ours: 4 batches, open_clip's: 2)."""
 
     repeats: int = 3
-    """Runs of each side, taken in turn."""
+    """Runs per side; the sides alternate."""
 
     batch: int = 256
-    """Samples of a step, and of a part of the batches in parts."""
+    """Batch size, and size of the micro-batches."""
 
     large: int = 4096
-    """Batch in parts whose memory is compared with that of a batch."""
+    """Batch in micro-batches whose memory is compared with that of one batch."""
 
     split: int = 1024
-    """Batch in parts whose time is compared with that of a batch."""
+    """Batch in micro-batches whose time is compared with that of one batch."""
 
     allocators: tuple[Literal["default", "raised"], ...] = ("default", "raised")
-    """Settings of glibc's allocator, the same on both sides: as they are, or with both thresholds raised."""
+    """Settings of glibc's allocator, the same on both sides: the defaults, or both thresholds raised."""
 
     width: int = 192
     """Width of both towers and of the embedding."""
 
     layers: int = 6
-    """Blocks of the image tower."""
+    """Number of layers of the image tower."""
 
     text_layers: int = 4
-    """Blocks of the text tower."""
+    """Number of layers of the text tower."""
 
     image_size: int = 112
-    """Side of the views, in pixels."""
+    """Size of the views in pixels."""
 
     patch_size: int = 16
-    """Side of a patch, in pixels."""
+    """Patch size in pixels."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Where open_clip's environment (bench-open-clip) and the packed photos are kept."""
+    """Folder of open_clip's environment (bench-open-clip) and the packed photos."""
 
     json: bool = False
     """Print the results as JSON."""
 
     @property
     def sizes(self) -> training_measurements.Sizes:
-        """What is measured how often.
+        """Sizes and repetitions of the measurements.
 
         Raises:
-            UsageError: a batch cannot be divided into parts.
+            UsageError: a batch cannot be divided into micro-batches.
         """
         for name, value in (("--large", self.large), ("--split", self.split)):
             if value % self.batch:
-                raise UsageError(f"{name} {value} is no multiple of --batch {self.batch}.")
+                raise UsageError(f"{name} {value} is not a multiple of --batch {self.batch}.")
         return training_measurements.Sizes(
             steps=self.steps,
             repeats=self.repeats,
@@ -105,7 +105,7 @@ class Arguments:
 
     @property
     def network(self) -> Network:
-        """The network both sides train."""
+        """The network that both sides train."""
         return Network(
             width=self.width,
             layers=self.layers,
@@ -117,7 +117,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     sizes, cache = arguments.sizes, arguments.cache.expanduser()
     shards = shards_of(arguments.shards, cache, workers=1)
     first = next(iter(shards.values()))
@@ -169,11 +169,11 @@ def _show_throughput(rows: list[dict[str, Any]], arguments: Arguments) -> None:
             ]
             for row in rows
         ],
-        title=f"Samples a second in training, batch {arguments.batch:,}, 1 worker (goal: ≥ 1.2 ×)",
+        title=f"Samples per second in training, batch {arguments.batch:,}, 1 worker (goal: ≥ 1.2 ×)",
     )
     for name in arguments.allocators:
         settings = " ".join(f"{variable}={value}" for variable, value in ALLOCATORS[name].items())
-        print(f"Allocator {name}, both sides: {settings or 'glibc as it is'}")
+        print(f"Allocator {name}, both sides: {settings or 'glibc defaults'}")
 
 
 def _show_step(found: dict[str, Any], arguments: Arguments) -> None:
@@ -186,20 +186,25 @@ def _show_step(found: dict[str, Any], arguments: Arguments) -> None:
 
 def _show_memory(found: dict[str, Any], arguments: Arguments) -> None:
     show_table(
-        ["trainer", f"batch {arguments.batch:,}", f"{arguments.large:,} in parts of {arguments.batch:,}", "ratio"],
+        [
+            "trainer",
+            f"batch {arguments.batch:,}",
+            f"{arguments.large:,} in micro-batches of {arguments.batch:,}",
+            "ratio",
+        ],
         [
             [side, *(f"{peak:.0f}" for peak in found["peak_mb"][side].values()), f"{found['ratio'][side]:.2f}"]
             for side in found["peak_mb"]
         ],
-        title="Peak memory of all processes in MB, shared pages once (goal: ratio ≤ 1.3)",
+        title="Peak memory of all processes in MB, shared pages counted once (goal: ratio ≤ 1.3)",
     )
     show_table(
-        ["trainer", "KB a sample", *(f"{room} GB" for room in training_measurements.MEMORY_GB)],
+        ["trainer", "KB per sample", *(f"{room} GB" for room in training_measurements.MEMORY_GB)],
         [
             [side, f"{line['kb_a_sample']:.0f}", *(f"{batch:,}" for batch in line["largest"].values())]
             for side, line in found["lines"].items()
         ],
-        title=f"Largest batch in parts of {arguments.batch:,} by memory, on the line through these two",
+        title=f"Largest batch in micro-batches of {arguments.batch:,} by memory, extrapolated linearly from these two",
     )
 
 
@@ -209,7 +214,7 @@ def _show_split(found: dict[str, Any], arguments: Arguments) -> None:
     show_table(
         [part, f"{whole} in parts", f"{whole} undivided", f"in parts / {part}", f"in parts / {whole} undivided"],
         [[*(f"{each[name]:.2f}" for name in each), *(f"{ratio:.2f}" for ratio in ratios.values())]],
-        title=f"Milliseconds a sample, parts of {part} (goal: in parts / {part} ≤ 1.4)",
+        title=f"Milliseconds per sample, micro-batches of {part} (goal: in parts / {part} ≤ 1.4)",
     )
 
 
@@ -222,9 +227,17 @@ def _show_overcount(found: dict[str, Any], _: Arguments) -> None:
         for name, value in one["gradients"].items()
     ]
     show_table(
-        ["objective", "trainer", "parts", "weight", "gradient", "× undivided", "largest difference of all others"],
+        [
+            "objective",
+            "trainer",
+            "parts",
+            "weight",
+            "gradient",
+            "× undivided",
+            "largest difference of all other weights",
+        ],
         rows,
-        title="Gradients of one batch in parts (float64; right is 1 ×)",
+        title="Gradients of one batch in micro-batches (float64; correct is 1 ×)",
     )
 
 

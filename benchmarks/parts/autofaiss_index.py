@@ -15,7 +15,7 @@ built: dict[str, Any] = {}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Build what autofaiss chooses, or measure it."""
+    """Build the index that autofaiss chooses, or measure it."""
     folder = Path(request["folder"])
     faiss.omp_set_num_threads(1)
     if request["do"] != "build":
@@ -33,7 +33,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     faiss.omp_set_num_threads(1)
     if index is None or infos is None:
-        return {"failed": "it gives no index"}
+        return {"failed": "it returned no index"}
     built["index"] = index
     return {
         "what": f"{infos['index_key']} {infos['index_param']}",
@@ -44,7 +44,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def careful(request: dict[str, Any]) -> dict[str, Any]:
-    """What fails is an answer too."""
+    """A failure is a valid response, too."""
     try:
         return answer(request)
     except Exception as error:

@@ -1,8 +1,7 @@
-"""One side of the loader benchmark, the limit of the others: JPEGs in memory to uint8 views, and nothing else.
+"""One side of the loader benchmark, the upper bound of the others: JPEGs in memory to uint8 views, nothing else.
 
-With the crops drawn beforehand, no tar, no captions, no batches, nothing handed from process to process. Either with
-the loader's own decoder, filter and reduced scales, or as one would write it with Pillow alone: its scaled decoding
-(`draft`) and its mean over areas (`BOX`).
+Crops are sampled beforehand; no tar, captions, batches or transfer between processes. Either with the loader's own
+decoder, filter and reduced scales, or with the usual Pillow code: scaled decoding (`draft`) and area averaging (`BOX`).
 """
 
 import io
@@ -24,7 +23,7 @@ from vlm.data.transforms import Crop, RandomResizedCrop
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Images a second of `workers` processes, each decoding its even share of the batches."""
+    """Images per second of `workers` processes, each decoding its even share of the batches."""
     images = [read for shard in request["shards"] for read in _images(shard)]
     count = request["batches"] * request["batch"] // request["workers"]
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""What vlm embed is made of, each alone: the model on one batch again and again, and the reading of its pictures."""
+"""The parts of vlm embed in isolation: the model on one batch repeatedly, and the reading of its images."""
 
 import time
 from collections.abc import Callable
@@ -19,8 +19,8 @@ _WARM_UP = 2
 
 @torch.inference_mode()
 def answer(request: dict[str, Any]) -> dict[str, float]:
-    """Pairs a second of the model with texts as long as the context (`whole`) and cut to the longest (`cut`), and of
-    one reader (`reading`)."""
+    """Pairs per second of the model with texts at full context length (`whole`) and trimmed to the longest (`cut`), and
+    of one reader (`reading`)."""
     if not loaded:
         loaded["model"] = load_model(request["model"], device="cpu")
         enable_padding_trim(loaded["model"].network)
@@ -46,7 +46,7 @@ def answer(request: dict[str, Any]) -> dict[str, float]:
 
 
 def _rate(work: Callable[[], object], seconds: float) -> float:
-    """How often a second, tried for some seconds."""
+    """Calls per second, measured for some seconds."""
     for _ in range(_WARM_UP):
         work()
     began, times = time.perf_counter(), 0

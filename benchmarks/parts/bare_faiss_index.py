@@ -1,4 +1,4 @@
-"""Bare FAISS with the parameters of our plan: no folder, no catalogue, no checks."""
+"""Bare FAISS with the parameters that our autotuner chose: no folder, no catalog, no checks."""
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ built: dict[str, Any] = {}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Build the kind asked for, or measure it."""
+    """Build the requested index type, or measure it."""
     folder = Path(request["folder"])
     faiss.omp_set_num_threads(1)
     if request["do"] != "build":
@@ -50,7 +50,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_uniformly(refined: Any) -> None:
-    """One range for all dimensions, as our kind has it; the factory knows no name for it."""
+    """One range for all dimensions, as our index type has it; the factory has no string for it."""
     index: Any = faiss.downcast_index(refined.base_index)
     index.sq = faiss.ScalarQuantizer(index.d, faiss.ScalarQuantizer.QT_8bit_uniform)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Embed what the request, a line of JSON as the only argument, says."""
+    """Embed as configured by the request, a line of JSON that is the only argument."""
     request = json.loads(sys.argv[1])
     from open_clip.factory import add_model_config
 

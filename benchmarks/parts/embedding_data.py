@@ -1,4 +1,4 @@
-"""What both sides of the embedding benchmark get: shards of pictures with one caption each, and a small model."""
+"""Inputs of both sides of the embedding benchmark: shards of images with one caption each, and a small model."""
 
 import io
 import itertools
@@ -34,7 +34,7 @@ class Network:
     layers: int
 
     def config(self) -> dict:
-        """In open_clip's format."""
+        """The configuration in open_clip's format."""
         text = {"context_length": _CONTEXT, "vocab_size": 49408, "heads": self.width // _HEAD}
         vision = {"image_size": _PIXELS, "patch_size": _PATCH, "head_width": _HEAD}
         same = {"width": self.width, "layers": self.layers}
@@ -42,7 +42,7 @@ class Network:
 
 
 def write_model(network: Network, folder: Path) -> tuple[Path, Path, Path]:
-    """Our model folder, the file of its weights, and open_clip's configuration of the same network."""
+    """Write our model folder; returns it, its weights file, and open_clip's configuration of the same network."""
     tokenizer = open_tokenizer("clip", _CONTEXT)
     config = fit_to_tokenizer(network.config(), tokenizer)
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def write_model(network: Network, folder: Path) -> tuple[Path, Path, Path]:
 
 def write_shards(sources: list[str], folder: Path, *, pairs: int, shards: int) -> list[str]:
     """Tars of KEY.jpg and KEY.txt, the same number of pairs in each but the last, from the first caption of each
-    sample of the sources, which are gone through as often as it takes; the first captions of that many samples.
+    sample of the sources, which are repeated as often as necessary; returns the first captions of that many samples.
 
     Raises:
         VlmError: the sources hold no JPEG with a caption.
@@ -94,4 +94,4 @@ def _pairs(sources: list[str]) -> Iterator[tuple[bytes, str]]:
                     yield sample.image, captions[0]
             reader.close()
         if none_yet:
-            raise VlmError(f"{sources[0]} … hold no JPEG with a caption; give other --shards.")
+            raise VlmError(f"{sources[0]} … hold no JPEG with a caption; choose other --shards.")

@@ -1,4 +1,4 @@
-"""One run of a side of the embedding benchmark, in a process of its own, and the vectors it left."""
+"""One run of a side of the embedding benchmark, in its own process, and the vectors it wrote."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from parts.measure_process import BENCH
 from vlm.errors import VlmError
 from vlm.index.embeddings import Embeddings
 
-# pairs a second from the start of the process to its end, and without imports and loading, as the tool itself counts
+# pairs per second over the whole process, and without imports and loading, as the tool itself counts
 WHOLE_CALL, WORK = "whole call", "its work"
 
 Vectors = dict[str, dict[str, np.ndarray]]
-"""Of image and text, unit vectors by the key of the sample."""
+"""Unit vectors of images and texts by the key of the sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What both sides get. python: of clip-retrieval's environment. config: open_clip's, of the model's network."""
+    """Inputs of both sides. python: of clip-retrieval's environment. config: open_clip's, of the model's network."""
 
     folder: Path
     model: Path
@@ -41,17 +41,17 @@ class Setting:
 
     @property
     def ours(self) -> Path:
-        """Where vlm embed writes."""
+        """Output folder of vlm embed."""
         return self.folder / "ours"
 
     @property
     def theirs(self) -> Path:
-        """Where clip-retrieval writes."""
+        """Output folder of clip-retrieval."""
         return self.folder / "clip-retrieval"
 
 
 def run_ours(setting: Setting) -> dict[str, float]:
-    """Rates of `vlm embed` of both modalities; the shards' indexes are made anew, as for shards never seen."""
+    """Rates of `vlm embed` of both modalities; tar indexes are rebuilt, as for unseen shards."""
     for index in setting.shards.glob(".*.vlm-index"):
         index.unlink()
     words = ["embed", str(setting.model), str(setting.shards), str(_fresh(setting.ours)), "--modality", "both"]
@@ -65,7 +65,7 @@ def run_ours(setting: Setting) -> dict[str, float]:
 
 
 def run_clip_retrieval(setting: Setting) -> dict[str, float]:
-    """Rates of clip-retrieval's inference, pictures and texts in one call."""
+    """Rates of clip-retrieval's inference, images and texts in one call."""
     out = _fresh(setting.theirs)
     last = len(list(setting.shards.glob("*.tar"))) - 1
     request = {
@@ -85,7 +85,7 @@ def run_clip_retrieval(setting: Setting) -> dict[str, float]:
 
 
 def vectors_of_ours(setting: Setting) -> Vectors:
-    """What the last of our runs left."""
+    """Vectors of our last run."""
     found: Vectors = {}
     for what in ("image", "text"):
         opened = Embeddings.open(setting.ours / f"{what}s")
@@ -95,7 +95,7 @@ def vectors_of_ours(setting: Setting) -> Vectors:
 
 
 def vectors_of_clip_retrieval(setting: Setting) -> Vectors:
-    """What the last run of clip-retrieval left; which row is whose stands in its table."""
+    """Vectors of the last run of clip-retrieval, by the keys of its metadata table."""
     (table,) = (setting.theirs / "metadata").glob("*.parquet")
     keys = pq.read_table(table).column("image_path").to_pylist()
     found: Vectors = {}
@@ -107,9 +107,9 @@ def vectors_of_clip_retrieval(setting: Setting) -> Vectors:
 
 
 def agreement(ours: Vectors, theirs: Vectors) -> dict[str, dict[str, float]]:
-    """Of pictures and of texts, least and mean cosine of a sample's two vectors, as they are and from their centre.
+    """Minimum and mean cosine of a sample's two vectors, for images and texts, raw and centred.
 
-    Vectors of a network with random weights lie so close together that the first alone says little.
+    Vectors of a network with random weights lie so close together that the raw cosine alone says little.
     """
     found = {}
     for what, mine in ours.items():
@@ -132,7 +132,7 @@ def _cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 
 
 def _timed(command: list[str], threads: int) -> tuple[float, str]:
-    """Seconds from the start of a process to its end, and its output."""
+    """Run a command; returns its duration in seconds and its output."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

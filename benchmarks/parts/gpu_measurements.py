@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures, as generators of figures: each figure is there even if the next one never comes."""
+"""Measurements of the GPU benchmark, as generators: each result is kept even if the next one never comes."""
 
 import gc
 import itertools
@@ -25,10 +25,10 @@ _ENDLESS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all parts share.
+    """Settings shared by all parts.
 
-    batch: samples that go through the network at once. seconds: of timed steps. most: batch at which the search for the
-    largest stops. equal: batch whose gradients in four parts are compared with the whole.
+    batch: micro-batch size. seconds: of timed steps. most: batch size at which the search for the largest stops.
+    equal: batch whose gradients in four micro-batches are compared with those of the whole.
     """
 
     shards: str
@@ -45,13 +45,13 @@ class Settings:
 
 
 def device_name() -> Iterator[Row]:
-    """The GPU and its memory; nothing where there is none. To be asked in a process of its own: asking may open it."""
+    """The GPU and its memory; nothing if there is none. Call it in its own process: it may initialise CUDA."""
     if torch.cuda.is_available():
         yield {"name": torch.cuda.get_device_name(), "memory_bytes": torch.cuda.get_device_properties(0).total_memory}
 
 
 def speed(settings: Settings, architecture: str) -> Iterator[Row]:
-    """Training steps on one batch in memory, over and over, and then on batches of the loader."""
+    """Training steps on one batch in memory, repeatedly, and then on batches of the loader."""
     with tempfile.TemporaryDirectory() as folder:
         session = _open(settings, architecture, folder, compile=settings.is_compiled)
         first = next(session.open_batches())
@@ -71,7 +71,7 @@ def speed(settings: Settings, architecture: str) -> Iterator[Row]:
 def _timed_steps(
     settings: Settings, session: Session, run_logger: RunLogger, batches: Iterator[list[TrainingBatch]]
 ) -> Row:
-    """The run's own figures over the steps after the warm-up; every step ends with its loss on the CPU."""
+    """The run's own metrics over the steps after the warm-up; every step ends with its loss on the CPU."""
     begun = 0.0
     for number, micro_batches in enumerate(run_logger.timed(batches), 1):
         result = train_step(session, micro_batches)
@@ -81,13 +81,13 @@ def _timed_steps(
             begun = time.monotonic()
         elif number > settings.warm_up and time.monotonic() - begun >= settings.seconds:
             return _figures(run_logger.read(result, micro_batches)) | {"steps": number - settings.warm_up}
-    raise AssertionError("the batches of a run without end have ended")
+    raise AssertionError("the endless stream of batches ended")
 
 
 def largest(settings: Settings, architecture: str) -> Iterator[Row]:
-    """The largest undivided batch whose gradient fits, not compiled: doubled until it does not, then half-way back.
+    """The largest undivided batch whose gradient fits, not compiled: doubled until out of memory, then bisected.
 
-    First as it is, then with activations computed again in the backward pass.
+    First without, then with gradient checkpointing.
     """
     for is_checkpointed in (False, True):
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def largest(settings: Settings, architecture: str) -> Iterator[Row]:
 
 
 def _search(settings: Settings, session: Session, unit: TrainingBatch) -> Iterator[Row]:
-    """Each batch that fits; is_limit: whether a larger one was tried in vain."""
+    """Each batch that fits; is_limit: whether a larger one ran out of memory."""
     size, fitting = len(unit.keys), 0
     for times in itertools.takewhile(lambda times: times * size <= settings.most, _powers_of_two()):
         if not _fits(session, _repeated(unit, times)):
@@ -131,7 +131,7 @@ def _fits(session: Session, batch: TrainingBatch) -> bool:
 
 
 def equality(settings: Settings, architecture: str, *, precision: Precision) -> Iterator[Row]:
-    """Gradients of a batch in four parts beside those of the whole, not compiled."""
+    """Gradients of a batch in four micro-batches compared with those of the whole, not compiled."""
     whole = _gradients(settings, architecture, precision, micro_batches=1)
     parted = _gradients(settings, architecture, precision, micro_batches=4)
     norm = sum(float(gradient.square().sum()) for gradient in whole.values()) ** 0.5
@@ -152,7 +152,7 @@ def _gradients(
 
 
 def exact(settings: Settings, architecture: str) -> Iterator[Row]:
-    """Two steps of the large global batch in parts, fed by the loader; the first also compiles."""
+    """Two steps of the large global batch in micro-batches, fed by the loader; the first also compiles."""
     with tempfile.TemporaryDirectory() as folder:
         session = _open(
             settings,
@@ -203,7 +203,7 @@ def _figures(values: dict[str, Any]) -> Row:
 
 
 def _repeated(batch: TrainingBatch, times: int) -> TrainingBatch:
-    """The same samples over and over."""
+    """Repeat the same samples endlessly."""
     return replace(
         batch.changed(lambda tensor: torch.cat([tensor] * times)),
         keys=batch.keys * times,

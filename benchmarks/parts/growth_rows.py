@@ -1,4 +1,4 @@
-"""Rows for the benchmark of size: drawn vectors with captions and typed metadata, streamed into a folder."""
+"""Rows for the index size benchmark: synthetic vectors with captions and typed metadata, streamed into a folder."""
 
 from collections.abc import Iterator
 from math import ceil
@@ -22,9 +22,9 @@ _CAPTION_WORDS, _TAGS = 8, 200
 def write_rows(
     folder: Path, rows: int, mixture: Mixture, *, dimension: int, name: str, seed: int, questions: int = 0
 ) -> None:
-    """Write an embeddings folder of `rows` rows, or go on with it; beside it, texts about some of the first.
+    """Write an embeddings folder of `rows` rows, or resume it; next to it, texts about some of the first rows.
 
-    name: what their uids begin with. Memory: one part of 50,000 rows.
+    name: prefix of the uids. Memory: one part of 50,000 rows.
     """
     space = EmbeddingSpace(model="drawn", fingerprint="drawn", dimension=dimension, modality="image")
     writer = EmbeddingsWriter(folder, space=space, identity={"rows": rows, "seed": seed})
@@ -40,12 +40,12 @@ def write_rows(
 
 
 def read_questions(folder: Path) -> Float32[Array, "Q D"]:
-    """The texts that `write_rows` left."""
+    """The texts that `write_rows` wrote."""
     return np.load(folder / _QUESTIONS)
 
 
 def _origins(shard: str, name: str, first: int, count: int, generator: np.random.Generator) -> Iterator[Origin]:
-    """Captions of eight words and metadata; words and tags as often as in language, by the power of their rank."""
+    """Captions of eight words and metadata; word and tag frequencies follow a power law, as in language."""
     words = (len(_WORDS) ** generator.random((count, _CAPTION_WORDS))).astype(int)
     tags = (_TAGS ** generator.random((count, 3))).astype(int)
     num_tags, language = generator.integers(0, 4, count), generator.integers(0, len(_LANGUAGES), count)

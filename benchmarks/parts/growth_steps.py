@@ -1,4 +1,4 @@
-"""One step of the benchmark of size, in a process of its own whose memory is limited."""
+"""One step of the index size benchmark, in its own process with limited memory."""
 
 import resource
 import shutil
@@ -36,7 +36,7 @@ Values = dict[str, Any]
 
 
 def draw(folder: Path, request: Values) -> Values:
-    """The rows, and those to be added later, of one mixture."""
+    """The rows, and those to be added later, from one mixture."""
     dimension, questions = request["dimension"], request["questions"]
     mixture = Mixture(request["rows"], dimension, seed=request["seed"])
     if not is_complete(folder / "rows"):
@@ -49,7 +49,7 @@ def draw(folder: Path, request: Values) -> Values:
 
 
 def make(folder: Path, request: Values) -> Values:
-    """The index: checksums of the embeddings, segment, catalogue."""
+    """Build the index: checksums of the embeddings, segment, catalog."""
     for left in (folder / "index", *folder.glob(".index.*.part")):
         shutil.rmtree(left, ignore_errors=True)
     seconds: dict[str, float] = {}
@@ -65,7 +65,7 @@ def make(folder: Path, request: Values) -> Values:
 
 
 def add(folder: Path, request: Values) -> Values:
-    """Rows that were not there."""
+    """Add new rows."""
     with IndexWriter(folder / "index") as writer:
         before = time.perf_counter()
         change = writer.add(InsertBatch.from_folder(folder / "more"))
@@ -73,7 +73,7 @@ def add(folder: Path, request: Values) -> Values:
 
 
 def delete(folder: Path, request: Values) -> Values:
-    """Rows all over the index, by their uids."""
+    """Delete rows all over the index by uid."""
     chosen = np.random.default_rng(3).permutation(request["rows"])[: request["changed"] // 2]
     uids = [f"row{row:09d}" for row in chosen] + [f"more{row:09d}" for row in range(len(chosen))]
     with IndexWriter(folder / "index") as writer:
@@ -83,7 +83,7 @@ def delete(folder: Path, request: Values) -> Values:
 
 
 def search(folder: Path, request: Values) -> Values:
-    """One text question after the other, with a filter and without."""
+    """Text queries one by one, with and without a filter."""
     began = time.perf_counter()
     index = Index.open(folder / "index")
     found: Values = {"items": 1, "open_s": time.perf_counter() - began}
@@ -100,7 +100,7 @@ def search(folder: Path, request: Values) -> Values:
 
 
 def compact(folder: Path, request: Values) -> Values:
-    """All living rows into one segment and one catalogue."""
+    """Compact all live rows into one segment and one catalog."""
     seconds: dict[str, float] = {}
     IndexWriter._rewrite_catalogue = _timed(IndexWriter._rewrite_catalogue, "catalogue_cpu_s", seconds)
     with IndexWriter(folder / "index") as writer:
@@ -109,7 +109,7 @@ def compact(folder: Path, request: Values) -> Values:
 
 
 def check(folder: Path, request: Values) -> Values:
-    """Files, joins, counts, facts, distances."""
+    """Check files, joins, counts, metadata, distances."""
     report = check_index(folder / "index")
     return {"items": report.rows, "faults": len(report.faults)}
 
@@ -124,11 +124,11 @@ STEPS: dict[str, Callable[[Path, Values], Values]] = {
     "compact": compact,
     "check": check,
 }
-"""In their order."""
+"""The steps in order."""
 
 
 def answer(request: Values) -> Values:
-    """Do a step; what fails is an answer too."""
+    """Run a step; a failure is a valid response, too."""
     limit = request["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     load_faiss().omp_set_num_threads(request["threads"])
@@ -142,7 +142,7 @@ def answer(request: Values) -> Values:
 
 
 def _asked(index: Index, questions: Float32[Array, "Q D"], rows: Int64[Array, " N"] | None) -> Values:
-    """Recall, and milliseconds of a question with its catalogue entries; cpu_ms: of the processor, the mean."""
+    """Recall, and milliseconds per query with its catalog entries; cpu_ms: mean CPU time."""
     index.search(questions[:5], _TOP, rows)
     seconds, computed = [], time.process_time()
     for question in questions:
@@ -165,7 +165,7 @@ def _blocks(index: Index, rows: Int64[Array, " N"] | None) -> Iterator[Float32[A
 
 
 def _timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    """The same function, whose processor seconds are kept under a name."""
+    """Wrap a function so that its CPU seconds are recorded under a name."""
 
     def call(*arguments: Any, **named: Any) -> Any:
         before = time.process_time()

@@ -1,4 +1,4 @@
-"""The benchmark of size as tables, and what it says of sizes that were not measured."""
+"""The index size benchmark as tables, with estimates for sizes that were not measured."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,12 +15,12 @@ Cells = tuple[list[str], list[list[str]]]
 
 PAPER = (10**8, 10**9)
 _CHANGES = ("build", "add", "delete", "compact", "check")
-# row numbers (int64) of segments and generation, the order the training sample is drawn in, a mask of the living
+# row numbers (int64) of segments and generation, the order of the training sample, a mask of the live rows
 _NUMBER_BYTES = 8 + 8 + 8 + 1
 
 
 def steps_table(measured: Measured) -> Cells:
-    """Seconds, processor seconds and peak memory of each step at each size."""
+    """Seconds, CPU seconds and peak memory of each step at each size."""
     columns = ["step"] + [f"{rows:,}: {what}" for rows in measured for what in ("s", "CPU s", "peak GB")]
     cells = []
     for step in next(iter(measured.values())):
@@ -34,7 +34,7 @@ def steps_table(measured: Measured) -> Cells:
 
 
 def growth_table(measured: Measured) -> Cells:
-    """Of each cost what one item takes at each size, and the power of the size it grows by between neighbours."""
+    """Each cost per item at each size, and the power of the size with which it grows between neighbours."""
     sizes = list(measured)
     pairs = list(pairwise(sizes))
     columns = ["", *(f"{rows:,} rows" for rows in sizes), *(f"power {few:,} to {many:,}" for few, many in pairs)]
@@ -47,7 +47,7 @@ def growth_table(measured: Measured) -> Cells:
 
 
 def searches_table(measured: Measured) -> Cells:
-    """Questions with every filter, before the changes and after them."""
+    """Queries with every filter, before and after the changes."""
     columns = ["rows", "index", "among", "rows chosen", "filter ms", "p50 ms", "p95 ms", "p99 ms", "recall@10"]
     cells = []
     for rows, steps in measured.items():
@@ -61,15 +61,15 @@ def searches_table(measured: Measured) -> Cells:
 
 
 def needs_table(measured: Measured, *, dimension: int) -> tuple[list[str], list[list[str]], str]:
-    """What more rows would need, by the two largest sizes measured, and how that was reckoned."""
+    """Estimated needs of larger indexes, from the two largest sizes measured, and how they were derived."""
     few, many = sorted(measured)[-2:]
     largest = measured[many]
     cells = [["rows on disk, float16", *(format_bytes(2 * dimension * rows) for rows in PAPER)]]
     per_row = largest["build"]["catalogue_bytes"] / many
-    cells.append(["catalogue on disk", *(format_bytes(per_row * rows) for rows in PAPER)])
+    cells.append(["catalog on disk", *(format_bytes(per_row * rows) for rows in PAPER)])
     cells += [
         [
-            f"index of kind {name}, in memory or mapped",
+            f"index of type {name}, in memory or mapped",
             *(format_bytes(_index_bytes(name, rows, dimension)) for rows in PAPER),
         ]
         for name in ("flat", "ivf", "ivfsq", "ivfpq", "rabitq", "hnsw")
@@ -91,7 +91,7 @@ def _power(costs: dict[int, float], few: int, many: int) -> float:
 
 
 def _carried(seconds: dict[int, float], few: int, many: int, rows: int, powers: tuple[float, float]) -> float:
-    """a N^p + b N^q through both sizes; where one of them would be negative, the other alone through the larger."""
+    """a N^p + b N^q through both sizes; if one of them would be negative, the other alone through the larger."""
     low, high = powers
     ratio = (many / few) ** low
     b = (seconds[many] - ratio * seconds[few]) / (many**high - ratio * few**high)
@@ -112,23 +112,23 @@ def _bytes(field: str) -> Callable[[Steps], float]:
 
 _TIMES = ("where_ms", "p50_ms", "p95_ms", "p99_ms")
 _COSTS: list[tuple[str, str, Callable[[Steps], float]]] = [
-    *((step, "CPU µs a row", _micros(step)) for step in _CHANGES),
-    ("build: segment", "CPU µs a row", _micros("build", "segment_cpu_s")),
-    ("build: catalogue", "CPU µs a row", _micros("build", "catalogue_cpu_s")),
-    ("compact: catalogue", "CPU µs a row", _micros("compact", "catalogue_cpu_s")),
-    ("catalogue", "bytes a row", _bytes("catalogue_bytes")),
-    ("FAISS index", "bytes a row", _bytes("faiss_bytes")),
+    *((step, "CPU µs per row", _micros(step)) for step in _CHANGES),
+    ("build: segment", "CPU µs per row", _micros("build", "segment_cpu_s")),
+    ("build: catalog", "CPU µs per row", _micros("build", "catalogue_cpu_s")),
+    ("compact: catalog", "CPU µs per row", _micros("compact", "catalogue_cpu_s")),
+    ("catalog", "bytes per row", _bytes("catalogue_bytes")),
+    ("FAISS index", "bytes per row", _bytes("faiss_bytes")),
     ("open", "ms", lambda steps: 1000 * steps["search"]["open_s"]),
-    ("question", "CPU ms", lambda steps: steps["search"]["all"]["cpu_ms"]),
+    ("query", "CPU ms", lambda steps: steps["search"]["all"]["cpu_ms"]),
 ]
 _TIMED: list[tuple[str, Callable[[Steps], float], tuple[float, float]]] = [
     ("build: segment, CPU", lambda steps: steps["build"]["segment_cpu_s"], (1.0, 1.5)),
-    ("build: catalogue, CPU", lambda steps: steps["build"]["catalogue_cpu_s"], (1.0, 1.15)),
+    ("build: catalog, CPU", lambda steps: steps["build"]["catalogue_cpu_s"], (1.0, 1.15)),
     ("check, CPU", lambda steps: steps["check"]["cpu_s"], (1.0, 1.15)),
 ]
 _RECKONING = (
-    "Bytes of rows and indexes by the kinds' formulas with their default parameters, of the catalogue by those a row "
-    "of the largest size measured. Hours are of one core of this machine, carried on from the two largest sizes as "
-    "a N + b N^1.5 for the segment (training reads 50 rows a list and has 4 √N lists: N; every row is then compared "
-    "with 4 √N centroids: N^1.5) and as a N + b N^1.15 for the rest (sorting N rows: N log N)."
+    "Bytes of rows and indexes follow the index types' formulas with their default parameters; bytes of the catalog, "
+    "those per row at the largest size measured. Hours are of one core of this machine, extrapolated from the two "
+    "largest sizes as a N + b N^1.5 for the segment (training reads 50 rows per list and has 4 √N lists: N; every row "
+    "is compared with 4 √N centroids: N^1.5) and as a N + b N^1.15 for the rest (sorting N rows: N log N)."
 )

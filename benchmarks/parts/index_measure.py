@@ -1,6 +1,6 @@
-"""What every side of the index benchmark measures alike.
+"""Measurements shared by all sides of the index benchmark.
 
-Imported also by autofaiss's own environment, so it may import nothing of vlm.
+Also imported in autofaiss's own environment, so it must not import vlm.
 """
 
 import time
@@ -16,24 +16,24 @@ _WARM_UP_SECONDS, _TIMED_SECONDS = 0.1, 0.2
 _TIE = 1e-6
 
 Search = Callable[[np.ndarray, int], np.ndarray]
-"""Queries and how many answers to the positions of the rows found, -1 where none was."""
+"""From queries and a number of results to the positions of the rows found, -1 for missing results."""
 
 
 def measure(search: Search, request: dict[str, Any]) -> dict[str, Any]:
-    """As the request says: recall up to ties, or the seconds of each question, asked one at a time for a while."""
+    """Depending on the request: recall up to ties, or the seconds of each query, run one at a time for a while."""
     folder = Path(request["folder"])
     questions = np.load(folder / "questions.npy")
     if request["do"] == "recall":
         rows, truth = np.load(folder / "rows.npy", mmap_mode="r"), np.load(folder / "truth.npy")
         return {f"recall@{count}": _recall(search, rows, questions, truth, count) for count in COUNTS}
-    # what another process left in the caches is not ours to pay for
+    # warm-up: the CPU caches hold the data of another process
     place, _ = _retrieve(search, questions, request["first"], _WARM_UP_SECONDS)
     place, seconds = _retrieve(search, questions, place, _TIMED_SECONDS)
     return {"seconds": seconds, "next": place}
 
 
 def _retrieve(search: Search, questions: np.ndarray, place: int, limit: float) -> tuple[int, list[float]]:
-    """One question after the other, from this place on, for so many seconds; the place after the last."""
+    """Run queries one by one from this position for so many seconds; returns the position after the last."""
     seconds: list[float] = []
     end = time.perf_counter() + limit
     while (before := time.perf_counter()) < end:
@@ -44,9 +44,9 @@ def _retrieve(search: Search, questions: np.ndarray, place: int, limit: float) -
 
 
 class PeakMemory:
-    """The most memory this process holds from now on beyond what it holds now, in MB; pages mapped from files count.
+    """Peak memory of this process in MB relative to its present memory; memory-mapped file pages count.
 
-    Linux only: the kernel's high-water mark is set back.
+    Linux only: resets the kernel's high-water mark.
     """
 
     def __init__(self) -> None:
@@ -54,11 +54,11 @@ class PeakMemory:
         self._before = _status_mb("VmRSS")
 
     def mb(self) -> float:
-        """So far."""
+        """The peak so far."""
         return _status_mb("VmHWM") - self._before
 
     def whole_mb(self) -> float:
-        """So far, with what was held before."""
+        """The peak so far, including what was held before."""
         return _status_mb("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""Rows for the benchmark of kinds: embeddings of pictures, of jittered copies of them, of drawn scenes, of captions."""
+"""Rows for the index type benchmark: embeddings of images, of augmented copies, of synthetic shapes, of captions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,11 +33,11 @@ _SCALE, _BRIGHTNESS = (0.35, 1.0), (0.6, 1.4)
 def embed_copies(
     model: Encoder, shards: Sequence[str], scenes: Sequence[str], out: Path, *, spec: str, copies: int, moved: int
 ) -> Path:
-    """Embed each picture of the shards and `copies` jittered views of it, each drawn scene, and `moved` rows more.
+    """Embed each image of the shards and `copies` augmented views of it, each synthetic image, and `moved` more rows.
 
-    A jittered view is a random crop of 35 to 100% of the area, mirrored or not, of 0.6 to 1.4 times the brightness. A
-    moved row is a picture's embedding plus the difference that jitter made to another picture's. Killed and repeated,
-    it goes on after the last whole shard.
+    An augmented view is a random crop of 35 to 100% of the area, randomly mirrored, of 0.6 to 1.4 times the brightness.
+    A moved row is an image's embedding plus the difference that augmentation made to another image's. An interrupted
+    call resumes after the last complete shard.
     """
     if is_complete(out):
         return out
@@ -58,7 +58,7 @@ def embed_copies(
 
 
 def split_texts(texts: Path, folders: Sequence[Path], *, most: int, seed: int) -> None:
-    """The texts of a folder in several that share no sample, up to `most` in each."""
+    """Split the texts of a folder into several that share no sample, with up to `most` in each."""
     source = Embeddings.open(texts)
     vectors, origins = np.concatenate(list(source.blocks())), list(source.origins())
     places: dict[tuple[str, int], int] = {}
@@ -74,7 +74,7 @@ def split_texts(texts: Path, folders: Sequence[Path], *, most: int, seed: int) -
 
 
 def _embed_shard(model: Encoder, shard: str, copies: int) -> tuple[Float32[Array, "N D"], list[Origin]]:
-    """The rows of a shard: of each picture its plain view, then its jittered ones."""
+    """The rows of a shard: for each image its plain view, then the augmented ones."""
     vectors, origins, views = [], [], []
     for origin, image in _images(shard):
         views.append(model.view(image)[None])

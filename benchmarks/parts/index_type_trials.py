@@ -1,4 +1,4 @@
-"""Every kind on the same rows: tuned for promises with one half of the texts, measured with the other."""
+"""Every index type on the same rows: tuned for recall targets with one half of the texts, measured with the other."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ TEXTS, IMAGES = "text→image", "image→image"
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Rows in random order, those of them that are asked with left out, and texts to tune with and to judge by."""
+    """Rows in random order without those used as queries, and texts for tuning and for evaluation."""
 
     rows: SampledRows
     tune: QuerySet
@@ -34,7 +34,7 @@ class Material:
 
     @classmethod
     def of(cls, images: Path, planned: Path, asked: Path, *, questions: int, seed: int) -> "Material":
-        """From embeddings folders. questions: pictures held out to ask with."""
+        """From embeddings folders. questions: number of images held out as queries."""
         source = np.concatenate(list(Embeddings.open(images).blocks()))
         shuffled = source[np.random.default_rng(seed).permutation(len(source))]
         rows, top = SampledRows(shuffled[questions:]), max(_COUNTS)
@@ -47,7 +47,7 @@ class Material:
 
 
 def try_kinds(material: Material, promises: tuple[float, ...], *, seed: int) -> Iterator[dict[str, Any]]:
-    """Of each kind and promise what it was tuned to, what it then has on questions never seen, and what it costs."""
+    """For each index type and target: the tuned parameters, the recall on unseen queries, and the cost."""
     for rung in CANDIDATE_CONFIGS:
         say(f"{rung.kind} …")
         built = TrialIndex(rung, material.rows, seed=seed)
@@ -81,7 +81,7 @@ def try_kinds(material: Material, promises: tuple[float, ...], *, seed: int) -> 
 def keep_promises(
     folder: Path, images: Path, planned: Path, asked: Path, promises: tuple[float, ...], *, sample: int
 ) -> Iterator[dict[str, Any]]:
-    """The planner from end to end: planned on a sample with some texts, built whole, asked with others."""
+    """The autotuner end to end: tuned on a sample with some texts, built on all rows, evaluated with others."""
     source, texts, questions = Embeddings.open(images), Embeddings.open(planned), _all(asked)
     truth = exact_scores(source.blocks(), questions, AT)
     for promise in promises:
@@ -113,7 +113,7 @@ def keep_promises(
 
 
 def effort_of(trial: dict[str, Any]) -> str:
-    """The setting of a trial, in words."""
+    """The search parameters of a trial, as a string."""
     name = INDEX_TYPES[trial["kind"].split()[0]].effort
     words = [f"{name} {trial['effort']}"] if name and trial["effort"] is not None else []
     return ", ".join([*words, *([f"rerank {trial['rerank']}"] if trial["rerank"] else [])]) or "–"

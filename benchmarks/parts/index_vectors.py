@@ -1,4 +1,4 @@
-"""Vectors for the index benchmark: real embeddings, or drawn ones of the same structure."""
+"""Vectors for the index benchmark: real embeddings, or synthetic ones of the same structure."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from vlm.errors import UsageError
 from vlm.index.embeddings import Embeddings, EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 from vlm.tensors import Array, Float32
 
-# spread of pictures around their cluster, of texts around their picture, and the distance of the two modalities
+# spread of images around their cluster, of texts around their image, and the modality gap
 _IMAGE_SPREAD, _TEXT_SPREAD, _GAP = 0.7, 1.5, 0.8
 _ROWS_A_CLUSTER = 100
 _ROWS_A_PART = 100_000
 
 
 class Mixture:
-    """Where pictures, and texts about some of them, are drawn from.
+    """The distribution of synthetic images, and of texts about some of them.
 
-    Pictures are a mixture of Gaussians, a cluster for 100 rows; a text is its picture with noise; the two modalities
-    lie on either side of a gap, as those of contrastive models do (Liang et al. 2022, "Mind the gap"). Spreads are
-    lengths, not standard deviations, so that a dimension more does not blur them.
+    Images are a mixture of Gaussians, one cluster per 100 rows; a text is its image with noise; the two modalities lie
+    on either side of a gap, as those of contrastive models do (Liang et al. 2022, "Mind the gap"). Spreads are
+    lengths, not standard deviations, so that more dimensions do not blur them.
 
-    decay: the i-th strongest dimension has a variance in proportion to i^-decay; with 0 all are alike, which is harder
-        than embeddings of models are.
+    decay: the variance of the i-th strongest dimension is proportional to i^-decay; with 0 all are equal, which is
+        harder than embeddings of models.
     """
 
     def __init__(self, rows: int, dimension: int, *, seed: int, decay: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class Mixture:
     def draw(
         self, rows: int, questions: int, generator: np.random.Generator
     ) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
-        """Unit vectors of pictures and of texts about some of these."""
+        """Unit vectors of images and of texts about some of these."""
         chosen = generator.integers(0, len(self._centres), rows)
         images = self._centres[chosen] + self._noise(generator, rows, _IMAGE_SPREAD)
         about = generator.integers(0, rows, questions)
@@ -50,12 +50,12 @@ class Mixture:
 def draw_vectors(
     rows: int, questions: int, dimension: int, *, seed: int, decay: float = 0.0
 ) -> tuple[Float32[Array, "N D"], Float32[Array, "Q D"]]:
-    """Unit vectors of pictures and of texts about some of them, of one mixture."""
+    """Unit vectors of images and of texts about some of them, from one mixture."""
     return Mixture(rows, dimension, seed=seed, decay=decay).draw(rows, questions, np.random.default_rng((seed, 1)))
 
 
 def write_vectors(folder: Path, vectors: Float32[Array, "N D"], *, modality: Modality) -> Path:
-    """An embeddings folder of them, each row a sample of its own."""
+    """Write vectors as an embeddings folder, one sample per row."""
     space = EmbeddingSpace(model="drawn", fingerprint="drawn", dimension=vectors.shape[1], modality=modality)
     writer = EmbeddingsWriter(folder, space=space, identity={"rows": len(vectors)})
     for first in range(0, len(vectors), _ROWS_A_PART):
@@ -81,7 +81,7 @@ def write_vectors(folder: Path, vectors: Float32[Array, "N D"], *, modality: Mod
 
 
 def read_vectors(folder: Path) -> Float32[Array, "N D"]:
-    """All rows of an embeddings folder.
+    """Read all rows of an embeddings folder.
 
     Raises:
         UsageError: it is unfinished.
@@ -93,7 +93,7 @@ def read_vectors(folder: Path) -> Float32[Array, "N D"]:
 
 
 def halves(folder: Path, count: int, *, seed: int) -> tuple[Float32[Array, "Q D"], Float32[Array, "P D"]]:
-    """`count` rows of an embeddings folder, drawn by sample, in two halves that share no sample."""
+    """`count` random rows of an embeddings folder, in two halves that share no sample."""
     embeddings = Embeddings.open(folder)
     places: dict[tuple[str, int], int] = {}
     samples = np.array(

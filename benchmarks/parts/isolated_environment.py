@@ -1,4 +1,4 @@
-"""An environment of its own for a tool that cannot share ours."""
+"""A separate virtual environment for a tool that cannot share ours."""
 
 import shutil
 import subprocess
@@ -10,14 +10,14 @@ from parts.messages import say
 
 from vlm.errors import VlmError
 
-# it wants NumPy 1, which newer pyarrow refuses without saying so in its requirements
+# it needs NumPy 1, which newer pyarrow does not support although its requirements allow it
 AUTOFAISS = ("autofaiss==2.18.0", "pyarrow<20", "psutil")
-# sentence-transformers 2, which it imports, wants transformers 4
+# sentence-transformers 2, which it imports, needs transformers 4
 CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "transformers<5", "setuptools<81")
 
 
 def same_torch() -> tuple[str, ...]:
-    """torch and torchvision of this environment, for one in which speed is compared."""
+    """Requirements for the torch and torchvision of this environment, for speed comparisons."""
     import torch
     import torchvision
 
@@ -25,10 +25,10 @@ def same_torch() -> tuple[str, ...]:
 
 
 def own_python(folder: Path, packages: Sequence[str]) -> Path:
-    """The interpreter of an environment in `folder` with these packages, which is made if it is not there.
+    """The interpreter of an environment in `folder` with these packages; the environment is created if missing.
 
     Raises:
-        VlmError: it cannot be made.
+        VlmError: it cannot be created.
     """
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
@@ -49,7 +49,7 @@ def run_quietly(command: list[str]) -> None:
     """Run a command.
 
     Raises:
-        VlmError: it fails; the end of what it said is given.
+        VlmError: it fails; the message has the end of its output.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

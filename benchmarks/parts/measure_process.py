@@ -1,4 +1,4 @@
-"""A process that measures on request, in whichever environment (`parts/measure_server.py` is its other end)."""
+"""A process that measures on request, in any environment (`parts/measure_server.py` is the other end)."""
 
 import json
 import os
@@ -13,9 +13,9 @@ BENCH = Path(__file__).parent
 
 
 class Side:
-    """A process of its own. start_s: until its imports were done.
+    """A measuring process. start_s: seconds until its imports were done.
 
-    script: of this folder. threads: OMP_NUM_THREADS; 0 leaves it as it is here.
+    script: its file in this folder. threads: OMP_NUM_THREADS; 0 inherits it.
     """
 
     def __init__(self, python: Path | str, script: str, *, threads: int = 0) -> None:
@@ -33,7 +33,7 @@ class Side:
         self.start_s = time.perf_counter() - began
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Its answer to a request."""
+        """Send a request; returns the response."""
         assert self._process.stdin is not None
         asked = json.dumps(request)
         self._process.stdin.write(asked + "\n")
@@ -41,7 +41,7 @@ class Side:
         return self._answer(asked)
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
     def __enter__(self) -> "Side":
@@ -55,5 +55,5 @@ class Side:
         line = self._process.stdout.readline()
         if not line:
             command = shlex.join(map(str, self._process.args))  # pyright: ignore[reportArgumentType]
-            sys.exit(f"A side of the benchmark failed; see why with: echo '{asked}' | {command}")
+            sys.exit(f"A side of the benchmark failed; for the error run: echo '{asked}' | {command}")
         return json.loads(line)

@@ -1,6 +1,6 @@
-"""How each side of the loader benchmark is asked to measure: one line of JSON in, one line out, until the input ends.
+"""The measuring end of each side of the loader benchmark: one line of JSON in, one line out, until the input ends.
 
-Imported by all sides, also by that of open_clip's own environment, so it may import nothing of vlm.
+Imported by all sides, also in open_clip's own environment, so it must not import vlm.
 """
 
 import gc
@@ -15,7 +15,7 @@ import psutil
 
 
 def serve(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Say that the imports are done, then answer each request by what `measure` returns."""
+    """Report that the imports are done, then answer each request with the result of `measure`."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get between the answers
     answers.write(json.dumps({"ready": True}) + "\n")
@@ -26,8 +26,8 @@ def serve(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 def time_stream(open_stream: Callable[[], Iterator[int]], request: dict[str, Any]) -> dict[str, float]:
     """Time a stream that yields the number of images of each batch.
 
-    The rate is taken from the arrival of batch number `skip` to that of the last, so that starting the workers is not
-    in it. first_s: from the call to the first batch. memory_mb: proportional set size of all processes at the end.
+    The rate covers the time from batch number `skip` to the last, which excludes starting the workers. first_s: from
+    the call to the first batch. memory_mb: proportional set size of all processes at the end.
     """
     began = time.perf_counter()
     stream = open_stream()
@@ -50,7 +50,7 @@ def time_stream(open_stream: Callable[[], Iterator[int]], request: dict[str, Any
 
 
 def memory_mb() -> float:
-    """Proportional set size of this process and all it started, in MB: shared pages are counted once."""
+    """Proportional set size of this process and its children in MB: shared pages are counted once."""
     this = psutil.Process()
     total = 0
     for process in (this, *this.children(recursive=True)):

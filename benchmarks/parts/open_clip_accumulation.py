@@ -1,7 +1,7 @@
 """Gradients of open_clip's own trainer with --accum-freq k: `open_clip_accumulation.py CONFIG SAMPLES KS OUT`.
 
-Runs its `train_one_epoch` as it is on one batch of noise, with an optimiser that writes gradients down and moves
-nothing. For each objective, OUT gets the network's weights, the batch and the gradients for each k.
+Runs its unchanged `train_one_epoch` on one batch of noise, with an optimizer that records gradients and changes no
+weights. For each objective, OUT receives the network's weights, the batch and the gradients for each k.
 """
 
 import json
@@ -22,27 +22,27 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 class Written(torch.optim.SGD):
-    """Writes down the gradients of each step."""
+    """Records the gradients of each step."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__(network.parameters(), lr=0.0)
         self.network, self.gradients = network, {}
 
     def step(self, closure: Any = None) -> None:
-        """Keep the gradients; the weights stay."""
+        """Record the gradients; weights do not change."""
         named = self.network.named_parameters()
         self.gradients = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
 
 
 class Batches(list):
-    """A loader of what train_one_epoch asks one for."""
+    """The parts of a data loader that train_one_epoch uses."""
 
     num_batches: int
     num_samples: int
 
 
 def gradients(network: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, objective: str, k: int) -> dict:
-    """Those of the batch in k parts."""
+    """Gradients of the batch in k micro-batches."""
     size = len(images) // k
     loader = Batches(zip(images.split(size), texts.split(size), strict=True))
     loader.num_batches, loader.num_samples = k, len(images)
@@ -58,7 +58,7 @@ def gradients(network: torch.nn.Module, images: torch.Tensor, texts: torch.Tenso
 
 
 def main(config: dict[str, Any], samples: int, ks: list[int], out: Path) -> None:
-    """For every objective and k, in double precision."""
+    """Record the gradients for every objective and k, in double precision."""
     found = {}
     for objective, start in OBJECTIVES.items():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The environment of its own that open_clip's pipeline runs in, and the shards both sides read."""
+"""The separate environment in which open_clip's pipeline runs, and the shards that both sides read."""
 
 import sys
 from pathlib import Path
@@ -16,17 +16,17 @@ DATASETS = Path(__file__).parents[3] / "shared" / "datasets"
 
 
 def open_clip_python(folder: Path) -> Path:
-    """The interpreter of the environment in `folder`, which is made if it is not there.
+    """The interpreter of the environment in `folder`, which is created if missing.
 
     Raises:
-        VlmError: it cannot be made.
+        VlmError: it cannot be created.
     """
     same = (f"torch=={torch.__version__.split('+')[0]}", f"torchvision=={torchvision.__version__.split('+')[0]}")
     return own_python(folder, (*PINNED, *same, "psutil", "pandas"))
 
 
 def packed_clothing(folder: Path) -> str:
-    """The full-size photos in six shards, packed as they are by `vlm pack` if they are not there yet."""
+    """The full-size photos in six shards, packed unchanged by `vlm pack` if missing."""
     say(f"Packing {DATASETS / 'clothing'} into {folder} …")
     source = str(DATASETS / "clothing" / "clothing.tar")
     run_quietly([sys.executable, "-m", "vlm", "pack", source, str(folder), "--samples-per-shard", "64"])
@@ -34,10 +34,10 @@ def packed_clothing(folder: Path) -> str:
 
 
 def shards_of(names: tuple[str, ...], folder: Path, workers: int) -> dict[str, list[str]]:
-    """The tars of each data set: `clothing`, `flickr8k`, or any address of shards.
+    """The tars of each data set: `clothing`, `flickr8k`, or any shards.
 
     Raises:
-        VlmError: there are fewer than workers, which open_clip's pipeline refuses.
+        VlmError: there are fewer shards than workers, which open_clip's pipeline rejects.
     """
     found: dict[str, list[str]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The shards, vocabulary and network of the quality benchmark, made once and kept."""
+"""The shards, vocabulary and network of the quality benchmark, created once and cached."""
 
 import io
 import json
@@ -33,7 +33,7 @@ _SEVERAL_CAPTIONS = ("flickr8k",)
 class DataSet:
     """A data set as both sides read it. tokenizer: SentencePiece model.
 
-    first_captions: shards of train with the first caption alone; train itself where there is no other.
+    first_captions: training shards with only the first caption; the training shards themselves if there is only one.
     """
 
     name: str
@@ -45,10 +45,10 @@ class DataSet:
 
 
 def prepare(name: str, folder: Path, *, shards: int) -> DataSet:
-    """Pack, cut and read what is not there yet. shards: training shards used, the first so many; 0 takes all.
+    """Pack and prepare whatever is missing. shards: number of training shards used, the first ones; 0 uses all.
 
     Raises:
-        VlmError: a step of it fails.
+        VlmError: a step fails.
     """
     packed = _packed_fashion(folder / "shards-fashion") if name == "fashion" else DATASETS / name
     train = expand_shards(str(packed / "train-*.tar"))
@@ -79,7 +79,7 @@ def write_network(folder: Path) -> None:
 
 
 def their_network() -> dict[str, Any]:
-    """The network open_clip trains, in its format."""
+    """The network that open_clip trains, in its format."""
     values = deepcopy(ARCHITECTURES["small"])
     values["text_cfg"]["vocab_size"] = CLIP_VOCABULARY
     return values
@@ -93,7 +93,7 @@ def _packed_fashion(folder: Path) -> Path:
 
 
 def _with_first_caption(shard: Path, folder: Path) -> str:
-    """The same tar with the first caption of each picture alone, in text and metadata."""
+    """The same tar with only the first caption of each image, in text and metadata."""
     made = folder / shard.name
     if made.exists():
         return str(made)

@@ -1,4 +1,4 @@
-"""Intervals of figures: over seeds, over queries, and of a ratio of means."""
+"""Confidence intervals: over seeds, over queries, and of a ratio of means."""
 
 from collections.abc import Hashable, Sequence
 from math import exp, log, sqrt
@@ -23,7 +23,7 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """95% interval of the ratio of the means of independent runs; None where a side has a single one or none above 0.
+    """95% interval of the ratio of the means of independent runs; None if a side has a single run or none above 0.
 
     A t-interval of the difference of the logarithms of the means (delta method), with the degrees of freedom of the
     side with fewer runs, which are never more than Welch's.
@@ -37,14 +37,14 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
 
 
 def quantile(degrees: int) -> float:
-    """Quantile 0.975 of Student's t; past the table that of its last entry, which is a little wide."""
+    """Quantile 0.975 of Student's t; beyond the table that of its last entry, which is slightly too wide."""
     return _T[min(degrees, len(_T)) - 1]
 
 
 def bootstrap_interval(
     hits: np.ndarray, groups: Sequence[Hashable], generator: np.random.Generator
 ) -> tuple[float, float]:
-    """95% percentile interval of the mean of hits [Q] over draws of whole groups of queries, which hang together."""
+    """95% percentile interval of the mean of hits [Q] over resamples of whole groups of correlated queries."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     places = np.array([numbers[group] for group in groups])
     sums, counts = np.bincount(places, weights=hits), np.bincount(places)

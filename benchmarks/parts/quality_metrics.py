@@ -1,4 +1,4 @@
-"""Figures of a trained model on a data set's val, the same for both sides: those of `vlm eval`, with intervals."""
+"""Metrics of a trained model on the val split, the same for both sides: those of `vlm eval`, with intervals."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _AT = 10
 class Figures:
     """metrics: recall in [0, 1] and median rank by name. query_interval: 95% of text→image recall@10 over queries.
 
-    zero_shot: top-1 among the classes of val, by their bare names; None where the data set has no label.
+    zero_shot: top-1 among the classes of val, from bare class names; None if the data set has no labels.
     """
 
     metrics: dict[str, float]
@@ -33,7 +33,7 @@ class Figures:
 
 
 def measure(model: VisionLanguageModel, data: DataSet) -> Figures:
-    """Recall both ways with all captions of the first language, and zero-shot accuracy."""
+    """Recall in both directions with all captions of the first language, and zero-shot accuracy."""
     embedded: list[torch.Tensor] = []
     captions: list[list[str]] = []
     for batch in iter_sample_batches(expand_shards(data.val), model.view, workers=1):
@@ -56,7 +56,7 @@ def measure(model: VisionLanguageModel, data: DataSet) -> Figures:
 
 
 def _query_interval(images: np.ndarray, texts: np.ndarray, captions: list[list[str]]) -> tuple[float, float]:
-    """Pictures with the same first caption, and all captions of a picture, are drawn together."""
+    """Groups for resampling: images with the same first caption, and all captions of an image."""
     images_of: dict[str, set[int]] = defaultdict(set)
     for number, of_image in enumerate(captions):
         for text in of_image:

@@ -1,4 +1,4 @@
-"""Which runs the quality benchmark makes, checked before the first begins."""
+"""The runs of the quality benchmark, checked before the first starts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,18 +30,18 @@ def recipe_run(data: DataSet, trainer: Trainer, *, seed: int, epochs: int, batch
 
 
 def ablated_runs(ours: Run) -> list[Run]:
-    """Ours with each default that it has changed switched back, then with all of them."""
+    """Ours with each changed default reverted, one at a time, then all of them."""
     found = [replace(ours, name=name, words=(*ours.words, *words)) for name, words in ABLATIONS.items()]
     changed = [run for run in found if configuration(run) != configuration(ours)]
     left_out = [run.name for run in found if run not in changed]
     if left_out:
-        say(f"{ours.data.name}: our recipe is as open_clip's, so nothing to switch back, in: {', '.join(left_out)}")
+        say(f"{ours.data.name}: nothing to revert, since our recipe has open_clip's setting: {', '.join(left_out)}")
     everything = tuple(word for words in ABLATIONS.values() for word in words)
     return [*changed, replace(ours, name=EVERYTHING, words=(*ours.words, *everything))]
 
 
 def their_variants(theirs: Run) -> list[Run]:
-    """open_clip with a setting of ours."""
+    """open_clip with one of our settings."""
     return [
         replace(theirs, name=f"open_clip, {name}", words=(*theirs.words, *words))
         for name, words in THEIR_VARIANTS.items()
@@ -49,7 +49,7 @@ def their_variants(theirs: Run) -> list[Run]:
 
 
 def configuration(run: Run) -> TrainConfig | None:
-    """What our trainer makes of the words; None of open_clip's."""
+    """The configuration that our trainer derives from the options; None for open_clip."""
     if run.trainer != "ours":
         return None
     verb = parse_verb("train", our_words(run, Path("run")))

@@ -1,4 +1,4 @@
-"""Runs of the quality benchmark: what is trained, with which words, and what came out of it, kept line by line."""
+"""Runs of the quality benchmark: what is trained with which options, and the results, stored line by line."""
 
 import json
 import os
@@ -28,15 +28,15 @@ from vlm.train.run_config import FREE_ON_RESUME
 BENCH = Path(__file__).parent
 Trainer = Literal["ours", "open_clip"]
 
-# both sides on the CPU, so that their minutes compare
+# both sides on the CPU, so that their durations are comparable
 _ENVIRONMENT = {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run to be made. name: of its row in the tables. words: the recipe, its places not yet filled in.
+    """A run to be made. name: of its row in the tables. words: options of the recipe, with placeholders.
 
-    epochs: whole passes, each filled up to a whole batch, as open_clip counts them.
+    epochs: each rounded up to a whole batch, as open_clip counts them.
     """
 
     data: DataSet
@@ -49,18 +49,18 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps, the same for both sides."""
+        """Optimizer steps, the same for both sides."""
         return ceil(self.data.num_train / self.batch_size) * self.epochs
 
     @property
     def identity(self) -> str:
-        """What its figures hang on: another recipe, preset or length is another run."""
+        """What its results depend on: another recipe, preset or length is another run."""
         preset = json.dumps(_settings(self.data.name) if self.trainer == "ours" else their_network())
         numbers = (self.data.num_train, self.seed, self.epochs, self.batch_size)
         return compute_fingerprint(self.data.name, self.trainer, preset, *map(str, numbers), *self.words)
 
     def filled(self) -> list[str]:
-        """The recipe's words with their places filled in."""
+        """The recipe's options with placeholders filled in."""
         places = {
             "{tokenizer}": str(self.data.tokenizer),
             "{first_captions}": self.data.first_captions,
@@ -70,7 +70,7 @@ class Run:
 
 
 def _settings(preset: str) -> dict[str, Any]:
-    """The settings of a preset that have influence on the weights, by their dotted names."""
+    """The settings of a preset that influence the weights, by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in asdict(open_preset(preset)).items():
         flat |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
@@ -79,7 +79,7 @@ def _settings(preset: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came out of a run, one line of results.jsonl. minutes: of training, start of the process included."""
+    """The result of a run, one line of results.jsonl. minutes: of training, including process start."""
 
     identity: str
     data: str
@@ -98,21 +98,21 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where everything is kept, and what open_clip's trainer runs in. models: folder with its network."""
+    """The folder of all results, and the environment of open_clip's trainer. models: folder with its network."""
 
     folder: Path
     open_clip: Path
     models: Path
 
     def result(self, run: Run) -> Result:
-        """The kept result of a run, else the run is made and its result kept.
+        """The stored result of a run; if there is none, train and store it.
 
         Raises:
-            VlmError: its trainer fails; the end of what it said is given.
+            VlmError: its trainer fails; the message has the end of its output.
         """
         kept = {found["identity"]: found for found in map(json.loads, read_lines(self.folder / "results.jsonl"))}
         if run.identity in kept:
-            # an equal recipe may stand in the tables under two names
+            # equal recipes may occur in the tables under two names
             found = kept[run.identity] | {"name": run.name}
             return Result(**(found | {"query_interval": tuple(found["query_interval"])}))
         say(f"{run.data.name}, {run.name}, seed {run.seed}: {run.steps:,} steps of {run.batch_size:,} …")
@@ -138,7 +138,7 @@ class Bench:
         )
 
     def _train_theirs(self, run: Run, folder: Path) -> dict[str, Any]:
-        """Train from the start, then write the last checkpoint as a model folder, which both sides are measured by."""
+        """Train from scratch, then write the last checkpoint as a model folder, the input of the evaluation."""
         if folder.exists():
             shutil.rmtree(folder)
         words = [
@@ -153,12 +153,12 @@ class Bench:
         checkpoint = torch.load(folder / "checkpoints" / f"epoch_{run.epochs}.pt", weights_only=True)
         steps = {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
         if steps != {run.steps}:
-            raise VlmError(f"open_clip made {sorted(steps)} steps where {run.steps} were asked for.")
+            raise VlmError(f"open_clip made {sorted(steps)} steps instead of {run.steps}.")
         config = their_network()
         view = EvalTransform(size=config["vision_cfg"]["image_size"])
         tokenizer = ClipTokenizer(config["text_cfg"]["context_length"])
         save_model(folder / "model", weights=checkpoint["state_dict"], config=config, view=view, tokenizer=tokenizer)
-        # its batches are all whole
+        # all of its batches are complete
         samples = run.steps * run.batch_size
         return {"steps": run.steps, "samples": samples, "minutes": seconds / 60, "command": shlex.join(command)}
 
@@ -174,7 +174,7 @@ def our_words(run: Run, folder: Path) -> list[str]:
 
 
 def _train_ours(run: Run, folder: Path) -> dict[str, Any]:
-    """Train, going on from the newest checkpoint of an interrupted run."""
+    """Train, resuming from the newest checkpoint of an interrupted run."""
     words = our_words(run, folder)
     command = [sys.executable, "-m", "vlm", "train", *words]
     said = folder.with_suffix(".log")
@@ -182,14 +182,14 @@ def _train_ours(run: Run, folder: Path) -> dict[str, Any]:
     summary = json.loads(folder.with_suffix(".json").read_text())
     if summary["steps"] != run.steps or summary["skipped_steps"]:
         raise VlmError(f"{folder} made {summary['steps']} steps, {summary['skipped_steps']} of them skipped.")
-    # of a run in parts, the clock of the run knows them all
+    # the run's own clock includes the time before an interruption
     minutes = max(seconds, summary["seconds"]) / 60
     counts = {"steps": summary["steps"], "samples": summary["samples"]}
     return counts | {"minutes": minutes, "command": shlex.join(["vlm", "train", *words])}
 
 
 def _timed(command: list[str], said: Path) -> float:
-    """Seconds a command takes on the CPU; what it says is kept in `said`, its result on stdout beside it as JSON.
+    """Duration of a command on the CPU in seconds; its log goes to `said`, its result on stdout next to it as JSON.
 
     Raises:
         VlmError: it fails.

@@ -1,4 +1,4 @@
-"""The results of the quality benchmark, gathered over seeds, as tables for people and a picture."""
+"""The results of the quality benchmark, aggregated over seeds, as tables and a plot."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,20 +20,20 @@ _COLUMNS = ("t→i R@1", "R@5", "R@10", "i→t R@1", "R@5", "R@10")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The runs of one side on one data set, a result for each seed."""
+    """The runs of one side on one data set, one result per seed."""
 
     data: str
     name: str
     results: tuple[Result, ...]
 
     def values(self, metric: str) -> list[float]:
-        """The metric of each run; `zero_shot` too, without runs that have none."""
+        """The metric of each run; also `zero_shot`, omitting runs without it."""
         if metric == "zero_shot":
             return [result.zero_shot for result in self.results if result.zero_shot is not None]
         return [result.metrics[metric] for result in self.results]
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """95% over the seeds (t-interval); of a single run, for the headline, over its queries."""
+        """95% t-interval over the seeds; for the headline metric of a single run, over its queries."""
         values = self.values(metric)
         half = half_width(values)
         if half is None:
@@ -41,7 +41,7 @@ class Row:
         return mean(values) - half, mean(values) + half
 
     def values_for_machines(self) -> dict[str, Any]:
-        """Its runs, and mean and half of the 95% t-interval of each figure (None of a single run)."""
+        """Its runs, and mean and half of the 95% t-interval of each metric (None for a single run)."""
         names = [*self.results[0].metrics, *(["zero_shot"] if self.values("zero_shot") else [])]
         summary = {
             name: {"mean": mean(self.values(name)), "half_width": half_width(self.values(name))} for name in names
@@ -57,7 +57,7 @@ def all_ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _ratios(ours: Row, theirs: Row) -> list[dict[str, Any]]:
-    """Of recall@10 both ways and of zero-shot, with 95% intervals where there are several seeds."""
+    """Ratios of recall@10 in both directions and of zero-shot, with 95% intervals if there are several seeds."""
     found = []
     for metric in (HEADLINE, "image_to_text_recall@10", "zero_shot"):
         one, two = ours.values(metric), theirs.values(metric)
@@ -68,7 +68,7 @@ def _ratios(ours: Row, theirs: Row) -> list[dict[str, Any]]:
 
 
 def show_sides(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> None:
-    """Quality of both sides on each data set, what it cost, and the ratios."""
+    """Tables of quality, cost and ratios of both sides on each data set."""
     for data in dict.fromkeys(row.data for row in rows):
         cells = [
             [row.name, *(_figure(row.values(metric)) for metric in (*_RECALLS, "zero_shot"))]
@@ -89,7 +89,7 @@ def show_sides(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> None:
 
 
 def show_queries(rows: Sequence[Row]) -> None:
-    """The headline of each run, with its interval over the queries."""
+    """The headline metric of each run, with its interval over the queries."""
     cells = [
         [row.data, row.name, result.seed, f"{100 * result.metrics[HEADLINE]:.1f}", _percent(result.query_interval)]
         for row in rows
@@ -100,7 +100,7 @@ def show_queries(rows: Sequence[Row]) -> None:
 
 
 def show_ablations(full: Row, ablated: Sequence[Row]) -> None:
-    """What is lost where a default is switched back; full: our recipe with the same seeds."""
+    """The loss when a default is reverted; full: our recipe with the same seeds."""
     everything = [_figure(full.values(metric)) for metric in _ablation_metrics(full)]
     cells = [["nothing", *everything, "", _percent(full.interval(HEADLINE))]]
     for row in ablated:
@@ -111,17 +111,17 @@ def show_ablations(full: Row, ablated: Sequence[Row]) -> None:
     of = "over the seeds" if len(full.results) > 1 else "over the queries of the one run, not over seeds"
     names = {HEADLINE: "t→i R@10", "image_to_text_recall@10": "i→t R@10", "zero_shot": "zero-shot"}
     columns = [
-        "switched back, one at a time",
+        "reverted, one at a time",
         *(names[metric] for metric in _ablation_metrics(full)),
-        "it brings",
+        "gain",
         "95% of t→i R@10",
     ]
-    show_table(columns, cells, title=f"{full.data}: what each default brings, %")
+    show_table(columns, cells, title=f"{full.data}: gain of each default, %")
     print(f"Seeds {_seeds(full)}; intervals are {of}.")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the headline of both sides on each data set, with their intervals."""
+    """Bar plot of the headline metric of both sides on each data set, with intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter

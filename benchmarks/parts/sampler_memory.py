@@ -1,4 +1,4 @@
-"""What the plan of a corpus of N samples costs: `sampler_memory.py N SAMPLES_PER_SHARD FOLDER` prints one line of JSON.
+"""Cost of the sampler for N samples: `sampler_memory.py N SAMPLES_PER_SHARD FOLDER` prints one line of JSON.
 
 Metadata only: shards of even size, without and with a selection of all samples, memory-mapped as in training.
 """
@@ -21,10 +21,10 @@ BATCH, BATCHES = 64, 200
 
 
 def main(samples: int, per_shard: int, folder: Path) -> dict[str, Any]:
-    """Anonymous memory in MB and seconds, of the plain plan and of that with a selection."""
+    """Anonymous memory in MB and seconds, of the sampler without and with a selection."""
     counts = tuple(min(per_shard, samples - first) for first in range(0, samples, per_shard))
     path = folder / f"{samples}.selection"
-    # in a process of its own: memory it freed here would be used again, and hide what the plan takes
+    # in its own process: memory freed here would be reused and hide the cost of the sampler
     writer = multiprocessing.get_context("fork").Process(target=_write, args=(path, counts))
     writer.start()
     writer.join()

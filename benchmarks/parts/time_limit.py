@@ -1,4 +1,4 @@
-"""A part of a benchmark in a process of its own, ended when its time is up; what it gave until then is kept."""
+"""A part of a benchmark in its own process, terminated at a time limit; results up to then are kept."""
 
 import multiprocessing
 import time
@@ -16,7 +16,7 @@ Part = Callable[..., Iterator[Row]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a part gave. problem: why it is not whole, in words; empty if it is."""
+    """The results of a part. problem: why they are incomplete; empty if they are complete."""
 
     rows: list[Row]
     seconds: float
@@ -24,14 +24,14 @@ class Outcome:
 
 
 def run_limited(part: Part, *arguments: Any, limit_s: float) -> Outcome:
-    """Run a generator in a process forked from this one, which has imported what it needs but touched no GPU."""
+    """Run a generator in a fork of this process, which has done the imports but not initialised the GPU."""
     context, began = multiprocessing.get_context("fork"), time.monotonic()
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_send_rows, args=(sending, part, arguments))
     process.start()
     sending.close()
     rows: list[Row] = []
-    problem = f"ended after its {limit_s:.0f} s"
+    problem = f"terminated after its {limit_s:.0f} s"
     while receiving.poll(max(0.0, began + limit_s - time.monotonic())):
         try:
             row, said = receiving.recv()
@@ -60,7 +60,7 @@ def _send_rows(sending: Connection, part: Part, arguments: tuple[Any, ...]) -> N
 
 
 def _end(pid: int) -> None:
-    """End a process with all it started."""
+    """Kill a process and its children."""
     try:
         process = psutil.Process(pid)
         started = process.children(recursive=True)

@@ -1,4 +1,4 @@
-"""The five measurements of the trainer benchmark; each gives medians and ratios with all single figures."""
+"""The five measurements of the trainer benchmark; each returns medians and ratios with all single values."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from parts.training_runs import NETWORK, Network, Trainer, TrainerRun, Trainers
 from vlm.errors import VlmError
 
 MEMORY_GB = (8, 16, 64, 128)
-"""For which the largest batch is told."""
+"""Memory sizes for which the largest batch is reported."""
 _OVERCOUNT_SAMPLES = 16
 _OVERCOUNT_SPLITS = (1, 2, 4)
 _TINY = Network(width=32, layers=1, text_layers=1, image_size=32, patch_size=8, context_length=77)
@@ -24,9 +24,9 @@ _TINY = Network(width=32, layers=1, text_layers=1, image_size=32, patch_size=8, 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured how often. large: the batch in parts whose memory, split: whose time is compared with batch's.
+    """Sizes and repetitions. large: batch in micro-batches whose memory is compared with batch's; split: whose time is.
 
-    margin: steps at either end of a run that are not timed, since queues of batches fill and run dry there.
+    margin: untimed steps at either end of a run, where queues of batches fill and drain.
     """
 
     steps: int
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def throughput(trainers: Trainers, sizes: Sizes, shards: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Samples a second of both trainers on each data set, with each allocator setting; the runs alternate."""
+    """Samples per second of both trainers on each data set, with each allocator setting; the runs alternate."""
     return [
         _compare_trainers(trainers, sizes, name=name, shards=found, allocator=allocator)
         for name, found in shards.items()
@@ -64,9 +64,9 @@ def _compare_trainers(
 
 
 def memory(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any]:
-    """Peak memory of both trainers with a batch and with a large one in parts of that size, two steps of each.
+    """Peak memory of both trainers with a batch and with a large one in micro-batches of that size, two steps of each.
 
-    On the line through both lie the bytes of a sample more, and the largest batch of a given memory.
+    The line through both gives the bytes per additional sample, and the largest batch for a given memory.
     """
     peaks: dict[str, dict[int, list[float]]] = {}
     for repeat in range(sizes.repeats):
@@ -83,7 +83,7 @@ def memory(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any
 
 
 def _line(small_mb: float, large_mb: float, sizes: Sizes) -> dict[str, Any]:
-    """KB that a sample more in a batch in parts takes, and the largest such batch, in whole parts, by GB of memory."""
+    """KB per additional sample of a batch in micro-batches, and the largest such batch by GB of memory."""
     slope = max(large_mb - small_mb, 0) / (sizes.large - sizes.batch)
     if not slope:
         return {"kb_a_sample": 0.0, "largest": {}}
@@ -93,8 +93,8 @@ def _line(small_mb: float, large_mb: float, sizes: Sizes) -> dict[str, Any]:
 
 
 def step_cost(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any]:
-    """Seconds of the run's step and of a bare one on the same batch, step by step in turn in one process."""
-    say("step: ours beside a bare PyTorch step …")
+    """Seconds of the run's step and of a bare one on the same batch, alternating step by step in one process."""
+    say("step: ours compared with a bare PyTorch step …")
     whole = {"batch": sizes.batch, "micro": sizes.batch}
     asked = {"ours": {"kind": "ours", **whole}, "bare": {"kind": "bare", **whole}}
     with Side(trainers.pythons["ours"], "vlm_steps.py") as side:
@@ -104,11 +104,11 @@ def step_cost(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, 
 
 
 def split_cost(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str, Any]:
-    """Milliseconds a sample of a batch undivided, of one in parts of that size, and of the latter undivided.
+    """Milliseconds per sample of an undivided batch, of a larger one in micro-batches of that size, and undivided.
 
-    Each in a process of its own, step by step in turn.
+    Each in its own process, alternating step by step.
     """
-    say(f"split: {sizes.split:,} in parts of {sizes.batch:,} …")
+    say(f"split: {sizes.split:,} in micro-batches of {sizes.batch:,} …")
     cases = {
         "undivided": (sizes.batch, sizes.batch),
         "in parts": (sizes.split, sizes.batch),
@@ -128,8 +128,8 @@ def split_cost(trainers: Trainers, sizes: Sizes, shards: list[str]) -> dict[str,
 
 
 def overcount(trainers: Trainers) -> dict[str, Any]:
-    """Gradients of temperature and bias in k parts on both sides, on a small network in double precision."""
-    say("overcount: gradients of temperature and bias in parts …")
+    """Gradients of temperature and bias in k micro-batches on both sides, on a small network in double precision."""
+    say("overcount: gradients of temperature and bias in micro-batches …")
     config = json.dumps(_TINY.values())
     with tempfile.TemporaryDirectory() as folder:
         found = str(Path(folder) / "gradients.pt")
@@ -169,5 +169,5 @@ def _medians(found: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _in_turn(names: Sequence[Any], number: int) -> Sequence[Any]:
-    """Every other time in reverse, so that none is always first."""
+    """Reverse the order every other time, so that no side is always first."""
     return names if number % 2 == 0 else names[::-1]

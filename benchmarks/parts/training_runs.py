@@ -17,13 +17,13 @@ from vlm.train.history import METRICS, read_metrics
 
 BENCH = Path(__file__).parent
 NETWORK = "vit-bench"
-"""Name of the network; open_clip's defaults for the optimiser are those of a ViT where the name says so."""
+"""Name of the network; open_clip's optimizer defaults depend on whether it contains "vit"."""
 
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "raised": {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
 }
-"""Settings of glibc's allocator, always the same on both sides; `raised` keeps memory instead of giving it back."""
+"""Settings of glibc's allocator, always the same on both sides; `raised` keeps memory instead of returning it."""
 
 Trainer = Literal["ours", "open_clip"]
 _RATE = re.compile(r"Batch \(t\): \S+ ([0-9.e+]+)/s")
@@ -32,7 +32,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The CLIP that both sides train."""
+    """The CLIP model that both sides train."""
 
     width: int
     layers: int
@@ -59,7 +59,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerRun:
-    """What a trainer is asked for. micro: samples that go through the network at once, a divisor of the batch."""
+    """A request to a trainer. micro: micro-batch size, a divisor of the batch."""
 
     shards: tuple[str, ...]
     batch: int
@@ -84,10 +84,10 @@ class Trainers:
     models: Path
 
     def measure(self, trainer: Trainer, run: TrainerRun, *, is_watched: bool = False) -> Measured:
-        """Train in a process of its own, in an empty folder.
+        """Train in its own process, in an empty folder.
 
         Raises:
-            VlmError: it fails; the end of what it said is given.
+            VlmError: it fails; the message has the end of its output.
         """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -134,7 +134,7 @@ def _run(command: list[str], folder: Path, allocator: dict[str, str], *, is_watc
 
 
 def memory_mb(process: psutil.Process) -> float:
-    """Proportional set size of a process and all it started, in MB, so shared pages count once; 0 when it is gone."""
+    """Proportional set size of a process and its children in MB, so shared pages count once; 0 if it has ended."""
     total = 0
     try:
         for one in (process, *process.children(recursive=True)):

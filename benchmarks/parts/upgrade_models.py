@@ -1,4 +1,4 @@
-"""The models of the upgrade benchmark, trained unless they are given, and their embeddings; all of it kept."""
+"""The models of the upgrade benchmark, trained if missing, and their embeddings; everything is kept."""
 
 import contextlib
 import sys
@@ -19,14 +19,14 @@ RECIPES: dict[str, list[str]] = {
     "new": [*_LARGER, "--epochs", "14", "--seed", "1"],
     "newer": [*_LARGER, "--epochs", "20", "--seed", "2"],
 }
-"""What is added to `vlm train PRESET`: a short run of a small network of 192 dimensions, then longer ones of 256."""
+"""Options added to `vlm train PRESET`: a short run of a small network of 192 dimensions, then longer ones of 256."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """data: with its training and held-out shards. specs: MODEL of each role. folder: for what is made.
+    """data: with its training and held-out shards. specs: MODEL of each role. folder: for the outputs.
 
-    embedded: folders that were embedded, or found complete, in this process.
+    embedded: folders that were embedded, or were complete, in this process.
     """
 
     data: DataSet
@@ -35,27 +35,27 @@ class Models:
     embedded: set[Path] = field(default_factory=set)
 
     def pairs(self, old: str, new: str, split: str) -> EmbeddingPairs:
-        """Pictures and captions of a split (train or val) as the models of two roles embed them."""
+        """Embeddings of the images and captions of a split (train or val) by the models of two roles."""
         images = [self._embedded(role, split, "image") for role in (old, new)]
         texts = [self._embedded(role, split, "text") for role in (old, new)]
         return read_pairs(images[0], images[1], texts[0], texts[1], max_images=sys.maxsize, seed=0)
 
     def images(self, role: str, split: str) -> Path:
-        """The embeddings folder of the pictures of a split."""
+        """The embeddings folder of the images of a split."""
         return self._embedded(role, split, "image")
 
     def _embedded(self, role: str, split: str, modality: str) -> Path:
         shards = self.data.train if split == "train" else self.data.val
         out = self.folder / f"{self.data.name}-{role}-{split}-{modality}"
         if out not in self.embedded:
-            # does nothing when it is complete, and refuses to go on where another model was
+            # does nothing if it is complete, and refuses to resume with another model
             run_vlm("embed", self.specs[role], shards, str(out), "--modality", modality)
             self.embedded.add(out)
         return out
 
 
 def open_models(data: DataSet, given: dict[str, str], folder: Path) -> Models:
-    """Train those that are not given; what an interrupted benchmark began goes on."""
+    """Train the missing models; unfinished runs are resumed."""
     specs = {}
     for role in ROLES:
         specs[role] = given[role] or str(folder / f"{data.name}-{role}")
@@ -66,7 +66,7 @@ def open_models(data: DataSet, given: dict[str, str], folder: Path) -> Models:
 
 
 def run_vlm(*words: str) -> None:
-    """Run a command of vlm in this process, with all it says on stderr.
+    """Run a command of vlm in this process, with its log on stderr.
 
     Raises:
         VlmError: it fails.
@@ -74,4 +74,4 @@ def run_vlm(*words: str) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         code = main(words)
     if code:
-        raise VlmError(f"vlm {words[0]} … failed; what it said stands above.")
+        raise VlmError(f"vlm {words[0]} … failed; see its output above.")

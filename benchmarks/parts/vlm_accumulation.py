@@ -1,7 +1,7 @@
-"""Gradients of our exact split on the weights and the batch of open_clip_accumulation.py: `vlm_accumulation.py FOUND`.
+"""Gradients of our micro-batches on the weights and batch of open_clip_accumulation.py: `vlm_accumulation.py FOUND`.
 
-Prints as JSON, for each objective, side and k: the gradient of temperature and bias, how many times that of k = 1 it
-is, and the largest difference of any other weight's gradient from that of k = 1, relative to its largest entry.
+Prints as JSON, for each objective, side and k: the gradient of temperature and bias, its ratio to that of
+k = 1, and the largest difference of any other weight's gradient from that of k = 1, relative to its largest entry.
 """
 
 import json
@@ -25,7 +25,7 @@ SHARED = ("logit_scale", "logit_bias")
 
 
 def open_task(config: dict[str, Any], found: dict[str, Any], objective: str) -> tuple[TrainingTask, LossOptions]:
-    """The same network, to be trained for the same objective."""
+    """The same network, trained for the same objective."""
     network = build_network(config | found["start"]).double()
     network.load_state_dict(found["weights"])
     tokenizer = open_tokenizer("clip", config["text_cfg"]["context_length"])
@@ -36,7 +36,7 @@ def open_task(config: dict[str, Any], found: dict[str, Any], objective: str) -> 
 
 
 def gradients(task: TrainingTask, options: LossOptions, images: torch.Tensor, texts: torch.Tensor, k: int) -> Gradients:
-    """Those of the batch in k parts."""
+    """Gradients of the batch in k micro-batches."""
     size = len(images) // k
 
     def part(number: int, names: frozenset[str] = frozenset()) -> Inputs:
@@ -53,7 +53,7 @@ def gradients(task: TrainingTask, options: LossOptions, images: torch.Tensor, te
 
 
 def compared(by_k: dict[int, Gradients]) -> dict[int, dict[str, Any]]:
-    """Each k beside the first, which is the undivided batch."""
+    """Each k compared with the first, which is the undivided batch."""
     whole = next(iter(by_k.values()))
     return {k: _beside(found, whole) for k, found in by_k.items()}
 
@@ -69,7 +69,7 @@ def _beside(found: Gradients, whole: Gradients) -> dict[str, Any]:
 
 
 def main(config: dict[str, Any], path: str) -> dict[str, Any]:
-    """Both sides, for every objective and k."""
+    """Compare both sides for every objective and k."""
     result: dict[str, Any] = {}
     for objective, found in torch.load(path).items():
         task, options = open_task(config, found, objective)

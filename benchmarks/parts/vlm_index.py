@@ -1,4 +1,4 @@
-"""Our side of the index benchmark: plan, build, open, search."""
+"""Our side of the index benchmark: autotune, build, open, search."""
 
 import shutil
 import time
@@ -19,7 +19,7 @@ opened: dict[str, Index] = {}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Plan and build, or measure what was built."""
+    """Autotune and build, or measure the built index."""
     folder = Path(request["folder"])
     load_faiss().omp_set_num_threads(1)
     if request["do"] != "build":

@@ -15,7 +15,7 @@ from vlm.models.model import normalise
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Time the loader, or with `epochs` its memory at the end of each."""
+    """Time the loader, or with `epochs` measure its memory after each epoch."""
     if "epochs" in request:
         return {"memory_mb": memory_by_epoch(request)}
 

@@ -1,9 +1,9 @@
-"""One side of the trainer benchmark: single steps on a batch in memory, asked for one at a time.
+"""One side of the trainer benchmark: single steps on a batch in memory, one per request.
 
-A request names the step: `kind` ours (the run's own step but for the loader) or bare (forward, loss, backward, cut,
-update, as one writes it by hand), the batch, and how much of it goes through the network at once. Texts have their
-full length, which is all the bare step can take. The first request for a step opens it and takes it twice to warm up;
-each request takes and times it once.
+A request names the step: `kind` ours (the run's own step without the loader) or bare (forward, loss, backward,
+clipping, update, as in a hand-written loop), the batch, and the micro-batch size. Texts have their full length, the
+only one that the bare step supports. The first request for a step sets it up and runs it twice to warm up; each
+request runs and times it once.
 """
 
 import json
@@ -33,13 +33,13 @@ _ENDLESS = 1_000_000
 
 
 class Steps:
-    """Answers requests; a step, once opened, stays open."""
+    """Answers requests; a step, once set up, is reused."""
 
     def __init__(self) -> None:
         self._open: dict[str, Callable[[], object]] = {}
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Take the step that is asked for; seconds it took."""
+        """Run the requested step; returns its seconds."""
         name = json.dumps(request, sort_keys=True)
         if name not in self._open:
             step = OPENED[request["kind"]](*open_batch(request))
@@ -52,7 +52,7 @@ class Steps:
 
 
 def open_batch(request: dict[str, Any]) -> tuple[Session, list[TrainingBatch]]:
-    """A run, and its first batch in its parts."""
+    """A run, and its first batch in micro-batches."""
     open_clip.add_model_config(request["models"])
     micro = request["micro"]
     config = TrainConfig(
@@ -70,7 +70,7 @@ def open_batch(request: dict[str, Any]) -> tuple[Session, list[TrainingBatch]]:
 
 
 def our_step(session: Session, batches: list[TrainingBatch]) -> Callable[[], object]:
-    """What `vlm train` does in each step, with all it counts and shows."""
+    """The step of `vlm train`, including accounting and logging."""
     run_logger = RunLogger(session).__enter__()
 
     def step() -> None:
@@ -80,7 +80,7 @@ def our_step(session: Session, batches: list[TrainingBatch]) -> Callable[[], obj
 
 
 def bare_step(session: Session, batches: list[TrainingBatch]) -> Callable[[], object]:
-    """The same network, weights, batch and optimiser in a plain PyTorch loop; the pixels are made ready beforehand."""
+    """The same network, weights, batch and optimizer in a plain PyTorch loop; pixels are normalised beforehand."""
     network = build_network(session.state.model.config)
     network.load_state_dict(session.state.network.state_dict())
     network.train()

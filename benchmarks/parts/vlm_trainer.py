@@ -1,4 +1,4 @@
-"""`vlm` with the benchmark's networks known by name: `vlm_trainer.py MODELS VERB …`.
+"""`vlm` with the benchmark's networks registered by name: `vlm_trainer.py MODELS VERB …`.
 
 MODELS: folder of architectures in open_clip's format.
 """
