@@ -22,7 +22,8 @@ README_MAX_LINES = 150
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 FENCED_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-REPOSITORY_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*")
+# of a kind that the repository has: `train/metadata.csv` is a file of a user's data set
+REPOSITORY_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/(?:[\w./-]*(?:\.py|\.md|\.toml|/)|[\w/-]*)")
 VLM_COMMAND = re.compile(r"^(?:accelerate launch .*?-m |torchrun .*?-m -- |for .*?; do |python -m )?(vlm .*)$")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z.-]*")
 # words that stand for a verb
