@@ -1,6 +1,7 @@
 """Captions in one JSON file beside folders of images: COCO's `captions_*.json` and Karpathy's `dataset_*.json`."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -17,6 +18,7 @@ from vlm.files import compute_fingerprint
 # COCO's own are 90 MB at most; boxes and masks of the same images are several times that, and no captions
 _MAX_BYTES = 1 << 30
 _BEGINNING = 1 << 16
+_NO_CAPTIONS = re.compile(r"(instances|person_keypoints|stuff|panoptic|image_info)_")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def read_annotations(files: SourceFiles, name: str) -> list[AnnotatedImage] | No
 
 def may_be_annotations(files: SourceFiles, name: str) -> bool:
     """Whether a JSON file begins like one of annotations: an object that names images or annotations early on."""
-    if PurePosixPath(name).suffix.lower() != ".json":
+    path = PurePosixPath(name)
+    if path.suffix.lower() != ".json" or _NO_CAPTIONS.match(path.name):
         return False
     beginning = files.read_beginning(name, _BEGINNING).lstrip(b"\xef\xbb\xbf \t\r\n")
     return beginning.startswith(b"{") and any(word in beginning for word in (b'"images"', b'"annotations"', b'"info"'))

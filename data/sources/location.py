@@ -173,6 +173,8 @@ def _captions_apart(location: SourceLocation) -> list[Table]:
         candidates = [name for name in candidates if _LOOKS_LIKE_CAPTIONS.fullmatch(PurePosixPath(name).stem)]
     tables: list[Table] = []
     for name in candidates[:_MAX_CANDIDATES]:
+        if may_be_annotations(files, name):
+            continue
         try:
             table = read_table(files, name, location.options.encoding)
         except VlmError:
