@@ -26,6 +26,7 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 250
 # others are never tried: Pillow would start Ghostscript for a PostScript file that calls itself .jpg
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+_HEIC_BRANDS = frozenset({b"ftypheic", b"ftypheix", b"ftypheim", b"ftyphevc"})
 _RARE_FORMATS = ("JPEG2000", "PPM", "ICO", "QOI", "DIB")
 # the shares of its size, 1/8, 1/4 and 1/2, at which a JPEG is decoded faster than whole
 REDUCTIONS = (8, 4, 2)
@@ -142,6 +143,8 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Imag
     Raises:
         BadSample: not a picture, more than MAX_PIXELS pixels, or more than MAX_ASPECT times as long as wide.
     """
+    if data[4:12] in _HEIC_BRANDS and "HEIF" not in formats:
+        raise BadSample("unknown format", "a HEIC image; vlm pack reads it where pillow-heif is installed")
     with _damaged_image_as_bad_sample():
         image = Image.open(io.BytesIO(data), formats=formats)
     _check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)

@@ -205,6 +205,8 @@ def read_rows(data: bytes | BinaryIO, *, name: str, encoding: str = "") -> Rows:
     read = TABLE_READERS[file_extension(name)]
     try:
         return read(data if not isinstance(data, bytes) else io.BytesIO(data), name, encoding)
+    except VlmError as error:
+        raise VlmError(f"{name} cannot be read as a table. {error}") from error
     except (pa.ArrowException, UnicodeDecodeError, csv.Error, OSError, ValueError, LookupError) as error:
         cure = "It must be whole, and in UTF-8 if text, or in what --encoding says."
         raise VlmError(f"{name} cannot be read as a table: {error}. {cure}") from error

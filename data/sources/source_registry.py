@@ -92,8 +92,11 @@ def _nothing_found(location: SourceLocation) -> str:
     looked = "; ".join(kind.description for kind in KINDS.values())
     if location.images:
         number = pluralize(len(location.images), "image")
-        cure = f"No words were found for its {number}: --captions none packs images without, as search needs none."
-    elif any("/" in name and is_shard(name) for name in location.names):
+        return (
+            f"No words were found for the {number} of {location.url!r}: --captions none packs images without; search "
+            f"needs none. Looked for: {looked}."
+        )
+    if any("/" in name and is_shard(name) for name in location.names):
         cure = f"Its tars lie deeper; name them by a pattern: '{location.url.rstrip('/')}/**/*.tar'."
     else:
         cure = "Tars that hold samples all the same are read by --kind shards."

@@ -317,7 +317,7 @@ def test_a_json_that_gives_each_image_its_captions(write):
 
 def test_images_without_words_are_packed_on_request_alone(write, tmp_path):
     source = write("a.jpg")
-    with pytest.raises(UsageError, match=r"No words were found for its 1 image: --captions none"):
+    with pytest.raises(UsageError, match=r"No words were found for the 1 image of .*--captions none"):
         open_source(str(source))
     source = write("a.jpg", "photos/b.png")
     with pytest.raises(UsageError, match=r"1 image in 'photos'.*--captions none"):
@@ -637,3 +637,11 @@ def test_captions_come_before_metadata_at_the_top(write):
     put(source, "captions.csv", "image,caption\n1.jpg,one\n")
     put(source, "metadata.csv", "image,caption\n1.jpg,two\n")
     assert captions_of(source) == {"1": ("one",)}
+
+
+def test_heic_under_another_name_says_what_reads_it(write, tmp_path):
+    source = write("cat/1.jpg")
+    put(source, "cat/2.jpg", b"\0\0\0\x18ftypheic" + bytes(200))
+    summary = pack(open_source(str(source)), tmp_path / "out", PackConfig(max_bad_share=0.5))
+    assert summary.rejected == {"unknown format": 1}
+    assert "pillow-heif" in (tmp_path / "out" / REJECTED).read_text()
