@@ -1,4 +1,4 @@
-"""open_clip's trainer as it is, with the benchmark's networks known by name: `open_clip_trainer.py MODELS …`.
+"""open_clip's unchanged trainer, with the benchmark's networks registered by name: `open_clip_trainer.py MODELS …`.
 
 MODELS: folder of architectures in open_clip's format.
 """

@@ -1,1 +1,1 @@
-"""What can be minimised: terms, and the expression that adds them up."""
+"""Training objectives: loss terms, and the expression that sums them."""

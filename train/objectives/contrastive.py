@@ -33,7 +33,7 @@ class PairMasks:
 
     @property
     def negatives(self) -> Bool[Tensor, "B N"]:
-        """The columns a row is to be told apart from."""
+        """The negatives of each row."""
         return ~self.positives if self.ignored is None else ~(self.positives | self.ignored)
 
 
@@ -114,7 +114,7 @@ def decoupled_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tens
 
     The paper has two views of an image, with negatives among both; here are an image and a text, with the columns of
     the other modality alone. With several positives all of them leave the denominator, and the mean of their logits is
-    raised; the paper has one. A row without negatives has nothing to be told apart from: its loss is 0.
+    raised; the paper has one. The loss of a row without negatives is 0.
     """
     negatives = masks.negatives
     has_negatives = negatives.any(dim=1)

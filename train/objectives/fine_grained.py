@@ -102,7 +102,7 @@ def sentence_mask(inputs: Inputs, options: LossOptions) -> Bool[Tensor, "B S"]:
 
 
 def count_multi_sentence_images(inputs: Inputs, options: LossOptions) -> Tensor:
-    """Images with two sentences or more; with one there is nothing to tell it apart from."""
+    """Number of images with at least two sentences; a single sentence has no negatives."""
     return (sentence_mask(inputs, options).sum(dim=1) >= 2).sum()
 
 

@@ -1,4 +1,4 @@
-"""A loss term: its function with its paper, what it reads, and whether it compares the pairs of a batch.
+"""A loss term: its function with its paper, its inputs, and whether it compares the pairs of a batch.
 
 Inputs, by name, of the B samples that go through the network at once:
 

@@ -1,4 +1,4 @@
-"""What can be minimised, by name, and the expression that adds it up."""
+"""The loss terms by name, and the expression that sums them."""
 
 import re
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ ALIASES: dict[str, str] = {
     "coca": "clip + 2*caption",
     "dreamlip": "clip + sub_captions + grouping",
 }
-"""Names of sums that papers train with."""
+"""Aliases of sums that papers use."""
 
 _SUMMAND = re.compile(r"(?:(?P<weight>[0-9.eE+-]+)\s*\*\s*)?(?P<name>[a-z][a-z0-9_-]*)")
 
