@@ -16,14 +16,14 @@ import torch
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import ShardSet
-from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex
 from vlm.data.samples import Captions, CaptionSampler, Sample, SampledCaption, SampleRng, shuffled
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import content_digest
-from vlm.tensors import Array, Float, Int64, Tensor, UInt8
+from vlm.tensor_types import Array, Float, Int64, Tensor, UInt8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from vlm.data.decode import EncodedImage
 from vlm.data.transforms import Crop, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
-from vlm.tensors import Array, Float, Tensor, UInt8
+from vlm.tensor_types import Array, Float, Tensor, UInt8
 
 Decoder = Callable[[list[bytes], torch.device], list[Tensor]]
 """Decodes JPEGs to stored pixels, uint8 [3, H, W]; a RuntimeError means that one of them cannot be decoded."""

@@ -25,8 +25,8 @@ from vlm.data.samples import Sample
 from vlm.data.shard_cache import Prefetcher, ShardCache, default_cache
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
-from vlm.storage.urls import needs_cache
-from vlm.tensors import Array, Tensor, UInt8
+from vlm.storage import needs_cache
+from vlm.tensor_types import Array, Tensor, UInt8
 
 _PAGE = mmap.PAGESIZE
 

@@ -2,7 +2,7 @@
 
 Bottom up: the disk and the indexes; what one process does to prepare a batch (read, decode, view, tokenize, stack);
 the transfer from a worker to the main process; the loader with several numbers of workers; and `profile_pipeline`,
-which measures all of it. What the figures mean is for `vlm.data.bottleneck` to say.
+which measures all of it. What the figures mean is for `vlm.data.bottleneck_report` to say.
 """
 
 import logging
@@ -34,8 +34,7 @@ from vlm.data.tar import Span, open_index, read_entries
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.storage.remote import file_identity, read_blocks
-from vlm.storage.urls import is_remote, local_path, needs_cache
+from vlm.storage import file_identity, is_remote, local_path, needs_cache, read_blocks
 
 logger = logging.getLogger(__name__)
 

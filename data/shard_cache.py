@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, fsync_folder, sha256_file, write_text
 from vlm.manifest import MANIFEST
-from vlm.storage.remote import (
+from vlm.storage import (
     BLOCK_BYTES,
     FetchCancelled,
     FileIdentity,
@@ -34,14 +34,12 @@ from vlm.storage.remote import (
     RetryPolicy,
     fetch_identity,
     file_identity,
-    read_blocks,
-    read_small,
-)
-from vlm.storage.urls import (
     is_compressed,
     is_remote,
     needs_cache,
     protocol_of,
+    read_blocks,
+    read_small,
     require_package,
     sibling_url,
     url_basename,

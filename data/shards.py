@@ -13,8 +13,16 @@ from vlm.data.tar import TarIndex, open_index
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint
 from vlm.manifest import MANIFEST, PROGRESS
-from vlm.storage.remote import list_files
-from vlm.storage.urls import SHARD_SUFFIXES, is_remote, is_shard, local_path, needs_cache, split_urls, url_basename
+from vlm.storage import (
+    SHARD_SUFFIXES,
+    is_remote,
+    is_shard,
+    list_files,
+    local_path,
+    needs_cache,
+    split_urls,
+    url_basename,
+)
 
 __all__ = ["count_samples", "expand_shards", "is_remote", "shards_fingerprint"]
 

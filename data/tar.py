@@ -26,8 +26,16 @@ from vlm.data.samples import Sample, parse_captions
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint
-from vlm.storage.remote import FileIdentity, file_identity, read_small
-from vlm.storage.urls import is_remote, local_path, needs_cache, sibling_url, url_basename
+from vlm.storage import (
+    FileIdentity,
+    file_identity,
+    is_remote,
+    local_path,
+    needs_cache,
+    read_small,
+    sibling_url,
+    url_basename,
+)
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SIZE = 1 << 62

@@ -18,7 +18,7 @@ from PIL import Image
 from vlm.data.decode import EncodedImage, open_image, reduction, to_rgb
 from vlm.data.samples import RandomSource
 from vlm.errors import BadSample, UsageError
-from vlm.tensors import Array, Tensor, UInt8
+from vlm.tensor_types import Array, Tensor, UInt8
 
 # OpenAI CLIP's channel statistics, which open_clip keeps as its default
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

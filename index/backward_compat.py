@@ -20,18 +20,18 @@ from vlm.data.samples import Captions
 from vlm.errors import UsageError
 from vlm.evaluation.retrieval import Retrieval, measure_retrieval
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings import Embeddings, EmbeddingSpace
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
 from vlm.index.encoder import absolute_spec
-from vlm.index.layout import FIRST_VERSION, IndexDetails, catalogue_file
+from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
 from vlm.index.writer import iter_live_blocks
 from vlm.manifest import write_manifest
 from vlm.models.variants import CompatibilityProjection
-from vlm.tensors import Array, Float, Float32, Int64
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)
 

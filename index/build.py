@@ -14,21 +14,14 @@ import numpy as np
 
 from vlm.errors import VlmError
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import resolve_index_type, search_params_dict
 from vlm.index.autotune.autotune_report import PLOT, draw_plan
-from vlm.index.autotune.autotuner import (
-    MAX_ROWS,
-    Plan,
-    VerificationResult,
-    autotune,
-    retune,
-    verify_plan,
-)
+from vlm.index.autotune.autotuner import MAX_ROWS, Plan, VerificationResult, autotune, retune, verify_plan
 from vlm.index.autotune.trial import SearchParams, TuningTarget
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings import Embeddings
-from vlm.index.layout import FIRST_VERSION, IndexDetails, catalogue_file
+from vlm.index.embeddings_folder import Embeddings
+from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest

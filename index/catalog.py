@@ -23,10 +23,10 @@ from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import fsync_folder
 from vlm.index import metadata
-from vlm.index.embeddings import Origin, captions_from_json
-from vlm.index.filters import Condition, matching_rows
-from vlm.index.layout import REBUILD_HINT, FailPoint, no_failpoint
-from vlm.tensors import Array, Int64
+from vlm.index.embeddings_folder import Origin, captions_from_json
+from vlm.index.filter_language import Condition, matching_rows
+from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
+from vlm.tensor_types import Array, Int64
 
 LATEST = 2**63 - 1
 _ROWS_AT_ONCE = 10_000

@@ -31,7 +31,7 @@ from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
 from vlm.data.tar import Span, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import (
+from vlm.index.embeddings_folder import (
     FLOAT16,
     EmbeddingSpace,
     EmbeddingsWriter,
@@ -50,7 +50,7 @@ from vlm.index.embeddings import (
 from vlm.index.encoder import Encoder, absolute_spec, check_unit_norm, compile_encoder, find_fastest_batch_size
 from vlm.index.ids import UidAssigner
 from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
-from vlm.tensors import Array, Float32
+from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)
 

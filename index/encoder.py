@@ -11,10 +11,10 @@ import torch
 
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import find_non_unit_rows
+from vlm.index.embeddings_folder import find_non_unit_rows
 from vlm.models.model import VisionLanguageModel
 from vlm.models.variants import DIMENSIONS_SEPARATOR, split_model_spec
-from vlm.tensors import Array, Float32, Tensor, UInt8
+from vlm.tensor_types import Array, Float32, Tensor, UInt8
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from vlm.data.samples import parse_tags
-from vlm.index.embeddings import Origin
+from vlm.index.embeddings_folder import Origin
 
 FieldType = Literal["number", "text"]
 FieldValue = int | float | str
@@ -82,7 +82,7 @@ def field_types(database: sqlite3.Connection) -> dict[str, tuple[FieldType, ...]
 def metadata_fields(origin: Origin) -> Iterator[tuple[str, FieldValue]]:
     """Each field and value of a row; a pair may occur twice.
 
-    >>> from vlm.index.embeddings import Origin
+    >>> from vlm.index.embeddings_folder import Origin
     >>> origin = Origin(uid="u", key="u", shard="s", number=0, image_offset=0, image_size=0, caption_number=None,
     ...                 captions={"en": ("a dog",)}, metadata={"size": {"width": 640}, "tags": "dog, wet"})
     >>> sorted(metadata_fields(origin))

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import CopyToGpu
+from vlm.index.ann.index_type_base import CopyToGpu
 from vlm.index.catalog import Catalogue, Entry
-from vlm.index.embeddings import Modality, Origin, check_files
-from vlm.index.layout import REBUILD_HINT, IndexDetails, Segment
+from vlm.index.embeddings_folder import Modality, Origin, check_files
+from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment
 from vlm.index.segments import ScoredRows, SegmentReader, SegmentView, nearest, open_array
 from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from vlm.tensors import Array, Float, Float32, Int64
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)
 

@@ -36,12 +36,12 @@ from vlm.index.ann.faiss_search import (
     to_float32,
 )
 from vlm.index.ann.gpu import MAX_GPU_RESULTS, find_gpu, gpu_unsupported_reason, make_add_function
-from vlm.index.ann.index_type import CopyToGpu, TuningParams, load_faiss
+from vlm.index.ann.index_type_base import CopyToGpu, TuningParams, load_faiss
 from vlm.index.ann.index_types import INDEX_TYPES
-from vlm.index.embeddings import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
-from vlm.index.layout import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
+from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
+from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
 from vlm.manifest import FileRecord, record_file
-from vlm.tensors import Array, Bool, Float, Float32, Int64, UInt8
+from vlm.tensor_types import Array, Bool, Float, Float32, Int64, UInt8
 
 if TYPE_CHECKING:
     import faiss

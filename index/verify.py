@@ -10,14 +10,14 @@ from vlm.errors import VlmError
 from vlm.files import sha256_file
 from vlm.index.ann.faiss_search import to_float32
 from vlm.index.catalog import Catalogue
-from vlm.index.embeddings import find_non_unit_rows, normalize_rows
-from vlm.index.layout import IndexDetails
+from vlm.index.embeddings_folder import find_non_unit_rows, normalize_rows
+from vlm.index.index_files import IndexDetails
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentReader
 from vlm.index.writer import strays
 from vlm.manifest import Manifest, read_manifest
-from vlm.tensors import Array, Int64
+from vlm.tensor_types import Array, Int64
 
 _ROWS_AT_ONCE = 65_536
 # FAISS sums float32 products in another order than numpy

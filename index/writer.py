@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 from vlm import __version__
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type, search_params_dict
 from vlm.index.catalog import copy_catalogue, has_uncommitted_changes, max_row, roll_back_catalogue, update_catalogue
-from vlm.index.embeddings import Embeddings, EmbeddingSpace, Origin
-from vlm.index.layout import (
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
+from vlm.index.index_files import (
     SEGMENTS,
     TOMBSTONES,
     FailPoint,
@@ -39,7 +39,7 @@ from vlm.index.layout import (
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import FileRecord, Manifest, read_manifest, record_file, write_manifest
-from vlm.tensors import Array, Bool, Float, Int64
+from vlm.tensor_types import Array, Bool, Float, Int64
 
 
 @dataclass(frozen=True, kw_only=True)

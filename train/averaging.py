@@ -19,7 +19,7 @@ from vlm.console import progress
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.retrieval import RECALL_AT, evaluate_retrieval
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Tensor
+from vlm.tensor_types import Tensor
 
 
 class EMA:

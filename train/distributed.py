@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError
-from vlm.tensors import Float, Int64, Tensor
+from vlm.tensor_types import Float, Int64, Tensor
 
 Item = TypeVar("Item")
 

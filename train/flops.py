@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm.models.dropout import PerSampleNoise
-from vlm.tensors import Tensor
+from vlm.tensor_types import Tensor
 
 logger = logging.getLogger(__name__)
 

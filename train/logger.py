@@ -15,7 +15,7 @@ import torch
 
 from vlm.data.collate import TrainingBatch
 from vlm.data.corpus import Corpus
-from vlm.data.ledger import Epoch, Ledger, ShardCount, sum_counts
+from vlm.data.sample_ledger import Epoch, Ledger, ShardCount, sum_counts
 from vlm.errors import VlmError
 from vlm.files import compute_fingerprint, write_text
 from vlm.train.distributed import gather_objects, merge_ledgers

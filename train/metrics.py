@@ -12,7 +12,7 @@ import torch
 
 from vlm.console import format_duration, progress
 from vlm.errors import UsageError
-from vlm.tensors import Tensor
+from vlm.tensor_types import Tensor
 from vlm.train.distributed import gather_objects
 from vlm.train.flops import PeakFlops, SampleFlops
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
 from vlm.evaluation.retrieval import evaluate_retrieval
@@ -24,7 +24,7 @@ from vlm.manifest import Manifest, write_manifest
 from vlm.models.factory import build_network
 from vlm.models.load import CHECKPOINTS, RUN_MODEL, save_model_folder
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Tensor
+from vlm.tensor_types import Tensor
 from vlm.train.checkpoint.format import new_best
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
 from vlm.train.distributed import merge_ledgers, to_full_tensor, unsharded_weights

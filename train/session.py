@@ -30,7 +30,7 @@ from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
 from vlm.data.gpu_decode import check_decoder
 from vlm.data.loader import stream_batches
-from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchSampler
 from vlm.data.samples import CaptionSampler
 from vlm.data.shard_cache import ShardCache, default_cache
@@ -51,7 +51,6 @@ from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.flops import FlopCounter
-from vlm.train.inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
 from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
@@ -66,6 +65,7 @@ from vlm.train.run_config import (
     disallowed_changes,
 )
 from vlm.train.state import TrainState
+from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
 from vlm.train.task import TrainingTask, build_task, lock_tower
 from vlm.train.teacher_views import check_views
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.files import compute_fingerprint
 from vlm.models.model import VisionLanguageModel
 from vlm.train.loss_guard import LossSpikeGuard

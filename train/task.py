@@ -21,7 +21,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.models.network import Network
 from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_tower, supports_patch_features
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
-from vlm.tensors import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.objectives.captioning import MASK_EMBEDDING, choose_parallel_captions
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm

@@ -22,15 +22,14 @@ import torch
 from vlm.data.collate import SampleFailure, sample_failure
 from vlm.data.decode import EncodedImage
 from vlm.data.loader import ShardSet
-from vlm.data.precomputed import PrecomputedFeatures, view_rng
+from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import SampleIndex
 from vlm.data.samples import Sample
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST
-from vlm.storage.remote import read_small
-from vlm.storage.urls import is_remote, local_path, sibling_url
-from vlm.tensors import Array, Tensor, UInt8
+from vlm.storage import is_remote, local_path, read_small, sibling_url
+from vlm.tensor_types import Array, Tensor, UInt8
 from vlm.train.run_config import LoaderConfig
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from parts.measure_process import BENCH
 
 from vlm.errors import VlmError
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 
 # pairs per second over the whole process, and without imports and loading, as the tool itself counts
 WHOLE_CALL, WORK = "whole call", "its work"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from index_vectors import Mixture
 
-from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin
-from vlm.tensors import Array, Float32
+from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin
+from vlm.tensor_types import Array, Float32
 
 _ROWS_A_PART = 50_000
 _QUESTIONS = "questions.npy"

@@ -14,14 +14,14 @@ from index_vectors import Mixture
 from measure_server import serve
 
 from vlm.index import build
-from vlm.index.ann.index_type import load_faiss
+from vlm.index.ann.index_type_base import load_faiss
 from vlm.index.autotune.query_sampling import exact_scores, per_query_recall
-from vlm.index.filters import parse_filter
+from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.manifest import is_complete
-from vlm.tensors import Array, Float32, Int64
+from vlm.tensor_types import Array, Float32, Int64
 
 FILTERS = {
     "half of the rows": "language = 'en'",

@@ -13,7 +13,7 @@ from vlm.data.sampler import SampleIndex
 from vlm.data.samples import SampleRng
 from vlm.data.shards import count_samples
 from vlm.data.transforms import RandomResizedCrop
-from vlm.index.embeddings import (
+from vlm.index.embeddings_folder import (
     Embeddings,
     EmbeddingSpace,
     EmbeddingsWriter,
@@ -24,7 +24,7 @@ from vlm.index.embeddings import (
 )
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.manifest import is_complete
-from vlm.tensors import Array, Float32, UInt8
+from vlm.tensor_types import Array, Float32, UInt8
 
 _IMAGES_AT_ONCE = 16
 _SCALE, _BRIGHTNESS = (0.35, 1.0), (0.6, 1.4)

@@ -15,9 +15,9 @@ from vlm.index.autotune.autotuner import autotune, retune
 from vlm.index.autotune.query_sampling import QuerySet, SampledRows, exact_scores, lower_bound, per_query_recall
 from vlm.index.autotune.trial import CANDIDATE_CONFIGS, TrialIndex, TuningTarget
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 from vlm.index.reader import Index
-from vlm.tensors import Array, Float32
+from vlm.tensor_types import Array, Float32
 
 AT = 10
 _COUNTS = (1, 10, 100)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.embeddings import Embeddings, EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
-from vlm.tensors import Array, Float32
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
+from vlm.tensor_types import Array, Float32
 
 # spread of images around their cluster, of texts around their image, and the modality gap
 _IMAGE_SPREAD, _TEXT_SPREAD, _GAP = 0.7, 1.5, 0.8

@@ -8,11 +8,11 @@ from typing import Any
 from index_measure import PeakMemory, measure
 from measure_server import serve
 
-from vlm.index.ann.index_type import load_faiss
+from vlm.index.ann.index_type_base import load_faiss
 from vlm.index.autotune.autotuner import autotune, retune
 from vlm.index.autotune.trial import TuningTarget
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 from vlm.index.reader import Index
 
 opened: dict[str, Index] = {}

@@ -9,13 +9,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from vlm.data.curation.filter import (
-    FilterContext,
-    FilterResult,
-    NoParameters,
-    keep_one_per_group,
-    require_one_of,
-)
+from vlm.data.curation.filter import FilterContext, FilterResult, NoParameters, keep_one_per_group, require_one_of
 from vlm.data.curation.sample_table import RequiredColumn, SampleTable
 from vlm.data.curation.score_columns import ScoreValues
 from vlm.data.dedup import DIGEST_BYTES, DISTANCE, connected_components, near_duplicate_pairs

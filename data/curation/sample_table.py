@@ -18,7 +18,7 @@ from vlm.console import progress
 from vlm.data.decode import open_image, to_rgb, upright_size
 from vlm.data.dedup import DIGEST_BYTES, THUMBNAIL_BYTES, image_signature
 from vlm.data.samples import TAGS, Sample, parse_tags
-from vlm.data.shard_scan import scan_shards
+from vlm.data.shard_workers import scan_shards
 from vlm.data.shards import count_samples
 from vlm.data.tar import ShardReader, open_index
 from vlm.errors import BadSample, UsageError

@@ -12,7 +12,7 @@ from vlm.console import progress
 from vlm.data.inspection.findings import BadRecord, Inspection
 from vlm.data.inspection.sample_scan import SampleScanner, ScanChunk, ScanOptions
 from vlm.data.inspection.statistics import DatasetStats
-from vlm.data.shard_scan import scan_shards
+from vlm.data.shard_workers import scan_shards
 from vlm.data.tar import ShardReader, open_index
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError

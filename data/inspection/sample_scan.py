@@ -85,7 +85,7 @@ class ScanOptions:
 
 
 class SampleScanner:
-    """Scans the samples of a chunk, never stopping at a bad one. Of a process for `vlm.data.shard_scan`."""
+    """Scans the samples of a chunk, never stopping at a bad one. Of a process for `vlm.data.shard_workers`."""
 
     def __init__(self, options: ScanOptions) -> None:
         self._tokenizer = open_tokenizer(options.tokenizer, MAX_COUNTED_TOKENS) if options.tokenizer else None

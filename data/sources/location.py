@@ -13,7 +13,7 @@ from vlm.data.sources.rows import TABLE_READERS, file_extension, is_table
 from vlm.data.sources.source import FolderFiles, SourceFiles, SourceOptions, open_files, readable_text
 from vlm.data.sources.table import Table, has_columns, names_files, names_only_addresses, read_table
 from vlm.errors import UsageError, VlmError
-from vlm.storage.urls import needs_cache
+from vlm.storage import needs_cache
 
 SCENES = "scenes"
 _CAPTION_STEMS = ("captions", "metadata")

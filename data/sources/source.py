@@ -17,7 +17,7 @@ from vlm.data.samples import Pair
 from vlm.data.tar import Span, read_entries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
-from vlm.storage.urls import is_shard
+from vlm.storage import is_shard
 
 SourceKind = Literal["scenes", "shards", "table", "annotations", "texts", "classes", "images"]
 

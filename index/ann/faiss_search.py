@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vlm.index.ann.index_type import load_faiss, unwrap_transforms
-from vlm.tensors import Array, Float, Float32, Int64
+from vlm.index.ann.index_type_base import load_faiss, unwrap_transforms
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 if TYPE_CHECKING:
     import faiss

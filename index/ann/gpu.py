@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlm.index.ann.index_type import CopyToGpu, load_faiss, unwrap_transforms
-from vlm.tensors import Array, Float32
+from vlm.index.ann.index_type_base import CopyToGpu, load_faiss, unwrap_transforms
+from vlm.tensor_types import Array, Float32
 
 if TYPE_CHECKING:
     import faiss

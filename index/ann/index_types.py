@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vlm.config import lookup
 from vlm.errors import UsageError
 from vlm.index.ann.gpu import extract_ivf, train
-from vlm.index.ann.index_type import (
+from vlm.index.ann.index_type_base import (
     CopyToGpu,
     IndexType,
     TrainingRows,

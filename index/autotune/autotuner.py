@@ -19,7 +19,7 @@ import numpy as np
 from vlm.config import lookup
 from vlm.errors import UsageError
 from vlm.index.ann.faiss_search import effort_limit, set_search_effort
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import INDEX_TYPES, MAX_RERANK, search_params_dict
 from vlm.index.autotune.query_sampling import (
     MIN_REVERSED_ROWS,
@@ -51,11 +51,11 @@ from vlm.index.autotune.trial import (
     time_head_to_head,
     tuning_values,
 )
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 from vlm.index.reader import Index
 from vlm.index.segments import SegmentReader, SegmentView, nearest
 from vlm.index.writer import IndexWriter
-from vlm.tensors import Array, Float32
+from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)
 

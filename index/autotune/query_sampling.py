@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.embeddings import Embeddings
-from vlm.tensors import Array, Float, Float32
+from vlm.index.embeddings_folder import Embeddings
+from vlm.tensor_types import Array, Float, Float32
 
 # two orders of summing 1,000 float32 products of unit vectors differ by less
 TIE = 1e-6

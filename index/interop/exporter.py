@@ -18,18 +18,18 @@ import pyarrow.parquet as pq
 from vlm.errors import UsageError
 from vlm.files import atomic_folder, atomic_write, check_not_exists, compute_fingerprint, json_text
 from vlm.index.ann.faiss_search import to_float32
-from vlm.index.ann.index_type import TuningParams, load_faiss
+from vlm.index.ann.index_type_base import TuningParams, load_faiss
 from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import Catalogue, Entry
-from vlm.index.embeddings import normalize_rows
-from vlm.index.filters import parse_filter
-from vlm.index.interop.import_sources import EMBEDDING, ORIGIN, TABLE_FOLDER, VECTOR_FOLDERS
+from vlm.index.embeddings_folder import normalize_rows
+from vlm.index.filter_language import parse_filter
+from vlm.index.index_files import SEGMENTS
+from vlm.index.interop.import_layouts import EMBEDDING, ORIGIN, TABLE_FOLDER, VECTOR_FOLDERS
 from vlm.index.interop.importer import EXPORT
-from vlm.index.layout import SEGMENTS
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentView, write_segment
 from vlm.manifest import Manifest, record_file, write_manifest
-from vlm.tensors import Array, Float, Int64
+from vlm.tensor_types import Array, Float, Int64
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from vlm.console import progress
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, check_not_exists
 from vlm.index.ann.faiss_search import to_float32
-from vlm.index.embeddings import (
+from vlm.index.embeddings_folder import (
     EmbeddingSpace,
     EmbeddingsWriter,
     Modality,
@@ -23,7 +23,7 @@ from vlm.index.embeddings import (
 )
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.ids import UidAssigner
-from vlm.index.interop.import_sources import (
+from vlm.index.interop.import_layouts import (
     Block,
     ColumnChoice,
     SourcePart,

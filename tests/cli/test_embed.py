@@ -7,7 +7,7 @@ from tests.data.tar_fixture import write_tar
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel

@@ -9,7 +9,7 @@ import pytest
 
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
+from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
 from vlm.index.writer import IndexWriter
 
 

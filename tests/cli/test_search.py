@@ -11,7 +11,7 @@ import pytest
 from tests.service.circle_fixture import CircleModel
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Origin
+from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin
 
 
 def origin(number: int) -> Origin:

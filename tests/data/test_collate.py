@@ -12,7 +12,7 @@ from tests.data.tar_fixture import members, without_tables, write_tar
 from vlm.data.collate import TrainingCollator
 from vlm.data.loader import ShardSet
 from vlm.data.pack import encode_pair
-from vlm.data.precomputed import PrecomputedFeatures, view_rng
+from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Pair, SampledCaption
 from vlm.data.transforms import RandomResizedCrop

@@ -16,9 +16,9 @@ from tests.data.selection_fixture import select_all
 from tests.data.tar_fixture import damages_for, write_tar
 from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
-from vlm.data.ledger import Ledger, sum_counts
 from vlm.data.loader import stream_batches
 from vlm.data.pack import pack
+from vlm.data.sample_ledger import Ledger, sum_counts
 from vlm.data.sampler import BatchSampler, Mixture
 from vlm.data.selection import Selection, write_selection
 from vlm.data.shards import expand_shards

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from vlm.data.pack import REJECTED, PackConfig, pack
-from vlm.data.sources.recognition import describe_recognition
 from vlm.data.sources.source import SourceOptions
-from vlm.data.sources.source_registry import open_source
+from vlm.data.sources.source_registry import describe_recognition, open_source
 from vlm.errors import BadSample, UsageError, VlmError
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from vlm.data.collate import SampleFailure, TrainingBatch
-from vlm.data.ledger import MAX_FAILURES, Ledger, sum_counts
+from vlm.data.sample_ledger import MAX_FAILURES, Ledger, sum_counts
 from vlm.data.sampler import SampleIndex
 
 

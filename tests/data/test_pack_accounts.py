@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from tests.data.tar_fixture import tiny_image
 from vlm.data.pack import REJECTED, PackConfig, pack
-from vlm.data.sources.recognition import describe_recognition
 from vlm.data.sources.source import SourceOptions
-from vlm.data.sources.source_registry import open_source
+from vlm.data.sources.source_registry import describe_recognition, open_source
 from vlm.errors import VlmError
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vlm.data.precomputed import PrecomputedFeatures, view_rng
+from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.samples import Sample, SampledCaption
 from vlm.errors import BadSample, UsageError, VlmError
 

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from vlm.data.bottleneck import find_bottleneck
+from vlm.data.bottleneck_report import find_bottleneck
 from vlm.data.profiling import (
     PARTS,
     LoaderRate,

@@ -22,9 +22,9 @@ from tests.fuzz.mutations import mutated_tar
 from vlm.console import progress
 from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Source, open_corpus
-from vlm.data.ledger import Ledger, sum_counts
 from vlm.data.loader import stream_batches
-from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.precomputed_features import PrecomputedFeatures
+from vlm.data.sample_ledger import Ledger, sum_counts
 from vlm.data.sampler import BatchSampler
 from vlm.data.tar import open_index
 from vlm.data.transforms import RandomResizedCrop

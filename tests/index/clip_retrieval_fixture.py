@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlm.index.interop.import_sources import ColumnChoice
+from vlm.index.interop.import_layouts import ColumnChoice
 from vlm.index.interop.importer import UNKNOWN, ImportSummary, import_embeddings
 
 D = 8

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.index.embed import EmbedOptions, EmbedSummary, embed_into
-from vlm.index.embeddings import Modality
+from vlm.index.embeddings_folder import Modality
 from vlm.index.encoder import Encoder
 
 

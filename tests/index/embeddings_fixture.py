@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
+from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 
 CAPTIONS = 5
 

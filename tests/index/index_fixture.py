@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.origin_fixture import make_origin
-from vlm.index.embeddings import EmbeddingSpace, Origin, normalize_rows
+from vlm.index.embeddings_folder import EmbeddingSpace, Origin, normalize_rows
 from vlm.index.reader import Index
 from vlm.index.writer import InsertBatch
 

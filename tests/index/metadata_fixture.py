@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.index.origin_fixture import make_origin
-from vlm.index.filters import matching_rows, parse_filter
+from vlm.index.filter_language import matching_rows, parse_filter
 from vlm.index.metadata import SCHEMA, insert_metadata_fields
 
 Metadata = dict[str, Any]

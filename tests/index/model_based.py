@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.oracle_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, normalize_rows
-from vlm.index.filters import parse_filter
+from vlm.index.embeddings_folder import EmbeddingsWriter, normalize_rows
+from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 

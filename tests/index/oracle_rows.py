@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.index.index_fixture import insert_batch
 from tests.index.origin_fixture import make_origin
-from vlm.index.embeddings import EmbeddingSpace, Origin, normalize_rows
+from vlm.index.embeddings_folder import EmbeddingSpace, Origin, normalize_rows
 from vlm.index.writer import InsertBatch
 
 DIMENSION = 8

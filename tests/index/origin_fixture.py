@@ -3,7 +3,7 @@
 from typing import Any
 
 from vlm.data.samples import Captions
-from vlm.index.embeddings import Origin
+from vlm.index.embeddings_folder import Origin
 
 
 def make_origin(

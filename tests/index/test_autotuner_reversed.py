@@ -11,7 +11,7 @@ from vlm.index.autotune.autotune_report import show_plan
 from vlm.index.autotune.autotuner import Plan, autotune
 from vlm.index.autotune.query_sampling import sample_queries
 from vlm.index.autotune.trial import TuningTarget
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 
 
 @pytest.fixture(scope="module")

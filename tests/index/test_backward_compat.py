@@ -22,8 +22,8 @@ from vlm.index.backward_compat import (
     upgrade_index,
 )
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings
-from vlm.index.filters import parse_filter
+from vlm.index.embeddings_folder import Embeddings
+from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter, InsertBatch

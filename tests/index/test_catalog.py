@@ -7,7 +7,7 @@ import pytest
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.index.catalog import Catalogue, copy_catalogue, roll_back_catalogue, update_catalogue, write_catalogue
-from vlm.index.embeddings import Origin
+from vlm.index.embeddings_folder import Origin
 
 
 def origin(number: int, captions: Captions, *, uid: str = "") -> Origin:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import VlmError
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 from vlm.index.reader import Index
 from vlm.manifest import MANIFEST, begin_or_resume_folder
 

@@ -14,7 +14,7 @@ from tests.data.selection_fixture import select_all
 from tests.index.embed_fixture import embed_shards
 from vlm.data.selection import Selection
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import Embeddings, Modality
+from vlm.index.embeddings_folder import Embeddings, Modality
 from vlm.index.encoder import Encoder
 
 KILLED_RUN = """

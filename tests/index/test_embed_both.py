@@ -7,7 +7,7 @@ from tests.index.embed_fixture import embed_shards
 from tests.index.test_embed_processes import contents
 from vlm.errors import UsageError, VlmError
 from vlm.index.embed import EmbedOptions, embed_into
-from vlm.index.embeddings import Embeddings, Modality, VectorStorage
+from vlm.index.embeddings_folder import Embeddings, Modality, VectorStorage
 
 OPTIONS = EmbedOptions(model_spec="colours", batch_size=3)
 

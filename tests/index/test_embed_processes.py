@@ -12,7 +12,7 @@ from tests import preloaded
 from tests.index.conftest import ColourModel
 from vlm.errors import UsageError
 from vlm.index.embed import EmbedOptions, ProcessRank, embed_into
-from vlm.index.embeddings import Embeddings, Modality, begin_or_resume
+from vlm.index.embeddings_folder import Embeddings, Modality, begin_or_resume
 
 ROOT = Path(__file__).parents[2]
 

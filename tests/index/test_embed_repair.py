@@ -11,7 +11,7 @@ from tests.index.embed_fixture import embed_shards
 from tests.index.test_embed import contents
 from vlm.errors import VlmError
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings
+from vlm.index.embeddings_folder import Embeddings
 
 
 def flip(path: Path) -> None:

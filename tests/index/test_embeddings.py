@@ -6,7 +6,7 @@ import pytest
 
 from tests.index.index_fixture import SPACE, origins, vectors
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, normalize_rows
+from vlm.index.embeddings_folder import Embeddings, EmbeddingsWriter, normalize_rows
 
 Write = Callable[..., Path]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import VlmError
-from vlm.index.embeddings import Origin, Part, open_vectors, read_origins, write_part
+from vlm.index.embeddings_folder import Origin, Part, open_vectors, read_origins, write_part
 
 
 def origin(number: int) -> Origin:

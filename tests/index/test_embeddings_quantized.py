@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import (
+from vlm.index.embeddings_folder import (
     Embeddings,
     EmbeddingSpace,
     EmbeddingsWriter,

@@ -14,10 +14,10 @@ from tests.index.index_fixture import SPACE, MakeIndex, make_batch, vectors
 from tests.index.origin_fixture import make_origin
 from vlm.cli.main import main
 from vlm.errors import UsageError
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings, EmbeddingsWriter, Origin
-from vlm.index.filters import parse_filter
+from vlm.index.embeddings_folder import Embeddings, EmbeddingsWriter, Origin
+from vlm.index.filter_language import parse_filter
 from vlm.index.interop.exporter import ExportFormat, export_index
 from vlm.index.interop.importer import ImportSummary, import_embeddings
 from vlm.index.reader import Index

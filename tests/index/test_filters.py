@@ -4,7 +4,7 @@ import pytest
 
 from tests.index.metadata_fixture import Metadata, chosen, open_facts
 from vlm.errors import UsageError
-from vlm.index.filters import LONGEST_FILTER, And, Compare, IsIn, IsNull, Like, Not, Or, parse_filter
+from vlm.index.filter_language import LONGEST_FILTER, And, Compare, IsIn, IsNull, Like, Not, Or, parse_filter
 
 IMAGES: list[Metadata] = [
     {"width": 640, "language": "en", "tags": ["dog", "wet"], "date": "2024-05-31", "exif": {"iso": 100}},

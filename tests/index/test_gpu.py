@@ -9,7 +9,7 @@ import pytest
 from tests.index.test_index_types import WITH_LISTS, filled
 from vlm.index.ann import gpu
 from vlm.index.ann.index_types import INDEX_TYPES
-from vlm.index.embeddings import normalize_rows
+from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.reader import Index
 from vlm.index.segments import SegmentReader
 from vlm.index.writer import IndexWriter

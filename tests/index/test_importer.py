@@ -15,9 +15,9 @@ from vlm.cli.main import main
 from vlm.errors import UsageError
 from vlm.files import read_lines
 from vlm.index.build import build_index
-from vlm.index.embeddings import Embeddings, Origin
-from vlm.index.filters import parse_filter
-from vlm.index.interop.import_sources import ColumnChoice
+from vlm.index.embeddings_folder import Embeddings, Origin
+from vlm.index.filter_language import parse_filter
+from vlm.index.interop.import_layouts import ColumnChoice
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.service.query import Query

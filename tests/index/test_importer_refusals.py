@@ -8,7 +8,7 @@ import pytest
 
 from tests.index.clip_retrieval_fixture import D, bring, clip_retrieval, unit, write_matrix, write_table
 from vlm.errors import UsageError, VlmError
-from vlm.index.interop.import_sources import ColumnChoice
+from vlm.index.interop.import_layouts import ColumnChoice
 
 
 def damaged(folder: Path, what: str) -> None:

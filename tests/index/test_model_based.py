@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 
 ORACLE = runpy.run_path(str(Path(__file__).with_name("model_based.py")))["Oracle"]
 

@@ -8,8 +8,8 @@ from vlm.data.curation.pipeline import FILTERS, curate
 from vlm.data.curation.score_columns import ScoreColumns
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
-from vlm.index.embeddings import Embeddings
-from vlm.index.scores import ScoreWriter
+from vlm.index.curation_scores import ScoreWriter
+from vlm.index.embeddings_folder import Embeddings
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tests.index.index_fixture import MakeIndex, make_batch, vectors
 from vlm.index.ann.faiss_search import rerank, to_float32
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.build import build_index
-from vlm.index.embeddings import normalize_rows
+from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.reader import Index
 from vlm.index.segments import ScoredRows, merge, open_array
 from vlm.index.writer import IndexWriter

@@ -3,7 +3,7 @@ import pytest
 
 from tests.index.index_fixture import MakeIndex, make_batch, vectors
 from vlm.errors import UsageError
-from vlm.index.filters import parse_filter
+from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.segments import nearest
 from vlm.index.writer import IndexWriter

@@ -9,7 +9,7 @@ import pytest
 from vlm.errors import UsageError
 from vlm.files import sha256_file
 from vlm.index.build import build_index
-from vlm.index.embeddings import normalize_rows
+from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter
 

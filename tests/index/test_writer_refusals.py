@@ -8,7 +8,7 @@ import pytest
 
 from tests.index.index_fixture import MakeIndex, insert_batch, make_batch, origins, vectors
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import EmbeddingSpace
+from vlm.index.embeddings_folder import EmbeddingSpace
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.index.origin_fixture import make_origin
 from vlm.index.backward_compat import EmbeddingPairs, read_pairs
-from vlm.index.embeddings import EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
+from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Modality, Origin, normalize_rows
 
 TRAITS = 12
 CAPTIONS_EACH = 2

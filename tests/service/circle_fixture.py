@@ -9,9 +9,9 @@ import torch
 
 from tests.index.origin_fixture import make_origin
 from vlm.data.transforms import EvalTransform
-from vlm.index.embeddings import EmbeddingSpace, Origin
+from vlm.index.embeddings_folder import EmbeddingSpace, Origin
 from vlm.service.search import SearchService
-from vlm.tensors import Float32, Tensor, UInt8
+from vlm.tensor_types import Float32, Tensor, UInt8
 
 OpenService = Callable[..., SearchService]
 SPACE = EmbeddingSpace(model="circle", fingerprint="circle", dimension=2, modality="image")

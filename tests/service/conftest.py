@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.service.circle_fixture import SPACE, CircleModel, OpenService, origin, points
-from vlm.index.ann.index_type import TuningParams
+from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.build import build_index
-from vlm.index.embeddings import EmbeddingsWriter, Origin
+from vlm.index.embeddings_folder import EmbeddingsWriter, Origin
 from vlm.service.search import SearchService
 
 _SHARED = runpy.run_path(str(Path(__file__).parents[1] / "index" / "conftest.py"))

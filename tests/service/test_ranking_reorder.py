@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm.index.embeddings import normalize_rows
+from vlm.index.embeddings_folder import normalize_rows
 from vlm.service.ranking import diversify, duplicate_leaders, fuse_ranks
 
 

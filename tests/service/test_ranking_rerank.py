@@ -14,7 +14,7 @@ from vlm.errors import UsageError
 from vlm.index.writer import IndexWriter
 from vlm.service.gallery import gallery_page
 from vlm.service.search import Query, SearchResult, SearchService
-from vlm.tensors import Float32, Tensor, UInt8
+from vlm.tensor_types import Float32, Tensor, UInt8
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.embeddings import normalize_rows
+from vlm.index.embeddings_folder import normalize_rows
 from vlm.service.search import Query, SearchResult, SearchService, combine_terms
 
 

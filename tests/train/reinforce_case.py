@@ -10,12 +10,12 @@ from PIL import Image
 from vlm.data.collate import TrainingCollator
 from vlm.data.loader import ShardSet
 from vlm.data.pack import encode_pair
-from vlm.data.precomputed import PrecomputedFeatures
+from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.samples import CaptionSampler, Pair
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.transforms import EvalTransform
-from vlm.train.reinforce import ReinforceConfig, Teachers
+from vlm.train.dataset_reinforcement import ReinforceConfig, Teachers
 from vlm.train.run_config import LoaderConfig
 from vlm.train.teacher_views import ViewGeometry
 

@@ -10,7 +10,7 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, model_config
 from vlm.models.model import VisionLanguageModel, normalise
-from vlm.train.inputs import EMATeacher, OnlineTeacher, resize_images
+from vlm.train.step_inputs import EMATeacher, OnlineTeacher, resize_images
 
 
 def model_of(seed=0, size=32, **view) -> Any:

@@ -1,7 +1,7 @@
 import pytest
 
 from vlm.data.corpus import Source, open_corpus
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
 from vlm.train.logger import check_bad_sample_limit
 

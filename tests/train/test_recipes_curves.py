@@ -6,12 +6,7 @@ import pytest
 from tests.docs_script import load_write_docs
 from tests.train.run_folders import falling
 from vlm.errors import UsageError
-from vlm.train.recipes import (
-    ReferenceCurve,
-    compare_with_reference,
-    reference_curve_of_runs,
-    value_at,
-)
+from vlm.train.recipes import ReferenceCurve, compare_with_reference, reference_curve_of_runs, value_at
 
 
 def reference(points, *, metric="loss", width=0.1):

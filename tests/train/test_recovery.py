@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.train.checkpoint.small_state import small_state, step
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
 from vlm.train.checkpoint.format import CheckpointInfo, list_checkpoints, state_tensors
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, restore_newest

@@ -21,13 +21,13 @@ from tests.train.reinforce_case import (
     teachers_of,
     write_shards,
 )
-from vlm.data.precomputed import view_rng
+from vlm.data.precomputed_features import view_rng
 from vlm.data.shards import expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.train.reinforce import UNREINFORCED, Teachers, reinforce
+from vlm.train.dataset_reinforcement import UNREINFORCED, Teachers, reinforce
 from vlm.train.teacher_views import ViewGeometry, check_views, read_reinforcement, view_seeds
 
 

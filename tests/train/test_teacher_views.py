@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.train.reinforce_case import CONFIG, LOADER, teachers_of, write_shards
-from vlm.data.precomputed import view_rng
+from vlm.data.precomputed_features import view_rng
 from vlm.data.shards import expand_shards
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import UsageError
-from vlm.train.reinforce import reinforce
+from vlm.train.dataset_reinforcement import reinforce
 from vlm.train.run_config import LoaderConfig
 from vlm.train.teacher_views import ViewGeometry, check_views, view_seeds
 

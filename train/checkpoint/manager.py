@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
 from vlm.models.load import WEIGHTS
 from vlm.train.checkpoint.format import (

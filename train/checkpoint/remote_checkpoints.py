@@ -18,8 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import Retry, RetryPolicy, describe_error, open_system
-from vlm.storage.urls import is_remote, local_path, protocol_of
+from vlm.storage import Retry, RetryPolicy, describe_error, is_remote, local_path, open_system, protocol_of
 from vlm.train.checkpoint.format import (
     STATE,
     CheckpointInfo,

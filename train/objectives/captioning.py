@@ -8,7 +8,7 @@ from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, mask_width
 from vlm.models.dropout import PerSampleNoise
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs
 
 

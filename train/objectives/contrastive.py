@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vlm.tensors import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
 from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
 from vlm.train.run_config import ObjectiveConfig

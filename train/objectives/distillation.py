@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Float, Tensor
+from vlm.tensor_types import Float, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient
 from vlm.train.objectives.contrastive import at_least_float32, similarity_matrix, sum_over_blocks
 from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from vlm.tensors import Bool, Float, Tensor
+from vlm.tensor_types import Bool, Float, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns, num_processes
 from vlm.train.objectives.contrastive import at_least_float32, same_identity, similarity_matrix, sum_over_blocks
 from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs

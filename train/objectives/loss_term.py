@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Tensor
+from vlm.tensor_types import Tensor
 from vlm.train.run_config import ObjectiveConfig
 
 Inputs = dict[str, Tensor]

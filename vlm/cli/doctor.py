@@ -12,7 +12,7 @@ from vlm.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from vlm.data.bottleneck import BottleneckReport
+    from vlm.data.bottleneck_report import BottleneckReport
     from vlm.data.collate import TrainingBatch
     from vlm.data.profiling import PipelineProfile, ProfileSetup, Stage
     from vlm.models.model import VisionLanguageModel
@@ -56,7 +56,7 @@ class Doctor:
 
     def run(self) -> None:
         """Profile, find the bottleneck, show both."""
-        from vlm.data.bottleneck import find_bottleneck
+        from vlm.data.bottleneck_report import find_bottleneck
         from vlm.data.profiling import profile_pipeline
         from vlm.models.load import load_model
         from vlm.models.throughput import measure_copy, measure_model

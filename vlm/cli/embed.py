@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.launch import run_in_processes
-from vlm.cli.options import (
-    AllowDamageOption,
-    DeviceOption,
-    JsonOption,
-    PrecisionOption,
-    ShardsArgument,
-    WorkersOption,
-)
+from vlm.cli.options import AllowDamageOption, DeviceOption, JsonOption, PrecisionOption, ShardsArgument, WorkersOption
 from vlm.console import show_fields, show_json
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.index.embed import EmbedSummary, ProcessRank
-    from vlm.index.embeddings import Modality
+    from vlm.index.embeddings_folder import Modality
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +89,7 @@ def embed_share(arguments: Embed) -> None:
     from vlm.data.pack import shards_at
     from vlm.data.selection import read_selection
     from vlm.index.embed import EmbedOptions, ProcessRank, embed_into
-    from vlm.index.embeddings import VectorStorage
+    from vlm.index.embeddings_folder import VectorStorage
     from vlm.models.load import load_model
 
     rank = ProcessRank.from_environment()

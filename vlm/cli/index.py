@@ -118,7 +118,7 @@ class BuildIndex:
 
     def run(self) -> None:
         """Build, autotuned if there is a target or are queries."""
-        from vlm.index.ann.index_type import TuningParams
+        from vlm.index.ann.index_type_base import TuningParams
         from vlm.index.build import build_index
 
         targets = (self.recall, self.latency_ms, self.memory, self.texts, self.images)
@@ -204,7 +204,7 @@ class ImportEmbeddings:
 
     def run(self) -> None:
         """Import, and log what was changed or skipped."""
-        from vlm.index.interop.import_sources import ColumnChoice
+        from vlm.index.interop.import_layouts import ColumnChoice
         from vlm.index.interop.importer import import_embeddings
         from vlm.service.search import load_encoder
 
@@ -319,7 +319,7 @@ class UpdateRows:
 
     def run(self) -> None:
         """Replace and add, then show the counts."""
-        from vlm.index.filters import parse_filter
+        from vlm.index.filter_language import parse_filter
         from vlm.index.writer import IndexWriter, InsertBatch
 
         # parsed before the index is locked, as the batch is read
@@ -350,7 +350,7 @@ class DeleteRows:
 
     def run(self) -> None:
         """Delete, then show the counts."""
-        from vlm.index.filters import parse_filter
+        from vlm.index.filter_language import parse_filter
         from vlm.index.writer import IndexWriter
 
         uids = [*self.uid, *(_read_uids(self.uids) if self.uids else ())]
@@ -386,7 +386,7 @@ class CompactIndex:
 
     def run(self) -> None:
         """Compact, then show the counts."""
-        from vlm.index.ann.index_type import TuningParams
+        from vlm.index.ann.index_type_base import TuningParams
         from vlm.index.writer import IndexWriter
 
         with IndexWriter(self.index) as writer:

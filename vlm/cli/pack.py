@@ -98,9 +98,8 @@ class Pack:
     def run(self) -> None:
         """Open the source, pack it, show the counts."""
         from vlm.data.pack import PackConfig, pack
-        from vlm.data.sources.recognition import describe_recognition
         from vlm.data.sources.source import SourceOptions
-        from vlm.data.sources.source_registry import open_source
+        from vlm.data.sources.source_registry import describe_recognition, open_source
 
         options = SourceOptions(
             kind=self.kind,

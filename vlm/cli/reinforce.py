@@ -11,7 +11,7 @@ from vlm.cli.options import DeviceOption, JsonOption, ShardsArgument, WorkersOpt
 from vlm.console import show_fields, show_json
 
 if TYPE_CHECKING:
-    from vlm.train.reinforce import Teachers
+    from vlm.train.dataset_reinforcement import Teachers
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Reinforce:
     def run(self) -> None:
         """Load the models, write the shards, log how to train on them."""
         from vlm.data.shards import expand_shards
-        from vlm.train.reinforce import ReinforceConfig, reinforce
+        from vlm.train.dataset_reinforcement import ReinforceConfig, reinforce
         from vlm.train.teacher_views import ViewGeometry
 
         config = ReinforceConfig(
@@ -108,7 +108,7 @@ class Reinforce:
     def _load_teachers(self) -> "Teachers":
         from vlm.models.load import load_model
         from vlm.models.text_embedder import load_text_model
-        from vlm.train.reinforce import Teachers
+        from vlm.train.dataset_reinforcement import Teachers
 
         text_model = None
         if self.text_model:

@@ -12,7 +12,7 @@ from vlm.console import show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.index.scores import ScoreColumn
+    from vlm.index.curation_scores import ScoreColumn
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class Score:
         logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {self.embeddings / 'signals'} --filter …")
 
     def _compute(self) -> "list[ScoreColumn]":
-        from vlm.index.embeddings import Embeddings
-        from vlm.index.scores import ScoreWriter
+        from vlm.index.curation_scores import ScoreWriter
+        from vlm.index.embeddings_folder import Embeddings
 
         writer = ScoreWriter(Embeddings.open(self.embeddings))
         scores: list[ScoreColumn] = []

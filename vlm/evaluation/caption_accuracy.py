@@ -10,7 +10,7 @@ from vlm.data.synthetic.shapes import Scene
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.evaluation.retrieval import iter_sample_batches
-from vlm.tensors import Tensor, UInt8
+from vlm.tensor_types import Tensor, UInt8
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from vlm.data.samples import Captions, select_languages
 from vlm.data.shards import count_samples
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
-from vlm.tensors import Array, Float, Float32, Int, Tensor, UInt8
+from vlm.tensor_types import Array, Float, Float32, Int, Tensor, UInt8
 
 RECALL_AT = (1, 5, 10)
 IMAGES_AT_ONCE = 256

@@ -18,8 +18,8 @@ from vlm.data.tar import read_members
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
 from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches, rank_candidates
-from vlm.storage.urls import is_remote
-from vlm.tensors import Array, Float32, Tensor, UInt8
+from vlm.storage import is_remote
+from vlm.tensor_types import Array, Float32, Tensor, UInt8
 
 LabelledBatch = tuple[UInt8[Array, "B 3 H W"], list[str]]
 

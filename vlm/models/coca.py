@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.data.tokenizers import Tokenizer
 from vlm.models.network import Captioner
-from vlm.tensors import Bool, Float, Float32, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Float32, Int64, Tensor
 
 
 def generate_captions(

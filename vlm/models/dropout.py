@@ -14,7 +14,7 @@ from torch import nn
 
 from vlm.errors import VlmError
 from vlm.files import compute_fingerprint
-from vlm.tensors import Float, Int, Int64, Tensor
+from vlm.tensor_types import Float, Int, Int64, Tensor
 
 _LOW_32 = 0xFFFFFFFF
 

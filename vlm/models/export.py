@@ -13,7 +13,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder
 from vlm.models.load import save_model_folder
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Tensor
+from vlm.tensor_types import Tensor
 
 TOLERANCE = 1e-5
 

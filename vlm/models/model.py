@@ -14,7 +14,7 @@ from vlm.files import compute_fingerprint
 from vlm.models.coca import generate_captions, text_log_likelihoods
 from vlm.models.factory import ModelConfig, is_captioner
 from vlm.models.network import Captioner, Network
-from vlm.tensors import Float, Float32, Tensor, UInt8
+from vlm.tensor_types import Float, Float32, Tensor, UInt8
 
 TEXT_BATCH_SIZE = 256
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from vlm.tensors import Float, Int64, Tensor
+from vlm.tensor_types import Float, Int64, Tensor
 
 if TYPE_CHECKING:
 

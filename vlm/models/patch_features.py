@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlm.errors import UsageError
 from vlm.models.network import Network
-from vlm.tensors import Float, Tensor
+from vlm.tensor_types import Float, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

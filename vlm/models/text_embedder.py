@@ -13,7 +13,7 @@ from vlm.models.load import CHECKPOINTS, CONFIG, RUN_MODEL, choose_device, load_
 from vlm.models.model import VisionLanguageModel
 from vlm.models.towers.language_model import FrozenLanguageTower, build_lm, complete_lm
 from vlm.models.towers.tower_config import read_text_config
-from vlm.tensors import Float32, Tensor
+from vlm.tensor_types import Float32, Tensor
 
 _TEXT_BATCH_SIZE = 64
 

@@ -8,7 +8,7 @@ from torch import nn
 from vlm.data.profiling import Stage, StageName, seconds_of
 from vlm.errors import VlmError
 from vlm.models.model import VisionLanguageModel, autocast_to, normalise
-from vlm.tensors import Int64, Tensor, UInt8
+from vlm.tensor_types import Int64, Tensor, UInt8
 
 _WARM_UP = 2
 

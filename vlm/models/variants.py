@@ -22,7 +22,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.tensors import Float32, Tensor, UInt8
+from vlm.tensor_types import Float32, Tensor, UInt8
 
 DIMENSIONS_SEPARATOR = "#"
 

@@ -8,7 +8,7 @@ from vlm.data.decode import jpeg_thumbnail, open_image
 from vlm.data.shard_cache import default_cache
 from vlm.errors import BadSample, VlmError
 from vlm.index.catalog import Entry
-from vlm.storage.urls import is_compressed
+from vlm.storage import is_compressed
 
 
 def read_image_bytes(entry: Entry) -> bytes:

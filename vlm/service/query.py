@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm.config import suggest
 from vlm.errors import UsageError
-from vlm.tensors import Array, Float32, Float64
+from vlm.tensor_types import Array, Float32, Float64
 
 MAX_RERANK = 1000
 """Maximum number of images read to rerank one query."""
@@ -32,7 +32,7 @@ class Query:
     images: files, or encoded images as bytes. items: uids of rows of the index. vectors: .npy files of one vector, or
     its numbers; of the index's space, which cannot be checked. weights: one a term, in the order texts, images, items,
     vectors, minus; a negative one subtracts its term; empty weighs all equally. top: number of results.
-    where: a filter (`vlm.index.filters`); empty searches all rows. at_least: minimum cosine of a result.
+    where: a filter (`vlm.index.filter_language`); empty searches all rows. at_least: minimum cosine of a result.
     words: captions with these words are boosted, by reciprocal rank fusion of the top results of full-text search and
         of the search by cosine; all others follow by cosine.
     duplicates: results whose cosine with a better one is at least this are counted, not shown; None shows all.

@@ -18,13 +18,13 @@ import torch
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Catalogue, Entry
-from vlm.index.filters import parse_filter
+from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import sanitize_text
 from vlm.index.reader import IndexSnapshot
 from vlm.index.segments import nearest
 from vlm.service.images import read_image_bytes
 from vlm.service.query import Cursor, Query
-from vlm.tensors import Array, Float32, Int64, Tensor, UInt8
+from vlm.tensor_types import Array, Float32, Int64, Tensor, UInt8
 
 RANK_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, §2)."""

@@ -19,22 +19,14 @@ import torch
 
 from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.index.ann.index_type import CopyToGpu
+from vlm.index.ann.index_type_base import CopyToGpu
 from vlm.index.catalog import Entry
 from vlm.index.encoder import Encoder, absolute_spec
 from vlm.index.interop.importer import UNKNOWN
 from vlm.index.reader import Hit, Index, IndexSnapshot
 from vlm.service.query import Query, load_query_vector
-from vlm.service.ranking import (
-    NUM_CANDIDATES,
-    Captioner,
-    Ranker,
-    Ranking,
-    Reranker,
-    require_captioner,
-    rows_matching,
-)
-from vlm.tensors import Array, Float32, Int64
+from vlm.service.ranking import NUM_CANDIDATES, Captioner, Ranker, Ranking, Reranker, require_captioner, rows_matching
+from vlm.tensor_types import Array, Float32, Int64
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
 _MIN_SUM_LENGTH = 1e-5

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.storage.faulty_server import FaultyServer, folder_answer, proxy_answer, serving
+from vlm import storage as remote
 from vlm.data import shard_cache
 from vlm.data.shard_cache import ShardCache
-from vlm.storage import remote
-from vlm.storage.remote import RetryPolicy
+from vlm.storage import RetryPolicy
 
 BUCKET = "pictures"
 QUICK = RetryPolicy(attempts=4, seconds=20, first_wait=0.01, longest_wait=0.05)

@@ -12,7 +12,7 @@ from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 from vlm.files import sha256_file
-from vlm.storage.remote import RetryPolicy, clear_identity_cache
+from vlm.storage import RetryPolicy, clear_identity_cache
 
 FAULTS = {
     "none": [],

@@ -10,8 +10,8 @@ from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_shard_cache import Watch
 from vlm.data.collate import TrainingCollator
 from vlm.data.corpus import Source, open_corpus
-from vlm.data.ledger import Ledger, sum_counts
 from vlm.data.loader import stream_batches
+from vlm.data.sample_ledger import Ledger, sum_counts
 from vlm.data.sampler import BatchSampler
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError

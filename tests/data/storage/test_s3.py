@@ -6,7 +6,7 @@ from tests.data.storage.test_fetch import read_all
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import RetryPolicy
+from vlm.storage import RetryPolicy
 
 
 def test_a_bucket_is_listed(bucket):

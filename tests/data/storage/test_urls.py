@@ -1,10 +1,10 @@
 import pytest
 
+from vlm import storage as urls
 from vlm.data.shards import expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError
-from vlm.storage import urls
-from vlm.storage.urls import is_compressed, is_remote, local_path, needs_cache, sibling_url, url_basename
+from vlm.storage import is_compressed, is_remote, local_path, needs_cache, sibling_url, url_basename
 
 
 @pytest.mark.parametrize("url", ["http://h/a.tar", "https://h/a.tar", "s3://b/a.tar", "gs://b/a.tar", "hf://x/a.tar"])

@@ -33,7 +33,7 @@ def s3_bucket(monkeypatch) -> Iterator[str]:
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
-    from vlm.storage import remote
+    from vlm import storage as remote
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

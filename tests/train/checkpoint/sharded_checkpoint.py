@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.leaving import leave_group
 from tests.train.checkpoint.small_state import small_state, step
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.train.checkpoint.manager import CheckpointWriter, any_across_processes, restore_newest
 from vlm.train.state import TrainState
 

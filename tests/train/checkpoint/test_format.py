@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from tests.train.checkpoint.small_state import small_state, step
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
 from vlm.train.checkpoint.format import find_damage, list_checkpoints
 from vlm.train.checkpoint.manager import CheckpointWriter

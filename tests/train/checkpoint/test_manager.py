@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.train.checkpoint.small_state import small_state, step
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import WEIGHTS
 from vlm.train.checkpoint import manager

@@ -8,9 +8,9 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from tests.train.checkpoint.small_state import small_state, step
-from vlm.data.ledger import Ledger
+from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError, VlmError
-from vlm.storage.remote import RetryPolicy
+from vlm.storage import RetryPolicy
 from vlm.train.checkpoint.format import list_checkpoints
 from vlm.train.checkpoint.manager import CheckpointWriter, restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore

@@ -6,7 +6,7 @@ from torch import nn
 from vlm.errors import UsageError
 from vlm.models.towers.tower import TextTower, projection, text_mask
 from vlm.models.towers.tower_config import TextTowerConfig
-from vlm.tensors import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 
 _MULTIPLIER = 0x9E3779B1  # 2³² over the golden ratio (Knuth, TAOCP 3, §6.4)
 _LOW_31 = 0x7FFFFFFF

@@ -11,7 +11,7 @@ from vlm.files import compute_fingerprint
 from vlm.models.towers.huggingface import build_hf_config, check_length, load_weights, read_hf_config, weight_files
 from vlm.models.towers.tower import TextTower, pool_states, projection, text_mask
 from vlm.models.towers.tower_config import TextTowerConfig
-from vlm.tensors import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 
 _CHUNK = 1 << 24
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.tensors import Float, Tensor
+from vlm.tensor_types import Float, Tensor
 
 Features = Tensor | list[Tensor] | tuple[Tensor, ...]
 """What a trunk gives: one map or token sequence, or several (CrossViT)."""

@@ -11,7 +11,7 @@ from vlm.errors import UsageError
 from vlm.models.towers.pooling import Features, probe_trunk
 from vlm.models.towers.tower import ImageTower, group_by_layer
 from vlm.models.towers.tower_config import ImageTowerConfig, suggest_names
-from vlm.tensors import Float, Tensor
+from vlm.tensor_types import Float, Tensor
 
 _ARGUMENTS = {"drop_path": "drop_path_rate", "patch_dropout": "patch_drop_rate", "registers": "reg_tokens"}
 _VIT = re.compile(r"(\d+)x(\d+)/(\d+)")

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vlm.errors import UsageError
 from vlm.models.towers.pooling import Features, Pooling, TokenMap, TrunkInfo, as_features, as_tokens, build_pooling
 from vlm.models.towers.tower_config import ImageTowerConfig
-from vlm.tensors import Bool, Float, Int64, Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 
 
 def batch_norm_layers(network: nn.Module) -> list[str]:

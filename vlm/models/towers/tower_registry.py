@@ -32,7 +32,7 @@ from vlm.models.towers.tower_config import (
     split_tower,
     suggest_names,
 )
-from vlm.tensors import Float, Int64, Tensor
+from vlm.tensor_types import Float, Int64, Tensor
 
 _VISION: dict[str, tuple[str, ...]] = {
     "timm": ("dropout", "drop_path", "patch_dropout"),

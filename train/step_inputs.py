@@ -15,7 +15,7 @@ from vlm.models.dropout import PerSampleNoise
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel, autocast_to, normalise
 from vlm.models.network import Network
-from vlm.tensors import Float, Int64, Tensor, UInt8
+from vlm.tensor_types import Float, Int64, Tensor, UInt8
 from vlm.train.averaging import EMA
 from vlm.train.objectives.loss_term import Inputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from vlm.config import suggest
 from vlm.data.samples import Captions
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type import load_faiss
-from vlm.index.embeddings import PARTS_JSONL, Modality, Origin
-from vlm.tensors import Array, Float, Float32
+from vlm.index.ann.index_type_base import load_faiss
+from vlm.index.embeddings_folder import PARTS_JSONL, Modality, Origin
+from vlm.tensor_types import Array, Float, Float32
 
 ORIGIN = tuple(field.name for field in fields(Origin))
 EMBEDDING = "embedding"

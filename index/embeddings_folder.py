@@ -35,7 +35,7 @@ from vlm.manifest import (
     record_file,
     write_manifest,
 )
-from vlm.tensors import Array, Float, Float32, Int, Int64, UInt8
+from vlm.tensor_types import Array, Float, Float32, Int, Int64, UInt8
 
 Quantization = Literal["int8", "binary"]
 

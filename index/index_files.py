@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
-from vlm.index.embeddings import EmbeddingSpace
+from vlm.index.embeddings_folder import EmbeddingSpace
 from vlm.manifest import MANIFEST, Manifest, damage_as_error
 
 LAYOUT = 2

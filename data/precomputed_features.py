@@ -16,7 +16,7 @@ import torch
 
 from vlm.data.samples import RandomSource, Sample, SampledCaption, random_below
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.tensors import Array, Float, Tensor
+from vlm.tensor_types import Array, Float, Tensor
 
 VIEW_SEEDS = "view_seeds"
 ARRAY_ROWS: dict[str, Literal["view", "caption"]] = {

@@ -31,8 +31,8 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.storage.urls import SHARD_SUFFIXES, url_basename
-from vlm.tensors import Float32, Tensor
+from vlm.storage import SHARD_SUFFIXES, url_basename
+from vlm.tensor_types import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,
     CollateViews,

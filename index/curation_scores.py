@@ -24,8 +24,8 @@ from vlm.data.curation.score_columns import ScoreRows, write_score_column
 from vlm.data.dedup import connected_components
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
-from vlm.index.embeddings import Embeddings
-from vlm.tensors import Array, Float32
+from vlm.index.embeddings_folder import Embeddings
+from vlm.tensor_types import Array, Float32
 
 FOLDER = "signals"
 _ROWS_AT_ONCE = 4096

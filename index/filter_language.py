@@ -38,7 +38,7 @@ import numpy as np
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
-from vlm.tensors import Array, Int64
+from vlm.tensor_types import Array, Int64
 
 LONGEST_FILTER = 10_000
 _KEYWORDS = frozenset({"and", "or", "not", "in", "has", "like", "is", "missing", "true", "false"})

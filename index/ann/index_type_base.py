@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vlm.errors import UsageError, VlmError
-from vlm.tensors import Array, Float32
+from vlm.tensor_types import Array, Float32
 
 if TYPE_CHECKING:
     import faiss

@@ -1,1 +1,0 @@
-"""Addresses of shards, and the file systems behind them."""
