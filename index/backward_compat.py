@@ -23,7 +23,7 @@ from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, sorted_checksums
 from vlm.index.encoder import absolute_spec
 from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import IndexSnapshot, open_snapshot
@@ -67,6 +67,7 @@ class EmbeddingPairs:
             new_images=self.new_images[images],
             old_texts=self.old_texts[texts],
             new_texts=self.new_texts[texts],
+            # image numbers now count within the selection
             image_of=np.searchsorted(images, self.image_of[texts]),
             captions=tuple(self.captions[text] for text in texts),
         )
@@ -84,6 +85,7 @@ class EmbeddingPairs:
                 f"{len(self):,} images are in both old and new embeddings; with {share:.0%} of them held out, fewer "
                 f"than {MIN_IMAGES} are left on one side. Embed more with both models."
             )
+        # by image, so that no caption of a held-out image is fitted to; ascending, as `select` needs them
         return self.select(np.sort(order[num_held_out:])), self.select(np.sort(order[:num_held_out]))
 
     def captions_of(self) -> list[list[str]]:
@@ -109,6 +111,7 @@ def read_pairs(
     images = _UidJoin(sources[0], sources[1])
     texts = _UidJoin(sources[2], sources[3])
     names = images.names
+    # images are drawn, not captions: each keeps all of its captions
     if len(names) > max_images:
         drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:max_images])
         names = [names[number] for number in drawn]
@@ -121,7 +124,11 @@ def read_pairs(
         raise UsageError(f"No caption of {old_texts} belongs to an image of {old_images}: embed the same shards.")
     # stable, so that the captions of an image keep their order
     captions_of_images.sort(key=lambda pair: pair[0])
-    captions = [name for _, name in captions_of_images]
+    image_of: list[int] = []
+    captions: list[str] = []
+    for number, name in captions_of_images:
+        image_of.append(number)
+        captions.append(name)
     return EmbeddingPairs(
         old=sources[0].space,
         new=sources[1].space,
@@ -129,8 +136,8 @@ def read_pairs(
         new_images=images.vectors(1, names),
         old_texts=texts.vectors(0, captions),
         new_texts=texts.vectors(1, captions),
-        image_of=np.array([number for number, _ in captions_of_images], np.int64),
-        captions=tuple(texts.caption_of(name) for name in captions),
+        image_of=np.array(image_of, np.int64),
+        captions=tuple(map(texts.caption_of, captions)),
     )
 
 
@@ -159,6 +166,7 @@ class _UidJoin:
             raise UsageError(
                 f"{old.folder} and {new.folder} have no uid in common: embed the same shards by both models."
             )
+        # equal uids prove little: keys such as 00000 are in many datasets
         for name in self.names:
             if old_rows[name].captions != new_rows[name].captions:
                 raise UsageError(
@@ -173,16 +181,18 @@ class _UidJoin:
 
     def images_of_captions(self) -> Iterator[tuple[str, str]]:
         """The uid of each caption with that of its image."""
+        # a caption's uid is its image's with #caption_number behind it (`ids.UidAssigner`)
         for name in self.names:
             yield name, name.removesuffix(f"#{self._rows[0][name].caption_number}")
 
     def caption_of(self, name: str) -> str:
         """The caption of a text row, which has just one."""
-        return next(text for texts in self._rows[0][name].captions.values() for text in texts)
+        return next(chain.from_iterable(self._rows[0][name].captions.values()))
 
     def vectors(self, side: int, names: list[str]) -> Float32[Array, "N D"]:
         """The unit vectors of these rows in folder `side`, in their order."""
         rows = np.array([self._rows[side][name].row for name in names], np.int64)
+        # `take` reads ascending rows only
         order = np.argsort(rows)
         vectors = np.empty((len(names), self._sources[side].dimension), np.float32)
         vectors[order] = self._sources[side].take(rows[order])
@@ -190,9 +200,9 @@ class _UidJoin:
 
 
 def _rows_by_uid(source: Embeddings) -> dict[str, _Row]:
-    rows = {
-        origin.uid: _Row(row, origin.captions, origin.caption_number) for row, origin in enumerate(source.origins())
-    }
+    rows: dict[str, _Row] = {}
+    for row, origin in enumerate(source.origins()):
+        rows[origin.uid] = _Row(row, origin.captions, origin.caption_number)
     if len(rows) < len(source):
         raise UsageError(f"{source.folder} has a uid twice: embed again with distinct keys.")
     return rows
@@ -221,7 +231,8 @@ def _check_spaces(sources: list[Embeddings]) -> None:
 
 def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> dict[str, Retrieval]:
     """Recall by the model of queries and of rows, each of images by captions and of captions by images."""
-    images, texts = project_through(head, pairs.new_images), project_through(head, pairs.new_texts)
+    images = project_through(head, pairs.new_images)
+    texts = project_through(head, pairs.new_texts)
     return {
         "old → old": _retrieve(pairs, pairs.old_images, pairs.old_texts, pairs.old_images, pairs.old_texts),
         "new → old": query_old_rows(pairs, head),
@@ -248,9 +259,11 @@ def query_mixed_rows(pairs: EmbeddingPairs, head: CompatibilityProjection, *, se
 
     seed: of the half of the images that count as embedded again, with their captions.
     """
-    images, texts = project_through(head, pairs.new_images), project_through(head, pairs.new_texts)
+    images = project_through(head, pairs.new_images)
+    texts = project_through(head, pairs.new_texts)
     again = np.random.default_rng(seed).permutation(len(pairs)) < len(pairs) // 2
     mixed_images = np.where(again[:, None], images, pad_to(pairs.old_images, head.dimension))
+    # a caption is of the same model as its image
     mixed_texts = np.where(again[pairs.image_of][:, None], texts, pad_to(pairs.old_texts, head.dimension))
     return _retrieve(pairs, images, texts, mixed_images, mixed_texts)
 
@@ -274,6 +287,7 @@ def _retrieve(
 ) -> Retrieval:
     """Captions query `images`, images query `texts`."""
     captions = pairs.captions_of()
+    # each call measures both directions, of which one has the queries and rows asked for
     by_texts = measure_retrieval(images, query_texts, captions)
     by_images = measure_retrieval(query_images, texts, captions)
     return Retrieval(
@@ -330,12 +344,14 @@ def fit_head(pairs: EmbeddingPairs, *, seed: int = 0) -> FittedHead:
 
 def predict_old(pairs: EmbeddingPairs, penalty: float) -> Float[Array, "d D"]:
     """The matrix W with the least mean |W new - old|² + penalty |W|², images and captions equally weighted."""
+    # the normal equations of ridge regression (Hoerl and Kennard 1970)
     new = _equally_weighted(pairs.new_images, pairs.new_texts)
     old = _equally_weighted(pairs.old_images, pairs.old_texts)
     return np.linalg.solve(new.T @ new + penalty * np.eye(new.shape[1]), new.T @ old).T
 
 
 def _equally_weighted(images: Float32[Array, "N D"], texts: Float32[Array, "T D"]) -> Float[Array, "M D"]:
+    # 1 / √n turns sums of squares into means; float64, because the normal equations square the condition number
     return np.concatenate([images / len(images) ** 0.5, texts / len(texts) ** 0.5]).astype(np.float64)
 
 
@@ -400,6 +416,7 @@ def upgrade_index(index: Path, out: Path, head: CompatibilityProjection, *, head
     _require_old_space(snapshot, head)
     with atomic_folder(out) as folder:
         written = _write_rows(folder, snapshot, head) if len(snapshot) else None
+        # live rows only: the new index begins without deleted ones
         catalogue = catalogue_file(FIRST_VERSION)
         write_catalogue(folder / catalogue, snapshot.entries(), generation=FIRST_VERSION)
         space = replace(
@@ -465,7 +482,7 @@ def _write_manifest(
         tombstones="",
         evidence={},
     )
-    checksums = [files[name].sha256 for name in sorted(files)]
+    checksums = sorted_checksums(files)
     manifest = replace(
         snapshot.manifest,
         fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, "upgrade", space.fingerprint, *checksums),

@@ -132,6 +132,7 @@ def build_autotuned(
     """
     # before the trials, which may take minutes
     check_not_exists(out)
+    # without checksums, which `build_index` compares before it reads all rows
     source = Embeddings.open(embeddings)
     kinds: Sequence[str] = () if kind == "auto" else (kind,)
     plan = autotune(
@@ -146,6 +147,7 @@ def build_autotuned(
     if on_plan is not None:
         on_plan(plan)
     summary = build_index(embeddings, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+    # not named by the manifest: no search needs it, and nobody misses it in a check
     draw_plan(plan, out / PLOT)
     # a sample misjudges effort, so it is set again on all rows
     search_params = retune(out, source, plan)

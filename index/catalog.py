@@ -102,7 +102,7 @@ def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: 
         for statement in _COPY:
             database.execute(statement, {"seen": seen, "generation": generation})
         # a compaction is the moment at which a mismatch would otherwise be made permanent
-        listed = [row for (row,) in database.execute("SELECT row FROM main.rows ORDER BY row")]
+        listed = _first_column(database.execute("SELECT row FROM main.rows ORDER BY row"))
         if not np.array_equal(listed, rows):
             raise VlmError(f"{source} and its segments have different rows; {REBUILD_HINT}.")
 
@@ -186,12 +186,14 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
     count = 0
     shards: dict[str, int] = dict(database.execute("SELECT address, id FROM shards"))
     while block := list(islice(remaining, _ROWS_AT_ONCE)):
-        for _, origin in block:
+        lines: list[tuple[Any, ...]] = []
+        texts: list[tuple[int, str]] = []
+        for number, origin in block:
             if origin.shard not in shards:
                 shards[origin.shard] = len(shards)
                 database.execute("INSERT INTO shards VALUES (?, ?)", (shards[origin.shard], origin.shard))
-        lines = [(number, *_values(origin, shards[origin.shard]), generation) for number, origin in block]
-        texts = [(number, _words(origin.captions)) for number, origin in block]
+            lines.append((number, *_values(origin, shards[origin.shard]), generation))
+            texts.append((number, _words(origin.captions)))
         database.executemany(_INSERT, lines)
         database.executemany("INSERT INTO captions_text(rowid, text) VALUES (?, ?)", texts)
         metadata.insert_metadata_fields(database, block)
@@ -330,12 +332,15 @@ class Catalogue:
         Raises:
             VlmError: one is missing.
         """
-        entries = self._select("WHERE row IN (SELECT value FROM json_each(?))", json.dumps(sorted(set(rows))))
-        by_row = {entry.row: entry for entry in entries}
-        missing = next((row for row in rows if row not in by_row), None)
-        if missing is not None:
-            raise VlmError(f"{self.path} has no row {missing:,}, which a segment has; {REBUILD_HINT}.")
-        return [by_row[row] for row in rows]
+        # one JSON text, because SQLite limits the number of parameters
+        selected = self._select("WHERE row IN (SELECT value FROM json_each(?))", json.dumps(sorted(set(rows))))
+        by_row = {entry.row: entry for entry in selected}
+        entries = []
+        for row in rows:
+            if row not in by_row:
+                raise VlmError(f"{self.path} has no row {row:,}, which a segment has; {REBUILD_HINT}.")
+            entries.append(by_row[row])
+        return entries
 
     def find(self, uid: str) -> Entry | None:
         """The entry of this uid, if there is one."""
@@ -355,7 +360,7 @@ class Catalogue:
     def rows(self) -> Int64[Array, " N"]:
         """All row numbers, ascending."""
         with self._reading() as database:
-            all_rows = np.array([row for (row,) in database.execute("SELECT row FROM rows")], np.int64)
+            all_rows = np.array(_first_column(database.execute("SELECT row FROM rows")), np.int64)
             return np.setdiff1d(all_rows, self._hidden(database), assume_unique=True)
 
     def where(self, condition: Condition) -> Int64[Array, " N"]:
@@ -377,12 +382,13 @@ class Catalogue:
         if not phrases:
             return []
         with self._reading() as database:
-            rows = database.execute(
+            cursor = database.execute(
                 "SELECT row FROM captions_text JOIN rows ON row = captions_text.rowid WHERE captions_text MATCH ?"
                 " AND born <= ? AND died > ? ORDER BY rank, row LIMIT ?",
                 (" ".join(phrases), *self._visible_at, top),
-            ).fetchall()
-        return self.entries([row for (row,) in rows])
+            )
+            rows = _first_column(cursor)
+        return self.entries(rows)
 
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The metadata fields and values of each given row; reads the whole table of metadata."""
@@ -418,11 +424,11 @@ class Catalogue:
         """The rows in the file that this version does not see."""
         # `died < LATEST` makes SQLite use the partial index
         query = f"SELECT row FROM rows WHERE born > ? UNION SELECT row FROM rows WHERE died <= ? AND died < {LATEST}"
-        return np.array([row for (row,) in database.execute(query, self._visible_at)], np.int64)
+        return np.array(_first_column(database.execute(query, self._visible_at)), np.int64)
 
     def _select(self, condition: str, *values: str | int) -> list[Entry]:
         with self._reading() as database:
-            return [_entry(row) for row in database.execute(_SELECT + condition, values)]
+            return list(map(_entry, database.execute(_SELECT + condition, values)))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -461,6 +467,10 @@ class _File:
 def _identity(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_dev, stat.st_ino
+
+
+def _first_column(cursor: sqlite3.Cursor) -> list[int]:
+    return [number for (number,) in cursor]
 
 
 def _entry(row: sqlite3.Row) -> Entry:

@@ -10,11 +10,11 @@ near        the highest cosine to any row of a target's embeddings (image-based 
 overlap     the highest cosine to any image of evaluation shards (decontamination)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
@@ -26,6 +26,8 @@ from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.index.embeddings_folder import Embeddings
 from vlm.tensor_types import Array, Float32
+
+Value = TypeVar("Value")
 
 FOLDER = "signals"
 _ROWS_AT_ONCE = 4096
@@ -64,7 +66,10 @@ class ScoreWriter:
     def _sample_columns(self) -> tuple[list[str], list[int], list[str]]:
         """Shard content, number and key of each row."""
         contents: dict[str, str] = {}
-        shards, numbers, keys = [], [], []
+        shards: list[str] = []
+        numbers: list[int] = []
+        keys: list[str] = []
+        # by content, so that a score is still found after the shards were moved
         for origin in self.images.origins():
             if origin.shard not in contents:
                 contents[origin.shard] = open_index(origin.shard).fingerprint
@@ -86,6 +91,7 @@ class ScoreWriter:
         best = np.full(len(self.images), -np.inf, np.float32)
         origins = texts.origins()
         for block in texts.blocks():
+            # the block first: where it ends, zip has not taken the next origin yet
             for vector, origin in zip(block, origins, strict=False):
                 row = rows.get((origin.shard, origin.number))
                 if row is not None:
@@ -119,6 +125,7 @@ class ScoreWriter:
             niter=_CLUSTER_ITERATIONS,
             spherical=True,
             seed=seed,
+            # small clusters are meant; FAISS would warn below 39 images each
             min_points_per_centroid=1,
         )
         means.train(self.vectors)
@@ -143,7 +150,11 @@ class ScoreWriter:
         index = faiss.IndexFlatIP(other.dimension)
         for block in other.blocks():
             index.add(block)
-        return np.concatenate([index.search(block, 1)[0][:, 0] for block in _blocks(self.vectors, what)])
+        highest: list[Float32[Array, " B"]] = []
+        for block in _blocks(self.vectors, what):
+            cosines, _ = index.search(block, 1)
+            highest.append(cosines[:, 0])
+        return np.concatenate(highest)
 
     def _similar_pairs(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs of rows that are linked, as two arrays."""
@@ -153,6 +164,7 @@ class ScoreWriter:
         if count > _MAX_ROWS_FOR_ALL_PAIRS:
             lists = int(4 * count**0.5)
             index = faiss.IndexIVFFlat(index, dimension, lists, faiss.METRIC_INNER_PRODUCT)
+            # about 40 rows a list, of which FAISS's k-means wants at least 39
             index.train(self.vectors[:: max(1, count // (40 * lists))])
             index.nprobe = 16
         index.add(self.vectors)
@@ -175,15 +187,19 @@ class ScoreWriter:
         shards, numbers, keys = self._sample_columns
         path = self.images.folder / FOLDER / f"{name}.parquet"
         rows = ScoreRows(
-            shards=[shards[row] for row in scored_rows],
-            numbers=[numbers[row] for row in scored_rows],
-            keys=[keys[row] for row in scored_rows],
+            shards=_select(shards, scored_rows),
+            numbers=_select(numbers, scored_rows),
+            keys=_select(keys, scored_rows),
             values=values[scored_rows],
         )
         write_score_column(path, name, rows, model=self.images.space.fingerprint, details=facts)
         return ScoreColumn(
             name=name, path=path, rows=len(scored_rows), facts=facts | _distribution(values[scored_rows])
         )
+
+
+def _select(values: Sequence[Value], rows: Iterable[int]) -> list[Value]:
+    return [values[row] for row in rows]
 
 
 def _distribution(values: np.ndarray) -> dict[str, float]:

@@ -82,7 +82,7 @@ class ProcessRank:
                 continue
             values = {rank: environment[rank], world_size: environment[world_size]}
             values[local_rank] = environment.get(local_rank, environment[rank])
-            are_numbers = all(value.isdecimal() for value in values.values())
+            are_numbers = all(map(str.isdecimal, values.values()))
             if not are_numbers or int(values[rank]) >= int(values[world_size]):
                 raise UsageError(f"{values} are not a rank: {rank} counts from 0 to {world_size} - 1.")
             return cls(int(values[rank]), int(values[world_size]), int(values[local_rank]))
@@ -169,7 +169,7 @@ def embed_into(
     started = time.perf_counter()
     if options.is_compiled and "image" not in folders:
         raise UsageError("Only the image tower can be compiled; leave --compile out for texts.")
-    addresses = [_absolute(shard) for shard in shards]
+    addresses = list(map(_absolute, shards))
     # before a folder is begun: a shard that is missing leaves nothing behind
     counts = count_samples(addresses, allow_damage=options.allow_damage)
     # what decides over the rows: a folder begun with other inputs is refused
@@ -178,7 +178,9 @@ def embed_into(
         "shards": shards_fingerprint(addresses),
         "selection": options.selection.fingerprint if options.selection else "",
     }
-    outputs = [_open_output(model, path, modality, addresses, inputs, options) for modality, path in folders.items()]
+    outputs: list[_Output] = []
+    for modality, path in folders.items():
+        outputs.append(_open_output(model, path, modality, addresses, inputs, options))
 
     unfinished = [output for output in outputs if output.writer]
     wrote_manifest = False
@@ -197,9 +199,10 @@ def embed_into(
 
     ended_here = wrote_manifest and all(output.manifest for output in outputs)
     seconds = time.perf_counter() - started
-    return {
-        output.space.modality: _summary(output, len(addresses), seconds, ended_here=ended_here) for output in outputs
-    }
+    summaries: dict[Modality, EmbedSummary] = {}
+    for output in outputs:
+        summaries[output.space.modality] = _summary(output, len(addresses), seconds, ended_here=ended_here)
+    return summaries
 
 
 def _absolute(shard: str) -> str:
@@ -260,6 +263,7 @@ def _open_output(
     if fault := first_mismatch(path, manifest.files, verify=True):
         logger.info(f"{path} was complete: {fault}. The damaged parts are made again.")
         _reopen(path, identity)
+        # unfinished now, or complete again where another process repaired it meanwhile
         return _open_output(model, path, modality, addresses, inputs, options)
     remove_leftovers(path)
     logger.info(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
@@ -281,13 +285,22 @@ def _choose_batch_size(model: Encoder, outputs: Sequence[_Output], options: Embe
     """The batch size asked for; for auto the one the work was begun with, else the fastest."""
     if options.batch_size != "auto":
         return options.batch_size
+    # sizes are tried with images only
     if all(output.space.modality == "text" for output in outputs):
         return BATCH_SIZE
-    used = [output.manifest.details["batch_size"] for output in outputs if output.manifest]
-    unfinished = [output.path for output in outputs if output.writer]
+    used: list[int] = []
+    unfinished: list[Path] = []
+    for output in outputs:
+        if output.manifest:
+            used.append(output.manifest.details["batch_size"])
+        if output.writer:
+            unfinished.append(output.path)
     # the first process decides for all of them
     with exclusive_lock(unfinished[0]):
-        used += [size for path in unfinished if (size := saved_batch_size(path)) is not None]
+        for path in unfinished:
+            if (size := saved_batch_size(path)) is not None:
+                used.append(size)
+        # the last bits of a vector depend on its batch, so work that was begun keeps its size
         batch_size = used[0] if used else find_fastest_batch_size(model, largest=largest)
         for path in unfinished:
             save_batch_size(path, batch_size)
@@ -312,15 +325,15 @@ class _EmbedJob:
             VlmError: a shard cannot be read, a vector is not of unit length, or a batch does not fit into memory.
         """
         missing: dict[int, list[_Output]] = {}
+        has_images = False
         for number in numbers:
             # with checksums, because what stopped the last run may have damaged a part
             lacking = [output for output in outputs if output.is_missing(number)]
             if lacking:
                 missing[number] = lacking
+                has_images |= any(output.space.modality == "image" for output in lacking)
         if not missing:
             return
-        modalities = {output.space.modality for lacking in missing.values() for output in lacking}
-        has_images = "image" in modalities
         try:
             if has_images and self.is_compiled:
                 model = compile_encoder(model, self.batch_size)
@@ -353,7 +366,9 @@ class _EmbedJob:
             ThreadPoolExecutor(1) as pool,
         ):
             for (number, outputs), num_samples in zip(missing.items(), plan.samples_per_shard, strict=True):
-                parts = [_PartRows(self.shards[number], number, assigner, output.space.modality) for output in outputs]
+                parts: list[_PartRows] = []
+                for output in outputs:
+                    parts.append(_PartRows(self.shards[number], number, assigner, output.space.modality))
                 for batch in islice(batches, ceil(num_samples / self.batch_size)):
                     for part in parts:
                         part.add_batch(batch, model)
@@ -420,6 +435,7 @@ class _PartRows:
 
     def matrix(self, dimension: int) -> Float32[Array, "N D"]:
         """All vectors so far."""
+        # a shard without a usable sample has a part too, of no rows
         return np.concatenate([np.zeros((0, dimension), np.float32), *self.vectors])
 
     @cached_property
@@ -428,6 +444,7 @@ class _PartRows:
 
     def _image_origin(self, sample: EvalSample) -> Origin:
         number = sample.sample_index.number
+        # texts are embedded of samples without an image too
         image = self._index[number].image or Span(0, 0)
         return Origin(
             uid=self._assigner.name(self.number, number, sample.key),
@@ -483,11 +500,12 @@ def _finish(outputs: Sequence[_Output], inputs: dict[str, str], details: dict[st
     """
     wrote_manifest = False
     with contextlib.ExitStack() as stack:
+        # in one order everywhere, so that no two processes wait for each other
         for output in outputs:
             stack.enter_context(exclusive_lock(output.path))
         for output in outputs:
             assert output.writer is not None
-            if all(output.writer.part(number) for number in range(len(details["shards"]))):
+            if all(map(output.writer.part, range(len(details["shards"])))):
                 wrote_manifest |= output.writer.end(inputs=inputs, details=details)
                 output.manifest = read_manifest(output.path, "embeddings")
     return wrote_manifest
@@ -499,12 +517,13 @@ def _summary(output: _Output, num_parts: int, seconds: float, *, ended_here: boo
         reasons = output.manifest.details.get("incidents", {})
     else:
         assert output.writer is not None
-        parts = [part for number in range(num_parts) if (part := output.writer.part(number))]
-        counts = {
-            "rows": sum(part.rows for part in parts),
-            "bad": sum(part.bad for part in parts),
-            "parts": len(parts),
-        }
+        # parts that other processes wrote count too
+        counts = {"rows": 0, "bad": 0, "parts": 0}
+        for number in range(num_parts):
+            if part := output.writer.part(number):
+                counts["rows"] += part.rows
+                counts["bad"] += part.bad
+                counts["parts"] += 1
         reasons = {}
     return EmbedSummary(
         folder=str(output.path),

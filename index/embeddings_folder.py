@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,6 +57,7 @@ def quantize_int8(vectors: Float[Array, "N D"]) -> tuple[Int[Array, "N D"], Floa
 
     Their error is at most half the row's scale, which is a 254th of the row's largest number.
     """
+    # without a zero point: 0 stays 0, so the product of two rows' codes needs no correction
     wide = vectors.astype(np.float32)
     scales = np.abs(wide).max(axis=1) / np.float32(127)
     return np.rint(wide / scales[:, None]).astype(np.int8), scales
@@ -202,7 +204,7 @@ def write_part(
 
 def write_marker(folder: Path, part: Part, incidents: Sequence[SkippedSampleRecord]) -> None:
     """Write the marker of a part, after its files; from then on the part survives any crash."""
-    values = asdict(part) | {"incidents": [asdict(incident) for incident in incidents]}
+    values = asdict(part) | {"incidents": list(map(asdict, incidents))}
     write_text(_marker_path(folder, part.name), json.dumps(values, ensure_ascii=False) + "\n")
 
 
@@ -253,6 +255,7 @@ def open_quantized(folder: Path, part: Part, code: Quantization) -> tuple[Array,
 
 def _open_array(folder: Path, part: Part, suffix: str) -> Array:
     path = folder / PARTS / f"{part.name}.{suffix}"
+    # the system refuses to map zero bytes
     try:
         array = np.load(path, mmap_mode="r" if part.rows else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -279,6 +282,7 @@ def read_origins(folder: Path, part: Part) -> Iterator[Origin]:
             raise VlmError(
                 f"{path} has {table.metadata.num_rows:,} rows, the matrix {part.rows:,}; run the same vlm embed again."
             )
+        # in batches: the captions of a whole part, as Python objects, may not fit into memory
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 row["captions"] = captions_from_json(row["captions"])
@@ -296,9 +300,9 @@ def captions_from_json(text: str) -> Captions:
 def _table(origins: Sequence[Origin]) -> pa.Table:
     columns: dict[str, list[Any]] = {}
     for name in _SCHEMA.names:
-        values = [getattr(origin, name) for origin in origins]
+        values = map(attrgetter(name), origins)
         # captions and metadata have a schema of their own in every dataset, so they are stored as JSON
-        columns[name] = [json_text(value) for value in values] if name in ("captions", "metadata") else values
+        columns[name] = list(map(json_text, values) if name in ("captions", "metadata") else values)
     return pa.table(columns, schema=_SCHEMA)
 
 
@@ -325,6 +329,7 @@ def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
                 raise
         for path in _abandoned_marker(folder):
             with contextlib.suppress(FileNotFoundError):
+                # a younger one is of a process that is about to rename it
                 if time.time() - path.stat().st_mtime > _BEGIN_SECONDS:
                     path.unlink()
         time.sleep(0.02)
@@ -432,6 +437,7 @@ class EmbeddingsWriter:
         number: left out, parts are numbered on from those that existed at the first such call.
         """
         if number is None:
+            # counted from the second call on: to read all markers for each part would take quadratic time
             number = len(self.parts) if self._next is None else self._next
             self._next = number + 1
         part = write_part(
@@ -468,16 +474,22 @@ class EmbeddingsWriter:
     def _write_manifest(self, inputs: dict[str, str], details: dict[str, Any]) -> None:
         parts: list[Part] = []
         incidents: list[SkippedSampleRecord] = []
+        files: dict[str, FileRecord] = {}
+        rows = 0
+        bad = 0
+        # in the order of the shards, whichever process wrote them and when
         for marker in self._markers():
             parts.append(marker.part)
             incidents += marker.incidents
-        _write_lines(self.folder / PARTS_JSONL, (part.to_line() for part in parts))
+            files |= marker.part.files
+            rows += marker.part.rows
+            bad += marker.part.bad
+        # before the refusal below, which sends its reader to the list
+        _write_lines(self.folder / PARTS_JSONL, map(Part.to_line, parts))
         _write_lines(
             self.folder / SKIPPED_JSONL,
             (json.dumps(asdict(incident), ensure_ascii=False) for incident in incidents),
         )
-        rows = sum(part.rows for part in parts)
-        bad = sum(part.bad for part in parts)
         reasons = Counter(incident.reason for incident in incidents)
         if not rows:
             first = f"{incidents[0].key} {incidents[0].reason} {incidents[0].detail}" if incidents else "none existed"
@@ -486,14 +498,11 @@ class EmbeddingsWriter:
                 f"All are in {self.folder / SKIPPED_JSONL}."
             )
 
-        files: dict[str, FileRecord] = {}
-        for part in parts:
-            files |= part.files
         for name in (PARTS_JSONL, SKIPPED_JSONL):
             files[name] = record_file(self.folder / name)
         manifest = Manifest(
             kind="embeddings",
-            fingerprint=compute_fingerprint(self.space.fingerprint, *(files[name].sha256 for name in sorted(files))),
+            fingerprint=compute_fingerprint(self.space.fingerprint, *sorted_checksums(files)),
             counts={"rows": rows, "bad": bad, "parts": len(parts)},
             configuration=self.identity,
             inputs=inputs,
@@ -519,7 +528,7 @@ class Embeddings:
         with damage_as_error(folder / MANIFEST):
             self.space = EmbeddingSpace(**manifest.details["space"])
         with damage_as_error(folder / PARTS_JSONL):
-            self.parts = [Part.from_line(line) for line in read_lines(folder / PARTS_JSONL)]
+            self.parts = list(map(Part.from_line, read_lines(folder / PARTS_JSONL)))
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "Embeddings":
@@ -597,6 +606,7 @@ _LENGTH_TOLERANCE = 0.01
 def find_non_unit_rows(vectors: Float32[Array, "N D"]) -> tuple[Int64[Array, " M"], Float32[Array, " M"]]:
     """Positions and lengths of the rows that are not of length 1 up to rounding, NaN included."""
     lengths = np.linalg.norm(vectors, axis=1)
+    # negated, because every comparison with NaN is false
     wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
     return wrong, lengths[wrong]
 
@@ -624,6 +634,11 @@ def first_mismatch(folder: Path, files: dict[str, FileRecord], *, verify: bool) 
     return ""
 
 
+def sorted_checksums(files: dict[str, FileRecord]) -> list[str]:
+    """The checksums of files in the order of their names, as fingerprints are computed from them."""
+    return [files[name].sha256 for name in sorted(files)]
+
+
 def check_compatible(folder: Path, identity: dict[str, Any]) -> Manifest:
     """The manifest of a finished folder, checked to be made from this model and these shards.
 
@@ -631,6 +646,7 @@ def check_compatible(folder: Path, identity: dict[str, Any]) -> Manifest:
         UsageError: it was made from something else; the first difference is named.
     """
     manifest = read_manifest(folder, "embeddings")
+    # through JSON, because a manifest read back has lists for tuples
     for name, value in json.loads(json.dumps(identity)).items():
         if manifest.configuration.get(name, "") != value:
             raise UsageError(

@@ -213,7 +213,7 @@ def predicates(condition: Condition) -> list[Predicate]:
         case Not(inner):
             return predicates(inner)
         case And(parts) | Or(parts):
-            return [predicate for part in parts for predicate in predicates(part)]
+            return list(chain.from_iterable(map(predicates, parts)))
 
 
 _MAX_DEPTH = 50

@@ -27,7 +27,11 @@ class UidAssigner:
 
     def __init__(self, names: Sequence[str], keys: Sequence[pa.ChunkedArray | None]) -> None:
         self._names = shorten_shard_names(names)
-        tables = {number: pa.table({"key": column}) for number, column in enumerate(keys) if column is not None}
+        tables: dict[int, pa.Table] = {}
+        for number, column in enumerate(keys):
+            if column is not None:
+                tables[number] = pa.table({"key": column})
+        # so that there is a table to join even where no source has keys
         no_keys = pa.table({"key": pa.chunked_array([], pa.string())})
         shared_keys = find_shared_keys(pa.concat_tables([no_keys, *tables.values()]))
         self._shared: Counter[tuple[int, str]] = Counter()
@@ -47,6 +51,7 @@ class UidAssigner:
         uid = key
         if times:
             uid += f"@{self._names[source]}"
+        # within one shard its name tells nothing apart
         if times > 1:
             uid += f":{number}"
         return uid if caption_number is None else f"{uid}#{caption_number}"
@@ -85,9 +90,10 @@ def shorten_shard_names(shards: Sequence[str]) -> list[str]:
     for shard, times in Counter(shards).items():
         if times > 1:
             raise UsageError(f"{shard} is given {times} times; each shard may be embedded once.")
-    parts = [PurePosixPath(shard.removesuffix(".tar")).parts for shard in shards]
+    addresses = [shard.removesuffix(".tar") for shard in shards]
+    parts = [PurePosixPath(address).parts for address in addresses]
     for depth in range(1, max(map(len, parts), default=1)):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [shard.removesuffix(".tar") for shard in shards]
+    return addresses

@@ -93,6 +93,7 @@ class IndexDetails:
         """
         with damage_as_error(folder / MANIFEST):
             details = manifest.details
+            # the first layout was not numbered
             layout = details.get("layout", 1)
             if layout != LAYOUT:
                 raise UsageError(
@@ -104,6 +105,7 @@ class IndexDetails:
                 "shards": tuple(details["shards"]),
                 "sources": tuple(details["sources"]),
             }
+            # others read these without a check, so a manifest that lacks one is refused as damaged here
             for name, values_of in (
                 ("rows", manifest.counts),
                 ("dead", manifest.counts),

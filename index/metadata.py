@@ -67,6 +67,7 @@ def field_types(database: sqlite3.Connection) -> dict[str, tuple[FieldType, ...]
     """The fields that have values, by name, and whether these are numbers, texts or both; reads a few pages."""
     types: dict[str, tuple[FieldType, ...]] = {}
     for number, name in database.execute("SELECT id, name FROM fields ORDER BY name").fetchall():
+        # SQLite sorts every number before '', and '' before every other text
         has_number, has_text = database.execute(
             "SELECT EXISTS (SELECT 1 FROM facts WHERE field = ?1 AND value < ''),"
             " EXISTS (SELECT 1 FROM facts WHERE field = ?1 AND value >= '')",
@@ -122,6 +123,7 @@ def _flattened(name: str, value: Any, depth: int) -> Iterator[tuple[str, FieldVa
         for inner, content in value.items():
             yield from _flattened(f"{name}.{sanitize_text(inner)}", content, depth + 1)
     elif isinstance(value, list | tuple) and depth <= _DEEPEST:
+        # a long list of numbers is a vector, by whose items nobody filters
         numbers = sum(isinstance(content, int | float) for content in value)
         for content in value if numbers <= _LONGEST_VECTOR else ():
             yield from _flattened(name, content, depth + 1)

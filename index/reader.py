@@ -131,8 +131,10 @@ def _open_version(folder: Path, manifest: Manifest, before: IndexSnapshot | None
 def _open_segments_of(before: IndexSnapshot | None) -> Mapping[_Identity, SegmentReader]:
     if before is None:
         return {}
-    segments = [view.segment for view in before.views]
-    return {_identity(before.manifest.files, segment.meta): segment for segment in segments}
+    segments: dict[_Identity, SegmentReader] = {}
+    for view in before.views:
+        segments[_identity(before.manifest.files, view.segment.meta)] = view.segment
+    return segments
 
 
 def _identity(files: Mapping[str, FileRecord], segment: Segment) -> _Identity:

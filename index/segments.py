@@ -425,12 +425,12 @@ def nearest(
     """
     # bounds the memory of scans and reranking
     if len(queries) > _MAX_QUERIES:
-        starts = range(0, len(queries), _MAX_QUERIES)
-        results = [
-            nearest(views, queries[first : first + _MAX_QUERIES], top, allowed_rows, exact_rows=exact_rows)
-            for first in starts
-        ]
-        return np.concatenate([scores for scores, _ in results]), np.concatenate([rows for _, rows in results])
+        blocks: list[ScoredRows] = []
+        for first in range(0, len(queries), _MAX_QUERIES):
+            block = queries[first : first + _MAX_QUERIES]
+            blocks.append(nearest(views, block, top, allowed_rows, exact_rows=exact_rows))
+        scores, rows = zip(*blocks, strict=True)
+        return np.concatenate(scores), np.concatenate(rows)
 
     if allowed_rows is None:
         # the common case, one segment, is spared the merge
@@ -454,9 +454,8 @@ def merge(results: Sequence[ScoredRows], top: int) -> ScoredRows:
     """The best `top` of several results of the same queries; ties by row."""
     if len(results) == 1:
         return results[0]
-    scores = np.concatenate([scores for scores, _ in results], axis=1)
-    rows = np.concatenate([rows for _, rows in results], axis=1)
-    return _sort_by_score(scores, rows, top)
+    scores, rows = zip(*results, strict=True)
+    return _sort_by_score(np.concatenate(scores, axis=1), np.concatenate(rows, axis=1), top)
 
 
 def _has_ties(scores: Float32[Array, "Q K"]) -> bool:

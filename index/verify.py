@@ -87,7 +87,7 @@ def _check(folder: Path, manifest: Manifest, *, sample: int, seed: int) -> Check
     return CheckReport(
         folder=str(folder),
         generation=manifest.generation,
-        files=len(manifest.files) + 1,
+        files=len(manifest.files) + 1,  # and the manifest
         rows=manifest.counts["rows"],
         dead=manifest.counts["dead"],
         segments=len(details.segments),

@@ -26,7 +26,7 @@ from vlm.files import atomic_write, compute_fingerprint
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type, search_params_dict
 from vlm.index.catalog import copy_catalogue, has_uncommitted_changes, max_row, roll_back_catalogue, update_catalogue
-from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin, sorted_checksums
 from vlm.index.index_files import (
     SEGMENTS,
     TOMBSTONES,
@@ -159,6 +159,7 @@ def num_segments_to_merge(views: Sequence[SegmentView], new_rows: int) -> int:
     num_segments = 0
     merged_rows = new_rows
     for view in reversed(views):
+        # one that was trained is merged only by a compaction, which trains it anew
         if view.segment.meta.kind != "flat" or view.count > merged_rows:
             break
         num_segments += 1
@@ -180,6 +181,7 @@ def drop_dead_segments(
     remaining_dead = [np.zeros(0, np.int64)]
     for segment in segments:
         positions = segment.positions_of(dead)
+        # one without a live row would only be opened and skipped
         if len(positions) < len(segment):
             live_segments.append(segment)
             remaining_dead.append(segment.rows[positions])
@@ -216,10 +218,10 @@ def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path
     # SQLite needs the journal of the current catalogue to roll it back
     known = {folder / name for name in (*manifest.files, details.catalogue, f"{details.catalogue}-journal")}
     patterns = (f"{SEGMENTS}/*", f"{TOMBSTONES}/*", "catalogue-*", ".manifest.json.*.part")
-    orphans: list[Path] = []
+    matches: set[Path] = set()
     for pattern in patterns:
-        orphans += [path for path in folder.glob(pattern) if path not in known]
-    return sorted(orphans)
+        matches.update(folder.glob(pattern))
+    return sorted(matches - known)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -263,7 +265,8 @@ def prepare_version(
     segments = [segment.meta for segment in kept_segments]
     files: dict[str, FileRecord] = {}
     for segment in segments:
-        files |= {name: snapshot.manifest.files[name] for name in segment.files}
+        for name in segment.files:
+            files[name] = snapshot.manifest.files[name]
     next_segment = snapshot.details.next_segment
     if written:
         segments.append(written.segment)
@@ -280,15 +283,15 @@ def prepare_version(
         **details,
     )
     # the fingerprint chains all changes since the build, so equal fingerprints mean equal contents
-    checksums = [files[name].sha256 for name in sorted(files)]
     manifest = replace(
         snapshot.manifest,
-        fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, what, dead.tobytes(), *checksums),
+        fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, what, dead.tobytes(), *sorted_checksums(files)),
         generation=number,
         counts={"rows": sum(segment.rows for segment in segments) - len(dead), "dead": len(dead)},
         files=files,
         details=asdict(changed),
         made_by=f"vlm {__version__}",
+        # empty ones are filled in as the manifest is written
         made_at="",
         command="",
     )
@@ -311,6 +314,7 @@ def commit(
 ) -> None:
     """Write the tombstones, change the catalogue, and replace the manifest: only the last of these commits."""
     files = dict(pending.manifest.files)
+    # an orphan until the manifest names it: a crash before that leaves nothing to undo
     if len(pending.dead):
         path = folder / pending.details.tombstones
         path.parent.mkdir(exist_ok=True)
@@ -347,6 +351,7 @@ def _lock_for_writing(folder: Path) -> FileLock:
             f"{folder} is being changed by another process ({owner or 'unknown'}); wait until it has finished, or end "
             "it: its unfinished change is then rolled back."
         ) from error
+    # for that message only: the lock is the system's, so the number of a process that is gone does no harm
     path.write_text(f"{os.getpid()}\n", encoding="utf-8")
     return lock
 
@@ -418,6 +423,7 @@ class IndexWriter:
                 f"{self.folder} has no {unknown[0]!r} ({len(unknown):,} of {len(uids):,} uids are missing); nothing "
                 "was deleted: leave them out."
             )
+        # unique, because a uid may be named twice
         return self.delete_rows(np.unique(np.array(list(rows.values()), np.int64)))
 
     def delete_rows(self, rows: Int64[Array, " N"]) -> CommitInfo:
@@ -521,6 +527,7 @@ class IndexWriter:
                 written=written,
                 deleted_rows=deleted_rows,
                 next_row=first + batch.count,
+                # without repeats, in the order of their first insert
                 shards=tuple(dict.fromkeys((*snapshot.details.shards, *batch.shards))),
                 sources=tuple(dict.fromkeys((*snapshot.details.sources, batch.source))),
             )

@@ -51,6 +51,10 @@ class TuningParams:
     rerank: int | None = None
     seed: int = 0
 
+    def set_values(self) -> dict[str, int]:
+        """The parameters that are set, not left to the type's own rule."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedIndex:
@@ -104,8 +108,8 @@ class IndexType:
             UsageError: a parameter that this type does not have, a number out of range, or too few rows.
         """
         # a parameter that would have no effect is refused, not ignored
-        for name, value in asdict(tuning).items():
-            if name != "seed" and value is not None and name not in self.tunable:
+        for name in tuning.set_values():
+            if name != "seed" and name not in self.tunable:
                 has = f"it has {', '.join(self.tunable)}" if self.tunable else "it has no parameters"
                 raise UsageError(f"The index type {self.name} has no {name}: {has}. Leave {name} out.")
         return self.parameters(num_rows, tuning)
@@ -140,6 +144,7 @@ def load_faiss() -> ModuleType:
     Raises:
         VlmError: it is not installed.
     """
+    # on first use, so that what needs no index works without FAISS
     try:
         import faiss
     except ImportError as error:

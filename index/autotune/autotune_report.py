@@ -1,25 +1,36 @@
 """The report of an autotuner's plan: tables of its trials, and the recall-latency plot."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vlm.console import show_table
 from vlm.files import atomic_write
 from vlm.index.autotune.autotuner import Plan
-from vlm.index.autotune.trial import Latency, Trial, format_bytes
+from vlm.index.autotune.trial import Latency, ReversedResult, Trial, format_bytes
 
 PLOT = "plan.png"
 
 
 def show_plan(plan: Plan) -> None:
     """Show the trials as tables on stdout, then which was taken and why."""
+    # recall is measured at the same numbers of results in every direction
     counts = list(next(iter(plan.trials[0].recall.values())))
-    recalls = [f"{_short(direction)} R@{count}" for direction in plan.judged_by for count in counts]
-    columns = ["index type", "search parameters", *recalls, ""]
-    show_table(columns, [_recall_cells(trial, plan, counts) for trial in plan.trials], title=_heading(plan))
+    headings: list[str] = []
+    for direction in plan.judged_by:
+        headings += _recall_headings(direction, counts)
+    recall_rows: list[list[Any]] = []
+    cost_rows: list[list[Any]] = []
+    reversed_directions: set[str] = set()
+    for trial in plan.trials:
+        recall_rows.append(_recall_cells(trial, plan, counts))
+        cost_rows.append(_cost_cells(trial))
+        reversed_directions.update(trial.turned)
+
+    show_table(["index type", "search parameters", *headings, ""], recall_rows, title=_heading(plan))
     columns = ["index type", "p50 ms", "p95 ms", "p99 ms", "queries/s", "memory", "mapped from disk", "build s"]
-    show_table(columns, [_cost_cells(trial) for trial in plan.trials], title="Single queries on one thread")
-    for direction in sorted({direction for trial in plan.trials for direction in trial.turned}):
+    show_table(columns, cost_rows, title="Single queries on one thread")
+    for direction in sorted(reversed_directions):
         _show_reversed(plan, direction)
     for direction, why in plan.unturned.items():
         print(f"Not measured: {direction}: {why}.")
@@ -33,18 +44,16 @@ def show_plan(plan: Plan) -> None:
 
 
 def _show_reversed(plan: Plan, direction: str) -> None:
-    results = {trial.label: trial.turned[direction] for trial in plan.trials if direction in trial.turned}
+    # a configuration that needs more rows than this direction has was not built for it
+    results: dict[str, ReversedResult] = {}
+    for trial in plan.trials:
+        if direction in trial.turned:
+            results[trial.label] = trial.turned[direction]
     first = next(iter(results.values()))
-    columns = [
-        "index type",
-        *(f"{_short(direction)} R@{count}" for count in first.recall),
-        "p50 ms",
-        "p95 ms",
-        "p99 ms",
-    ]
+    columns = ["index type", *_recall_headings(direction, first.recall), "p50 ms", "p95 ms", "p99 ms"]
     rows = []
     for label, result in results.items():
-        recalls = [f"{recall:.3f}" for recall in result.recall.values()]
+        recalls = map("{:.3f}".format, result.recall.values())
         rows.append([label, *recalls, *_percentiles(result.latency)])
     query_modality, row_modality = direction.split("→")
     title = f"Reversed direction: {first.rows:,} {row_modality}s as rows, {query_modality}s as queries"
@@ -59,14 +68,14 @@ def draw_plan(plan: Plan, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # not by pyplot, which keeps every figure alive and may look for a display
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, trial in enumerate(plan.trials):
         colour = f"C{number}"
         is_winner = trial is plan.winner
-        curve = [(point.ms, point.recall) for point in trial.curve]
-        axes.plot(*_columns(curve), marker="o", markersize=3.5, linewidth=1.2, color=colour)
+        axes.plot(*_curve(trial), marker="o", markersize=3.5, linewidth=1.2, color=colour)
         axes.plot(
             *_tuned_point(trial, plan),
             label=f"{trial.label}, {format_bytes(trial.resident_bytes)}",
@@ -74,7 +83,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
             marker="*" if is_winner else "s",
             markersize=15 if is_winner else 6,
             color=colour,
-            zorder=3,
+            zorder=3,  # above the lines of later trials too
         )
     axes.axhline(plan.promise.recall, color="0.4", linestyle=":", linewidth=1)
     _scale(axes, plan)
@@ -84,8 +93,14 @@ def draw_plan(plan: Plan, path: Path) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [ms for ms, _ in points], [recall for _, recall in points]
+def _curve(trial: Trial) -> tuple[list[float], list[float]]:
+    """Latencies and recalls of a trial's curve; both empty for a type without effort."""
+    milliseconds: list[float] = []
+    recalls: list[float] = []
+    for point in trial.curve:
+        milliseconds.append(point.ms)
+        recalls.append(point.recall)
+    return milliseconds, recalls
 
 
 def _tuned_point(trial: Trial, plan: Plan) -> tuple[float, float]:
@@ -96,12 +111,18 @@ def _scale(axes: Any, plan: Plan) -> None:
     """Leave room around the points, show no recall above 1, and write latencies as plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    points = [_tuned_point(trial, plan) for trial in plan.trials]
-    points += [(point.ms, point.recall) for trial in plan.trials for point in trial.curve]
-    milliseconds, recalls = _columns(points)
-    lowest = min(*recalls, plan.promise.recall)
+    milliseconds: list[float] = []
+    # the target's line is in view even where every trial is above it
+    recalls = [plan.promise.recall]
+    for trial in plan.trials:
+        curve_milliseconds, curve_recalls = _curve(trial)
+        tuned_milliseconds, tuned_recall = _tuned_point(trial, plan)
+        milliseconds += [*curve_milliseconds, tuned_milliseconds]
+        recalls += [*curve_recalls, tuned_recall]
+    lowest = min(recalls)
     room = 0.05 * max(1 - lowest, 0.01)
     axes.set_ylim(lowest - room, 1 + room)
+    # index types differ in latency by orders of magnitude
     axes.set_xscale("log")
     axes.set_xlim(min(milliseconds) / 2, max(milliseconds) * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -137,15 +158,23 @@ def _short(direction: str) -> str:
     return "→".join(word[0] for word in direction.split("→"))
 
 
+def _recall_headings(direction: str, counts: Iterable[int]) -> list[str]:
+    return [f"{_short(direction)} R@{count}" for count in counts]
+
+
 def _recall_cells(trial: Trial, plan: Plan, counts: list[int]) -> list[Any]:
-    search_params = [
-        f"{name} {trial.wishes[name]}" for name in ("nprobe", "ef_search", "rerank") if name in trial.wishes
-    ]
+    search_params: list[str] = []
+    for name in ("nprobe", "ef_search", "rerank"):
+        if name in trial.wishes:
+            search_params.append(f"{name} {trial.wishes[name]}")
+    recalls: list[float] = []
+    for direction in plan.judged_by:
+        recalls += map(trial.recall[direction].__getitem__, counts)
     verdict = "taken" if trial is plan.winner else "meets it"
     return [
         trial.label,
         ", ".join(search_params),
-        *(f"{trial.recall[direction][count]:.3f}" for direction in plan.judged_by for count in counts),
+        *map("{:.3f}".format, recalls),
         f"misses {' and '.join(trial.misses)}" if trial.misses else verdict,
     ]
 

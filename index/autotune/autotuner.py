@@ -25,9 +25,11 @@ from vlm.index.autotune.query_sampling import (
     MIN_REVERSED_ROWS,
     SHOWN,
     QuerySet,
+    SampledRows,
     TuningSample,
     exact_scores,
     lower_bound,
+    mean_recalls,
     per_query_recall,
     sample_queries,
 )
@@ -98,6 +100,7 @@ class Plan:
     @property
     def evidence(self) -> dict[str, Any]:
         """All of it but the queries, in the plain values that JSON has, for the manifest."""
+        # through JSON, which turns tuples into lists and number keys into texts: as a manifest read back has them
         values = asdict(self)
         del values["questions"], values["tuning_questions"]
         return json.loads(json.dumps(values))
@@ -105,7 +108,8 @@ class Plan:
     @property
     def winner(self) -> Trial:
         """The trial that was taken."""
-        parameters = {name: value for name, value in asdict(self.tuning).items() if value is not None}
+        # by its parameters too, because a type may be tried with few lists and with many
+        parameters = self.tuning.set_values()
         return next(trial for trial in self.trials if trial.kind == self.kind and trial.wishes == parameters)
 
 
@@ -180,6 +184,7 @@ def autotune(
 
 def _checked_query_sources(texts: Embeddings | None, images: Embeddings | None) -> list[Embeddings]:
     query_sources = []
+    # texts first: the first source is the direction that the target is about
     for source, modality in ((texts, "text"), (images, "image")):
         if source is None:
             continue
@@ -203,17 +208,16 @@ class _Autotuner:
         self._seed = seed
         self._rows = sample.rows
         self._top = max(*SHOWN, target.at)
-        self._eval_queries = [
-            QuerySet.with_ground_truth(direction, vectors, sample.rows, self._top)
-            for direction, vectors in sample.eval_queries.items()
-        ]
+        self._eval_queries: list[QuerySet] = []
+        for direction, vectors in sample.eval_queries.items():
+            self._eval_queries.append(QuerySet.with_ground_truth(direction, vectors, sample.rows, self._top))
         self._tuning_queries = QuerySet.with_ground_truth(
             sample.target_direction, sample.tuning_queries, sample.rows, self._top
         )
-        self._reversed_sets = {
-            direction: (rows, QuerySet.with_ground_truth(direction, sample.held_out, rows, self._top))
-            for direction, rows in sample.turned.items()
-        }
+        self._reversed_sets: dict[str, tuple[SampledRows, QuerySet]] = {}
+        for direction, rows in sample.turned.items():
+            queries = QuerySet.with_ground_truth(direction, sample.held_out, rows, self._top)
+            self._reversed_sets[direction] = (rows, queries)
         # of trials that may still win, by number: a probe holds its filled index, so others are dropped
         self._probes: dict[int, LatencyProbe] = {}
         self.trials: list[Trial] = []
@@ -240,8 +244,8 @@ class _Autotuner:
         trial, probe = self._measure(candidate, built)
         self._probes[len(self.trials)] = probe
         self.trials.append(trial)
-        may_win = contenders(self.trials)
-        self._probes = {number: probe for number, probe in self._probes.items() if number in may_win}
+        for number in self._probes.keys() - contenders(self.trials):
+            del self._probes[number]
         logger.info(
             f"{trial.label}: recall@{self._target.at} {target_recall(trial, self._target):.4f}, "
             f"p50 {trial.latency.p50_ms:.3g} ms, {format_bytes(trial.resident_bytes)}"
@@ -253,12 +257,13 @@ class _Autotuner:
         if len(self._probes) < 2:
             return
         latencies = time_head_to_head(self._probes, self._eval_queries[0].vectors, self._target.at)
+        timings = []
         for number, (measured, expected) in latencies.items():
             trial = replace(self.trials[number], measured=measured, latency=expected)
+            # a limit on latency may now be met, or missed
             self.trials[number] = replace(trial, misses=unmet_targets(trial, self._target))
-        timed = [self.trials[number] for number in self._probes]
-        listing = "; ".join(f"{trial.label}: p50 {trial.latency.p50_ms:.3g} ms" for trial in timed)
-        logger.info(f"Timed again, head to head: {listing}.")
+            timings.append(f"{trial.label}: p50 {expected.p50_ms:.3g} ms")
+        logger.info(f"Timed again, head to head: {'; '.join(timings)}.")
 
     def _measure(self, candidate: CandidateConfig, built: TrialIndex) -> tuple[Trial, LatencyProbe]:
         target = self._target
@@ -280,18 +285,19 @@ class _Autotuner:
         )
         measured, expected = probe.time(self._eval_queries[0].vectors, target.at)
 
-        mean_recalls: dict[str, dict[int, float]] = {}
+        recall: dict[str, dict[int, float]] = {}
         for direction, by_count in recalls.items():
-            mean_recalls[direction] = {count: float(recall.mean()) for count, recall in by_count.items()}
+            recall[direction] = mean_recalls(by_count)
         trial = Trial(
             kind=kind.name,
             wishes=tuning_values(candidate, self._num_rows, full_params, seed=self._seed),
             parameters=parameters,
-            recall=mean_recalls,
+            recall=recall,
             bound=lower_bound(recalls[self._tuning_queries.direction][target.at], seed=self._seed),
             measured=measured,
             latency=expected,
             resident_bytes=kind.resident_bytes(self._num_rows, self._rows.dimension, parameters),
+            # two bytes a number: the float16 rows that reranking reads
             mapped_bytes=2 * self._num_rows * self._rows.dimension if built.is_reranked else 0,
             build_seconds=built.build_seconds,
             curve=built.curve(search_params, self._eval_queries[0], target.at),
@@ -325,7 +331,7 @@ class _Autotuner:
     def _tune_on_subsample(self, candidate: CandidateConfig) -> TunedIndex | None:
         """The configuration tuned on a quarter of the sample; None if the sample is all rows, or nothing suffices."""
         # queries that are rows are held out of the index, so the sample is at most this much smaller than all rows
-        num_held_out = max(len(queries.vectors) for queries in self._eval_queries)
+        num_held_out = max(map(len, self._eval_queries))
         if self._num_rows <= len(self._rows) + num_held_out:
             return None
         rows = self._rows.part(_SUBSAMPLE_SHARE)
@@ -368,7 +374,7 @@ def select_trial(trials: Sequence[Trial], target: TuningTarget, *, left_out: dic
     Raises:
         UsageError: none meets it; the message names the closest and what it has.
     """
-    meeting = [trial for trial in trials if not trial.misses]
+    meeting = _meeting_target(trials)
     if meeting:
         fastest_ms = min(trial.latency.p50_ms for trial in meeting)
         # latencies differ by noise, memory does not, so among the equally fast the smallest is taken
@@ -387,9 +393,13 @@ def select_trial(trials: Sequence[Trial], target: TuningTarget, *, left_out: dic
     )
 
 
+def _meeting_target(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if not trial.misses]
+
+
 def explain_choice(best: Trial, trials: Sequence[Trial], target: TuningTarget) -> str:
     """Why a trial was taken, in one sentence."""
-    meeting = [trial for trial in trials if not trial.misses]
+    meeting = _meeting_target(trials)
     measurements = (
         f"recall@{target.at} {target_recall(best, target):.4f} (≥ {best.bound:.4f} with 95% confidence), "
         f"{best.latency.p95_ms:.3g} ms (p95), {format_bytes(best.resident_bytes)}"
@@ -423,6 +433,7 @@ def target_recall(trial: Trial, target: TuningTarget) -> float:
 
 def _shortfall(trial: Trial, target: TuningTarget) -> float:
     """How far a trial is from the target: the largest ratio of measured to allowed; of recall, of the share missed."""
+    # a target of 1 allows no miss at all, and a ratio to 0 would not rank the trials
     missed = (1 - target_recall(trial, target)) / max(1 - target.recall, 1e-3)
     latency = trial.latency.p95_ms / target.latency_ms if target.latency_ms else 0.0
     memory = trial.resident_bytes / target.memory_bytes if target.memory_bytes else 0.0
@@ -438,6 +449,7 @@ def retune(folder: Path, source: Embeddings, plan: Plan) -> SearchParams | None:
     """
     index = Index.open(folder)
     try:
+        # a new index has just one segment
         (view,) = index.snapshot.views
         planned = _search_params_of(view.segment)
         at = plan.promise.at
@@ -512,6 +524,7 @@ def verify_plan(index: Index, source: Embeddings, plan: Plan) -> VerificationRes
     target = plan.promise
     queries = plan.questions
     truth = exact_scores(source.blocks(), queries, target.at)
+    # -inf stays where the index finds fewer rows than there are
     scores = np.full(truth.shape, -np.inf, np.float32)
     seconds = []
     with one_thread():

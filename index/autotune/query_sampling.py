@@ -4,7 +4,7 @@ Every query set is split into two halves, one to tune with and one to evaluate o
 same half. A direction is named by the modalities of query and row: text→image.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ def exact_scores(
     best = np.empty((len(queries), 0), np.float32)
     for block in blocks:
         num_best = min(top, best.shape[1] + len(block))
+        # a row of every block may be among the best, so the best so far compete with it again
         new_best = np.empty((len(queries), num_best), np.float32)
         # few queries at once, so that their scores stay in the cache
         for first in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -46,6 +47,11 @@ def per_query_recall(scores: Float32[Array, "Q C"], truth: Float32[Array, "Q K"]
     """
     at = min(at, truth.shape[1])
     return (scores[:, :at] >= truth[:, at - 1 : at] - TIE).sum(axis=1) / at
+
+
+def mean_recalls(recalls: Mapping[int, Float[Array, " Q"]]) -> dict[int, float]:
+    """The mean over queries, by number of results."""
+    return {count: float(recall.mean()) for count, recall in recalls.items()}
 
 
 def lower_bound(recalls: Float[Array, " Q"], *, seed: int = 0) -> float:
@@ -102,6 +108,9 @@ class QuerySet:
     direction: str
     vectors: Float32[Array, "Q D"]
     scores: Float32[Array, "Q K"]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
 
     @classmethod
     def with_ground_truth(

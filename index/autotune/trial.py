@@ -10,8 +10,9 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, log, sqrt
+from operator import attrgetter
 from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,14 @@ from vlm.errors import UsageError
 from vlm.index.ann.faiss_search import effort_limit, num_candidates, rerank, search_parameters
 from vlm.index.ann.index_type_base import TuningParams, load_faiss
 from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST
-from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lower_bound, per_query_recall
+from vlm.index.autotune.query_sampling import (
+    SHOWN,
+    QuerySet,
+    SampledRows,
+    lower_bound,
+    mean_recalls,
+    per_query_recall,
+)
 from vlm.tensor_types import Array, Float, Float32
 
 
@@ -280,8 +288,7 @@ CANDIDATE_CONFIGS = (
 def tuning_values(candidate: CandidateConfig, rows: int, search_params: SearchParams, *, seed: int) -> dict[str, int]:
     """The parameters of an index of so many rows that are set, not left to the type's own rule."""
     effort = INDEX_TYPES[candidate.kind].effort
-    tuning = candidate.tuning_params(rows, seed=seed, effort=effort, search_params=search_params)
-    return {name: value for name, value in asdict(tuning).items() if value is not None}
+    return candidate.tuning_params(rows, seed=seed, effort=effort, search_params=search_params).set_values()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,8 +415,12 @@ class TrialIndex:
 
         options = list(candidate_params(reaches_target, max_effort=self.max_effort, is_reranked=self.is_reranked))
         if self.max_effort or self.is_reranked:
-            adjusted = [minimize_params(params, meets_target, max_effort=self.max_effort) for params in options]
-            options = [search_params for search_params in adjusted if search_params is not None]
+            adjusted = []
+            for params in options:
+                minimized = minimize_params(params, meets_target, max_effort=self.max_effort)
+                if minimized is not None:
+                    adjusted.append(minimized)
+            options = adjusted
         if len(options) < 2:
             return options[0] if options else None
         # less effort with more reranking or the reverse: only the clock can tell
@@ -431,14 +442,19 @@ class TrialIndex:
                 seconds.append(time.perf_counter() - before)
                 if time.perf_counter() - started > _MAX_TIMED_SECONDS:
                     break
-        p50, p95, p99 = (float(value) * 1000 for value in np.percentile(seconds, (50, 95, 99)))
+        p50, p95, p99 = (np.percentile(seconds, (50, 95, 99)) * 1000).tolist()
         return Latency(p50_ms=p50, p95_ms=p95, p99_ms=p99, per_second=len(seconds) / sum(seconds))
 
     def curve(self, search_params: SearchParams, queries: QuerySet, at: int) -> tuple[CurvePoint, ...]:
         """Recall and median latency with less effort and with more; empty for a type without effort."""
-        if search_params.effort is None or self.max_effort is None:
+        max_effort = self.max_effort
+        if search_params.effort is None or max_effort is None:
             return ()
-        efforts = {min(max(1, round(search_params.effort * factor)), self.max_effort) for factor in _CURVE_FACTORS}
+        # a set, because at either limit several factors give the same effort
+        efforts: set[int] = set()
+        for factor in _CURVE_FACTORS:
+            effort = max(1, round(search_params.effort * factor))
+            efforts.add(min(effort, max_effort))
         # the parameters themselves are one of the points
         points = []
         for effort in sorted(efforts):
@@ -531,7 +547,7 @@ def measure_reversed(
     recalls = built.evaluate(params, [queries], at)[queries.direction]
     return ReversedResult(
         rows=len(rows),
-        recall={count: float(recall.mean()) for count, recall in recalls.items()},
+        recall=mean_recalls(recalls),
         latency=built.time(params, queries.vectors, at),
     )
 
@@ -608,7 +624,10 @@ _CONTENDER_RATIO = 1.5
 
 def contenders(trials: Sequence[Trial]) -> set[int]:
     """The numbers of the trials that meet the target and may be the fastest of all, so are timed again."""
-    latencies = {number: trial.latency.p50_ms for number, trial in enumerate(trials) if not trial.misses}
+    latencies: dict[int, float] = {}
+    for number, trial in enumerate(trials):
+        if not trial.misses:
+            latencies[number] = trial.latency.p50_ms
     limit = min(latencies.values(), default=0.0) * _CONTENDER_RATIO
     return {number for number, p50_ms in latencies.items() if p50_ms <= limit}
 
@@ -630,9 +649,8 @@ def time_head_to_head(
 
 
 def _median(latencies: Sequence[Latency]) -> Latency:
-    return Latency(
-        p50_ms=median(latency.p50_ms for latency in latencies),
-        p95_ms=median(latency.p95_ms for latency in latencies),
-        p99_ms=median(latency.p99_ms for latency in latencies),
-        per_second=median(latency.per_second for latency in latencies),
-    )
+    # each figure by itself: no single round need have the median of all
+    medians: dict[str, float] = {}
+    for name in ("p50_ms", "p95_ms", "p99_ms", "per_second"):
+        medians[name] = median(map(attrgetter(name), latencies))
+    return Latency(**medians)

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ Precision = Literal["float16", "float32"]
 
 _ROWS_AT_ONCE = 8192
 _TYPES = {
+    # few shards, many rows
     "shard": pa.dictionary(pa.int32(), pa.string()),
     "number": pa.int64(),
     "image_offset": pa.int64(),
@@ -67,11 +69,14 @@ def write_rows(
     if precision is not None:
         schema = schema.append(pa.field(EMBEDDING, pa.list_(pa.float16() if precision == "float16" else pa.float32())))
     with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        # a row group for each block bounds the memory of the writer, and of readers
         for rows, stored in iter_stored_rows(views):
             entries = catalogue.entries(rows.tolist())
-            columns: dict[str, Any] = {name: [_value(entry, name) for entry in entries] for name in ORIGIN}
-            if for_clip_retrieval:
-                columns |= {name: [_displayed(entry, name) for entry in entries] for name in _DISPLAYED}
+            columns: dict[str, Any] = {}
+            for name in ORIGIN:
+                columns[name] = [_value(entry, name) for entry in entries]
+            for name in _DISPLAYED if for_clip_retrieval else ():
+                columns[name] = [_displayed(entry, name) for entry in entries]
             if precision is not None:
                 columns[EMBEDDING] = _lists(to_precision(stored, precision))
             writer.write_table(pa.table(columns, schema=schema))
@@ -98,12 +103,13 @@ def _value(entry: Entry, name: str) -> Any:
 
 def _displayed(entry: Entry, name: str) -> str | None:
     if name == "caption":
-        return next((text for texts in entry.captions.values() for text in texts), None)
+        return next(chain.from_iterable(entry.captions.values()), None)
     value = entry.metadata.get(name, entry.key if name == "image_path" else None)
     return None if value is None else str(value)
 
 
 def _lists(vectors: Float[Array, "N D"]) -> pa.ListArray:
+    # all lists are of one length, so their offsets are known and no row is copied by itself
     offsets = np.arange(0, vectors.size + 1, vectors.shape[1], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)))
 
@@ -169,6 +175,7 @@ def export_index(
         export_rows = _choose(snapshot, where, precision or ("float32" if to == "parquet" else "float16"))
         with atomic_folder(out) as folder:
             kind = _WRITERS[to](folder, export_rows)
+            # listed before the manifest, which does not name itself
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
             _write_manifest(folder, export_rows, to, where, files)
             num_bytes = sum((folder / name).stat().st_size for name in files)
@@ -192,7 +199,7 @@ def _choose(snapshot: IndexSnapshot, where: str, precision: Precision) -> _RowsT
     views = snapshot.views
     if where:
         rows = snapshot.catalogue.where(parse_filter(where))
-        views = tuple(view.restricted_to(rows) for view in views)
+        views = [view.restricted_to(rows) for view in views]
     export_rows = _RowsToExport(snapshot=snapshot, views=[view for view in views if view.count], precision=precision)
     if not export_rows.rows:
         reason = f"the filter {where!r} selects none" if where else "it is empty"
@@ -243,6 +250,7 @@ def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
     def write(kind: str, tuning: TuningParams) -> str:
         blocks = (stored for _, stored in iter_stored_rows(export_rows.views))
         written = write_segment(folder, 0, blocks, rows, dimension=export_rows.dimension, kind=kind, tuning=tuning)
+        # of the segment's three files other tools read only this one
         (folder / written.segment.index_file).replace(folder / FAISS_FILE)
         shutil.rmtree(folder / SEGMENTS)
         return kind
@@ -253,6 +261,7 @@ def _build_faiss(folder: Path, export_rows: _RowsToExport) -> str:
 def _write_matrix(path: Path, export_rows: _RowsToExport) -> None:
     shape = (export_rows.rows, export_rows.dimension)
     dtype = np.dtype(export_rows.precision)
+    # header first, then block by block: np.save would need the whole matrix at once
     with atomic_write(path) as file:
         meta = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, meta)

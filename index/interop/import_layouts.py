@@ -28,6 +28,7 @@ from vlm.tensor_types import Array, Float, Float32
 
 ORIGIN = tuple(field.name for field in fields(Origin))
 EMBEDDING = "embedding"
+# in order of preference; clip-retrieval's tables have image_path, LAION's TEXT
 _UIDS = ("uid", "key", "image_path")
 _CAPTIONS = ("caption", "captions", "text", "TEXT")
 # pandas stores its row labels under such a name
@@ -64,7 +65,7 @@ class TableColumns:
         """All columns to read but the embedding."""
         if self.is_vlm_export:
             return ORIGIN
-        return tuple(dict.fromkeys(name for name in (self.uid, self.caption, *self.metadata) if name))
+        return tuple(dict.fromkeys(filter(None, (self.uid, self.caption, *self.metadata))))
 
     def as_column_choice(self) -> ColumnChoice:
         """The same choice for another table."""
@@ -83,6 +84,7 @@ def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *
     for name in (column_choice.uid, column_choice.caption, column_choice.embedding if has_vectors else ""):
         if name and name not in names:
             raise UsageError(f"{path} has no column {name!r}; {suggest(name, names)}")
+    # whoever chooses another column wants our own table read like a foreign one
     is_vlm_export = (
         set(ORIGIN) <= set(names) and column_choice.uid in ("", "uid") and column_choice.caption in ("", "captions")
     )
@@ -90,8 +92,8 @@ def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *
         uid = "uid"
         caption = "captions"
     else:
-        uid = column_choice.uid or next((name for name in _UIDS if name in names), "")
-        caption = column_choice.caption or next((name for name in _CAPTIONS if name in names), "")
+        uid = column_choice.uid or _first_present(_UIDS, names)
+        caption = column_choice.caption or _first_present(_CAPTIONS, names)
     if uid and not _is_name(schema.field(uid).type):
         kind = schema.field(uid).type
         raise UsageError(f"The column {uid!r} of {path} holds {kind}; a uid is a text or a whole number.")
@@ -99,16 +101,25 @@ def choose_columns(schema: pa.Schema, column_choice: ColumnChoice, path: Path, *
     embedding = _choose_embedding(vectors, column_choice.embedding, path) if has_vectors else ""
     # filters find a row by its key and uid, so these need not be metadata too
     special = {embedding, caption, uid if uid in ("uid", "key") else ""} - {""}
-    others = [name for name in names if name not in special and not name.startswith(_LABELS)]
-    left_out = [name for name in others if not name or name in vectors or _is_binary(schema.field(name).type)]
+    metadata: list[str] = []
+    left_out: list[str] = []
+    for name in names:
+        if name in special or name.startswith(_LABELS):
+            continue
+        cannot_be_stored = not name or name in vectors or _is_binary(schema.field(name).type)
+        (left_out if cannot_be_stored else metadata).append(name)
     return TableColumns(
         uid=uid,
         caption=caption,
         embedding=embedding,
-        metadata=tuple(name for name in others if name not in left_out),
+        metadata=tuple(metadata),
         left_out=tuple(left_out),
         is_vlm_export=is_vlm_export,
     )
+
+
+def _first_present(candidates: Sequence[str], names: Sequence[str]) -> str:
+    return next((name for name in candidates if name in names), "")
 
 
 def to_json_value(value: Any) -> Any:
@@ -141,7 +152,7 @@ def captions_of(value: Any) -> Captions:
     captions: Captions = {}
     for language, texts in by_language.items():
         listed = texts if isinstance(texts, list) else [texts]
-        non_empty = tuple(str(text) for text in listed if text)
+        non_empty = tuple(map(str, filter(None, listed)))
         if non_empty:
             captions[language] = non_empty
     return captions
@@ -150,11 +161,13 @@ def captions_of(value: Any) -> Captions:
 def to_records(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
     """The named columns of a batch, row by row; times are truncated to microseconds."""
     arrays = [_to_microseconds(batch.column(name)) for name in names]
+    # a table counts its rows by its columns, so one without columns has none
     return pa.table(arrays, names=list(names)).to_pylist() if arrays else [{} for _ in range(len(batch))]
 
 
 def _to_microseconds(array: pa.Array) -> pa.Array:
     """Times in Python's resolution; all else unchanged."""
+    # Python's times have no nanoseconds: Arrow would return pandas' types, or refuse
     kind = array.type
     if pa.types.is_timestamp(kind):
         return array.cast(pa.timestamp("us", kind.tz), safe=False)
@@ -311,6 +324,7 @@ def find_file_pairs(source: Path, *, modality: Modality, metadata: Path | None =
 
 def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[list[Path], list[Path]]:
     """Vectors and tables; either may be empty."""
+    # clip-retrieval's layout, known by its folders
     present = [name for name in VECTOR_FOLDERS.values() if (source / name).is_dir()]
     if not present:
         vectors = _files(source, ".npy") or _faiss_file(source, modality)
@@ -321,7 +335,7 @@ def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[
         return vectors, tables
     folder = VECTOR_FOLDERS[modality]
     if folder not in present:
-        other = next(name for name in VECTOR_FOLDERS if name != modality)
+        other = "text" if modality == "image" else "image"
         raise UsageError(f"{source} has {present[0]}, but no {folder}; import it with --modality {other}.")
     tables = _files(metadata or source / TABLE_FOLDER, ".parquet")
     if not tables:
@@ -334,13 +348,17 @@ def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[
 
 def _faiss_file(source: Path, modality: Modality) -> list[Path]:
     """The FAISS file of a folder; clip-retrieval's back end has `image.index` next to `text.index`."""
-    files = [path for suffix in FAISS_SUFFIXES for path in _files(source, suffix)]
-    named = {f"{name}.index": name for name in VECTOR_FOLDERS}
-    if len(files) > 1 and all(path.name in named for path in files):
+    files: list[Path] = []
+    for suffix in FAISS_SUFFIXES:
+        files += _files(source, suffix)
+    named: dict[str, Modality] = {"image.index": "image", "text.index": "text"}
+    names = [path.name for path in files]
+    if len(files) > 1 and named.keys() >= set(names):
         files = [path for path in files if named[path.name] == modality]
     if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise UsageError(f"{source} holds several FAISS files ({names}); give one, and its tables as --metadata.")
+        raise UsageError(
+            f"{source} holds several FAISS files ({', '.join(names)}); give one, and its tables as --metadata."
+        )
     if files and named.get(files[0].name, modality) != modality:
         raise UsageError(f"{source} has {files[0].name} only; import it with --modality {named[files[0].name]}.")
     return files
@@ -348,6 +366,7 @@ def _faiss_file(source: Path, modality: Modality) -> list[Path]:
 
 def _files(place: Path, suffix: str) -> list[Path]:
     if place.is_dir():
+        # names without leading zeros would put 10 before 2
         return sorted(place.glob(f"*{suffix}"), key=lambda path: (_number(path), path.name))
     return [place] if place.suffix == suffix and place.is_file() else []
 
@@ -362,10 +381,11 @@ def _join(vectors: Sequence[Path], tables: Sequence[Path]) -> list[FilePair]:
     """Pair by name, else by number; one of each belong together whatever their names."""
     if len(vectors) == len(tables) == 1:
         return [FilePair(vectors=vectors[0], table=tables[0])]
+    # a whole name says more than its last number, so it comes first
     labels: tuple[Callable[[Path], str | int], ...] = (lambda path: path.stem, _number)
     for label in labels:
         by_label = {label(table): table for table in tables}
-        vector_labels = {label(matrix) for matrix in vectors}
+        vector_labels = set(map(label, vectors))
         is_one_to_one = len(vector_labels) == len(vectors) == len(tables) == len(by_label)
         if is_one_to_one and vector_labels == set(by_label):
             return [FilePair(vectors=matrix, table=by_label[label(matrix)]) for matrix in vectors]
@@ -434,6 +454,7 @@ def open_parts(pairs: Sequence[FilePair], column_choice: ColumnChoice) -> list[S
         VlmError: a file is damaged.
     """
     parts: list[SourcePart] = []
+    # one FAISS file has the rows of all pairs
     faiss = _open_faiss(pairs[0])
     for pair in pairs:
         first = parts[-1].first + parts[-1].rows if parts else 0
@@ -450,6 +471,7 @@ def open_parts(pairs: Sequence[FilePair], column_choice: ColumnChoice) -> list[S
         parts.append(part)
     if not parts:
         raise UsageError(f"There is no row in {pairs[0].path}" + (" or the other files." if pairs[1:] else "."))
+    # its tables are slices in turn, so only their sum tells whether they fit
     if faiss is not None:
         tables = str(pairs[0].path) + (f" to {pairs[-1].path.name}" if pairs[1:] else "")
         _check_count(faiss.path, len(faiss), tables, parts[-1].first + parts[-1].rows)
@@ -559,6 +581,7 @@ def _open_matrix(path: Path) -> Float[Array, "N D"]:
 
 def _dimension_in(path: Path, column: str) -> int:
     """The length of the first vector, 0 if there is none."""
+    # few rows at once, because one of the first nearly always has a vector
     for batch in _batches(path, [column], rows_at_once=256):
         lengths = _lengths(batch.column(0)).drop_null()
         if len(lengths):
@@ -575,6 +598,7 @@ def _vectors_in(batch: pa.RecordBatch, part: SourcePart, column: str) -> Float[A
             raise VlmError(
                 f"{part.place} has vectors of {part.dimension} and of {length} numbers; nothing was imported."
             )
+    # flattening leaves nulls out, so the vectors are put back at the rows that have one
     flat = lists.flatten().to_numpy(zero_copy_only=False)
     vectors = np.full((len(lists), part.dimension), np.nan, flat.dtype)
     vectors[lengths.is_valid().to_numpy(zero_copy_only=False)] = flat.reshape(-1, part.dimension)
@@ -582,6 +606,7 @@ def _vectors_in(batch: pa.RecordBatch, part: SourcePart, column: str) -> Float[A
 
 
 def _lengths(lists: pa.Array) -> pa.Array:
+    # by name: pyarrow makes its compute functions at run time, where type checkers cannot see them
     return pc.call_function("list_value_length", [lists])
 
 

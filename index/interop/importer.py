@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -240,8 +241,14 @@ class _Importer:
         if columns and columns.is_vlm_export:
             captions = captions_from_json(record["captions"])
             metadata = json.loads(record["metadata"])
+            # the rest of the origin stays that of the export, its shard too
             return Origin(**record | {"uid": uid, "captions": captions, "metadata": metadata})
-        values = {name: to_json_value(record[name]) for name in columns.metadata} if columns else {}
+        # nulls are left out: a table has every column in every row
+        fields: dict[str, Any] = {}
+        for name in columns.metadata if columns else ():
+            value = to_json_value(record[name])
+            if value is not None:
+                fields[name] = value
         return Origin(
             uid=uid,
             key=key,
@@ -251,7 +258,7 @@ class _Importer:
             image_size=0,
             caption_number=0 if self._writer.space.modality == "text" else None,
             captions=captions_of(record[columns.caption]) if columns and columns.caption else {},
-            metadata={name: value for name, value in values.items() if value is not None},
+            metadata=fields,
         )
 
     def _skip(self, origin: Origin, block: Block, position: int, length: float) -> SkippedSampleRecord:
