@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.data.samples import UNNAMED, Pair
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import ImageFinder
-from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.data.sources.source import SourceFiles, SourceOptions, folder_of, readable_text
 from vlm.data.sources.table import unique_keys
 from vlm.errors import BadSample
 from vlm.files import compute_fingerprint
@@ -18,7 +19,9 @@ from vlm.files import compute_fingerprint
 # COCO's own are 90 MB at most; boxes and masks of the same images are several times that, and no captions
 _MAX_BYTES = 1 << 30
 _BEGINNING = 1 << 16
+# COCO's files of other tasks, by the names that it gives them
 _NO_CAPTIONS = re.compile(r"(instances|person_keypoints|stuff|panoptic|image_info)_")
+_FIRST_KEYS = re.compile(rb'"(images|annotations|info)"')
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ def read_annotations(files: SourceFiles, name: str) -> list[AnnotatedImage] | No
     Raises:
         BadSample: there is no such file.
     """
+    # one byte over the limit tells that a file is too large: sources have no call for the size of a file
     data = files.read(name) if len(files.read_beginning(name, _MAX_BYTES + 1)) <= _MAX_BYTES else b""
     try:
         content = json.loads(decode_text(data))
@@ -56,7 +60,7 @@ def may_be_annotations(files: SourceFiles, name: str) -> bool:
     if path.suffix.lower() != ".json" or _NO_CAPTIONS.match(path.name):
         return False
     beginning = files.read_beginning(name, _BEGINNING).lstrip(b"\xef\xbb\xbf \t\r\n")
-    return beginning.startswith(b"{") and any(word in beginning for word in (b'"images"', b'"annotations"', b'"info"'))
+    return beginning.startswith(b"{") and _FIRST_KEYS.search(beginning) is not None
 
 
 def _coco(images: list[dict[str, Any]], annotations: list[Any], name: str) -> list[AnnotatedImage] | None:
@@ -68,16 +72,21 @@ def _coco(images: list[dict[str, Any]], annotations: list[Any], name: str) -> li
     if not captions:
         return None
     split = PurePosixPath(name).stem.removeprefix("captions_")
-    folders = (split, f"images/{split}", _folder_of(name))
-    return [
-        AnnotatedImage(
-            file=str(image.get("file_name") or image.get("id")),
-            captions=_texts(captions.get(image.get("id"), [])),
-            folders=folders,
-            metadata={key: value for key, value in image.items() if key != "license"},
+    folders = (split, f"images/{split}", folder_of(name))
+    annotated: list[AnnotatedImage] = []
+    for image in images:
+        metadata = dict(image)
+        # a number in the file's own list of licences says nothing outside of it
+        metadata.pop("license", None)
+        annotated.append(
+            AnnotatedImage(
+                file=str(image.get("file_name") or image.get("id")),
+                captions=_texts(captions.get(image.get("id"), [])),
+                folders=folders,
+                metadata=metadata,
+            )
         )
-        for image in images
-    ]
+    return annotated
 
 
 def _karpathy(images: list[dict[str, Any]], name: str) -> list[AnnotatedImage] | None:
@@ -86,29 +95,32 @@ def _karpathy(images: list[dict[str, Any]], name: str) -> list[AnnotatedImage] |
         return None
     annotated: list[AnnotatedImage] = []
     for image in images:
-        sentences = image.get("sentences") or []
+        metadata = dict(image)
+        sentences = metadata.pop("sentences", None) or []
+        # ids of the sentences, of no use without them
+        metadata.pop("sentids", None)
         raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+        # dataset_coco.json says train2014 or val2014; Flickr's have no folder
         folder = str(image.get("filepath") or "")
-        metadata = {key: value for key, value in image.items() if key not in ("sentences", "sentids")}
         annotated.append(
             AnnotatedImage(
                 file=str(image.get("filename")),
                 captions=_texts(raw),
-                folders=(folder, f"images/{folder}", "images", _folder_of(name)),
+                folders=(folder, f"images/{folder}", "images", folder_of(name)),
                 metadata=metadata,
             )
         )
     return annotated
 
 
-def _folder_of(name: str) -> str:
-    parent = str(PurePosixPath(name).parent)
-    return "" if parent == "." else parent
-
-
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:
-    stripped = [value.strip() for value in values if isinstance(value, str)]
-    return tuple(dict.fromkeys(text for text in stripped if text))
+    """The texts among the values, each once, in order."""
+    texts: dict[str, None] = {}
+    for value in values:
+        text = value.strip() if isinstance(value, str) else ""
+        if text:
+            texts[text] = None
+    return tuple(texts)
 
 
 class AnnotationSource:
@@ -119,9 +131,11 @@ class AnnotationSource:
     def __init__(
         self, files: SourceFiles, annotations: dict[str, list[AnnotatedImage]], options: SourceOptions
     ) -> None:
-        self._files, self._annotations, self._options = files, tuple(annotations), options
+        self._files = files
+        self._annotations = tuple(annotations)
+        self._options = options
         self._finder = ImageFinder(files)
-        self._images = [image for images in annotations.values() for image in images]
+        self._images = list(chain.from_iterable(annotations.values()))
         self._keys = unique_keys([(None, image.file) for image in self._images])
 
     def __len__(self) -> int:
@@ -130,14 +144,14 @@ class AnnotationSource:
     def read(self, number: int) -> Pair:
         """The image with its captions."""
         image = self._images[number]
-        captions = {} if self._options.captions == "none" else {UNNAMED: image.captions}
+        has_captions = bool(image.captions) and self._options.captions != "none"
         if not image.captions and self._options.captions not in ("none", "optional"):
             raise BadSample("no caption", f"no annotation has a caption of {image.file}")
         file = self._files.read(self._finder.find(image.file, *image.folders))
         return Pair(
             key=self._keys[number],
             image=file,
-            captions={language: texts for language, texts in captions.items() if texts},
+            captions={UNNAMED: image.captions} if has_captions else {},
             metadata=image.metadata,
         )
 
@@ -157,7 +171,8 @@ class AnnotationSource:
 
     def fingerprint(self) -> str:
         """The annotation files, and names and sizes of all files."""
-        contents = [self._files.read(name) for name in self._annotations]
+        contents = map(self._files.read, self._annotations)
+        # only options that change what is read: the fingerprint of older packs stays theirs
         chosen = [self._options.captions] if self._options.captions in ("none", "optional") else []
         return compute_fingerprint(*contents, self._files.fingerprint(), *chosen)
 
@@ -169,11 +184,13 @@ class AnnotationSource:
 def has_images(files: SourceFiles, images: Sequence[AnnotatedImage], *, tries: int = 50) -> bool:
     """Whether some of the annotated images are there."""
     finder = ImageFinder(files)
+    # evenly spread, since one folder of several may be missing
     step = max(1, len(images) // tries)
     for image in images[::step]:
         try:
             if finder.find(image.file, *image.folders) in finder.names:
                 return True
         except BadSample:
+            # an ambiguous name or a web address: these are the annotations, and reading reports what is wrong
             return True
     return False

@@ -15,14 +15,19 @@ import pyarrow as pa
 from vlm.data.sources.image_names import is_image_name, is_web_address
 from vlm.errors import BadSample, VlmError
 
+# plain digits only: 007, 1e5 and 1,000 would not come back as they were written
 _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+# half of a surrogate pair stands for a byte that is not UTF-8 (see decode_text)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# not str.splitlines, which also splits at form feeds and U+2028 inside captions
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _DELIMITERS = ",\t;|"
 # what a line of a file must not exceed; csv's own limit is shorter than long captions
 _MAX_CELL = 1 << 27
 # lines that one quoted cell may reach over where quotes of a table are not sound
 _MAX_CELL_LINES = 50
+# Flickr8k and Flickr30k number the captions of an image
 _NUMBERED_IMAGE = re.compile(r"(.+\.\w{3,4})#\d+")
 
 
@@ -42,8 +47,12 @@ class ArrowRows:
     def __getitem__(self, number: int) -> dict[str, Any]:
         if number in self._unreadable:
             raise BadSample("unreadable row", self._unreadable[number])
-        values = {name: self._table.column(name)[number].as_py() for name in self.columns}
-        return {name: value for name, value in values.items() if value not in (None, "")}
+        values: dict[str, Any] = {}
+        for name in self.columns:
+            value = self._table.column(name)[number].as_py()
+            if value not in (None, ""):
+                values[name] = value
+        return values
 
     def column(self, name: str) -> list[Any]:
         """One column as Python values."""
@@ -71,6 +80,7 @@ def read_delimited(data: bytes, *, delimiter: str, encoding: str = "") -> ArrowR
     """
     text = decode_text(data, encoding)
     delimiter = _sniff_delimiter(text, delimiter)
+    # sound quotes are read in one pass; else each line is a record unless a quoted cell needs more of them
     records = _whole_records(text, delimiter)
     if records is None:
         records = _records_by_line(text, delimiter)
@@ -86,22 +96,24 @@ def read_delimited(data: bytes, *, delimiter: str, encoding: str = "") -> ArrowR
         if reason:
             shown = delimiter.join(record)[:80].encode(errors="backslashreplace").decode()
             unreadable[number] = f"row {number + 1} {reason}: {shown!r}"
+        # an unreadable row keeps its number, by which it is reported, and leaves the types of the columns alone
         rows.append([None] * len(header) if reason else cells)
-    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in header]
-    return ArrowRows(pa.table([_typed(column) for column in columns], names=header), unreadable)
+    # of no rows, zip makes no columns
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
+    return ArrowRows(pa.table(list(map(_typed, columns)), names=header), unreadable)
 
 
 def _why_unreadable(cells: Sequence[str], header: Sequence[str], delimiter: str) -> str:
     if len(cells) != len(header):
         return f"has {len(cells)} fields, {len(header)} are named; a field that holds {delimiter!r} stands in quotes"
-    if not all(cell.isascii() or _is_unicode(cell) for cell in cells):
+    if not all(map(_is_unicode, cells)):
         return "is not UTF-8; name the encoding of the table, as in --encoding latin-1"
     return ""
 
 
 def _sniff_delimiter(text: str, promised: str) -> str:
     """The promised delimiter where the first line holds it and no rarer one; else the one that most lines share."""
-    lines = [line for line in _LINE_END.split(text[: 1 << 16])[:50] if line]
+    lines = list(filter(None, _LINE_END.split(text[: 1 << 16])[:50]))
     if not lines:
         return promised
     rarer = [delimiter for delimiter in "\t;|" if delimiter != promised and delimiter in lines[0]]
@@ -119,7 +131,9 @@ def _sniff_delimiter(text: str, promised: str) -> str:
 
 def _whole_records(text: str, delimiter: str) -> list[list[str]] | None:
     """The records of a text whose quotes are sound; None where they are not, or seem to swallow lines."""
+    # a setting of the whole process; its default of 128 KiB fails on long captions
     csv.field_size_limit(_MAX_CELL)
+    # psql and Markdown pad their cells
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=delimiter == "|"
     )
@@ -127,6 +141,7 @@ def _whole_records(text: str, delimiter: str) -> list[list[str]] | None:
         records = [record for record in reader if record]
     except csv.Error:
         return None
+    # a stray quote opens a cell that reaches to the next quote, often lines away, and csv reports no error
     width = len(records[0]) if records else 0
     for record in records:
         for cell in record:
@@ -137,6 +152,7 @@ def _whole_records(text: str, delimiter: str) -> list[list[str]] | None:
 
 def _swallows_rows(cell: str, delimiter: str, width: int) -> bool:
     """Whether a cell over several lines holds lines that are rows by themselves, about an image each."""
+    # the first line belongs to the row of the cell itself
     for line in _LINE_END.split(cell)[1:]:
         fields = line.split(delimiter)
         if width > 1 and len(fields) >= width and any(is_image_name(field.strip(' "')) for field in fields):
@@ -146,7 +162,7 @@ def _swallows_rows(cell: str, delimiter: str, width: int) -> bool:
 
 def _records_by_line(text: str, delimiter: str) -> list[list[str]]:
     """Records where quotes are not sound: a stray quote is text, and a quoted cell may still reach over lines."""
-    lines = [line for line in _LINE_END.split(text) if line]
+    lines = list(filter(None, _LINE_END.split(text)))
     width = len(_strict_record(lines[0], delimiter) or lines[0].split(delimiter)) if lines else 0
     records: list[list[str]] = []
     number = 0
@@ -164,14 +180,18 @@ def _record_at(lines: Sequence[str], number: int, delimiter: str, width: int) ->
     if record is not None and len(record) == width:
         return record, 1
     plain = line.split(delimiter)
+    # a next line with too few fields may be the rest of a quoted cell of this one
     follows = lines[number + 1] if number + 1 < len(lines) else ""
     is_alone = not follows or len(follows.split(delimiter)) >= width
     if len(plain) == width and is_alone:
         return plain, 1
     for count in range(2, min(_MAX_CELL_LINES, len(lines) - number) + 1):
         joined = _strict_record("\n".join(lines[number : number + count]), delimiter)
-        if joined is not None and len(joined) == width and not any(_swallows_rows(c, delimiter, width) for c in joined):
+        if joined is None or len(joined) != width:
+            continue
+        if not any(_swallows_rows(cell, delimiter, width) for cell in joined):
             return joined, count
+    # no reading fits: one bad row, and the next line begins afresh
     return (plain if len(plain) == width or record is None else record), 1
 
 
@@ -188,11 +208,14 @@ def _split_header(records: list[list[str]]) -> tuple[list[str], list[list[str]]]
     if not records:
         return [], []
     first = [cell.strip() for cell in records[0]]
-    image = next((number for number, cell in enumerate(first) if _names_image(cell)), None)
-    if image is None:
-        return [name or f"column_{number}" for number, name in enumerate(first, 1)], records[1:]
-    names = [f"column_{number}" for number in range(1, len(first) + 1)]
-    names[image] = "url" if is_web_address(first[image]) else "image"
+    numbered = [f"column_{number}" for number in range(1, len(first) + 1)]
+    image_cell = next(filter(_names_image, first), None)
+    if image_cell is None:
+        # pandas leaves the name of its index empty
+        return [name or number for name, number in zip(first, numbered, strict=True)], records[1:]
+    names = numbered
+    image = first.index(image_cell)
+    names[image] = "url" if is_web_address(image_cell) else "image"
     if len(names) == 2:
         names[1 - image] = "caption"
     return names, records
@@ -218,21 +241,26 @@ def _trimmed(record: list[str], width: int) -> list[str]:
 
 
 def _is_unicode(cell: str) -> bool:
-    return not any("\ud800" <= sign <= "\udfff" for sign in cell)
+    return cell.isascii() or _SURROGATE.search(cell) is None
 
 
-def _typed(texts: list[str | None]) -> pa.Array:
+def _is_exact_float(text: str) -> bool:
+    """Whether a number in plain digits keeps its whole part as a float, which holds 15 digits exactly."""
+    return _DECIMAL.fullmatch(text) is not None and len(text.partition(".")[0]) <= 15
+
+
+def _typed(texts: Sequence[str | None]) -> pa.Array:
     """A column as whole numbers or floats if each of its values is one; as text otherwise."""
-    values = [text for text in texts if text]
-    if values and all(_WHOLE.fullmatch(text) for text in values):
+    values = list(filter(None, texts))
+    if values and all(map(_WHOLE.fullmatch, values)):
         numbers = [int(text) if text else None for text in texts]
+        # ids are often unsigned hashes; what 64 bits do not hold stays text
         for kind in (pa.int64(), pa.uint64()):
             try:
                 return pa.array(numbers, kind)
             except (pa.ArrowInvalid, OverflowError):
                 continue
         return pa.array(texts, pa.string())
-    # a float holds the whole part of a number exactly up to 15 digits
-    if values and all(_DECIMAL.fullmatch(text) and len(text.partition(".")[0]) <= 15 for text in values):
+    if values and all(map(_is_exact_float, values)):
         return pa.array([float(text) if text else None for text in texts], pa.float64())
     return pa.array(texts, pa.string())

@@ -9,7 +9,7 @@ from typing import Any
 from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions, split_lines
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import image_names
-from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text, without_captions
 from vlm.data.sources.table import CAPTION_COLUMNS, unique_keys
 from vlm.errors import BadSample, UsageError
 from vlm.files import compute_fingerprint
@@ -40,7 +40,8 @@ class ClassFolderSource:
     def __init__(self, files: SourceFiles, *, template: str) -> None:
         if "{}" not in template:
             raise UsageError(f"The template {template!r} has no {{}} for the class; an example: 'a photo of a {{}}.'")
-        self._files, self._template = files, template
+        self._files = files
+        self._template = template
         inside = [name for name in image_names(files) if "/" in name]
         self._names = sorted(inside, key=lambda name: (PurePosixPath(name).name, name))
         self._keys = unique_keys([(None, name) for name in self._names])
@@ -68,7 +69,7 @@ class ClassFolderSource:
 
     def classes(self) -> list[str]:
         """The names of the classes."""
-        return sorted({readable_text(PurePosixPath(name).parent.name) for name in self._names})
+        return sorted(set(map(readable_text, label_folders(self._names))))
 
     def fingerprint(self) -> str:
         """Names and sizes of all files, and the template."""
@@ -93,7 +94,8 @@ class ImageFolderSource:
     captions_are_labels = False
 
     def __init__(self, files: SourceFiles, options: SourceOptions) -> None:
-        self._files, self._options = files, options
+        self._files = files
+        self._options = options
         self._names = image_names(files)
         self._keys = unique_keys([(None, name) for name in self._names])
         self._all = frozenset(files.names())
@@ -105,6 +107,7 @@ class ImageFolderSource:
         """The image with the words beside it."""
         name = self._names[number]
         metadata = self._metadata(name)
+        # img2dataset's files keep the JSON of a failed download, with its status
         status = metadata.get("status", "success")
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {metadata.get('error_message')}")
@@ -113,16 +116,12 @@ class ImageFolderSource:
             captions = self._captions(name, metadata)
             if not captions and self._options.captions != "optional":
                 raise BadSample("no caption", f"{readable_text(name)} has no text beside it")
-        metadata = {
-            key: value
-            for key, value in metadata.items()
-            if key not in ("caption", "captions") and not key.startswith("captions_")
-        }
         return Pair(
             key=self._keys[number],
             image=self._files.read(name),
             captions=captions,
-            metadata={"file": readable_text(name)} | metadata,
+            # metadata of the same name has the last word
+            metadata={"file": readable_text(name)} | without_captions(metadata),
         )
 
     def file_of(self, number: int) -> str:
@@ -133,7 +132,8 @@ class ImageFolderSource:
         """The images and what lies beside them."""
         used = set(self._names)
         if self._options.captions != "none":
-            used |= {beside for name in self._names for beside in files_beside(name, self._all)}
+            for name in self._names:
+                used.update(files_beside(name, self._all))
         return used
 
     def fingerprint(self) -> str:
@@ -166,6 +166,7 @@ class ImageFolderSource:
         text_name = next((file for file in files_beside(name, self._all) if not file.endswith(JSON_SUFFIX)), None)
         if text_name is not None:
             text = _decoded(self._files.read(text_name), text_name, self._options.encoding)
+        # the names that shards use come first; the usual columns of tables count where none of those is there
         captions = parse_captions(text, metadata)
         if captions or not metadata:
             return split_lines(captions) if self._options.caption_lines else captions
@@ -176,6 +177,7 @@ class ImageFolderSource:
 def _decoded(data: bytes, name: str, encoding: str) -> str:
     try:
         text = decode_text(data, encoding)
+        # bad bytes were decoded to halves of surrogates, which do not encode
         text.encode()
     except UnicodeError as error:
         hint = f"not {encoding or 'UTF-8'}; name its encoding, as in --encoding latin-1"
@@ -186,8 +188,13 @@ def _decoded(data: bytes, name: str, encoding: str) -> str:
 def files_beside(image: str, names: frozenset[str]) -> list[str]:
     """The texts and the JSON that belong to an image: `a.txt` or `a.jpg.txt`."""
     stem = image.removesuffix(PurePosixPath(image).suffix)
-    candidates = [f"{base}{suffix}" for suffix in (*TEXT_SUFFIXES, JSON_SUFFIX) for base in (stem, image)]
-    return [name for name in candidates if name in names]
+    present: list[str] = []
+    # readers take the first of a kind, so that the order of endings decides between a.txt and a.caption
+    for suffix in (*TEXT_SUFFIXES, JSON_SUFFIX):
+        for base in (stem, image):
+            if f"{base}{suffix}" in names:
+                present.append(f"{base}{suffix}")
+    return present
 
 
 def has_words_beside(files: SourceFiles, image: str, names: frozenset[str]) -> bool:

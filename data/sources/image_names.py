@@ -47,7 +47,10 @@ def image_paths(paths: Sequence[Path]) -> list[Path]:
     """Image files as they are, and all images inside of folders."""
     images: list[Path] = []
     for path in paths:
-        images += [path / name for name in image_names(FolderFiles(path))] if path.is_dir() else [path]
+        if path.is_dir():
+            images += map(path.joinpath, image_names(FolderFiles(path)))
+        else:
+            images.append(path)
     return images
 
 
@@ -59,6 +62,7 @@ def _is_unnamed_image(files: SourceFiles, name: str) -> bool:
         beginning = files.read_beginning(name, _SIGNATURE_BYTES)
     except BadSample:
         return False
+    # both are containers: the bytes before the name of the format are its length
     is_webp = beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP"
     brand = beginning[8:12] if beginning[4:8] == b"ftyp" else b""
     is_known_brand = brand in (b"avif", b"avis") or (HAS_HEIF and brand in (b"heic", b"heix", b"mif1"))
@@ -95,6 +99,7 @@ class ImageFinder:
         if is_web_address(stripped):
             detail = f"{stripped!r} is an address; download the images first, as with img2dataset, and pack its output"
             raise BadSample("not downloaded", detail)
+        # tables made on the machine of the images often name them in full
         relative = self._below_root(stripped)
         try:
             plain = inner_name(relative)
@@ -113,6 +118,7 @@ class ImageFinder:
         for root in dict.fromkeys((self._files.url, str(Path(self._files.url).absolute()))):
             if name.startswith(f"{root.rstrip('/')}/"):
                 return name.removeprefix(f"{root.rstrip('/')}/")
+        # the path may go through a link where the source's own does not, or the other way round
         real = Path(self._files.url).resolve()
         path = Path(name)
         return path.relative_to(real).as_posix() if path.is_relative_to(real) else name
@@ -121,8 +127,10 @@ class ImageFinder:
         """The only file whose path ends so; or, of a name without an ending, the only image of that stem."""
         path = PurePosixPath(plain)
         matches = [name for name in self._by_name.get(path.name, ()) if f"/{name}".endswith(f"/{plain}")]
+        # folders of another machine: the file name alone has to do
         if not matches and len(path.parts) > 1:
             matches = self._by_name.get(path.name, [])
+        # tables of products list ids, without an ending
         if not matches and path.suffix.lower() not in IMAGE_SUFFIXES:
             matches = self._by_stem.get(path.name, [])
         if len(matches) > 1:

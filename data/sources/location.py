@@ -65,7 +65,8 @@ class SourceLocation:
         assert self.files is not None
         step = max(1, len(self.images) // _CHECKED_IMAGES)
         checked = self.images[::step]
-        return len(checked), sum(has_words_beside(self.files, image, self.all_names) for image in checked)
+        num_with_words = sum(has_words_beside(self.files, image, self.all_names) for image in checked)
+        return len(checked), num_with_words
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -88,8 +89,11 @@ def open_location(url: str, options: SourceOptions) -> SourceLocation:
     Raises:
         UsageError: nothing does.
     """
-    is_drawn = options.kind == SCENES or (url == SCENES and not Path(url).exists())
-    is_pattern = not Path(url).exists() and (needs_cache(url) or any(sign in url for sign in "{*") or "::" in url)
+    exists = Path(url).exists()
+    has_wildcards = "{" in url or "*" in url or "::" in url
+    # a file of that very name comes first: names may hold braces and stars, and a folder may be called scenes
+    is_drawn = options.kind == SCENES or (url == SCENES and not exists)
+    is_pattern = not exists and (needs_cache(url) or has_wildcards)
     if is_drawn or is_pattern or (needs_cache(url) and not Path(url).is_dir()):
         return SourceLocation(url=url, options=options, files=None)
     path = Path(url).expanduser()
@@ -109,29 +113,35 @@ def is_table_file(url: str) -> bool:
 
 def _find_tables(location: SourceLocation) -> list[Table]:
     """The tables to read: the one named, the one at the top, those of a name beside the images of each folder."""
-    files, options = location.files, location.options
-    if files is None:
+    options = location.options
+    if location.files is None:
         return []
+    # what the user names is read or refused, never passed over
     if is_table_file(location.url):
         return _checked(location, [Path(location.url).name])
     if options.captions not in ("", "none", "optional"):
         return _checked(location, [options.captions])
-    at_top = [
-        name for name in location.names if "/" not in name and is_table(name) and not is_bookkeeping(location, name)
-    ]
+    at_top: list[str] = []
+    for name in location.names:
+        if "/" not in name and is_table(name) and not is_bookkeeping(location, name):
+            at_top.append(name)
     preferred = at_top
+    # the last round wins, so that the first stem does
     for stem in reversed(_CAPTION_STEMS):
         preferred = [name for name in at_top if PurePosixPath(name).stem == stem] or preferred
     if len(preferred) == 1 or _are_parts(preferred):
         tables = _checked(location, preferred)
         if has_columns(tables[0], options):
             return tables
+    # a table at the top that is no captions (a list of licences) must not hide those below
     candidates = _captions_apart(location)
     if not candidates and len(preferred) > 1 and not _are_parts(preferred):
         _refuse_several(preferred)
     names = [table.name for table in candidates]
     stems = {PurePosixPath(name).stem.lower() for name in names}
-    is_one_each = len({table.folder for table in candidates}) == len(candidates) and len(stems) <= 1
+    folders = {table.folder for table in candidates}
+    # Hugging Face's ImageFolder: train/metadata.csv, test/metadata.csv
+    is_one_each = len(folders) == len(candidates) and len(stems) <= 1
     if len(candidates) > 1 and not is_one_each and not _are_parts(names):
         _refuse_several(names)
     return candidates
@@ -144,11 +154,11 @@ def _checked(location: SourceLocation, names: Sequence[str]) -> list[Table]:
         UsageError: there is no such file, or its images are still on the web.
     """
     assert location.files is not None
-    missing = next((name for name in names if name not in location.all_names), None)
-    if missing is not None:
-        raise UsageError(
-            f"There is no file {missing!r} of captions in {location.url}; name it from there (--captions)."
-        )
+    for name in names:
+        if name not in location.all_names:
+            raise UsageError(
+                f"There is no file {name!r} of captions in {location.url}; name it from there (--captions)."
+            )
     tables = [read_table(location.files, name, location.options.encoding) for name in names]
     if names_only_addresses(tables[0], location.options):
         raise UsageError(
@@ -162,17 +172,17 @@ def _captions_apart(location: SourceLocation) -> list[Table]:
     """Tables anywhere in the source, and texts and JSON that read as one, whose images are there."""
     files = location.files
     assert files is not None
-    candidates = [
-        name
-        for name in location.names
-        if file_extension(name) in TABLE_READERS
-        and not is_beside_image(location, name)
-        and not is_bookkeeping(location, name)
-    ]
+    candidates: list[str] = []
+    for name in location.names:
+        is_readable = file_extension(name) in TABLE_READERS
+        if is_readable and not is_beside_image(location, name) and not is_bookkeeping(location, name):
+            candidates.append(name)
+    # names decide only among many: a table of any name is found where there are few files
     if len(candidates) > _MAX_CANDIDATES:
         candidates = [name for name in candidates if _LOOKS_LIKE_CAPTIONS.fullmatch(PurePosixPath(name).stem)]
     tables: list[Table] = []
     for name in candidates[:_MAX_CANDIDATES]:
+        # parsed as annotations later, and not twice: COCO's files are large
         if may_be_annotations(files, name):
             continue
         try:
@@ -190,6 +200,7 @@ def is_bookkeeping(location: SourceLocation, name: str) -> bool:
     part = str(path.with_suffix("")).removesuffix("_stats")
     if f"{part}_stats.json" not in location.all_names:
         return False
+    # .tar of its webdataset output, a folder of its files output; the JSON is a count wherever it lies
     return f"{part}.tar" in location.all_names or part in location.folders or path.suffix == ".json"
 
 

@@ -26,6 +26,7 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, timedelta):
+        # total_seconds() is a float, and loses microseconds of long durations
         return iso_duration((value.days * 86_400 + value.seconds) * 10**9 + value.microseconds * 1000)
     if isinstance(value, Decimal):
         return plain_decimal(value)
@@ -43,6 +44,7 @@ def plain_decimal(value: Decimal) -> int | float | str | None:
     """
     if not value.is_finite():
         return None
+    # repr is the shortest text of a float, so that 1.10 counts as exact although its binary value is not
     number = float(value)
     return number if math.isfinite(number) and Decimal(repr(number)) == value else str(value)
 
@@ -62,7 +64,8 @@ def exact_value(scalar: pa.Scalar) -> Any:
     if pa.types.is_map(kind):
         return {str(entry["key"].as_py()): exact_value(entry["value"]) for entry in scalar.values}
     if pa.types.is_struct(kind):
-        return {name: exact_value(scalar[position]) for position, name in enumerate(field.name for field in kind)}
+        # by position, since a struct may have two fields of one name
+        return {field.name: exact_value(scalar[position]) for position, field in enumerate(kind)}
     if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar | pa.ListViewScalar):
         return [exact_value(item) for item in scalar.values]
     if pa.types.is_duration(kind):
@@ -76,6 +79,7 @@ def exact_value(scalar: pa.Scalar) -> Any:
 
 def _with_nanoseconds(nanoseconds: int, rounded: pa.Scalar) -> str:
     """The ISO text of a time that was cut to microseconds, with the three digits that were cut off."""
+    # isoformat leaves out a fraction of zero, and puts the offset of the time zone behind it
     text = rounded.as_py().isoformat()
     rest = nanoseconds % 1000
     if not rest:
@@ -91,6 +95,7 @@ def _with_nanoseconds(nanoseconds: int, rounded: pa.Scalar) -> str:
 
 def _split_zone(text: str) -> tuple[str, str]:
     """The text before and the offset after the time of an ISO text without a fraction."""
+    # the minus signs of the date come before the T
     begin = text.find("T") + 1
     offset = max(text.rfind("+"), text.rfind("-", begin))
     return (text[:offset], text[offset:]) if offset > begin else (text, "")

@@ -62,6 +62,7 @@ class JsonRows:
         self._rows = rows
         self.class_names: dict[str, list[str]] = {}
         self.embedded: frozenset[str] = frozenset()
+        # every row is looked at: JSONL rows leave out what they lack, and the first may lack the captions
         names: dict[str, None] = {}
         for row in self._readable():
             names |= dict.fromkeys(row or {})
@@ -79,8 +80,12 @@ class JsonRows:
                 raise BadSample("unreadable row", f"row {number + 1} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise BadSample("unreadable row", f"row {number + 1} is {type(row).__name__}, not an object")
-        values = {name: plain_value(value) for name, value in row.items()}
-        return {name: value for name, value in values.items() if value not in (None, "")}
+        values: dict[str, Any] = {}
+        for name, value in row.items():
+            plain = plain_value(value)
+            if plain not in (None, ""):
+                values[name] = plain
+        return values
 
     def column(self, name: str) -> list[Any]:
         """One value of every line."""
@@ -108,9 +113,10 @@ class ParquetRows:
         weakref.finalize(self, file.close)
         schema = self._file.schema_arrow
         self.embedded = frozenset(field.name for field in schema if _holds_bytes(field.type))
-        light = [_light_path(field) for field in schema]
-        self._table = self._file.read(columns=[path for path in light if path])
+        light_columns = list(filter(None, map(_light_path, schema)))
+        self._table = self._file.read(columns=light_columns)
         self.class_names = _class_names(schema)
+        # pandas stores its index as a column
         self.columns = tuple(name for name in schema.names if not name.startswith("__index_level_"))
         groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
         self._ends = list(accumulate(group.num_rows for group in groups))
@@ -132,9 +138,8 @@ class ParquetRows:
 
     def column(self, name: str) -> list[Any]:
         """One column; of embedded images their paths."""
-        numbers = range(len(self))
         if name in self.embedded:
-            return [self._path(number, name) for number in numbers]
+            return [self._path(number, name) for number in range(len(self))]
         return [self._named_class(name, exact_value(value)) for value in self._table.column(name)]
 
     def image(self, number: int, column: str) -> bytes | None:
@@ -142,6 +147,7 @@ class ParquetRows:
         if column not in self.embedded:
             return None
         group = bisect_right(self._ends, number)
+        # packing reads rows in order: one row group in memory serves all of its rows
         if self._group is None or self._group[:2] != (group, column):
             table = self._file.read_row_group(group, columns=[column])
             self._group = (group, column, table.column(column))
@@ -162,6 +168,7 @@ class ParquetRows:
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     """Whether cells are encoded images: bytes, or Hugging Face's {bytes, path}."""
+    # libraries may register an Arrow extension type over the struct
     kind = kind.storage_type if isinstance(kind, pa.ExtensionType) and pa.types.is_struct(kind.storage_type) else kind
     if pa.types.is_struct(kind):
         return any(child.name == "bytes" and _is_binary(child.type) for child in kind)
@@ -184,13 +191,14 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """The names of Hugging Face's ClassLabel columns, from what `datasets` writes beside the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            column: [str(name) for name in feature["names"]]
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-        }
+        names_by_column: dict[str, list[str]] = {}
+        for column, feature in features.items():
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+                names_by_column[column] = list(map(str, feature["names"]))
     except (KeyError, ValueError, TypeError, AttributeError):
+        # metadata of other tools, or of another version: then the numbers are what there is
         return {}
+    return names_by_column
 
 
 def read_rows(data: bytes | BinaryIO, *, name: str, encoding: str = "") -> Rows:
@@ -223,6 +231,7 @@ def _read_parquet(file: BinaryIO, name: str, encoding: str) -> Rows:
 
 def _read_jsonl(file: BinaryIO, name: str, encoding: str) -> Rows:
     data = file.read()
+    # lines are cut as bytes below, and in UTF-16 half of a character may look like a line end
     if encoding or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = decode_text(data, encoding).encode(errors="surrogateescape")
     return JsonRows([line for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()])
@@ -232,6 +241,7 @@ def _read_json(file: BinaryIO, name: str, encoding: str) -> Rows:
     """A list of objects, or one object that gives each image its captions."""
     content = json.loads(decode_text(file.read(), encoding))
     if isinstance(content, dict):
+        # a JSON object may be anything; one by image has the names of images for keys
         is_by_image = content and all(isinstance(value, str | list) for value in content.values())
         if not (is_by_image and any(map(is_image_name, content))):
             raise VlmError(f"{name} is neither a list of objects nor captions by image.")

@@ -1,13 +1,10 @@
-"""What a source of pairs is, and what can be said about how to read it.
-
-Files by relative name, from a folder or from inside a plain tar.
-"""
+"""What a source of pairs is, the options that say how to read it, and its files: of a folder or inside a plain tar."""
 
 import io
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -24,7 +21,7 @@ SourceKind = Literal["scenes", "shards", "table", "annotations", "texts", "class
 
 @runtime_checkable
 class PairSource(Protocol):
-    """Pictures with captions, each by number, so that packing can go on anywhere.
+    """Images with captions, each by number, so that packing can go on anywhere.
 
     captions_are_labels: whether a caption says no more than a class, so that equal captions do not make two
         samples the same thing.
@@ -163,6 +160,7 @@ class FolderFiles:
     @cached_property
     def _names(self) -> list[str]:
         names: list[str] = []
+        # a stack rather than recursion: nesting is as deep as the disk has it
         pending = [""]
         links: list[str] = []
         visited = {_identity(os.stat(self._root))} if self._root.is_dir() else set()
@@ -180,6 +178,7 @@ class FolderFiles:
             for entry in self._entries(folder):
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
+                    # real folders are never visited twice, but a link may lead to one of them
                     visited.add(_identity(entry.stat(follow_symlinks=False)))
                     pending.append(name)
                 elif entry.is_symlink():
@@ -232,6 +231,7 @@ class FolderFiles:
             return -1
 
 
+# device and inode: two paths to one folder, by whatever links, have these in common
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
@@ -259,8 +259,11 @@ class TarFiles:
             raise VlmError(f"{path} is damaged: {damage}; fetch it again, or read what is whole by --allow-damage.")
         self._spans: dict[str, Span] = {}
         for entry in entries:
-            name, is_whole = entry.name.removeprefix("./"), entry.offset_data + entry.size <= end
-            if is_whole and name.startswith(prefix) and not any(part.startswith(".") for part in name.split("/")):
+            # tar -C FOLDER . puts ./ before every name
+            name = entry.name.removeprefix("./")
+            is_whole = entry.offset_data + entry.size <= end
+            is_hidden = "/." in f"/{name}"
+            if is_whole and name.startswith(prefix) and not is_hidden:
                 self._spans[name.removeprefix(prefix)] = Span(entry.offset_data, entry.size)
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
@@ -274,6 +277,7 @@ class TarFiles:
         span = self._spans.get(inner_name(name))
         if span is None:
             raise BadSample("missing file", f"{name} in {self.url}")
+        # pread has no position that workers forked from this process would share
         return os.pread(self._descriptor, span.size, span.offset)
 
     def read_beginning(self, name: str, size: int) -> bytes:
@@ -303,6 +307,7 @@ def open_files(url: str, folder: str = "", *, allow_damage: bool = False) -> Sou
     if path.is_dir():
         shown = [inner for inner in path.iterdir() if not inner.name.startswith(".")]
         is_wrapped_tar = len(shown) == 1 and shown[0].suffix.lower() == ".tar" and shown[0].is_file()
+        # downloads often come as one tar in a folder of its own
         path = shown[0] if is_wrapped_tar else path
     files: SourceFiles | None = None
     if path.is_dir():
@@ -314,6 +319,21 @@ def open_files(url: str, folder: str = "", *, allow_damage: bool = False) -> Sou
     return files
 
 
+def folder_of(name: str) -> str:
+    """The folder of a file by its name in a source; empty at the top."""
+    parent = str(PurePosixPath(name).parent)
+    return "" if parent == "." else parent
+
+
+def without_captions(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a sample without its captions, which shards keep under names of their own."""
+    others: dict[str, Any] = {}
+    for name, value in metadata.items():
+        if name not in ("caption", "captions") and not name.startswith("captions_"):
+            others[name] = value
+    return others
+
+
 def readable_text(name: str) -> str:
     """A name with the bytes that are not UTF-8 written as %XX, as text and JSON can hold it.
 
@@ -322,6 +342,7 @@ def readable_text(name: str) -> str:
     """
     if name.isascii():
         return name
+    # Python decodes a byte 0x80 to 0xFF that is not UTF-8 as U+DC80 to U+DCFF (PEP 383)
     return "".join(f"%{ord(sign) - 0xDC00:02X}" if "\udc80" <= sign <= "\udcff" else sign for sign in name)
 
 
@@ -334,6 +355,7 @@ def inner_name(name: str) -> str:
     Raises:
         BadSample: it leads out of the source: an absolute name, an address, or one with `..`.
     """
+    # a backslash separates only where no slash does: it may be part of a name, and comes from tables made on Windows
     plain = PurePosixPath(name.strip() if "/" in name else name.strip().replace("\\", "/"))
     if _ESCAPES_ROOT.match(name.strip()) or ".." in plain.parts:
         raise BadSample("outside the source", f"{name!r}; names are relative to the source and stay inside it")

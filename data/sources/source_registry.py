@@ -1,13 +1,13 @@
-"""What a source is, found by looking: one row for each layout in `KINDS`, the first that fits is taken.
+"""What a source is, found by looking: one row for each layout in `KINDS`, of which the first that fits is used.
 
-Where two readings are possible, or captions lie near that none takes, the flag that decides is named.
-
-What a source was taken for, in words: two of its pairs, and which files no reading took.
+Where two readings are possible, or captions lie near that no reading uses, the error names the flag that decides.
+`describe_recognition` reports the layout, two pairs, and the files that are not used.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,7 +60,8 @@ class Recognition:
         if self.left_aside:
             listing = ", ".join(f"{count:,} {ending}" for ending, count in self.left_aside.items())
             yield f"  Not used: {listing}."
-        yield from (f"  {note}" for note in self.notes)
+        for note in self.notes:
+            yield f"  {note}"
 
 
 _NUM_EXAMPLES = 2
@@ -73,26 +74,27 @@ def describe_recognition(source: PairSource, url: str, options: SourceOptions | 
     location = open_location(url, options or SourceOptions())
     described = source.describe()
     kind = str(described.get("kind", ""))
-    left_aside: Counter[str] = Counter()
-    notes: list[str] = []
     used = source.used_files() if isinstance(source, FileSource) else _tars(location)
     unused = [name for name in location.names if name not in used]
-    left_aside.update(endings(map(readable_text, unused)))
-    notes += _notes(location, unused)
+    left_aside = Counter(endings(map(readable_text, unused)))
     return Recognition(
         kind=kind,
         summary=_summary(source, described),
         examples=tuple(_examples(source)),
         left_aside=dict(left_aside.most_common()),
-        notes=tuple(notes),
+        notes=tuple(_notes(location, unused)),
     )
 
 
 def _tars(location: SourceLocation) -> set[str]:
     """What a source of shards reads: the tars at the top of its folder, or all of its one tar."""
     if isinstance(location.files, FolderFiles):
-        return {name for name in location.names if "/" not in name and is_shard(name)}
+        return set(_tars_at_top(location))
     return set(location.names)
+
+
+def _tars_at_top(location: SourceLocation) -> list[str]:
+    return [name for name in location.names if "/" not in name and is_shard(name)]
 
 
 def _summary(source: PairSource, described: dict[str, Any]) -> str:
@@ -117,13 +119,14 @@ def _summary(source: PairSource, described: dict[str, Any]) -> str:
 
 
 def _examples(source: PairSource) -> Iterator[tuple[str, str]]:
+    # bad pairs at the beginning are left to the packing to report
     num_found = 0
     for number in range(min(len(source), _EXAMPLE_TRIES)):
         try:
             pair = source.read(number)
         except BadSample:
             continue
-        texts = [text for several in pair.captions.values() for text in several]
+        texts = list(chain.from_iterable(pair.captions.values()))
         yield pair.key, texts[0][:_EXAMPLE_CHARACTERS] if texts else ""
         num_found += 1
         if num_found == _NUM_EXAMPLES:
@@ -200,13 +203,12 @@ def holds_shards(url: str) -> bool:
     if not Path(url).expanduser().exists():
         return True
     location = open_location(url, SourceOptions())
-    is_folder_of_tars = isinstance(location.files, FolderFiles) and any(
-        "/" not in n and is_shard(n) for n in location.names
-    )
+    is_folder_of_tars = isinstance(location.files, FolderFiles) and bool(_tars_at_top(location))
     return _contains_shards(location) or is_folder_of_tars
 
 
 def _recognise(location: SourceLocation) -> SourceKind:
+    # images alone are wanted, so that nothing near them needs to be understood
     if location.options.captions == "none" and location.images and not _contains_shards(location):
         return "table" if is_table_file(location.url) else "images"
     for kind, source_type in KINDS.items():
@@ -225,6 +227,7 @@ def _explain_tables(location: SourceLocation) -> None:
     for name in unread_captions(location):
         assert location.files is not None
         table = read_table(location.files, name, location.options.encoding)
+        # opening it raises the error that names the missing column
         TableSource(location.files, [table], location.options)
 
 
@@ -288,6 +291,7 @@ def _are_texts(location: SourceLocation) -> bool:
     checked, with_words = location.with_words
     if not with_words:
         return False
+    # a few texts among class folders are perhaps notes, which only the user can tell from captions
     may_be_classes = not are_no_classes(label_folders(location.images) or {"images"})
     if 2 * with_words < checked and may_be_classes and location.options.captions != "optional":
         raise UsageError(
@@ -306,6 +310,7 @@ def _are_classes(location: SourceLocation) -> bool:
     inside = [name for name in location.images if "/" in name]
     if not inside:
         return False
+    # labels in place of captions would train a worse model without a word: an error is better than a guess
     unread = unread_captions(location)
     if unread:
         listing = ", ".join(map(readable_text, unread[:3]))
@@ -329,8 +334,8 @@ def _contains_shards(location: SourceLocation) -> bool:
         return looks_like_shard(location.names)
     if location.files is None:
         return location.url != SCENES
-    tars = (Path(location.files.url) / name for name in location.names if "/" not in name and is_shard(name))
-    return any(map(contains_samples, tars))
+    # lazily: looking through a large tar takes long, and the first one with samples decides
+    return any(map(contains_samples, map(Path(location.files.url).joinpath, _tars_at_top(location))))
 
 
 def _open_shards(location: SourceLocation) -> PairSource:
@@ -345,6 +350,7 @@ def _open_shards(location: SourceLocation) -> PairSource:
 
 
 KINDS: dict[SourceKind, SourceType] = {
+    # the order matters: shards hold texts beside images, annotations and tables lie beside class folders
     "scenes": SourceType(
         description=f"the word {SCENES} (images drawn by rule)",
         matches=lambda location: location.url == SCENES and location.files is None,

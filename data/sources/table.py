@@ -16,7 +16,7 @@ from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
 from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
 from vlm.data.sources.rows import Rows, read_rows
-from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text
+from vlm.data.sources.source import SourceFiles, SourceOptions, folder_of, readable_text
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
 
@@ -46,8 +46,7 @@ class Table:
     @property
     def folder(self) -> str:
         """Where the table lies; names in it are tried from there."""
-        parent = str(PurePosixPath(self.name).parent)
-        return "" if parent == "." else parent
+        return folder_of(self.name)
 
 
 def read_table(files: SourceFiles, name: str, encoding: str = "") -> Table:
@@ -77,31 +76,34 @@ class TableSource:
     """
 
     def __init__(self, files: SourceFiles, tables: Sequence[Table], options: SourceOptions) -> None:
-        self._files, self._tables, self._options = files, tables, options
+        self._files = files
+        self._tables = tables
+        self._options = options
         self._finder = ImageFinder(files)
         first = tables[0]
         self._image_column = _choose_column(first, options.image_column, IMAGE_COLUMNS, what="image")
-        is_wordless = options.captions in ("none", "optional")
-        self._caption_column = (
-            None
-            if is_wordless and options.caption_column is None and not _known_column(first.rows, CAPTION_COLUMNS)
-            else _choose_column(first, options.caption_column, CAPTION_COLUMNS, what="caption")
-        )
+        needs_column = options.captions not in ("none", "optional") or options.caption_column is not None
+        self._caption_column: str | None = None
+        if needs_column or _known_column(first.rows, CAPTION_COLUMNS):
+            self._caption_column = _choose_column(first, options.caption_column, CAPTION_COLUMNS, what="caption")
         self._key_column = options.key_column or KEY_COLUMN
         if options.key_column is not None:
             _choose_column(first, options.key_column, (), what="key")
         self.captions_are_labels = self._caption_column in first.rows.class_names
         self._ends = list(accumulate(len(table.rows) for table in tables))
-        names = [name for table in tables for name in _image_names(table.rows, self._image_column)]
+        names: list[Any] = []
+        keys: list[Any] = []
+        for table in tables:
+            names += _image_names(table.rows, self._image_column)
+            keys += _column_or_nothing(table.rows, self._key_column)
         # many embedded images may be called by one name, such as image.jpg
         is_shared_name = [self._image_column in table.rows.embedded for table in tables]
         folders = [table.folder for table in tables]
         self._groups = _rows_by_image(names, folders, is_shared_name, self._ends)
         self._names = [names[rows[0]] for rows in self._groups]
-        keys = [key for table in tables for key in _column_or_nothing(table.rows, self._key_column)]
-        self._keys = unique_keys(
-            [(keys[rows[0]], name) for rows, name in zip(self._groups, self._names, strict=True)],
-        )
+        first_keys = [keys[rows[0]] for rows in self._groups]
+        self._keys = unique_keys(list(zip(first_keys, self._names, strict=True)))
+
         self._identity = self._compute_fingerprint()
 
     def __len__(self) -> int:
@@ -114,18 +116,17 @@ class TableSource:
         self._check_image_named(numbers[0], rows[0])
         captions: Captions = {}
         if self._options.captions != "none":
-            captions = _merge([self._captions(row) for row in rows])
+            captions = _merge(map(self._captions, rows))
         if not captions and self._options.captions not in ("none", "optional"):
             raise BadSample("no caption", f"row {numbers[0] + 1} has no text in {self._caption_column!r}")
         image = self._image(numbers[0], rows[0])
         key = self._keys[number]
-        metadata = {
-            column: value
-            for column, value in rows[0].items()
-            if column != self._caption_column
-            and not _LANGUAGE_COLUMN.fullmatch(column)
-            and (column, str(value)) != (KEY_COLUMN, key)
-        }
+        metadata: dict[str, Any] = {}
+        for column, value in rows[0].items():
+            is_caption = column == self._caption_column or _LANGUAGE_COLUMN.fullmatch(column)
+            # a key that had to be changed to be unique stays in the metadata as it was
+            if not is_caption and (column, str(value)) != (KEY_COLUMN, key):
+                metadata[column] = value
         if self.captions_are_labels:
             metadata["label"] = rows[0].get(str(self._caption_column))
         return Pair(key=key, image=image, captions=captions, metadata=metadata)
@@ -188,6 +189,7 @@ class TableSource:
     def _image(self, row: int, values: dict[str, Any]) -> bytes:
         table = self._table_of(row)
         is_embedded = self._image_column in table.rows.embedded
+        # Hugging Face's cells hold bytes, or only the path of a file
         embedded = table.rows.image(self._row_in_table(row), self._image_column) if is_embedded else None
         if embedded:
             return embedded
@@ -216,6 +218,7 @@ def names_only_addresses(table: Table, options: SourceOptions) -> bool:
         return _known_column(table.rows, URL_COLUMNS) is not None
     if column not in table.rows.columns:
         return False
+    # the first names are enough to tell: a table lists files or addresses, not both
     names = [name for name in table.rows.column(column) if name is not None][:20]
     return bool(names) and all(isinstance(name, str) and is_web_address(name) for name in names)
 
@@ -224,7 +227,7 @@ def has_columns(table: Table, options: SourceOptions) -> bool:
     """Whether a table has a column of images and one of captions, as they are asked for or by known names."""
     image = options.image_column or _known_column(table.rows, IMAGE_COLUMNS)
     caption = options.caption_column or _known_column(table.rows, CAPTION_COLUMNS)
-    by_language = any(_LANGUAGE_COLUMN.fullmatch(column) for column in table.rows.columns)
+    by_language = any(map(_LANGUAGE_COLUMN.fullmatch, table.rows.columns))
     needs_caption = options.captions not in ("none", "optional")
     return bool(image) and bool(caption or by_language or not needs_caption)
 
@@ -257,6 +260,7 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
     """
     stems = Counter(PurePosixPath(str(name)).stem for raw, name in preferences if raw is None and name is not None)
     keys: list[str] = []
+    # first come, first served: the same table gives the same keys every time
     taken: set[str] = set()
     for number, (raw, name) in enumerate(preferences):
         path = PurePosixPath(str(name))
@@ -266,10 +270,10 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
             preferred = f"row-{number + 1}"
         else:
             preferred = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
-        preferred = readable_text(preferred)
-        key = base = (
-            re.sub(r"[\x00-\x1f/\\]+", "-", preferred.strip().strip("/")).replace(".", "_") or f"row-{number + 1}"
-        )
+        preferred = readable_text(preferred).strip().strip("/")
+        # keys are names of tar members, in which a slash would be a folder
+        base = re.sub(r"[\x00-\x1f/\\]+", "-", preferred).replace(".", "_") or f"row-{number + 1}"
+        key = base
         attempt = 1
         while key in taken:
             attempt += 1
@@ -281,13 +285,17 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
 
 def _known_column(rows: Rows, known: Sequence[str]) -> str | None:
     """The first of the known names that is a column, whatever its case."""
+    # from the end, so that of Image and image the first one stays
     by_name = {str(column).casefold(): str(column) for column in reversed(rows.columns)}
-    return next((by_name[name] for name in known if name in by_name), None)
+    for name in known:
+        if name in by_name:
+            return by_name[name]
+    return None
 
 
 def _choose_column(table: Table, preferred: str | None, known: Sequence[str], *, what: str) -> str:
     """The column asked for, else the first of the known names."""
-    columns = [str(column) for column in table.rows.columns]
+    columns = list(map(str, table.rows.columns))
     if preferred is not None:
         if preferred not in columns:
             hint = suggest(preferred, columns)
@@ -296,9 +304,8 @@ def _choose_column(table: Table, preferred: str | None, known: Sequence[str], *,
     column = _known_column(table.rows, known)
     if column is not None:
         return column
-    similarities = {column: max(_name_similarity(column, name) for name in known) for column in columns}
-    closest = max(columns, key=lambda column: similarities[column], default="")
-    is_close = bool(closest) and similarities[closest] > 0.7
+    closest = max(columns, key=lambda column: _similarity(column, known), default="")
+    is_close = bool(closest) and _similarity(closest, known) > 0.7
     hint = f"perhaps {closest!r} is meant" if is_close else f"it was looked for as {', '.join(known)}"
     listing = ", ".join(columns) or "none"
     raise UsageError(
@@ -306,8 +313,9 @@ def _choose_column(table: Table, preferred: str | None, known: Sequence[str], *,
     )
 
 
-def _name_similarity(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one.casefold(), other).ratio()
+def _similarity(column: str, known: Sequence[str]) -> float:
+    """How much a column is spelt like the nearest of the known names, in [0, 1]."""
+    return max(difflib.SequenceMatcher(None, column.casefold(), name).ratio() for name in known)
 
 
 def _image_names(rows: Rows, column: str) -> list[Any]:
@@ -333,6 +341,7 @@ def _rows_by_image(
     groups: dict[tuple[str, str], list[int]] = {}
     for row, name in enumerate(names):
         table = bisect_right(ends, row)
+        # [17] stands for row 17 alone: it is a group of its own
         image = json.dumps([row]) if name is None or is_shared_name[table] else str(name)
         groups.setdefault((folders[table], image), []).append(row)
     return [tuple(rows) for rows in groups.values()]
@@ -340,6 +349,7 @@ def _rows_by_image(
 
 def _merge(parts: Iterable[Captions]) -> Captions:
     """All captions by language, each once."""
+    # dicts rather than sets: the order of the captions is that of the rows
     merged: dict[str, dict[str, None]] = {}
     for captions in parts:
         for language, texts in captions.items():

@@ -14,6 +14,7 @@ from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.sources.image_names import IMAGE_SUFFIXES
+from vlm.data.sources.source import without_captions
 from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index, read_entries
 from vlm.errors import BadSample, VlmError
@@ -43,14 +44,20 @@ class ShardSource:
         caption_lines: bool = False,
         captions_mode: str = "",
     ) -> None:
-        self._shards, self._selection = shards, selection
-        self._caption_lines, self._captions_mode = caption_lines, captions_mode
+        self._shards = shards
+        self._selection = selection
+        self._caption_lines = caption_lines
+        self._captions_mode = captions_mode
         self._ends = list(accumulate(count_samples(shards, allow_damage=allow_damage)))
         self._reader = ShardReader(shards[0])
+        # a number among all samples of all shards; of a selection, as often as it says
         self._numbers = np.arange(self._ends[-1])
         if selection is not None:
             self._numbers = np.repeat(self._numbers, np.concatenate(selection.times_of(shards)))
-        keys = [key for shard in shards for key in open_index(shard).sample_keys()]
+        keys: list[str] = []
+        for shard in shards:
+            keys += open_index(shard).sample_keys()
+        # shards of different origin repeat keys, and so does a selection that repeats samples
         self._keys = unique_keys([(keys[number], None) for number in self._numbers])
 
     def __len__(self) -> int:
@@ -60,6 +67,7 @@ class ShardSource:
         """The sample as it lies in its shard, without the captions among its metadata."""
         place_of_all = int(self._numbers[number])
         shard = bisect_right(self._ends, place_of_all)
+        # packing reads in order, so that one open shard is enough
         if self._reader.url != self._shards[shard]:
             self._reader.close()
             self._reader = ShardReader(self._shards[shard])
@@ -73,16 +81,11 @@ class ShardSource:
             captions = {}
         elif not captions and self._captions_mode != "optional":
             raise BadSample("no caption", f"key {sample.key!r} has neither text nor captions")
-        metadata = {
-            name: value
-            for name, value in sample.metadata.items()
-            if name not in ("caption", "captions") and not name.startswith("captions_")
-        }
         return Pair(
             key=self._keys[number],
             image=sample.image,
             captions=captions,
-            metadata=metadata,
+            metadata=without_captions(sample.metadata),
             arrays=sample.arrays,
         )
 
@@ -93,6 +96,7 @@ class ShardSource:
     def fingerprint(self) -> str:
         """Keys and sizes, from the indexes of the shards, and what is selected of them."""
         content = shards_fingerprint(self._shards)
+        # options at their defaults are left out: the fingerprint of plain shards is that of their content
         chosen = [self._selection.fingerprint] if self._selection is not None else []
         chosen += ["caption lines"] if self._caption_lines else []
         chosen += [self._captions_mode] if self._captions_mode else []
@@ -127,5 +131,8 @@ def _inflated_beginning(tar: Path) -> bytes:
 def looks_like_shard(names: Sequence[str]) -> bool:
     """Whether files of a tar are samples: some image has its text, JSON or class beside it, under the same name."""
     annotated_stems = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json", ".cls"))}
-    images = (name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
-    return any(name.rpartition(".")[0] in annotated_stems for name in images)
+    for name in names:
+        is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+        if is_image and name.rpartition(".")[0] in annotated_stems:
+            return True
+    return False
