@@ -1,8 +1,6 @@
 """Packing: pairs of any source become WebDataset shards, checked, resumable, the same bytes each time.
 
-A pair as the members of a WebDataset sample.
-
-The journal of a folder of shards that is being written: a line for each that is whole.
+A journal has a line for each finished shard; an interrupted run resumes after the last one.
 """
 
 import io
@@ -36,23 +34,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# MPO is a JPEG with more images behind the first, as phones write it
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
-    """A pair as `__key__`, a picture, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
+    """A pair as `__key__`, an image, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
 
     The text is the first caption of the first language, and is left out where there is none; the JSON holds the
     metadata with all captions.
 
     Raises:
-        BadSample: the picture cannot be decoded (what is kept as it is is only looked into if `verify`).
+        BadSample: the image cannot be decoded (one that is kept unchanged is only decoded if `verify`).
     """
     extension, image = storable_image(pair.image, verify=verify)
     texts = next(iter(pair.captions.values()), ())
     content = json.dumps(pair.metadata | captions_to_json(pair.captions), ensure_ascii=False)
     arrays = {f"{name}.npy": npy_bytes(array) for name, array in pair.arrays.items()}
     words = {"txt": texts[0].encode(errors="replace")} if texts else {}
+
     return arrays | {"__key__": pair.key, extension: image} | words | {"json": content.encode(errors="replace")}
 
 
@@ -66,6 +66,7 @@ def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
     extension = _KEPT_FORMATS.get(pil_image.format or "")
     if extension is not None:
         if verify:
+            # JPEGs decode at an eighth for a fraction of the time, and still read all of their bytes
             to_rgb(pil_image, resolution=1 / 8)
         return extension, image
     file = io.BytesIO()
@@ -114,8 +115,9 @@ def read_journal(journal: Path, kind: type[Entry]) -> list[Entry]:
         VlmError: one of them is no longer there as it was.
     """
     lines = read_lines(journal)
+
     if journal.exists():
-        write_text(journal, "".join(line + "\n" for line in lines))
+        write_text(journal, "".join(f"{line}\n" for line in lines))
     shards = [kind(**json.loads(line)) for line in lines]
     for shard in shards:
         path = journal.parent / shard.name
@@ -202,13 +204,15 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
         VlmError: too many pairs are unusable.
     """
     config = config or PackConfig()
-    # another limit must not forbid going on
-    identity = {name: value for name, value in asdict(config).items() if name != "max_bad_share"}
+    identity = asdict(config)
+    # a run that failed on this limit is resumed with a higher one
+    del identity["max_bad_share"]
     is_resumed = begin_or_resume_folder(out, kind="shards", configuration=identity | {"source": source.fingerprint()})
     if is_resumed:
         for half_written in out.glob(".*.part"):
             half_written.unlink()
     started = time.perf_counter()
+    # the split is saved before the first shard: a resumed run must not draw another one
     held_out = _hold_out(source, out, config) if config.hold_out else None
     splits = _splits(len(source), held_out)
     shards = read_journal(out / _JOURNAL, _Shard)
@@ -248,6 +252,7 @@ def shards_at(url: str) -> list[str]:
     if not (out / MANIFEST).is_file():
         logger.info(f"{url} is no shards; it is packed to {out} first. vlm pack puts them where you want them.")
         out.parent.mkdir(parents=True, exist_ok=True)
+        # no one is there to mend the source: what is usable is used, and the rest reported
         summary = pack(source, out, PackConfig(max_bad_share=1.0))
         if summary.bad:
             logger.warning(f"{summary.bad:,} of its pairs cannot be used; {out / REJECTED} names them.")
@@ -261,9 +266,15 @@ class _PackJob:
         self, source: PairSource, out: Path, config: PackConfig, *, shards: list[_Shard], shown: "tqdm"
     ) -> None:
         self.shards = shards
-        self.rejected = [reject for shard in shards for reject in shard.rejected]
-        self._source, self._out, self._config, self._shown = source, out, config, shown
+        self.rejected: list[dict[str, Any]] = []
+        for shard in shards:
+            self.rejected += shard.rejected
+        self._source = source
+        self._out = out
+        self._config = config
+        self._shown = shown
         self._upto = 0
+        # written with the next shard, so that shards and rejects are journaled together
         self._since_last: list[dict[str, Any]] = []
         self._captions: Counter[str] = Counter()
 
@@ -287,14 +298,17 @@ class _PackJob:
         done = [shard for shard in self.shards if shard.split == split]
         samples = self._samples(numbers, first=done[-1].upto if done else 0)
         size = self._config.samples_per_shard
+        # at least WebDataset's usual five, more for splits of 100,000 shards: names sort as numbers
         digits = max(5, len(str(len(numbers) // size)))
         for place, sample in enumerate(samples, start=len(done)):
             path = self._out / f"{split}-{place:0{digits}d}.tar"
             count = 0
             with (
                 atomic_write(path) as file,
+                # mtime=0: the time of packing would change the bytes
                 TarWriter(file, encoder=False, mtime=0) as tar,
             ):
+                # the first sample is read before the file is opened: no shard is empty
                 for member in chain([sample], islice(samples, size - 1)):
                     tar.write(member)
                     count += 1
@@ -311,6 +325,7 @@ class _PackJob:
             sha256=file.sha256,
             rejected=self._since_last,
         )
+        # after the shard itself: a line is a promise that its shard is whole
         append_line(self._out / _JOURNAL, json.dumps(asdict(shard)))
         self.shards.append(shard)
         self._since_last = []
@@ -318,6 +333,7 @@ class _PackJob:
     def _samples(self, numbers: Sequence[int], *, first: int) -> Iterator[dict[str, Any]]:
         """The usable pairs as WebDataset samples, from place `first` of the numbers on."""
         for place in range(first, len(numbers)):
+            # set before the yield: the writer records it once the last sample of a shard is written
             self._upto = place + 1
             self._shown.update()
             try:
@@ -341,15 +357,21 @@ class _PackJob:
         reject = {"number": number} | self._file_of(number) | {"reason": error.reason, "detail": error.detail}
         self.rejected.append(reject)
         self._since_last.append(reject)
-        total, limit = len(self._source), self._config.max_bad_share
+        total = len(self._source)
+        limit = self._config.max_bad_share
+        # a share of all pairs rather than of those read: bad ones may come first
         if len(self.rejected) > limit * total:
             first = "; ".join(map(_describe_reject, self.rejected[:3]))
-            reasons = Counter(bad["reason"] for bad in self.rejected)
+            reasons = _count_reasons(self.rejected)
             listing = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
             raise VlmError(
                 f"{len(self.rejected):,} of {total:,} pairs cannot be used so far, more than the {limit:.1%} allowed. "
                 f"The first: {first}. By reason: {listing}. Mend the source, or allow more with --max-bad (up to 1)."
             )
+
+
+def _count_reasons(rejected: Sequence[dict[str, Any]]) -> Counter[str]:
+    return Counter(reject["reason"] for reject in rejected)
 
 
 def _describe_reject(reject: dict[str, Any]) -> str:
@@ -376,6 +398,7 @@ def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit
         try:
             pair = _read_pair(source, number, config)
             pil_image = open_image(pair.image, formats=packable_formats())
+            # grouping needs a thumbnail: a JPEG is decoded only as large as that
             rgb = to_rgb(pil_image, resolution=min(1.0, _MIN_DECODED_PIXELS / min(pil_image.size)))
         except BadSample:
             continue
@@ -409,7 +432,9 @@ def _finish(
     for shard in shards:
         samples[shard.split] += shard.samples
     counts = {"samples": samples.total(), "bad": len(work.rejected), "shards": len(shards)}
-    facts = {name: value for name, value in asdict(held_out).items() if name != "numbers"} if held_out else {}
+    facts = asdict(held_out) if held_out else {}
+    # which pairs they are is told by the shards
+    facts.pop("numbers", None)
     manifest = Manifest(
         kind="shards",
         fingerprint=shards_fingerprint([str(out / shard.name) for shard in shards]),
@@ -419,10 +444,11 @@ def _finish(
         files=files,
         details={
             "source": source.describe(),
-            "rejected": dict(Counter(reject["reason"] for reject in work.rejected)),
+            "rejected": dict(_count_reasons(work.rejected)),
             "held_out": facts,
         },
     )
+    # the manifest marks the folder complete; only then is the journal of no more use
     write_manifest(out, manifest)
     (out / _JOURNAL).unlink()
     (out / _HELD_OUT).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ def suggest(name: str, known: list[str]) -> str:
     >>> suggest("learning_rat", ["learning_rate", "steps"])
     "did you mean 'learning_rate'?"
     """
+    # 0.6 is difflib's default: one or two wrong letters of a word
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
@@ -54,12 +55,14 @@ def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Con
     """Build a (nested) dataclass from plain values, checking names and types."""
     from pydantic import TypeAdapter, ValidationError
 
+    # pydantic ignores unknown keys of dataclasses: a misspelt setting would silently keep its default
     _check_unknown_keys(cls, values, where=where, prefix="")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
+        # one mistake at a time is enough for one message
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(map(str, first["loc"]))
         raise UsageError(f"{where}: {key} = {first['input']!r} does not fit: {first['msg']}.") from error
 
 
@@ -97,6 +100,7 @@ def config_differences(configurations: Sequence[Mapping[str, Any]], *, absent: A
     {'seed': [0, 1]}
     """
     flat = [flatten_config(configuration) for configuration in configurations]
+    # a dict as an ordered set: settings stay in the order of the configuration
     keys: dict[str, None] = {}
     for own in flat:
         keys |= dict.fromkeys(own)
@@ -114,6 +118,7 @@ def _tuples_to_lists(value: Any) -> Any:
     return [_tuples_to_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+# TOML has no null
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}

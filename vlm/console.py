@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
@@ -39,19 +39,30 @@ def show_table(
     materialised = [list(row) for row in rows]
     table = Table(title=_cell(title) or None, title_justify="left", header_style="bold", show_header=has_header)
     for number, name in enumerate(columns):
+        # of a mixed column some cells are texts such as "–": left-aligned as a whole
         is_number = all(isinstance(row[number], int | float) for row in materialised) and bool(materialised)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in materialised:
         table.add_row(*(_cell(value) for value in row))
+    # a pipe has no width; rich would fold at 80 columns there
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(table)
 
 
 def show_fields(fields: dict[str, Any], *, title: str = "") -> None:
     """Names and values on stdout, one pair per line."""
-    show_table(
-        ["name", "value"], [[name, _cell(value)] for name, value in fields.items()], title=title, has_header=False
-    )
+    # cells as texts, so that numbers among the values do not right-align a column
+    rows = [[name, _cell(value)] for name, value in fields.items()]
+    show_table(["name", "value"], rows, title=title, has_header=False)
+
+
+def spaced_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by names for people.
+
+    >>> spaced_names({"new_rows": 3})
+    {'new rows': 3}
+    """
+    return {name.replace("_", " "): value for name, value in fields.items()}
 
 
 def pluralize(number: int, noun: str) -> str:
@@ -142,6 +153,7 @@ class _Lines:
 def track(items: Iterable[Item], *, total: int, what: str, unit: str = "it") -> Iterator[Item]:
     """Yield the items with a progress bar on stderr."""
     with progress(total=total, what=what, unit=unit) as progress_bar:
+        # counted after the yield: the consumer is done with the item then
         for item in items:
             yield item
             progress_bar.update()
@@ -172,4 +184,5 @@ def read_text(path: Path) -> str:
         ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{name} cannot be read: {error}.") from error
+    # Windows editors write a byte order mark, which would become part of the first line
     return text.removeprefix("\ufeff")

@@ -27,6 +27,7 @@ def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any],
     except ValueError:
         value = _finite(value)
         text = json.dumps(value, ensure_ascii=False, indent=indent, default=default, allow_nan=False)
+    # file names and JSON of others may hold halves of surrogate pairs, which no UTF-8 file can
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -57,10 +58,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             yield file
+            # on disk before the rename: else a power cut can leave an empty file under the final name
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         fsync_folder(path.parent)
+    # KeyboardInterrupt and SystemExit too
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -84,6 +87,7 @@ def append_line(path: Path, line: str) -> None:
     """
     with path.open("a+b") as file:
         if file.tell():
+            # only the last byte is read, unless it shows a partial line
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.seek(0)
@@ -128,9 +132,11 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
+        # works over an empty folder of that name, and fails over any other
         folder.rename(out)
         fsync_folder(out.parent)
     finally:
+        # after the rename there is nothing left to remove
         shutil.rmtree(folder, ignore_errors=True)
 
 

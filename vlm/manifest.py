@@ -55,6 +55,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     values = asdict(manifest)
     values["made_at"] = manifest.made_at or datetime.now(UTC).isoformat(timespec="seconds")
     values["command"] = manifest.command or " ".join(["vlm", *sys.argv[1:]])
+    # in this order: a crash in between leaves both files, and the manifest counts
     write_text(folder / MANIFEST, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     (folder / PROGRESS).unlink(missing_ok=True)
 
@@ -71,6 +72,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
         unfinished = (folder / PROGRESS).is_file()
         why = "is unfinished: run the command that makes it again" if unfinished else f"has no {MANIFEST}"
         raise UsageError(f"{folder} {why}; a finished {kind} folder was expected.")
+    # kind and format first: the fields of another format would only look damaged
     values = _read_object(path)
     if values.get("kind") != kind:
         raise UsageError(f"{folder} holds {values.get('kind')!r}, but {kind!r} was expected.")
@@ -127,6 +129,7 @@ def begin_or_resume_folder(folder: Path, *, kind: str, configuration: dict[str, 
         raise UsageError(f"{folder} exists already and is complete; name another folder or remove it.")
     marker = folder / PROGRESS
     if marker.is_file():
+        # compared as a whole: any other setting could give other bytes
         begun = _read_object(marker)
         if begun.get("identity") != _identity_of(kind, configuration):
             raise UsageError(
@@ -143,12 +146,14 @@ def begin_or_resume_folder(folder: Path, *, kind: str, configuration: dict[str, 
 
 def mark_unfinished(folder: Path, *, kind: str, configuration: dict[str, Any]) -> None:
     """Make a finished folder unfinished again, as if it had been begun with this configuration."""
+    # in this order: a folder with neither file, even for a moment, could not be resumed
     _write_progress(folder, kind, configuration)
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def _write_progress(folder: Path, kind: str, configuration: dict[str, Any]) -> None:
     begun = {"kind": kind, "identity": _identity_of(kind, configuration), "configuration": configuration}
+    # the configuration is there for people to read; only the identity is compared
     write_text(folder / PROGRESS, json.dumps(begun, default=str))
 
 

@@ -1,6 +1,6 @@
-"""Shard URLs: a path on this machine, or a file behind one of a few protocols.
+"""Shard URLs: paths on this machine, and remote files read through fsspec.
 
-Remote files through fsspec: the version of one, its bytes from any position on, the files of a folder; and retries.
+Of a remote file: its version, its bytes from any position on, the files next to it.
 
 Every access to the network goes through `Retry`: it says which errors are worth another try, how long to wait for it
 (exponential backoff with jitter), and when to give up.
@@ -71,6 +71,7 @@ def split_urls(joined: str) -> list[str]:
     """
     parts = _BETWEEN.split(joined)
     for part in parts:
+        # fsspec chains protocols as simplecache::s3://…, in which the first part is a bare name
         protocol_of(part if ":" in part else f"{part}:")
     return parts
 
@@ -149,7 +150,9 @@ def _without_query(url: str) -> str:
     return urlsplit(url)._replace(query="", fragment="").geturl() if is_web else url
 
 
+# refusals that pass with time, such as 429 (too many requests)
 _TRANSIENT_STATUSES = frozenset({408, 416, 425, 429})
+# by name, since the packages that define them are optional and slow to import
 _ACCESS_ERRORS = frozenset(
     {
         "NoCredentialsError",
@@ -257,9 +260,11 @@ def classify_error(error: BaseException) -> Literal["absent", "refused", "again"
     """
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         return classify_error(error.__cause__)
+
     status = _status(error)
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError | IsADirectoryError)):
         return "absent"
+    # object stores answer 403 for a missing file, too, where listing is not allowed
     is_refusal = isinstance(error, PermissionError) or type(error).__name__ in _ACCESS_ERRORS
     if is_refusal or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUSES):
         return "refused"
@@ -431,6 +436,7 @@ def open_system(url: str) -> tuple[Any, str]:
     require_package(protocol)
     kind: Any = fsspec.get_filesystem_class(protocol)
     options = kind._get_kwargs_from_urls(url) | _OPTIONS.get(protocol, dict)()
+    # asynchronous file systems share an event loop thread, which a forked child does not have
     key = (os.getpid(), threading.get_ident(), f"{protocol}/{options}")
     if key not in _SYSTEMS:
         _SYSTEMS[key] = fsspec.filesystem(protocol, **options)
@@ -472,6 +478,7 @@ def _with_retries(
     while True:
         try:
             return work(url)
+        # a server that cannot list never will
         except (NotImplementedError, FetchCancelled):
             raise
         except Exception as error:
@@ -480,10 +487,12 @@ def _with_retries(
 
 def _http_blocks(system: Any, path: str, start: int, identity: FileIdentity, block_bytes: int) -> Iterator[bytes]:
     """One request from `start` on; of a server that ignores ranges the bytes before it are thrown away."""
+    # identity: a server that compresses on the fly would shift every position
     headers = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
     with system.open(path, "rb", block_size=0, size=identity.size, headers=headers) as file:
+        # 200 in place of 206 is the whole file
         surplus = start if file.r.status != 206 else 0
         while block := file.read(block_bytes):
             dropped = min(surplus, len(block))
@@ -497,6 +506,7 @@ def _ranged_blocks(system: Any, path: str, start: int, identity: FileIdentity, b
     while start < identity.size:
         end = min(start + block_bytes, identity.size)
         block = system.cat_file(path, start=start, end=end)
+        # a short answer must not shift the blocks after it
         if len(block) != end - start:
             raise OSError(f"requested {end - start} bytes at {start}, got {len(block)}")
         yield block

@@ -75,11 +75,13 @@ class Doctor:
             self._setup(model),
             workers,
             device=_device_name(device),
+            # on a CPU the model and the workers compete, so that their rates do not add up
             shares_cores=device.type == "cpu",
             precision=self.precision,
             measure_compute=measure_compute,
         )
         report = find_bottleneck(profile)
+        # the key stays "verdict", which scripts read
         if self.json:
             show_json(asdict(profile) | {"verdict": asdict(report)})
         else:
@@ -120,9 +122,9 @@ def _parse_workers(text: str) -> tuple[int, ...]:
         UsageError: something in it is not a number from 0 on.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() for word in words):
+    if not words or not all(map(str.isdecimal, words)):
         raise UsageError(f"--workers {text!r}: give numbers from 0 on, separated by commas, as 0,1,2.")
-    return tuple(sorted({int(word) for word in words}))
+    return tuple(sorted(set(map(int, words))))
 
 
 def _device_name(device: "torch.device") -> str:
@@ -142,6 +144,7 @@ def show_profile(profile: "PipelineProfile", report: "BottleneckReport") -> None
     if profile.unusable:
         fields["corrupt samples"] = f"{profile.unusable:,}, see vlm inspect"
     show_fields(fields)
+    # bars are of time, not of rate: the longest bar is the bottleneck
     longest = max(1 / stage.rate for stage in profile.stages)
     rows = [_stage_row(stage, slowest=report.slowest, longest=longest) for stage in profile.stages]
     show_table(["stage, in isolation", "samples/s", "per", "µs per sample", "", "note"], rows)
@@ -156,7 +159,7 @@ def show_profile(profile: "PipelineProfile", report: "BottleneckReport") -> None
 
 def _stage_row(stage: "Stage", *, slowest: str, longest: float) -> list[object]:
     bandwidth = f"{stage.bytes_rate / 1e6:,.0f} MB/s" if stage.bytes_rate else ""
-    note = "; ".join(part for part in (bandwidth, stage.note) if part)
+    note = "; ".join(filter(None, (bandwidth, stage.note)))
     name = f"→ {stage.name}" if stage.name == slowest else f"  {stage.name}"
     machine = f"{stage.cores} cores" if stage.cores > 1 else "machine"
     owner = "process" if stage.each == "process" else machine

@@ -9,7 +9,7 @@ import tyro
 
 from vlm.cli.launch import run_in_processes
 from vlm.cli.options import AllowDamageOption, DeviceOption, JsonOption, PrecisionOption, ShardsArgument, WorkersOption
-from vlm.console import show_fields, show_json
+from vlm.console import show_fields, show_json, spaced_names
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def embed_share(arguments: Embed) -> None:
 
     rank = ProcessRank.from_environment()
     shards = shards_at(arguments.shards)
+    # both modalities in one pass, so that each shard is read once
     folders = _output_folders(arguments)
     options = EmbedOptions(
         model_spec=arguments.model,
@@ -117,6 +118,7 @@ def embed_share(arguments: Embed) -> None:
             f"Process {rank.rank} of {rank.world_size} has written {rows:,} rows; {missing_parts} parts are left to "
             "other processes. If those have ended, rerun the command."
         )
+    # of several processes, only the one that completed the folder reports it
     elif rank.world_size == 1 or summaries[0].ended_here:
         _show_summaries(summaries, arguments)
 
@@ -126,6 +128,7 @@ def _output_folders(arguments: Embed) -> "dict[Modality, Path]":
         return {arguments.modality: arguments.out}
     from vlm.manifest import MANIFEST, PROGRESS
 
+    # the marks of an output folder of one modality, which subfolders would be lost in
     if any((arguments.out / name).exists() for name in (MANIFEST, PROGRESS)):
         raise UsageError(f"{arguments.out} holds other output; --modality both needs a folder of its own.")
     return {"image": arguments.out / "images", "text": arguments.out / "texts"}
@@ -137,6 +140,7 @@ def _device_of_rank(device: str, rank: "ProcessRank") -> str:
 
     if device != "auto" or rank.world_size == 1 or not torch.cuda.is_available():
         return device
+    # more processes than GPUs share them in turn
     return f"cuda:{rank.local_rank % torch.cuda.device_count()}"
 
 
@@ -150,7 +154,7 @@ def _show_summaries(summaries: "list[EmbedSummary]", arguments: Embed) -> None:
     for summary in summaries:
         fields = asdict(summary)
         del fields["incidents"]
-        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+        show_fields(spaced_names(fields))
     texts = f" --texts {summaries[1].folder}" if len(summaries) > 1 else ""
     logger.info(f"Next: vlm index build {summaries[0].folder} INDEX{texts}")
 

@@ -70,6 +70,7 @@ class Eval:
         """Load the model, evaluate, show."""
         if not (self.retrieval or self.classes or self.captions):
             raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
+        # after the check, which should not wait for torch
         from vlm.models.load import load_model
 
         model = load_model(self.model, device=self.device, precision=self.precision)
@@ -151,6 +152,7 @@ def _show_zero_shot(zero_shot: "ZeroShot") -> None:
     columns = ["zero-shot", "top-1", "top-5", "mean per class", "largest class", "images", "classes"]
     shares = [zero_shot.top1, zero_shot.top5, zero_shot.mean_per_class, zero_shot.majority]
     show_table(columns, [["overall", *shares, zero_shot.num_images, zero_shot.num_classes]])
+    # of classes with equal accuracy first those with more images, where it is less of an accident
     hardest = sorted(zero_shot.classes, key=lambda score: (score.accuracy, -score.num_images))[:_HARDEST_SHOWN]
     rows = [[score.name, score.num_images, score.accuracy] for score in hardest]
     show_table(["hardest classes", "images", "accuracy"], rows)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from vlm.cli.options import JsonOption, ModelArgument
-from vlm.console import show_fields, show_json
+from vlm.console import show_fields, show_json, spaced_names
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Export:
         from vlm.models.export import export_open_clip
         from vlm.models.load import load_network
 
+        # before a model is loaded, which may take a minute
         check_not_exists(self.out)
         export = export_open_clip(load_network(self.model, device="cpu"), self.out)
         if not export.has_tokenizer:
@@ -46,7 +47,7 @@ class Export:
         if self.json:
             show_json(asdict(export))
             return
-        fields = {name.replace("_", " "): value for name, value in asdict(export).items()}
+        fields = spaced_names(asdict(export))
         # show_fields has four decimals, and a difference of 1e-7 would be shown as 0.0000
         show_fields(fields | {"largest difference": f"{export.largest_difference:.1e}"})
         logger.info(f'Next: open_clip.create_model_and_transforms("local-dir:{self.out}")')

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.options import IndexArgument, JsonOption
-from vlm.console import read_text, show_fields, show_json, show_table
+from vlm.console import read_text, show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
@@ -122,9 +122,11 @@ class BuildIndex:
         from vlm.index.build import build_index
 
         targets = (self.recall, self.latency_ms, self.memory, self.texts, self.images)
+        # any of them asks for a search over configurations, and nothing else does
         if any(value is not None for value in targets):
             self._build_autotuned()
             return
+        # None stays None: the index type fills in its defaults, by the number of rows
         numbers = {parameter: getattr(self, option) for option, parameter in _TUNED.items()}
         tuning = TuningParams(seed=self.seed, **numbers)
         summary = build_index(self.embeddings, self.out, kind=self.index_type, tuning=tuning)
@@ -167,6 +169,7 @@ class BuildIndex:
             del verification["breaks"]
             show_fields(verification, title=f"The finished index, queried {build.plan.direction}")
             self._show(build.summary)
+        # last: an index that misses its target is finished and shown, and scripts see the exit code
         build.check_target()
 
     def _show(self, summary: "BuildSummary") -> None:
@@ -219,11 +222,12 @@ class ImportEmbeddings:
                 uid=self.uid_column, caption=self.caption_column, embedding=self.embedding_column
             ),
         )
+        # before the table: whatever differs from the source should be seen even with --json
         self._log_changes(summary)
         if self.json:
             show_json(asdict(summary))
             return
-        show_fields({name.replace("_", " "): value for name, value in asdict(summary).items()})
+        show_fields(spaced_names(asdict(summary)))
         logger.info(f"Next: vlm index build {self.out} INDEX")
 
     def _log_changes(self, summary: "ImportSummary") -> None:
@@ -326,6 +330,7 @@ class UpdateRows:
         condition = parse_filter(self.where) if self.where else None
         batch = InsertBatch.from_folder(self.embeddings)
         with IndexWriter(self.index) as writer:
+            # evaluated under the lock, so that it fits the snapshot that is changed
             allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
             info = writer.update(batch, allowed_rows=allowed_rows)
         show_commit_info(info, self.index, as_json=self.json)
@@ -353,7 +358,9 @@ class DeleteRows:
         from vlm.index.filter_language import parse_filter
         from vlm.index.writer import IndexWriter
 
-        uids = [*self.uid, *(_read_uids(self.uids) if self.uids else ())]
+        uids = list(self.uid)
+        if self.uids:
+            uids += _read_uids(self.uids)
         # both would leave open whether their union or their intersection is meant
         if bool(uids) == bool(self.where):
             raise UsageError("Name the rows to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
@@ -367,7 +374,8 @@ class DeleteRows:
 
 
 def _read_uids(path: Path) -> list[str]:
-    uids = [line for line in read_text(path).split("\n") if line]
+    # a uid may hold any character but a line feed, so that splitlines would cut some
+    uids = list(filter(None, read_text(path).split("\n")))
     if not uids:
         raise UsageError(f"{path} holds no uid: one per line was expected; nothing was deleted.")
     return uids
@@ -450,6 +458,7 @@ class FitHead:
             raise UsageError(f"--held-out {self.held_out} is out of range: give a fraction between 0 and 1.")
         if self.max_images < 1:
             raise UsageError(f"--max-images {self.max_images} is out of range: give at least 1.")
+        # before the fit, whose result would be lost
         check_not_exists(self.head)
         pairs = read_pairs(
             self.old, self.new, self.old_texts, self.new_texts, max_images=self.max_images, seed=self.seed
@@ -472,12 +481,14 @@ class FitHead:
 
 def show_recall(recall: "dict[str, Retrieval]", *, title: str) -> None:
     """A row for each combination of query model and index model."""
+    # all combinations are measured with the same cutoffs
     cutoffs = next(iter(recall.values())).text_to_image.recall
-    columns = ["query → rows", *(f"{way} R@{k}" for way in ("text→image", "image→text") for k in cutoffs)]
-    rows = [
-        [name, *retrieval.text_to_image.recall.values(), *retrieval.image_to_text.recall.values()]
-        for name, retrieval in recall.items()
-    ]
+    columns = ["query → rows"]
+    for direction in ("text→image", "image→text"):
+        columns += [f"{direction} R@{k}" for k in cutoffs]
+    rows: list[list[object]] = []
+    for name, retrieval in recall.items():
+        rows.append([name, *retrieval.text_to_image.recall.values(), *retrieval.image_to_text.recall.values()])
     show_table(columns, rows, title=title)
 
 
@@ -509,7 +520,7 @@ class UpgradeIndex:
         if self.json:
             show_json(asdict(summary))
             return
-        show_fields({name.replace("_", " "): value for name, value in asdict(summary).items()})
+        show_fields(spaced_names(asdict(summary)))
         logger.info(
             f'Next: vlm search {self.out} "your query"; to replace migrated rows by the new model\'s own:\n'
             f"vlm embed {self.head} SHARDS EMBEDDINGS && vlm index update {self.out} EMBEDDINGS"
@@ -540,11 +551,14 @@ class CheckIndex:
         if self.json:
             show_json(asdict(report))
         else:
-            counts = {name: value for name, value in asdict(report).items() if name not in ("faults", "strays")}
+            # the numbers of strays and faults in place of the lists, at the end
+            counts = asdict(report)
+            del counts["faults"], counts["strays"]
             show_fields(counts | {"strays": len(report.strays), "faults": len(report.faults)})
             if report.faults:
                 show_table(["part", "fault"], [[fault.part, fault.what] for fault in report.faults])
         if report.faults:
+            # an error rather than a line: scripts check an index before they publish it
             raise VlmError(
                 f"{self.index} has {len(report.faults)} faults; rebuild it with vlm index build, or restore the "
                 "damaged files from a copy."
@@ -567,8 +581,10 @@ class IndexInfo:
         if self.json:
             show_json(fields)
             return
-        segments, evidence = fields.pop("segments"), fields.pop("evidence")
-        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+        # nested values, shown as tables of their own
+        segments = fields.pop("segments")
+        evidence = fields.pop("evidence")
+        show_fields(spaced_names(fields))
         if segments:
             show_table(list(segments[0]), [list(segment.values()) for segment in segments], title="segments")
         if "why" in evidence:

@@ -55,6 +55,7 @@ class Inspect:
         from vlm.files import check_parent_exists, write_text
         from vlm.pages import Provenance
 
+        # before the scan, whose result would be lost
         if self.html:
             check_parent_exists(self.html)
         inspection = inspect_shards(
@@ -89,12 +90,13 @@ def show_inspection(inspection: "Inspection") -> None:
             f"{samples:,} samples have captions of several lines. If every line is a caption ({captions:,} in all), "
             "repack them: vlm pack SHARDS OUT --caption-lines"
         )
-    rows = [
-        [name, column.samples, column.distinct, _most_frequent(column)] for name, column in inspection.columns.items()
-    ]
+    rows = []
+    for name, column in inspection.columns.items():
+        rows.append([name, column.samples, column.distinct, _most_frequent(column)])
     if rows:
         show_table(["metadata", "samples", "distinct texts", "most frequent"], rows)
     rows = []
+    # damaged shards first, since each of them loses many samples
     for bad in [*inspection.damaged, *inspection.corrupt][:_MAX_BAD_SHOWN]:
         offset = "" if bad.offset is None else bad.offset
         rows.append([Path(bad.shard).name, bad.key, offset, bad.reason, bad.detail])
@@ -150,6 +152,7 @@ def _range(distribution: "Distribution | None", per: float = 1) -> str:
     """Minimum – median – maximum."""
     if distribution is None:
         return ""
+    # orders of magnitude need three digits; counts are shown whole
     values = (distribution.least, distribution.median, distribution.most)
     if per != 1 or distribution.is_log:
         return " – ".join(f"{value / per:.3g}" for value in values)

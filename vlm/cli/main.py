@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # other packages warn of what is none of the user's business; ours logs to its own handler
     logging.getLogger().setLevel(logging.ERROR)
     level = logging.INFO
+    # only before the verb: after it they are options of the verb, which has none of these names
     while words and words[0] in LOG_LEVELS:
         level = LOG_LEVELS[words.pop(0)]
     try:
@@ -215,6 +216,7 @@ def parse_verb(verb: str, words: list[str]) -> "Verb":
         args=words,
         default=verb_class.defaults(words) if hasattr(verb_class, "defaults") else None,
         prog=f"vlm {verb}",
+        # one flag for a switch, in place of --json and --no-json
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
@@ -227,6 +229,7 @@ def print_error(message: str, exit_code: int) -> int:
 
 def _explain(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
+    # the errors of quota and of the largest file size have the same cure
     if error.errno in DISK_FULL:
         return f"the disk is full{where}: free some space and rerun the command; no partial files were left."
     return f"{error.strerror or error}{where}"

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from vlm.cli.options import JsonOption
-from vlm.console import show_fields, show_json
+from vlm.console import show_fields, show_json, spaced_names
 from vlm.data.sources.source import SceneOptions, SourceKind
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Pack:
     max_bad: float = 0.01
     """Abort when more than this fraction of the pairs is unusable."""
 
+    # tyro makes --no-verify of it, whose help is the opposite of the field's
     verify: Annotated[
         bool,
         tyro.conf.arg(
@@ -123,6 +124,7 @@ class Pack:
             languages=self.languages,
             verify=self.verify,
         )
+        # what SOURCE was taken for is logged before the work, so that a wrong reading costs no hours
         source = open_source(self.source, options)
         recognition = describe_recognition(source, self.source, options)
         for line in recognition.lines():
@@ -133,7 +135,8 @@ class Pack:
         if self.json:
             show_json(asdict(summary) | {"recognised": asdict(recognition)})
             return
+        # fields without content, such as the splits where nothing is held out, are noise in a table
         fields = {name: value for name, value in asdict(summary).items() if value not in ({}, None, ())}
-        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+        show_fields(spaced_names(fields))
         inspect = f"vlm inspect {self.out} --html {self.out}.html"
         logger.info(f"Next: {inspect}   or   vlm train tiny --data {self.out} …")

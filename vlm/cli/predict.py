@@ -41,12 +41,14 @@ class Classify:
                 f"--classes {self.classes!r} names {len(names)} class, which every image would be; give two or more, "
                 "as a,b,c or a file with one a line."
             )
+        # the classes are checked first: a model takes long to load
         model = load_model(self.model, device=self.device)
         paths = image_paths(self.images)
         images = load_images(paths, model.view)
         probabilities = classify(model, images, names, self.templates or DEFAULT_TEMPLATES)
         results = []
         for path, row in zip(paths, probabilities.tolist(), strict=True):
+            # stable: classes of equal probability stay in the order given
             ranked = sorted(zip(names, row, strict=True), key=lambda entry: -entry[1])[: self.top]
             classes = [{"name": name, "probability": probability} for name, probability in ranked]
             results.append({"image": str(path), "classes": classes})

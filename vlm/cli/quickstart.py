@@ -58,6 +58,7 @@ class Quickstart:
             if step.is_done:
                 logger.info(f"✓ {step.title}: already in {step.output}")
                 continue
+            # in this process: the models and torch are loaded once
             verb, rest = split_verb(step.words)
             seconds[step.title] = _run_timed(partial(run_verb, verb, rest), step.title, step.words)
         search_words = ["search", str(self.out / "index"), "…"]
@@ -87,6 +88,7 @@ class Step:
 
 def plan_steps(out: Path, *, num_train: int, num_steps: int) -> list[Step]:
     """The commands, in order."""
+    # commands as a user would type them, split again below: what is logged can be copied
     folder = shlex.quote(str(out))
     train = f"{folder}/shards/train"
     val = f"{folder}/shards/val"
@@ -137,6 +139,7 @@ def run_queries(out: Path) -> None:
     from vlm.service.images import read_image_bytes
     from vlm.service.search import Query, SearchService
 
+    # opened once for all queries, as a program would, in place of a process for each
     service = SearchService.open(out / "index")
     queries = [Query(texts=(text,), top=_HITS_SHOWN) for text in QUERIES]
     queries.append(Query(texts=("a red circle",), minus=("something large",), top=_HITS_SHOWN))
@@ -166,6 +169,7 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     classes = metrics["zero_shot_classes"]
     scenes = metrics["held_out_scenes"]
     rows = [
+        # val shows combinations that train lacks, so that to memorise those of train does not help
         [f"zero-shot, {classes} shapes × colours, unseen combinations", metrics["zero_shot_top1"], 0.9],
         [f"text→image recall@1 among {scenes:,} held-out images", metrics["text_to_image_recall@1"], 0.5],
         [f"image→text recall@1 among {scenes:,} captions", metrics["image_to_text_recall@1"], 0.5],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.options import DeviceOption, JsonOption, ShardsArgument, WorkersOption
-from vlm.console import show_fields, show_json
+from vlm.console import show_fields, show_json, spaced_names
 
 if TYPE_CHECKING:
     from vlm.train.dataset_reinforcement import Teachers
@@ -102,7 +102,7 @@ class Reinforce:
             show_json(asdict(summary))
             return
         fields = {name: value for name, value in asdict(summary).items() if value != {}}
-        show_fields({name.replace("_", " "): value for name, value in fields.items()})
+        show_fields(spaced_names(fields))
         logger.info(f"Next: vlm train … --data {self.out} {self._train_flags()}")
 
     def _load_teachers(self) -> "Teachers":
@@ -127,6 +127,7 @@ class Reinforce:
         # without a teacher only --text-model has stored something
         if not self.teacher:
             return "--arrays text_embedding"
+        # stored teacher embeddings belong to views of this geometry: training must draw the same ones
         low, high = self.crop_scale
         return (
             f"--objective 'clip + distill' --arrays teacher_image teacher_text --crop-scale {low:g} {high:g} "

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,7 @@ class ListRuns:
         """Read the runs and show a row for each."""
         from vlm.train.history import find_runs, read_run
 
-        records = [read_run(folder) for folder in find_runs(self.folder)]
+        records = list(map(read_run, find_runs(self.folder)))
         summaries = [summarize_run(record, self.folder) for record in records]
         if self.json:
             show_json(summaries)
@@ -58,7 +59,8 @@ class ListRuns:
             return
         columns = ["run", "state", "model", "objective", "step", "samples", "loss"]
         columns += ["best t→i @1 / 10", "samples/s", "MFU", "time"]
-        show_table(columns, [_run_row(summary) for summary in summaries])
+        show_table(columns, list(map(_run_row, summaries)))
+        # the last two by time are most often what one wants to compare
         latest = " ".join(str(record.folder) for record in records[-2:])
         logger.info(f"Compare: vlm runs compare {latest} --out compare.png")
 
@@ -70,6 +72,7 @@ def summarize_run(record: "RunRecord", root: Path) -> dict[str, Any]:
 
     configuration = record.configuration
     best = record.best()
+    # a configuration of an older version may lack groups
     return {
         "run": record.name if record.folder == root else str(record.folder.relative_to(root)),
         "state": record.state,
@@ -84,6 +87,7 @@ def summarize_run(record: "RunRecord", root: Path) -> dict[str, Any]:
         "samples_per_second": record.typical("samples_per_second"),
         "data_wait": record.typical("data_wait"),
         "mfu": record.typical("mfu"),
+        # MFU rests on an assumed peak of the hardware: where it was taken from belongs to it
         "peak_source": record.telemetry.get("peak_source"),
         "seconds": record.last("seconds"),
     }
@@ -146,7 +150,8 @@ class CompareRuns:
         from vlm.train.recipes import find_recipe
 
         recipe = find_recipe(self.to) if self.to else None
-        records = [read_run(folder) for folder in dict.fromkeys(self.runs)]
+        # a run named twice would be two equal columns
+        records = list(map(read_run, dict.fromkeys(self.runs)))
         names = _short_names([record.folder for record in records])
         comparisons = [compare_with_references(record, recipe) for record in records] if recipe else []
         settings = differing_settings(records, recipe)
@@ -154,7 +159,8 @@ class CompareRuns:
         if self.out:
             plot(self.out, names, records, recipe)
         if self.json:
-            verdicts = []
+            verdicts: list[list[dict[str, Any]]] = []
+            # comparisons are empty without a recipe, hence not strict
             for record, of_run in zip(records, comparisons, strict=False):
                 verdicts.append([_comparison_to_json(comparison, record) for comparison in of_run])
             show_json({"runs": names, "settings": settings, "figures": figures, "verdicts": verdicts})
@@ -171,7 +177,7 @@ class CompareRuns:
 def _short_names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names if they differ, else their paths."""
     names = [folder.name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") -> dict[str, list[Any]]:
@@ -185,13 +191,16 @@ def differing_settings(records: "Sequence[RunRecord]", recipe: "Recipe | None") 
 
 def collect_figures(records: "Sequence[RunRecord]") -> dict[str, list[float | None]]:
     """The metrics of each run by name; metrics that no run has are omitted."""
-    figures = {name: [record.last(name) for record in records] for name in LAST}
+    figures: dict[str, list[float | None]] = {}
+    for name in LAST:
+        figures[name] = [record.last(name) for record in records]
     # medians, since single steps wait for evaluations and checkpoints
-    figures |= {f"{name}, usual": [record.typical(name) for record in records] for name in TYPICAL}
+    for name in TYPICAL:
+        figures[f"{name}, usual"] = [record.typical(name) for record in records]
     for record in records:
         for name in record.figures:
             figures[name] = [other.figures.get(name) for other in records]
-    return {name: values for name, values in figures.items() if any(value is not None for value in values)}
+    return {name: values for name, values in figures.items() if values.count(None) < len(values)}
 
 
 def compare_with_references(record: "RunRecord", recipe: "Recipe") -> "list[ReferenceComparison]":
@@ -213,12 +222,13 @@ def describe_comparisons(name: str, record: "RunRecord", comparisons: "Sequence[
         cure = "train three seeds of it, then python scripts/write_docs.py --baselines"
         return [f"{name}: this recipe has no reference curves yet; {cure}"]
     compared = [comparison for comparison in comparisons if comparison.compared]
-    departed = [comparison for comparison in compared if comparison.departures]
+    departures = list(chain.from_iterable(comparison.departures for comparison in compared))
+    # one metric that is worse decides, whatever the others are
     if not compared:
         verdict = "nothing to compare yet"
-    elif any(not departure.is_better for comparison in departed for departure in comparison.departures):
+    elif not all(departure.is_better for departure in departures):
         verdict = "NOT as expected: worse than its reference curves"
-    elif departed:
+    elif departures:
         verdict = "better than expected"
     else:
         verdict = "as expected, within its reference curves"
@@ -236,8 +246,9 @@ def plot(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recip
     from vlm.train.plots import draw_comparison
 
     check_parent_exists(path)
+    curves = {name: record.measured() for name, record in zip(names, records, strict=True)}
     draw_comparison(
-        {name: record.measured() for name, record in zip(names, records, strict=True)},
+        curves,
         path,
         title=" · ".join(names) + (f"   against {recipe.preset}" if recipe else ""),
         references=recipe.reference_curves if recipe else (),
@@ -248,6 +259,7 @@ def plot(path: Path, names: Sequence[str], records: "Sequence[RunRecord]", recip
 def _comparison_to_json(comparison: "ReferenceComparison", record: "RunRecord") -> dict[str, Any]:
     departures = []
     for departure in comparison.departures:
+        # shares of the run's own schedule, since reference runs may be longer or shorter
         step = round(departure.share * record.planned_steps)
         departures.append(asdict(departure) | {"step": step})
     return {
@@ -267,5 +279,6 @@ def _format_value(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
+        # beyond 1e4, 4g would write an exponent
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return str(value)

@@ -51,14 +51,15 @@ class Score:
 
     def run(self) -> None:
         """Compute the scores and show their distributions."""
+
         requested = (self.texts, self.duplicates, self.clusters, self.near, self.overlap)
         if all(value is None for value in requested):
             raise UsageError("Nothing to compute; give --texts, --duplicates, --clusters, --near or --overlap.")
         scores = self._compute()
         if self.json:
-            show_json([vars(score) for score in scores])
+            show_json(list(map(vars, scores)))
             return
-        show_table(["score", "rows", "min", "median", "max", "details"], [_row(score) for score in scores])
+        show_table(["score", "rows", "min", "median", "max", "details"], list(map(_row, scores)))
         logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {self.embeddings / 'signals'} --filter …")
 
     def _compute(self) -> "list[ScoreColumn]":

@@ -152,6 +152,7 @@ class Search:
             self.index,
             model_spec=self.model,
             rerank_spec=self.rerank,
+            # only many queries are worth moving the index to a GPU
             gpu=find_gpu() if self.queries else None,
         )
 
@@ -160,6 +161,7 @@ class Search:
         from vlm.service.gallery import write_gallery
 
         service = self._open()
+
         result = service.search(query)
         if self.html:
             write_gallery(
@@ -190,6 +192,7 @@ def show_result(result: "SearchResult") -> None:
         columns.append("duplicates")
     rows: list[list[object]] = []
     for rank, hit in enumerate(result.hits, 1):
+        # a column for each language would leave no room
         caption = next((texts[0] for texts in hit.entry.captions.values() if texts), "")
         row: list[object] = [rank, hit.score, hit.entry.uid, caption]
         if query.rerank_top:

@@ -77,9 +77,11 @@ class MakeSoup:
         self._check()
         check_not_exists(self.out)
         shards = expand_shards(self.val) if self.val else []
+        # the choice of ingredients depends on the held-out shards as well
         inputs = {"val": shards_fingerprint(shards)} if shards else {}
         soup = self._build(shards)
         for ingredient in soup.ingredients:
+            # models that greedy selection left out have no part in the weights
             if ingredient.share:
                 inputs[f"model {ingredient.model}"] = ingredient.fingerprint
         summary = self._summarize(soup)
@@ -139,6 +141,7 @@ class MakeSoup:
             )
         return build_soup(
             self.models,
+            # a function, so that models are opened one by one: large ones need not fit into memory together
             open_model=functools.partial(load_network, device=self.device, precision=self.precision),
             measure=measure,
             greedy=self.greedy,
