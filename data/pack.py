@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from vlm.console import progress, track
+from vlm.console import list_counts, progress, track
 from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
 from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
@@ -362,8 +362,7 @@ class _PackJob:
         # a share of all pairs rather than of those read: bad ones may come first
         if len(self.rejected) > limit * total:
             first = "; ".join(map(_describe_reject, self.rejected[:3]))
-            reasons = _count_reasons(self.rejected)
-            listing = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            listing = list_counts(_count_reasons(self.rejected).most_common())
             raise VlmError(
                 f"{len(self.rejected):,} of {total:,} pairs cannot be used so far, more than the {limit:.1%} allowed. "
                 f"The first: {first}. By reason: {listing}. Mend the source, or allow more with --max-bad (up to 1)."

@@ -74,6 +74,15 @@ def pluralize(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def list_counts(counts: Iterable[tuple[str, int]]) -> str:
+    """Numbers of things in one line.
+
+    >>> list_counts([("txt", 1200), ("heic", 1)])
+    '1,200 txt, 1 heic'
+    """
+    return ", ".join(f"{count:,} {name}" for name, count in counts)
+
+
 def format_duration(seconds: float) -> str:
     """A duration in its two largest units.
 

@@ -12,7 +12,7 @@ from vlm.data.samples import UNNAMED, Pair
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import ImageFinder
 from vlm.data.sources.source import SourceFiles, SourceOptions, folder_of, readable_text
-from vlm.data.sources.table import unique_keys
+from vlm.data.sources.table import unique_image_keys
 from vlm.errors import BadSample
 from vlm.files import compute_fingerprint
 
@@ -136,7 +136,7 @@ class AnnotationSource:
         self._options = options
         self._finder = ImageFinder(files)
         self._images = list(chain.from_iterable(annotations.values()))
-        self._keys = unique_keys([(None, image.file) for image in self._images])
+        self._keys = unique_image_keys([image.file for image in self._images])
 
     def __len__(self) -> int:
         return len(self._images)

@@ -138,7 +138,7 @@ def _whole_records(text: str, delimiter: str) -> list[list[str]] | None:
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=delimiter == "|"
     )
     try:
-        records = [record for record in reader if record]
+        records = list(filter(None, reader))
     except csv.Error:
         return None
     # a stray quote opens a cell that reaches to the next quote, often lines away, and csv reports no error
@@ -207,7 +207,7 @@ def _split_header(records: list[list[str]]) -> tuple[list[str], list[list[str]]]
     """Names of the columns and the other records; a first line that is a row itself gets names by what it holds."""
     if not records:
         return [], []
-    first = [cell.strip() for cell in records[0]]
+    first = list(map(str.strip, records[0]))
     numbered = [f"column_{number}" for number in range(1, len(first) + 1)]
     image_cell = next(filter(_names_image, first), None)
     if image_cell is None:

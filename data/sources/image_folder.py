@@ -10,7 +10,7 @@ from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions, split_line
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import image_names
 from vlm.data.sources.source import SourceFiles, SourceOptions, readable_text, without_captions
-from vlm.data.sources.table import CAPTION_COLUMNS, unique_keys
+from vlm.data.sources.table import CAPTION_COLUMNS, unique_image_keys
 from vlm.errors import BadSample, UsageError
 from vlm.files import compute_fingerprint
 
@@ -44,7 +44,7 @@ class ClassFolderSource:
         self._template = template
         inside = [name for name in image_names(files) if "/" in name]
         self._names = sorted(inside, key=lambda name: (PurePosixPath(name).name, name))
-        self._keys = unique_keys([(None, name) for name in self._names])
+        self._keys = unique_image_keys(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -97,7 +97,7 @@ class ImageFolderSource:
         self._files = files
         self._options = options
         self._names = image_names(files)
-        self._keys = unique_keys([(None, name) for name in self._names])
+        self._keys = unique_image_keys(self._names)
         self._all = frozenset(files.names())
 
     def __len__(self) -> int:
@@ -170,8 +170,7 @@ class ImageFolderSource:
         captions = parse_captions(text, metadata)
         if captions or not metadata:
             return split_lines(captions) if self._options.caption_lines else captions
-        other = next((metadata[column] for column in CAPTION_COLUMNS if metadata.get(column)), None)
-        return parse_captions(None, {"captions": other})
+        return parse_captions(None, {"captions": _first_caption(metadata)})
 
 
 def _decoded(data: bytes, name: str, encoding: str) -> str:
@@ -217,7 +216,15 @@ def _has_json_caption(text: str) -> bool:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and any(content.get(column) for column in CAPTION_COLUMNS)
+    return isinstance(content, dict) and _first_caption(content) is not None
+
+
+def _first_caption(values: dict[str, Any]) -> Any:
+    """The content of the first usual column that has one."""
+    for column in CAPTION_COLUMNS:
+        if values.get(column):
+            return values[column]
+    return None
 
 
 def are_no_classes(folders: set[str]) -> bool:

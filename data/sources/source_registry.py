@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from vlm.console import pluralize
+from vlm.console import list_counts, pluralize
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
 from vlm.data.sources.annotations import AnnotationSource
@@ -58,8 +58,7 @@ class Recognition:
         for name, caption in self.examples:
             yield f"  {name}: {caption!r}" if caption else f"  {name}: no caption"
         if self.left_aside:
-            listing = ", ".join(f"{count:,} {ending}" for ending, count in self.left_aside.items())
-            yield f"  Not used: {listing}."
+            yield f"  Not used: {list_counts(self.left_aside.items())}."
         for note in self.notes:
             yield f"  {note}"
 
@@ -146,8 +145,7 @@ def _notes(location: SourceLocation, unused: Sequence[str]) -> Iterator[str]:
             yield f"Passed over: {readable_text(name)}, {reason}."
     failed = _failed_downloads(location)
     if failed:
-        listing = ", ".join(f"{count:,} {status}" for status, count in failed.most_common())
-        yield f"Rows of img2dataset that came without an image: {listing}."
+        yield f"Rows of img2dataset that came without an image: {list_counts(failed.most_common())}."
 
 
 def _failed_downloads(location: SourceLocation) -> Counter[str]:
@@ -162,7 +160,8 @@ def _failed_downloads(location: SourceLocation) -> Counter[str]:
         except VlmError:
             continue
         if "status" in rows.columns:
-            failed.update(str(status) for status in rows.column("status") if status != "success")
+            failed.update(map(str, rows.column("status")))
+    del failed["success"]
     return failed
 
 

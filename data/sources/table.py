@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -90,15 +89,19 @@ class TableSource:
         if options.key_column is not None:
             _choose_column(first, options.key_column, (), what="key")
         self.captions_are_labels = self._caption_column in first.rows.class_names
-        self._ends = list(accumulate(len(table.rows) for table in tables))
+
         names: list[Any] = []
         keys: list[Any] = []
+        folders: list[str] = []
+        is_shared_name: list[bool] = []
+        self._ends: list[int] = []
         for table in tables:
             names += _image_names(table.rows, self._image_column)
             keys += _column_or_nothing(table.rows, self._key_column)
-        # many embedded images may be called by one name, such as image.jpg
-        is_shared_name = [self._image_column in table.rows.embedded for table in tables]
-        folders = [table.folder for table in tables]
+            folders.append(table.folder)
+            # many embedded images may be called by one name, such as image.jpg
+            is_shared_name.append(self._image_column in table.rows.embedded)
+            self._ends.append(len(names))
         self._groups = _rows_by_image(names, folders, is_shared_name, self._ends)
         self._names = [names[rows[0]] for rows in self._groups]
         first_keys = [keys[rows[0]] for rows in self._groups]
@@ -283,6 +286,11 @@ def unique_keys(preferences: Sequence[tuple[Any, Any]]) -> list[str]:
     return keys
 
 
+def unique_image_keys(names: Sequence[str]) -> list[str]:
+    """Keys from the names of images alone."""
+    return unique_keys([(None, name) for name in names])
+
+
 def _known_column(rows: Rows, known: Sequence[str]) -> str | None:
     """The first of the known names that is a column, whatever its case."""
     # from the end, so that of Image and image the first one stays
@@ -344,7 +352,7 @@ def _rows_by_image(
         # [17] stands for row 17 alone: it is a group of its own
         image = json.dumps([row]) if name is None or is_shared_name[table] else str(name)
         groups.setdefault((folders[table], image), []).append(row)
-    return [tuple(rows) for rows in groups.values()]
+    return list(map(tuple, groups.values()))
 
 
 def _merge(parts: Iterable[Captions]) -> Captions:

@@ -221,10 +221,9 @@ def describe_comparisons(name: str, record: "RunRecord", comparisons: "Sequence[
     if not comparisons:
         cure = "train three seeds of it, then python scripts/write_docs.py --baselines"
         return [f"{name}: this recipe has no reference curves yet; {cure}"]
-    compared = [comparison for comparison in comparisons if comparison.compared]
-    departures = list(chain.from_iterable(comparison.departures for comparison in compared))
+    departures = list(chain.from_iterable(comparison.departures for comparison in comparisons))
     # one metric that is worse decides, whatever the others are
-    if not compared:
+    if not any(comparison.compared for comparison in comparisons):
         verdict = "nothing to compare yet"
     elif not all(departure.is_better for departure in departures):
         verdict = "NOT as expected: worse than its reference curves"
