@@ -379,7 +379,7 @@ def _describe_reject(reject: dict[str, Any]) -> str:
 
 
 def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair:
-    """A pair with the captions that are wanted; a source that reads images without words gives none."""
+    """A pair with the captions of the configured languages; a source without captions has none to select."""
     pair = source.read(number)
     if not config.languages or not pair.captions:
         return pair

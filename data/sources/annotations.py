@@ -1,4 +1,4 @@
-"""Captions in one JSON file beside folders of images: COCO's `captions_*.json` and Karpathy's `dataset_*.json`."""
+"""Captions in one JSON file next to folders of images: COCO's `captions_*.json` and Karpathy's `dataset_*.json`."""
 
 import json
 import re

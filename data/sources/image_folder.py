@@ -1,4 +1,4 @@
-"""Folders of images: a text beside each, a folder for each class, or no words at all."""
+"""Folders of images: a text next to each, a folder for each class, or no captions at all."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _PLAIN_FOLDERS = re.compile(
     re.IGNORECASE,
 )
 _COLLECTION = re.compile(r".*[\W_](images?|imgs?|pictures?|photos?|data(set)?)", re.IGNORECASE)
-# lines of numbers beside an image are boxes (YOLO), not captions
+# lines of numbers next to an image are boxes (YOLO), not captions
 _NUMBERS = re.compile(r"[\s\d.eE+-]*")
 
 
@@ -86,7 +86,7 @@ class ClassFolderSource:
 
 
 class ImageFolderSource:
-    """Images with a text beside each: `a.txt`, `a.caption` or `a.json`; or, where that is asked for, without.
+    """Images with a text next to each: `a.txt`, `a.caption` or `a.json`; or without, if the options say so.
 
     The JSON is metadata, whose captions count as in shards; of texts and JSON both may be there.
     """
@@ -104,7 +104,7 @@ class ImageFolderSource:
         return len(self._names)
 
     def read(self, number: int) -> Pair:
-        """The image with the words beside it."""
+        """The image with the captions next to it."""
         name = self._names[number]
         metadata = self._metadata(name)
         # img2dataset's files keep the JSON of a failed download, with its status
@@ -129,7 +129,7 @@ class ImageFolderSource:
         return readable_text(self._names[number])
 
     def used_files(self) -> set[str]:
-        """The images and what lies beside them."""
+        """The images, and the texts next to them."""
         used = set(self._names)
         if self._options.captions != "none":
             for name in self._names:
@@ -197,7 +197,7 @@ def files_beside(image: str, names: frozenset[str]) -> list[str]:
 
 
 def has_words_beside(files: SourceFiles, image: str, names: frozenset[str]) -> bool:
-    """Whether what lies beside an image holds words; boxes in numbers are none."""
+    """Whether a text next to an image holds a caption, and not the numbers of boxes."""
     for name in files_beside(image, names):
         try:
             text = decode_text(files.read(name)).strip()

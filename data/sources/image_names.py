@@ -75,7 +75,7 @@ def is_web_address(name: str) -> bool:
 
 
 class ImageFinder:
-    """The files that tables name: by path below the source or beside the table, in full, by file name or stem."""
+    """The files that tables name: by a path below the source or the table, a full path, a file name, or a stem."""
 
     def __init__(self, files: SourceFiles) -> None:
         self._files = files

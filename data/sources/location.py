@@ -1,4 +1,4 @@
-"""What lies at an address, looked at once: its images, the words beside them, and the tables that name them."""
+"""The files at an address, listed once: its images, the captions next to them, and the tables that name them."""
 
 import re
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class SourceLocation:
 
     @cached_property
     def image_stems(self) -> frozenset[str]:
-        """The images, and their names without the ending, to ask what lies beside one."""
+        """The images, and their names without the extension, to find the texts next to one."""
         stems = {name.removesuffix(PurePosixPath(name).suffix) for name in self.images}
         return frozenset(stems.union(self.images))
 
@@ -61,7 +61,7 @@ class SourceLocation:
 
     @cached_property
     def with_words(self) -> tuple[int, int]:
-        """Of how many images, evenly spread, how many have words beside them."""
+        """The number of images checked, evenly spread, and how many of them have captions next to them."""
         assert self.files is not None
         step = max(1, len(self.images) // _CHECKED_IMAGES)
         checked = self.images[::step]
@@ -112,7 +112,7 @@ def is_table_file(url: str) -> bool:
 
 
 def _find_tables(location: SourceLocation) -> list[Table]:
-    """The tables to read: the one named, the one at the top, those of a name beside the images of each folder."""
+    """The tables to read: the one named, the one at the top, or those of one name in the folders of the images."""
     options = location.options
     if location.files is None:
         return []
@@ -195,7 +195,7 @@ def _captions_apart(location: SourceLocation) -> list[Table]:
 
 
 def is_bookkeeping(location: SourceLocation, name: str) -> bool:
-    """Whether a file tells of a part of img2dataset's output that lies beside it: its rows, its counts."""
+    """Whether a file describes a part of img2dataset's output next to it: its rows or its counts."""
     path = PurePosixPath(name)
     part = str(path.with_suffix("")).removesuffix("_stats")
     if f"{part}_stats.json" not in location.all_names:

@@ -188,7 +188,7 @@ def _light_path(field: pa.Field) -> str | None:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of Hugging Face's ClassLabel columns, from what `datasets` writes beside the schema."""
+    """The names of Hugging Face's ClassLabel columns, from what `datasets` writes into the schema's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names_by_column: dict[str, list[str]] = {}

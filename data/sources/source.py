@@ -84,9 +84,9 @@ class SourceOptions:
     kind: found by looking if not given.
     folder: read only what lies under this folder of the source (such as `train`).
     image_column, caption_column, key_column: of a table; the first two found by name if not given, the third `key`.
-    captions: `none` reads images without words, `optional` also those among others that have none; else the file
+    captions: `none` reads images without captions, `optional` also the images that have none; else the file
         that holds the captions, where looking leaves several.
-    caption_lines: each line of a text beside an image is a caption.
+    caption_lines: each line of a text next to an image is a caption.
     encoding: of tables and texts that are not UTF-8.
     template: the caption of a class, with {} for its name.
     allow_damage: read what is whole of a shard that was cut short.

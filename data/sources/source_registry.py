@@ -272,7 +272,7 @@ def _open_classes(location: SourceLocation) -> PairSource:
 
 
 def _are_annotations(location: SourceLocation) -> bool:
-    """Whether there are annotations, and no table beside them that is captions as well."""
+    """Whether there are annotations, and no table of captions next to them."""
     if is_table_file(location.url) or not location.annotations:
         return False
     if location.options.captions in ("", "optional") and location.tables:
@@ -284,7 +284,7 @@ def _are_annotations(location: SourceLocation) -> bool:
 
 
 def _are_texts(location: SourceLocation) -> bool:
-    """Whether images have words beside them; where only some have, and folders may be classes, that is for people."""
+    """Whether images have captions next to them; if only some do and folders may be classes, the user must choose."""
     if not location.images:
         return False
     checked, with_words = location.with_words
@@ -349,7 +349,7 @@ def _open_shards(location: SourceLocation) -> PairSource:
 
 
 KINDS: dict[SourceKind, SourceType] = {
-    # the order matters: shards hold texts beside images, annotations and tables lie beside class folders
+    # the order matters: shards hold texts next to images, and annotations and tables lie next to class folders
     "scenes": SourceType(
         description=f"the word {SCENES} (images drawn by rule)",
         matches=lambda location: location.url == SCENES and location.files is None,

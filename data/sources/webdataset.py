@@ -129,7 +129,7 @@ def _inflated_beginning(tar: Path) -> bytes:
 
 
 def looks_like_shard(names: Sequence[str]) -> bool:
-    """Whether files of a tar are samples: some image has its text, JSON or class beside it, under the same name."""
+    """Whether files of a tar are samples: some image has a text, JSON or class of the same name."""
     annotated_stems = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json", ".cls"))}
     for name in names:
         is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
