@@ -79,10 +79,15 @@ def _recommended_workers(profile: PipelineProfile, model_rate: float | None) -> 
     if not profile.shares_cores and candidates[-1].workers:
         # with 0 workers the accelerator would wait for this process
         candidates = [loader for loader in candidates if loader.workers]
-    enough = max(loader.rate for loader in candidates) * _TIE_FACTOR
+    fastest = max(candidates, key=lambda loader: loader.rate)
+    # never above the fastest: where no number keeps up with the model, the fewest that tie with it are recommended
+    enough = fastest.rate * _TIE_FACTOR
     if model_rate:
         enough = min(model_rate * _HEADROOM, enough)
-    return next(loader for loader in candidates if loader.rate >= enough)
+    for loader in candidates:
+        if loader.rate >= enough:
+            return loader
+    return fastest
 
 
 def _slowest_loader_stage(profile: PipelineProfile, workers: int) -> StageName:
@@ -91,12 +96,14 @@ def _slowest_loader_stage(profile: PipelineProfile, workers: int) -> StageName:
     limits: dict[StageName, float] = {}
     random_rate = profile.rate("disk, at random")
     if random_rate is not None:
+        # each process waits for its own reads, so more of them keep more reads in flight
         limits["disk, at random"] = random_rate * processes
     sequential_rate = profile.rate("disk, in order")
     if sequential_rate is not None:
         limits["disk, in order"] = sequential_rate
     times = _seconds_per_sample(profile, workers)
     longest = max(times, key=lambda name: times[name])
+    # what a process does in turn adds up; processes beyond the cores only take turns
     limits[longest] = min(processes, profile.cores) / sum(times.values())
     return min(limits, key=lambda name: limits[name])
 
@@ -118,6 +125,7 @@ def _comparison(
     loader = f"The loader gives {_rate(best.rate)} with {pluralize(best.workers, 'worker')}"
     if model is None:
         times = _seconds_per_sample(profile, best.workers)
+        # the disk is no part of a process's time: it has no share of it
         share = f": {times[slowest] / sum(times.values()):.0%} of a process's time" if slowest in times else ""
         return f"{loader}; {slowest} limits it{share}. Give MODEL to see whether that is enough for one."
     report = "the model is the limit" if slowest == model[0] else f"{slowest} is the limit"
@@ -155,6 +163,7 @@ def _decode_advice(profile: PipelineProfile) -> str:
 
 
 def _model_advice(profile: PipelineProfile) -> str:
+    # the cheapest remedy first
     remedies = ["--precision bf16"] if profile.precision == "fp32" else []
     remedies += ["a smaller model", "smaller images"]
     if profile.shares_cores:

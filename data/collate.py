@@ -121,6 +121,7 @@ class TrainingBatch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         records = {name: tuple(starmap(kind, zip(*state[name], strict=True))) for name, kind in _RECORDS.items()}
         self.__dict__.update(state | records)
+        # the arrays are writable and owned by this process by now, so the tensors share their memory
         self.__dict__.update(self._map_small(torch.from_numpy))
 
     def with_images(self, images: UInt8[Tensor, "..."]) -> "TrainingBatch":
@@ -233,15 +234,26 @@ class TrainingCollator:
         for row, sample_index in enumerate(sample_indices):
             samples[row] = self._decode_usable(row, sample_index, samples[row], buffers, shards, failures[row])
 
-        keys = tuple(sample.key for sample in samples)
-        offsets = [shards.key_and_offset(sample.used)[1] for sample in samples] if buffers.prepared else []
+        keys: list[str] = []
+        drawn: list[SampledCaption] = []
+        used: list[SampleIndex] = []
+        texts: list[str] = []
+        offsets: list[int] = []
+        for sample in samples:
+            keys.append(sample.key)
+            drawn.append(sample.caption)
+            used.append(sample.used)
+            texts.append(sample.caption.text)
+            # looked up only where damage may show later, on the device, when the shards are out of reach
+            if buffers.prepared:
+                offsets.append(shards.key_and_offset(sample.used)[1])
         return TrainingBatch(
             images=torch.from_numpy(buffers.images).permute(0, 3, 1, 2),
-            tokens=self._tokens([sample.caption.text for sample in samples]),
-            keys=keys,
-            drawn=tuple(sample.caption for sample in samples),
+            tokens=self._tokens(texts),
+            keys=tuple(keys),
+            drawn=tuple(drawn),
             sample_indices=tuple(sample_indices),
-            used=tuple(sample.used for sample in samples),
+            used=tuple(used),
             failures=tuple(chain.from_iterable(failures)),
             arrays=self.arrays.stack([sample.arrays for sample in samples], keys),
             prepared=tuple(buffers.prepared),
@@ -283,6 +295,7 @@ class TrainingCollator:
                 self._decode_into(row, sample, buffers)
             except BadSample as error:
                 failures.append(sample_failure(sample.used, error, shards, is_replacement=sample.attempt > 0))
+                # from the next attempt on: beginning at 0 again would try the same damaged samples for ever
                 sample = self._read_usable(requested, shards, failures, sample.attempt + 1)
             else:
                 return sample
@@ -302,8 +315,10 @@ class TrainingCollator:
         sentences = self._sentences(sample_index, sample) if self.num_sentences else []
         identity = _NO_IDENTITIES
         if self.has_identities:
+            # a hash each, so that an equal image is recognized under another key too
             identity = (content_hash(sample.key.encode()), content_hash(sample.image))
 
+        # the header alone; a header that cannot be read is found here, before any pixel is decoded
         image = EncodedImage(sample.image)
         crop = self.view.draw(image.width, image.height, view_rng)
         return _DrawnSample(sample_index, attempt, sample.key, caption, arrays, sentences, identity, image, crop)
@@ -344,8 +359,9 @@ class TrainingCollator:
         # one text more, since not every tokenizer takes none at all
         rows = self.tokenizer.encode([*chain.from_iterable(sentences), ""])[:-1]
         tokens = np.full((len(sentences), self.num_sentences, rows.shape[1]), self.tokenizer.pad_token, np.int64)
-        counts = np.array([[len(own_sentences)] for own_sentences in sentences])
-        tokens[np.arange(self.num_sentences) < counts] = rows
+        counts = np.array(list(map(len, sentences)))
+        # the mask picks the first slots of each sample row by row, the order in which the sentences were encoded
+        tokens[np.arange(self.num_sentences) < counts[:, None]] = rows
         return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
 
 

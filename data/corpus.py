@@ -52,12 +52,17 @@ def read_sources(url: str, selection: str = "") -> tuple[Source, ...]:
     if selection:
         raise UsageError(f"{url} names a selection for each of its sources; leave out --selection {selection}.")
     sources: list[Source] = []
+    names: set[str] = set()
+    num_weighted = 0
     for number, table in enumerate(_read_tables(Path(url)), 1):
         source = _parse_source(table, f"{url}, source {number}")
-        sources.append(replace(source, name=source.name or f"source-{number}"))
-    if len({source.weight > 0 for source in sources}) > 1:
+        source = replace(source, name=source.name or f"source-{number}")
+        sources.append(source)
+        names.add(source.name)
+        num_weighted += source.weight > 0
+    if num_weighted not in (0, len(sources)):
         raise UsageError(f"{url} gives a weight to some sources only; give one to each, or to none.")
-    if len({source.name for source in sources}) < len(sources):
+    if len(names) < len(sources):
         raise UsageError(f"{url} gives several sources one name; each has its own ledgers and needs its own name.")
     return tuple(sources)
 
@@ -73,6 +78,7 @@ def _read_tables(path: Path) -> list[dict[str, Any]]:
         if name != "source":
             raise UsageError(f"{path}: unknown key {name!r}; a mixture has [[source]] tables and nothing else.")
     tables = content.get("source")
+    # `source = 3` and `source = ["a"]` are TOML too
     if not tables or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"{path} has no [[source]] table; write one for each source, with data = 'SHARDS'.")
     return tables
@@ -84,6 +90,7 @@ def _parse_source(table: dict[str, Any], where: str) -> Source:
         if name not in known:
             raise UsageError(f"{where}: unknown key {name!r}; {suggest(name, list(known))}.")
         if name in ("weight", "repeats"):
+            # a bool is an int to Python, and `weight = true` is a slip
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise UsageError(f"{where}: {name} = {value!r} must be a number.")
             if not 0 < value < math.inf:
@@ -151,6 +158,7 @@ def open_corpus(
         samples += source.samples
         filtered += source.filtered
         first_shards.append(len(shards))
+    # all that the sequence depends on: a resumed run compares it, and refuses to go on with other samples
     sequence = map(str, (seed, window, order.num_samples, *shares))
     return Corpus(
         sources=tuple(sources),
@@ -193,6 +201,7 @@ def _open_source(source: Source, options: _OpenOptions) -> _OpenedSource:
     selection = read_selection(Path(source.selection))
     times = selection.times_of(shards, cache=options.cache)
     order = SampleOrder.of_selection(times, seed=options.seed, window=options.window)
+    # an empty source would divide by zero at its first position
     if not order.num_samples:
         raise UsageError(f"The selection {source.selection} leaves nothing of {source.data}.")
     filtered = [int(np.count_nonzero(part == 0)) for part in times]
@@ -205,7 +214,10 @@ def _mix_sources(sources: Sequence[Source], orders: Sequence[SampleOrder]) -> tu
     if len(orders) == 1 and repeats[0] == 1:
         return orders[0], (1,)
     # as exact fractions of the decimals that were written: 0.1 is a tenth
-    visits = [order.num_samples * times for order, times in zip(orders, repeats, strict=True)]
+    visits: list[Fraction] = []
+    for order, times in zip(orders, repeats, strict=True):
+        visits.append(order.num_samples * times)
+    # read_sources lets all have a weight or none, so the first decides
     weights = [Fraction(str(source.weight)) for source in sources]
     shares = integer_shares(weights if weights[0] else visits)
     length = max(1, round(sum(visits)))

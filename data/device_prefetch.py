@@ -39,6 +39,7 @@ class DevicePrefetcher:
             while (current := coming.result()) is not None:
                 if stream is not None:
                     _record_on_current_stream(current, stream)
+                # before the yield, so that the next batch comes in while the caller computes on this one
                 coming = executor.submit(self._next, stream)
                 yield current
 
@@ -47,6 +48,7 @@ class DevicePrefetcher:
         if batch is None:
             return None
         if stream is not None:
+            # a copy from pageable memory is not asynchronous, whatever non_blocking says
             batch = batch.pin_memory()
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             if self.view is not None:
@@ -76,6 +78,7 @@ def _with_replacements(batch: TrainingBatch, damaged: dict[int, BadSample]) -> T
             f"None of the {size} images of a batch can be decoded; the first, {batch.keys[row]!r}: {error}. "
             "See vlm inspect, or train without --decode-on-device."
         )
+    # the next intact row, around the end; at least one is intact, so the search ends
     rows: list[int] = []
     for row in range(size):
         while row in damaged:

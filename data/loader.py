@@ -255,6 +255,7 @@ def stream_batches(
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),  # else torch takes a number from the global generator
         worker_init_fn=_init_worker,
+        # forked, not spawned: the shared buffers are anonymous mappings that only a fork inherits
         multiprocessing_context="fork" if workers else None,
     )
     return _receive(iter(loader), plan, shard_set, numbers)

@@ -55,6 +55,7 @@ class PrecomputedFeatures:
             BadSample: the seeds are not a list of whole numbers.
         """
         seeds = sample.arrays[VIEW_SEEDS]
+        # a shard comes from anywhere: a float or negative seed would fail deep inside numpy, without a key
         if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "ui" or seeds.min() < 0:
             raise BadSample(
                 "bad array", f"{VIEW_SEEDS} has shape {seeds.shape} of {seeds.dtype}; uint64 [A] is expected"
@@ -77,6 +78,7 @@ class PrecomputedFeatures:
                     "bad array",
                     f"{name} has shape {array.shape} of {array.dtype}; row {row} of a float matrix is expected",
                 )
+            # a float64 beyond float32 becomes infinite here, and is refused below with its name and row
             with np.errstate(over="ignore"):
                 values = array[row].astype(np.float32)
             if not np.isfinite(values).all():
@@ -94,15 +96,21 @@ class PrecomputedFeatures:
         """
         stacked: dict[str, torch.Tensor] = {}
         for position, name in enumerate(self.names):
-            sizes = {row[position].size: key for row, key in zip(rows, keys, strict=True)}
+            # one key for each length, to name an example of each in the message
+            sizes: dict[int, str] = {}
+            vectors: list[np.ndarray] = []
+            for row, key in zip(rows, keys, strict=True):
+                sizes[row[position].size] = key
+                vectors.append(row[position])
             if len(sizes) > 1:
                 raise VlmError(
                     f"{name} has rows of different lengths ({sizes}, one key each); store them with one length."
                 )
-            stacked[name] = torch.from_numpy(np.stack([row[position] for row in rows]))
+            stacked[name] = torch.from_numpy(np.stack(vectors))
         return stacked
 
 
 def view_rng(seed: int) -> np.random.Generator:
     """The generator that draws the view of a stored seed."""
+    # the bit generator is part of the format: another one would not draw the crops the teacher saw
     return np.random.Generator(np.random.SFC64(seed))

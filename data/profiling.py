@@ -30,7 +30,7 @@ from vlm.data.loader import Collator, ShardSet, stream_batches
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import CaptionSampler, Sample, SampleRng
 from vlm.data.shards import count_samples
-from vlm.data.tar import Span, open_index, read_entries
+from vlm.data.tar import Span, TarIndex, open_index, read_entries
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
@@ -116,7 +116,10 @@ class PipelineProfile:
 
     def rate(self, name: StageName) -> float | None:
         """Samples a second of a stage; None if it was not measured."""
-        return next((stage.rate for stage in self.stages if stage.name == name), None)
+        for stage in self.stages:
+            if stage.name == name:
+                return stage.rate
+        return None
 
 
 def seconds_of(
@@ -130,6 +133,7 @@ def seconds_of(
         start = perf_counter()
         work()
         durations.append(perf_counter() - start)
+    # rates divide by this: work too short for the clock must not give zero
     return max(median(durations), 1e-9)
 
 
@@ -147,15 +151,16 @@ def measure_disk(shards: Sequence[str], locations: Sequence[tuple[int, int]]) ->
 
     locations: (shard, number) of the samples to read at random, in that order.
     """
-    counts = [len(open_index(shard)) for shard in shards[:_MAX_SHARDS]]
-    files = [local_path(shard) for shard in shards[:_MAX_SHARDS]]
+    num_samples = _count_indexed(shards[:_MAX_SHARDS])
+    files = list(map(local_path, shards[:_MAX_SHARDS]))
     num_bytes, seconds, note = _measure_sequential_read(files)
-    total_bytes = sum(file_identity(file).size for file in files)
-    bytes_a_sample = max(total_bytes / max(sum(counts), 1), 1)
+    # headers and padding count too: reading in order passes over them
+    bytes_a_sample = max(_total_size(files) / max(num_samples, 1), 1)
     rate = num_bytes / seconds
     stages = [
         Stage(name="disk, in order", rate=rate / bytes_a_sample, cores=0, each="machine", bytes_rate=rate, note=note)
     ]
+    # offsets are those of the plain tar, which for a remote or compressed shard lies elsewhere, in the cache
     if all(not needs_cache(shards[shard]) for shard, _ in locations):
         stages.append(_measure_random_reads(shards, locations))
     return stages
@@ -166,15 +171,23 @@ def measure_index(shards: Sequence[str]) -> list[Stage]:
     files = [local_path(shard) for shard in shards[:_MAX_SHARDS] if not needs_cache(shard)]
     stages: list[Stage] = []
     if files:
-        seconds = seconds_of(lambda: [_scan_headers(shard) for shard in files])
-        samples = sum(len(open_index(shard)) for shard in files)
+        seconds = seconds_of(lambda: list(map(_scan_headers, files)))
+        samples = _count_indexed(files)
         stages.append(Stage(name="index, scanned", rate=samples / seconds, cores=1, each="process"))
     opened = list(shards[:_MAX_SHARDS])
-    samples = sum(len(open_index(shard)) for shard in opened)
+    samples = _count_indexed(opened)
     # in a new process: this one has them open already
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         seconds = pool.submit(seconds_to_open, opened).result()
     return [*stages, Stage(name="index, cached", rate=samples / seconds, cores=1, each="process")]
+
+
+def _count_indexed(shards: Sequence[str]) -> int:
+    return sum(len(open_index(shard)) for shard in shards)
+
+
+def _total_size(files: Sequence[str]) -> int:
+    return sum(file_identity(file).size for file in files)
 
 
 def seconds_to_open(shards: list[str]) -> float:
@@ -187,6 +200,7 @@ def seconds_to_open(shards: list[str]) -> float:
 
 def cached_share(path: str) -> float | None:
     """The share of a file in the page cache, from evenly spaced probes; None where the system does not tell."""
+    # RWF_NOWAIT reads only what is in the page cache, so that asking does not change the answer (Linux alone)
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     size = os.path.getsize(path)
@@ -216,7 +230,7 @@ def _measure_sequential_read(files: list[str]) -> tuple[int, float, str]:
     before = cached_share(files[0])
     _drop_page_cache(files)
     dropped = cached_share(files[0])
-    num_bytes = min(sum(file_identity(file).size for file in files), _MAX_BYTES)
+    num_bytes = min(_total_size(files), _MAX_BYTES)
     seconds = seconds_of(lambda: _read_all(files), before=lambda: _drop_page_cache(files))
     if before is None or dropped is None:
         return num_bytes, seconds, "it is not known how much was cached in memory"
@@ -238,13 +252,24 @@ def _read_all(files: list[str]) -> int:
 
 def _measure_random_reads(shards: Sequence[str], locations: Sequence[tuple[int, int]]) -> Stage:
     needed_shards = sorted({shard for shard, _ in locations})
-    files = [local_path(shards[shard]) for shard in needed_shards]
-    descriptors = {shard: os.open(file, os.O_RDONLY) for shard, file in zip(needed_shards, files, strict=True)}
-    indexes = {shard: open_index(shards[shard]) for shard in needed_shards}
+    files: list[str] = []
+    descriptors: dict[int, int] = {}
+    indexes: dict[int, TarIndex] = {}
+    for shard in needed_shards:
+        file = local_path(shards[shard])
+        files.append(file)
+        descriptors[shard] = os.open(file, os.O_RDONLY)
+        indexes[shard] = open_index(shards[shard])
+
+    # looked up before the clock starts: only the reads themselves are timed
     spans: list[tuple[int, Span]] = []
+    num_bytes = 0
     for shard, number in locations:
         member = indexes[shard][number]
-        spans += [(descriptors[shard], span) for span in (member.image, member.text, member.json) if span]
+        for span in (member.image, member.text, member.json):
+            if span:
+                spans.append((descriptors[shard], span))
+                num_bytes += span.size
 
     # positioned reads, as a worker makes them
     def read_all() -> None:
@@ -253,6 +278,7 @@ def _measure_random_reads(shards: Sequence[str], locations: Sequence[tuple[int, 
 
     try:
         seconds = seconds_of(read_all, before=lambda: _drop_page_cache(files))
+        # the repeats above have just filled the page cache
         cached_seconds = seconds_of(read_all)
     finally:
         for descriptor in descriptors.values():
@@ -262,7 +288,7 @@ def _measure_random_reads(shards: Sequence[str], locations: Sequence[tuple[int, 
         rate=len(locations) / seconds,
         cores=0,
         each="process",
-        bytes_rate=sum(span.size for _, span in spans) / seconds,
+        bytes_rate=num_bytes / seconds,
         note=f"{len(locations) / cached_seconds:,.0f}/s once in memory",
     )
 
@@ -274,6 +300,7 @@ def _drop_page_cache(files: list[str]) -> None:
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
+            # advice only: dirty or mapped pages stay, hence the check with cached_share
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
@@ -288,6 +315,7 @@ def _blocks(url: str) -> Iterator[bytes]:
     if is_remote(url):
         yield from read_blocks(url, 0, file_identity(url))
         return
+    # unbuffered: the system call is what is measured, not a copy through Python's buffer
     with open(local_path(url), "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
             yield block
@@ -346,25 +374,30 @@ def measure_preparation(setup: ProfileSetup) -> PreparationProfile:
     num_samples = setup.num_batches * setup.batch_size
     with one_thread():
         shard_set = ShardSet(setup.shards)
-        usable = _read_usable(setup, list(chain.from_iterable(batches)), shard_set)
+        usable, samples = _read_usable(setup, list(chain.from_iterable(batches)), shard_set)
         if not usable:
             raise VlmError(f"None of {num_samples:,} samples can be used; see vlm inspect.")
-        read_seconds = seconds_of(lambda: [shard_set.read(sample_index) for sample_index, _ in usable])
+        # read once already, so this is from memory: the disk has stages of its own
+        read_seconds = seconds_of(lambda: list(map(shard_set.read, usable)))
         stages = [_stage("read", len(usable), read_seconds)]
-        samples = [sample for _, sample in usable]
         stages += [*_measure_images(setup, samples), _measure_tokenizer(setup, samples), _measure_stack(setup, samples)]
         collate = setup.collate(plan)
+        # whole batches, unusable samples and their replacements included, as a worker makes them
         seconds = seconds_of(lambda: [collate(batch, shard_set) for batch in batches])
         stages.append(_stage("assemble", num_samples, seconds))
 
     # how large the images are against the view says whether shrinking them before packing would help
-    images = [EncodedImage(sample.image) for sample in samples]
-    formats = Counter(open_image(sample.image).format or "unknown" for sample in samples)
+    shorter_sides: list[int] = []
+    formats: Counter[str] = Counter()
+    for sample in samples:
+        image = EncodedImage(sample.image)
+        shorter_sides.append(min(image.width, image.height))
+        formats[open_image(sample.image).format or "unknown"] += 1
     return PreparationProfile(
         stages=tuple(stages),
         unusable=num_samples - len(usable),
         picture_format=formats.most_common(1)[0][0],
-        shrink=median(min(image.width, image.height) for image in images) / setup.view.size,
+        shrink=median(shorter_sides) / setup.view.size,
     )
 
 
@@ -381,9 +414,10 @@ def one_thread() -> Iterator[None]:
 
 def _read_usable(
     setup: ProfileSetup, sample_indices: Sequence[SampleIndex], shard_set: ShardSet
-) -> list[tuple[SampleIndex, Sample]]:
-    """The samples that every later step can use, with their indices."""
-    usable: list[tuple[SampleIndex, Sample]] = []
+) -> tuple[list[SampleIndex], list[Sample]]:
+    """The samples that every later step can use: their indices, and what they hold."""
+    usable: list[SampleIndex] = []
+    samples: list[Sample] = []
     for sample_index in sample_indices:
         try:
             sample = shard_set.read(sample_index)
@@ -391,8 +425,9 @@ def _read_usable(
             setup.view(sample.image, SampleRng(0, 0, sample.key))
         except BadSample:
             continue
-        usable.append((sample_index, sample))
-    return usable
+        usable.append(sample_index)
+        samples.append(sample)
+    return usable, samples
 
 
 def _measure_images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
@@ -416,7 +451,7 @@ def _measure_images(setup: ProfileSetup, samples: list[Sample]) -> list[Stage]:
 def _measure_tokenizer(setup: ProfileSetup, samples: list[Sample]) -> Stage:
     captions = [setup.draw(sample, SampleRng(0, 0, sample.key)).text for sample in samples]
     batches = [captions[first : first + setup.batch_size] for first in range(0, len(captions), setup.batch_size)]
-    seconds = seconds_of(lambda: [setup.tokenizer.encode(batch) for batch in batches])
+    seconds = seconds_of(lambda: list(map(setup.tokenizer.encode, batches)))
     return _stage("tokenize", len(samples), seconds)
 
 
@@ -463,6 +498,7 @@ class _ReadyBatch:
         return self.batch.images[0].numel()
 
     def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> TrainingBatch:
+        # into the shared memory a real worker writes to, whose fresh pages are what a hand-over costs
         images = shards.allocate_images(tuple(self.batch.images.shape))
         images[:] = self.batch.images.numpy()
         return replace(self.batch, images=torch.from_numpy(images), tokens=self.batch.tokens.clone())
@@ -474,6 +510,7 @@ def measure_worker_transfer(setup: ProfileSetup) -> Stage:
     with one_thread():
         batch = setup.collate(plan)(plan[0], ShardSet(setup.shards))
     batch_bytes = batch.images.numel() + batch.tokens.numel() * batch.tokens.element_size()
+    # by bytes: enough small batches for the clock, and not so many large ones that it takes minutes
     num_batches = min(max(_TRANSFER_BYTES // batch_bytes, 16), _MAX_TRANSFERS)
     rate = _measure_steady_rate(setup, _ReadyBatch(batch), workers=1, num_batches=num_batches).rate
     return Stage(
@@ -500,10 +537,12 @@ def _measure_steady_rate(
     setup: ProfileSetup, collate: Collator[TrainingBatch], *, workers: int, num_batches: int
 ) -> LoaderRate:
     """Samples a second, from the batch on with which every worker has given one."""
+    # starting the workers is no part of the steady rate; it is reported as the time to the first batch
     num_warmup = max(workers, 1)
     plan = _RepeatedBatches(setup.plan(), setup.num_batches)
     with one_thread(), warnings.catch_warnings():
         start = perf_counter()
+        # more workers than cores are tried on purpose, to show where more stop helping
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         numbers = range(num_warmup + num_batches)
         times: list[float] = []
@@ -540,8 +579,10 @@ def profile_pipeline(
     plan = setup.plan()
     locations: list[tuple[int, int]] = []
     for number in range(setup.num_batches):
-        locations += [(sample_index.shard, sample_index.number) for sample_index in plan[number]]
+        for sample_index in plan[number]:
+            locations.append((sample_index.shard, sample_index.number))
 
+    # the disk first: every later step leaves shards in the page cache, and not every system drops them
     stages = [*measure_disk(setup.shards, locations), *measure_index(setup.shards)]
     prepared = measure_preparation(setup)
     stages += [*prepared.stages, measure_worker_transfer(setup)]

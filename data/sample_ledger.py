@@ -44,12 +44,14 @@ class ShardCount:
 
     def add(self, other: "ShardCount") -> None:
         """Add the visits of another count."""
+        # the table of names is the one list of counters: a new one cannot be forgotten here
         for name in _NAMES_ON_DISK:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.corrupt.update(other.corrupt)
 
     def to_values(self) -> dict[str, Any]:
         """Plain values, read back by `from_values`."""
+        # under their old names: checkpoints of earlier versions must stay readable
         values = {on_disk: getattr(self, name) for name, on_disk in _NAMES_ON_DISK.items()}
         return values | {"corrupt": dict(sorted(self.corrupt.items()))}
 
@@ -98,6 +100,7 @@ class Ledger:
             # a replacement that fails in turn was not requested, so it is not one more corrupt visit
             if not failure.is_replacement:
                 self._count_of(sample_index).corrupt[failure.reason] += 1
+            # the counts go on past the limit; only the names are bounded, or a bad source would fill the checkpoint
             if len(self.failures) < MAX_FAILURES:
                 record = {
                     "key": failure.key,
@@ -124,8 +127,11 @@ class Ledger:
         counts = self.epochs.get(epoch, {})
         ended: Epoch = {}
         # the sources of a mixture end their epochs at different positions, so an epoch is closed source by source
-        for shard in [shard for shard in counts if shard in shards]:
+        for shard in list(counts):
+            if shard not in shards:
+                continue
             ended[shard] = counts.pop(shard)
+            # only sums from here on: memory must not grow with the epochs of a long run
             self.closed.setdefault(shard, ShardCount()).add(ended[shard])
         if not counts:
             self.epochs.pop(epoch, None)
@@ -133,22 +139,23 @@ class Ledger:
 
     def merged(self, others: Iterable["Ledger"]) -> "Ledger":
         """The sum of this ledger and those of other processes."""
-        ledgers = [self, *others]
-        numbers: set[int] = set()
+        parts: dict[int, list[Epoch]] = {}
+        closed: list[Epoch] = []
         failures: dict[tuple[int, int], dict[str, Any]] = {}
-        for ledger in ledgers:
-            numbers.update(ledger.epochs)
+        merged = Ledger()
+        for ledger in (self, *others):
+            for number, epoch in ledger.epochs.items():
+                parts.setdefault(number, []).append(epoch)
+            closed.append(ledger.closed)
             failures.update(ledger.failures)
-        epochs: dict[int, Epoch] = {}
-        for number in sorted(numbers):
-            epochs[number] = _summed([ledger.epochs.get(number, {}) for ledger in ledgers])
-        return Ledger(
-            epochs=epochs,
-            closed=_summed([ledger.closed for ledger in ledgers]),
-            failures=dict(sorted(failures.items())[:MAX_FAILURES]),
-            num_requested=sum(ledger.num_requested for ledger in ledgers),
-            num_replaced=sum(ledger.num_replaced for ledger in ledgers),
-        )
+            merged.num_requested += ledger.num_requested
+            merged.num_replaced += ledger.num_replaced
+        # sorted, so that a checkpoint does not depend on which process saw an epoch first
+        for number in sorted(parts):
+            merged.epochs[number] = _summed(parts[number])
+        merged.closed = _summed(closed)
+        merged.failures = dict(sorted(failures.items())[:MAX_FAILURES])
+        return merged
 
     def to_values(self) -> dict[str, Any]:
         """Plain values, read back by `from_values`."""

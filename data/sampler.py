@@ -170,6 +170,7 @@ class SampleOrder:
         if self.times is None:
             return SampleIndex(epoch, shard, visit)
         ends = self._visit_ends(shard)
+        # searched for in the array's own type: numpy would else convert all of it at each look-up
         number = int(ends.searchsorted(ends.dtype.type(visit), "right"))
         return SampleIndex(epoch, shard, number, visit - int(ends[number - 1] if number else 0))
 
@@ -197,6 +198,7 @@ class SampleOrder:
         def make() -> np.ndarray:
             length = min(self.window, self.num_samples - window_start)
             rng = np.random.default_rng([self.seed, epoch, 1, window_start])
+            # half the memory of int64; no window comes near 2^32 visits
             return rng.permutation(length).astype(np.uint32)
 
         return self._cache("windows", _CACHED_WINDOWS).get((epoch, window_start), make)
@@ -298,6 +300,7 @@ class Mixture:
         """The visit `attempt` further on in the file order of the same source."""
         source = self.source_of(sample_index.shard)
         first = self._first_shards[source]
+        # from the same source, or damage in one would shift the proportions of the mixture
         replacement = self.orders[source].replacement(sample_index._replace(shard=sample_index.shard - first), attempt)
         return replacement._replace(shard=replacement.shard + first)
 
@@ -307,7 +310,8 @@ class Mixture:
         for order, own_position, first in zip(
             self.orders, self.source_positions(position), self._first_shards, strict=True
         ):
-            upcoming += [first + shard for shard in order.upcoming_shards(own_position)]
+            for shard in order.upcoming_shards(own_position):
+                upcoming.append(first + shard)
         return upcoming
 
     def finished_epochs(self, position: int) -> tuple[int, ...]:
@@ -333,7 +337,8 @@ def integer_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
     # times the common denominator they are whole; the shares are then as small as the proportions allow
     scale = lcm(*(weight.denominator for weight in weights))
     shares = [int(weight * scale) for weight in weights]
-    return tuple(share // gcd(*shares) for share in shares)
+    divisor = gcd(*shares)
+    return tuple(share // divisor for share in shares)
 
 
 _PREFETCH_SHARDS = 4
@@ -385,6 +390,8 @@ class BatchSampler:
     def first_position(self, number: int) -> int:
         """Position of the first sample handed over under this number."""
         batch, part = divmod(number, self.parts)
+        # processes take consecutive stretches of the batch, and parts consecutive stretches of those: gathered in
+        # order they are the global batch again
         return self.position + batch * self.batch_size + self.process * self.share + part * self.largest_batch
 
     def upcoming_shards(self, number: int) -> list[int]:
@@ -422,9 +429,11 @@ class SequentialBatches:
     @cached_property
     def _batches(self) -> list[tuple[int, int]]:
         """The shard of each batch, and which of its samples is the first."""
+        # no batch crosses shards, so that embeddings can be written and resumed shard by shard
         batches: list[tuple[int, int]] = []
         for shard, count in enumerate(self.samples_per_shard):
-            batches += [(shard, first) for first in range(0, count, self.batch_size)]
+            for first in range(0, count, self.batch_size):
+                batches.append((shard, first))
         return batches
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from struct import Struct
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -83,7 +83,9 @@ def split_lines(captions: Captions) -> Captions:
     """
     by_language: Captions = {}
     for language, texts in captions.items():
-        lines = [line.strip() for text in texts for line in text.splitlines()]
+        lines: list[str] = []
+        for text in texts:
+            lines += map(str.strip, text.splitlines())
         by_language[language] = tuple(dict.fromkeys(filter(None, lines)))
     return by_language
 
@@ -99,7 +101,9 @@ def select_languages(captions: Captions, languages: tuple[str, ...]) -> Captions
     if not languages:
         selected = dict(list(captions.items())[:1])
     else:
-        named = {languages[0] if language == UNNAMED else language: texts for language, texts in captions.items()}
+        named: Captions = {}
+        for language, texts in captions.items():
+            named[languages[0] if language == UNNAMED else language] = texts
         selected = {language: named[language] for language in languages if language in named}
     if not selected:
         raise BadSample("no caption", f"languages requested {languages or 'any'}, found {tuple(captions)}")
@@ -129,6 +133,7 @@ class SampleRng:
     __slots__ = ("_block", "_purpose", "_visit", "_words")
 
     def __init__(self, seed: int, epoch: int, key: str, repeat: int = 0, purpose: str = "") -> None:
+        # a file name that is not UTF-8 reaches Python with lone surrogates, which plain encoding refuses
         self._visit = f"{seed}/{epoch}/{repeat}/{key}".encode(errors="surrogatepass")
         self._purpose = purpose.encode()
         self._block = 0
@@ -140,6 +145,7 @@ class SampleRng:
             digest = blake2b(self._visit, salt=_NUMBERED(self._block), person=self._purpose).digest()
             self._block += 1
             self._words = list(_WORDS(digest))
+        # the upper 53 bits, as many as a double holds: the result is exact and below 1
         return (self._words.pop() >> 11) * _OF_53_BITS
 
 
@@ -159,6 +165,7 @@ def shuffled(values: Sequence[Value], rng: RandomSource, number: int | None = No
     number = len(order) if number is None else min(number, len(order))
     for position in range(number):
         other = position + random_below(rng, len(order) - position)
+        # stops after `number` swaps: a prefix of the full shuffle, at the cost of what is drawn
         order[position], order[other] = order[other], order[position]
     return order[:number]
 
@@ -168,13 +175,19 @@ def _texts(value: Any) -> tuple[str, ...]:
         value = [value]
     if not isinstance(value, list | tuple):
         return ()
-    return tuple([stripped for text in value if isinstance(text, str) and (stripped := text.strip())])
+    texts: list[str] = []
+    for text in value:
+        # metadata is whatever its producer wrote: a list may hold numbers or null among the captions
+        if isinstance(text, str) and (stripped := text.strip()):
+            texts.append(stripped)
+    return tuple(texts)
 
 
 TAGS = "tags"
 """The language under which the tags of a sample can be requested."""
 
 _WEIGHTS = "caption_weights"
+# a Latin mark ends a sentence only before a space (3.5 stays whole), a CJK mark always, the last of a row
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])(?![.!?。！？])")
 
 
@@ -225,6 +238,7 @@ class CaptionSampler:
         captions = sample.captions
         tags = parse_tags(sample.metadata) if TAGS in self.languages else ()
         if tags:
+            # a new dictionary: the numbers of captions are counted in the one that was stored
             captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
 
         # the language, then the caption, then the sentence: in another order a seed would give other captions
@@ -278,19 +292,21 @@ def split_sentences(text: str) -> list[str]:
     >>> split_sentences("A dog runs. It is wet!")
     ['A dog runs.', 'It is wet!']
     """
-    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()] or [text]
+    return list(filter(None, map(str.strip, _SENTENCE_END.split(text)))) or [text]
 
 
 def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
     """The tags of a sample: `tags`, a list or words separated by commas."""
     raw = metadata.get("tags")
-    parts = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else []
-    return tuple(tag.strip() for tag in parts if isinstance(tag, str) and tag.strip())
+    if isinstance(raw, str):
+        raw = raw.split(",")
+    return _texts(raw) if isinstance(raw, list) else ()
 
 
 def _weighted_index(rng: RandomSource, weights: list[float] | None, number: int) -> int:
     if weights is None:
         return random_below(rng, number)
+    # the bound guards against rounding: the product may reach the last end itself
     ends = list(accumulate(weights))
     return min(bisect_right(ends, rng.random() * ends[-1]), number - 1)
 
@@ -300,10 +316,11 @@ def _caption_weights(sample: Sample, language: str, number: int) -> list[float] 
     if raw is None or language == TAGS:
         return None
     weights = raw.get(language) if isinstance(raw, dict) else raw
+    # a plain list of weights goes with `captions`, which is the first language of the sample
     if weights is None or (isinstance(raw, list) and language != next(iter(sample.captions))):
         return None
     try:
-        numbers = [float(weight) for weight in weights]
+        numbers = list(map(float, weights))
         is_valid = len(numbers) == number and min(numbers) >= 0 and 0 < sum(numbers) < math.inf
     except (TypeError, ValueError, OverflowError):
         numbers = []
@@ -317,5 +334,9 @@ def _caption_weights(sample: Sample, language: str, number: int) -> list[float] 
 def _caption_index(captions: Captions, language: str, position: int) -> int:
     if language == TAGS:
         return -1
-    before = takewhile(lambda name: name != language, captions)
-    return sum(len(captions[name]) for name in before) + position
+    num_before = 0
+    for name, texts in captions.items():
+        if name == language:
+            break
+        num_before += len(texts)
+    return num_before + position

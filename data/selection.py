@@ -61,7 +61,12 @@ class Selection:
     def fingerprint(self) -> str:
         """Identity: the content of the shards and the times, whatever led to them."""
         names = [shard.fingerprint for shard in self.shards]
+        # bytes in one order, so that the identity is the same on every machine
         return compute_fingerprint(*names, *(times.astype("<u2").tobytes() for times in self.times))
+
+    def times_by_fingerprint(self) -> dict[str, UInt16[Array, " N"]]:
+        """The times of each shard, by the fingerprint of its content."""
+        return {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
 
     def times_of(self, shards: Sequence[str], *, cache: ShardCache | None = None) -> list[UInt16[Array, " N"]]:
         """The times of the samples of each of these tars, found by content, so that tars may be moved or reordered.
@@ -70,11 +75,12 @@ class Selection:
             UsageError: a tar is not among those the selection was made for.
         """
         # by content: the tars may have been renamed, moved, or given in another order since
-        by_content = {shard.fingerprint: times for shard, times in zip(self.shards, self.times, strict=True)}
+        by_content = self.times_by_fingerprint()
         times_of_shards: list[UInt16[Array, " N"]] = []
         for url in shards:
             index = open_index(url, cache)
             times = by_content.get(index.fingerprint)
+            # a fingerprint covers keys and sizes, so a shard of another length is another shard or a damaged selection
             if times is None or len(times) != len(index):
                 raise UsageError(
                     f"The selection does not know {url} (it was made for {len(self.shards):,} shards, the first "
@@ -96,6 +102,7 @@ def write_selection(path: Path, selection: Selection) -> None:
         },
     )
     with atomic_write(path) as file, pa.ipc.new_file(file, schema) as writer:
+        # so that a reader gets the times of each shard as one array, without a copy
         for times in selection.times:
             writer.write_batch(pa.record_batch([pa.array(times, pa.uint16())], schema=schema))
 
@@ -126,15 +133,17 @@ def _read(path: Path) -> Selection:
         shards.append(SelectedShard(name=str(name), fingerprint=str(fingerprint), samples=int(samples)))
 
     # validated, since a damaged file that is memory-mapped would fail, or worse not fail, in the middle of a run
-    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    for batch in batches:
+    columns: list[pa.Array] = []
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
         batch.validate(full=True)
-    if [batch.num_rows for batch in batches] != [shard.samples for shard in shards] or not shards:
+        columns.append(batch.column(0))
+    if list(map(len, columns)) != [shard.samples for shard in shards] or not shards:
         raise ValueError("it does not hold as many times as its shards have samples")
     lineage = json.loads(metadata[b"lineage"])
-    if any(batch.column(0).null_count for batch in batches) or not isinstance(lineage, list):
+    if any(column.null_count for column in columns) or not isinstance(lineage, list):
         raise ValueError("values are missing")
-    times = tuple(batch.column(0).to_numpy() for batch in batches)
+    times = tuple(column.to_numpy() for column in columns)
     return Selection(shards=tuple(shards), times=times, lineage=tuple(lineage))
 
 
@@ -157,7 +166,7 @@ def _combine(
     step: str, one: Selection, other: Selection, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> Selection:
     """The shards of `one`, with what an operation makes of the times in both selections."""
-    by_content = {shard.fingerprint: times for shard, times in zip(other.shards, other.times, strict=True)}
+    by_content = other.times_by_fingerprint()
     missing = [shard.name for shard in one.shards if shard.fingerprint not in by_content]
     if missing:
         raise UsageError(
@@ -182,6 +191,7 @@ def reweight(selection: Selection, weight: float, *, seed: int = 0) -> Selection
         raise UsageError(f"A weight of {weight} is outside 0 to {MAX_TIMES:,}, or the seed {seed} below 0.")
     reweighted: list[UInt16[Array, " N"]] = []
     for number, times in enumerate(selection.times):
+        # a generator a shard: what is drawn for one does not depend on the sizes of those before it
         rng = np.random.default_rng([seed, number])
         reweighted.append(stochastic_round(times * np.float64(weight), rng))
     step = {"step": "weight", "weight": weight, "seed": seed}

@@ -610,11 +610,12 @@ class Prefetcher:
 
     def request(self, numbers: Sequence[int]) -> None:
         """Say which shards are needed from now on, the next one first; cheap if nothing has changed."""
-        needed = tuple(number for number in dict.fromkeys(numbers) if number in self._cached)
+        needed = tuple(filter(self._cached.__contains__, dict.fromkeys(numbers)))
         if needed == self._needed or self._stop.is_set():
             return
         with self._changed:
             self._needed = needed
+            # those postponed for want of room get another chance: the window has moved on, and room may have been made
             self._settled = (self._settled & set(needed)) - self._postponed
             self._postponed.clear()
             self._changed.notify_all()
@@ -654,6 +655,7 @@ class Prefetcher:
                 continue
         if total_bytes > self._cache.max_bytes:
             return False
+        # the one needed next is touched last, so eviction takes it last
         for url in reversed(nearer):
             self._cache.touch(url)
         return True
@@ -662,9 +664,10 @@ class Prefetcher:
         """The next shard to fetch, which no other thread then fetches; None at the end."""
         with self._changed:
             while not self._stop.is_set():
-                number = next((number for number in self._needed if number not in self._settled), None)
-                if number is not None:
-                    self._settled.add(number)
-                    return number
+                for number in self._needed:
+                    if number not in self._settled:
+                        # under the lock, so that no other thread takes it too
+                        self._settled.add(number)
+                        return number
                 self._changed.wait()
         return None

@@ -56,6 +56,7 @@ def scan_shards(
     try:
         for chunk in chunks:
             pending.append(pool.submit(_scan_in_worker, chunk))
+            # in the order submitted: a slow chunk holds back later ones, which are finished meanwhile
             if len(pending) > _CHUNKS_AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
@@ -66,6 +67,7 @@ def scan_shards(
             "repeat with fewer --workers."
         ) from error
     finally:
+        # also when the consumer stops early and this generator is closed
         pool.shutdown(cancel_futures=True)
 
 
@@ -88,6 +90,7 @@ class _Scanner:
             self._reader = None
 
 
+# a global, because an executor passes its tasks no state of the process that runs them
 _worker_scanner: _Scanner | None = None
 
 

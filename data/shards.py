@@ -1,6 +1,7 @@
 """Where shards are: from what a person types to a list of tars."""
 
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,10 +58,9 @@ def _expand_local(part: str) -> list[str]:
         return _shards_in_folder(Path(part))
     paths: list[str] = []
     for pattern in [part] if Path(part).is_file() else braceexpand(part):
-        matches = _matches(Path(pattern).expanduser())
-        shards = [
-            shard for match in matches for shard in ([str(match)] if match.is_file() else _shards_in_folder(match))
-        ]
+        shards: list[str] = []
+        for match in _matches(Path(pattern).expanduser()):
+            shards += [str(match)] if match.is_file() else _shards_in_folder(match)
         if not shards:
             raise UsageError(f"There is no shard {pattern!r}.")
         paths += shards
@@ -68,7 +68,7 @@ def _expand_local(part: str) -> list[str]:
 
 
 def _shards_in_folder(folder: Path) -> list[str]:
-    return _shards_among([str(path) for path in folder.iterdir()], str(folder))
+    return _shards_among(list(map(str, folder.iterdir())), str(folder))
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -79,15 +79,24 @@ def _matches(pattern: Path) -> list[Path]:
     if pattern.exists() or not any(sign in str(pattern) for sign in "*?["):
         return [pattern] if pattern.exists() else []
     names_hidden = pattern.name.startswith(".")
-    matches = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-    visible = [match for match in matches if names_hidden or not match.name.startswith(".")]
-    files = [match for match in visible if match.is_file()]
-    return files or [match for match in visible if match.is_dir()]
+    files: list[Path] = []
+    folders: list[Path] = []
+    # glob gives them in the order of the disk, and the order of shards is part of a run's identity
+    for match in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
+        if match.name.startswith(".") and not names_hidden:
+            continue
+        if match.is_file():
+            files.append(match)
+        elif match.is_dir():
+            folders.append(match)
+    # `parts/*` names the tars of a folder, not what lies in folders beside them
+    return files or folders
 
 
 def _expand_remote(part: str) -> list[str]:
     shards: list[str] = []
     for url in braceexpand(part):
+        # named outright, so taken as it is: listing may be forbidden, or slow, where reading is not
         if is_shard(url) and "*" not in url:
             shards.append(url)
         else:
@@ -101,12 +110,13 @@ def _shards_among(files: Sequence[str], folder: str) -> list[str]:
     if PROGRESS in names and MANIFEST not in names:
         raise UsageError(f"{folder} is unfinished: run the command that makes it again.")
     shards = sorted(file for name, file in names.items() if is_shard(name) and not name.startswith("."))
-    stems = [_stem(shard) for shard in shards]
-    twice = next((shard for shard, stem in zip(shards, stems, strict=True) if stems.count(stem) > 1), None)
-    if twice is not None:
-        raise UsageError(
-            f"{folder} holds {url_basename(twice)} in more than one form; keep one, or name the ones to read."
-        )
+    # a.tar beside a.tar.gz is most likely the same shard twice, whose samples would be seen twice an epoch
+    num_with_stem = Counter(map(_stem, shards))
+    for shard in shards:
+        if num_with_stem[_stem(shard)] > 1:
+            raise UsageError(
+                f"{folder} holds {url_basename(shard)} in more than one form; keep one, or name the ones to read."
+            )
     return shards
 
 
@@ -121,7 +131,7 @@ def count_samples(shards: list[str], *, allow_damage: bool = False, cache: Shard
     Raises:
         VlmError: a shard is cut short (unless allowed) or holds no sample.
     """
-    num_cached = sum(needs_cache(shard) for shard in shards)
+    num_cached = sum(map(needs_cache, shards))
     if num_cached < _MANY_REMOTE:
         return [_count(shard, open_index(shard, cache), allow_damage=allow_damage) for shard in shards]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlm-count") as pool:
@@ -130,6 +140,7 @@ def count_samples(shards: list[str], *, allow_damage: bool = False, cache: Shard
         try:
             return [_count(shard, index, allow_damage=allow_damage) for shard, index in shown]
         except BaseException:
+            # an error or an interrupt must not wait for the shards still queued to be fetched
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

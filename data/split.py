@@ -54,10 +54,13 @@ class GroupedSplit:
         self._thumbnails.append(thumbnail)
         if not self._by_caption:
             return
+        # a set: a caption that a sample has twice must not count as a merge
         normalized: set[str] = set()
         for texts in captions.values():
-            normalized.update(" ".join(text.casefold().split()) for text in texts)
+            for text in texts:
+                normalized.add(" ".join(text.casefold().split()))
         for caption in normalized:
+            # linked to the first sample with it: a union-find needs no more than that to join them all
             first = self._first_with.setdefault(caption, position)
             self._merged_by_caption += self._groups.union(first, position)
 
@@ -83,6 +86,7 @@ class GroupedSplit:
         held_out: list[int] = []
         while draw_order and len(held_out) < at_least:
             held_out += draw_order.pop(0)
+        # all groups held out leaves nothing to train on, even where there are enough of them
         if not draw_order or len(held_out) < at_least:
             raise UsageError(
                 f"{at_least:,} samples cannot be held out: {len(self._numbers):,} usable samples form {len(groups):,} "

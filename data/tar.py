@@ -95,6 +95,7 @@ def _collect_entries(tar: tarfile.TarFile, entries: list[tarfile.TarInfo], end: 
         previous_offset = entry.offset_data
         if not entry.isreg() or entry.issparse():
             continue
+        # Arrow strings must be UTF-8, and a zero byte would end a name where C reads it
         entry.name = entry.name.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
         entries.append(entry)
         if entry.offset_data + entry.size > end:
@@ -226,6 +227,7 @@ def open_index(url: str, cache: ShardCache | None = None) -> TarIndex:
     return _open_version(url, file_identity(url, cache.retry_policy if cache else None), cache)
 
 
+# keyed by the identity too, so that a tar that was replaced is scanned again
 @lru_cache(maxsize=256)
 def _open_version(url: str, identity: FileIdentity, cache: ShardCache | None) -> TarIndex:
     stamp = f"{_FORMAT}/{identity.token}".encode()
@@ -281,12 +283,14 @@ def _read_remote_index(url: str, identity: FileIdentity, stamp: bytes, cache: Sh
     data = read_small(index_url, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
     try:
         table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
+        # as little trusted as the tar itself: a wrong offset inside Arrow data would read past its buffers
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError):
         return None
     metadata = table.schema.metadata or {}
     is_ours = metadata.get(b"format") == _FORMAT.encode() and b"fingerprint" in metadata
-    has_columns = table.schema.remove_metadata() == _SCHEMA and not any(column.null_count for column in table.columns)
+    has_nulls = any(column.null_count for column in table.columns)
+    has_columns = table.schema.remove_metadata() == _SCHEMA and not has_nulls
     if not is_ours or not has_columns or metadata.get(b"tar_size") != str(identity.size).encode():
         return None
     return table.replace_schema_metadata({**metadata, b"identity": stamp})
@@ -297,6 +301,7 @@ def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | No
     with _open_tar(url, identity, cache) as file:
         entries, damage = read_entries(file, url)
     if needs_cache(url):
+        # the cached copy ends where unpacking or fetching broke off; only the cache knows why
         damage = (cache or default_cache()).damage(url, identity) or damage
     rows: list[_IndexRow] = []
     for entry in entries:
@@ -367,11 +372,17 @@ def _add_entry(rows: list[_IndexRow], entry: tarfile.TarInfo) -> None:
 
 def _table(rows: list[_IndexRow]) -> pa.Table:
     columns: dict[str, Any] = {"key": pa.array([row.key for row in rows], pa.string())}
+    # a mark rather than null: columns without nulls are read as numpy arrays without a copy
     absent = Span(-1, -1)
     for role in _ROLES:
-        spans = [row.parts.get(role, absent) for row in rows]
-        columns[f"{role}_offset"] = pa.array([span.offset for span in spans], pa.int64())
-        columns[f"{role}_size"] = pa.array([span.size for span in spans], pa.int64())
+        offsets: list[int] = []
+        sizes: list[int] = []
+        for row in rows:
+            span = row.parts.get(role, absent)
+            offsets.append(span.offset)
+            sizes.append(span.size)
+        columns[f"{role}_offset"] = pa.array(offsets, pa.int64())
+        columns[f"{role}_size"] = pa.array(sizes, pa.int64())
     arrays: list[list[tuple[str, int, int]]] = []
     for row in rows:
         arrays.append([(name, span.offset, span.size) for name, span in row.arrays.items()])
@@ -384,7 +395,8 @@ def _content_fingerprint(table: pa.Table) -> str:
     sizes = [table.column(f"{role}_size").to_numpy().astype("<i8").tobytes() for role in _ROLES]
     arrays: list[str] = []
     for number, row in enumerate(table.column("arrays").to_pylist()):
-        arrays += [f"{number}/{array['name']}/{array['size']}" for array in row]
+        for array in row:
+            arrays.append(f"{number}/{array['name']}/{array['size']}")
     return compute_fingerprint("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
 
 
@@ -420,6 +432,7 @@ class ShardReader:
 
     def _why_no_image(self, key: str) -> tuple[str, str]:
         """The reason and its detail; members of one key that do not follow each other are samples of their own."""
+        # counted only once a sample fails: all keys as Python strings cost far more than the index
         if self._num_with_key[key] > 1:
             return "parts apart", (
                 f"key {key!r} comes {self._num_with_key[key]} times; the parts of a sample must follow each other. "
@@ -441,23 +454,24 @@ class ShardReader:
         member = self.index[number]
         if member.image is None:
             raise BadSample(*self._why_no_image(member.key))
+        spans = [member.image, member.text or _NO_BYTES, member.json or _NO_BYTES]
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
-        spans = [member.image, member.text or _NO_BYTES, member.json or _NO_BYTES]
-        spans += [member.arrays[name] for name in arrays]
+            spans.append(member.arrays[name])
         image, text, content, *array_files = self._bytes.read(spans)
         metadata = _parse_json_object(content) if member.json else {}
+        # a wrong byte in a caption costs a character, not the sample
         caption = text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace")
+        parsed_arrays: Arrays = {}
+        for name, data in zip(arrays, array_files, strict=True):
+            parsed_arrays[name] = _parse_array(data, f"{member.key}.{name}.npy")
         return Sample(
             key=member.key,
             image=image,
             captions=parse_captions(caption, metadata),
             metadata=metadata,
-            arrays={
-                name: _parse_array(data, f"{member.key}.{name}.npy")
-                for name, data in zip(arrays, array_files, strict=True)
-            },
+            arrays=parsed_arrays,
         )
 
 
@@ -532,6 +546,7 @@ def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -
         first = min(first, offset)
         last = max(last, stop)
         num_bytes += size
+    # parts are adjacent but for headers and padding; a wide gap holds arrays or files nobody asked for
     if last - first - num_bytes > _MAX_GAP_BYTES:
         return [_read_span(descriptor, span, url) for span in spans]
     joined = _read_span(descriptor, Span(first, max(last - first, 0)), url)
@@ -539,6 +554,7 @@ def _read_spans(descriptor: int, spans: Sequence[Span], url: str, *, end: int) -
 
 
 def _read_span(descriptor: int, span: Span, url: str) -> bytes:
+    # positioned: forked workers share the file offset of an inherited descriptor
     data = os.pread(descriptor, span.size, span.offset)
     if len(data) != span.size:
         raise BadSample("cut short", f"{span.size:,} bytes at {span.offset:,} of {url}, {len(data):,} are there")
@@ -592,10 +608,13 @@ def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: S
         cache: where remote and compressed tars are kept; the default one if not given.
     """
     index = open_index(url, cache)
-    members = [index[number] for number in range(len(index))]
+    members: list[Member] = []
     sample_at: dict[int, int] = {}
-    for number, member in enumerate(members):
-        sample_at.update((span.offset, number) for span in member.spans)
+    for number in range(len(index)):
+        member = index[number]
+        members.append(member)
+        for span in member.spans:
+            sample_at[span.offset] = number
 
     path = local_path(url)
     identity = file_identity(path, cache.retry_policy if cache else None)
@@ -619,6 +638,7 @@ def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: S
             member = members[number]
             if not _is_replaced(entry, member, added):
                 _copy_entry(tar, entry, file)
+            # after the last part, so that the run of members that makes the sample is not broken
             if entry.offset_data == max(span.offset for span in member.spans):
                 for name in sorted(added):
                     data = npy_bytes(added[name])

@@ -55,7 +55,9 @@ class ClipTokenizer(Tokenizer):
     No piece reaches over a space, so the pieces of words are kept: most words of a caption have been met before.
     """
 
-    start_token, end_token, pad_token = 49406, 49407, 0
+    start_token = 49406
+    end_token = 49407
+    pad_token = 0
 
     def __init__(self, context_length: int = CLIP_CONTEXT_LENGTH) -> None:
         from open_clip.tokenizer import SimpleTokenizer
@@ -73,14 +75,19 @@ class ClipTokenizer(Tokenizer):
         is_plain = text.isascii() and text.isprintable() and "&" not in text
         if not is_plain:
             return self._bpe.encode(text)
-        known = self._words
-        return [piece for word in text.lower().split() for piece in known.get(word) or self._pieces_of_word(word)]
+        pieces: list[int] = []
+        for word in text.lower().split():
+            pieces += self._words.get(word) or self._pieces_of_word(word)
+        return pieces
 
     def _pieces_of_word(self, word: str) -> tuple[int, ...]:
+        # emptied rather than trimmed: the frequent words are back within a few batches
         if len(self._words) >= _MAX_CACHED_WORDS:
             self._words.clear()
-        parts = self._bpe.pat.findall(word)
-        self._words[word] = tuple(piece for part in parts for piece in self._pieces_of_part(part))
+        pieces: list[int] = []
+        for part in self._bpe.pat.findall(word):
+            pieces += self._pieces_of_part(part)
+        self._words[word] = tuple(pieces)
         return self._words[word]
 
     def _pieces_of_part(self, part: str) -> list[int]:
@@ -88,7 +95,9 @@ class ClipTokenizer(Tokenizer):
         ids = self._bpe.encoder
         # what the vocabulary has whole is left whole by its merges (there is a test), which take ten times as long
         whole = ids.get(f"{part}</w>")
-        return [ids[piece] for piece in self._bpe.bpe(part).split(" ")] if whole is None else [whole]
+        if whole is not None:
+            return [whole]
+        return [ids[piece] for piece in self._bpe.bpe(part).split(" ")]
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:
@@ -158,7 +167,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if inner.pad_token_id is None:
             if inner.eos_token_id is None:
                 raise UsageError(f"The tokenizer of {source} has neither a padding nor an end token; give it one.")
+            # as GPT-2's, which was trained without padding
             inner.pad_token = inner.eos_token
+        # some models of this kind pad on the left; everything here expects the text first
         inner.padding_side = "right"
         self.pad_token = inner.pad_token_id or 0
         self.start_token = _first_not_none(inner.bos_token_id, inner.cls_token_id, self.pad_token)
@@ -241,6 +252,7 @@ def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
             model_type="bpe",
             hard_vocab_limit=False,
             byte_fallback=vocab_size >= 1024,
+            # the default leaves rare characters out, which in Chinese are whole words
             character_coverage=1.0,
             normalization_rule_name="nmt_nfkc_cf",
             pad_id=0,
@@ -296,6 +308,7 @@ def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     cut: list[str] = []
     for text, row in zip(texts, tokenizer.encode(texts), strict=True):
         words = text.split()
+        # a row with padding left has room, so its text was not cut; the costly check is for full rows alone
         is_full = row[-1] == tokenizer.end_token or row[-1] != tokenizer.pad_token
         if is_full and len(words) > 1 and (tokenizer.encode([" ".join(words[:-1])])[0] == row).all():
             cut.append(text)
@@ -317,10 +330,11 @@ def trim_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def _pad_rows(texts: Iterable[list[int]], tokenizer: Tokenizer) -> np.ndarray:
     """Pieces of each text between start and end token, cut and padded: int64 [T, L]."""
     room, start, end = tokenizer.context_length - 2, tokenizer.start_token, tokenizer.end_token
-    kept = [[start, *pieces[:room], end] for pieces in texts]
-    rows = np.full((len(kept), tokenizer.context_length), tokenizer.pad_token, np.int64)
-    is_given = np.arange(tokenizer.context_length) < np.fromiter(map(len, kept), np.int64)[:, None]
-    rows[is_given] = np.fromiter(chain.from_iterable(kept), np.int64)
+    cut = [[start, *pieces[:room], end] for pieces in texts]
+    rows = np.full((len(cut), tokenizer.context_length), tokenizer.pad_token, np.int64)
+    lengths = np.fromiter(map(len, cut), np.int64)
+    # one assignment for all rows: a mask is filled row by row, the order of the pieces
+    rows[np.arange(tokenizer.context_length) < lengths[:, None]] = np.fromiter(chain.from_iterable(cut), np.int64)
     return rows
 
 

@@ -46,10 +46,11 @@ class EvalTransform:
     def from_preprocess(cls, values: dict[str, Any]) -> "EvalTransform":
         """From the `preprocess_cfg` of an open_clip model folder."""
         arguments: dict[str, Any] = {}
-        for name in (field.name for field in fields(cls)):
-            if name in values:
-                value = values[name]
-                arguments[name] = tuple(value) if isinstance(value, list) else value
+        for field in fields(cls):
+            if field.name in values:
+                # JSON has no tuples, and a frozen dataclass is hashed
+                value = values[field.name]
+                arguments[field.name] = tuple(value) if isinstance(value, list) else value
         if isinstance(arguments.get("size"), tuple):
             height, width = arguments["size"]
             if height != width:
@@ -78,6 +79,7 @@ class EvalTransform:
         width, height = image.size
         if self.resize_mode == "longest":
             ratio = max(width, height) / size
+            # a banner of extreme proportions would round to no pixel at all
             small = image.resize((max(round(width / ratio), 1), max(round(height / ratio), 1)), resample)
             square = Image.new("RGB", (size, size), (self.fill_color,) * 3)
             square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
@@ -138,11 +140,13 @@ class RandomResizedCrop:
         What is drawn from the generator depends on the size alone, not on how the image is decoded.
         """
         is_flipped = rng.random() < self.flip
+        # a crop of the whole area can only be the whole image: the tries would all miss and end there too
         if self.scale[0] == 1.0 and self.ratio[0] <= width / height <= self.ratio[1]:
             return self._on_grid(0, 0, width, height, is_flipped)
         random = rng.random
         low, span = self._log_ratio
         min_scale, max_scale = self.scale
+        # ten tries, then the centre, as torchvision's RandomResizedCrop does
         for _ in range(10):
             # four numbers for every try, in this order: with another one a seed would give other views
             share = random()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -127,6 +127,7 @@ class Languages:
 
 def filter_by_language(context: FilterContext, parameters: Languages) -> FilterResult:
     """Keep samples with a caption in one of the languages, written in its script."""
+    # captions without a language too: most data sets name none
     positions, languages, texts = context.sample_table.captions((*parameters.any, UNNAMED))
     named = compute.if_else(compute.equal(languages, UNNAMED), parameters.any[0], languages)
     is_ascii = compute.string_is_ascii(texts).to_numpy()
@@ -159,6 +160,7 @@ def script_share(text: str, scripts: tuple[str, ...]) -> float:
 
 @lru_cache(maxsize=65536)
 def _script(letter: str) -> str:
+    # Python does not know scripts, but the name of a letter begins with its own; "CJK" may be followed by a dash
     return unicodedata.name(letter, "").split(" ", 1)[0].split("-", 1)[0]
 
 
@@ -243,10 +245,15 @@ def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterRe
     by_frequency = np.argsort(-counts, kind="stable")
     num_matched = int(np.count_nonzero(counts))
 
+    curve: list[dict[str, Any]] = []
+    for concept in by_frequency[:num_matched].tolist():
+        curve.append({"concept": names[concept], "matches": int(counts[concept]), "expected": float(kept[concept])})
+
     def why(position: int) -> str:
         own = concepts[samples == position]
         if not len(own):
             return "matches no concept"
+        # the rarest decides most: it keeps its samples with the highest probability
         rarest = own[np.argmin(counts[own])]
         return f"{weights[position]:.2f} · {names[rarest]} ({counts[rarest]:,})"
 
@@ -260,10 +267,7 @@ def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterRe
             "concepts_above_cap": int((counts > parameters.cap).sum()),
             "samples_matched": len(np.unique(samples)),
         },
-        curve=[
-            {"concept": names[concept], "matches": int(counts[concept]), "expected": float(kept[concept])}
-            for concept in by_frequency[:num_matched].tolist()
-        ],
+        curve=curve,
     )
 
 
@@ -276,6 +280,7 @@ def keep_probabilities(samples: np.ndarray, chances: np.ndarray, number: int) ->
     with np.errstate(divide="ignore"):
         # in logarithms a product becomes a sum that bincount can make; a certain match is log 0
         missed = np.bincount(samples, weights=np.log1p(-chances), minlength=number)
+    # 0 minus rather than a sign: a sample without a match gets 0, not -0
     return 0.0 - np.expm1(missed)
 
 
@@ -291,10 +296,13 @@ def read_concepts(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"The concepts {str(path)!r} cannot be read: {error}.") from error
     # in their order, each once: the number of a concept is its position here
-    names = list(dict.fromkeys(spaced(name) for name in lines if isinstance(name, str) and name.strip()))
+    names: dict[str, None] = {}
+    for name in lines:
+        if isinstance(name, str) and name.strip():
+            names[spaced(name)] = None
     if not names:
         raise UsageError(f"{path} names no concept; write one a line, or a JSON list.")
-    return names
+    return list(names)
 
 
 def spaced(text: str) -> str:
@@ -322,6 +330,7 @@ def match(names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray) -
     for start in range(0, len(texts), _CAPTIONS_PER_BLOCK):
         block = texts.slice(start, _CAPTIONS_PER_BLOCK).to_pylist()
         for position, text in zip(positions[start : start + _CAPTIONS_PER_BLOCK].tolist(), block, strict=True):
+            # overlapping, since one concept may be part of another ("dog", "dog food"), and both count
             matches = automaton.find_matches_as_indexes(f" {spaced(text)} ", overlapping=True)
             matched = {concept for concept, _, _ in matches}
             samples.extend([position] * len(matched))

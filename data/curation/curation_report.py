@@ -81,10 +81,12 @@ class _StepExamples:
 
 
 def _step_examples(step: FilterStep, sample_table: SampleTable) -> _StepExamples:
+    # a step that only repeats samples keeps all, and changes the visits
     if step.kept == step.before and step.visits == step.before:
         return _StepExamples(step=step, dropped=[], kept=[])
 
     def examples(is_member: np.ndarray, limit: int) -> list[_Example]:
+        # evenly spaced, not the first: shards are often sorted by source
         positions = _evenly_spaced(np.flatnonzero(is_member), limit)
         return [_example(step, position, sample_table) for position in positions.tolist()]
 
@@ -105,6 +107,7 @@ def _example(step: FilterStep, position: int, sample_table: SampleTable) -> _Exa
     images = [_thumbnail(position, sample_table)]
     duplicates_of = step.result.duplicates_of
     if duplicates_of is not None and duplicates_of[position] >= 0:
+        # side by side, so that a wrong match is seen at a glance
         images.append(_thumbnail(int(duplicates_of[position]), sample_table))
     return _Example(
         key=sample_table.key(position),
@@ -116,6 +119,7 @@ def _example(step: FilterStep, position: int, sample_table: SampleTable) -> _Exa
 
 
 def _first_caption(position: int, sample_table: SampleTable) -> str | None:
+    # only the columns that a filter requires were scanned
     if "captions" not in sample_table.table.column_names:
         return None
     captions = sample_table.table.column("captions")[position].as_py()

@@ -103,11 +103,10 @@ class ConfiguredFilter:
 
     def shown(self) -> str:
         """In the notation of the command line, defaults included."""
-        parameters = [
-            f"{name.replace('_', '-')}={_written(value)}"
-            for name, value in asdict(self.parameters).items()
-            if value not in (None, ())
-        ]
+        parameters: list[str] = []
+        for name, value in asdict(self.parameters).items():
+            if value not in (None, ()):
+                parameters.append(f"{name.replace('_', '-')}={_written(value)}")
         return f"{self.name}:{','.join(parameters)}" if parameters else self.name
 
 
@@ -128,8 +127,9 @@ def parse_filter(text: str, filters: Mapping[str, Filter]) -> ConfiguredFilter:
             raise UsageError(f"--filter {text!r}: {part!r} lacks a value; it is written {sample_filter.usage(name)}")
         if parameter in values:
             raise UsageError(f"--filter {text!r} gives {parameter}= twice; give it once.")
+        # a path or a number may hold a plus: only parameters that are lists are split
         is_list = get_origin(hints.get(parameter)) is tuple
-        values[parameter] = [item for item in value.split("+") if item] if is_list else value.strip()
+        values[parameter] = list(filter(None, value.split("+"))) if is_list else value.strip()
     try:
         parameters = from_values(sample_filter.parameters, values, where=f"--filter {text!r}")
     except UsageError as error:
@@ -143,6 +143,7 @@ def require_one_of(parameters: Any, *names: str) -> None:
     Raises:
         UsageError: none was.
     """
+    # None or an empty tuple is a default; 0 is a value that was given
     if all(getattr(parameters, name) in (None, ()) for name in names):
         raise UsageError(f"Nothing to decide by; give {' or '.join(f'{name}=…' for name in names)}.")
 
@@ -170,6 +171,7 @@ def keep_one_per_group(
     sample_table = context.sample_table
     # sorted by group, then the sample to keep first: each sample repeats the last "first" at or before it
     order = np.lexsort((positions, -sample_table.areas[positions], groups))
+    # groups are at least 0, so the first row always begins one
     is_first = np.diff(groups[order], prepend=-1) != 0
     group_starts = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
     ordered = positions[order]
@@ -181,6 +183,7 @@ def keep_one_per_group(
         original = int(duplicates_of[position])
         return why(sample_table.key(original)) if original >= 0 else "kept"
 
+    # the numbers of groups may have gaps, as stored columns do
     sizes = np.unique(groups, return_counts=True)[1]
     return FilterResult(
         weights=(duplicates_of < 0).astype(np.float64),

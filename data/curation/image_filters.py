@@ -58,6 +58,7 @@ class AspectLimit:
 def filter_by_aspect(context: FilterContext, parameters: AspectLimit) -> FilterResult:
     """Keep images that are not too long and narrow."""
     sides = np.stack([context.sample_table.numbers("width"), context.sample_table.numbers("height")]).astype(np.float64)
+    # unusable samples have sides of 0: they are not remaining, but must not warn either
     ratios = sides.max(axis=0) / np.maximum(sides.min(axis=0), 1)
     return FilterResult(
         weights=(ratios <= parameters.max).astype(np.float64), why=lambda position: f"1 : {ratios[position]:.2f}"
@@ -206,6 +207,7 @@ def _near_evaluation(context: FilterContext, parameters: Decontamination, evalua
     if "overlap" not in context.columns:
         return np.zeros(len(context.sample_table), dtype=bool)
     stored = context.columns.aligned_values("overlap", context.sample_table)
+    # a score against fewer shards would pass for clean what was never compared
     against = set(stored.details.get("against", ()))
     missing = [shard.url for shard in evaluation.shards if shard.fingerprint not in against]
     if missing:
@@ -254,8 +256,10 @@ def filter_by_target(context: FilterContext, parameters: MinimumScore) -> Filter
 def _filter_by_score(context: FilterContext, score: str, parameters: MinimumScore) -> FilterResult:
     stored = context.columns.aligned_values(score, context.sample_table)
     if parameters.min is not None:
+        # scores are stored as float32: a limit of 0.7 in float64 would drop the sample that scores just 0.7
         is_kept = stored.has_value & (stored.values >= np.float32(parameters.min))
     else:
+        # the highest are the lowest of the negated, with ties in the same order
         is_kept = _lowest(context, stored, -stored.values, share=parameters.top, k=None)
     return _score_result(context, stored, is_kept.astype(np.float64), score)
 
@@ -302,6 +306,7 @@ def balance_clusters(context: FilterContext, parameters: ClusterCap) -> FilterRe
     clustered = np.flatnonzero(context.is_remaining & stored.has_value & (stored.values >= 0))
     clusters, codes, sizes = np.unique(stored.values[clustered], return_inverse=True, return_counts=True)
     probabilities = np.minimum(1.0, parameters.cap / sizes)
+    # samples in no cluster (below 0) stay as they are; those without a value are dropped
     weights = np.where(stored.has_value, 1.0, 0.0)
     weights[clustered] = probabilities[codes]
 
@@ -324,6 +329,7 @@ def _lowest(
     """bool [N]: the k, or the share, of the remaining samples with the lowest ranks; ties in the order of the tars."""
     positions = np.flatnonzero(context.is_remaining & stored.has_value)
     number = k if k is not None else round((share or 0.0) * len(positions))
+    # stable, or ties would fall differently from one version of numpy to the next
     order = np.argsort(ranks[positions], kind="stable")
     is_kept = np.zeros(len(context.sample_table), dtype=bool)
     is_kept[positions[order[:number]]] = True

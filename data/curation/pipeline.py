@@ -191,6 +191,7 @@ class CurationResult:
         curves: list[dict[str, Any]] = []
         for position, step in enumerate(self.steps):
             if step.result.curve:
+                # several filters may have one name, hence the place
                 curves.append({"rule": step.configured.name, "place": position, "curve": list(step.result.curve)})
         return {**self.summary(selection), "lineage": list(selection.lineage), "curves": curves}
 
@@ -214,18 +215,23 @@ def curate(
         UsageError: a filter requires a stored column that is not given.
     """
     score_columns = columns or ScoreColumns()
+    # before the scan, which may take hours
     for configured in filters:
         _check_scores_exist(configured, score_columns)
 
     def scan_shards(urls: Sequence[str], required_columns: frozenset[RequiredColumn]) -> SampleTable:
         return scan(urls, required_columns, workers=workers, allow_damage=allow_damage)
 
-    required_columns = frozenset().union(*(configured.sample_filter.required_columns for configured in filters))
+    # one scan for all filters: reading and decoding costs more than all of them together
+    required_columns: frozenset[RequiredColumn] = frozenset()
+    for configured in filters:
+        required_columns |= configured.sample_filter.required_columns
     sample_table = scan_shards(shards, required_columns)
 
     times = sample_table.is_usable.astype(np.uint16)  # as a selection stores them
     steps: list[FilterStep] = []
     for number, configured in enumerate(filters):
+        # position and name: the same filter twice draws anew, and another filter in its place draws other numbers
         rng = np.random.default_rng(int(compute_fingerprint(f"{seed}/{number}/{configured.name}"), 16))
         is_remaining = times > 0
         context = FilterContext(
@@ -234,6 +240,7 @@ def curate(
         result = configured.sample_filter.apply(context, configured.parameters)
         # the generator goes on where the filter left it: a filter that draws shifts its own rounding, no other filter's
         factors = stochastic_round(result.weights, rng)
+        # in 64 bits, since the product of two uint16 wraps around
         times = np.minimum(times.astype(np.int64) * factors, MAX_TIMES).astype(np.uint16)
         step = FilterStep(
             configured=configured,
@@ -291,8 +298,9 @@ def _corrupt_by_reason(sample_table: SampleTable) -> dict[str, int]:
 
 
 def _selection(sample_table: SampleTable, times: np.ndarray, lineage: tuple[dict[str, Any], ...]) -> Selection:
-    shards = tuple(
-        SelectedShard(name=shard.url.rpartition("/")[2], fingerprint=shard.fingerprint, samples=shard.samples)
-        for shard in sample_table.shards
-    )
-    return Selection(shards=shards, times=tuple(np.split(times, sample_table.starts[1:-1])), lineage=lineage)
+    shards: list[SelectedShard] = []
+    for shard in sample_table.shards:
+        # the name without its folder: it is for people, shards are found by content
+        name = shard.url.rpartition("/")[2]
+        shards.append(SelectedShard(name=name, fingerprint=shard.fingerprint, samples=shard.samples))
+    return Selection(shards=tuple(shards), times=tuple(np.split(times, sample_table.starts[1:-1])), lineage=lineage)

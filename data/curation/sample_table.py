@@ -40,6 +40,7 @@ class RequiredColumn(StrEnum):
 
 CAPTION = pa.struct([("language", pa.string()), ("text", pa.large_string())])
 COLUMNS: dict[str, tuple[pa.DataType, RequiredColumn | None]] = {
+    # large: offsets of 32 bits end at 2 GiB of text in a column
     "key": (pa.large_string(), None),
     "reason": (pa.string(), None),
     "bytes": (pa.int64(), None),
@@ -117,6 +118,7 @@ class SampleTable:
 
     def where(self, position: int) -> tuple[str, int]:
         """The tar of the sample at a position, and its number there."""
+        # to the right: a position equal to a start is the first sample of that shard
         shard = int(np.searchsorted(self.starts, position, side="right")) - 1
         return self.shards[shard].url, position - int(self.starts[shard])
 
@@ -139,6 +141,7 @@ class SampleTable:
 
 def _fixed_bytes(array: pa.Array, width: int) -> np.ndarray:
     data = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint8)
+    # a slice of an Arrow array shares the buffer of the whole, from its offset on
     return data[array.offset * width : (array.offset + len(array)) * width].reshape(-1, width)
 
 
@@ -180,6 +183,7 @@ def scan(
     scanned: list[ScannedShard] = []
     chunks: list[_Chunk] = []
     for shard, count in zip(shards, counts, strict=True):
+        # the content as it is scanned: a selection must not fit a tar that was replaced later
         scanned.append(ScannedShard(url=shard, fingerprint=open_index(shard).fingerprint, samples=count))
         for first in range(0, count, _SAMPLES_PER_CHUNK):
             chunks.append(_Chunk(shard, first, min(first + _SAMPLES_PER_CHUNK, count)))
@@ -187,6 +191,7 @@ def scan(
 
     required = frozenset(required_columns)
     num_processes = min(workers, len(chunks))
+    # one process would only add the transfer
     workers = num_processes if num_processes > 1 else 0
     batches: list[pa.RecordBatch] = []
     with progress(total=sum(counts), what="scanning", unit="sample") as shown:
@@ -218,6 +223,7 @@ def _scan_chunk(required: frozenset[RequiredColumn], reader: ShardReader, chunk:
 
 
 def _row(reader: ShardReader, number: int, required: frozenset[RequiredColumn]) -> dict[str, Any]:
+    # the index has the key even where the sample cannot be read
     row = _EMPTY_ROW | {"key": reader.index[number].key}
     try:
         sample = reader.read(number)
@@ -233,6 +239,7 @@ def _row(reader: ShardReader, number: int, required: frozenset[RequiredColumn]) 
             row["hash"] = signature.hash
             row["thumbnail"] = signature.thumbnail.tobytes()
         if RequiredColumn.DECODED in required:
+            # for its errors alone: damage behind the header shows only when every pixel is decoded
             to_rgb(open_image(sample.image))
     except BadSample as error:
         row["reason"] = error.reason
@@ -242,5 +249,8 @@ def _row(reader: ShardReader, number: int, required: frozenset[RequiredColumn]) 
 def _captions(sample: Sample) -> list[dict[str, str]]:
     captions: list[dict[str, str]] = []
     for language, texts in sample.captions.items():
-        captions += [{"language": language, "text": text} for text in texts]
-    return captions + [{"language": TAGS, "text": tag} for tag in parse_tags(sample.metadata)]
+        for text in texts:
+            captions.append({"language": language, "text": text})
+    for tag in parse_tags(sample.metadata):
+        captions.append({"language": TAGS, "text": tag})
+    return captions

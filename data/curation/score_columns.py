@@ -165,6 +165,7 @@ def _align_to_samples(table: pa.Table, sample_table: SampleTable, what: str) -> 
     values = np.zeros(len(sample_table), dtype=stored.dtype)
     has_value = np.zeros(len(sample_table), dtype=bool)
     values[positions] = stored
+    # a value that is not a number counts as none: no comparison with a limit could be true of it
     has_value[positions] = np.isfinite(stored)
     return values, has_value
 
@@ -176,6 +177,7 @@ def _kind_of(score: str) -> pa.DataType:
 
 
 def _column_files(path: Path) -> list[Path]:
+    # sorted, so that messages name the same file every time
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise UsageError(f"There is no column file (*.parquet) at {str(path)!r}; vlm score EMBEDDINGS writes them.")

@@ -47,6 +47,7 @@ def distribution_of_counts(counts: Mapping[int, int], *, bins: int = BINS) -> Di
     values = np.array(sorted(counts), dtype=np.int64)
     weights = np.array([counts[value] for value in values.tolist()], dtype=np.int64)
     least, most = int(values[0]), int(values[-1])
+    # rounded up: whole numbers need bins of whole width, or some bins would hold one number more than others
     width = -(-(most - least + 1) // bins)
     edges = np.arange(least, most + width + 1, width)
     histogram, _ = np.histogram(values, bins=edges, weights=weights)

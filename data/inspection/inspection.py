@@ -67,6 +67,7 @@ def inspect_shards(
     layout = _ShardLayout(shards)
     selected = layout.selected_numbers(selection)
     numbers = selected[evenly_spaced(len(selected), len(selected) if sample is None else sample)]
+    # of those that are read, so that the sheet shows nothing the statistics do not cover
     on_sheet = frozenset(numbers[evenly_spaced(len(numbers), images)].tolist())
 
     stats = DatasetStats(limit)
@@ -89,16 +90,17 @@ def inspect_shards(
 def evenly_spaced(total: int, number: int) -> np.ndarray:
     """Up to `number` positions below `total`, ascending, evenly spaced."""
     number = min(number, total)
+    # multiplied before divided, in 64 bits: no rounding, and no position twice
     return (np.arange(number, dtype=np.int64) * total) // max(number, 1)
 
 
 class _ShardLayout:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
-    starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be layout.
+    starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be read.
 
     Raises:
-        VlmError: none can be layout.
+        VlmError: none can be read.
     """
 
     def __init__(self, shards: Sequence[str]) -> None:
@@ -111,6 +113,7 @@ class _ShardLayout:
             try:
                 index = open_index(shard)
             except VlmError as error:
+                # it stays in the list without samples, so that shards and starts run in parallel
                 self.starts.append(self.starts[-1])
                 self.damaged.append(BadRecord(shard=shard, key="", reason="unreadable", detail=str(error)))
                 continue
@@ -141,14 +144,17 @@ class _ShardLayout:
             first, last = self.starts[position : position + 2]
             in_shard = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, last)] - first
             for begin in range(0, len(in_shard), _CHUNK_SAMPLES):
-                part = in_shard[begin : begin + _CHUNK_SAMPLES].tolist()
-                yield ScanChunk(shard, first, tuple(part), on_sheet.intersection(first + number for number in part))
+                part = in_shard[begin : begin + _CHUNK_SAMPLES]
+                # a chunk travels by pickle, so it takes only its own share of the sheet
+                on_sheet_here = on_sheet.intersection((part + first).tolist())
+                yield ScanChunk(shard, first, tuple(part.tolist()), on_sheet_here)
 
     def texts_of(self, repeated: list[tuple[int, bytes, int]]) -> dict[str, int]:
         """The captions behind digests, read again, with how often they occur."""
         times_of: dict[str, int] = {}
         for number, digest, times in repeated:
             position = bisect_right(self.starts, number) - 1
+            # the statistics keep digests, not texts; only the few most frequent are read again
             reader = ShardReader(self.shards[position])
             try:
                 captions = reader.read(number - self.starts[position]).captions

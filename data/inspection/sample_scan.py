@@ -140,9 +140,10 @@ class SampleScanner:
         num_tokens = iter(lengths)
         scans: dict[str, tuple[CaptionScan, ...]] = {}
         for language, texts in captions.items():
-            scans[language] = tuple(
-                CaptionScan(content_digest(text), len(text.split()), len(text), next(num_tokens)) for text in texts
-            )
+            own_scans: list[CaptionScan] = []
+            for text in texts:
+                own_scans.append(CaptionScan(content_digest(text), len(text.split()), len(text), next(num_tokens)))
+            scans[language] = tuple(own_scans)
         return scans
 
 
@@ -152,6 +153,7 @@ def token_lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
         return []
     rows = tokenizer.encode(texts)
     is_end = rows == tokenizer.end_token
+    # the first end token: where padding is the same token, it fills the rest of the row
     upto_end = is_end.argmax(axis=1) + 1
     return np.where(is_end.any(axis=1), upto_end, (rows != tokenizer.pad_token).sum(axis=1)).tolist()
 
@@ -171,7 +173,11 @@ def metadata_columns(metadata: dict[str, Any]) -> dict[str, tuple[str, ...]]:
         values = value if isinstance(value, list) else [value]
         if name == "tags":
             values = parse_tags(metadata)
-        columns[name] = tuple(text[:_MAX_VALUE_LENGTH] for text in values if isinstance(text, str) and text)
+        texts: list[str] = []
+        for text in values:
+            if isinstance(text, str) and text:
+                texts.append(text[:_MAX_VALUE_LENGTH])
+        columns[name] = tuple(texts)
     return columns
 
 

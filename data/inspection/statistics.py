@@ -35,6 +35,7 @@ class DatasetStats:
         self._images = DigestList()
         self._widths: Counter[int] = Counter()
         self._heights: Counter[int] = Counter()
+        # packed: a list of Python floats takes four times the memory
         self._aspects = array("d")
         self._sizes = array("Q")
         self._captions = _CaptionStats(context_length)
@@ -112,6 +113,7 @@ class DatasetStats:
         is_later = np.zeros(len(hashes), dtype=bool)
         if len(hashes):
             for one, other in near_duplicate_pairs(hashes, thumbnails, distance=DISTANCE):
+                # the later of a pair: the first of a group is no duplicate
                 is_later[np.maximum(one, other)] = True
         return int(is_later.sum())
 
@@ -142,6 +144,7 @@ class _CaptionStats:
         self._digests = DigestList()
         self._samples = array("Q")
         self._languages = array("H")
+        # counts of lengths rather than lengths: captions have few different ones
         self._lengths: dict[str, dict[str, Counter[int]]] = {}
 
     def add(self, number: int, captions: dict[str, tuple[CaptionScan, ...]]) -> None:
@@ -170,7 +173,9 @@ class _CaptionStats:
             if limit is None:
                 distributions["tokens"] = None
             elif limit:
-                num_cut = sum(times for tokens, times in lengths["tokens"].items() if tokens > limit)
+                for tokens, times in lengths["tokens"].items():
+                    if tokens > limit:
+                        num_cut += times
             summary[language] = LanguageStats(
                 captions=lengths["words"].total(),
                 distinct=self._digests.distinct(language_numbers == language_number),
@@ -181,7 +186,10 @@ class _CaptionStats:
 
     def repeated(self) -> list[tuple[int, bytes, int]]:
         most_repeated = self._digests.most_repeated(_MAX_VALUES)
-        return [(self._samples[position], self._digests[position], times) for position, times in most_repeated]
+        repeated: list[tuple[int, bytes, int]] = []
+        for position, times in most_repeated:
+            repeated.append((self._samples[position], self._digests[position], times))
+        return repeated
 
 
 class _ColumnCounter:
@@ -195,7 +203,11 @@ class _ColumnCounter:
             self._values.add(value)
 
     def summarize(self) -> ColumnStats:
-        most = {value: times for value, times in self._values.most_common(_MAX_VALUES).items() if times > 1}
+        most: dict[str, int] = {}
+        for value, times in self._values.most_common(_MAX_VALUES).items():
+            # a value that occurs once (an address, a number) says nothing about the column
+            if times > 1:
+                most[value] = times
         return ColumnStats(samples=self._samples, distinct=len(self._values), is_exact=self._values.is_exact, most=most)
 
 
@@ -215,6 +227,7 @@ class BoundedCounter:
         """Count one."""
         self._counts[value] += 1
         if len(self._counts) > self._limit:
+            # by half, so that the sort is paid once for many values
             self._counts = Counter(dict(self._counts.most_common(self._limit // 2)))
             self.is_exact = False
 

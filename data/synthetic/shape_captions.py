@@ -1,14 +1,8 @@
-"""English captions, and the words that `check` reads them back with.
+"""True captions of a scene in English, German, Spanish and Chinese, and a check of what a captioner wrote.
 
-German captions: gender, case and adjective endings.
-
-Spanish captions: adjectives follow the noun and agree in gender and number.
-
-Chinese captions: each noun has its measure word, and two of a thing are 两.
-
-True captions of a scene in several languages.
-
-Whether an English caption, such as a captioner wrote, is true of a scene.
+Each language keeps its own grammar, so that captions read as a person would write them: German endings by gender and
+case, Spanish adjectives behind the noun and in agreement with it, a measure word for each Chinese noun. `check_caption`
+reads an English caption back and says whether it is true of a scene.
 """
 
 import re
@@ -16,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from vlm.data.synthetic.shapes import BACKGROUNDS, COLOURS, SIZES, Scene
+from vlm.data.synthetic.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene
 
 ENGLISH_COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 ENGLISH_PLURALS = {
@@ -43,6 +37,7 @@ def describe_in_english(scene: Scene) -> tuple[str, ...]:
     place = ENGLISH_PLACES[scene.position]
     ground = f"{scene.background} background"
     sized = f"{number} {scene.size} {scene.colour} {shape}"
+    # the article goes with the word that follows it: "an orange star"
     plain = f"{_with_english_article(scene.colour) if scene.count == 1 else f'{number} {scene.colour}'}"
     return (
         f"{sized} {place} of a {ground}",
@@ -125,12 +120,14 @@ def _german_nominative(scene: Scene, *stems: str) -> str:
     if scene.count == 1:
         article = "eine" if gender == "f" else "ein"
         return " ".join([article, *(stem + GERMAN_STRONG_ENDINGS[gender] for stem in stems), singular])
+    # strong plural: no article before it shows gender or case
     return " ".join([GERMAN_NUMBERS[scene.count], *(f"{stem}e" for stem in stems), plural])
 
 
 def _german_dative(scene: Scene, *stems: str) -> str:
     """ "einem kleinen roten Kreis", "drei kleinen roten Kreisen"."""
     gender, singular, _, dative_plural = GERMAN_NOUNS[scene.shape]
+    # the dative has one ending: mixed after "einem" or "einer", and strong in the plural, it is -en
     adjectives = [f"{stem}en" for stem in stems]
     if scene.count == 1:
         return " ".join(["einer" if gender == "f" else "einem", *adjectives, singular])
@@ -202,10 +199,10 @@ def _spanish_group(scene: Scene, *words: str) -> str:
     is_feminine, singular, plural = SPANISH_NOUNS[scene.shape]
     is_plural = scene.count > 1
     number = SPANISH_NUMBERS[scene.count] if is_plural else ("una" if is_feminine else "un")
-    adjectives = (
-        _spanish_agree(SPANISH_ADJECTIVES[word], is_feminine=is_feminine, is_plural=is_plural) for word in words
-    )
-    return " ".join([number, plural if is_plural else singular, *adjectives])
+    parts = [number, plural if is_plural else singular]
+    for word in words:
+        parts.append(_spanish_agree(SPANISH_ADJECTIVES[word], is_feminine=is_feminine, is_plural=is_plural))
+    return " ".join(parts)
 
 
 def _spanish_agree(adjective: str, *, is_feminine: bool, is_plural: bool) -> str:
@@ -213,6 +210,7 @@ def _spanish_agree(adjective: str, *, is_feminine: bool, is_plural: bool) -> str
         adjective = f"{adjective[:-1]}a"
     if not is_plural:
         return adjective
+    # the accent falls away in the plural
     if adjective == "marrón":
         return "marrones"
     return f"{adjective}{'s' if adjective[-1] in 'aeo' else 'es'}"
@@ -247,6 +245,7 @@ CHINESE_GROUNDS = {
     "lavender": "淡紫色背景",
 }
 CHINESE_PLACES = {"left": "左侧", "right": "右侧", "top": "上方", "bottom": "下方", "centre": "中央"}
+# two of a thing are 两, not 二
 CHINESE_NUMBERS = {1: "一", 2: "两", 3: "三"}
 
 
@@ -295,9 +294,7 @@ def describe(scene: Scene, language: str = "en") -> tuple[str, ...]:
 
 
 COUNT_OF_WORD = {word: count for count, word in ENGLISH_COUNT_WORDS.items()} | {"an": 1, "one": 1}
-SHAPE_OF_WORD = {plural: shape for shape, plural in ENGLISH_PLURALS.items()} | {
-    shape: shape for shape in ENGLISH_PLURALS
-}
+SHAPE_OF_WORD = {plural: shape for shape, plural in ENGLISH_PLURALS.items()} | dict(zip(SHAPES, SHAPES, strict=True))
 POSITION_OF_PHRASE = {place: position for position, place in ENGLISH_PLACES.items()}
 
 
@@ -323,15 +320,22 @@ def check_caption(caption: str, scene: Scene) -> CaptionCheck:
     'said position right, is left'
     """
     text = " ".join(caption.lower().split())
-    match = next(filter(None, (form.match(text) for form in _forms())), None)
+    match = None
+    for form in _forms():
+        match = match or form.match(text)
     if match is None:
         return CaptionCheck(is_true=False, attributes={}, wrong=(), reason="not a caption of a scene")
     attributes = _parse_attributes(match.groupdict())
-    wrong = tuple(attribute for attribute, said in attributes.items() if said != getattr(scene, attribute))
-    reasons = [f"said {attribute} {attributes[attribute]}, is {getattr(scene, attribute)}" for attribute in wrong]
+    wrong: list[str] = []
+    reasons: list[str] = []
+    for attribute, said in attributes.items():
+        actual = getattr(scene, attribute)
+        if said != actual:
+            wrong.append(attribute)
+            reasons.append(f"said {attribute} {said}, is {actual}")
     if not {"shape", "colour"} <= attributes.keys():
         reasons.append("does not name shape and colour")
-    return CaptionCheck(is_true=not reasons, attributes=attributes, wrong=wrong, reason=", ".join(reasons))
+    return CaptionCheck(is_true=not reasons, attributes=attributes, wrong=tuple(wrong), reason=", ".join(reasons))
 
 
 def _parse_attributes(said: Mapping[str, str | None]) -> dict[str, str | int]:
@@ -340,11 +344,13 @@ def _parse_attributes(said: Mapping[str, str | None]) -> dict[str, str | int]:
         "count": COUNT_OF_WORD,
         "place": POSITION_OF_PHRASE,
     }
-    return {
-        {"place": "position"}.get(name, name): readings[name][words] if name in readings else words
-        for name, words in said.items()
-        if words is not None
-    }
+    attributes: dict[str, str | int] = {}
+    for name, words in said.items():
+        # an optional group of the pattern that did not match is None: the caption says nothing of it
+        if words is not None:
+            attribute = "position" if name == "place" else name
+            attributes[attribute] = readings[name][words] if name in readings else words
+    return attributes
 
 
 @cache
@@ -368,5 +374,6 @@ def _forms() -> tuple[re.Pattern[str], ...]:
 
 
 def _one_of(name: str, words: Iterable[str]) -> str:
+    # alternation takes the first that matches: "star" before "stars" would leave an "s" behind
     longest_first = sorted(words, key=len, reverse=True)
     return rf"(?P<{name}>{'|'.join(map(re.escape, longest_first))})"

@@ -1,6 +1,6 @@
-"""What a drawn picture shows, and which combinations training never sees.
+"""Scenes of coloured shapes: what an image shows, which combinations training never sees, and how it is drawn.
 
-Scenes as small RGB pictures: same facts, never the same pixels.
+Two images of one scene show the same facts, never the same pixels.
 """
 
 import itertools
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -72,20 +72,14 @@ def all_scenes(split: Split) -> tuple[Scene, ...]:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     is_held_out = split == "val"
-    return tuple(
-        Scene(
-            shape=shape,
-            colour=colour,
-            size=size,
-            count=count,
-            position=position,
-            background=background,
-        )
-        for shape, colour, size, count, position, background in itertools.product(
-            SHAPES, COLOURS, SIZES, COUNTS, POSITIONS, BACKGROUNDS
-        )
-        if ((shape, colour) in HELD_OUT) == is_held_out and colour != background
-    )
+    scenes: list[Scene] = []
+    # the order of the vocabularies must not change: a drawn number is a place in it
+    for values in itertools.product(*VOCABULARIES.values()):
+        attributes: dict[str, Any] = dict(zip(VOCABULARIES, values, strict=True))
+        is_pair_held_out = (attributes["shape"], attributes["colour"]) in HELD_OUT
+        if is_pair_held_out == is_held_out and attributes["colour"] != attributes["background"]:
+            scenes.append(Scene(**attributes))
+    return tuple(scenes)
 
 
 def sample_scene(split: Split, rng: np.random.Generator) -> Scene:
@@ -117,6 +111,7 @@ def sample_scenes(split: Split, number: int, *, seed: int, is_distinct: bool = F
 def _generate(split: Split, number: int, *, seed: int, is_distinct: bool) -> Iterator[tuple[str, Scene]]:
     scenes = all_scenes(split)
     stream = SPLITS.index(split)
+    # without replacement one permutation is needed; else each scene has a generator of its own
     order = np.random.default_rng([seed, stream]).permutation(len(scenes)) if is_distinct else None
     for index in range(number):
         if order is not None:
@@ -181,6 +176,7 @@ def render_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Imag
     Open are exact places and turns, tints, light and texture. Shapes of a group never touch.
     """
     radius = RADIUS[scene.size] * rng.uniform(0.94, 1.06)
+    # Pillow draws polygons without antialiasing, so they are drawn larger and averaged
     canvas = Image.new("L", (pixels * SUPERSAMPLING, pixels * SUPERSAMPLING))
     brush = ImageDraw.Draw(canvas)
     for centre in _shape_centres(scene, radius=radius, rng=rng):
@@ -206,6 +202,7 @@ def _shape_centres(scene: Scene, *, radius: float, rng: np.random.Generator) -> 
         offsets = reach * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     offsets = offsets + rng.uniform(-GAP / 6, GAP / 6, size=offsets.shape)
     centre = np.array(CENTRES[scene.position]) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, size=2)
+    # the group is moved as a whole, so that a shape at the edge keeps its distance from the others
     lowest = MARGIN + radius - offsets.min(axis=0)
     highest = 1 - MARGIN - radius - offsets.max(axis=0)
     return np.clip(centre, lowest, highest) + offsets
@@ -237,11 +234,13 @@ def _arc(*, start: float, stop: float, number: int = 40) -> Points:
 
 def _star() -> Points:
     corners = _arc(start=-90, stop=234, number=10)
+    # inner corners of a regular five-pointed star are at 0.38; a little more keeps small ones legible
     corners[1::2] *= 0.42
     return corners * 1.1 + (0, 0.06)
 
 
 def _heart() -> Points:
+    # the heart curve of MathWorld, upside down since y points down in images
     t = np.linspace(0, 2 * math.pi, 60)
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
