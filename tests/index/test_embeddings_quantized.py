@@ -84,5 +84,5 @@ def test_float32_comes_back_exactly_and_codes_lie_beside_it_with_checksums(tmp_p
 
 def test_codes_that_were_not_asked_for_are_said_to_be_missing(tmp_path: Path) -> None:
     found = stored(tmp_path / "e", rows(3, 8), VectorStorage(codes=("int8",)))
-    with pytest.raises(UsageError, match=r"no binary codes.*--codes binary"):
+    with pytest.raises(UsageError, match=r"no binary codes.*--quantize binary"):
         list(found.codes("binary"))
