@@ -198,6 +198,7 @@ def check_compatible(first: VisionLanguageModel, other: VisionLanguageModel) -> 
 
 def model_differences(first: VisionLanguageModel, other: VisionLanguageModel) -> list[str]:
     """In what two models differ in addition to the values of their weights, with both values."""
+    # the view counts: averaged weights are of use only for images that both models see the same way
     spaces = [{"model_cfg": model.config, "view": asdict(model.view)} for model in (first, other)]
     differences: list[str] = []
     for key, values in sorted(config_differences(spaces, absent=_ABSENT).items()):
@@ -222,13 +223,17 @@ def check_finite(model: VisionLanguageModel) -> None:
 
 
 def _shape_differences(first: Weights, other: Weights) -> list[str]:
-    shapes = [{name: str(list(value.shape)) for name, value in weights.items()} for weights in (first, other)]
     differences: list[str] = []
-    for name in shapes[0] | shapes[1]:
-        one, two = (own.get(name, "absent") for own in shapes)
+    for name in dict.fromkeys([*first, *other]):
+        one = _shape_text(first, name)
+        two = _shape_text(other, name)
         if one != two:
             differences.append(f"{name} {one} against {two}")
     return differences
+
+
+def _shape_text(weights: Weights, name: str) -> str:
+    return str(list(weights[name].shape)) if name in weights else "absent"
 
 
 ModelLoader = Callable[[str], VisionLanguageModel]
@@ -359,10 +364,11 @@ def interpolate(
     sweep = tuple((alpha, measure(between(alpha)) if measure else None) for alpha in alphas)
     # max returns the first of equal values
     best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
-    ingredients = tuple(
-        Ingredient(model=name, fingerprint=builder.fingerprints[name], share=share)
-        for name, share in ((start, 1 - best), (tuned, best))
+    ingredients = (
+        Ingredient(model=start, fingerprint=builder.fingerprints[start], share=1 - best),
+        Ingredient(model=tuned, fingerprint=builder.fingerprints[tuned], share=best),
     )
+    # filled again: the network holds the last interpolation tried, not the best one
     return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=sweep)
 
 
@@ -423,7 +429,8 @@ def parse_metric(name: str) -> tuple[str, ...]:
     for k in RECALL_AT:
         both = (f"text_to_image_recall@{k}", f"image_to_text_recall@{k}")
         table[f"recall@{k}"] = both
-        table |= {recall: (recall,) for recall in both}
+        for recall in both:
+            table[recall] = (recall,)
     return lookup(table, name, "metric")
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -71,14 +72,15 @@ def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
     >>> reinforced_shard_names(["a/0.tar", "b/1.tar.gz"]), reinforced_shard_names(["a/0.tar", "b/0.tar"])
     (['0.tar', '1.tar'], ['00000-0.tar', '00001-0.tar'])
     """
-    names = [url_basename(shard) for shard in shards]
     stems: list[str] = []
-    for name in names:
+    for shard in shards:
+        name = url_basename(shard)
+
         suffixes = [suffix for suffix in SHARD_SUFFIXES if name.lower().endswith(suffix)]
         stems.append(name[: -len(max(suffixes, key=len))])
     # the output is never compressed, so two inputs that differ only in their suffix would collide; so would names that
     # differ only in case, on macOS and Windows
-    if len({stem.lower() for stem in stems}) < len(stems) or any(stem.startswith(".") for stem in stems):
+    if len(set(map(str.lower, stems))) < len(stems) or any(stem.startswith(".") for stem in stems):
         stems = [f"{number:05d}-{stem}" for number, stem in enumerate(stems)]
     return [f"{stem}.tar" for stem in stems]
 
@@ -107,16 +109,20 @@ def finish_folder(
     sources: Sequence[str],
 ) -> Manifest:
     """Write the list of skipped samples and the manifest; remove the journal."""
+    samples = 0
     left: list[dict[str, Any]] = []
+    sizes: dict[str, int] = {}
     files: dict[str, FileRecord] = {}
     for shard in shards:
+        samples += shard.samples
         left += shard.left
+        # a shard of nothing but bad samples has no features to take sizes from
+        sizes = sizes or shard.sizes
         files[shard.name] = FileRecord(bytes=shard.bytes, sha256=shard.sha256)
     if left:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in left]
         write_text(out / UNREINFORCED, "".join(lines))
         files[UNREINFORCED] = record_file(out / UNREINFORCED)
-    samples = sum(shard.samples for shard in shards)
     counts = {"samples": samples, "reinforced": samples - len(left), "bad": len(left), "shards": len(shards)}
     manifest = Manifest(
         kind="shards",
@@ -128,8 +134,8 @@ def finish_folder(
         details={
             "source": {"kind": "shards", "shards": list(sources)},
             REINFORCEMENT: reinforcement,
-            "arrays": next((shard.sizes for shard in shards if shard.sizes), {}),
-            "unreinforced": dict(Counter(sample["reason"] for sample in left)),
+            "arrays": sizes,
+            "unreinforced": dict(Counter(map(itemgetter("reason"), left))),
         },
     )
     write_manifest(out, manifest)
@@ -205,6 +211,7 @@ class Teachers:
         for row in usable:
             captions += row.captions
             numbers.append(len(row.captions))
+        # all captions of the batch at once: one text alone leaves a GPU idle
         if self.models:
             texts = _concatenate_embeddings([model.embed_texts(captions) for model in self.models])
             _add_array(stored_arrays, "teacher_text", _rows(texts, numbers, np.float16, self.names, usable))
@@ -391,6 +398,7 @@ class _ReinforceJob:
         num_batches = [-(-count // per_batch) for count in self._counts]
         first = len(self.done)
         collate = CollateViews(views=self._views, num_views=self._config.num_views, seed=self._config.seed)
+        # no batch spans two shards, so whole shards can be left out by the numbers of their batches
         missing = range(sum(num_batches[:first]), len(plan))
         stream = _with_progress(
             stream_batches(plan, self._shards, collate, numbers=missing, workers=workers), progress_bar

@@ -6,6 +6,7 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -28,8 +29,11 @@ class MetricsLog:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self._path = path
         # a killed run has logged steps after its newest checkpoint, which are repeated
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resumed_step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept: list[str] = []
+        for line in read_lines(path):
+            if json.loads(line)["step"] <= resumed_step:
+                kept.append(f"{line}\n")
+        write_text(path, "".join(kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values of one step."""
@@ -83,8 +87,8 @@ class RunRecord:
 
     def best(self) -> Mapping[str, Any] | None:
         """The line with the best recall on val (text→image @10, then @1), None if none was measured."""
-        measured = [line for line in self.lines if all(metric in line for metric in BEST_METRICS)]
-        return max(measured, key=lambda line: [line[metric] for metric in BEST_METRICS], default=None)
+        measured = [line for line in self.lines if line.keys() >= set(BEST_METRICS)]
+        return max(measured, key=itemgetter(*BEST_METRICS), default=None)
 
     def measured(self) -> list[Mapping[str, Any]]:
         """The lines, with what was evaluated afterwards as one more line at the last step."""
@@ -142,6 +146,7 @@ def _is_run(folder: Path) -> bool:
 def _state(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Literal["finished", "running", "stopped"]:
     if (folder / MANIFEST).is_file():
         return "finished"
+    # no process id is kept: the run may be on another machine, and the folder on a shared disk
     times = [line["seconds"] for line in lines if "seconds" in line]
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     longest_pause = max(_RUNNING_SECONDS, _RUNNING_INTERVALS * median(pauses) if pauses else 0.0)

@@ -93,11 +93,11 @@ def shard_record(corpus: Corpus, shard: int, count: ShardCount) -> dict[str, Any
 
 def failure_records(corpus: Corpus, ledger: Ledger, shards: set[int]) -> list[dict[str, Any]]:
     """The samples that cannot be used: shard, number, key, byte offset, reason, detail."""
-    return [
-        {"shard": corpus.shards[shard], "number": number} | record
-        for (shard, number), record in sorted(ledger.failures.items())
-        if shard in shards
-    ]
+    records: list[dict[str, Any]] = []
+    for (shard, number), record in sorted(ledger.failures.items()):
+        if shard in shards:
+            records.append({"shard": corpus.shards[shard], "number": number} | record)
+    return records
 
 
 def check_bad_sample_limit(ledger: Ledger, limit: float, corpus: Corpus) -> None:
@@ -120,10 +120,14 @@ def check_bad_sample_limit(ledger: Ledger, limit: float, corpus: Corpus) -> None
 def ledger_table(corpus: Corpus, ledger: Ledger) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows for people: the sum, then the shards that lost most."""
     counts = ledger.by_shard()
-    reasons = sorted({reason for count in counts.values() for reason in count.corrupt})
+    all_reasons: set[str] = set()
+    for count in counts.values():
+        all_reasons.update(count.corrupt)
+    reasons = sorted(all_reasons)
     columns = ["shard", "samples", "filtered", "asked", "seen", "repeated", "replaced", "stood in", "passed over"]
     columns += reasons
-    losing = sorted((shard for shard in counts if counts[shard].replaced), key=lambda shard: -counts[shard].replaced)
+    losing = [shard for shard in counts if counts[shard].replaced]
+    losing.sort(key=lambda shard: -counts[shard].replaced)
     rows = [_row("all", sum(corpus.samples), sum(corpus.filtered), sum_counts(counts), reasons)]
     for shard in losing[:_MAX_TABLE_ROWS]:
         name = corpus.shards[shard].rpartition("/")[2]
@@ -193,7 +197,7 @@ class RunLogger:
         state = self._session.state
         samples: list[str] = []
         for batch in batches:
-            samples += [f"{key}\t{caption}" for key, caption in zip(batch.keys, batch.captions, strict=True)]
+            samples += map("\t".join, zip(batch.keys, batch.captions, strict=True))
         means = {name: float(value) for name, value in state.window.read().items()}
         values: dict[str, Any] = {"loss": sum(means[name] for name in result.losses)} | means
         values |= {
@@ -201,11 +205,12 @@ class RunLogger:
             "logit_scale": state.model.logit_scale,
             "seen": state.position,
             "bad": sum(gather_objects([state.ledger.num_replaced])),
-            "skipped": sum("to_step" not in entry for entry in state.skipped),
+            "skipped": len(state.skipped_steps),
             "seconds": state.elapsed_seconds,
         }
         # every process must take part, though only the main one writes
         values |= reduce_over_processes(self._timer.read())
+        # equal fingerprints: two runs saw the same samples in the same order, whatever their losses
         values["samples"] = compute_fingerprint(*gather_objects(samples))
         self._progress.update(values)
         return values
@@ -259,9 +264,12 @@ class RunLogger:
             "pixels": torch.empty(_ROWS, 3, view.size, view.size),
             "tokens": batch.tokens[:1].expand(_ROWS, -1),
             "rows": torch.arange(_ROWS),
-        } | {name: rows[:1].expand(_ROWS, -1) for name, rows in batch.arrays.items()}
+        }
+        for name, rows in batch.arrays.items():
+            shapes[name] = rows[:1].expand(_ROWS, -1)
         if batch.sub_tokens is not None:
             shapes["sub_tokens"] = batch.sub_tokens[:1].expand(_ROWS, -1, -1)
         if batch.local_images is not None:
             shapes["local_pixels"] = torch.empty(_ROWS, *batch.local_images.shape[1:])
-        return {name: value for name, value in shapes.items() if name in task.inputs | {"pixels", "tokens"}}
+        names = task.inputs | {"pixels", "tokens"}
+        return {name: value for name, value in shapes.items() if name in names}

@@ -137,10 +137,10 @@ class WindowMean:
 
     def restore(self, values: dict[str, Any], device: torch.device) -> None:
         """Continue from what `to_values` gave."""
-        self._sums = {
-            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in values.items()
-        }
-        self._counts = {name: count for name, (_, count) in values.items()}
+        self._sums, self._counts = {}, {}
+        for name, (total, count) in values.items():
+            self._sums[name] = torch.tensor(total, dtype=torch.float64, device=device)
+            self._counts[name] = count
 
 
 Item = TypeVar("Item")

@@ -27,7 +27,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         # torch's Muon takes matrices only
         flat_groups: list[dict[str, Any]] = []
         for group in matrices:
-            flat_groups.append(group | {"params": [_flat(weight) for weight in group["params"]]})
+            flat_groups.append(group | {"params": list(map(_flat, group["params"]))})
         self.muon = torch.optim.Muon(flat_groups, **muon_options)
         self.adamw = adamw
         super().__init__([{"params": group["params"]} for group in (*matrices, *adamw.param_groups)], {})
@@ -44,7 +44,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Update all weights."""
         # the flat views share the memory of the weights, but need their gradients, states and learning rates
         for muon_group, group in zip(self.muon.param_groups, self.param_groups, strict=False):
-            muon_group.update({name: value for name, value in group.items() if name != "params"})
+            # a schedule writes its rates into the groups of this optimizer, which torch's Muon does not read
+            for name, value in group.items():
+                if name != "params":
+                    muon_group[name] = value
             for flat, weight in zip(muon_group["params"], group["params"], strict=True):
                 flat.grad = None if weight.grad is None else weight.grad.flatten(1)
                 self.muon.state[flat] = self.state[weight]
@@ -91,8 +94,9 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     tables = embedding_weight_names(network)
     matrices: list[nn.Parameter] = []
     if config.optimizer == "muon":
-        hidden = [name for name, weight in trained.items() if name not in tables and is_hidden_matrix(name, weight)]
-        matrices = [trained.pop(name) for name in hidden]
+        for name, weight in list(trained.items()):
+            if name not in tables and is_hidden_matrix(name, weight):
+                matrices.append(trained.pop(name))
     adamw = _adamw(trained, tables, config)
     if not matrices:
         return adamw

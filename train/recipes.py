@@ -23,7 +23,9 @@ Point = tuple[float, float, float]
 """Share of a run's steps, and the lowest and the highest value expected there."""
 
 _SHARES = tuple(number / 10 for number in range(1, 11))
+# a curve without a width takes the last value of the final percent before a share
 _END_WIDTH = 0.01
+# shares of steps are no whole numbers; the step nearest to one counts
 _ROUNDING = 0.5
 _STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 """Student's t at 97.5% for 1 to 15 degrees of freedom; the last is also used beyond, a little too wide."""
@@ -173,7 +175,7 @@ def measured_curves() -> dict[str, tuple[ReferenceCurve, ...]]:
     text = (resources.files("vlm.train") / "baselines.toml").read_text(encoding="utf-8")
     curves: dict[str, tuple[ReferenceCurve, ...]] = {}
     for recipe, entries in tomllib.loads(text).items():
-        curves[recipe] = tuple(_measured_curve(entry) for entry in entries)
+        curves[recipe] = tuple(map(_measured_curve, entries))
     return curves
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 import psutil
 
@@ -70,9 +70,9 @@ def record_skipped_step(state: TrainState, skipped: SkippedStep) -> None:
     state.spike_guard.reject()
     state.skipped.append(asdict(skipped))
     # a run that skips for ever must not grow its checkpoints
-    step_entries = [number for number, entry in enumerate(state.skipped) if "to_step" not in entry]
-    if len(step_entries) > MAX_SKIPPED_STEPS_KEPT:
-        del state.skipped[step_entries[0]]
+    skipped_steps = state.skipped_steps
+    if len(skipped_steps) > MAX_SKIPPED_STEPS_KEPT:
+        state.skipped.remove(skipped_steps[0])
     logger.warning(f"step {skipped.step:,} is skipped: {skipped.reason} (first sample {skipped.first_key!r}).")
 
 
@@ -173,6 +173,7 @@ def _rollback_target(state: TrainState, folder: Path, remote_store: RemoteCheckp
     """The folder of the checkpoint to roll back to; damaged ones are left out, one that is only a copy is fetched."""
     local = {checkpoint_name(info.step): info for info in list_checkpoint_infos(folder)}
     remote = remote_store.infos() if remote_store else {}
+    # remote ones too, since an interrupted run that was resumed elsewhere must roll back to the same checkpoint
     candidates = remote | local
     earlier_targets = [entry["to_step"] for entry in state.skipped if "to_step" in entry]
     while candidates:
@@ -196,8 +197,7 @@ def _rollback_target(state: TrainState, folder: Path, remote_store: RemoteCheckp
 
 
 def _unrecoverable_message(state: TrainState, why: str) -> str:
-    skipped_steps: list[dict[str, Any]] = [entry for entry in state.skipped if "to_step" not in entry]
-    unstable_steps = skipped_steps[-state.spike_guard.in_a_row :]
+    unstable_steps = state.skipped_steps[-state.spike_guard.in_a_row :]
     details = "; ".join(
         f"step {entry['step']:,}: {entry['reason']}, from {entry['first_key']!r}" for entry in unstable_steps[:5]
     )

@@ -302,7 +302,7 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
         steps=state.step,
         samples=state.position,
         bad_samples=ledger.num_replaced,
-        skipped_steps=sum("to_step" not in entry for entry in state.skipped),
+        skipped_steps=len(state.skipped_steps),
         seconds=state.elapsed_seconds,
         metrics=last_values,
         ledger=ledger_table(session.corpus, ledger),

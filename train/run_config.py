@@ -405,11 +405,12 @@ def disallowed_changes(changed: Iterable[str], allow: Sequence[str], *, free: Co
     >>> disallowed_changes(["optimizer.beta1: 0.9 → 0.8", "seed: 0 → 1"], ["optimizer"])
     ['seed: 0 → 1']
     """
-    allowed = [entry.replace("-", "_") for entry in allow]
+    # with a dot at the end, a key is allowed exactly if it begins like an entry: "seed" does not allow "seeds"
+    allowed = tuple(f"{entry.replace('-', '_')}." for entry in allow)
     refused: list[str] = []
     for line in changed:
         key = line.partition(":")[0]
-        if key not in free and not any(key == entry or key.startswith(f"{entry}.") for entry in allowed):
+        if key not in free and not f"{key}.".startswith(allowed):
             refused.append(line)
     return refused
 
@@ -424,7 +425,8 @@ def check_allowed_keys(allow: Sequence[str], values: Mapping[str, Any]) -> None:
     known: dict[str, None] = {}
     for key in flatten_config(values):
         parts = key.split(".")
-        known |= dict.fromkeys(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        for depth in range(1, len(parts) + 1):
+            known[".".join(parts[:depth])] = None
     for entry in allow:
         lookup(known, entry.replace("-", "_"), "--allow")
 

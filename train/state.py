@@ -58,6 +58,11 @@ class TrainState:
         """The network being trained, without any wrapper for several processes."""
         return self.model.network
 
+    @property
+    def skipped_steps(self) -> list[dict[str, Any]]:
+        """The skipped steps among `skipped`, without the ranges that rollbacks passed over."""
+        return [entry for entry in self.skipped if "to_step" not in entry]
+
     def to_values(self) -> dict[str, Any]:
         """Everything but tensors and the ledger, which only all processes together know."""
         return {

@@ -14,6 +14,7 @@ however many micro-batches there are.
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from vlm.tensor_types import Tensor
 from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
 from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip_reason
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs
-from vlm.train.objectives.objective_registry import WeightedLossTerm
+from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.optim import clamp_logit_scale, learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, record_skipped_step
 from vlm.train.session import Session
@@ -168,7 +169,7 @@ def backward_with_gradient_caching(
     if batch_level:
         losses, gradients = _cache_output_gradients(micro_batches, batch_level, options)
 
-    sample_level_inputs = _input_names(sample_level)
+    sample_level_inputs = input_names(sample_level)
     first_row = 0
     for number in range(micro_batches.count):
         is_last = number == micro_batches.count - 1
@@ -193,34 +194,34 @@ def _backward_in_one_pass(
     options: LossOptions,
 ) -> LossDict:
     """The same where the whole batch fits: nothing has to be cached."""
-    inputs = micro_batches.inputs(0, _input_names(batch_level) | _input_names(sample_level))
+    inputs = micro_batches.inputs(0, input_names([*batch_level, *sample_level]))
     outputs = micro_batches.forward(inputs, None)
     # batch-level losses first in both paths, so that sums of floats have one order
     losses = _batch_level_losses(outputs, inputs, batch_level, options)
     losses |= _sample_level_losses(outputs, inputs, sample_level, normalisers, options)
     micro_batches.backward(torch.stack(list(losses.values())).sum())
-    return {name: loss.detach() for name, loss in losses.items()}
+    return _detached(losses)
 
 
 def _cache_output_gradients(
     micro_batches: MicroBatches, terms: Sequence[WeightedLossTerm], options: LossOptions
 ) -> tuple[LossDict, Outputs]:
     """First pass: the batch-level losses, and their gradients with respect to the outputs they read."""
-    input_names = _input_names(terms)
+    read_inputs = input_names(terms)
     output_names: dict[str, None] = {}
     for weighted in terms:
         output_names |= dict.fromkeys(weighted.term.outputs)
 
-    cached_outputs: dict[str, list[Tensor]] = {name: [] for name in output_names}
-    cached_inputs: dict[str, list[Tensor]] = {name: [] for name in input_names}
+    cached_outputs: dict[str, list[Tensor]] = defaultdict(list)
+    cached_inputs: dict[str, list[Tensor]] = defaultdict(list)
     # no graph is kept: that is what saves the memory
     with torch.no_grad():
         for number in range(micro_batches.count):
-            inputs = micro_batches.inputs(number, input_names)
+            inputs = micro_batches.inputs(number, read_inputs)
             outputs = micro_batches.forward(inputs, frozenset(output_names))
             for name in output_names:
                 cached_outputs[name].append(outputs[name])
-            for name in input_names & inputs.keys():
+            for name in read_inputs & inputs.keys():
                 cached_inputs[name].append(inputs[name])
 
     # the outputs of the whole batch become leaves, so that autograd stops at them
@@ -229,7 +230,7 @@ def _cache_output_gradients(
         # every micro-batch has the same shared outputs, since the weights do not change within a step
         whole = chunks[0] if name in SHARED_OUTPUTS else torch.cat(chunks)
         leaves[name] = whole.detach().requires_grad_()
-    whole_inputs = {name: torch.cat(chunks) for name, chunks in cached_inputs.items() if chunks}
+    whole_inputs = {name: torch.cat(chunks) for name, chunks in cached_inputs.items()}
 
     losses = _batch_level_losses(leaves, whole_inputs, terms, options)
     total = torch.stack(list(losses.values())).sum()
@@ -239,7 +240,12 @@ def _cache_output_gradients(
     for name, gradient in zip(leaves, leaf_gradients, strict=True):
         if gradient is not None:
             gradients[name] = gradient
-    return {name: loss.detach() for name, loss in losses.items()}, gradients
+    return _detached(losses), gradients
+
+
+def _detached(losses: LossDict) -> LossDict:
+    # whoever keeps a loss to log it would otherwise keep its graph, and the activations of the step with it
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def _surrogate_losses(outputs: Outputs, gradients: Outputs, *, first_row: int, with_shared: bool) -> list[Tensor]:
@@ -295,7 +301,3 @@ def _global_normalisers(
         # a batch without any unit (no caption with two sentences) has loss 0 instead of NaN
         normalisers[weighted.name] = count.clamp(min=1)
     return normalisers
-
-
-def _input_names(terms: Sequence[WeightedLossTerm]) -> frozenset[str]:
-    return frozenset(name for weighted in terms for name in weighted.term.inputs)

@@ -18,7 +18,7 @@ from vlm.models.network import Network
 from vlm.tensor_types import Float, Int64, Tensor, UInt8
 from vlm.train.averaging import EMA
 from vlm.train.objectives.loss_term import Inputs
-from vlm.train.objectives.objective_registry import WeightedLossTerm
+from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.run_config import TrainConfig
 from vlm.train.state import seed_step
 from vlm.train.task import TrainingTask
@@ -74,6 +74,7 @@ class MicroBatchInputs:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _rows(self, number: int) -> Int64[Tensor, " B"]:
+        # numbers in the run, so that noise drawn by them does not depend on micro-batches or processes
         first = self.first_sample + sum(len(batch.keys) for batch in self.batches[:number])
         return torch.arange(first, first + len(self.batches[number].keys))
 
@@ -106,6 +107,7 @@ class OnlineTeacher:
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], captions: Sequence[str]) -> Inputs:
         """Embeddings of images and captions, on the teacher's device."""
         model = self.model
+        # from the student's pixels, not the file: the teacher has to see the same crop
         resized = resize_images(images.to(model.device), model.view.size, model.view.interpolation)
         pixels = normalise(resized, model.view)
         tokens = torch.from_numpy(model.tokenizer.encode(list(captions))).to(model.device)
@@ -191,8 +193,7 @@ def needs_ema(config: TrainConfig, terms: Sequence[WeightedLossTerm]) -> bool:
     Raises:
         UsageError: a term learns from it, and it has no decay.
     """
-    is_read = any(_EMA_INPUTS & set(weighted.term.inputs) for weighted in terms)
-    if is_read and not config.optimizer.average_decay:
+    if _EMA_INPUTS & input_names(terms) and not config.optimizer.average_decay:
         raise UsageError(
             f"objective = {config.objective.objective!r} learns from the EMA of the weights; give its decay, "
             "e.g. --ema-decay 0.996."
@@ -208,7 +209,7 @@ def open_input_providers(
     Raises:
         UsageError: a teacher is named and no term learns from it, or there is no such model.
     """
-    read = {name for weighted in terms for name in weighted.term.inputs}
+    read = input_names(terms)
     providers: dict[str, InputProvider] = {}
     if config.objective.teacher:
         if not _TEACHER_INPUTS & read:
@@ -246,6 +247,5 @@ def check_loss_inputs(
     available = _ALWAYS_AVAILABLE | input_providers.keys() | set(config.loader.arrays)
     available |= {"sub_tokens"} if config.objective.sub_captions else set[str]()
     available |= {"local_pixels"} if config.objective.local_views else set[str]()
-    required = {name for weighted in terms for name in weighted.term.inputs} | task.inputs
-    for name in sorted(required - available):
+    for name in sorted((input_names(terms) | task.inputs) - available):
         raise UsageError(f"objective = {config.objective.objective!r} needs {name}: give {_HINTS.get(name, name)}.")

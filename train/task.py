@@ -44,8 +44,10 @@ class TrainingTask(nn.Module):
     @property
     def inputs(self) -> frozenset[str]:
         """Names of the inputs it reads in addition to pixels and tokens; `text_embedding` is read if it is given."""
-        embedded = {"text_embedding"} if takes_embeddings(self.network) else set[str]()
-        return frozenset(embedded.union(*(output_head.inputs for output_head in self._output_heads)))
+        names = {"text_embedding"} if takes_embeddings(self.network) else set[str]()
+        for output_head in self._output_heads:
+            names.update(output_head.inputs)
+        return frozenset(names)
 
     def forward(self, inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
         """All outputs the objective reads, or the named ones; without those whose inputs are missing."""
@@ -222,9 +224,12 @@ def select_output_heads(network: nn.Module, outputs: Sequence[str]) -> list[Outp
     """
     selected: list[OutputHead] = []
     for name in dict.fromkeys(outputs):
-        if name in SHARED_OUTPUTS or any(name in output_head.provides for output_head in selected):
+        # temperature and bias are the network's own: no head computes them
+        if name in SHARED_OUTPUTS:
             continue
         output_head = next(output_head for output_head in OUTPUT_HEADS if name in output_head.provides)
+        if output_head in selected:
+            continue
         if not output_head.is_supported(network):
             raise UsageError(f"The objective reads {name}: {output_head.hint}.")
         selected.append(output_head)
@@ -244,9 +249,12 @@ def build_task(model: VisionLanguageModel, terms: Sequence[WeightedLossTerm], op
     """
     # heads are drawn in the order of the terms, so the same objective and seed give the same heads
     heads: Heads = {}
+    output_names: dict[str, None] = {}
     for weighted in terms:
         heads |= weighted.term.heads(model, options) if weighted.term.heads else {}
-    outputs = list(dict.fromkeys(name for weighted in terms for name in weighted.term.outputs))
+        output_names |= dict.fromkeys(weighted.term.outputs)
+    outputs = list(output_names)
+    # SigLIP's bias, which open_clip's networks have only where their configuration sets init_logit_bias
     if "logit_bias" in outputs and getattr(model.network, "logit_bias", None) is None:
         model.network.register_parameter("logit_bias", nn.Parameter(torch.zeros((), device=model.device)))
     task = TrainingTask(model.network, heads, outputs, options, image_size=model.view.size).to(model.device)
@@ -349,6 +357,7 @@ def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs
     finally:
         for module, mode in modes.items():
             module.training = mode
+    # the graph alone tells: no backward pass, whose gradients would have to be cleared
     read = _graph_leaves(computed[name] for name in outputs)
     unused: list[str] = []
     for name, parameter in task.named_parameters():
@@ -360,6 +369,7 @@ def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs
 
 def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
     """The leaf tensors that the outputs were computed from."""
+    # with a list instead of recursion: graphs of deep networks exceed Python's stack
     leaves: set[Tensor] = set()
     visited: set[object] = set()
     pending: list[object] = [output.grad_fn or output for output in outputs]

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,13 @@ def views_to_values(geometry: ViewGeometry, *, number: int, seed: int) -> dict[s
 
 def _reinforcement_by_manifest(shards: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What the manifest next to each shard says of stored features, by its URL; empty if there is none."""
-    addresses = [
-        sibling_url(shard, MANIFEST) if is_remote(shard) else str(Path(local_path(shard)).parent / MANIFEST)
-        for shard in shards
-    ]
-    return {address: _read_manifest_reinforcement(address) for address in dict.fromkeys(addresses)}
+    by_address: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        address = sibling_url(shard, MANIFEST) if is_remote(shard) else str(Path(local_path(shard)).parent / MANIFEST)
+        # thousands of shards share one folder, whose manifest is read once
+        if address not in by_address:
+            by_address[address] = _read_manifest_reinforcement(address)
+    return by_address
 
 
 def _read_manifest_reinforcement(address: str) -> dict[str, Any]:
@@ -241,9 +244,10 @@ class CollateViews:
         )
 
     def _row(self, sample: Sample, buffer: UInt8[Array, " bytes"]) -> ViewedSample:
-        captions = tuple(text for texts in sample.captions.values() for text in texts)
+        captions = tuple(chain.from_iterable(sample.captions.values()))
         if not captions:
             raise BadSample("no caption", f"key {sample.key!r}")
+
         seeds = view_seeds(self.seed, sample.key, self.num_views)
         if self.views:
             self._render_views(EncodedImage(sample.image), seeds, buffer)

@@ -72,9 +72,14 @@ def steps_to_remove(
     """
     ordered = sorted(checkpoints, key=lambda info: info.step)
     newest = [info.step for info in ordered[-keep:]]
-    good = [info.step for info in ordered if info.is_good]
+    good: list[int] = []
     # a rollback goes to a good scheduled one, which no signal and no trouble may push out
-    rollback_targets = [info.step for info in ordered if info.is_good and info.is_scheduled]
+    rollback_targets: list[int] = []
+    for info in ordered:
+        if info.is_good:
+            good.append(info.step)
+            if info.is_scheduled:
+                rollback_targets.append(info.step)
     kept = {*newest, *good[-1:], *rollback_targets[-keep:], *in_use, best}
     return [info.step for info in ordered if info.step not in kept]
 
@@ -110,7 +115,10 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+        num_bytes = 0
+        for tensors in self.tensors.values():
+            num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        return num_bytes
 
 
 @dataclass

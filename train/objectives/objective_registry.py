@@ -1,6 +1,7 @@
 """The loss terms by name, and the expression that sums them."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlm.config import lookup
@@ -42,6 +43,14 @@ class WeightedLossTerm:
     name: str
     weight: float
     term: LossTerm
+
+
+def input_names(terms: Iterable[WeightedLossTerm]) -> frozenset[str]:
+    """Names of the inputs that any of the terms reads."""
+    names: set[str] = set()
+    for weighted in terms:
+        names.update(weighted.term.inputs)
+    return frozenset(names)
 
 
 def parse_objective(expression: str) -> tuple[WeightedLossTerm, ...]:

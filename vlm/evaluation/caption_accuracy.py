@@ -60,7 +60,9 @@ def measure_caption_truth(
             check = check_caption(caption, Scene(**item.metadata["scene"]))
             total += 1
             num_true += check.is_true
+            # a caption that is not of the grammar states no fact that could be wrong, but is not true either
             wrong.update(check.wrong or ([] if check.is_true else ["unreadable"]))
+            # eight of whatever comes, then room for eight mistakes, which are what a reader looks for
             if len(examples) < 8 or (not check.is_true and len(examples) < 16):
                 examples.append({"key": item.key, "caption": caption, "true": check.is_true, "reason": check.reason})
     if not total:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,8 +18,10 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.tensor_types import Array, Float, Float32, Int, Tensor, UInt8
 
+# the cut-offs of the literature, as in Karpathy and Fei-Fei 2015
 RECALL_AT = (1, 5, 10)
 IMAGES_AT_ONCE = 256
+# a block of scores of 512 queries and a million candidates takes 2 GB
 QUERIES_AT_ONCE = 512
 
 
@@ -92,11 +95,13 @@ def rank_candidates(
                 "retrain with a lower learning rate."
             )
         # the positives of all queries of the chunk, flat: row is the query, column the candidate
-        rows = np.repeat(np.arange(len(scores)), [len(of_query) for of_query in positives[chunk]])
-        columns = np.concatenate([np.asarray(of_query, dtype=np.int64) for of_query in positives[chunk]])
+        rows = np.repeat(np.arange(len(scores)), list(map(len, positives[chunk])))
+        columns = np.fromiter(chain.from_iterable(positives[chunk]), np.int64)
         positive_scores = scores[rows, columns]
+        # maximum.at, since rows repeat: best[rows] = … would keep the last positive of each query
         best = np.full(len(scores), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, rows, positive_scores)
+        # counted, not sorted: linear in the candidates, and ties stay visible
         above[chunk] = (scores > best[:, None]).sum(axis=1)
         tied_positives[chunk] = np.bincount(rows, positive_scores == best[rows], minlength=len(scores))
         tied_negatives[chunk] = (scores == best[:, None]).sum(axis=1) - tied_positives[chunk]
@@ -144,7 +149,8 @@ class Retrieval:
         """Flat names to values, as logged."""
         flat: dict[str, float] = {}
         for name, direction in (("text_to_image", self.text_to_image), ("image_to_text", self.image_to_text)):
-            flat |= {f"{name}_recall@{k}": value for k, value in direction.recall.items()}
+            for k, value in direction.recall.items():
+                flat[f"{name}_recall@{k}"] = value
             flat[f"{name}_median_rank"] = direction.median_rank
         return flat
 
@@ -177,10 +183,11 @@ def evaluate_retrieval(
         num_bad += len(batch.unread)
         if batch.decoded:
             images.append(model.embed_images(batch.images))
-            captions += [_select_captions(sample.captions, languages, captions_each) for sample in batch.decoded]
+            for sample in batch.decoded:
+                captions.append(_select_captions(sample.captions, languages, captions_each))
     if not images or not any(captions):
         raise UsageError(f"No image with a caption in {languages or 'any language'} can be used in {shards[0]} …")
-    texts = [text for of_image in captions for text in of_image]
+    texts = list(chain.from_iterable(captions))
     return measure_retrieval(torch.cat(images).numpy(), model.embed_texts(texts).numpy(), captions, num_bad=num_bad)
 
 
@@ -202,7 +209,7 @@ def measure_retrieval(
     has the same caption text, so that two images with equal captions are no error of the model. Images without
     captions are candidates but not queries.
     """
-    flat_captions = [text for of_image in captions for text in of_image]
+    flat_captions = list(chain.from_iterable(captions))
     images_by_text: dict[str, set[int]] = defaultdict(set)
     for image, of_image in enumerate(captions):
         for text in of_image:
@@ -217,7 +224,10 @@ def measure_retrieval(
     for image, of_image in enumerate(captions):
         if of_image:
             captioned_images.append(image)
-            positive_captions.append(sorted({caption for text in of_image for caption in captions_by_text[text]}))
+            own_captions: set[int] = set()
+            for text in of_image:
+                own_captions.update(captions_by_text[text])
+            positive_captions.append(sorted(own_captions))
     image_queries = images[np.asarray(captioned_images, dtype=np.int64)]
     return Retrieval(
         text_to_image=_direction(rank_candidates(texts, images, positive_images)),

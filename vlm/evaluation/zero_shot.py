@@ -48,6 +48,7 @@ def read_labelled(
             if batch.decoded:
                 yield batch.images.numpy(), [label_of(item.metadata, label, item.key) for item in batch.decoded]
         return
+    # shard by shard, since keys are unique within one shard only
     for shard in expand_shards(url):
         contents = read_members(shard, CLS_LABEL)
         for batch in iter_sample_batches([shard], view, workers=workers):
@@ -216,7 +217,10 @@ def class_embeddings(
         if "{}" not in template:
             raise UsageError(f"The template {template!r} has no {{}} for the class name.")
     # other braces in a template are text
-    sentences = [template.replace("{}", name) for name in names for template in templates]
+    sentences: list[str] = []
+    for name in names:
+        sentences += [template.replace("{}", name) for template in templates]
+    # the mean of unit vectors instead of the vector of one prompt: +3.5 points on ImageNet (CLIP §3.1.4)
     vectors = model.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(vectors, dim=-1).numpy()
 
@@ -250,6 +254,7 @@ def measure_zero_shot(
         unknown = set(labels) - set(class_index)
         if unknown:
             raise UsageError(f"{len(unknown)} classes of the images are not among the names: {sorted(unknown)[:5]}")
+        # one positive a query: an image's rank is that of its class
         truth = [class_index[label] for label in labels]
         ranks = rank_candidates(images, classifier, [[number] for number in truth])
         top1.append(ranks.hits(1))
@@ -276,23 +281,25 @@ def evaluate_zero_shot(
 
     Raises: as of `read_labelled`, `class_embeddings` and `measure_zero_shot`.
     """
+    # vectors of all images are kept: without names, the classes are known only once all labels have been read
     batches: list[tuple[np.ndarray, list[str]]] = []
     if label == CLS_LABEL and not names:
         names = class_list_beside(url)
     for images, labels in read_labelled(url, label, model.view, class_list=names, workers=workers):
         batches.append((model.embed_images(torch.from_numpy(images)).numpy(), labels))
-    names = list(dict.fromkeys(names)) or sorted({name for _, labels in batches for name in labels})
+    # sorted, so that the number of a class does not depend on the order of the images
+    names = list(dict.fromkeys(names)) or sorted(set[str]().union(*(labels for _, labels in batches)))
     return measure_zero_shot(batches, class_embeddings(model, names, templates), names)
 
 
 def _summary(top1: np.ndarray, top5: np.ndarray, truths: np.ndarray, names: Sequence[str]) -> ZeroShot:
     totals = np.bincount(truths, minlength=len(names))
     right = np.bincount(truths, weights=top1, minlength=len(names))
-    classes = tuple(
-        ClassScore(name=name, num_images=int(total), accuracy=float(hits / total))
-        for name, total, hits in zip(names, totals, right, strict=True)
-        if total
-    )
+    classes: list[ClassScore] = []
+    for name, total, hits in zip(names, totals, right, strict=True):
+        # a class without images has no accuracy, and none may enter the mean per class
+        if total:
+            classes.append(ClassScore(name=name, num_images=int(total), accuracy=float(hits / total)))
     return ZeroShot(
         top1=float(top1.mean()),
         top5=float(top5.mean()),
@@ -300,5 +307,5 @@ def _summary(top1: np.ndarray, top5: np.ndarray, truths: np.ndarray, names: Sequ
         majority=float(totals.max() / len(truths)),
         num_images=len(truths),
         num_classes=len(names),
-        classes=classes,
+        classes=tuple(classes),
     )

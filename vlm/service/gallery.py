@@ -72,18 +72,25 @@ def _section(result: SearchResult) -> dict[str, Any]:
 
 
 def _terms(query: Query) -> list[_Term]:
-    names: list[tuple[str, bytes | None]] = [(f"“{text}”", None) for text in query.texts]
+    # in the order of `Query.signed_weights`
+    names: list[tuple[str, bytes | None]] = []
+    for text in query.texts:
+        names.append((f"“{text}”", None))
     for image in query.images:
         encoded = image if isinstance(image, bytes) else image.read_bytes()
         name = "the query image" if isinstance(image, bytes) else image.name
         names.append((name, thumbnail(encoded, pixels=_QUERY_PIXELS)))
-    names += [(uid, None) for uid in query.items]
-    names += [(vector.name if isinstance(vector, Path) else "a vector", None) for vector in query.vectors]
-    names += [(f"“{text}”", None) for text in query.minus]
-    return [
-        _Term(name=name, image=image, weight=weight)
-        for (name, image), weight in zip(names, query.signed_weights(), strict=True)
-    ]
+    for uid in query.items:
+        names.append((uid, None))
+    for vector in query.vectors:
+        names.append((vector.name if isinstance(vector, Path) else "a vector", None))
+    for text in query.minus:
+        names.append((f"“{text}”", None))
+
+    terms: list[_Term] = []
+    for (name, image), weight in zip(names, query.signed_weights(), strict=True):
+        terms.append(_Term(name=name, image=image, weight=weight))
+    return terms
 
 
 def _options(query: Query) -> list[str]:
@@ -109,6 +116,7 @@ def _durations(result: SearchResult) -> list[str]:
 
 
 def _tile(hit: RankedHit, best: float) -> _Tile:
+    # cosines may be negative, bars may not
     share = max(hit.score, 0.0) / best if best > 0 else 0.0
     try:
         image = thumbnail(read_image_bytes(hit.entry), pixels=THUMBNAIL_PIXELS)

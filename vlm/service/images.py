@@ -20,7 +20,7 @@ def read_image_bytes(entry: Entry) -> bytes:
     if not entry.image_size:
         raise VlmError("The row was imported and has no image in a shard")
     try:
-        # the byte range is that of the plain tar
+        # the byte range is that of the plain tar, so a compressed one has to be unpacked once
         address = str(default_cache().local_path(entry.shard)) if is_compressed(entry.shard) else entry.shard
         system, path = fsspec.core.url_to_fs(address)
         data: bytes = system.cat_file(path, start=entry.image_offset, end=entry.image_offset + entry.image_size)

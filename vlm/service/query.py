@@ -86,20 +86,21 @@ class Query:
         num_plus = num_terms - len(self.minus)
         if not num_plus:
             raise UsageError("A query needs a text, image, item or vector to search for; minus alone is not enough.")
-        if any(not text.strip() for text in (*self.texts, *self.minus)):
+        if not all(map(str.strip, (*self.texts, *self.minus))):
             raise UsageError("A text of the query is empty.")
         weights = self.weights or (1.0,) * num_terms
-        is_usable = [np.isfinite(weight) and weight != 0 for weight in weights]
-        if len(weights) != num_terms or not all(is_usable):
+        magnitudes = np.abs(np.asarray(weights, np.float64))
+        if len(weights) != num_terms or not (np.isfinite(magnitudes) & (magnitudes > 0)).all():
             raise UsageError(f"{num_terms} terms need as many weights that are not 0, given: {list(weights)}.")
-        if not all(MIN_WEIGHT <= abs(weight) <= MAX_WEIGHT for weight in weights):
+        if magnitudes.min() < MIN_WEIGHT or magnitudes.max() > MAX_WEIGHT:
             raise UsageError(
                 f"Weights {list(weights)}: without its sign each must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}; only "
                 "their ratios count."
             )
         plus_weights = list(weights[:num_plus])
         minus_weights = list(weights[num_plus:])
-        if any(weight < 0 for weight in minus_weights) or all(weight < 0 for weight in plus_weights):
+        # what is farthest from a text is arbitrary: at least one term must say what to look for
+        if min(minus_weights, default=1.0) < 0 or max(plus_weights) < 0:
             raise UsageError(
                 f"Weights {list(weights)}: those of minus terms must be above 0, and so must one of the others."
             )
@@ -135,27 +136,31 @@ class Query:
         images = ["an image" if isinstance(image, bytes) else image.name for image in self.images]
         vectors = [vector.name if isinstance(vector, Path) else "a vector" for vector in self.vectors]
         names = [*self.texts, *images, *self.items, *vectors, *self.minus]
-        terms = list(zip(names, self.signed_weights(), strict=True))
-        plus = " + ".join(name for name, weight in terms if weight > 0)
-        return plus + "".join(f" − {name}" for name, weight in terms if weight < 0)
+        plus: list[str] = []
+        minus: list[str] = []
+        for name, weight in zip(names, self.signed_weights(), strict=True):
+            (plus if weight > 0 else minus).append(name)
+        return " − ".join([" + ".join(plus), *minus])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; images given as bytes and vectors given as numbers are shown by their sizes."""
         images = [f"({len(image):,} bytes)" if isinstance(image, bytes) else str(image) for image in self.images]
         vectors = [str(vector) if isinstance(vector, Path) else f"({len(vector):,} numbers)" for vector in self.vectors]
-        options = ("top", "where", "at_least", "words", "duplicates", "diversity", "rerank_top", "after")
-        return {
+        values = {
             "texts": list(self.texts),
             "images": images,
             "items": list(self.items),
             "vectors": vectors,
             "minus": list(self.minus),
             "weights": self.signed_weights(),
-            **{name: getattr(self, name) for name in options},
         }
+        for name in ("top", "where", "at_least", "words", "duplicates", "diversity", "rerank_top", "after"):
+            values[name] = getattr(self, name)
+        return values
 
     def _check_unicode(self) -> None:
         for text in (*self.texts, *self.minus):
+            # from a command line in another encoding; tokenizers and SQLite would fail without naming the text
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -173,6 +178,8 @@ class Query:
             raise UsageError("Reranking orders by likelihood, diversity by dissimilarity: use one of them.")
 
 
+# big-endian without padding, so that a cursor is the same on every machine; the score has all bits of a float32
+# cosine, since the next page compares it for equality
 _CURSOR = struct.Struct(">IIIIfq")
 
 
@@ -248,6 +255,7 @@ def read_vectors(path: Path) -> Float64[Array, "N D"]:
         UsageError: it cannot be read or holds something else.
     """
     try:
+        # a pickle could run code of whoever sent the file
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"{path} cannot be read as .npy: {error}.") from error
@@ -311,6 +319,8 @@ def _parse_query(line: str, defaults: Query) -> Query:
 
 
 def _is_number(value: Any) -> bool:
+    # bool is a subclass of int; JSON has whole numbers too large for a float, and Python reads NaN and Infinity, which
+    # no comparison with a finite number lets through
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -39,6 +39,7 @@ _TIE = 1e-6
 _DEEPER = 4
 
 _IMAGES_AT_ONCE = 64
+# reading waits for disk or network, and decoding releases Python's lock, so threads suffice
 _READERS = 8
 
 
@@ -68,6 +69,7 @@ def duplicate_leaders(vectors: Float32[Array, "N D"], threshold: float, *, max_l
     `max_leaders` are found; -1 for vectors that none of these leads.
     """
     leaders = np.full(len(vectors), -1, np.int64)
+    # greedy: one product of a leader with those left over for each result, never all pairs of vectors
     for _ in range(max_leaders):
         without_leader = np.flatnonzero(leaders < 0)
         if not len(without_leader):
@@ -163,6 +165,7 @@ class Reranker:
         weights = query.signed_weights()
         first_minus = len(weights) - len(query.minus)
         text_weights = [*weights[: len(query.texts)], *weights[first_minus:]]
+        # magnitudes sum to 1, so that a likelihood stays one in nats per token whatever the scale of the weights
         self._weights = torch.tensor(text_weights) / sum(map(abs, text_weights))
 
     def order(self, rows: Int64[Array, " N"]) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
@@ -175,6 +178,7 @@ class Reranker:
         likelihoods = self._likelihoods(self.catalogue.entries(rows.tolist()))
         is_read = ~np.isnan(likelihoods)
         readable = np.flatnonzero(is_read)
+        # readable rows are sorted among their own positions; stable, so that equal likelihoods keep their order
         positions = np.arange(len(rows))
         positions[is_read] = readable[np.argsort(-likelihoods[readable], kind="stable")]
         self.milliseconds += (time.perf_counter() - started) * 1000
@@ -185,8 +189,12 @@ class Reranker:
         with ThreadPoolExecutor(_READERS) as readers:
             for first in range(0, len(entries), _IMAGES_AT_ONCE):
                 views = list(readers.map(self._read_view, entries[first : first + _IMAGES_AT_ONCE]))
-                positions = [first + offset for offset, view in enumerate(views) if view is not None]
-                pixels = [view for view in views if view is not None]
+                positions: list[int] = []
+                pixels: list[UInt8[Array, "3 H W"]] = []
+                for position, view in enumerate(views, first):
+                    if view is not None:
+                        positions.append(position)
+                        pixels.append(view)
                 if pixels:
                     images = torch.from_numpy(np.stack(pixels))
                     of_texts = self.captioner.text_log_likelihoods(images, self._texts)
@@ -225,6 +233,7 @@ class Ranking:
 
     def behind(self, after: Cursor) -> "Ranking":
         """Those that rank after the cursor."""
+        # equality is exact, since `Ranker._cosines` gives a row the same float32 in every search
         last = np.float32(after.score)
         is_behind = (self.cosines < last) | ((self.cosines == last) & (self.rows > after.row))
         return self.take(np.flatnonzero(is_behind))
@@ -274,10 +283,12 @@ class Ranker:
         num_seen = after.seen if after else 0
         first_top = after.first if after else self.query.top
         if after and after.generation != self.snapshot.number:
+            # rows may have come and gone: what was seen is skipped by score, not by number
             results = self._nearest_behind(after)
         else:
             results = self._ordered(num_seen, first_top)
         page = results.take(np.arange(min(len(results), self.query.top)))
+        # by cosine, then row: the cursor names the last row of the page, and `Ranking.behind` continues behind it
         if self.query.is_plain:
             page = page.take(np.lexsort((page.rows, -page.cosines)))
         if len(page) == len(results):
@@ -352,6 +363,7 @@ class Ranker:
         threshold = self.query.duplicates
         if threshold is None:
             return self._ranked(depth, first_top)[0]
+        # leaders depend only on better rows, so those found before stay the same when the search goes deeper
         num_ranked = max(depth, self.num_candidates)
         while True:
             ranked, is_all = self._ranked(num_ranked, first_top)
@@ -370,6 +382,8 @@ class Ranker:
         """
         ranked = self._fused() if self.query.words else Ranking.empty()
         is_all = False
+        # from the first page's size on any page, so that each page goes through the same depths as those before it;
+        # a few more, since rows that tie with the last one are cut off
         search_depth = max(first_top, self.query.rerank_top) + 3
         while len(ranked) < depth and not is_all:
             found, is_all = self._nearest_without_ties(search_depth)
@@ -405,6 +419,7 @@ class Ranker:
         words = sanitize_text(self.query.words)
         num_requested = depth
         while True:
+            # full-text search knows no filter: it is applied to ever more of its results
             entries = self.snapshot.catalogue.search_text(words, num_requested)
             rows = np.array([entry.row for entry in entries], np.int64)
             if self.allowed_rows is not None:

@@ -73,9 +73,12 @@ class SearchResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: what `vlm search --json` prints."""
+        hits: list[dict[str, Any]] = []
+        for rank, hit in enumerate(self.hits, 1):
+            hits.append({"rank": rank} | hit.to_json())
         plain = {
             "question": self.query.to_json(),
-            "hits": [{"rank": rank} | hit.to_json() for rank, hit in enumerate(self.hits, 1)],
+            "hits": hits,
             "next": self.next,
             "generation": self.generation,
             "embed_milliseconds": round(self.embed_milliseconds, 3),
@@ -90,6 +93,7 @@ class SearchResult:
 
 def load_encoder(spec: str) -> Encoder:
     """The model a manifest names."""
+    # here, since a search by stored items or vectors needs no model, and loading open_clip takes seconds
     from vlm.models.load import load_model
 
     return cast(Encoder, load_model(spec))
@@ -184,6 +188,7 @@ class SearchService:
         named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
         allowed_rows = _resolve_filters(named_queries, snapshot)
         captioner = self.captioner if any(query.rerank_top for query in queries) else None
+        # loading the captioner is no part of the time that embedding takes
         started = time.perf_counter()
         query_vectors = self._embed(named_queries, snapshot)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(queries))
@@ -203,10 +208,13 @@ class SearchService:
 
     def _embed(self, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot) -> list[Float32[Array, " D"]]:
         """The unit vector of each query; queries of items and vectors alone need no model."""
-        all_texts = [text for _, query in named_queries for text in (*query.texts, *query.minus)]
-        has_images = any(query.images for _, query in named_queries)
+        all_texts: list[str] = []
+        has_images = False
+        for _, query in named_queries:
+            all_texts += [*query.texts, *query.minus]
+            has_images = has_images or bool(query.images)
         model = self.model if all_texts or has_images else None
-        # of each query in turn the plus texts, then the minus texts
+        # one batch for all queries, taken apart below: of each in turn the plus texts, then the minus texts
         text_vectors = iter(model.embed_texts(all_texts).numpy() if model and all_texts else ())
         query_vectors: list[Float32[Array, " D"]] = []
         for name, query in named_queries:
@@ -265,6 +273,7 @@ def _resolve_filters(
     for name, query in named_queries:
         with _prefixing_errors(name):
             query.check()
+            # queries of one file mostly share their filter, which may scan every row of the catalogue
             if query.where not in allowed_rows:
                 allowed_rows[query.where] = rows_matching(snapshot, query.where)
     return allowed_rows
@@ -314,6 +323,7 @@ def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -
     """
     total = weights @ terms
     length = float(np.linalg.norm(total))
+    # "not greater" instead of "less or equal", so that NaN is refused as well
     if not length > _MIN_SUM_LENGTH * float(np.abs(weights).sum()):
         raise UsageError("The terms of the query cancel out; change the minus terms or the weights.")
     return total / np.float32(length)
@@ -321,6 +331,7 @@ def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -
 
 def _ranked_hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit, ...]:
     none = [None] * len(ranking)
+    # plain Python numbers and None: JSON has neither NumPy's types nor NaN
     columns = zip(
         entries,
         ranking.cosines.tolist(),
