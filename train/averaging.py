@@ -76,6 +76,7 @@ class EMA:
         Raises:
             VlmError: the mean is that of another network.
         """
+        # cloned, since the tensors of a state_dict share the memory of the network
         own = {name: value.clone() for name, value in self._weights_of(network).items()}
         try:
             _copy(self.weights, into=network)
@@ -318,6 +319,7 @@ def greedy_soup(names: Sequence[str], *, open_model: ModelLoader, measure: Measu
     tried: list[tuple[str, float, float]] = []
     included: set[str] = set()
     for metric, name in metrics_alone:
+        # opened a second time, since all models together may not fit into memory
         candidate = mean.plus(open_model(name).network.state_dict())
         # the first candidate is the best model itself, which has been measured
         metric_with = measure(builder.fill(candidate)) if included else metric

@@ -81,6 +81,7 @@ def _count_with_fallback(meta_network: nn.Module, network: nn.Module, inputs: di
     """Counted on the copy without data, or else on a copy with it."""
     try:
         return _count(meta_network, inputs, _META)
+    # operations without a kernel for meta tensors, or whose shapes depend on values
     except (RuntimeError, NotImplementedError):
         device = next(network.parameters()).device
         return _count(_copy(network, device), inputs, device)

@@ -147,6 +147,7 @@ def _row(name: str, samples: int, filtered: int, count: ShardCount, reasons: lis
     return [name, samples, filtered, *numbers, *(count.corrupt[reason] for reason in reasons)]
 
 
+# FLOPs are linear in the rows, so a few stand for a whole batch
 _ROWS = 2
 
 

@@ -73,9 +73,13 @@ def spike_threshold(losses: Sequence[float], factor: float) -> tuple[float, str]
 
 def copy_running_stats(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The buffers that a forward pass changes (of batch normalisation), each with a copy of its values now."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
-    # layers in evaluation mode (frozen ones) do not change
-    return [(buffer, buffer.clone()) for layer in layers if layer.training for buffer in layer.buffers()]
+    statistics: list[tuple[Tensor, Tensor]] = []
+    for layer in module.modules():
+        # layers in evaluation mode (frozen ones) do not change
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training:
+            for buffer in layer.buffers():
+                statistics.append((buffer, buffer.clone()))
+    return statistics
 
 
 @torch.no_grad()

@@ -188,6 +188,7 @@ def _draw_line(axes: "Axes", points: list[tuple[int, float]], *, label: str, col
 def _draw_reference(axes: "Axes", reference: ReferenceCurve, *, steps: int) -> None:
     shares, low, high = zip(*reference.points, strict=True)
     positions = [share * steps for share in shares]
+    # a published figure is one point at the end of a run, where a band would have no width
     if len(positions) == 1:
         middle = (low[0] + high[0]) / 2
         half = (high[0] - low[0]) / 2

@@ -197,8 +197,13 @@ def matching_recipe(configuration: Mapping[str, Any]) -> str:
     saved = flatten_config(configuration)
     for name, (_, preset) in PRESETS.items():
         # a run saved by an earlier version lacks the keys that are new since
-        settings = {key: value for key, value in flatten_config(asdict(preset)).items() if key in saved}
-        differing = config_differences([settings, {key: saved[key] for key in settings}])
+        settings: dict[str, Any] = {}
+        saved_settings: dict[str, Any] = {}
+        for key, value in flatten_config(asdict(preset)).items():
+            if key in saved:
+                settings[key] = value
+                saved_settings[key] = saved[key]
+        differing = config_differences([settings, saved_settings])
         ignored = _USER_SPECIFIC_KEYS | FREE_ON_RESUME
         if "model.architecture" in settings and not differing.keys() - ignored:
             return name

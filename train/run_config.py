@@ -295,6 +295,7 @@ class TrainConfig:
         for name, value in (("--data", self.data), ("--run", self.run)):
             if not value:
                 raise UsageError(f"{name} is needed.")
+        # written as "not inside", since NaN is neither below nor above a limit
         for name, value, least in _minimum_values(self):
             if not least <= value < math.inf:
                 raise UsageError(f"{name} = {value} is outside its range; give at least {least}.")
@@ -319,6 +320,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
     loader, safety, objective = config.loader, config.safety, config.objective
     return (
         ("seed", config.seed, 0),
+        # a pair alone has no negatives
         ("batch_size", config.batch_size, 2),
         ("micro_batch", config.micro_batch, 0),
         ("log_every", config.log_every, 1),

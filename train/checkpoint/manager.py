@@ -82,9 +82,9 @@ def any_across_processes(flags: Sequence[bool], device: torch.device) -> list[bo
     if not dist.is_initialized():
         return list(flags)
     # as integers: not every backend reduces booleans
-    votes = torch.tensor([int(flag) for flag in flags], device=device)
+    votes = torch.tensor(list(map(int, flags)), device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+    return list(map(bool, votes.tolist()))
 
 
 class CheckpointWriter:

@@ -77,6 +77,7 @@ class RemoteCheckpointStore:
             # an earlier, damaged copy must not complete this one's files
             _remove_folder(system, target)
             files = [file for file in checkpoint.iterdir() if file.is_file()]
+            # the state last: a copy cut short lacks it, and does not count as a checkpoint
             files.sort(key=lambda file: (file.name == STATE, file.name))
             for file in files:
                 system.put_file(str(file), f"{target}/{file.name}")
@@ -95,7 +96,7 @@ class RemoteCheckpointStore:
         """Remove what is not kept, by the same rule as in the run's own folder, and what a kill left half-copied."""
         infos = self.infos()
         surplus_steps = steps_to_remove(list(infos.values()), keep=keep, best=best, in_use=(in_use,))
-        surplus = {checkpoint_name(step) for step in surplus_steps}
+        surplus = set(map(checkpoint_name, surplus_steps))
         partial_uploads = self._files().keys() - infos.keys() - {checkpoint_name(in_use)}
         for name in sorted(surplus | partial_uploads):
             self.remove(name)

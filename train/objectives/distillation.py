@@ -27,6 +27,7 @@ def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     teacher_scale = options.config.teacher_scale
 
     def direction(rows: Tensor, others: Tensor, teacher_rows: Tensor, teacher_others: Tensor) -> Tensor:
+        # outside the blocks, which the backward pass computes again: a collective runs once, on all processes alike
         columns = gather_with_gradient(others)
         teacher_columns = gather_detached(teacher_others)
 

@@ -92,6 +92,7 @@ def sparse_weights(similarity: Float[Tensor, "B S P"]) -> Float[Tensor, "B S P"]
     are_equal = highest == lowest
     stretched = (similarity - lowest) / (highest - lowest).masked_fill(are_equal, 1)
     stretched = stretched.masked_fill(are_equal, 1)
+    # SPARC's threshold: 1/P is the weight of each patch if all were alike
     sparse = stretched * (stretched >= 1 / similarity.shape[-1])
     return sparse / sparse.sum(dim=-1, keepdim=True)
 

@@ -47,6 +47,7 @@ LossFunction = Callable[[Outputs, Inputs, LossOptions], Tensor]
 
 def one_per_sample(inputs: Inputs, options: LossOptions) -> Tensor:
     """One unit per sample."""
+    # any input will do; on its device, since NCCL sums counts over processes there only
     first = next(iter(inputs.values()))
     return torch.tensor(float(len(first)), device=first.device)
 

@@ -50,6 +50,7 @@ def measure_caption_truth(
     wrong: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
     for batch in iter_sample_batches(shards, model.view, workers=workers):
+        # whole batches are captioned, so up to one batch more than the limit
         if total >= limit or not batch.decoded:
             break
         for item, caption in zip(batch.decoded, model.caption_images(batch.images, prompt), strict=True):

@@ -209,6 +209,7 @@ def measure_retrieval(
     has the same caption text, so that two images with equal captions are no error of the model. Images without
     captions are candidates but not queries.
     """
+    # by text, not by number: an equal caption of another image is a match, too
     flat_captions = list(chain.from_iterable(captions))
     images_by_text: dict[str, set[int]] = defaultdict(set)
     for image, of_image in enumerate(captions):

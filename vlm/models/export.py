@@ -17,6 +17,7 @@ from vlm.tensor_types import Tensor
 
 TOLERANCE = 1e-5
 
+# capitals, umlauts, and an empty text: what tokenizers treat differently
 _TEXTS = ("a small red circle", "two large blue stars on a white background", "Ein Hund läuft über die Wiese.", "")
 _SIZES = ((57, 41), (32, 32), (90, 200))
 
@@ -48,6 +49,7 @@ def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:
         network, preprocess = _load_with_open_clip(folder, model.name)
         # both modalities, since either tower or the preprocessing may differ
         difference = max(_image_difference(model, network, preprocess), _text_difference(model, network))
+        # "not at most" instead of "greater", so that NaN is refused as well
         if not difference <= TOLERANCE:
             raise VlmError(
                 f"open_clip's embeddings differ from those of {model.name}: an entry of a unit vector by "
@@ -78,9 +80,14 @@ def _load_with_open_clip(folder: Path, name: str) -> tuple[Any, Any]:
 def _image_difference(model: VisionLanguageModel, network: Any, preprocess: Any) -> float:
     rng = np.random.default_rng(0)
     # of several sizes and shapes, so that the preprocessing is compared as well
-    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _SIZES]
-    ours = model.embed_images(torch.from_numpy(np.stack([model.view(_png(image)) for image in images])))
-    theirs = network.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+    our_pixels: list[np.ndarray] = []
+    their_pixels: list[Tensor] = []
+    for size in _SIZES:
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        our_pixels.append(model.view(_png(image)))
+        their_pixels.append(preprocess(image))
+    ours = model.embed_images(torch.from_numpy(np.stack(our_pixels)))
+    theirs = network.encode_image(torch.stack(their_pixels), normalize=True)
     return _max_difference(ours, theirs)
 
 

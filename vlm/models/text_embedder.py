@@ -44,6 +44,7 @@ class LanguageModelEmbedder:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T E"]:
         """A row for each text, not normalised, on the CPU."""
+        # starts empty, so that no texts give a matrix of no rows
         rows = [torch.zeros(0, self.embedding_size)]
         for first in range(0, len(texts), _TEXT_BATCH_SIZE):
             tokens = torch.from_numpy(self._tokenizer.encode(list(texts[first : first + _TEXT_BATCH_SIZE])))

@@ -10,6 +10,7 @@ from vlm.errors import VlmError
 from vlm.models.model import VisionLanguageModel, autocast_to, normalise
 from vlm.tensor_types import Int64, Tensor, UInt8
 
+# the first calls choose kernels and allocate memory
 _WARM_UP = 2
 
 

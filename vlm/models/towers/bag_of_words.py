@@ -50,9 +50,13 @@ class NgramTower(BagOfWordsTower):
     def entries(self, tokens: Int64[Tensor, "B L"]) -> tuple[Int64[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """The hashes of all n-grams, those of each order after the other."""
         mask = text_mask(tokens, self.pad_id)
-        orders = [order for order in self.orders if order <= tokens.shape[1]]
-        hashed = [hash_ngrams(tokens, order, self.table.num_embeddings) for order in orders]
-        counted = [mask.unfold(1, order, 1).all(dim=2) for order in orders]
+        hashed: list[Tensor] = []
+        counted: list[Tensor] = []
+        for order in self.orders:
+            # rows cut to the longest caption of a batch may be shorter than an n-gram
+            if order <= tokens.shape[1]:
+                hashed.append(hash_ngrams(tokens, order, self.table.num_embeddings))
+                counted.append(mask.unfold(1, order, 1).all(dim=2))
         return torch.cat(hashed, dim=1), torch.cat(counted, dim=1)
 
 

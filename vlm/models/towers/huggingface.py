@@ -95,6 +95,7 @@ def _values(config: Any) -> dict[str, Any]:
     return json.loads(config.to_json_string())
 
 
+# of models whose configuration names no size, such as CvT
 _SIZE = 224
 
 
@@ -161,6 +162,7 @@ def fresh_builder(hf_config: Any, tower: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         try:
             return AutoModel.from_config(hf_config, add_pooling_layer=False, dtype=torch.float32)
+        # not every class of models has the argument
         except TypeError:
             return AutoModel.from_config(hf_config, dtype=torch.float32)
         except ImportError as error:
@@ -198,6 +200,7 @@ def set_checkpointing(trunk: Any, enable: bool) -> None:
     """
     try:
         if enable:
+            # the reentrant kind gives no gradients where no input needs one, and pixels and tokens do not
             trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             trunk.gradient_checkpointing_disable()
@@ -223,6 +226,7 @@ def _features(trunk: Any, pixels: Tensor) -> Features:
 def _mean(trunk: Any, pixels: Tensor) -> Tensor:
     states = _features(trunk, pixels)
     assert isinstance(states, Tensor)
+    # [B, C, H, W], unless the last dimension is that of the channels
     is_map = states.ndim == 4 and states.shape[3] != getattr(trunk.config, "hidden_size", None)
     return states.mean(dim=(2, 3)) if is_map else states.flatten(1, -2).mean(dim=1)
 

@@ -70,7 +70,11 @@ def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTowe
 
     # checks the name before anything is built
     own_size = timm_image_size(name)
-    arguments: dict[str, Any] = {_ARGUMENTS[key]: getattr(config, key) for key in _ARGUMENTS if getattr(config, key)}
+    arguments: dict[str, Any] = {}
+    for key, argument in _ARGUMENTS.items():
+        # left out where it is 0, since many trunks do not take the argument at all
+        if getattr(config, key):
+            arguments[argument] = getattr(config, key)
     # trunks without fixed positions take any size and no img_size argument
     if config.image_size != own_size and has_fixed_input_size(name):
         arguments["img_size"] = config.image_size
@@ -165,7 +169,7 @@ def parse_vit_size(name: str) -> tuple[int, int, int]:
     match = _VIT.fullmatch(name)
     if not match:
         raise UsageError(f"vit:{name} is not a size; write vit:WIDTHxDEPTH/PATCH, e.g. vit:192x12/16.")
-    width, depth, patch = (int(number) for number in match.groups())
+    width, depth, patch = map(int, match.groups())
     return width, depth, patch
 
 

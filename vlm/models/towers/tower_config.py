@@ -44,6 +44,7 @@ def suggest_names(name: str, known: list[str]) -> str:
 
 
 def _value(word: str) -> Any:
+    # numbers, lists and dicts; unlike eval it runs no code
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError):
@@ -187,11 +188,12 @@ def read_text_config(values: dict[str, Any]) -> TextTowerConfig:
 def config_to_values(config: ImageTowerConfig | TextTowerConfig) -> dict[str, Any]:
     """The configuration as values for JSON: the tower, and what is not the default."""
     defaults = {each.name: each.default for each in fields(config)}
-    values = {
-        name: _tuples_to_lists(value)
-        for name, value in asdict(config).items()
-        if value != defaults[name] and (value or not isinstance(value, dict))
-    }
+    values: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        # dicts have a default factory, so `defaults` does not know that they are empty by default
+        is_empty_dict = isinstance(value, dict) and not value
+        if value != defaults[name] and not is_empty_dict:
+            values[name] = _tuples_to_lists(value)
     return values | ({"image_size": config.image_size} if isinstance(config, ImageTowerConfig) else {})
 
 

@@ -135,8 +135,9 @@ def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
 def _open_clip_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
     from open_clip.model import CustomTextCLIP
 
-    values = {key: value for key, value in config.items() if key != "custom_text"}
+    values = _without(config, "custom_text")
     try:
+        # on meta a network has shapes only, and costs neither memory nor time
         with torch.device("meta"):
             meta_network = CustomTextCLIP(**values, output_dict=True)
     except (TypeError, RuntimeError, AssertionError):
@@ -147,7 +148,12 @@ def _open_clip_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | No
 Values = dict[str, Any]
 _VIT_SIZE = 224
 _EMBED_DIM = 256
+# 64 as in the ViT paper and CLIP; 32 for narrow towers whose width 64 does not divide
 _HEAD_WIDTHS = (64, 32)
+
+
+def _without(values: Values, key: str) -> Values:
+    return {name: value for name, value in values.items() if name != key}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +169,7 @@ class TowerType:
 
 
 def _complete_timm(values: Values, name: str) -> Values:
+    # values last, here and below: options and saved values win over what the name stands for
     return {"image_size": timm_image_size(name), **values}
 
 
@@ -204,7 +211,7 @@ def _complete_transformer(values: Values, name: str) -> Values:
         )
     head_width = next(head_width for head_width in _HEAD_WIDTHS if int(width) % head_width == 0)
     sizes = {"width": int(width), "heads": int(width) // head_width, "layers": int(layers)}
-    return sizes | {key: value for key, value in values.items() if key != TOWER_KEY}
+    return sizes | _without(values, TOWER_KEY)
 
 
 def _complete_open_clip(part: str) -> Callable[[Values, str], Values]:
@@ -214,7 +221,7 @@ def _complete_open_clip(part: str) -> Callable[[Values, str], Values]:
         config = open_clip.get_model_config(name)
         if config is None:
             raise UsageError(f"open_clip has no {name!r}; {suggest_names(name, open_clip.list_models())}")
-        return config[part] | {key: value for key, value in values.items() if key != TOWER_KEY}
+        return config[part] | _without(values, TOWER_KEY)
 
     return complete
 
