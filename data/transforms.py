@@ -42,6 +42,14 @@ class EvalTransform:
     resize_mode: str = "shortest"
     fill_color: int = 0
 
+    def identity(self) -> str:
+        """What the fingerprint of an embedding space holds of it.
+
+        The name in it is the class's first one: fingerprints of models and indexes outlive a renaming.
+        """
+        values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return f"FixedView({values})"
+
     @classmethod
     def from_preprocess(cls, values: dict[str, Any]) -> "EvalTransform":
         """From the `preprocess_cfg` of an open_clip model folder."""

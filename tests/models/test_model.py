@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vlm.data.transforms import EvalTransform
-from vlm.models.model import normalise
+from vlm.models.model import normalise, space_fingerprint
 
 LAYOUTS = {
     "channels first": lambda images: images,
@@ -21,3 +21,18 @@ def test_every_layout_in_memory_is_normalised_to_the_same_bits(layout):
     assert torch.equal(found, (images.float() / 255 - mean) / std)
     if layout == "channels last":
         assert found.stride() == images.stride()
+
+
+def test_the_fingerprint_of_a_space_outlives_renamings():
+    """Indexes and models of earlier commits name each other by it: the value is that of commit 08f97cd."""
+
+    class Words:
+        def fingerprint(self):
+            return "words"
+
+    network = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        network.weight.fill_(0.5)
+        network.bias.fill_(-1)
+    found = space_fingerprint(network, EvalTransform(size=32), Words())  # pyright: ignore[reportArgumentType]
+    assert found == "f683cd4577e0d1d4"

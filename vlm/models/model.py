@@ -147,7 +147,7 @@ def _scaled(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def space_fingerprint(network: nn.Module, view: EvalTransform, tokenizer: Tokenizer) -> str:
     """Identity of an embedding space, the same wherever and however its weights are stored."""
-    parts: list[bytes | str] = [repr(view), tokenizer.fingerprint()]
+    parts: list[bytes | str] = [view.identity(), tokenizer.fingerprint()]
     for name, tensor in sorted(network.state_dict().items()):  # sorted, since the order depends on how it was built
         values = tensor.detach().cpu().contiguous()
         parts += [
