@@ -70,7 +70,7 @@ def test_mistakes_are_told_before_anything_is_written(scene_shards, model, tmp_p
     ("words", "message"),
     [
         (("--workers", "-1"), "workers = -1; 0 is the least"),
-        (("--batch-size", "0"), "batch_size = 0; one sample"),
+        (("--batch-size", "0"), "batch_size = 0 is out of range: it must be at least 1"),
         (("--device", "foo"), "There is no device 'foo'"),
         (("--device", "cuda:99"), "torch sees no device 'cuda:99' here"),
         (("--device", "meta"), "torch sees no device 'meta' here"),
