@@ -10,13 +10,14 @@ from vlm.errors import BadSample
 
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 
+HEIC_ENDINGS = (".heic", ".heif", ".hif")
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
         # JPEGs by the names that browsers and old systems give them
         *(".jfif", ".jpe", ".jfi", ".pjpeg", ".pjp"),
         *(".apng", ".dib", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".qoi"),
-        *((".heic", ".heif", ".hif") if HAS_HEIF else ()),
+        *(HEIC_ENDINGS if HAS_HEIF else ()),
     }
 )
 

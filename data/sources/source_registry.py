@@ -16,7 +16,7 @@ from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
 from vlm.data.sources.annotations import AnnotationSource
 from vlm.data.sources.image_folder import ClassFolderSource, ImageFolderSource, are_no_classes, label_folders
-from vlm.data.sources.image_names import endings, is_image_name
+from vlm.data.sources.image_names import HEIC_ENDINGS, endings, is_image_name
 from vlm.data.sources.location import (
     SCENES,
     SourceLocation,
@@ -240,7 +240,9 @@ def _nothing_found(location: SourceLocation) -> str:
             f"No words were found for the {number} of {location.url!r}: --captions none packs images without; search "
             f"needs none. Looked for: {looked}."
         )
-    if any("/" in name and is_shard(name) for name in location.names):
+    if any(name.lower().endswith(HEIC_ENDINGS) for name in location.names):
+        cure = "Its HEIC images are read where pillow-heif is installed: pip install pillow-heif"
+    elif any("/" in name and is_shard(name) for name in location.names):
         cure = f"Its tars lie deeper; name them by a pattern: '{location.url.rstrip('/')}/**/*.tar'."
     else:
         cure = "Tars that hold samples all the same are read by --kind shards."

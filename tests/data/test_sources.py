@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from vlm.data.sources.image_names import HAS_HEIF
 from vlm.data.sources.source import FolderFiles, SceneOptions, SourceOptions, TarFiles
 from vlm.data.sources.source_registry import open_source
 from vlm.errors import BadSample, UsageError, VlmError
@@ -289,3 +290,11 @@ def test_the_real_datasets_are_recognised(datasets, name, options, number, key):
     pairs = open_source(str(datasets / name), SourceOptions(**options))
     assert len(pairs) == number
     assert key in {pairs.read(place).key for place in range(4)}
+
+
+@pytest.mark.skipif(HAS_HEIF, reason="pillow-heif is installed")
+def test_a_folder_of_heic_images_names_the_package_that_reads_them(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.heic").write_bytes(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic")
+    with pytest.raises(UsageError, match="pip install pillow-heif"):
+        open_source(str(tmp_path))
