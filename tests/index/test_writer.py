@@ -59,6 +59,27 @@ def test_deleted_rows_are_never_found_again_by_vector_word_uid_or_filter(make_in
     assert len(index.catalogue.where(parse_filter("split = 'first'"))) == 298
 
 
+def test_a_deleted_row_is_not_found_though_the_allowed_rows_name_it(make_index: MakeIndex) -> None:
+    folder = make_index()
+    with IndexWriter(folder) as writer:
+        rows_before = writer.snapshot.catalogue.rows()
+        writer.delete(["k7"])
+    _, rows = Index.open(folder).nearest(vectors(300, 0)[7:8], 1000, rows_before)
+    assert sorted(rows[0].tolist()) == [row for row in range(300) if row != 7]
+
+
+def test_an_updated_row_is_gone_from_the_segment_it_is_merged_into(make_index: MakeIndex) -> None:
+    folder = make_index()
+    uids = ["n3", *(f"m{number}" for number in range(24))]
+    with IndexWriter(folder) as writer:
+        writer.add(make_batch(20, 1))
+        change = writer.update(insert_batch(vectors(25, 5), origins(uids)))
+    assert (change.replaced, change.rows, change.segments, change.dead) == (1, 344, 2, 0)
+    found = uids_of(Index.open(folder), vectors(20, 1)[3], 1000)
+    assert len(found) == len(set(found)) == 344
+    assert found[0] != "n3"
+
+
 def test_deleting_what_is_not_there_names_it_and_deletes_nothing(make_index: MakeIndex) -> None:
     folder = make_index()
     with IndexWriter(folder) as writer, pytest.raises(UsageError, match=r"no 'ghost' \(1 of 2 uids.*nothing was"):

@@ -57,6 +57,19 @@ def test_a_page_goes_on_behind_its_last_answer_when_the_index_has_changed(
     assert uids(service.search(replace(query, after=second.next))) == ["u4"]
 
 
+def test_a_page_that_ended_among_equal_scores_goes_on_there_when_the_index_has_changed(
+    open_service: OpenService,
+) -> None:
+    service = open_service([0, 10, 10, 10, 30])
+    query = Query(texts=("0",), top=2)
+    first = service.search(query)
+    with IndexWriter(service.index.folder) as writer:
+        writer.add(insert_batch(points([20]), [origin("n0")], SPACE))
+    second = service.search(replace(query, after=first.next))
+    third = service.search(replace(query, after=second.next))
+    assert [uids(page) for page in (first, second, third)] == [["u0", "u1"], ["u2", "u3"], ["n0", "u4"]]
+
+
 def test_a_page_whose_order_the_change_may_have_touched_is_refused(
     open_service: OpenService,
 ) -> None:

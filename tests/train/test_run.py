@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
-from vlm.models.load import load_model
-from vlm.train.checkpoint.format import list_checkpoints
+from vlm.models.load import WEIGHTS, load_model
+from vlm.train.checkpoint.format import EMA_WEIGHTS, list_checkpoints
 from vlm.train.run import train
 
 
@@ -52,6 +52,18 @@ def test_a_run_leaves_what_explains_and_repeats_it(configure, scene_shards):
     assert 0 <= summary.metrics["text_to_image_recall@1"] <= 1
     ledger = json.loads((run / "ledger.json").read_text())
     assert sum(shard["asked"] for shard in ledger["shards"]) == ledger["total"]["seen"] == 240
+
+
+def test_the_final_model_has_the_ema_of_the_weights(configure):
+    config = configure("run", steps=3, optimizer={"average_decay": 0.9, "warmup_steps": 1})
+    train(config)
+    checkpoint = list_checkpoints(Path(config.run) / "checkpoints")[-1]
+    ema = load_file(checkpoint / EMA_WEIGHTS)
+    final = weights_of(config.run)
+    assert final.keys() == ema.keys()
+    assert all(torch.equal(final[name], ema[name]) for name in ema)
+    trained = load_file(checkpoint / WEIGHTS)
+    assert any(not torch.equal(trained[name], ema[name]) for name in ema)
 
 
 def test_training_lowers_the_loss_below_chance(configure, history):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import preloaded
+from tests.data.tar_fixture import write_tar
 from tests.train.test_kill import command
 from vlm.errors import VlmError
 from vlm.train.objectives import objective_registry
@@ -98,6 +99,14 @@ def test_trouble_without_end_ends_the_run_with_all_there_is_to_know(configure, p
     config = configure("run", steps=100, objective={"objective": "planted"}, safety={"rewind_limit": 2})
     with pytest.raises(VlmError, match=r"rolled back 2 times, the limit.*learning rate was.*--resume"):
         train(config)
+
+
+def test_more_bad_samples_than_max_bad_allows_end_the_run(configure, tmp_path):
+    shard = write_tar(tmp_path / "0.tar", ["", "", "", "no image"] * 5)
+    allowed = train(configure("allowed", data=shard, steps=2, loader={"max_bad": 0.5}))
+    assert allowed.bad_samples == 10
+    with pytest.raises(VlmError, match=r"5 of 20 samples cannot be used, the limit is 0\.0%.*no image.*--max-bad"):
+        train(configure("refused", data=shard, steps=2, loader={"max_bad": 0.0}))
 
 
 def run_cli(words, **more):

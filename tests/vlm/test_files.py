@@ -1,4 +1,7 @@
 import errno
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,25 @@ def test_two_writers_of_a_file_in_one_process_do_not_meet(tmp_path):
         write_text(path, "second, and sooner")
     assert path.read_text() == "first"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_file_is_synced_whole_before_it_takes_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor):
+        status = os.fstat(descriptor)
+        events.append("folder synced" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes synced")
+        fsync(descriptor)
+
+    def record_replace(path, target):
+        events.append(f"renamed to {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    write_text(tmp_path / "x.txt", "content")
+    assert events == ["7 bytes synced", "renamed to x.txt", "folder synced"]
 
 
 def test_lines_survive_odd_separators_and_half_a_line_is_left_out(tmp_path):

@@ -1,6 +1,8 @@
 import json
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +261,30 @@ def test_what_a_kill_left_is_removed_at_the_next_start(folder, make_state):
     CheckpointWriter(folder, keep=2).close()
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
     remove_partial_checkpoints(folder / "nowhere")
+
+
+def test_every_file_is_synced_before_the_checkpoint_takes_its_name(folder, make_state, monkeypatch):
+    synced, synced_at_rename = set(), set()
+    fsync, rename = os.fsync, Path.rename
+
+    def record_fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_rename(path, target):
+        if target.name == "step-00000001":
+            synced_at_rename.update(synced)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    with CheckpointWriter(folder, keep=2) as writer:
+        save(writer, make_state())
+    files = list(list_checkpoints(folder)[0].iterdir())
+    assert len(files) > 3
+    assert [path.name for path in files if path.stat().st_ino not in synced_at_rename] == []
+    # the rename itself is durable only once the folder is
+    assert folder.stat().st_ino in synced
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(folder, make_state):
