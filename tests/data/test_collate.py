@@ -168,3 +168,17 @@ def test_a_sample_without_the_arrays_asked_for_is_bad(damaged):
     plan = plan_of(6, batch_size=1)
     with pytest.raises(VlmError, match="no array"):
         collate(plan, arrays=PrecomputedFeatures(names=("text_embedding",)))(plan[0], ShardSet([damaged]))
+
+
+def test_captions_are_drawn_by_seed_epoch_and_key_alone(tmp_path):
+    shards = ShardSet([write_tar(tmp_path / "0.tar", [""] * 12)])
+
+    def drawn_numbers(seed, epoch):
+        plan = plan_of(12, batch_size=12)
+        sample_indices = [SampleIndex(epoch, 0, number) for number in range(12)]
+        return [caption.number for caption in collate(plan, seed=seed)(sample_indices, shards).drawn]
+
+    # written out, since another process has to draw the same
+    assert drawn_numbers(seed=0, epoch=0) == [0, 1, 2, 2, 0, 1, 1, 1, 2, 0, 1, 0]
+    assert drawn_numbers(seed=0, epoch=1) == [1, 0, 1, 1, 1, 2, 2, 2, 0, 0, 2, 1]
+    assert drawn_numbers(seed=1, epoch=0) == [1, 2, 2, 0, 1, 1, 2, 2, 0, 2, 2, 0]
