@@ -48,7 +48,7 @@ class Inspect:
 
     def run(self) -> None:
         """Inspect, show, and list what is damaged."""
-        from vlm.data.inspection.contact_sheet import contact_sheet
+        from vlm.data.inspection.findings import contact_sheet
         from vlm.data.inspection.inspection import inspect_shards
         from vlm.data.pack import shards_at
         from vlm.data.selection import read_selection
