@@ -28,8 +28,6 @@ VLM_COMMAND = re.compile(r"^(?:accelerate launch .*?-m |torchrun .*?-m -- |for .
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z.-]*")
 # words that stand for a verb
 PLACEHOLDERS = {"VERB", "…"}
-# a screenshot that is added together with the page it shows
-PENDING_LINKS = {"docs/images/search.png"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -86,7 +84,7 @@ def test_relative_links_lead_to_files_and_headings(page):
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        assert target.exists() or path in PENDING_LINKS, link
+        assert target.exists(), link
         if anchor:
             assert anchor in anchors_of(target), link
 
