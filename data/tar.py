@@ -279,8 +279,8 @@ def _read_index(path: Path, stamp: bytes) -> pa.Table | None:
 
 def _read_remote_index(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table | None:
     """The index stored next to a remote tar, if it is whole and of a tar of this size."""
-    index_url = sibling_url(url, _index_name(url_basename(url)))
-    data = read_small(index_url, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
+    url_of_index = sibling_url(url, _index_name(url_basename(url)))
+    data = read_small(url_of_index, max_bytes=_MAX_INDEX_BYTES, retry_policy=cache.retry_policy if cache else None)
     try:
         table = pa.ipc.open_file(pa.py_buffer(data or b"")).read_all()
         # as little trusted as the tar itself: a wrong offset inside Arrow data would read past its buffers
