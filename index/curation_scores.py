@@ -10,7 +10,7 @@ near        the highest cosine to any row of a target's embeddings (image-based 
 overlap     the highest cosine to any image of evaluation shards (decontamination)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from vlm.data.dedup import connected_components
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.index.embeddings_folder import Embeddings
-from vlm.tensor_types import Array, Float32
+from vlm.tensor_types import Array, Float32, Int64
 
 Value = TypeVar("Value")
 
@@ -198,7 +198,7 @@ class ScoreWriter:
         )
 
 
-def _select(values: Sequence[Value], rows: Iterable[int]) -> list[Value]:
+def _select(values: Sequence[Value], rows: Int64[Array, " N"]) -> list[Value]:
     return [values[row] for row in rows]
 
 

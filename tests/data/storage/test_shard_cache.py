@@ -99,7 +99,7 @@ def test_a_reader_goes_on_when_its_shard_made_room(faulty_server, served, write_
         path.unlink()
     assert reader.read(0) == first
     assert len(faulty_server.gets(name)) == 2
-    assert not [link for link in os.listdir("/proc/self/fd") if "cache" in link_of(link)]
+    assert not [link for link in os.listdir("/proc/self/fd") if str(cache.folder) in link_of(link)]
 
 
 def link_of(descriptor: str) -> str:
