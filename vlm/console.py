@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from vlm.errors import UsageError
 from vlm.files import json_text
+from vlm.results import Result
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -21,7 +22,7 @@ _LOG_INTERVAL_SECONDS = 10.0
 
 def show_json(result: Any) -> None:
     """A result on stdout for machines; numbers that are not finite are null."""
-    text = json_text(result, indent=2, default=str)
+    text = json_text(result.to_json() if isinstance(result, Result) else result, indent=2, default=str)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # escaped, so that a program reads what a terminal cannot show
