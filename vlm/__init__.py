@@ -1,4 +1,36 @@
-"""Image-text pairs to shards, shards to an encoder, its embeddings to an index that answers queries."""
+"""Image-text pairs to shards, shards to an encoder, its embeddings to an index that answers queries.
+
+The names of `__all__` are the Python API (docs/api.md). They are imported when they are first used, so that
+`import vlm` takes no time and loads neither torch nor numpy.
+"""
+
+from typing import TYPE_CHECKING
+
+from vlm.errors import UsageError, VlmError
 
 DISTRIBUTION = "vlm-pipeline"
 __version__ = "0.1.0"
+
+__all__ = [
+    "UsageError",
+    "VlmError",
+]
+
+# Each name with its module. A new one is also imported above under TYPE_CHECKING (`from M import NAME as NAME`) and
+# listed in `__all__`. Not `train`: that is the package of this name, which can be called.
+_MODULES: dict[str, str] = {}
+
+# hidden from type checkers, which would otherwise take any misspelt name for a name of ours
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name == "train":
+            return import_module("vlm.train")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'vlm' has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
