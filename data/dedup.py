@@ -15,6 +15,7 @@ Two finders of image pairs that show the same thing, and the union-find that joi
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -67,8 +68,9 @@ def image_signature(data: bytes) -> ImageSignature:
     small = np.asarray(rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=frame), dtype=np.float32)
     luma = small @ _LUMA
 
-    spectrum = _COSINES @ luma @ _COSINES.T
-    lowest = spectrum[_ROWS, _COLUMNS]
+    cosines = _cosine_basis()
+    spectrum = cosines @ luma @ cosines.T
+    lowest = spectrum[_lowest_frequencies()]
     bits = np.packbits(lowest > np.median(lowest))
 
     blue = (small[..., 2] - luma) * 0.564
@@ -80,6 +82,14 @@ def image_signature(data: bytes) -> ImageSignature:
     return ImageSignature(int.from_bytes(bits.tobytes(), "big"), thumbnail)
 
 
+@cache
+def _cosine_basis() -> np.ndarray:
+    """Rows of the discrete cosine transform, float32 [SIDE, SIDE]."""
+    steps = np.arange(SIDE)
+    return np.cos(np.pi / SIDE * (steps[None, :] + 0.5) * steps[:, None]).astype(np.float32)
+
+
+@cache
 def _lowest_frequencies() -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the 64 lowest frequencies, so ordered that each band of 16 holds low and high ones."""
     frequencies = [(row, column) for row in range(SIDE) for column in range(SIDE) if row + column]
@@ -87,11 +97,6 @@ def _lowest_frequencies() -> tuple[np.ndarray, np.ndarray]:
     lowest = np.array(frequencies[:64])
     order = np.arange(64).reshape(-1, _BANDS).T.reshape(-1)
     return lowest[order, 0], lowest[order, 1]
-
-
-_STEPS = np.arange(SIDE)
-_COSINES = np.cos(np.pi / SIDE * (_STEPS[None, :] + 0.5) * _STEPS[:, None]).astype(np.float32)
-_ROWS, _COLUMNS = _lowest_frequencies()
 
 
 def near_duplicate_pairs(

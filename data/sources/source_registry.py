@@ -263,7 +263,7 @@ def holds_shards(url: str) -> bool:
         return True
     location = open_location(url, SourceOptions())
     is_folder_of_tars = isinstance(location.files, FolderFiles) and bool(_tars_at_top(location))
-    return _contains_shards(location) or is_folder_of_tars
+    return is_folder_of_tars or _contains_shards(location)
 
 
 def _recognise(location: SourceLocation) -> SourceKind:

@@ -14,8 +14,7 @@ from tests import preloaded
 from tests.data.tar_fixture import tiny_image
 from tests.docs_script import is_up_to_date
 from vlm import __version__
-from vlm.cli.main import VERBS, log_to_stderr, main
-from vlm.cli.options import RENAMED_FLAGS, current_flags
+from vlm.cli.main import RENAMED_FLAGS, VERBS, current_flags, log_to_stderr, main
 from vlm.console import progress
 
 

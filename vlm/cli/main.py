@@ -62,6 +62,30 @@ VERBS: dict[str, tuple[str, str, str]] = {
 VERB_ALIASES = {"signals": "score"}
 """Verbs by their names before 1.0, with the ones of today."""
 
+RENAMED_FLAGS: dict[str, dict[str, str]] = {
+    "curate": {"--rule": "--filter"},
+    "embed": {"--codes": "--quantize"},
+    "train": {
+        "--table-rate": "--embedding-lr-mult",
+        "--gain-rate": "--norm-lr-mult",
+        "--kernel-rate": "--conv-lr-mult",
+        "--temperature-rate": "--logit-scale-lr-mult",
+        "--clip-norm": "--grad-clip-norm",
+        "--average-decay": "--ema-decay",
+        "--rewind-limit": "--rollback-limit",
+        "--hang-minutes": "--watchdog-minutes",
+    },
+    "index build": {
+        "--kind": "--index-type",
+        "--links": "--hnsw-m",
+        "--rerank": "--refine-factor",
+        "--plan-rows": "--tune-rows",
+    },
+    "index compact": {"--kind": "--index-type"},
+    "index fit-head": {"--pictures": "--max-images"},
+}
+"""Flags by their names before 1.0, with the ones of today, by verb. Old command lines work until 1.0."""
+
 LOG_LEVELS = {"--quiet": logging.WARNING, "--verbose": logging.DEBUG}
 """Flags before the verb that change what is logged."""
 
@@ -206,8 +230,6 @@ def parse_verb(verb: str, words: list[str]) -> "Verb":
     """The verb with its options set; a verb may derive their defaults from the words (a preset)."""
     import tyro
 
-    from vlm.cli.options import current_flags
-
     module_name, class_name, _ = VERBS[verb]
     verb_class = getattr(importlib.import_module(f"vlm.cli.{module_name}"), class_name)
     words = current_flags(verb, words)
@@ -219,6 +241,21 @@ def parse_verb(verb: str, words: list[str]) -> "Verb":
         # one flag for a switch, in place of --json and --no-json
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def current_flags(verb: str, words: list[str]) -> list[str]:
+    """The words with old flags replaced; `-` and `_` in a flag are alike.
+
+    >>> current_flags("index compact", ["INDEX", "--kind=flat"])
+    ['INDEX', '--index-type=flat']
+    """
+    renamed = RENAMED_FLAGS.get(verb, {})
+    current: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        new_flag = renamed.get(flag.replace("_", "-"), flag)
+        current.append(f"{new_flag}{equals}{value}")
+    return current
 
 
 def print_error(message: str, exit_code: int) -> int:
