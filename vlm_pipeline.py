@@ -2,7 +2,7 @@
 
 The name `vlm` on the package index belongs to another project (a vortex lattice code), whose package is called `vlm`
 too. Where both are installed, one overwrites or hides the other, and what follows is an ImportError somewhere inside.
-So this module stands beside the package, under the name of the distribution.
+So this module stands next to the package, under the name of the distribution.
 """
 
 import importlib.util

@@ -158,7 +158,7 @@ def open_corpus(
         samples += source.samples
         filtered += source.filtered
         first_shards.append(len(shards))
-    # all that the sequence depends on: a resumed run compares it, and refuses to go on with other samples
+    # all that the sequence depends on: a resumed run compares it, and refuses to resume with other samples
     sequence = map(str, (seed, window, order.num_samples, *shares))
     return Corpus(
         sources=tuple(sources),

@@ -1,6 +1,6 @@
-"""Encoded pictures to RGB, at the JPEG's own reduced scale where the picture will be shrunk anyway.
+"""Encoded images to RGB, at the JPEG's own reduced scale where the image will be shrunk anyway.
 
-Pillow reads every kind and has the last word on what is damaged; plain JPEGs, which are nearly all pictures there are,
+Pillow reads every kind and has the last word on what is damaged; plain JPEGs, which are nearly all images there are,
 take a faster way through libjpeg-turbo (`EncodedPicture`).
 """
 
@@ -40,7 +40,7 @@ _NUM_COLOURS = frozenset({1, 3})
 _SKIPPED_MARKERS = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 # a JPEG spends a bit at least on each block of 8 by 8; one that promises more pixels is cut, and not worth its memory
 _MAX_PIXELS_PER_BYTE = 1024
-# of pictures decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
+# of images decoded whole but shrunk to this share, chroma is simply repeated (20% faster): the resizing smooths it
 _FAST_UPSAMPLING_BELOW = 0.75
 
 _THUMBNAIL_QUALITY = 82
@@ -60,7 +60,7 @@ _OVERHANG_LEFT, _OVERHANG_TOP = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
 
 
 class EncodedImage:
-    """A picture of which the header has been read; its pixels are decoded when asked for.
+    """An image of which the header has been read; its pixels are decoded when asked for.
 
     data: the encoded file. width, height: in pixels, after the EXIF orientation is applied. is_jpeg: it is a JPEG in
     RGB, YCbCr or grey, and orientation is that of its stored pixels (EXIF's 1 to 8).
@@ -91,7 +91,7 @@ class EncodedImage:
         resolution: as of `to_rgb`.
 
         Raises:
-            BadSample: the picture's data is damaged.
+            BadSample: the image's data is damaged.
         """
         if self.is_jpeg:
             try:
@@ -103,7 +103,7 @@ class EncodedImage:
         return np.array(to_rgb(open_image(self.data), resolution=resolution))
 
     def reduction_of(self, pixels: UInt8[Array, "H W 3"]) -> int:
-        """Pixels of the picture to one of these that were decoded from it: 1, 2, 4 or 8."""
+        """Pixels of the image to one of these that were decoded from it: 1, 2, 4 or 8."""
         # the last row and column of a reduced JPEG reach over the edge, so the sizes do not divide
         return round(max(self.width, self.height) / max(pixels.shape[:2]))
 
@@ -141,7 +141,7 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Imag
     """Read the header only.
 
     Raises:
-        BadSample: not a picture, more than MAX_PIXELS pixels, or more than MAX_ASPECT times as long as wide.
+        BadSample: not an image, more than MAX_PIXELS pixels, or more than MAX_ASPECT times as long as wide.
     """
     if data[4:12] in _HEIC_BRANDS and "HEIF" not in formats:
         raise BadSample("unknown format", "a HEIC image; vlm pack reads it where pillow-heif is installed")
@@ -161,10 +161,10 @@ def to_rgb(image: Image.Image, *, resolution: float = 1.0) -> Image.Image:
     """Decode to upright RGB; transparency is laid on white.
 
     resolution: share of the width and height that is still needed; a JPEG is decoded at 1/2, 1/4 or 1/8
-        of its size as long as that share is kept. At 1.0 the whole picture is decoded.
+        of its size as long as that share is kept. At 1.0 the whole image is decoded.
 
     Raises:
-        BadSample: the picture's data is damaged.
+        BadSample: the image's data is damaged.
     """
     with _damaged_image_as_bad_sample():
         if resolution < 1.0:

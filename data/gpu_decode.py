@@ -64,7 +64,7 @@ class DecodedViews:
 
 
 def prepare_view(image: EncodedImage, crop: Crop, view: RandomResizedCrop) -> PreparedView:
-    """A drawn view for the device; what is no whole, plain JPEG is decoded right here. For the workers.
+    """A drawn view for the device; what is not a whole, plain JPEG is decoded right here. For the workers.
 
     Raises:
         BadSample: what was decoded is damaged.

@@ -87,12 +87,12 @@ def captions_to_json(captions: Captions) -> dict[str, Any]:
     named = {language: list(texts) for language, texts in captions.items() if language != UNNAMED}
     if UNNAMED not in captions:
         return {"captions": named}
-    beside = {f"captions_{language}": texts for language, texts in named.items()}
-    return {"captions": list(captions[UNNAMED])} | beside
+    by_language = {f"captions_{language}": texts for language, texts in named.items()}
+    return {"captions": list(captions[UNNAMED])} | by_language
 
 
 class JournalEntry(Protocol):
-    """What a line tells at least: the shard's file name and its size."""
+    """What each line holds at least: the shard's file name and its size."""
 
     @property
     def name(self) -> str:
@@ -141,11 +141,11 @@ class PackConfig:
     """How pairs become shards.
 
     hold_out: at least so many samples go to `val-*.tar`, the rest to `train-*.tar`; those with a common caption or
-        the same picture stay on one side.
+        the same image stay on one side.
     seed: of the draw of what is held out.
     max_bad_share: largest share of unusable pairs, in [0, 1], before the work stops.
     languages: captions kept, the first one first; all of them, as the source has them, if empty.
-    verify: decode each picture, to reject damaged ones.
+    verify: decode each image, to reject damaged ones.
     """
 
     samples_per_shard: int = 1000
@@ -194,7 +194,7 @@ class _Shard:
 
 
 def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> PackSummary:
-    """Write the pairs of a source as shards into a new folder, or go on where an interrupted run stopped.
+    """Write the pairs of a source as shards into a new folder, or resume where an interrupted run stopped.
 
     The folder ends with the same bytes however often it was interrupted. Unusable pairs are listed in
     `rejected.jsonl`.
@@ -250,7 +250,9 @@ def shards_at(url: str) -> list[str]:
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     out = base / "vlm" / "packed" / source.fingerprint()
     if not (out / MANIFEST).is_file():
-        logger.info(f"{url} is no shards; it is packed to {out} first. vlm pack puts them where you want them.")
+        logger.info(
+            f"{url} is not a set of shards; it is packed to {out} first. vlm pack writes them where you choose."
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         # no one is there to mend the source: what is usable is used, and the rest reported
         summary = pack(source, out, PackConfig(max_bad_share=1.0))
@@ -432,7 +434,7 @@ def _finish(
         samples[shard.split] += shard.samples
     counts = {"samples": samples.total(), "bad": len(work.rejected), "shards": len(shards)}
     facts = asdict(held_out) if held_out else {}
-    # which pairs they are is told by the shards
+    # which pairs they are is recorded in the shards
     facts.pop("numbers", None)
     manifest = Manifest(
         kind="shards",

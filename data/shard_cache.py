@@ -615,7 +615,7 @@ class Prefetcher:
             return
         with self._changed:
             self._needed = needed
-            # those postponed for want of room get another chance: the window has moved on, and room may have been made
+            # those postponed for lack of room get another chance: the window has moved on, and room may have been made
             self._settled = (self._settled & set(needed)) - self._postponed
             self._postponed.clear()
             self._changed.notify_all()

@@ -53,7 +53,7 @@ def expand_shards(url: str) -> list[str]:
 
 
 def _expand_local(part: str) -> list[str]:
-    # a name that is there is taken as it is: folders may be called `parts{1}` or `set [new]`
+    # a name that exists is used unchanged: folders may be called `parts{1}` or `set [new]`
     if Path(part).is_dir():
         return _shards_in_folder(Path(part))
     paths: list[str] = []
@@ -74,7 +74,7 @@ def _shards_in_folder(folder: Path) -> list[str]:
 def _matches(pattern: Path) -> list[Path]:
     """The files and folders of a name or glob pattern, sorted; of a pattern that names files, the files alone.
 
-    Hidden ones are left out unless the pattern names the dot: other systems leave `._NAME` beside files.
+    Hidden ones are left out unless the pattern names the dot: other systems leave `._NAME` next to files.
     """
     if pattern.exists() or not any(sign in str(pattern) for sign in "*?["):
         return [pattern] if pattern.exists() else []
@@ -89,7 +89,7 @@ def _matches(pattern: Path) -> list[Path]:
             files.append(match)
         elif match.is_dir():
             folders.append(match)
-    # `parts/*` names the tars of a folder, not what lies in folders beside them
+    # `parts/*` names the tars of a folder, not what lies in folders next to them
     return files or folders
 
 
@@ -110,7 +110,7 @@ def _shards_among(files: Sequence[str], folder: str) -> list[str]:
     if PROGRESS in names and MANIFEST not in names:
         raise UsageError(f"{folder} is unfinished: run the command that makes it again.")
     shards = sorted(file for name, file in names.items() if is_shard(name) and not name.startswith("."))
-    # a.tar beside a.tar.gz is most likely the same shard twice, whose samples would be seen twice an epoch
+    # a.tar next to a.tar.gz is most likely the same shard twice, whose samples would be seen twice an epoch
     num_with_stem = Counter(map(_stem, shards))
     for shard in shards:
         if num_with_stem[_stem(shard)] > 1:
@@ -149,7 +149,7 @@ def _count(shard: str, index: TarIndex, *, allow_damage: bool) -> int:
     if index.damage and not allow_damage:
         raise VlmError(
             f"{shard} is damaged: {index.damage}; whole samples before it: at least {max(len(index) - 1, 0):,}. "
-            "Fetch or pack the shard again, or go on without the rest by --allow-damage."
+            "Fetch or pack the shard again, or use the samples before the damage by --allow-damage."
         )
     if not len(index):
         raise VlmError(

@@ -1,6 +1,6 @@
 """Build an index from an embeddings folder: FAISS segment, catalogue and manifest, whole or absent.
 
-`build_index` builds the index type it is told; `build_autotuned` finds the type and its parameters by target.
+`build_index` builds a given index type; `build_autotuned` finds the type and its parameters by target.
 """
 
 import logging

@@ -97,7 +97,7 @@ def copy_catalogue(source: Path, path: Path, rows: Int64[Array, " N"], *, seen: 
     Raises:
         VlmError: the other catalogue has other rows, is damaged, or the disk is full.
     """
-    with _new(path, beside=source) as database:
+    with _new(path, old_catalogue=source) as database:
         database.create_function("words", 1, _words_of, deterministic=True)
         for statement in _COPY:
             database.execute(statement, {"seen": seen, "generation": generation})
@@ -159,8 +159,8 @@ def max_row(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connection]:
-    """A new catalogue in its only transaction; its indexes are made on leaving. beside: attached as `old`."""
+def _new(path: Path, *, old_catalogue: Path | None = None) -> Iterator[sqlite3.Connection]:
+    """A new catalogue in its only transaction; its indexes are made on leaving. old_catalogue: attached as `old`."""
     with (
         _sqlite_errors_as_ours(path, is_writing=True),
         contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
@@ -168,8 +168,8 @@ def _new(path: Path, *, beside: Path | None = None) -> Iterator[sqlite3.Connecti
         # no journal: a file that is not finished is never named by a manifest
         database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = FULL; {_SCHEMA}")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
-        if beside:
-            database.execute("ATTACH ? AS old", (str(beside),))
+        if old_catalogue:
+            database.execute("ATTACH ? AS old", (str(old_catalogue),))
         database.execute("BEGIN")
         yield database
         for index in _INDEXES:

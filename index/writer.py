@@ -1,7 +1,7 @@
 """Changes of an index folder: inserts, upserts, deletes and compaction, each one new version, whole or not at all.
 
 The order of a change: files under new names; the catalogue's transaction, whose rows no reader of the old version
-sees; the manifest, which is the commit; then files that it does not name are removed. Readers go on meanwhile. If the
+sees; the manifest, which is the commit; then files that it does not name are removed. Readers continue. If the
 process is killed in between, the next writer rolls back what the manifest does not know.
 
 Only one writer at a time: it holds a lock on a file of the folder, which the system frees when the process ends.
@@ -159,7 +159,7 @@ def num_segments_to_merge(views: Sequence[SegmentView], new_rows: int) -> int:
     num_segments = 0
     merged_rows = new_rows
     for view in reversed(views):
-        # one that was trained is merged only by a compaction, which trains it anew
+        # one that was trained is merged only by a compaction, which retrains it
         if view.segment.meta.kind != "flat" or view.count > merged_rows:
             break
         num_segments += 1
@@ -274,7 +274,7 @@ def prepare_version(
         next_segment = written.segment.number + 1
 
     number = snapshot.number + 1
-    # tombstones are written anew each time: a reader of the old version still has the old file
+    # tombstones are rewritten each time: a reader of the old version still has the old file
     changed = replace(
         snapshot.details,
         segments=tuple(segments),

@@ -71,7 +71,7 @@ class FlopCounter:
             try:
                 meta_network = self._meta_network or _copy(self._network, _META)
                 self._counted[shape] = _count_with_fallback(meta_network, self._network, inputs)
-            except Exception as error:  # a figure of speed is no reason to end a run
+            except Exception as error:  # a failed speed figure must not end a run
                 logger.warning(f"FLOPs cannot be counted, so there will be no MFU: {type(error).__name__}: {error}")
                 self._counted[shape] = None
         return self._counted[shape]

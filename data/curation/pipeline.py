@@ -231,14 +231,14 @@ def curate(
     times = sample_table.is_usable.astype(np.uint16)  # as a selection stores them
     steps: list[FilterStep] = []
     for number, configured in enumerate(filters):
-        # position and name: the same filter twice draws anew, and another filter in its place draws other numbers
+        # position and name: the same filter twice draws again, and another filter in its place draws other numbers
         rng = np.random.default_rng(int(compute_fingerprint(f"{seed}/{number}/{configured.name}"), 16))
         is_remaining = times > 0
         context = FilterContext(
             sample_table=sample_table, is_remaining=is_remaining, columns=score_columns, rng=rng, scan=scan_shards
         )
         result = configured.sample_filter.apply(context, configured.parameters)
-        # the generator goes on where the filter left it: a filter that draws shifts its own rounding, no other filter's
+        # the generator continues after the filter: a filter that draws shifts its own rounding, no other filter's
         factors = stochastic_round(result.weights, rng)
         # in 64 bits, since the product of two uint16 wraps around
         times = np.minimum(times.astype(np.int64) * factors, MAX_TIMES).astype(np.uint16)

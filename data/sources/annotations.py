@@ -35,7 +35,7 @@ class AnnotatedImage:
 
 
 def read_annotations(files: SourceFiles, name: str) -> list[AnnotatedImage] | None:
-    """The images of an annotation file; None if it is no such file or holds no captions.
+    """The images of an annotation file; None if it is not such a file or holds no captions.
 
     Raises:
         BadSample: there is no such file.

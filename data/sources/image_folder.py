@@ -115,7 +115,7 @@ class ImageFolderSource:
         if self._options.captions != "none":
             captions = self._captions(name, metadata)
             if not captions and self._options.captions != "optional":
-                raise BadSample("no caption", f"{readable_text(name)} has no text beside it")
+                raise BadSample("no caption", f"{readable_text(name)} has no text file next to it")
         return Pair(
             key=self._keys[number],
             image=self._files.read(name),
@@ -145,7 +145,7 @@ class ImageFolderSource:
     def describe(self) -> dict[str, Any]:
         """How the words are found."""
         kind = "images" if self._options.captions == "none" else "texts"
-        return {"kind": kind, "address": self._files.url, "captions": self._options.captions or "beside each image"}
+        return {"kind": kind, "address": self._files.url, "captions": self._options.captions or "next to each image"}
 
     def _metadata(self, name: str) -> dict[str, Any]:
         json_name = next((file for file in files_beside(name, self._all) if file.endswith(JSON_SUFFIX)), None)
@@ -158,7 +158,7 @@ class ImageFolderSource:
         except (ValueError, RecursionError) as error:
             raise BadSample("unreadable json", f"{readable_text(json_name)}: {error}") from error
         if not isinstance(content, dict):
-            raise BadSample("unreadable json", f"{readable_text(json_name)} is no object")
+            raise BadSample("unreadable json", f"{readable_text(json_name)} is not an object")
         return content
 
     def _captions(self, name: str, metadata: dict[str, Any]) -> Captions:

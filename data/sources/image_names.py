@@ -45,7 +45,7 @@ def image_names(files: SourceFiles) -> list[str]:
 
 
 def image_paths(paths: Sequence[Path]) -> list[Path]:
-    """Image files as they are, and all images inside of folders."""
+    """Image files unchanged, and all images inside folders."""
     images: list[Path] = []
     for path in paths:
         if path.is_dir():

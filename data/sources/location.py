@@ -27,7 +27,7 @@ _IMG2DATASET_STATS = re.compile(r"(.*/)?\d{5,}_stats\.json")
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """An address with the files found there; `files` is None if it is no folder and no tar of this machine."""
+    """An address with the files found there; `files` is None if it is neither a folder nor a tar of this machine."""
 
     url: str
     options: SourceOptions
@@ -133,7 +133,7 @@ def _find_tables(location: SourceLocation) -> list[Table]:
         tables = _checked(location, preferred)
         if has_columns(tables[0], options):
             return tables
-    # a table at the top that is no captions (a list of licences) must not hide those below
+    # a table at the top that holds no captions (a list of licences) must not hide those below
     candidates = _captions_apart(location)
     if not candidates and len(preferred) > 1 and not _are_parts(preferred):
         _refuse_several(preferred)

@@ -309,7 +309,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def read_rows(data: bytes | BinaryIO, *, name: str, encoding: str = "") -> Rows:
-    """The rows of a table whose format is told by the ending of its name (see TABLE_READERS).
+    """The rows of a table whose format its file ending names (see TABLE_READERS).
 
     A column of a delimited text becomes numbers only if each of its values is one in plain digits: 2011 or -0.5, but
     not 007, 1e5 or 1,000; whole numbers beyond 64 bits stay text. JSONL and Parquet keep their own types.

@@ -21,7 +21,7 @@ SourceKind = Literal["scenes", "shards", "table", "annotations", "texts", "class
 
 @runtime_checkable
 class PairSource(Protocol):
-    """Images with captions, each by number, so that packing can go on anywhere.
+    """Images with captions, each by number, so that packing can resume anywhere.
 
     captions_are_labels: whether a caption says no more than a class, so that equal captions do not make two
         samples the same thing.
@@ -164,7 +164,7 @@ class FolderFiles:
         pending = [""]
         links: list[str] = []
         visited = {_identity(os.stat(self._root))} if self._root.is_dir() else set()
-        # folders by link come after the real ones, so that a folder that is there itself keeps its own name
+        # folders by link come after the real ones, so that a folder that exists itself keeps its own name
         while pending or links:
             if not pending:
                 link = links.pop(0)

@@ -168,9 +168,9 @@ def _summary(source: PairSource, described: dict[str, Any]) -> str:
         case "annotations":
             return f"annotations of {', '.join(described['annotations'])}: {number}"
         case "texts":
-            return f"images with a text beside each: {number}"
+            return f"images with a text file each: {number}"
         case "images":
-            return f"images without words: {number}"
+            return f"images without captions: {number}"
         case "shards":
             shards = described["shards"]
             return f"shards: {pluralize(len(shards), 'tar')}, {pluralize(len(source), 'sample')}"
@@ -245,14 +245,14 @@ def open_source(url: str, options: SourceOptions | None = None) -> PairSource:
     kind = options.kind or _recognise(location)
     source = KINDS[kind].open(location)
     if options.selection and not isinstance(source, ShardSource):
-        raise UsageError(f"{url!r} is no shards, so {options.selection} cannot choose among its samples.")
+        raise UsageError(f"{url!r} is not a set of shards, so {options.selection} cannot choose among its samples.")
     if not len(source):
         raise UsageError(_nothing_found(location))
     return source
 
 
 def holds_shards(url: str) -> bool:
-    """Whether an address is one of shards, which every command reads as they are.
+    """Whether an address is one of shards, which every command reads unchanged.
 
     A pattern or a remote address is; so is a folder with tars that hold no samples, for whoever reads them to say so.
 
@@ -297,7 +297,7 @@ def _nothing_found(location: SourceLocation) -> str:
     if location.images:
         number = pluralize(len(location.images), "image")
         return (
-            f"No words were found for the {number} of {location.url!r}: --captions none packs images without; search "
+            f"No captions were found for the {number} of {location.url!r}: --captions none packs images alone; search "
             f"needs none. Looked for: {looked}."
         )
     if any(name.lower().endswith(HEIC_ENDINGS) for name in location.names):
@@ -356,7 +356,7 @@ def _are_texts(location: SourceLocation) -> bool:
     may_be_classes = not are_no_classes(label_folders(location.images) or {"images"})
     if 2 * with_words < checked and may_be_classes and location.options.captions != "optional":
         raise UsageError(
-            f"{location.url!r} may be read in two ways: {with_words} of {checked} images looked at have a text beside "
+            f"{location.url!r} may be read in two ways: {with_words} of {checked} images looked at have a text next to "
             "them, and all lie in folders that may be classes. Say --kind texts or --kind classes."
         )
     return True
@@ -385,7 +385,7 @@ def _are_classes(location: SourceLocation) -> bool:
         listing = ", ".join(map(repr, sorted(map(readable_text, folders))[:3]))
         raise UsageError(
             f"{location.url!r} holds {pluralize(len(inside), 'image')} in {listing}, hardly the names of classes, and "
-            "no captions. Say --kind classes if they are, or --captions none to pack images without words."
+            "no captions. Say --kind classes if they are, or --captions none to pack images without captions."
         )
     return True
 
@@ -423,7 +423,7 @@ KINDS: dict[SourceKind, SourceType] = {
         open=_open_shards,
     ),
     "annotations": SourceType(
-        description="COCO's captions_*.json or Karpathy's dataset_*.json beside folders of images",
+        description="COCO's captions_*.json or Karpathy's dataset_*.json next to folders of images",
         matches=_are_annotations,
         open=_open_annotations,
     ),
@@ -434,17 +434,17 @@ KINDS: dict[SourceKind, SourceType] = {
         open=_open_table,
     ),
     "texts": SourceType(
-        description="a.jpg with a.txt, a.caption or a.json beside it (also img2dataset's files)",
+        description="a.jpg with a.txt, a.caption or a.json next to it (also img2dataset's files)",
         matches=_are_texts,
         open=_open_images,
     ),
     "classes": SourceType(
-        description="CLASS/picture.jpg (also inside one .tar)",
+        description="CLASS/image.jpg (also inside one .tar)",
         matches=_are_classes,
         open=_open_classes,
     ),
     "images": SourceType(
-        description="images without words (--captions none)",
+        description="images without captions (--captions none)",
         matches=lambda location: False,
         open=_open_images,
     ),

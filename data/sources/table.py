@@ -187,7 +187,7 @@ class TableSource:
     def _check_image_named(self, row: int, values: dict[str, Any]) -> None:
         is_embedded = self._image_column in self._table_of(row).rows.embedded
         if not is_embedded and not isinstance(values.get(self._image_column), str | int):
-            raise BadSample("no picture named", f"row {row + 1} has no text in {self._image_column!r}")
+            raise BadSample("no image named", f"row {row + 1} has no text in {self._image_column!r}")
 
     def _image(self, row: int, values: dict[str, Any]) -> bytes:
         table = self._table_of(row)
@@ -200,7 +200,7 @@ class TableSource:
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {values.get('error_message')}")
         if is_embedded and self._image_column not in values:
-            raise BadSample("no picture", f"row {row + 1} has neither bytes nor a path in {self._image_column!r}")
+            raise BadSample("no image", f"row {row + 1} has neither bytes nor a path in {self._image_column!r}")
         name = image_of_caption(str(values[self._image_column]))
         return self._files.read(self._finder.find(name, table.folder))
 

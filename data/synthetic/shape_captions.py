@@ -281,7 +281,7 @@ def describe(scene: Scene, language: str = "en") -> tuple[str, ...]:
 
     The first two say all six facts, and so belong to this scene alone. The others say
     fewer: in-batch contrast teaches a fact only where the rest of the caption does not
-    give the picture away. `language` is a key of `LANGUAGES`.
+    give the image away. `language` is a key of `LANGUAGES`.
 
     >>> scene = Scene(shape="star", colour="red", size="small", count=3,
     ...               position="left", background="white")

@@ -132,7 +132,7 @@ def shape_colour_classes() -> tuple[str, ...]:
 
 
 # Every background is lighter than every colour. Where contrast went both ways, a small ViT
-# trained on labels knew 52% of the shapes after 32,000 pictures; with a palette like this, 94%.
+# trained on labels knew 52% of the shapes after 32,000 images; with a palette like this, 94%.
 COLOUR_RGB: dict[str, tuple[int, int, int]] = {
     "red": (222, 32, 40),
     "orange": (250, 130, 10),
@@ -152,7 +152,7 @@ BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
     "lavender": (220, 204, 248),
 }
 
-# Lengths in widths of the picture. Larger ones would leave three large shapes no place but the middle.
+# Lengths in widths of the image. Larger ones would leave three large shapes no place but the middle.
 RADIUS = {"small": 0.14, "large": 0.172}
 GAP = 0.032
 CENTRES = {
@@ -171,7 +171,7 @@ Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 
 def render_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Image.Image:
-    """A square RGB picture of `pixels` x `pixels`; `rng` decides what the scene leaves open.
+    """A square RGB image of `pixels` x `pixels`; `rng` decides what the scene leaves open.
 
     Open are exact places and turns, tints, light and texture. Shapes of a group never touch.
     """
@@ -191,7 +191,7 @@ def render_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Imag
 
 
 def _shape_centres(scene: Scene, *, radius: float, rng: np.random.Generator) -> Points:
-    """Centres of the shapes, in widths of the picture, all shapes inside the picture."""
+    """Centres of the shapes, in widths of the image, all shapes inside the image."""
     spacing = 2 * radius + GAP
     if scene.count == 1:
         offsets = np.zeros((1, 2))

@@ -328,8 +328,8 @@ def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[
     present = [name for name in VECTOR_FOLDERS.values() if (source / name).is_dir()]
     if not present:
         vectors = _files(source, ".npy") or _faiss_file(source, modality)
-        beside = source if source.is_dir() else source.with_suffix(".parquet")
-        tables = _files(metadata or beside, ".parquet")
+        metadata_location = source if source.is_dir() else source.with_suffix(".parquet")
+        tables = _files(metadata or metadata_location, ".parquet")
         if vectors and not tables and vectors[0].suffix in FAISS_SUFFIXES and metadata is None:
             tables = _files(source / TABLE_FOLDER, ".parquet")
         return vectors, tables

@@ -122,7 +122,7 @@ def test_a_language_model_is_read_as_transformers_reads_it(
         ([], "give --teacher MODEL, --text-model, or both"),
         (["--teacher", "nobody"], "There is no model 'nobody'"),
         (["--text-model", "nobody"], "There is no model 'nobody'"),
-        (["--text-model", "nobody", "--pooling", "mean"], "nobody is no folder of a language model"),
+        (["--text-model", "nobody", "--pooling", "mean"], "nobody is not a folder of a language model"),
         (["--teacher", "TEACHER", "--views", "0"], "views = 0"),
         (["--teacher", "TEACHER", "--crop-scale", "1", "0.5"], "crop_scale = 1 0.5"),
         (["--teacher", "TEACHER", "--flip", "2"], "flip = 2 is not a probability"),

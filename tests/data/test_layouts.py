@@ -316,7 +316,7 @@ def test_a_json_that_gives_each_image_its_captions(write):
 
 def test_images_without_words_are_packed_on_request_alone(write, tmp_path):
     source = write("a.jpg")
-    with pytest.raises(UsageError, match=r"No words were found for the 1 image of .*--captions none"):
+    with pytest.raises(UsageError, match=r"No captions were found for the 1 image of .*--captions none"):
         open_source(str(source))
     source = write("a.jpg", "photos/b.png")
     with pytest.raises(UsageError, match=r"1 image in 'photos'.*--captions none"):

@@ -142,7 +142,7 @@ def test_a_row_that_cannot_be_used_is_a_bad_sample(tmp_path, make_image):
             pairs.read(number)
         reasons.append(error.value.reason)
     outside = "outside the source"
-    assert reasons == ["missing file", "unreadable row", "no picture named", outside, outside, "no caption"]
+    assert reasons == ["missing file", "unreadable row", "no image named", outside, outside, "no caption"]
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,7 @@ def test_scenes_are_the_same_each_time_and_speak_four_languages():
 
 
 def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path):
-    with pytest.raises(
-        UsageError, match=r"it is empty\). Looked for: .*captions.csv.*CLASS/picture.jpg.*--kind shards"
-    ):
+    with pytest.raises(UsageError, match=r"it is empty\). Looked for: .*captions.csv.*CLASS/image.jpg.*--kind shards"):
         open_source(str(tmp_path))
     with pytest.raises(UsageError, match="There is no"):
         open_source(str(tmp_path / "nowhere"))

@@ -191,45 +191,45 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         VlmError: it cannot be written; the checkpoints before it are unchanged.
     """
     final = folder / checkpoint_name(snapshot.step)
-    beside = folder / f".{checkpoint_name(snapshot.step)}.part"
+    partial = folder / f".{checkpoint_name(snapshot.step)}.part"
     try:
         folder.mkdir(exist_ok=True)
         # the same step after a resume; writing it again would risk the one that is known to be good
         if final.exists() and _is_same_state(final, snapshot.values):
             return final
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         # asked before writing: a disk that is filled up fails other programs too
         free = shutil.disk_usage(folder).free
         if free < snapshot.num_bytes + _METADATA_BYTES:
             raise OSError("too little space")
-        _write_files(beside, snapshot)
+        _write_files(partial, snapshot)
         if final.exists():
             remove_checkpoint(final)
         # the rename is what makes it a checkpoint
-        beside.rename(final)
+        partial.rename(final)
         fsync_folder(folder)
     except (OSError, SafetensorError) as error:
         raise VlmError(_save_error_message(folder, snapshot, error)) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
-def _write_files(beside: Path, snapshot: Snapshot) -> None:
+def _write_files(partial: Path, snapshot: Snapshot) -> None:
     model = snapshot.model
     weights = snapshot.tensors[WEIGHTS]
-    save_model(beside, weights=weights, config=model.config, view=model.view, tokenizer=model.tokenizer)
+    save_model(partial, weights=weights, config=model.config, view=model.view, tokenizer=model.tokenizer)
     for file, tensors in snapshot.tensors.items():
         if file != WEIGHTS:
-            save_file(tensors, beside / file)
-    files = sorted(path for path in beside.iterdir() if path.is_file())
+            save_file(tensors, partial / file)
+    files = sorted(path for path in partial.iterdir() if path.is_file())
     for path in files:
         # a checksum of what only the page cache holds would promise too much
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     records = {path.name: asdict(record_file(path)) for path in files}
     # last: a folder without it does not count as a checkpoint
-    write_text(beside / STATE, json.dumps({"format": FORMAT, **snapshot.values, "files": records}))
+    write_text(partial / STATE, json.dumps({"format": FORMAT, **snapshot.values, "files": records}))
 
 
 def _save_error_message(folder: Path, snapshot: Snapshot, error: Exception) -> str:

@@ -104,21 +104,21 @@ class RemoteCheckpointStore:
     def fetch(self, name: str, folder: Path) -> str:
         """Copy a checkpoint from there to `folder`, replacing one of the same name; returns its damage, if any."""
         final = folder / name
-        beside = folder / f".{name}.part"
+        partial = folder / f".{name}.part"
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial_checkpoints(folder)
-        beside.mkdir()
+        partial.mkdir()
 
         def get(system: Any, root: str) -> None:
             for file in self._files()[name]:
-                system.get_file(f"{root}/{name}/{file}", str(beside / file))
+                system.get_file(f"{root}/{name}/{file}", str(partial / file))
 
         self._with_retries("read", get)
-        damage = find_damage(beside)
+        damage = find_damage(partial)
         if not damage:
             if final.exists():
                 remove_checkpoint(final)
-            beside.rename(final)
+            partial.rename(final)
         remove_partial_checkpoints(folder)
         return damage
 

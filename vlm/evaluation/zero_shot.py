@@ -278,7 +278,7 @@ def evaluate_zero_shot(
     """Zero-shot accuracy on labelled images.
 
     url, label: as of `read_labelled`. names: candidate classes, by number for KEY.cls; a name given twice is one
-    class. Empty uses `classnames.txt` beside shards with KEY.cls, else those of the images.
+    class. Empty uses `classnames.txt` next to shards with KEY.cls, else those of the images.
 
     Raises: as of `read_labelled`, `class_embeddings` and `measure_zero_shot`.
     """

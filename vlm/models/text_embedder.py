@@ -80,7 +80,7 @@ def load_text_model(
         return LanguageModelEmbedder(_tower(spec, tokenizer, pooling, prompts), tokenizer, choose_device(device))
     if context_length or pooling or prompts:
         raise UsageError(
-            f"{spec} is no folder of a language model; leave out --context-length, --pooling and --prompt."
+            f"{spec} is not a folder of a language model; leave out --context-length, --pooling and --prompt."
         )
     model = load_model(spec, device=device, precision=precision)
     tower: Any = getattr(model.network, "text", None)

@@ -190,18 +190,18 @@ def save_projection(
         UsageError: it exists.
     """
     # an index that migrates must never see half a projection
-    with atomic_folder(folder) as beside:
-        save_file({"matrix": head.matrix.contiguous()}, beside / WEIGHTS)
+    with atomic_folder(folder) as partial:
+        save_file({"matrix": head.matrix.contiguous()}, partial / WEIGHTS)
         manifest = Manifest(
             kind=MANIFEST_KIND,
             fingerprint=head.fingerprint,
             counts={"old_dimension": head.old_dimension, "dimension": head.dimension},
             configuration=configuration,
             inputs={"old": head.old, "new": head.new},
-            files={WEIGHTS: record_file(beside / WEIGHTS)},
+            files={WEIGHTS: record_file(partial / WEIGHTS)},
             details=details | {"model": head.model},
         )
-        write_manifest(beside, manifest)
+        write_manifest(partial, manifest)
 
 
 def read_projection(folder: Path) -> CompatibilityProjection:

@@ -1,1 +1,1 @@
-"""Questions to an index answered with pictures, without HTTP; knows nothing of training."""
+"""Queries to an index, ranked and shown as pages, without HTTP; knows nothing of training."""
