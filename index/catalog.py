@@ -7,7 +7,9 @@ the catalogue whole, each change in one transaction; after a crash, rows that no
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import sqlite3
 import weakref
 import zlib
@@ -128,6 +130,22 @@ def update_catalogue(
         failpoint(f"{path.name} before its commit")
 
 
+@contextlib.contextmanager
+def edited_copy(source: Path, path: Path) -> Iterator[sqlite3.Connection]:
+    """A copy of a catalogue under another name, in a transaction that ends with the block.
+
+    Raises:
+        VlmError: it is damaged, or the disk is full.
+    """
+    shutil.copyfile(source, path)
+    with _opened(path) as database:
+        yield database
+    # the copied pages too, which SQLite did not write
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    fsync_folder(path.parent)
+
+
 def roll_back_catalogue(path: Path, *, generation: int) -> None:
     """Undo a change that was committed here but whose manifest was never written.
 
@@ -138,10 +156,15 @@ def roll_back_catalogue(path: Path, *, generation: int) -> None:
         VlmError: the file is damaged or the disk is full.
     """
     with _opened(path) as database:
-        # a negative number, which no version reaches, and a different one for each: (uid, died) is unique
-        database.execute("UPDATE rows SET died = -row - 1 WHERE born > ? AND died >= 0", (generation,))
-        query = f"UPDATE rows SET died = {LATEST} WHERE died > ? AND died < {LATEST} AND born <= ?"
-        database.execute(query, (generation, generation))
+        restore_rows(database, generation=generation)
+
+
+def restore_rows(database: sqlite3.Connection, *, generation: int) -> None:
+    """Hide the rows that later versions inserted, and show those that they deleted; nothing is committed."""
+    # a negative number, which no version reaches, and a different one for each: (uid, died) is unique
+    database.execute("UPDATE rows SET died = -row - 1 WHERE born > ? AND died >= 0", (generation,))
+    query = f"UPDATE rows SET died = {LATEST} WHERE died > ? AND died < {LATEST} AND born <= ?"
+    database.execute(query, (generation, generation))
 
 
 def has_uncommitted_changes(path: Path, *, generation: int) -> bool:
@@ -204,6 +227,11 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
 def crc32_of(*values: str | int | None) -> int:
     """Checksum of a row's origin, given in the order of `Origin`'s fields: it finds damage, and is no identity."""
     return zlib.crc32("\0".join(map(str, values)).encode(errors="surrogatepass"))
+
+
+def digest_of(origin: Origin) -> int:
+    """The checksum of a row's origin, as the catalogue stores it."""
+    return _values(origin, 0)[-1]
 
 
 def as_words(text: str) -> str:
@@ -428,7 +456,7 @@ class Catalogue:
 
     def _select(self, condition: str, *values: str | int) -> list[Entry]:
         with self._reading() as database:
-            return list(map(_entry, database.execute(_SELECT + condition, values)))
+            return read_entries(database, condition, *values)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -471,6 +499,13 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _first_column(cursor: sqlite3.Cursor) -> list[int]:
     return [number for (number,) in cursor]
+
+
+def read_entries(database: sqlite3.Connection, condition: str, *values: str | int) -> list[Entry]:
+    """The entries that a WHERE clause of SQL selects."""
+    cursor = database.cursor()
+    cursor.row_factory = sqlite3.Row
+    return list(map(_entry, cursor.execute(_SELECT + condition, values)))
 
 
 def _entry(row: sqlite3.Row) -> Entry:

@@ -12,6 +12,7 @@ from vlm.manifest import MANIFEST, Manifest, damage_as_error
 LAYOUT = 2
 SEGMENTS = "segments"
 TOMBSTONES = "tombstones"
+VERSIONS = "versions"
 METRIC = "inner product of unit vectors"
 FIRST_VERSION = 1
 REBUILD_HINT = "build the index again with vlm index build"
@@ -141,3 +142,12 @@ def tombstones_file(generation: int) -> str:
     'tombstones/00002.npy'
     """
     return f"{TOMBSTONES}/{generation:05d}.npy"
+
+
+def version_file(generation: int) -> str:
+    """The path of the manifest of the version before, kept for a rollback.
+
+    >>> version_file(1)
+    'versions/00001.json'
+    """
+    return f"{VERSIONS}/{generation:05d}.json"

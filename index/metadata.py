@@ -13,7 +13,7 @@ more than 8 deep, and `captions`, `captions_NAME` and `caption_weights`, which `
 import math
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from vlm.data.samples import parse_tags
@@ -45,16 +45,26 @@ def insert_metadata_fields(database: sqlite3.Connection, rows: Sequence[tuple[in
 
     Null has no value here, but its field's name is stored, so that a filter may ask whether it is missing.
     """
-    # by field and whether the values are texts
-    columns: defaultdict[tuple[str, bool], list[tuple[FieldValue, int]]] = defaultdict(list)
-    names: set[str] = set()
+    empty_fields: set[str] = set()
+    values: list[tuple[str, FieldValue, int]] = []
     for row, origin in rows:
         for name, value in origin.metadata.items():
-            if value is None and _is_field(name):
-                names.add(sanitize_text(name))
+            if value is None and is_field(name):
+                empty_fields.add(sanitize_text(name))
         for name, value in metadata_fields(origin):
-            columns[name, isinstance(value, str)].append((value, row))
-            names.add(name)
+            values.append((name, value, row))
+    insert_field_values(database, values, empty_fields=empty_fields)
+
+
+def insert_field_values(
+    database: sqlite3.Connection, triples: Iterable[tuple[str, FieldValue, int]], *, empty_fields: Iterable[str] = ()
+) -> None:
+    """Insert (field, value, row) triples, and the names of fields that have no value; nothing is committed."""
+    # by field and whether the values are texts
+    columns: defaultdict[tuple[str, bool], list[tuple[FieldValue, int]]] = defaultdict(list)
+    for name, value, row in triples:
+        columns[name, isinstance(value, str)].append((value, row))
+    names = {name for name, _ in columns}.union(empty_fields)
     database.executemany("INSERT OR IGNORE INTO fields(name) VALUES (?)", [(name,) for name in sorted(names)])
     ids: dict[str, int] = dict(database.execute("SELECT name, id FROM fields"))
     # in the order of the primary key, so that neighbours are written together
@@ -98,11 +108,12 @@ def metadata_fields(origin: Origin) -> Iterator[tuple[str, FieldValue]]:
     for name, value in origin.metadata.items():
         if name == "tags" and isinstance(value, str):
             value = parse_tags(origin.metadata)
-        if _is_field(name):
+        if is_field(name):
             yield from _flattened(sanitize_text(name), value, 1)
 
 
-def _is_field(name: str) -> bool:
+def is_field(name: str) -> bool:
+    """Whether metadata of this name is a field; names of captions are none, as the field `caption` has these."""
     return name not in _FROM_CAPTIONS and not name.startswith("captions_")
 
 

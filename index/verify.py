@@ -15,7 +15,7 @@ from vlm.index.index_files import IndexDetails
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentReader
-from vlm.index.writer import strays
+from vlm.index.versions import strays
 from vlm.manifest import Manifest, read_manifest
 from vlm.tensor_types import Array, Int64
 

@@ -1,16 +1,18 @@
-"""Changes of an index folder: inserts, upserts, deletes and compaction, each one new version, whole or not at all.
+"""Changes of an index folder: inserts, upserts, deletes, edits, compaction, each one new version, whole or not at all.
 
 The order of a change: files under new names; the catalogue's transaction, whose rows no reader of the old version
-sees; the manifest, which is the commit; then files that it does not name are removed. Readers continue. If the
-process is killed in between, the next writer rolls back what the manifest does not know.
+sees (edits of rows that stay go to a copy of the catalogue); the manifest, which is the commit; then files that neither
+it nor the version before names are removed. Readers continue. If the process is killed in between, the next
+writer rolls back what the manifest does not know.
 
 Only one writer at a time: it holds a lock on a file of the folder, which the system frees when the process ends.
 """
 
 import contextlib
 import os
+import sqlite3
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, compress
 from pathlib import Path
@@ -20,25 +22,27 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from vlm import __version__
 from vlm.errors import UsageError, VlmError
-from vlm.files import atomic_write, compute_fingerprint
 from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type, search_params_dict
-from vlm.index.catalog import copy_catalogue, has_uncommitted_changes, max_row, roll_back_catalogue, update_catalogue
-from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin, sorted_checksums
-from vlm.index.index_files import (
-    SEGMENTS,
-    TOMBSTONES,
-    FailPoint,
-    IndexDetails,
-    catalogue_file,
-    no_failpoint,
-    tombstones_file,
+from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
+from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
+from vlm.index.catalog_edits import edit_addresses, edit_metadata
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
+from vlm.index.index_files import FailPoint, IndexDetails, catalogue_file, no_failpoint
+from vlm.index.reader import open_snapshot
+from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, write_segment
+from vlm.index.versions import (
+    PendingVersion,
+    commit,
+    prepare_version,
+    remove_orphans,
+    restored_version,
+    roll_back_unfinished,
+    version_to_restore,
+    with_search_params,
 )
-from vlm.index.reader import IndexSnapshot, open_snapshot
-from vlm.index.segments import SegmentReader, SegmentView, WrittenSegment, iter_stored_blocks, write_segment
-from vlm.manifest import FileRecord, Manifest, read_manifest, record_file, write_manifest
+from vlm.manifest import read_manifest
+from vlm.results import Result
 from vlm.tensor_types import Array, Bool, Float, Int64
 
 
@@ -127,10 +131,11 @@ def _filter_blocks(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommitInfo:
+class CommitInfo(Result):
     """What a change did: the version it made, and how many rows there are now.
 
     added: new rows. replaced: new rows whose uid existed. removed: deleted rows.
+    edited: rows whose metadata or image address changed.
     left_out: rows of an update that was limited by a filter, whose uid no selected row has.
     dead: deleted rows that segments hold until `compact`.
     """
@@ -142,6 +147,7 @@ class CommitInfo:
     added: int = 0
     replaced: int = 0
     removed: int = 0
+    edited: int = 0
     left_out: int = 0
     seconds: float = 0.0
 
@@ -171,164 +177,6 @@ def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
     """The rows of a view in their stored float16."""
     for first in range(0, view.count, _ROWS_AT_ONCE):
         yield view.segment.vectors.stored[view.positions[first : first + _ROWS_AT_ONCE]]
-
-
-def drop_dead_segments(
-    segments: Iterable[SegmentReader], dead: Int64[Array, " N"]
-) -> tuple[list[SegmentReader], Int64[Array, " M"]]:
-    """The segments that hold a live row, and the deleted rows (sorted) that these hold."""
-    live_segments = []
-    remaining_dead = [np.zeros(0, np.int64)]
-    for segment in segments:
-        positions = segment.positions_of(dead)
-        # one without a live row would only be opened and skipped
-        if len(positions) < len(segment):
-            live_segments.append(segment)
-            remaining_dead.append(segment.rows[positions])
-    return live_segments, np.concatenate(remaining_dead)
-
-
-def roll_back_unfinished(folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
-    """Roll a folder back to its manifest's version; only for the holder of the writer's lock.
-
-    It may be killed and repeated. Readers notice nothing, for no manifest names what is removed.
-
-    Raises:
-        VlmError: the catalogue is damaged or the disk is full.
-    """
-    manifest = read_manifest(folder, "index")
-    details = IndexDetails.from_manifest(manifest, folder)
-    if has_uncommitted_changes(folder / details.catalogue, generation=manifest.generation):
-        failpoint("rolling back the catalogue")
-        roll_back_catalogue(folder / details.catalogue, generation=manifest.generation)
-    remove_orphans(folder, manifest, details, failpoint=failpoint)
-
-
-def remove_orphans(
-    folder: Path, manifest: Manifest, details: IndexDetails, *, failpoint: FailPoint = no_failpoint
-) -> None:
-    """Remove the strays; a reader that has one open keeps it."""
-    for path in strays(folder, manifest, details):
-        failpoint(f"removing {path.name}")
-        path.unlink(missing_ok=True)
-
-
-def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path]:
-    """Files of the index that its manifest does not name: of an older version, or of one that was never committed."""
-    # SQLite needs the journal of the current catalogue to roll it back
-    known = {folder / name for name in (*manifest.files, details.catalogue, f"{details.catalogue}-journal")}
-    patterns = (f"{SEGMENTS}/*", f"{TOMBSTONES}/*", "catalogue-*", ".manifest.json.*.part")
-    matches: set[Path] = set()
-    for pattern in patterns:
-        matches.update(folder.glob(pattern))
-    return sorted(matches - known)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PendingVersion:
-    """The next version, before its commit.
-
-    manifest: complete but for the record of the tombstones' file. dead: deleted rows its segments hold, sorted.
-    """
-
-    manifest: Manifest
-    details: IndexDetails
-    dead: Int64[Array, " N"]
-
-    @property
-    def number(self) -> int:
-        """The version's number."""
-        return self.manifest.generation
-
-
-def prepare_version(
-    snapshot: IndexSnapshot,
-    *,
-    what: str,
-    keep: int,
-    written: WrittenSegment | None,
-    deleted_rows: Int64[Array, " N"],
-    **details: Any,
-) -> PendingVersion:
-    """The version after a snapshot.
-
-    Args:
-        what: the kind of change, part of the fingerprint.
-        keep: how many of the first segments stay; the others were merged into the new one, or are gone.
-        written: the new segment, which comes last.
-        deleted_rows: rows that this change deletes, sorted.
-        details: what else of the index's details changes.
-    """
-    kept_segments, dead = drop_dead_segments(
-        [view.segment for view in snapshot.views[:keep]], np.union1d(snapshot.dead, deleted_rows)
-    )
-    segments = [segment.meta for segment in kept_segments]
-    files: dict[str, FileRecord] = {}
-    for segment in segments:
-        for name in segment.files:
-            files[name] = snapshot.manifest.files[name]
-    next_segment = snapshot.details.next_segment
-    if written:
-        segments.append(written.segment)
-        files |= written.files
-        next_segment = written.segment.number + 1
-
-    number = snapshot.number + 1
-    # tombstones are rewritten each time: a reader of the old version still has the old file
-    changed = replace(
-        snapshot.details,
-        segments=tuple(segments),
-        next_segment=next_segment,
-        tombstones=tombstones_file(number) if len(dead) else "",
-        **details,
-    )
-    # the fingerprint chains all changes since the build, so equal fingerprints mean equal contents
-    manifest = replace(
-        snapshot.manifest,
-        fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, what, dead.tobytes(), *sorted_checksums(files)),
-        generation=number,
-        counts={"rows": sum(segment.rows for segment in segments) - len(dead), "dead": len(dead)},
-        files=files,
-        details=asdict(changed),
-        made_by=f"vlm {__version__}",
-        # empty ones are filled in as the manifest is written
-        made_at="",
-        command="",
-    )
-    return PendingVersion(manifest=manifest, details=changed, dead=dead)
-
-
-def with_search_params(pending: PendingVersion, *, effort: int | None, rerank: int) -> PendingVersion:
-    """The same with other search parameters of its largest segment, which a compaction will use too."""
-    segments = list(pending.details.segments)
-    number = max(range(len(segments)), key=lambda number: segments[number].rows)
-    largest = segments[number]
-    search_params = search_params_dict(largest.kind, effort=effort, rerank=rerank)
-    segments[number] = replace(largest, parameters=largest.parameters | search_params, rerank=rerank)
-    changed = replace(pending.details, segments=tuple(segments), tuning=pending.details.tuning | search_params)
-    return replace(pending, details=changed, manifest=replace(pending.manifest, details=asdict(changed)))
-
-
-def commit(
-    folder: Path, pending: PendingVersion, update_catalogue: Callable[[], None], *, failpoint: FailPoint
-) -> None:
-    """Write the tombstones, change the catalogue, and replace the manifest: only the last of these commits."""
-    files = dict(pending.manifest.files)
-    # an orphan until the manifest names it: a crash before that leaves nothing to undo
-    if len(pending.dead):
-        path = folder / pending.details.tombstones
-        path.parent.mkdir(exist_ok=True)
-        failpoint("tombstones")
-        with atomic_write(path) as file:
-            np.save(file, pending.dead, allow_pickle=False)
-            failpoint("tombstones before their rename")
-        files[pending.details.tombstones] = record_file(path)
-    failpoint("catalogue")
-    update_catalogue()
-    # from here on the change counts
-    failpoint("manifest")
-    write_manifest(folder, replace(pending.manifest, files=files))
-    failpoint("manifest written")
 
 
 LOCK = "writer.lock"
@@ -439,10 +287,11 @@ class IndexWriter:
                 self._commit(pending, lambda: self._change_catalogue(pending, deleted_rows))
         return self._commit_info(started, removed=len(deleted_rows))
 
-    def compact(self, *, kind: str = "", tuning: TuningParams | None = None) -> CommitInfo:
+    def compact(self, *, kind: str = "", tuning: TuningParams | None = None, keep_previous: bool = True) -> CommitInfo:
         """Merge all segments into one, retrain it, and drop deleted rows from it and from the catalogue.
 
         kind, tuning: as for `build_index`; left out, those the index was built with, or flat where they no longer fit.
+        keep_previous: keep the version before for a rollback; without, its files are removed at once.
 
         Raises:
             UsageError: there is no such index type, or it does not fit the rows.
@@ -466,8 +315,75 @@ class IndexWriter:
                 catalogue=catalogue_file(snapshot.number + 1),
                 next_row=self._next_row(),
             )
-            self._commit(pending, lambda: self._rewrite_catalogue(pending))
+            self._commit(pending, lambda: self._rewrite_catalogue(pending), keep_previous=keep_previous)
         return self._commit_info(started)
+
+    def set_metadata(self, changes: Mapping[int, Mapping[str, Any]]) -> CommitInfo:
+        """Change metadata of rows, whose vectors stay.
+
+        changes: by row the new values by name; a value of None removes the name, and other names stay.
+        """
+        return self._edit("set", len(changes), lambda database: edit_metadata(database, changes))
+
+    def relocate(self, addresses: Mapping[str, str]) -> CommitInfo:
+        """Say where shards or image files lie now.
+
+        addresses: the new one by the old one; those that no row has are ignored.
+        """
+        moved = {old: new for old, new in addresses.items() if old != new}
+        shards = tuple(dict.fromkeys(moved.get(shard, shard) for shard in self.snapshot.details.shards))
+        return self._edit("relocate", len(moved), lambda database: edit_addresses(database, moved), shards=shards)
+
+    def rollback(self) -> CommitInfo:
+        """Bring the rows of the version before back, as a new version; rolled back twice, the last change is redone.
+
+        The version before is kept until the next change, but not by a compaction that was told so.
+
+        Raises:
+            UsageError: there is none. VlmError: its files are damaged.
+        """
+        started = time.perf_counter()
+        previous = version_to_restore(self.folder, self.snapshot.manifest)
+        with self._rolling_back_on_error():
+            pending = restored_version(self.snapshot, previous, next_row=self._next_row())
+            source = self.folder / previous.details["catalogue"]
+
+            def write_catalogue() -> None:
+                with edited_copy(source, self.folder / pending.details.catalogue) as database:
+                    restore_rows(database, generation=previous.generation)
+
+            self._commit(pending, write_catalogue)
+        return self._commit_info(started)
+
+    def _edit(self, what: str, size: int, edit: Callable[[sqlite3.Connection], int], **details: Any) -> CommitInfo:
+        """A version with the same segments and an edited catalogue, in a new file for the sake of open readers.
+
+        size: of the edit; one of nothing changes nothing. edit: gives the number of changed rows. details: as of
+        `prepare_version`.
+        """
+        started = time.perf_counter()
+        snapshot = self.snapshot
+        num_edited = 0
+        if size:
+            with self._rolling_back_on_error():
+                pending = prepare_version(
+                    snapshot,
+                    what=what,
+                    keep=len(snapshot.views),
+                    written=None,
+                    deleted_rows=_NO_ROWS,
+                    catalogue=catalogue_file(snapshot.number + 1),
+                    **details,
+                )
+
+                def write_catalogue() -> None:
+                    nonlocal num_edited
+                    with edited_copy(snapshot.catalogue.path, self.folder / pending.details.catalogue) as database:
+                        num_edited = edit(database)
+                        self._failpoint(f"{pending.details.catalogue} before its commit")
+
+                self._commit(pending, write_catalogue)
+        return self._commit_info(started, edited=num_edited)
 
     def set_search_params(self, *, effort: int | None, rerank: int) -> CommitInfo:
         """Search the largest segment with another effort (nprobe, efSearch) and reranking factor from now on."""
@@ -591,8 +507,8 @@ class IndexWriter:
         snapshot = self.snapshot
         copy_catalogue(snapshot.catalogue.path, path, snapshot.rows, seen=snapshot.number, generation=pending.number)
 
-    def _commit(self, pending: PendingVersion, change: Callable[[], None]) -> None:
-        commit(self.folder, pending, change, failpoint=self._failpoint)
+    def _commit(self, pending: PendingVersion, change: Callable[[], None], *, keep_previous: bool = True) -> None:
+        commit(self.folder, pending, change, keep_previous=keep_previous, failpoint=self._failpoint)
         self.snapshot = open_snapshot(self.folder, before=self.snapshot)
         # readers of the old version keep what they have open
         remove_orphans(self.folder, self.snapshot.manifest, self.snapshot.details, failpoint=self._failpoint)
@@ -617,7 +533,7 @@ class IndexWriter:
         self._needs_rollback = False
 
     def _commit_info(
-        self, started: float, *, added: int = 0, replaced: int = 0, removed: int = 0, left_out: int = 0
+        self, started: float, *, added: int = 0, replaced: int = 0, removed: int = 0, edited: int = 0, left_out: int = 0
     ) -> CommitInfo:
         snapshot = self.snapshot
         return CommitInfo(
@@ -628,6 +544,7 @@ class IndexWriter:
             added=added,
             replaced=replaced,
             removed=removed,
+            edited=edited,
             left_out=left_out,
             seconds=time.perf_counter() - started,
         )

@@ -60,14 +60,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
-def read_manifest(folder: Path, kind: str) -> Manifest:
-    """Read a folder's manifest.
+def read_manifest(folder: Path, kind: str, *, name: str = MANIFEST) -> Manifest:
+    """Read a folder's manifest, or a copy of an earlier one under another name.
 
     Raises:
         UsageError: no manifest, another kind of folder, or a format this version cannot read.
         VlmError: it is damaged.
     """
-    path = folder / MANIFEST
+    path = folder / name
     if not path.is_file():
         unfinished = (folder / PROGRESS).is_file()
         why = "is unfinished: run the command that makes it again" if unfinished else f"has no {MANIFEST}"

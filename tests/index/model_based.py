@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from vlm.index.embeddings_folder import EmbeddingsWriter, normalize_rows
 from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
+from vlm.manifest import read_manifest
 
 KILLED = 77
 
@@ -33,6 +34,7 @@ class Oracle:
 
     exact: whether the index's kind is; else its answers may miss some, but must be right where they answer.
     readers: indexes that stay open, each with the rows it was opened or refreshed with.
+    before: the rows of the version before, which a rollback brings back; None without one.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Oracle:
     readers: list[tuple[Index, Rows]] = field(default_factory=list)
     recalled: list[float] = field(default_factory=list)
     num_named: int = 0
+    before: Rows | None = None
 
     @classmethod
     def begin(cls, folder: Path, seed: int, *, kind: str, rows: int, tuning: TuningParams) -> "Oracle":
@@ -84,17 +87,26 @@ class Oracle:
         else:
             name, after, act = change
             with IndexWriter(self.folder) as writer:
+                number = writer.snapshot.number
                 act(writer)
-            self.rows = after
+                has_moved = writer.snapshot.number > number
+            self.replace_rows(after, has_moved=has_moved)
             self.done[name] += 1
         if self.rng.random() < 0.1:
             self.check_readers()
+
+    def replace_rows(self, after: Rows, *, has_moved: bool) -> None:
+        """The rows after a change, which made a version or had nothing to do."""
+        if has_moved:
+            self.before = self.rows
+        self.rows = after
 
     def random_change(self) -> tuple[str, Rows, Callable[[IndexWriter], object]]:
         """Its name, the rows after it, and how it is done."""
         name = str(
             self.rng.choice(
-                ["add", "add", "update", "delete", "delete where", "compact"], p=[0.3, 0.1, 0.2, 0.2, 0.1, 0.1]
+                ["add", "update", "delete", "delete where", "compact", "set", "rollback"],
+                p=[0.3, 0.15, 0.15, 0.1, 0.1, 0.1, 0.1],
             )
         )
         count = int(self.rng.integers(1, 12))
@@ -117,12 +129,19 @@ class Oracle:
                 )
         if name == "compact":
             return name, dict(self.rows), lambda writer: writer.compact()
+        if name == "rollback" and self.before is not None:
+            return name, dict(self.before), lambda writer: writer.rollback()
+        if name == "set" and gone:
+            sizes = {uid: int(self.rng.integers(100)) for uid in gone}
+            edited = {uid: replace(self.rows[uid], size=size) for uid, size in sizes.items()}
+            return name, self.rows | edited, lambda writer: set_sizes(writer, sizes)
         fresh = self.draw(count)
         return "add", self.rows | fresh, lambda writer: writer.add(new_rows(fresh))
 
     def crash(self, name: str, after: Rows, act: Callable[[IndexWriter], object]) -> None:
         """Do it in a process that is killed at a random write point, then find one of the two states."""
         last = int(self.rng.integers(1, 24))
+        number = read_manifest(self.folder, "index").generation
         child = os.fork()
         if not child:
             _act_and_die(self.folder, act, last)
@@ -131,7 +150,7 @@ class Oracle:
         assert was_killed or os.waitstatus_to_exitcode(status) == 0, f"the {name} failed: {status}"
         index = Index.open(self.folder)
         if self.contents(index) == names_of(after) and (not was_killed or matches(index, after)):
-            self.rows = after
+            self.replace_rows(after, has_moved=index.snapshot.number > number)
             self.done[f"{name}, killed after the commit" if was_killed else f"{name}, done in time"] += 1
         else:
             assert was_killed, f"{name} ended well but left another state"
@@ -198,6 +217,12 @@ class Oracle:
         self.readers[0][0].close()
         self.readers[0] = Index.open(self.folder), dict(self.rows)
         self.done["reopen"] += 1
+
+
+def set_sizes(writer: IndexWriter, sizes: dict[str, int]) -> None:
+    """Change the size of some rows and nothing else."""
+    rows = writer.snapshot.catalogue.rows_by_uid(sizes)
+    writer.set_metadata({rows[uid]: {"size": size} for uid, size in sizes.items()})
 
 
 def names_of(rows: Rows) -> list[str]:

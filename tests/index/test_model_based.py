@@ -9,6 +9,7 @@ import pytest
 
 from vlm.index.ann.index_type_base import TuningParams
 
+CHANGES = ("add", "update", "delete", "compact", "set", "rollback")
 ORACLE = runpy.run_path(str(Path(__file__).with_name("model_based.py")))["Oracle"]
 
 
@@ -45,5 +46,5 @@ def test_random_changes_searches_and_crashes_leave_what_a_plain_dictionary_has(
     for _ in range(operations):
         oracle.step(crash_share=0.3)
     done = " ".join(oracle.done)
-    assert all(name in done for name in ("add", "update", "delete", "compact", "before the commit", "search where"))
+    assert all(name in done for name in (*CHANGES, "before the commit", "search where"))
     assert np.mean(oracle.recalled or [1.0]) >= least

@@ -1,0 +1,87 @@
+"""Edits of a catalogue's copy that leave rows and vectors as they are: metadata of rows, and addresses of shards."""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from vlm.index.catalog import LATEST, Entry, digest_of, read_entries
+from vlm.index.metadata import insert_field_values, metadata_fields
+
+_ROWS_AT_ONCE = 10_000
+
+
+def edit_metadata(database: sqlite3.Connection, changes: Mapping[int, Mapping[str, Any]]) -> int:
+    """Set metadata of rows; how many rows changed. Nothing is committed.
+
+    changes: by row the new values by name; others stay, and None removes one.
+    """
+    num_changed = 0
+    for entries in _blocks(database, changes):
+        lines: list[tuple[str, int, int]] = []
+        removed: list[tuple[str, Any, int]] = []
+        added: list[tuple[str, Any, int]] = []
+        for old in entries:
+            metadata = dict(old.metadata)
+            for name, value in changes[old.row].items():
+                if value is None:
+                    metadata.pop(name, None)
+                else:
+                    metadata[name] = value
+            # compared as stored: 1 and true, or 1 and 1.0, are equal in Python
+            if json.dumps(metadata) == json.dumps(old.metadata):
+                continue
+            new = replace(old, metadata=metadata)
+            lines.append((json.dumps(metadata, ensure_ascii=False), digest_of(new), old.row))
+            fields_before = set(metadata_fields(old))
+            fields_now = set(metadata_fields(new))
+            for name, value in fields_before - fields_now:
+                removed.append((name, value, old.row))
+            for name, value in fields_now - fields_before:
+                added.append((name, value, old.row))
+        database.executemany("UPDATE rows SET metadata = ?, digest = ? WHERE row = ?", lines)
+        query = "DELETE FROM facts WHERE field = (SELECT id FROM fields WHERE name = ?) AND value = ? AND row = ?"
+        database.executemany(query, removed)
+        insert_field_values(database, added)
+        num_changed += len(lines)
+    return num_changed
+
+
+def edit_addresses(database: sqlite3.Connection, addresses: Mapping[str, str]) -> int:
+    """Give shards new addresses, those of deleted rows too; how many live rows they have. Nothing is committed.
+
+    addresses: the new one by the old one; two shards may exchange theirs.
+    """
+    ids: dict[str, int] = dict(database.execute("SELECT address, id FROM shards"))
+    moved = {old: new for old, new in addresses.items() if old in ids and old != new}
+    # unique names in between, because addresses are unique at any moment
+    database.executemany("UPDATE shards SET address = ? WHERE id = ?", [(f"\0{ids[old]}", ids[old]) for old in moved])
+    remaining = {address: number for address, number in ids.items() if address not in moved}
+    for old, new in moved.items():
+        if new not in remaining:
+            database.execute("UPDATE shards SET address = ? WHERE id = ?", (new, ids[old]))
+            remaining[new] = ids[old]
+            continue
+        # rows of a shard that was known under both addresses are joined
+        database.execute("UPDATE rows SET shard = ? WHERE shard = ?", (remaining[new], ids[old]))
+        database.execute("DELETE FROM shards WHERE id = ?", (ids[old],))
+    new_ids = {remaining[new] for new in moved.values()}
+    num_rows = 0
+    for number in sorted(new_ids):
+        query = "SELECT row FROM rows WHERE shard = ?"
+        rows = [row for (row,) in database.execute(query, (number,)).fetchall()]
+        for entries in _blocks(database, rows):
+            digests = [(digest_of(entry), entry.row) for entry in entries]
+            database.executemany("UPDATE rows SET digest = ? WHERE row = ?", digests)
+        query = f"SELECT count(*) FROM rows WHERE shard = ? AND died = {LATEST}"
+        num_rows += database.execute(query, (number,)).fetchone()[0]
+    return num_rows
+
+
+def _blocks(database: sqlite3.Connection, rows: Iterable[int]) -> Iterator[list[Entry]]:
+    """The entries of rows, some thousands at once."""
+    remaining = iter(rows)
+    while block := list(islice(remaining, _ROWS_AT_ONCE)):
+        yield read_entries(database, "WHERE row IN (SELECT value FROM json_each(?))", json.dumps(block))
