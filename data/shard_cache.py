@@ -63,8 +63,9 @@ class _Entry:
 class CacheSpace:
     """Space in a folder for files by key: KEY.tar is whole, KEY.part on its way, KEY.json says what they are.
 
-    max_bytes: bound of all of them together. Files of other names are neither counted nor touched. Whoever writes to a
-    key holds its lock; whoever reserves space holds that of the folder, so that the bound is kept across processes.
+    max_bytes: bound of all of them together. Files without such a .json are neither counted nor touched: a person may
+    name the folder of their own shards. Whoever writes to a key holds its lock; whoever reserves space holds that of
+    the folder, so that the bound is kept across processes.
     """
 
     folder: Path
@@ -118,9 +119,10 @@ class CacheSpace:
     def metadata(self, key: str) -> dict[str, Any]:
         """What was recorded of a key; empty if it has gone."""
         try:
-            return json.loads(self.path(key, "json").read_text(encoding="utf-8"))
+            metadata = json.loads(self.path(key, "json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return metadata if isinstance(metadata, dict) else {}
 
     def drop(self, key: str) -> None:
         """Remove the files of a key whose lock is held."""
@@ -166,11 +168,17 @@ class CacheSpace:
             entry.is_whole |= match[2] == "tar"
             if match[2] != "json":
                 entry.used = max(entry.used, status.st_mtime_ns)
+        cached: dict[str, _Entry] = {}
         for key, entry in entries.items():
+            metadata = self.metadata(key)
+            # written before all else of a shard: without it the files are somebody's own, whatever their names
+            if "address" not in metadata:
+                continue
             # a shard on its way counts as large as it will be, or two fetches could take the same space
             if not entry.is_whole:
-                entry.bytes = max(entry.bytes, self.metadata(key).get("reserved", 0))
-        return entries
+                entry.bytes = max(entry.bytes, metadata.get("reserved", 0))
+            cached[key] = entry
+        return cached
 
 
 MAX_RATIO = 100

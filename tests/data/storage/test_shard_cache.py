@@ -196,6 +196,26 @@ def test_files_of_others_in_the_folder_are_left_alone(faulty_server, served, wri
     assert (cache.folder / "thesis.tar").stat().st_size == 1 << 20
 
 
+@pytest.mark.parametrize("beside", [None, '{"captions": 3}', "[1]", "not JSON"])
+def test_originals_named_as_cached_files_are_never_made_room_of(
+    faulty_server, served, write_shards, make_cache, beside
+):
+    names = write_shards(served, 3)
+    size = (served / names[0]).stat().st_size
+    cache = make_cache(int(1.5 * size))
+    originals = [cache.folder / f"{number:016x}.tar" for number in range(3)]
+    cache.folder.mkdir()
+    for original in originals:
+        original.write_bytes(bytes(size))
+        if beside is not None:
+            original.with_suffix(".json").write_text(beside)
+    for name in names:
+        assert len(read_all(f"{faulty_server.url}/{name}", cache)) == 4
+    assert [original.stat().st_size for original in originals] == [size] * 3
+    cached = [path for path in cache.folder.glob("*.tar") if path not in originals]
+    assert len(cached) == 1
+
+
 def test_a_full_disk_is_told_and_not_taken_for_the_network(
     faulty_server, served, write_shards, make_cache, monkeypatch
 ):
