@@ -4,15 +4,14 @@
 view of everything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import ceil, exp, log, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from vlm.data.decode import EncodedImage, open_image, reduction, to_rgb
@@ -252,16 +251,20 @@ def resize_antialiased(
     if min(pixels.strides) < 0:  # an image turned upright; torch has no negative strides
         pixels = np.ascontiguousarray(pixels)
     # what F.interpolate calls, but it has no `out`, and a view that is copied later has left the processor's cache
-    _RESIZE[interpolation](_batch_of_one(pixels), out.shape[:2], False, out=_batch_of_one(out))
+    _resize_functions()[interpolation](_batch_of_one(pixels), out.shape[:2], False, out=_batch_of_one(out))
 
 
-_RESIZE = {
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
-}
+@cache
+def _resize_functions() -> dict[str, Callable[..., Any]]:
+    # here, since the fixed view resizes without torch, which takes seconds to load
+    from torch.ops import aten
+
+    return {"bicubic": aten._upsample_bicubic2d_aa.out, "bilinear": aten._upsample_bilinear2d_aa.out}
 
 
 def _batch_of_one(pixels: UInt8[Array, "H W 3"]) -> UInt8[Tensor, "1 3 H W"]:
+    import torch
+
     # torch sees channels last, for which it has its fastest filter; numpy turns axes in half of torch's time
     return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
 
@@ -325,6 +328,8 @@ def load_images(paths: Sequence[Path], view: EvalTransform) -> UInt8[Tensor, "B 
     Raises:
         UsageError: none is given, or one does not exist or is not an image.
     """
+    import torch
+
     if not paths:
         raise UsageError("No image was given.")
     views: list[np.ndarray] = []

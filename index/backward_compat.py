@@ -24,12 +24,12 @@ from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, sorted_checksums
-from vlm.index.encoder import absolute_spec
 from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
 from vlm.index.writer import iter_live_blocks
 from vlm.manifest import write_manifest
+from vlm.models.model_spec import absolute_spec
 from vlm.models.variants import CompatibilityProjection
 from vlm.tensor_types import Array, Float, Float32, Int64
 

@@ -31,6 +31,7 @@ from vlm.data.selection import Selection
 from vlm.data.shards import count_samples, is_remote, shards_fingerprint
 from vlm.data.tar import Span, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
+from vlm.index.embedding_speed import compile_encoder, find_fastest_batch_size
 from vlm.index.embeddings_folder import (
     FLOAT16,
     EmbeddingSpace,
@@ -47,9 +48,10 @@ from vlm.index.embeddings_folder import (
     save_batch_size,
     saved_batch_size,
 )
-from vlm.index.encoder import Encoder, absolute_spec, check_unit_norm, compile_encoder, find_fastest_batch_size
+from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.ids import UidAssigner
 from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
+from vlm.models.model_spec import absolute_spec
 from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)

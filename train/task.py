@@ -379,7 +379,7 @@ def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
             continue
         visited.add(node)
         # an AccumulateGrad node holds its leaf as `variable`
-        leaf = node if isinstance(node, Tensor) else getattr(node, "variable", None)
+        leaf = node if isinstance(node, torch.Tensor) else getattr(node, "variable", None)
         if leaf is not None:
             leaves.add(leaf)
         pending += [next_node for next_node, _ in getattr(node, "next_functions", ())]

@@ -1,10 +1,10 @@
 """Searching any FAISS index: with more or less effort, among selected positions, reranked by exact cosines."""
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from vlm.index.ann.index_type_base import load_faiss, unwrap_transforms
 from vlm.tensor_types import Array, Float, Float32, Int64
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 def to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The same numbers; exact, for float32 holds every float16.
 
-    Done by torch, which uses the processor's conversion instruction: numpy takes twenty times as long.
+    Done by torch where it is loaded, since it uses the processor's conversion instruction: numpy takes ten times as
+    long. Loading it for this would never pay.
     """
-    if rows.dtype != np.float16:
+    torch = sys.modules.get("torch")
+    if torch is None or rows.dtype != np.float16:
         return np.asarray(rows, np.float32)
     # torch warns about memory that it may not write to
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy()).float().numpy()

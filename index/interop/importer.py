@@ -14,6 +14,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, check_not_exists
 from vlm.index.ann.faiss_search import to_float32
 from vlm.index.embeddings_folder import (
+    UNKNOWN,
     EmbeddingSpace,
     EmbeddingsWriter,
     Modality,
@@ -22,7 +23,7 @@ from vlm.index.embeddings_folder import (
     captions_from_json,
     part_name,
 )
-from vlm.index.encoder import Encoder, absolute_spec
+from vlm.index.encoder import Encoder
 from vlm.index.ids import UidAssigner
 from vlm.index.interop.import_layouts import (
     Block,
@@ -36,6 +37,7 @@ from vlm.index.interop.import_layouts import (
     to_json_value,
 )
 from vlm.manifest import MANIFEST, Manifest
+from vlm.models.model_spec import absolute_spec
 
 EXPORT = "export"
 
@@ -52,9 +54,6 @@ def exported_space(source: Path) -> EmbeddingSpace | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-
-UNKNOWN = "unknown"
-"""The model of vectors whose origin nobody knows."""
 
 # unit vectors stored as float16 are off by less
 _ROUNDING = 2e-3

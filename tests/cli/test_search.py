@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def search(index: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
 
 
 Search = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("words", [("search", "INDEX", "--like", "u0"), ("index", "info", "INDEX")])
+def test_an_answer_without_a_model_loads_no_heavy_library(index: Path, words: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from vlm.cli.main import main\n"
+        f"code = main({[str(index) if word == 'INDEX' else word for word in words]})\n"
+        "print(*sorted(sys.modules)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "open_clip", "transformers", "pyarrow", "pydantic", "matplotlib"} & set(done.stdout.split())
 
 
 def test_a_filter_narrows_and_the_cursor_goes_on(search: Search) -> None:

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.interop.import_layouts import ColumnChoice
-from vlm.index.interop.importer import UNKNOWN, ImportSummary, import_embeddings
+from vlm.index.interop.importer import ImportSummary, import_embeddings
 
 D = 8
 

@@ -9,7 +9,8 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
 from vlm.models.model import VisionLanguageModel
-from vlm.models.variants import TruncatedModel, split_model_spec
+from vlm.models.model_spec import split_model_spec
+from vlm.models.variants import TruncatedModel
 
 
 class Network(nn.Module):

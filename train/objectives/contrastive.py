@@ -226,7 +226,7 @@ def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], b
     for tensors in blocks:
         # without a saved random state, since block losses draw nothing
         loss = checkpoint(block_loss, *tensors, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(loss, Tensor)
+        assert isinstance(loss, torch.Tensor)
         sums.append(loss)
     return torch.stack(sums).sum()
 

@@ -231,7 +231,7 @@ class ImportEmbeddings:
         logger.info(f"Next: vlm index build {self.out} INDEX")
 
     def _log_changes(self, summary: "ImportSummary") -> None:
-        from vlm.index.interop.importer import UNKNOWN
+        from vlm.index.embeddings_folder import UNKNOWN
 
         if summary.bad:
             incidents = self.out / "incidents.jsonl"

@@ -157,13 +157,13 @@ class Search:
         )
 
     def _search_once(self, query: "Query") -> None:
-        from vlm.pages import Provenance
-        from vlm.service.gallery import write_gallery
-
         service = self._open()
-
         result = service.search(query)
         if self.html:
+            # only here: a page needs Pillow and Jinja2
+            from vlm.pages import Provenance
+            from vlm.service.gallery import write_gallery
+
             write_gallery(
                 self.html, [result], title="Search results", info=service.index.info(), provenance=Provenance.current()
             )

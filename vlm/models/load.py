@@ -18,13 +18,13 @@ from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
 from vlm.models.factory import ModelConfig, build_network, enable_padding_trim
 from vlm.models.model import VisionLanguageModel, space_fingerprint
+from vlm.models.model_spec import split_model_spec
 from vlm.models.towers.tower_registry import portable_config
 from vlm.models.variants import (
     BackwardCompatibleModel,
     TruncatedModel,
     is_projection_folder,
     read_projection,
-    split_model_spec,
 )
 
 CONFIG = "open_clip_config.json"

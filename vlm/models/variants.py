@@ -22,9 +22,8 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
+from vlm.models.model_spec import DIMENSIONS_SEPARATOR
 from vlm.tensor_types import Float32, Tensor, UInt8
-
-DIMENSIONS_SEPARATOR = "#"
 
 
 def _fields_of(model: VisionLanguageModel) -> dict[str, Any]:
@@ -81,27 +80,6 @@ class TruncatedModel(VisionLanguageModel):
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T K"]:
         """Unit vectors of texts, on the CPU."""
         return nn.functional.normalize(self.whole.embed_texts(texts)[:, : self.dimensions], dim=-1)
-
-
-def split_model_spec(spec: str) -> tuple[str, int | None]:
-    """The model, and how many dimensions are kept; None without a number, or if a path has this name.
-
-    >>> split_model_spec("runs/mine#64"), split_model_spec("ViT-B-32:openai")
-    (('runs/mine', 64), ('ViT-B-32:openai', None))
-
-    Raises:
-        UsageError: what follows the sign is not a number.
-    """
-    model, sign, kept = spec.rpartition(DIMENSIONS_SEPARATOR)
-    # a folder may have a # in its name
-    if not sign or Path(spec).exists():
-        return spec, None
-    if not (kept.isascii() and kept.isdecimal()):
-        raise UsageError(
-            f"{spec!r}: {kept!r} is not a number of dimensions; write MODEL{DIMENSIONS_SEPARATOR}64 to keep "
-            "the first 64."
-        )
-    return model, int(kept)
 
 
 MANIFEST_KIND = "upgrade"

@@ -6,25 +6,19 @@ it for as many as it needs, and that one searches the index deeper until it has 
     nearest rows → fused with full-text search → one of each group of duplicates → reranked or diverse → page
 """
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
-from vlm.data.transforms import EvalTransform
-from vlm.errors import BadSample, UsageError, VlmError
-from vlm.index.catalog import Catalogue, Entry
+from vlm.errors import UsageError
 from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import sanitize_text
 from vlm.index.reader import IndexSnapshot
 from vlm.index.segments import nearest
-from vlm.service.images import read_image_bytes
 from vlm.service.query import Cursor, Query
-from vlm.tensor_types import Array, Float32, Int64, Tensor, UInt8
+from vlm.tensor_types import Array, Float32, Int64
 
 RANK_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, §2)."""
@@ -37,10 +31,6 @@ _TIE = 1e-6
 
 # factor by which a search goes deeper when too few rows are left
 _DEEPER = 4
-
-_IMAGES_AT_ONCE = 64
-# reading waits for disk or network, and decoding releases Python's lock, so threads suffice
-_READERS = 8
 
 
 def fuse_ranks(
@@ -115,98 +105,17 @@ def diversify(
 
 
 @runtime_checkable
-class Captioner(Protocol):
-    """A model that gives the likelihood of a text, given an image."""
-
-    @property
-    def view(self) -> EvalTransform:
-        """From an encoded image to the pixels the model sees."""
-        ...
+class Reranker(Protocol):
+    """Puts rows into an order of its own, the best first."""
 
     @property
     def fingerprint(self) -> str:
-        """Models with the same fingerprint give the same likelihoods."""
+        """Rerankers with the same fingerprint give the same order."""
         ...
-
-    @property
-    def can_caption(self) -> bool:
-        """Whether it has a caption decoder."""
-        ...
-
-    def text_log_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
-        """Mean log-likelihood of each text's tokens given each image, in nats."""
-        ...
-
-
-def require_captioner(model: object, spec: str) -> Captioner:
-    """The model, if it can rerank.
-
-    Raises:
-        UsageError: it has no caption decoder.
-    """
-    if isinstance(model, Captioner) and model.can_caption:
-        return model
-    raise UsageError(f"{spec} has no caption decoder to rerank with; train one, e.g. vlm train tiny-coca.")
-
-
-class Reranker:
-    """Orders rows by how likely a captioner finds the texts of a query, given their images.
-
-    unread: why an image could not be read, by uid. milliseconds: spent reading images and running the captioner.
-    """
-
-    def __init__(self, captioner: Captioner, query: Query, catalogue: Catalogue) -> None:
-        self.captioner = captioner
-        self.catalogue = catalogue
-        self.unread: dict[str, str] = {}
-        self.milliseconds = 0.0
-        self._texts = [*query.texts, *query.minus]
-        # signed_weights are those of texts, images, items, vectors, minus: the texts' are at both ends
-        weights = query.signed_weights()
-        first_minus = len(weights) - len(query.minus)
-        text_weights = [*weights[: len(query.texts)], *weights[first_minus:]]
-        # magnitudes sum to 1, so that a likelihood stays one in nats per token whatever the scale of the weights
-        self._weights = torch.tensor(text_weights) / sum(map(abs, text_weights))
 
     def order(self, rows: Int64[Array, " N"]) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
-        """Positions of the rows, the likeliest first, and the likelihood of each in this order.
-
-        The likelihood of a row is the weighted mean over the texts of log p(text | image) / tokens, in nats; minus
-        texts count against it. A row whose image cannot be read keeps its position, and its likelihood is NaN.
-        """
-        started = time.perf_counter()
-        likelihoods = self._likelihoods(self.catalogue.entries(rows.tolist()))
-        is_read = ~np.isnan(likelihoods)
-        readable = np.flatnonzero(is_read)
-        # readable rows are sorted among their own positions; stable, so that equal likelihoods keep their order
-        positions = np.arange(len(rows))
-        positions[is_read] = readable[np.argsort(-likelihoods[readable], kind="stable")]
-        self.milliseconds += (time.perf_counter() - started) * 1000
-        return positions, likelihoods[positions]
-
-    def _likelihoods(self, entries: Sequence[Entry]) -> Float32[Array, " N"]:
-        likelihoods = np.full(len(entries), np.nan, np.float32)
-        with ThreadPoolExecutor(_READERS) as readers:
-            for first in range(0, len(entries), _IMAGES_AT_ONCE):
-                views = list(readers.map(self._read_view, entries[first : first + _IMAGES_AT_ONCE]))
-                positions: list[int] = []
-                pixels: list[UInt8[Array, "3 H W"]] = []
-                for position, view in enumerate(views, first):
-                    if view is not None:
-                        positions.append(position)
-                        pixels.append(view)
-                if pixels:
-                    images = torch.from_numpy(np.stack(pixels))
-                    of_texts = self.captioner.text_log_likelihoods(images, self._texts)
-                    likelihoods[positions] = (of_texts @ self._weights).numpy()
-        return likelihoods
-
-    def _read_view(self, entry: Entry) -> UInt8[Array, "3 H W"] | None:
-        try:
-            return self.captioner.view(read_image_bytes(entry))
-        except (VlmError, BadSample) as error:
-            self.unread[entry.uid] = str(error)
-            return None
+        """Positions of the rows, the best first, and the likelihood of each in this order; NaN where it has none."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +214,7 @@ class Ranker:
 
     @property
     def _query_digest(self) -> int:
-        return self.query.digest(reranker=self.reranker.captioner.fingerprint if self.reranker else "")
+        return self.query.digest(reranker=self.reranker.fingerprint if self.reranker else "")
 
     def _cursor(self) -> Cursor | None:
         if not self.query.after:

@@ -12,21 +12,25 @@ from functools import cached_property
 from itertools import islice
 from math import isnan
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 
 from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.ann.index_type_base import CopyToGpu
 from vlm.index.catalog import Entry
-from vlm.index.encoder import Encoder, absolute_spec
-from vlm.index.interop.importer import UNKNOWN
+from vlm.index.embeddings_folder import UNKNOWN
+from vlm.index.encoder import Encoder
 from vlm.index.reader import Hit, Index, IndexSnapshot
+from vlm.models.model_spec import absolute_spec
 from vlm.service.query import Query, load_query_vector
-from vlm.service.ranking import NUM_CANDIDATES, Captioner, Ranker, Ranking, Reranker, require_captioner, rows_matching
+from vlm.service.ranking import NUM_CANDIDATES, Ranker, Ranking, rows_matching
 from vlm.tensor_types import Array, Float32, Int64
+
+# imported where it is used: it needs torch, which most searches do without
+if TYPE_CHECKING:
+    import vlm.service.reranking
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
 _MIN_SUM_LENGTH = 1e-5
@@ -151,12 +155,14 @@ class SearchService:
         return model
 
     @cached_property
-    def captioner(self) -> Captioner:
+    def captioner(self) -> "vlm.service.reranking.Captioner":
         """The model that reranks.
 
         Raises:
             UsageError: none was named, there is no such model, or it has no caption decoder.
         """
+        from vlm.service.reranking import require_captioner
+
         if not self.rerank_spec:
             raise UsageError("The query asks for reranking, but no model for it was named: --rerank MODEL.")
         is_own = absolute_spec(self.rerank_spec) == absolute_spec(self._spec)
@@ -187,24 +193,38 @@ class SearchService:
         snapshot = self.index.snapshot
         named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
         allowed_rows = _resolve_filters(named_queries, snapshot)
-        captioner = self.captioner if any(query.rerank_top for query in queries) else None
+        rerankers = self._rerankers(queries, snapshot)
         # loading the captioner is no part of the time that embedding takes
         started = time.perf_counter()
         query_vectors = self._embed(named_queries, snapshot)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(queries))
         results: list[SearchResult] = []
-        for (name, query), query_vector in zip(named_queries, query_vectors, strict=True):
+        for (name, query), query_vector, reranker in zip(named_queries, query_vectors, rerankers, strict=True):
             ranker = Ranker(
                 snapshot=snapshot,
                 query_vector=query_vector,
                 query=query,
                 allowed_rows=allowed_rows[query.where],
-                reranker=Reranker(captioner, query, snapshot.catalogue) if captioner and query.rerank_top else None,
+                reranker=reranker,
                 num_candidates=self.num_candidates,
             )
             with _prefixing_errors(name):
-                results.append(self._rank(ranker, embed_milliseconds))
+                results.append(self._rank(ranker, reranker, embed_milliseconds))
         return results
+
+    def _rerankers(
+        self, queries: Sequence[Query], snapshot: IndexSnapshot
+    ) -> "list[vlm.service.reranking.LikelihoodReranker | None]":
+        """For each query what reranks its results, if it asks for that."""
+        if not any(query.rerank_top for query in queries):
+            return [None] * len(queries)
+        from vlm.service.reranking import LikelihoodReranker
+
+        captioner = self.captioner
+        rerankers: list[LikelihoodReranker | None] = []
+        for query in queries:
+            rerankers.append(LikelihoodReranker(captioner, query, snapshot.catalogue) if query.rerank_top else None)
+        return rerankers
 
     def _embed(self, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot) -> list[Float32[Array, " D"]]:
         """The unit vector of each query; queries of items and vectors alone need no model."""
@@ -229,12 +249,16 @@ class SearchService:
                 query_vectors.append(combine_terms(terms, np.asarray(query.signed_weights(), np.float32)))
         return query_vectors
 
-    def _rank(self, ranker: Ranker, embed_milliseconds: float) -> SearchResult:
+    def _rank(
+        self,
+        ranker: Ranker,
+        reranker: "vlm.service.reranking.LikelihoodReranker | None",
+        embed_milliseconds: float,
+    ) -> SearchResult:
         started = time.perf_counter()
         ranking, next_cursor = ranker.page()
         hits = _ranked_hits(ranking, ranker.snapshot.catalogue.entries(ranking.rows.tolist()))
         milliseconds = (time.perf_counter() - started) * 1000
-        reranker = ranker.reranker
         return SearchResult(
             query=ranker.query,
             hits=hits,
@@ -285,6 +309,8 @@ def embed_query_images(model: Encoder, images: Sequence[Path | bytes]) -> list[F
     Raises:
         UsageError: a file cannot be read. VlmError: it is not an image.
     """
+    import torch
+
     pixels = np.stack([_load_query_image(model, image) for image in images])
     return list(model.embed_images(torch.from_numpy(pixels)).numpy())
 

@@ -225,7 +225,7 @@ def _features(trunk: Any, pixels: Tensor) -> Features:
 
 def _mean(trunk: Any, pixels: Tensor) -> Tensor:
     states = _features(trunk, pixels)
-    assert isinstance(states, Tensor)
+    assert isinstance(states, torch.Tensor)
     # [B, C, H, W], unless the last dimension is that of the channels
     is_map = states.ndim == 4 and states.shape[3] != getattr(trunk.config, "hidden_size", None)
     return states.mean(dim=(2, 3)) if is_map else states.flatten(1, -2).mean(dim=1)

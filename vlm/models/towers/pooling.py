@@ -73,14 +73,14 @@ def _prefix_tokens(trunk: nn.Module, number: int) -> int:
     if isinstance(declared, int):
         return declared
     class_token = getattr(trunk, "cls_token", None)
-    if isinstance(class_token, Tensor) and class_token.ndim == 3 and class_token.shape[1] == number:
+    if isinstance(class_token, torch.Tensor) and class_token.ndim == 3 and class_token.shape[1] == number:
         return number  # PiT gives its class token alone
     return number - isqrt(number) ** 2  # VOLO, CrossViT and PVT have a class token and do not declare it
 
 
 def as_tokens(features: Features, layouts: Sequence[MapLayout]) -> list[TokenMap]:
     """The maps as prefix tokens and patches, row by row."""
-    maps = [features] if isinstance(features, Tensor) else list(features)
+    maps = [features] if isinstance(features, torch.Tensor) else list(features)
     return [_tokens_of(output, layout) for output, layout in zip(maps, layouts, strict=True)]
 
 
@@ -121,7 +121,7 @@ def probe_trunk(
         # autograd shows which parameters have a part in the output
         with torch.enable_grad():
             maps = features(meta_trunk, pixels)
-            maps = [maps] if isinstance(maps, Tensor) else list(maps)
+            maps = [maps] if isinstance(maps, torch.Tensor) else list(maps)
             layouts = tuple(read_layout(output, meta_trunk) for output in maps)
             unused = _unused_parameters(meta_trunk, maps)
             pooled = native(meta_trunk, pixels)

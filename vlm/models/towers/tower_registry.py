@@ -389,7 +389,7 @@ class TowerNetwork(nn.Module):
             "logit_scale": self.logit_scale.exp(),
         }
         bias = self.logit_bias
-        return outputs | {"logit_bias": bias} if isinstance(bias, Tensor) else outputs
+        return outputs | {"logit_bias": bias} if isinstance(bias, torch.Tensor) else outputs
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them.
