@@ -1,6 +1,6 @@
 """The filter language of an index: `language = 'en' and width >= 512 and tags has 'dog'`, and the rows it selects.
 
-    field = value        one of the field's values equals this; `has` is the same, and reads better for lists
+    field = value        one of the field's values equals this; `==` and `has` are the same
     field < <= > >= 1.5  one of them compares so: numbers by size, texts by character (so do dates as 2024-05-31)
     field in (1, 'a')    one of them is one of these
     field like 'a%'      one of them matches: % is any run of characters; A to Z match a to z
@@ -8,9 +8,9 @@
 
 `!=`, `not in`, `not has` and `not like` select the rows that have the field but no such value; `is not missing` those
 that have it. Conditions are joined by `not`, `and`, `or` (in that order of binding) and parentheses; `not condition` is
-every row that the condition does not select, including those without the field. Texts are in 'single quotes' ('' is a
-quote), names in "double quotes" if they hold more than letters, digits, _ and dots or are a keyword. true and false are
-1 and 0.
+every row that the condition does not select, including those without the field. Texts are in 'single' or "double"
+quotes, of which one inside is written twice; names are in "double quotes" if they hold more than letters, digits, _ and
+dots or are a keyword, and what stands where a name must be is one. true and false are 1 and 0.
 
 A text goes through a lexer (`tokenize_filter`), a recursive-descent parser (`parse_filter`) and an evaluator
 (`matching_rows`), which intersects sets of row numbers; every value of the filter is a bound SQL parameter.
@@ -18,7 +18,7 @@ A text goes through a lexer (`tokenize_filter`), a recursive-descent parser (`pa
     or        = and ("or" and)*
     and       = not ("and" not)*
     not       = "not" not | "(" or ")" | predicate
-    predicate = name ("=" | "!=" | "<" | "<=" | ">" | ">=") value
+    predicate = name ("=" | "==" | "!=" | "<" | "<=" | ">" | ">=") value
               | name ["not"] ("has" value | "like" text | "in" "(" value ("," value)* ")")
               | name "is" ["not"] "missing"
 """
@@ -49,7 +49,7 @@ _TOKEN = re.compile(
     | (?P<quoted>"(?:[^"]|"")*")
     | (?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?(?![\w.]))
     | (?P<name>[^\W\d][\w.]*)
-    | (?P<sign><=|>=|!=|[=<>(),])
+    | (?P<sign><=|>=|!=|==|[=<>(),])
     | (?P<end>\Z)
     )""",
     re.VERBOSE | re.IGNORECASE,
@@ -60,11 +60,12 @@ _TOKEN = re.compile(
 class Token:
     """One token of a filter.
 
-    kind: keywords, signs and the end of the filter are `sign`, true and false numbers. text: as written, keywords in
-    lower case. column: where it begins, from 1. value: of a name, a text or a number.
+    kind: keywords, signs and the end of the filter are `sign`, true and false numbers; what is in double quotes is
+    `quoted`, a name or a text by its place. text: as written, keywords in lower case, == as =. column: where it begins,
+    from 1. value: of a name, a text or a number.
     """
 
-    kind: Literal["name", "text", "number", "sign"]
+    kind: Literal["name", "quoted", "text", "number", "sign"]
     text: str
     column: int
     value: FieldValue = ""
@@ -98,12 +99,7 @@ def _token(kind: str, text: str, column: int) -> Token:
     match kind:
         case "text" | "quoted":
             quote = text[0]
-            return Token(
-                kind="text" if kind == "text" else "name",
-                text=text,
-                column=column,
-                value=text[1:-1].replace(quote * 2, quote),
-            )
+            return Token(kind=kind, text=text, column=column, value=text[1:-1].replace(quote * 2, quote))
         case "number":
             return Token(kind="number", text=text, column=column, value=_number(text))
         case "name" if text.lower() in _KEYWORDS:
@@ -116,7 +112,7 @@ def _token(kind: str, text: str, column: int) -> Token:
             )
         case "name":
             return Token(kind="name", text=text, column=column, value=text)
-    return Token(kind="sign", text=text, column=column)
+    return Token(kind="sign", text="=" if text == "==" else text, column=column)
 
 
 def _number(text: str) -> FieldValue:
@@ -134,7 +130,7 @@ def _number(text: str) -> FieldValue:
 def _refuse_character(text: str, begin: int) -> NoReturn:
     cures = {
         "'": "a text lacks its closing quote; a quote inside a text is written twice",
-        '"': "a name lacks its closing quote",
+        '"': "a name or a text lacks its closing quote; a quote inside is written twice",
     }
     cure = cures.get(text[begin], "names that hold more than letters, digits, _ and dots need double quotes")
     raise UsageError(f"The filter cannot be read at column {begin + 1}, {text[begin : begin + 20]!r}: {cure}.")
@@ -287,7 +283,7 @@ class _Parser:
 
     def _parse_predicate(self) -> Condition:
         name = self._token
-        if name.kind != "name":
+        if name.kind not in ("name", "quoted"):
             self._refuse("the name of a field")
         self._next += 1
         field = str(name.value)
@@ -312,8 +308,8 @@ class _Parser:
             case "has":
                 return IsIn(field=field, column=column, values=(self._value(),))
             case "like":
-                if self._token.kind != "text":
-                    self._refuse("a text in single quotes")
+                if self._token.kind not in ("text", "quoted"):
+                    self._refuse("a text in quotes")
                 return Like(field=field, column=column, pattern=str(self._value()))
             case "in":
                 self._expect("(")
@@ -326,8 +322,8 @@ class _Parser:
 
     def _value(self) -> FieldValue:
         token = self._token
-        if token.kind not in ("text", "number"):
-            self._refuse("a number, true, false or a text in single quotes")
+        if token.kind not in ("text", "quoted", "number"):
+            self._refuse("a number, true, false or a text in quotes")
         if isinstance(token.value, str) and len(token.value) >= LONGEST_TEXT:
             raise UsageError(
                 f"The text at column {token.column} of the filter has {len(token.value):,} characters; the catalogue "
@@ -389,7 +385,7 @@ def _check_field(predicate: Predicate, types: dict[str, tuple[FieldType, ...]]) 
     for value in _values(predicate):
         value_type = "text" if isinstance(value, str) else "number"
         if value_type not in types[predicate.field]:
-            cure = "texts need single quotes" if value_type == "number" else "numbers have no quotes"
+            cure = "texts need quotes" if value_type == "number" else "numbers have no quotes"
             raise UsageError(
                 f"The field {where} holds {types[predicate.field][0]}s, and {value!r} is a {value_type}; {cure}."
             )

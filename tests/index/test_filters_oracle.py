@@ -25,8 +25,8 @@ def values_of(metadata: Metadata, name: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def written(value: float | str) -> str:
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value).lower()
+def written(value: float | str, quote: str = "'") -> str:
+    return quote + value.replace(quote, quote * 2) + quote if isinstance(value, str) else str(value).lower()
 
 
 def is_like(text: Any, pattern: str) -> bool:
@@ -62,7 +62,8 @@ def leaf_conditions(draw: st.DrawFn) -> tuple[str, Predicate]:
 
     match kind:
         case "=":
-            return f"{name} = {written(value)}", any_of(lambda each: each == value)
+            sign, quote = draw(st.sampled_from([("=", "'"), ("==", '"'), ("has", '"')]))
+            return f"{name} {sign} {written(value, quote)}", any_of(lambda each: each == value)
         case "!=":
             return f"{name}!={written(value)}", none_of(lambda each: each == value)
         case "order":
