@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
@@ -226,8 +226,8 @@ def stream_batches(
     workers: int = 0,
     prefetch: int = 4,
     cache: ShardCache | None = None,
-) -> Iterator[BatchT]:
-    """The batches of the given numbers, in order.
+) -> Generator[BatchT, None, None]:
+    """The batches of the given numbers, in order; closing the generator ends the workers.
 
     workers: processes that read, decode and tokenize; 0 does it in this one. Which worker makes a batch has no
         influence on its content, and nothing here draws from a global random generator.
@@ -266,7 +266,7 @@ def _receive(
     plan: BatchPlan,
     shard_set: ShardSet,
     numbers: range,
-) -> Iterator[BatchT]:
+) -> Generator[BatchT, None, None]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
     is_any_cached = any(map(needs_cache, shard_set.shards))
     with Prefetcher(shard_set.cache, shard_set.shards) as prefetcher:

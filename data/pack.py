@@ -21,12 +21,13 @@ from vlm.data.dedup import rgb_thumbnail
 from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
 from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
-from vlm.data.sources.source_registry import holds_shards, open_source
+from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
 from vlm.data.tar import npy_bytes
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
 from vlm.manifest import MANIFEST, FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
+from vlm.results import Result
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -164,8 +165,11 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackSummary:
-    """What was packed; `seconds` and `pairs_per_second` are of this run, without what an earlier one had done."""
+class PackSummary(Result):
+    """What was packed; `seconds` and `pairs_per_second` are of this run, without what an earlier one had done.
+
+    recognised: what the source was taken for, where it was found by looking.
+    """
 
     out: str
     samples: int
@@ -178,6 +182,7 @@ class PackSummary:
     seconds: float
     pairs_per_second: float
     warnings: tuple[str, ...] = ()
+    recognised: Recognition | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Captions to token rows and back: CLIP's BPE, a SentencePiece model, a Hugging Face folder."""
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,8 +17,6 @@ CLIP_CONTEXT_LENGTH = 77
 _MIN_CONTEXT_LENGTH = 3
 _MAX_CACHED_WORDS = 1 << 17
 _WIDTH_STEP = 8
-# SentencePiece's own limit of a line
-_MAX_LINE_BYTES = 4192
 
 
 @runtime_checkable
@@ -228,74 +225,6 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
         f"There is no tokenizer {source!r}; give clip, a SentencePiece .model file (vlm tokenizer train makes one), "
         "or a Hugging Face folder."
     )
-
-
-def train_sentencepiece(captions: Iterable[str], *, vocab_size: int) -> bytes:
-    """A byte-pair SentencePiece model of the captions, case folded; large ones spell unknown characters in bytes.
-
-    Byte pairs, because the unigram model split the few words of small corpora (docs/log.md). The vocabulary is
-    smaller than asked when the captions do not hold that many pieces.
-
-    Raises:
-        UsageError: the trainer refuses, as where the vocabulary is smaller than the characters.
-    """
-    import io
-
-    from sentencepiece import SentencePieceTrainer
-
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-            sentence_iterator=chain.from_iterable(map(_training_lines, captions)),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            hard_vocab_limit=False,
-            byte_fallback=vocab_size >= 1024,
-            # the default leaves rare characters out, which in Chinese are whole words
-            character_coverage=1.0,
-            normalization_rule_name="nmt_nfkc_cf",
-            pad_id=0,
-            unk_id=1,
-            bos_id=-1,
-            eos_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise UsageError(_training_failure(str(error), vocab_size)) from error
-    return model.getvalue()
-
-
-def _training_lines(caption: str) -> Iterator[str]:
-    """The caption, or parts of it that end at spaces where it is longer than the trainer reads.
-
-    SentencePiece leaves longer lines out without a word, and no piece of it reaches over a space.
-    """
-    # a character has up to four bytes, so most captions need not be encoded to be measured
-    if len(caption) * 4 <= _MAX_LINE_BYTES or len(caption.encode(errors="replace")) <= _MAX_LINE_BYTES:
-        yield caption
-        return
-    rest = caption
-    longest = _MAX_LINE_BYTES // 4
-    while rest:
-        cut = len(rest) if len(rest) <= longest else rest.rfind(" ", 1, longest) + 1 or longest
-        yield rest[:cut]
-        rest = rest[cut:]
-
-
-def _training_failure(reason: str, vocab_size: int) -> str:
-    """What SentencePiece says, with the name of our option where the vocabulary holds not even the characters."""
-    smallest = re.search(r"required_chars[^0-9]*\d+ vs (\d+)", reason)
-    if smallest:
-        return (
-            f"A vocabulary of {vocab_size:,} is smaller than the {int(smallest[1]):,} pieces that the characters of "
-            "the captions need; give a larger --vocabulary."
-        )
-    if "sentences_.empty()" in reason or "all_chars_count" in reason:
-        return "The captions hold no text to learn a vocabulary from."
-    said = " ".join(reason.split())
-    return f"SentencePiece cannot learn a vocabulary of {vocab_size:,} from these captions: {said}"
 
 
 def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:

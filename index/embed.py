@@ -52,6 +52,7 @@ from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.ids import UidAssigner
 from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
 from vlm.models.model_spec import absolute_spec
+from vlm.results import Result
 from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class EmbedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedSummary:
+class EmbedSummary(Result):
     """What a folder holds, and what this call did: `new_rows` in `seconds`.
 
     bad: skipped samples, listed in `incidents.jsonl`. incidents: their number by reason.

@@ -65,7 +65,7 @@ def scene_shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def scene_tokenizer(scene_shards, tmp_path_factory) -> Path:
     """A SentencePiece model of the scenes' captions."""
-    from vlm.cli.tokenizer import train_tokenizer
+    from vlm.api.data import train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "scenes.model"
     train_tokenizer(str(scene_shards / "train"), path, vocabulary=300, languages=("en",))

@@ -3,10 +3,10 @@
 What is expected of each, and where its figures are from, stands in `vlm.train.recipes`.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from vlm.config import from_toml, suggest
+from vlm.config import from_toml, from_values, merge_values, read_toml, suggest
 from vlm.errors import UsageError
 from vlm.train.run_config import LoaderConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
@@ -196,10 +196,24 @@ def open_preset(name: str) -> TrainConfig:
             from_toml(TrainConfig, path / "config.toml") if (path / "config.toml").is_file() else _unknown_preset(name)
         )
     if path.suffix == ".toml":
-        if not path.is_file():
-            raise UsageError(f"There is no configuration {name!r}.")
-        return from_toml(TrainConfig, path)
+        return _open_file(path)
     return _preset_for_architecture(name)
+
+
+def _open_file(path: Path) -> TrainConfig:
+    """A TOML file; one that names a `preset` (another file, too, from its own folder) changes only what it holds."""
+    values = read_toml(path)
+    if "preset" not in values:
+        return from_values(TrainConfig, values, where=str(path))
+    base = str(values.pop("preset"))
+    beside = path.parent / base
+    if beside.is_file():
+        if beside.samefile(path):
+            raise UsageError(f"{path}: preset = {base!r} is the file itself; name a preset or another file.")
+        base = str(beside)
+    # checked by itself first, so that a mistake is told with the file's name
+    from_values(TrainConfig, values, where=str(path))
+    return from_values(TrainConfig, merge_values(asdict(open_preset(base)), values), where=str(path))
 
 
 def _preset_for_architecture(name: str) -> TrainConfig:

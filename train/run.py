@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from vlm.manifest import Manifest, write_manifest
 from vlm.models.factory import build_network
 from vlm.models.load import CHECKPOINTS, RUN_MODEL, save_model_folder
 from vlm.models.model import VisionLanguageModel
+from vlm.results import Result
 from vlm.tensor_types import Tensor
 from vlm.train.checkpoint.format import new_best
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
@@ -47,10 +48,16 @@ from vlm.train.step import train_step
 
 logger = logging.getLogger(__name__)
 
+_THROUGHPUT = ("samples_per_second", "images_per_second", "data_wait", "mfu")
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """How a run ended: where it is, its counts, its time, the last value of each metric, the ledger as a table."""
+class RunSummary(Result):
+    """How a run ended: where it is, its counts, its time, the last value of each metric, the ledger as a table.
+
+    samples_per_second: over the whole run, with its evaluations and checkpoints. The metrics of throughput are means
+    over the run, too, of its steps alone.
+    """
 
     run: str
     steps: int
@@ -58,6 +65,7 @@ class RunSummary:
     bad_samples: int
     skipped_steps: int
     seconds: float
+    samples_per_second: float
     metrics: dict[str, Any]
     ledger: tuple[list[str], list[list[Any]]]
 
@@ -294,7 +302,8 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
     """What is reported at the end."""
     # validation metrics are only on some of the lines
     last_values: dict[str, Any] = {}
-    for line in read_metrics(session.folder / METRICS):
+    lines = read_metrics(session.folder / METRICS)
+    for line in lines:
         last_values |= line
     state = session.state
     return RunSummary(
@@ -304,9 +313,20 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
         bad_samples=ledger.num_replaced,
         skipped_steps=len(state.skipped_steps),
         seconds=state.elapsed_seconds,
-        metrics=last_values,
+        samples_per_second=state.position / max(state.elapsed_seconds, 1e-9),
+        metrics=last_values | _throughput_of_run(lines),
         ledger=ledger_table(session.corpus, ledger),
     )
+
+
+def _throughput_of_run(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The averages over a run of what its lines say of their own steps."""
+    averages: dict[str, float] = {}
+    for name in _THROUGHPUT:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if values:
+            averages[name] = sum(values) / len(values)
+    return averages
 
 
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

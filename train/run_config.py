@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from vlm.config import config_differences, flatten_config, lookup
+from vlm.config import config_differences, flatten_config, from_values, lookup
 from vlm.errors import UsageError
 
 
@@ -364,6 +364,42 @@ def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
         ("average_decay", config.optimizer.average_decay),
         ("parallel_share", config.objective.parallel_share),
     )
+
+
+def override(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other settings, each by its own name or by its flag's, or a group of them by theirs.
+
+    >>> override(TrainConfig(), {"learning_rate": 1e-4, "loader": {"workers": 4}}).loader.workers
+    4
+
+    Raises:
+        UsageError: there is no such setting, or a value does not fit.
+    """
+    values = asdict(config)
+    places = _places()
+    for name, value in settings.items():
+        # `optimizer` is a group and a setting in it; the value says which is meant
+        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+            values[name] |= value
+            continue
+        group, key = lookup(places, name, "setting")
+        target = values[group] if group else values
+        target[key] = value
+    return from_values(TrainConfig, values, where="settings")
+
+
+def _places() -> dict[str, tuple[str, str]]:
+    """The group (empty for none) and the key of each setting, by its name and by that of its flag."""
+    places: dict[str, tuple[str, str]] = {}
+    for name, kind in get_type_hints(TrainConfig).items():
+        if not is_dataclass(kind):
+            places[name] = ("", name)
+            continue
+        for key, hint in get_type_hints(kind, include_extras=True).items():
+            flags = [flag.name for flag in getattr(hint, "__metadata__", ()) if getattr(flag, "name", None)]
+            for spelling in (key, *(flag.replace("-", "_") for flag in flags)):
+                places[spelling] = (name, key)
+    return places
 
 
 FREE_ON_RESUME = frozenset(

@@ -8,17 +8,37 @@ from typing import TYPE_CHECKING
 
 from vlm.errors import UsageError, VlmError
 
+if TYPE_CHECKING:
+    from vlm.api.data import pack as pack
+    from vlm.api.data import stream as stream
+    from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.training import embed as embed
+    from vlm.api.training import evaluate as evaluate
+    from vlm.api.training import train as train
+
 DISTRIBUTION = "vlm-pipeline"
 __version__ = "0.1.0"
 
 __all__ = [
     "UsageError",
     "VlmError",
+    "embed",
+    "evaluate",
+    "pack",
+    "stream",
+    "train",
+    "train_tokenizer",
 ]
 
 # Each name with its module. A new one is also imported above under TYPE_CHECKING (`from M import NAME as NAME`) and
 # listed in `__all__`. Not `train`: that is the package of this name, which can be called.
-_MODULES: dict[str, str] = {}
+_MODULES: dict[str, str] = {
+    "embed": "vlm.api.training",
+    "evaluate": "vlm.api.training",
+    "pack": "vlm.api.data",
+    "stream": "vlm.api.data",
+    "train_tokenizer": "vlm.api.data",
+}
 
 # hidden from type checkers, which would otherwise take any misspelt name for a name of ours
 if not TYPE_CHECKING:

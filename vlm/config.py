@@ -12,6 +12,9 @@ from vlm.errors import UsageError
 
 Config = TypeVar("Config")
 
+# difflib's default: one or two wrong letters of a word
+_LIKE = 0.6
+
 
 def suggest(name: str, known: list[str]) -> str:
     """A hint with the known name nearest to `name`, or all of them if none is near.
@@ -19,8 +22,7 @@ def suggest(name: str, known: list[str]) -> str:
     >>> suggest("learning_rat", ["learning_rate", "steps"])
     "did you mean 'learning_rate'?"
     """
-    # 0.6 is difflib's default: one or two wrong letters of a word
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=_LIKE)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
@@ -44,11 +46,37 @@ def from_toml(cls: type[Config], path: Path) -> Config:
     Raises:
         UsageError: the file is not TOML, a key is unknown (the nearest is named), or a value does not fit.
     """
+    return from_values(cls, read_toml(path), where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables and values of a TOML file.
+
+    Raises:
+        UsageError: it does not exist, or is not TOML.
+    """
+    if not path.is_file():
+        raise UsageError(f"There is no configuration {str(path)!r}.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
-    return from_values(cls, values, where=str(path))
+
+
+def merge_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with some of them changed.
+
+    >>> merge_values({"seed": 0, "optimizer": {"beta1": 0.9, "beta2": 0.98}}, {"optimizer": {"beta2": 0.95}})
+    {'seed': 0, 'optimizer': {'beta1': 0.9, 'beta2': 0.95}}
+    """
+    merged = dict(values)
+    for name, change in changes.items():
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            merged[name] = merge_values(old, change)
+        else:
+            merged[name] = change
+    return merged
 
 
 def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Config:
@@ -56,7 +84,7 @@ def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Con
     from pydantic import TypeAdapter, ValidationError
 
     # pydantic ignores unknown keys of dataclasses: a misspelt setting would silently keep its default
-    _check_unknown_keys(cls, values, where=where, prefix="")
+    _check_unknown_keys(cls, values, where=where, table="", root=cls)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -66,14 +94,44 @@ def from_values(cls: type[Config], values: dict[str, Any], *, where: str) -> Con
         raise UsageError(f"{where}: {key} = {first['input']!r} does not fit: {first['msg']}.") from error
 
 
-def _check_unknown_keys(cls: type, values: dict[str, Any], *, where: str, prefix: str) -> None:
+def _check_unknown_keys(cls: type, values: dict[str, Any], *, where: str, table: str, root: type) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     for name, value in values.items():
+        key = f"{table}.{name}" if table else name
         if name not in known:
-            raise UsageError(f"{where}: unknown key {prefix + name!r}; {suggest(name, sorted(known))}")
+            raise UsageError(f"{where}: unknown key {key!r}; {_place_or_suggestion(name, known, root)}")
         if isinstance(value, dict) and is_dataclass(hints[name]):
-            _check_unknown_keys(hints[name], value, where=where, prefix=f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+            _check_unknown_keys(hints[name], value, where=where, table=key, root=root)  # pyright: ignore[reportArgumentType]
+
+
+def _place_or_suggestion(name: str, known: set[str], root: type) -> str:
+    """Where the key belongs if another table has it, else the nearest key, of this table or of any other."""
+    tables = _tables_of_keys(root)
+    if name in tables:
+        return _belongs(name, tables[name])
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_LIKE)
+    elsewhere = difflib.get_close_matches(name, sorted(tables), n=1, cutoff=_LIKE)
+    if elsewhere and not close:
+        return f"did you mean {elsewhere[0]!r}? {_belongs(elsewhere[0], tables[elsewhere[0]])}"
+    return suggest(name, sorted(known))
+
+
+def _belongs(name: str, tables: list[str]) -> str:
+    places = [f"in the table [{table}]" if table else "at the top, before the first [table]" for table in tables]
+    return f"{name!r} belongs {' or '.join(places)}"
+
+
+def _tables_of_keys(cls: type, table: str = "") -> dict[str, list[str]]:
+    """The tables that have a key, by its name; the top is an empty name."""
+    tables: dict[str, list[str]] = {}
+    for name, kind in get_type_hints(cls).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            for key, places in _tables_of_keys(kind, f"{table}.{name}" if table else name).items():
+                tables.setdefault(key, []).extend(places)
+        else:
+            tables.setdefault(name, []).append(table)
+    return tables
 
 
 def flatten_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Terminal output and input: results on stdout as tables or JSON, progress bars on stderr, text files and stdin."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -167,6 +168,39 @@ def track(items: Iterable[Item], *, total: int, what: str, unit: str = "it") -> 
         for item in items:
             yield item
             progress_bar.update()
+
+
+class StderrHandler(logging.Handler):
+    """Log records as plain lines on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; without tqdm imported there is no bar, and importing it would cost 30 ms."""
+        try:
+            line = self.format(record)
+            if "tqdm" in sys.modules:
+                from tqdm import tqdm
+
+                tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr)
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
+    """Show what the package logs on stderr while the block runs."""
+    logger = logging.getLogger("vlm")
+    before = logger.handlers, logger.level, logger.propagate
+    # Replaced rather than added, so that a verb that runs another verb does not log every line twice.
+    logger.handlers = [StderrHandler()]
+    logger.setLevel(level)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
 
 
 def _cell(value: Any) -> str:

@@ -4,12 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlm.data.tokenizer_training import train_sentencepiece
 from vlm.data.tokenizers import (
     ClipTokenizer,
     SentencePieceTokenizer,
     cut_texts,
     open_tokenizer,
-    train_sentencepiece,
     trim_tokens,
 )
 from vlm.errors import UsageError

@@ -234,7 +234,7 @@ def make_data(folder: Path, *, shards: int) -> tuple[Path, Path]:
     """Shards of six drawn scenes, some with broken samples between them, and a tiny model with random weights."""
     import torch
 
-    from vlm.cli.tokenizer import train_tokenizer
+    from vlm.api.data import train_tokenizer
     from vlm.data.pack import PackConfig, pack
     from vlm.data.sources.source import SceneOptions, SourceOptions
     from vlm.data.sources.source_registry import open_source

@@ -207,7 +207,7 @@ def kill_many(trial: Trial) -> str:
 
 def draw_data(folder: Path) -> tuple[Path, Path]:
     """Shards of drawn scenes, and a tokenizer of their captions."""
-    from vlm.cli.tokenizer import train_tokenizer
+    from vlm.api.data import train_tokenizer
     from vlm.data.pack import PackConfig, pack
     from vlm.data.sources.source import SceneOptions, SourceOptions
     from vlm.data.sources.source_registry import open_source

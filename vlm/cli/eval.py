@@ -1,8 +1,6 @@
 """`vlm eval`: what a model can do, as tables, JSON and a page."""
 
-import json
-import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +13,6 @@ if TYPE_CHECKING:
     from vlm.evaluation.eval_report import Evaluation
     from vlm.evaluation.retrieval import Retrieval
     from vlm.evaluation.zero_shot import ZeroShot
-    from vlm.models.model import VisionLanguageModel
-
-logger = logging.getLogger(__name__)
 
 _HARDEST_SHOWN = 10
 
@@ -67,67 +62,19 @@ class Eval:
     json: JsonOption = False
 
     def run(self) -> None:
-        """Load the model, evaluate, show."""
+        """Evaluate, show."""
         if not (self.retrieval or self.classes or self.captions):
             raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
         # after the check, which should not wait for torch
-        from vlm.models.load import load_model
+        from vlm.api.training import evaluate
 
-        model = load_model(self.model, device=self.device, precision=self.precision)
-        evaluation = self._evaluate(model)
-        values = asdict(evaluation)
-        # the page before the tables, so that a closed pipe (vlm eval … | head) does not lose it
-        if self.out:
-            from vlm.evaluation.eval_report import EvalData, write_report
-            from vlm.files import write_text
-            from vlm.pages import Provenance
-
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.out / "evaluation.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-            data = EvalData(retrieval=self.retrieval, zero_shot=self.classes, captions=self.captions)
-            write_report(evaluation, self.out / "report.html", data=data, provenance=Provenance.current())
-            logger.info(f"Report: {self.out / 'report.html'}")
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        del options["json"]
+        evaluation = evaluate(**options)
         if self.json:
-            show_json(values)
+            show_json(evaluation)
         else:
             show_evaluation(evaluation)
-
-    def _evaluate(self, model: "VisionLanguageModel") -> "Evaluation":
-        from vlm.data.pack import shards_at
-        from vlm.data.shards import expand_shards
-        from vlm.evaluation.caption_accuracy import measure_caption_truth
-        from vlm.evaluation.eval_report import Evaluation
-        from vlm.evaluation.retrieval import evaluate_retrieval
-        from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, read_class_list
-
-        retrieval = zero_shot = caption_truth = None
-        if self.retrieval:
-            retrieval = evaluate_retrieval(
-                model,
-                shards_at(self.retrieval),
-                languages=self.languages,
-                captions_each=self.captions_each,
-                workers=self.workers,
-            )
-        if self.classes:
-            zero_shot = evaluate_zero_shot(
-                model,
-                self.classes,
-                label=self.label,
-                names=read_class_list(self.class_names),
-                templates=self.templates or DEFAULT_TEMPLATES,
-                workers=self.workers,
-            )
-        if self.captions:
-            shards = expand_shards(self.captions)
-            caption_truth = measure_caption_truth(model, shards, prompt=self.prompt, workers=self.workers)
-        return Evaluation(
-            model=model.name,
-            fingerprint=model.fingerprint,
-            retrieval=retrieval,
-            zero_shot=zero_shot,
-            caption_truth=caption_truth,
-        )
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:

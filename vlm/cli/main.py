@@ -2,18 +2,18 @@
 
 import atexit
 import contextlib
-import errno
 import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from vlm import DISTRIBUTION, __version__
 from vlm.config import suggest
-from vlm.errors import UsageError, VlmError
+from vlm.console import log_to_stderr
+from vlm.errors import UsageError, VlmError, explain_os_error
 
 if TYPE_CHECKING:
     from vlm.cli.options import Verb
@@ -89,8 +89,6 @@ RENAMED_FLAGS: dict[str, dict[str, str]] = {
 LOG_LEVELS = {"--quiet": logging.WARNING, "--verbose": logging.DEBUG}
 """Flags before the verb that change what is logged."""
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 
 def enter() -> NoReturn:
     """The command `vlm`: `main`, then an exit that torch's threads cannot turn into an abort.
@@ -143,40 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return print_error(_explain(error), 1)
-
-
-class StderrHandler(logging.Handler):
-    """Log records as plain lines on stderr, above a progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; without tqdm imported there is no bar, and importing it would cost 30 ms."""
-        try:
-            line = self.format(record)
-            if "tqdm" in sys.modules:
-                from tqdm import tqdm
-
-                tqdm.write(line, file=sys.stderr)
-            else:
-                print(line, file=sys.stderr)
-            sys.stderr.flush()
-        except Exception:
-            self.handleError(record)
-
-
-@contextlib.contextmanager
-def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
-    """Show what the package logs on stderr while the block runs."""
-    logger = logging.getLogger("vlm")
-    before = logger.handlers, logger.level, logger.propagate
-    # Replaced rather than added, so that a verb that runs another verb does not log every line twice.
-    logger.handlers = [StderrHandler()]
-    logger.setLevel(level)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
+        return print_error(explain_os_error(error), 1)
 
 
 def _replace_unprintable() -> None:
@@ -262,11 +227,3 @@ def print_error(message: str, exit_code: int) -> int:
     """One line on stderr; returns the exit code."""
     print(f"vlm: {message}", file=sys.stderr, flush=True)
     return exit_code
-
-
-def _explain(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    # the errors of quota and of the largest file size have the same cure
-    if error.errno in DISK_FULL:
-        return f"the disk is full{where}: free some space and rerun the command; no partial files were left."
-    return f"{error.strerror or error}{where}"

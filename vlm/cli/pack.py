@@ -1,7 +1,7 @@
 """`vlm pack`: image-text pairs to shards."""
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -97,46 +97,18 @@ class Pack:
     scenes: SceneOptions = field(default_factory=SceneOptions)
 
     def run(self) -> None:
-        """Open the source, pack it, show the counts."""
-        from vlm.data.pack import PackConfig, pack
-        from vlm.data.sources.source import SourceOptions
-        from vlm.data.sources.source_registry import describe_recognition, open_source
+        """Pack, show the counts."""
+        from vlm.api.data import pack
 
-        options = SourceOptions(
-            kind=self.kind,
-            folder=self.folder,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            key_column=self.key_column,
-            captions=self.captions,
-            caption_lines=self.caption_lines,
-            encoding=self.encoding,
-            template=self.template,
-            allow_damage=self.allow_damage,
-            selection=self.selection,
-            scenes=self.scenes,
-        )
-        config = PackConfig(
-            samples_per_shard=self.samples_per_shard,
-            hold_out=self.hold_out,
-            seed=self.seed,
-            max_bad_share=self.max_bad,
-            languages=self.languages,
-            verify=self.verify,
-        )
-        # what SOURCE was taken for is logged before the work, so that a wrong reading costs no hours
-        source = open_source(self.source, options)
-        recognition = describe_recognition(source, self.source, options)
-        for line in recognition.lines():
-            logger.info(line)
-        summary = pack(source, self.out, config)
-        for warning in summary.warnings:
-            logger.warning(warning)
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        del options["json"]
+        summary = pack(**options)
         if self.json:
-            show_json(asdict(summary) | {"recognised": asdict(recognition)})
+            show_json(summary)
             return
         # fields without content, such as the splits where nothing is held out, are noise in a table
-        fields = {name: value for name, value in asdict(summary).items() if value not in ({}, None, ())}
-        show_fields(spaced_names(fields))
+        shown = {name: value for name, value in asdict(summary).items() if value not in ({}, None, ())}
+        del shown["recognised"]
+        show_fields(spaced_names(shown))
         inspect = f"vlm inspect {self.out} --html {self.out}.html"
         logger.info(f"Next: {inspect}   or   vlm train tiny --data {self.out} …")

@@ -1,7 +1,7 @@
 """`vlm train`: shards to a run."""
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vlm.train.run import RunSummary
 
 logger = logging.getLogger(__name__)
+
+_HIDDEN_METRICS = ("memory_bytes", "samples_per_second", "images_per_second", "eta_seconds", "seconds")
+_SHARES = ("data_wait", "mfu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class Train:
     allow: tuple[str, ...] = ()
     """Settings, or groups of them, that may change on resume, e.g. optimizer.learning_rate."""
 
+    processes: int = 1
+    """Processes to train in on this machine, each with a GPU of its own if there are any; see --batch-size."""
+
     json: JsonOption = False
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -50,14 +56,14 @@ class Train:
         """Train, then show the summary on the main process."""
         from accelerate import PartialState
 
-        from vlm.train.run import train
+        from vlm.api.training import train
 
-        summary = train(self.config, resume=self.resume, allow=self.allow)
+        summary = train(self.config, resume=self.resume, allow=self.allow, processes=self.processes)
         # under torchrun every process runs this verb; one of them reports
         if not PartialState().is_main_process:
             return
         if self.json:
-            show_json(asdict(summary))
+            show_json(summary)
             return
         show_summary(summary)
 
@@ -70,10 +76,12 @@ def show_summary(summary: "RunSummary") -> None:
         "bad samples": summary.bad_samples,
         "skipped steps": summary.skipped_steps,
         "minutes": round(summary.seconds / 60, 2),
+        "samples/s": round(summary.samples_per_second, 1),
     }
     for name, value in summary.metrics.items():
-        if isinstance(value, float) and "memory" not in name:
-            fields[name] = value
+        if name in _HIDDEN_METRICS or not isinstance(value, float):
+            continue
+        fields[name] = f"{value:.1%}" if "recall@" in name or name in _SHARES else value
     show_fields(fields, title=summary.run)
     columns, rows = summary.ledger
     show_table(columns, rows, title="sample ledger (visits; the shards that lost most)")

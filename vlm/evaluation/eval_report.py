@@ -8,10 +8,11 @@ from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.zero_shot import ZeroShot
 from vlm.files import write_text
 from vlm.pages import Provenance, render
+from vlm.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Result):
     """Everything measured of one model; None where it was not requested."""
 
     model: str

@@ -1,0 +1,283 @@
+"""`vlm.pack`, `vlm.stream` and `vlm.train_tokenizer`: pairs to shards, shards to batches and to a tokenizer."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
+from vlm.data.collate import EvalCollator, TrainingCollator
+from vlm.data.corpus import MIXTURE_SUFFIX, Corpus, open_corpus, read_sources
+from vlm.data.pack import PackConfig, PackSummary, shards_at
+from vlm.data.pack import pack as pack_source
+from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
+from vlm.data.samples import CaptionSampler
+from vlm.data.selection import read_selection
+from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.sources.source import SceneOptions, SourceKind, SourceOptions
+from vlm.data.sources.source_registry import describe_recognition, open_source
+from vlm.data.tokenizer_training import TokenizerSummary
+from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
+from vlm.data.tokenizers import Tokenizer, open_tokenizer
+from vlm.data.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, RandomResizedCrop
+from vlm.errors import UsageError, os_errors_explained
+from vlm.files import compute_fingerprint
+from vlm.index.embed import ProcessRank
+from vlm.models.load import load_model
+
+logger = logging.getLogger(__name__)
+
+Shards: TypeAlias = str | Path | Sequence[str | Path]
+"""Shards as a folder, a pattern, a URL, or several of these."""
+
+
+def join_shards(shards: Shards) -> str:
+    """As one address, whose parts `::` separates.
+
+    Raises:
+        UsageError: none is given.
+    """
+    parts = [str(shards)] if isinstance(shards, str | Path) else [str(part) for part in shards]
+    if not any(parts):
+        raise UsageError("No shards are given: name a folder, a tar, a pattern or a URL.")
+    return "::".join(parts)
+
+
+@os_errors_explained()
+def pack(
+    source: str | Path,
+    out: str | Path,
+    *,
+    kind: SourceKind | None = None,
+    folder: str = "",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    key_column: str | None = None,
+    captions: str = "",
+    caption_lines: bool = False,
+    encoding: str = "",
+    template: str = "a photo of a {}.",
+    languages: Sequence[str] = (),
+    samples_per_shard: int = 1000,
+    hold_out: int = 0,
+    seed: int = 0,
+    max_bad: float = 0.01,
+    verify: bool = True,
+    allow_damage: bool = False,
+    selection: str | Path | None = None,
+    scenes: SceneOptions | None = None,
+) -> PackSummary:
+    """Pack image-text pairs into WebDataset shards, as `vlm pack` does; repeat the call to resume it.
+
+    What the source is taken for, and what of it looks wrong, is logged and in the result.
+
+    Args:
+        source: a table that names its images, images with a text file each, class folders, the output of img2dataset,
+            WebDataset tars, or `scenes` for synthetic shapes (docs/data.md).
+        out: folder for the shards.
+        kind: how to read the source; None detects it. Of a table, `image_column`, `caption_column` and `key_column`
+            name the columns.
+        captions: the file that holds the captions, `none`, or `optional` to pack also images that have none.
+        template: the caption of a class, with {} for its name.
+        hold_out: at least so many samples go to val-*.tar, the rest to train-*.tar.
+        max_bad: largest fraction of unusable pairs.
+        verify: decode every image, so that damaged ones are left out.
+
+    Raises:
+        UsageError: the source is none, or not one, of these, or `out` holds something else.
+        VlmError: too many pairs are unusable.
+    """
+    options = SourceOptions(
+        kind=kind,
+        folder=folder,
+        image_column=image_column,
+        caption_column=caption_column,
+        key_column=key_column,
+        captions=captions,
+        caption_lines=caption_lines,
+        encoding=encoding,
+        template=template,
+        allow_damage=allow_damage,
+        selection=None if selection is None else Path(selection),
+        scenes=scenes or SceneOptions(),
+    )
+    config = PackConfig(
+        samples_per_shard=samples_per_shard,
+        hold_out=hold_out,
+        seed=seed,
+        max_bad_share=max_bad,
+        languages=tuple(languages),
+        verify=verify,
+    )
+    opened = open_source(str(source), options)
+    recognition = describe_recognition(opened, str(source), options)
+    # what the source was taken for comes before the work, so that a wrong reading costs no hours
+    for line in recognition.lines():
+        logger.info(line)
+    summary = pack_source(opened, Path(out), config)
+    for warning in summary.warnings:
+        logger.warning(warning)
+    return replace(summary, recognised=recognition)
+
+
+@os_errors_explained()
+def train_tokenizer(
+    shards: Shards, out: str | Path, *, vocabulary: int = 8192, languages: Sequence[str] = ()
+) -> TokenizerSummary:
+    """Train a SentencePiece tokenizer on the captions of shards, as `vlm tokenizer train` does.
+
+    Args:
+        out: file to write, ending in .model, for `vlm.train(…, tokenizer=out)`.
+        vocabulary: most pieces it may have. languages: of the captions; empty takes all.
+
+    Raises:
+        UsageError: `out` exists, or the shards hold no captions.
+    """
+    urls = shards_at(join_shards(shards))
+    return train_on_shards(urls, Path(out), vocabulary=vocabulary, languages=tuple(languages))
+
+
+class HasView(Protocol):
+    """A model, or what else says how it sees images and reads texts."""
+
+    @property
+    def view(self) -> EvalTransform:
+        """Size, resizing and normalisation of images."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to ids."""
+        ...
+
+
+@os_errors_explained()
+def stream(
+    shards: Shards,
+    *,
+    batch_size: int = 256,
+    model: str | Path | HasView | None = None,
+    image_size: int = 224,
+    tokenizer: str | Path | Tokenizer | TextsToTokens = "clip",
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    normalised: bool = True,
+    transform: Literal["training", "evaluation"] = "training",
+    crop_scale: tuple[float, float] = (0.9, 1.0),
+    flip: float = 0.0,
+    languages: Sequence[str] = (),
+    seed: int = 0,
+    epochs: float | None = 1,
+    workers: int = 1,
+    shuffle_window: int = DEFAULT_WINDOW,
+    selection: str | Path | None = None,
+    allow_damage: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> SampleStream:
+    """Batches of image-text pairs for a training loop of your own, with `state_dict` and `load_state_dict`.
+
+    Every sample is seen once an epoch, whatever the number of workers and processes; what is drawn for a sample
+    depends on the seed, the epoch and its key alone, so a stream that resumes gives the very batches that it would
+    have given.
+
+    Args:
+        shards: a folder, pattern or URL of shards, several of them, a mixture file (.toml), or whatever `vlm.pack`
+            reads, which is packed once into the cache.
+        batch_size: samples of a batch over all processes; each gets `batch_size / world_size`.
+        model: a model, or MODEL as for `vlm.load`, whose image size, normalisation and tokenizer are used; without
+            one, `image_size`, `tokenizer` (also a callable of another library), `mean` and `std` say them.
+        normalised: give floats for the model; otherwise bytes, a quarter of the memory, to normalise on the device.
+        transform: training draws crops, flips and captions in shuffled order, and replaces what cannot be used;
+            evaluation gives each sample once, in file order, with the model's own view and the first caption.
+        crop_scale: range of the random crop's share of the image. flip: probability of mirroring it.
+        languages: of captions; empty takes the first one of each sample.
+        epochs: of one loop over the stream, for training; None is endless.
+        workers: processes that read and decode; 0 does it in this one.
+        selection: file of `vlm curate` that says which samples are used, and how often.
+        rank, world_size: the share of this process; as the launcher (torchrun, accelerate, srun) says if not given.
+
+    Raises:
+        UsageError: an option is out of range, or nothing is there.
+        VlmError: a shard is damaged.
+    """
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise UsageError(f"epochs = {epochs} is not a length; give a positive number, or None for an endless stream.")
+    share = _share(rank, world_size)
+    if batch_size < 1 or batch_size % share.world_size:
+        raise UsageError(f"batch_size = {batch_size} must be positive and a multiple of {share.world_size} processes.")
+    view, texts_to_tokens = _view_and_tokenizer(model, image_size, tokenizer, mean, std)
+    if transform == "training":
+        crop = RandomResizedCrop(size=view.size, scale=crop_scale, flip=flip, interpolation=view.interpolation)
+        draw = CaptionSampler(languages=tuple(languages))
+        corpus = _open_corpus(shards, selection, seed=seed, window=shuffle_window, allow_damage=allow_damage)
+        plan = BatchSampler(
+            order=corpus.order, batch_size=batch_size, process=share.rank, num_processes=share.world_size
+        )
+        collate = TrainingCollator(plan=plan, view=crop, tokenizer=texts_to_tokens, draw=draw, seed=seed)
+        reading = TrainingReading(plan=plan, collate=collate, epochs=epochs, sequence=corpus.fingerprint)
+        return SampleStream(corpus.shards, reading, view, workers=workers, is_normalised=normalised)
+    if transform != "evaluation":
+        raise UsageError(f"transform = {transform!r}; give training or evaluation.")
+    urls = shards_at(join_shards(shards))
+    reading = EvaluationReading(
+        plan=_sequential(urls, selection, batch_size // share.world_size, allow_damage=allow_damage),
+        collate=EvalCollator(view=view),
+        tokenizer=texts_to_tokens,
+        languages=tuple(languages),
+        share=share,
+        sequence=_sequence(urls, selection),
+    )
+    return SampleStream(tuple(urls), reading, view, workers=workers, is_normalised=normalised)
+
+
+def _share(rank: int | None, world_size: int | None) -> ProcessRank:
+    """The process's share as given, else as its launcher says."""
+    if rank is None and world_size is None:
+        return ProcessRank.from_environment()
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise UsageError(f"rank = {rank} of world_size = {world_size}; give both, rank from 0 to world_size - 1.")
+    return ProcessRank(rank, world_size, rank)
+
+
+def _view_and_tokenizer(
+    model: str | Path | HasView | None,
+    image_size: int,
+    tokenizer: str | Path | Tokenizer | TextsToTokens,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[EvalTransform, Tokenizer]:
+    """Those of the model, else those that are described."""
+    if isinstance(model, str | Path):
+        model = load_model(str(model), device="cpu")
+    if model is not None:
+        return model.view, model.tokenizer
+    if image_size < 1:
+        raise UsageError(f"image_size = {image_size}; give the pixels of an image's side, 1 or more.")
+    view = EvalTransform(size=image_size, mean=tuple(mean), std=tuple(std))
+    if isinstance(tokenizer, str | Path):
+        return view, open_tokenizer(str(tokenizer))
+    return view, tokenizer if isinstance(tokenizer, Tokenizer) else CallableTokenizer(tokenizer)
+
+
+def _open_corpus(shards: Shards, selection: str | Path | None, *, seed: int, window: int, allow_damage: bool) -> Corpus:
+    url = join_shards(shards)
+    # a mixture names the shards of each of its sources
+    data = url if url.endswith(MIXTURE_SUFFIX) else "::".join(shards_at(url))
+    sources = read_sources(data, "" if selection is None else str(selection))
+    return open_corpus(sources, seed=seed, window=window, allow_damage=allow_damage)
+
+
+def _sequential(
+    urls: list[str], selection: str | Path | None, batch_size: int, *, allow_damage: bool
+) -> SequentialBatches:
+    counts = count_samples(urls, allow_damage=allow_damage)
+    times = None if selection is None else read_selection(Path(selection)).times_of(urls)
+    return SequentialBatches(counts=counts, batch_size=batch_size, times=times)
+
+
+def _sequence(urls: list[str], selection: str | Path | None) -> str:
+    """Identity of a sequence in file order."""
+    selected = "" if selection is None else read_selection(Path(selection)).fingerprint
+    return compute_fingerprint(shards_fingerprint(urls), selected)

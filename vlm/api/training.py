@@ -1,0 +1,316 @@
+"""`vlm.train`, `vlm.evaluate`, `vlm.embed`: shards to a run, a model to its scores, shards to embeddings."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vlm.api.data import Shards, join_shards
+from vlm.data.pack import shards_at
+from vlm.data.selection import read_selection
+from vlm.data.shards import expand_shards
+from vlm.errors import UsageError, os_errors_explained
+from vlm.evaluation.caption_accuracy import measure_caption_truth
+from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
+from vlm.evaluation.retrieval import evaluate_retrieval
+from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, read_class_list
+from vlm.files import write_text
+from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
+from vlm.index.embeddings_folder import Modality, VectorStorage
+from vlm.launch import run_in_processes
+from vlm.manifest import MANIFEST, PROGRESS
+from vlm.models.load import load_model
+from vlm.models.model import VisionLanguageModel
+from vlm.pages import Provenance
+from vlm.results import Result
+from vlm.train.presets import open_preset
+from vlm.train.run import RunSummary
+from vlm.train.run import train as train_run
+from vlm.train.run_config import TrainConfig, override
+
+logger = logging.getLogger(__name__)
+
+
+@os_errors_explained()
+def train(
+    preset: str | Path | TrainConfig,
+    *,
+    data: Shards | None = None,
+    val: Shards | None = None,
+    run: str | Path | None = None,
+    resume: bool = False,
+    allow: Sequence[str] = (),
+    processes: int = 1,
+    **settings: Any,
+) -> RunSummary:
+    """Pretrain or fine-tune on shards, as `vlm train` does.
+
+    Under torchrun or accelerate's launcher every process makes this call; `processes` starts them itself, and a
+    script then makes the call under `if __name__ == "__main__"`.
+
+    Args:
+        preset: a preset (`tiny`, `finetune`, …: docs/recipes.md), a TOML file, a run folder (its configuration), an
+            open_clip architecture, or a configuration.
+        data: training shards, or a mixture file (.toml). val: shards on which retrieval is measured meanwhile.
+        run: folder of the run.
+        resume: go on from the run's newest checkpoint as if it had never been interrupted.
+        allow: settings, or groups of them, that may differ from those the run was begun with.
+        settings: any setting by its name, e.g. `batch_size=512, learning_rate=1e-3`, or a group of them,
+            `optimizer={"learning_rate": 1e-3}`.
+
+    Raises:
+        UsageError: the configuration cannot work, or does not fit the run that is resumed.
+        VlmError: the run had to end; what it has saved is kept.
+    """
+    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
+    for name, value in (("data", data), ("val", val)):
+        if value is not None:
+            settings[name] = join_shards(value)
+    if run is not None:
+        settings["run"] = str(run)
+    job = _TrainJob(override(config, settings), resume=resume, allow=tuple(allow))
+    _check_processes(processes)
+    if processes == 1:
+        return job.run()
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+        raise UsageError(
+            f"processes = {processes}, and torch sees {torch.cuda.device_count()} GPUs: training needs one for each. "
+            "Give at most as many."
+        )
+    # what a check finds is said once, before any process starts
+    job.config.check()
+    return run_in_processes(_train_in_process, job, processes)[0]
+
+
+@dataclass(frozen=True)
+class _TrainJob:
+    config: TrainConfig
+    resume: bool
+    allow: tuple[str, ...]
+
+    def run(self) -> RunSummary:
+        return train_run(self.config, resume=self.resume, allow=self.allow)
+
+
+def _train_in_process(job: _TrainJob) -> RunSummary:
+    if not torch.cuda.is_available():
+        # else accelerate asks for a GPU as soon as there are several processes
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    summary = job.run()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return summary
+
+
+def _check_processes(processes: int) -> None:
+    if processes < 1:
+        raise UsageError(f"processes = {processes} is out of range: give at least 1.")
+    world_size = ProcessRank.from_environment().world_size
+    if processes > 1 and world_size > 1:
+        raise UsageError(f"A launcher has started {world_size} processes already; omit --processes.")
+
+
+@os_errors_explained()
+def evaluate(
+    model: str | Path | VisionLanguageModel,
+    *,
+    retrieval: Shards | None = None,
+    classes: str | Path | None = None,
+    label: str = "label",
+    class_names: str | Path | Sequence[str] = (),
+    templates: Sequence[str] = (),
+    captions: Shards | None = None,
+    prompt: str = "",
+    languages: Sequence[str] = (),
+    captions_each: int = 0,
+    out: str | Path | None = None,
+    workers: int = 1,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Evaluation:
+    """Measure a model: retrieval, zero-shot classification, the truth of captions, as `vlm eval` does.
+
+    Args:
+        retrieval: shards for image-text retrieval, with `captions_each` captions (0: all) per image and language.
+        classes: class folders, or shards with the class in the metadata field `label`; `class_names` are the
+            candidates, those of the data if not given, and `templates` the prompts.
+        captions: shards of synthetic shapes, which the model captions, beginning with `prompt`.
+        out: folder for evaluation.json and report.html.
+
+    Raises:
+        UsageError: there is nothing to evaluate, or no such model or data.
+        VlmError: the model's weights cannot be loaded, or have diverged.
+    """
+    if not (retrieval or classes or captions):
+        raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
+    if isinstance(model, str | Path):
+        model = load_model(str(model), device=device, precision=precision)
+    measured = Evaluation(model=model.name, fingerprint=model.fingerprint)
+    if retrieval:
+        result = evaluate_retrieval(
+            model,
+            shards_at(join_shards(retrieval)),
+            languages=tuple(languages),
+            captions_each=captions_each,
+            workers=workers,
+        )
+        measured = replace(measured, retrieval=result)
+    if classes:
+        names = read_class_list(str(class_names)) if isinstance(class_names, str | Path) else list(class_names)
+        zero_shot = evaluate_zero_shot(
+            model, str(classes), label=label, names=names, templates=templates or DEFAULT_TEMPLATES, workers=workers
+        )
+        measured = replace(measured, zero_shot=zero_shot)
+    if captions:
+        shards = expand_shards(join_shards(captions))
+        truth = measure_caption_truth(model, shards, prompt=prompt, workers=workers)
+        measured = replace(measured, caption_truth=truth)
+    if out is not None:
+        data = EvalData(
+            retrieval=join_shards(retrieval) if retrieval else "",
+            zero_shot=str(classes or ""),
+            captions=join_shards(captions) if captions else "",
+        )
+        _write_evaluation(measured, Path(out), data)
+    return measured
+
+
+def _write_evaluation(evaluation: Evaluation, out: Path, data: EvalData) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
+    write_report(evaluation, out / "report.html", data=data, provenance=Provenance.current())
+    logger.info(f"Report: {out / 'report.html'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedResult(Result):
+    """What was embedded of each modality, None of one that was not asked for; and the process that says so."""
+
+    image: EmbedSummary | None = None
+    text: EmbedSummary | None = None
+    share: ProcessRank = SINGLE_PROCESS
+
+    @property
+    def summaries(self) -> tuple[EmbedSummary, ...]:
+        """Those there are."""
+        return tuple(summary for summary in (self.image, self.text) if summary)
+
+    @property
+    def missing_parts(self) -> int:
+        """Parts that are left to other processes."""
+        return max(summary.missing_parts for summary in self.summaries)
+
+    def to_json(self) -> dict[str, Any]:
+        """Of one modality its fields; of both, each under its name."""
+        by_modality = {summary.modality: summary.to_json() for summary in self.summaries}
+        return by_modality if len(by_modality) > 1 else self.summaries[0].to_json()
+
+
+@os_errors_explained()
+def embed(
+    model: str | Path | VisionLanguageModel,
+    shards: Shards,
+    out: str | Path,
+    *,
+    modality: Literal["image", "text", "both"] = "image",
+    batch_size: int | Literal["auto"] = 256,
+    workers: int = 1,
+    processes: int = 1,
+    allow_damage: bool = False,
+    selection: str | Path | None = None,
+    store: Literal["float16", "float32"] = "float16",
+    quantize: Sequence[Literal["int8", "binary"]] = (),
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
+) -> EmbedResult:
+    """Embed the images, the captions, or both, of shards, as `vlm embed` does; repeat the call to resume it.
+
+    Args:
+        model: MODEL as for `vlm.load`, or a model; several processes load it themselves, by its name.
+        out: folder for the embeddings; of both modalities, for the folders images and texts.
+        processes: how many to start, each with a model of its own; under a launcher each process makes this call.
+        selection: file of `vlm curate`: embed only its samples.
+        store: precision of the vectors. quantize: quantized copies to store, too.
+        compile: compile the image tower, which takes a minute or more at the start.
+
+    Raises:
+        UsageError: an option is out of range, or `out` holds something else.
+        VlmError: a shard is damaged, or no sample can be used.
+    """
+    job = _EmbedJob(
+        model=str(model) if isinstance(model, str | Path) else model,
+        shards=join_shards(shards),
+        # both modalities in one pass, so that each shard is read once
+        folders=_output_folders(Path(out), modality),
+        device=device,
+        options=EmbedOptions(
+            model_spec=str(model) if isinstance(model, str | Path) else model.name,
+            batch_size=batch_size,
+            workers=workers,
+            allow_damage=allow_damage,
+            storage=VectorStorage(store=store, codes=tuple(sorted(set(quantize)))),
+            is_compiled=compile,
+            precision=precision,
+        ),
+        selection=None if selection is None else Path(selection),
+    )
+    _check_processes(processes)
+    if processes == 1:
+        return job.run()
+    # one named GPU would hold a model of each process
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: each of several processes uses a GPU of its own; omit --device.")
+    results = run_in_processes(_EmbedJob.run, replace(job, model=job.options.model_spec), processes)
+    # the one that wrote the last manifest knows all counts; none did where all was complete already
+    finished = next((result for result in results if result.summaries[0].ended_here), results[0])
+    return replace(finished, share=SINGLE_PROCESS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EmbedJob:
+    """The share of a process of the work on shards."""
+
+    model: str | VisionLanguageModel
+    shards: str
+    folders: dict[Modality, Path]
+    device: str
+    options: EmbedOptions
+    selection: Path | None
+
+    def run(self) -> EmbedResult:
+        """Load the model and embed this process's share."""
+        rank = ProcessRank.from_environment()
+        options = replace(
+            self.options, share=rank, selection=read_selection(self.selection) if self.selection else None
+        )
+        shards = shards_at(self.shards)
+        model = self.model
+        if isinstance(model, str):
+            model = load_model(model, device=_device_of_rank(self.device, rank), precision=options.precision)
+        summaries = embed_into(model, shards, self.folders, options)
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=rank)
+
+
+def _output_folders(out: Path, modality: Literal["image", "text", "both"]) -> dict[Modality, Path]:
+    if modality == "image" or modality == "text":
+        return {modality: out}
+    if modality != "both":
+        raise UsageError(f"modality = {modality!r}; give image, text or both.")
+    # the marks of an output folder of one modality, which subfolders would be lost in
+    if any((out / name).exists() for name in (MANIFEST, PROGRESS)):
+        raise UsageError(f"{out} holds other output; --modality both needs a folder of its own.")
+    return {"image": out / "images", "text": out / "texts"}
+
+
+def _device_of_rank(device: str, rank: ProcessRank) -> str:
+    """With several processes on a machine with GPUs, each uses the GPU of its local rank."""
+    if device != "auto" or rank.world_size == 1 or not torch.cuda.is_available():
+        return device
+    # more processes than GPUs share them in turn
+    return f"cuda:{rank.local_rank % torch.cuda.device_count()}"
