@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlm.console import list_counts, progress, track
+from vlm.data.dataset_card import CARD, dataset_card
 from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
-from vlm.data.samples import UNNAMED, Captions, Pair, select_languages
+from vlm.data.json_columns import JsonColumns, WordedSource, Words
+from vlm.data.samples import Captions, Pair, select_languages
 from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
@@ -39,18 +41,19 @@ logger = logging.getLogger(__name__)
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-def encode_pair(pair: Pair, *, verify: bool = True) -> dict[str, Any]:
+def encode_pair(pair: Pair, *, verify: bool = True, columns: JsonColumns | None = None) -> dict[str, Any]:
     """A pair as `__key__`, an image, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
 
     The text is the first caption of the first language, and is left out where there is none; the JSON holds the
-    metadata with all captions.
+    metadata with all captions, as the columns of all samples ask for it.
 
     Raises:
         BadSample: the image cannot be decoded (one that is kept unchanged is only decoded if `verify`).
     """
     extension, image = storable_image(pair.image, verify=verify)
     texts = next(iter(pair.captions.values()), ())
-    content = json.dumps(pair.metadata | captions_to_json(pair.captions), ensure_ascii=False)
+    columns = columns or JsonColumns()
+    content = json.dumps(columns.conform(Words(pair.captions, pair.metadata)), ensure_ascii=False)
     arrays = {f"{name}.npy": npy_bytes(array) for name, array in pair.arrays.items()}
     words = {"txt": texts[0].encode(errors="replace")} if texts else {}
 
@@ -76,20 +79,14 @@ def storable_image(image: bytes, *, verify: bool) -> tuple[str, bytes]:
 
 
 def captions_to_json(captions: Captions) -> dict[str, Any]:
-    """Captions as `captions_of` reads them from `key.json`.
+    """Captions as `parse_captions` reads them from `key.json`.
 
     >>> captions_to_json({"": ("a dog",), "zh": ("狗",)})
     {'captions': ['a dog'], 'captions_zh': ['狗']}
     >>> captions_to_json({"de": ("Hund",)})
     {'captions': {'de': ['Hund']}}
     """
-    if not captions:
-        return {"captions": []}
-    named = {language: list(texts) for language, texts in captions.items() if language != UNNAMED}
-    if UNNAMED not in captions:
-        return {"captions": named}
-    by_language = {f"captions_{language}": texts for language, texts in named.items()}
-    return {"captions": list(captions[UNNAMED])} | by_language
+    return JsonColumns().conform(Words(captions, {}))
 
 
 class JournalEntry(Protocol):
@@ -187,7 +184,10 @@ class PackSummary(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """A finished shard: `upto` pairs of its split are dealt with, among them those rejected since the last one."""
+    """A finished shard: `upto` pairs of its split are dealt with, among them those rejected since the last one.
+
+    endings: of its members.
+    """
 
     name: str
     split: str
@@ -195,6 +195,7 @@ class _Shard:
     upto: int
     bytes: int
     sha256: str
+    endings: list[str] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -220,10 +221,11 @@ def pack(source: PairSource, out: Path, config: PackConfig | None = None) -> Pac
     # the split is saved before the first shard: a resumed run must not draw another one
     held_out = _hold_out(source, out, config) if config.hold_out else None
     splits = _splits(len(source), held_out)
+    columns = _scan_columns(source, config)
     shards = read_journal(out / _JOURNAL, _Shard)
     already = sum(shard.samples + len(shard.rejected) for shard in shards)
     with progress(total=len(source), what="packing", done=already, unit="pair") as shown:
-        work = _PackJob(source, out, config, shards=shards, shown=shown)
+        work = _PackJob(source, out, config, columns=columns, shards=shards, shown=shown)
         for split, numbers in splits.items():
             work.write_split(split, numbers)
     manifest = _finish(source, out, config, work, held_out)
@@ -270,7 +272,14 @@ class _PackJob:
     """The shards written so far, and the next ones."""
 
     def __init__(
-        self, source: PairSource, out: Path, config: PackConfig, *, shards: list[_Shard], shown: "tqdm"
+        self,
+        source: PairSource,
+        out: Path,
+        config: PackConfig,
+        *,
+        columns: JsonColumns,
+        shards: list[_Shard],
+        shown: "tqdm",
     ) -> None:
         self.shards = shards
         self.rejected: list[dict[str, Any]] = []
@@ -279,6 +288,7 @@ class _PackJob:
         self._source = source
         self._out = out
         self._config = config
+        self.columns = columns
         self._shown = shown
         self._upto = 0
         # written with the next shard, so that shards and rejects are journaled together
@@ -287,6 +297,9 @@ class _PackJob:
 
     def warnings(self) -> tuple[str, ...]:
         """What is odd about the pairs as a whole."""
+        return self._equal_captions() + self.columns.warnings()
+
+    def _equal_captions(self) -> tuple[str, ...]:
         number = self._captions.total()
         caption, most = next(iter(self._captions.most_common(1)), ("", 0))
         if number < _MIN_JUDGED_CAPTIONS or most < _NEARLY_ALL * number:
@@ -310,6 +323,7 @@ class _PackJob:
         for place, sample in enumerate(samples, start=len(done)):
             path = self._out / f"{split}-{place:0{digits}d}.tar"
             count = 0
+            endings: set[str] = set()
             with (
                 atomic_write(path) as file,
                 # mtime=0: the time of packing would change the bytes
@@ -319,9 +333,10 @@ class _PackJob:
                 for member in chain([sample], islice(samples, size - 1)):
                     tar.write(member)
                     count += 1
-            self._record(path, split, count)
+                    endings.update(member)
+            self._record(path, split, count, sorted(endings - {"__key__"}))
 
-    def _record(self, path: Path, split: str, count: int) -> None:
+    def _record(self, path: Path, split: str, count: int, endings: list[str]) -> None:
         file = record_file(path)
         shard = _Shard(
             name=path.name,
@@ -330,6 +345,7 @@ class _PackJob:
             upto=self._upto,
             bytes=file.bytes,
             sha256=file.sha256,
+            endings=endings,
             rejected=self._since_last,
         )
         # after the shard itself: a line is a promise that its shard is whole
@@ -345,7 +361,7 @@ class _PackJob:
             self._shown.update()
             try:
                 pair = _read_pair(self._source, numbers[place], self._config)
-                sample = encode_pair(pair, verify=self._config.verify)
+                sample = encode_pair(pair, verify=self._config.verify, columns=self.columns)
                 self._count_caption(pair)
                 yield sample
             except BadSample as error:
@@ -388,9 +404,26 @@ def _describe_reject(reject: dict[str, Any]) -> str:
 def _read_pair(source: PairSource, number: int, config: PackConfig) -> Pair:
     """A pair with the captions of the configured languages; a source without captions has none to select."""
     pair = source.read(number)
-    if not config.languages or not pair.captions:
-        return pair
-    return replace(pair, captions=select_languages(pair.captions, config.languages))
+    return replace(pair, captions=_in_languages(pair.captions, config)) if config.languages else pair
+
+
+def _in_languages(captions: Captions, config: PackConfig) -> Captions:
+    return select_languages(captions, config.languages) if config.languages and captions else captions
+
+
+def _scan_columns(source: PairSource, config: PackConfig) -> JsonColumns:
+    """What the JSON of all pairs has in common; a source that tells no words gives the same keys and types anyway."""
+    columns = JsonColumns()
+    if not isinstance(source, WordedSource):
+        return columns
+    for number in track(range(len(source)), total=len(source), what="reading texts", unit="pair"):
+        try:
+            words = source.words(number)
+            columns.add(words._replace(captions=_in_languages(words.captions, config)))
+        except BadSample:
+            # named by the packing, which meets it again
+            continue
+    return columns
 
 
 def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit:
@@ -454,6 +487,9 @@ def _finish(
             "held_out": facts,
         },
     )
+    endings = chain.from_iterable(shard.endings for shard in shards)
+    card = dataset_card(work.columns, splits=samples, endings=endings, samples=samples.total())
+    write_text(out / CARD, card)
     # the manifest marks the folder complete; only then is the journal of no more use
     write_manifest(out, manifest)
     (out / _JOURNAL).unlink()

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
-from vlm.data.samples import Sample, parse_captions
+from vlm.data.samples import Captions, Sample, parse_captions
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint
@@ -460,19 +460,31 @@ class ShardReader:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
             spans.append(member.arrays[name])
         image, text, content, *array_files = self._bytes.read(spans)
-        metadata = _parse_json_object(content) if member.json else {}
-        # a wrong byte in a caption costs a character, not the sample
-        caption = text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace")
+        captions, metadata = _parse_words(text, content if member.json else None)
         parsed_arrays: Arrays = {}
         for name, data in zip(arrays, array_files, strict=True):
             parsed_arrays[name] = _parse_array(data, f"{member.key}.{name}.npy")
         return Sample(
             key=member.key,
             image=image,
-            captions=parse_captions(caption, metadata),
+            captions=captions,
             metadata=metadata,
             arrays=parsed_arrays,
         )
+
+    def read_words(self, number: int) -> tuple[str, Captions, dict[str, Any]]:
+        """Key, captions and metadata of sample `number`, without a look at its image; raises as `read`."""
+        member = self.index[number]
+        text, content = self._bytes.read([member.text or _NO_BYTES, member.json or _NO_BYTES])
+        return member.key, *_parse_words(text, content if member.json else None)
+
+
+def _parse_words(text: bytes, content: bytes | None) -> tuple[Captions, dict[str, Any]]:
+    """Captions and metadata from the content of KEY.txt and KEY.json; None where there is no such file."""
+    metadata = {} if content is None else _parse_json_object(content)
+    # a wrong byte in a caption costs a character, not the sample
+    caption = text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace")
+    return parse_captions(caption, metadata), metadata
 
 
 @runtime_checkable
@@ -597,7 +609,8 @@ Arrays = dict[str, np.ndarray]
 def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
     """Copy the tar at `url`, with `KEY.NAME.npy` after the last part of each sample.
 
-    Names, contents and order of the regular files stay; times, owners, links and folders are left out, so the same
+    Contents and order of the regular files stay, and so do names, but for endings, which become lower-case as other
+    readers expect them; times, owners, links and folders are left out, so the same
     arrays give the same bytes. A stored array that the sample had under the same name is replaced. Of a tar cut short,
     the file that is cut is left out.
 
@@ -653,7 +666,9 @@ def _is_replaced(entry: tarfile.TarInfo, member: Member, added: Arrays) -> bool:
 
 def _copy_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> None:
     file.seek(entry.offset_data)
-    tar.addfile(_tar_entry(entry.name, entry.size), file)
+    folder, slash, name = entry.name.rpartition("/")
+    stem, dot, ending = name.partition(".")
+    tar.addfile(_tar_entry(f"{folder}{slash}{stem}{dot}{ending.lower()}", entry.size), file)
 
 
 def _tar_entry(name: str, size: int) -> tarfile.TarInfo:

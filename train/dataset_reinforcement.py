@@ -297,9 +297,9 @@ def reinforce(
 ) -> ReinforceSummary:
     """Write the shards into the new folder `out` with precomputed features, or resume an interrupted run.
 
-    Names, contents and order of all files stay; samples that cannot be used are copied unchanged, and listed in
-    `unreinforced.jsonl`. With the same batch size, the folder ends with the same bytes however often it was
-    interrupted. Features the shards had before are kept, except those of the same name.
+    Contents and order of all files stay, and names but for endings, which become lower-case; samples that cannot be
+    used are copied unchanged, and listed in `unreinforced.jsonl`. With the same batch size, the folder ends with the
+    same bytes however often it was interrupted. Features the shards had before are kept, except those of the same name.
 
     Args:
         shards: URLs as `expand_shards` gives them.

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
+from vlm.data.json_columns import Words
 from vlm.data.samples import UNNAMED, Pair
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import ImageFinder
@@ -143,17 +144,18 @@ class AnnotationSource:
 
     def read(self, number: int) -> Pair:
         """The image with its captions."""
+        captions, metadata = self.words(number)
+        image = self._images[number]
+        file = self._files.read(self._finder.find(image.file, *image.folders))
+        return Pair(key=self._keys[number], image=file, captions=captions, metadata=metadata)
+
+    def words(self, number: int) -> Words:
+        """The captions, and what the file says of the image."""
         image = self._images[number]
         has_captions = bool(image.captions) and self._options.captions != "none"
         if not image.captions and self._options.captions not in ("none", "optional"):
             raise BadSample("no caption", f"no annotation has a caption of {image.file}")
-        file = self._files.read(self._finder.find(image.file, *image.folders))
-        return Pair(
-            key=self._keys[number],
-            image=file,
-            captions={UNNAMED: image.captions} if has_captions else {},
-            metadata=image.metadata,
-        )
+        return Words({UNNAMED: image.captions} if has_captions else {}, image.metadata)
 
     def file_of(self, number: int) -> str:
         """The image as the annotations name it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from vlm.data.json_columns import Words
 from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions, split_lines
 from vlm.data.sources.delimited import decode_text
 from vlm.data.sources.image_names import image_names
@@ -51,13 +52,16 @@ class ClassFolderSource:
 
     def read(self, number: int) -> Pair:
         """The image with its class said through the template."""
+        captions, metadata = self.words(number)
+        image = self._files.read(self._names[number])
+        return Pair(key=self._keys[number], image=image, captions=captions, metadata=metadata)
+
+    def words(self, number: int) -> Words:
+        """The class, said through the template."""
         name = self._names[number]
         label = readable_text(PurePosixPath(name).parent.name)
         caption = self._template.replace("{}", label.replace("_", " "))
-        metadata = {"label": label, "file": readable_text(name)}
-        return Pair(
-            key=self._keys[number], image=self._files.read(name), captions={UNNAMED: (caption,)}, metadata=metadata
-        )
+        return Words({UNNAMED: (caption,)}, {"label": label, "file": readable_text(name)})
 
     def file_of(self, number: int) -> str:
         """The image's name."""
@@ -105,10 +109,16 @@ class ImageFolderSource:
 
     def read(self, number: int) -> Pair:
         """The image with the captions next to it."""
+        captions, metadata = self.words(number)
+        image = self._files.read(self._names[number])
+        return Pair(key=self._keys[number], image=image, captions=captions, metadata=metadata)
+
+    def words(self, number: int) -> Words:
+        """The captions and the JSON next to the image."""
         name = self._names[number]
         metadata = self._metadata(name)
         # img2dataset's files keep the JSON of a failed download, with its status
-        status = metadata.get("status", "success")
+        status = metadata.get("status") or "success"
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {metadata.get('error_message')}")
         captions: Captions = {}
@@ -116,13 +126,8 @@ class ImageFolderSource:
             captions = self._captions(name, metadata)
             if not captions and self._options.captions != "optional":
                 raise BadSample("no caption", f"{readable_text(name)} has no text file next to it")
-        return Pair(
-            key=self._keys[number],
-            image=self._files.read(name),
-            captions=captions,
-            # metadata of the same name has the last word
-            metadata={"file": readable_text(name)} | without_captions(metadata),
-        )
+        # metadata of the same name has the last word
+        return Words(captions, {"file": readable_text(name)} | without_captions(metadata))
 
     def file_of(self, number: int) -> str:
         """The image's name."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vlm.console import list_counts, pluralize
+from vlm.data.json_columns import Words
 from vlm.data.samples import Pair
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
@@ -76,13 +77,14 @@ class SyntheticShapesSource:
         rng = np.random.default_rng([options.seed, SPLITS.index(options.split), number, 1])
         file = io.BytesIO()
         render_scene(scene, pixels=options.pixels, rng=rng).save(file, **_JPEG)
+        captions, metadata = self.words(number)
+        return Pair(key=key, image=file.getvalue(), captions=captions, metadata=metadata)
+
+    def words(self, number: int) -> Words:
+        """What is said of the scene."""
+        _, scene = self._labelled_scenes[number]
         captions = {language: describe(scene, language) for language in LANGUAGES}
-        return Pair(
-            key=key,
-            image=file.getvalue(),
-            captions=captions,
-            metadata={"label": shape_colour_class(scene), "scene": asdict(scene)},
-        )
+        return Words(captions, {"label": shape_colour_class(scene), "scene": asdict(scene)})
 
     def fingerprint(self) -> str:
         """The options and the version of the drawing."""

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.config import suggest
+from vlm.data.json_columns import Words
 from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
 from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
@@ -117,12 +118,21 @@ class TableSource:
         numbers = self._groups[number]
         rows = [self._row(row) for row in numbers]
         self._check_image_named(numbers[0], rows[0])
+        captions, metadata = self._words(number, rows)
+        return Pair(
+            key=self._keys[number], image=self._image(numbers[0], rows[0]), captions=captions, metadata=metadata
+        )
+
+    def words(self, number: int) -> Words:
+        """What the rows say beside the image."""
+        return self._words(number, [self._row(row) for row in self._groups[number]])
+
+    def _words(self, number: int, rows: Sequence[dict[str, Any]]) -> Words:
         captions: Captions = {}
         if self._options.captions != "none":
             captions = _merge(map(self._captions, rows))
         if not captions and self._options.captions not in ("none", "optional"):
-            raise BadSample("no caption", f"row {numbers[0] + 1} has no text in {self._caption_column!r}")
-        image = self._image(numbers[0], rows[0])
+            raise BadSample("no caption", f"row {self._groups[number][0] + 1} has no text in {self._caption_column!r}")
         key = self._keys[number]
         metadata: dict[str, Any] = {}
         for column, value in rows[0].items():
@@ -132,7 +142,7 @@ class TableSource:
                 metadata[column] = value
         if self.captions_are_labels:
             metadata["label"] = rows[0].get(str(self._caption_column))
-        return Pair(key=key, image=image, captions=captions, metadata=metadata)
+        return Words(captions, metadata)
 
     def file_of(self, number: int) -> str:
         """The image as the table names it, else the row."""
@@ -196,7 +206,7 @@ class TableSource:
         embedded = table.rows.image(self._row_in_table(row), self._image_column) if is_embedded else None
         if embedded:
             return embedded
-        status = values.get("status", "success")
+        status = values.get("status") or "success"
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {values.get('error_message')}")
         if is_embedded and self._image_column not in values:

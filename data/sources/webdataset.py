@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.samples import Pair, split_lines
+from vlm.data.json_columns import Words
+from vlm.data.samples import Captions, Pair, split_lines
 from vlm.data.selection import Selection
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, shards_fingerprint
@@ -65,29 +66,41 @@ class ShardSource:
 
     def read(self, number: int) -> Pair:
         """The sample as it lies in its shard, without the captions among its metadata."""
+        position = self._open_shard_of(number)
+        sample = self._reader.read(position, arrays=tuple(self._reader.index[position].arrays))
+        captions, metadata = self._usable(sample.key, sample.captions, sample.metadata)
+        return Pair(
+            key=self._keys[number], image=sample.image, captions=captions, metadata=metadata, arrays=sample.arrays
+        )
+
+    def words(self, number: int) -> Words:
+        """The captions, and the metadata without them."""
+        position = self._open_shard_of(number)
+        key, captions, metadata = self._reader.read_words(position)
+        return self._usable(key, captions, metadata)
+
+    def _open_shard_of(self, number: int) -> int:
+        """Let the reader be at the shard of a sample; the position of the sample in it."""
         place_of_all = int(self._numbers[number])
         shard = bisect_right(self._ends, place_of_all)
         # packing reads in order, so that one open shard is enough
         if self._reader.url != self._shards[shard]:
             self._reader.close()
             self._reader = ShardReader(self._shards[shard])
-        position = place_of_all - (self._ends[shard - 1] if shard else 0)
-        sample = self._reader.read(position, arrays=tuple(self._reader.index[position].arrays))
-        status = sample.metadata.get("status", "success")
+        return place_of_all - (self._ends[shard - 1] if shard else 0)
+
+    def _usable(self, key: str, captions: Captions, metadata: dict[str, Any]) -> Words:
+        """The words as the options want them; BadSample where there are none."""
+        status = metadata.get("status") or "success"
         if status != "success":
-            raise BadSample("not downloaded", f"status {status!r}: {sample.metadata.get('error_message')}")
-        captions = split_lines(sample.captions) if self._caption_lines else sample.captions
+            raise BadSample("not downloaded", f"status {status!r}: {metadata.get('error_message')}")
+        if self._caption_lines:
+            captions = split_lines(captions)
         if self._captions_mode == "none":
             captions = {}
         elif not captions and self._captions_mode != "optional":
-            raise BadSample("no caption", f"key {sample.key!r} has neither text nor captions")
-        return Pair(
-            key=self._keys[number],
-            image=sample.image,
-            captions=captions,
-            metadata=without_captions(sample.metadata),
-            arrays=sample.arrays,
-        )
+            raise BadSample("no caption", f"key {key!r} has neither text nor captions")
+        return Words(captions, without_captions(metadata))
 
     def file_of(self, number: int) -> str:
         """The key of the sample."""
@@ -130,7 +143,7 @@ def _inflated_beginning(tar: Path) -> bytes:
 
 def looks_like_shard(names: Sequence[str]) -> bool:
     """Whether files of a tar are samples: some image has a text, JSON or class of the same name."""
-    annotated_stems = {name.rpartition(".")[0] for name in names if name.endswith((".txt", ".json", ".cls"))}
+    annotated_stems = {name.rpartition(".")[0] for name in names if name.lower().endswith((".txt", ".json", ".cls"))}
     for name in names:
         is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         if is_image and name.rpartition(".")[0] in annotated_stems:
