@@ -1,7 +1,7 @@
 """Captions to token rows and back: CLIP's BPE, a SentencePiece model, a Hugging Face folder."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -150,13 +150,19 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face tokenizer folder, or a name the network or cache can resolve, through open_clip."""
+    """A Hugging Face tokenizer folder, or a name the network or cache can resolve, through open_clip.
 
-    def __init__(self, source: str, context_length: int = CLIP_CONTEXT_LENGTH) -> None:
+    options: open_clip's `tokenizer_kwargs` of the model, such as {"clean": "canonicalize"} of its SigLIP models.
+    """
+
+    def __init__(
+        self, source: str, context_length: int = CLIP_CONTEXT_LENGTH, options: Mapping[str, Any] | None = None
+    ) -> None:
         from open_clip.tokenizer import HFTokenizer
 
+        self._options = dict(options or {})
         try:
-            self._wrapped = HFTokenizer(source, context_length=context_length)
+            self._wrapped = HFTokenizer(source, context_length=context_length, **self._options)
         except (OSError, ValueError) as error:
             raise UsageError(f"No Hugging Face tokenizer at {source!r}: {error}") from error
         inner: Any = self._wrapped.tokenizer
@@ -183,18 +189,72 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def save(self, folder: Path) -> None:
         self._wrapped.tokenizer.save_pretrained(folder)
-        _describe(folder, {"kind": "huggingface", "context_length": self.context_length})
+        options = {"options": self._options} if self._options else {}
+        _describe(folder, {"kind": "huggingface", "context_length": self.context_length, **options})
 
     @override
     def fingerprint(self) -> str:
         vocabulary = json.dumps(self._wrapped.tokenizer.get_vocab(), sort_keys=True)
-        return compute_fingerprint("huggingface", vocabulary, str(self.context_length))
+        options = [json.dumps(self._options, sort_keys=True)] if self._options else []
+        return compute_fingerprint("huggingface", vocabulary, str(self.context_length), *options)
 
 
-_SAVED: dict[str, Callable[[Path, int], Tokenizer]] = {
-    "clip": lambda _, length: ClipTokenizer(length),
-    "sentencepiece": lambda folder, length: SentencePieceTokenizer((folder / "tokenizer.model").read_bytes(), length),
-    "huggingface": lambda folder, length: HuggingFaceTokenizer(str(folder), length),
+class TransformersTokenizer(Tokenizer):
+    """A Hugging Face tokenizer folder as transformers itself calls it, for models that come from there.
+
+    open_clip cleans texts first, and for SigLIP turns an underscore into a space, which transformers leaves out; so the
+    same folder gives other ids through `HuggingFaceTokenizer`.
+
+    gives_mask: whether its models are also given a mask of the padding.
+    """
+
+    def __init__(self, source: str, context_length: int = CLIP_CONTEXT_LENGTH) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._wrapped: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"No Hugging Face tokenizer at {source!r}: {error}") from error
+        if self._wrapped.pad_token_id is None:
+            raise UsageError(f"The tokenizer of {source} has no padding token; give it one.")
+        self.context_length, self.vocab_size = context_length, len(self._wrapped)
+        self.pad_token = self._wrapped.pad_token_id
+        inner = self._wrapped
+        self.start_token = _first_not_none(inner.bos_token_id, inner.cls_token_id, self.pad_token)
+        self.end_token = _first_not_none(inner.eos_token_id, inner.sep_token_id, self.pad_token)
+        self.gives_mask = "attention_mask" in inner.model_input_names
+
+    @override
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, self.context_length), np.int64)
+        encoded = self._wrapped(
+            list(texts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="np"
+        )
+        return encoded["input_ids"].astype(np.int64)
+
+    @override
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._wrapped.decode(list(tokens), skip_special_tokens=True).strip()
+
+    @override
+    def save(self, folder: Path) -> None:
+        self._wrapped.save_pretrained(folder)
+        _describe(folder, {"kind": "transformers", "context_length": self.context_length})
+
+    @override
+    def fingerprint(self) -> str:
+        vocabulary = json.dumps(self._wrapped.get_vocab(), sort_keys=True)
+        return compute_fingerprint("transformers", vocabulary, str(self.context_length), self._wrapped.padding_side)
+
+
+_SAVED: dict[str, Callable[[Path, int, dict[str, Any]], Tokenizer]] = {
+    "clip": lambda folder, length, saved: ClipTokenizer(length),
+    "sentencepiece": lambda folder, length, saved: SentencePieceTokenizer(
+        (folder / "tokenizer.model").read_bytes(), length
+    ),
+    "huggingface": lambda folder, length, saved: HuggingFaceTokenizer(str(folder), length, saved.get("options")),
+    "transformers": lambda folder, length, saved: TransformersTokenizer(str(folder), length),
 }
 
 
@@ -218,7 +278,7 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
         return SentencePieceTokenizer(path.read_bytes(), context_length or 32)
     if (path / DESCRIPTION).is_file():
         saved = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        return _SAVED[saved["kind"]](path, context_length or saved["context_length"])
+        return _SAVED[saved["kind"]](path, context_length or saved["context_length"], saved)
     if path.is_dir():
         return HuggingFaceTokenizer(source, context_length or CLIP_CONTEXT_LENGTH)
     raise UsageError(

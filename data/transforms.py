@@ -7,7 +7,7 @@ view of everything else.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
-from math import ceil, exp, log, sqrt
+from math import ceil, exp, floor, log, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ class EvalTransform:
     """Resize and crop deterministically, pixel for pixel as open_clip's evaluation transform does.
 
     size: pixels of the square. mean, std: of the channels in [0, 1], applied on the device.
-    resize_mode: shortest (then centre crop), squash, or longest (then pad with fill_color).
+    resize_mode: shortest (then centre crop), squash, or longest (then pad with fill_color); shortest_floor is shortest
+        with the crop of transformers, which rounds half of an odd remainder down, torchvision to the even number.
     """
 
     size: int = 224
@@ -96,8 +97,9 @@ class EvalTransform:
         new_height = int(size * height / width) if width <= height else size
         if (new_width, new_height) != image.size:
             image = image.resize((new_width, new_height), resample)
-        left = round((new_width - size) / 2)
-        top = round((new_height - size) / 2)
+        half = floor if self.resize_mode == "shortest_floor" else round
+        left = half((new_width - size) / 2)
+        top = half((new_height - size) / 2)
         return image.crop((left, top, left + size, top + size))
 
 

@@ -20,7 +20,10 @@ class Verb(Protocol):
 ModelArgument = Annotated[
     str,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint, model folder, or open_clip NAME:WEIGHTS."),
+    tyro.conf.arg(
+        metavar="MODEL",
+        help="Run folder, checkpoint, model folder, Hugging Face folder or ORGANISATION/NAME, open_clip NAME:WEIGHTS.",
+    ),
 ]
 ShardsArgument = Annotated[
     str,

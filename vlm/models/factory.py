@@ -124,12 +124,20 @@ def build_network(config: ModelConfig) -> Network:
         from vlm.models.towers.tower_registry import TowerNetwork
 
         return cast(Network, TowerNetwork(config))
+    if "huggingface" in config:
+        from vlm.models.huggingface_clip import HuggingFaceDualEncoder
+
+        return cast(Network, HuggingFaceDualEncoder(config))
     network = _build_open_clip(deepcopy(config))
+    allow_logit_bias(network)
+    return network
+
+
+def allow_logit_bias(network: Any) -> None:
+    """Let an objective register a bias of the logits where open_clip's network has none, only an attribute None."""
     if network.logit_bias is None:
-        # a plain attribute None would keep an objective from registering one
         del network.logit_bias
         network.register_parameter("logit_bias", None)
-    return network
 
 
 def _build_open_clip(values: ModelConfig) -> Network:
@@ -190,6 +198,8 @@ def enable_padding_trim(network: nn.Module) -> bool:
     without `custom_text`, which adds the positions of the whole context; for towers that pool a token counted from the
     row's end; and where texts pass through dropout, since what it drops depends on the length of the row.
     """
+    if hasattr(network, "can_trim_padding"):
+        return bool(network.can_trim_padding)
     text = getattr(network, "text", None)
     if is_captioner(network) or text is None or _has_dropout(text):
         return False

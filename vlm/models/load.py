@@ -1,17 +1,18 @@
-"""A model folder on disk, and MODEL as people write it: a run, model or upgrade folder, or an open_clip name.
+"""A model folder on disk, and MODEL as people write it: a folder or name of ours, of open_clip or of Hugging Face.
 
 A model folder is in open_clip's own format where that can express the towers, with tokenizer and manifest.
 """
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, open_tokenizer
+from vlm.data.tokenizers import DESCRIPTION as TOKENIZER_DESCRIPTION
+from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.files import write_text
@@ -19,6 +20,7 @@ from vlm.manifest import Manifest, is_complete, read_manifest, record_file, writ
 from vlm.models.factory import ModelConfig, build_network, enable_padding_trim
 from vlm.models.model import VisionLanguageModel, space_fingerprint
 from vlm.models.model_spec import split_model_spec
+from vlm.models.pretrained import download_from_hub, is_hub_name, load_open_clip, load_open_clip_folder
 from vlm.models.towers.tower_registry import portable_config
 from vlm.models.variants import (
     BackwardCompatibleModel,
@@ -85,11 +87,10 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
     """
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is not a model folder: it has no {CONFIG}.")
+    if not (folder / TOKENIZER_DESCRIPTION).is_file():
+        return load_open_clip_folder(folder, device, precision)
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = values["model_cfg"]
-    text = config["text_cfg"]
-    # folders that open_clip wrote hold no tokenizer: CLIP's is meant, unless the configuration names another
-    source = "clip" if not _has_tokenizer(folder) and "hf_tokenizer_name" not in text else str(folder)
     network = build_network(config)
     try:
         network.load_state_dict(load_file(folder / WEIGHTS))
@@ -102,12 +103,11 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         view=EvalTransform.from_preprocess(
             {"size": config["vision_cfg"]["image_size"], **values.get("preprocess_cfg", {})}
         ),
-        tokenizer=open_tokenizer(source, text.get("context_length")),
+        tokenizer=open_tokenizer(str(folder), config["text_cfg"].get("context_length")),
         device=device,
         precision=precision,
         trims_padding=enable_padding_trim(network),
     )
-    # a folder that open_clip wrote has no manifest to compare with
     if is_complete(folder) and read_manifest(folder, "model").fingerprint != model.fingerprint:
         raise VlmError(
             f"{folder} is not what its manifest says: weights, view or tokenizer were changed. Save it again."
@@ -115,17 +115,21 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
     return model
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("vlm_tokenizer.json", "tokenizer.json", "tokenizer_config.json"))
-
-
 RUN_MODEL = "model"
 CHECKPOINTS = "checkpoints"
+LOCAL_PREFIX = "local-dir:"
 
 
 def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
-    """The model named by a run folder (its final model, else its newest checkpoint), a model folder, an upgrade
-    folder (the new model with the head on top), or an open_clip name with its weights (`ViT-B-32:laion2b_s34b_b79k`).
+    """The model of this name:
+
+    - a run folder (its final model, else its newest checkpoint), a model folder, also one of open_clip (`local-dir:`
+      may stand before it), or an upgrade folder (the new model with the projection on top);
+    - a Hugging Face folder of CLIP, MetaCLIP 2, SigLIP or SigLIP 2, or a sentence-transformers folder (texts only);
+    - `ORGANISATION/NAME` or `hf-hub:ORGANISATION/NAME`: such a folder or one of open_clip on the Hugging Face Hub;
+    - `ViT-B-32:laion2b_s34b_b79k`, a name of open_clip with its weights (or a file of them); the name alone where there
+      is one set of weights only.
+
     Any of them followed by `#64` keeps the first 64 dimensions.
 
     Raises:
@@ -138,23 +142,36 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
 
     torch_device = choose_device(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    path = Path(spec)
+    path = Path(spec.removeprefix(LOCAL_PREFIX))
     if is_projection_folder(path):
         return _load_backward_compatible(path, device, precision)
     if path.is_dir():
-        return load_model_folder(_model_folder(path), torch_device, dtype)
-    if ":" not in spec:
-        raise UsageError(
-            f"There is no model {spec!r}: give a run folder, a model folder, or NAME:WEIGHTS of open_clip."
-        )
-    return _load_pretrained(spec, torch_device, dtype)
+        return _load_folder(path, torch_device, dtype)
+    if spec.startswith(LOCAL_PREFIX):
+        raise UsageError(f"There is no model {spec!r}: {path} is not a folder.")
+    if is_hub_name(spec):
+        return dataclasses.replace(_load_folder(download_from_hub(spec), torch_device, dtype), name=spec)
+    return load_open_clip(spec, torch_device, dtype)
+
+
+def _load_folder(folder: Path, device: torch.device, precision: torch.dtype) -> VisionLanguageModel:
+    # a model of ours first, whatever other files lie beside it
+    if not any((folder / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS)):
+        from vlm.models.huggingface_clip import is_huggingface_folder, load_huggingface
+        from vlm.models.sentence_encoder import is_sentence_transformer, load_sentence_transformer
+
+        if is_sentence_transformer(folder):
+            return load_sentence_transformer(folder, device, precision)
+        if is_huggingface_folder(folder):
+            return load_huggingface(folder, device, precision)
+    return load_model_folder(_model_folder(folder), device, precision)
 
 
 def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
     """A model to take weights from: one whose embeddings are those of its network.
 
     Raises:
-        UsageError: it is truncated or has a projection; otherwise as `load_model`.
+        UsageError: it is truncated, has a projection or no image tower; otherwise as `load_model`.
     """
     model = load_model(spec, device=device, precision=precision)
     # a network's weights alone would embed otherwise than the named model
@@ -163,6 +180,8 @@ def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") ->
             f"{spec} has no weights of its own: its embeddings are derived from those of "
             f"{model.derived_from}. Give that one."
         )
+    if not model.embeds_images:
+        raise UsageError(f"{spec} embeds texts only; give a model with an image tower.")
     return model
 
 
@@ -206,41 +225,9 @@ def _model_folder(folder: Path) -> Path:
         return folder / RUN_MODEL
     checkpoints = sorted((folder / CHECKPOINTS).glob("step-*"))
     if not checkpoints:
-        raise UsageError(f"{folder} holds no model: neither {CONFIG}, nor {RUN_MODEL}/, nor {CHECKPOINTS}/step-*.")
+        raise UsageError(
+            f"{folder} holds no model: neither {CONFIG}, nor {RUN_MODEL}/, nor {CHECKPOINTS}/step-*, nor a "
+            "config.json of Hugging Face."
+        )
     # a run in progress has no final model yet; names sort by step
     return checkpoints[-1]
-
-
-def _load_pretrained(spec: str, device: torch.device, precision: torch.dtype) -> VisionLanguageModel:
-    import open_clip
-
-    name, _, tag = spec.partition(":")
-    config = open_clip.get_model_config(name)
-    if config is None or tag not in open_clip.list_pretrained_tags_by_model(name):
-        known = [f"{model}:{weights}" for model, weights in open_clip.list_pretrained()]
-        near = [entry for entry in known if entry.startswith(name)][:5] or known[:5]
-        raise UsageError(f"open_clip has no {spec!r}; it has for example {', '.join(near)}.")
-    try:
-        # output_dict, so that its forward pass gives names as ours do
-        network: Any = open_clip.create_model(name, pretrained=tag, device=device, output_dict=True)
-        tokenizer = _tokenizer_of(config)
-    except (OSError, RuntimeError) as error:
-        raise VlmError(f"The weights of {spec} are neither cached nor within reach of the network: {error}") from error
-    preprocess = open_clip.get_model_preprocess_cfg(network)
-    return VisionLanguageModel(
-        name=spec,
-        network=network.eval(),
-        config=config,
-        view=EvalTransform.from_preprocess(preprocess),
-        tokenizer=tokenizer,
-        device=device,
-        precision=precision,
-        trims_padding=enable_padding_trim(network),
-    )
-
-
-def _tokenizer_of(config: dict) -> Tokenizer:
-    text = config["text_cfg"]
-    if "hf_tokenizer_name" in text:
-        return HuggingFaceTokenizer(text["hf_tokenizer_name"], text.get("context_length", 77))
-    return open_tokenizer("clip", text.get("context_length"))

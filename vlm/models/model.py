@@ -54,6 +54,11 @@ class VisionLanguageModel:
         return int(self.config["embed_dim"])
 
     @property
+    def embeds_images(self) -> bool:
+        """Whether there is an image tower; a sentence-transformers model has none."""
+        return getattr(self.network, "embeds_images", True)
+
+    @property
     def can_caption(self) -> bool:
         """Whether the model has a caption decoder."""
         return is_captioner(self.network)

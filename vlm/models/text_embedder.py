@@ -9,6 +9,7 @@ import torch
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
+from vlm.models.huggingface_clip import is_dual_encoder
 from vlm.models.load import CHECKPOINTS, CONFIG, RUN_MODEL, choose_device, load_model
 from vlm.models.model import VisionLanguageModel
 from vlm.models.towers.language_model import FrozenLanguageTower, build_lm, complete_lm
@@ -74,7 +75,7 @@ def load_text_model(
     """
     path = Path(spec)
     # a MODEL comes first, whatever other files its folder holds
-    is_model = any((path / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS))
+    is_model = is_dual_encoder(path) or any((path / name).exists() for name in (CONFIG, RUN_MODEL, CHECKPOINTS))
     if (path / "config.json").is_file() and not is_model:
         tokenizer = open_tokenizer(spec, context_length or None)
         return LanguageModelEmbedder(_tower(spec, tokenizer, pooling, prompts), tokenizer, choose_device(device))
