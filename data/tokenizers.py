@@ -9,13 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from typing_extensions import override
 
+from vlm.data.clip_bpe import ClipBpe, shipped_vocabulary
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_bytes, write_text
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
 _MIN_CONTEXT_LENGTH = 3
-_MAX_CACHED_WORDS = 1 << 17
 _WIDTH_STEP = 8
 
 
@@ -47,54 +47,22 @@ class Tokenizer(Protocol):
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding of 49,408 pieces, as open_clip ships it.
+    """CLIP's byte-pair encoding of 49,408 pieces.
 
-    No piece reaches over a space, so the pieces of words are kept: most words of a caption have been met before.
+    vocabulary: the compressed file of merges; None takes the one that open_clip ships.
     """
 
     start_token = 49406
     end_token = 49407
     pad_token = 0
 
-    def __init__(self, context_length: int = CLIP_CONTEXT_LENGTH) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        self._bpe = SimpleTokenizer(context_length=context_length)
-        self.context_length, self.vocab_size = context_length, self._bpe.vocab_size
-        self._words: dict[str, tuple[int, ...]] = {}
+    def __init__(self, context_length: int = CLIP_CONTEXT_LENGTH, *, vocabulary: bytes | None = None) -> None:
+        self._bpe = ClipBpe(shipped_vocabulary() if vocabulary is None else vocabulary)
+        self.context_length, self.vocab_size = context_length, len(self._bpe.pieces)
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return _pad_rows(map(self._pieces, texts), self)
-
-    def _pieces(self, text: str) -> list[int]:
-        # anything else is cleaned by open_clip's tokenizer, which may join or part words
-        is_plain = text.isascii() and text.isprintable() and "&" not in text
-        if not is_plain:
-            return self._bpe.encode(text)
-        pieces: list[int] = []
-        for word in text.lower().split():
-            pieces += self._words.get(word) or self._pieces_of_word(word)
-        return pieces
-
-    def _pieces_of_word(self, word: str) -> tuple[int, ...]:
-        # emptied rather than trimmed: the frequent words are back within a few batches
-        if len(self._words) >= _MAX_CACHED_WORDS:
-            self._words.clear()
-        pieces: list[int] = []
-        for part in self._bpe.pat.findall(word):
-            pieces += self._pieces_of_part(part)
-        self._words[word] = tuple(pieces)
-        return self._words[word]
-
-    def _pieces_of_part(self, part: str) -> list[int]:
-        """The pieces of what holds neither spaces nor both letters and signs."""
-        ids = self._bpe.encoder
-        # what the vocabulary has whole is left whole by its merges (there is a test), which take ten times as long
-        whole = ids.get(f"{part}</w>")
-        if whole is not None:
-            return [whole]
-        return [ids[piece] for piece in self._bpe.bpe(part).split(" ")]
+        return _pad_rows(map(self._bpe.encode, texts), self)
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,7 +107,7 @@ def test_clip_leaves_whole_what_its_vocabulary_has_whole():
     from open_clip.tokenizer import SimpleTokenizer
 
     theirs = SimpleTokenizer()
-    whole = [piece.removesuffix("</w>") for piece in theirs.encoder if piece.endswith("</w>") and piece.isascii()]
+    whole = [piece.removesuffix("</w>") for piece in theirs.encoder if piece.endswith("</w>")]
     assert len(whole) > 30_000
     assert [word for word in whole if word and theirs.bpe(word) != f"{word}</w>"] == []
 
@@ -117,6 +119,39 @@ def test_clip_encodes_words_it_has_never_met_as_open_clip_does():
     signs = [chr(code) for code in range(32, 127)] + ["the", "dogs", "'s", "<end_of_text>", "ing", "xylo"]
     texts = ["".join(rng.choice(signs, 30)) for _ in range(400)]
     assert (ClipTokenizer().encode(texts) == open_clip.get_tokenizer("ViT-B-32")(texts).numpy()).all()
+
+
+SCRIPTS = (
+    *("naïve", "İstanbul", "ſ's", "ﬁne", "ǅ", "ẞ", "ΑΣ", "日本語", "犬の写真", "😀", "👨‍👩‍👧", "½²Ⅷ", "١٢٣", "…", "’s"),
+    *("e\u0301", "\u200b", "\u00a0", "\u2028", "\ufeff", "\x00", "\x7f", "\n", "&amp;lt;", "&#128512;", "ÃƒÂ¡", "“q”"),
+    *("dog", "don't", "<start_of_text>", "C++", "a_b", "--", "antidisestablishmentarianism", " ", "  "),
+)
+
+
+def test_clip_encodes_any_script_and_decodes_it_as_open_clip_does():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    rng = np.random.default_rng(1)
+    texts = ["".join(rng.choice(SCRIPTS, rng.integers(1, 7))) for _ in range(1500)]
+    # and characters of any plane, but no half of a surrogate pair, which is no Unicode text
+    codes = [*rng.integers(0x80, 0xD800, 1500), *rng.integers(0xE000, 0x20000, 500)]
+    texts += [f"a{chr(code)} {chr(code)}b" for code in codes]
+    ours, theirs = ClipTokenizer(400), SimpleTokenizer()
+    for text in texts:
+        pieces = theirs.encode(text)
+        row = ours.encode([text])[0].tolist()
+        assert row[1 : len(pieces) + 1] == pieces
+        plain = [piece for piece in pieces if piece < ours.start_token]
+        assert ours.decode([ours.start_token, *plain, ours.end_token]) == theirs.decode(plain).strip()
+
+
+def test_clip_needs_no_torch_and_no_open_clip():
+    code = (
+        "import sys; from vlm.data.tokenizers import ClipTokenizer; ClipTokenizer().encode(['a dog', 'a naïve café'])\n"
+        "print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "open_clip", "transformers"} & set(done.stdout.split())
 
 
 def test_a_hugging_face_folder_is_read(tmp_path):
