@@ -82,7 +82,8 @@ class Origin:
     """What an embedding was made from.
 
     uid: unique in the folder (`ids.py`). key: of the sample.
-    shard, number: the tar's address, and the sample's position in it, from 0.
+    shard, number: the tar's address, and the sample's position in it, from 0; of an image that is a file of its own,
+        the file's address.
     image_offset, image_size: the byte range of the encoded image in the tar.
     caption_number: which of the sample's captions was embedded, from 0; None for an image embedding.
     captions: all captions of an image, or the one that was embedded.
@@ -97,6 +98,18 @@ class Origin:
     caption_number: int | None
     captions: Captions
     metadata: dict[str, Any]
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the image is a file of its own, whose address `shard` is; in a tar, a header precedes every member."""
+        return self.image_size > 0 and self.image_offset == 0
+
+    @property
+    def path(self) -> str:
+        """Where the image lies: a file, or `SHARD/KEY` for a member of a shard; empty for a row without an image."""
+        if not self.image_size:
+            return ""
+        return self.shard if self.is_file else f"{self.shard}/{self.key}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,3 +52,10 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
 def test_a_line_that_is_not_a_query_is_named(line: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read_queries(["a dog", line], Query())
+
+
+def test_one_text_is_one_term_and_not_its_letters():
+    query = Query(texts="red handbag", items="a/7", minus=["snow"])
+    assert (query.texts, query.items, query.minus) == (("red handbag",), ("a/7",), ("snow",))
+    assert query == Query(texts=("red handbag",), items=("a/7",), minus=("snow",))
+    assert query.describe() == "red handbag + a/7 − snow"

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import fsspec
+from PIL import Image
 
-from vlm.data.decode import jpeg_thumbnail, open_image
+from vlm.data.decode import jpeg_thumbnail, open_image, to_rgb
 from vlm.data.shard_cache import default_cache
 from vlm.errors import BadSample, VlmError
 from vlm.index.catalog import Entry
@@ -31,6 +32,15 @@ def read_image_bytes(entry: Entry) -> bytes:
     if len(data) != entry.image_size:
         raise VlmError(f"The shard {Path(entry.shard).name} is shorter than it was when it was embedded")
     return data
+
+
+def read_rgb_image(entry: Entry) -> Image.Image:
+    """The image of an entry, upright and in RGB; raises as `read_image_bytes`, or VlmError if it cannot be decoded."""
+    data = read_image_bytes(entry)
+    try:
+        return to_rgb(open_image(data))
+    except BadSample as error:
+        raise VlmError(f"The image of {entry.uid} cannot be decoded: {error}") from error
 
 
 def thumbnail(image: bytes, *, pixels: int) -> bytes:

@@ -29,6 +29,7 @@ MAX_WEIGHT = 1e6
 class Query:
     """What to search for: the weighted sum of all texts, images, stored items and vectors, minus the `minus` texts.
 
+    texts, items, minus: one or several; a single one needs no tuple.
     images: files, or encoded images as bytes. items: uids of rows of the index. vectors: .npy files of one vector, or
     its numbers; of the index's space, which cannot be checked. weights: one a term, in the order texts, images, items,
     vectors, minus; a negative one subtracts its term; empty weighs all equally. top: number of results.
@@ -41,11 +42,11 @@ class Query:
     after: the `next` of a result of this query, to get the next page.
     """
 
-    texts: tuple[str, ...] = ()
+    texts: str | Sequence[str] = ()
     images: tuple[Path | bytes, ...] = ()
-    items: tuple[str, ...] = ()
+    items: str | Sequence[str] = ()
     vectors: tuple[Path | tuple[float, ...], ...] = ()
-    minus: tuple[str, ...] = ()
+    minus: str | Sequence[str] = ()
     weights: tuple[float, ...] = ()
     top: int = 10
     where: str = ""
@@ -55,6 +56,12 @@ class Query:
     diversity: float = 0.0
     rerank_top: int = 0
     after: str = ""
+
+    def __post_init__(self) -> None:
+        """Make tuples of single terms: a text is a sequence too, of letters."""
+        for name in ("texts", "items", "minus"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
     def check(self) -> None:
         """Refuse a query that cannot be searched for.

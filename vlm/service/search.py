@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from vlm.data.samples import Captions
 from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.ann.index_type_base import CopyToGpu
@@ -30,6 +31,8 @@ from vlm.tensor_types import Array, Float32, Int64
 
 # imported where it is used: it needs torch, which most searches do without
 if TYPE_CHECKING:
+    import PIL.Image
+
     import vlm.service.reranking
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
@@ -49,11 +52,47 @@ class RankedHit(Hit):
     similar: int | None = None
     likelihood: float | None = None
 
+    @property
+    def uid(self) -> str:
+        """The row's uid."""
+        return self.entry.uid
+
+    @property
+    def path(self) -> str:
+        """Where its image lies: a file, or `SHARD/KEY` for a member of a shard; empty for a row without an image."""
+        return self.entry.path
+
+    @property
+    def captions(self) -> Captions:
+        """All its captions, by language."""
+        return self.entry.captions
+
+    @property
+    def caption(self) -> str:
+        """Its first caption; empty if it has none."""
+        return next((texts[0] for texts in self.entry.captions.values() if texts), "")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its metadata."""
+        return self.entry.metadata
+
+    def image(self) -> "PIL.Image.Image":
+        """Its image, upright and in RGB.
+
+        Raises:
+            VlmError: the file or shard is gone or unreadable, or the row was imported without an image.
+        """
+        # needs Pillow and fsspec, which a search does without
+        from vlm.service.images import read_rgb_image
+
+        return read_rgb_image(self.entry)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; without those that the query did not ask for."""
         optional = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood}
         present = {name: value for name, value in optional.items() if value is not None}
-        return {"score": self.score} | present | asdict(self.entry)
+        return {"score": self.score} | present | asdict(self.entry) | {"path": self.path}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +102,7 @@ class SearchResult:
     next: the cursor of the next page, empty at the end. generation: version of the index that was searched.
     rerank_milliseconds: None without reranking. unread: uids that were not reranked because their images cannot be
     read, with the reason. cut: texts of the query that are longer than the model's context.
+    hint: why its filter matches no row, empty if it matches some.
     """
 
     query: Query
@@ -74,6 +114,16 @@ class SearchResult:
     rerank_milliseconds: float | None = None
     unread: dict[str, str] = field(default_factory=dict)
     cut: tuple[str, ...] = ()
+    hint: str = ""
+
+    def __iter__(self) -> Iterator[RankedHit]:
+        return iter(self.hits)
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __getitem__(self, rank: int) -> RankedHit:
+        return self.hits[rank]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: what `vlm search --json` prints."""
@@ -90,6 +140,8 @@ class SearchResult:
         }
         if self.cut:
             plain["cut"] = list(self.cut)
+        if self.hint:
+            plain["hint"] = self.hint
         if self.rerank_milliseconds is None:
             return plain
         return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
@@ -269,6 +321,7 @@ class SearchService:
             rerank_milliseconds=reranker.milliseconds if reranker else None,
             unread=reranker.unread if reranker else {},
             cut=self._cut_texts(ranker.query),
+            hint=_explain_filter(ranker),
         )
 
     def _cut_texts(self, query: Query) -> tuple[str, ...]:
@@ -353,6 +406,14 @@ def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -
     if not length > _MIN_SUM_LENGTH * float(np.abs(weights).sum()):
         raise UsageError("The terms of the query cancel out; change the minus terms or the weights.")
     return total / np.float32(length)
+
+
+def _explain_filter(ranker: Ranker) -> str:
+    if ranker.allowed_rows is None or len(ranker.allowed_rows):
+        return ""
+    from vlm.index.filter_hints import explain_no_match
+
+    return explain_no_match(ranker.snapshot.catalogue, ranker.query.where)
 
 
 def _ranked_hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit, ...]:
