@@ -101,7 +101,8 @@ class Origin:
 
     @property
     def is_file(self) -> bool:
-        """Whether the image is a file of its own, whose address `shard` is; in a tar, a header precedes every member."""
+        """Whether the image is a file of its own, whose address `shard` is."""
+        # in a tar, a header precedes every member
         return self.image_size > 0 and self.image_offset == 0
 
     @property
