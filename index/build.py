@@ -1,6 +1,7 @@
 """Build an index from an embeddings folder: FAISS segment, catalogue and manifest, whole or absent.
 
-`build_index` builds a given index type; `build_autotuned` finds the type and its parameters by target.
+`build_index` builds a given index type; `build_autotuned` finds the type and its parameters by target;
+`create_index` makes one without rows.
 """
 
 import logging
@@ -20,7 +21,7 @@ from vlm.index.autotune.autotune_report import PLOT, draw_plan
 from vlm.index.autotune.autotuner import MAX_ROWS, Plan, VerificationResult, autotune, retune, verify_plan
 from vlm.index.autotune.trial import SearchParams, TuningTarget
 from vlm.index.catalog import write_catalogue
-from vlm.index.embeddings_folder import Embeddings
+from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
 from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
@@ -104,6 +105,41 @@ def build_index(
         bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def create_index(out: Path, space: EmbeddingSpace, *, kind: str = "auto") -> None:
+    """An index without rows, for `IndexWriter.add` to fill. kind: as of `build_index`, for a later compaction.
+
+    Raises:
+        UsageError: `out` exists. VlmError: the disk is full or cannot be written.
+    """
+    catalogue = catalogue_file(FIRST_VERSION)
+    details = IndexDetails(
+        space=space,
+        catalogue=catalogue,
+        segments=(),
+        next_row=0,
+        next_segment=0,
+        kind=kind,
+        tuning=asdict(TuningParams()),
+        shards=(),
+        sources=(),
+    )
+    manifest = Manifest(
+        kind="index",
+        fingerprint=compute_fingerprint(space.fingerprint, space.modality),
+        generation=FIRST_VERSION,
+        counts={"rows": 0, "dead": 0},
+        configuration={"kind": kind},
+        inputs={"model": space.fingerprint, "embeddings": ""},
+        details=asdict(details),
+    )
+    try:
+        with atomic_folder(out) as folder:
+            write_catalogue(folder / catalogue, (), generation=FIRST_VERSION)
+            write_manifest(folder, manifest)
+    except OSError as error:
+        raise VlmError(f"{out} cannot be written: {error}; nothing was kept.") from error
 
 
 def build_autotuned(

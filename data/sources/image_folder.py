@@ -116,15 +116,23 @@ class ImageFolderSource:
     def words(self, number: int) -> Words:
         """The captions and the JSON next to the image."""
         name = self._names[number]
-        metadata = self._metadata(name)
+        options = self._options
+        metadata = metadata_beside(self._files, name, self._all, encoding=options.encoding)
         # img2dataset's files keep the JSON of a failed download, with its status
         status = metadata.get("status") or "success"
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {metadata.get('error_message')}")
         captions: Captions = {}
-        if self._options.captions != "none":
-            captions = self._captions(name, metadata)
-            if not captions and self._options.captions != "optional":
+        if options.captions != "none":
+            captions = captions_beside(
+                self._files,
+                name,
+                self._all,
+                metadata,
+                encoding=options.encoding,
+                caption_lines=options.caption_lines,
+            )
+            if not captions and options.captions != "optional":
                 raise BadSample("no caption", f"{readable_text(name)} has no text file next to it")
         # metadata of the same name has the last word
         return Words(captions, {"file": readable_text(name)} | without_captions(metadata))
@@ -152,30 +160,49 @@ class ImageFolderSource:
         kind = "images" if self._options.captions == "none" else "texts"
         return {"kind": kind, "address": self._files.url, "captions": self._options.captions or "next to each image"}
 
-    def _metadata(self, name: str) -> dict[str, Any]:
-        json_name = next((file for file in files_beside(name, self._all) if file.endswith(JSON_SUFFIX)), None)
-        if json_name is None:
-            return {}
-        try:
-            content = json.loads(decode_text(self._files.read(json_name), self._options.encoding))
-            # half a surrogate pair is JSON, but no text
-            content = json.loads(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
-        except (ValueError, RecursionError) as error:
-            raise BadSample("unreadable json", f"{readable_text(json_name)}: {error}") from error
-        if not isinstance(content, dict):
-            raise BadSample("unreadable json", f"{readable_text(json_name)} is not an object")
-        return content
+def metadata_beside(files: SourceFiles, name: str, names: frozenset[str], *, encoding: str = "") -> dict[str, Any]:
+    """What the JSON next to an image says; nothing where there is none. names: all files.
 
-    def _captions(self, name: str, metadata: dict[str, Any]) -> Captions:
-        text: str | list[str] | None = None
-        text_name = next((file for file in files_beside(name, self._all) if not file.endswith(JSON_SUFFIX)), None)
-        if text_name is not None:
-            text = _decoded(self._files.read(text_name), text_name, self._options.encoding)
-        # the names that shards use come first; the usual columns of tables count where none of those is there
-        captions = parse_captions(text, metadata)
-        if captions or not metadata:
-            return split_lines(captions) if self._options.caption_lines else captions
-        return parse_captions(None, {"captions": _first_caption(metadata)})
+    Raises:
+        BadSample: it is not a JSON object.
+    """
+    json_name = next((file for file in files_beside(name, names) if file.endswith(JSON_SUFFIX)), None)
+    if json_name is None:
+        return {}
+    try:
+        content = json.loads(decode_text(files.read(json_name), encoding))
+        # half a surrogate pair is JSON, but no text
+        content = json.loads(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable json", f"{readable_text(json_name)}: {error}") from error
+    if not isinstance(content, dict):
+        raise BadSample("unreadable json", f"{readable_text(json_name)} is not an object")
+    return content
+
+
+def captions_beside(
+    files: SourceFiles,
+    name: str,
+    names: frozenset[str],
+    metadata: dict[str, Any],
+    *,
+    encoding: str = "",
+    caption_lines: bool = False,
+) -> Captions:
+    """The captions in the text next to an image, or in its metadata. names: all files.
+
+    Raises:
+        BadSample: the text is not of this encoding.
+    """
+    text: str | list[str] | None = None
+    text_name = next((file for file in files_beside(name, names) if not file.endswith(JSON_SUFFIX)), None)
+    if text_name is not None:
+        text = _decoded(files.read(text_name), text_name, encoding)
+    # the names that shards use come first; the usual columns of tables count where none of those is there
+    captions = parse_captions(text, metadata)
+    if captions or not metadata:
+        return split_lines(captions) if caption_lines else captions
+    return parse_captions(None, {"captions": _first_caption(metadata)})
 
 
 def _decoded(data: bytes, name: str, encoding: str) -> str:

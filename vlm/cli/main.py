@@ -56,6 +56,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "index check": ("index", "CheckIndex", "verify checksums, referential integrity, counts and distances"),
     "index info": ("index", "IndexInfo", "show what an index holds"),
     "search": ("search", "Search", "search an index by text, image, or both"),
+    "find": ("find", "Find", "search a folder of images where it lies; the first call indexes it"),
+    "watch": ("find", "Watch", "keep the index of a folder of images up to date"),
 }
 """Each verb with its module in `vlm.cli`, its class there and its line of help. A new verb is a class and a line."""
 

@@ -6,6 +6,7 @@ import fsspec
 from PIL import Image
 
 from vlm.data.decode import jpeg_thumbnail, open_image, to_rgb
+from vlm.data.photo_formats import decodable_image
 from vlm.data.shard_cache import default_cache
 from vlm.errors import BadSample, VlmError
 from vlm.index.catalog import Entry
@@ -31,7 +32,15 @@ def read_image_bytes(entry: Entry) -> bytes:
         raise VlmError(f"The shard {name} {reason}") from error
     if len(data) != entry.image_size:
         raise VlmError(f"The shard {Path(entry.shard).name} is shorter than it was when it was embedded")
-    return data
+    # in a tar, a header precedes every member: this row's image is a file of its own, of any format that is embedded
+    return data if entry.image_offset else _decodable(data, entry.shard)
+
+
+def _decodable(data: bytes, name: str) -> bytes:
+    try:
+        return decodable_image(data, name)
+    except BadSample as error:
+        raise VlmError(f"The image {Path(name).name} cannot be decoded: {error}") from error
 
 
 def read_rgb_image(entry: Entry) -> Image.Image:

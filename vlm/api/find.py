@@ -1,0 +1,224 @@
+"""Search a folder of images where it lies, with words or images; the first call indexes it, later ones catch up."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import platformdirs
+
+from vlm.data.photo_formats import decodable_image
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.files import compute_fingerprint
+from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, LoadEncoder
+from vlm.service.folder.folder_watch import ChangeWaiter
+from vlm.service.query import Query
+from vlm.service.search import SearchResult, SearchService, load_encoder
+
+logger = logging.getLogger(__name__)
+
+MODEL_VARIABLE = "VLM_MODEL"
+"""The environment variable that names the model of folders that were never indexed."""
+
+Words = str | Sequence[str]
+Images = str | Path | bytes | Sequence[str | Path | bytes]
+
+
+def find(
+    folder: str | Path,
+    words: Words = (),
+    *,
+    like: Images = (),
+    minus: Words = (),
+    where: str = "",
+    top: int = 10,
+    model: str = "",
+    index: str | Path | None = None,
+    update: bool = True,
+) -> SearchResult:
+    """The images of a folder that are nearest to words, to other images, or to both.
+
+    The first call embeds all images of the folder, which may take long, shows how long, and can be interrupted: the
+    next call resumes. Later calls embed only contents that are new. Nothing is written into the folder.
+
+    Args:
+        folder: where the images lie.
+        words: one or several queries, combined.
+        like: images to search by, as files or encoded; combined too.
+        minus: words to subtract.
+        where: a filter, as `"year = 2024 and camera like 'Canon%' and folder = 'trips/rome'"`; fields are taken (as
+            "2024-05-17T10:22:31"), year, month, camera, latitude, longitude, folder, file, width, height, caption, and
+            those of a JSON next to an image.
+        top: number of hits; the uid of a hit is its path below the folder.
+        model: a MODEL as of `vlm.load`; by default the one the folder was indexed with, else VLM_MODEL.
+        index: where the index is kept, by default among the user's data.
+        update: look for changes first; otherwise search what is indexed.
+
+    Raises:
+        UsageError: there is nothing to search for, no image or no model, or the index is of another model.
+        VlmError: an image to search by cannot be read, the disk is full, or the index is damaged.
+    """
+    images = ImageFolder(folder, model=model, index=index)
+    if update:
+        images.update()
+    return images.search(words, like=like, minus=minus, where=where, top=top)
+
+
+def watch(
+    folder: str | Path,
+    *,
+    model: str = "",
+    index: str | Path | None = None,
+    poll_seconds: float | None = None,
+) -> Iterator[FolderUpdate]:
+    """Keep the index of a folder up to date: one update at once, then one for each batch of changes, without end.
+
+    poll_seconds: look for changes so often instead of being told by the system, as network drives need.
+
+    Raises: as of `find`.
+    """
+    return ImageFolder(folder, model=model, index=index).watch(poll_seconds=poll_seconds)
+
+
+class ImageFolder:
+    """A folder of images with its index; arguments as of `find`.
+
+    load: gives the model of a spec.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        model: str = "",
+        index: str | Path | None = None,
+        load: LoadEncoder = load_encoder,
+    ) -> None:
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise UsageError(f"There is no folder {str(folder)!r}; name a folder of images.")
+        home = default_home(root) if index is None else Path(index).expanduser()
+        self._model = model
+        self._load = load
+        # an index keeps its model, whatever the environment says today
+        self._folder = FolderIndex(
+            root, home, model_spec=model, default_spec=os.environ.get(MODEL_VARIABLE, ""), load=load
+        )
+        self._service: SearchService | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder, with its links resolved."""
+        return self._folder.root
+
+    @property
+    def home(self) -> Path:
+        """Where all that is known of the folder is kept."""
+        return self._folder.home
+
+    @property
+    def index_folder(self) -> Path:
+        """The index, which `vlm search` takes too."""
+        return self._folder.index_folder
+
+    def update(self, *, rebuild: bool = False) -> FolderUpdate | None:
+        """Take in what has changed; None if another process is doing so and there is an index to search meanwhile.
+
+        rebuild: embed all images again, as with another model.
+
+        Raises: as of `find`.
+        """
+        try:
+            return self._folder.update(rebuild=rebuild)
+        except FolderBusyError as error:
+            if rebuild or not self._folder.is_indexed:
+                raise
+            logger.warning(f"{error} Until then its last version is searched.")
+            return None
+
+    def search(
+        self,
+        words: Words = (),
+        *,
+        like: Images = (),
+        minus: Words = (),
+        where: str = "",
+        top: int = 10,
+    ) -> SearchResult:
+        """Search what is indexed; arguments and raises as of `find`."""
+        texts = (words,) if isinstance(words, str) else tuple(words)
+        minus_texts = (minus,) if isinstance(minus, str) else tuple(minus)
+        likes = (like,) if isinstance(like, str | Path | bytes) else tuple(like)
+        if not texts and not likes:
+            raise UsageError("There is nothing to search for: give words, or an image to search by.")
+        if not self._folder.is_indexed:
+            raise UsageError(f"{self.root} was never indexed: look for changes once, by vlm find without --no-update.")
+        items: list[str] = []
+        images: list[Path | bytes] = []
+        for image in likes:
+            data = _read_image(image)
+            if uid := self._find_indexed(data):
+                items.append(uid)
+            else:
+                images.append(_query_image(image, data))
+        query = Query(texts=texts, images=tuple(images), items=tuple(items), minus=minus_texts, where=where, top=top)
+        return self._open_service().search(query)
+
+    def watch(self, *, poll_seconds: float | None = None) -> Iterator[FolderUpdate]:
+        """As the function `watch`; of the updates after the first those that found a change."""
+        waiter = ChangeWaiter(self.root, poll_seconds=poll_seconds)
+        # before the first update: what changes while it runs is not missed
+        waits = waiter.waits()
+        first = self._update_when_free()
+        waiter.set_scan_seconds(first.scan_seconds)
+        yield first
+        for _ in waits:
+            update = self._update_when_free()
+            waiter.set_scan_seconds(update.scan_seconds)
+            if update.has_changes:
+                yield update
+
+    def _update_when_free(self) -> FolderUpdate:
+        while True:
+            try:
+                return self._folder.update()
+            except FolderBusyError as error:  # after some seconds of waiting
+                logger.info(str(error))
+
+    def _find_indexed(self, image: bytes) -> str | None:
+        try:
+            return self._folder.find_indexed(image)
+        except FolderBusyError:
+            return None
+
+    def _open_service(self) -> SearchService:
+        if self._service is None:
+            self._service = SearchService.open(self.index_folder, model_spec=self._model, load=self._load)
+        return self._service
+
+
+def default_home(folder: Path) -> Path:
+    """Where the index of a folder is kept: among the user's data, by the folder's real path."""
+    real = folder.resolve()
+    name = f"{real.name or 'root'}-{compute_fingerprint(str(real))}"
+    return platformdirs.user_data_path("vlm", appauthor=False) / "folders" / name
+
+
+def _read_image(image: str | Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return Path(image).expanduser().read_bytes()
+    except (OSError, ValueError) as error:  # no file has NUL in its name
+        reason = error.strerror if isinstance(error, OSError) else "that is not a valid file name"
+        raise UsageError(f"{str(image)!r} cannot be read: {reason or error}.") from error
+
+
+def _query_image(image: str | Path | bytes, data: bytes) -> Path | bytes:
+    """The image as a query takes it: a file by its name, unless its format has to be converted."""
+    name = "the image" if isinstance(image, bytes) else str(image)
+    try:
+        decodable = decodable_image(data, name)
+    except BadSample as error:
+        raise VlmError(f"{name} cannot be used as a query: {error}.") from error
+    return Path(image).expanduser() if decodable is data and not isinstance(image, bytes) else decodable

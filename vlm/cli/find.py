@@ -1,0 +1,215 @@
+"""`vlm find` and `vlm watch`: search a folder of images where it lies, and keep its index up to date."""
+
+import logging
+import sys
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vlm.cli.options import JsonOption
+from vlm.console import list_counts, show_fields, show_json, show_table, spaced_names
+from vlm.errors import UsageError
+from vlm.files import json_text
+
+if TYPE_CHECKING:
+    from vlm.api.find import ImageFolder
+    from vlm.service.folder.folder_index import FolderUpdate
+    from vlm.service.search import RankedHit, SearchResult
+
+logger = logging.getLogger(__name__)
+
+FolderArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="Folder of images.")]
+FolderModelOption = Annotated[
+    str,
+    tyro.conf.arg(
+        help="Run folder, model folder, or open_clip NAME:WEIGHTS; by default the model the folder was indexed with, "
+        "else the environment variable VLM_MODEL."
+    ),
+]
+HomeOption = Annotated[
+    Path | None,
+    tyro.conf.arg(metavar="DIR", help="Where the index is kept, by default among the user's data."),
+]
+
+_WHERE_HELP = (
+    "Search only images that match this filter: \"year = 2024 and camera like 'Canon%'\". Fields: taken "
+    "('2024-05-17T10:22:31'), year, month, camera, latitude, longitude, folder, file, width, height, caption, and those "
+    "of a JSON file next to an image."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Find:
+    """Search a folder of images where it lies, by words or by images; nothing is written into it.
+
+    The first call indexes the folder, and can be interrupted: the next one resumes. Later calls take in what is new,
+    changed, moved or gone, and embed only contents never seen before. Without a query, only that is done. Captions
+    next to images, EXIF date, camera and position, and folder names can be filtered by.
+    """
+
+    folder: FolderArgument
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORDS")] = ()
+    """What to search for; several are combined."""
+
+    like: tuple[Path, ...] = ()
+    """Images to search by, from anywhere; combined with the words. One of the folder needs no model."""
+
+    minus: tuple[str, ...] = ()
+    """Words to subtract."""
+
+    where: Annotated[str, tyro.conf.arg(help=_WHERE_HELP)] = ""
+
+    top: int = 10
+    """Number of results."""
+
+    files: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
+    """Print bare paths, one per line, to pipe into another program."""
+
+    null: Annotated[bool, tyro.conf.arg(aliases=["-0"])] = False
+    """As --files, with a NUL after each path, as xargs -0 reads them."""
+
+    open: bool = False
+    """Open a page with thumbnails of the results in the browser."""
+
+    model: FolderModelOption = ""
+
+    index: HomeOption = None
+
+    update: Annotated[bool, tyro.conf.FlagCreatePairsOn] = True
+    """Look for changes first; --no-update searches what is indexed at once."""
+
+    rebuild: bool = False
+    """Embed all images again, as with another model."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Update, search, show."""
+        from vlm.api.find import ImageFolder
+
+        has_query = bool(self.words or self.like)
+        if not has_query and (self.minus or self.where or self.files or self.null or self.open or not self.update):
+            raise UsageError("There is nothing to search for: give words, or an image with --like.")
+        if self.rebuild and not self.update:
+            raise UsageError("--rebuild is an update; leave out --no-update.")
+        images = ImageFolder(self.folder, model=self.model, index=self.index)
+        update = images.update(rebuild=self.rebuild) if self.update else None
+        if not has_query:
+            _show_update(update, as_json=self.json)
+            return
+        if update is not None:
+            _log_update(update)
+        result = images.search(self.words, like=self.like, minus=self.minus, where=self.where, top=self.top)
+        self._show(images, result)
+
+    def _show(self, images: "ImageFolder", result: "SearchResult") -> None:
+        if self.files or self.null:
+            end = "\0" if self.null else "\n"
+            for hit in result.hits:
+                print(self._path_of(hit), end=end)
+            sys.stdout.flush()
+        elif self.json:
+            show_json(result.to_json())
+        else:
+            rows = [
+                [rank, hit.score, str(self._path_of(hit)), _described(hit)] for rank, hit in enumerate(result.hits, 1)
+            ]
+            title = result.query.describe() + (f"  where {self.where}" if self.where else "")
+            show_table(["", "score", "file", ""], rows, title=title)
+        if self.open:
+            _open_gallery(images, result)
+
+    def _path_of(self, hit: "RankedHit") -> Path:
+        """The image as the user names the folder, so that it opens from where the command runs."""
+        return self.folder / hit.entry.uid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Keep the index of a folder of images up to date until interrupted; a line for each batch of changes.
+
+    Changes are told by the system where the extra watch (watchfiles) is installed, else looked for every 10 seconds.
+    vlm find on the same folder meanwhile searches what is indexed.
+    """
+
+    folder: FolderArgument
+
+    poll: float | None = None
+    """Look for changes every so many seconds instead of being told by the system, as network drives need."""
+
+    model: FolderModelOption = ""
+
+    index: HomeOption = None
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Update at every change, until Ctrl-C."""
+        from vlm.api.find import watch
+
+        if self.poll is not None and not self.poll > 0:
+            raise UsageError(f"--poll {self.poll:g} is out of range: give seconds above 0.")
+        try:
+            for update in watch(self.folder, model=self.model, index=self.index, poll_seconds=self.poll):
+                if self.json:
+                    print(json_text(update.to_json()), flush=True)
+                else:
+                    print(update.describe(), flush=True)
+        except KeyboardInterrupt:
+            logger.info("Stopped watching; what was embedded is kept.")
+
+
+def _show_update(update: "FolderUpdate | None", *, as_json: bool) -> None:
+    if update is None:
+        return
+    if as_json:
+        show_json(update.to_json())
+        return
+    fields = spaced_names(update.to_json())
+    fields["unreadable"] = len(update.unreadable)
+    fields["missing"] = list_counts((count, name) for name, count in update.missing.items()) or 0
+    show_fields(fields, title=update.describe())
+    _log_problems(update)
+
+
+def _log_update(update: "FolderUpdate") -> None:
+    logger.info(update.describe())
+    _log_problems(update)
+
+
+def _log_problems(update: "FolderUpdate") -> None:
+    for extra, count in update.missing.items():
+        logger.warning(f"{count:,} files are read with the extra {extra}: pip install 'vlm-pipeline[{extra}]'.")
+    if update.unreadable:
+        name, reason = next(iter(update.unreadable.items()))
+        number = len(update.unreadable)
+        logger.warning(
+            f"{number:,} cannot be read, and are tried again when they change; the first, {name}: {reason}. vlm find "
+            f"{update.folder} --json lists all."
+        )
+
+
+def _described(hit: "RankedHit") -> str:
+    """A caption, else when and with what the photo was taken."""
+    for texts in hit.entry.captions.values():
+        if texts:
+            return texts[0]
+    fields = (hit.entry.metadata.get("taken"), hit.entry.metadata.get("camera"))
+    return ", ".join(str(value) for value in fields if value)
+
+
+def _open_gallery(images: "ImageFolder", result: "SearchResult") -> None:
+    from vlm.index.reader import Index
+    from vlm.pages import Provenance
+    from vlm.service.gallery import write_gallery
+
+    page = images.home / "results.html"
+    info = Index.open(images.index_folder).info()
+    write_gallery(page, [result], title=f"Results in {images.root.name}", info=info, provenance=Provenance.current())
+    logger.info(f"Page: {page}")
+    if not webbrowser.open(page.as_uri()):
+        logger.warning("No browser could be opened; open the page yourself.")
