@@ -160,6 +160,7 @@ class ImageFolderSource:
         kind = "images" if self._options.captions == "none" else "texts"
         return {"kind": kind, "address": self._files.url, "captions": self._options.captions or "next to each image"}
 
+
 def metadata_beside(files: SourceFiles, name: str, names: frozenset[str], *, encoding: str = "") -> dict[str, Any]:
     """What the JSON next to an image says; nothing where there is none. names: all files.
 

@@ -36,8 +36,8 @@ HomeOption = Annotated[
 
 _WHERE_HELP = (
     "Search only images that match this filter: \"year = 2024 and camera like 'Canon%'\". Fields: taken "
-    "('2024-05-17T10:22:31'), year, month, camera, latitude, longitude, folder, file, width, height, caption, and those "
-    "of a JSON file next to an image."
+    "('2024-05-17T10:22:31'), year, month, camera, latitude, longitude, folder, file, width, height, caption, and "
+    "those of a JSON file next to an image."
 )
 
 
@@ -79,8 +79,8 @@ class Find:
 
     index: HomeOption = None
 
-    update: Annotated[bool, tyro.conf.FlagCreatePairsOn] = True
-    """Look for changes first; --no-update searches what is indexed at once."""
+    no_update: bool = False
+    """Do not look for changes first: search what is indexed at once."""
 
     rebuild: bool = False
     """Embed all images again, as with another model."""
@@ -92,12 +92,12 @@ class Find:
         from vlm.api.find import ImageFolder
 
         has_query = bool(self.words or self.like)
-        if not has_query and (self.minus or self.where or self.files or self.null or self.open or not self.update):
+        if not has_query and (self.minus or self.where or self.files or self.null or self.open or self.no_update):
             raise UsageError("There is nothing to search for: give words, or an image with --like.")
-        if self.rebuild and not self.update:
+        if self.rebuild and self.no_update:
             raise UsageError("--rebuild is an update; leave out --no-update.")
         images = ImageFolder(self.folder, model=self.model, index=self.index)
-        update = images.update(rebuild=self.rebuild) if self.update else None
+        update = None if self.no_update else images.update(rebuild=self.rebuild)
         if not has_query:
             _show_update(update, as_json=self.json)
             return

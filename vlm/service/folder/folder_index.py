@@ -350,8 +350,8 @@ class FolderIndex:
 
 
 NO_MODEL_HINT = (
-    "Give --model MODEL or set VLM_MODEL: a run or model folder, or an open_clip NAME:WEIGHTS whose weights are on this "
-    "machine; vlm models lists what works offline and how to fetch one."
+    "Give --model MODEL or set VLM_MODEL: a run or model folder, or an open_clip NAME:WEIGHTS whose weights are on "
+    "this machine; vlm models lists what works offline and how to fetch one."
 )
 
 

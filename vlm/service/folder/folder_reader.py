@@ -1,4 +1,4 @@
-"""Reading the new and changed files of a folder: bytes to digest, fields, captions, and the pixels that a model sees."""
+"""Reading the new and changed files of a folder: bytes to digest, fields, captions, and the pixels of a model."""
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +27,7 @@ View = Callable[[bytes], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FileReading:
-    """A file as it was read. content: what its bytes gave, if they are new. pixels: of a new content that is readable."""
+    """A file as it was read. content: what its bytes gave, if they are new. pixels: of a new, readable content."""
 
     file: FileRecord
     content: ContentRecord | None = None
