@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-import torch
 from filelock import FileLock, Timeout
 
 from vlm.console import list_counts, pluralize, progress
@@ -28,9 +27,10 @@ from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, content_digest
 from vlm.index.build import create_index
 from vlm.index.embeddings_folder import EmbeddingSpace
-from vlm.index.encoder import Encoder, absolute_spec, check_unit_norm
+from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.manifest import is_complete, read_manifest
+from vlm.models.model_spec import absolute_spec
 from vlm.service.folder.folder_reader import FileReading, FolderReader, View, pending_files
 from vlm.service.folder.folder_scan import FolderScan, scan_folder
 from vlm.service.folder.folder_state import ContentRecord, FolderState, KnownFile
@@ -41,7 +41,7 @@ BATCH_SIZE = 64
 """Images that are embedded and stored at once: the most that a killed update embeds again."""
 
 _READERS = f"Pillow {PIL.__version__}, HEIF {HAS_HEIF}, raw {HAS_RAW}"
-_LOCK_SECONDS = 5.0
+LOCK_SECONDS = 5.0
 
 LoadEncoder = Callable[[str], Encoder]
 
@@ -180,7 +180,7 @@ class FolderIndex:
     @contextlib.contextmanager
     def _state(self, *, is_new: bool = False) -> Iterator[FolderState]:
         self.home.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.home / "lock", timeout=_LOCK_SECONDS)
+        lock = FileLock(self.home / "lock", timeout=LOCK_SECONDS)
         try:
             held = lock.acquire()
         except Timeout as error:
@@ -302,6 +302,9 @@ class FolderIndex:
                 pixels[content.digest] = reading.pixels
                 names.append(reading.file.path)
         if pixels:
+            # imported where images are embedded: an update without a new one takes no time for it
+            import torch
+
             assert self._encoder is not None
             vectors = self._encoder.get().embed_images(torch.from_numpy(np.stack(list(pixels.values())))).numpy()
             check_unit_norm(vectors, names)
@@ -374,7 +377,7 @@ class _ChangeCounts:
             if file.digest is None or file.digest in bad:
                 continue
             if before is not None:
-                self.changed += (before.digest, before.beside) != (file.digest, file.beside)
+                self.changed += before.wanted != file.wanted
             elif self._gone_digests[file.digest]:
                 self._gone_digests[file.digest] -= 1
                 self.moved += 1

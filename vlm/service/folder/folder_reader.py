@@ -15,7 +15,7 @@ from vlm.data.sources.image_folder import captions_beside, has_words_beside, met
 from vlm.data.sources.source import without_captions
 from vlm.errors import BadSample
 from vlm.files import content_digest
-from vlm.service.folder.folder_scan import UNSETTLED, FileStamp, FolderScan
+from vlm.service.folder.folder_scan import UNSETTLED, FileStamp, FolderScan, is_unsettled
 from vlm.service.folder.folder_state import ContentRecord, FileRecord, KnownFile
 
 # more wait for one disk, and hold more decoded images
@@ -54,7 +54,7 @@ def pending_files(scan: FolderScan, known: Mapping[str, KnownFile], gone: Sequen
         elif file.stamp != stamp or stamp.mtime_ns == UNSETTLED or file.digest is None:
             # one that could not be opened is tried again: mended permissions leave no trace in a stamp
             pending[path] = None
-        elif file.beside != scan.beside.get(path, ""):
+        elif file.beside != scan.beside.get(path, "") or is_unsettled(file.beside):
             pending[path] = file.digest
     return pending
 

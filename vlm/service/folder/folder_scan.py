@@ -85,9 +85,14 @@ def _add_words_beside(root: Path, scan: FolderScan, now: int) -> None:
                 stamp = _stamp(root, file, now)
             except OSError:  # it is gone already, or a dead link
                 continue
-            parts.append(f"{file}:{stamp.size}:{stamp.mtime_ns}")
+            parts.append(f"{stamp.mtime_ns} {stamp.size} {file}")
         if parts:
-            scan.beside[name] = "|".join(parts)
+            scan.beside[name] = "\n".join(parts)
+
+
+def is_unsettled(beside: str) -> bool:
+    """Whether a file next to an image was changed just before it was looked at."""
+    return any(part.startswith(f"{UNSETTLED} ") for part in beside.split("\n"))
 
 
 def _stamp(root: Path, name: str, now: int) -> FileStamp:

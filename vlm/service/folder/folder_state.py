@@ -65,11 +65,12 @@ _OLD_ROWS = f"FROM files WHERE indexed IS NOT NULL AND path NOT IN (SELECT path 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownFile:
-    """A file as it was when it was last read; digest None: it could not be."""
+    """A file as it was when it was last read; digest None: it could not be. wanted: as of `FileRecord`."""
 
     stamp: FileStamp
     beside: str
     digest: bytes | None
+    wanted: bytes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,14 @@ class FileRecord:
     captions: Captions = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def wanted(self) -> bytes | None:
+        """The digest of all that the file's row in the index depends on; None: it has none."""
+        if self.digest is None:
+            return None
+        parts = (self.path, self.stamp.size, self.digest.hex(), self.captions, self.metadata)
+        return content_digest(json.dumps(parts))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,11 +164,12 @@ class FolderState:
 
     def files(self) -> dict[str, KnownFile]:
         """The files by their paths, without those that are gone."""
-        query = "SELECT path, size, mtime_ns, inode, beside, digest FROM files WHERE NOT is_gone"
+        query = "SELECT path, size, mtime_ns, inode, beside, digest, wanted FROM files WHERE NOT is_gone"
         files: dict[str, KnownFile] = {}
         with self._errors_as_ours():
-            for path, size, mtime_ns, inode, beside, digest in self._database.execute(query):
-                files[path] = KnownFile(stamp=FileStamp(size, mtime_ns, inode), beside=beside, digest=digest)
+            for path, size, mtime_ns, inode, beside, digest, wanted in self._database.execute(query):
+                stamp = FileStamp(size, mtime_ns, inode)
+                files[path] = KnownFile(stamp=stamp, beside=beside, digest=digest, wanted=wanted)
         return files
 
     def digests(self) -> set[bytes]:
@@ -197,11 +207,7 @@ class FolderState:
         file_rows: list[tuple[Any, ...]] = []
         for file in files:
             words = (json_text(file.captions), json_text(file.metadata))
-            wanted = None
-            if file.digest is not None:
-                parts = (file.path, str(file.stamp.size), file.digest.hex(), *words)
-                wanted = content_digest(json.dumps(parts))
-            file_rows.append((file.path, *file.stamp, file.beside, file.digest, *words, file.error, wanted))
+            file_rows.append((file.path, *file.stamp, file.beside, file.digest, *words, file.error, file.wanted))
         with self._errors_as_ours(), self._transaction():
             self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", content_rows)
             self._database.executemany(_PUT_FILE, file_rows)
