@@ -8,13 +8,8 @@ import torch
 from tests.data.tar_fixture import tiny_image
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.evaluation.zero_shot import (
-    class_embeddings,
-    class_list_beside,
-    measure_zero_shot,
-    read_class_names,
-    read_labelled,
-)
+from vlm.evaluation.class_prompts import class_list_beside, read_class_list, read_class_names, read_templates
+from vlm.evaluation.zero_shot import class_embeddings, evaluate_zero_shot, label_of, measure_zero_shot, read_labelled
 
 NAMES = ["cat", "dog", "car"]
 
@@ -80,6 +75,68 @@ def tar_of(path, members):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
+
+
+def test_numbers_stay_those_of_the_lines_when_a_class_has_no_name(tmp_path):
+    """CLIP_benchmark's list of one data set lacks a line: the names below it must not take its number."""
+    tar_of(tmp_path / "0.tar", [(f"{n}.{end}", part) for n in range(3) for end, part in cls_sample(n, f"{n}")])
+    (tmp_path / "classnames.txt").write_text("jug\n\ncup\n\n")
+    assert read_class_list(str(tmp_path / "classnames.txt")) == ["jug", "", "cup"]
+    with pytest.raises(UsageError, match="'1' is of class 1, and line 2 of the class names is empty"):
+        labels_at(tmp_path / "0.tar", "cls", class_list=class_list_beside(str(tmp_path / "0.tar")))
+
+
+class Painter(Reader):
+    """Sees a dog in every image."""
+
+    view = EvalTransform(size=16)
+    logit_scale = 1.0
+
+    def embed_images(self, images):
+        return self.embed_texts(["dog"] * len(images))
+
+
+def test_names_and_templates_at_the_root_of_a_benchmark_are_used(tmp_path, logged):
+    """CLIP_benchmark's layout: the tars of a split lie one folder below the names and the templates."""
+    (tmp_path / "test").mkdir()
+    tar_of(tmp_path / "test" / "0.tar", [(f"{n}.{end}", part) for n in range(4) for end, part in cls_sample(n, "1")])
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    evaluate_zero_shot(Painter(), str(tmp_path / "test"), label="cls")
+    assert "The classes have numbers for names (1)" in logged.text
+    logged.clear()
+    (tmp_path / "classnames.txt").write_text("cat\ndog\ncar\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\nno {c}?\n")
+    zero_shot = evaluate_zero_shot(Painter(), str(tmp_path / "test"), label="cls")
+    assert (zero_shot.top1, [score.name for score in zero_shot.classes]) == (1.0, ["dog"])
+    assert "Prompt templates: the 2 of" in logged.text
+    assert "numbers for names" not in logged.text
+
+
+def test_templates_come_from_a_file_as_well(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("a photo of a {c}.\n\n{} in {brackets}\n")
+    assert read_templates(["{}", str(file)]) == ["{}", "a photo of a {c}.", "{} in {brackets}"]
+    assert torch.equal(*(torch.from_numpy(class_embeddings(Reader(), NAMES, (text,))) for text in ("a {c}", "a {}")))
+    file.write_text('{"cat": ["a small tiger"]}')
+    with pytest.raises(UsageError, match=r"line 1 of .*templates.txt\) has no \{\} for"):
+        read_templates([str(file)])
+
+
+@pytest.mark.parametrize("content", ["1 3", "[0, 2]", "4;5"])
+def test_an_image_of_several_classes_is_refused(tmp_path, content):
+    tar_of(tmp_path / "0.tar", [(f"0.{end}", part) for end, part in cls_sample(0, content)])
+    with pytest.raises(UsageError, match="'0' is of several classes"):
+        labels_at(tmp_path / "0.tar", "cls")
+
+
+@pytest.mark.parametrize(("value", "held"), [(None, "nothing"), (["cat", "dog"], "several values")])
+def test_a_label_that_is_no_single_class_is_refused(value, held):
+    with pytest.raises(UsageError, match=f"'label' of sample 'k' holds {held}"):
+        label_of({"label": value}, "label", "k")
+
+
+def cls_sample(number, content):
+    return (("cls", content.encode()), ("jpg", tiny_image(number)))
 
 
 def labels_at(url, label="label", **options):

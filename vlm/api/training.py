@@ -16,9 +16,10 @@ from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, os_errors_explained
 from vlm.evaluation.caption_accuracy import measure_caption_truth
+from vlm.evaluation.class_prompts import read_class_list, read_templates
 from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
 from vlm.evaluation.retrieval import evaluate_retrieval
-from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, evaluate_zero_shot, read_class_list
+from vlm.evaluation.zero_shot import evaluate_zero_shot
 from vlm.files import write_text
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage
@@ -163,7 +164,7 @@ def evaluate(
     if classes:
         names = read_class_list(str(class_names)) if isinstance(class_names, str | Path) else list(class_names)
         zero_shot = evaluate_zero_shot(
-            model, str(classes), label=label, names=names, templates=templates or DEFAULT_TEMPLATES, workers=workers
+            model, str(classes), label=label, names=names, templates=read_templates(templates), workers=workers
         )
         measured = replace(measured, zero_shot=zero_shot)
     if captions:

@@ -36,7 +36,7 @@ class Eval:
     """Candidate classes: a,b,c or a file with one per line; empty uses the classes of the data."""
 
     templates: tuple[str, ...] = ()
-    """Prompt templates with {} for the class name; empty uses three common ones."""
+    """Prompt templates with {} or {c} for the class name, or files with one per line; empty uses three common ones."""
 
     captions: str = ""
     """Shards of synthetic shapes to caption; each caption is checked against its scene."""

@@ -19,7 +19,7 @@ class Classify:
     """Candidate classes: a,b,c or a file with one per line."""
 
     templates: tuple[str, ...] = ()
-    """Prompt templates with {} for the class name; default: three common ones."""
+    """Prompt templates with {} or {c} for the class name, or files with one per line; default: three common ones."""
 
     top: int = 5
     """Classes shown per image."""
@@ -32,7 +32,8 @@ class Classify:
         """Show the most probable classes of each image."""
         from vlm.data.sources.image_names import image_paths
         from vlm.data.transforms import load_images
-        from vlm.evaluation.zero_shot import DEFAULT_TEMPLATES, classify, read_class_names
+        from vlm.evaluation.class_prompts import DEFAULT_TEMPLATES, read_class_names, read_templates
+        from vlm.evaluation.zero_shot import classify
         from vlm.models.load import load_model
 
         names = read_class_names(self.classes)
@@ -41,11 +42,12 @@ class Classify:
                 f"--classes {self.classes!r} names {len(names)} class, which every image would be; give two or more, "
                 "as a,b,c or a file with one a line."
             )
-        # the classes are checked first: a model takes long to load
+        # classes and templates are checked first: a model takes long to load
+        templates = read_templates(self.templates) or DEFAULT_TEMPLATES
         model = load_model(self.model, device=self.device)
         paths = image_paths(self.images)
         images = load_images(paths, model.view)
-        probabilities = classify(model, images, names, self.templates or DEFAULT_TEMPLATES)
+        probabilities = classify(model, images, names, templates)
         results = []
         for path, row in zip(paths, probabilities.tolist(), strict=True):
             # stable: classes of equal probability stay in the order given

@@ -1,31 +1,38 @@
 """Zero-shot classification: prompts of the class names act as the classifier (CLIP §3.1.2)."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from vlm.config import suggest
-from vlm.console import read_text
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source import PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import read_members
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
+from vlm.evaluation.class_prompts import (
+    DEFAULT_TEMPLATES,
+    class_list_beside,
+    class_of,
+    fill_template,
+    templates_beside,
+    unique_names,
+)
 from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches, rank_candidates
-from vlm.storage import is_remote
 from vlm.tensor_types import Array, Float32, Tensor, UInt8
+
+logger = logging.getLogger(__name__)
 
 LabelledBatch = tuple[UInt8[Array, "B 3 H W"], list[str]]
 
 
 CLS_LABEL = "cls"
-_CLASS_NAMES_FILE = "classnames.txt"
 
 
 def read_labelled(
@@ -53,34 +60,15 @@ def read_labelled(
         contents = read_members(shard, CLS_LABEL)
         for batch in iter_sample_batches([shard], view, workers=workers):
             if batch.decoded:
-                labels = [_class_of(contents.get(item.key), item.key, class_list) for item in batch.decoded]
+                labels = [class_of(contents.get(item.key), item.key, class_list) for item in batch.decoded]
                 yield batch.images.numpy(), labels
-
-
-def _class_of(content: bytes | None, key: str, class_list: Sequence[str]) -> str:
-    """The name of the class that KEY.cls holds: a number among the names, or the name itself."""
-    if content is None:
-        raise UsageError(f"Sample {key!r} has no {key}.cls; name another label (--label FIELD).")
-    text = content.decode(errors="replace").strip()
-    if not text.isdecimal() or not class_list:
-        return text
-    if int(text) >= len(class_list):
-        raise UsageError(f"Sample {key!r} is of class {text}, but there are {len(class_list)} class names.")
-    return class_list[int(text)]
-
-
-def class_list_beside(url: str) -> list[str]:
-    """The names in `classnames.txt` next to local shards; empty if there is no such file."""
-    shards = expand_shards(url) if holds_shards(url) else []
-    path = Path(shards[0]).parent / _CLASS_NAMES_FILE if shards and not is_remote(shards[0]) else None
-    return read_class_list(str(path)) if path is not None and path.is_file() else []
 
 
 def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
     """The class name of a sample; a dotted label selects nested fields (`scene.shape`).
 
     Raises:
-        UsageError: it has none; the nearest field is named.
+        UsageError: it has none (the nearest field is named), or not exactly one.
     """
     value: Any = metadata
     for part in label.split("."):
@@ -88,6 +76,10 @@ def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
             known = sorted(value) if isinstance(value, dict) else []
             raise UsageError(f"Sample {key!r} has no metadata {label!r}; {suggest(part, known)} (--label FIELD)")
         value = value[part]
+    # as text, null would be a class "None", and each list a class of its own
+    if value is None or isinstance(value, list | dict):
+        held = "nothing" if value is None else f"several values ({str(value)[:40]})"
+        raise UsageError(f"The metadata {label!r} of sample {key!r} holds {held}; a class is one text or number.")
     return str(value)
 
 
@@ -122,10 +114,6 @@ def _from_source(url: str, label: str, view: EvalTransform) -> Iterator[Labelled
             images, labels = [], []
     if images:
         yield np.stack(images), labels
-
-
-# three templates do most of what CLIP's eighty do, and suit drawings and product photos, too
-DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of {}.", "{}")
 
 
 @runtime_checkable
@@ -178,33 +166,6 @@ class ZeroShot:
     classes: tuple[ClassScore, ...]
 
 
-def read_class_names(classes: str) -> list[str]:
-    """Class names as `read_class_list` reads them, repeated ones dropped."""
-    return list(dict.fromkeys(read_class_list(classes)))
-
-
-def read_class_list(classes: str) -> list[str]:
-    """Class names by number, from a file with one per line, whatever it contains, or from `a,b,c`.
-
-    Raises:
-        UsageError: the text is neither, or the file is not UTF-8 text.
-    """
-    if classes and _is_file(classes):
-        names = read_text(Path(classes)).splitlines()
-    elif classes and "," not in classes:
-        raise UsageError(f"There is no file {classes!r} of class names; give one, or names as a,b,c.")
-    else:
-        names = classes.split(",")
-    return [name.strip() for name in names if name.strip()]
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # a long list of names is longer than a file name can be
-        return False
-
-
 def class_embeddings(
     model: TextEncoder, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> Float32[Array, "K D"]:
@@ -213,13 +174,9 @@ def class_embeddings(
     Raises:
         UsageError: a template has no {} for the name.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise UsageError(f"The template {template!r} has no {{}} for the class name.")
-    # other braces in a template are text
     sentences: list[str] = []
     for name in names:
-        sentences += [template.replace("{}", name) for template in templates]
+        sentences += [fill_template(template, name) for template in templates]
     # the mean of unit vectors instead of the vector of one prompt: +3.5 points on ImageNet (CLIP §3.1.4)
     vectors = model.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
     # a mean of unit vectors is shorter than 1, the more so the more the templates disagree
@@ -272,25 +229,32 @@ def evaluate_zero_shot(
     *,
     label: str = "label",
     names: Sequence[str] = (),
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    templates: Sequence[str] = (),
     workers: int = 0,
 ) -> ZeroShot:
     """Zero-shot accuracy on labelled images.
 
     url, label: as of `read_labelled`. names: candidate classes, by number for KEY.cls; a name given twice is one
-    class. Empty uses `classnames.txt` next to shards with KEY.cls, else those of the images.
+    class. Empty uses `classnames.txt` next to shards with KEY.cls, or one folder up, else those of the images.
+    templates: as of `class_embeddings`; empty uses CLIP_benchmark's file of them in these places, else three of ours.
 
     Raises: as of `read_labelled`, `class_embeddings` and `measure_zero_shot`.
     """
     # vectors of all images are kept: without names, the classes are known only once all labels have been read
     batches: list[tuple[np.ndarray, list[str]]] = []
-    if label == CLS_LABEL and not names:
-        names = class_list_beside(url)
+    if label == CLS_LABEL:
+        names = names or class_list_beside(url)
+        templates = templates or templates_beside(url)
     for images, labels in read_labelled(url, label, model.view, class_list=names, workers=workers):
         batches.append((model.embed_images(torch.from_numpy(images)).numpy(), labels))
     # sorted, so that the number of a class does not depend on the order of the images
-    names = list(dict.fromkeys(names)) or sorted(set[str]().union(*(labels for _, labels in batches)))
-    return measure_zero_shot(batches, class_embeddings(model, names, templates), names)
+    names = unique_names(names) or sorted(set[str]().union(*(labels for _, labels in batches)))
+    if label == CLS_LABEL and names and all(map(str.isdecimal, names)):
+        logger.warning(
+            f"The classes have numbers for names ({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), and the "
+            "prompts are made of these; give their names by --class-names FILE, one per line in order of the numbers."
+        )
+    return measure_zero_shot(batches, class_embeddings(model, names, templates or DEFAULT_TEMPLATES), names)
 
 
 def _summary(top1: np.ndarray, top5: np.ndarray, truths: np.ndarray, names: Sequence[str]) -> ZeroShot:
