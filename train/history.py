@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from vlm.console import percent
 from vlm.errors import UsageError
 from vlm.files import append_line, read_lines, write_text
 from vlm.manifest import MANIFEST
@@ -19,8 +20,21 @@ METRICS = "metrics.jsonl"
 TELEMETRY = "telemetry.json"
 CONFIG = "config.toml"
 BEST_METRICS = ("text_to_image_recall@10", "text_to_image_recall@1")
+_SHARES = ("recall@", "accuracy", "zero_shot", "top1", "data_wait", "mfu")
 _RUNNING_SECONDS = 120.0
 _RUNNING_INTERVALS = 5
+
+
+def format_metric(name: str, value: float) -> str:
+    """The value of a metric for people: shares in percent with one decimal.
+
+    >>> format_metric("text_to_image_recall@10", 0.5), format_metric("loss", 1.23456)
+    ('50.0%', '1.235')
+    """
+    if any(part in name for part in _SHARES):
+        return percent(value)
+    # beyond 1e4, 4g would write an exponent
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 class MetricsLog:

@@ -38,6 +38,9 @@ _CLIP = OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=2000)
 _DATACOMP = OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=500)
 # DataComp's scale_configs.py, xlarge: what open_clip's authors use at batches of 90,000
 _HUGE_BATCH = OptimizerConfig(learning_rate=1e-3, beta2=0.95, weight_decay=0.2, warmup_steps=10_000)
+# Goyal et al. 2023 (FLYP): the loss of pretraining at a hundredth of its rate, which keeps what the model knows; a
+# shorter warm-up than their 500 steps, since collections of people's own are small
+_FINE_TUNING = OptimizerConfig(learning_rate=1e-5, beta2=0.999, epsilon=1e-8, weight_decay=0.1, warmup_steps=50)
 # crops of nine tenths and more, as open_clip's
 _WEB = LoaderConfig(workers=12)
 
@@ -154,6 +157,16 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             precision="bf16",
         ),
     ),
+    "finetune": (
+        "adapts a pretrained model to your pairs, all its weights at a small rate (requires --start-from)",
+        TrainConfig(
+            model=ModelConfig(architecture="ViT-B-32"),
+            objective=_REPEATED,
+            optimizer=_FINE_TUNING,
+            batch_size=256,
+            epochs=5.0,
+        ),
+    ),
     "lit": (
         "locked-image tuning: a text tower learns to read a trained image tower (requires --start-from)",
         TrainConfig(
@@ -182,8 +195,10 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 }
 
 
-def open_preset(name: str) -> TrainConfig:
+def open_preset(name: str, *, resume: bool = False) -> TrainConfig:
     """The configuration named by a preset, a TOML file, a run folder, or an architecture of open_clip.
+
+    resume: a run is to be resumed, so that a name that is nothing else is that of a run.
 
     Raises:
         UsageError: it is none of these; the nearest preset is named.
@@ -192,12 +207,20 @@ def open_preset(name: str) -> TrainConfig:
         return PRESETS[name][1]
     path = Path(name)
     if path.is_dir():
-        return (
-            from_toml(TrainConfig, path / "config.toml") if (path / "config.toml").is_file() else _unknown_preset(name)
-        )
+        if not (path / "config.toml").is_file():
+            raise UsageError(f"The folder {name!r} is not a run: it has no config.toml.")
+        return from_toml(TrainConfig, path / "config.toml")
     if path.suffix == ".toml":
         return _open_file(path)
-    return _preset_for_architecture(name)
+    if _is_architecture(name):
+        return _preset_for_architecture(name)
+    hint = suggest(name, list(PRESETS))
+    if resume:
+        raise UsageError(
+            f"There is no run {name!r} to resume; vlm runs lists those there are, and vlm train PRESET --data SHARDS "
+            f"--run {name} begins it. Nor is it a preset; {hint}."
+        )
+    raise UsageError(f"Unknown preset {name!r}; {hint}. A TOML file, a run folder or an open_clip name will do too.")
 
 
 def _open_file(path: Path) -> TrainConfig:
@@ -216,11 +239,16 @@ def _open_file(path: Path) -> TrainConfig:
     return from_values(TrainConfig, merge_values(asdict(open_preset(base)), values), where=str(path))
 
 
-def _preset_for_architecture(name: str) -> TrainConfig:
+def _is_architecture(name: str) -> bool:
+    """Whether it is IMAGE_TOWER+TEXT_TOWER, or a name that open_clip knows."""
+    if "+" in name:
+        return True
     import open_clip
 
-    if "+" not in name and open_clip.get_model_config(name) is None:
-        return _unknown_preset(name)
+    return open_clip.get_model_config(name) is not None
+
+
+def _preset_for_architecture(name: str) -> TrainConfig:
     is_coca = name.startswith("coca_")
     return TrainConfig(
         model=ModelConfig(architecture=name),
@@ -229,8 +257,3 @@ def _preset_for_architecture(name: str) -> TrainConfig:
         batch_size=1024,
         precision="bf16",
     )
-
-
-def _unknown_preset(name: str) -> TrainConfig:
-    hint = suggest(name, list(PRESETS))
-    raise UsageError(f"Unknown preset {name!r}; {hint}. A TOML file, a run folder or an open_clip name will do too.")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from vlm.config import config_differences, flatten_config, lookup
 from vlm.errors import UsageError
+from vlm.train.history import format_metric
 from vlm.train.presets import PRESETS
 from vlm.train.run_config import FREE_ON_RESUME
 
@@ -81,9 +82,11 @@ class ReferenceComparison:
             return f"{name}: within the reference curve {points}."
         first = self.departures[0]
         side = "better" if first.is_better else "worse"
+        numbers = (first.value, first.low, first.high)
+        value, low, high = (format_metric(self.reference.metric, number) for number in numbers)
         return (
             f"{name}: leaves the reference curve at step {round(first.share * steps):,} "
-            f"({first.share:.0%} of the run): {first.value:.4g}, expected {first.low:.4g} to {first.high:.4g}, "
+            f"({first.share:.0%} of the run): {value}, expected {low} to {high}, "
             f"so {side}; outside at {len(self.departures)} of {self.compared} points."
         )
 
@@ -365,6 +368,15 @@ RECIPES: dict[str, Recipe] = {
             published=published_curve(0.62, 0.63, "62.96% open_clip's PRETRAINED.md, 62.0% LaCLIP's README"),
             remarks="Batch size and epochs of PRETRAINED.md, the rest as in the CLIP paper (see open_clip#100). "
             "Shards that have become unavailable since 2021 shorten the epochs.",
+        ),
+        _own_recipe(
+            "finetune",
+            data="pairs of your own",
+            prepare=("vlm pack PAIRS shards --hold-out 1000",),
+            options="--start-from MODEL --data 'shards/train-*.tar' --val 'shards/val-*.tar'",
+            remarks="Every weight is trained at 1e-5, a hundredth of what pretraining takes; a larger rate soon loses "
+            "what MODEL knows. vlm soup RUN --interpolate MODEL --val SHARDS finds a mean of both that often is better "
+            "than either. A small MODEL of your own takes more: try --learning-rate 1e-4.",
         ),
         _web_recipe(
             "lit",

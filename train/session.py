@@ -178,6 +178,12 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         ema_weights=ema.weights if ema else None,
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
+    steps = total_steps(config, corpus.order.num_samples)
+    if accelerator.is_main_process and 0 < steps <= config.optimizer.warmup_steps:
+        logger.warning(
+            f"The warm-up of {config.optimizer.warmup_steps:,} steps is as long as the run of {steps:,} or longer: the "
+            "learning rate never reaches its peak. Give a smaller --warmup-steps, or train longer."
+        )
     return Session(
         config=config,
         folder=Path(config.run),
@@ -192,7 +198,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         input_providers=input_providers,
         ema=ema,
         flops=flops,
-        steps=total_steps(config, corpus.order.num_samples),
+        steps=steps,
         num_micro_batches=num_micro_batches,
         trims_padding=trims_padding,
     )

@@ -34,7 +34,7 @@ def show_json(result: Any) -> None:
 def show_table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", has_header: bool = True
 ) -> None:
-    """A table on stdout; numbers are right-aligned, floats have four decimals."""
+    """A table on stdout; numbers and percentages are right-aligned, floats have four decimals."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,7 +42,7 @@ def show_table(
     table = Table(title=_cell(title) or None, title_justify="left", header_style="bold", show_header=has_header)
     for number, name in enumerate(columns):
         # of a mixed column some cells are texts such as "–": left-aligned as a whole
-        is_number = all(isinstance(row[number], int | float) for row in materialised) and bool(materialised)
+        is_number = all(_is_number(row[number]) for row in materialised) and bool(materialised)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in materialised:
         table.add_row(*(_cell(value) for value in row))
@@ -83,6 +83,15 @@ def list_counts(counts: Iterable[tuple[str, int]]) -> str:
     '1,200 txt, 1 heic'
     """
     return ", ".join(f"{count:,} {name}" for name, count in counts)
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] for people: recall, accuracy, utilisation; JSON has the share itself.
+
+    >>> percent(0.1234), percent(None)
+    ('12.3%', '–')
+    """
+    return "–" if share is None else f"{share:.1%}"
 
 
 def format_duration(seconds: float) -> str:
@@ -201,6 +210,10 @@ def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
         yield
     finally:
         logger.handlers, logger.level, logger.propagate = before
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and value.endswith("%"))
 
 
 def _cell(value: Any) -> str:

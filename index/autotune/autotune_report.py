@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlm.console import show_table
+from vlm.console import percent, show_table
 from vlm.files import atomic_write
 from vlm.index.autotune.autotuner import Plan
 from vlm.index.autotune.trial import Latency, ReversedResult, Trial, format_bytes
@@ -53,7 +53,7 @@ def _show_reversed(plan: Plan, direction: str) -> None:
     columns = ["index type", *_recall_headings(direction, first.recall), "p50 ms", "p95 ms", "p99 ms"]
     rows = []
     for label, result in results.items():
-        recalls = map("{:.3f}".format, result.recall.values())
+        recalls = map(percent, result.recall.values())
         rows.append([label, *recalls, *_percentiles(result.latency)])
     query_modality, row_modality = direction.split("→")
     title = f"Reversed direction: {first.rows:,} {row_modality}s as rows, {query_modality}s as queries"
@@ -109,7 +109,7 @@ def _tuned_point(trial: Trial, plan: Plan) -> tuple[float, float]:
 
 def _scale(axes: Any, plan: Plan) -> None:
     """Leave room around the points, show no recall above 1, and write latencies as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     milliseconds: list[float] = []
     # the target's line is in view even where every trial is above it
@@ -128,6 +128,7 @@ def _scale(axes: Any, plan: Plan) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
 
 
 def _label(axes: Any, plan: Plan) -> None:
@@ -174,7 +175,7 @@ def _recall_cells(trial: Trial, plan: Plan, counts: list[int]) -> list[Any]:
     return [
         trial.label,
         ", ".join(search_params),
-        *map("{:.3f}".format, recalls),
+        *map(percent, recalls),
         f"misses {' and '.join(trial.misses)}" if trial.misses else verdict,
     ]
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import lookup
+from vlm.console import percent
 from vlm.errors import UsageError
 from vlm.index.ann.faiss_search import effort_limit, set_search_effort
 from vlm.index.ann.index_type_base import TuningParams
@@ -247,7 +248,7 @@ class _Autotuner:
         for number in self._probes.keys() - contenders(self.trials):
             del self._probes[number]
         logger.info(
-            f"{trial.label}: recall@{self._target.at} {target_recall(trial, self._target):.4f}, "
+            f"{trial.label}: recall@{self._target.at} {percent(target_recall(trial, self._target))}, "
             f"p50 {trial.latency.p50_ms:.3g} ms, {format_bytes(trial.resident_bytes)}"
             + (f"; misses {' and '.join(trial.misses)}" if trial.misses else "")
         )
@@ -387,7 +388,7 @@ def select_trial(trials: Sequence[Trial], target: TuningTarget, *, left_out: dic
     closest = min(trials, key=lambda trial: _shortfall(trial, target))
     raise UsageError(
         f"No index type meets {target.describe()}. The closest is {closest.label}, with recall@{target.at} "
-        f"{target_recall(closest, target):.4f}, {closest.latency.p95_ms:.3g} ms (p95) and "
+        f"{percent(target_recall(closest, target))}, {closest.latency.p95_ms:.3g} ms (p95) and "
         f"{format_bytes(closest.resident_bytes)}: it misses {' and '.join(closest.misses)}. "
         "Lower the target to what it has." + (f" Not tried: {reasons}." if reasons else "")
     )
@@ -401,7 +402,7 @@ def explain_choice(best: Trial, trials: Sequence[Trial], target: TuningTarget) -
     """Why a trial was taken, in one sentence."""
     meeting = _meeting_target(trials)
     measurements = (
-        f"recall@{target.at} {target_recall(best, target):.4f} (≥ {best.bound:.4f} with 95% confidence), "
+        f"recall@{target.at} {percent(target_recall(best, target))} (≥ {percent(best.bound)} with 95% confidence), "
         f"{best.latency.p95_ms:.3g} ms (p95), {format_bytes(best.resident_bytes)}"
     )
     if meeting == [best]:
@@ -541,7 +542,8 @@ def verify_plan(index: Index, source: Embeddings, plan: Plan) -> VerificationRes
     p95_ms = float(np.percentile(seconds, 95)) * 1000
     breaks = []
     if recall < target.recall:
-        breaks.append(f"recall@{target.at} {recall:.4f} instead of {target.recall:g}")
+        # two decimals: with one, a near miss would read as the target itself
+        breaks.append(f"recall@{target.at} {recall:.2%} instead of {100 * target.recall:g}%")
     if target.latency_ms is not None and p95_ms > target.latency_ms:
         breaks.append(f"{p95_ms:.3g} ms (p95) instead of {target.latency_ms:g}")
     return VerificationResult(

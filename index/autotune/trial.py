@@ -56,14 +56,14 @@ class TuningTarget:
         """The target in words.
 
         >>> TuningTarget(recall=0.9, latency_ms=5, memory_bytes=2_000_000_000).describe()
-        'recall@10 of 0.9 within 5 ms and 2 GB'
+        'recall@10 of 90% within 5 ms and 2 GB'
         """
         limits = []
         if self.latency_ms is not None:
             limits.append(f"{self.latency_ms:g} ms")
         if self.memory_bytes is not None:
             limits.append(format_bytes(self.memory_bytes))
-        return f"recall@{self.at} of {self.recall:g}" + (f" within {' and '.join(limits)}" if limits else "")
+        return f"recall@{self.at} of {100 * self.recall:g}%" + (f" within {' and '.join(limits)}" if limits else "")
 
 
 _BYTE_UNITS = {"": 1}

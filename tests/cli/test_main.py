@@ -58,6 +58,19 @@ def test_every_verb_explains_itself(capsys, verb):
     assert f"usage: vlm {verb}" in out
 
 
+@pytest.mark.parametrize("family", sorted({verb.split()[0] for verb in VERBS if " " in verb} - set(VERBS)))
+def test_a_family_of_verbs_lists_them(capsys, family):
+    code, out, _ = run(capsys, family, "--help")
+    assert code == 0
+    verbs = [verb for verb in VERBS if verb.startswith(f"{family} ")]
+    assert [line for line in out.splitlines() if line.startswith("  ")] == [
+        line for line in out.splitlines() if line.strip().startswith(tuple(verbs))
+    ]
+    assert all(f"  {verb} " in out for verb in verbs)
+    # without a verb it is misuse, answered alike
+    assert run(capsys, family)[:2] == (2, out)
+
+
 def test_a_verb_of_before_still_works(capsys):
     code, out, _ = run(capsys, "signals", "--help")
     assert code == 0

@@ -119,7 +119,7 @@ def test_a_published_figure_is_compared_with_what_was_evaluated(capsys, tmp_path
     (done / "evaluation" / "evaluation.json").write_text(json.dumps({"zero_shot": {"top1": 0.12}}))
     _, out, _ = run(capsys, "runs", "compare", done, "--to", "cc3m")
     assert "NOT as expected" in out
-    assert "0.12, expected 0.158 to 0.185" in out
+    assert "12.0%, expected 15.8% to 18.5%" in out
 
 
 @pytest.mark.parametrize("words", [["one"], ["one", "--to", "fashon"], ["one", "nowhere"]])

@@ -122,7 +122,7 @@ def test_a_missed_target_is_verified_as_missed(plan: Plan, spaces: tuple[Path, P
     index.close()
     assert found.recall < 0.9
     recall, latency = found.breaks
-    assert recall == f"recall@10 {found.recall:.4f} instead of 0.9"
+    assert recall == f"recall@10 {found.recall:.2%} instead of 90%"
     assert latency.endswith("ms (p95) instead of 1e-06")
 
 

@@ -198,7 +198,7 @@ def test_a_target_that_no_trial_meets_names_the_closest() -> None:
     target = TuningTarget(recall=0.95, latency_ms=1)
     trials = [trial(p50=5), trial("hnsw", p50=0.6)]
     trials = [replace(one, misses=unmet_targets(one, target)) for one in trials]
-    with pytest.raises(UsageError, match=r"closest is hnsw, with recall@10 0.9900, 1.2 ms .* Not tried: flat: needs 2"):
+    with pytest.raises(UsageError, match=r"closest is hnsw, with recall@10 99.0%, 1.2 ms .* Not tried: flat: needs 2"):
         select_trial(trials, target, left_out={"flat": "needs 2 GB"})
     with pytest.raises(UsageError, match=r"No index type can be tried .* flat: needs 2 GB"):
         select_trial([], target, left_out={"flat": "needs 2 GB"})

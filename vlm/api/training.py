@@ -68,7 +68,7 @@ def train(
         UsageError: the configuration cannot work, or does not fit the run that is resumed.
         VlmError: the run had to end; what it has saved is kept.
     """
-    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset))
+    config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset), resume=resume)
     for name, value in (("data", data), ("val", val)):
         if value is not None:
             settings[name] = join_shards(value)

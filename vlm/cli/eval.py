@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.cli.options import DeviceOption, JsonOption, ModelArgument, PrecisionOption, WorkersOption
-from vlm.console import show_json, show_table
+from vlm.console import percent, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,21 +91,21 @@ def _show_retrieval(retrieval: "Retrieval") -> None:
     columns = ["retrieval", *(f"recall@{k}" for k in retrieval.text_to_image.recall), "median rank", "queries"]
     rows: list[list[object]] = []
     for name, direction in (("text → image", retrieval.text_to_image), ("image → text", retrieval.image_to_text)):
-        rows.append([name, *direction.recall.values(), direction.median_rank, direction.num_queries])
+        rows.append([name, *map(percent, direction.recall.values()), direction.median_rank, direction.num_queries])
     show_table(columns, rows, title=f"{retrieval.num_images:,} images, {retrieval.num_texts:,} captions")
 
 
 def _show_zero_shot(zero_shot: "ZeroShot") -> None:
     columns = ["zero-shot", "top-1", "top-5", "mean per class", "largest class", "images", "classes"]
     shares = [zero_shot.top1, zero_shot.top5, zero_shot.mean_per_class, zero_shot.majority]
-    show_table(columns, [["overall", *shares, zero_shot.num_images, zero_shot.num_classes]])
+    show_table(columns, [["overall", *map(percent, shares), zero_shot.num_images, zero_shot.num_classes]])
     # of classes with equal accuracy first those with more images, where it is less of an accident
     hardest = sorted(zero_shot.classes, key=lambda score: (score.accuracy, -score.num_images))[:_HARDEST_SHOWN]
-    rows = [[score.name, score.num_images, score.accuracy] for score in hardest]
+    rows = [[score.name, score.num_images, percent(score.accuracy)] for score in hardest]
     show_table(["hardest classes", "images", "accuracy"], rows)
 
 
 def _show_caption_truth(truth: "CaptionTruth") -> None:
-    show_table(["captions", "accuracy", "checked"], [["synthetic shapes", truth.true, truth.num_captions]])
+    show_table(["captions", "accuracy", "checked"], [["synthetic shapes", percent(truth.true), truth.num_captions]])
     rows = [[example["key"], example["caption"], example["reason"] or "correct"] for example in truth.examples]
     show_table(["sample", "caption", "verdict"], rows)

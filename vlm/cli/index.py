@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.options import IndexArgument, JsonOption
-from vlm.console import read_text, show_fields, show_json, show_table, spaced_names
+from vlm.console import percent, read_text, show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
@@ -488,7 +488,8 @@ def show_recall(recall: "dict[str, Retrieval]", *, title: str) -> None:
         columns += [f"{direction} R@{k}" for k in cutoffs]
     rows: list[list[object]] = []
     for name, retrieval in recall.items():
-        rows.append([name, *retrieval.text_to_image.recall.values(), *retrieval.image_to_text.recall.values()])
+        recalls = (*retrieval.text_to_image.recall.values(), *retrieval.image_to_text.recall.values())
+        rows.append([name, *map(percent, recalls)])
     show_table(columns, rows, title=title)
 
 

@@ -124,12 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     while words and words[0] in LOG_LEVELS:
         level = LOG_LEVELS[words.pop(0)]
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
+        if not words or words[0] in _HELP:
             print(overview())
             return 0 if words else 2
         if words[0] == "--version":
             print(f"{DISTRIBUTION} {__version__} (import name vlm)")
             return 0
+        if family_help := family_overview(words):
+            print(family_help)
+            return 0 if len(words) > 1 else 2
         verb, rest = split_verb(words)
         with log_to_stderr(level):
             run_verb(verb, rest)
@@ -169,6 +172,19 @@ def overview() -> str:
             "Exit codes: 0 success, 1 failure, 2 usage error.",
         ]
     )
+
+
+_HELP = ("-h", "--help", "help")
+
+
+def family_overview(words: Sequence[str]) -> str:
+    """The verbs that begin with this word, if that alone is no verb and nothing but help is asked for; else empty."""
+    family = {verb: line for verb, (_, _, line) in VERBS.items() if verb.startswith(f"{words[0]} ")}
+    if not family or words[0] in VERBS or (len(words) > 1 and words[1] not in _HELP):
+        return ""
+    width = max(map(len, family))
+    lines = [f"  {verb:<{width}}  {line}" for verb, line in family.items()]
+    return "\n".join([f"usage: vlm {words[0]} VERB …        (vlm {words[0]} VERB --help: its options)", "", *lines])
 
 
 def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:

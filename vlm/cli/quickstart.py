@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from vlm.console import show_json, show_table
+from vlm.console import percent, show_json, show_table
 from vlm.data.synthetic.shapes import shape_colour_classes
 from vlm.files import write_text
 from vlm.manifest import is_complete
@@ -170,9 +170,9 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     scenes = metrics["held_out_scenes"]
     rows = [
         # val shows combinations that train lacks, so that to memorise those of train does not help
-        [f"zero-shot, {classes} shapes × colours, unseen combinations", metrics["zero_shot_top1"], 0.9],
-        [f"text→image recall@1 among {scenes:,} held-out images", metrics["text_to_image_recall@1"], 0.5],
-        [f"image→text recall@1 among {scenes:,} captions", metrics["image_to_text_recall@1"], 0.5],
+        [f"zero-shot, {classes} shapes × colours, unseen combinations", percent(metrics["zero_shot_top1"]), "90%"],
+        [f"text→image recall@1 among {scenes:,} held-out images", percent(metrics["text_to_image_recall@1"]), "50%"],
+        [f"image→text recall@1 among {scenes:,} captions", percent(metrics["image_to_text_recall@1"]), "50%"],
     ]
     show_table(["on held-out data", "measured", "expected ≥"], rows)
     show_table(["step", "seconds"], [[name, round(value, 1)] for name, value in metrics["seconds"].items()])

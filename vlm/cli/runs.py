@@ -58,7 +58,7 @@ class ListRuns:
             logger.info(f"There is no run in {self.folder}. Start one: {start}")
             return
         columns = ["run", "state", "model", "objective", "step", "samples", "loss"]
-        columns += ["best t→i @1 / 10", "samples/s", "MFU", "time"]
+        columns += ["best t→i @1 / 10, %", "samples/s", "MFU", "time"]
         show_table(columns, list(map(_run_row, summaries)))
         # the last two by time are most often what one wants to compare
         latest = " ".join(str(record.folder) for record in records[-2:])
@@ -271,13 +271,12 @@ def _comparison_to_json(comparison: "ReferenceComparison", record: "RunRecord") 
 
 
 def _table_rows(table: dict[str, list[Any]]) -> list[list[str]]:
-    return [[name, *map(_format_value, values)] for name, values in table.items()]
+    return [[name, *(_format_value(name, value) for value in values)] for name, values in table.items()]
 
 
-def _format_value(value: Any) -> str:
+def _format_value(name: str, value: Any) -> str:
+    from vlm.train.history import format_metric
+
     if value is None:
         return "–"
-    if isinstance(value, float):
-        # beyond 1e4, 4g would write an exponent
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return str(value)
+    return format_metric(name, value) if isinstance(value, float) else str(value)

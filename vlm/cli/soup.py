@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption
-from vlm.console import show_json, show_table
+from vlm.console import percent, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -172,17 +172,19 @@ class MakeSoup:
         for ingredient in soup.ingredients:
             row: list[object] = [ingredient.model, ingredient.share]
             if self.val and not self.interpolate:
-                row.append(ingredient.metric)
+                row.append(percent(ingredient.metric))
             if self.greedy:
-                row += [ingredient.metric_with, "yes" if ingredient.share else "no"]
+                row += [percent(ingredient.metric_with), "yes" if ingredient.share else "no"]
             rows.append(row)
-        value = "" if soup.metric is None else f": {self.metric} {soup.metric:.4f}"
+        value = "" if soup.metric is None else f": {self.metric} {percent(soup.metric)}"
         show_table(columns, rows, title=f"{self.method}{value}")
         if self.val and soup.sweep:
-            show_table(["α", self.metric], soup.sweep)
+            show_table(["α", self.metric], [[alpha, percent(value)] for alpha, value in soup.sweep])
         best = max((part.metric for part in soup.ingredients if part.metric is not None), default=None)
         if best is not None and soup.metric is not None and soup.metric < best:
-            logger.info(f"The soup is below its best ingredient ({soup.metric:.4f} < {best:.4f}); --greedy never is.")
+            logger.info(
+                f"The soup is below its best ingredient ({percent(soup.metric)} < {percent(best)}); --greedy never is."
+            )
         logger.info(f"Next: vlm eval {self.out} --retrieval SHARDS")
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HIDDEN_METRICS = ("memory_bytes", "samples_per_second", "images_per_second", "eta_seconds", "seconds")
-_SHARES = ("data_wait", "mfu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Train:
         """The configuration of the preset; without one that of the first preset, for the help text."""
         if not words or words[0].startswith("-"):
             return cls(preset=tyro.MISSING, config=next(iter(PRESETS.values()))[1])
-        return cls(preset=words[0], config=open_preset(words[0]))
+        return cls(preset=words[0], config=open_preset(words[0], resume="--resume" in words))
 
     def run(self) -> None:
         """Train, then show the summary on the main process."""
@@ -70,6 +69,8 @@ class Train:
 
 def show_summary(summary: "RunSummary") -> None:
     """The metrics of a run, and what became of its samples."""
+    from vlm.train.history import format_metric
+
     fields: dict[str, Any] = {
         "steps": summary.steps,
         "samples": summary.samples,
@@ -81,7 +82,7 @@ def show_summary(summary: "RunSummary") -> None:
     for name, value in summary.metrics.items():
         if name in _HIDDEN_METRICS or not isinstance(value, float):
             continue
-        fields[name] = f"{value:.1%}" if "recall@" in name or name in _SHARES else value
+        fields[name] = format_metric(name, value)
     show_fields(fields, title=summary.run)
     columns, rows = summary.ledger
     show_table(columns, rows, title="sample ledger (visits; the shards that lost most)")
