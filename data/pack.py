@@ -15,17 +15,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from vlm.console import list_counts, progress, track
+from vlm.console import list_counts, pluralize, progress, track
 from vlm.data.dataset_card import CARD, dataset_card
 from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
 from vlm.data.json_columns import JsonColumns, WordedSource, Words
-from vlm.data.samples import Captions, Pair, select_languages
+from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Pair, select_languages
 from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
-from vlm.data.tar import npy_bytes
+from vlm.data.tar_copy import npy_bytes
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
 from vlm.manifest import MANIFEST, FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
@@ -294,10 +294,18 @@ class _PackJob:
         # written with the next shard, so that shards and rejects are journaled together
         self._since_last: list[dict[str, Any]] = []
         self._captions: Counter[str] = Counter()
+        self._num_garbled = 0
 
     def warnings(self) -> tuple[str, ...]:
         """What is odd about the pairs as a whole."""
-        return self._equal_captions() + self.columns.warnings()
+        return self._garbled_captions() + self._equal_captions() + self.columns.warnings()
+
+    def _garbled_captions(self) -> tuple[str, ...]:
+        if not self._num_garbled:
+            return ()
+        number = pluralize(self._num_garbled, "image")
+        cure = "name their encoding, as in --encoding latin-1"
+        return (f"{number} with captions that hold bytes that are not UTF-8; {cure}.",)
 
     def _equal_captions(self) -> tuple[str, ...]:
         number = self._captions.total()
@@ -371,6 +379,7 @@ class _PackJob:
         return {"file": self._source.file_of(number)} if isinstance(self._source, NamedSource) else {}
 
     def _count_caption(self, pair: Pair) -> None:
+        self._num_garbled += any(REPLACEMENT_CHARACTER in text for text in chain.from_iterable(pair.captions.values()))
         text = next(iter(pair.captions.values()), ("",))[0]
         # of many different captions no single one can become nearly all later on
         if text in self._captions or len(self._captions) < _MAX_COUNTED_CAPTIONS:

@@ -21,6 +21,9 @@ from vlm.errors import BadSample, UsageError
 
 Value = TypeVar("Value")
 
+REPLACEMENT_CHARACTER = "\ufffd"
+"""What a byte that is not text in its encoding is read as."""
+
 UNNAMED = ""
 """The language of captions that do not say theirs."""
 

@@ -152,9 +152,7 @@ def _count(shard: str, index: TarIndex, *, allow_damage: bool) -> int:
             "Fetch or pack the shard again, or use the samples before the damage by --allow-damage."
         )
     if not len(index):
-        raise VlmError(
-            f"{shard} holds no samples (key.jpg|jpeg|png|webp|avif|gif with key.txt or key.json); leave it out."
-        )
+        raise VlmError(f"{shard} holds no samples (key.jpg, .png, .webp … with key.txt or key.json); leave it out.")
     return len(index)
 
 

@@ -1,4 +1,4 @@
-"""Tar shards: the index of their samples, reading samples by number, and copying a shard with arrays added.
+"""Tar shards: the index of their samples, and reading samples by number.
 
 A shard is a plain tar in the WebDataset convention, from a source nobody vouches for: whole, damaged, or made to do
 harm. Its headers are read once, guarded (`read_entries`); the offsets of every sample's members are cached as an Arrow
@@ -11,9 +11,9 @@ import math
 import os
 import stat
 import tarfile
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -116,10 +116,17 @@ def _missing_end(file: BinaryIO, offset: int) -> str:
     return f"cut short at byte {offset:,}, without its end mark" if is_cut else f"unreadable header at byte {offset:,}"
 
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif"})
+IMAGE_EXTENSIONS = frozenset(
+    {
+        *("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "apng"),
+        # JPEGs by the names that browsers and old systems give them
+        *("jfif", "jpe", "jfi", "pjpeg", "pjp"),
+    }
+)
 _ARRAY_SUFFIX = ".npy"
-_FORMAT = "6"
+_FORMAT = "7"
 _MAX_INDEX_BYTES = 256 << 20
+_MAX_UNUSED = 20
 _ROLES = ("image", "text", "json")
 _ROLE_OF_EXTENSION = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {"txt": "text", "json": "json"}
 _ARRAYS = pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
@@ -170,7 +177,8 @@ class TarIndex:
     A sample is a run of consecutive members sharing the name up to the first dot of the base name
     (the WebDataset convention); a member that the run has already begins another sample, of the same key. Of images
     under several extensions the first is the sample's. damage: why the tar ends early, or empty. fingerprint: of the
-    keys and the sizes of all parts; moving or renaming the tar does not change it.
+    keys and the sizes of all parts; moving or renaming the tar does not change it. unused: members of samples that are
+    not read, by extension; the most frequent.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -178,6 +186,7 @@ class TarIndex:
         metadata = table.schema.metadata or {}
         self.damage = metadata.get(b"damage", b"").decode()
         self.fingerprint = metadata[b"fingerprint"].decode()
+        self.unused = _read_counts(metadata.get(b"unused", b""))
         self._keys = table.column("key")
         self._arrays = table.column("arrays")
         self._has_arrays = any(len(chunk.flatten()) for chunk in self._arrays.chunks)
@@ -210,6 +219,17 @@ class TarIndex:
         """Sum of the image sizes, in bytes."""
         sizes = self.table.column("image_size").to_numpy(zero_copy_only=False)
         return int(sizes[sizes > 0].sum())
+
+
+def _read_counts(data: bytes) -> dict[str, int]:
+    """Counts as an index holds them; none where they are not such, since a remote index is not trusted."""
+    try:
+        counts = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+        return {}
+    return counts
 
 
 def open_index(url: str, cache: ShardCache | None = None) -> TarIndex:
@@ -298,16 +318,18 @@ def _read_remote_index(url: str, identity: FileIdentity, stamp: bytes, cache: Sh
 
 def _scan(url: str, identity: FileIdentity, stamp: bytes, cache: ShardCache | None) -> pa.Table:
     """The index of a tar from its headers."""
-    with _open_tar(url, identity, cache) as file:
+    with open_tar(url, identity, cache) as file:
         entries, damage = read_entries(file, url)
     if needs_cache(url):
         # the cached copy ends where unpacking or fetching broke off; only the cache knows why
         damage = (cache or default_cache()).damage(url, identity) or damage
     rows: list[_IndexRow] = []
+    unused: Counter[str] = Counter()
     for entry in entries:
-        _add_entry(rows, entry)
+        _add_entry(rows, entry, unused)
     table = _table(rows)
     metadata = {"format": _FORMAT, "identity": stamp, "tar_size": str(identity.size), "damage": damage}
+    metadata["unused"] = json.dumps(dict(unused.most_common(_MAX_UNUSED)))
     return table.replace_schema_metadata({**metadata, "fingerprint": _content_fingerprint(table)})
 
 
@@ -315,18 +337,28 @@ def read_members(url: str, extension: str, cache: ShardCache | None = None) -> d
     """The members `KEY.extension` of a tar, by key: those that the index does not tell, such as `KEY.cls`."""
     url = local_path(url)
     contents: dict[str, bytes] = {}
-    with _open_tar(url, file_identity(url, cache.retry_policy if cache else None), cache) as file:
+    with open_tar(url, file_identity(url, cache.retry_policy if cache else None), cache) as file:
         for entry in read_entries(file, url)[0]:
-            folder, _, name = entry.name.rpartition("/")
-            stem, _, ending = name.partition(".")
-            if ending.lower() == extension and entry.size <= _MAX_HEADER_BYTES:
+            key, ending = _split_name(entry.name)
+            if ending == extension and entry.size <= _MAX_HEADER_BYTES:
                 file.seek(entry.offset_data)
-                contents[f"{folder}/{stem}" if folder else stem] = file.read(entry.size)
+                contents[key] = file.read(entry.size)
     return contents
 
 
-def _open_tar(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
-    """A tar as a plain file: in its place, or in the cache."""
+def _split_name(name: str) -> tuple[str, str]:
+    """The key and the lower-case extension of a member: its base name is split at the first dot.
+
+    >>> _split_name("train/v1.0/0.LEFT.jpg")
+    ('train/v1.0/0', 'left.jpg')
+    """
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def open_tar(url: str, identity: FileIdentity, cache: ShardCache | None) -> BinaryIO:
+    """A tar as a plain file: in its place, or in the cache (the default one if not given)."""
     if not needs_cache(url):
         return open(url, "rb")
     while True:
@@ -346,27 +378,26 @@ class _IndexRow:
     extensions: set[str] = field(default_factory=set)
 
 
-def _add_entry(rows: list[_IndexRow], entry: tarfile.TarInfo) -> None:
-    """Put a member to the last sample, or begin another one with it."""
-    folder, _, name = entry.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    extension = extension.lower()
-    if not stem or not extension:
+def _add_entry(rows: list[_IndexRow], entry: tarfile.TarInfo, unused: Counter[str]) -> None:
+    """Put a member to the last sample, or begin another one with it; one that no sample uses is counted."""
+    key, extension = _split_name(entry.name)
+    if not extension or not key or key.endswith("/"):  # no extension, or a hidden file
         return
 
-    key = f"{folder}/{stem}" if folder else stem
     # even an extension that is of no use here begins a sample: other readers of the convention count it too
     if not rows or rows[-1].key != key or extension in rows[-1].extensions:
         rows.append(_IndexRow(key))
     row = rows[-1]
     span = Span(entry.offset_data, entry.size)
     role = _ROLE_OF_EXTENSION.get(extension)
-    if role:
-        row.parts.setdefault(role, span)
-    elif extension.endswith(_ARRAY_SUFFIX):
+    if extension.endswith(_ARRAY_SUFFIX):
         row.arrays[extension.removesuffix(_ARRAY_SUFFIX)] = span
+    elif role and role not in row.parts:
+        row.parts[role] = span
     else:
-        return
+        unused[extension] += 1
+        if not role:
+            return
     row.extensions.add(extension)
 
 
@@ -400,7 +431,11 @@ def _content_fingerprint(table: pa.Table) -> str:
     return compute_fingerprint("\n".join(table.column("key").to_pylist()), *sizes, "\n".join(arrays))
 
 
+Arrays = dict[str, np.ndarray]
+"""Arrays of a sample by name."""
+
 _NO_BYTES = Span(0, 0)
+_SHOWN_ENDINGS = 4
 _MAX_GAP_BYTES = 16_384
 _MAX_TRIES = 100
 
@@ -408,11 +443,14 @@ _MAX_TRIES = 100
 class ShardReader:
     """One tar: its index, and samples by number in any order.
 
-    cache: where a remote or compressed tar is kept; the default one if not given.
+    cache: where a remote or compressed tar is kept; the default one if not given. encoding: of captions and JSON,
+    where they are not UTF-8.
     """
 
-    def __init__(self, url: str, cache: ShardCache | None = None) -> None:
+    def __init__(self, url: str, cache: ShardCache | None = None, *, encoding: str = "") -> None:
         self.url = url
+        self._encoding = encoding
+        self._cache = cache
         self.index: TarIndex = open_index(url, cache)
         path = local_path(url)
         is_cached = needs_cache(path)
@@ -438,7 +476,30 @@ class ShardReader:
                 f"key {key!r} comes {self._num_with_key[key]} times; the parts of a sample must follow each other. "
                 "vlm pack --kind texts puts them together"
             )
-        return "no image", f"key {key!r} has no jpg, jpeg, png, webp, avif or gif"
+        endings = self._endings_without_image.get(key, [])
+        detail = f"key {key!r} has no image that a shard may hold (jpg, png, webp, gif, avif, bmp, tif …)"
+        if endings:
+            detail += f", but {', '.join(map(repr, endings[:_SHOWN_ENDINGS]))}"
+        if any("." in ending for ending in endings):
+            detail += ": a key ends at the first dot of the name. vlm pack --kind texts reads names to their last dot"
+        elif set(endings) - {"txt", "json"}:
+            detail += ". vlm pack --kind texts converts whatever image it can decode"
+        return "no image", detail
+
+    @cached_property
+    def _endings_without_image(self) -> dict[str, list[str]]:
+        """What the samples without an image have instead, by key; the index has no place for members of no use."""
+        table = self.index.table
+        has_none = table.column("image_size").to_numpy(zero_copy_only=False) < 0
+        imageless = set(table.column("key").filter(pa.array(has_none)).to_pylist())
+        endings: dict[str, list[str]] = {}
+        path = local_path(self.url)
+        with open_tar(path, file_identity(path, self._cache and self._cache.retry_policy), self._cache) as file:
+            for entry in read_entries(file, self.url)[0]:
+                key, ending = _split_name(entry.name)
+                if key in imageless and ending:
+                    endings.setdefault(key, []).append(ending)
+        return endings
 
     @cached_property
     def _num_with_key(self) -> Counter[str]:
@@ -460,7 +521,7 @@ class ShardReader:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
             spans.append(member.arrays[name])
         image, text, content, *array_files = self._bytes.read(spans)
-        captions, metadata = _parse_words(text, content if member.json else None)
+        captions, metadata = _parse_words(text, content if member.json else None, self._encoding)
         parsed_arrays: Arrays = {}
         for name, data in zip(arrays, array_files, strict=True):
             parsed_arrays[name] = _parse_array(data, f"{member.key}.{name}.npy")
@@ -476,15 +537,13 @@ class ShardReader:
         """Key, captions and metadata of sample `number`, without a look at its image; raises as `read`."""
         member = self.index[number]
         text, content = self._bytes.read([member.text or _NO_BYTES, member.json or _NO_BYTES])
-        return member.key, *_parse_words(text, content if member.json else None)
+        return member.key, *_parse_words(text, content if member.json else None, self._encoding)
 
 
-def _parse_words(text: bytes, content: bytes | None) -> tuple[Captions, dict[str, Any]]:
+def _parse_words(text: bytes, content: bytes | None, encoding: str) -> tuple[Captions, dict[str, Any]]:
     """Captions and metadata from the content of KEY.txt and KEY.json; None where there is no such file."""
-    metadata = {} if content is None else _parse_json_object(content)
-    # a wrong byte in a caption costs a character, not the sample
-    caption = text.removeprefix(BOM_UTF8).decode("utf-8", errors="replace")
-    return parse_captions(caption, metadata), metadata
+    metadata = {} if content is None else _parse_json_object(content, encoding)
+    return parse_captions(_decode_caption(text, encoding), metadata), metadata
 
 
 @runtime_checkable
@@ -573,8 +632,19 @@ def _read_span(descriptor: int, span: Span, url: str) -> bytes:
     return data
 
 
-def _parse_json_object(data: bytes) -> dict[str, Any]:
+def _decode_caption(data: bytes, encoding: str) -> str:
+    """Text by its byte order mark, else in the encoding given, else UTF-8."""
+    # a wrong byte costs a character, not the sample
+    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # neither begins any UTF-8
+        return data.decode("utf-16", errors="replace")
+    is_marked = data.startswith(BOM_UTF8)
+    return data.removeprefix(BOM_UTF8).decode("utf-8" if is_marked else encoding or "utf-8", errors="replace")
+
+
+def _parse_json_object(data: bytes, encoding: str) -> dict[str, Any]:
     try:
+        if encoding:
+            data = data.decode(encoding).encode()
         value = json.loads(data)
         if b"\\u" in data:  # half a surrogate pair is valid JSON, but not valid text
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
@@ -600,85 +670,3 @@ def _parse_array(data: bytes, name: str) -> np.ndarray:
 
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
-
-Arrays = dict[str, np.ndarray]
-"""Arrays of a sample by name."""
-
-
-def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
-    """Copy the tar at `url`, with `KEY.NAME.npy` after the last part of each sample.
-
-    Contents and order of the regular files stay, and so do names, but for endings, which become lower-case as other
-    readers expect them; times, owners, links and folders are left out, so the same
-    arrays give the same bytes. A stored array that the sample had under the same name is replaced. Of a tar cut short,
-    the file that is cut is left out.
-
-    Args:
-        url: of a plain, compressed or remote tar.
-        out: where the plain copy is written.
-        arrays: those of each sample in the order of the index, by name; empty for a sample that gets none.
-        cache: where remote and compressed tars are kept; the default one if not given.
-    """
-    index = open_index(url, cache)
-    members: list[Member] = []
-    sample_at: dict[int, int] = {}
-    for number in range(len(index)):
-        member = index[number]
-        members.append(member)
-        for span in member.spans:
-            sample_at[span.offset] = number
-
-    path = local_path(url)
-    identity = file_identity(path, cache.retry_policy if cache else None)
-    current = -1
-    added = Arrays()
-    with (
-        _open_tar(path, identity, cache) as file,
-        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        end = file.seek(0, os.SEEK_END)
-        for entry in read_entries(file, url)[0]:
-            if entry.offset_data + entry.size > end:
-                break
-            number = sample_at.get(entry.offset_data)
-            if number is None:  # not part of a sample, as the index sees it
-                _copy_entry(tar, entry, file)
-                continue
-            while current < number:
-                current += 1
-                added = next(arrays)
-            member = members[number]
-            if not _is_replaced(entry, member, added):
-                _copy_entry(tar, entry, file)
-            # after the last part, so that the run of members that makes the sample is not broken
-            if entry.offset_data == max(span.offset for span in member.spans):
-                for name in sorted(added):
-                    data = npy_bytes(added[name])
-                    tar.addfile(_tar_entry(f"{member.key}.{name}.npy", len(data)), io.BytesIO(data))
-        for _ in arrays:  # run to the end, also past samples without any part that is known
-            pass
-
-
-def _is_replaced(entry: tarfile.TarInfo, member: Member, added: Arrays) -> bool:
-    return any(span.offset == entry.offset_data for name, span in member.arrays.items() if name in added)
-
-
-def _copy_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> None:
-    file.seek(entry.offset_data)
-    folder, slash, name = entry.name.rpartition("/")
-    stem, dot, ending = name.partition(".")
-    tar.addfile(_tar_entry(f"{folder}{slash}{stem}{dot}{ending.lower()}", entry.size), file)
-
-
-def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
-    entry = tarfile.TarInfo(name)
-    entry.size = size
-    return entry
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array as an .npy file."""
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()

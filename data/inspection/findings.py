@@ -69,8 +69,8 @@ class Inspection:
 
     samples, image_bytes: of all shards; everything else is about the `looked_at` samples among them.
     selected: samples left by the selection; None without one.
-    damaged: shards that end early or cannot be read. corrupt: the first samples that cannot be used; reasons counts
-        all of them.
+    damaged: shards that end early, cannot be read, or hold no samples. corrupt: the first samples that cannot be used;
+        reasons counts all of them.
     traits: images with alpha, a palette, CMYK, grey or 16-bit values, several frames, an EXIF orientation.
     sizes: bytes an image. aspects: width / height.
     duplicate_pictures: samples whose image, bit for bit, an earlier one has; duplicate_keys likewise.
@@ -78,6 +78,8 @@ class Inspection:
     repeated_captions: the most frequent captions that occur more than once, with their numbers.
     context_length: of the tokenizer, if one was given.
     caption_lines: samples whose captions go over several lines, and the captions there are if each line is one.
+    garbled_captions: captions with bytes that are not UTF-8, each of which reads as �.
+    unused_members: members of the shards that are not part of any sample, by extension.
     """
 
     shards: int
@@ -97,6 +99,8 @@ class Inspection:
     languages: dict[str, LanguageStats]
     context_length: int | None
     caption_lines: dict[str, int] | None
+    garbled_captions: int
+    unused_members: dict[str, int]
     columns: dict[str, ColumnStats]
     duplicate_pictures: int
     duplicate_keys: int

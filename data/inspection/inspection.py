@@ -1,6 +1,7 @@
 """Inspecting shards: what they hold, what is damaged, what occurs twice."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 NEAR_LIMIT = 100_000
 """Samples up to which near-duplicates are searched: 1,160 bytes each, and all are compared."""
 
+_MAX_UNUSED = 20
 _CHUNK_SAMPLES = 64
 """Few, since each is decoded, tokenized and hashed, and a chunk's thumbnails wait in memory for their turn."""
 
@@ -97,7 +99,8 @@ def evenly_spaced(total: int, number: int) -> np.ndarray:
 class _ShardLayout:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
-    starts: number of the first sample of each shard, and the total. damaged: shards that end early or cannot be read.
+    starts: number of the first sample of each shard, and the total. damaged: shards that end early, cannot be read, or
+    hold no samples. unused: members that no sample uses, by extension.
 
     Raises:
         VlmError: none can be read.
@@ -107,6 +110,7 @@ class _ShardLayout:
         self.shards = tuple(shards)
         self.starts = [0]
         self.image_bytes = 0
+        self.unused: Counter[str] = Counter()
         self.damaged: list[BadRecord] = []
         is_any_read = False
         for shard in shards:
@@ -119,7 +123,11 @@ class _ShardLayout:
                 continue
             self.starts.append(self.starts[-1] + len(index))
             self.image_bytes += index.image_bytes()
+            self.unused.update(index.unused)
             is_any_read = True
+            if not len(index) and not index.damage:
+                detail = "no key.jpg with key.txt or key.json; leave it out, training and embedding refuse it"
+                self.damaged.append(BadRecord(shard=shard, key="", reason="no samples", detail=detail))
             if index.damage:
                 self.damaged.append(BadRecord(shard=shard, key="", reason="ends early", detail=index.damage))
         if self.damaged and not is_any_read:
@@ -188,6 +196,8 @@ def _inspection(
         languages=stats.languages(),
         context_length=context_length,
         caption_lines=stats.caption_lines(),
+        garbled_captions=stats.garbled_captions,
+        unused_members=dict(layout.unused.most_common(_MAX_UNUSED)),
         columns=stats.columns(),
         near_duplicates=near_duplicates,
         repeated_captions=layout.texts_of(stats.repeated_captions()),

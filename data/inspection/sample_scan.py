@@ -11,7 +11,7 @@ from PIL import Image
 from vlm.data.decode import jpeg_thumbnail, open_image, to_rgb, upright_size
 from vlm.data.dedup import ImageSignature, image_signature
 from vlm.data.inspection.findings import BadRecord, ContactSheetSample
-from vlm.data.samples import Captions, Sample, parse_tags, split_lines
+from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Sample, parse_tags, split_lines
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.errors import BadSample
@@ -28,12 +28,13 @@ _ORIENTATION = 0x0112
 
 
 class CaptionScan(NamedTuple):
-    """A caption: what it is, and its lengths. tokens: 0 without a tokenizer."""
+    """A caption: what it is, and its lengths. tokens: 0 without a tokenizer. is_garbled: bytes of it were no text."""
 
     digest: bytes
     words: int
     characters: int
     tokens: int
+    is_garbled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,9 @@ class SampleScanner:
         for language, texts in captions.items():
             own_scans: list[CaptionScan] = []
             for text in texts:
-                own_scans.append(CaptionScan(content_digest(text), len(text.split()), len(text), next(num_tokens)))
+                words = len(text.split())
+                is_garbled = REPLACEMENT_CHARACTER in text
+                own_scans.append(CaptionScan(content_digest(text), words, len(text), next(num_tokens), is_garbled))
             scans[language] = tuple(own_scans)
         return scans
 

@@ -127,6 +127,11 @@ class DatasetStats:
             return None
         return {"samples": self._samples_of_lines, "captions": self._lines}
 
+    @property
+    def garbled_captions(self) -> int:
+        """Captions of which some bytes were not text in UTF-8."""
+        return self._captions.num_garbled
+
     def repeated_captions(self) -> list[tuple[int, bytes, int]]:
         """Of the captions that occur most: number of a sample that has it, its digest, how often it occurs."""
         return self._captions.repeated()
@@ -140,6 +145,7 @@ class _CaptionStats:
     """Captions by language; languages are numbered in the order in which they are first met."""
 
     def __init__(self, context_length: int | None) -> None:
+        self.num_garbled = 0
         self._context_length = context_length
         self._digests = DigestList()
         self._samples = array("Q")
@@ -162,6 +168,7 @@ class _CaptionStats:
                 lengths["words"][caption.words] += 1
                 lengths["characters"][caption.characters] += 1
                 lengths["tokens"][caption.tokens] += 1
+                self.num_garbled += caption.is_garbled
 
     def summarize(self) -> dict[str, LanguageStats]:
         language_numbers = np.array(self._languages, dtype=np.uint16)

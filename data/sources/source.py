@@ -5,6 +5,7 @@ import os
 import re
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -87,7 +88,7 @@ class SourceOptions:
     captions: `none` reads images without captions, `optional` also the images that have none; else the file
         that holds the captions, where looking leaves several.
     caption_lines: each line of a text next to an image is a caption.
-    encoding: of tables and texts that are not UTF-8.
+    encoding: of tables, and of texts and JSON beside images or in shards, that are not UTF-8.
     template: the caption of a class, with {} for its name.
     allow_damage: read what is whole of a shard that was cut short.
     selection: of the samples of shards, only those of this file, each as often as it says.
@@ -106,6 +107,17 @@ class SourceOptions:
     allow_damage: bool = False
     selection: Path | None = None
     scenes: SceneOptions = field(default_factory=SceneOptions)
+
+    def __post_init__(self) -> None:
+        try:
+            # not empty, or no codec is looked up; not all can decode these very bytes, and need not
+            with suppress(UnicodeError):
+                b"abcd".decode(self.encoding or "utf-8")
+        except LookupError as error:
+            raise UsageError(
+                f"encoding = {self.encoding!r} is not a text encoding that Python knows; name one such as latin-1, "
+                "cp1252, gb18030 or shift_jis."
+            ) from error
 
 
 _ESCAPES_ROOT = re.compile(r"[/\\]|[a-zA-Z]:[/\\]|[a-zA-Z][\w+.-]*://")

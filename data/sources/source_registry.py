@@ -408,6 +408,7 @@ def _open_shards(location: SourceLocation) -> PairSource:
         allow_damage=options.allow_damage,
         caption_lines=options.caption_lines,
         captions_mode=options.captions,
+        encoding=options.encoding,
         selection=read_selection(options.selection) if options.selection else None,
     )
 

@@ -31,7 +31,8 @@ class ShardSource:
     """The samples of existing shards, in their order; what img2dataset marks as failed is a bad sample.
 
     selection: only these samples, each as often as it says. caption_lines: each line of a caption is one of its own.
-    captions_mode: `none` leaves captions out, `optional` takes samples without them as well.
+    captions_mode: `none` leaves captions out, `optional` takes samples without them as well. encoding: of captions and
+    JSON, where they are not UTF-8.
     """
 
     captions_are_labels = False
@@ -44,13 +45,15 @@ class ShardSource:
         selection: Selection | None = None,
         caption_lines: bool = False,
         captions_mode: str = "",
+        encoding: str = "",
     ) -> None:
         self._shards = shards
         self._selection = selection
         self._caption_lines = caption_lines
         self._captions_mode = captions_mode
+        self._encoding = encoding
         self._ends = list(accumulate(count_samples(shards, allow_damage=allow_damage)))
-        self._reader = ShardReader(shards[0])
+        self._reader = ShardReader(shards[0], encoding=encoding)
         # a number among all samples of all shards; of a selection, as often as it says
         self._numbers = np.arange(self._ends[-1])
         if selection is not None:
@@ -86,7 +89,7 @@ class ShardSource:
         # packing reads in order, so that one open shard is enough
         if self._reader.url != self._shards[shard]:
             self._reader.close()
-            self._reader = ShardReader(self._shards[shard])
+            self._reader = ShardReader(self._shards[shard], encoding=self._encoding)
         return place_of_all - (self._ends[shard - 1] if shard else 0)
 
     def _usable(self, key: str, captions: Captions, metadata: dict[str, Any]) -> Words:
@@ -113,6 +116,7 @@ class ShardSource:
         chosen = [self._selection.fingerprint] if self._selection is not None else []
         chosen += ["caption lines"] if self._caption_lines else []
         chosen += [self._captions_mode] if self._captions_mode else []
+        chosen += [f"encoding {self._encoding}"] if self._encoding else []
         return compute_fingerprint(content, *chosen) if chosen else content
 
     def describe(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
-from vlm.console import format_bytes, show_fields, show_json, show_table
+from vlm.console import format_bytes, pluralize, show_fields, show_json, show_table
 
 if TYPE_CHECKING:
     from vlm.data.inspection.distribution import Distribution
@@ -90,6 +90,11 @@ def show_inspection(inspection: "Inspection") -> None:
             f"{samples:,} samples have captions of several lines. If every line is a caption ({captions:,} in all), "
             "repack them: vlm pack SHARDS OUT --caption-lines"
         )
+    if inspection.garbled_captions:
+        logger.info(
+            f"{pluralize(inspection.garbled_captions, 'caption')} with bytes that are not UTF-8. If the texts have "
+            "another encoding, repack them: vlm pack SHARDS OUT --encoding latin-1"
+        )
     rows = []
     for name, column in inspection.columns.items():
         rows.append([name, column.samples, column.distinct, _most_frequent(column)])
@@ -121,6 +126,10 @@ def _overview_fields(inspection: "Inspection") -> dict[str, Any]:
     }
     if inspection.near_duplicates is not None:
         fields["near-duplicate images"] = inspection.near_duplicates
+    if inspection.garbled_captions:
+        fields["captions not in UTF-8"] = inspection.garbled_captions
+    if inspection.unused_members:
+        fields["members not used"] = _counts({f".{name}": count for name, count in inspection.unused_members.items()})
     reasons = inspection.reasons
     return fields | {
         "duplicate keys": inspection.duplicate_keys,

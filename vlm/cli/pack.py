@@ -58,7 +58,7 @@ class Pack:
     ] = False
 
     encoding: str = ""
-    """Encoding of tables and texts that are not UTF-8, such as latin-1, cp1252 or gb18030."""
+    """Encoding of tables, texts and captions of shards that are not UTF-8, such as latin-1 or gb18030."""
 
     template: str = "a photo of a {}."
     """Caption template for class folders."""
