@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
@@ -12,7 +14,7 @@ import torch
 
 from tests.models.huggingface_fixture import CAPTIONS, clip_folder, siglip_folder
 from vlm.errors import UsageError, VlmError
-from vlm.models.load import load_model
+from vlm.models.load import load_model, save_model_folder
 from vlm.models.text_embedder import load_text_model
 
 CONFIG = {
@@ -27,6 +29,7 @@ def open_clip_name(tmp_path_factory):
     """A tiny architecture that open_clip knows by its name, with a file of weights."""
     folder = tmp_path_factory.mktemp("configs")
     (folder / "tiny-of-test.json").write_text(json.dumps(CONFIG))
+    (folder / "tiny-of-test-quickgelu.json").write_text(json.dumps(CONFIG | {"quick_gelu": True}))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
     network = open_clip.create_model("tiny-of-test")
@@ -59,6 +62,70 @@ def test_a_name_of_open_clip_with_a_file_of_weights(open_clip_name):
     with torch.inference_mode():
         theirs = network.encode_text(open_clip.get_tokenizer(name)(CAPTIONS), normalize=True)
     assert (model.embed_texts(CAPTIONS) - theirs).abs().max() <= 1e-6
+
+
+def test_weights_trained_with_quickgelu_are_given_it_under_either_name(open_clip_name, monkeypatch, tmp_path):
+    """open_clip lists OpenAI's weights as ViT-B-32:openai, too, builds GELU there and only warns."""
+    name, weights = open_clip_name
+    known = open_clip.pretrained._PRETRAINED
+    monkeypatch.setitem(known, name, {"theirs": {"url": "theirs", "quick_gelu": True}, "others": {"url": "others"}})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(weights))
+    quick = load_model(f"{name}-quickgelu:{weights}", device="cpu")
+    plain = load_model(f"{name}:{weights}", device="cpu")
+    theirs = load_model(f"{name}:theirs", device="cpu")
+    assert torch.equal(theirs.embed_texts(CAPTIONS), quick.embed_texts(CAPTIONS))
+    assert not torch.equal(plain.embed_texts(CAPTIONS), quick.embed_texts(CAPTIONS))
+    assert torch.equal(load_model(f"{name}:others", device="cpu").embed_texts(CAPTIONS), plain.embed_texts(CAPTIONS))
+    # what was embedded with the one activation is not searched with the other
+    assert theirs.fingerprint == quick.fingerprint != plain.fingerprint
+    save_model_folder(tmp_path / "saved", theirs, inputs={})
+    assert torch.equal(
+        load_model(str(tmp_path / "saved"), device="cpu").embed_texts(CAPTIONS), quick.embed_texts(CAPTIONS)
+    )
+
+
+def test_a_file_does_not_say_its_activation_so_the_other_name_is_told(open_clip_name, logged):
+    name, weights = open_clip_name
+    load_model(f"{name}:{weights}", device="cpu")
+    assert f"give {name}-quickgelu:{weights}, or its embeddings are wrong" in logged.text
+    logged.clear()
+    load_model(f"{name}-quickgelu:{weights}", device="cpu")
+    assert not logged.text
+
+
+def write_bad_checkpoint(kind: str, weights: Path, file: Path) -> None:
+    if kind == "transformers":
+        torch.save({"text_model.embeddings.token_embedding.weight": torch.zeros(3, 3)}, file)
+    elif kind == "another size":
+        torch.save(torch.load(weights) | {"visual.proj": torch.zeros(3, 3)}, file)
+    elif kind == "TorchScript":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(file)
+    elif kind == "other objects":
+        torch.save({"args": Namespace(lr=1), "state_dict": torch.load(weights)}, file)
+    elif kind == "a list":
+        torch.save([1, 2], file)
+    else:
+        file.write_bytes(b"" if kind == "nothing" else b"hello")
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "message"),
+    [
+        ("transformers", "pytorch_model.bin", r"of Hugging Face's transformers, not of open_clip: give the folder"),
+        ("another size", "epoch_3.pt", r"epoch_3.pt does not hold the weights of tiny-of-test: .*visual\.proj"),
+        ("TorchScript", "ViT-B-32.pt", r"TorchScript archive; .* give tiny-of-test-quickgelu:openai"),
+        ("other objects", "epoch_3.pt", r"tensors only, no other Python objects\): Weights only"),
+        ("a list", "epoch_3.pt", "cannot be read as a checkpoint"),
+        ("nothing", "epoch_3.pt", r"epoch_3.pt cannot be read .* EOFError"),
+        ("text", "epoch_3.safetensors", "cannot be read .* header"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_holds_no_such_weights_is_one_sentence(open_clip_name, tmp_path, kind, file, message):
+    write_bad_checkpoint(kind, open_clip_name[1], tmp_path / file)
+    with pytest.raises(VlmError, match=message) as error:
+        load_model(f"{open_clip_name[0]}:{tmp_path / file}", device="cpu")
+    assert len(str(error.value)) < 600
 
 
 def test_a_name_alone_asks_for_weights_and_names_them(open_clip_name):

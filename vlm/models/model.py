@@ -150,6 +150,10 @@ def _scaled(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
+# open_clip's, and that of Hugging Face's transformers
+_QUICK_ACTIVATIONS = frozenset({"QuickGELU", "QuickGELUActivation"})
+
+
 def space_fingerprint(network: nn.Module, view: EvalTransform, tokenizer: Tokenizer) -> str:
     """Identity of an embedding space, the same wherever and however its weights are stored."""
     parts: list[bytes | str] = [view.identity(), tokenizer.fingerprint()]
@@ -161,4 +165,7 @@ def space_fingerprint(network: nn.Module, view: EvalTransform, tokenizer: Tokeni
             str(tuple(values.shape)),
             values.flatten().view(torch.uint8).numpy().tobytes(),
         ]
+    # the same weights embed otherwise under another activation; nothing is added for GELU, so that fingerprints last
+    if any(type(module).__name__ in _QUICK_ACTIVATIONS for module in network.modules()):
+        parts.append("QuickGELU")
     return compute_fingerprint(*parts)

@@ -1,7 +1,9 @@
 """Pretrained models of others: open_clip's names and folders, and repositories of the Hugging Face Hub."""
 
+import logging
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.models.factory import ModelConfig, allow_logit_bias, enable_padding_trim
 from vlm.models.model import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
 
 HUB_PREFIX = "hf-hub:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -57,7 +61,7 @@ def load_open_clip(spec: str, device: torch.device, precision: torch.dtype) -> V
 
     Raises:
         UsageError: open_clip has no such model or weights, or the name alone leaves a choice.
-        VlmError: the weights are neither cached nor within reach.
+        VlmError: the weights are neither cached nor within reach, or the file does not hold them.
     """
     import open_clip
 
@@ -68,14 +72,63 @@ def load_open_clip(spec: str, device: torch.device, precision: torch.dtype) -> V
     config = open_clip.get_model_config(name)
     if config is None or not tag or not (tag in tags or Path(tag).is_file()):
         raise UsageError(_no_such_model(spec, name, has_config=config is not None))
+    config = _with_activation_of(config, name, tag)
     try:
         # output_dict, so that its forward pass gives names as ours do
         network: Any = open_clip.create_model(
-            name, pretrained=tag, device=device, output_dict=True, require_pretrained=True
+            name,
+            pretrained=tag,
+            device=device,
+            output_dict=True,
+            require_pretrained=True,
+            force_quick_gelu=bool(config.get("quick_gelu")),
         )
+    except Exception as error:  # torch, pickle, safetensors and open_clip raise some ten kinds for one bad file
+        raise VlmError(_unloadable(spec, name, tag, error)) from error
+    _warn_of_activation(config, name, tag)
+    try:
         return _loaded(spec, network, config, _tokenizer_of(config), device, precision)
     except (OSError, RuntimeError) as error:
-        raise VlmError(f"The weights of {spec} are neither cached nor within reach of the network: {error}") from error
+        raise VlmError(f"The tokenizer of {spec} is neither cached nor within reach of the network: {error}") from error
+
+
+def _with_activation_of(config: ModelConfig, name: str, tag: str) -> ModelConfig:
+    """The configuration with the activation that the weights were trained with.
+
+    Many of open_clip's weights (OpenAI's, MetaCLIP's, DFN's) were trained with QuickGELU, and are listed under names
+    without it as well; open_clip only warns, and the embeddings are off. A file does not say which it needs.
+    """
+    import open_clip
+
+    is_quick = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False)
+    return {**config, "quick_gelu": True} if is_quick else config
+
+
+def _warn_of_activation(config: ModelConfig, name: str, tag: str) -> None:
+    import open_clip
+
+    twin = f"{name}-quickgelu"
+    if Path(tag).is_file() and not config.get("quick_gelu") and twin in open_clip.list_models():
+        logger.warning(
+            f"{tag} does not say which activation it was trained with, and {name} has GELU: if it was fine-tuned from "
+            f"weights of OpenAI, MetaCLIP or DFN, give {twin}:{tag}, or its embeddings are wrong."
+        )
+
+
+def _unloadable(spec: str, name: str, tag: str, error: Exception) -> str:
+    reason = shorten(" ".join(str(error).split()) or type(error).__name__, 300, placeholder=" …")
+    if not Path(tag).is_file():
+        return f"The weights of {spec} are neither cached nor within reach of the network: {reason}"
+    if "text_model." in str(error):
+        return (
+            f"{tag} holds weights of Hugging Face's transformers, not of open_clip: give the folder that it is in, "
+            "with its config.json, as MODEL."
+        )
+    if "TorchScript" in str(error):
+        return f"{tag} is a TorchScript archive; of OpenAI's models give {name}-quickgelu:openai, else a state dict."
+    if "loading state_dict" in str(error):
+        return f"{tag} does not hold the weights of {name}: {reason}"
+    return f"{tag} cannot be read as a checkpoint of open_clip (tensors only, no other Python objects): {reason}"
 
 
 def _no_such_model(spec: str, name: str, *, has_config: bool) -> str:
