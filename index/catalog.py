@@ -26,6 +26,7 @@ from vlm.errors import VlmError
 from vlm.files import fsync_folder
 from vlm.index import metadata
 from vlm.index.embeddings_folder import Origin, captions_from_json
+from vlm.index.facets import FieldSummary, ValueCount, count_values, summarize_fields
 from vlm.index.filter_language import Condition, matching_rows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
 from vlm.tensor_types import Array, Int64
@@ -430,6 +431,16 @@ class Catalogue:
             )
             rows = _first_column(cursor)
         return self.entries(rows)
+
+    def field_summaries(self) -> list[FieldSummary]:
+        """The columns of the metadata, by name."""
+        with self._reading() as database:
+            return summarize_fields(database)
+
+    def count_values(self, field: str, *, top: int, rows: Int64[Array, " N"] | None = None) -> list[ValueCount]:
+        """The `top` most frequent values of a column among the given rows, or among all of this version."""
+        with self._reading() as database:
+            return count_values(database, field, top=top, rows=rows, hidden=self._hidden(database))
 
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The metadata fields and values of each given row; reads the whole table of metadata."""

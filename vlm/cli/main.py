@@ -58,6 +58,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "search": ("search", "Search", "search an index by text, image, or both"),
     "find": ("find", "Find", "search a folder of images where it lies; the first call indexes it"),
     "watch": ("find", "Watch", "keep the index of a folder of images up to date"),
+    "serve": ("serve", "Serve", "serve indexes over HTTP: a search page and an API"),
 }
 """Each verb with its module in `vlm.cli`, its class there and its line of help. A new verb is a class and a line."""
 

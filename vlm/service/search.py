@@ -161,7 +161,7 @@ class SearchService:
 
     model_spec: new location of the same model, or empty for the one the index names.
     rerank_spec: the model that reranks; any with a caption decoder, since it reads images, not vectors.
-    num_candidates: as of `Ranker`.
+    num_candidates: as of `Ranker`. refreshes: whether each search looks for a newer version of the index first.
     """
 
     index: Index
@@ -169,6 +169,7 @@ class SearchService:
     rerank_spec: str = ""
     load: Callable[[str], Encoder] = field(default=load_encoder)
     num_candidates: int = NUM_CANDIDATES
+    refreshes: bool = True
     _model: Encoder | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -206,6 +207,11 @@ class SearchService:
         self._model = model
         return model
 
+    @property
+    def loaded_model(self) -> Encoder | None:
+        """The model, if a query has needed it."""
+        return self._model
+
     @cached_property
     def captioner(self) -> "vlm.service.reranking.Captioner":
         """The model that reranks.
@@ -241,7 +247,8 @@ class SearchService:
         Raises: as of `search`.
         """
         # all queries see one snapshot, whatever a writer commits meanwhile
-        self.index.refresh()
+        if self.refreshes:
+            self.index.refresh()
         snapshot = self.index.snapshot
         named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
         allowed_rows = _resolve_filters(named_queries, snapshot)

@@ -1,0 +1,74 @@
+"""An index of striped pictures, served without a socket."""
+
+import asyncio
+import base64
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from vlm.server.app import Service, create_app
+from vlm.server.serving import open_service
+
+_SHARED = runpy.run_path(str(Path(__file__).parents[1] / "index" / "conftest.py"))
+
+model = _SHARED["model"]
+make_model = _SHARED["make_model"]
+paint = _SHARED["paint"]
+write_shard = _SHARED["write_shard"]
+shards = _SHARED["shards"]
+embeddings = _SHARED["embeddings"]
+index = _SHARED["index"]
+
+
+@dataclass
+class Caller:
+    """Calls an application in its own event loop, as a client would over the network."""
+
+    app: Any
+    headers: dict[str, str]
+
+    def __call__(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+                return await client.request(method, path, headers=self.headers | options.pop("headers", {}), **options)
+
+        return asyncio.run(call())
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self("GET", path, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return self("POST", path, json=body, **options)
+
+    def search(self, **body: Any) -> Any:
+        response = self.post("/api/v1/indexes/index/search", body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@pytest.fixture
+def service(index: Path, model: Any) -> Service:
+    """The index under its folder's name, with the model that knows colours."""
+    return open_service({"index": index}, load=lambda _: model)
+
+
+@pytest.fixture
+def caller(service: Service) -> Caller:
+    """A client without a token."""
+    return Caller(create_app(service), {})
+
+
+@pytest.fixture
+def data_url(paint: Callable[..., bytes]) -> Callable[..., str]:
+    """A picture with one stripe of each colour named, as a data URL."""
+
+    def make(*colours: str) -> str:
+        return "data:image/png;base64," + base64.b64encode(paint(*colours)).decode()
+
+    return make

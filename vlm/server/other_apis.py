@@ -1,0 +1,152 @@
+"""The APIs of other tools: OpenAI's `/v1/embeddings`, and clip-retrieval's service for its unchanged client."""
+
+import base64
+import binascii
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ValidationError
+
+from vlm.errors import UsageError
+from vlm.index.catalog import Entry
+from vlm.server.app import Service, in_thread, reply
+from vlm.server.schemas import EmbeddingsRequest, KnnRequest, MetadataRequest, decode_data_url
+from vlm.server.served_index import ServedIndex, checked_upload
+from vlm.service.query import Query
+
+Body = TypeVar("Body", bound=BaseModel)
+
+MOST_INPUTS = 256
+CLIP_RETRIEVAL_DUPLICATE = 0.94
+"""The cosine from which clip-retrieval counts two results as duplicates."""
+
+
+def add_openai_routes(api: FastAPI, service: Service) -> None:
+    """`POST /v1/embeddings`: unit vectors of texts and images by the model of an index, named by `model`."""
+
+    @api.post("/v1/embeddings")
+    async def embeddings(request: EmbeddingsRequest) -> Response:
+        """Embed texts, and images as data URLs, in the order given."""
+        inputs = [request.input] if isinstance(request.input, str) else request.input
+        if not 1 <= len(inputs) <= MOST_INPUTS:
+            raise UsageError(f"`input` has {len(inputs):,} entries; give 1 to {MOST_INPUTS}.")
+        # any name of a model is accepted with one index, since clients insist on naming one
+        name = request.model if request.model in service.indexes else next(iter(service.indexes))
+        index = service.index(name)
+        vectors = await in_thread(embed_inputs, index, inputs, service.limits.max_pixels)
+        if request.dimensions is not None and request.dimensions != vectors.shape[1]:
+            raise UsageError(f"dimensions = {request.dimensions}: the model of {name} gives {vectors.shape[1]}.")
+        data: list[dict[str, Any]] = []
+        for number, vector in enumerate(vectors):
+            as_text = request.encoding_format == "base64"
+            value = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector.tolist()
+            data.append({"object": "embedding", "index": number, "embedding": value})
+        usage = {"prompt_tokens": 0, "total_tokens": 0}
+        return reply({"object": "list", "data": data, "model": name, "usage": usage})
+
+
+def embed_inputs(index: ServedIndex, inputs: list[str], max_pixels: int) -> np.ndarray:
+    """Unit vectors float32 [N, D] of texts and of images as data URLs, in the order given.
+
+    Raises:
+        UsageError: a text is empty, or an image is none or too large.
+    """
+    images = {
+        number: checked_upload(decode_data_url(value), max_pixels)
+        for number, value in enumerate(inputs)
+        if is_data_url(value)
+    }
+    texts = {number: value for number, value in enumerate(inputs) if number not in images}
+    if not all(map(str.strip, texts.values())):
+        raise UsageError("A text of `input` is empty.")
+    size = index.service.index.details.space.dimension
+    vectors = np.zeros((len(inputs), size), np.float32)
+    if texts:
+        vectors[list(texts)] = index.embed_texts(list(texts.values()))
+    if images:
+        vectors[list(images)] = index.embed_images(list(images.values()))
+    return vectors
+
+
+def is_data_url(value: str) -> bool:
+    """Whether an input is an image rather than a text."""
+    return value.startswith("data:image/")
+
+
+def add_clip_retrieval_routes(api: FastAPI, service: Service) -> None:
+    """`/knn-service`, `/metadata` and `/indices-list` with clip-retrieval's fields.
+
+    Safety, violence and aesthetic models are not there: their switches are accepted and change nothing, as in a
+    clip-retrieval without these models. Addresses of images are refused: the server fetches nothing.
+    """
+
+    @api.post("/knn-service")
+    async def knn_service(request: Request) -> Response:
+        """Nearest rows of a text, an image in base64, or a vector."""
+        # clip-retrieval's client sends JSON without saying so
+        body = await _parse(KnnRequest, request)
+        name = body.indice_name or next(iter(service.indexes))
+        index = service.index(name)
+        result = await service.batchers[name].submit(_knn_query(body, service))
+        found: list[dict[str, Any]] = []
+        for number, hit in enumerate(result.hits):
+            # as there, only the first num_images come with metadata
+            values = metadata_of(index, hit.entry) if number < body.num_images else {}
+            found.append(values | {"id": hit.entry.row, "similarity": hit.score})
+        return reply(found)
+
+    @api.post("/metadata")
+    async def metadata(request: Request) -> Response:
+        """Metadata of rows by the ids that `/knn-service` gave."""
+        body = await _parse(MetadataRequest, request)
+        index = service.index(body.indice_name or next(iter(service.indexes)))
+        entries = await in_thread(index.service.index.catalogue.entries, body.ids)
+        return reply([{"id": entry.row, "metadata": metadata_of(index, entry)} for entry in entries])
+
+    @api.get("/indices-list")
+    async def indices_list() -> Response:
+        """The names of the indexes."""
+        return reply(list(service.indexes))
+
+
+async def _parse(kind: type[Body], request: Request) -> Body:
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise UsageError(f"The request is not understood: {error.errors()[0]['msg']}.") from error
+
+
+def _knn_query(body: KnnRequest, service: Service) -> Query:
+    if body.image_url:
+        raise UsageError("image_url: the server fetches nothing; send the image itself, in base64, as `image`.")
+    images: tuple[bytes, ...] = ()
+    if body.image:
+        try:
+            data = base64.b64decode(body.image, validate=True)
+        except binascii.Error as error:
+            raise UsageError(f"`image` is not valid base64: {error}.") from error
+        images = (checked_upload(data, service.limits.max_pixels),)
+    top = min(body.num_result_ids, service.limits.max_results)
+    # the first that is there decides, in clip-retrieval's order
+    if body.text:
+        query = Query(texts=(body.text,), top=top)
+    elif images:
+        query = Query(images=images, top=top)
+    else:
+        query = Query(vectors=(tuple(body.embedding_input),) if body.embedding_input else (), top=top)
+    if body.deduplicate:
+        query = replace(query, duplicates=CLIP_RETRIEVAL_DUPLICATE)
+    query.check()
+    return query
+
+
+def metadata_of(index: ServedIndex, entry: Entry) -> dict[str, Any]:
+    """The columns of clip-retrieval's metadata: those of the row, its caption and, where paths are shown, its image."""
+    caption = next((texts[0] for texts in entry.captions.values() if texts), "")
+    values = entry.metadata | {"caption": caption, "uid": entry.uid, "key": entry.key}
+    if index.shows_paths:
+        values["image_path"] = f"{entry.shard}#{entry.number}"
+    return values

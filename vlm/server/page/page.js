@@ -1,0 +1,547 @@
+// The search page: its state is the address, every change of the address is a search. No build, no other host.
+
+const API = "/api/v1";
+const PAGE_SIZE = 40;
+const FOLD_COSINE = 0.95;
+const MOST_VALUES = 12;
+const byId = (id) => document.getElementById(id);
+
+// --- requests ---------------------------------------------------------------------------------------------------------
+
+const token = { value: sessionStorage.getItem("token") ?? "" };
+
+async function call(path, body, signal) {
+  const headers = {};
+  if (token.value) headers.Authorization = `Bearer ${token.value}`;
+  if (body) headers["Content-Type"] = "application/json";
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  if (response.status === 401) {
+    await askForToken();
+    return call(path, body, signal);
+  }
+  if (!response.ok) {
+    const problem = await response.json().catch(() => ({ error: `The server answered ${response.status}.` }));
+    throw new Error(problem.error);
+  }
+  return response;
+}
+
+const callJson = async (path, body, signal) => (await call(path, body, signal)).json();
+
+function askForToken() {
+  const dialog = byId("token-dialog");
+  if (!dialog.open) dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => {
+      token.value = byId("token").value.trim();
+      sessionStorage.setItem("token", token.value);
+      resolve();
+    }, { once: true });
+  });
+}
+
+const indexPath = (verb) => `${API}/indexes/${encodeURIComponent(state.index)}/${verb}`;
+const imagePath = (verb, uid) => `${indexPath(verb)}?uid=${encodeURIComponent(uid)}`;
+
+// an <img> cannot carry a token, so with one the bytes are fetched
+async function showImage(img, path) {
+  if (!token.value) {
+    img.src = path;
+    return;
+  }
+  try {
+    const blob = await (await call(path)).blob();
+    img.src = URL.createObjectURL(blob);
+    img.addEventListener("load", () => URL.revokeObjectURL(img.src), { once: true });
+  } catch {
+    img.dispatchEvent(new Event("error"));
+  }
+}
+
+// --- state ------------------------------------------------------------------------------------------------------------
+
+// terms: {kind: "text" | "item" | "image", value, sign: 1 | -1, image?: data URL}; images are not part of the address
+const state = { index: "", terms: [], values: {}, ranges: {}, words: "", fold: false, least: "", sort: "" };
+let fields = [];
+let hits = [];
+let next = "";
+let running = null;
+const selected = new Map();
+
+function readAddress() {
+  const address = new URLSearchParams(location.search);
+  const images = state.terms.filter((term) => term.kind === "image");
+  state.index = address.get("index") || state.index;
+  state.terms = [];
+  for (const [name, value] of address) {
+    const sign = name.startsWith("-") ? -1 : 1;
+    const kind = { q: "text", like: "item" }[name.replace("-", "")];
+    if (kind && value) state.terms.push({ kind, value, sign });
+  }
+  state.terms.push(...images);
+  state.words = address.get("words") ?? "";
+  state.fold = address.has("fold");
+  state.least = address.get("least") ?? "";
+  state.sort = address.get("sort") ?? "";
+  state.values = {};
+  state.ranges = {};
+  for (const [name, value] of address) {
+    if (name.startsWith("in.")) (state.values[name.slice(3)] ??= []).push(JSON.parse(value));
+    if (name.startsWith("range.")) state.ranges[name.slice(6)] = value.split("~");
+  }
+}
+
+function writeAddress() {
+  const address = new URLSearchParams();
+  if (byId("index").options.length > 1) address.set("index", state.index);
+  for (const term of state.terms) {
+    if (term.kind === "image") continue;
+    address.append((term.sign < 0 ? "-" : "") + (term.kind === "text" ? "q" : "like"), term.value);
+  }
+  for (const name of ["words", "least", "sort"]) if (state[name]) address.set(name, state[name]);
+  if (state.fold) address.set("fold", "");
+  for (const [name, values] of Object.entries(state.values))
+    for (const value of values) address.append(`in.${name}`, JSON.stringify(value));
+  for (const [name, ends] of Object.entries(state.ranges)) if (ends.some(Boolean)) address.set(`range.${name}`, ends.join("~"));
+  history.pushState(null, "", address.size ? `?${address}` : location.pathname);
+}
+
+function changed() {
+  writeAddress();
+  showControls();
+  search();
+}
+
+// --- the query --------------------------------------------------------------------------------------------------------
+
+const literal = (value) => (typeof value === "number" ? String(value) : `'${String(value).replaceAll("'", "''")}'`);
+const quoted = (name) => `"${name.replaceAll('"', '""')}"`;
+
+function filterText() {
+  const conditions = [];
+  for (const [name, values] of Object.entries(state.values))
+    if (values.length) conditions.push(`${quoted(name)} in (${values.map(literal).join(", ")})`);
+  for (const [name, [low, high]] of Object.entries(state.ranges)) {
+    if (low) conditions.push(`${quoted(name)} >= ${Number(low)}`);
+    if (high) conditions.push(`${quoted(name)} <= ${Number(high)}`);
+  }
+  return conditions.join(" and ");
+}
+
+// weights follow the order texts, images, items, minus; only an item or image that is subtracted needs them
+function requestOf(after) {
+  const take = (kind, sign) => state.terms.filter((term) => term.kind === kind && (!sign || term.sign === sign));
+  const texts = take("text", 1), images = take("image"), items = take("item"), minus = take("text", -1);
+  const request = {
+    texts: texts.map((term) => term.value),
+    images: images.map((term) => term.image),
+    items: items.map((term) => term.value),
+    minus: minus.map((term) => term.value),
+    top: PAGE_SIZE,
+    where: filterText(),
+    words: state.words,
+    after,
+  };
+  const positioned = [...texts, ...images, ...items];
+  if (positioned.some((term) => term.sign < 0)) request.weights = [...positioned.map((term) => term.sign), ...minus.map(() => 1)];
+  if (state.fold) request.duplicates = FOLD_COSINE;
+  if (state.least !== "") request.at_least = Number(state.least);
+  return request;
+}
+
+async function search() {
+  running?.abort();
+  running = new AbortController();
+  const { signal } = running;
+  hits = [];
+  next = "";
+  byId("error").hidden = true;
+  const results = byId("results");
+  if (!state.terms.some((term) => term.sign > 0)) {
+    results.replaceChildren(note("Describe what you look for, or drop an image."));
+    byId("status").textContent = state.terms.length ? "A query needs something to look for; minus alone is not enough." : "";
+    return;
+  }
+  results.replaceChildren(...Array.from({ length: 12 }, () => element("li", { className: "waiting", ariaHidden: "true" })));
+  byId("status").textContent = "Searching…";
+  try {
+    const answer = await callJson(indexPath("search"), requestOf(""), signal);
+    results.replaceChildren();
+    take(answer);
+    const milliseconds = (answer.embed_milliseconds + answer.search_milliseconds).toFixed(1);
+    const cut = answer.cut?.length ? " The text is longer than the model reads; its end was ignored." : "";
+    byId("status").textContent = hits.length ? `First ${hits.length} results in ${milliseconds} ms.${cut}` : "";
+    if (!hits.length) results.replaceChildren(note("Nothing matches. Remove a filter or lower the minimum score."));
+  } catch (error) {
+    if (error.name !== "AbortError") showError(error.message);
+  }
+}
+
+async function searchMore() {
+  if (!next || running?.isMore) return;
+  const controller = (running = new AbortController());
+  controller.isMore = true;
+  try {
+    take(await callJson(indexPath("search"), requestOf(next), controller.signal));
+    byId("status").textContent = `${hits.length} results shown.`;
+  } catch (error) {
+    if (error.name !== "AbortError") showError(error.message);
+  }
+  controller.isMore = false;
+  if (next && isNear(byId("more"))) searchMore();
+}
+
+const isNear = (node) => node.getBoundingClientRect().top < innerHeight * 2;
+
+function take(answer) {
+  hits.push(...answer.hits);
+  next = answer.next;
+  if (state.sort) showSorted();
+  else byId("results").append(...answer.hits.map(tile));
+}
+
+// sorting is of what relevance has let through, so that a sort by date does not begin with what nobody asked for
+function showSorted() {
+  const [name, direction] = state.sort.split("~");
+  const value = (hit) => (name === "score" ? hit.score : (readField(hit.metadata, name) ?? null));
+  const order = direction === "down" ? -1 : 1;
+  const sorted = [...hits].sort((one, other) => {
+    const [a, b] = [value(one), value(other)];
+    if (a === null || b === null) return (a === null) - (b === null);
+    return order * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+  });
+  byId("results").replaceChildren(...sorted.map(tile));
+}
+
+const readField = (metadata, name) => name.split(".").reduce((value, part) => value?.[part], metadata) ?? metadata[name];
+
+// --- results ----------------------------------------------------------------------------------------------------------
+
+function element(name, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
+}
+
+const note = (text) => element("li", { className: "empty" }, text);
+const captionOf = (hit) => Object.values(hit.captions).find((texts) => texts.length)?.[0] ?? "";
+
+function showError(message) {
+  byId("results").replaceChildren();
+  byId("status").textContent = "";
+  byId("error").textContent = message;
+  byId("error").hidden = false;
+}
+
+function tile(hit) {
+  const caption = captionOf(hit);
+  const img = element("img", { alt: caption || hit.uid, loading: "lazy", decoding: "async", width: 320, height: 320 });
+  const facts = element("span", { className: "facts" }, element("span", { title: "cosine similarity" }, hit.score.toFixed(3)));
+  if (hit.similar) facts.append(element("span", {}, `+${hit.similar} alike`));
+  const button = element("button", { type: "button" }, img,
+    element("span", { className: "text" }, element("span", { className: "caption" }, caption || hit.uid), facts));
+  const box = element("input", { type: "checkbox", checked: selected.has(hit.uid), ariaLabel: `Select ${caption || hit.uid}` });
+  const item = element("li", { className: "tile" }, button, element("label", { className: "mark" }, box));
+  img.addEventListener("error", () => button.classList.add("gone"));
+  showImage(img, `${imagePath("thumbnail", hit.uid)}&size=320`);
+  button.addEventListener("click", () => showDetail(hit));
+  item.classList.toggle("selected", selected.has(hit.uid));
+  box.addEventListener("change", () => {
+    if (box.checked) selected.set(hit.uid, hit);
+    else selected.delete(hit.uid);
+    item.classList.toggle("selected", box.checked);
+    showSelection();
+  });
+  return item;
+}
+
+function showDetail(hit) {
+  const facts = { uid: hit.uid };
+  for (const [language, texts] of Object.entries(hit.captions)) if (texts.length) facts[language ? `caption (${language})` : "caption"] = texts.join(" · ");
+  for (const [name, value] of Object.entries(hit.metadata))
+    if (value !== null) facts[name] = typeof value === "object" ? JSON.stringify(value) : String(value);
+  if (hit.shard) facts.shard = `${hit.shard}, sample ${hit.number}`;
+  byId("detail-title").textContent = captionOf(hit) || hit.uid;
+  byId("detail-score").textContent = `Cosine similarity ${hit.score.toFixed(4)}` + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
+  byId("detail-image").alt = captionOf(hit) || hit.uid;
+  byId("detail-image").removeAttribute("src");
+  showImage(byId("detail-image"), `${imagePath("thumbnail", hit.uid)}&size=640`);
+  byId("original").href = imagePath("image", hit.uid);
+  byId("original").hidden = Boolean(token.value);
+  byId("detail-facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+  const add = (sign) => () => {
+    byId("detail").close();
+    state.terms = state.terms.filter((term) => term.kind !== "item" || term.value !== hit.uid);
+    state.terms.push({ kind: "item", value: hit.uid, sign });
+    changed();
+  };
+  byId("like").onclick = add(1);
+  byId("unlike").onclick = add(-1);
+  byId("detail").showModal();
+}
+
+// --- selection --------------------------------------------------------------------------------------------------------
+
+function showSelection() {
+  byId("selection").hidden = !selected.size;
+  byId("selected").textContent = `${selected.size} selected; save as`;
+}
+
+// a spreadsheet runs what begins like a formula
+const cell = (value) => `"${String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""')}"`;
+
+function save(kind) {
+  const rows = [...selected.values()];
+  let text = rows.map((hit) => hit.uid).join("\n") + "\n";
+  if (kind === "json") text = JSON.stringify(rows, null, 1);
+  if (kind === "csv") {
+    const names = [...new Set(rows.flatMap((hit) => Object.keys(hit.metadata)))];
+    const lines = rows.map((hit) => [hit.uid, hit.score, captionOf(hit), ...names.map((name) => {
+      const value = hit.metadata[name];
+      return value !== null && typeof value === "object" ? JSON.stringify(value) : value;
+    })]);
+    text = [["uid", "score", "caption", ...names], ...lines].map((line) => line.map(cell).join(",")).join("\r\n");
+  }
+  const ending = { selection: "txt", csv: "csv", json: "json" }[kind];
+  const link = element("a", { href: URL.createObjectURL(new Blob([text])), download: `selection.${ending}` });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+// --- controls ---------------------------------------------------------------------------------------------------------
+
+function showControls() {
+  byId("terms").replaceChildren(...state.terms.map(chip));
+  byId("words").value = state.words;
+  byId("fold").checked = state.fold;
+  byId("least").value = state.least;
+  byId("sort").value = state.sort;
+  byId("index").value = state.index;
+  const active = Object.values(state.values).filter((values) => values.length).length
+    + Object.values(state.ranges).filter((ends) => ends.some(Boolean)).length
+    + [state.words, state.fold, state.least, state.sort].filter(Boolean).length;
+  byId("active").hidden = !active;
+  byId("active").textContent = active;
+  for (const box of document.querySelectorAll("#filters input[type=checkbox]"))
+    box.checked = (state.values[box.dataset.field] ?? []).includes(JSON.parse(box.value));
+  for (const input of document.querySelectorAll("#filters input[type=number]"))
+    input.value = state.ranges[input.dataset.field]?.[Number(input.dataset.end)] ?? "";
+}
+
+function chip(term) {
+  const name = term.kind === "text" ? term.value : term.kind === "item" ? `like ${term.value}` : term.value;
+  const remove = element("button", { type: "button", ariaLabel: `Remove ${name}` }, "×");
+  remove.addEventListener("click", () => {
+    state.terms = state.terms.filter((other) => other !== term);
+    changed();
+    byId("query").focus();
+  });
+  const node = element("li", { className: term.sign < 0 ? "term minus" : "term" });
+  if (term.kind !== "text") {
+    const img = element("img", { alt: "" });
+    if (term.kind === "image") img.src = term.image;
+    else showImage(img, `${imagePath("thumbnail", term.value)}&size=160`);
+    node.append(img);
+  }
+  node.append(element("span", { className: "name" }, (term.sign < 0 ? "− " : "") + name), remove);
+  return node;
+}
+
+async function loadIndex() {
+  fields = (await callJson(indexPath("fields"))).fields;
+  const sortable = fields.filter((field) => field.name !== "caption");
+  byId("sort").replaceChildren(new Option("relevance", ""), ...sortable.flatMap((field) => [
+    new Option(`${field.name} ↑`, `${field.name}~up`), new Option(`${field.name} ↓`, `${field.name}~down`)]));
+  const categories = fields.filter((field) => field.is_category && field.distinct > 1 && field.distinct <= 200 && field.name !== "caption");
+  const names = categories.slice(0, 20).map((field) => field.name);
+  const facets = names.length ? (await callJson(indexPath("facets"), { fields: names, top: MOST_VALUES })).facets : {};
+  const ranges = fields.filter((field) => field.minimum !== null && !names.includes(field.name)).slice(0, 20);
+  byId("filters").replaceChildren(...names.map((name) => valueFilter(name, facets[name])), ...ranges.map(rangeFilter));
+  showControls();
+}
+
+function valueFilter(name, counts) {
+  const values = element("div", { className: "values" });
+  for (const { value, rows } of counts) {
+    const box = element("input", { type: "checkbox", value: JSON.stringify(value) });
+    box.dataset.field = name;
+    box.addEventListener("change", () => {
+      const others = (state.values[name] ?? []).filter((other) => other !== value);
+      state.values[name] = box.checked ? [...others, value] : others;
+      changed();
+    });
+    values.append(element("label", {}, box, String(value), element("span", {}, rows.toLocaleString("en"))));
+  }
+  return element("fieldset", {}, element("legend", {}, name), values);
+}
+
+function rangeFilter(field) {
+  const ends = [["at least", field.minimum], ["at most", field.maximum]].map(([label, placeholder], end) => {
+    const input = element("input", { type: "number", step: "any", placeholder, ariaLabel: `${field.name} ${label}` });
+    Object.assign(input.dataset, { field: field.name, end });
+    input.addEventListener("change", () => {
+      (state.ranges[field.name] ??= ["", ""])[end] = input.value;
+      changed();
+    });
+    return input;
+  });
+  return element("fieldset", {}, element("legend", {}, field.name), element("div", { className: "range" }, ends[0], "–", ends[1]));
+}
+
+function addText(text) {
+  const isMinus = /^[-−]\s*\S/.test(text);
+  const value = text.replace(/^[-−]\s*/, "").trim();
+  if (value) state.terms.push({ kind: "text", value, sign: isMinus ? -1 : 1 });
+}
+
+const readFile = (file) => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(file);
+});
+
+async function addFiles(files) {
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) continue;
+    state.terms.push({ kind: "image", value: file.name || "image", sign: 1, image: await readFile(file) });
+  }
+  changed();
+}
+
+// --- classify ---------------------------------------------------------------------------------------------------------
+
+async function classify(event) {
+  event.preventDefault();
+  const problem = byId("classify-error");
+  problem.hidden = true;
+  const classes = byId("classes").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  const files = [...byId("classify-file").files];
+  try {
+    if (classes.length < 2) throw new Error("Name two classes or more, one a line.");
+    if (!files.length) throw new Error("Choose one image or more.");
+    const images = await Promise.all(files.map(readFile));
+    const { results } = await callJson(indexPath("classify"), { images, classes });
+    byId("classified").replaceChildren(...results.map((result, number) => classified(files[number].name, images[number], result.classes)));
+  } catch (error) {
+    problem.textContent = error.message;
+    problem.hidden = false;
+  }
+}
+
+function classified(name, image, classes) {
+  const rows = classes.map(({ name: label, probability }) => {
+    const bar = element("progress", { value: probability, max: 1, ariaLabel: label });
+    return element("tr", {}, element("td", {}, label), element("td", {}, bar), element("td", {}, `${(100 * probability).toFixed(1)}%`));
+  });
+  return element("li", {}, element("img", { src: image, alt: name }), element("table", {}, element("tbody", {}, ...rows)));
+}
+
+// --- start ------------------------------------------------------------------------------------------------------------
+
+function showTab(name) {
+  for (const tab of ["search", "classify"]) {
+    const isShown = tab === name;
+    byId(`view-${tab}`).hidden = !isShown;
+    byId(`tab-${tab}`).ariaSelected = String(isShown);
+    byId(`tab-${tab}`).tabIndex = isShown ? 0 : -1;
+  }
+}
+
+function moveAmongResults(event) {
+  const buttons = [...document.querySelectorAll("#results .tile > button")];
+  const at = buttons.indexOf(document.activeElement);
+  if (at < 0) return;
+  const perRow = buttons.filter((button) => button.getBoundingClientRect().top === buttons[0].getBoundingClientRect().top).length;
+  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: perRow, ArrowUp: -perRow }[event.key];
+  const target = buttons[at + step];
+  if (target) {
+    event.preventDefault();
+    target.focus();
+  }
+}
+
+function listen() {
+  byId("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    addText(byId("query").value);
+    byId("query").value = "";
+    changed();
+  });
+  byId("query").addEventListener("keydown", (event) => {
+    if (event.key === "Backspace" && !event.target.value && state.terms.length) {
+      state.terms.pop();
+      changed();
+    }
+  });
+  byId("file").addEventListener("change", (event) => addFiles(event.target.files).then(() => (event.target.value = "")));
+  document.addEventListener("paste", (event) => {
+    if (event.clipboardData.files.length) addFiles(event.clipboardData.files);
+  });
+  for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+    document.addEventListener(kind, (event) => {
+      event.preventDefault();
+      byId("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+      if (kind === "drop") addFiles(event.dataTransfer.files);
+    });
+  }
+  for (const [id, read] of [["words", (node) => node.value.trim()], ["fold", (node) => node.checked], ["least", (node) => node.value], ["sort", (node) => node.value]]) {
+    byId(id).addEventListener("change", (event) => {
+      state[id] = read(event.target);
+      changed();
+    });
+  }
+  byId("index").addEventListener("change", async (event) => {
+    Object.assign(state, { index: event.target.value, values: {}, ranges: {}, sort: "", terms: state.terms.filter((term) => term.kind !== "item") });
+    await loadIndex().catch((error) => showError(error.message));
+    changed();
+  });
+  for (const button of document.querySelectorAll("[data-save]")) button.addEventListener("click", () => save(button.dataset.save));
+  byId("clear").addEventListener("click", () => {
+    selected.clear();
+    showSelection();
+    for (const box of document.querySelectorAll(".mark input:checked")) box.click();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName)) {
+      event.preventDefault();
+      byId("query").focus();
+    }
+    if (event.key.startsWith("Arrow")) moveAmongResults(event);
+  });
+  for (const tab of ["search", "classify"]) {
+    byId(`tab-${tab}`).addEventListener("click", () => showTab(tab));
+    byId(`tab-${tab}`).addEventListener("keydown", (event) => {
+      if (event.key !== "ArrowRight" && event.key !== "ArrowLeft") return;
+      const other = tab === "search" ? "classify" : "search";
+      showTab(other);
+      byId(`tab-${other}`).focus();
+    });
+  }
+  byId("classify").addEventListener("submit", classify);
+  byId("classify-file").addEventListener("change", (event) => (byId("chosen").textContent = `${event.target.files.length} chosen`));
+  addEventListener("popstate", () => {
+    readAddress();
+    showControls();
+    search();
+  });
+  new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && searchMore(), { rootMargin: "800px" }).observe(byId("more"));
+}
+
+async function start() {
+  listen();
+  try {
+    const { indexes } = await callJson(`${API}/indexes`);
+    byId("index").replaceChildren(...indexes.map((index) => new Option(`${index.name} (${index.rows.toLocaleString("en")})`, index.name)));
+    byId("index-picker").hidden = indexes.length < 2;
+    state.index = indexes[0].name;
+    document.title = indexes.length > 1 ? "Search images" : `Search ${indexes[0].name}`;
+    readAddress();
+    await loadIndex();
+    search();
+  } catch (error) {
+    showError(error.message);
+  }
+}
+
+start();

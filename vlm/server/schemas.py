@@ -1,0 +1,333 @@
+"""Requests and answers of the HTTP API: their fields, limits and examples, from which OpenAPI's description is made."""
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlm.errors import UsageError
+from vlm.service.query import Query
+
+MAX_TERMS = 32
+MAX_TEXT = 2000
+MAX_FACETS = 20
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Uid = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+DataUrl = Annotated[str, Field(description="An image as a data URL: data:image/jpeg;base64,…")]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A body whose unknown fields are refused, so that a misspelt option does not pass for its default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SearchRequest(Strict):
+    """A query: the weighted sum of texts, images, stored items and vectors, minus the `minus` texts."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"texts": ["a dog in the snow"], "minus": ["water"], "top": 20}]},
+    )
+
+    texts: list[Text] = Field(default=[], max_length=MAX_TERMS)
+    images: list[DataUrl] = Field(default=[], max_length=MAX_TERMS)
+    items: list[Uid] = Field(default=[], max_length=MAX_TERMS, description="Uids of rows to search by.")
+    vectors: list[Annotated[list[Number], Field(min_length=1, max_length=65536)]] = Field(
+        default=[], max_length=MAX_TERMS, description="Vectors of the index's space."
+    )
+    minus: list[Text] = Field(default=[], max_length=MAX_TERMS, description="Texts to subtract.")
+    weights: list[Number] = Field(
+        default=[],
+        max_length=5 * MAX_TERMS,
+        description="One for each term, in the order texts, images, items, vectors, minus; empty weighs all equally.",
+    )
+    top: int = Field(default=20, ge=1, le=2**31 - 1, description="Number of hits.")
+    where: str = Field(default="", max_length=10_000, description="A filter: \"year > 2020 and colour = 'red'\".")
+    at_least: Annotated[float, Field(ge=-1, le=1)] | None = Field(default=None, description="Minimum cosine of a hit.")
+    words: str = Field(default="", max_length=MAX_TEXT, description="Boost captions that contain all these words.")
+    duplicates: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Fold hits whose cosine with a better one is at least this."
+    )
+    diversity: float = Field(default=0.0, ge=0, le=1)
+    rerank_top: int = Field(default=0, ge=0, le=1000, description="Hits to rerank by the captioner's likelihood.")
+    after: str = Field(default="", max_length=1000, description="`next` of the page before.")
+    facets: list[Annotated[str, Field(max_length=200)]] = Field(
+        default=[],
+        max_length=MAX_FACETS,
+        description="Columns whose values are counted over all rows that match `where`.",
+    )
+
+    def to_query(self) -> Query:
+        """The query, with its images decoded from their data URLs.
+
+        Raises:
+            UsageError: an image is not a data URL.
+        """
+        return Query(
+            texts=tuple(self.texts),
+            images=tuple(map(decode_data_url, self.images)),
+            items=tuple(self.items),
+            vectors=tuple(map(tuple, self.vectors)),
+            minus=tuple(self.minus),
+            weights=tuple(self.weights),
+            top=self.top,
+            where=self.where,
+            at_least=self.at_least,
+            words=self.words,
+            duplicates=self.duplicates,
+            diversity=self.diversity,
+            rerank_top=self.rerank_top,
+            after=self.after,
+        )
+
+
+class BatchRequest(Strict):
+    """Several queries, answered from one version of the index."""
+
+    queries: list[SearchRequest] = Field(min_length=1, max_length=64)
+
+
+class FacetsRequest(Strict):
+    """Columns to count the values of, among the rows that match a filter."""
+
+    fields: list[Annotated[str, Field(max_length=200)]] = Field(min_length=1, max_length=MAX_FACETS)
+    where: str = Field(default="", max_length=10_000)
+    top: int = Field(default=20, ge=1, le=1000)
+
+
+class ClassifyRequest(Strict):
+    """Images, given or stored, and the classes to choose from."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"items": ["train-000005"], "classes": ["cat", "dog"]}]}
+    )
+
+    images: list[DataUrl] = Field(default=[], max_length=MAX_TERMS)
+    items: list[Uid] = Field(default=[], max_length=MAX_TERMS)
+    classes: list[Text] = Field(min_length=2, max_length=10_000)
+    templates: list[Text] = Field(default=[], max_length=100, description="With {} for the name of the class.")
+    top: int = Field(default=5, ge=1, le=10_000)
+
+
+class CaptionRequest(Strict):
+    """Images, given or stored, to caption."""
+
+    images: list[DataUrl] = Field(default=[], max_length=MAX_TERMS)
+    items: list[Uid] = Field(default=[], max_length=MAX_TERMS)
+    prompt: str = Field(default="", max_length=MAX_TEXT, description="Prefix of every caption.")
+
+
+class NewItem(Strict):
+    """An image to add; `uid` is chosen by the index if it is empty."""
+
+    image: DataUrl
+    uid: str = Field(default="", max_length=MAX_TEXT)
+    captions: list[Text] = Field(default=[], max_length=100)
+    metadata: dict[str, Any] = Field(default={})
+
+
+class AddRequest(Strict):
+    """Images to add to the index, which are embedded by its model."""
+
+    items: list[NewItem] = Field(min_length=1, max_length=256)
+
+
+class DeleteRequest(Strict):
+    """Rows to delete: by uid or by a filter, not both."""
+
+    uids: list[Uid] = Field(default=[], max_length=100_000)
+    where: str = Field(default="", max_length=10_000)
+    dry_run: bool = False
+
+
+class EmbeddingsRequest(BaseModel):
+    """The request of OpenAI's `/v1/embeddings`: texts, or images as data URLs; further fields are ignored."""
+
+    input: str | list[str] = Field(description="A text or a data URL, or several.")
+    model: str = ""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)
+
+
+class KnnRequest(BaseModel):
+    """The request of clip-retrieval's `/knn-service`."""
+
+    text: str | None = None
+    image: str | None = Field(default=None, description="The bytes of an image in base64.")
+    image_url: str | None = None
+    embedding_input: list[float] | None = None
+    modality: str = "image"
+    num_images: int = Field(default=100, ge=0)
+    num_result_ids: int = Field(default=100, ge=1)
+    indice_name: str | None = None
+    use_mclip: bool = False
+    deduplicate: bool = False
+    use_safety_model: bool = False
+    use_violence_detector: bool = False
+    aesthetic_score: str | int | float | None = None
+    aesthetic_weight: str | int | float | None = None
+
+
+class MetadataRequest(BaseModel):
+    """The request of clip-retrieval's `/metadata`: row numbers of `/knn-service`."""
+
+    ids: list[int] = Field(max_length=10_000)
+    indice_name: str | None = None
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes of a base64 data URL.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    head, comma, body = url.partition(",")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        raise UsageError(
+            f"An image must be a data URL (data:image/jpeg;base64,…), not {url[:40]!r}: the server fetches nothing."
+        )
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise UsageError(f"The image's data URL is not valid base64: {error}.") from error
+
+
+class ProblemModel(BaseModel):
+    """The one shape of an error."""
+
+    error: str = Field(description="A sentence for people: the value, the limit, the cure.")
+    kind: str = Field(description="A name for programs.")
+    request_id: str = Field(description="The id under which the server's log has the request.")
+
+
+class Item(BaseModel):
+    """A row of the index."""
+
+    uid: str
+    key: str
+    captions: dict[str, list[str]] = Field(description="By language; the empty one is that of unnamed captions.")
+    metadata: dict[str, Any]
+    shard: str | None = Field(default=None, description="Only where the server shows paths.")
+    number: int | None = Field(default=None, description="Of the sample in its shard; only where paths are shown.")
+
+
+class HitModel(Item):
+    """A result: the row with its score."""
+
+    score: float = Field(description="Cosine of query and row.")
+    fused: float | None = Field(default=None, description="Score of rank fusion, for queries with words.")
+    similar: int | None = Field(default=None, description="Worse hits that are duplicates of this one.")
+    likelihood: float | None = Field(default=None, description="Of the query's texts given the image, if reranked.")
+
+
+class ValueCountModel(BaseModel):
+    """A value of a column and the rows that have it."""
+
+    value: int | float | str
+    rows: int
+
+
+class SearchAnswer(BaseModel):
+    """The hits of a query, best first."""
+
+    hits: list[HitModel]
+    next: str = Field(description="Cursor of the next page; empty at the end.")
+    generation: int = Field(description="Version of the index that was searched.")
+    embed_milliseconds: float
+    search_milliseconds: float
+    cut: list[str] = Field(default=[], description="Texts longer than the model's context, which were truncated.")
+    facets: dict[str, list[ValueCountModel]] = {}
+
+
+class QueryProblem(BaseModel):
+    """The error of one query of a batch."""
+
+    error: str
+
+
+class BatchAnswer(BaseModel):
+    """The answer to each query, in their order."""
+
+    results: list[SearchAnswer | QueryProblem]
+
+
+class FieldModel(BaseModel):
+    """A column of the metadata."""
+
+    name: str
+    types: list[Literal["number", "text"]]
+    distinct: int = Field(description="Number of values; 1,001 stands for more than 1,000.")
+    minimum: int | float | None
+    maximum: int | float | None
+    is_category: bool = Field(description="Whether its values can be counted.")
+
+
+class FieldsAnswer(BaseModel):
+    """The columns of the metadata."""
+
+    fields: list[FieldModel]
+
+
+class FacetsAnswer(BaseModel):
+    """The most frequent values of each column."""
+
+    facets: dict[str, list[ValueCountModel]]
+
+
+class ClassModel(BaseModel):
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+class Classes(BaseModel):
+    """The classes of one image, the most probable first."""
+
+    classes: list[ClassModel]
+
+
+class ClassifyAnswer(BaseModel):
+    """One entry for each image: those given, then those stored."""
+
+    results: list[Classes]
+
+
+class CaptionAnswer(BaseModel):
+    """A caption for each image: those given, then those stored."""
+
+    captions: list[str]
+
+
+class ChangeAnswer(BaseModel):
+    """What a change did."""
+
+    rows: int = Field(description="Live rows now.")
+    added: int = 0
+    deleted: int = 0
+    generation: int
+    uids: list[str] = Field(default=[], description="Of the rows added.")
+
+
+class IndexModel(BaseModel):
+    """An index in numbers."""
+
+    name: str
+    rows: int
+    dimension: int
+    modality: str
+    kind: str
+    generation: int
+    model: str
+    model_fingerprint: str
+    reload_error: str
+
+
+class IndexesAnswer(BaseModel):
+    """All indexes of the server."""
+
+    indexes: list[IndexModel]

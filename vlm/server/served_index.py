@@ -1,0 +1,401 @@
+"""One index as the service serves it, without HTTP: queries in batches, facets, items and their images, readiness.
+
+Everything here blocks; `app` calls it from threads. Several threads may use one `ServedIndex`: a search sees one
+version of the index whole, and a new version that a writer commits is taken up between two searches. A version that
+cannot be opened is reported and the one before keeps answering.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.data.decode import open_image, upright_size
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.index.catalog import Entry
+from vlm.index.embeddings_folder import UNKNOWN
+from vlm.index.encoder import Encoder
+from vlm.index.facets import FieldSummary, ValueCount
+from vlm.server.schemas import decode_data_url
+from vlm.service.images import read_image_bytes, thumbnail
+from vlm.service.query import Query
+from vlm.service.ranking import rows_matching
+from vlm.service.search import RankedHit, SearchResult, SearchService, embed_query_images, load_encoder
+from vlm.tensor_types import Array, Float32
+
+logger = logging.getLogger(__name__)
+
+FACET_CACHE_SIZE = 256
+THUMBNAIL_CACHE_BYTES = 64 * 2**20
+THUMBNAIL_SIZES = (160, 320, 640)
+"""Longer sides of thumbnails in pixels; a request gets the next larger one, so that few sizes are made and cached."""
+
+
+class EmbeddingCache:
+    """An encoder that remembers the vectors of the last texts; the same text is embedded once.
+
+    hits, misses: texts found and not found.
+    """
+
+    def __init__(self, encoder: Encoder, size: int) -> None:
+        self.encoder = encoder
+        self.hits = 0
+        self.misses = 0
+        self._size = size
+        self._vectors: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def embed_texts(self, texts: Sequence[str]) -> Any:
+        """Unit vectors [T, D] of the texts, as the encoder gives them."""
+        with self._lock:
+            vectors = {text: self._vectors[text] for text in texts if text in self._vectors}
+        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
+        self.hits += len(texts) - len(missing)
+        self.misses += len(missing)
+        if len(missing) == len(texts):
+            rows = self.encoder.embed_texts(missing)
+            self._remember(missing, rows)
+            return rows
+        if missing:
+            rows = self.encoder.embed_texts(missing)
+            self._remember(missing, rows)
+            vectors |= dict(zip(missing, rows, strict=True))
+        return stack_rows([vectors[text] for text in texts])
+
+    def _remember(self, texts: Sequence[str], rows: Iterable[Any]) -> None:
+        with self._lock:
+            for text, row in zip(texts, rows, strict=True):
+                self._vectors[text] = row
+                self._vectors.move_to_end(text)
+            while len(self._vectors) > self._size:
+                self._vectors.popitem(last=False)
+
+
+def stack_rows(rows: Sequence[Any]) -> Any:
+    """Rows [D] as one matrix of their own kind: NumPy's or torch's."""
+    if isinstance(rows[0], np.ndarray):
+        return np.stack(rows)
+    import torch
+
+    return torch.stack(list(rows))
+
+
+class ThumbnailCache:
+    """Thumbnails by row and size, the least recently used dropped beyond a number of bytes."""
+
+    def __init__(self, max_bytes: int = THUMBNAIL_CACHE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._thumbnails: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[object, ...], make: Callable[[], bytes]) -> bytes:
+        """The thumbnail of this key, made unless it is cached."""
+        with self._lock:
+            if key in self._thumbnails:
+                self._thumbnails.move_to_end(key)
+                return self._thumbnails[key]
+        data = make()
+        with self._lock:
+            if key not in self._thumbnails:
+                self._thumbnails[key] = data
+                self._bytes += len(data)
+            while self._bytes > self._max_bytes:
+                _, dropped = self._thumbnails.popitem(last=False)
+                self._bytes -= len(dropped)
+        return data
+
+
+@dataclass(kw_only=True)
+class ServedIndex:
+    """An open index under a name.
+
+    shows_paths: answers name files and shards. reload_error: why the newest version could not be opened; empty if the
+    newest is open.
+    """
+
+    name: str
+    service: SearchService
+    shows_paths: bool = False
+    reload_error: str = ""
+    thumbnails: ThumbnailCache = field(default_factory=ThumbnailCache)
+    _facets: OrderedDict[tuple[object, ...], Any] = field(default_factory=OrderedDict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        folder: Path,
+        *,
+        model_spec: str = "",
+        rerank_spec: str = "",
+        shows_paths: bool = False,
+        cache_size: int = 10_000,
+        load: Callable[[str], Encoder] = load_encoder,
+    ) -> "ServedIndex":
+        """Open an index folder; the model is loaded with the first query that needs it.
+
+        cache_size: texts whose vectors are remembered.
+
+        Raises: as of `SearchService.open`.
+        """
+
+        def load_cached(spec: str) -> Any:
+            return EmbeddingCache(load(spec), cache_size)
+
+        service = SearchService.open(folder, model_spec=model_spec, rerank_spec=rerank_spec, load=load_cached)
+        # here and not in each search, so that a damaged new version is no error of a query
+        service.refreshes = False
+        return cls(name=name, service=service, shows_paths=shows_paths)
+
+    def close(self) -> None:
+        """Release the index."""
+        self.service.close()
+
+    @property
+    def generation(self) -> int:
+        """The version that answers now."""
+        return self.service.index.snapshot.number
+
+    def refresh(self) -> None:
+        """Take up the newest version; one that cannot be opened is logged once, and the one before goes on."""
+        try:
+            self.service.index.refresh()
+        except (VlmError, OSError) as error:
+            if str(error) != self.reload_error:
+                logger.warning(
+                    f"Index {self.name}: the newest version cannot be opened, the one before serves: {error}"
+                )
+            self.reload_error = str(error)
+        else:
+            self.reload_error = ""
+
+    def search_batch(self, queries: Sequence[Query]) -> list[SearchResult | VlmError]:
+        """The result of each query, or the error about it; their texts are embedded together."""
+        self.refresh()
+        try:
+            return [*self.service.search_many(queries)]
+        except VlmError as error:
+            if len(queries) == 1:
+                return [error]
+        # one of them is wrong: each alone, so that it harms no other
+        results: list[SearchResult | VlmError] = []
+        for query in queries:
+            results += self.search_batch([query])
+        return results
+
+    def fields(self) -> list[FieldSummary]:
+        """The columns of the metadata."""
+        return self._cached(("fields",), lambda: self.service.index.catalogue.field_summaries())
+
+    def facets(self, fields: Sequence[str], *, where: str = "", top: int = 20) -> dict[str, list[ValueCount]]:
+        """The most frequent values of columns, with the number of rows that match `where` and have each.
+
+        Raises:
+            UsageError: there is no such column, it has too many values to count, or the filter is wrong.
+        """
+        known = {summary.name: summary for summary in self.fields()}
+        counts: dict[str, list[ValueCount]] = {}
+        for name in fields:
+            if name not in known:
+                raise UsageError(f"There is no column {name!r}; the columns are {', '.join(sorted(known))}.")
+            if not known[name].is_category:
+                raise UsageError(f"Column {name!r} has too many values to count; filter by it instead.")
+            counts[name] = self._cached(("facet", name, where, top), lambda name=name: self._count(name, where, top))
+        return counts
+
+    def _count(self, name: str, where: str, top: int) -> list[ValueCount]:
+        snapshot = self.service.index.snapshot
+        return snapshot.catalogue.count_values(name, top=top, rows=rows_matching(snapshot, where))
+
+    def _cached(self, key: tuple[object, ...], compute: Callable[[], Any]) -> Any:
+        """A value that holds for one version of the index."""
+        versioned = (self.generation, *key)
+        with self._lock:
+            if versioned in self._facets:
+                return self._facets[versioned]
+        value = compute()
+        with self._lock:
+            self._facets[versioned] = value
+            while len(self._facets) > FACET_CACHE_SIZE:
+                self._facets.popitem(last=False)
+        return value
+
+    def entry(self, uid: str) -> Entry:
+        """The row of a uid.
+
+        Raises:
+            UnknownItem: there is none.
+        """
+        entry = self.service.index.catalogue.find(uid)
+        if entry is None:
+            raise UnknownItem(f"Index {self.name} has no item {uid!r}; use a uid from a search result.")
+        return entry
+
+    def image(self, uid: str) -> bytes:
+        """The encoded image of an item, from its shard's byte range.
+
+        Raises:
+            UnknownItem: there is no such item, or its image is gone.
+        """
+        entry = self.entry(uid)
+        try:
+            return read_image_bytes(entry)
+        except VlmError as error:
+            raise UnknownItem(
+                f"The image of {uid!r} cannot be read: {error}." if self.shows_paths else _GONE
+            ) from error
+
+    def thumbnail(self, uid: str, pixels: int) -> bytes:
+        """A JPEG whose longer side is at most the smallest of `THUMBNAIL_SIZES` that reaches `pixels`.
+
+        Raises:
+            UnknownItem: there is no such item, or its image is gone or damaged.
+        """
+        size = next((size for size in THUMBNAIL_SIZES if size >= pixels), THUMBNAIL_SIZES[-1])
+        entry = self.entry(uid)
+
+        def make() -> bytes:
+            try:
+                return thumbnail(self.image(uid), pixels=size)
+            except VlmError as error:
+                raise UnknownItem(str(error)) from error
+
+        return self.thumbnails.get((entry.shard, entry.image_offset, size), make)
+
+    def entry_to_json(self, entry: Entry) -> dict[str, Any]:
+        """An item as answers show it; without its shard unless paths are shown."""
+        item: dict[str, Any] = {
+            "uid": entry.uid,
+            "key": entry.key,
+            "captions": entry.captions,
+            "metadata": entry.metadata,
+        }
+        if self.shows_paths:
+            item |= {"shard": entry.shard, "number": entry.number}
+        return item
+
+    def hit_to_json(self, hit: RankedHit) -> dict[str, Any]:
+        """A hit as answers show it."""
+        values = hit.to_json()
+        scores = {name: values[name] for name in ("score", "fused", "similar", "likelihood") if name in values}
+        return scores | self.entry_to_json(hit.entry)
+
+    def result_to_json(self, result: SearchResult) -> dict[str, Any]:
+        """A result of a search as answers show it."""
+        answer: dict[str, Any] = {
+            "hits": [self.hit_to_json(hit) for hit in result.hits],
+            "next": result.next,
+            "generation": result.generation,
+            "embed_milliseconds": round(result.embed_milliseconds, 3),
+            "search_milliseconds": round(result.search_milliseconds, 3),
+        }
+        if result.cut:
+            answer["cut"] = list(result.cut)
+        return answer
+
+    def info(self) -> dict[str, Any]:
+        """The index in numbers."""
+        info = self.service.index.info()
+        return {
+            "name": self.name,
+            "rows": info.rows,
+            "dimension": info.dimension,
+            "modality": info.modality,
+            "kind": info.kind,
+            "generation": info.generation,
+            "model": info.model if self.shows_paths else Path(info.model).name,
+            "model_fingerprint": info.model_fingerprint,
+            "reload_error": ("The newest version cannot be opened." if self.reload_error else ""),
+        }
+
+    def check_ready(self) -> float:
+        """Embed a text unless the rows have no model, and search for it; the milliseconds this took.
+
+        Raises:
+            VlmError: the index or its model cannot answer.
+        """
+        started = time.perf_counter()
+        self.refresh()
+        index = self.service.index
+        if not len(index):
+            return 0.0
+        if index.details.space.fingerprint == UNKNOWN:
+            query = Query(items=(index.catalogue.entries([int(index.snapshot.rows[0])])[0].uid,), top=1)
+        else:
+            # past the cache of embeddings, which would answer without the model
+            vector = self.cache().encoder.embed_texts([_READY_TEXT])[0]
+            query = Query(vectors=(tuple(map(float, vector)),), top=1)
+        self.service.search(query)
+        return (time.perf_counter() - started) * 1000
+
+    def images_of(self, data_urls: Sequence[str], uids: Sequence[str], max_pixels: int) -> list[bytes]:
+        """Encoded images: those given, then those of items.
+
+        Raises:
+            UsageError: there is none, or one given is no image or too large. UnknownItem: an item has none.
+        """
+        images = [checked_upload(decode_data_url(url), max_pixels) for url in data_urls]
+        images += [self.image(uid) for uid in uids]
+        if not images:
+            raise UsageError("Give an image, in `images` or by its uid in `items`.")
+        return images
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
+        """Unit vectors of texts by the index's model."""
+        return np.asarray(self.cache().embed_texts(texts), np.float32)
+
+    def embed_images(self, images: Sequence[bytes]) -> Float32[Array, "N D"]:
+        """Unit vectors of encoded images by the index's model.
+
+        Raises:
+            VlmError: one is not an image.
+        """
+        return np.stack(embed_query_images(self.service.model, images))
+
+    def cache_counts(self) -> tuple[int, int]:
+        """Texts whose vectors were remembered, and texts that were embedded."""
+        cache = self.service.loaded_model
+        return (cache.hits, cache.misses) if isinstance(cache, EmbeddingCache) else (0, 0)
+
+    def cache(self) -> EmbeddingCache:
+        """The model with its cache of texts, loaded now if it was not.
+
+        Raises: as of `SearchService.model`.
+        """
+        model = self.service.model
+        assert isinstance(model, EmbeddingCache)
+        return model
+
+
+def checked_upload(data: bytes, max_pixels: int) -> bytes:
+    """The encoded image, whose header says that it is one of at most so many pixels.
+
+    Raises:
+        UsageError: it is not, or it has more.
+    """
+    try:
+        width, height = upright_size(open_image(data))
+    except BadSample as error:
+        raise UsageError(f"The upload is not an image that can be read: {error}.") from error
+    if width * height > max_pixels:
+        raise UsageError(f"The image has {width:,} × {height:,} pixels; at most {max_pixels:,} in all are accepted.")
+    return data
+
+
+class UnknownItem(UsageError):
+    """There is no such item, or nothing of it is left."""
+
+
+_READY_TEXT = "is the service ready?"
+_GONE = "The image of this item cannot be read: its shard was moved, removed or damaged."
