@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm.data.decode import to_rgb
 from vlm.errors import UsageError
 
 ImageInput = Any
@@ -35,7 +36,7 @@ def encoded_image(image: ImageInput) -> Path | bytes:
     """A path as it is, and anything else as the bytes of an image file, without loss.
 
     Raises:
-        UsageError: it is not an image.
+        UsageError: it is not an image. BadSample: a PIL image whose file is damaged.
     """
     if isinstance(image, str | Path):
         return Path(image).expanduser()
@@ -44,11 +45,9 @@ def encoded_image(image: ImageInput) -> Path | bytes:
     if not isinstance(image, Image.Image):
         image = _image_from_pixels(image)
     file = io.BytesIO()
-    # PNG knows neither CMYK nor floats; modes with transparency and palettes stay as they are
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        image = image.convert("RGB")
-    # little compression: the bytes are read once more, in this process
-    image.save(file, format="PNG", compress_level=1)
+    # upright and in RGB as a file of it would be read: what is saved anew has lost the orientation in its EXIF.
+    # Little compression: the bytes are read once more, in this process.
+    to_rgb(image).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from math import ceil, exp, floor, log, sqrt
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 
 from vlm.data.decode import EncodedImage, open_image, reduction, to_rgb
 from vlm.data.samples import RandomSource
-from vlm.errors import BadSample, UsageError
+from vlm.errors import UsageError
 from vlm.tensor_types import Array, Tensor, UInt8
 
 # OpenAI CLIP's channel statistics, which open_clip keeps as its default
@@ -322,24 +321,3 @@ class LocalCrops:
             decoded = image.pixels(resolution=resolution)
         for row, crop in zip(out, crops, strict=True):
             self.view.cut(image, decoded, crop, out=row)
-
-
-def load_images(paths: Sequence[Path], view: EvalTransform) -> UInt8[Tensor, "B 3 H W"]:
-    """Read, decode and fit each file.
-
-    Raises:
-        UsageError: none is given, or one does not exist or is not an image.
-    """
-    import torch
-
-    if not paths:
-        raise UsageError("No image was given.")
-    views: list[np.ndarray] = []
-    for path in paths:
-        if not path.is_file():
-            raise UsageError(f"There is no image {str(path)!r}.")
-        try:
-            views.append(view(path.read_bytes()))
-        except BadSample as error:
-            raise UsageError(f"{path} cannot be used: {error}") from error
-    return torch.from_numpy(np.stack(views))

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vlm.api.data import pack as pack
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.inference import Model as Model
+    from vlm.api.inference import load as load
     from vlm.api.training import embed as embed
     from vlm.api.training import evaluate as evaluate
     from vlm.api.training import train as train
@@ -20,10 +22,12 @@ DISTRIBUTION = "vlm-pipeline"
 __version__ = "0.1.0"
 
 __all__ = [
+    "Model",
     "UsageError",
     "VlmError",
     "embed",
     "evaluate",
+    "load",
     "pack",
     "stream",
     "train",
@@ -33,8 +37,10 @@ __all__ = [
 # Each name with its module. A new one is also imported above under TYPE_CHECKING (`from M import NAME as NAME`) and
 # listed in `__all__`. Not `train`: that is the package of this name, which can be called.
 _MODULES: dict[str, str] = {
+    "Model": "vlm.api.inference",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",
+    "load": "vlm.api.inference",
     "pack": "vlm.api.data",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",

@@ -133,18 +133,20 @@ def bar(share: float, *, width: int = 30) -> str:
     return "█" * filled + "·" * (width - filled)
 
 
-def progress(*, total: int, what: str, done: int = 0, unit: str = "it") -> "tqdm[NoReturn]":
+def progress(*, total: int, what: str, done: int = 0, unit: str = "it", is_shown: bool = True) -> "tqdm[NoReturn]":
     """A progress bar on stderr; if that is not a terminal, a line every ten seconds.
 
     It is drawn where the package's INFO messages are shown: by the command line, unless --quiet, and by a program that
     configures logging so.
+
+    is_shown: False draws none, for work that is done in a moment.
     """
     from tqdm import tqdm
 
     is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
-        disable=not logging.getLogger("vlm").isEnabledFor(logging.INFO),
+        disable=not (is_shown and logging.getLogger("vlm").isEnabledFor(logging.INFO)),
         desc=what,
         initial=done,
         unit=unit,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from vlm.api.data import Shards, join_shards
+from vlm.api.inference import Model, encoder_of
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
@@ -118,7 +119,7 @@ def _check_processes(processes: int) -> None:
 
 @os_errors_explained()
 def evaluate(
-    model: str | Path | VisionLanguageModel,
+    model: str | Path | Model | VisionLanguageModel,
     *,
     retrieval: Shards | None = None,
     classes: str | Path | None = None,
@@ -149,8 +150,7 @@ def evaluate(
     """
     if not (retrieval or classes or captions):
         raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
-    if isinstance(model, str | Path):
-        model = load_model(str(model), device=device, precision=precision)
+    model = encoder_of(model, device=device, precision=precision)
     measured = Evaluation(model=model.name, fingerprint=model.fingerprint)
     if retrieval:
         result = evaluate_retrieval(
@@ -214,7 +214,7 @@ class EmbedResult(Result):
 
 @os_errors_explained()
 def embed(
-    model: str | Path | VisionLanguageModel,
+    model: str | Path | Model | VisionLanguageModel,
     shards: Shards,
     out: str | Path,
     *,
@@ -244,6 +244,8 @@ def embed(
         UsageError: an option is out of range, or `out` holds something else.
         VlmError: a shard is damaged, or no sample can be used.
     """
+    if isinstance(model, Model):
+        model = model.encoder
     job = _EmbedJob(
         model=str(model) if isinstance(model, str | Path) else model,
         shards=join_shards(shards),

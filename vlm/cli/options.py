@@ -33,7 +33,9 @@ ShardsArgument = Annotated[
 IndexArgument = Annotated[
     Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX", help="Index folder, made by vlm index build.")
 ]
-ImageArguments = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help="Image files.")]
+ImageArguments = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help="Image files, and folders of them.")
+]
 
 JsonOption = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
 DeviceOption = Annotated[str, tyro.conf.arg(help="Device of the model: auto, cpu, cuda, cuda:1, …")]

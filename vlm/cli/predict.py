@@ -1,10 +1,20 @@
 """What a model says of single images: `vlm classify` and `vlm caption`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from vlm.cli.options import DeviceOption, ImageArguments, JsonOption, ModelArgument
 from vlm.console import bar, show_json, show_table
 from vlm.errors import UsageError
+
+BatchSizeOption = Annotated[int, tyro.conf.arg(help="Images in one forward pass of the model.")]
+OnErrorOption = Annotated[
+    Literal["raise", "skip"], tyro.conf.arg(help="What to do with an image that cannot be used: end, or report it.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,42 +34,30 @@ class Classify:
     top: int = 5
     """Classes shown per image."""
 
+    batch_size: BatchSizeOption = 64
+
+    on_error: OnErrorOption = "raise"
+
     device: DeviceOption = "auto"
 
     json: JsonOption = False
 
     def run(self) -> None:
         """Show the most probable classes of each image."""
-        from vlm.data.sources.image_names import image_paths
-        from vlm.data.transforms import load_images
-        from vlm.evaluation.class_prompts import DEFAULT_TEMPLATES, read_class_names, read_templates
-        from vlm.evaluation.zero_shot import classify
-        from vlm.models.load import load_model
+        from vlm.api.inference import load, read_prompts
 
-        names = read_class_names(self.classes)
-        if len(names) < 2:
-            raise UsageError(
-                f"--classes {self.classes!r} names {len(names)} class, which every image would be; give two or more, "
-                "as a,b,c or a file with one a line."
-            )
-        # classes and templates are checked first: a model takes long to load
-        templates = read_templates(self.templates) or DEFAULT_TEMPLATES
-        model = load_model(self.model, device=self.device)
-        paths = image_paths(self.images)
-        images = load_images(paths, model.view)
-        probabilities = classify(model, images, names, templates)
-        results = []
-        for path, row in zip(paths, probabilities.tolist(), strict=True):
-            # stable: classes of equal probability stay in the order given
-            ranked = sorted(zip(names, row, strict=True), key=lambda entry: -entry[1])[: self.top]
-            classes = [{"name": name, "probability": probability} for name, probability in ranked]
-            results.append({"image": str(path), "classes": classes})
+        # these are checked first: a model takes long to load
+        prompts = read_prompts(self.classes, self.templates)
+        _check_images(self.images)
+        results = load(self.model, device=self.device).classify(
+            self.images, prompts, top=self.top, batch_size=self.batch_size, on_error=self.on_error
+        )
         if self.json:
-            show_json(results)
+            show_json(results.to_json())
             return
         for result in results:
-            rows = [[entry["name"], entry["probability"], bar(entry["probability"])] for entry in result["classes"]]
-            show_table(["class", "probability", ""], rows, title=result["image"])
+            rows = [[entry.name, entry.probability, bar(entry.probability)] for entry in result.classes]
+            show_table(["class", "probability", ""], rows, title=result.image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +71,32 @@ class Caption:
     prompt: str = ""
     """Prefix of every caption, e.g. "a picture of"."""
 
+    batch_size: BatchSizeOption = 64
+
+    on_error: OnErrorOption = "raise"
+
     device: DeviceOption = "auto"
 
     json: JsonOption = False
 
     def run(self) -> None:
         """Show a caption for each image."""
-        from vlm.data.transforms import load_images
-        from vlm.models.load import load_model
+        from vlm.api.inference import load
 
-        model = load_model(self.model, device=self.device)
-        captions = model.caption_images(load_images(self.images, model.view), self.prompt)
-        rows = [{"image": str(path), "caption": text} for path, text in zip(self.images, captions, strict=True)]
+        # checked first: a model takes long to load
+        _check_images(self.images)
+        results = load(self.model, device=self.device).caption(
+            self.images, prompt=self.prompt, batch_size=self.batch_size, on_error=self.on_error
+        )
         if self.json:
-            show_json(rows)
-        else:
-            show_table(["image", "caption"], [list(row.values()) for row in rows])
+            show_json(results.to_json())
+            return
+        show_table(["image", "caption"], [[result.image, result.caption] for result in results])
+
+
+def _check_images(images: Sequence[Path]) -> None:
+    """Refuse folders without images, and no image at all."""
+    from vlm.api.image_batches import name_images
+
+    if not name_images(images):
+        raise UsageError("No image was given.")

@@ -183,15 +183,11 @@ def class_embeddings(
     return torch.nn.functional.normalize(vectors, dim=-1).numpy()
 
 
-def classify(
-    model: ZeroShotClassifier,
-    images: UInt8[Tensor, "B 3 H W"],
-    names: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
+def class_probabilities(
+    images: Float32[Tensor, "B D"], classifier: Float32[Tensor, "K D"], logit_scale: float
 ) -> Float32[Tensor, "B K"]:
-    """Probability of each class for each image: the softmax of scaled cosines (CLIP §3.1.2)."""
-    classifier = torch.from_numpy(class_embeddings(model, names, templates))
-    return (model.logit_scale * model.embed_images(images) @ classifier.T).softmax(dim=-1)
+    """Probability of each class for each embedded image: the softmax of scaled cosines (CLIP §3.1.2)."""
+    return (logit_scale * images @ classifier.T).softmax(dim=-1)
 
 
 def measure_zero_shot(

@@ -5,6 +5,7 @@ A model folder is in open_clip's own format where that can express the towers, w
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from vlm.models.variants import (
     is_projection_folder,
     read_projection,
 )
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -118,6 +121,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
 RUN_MODEL = "model"
 CHECKPOINTS = "checkpoints"
 LOCAL_PREFIX = "local-dir:"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
@@ -141,8 +145,11 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
         return TruncatedModel.of(whole, num_dimensions)
 
     torch_device = choose_device(device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision = {precision!r}; give {' or '.join(PRECISIONS)}.")
+    dtype = PRECISIONS[precision]
     path = Path(spec.removeprefix(LOCAL_PREFIX))
+    logger.info(f"Loading the model {spec} ({torch_device})")
     if is_projection_folder(path):
         return _load_backward_compatible(path, device, precision)
     if path.is_dir():

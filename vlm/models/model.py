@@ -116,9 +116,17 @@ class VisionLanguageModel:
         """The learned inverse temperature that turns cosines into logits."""
         return float(self.network.get_parameter("logit_scale").detach().exp())
 
-    def _captioner(self) -> Captioner:
+    def check_can_caption(self) -> None:
+        """Before images are read for it.
+
+        Raises:
+            UsageError: the model has no caption decoder.
+        """
         if not self.can_caption:
             raise UsageError(f"{self.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
+
+    def _captioner(self) -> Captioner:
+        self.check_can_caption()
         return cast(Captioner, self.network)
 
     def _pixels(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:

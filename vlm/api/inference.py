@@ -1,0 +1,384 @@
+"""`vlm.load` and `vlm.Model`: a model that embeds, compares, classifies and captions images and texts in any number."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, overload
+
+import numpy as np
+import torch
+
+from vlm.api.image_batches import Images, NamedImage, OnError, name_images, read_batches
+from vlm.console import progress
+from vlm.data.tokenizers import Tokenizer
+from vlm.data.transforms import EvalTransform
+from vlm.errors import UsageError, os_errors_explained
+from vlm.evaluation.class_prompts import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
+from vlm.evaluation.zero_shot import class_probabilities
+from vlm.files import json_text
+from vlm.models.load import load_model
+from vlm.models.model import VisionLanguageModel
+from vlm.tensor_types import Array, Float32
+
+logger = logging.getLogger(__name__)
+
+IMAGE_BATCH_SIZE = 64
+_TEXT_BATCH_SIZE = 1024
+
+Classes = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]]
+"""Candidate classes: their names, names with the prompts of each, `a,b,c`, or a file with a name on each line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassProbability:
+    """A class with its probability among the candidates."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClasses:
+    """The most probable classes of an image, first the most probable.
+
+    image: its path, or `images[3]` for the fourth of the call. error: why it cannot be used, where such are skipped;
+    then there are no classes.
+    """
+
+    image: str
+    classes: tuple[ClassProbability, ...]
+    error: str = ""
+
+    @property
+    def best(self) -> str:
+        """The most probable class; empty where the image cannot be used."""
+        return self.classes[0].name if self.classes else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; `error` only where there is one."""
+        classes = [{"name": entry.name, "probability": entry.probability} for entry in self.classes]
+        values: dict[str, Any] = {"image": self.image, "classes": classes}
+        return values | {"error": self.error} if self.error else values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCaption:
+    """A caption for an image. error: why it cannot be used, where such are skipped; then the caption is empty."""
+
+    image: str
+    caption: str
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; `error` only where there is one."""
+        values: dict[str, Any] = {"image": self.image, "caption": self.caption}
+        return values | {"error": self.error} if self.error else values
+
+
+Item = TypeVar("Item", ImageClasses, ImageCaption)
+
+
+@dataclass(frozen=True)
+class ImageResults(Sequence[Item], Generic[Item]):
+    """A result for each image, in the order of the images."""
+
+    images: tuple[Item, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
+        return self.images[index]
+
+    @property
+    def skipped(self) -> tuple[Item, ...]:
+        """Those of images that cannot be used."""
+        return tuple(result for result in self.images if result.error)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What the verb prints with --json."""
+        return json.loads(json_text([result.to_json() for result in self.images]))
+
+
+@os_errors_explained()
+def load(model: str | Path, *, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> "Model":
+    """Load a model of this project, of open_clip, of Hugging Face or of sentence-transformers.
+
+    Args:
+        model: a run folder, a model folder, an upgrade folder, a Hugging Face folder of CLIP, MetaCLIP 2, SigLIP or
+            SigLIP 2, a sentence-transformers folder (which embeds texts only), `ORGANISATION/NAME` on the Hugging Face
+            Hub, or `NAME:WEIGHTS` of open_clip; with `#64` behind it the first 64 dimensions of its embeddings.
+        device: `auto` is a GPU where there is one. precision: of the forward pass; embeddings are float32 in any case.
+
+    Raises:
+        UsageError: there is no such model or device. VlmError: its weights cannot be loaded.
+    """
+    return Model(load_model(str(model), device=device, precision=precision))
+
+
+class Model:
+    """Images and texts to unit vectors of one space, to classes and to captions, one or many at once.
+
+    Images are paths (a folder stands for all images below it), bytes of files, PIL images, NumPy arrays [H, W, 3] or
+    tensors [3, H, W]; they are decoded in threads while the model works. With `on_error="skip"` an image that cannot be
+    used is logged and its row left empty instead of ending the call.
+    """
+
+    def __init__(self, encoder: VisionLanguageModel) -> None:
+        self._encoder = encoder
+
+    def __repr__(self) -> str:
+        return f"<vlm.Model {self.name}: {self.embedding_size} dimensions on {self._encoder.device}>"
+
+    @property
+    def encoder(self) -> VisionLanguageModel:
+        """The model as the stages of this project use it, which take this one too."""
+        return self._encoder
+
+    @property
+    def name(self) -> str:
+        """What it was loaded from."""
+        return self._encoder.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the embedding space: weights, image preprocessing and tokenizer."""
+        return self._encoder.fingerprint
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the length of an embedding."""
+        return self._encoder.embedding_size
+
+    @property
+    def can_caption(self) -> bool:
+        """Whether it has a caption decoder."""
+        return self._encoder.can_caption
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned inverse temperature that turns cosines into logits.
+
+        Raises:
+            UsageError: the model embeds texts only.
+        """
+        return self._encoder.logit_scale
+
+    @property
+    def view(self) -> EvalTransform:
+        """How it sees images."""
+        return self._encoder.view
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """How it reads texts."""
+        return self._encoder.tokenizer
+
+    @os_errors_explained()
+    def embed_images(
+        self, images: Images, *, batch_size: int = IMAGE_BATCH_SIZE, on_error: OnError = "raise"
+    ) -> Float32[Array, "N D"]:
+        """A unit vector for each image; a row of NaN for one that is skipped.
+
+        Raises:
+            UsageError: an image cannot be used, or the model embeds texts only.
+        """
+        self._check_images()
+        named = name_images(images)
+        rows = np.full((len(named), self.embedding_size), np.nan, np.float32)
+        for usable, vectors, _ in self._embedded(named, batch_size, on_error):
+            rows[usable] = vectors
+        return rows
+
+    @os_errors_explained()
+    def embed_texts(self, texts: str | Iterable[str]) -> Float32[Array, "N D"]:
+        """A unit vector for each text.
+
+        Raises:
+            UsageError: one of them is not a text.
+        """
+        listed = _listed(texts, "texts")
+        rows = np.zeros((len(listed), self.embedding_size), np.float32)
+        with _progress(len(listed), _TEXT_BATCH_SIZE, "embedding texts", "text") as bar:
+            for first in range(0, len(listed), _TEXT_BATCH_SIZE):
+                some = listed[first : first + _TEXT_BATCH_SIZE]
+                rows[first : first + len(some)] = self._encoder.embed_texts(some).numpy()
+                bar.update(len(some))
+        return rows
+
+    def similarity(
+        self,
+        images: Images,
+        texts: str | Iterable[str],
+        *,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        on_error: OnError = "raise",
+    ) -> Float32[Array, "N T"]:
+        """The cosine of each image with each text; a row of NaN for an image that is skipped.
+
+        Raises:
+            UsageError: an image cannot be used, or one of the texts is not a text.
+        """
+        # the texts first: what is wrong with them shows before the longer work
+        text_rows = self.embed_texts(texts)
+        return self.embed_images(images, batch_size=batch_size, on_error=on_error) @ text_rows.T
+
+    @os_errors_explained()
+    def classify(
+        self,
+        images: Images,
+        classes: Classes,
+        *,
+        templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        top: int = 5,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        on_error: OnError = "raise",
+    ) -> ImageResults[ImageClasses]:
+        """The most probable classes of each image by zero-shot classification (CLIP §3.1.2), as `vlm classify` does.
+
+        Args:
+            classes: names, as `["cat", "dog"]`; prompts of each, as `{"cat": ["a photo of a cat", "a kitten"]}`; the
+                text `cat,dog`; or a file with a name on each line.
+            templates: sentences with {} for the name of a class, or files of them with one on each line; not used where
+                `classes` holds prompts.
+            top: classes of each image.
+
+        Raises:
+            UsageError: there are fewer than two classes, a template has no {}, or an image cannot be used.
+        """
+        self._check_images()
+        prompts = read_prompts(classes, templates)
+        if top < 1:
+            raise UsageError(f"top = {top} is out of range: give 1 or more.")
+        named = name_images(images)
+        names = list(prompts)
+        classifier = self._classifier(prompts)
+        results = [ImageClasses(image=image.name, classes=()) for image in named]
+        for usable, vectors, errors in self._embedded(named, batch_size, on_error):
+            for number, message in errors.items():
+                results[number] = ImageClasses(image=named[number].name, classes=(), error=message)
+            rows = class_probabilities(torch.from_numpy(vectors), classifier, self.logit_scale).tolist()
+            for number, row in zip(usable, rows, strict=True):
+                results[number] = ImageClasses(image=named[number].name, classes=_most_probable(names, row, top))
+        return ImageResults(tuple(results))
+
+    @os_errors_explained()
+    def caption(
+        self, images: Images, *, prompt: str = "", batch_size: int = IMAGE_BATCH_SIZE, on_error: OnError = "raise"
+    ) -> ImageResults[ImageCaption]:
+        """A caption for each image, written greedily and beginning with the prompt, as `vlm caption` does.
+
+        Raises:
+            UsageError: the model has no caption decoder, or an image cannot be used.
+        """
+        self._encoder.check_can_caption()
+        named = name_images(images)
+        results: list[ImageCaption] = []
+        with _progress(len(named), batch_size, "captioning", "image") as bar:
+            for batch in read_batches(named, self.view, batch_size=batch_size, on_error=on_error):
+                _warn(batch.errors)
+                texts = self._encoder.caption_images(torch.from_numpy(batch.pixels), prompt) if batch.usable else []
+                captions = dict(zip(batch.usable, texts, strict=True))
+                for number in range(batch.first, batch.first + batch.size):
+                    name, error = named[number].name, batch.errors.get(number, "")
+                    results.append(ImageCaption(image=name, caption=captions.get(number, ""), error=error))
+                bar.update(batch.size)
+        return ImageResults(tuple(results))
+
+    def _check_images(self) -> None:
+        if not self._encoder.embeds_images:
+            raise UsageError(f"{self.name} embeds texts only; images need a model with an image tower.")
+
+    def _embedded(
+        self, images: Sequence[NamedImage], batch_size: int, on_error: OnError
+    ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+        """For each batch the numbers of its usable images, their vectors, and why others cannot be used."""
+        with _progress(len(images), batch_size, "embedding images", "image") as bar:
+            for batch in read_batches(images, self.view, batch_size=batch_size, on_error=on_error):
+                _warn(batch.errors)
+                if batch.usable:
+                    vectors = self._encoder.embed_images(torch.from_numpy(batch.pixels)).numpy()
+                else:
+                    vectors = np.zeros((0, self.embedding_size), np.float32)
+                yield batch.usable, vectors, batch.errors
+                bar.update(batch.size)
+
+    def _classifier(self, prompts: Mapping[str, Sequence[str]]) -> torch.Tensor:
+        """A unit vector for each class, [K, D]: the mean of those of its prompts, of unit length again."""
+        rows = self.embed_texts([prompt for of_class in prompts.values() for prompt in of_class])
+        vectors: list[np.ndarray] = []
+        first = 0
+        for of_class in prompts.values():
+            vectors.append(rows[first : first + len(of_class)].mean(axis=0))
+            first += len(of_class)
+        return torch.nn.functional.normalize(torch.from_numpy(np.stack(vectors)), dim=-1)
+
+
+def encoder_of(
+    model: str | Path | Model | VisionLanguageModel, *, device: str = "auto", precision: str = "fp32"
+) -> VisionLanguageModel:
+    """The model as the stages of this project use it, loaded where it is named."""
+    if isinstance(model, Model):
+        return model.encoder
+    if isinstance(model, VisionLanguageModel):
+        return model
+    return load_model(str(model), device=device, precision=precision)
+
+
+def read_prompts(classes: Classes, templates: str | Sequence[str] = DEFAULT_TEMPLATES) -> dict[str, list[str]]:
+    """The prompts of each candidate class.
+
+    Raises:
+        UsageError: there are fewer than two classes, one has no prompt, or a template has no {} for the name.
+    """
+    if isinstance(classes, Mapping):
+        prompts = {name: _listed(given, f"the prompts of {name!r}") for name, given in classes.items()}
+    else:
+        text = isinstance(classes, str | Path)
+        names = read_class_names(str(classes)) if text else list(dict.fromkeys(_listed(classes, "classes")))
+        sentences = read_templates(_listed(templates, "templates")) or DEFAULT_TEMPLATES
+        prompts: dict[str, list[str]] = {}
+        for name in names:
+            prompts[name] = [fill_template(sentence, name) for sentence in sentences]
+    if len(prompts) < 2:
+        raise UsageError(
+            f"classes = {classes!r} names {len(prompts)} class, which every image would be; give two or more, as "
+            "a,b,c or a file with one a line."
+        )
+    for name, of_class in prompts.items():
+        if not of_class:
+            raise UsageError(f"The class {name!r} has no prompt; give one or more.")
+    return prompts
+
+
+def _listed(texts: str | Iterable[str], what: str) -> list[str]:
+    """One text or several as a list; a text is never taken for its letters."""
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    for text in listed:
+        if not isinstance(text, str):
+            raise UsageError(f"{what} holds {text!r}, which is not a text.")
+    return listed
+
+
+def _most_probable(names: Sequence[str], probabilities: Sequence[float], top: int) -> tuple[ClassProbability, ...]:
+    # stable: classes of equal probability stay in the order given
+    ranked = sorted(zip(names, probabilities, strict=True), key=lambda entry: -entry[1])[:top]
+    return tuple(ClassProbability(name=name, probability=probability) for name, probability in ranked)
+
+
+def _progress(total: int, batch_size: int, what: str, unit: str) -> Any:
+    # no bar for what is done in a moment
+    return progress(total=total, what=what, unit=unit, is_shown=total > batch_size)
+
+
+def _warn(errors: Mapping[int, str]) -> None:
+    for message in errors.values():
+        logger.warning(f"Skipped: {message}")
