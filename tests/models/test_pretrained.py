@@ -90,7 +90,7 @@ def test_a_file_does_not_say_its_activation_so_the_other_name_is_told(open_clip_
     assert f"give {name}-quickgelu:{weights}, or its embeddings are wrong" in logged.text
     logged.clear()
     load_model(f"{name}-quickgelu:{weights}", device="cpu")
-    assert not logged.text
+    assert "embeddings are wrong" not in logged.text
 
 
 def write_bad_checkpoint(kind: str, weights: Path, file: Path) -> None:
