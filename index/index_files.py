@@ -31,6 +31,7 @@ class Segment:
 
     kind, parameters: of its FAISS index. rows: their number, deleted ones included.
     rerank: 0 if the scores of FAISS are exact; else FAISS gives `rerank` times the results, and the stored rows decide.
+    duplicates: how many of the rows are equal to others of them.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Segment:
     parameters: dict[str, int]
     rows: int
     rerank: int = 0
+    duplicates: int = 0
 
     @property
     def index_file(self) -> str:
@@ -55,9 +57,15 @@ class Segment:
         return segment_file(self.number, "rows.npy")
 
     @property
-    def files(self) -> tuple[str, str, str]:
-        """All three."""
-        return self.index_file, self.vectors_file, self.rows_file
+    def duplicates_file(self) -> str:
+        """The positions of equal rows (`find_duplicate_rows`), if there are any."""
+        return segment_file(self.number, "duplicates.npy")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of them."""
+        files = (self.index_file, self.vectors_file, self.rows_file)
+        return (*files, self.duplicates_file) if self.duplicates else files
 
 
 @dataclass(frozen=True, kw_only=True)

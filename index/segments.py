@@ -1,8 +1,9 @@
 """Segments: the immutable pieces of an index, how they are written and how they are searched.
 
 A segment is three files: the rows as float16, the FAISS index trained on them, and the catalogue's row number of each
-position. `write_segment` writes them, `SegmentReader` maps them, a `SegmentView` is a segment with the positions that
-a search may return (live and allowed by the filter), and `nearest` searches all views of an index.
+position; a fourth names equal rows, if there are any. `write_segment` writes them, `SegmentReader` maps them, a
+`SegmentView` is a segment with the positions that a search may return (live and allowed by the filter), and `nearest`
+searches all views of an index.
 
 The search plan, which never returns fewer results than there are:
 
@@ -38,6 +39,7 @@ from vlm.index.ann.faiss_search import (
 from vlm.index.ann.gpu import MAX_GPU_RESULTS, find_gpu, gpu_unsupported_reason, make_add_function
 from vlm.index.ann.index_type_base import CopyToGpu, TuningParams, load_faiss
 from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.duplicate_rows import DuplicateRows, find_duplicate_rows
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
 from vlm.manifest import FileRecord, record_file
@@ -140,7 +142,7 @@ def write_segment(
     tuning: TuningParams,
     failpoint: FailPoint = no_failpoint,
 ) -> WrittenSegment:
-    """Write the three files of a segment, each atomically: the rows first, then the FAISS index trained on them.
+    """Write the files of a segment, each atomically: the rows first, then the FAISS index trained on them.
 
     Args:
         blocks: unit vectors, as many as `rows`.
@@ -165,7 +167,19 @@ def write_segment(
     prepared = INDEX_TYPES[kind](vectors, tuning, gpu)
     _add_all(vectors, make_add_function(prepared.index, gpu))
 
-    segment = Segment(number=number, kind=kind, parameters=prepared.parameters, rows=len(rows), rerank=prepared.rerank)
+    duplicates = find_duplicate_rows(vectors.stored)
+    segment = Segment(
+        number=number,
+        kind=kind,
+        parameters=prepared.parameters,
+        rows=len(rows),
+        rerank=prepared.rerank,
+        duplicates=len(duplicates),
+    )
+    if len(duplicates):
+        failpoint(f"{segment.duplicates_file}")
+        with atomic_write(folder / segment.duplicates_file) as file:
+            np.save(file, duplicates, allow_pickle=False)
     failpoint(f"{segment.index_file}")
     faiss = load_faiss()
     with atomic_write(folder / segment.index_file) as file:
@@ -227,6 +241,10 @@ class SegmentReader:
         self.meta = meta
         self.rows: Int64[Array, " N"] = open_array(folder / meta.rows_file, np.dtype(np.int64), (meta.rows,))
         self.vectors = Vectors(folder / meta.vectors_file, meta.rows, dimension)
+        self.duplicates: DuplicateRows | None = None
+        if meta.duplicates:
+            table = open_array(folder / meta.duplicates_file, np.dtype(np.int64), (meta.duplicates, 2))
+            self.duplicates = DuplicateRows(table)
         self.index = _read_index(folder / meta.index_file, meta, dimension)
         self.faiss_search = make_search_function(self.index)
         self.is_approximate = INDEX_TYPES[meta.kind].effort is not None
@@ -249,6 +267,10 @@ class SegmentReader:
     def rows_at(self, positions: Int64[Array, "Q K"]) -> Int64[Array, "Q K"]:
         """The catalogue's rows at these positions; for position -1 any number."""
         return positions if self._rows_are_positions else self.rows.take(positions, mode="wrap")
+
+    def positions_of_rows(self, rows: Int64[Array, "*shape"]) -> Int64[Array, "*shape"]:
+        """The positions of these rows, all of which are in this segment."""
+        return rows if self._rows_are_positions else np.searchsorted(self.rows, rows)
 
     def positions_of(self, rows: Int64[Array, " M"]) -> Int64[Array, " K"]:
         """The positions of those of the sorted rows that are in this segment, ascending."""
@@ -302,6 +324,8 @@ _DEEP_RESULTS = 100
 _SCAN_ROWS = 16_384
 _MAX_QUERIES = 1024
 _NO_ROW = -1
+# factor by which a search goes deeper where it cuts off rows of equal score
+_DEEPER = 4
 
 ScoredRows = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
 """Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
@@ -355,17 +379,42 @@ class SegmentView:
         top = min(top, self.count)
         if self.uses_exact_scan(top):
             return self.scan(queries, top)
+        # one row more than asked for tells whether rows of equal score were cut off
+        depth = min(top + 1, self.count)
+        scores, rows = self._search_faiss_rows(queries, depth, effort_for=top)
+        while depth < self.count and self._cuts_equals(scores, rows, top):
+            depth = min(_DEEPER * depth, self.count)
+            scores, rows = self._search_faiss_rows(queries, depth, effort_for=top)
+        return scores[:, :top], rows[:, :top]
 
+    def _cuts_equals(self, scores: Float32[Array, "Q K"], rows: Int64[Array, "Q K"], top: int) -> bool:
+        """Whether rows that are not there may rank before the last of the `top`, because their score is equal."""
+        is_cut = scores[:, top - 1] == scores[:, -1]
+        # most often not, and for one query Python is faster than numpy
+        if True not in is_cut.tolist():
+            return False
+        duplicates = self.segment.duplicates
+        if duplicates is None:
+            return True
+        # all equals of a row that occurs more than once are there already
+        last = self.segment.positions_of_rows(rows[is_cut][:, [top - 1, -1]])
+        leaders = duplicates.leaders_of(last)
+        return bool(((leaders[:, 0] < 0) | (leaders[:, 0] != leaders[:, 1])).any())
+
+    def _search_faiss_rows(self, queries: Float32[Array, "Q D"], top: int, *, effort_for: int) -> ScoredRows:
+        """The `top` rows that FAISS finds with the effort for so many results."""
         # twice the results need about √2 times the effort for the same recall
-        depth = sqrt(top / _DEEP_RESULTS) if top > _DEEP_RESULTS else 1.0
+        depth = sqrt(effort_for / _DEEP_RESULTS) if effort_for > _DEEP_RESULTS else 1.0
         segment = self.segment
         is_reranked = segment.meta.rerank > 0
         if is_reranked:
-            candidates = min(num_candidates(top, segment.meta.rerank), self.count)
-            _, positions = self._search_faiss(queries, candidates, depth)
+            candidates = min(num_candidates(effort_for, segment.meta.rerank), self.count)
+            _, positions = self._search_faiss(queries, max(candidates, top), depth)
             scores, positions = rerank(segment.vectors.stored, queries, positions, top)
         else:
             scores, positions = self._search_faiss(queries, top, depth)
+        if segment.duplicates is not None:
+            scores, positions = segment.duplicates.complete(scores, positions, self.mask)
         rows = segment.rows_at(positions)
 
         # FAISS fills up with -1, so the last result tells whether it found enough
@@ -392,7 +441,11 @@ class SegmentView:
             scores = queries @ self.segment.vectors.take(positions).T
             rows = np.broadcast_to(self.segment.rows[positions], scores.shape)
             best = merge([best, _top_of_block(scores, rows, top)], top)
-        return best
+        if self.segment.duplicates is None:
+            return best
+        positions = self.segment.positions_of_rows(best[1])
+        scores, positions = self.segment.duplicates.complete(best[0], positions, self.mask)
+        return scores, self.segment.rows_at(positions)
 
     def _search_faiss(self, queries: Float32[Array, "Q D"], top: int, depth: float) -> ScoredRows:
         """Scores and positions. depth: factor on the segment's own effort; a GPU keeps its own."""
@@ -478,8 +531,12 @@ def _empty_result(queries: Float32[Array, "Q D"]) -> ScoredRows:
 
 
 def _top_of_block(scores: Float32[Array, "Q N"], rows: Int64[Array, "Q N"], top: int) -> ScoredRows:
-    """The `top` highest scores of each query, unordered."""
+    """The `top` highest scores of each query, unordered; of equal ones those of the lowest rows."""
     if scores.shape[1] <= top:
         return scores, rows
+    lowest = np.partition(scores, -top, axis=1)[:, [-top]]
+    # a score of at least the lowest of them may be one too many, where several are equal to it
+    if np.count_nonzero(scores >= lowest) > top * len(scores):
+        return _sort_by_score(scores, rows, top)
     highest = np.argpartition(-scores, top - 1, axis=1)[:, :top]
     return np.take_along_axis(scores, highest, axis=1), np.take_along_axis(rows, highest, axis=1)

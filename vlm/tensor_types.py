@@ -7,10 +7,23 @@ N images or items, T texts, K classes or results, Q queries.
 import sys
 from typing import TYPE_CHECKING
 
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, UInt8, UInt16
+from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int64, UInt8, UInt16, UInt64
 from numpy import ndarray as Array
 
-__all__ = ["Array", "Bool", "Float", "Float32", "Float64", "Int", "Int64", "Tensor", "UInt8", "UInt16"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Float16",
+    "Float32",
+    "Float64",
+    "Int",
+    "Int64",
+    "Tensor",
+    "UInt8",
+    "UInt16",
+    "UInt64",
+]
 
 if TYPE_CHECKING:
     from torch import Tensor
