@@ -8,12 +8,11 @@ the catalogue whole, each change in one transaction; after a crash, rows that no
 import contextlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import fsync_folder
 from vlm.index import metadata
+from vlm.index.caption_words import WORDS_VERSION, fold, split_ideographs
 from vlm.index.embeddings_folder import Origin, captions_from_json
 from vlm.index.facets import FieldSummary, ValueCount, count_values, summarize_fields
 from vlm.index.filter_language import Condition, matching_rows
@@ -78,8 +78,7 @@ _COPY = (
     f" SELECT row FROM old.rows WHERE died <= :seen AND died < {LATEST}) ORDER BY field, value, row",
     "INSERT INTO main.captions_text(rowid, text) SELECT row, words(captions) FROM main.rows",
 )
-# Chinese and Japanese are written without spaces: each character counts as a word, and neighbours as a phrase
-_IDEOGRAPH = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+_SET_WORDS_VERSION = f"PRAGMA user_version = {WORDS_VERSION}"
 
 
 def write_catalogue(path: Path, rows: Iterable[tuple[int, Origin]], *, generation: int = 1) -> int:
@@ -190,7 +189,7 @@ def _new(path: Path, *, old_catalogue: Path | None = None) -> Iterator[sqlite3.C
         contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
     ):
         # no journal: a file that is not finished is never named by a manifest
-        database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = FULL; {_SCHEMA}")
+        database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = FULL; {_SCHEMA}; {_SET_WORDS_VERSION}")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
         if old_catalogue:
             database.execute("ATTACH ? AS old", (str(old_catalogue),))
@@ -208,6 +207,7 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
     """Insert rows with their metadata fields and words; how many. Nothing is committed."""
     remaining = iter(rows)
     count = 0
+    folding = _folding(database)
     shards: dict[str, int] = dict(database.execute("SELECT address, id FROM shards"))
     while block := list(islice(remaining, _ROWS_AT_ONCE)):
         lines: list[tuple[Any, ...]] = []
@@ -217,7 +217,7 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
                 shards[origin.shard] = len(shards)
                 database.execute("INSERT INTO shards VALUES (?, ?)", (shards[origin.shard], origin.shard))
             lines.append((number, *_values(origin, shards[origin.shard]), generation))
-            texts.append((number, _words(origin.captions)))
+            texts.append((number, _words(origin.captions, folding)))
         database.executemany(_INSERT, lines)
         database.executemany("INSERT INTO captions_text(rowid, text) VALUES (?, ?)", texts)
         metadata.insert_metadata_fields(database, block)
@@ -235,11 +235,6 @@ def digest_of(origin: Origin) -> int:
     return _values(origin, 0)[-1]
 
 
-def as_words(text: str) -> str:
-    """The text with each Chinese or Japanese character as a word of its own."""
-    return _IDEOGRAPH.sub(r" \1 ", text)
-
-
 def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
     """The columns of a row from uid to digest. shard: the id of its shard."""
     location = (origin.number, origin.image_offset, origin.image_size, origin.caption_number)
@@ -249,15 +244,21 @@ def _values(origin: Origin, shard: int) -> tuple[Any, ...]:
     return (origin.uid, origin.key, shard, *location, captions, metadata_json, digest)
 
 
-def _words(captions: Captions) -> str:
+def _folding(database: sqlite3.Connection) -> Callable[[str], str]:
+    """How this catalogue has its words: one that was written before words were folded stays as it was."""
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return fold if version >= WORDS_VERSION else split_ideographs
+
+
+def _words(captions: Captions, folding: Callable[[str], str]) -> str:
     lines: list[str] = []
     for texts in captions.values():
-        lines += map(as_words, texts)
+        lines += map(folding, texts)
     return "\n".join(lines)
 
 
 def _words_of(captions: str) -> str:
-    return _words(captions_from_json(captions))
+    return _words(captions_from_json(captions), fold)
 
 
 @contextlib.contextmanager
@@ -417,20 +418,26 @@ class Catalogue:
     def search_text(self, words: str, top: int) -> list[Entry]:
         """The entries whose captions contain all the words, best first (BM25; ties by row).
 
-        Case and accents are ignored; nothing in `words` is an operator.
+        Case, accents and spelling variants of Latin letters are ignored (`vlm.index.caption_words`); nothing in `words`
+        is an operator.
         """
-        # in quotes, a word is a phrase to FTS5 and never an operator
-        phrases = [f'"{as_words(word)}"' for word in words.replace('"', " ").split()]
-        if not phrases:
-            return []
+        return self.entries([row for row, _ in self.rank_text(words, top)])
+
+    def rank_text(self, words: str, top: int) -> list[tuple[int, float]]:
+        """As `search_text`, but the rows, each with its BM25 score as SQLite has it: the lowest is the best."""
         with self._reading() as database:
+            folding = _folding(database)
+            # in quotes, a word is a phrase to FTS5 and never an operator; folded first, for a full-width quote folds
+            folded = [folding(word).replace('"', " ") for word in words.replace('"', " ").split()]
+            phrases = [f'"{word}"' for word in folded]
+            if not phrases:
+                return []
             cursor = database.execute(
-                "SELECT row FROM captions_text JOIN rows ON row = captions_text.rowid WHERE captions_text MATCH ?"
+                "SELECT row, rank FROM captions_text JOIN rows ON row = captions_text.rowid WHERE captions_text MATCH ?"
                 " AND born <= ? AND died > ? ORDER BY rank, row LIMIT ?",
                 (" ".join(phrases), *self._visible_at, top),
             )
-            rows = _first_column(cursor)
-        return self.entries(rows)
+            return [(row, score) for row, score in cursor]
 
     def field_summaries(self) -> list[FieldSummary]:
         """The columns of the metadata, by name."""

@@ -34,6 +34,8 @@ _ROWS_AT_ONCE = 4096
 _MAX_ROWS_FOR_ALL_PAIRS = 200_000
 _CLUSTER_ITERATIONS = 20
 _ALONE = -1
+# single precision may put the cosine of equal rows so far below 1
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class ScoreWriter:
         has_text = np.isfinite(best)
         if not has_text.any():
             raise UsageError(f"{texts.folder} holds no captions of the images of {self.images.folder}.")
-        return self._write("similarity", best, {"texts": texts.manifest.fingerprint}, is_scored=has_text)
+        return self._write("similarity", best.clip(-1, 1), {"texts": texts.manifest.fingerprint}, is_scored=has_text)
 
     def duplicates(self, threshold: float) -> ScoreColumn:
         """Groups of images linked by cosines of at least `threshold`; the number is that of the group's first row,
@@ -133,7 +135,7 @@ class ScoreWriter:
         details = {"clusters": number, "seed": seed}
         return [
             self._write("cluster", nearest.astype(np.int64), details),
-            self._write("centre-distance", (1 - cosines).astype(np.float32), details),
+            self._write("centre-distance", (1 - cosines.clip(-1, 1)).astype(np.float32), details),
         ]
 
     def near(self, target: Embeddings) -> ScoreColumn:
@@ -153,7 +155,7 @@ class ScoreWriter:
         highest: list[Float32[Array, " B"]] = []
         for block in _blocks(self.vectors, what):
             cosines, _ = index.search(block, 1)
-            highest.append(cosines[:, 0])
+            highest.append(cosines[:, 0].clip(-1, 1))
         return np.concatenate(highest)
 
     def _similar_pairs(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -170,7 +172,7 @@ class ScoreWriter:
         index.add(self.vectors)
         first = 0
         for block in _blocks(self.vectors, "duplicates"):
-            limits, _, neighbours = index.range_search(block, threshold)
+            limits, _, neighbours = index.range_search(block, threshold - _ROUNDING)
             yield first + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))), neighbours
             first += len(block)
 

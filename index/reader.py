@@ -383,7 +383,11 @@ def _nearest(
     units = _normalize_queries(queries, top, snapshot.details.space.dimension)
     if allowed_rows is not None and not (np.diff(allowed_rows) > 0).all():
         raise UsageError("allowed_rows must be distinct and ascending, as from Catalogue.where.")
-    return nearest(snapshot.views, units, top, allowed_rows)
+    scores, rows = nearest(snapshot.views, units, top, allowed_rows)
+    # rounding may lead out of the range; in place, which takes half the time of a copy by clip
+    np.minimum(scores, 1, out=scores)
+    np.maximum(scores, -1, out=scores)
+    return scores, rows
 
 
 def _normalize_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:

@@ -1,3 +1,5 @@
+import contextlib
+import sqlite3
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +32,9 @@ CAPTIONS: list[Captions] = [
     {"de": ("Ein Hündchen läuft",)},
     {},
     {"": ("a dog", "a dog", "the dog and a cat")},
+    {"pl": ("Łódź, ulica",), "de": ("Eine Straße bei Nacht",), "da": ("Smørrebrød på bordet",)},
+    {"ja": ("東京タワーの夜景", "ﾃﾚﾋﾞを見る人々")},
+    {"ko": ("강아지가 달린다",), "": ("ＦＵＬＬ width ﬁsh",), "th": ("หมาวิ่งบนชายหาด",)},
 ]
 
 
@@ -43,7 +48,7 @@ def test_entries_are_the_origins_in_the_order_asked(catalogue: Catalogue) -> Non
     entries = catalogue.entries([3, 0, 3])
     assert [entry.row for entry in entries] == [3, 0, 3]
     assert asdict(entries[1]) == asdict(origin(0, CAPTIONS[0])) | {"row": 0}
-    assert len(catalogue) == 5
+    assert len(catalogue) == len(CAPTIONS)
 
 
 def test_an_entry_is_found_by_its_uid(catalogue: Catalogue) -> None:
@@ -64,6 +69,23 @@ def test_an_entry_is_found_by_its_uid(catalogue: Catalogue) -> None:
         ("水中", [1]),
         ("中水", []),
         ("dog !", [4, 0]),
+        ("lodz", [5]),
+        ("ŁÓDŹ", [5]),
+        ("strasse", [5]),
+        ("STRASSE Nacht", [5]),
+        ("straße", [5]),
+        ("smorrebrod", [5]),
+        ("smørrebrød", [5]),
+        ("夜", [6]),
+        ("夜景", [6]),
+        ("タワー", [6]),
+        ("テレビ", [6]),
+        ("人々", [6]),
+        ("京東", []),
+        ("강아지", [7]),
+        ("fish full", [7]),
+        ("หมา", [7]),
+        ("＂dog＂", [4, 0]),
         ('dog" OR "cats', []),
         ("cats NOT dog", []),
         ("text:dog", []),
@@ -73,6 +95,34 @@ def test_an_entry_is_found_by_its_uid(catalogue: Catalogue) -> None:
 )
 def test_words_find_the_captions_that_hold_all_of_them(catalogue: Catalogue, words: str, rows: list[int]) -> None:
     assert [entry.row for entry in catalogue.search_text(words, 10)] == rows
+
+
+@pytest.fixture
+def unfolded(tmp_path: Path) -> Path:
+    """A catalogue as versions before the folding of words wrote it."""
+    path = tmp_path / "old.sqlite"
+    write_catalogue(path, [])
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 0")
+    update_catalogue(
+        path,
+        generation=1,
+        inserted=((n, origin(n, captions)) for n, captions in enumerate(CAPTIONS)),
+        deleted=np.zeros(0, np.int64),
+    )
+    return path
+
+
+def test_a_catalogue_of_before_finds_its_words_as_before_until_it_is_compacted(tmp_path: Path, unfolded: Path) -> None:
+    old = Catalogue(unfolded)
+    for words, rows in {"dog": [4, 0], "水中": [1], "Łódź": [5], "łodz": [5], "straße": [5], "夜景": [6]}.items():
+        assert [entry.row for entry in old.search_text(words, 10)] == rows
+    for words in ("lodz", "strasse"):
+        assert old.search_text(words, 10) == []
+    copy_catalogue(unfolded, tmp_path / "new.sqlite", old.rows(), seen=1, generation=2)
+    new = Catalogue(tmp_path / "new.sqlite", 2)
+    for words in ("lodz", "strasse", "straße"):
+        assert [entry.row for entry in new.search_text(words, 10)] == [5]
 
 
 def test_no_more_entries_are_given_than_asked_for(catalogue: Catalogue) -> None:
@@ -98,7 +148,7 @@ def test_a_file_that_is_no_catalogue_is_named(tmp_path: Path) -> None:
 def changed(tmp_path: Path) -> Catalogue:
     """Generation 2 of a catalogue with rows born and dead, before it and after it, and some taken back."""
     path, nobody = tmp_path / "changed.sqlite", np.zeros(0, np.int64)
-    write_catalogue(path, enumerate(origin(n, captions) for n, captions in enumerate(CAPTIONS)))
+    write_catalogue(path, enumerate(origin(n, captions) for n, captions in enumerate(CAPTIONS[:5])))
     again = origin(1, CAPTIONS[4], uid="u1")
     update_catalogue(path, generation=2, inserted=[(5, again), (6, origin(6, CAPTIONS[0]))], deleted=np.array([1, 3]))
     update_catalogue(path, generation=3, inserted=[(7, origin(7, {}))], deleted=np.array([0]))

@@ -52,6 +52,17 @@ def test_duplicates_are_linked_through_chains_and_the_rest_stand_alone(writer):
     assert set(values(writer.duplicates(1e-6)).values()) == {0}
 
 
+def test_scores_are_within_the_range_of_a_cosine_and_equal_rows_are_found_at_one(writer, texts, embeddings):
+    for column in (writer.near(Embeddings.open(embeddings)), writer.similarity(texts)):
+        assert all(-1 <= value <= 1 for value in values(column).values())
+    assert all(0 <= value <= 2 for value in values(writer.clusters(3)[1]).values())
+    groups = values(writer.duplicates(1.0))
+    keys = [origin.key for origin in writer.images.origins()]
+    for row, key in enumerate(keys):
+        is_equal = (writer.vectors == writer.vectors[row]).all(axis=1)
+        assert (groups[key] == -1) == (is_equal.sum() == 1)
+
+
 def test_clusters_and_the_distance_to_their_centres(writer):
     cluster, distance = writer.clusters(3, seed=1)
     assert set(values(cluster).values()) == {0, 1, 2}

@@ -64,15 +64,41 @@ CAPTIONED = [origin("a", "a dog"), origin("b", "a cat"), origin("c", "the dog", 
 def test_words_put_captions_that_hold_them_first(open_service: OpenService) -> None:
     service = open_service([50, 0, 60, 70], CAPTIONED)
     result = service.search(Query(texts=("0",), words="DOG"))
-    by_vector, by_words = ["b", "a", "c", "d"], [entry.uid for entry in service.index.catalogue.search_text("dog", 9)]
+    assert [entry.uid for entry in service.index.catalogue.search_text("dog", 9)] == ["d", "a", "c"]
+    # one dog in two words, as a and c have it, is one score, and so one rank
+    by_vector, by_words = ["b", "a", "c", "d"], {"d": 1, "a": 2, "c": 2}
     expected = {
-        uid: 1 / (61 + by_vector.index(uid)) + (1 / (61 + by_words.index(uid)) if uid in by_words else 0)
-        for uid in by_vector
+        uid: 1 / (61 + by_vector.index(uid)) + (1 / (60 + by_words[uid]) if uid in by_words else 0) for uid in by_vector
     }
     assert uids(result) == sorted(expected, key=lambda uid: -expected[uid])
     assert uids(result)[-1] == "b"
     assert [hit.fused for hit in result.hits] == pytest.approx(sorted(expected.values(), reverse=True))
     assert result.hits[-1].score == pytest.approx(1, abs=1e-3)
+
+
+def test_equal_captions_share_a_rank_and_the_nearest_comes_first(open_service: OpenService) -> None:
+    origins = [origin(f"u{number}", "a dog" if number % 2 else "a cat") for number in range(40)]
+    # the nearest has the highest number, so that an order by number would be the reverse
+    service = open_service(range(40, 0, -1), origins)
+    odd = [f"u{number}" for number in range(39, 0, -2)]
+    result = service.search(Query(texts=("0",), words="dog", top=20))
+    assert uids(result) == odd
+    assert result.hits[0].fused == pytest.approx(2 / 61)
+    assert result.hits[1].fused == pytest.approx(1 / 63 + 1 / 61)
+    # with fewer candidates than equal captions, those nearest to the query are candidates
+    service.num_candidates = 3
+    assert uids(service.search(Query(texts=("0",), words="dog", top=3))) == odd[:3]
+    assert pages(service, Query(texts=("0",), words="dog", top=7))[:3] == odd[:3]
+
+
+def test_an_exact_duplicate_has_a_cosine_of_at_least_one(open_service: OpenService) -> None:
+    degrees = np.random.default_rng(0).uniform(0, 360, 200).tolist()
+    service = open_service(degrees)
+    for number in range(200):
+        result = service.search(Query(items=(f"u{number}",), at_least=1.0))
+        assert f"u{number}" in uids(result)
+        assert all(1 - 2e-6 < hit.score <= 1 for hit in result.hits)
+        assert service.search(Query(texts=(str(degrees[number]),), top=200)).hits[-1].score >= -1
 
 
 def test_words_are_searched_among_the_filtered_rows_only(open_service: OpenService) -> None:

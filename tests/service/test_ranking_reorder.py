@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm.index.embeddings_folder import normalize_rows
-from vlm.service.ranking import diversify, duplicate_leaders, fuse_ranks
+from vlm.service.ranking import ScoredRanking, diversify, duplicate_leaders, fuse_ranks
 
 
 def circle(*degrees: float) -> np.ndarray:
@@ -12,9 +12,13 @@ def circle(*degrees: float) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
+def in_order(*rows: int) -> ScoredRanking:
+    return ScoredRanking(rows=np.array(rows, np.int64), scores=-np.arange(len(rows), dtype=np.float64))
+
+
 @given(rankings=st.lists(st.lists(st.integers(0, 30), unique=True, max_size=12), max_size=4))
 def test_fusion_adds_the_reciprocal_ranks(rankings: list[list[int]]) -> None:
-    rows, scores = fuse_ranks([np.array(ranking, np.int64) for ranking in rankings])
+    rows, scores = fuse_ranks([in_order(*ranking) for ranking in rankings])
     expected: dict[int, float] = {}
     for ranking in rankings:
         for rank, row in enumerate(ranking, 1):
@@ -24,8 +28,17 @@ def test_fusion_adds_the_reciprocal_ranks(rankings: list[list[int]]) -> None:
 
 
 def test_what_two_rankings_agree_on_comes_before_what_one_puts_first() -> None:
-    rows, scores = fuse_ranks([np.array([1, 2, 3]), np.array([4, 2, 5])])
+    rows, scores = fuse_ranks([in_order(1, 2, 3), in_order(4, 2, 5)])
     assert rows[scores.argmax()] == 2
+
+
+def test_rows_of_equal_scores_share_the_rank_of_the_first_of_them() -> None:
+    ranking = ScoredRanking(rows=np.array([5, 3, 9, 1, 4]), scores=np.array([0.9, 0.7, 0.7, 0.7, 0.1]))
+    assert ranking.ranks().tolist() == [1, 2, 2, 2, 5]
+    assert in_order().ranks().tolist() == []
+    rows, scores = fuse_ranks([ranking])
+    assert rows.tolist() == [1, 3, 4, 5, 9]
+    assert scores.tolist() == pytest.approx([1 / 62, 1 / 62, 1 / 65, 1 / 61, 1 / 62])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ _WHERE_HELP = (
     "(…), like 'a%', is missing, not, or, parentheses. Fields are those of the metadata, and key, language and caption."
 )
 _WORDS_HELP = (
-    "Boost captions that contain all these words: the top 1,000 of full-text search and the top 1,000 by cosine are "
+    "Boost captions that contain all these words, whatever their case and accents (lodz is in Łódź): the top 1,000 of full-text search and the top 1,000 by cosine are "
     "combined by reciprocal rank fusion; all others follow by cosine."
 )
 _DIVERSITY_HELP = (

@@ -18,7 +18,7 @@ from vlm.index.metadata import sanitize_text
 from vlm.index.reader import IndexSnapshot
 from vlm.index.segments import nearest
 from vlm.service.query import Cursor, Query
-from vlm.tensor_types import Array, Float32, Int64
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 RANK_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, §2)."""
@@ -29,24 +29,41 @@ NUM_CANDIDATES = 1000
 # FAISS sums in single precision, so rows of equal score may come out this far apart
 _TIE = 1e-6
 
+# rows are stored in half precision, so that the cosine of a row with its own image may be this far below 1
+_ROUNDING = 1e-6
+
 # factor by which a search goes deeper when too few rows are left
 _DEEPER = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoredRanking:
+    """Rows, best first, with the score that orders them; rows of equal scores share a rank."""
+
+    rows: Int64[Array, " N"]
+    scores: Float[Array, " N"]
+
+    def ranks(self) -> Int64[Array, " N"]:
+        """From 1; equals have the rank of the first of them, and as many are left out behind them."""
+        is_new = np.append(np.ones(1, bool), self.scores[1:] != self.scores[:-1])[: len(self.rows)]
+        return np.maximum.accumulate(np.where(is_new, np.arange(1, len(self.rows) + 1), 0))
+
+
 def fuse_ranks(
-    rankings: Sequence[Int64[Array, " _"]], *, constant: int = RANK_CONSTANT
+    rankings: Sequence[ScoredRanking], *, constant: int = RANK_CONSTANT
 ) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
     """Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): each row once, ascending, with its score.
 
-    A row's score is the sum over the rankings that have it of 1 / (constant + rank), ranks from 1.
+    A row's score is the sum over the rankings that have it of 1 / (constant + rank).
 
-    >>> rows, scores = fuse_ranks([np.array([7, 3]), np.array([3])])
+    >>> by_cosine = ScoredRanking(rows=np.array([7, 3, 4]), scores=np.array([0.9, 0.8, 0.8]))
+    >>> rows, scores = fuse_ranks([by_cosine, ScoredRanking(rows=np.array([3]), scores=np.array([2.5]))])
     >>> rows.tolist(), [round(score, 5) for score in scores.tolist()]
-    ([3, 7], [0.03252, 0.01639])
+    ([3, 4, 7], [0.03252, 0.01613, 0.01639])
     """
     # each starts with an empty array, so that concatenating no rankings gives no rows
-    all_rows = np.concatenate([np.zeros(0, np.int64), *rankings])
-    ranks = np.concatenate([np.zeros(0), *(np.arange(1.0, len(ranking) + 1) for ranking in rankings)])
+    all_rows = np.concatenate([np.zeros(0, np.int64), *(ranking.rows for ranking in rankings)])
+    ranks = np.concatenate([np.zeros(0), *(ranking.ranks() for ranking in rankings)])
     rows, positions = np.unique(all_rows, return_inverse=True)
     scores = np.bincount(positions, 1 / (constant + ranks), len(rows))
     return rows, scores.astype(np.float32)
@@ -65,7 +82,7 @@ def duplicate_leaders(vectors: Float32[Array, "N D"], threshold: float, *, max_l
         if not len(without_leader):
             break
         leader = without_leader[0]
-        is_duplicate = vectors[without_leader] @ vectors[leader] >= threshold
+        is_duplicate = vectors[without_leader] @ vectors[leader] >= threshold - _ROUNDING
         # a vector is its own duplicate, whatever rounding says
         is_duplicate[0] = True
         leaders[without_leader[is_duplicate]] = leader
@@ -316,36 +333,52 @@ class Ranker:
 
     def _fused(self) -> Ranking:
         """The top rows by cosine and by full-text search, in the order of reciprocal rank fusion."""
-        by_cosine = self._nearest(self.num_candidates).rows
-        by_words = self._full_text_rows(self.num_candidates)
-        rows, fused = fuse_ranks([by_cosine, by_words])
+        nearest_rows = self._nearest(self.num_candidates)
+        by_cosine = ScoredRanking(rows=nearest_rows.rows, scores=nearest_rows.cosines)
+        rows, fused = fuse_ranks([by_cosine, self._rank_words(self.num_candidates)])
         cosines = self._cosines(rows)
         order = np.lexsort((rows, -cosines, -fused))
         return self._above_min_cosine(Ranking(rows=rows[order], cosines=cosines[order], fused=fused[order]))
 
-    def _full_text_rows(self, depth: int) -> Int64[Array, " N"]:
-        """The allowed rows whose captions contain the words, best first."""
+    def _rank_words(self, depth: int) -> ScoredRanking:
+        """The allowed rows whose captions contain the words, best first; of equals at the end the nearest."""
         words = sanitize_text(self.query.words)
-        num_requested = depth
+        num_requested = depth + 1
         while True:
             # full-text search knows no filter: it is applied to ever more of its results
-            entries = self.snapshot.catalogue.search_text(words, num_requested)
-            rows = np.array([entry.row for entry in entries], np.int64)
+            ranked = self.snapshot.catalogue.rank_text(words, num_requested)
+            rows = np.array([row for row, _ in ranked], np.int64)
+            scores = np.array([score for _, score in ranked], np.float64)
             if self.allowed_rows is not None:
-                rows = rows[np.isin(rows, self.allowed_rows)]
-            if len(rows) >= depth or len(entries) < num_requested:
-                return rows[:depth]
+                is_allowed = np.isin(rows, self.allowed_rows)
+                rows, scores = rows[is_allowed], scores[is_allowed]
+            # one more than needed, to see whether equals are cut off
+            is_enough = len(rows) > depth and scores[-1] != scores[depth - 1]
+            if is_enough or len(ranked) < num_requested:
+                return self._without_far_equals(ScoredRanking(rows=rows, scores=scores), depth)
             num_requested *= _DEEPER
+
+    def _without_far_equals(self, ranking: ScoredRanking, depth: int) -> ScoredRanking:
+        """The first `depth` of the ranking; of those that are equal to the last of them the nearest to the query."""
+        rows, scores = ranking.rows, ranking.scores
+        if len(rows) <= depth or scores[depth] != scores[depth - 1]:
+            return ScoredRanking(rows=rows[:depth], scores=scores[:depth])
+        equals = np.flatnonzero(scores == scores[depth - 1])
+        # many captions may be equal, as those of a class; the search by cosine bounds what is read of their rows
+        needed = depth - int(equals[0])
+        _, row_table = nearest(self.snapshot.views, self.query_vector[None], needed, np.sort(rows[equals]))
+        selected = np.append(rows[: equals[0]], row_table[0])
+        return ScoredRanking(rows=selected, scores=scores[: len(selected)])
 
     def _above_min_cosine(self, ranking: Ranking) -> Ranking:
         if self.query.at_least is None:
             return ranking
-        return ranking.take(np.flatnonzero(ranking.cosines >= self.query.at_least))
+        return ranking.take(np.flatnonzero(ranking.cosines >= self.query.at_least - _ROUNDING))
 
     def _cosines(self, rows: Int64[Array, " N"]) -> Float32[Array, " N"]:
         # in double precision, so that a row has the same score however it was found and with whatever others
         exact = self.snapshot.vectors(rows).astype(np.float64) @ self.query_vector.astype(np.float64)
-        return exact.astype(np.float32)
+        return exact.clip(-1, 1).astype(np.float32)
 
 
 def _rerank(results: Ranking, reranker: Reranker, count: int) -> Ranking:
