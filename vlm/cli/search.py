@@ -34,8 +34,8 @@ _WHERE_HELP = (
     "(…), like 'a%', is missing, not, or, parentheses. Fields are those of the metadata, and key, language and caption."
 )
 _WORDS_HELP = (
-    "Boost captions that contain all these words, whatever their case and accents (lodz is in Łódź): the top 1,000 of full-text search and the top 1,000 by cosine are "
-    "combined by reciprocal rank fusion; all others follow by cosine."
+    "Boost captions that contain all these words, whatever their case and accents (lodz is in Łódź): the top 1,000 of "
+    "full-text search and the top 1,000 by cosine are combined by reciprocal rank fusion; all others follow by cosine."
 )
 _DIVERSITY_HELP = (
     "Maximal marginal relevance on the top 1,000, from 0 (relevance only) to 1 (diversity only); the others follow."
