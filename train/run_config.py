@@ -20,7 +20,7 @@ class ModelConfig:
     """tiny, tiny-coca, small, any open_clip architecture (ViT-B-32, coca_ViT-L-14), or IMAGE_TOWER+TEXT_TOWER."""
 
     start_from: str = ""
-    """MODEL to initialise from: weights, image transform and tokenizer; empty initialises randomly."""
+    """MODEL to initialise from: architecture, weights, image transform and tokenizer; empty initialises randomly."""
 
     tokenizer: str = "clip"
     """clip, a SentencePiece .model file, or a Hugging Face folder."""
@@ -29,7 +29,7 @@ class ModelConfig:
     """Context length in tokens; 0 uses the architecture's."""
 
     image_size: int = 0
-    """Input resolution in pixels; 0 uses the architecture's."""
+    """Input resolution in pixels; 0 uses the architecture's. Position embeddings of start_from are interpolated."""
 
     lock: Literal["", "image", "text"] = ""
     """Tower to freeze: `image` is locked-image tuning (LiT)."""

@@ -44,6 +44,7 @@ from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
 from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.load import CHECKPOINTS, load_network
 from vlm.models.model import VisionLanguageModel
+from vlm.models.resolution import with_image_size
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import set_dropout
 from vlm.train.averaging import EMA
@@ -184,6 +185,12 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
             f"The warm-up of {config.optimizer.warmup_steps:,} steps is as long as the run of {steps:,} or longer: the "
             "learning rate never reaches its peak. Give a smaller --warmup-steps, or train longer."
         )
+    num_samples = corpus.order.num_samples
+    if accelerator.is_main_process and config.objective.same_pairs == "negative" and config.batch_size > num_samples:
+        logger.warning(
+            f"A batch of {config.batch_size:,} holds samples twice, since there are {num_samples:,}: each is then a "
+            "negative of its own copy. Give a smaller --batch-size, or --same-pairs ignore."
+        )
     return Session(
         config=config,
         folder=Path(config.run),
@@ -247,7 +254,7 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
     """
     model_settings = config.model
     if model_settings.start_from:
-        model = dataclasses.replace(load_network(model_settings.start_from, device=str(device)), name=config.run)
+        model = dataclasses.replace(_start_model(model_settings, str(device)), name=config.run)
         if model_settings.dropout or model_settings.drop_path or model_settings.patch_dropout:
             model = _with_dropout(model, model_settings)
     else:
@@ -262,6 +269,21 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
     if model_settings.gradient_checkpointing:
         model.network.set_grad_checkpointing(True)
     return model
+
+
+def _start_model(model_settings: ModelConfig, device: str) -> VisionLanguageModel:
+    """The model of `start_from`, with the image size that is configured."""
+    model = load_network(model_settings.start_from, device=device)
+    length = model.tokenizer.context_length
+    if model_settings.context_length not in (0, length):
+        raise UsageError(
+            f"{model_settings.start_from} reads {length} tokens, and --context-length {model_settings.context_length} "
+            "does not change that; leave it out."
+        )
+    pixels = model_settings.image_size or model.view.size
+    if pixels != model.view.size:
+        logger.info(f"The image tower of {model_settings.start_from} goes from {model.view.size} to {pixels} px.")
+    return with_image_size(model, pixels)
 
 
 def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) -> VisionLanguageModel:

@@ -170,6 +170,24 @@ def test_fine_tuning_starts_from_a_model(configure):
     assert_same_weights(first.run, second.run)
 
 
+def test_fine_tuning_at_another_image_size_interpolates_the_positions(configure):
+    """It used to train at the old size, whatever --image-size said."""
+    first = configure("first", steps=2)
+    train(first)
+    train(configure("second", steps=1, model={"start_from": first.run, "image_size": 48}))
+    assert load_model(str(Path(first.run).parent / "second")).view.size == 48
+    with pytest.raises(UsageError, match="reads 24 tokens, and --context-length 12 does not change that"):
+        train(configure("third", steps=1, model={"start_from": first.run, "context_length": 12}))
+
+
+def test_a_batch_larger_than_the_data_is_told(configure, logged):
+    train(configure("run", steps=1, batch_size=600))
+    assert "A batch of 600 holds samples twice" in logged.text
+    logged.clear()
+    train(configure("other", steps=1, batch_size=600, objective={"same_pairs": "ignore"}))
+    assert "holds samples twice" not in logged.text
+
+
 @pytest.mark.parametrize("objective", ["clip", "coca"])
 def test_micro_batches_train_as_the_whole_batch(configure, history, objective):
     architecture = {"clip": "micro", "coca": "micro-coca"}[objective]
