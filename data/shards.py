@@ -2,9 +2,10 @@
 
 import glob
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from braceexpand import braceexpand
 
@@ -25,7 +26,12 @@ from vlm.storage import (
     url_basename,
 )
 
-__all__ = ["count_samples", "expand_shards", "is_remote", "shards_fingerprint"]
+__all__ = ["count_samples", "expand_shards", "is_remote", "shards_fingerprint", "track_indexing"]
+
+INDEXING_DELAY_SECONDS = 2.0
+"""Opening the indexes of shards shows no progress before so many seconds."""
+
+Item = TypeVar("Item")
 
 _THREADS = 8
 _MANY_REMOTE = 4
@@ -47,9 +53,20 @@ def expand_shards(url: str) -> list[str]:
     for part in split_urls(url):
         found = _expand_remote(part) if is_remote(part) else _expand_local(local_path(part))
         if not found:
-            raise UsageError(f"No shards (*.tar) at {part!r}; give a folder, a tar, or a pattern as {{000..099}}.tar.")
+            raise UsageError(
+                f"No shards (*.tar) at {part!r}; give a folder, a tar, or a pattern as {{000..099}}.tar."
+                f"{'' if is_remote(part) else deeper_tars_hint(local_path(part))}"
+            )
         shards += found
     return shards
+
+
+def deeper_tars_hint(folder: str) -> str:
+    """How to name the tars in the folders of a folder, as a sentence to append; empty if there are none."""
+    for tar in Path(folder).glob("**/*.tar"):
+        if tar.is_file():
+            return f" Its tars lie deeper; name them by a pattern: '{folder.rstrip('/')}/**/*.tar'."
+    return ""
 
 
 def _expand_local(part: str) -> list[str]:
@@ -131,18 +148,27 @@ def count_samples(shards: list[str], *, allow_damage: bool = False, cache: Shard
     Raises:
         VlmError: a shard is cut short (unless allowed) or holds no sample.
     """
-    num_cached = sum(map(needs_cache, shards))
-    if num_cached < _MANY_REMOTE:
-        return [_count(shard, open_index(shard, cache), allow_damage=allow_damage) for shard in shards]
+    if sum(map(needs_cache, shards)) < _MANY_REMOTE:
+        return _counts(shards, (open_index(shard, cache) for shard in shards), allow_damage=allow_damage)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="vlm-count") as pool:
         indexes = pool.map(lambda shard: open_index(shard, cache), shards)
-        shown = track(zip(shards, indexes, strict=True), total=len(shards), what="indexing shards", unit="shard")
         try:
-            return [_count(shard, index, allow_damage=allow_damage) for shard, index in shown]
+            return _counts(shards, indexes, allow_damage=allow_damage)
         except BaseException:
             # an error or an interrupt must not wait for the shards still queued to be fetched
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def track_indexing(items: Iterable[Item], *, total: int) -> Iterator[Item]:
+    """Yield something for each shard whose index is opened; a bar shows once it takes long."""
+    # an index takes a millisecond if cached, but the scan of a new tar of 10,000 samples a second
+    return track(items, total=total, what="indexing shards", unit="shard", delay=INDEXING_DELAY_SECONDS)
+
+
+def _counts(shards: Sequence[str], indexes: Iterable[TarIndex], *, allow_damage: bool) -> list[int]:
+    shown = track_indexing(zip(shards, indexes, strict=True), total=len(shards))
+    return [_count(shard, index, allow_damage=allow_damage) for shard, index in shown]
 
 
 def _count(shard: str, index: TarIndex, *, allow_damage: bool) -> int:

@@ -133,13 +133,16 @@ def bar(share: float, *, width: int = 30) -> str:
     return "█" * filled + "·" * (width - filled)
 
 
-def progress(*, total: int, what: str, done: int = 0, unit: str = "it", is_shown: bool = True) -> "tqdm[NoReturn]":
+def progress(
+    *, total: int, what: str, done: int = 0, unit: str = "it", is_shown: bool = True, delay: float = 0.0
+) -> "tqdm[NoReturn]":
     """A progress bar on stderr; if that is not a terminal, a line every ten seconds.
 
     It is drawn where the package's INFO messages are shown: by the command line, unless --quiet, and by a program that
     configures logging so.
 
     is_shown: False draws none, for work that is done in a moment.
+    delay: seconds before it is first drawn, for what mostly takes less.
     """
     from tqdm import tqdm
 
@@ -150,6 +153,7 @@ def progress(*, total: int, what: str, done: int = 0, unit: str = "it", is_shown
         desc=what,
         initial=done,
         unit=unit,
+        delay=delay,
         file=sys.stderr if is_terminal else _Lines(sys.stderr),
         mininterval=0.1 if is_terminal else _LOG_INTERVAL_SECONDS,
         dynamic_ncols=is_terminal,
@@ -172,9 +176,9 @@ class _Lines:
         self._stream.flush()
 
 
-def track(items: Iterable[Item], *, total: int, what: str, unit: str = "it") -> Iterator[Item]:
-    """Yield the items with a progress bar on stderr."""
-    with progress(total=total, what=what, unit=unit) as progress_bar:
+def track(items: Iterable[Item], *, total: int, what: str, unit: str = "it", delay: float = 0.0) -> Iterator[Item]:
+    """Yield the items with a progress bar on stderr, as `progress` draws it."""
+    with progress(total=total, what=what, unit=unit, delay=delay) as progress_bar:
         # counted after the yield: the consumer is done with the item then
         for item in items:
             yield item

@@ -14,6 +14,7 @@ from vlm.data.inspection.findings import BadRecord, Inspection
 from vlm.data.inspection.sample_scan import SampleScanner, ScanChunk, ScanOptions
 from vlm.data.inspection.statistics import DatasetStats
 from vlm.data.shard_workers import scan_shards
+from vlm.data.shards import track_indexing
 from vlm.data.tar import ShardReader, open_index
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError
@@ -113,7 +114,7 @@ class _ShardLayout:
         self.unused: Counter[str] = Counter()
         self.damaged: list[BadRecord] = []
         is_any_read = False
-        for shard in shards:
+        for shard in track_indexing(shards, total=len(shards)):
             try:
                 index = open_index(shard)
             except VlmError as error:

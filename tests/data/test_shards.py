@@ -7,6 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
+from vlm.console import log_to_stderr
+from vlm.data.inspection.inspection import inspect_shards
 from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
@@ -249,3 +251,23 @@ def test_a_name_that_holds_the_signs_of_patterns_is_taken_as_it_is(write_shard, 
         (tmp_path / folder).mkdir()
         made = write_shard(f"{folder}/x{{y}}.tar", some(1))
         assert expand_shards(str(tmp_path / folder)) == expand_shards(made) == [made]
+
+
+@pytest.mark.parametrize("delay", [0.0, 60.0])
+def test_indexing_many_local_shards_shows_progress_once_it_takes_long(write_shard, some, capsys, monkeypatch, delay):
+    urls = [write_shard(f"{number}.tar", some(2)) for number in range(5)]
+    monkeypatch.setattr("vlm.data.shards.INDEXING_DELAY_SECONDS", delay)
+    with log_to_stderr():
+        assert count_samples(urls) == [2] * 5
+        assert inspect_shards(urls).samples == 10
+    drawn = capsys.readouterr().err.count("indexing shards: 100%")
+    assert drawn == (2 if delay == 0 else 0)
+
+
+def test_a_folder_of_folders_of_shards_is_refused_with_the_pattern_that_names_them(write_shard, some, tmp_path):
+    for part in ("part0", "part1"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        write_shard(f"set/{part}/00000.tar", some(2))
+    with pytest.raises(UsageError, match=r"No shards.*Its tars lie deeper.*set/\*\*/\*\.tar'"):
+        expand_shards(f"{tmp_path}/set/")
+    assert count_samples(expand_shards(f"{tmp_path}/set/**/*.tar")) == [2, 2]
