@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vlm.api.data import train_tokenizer as train_tokenizer
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
+    from vlm.api.local_models import fetch_model as fetch_model
+    from vlm.api.local_models import list_models as list_models
     from vlm.api.training import embed as embed
     from vlm.api.training import evaluate as evaluate
     from vlm.api.training import train as train
@@ -27,6 +29,8 @@ __all__ = [
     "VlmError",
     "embed",
     "evaluate",
+    "fetch_model",
+    "list_models",
     "load",
     "pack",
     "stream",
@@ -40,6 +44,8 @@ _MODULES: dict[str, str] = {
     "Model": "vlm.api.inference",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",
+    "fetch_model": "vlm.api.local_models",
+    "list_models": "vlm.api.local_models",
     "load": "vlm.api.inference",
     "pack": "vlm.api.data",
     "stream": "vlm.api.data",

@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("train", "Train", "pretrain or fine-tune on shards"),
     "runs": ("runs", "ListRuns", "list training runs with progress, quality and throughput"),
     "runs compare": ("runs", "CompareRuns", "compare runs with each other, or with a recipe's reference curves"),
+    "models": ("models", "ListModels", "list the models that load without a network, and fetch one ahead"),
     "soup": ("soup", "MakeSoup", "average fine-tuned models: uniform, weighted, greedy, interpolated"),
     "export": ("export", "Export", "a model → another tool's format, verified there"),
     "eval": ("eval", "Eval", "zero-shot, retrieval and caption accuracy of a model, as JSON and a page"),
