@@ -428,7 +428,8 @@ class Catalogue:
         with self._reading() as database:
             folding = _folding(database)
             # in quotes, a word is a phrase to FTS5 and never an operator; folded first, for a full-width quote folds
-            folded = [folding(word).replace('"', " ") for word in words.replace('"', " ").split()]
+            names = metadata.sanitize_text(words).replace('"', " ").split()
+            folded = [folding(name).replace('"', " ") for name in names]
             phrases = [f'"{word}"' for word in folded]
             if not phrases:
                 return []

@@ -2,6 +2,8 @@
 
     field = value        one of the field's values equals this; `==` and `has` are the same
     field < <= > >= 1.5  one of them compares so: numbers by size, texts by character (so do dates as 2024-05-31)
+    field < '2025-12-01T08:30+09:00'   a time with a zone or Z is compared as an instant, also by = and in; stored times
+                         without a zone then count as UTC
     field in (1, 'a')    one of them is one of these
     field like 'a%'      one of them matches: % is any run of characters; A to Z match a to z
     field is missing     the row has no value of the field
@@ -37,6 +39,7 @@ import numpy as np
 
 from vlm.config import suggest
 from vlm.errors import UsageError
+from vlm.index.instants import has_zone, instant_of
 from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
 from vlm.tensor_types import Array, Int64
 
@@ -284,7 +287,8 @@ class _Parser:
     def _parse_predicate(self) -> Condition:
         name = self._token
         if name.kind not in ("name", "quoted"):
-            self._refuse("the name of a field")
+            is_keyword = name.text in _KEYWORDS
+            self._refuse("the name of a field" + (f', which if it is {name.text} needs "quotes"' if is_keyword else ""))
         self._next += 1
         field = str(name.value)
         column = name.column
@@ -453,6 +457,8 @@ class _Evaluator:
 
     def _fetch(self, sql: str, *values: FieldValue) -> RowIds:
         # plain tuples: the connection's row objects would cost more than the query
+        if "instant(" in sql:
+            self.database.create_function("instant", 1, instant_of, deterministic=True)
         cursor = self.database.cursor()
         cursor.row_factory = None
         return _sorted_set(np.fromiter(chain.from_iterable(cursor.execute(sql, values)), np.int64))
@@ -463,6 +469,8 @@ class _Evaluator:
             # these read all values of a field, or all rows
             case Not() | IsNull() | Like():
                 return _COST_LIMIT
+            case IsIn() | Compare() if _instants(condition):
+                return _COST_LIMIT
             case And(parts):
                 return min(map(self._estimated_cost, parts))
             case Or(parts):
@@ -470,6 +478,17 @@ class _Evaluator:
         predicate_sql, values = _predicate_sql(condition)
         sql = f"SELECT count(*) FROM (SELECT 1 FROM facts WHERE field = ? AND {predicate_sql} LIMIT {_COST_LIMIT})"
         return self.database.execute(sql, (self.fields[condition.field], *values)).fetchone()[0]
+
+
+def _instants(predicate: Predicate) -> tuple[str, ...]:
+    """Those of its values that are times with a zone."""
+    if isinstance(predicate, Like):
+        return ()
+    return tuple(value for value in _values(predicate) if isinstance(value, str) and has_zone(value))
+
+
+def _marks(values: Sequence[FieldValue]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _sorted_set(rows: RowIds) -> RowIds:
@@ -480,9 +499,18 @@ def _sorted_set(rows: RowIds) -> RowIds:
 
 def _predicate_sql(predicate: IsIn | Compare | Like) -> tuple[str, tuple[FieldValue, ...]]:
     """The predicate on a metadata value in SQL, and the values of its parameters."""
+    instants = _instants(predicate)
     match predicate:
+        case IsIn(values=values) if instants:
+            others = tuple(value for value in values if value not in instants)
+            marks = f"instant(value) IN ({_marks(instants)})"
+            if others:
+                marks = f"({marks} OR value IN ({_marks(others)}))"
+            return marks, (*map(str, map(instant_of, instants)), *others)
+        case Compare(operator=operator) if instants:
+            return f"instant(value) {operator} ? AND {_IS_TEXT}", (str(instant_of(instants[0])),)
         case IsIn(values=values):
-            return (_EQUAL if len(values) == 1 else f"value IN ({', '.join('?' * len(values))})"), values
+            return (_EQUAL if len(values) == 1 else f"value IN ({_marks(values)})"), values
         case Compare(operator=operator, value=value):
             return f"value {operator} ? AND {_IS_TEXT if isinstance(value, str) else _IS_NUMBER}", (value,)
         case Like(pattern=pattern):

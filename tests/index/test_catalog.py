@@ -91,6 +91,9 @@ def test_an_entry_is_found_by_its_uid(catalogue: Catalogue) -> None:
         ("text:dog", []),
         ("", []),
         ('" *', []),
+        ("dog\0", [4, 0]),
+        ("\ud800 dog", [4, 0]),
+        ("\0", []),
     ],
 )
 def test_words_find_the_captions_that_hold_all_of_them(catalogue: Catalogue, words: str, rows: list[int]) -> None:

@@ -79,6 +79,40 @@ def test_a_filter_chooses_rows(images: sqlite3.Connection, text: str, rows: list
     assert chosen(images, text) == rows
 
 
+TIMES: list[Metadata] = [
+    {"at": "2025-12-01T08:30:00+09:00"},
+    {"at": "2025-11-30T23:30:00Z"},
+    {"at": "2025-11-30T23:30:00.000000001+00:00"},
+    {"at": "2025-11-30T18:00-05:00"},
+    {"at": "2025-12-01 09:00:00"},
+    {"at": "2025-12-01"},
+    {"at": "soon"},
+    {"at": ["2025-12-02T00:00:00+14:00", 7]},
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("at = '2025-11-30T23:30:00Z'", [0, 1]),
+        ("at = '2025-12-01T08:30+0900'", [0, 1]),
+        ("at != '2025-11-30T23:30:00Z'", [2, 3, 4, 5, 6, 7]),
+        ("at < '2025-11-30T23:30:00Z'", [3]),
+        ("at <= '2025-11-30T23:30:00.000000001Z'", [0, 1, 2, 3]),
+        ("at > '2025-11-30T23:30:00Z'", [2, 4, 5, 7]),
+        ("at >= '2025-12-01T00:00:00Z'", [4, 5, 7]),
+        ("at in ('2025-11-30T23:30:00Z', 'soon', 7)", [0, 1, 6, 7]),
+        ("at > '2025-11-30T23:30:00Z' and at < '2025-12-01T01:00:00Z'", [2, 5]),
+        ("at < '2025-12-01'", [1, 2, 3]),
+        ("at = '2025-11-31T23:30:00Z'", []),
+    ],
+)
+def test_times_with_a_zone_are_compared_as_instants(text: str, rows: list[int]) -> None:
+    """Texts alone, 08:30+09:00 and 23:30Z of the day before would differ, and sort by the clock on the wall."""
+    assert chosen(open_facts(TIMES), text) == rows
+
+
 def test_a_filter_is_read_as_it_is_meant() -> None:
     both = And((IsIn(field="a", values=(1,)), IsIn(field="b", values=("x",))))
     less = Compare(field="c", operator="<", value=2)
@@ -107,7 +141,7 @@ def test_a_filter_is_read_as_it_is_meant() -> None:
         ("width is 5", "column 10: expected missing, found '5'"),
         ("width not = 5", "column 11: expected one of = !="),
         ("'width' = 5", "column 1: expected the name of a field, found 'width'"),
-        ("and = 5", "column 1: expected the name of a field, found 'and'"),
+        ("and = 5", "column 1: expected the name of a field, which if it is and needs \"quotes\", found 'and'"),
         ("language = 'en", r"column 12, .*lacks its closing quote"),
         ('"language = 5', r"column 1, .*a name or a text lacks its closing quote"),
         ("a = 5; drop table facts", r"column 6, '; drop table facts': names that hold more"),
