@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -210,6 +211,11 @@ class TarIndex:
                 arrays[array["name"]] = Span(array["offset"], array["size"])
         image, text, json = spans
         return Member(self._keys[number].as_py(), image, text, json, arrays)
+
+    def repeated_keys(self) -> list[str]:
+        """The key of each sample that begins with a member whose name the sample before it has already."""
+        keys = self.sample_keys()
+        return [key for before, key in pairwise(keys) if key == before]
 
     def sample_keys(self) -> list[str]:
         """The keys of all samples."""

@@ -258,16 +258,19 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
 def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     """Those of the texts that do not fit into the context, whose end is therefore never seen.
 
-    A text is cut when its row is the same without its last word.
+    A text is cut when its row is the same without its last word, or without its last character, where there are no
+    words (Chinese) or the last one is cut in its middle.
     """
     if not texts:
         return []
     cut: list[str] = []
     for text, row in zip(texts, tokenizer.encode(texts), strict=True):
-        words = text.split()
         # a row with padding left has room, so its text was not cut; the costly check is for full rows alone
         is_full = row[-1] == tokenizer.end_token or row[-1] != tokenizer.pad_token
-        if is_full and len(words) > 1 and (tokenizer.encode([" ".join(words[:-1])])[0] == row).all():
+        if not is_full or not text.strip():
+            continue
+        shorter = [" ".join(text.split()[:-1]), text.strip()[:-1]]
+        if (tokenizer.encode(shorter) == row).all(axis=1).any():
             cut.append(text)
     return cut
 

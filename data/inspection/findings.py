@@ -79,6 +79,8 @@ class Inspection:
     context_length: of the tokenizer, if one was given.
     caption_lines: samples whose captions go over several lines, and the captions there are if each line is one.
     garbled_captions: captions with bytes that are not UTF-8, each of which reads as �.
+    repeated_members: by shard and key, how often a member name came again within a sample and began another one of the
+        same key; the most frequent. num_repeated_members: of all.
     unused_members: members of the shards that are not part of any sample, by extension.
     """
 
@@ -100,6 +102,8 @@ class Inspection:
     context_length: int | None
     caption_lines: dict[str, int] | None
     garbled_captions: int
+    repeated_members: dict[str, int]
+    num_repeated_members: int
     unused_members: dict[str, int]
     columns: dict[str, ColumnStats]
     duplicate_pictures: int

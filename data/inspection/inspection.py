@@ -19,6 +19,7 @@ from vlm.data.tar import ShardReader, open_index
 from vlm.data.tokenizers import open_tokenizer
 from vlm.errors import UsageError, VlmError
 from vlm.files import content_digest
+from vlm.storage import url_basename
 
 if TYPE_CHECKING:
     from vlm.data.selection import Selection
@@ -101,7 +102,8 @@ class _ShardLayout:
     """The shards with what their indexes say; samples are numbered through over all shards.
 
     starts: number of the first sample of each shard, and the total. damaged: shards that end early, cannot be read, or
-    hold no samples. unused: members that no sample uses, by extension.
+    hold no samples. unused: members that no sample uses, by extension. repeated: samples that begin with a member
+        whose name the sample before has already, by shard and key.
 
     Raises:
         VlmError: none can be read.
@@ -112,6 +114,7 @@ class _ShardLayout:
         self.starts = [0]
         self.image_bytes = 0
         self.unused: Counter[str] = Counter()
+        self.repeated: Counter[str] = Counter()
         self.damaged: list[BadRecord] = []
         is_any_read = False
         for shard in track_indexing(shards, total=len(shards)):
@@ -125,6 +128,7 @@ class _ShardLayout:
             self.starts.append(self.starts[-1] + len(index))
             self.image_bytes += index.image_bytes()
             self.unused.update(index.unused)
+            self.repeated.update(f"{url_basename(shard)}: {key}" for key in index.repeated_keys())
             is_any_read = True
             if not len(index) and not index.damage:
                 detail = "no key.jpg with key.txt or key.json; leave it out, training and embedding refuse it"
@@ -198,6 +202,8 @@ def _inspection(
         context_length=context_length,
         caption_lines=stats.caption_lines(),
         garbled_captions=stats.garbled_captions,
+        repeated_members=dict(layout.repeated.most_common(_MAX_UNUSED)),
+        num_repeated_members=layout.repeated.total(),
         unused_members=dict(layout.unused.most_common(_MAX_UNUSED)),
         columns=stats.columns(),
         near_duplicates=near_duplicates,

@@ -1,5 +1,6 @@
 """Pairs out of shards that others wrote: img2dataset's output and any WebDataset tars."""
 
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from io import BytesIO
@@ -20,6 +21,8 @@ from vlm.data.sources.table import unique_keys
 from vlm.data.tar import ShardReader, open_index, read_entries
 from vlm.errors import BadSample, VlmError
 from vlm.files import compute_fingerprint
+
+logger = logging.getLogger(__name__)
 
 _GZIP_BEGINS = b"\x1f\x8b"
 # of up to 1 MiB of plain bytes each, 64 KiB where they do not shrink
@@ -59,8 +62,16 @@ class ShardSource:
         if selection is not None:
             self._numbers = np.repeat(self._numbers, np.concatenate(selection.times_of(shards)))
         keys: list[str] = []
+        repeated: list[str] = []
         for shard in shards:
-            keys += open_index(shard).sample_keys()
+            index = open_index(shard)
+            keys += index.sample_keys()
+            repeated += [f"{shard}: {key}" for key in index.repeated_keys()]
+        if repeated:
+            logger.warning(
+                f"In {len(repeated):,} samples a member name comes twice, the first in {repeated[0]}; the second is "
+                "a sample of its own, whose key gets a number."
+            )
         # shards of different origin repeat keys, and so does a selection that repeats samples
         self._keys = unique_keys([(keys[number], None) for number in self._numbers])
 

@@ -4,8 +4,11 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +168,52 @@ def test_the_line_of_a_question_that_cannot_be_answered_is_named(
     assert code == 2
     assert "Line 281 of the queries: " in err
     assert message in err
+
+
+@dataclass
+class ReadingModel(CircleModel):
+    """A model of whose texts the first eight pieces are seen, each of which is a character."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(encode=self._encode, pad_token=0, end_token=1)
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(texts), 8), np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            pieces = [ord(character) for character in text][:7]
+            row[: len(pieces) + 1] = [*pieces, 1]
+        return rows
+
+    def embed_texts(self, texts: Sequence[str]) -> Any:
+        return super().embed_texts(["0"] * len(texts))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cut"),
+    [
+        ("a jug on a table", True),
+        ("a jugs on", True),
+        ("a juggernaut", True),
+        ("桌上有一个水壶和杯子", True),
+        ("a jug", False),
+        ("seven 7", False),
+        ("水壶", False),
+    ],
+)
+@pytest.mark.parametrize("is_minus", [False, True])
+def test_a_query_cut_at_the_context_length_is_told(
+    search: Search, monkeypatch: pytest.MonkeyPatch, text: str, is_cut: bool, is_minus: bool
+) -> None:
+    monkeypatch.setattr("vlm.models.load.load_model", lambda _: ReadingModel(fingerprint="none"))
+    words = ["--like", "u8", "--minus", text] if is_minus else [text]
+    code, _, err = search(*words)
+    assert code == 0
+    assert ("longer than the model's context and was truncated" in err) == is_cut
+    if is_cut:
+        assert f"{text[:60]!r} … ({len(text)} characters)" in err
+    code, out, _ = search(*words, "--json")
+    assert json.loads(out).get("cut") == ([text] if is_cut else None)
 
 
 def test_the_row_of_a_vector_that_cannot_be_asked_is_named(search: Search, tmp_path: Path) -> None:

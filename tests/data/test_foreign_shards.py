@@ -101,6 +101,27 @@ def test_members_that_no_sample_uses_are_counted(write_tar, make_image, tmp_path
     assert TarIndex(cached).unused == inspection.unused_members
 
 
+def test_member_names_that_come_twice_are_counted_and_named(write_tar, make_image, tmp_path, logged):
+    twice = [("a.jpg", make_image(0)), ("a.txt", b"one"), ("a.jpg", make_image(1)), ("a.txt", b"two")]
+    alone = [("b.jpg", make_image(2)), ("b.txt", b"three"), ("c.jpg", make_image(3)), ("c.txt", b"four")]
+    url = write_tar("0.tar", [*twice, *alone])
+    inspection = inspect_shards([url])
+    assert (inspection.samples, inspection.num_repeated_members) == (4, 1)
+    assert inspection.repeated_members == {"0.tar: a": 1}
+    assert "member names that come twice" in contact_sheet(inspection, title="twice")
+    summary = pack(open_source(url), tmp_path / "out")
+    assert f"In 1 samples a member name comes twice, the first in {url}: a" in logged.text
+    reader = ShardReader(str(tmp_path / "out" / "shard-00000.tar"))
+    samples = [reader.read(number) for number in range(summary.samples)]
+    reader.close()
+    assert [(sample.key, sample.captions[""]) for sample in samples] == [
+        ("a", ("one",)),
+        ("a-2", ("two",)),
+        ("b", ("three",)),
+        ("c", ("four",)),
+    ]
+
+
 TEXTS = {"0": "Café à la crème", "1": "ein Hügel", "2": "a dog"}
 
 

@@ -130,6 +130,9 @@ def _overview_fields(inspection: "Inspection") -> dict[str, Any]:
         fields["captions not in UTF-8"] = inspection.garbled_captions
     if inspection.unused_members:
         fields["members not used"] = _counts({f".{name}": count for name, count in inspection.unused_members.items()})
+    if inspection.num_repeated_members:
+        first = next(iter(inspection.repeated_members))
+        fields["member names that come twice"] = f"{inspection.num_repeated_members:,} (as in {first})"
     reasons = inspection.reasons
     return fields | {
         "duplicate keys": inspection.duplicate_keys,
