@@ -3,7 +3,9 @@
 The sources of a mixture are named in a TOML file, one `[[source]]` table each.
 """
 
+import logging
 import math
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -15,12 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm.config import suggest
+from vlm.console import pluralize
 from vlm.data.sampler import DEFAULT_WINDOW, Mixture, SampleOrder, Sampler, integer_shares
 from vlm.data.selection import read_selection
 from vlm.data.shard_cache import ShardCache
-from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
+from vlm.data.shards import count_samples, expand_shards, is_remote, shards_fingerprint
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
+
+logger = logging.getLogger(__name__)
 
 MIXTURE_SUFFIX = ".toml"
 _NAME = re.compile(r"[\w][\w.\-]*")
@@ -99,6 +104,11 @@ def _parse_source(table: dict[str, Any], where: str) -> Source:
             raise UsageError(f"{where}: {name} = {value!r} must be a string.")
     if not table.get("data"):
         raise UsageError(f"{where}: data is required: a folder, pattern or URL of shards.")
+    if table["data"].endswith(MIXTURE_SUFFIX):
+        raise UsageError(
+            f"{where}: data = {table['data']!r} is a mixture itself; write its sources here, with their weights times "
+            "its own."
+        )
     source = Source(**table)
     if source.name and not _NAME.fullmatch(source.name):
         raise UsageError(f"{where}: name = {source.name!r} names files; use letters, digits, dots and dashes.")
@@ -148,6 +158,7 @@ def open_corpus(
         options = _OpenOptions(_source_seed(seed, number), window, allow_damage, cache)
         opened.append(_open_source(source, options))
     order, shares = _mix_sources(sources, [source.order for source in opened])
+    _warn_of_repeated_samples(sources, opened)
 
     first_shards = [0]
     shards: list[str] = []
@@ -206,6 +217,29 @@ def _open_source(source: Source, options: _OpenOptions) -> _OpenedSource:
         raise UsageError(f"The selection {source.selection} leaves nothing of {source.data}.")
     filtered = [int(np.count_nonzero(part == 0)) for part in times]
     return _OpenedSource(shards, counts, filtered, order, compute_fingerprint(content, selection.fingerprint))
+
+
+def _warn_of_repeated_samples(sources: Sequence[Source], opened: Sequence[_OpenedSource]) -> None:
+    """Log the shards of which samples are read more than once: patterns easily name one twice, and nothing shows it."""
+    readers: dict[str, list[str]] = {}
+    visits: dict[str, np.ndarray] = {}
+    repeated: dict[str, None] = {}
+    for source, own in zip(sources, opened, strict=True):
+        for number, shard in enumerate(own.shards):
+            path = shard if is_remote(shard) else os.path.realpath(shard)
+            # selections may divide a shard between sources, which is no repetition
+            selected = np.ones(own.samples[number], bool) if own.order.times is None else own.order.times[number] > 0
+            if path in visits and bool((visits[path] & selected).any()):
+                repeated[path] = None
+            visits[path] = visits[path] | selected if path in visits else selected
+            readers.setdefault(path, []).append(source.name)
+    if repeated:
+        first = next(iter(repeated))
+        logger.warning(
+            f"{pluralize(len(repeated), 'shard')} named more than once, such as {first} (by "
+            f"{', '.join(readers[first])}): those samples are seen more often, and may come twice in a batch, where "
+            "--same-pairs decides what they are to each other."
+        )
 
 
 def _mix_sources(sources: Sequence[Source], orders: Sequence[SampleOrder]) -> tuple[Sampler, tuple[int, ...]]:

@@ -51,6 +51,8 @@ def expand_shards(url: str) -> list[str]:
     """
     shards: list[str] = []
     for part in split_urls(url):
+        if part.endswith(".toml"):
+            raise UsageError(f"{part!r} is not shards: a mixture file is read by vlm train alone; name the data in it.")
         found = _expand_remote(part) if is_remote(part) else _expand_local(local_path(part))
         if not found:
             raise UsageError(
@@ -89,7 +91,7 @@ def _shards_in_folder(folder: Path) -> list[str]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """The files and folders of a name or glob pattern, sorted; of a pattern that names files, the files alone.
+    """The files and folders of a name or glob pattern, sorted; of a pattern that names tars, the tars alone.
 
     Hidden ones are left out unless the pattern names the dot: other systems leave `._NAME` next to files.
     """
@@ -106,8 +108,9 @@ def _matches(pattern: Path) -> list[Path]:
             files.append(match)
         elif match.is_dir():
             folders.append(match)
-    # `parts/*` names the tars of a folder, not what lies in folders next to them
-    return files or folders
+    # `parts/*` names the tars of a folder, not what lies in folders next to them, nor manifests, tables and statistics
+    tars = [file for file in files if is_shard(str(file))]
+    return tars or folders or files
 
 
 def _expand_remote(part: str) -> list[str]:

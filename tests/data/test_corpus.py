@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,7 @@ def test_another_length_of_an_epoch_is_another_sequence(folder):
         ("[[source]]\ndata='FOLDER/a'\n[[source]]\ndata='FOLDER/b'\nname='source-1'\n", "one name"),
         ("[[source]]\ndata='FOLDER/a'\nselection='FOLDER/none.selection'\n", "no selection"),
         ("[[source]]\ndata='FOLDER/b'\nselection='FOLDER/a.selection'\n", "does not know"),
+        ("[[source]]\ndata='FOLDER/other.toml'\n", "is a mixture itself; write its sources here"),
     ],
 )
 def test_a_mixture_that_cannot_work_is_refused(folder, text, told):
@@ -117,3 +120,33 @@ def test_a_selection_that_leaves_nothing_is_refused(folder):
     write_selection(folder / "b.selection", Selection(shards=whole.shards, times=(np.zeros(5, np.uint16),)))
     with pytest.raises(UsageError, match="leaves nothing"):
         open_corpus(read_sources(str(folder / "b"), str(folder / "b.selection")))
+
+
+def test_data_named_twice_is_warned_of_and_comes_in_an_order_of_its_own(folder, caplog):
+    twice = mixture_file(folder, "[[source]]\ndata='FOLDER/a'\nweight=1\n[[source]]\ndata='FOLDER/*'\nweight=1\n")
+    with caplog.at_level("WARNING", logger="vlm"):
+        corpus = open_corpus(read_sources(twice))
+    (told,) = caplog.messages
+    assert re.search(r"2 shards named more than once, such as .*0\.tar \(by source-1, source-2\)", told)
+    places = corpus.order.locate(range(20))
+    assert [place.number for place in places[0::2]] != [place.number for place in places[1::2]]
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="vlm"):
+        open_corpus(read_sources(f"{folder}/a::{folder}/a"))
+    assert "(by data, data)" in caplog.text
+
+
+def test_selections_that_divide_a_shard_between_sources_are_no_repetition(folder, caplog):
+    whole = select_all(expand_shards(str(folder / "b")))
+    for name, is_kept in (("one", [1, 1, 0, 0, 0]), ("other", [0, 0, 1, 2, 1])):
+        selection = Selection(shards=whole.shards, times=(np.array(is_kept, np.uint16),))
+        write_selection(folder / f"{name}.selection", selection)
+    tables = [f"[[source]]\ndata='FOLDER/b'\nselection='FOLDER/{name}.selection'\n" for name in ("one", "other")]
+    with caplog.at_level("WARNING", logger="vlm"):
+        open_corpus(read_sources(mixture_file(folder, "".join(tables))))
+    assert not caplog.messages
+
+
+def test_a_mixture_is_not_taken_for_shards(folder):
+    with pytest.raises(UsageError, match=r"mix.*\.toml' is not shards: a mixture file is read by vlm train alone"):
+        expand_shards(mixture_file(folder, "[[source]]\ndata='FOLDER/a'\n"))

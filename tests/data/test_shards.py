@@ -271,3 +271,13 @@ def test_a_folder_of_folders_of_shards_is_refused_with_the_pattern_that_names_th
     with pytest.raises(UsageError, match=r"No shards.*Its tars lie deeper.*set/\*\*/\*\.tar'"):
         expand_shards(f"{tmp_path}/set/")
     assert count_samples(expand_shards(f"{tmp_path}/set/**/*.tar")) == [2, 2]
+
+
+@pytest.mark.parametrize("pattern", ["out/*", "out/**", "*", "**"])
+def test_of_a_pattern_the_tars_alone_are_shards(write_shard, some, tmp_path, pattern):
+    """img2dataset writes a table and statistics next to each tar, and vlm pack a manifest and a card."""
+    (tmp_path / "README.md").write_text("# a card")
+    shard = write_shard("out/00000.tar", some(2))
+    for name in ("00000.parquet", "00000_stats.json", "manifest.json", "README.md"):
+        (tmp_path / "out" / name).write_text("{}")
+    assert expand_shards(f"{tmp_path}/{pattern}") == [shard]
