@@ -6,7 +6,6 @@ anything is written, and `read_blocks` reads them. The columns of a table become
 
 import contextlib
 import datetime
-import decimal
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 from vlm.config import suggest
 from vlm.data.samples import Captions
+from vlm.data.sources.rows import exact_value
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type_base import load_faiss
 from vlm.index.embeddings_folder import PARTS_JSONL, Modality, Origin
@@ -130,7 +130,7 @@ def to_json_value(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, float | np.floating | decimal.Decimal):
+    if isinstance(value, float | np.floating):
         number = float(value)
         return number if math.isfinite(number) else None
     if isinstance(value, datetime.date | datetime.time):
@@ -159,21 +159,29 @@ def captions_of(value: Any) -> Captions:
 
 
 def to_records(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The named columns of a batch, row by row; times are truncated to microseconds."""
-    arrays = [_to_microseconds(batch.column(name)) for name in names]
-    # a table counts its rows by its columns, so one without columns has none
-    return pa.table(arrays, names=list(names)).to_pylist() if arrays else [{} for _ in range(len(batch))]
+    """The named columns of a batch, row by row; decimals, times and maps as `exact_value` gives them."""
+    columns = {name: _exact_column(batch.column(name)) for name in names}
+    return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
 
 
-def _to_microseconds(array: pa.Array) -> pa.Array:
-    """Times in Python's resolution; all else unchanged."""
-    # Python's times have no nanoseconds: Arrow would return pandas' types, or refuse
-    kind = array.type
-    if pa.types.is_timestamp(kind):
-        return array.cast(pa.timestamp("us", kind.tz), safe=False)
-    if pa.types.is_time64(kind) or pa.types.is_duration(kind):
-        return array.cast(pa.time64("us") if pa.types.is_time64(kind) else pa.duration("us"), safe=False)
-    return array
+def _exact_column(column: pa.Array) -> list[Any]:
+    if _needs_exact_values(column.type):
+        return [exact_value(cell) for cell in column]
+    return column.to_pylist()
+
+
+def _needs_exact_values(kind: pa.DataType) -> bool:
+    """Whether Python's own values would lose something: decimals, times of nanoseconds, durations, the keys of maps."""
+    if pa.types.is_dictionary(kind):
+        return _needs_exact_values(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    if pa.types.is_struct(kind):
+        return any(_needs_exact_values(field.type) for field in kind)
+    if pa.types.is_nested(kind) and not pa.types.is_map(kind):
+        return _needs_exact_values(kind.value_type)
+    checks = (pa.types.is_decimal, pa.types.is_timestamp, pa.types.is_time64, pa.types.is_duration, pa.types.is_map)
+    return any(check(kind) for check in checks)
 
 
 def _choose_embedding(vectors: Sequence[str], chosen: str, path: Path) -> str:
@@ -516,11 +524,11 @@ def read_names(part: SourcePart) -> pa.ChunkedArray | None:
     path = part.pair.path
     batches = [batch.column(name).cast(pa.string()) for batch in _batches(path, [name])]
     names = pa.chunked_array(batches, pa.string())
-    if names.null_count:
-        row = pc.index(names.is_null(), True).as_py()
-        raise UsageError(
-            f"Row {row:,} of {path} has no {name!r} ({names.null_count:,} such); choose another --uid-column."
-        )
+    # a row without a name could be neither found nor replaced
+    is_empty = pc.fill_null(pc.equal(names, ""), True)
+    if num_empty := pc.sum(is_empty).as_py():
+        row = pc.index(is_empty, True).as_py()
+        raise UsageError(f"Row {row:,} of {path} has no {name!r} ({num_empty:,} such); choose another --uid-column.")
     return names
 
 

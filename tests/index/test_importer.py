@@ -1,6 +1,7 @@
 """Folders as clip-retrieval and autofaiss leave them, written by hand, become embeddings that an index takes."""
 
 import datetime
+import decimal
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_values_become_what_json_and_filters_can_hold(tmp_path):
     bring(tmp_path / "source", tmp_path / "out")
     first, second = origins_in(tmp_path / "out")
     assert first.metadata == {
-        "at": "2023-11-14T22:13:20.123456+00:00", "day": "2024-05-31", "tags": ["dog", "wet"], "ok": True,
+        "at": "2023-11-14T22:13:20.123456789+00:00", "day": "2024-05-31", "tags": ["dog", "wet"], "ok": True,
         "exif": {"iso": 100, "raw": None}, "split": "train",
     }  # fmt: skip
     assert second.metadata == {"tags": [], "score": 0.5, "ok": False, "split": "val"}
@@ -144,6 +145,33 @@ def test_values_become_what_json_and_filters_can_hold(tmp_path):
     assert catalogue.where(
         parse_filter("tags has 'dog' and at < '2024' and ok = true and exif.iso = 100")
     ).tolist() == [0]
+
+
+def test_values_of_a_table_stay_exact(tmp_path):
+    """Hashes in DECIMAL(20, 0) became one float for many neighbours, nanoseconds were cut off, maps were lists."""
+    write_matrix(tmp_path / "source" / "e.npy", unit(2))
+    hashes = [1234567890123456789, 1234567890123456790]
+    columns = {
+        "key": ["a", "b"],
+        "hash": pa.array(list(map(decimal.Decimal, hashes)), pa.decimal128(20, 0)),
+        "price": pa.array([decimal.Decimal("1.10"), None], pa.decimal128(5, 2)),
+        "length": pa.array([1500, None], pa.duration("ms")),
+        "clock": pa.array([1, None], pa.time64("ns")),
+        "counts": pa.array([[("dogs", 2)], None], pa.map_(pa.string(), pa.int64())),
+        "seen": pa.array([[1], []], pa.list_(pa.timestamp("ns"))),
+    }
+    write_table(tmp_path / "source" / "e.parquet", columns)
+    bring(tmp_path / "source", tmp_path / "out")
+    first, second = origins_in(tmp_path / "out")
+    assert first.metadata == {
+        "hash": hashes[0], "price": 1.1, "length": "PT1.5S", "clock": "00:00:00.000000001", "counts": {"dogs": 2},
+        "seen": ["1970-01-01T00:00:00.000000001"],
+    }  # fmt: skip
+    assert second.metadata == {"hash": hashes[1], "seen": []}
+    build_index(tmp_path / "out", tmp_path / "index")
+    catalogue = Index.open(tmp_path / "index").catalogue
+    assert catalogue.where(parse_filter(f"hash = {hashes[1]}")).tolist() == [1]
+    assert catalogue.where(parse_filter("counts.dogs = 2")).tolist() == [0]
 
 
 def test_rows_without_direction_are_left_out_by_number_and_others_scaled(tmp_path):

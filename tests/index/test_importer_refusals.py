@@ -37,6 +37,8 @@ def damaged(folder: Path, what: str) -> None:
         write_matrix(matrix, np.ones((2, D), np.int8))
     elif what == "null uid":
         write_table(table, {"key": ["a", None], "image_path": ["a", "b"], "caption": ["", ""]})
+    elif what == "empty uid":
+        write_table(table, {"key": ["a", ""], "image_path": ["a", "b"], "caption": ["", ""]})
     elif what == "no column":
         write_table(table, {"url": ["a", "b"]})
     elif what == "zeros":
@@ -57,6 +59,7 @@ def damaged(folder: Path, what: str) -> None:
         ("damaged column", r"metadata_1.parquet cannot be read as Parquet"),
         ("integers", r"img_emb_1.npy holds int8 of shape \(2, 8\)"),
         ("null uid", r"Row 1 of .*metadata_1.parquet has no 'key'"),
+        ("empty uid", r"Row 1 of .*metadata_1.parquet has no 'key' \(1 such\)"),
         ("no column", r"metadata_1.parquet has no column 'key'"),
         ("zeros", r"No vector can be used"),
     ],
