@@ -74,6 +74,8 @@ def test_the_wheel_holds_the_pages(unpacked, tmp_path):
     names = {path.name for path in (ROOT / "vlm" / "templates").iterdir()}
     assert {"base.html", "style.css"} <= names
     assert {path.name for path in (unpacked / "vlm" / "templates").iterdir()} == names
+    # type checkers read a package's annotations only where it says so
+    assert (unpacked / "vlm" / "py.typed").is_file()
     code = "from vlm.pages import render; print(render('base.html', title='A page'))"
     assert "<h1>A page</h1>" in start(unpacked, tmp_path, "-c", code).stdout
 

@@ -233,7 +233,8 @@ def embed(
     """Embed the images, the captions, or both, of shards, as `vlm embed` does; repeat the call to resume it.
 
     Args:
-        model: MODEL as for `vlm.load`, or a model; several processes load it themselves, by its name.
+        model: MODEL as for `vlm.load`, or a model, whose device and precision then count; several processes load it
+            themselves, by its name.
         out: folder for the embeddings; of both modalities, for the folders images and texts.
         processes: how many to start, each with a model of its own; under a launcher each process makes this call.
         selection: file of `vlm curate`: embed only its samples.
@@ -246,6 +247,9 @@ def embed(
     """
     if isinstance(model, Model):
         model = model.encoder
+    if isinstance(model, VisionLanguageModel):
+        # the folder notes what its rows were computed in
+        precision = "fp32" if model.precision == torch.float32 else "bf16"
     job = _EmbedJob(
         model=str(model) if isinstance(model, str | Path) else model,
         shards=join_shards(shards),
