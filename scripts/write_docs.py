@@ -81,6 +81,21 @@ A recipe is a preset (`train/presets.py`) with its commands and reference curves
 overridden: `vlm train cc3m --batch-size 2048 …`. `vlm runs compare RUN --to RECIPE --out compare.png` reports whether,
 where and in which direction a run leaves the reference curves.
 
+Settings that stay together go into a file, `vlm train mine.toml --data SHARDS --run DIR`. It names a preset (or another
+file) and holds what differs; without `preset` it is a whole configuration, as the `config.toml` of every run is one.
+Groups of settings are tables: `[model]`, `[loader]`, `[objective]`, `[optimizer]`, `[safety]`.
+
+```toml
+preset = "fashion"
+epochs = 20.0
+
+[optimizer]
+learning_rate = 3e-3
+
+[loader]
+flip = 0.0
+```
+
 **measured** curves come from runs of this code: the 95% prediction interval of one more run at each point.
 **published** ones are final results of others, not reproduced here: zero-shot top-1 on ImageNet's 50,000 validation
 images. To compare with them, first run

@@ -1,4 +1,6 @@
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,15 @@ def test_a_file_with_a_preset_is_refused_by_name(text, message, tmp_path):
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(UsageError, match=message):
         open_preset(str(tmp_path / "run.toml"))
+
+
+def test_the_file_of_the_recipes_page_is_one(tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+    [example] = re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.toml").write_text(example)
+    changed = open_preset(str(tmp_path / "mine.toml"))
+    assert changed.optimizer.learning_rate == 3e-3
+    assert changed.model == open_preset("fashion").model
 
 
 def test_resuming_a_run_that_is_not_there_says_so(tmp_path):

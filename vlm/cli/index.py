@@ -167,6 +167,8 @@ class BuildIndex:
             show_json(asdict(build.summary) | {"plan": build.plan.evidence} | measured)
         else:
             del verification["breaks"]
+            for name in ("recall", "bound"):
+                verification[name] = percent(verification[name])
             show_fields(verification, title=f"The finished index, queried {build.plan.direction}")
             self._show(build.summary)
         # last: an index that misses its target is finished and shown, and scripts see the exit code

@@ -24,8 +24,9 @@ _HIDDEN_METRICS = ("memory_bytes", "samples_per_second", "images_per_second", "e
 class Train:
     """Pretrain or fine-tune on shards.
 
-    PRESET is a preset (tiny, fashion, flickr8k, emoji, cc3m, …: docs/recipes.md), a TOML file, a run folder (its
-    configuration), or an architecture. The options override its settings.
+    PRESET is a preset (tiny, fashion, flickr8k, finetune, cc3m, …: docs/recipes.md), a TOML file, a run folder (its
+    configuration), or an architecture. The options override its settings. A TOML file holds what differs from the
+    preset that it names: preset = "tiny" in its first line, then settings, those of a group in its [table].
     """
 
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
