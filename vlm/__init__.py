@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from vlm.api.training import embed as embed
     from vlm.api.training import evaluate as evaluate
     from vlm.api.training import train as train
+    from vlm.client import AsyncClient as AsyncClient
+    from vlm.client import Client as Client
 
 DISTRIBUTION = "vlm-pipeline"
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "Model",
     "UsageError",
     "VlmError",
@@ -41,6 +45,8 @@ __all__ = [
 # Each name with its module. A new one is also imported above under TYPE_CHECKING (`from M import NAME as NAME`) and
 # listed in `__all__`. Not `train`: that is the package of this name, which can be called.
 _MODULES: dict[str, str] = {
+    "AsyncClient": "vlm.client",
+    "Client": "vlm.client",
     "Model": "vlm.api.inference",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",

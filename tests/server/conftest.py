@@ -13,16 +13,32 @@ import pytest
 
 from vlm.server.app import Service, create_app
 from vlm.server.serving import open_service
+from vlm.service.query import Query
+from vlm.service.search import SearchService
 
 _SHARED = runpy.run_path(str(Path(__file__).parents[1] / "index" / "conftest.py"))
 
-model = _SHARED["model"]
+ColourModel = _SHARED["ColourModel"]
 make_model = _SHARED["make_model"]
 paint = _SHARED["paint"]
 write_shard = _SHARED["write_shard"]
 shards = _SHARED["shards"]
 embeddings = _SHARED["embeddings"]
 index = _SHARED["index"]
+
+
+class ClassifyingModel(ColourModel):
+    """Knows colours, and how sure it is."""
+
+    name = "colours"
+    embeds_images = True
+    logit_scale = 10.0
+
+
+@pytest.fixture
+def model() -> Any:
+    """A model whose right answers are known."""
+    return ClassifyingModel()
 
 
 @dataclass
@@ -62,6 +78,17 @@ def service(index: Path, model: Any) -> Service:
 def caller(service: Service) -> Caller:
     """A client without a token."""
     return Caller(create_app(service), {})
+
+
+@pytest.fixture
+def expected(index: Path, model: Any) -> Callable[..., list[str]]:
+    """The uids that the same query gives without HTTP."""
+    service = SearchService.open(index, load=lambda _: model)
+
+    def ask(**options: Any) -> list[str]:
+        return [hit.entry.uid for hit in service.search(Query(**options)).hits]
+
+    return ask
 
 
 @pytest.fixture

@@ -10,23 +10,10 @@ from PIL import Image
 
 from vlm.server.app import create_app
 from vlm.server.serving import open_service
-from vlm.service.query import Query
-from vlm.service.search import SearchService
 
 
 def uids(answer):
     return [hit["uid"] for hit in answer["hits"]]
-
-
-@pytest.fixture
-def expected(index, model):
-    """The uids that the same query gives without HTTP."""
-    service = SearchService.open(index, load=lambda _: model)
-
-    def ask(**options):
-        return [hit.entry.uid for hit in service.search(Query(**options)).hits]
-
-    return ask
 
 
 def test_a_search_answers_as_the_index_does(caller, expected, data_url, paint):
@@ -216,3 +203,16 @@ def test_the_page_comes_with_a_policy_and_is_small(caller):
         assert "https://" not in response.text
         sizes += len(response.content)
     assert sizes < 150_000
+
+
+def test_images_given_and_stored_are_classified(caller, data_url):
+    uid = uids(caller.search(texts=["red"], top=1))[0]
+    body = {"images": [data_url("blue")], "items": [uid], "classes": ["red", "blue", "green"], "top": 2}
+    results = caller.post("/api/v1/indexes/index/classify", body).json()["results"]
+    assert results[0]["classes"][0]["name"] == "blue"
+    assert [len(result["classes"]) for result in results] == [2, 2]
+    refused = caller.post("/api/v1/indexes/index/classify", {"classes": ["red", "blue"]})
+    assert (refused.status_code, refused.json()["kind"]) == (400, "bad_request")
+    wrong = caller.post("/api/v1/indexes/index/classify", body | {"templates": ["a photo"]})
+    assert wrong.status_code == 400
+    assert "{}" in wrong.json()["error"]

@@ -31,6 +31,7 @@ from vlm.service.query import Query
 from vlm.service.search import SearchResult
 
 Value = TypeVar("Value")
+Uid = Annotated[str, QueryParameter(min_length=1, max_length=schemas.MAX_TEXT)]
 
 API = "/api/v1"
 PAGE_FILES = {
@@ -174,6 +175,7 @@ def create_app(service: Service) -> "Guard":
     _add_error_handlers(api)
     add_search_routes(api, service)
     add_item_routes(api, service)
+    add_model_routes(api, service)
     add_operation_routes(api, service)
     add_page(api)
     from vlm.server.other_apis import add_clip_retrieval_routes, add_openai_routes
@@ -278,7 +280,6 @@ def add_search_routes(api: FastAPI, service: Service) -> None:
 
 def add_item_routes(api: FastAPI, service: Service) -> None:
     """Items and their images; a uid may hold slashes, so it is a parameter."""
-    Uid = Annotated[str, QueryParameter(min_length=1, max_length=schemas.MAX_TEXT)]
 
     @api.get(f"{API}/indexes/{{name}}/item", responses=_PROBLEMS, response_model=schemas.Item)
     async def item(name: str, uid: Uid) -> Response:
@@ -344,8 +345,8 @@ def add_model_routes(api: FastAPI, service: Service) -> None:
         """Zero-shot classification of images, given or stored, among any classes."""
         index = service.index(name)
         images = await in_thread(index.images_of, request.images, request.items, service.limits.max_pixels)
-        rankings = await in_thread(index.classify, images, request.classes, request.templates, request.top)
-        return reply({"results": [{"classes": ranking} for ranking in rankings]})
+        results = await in_thread(index.classify, images, request.classes, templates=request.templates, top=request.top)
+        return reply({"results": results})
 
     @api.post(f"{API}/indexes/{{name}}/caption", responses=_PROBLEMS, response_model=schemas.CaptionAnswer)
     async def caption(name: str, request: schemas.CaptionRequest) -> Response:

@@ -54,6 +54,32 @@ class EmbeddingCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.encoder, name)
 
+    def classify(
+        self, images: Sequence[bytes], classes: Sequence[str], *, templates: Sequence[str], top: int
+    ) -> list[dict[str, Any]]:
+        """The most probable classes of each image.
+
+        Raises:
+            UsageError: a template has no {}, or an image cannot be decoded.
+        """
+        options = {"templates": templates} if templates else {}
+        results = self._model().classify(list(images), list(classes), top=top, **options)
+        return [{"classes": result.to_json()["classes"]} for result in results]
+
+    def caption(self, images: Sequence[bytes], prompt: str) -> list[str]:
+        """A caption for each image.
+
+        Raises:
+            UsageError: the model has no caption decoder, or an image cannot be decoded.
+        """
+        return [result.caption for result in self._model().caption(list(images), prompt=prompt)]
+
+    def _model(self) -> Any:
+        # needs torch, which searches may do without
+        from vlm.api.inference import Model
+
+        return Model(self.service.model)  # pyright: ignore[reportArgumentType]
+
     def embed_texts(self, texts: Sequence[str]) -> Any:
         """Unit vectors [T, D] of the texts, as the encoder gives them."""
         with self._lock:
@@ -350,6 +376,32 @@ class ServedIndex:
         if not images:
             raise UsageError("Give an image, in `images` or by its uid in `items`.")
         return images
+
+    def classify(
+        self, images: Sequence[bytes], classes: Sequence[str], *, templates: Sequence[str], top: int
+    ) -> list[dict[str, Any]]:
+        """The most probable classes of each image.
+
+        Raises:
+            UsageError: a template has no {}, or an image cannot be decoded.
+        """
+        options = {"templates": templates} if templates else {}
+        results = self._model().classify(list(images), list(classes), top=top, **options)
+        return [{"classes": result.to_json()["classes"]} for result in results]
+
+    def caption(self, images: Sequence[bytes], prompt: str) -> list[str]:
+        """A caption for each image.
+
+        Raises:
+            UsageError: the model has no caption decoder, or an image cannot be decoded.
+        """
+        return [result.caption for result in self._model().caption(list(images), prompt=prompt)]
+
+    def _model(self) -> Any:
+        # needs torch, which searches may do without
+        from vlm.api.inference import Model
+
+        return Model(self.service.model)  # pyright: ignore[reportArgumentType]
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
         """Unit vectors of texts by the index's model."""

@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
 from vlm.index.encoder import Encoder
 from vlm.server.app import Service, create_app
@@ -68,28 +71,50 @@ def open_service(
     )
 
 
-def serve(
-    service: Service,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    logs_requests: bool = False,
-    on_start: Callable[[str], None] | None = None,
-) -> None:
+def serve(service: Service, *, host: str = "127.0.0.1", port: int = 8000, logs_requests: bool = False) -> None:
     """Serve until SIGTERM or SIGINT; accepted requests are answered before this returns.
-
-    on_start: called with the address once requests are accepted.
 
     Raises:
         VlmError: the address is taken or not one of this machine.
     """
-    import uvicorn
-
     listener = _listen(host, port)
-    shown_host = f"[{host}]" if ":" in host else host
-    address = f"http://{shown_host}:{listener.getsockname()[1]}"
     if logs_requests:
         logging.getLogger("vlm.server.guard").setLevel(logging.DEBUG)
+    server = _make_server(service)
+
+    async def run() -> None:
+        announcing = asyncio.create_task(_announce(server, service, _address_of(listener)))
+        await server.serve(sockets=[listener])
+        announcing.cancel()
+
+    # uvicorn raises the signal again when it has ended well; that is no error here
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run())
+
+
+@contextlib.contextmanager
+def serve_in_background(service: Service, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve from a thread while the block runs, as in a notebook; gives the address.
+
+    Raises: as of `serve`.
+    """
+    listener = _listen(host, port)
+    server = _make_server(service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield _address_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def _make_server(service: Service) -> Any:
+    import uvicorn
+
     config = uvicorn.Config(
         create_app(service),
         log_config=None,
@@ -97,18 +122,13 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         lifespan="on",
-        h11_max_incomplete_event_size=64 * 1024,
     )
-    server = uvicorn.Server(config)
+    return uvicorn.Server(config)
 
-    async def run() -> None:
-        announcing = asyncio.create_task(_announce(server, service, address, on_start))
-        await server.serve(sockets=[listener])
-        announcing.cancel()
 
-    # uvicorn raises the signal again when it has ended well; that is no error here
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run())
+def _address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -125,10 +145,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _announce(server: Any, service: Service, address: str, on_start: Callable[[str], None] | None) -> None:
+async def _announce(server: Any, service: Service, address: str) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
     rows = sum(len(index.service.index) for index in service.indexes.values())
-    logger.info(f"Serving {len(service.indexes)} index(es), {rows:,} rows: {address} (Ctrl-C ends)")
-    if on_start:
-        on_start(address)
+    logger.info(
+        f"Serving {pluralize(len(service.indexes), 'index', 'indexes')}, {rows:,} rows: {address} (Ctrl-C ends)"
+    )

@@ -203,17 +203,19 @@ function take(answer) {
 // sorting is of what relevance has let through, so that a sort by date does not begin with what nobody asked for
 function showSorted() {
   const [name, direction] = state.sort.split("~");
-  const value = (hit) => (name === "score" ? hit.score : (readField(hit.metadata, name) ?? null));
   const order = direction === "down" ? -1 : 1;
   const sorted = [...hits].sort((one, other) => {
-    const [a, b] = [value(one), value(other)];
+    const [a, b] = [readField(one, name), readField(other, name)];
     if (a === null || b === null) return (a === null) - (b === null);
     return order * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
   });
   byId("results").replaceChildren(...sorted.map(tile));
 }
 
-const readField = (metadata, name) => name.split(".").reduce((value, part) => value?.[part], metadata) ?? metadata[name];
+function readField(hit, name) {
+  if (name === "score" || name === "key") return hit[name];
+  return name.split(".").reduce((value, part) => value?.[part], hit.metadata) ?? hit.metadata[name] ?? null;
+}
 
 // --- results ----------------------------------------------------------------------------------------------------------
 
@@ -224,6 +226,8 @@ function element(name, properties = {}, ...children) {
 }
 
 const note = (text) => element("li", { className: "empty" }, text);
+// captions have a place of their own
+const metadataOf = (hit) => Object.entries(hit.metadata).filter(([name]) => !/^captions(_|$)/.test(name));
 const captionOf = (hit) => Object.values(hit.captions).find((texts) => texts.length)?.[0] ?? "";
 
 function showError(message) {
@@ -258,7 +262,7 @@ function tile(hit) {
 function showDetail(hit) {
   const facts = { uid: hit.uid };
   for (const [language, texts] of Object.entries(hit.captions)) if (texts.length) facts[language ? `caption (${language})` : "caption"] = texts.join(" · ");
-  for (const [name, value] of Object.entries(hit.metadata))
+  for (const [name, value] of metadataOf(hit))
     if (value !== null) facts[name] = typeof value === "object" ? JSON.stringify(value) : String(value);
   if (hit.shard) facts.shard = `${hit.shard}, sample ${hit.number}`;
   byId("detail-title").textContent = captionOf(hit) || hit.uid;
@@ -295,7 +299,7 @@ function save(kind) {
   let text = rows.map((hit) => hit.uid).join("\n") + "\n";
   if (kind === "json") text = JSON.stringify(rows, null, 1);
   if (kind === "csv") {
-    const names = [...new Set(rows.flatMap((hit) => Object.keys(hit.metadata)))];
+    const names = [...new Set(rows.flatMap((hit) => metadataOf(hit).map(([name]) => name)))];
     const lines = rows.map((hit) => [hit.uid, hit.score, captionOf(hit), ...names.map((name) => {
       const value = hit.metadata[name];
       return value !== null && typeof value === "object" ? JSON.stringify(value) : value;
@@ -349,7 +353,7 @@ function chip(term) {
 
 async function loadIndex() {
   fields = (await callJson(indexPath("fields"))).fields;
-  const sortable = fields.filter((field) => field.name !== "caption");
+  const sortable = fields.filter((field) => !["caption", "language"].includes(field.name));
   byId("sort").replaceChildren(new Option("relevance", ""), ...sortable.flatMap((field) => [
     new Option(`${field.name} ↑`, `${field.name}~up`), new Option(`${field.name} ↓`, `${field.name}~down`)]));
   const categories = fields.filter((field) => field.is_category && field.distinct > 1 && field.distinct <= 200 && field.name !== "caption");

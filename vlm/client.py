@@ -1,0 +1,431 @@
+"""A client of `vlm serve`, blocking and asynchronous; its `search` is that of an open index.
+
+    client = vlm.Client("http://127.0.0.1:8000")
+    for hit in client.search("a dog", minus="snow", where="year > 2020", top=20):
+        print(hit.score, hit.uid, hit.caption)
+
+Both clients build the same requests and read the same answers; only sending differs. What a busy or restarting server
+refuses is sent again after a growing pause; a change of an index is not sent again where its answer was lost.
+"""
+
+import base64
+import io
+import itertools
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from vlm.errors import UsageError, VlmError
+from vlm.results import Result
+
+if TYPE_CHECKING:
+    import httpx
+    from PIL.Image import Image
+
+API = "/api/v1"
+RETRIED = frozenset({429, 502, 503, 504})
+"""Statuses of a server that may answer later."""
+
+_FIRST_PAUSE = 0.2
+_LONGEST_PAUSE = 5.0
+
+Texts = str | Sequence[str]
+ImageInput = Any
+"""A path, bytes, a PIL image, or an array of pixels, as everywhere (`vlm.data.image_inputs`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteHit(Result):
+    """A hit as the server gives it; the attributes are those of a hit of an open index.
+
+    path: shard and number, only where the server shows paths. client: what `image` asks.
+    """
+
+    uid: str
+    score: float
+    captions: dict[str, list[str]]
+    metadata: dict[str, Any]
+    path: str = ""
+    fused: float | None = None
+    similar: int | None = None
+    likelihood: float | None = None
+    client: "Client | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def caption(self) -> str:
+        """Its first caption; empty if it has none."""
+        return next((texts[0] for texts in self.captions.values() if texts), "")
+
+    def image(self) -> "Image":
+        """Its image, fetched from the server.
+
+        Raises:
+            UsageError: the hit came from an `AsyncClient`, whose `image` is awaited. VlmError: the image is gone.
+        """
+        if self.client is None:
+            raise UsageError("Await client.image(hit.uid) with an AsyncClient.")
+        return self.client.image(self.uid)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without those that the query did not ask for."""
+        optional = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood, "path": self.path}
+        present = {name: value for name, value in optional.items() if value not in (None, "")}
+        plain = {"uid": self.uid, "score": self.score, "captions": self.captions, "metadata": self.metadata}
+        return plain | present
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteResult(Result):
+    """The hits of a query, best first; iterates over them. next: cursor of the next page, empty at the end."""
+
+    hits: tuple[RemoteHit, ...]
+    next: str
+    generation: int
+    embed_milliseconds: float
+    search_milliseconds: float
+    cut: tuple[str, ...] = ()
+    facets: dict[str, dict[int | float | str, int]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[RemoteHit]:
+        return iter(self.hits)
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __getitem__(self, rank: int) -> RemoteHit:
+        return self.hits[rank]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "hits": [hit.to_json() for hit in self.hits],
+            "next": self.next,
+            "generation": self.generation,
+            "embed_milliseconds": self.embed_milliseconds,
+            "search_milliseconds": self.search_milliseconds,
+            "cut": list(self.cut),
+            "facets": self.facets,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteClass(Result):
+    """A class of an image and its probability."""
+
+    name: str
+    probability: float
+
+
+class _Connection:
+    """What both clients share: the address, the token, how often a request is sent, requests and answers."""
+
+    def __init__(self, url: str, *, index: str = "", token: str = "", retries: int = 4, timeout: float = 60.0) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise UsageError("The client needs httpx: pip install httpx.") from error
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"{url!r} is not the address of a server; give one as http://127.0.0.1:8000.")
+        if retries < 0:
+            raise UsageError(f"retries = {retries} is out of range: at least 0.")
+        self._index = index
+        self._retries = retries
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
+        self._errors = (httpx.TransportError,)
+
+    def _path(self, verb: str) -> str:
+        return f"{API}/indexes/{self._index}/{verb}"
+
+    def _pause(self, attempt: int) -> float:
+        """Seconds before the next attempt."""
+        # spread, so that clients that were refused together do not come back together
+        return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
+
+    @staticmethod
+    def _read(response: "httpx.Response") -> Any:
+        """The answer.
+
+        Raises:
+            UsageError: the request is wrong or not allowed. VlmError: the server failed.
+        """
+        if response.status_code < 400:
+            return response.json() if response.headers.get("content-type") == "application/json" else response.content
+        try:
+            message = str(response.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            message = f"The server answered {response.status_code}."
+        raise (UsageError if response.status_code < 500 else VlmError)(message)
+
+
+def search_body(
+    texts: Texts = (),
+    *,
+    image: ImageInput | Sequence[ImageInput] = (),
+    like: Texts = (),
+    minus: Texts = (),
+    vector: Sequence[float] | Sequence[Sequence[float]] = (),
+    weights: Sequence[float] = (),
+    where: str = "",
+    words: str = "",
+    top: int = 10,
+    at_least: float | None = None,
+    group_duplicates: float | None = None,
+    diversity: float = 0.0,
+    rerank_top: int = 0,
+    after: str = "",
+    facets: Texts = (),
+) -> dict[str, Any]:
+    """The body of a search; arguments as `vlm.api.index.SearchIndex.search`, but `like` takes uids alone.
+
+    facets: columns whose values are counted over all rows that match `where`.
+
+    Raises:
+        UsageError: an image cannot be read.
+    """
+    vectors = [list(map(float, row)) for row in _rows(vector)]
+    return {
+        "texts": _listed(texts),
+        "images": [data_url(one) for one in _images(image)],
+        "items": _listed(like),
+        "vectors": vectors,
+        "minus": _listed(minus),
+        "weights": list(map(float, weights)),
+        "where": where,
+        "words": words,
+        "top": top,
+        "at_least": at_least,
+        "duplicates": group_duplicates,
+        "diversity": diversity,
+        "rerank_top": rerank_top,
+        "after": after,
+        "facets": _listed(facets),
+    }
+
+
+def _listed(texts: Texts) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _rows(vector: Any) -> Sequence[Any]:
+    if len(vector) and not hasattr(vector[0], "__len__"):
+        return [vector]
+    return vector
+
+
+def _images(image: Any) -> list[Any]:
+    from vlm.data.image_inputs import image_list
+
+    return image_list(image)
+
+
+def data_url(image: ImageInput) -> str:
+    """An image as a data URL.
+
+    Raises:
+        UsageError: it cannot be read or is not an image.
+    """
+    from vlm.data.image_inputs import encoded_image
+
+    encoded = encoded_image(image)
+    try:
+        data = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{encoded} cannot be read: {error.strerror}.") from error
+    return f"data:image/*;base64,{base64.b64encode(data).decode()}"
+
+
+def _result_of(answer: Mapping[str, Any], client: "Client | None") -> RemoteResult:
+    hits: list[RemoteHit] = []
+    for values in answer["hits"]:
+        path = f"{values['shard']}#{values['number']}" if values.get("shard") else ""
+        hits.append(
+            RemoteHit(
+                uid=values["uid"],
+                score=values["score"],
+                captions=values["captions"],
+                metadata=values["metadata"],
+                path=path,
+                fused=values.get("fused"),
+                similar=values.get("similar"),
+                likelihood=values.get("likelihood"),
+                client=client,
+            )
+        )
+    facets: dict[str, dict[int | float | str, int]] = {}
+    for name, counts in answer.get("facets", {}).items():
+        facets[name] = {count["value"]: count["rows"] for count in counts}
+    return RemoteResult(
+        hits=tuple(hits),
+        next=answer["next"],
+        generation=answer["generation"],
+        embed_milliseconds=answer["embed_milliseconds"],
+        search_milliseconds=answer["search_milliseconds"],
+        cut=tuple(answer.get("cut", ())),
+        facets=facets,
+    )
+
+
+def _opened(data: bytes) -> "Image":
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data))
+
+
+def _classes_of(answer: Mapping[str, Any]) -> list[tuple[RemoteClass, ...]]:
+    ranked: list[tuple[RemoteClass, ...]] = []
+    for result in answer["results"]:
+        ranked.append(tuple(RemoteClass(name=one["name"], probability=one["probability"]) for one in result["classes"]))
+    return ranked
+
+
+class Client(_Connection):
+    """A blocking client; several threads may share it.
+
+    Args:
+        url: address of the server. index: name of an index; empty takes the server's first.
+        token: a bearer token, if the server asks for one.
+        retries: how often a refused request is sent again. timeout: seconds that one request may take.
+    """
+
+    def __init__(self, url: str, *, index: str = "", token: str = "", retries: int = 4, timeout: float = 60.0) -> None:
+        super().__init__(url, index=index, token=token, retries=retries, timeout=timeout)
+        import httpx
+
+        self._http = httpx.Client(**self._options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _call(self, method: str, path: str, *, is_repeatable: bool = True, **options: Any) -> Any:
+        for attempt in itertools.count():
+            is_last = attempt == self._retries
+            try:
+                response = self._http.request(method, path, **options)
+            except self._errors as error:
+                if is_last or not is_repeatable:
+                    raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
+            else:
+                if is_last or response.status_code not in RETRIED:
+                    return self._read(response)
+            time.sleep(self._pause(attempt))
+
+    def _use_index(self) -> None:
+        self._index = self._index or self.indexes()[0]["name"]
+
+    def indexes(self) -> list[dict[str, Any]]:
+        """The indexes of the server, in numbers."""
+        return self._call("GET", f"{API}/indexes")["indexes"]
+
+    def search(self, texts: Texts = (), **options: Any) -> RemoteResult:
+        """The rows nearest to a query; options as those of `search_body`.
+
+        Raises:
+            UsageError: the query, its filter or a value of it is not valid. VlmError: the server cannot answer.
+        """
+        self._use_index()
+        answer = self._call("POST", self._path("search"), json=search_body(texts, **options))
+        return _result_of(answer, self)
+
+    def classify(
+        self, image: ImageInput | Sequence[ImageInput], classes: Sequence[str], *, top: int = 5
+    ) -> list[tuple[RemoteClass, ...]]:
+        """The classes of each image, the most probable first."""
+        self._use_index()
+        body = {"images": [data_url(one) for one in _images(image)], "classes": list(classes), "top": top}
+        return _classes_of(self._call("POST", self._path("classify"), json=body))
+
+    def image(self, uid: str) -> "Image":
+        """The image of an item.
+
+        Raises:
+            UsageError: there is no such item, or its image is gone.
+        """
+        self._use_index()
+        return _opened(self._call("GET", self._path("image"), params={"uid": uid}))
+
+    def fields(self) -> list[dict[str, Any]]:
+        """The columns of the metadata."""
+        self._use_index()
+        return self._call("GET", self._path("fields"))["fields"]
+
+    def add(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Add images, each a mapping with `image` and, if wished, uid, captions and metadata. Needs a write token."""
+        self._use_index()
+        described = [{**item, "image": data_url(item["image"])} for item in items]
+        return self._call("POST", self._path("add"), is_repeatable=False, json={"items": described})
+
+    def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> dict[str, Any]:
+        """Delete rows by uid or by a filter. Needs a write token."""
+        self._use_index()
+        body = {"uids": _listed(uids), "where": where, "dry_run": dry_run}
+        return self._call("POST", self._path("delete"), is_repeatable=False, json=body)
+
+
+class AsyncClient(_Connection):
+    """As `Client`, with methods to await."""
+
+    def __init__(self, url: str, *, index: str = "", token: str = "", retries: int = 4, timeout: float = 60.0) -> None:
+        super().__init__(url, index=index, token=token, retries=retries, timeout=timeout)
+        import httpx
+
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _call(self, method: str, path: str, *, is_repeatable: bool = True, **options: Any) -> Any:
+        import asyncio
+
+        for attempt in itertools.count():
+            is_last = attempt == self._retries
+            try:
+                response = await self._http.request(method, path, **options)
+            except self._errors as error:
+                if is_last or not is_repeatable:
+                    raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
+            else:
+                if is_last or response.status_code not in RETRIED:
+                    return self._read(response)
+            await asyncio.sleep(self._pause(attempt))
+
+    async def _use_index(self) -> None:
+        self._index = self._index or (await self.indexes())[0]["name"]
+
+    async def indexes(self) -> list[dict[str, Any]]:
+        """The indexes of the server, in numbers."""
+        return (await self._call("GET", f"{API}/indexes"))["indexes"]
+
+    async def search(self, texts: Texts = (), **options: Any) -> RemoteResult:
+        """As `Client.search`."""
+        await self._use_index()
+        return _result_of(await self._call("POST", self._path("search"), json=search_body(texts, **options)), None)
+
+    async def classify(
+        self, image: ImageInput | Sequence[ImageInput], classes: Sequence[str], *, top: int = 5
+    ) -> list[tuple[RemoteClass, ...]]:
+        """As `Client.classify`."""
+        await self._use_index()
+        body = {"images": [data_url(one) for one in _images(image)], "classes": list(classes), "top": top}
+        return _classes_of(await self._call("POST", self._path("classify"), json=body))
+
+    async def image(self, uid: str) -> "Image":
+        """As `Client.image`."""
+        await self._use_index()
+        return _opened(await self._call("GET", self._path("image"), params={"uid": uid}))
