@@ -128,9 +128,9 @@ class HuggingFaceTokenizer(Tokenizer):
     ) -> None:
         from open_clip.tokenizer import HFTokenizer
 
-        self._options = dict(options or {})
+        self.options = dict(options or {})
         try:
-            self._wrapped = HFTokenizer(source, context_length=context_length, **self._options)
+            self._wrapped = HFTokenizer(source, context_length=context_length, **self.options)
         except (OSError, ValueError) as error:
             raise UsageError(f"No Hugging Face tokenizer at {source!r}: {error}") from error
         inner: Any = self._wrapped.tokenizer
@@ -157,13 +157,13 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def save(self, folder: Path) -> None:
         self._wrapped.tokenizer.save_pretrained(folder)
-        options = {"options": self._options} if self._options else {}
+        options = {"options": self.options} if self.options else {}
         _describe(folder, {"kind": "huggingface", "context_length": self.context_length, **options})
 
     @override
     def fingerprint(self) -> str:
         vocabulary = json.dumps(self._wrapped.tokenizer.get_vocab(), sort_keys=True)
-        options = [json.dumps(self._options, sort_keys=True)] if self._options else []
+        options = [json.dumps(self.options, sort_keys=True)] if self.options else []
         return compute_fingerprint("huggingface", vocabulary, str(self.context_length), *options)
 
 

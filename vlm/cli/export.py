@@ -39,15 +39,10 @@ class Export:
         # before a model is loaded, which may take a minute
         check_not_exists(self.out)
         export = export_open_clip(load_network(self.model, device="cpu"), self.out)
-        if not export.has_tokenizer:
-            logger.info(
-                "open_clip cannot tokenize for this model: pass it the tokens of "
-                f'vlm.data.tokenizers.open_tokenizer("{self.out}").'
-            )
         if self.json:
-            show_json(asdict(export))
+            show_json(export.to_json())
             return
         fields = spaced_names(asdict(export))
         # show_fields has four decimals, and a difference of 1e-7 would be shown as 0.0000
         show_fields(fields | {"largest difference": f"{export.largest_difference:.1e}"})
-        logger.info(f'Next: open_clip.create_model_and_transforms("local-dir:{self.out}")')
+        logger.info(f"Next, in Python:\n\n{export.snippet}")

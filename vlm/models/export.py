@@ -13,6 +13,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder
 from vlm.models.load import save_model_folder
 from vlm.models.model import VisionLanguageModel
+from vlm.results import Result
 from vlm.tensor_types import Tensor
 
 TOLERANCE = 1e-5
@@ -22,8 +23,23 @@ _TEXTS = ("a small red circle", "two large blue stars on a white background", "E
 _SIZES = ((57, 41), (32, 32), (90, 200))
 
 
+_SNIPPET = """\
+import open_clip
+import torch
+from PIL import Image
+{tokenizer_import}
+model, _, preprocess = open_clip.create_model_and_transforms({address!r})
+model.eval()
+tokenizer = {tokenizer}
+with torch.inference_mode():
+    texts = model.encode_text(tokenizer(["a red circle", "a blue star"]), normalize=True)
+    images = model.encode_image(preprocess(Image.new("RGB", (64, 64))).unsqueeze(0), normalize=True)
+print(images @ texts.T)
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(Result):
     """What was written.
 
     largest_difference: between an entry of a unit vector here and there, over some test images and texts.
@@ -34,6 +50,18 @@ class Export:
     fingerprint: str
     largest_difference: float
     has_tokenizer: bool
+
+    @property
+    def snippet(self) -> str:
+        """Python code that uses the folder with open_clip, to copy and run."""
+        address = f"local-dir:{self.out}"
+        if self.has_tokenizer:
+            tokenizer_import, tokenizer = "", f"open_clip.get_tokenizer({address!r})"
+        else:
+            # open_clip itself has none for these ids
+            tokenizer_import = "\nfrom vlm.adaptors.open_clip_tokenizer import get_tokenizer\n"
+            tokenizer = f"get_tokenizer({self.out!r})"
+        return _SNIPPET.format(address=address, tokenizer_import=tokenizer_import, tokenizer=tokenizer)
 
 
 def export_open_clip(model: VisionLanguageModel, out: Path) -> Export:

@@ -7,13 +7,14 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm.data.tokenizers import DESCRIPTION as TOKENIZER_DESCRIPTION
-from vlm.data.tokenizers import Tokenizer, open_tokenizer
+from vlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, open_tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.files import write_text
@@ -54,7 +55,20 @@ def save_model(
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save(folder)
     values = {"model_cfg": portable_config(config, weights), "preprocess_cfg": view.to_preprocess()}
+    values["model_cfg"]["text_cfg"] |= _tokenizer_keys(values["model_cfg"], tokenizer)
     write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+
+
+def _tokenizer_keys(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What makes open_clip take the tokenizer in the folder rather than CLIP's, where it has a class for it."""
+    is_ours = "tower" in config["text_cfg"] or "huggingface" in config
+    if is_ours or not isinstance(tokenizer, HuggingFaceTokenizer):
+        return {}
+    options = dict(tokenizer.options)
+    mode = options.pop("tokenizer_mode", None)
+    # open_clip reads the folder itself, whatever the name says
+    keys = {"hf_tokenizer_name": "local", "tokenizer_kwargs": options}
+    return keys | {"tokenizer_mode": mode} if mode else keys
 
 
 def save_model_folder(folder: Path, model: VisionLanguageModel, *, inputs: dict[str, str]) -> None:

@@ -1,0 +1,1 @@
+"""Our models in the shapes that other libraries expect: mteb, sentence-transformers, transformers, open_clip."""
