@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
     from vlm.api.local_models import list_models as list_models
+    from vlm.api.runs import compare_runs as compare_runs
+    from vlm.api.runs import list_runs as list_runs
     from vlm.api.training import embed as embed
     from vlm.api.training import evaluate as evaluate
     from vlm.api.training import train as train
@@ -31,10 +33,12 @@ __all__ = [
     "Model",
     "UsageError",
     "VlmError",
+    "compare_runs",
     "embed",
     "evaluate",
     "fetch_model",
     "list_models",
+    "list_runs",
     "load",
     "pack",
     "stream",
@@ -48,10 +52,12 @@ _MODULES: dict[str, str] = {
     "AsyncClient": "vlm.client",
     "Client": "vlm.client",
     "Model": "vlm.api.inference",
+    "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",
     "fetch_model": "vlm.api.local_models",
     "list_models": "vlm.api.local_models",
+    "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",
     "pack": "vlm.api.data",
     "stream": "vlm.api.data",

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+import vlm
 from tests.train.run_folders import falling, write_run
 from vlm.cli.main import main
 from vlm.train import recipes
@@ -45,6 +46,19 @@ def test_runs_as_json_hold_all_there_is(capsys, tmp_path):
     assert told["best"] == {"step": 50, "text_to_image_recall@10": 0.25, "text_to_image_recall@1": 0.1}
     assert (told["state"], told["samples"], told["seconds"], told["mfu"]) == ("stopped", 400, 100.0, 0.4)
     assert (told["architecture"], told["objective"], told["peak_source"]) == ("tiny", "clip", "a hand")
+
+
+def test_the_calls_give_what_the_verbs_print(capsys, tmp_path, banded):
+    one = write_run(tmp_path / "one", falling(), is_finished=True)
+    write_run(tmp_path / "two", falling(0.5, until=50), steps=100)
+    assert json.loads(run(capsys, "runs", tmp_path, "--json")[1]) == vlm.list_runs(tmp_path).to_json()
+    comparison = vlm.compare_runs([one], to="fashion")
+    assert json.loads(run(capsys, "runs", "compare", one, "--to", "fashion", "--json")[1]) == comparison.to_json()
+    assert comparison.verdicts()[0] == "one: as expected, within its reference curves."
+    comparison.draw(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+    with pytest.raises(vlm.UsageError, match="cannot be compared with itself"):
+        vlm.compare_runs([one])
 
 
 def test_no_runs_and_no_folder_are_said(capsys, tmp_path):
