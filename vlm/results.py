@@ -20,4 +20,9 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON has them: lists for tuples, texts for keys and paths, None for numbers not finite."""
-        return json.loads(json_text(asdict(self), default=str))  # pyright: ignore[reportArgumentType]
+        return json_values(asdict(self))  # pyright: ignore[reportArgumentType]
+
+
+def json_values(value: Any) -> Any:
+    """The value as it comes back from JSON."""
+    return json.loads(json_text(value, default=str))

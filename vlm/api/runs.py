@@ -9,7 +9,7 @@ from typing import Any
 from vlm.config import config_differences
 from vlm.errors import UsageError, os_errors_explained
 from vlm.files import check_parent_exists
-from vlm.results import Result
+from vlm.results import Result, json_values
 from vlm.train.history import BEST_METRICS, RunRecord, find_runs, read_run
 from vlm.train.presets import PRESETS
 from vlm.train.recipes import Recipe, ReferenceComparison, compare_with_reference, find_recipe, matching_recipe
@@ -128,7 +128,8 @@ class RunComparison(Result):
         # comparisons are empty without a recipe, hence not strict
         for record, of_run in zip(self.records, self.comparisons, strict=False):
             verdicts.append([_comparison_to_json(comparison, record) for comparison in of_run])
-        return {"runs": list(self.runs), "settings": self.settings, "figures": self.figures, "verdicts": verdicts}
+        values = {"runs": self.runs, "settings": self.settings, "figures": self.figures, "verdicts": verdicts}
+        return json_values(values)
 
     def verdicts(self) -> list[str]:
         """The verdict of the recipe on each run in sentences, with its sources; none without a recipe."""
