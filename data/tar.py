@@ -30,6 +30,8 @@ from vlm.files import atomic_write, compute_fingerprint
 from vlm.storage import (
     FileIdentity,
     file_identity,
+    has_compressed_name,
+    is_compressed,
     is_remote,
     local_path,
     needs_cache,
@@ -67,7 +69,7 @@ def read_entries(file: BinaryIO, url: str) -> tuple[list[tarfile.TarInfo], str]:
         VlmError: not even its first header can be read.
     """
     if file.read(2) == b"\x1f\x8b":
-        raise UsageError(f"{url} is compressed; rename it to end in .tar.gz, or unpack it with gunzip.")
+        raise UsageError(f"{url} is compressed; rename it to end in .tar.gz, or unpack it with gunzip < IT > NEW.tar.")
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     entries: list[tarfile.TarInfo] = []
@@ -285,7 +287,9 @@ def _index_paths(url: str, stamp: bytes) -> list[Path]:
     path = Path(url).absolute()
     # the mode too, not os.access alone: root may write into folders that are meant to be read-only
     is_writable = path.parent.stat().st_mode & stat.S_IWUSR and os.access(path.parent, os.W_OK)
-    return [path.parent / _index_name(path.name), central] if is_writable else [central]
+    # an index next to a gzip under a plain name would have whoever copies both read the gzip by it
+    hides_gzip = is_compressed(url) and not has_compressed_name(url)
+    return [path.parent / _index_name(path.name), central] if is_writable and not hides_gzip else [central]
 
 
 def _index_name(name: str) -> str:

@@ -37,6 +37,7 @@ PROTOCOLS = {
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _COMPRESSED = (".tar.gz", ".tgz")
+_GZIP_BEGINS = b"\x1f\x8b"
 _LOCAL = frozenset({"file", "local"})
 _KNOWN_ELSEWHERE = frozenset({"pipe", "ssh", "sftp", "ftp", "cmd", "exec", "file", "local", "s3a"})
 _BETWEEN = re.compile(r"::(?![0-9a-fA-F:.]*\])")  # but not inside the brackets of an IPv6 host
@@ -92,8 +93,24 @@ def is_remote(url: str) -> bool:
 
 
 def is_compressed(url: str) -> bool:
-    """Whether a shard has to be unpacked before it can be read by position."""
+    """Whether a shard has to be unpacked before it can be read by position: by its name, or its first bytes if local.
+
+    Some data sets are handed out as gzip under the name of a plain tar. Of a remote file only the name is known here.
+    """
+    return has_compressed_name(url) or (not is_remote(url) and _begins_with_gzip(local_path(url)))
+
+
+def has_compressed_name(url: str) -> bool:
+    """Whether the name of a shard says that it has to be unpacked."""
     return url_basename(url).lower().endswith(_COMPRESSED)
+
+
+def _begins_with_gzip(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_GZIP_BEGINS)) == _GZIP_BEGINS
+    except OSError:  # a folder, a pattern, or nothing at all
+        return False
 
 
 def needs_cache(url: str) -> bool:

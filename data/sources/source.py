@@ -15,7 +15,7 @@ from vlm.data.samples import Pair
 from vlm.data.tar import Span, read_entries
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import compute_fingerprint
-from vlm.storage import is_shard
+from vlm.storage import is_compressed, is_shard
 
 SourceKind = Literal["scenes", "shards", "table", "annotations", "texts", "classes", "images"]
 
@@ -321,6 +321,7 @@ def open_files(url: str, folder: str = "", *, allow_damage: bool = False) -> Sou
     if path.is_dir():
         shown = [inner for inner in path.iterdir() if not inner.name.startswith(".")]
         is_wrapped_tar = len(shown) == 1 and shown[0].suffix.lower() == ".tar" and shown[0].is_file()
+        is_wrapped_tar = is_wrapped_tar and not is_compressed(str(shown[0]))
         # downloads often come as one tar in a folder of its own
         path = shown[0] if is_wrapped_tar else path
     files: SourceFiles | None = None

@@ -10,6 +10,7 @@ from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shard_cache import Inflater
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
+from vlm.data.sources.source_registry import open_source
 from vlm.data.tar import ShardReader, open_index
 from vlm.errors import UsageError, VlmError
 
@@ -110,10 +111,20 @@ def test_bombs_are_refused_by_their_ratio_and_by_the_bound(served, packed, make_
         assert not [path for path in folder.iterdir() if path.suffix in (".part", ".tar")]
 
 
-def test_a_tar_that_hides_its_compression_is_named(served, packed):
-    _, data, write = packed
+def test_a_tar_that_hides_its_compression_is_read_where_its_bytes_show_it(
+    faulty_server, served, packed, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "mine"))
+    plain, data, write = packed
+    hidden = str(served / write(gzip.compress(data), "hidden.tar"))
+    assert read_all(hidden) == read_all(str(served / plain))
+    assert shards_fingerprint([hidden]) == shards_fingerprint([str(served / plain)])
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "hidden.tar").write_bytes(gzip.compress(data))
+    assert len(open_source(str(alone))) == len(open_source(str(alone / "hidden.tar"))) == 4
     with pytest.raises(UsageError, match=r"rename it to end in \.tar\.gz, or unpack it with gunzip"):
-        open_index(str(served / write(gzip.compress(data), "hidden.tar")))
+        open_index(f"{faulty_server.url}/hidden.tar")
 
 
 def test_folders_find_compressed_shards_but_not_the_same_one_twice(served, packed):
