@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vlm.api.data import pack as pack
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.find import find as find
+    from vlm.api.find import watch as watch
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
@@ -37,6 +39,7 @@ __all__ = [
     "embed",
     "evaluate",
     "fetch_model",
+    "find",
     "list_models",
     "list_runs",
     "load",
@@ -44,6 +47,7 @@ __all__ = [
     "stream",
     "train",
     "train_tokenizer",
+    "watch",
 ]
 
 # Each name with its module. A new one is also imported above under TYPE_CHECKING (`from M import NAME as NAME`) and
@@ -56,12 +60,14 @@ _MODULES: dict[str, str] = {
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",
     "fetch_model": "vlm.api.local_models",
+    "find": "vlm.api.find",
     "list_models": "vlm.api.local_models",
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",
     "pack": "vlm.api.data",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",
+    "watch": "vlm.api.find",
 }
 
 # hidden from type checkers, which would otherwise take any misspelt name for a name of ours

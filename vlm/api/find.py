@@ -4,11 +4,13 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
+from vlm.data.image_inputs import encoded_image, image_list
 from vlm.data.photo_formats import decodable_image
-from vlm.errors import BadSample, UsageError, VlmError
+from vlm.errors import BadSample, UsageError, VlmError, os_errors_explained
 from vlm.files import compute_fingerprint
 from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, LoadEncoder
 from vlm.service.folder.folder_watch import ChangeWaiter
@@ -21,14 +23,13 @@ MODEL_VARIABLE = "VLM_MODEL"
 """The environment variable that names the model of folders that were never indexed."""
 
 Words = str | Sequence[str]
-Images = str | Path | bytes | Sequence[str | Path | bytes]
 
 
 def find(
     folder: str | Path,
     words: Words = (),
     *,
-    like: Images = (),
+    like: Any = (),
     minus: Words = (),
     where: str = "",
     top: int = 10,
@@ -44,7 +45,7 @@ def find(
     Args:
         folder: where the images lie.
         words: one or several queries, combined.
-        like: images to search by, as files or encoded; combined too.
+        like: images to search by: paths, bytes, PIL images, arrays or tensors, one or several; combined too.
         minus: words to subtract.
         where: a filter, as `"year = 2024 and camera like 'Canon%' and folder = 'trips/rome'"`; fields are taken (as
             "2024-05-17T10:22:31"), year, month, camera, latitude, longitude, folder, file, width, height, caption, and
@@ -121,6 +122,7 @@ class ImageFolder:
         """The index, which `vlm search` takes too."""
         return self._folder.index_folder
 
+    @os_errors_explained()
     def update(self, *, rebuild: bool = False) -> FolderUpdate | None:
         """Take in what has changed; None if another process is doing so and there is an index to search meanwhile.
 
@@ -136,11 +138,12 @@ class ImageFolder:
             logger.warning(f"{error} Until then its last version is searched.")
             return None
 
+    @os_errors_explained()
     def search(
         self,
         words: Words = (),
         *,
-        like: Images = (),
+        like: Any = (),
         minus: Words = (),
         where: str = "",
         top: int = 10,
@@ -148,7 +151,7 @@ class ImageFolder:
         """Search what is indexed; arguments and raises as of `find`."""
         texts = (words,) if isinstance(words, str) else tuple(words)
         minus_texts = (minus,) if isinstance(minus, str) else tuple(minus)
-        likes = (like,) if isinstance(like, str | Path | bytes) else tuple(like)
+        likes = [encoded_image(image) for image in image_list(like)]
         if not texts and not likes:
             raise UsageError("There is nothing to search for: give words, or an image to search by.")
         if not self._folder.is_indexed:
@@ -167,17 +170,15 @@ class ImageFolder:
     def watch(self, *, poll_seconds: float | None = None) -> Iterator[FolderUpdate]:
         """As the function `watch`; of the updates after the first those that found a change."""
         waiter = ChangeWaiter(self.root, poll_seconds=poll_seconds)
-        # before the first update: what changes while it runs is not missed
-        waits = waiter.waits()
-        first = self._update_when_free()
-        waiter.set_scan_seconds(first.scan_seconds)
-        yield first
-        for _ in waits:
+        is_first = True
+        for _ in waiter.waits():
             update = self._update_when_free()
             waiter.set_scan_seconds(update.scan_seconds)
-            if update.has_changes:
+            if is_first or update.has_changes:
                 yield update
+            is_first = False
 
+    @os_errors_explained()
     def _update_when_free(self) -> FolderUpdate:
         while True:
             try:
@@ -204,21 +205,21 @@ def default_home(folder: Path) -> Path:
     return platformdirs.user_data_path("vlm", appauthor=False) / "folders" / name
 
 
-def _read_image(image: str | Path | bytes) -> bytes:
+def _read_image(image: Path | bytes) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        return Path(image).expanduser().read_bytes()
+        return image.read_bytes()
     except (OSError, ValueError) as error:  # no file has NUL in its name
         reason = error.strerror if isinstance(error, OSError) else "that is not a valid file name"
-        raise UsageError(f"{str(image)!r} cannot be read: {reason or error}.") from error
+        raise UsageError(f"{image} cannot be read: {reason or error}.") from error
 
 
-def _query_image(image: str | Path | bytes, data: bytes) -> Path | bytes:
+def _query_image(image: Path | bytes, data: bytes) -> Path | bytes:
     """The image as a query takes it: a file by its name, unless its format has to be converted."""
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
         decodable = decodable_image(data, name)
     except BadSample as error:
         raise VlmError(f"{name} cannot be used as a query: {error}.") from error
-    return Path(image).expanduser() if decodable is data and not isinstance(image, bytes) else decodable
+    return image if decodable is data else decodable

@@ -171,7 +171,7 @@ def _show_update(update: "FolderUpdate | None", *, as_json: bool) -> None:
         return
     fields = spaced_names(update.to_json())
     fields["unreadable"] = len(update.unreadable)
-    fields["missing"] = list_counts((count, name) for name, count in update.missing.items()) or 0
+    fields["missing"] = list_counts(update.missing.items()) or 0
     show_fields(fields, title=update.describe())
     _log_problems(update)
 

@@ -31,7 +31,10 @@ class ChangeWaiter:
         self._scan_seconds = 0.0
 
     def waits(self) -> Iterator[None]:
-        """Ends a wait whenever something may have changed; never stops by itself. An interrupt passes through."""
+        """Ends a wait whenever something may have changed, and the first one as soon as changes are noticed.
+
+        It never stops by itself; an interrupt passes through.
+        """
         if not self.is_polling:
             import watchfiles
 
@@ -40,13 +43,19 @@ class ChangeWaiter:
                 watch_filter=lambda _, path: self._is_visible(path),
                 debounce=_BATCH_MILLISECONDS,
                 step=_QUIET_MILLISECONDS,
+                # an empty batch after this time: the first one tells that the system has begun to watch
+                yield_on_timeout=True,
+                rust_timeout=_QUIET_MILLISECONDS,
                 raise_interrupt=True,
             )
-            for _ in batches:
-                yield
+            is_first = True
+            for batch in batches:
+                if batch or is_first:
+                    yield
+                is_first = False
         while True:
-            time.sleep(max(self._poll_seconds, self._scan_seconds / _MAX_SHARE_OF_TIME))
             yield
+            time.sleep(max(self._poll_seconds, self._scan_seconds / _MAX_SHARE_OF_TIME))
 
     def set_scan_seconds(self, seconds: float) -> None:
         """How long looking takes, so that a slow drive is looked at less often."""
