@@ -12,9 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -31,6 +30,7 @@ from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.writer import IndexWriter, InsertBatch
 from vlm.manifest import is_complete, read_manifest
 from vlm.models.model_spec import absolute_spec
+from vlm.results import Result
 from vlm.service.folder.folder_reader import FileReading, FolderReader, View, pending_files
 from vlm.service.folder.folder_scan import FolderScan, scan_folder
 from vlm.service.folder.folder_state import ContentRecord, FolderState, KnownFile
@@ -47,7 +47,7 @@ LoadEncoder = Callable[[str], Encoder]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderUpdate:
+class FolderUpdate(Result):
     """What an update found in a folder, and what it did.
 
     index: the index folder. images: that can be searched now. changed: with other bytes, captions or metadata.
@@ -85,10 +85,6 @@ class FolderUpdate:
         changes = list_counts((name, count) for name, count in counts.items() if count) or "no change"
         work = f"{self.embedded:,} embedded in " if self.embedded else ""
         return f"{pluralize(self.images, 'image')}: {changes}; {work}{self.seconds:.1f} s"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 class FolderBusyError(UsageError):
