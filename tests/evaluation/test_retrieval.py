@@ -1,7 +1,15 @@
+import io
+import json
+import tarfile
+
 import numpy as np
 import pytest
+import torch
 
-from vlm.evaluation.retrieval import measure_retrieval
+from tests.data.tar_fixture import tiny_image
+from vlm.data.transforms import EvalTransform
+from vlm.errors import UsageError
+from vlm.evaluation.retrieval import evaluate_retrieval, measure_retrieval
 
 
 def unit(rows):
@@ -38,6 +46,40 @@ def test_a_image_without_captions_is_an_answer_but_no_query():
     found = measure_retrieval(images, unit([[0.9, 0.1]]), [["a"], []])
     assert found.image_to_text.num_queries == 1
     assert found.text_to_image.recall[1] == 0.0
+
+
+class WordModel:
+    """Embeds all images and all texts alike."""
+
+    view = EvalTransform(size=16)
+
+    def embed_images(self, images):
+        return torch.ones(len(images), 2) / 2**0.5
+
+    def embed_texts(self, texts):
+        return torch.ones(len(texts), 2) / 2**0.5
+
+
+def test_an_image_that_lacks_a_language_is_a_candidate_only(tmp_path, logged):
+    """One image of a multilingual set without a German caption ended the whole evaluation."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(4):
+            captions = {"en": [f"mill {number}"]} | ({"de": ["Mühle", f"Mühle {number}"]} if number else {})
+            for name, data in (("jpg", tiny_image(number)), ("json", json.dumps({"captions": captions}).encode())):
+                entry = tarfile.TarInfo(f"{number}.{name}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    shards = [str(tmp_path / "0.tar")]
+    german = evaluate_retrieval(WordModel(), shards, languages=("de", "fr"))
+    assert (german.num_images, german.num_texts) == (4, 6)
+    assert (german.image_to_text.num_queries, german.text_to_image.num_queries) == (3, 6)
+    assert "1 of 4 images have no caption in de, fr: they are candidates" in logged.text
+    assert "No image has a caption in 'fr'; there are captions in de, en." in logged.text
+    with pytest.raises(UsageError, match=r"No image with a caption in fr can be used .* its captions are in de, en\."):
+        evaluate_retrieval(WordModel(), shards, languages=("fr",))
+    logged.clear()
+    assert evaluate_retrieval(WordModel(), shards, languages=("en",)).num_texts == 4
+    assert not logged.text
 
 
 def test_metrics_are_flat_names():

@@ -1,5 +1,6 @@
 """Image-text retrieval: recall and median rank in both directions, with several captions per image and exact ties."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import torch
 from vlm.data.collate import EvalBatch, EvalCollator
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
-from vlm.data.samples import Captions, select_languages
+from vlm.data.samples import UNNAMED, Captions, select_languages
 from vlm.data.shards import count_samples
 from vlm.data.transforms import EvalTransform
-from vlm.errors import UsageError, VlmError
+from vlm.errors import BadSample, UsageError, VlmError
 from vlm.tensor_types import Array, Float, Float32, Int, Tensor, UInt8
+
+logger = logging.getLogger(__name__)
 
 # the cut-offs of the literature, as in Karpathy and Fei-Fei 2015
 RECALL_AT = (1, 5, 10)
@@ -171,13 +174,15 @@ def evaluate_retrieval(
 ) -> Retrieval:
     """Embed all images and all their captions, then rank each against all of the other modality.
 
-    captions_each: number of captions per image and language, the first ones; 0 uses all.
+    captions_each: number of captions per image and language, the first ones; 0 uses all. An image without a caption in
+    these languages is a candidate, but not a query.
 
     Raises:
         UsageError: no sample can be used.
     """
     images: list[Tensor] = []
     captions: list[tuple[str, ...]] = []
+    found_languages: set[str] = set()
     num_bad = 0
     for batch in iter_sample_batches(shards, model.view, workers=workers):
         num_bad += len(batch.unread)
@@ -185,18 +190,32 @@ def evaluate_retrieval(
             images.append(model.embed_images(batch.images))
             for sample in batch.decoded:
                 captions.append(_select_captions(sample.captions, languages, captions_each))
+                found_languages.update(sample.captions)
+    available = ", ".join(sorted(filter(None, found_languages)))
+    wanted = ", ".join(languages) or "any language"
     if not images or not any(captions):
-        raise UsageError(f"No image with a caption in {languages or 'any language'} can be used in {shards[0]} …")
+        hint = f"; its captions are in {available}" if available and languages else ""
+        raise UsageError(f"No image with a caption in {wanted} can be used in {shards[0]} …{hint}.")
+    # captions of unnamed language count as the first one requested
+    for language in () if UNNAMED in found_languages else languages:
+        if language not in found_languages:
+            logger.warning(f"No image has a caption in {language!r}; there are captions in {available}.")
+    if num_without := captions.count(()):
+        logger.warning(
+            f"{num_without:,} of {len(captions):,} images have no caption in {wanted}: they are candidates of the "
+            "texts, but no queries."
+        )
     texts = list(chain.from_iterable(captions))
     return measure_retrieval(torch.cat(images).numpy(), model.embed_texts(texts).numpy(), captions, num_bad=num_bad)
 
 
 def _select_captions(captions: Captions, languages: tuple[str, ...], captions_each: int) -> tuple[str, ...]:
-    if not captions:
-        return ()
     selected: list[str] = []
-    for texts in select_languages(captions, languages).values():
-        selected += texts[: captions_each or None]
+    try:
+        for texts in select_languages(captions, languages).values():
+            selected += texts[: captions_each or None]
+    except BadSample:
+        return ()
     return tuple(selected)
 
 
