@@ -13,7 +13,7 @@ from tests import preloaded
 from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
 from vlm.data.shard_cache import ShardCache, default_cache
-from vlm.data.shards import count_samples
+from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
 
@@ -281,3 +281,23 @@ def test_use_is_noticed_to_the_moment(faulty_server, served, write_shards, make_
     os.utime(path, ns=(1, 1))
     reader.read(0)
     assert time.time_ns() - path.stat().st_mtime_ns < 10**10
+
+
+def test_signed_addresses_are_kept_whole_and_need_no_head(faulty_server, served, write_shards, make_cache):
+    """Object stores sign an address for GET alone; its query holds every sign that patterns and shells know."""
+    (name,) = write_shards(served, 1)
+    query = "?X-Amz-Credential=AK%2F20250915%2Fs3&X-Amz-Signature=" + "a" * 400 + "&t=[1]&x-id=GetObject"
+    faulty_server.faults = [Fault(path=name, methods=("HEAD",), times=float("inf"), status=403)]
+    url = f"{faulty_server.url}/{name}{query}"
+    assert expand_shards(url) == [url]
+    assert len(read_all(url, make_cache())) == 4
+
+
+def test_shards_of_one_name_in_several_folders_are_kept_apart(faulty_server, served, write_shards, make_cache):
+    for number, folder in enumerate(("cats", "dogs"), start=2):
+        (served / folder).mkdir()
+        write_shards(served / folder, 1, samples=number)
+    cache = make_cache()
+    urls = expand_shards(f"{faulty_server.url}/{{cats,dogs}}/00.tar")
+    assert count_samples(urls, cache=cache) == [2, 3]
+    assert [len(read_all(url, cache)) for url in urls] == [2, 3]

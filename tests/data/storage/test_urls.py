@@ -61,3 +61,11 @@ def test_the_parts_of_web_addresses_end_at_their_query():
 def test_hosts_may_be_numbers_with_colons():
     found = expand_shards("http://[::1]:80/0.tar::http://[fe80::2]/{0..1}.tar")
     assert found == ["http://[::1]:80/0.tar", "http://[fe80::2]/0.tar", "http://[fe80::2]/1.tar"]
+
+
+def test_addresses_that_pathlib_writes_are_read_back(tmp_path):
+    folder = tmp_path / "my data #1 100% [x]"
+    folder.mkdir()
+    shard = folder / "sh ard é.tar"
+    shard.write_bytes(b"")
+    assert expand_shards(folder.as_uri()) == expand_shards(shard.as_uri()) == expand_shards(str(shard)) == [str(shard)]
