@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 import vlm
 from tests.data.tar_fixture import write_tar
@@ -99,6 +100,16 @@ def test_an_error_of_one_process_ends_the_run_with_one_message(scene_tokenizer, 
     with pytest.raises(vlm.VlmError, match=r"4 samples in a row cannot be used.*From process \d of 2; the others"):
         vlm.train("tiny", data=tmp_path, run=tmp_path / "run", processes=2, **settings)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_batch_that_is_too_large_for_the_device_says_what_to_change(trained, monkeypatch, tmp_path):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run, _, _ = trained
+    monkeypatch.setattr("vlm.train.run.train_step", run_out)
+    with pytest.raises(vlm.VlmError, match=r"16 samples does not fit .* smaller --micro-batch"):
+        vlm.train(run, run=tmp_path / "run")
 
 
 def test_processes_out_of_range_are_refused(trained, monkeypatch, tmp_path):

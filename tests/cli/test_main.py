@@ -69,6 +69,14 @@ def test_a_family_of_verbs_lists_them(capsys, family):
     assert all(f"  {verb} " in out for verb in verbs)
     # without a verb it is misuse, answered alike
     assert run(capsys, family)[:2] == (2, out)
+    assert run(capsys, "help", family)[:2] == (0, out)
+
+
+def test_a_verb_that_is_a_family_too_lists_it_before_its_own_help(capsys):
+    code, out, _ = run(capsys, "runs", "--help")
+    assert code == 0
+    assert out.index("  runs compare ") < out.index("usage: vlm runs [-h]")
+    assert run(capsys, "help", "runs", "compare")[1].startswith("usage: vlm runs compare")
 
 
 def test_a_verb_of_before_still_works(capsys):

@@ -15,7 +15,7 @@ from vlm.api.inference import Model, encoder_of
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
-from vlm.errors import UsageError, os_errors_explained
+from vlm.errors import UsageError, VlmError, os_errors_explained
 from vlm.evaluation.caption_accuracy import measure_caption_truth
 from vlm.evaluation.class_prompts import read_class_list, read_templates
 from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
@@ -96,7 +96,14 @@ class _TrainJob:
     allow: tuple[str, ...]
 
     def run(self) -> RunSummary:
-        return train_run(self.config, resume=self.resume, allow=self.allow)
+        try:
+            return train_run(self.config, resume=self.resume, allow=self.allow)
+        except torch.OutOfMemoryError as error:
+            raise VlmError(
+                f"A step of {self.config.batch_size} samples does not fit into the memory of the device; what was "
+                "saved is kept. Give a smaller --micro-batch, which changes no gradient, and go on with --resume "
+                "--allow micro_batch."
+            ) from error
 
 
 def _train_in_process(job: _TrainJob) -> RunSummary:

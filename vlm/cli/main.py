@@ -125,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # only before the verb: after it they are options of the verb, which has none of these names
     while words and words[0] in LOG_LEVELS:
         level = LOG_LEVELS[words.pop(0)]
+    # `vlm help train` as people try it
+    if len(words) > 1 and words[0] == "help":
+        words = [*words[1:], "--help"]
     try:
         if not words or words[0] in _HELP:
             print(overview())
@@ -134,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if family_help := family_overview(words):
             print(family_help)
-            return 0 if len(words) > 1 else 2
+            # a family whose first word is a verb too goes on with that verb's own help
+            if words[0] not in VERBS:
+                return 0 if len(words) > 1 else 2
         verb, rest = split_verb(words)
         with log_to_stderr(level):
             run_verb(verb, rest)
@@ -180,10 +185,13 @@ _HELP = ("-h", "--help", "help")
 
 
 def family_overview(words: Sequence[str]) -> str:
-    """The verbs that begin with this word, if that alone is no verb and nothing but help is asked for; else empty."""
+    """The verbs that begin with this word, if nothing but help is asked for; else empty."""
     family = {verb: line for verb, (_, _, line) in VERBS.items() if verb.startswith(f"{words[0]} ")}
-    if not family or words[0] in VERBS or (len(words) > 1 and words[1] not in _HELP):
+    asks_help = words[1] in _HELP if len(words) > 1 else words[0] not in VERBS
+    if not family or not asks_help:
         return ""
+    if words[0] in VERBS:
+        family = {words[0]: VERBS[words[0]][2], **family}
     width = max(map(len, family))
     lines = [f"  {verb:<{width}}  {line}" for verb, line in family.items()]
     return "\n".join([f"usage: vlm {words[0]} VERB …        (vlm {words[0]} VERB --help: its options)", "", *lines])

@@ -39,7 +39,7 @@ class Train:
     """Settings, or groups of them, that may change on resume, e.g. optimizer.learning_rate."""
 
     processes: int = 1
-    """Processes to train in on this machine, each with a GPU of its own if there are any; see --batch-size."""
+    """Processes on this machine that share each batch, each with a GPU of its own if there are any."""
 
     json: JsonOption = False
 
