@@ -10,6 +10,7 @@ import vlm
 from tests.data.tar_fixture import write_tar
 from vlm.api.training import EmbedResult
 from vlm.cli.main import main
+from vlm.files import compute_fingerprint
 from vlm.models.load import load_model
 from vlm.train.history import read_metrics
 from vlm.train.presets import open_preset
@@ -55,6 +56,14 @@ def test_the_throughput_of_the_summary_is_that_of_the_whole_run(trained):
     run, summary, _ = trained
     lines = [line["samples_per_second"] for line in read_metrics(run / "metrics.jsonl")]
     assert summary.metrics["samples_per_second"] == pytest.approx(sum(lines) / len(lines))
+
+
+def test_a_stream_gives_the_batches_that_training_sees(trained, scene_shards):
+    run, _, _ = trained
+    batches = vlm.stream(scene_shards / "train", batch_size=16, languages=["en"], image_size=32, workers=0)
+    for line, batch in zip(read_metrics(run / "metrics.jsonl"), batches, strict=False):
+        pairs = map("\t".join, zip(batch.keys, batch.texts, strict=True))
+        assert line["samples"] == compute_fingerprint(*pairs)
 
 
 def test_a_run_is_the_preset_of_another_and_is_resumed(trained, tmp_path, scene_shards):
