@@ -126,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(
         self, source: str, context_length: int = CLIP_CONTEXT_LENGTH, options: Mapping[str, Any] | None = None
     ) -> None:
-        from open_clip.tokenizer import HFTokenizer
+        from vlm.data.open_clip_private import HFTokenizer
 
         self.options = dict(options or {})
         try:

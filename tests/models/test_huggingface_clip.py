@@ -44,7 +44,9 @@ def their_texts(folder, model):
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     length = model.config.text_config.max_position_embeddings
     inputs = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    rows = embeddings(model.get_text_features(**inputs))
+    # transformers 4 also gives token types, which these models do not take
+    used = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    rows = embeddings(model.get_text_features(**used))
     return inputs["input_ids"], torch.nn.functional.normalize(rows, dim=-1)
 
 

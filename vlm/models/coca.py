@@ -60,7 +60,7 @@ def text_log_likelihoods(
 
 def can_caption_in_parallel(network: nn.Module) -> bool:
     """Whether the network is open_clip's CoCa with open_clip's own text tower."""
-    from open_clip.transformer import TextTransformer
+    from vlm.data.open_clip_private import TextTransformer
 
     return hasattr(network, "text_decoder") and isinstance(getattr(network, "text", None), TextTransformer)
 

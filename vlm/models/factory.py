@@ -141,8 +141,7 @@ def allow_logit_bias(network: Any) -> None:
 
 
 def _build_open_clip(values: ModelConfig) -> Network:
-    from open_clip.coca_model import CoCa
-    from open_clip.model import CLIP, CustomTextCLIP
+    from open_clip import CLIP, CoCa, CustomTextCLIP
 
     # as open_clip.create_model decides it: a Hugging Face tower needs CustomTextCLIP
     is_custom = values.pop("custom_text", False) or "hf_model_name" in values["text_cfg"]

@@ -50,8 +50,7 @@ def run_image_tower(
 
 def supports_patch_features(network: nn.Module) -> bool:
     """Whether `run_image_tower` can give the patches of this network's image tower."""
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
+    from vlm.data.open_clip_private import TimmModel, VisionTransformer
 
     visual = getattr(network, "visual", None)
     if isinstance(visual, VisionTransformer):
@@ -72,7 +71,7 @@ def encode_crops(network: Network, crops: Float[Tensor, "B 3 h w"], size: int) -
     Raises:
         UsageError: the crop is not a whole number of patches.
     """
-    from open_clip.transformer import VisionTransformer
+    from vlm.data.open_clip_private import VisionTransformer
 
     visual = network.get_submodule("visual")
     if crops.shape[-1] == size or getattr(visual, "takes_any_size", False):
@@ -85,8 +84,7 @@ def encode_crops(network: Network, crops: Float[Tensor, "B 3 h w"], size: int) -
 
 
 def _run_with_patches(visual: Any, pixels: Float[Tensor, "B 3 H W"]) -> ImageTowerOutput:
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
+    from vlm.data.open_clip_private import TimmModel, VisionTransformer
 
     if isinstance(visual, VisionTransformer):
         tokens = visual.transformer(visual._embeds(pixels))

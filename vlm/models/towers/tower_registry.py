@@ -133,7 +133,7 @@ def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
 
 
 def _open_clip_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    from open_clip.model import CustomTextCLIP
+    from open_clip import CustomTextCLIP
 
     values = _without(config, "custom_text")
     try:
@@ -321,9 +321,11 @@ def uses_towers(config: Values) -> bool:
 def build_image_tower(values: Values, embed_dim: int) -> nn.Module:
     """The image tower of a completed vision_cfg, ours or open_clip's, with fresh weights."""
     if TOWER_KEY not in values:
-        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+        from open_clip import CLIPVisionCfg
 
-        return _build_vision_tower(embed_dim, CLIPVisionCfg(**values))
+        from vlm.data import open_clip_private
+
+        return open_clip_private.build_vision_tower(embed_dim, CLIPVisionCfg(**values))
     config: ImageTowerConfig = read_image_config(values)
     kind, name = _choose(IMAGE_TOWERS, config.tower)
     assert kind.build is not None
@@ -333,9 +335,11 @@ def build_image_tower(values: Values, embed_dim: int) -> nn.Module:
 def build_text_tower(values: Values, embed_dim: int) -> nn.Module:
     """The text tower of a completed text_cfg, ours or open_clip's, with fresh weights."""
     if TOWER_KEY not in values:
-        from open_clip.model import CLIPTextCfg, _build_text_tower
+        from open_clip import CLIPTextCfg
 
-        return _build_text_tower(embed_dim, CLIPTextCfg(**values))
+        from vlm.data import open_clip_private
+
+        return open_clip_private.build_text_tower(embed_dim, CLIPTextCfg(**values))
     config: TextTowerConfig = read_text_config(values)
     kind, name = _choose(TEXT_TOWERS, config.tower)
     assert kind.build is not None
