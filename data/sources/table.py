@@ -91,6 +91,9 @@ class TableSource:
             _choose_column(first, options.key_column, (), what="key")
         self.captions_are_labels = self._caption_column in first.rows.class_names
 
+        self._language_columns: dict[str, None] = {}  # as an ordered set
+        for table in tables:
+            self._language_columns |= dict.fromkeys(filter(_LANGUAGE_COLUMN.fullmatch, table.rows.columns))
         names: list[Any] = []
         keys: list[Any] = []
         folders: list[str] = []
@@ -130,13 +133,16 @@ class TableSource:
     def _words(self, number: int, rows: Sequence[dict[str, Any]]) -> Words:
         captions: Captions = {}
         if self._options.captions != "none":
-            captions = _merge(map(self._captions, rows))
+            captions = self._captions(rows[0])
+            # most images have one row with one caption each, which spares the merging
+            if len(rows) > 1 or any(len(texts) > 1 for texts in captions.values()):
+                captions = _merge(map(self._captions, rows))
         if not captions and self._options.captions not in ("none", "optional"):
             raise BadSample("no caption", f"row {self._groups[number][0] + 1} has no text in {self._caption_column!r}")
         key = self._keys[number]
         metadata: dict[str, Any] = {}
         for column, value in rows[0].items():
-            is_caption = column == self._caption_column or _LANGUAGE_COLUMN.fullmatch(column)
+            is_caption = column == self._caption_column or column in self._language_columns
             # a key that had to be changed to be unique stays in the metadata as it was
             if not is_caption and (column, str(value)) != (KEY_COLUMN, key):
                 metadata[column] = value
@@ -218,7 +224,7 @@ class TableSource:
         value = row.get(self._caption_column) if self._caption_column else None
         if self.captions_are_labels and value is not None:
             return {UNNAMED: (self._options.template.replace("{}", str(value).replace("_", " ")),)}
-        in_languages = {name: raw for name, raw in row.items() if _LANGUAGE_COLUMN.fullmatch(name)}
+        in_languages = {name: row[name] for name in self._language_columns if name in row}
         return parse_captions(
             None, in_languages | {"captions": str(value) if isinstance(value, int | float) else value}
         )
