@@ -1,15 +1,19 @@
 """Images as people hand them over: paths, encoded bytes, PIL images, arrays, tensors, one or several."""
 
 import io
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from vlm.data.decode import to_rgb
 from vlm.errors import UsageError
+
+# imported where it is used: a query of words and files needs none of it
+if TYPE_CHECKING:
+    from PIL import Image
 
 ImageInput = Any
 """A path, the bytes of a file, a PIL image, or an array or tensor of pixels: [H, W, 3], [H, W, 4], [H, W] or [3, H, W].
@@ -22,7 +26,7 @@ _CHANNELS = (1, 3, 4)
 
 def image_list(images: Any) -> list[ImageInput]:
     """One or several images as a list: an array with four axes is a batch of images."""
-    if isinstance(images, str | Path | bytes | bytearray | Image.Image):
+    if isinstance(images, str | Path | bytes | bytearray) or _is_pil_image(images):
         return [images]
     axes = getattr(images, "ndim", None)
     if axes is not None:
@@ -42,7 +46,7 @@ def encoded_image(image: ImageInput) -> Path | bytes:
         return Path(image).expanduser()
     if isinstance(image, bytes | bytearray):
         return bytes(image)
-    if not isinstance(image, Image.Image):
+    if not _is_pil_image(image):
         image = _image_from_pixels(image)
     file = io.BytesIO()
     # upright and in RGB as a file of it would be read: what is saved anew has lost the orientation in its EXIF.
@@ -51,7 +55,15 @@ def encoded_image(image: ImageInput) -> Path | bytes:
     return file.getvalue()
 
 
-def _image_from_pixels(pixels: Any) -> Image.Image:
+def _is_pil_image(value: Any) -> bool:
+    # whoever has such an image has imported its module
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(value, module.Image)
+
+
+def _image_from_pixels(pixels: Any) -> "Image.Image":
+    from PIL import Image
+
     # tensors of a GPU, or that need a gradient, refuse to become arrays
     if hasattr(pixels, "detach"):
         pixels = pixels.detach().cpu()

@@ -24,6 +24,7 @@ from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, sorted_checksums
+from vlm.index.ids import UID_COLUMN
 from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import WrittenSegment, write_segment
@@ -488,7 +489,11 @@ def _write_manifest(
         fingerprint=compute_fingerprint(snapshot.manifest.fingerprint, "upgrade", space.fingerprint, *checksums),
         generation=FIRST_VERSION,
         counts={"rows": len(snapshot), "dead": 0},
-        configuration={"index": str(snapshot.folder.absolute()), "head": space.model},
+        configuration={
+            "index": str(snapshot.folder.absolute()),
+            "head": space.model,
+            UID_COLUMN: snapshot.manifest.configuration.get(UID_COLUMN, ""),
+        },
         inputs=snapshot.manifest.inputs | {"model": space.fingerprint, "index": snapshot.manifest.fingerprint},
         files=files,
         details=asdict(details),

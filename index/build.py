@@ -4,6 +4,7 @@
 `create_index` makes one without rows.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import VlmError
-from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
+from vlm.files import atomic_folder, check_not_exists, compute_fingerprint, json_text
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import resolve_index_type, search_params_dict
 from vlm.index.autotune.autotune_report import PLOT, draw_plan
@@ -22,16 +23,18 @@ from vlm.index.autotune.autotuner import MAX_ROWS, Plan, VerificationResult, aut
 from vlm.index.autotune.trial import SearchParams, TuningTarget
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
+from vlm.index.ids import UID_COLUMN, choose_uid_column, with_uid_of
 from vlm.index.index_files import FIRST_VERSION, IndexDetails, catalogue_file
 from vlm.index.reader import Index
 from vlm.index.segments import WrittenSegment, iter_stored_blocks, write_segment
 from vlm.manifest import Manifest, write_manifest
+from vlm.results import Result
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildSummary:
+class BuildSummary(Result):
     """The index that was built, and how long it took."""
 
     folder: str
@@ -44,7 +47,7 @@ class BuildSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutotunedBuild:
+class AutotunedBuild(Result):
     """The index that was built for a target, the plan behind it and what the finished index has.
 
     search_params: set on the finished index; None if the index type has none, or they were left as planned.
@@ -54,6 +57,20 @@ class AutotunedBuild:
     plan: Plan
     search_params: SearchParams | None
     verification: VerificationResult
+
+    @property
+    def folder(self) -> str:
+        """The index folder."""
+        return self.summary.folder
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: what `vlm index build --json` prints."""
+        measured = {
+            "plan": self.plan.evidence,
+            "setting": self.search_params and asdict(self.search_params),
+            "confirmed": asdict(self.verification),
+        }
+        return self.summary.to_json() | json.loads(json_text(measured, default=str))
 
     def check_target(self) -> None:
         """Raise VlmError if the finished index misses its target; the folder stays."""
@@ -71,11 +88,13 @@ def build_index(
     *,
     kind: str = "auto",
     tuning: TuningParams | None = None,
+    uid_column: str | None = None,
     evidence: dict[str, Any] | None = None,
 ) -> BuildSummary:
     """Build an index of a finished embeddings folder, whose checksums are verified.
 
     kind: one of `INDEX_TYPES`, or auto (`resolve_index_type`). evidence: why this type, plain values for the manifest.
+    uid_column: as of `choose_uid_column`.
     The folder is written under another name and renamed at the end.
 
     Raises:
@@ -88,10 +107,19 @@ def build_index(
     resolved_kind = resolve_index_type(kind, len(source))
     if kind != resolved_kind:
         logger.info(f"{len(source):,} rows: a {resolved_kind} index.")
+    column = choose_uid_column(source.origins, uid_column)
+    if column and uid_column is None:
+        logger.info(f"Uids are the names of the image files ({column}); another column: --uid-column.")
     try:
         with atomic_folder(out) as folder:
             written = _write_index(
-                folder, source, resolved_kind, tuning or TuningParams(), requested_kind=kind, evidence=evidence or {}
+                folder,
+                source,
+                resolved_kind,
+                tuning or TuningParams(),
+                requested_kind=kind,
+                uid_column=column,
+                evidence=evidence or {},
             )
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
@@ -152,6 +180,7 @@ def build_autotuned(
     kind: str = "auto",
     max_rows: int = MAX_ROWS,
     seed: int = 0,
+    uid_column: str | None = None,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> AutotunedBuild:
     """Autotune on a sample, build the index type that won, then retune and verify it on all rows.
@@ -160,7 +189,8 @@ def build_autotuned(
     `AutotunedBuild.check_target` raises.
 
     texts, images: embeddings to query with, see `autotune`. kind: the only index type to try, or auto for all of them.
-    max_rows: rows of the sample. on_plan: called with the plan before the index is built, which may take long.
+    max_rows: rows of the sample. uid_column: as of `choose_uid_column`. on_plan: called with the plan before the index
+        is built, which may take long.
 
     Raises:
         UsageError: `out` exists, no index type meets the target, or the embeddings do not fit each other.
@@ -182,7 +212,9 @@ def build_autotuned(
     )
     if on_plan is not None:
         on_plan(plan)
-    summary = build_index(embeddings, out, kind=plan.kind, tuning=plan.tuning, evidence=plan.evidence)
+    summary = build_index(
+        embeddings, out, kind=plan.kind, tuning=plan.tuning, uid_column=uid_column, evidence=plan.evidence
+    )
     # not named by the manifest: no search needs it, and nobody misses it in a check
     draw_plan(plan, out / PLOT)
     # a sample misjudges effort, so it is set again on all rows
@@ -205,6 +237,7 @@ def _write_index(
     tuning: TuningParams,
     *,
     requested_kind: str,
+    uid_column: str,
     evidence: dict[str, Any],
 ) -> WrittenSegment:
     """Write the first version of an index: segment, catalogue, and the manifest last."""
@@ -213,7 +246,8 @@ def _write_index(
     written = write_segment(
         folder, 0, iter_stored_blocks(source), rows, dimension=source.dimension, kind=kind, tuning=tuning
     )
-    write_catalogue(folder / catalogue, enumerate(source.origins()), generation=FIRST_VERSION)
+    origins = (with_uid_of(origin, uid_column) for origin in source.origins())
+    write_catalogue(folder / catalogue, enumerate(origins), generation=FIRST_VERSION)
     details = IndexDetails(
         space=source.space,
         catalogue=catalogue,
@@ -227,11 +261,11 @@ def _write_index(
         evidence=evidence,
     )
     # last, because a folder with a manifest is complete
-    write_manifest(folder, _manifest(source, written, details))
+    write_manifest(folder, _manifest(source, written, details, uid_column))
     return written
 
 
-def _manifest(source: Embeddings, written: WrittenSegment, details: IndexDetails) -> Manifest:
+def _manifest(source: Embeddings, written: WrittenSegment, details: IndexDetails, uid_column: str) -> Manifest:
     segment = written.segment
     return Manifest(
         kind="index",
@@ -240,7 +274,12 @@ def _manifest(source: Embeddings, written: WrittenSegment, details: IndexDetails
         ),
         generation=FIRST_VERSION,
         counts={"rows": segment.rows, "dead": 0},
-        configuration={"embeddings": str(source.folder.absolute()), "kind": segment.kind, **segment.parameters},
+        configuration={
+            "embeddings": str(source.folder.absolute()),
+            "kind": segment.kind,
+            UID_COLUMN: uid_column,
+            **segment.parameters,
+        },
         inputs={"model": source.space.fingerprint, "embeddings": source.manifest.fingerprint},
         files=written.files,
         details=asdict(details),

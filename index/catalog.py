@@ -23,12 +23,13 @@ import numpy as np
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import fsync_folder
-from vlm.index import metadata
 from vlm.index.caption_words import WORDS_VERSION, fold, split_ideographs
 from vlm.index.embeddings_folder import Origin, captions_from_json
 from vlm.index.facets import FieldSummary, ValueCount, count_values, summarize_fields
 from vlm.index.filter_language import Condition, matching_rows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
+from vlm.index.metadata import SCHEMA as METADATA_SCHEMA
+from vlm.index.metadata import field_types, insert_metadata_fields, sanitize_text
 from vlm.tensor_types import Array, Int64
 
 LATEST = 2**63 - 1
@@ -58,7 +59,7 @@ CREATE TABLE rows (
 );
 CREATE TABLE shards (id INTEGER PRIMARY KEY, address TEXT NOT NULL UNIQUE);
 CREATE VIRTUAL TABLE captions_text USING fts5(text, content='', tokenize='unicode61 remove_diacritics 2');
-{metadata.SCHEMA}
+{METADATA_SCHEMA}
 """
 # made after the rows: one sort is faster than ordered inserts
 _INDEXES = (
@@ -220,7 +221,7 @@ def insert_rows(database: sqlite3.Connection, rows: Iterable[tuple[int, Origin]]
             texts.append((number, _words(origin.captions, folding)))
         database.executemany(_INSERT, lines)
         database.executemany("INSERT INTO captions_text(rowid, text) VALUES (?, ?)", texts)
-        metadata.insert_metadata_fields(database, block)
+        insert_metadata_fields(database, block)
         count += len(block)
     return count
 
@@ -415,6 +416,35 @@ class Catalogue:
         with self._reading() as database:
             return [value for (value,) in database.execute(query, (field, limit))]
 
+    def field_names(self) -> list[str]:
+        """The metadata fields that have values, by name, those of deleted rows among them."""
+        with self._reading() as database:
+            return list(field_types(database))
+
+    def field_values(self, field: str) -> list[tuple[int | float | str, int]]:
+        """Each value of a field with its row."""
+        query = "SELECT value, row FROM facts WHERE field = (SELECT id FROM fields WHERE name = ?)"
+        with self._reading() as database:
+            hidden = set(self._hidden(database).tolist())
+            return [(value, row) for value, row in database.execute(query, (field,)) if row not in hidden]
+
+    def image_ends(self) -> dict[str, int]:
+        """By the address of each shard or image file the byte at which its last image ends, 0 without images."""
+        query = (
+            "SELECT address, max(image_offset + image_size) FROM rows JOIN shards ON shards.id = rows.shard"
+            " WHERE born <= ? AND died > ? GROUP BY address ORDER BY min(row)"
+        )
+        with self._reading() as database:
+            return dict(database.execute(query, self._visible_at).fetchall())
+
+    def sample_numbers(self, address: str) -> list[int]:
+        """The positions in a shard of the samples that have a row."""
+        query = (
+            "SELECT number FROM rows WHERE shard = (SELECT id FROM shards WHERE address = ?) AND born <= ? AND died > ?"
+        )
+        with self._reading() as database:
+            return _first_column(database.execute(query, (address, *self._visible_at)))
+
     def search_text(self, words: str, top: int) -> list[Entry]:
         """The entries whose captions contain all the words, best first (BM25; ties by row).
 
@@ -428,7 +458,7 @@ class Catalogue:
         with self._reading() as database:
             folding = _folding(database)
             # in quotes, a word is a phrase to FTS5 and never an operator; folded first, for a full-width quote folds
-            names = metadata.sanitize_text(words).replace('"', " ").split()
+            names = sanitize_text(words).replace('"', " ").split()
             folded = [folding(name).replace('"', " ") for name in names]
             phrases = [f'"{word}"' for word in folded]
             if not phrases:

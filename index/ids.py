@@ -1,14 +1,24 @@
-"""Uids of embeddings: a sample's key, made longer only where two samples share it."""
+"""Uids: of embeddings a sample's key, made longer only where two samples share it; of an index also a column."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlm.config import suggest
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
+from vlm.files import content_digest
+from vlm.index.embeddings_folder import Origin
+
+UID_COLUMN = "uid_column"
+"""In the configuration of an index's manifest: the metadata column of its uids; without one, those of embeddings."""
+
+FILE_COLUMN = "file"
+"""The metadata of images that were packed from a folder: their names in it."""
 
 
 class UidAssigner:
@@ -97,3 +107,46 @@ def shorten_shard_names(shards: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return addresses
+
+
+def choose_uid_column(origins: Callable[[], Iterable[Origin]], requested: str | None) -> str:
+    """The metadata column that gives the rows of a new index their uids; empty for those of the embeddings.
+
+    requested: a column, `key` for the keys of the samples, or None for `file` where each row has one of its own: the
+        name of an image in its folder does not depend on how other images are called.
+
+    Raises:
+        UsageError: a row has no value in the requested column, or two rows have the same.
+    """
+    if requested == "":
+        return ""
+    column = FILE_COLUMN if requested is None else requested
+    seen: set[bytes] = set()
+    for origin in origins():
+        uid = uid_in_column(origin, column)
+        if not uid:
+            if requested is None:
+                return ""
+            hint = suggest(column, ["key", *origin.metadata])
+            raise UsageError(f"The row {origin.uid!r} has no {column!r} to be its uid; {hint}")
+        digest = content_digest(uid.encode(errors="surrogatepass"))
+        if digest in seen:
+            if requested is None:
+                return ""
+            raise UsageError(f"Two rows have the {column} {uid!r}, and a uid names one row; choose another column.")
+        seen.add(digest)
+    return column
+
+
+def uid_in_column(origin: Origin, column: str) -> str:
+    """The uid that a column gives a row, of a text embedding with the number of its caption; empty without a value."""
+    value = origin.key if column == "key" else origin.metadata.get(column)
+    if not isinstance(value, str | int | float) or value == "":
+        return ""
+    return str(value) if origin.caption_number is None else f"{value}#{origin.caption_number}"
+
+
+def with_uid_of(origin: Origin, column: str) -> Origin:
+    """The origin with the uid of a column; unchanged without a column, or if it has no value there."""
+    uid = uid_in_column(origin, column) if column else ""
+    return replace(origin, uid=uid) if uid else origin

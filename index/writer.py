@@ -28,6 +28,7 @@ from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
 from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
 from vlm.index.catalog_edits import edit_addresses, edit_metadata
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
+from vlm.index.ids import with_uid_of
 from vlm.index.index_files import FailPoint, IndexDetails, catalogue_file, no_failpoint
 from vlm.index.reader import open_snapshot
 from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, write_segment
@@ -61,8 +62,10 @@ class InsertBatch:
     origins: Callable[[], Iterable[Origin]]
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "InsertBatch":
+    def from_folder(cls, folder: Path, *, uid_column: str = "") -> "InsertBatch":
         """The rows of a finished embeddings folder, whose checksums are verified.
+
+        uid_column: metadata that gives rows their uids (`ids.with_uid_of`).
 
         Raises:
             UsageError: it is unfinished or of another kind.
@@ -75,7 +78,7 @@ class InsertBatch:
             source=source.manifest.fingerprint,
             shards=tuple(source.manifest.details["shards"]),
             blocks=lambda: iter_stored_blocks(source),
-            origins=source.origins,
+            origins=lambda: (with_uid_of(origin, uid_column) for origin in source.origins()),
         )
 
     def uids(self) -> Iterator[str]:
@@ -241,6 +244,10 @@ class IndexWriter:
         """Release the lock and the files."""
         self.snapshot.catalogue.close()
         self._lock.release()
+
+    def describe(self) -> CommitInfo:
+        """The present version, as a change that did nothing."""
+        return self._commit_info(time.perf_counter())
 
     def add(self, batch: InsertBatch) -> CommitInfo:
         """Insert new rows as a flat segment; small flat ones before it are merged with it.

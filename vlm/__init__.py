@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from vlm.api.data import pack as pack
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.index import Hit as Hit
+    from vlm.api.index import SearchIndex as SearchIndex
+    from vlm.api.index import build_index as build_index
+    from vlm.api.index import open_index as open_index
     from vlm.api.find import find as find
     from vlm.api.find import watch as watch
     from vlm.api.inference import Model as Model
@@ -32,9 +36,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "Client",
+    "Hit",
     "Model",
+    "SearchIndex",
     "UsageError",
     "VlmError",
+    "build_index",
     "compare_runs",
     "embed",
     "evaluate",
@@ -43,6 +50,7 @@ __all__ = [
     "list_models",
     "list_runs",
     "load",
+    "open_index",
     "pack",
     "stream",
     "train",
@@ -55,7 +63,10 @@ __all__ = [
 _MODULES: dict[str, str] = {
     "AsyncClient": "vlm.client",
     "Client": "vlm.client",
+    "Hit": "vlm.api.index",
     "Model": "vlm.api.inference",
+    "SearchIndex": "vlm.api.index",
+    "build_index": "vlm.api.index",
     "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",
@@ -64,6 +75,7 @@ _MODULES: dict[str, str] = {
     "list_models": "vlm.api.local_models",
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",
+    "open_index": "vlm.api.index",
     "pack": "vlm.api.data",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",

@@ -103,7 +103,7 @@ def test_a_file_that_holds_no_uids_is_refused(capsys, index, tmp_path, content, 
 
 
 def test_an_index_of_nothing_answers_every_filter_with_nothing(capsys, index):
-    run(capsys, "index", "delete", index, "--where", "width >= 0")
+    run(capsys, "index", "delete", index, "--where", "width >= 0", "--yes")
     run(capsys, "index", "compact", index)
     for where in ("width < 3", "hight = 'x'", "hight is missing", "not width = 1"):
         code, out, _ = run(capsys, "index", "delete", index, "--where", where, "--json")

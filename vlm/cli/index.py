@@ -1,21 +1,20 @@
-"""The verbs of an index: build, import, export, add, update, delete, compact, fit-head, upgrade, check, info."""
+"""The verbs of an index that do not change its rows: build, import, export, fit-head, upgrade, check, info."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from vlm.cli.options import IndexArgument, JsonOption
-from vlm.console import percent, read_text, show_fields, show_json, show_table, spaced_names
+from vlm.console import percent, show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
     from vlm.evaluation.retrieval import Retrieval
-    from vlm.index.build import BuildSummary
+    from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.interop.importer import ImportSummary
-    from vlm.index.writer import CommitInfo
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +36,10 @@ _FORMAT_HELP = (
     "autofaiss reads too. faiss: index.faiss, whose ids are the rows of metadata.parquet. parquet: embeddings.parquet, "
     "with a column of vectors."
 )
-_UPDATE_WHERE_HELP = (
-    "Replace only rows that match this filter, e.g. \"split = 'old' and width < 64\"; other rows of EMBEDDINGS, new "
-    "ones included, are skipped and counted."
+_UID_COLUMN_HELP = (
+    "Metadata column whose values become the uids, or key for the keys of the samples; by default file, the name of an "
+    "image in its folder, where each row has one of its own, else the uids of the embeddings."
 )
-
-_TUNED = {
-    "nlist": "nlist",
-    "nprobe": "nprobe",
-    "hnsw_m": "links",
-    "ef_construction": "ef_construction",
-    "ef_search": "ef_search",
-    "refine_factor": "rerank",
-}
-"""The options that autotuning chooses, with the field of `TuningParams` that each sets."""
-
-_MAX_DELETED_SHARE = 0.2
-"""From this share on, deleted rows slow searches more than a compaction costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,67 +100,36 @@ class BuildIndex:
     seed: int = 0
     """Random seed for sampling and k-means."""
 
+    uid_column: Annotated[str | None, tyro.conf.arg(help=_UID_COLUMN_HELP)] = None
+
     json: JsonOption = False
 
     def run(self) -> None:
-        """Build, autotuned if there is a target or are queries."""
-        from vlm.index.ann.index_type_base import TuningParams
-        from vlm.index.build import build_index
-
-        targets = (self.recall, self.latency_ms, self.memory, self.texts, self.images)
-        # any of them asks for a search over configurations, and nothing else does
-        if any(value is not None for value in targets):
-            self._build_autotuned()
-            return
-        # None stays None: the index type fills in its defaults, by the number of rows
-        numbers = {parameter: getattr(self, option) for option, parameter in _TUNED.items()}
-        tuning = TuningParams(seed=self.seed, **numbers)
-        summary = build_index(self.embeddings, self.out, kind=self.index_type, tuning=tuning)
-        if self.json:
-            show_json(asdict(summary))
-        else:
-            self._show(summary)
-
-    def _build_autotuned(self) -> None:
-        """Build for a target, show plan and measurements, and fail if the target is missed."""
+        """Build, autotuned if there is a target or are queries, and show; a missed target fails at the end."""
+        from vlm.api.index import build_index
         from vlm.index.autotune.autotune_report import show_plan
-        from vlm.index.autotune.trial import TuningTarget, parse_bytes
-        from vlm.index.build import build_autotuned
+        from vlm.index.build import AutotunedBuild
 
-        fixed = [option.replace("_", "-") for option in _TUNED if getattr(self, option) is not None]
-        if fixed:
-            raise UsageError(f"--{fixed[0]} is chosen by autotuning; omit it, or omit the targets.")
-        target = TuningTarget(
-            recall=0.95 if self.recall is None else self.recall,
-            at=self.recall_at,
-            latency_ms=self.latency_ms,
-            memory_bytes=None if self.memory is None else parse_bytes(self.memory),
-        )
-        build = build_autotuned(
-            self.embeddings,
-            self.out,
-            target,
-            texts=self.texts,
-            images=self.images,
-            kind=self.index_type,
-            max_rows=self.tune_rows,
-            seed=self.seed,
-            on_plan=None if self.json else show_plan,
-        )
-        verification = asdict(build.verification)
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "json"}
+        build = build_index(**options, on_plan=None if self.json else show_plan)
         if self.json:
-            measured = {"setting": build.search_params and asdict(build.search_params), "confirmed": verification}
-            show_json(asdict(build.summary) | {"plan": build.plan.evidence} | measured)
+            show_json(build)
         else:
+            self._show(build)
+        # last: an index that misses its target is finished and shown, and scripts see the exit code
+        if isinstance(build, AutotunedBuild):
+            build.check_target()
+
+    def _show(self, build: "BuildSummary | AutotunedBuild") -> None:
+        from vlm.index.build import AutotunedBuild
+
+        summary = build.summary if isinstance(build, AutotunedBuild) else build
+        if isinstance(build, AutotunedBuild):
+            verification = asdict(build.verification)
             del verification["breaks"]
             for name in ("recall", "bound"):
                 verification[name] = percent(verification[name])
             show_fields(verification, title=f"The finished index, queried {build.plan.direction}")
-            self._show(build.summary)
-        # last: an index that misses its target is finished and shown, and scripts see the exit code
-        build.check_target()
-
-    def _show(self, summary: "BuildSummary") -> None:
         show_fields(asdict(summary))
         logger.info(f'Next: vlm search {self.out} "your query"')
 
@@ -286,132 +241,6 @@ class ExportIndex:
             show_json(asdict(summary))
         else:
             show_fields(asdict(summary))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddRows:
-    """Add embeddings to an index; searches can run meanwhile."""
-
-    index: IndexArgument
-
-    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
-    """Embeddings folder, made by vlm embed with the same model."""
-
-    json: JsonOption = False
-
-    def run(self) -> None:
-        """Add, then show the counts."""
-        from vlm.index.writer import IndexWriter, InsertBatch
-
-        # read before the index is locked: a faulty folder keeps no other writer waiting
-        batch = InsertBatch.from_folder(self.embeddings)
-        with IndexWriter(self.index) as writer:
-            info = writer.add(batch)
-        show_commit_info(info, self.index, as_json=self.json)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateRows:
-    """Upsert embeddings into an index by uid."""
-
-    index: IndexArgument
-
-    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
-    """Embeddings folder, made by vlm embed with the same model; rows with a new uid are added."""
-
-    where: Annotated[str, tyro.conf.arg(help=_UPDATE_WHERE_HELP)] = ""
-
-    json: JsonOption = False
-
-    def run(self) -> None:
-        """Replace and add, then show the counts."""
-        from vlm.index.filter_language import parse_filter
-        from vlm.index.writer import IndexWriter, InsertBatch
-
-        # parsed before the index is locked, as the batch is read
-        condition = parse_filter(self.where) if self.where else None
-        batch = InsertBatch.from_folder(self.embeddings)
-        with IndexWriter(self.index) as writer:
-            # evaluated under the lock, so that it fits the snapshot that is changed
-            allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
-            info = writer.update(batch, allowed_rows=allowed_rows)
-        show_commit_info(info, self.index, as_json=self.json)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeleteRows:
-    """Delete rows of an index by uid or filter."""
-
-    index: IndexArgument
-
-    uid: tuple[str, ...] = ()
-    """Uids to delete; if one does not exist, nothing is deleted."""
-
-    uids: Path | None = None
-    """File with one uid per line; - reads standard input."""
-
-    where: str = ""
-    """Delete rows that match this filter, e.g. "split = 'old' and width < 64"."""
-
-    json: JsonOption = False
-
-    def run(self) -> None:
-        """Delete, then show the counts."""
-        from vlm.index.filter_language import parse_filter
-        from vlm.index.writer import IndexWriter
-
-        uids = list(self.uid)
-        if self.uids:
-            uids += _read_uids(self.uids)
-        # both would leave open whether their union or their intersection is meant
-        if bool(uids) == bool(self.where):
-            raise UsageError("Name the rows to delete: either uids (--uid A B or --uids FILE) or a filter (--where).")
-        condition = parse_filter(self.where) if self.where else None
-        with IndexWriter(self.index) as writer:
-            if condition is None:
-                info = writer.delete(uids)
-            else:
-                info = writer.delete_rows(writer.snapshot.catalogue.where(condition))
-        show_commit_info(info, self.index, as_json=self.json)
-
-
-def _read_uids(path: Path) -> list[str]:
-    # a uid may hold any character but a line feed, so that splitlines would cut some
-    uids = list(filter(None, read_text(path).split("\n")))
-    if not uids:
-        raise UsageError(f"{path} holds no uid: one per line was expected; nothing was deleted.")
-    return uids
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompactIndex:
-    """Merge all segments into one, retrain it, and drop deleted rows."""
-
-    index: IndexArgument
-
-    index_type: str = ""
-    """Change to this index type, with its default parameters; empty keeps type and parameters."""
-
-    json: JsonOption = False
-
-    def run(self) -> None:
-        """Compact, then show the counts."""
-        from vlm.index.ann.index_type_base import TuningParams
-        from vlm.index.writer import IndexWriter
-
-        with IndexWriter(self.index) as writer:
-            info = writer.compact(kind=self.index_type, tuning=TuningParams() if self.index_type else None)
-        show_commit_info(info, self.index, as_json=self.json)
-
-
-def show_commit_info(info: "CommitInfo", index: Path, *, as_json: bool) -> None:
-    """What a change did, and whether it is time to compact."""
-    if as_json:
-        show_json(asdict(info))
-        return
-    show_fields(asdict(info))
-    if info.dead > _MAX_DELETED_SHARE * (info.dead + info.rows):
-        logger.info(f"Next: vlm index compact {index}, since every search skips {info.dead:,} deleted rows.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -580,14 +409,14 @@ class IndexInfo:
         """Show the fields, and a row for each segment."""
         from vlm.index.reader import Index
 
-        fields = asdict(Index.open(self.index).info())
+        info = asdict(Index.open(self.index).info())
         if self.json:
-            show_json(fields)
+            show_json(info)
             return
         # nested values, shown as tables of their own
-        segments = fields.pop("segments")
-        evidence = fields.pop("evidence")
-        show_fields(spaced_names(fields))
+        segments = info.pop("segments")
+        evidence = info.pop("evidence")
+        show_fields(spaced_names(info))
         if segments:
             show_table(list(segments[0]), [list(segment.values()) for segment in segments], title="segments")
         if "why" in evidence:

@@ -14,8 +14,9 @@ from vlm.errors import UsageError
 from vlm.files import json_text
 
 if TYPE_CHECKING:
+    from vlm.api.index import SearchIndex
     from vlm.service.query import Query
-    from vlm.service.search import SearchResult, SearchService
+    from vlm.service.search import SearchResult
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Search:
     """Query images; combined with the text queries."""
 
     like: tuple[str, ...] = ()
-    """Uids of stored items to search by; combined too. Alone they need no model."""
+    """Uids of stored items, or image files, to search by; combined too. Uids alone need no model."""
 
     vector: Annotated[tuple[Path, ...], tyro.conf.arg(help=_VECTOR_HELP)] = ()
 
@@ -109,26 +110,24 @@ class Search:
 
     def run(self) -> None:
         """Open the index, search, show."""
-        query = self._query()
         if self.queries is None:
-            query.check()
-            self._search_once(query)
+            self._search_once()
             return
         if self.texts or self.html:
             raise UsageError("--queries has its own texts and results as JSON lines; omit TEXT and --html.")
         # the whole file is checked before the first query is answered
-        queries = iter(_read_queries_file(self.queries, query).items())
-        service = self._open()
+        queries = iter(_read_queries_file(self.queries, self._defaults()).items())
+        index = self._open()
         # in batches, so that results appear before the last query of a long file is embedded
         while named := dict(islice(queries, _QUERIES_AT_ONCE)):
-            for result in service.search_many(list(named.values()), names=list(named)):
+            for result in index.search_many(list(named.values()), names=list(named)):
                 print(json_text(result.to_json()), flush=True)
 
-    def _query(self) -> "Query":
+    def _defaults(self) -> "Query":
+        """What the queries of a file have where they say nothing themselves."""
         from vlm.service.query import Query
 
         return Query(
-            texts=self.texts,
             images=self.image,
             items=self.like,
             vectors=self.vector,
@@ -144,28 +143,39 @@ class Search:
             after=self.after,
         )
 
-    def _open(self) -> "SearchService":
-        from vlm.index.ann.gpu import find_gpu
-        from vlm.service.search import SearchService
+    def _open(self) -> "SearchIndex":
+        from vlm.api.index import open_index
 
-        return SearchService.open(
-            self.index,
-            model_spec=self.model,
-            rerank_spec=self.rerank,
-            # only many queries are worth moving the index to a GPU
-            gpu=find_gpu() if self.queries else None,
+        # only many queries are worth moving the index to a GPU
+        return open_index(
+            self.index, model=self.model or None, rerank_model=self.rerank, on_gpu=self.queries is not None
         )
 
-    def _search_once(self, query: "Query") -> None:
-        service = self._open()
-        result = service.search(query)
+    def _search_once(self) -> None:
+        index = self._open()
+        result = index.search(
+            self.texts,
+            image=self.image,
+            like=self.like,
+            minus=self.minus,
+            vector=self.vector,
+            weights=self.weights,
+            where=self.where,
+            words=self.words,
+            top=self.top,
+            at_least=self.at_least,
+            group_duplicates=self.group_duplicates,
+            diversity=self.diversity,
+            rerank_top=self.rerank_top if self.rerank else 0,
+            after=self.after,
+        )
         if self.html:
             # only here: a page needs Pillow and Jinja2
             from vlm.pages import Provenance
             from vlm.service.gallery import write_gallery
 
             write_gallery(
-                self.html, [result], title="Search results", info=service.index.info(), provenance=Provenance.current()
+                self.html, [result], title="Search results", info=index.info(), provenance=Provenance.current()
             )
             logger.info(f"Page: {self.html}")
         if self.json:
@@ -185,7 +195,9 @@ def _read_queries_file(path: Path, defaults: "Query") -> "dict[str, Query]":
 def show_result(result: "SearchResult") -> None:
     """The hits as a table, with columns for what the query asked for."""
     query = result.query
-    columns = ["", "score", "uid", "caption"]
+    if result.hint:
+        logger.info(result.hint)
+    columns = ["", "score", "uid", "caption", "image"]
     if query.rerank_top:
         columns.insert(2, "likelihood")
     if query.duplicates is not None:
@@ -193,8 +205,7 @@ def show_result(result: "SearchResult") -> None:
     rows: list[list[object]] = []
     for rank, hit in enumerate(result.hits, 1):
         # a column for each language would leave no room
-        caption = next((texts[0] for texts in hit.entry.captions.values() if texts), "")
-        row: list[object] = [rank, hit.score, hit.entry.uid, caption]
+        row: list[object] = [rank, hit.score, hit.uid, hit.caption, hit.path]
         if query.rerank_top:
             row.insert(2, "–" if hit.likelihood is None else hit.likelihood)
         if hit.similar is not None:

@@ -1,0 +1,684 @@
+"""`vlm.build_index` and `vlm.open_index`: embeddings to an index, and an index to hits and to its next version."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+import numpy as np
+
+from vlm.data.image_inputs import ImageInput, encoded_image, image_list
+from vlm.errors import UsageError, os_errors_explained
+from vlm.index.catalog import Catalogue
+from vlm.index.encoder import Encoder
+from vlm.index.reader import IndexInfo
+from vlm.results import Result
+from vlm.service.query import Query
+from vlm.service.search import RankedHit, SearchResult, SearchService, load_encoder
+
+# imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
+if TYPE_CHECKING:
+    from vlm.index.build import AutotunedBuild, BuildSummary
+    from vlm.index.verify import CheckReport
+    from vlm.index.writer import CommitInfo, IndexWriter
+
+Hit = RankedHit
+Texts = str | Sequence[str]
+Additions = ImageInput | Sequence[ImageInput]
+Vectors = str | Path | np.ndarray | Sequence[float] | Sequence[Any]
+
+_NUM_NAMED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeletePreview(Result):
+    """What a deletion would remove: the number of rows, some of their uids, and the rows that would be left.
+
+    hint: why a filter matches no row.
+    """
+
+    rows: int
+    remaining: int
+    examples: tuple[str, ...]
+    hint: str = ""
+
+    @property
+    def is_majority(self) -> bool:
+        """Whether it is more than half of the index."""
+        return self.rows > self.remaining
+
+
+def open_index(
+    folder: str | Path,
+    *,
+    model: str | Path | Encoder | None = None,
+    rerank_model: str | Path = "",
+    on_gpu: bool = False,
+) -> "SearchIndex":
+    """Open an index; its model is loaded when a query first needs one.
+
+    Args:
+        model: where the index's model lies now, if it has moved, or the loaded model.
+        rerank_model: a model with a caption decoder, for `rerank_top`.
+        on_gpu: copy the index to a GPU where FAISS sees one, which pays off for many queries.
+
+    Raises:
+        UsageError: there is no finished index. VlmError: it is damaged.
+    """
+    spec = "" if model is None else str(model)
+    load: Callable[[str], Encoder] = load_encoder
+    if model is not None and not isinstance(model, str | Path):
+        encoder = model
+        spec = ""
+        load = lambda _: encoder  # noqa: E731
+    gpu = None
+    if on_gpu:
+        from vlm.index.ann.gpu import find_gpu
+
+        gpu = find_gpu()
+    return SearchIndex(
+        SearchService.open(Path(folder), model_spec=spec, rerank_spec=str(rerank_model), load=load, gpu=gpu)
+    )
+
+
+class SearchIndex:
+    """An open index, as `vlm.open_index` gives it.
+
+    Searches see the newest version, whoever made it. Each change is one new version, whole or not at all, and returns
+    what it did; only one process at a time may change an index.
+    """
+
+    def __init__(self, service: SearchService) -> None:
+        self._service = service
+
+    @property
+    def folder(self) -> Path:
+        """Its folder."""
+        return self._service.index.folder
+
+    def __len__(self) -> int:
+        self._service.index.refresh()
+        return len(self._service.index)
+
+    def __contains__(self, uid: str) -> bool:
+        self._service.index.refresh()
+        return self._catalogue.find(uid) is not None
+
+    def __repr__(self) -> str:
+        return f"<SearchIndex {str(self.folder)!r}, {len(self._service.index):,} rows>"
+
+    def __enter__(self) -> "SearchIndex":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release its files; results that were returned stay valid."""
+        self._service.close()
+
+    @os_errors_explained()
+    def search(
+        self,
+        texts: Texts = (),
+        *,
+        image: ImageInput | Sequence[ImageInput] = (),
+        like: ImageInput | Sequence[ImageInput] = (),
+        minus: Texts = (),
+        vector: Vectors = (),
+        weights: Sequence[float] = (),
+        where: str = "",
+        words: str = "",
+        top: int = 10,
+        at_least: float | None = None,
+        group_duplicates: float | None = None,
+        diversity: float = 0.0,
+        rerank_top: int = 0,
+        after: str = "",
+    ) -> SearchResult:
+        """The rows nearest to a query: the sum of its texts, images, rows and vectors, less what is not wanted.
+
+        Args:
+            texts: one text or several, which are combined.
+            image: one image or several: paths, bytes, PIL images, arrays.
+            like: as `image`, or uids of rows, which need no model.
+            minus: texts to subtract.
+            vector: vectors of the index's space: numbers, a matrix of one a row, or an .npy file.
+            weights: one a term, in the order texts, image, images of like, uids of like, vector, minus.
+            where: a filter, as `"language == 'en' and width >= 512"` (vlm search --help).
+            words: captions with these words come first, mixed by rank with the nearest rows.
+            at_least: minimum cosine of a hit.
+            group_duplicates: hits whose cosine with a better one is at least this are counted, not shown.
+            diversity: from 0, relevance only, to 1, diversity only.
+            rerank_top: so many first hits are ordered by the likelihood of the texts (`rerank_model`).
+            after: `next` of a result of this query, for the next page.
+
+        Raises:
+            UsageError: the query, its filter or a value of it is not valid.
+            VlmError: an image cannot be read, or the index is damaged.
+        """
+        images, uids = self._terms_like(like)
+        query = Query(
+            texts=texts,
+            images=(*map(encoded_image, image_list(image)), *images),
+            items=uids,
+            vectors=_query_vectors(vector),
+            minus=minus,
+            weights=tuple(weights),
+            top=top,
+            where=where,
+            at_least=at_least,
+            words=words,
+            duplicates=group_duplicates,
+            diversity=diversity,
+            rerank_top=rerank_top,
+            after=after,
+        )
+        return self._service.search(query)
+
+    @os_errors_explained()
+    def search_many(
+        self, queries: Iterable[str | Query], *, names: Sequence[str] = (), **options: Any
+    ) -> list[SearchResult]:
+        """The results of several queries, from one version of the index; their texts are embedded together.
+
+        queries: texts, or queries with terms of every kind. names: of the queries; an error about one begins with it.
+        options: of every query that is a text, as `top=5, where="year > 2020"` (`search` has all).
+
+        Raises: as `search`.
+        """
+        defaults = Query(**options)
+        prepared: list[Query] = []
+        for query in queries:
+            prepared.append(replace(defaults, texts=(query,)) if isinstance(query, str) else query)
+        return self._service.search_many(prepared, names=names)
+
+    @os_errors_explained()
+    def add(
+        self,
+        items: Additions,
+        *,
+        uids: Texts | None = None,
+        captions: Any = None,
+        metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        uid_prefix: str = "",
+    ) -> "AddSummary":
+        """Add what is new: images, a folder of images, shards, a table with images, or an embeddings folder.
+
+        Images are embedded by the index's own model. Those with a file stay where they are; the others are kept in a
+        shard in the index folder. An interrupted call resumes when it is repeated.
+
+        Args:
+            items: one image or several (paths, bytes, PIL images, arrays), or the address of a folder, of shards, of a
+                table or of embeddings. Of a folder, shards and a table, what the index has already is left out.
+            uids: of images; by default the path as given, or a digest of an image without a file. In a folder it is
+                the path below it, in shards the key.
+            captions: of images: for each a text, several, or texts by language.
+            metadata: of images: for each a mapping, or one for all.
+            uid_prefix: put before each uid.
+
+        Raises:
+            UsageError: there is nothing of the kind, a uid exists already, or embeddings are of another model.
+            VlmError: not one image can be read.
+        """
+        return self._insert(
+            items, _Described(uids, captions, metadata), uid_prefix=uid_prefix, where="", replace_known=False
+        )
+
+    @os_errors_explained()
+    def update(
+        self,
+        items: Additions,
+        *,
+        uids: Texts | None = None,
+        captions: Any = None,
+        metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        uid_prefix: str = "",
+        where: str = "",
+    ) -> "AddSummary":
+        """As `add`, but rows whose uid exists are embedded again and replaced (upsert).
+
+        where: replace only rows that match this filter; all other rows, new ones included, are left out and counted.
+        """
+        return self._insert(
+            items, _Described(uids, captions, metadata), uid_prefix=uid_prefix, where=where, replace_known=True
+        )
+
+    @os_errors_explained()
+    def set_metadata(
+        self,
+        values: str | Path | Mapping[str, Mapping[str, Any]] | Iterable[Mapping[str, Any]],
+        *,
+        key: str = "uid",
+        columns: Texts = (),
+        encoding: str = "",
+    ) -> "SetSummary":
+        """Change metadata of rows; nothing is embedded again, and other values stay.
+
+        Args:
+            values: a table (CSV, TSV, JSONL, Parquet; an empty cell changes nothing), new values by uid, or one
+                mapping a row with its `key` (None removes a value).
+            key: the column that names the rows, by the metadata field of the same name; by default their uids.
+            columns: those to set; all but the key if empty.
+            encoding: of a table of text that is not UTF-8.
+
+        Raises:
+            UsageError: the table, its key or a column does not fit; nothing is set.
+        """
+        from vlm.index.metadata_table import match_table, read_table
+
+        if isinstance(values, str | Path):
+            lines: Iterable[Mapping[str, Any]] = read_table(Path(values), encoding=encoding)
+        elif isinstance(values, Mapping):
+            by_uid = cast(Mapping[str, Mapping[str, Any]], values)
+            lines = [{"uid": uid, **fields} for uid, fields in by_uid.items()]
+        else:
+            lines = list(values)
+        names = (columns,) if isinstance(columns, str) else tuple(columns)
+
+        def change(writer: "IndexWriter") -> "SetSummary":
+            # matched under the lock, so that it fits the version that is changed
+            table = match_table(writer.snapshot.catalogue, lines, key=key, columns=names)
+            info = writer.set_metadata(table.changes)
+            return SetSummary(
+                generation=info.generation,
+                rows=info.rows,
+                edited=info.edited,
+                seconds=info.seconds,
+                columns=table.columns,
+                keys=table.num_keys,
+                unknown=table.num_unknown,
+                unknown_keys=table.unknown,
+            )
+
+        return self._change(change)
+
+    @overload
+    def delete(self, uids: Texts = (), *, where: str = "", dry_run: Literal[False] = False) -> "CommitInfo": ...
+    @overload
+    def delete(self, uids: Texts = (), *, where: str = "", dry_run: Literal[True]) -> DeletePreview: ...
+    @overload
+    def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool) -> "CommitInfo | DeletePreview": ...
+    @os_errors_explained()
+    def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> "CommitInfo | DeletePreview":
+        """Delete rows by uid or by a filter; with `dry_run` only say what would go.
+
+        Raises:
+            UsageError: a uid does not exist, the filter is malformed, or neither or both are given.
+        """
+        names = [uids] if isinstance(uids, str) else list(uids)
+        # both would leave open whether their union or their intersection is meant
+        if bool(names) == bool(where):
+            raise UsageError("Name the rows to delete: either uids or a filter (where), not both.")
+        if dry_run:
+            self._service.index.refresh()
+            return self._preview_deletion(names, where)
+
+        if names:
+            return self._change(lambda writer: writer.delete(names))
+        from vlm.index.filter_language import parse_filter
+
+        # parsed before the index is locked, evaluated under the lock
+        condition = parse_filter(where)
+        return self._change(lambda writer: writer.delete_rows(writer.snapshot.catalogue.where(condition)))
+
+    @os_errors_explained()
+    def compact(self, *, index_type: str = "", keep_previous: bool = True) -> "CommitInfo":
+        """Merge all segments into one, retrain it, and drop deleted rows.
+
+        index_type: change to this type, with its default parameters. keep_previous: without, the version before is
+            removed at once and cannot be rolled back to, which frees its disk space.
+        """
+        from vlm.index.ann.index_type_base import TuningParams
+
+        tuning = TuningParams() if index_type else None
+        return self._change(lambda writer: writer.compact(kind=index_type, tuning=tuning, keep_previous=keep_previous))
+
+    @os_errors_explained()
+    def rollback(self) -> "CommitInfo":
+        """Undo the last change, as a new version; a second call redoes it.
+
+        Raises:
+            UsageError: no version before was kept. VlmError: its files are damaged.
+        """
+        return self._change(lambda writer: writer.rollback())
+
+    @os_errors_explained()
+    def relocate(self, old: str | Path = "", new: str | Path = "", *, shards: str = "") -> "CommitInfo":
+        """Say where the images of the index lie now; nothing is embedded again.
+
+        Args:
+            old: the folder, shard or file of before; new: that of now.
+            shards: instead of these: the shards where they are now (a folder, a pattern, several joined by ::), each
+                found by its file name.
+
+        Raises:
+            UsageError: nothing of the index lies at `old`, or a file is not there, or is another one.
+        """
+        from vlm.data.shards import expand_shards
+        from vlm.index.relocation import addresses_below, addresses_by_name, check_addresses
+
+        if bool(shards) == bool(old or new) or bool(old) != bool(new):
+            raise UsageError("Say what moved where: either OLD and NEW, or the shards where they are now.")
+        present = expand_shards(shards) if shards else []
+
+        def change(writer: "IndexWriter") -> "CommitInfo":
+            ends = writer.snapshot.catalogue.image_ends()
+            if shards:
+                moved = addresses_by_name(list(ends), present)
+            else:
+                moved = addresses_below(list(ends), str(old), str(new))
+            check_addresses(moved, ends)
+            return writer.relocate(moved)
+
+        return self._change(change)
+
+    def info(self) -> IndexInfo:
+        """What it holds, in numbers."""
+        self._service.index.refresh()
+        return self._service.index.info()
+
+    @os_errors_explained()
+    def check(self, *, sample: int = 1000, seed: int = 0) -> "CheckReport":
+        """Read all of it and list its faults: checksums, joins, metadata and, of `sample` rows, distances."""
+        from vlm.index.verify import check_index
+
+        if sample < 1:
+            raise UsageError(f"sample = {sample} is out of range: give at least 1.")
+        return check_index(self.folder, sample=sample, seed=seed)
+
+    @property
+    def _catalogue(self) -> Catalogue:
+        return self._service.index.catalogue
+
+    def _change(self, change: Callable[["IndexWriter"], Any]) -> Any:
+        from vlm.index.writer import IndexWriter
+
+        with IndexWriter(self.folder) as writer:
+            return change(writer)
+
+    def _insert(
+        self, items: Additions, described: "_Described", *, uid_prefix: str, where: str, replace_known: bool
+    ) -> "AddSummary":
+        from vlm.index.filter_language import parse_filter
+        from vlm.service.additions import AdditionPlanner, parse_descriptions, rows_to_write
+
+        started = time.perf_counter()
+        # parsed and embedded before the index is locked: other writers do not wait for a model
+        condition = parse_filter(where) if where else None
+        self._service.index.refresh()
+        planner = AdditionPlanner(
+            self._service.index.snapshot,
+            lambda: self._service.model,
+            uid_prefix=uid_prefix,
+            replace_known=replace_known,
+        )
+        address = _address_of(items)
+        if address:
+            if described.is_given:
+                raise UsageError("uids, captions and metadata are said of images, not of a folder, shards or a table.")
+            addition = planner.from_address(address)
+        else:
+            images = image_list(items)
+            addition = planner.from_images(
+                images,
+                parse_descriptions(
+                    len(images), uids=described.uids, captions=described.captions, metadata=described.metadata
+                ),
+            )
+
+        def change(writer: "IndexWriter") -> "AddSummary":
+            found = addition
+            allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
+            if not (replace_known or addition.is_finished):
+                found = rows_to_write(addition, writer.snapshot)
+            if found.batch is None:
+                info = writer.describe()
+            elif addition.is_finished and not replace_known:
+                info = writer.add(found.batch)
+            else:
+                info = writer.update(found.batch, allowed_rows=allowed_rows)
+            values = {name: getattr(info, name) for name in ("generation", "rows", "segments", "dead", "added")}
+            return AddSummary(
+                **values,
+                replaced=info.replaced,
+                left_out=info.left_out,
+                known=found.known,
+                unreadable=found.unreadable,
+                seconds=time.perf_counter() - started,
+            )
+
+        try:
+            summary = self._change(change)
+        except BaseException:
+            for path in addition.new_files:
+                path.unlink(missing_ok=True)
+            raise
+        addition.remove_work()
+        return summary
+
+    def _terms_like(self, like: ImageInput | Sequence[ImageInput]) -> tuple[list[Path | bytes], tuple[str, ...]]:
+        """The images and the uids among what rows should be like."""
+        values = image_list(like)
+        names = [str(value) for value in values if isinstance(value, str | Path)]
+        # the catalogue is asked only if there is a name, which a file may have as well: a uid comes first
+        self._service.index.refresh()
+        known = self._catalogue.rows_by_uid(names) if names else {}
+        images: list[Path | bytes] = []
+        uids: list[str] = []
+        for value in values:
+            if not isinstance(value, str | Path):
+                images.append(encoded_image(value))
+            elif str(value) in known:
+                uids.append(str(value))
+            elif Path(value).expanduser().is_file():
+                images.append(Path(value).expanduser())
+            else:
+                raise UsageError(f"{self.folder} has no item {str(value)!r}, and there is no file of that name.")
+        return images, tuple(uids)
+
+    def _preview_deletion(self, uids: list[str], where: str) -> DeletePreview:
+        from vlm.index.filter_hints import explain_no_match
+        from vlm.index.filter_language import parse_filter
+
+        catalogue = self._catalogue
+        if uids:
+            rows = sorted(catalogue.rows_by_uid(uids).values())
+            if len(rows) < len(set(uids)):
+                known = catalogue.rows_by_uid(uids)
+                unknown = [uid for uid in uids if uid not in known]
+                raise UsageError(f"{self.folder} has no {unknown[0]!r} ({len(unknown):,} uids are missing).")
+        else:
+            rows = catalogue.where(parse_filter(where)).tolist()
+        examples = tuple(entry.uid for entry in catalogue.entries(rows[:_NUM_NAMED]))
+        return DeletePreview(
+            rows=len(rows),
+            remaining=len(self._service.index) - len(rows),
+            examples=examples,
+            hint=explain_no_match(catalogue, where) if where and not rows and len(catalogue) else "",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSummary(Result):
+    """What setting metadata did: the version it made, the rows it has, and how many of them have new values.
+
+    columns: that were set. keys: of the table; unknown: how many of them no row has; unknown_keys: the first of these.
+    """
+
+    generation: int
+    rows: int
+    edited: int
+    columns: tuple[str, ...]
+    keys: int
+    unknown: int
+    unknown_keys: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddSummary(Result):
+    """What an addition did: the version of the index, and its rows.
+
+    added: new rows. replaced: rows whose uid existed. known: rows that the index had already, which stay as they were.
+    left_out: rows of an update that its filter leaves out. unreadable: what cannot be embedded, with the reason.
+    """
+
+    generation: int
+    rows: int
+    segments: int
+    dead: int
+    added: int
+    replaced: int
+    known: int
+    left_out: int
+    unreadable: dict[str, str]
+    seconds: float
+    removed: int = 0
+    edited: int = 0
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a call says of images."""
+
+    uids: Texts | None
+    captions: Any
+    metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it says anything."""
+        return not (self.uids is None and self.captions is None and self.metadata is None)
+
+
+def _address_of(items: Additions) -> str:
+    """The address of a folder, shards, a table or embeddings; empty for images."""
+    values = image_list(items)
+    is_address = [isinstance(value, str | Path) and not _is_image_file(value) for value in values]
+    if len(values) == 1 and is_address[0]:
+        return str(values[0])
+    for value, is_one in zip(values, is_address, strict=True):
+        if is_one:
+            raise UsageError(f"{value} is not an image file; add folders, shards and tables one by one.")
+    if not values:
+        raise UsageError("There is nothing to add.")
+    return ""
+
+
+def _is_image_file(path: str | Path) -> bool:
+    from vlm.data.photo_formats import PHOTO_ENDINGS, ending
+
+    return ending(str(path)) in PHOTO_ENDINGS and not Path(path).expanduser().is_dir()
+
+
+def _query_vectors(vector: Vectors) -> tuple[Path | tuple[float, ...], ...]:
+    if isinstance(vector, str | Path):
+        return (Path(vector),)
+    if not len(vector):
+        return ()
+    if isinstance(vector[0], str | Path):
+        return tuple(map(Path, cast(Sequence[str], vector)))
+    try:
+        rows = np.atleast_2d(np.asarray(vector, np.float64))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"vector: numbers, a matrix of one vector a row, or .npy files were expected: {error}."
+        ) from error
+    if rows.ndim > 2:
+        raise UsageError(f"vector has {rows.ndim} axes; give numbers, or a matrix of one vector a row.")
+    return tuple(map(tuple, rows.tolist()))
+
+
+@os_errors_explained()
+def build_index(
+    embeddings: str | Path,
+    out: str | Path,
+    *,
+    index_type: str = "auto",
+    uid_column: str | None = None,
+    recall: float | None = None,
+    recall_at: int = 10,
+    latency_ms: float | None = None,
+    memory: str | None = None,
+    texts: str | Path | None = None,
+    images: str | Path | None = None,
+    tune_rows: int = 50_000,
+    seed: int = 0,
+    on_plan: Callable[[Any], None] | None = None,
+    **tuning: int | None,
+) -> "BuildSummary | AutotunedBuild":
+    """Build an index of embeddings, as `vlm index build` does.
+
+    With a target (`recall`, `latency_ms`, `memory`) or queries (`texts`, `images`), index type and search parameters
+    are autotuned on a sample of the rows.
+
+    Args:
+        embeddings: a folder of `vlm.embed`, or of `vlm index import`.
+        index_type: flat (exact), ivf, ivfsq, ivfpq, rabitq, sq8, hnsw, or auto.
+        uid_column: the metadata column whose values are the uids, `key` for the keys of the samples; None uses `file`
+            where each row has one of its own, as images packed from a folder have, else the uids of the embeddings.
+        recall, recall_at, latency_ms, memory: targets: least recall of so many results against exact search; most
+            milliseconds of one query on one thread (p95); most memory, as "4GB".
+        texts, images: embeddings to query with while tuning.
+        on_plan: called with the plan before a tuned index is built.
+        tuning: parameters of the index type: nlist, nprobe, hnsw_m, ef_construction, ef_search, refine_factor.
+
+    Raises:
+        UsageError: `out` exists, the embeddings are unfinished, or the index type or a target does not fit them.
+        VlmError: the embeddings are damaged, or the disk is full.
+    """
+    from vlm.index.ann.index_type_base import TuningParams
+    from vlm.index.autotune.trial import TuningTarget, parse_bytes
+    from vlm.index.build import build_autotuned
+    from vlm.index.build import build_index as build_plain
+
+    unknown = [name for name in tuning if name not in TUNING_PARAMETERS]
+    if unknown:
+        raise TypeError(f"build_index() got an unexpected keyword argument {unknown[0]!r}")
+    targets = (recall, latency_ms, memory, texts, images)
+    # any of them asks for a search over configurations, and nothing else does
+    if all(value is None for value in targets):
+        # None stays None: the index type fills in its defaults, by the number of rows
+        numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}
+        return build_plain(
+            Path(embeddings),
+            Path(out),
+            kind=index_type,
+            tuning=TuningParams(seed=seed, **numbers),
+            uid_column=uid_column,
+        )
+    fixed = [name.replace("_", "-") for name, value in tuning.items() if value is not None]
+    if fixed:
+        raise UsageError(f"--{fixed[0]} is chosen by autotuning; omit it, or omit the targets.")
+    target = TuningTarget(
+        recall=0.95 if recall is None else recall,
+        at=recall_at,
+        latency_ms=latency_ms,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+    )
+    return build_autotuned(
+        Path(embeddings),
+        Path(out),
+        target,
+        texts=Path(texts) if texts else None,
+        images=Path(images) if images else None,
+        kind=index_type,
+        max_rows=tune_rows,
+        seed=seed,
+        uid_column=uid_column,
+        on_plan=on_plan,
+    )
+
+
+TUNING_PARAMETERS = {
+    "nlist": "nlist",
+    "nprobe": "nprobe",
+    "hnsw_m": "links",
+    "ef_construction": "ef_construction",
+    "ef_search": "ef_search",
+    "refine_factor": "rerank",
+}
+"""The parameters that autotuning chooses, with the field of `TuningParams` that each sets."""

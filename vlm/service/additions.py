@@ -1,0 +1,596 @@
+"""What people add to an index: images in any form, folders, tables, shards and embeddings, prepared as a batch of rows.
+
+Whatever is new is embedded by the index's own model, without holding the index: image files where they lie, part by
+part, so that a killed addition resumes; images without a file are first written into a shard in the index folder. What
+the index has already is left out before anything is embedded.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.console import progress
+from vlm.data.image_inputs import ImageInput, encoded_image
+from vlm.data.pack import PackConfig, encode_pair, pack
+from vlm.data.samples import UNNAMED, Captions, Pair
+from vlm.data.selection import SelectedShard, Selection
+from vlm.data.shards import count_samples, expand_shards, is_remote
+from vlm.data.sources.source import FolderFiles
+from vlm.data.sources.source_registry import holds_shards, open_source
+from vlm.data.tar import open_index
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.files import atomic_write, compute_fingerprint, content_digest, read_lines
+from vlm.index.embeddings_folder import (
+    SKIPPED_JSONL,
+    EmbeddingSpace,
+    EmbeddingsWriter,
+    Origin,
+    SkippedSampleRecord,
+    part_name,
+)
+from vlm.index.encoder import Encoder, check_unit_norm
+from vlm.index.ids import UID_COLUMN
+from vlm.index.reader import IndexSnapshot
+from vlm.index.writer import InsertBatch
+from vlm.manifest import MANIFEST, PROGRESS
+from vlm.service.folder.folder_reader import FileReading, FolderReader
+from vlm.service.folder.folder_scan import FileStamp, FolderScan, scan_folder
+from vlm.service.images import read_stored_bytes
+
+logger = logging.getLogger(__name__)
+
+WORK = ".adding"
+"""The folder in an index folder where unfinished additions lie."""
+
+IMAGES = "images"
+"""The folder in an index folder with the shards of images that had no file."""
+
+PART_IMAGES = 1024
+"""Images of a part of an addition, the most that a killed one embeds again."""
+
+_BATCH_SIZE = 64
+# a table is packed with what is usable of it; the rest is reported
+_PACK_ANYWAY = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Rows that are ready to be inserted. batch: None if there is nothing new.
+
+    known: rows that the index has already. unreadable: what cannot be embedded, with the reason.
+    is_finished: the rows were embedded before, by whoever adds them, who then knows which are new.
+    work: folders that can be removed once the rows are in the index. new_files: files that are of no use if they are
+    not.
+    """
+
+    batch: InsertBatch | None
+    known: int = 0
+    is_finished: bool = False
+    unreadable: dict[str, str] = field(default_factory=dict)
+    work: tuple[Path, ...] = ()
+    new_files: tuple[Path, ...] = ()
+
+    def remove_work(self) -> None:
+        """Remove what served to prepare it."""
+        for folder in self.work:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """What is known of images, in their order: uids, captions and metadata; an empty list says nothing."""
+
+    uids: Sequence[str] = ()
+    captions: Sequence[Captions] = ()
+    metadata: Sequence[Mapping[str, Any]] = ()
+
+    def check(self, count: int) -> None:
+        """Refuse what is said of another number of images.
+
+        Raises:
+            UsageError: a list is neither empty nor as long as there are images.
+        """
+        for name, values in (("uids", self.uids), ("captions", self.captions), ("metadata", self.metadata)):
+            if values and len(values) != count:
+                raise UsageError(f"{len(values):,} {name} for {count:,} images: give as many, or none.")
+
+
+class AdditionPlanner:
+    """Prepares additions to a version of an index.
+
+    load: gives the index's model; called only if something has to be embedded.
+    uid_prefix: put before the uids of whatever is embedded.
+    replace_known: rows that the index has are embedded again, to replace the old ones.
+    """
+
+    def __init__(
+        self,
+        snapshot: IndexSnapshot,
+        load: Callable[[], Encoder],
+        *,
+        uid_prefix: str = "",
+        replace_known: bool = False,
+    ) -> None:
+        self._snapshot = snapshot
+        self._load = load
+        self._prefix = uid_prefix
+        self._replace_known = replace_known
+        self._space: EmbeddingSpace = snapshot.details.space
+
+    def from_address(self, address: str) -> Addition:
+        """Rows of an embeddings folder, shards, a table with its images, or a folder of images.
+
+        Raises:
+            UsageError: there is nothing of the kind.
+        """
+        path = Path(address).expanduser()
+        if path.is_dir() and _holds_embeddings(path):
+            column = self._snapshot.manifest.configuration.get(UID_COLUMN, "")
+            return Addition(batch=InsertBatch.from_folder(path, uid_column=column), is_finished=True)
+        if not (path.exists() or is_remote(address) or any(sign in address for sign in "{*:")):
+            raise UsageError(f"There is nothing at {address}; give a folder of images, shards, or embeddings.")
+        if holds_shards(address):
+            return self._from_shards(expand_shards(address))
+        self._require_images()
+        source = None
+        try:
+            source = open_source(address)
+        except UsageError:
+            # images alone are no pairs to train on, but may well be searched
+            if not path.is_dir():
+                raise
+        if source is not None and source.describe().get("kind") in ("table", "annotations"):
+            out = self._snapshot.folder / IMAGES / source.fingerprint()
+            if not (out / MANIFEST).is_file():
+                logger.info(f"The pairs of {address} are packed to {out} first.")
+                pack(source, out, PackConfig(max_bad_share=_PACK_ANYWAY))
+            return self._from_shards(expand_shards(str(out)))
+        return self._from_folder(path)
+
+    def from_images(self, images: Sequence[ImageInput], options: ImageOptions) -> Addition:
+        """Rows of images in any form; each file stays where it is, and the others are kept in a shard of the index.
+
+        A file's uid is its path as given, that of any other image a digest of its bytes.
+
+        Raises:
+            UsageError: one is not an image, two have the same uid, or one exists.
+        """
+        self._require_images()
+        options.check(len(images))
+        encoded = list(map(encoded_image, images))
+        uids = list(options.uids) or [_default_uid(image) for image in encoded]
+        uids = [f"{self._prefix}{uid}" for uid in uids]
+        for uid, times in Counter(uids).items():
+            if times > 1:
+                raise UsageError(f"{times} of the images have the uid {uid!r}; give each its own (uids).")
+        existing = self._existing(uids)
+        if existing and options.uids and not self._replace_known:
+            raise UsageError(
+                f"{self._snapshot.folder} has {next(iter(existing))!r} already ({len(existing):,} of {len(uids):,} "
+                "uids exist); nothing was added: update replaces them."
+            )
+        numbers = [number for number, uid in enumerate(uids) if uid not in existing or self._replace_known]
+        described = _Descriptions(uids, options)
+        files: dict[int, Path] = {}
+        others: dict[int, bytes] = {}
+        for number in numbers:
+            image = encoded[number]
+            if isinstance(image, Path):
+                files[number] = image
+            else:
+                others[number] = image
+        additions = [Addition(batch=None, known=len(uids) - len(numbers))]
+        if files:
+            additions.append(self._from_files(files, described))
+        if others:
+            additions.append(self._from_bytes(others, described))
+        return _joined(additions)
+
+    def _require_images(self) -> None:
+        if self._space.modality != "image":
+            raise UsageError(f"{self._snapshot.folder} holds embeddings of texts; add shards or embeddings of texts.")
+
+    def _existing(self, uids: Iterable[str]) -> dict[str, Origin]:
+        rows = self._snapshot.catalogue.rows_by_uid(uids)
+        entries = self._snapshot.catalogue.entries(list(rows.values()))
+        return {entry.uid: entry for entry in entries}
+
+    def _work(self, *identity: str) -> Path:
+        return self._snapshot.folder / WORK / compute_fingerprint(self._prefix, *identity)
+
+    def _from_folder(self, root: Path) -> Addition:
+        """The images below a folder; their uids are their names in it, and those that are known stay."""
+        root = root.resolve()
+        scan = scan_folder(root)
+        for extra, count in scan.missing.items():
+            logger.warning(f"{count:,} files are read with the extra {extra}: pip install 'vlm-pipeline[{extra}]'.")
+        names = list(scan.stamps)
+        if not names:
+            raise UsageError(f"{root} holds no images, no shards (*.tar) and no embeddings.")
+        existing = self._existing(f"{self._prefix}{name}" for name in names)
+        new_names: list[str] = []
+        for name in names:
+            uid = f"{self._prefix}{name}"
+            new = _file_origin(uid, f"{root}/{name}", scan.stamps[name], {}, {})
+            if self._replace_known or not _is_known(self._snapshot, existing.get(uid), new):
+                new_names.append(name)
+        folder = f"{root}/"
+
+        def origin(reading: FileReading) -> Origin:
+            path = reading.file.path
+            fields = reading.content.fields if reading.content else {}
+            described = {"file": path, "folder": path.rpartition("/")[0]} | fields | reading.file.metadata
+            return _file_origin(
+                f"{self._prefix}{path}", f"{folder}{path}", reading.file.stamp, reading.file.captions, described
+            )
+
+        addition = self._embed_files(root, scan, new_names, origin)
+        if addition.batch is None and len(new_names) == len(names):
+            raise _nothing_readable(addition.unreadable)
+        return replace(addition, known=len(names) - len(new_names), unreadable=scan.unreadable | addition.unreadable)
+
+    def _from_files(self, files: Mapping[int, Path], described: "_Descriptions") -> Addition:
+        """Image files from anywhere, each by its number among the images."""
+        stamps: dict[str, FileStamp] = {}
+        number_of: dict[str, int] = {}
+        for number, path in files.items():
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+            name = str(path.absolute()).lstrip("/")
+            stamps[name] = FileStamp(status.st_size, status.st_mtime_ns, status.st_ino)
+            number_of[name] = number
+        root = Path("/")
+        scan = FolderScan(files=FolderFiles(root), stamps=stamps, beside={}, unreadable={}, missing={})
+
+        def origin(reading: FileReading) -> Origin:
+            number = number_of[reading.file.path]
+            fields = reading.content.fields if reading.content else {}
+            metadata = {"file": files[number].name} | fields | described.metadata(number)
+            path = f"/{reading.file.path}"
+            return _file_origin(described.uids[number], path, reading.file.stamp, described.captions(number), metadata)
+
+        addition = self._embed_files(root, scan, list(stamps), origin)
+        if addition.batch is None:
+            raise _nothing_readable(addition.unreadable)
+        return addition
+
+    def _embed_files(
+        self, root: Path, scan: FolderScan, names: Sequence[str], origin: Callable[[FileReading], Origin]
+    ) -> Addition:
+        if not names:
+            return Addition(batch=None)
+        stamps = [f"{name}\n{scan.stamps[name].size}" for name in names]
+        work = self._work(str(root), *stamps)
+        unreadable: dict[str, str] = {}
+        if (work / MANIFEST).is_file():
+            unreadable = _read_incidents(work / SKIPPED_JSONL)
+        else:
+            model = self._load()
+            reader = FolderReader(root, scan, view=lambda: model.view, known_digests=())
+            writer = EmbeddingsWriter(work, space=self._space, identity={"files": compute_fingerprint(*stamps)})
+            with progress(total=len(names), what="embed", unit=" images") as bar:
+                for number, first in enumerate(range(0, len(names), PART_IMAGES)):
+                    part_names = names[first : first + PART_IMAGES]
+                    # what an interrupted addition has finished stays
+                    if writer.part(number, verify=True) is None:
+                        rows = _PartRows(str(root), number)
+                        for readings in reader.batches(dict.fromkeys(part_names), _BATCH_SIZE):
+                            rows.add(readings, origin, model)
+                            bar.update(len(readings))
+                        unreadable |= {record.key: record.detail for record in rows.skipped}
+                        writer.add(
+                            str(root), rows.matrix(self._space.dimension), rows.origins, rows.skipped, number=number
+                        )
+                    else:
+                        bar.update(len(part_names))
+            if not any(part.rows for part in writer.parts):
+                return Addition(batch=None, unreadable=unreadable, work=(work,))
+            writer.finish(inputs={"model": self._space.fingerprint}, details={"shards": []})
+            # with those of the parts that an interrupted addition had finished
+            unreadable = _read_incidents(work / SKIPPED_JSONL)
+        return Addition(batch=InsertBatch.from_folder(work), unreadable=unreadable, work=(work,))
+
+    def _from_bytes(self, images: Mapping[int, bytes], described: "_Descriptions") -> Addition:
+        """Images without a file, each by its number: written to a shard in the index folder, then embedded from it."""
+        from webdataset.writer import TarWriter
+
+        name = compute_fingerprint(*(content_digest(image) for image in images.values()))
+        path = self._snapshot.folder / IMAGES / f"{name}.tar"
+        is_new = not path.exists()
+        path.parent.mkdir(exist_ok=True)
+        unreadable: dict[str, str] = {}
+        with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for number, image in images.items():
+                pair = Pair(
+                    key=f"{number:06d}",
+                    image=image,
+                    captions=described.captions(number),
+                    metadata=described.metadata(number),
+                )
+                try:
+                    tar.write(encode_pair(pair))
+                except BadSample as error:
+                    unreadable[described.uids[number]] = str(error)
+        if len(unreadable) == len(images):
+            path.unlink()
+            raise _nothing_readable(unreadable)
+        addition = self._embed_shards([str(path)])
+        assert addition.batch is not None
+        rows = addition.batch.origins
+
+        def origins() -> Iterator[Origin]:
+            for origin in rows():
+                yield replace(origin, uid=described.uids[int(origin.key)])
+
+        return replace(
+            addition,
+            batch=replace(addition.batch, origins=origins),
+            unreadable=unreadable | addition.unreadable,
+            new_files=(path,) if is_new else (),
+        )
+
+    def _from_shards(self, shards: Sequence[str]) -> Addition:
+        """The samples of shards that the index does not have; shards of which it has all are not read."""
+        addresses = [shard if is_remote(shard) else str(Path(shard).absolute()) for shard in shards]
+        counts = dict(zip(addresses, count_samples(addresses), strict=True))
+        missing: dict[str, np.ndarray] = {}
+        num_known = 0
+        for address, count in counts.items():
+            times = np.ones(count, np.uint16)
+            # of texts a sample has as many rows as captions, which only embedding it tells
+            if self._space.modality == "image" and not self._replace_known:
+                times[self._snapshot.catalogue.sample_numbers(address)] = 0
+            num_known += int((times == 0).sum())
+            if times.any():
+                missing[address] = times
+        if not missing:
+            return Addition(batch=None, known=num_known)
+        addition = self._embed_shards(list(missing), selection=_selection(missing))
+        if addition.batch is None and not num_known:
+            raise _nothing_readable(addition.unreadable)
+        return replace(addition, known=num_known)
+
+    def _embed_shards(self, shards: Sequence[str], *, selection: Selection | None = None) -> Addition:
+        # needs torch, as the model does
+        from vlm.index.embed import EmbedOptions, embed_into
+
+        work = self._work(*shards, selection.fingerprint if selection else "")
+        options = EmbedOptions(model_spec=self._space.model, selection=selection)
+        try:
+            embed_into(self._load(), shards, {self._space.modality: work}, options)
+        except VlmError:
+            # not one sample can be used: then there are reasons, but no manifest
+            if (work / MANIFEST).is_file() or not (work / SKIPPED_JSONL).is_file():
+                raise
+            return Addition(batch=None, unreadable=_read_incidents(work / SKIPPED_JSONL), work=(work,))
+        column = self._snapshot.manifest.configuration.get(UID_COLUMN, "")
+        batch = InsertBatch.from_folder(work, uid_column=column)
+        if self._prefix:
+            rows = batch.origins
+            batch = replace(
+                batch, origins=lambda: (replace(origin, uid=f"{self._prefix}{origin.uid}") for origin in rows())
+            )
+        return Addition(batch=batch, unreadable=_read_incidents(work / SKIPPED_JSONL), work=(work,))
+
+
+class _Descriptions:
+    """The uid, the captions and the metadata of each image by its number."""
+
+    def __init__(self, uids: Sequence[str], options: ImageOptions) -> None:
+        self.uids = uids
+        self._options = options
+
+    def captions(self, number: int) -> Captions:
+        """Its captions by language."""
+        return self._options.captions[number] if self._options.captions else {}
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Its metadata."""
+        return dict(self._options.metadata[number]) if self._options.metadata else {}
+
+
+class _PartRows:
+    """The rows of a part while its files are read, batch by batch, and the files that have no row."""
+
+    def __init__(self, root: str, number: int) -> None:
+        self._root = root
+        self._number = number
+        self._vectors: list[np.ndarray] = []
+        self.origins: list[Origin] = []
+        self.skipped: list[SkippedSampleRecord] = []
+
+    def add(self, readings: Sequence[FileReading], origin: Callable[[FileReading], Origin], model: Encoder) -> None:
+        """Embed a batch."""
+        import torch
+
+        pixels: list[np.ndarray] = []
+        origins: list[Origin] = []
+        for reading in readings:
+            if reading.pixels is None:
+                reason = reading.file.error or (reading.content.error if reading.content else "")
+                self._skip(reading.file.path, reason)
+            else:
+                pixels.append(reading.pixels)
+                origins.append(origin(reading))
+        if not pixels:
+            return
+        vectors = model.embed_images(torch.from_numpy(np.stack(pixels))).float().numpy()
+        check_unit_norm(vectors, [origin.uid for origin in origins])
+        self._vectors.append(vectors)
+        self.origins += origins
+
+    def matrix(self, dimension: int) -> np.ndarray:
+        """All vectors so far."""
+        return np.concatenate([np.zeros((0, dimension), np.float32), *self._vectors])
+
+    def _skip(self, name: str, reason: str) -> None:
+        record = SkippedSampleRecord(
+            part=part_name(self._number), shard=self._root, number=0, key=name, reason="unreadable file", detail=reason
+        )
+        self.skipped.append(record)
+
+
+def rows_to_write(addition: Addition, snapshot: IndexSnapshot) -> Addition:
+    """The addition without the rows that a version of the index has already; changed files among them stay.
+
+    Raises:
+        UsageError: a uid is that of another image in the index.
+    """
+    batch = addition.batch
+    if batch is None:
+        return addition
+    rows = snapshot.catalogue.rows_by_uid(batch.uids())
+    if not rows:
+        return addition
+    entries = {entry.uid: entry for entry in snapshot.catalogue.entries(list(rows.values()))}
+    selected: set[str] = set()
+    for origin in batch.origins():
+        if not _is_known(snapshot, entries.get(origin.uid), origin):
+            selected.add(origin.uid)
+    num_known = batch.count - len(selected)
+    return replace(addition, batch=batch.select(selected) if selected else None, known=addition.known + num_known)
+
+
+def _selection(times: Mapping[str, np.ndarray]) -> Selection:
+    """A selection of samples of shards, by their addresses."""
+    shards: list[SelectedShard] = []
+    for address, of_shard in times.items():
+        fingerprint = open_index(address).fingerprint
+        shards.append(SelectedShard(name=address, fingerprint=fingerprint, samples=len(of_shard)))
+    return Selection(shards=tuple(shards), times=tuple(times.values()))
+
+
+def _nothing_readable(unreadable: Mapping[str, str]) -> UsageError:
+    name, reason = next(iter(unreadable.items()))
+    return UsageError(f"Not one of {len(unreadable):,} images can be decoded; the first, {name}: {reason}.")
+
+
+def _is_known(snapshot: IndexSnapshot, entry: Origin | None, new: Origin) -> bool:
+    """Whether a row with the uid of a new one is of the same image; a file that has changed is not.
+
+    Raises:
+        UsageError: it is of another image, which only has the same uid.
+    """
+    if entry is None:
+        return False
+    if (entry.shard, entry.number) == (new.shard, new.number):
+        return entry.image_size == new.image_size
+    # the same image from another place, as from the folder that was packed into shards
+    try:
+        is_same = entry.image_size == new.image_size and read_stored_bytes(entry) == read_stored_bytes(new)
+    except VlmError:
+        is_same = False
+    if is_same:
+        return True
+    raise UsageError(
+        f"{snapshot.folder} has {entry.uid!r} already, from {entry.path or entry.shard}; nothing was added. Put text "
+        "before the new uids (--uid-prefix), replace the old rows (vlm index update), or say where their images are "
+        "now (vlm index relocate)."
+    )
+
+
+def _joined(additions: Sequence[Addition]) -> Addition:
+    """Several additions as one, so that they become one version."""
+    batches = [addition.batch for addition in additions if addition.batch is not None]
+    joined = Addition(
+        batch=None,
+        known=sum(addition.known for addition in additions),
+        unreadable={name: reason for addition in additions for name, reason in addition.unreadable.items()},
+        work=tuple(folder for addition in additions for folder in addition.work),
+        new_files=tuple(path for addition in additions for path in addition.new_files),
+    )
+    if not batches:
+        return joined
+    batch = replace(
+        batches[0],
+        count=sum(batch.count for batch in batches),
+        source=compute_fingerprint(*(batch.source for batch in batches)),
+        shards=tuple(shard for batch in batches for shard in batch.shards),
+        blocks=lambda: chain.from_iterable(batch.blocks() for batch in batches),
+        origins=lambda: chain.from_iterable(batch.origins() for batch in batches),
+    )
+    return replace(joined, batch=batch)
+
+
+def _file_origin(uid: str, path: str, stamp: FileStamp, captions: Captions, metadata: dict[str, Any]) -> Origin:
+    """The row of an image that is a file of its own."""
+    return Origin(
+        uid=uid,
+        key=uid,
+        shard=path,
+        number=0,
+        image_offset=0,
+        image_size=stamp.size,
+        caption_number=None,
+        captions=captions,
+        metadata=metadata,
+    )
+
+
+def _default_uid(image: Path | bytes) -> str:
+    return image.as_posix() if isinstance(image, Path) else content_digest(image).hex()
+
+
+def _holds_embeddings(folder: Path) -> bool:
+    """Whether a folder is one of embeddings, finished or not."""
+    for name in (MANIFEST, PROGRESS):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.get("kind") == "embeddings":
+            return True
+    return False
+
+
+def _read_incidents(path: Path) -> dict[str, str]:
+    unreadable: dict[str, str] = {}
+    for line in read_lines(path):
+        record = json.loads(line)
+        unreadable[record["key"]] = f"{record['reason']}: {record['detail']}"
+    return unreadable
+
+
+def parse_descriptions(
+    count: int,
+    *,
+    uids: str | Sequence[str] | None,
+    captions: Any,
+    metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> ImageOptions:
+    """What is said of `count` images: of a single one without a list around it; one metadata mapping is for all.
+
+    captions: for each image a text, several, or texts by language.
+    """
+    uid_list = [uids] if isinstance(uids, str) else list(uids or ())
+    if captions is None:
+        caption_list: list[Any] = []
+    elif count == 1 and (isinstance(captions, str | Mapping) or all(isinstance(item, str) for item in captions)):
+        caption_list = [captions]
+    elif isinstance(captions, str | Mapping):
+        raise UsageError(f"One caption for {count:,} images: give a list with the captions of each.")
+    else:
+        caption_list = list(captions)
+    metadata_list = [metadata] * count if isinstance(metadata, Mapping) else list(metadata or ())
+    return ImageOptions(uids=uid_list, captions=list(map(_captions_of, caption_list)), metadata=metadata_list)
+
+
+def _captions_of(value: Any) -> Captions:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {UNNAMED: (value,)}
+    if isinstance(value, Mapping):
+        return {language: (texts,) if isinstance(texts, str) else tuple(texts) for language, texts in value.items()}
+    return {UNNAMED: tuple(value)}
