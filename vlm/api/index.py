@@ -20,6 +20,7 @@ from vlm.service.search import RankedHit, SearchResult, SearchService, load_enco
 
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
 if TYPE_CHECKING:
+    from vlm.api.inference import Model
     from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.verify import CheckReport
     from vlm.index.writer import CommitInfo, IndexWriter
@@ -53,25 +54,27 @@ class DeletePreview(Result):
 def open_index(
     folder: str | Path,
     *,
-    model: str | Path | Encoder | None = None,
+    model: "str | Path | Model | Encoder | None" = None,
     rerank_model: str | Path = "",
     on_gpu: bool = False,
 ) -> "SearchIndex":
     """Open an index; its model is loaded when a query first needs one.
 
     Args:
-        model: where the index's model lies now, if it has moved, or the loaded model.
+        model: where the index's model lies now, if it has moved, or what `vlm.load` gave.
         rerank_model: a model with a caption decoder, for `rerank_top`.
         on_gpu: copy the index to a GPU where FAISS sees one, which pays off for many queries.
 
     Raises:
         UsageError: there is no finished index. VlmError: it is damaged.
     """
-    spec = "" if model is None else str(model)
+    spec = ""
     load: Callable[[str], Encoder] = load_encoder
-    if model is not None and not isinstance(model, str | Path):
-        encoder = model
-        spec = ""
+    if isinstance(model, str | Path):
+        spec = str(model)
+    elif model is not None:
+        # what vlm.load gives holds the encoder
+        encoder = cast(Encoder, getattr(model, "encoder", model))
         load = lambda _: encoder  # noqa: E731
     gpu = None
     if on_gpu:
