@@ -1,6 +1,7 @@
 """Images as people hand them over: paths, encoded bytes, PIL images, arrays, tensors, one or several."""
 
 import io
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,7 @@ _CHANNELS = (1, 3, 4)
 
 def image_list(images: Any) -> list[ImageInput]:
     """One or several images as a list: an array with four axes is a batch of images."""
-    if isinstance(images, str | Path | bytes | bytearray) or _is_pil_image(images):
+    if isinstance(images, str | os.PathLike | bytes | bytearray) or _is_pil_image(images):
         return [images]
     axes = getattr(images, "ndim", None)
     if axes is not None:
@@ -42,7 +43,7 @@ def encoded_image(image: ImageInput) -> Path | bytes:
     Raises:
         UsageError: it is not an image. BadSample: a PIL image whose file is damaged.
     """
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         return Path(image).expanduser()
     if isinstance(image, bytes | bytearray):
         return bytes(image)
