@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from vlm.api.data import pack as pack
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.find import find as find
+    from vlm.api.find import watch as watch
     from vlm.api.index import Hit as Hit
     from vlm.api.index import SearchIndex as SearchIndex
     from vlm.api.index import build_index as build_index
     from vlm.api.index import open_index as open_index
-    from vlm.api.find import find as find
-    from vlm.api.find import watch as watch
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
