@@ -121,7 +121,10 @@ def _check_processes(processes: int) -> None:
         raise UsageError(f"processes = {processes} is out of range: give at least 1.")
     world_size = ProcessRank.from_environment().world_size
     if processes > 1 and world_size > 1:
-        raise UsageError(f"A launcher has started {world_size} processes already; omit --processes.")
+        raise UsageError(
+            f"A launcher has started {world_size} processes already; omit --processes. (A script that starts them "
+            "itself makes this call under if __name__ == '__main__'.)"
+        )
 
 
 @os_errors_explained()
