@@ -40,7 +40,7 @@ ImageInput = Any
 class RemoteHit(Result):
     """A hit as the server gives it; the attributes are those of a hit of an open index.
 
-    path: shard and number, only where the server shows paths. client: what `image` asks.
+    path: only where the server shows paths. client: what `image` asks.
     """
 
     uid: str
@@ -240,14 +240,13 @@ def data_url(image: ImageInput) -> str:
 def _result_of(answer: Mapping[str, Any], client: "Client | None") -> RemoteResult:
     hits: list[RemoteHit] = []
     for values in answer["hits"]:
-        path = f"{values['shard']}#{values['number']}" if values.get("shard") else ""
         hits.append(
             RemoteHit(
                 uid=values["uid"],
                 score=values["score"],
                 captions=values["captions"],
                 metadata=values["metadata"],
-                path=path,
+                path=values.get("path", ""),
                 fused=values.get("fused"),
                 similar=values.get("similar"),
                 likelihood=values.get("likelihood"),

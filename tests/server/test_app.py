@@ -49,7 +49,7 @@ def test_a_hit_names_no_path_unless_asked_at_the_start(caller, index, model, tmp
     from tests.server.conftest import Caller
 
     open_paths = Caller(create_app(open_service({"index": index}, shows_paths=True, load=lambda _: model)), {})
-    assert open_paths.search(texts=["red"], top=1)["hits"][0]["shard"].startswith(str(tmp_path))
+    assert open_paths.search(texts=["red"], top=1)["hits"][0]["path"].startswith(str(tmp_path))
 
 
 def test_facets_count_the_rows_that_match_the_filter(caller):

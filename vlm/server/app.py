@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from vlm import __version__
 from vlm.errors import UsageError, VlmError
+from vlm.index.ann.faiss_search import use_one_search_thread
 from vlm.server import schemas
 from vlm.server.batcher import MicroBatcher, Overloaded
 from vlm.server.guard import Guard, Limits, Tokens, problem_json
@@ -75,6 +76,8 @@ class Service:
                 max_batch=self.max_batch,
                 max_waiting=self.max_waiting,
                 workers=self.workers,
+                # requests are answered side by side; threads that wait for one another in each would cost more
+                prepare_thread=use_one_search_thread,
             )
 
     def _run_batch(self, index: ServedIndex, queries: Sequence[Query]) -> list[SearchResult | VlmError]:

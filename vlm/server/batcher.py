@@ -42,13 +42,14 @@ class MicroBatcher(Generic[Request, Answer]):
     """Runs requests in batches of at most `max_batch`, in `workers` threads; call from one event loop.
 
     max_waiting: requests that may wait beyond those under way. run: called in a thread, by several at a time if there
-    are several workers.
+    are several workers. prepare_thread: called once in each of the threads.
     """
 
     run: RunBatch[Request, Answer]
     max_batch: int = 64
     max_waiting: int = 1024
     workers: int = 1
+    prepare_thread: Callable[[], None] | None = None
     counts: BatchCounts = field(default_factory=BatchCounts)
     _waiting: deque[tuple[Request, asyncio.Future[Answer]]] = field(default_factory=deque, init=False)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, init=False)
@@ -56,7 +57,7 @@ class MicroBatcher(Generic[Request, Answer]):
     _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="batch")
+        self._threads = ThreadPoolExecutor(self.workers, "batch", self.prepare_thread)
 
     async def submit(self, request: Request) -> Answer:
         """The answer to one request.

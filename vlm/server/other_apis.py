@@ -148,5 +148,5 @@ def metadata_of(index: ServedIndex, entry: Entry) -> dict[str, Any]:
     caption = next((texts[0] for texts in entry.captions.values() if texts), "")
     values = entry.metadata | {"caption": caption, "uid": entry.uid, "key": entry.key}
     if index.shows_paths:
-        values["image_path"] = f"{entry.shard}#{entry.number}"
+        values["image_path"] = entry.path
     return values

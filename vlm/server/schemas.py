@@ -211,8 +211,7 @@ class Item(BaseModel):
     key: str
     captions: dict[str, list[str]] = Field(description="By language; the empty one is that of unnamed captions.")
     metadata: dict[str, Any]
-    shard: str | None = Field(default=None, description="Only where the server shows paths.")
-    number: int | None = Field(default=None, description="Of the sample in its shard; only where paths are shown.")
+    path: str | None = Field(default=None, description="File, or shard and key; only where the server shows paths.")
 
 
 class HitModel(Item):

@@ -300,7 +300,7 @@ class ServedIndex:
         return self.thumbnails.get((entry.shard, entry.image_offset, size), make)
 
     def entry_to_json(self, entry: Entry) -> dict[str, Any]:
-        """An item as answers show it; without its shard unless paths are shown."""
+        """An item as answers show it; where it lies only if paths are shown."""
         item: dict[str, Any] = {
             "uid": entry.uid,
             "key": entry.key,
@@ -308,14 +308,17 @@ class ServedIndex:
             "metadata": entry.metadata,
         }
         if self.shows_paths:
-            item |= {"shard": entry.shard, "number": entry.number}
+            item["path"] = entry.path
         return item
 
     def hit_to_json(self, hit: RankedHit) -> dict[str, Any]:
-        """A hit as answers show it."""
-        values = hit.to_json()
-        scores = {name: values[name] for name in ("score", "fused", "similar", "likelihood") if name in values}
-        return scores | self.entry_to_json(hit.entry)
+        """A hit as answers show it, without what the query did not ask for."""
+        values: dict[str, Any] = {"score": hit.score}
+        for name in ("fused", "similar", "likelihood"):
+            value = getattr(hit, name)
+            if value is not None:
+                values[name] = value
+        return values | self.entry_to_json(hit.entry)
 
     def result_to_json(self, result: SearchResult) -> dict[str, Any]:
         """A result of a search as answers show it."""

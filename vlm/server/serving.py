@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import threading
 import time
@@ -83,13 +84,15 @@ def serve(service: Service, *, host: str = "127.0.0.1", port: int = 8000, logs_r
     server = _make_server(service)
 
     async def run() -> None:
-        announcing = asyncio.create_task(_announce(server, service, _address_of(listener)))
-        await server.serve(sockets=[listener])
-        announcing.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            announcing = tasks.create_task(_announce(server, service, _address_of(listener)))
+            await server.serve(sockets=[listener])
+            announcing.cancel()
 
-    # uvicorn raises the signal again when it has ended well; that is no error here
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run())
+    # uvicorn raises the signal again when it has ended well, which would end this process as if it had been killed
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: setattr(server, "should_exit", True))
+    asyncio.run(run())
 
 
 @contextlib.contextmanager
@@ -149,6 +152,4 @@ async def _announce(server: Any, service: Service, address: str) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
     rows = sum(len(index.service.index) for index in service.indexes.values())
-    logger.info(
-        f"Serving {pluralize(len(service.indexes), 'index', 'indexes')}, {rows:,} rows: {address} (Ctrl-C ends)"
-    )
+    logger.info(f"Serving {', '.join(service.indexes)} ({pluralize(rows, 'row')}) at {address}; Ctrl-C ends it.")

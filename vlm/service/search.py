@@ -7,7 +7,7 @@ together and ranks each query (`vlm.service.ranking`).
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from math import isnan
@@ -92,7 +92,8 @@ class RankedHit(Hit):
         """Plain values; without those that the query did not ask for."""
         optional = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood}
         present = {name: value for name, value in optional.items() if value is not None}
-        return {"score": self.score} | present | asdict(self.entry) | {"path": self.path}
+        # not asdict, whose deep copies took two thirds of the time of a request to the service
+        return {"score": self.score} | present | vars(self.entry) | {"path": self.path}
 
 
 @dataclass(frozen=True, kw_only=True)

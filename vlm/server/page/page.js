@@ -264,7 +264,7 @@ function showDetail(hit) {
   for (const [language, texts] of Object.entries(hit.captions)) if (texts.length) facts[language ? `caption (${language})` : "caption"] = texts.join(" · ");
   for (const [name, value] of metadataOf(hit))
     if (value !== null) facts[name] = typeof value === "object" ? JSON.stringify(value) : String(value);
-  if (hit.shard) facts.shard = `${hit.shard}, sample ${hit.number}`;
+  if (hit.path) facts.path = hit.path;
   byId("detail-title").textContent = captionOf(hit) || hit.uid;
   byId("detail-score").textContent = `Cosine similarity ${hit.score.toFixed(4)}` + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
   byId("detail-image").alt = captionOf(hit) || hit.uid;

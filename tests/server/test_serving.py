@@ -1,0 +1,123 @@
+"""`vlm serve` as a process: its start, its end, and what it says of mistakes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import preloaded
+from vlm.cli.main import main
+from vlm.cli.serve import is_loopback, name_indexes, read_tokens_of
+from vlm.errors import UsageError
+from vlm.index.reader import Index
+
+
+@pytest.fixture
+def start(index, tmp_path):
+    """Starts a server on a free port; gives the process, its address, and the file of its log."""
+    processes = []
+
+    def make(*options, environment=None):
+        log = tmp_path / f"log{len(processes)}"
+        command = [sys.executable, "-m", "vlm", "serve", str(index), "--port", "0", *options]
+        with log.open("w") as file:
+            process = preloaded.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
+        processes.append(process)
+        for _ in range(600):
+            if started := re.search(r"at (http://[^;]+);", log.read_text()):
+                return process, started[1], log
+            assert process.poll() is None, log.read_text()
+            threading.Event().wait(0.05)
+        raise AssertionError(log.read_text())
+
+    yield make
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def test_no_accepted_request_is_lost_at_the_end(start, index):
+    process, address, log = start("--log-requests")
+    uid = Index.open(index).catalogue.entries([0])[0].uid
+    answered, lock, is_over = set(), threading.Lock(), threading.Event()
+
+    def ask(thread):
+        with httpx.Client(base_url=address) as client:
+            for number in range(100_000):
+                name = f"{thread}-{number}"
+                try:
+                    response = client.post(
+                        "/api/v1/indexes/index/search", json={"items": [uid]}, headers={"x-request-id": name}
+                    )
+                except httpx.TransportError:
+                    # refused before it was accepted: the server has stopped listening
+                    if is_over.is_set():
+                        return
+                    raise
+                assert response.status_code == 200
+                with lock:
+                    answered.add(name)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    threading.Event().wait(1.0)
+    is_over.set()
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert process.wait(timeout=60) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    completed = {line["request"] for line in lines if line["path"].endswith("/search")}
+    assert len(completed) > 50
+    assert completed == answered
+    assert {line["status"] for line in lines} == {200}
+
+
+def test_tokens_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "tokens").write_text("# people\nread abc\nwrite def\n\n")
+    monkeypatch.setenv("VLM_READ_TOKEN", "env")
+    assert read_tokens_of(tmp_path / "tokens") == (frozenset({"abc", "env"}), frozenset({"def"}))
+    (tmp_path / "tokens").write_text("read\n")
+    with pytest.raises(UsageError, match=r"Line 1 of .* must be `read SECRET`"):
+        read_tokens_of(tmp_path / "tokens")
+
+
+def test_indexes_are_named_by_their_folders_or_as_asked(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    assert name_indexes((str(tmp_path / "a=b"), "new=photos/x")) == {"a=b": tmp_path / "a=b", "new": Path("photos/x")}
+    with pytest.raises(UsageError, match="Two indexes are called 'x'"):
+        name_indexes(("photos/x", "x=old"))
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)]
+)
+def test_what_only_this_machine_reaches(host, expected):
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Name an index to serve"),
+        (["nowhere"], "nowhere"),
+        (["INDEX", "--max-batch", "0"], "max_batch = 0 is out of range"),
+        (["INDEX", "--tokens", "nowhere"], "nowhere"),
+        (["INDEX", "--host", "999.1.1.1"], "cannot be listened on"),
+    ],
+)
+def test_a_mistake_is_one_clear_sentence(capsys, index, options, message):
+    words = [str(index) if word == "INDEX" else word for word in options]
+    assert main(["serve", *words]) in (1, 2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("vlm: ")
+    assert message in lines[-1]
