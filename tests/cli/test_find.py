@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import vlm
+from tests.data.raw_fixture import make_dng
 from tests.preloaded import Popen
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
@@ -112,6 +114,7 @@ def test_an_image_of_the_folder_is_searched_by_without_the_model(
     model_is_away = {"model": "", "like": photos / "1/005.png", "top": 1}
     assert [hit.entry.uid for hit in vlm.find(photos, **model_is_away).hits] == ["1/005.png"]
     assert vlm.find(photos, **model_is_away).query.items == ("1/005.png",)
+    assert vlm.find(photos, ["a"], like=photos / "1/005.png", model=vlm.load(str(model)), top=1).hits
     # any other is embedded, whatever form it has
     other = Image.open(photos / "1/005.png").resize((40, 40))
     hits = vlm.find(photos, like=[other, np.asarray(other)], top=1).hits
@@ -146,6 +149,7 @@ def test_without_a_query_the_update_is_shown_and_what_is_wrong_is_named(
     ("words", "code", "message"),
     [
         (["a dog"], 2, "no model is named. Give --model MODEL or set VLM_MODEL"),
+        (["a dog"], 2, "vlm models lists them"),
         (["--where", "year = 2000"], 2, "nothing to search for"),
         (["a dog", "--no-update"], 2, "never indexed"),
         (["a dog", "--no-update", "--rebuild"], 2, "leave out --no-update"),
@@ -164,6 +168,16 @@ def test_mistakes_are_one_sentence(
     assert "There is no folder" in capsys.readouterr().err
 
 
+def test_without_a_model_those_that_work_here_are_named(
+    photos: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos.parent / "runs").mkdir()
+    model.rename(photos.parent / "runs/mine")
+    monkeypatch.chdir(photos.parent)
+    assert main(["find", "photos", "a dog"]) == 2
+    assert "These work offline here: runs/mine" in capsys.readouterr().err
+
+
 def test_a_page_of_the_results_opens(
     photos: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,9 +185,39 @@ def test_a_page_of_the_results_opens(
     monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
     assert main(["find", str(photos), "a", "--model", str(model), "--top", "4", "--open"]) == 0
     assert "open the page yourself" in capsys.readouterr().err
-    page = Path(opened[0].removeprefix("file://")).read_text()
-    assert page.count("data:image/jpeg;base64") == 4
-    assert not Path(opened[0].removeprefix("file://")).is_relative_to(photos)
+    page = Path(opened[0].removeprefix("file://"))
+    assert page.read_text().count("data:image/jpeg;base64") == 4
+    assert not page.is_relative_to(photos)
+    # formats that need converting are shown too
+    pytest.importorskip("rawpy")
+    (photos / "raw.dng").write_bytes(make_dng(jpeg()))
+    assert main(["find", str(photos), "--like", str(photos / "raw.dng"), "--top", "1", "--open"]) == 0
+    assert "raw.dng" in capsys.readouterr().out
+    assert page.read_text().count("data:image/jpeg;base64") == 1
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32), "red").save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_while_another_process_updates_the_last_version_is_searched(
+    photos: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("vlm.service.folder.folder_index.LOCK_SECONDS", 0.05)
+    words = ["find", str(photos), "a", "--model", str(model), "--index", str(tmp_path / "home"), "-f", "--top", "1"]
+    (tmp_path / "home").mkdir()
+    with FileLock(tmp_path / "home/lock"):
+        assert main(words) == 2
+        assert "being updated by another process" in capsys.readouterr().err
+    assert main(words) == 0
+    paint(photos / "new.png", 1000)
+    with FileLock(tmp_path / "home/lock"):
+        assert main([*words, "--like", str(photos / "new.png")]) == 0
+    shown = capsys.readouterr()
+    assert "Until then its last version is searched" in shown.err
+    assert len(shown.out.splitlines()) == 2
 
 
 def start(*words: str, folder: Path) -> Popen:

@@ -189,6 +189,9 @@ def test_images_that_cannot_be_read_are_named_and_not_tried_again_until_they_cha
     assert "unreadable image" in first.unreadable["text.jpg"]
     again = place.update()
     assert (again.unreadable, again.has_changes, place.model.decoded) == (first.unreadable, False, [])
+    shutil.copy2(place.root / "text.jpg", place.root / "text again.jpg")
+    assert (place.update().has_changes, place.model.decoded) == (False, [])
+    (place.root / "text again.jpg").unlink()
     place.put("cut.png", 7)
     mended = place.update()
     assert (mended.changed, mended.images, set(mended.unreadable)) == (1, 151, {"text.jpg", "dead.jpg"})

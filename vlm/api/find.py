@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import platformdirs
 
@@ -12,10 +12,17 @@ from vlm.data.image_inputs import encoded_image, image_list
 from vlm.data.photo_formats import decodable_image
 from vlm.errors import BadSample, UsageError, VlmError, os_errors_explained
 from vlm.files import compute_fingerprint
-from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, LoadEncoder
+from vlm.service.folder.folder_encoder import LoadEncoder
+from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, NoModelError
 from vlm.service.folder.folder_watch import ChangeWaiter
 from vlm.service.query import Query
 from vlm.service.search import SearchResult, SearchService, load_encoder
+
+# imported where a model is loaded: a search without one takes no time for it
+if TYPE_CHECKING:
+    from vlm.api.inference import Model
+    from vlm.index.encoder import Encoder
+    from vlm.models.model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +30,9 @@ MODEL_VARIABLE = "VLM_MODEL"
 """The environment variable that names the model of folders that were never indexed."""
 
 Words = str | Sequence[str]
+FolderModel: TypeAlias = "str | Path | Model | VisionLanguageModel"
+
+_MAX_NAMED_MODELS = 5
 
 
 def find(
@@ -33,7 +43,7 @@ def find(
     minus: Words = (),
     where: str = "",
     top: int = 10,
-    model: str = "",
+    model: FolderModel = "",
     index: str | Path | None = None,
     update: bool = True,
 ) -> SearchResult:
@@ -51,7 +61,7 @@ def find(
             "2024-05-17T10:22:31"), year, month, camera, latitude, longitude, folder, file, width, height, caption, and
             those of a JSON next to an image.
         top: number of hits; the uid of a hit is its path below the folder.
-        model: a MODEL as of `vlm.load`; by default the one the folder was indexed with, else VLM_MODEL.
+        model: a MODEL as of `vlm.load`, or what that gave; by default the one of the index, else VLM_MODEL.
         index: where the index is kept, by default among the user's data.
         update: look for changes first; otherwise search what is indexed.
 
@@ -68,7 +78,7 @@ def find(
 def watch(
     folder: str | Path,
     *,
-    model: str = "",
+    model: FolderModel = "",
     index: str | Path | None = None,
     poll_seconds: float | None = None,
 ) -> Iterator[FolderUpdate]:
@@ -91,7 +101,7 @@ class ImageFolder:
         self,
         folder: str | Path,
         *,
-        model: str = "",
+        model: FolderModel = "",
         index: str | Path | None = None,
         load: LoadEncoder = load_encoder,
     ) -> None:
@@ -99,11 +109,15 @@ class ImageFolder:
         if not root.is_dir():
             raise UsageError(f"There is no folder {str(folder)!r}; name a folder of images.")
         home = default_home(root) if index is None else Path(index).expanduser()
-        self._model = model
         self._load = load
+        self._model = str(model) if isinstance(model, str | Path) else model.name
+        if not isinstance(model, str | Path):
+            # what vlm.load gives holds the encoder
+            encoder = cast("Encoder", getattr(model, "encoder", model))
+            self._load = lambda _: encoder
         # an index keeps its model, whatever the environment says today
         self._folder = FolderIndex(
-            root, home, model_spec=model, default_spec=os.environ.get(MODEL_VARIABLE, ""), load=load
+            root, home, model_spec=self._model, default_spec=os.environ.get(MODEL_VARIABLE, ""), load=self._load
         )
         self._service: SearchService | None = None
 
@@ -132,6 +146,8 @@ class ImageFolder:
         """
         try:
             return self._folder.update(rebuild=rebuild)
+        except NoModelError as error:
+            raise NoModelError(f"{error} {_local_models_hint()}") from error
         except FolderBusyError as error:
             if rebuild or not self._folder.is_indexed:
                 raise
@@ -183,6 +199,8 @@ class ImageFolder:
         while True:
             try:
                 return self._folder.update()
+            except NoModelError as error:
+                raise NoModelError(f"{error} {_local_models_hint()}") from error
             except FolderBusyError as error:  # after some seconds of waiting
                 logger.info(str(error))
 
@@ -203,6 +221,16 @@ def default_home(folder: Path) -> Path:
     real = folder.resolve()
     name = f"{real.name or 'root'}-{compute_fingerprint(str(real))}"
     return platformdirs.user_data_path("vlm", appauthor=False) / "folders" / name
+
+
+def _local_models_hint() -> str:
+    """What loads here without a network, and how to get another."""
+    from vlm.api.local_models import list_models
+
+    names = [model.model for model in list_models().models if not model.missing]
+    shown = ", ".join(names[:_MAX_NAMED_MODELS]) + (" …" if len(names) > _MAX_NAMED_MODELS else "")
+    have = f"These work offline here: {shown}." if names else "None was found here that works offline."
+    return f"{have} vlm models lists them, and with --fetch MODEL brings another here."
 
 
 def _read_image(image: Path | bytes) -> bytes:

@@ -6,16 +6,12 @@ stored. All of it lies in a home of its own; nothing is written into the folder 
 """
 
 import contextlib
-import logging
-import shutil
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import PIL
 from filelock import FileLock, Timeout
 
@@ -23,27 +19,22 @@ from vlm.console import list_counts, pluralize, progress
 from vlm.data.photo_formats import HAS_RAW
 from vlm.data.sources.image_names import HAS_HEIF
 from vlm.errors import UsageError
-from vlm.files import compute_fingerprint, content_digest
-from vlm.index.build import create_index
+from vlm.files import content_digest
 from vlm.index.embeddings_folder import EmbeddingSpace
-from vlm.index.encoder import Encoder, check_unit_norm
-from vlm.index.writer import IndexWriter, InsertBatch
-from vlm.manifest import is_complete, read_manifest
+from vlm.manifest import is_complete
 from vlm.models.model_spec import absolute_spec
 from vlm.results import Result
-from vlm.service.folder.folder_reader import FileReading, FolderReader, View, pending_files
+from vlm.service.folder.folder_commit import commit_to_index
+from vlm.service.folder.folder_encoder import FolderEncoder, LoadEncoder
+from vlm.service.folder.folder_reader import FileReading, FolderReader, pending_files
 from vlm.service.folder.folder_scan import FolderScan, scan_folder
 from vlm.service.folder.folder_state import ContentRecord, FolderState, KnownFile
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
 """Images that are embedded and stored at once: the most that a killed update embeds again."""
 
 _READERS = f"Pillow {PIL.__version__}, HEIF {HAS_HEIF}, raw {HAS_RAW}"
 LOCK_SECONDS = 5.0
-
-LoadEncoder = Callable[[str], Encoder]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,39 +82,8 @@ class FolderBusyError(UsageError):
     """Another process updates the index of this folder."""
 
 
-class LazyEncoder:
-    """A model that is loaded by whoever first needs it, from any thread, and stays.
-
-    fingerprint: what the model's must be; empty takes any.
-
-    Raises:
-        UsageError: on `get`, its fingerprint is another.
-    """
-
-    def __init__(self, spec: str, load: LoadEncoder, *, fingerprint: str = "") -> None:
-        self.spec = spec
-        self._load = load
-        self._fingerprint = fingerprint
-        self._encoder: Encoder | None = None
-        self._lock = threading.Lock()
-
-    def get(self) -> Encoder:
-        """The model."""
-        with self._lock:
-            if self._encoder is None:
-                encoder = self._load(self.spec)
-                if self._fingerprint not in ("", encoder.fingerprint):
-                    raise UsageError(
-                        f"{self.spec} is not the model that embedded this folder before (its fingerprint is "
-                        f"{encoder.fingerprint}, that of the index {self._fingerprint}): name that model, or embed all "
-                        "images again with --rebuild."
-                    )
-                self._encoder = encoder
-            return self._encoder
-
-    def view(self) -> View:
-        """Its view."""
-        return self.get().view
+class NoModelError(UsageError):
+    """A folder that was never indexed needs a model, and none was named."""
 
 
 class FolderIndex:
@@ -142,7 +102,7 @@ class FolderIndex:
         self._model_spec = model_spec
         self._default_spec = default_spec
         self._load = load
-        self._encoder: LazyEncoder | None = None
+        self._encoder: FolderEncoder | None = None
 
     @property
     def index_folder(self) -> Path:
@@ -161,22 +121,26 @@ class FolderIndex:
 
         Raises:
             FolderBusyError: another process is doing so.
-            UsageError: no image of the folder can be read, no model was named, or the index is of another model or
-                folder.
+            NoModelError: it is the first update, and no model was named.
+            UsageError: no image of the folder can be read, or the index is of another model or folder.
             VlmError: the disk is full, or what is stored is damaged.
         """
         with self._state(is_new=rebuild) as state:
             return self._update(state)
 
     def find_indexed(self, image: bytes) -> str | None:
-        """The uid of an indexed image with these bytes, whose vector need not be computed; raises FolderBusyError."""
-        with self._state() as state:
+        """The uid of an indexed image with these bytes, whose vector need not be computed.
+
+        Raises:
+            FolderBusyError: an update runs; this does not wait for its end.
+        """
+        with self._state(lock_seconds=0) as state:
             return state.path_of(content_digest(image))
 
     @contextlib.contextmanager
-    def _state(self, *, is_new: bool = False) -> Iterator[FolderState]:
+    def _state(self, *, is_new: bool = False, lock_seconds: float | None = None) -> Iterator[FolderState]:
         self.home.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.home / "lock", timeout=LOCK_SECONDS)
+        lock = FileLock(self.home / "lock", timeout=LOCK_SECONDS if lock_seconds is None else lock_seconds)
         try:
             held = lock.acquire()
         except Timeout as error:
@@ -205,10 +169,14 @@ class FolderIndex:
         gone = [path for path in known if path not in scan.stamps]
         pending = pending_files(scan, known, gone)
         state.mark_gone(gone)
-        counts = _ChangeCounts(known, gone)
+        counts = _ChangeCounts(known, gone, state.unreadable_digests())
         num_embedded = self._read(state, scan, pending, counts) if pending else 0
         unreadable = scan.unreadable | state.unreadable()
-        self._write_index(state, space, unreadable)
+        if not state.num_readable() and not self.is_indexed:
+            name, reason = next(iter(unreadable.items()))
+            number = pluralize(len(unreadable), "image")
+            raise UsageError(f"None of the {number} of {self.root} can be read; the first, {name}: {reason}.")
+        commit_to_index(self.index_folder, state, space)
         return FolderUpdate(
             folder=str(self.root),
             index=str(self.index_folder),
@@ -248,8 +216,8 @@ class FolderIndex:
         if space is None:
             spec = self._model_spec or self._default_spec
             if not spec:
-                raise UsageError(f"{self.root} was never indexed, and no model is named. {NO_MODEL_HINT}")
-            self._encoder = self._encoder or LazyEncoder(spec, self._load)
+                raise NoModelError(f"{self.root} was never indexed, and no model is named. {NO_MODEL_HINT}")
+            self._encoder = self._encoder or FolderEncoder(spec, self._load)
             encoder = self._encoder.get()
             return EmbeddingSpace(
                 model=absolute_spec(spec),
@@ -259,7 +227,7 @@ class FolderIndex:
             )
         spec = absolute_spec(self._model_spec) if self._model_spec else space.model
         if self._encoder is None:
-            self._encoder = LazyEncoder(spec, self._load, fingerprint=space.fingerprint)
+            self._encoder = FolderEncoder(spec, self._load, fingerprint=space.fingerprint)
             if spec != space.model:
                 self._encoder.get()
         return replace(space, model=spec)
@@ -275,7 +243,7 @@ class FolderIndex:
         num_embedded = 0
         with progress(total=total, done=total - len(pending), what="index", unit=" images") as bar:
             for readings in reader.batches(pending, BATCH_SIZE):
-                contents = self._embed(readings, known_digests)
+                contents = self._encoder.embed(readings, known_digests)
                 state.record([reading.file for reading in readings], contents)
                 known_digests.update(content.digest for content in contents)
                 counts.add(readings, contents)
@@ -283,94 +251,34 @@ class FolderIndex:
                 bar.update(len(readings))
         return num_embedded
 
-    def _embed(self, readings: Sequence[FileReading], known_digests: set[bytes]) -> list[ContentRecord]:
-        """The new contents of a batch, each once."""
-        contents: dict[bytes, ContentRecord] = {}
-        pixels: dict[bytes, np.ndarray] = {}
-        names: list[str] = []
-        for reading in readings:
-            content = reading.content
-            # the batch before may have embedded what was new when this one was read ahead
-            if content is None or content.digest in known_digests or content.digest in contents:
-                continue
-            contents[content.digest] = content
-            if reading.pixels is not None:
-                pixels[content.digest] = reading.pixels
-                names.append(reading.file.path)
-        if pixels:
-            # imported where images are embedded: an update without a new one takes no time for it
-            import torch
-
-            assert self._encoder is not None
-            vectors = self._encoder.get().embed_images(torch.from_numpy(np.stack(list(pixels.values())))).numpy()
-            check_unit_norm(vectors, names)
-            for digest, vector in zip(pixels, vectors.astype(np.float16), strict=True):
-                contents[digest] = replace(contents[digest], vector=vector)
-        return list(contents.values())
-
-    def _write_index(self, state: FolderState, space: EmbeddingSpace, unreadable: dict[str, str]) -> None:
-        """Bring the index to what is stored."""
-        if self.is_indexed and read_manifest(self.index_folder, "index").fingerprint == state.index_fingerprint:
-            self._change_index(state, space)
-            return
-        if not state.num_readable():
-            name, reason = next(iter(unreadable.items()))
-            raise UsageError(
-                f"None of the {pluralize(len(unreadable), 'image')} of {self.root} can be read; the first, {name}: "
-                f"{reason}."
-            )
-        if self.is_indexed and state.index_fingerprint:
-            logger.info(f"{self.index_folder} is not as it was left; it is made again from what was embedded.")
-        state.forget_index()
-        # beside the old one, which readers may have open
-        unfinished = self.home / "index.new"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        create_index(unfinished, space, kind="flat")
-        with IndexWriter(unfinished) as writer:
-            writer.add(_new_rows(state, space))
-            fingerprint = writer.snapshot.manifest.fingerprint
-        shutil.rmtree(self.index_folder, ignore_errors=True)
-        unfinished.rename(self.index_folder)
-        state.set_indexed(fingerprint)
-
-    def _change_index(self, state: FolderState, space: EmbeddingSpace) -> None:
-        """Write the rows that differ, then delete those that are gone; repeated after a crash, it ends the same."""
-        old_uids = state.old_uids()
-        if not old_uids and not state.num_new_rows():
-            return
-        with IndexWriter(self.index_folder) as writer:
-            writer.update(_new_rows(state, space))
-            rows = writer.snapshot.catalogue.rows_by_uid(old_uids)
-            commit = writer.delete_rows(np.sort(np.array(list(rows.values()), np.int64)))
-            if commit.dead > commit.rows:
-                writer.compact()
-            fingerprint = writer.snapshot.manifest.fingerprint
-        state.set_indexed(fingerprint)
-
 
 NO_MODEL_HINT = (
     "Give --model MODEL or set VLM_MODEL: a run or model folder, or an open_clip NAME:WEIGHTS whose weights are on "
-    "this machine; vlm models lists what works offline and how to fetch one."
+    "this machine."
 )
 
 
 class _ChangeCounts:
-    """How the files of an update differ from those known before. gone: paths of those that are no longer there."""
+    """How the files of an update differ from those known before.
 
-    def __init__(self, known: dict[str, KnownFile], gone: Sequence[str]) -> None:
+    gone: paths of those that are no longer there. unreadable: digests of contents that give no row.
+    """
+
+    def __init__(self, known: dict[str, KnownFile], gone: Sequence[str], unreadable: set[bytes]) -> None:
         self.new = 0
         self.changed = 0
         self.moved = 0
         self._known = known
+        self._unreadable = unreadable
         self._gone_digests = Counter(known[path].digest for path in gone)
 
     def add(self, readings: Sequence[FileReading], contents: Sequence[ContentRecord]) -> None:
         """Count the files of a batch; those that cannot be read are no changes."""
-        bad = {content.digest for content in contents if content.vector is None}
+        self._unreadable |= {content.digest for content in contents if content.vector is None}
         for reading in readings:
             file = reading.file
             before = self._known.get(file.path)
-            if file.digest is None or file.digest in bad:
+            if file.digest is None or file.digest in self._unreadable:
                 continue
             if before is not None:
                 self.changed += before.wanted != file.wanted
@@ -379,15 +287,3 @@ class _ChangeCounts:
                 self.moved += 1
             else:
                 self.new += 1
-
-
-def _new_rows(state: FolderState, space: EmbeddingSpace) -> InsertBatch:
-    return InsertBatch(
-        space=space,
-        count=state.num_new_rows(),
-        # the same for every change of this folder: an index keeps a list of them
-        source=compute_fingerprint("folder", state.root),
-        shards=(state.root,),
-        blocks=state.new_vectors,
-        origins=state.new_origins,
-    )

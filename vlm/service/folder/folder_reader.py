@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlm.data.photo_formats import read_photo
 from vlm.data.samples import Captions
@@ -77,6 +78,8 @@ class FolderReader:
     def batches(self, pending: Mapping[str, bytes | None], size: int) -> Iterator[list[FileReading]]:
         """The pending files in their order, `size` of them at once."""
         paths = list(pending)
+        # Pillow loads its readers with the first image, which threads must not do at once
+        Image.init()
         pool = ThreadPoolExecutor(min(_MAX_THREADS, cpu_count() or 1))
 
         def submit(first: int) -> list[Future[FileReading]]:

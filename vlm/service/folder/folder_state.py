@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -63,8 +63,7 @@ _NEW_ROWS = f"{_READABLE} AND indexed IS NOT wanted"
 _OLD_ROWS = f"FROM files WHERE indexed IS NOT NULL AND path NOT IN (SELECT path {_READABLE})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownFile:
+class KnownFile(NamedTuple):
     """A file as it was when it was last read; digest None: it could not be. wanted: as of `FileRecord`."""
 
     stamp: FileStamp
@@ -176,6 +175,12 @@ class FolderState:
         """Of every content that was read."""
         with self._errors_as_ours():
             return {digest for (digest,) in self._database.execute("SELECT digest FROM contents")}
+
+    def unreadable_digests(self) -> set[bytes]:
+        """Of the contents that cannot be read."""
+        query = "SELECT digest FROM contents WHERE vector IS NULL"
+        with self._errors_as_ours():
+            return {digest for (digest,) in self._database.execute(query)}
 
     def unreadable(self) -> dict[str, str]:
         """The files that cannot be read, with the reason."""
