@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 import vlm
+from tests.data.selection_fixture import select_all
 from tests.data.tar_fixture import write_tar
+from vlm.data.selection import write_selection
+from vlm.data.shards import expand_shards
 from vlm.data.tokenizers import open_tokenizer
 
 OPTIONS = {"batch_size": 10, "image_size": 16, "seed": 3, "epochs": 2, "workers": 0, "flip": 0.5}
@@ -105,6 +109,31 @@ def test_evaluation_gives_each_sample_once_in_file_order(train_shards):
     assert contents(resumed) == contents(batches[2:])
     shares = [list(vlm.stream(train_shards, **options, rank=rank, world_size=2)) for rank in range(2)]
     assert sorted(key for batches in shares for batch in batches for key in batch.keys) == keys
+
+
+@pytest.mark.parametrize("transform", ["training", "evaluation"])
+def test_a_selection_says_which_samples_are_seen(train_shards, tmp_path, transform):
+    everything = select_all(expand_shards(train_shards))
+    halved = tuple(np.arange(len(times), dtype=np.uint16) % 2 for times in everything.times)
+    write_selection(tmp_path / "half.selection", replace(everything, times=halved))
+    options = {"batch_size": 16, "image_size": 16, "workers": 0, "transform": transform}
+    stream = vlm.stream(train_shards, **options, selection=tmp_path / "half.selection")
+    keys = [key for batch in stream for key in batch.keys]
+    every_other = [sample_index.number % 2 for batch in stream for sample_index in batch.sample_indices]
+    assert stream.num_samples == len(set(keys)) == len(keys) == NUM_TRAIN // 2
+    assert set(every_other) == {1}
+    with pytest.raises(vlm.UsageError, match="another stream"):
+        stream.load_state_dict(vlm.stream(train_shards, **options).state_dict())
+
+
+def test_a_mixture_file_is_streamed_in_its_proportions(train_shards, scene_shards, tmp_path):
+    sources = [
+        f'[[source]]\ndata = "{shards}"\nweight = {weight}\n'
+        for shards, weight in ((train_shards, 3), (scene_shards / "val", 1))
+    ]
+    (tmp_path / "mix.toml").write_text("".join(sources))
+    for batch in vlm.stream(tmp_path / "mix.toml", batch_size=16, image_size=16, workers=0):
+        assert sum(key.startswith("val-") for key in batch.keys) == 4
 
 
 def test_a_state_of_another_stream_is_refused(train_shards, scene_shards):
