@@ -94,6 +94,19 @@ def test_weights_whose_tokenizer_is_not_here_say_so(tmp_path, model_folder, empt
     assert entry.missing.startswith("tokenizer ")
 
 
+def test_models_that_packages_bring_are_listed(tmp_path, model_folder, empty_cache, monkeypatch):
+    site = tmp_path / "site"
+    shutil.copytree(model_folder, site / "some_clip" / "weights")
+    (site / "some_clip-1.0.dist-info").mkdir()
+    (site / "some_clip-1.0.dist-info" / "METADATA").write_text("Name: some-clip\nVersion: 1.0\n")
+    record = "some_clip/__init__.py,,\nsome_clip/weights/open_clip_config.json,sha256=0,9\nsome_clip/config.json,,\n"
+    (site / "some_clip-1.0.dist-info" / "RECORD").write_text(record)
+    monkeypatch.syspath_prepend(site)
+    (tmp_path / "runs").mkdir()
+    [entry] = vlm.list_models(tmp_path / "runs", cache=empty_cache).models
+    assert (entry.model, entry.source) == (str(site / "some_clip" / "weights"), "package")
+
+
 def test_what_open_clip_could_fetch_is_listed_on_request(tmp_path, empty_cache):
     (tmp_path / "runs").mkdir()
     assert vlm.list_models(tmp_path / "runs", cache=empty_cache).models == ()

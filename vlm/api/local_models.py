@@ -1,8 +1,10 @@
 """`vlm.list_models`: the models that load here without a network, and how to fetch another ahead."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -10,13 +12,14 @@ from vlm.errors import UsageError, os_errors_explained
 from vlm.models.load import CHECKPOINTS, CONFIG, RUN_MODEL, load_model
 from vlm.results import Result
 
-ModelSource: TypeAlias = Literal["run", "folder", "open_clip", "hub"]
+ModelSource: TypeAlias = Literal["run", "folder", "open_clip", "hub", "package"]
 
 _RUN_CONFIG = "config.toml"
 # where open_clip keeps weights that it fetches by URL, as OpenAI's package did
 _OPEN_CLIP_CACHE = Path("~/.cache/clip")
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHTS = ("*.safetensors", "*.bin")
+_CONFIG_IN_RECORD = re.compile(r"^[^,\n]*/(?:open_clip_)?config\.json(?=,)", re.MULTILINE)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
 
 
@@ -35,7 +38,7 @@ class LocalModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelList(Result):
-    """Models, in the order run, folder, open_clip, hub. cache: folder of what is fetched from the Hugging Face Hub."""
+    """Models, own ones first, then of open_clip, the Hub and packages. cache: folder of what the Hub gave."""
 
     models: tuple[LocalModel, ...]
     cache: str
@@ -43,7 +46,7 @@ class ModelList(Result):
 
 @os_errors_explained()
 def list_models(folder: str | Path = "runs", *, known: bool = False, cache: str | Path | None = None) -> ModelList:
-    """The models that load without a network: runs and model folders, and what the local caches hold.
+    """The models that load without a network: runs and model folders, what the local caches hold, and packages bring.
 
     Args:
         folder: is searched for runs and model folders, at any depth.
@@ -61,6 +64,7 @@ def list_models(folder: str | Path = "runs", *, known: bool = False, cache: str 
     hub = Path(cache or constants.HF_HUB_CACHE)
     repositories = dict(_cached_repositories(hub))
     models = [*_own_models(root), *_open_clip_models(repositories, known=known), *_hub_models(repositories)]
+    models += _package_models()
     return ModelList(models=tuple(models), cache=str(hub))
 
 
@@ -162,6 +166,17 @@ def _hub_models(repositories: dict[str, Path]) -> Iterator[LocalModel]:
         is_open_clip = any((folder / CONFIG).is_file() and (folder / file).is_file() for file in _OPEN_CLIP_WEIGHTS)
         if is_open_clip or _is_transformers_model(folder):
             yield LocalModel(model=name, source="hub", bytes=_weight_bytes(folder))
+
+
+def _package_models() -> Iterator[LocalModel]:
+    """The model folders that installed Python packages bring."""
+    for distribution in metadata.distributions():
+        # searched as text: of thousands of lines hardly one is parsed
+        configs = _CONFIG_IN_RECORD.findall(distribution.read_text("RECORD") or "")
+        for place in dict.fromkeys(config.rpartition("/")[0] for config in configs):
+            folder = Path(str(distribution.locate_file(place)))
+            if _weight_bytes(folder) and ((folder / CONFIG).is_file() or _is_transformers_model(folder)):
+                yield LocalModel(model=str(folder), source="package", bytes=_weight_bytes(folder))
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ListModels:
-    """List the models that load without a network: runs, model folders, and those in the local caches.
+    """List the models that load without a network: runs, model folders, those in local caches and in packages.
 
     A model is given to other verbs by its name here. --fetch brings one into the caches ahead, where there is a
     network; on a machine without one, copy the cache folder, or the folder that vlm export writes.
