@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vlm.data.caption_sampler import CaptionSampler, SampledCaption
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import ShardSet
 from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex
-from vlm.data.samples import Captions, CaptionSampler, Sample, SampledCaption, SampleRng, shuffled
+from vlm.data.samples import Captions, Sample, SampleRng, shuffled
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vlm.data.samples import RandomSource, Sample, SampledCaption, random_below
+from vlm.data.caption_sampler import SampledCaption
+from vlm.data.samples import RandomSource, Sample, random_below
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.tensor_types import Array, Float, Tensor
 

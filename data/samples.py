@@ -1,23 +1,18 @@
-"""Samples: a pair on its way into a shard, a sample on its way out, and which of its captions is shown.
+"""Samples: a pair on its way into a shard, a sample on its way out, its captions and tags, its random numbers.
 
 Every random choice about a sample comes from `SampleRng`, a pure function of the visit, so that neither the number of
-workers nor a resumed run changes it. `CaptionSampler` draws one caption by language and probability, whole or one
-sentence of it.
+workers nor a resumed run changes it.
 """
 
-import math
-import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import accumulate
 from struct import Struct
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from vlm.errors import BadSample, UsageError
+from vlm.errors import BadSample
 
 Value = TypeVar("Value")
 
@@ -189,114 +184,6 @@ def _texts(value: Any) -> tuple[str, ...]:
 TAGS = "tags"
 """The language under which the tags of a sample can be requested."""
 
-_WEIGHTS = "caption_weights"
-# a Latin mark ends a sentence only before a space (3.5 stays whole), a CJK mark always, the last of a row
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])(?![.!?。！？])")
-
-
-class SampledCaption(NamedTuple):
-    """A caption as it was drawn.
-
-    number: its position among all captions of the sample, languages in their order; -1 for tags.
-    """
-
-    text: str
-    language: str
-    number: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionSampler:
-    """Draws one caption of a sample.
-
-    languages: drawn from, uniformly or by `language_weights`; empty uses the first one of each sample.
-        `tags` means the sample's tags, joined in a random order. Any group of captions stored under a name
-        (`captions_synthetic`) is requested like a language.
-    sentences: of the drawn caption, show one sentence, drawn uniformly (DreamLIP's sub-captions).
-
-    Within a language captions are drawn uniformly, or by the sample's own `caption_weights`: a list next to
-    `captions`, or lists by language.
-    """
-
-    languages: tuple[str, ...] = ()
-    language_weights: tuple[float, ...] = ()
-    sentences: bool = False
-
-    def __post_init__(self) -> None:
-        if self.language_weights and len(self.language_weights) != len(self.languages):
-            raise UsageError(
-                f"{len(self.language_weights)} language_weights for {len(self.languages)} languages; give one each."
-            )
-        if len(set(self.languages)) < len(self.languages):
-            raise UsageError(f"languages = {self.languages} names one twice; name each once, with a weight if needed.")
-        if self.language_weights and (min(self.language_weights) < 0 or not 0 < sum(self.language_weights) < math.inf):
-            raise UsageError(f"language_weights = {self.language_weights}: give numbers of at least 0, not all 0.")
-
-    def __call__(self, sample: Sample, rng: RandomSource) -> SampledCaption:
-        """Draw one caption.
-
-        Raises:
-            BadSample: there is none in the requested languages, or its weights do not fit.
-        """
-        captions = sample.captions
-        tags = parse_tags(sample.metadata) if TAGS in self.languages else ()
-        if tags:
-            # a new dictionary: the numbers of captions are counted in the one that was stored
-            captions = captions | {TAGS: (", ".join(shuffled(tags, rng)),)}
-
-        # the language, then the caption, then the sentence: in another order a seed would give other captions
-        candidates = select_languages(captions, self.languages)
-        language_weights = self._weights_of(tuple(candidates))
-        language = list(candidates)[_weighted_index(rng, language_weights, len(candidates))]
-        texts = candidates[language]
-        # captions that do not name their language are stored under none, but may have been requested under one
-        stored_language = language if language in sample.captions or language == TAGS else UNNAMED
-        position = _weighted_index(rng, _caption_weights(sample, stored_language, len(texts)), len(texts))
-        text = texts[position]
-        if self.sentences:
-            sentences = split_sentences(text)
-            text = sentences[random_below(rng, len(sentences))]
-        number = _caption_index(sample.captions, stored_language, position)
-        return SampledCaption(text=text, language=language, number=number)
-
-    def sentences_of(self, sample: Sample) -> list[str]:
-        """The different sentences of all captions in the requested languages, in their order; tags have none."""
-        requested = tuple(language for language in self.languages if language != TAGS)
-        if self.languages and not requested:
-            return []
-        weights = dict(zip(self.languages, self.language_weights, strict=False))
-        try:
-            captions = select_languages(sample.captions, requested)
-        except BadSample:
-            return []
-        sentences: dict[str, None] = {}  # as an ordered set
-        for language, texts in captions.items():
-            if weights.get(language, 1) > 0:
-                for text in texts:
-                    sentences.update(dict.fromkeys(split_sentences(text)))
-        return list(sentences)
-
-    def _weights_of(self, candidates: tuple[str, ...]) -> list[float] | None:
-        if not self.language_weights:
-            return None
-        by_language = dict(zip(self.languages, self.language_weights, strict=True))
-        weights = [by_language[language] for language in candidates]
-        if sum(weights) <= 0:
-            raise BadSample("no caption", f"only in languages of weight 0: {candidates}")
-        return weights
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a caption; a text without an end mark is one.
-
-    It is split after . ! ? before a space, and after 。！？ anywhere; several marks in a row end one sentence.
-    Abbreviations are not known: "Dr. Smith" is split too.
-
-    >>> split_sentences("A dog runs. It is wet!")
-    ['A dog runs.', 'It is wet!']
-    """
-    return list(filter(None, map(str.strip, _SENTENCE_END.split(text)))) or [text]
-
 
 def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
     """The tags of a sample: `tags`, a list or words separated by commas."""
@@ -304,42 +191,3 @@ def parse_tags(metadata: dict[str, Any]) -> tuple[str, ...]:
     if isinstance(raw, str):
         raw = raw.split(",")
     return _texts(raw) if isinstance(raw, list) else ()
-
-
-def _weighted_index(rng: RandomSource, weights: list[float] | None, number: int) -> int:
-    if weights is None:
-        return random_below(rng, number)
-    # the bound guards against rounding: the product may reach the last end itself
-    ends = list(accumulate(weights))
-    return min(bisect_right(ends, rng.random() * ends[-1]), number - 1)
-
-
-def _caption_weights(sample: Sample, language: str, number: int) -> list[float] | None:
-    raw = sample.metadata.get(_WEIGHTS)
-    if raw is None or language == TAGS:
-        return None
-    weights = raw.get(language) if isinstance(raw, dict) else raw
-    # a plain list of weights goes with `captions`, which is the first language of the sample
-    if weights is None or (isinstance(raw, list) and language != next(iter(sample.captions))):
-        return None
-    try:
-        numbers = list(map(float, weights))
-        is_valid = len(numbers) == number and min(numbers) >= 0 and 0 < sum(numbers) < math.inf
-    except (TypeError, ValueError, OverflowError):
-        numbers = []
-        is_valid = False
-    if not is_valid:
-        preview = repr(weights)[:80]
-        raise BadSample("bad caption weights", f"{number} weights of at least 0 needed for {language!r}: {preview}")
-    return numbers
-
-
-def _caption_index(captions: Captions, language: str, position: int) -> int:
-    if language == TAGS:
-        return -1
-    num_before = 0
-    for name, texts in captions.items():
-        if name == language:
-            break
-        num_before += len(texts)
-    return num_before + position

@@ -5,7 +5,7 @@ mean square as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import cos, log, pi
+from math import cos, pi
 from typing import Any
 
 import torch
@@ -79,9 +79,6 @@ def _flat(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().view(len(weight), -1))
 
 
-MAX_LOG_SCALE = log(100)
-"""Keeps the temperature from falling below 0.01 (CLIP §2.5)."""
-
 _LR_MULTIPLIER = "relative_rate"
 
 
@@ -152,9 +149,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use this learning rate, times each group's multiplier, in the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[_LR_MULTIPLIER]
-
-
-@torch.no_grad()
-def clamp_logit_scale(network: nn.Module) -> None:
-    """Clamp the learned log of the inverse temperature to MAX_LOG_SCALE."""
-    network.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)

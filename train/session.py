@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm import __version__
 from vlm.config import from_toml, to_toml
+from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
@@ -32,7 +33,6 @@ from vlm.data.gpu_decode import check_decoder
 from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchSampler
-from vlm.data.samples import CaptionSampler
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tokenizers import open_tokenizer

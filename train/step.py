@@ -25,9 +25,10 @@ from vlm.data.collate import TrainingBatch
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
 from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip_reason
+from vlm.train.objectives.contrastive import clamp_logit_scale
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
-from vlm.train.optim import clamp_logit_scale, learning_rate_at, set_learning_rate
+from vlm.train.optim import learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, record_skipped_step
 from vlm.train.session import Session
 from vlm.train.step_inputs import MicroBatchInputs

@@ -21,9 +21,7 @@ from vlm.data.samples import Pair
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
 from vlm.data.sources.annotations import AnnotationSource
-from vlm.data.sources.image_folder import ClassFolderSource, ImageFolderSource, are_no_classes, label_folders
-from vlm.data.sources.image_names import HEIC_ENDINGS, endings, is_image_name
-from vlm.data.sources.location import (
+from vlm.data.sources.caption_files import (
     SCENES,
     SourceLocation,
     is_bookkeeping,
@@ -31,6 +29,8 @@ from vlm.data.sources.location import (
     open_location,
     unread_captions,
 )
+from vlm.data.sources.image_folder import ClassFolderSource, ImageFolderSource, are_no_classes, label_folders
+from vlm.data.sources.image_names import HEIC_ENDINGS, endings, is_image_name
 from vlm.data.sources.source import (
     FolderFiles,
     PairSource,

@@ -3,7 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlm.data.samples import CaptionSampler, Sample, parse_captions, parse_tags, split_sentences
+from vlm.data.caption_sampler import CaptionSampler, split_sentences
+from vlm.data.samples import Sample, parse_captions, parse_tags
 from vlm.errors import BadSample, UsageError
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.data.tar_fixture import write_tar
+from vlm.data.caption_sampler import split_sentences
 from vlm.data.collate import TrainingCollator
 from vlm.data.decode import EncodedImage, open_image, to_rgb
 from vlm.data.loader import ShardSet, stream_batches
 from vlm.data.pack import encode_pair
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
-from vlm.data.samples import Pair, SampleRng, split_sentences
+from vlm.data.samples import Pair, SampleRng
 from vlm.data.transforms import LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 
@@ -109,7 +110,7 @@ def test_sentences_are_drawn_without_replacement_and_padded_by_empty_rows(shard)
 def test_a_batch_without_sentences_has_rows_of_padding(tmp_path, make_image):
     from webdataset.writer import TarWriter
 
-    from vlm.data.samples import CaptionSampler
+    from vlm.data.caption_sampler import CaptionSampler
 
     with TarWriter(str(tmp_path / "t.tar"), encoder=False) as tar:
         pair = Pair(key="k", image=make_image(0), captions={"de": ("Hund.",)}, metadata={"tags": ["dog"]})

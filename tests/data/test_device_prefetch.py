@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.data.tar_fixture import without_tables
+from vlm.data.caption_sampler import SampledCaption
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.device_prefetch import DevicePrefetcher, decode_batch
 from vlm.data.gpu_decode import PreparedView
 from vlm.data.loader import stream_batches
 from vlm.data.sample_ledger import Ledger, sum_counts
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
-from vlm.data.samples import SampledCaption
 from vlm.data.transforms import Crop, RandomResizedCrop
 from vlm.errors import VlmError
 

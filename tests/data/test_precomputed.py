@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from vlm.data.caption_sampler import SampledCaption
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
-from vlm.data.samples import Sample, SampledCaption
+from vlm.data.samples import Sample
 from vlm.errors import BadSample, UsageError, VlmError
 
 NAMES = ("teacher_image", "teacher_text")

@@ -12,7 +12,7 @@ from vlm.cli.search import show_result
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.index.writer import IndexWriter
-from vlm.service.gallery import gallery_page
+from vlm.service.results_page import results_page
 from vlm.service.search import Query, SearchResult, SearchService
 from vlm.tensor_types import Float32, Tensor, UInt8
 
@@ -195,7 +195,7 @@ def test_likelihoods_and_unread_images_are_shown(
     assert f"{result.hits[0].likelihood:.4f}" in printed.out
     assert "reranked in" in caplog.text
     assert f"cannot be read: {len(result.unread)}; the first, 1" in caplog.text
-    page = gallery_page([result], title="Green", info=service.index.info())
+    page = results_page([result], title="Green", info=service.index.info())
     assert page.count("nats per token") == 11 - len(result.unread)
     assert "reranked by likelihood: top 11" in page
     assert f"not reranked, image unreadable: {len(result.unread)}" in page

@@ -10,8 +10,10 @@ A row is one image against all texts, or one text against all images. The losses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import log
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,9 @@ from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
 from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
 from vlm.train.run_config import ObjectiveConfig
+
+MAX_LOG_SCALE = log(100)
+"""Keeps the temperature from falling below 0.01 (CLIP §2.5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,3 +292,9 @@ RANKING = LossTerm(
     batch_level=ranking,
 )
 """The right partner before every wrong one, by a margin."""
+
+
+@torch.no_grad()
+def clamp_logit_scale(network: nn.Module) -> None:
+    """Clamp the learned log of the inverse temperature to MAX_LOG_SCALE."""
+    network.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)

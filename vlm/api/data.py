@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
+from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Corpus, open_corpus, read_sources
 from vlm.data.pack import PackConfig, PackSummary, shards_at
 from vlm.data.pack import pack as pack_source
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
-from vlm.data.samples import CaptionSampler
 from vlm.data.selection import read_selection
 from vlm.data.shards import count_samples, shards_fingerprint
 from vlm.data.sources.source import SceneOptions, SourceKind, SourceOptions

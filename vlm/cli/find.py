@@ -121,7 +121,7 @@ class Find:
             title = result.query.describe() + (f"  where {self.where}" if self.where else "")
             show_table(["", "score", "file", ""], rows, title=title)
         if self.open:
-            _open_gallery(images, result)
+            _open_results_page(images, result)
 
     def _path_of(self, hit: "RankedHit") -> Path:
         """The image as the user names the folder, so that it opens from where the command runs."""
@@ -202,14 +202,16 @@ def _described(hit: "RankedHit") -> str:
     return ", ".join(str(value) for value in fields if value)
 
 
-def _open_gallery(images: "ImageFolder", result: "SearchResult") -> None:
+def _open_results_page(images: "ImageFolder", result: "SearchResult") -> None:
     from vlm.index.reader import Index
     from vlm.pages import Provenance
-    from vlm.service.gallery import write_gallery
+    from vlm.service.results_page import write_results_page
 
     page = images.home / "results.html"
     info = Index.open(images.index_folder).info()
-    write_gallery(page, [result], title=f"Results in {images.root.name}", info=info, provenance=Provenance.current())
+    write_results_page(
+        page, [result], title=f"Results in {images.root.name}", info=info, provenance=Provenance.current()
+    )
     logger.info(f"Page: {page}")
     if not webbrowser.open(page.as_uri()):
         logger.warning("No browser could be opened; open the page yourself.")

@@ -135,8 +135,8 @@ def run_queries(out: Path) -> None:
     """Three texts, a text minus another, and an image plus a text; results as tables and as one page."""
     from vlm.cli.search import show_result
     from vlm.pages import Provenance
-    from vlm.service.gallery import write_gallery
     from vlm.service.images import read_image_bytes
+    from vlm.service.results_page import write_results_page
     from vlm.service.search import Query, SearchService
 
     # opened once for all queries, as a program would, in place of a process for each
@@ -149,7 +149,9 @@ def run_queries(out: Path) -> None:
     for result in results:
         show_result(result)
     page = out / "gallery.html"
-    write_gallery(page, results, title="Synthetic shapes", info=service.index.info(), provenance=Provenance.current())
+    write_results_page(
+        page, results, title="Synthetic shapes", info=service.index.info(), provenance=Provenance.current()
+    )
 
 
 def collect_metrics(out: Path) -> dict[str, Any]:

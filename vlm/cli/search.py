@@ -172,9 +172,9 @@ class Search:
         if self.html:
             # only here: a page needs Pillow and Jinja2
             from vlm.pages import Provenance
-            from vlm.service.gallery import write_gallery
+            from vlm.service.results_page import write_results_page
 
-            write_gallery(
+            write_results_page(
                 self.html, [result], title="Search results", info=index.info(), provenance=Provenance.current()
             )
             logger.info(f"Page: {self.html}")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.index.embed_fixture import embed_shards
 from vlm.index.build import build_index
-from vlm.service.gallery import gallery_page, write_gallery
+from vlm.service.results_page import results_page, write_results_page
 from vlm.service.search import Query, SearchService
 
 EVIL = '<script>alert("1")</script> & "red"'
@@ -23,7 +23,7 @@ def service(index: Path, make_model: Callable[..., Any]) -> SearchService:
 
 
 def page(service: SearchService, *queries: Query) -> str:
-    return gallery_page([service.search(q) for q in queries], title="Answers", info=service.index.info())
+    return results_page([service.search(q) for q in queries], title="Answers", info=service.index.info())
 
 
 def shown_images(html: str) -> list[Image.Image]:
@@ -79,7 +79,7 @@ def test_nothing_in_a_sample_or_a_question_becomes_markup(
     embed_shards(make_model(), [shard], tmp_path / "e", model_spec="<b>colours</b>")
     build_index(tmp_path / "e", tmp_path / "i")
     service = SearchService.open(tmp_path / "i", load=lambda _: make_model())
-    html = gallery_page([service.search(Query(texts=(EVIL,)))], title=EVIL, info=service.index.info())
+    html = results_page([service.search(Query(texts=(EVIL,)))], title=EVIL, info=service.index.info())
     assert "&lt;script&gt;alert" in html
     checked = Nesting()
     checked.feed(html)
@@ -114,7 +114,7 @@ def test_a_image_that_cannot_be_read_any_more_gets_a_tile_that_says_so(
 
 def test_the_page_is_written_whole(tmp_path: Path, service: SearchService) -> None:
     path = tmp_path / "new" / "gallery.html"
-    write_gallery(path, [service.search(Query(texts=("red",)))], title="A", info=service.index.info())
+    write_results_page(path, [service.search(Query(texts=("red",)))], title="A", info=service.index.info())
     assert path.read_text().endswith("</html>\n")
     assert list(path.parent.iterdir()) == [path]
 

@@ -18,15 +18,15 @@ THUMBNAIL_PIXELS = 420
 _QUERY_PIXELS = 160
 
 
-def write_gallery(
+def write_results_page(
     path: Path, results: Sequence[SearchResult], *, title: str, info: IndexInfo, provenance: Provenance | None = None
 ) -> None:
-    """Write `gallery_page` to a file, atomically."""
+    """Write `results_page` to a file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, gallery_page(results, title=title, info=info, provenance=provenance))
+    write_text(path, results_page(results, title=title, info=info, provenance=provenance))
 
 
-def gallery_page(
+def results_page(
     results: Sequence[SearchResult], *, title: str, info: IndexInfo, provenance: Provenance | None = None
 ) -> str:
     """One page with a section for each query; images are read from their shards by byte range.
@@ -34,7 +34,7 @@ def gallery_page(
     A hit whose shard is gone or whose image cannot be read gets a tile that says so.
     """
     return render(
-        "gallery.html",
+        "results_page.html",
         provenance=provenance,
         title=title,
         info=info,
