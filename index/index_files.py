@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm.errors import UsageError
 from vlm.index.embeddings_folder import EmbeddingSpace
-from vlm.manifest import MANIFEST, Manifest, damage_as_error
+from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
 
 LAYOUT = 2
 SEGMENTS = "segments"
@@ -159,3 +159,17 @@ def version_file(generation: int) -> str:
     'versions/00001.json'
     """
     return f"{VERSIONS}/{generation:05d}.json"
+
+
+def read_previous(folder: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest of the version before, if it was kept.
+
+    Raises:
+        VlmError: it is damaged.
+    """
+    name = version_file(manifest.generation - 1)
+    if not (folder / name).is_file():
+        return None
+    previous = read_manifest(folder, "index", name=name)
+    IndexDetails.from_manifest(previous, folder)
+    return previous

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -21,9 +22,10 @@ from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type_base import CopyToGpu
 from vlm.index.catalog import Catalogue, Entry
 from vlm.index.embeddings_folder import Modality, Origin, check_files
-from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment
+from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, read_previous
 from vlm.index.segments import ScoredRows, SegmentReader, SegmentView, nearest, open_array
 from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from vlm.results import Result
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)
@@ -187,11 +189,12 @@ class SegmentInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexInfo:
+class IndexInfo(Result):
     """An index in numbers.
 
     kind, parameters: of the segment with most rows. dead: deleted rows that segments hold until `vlm index compact`.
     fresh: live rows outside that segment.
+    kept_bytes: of files that are kept for a rollback to the version before alone.
     """
 
     folder: str
@@ -204,6 +207,7 @@ class IndexInfo:
     modality: Modality
     metric: str
     bytes: int
+    kept_bytes: int
     generation: int
     model: str
     model_fingerprint: str
@@ -354,6 +358,7 @@ class Index:
             modality=space.modality,
             metric=details.metric,
             bytes=sum(record.bytes for record in manifest.files.values()) + catalogue_bytes,
+            kept_bytes=_kept_bytes(self.folder, manifest, details),
             generation=manifest.generation,
             model=space.model,
             model_fingerprint=space.fingerprint,
@@ -364,6 +369,20 @@ class Index:
             segments=segments,
             evidence=details.evidence,
         )
+
+
+def _kept_bytes(folder: Path, manifest: Manifest, details: IndexDetails) -> int:
+    previous = None
+    # `vlm index check` and a rollback say what is wrong with it
+    with suppress(VlmError):
+        previous = read_previous(folder, manifest)
+    if previous is None:
+        return 0
+    num_bytes = sum(record.bytes for name, record in previous.files.items() if name not in manifest.files)
+    catalogue = folder / previous.details["catalogue"]
+    if previous.details["catalogue"] != details.catalogue and catalogue.is_file():
+        num_bytes += catalogue.stat().st_size
+    return num_bytes
 
 
 def _copy_to_gpu(snapshot: IndexSnapshot, gpu: CopyToGpu | None) -> list[str]:

@@ -17,6 +17,7 @@ from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentReader
 from vlm.index.versions import strays
 from vlm.manifest import Manifest, read_manifest
+from vlm.results import Result
 from vlm.tensor_types import Array, Int64
 
 _ROWS_AT_ONCE = 65_536
@@ -37,7 +38,7 @@ class Fault:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckReport:
+class CheckReport(Result):
     """What was checked, and its faults. strays: files that the manifest does not name; the next change removes them."""
 
     folder: str

@@ -26,6 +26,7 @@ from vlm.index.index_files import (
     IndexDetails,
     catalogue_file,
     no_failpoint,
+    read_previous,
     tombstones_file,
     version_file,
 )
@@ -73,20 +74,6 @@ def remove_orphans(
     for path in strays(folder, manifest, details):
         failpoint(f"removing {path.name}")
         path.unlink(missing_ok=True)
-
-
-def read_previous(folder: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest of the version before, if it was kept.
-
-    Raises:
-        VlmError: it is damaged.
-    """
-    name = version_file(manifest.generation - 1)
-    if not (folder / name).is_file():
-        return None
-    previous = read_manifest(folder, "index", name=name)
-    IndexDetails.from_manifest(previous, folder)
-    return previous
 
 
 def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path]:

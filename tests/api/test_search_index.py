@@ -15,6 +15,7 @@ from PIL import Image
 
 import vlm
 from tests.index.embed_fixture import embed_shards
+from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
 
 _SHARED = runpy.run_path(str(Path(__file__).parents[1] / "index" / "conftest.py"))
@@ -320,6 +321,26 @@ def test_a_deletion_can_be_looked_at_and_undone(index: vlm.SearchIndex) -> None:
             index.delete(**arguments)
     with pytest.raises(UsageError, match="has no '00'"):
         index.delete(["00", "03"], dry_run=True) if "00" not in index else index.delete("nobody00", dry_run=True)
+
+
+def test_info_says_what_a_rollback_costs_and_results_are_what_the_verbs_print(
+    index: vlm.SearchIndex, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert index.info().kept_bytes == 0
+    index.delete("00")
+    index.compact()
+    kept = index.info().kept_bytes
+    assert kept > 0
+
+    def printed(verb: str) -> dict[str, Any]:
+        assert main(["index", verb, str(index.folder), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert printed("info") == index.info().to_json()
+    assert printed("check") == index.check().to_json()
+    assert set(printed("rollback")) == set(index.rollback().to_json())
+    index.compact(keep_previous=False)
+    assert index.info().kept_bytes == 0
 
 
 def test_moved_shards_are_found_again(index: vlm.SearchIndex, shards: list[str], tmp_path: Path) -> None:

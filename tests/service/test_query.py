@@ -33,8 +33,8 @@ def test_a_line_is_a_text_or_an_object_and_the_rest_is_as_asked() -> None:
         ('{"texts": ["a"', "Line 2 of the queries: it begins like a JSON object"),
         ("{" + '"a":{' * 100_000, "Line 2 .* begins like a JSON object"),
         ('{"text": ["a"]}', "no 'text'; did you mean 'texts'?"),
-        ('{"texts": "a"}', "texts must be a list of texts, given: 'a'"),
-        ('{"texts": [1]}', "texts must be a list of texts"),
+        ('{"texts": {"a": 1}}', "texts must be a text or a list of texts, given: {'a': 1}"),
+        ('{"texts": [1]}', "texts must be a text or a list of texts"),
         ('{"texts": ["a"], "top": 1.5}', "top must be a whole number, given: 1.5"),
         ('{"texts": ["a"], "top": true}', "top must be a whole number"),
         ('{"texts": ["a"], "top": NaN}', "top must be a whole number"),
@@ -59,3 +59,4 @@ def test_one_text_is_one_term_and_not_its_letters():
     assert (query.texts, query.items, query.minus) == (("red handbag",), ("a/7",), ("snow",))
     assert query == Query(texts=("red handbag",), items=("a/7",), minus=("snow",))
     assert query.describe() == "red handbag + a/7 − snow"
+    assert read_queries(['{"texts": "red handbag"}'], Query())["Line 1 of the queries"].texts == ("red handbag",)

@@ -108,6 +108,8 @@ def _show_added(summary: "AddSummary", index: Path, *, as_json: bool) -> None:
         show_json(summary)
         return
     fields = asdict(summary) | {"unreadable": len(summary.unreadable)}
+    # an addition has neither
+    del fields["removed"], fields["edited"]
     show_fields(spaced_names(fields))
     _log_compaction(summary.dead, summary.rows, index)
 

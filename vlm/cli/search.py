@@ -205,7 +205,7 @@ def show_result(result: "SearchResult") -> None:
     rows: list[list[object]] = []
     for rank, hit in enumerate(result.hits, 1):
         # a column for each language would leave no room
-        row: list[object] = [rank, hit.score, hit.uid, hit.caption, hit.path]
+        row: list[object] = [rank, hit.score, hit.uid, hit.caption, _shown_path(hit.path)]
         if query.rerank_top:
             row.insert(2, "–" if hit.likelihood is None else hit.likelihood)
         if hit.similar is not None:
@@ -216,6 +216,12 @@ def show_result(result: "SearchResult") -> None:
     _log_times(result)
     if result.next:
         logger.info(f"Next page: --after {result.next}")
+
+
+def _shown_path(path: str) -> str:
+    """Below the working folder without that folder, as short as it can be given to another command."""
+    folder = Path.cwd()
+    return str(Path(path).relative_to(folder)) if path and Path(path).is_relative_to(folder) else path
 
 
 def _log_times(result: "SearchResult") -> None:

@@ -343,6 +343,10 @@ def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
+def _to_texts(texts: str | list[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
+
+
 def _to_paths(names: list[str]) -> tuple[Path, ...]:
     return tuple(map(Path, names))
 
@@ -355,7 +359,7 @@ def _to_vectors(vectors: list[list[float]]) -> tuple[tuple[float, ...], ...]:
     return tuple(map(_to_floats, vectors))
 
 
-_TEXTS = (_is_list_of(_is_text), "a list of texts", tuple)
+_TEXTS = (lambda value: _is_text(value) or _is_list_of(_is_text)(value), "a text or a list of texts", _to_texts)
 _TEXT = (_is_text, "a text", str)
 _NUMBER = (_is_number, "a number", float)
 _INTEGER = (_is_integer, "a whole number", int)
