@@ -76,6 +76,14 @@ def remove_orphans(
         path.unlink(missing_ok=True)
 
 
+def discard_previous(folder: Path, manifest: Manifest, details: IndexDetails, *, failpoint: FailPoint) -> None:
+    """Remove the version before, which cannot be rolled back to then."""
+    failpoint("discarding the version before")
+    # first: without it the files are strays, which the next writer removes if this one is killed
+    (folder / version_file(manifest.generation - 1)).unlink(missing_ok=True)
+    remove_orphans(folder, manifest, details, failpoint=failpoint)
+
+
 def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path]:
     """Files that neither the manifest nor the version before names: older ones, and those that were not committed."""
     # SQLite needs the journal of the current catalogue to roll it back

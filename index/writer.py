@@ -35,6 +35,7 @@ from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, 
 from vlm.index.versions import (
     PendingVersion,
     commit,
+    discard_previous,
     prepare_version,
     remove_orphans,
     restored_version,
@@ -306,6 +307,8 @@ class IndexWriter:
         started = time.perf_counter()
         snapshot = self.snapshot
         if not kind and tuning is None and self._is_compact():
+            if not keep_previous:
+                discard_previous(self.folder, snapshot.manifest, snapshot.details, failpoint=self._failpoint)
             return self._commit_info(started)
         with self._rolling_back_on_error():
             # a new catalogue file, because readers of the old version have the old one open

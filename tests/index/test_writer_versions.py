@@ -103,6 +103,19 @@ def test_a_compaction_can_be_rolled_back_unless_it_kept_nothing(make_index: Make
     assert len([name for name in names if name.startswith("catalogue")]) == 1
 
 
+def test_a_compact_index_can_still_discard_the_version_before(make_index: MakeIndex) -> None:
+    folder = make_index(40)
+    with IndexWriter(folder) as writer:
+        writer.delete(["k1"])
+        writer.compact()
+        before = writer.compact(keep_previous=False)
+        assert before.generation == 3
+        with pytest.raises(UsageError, match="its last change kept none"):
+            writer.rollback()
+    assert Index.open(folder).info().kept_bytes == 0
+    assert check_index(folder).strays == check_index(folder).faults == ()
+
+
 def test_rows_added_after_a_rollback_get_new_numbers(make_index: MakeIndex) -> None:
     folder = make_index(10)
     with IndexWriter(folder) as writer:
