@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from vlm.errors import UsageError, VlmError
+from vlm.errors import IndexBusy, UsageError, VlmError
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
 from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
@@ -190,7 +190,7 @@ def _lock_for_writing(folder: Path) -> FileLock:
     """The writer's lock, held; its file names the process that holds it, and stays when it is released.
 
     Raises:
-        UsageError: another writer holds it.
+        IndexBusy: another writer holds it.
     """
     path = folder / LOCK
     # any thread may close the writer
@@ -199,7 +199,7 @@ def _lock_for_writing(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout as error:
         owner = path.read_text(encoding="utf-8", errors="replace").strip()
-        raise UsageError(
+        raise IndexBusy(
             f"{folder} is being changed by another process ({owner or 'unknown'}); wait until it has finished, or end "
             "it: its unfinished change is then rolled back."
         ) from error

@@ -25,11 +25,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 API = "/api/v1"
-RETRIED = frozenset({429, 502, 503, 504})
+RETRIED = frozenset({409, 429, 502, 503, 504})
 """Statuses of a server that may answer later."""
+
+RETRIED_CHANGES = frozenset({409, 429})
+"""Those of them after which a change was certainly not made."""
 
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
+_CHANGING: dict[str, Any] = {"is_repeatable": False, "timeout": 960.0}
+"""Options of a request that changes an index: sent once, and with more time than the server takes for it."""
 
 Texts = str | Sequence[str]
 ImageInput = Any
@@ -280,6 +285,14 @@ def _classes_of(answer: Mapping[str, Any]) -> list[tuple[RemoteClass, ...]]:
     return ranked
 
 
+def _add_body(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"items": [{**item, "image": data_url(item["image"])} for item in items]}
+
+
+def _delete_body(uids: Texts, where: str, dry_run: bool) -> dict[str, Any]:
+    return {"uids": _listed(uids), "where": where, "dry_run": dry_run}
+
+
 class Client(_Connection):
     """A blocking client; several threads may share it.
 
@@ -314,7 +327,7 @@ class Client(_Connection):
                 if is_last or not is_repeatable:
                     raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
             else:
-                if is_last or response.status_code not in RETRIED:
+                if is_last or response.status_code not in (RETRIED if is_repeatable else RETRIED_CHANGES):
                     return self._read(response)
             time.sleep(self._pause(attempt))
 
@@ -360,14 +373,12 @@ class Client(_Connection):
     def add(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Add images, each a mapping with `image` and, if wished, uid, captions and metadata. Needs a write token."""
         self._use_index()
-        described = [{**item, "image": data_url(item["image"])} for item in items]
-        return self._call("POST", self._path("add"), is_repeatable=False, json={"items": described})
+        return self._call("POST", self._path("add"), json=_add_body(items), **_CHANGING)
 
     def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> dict[str, Any]:
         """Delete rows by uid or by a filter. Needs a write token."""
         self._use_index()
-        body = {"uids": _listed(uids), "where": where, "dry_run": dry_run}
-        return self._call("POST", self._path("delete"), is_repeatable=False, json=body)
+        return self._call("POST", self._path("delete"), json=_delete_body(uids, where, dry_run), **_CHANGING)
 
 
 class AsyncClient(_Connection):
@@ -400,7 +411,7 @@ class AsyncClient(_Connection):
                 if is_last or not is_repeatable:
                     raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
             else:
-                if is_last or response.status_code not in RETRIED:
+                if is_last or response.status_code not in (RETRIED if is_repeatable else RETRIED_CHANGES):
                     return self._read(response)
             await asyncio.sleep(self._pause(attempt))
 
@@ -428,3 +439,18 @@ class AsyncClient(_Connection):
         """As `Client.image`."""
         await self._use_index()
         return _opened(await self._call("GET", self._path("image"), params={"uid": uid}))
+
+    async def fields(self) -> list[dict[str, Any]]:
+        """As `Client.fields`."""
+        await self._use_index()
+        return (await self._call("GET", self._path("fields")))["fields"]
+
+    async def add(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """As `Client.add`."""
+        await self._use_index()
+        return await self._call("POST", self._path("add"), json=_add_body(items), **_CHANGING)
+
+    async def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> dict[str, Any]:
+        """As `Client.delete`."""
+        await self._use_index()
+        return await self._call("POST", self._path("delete"), json=_delete_body(uids, where, dry_run), **_CHANGING)

@@ -19,6 +19,10 @@ class UsageError(VlmError):
     exit_code = 2
 
 
+class IndexBusy(UsageError):
+    """Another writer changes the index now."""
+
+
 class BadSample(VlmError):
     """One sample cannot be used: `reason` is a short class of failure, the message the detail."""
 

@@ -21,12 +21,14 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from vlm import __version__
-from vlm.errors import UsageError, VlmError
+from vlm.errors import IndexBusy, UsageError, VlmError
 from vlm.index.ann.faiss_search import use_one_search_thread
 from vlm.server import schemas
 from vlm.server.batcher import MicroBatcher, Overloaded
-from vlm.server.guard import Guard, Limits, Tokens, problem_json
-from vlm.server.served_index import ServedIndex, UnknownItem, checked_upload
+from vlm.server.guard import Guard, Limits, Refused, Tokens, problem_json
+from vlm.server.index_changes import ChangeQueue, add_items, delete_rows
+from vlm.server.json_bodies import json_route
+from vlm.server.served_index import ServedIndex, UnknownItem, checked_uploads
 from vlm.server.service_metrics import CONTENT_TYPE, ServiceMetrics
 from vlm.service.query import Query
 from vlm.service.search import SearchResult
@@ -43,6 +45,9 @@ PAGE_FILES = {
 _OPEN_PATHS = {*PAGE_FILES, "/health", "/ready", "/favicon.ico"}
 _WRITING = ("/add", "/delete")
 """Ends of the paths that change an index."""
+_CHANGE_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    409: {"description": "Another change of the index is under way.", "model": schemas.ProblemModel},
+}
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request does not fit the index.", "model": schemas.ProblemModel},
@@ -68,9 +73,11 @@ class Service:
     cors_origins: tuple[str, ...] = ()
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     batchers: dict[str, MicroBatcher[Query, SearchResult]] = field(default_factory=dict, init=False)
+    changes: dict[str, ChangeQueue] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for name, index in self.indexes.items():
+            self.changes[name] = ChangeQueue()
             self.batchers[name] = MicroBatcher(
                 functools.partial(self._run_batch, index),
                 max_batch=self.max_batch,
@@ -123,9 +130,8 @@ class Service:
         if request.top > self.limits.max_results:
             raise UsageError(f"top = {request.top:,} is out of range: at most {self.limits.max_results:,} hits a page.")
         query = request.to_query()
-        for image in query.images:
-            assert isinstance(image, bytes)
-            checked_upload(image, self.limits.max_pixels)
+        uploads = [image for image in query.images if isinstance(image, bytes)]
+        checked_uploads(uploads, self.limits.max_pixels)
         query.check()
         return query
 
@@ -139,6 +145,8 @@ class Service:
         """Answer what was accepted, then release the indexes."""
         for batcher in self.batchers.values():
             await batcher.close()
+        for changes in self.changes.values():
+            await changes.close()
         for index in self.indexes.values():
             index.close()
 
@@ -175,10 +183,12 @@ def create_app(service: Service) -> "Guard":
         redoc_url=None,
         openapi_url=f"{API}/openapi.json",
     )
+    api.router.route_class = json_route(service.limits.max_values)
     _add_error_handlers(api)
     add_search_routes(api, service)
     add_item_routes(api, service)
     add_model_routes(api, service)
+    add_change_routes(api, service)
     add_operation_routes(api, service)
     add_page(api)
     from vlm.server.other_apis import add_clip_retrieval_routes, add_openai_routes
@@ -217,12 +227,18 @@ def _add_error_handlers(api: FastAPI) -> None:
     async def ours(request: Request, error: VlmError) -> Response:
         if isinstance(error, UnknownItem):
             return _problem(request, 404, "not_found", str(error))
+        if isinstance(error, IndexBusy):
+            return _problem(request, 409, "busy", str(error), {"retry-after": "5"})
         if isinstance(error, Overloaded):
             return _problem(request, 503, "overloaded", str(error), {"retry-after": str(error.retry_after)})
         if isinstance(error, UsageError):
             return _problem(request, 400, "bad_request", str(error))
         # an image that cannot be decoded is the client's, what is wrong with the index is not
         return _problem(request, 422, "unprocessable", str(error))
+
+    @api.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return _problem(request, error.status, error.kind, str(error))
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -362,16 +378,25 @@ def add_model_routes(api: FastAPI, service: Service) -> None:
 def add_change_routes(api: FastAPI, service: Service) -> None:
     """Changes of an index; they need a token with the right to write."""
 
-    @api.post(f"{API}/indexes/{{name}}/add", responses=_PROBLEMS, response_model=schemas.ChangeAnswer)
+    @api.post(
+        f"{API}/indexes/{{name}}/add", responses=_PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer
+    )
     async def add(name: str, request: schemas.AddRequest) -> Response:
-        """Embed images and add them; their uids are in the answer."""
-        return reply(await in_thread(service.index(name).add, request.items, service.limits.max_pixels))
+        """Embed images and add them, all or none; a search that follows the answer finds them."""
+        index = service.index(name)
+        add_all = functools.partial(add_items, index, request.items, service.limits.max_pixels)
+        return reply(await service.changes[name].run(add_all))
 
-    @api.post(f"{API}/indexes/{{name}}/delete", responses=_PROBLEMS, response_model=schemas.ChangeAnswer)
+    @api.post(
+        f"{API}/indexes/{{name}}/delete", responses=_PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer
+    )
     async def delete(name: str, request: schemas.DeleteRequest) -> Response:
         """Delete rows by uid or by a filter."""
         index = service.index(name)
-        return reply(await in_thread(index.delete, request.uids, request.where, dry_run=request.dry_run))
+        delete_all = functools.partial(delete_rows, index, request.uids, request.where, dry_run=request.dry_run)
+        if request.dry_run:
+            return reply(await in_thread(delete_all))
+        return reply(await service.changes[name].run(delete_all))
 
 
 def add_operation_routes(api: FastAPI, service: Service) -> None:

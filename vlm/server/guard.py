@@ -45,14 +45,19 @@ SECURITY_HEADERS = {
 class Limits:
     """What one request may take, and one client.
 
-    max_body_bytes: size of a request's body. body_seconds: time for the body to arrive. request_seconds: time for the
-    whole request. max_results: hits of one page. max_pixels: of an uploaded image. requests_per_second: of one
-    address, on average, with bursts of twice that; 0 does not limit them.
+    max_body_bytes: size of a request's body. max_buffered_bytes: of the bodies of all requests under way. max_values:
+    numbers, texts and lists of a body of JSON. body_seconds: time for the body to arrive. request_seconds: time for the
+    whole request. change_seconds: time for a request that changes an index. max_results: hits of one page. max_pixels:
+    of an uploaded image. requests_per_second: of one address, on average, with bursts of twice that; 0 does not limit
+    them.
     """
 
     max_body_bytes: int = 20 * 2**20
+    max_buffered_bytes: int = 256 * 2**20
+    max_values: int = 1_000_000
     body_seconds: float = 20.0
     request_seconds: float = 60.0
+    change_seconds: float = 900.0
     max_results: int = 1000
     max_pixels: int = 50_000_000
     requests_per_second: float = 0.0
@@ -131,6 +136,7 @@ class Guard:
     needs_write: Callable[[str, str], bool]
     observe: Callable[[str, str, int, float], None]
     limiter: RateLimiter = field(init=False)
+    _buffered: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.limiter = RateLimiter(self.limits.requests_per_second)
@@ -145,20 +151,25 @@ class Guard:
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         reply = _Reply(send, request_id)
+        held = _HeldBody()
+        is_change = self.needs_write(scope["method"], scope["path"])
+        seconds_allowed = self.limits.change_seconds if is_change else self.limits.request_seconds
         try:
             self._check(scope, headers)
-            body = await _read_body(receive, self.limits) if _has_body(headers) else b""
-            async with asyncio.timeout(self.limits.request_seconds):
+            body = await self._read_body(receive, held) if _has_body(headers) else b""
+            async with asyncio.timeout(seconds_allowed):
                 await self.app(scope, _replay(body, receive), reply.send)
         except Refused as refused:
             await reply.refuse(refused)
         except TimeoutError:
-            seconds = f"{self.limits.request_seconds:g}"
-            await reply.refuse(Refused(503, "timeout", f"The request took longer than {seconds} seconds."))
+            message = f"The request took longer than {seconds_allowed:g} seconds."
+            await reply.refuse(Refused(503, "timeout", message))
         except Exception:
             logger.exception(f"request {request_id} failed")
             message = f"The server failed; its log has the reason under {request_id}."
             await reply.refuse(Refused(500, "internal", message))
+        finally:
+            self._buffered -= held.size
         seconds_taken = time.perf_counter() - started
         route = getattr(scope.get("route"), "path", "unmatched")
         self.observe(scope["method"], route, reply.status, seconds_taken)
@@ -195,6 +206,41 @@ class Guard:
         if length.isdecimal() and int(length) > self.limits.max_body_bytes:
             raise _too_large(self.limits)
 
+    async def _read_body(self, receive: Receive, held: "_HeldBody") -> bytes:
+        """The whole body; its size is counted among those of all requests.
+
+        Raises:
+            Refused: it is too large or too slow, the server holds too many, or the client has left.
+        """
+        limits = self.limits
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "disconnected", "The client left before the body was whole.")
+                    part = message.get("body", b"")
+                    held.size += len(part)
+                    self._buffered += len(part)
+                    if held.size > limits.max_body_bytes:
+                        raise _too_large(limits)
+                    if self._buffered > limits.max_buffered_bytes:
+                        raise Refused(503, "overloaded", "The service holds too many large requests; try again later.")
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            reason = f"The body did not arrive within {limits.body_seconds:g} seconds."
+            raise Refused(408, "slow_body", reason) from None
+
+
+@dataclass
+class _HeldBody:
+    """How much of a request's body is in memory."""
+
+    size: int = 0
+
 
 def _request_id(headers: dict[str, str]) -> str:
     """The client's id of the request if it is plain, else a new one."""
@@ -208,31 +254,6 @@ def _too_large(limits: Limits) -> Refused:
 
 def _has_body(headers: dict[str, str]) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-
-
-async def _read_body(receive: Receive, limits: Limits) -> bytes:
-    """The whole body.
-
-    Raises:
-        Refused: it is too large or too slow, or the client has left.
-    """
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Refused(400, "disconnected", "The client left before the body was whole.")
-                part = message.get("body", b"")
-                size += len(part)
-                if size > limits.max_body_bytes:
-                    raise _too_large(limits)
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        raise Refused(408, "slow_body", f"The body did not arrive within {limits.body_seconds:g} seconds.") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -276,7 +297,7 @@ class _Reply:
             headers.append((b"www-authenticate", b"Bearer"))
         if refused.status in (429, 503):
             headers.append((b"retry-after", b"1"))
-        if refused.status in (408, 413):
+        if refused.status in (408, 413, 503):
             # the rest of the body would be taken for the next request
             headers.append((b"connection", b"close"))
         await self.send({"type": "http.response.start", "status": refused.status, "headers": headers})

@@ -1,7 +1,6 @@
 """The APIs of other tools: OpenAI's `/v1/embeddings`, and clip-retrieval's service for its unchanged client."""
 
 import base64
-import binascii
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from vlm.errors import UsageError
 from vlm.index.catalog import Entry
 from vlm.server.app import Service, in_thread, reply
 from vlm.server.schemas import EmbeddingsRequest, KnnRequest, MetadataRequest, decode_data_url
-from vlm.server.served_index import ServedIndex, checked_upload
+from vlm.server.served_index import ServedIndex, checked_uploads
 from vlm.service.query import Query
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -54,11 +53,8 @@ def embed_inputs(index: ServedIndex, inputs: list[str], max_pixels: int) -> np.n
     Raises:
         UsageError: a text is empty, or an image is none or too large.
     """
-    images = {
-        number: checked_upload(decode_data_url(value), max_pixels)
-        for number, value in enumerate(inputs)
-        if is_data_url(value)
-    }
+    images = {number: decode_data_url(value) for number, value in enumerate(inputs) if is_data_url(value)}
+    checked_uploads(list(images.values()), max_pixels)
     texts = {number: value for number, value in enumerate(inputs) if number not in images}
     if not all(map(str.strip, texts.values())):
         raise UsageError("A text of `input` is empty.")
@@ -114,9 +110,11 @@ def add_clip_retrieval_routes(api: FastAPI, service: Service) -> None:
 
 async def _parse(kind: type[Body], request: Request) -> Body:
     try:
-        return kind.model_validate_json(await request.body())
+        return kind.model_validate(await request.json())
     except ValidationError as error:
         raise UsageError(f"The request is not understood: {error.errors()[0]['msg']}.") from error
+    except ValueError as error:
+        raise UsageError(f"The request is not JSON: {error}.") from error
 
 
 def _knn_query(body: KnnRequest, service: Service) -> Query:
@@ -126,9 +124,9 @@ def _knn_query(body: KnnRequest, service: Service) -> Query:
     if body.image:
         try:
             data = base64.b64decode(body.image, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise UsageError(f"`image` is not valid base64: {error}.") from error
-        images = (checked_upload(data, service.limits.max_pixels),)
+        images = tuple(checked_uploads([data], service.limits.max_pixels))
     top = min(body.num_result_ids, service.limits.max_results)
     # the first that is there decides, in clip-retrieval's order
     if body.text:

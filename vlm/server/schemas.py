@@ -1,10 +1,10 @@
 """Requests and answers of the HTTP API: their fields, limits and examples, from which OpenAPI's description is made."""
 
 import base64
-import binascii
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vlm.errors import UsageError
 from vlm.service.query import Query
@@ -12,6 +12,9 @@ from vlm.service.query import Query
 MAX_TERMS = 32
 MAX_TEXT = 2000
 MAX_FACETS = 20
+MAX_METADATA = 65_536
+MAX_DEPTH = 8
+MAX_CLASS_TEXTS = 20_000
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Uid = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -112,6 +115,14 @@ class ClassifyRequest(Strict):
     templates: list[Text] = Field(default=[], max_length=100, description="With {} for the name of the class.")
     top: int = Field(default=5, ge=1, le=10_000)
 
+    @model_validator(mode="after")
+    def check_texts(self) -> "ClassifyRequest":
+        """Refuse more texts than a model embeds in the time of a request."""
+        number = len(self.classes) * max(1, len(self.templates))
+        if number > MAX_CLASS_TEXTS:
+            raise ValueError(f"classes times templates are {number:,} texts; at most {MAX_CLASS_TEXTS:,} are accepted")
+        return self
+
 
 class CaptionRequest(Strict):
     """Images, given or stored, to caption."""
@@ -122,12 +133,39 @@ class CaptionRequest(Strict):
 
 
 class NewItem(Strict):
-    """An image to add; `uid` is chosen by the index if it is empty."""
+    """An image to add; without a uid it is named by a digest of its bytes."""
 
     image: DataUrl
     uid: str = Field(default="", max_length=MAX_TEXT)
     captions: list[Text] = Field(default=[], max_length=100)
-    metadata: dict[str, Any] = Field(default={})
+    metadata: dict[Annotated[str, Field(min_length=1, max_length=200)], Any] = Field(default={}, max_length=100)
+
+    @field_validator("metadata")
+    @classmethod
+    def check_metadata(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what would make rows large or their filters slow."""
+        size = len(json.dumps(metadata))
+        if size > MAX_METADATA:
+            raise ValueError(f"it has {size:,} bytes as JSON; at most {MAX_METADATA:,} are accepted")
+        if _depth(metadata) > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        return metadata
+
+
+def _depth(value: Any) -> int:
+    """Levels of mappings and lists; stops one beyond the limit, however deep the value is."""
+    level = [value]
+    for depth in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for inner in level:
+            if isinstance(inner, dict):
+                below += inner.values()
+            elif isinstance(inner, list):
+                below += inner
+        if not below:
+            return depth
+        level = below
+    return MAX_DEPTH + 1
 
 
 class AddRequest(Strict):
@@ -192,7 +230,8 @@ def decode_data_url(url: str) -> bytes:
         )
     try:
         return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+    # binascii.Error is one; letters beyond ASCII give another
+    except ValueError as error:
         raise UsageError(f"The image's data URL is not valid base64: {error}.") from error
 
 
@@ -305,11 +344,12 @@ class CaptionAnswer(BaseModel):
 class ChangeAnswer(BaseModel):
     """What a change did."""
 
-    rows: int = Field(description="Live rows now.")
+    rows: int = Field(description="Live rows now; after a dry run those that would be left.")
     added: int = 0
+    known: int = Field(default=0, description="Images that the index had already; their rows stay as they were.")
     deleted: int = 0
-    generation: int
-    uids: list[str] = Field(default=[], description="Of the rows added.")
+    generation: int = Field(description="The version that answers now.")
+    uids: list[str] = Field(default=[], description="Of the images to add, in their order.")
 
 
 class IndexModel(BaseModel):

@@ -54,32 +54,6 @@ class EmbeddingCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.encoder, name)
 
-    def classify(
-        self, images: Sequence[bytes], classes: Sequence[str], *, templates: Sequence[str], top: int
-    ) -> list[dict[str, Any]]:
-        """The most probable classes of each image.
-
-        Raises:
-            UsageError: a template has no {}, or an image cannot be decoded.
-        """
-        options = {"templates": templates} if templates else {}
-        results = self._model().classify(list(images), list(classes), top=top, **options)
-        return [{"classes": result.to_json()["classes"]} for result in results]
-
-    def caption(self, images: Sequence[bytes], prompt: str) -> list[str]:
-        """A caption for each image.
-
-        Raises:
-            UsageError: the model has no caption decoder, or an image cannot be decoded.
-        """
-        return [result.caption for result in self._model().caption(list(images), prompt=prompt)]
-
-    def _model(self) -> Any:
-        # needs torch, which searches may do without
-        from vlm.api.inference import Model
-
-        return Model(self.service.model)  # pyright: ignore[reportArgumentType]
-
     def embed_texts(self, texts: Sequence[str]) -> Any:
         """Unit vectors [T, D] of the texts, as the encoder gives them."""
         with self._lock:
@@ -374,7 +348,7 @@ class ServedIndex:
         Raises:
             UsageError: there is none, or one given is no image or too large. UnknownItem: an item has none.
         """
-        images = [checked_upload(decode_data_url(url), max_pixels) for url in data_urls]
+        images = checked_uploads(list(map(decode_data_url, data_urls)), max_pixels)
         images += [self.image(uid) for uid in uids]
         if not images:
             raise UsageError("Give an image, in `images` or by its uid in `items`.")
@@ -433,11 +407,11 @@ class ServedIndex:
         return model
 
 
-def checked_upload(data: bytes, max_pixels: int) -> bytes:
-    """The encoded image, whose header says that it is one of at most so many pixels.
+def num_pixels(data: bytes, max_pixels: int) -> int:
+    """The pixels of an encoded image, by its header.
 
     Raises:
-        UsageError: it is not, or it has more.
+        UsageError: it is none, or has more than `max_pixels`.
     """
     try:
         width, height = upright_size(open_image(data))
@@ -445,7 +419,21 @@ def checked_upload(data: bytes, max_pixels: int) -> bytes:
         raise UsageError(f"The upload is not an image that can be read: {error}.") from error
     if width * height > max_pixels:
         raise UsageError(f"The image has {width:,} × {height:,} pixels; at most {max_pixels:,} in all are accepted.")
-    return data
+    return width * height
+
+
+def checked_uploads(images: Sequence[bytes], max_pixels: int) -> list[bytes]:
+    """The encoded images of one request, each of at most `max_pixels`, together of four times that.
+
+    Raises:
+        UsageError: one is none, or they have too many pixels.
+    """
+    total = sum(num_pixels(image, max_pixels) for image in images)
+    if total > 4 * max_pixels:
+        raise UsageError(
+            f"The images have {total:,} pixels together; at most {4 * max_pixels:,} are accepted: send fewer at once."
+        )
+    return list(images)
 
 
 class UnknownItem(UsageError):

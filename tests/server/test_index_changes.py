@@ -1,0 +1,206 @@
+"""Adding and deleting over HTTP: what is found afterwards, what is refused whole, and who waits for whom."""
+
+import asyncio
+import base64
+import threading
+
+import pytest
+
+import vlm
+from tests.server.conftest import Caller
+from vlm.errors import UsageError
+from vlm.index.reader import Index
+from vlm.index.writer import IndexWriter
+from vlm.server.app import create_app
+from vlm.server.index_changes import ChangeQueue
+from vlm.server.serving import open_service, serve_in_background
+
+ADD = "/api/v1/indexes/index/add"
+DELETE = "/api/v1/indexes/index/delete"
+
+
+@pytest.fixture
+def writing(index, model):
+    """A service that is open to a writer, and its token."""
+    return open_service({"index": index}, write_tokens=frozenset({"w"}), load=lambda _: model)
+
+
+@pytest.fixture
+def writer(writing):
+    return Caller(create_app(writing), {"authorization": "Bearer w"})
+
+
+def all_uids(folder):
+    opened = Index.open(folder)
+    try:
+        return sorted(entry.uid for _, entry in opened.snapshot.entries())
+    finally:
+        opened.close()
+
+
+def test_a_search_finds_an_image_as_soon_as_its_addition_is_answered(writer, data_url):
+    before = writer.get("/api/v1/indexes").json()["indexes"][0]
+    item = {
+        "image": data_url("magenta", "yellow"),
+        "uid": "new/1",
+        "captions": ["magenta then yellow", "two stripes"],
+        "metadata": {"year": 2026, "place": {"name": "here"}},
+    }
+    answer = writer.post(ADD, {"items": [item]})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {
+        "rows": before["rows"] + 1,
+        "added": 1,
+        "known": 0,
+        "generation": before["generation"] + 1,
+        "uids": ["new/1"],
+    }
+    hit = writer.search(images=[data_url("magenta", "yellow")], where="year = 2026", top=1)["hits"][0]
+    assert (hit["uid"], hit["captions"], hit["metadata"]["place"]) == (
+        "new/1",
+        {"": ["magenta then yellow", "two stripes"]},
+        {"name": "here"},
+    )
+    assert writer.get("/api/v1/indexes/index/image", params={"uid": "new/1"}).content == base64.b64decode(
+        item["image"].partition(",")[2]
+    )
+
+
+def test_images_without_a_uid_are_named_by_their_bytes_and_added_once(writer, data_url):
+    body = {"items": [{"image": data_url("magenta", "yellow")}, {"image": data_url("yellow", "magenta")}]}
+    first = writer.post(ADD, body).json()
+    again = writer.post(ADD, body).json()
+    assert (first["added"], first["known"]) == (2, 0)
+    assert (again["added"], again["known"]) == (0, 2)
+    assert again["uids"] == first["uids"]
+    assert again["generation"] == first["generation"]
+    assert writer.get("/api/v1/indexes/index/item", params={"uid": first["uids"][0]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("second", "status", "message"),
+    [
+        ({"image": "data:image/png;base64," + base64.b64encode(b"no image").decode()}, 400, "Image 2 cannot be added"),
+        ({"image": "http://example.org/a.png"}, 400, "the server fetches nothing"),
+        ({"image": "CUT"}, 400, "Image 2 cannot be added"),
+        ({"image": "GOOD", "uid": "EXISTING"}, 400, "Index index has"),
+        ({"image": "GOOD", "uid": "one"}, 400, "2 of the images have the uid 'one'"),
+        ({"image": "GOOD", "metadata": {"long": "x" * 70_000}}, 422, "at most 65,536"),
+        ({"image": "GOOD", "metadata": {"deep": [[[[[[[[[1]]]]]]]]]}}, 422, "more than 8 levels"),
+        ({"image": "GOOD", "captions": [""]}, 422, "captions"),
+        ({"image": "GOOD", "caption": "misspelt"}, 422, "Extra inputs"),
+    ],
+)
+def test_one_bad_image_and_nothing_is_added(writer, index, data_url, paint, second, status, message):
+    before = all_uids(index)
+    files = sorted(path.name for path in index.rglob("*"))
+    good = data_url("magenta", "yellow")
+    cut = base64.b64encode(paint("red", "blue")[: len(paint("red", "blue")) // 2]).decode()
+    replaced = {"GOOD": good, "CUT": f"data:image/png;base64,{cut}", "EXISTING": before[0]}
+    second = {name: replaced.get(value, value) if isinstance(value, str) else value for name, value in second.items()}
+    answer = writer.post(ADD, {"items": [{"image": data_url("cyan", "red"), "uid": "one"}, second]})
+    assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+    assert str(index.parent) not in answer.text
+    assert all_uids(index) == before
+    assert sorted(path.name for path in index.rglob("*")) in (files, sorted([*files, "writer.lock"]))
+
+
+def test_rows_are_deleted_by_uid_and_by_filter_or_only_counted(writer, index):
+    uids = all_uids(index)
+    counted = writer.post(DELETE, {"where": "key in ('00', '01')", "dry_run": True}).json()
+    assert (counted["deleted"], counted["rows"]) == (2, len(uids) - 2)
+    assert all_uids(index) == uids
+    deleted = writer.post(DELETE, {"uids": uids[:1]}).json()
+    assert (deleted["deleted"], deleted["rows"]) == (1, len(uids) - 1)
+    assert uids[0] not in [hit["uid"] for hit in writer.search(texts=["red"], top=100)["hits"]]
+    filtered = writer.post(DELETE, {"where": "width = 16"}).json()
+    assert (filtered["rows"], filtered["generation"]) == (0, deleted["generation"] + 1)
+    assert writer.search(texts=["red"])["hits"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"uids": ["nobody"]}, "Index index has no 'nobody'"),
+        ({"uids": ["nobody"], "dry_run": True}, "Index index has no 'nobody'"),
+        ({}, "either uids or a filter"),
+        ({"uids": ["a"], "where": "width = 16"}, "either uids or a filter"),
+        ({"where": "width >"}, "The filter, at column 8"),
+    ],
+)
+def test_a_wrong_deletion_deletes_nothing(writer, index, body, message):
+    before = all_uids(index)
+    answer = writer.post(DELETE, body)
+    assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
+    assert str(index.parent) not in answer.text
+    assert all_uids(index) == before
+
+
+def test_a_reader_may_not_change(writing, data_url, index):
+    before = all_uids(index)
+    caller = Caller(create_app(writing), {})
+    assert caller.post(ADD, {"items": [{"image": data_url("red")}]}).status_code == 403
+    assert caller.post(DELETE, {"where": "width = 16"}).status_code == 403
+    assert all_uids(index) == before
+
+
+def test_while_another_process_writes_a_change_is_told_to_wait_and_searches_go_on(writer, index, data_url):
+    with IndexWriter(index):
+        answer = writer.post(ADD, {"items": [{"image": data_url("magenta")}]})
+        assert (answer.status_code, answer.json()["kind"]) == (409, "busy")
+        assert "Index index is being changed by another process" in answer.json()["error"]
+        assert answer.headers["retry-after"] == "5"
+        assert writer.search(texts=["red"], top=1)["hits"]
+    assert writer.post(ADD, {"items": [{"image": data_url("magenta")}]}).status_code == 200
+
+
+def test_changes_wait_for_one_another_and_not_for_ever():
+    async def run():
+        queue = ChangeQueue(wait_seconds=0.2)
+        going_on, may_end = threading.Event(), threading.Event()
+        order = []
+
+        def slow():
+            going_on.set()
+            may_end.wait(10)
+            order.append("slow")
+            return {}
+
+        def quick():
+            order.append("quick")
+            return {}
+
+        first = asyncio.create_task(queue.run(slow))
+        await asyncio.to_thread(going_on.wait)
+        with pytest.raises(UsageError, match=r"more than 0\.2 seconds; nothing was done"):
+            await queue.run(quick)
+        # whoever asked leaves; the change is carried through, and the next one waits for its end
+        first.cancel()
+        second = asyncio.create_task(queue.run(quick))
+        await asyncio.sleep(0.05)
+        assert order == []
+        may_end.set()
+        await second
+        await queue.close()
+        return order
+
+    assert asyncio.run(run()) == ["slow", "quick"]
+
+
+def test_both_clients_add_and_delete(writing, paint, index):
+    async def change(address):
+        async with vlm.AsyncClient(address, token="w") as client:
+            added = await client.add([{"image": paint("yellow", "magenta"), "uid": "b"}])
+            assert await client.fields()
+            return added, await client.delete(where="key in ('00')", dry_run=True), await client.delete(["a", "b"])
+
+    with serve_in_background(writing) as address:
+        with vlm.Client(address, token="w") as client:
+            added = client.add([{"image": paint("magenta", "yellow"), "uid": "a", "captions": ["two stripes"]}])
+            assert client.search(image=paint("magenta", "yellow"), top=1)[0].uid == "a"
+            with pytest.raises(UsageError, match="Index index has no 'nobody'"):
+                client.delete("nobody")
+        also_added, counted, deleted = asyncio.run(change(address))
+    assert also_added["generation"] == added["generation"] + 1
+    assert (counted["deleted"], deleted["deleted"]) == (1, 2)
+    assert deleted["rows"] == len(all_uids(index)) == added["rows"] - 1
