@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.data import photo_formats
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.index.reader import Index
 from vlm.index.writer import IndexWriter
+from vlm.service.folder import folder_scan
 from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate
 from vlm.service.folder.folder_state import FolderState
 
@@ -195,6 +197,28 @@ def test_images_that_cannot_be_read_are_named_and_not_tried_again_until_they_cha
     place.put("cut.png", 7)
     mended = place.update()
     assert (mended.changed, mended.images, set(mended.unreadable)) == (1, 151, {"text.jpg", "dead.jpg"})
+
+
+def test_images_are_tried_again_where_what_reads_them_has_changed(place: Place) -> None:
+    (place.root / "bad.jpg").write_bytes(b"nothing")
+    os.utime(place.root / "bad.jpg", (1_500_000_000, 1_500_000_000))
+    place.update()
+    assert place.update().unreadable.keys() == {"bad.jpg"}
+    assert place.model.decoded == []
+    state = FolderState(place.home / "files.sqlite")
+    assert state.space is not None
+    state.begin(state.root, state.space, "another version of Pillow")
+    assert {path for path, file in state.files().items() if file.digest is None} == {"bad.jpg"}
+    state.close()
+
+
+def test_files_that_an_extra_would_read_are_counted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photo_formats, "HAS_RAW", False)
+    monkeypatch.setattr(folder_scan, "PHOTO_ENDINGS", frozenset({".png", ".jpg"}))
+    for name in ("a.CR3", "b.nef", "c.mov"):
+        (place.root / name).write_bytes(b"")
+    update = place.update()
+    assert (update.images, update.missing, update.unreadable) == (150, {"raw": 2}, {})
 
 
 def test_a_file_without_permission_is_tried_again_since_a_mended_one_shows_no_change(
