@@ -405,16 +405,25 @@ class Catalogue:
 
     def distinct_values(self, field: str, limit: int) -> list[int | float | str]:
         """The first values of a field in their order, numbers before texts, those of deleted rows among them."""
-        # from each value to the next by the primary key, instead of reading the field's value in every row
+        # from each value to the next by the primary key, instead of reading the field's value in every row; the field
+        # as a plain number, because SQLite looks up a minimum in an index only without a join
         query = (
-            "WITH RECURSIVE ids(id) AS (SELECT id FROM fields WHERE name = ?), found(value) AS ("
-            " SELECT (SELECT min(value) FROM facts, ids WHERE field = id) UNION ALL"
-            " SELECT (SELECT min(facts.value) FROM facts, ids WHERE field = id AND facts.value > found.value)"
+            "WITH RECURSIVE found(value) AS (SELECT min(value) FROM facts WHERE field = ?1 UNION ALL"
+            " SELECT (SELECT min(value) FROM facts WHERE field = ?1 AND value > found.value)"
             " FROM found WHERE found.value IS NOT NULL"
-            ") SELECT value FROM found WHERE value IS NOT NULL LIMIT ?"
+            ") SELECT value FROM found WHERE value IS NOT NULL LIMIT ?2"
         )
         with self._reading() as database:
-            return [value for (value,) in database.execute(query, (field, limit))]
+            number = _field_id(database, field)
+            return [value for (value,) in database.execute(query, (number, limit))]
+
+    def values_like(self, field: str, text: str, limit: int) -> list[str]:
+        """The texts of a field that differ from this one at most in the case of A to Z; reads the whole field."""
+        escaped = text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        query = "SELECT DISTINCT value FROM facts WHERE field = ? AND value LIKE ? ESCAPE '\\' LIMIT ?"
+        with self._reading() as database:
+            found = database.execute(query, (_field_id(database, field), escaped, limit))
+            return [value for (value,) in found if isinstance(value, str)]
 
     def field_names(self) -> list[str]:
         """The metadata fields that have values, by name, those of deleted rows among them."""
@@ -423,10 +432,11 @@ class Catalogue:
 
     def field_values(self, field: str) -> list[tuple[int | float | str, int]]:
         """Each value of a field with its row."""
-        query = "SELECT value, row FROM facts WHERE field = (SELECT id FROM fields WHERE name = ?)"
+        query = "SELECT value, row FROM facts WHERE field = ?"
         with self._reading() as database:
             hidden = set(self._hidden(database).tolist())
-            return [(value, row) for value, row in database.execute(query, (field,)) if row not in hidden]
+            found = database.execute(query, (_field_id(database, field),))
+            return [(value, row) for value, row in found if row not in hidden]
 
     def image_ends(self) -> dict[str, int]:
         """By the address of each shard or image file the byte at which its last image ends, 0 without images."""
@@ -557,6 +567,12 @@ class _File:
 def _identity(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_dev, stat.st_ino
+
+
+def _field_id(database: sqlite3.Connection, name: str) -> int:
+    """The number of a metadata field; -1, which none has, for one that is not known."""
+    row = database.execute("SELECT id FROM fields WHERE name = ?", (name,)).fetchone()
+    return row[0] if row else -1
 
 
 def _first_column(cursor: sqlite3.Cursor) -> list[int]:

@@ -6,7 +6,8 @@ from vlm.index.catalog import Catalogue
 from vlm.index.filter_language import And, Compare, Condition, IsIn, Like, parse_filter
 from vlm.index.metadata import FieldValue
 
-_MOST_VALUES = 10_000
+# of a field's values so many are looked through for one that is spelt alike
+_MOST_VALUES = 5_000
 _NUM_SHOWN = 5
 _CLOSE = 0.6
 
@@ -50,7 +51,9 @@ def _near_values(catalogue: Catalogue, field: str, value: FieldValue) -> list[st
     """Texts that differ in case or spaces, then those that are spelt much alike."""
     if not isinstance(value, str):
         return []
-    texts = [text for text in catalogue.distinct_values(field, _MOST_VALUES) if isinstance(text, str)]
+    # of a field with very many values only those that differ in case are found beyond the first ones
+    texts = catalogue.values_like(field, value, _NUM_SHOWN)
+    texts += [text for text in catalogue.distinct_values(field, _MOST_VALUES) if isinstance(text, str)]
     folded = "".join(value.casefold().split())
     alike = [text for text in texts if "".join(text.casefold().split()) == folded]
     return alike + difflib.get_close_matches(value, texts, n=_NUM_SHOWN, cutoff=_CLOSE)

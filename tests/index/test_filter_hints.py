@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,15 @@ def test_a_field_that_no_row_has_is_refused_with_the_near_one(catalogue: Catalog
 def test_an_index_without_rows_says_so(tmp_path: Path) -> None:
     write_catalogue(tmp_path / "empty.sqlite", [])
     assert explain_no_match(Catalogue(tmp_path / "empty.sqlite"), "x = 1") == ("0 rows match: the index has no rows.")
+
+
+def test_among_very_many_values_the_near_one_is_found_at_once(tmp_path: Path) -> None:
+    rows = [(number, make_origin(f"k{number}", {"sku": f"s_{number}"})) for number in range(12_000)]
+    write_catalogue(tmp_path / "many.sqlite", rows)
+    many = Catalogue(tmp_path / "many.sqlite")
+    started = time.perf_counter()
+    assert "'s_9999' is a value of sku, 'S_9999' is not." in explain_no_match(many, "sku = 'S_9999'")
+    assert "its first values are 's_0', 's_1', 's_10'" in explain_no_match(many, "sku = 'none at all'")
+    assert many.values_like("sku", "s%", 5) == []
+    # it took minutes when each value cost a scan
+    assert time.perf_counter() - started < 20
