@@ -145,6 +145,8 @@ def test_a_state_of_another_stream_is_refused(train_shards, scene_shards):
         vlm.stream(scene_shards / "val", **OPTIONS).load_state_dict(state)
     with pytest.raises(vlm.UsageError, match="another stream"):
         vlm.stream(train_shards, **OPTIONS).load_state_dict({})
+    with pytest.raises(vlm.UsageError, match="position = -1 is none"):
+        vlm.stream(train_shards, **OPTIONS).load_state_dict(state | {"position": -1})
 
 
 def test_closing_ends_the_workers(train_shards):
