@@ -8,6 +8,7 @@ import html
 import importlib.util
 import io
 import re
+import string
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ NUM_MERGES = 49152 - 256 - 2
 START = "<start_of_text>"
 END = "<end_of_text>"
 _END_OF_WORD = "</w>"
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MAX_CACHED_WORDS = 1 << 17
 # the merges that are used take 525 KB
 _USED_BYTES = 600_000
@@ -73,7 +75,7 @@ class ClipBpe:
             for word in text.lower().split():
                 ids += self._words.get(word) or self._ids_of_word(word)
             return ids
-        for part in self._any_part.findall(_clean(text)):
+        for part in self._any_part.findall(clean_text(text, "lower")):
             ids += self._ids_of_part(part)
         return ids
 
@@ -127,9 +129,18 @@ class ClipBpe:
         return pieces
 
 
-def _clean(text: str) -> str:
-    """open_clip's cleaning: broken encodings and HTML entities mended, white space single, lower case."""
-    import ftfy
+def clean_text(text: str, how: str) -> str:
+    """A text as open_clip's tokenizers clean it: `lower`, `whitespace` (case is kept) or `canonicalize` (SigLIP's).
 
-    unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(unescaped.split()).lower()
+    Broken encodings and HTML entities are mended, white space becomes single; `canonicalize` also removes punctuation.
+    """
+    # of plain text all that would be left as it is
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    if how == "canonicalize":
+        text = text.replace("_", " ").translate(_WITHOUT_PUNCTUATION)
+    if how != "whitespace":
+        text = text.lower()
+    return " ".join(text.split())

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Num, UInt8
-from numpy import ndarray as Array
 from PIL import Image, ImageOps
 
 from vlm.errors import BadSample
+from vlm.tensor_types import Array, Num, UInt8
 
 MAX_PIXELS = 100_000_000
 # one pixel by 65,535 would be resized to 224 by 14.7 million
@@ -83,7 +82,7 @@ class EncodedImage:
         else:
             self.width, self.height, _ = header
             self._stored = self.width, self.height
-            check_size(self.width, self.height, num_bytes=len(data))
+            _check_size(self.width, self.height, num_bytes=len(data))
 
     def pixels(self, *, resolution: float = 1.0) -> UInt8[Array, "H W 3"]:
         """Upright RGB, transparency laid on white; writable, not always contiguous in memory.
@@ -147,7 +146,7 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Imag
         raise BadSample("unknown format", "a HEIC image; vlm pack reads it where pillow-heif is installed")
     with _damaged_image_as_bad_sample():
         image = Image.open(io.BytesIO(data), formats=formats)
-    check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)
+    _check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)
     return image
 
 
@@ -248,14 +247,8 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], resolution: float) -> UInt8
     return simplejpeg.decode_jpeg(data, "RGB", min_height=ceil(size[1] / step), min_width=ceil(size[0] / step))
 
 
-def check_size(width: int, height: int, *, num_bytes: int | None = None) -> None:
-    """Refuse an image that would cost too much memory.
-
-    num_bytes: of the file, if it is a JPEG.
-
-    Raises:
-        BadSample: it has more than MAX_PIXELS pixels, or is more than MAX_ASPECT times as long as wide.
-    """
+def _check_size(width: int, height: int, *, num_bytes: int | None) -> None:
+    """num_bytes: of the file, if it is a JPEG."""
     if width * height > MAX_PIXELS:
         raise BadSample("too large", f"{width}×{height} pixels, the limit is {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, UInt16
-from numpy import ndarray as Array
 
 from vlm.data.shard_cache import ShardCache
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.files import atomic_write, compute_fingerprint
+from vlm.tensor_types import Array, Float, UInt16
 
 FORMAT = "1"
 SUFFIX = ".selection"

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from typing_extensions import override
 
-from vlm.data.clip_bpe import ClipBpe, shipped_vocabulary
+from vlm.data.clip_bpe import VOCABULARY, ClipBpe, shipped_vocabulary
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_bytes, write_text
 
@@ -123,6 +123,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer folder, or a name the network or cache can resolve, through open_clip.
 
     options: open_clip's `tokenizer_kwargs` of the model, such as {"clean": "canonicalize"} of its SigLIP models.
+    cleaning: what open_clip does with a text first (`clip_bpe.clean_text`).
     """
 
     def __init__(
@@ -147,6 +148,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pad_token = inner.pad_token_id or 0
         self.start_token = _first_not_none(inner.bos_token_id, inner.cls_token_id, self.pad_token)
         self.end_token = _first_not_none(inner.eos_token_id, inner.sep_token_id, self.pad_token)
+        self.transformers_tokenizer = inner
+        self.cleaning = str(self.options.get("clean", "whitespace"))
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -193,6 +196,8 @@ class TransformersTokenizer(Tokenizer):
         self.start_token = _first_not_none(inner.bos_token_id, inner.cls_token_id, self.pad_token)
         self.end_token = _first_not_none(inner.eos_token_id, inner.sep_token_id, self.pad_token)
         self.gives_mask = "attention_mask" in inner.model_input_names
+        self.transformers_tokenizer = inner
+        self.cleaning = ""
 
     @override
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -219,13 +224,26 @@ class TransformersTokenizer(Tokenizer):
 
 
 _SAVED: dict[str, Callable[[Path, int, dict[str, Any]], Tokenizer]] = {
-    "clip": lambda folder, length, saved: ClipTokenizer(length),
+    "clip": lambda folder, length, saved: _open_clip_bpe(folder, length),
     "sentencepiece": lambda folder, length, saved: SentencePieceTokenizer(
         (folder / "tokenizer.model").read_bytes(), length
     ),
     "huggingface": lambda folder, length, saved: HuggingFaceTokenizer(str(folder), length, saved.get("options")),
     "transformers": lambda folder, length, saved: TransformersTokenizer(str(folder), length),
+    "fast": lambda folder, length, saved: _open_fast(folder, length),
 }
+
+
+def _open_clip_bpe(folder: Path, context_length: int) -> Tokenizer:
+    """With the vocabulary that an export has beside it, so that it needs no open_clip."""
+    path = folder / VOCABULARY
+    return ClipTokenizer(context_length, vocabulary=path.read_bytes() if path.is_file() else None)
+
+
+def _open_fast(folder: Path, context_length: int) -> Tokenizer:
+    from vlm.data.fast_tokenizer import FastTokenizer
+
+    return FastTokenizer(folder, context_length)
 
 
 def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:

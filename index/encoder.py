@@ -1,12 +1,15 @@
 """What embedding asks of a model (`Encoder`), and of its vectors."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from vlm.data.transforms import EvalTransform
 from vlm.errors import VlmError
 from vlm.index.embeddings_folder import find_non_unit_rows
 from vlm.tensor_types import Array, Float32, Tensor, UInt8
+
+# named alone: a search by words needs no image library
+if TYPE_CHECKING:
+    import vlm.data.transforms
 
 
 @runtime_checkable
@@ -14,7 +17,7 @@ class Encoder(Protocol):
     """Images and texts to unit vectors on the CPU; `fingerprint` identifies their embedding space."""
 
     @property
-    def view(self) -> EvalTransform:
+    def view(self) -> "vlm.data.transforms.EvalTransform":
         """From an encoded image to the pixels the model sees."""
         ...
 

@@ -22,8 +22,9 @@ from vlm.errors import VlmError
 from vlm.evaluation.retrieval import evaluate_retrieval
 from vlm.manifest import Manifest, write_manifest
 from vlm.models.factory import build_network
-from vlm.models.load import CHECKPOINTS, RUN_MODEL, save_model_folder
+from vlm.models.load import save_model_folder
 from vlm.models.model import VisionLanguageModel
+from vlm.models.model_spec import CHECKPOINTS, RUN_MODEL
 from vlm.results import Result
 from vlm.tensor_types import Tensor
 from vlm.train.checkpoint.format import new_best

@@ -42,8 +42,9 @@ from vlm.files import write_text
 from vlm.manifest import is_complete
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
 from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
-from vlm.models.load import CHECKPOINTS, load_network
+from vlm.models.load import load_network
 from vlm.models.model import VisionLanguageModel
+from vlm.models.model_spec import CHECKPOINTS
 from vlm.models.resolution import with_image_size
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import set_dropout

@@ -2,12 +2,14 @@
 
 B batch, C channels, H W pixels, P patches, L tokens, V vocabulary, D embedding,
 N images or items, T texts, K classes or results, Q queries.
+
+jaxtyping checks them where it was imported before (`pytest --jaxtyping-packages`). Otherwise an annotation is the type
+of the array alone: the library and its several hundred types would take a third of the time in which a search starts.
 """
 
 import sys
 from typing import TYPE_CHECKING
 
-from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int64, UInt8, UInt16, UInt64
 from numpy import ndarray as Array
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Float64",
     "Int",
     "Int64",
+    "Num",
     "Tensor",
     "UInt8",
     "UInt16",
@@ -36,3 +39,16 @@ else:
 
     class Tensor(metaclass=_TensorType):
         """`torch.Tensor` in signatures, of which a search without torch has many; importing it would take seconds."""
+
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int64, Num, UInt8, UInt16, UInt64
+else:
+
+    class Num:
+        """`Num[Array, "H W"]` is `Array`."""
+
+        def __class_getitem__(cls, array_and_shape: tuple[type, str]) -> type:
+            return array_and_shape[0]
+
+    Bool = Float = Float16 = Float32 = Float64 = Int = Int64 = UInt8 = UInt16 = UInt64 = Num

@@ -115,7 +115,7 @@ def test_misuse_is_said(capsys, scene_tokenizer, tmp_path):
     code, _, err = run(capsys, "export", tmp_path / "model", tmp_path / "model")
     assert code == 2
     assert "exists" in err
-    code, out, err = run(capsys, "export", tmp_path / "model", tmp_path / "out", "--to", "onnx")
+    code, out, err = run(capsys, "export", tmp_path / "model", tmp_path / "out", "--to", "coreml")
     assert code == 2
     assert "open-clip" in out + err
 

@@ -16,7 +16,8 @@ from vlm.service.folder.folder_encoder import LoadEncoder
 from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, NoModelError
 from vlm.service.folder.folder_watch import ChangeWaiter
 from vlm.service.query import Query
-from vlm.service.search import SearchResult, SearchService, load_encoder
+from vlm.service.query_encoder import load_encoder, load_query_encoder
+from vlm.service.search import SearchResult, SearchService
 
 # imported where a model is loaded: a search without one takes no time for it
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def watch(
 class ImageFolder:
     """A folder of images with its index; arguments as of `find`.
 
-    load: gives the model of a spec.
+    load: gives the model of a spec; None: torch for images to be indexed, an ONNX export for queries if there is one.
     """
 
     def __init__(
@@ -103,21 +104,23 @@ class ImageFolder:
         *,
         model: FolderModel = "",
         index: str | Path | None = None,
-        load: LoadEncoder = load_encoder,
+        load: LoadEncoder | None = None,
     ) -> None:
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise UsageError(f"There is no folder {str(folder)!r}; name a folder of images.")
         home = default_home(root) if index is None else Path(index).expanduser()
-        self._load = load
+        # images to be indexed are embedded by torch; queries by an ONNX export where there is one
+        load_rows = load or load_encoder
+        self._load = load or load_query_encoder
         self._model = str(model) if isinstance(model, str | Path) else model.name
         if not isinstance(model, str | Path):
             # what vlm.load gives holds the encoder
             encoder = cast("Encoder", getattr(model, "encoder", model))
-            self._load = lambda _: encoder
+            load_rows = self._load = lambda _: encoder
         # an index keeps its model, whatever the environment says today
         self._folder = FolderIndex(
-            root, home, model_spec=self._model, default_spec=os.environ.get(MODEL_VARIABLE, ""), load=self._load
+            root, home, model_spec=self._model, default_spec=os.environ.get(MODEL_VARIABLE, ""), load=load_rows
         )
         self._service: SearchService | None = None
 

@@ -16,7 +16,8 @@ from vlm.index.encoder import Encoder
 from vlm.index.reader import IndexInfo
 from vlm.results import Result
 from vlm.service.query import Query
-from vlm.service.search import RankedHit, SearchResult, SearchService, load_encoder
+from vlm.service.query_encoder import Backend, query_loader
+from vlm.service.search import LoadEncoder, RankedHit, SearchResult, SearchService
 
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def open_index(
     model: "str | Path | Model | Encoder | None" = None,
     rerank_model: str | Path = "",
     on_gpu: bool = False,
+    backend: Backend = "auto",
 ) -> "SearchIndex":
     """Open an index; its model is loaded when a query first needs one.
 
@@ -64,17 +66,19 @@ def open_index(
         model: where the index's model lies now, if it has moved, or what `vlm.load` gave.
         rerank_model: a model with a caption decoder, for `rerank_top`.
         on_gpu: copy the index to a GPU where FAISS sees one, which pays off for many queries.
+        backend: what embeds queries: `onnx`, the model's ONNX export, which needs no torch; `torch`; or `auto`, the
+            export where there is one that is up to date.
 
     Raises:
         UsageError: there is no finished index. VlmError: it is damaged.
     """
     spec = ""
-    load: Callable[[str], Encoder] = load_encoder
+    load: LoadEncoder = query_loader(backend=backend, prefers_gpu=on_gpu)
     if isinstance(model, str | Path):
         spec = str(model)
     elif model is not None:
         # what vlm.load gives holds the encoder
-        encoder = cast(Encoder, getattr(model, "encoder", model))
+        encoder = cast(Encoder, getattr(model, "query_encoder", model))
         load = lambda _: encoder  # noqa: E731
     gpu = None
     if on_gpu:
@@ -414,7 +418,7 @@ class SearchIndex:
         self._service.index.refresh()
         planner = AdditionPlanner(
             self._service.index.snapshot,
-            lambda: self._service.model,
+            lambda: self._service.row_encoder,
             uid_prefix=uid_prefix,
             replace_known=replace_known,
         )

@@ -4,23 +4,32 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
-import torch
 
 from vlm.api.image_batches import Images, NamedImage, OnError, name_images, read_batches
 from vlm.console import progress
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, os_errors_explained
-from vlm.evaluation.class_prompts import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
-from vlm.evaluation.zero_shot import class_probabilities
+from vlm.evaluation.class_prompts import (
+    DEFAULT_TEMPLATES,
+    class_probabilities,
+    fill_template,
+    read_class_names,
+    read_templates,
+)
 from vlm.files import json_text
-from vlm.models.load import load_model
-from vlm.models.model import VisionLanguageModel
+from vlm.models.onnx_encoder import OnnxEncoder
+from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
+
+# imported where it is used: an ONNX export needs no torch
+if TYPE_CHECKING:
+    from vlm.models.model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +118,13 @@ class ImageResults(Sequence[Item], Generic[Item]):
 
 
 @os_errors_explained()
-def load(model: str | Path, *, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> "Model":
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    backend: Backend | Literal[""] = "torch",
+) -> "Model":
     """Load a model of this project, of open_clip, of Hugging Face or of sentence-transformers.
 
     Args:
@@ -117,11 +132,24 @@ def load(model: str | Path, *, device: str = "auto", precision: Literal["fp32", 
             SigLIP 2, a sentence-transformers folder (which embeds texts only), `ORGANISATION/NAME` on the Hugging Face
             Hub, or `NAME:WEIGHTS` of open_clip; with `#64` behind it the first 64 dimensions of its embeddings.
         device: `auto` is a GPU where there is one. precision: of the forward pass; embeddings are float32 in any case.
+        backend: `onnx` is the model's ONNX export (`vlm.export`), which needs no torch and runs on the CPU; `auto`
+            takes it where there is no GPU and it is up to date; empty is what VLM_BACKEND says, else `auto`.
 
     Raises:
         UsageError: there is no such model or device. VlmError: its weights cannot be loaded.
     """
-    return Model(load_model(str(model), device=device, precision=precision))
+    load_by_torch = partial(_load_by_torch, device=device, precision=precision)
+    # an export runs on the CPU, in float32
+    if chosen_backend(backend) == "torch" or device not in ("auto", "cpu") or precision != "fp32":
+        return Model(load_by_torch(str(model)))
+    encoder = load_query_encoder(str(model), backend=backend, prefers_gpu=device == "auto", load=load_by_torch)
+    return Model(encoder)  # pyright: ignore[reportArgumentType]
+
+
+def _load_by_torch(spec: str, *, device: str, precision: str) -> "VisionLanguageModel":
+    from vlm.models.load import load_model
+
+    return load_model(spec, device=device, precision=precision)
 
 
 class Model:
@@ -132,15 +160,26 @@ class Model:
     used is logged and its row left empty instead of ending the call.
     """
 
-    def __init__(self, encoder: VisionLanguageModel) -> None:
+    def __init__(self, encoder: "VisionLanguageModel | OnnxEncoder") -> None:
         self._encoder = encoder
 
     def __repr__(self) -> str:
         return f"<vlm.Model {self.name}: {self.embedding_size} dimensions on {self._encoder.device}>"
 
     @property
-    def encoder(self) -> VisionLanguageModel:
-        """The model as the stages of this project use it, which take this one too."""
+    def encoder(self) -> "VisionLanguageModel":
+        """The model as the stages of this project use it, which take this one too.
+
+        Raises:
+            UsageError: it is an ONNX export.
+        """
+        if isinstance(self._encoder, OnnxEncoder):
+            raise UsageError(f"{self.name} was loaded from its ONNX export; load it with backend='torch' for this.")
+        return self._encoder
+
+    @property
+    def query_encoder(self) -> "VisionLanguageModel | OnnxEncoder":
+        """What embeds, of either backend; `vlm.open_index` takes it for queries."""
         return self._encoder
 
     @property
@@ -210,7 +249,7 @@ class Model:
         with _progress(len(listed), _TEXT_BATCH_SIZE, "embedding texts", "text") as bar:
             for first in range(0, len(listed), _TEXT_BATCH_SIZE):
                 some = listed[first : first + _TEXT_BATCH_SIZE]
-                rows[first : first + len(some)] = self._encoder.embed_texts(some).numpy()
+                rows[first : first + len(some)] = embed_query_texts(self._encoder, some)
                 bar.update(len(some))
         return rows
 
@@ -265,7 +304,7 @@ class Model:
         for usable, vectors, errors in self._embedded(named, batch_size, on_error):
             for number, message in errors.items():
                 results[number] = ImageClasses(image=named[number].name, classes=(), error=message)
-            rows = class_probabilities(torch.from_numpy(vectors), classifier, self.logit_scale).tolist()
+            rows = class_probabilities(vectors, classifier, self.logit_scale).tolist()
             for number, row in zip(usable, rows, strict=True):
                 results[number] = ImageClasses(image=named[number].name, classes=_most_probable(names, row, top))
         return ImageResults(tuple(results))
@@ -279,13 +318,16 @@ class Model:
         Raises:
             UsageError: the model has no caption decoder, or an image cannot be used.
         """
-        self._encoder.check_can_caption()
+        import torch
+
+        encoder = self.encoder
+        encoder.check_can_caption()
         named = name_images(images)
         results: list[ImageCaption] = []
         with _progress(len(named), batch_size, "captioning", "image") as bar:
             for batch in read_batches(named, self.view, batch_size=batch_size, on_error=on_error):
                 _warn(batch.errors)
-                texts = self._encoder.caption_images(torch.from_numpy(batch.pixels), prompt) if batch.usable else []
+                texts = encoder.caption_images(torch.from_numpy(batch.pixels), prompt) if batch.usable else []
                 captions = dict(zip(batch.usable, texts, strict=True))
                 for number in range(batch.first, batch.first + batch.size):
                     name, error = named[number].name, batch.errors.get(number, "")
@@ -305,13 +347,13 @@ class Model:
             for batch in read_batches(images, self.view, batch_size=batch_size, on_error=on_error):
                 _warn(batch.errors)
                 if batch.usable:
-                    vectors = self._encoder.embed_images(torch.from_numpy(batch.pixels)).numpy()
+                    vectors = embed_pixels(self._encoder, batch.pixels)
                 else:
                     vectors = np.zeros((0, self.embedding_size), np.float32)
                 yield batch.usable, vectors, batch.errors
                 bar.update(batch.size)
 
-    def _classifier(self, prompts: Mapping[str, Sequence[str]]) -> torch.Tensor:
+    def _classifier(self, prompts: Mapping[str, Sequence[str]]) -> Float32[Array, "K D"]:
         """A unit vector for each class, [K, D]: the mean of those of its prompts, of unit length again."""
         rows = self.embed_texts([prompt for of_class in prompts.values() for prompt in of_class])
         vectors: list[np.ndarray] = []
@@ -319,18 +361,19 @@ class Model:
         for of_class in prompts.values():
             vectors.append(rows[first : first + len(of_class)].mean(axis=0))
             first += len(of_class)
-        return torch.nn.functional.normalize(torch.from_numpy(np.stack(vectors)), dim=-1)
+        means = np.stack(vectors)
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
 def encoder_of(
-    model: str | Path | Model | VisionLanguageModel, *, device: str = "auto", precision: str = "fp32"
-) -> VisionLanguageModel:
+    model: "str | Path | Model | VisionLanguageModel", *, device: str = "auto", precision: str = "fp32"
+) -> "VisionLanguageModel":
     """The model as the stages of this project use it, loaded where it is named."""
     if isinstance(model, Model):
         return model.encoder
-    if isinstance(model, VisionLanguageModel):
+    if not isinstance(model, str | Path):
         return model
-    return load_model(str(model), device=device, precision=precision)
+    return _load_by_torch(str(model), device=device, precision=precision)
 
 
 def read_prompts(classes: Classes, templates: str | Sequence[str] = DEFAULT_TEMPLATES) -> dict[str, list[str]]:

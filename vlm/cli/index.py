@@ -166,7 +166,7 @@ class ImportEmbeddings:
         """Import, and log what was changed or skipped."""
         from vlm.index.interop.import_layouts import ColumnChoice
         from vlm.index.interop.importer import import_embeddings
-        from vlm.service.search import load_encoder
+        from vlm.service.query_encoder import load_encoder
 
         summary = import_embeddings(
             self.source,

@@ -39,6 +39,14 @@ ImageArguments = Annotated[
 
 JsonOption = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
 DeviceOption = Annotated[str, tyro.conf.arg(help="Device of the model: auto, cpu, cuda, cuda:1, …")]
+BackendOption = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="auto|onnx|torch",
+        help="onnx: the model's ONNX export (vlm export MODEL --to onnx), which needs no torch; torch; or auto, the "
+        "export where there is one that is up to date. Default: VLM_BACKEND, else auto.",
+    ),
+]
 PrecisionOption = Annotated[Literal["fp32", "bf16"], tyro.conf.arg(help="Precision of the model's forward pass.")]
 WorkersOption = Annotated[int, tyro.conf.arg(help="Worker processes that read and decode; 0 uses the main process.")]
 AllowDamageOption = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vlm.cli.options import DeviceOption, ImageArguments, JsonOption, ModelArgument
+from vlm.cli.options import BackendOption, DeviceOption, ImageArguments, JsonOption, ModelArgument
 from vlm.console import bar, show_json, show_table
 from vlm.errors import UsageError
 
@@ -40,16 +40,19 @@ class Classify:
 
     device: DeviceOption = "auto"
 
+    backend: BackendOption = ""
+
     json: JsonOption = False
 
     def run(self) -> None:
         """Show the most probable classes of each image."""
         from vlm.api.inference import load, read_prompts
+        from vlm.service.query_encoder import chosen_backend
 
         # these are checked first: a model takes long to load
         prompts = read_prompts(self.classes, self.templates)
         _check_images(self.images)
-        results = load(self.model, device=self.device).classify(
+        results = load(self.model, device=self.device, backend=chosen_backend(self.backend)).classify(
             self.images, prompts, top=self.top, batch_size=self.batch_size, on_error=self.on_error
         )
         if self.json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import IndexArgument, JsonOption
+from vlm.cli.options import BackendOption, IndexArgument, JsonOption
 from vlm.console import read_text, show_json, show_table
 from vlm.errors import UsageError
 from vlm.files import json_text
@@ -103,6 +103,8 @@ class Search:
     model: str = ""
     """New location of the index's model, if it has moved."""
 
+    backend: BackendOption = ""
+
     html: Path | None = None
     """Write a page of thumbnails to this file."""
 
@@ -145,10 +147,15 @@ class Search:
 
     def _open(self) -> "SearchIndex":
         from vlm.api.index import open_index
+        from vlm.service.query_encoder import chosen_backend
 
         # only many queries are worth moving the index to a GPU
         return open_index(
-            self.index, model=self.model or None, rerank_model=self.rerank, on_gpu=self.queries is not None
+            self.index,
+            model=self.model or None,
+            rerank_model=self.rerank,
+            on_gpu=self.queries is not None,
+            backend=chosen_backend(self.backend),
         )
 
     def _search_once(self) -> None:

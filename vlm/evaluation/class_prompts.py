@@ -9,11 +9,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vlm.console import read_text
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source_registry import holds_shards
 from vlm.errors import UsageError
 from vlm.storage import is_remote
+from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)
 
@@ -142,3 +145,13 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:  # a long list of names is longer than a file name can be
         return False
+
+
+def class_probabilities(
+    images: Float32[Array, "B D"], classifier: Float32[Array, "K D"], logit_scale: float
+) -> Float32[Array, "B K"]:
+    """Probability of each class for each embedded image: the softmax of scaled cosines (CLIP §3.1.2)."""
+    logits = logit_scale * images @ classifier.T
+    # shifted, so that no exponential overflows
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -183,13 +183,6 @@ def class_embeddings(
     return torch.nn.functional.normalize(vectors, dim=-1).numpy()
 
 
-def class_probabilities(
-    images: Float32[Tensor, "B D"], classifier: Float32[Tensor, "K D"], logit_scale: float
-) -> Float32[Tensor, "B K"]:
-    """Probability of each class for each embedded image: the softmax of scaled cosines (CLIP §3.1.2)."""
-    return (logit_scale * images @ classifier.T).softmax(dim=-1)
-
-
 def measure_zero_shot(
     batches: Iterable[tuple[Float32[Array, "B D"], Sequence[str]]],
     classifier: Float32[Array, "K D"],

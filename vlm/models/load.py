@@ -21,7 +21,7 @@ from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
 from vlm.models.factory import ModelConfig, build_network, enable_padding_trim
 from vlm.models.model import VisionLanguageModel, space_fingerprint
-from vlm.models.model_spec import split_model_spec
+from vlm.models.model_spec import CHECKPOINTS, CONFIG, LOCAL_PREFIX, RUN_MODEL, model_folder, split_model_spec
 from vlm.models.pretrained import download_from_hub, is_hub_name, load_open_clip, load_open_clip_folder
 from vlm.models.towers.tower_registry import portable_config
 from vlm.models.variants import (
@@ -33,7 +33,6 @@ from vlm.models.variants import (
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 
 
@@ -108,10 +107,6 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         return load_open_clip_folder(folder, device, precision)
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = values["model_cfg"]
-    # before the network, whose towers fail on sizes that no view has
-    view = EvalTransform.from_preprocess(
-        {"size": config["vision_cfg"]["image_size"], **values.get("preprocess_cfg", {})}
-    )
     network = build_network(config)
     try:
         network.load_state_dict(load_file(folder / WEIGHTS))
@@ -121,7 +116,9 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         name=str(folder),
         network=network.eval().to(device),
         config=config,
-        view=view,
+        view=EvalTransform.from_preprocess(
+            {"size": config["vision_cfg"]["image_size"], **values.get("preprocess_cfg", {})}
+        ),
         tokenizer=open_tokenizer(str(folder), config["text_cfg"].get("context_length")),
         device=device,
         precision=precision,
@@ -134,9 +131,6 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
     return model
 
 
-RUN_MODEL = "model"
-CHECKPOINTS = "checkpoints"
-LOCAL_PREFIX = "local-dir:"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -165,7 +159,9 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
         raise UsageError(f"precision = {precision!r}; give {' or '.join(PRECISIONS)}.")
     dtype = PRECISIONS[precision]
     path = Path(spec.removeprefix(LOCAL_PREFIX))
-    logger.info(f"Loading the model {spec} ({torch_device})")
+    # of a name it is said once it is known
+    if path.is_dir():
+        logger.info(f"Loading the model {spec} ({torch_device})")
     if is_projection_folder(path):
         return _load_backward_compatible(path, device, precision)
     if path.is_dir():
@@ -187,7 +183,7 @@ def _load_folder(folder: Path, device: torch.device, precision: torch.dtype) -> 
             return load_sentence_transformer(folder, device, precision)
         if is_huggingface_folder(folder):
             return load_huggingface(folder, device, precision)
-    return load_model_folder(_model_folder(folder), device, precision)
+    return load_model_folder(model_folder(folder), device, precision)
 
 
 def load_network(spec: str, *, device: str = "auto", precision: str = "fp32") -> VisionLanguageModel:
@@ -239,18 +235,3 @@ def choose_device(device: str) -> torch.device:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UsageError(f"torch sees no device {device!r} here ({reason}); give auto or cpu.") from error
     return chosen
-
-
-def _model_folder(folder: Path) -> Path:
-    if (folder / CONFIG).is_file():
-        return folder
-    if (folder / RUN_MODEL / CONFIG).is_file():
-        return folder / RUN_MODEL
-    checkpoints = sorted((folder / CHECKPOINTS).glob("step-*"))
-    if not checkpoints:
-        raise UsageError(
-            f"{folder} holds no model: neither {CONFIG}, nor {RUN_MODEL}/, nor {CHECKPOINTS}/step-*, nor a "
-            "config.json of Hugging Face."
-        )
-    # a run in progress has no final model yet; names sort by step
-    return checkpoints[-1]

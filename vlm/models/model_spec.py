@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from vlm.errors import UsageError
+from vlm.files import compute_fingerprint
 
+CONFIG = "open_clip_config.json"
+RUN_MODEL = "model"
+CHECKPOINTS = "checkpoints"
+LOCAL_PREFIX = "local-dir:"
 DIMENSIONS_SEPARATOR = "#"
 
 
@@ -34,3 +39,28 @@ def absolute_spec(spec: str) -> str:
     if Path(model).exists():
         model = str(Path(model).resolve())
     return model if dimensions is None else f"{model}{DIMENSIONS_SEPARATOR}{dimensions}"
+
+
+def truncated_fingerprint(fingerprint: str, dimensions: int) -> str:
+    """Identity of the space of the first `dimensions` numbers of another space's embeddings."""
+    return compute_fingerprint(fingerprint, "prefix", str(dimensions))
+
+
+def model_folder(folder: Path) -> Path:
+    """The model folder that a run (its final model, else its newest checkpoint) or model folder names.
+
+    Raises:
+        UsageError: it holds no model.
+    """
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / RUN_MODEL / CONFIG).is_file():
+        return folder / RUN_MODEL
+    checkpoints = sorted((folder / CHECKPOINTS).glob("step-*"))
+    if not checkpoints:
+        raise UsageError(
+            f"{folder} holds no model: neither {CONFIG}, nor {RUN_MODEL}/, nor {CHECKPOINTS}/step-*, nor a "
+            "config.json of Hugging Face."
+        )
+    # a run in progress has no final model yet; names sort by step
+    return checkpoints[-1]

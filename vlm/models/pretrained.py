@@ -72,6 +72,7 @@ def load_open_clip(spec: str, device: torch.device, precision: torch.dtype) -> V
     config = open_clip.get_model_config(name)
     if config is None or not tag or not (tag in tags or Path(tag).is_file()):
         raise UsageError(_no_such_model(spec, name, has_config=config is not None))
+    logger.info(f"Loading the model {spec} ({device})")
     config = _with_activation_of(config, name, tag)
     try:
         # output_dict, so that its forward pass gives names as ours do

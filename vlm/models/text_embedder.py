@@ -10,8 +10,9 @@ from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
 from vlm.models.huggingface_clip import is_dual_encoder
-from vlm.models.load import CHECKPOINTS, CONFIG, RUN_MODEL, choose_device, load_model
+from vlm.models.load import choose_device, load_model
 from vlm.models.model import VisionLanguageModel
+from vlm.models.model_spec import CHECKPOINTS, CONFIG, RUN_MODEL
 from vlm.models.towers.language_model import FrozenLanguageTower, build_lm, complete_lm
 from vlm.models.towers.tower_config import read_text_config
 from vlm.tensor_types import Float32, Tensor

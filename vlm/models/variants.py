@@ -22,7 +22,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.models.model_spec import DIMENSIONS_SEPARATOR
+from vlm.models.model_spec import DIMENSIONS_SEPARATOR, truncated_fingerprint
 from vlm.tensor_types import Float32, Tensor, UInt8
 
 
@@ -60,7 +60,7 @@ class TruncatedModel(VisionLanguageModel):
     @property
     def fingerprint(self) -> str:
         """Identity of the shorter space."""
-        return compute_fingerprint(self.whole.fingerprint, "prefix", str(self.dimensions))
+        return truncated_fingerprint(self.whole.fingerprint, self.dimensions)
 
     @property
     def derived_from(self) -> str:

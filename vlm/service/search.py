@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import islice
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.encoder import Encoder
 from vlm.index.reader import Hit, Index, IndexSnapshot
 from vlm.models.model_spec import absolute_spec
+from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Query, load_query_vector
+from vlm.service.query_encoder import QueryEncoder, embed_pixels, embed_query_texts, load_encoder, load_query_encoder
 from vlm.service.ranking import NUM_CANDIDATES, Ranker, Ranking, rows_matching
 from vlm.tensor_types import Array, Float32, Int64
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import PIL.Image
 
     import vlm.service.reranking
+
+LoadEncoder = Callable[[str], QueryEncoder]
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
 _MIN_SUM_LENGTH = 1e-5
@@ -148,14 +152,6 @@ class SearchResult:
         return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
 
 
-def load_encoder(spec: str) -> Encoder:
-    """The model a manifest names."""
-    # here, since a search by stored items or vectors needs no model, and loading open_clip takes seconds
-    from vlm.models.load import load_model
-
-    return cast(Encoder, load_model(spec))
-
-
 @dataclass(kw_only=True)
 class SearchService:
     """An open index with the model that embeds its queries; the model is loaded with the first query.
@@ -168,10 +164,10 @@ class SearchService:
     index: Index
     model_spec: str = ""
     rerank_spec: str = ""
-    load: Callable[[str], Encoder] = field(default=load_encoder)
+    load: LoadEncoder = field(default=load_query_encoder)
     num_candidates: int = NUM_CANDIDATES
     refreshes: bool = True
-    _model: Encoder | None = field(default=None, init=False, repr=False)
+    _model: QueryEncoder | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def open(
@@ -180,7 +176,7 @@ class SearchService:
         *,
         model_spec: str = "",
         rerank_spec: str = "",
-        load: Callable[[str], Encoder] = load_encoder,
+        load: LoadEncoder = load_query_encoder,
         gpu: CopyToGpu | None = None,
     ) -> "SearchService":
         """Open an index folder; gpu and raises as of `Index.open`."""
@@ -191,7 +187,7 @@ class SearchService:
         self.index.close()
 
     @property
-    def model(self) -> Encoder:
+    def model(self) -> QueryEncoder:
         """The model, whose embedding space is that of the index.
 
         Raises:
@@ -209,7 +205,16 @@ class SearchService:
         return model
 
     @property
-    def loaded_model(self) -> Encoder | None:
+    def row_encoder(self) -> Encoder:
+        """The model for rows to add: torch's own, since an export may be of less precision.
+
+        Raises: as of `model`.
+        """
+        model = self.model
+        return load_encoder(self._spec) if isinstance(model, OnnxEncoder) else model
+
+    @property
+    def loaded_model(self) -> QueryEncoder | None:
         """The model, if a query has needed it."""
         return self._model
 
@@ -225,7 +230,11 @@ class SearchService:
         if not self.rerank_spec:
             raise UsageError("The query asks for reranking, but no model for it was named: --rerank MODEL.")
         is_own = absolute_spec(self.rerank_spec) == absolute_spec(self._spec)
-        return require_captioner(self.model if is_own else self.load(self.rerank_spec), self.rerank_spec)
+        model = self.model if is_own else self.load(self.rerank_spec)
+        # no export has a decoder
+        if isinstance(model, OnnxEncoder):
+            model = load_encoder(self.rerank_spec)
+        return require_captioner(model, self.rerank_spec)
 
     @property
     def _spec(self) -> str:
@@ -295,7 +304,7 @@ class SearchService:
             has_images = has_images or bool(query.images)
         model = self.model if all_texts or has_images else None
         # one batch for all queries, taken apart below: of each in turn the plus texts, then the minus texts
-        text_vectors = iter(model.embed_texts(all_texts).numpy() if model and all_texts else ())
+        text_vectors = iter(embed_query_texts(model, all_texts) if model and all_texts else ())
         query_vectors: list[Float32[Array, " D"]] = []
         for name, query in named_queries:
             with _prefixing_errors(name):
@@ -364,19 +373,16 @@ def _resolve_filters(
     return allowed_rows
 
 
-def embed_query_images(model: Encoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
+def embed_query_images(model: QueryEncoder, images: Sequence[Path | bytes]) -> list[Float32[Array, " D"]]:
     """A unit vector for each image.
 
     Raises:
         UsageError: a file cannot be read. VlmError: it is not an image.
     """
-    import torch
-
-    pixels = np.stack([_load_query_image(model, image) for image in images])
-    return list(model.embed_images(torch.from_numpy(pixels)).numpy())
+    return list(embed_pixels(model, np.stack([_load_query_image(model, image) for image in images])))
 
 
-def _load_query_image(model: Encoder, image: Path | bytes) -> np.ndarray:
+def _load_query_image(model: QueryEncoder, image: Path | bytes) -> np.ndarray:
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
         data = image if isinstance(image, bytes) else image.read_bytes()

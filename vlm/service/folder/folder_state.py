@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from numpy import ndarray as Array
 
 from vlm.data.samples import Captions
 from vlm.errors import UsageError, VlmError
 from vlm.files import content_digest, json_text
 from vlm.index.embeddings_folder import EmbeddingSpace, Origin, captions_from_json
 from vlm.service.folder.folder_scan import FileStamp
+from vlm.tensor_types import Array, Float
 
 FORMAT = 1
 _ROWS_AT_ONCE = 4096
