@@ -49,9 +49,11 @@ _CHANGE_PROBLEMS: dict[int | str, dict[str, Any]] = {
     409: {"description": "Another change of the index is under way.", "model": schemas.ProblemModel},
 }
 
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
+PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request does not fit the index.", "model": schemas.ProblemModel},
     404: {"description": "There is no such index or item.", "model": schemas.ProblemModel},
+    413: {"description": "The body is too large.", "model": schemas.ProblemModel},
+    422: {"description": "A value is not valid.", "model": schemas.ProblemModel},
     503: {"description": "Too many requests wait.", "model": schemas.ProblemModel},
 }
 
@@ -154,6 +156,14 @@ class Service:
 async def in_thread(function: Callable[..., Value], *arguments: Any, **options: Any) -> Value:
     """The value of a call that blocks, from a thread."""
     return await asyncio.to_thread(function, *arguments, **options)
+
+
+def check_uploads(data_urls: Sequence[str], max_pixels: int) -> None:
+    """Refuse images that are none or have too many pixels together.
+
+    Raises: as of `checked_uploads`.
+    """
+    checked_uploads(list(map(schemas.decode_data_url, data_urls)), max_pixels)
 
 
 def facets_to_json(counts: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -263,14 +273,18 @@ def _add_error_handlers(api: FastAPI) -> None:
 def add_search_routes(api: FastAPI, service: Service) -> None:
     """Search, several queries at once, columns and facets."""
 
-    @api.post(f"{API}/indexes/{{name}}/search", responses=_PROBLEMS, response_model=schemas.SearchAnswer)
+    @api.post(f"{API}/indexes/{{name}}/search", responses=PROBLEMS, response_model=schemas.SearchAnswer)
     async def search(name: str, request: schemas.SearchRequest) -> Response:
         """Search by texts, images, items and vectors, combined and subtracted."""
         return reply(await service.search(name, request))
 
-    @api.post(f"{API}/indexes/{{name}}/batch", responses=_PROBLEMS, response_model=schemas.BatchAnswer)
+    @api.post(f"{API}/indexes/{{name}}/batch", responses=PROBLEMS, response_model=schemas.BatchAnswer)
     async def batch(name: str, request: schemas.BatchRequest) -> Response:
         """Several queries; each has its answer or its error."""
+        uploads = [url for query in request.queries for url in query.images]
+        if uploads:
+            # within the limits of one request, however its images are spread over the queries
+            await in_thread(check_uploads, uploads, service.limits.max_pixels)
         answers = await asyncio.gather(
             *(service.search(name, query) for query in request.queries), return_exceptions=True
         )
@@ -284,13 +298,13 @@ def add_search_routes(api: FastAPI, service: Service) -> None:
                 results.append(answer)
         return reply({"results": results})
 
-    @api.get(f"{API}/indexes/{{name}}/fields", responses=_PROBLEMS, response_model=schemas.FieldsAnswer)
+    @api.get(f"{API}/indexes/{{name}}/fields", responses=PROBLEMS, response_model=schemas.FieldsAnswer)
     async def fields(name: str) -> Response:
         """The columns of the metadata, for filters."""
         summaries = await in_thread(service.index(name).fields)
         return reply({"fields": [summary.to_json() | {"is_category": summary.is_category} for summary in summaries]})
 
-    @api.post(f"{API}/indexes/{{name}}/facets", responses=_PROBLEMS, response_model=schemas.FacetsAnswer)
+    @api.post(f"{API}/indexes/{{name}}/facets", responses=PROBLEMS, response_model=schemas.FacetsAnswer)
     async def facets(name: str, request: schemas.FacetsRequest) -> Response:
         """The most frequent values of columns among the rows that match a filter."""
         counts = await in_thread(service.index(name).facets, request.fields, where=request.where, top=request.top)
@@ -300,19 +314,19 @@ def add_search_routes(api: FastAPI, service: Service) -> None:
 def add_item_routes(api: FastAPI, service: Service) -> None:
     """Items and their images; a uid may hold slashes, so it is a parameter."""
 
-    @api.get(f"{API}/indexes/{{name}}/item", responses=_PROBLEMS, response_model=schemas.Item)
+    @api.get(f"{API}/indexes/{{name}}/item", responses=PROBLEMS, response_model=schemas.Item)
     async def item(name: str, uid: Uid) -> Response:
         """Captions and metadata of an item."""
         index = service.index(name)
         return reply(index.entry_to_json(await in_thread(index.entry, uid)))
 
-    @api.get(f"{API}/indexes/{{name}}/image", responses=_PROBLEMS, response_class=Response)
+    @api.get(f"{API}/indexes/{{name}}/image", responses=PROBLEMS, response_class=Response)
     async def image(name: str, uid: Uid, request: Request) -> Response:
         """The image of an item as it is stored."""
         data = await in_thread(service.index(name).image, uid)
         return _cacheable(request, data, image_type(data))
 
-    @api.get(f"{API}/indexes/{{name}}/thumbnail", responses=_PROBLEMS, response_class=Response)
+    @api.get(f"{API}/indexes/{{name}}/thumbnail", responses=PROBLEMS, response_class=Response)
     async def thumbnail(
         name: str, uid: Uid, request: Request, size: Annotated[int, QueryParameter(ge=1, le=4096)] = 320
     ) -> Response:
@@ -359,7 +373,7 @@ _SIGNATURES = {
 def add_model_routes(api: FastAPI, service: Service) -> None:
     """What the index's model says of images."""
 
-    @api.post(f"{API}/indexes/{{name}}/classify", responses=_PROBLEMS, response_model=schemas.ClassifyAnswer)
+    @api.post(f"{API}/indexes/{{name}}/classify", responses=PROBLEMS, response_model=schemas.ClassifyAnswer)
     async def classify(name: str, request: schemas.ClassifyRequest) -> Response:
         """Zero-shot classification of images, given or stored, among any classes."""
         index = service.index(name)
@@ -367,7 +381,7 @@ def add_model_routes(api: FastAPI, service: Service) -> None:
         results = await in_thread(index.classify, images, request.classes, templates=request.templates, top=request.top)
         return reply({"results": results})
 
-    @api.post(f"{API}/indexes/{{name}}/caption", responses=_PROBLEMS, response_model=schemas.CaptionAnswer)
+    @api.post(f"{API}/indexes/{{name}}/caption", responses=PROBLEMS, response_model=schemas.CaptionAnswer)
     async def caption(name: str, request: schemas.CaptionRequest) -> Response:
         """Captions of images, where the index's model has a caption decoder."""
         index = service.index(name)
@@ -378,9 +392,7 @@ def add_model_routes(api: FastAPI, service: Service) -> None:
 def add_change_routes(api: FastAPI, service: Service) -> None:
     """Changes of an index; they need a token with the right to write."""
 
-    @api.post(
-        f"{API}/indexes/{{name}}/add", responses=_PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer
-    )
+    @api.post(f"{API}/indexes/{{name}}/add", responses=PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer)
     async def add(name: str, request: schemas.AddRequest) -> Response:
         """Embed images and add them, all or none; a search that follows the answer finds them."""
         index = service.index(name)
@@ -388,7 +400,7 @@ def add_change_routes(api: FastAPI, service: Service) -> None:
         return reply(await service.changes[name].run(add_all))
 
     @api.post(
-        f"{API}/indexes/{{name}}/delete", responses=_PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer
+        f"{API}/indexes/{{name}}/delete", responses=PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer
     )
     async def delete(name: str, request: schemas.DeleteRequest) -> Response:
         """Delete rows by uid or by a filter."""
@@ -412,7 +424,7 @@ def add_operation_routes(api: FastAPI, service: Service) -> None:
         """The process is alive."""
         return reply({"status": "ok"})
 
-    @api.get("/ready", responses=_PROBLEMS)
+    @api.get("/ready", responses=PROBLEMS)
     async def ready() -> Response:
         """Every index has just answered a real query."""
         milliseconds: dict[str, float] = {}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from vlm.errors import UsageError
 from vlm.index.catalog import Entry
-from vlm.server.app import Service, in_thread, reply
+from vlm.server.app import PROBLEMS, Service, in_thread, reply
 from vlm.server.schemas import EmbeddingsRequest, KnnRequest, MetadataRequest, decode_data_url
 from vlm.server.served_index import ServedIndex, checked_uploads
 from vlm.service.query import Query
@@ -26,7 +26,7 @@ CLIP_RETRIEVAL_DUPLICATE = 0.94
 def add_openai_routes(api: FastAPI, service: Service) -> None:
     """`POST /v1/embeddings`: unit vectors of texts and images by the model of an index, named by `model`."""
 
-    @api.post("/v1/embeddings")
+    @api.post("/v1/embeddings", responses=PROBLEMS)
     async def embeddings(request: EmbeddingsRequest) -> Response:
         """Embed texts, and images as data URLs, in the order given."""
         inputs = [request.input] if isinstance(request.input, str) else request.input
@@ -79,7 +79,7 @@ def add_clip_retrieval_routes(api: FastAPI, service: Service) -> None:
     clip-retrieval without these models. Addresses of images are refused: the server fetches nothing.
     """
 
-    @api.post("/knn-service")
+    @api.post("/knn-service", responses=PROBLEMS)
     async def knn_service(request: Request) -> Response:
         """Nearest rows of a text, an image in base64, or a vector."""
         # clip-retrieval's client sends JSON without saying so
@@ -94,7 +94,7 @@ def add_clip_retrieval_routes(api: FastAPI, service: Service) -> None:
             found.append(values | {"id": hit.entry.row, "similarity": hit.score})
         return reply(found)
 
-    @api.post("/metadata")
+    @api.post("/metadata", responses=PROBLEMS)
     async def metadata(request: Request) -> Response:
         """Metadata of rows by the ids that `/knn-service` gave."""
         body = await _parse(MetadataRequest, request)

@@ -23,16 +23,18 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
-    """A body whose unknown fields are refused, so that a misspelt option does not pass for its default."""
+    """A body whose unknown fields are refused, so that a misspelt option does not pass for its default.
 
-    model_config = ConfigDict(extra="forbid")
+    Nor are values of another type turned into the right one: "top": true is a mistake, not 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SearchRequest(Strict):
     """A query: the weighted sum of texts, images, stored items and vectors, minus the `minus` texts."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"examples": [{"texts": ["a dog in the snow"], "minus": ["water"], "top": 20}]},
     )
 
@@ -105,9 +107,7 @@ class FacetsRequest(Strict):
 class ClassifyRequest(Strict):
     """Images, given or stored, and the classes to choose from."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"items": ["train-000005"], "classes": ["cat", "dog"]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": ["train-000005"], "classes": ["cat", "dog"]}]})
 
     images: list[DataUrl] = Field(default=[], max_length=MAX_TERMS)
     items: list[Uid] = Field(default=[], max_length=MAX_TERMS)

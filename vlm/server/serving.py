@@ -120,6 +120,8 @@ def _make_server(service: Service) -> Any:
 
     config = uvicorn.Config(
         create_app(service),
+        # it bounds the size of headers, which httptools, taken where it is installed, does not
+        http="h11",
         log_config=None,
         access_log=False,
         server_header=False,
