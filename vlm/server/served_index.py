@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.decode import open_image, upright_size
+from vlm.data.decode import open_image
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
@@ -414,7 +414,8 @@ def num_pixels(data: bytes, max_pixels: int) -> int:
         UsageError: it is none, or has more than `max_pixels`.
     """
     try:
-        width, height = upright_size(open_image(data))
+        # as stored, not upright: Pillow decodes a PNG whole to look for the EXIF data at its end
+        width, height = open_image(data).size
     except BadSample as error:
         raise UsageError(f"The upload is not an image that can be read: {error}.") from error
     if width * height > max_pixels:
