@@ -82,7 +82,7 @@ class EncodedImage:
         else:
             self.width, self.height, _ = header
             self._stored = self.width, self.height
-            _check_size(self.width, self.height, num_bytes=len(data))
+            check_size(self.width, self.height, num_bytes=len(data))
 
     def pixels(self, *, resolution: float = 1.0) -> UInt8[Array, "H W 3"]:
         """Upright RGB, transparency laid on white; writable, not always contiguous in memory.
@@ -146,7 +146,7 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Imag
         raise BadSample("unknown format", "a HEIC image; vlm pack reads it where pillow-heif is installed")
     with _damaged_image_as_bad_sample():
         image = Image.open(io.BytesIO(data), formats=formats)
-    _check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)
+    check_size(*image.size, num_bytes=len(data) if image.format in ("JPEG", "MPO") else None)
     return image
 
 
@@ -247,8 +247,14 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], resolution: float) -> UInt8
     return simplejpeg.decode_jpeg(data, "RGB", min_height=ceil(size[1] / step), min_width=ceil(size[0] / step))
 
 
-def _check_size(width: int, height: int, *, num_bytes: int | None) -> None:
-    """num_bytes: of the file, if it is a JPEG."""
+def check_size(width: int, height: int, *, num_bytes: int | None = None) -> None:
+    """Refuse an image that would cost too much memory.
+
+    num_bytes: of the file, if it is a JPEG.
+
+    Raises:
+        BadSample: it has more than MAX_PIXELS pixels, or is more than MAX_ASPECT times as long as wide.
+    """
     if width * height > MAX_PIXELS:
         raise BadSample("too large", f"{width}×{height} pixels, the limit is {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):

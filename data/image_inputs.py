@@ -36,24 +36,34 @@ def image_list(images: Any) -> list[ImageInput]:
     return list(images)
 
 
+def file_or_image(image: ImageInput) -> "Path | bytes | Image.Image":
+    """A path or the bytes of a file as they are, and pixels of any kind as a PIL image.
+
+    Raises:
+        UsageError: it is not an image.
+    """
+    if isinstance(image, str | os.PathLike):
+        return Path(image).expanduser()
+    if isinstance(image, bytes | bytearray):
+        return bytes(image)
+    return image if _is_pil_image(image) else _image_from_pixels(image)
+
+
 def encoded_image(image: ImageInput) -> Path | bytes:
     """A path as it is, and anything else as the bytes of an image file, without loss.
 
     Raises:
         UsageError: it is not an image. BadSample: a PIL image whose file is damaged.
     """
-    if isinstance(image, str | os.PathLike):
-        return Path(image).expanduser()
-    if isinstance(image, bytes | bytearray):
-        return bytes(image)
     from vlm.data.decode import to_rgb
 
-    if not _is_pil_image(image):
-        image = _image_from_pixels(image)
+    content = file_or_image(image)
+    if isinstance(content, bytes | os.PathLike):
+        return content
     file = io.BytesIO()
     # upright and in RGB as a file of it would be read: what is saved anew has lost the orientation in its EXIF.
     # Little compression: the bytes are read once more, in this process.
-    to_rgb(image).save(file, format="PNG", compress_level=1)
+    to_rgb(content).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 

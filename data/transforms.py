@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlm.data.decode import EncodedImage, open_image, reduction, to_rgb
+from vlm.data.decode import EncodedImage, check_size, open_image, reduction, to_rgb
 from vlm.data.samples import RandomSource
 from vlm.errors import UsageError
 from vlm.tensor_types import Array, Tensor, UInt8
@@ -75,8 +75,16 @@ class EvalTransform:
         Raises:
             BadSample: it cannot be decoded.
         """
-        image = to_rgb(open_image(data))
-        return _channels_first(self._fit(image))
+        return self.of_image(open_image(data))
+
+    def of_image(self, image: Image.Image) -> np.ndarray:
+        """An opened or drawn image to uint8 [3, size, size], as its file would be.
+
+        Raises:
+            BadSample: its data is damaged, or it is too large.
+        """
+        check_size(*image.size)
+        return _channels_first(self._fit(to_rgb(image)))
 
     def _fit(self, image: Image.Image) -> Image.Image:
         size = self.size

@@ -84,6 +84,7 @@ class SourceOptions:
 
     kind: found by looking if not given.
     folder: read only what lies under this folder of the source (such as `train`).
+    split: read only the pairs whose metadata name one of these splits; empty reads all.
     image_column, caption_column, key_column: of a table; the first two found by name if not given, the third `key`.
     captions: `none` reads images without captions, `optional` also the images that have none; else the file
         that holds the captions, where looking leaves several.
@@ -97,6 +98,7 @@ class SourceOptions:
 
     kind: SourceKind | None = None
     folder: str = ""
+    split: tuple[str, ...] = ()
     image_column: str | None = None
     caption_column: str | None = None
     key_column: str | None = None

@@ -40,6 +40,7 @@ from vlm.data.sources.source import (
     TarFiles,
     readable_text,
 )
+from vlm.data.sources.split_filter import SplitFilter, named_splits
 from vlm.data.sources.table import TableSource, read_table
 from vlm.data.sources.webdataset import ShardSource, contains_samples, looks_like_shard
 from vlm.data.synthetic.shape_captions import LANGUAGES, describe
@@ -143,7 +144,7 @@ def describe_recognition(source: PairSource, url: str, options: SourceOptions | 
         summary=_summary(source, described),
         examples=tuple(_examples(source)),
         left_aside=dict(left_aside.most_common()),
-        notes=tuple(_notes(location, unused)),
+        notes=(*_split_notes(source), *_notes(location, unused)),
     )
 
 
@@ -192,6 +193,13 @@ def _examples(source: PairSource) -> Iterator[tuple[str, str]]:
         num_found += 1
         if num_found == _NUM_EXAMPLES:
             return
+
+
+def _split_notes(source: PairSource) -> Iterator[str]:
+    splits = named_splits(source)
+    # a pair of the test split among those of training would go unnoticed, and so would a recall on all of them
+    if len(splits) > 1 and not isinstance(source, SplitFilter):
+        yield f"Its pairs are of the splits {', '.join(splits)}, packed together: --split {splits[0]} packs that one."
 
 
 def _notes(location: SourceLocation, unused: Sequence[str]) -> Iterator[str]:
@@ -250,7 +258,7 @@ def open_source(url: str, options: SourceOptions | None = None) -> PairSource:
         raise UsageError(f"{url!r} is not a set of shards, so {options.selection} cannot choose among its samples.")
     if not len(source):
         raise UsageError(_nothing_found(location))
-    return source
+    return SplitFilter(source, options.split) if options.split else source
 
 
 def holds_shards(url: str) -> bool:

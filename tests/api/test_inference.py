@@ -82,6 +82,17 @@ def test_one_image_in_any_form_has_the_same_row(model, photos):
     assert np.allclose(mixed, np.repeat(expected, 3, axis=0), atol=1e-6)
 
 
+def test_one_opened_file_given_many_times_is_read_once(model, photos):
+    opened = Image.open(photos[5])
+    rows = model.embed_images([opened] * 40, batch_size=40)
+    assert np.allclose(rows, directly(model, [photos[5]]), atol=1e-6)
+
+
+def test_pixels_have_the_limits_of_files(model):
+    with pytest.raises(vlm.UsageError, match=r"images\[0\] cannot be used: too narrow"):
+        model.embed_images(np.zeros((1, 5000, 3), np.uint8))
+
+
 def test_a_turned_photo_is_the_same_by_its_path_and_by_its_image(model, tmp_path):
     """As phones store them: the pixels lie, EXIF says how to turn them."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)

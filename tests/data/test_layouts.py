@@ -179,6 +179,40 @@ def test_karpathys_splits(write):
     assert open_source(str(source)).read(0).metadata["split"] == "restval"
 
 
+def test_a_split_that_the_data_set_names_is_packed_alone(write, tmp_path):
+    """Evaluated on all of Flickr8k in place of its 1,000 test images, recall came out far lower (CLIP_benchmark)."""
+    splits = ["train", "test", "train", "val"]
+    source = write(*(f"{number}.jpg" for number in range(4)))
+    images = [
+        {"filename": f"{number}.jpg", "split": split, "sentences": [{"raw": f"mill {number}"}] if number < 3 else []}
+        for number, split in enumerate(splits)
+    ]
+    put(source, "dataset_flickr8k.json", json.dumps({"images": images}))
+    note = "Its pairs are of the splits test, train, packed together: --split test packs that one."
+    assert note in describe_recognition(open_source(str(source)), str(source)).notes
+    test = open_source(str(source), SourceOptions(split=("test",), captions="optional"))
+    assert [test.read(number).key for number in range(len(test))] == ["1"]
+    assert describe_recognition(test, str(source)).notes == ()
+    assert captions_of(source, split=("test", "train"), captions="optional").keys() == {"0", "1", "2"}
+    assert test.fingerprint() != open_source(str(source), SourceOptions(captions="optional")).fingerprint()
+    with pytest.raises(UsageError, match=r"--split tests: no pair of the source .* did you mean 'test'"):
+        open_source(str(source), SourceOptions(split=("tests",)))
+    summary = pack(
+        open_source(str(source), SourceOptions(split=("train",))), tmp_path / "out", PackConfig(max_bad_share=1)
+    )
+    # what has no caption has no split that could be read, and is rejected by its reason
+    assert (summary.samples, summary.rejected) == (2, {"no caption": 1})
+
+
+def test_a_split_of_a_table_is_packed_alone(write):
+    source = write(*(f"{number}.jpg" for number in range(3)))
+    put(source, "captions.csv", "image,caption,split\n0.jpg,a mill,val\n1.jpg,a jug,train\n2.jpg,a kite,val\n")
+    assert captions_of(source, split=("val",)) == {"0": ("a mill",), "2": ("a kite",)}
+    put(source, "captions.csv", "image,caption\n0.jpg,a mill\n")
+    with pytest.raises(UsageError, match=r"--split val: .* it names no splits"):
+        open_source(str(source), SourceOptions(split=("val",)))
+
+
 def img2dataset_rows() -> list[dict]:
     rows = [
         {

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tests.models.huggingface_fixture import CAPTIONS, FOLDERS, siglip2_folder
+from vlm.cli.main import main
 from vlm.data.tokenizers import HuggingFaceTokenizer
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import load_model, load_network, save_model_folder
@@ -160,3 +161,26 @@ def test_weights_that_leave_out_a_layer_are_refused_rather_than_drawn(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(VlmError, match=r"lack \d+ tensors of its configuration, such as text_model\."):
         load_model(str(folder))
+
+
+def test_shards_are_embedded_indexed_and_searched_with_it(folders, scene_shards, tmp_path, capsys):
+    """As with any other MODEL, by its folder."""
+    steps = [
+        ["embed", folders["siglip"], scene_shards / "val", tmp_path / "embeddings", "--workers", "0"],
+        ["index", "build", tmp_path / "embeddings", tmp_path / "index"],
+        ["search", tmp_path / "index", "a red circle", "--top", "3", "--json"],
+    ]
+    for step in steps:
+        assert main([str(word) for word in step]) == 0
+        printed = capsys.readouterr().out
+    hits = json.loads(printed)
+    assert len(hits["hits"] if isinstance(hits, dict) else hits[0]["hits"]) == 3
+
+
+def test_it_can_be_trained_on(folders, scene_shards, tmp_path, capsys):
+    flags = ["--start-from", folders["clip"], "--steps", "2", "--batch-size", "8", "--workers", "0"]
+    words = ["train", "tiny", "--data", scene_shards / "train", "--run", tmp_path / "run", *flags]
+    assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+    trained = load_model(str(tmp_path / "run"), device="cpu")
+    assert trained.fingerprint != load_model(str(folders["clip"]), device="cpu").fingerprint
+    assert trained.embed_texts(["a"]).shape == (1, 12)

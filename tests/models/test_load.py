@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from typing import Any
@@ -90,6 +91,16 @@ def test_changed_weights_do_not_pass_as_the_saved_model(model, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(VlmError, match="not what its manifest says"):
         load_model(str(tmp_path))
+
+
+def test_a_model_of_rectangular_images_is_refused_by_their_size(model, tmp_path):
+    model.config["vision_cfg"]["pos_embed_type"] = "sin_cos_2d"  # whose tower cannot even be built
+    save_model_folder(tmp_path, dataclasses.replace(model, network=build_network(model.config)), inputs={})
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"] = [32, 48]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="The model takes 32×48 images; only square ones are supported"):
+        load_model(str(tmp_path), device="cpu")
 
 
 def test_damaged_weights_are_named(model, tmp_path):

@@ -51,6 +51,7 @@ def pack(
     *,
     kind: SourceKind | None = None,
     folder: str = "",
+    split: Sequence[str] = (),
     image_column: str | None = None,
     caption_column: str | None = None,
     key_column: str | None = None,
@@ -78,6 +79,7 @@ def pack(
         out: folder for the shards.
         kind: how to read the source; None detects it. Of a table, `image_column`, `caption_column` and `key_column`
             name the columns.
+        split: pack only pairs whose annotations or table rows name one of these splits.
         captions: the file that holds the captions, `none`, or `optional` to pack also images that have none.
         template: the caption of a class, with {} for its name.
         hold_out: at least so many samples go to val-*.tar, the rest to train-*.tar.
@@ -91,6 +93,7 @@ def pack(
     options = SourceOptions(
         kind=kind,
         folder=folder,
+        split=tuple(split),
         image_column=image_column,
         caption_column=caption_column,
         key_column=key_column,

@@ -1,5 +1,6 @@
 """Images in any form to batches of pixels: read and decoded in threads, a batch ahead of the model."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from vlm.data.image_inputs import encoded_image, image_list
+from vlm.data.image_inputs import file_or_image, image_list
 from vlm.data.sources.image_names import image_paths
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
@@ -86,6 +87,7 @@ def read_batches(
         raise UsageError(f"batch_size = {batch_size} is out of range: give 1 or more.")
     if on_error not in ("raise", "skip"):
         raise UsageError(f"on_error = {on_error!r}; give raise or skip.")
+    _load_repeated(images)
     with ThreadPoolExecutor(min(_THREADS, max(len(images), 1)), "images") as pool:
         pending: deque[tuple[int, list[Future[np.ndarray]]]] = deque()
         try:
@@ -102,10 +104,24 @@ def read_batches(
                     future.cancel()
 
 
+def _load_repeated(images: Sequence[NamedImage]) -> None:
+    """Decode PIL images that are given more than once: two threads must not read one opened file at a time."""
+    visited: set[int] = set()
+    for image in images:
+        if isinstance(image.content, Image.Image):
+            if id(image.content) in visited:
+                # what is wrong with it is found, and named, where it is used
+                with contextlib.suppress(Exception):
+                    image.content.load()
+            visited.add(id(image.content))
+
+
 def _view(image: NamedImage, view: EvalTransform) -> UInt8[Array, "3 S S"]:
-    content = encoded_image(image.content)
+    content = file_or_image(image.content)
     if isinstance(content, bytes):
         return view(content)
+    if isinstance(content, Image.Image):
+        return view.of_image(content)
     if not content.is_file():
         raise UsageError(f"There is no image {image.name!r}.")
     try:

@@ -42,6 +42,9 @@ class Pack:
     folder: str = ""
     """Read only pairs in this folder of the source."""
 
+    split: tuple[str, ...] = ()
+    """Splits to pack, by the field `split` of annotations (Karpathy's) or of a table; empty packs all."""
+
     image_column: str | None = None
     """Column of a table with the image files."""
 

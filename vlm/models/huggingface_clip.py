@@ -4,7 +4,9 @@ The configuration of transformers is kept in our own, under `huggingface`, so th
 exported here is a model folder like any other.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +182,22 @@ def load_huggingface(folder: Path, device: torch.device, precision: torch.dtype)
 
 def _read_weights(folder: Path) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    # transformers 5 draws a bar of its own, also where nobody looks
-    is_drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_loading_bar():
         return AutoModel.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+
+
+@contextlib.contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Without the bar that transformers 5 draws while it reads weights, also where nobody looks."""
+    from transformers.utils import logging
+
+    is_drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if is_drawn:
             logging.enable_progress_bar()

@@ -107,6 +107,10 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         return load_open_clip_folder(folder, device, precision)
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = values["model_cfg"]
+    # before the network, whose towers fail on sizes that no view has
+    view = EvalTransform.from_preprocess(
+        {"size": config["vision_cfg"]["image_size"], **values.get("preprocess_cfg", {})}
+    )
     network = build_network(config)
     try:
         network.load_state_dict(load_file(folder / WEIGHTS))
@@ -116,9 +120,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         name=str(folder),
         network=network.eval().to(device),
         config=config,
-        view=EvalTransform.from_preprocess(
-            {"size": config["vision_cfg"]["image_size"], **values.get("preprocess_cfg", {})}
-        ),
+        view=view,
         tokenizer=open_tokenizer(str(folder), config["text_cfg"].get("context_length")),
         device=device,
         precision=precision,

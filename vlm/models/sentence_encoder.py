@@ -14,7 +14,7 @@ from vlm.data.tokenizers import TransformersTokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint
-from vlm.models.huggingface_clip import is_dual_encoder, load_huggingface
+from vlm.models.huggingface_clip import is_dual_encoder, load_huggingface, no_loading_bar
 from vlm.models.model import TEXT_BATCH_SIZE, VisionLanguageModel, space_fingerprint
 from vlm.tensor_types import Float32, Tensor, UInt8
 
@@ -95,9 +95,10 @@ def load_sentence_transformer(folder: Path, device: torch.device, precision: tor
             f"{folder} is a sentence-transformers model: pip install sentence-transformers to use it."
         ) from error
     try:
-        loaded = SentenceTransformer(
-            str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": precision}
-        ).eval()
+        with no_loading_bar():
+            loaded = SentenceTransformer(
+                str(folder), device=str(device), local_files_only=True, model_kwargs={"dtype": precision}
+            ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise VlmError(f"{folder} cannot be read by sentence-transformers: {error}") from error
     with torch.inference_mode():
