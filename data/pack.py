@@ -26,6 +26,7 @@ from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
 from vlm.data.tar_copy import npy_bytes
+from vlm.data.tar_writer import SampleWriter
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
 from vlm.manifest import MANIFEST, FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
@@ -42,7 +43,7 @@ _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def encode_pair(pair: Pair, *, verify: bool = True, columns: JsonColumns | None = None) -> dict[str, Any]:
-    """A pair as `__key__`, an image, `txt`, `json` and `NAME.npy`, ready for webdataset's TarWriter.
+    """A pair as `__key__`, an image, `txt`, `json` and `NAME.npy`, ready for `SampleWriter`.
 
     The text is the first caption of the first language, and is left out where there is none; the JSON holds the
     metadata with all captions, as the columns of all samples ask for it.
@@ -321,8 +322,6 @@ class _PackJob:
 
     def write_split(self, split: str, numbers: Sequence[int]) -> None:
         """Write what is missing of a split, a shard at a time."""
-        from webdataset.writer import TarWriter
-
         done = [shard for shard in self.shards if shard.split == split]
         samples = self._samples(numbers, first=done[-1].upto if done else 0)
         size = self._config.samples_per_shard
@@ -332,11 +331,7 @@ class _PackJob:
             path = self._out / f"{split}-{place:0{digits}d}.tar"
             count = 0
             endings: set[str] = set()
-            with (
-                atomic_write(path) as file,
-                # mtime=0: the time of packing would change the bytes
-                TarWriter(file, encoder=False, mtime=0) as tar,
-            ):
+            with atomic_write(path) as file, SampleWriter(file) as tar:
                 # the first sample is read before the file is opened: no shard is empty
                 for member in chain([sample], islice(samples, size - 1)):
                     tar.write(member)

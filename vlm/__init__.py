@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
-    from vlm.api.data import pack as pack
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
     from vlm.api.find import find as find
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
     from vlm.api.local_models import list_models as list_models
+    from vlm.api.packing import pack as pack
     from vlm.api.runs import compare_runs as compare_runs
     from vlm.api.runs import list_runs as list_runs
     from vlm.api.training import embed as embed
@@ -76,7 +76,7 @@ _MODULES: dict[str, str] = {
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",
     "open_index": "vlm.api.index",
-    "pack": "vlm.api.data",
+    "pack": "vlm.api.packing",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",
     "watch": "vlm.api.find",

@@ -1,7 +1,7 @@
 """What a source is, found by looking: one row for each layout in `KINDS`, of which the first that fits is used.
 
 Where two readings are possible, or captions lie near that no reading uses, the error names the flag that decides.
-`describe_recognition` reports the layout, two pairs, and the files that are not used.
+`recognise_source` reports the layout, two pairs, and the files that are not used.
 The synthetic shapes, which need no files, are a source of their own here.
 """
 
@@ -131,9 +131,8 @@ _EXAMPLE_TRIES = 20
 _EXAMPLE_CHARACTERS = 100
 
 
-def describe_recognition(source: PairSource, url: str, options: SourceOptions | None = None) -> Recognition:
+def _describe_recognition(source: PairSource, location: SourceLocation) -> Recognition:
     """What a source was taken for, two pairs of it, and which files no reading took."""
-    location = open_location(url, options or SourceOptions())
     described = source.describe()
     kind = str(described.get("kind", ""))
     used = source.used_files() if isinstance(source, FileSource) else _tars(location)
@@ -250,12 +249,28 @@ def open_source(url: str, options: SourceOptions | None = None) -> PairSource:
     Raises:
         UsageError: nothing is there, it is of no known kind, two readings are possible, or it is empty.
     """
-    options = options or SourceOptions()
-    location = open_location(url, options)
+    return _open(open_location(url, options or SourceOptions()))
+
+
+def recognise_source(url: str, options: SourceOptions | None = None) -> tuple[PairSource, Recognition]:
+    """`open_source` and what it was taken for, from one look at the address.
+
+    Raises:
+        UsageError: as `open_source`.
+    """
+    location = open_location(url, options or SourceOptions())
+    source = _open(location)
+    return source, _describe_recognition(source, location)
+
+
+def _open(location: SourceLocation) -> PairSource:
+    options = location.options
     kind = options.kind or _recognise(location)
     source = KINDS[kind].open(location)
     if options.selection and not isinstance(source, ShardSource):
-        raise UsageError(f"{url!r} is not a set of shards, so {options.selection} cannot choose among its samples.")
+        raise UsageError(
+            f"{location.url!r} is not a set of shards, so {options.selection} cannot choose among its samples."
+        )
     if not len(source):
         raise UsageError(_nothing_found(location))
     return SplitFilter(source, options.split) if options.split else source

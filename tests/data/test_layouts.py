@@ -16,7 +16,7 @@ from PIL import Image
 from vlm.data.pack import REJECTED, PackConfig, pack
 from vlm.data.sources.image_names import HAS_HEIF
 from vlm.data.sources.source import SourceOptions
-from vlm.data.sources.source_registry import describe_recognition, open_source
+from vlm.data.sources.source_registry import open_source, recognise_source
 from vlm.errors import BadSample, UsageError, VlmError
 
 
@@ -154,7 +154,7 @@ def test_coco(write):
     ]
     assert read[2].image == (source / "val2017/000000000001.jpg").read_bytes()
     assert read[0].metadata == {"id": 1, "file_name": "000000000001.jpg", "width": 40}
-    recognition = describe_recognition(pairs, str(source))
+    recognition = recognise_source(str(source))[1]
     assert "captions_train2017.json, annotations/captions_val2017.json: 3 images" in recognition.summary
     assert recognition.left_aside == {".json": 1}
 
@@ -189,10 +189,10 @@ def test_a_split_that_the_data_set_names_is_packed_alone(write, tmp_path):
     ]
     put(source, "dataset_flickr8k.json", json.dumps({"images": images}))
     note = "Its pairs are of the splits test, train, packed together: --split test packs that one."
-    assert note in describe_recognition(open_source(str(source)), str(source)).notes
-    test = open_source(str(source), SourceOptions(split=("test",), captions="optional"))
+    assert note in recognise_source(str(source))[1].notes
+    test, recognition = recognise_source(str(source), SourceOptions(split=("test",), captions="optional"))
     assert [test.read(number).key for number in range(len(test))] == ["1"]
-    assert describe_recognition(test, str(source)).notes == ()
+    assert recognition.notes == ()
     assert captions_of(source, split=("test", "train"), captions="optional").keys() == {"0", "1", "2"}
     assert test.fingerprint() != open_source(str(source), SourceOptions(captions="optional")).fingerprint()
     with pytest.raises(UsageError, match=r"--split tests: no pair of the source .* did you mean 'test'"):
@@ -238,7 +238,7 @@ def test_img2dataset_files(write, make_image):
     assert captions_of(source) == {f"{number:09d}": (f"a tram {number}",) for number in range(3)}
     pairs = open_source(str(source))
     assert pairs.read(1).metadata["url"] == "http://x/1"
-    assert "1 failed_to_download" in "\n".join(describe_recognition(pairs, str(source)).lines())
+    assert "1 failed_to_download" in "\n".join(recognise_source(str(source))[1].lines())
 
 
 def test_img2dataset_webdataset(tmp_path, make_image):
@@ -255,7 +255,7 @@ def test_img2dataset_webdataset(tmp_path, make_image):
     put(tars, "00000_stats.json", "{}")
     assert len(captions_of(tars)) == 3
     assert kind_of(tars) == "shards"
-    assert "1 failed_to_download" in "\n".join(describe_recognition(open_source(str(tars)), str(tars)).lines())
+    assert "1 failed_to_download" in "\n".join(recognise_source(str(tars))[1].lines())
 
 
 def test_img2dataset_parquet(tmp_path, make_image):
@@ -407,7 +407,7 @@ def test_boxes_beside_images_are_no_captions(write):
     put(source, "classes.txt", "cat\ndog\n")
     pairs = open_source(str(source))
     assert pairs.describe()["kind"] == "classes"
-    assert describe_recognition(pairs, str(source)).left_aside == {".txt": 2}
+    assert recognise_source(str(source))[1].left_aside == {".txt": 2}
 
 
 def test_of_several_tables_one_is_named(write):
@@ -425,7 +425,7 @@ def test_what_was_recognised_is_said_with_two_captions_and_what_is_left_aside(wr
     source = write("cat/1.jpg", "cat/2.jpg", "dog/3.jpg")
     put(source, "cat/x.psd", b"8BPS")
     put(source, "notes.md", "hello")
-    recognition = describe_recognition(open_source(str(source)), str(source))
+    recognition = recognise_source(str(source))[1]
     lines = "\n".join(recognition.lines())
     assert "class folders: 3 images, 2 classes (--kind classes)" in lines
     assert [caption for _, caption in recognition.examples] == ["a photo of a cat."] * 2
@@ -458,7 +458,7 @@ def test_links_are_followed_once_and_circles_end(write, tmp_path, make_image):
     (source / "dogs").symlink_to(tmp_path / "elsewhere")
     pairs = open_source(str(source))
     assert [pairs.read(number).metadata["file"] for number in range(len(pairs))] == ["real/cat/1.jpg", "dogs/dog/2.jpg"]
-    lines = "\n".join(describe_recognition(pairs, str(source)).lines())
+    lines = "\n".join(recognise_source(str(source))[1].lines())
     assert "aaa, a link to a folder that is read already" in lines
 
 
@@ -476,7 +476,7 @@ def test_dead_links_and_odd_names_are_counted_and_named(write, tmp_path, make_im
     assert "dead link" in summary.rejected
     keys = {open_source(str(tmp_path / "out")).read(number).key for number in range(3)}
     assert keys == {"1", "2", "caf%E9"}
-    lines = "\n".join(describe_recognition(pairs, str(source)).lines())
+    lines = "\n".join(recognise_source(str(source))[1].lines())
     assert "1 name not in UTF-8, such as cat/caf%E9.jpg" in lines
     assert "cat/pipe.jpg, neither a file nor a folder" in lines
 
@@ -493,7 +493,7 @@ def test_images_are_known_by_content_where_the_ending_says_nothing(write, tmp_pa
     pairs = open_source(str(source))
     summary = pack(pairs, tmp_path / "out")
     assert (summary.samples, summary.bad) == (10, 0)
-    assert describe_recognition(pairs, str(source)).left_aside == {".dng": 1}
+    assert recognise_source(str(source))[1].left_aside == {".dng": 1}
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.data.tar_fixture import tiny_image
 from vlm.data.pack import REJECTED, PackConfig, pack
 from vlm.data.sources.source import SourceOptions
-from vlm.data.sources.source_registry import describe_recognition, open_source
+from vlm.data.sources.source_registry import open_source, recognise_source
 from vlm.errors import VlmError
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -153,8 +153,7 @@ def test_files_of_a_folder_are_packed_rejected_left_aside_or_refused(files, mode
             path.write_bytes(content)
         assert "\n" not in refusal(source, Path(name) / "out", captions=mode)
         with contextlib.suppress(VlmError):
-            pairs = open_source(str(source), options)
-            recognition = describe_recognition(pairs, str(source), options)
+            pairs, recognition = recognise_source(str(source), options)
             if recognition.kind in ("texts", "classes", "images"):
                 # an image is a pair, and every other file is beside one or left aside
                 num_left = sum(recognition.left_aside.values())

@@ -1,8 +1,6 @@
-"""`vlm.pack`, `vlm.stream` and `vlm.train_tokenizer`: pairs to shards, shards to batches and to a tokenizer."""
+"""`vlm.stream` and `vlm.train_tokenizer`: shards to batches and to a tokenizer."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -10,13 +8,10 @@ from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, T
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Corpus, open_corpus, read_sources
-from vlm.data.pack import PackConfig, PackSummary, shards_at
-from vlm.data.pack import pack as pack_source
+from vlm.data.pack import shards_at
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
 from vlm.data.selection import read_selection
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.sources.source import SceneOptions, SourceKind, SourceOptions
-from vlm.data.sources.source_registry import describe_recognition, open_source
 from vlm.data.tokenizer_training import TokenizerSummary
 from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
@@ -25,8 +20,6 @@ from vlm.errors import UsageError, os_errors_explained
 from vlm.files import compute_fingerprint
 from vlm.index.embed import ProcessRank
 from vlm.models.load import load_model
-
-logger = logging.getLogger(__name__)
 
 Shards: TypeAlias = str | Path | Sequence[str | Path]
 """Shards as a folder, a pattern, a URL, or several of these."""
@@ -42,86 +35,6 @@ def join_shards(shards: Shards) -> str:
     if not any(parts):
         raise UsageError("No shards are given: name a folder, a tar, a pattern or a URL.")
     return "::".join(parts)
-
-
-@os_errors_explained()
-def pack(
-    source: str | Path,
-    out: str | Path,
-    *,
-    kind: SourceKind | None = None,
-    folder: str = "",
-    split: Sequence[str] = (),
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    key_column: str | None = None,
-    captions: str = "",
-    caption_lines: bool = False,
-    encoding: str = "",
-    template: str = "a photo of a {}.",
-    languages: Sequence[str] = (),
-    samples_per_shard: int = 1000,
-    hold_out: int = 0,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    verify: bool = True,
-    allow_damage: bool = False,
-    selection: str | Path | None = None,
-    scenes: SceneOptions | None = None,
-) -> PackSummary:
-    """Pack image-text pairs into WebDataset shards, as `vlm pack` does; repeat the call to resume it.
-
-    What the source is taken for, and what of it looks wrong, is logged and in the result.
-
-    Args:
-        source: a table that names its images, images with a text file each, class folders, the output of img2dataset,
-            WebDataset tars, or `scenes` for synthetic shapes (docs/data.md).
-        out: folder for the shards.
-        kind: how to read the source; None detects it. Of a table, `image_column`, `caption_column` and `key_column`
-            name the columns.
-        split: pack only pairs whose annotations or table rows name one of these splits.
-        captions: the file that holds the captions, `none`, or `optional` to pack also images that have none.
-        template: the caption of a class, with {} for its name.
-        hold_out: at least so many samples go to val-*.tar, the rest to train-*.tar.
-        max_bad: largest fraction of unusable pairs.
-        verify: decode every image, so that damaged ones are left out.
-
-    Raises:
-        UsageError: the source is none, or not one, of these, or `out` holds something else.
-        VlmError: too many pairs are unusable.
-    """
-    options = SourceOptions(
-        kind=kind,
-        folder=folder,
-        split=tuple(split),
-        image_column=image_column,
-        caption_column=caption_column,
-        key_column=key_column,
-        captions=captions,
-        caption_lines=caption_lines,
-        encoding=encoding,
-        template=template,
-        allow_damage=allow_damage,
-        selection=None if selection is None else Path(selection),
-        scenes=scenes or SceneOptions(),
-    )
-    config = PackConfig(
-        samples_per_shard=samples_per_shard,
-        hold_out=hold_out,
-        seed=seed,
-        max_bad_share=max_bad,
-        languages=tuple(languages),
-        verify=verify,
-    )
-    opened = open_source(str(source), options)
-    recognition = describe_recognition(opened, str(source), options)
-    # what the source was taken for comes before the work, so that a wrong reading costs no hours
-    for line in recognition.lines():
-        logger.info(line)
-    summary = pack_source(opened, Path(out), config)
-    for warning in summary.warnings:
-        logger.warning(warning)
-    return replace(summary, recognised=recognition)
 
 
 @os_errors_explained()

@@ -101,7 +101,7 @@ class Pack:
 
     def run(self) -> None:
         """Pack, show the counts."""
-        from vlm.api.data import pack
+        from vlm.api.packing import pack
 
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         del options["json"]

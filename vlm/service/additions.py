@@ -27,6 +27,7 @@ from vlm.data.shards import count_samples, expand_shards, is_remote
 from vlm.data.sources.source import FolderFiles
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import open_index
+from vlm.data.tar_writer import SampleWriter
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint, content_digest, read_lines
 from vlm.index.embeddings_folder import (
@@ -303,14 +304,12 @@ class AdditionPlanner:
 
     def _from_bytes(self, images: Mapping[int, bytes], described: "_Descriptions") -> Addition:
         """Images without a file, each by its number: written to a shard in the index folder, then embedded from it."""
-        from webdataset.writer import TarWriter
-
         name = compute_fingerprint(*(content_digest(image) for image in images.values()))
         path = self._snapshot.folder / IMAGES / f"{name}.tar"
         is_new = not path.exists()
         path.parent.mkdir(exist_ok=True)
         unreadable: dict[str, str] = {}
-        with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        with atomic_write(path) as file, SampleWriter(file) as tar:
             for number, image in images.items():
                 pair = Pair(
                     key=f"{number:06d}",
