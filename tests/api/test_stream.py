@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -16,13 +17,17 @@ from vlm.data.selection import write_selection
 from vlm.data.shards import expand_shards
 from vlm.data.tokenizers import open_tokenizer
 
-OPTIONS = {"batch_size": 10, "image_size": 16, "seed": 3, "epochs": 2, "workers": 0, "flip": 0.5}
+OPTIONS: dict[str, Any] = {"batch_size": 10, "image_size": 16, "seed": 3, "epochs": 2, "workers": 0, "flip": 0.5}
 NUM_TRAIN = 96
 
 
 @pytest.fixture
 def train_shards(scene_shards):
     return str(scene_shards / "train")
+
+
+def changed(options: dict[str, Any]) -> dict[str, Any]:
+    return OPTIONS | options
 
 
 def contents(batches) -> list[tuple]:
@@ -40,14 +45,15 @@ def whole(train_shards):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_loads_a_state_gives_the_batches_that_were_left(train_shards, whole, stop, workers):
     before = []
-    with vlm.stream(train_shards, **OPTIONS | {"workers": workers}) as first:
+    state: dict[str, Any] = {}
+    with vlm.stream(train_shards, **changed({"workers": workers})) as first:
         for batch in first:
             before.append(batch)
             if len(before) == stop:
                 # as a training script saves it; batches that workers have ready do not count
                 state = json.loads(json.dumps(first.state_dict()))
                 break
-    with vlm.stream(train_shards, **OPTIONS | {"workers": 2 - workers}) as second:
+    with vlm.stream(train_shards, **changed({"workers": 2 - workers})) as second:
         second.load_state_dict(state)
         assert second.position == stop
         assert contents(before) + contents(second) == whole
@@ -90,11 +96,11 @@ def test_the_share_is_the_launchers_unless_it_is_given(train_shards, monkeypatch
     assert len(next(iter(vlm.stream(train_shards, **OPTIONS)))) == 5
     assert len(next(iter(vlm.stream(train_shards, **OPTIONS, rank=0, world_size=1)))) == 10
     with pytest.raises(vlm.UsageError, match="multiple of 2 processes"):
-        vlm.stream(train_shards, **OPTIONS | {"batch_size": 9})
+        vlm.stream(train_shards, **changed({"batch_size": 9}))
 
 
 def test_evaluation_gives_each_sample_once_in_file_order(train_shards):
-    options = {"batch_size": 16, "image_size": 16, "transform": "evaluation", "workers": 0}
+    options: dict[str, Any] = {"batch_size": 16, "image_size": 16, "transform": "evaluation", "workers": 0}
     batches = list(vlm.stream(train_shards, **options))
     keys = [key for batch in batches for key in batch.keys]
     assert keys == sorted(set(keys))
@@ -116,7 +122,7 @@ def test_a_selection_says_which_samples_are_seen(train_shards, tmp_path, transfo
     everything = select_all(expand_shards(train_shards))
     halved = tuple(np.arange(len(times), dtype=np.uint16) % 2 for times in everything.times)
     write_selection(tmp_path / "half.selection", replace(everything, times=halved))
-    options = {"batch_size": 16, "image_size": 16, "workers": 0, "transform": transform}
+    options: dict[str, Any] = {"batch_size": 16, "image_size": 16, "workers": 0, "transform": transform}
     stream = vlm.stream(train_shards, **options, selection=tmp_path / "half.selection")
     keys = [key for batch in stream for key in batch.keys]
     every_other = [sample_index.number % 2 for batch in stream for sample_index in batch.sample_indices]
@@ -140,7 +146,7 @@ def test_a_state_of_another_stream_is_refused(train_shards, scene_shards):
     state = vlm.stream(train_shards, **OPTIONS).state_dict()
     for change in ({"seed": 4}, {"batch_size": 20}, {"transform": "evaluation"}):
         with pytest.raises(vlm.UsageError, match="state is of another stream"):
-            vlm.stream(train_shards, **OPTIONS | change).load_state_dict(state)
+            vlm.stream(train_shards, **changed(change)).load_state_dict(state)
     with pytest.raises(vlm.UsageError, match="sequence was"):
         vlm.stream(scene_shards / "val", **OPTIONS).load_state_dict(state)
     with pytest.raises(vlm.UsageError, match="another stream"):
@@ -150,14 +156,14 @@ def test_a_state_of_another_stream_is_refused(train_shards, scene_shards):
 
 
 def test_closing_ends_the_workers(train_shards):
-    with vlm.stream(train_shards, **OPTIONS | {"workers": 2}) as stream:
+    with vlm.stream(train_shards, **changed({"workers": 2})) as stream:
         next(iter(stream))
         assert len(multiprocessing.active_children()) == 2
     assert not multiprocessing.active_children()
 
 
 def test_an_endless_stream_has_no_length(train_shards):
-    stream = vlm.stream(train_shards, **OPTIONS | {"epochs": None, "batch_size": 64})
+    stream = vlm.stream(train_shards, **changed({"epochs": None, "batch_size": 64}))
     sizes = [len(batch) for batch, _ in zip(stream, range(5), strict=False)]
     assert sizes == [64] * 5
     with pytest.raises(TypeError, match="endless"):
@@ -228,4 +234,4 @@ def test_an_error_of_the_loop_stays_what_it_is(train_shards):
 )
 def test_what_is_out_of_range_is_said(train_shards, change, message):
     with pytest.raises(vlm.UsageError, match=message):
-        list(vlm.stream(train_shards, **OPTIONS | change))
+        list(vlm.stream(train_shards, **changed(change)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,14 @@ from vlm.models.load import load_model
 from vlm.train.history import read_metrics
 from vlm.train.presets import open_preset
 
-SETTINGS = {"steps": 3, "batch_size": 16, "workers": 0, "architecture": "micro", "log_every": 1, "warmup_steps": 1}
+SETTINGS: dict[str, Any] = {
+    "steps": 3,
+    "batch_size": 16,
+    "workers": 0,
+    "architecture": "micro",
+    "log_every": 1,
+    "warmup_steps": 1,
+}
 # what differs between two equal calls
 TIMES = {"seconds", "samples_per_second", "images_per_second", "data_wait", "mfu", "memory_bytes", "eta_seconds"}
 
@@ -24,7 +32,7 @@ TIMES = {"seconds", "samples_per_second", "images_per_second", "data_wait", "mfu
 def trained(scene_shards, scene_tokenizer, tmp_path_factory):
     """A run, its summary, and the options it was made with; of an architecture that every process knows."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    options = SETTINGS | {"architecture": "tiny", "tokenizer": str(scene_tokenizer)}
+    options: dict[str, Any] = SETTINGS | {"architecture": "tiny", "tokenizer": str(scene_tokenizer)}
     data, val = scene_shards / "train", scene_shards / "val"
     return run, vlm.train("tiny", data=data, val=[str(val)], run=run, **options), options
 
@@ -141,8 +149,10 @@ def test_an_evaluation_is_what_the_verb_prints_and_writes(capsys, trained, scene
     assert json.loads((tmp_path / "report" / "evaluation.json").read_text()) == evaluation.to_json()
     assert (tmp_path / "report" / "report.html").is_file()
     # a model that is loaded already serves, and classes may be a list
+    assert evaluation.zero_shot
     names = list(dict.fromkeys(score.name for score in evaluation.zero_shot.classes))
     again = vlm.evaluate(load_model(str(run)), classes=val, class_names=names, workers=0)
+    assert again.zero_shot
     assert again.zero_shot.top1 == pytest.approx(evaluation.zero_shot.top1, abs=0.2)
     with pytest.raises(vlm.UsageError, match="Nothing to evaluate"):
         vlm.evaluate(run)
@@ -150,7 +160,9 @@ def test_an_evaluation_is_what_the_verb_prints_and_writes(capsys, trained, scene
 
 def test_recall_is_in_percent_for_people(capsys, trained, scene_shards):
     run, _, _ = trained
-    recall = vlm.evaluate(run, retrieval=scene_shards / "val", workers=0).retrieval.text_to_image.recall
+    retrieval = vlm.evaluate(run, retrieval=scene_shards / "val", workers=0).retrieval
+    assert retrieval
+    recall = retrieval.text_to_image.recall
     assert main(["eval", str(run), "--retrieval", str(scene_shards / "val"), "--workers", "0"]) == 0
     printed = capsys.readouterr().out
     assert all(f" {value:.1%} " in printed for value in recall.values())
@@ -162,13 +174,16 @@ def test_embeddings_are_what_the_verb_makes_and_prints(capsys, trained, scene_sh
     val = scene_shards / "val"
     result = vlm.embed(run, val, tmp_path / "a", modality=modality, workers=0)
     assert isinstance(result, EmbedResult)
+    assert result.image
     assert result.image.rows == 40
     assert (result.text is None) == (modality == "image")
     printed = printed_json(capsys, "embed", run, val, tmp_path / "b", "--modality", modality, "--workers", 0, "--json")
     told = json.dumps(without_times(result.to_json())).replace(str(tmp_path / "a"), str(tmp_path / "b"))
     assert json.loads(told) == {name: without_times(value) for name, value in without_times(printed).items()}
     # repeated, it is complete
-    assert vlm.embed(run, val, tmp_path / "a", modality=modality, workers=0).image.was_complete
+    again = vlm.embed(run, val, tmp_path / "a", modality=modality, workers=0).image
+    assert again
+    assert again.was_complete
 
 
 def test_what_the_system_refuses_is_an_error_of_ours(trained, scene_shards, tmp_path):
