@@ -17,7 +17,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.evaluation.retrieval import Retrieval, iter_sample_batches, measure_retrieval
 from vlm.files import atomic_folder
 from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.models.onnx_export import write_onnx_manifest
+from vlm.models.onnx_export import quiet, write_onnx_manifest
 from vlm.models.onnx_folder import IMAGE_TOWER, TEXT_TOWER, OnnxFolder, read_onnx_folder
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32
@@ -95,10 +95,11 @@ def quantize_tower(source: Path, target: Path) -> int:
     config = DefaultWeightOnlyQuantConfig(
         block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACCURACY_LEVEL, bits=_BITS
     )
-    quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=config)
-    quantizer.process()
-    model: Any = quantizer.model
-    model.save_model_to_file(str(target), True)
+    with quiet():
+        quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=config)
+        quantizer.process()
+        model: Any = quantizer.model
+        model.save_model_to_file(str(target), True)
     return sum(node.op_type == "MatMulNBits" for node in model.model.graph.node)
 
 

@@ -76,6 +76,9 @@ def export_onnx(model: VisionLanguageModel, out: Path, *, spec: str, source: Pat
     """
     _require_libraries()
     sources = {} if source is None else layout.record_sources(source)
+    # what a tower loads with its first text must be there before: the exporter would give it tensors without values,
+    # and it would keep them
+    model.embed_texts(_TEXTS[:1])
     with atomic_folder(out) as folder:
         _export_tower(_ImageTower(model), _example_pixels(model), folder / layout.IMAGE_TOWER, model.name)
         has_any_length = _export_text_tower(model, folder / layout.TEXT_TOWER)
@@ -183,7 +186,7 @@ def _export_tower(tower: nn.Module, example: Tensor, path: Path, name: str, *, l
     input_name = layout.PIXELS if path.name == layout.IMAGE_TOWER else layout.TOKENS
     axes = {0: torch.export.Dim("batch", min=1)} | ({} if length is None else {1: length})
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             torch.onnx.export(
                 tower.eval(),
                 (example,),
@@ -203,8 +206,8 @@ def _export_tower(tower: nn.Module, example: Tensor, path: Path, name: str, *, l
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own talk, on stdout and in warnings, of which a user can use none."""
+def quiet() -> Iterator[None]:
+    """Without the talk of exporters and quantisers on stdout, in logs and in warnings, of which users have no use."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         disabled = logging.root.manager.disable
