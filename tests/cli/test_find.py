@@ -106,6 +106,12 @@ def test_find_prints_files_that_can_be_piped_and_json_that_python_gives(
     assert printed == given
     assert list(photos.rglob("*.sqlite")) == []
 
+    assert main(["find", str(photos), "a", "--min-probability", "0.01", "--no-update", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    result = vlm.find(photos, "a", relevant=0.01)
+    assert printed["relevance"] == result.to_json()["relevance"]
+    assert [hit["probability"] for hit in printed["hits"]] == [hit.probability for hit in result]
+
 
 def test_an_image_of_the_folder_is_searched_by_without_the_model(
     photos: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ import pytest
 from tests.service.circle_fixture import CircleModel
 from vlm.cli.main import main
 from vlm.index.build import build_index
-from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin
+from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
 
 
 def origin(number: int) -> Origin:
@@ -93,6 +93,29 @@ def test_words_duplicates_diversity_and_the_lowest_cosine_reach_the_question(sea
     assert asked == {"words": "caption 3", "duplicates": 0.99, "diversity": 0.1, "at_least": 0.2}
     assert {"fused", "similar", "score"} <= set(result["hits"][0])
     assert "u3" in {hit["uid"] for hit in result["hits"]}
+
+
+def test_what_is_likely_relevant_is_shown_with_its_probability(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
+    space = EmbeddingSpace(model="nowhere", fingerprint="none", dimension=16, modality="image")
+    writer = EmbeddingsWriter(tmp_path / "vectors", space=space, identity={})
+    writer.add("/nowhere/0.tar", normalize_rows(vectors), [origin(number) for number in range(60)])
+    writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
+    build_index(tmp_path / "vectors", tmp_path / "index", kind="flat")
+    words = ["search", str(tmp_path / "index"), "--like", "u3"]
+    assert main([*words, "--relevant", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [hit["uid"] for hit in result["hits"]] == ["u3"]
+    assert result["question"]["relevant"] == 0.9
+    assert result["relevance"]["kind"] == "rows"
+    assert result["hits"][0]["probability"] > 0.99
+    # a probability asks for relevance by itself
+    assert main([*words, "--min-probability", "0.25"]) == 0
+    table = capsys.readouterr().out
+    assert "probability" in table
+    assert "u3" in table
 
 
 def test_grouped_answers_show_their_number(search: Search) -> None:

@@ -44,6 +44,7 @@ def find(
     minus: Words = (),
     where: str = "",
     top: int = 10,
+    relevant: bool | float = False,
     model: FolderModel = "",
     index: str | Path | None = None,
     update: bool = True,
@@ -62,6 +63,7 @@ def find(
             "2024-05-17T10:22:31"), year, month, camera, latitude, longitude, folder, file, width, height, caption, and
             those of a JSON next to an image.
         top: number of hits; the uid of a hit is its path below the folder.
+        relevant: only hits that are likely relevant, as of `SearchIndex.search`; for words alone or images alone.
         model: a MODEL as of `vlm.load`, or what that gave; by default the one of the index, else VLM_MODEL.
         index: where the index is kept, by default among the user's data.
         update: look for changes first; otherwise search what is indexed.
@@ -73,7 +75,7 @@ def find(
     images = ImageFolder(folder, model=model, index=index)
     if update:
         images.update()
-    return images.search(words, like=like, minus=minus, where=where, top=top)
+    return images.search(words, like=like, minus=minus, where=where, top=top, relevant=relevant)
 
 
 def watch(
@@ -166,6 +168,7 @@ class ImageFolder:
         minus: Words = (),
         where: str = "",
         top: int = 10,
+        relevant: bool | float = False,
     ) -> SearchResult:
         """Search what is indexed; arguments and raises as of `find`."""
         texts = (words,) if isinstance(words, str) else tuple(words)
@@ -183,7 +186,15 @@ class ImageFolder:
                 items.append(uid)
             else:
                 images.append(_query_image(image, data))
-        query = Query(texts=texts, images=tuple(images), items=tuple(items), minus=minus_texts, where=where, top=top)
+        query = Query(
+            texts=texts,
+            images=tuple(images),
+            items=tuple(items),
+            minus=minus_texts,
+            where=where,
+            top=top,
+            relevant=relevant,
+        )
         return self._open_service().search(query)
 
     def watch(self, *, poll_seconds: float | None = None) -> Iterator[FolderUpdate]:

@@ -143,6 +143,7 @@ class SearchIndex:
         group_duplicates: float | None = None,
         diversity: float = 0.0,
         rerank_top: int = 0,
+        relevant: bool | float = False,
         after: str = "",
     ) -> SearchResult:
         """The rows nearest to a query: the sum of its texts, images, rows and vectors, less what is not wanted.
@@ -160,6 +161,8 @@ class SearchIndex:
             group_duplicates: hits whose cosine with a better one is at least this are counted, not shown.
             diversity: from 0, relevance only, to 1, diversity only.
             rerank_top: so many first hits are ordered by the likelihood of the texts (`rerank_model`).
+            relevant: only hits that are likely relevant, those of probability 0.9, or of the one given here; there may
+                be none. The first time, some seconds go into calibrating the index (vlm.service.relevance).
             after: `next` of a result of this query, for the next page.
 
         Raises:
@@ -181,6 +184,7 @@ class SearchIndex:
             duplicates=group_duplicates,
             diversity=diversity,
             rerank_top=rerank_top,
+            relevant=relevant,
             after=after,
         )
         return self._service.search(query)

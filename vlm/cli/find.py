@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import JsonOption
+from vlm.cli.options import JsonOption, MinProbabilityOption, RelevantOption
 from vlm.console import list_counts, show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError
 from vlm.files import json_text
@@ -66,6 +66,10 @@ class Find:
     top: int = 10
     """Number of results."""
 
+    relevant: RelevantOption = False
+
+    min_probability: MinProbabilityOption = None
+
     files: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
     """Print bare paths, one per line, to pipe into another program."""
 
@@ -103,7 +107,16 @@ class Find:
             return
         if update is not None:
             _log_update(update)
-        result = images.search(self.words, like=self.like, minus=self.minus, where=self.where, top=self.top)
+        result = images.search(
+            self.words,
+            like=self.like,
+            minus=self.minus,
+            where=self.where,
+            top=self.top,
+            relevant=self.relevant if self.min_probability is None else self.min_probability,
+        )
+        if result.hint:
+            logger.info(result.hint)
         self._show(images, result)
 
     def _show(self, images: "ImageFolder", result: "SearchResult") -> None:
@@ -115,11 +128,15 @@ class Find:
         elif self.json:
             show_json(result.to_json())
         else:
-            rows = [
-                [rank, hit.score, str(self._path_of(hit)), _described(hit)] for rank, hit in enumerate(result.hits, 1)
-            ]
+            columns = ["", "score", "file", ""]
+            if result.query.relevant is not None:
+                columns.insert(2, "probability")
+            rows: list[list[object]] = []
+            for rank, hit in enumerate(result.hits, 1):
+                probability = [] if hit.probability is None else [f"{hit.probability:.3f}"]
+                rows.append([rank, hit.score, *probability, str(self._path_of(hit)), _described(hit)])
             title = result.query.describe() + (f"  where {self.where}" if self.where else "")
-            show_table(["", "score", "file", ""], rows, title=title)
+            show_table(columns, rows, title=title)
         if self.open:
             _open_results_page(images, result)
 

@@ -37,6 +37,21 @@ ImageArguments = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help="Image files, and folders of them.")
 ]
 
+RelevantOption = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Keep only what is likely relevant, which may be nothing: results nearer than the best result of nine in "
+        "ten unrelated queries. Measured once for an index, in seconds; for words alone, or for images alone."
+    ),
+]
+MinProbabilityOption = Annotated[
+    float | None,
+    tyro.conf.arg(
+        metavar="FLOAT",
+        help="As --relevant, but nearer than this fraction of unrelated queries, above 0 and below 1, instead of 0.9.",
+    ),
+]
+
 JsonOption = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
 DeviceOption = Annotated[str, tyro.conf.arg(help="Device of the model: auto, cpu, cuda, cuda:1, …")]
 BackendOption = Annotated[

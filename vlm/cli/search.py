@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import BackendOption, IndexArgument, JsonOption
+from vlm.cli.options import BackendOption, IndexArgument, JsonOption, MinProbabilityOption, RelevantOption
 from vlm.console import read_text, show_json, show_table
 from vlm.errors import UsageError
 from vlm.files import json_text
@@ -47,9 +47,9 @@ _RERANK_HELP = (
 )
 _QUERIES_HELP = (
     "File of queries, - for stdin: one text per line, or a JSON object with texts, images, items, vectors, minus, "
-    "weights, top, where, at_least, words, duplicates, diversity, rerank_top, after; or an .npy file with one vector "
-    "per row. Missing fields default to the command-line options. Results are JSON, one per line; the index runs on a "
-    "GPU where FAISS sees one."
+    "weights, top, where, at_least, words, duplicates, diversity, rerank_top, relevant, after; or an .npy file with "
+    "one vector per row. Missing fields default to the command-line options. Results are JSON, one per line; the index "
+    "runs on a GPU where FAISS sees one."
 )
 
 
@@ -80,6 +80,10 @@ class Search:
 
     at_least: float | None = None
     """Minimum cosine similarity of a result."""
+
+    relevant: RelevantOption = False
+
+    min_probability: MinProbabilityOption = None
 
     where: Annotated[str, tyro.conf.arg(help=_WHERE_HELP)] = ""
 
@@ -142,6 +146,7 @@ class Search:
             duplicates=self.group_duplicates,
             diversity=self.diversity,
             rerank_top=self.rerank_top if self.rerank else 0,
+            relevant=self.relevant if self.min_probability is None else self.min_probability,
             after=self.after,
         )
 
@@ -174,6 +179,7 @@ class Search:
             group_duplicates=self.group_duplicates,
             diversity=self.diversity,
             rerank_top=self.rerank_top if self.rerank else 0,
+            relevant=self.relevant if self.min_probability is None else self.min_probability,
             after=self.after,
         )
         if self.html:
@@ -209,6 +215,8 @@ def show_result(result: "SearchResult") -> None:
         columns.insert(2, "likelihood")
     if query.duplicates is not None:
         columns.append("duplicates")
+    if query.relevant is not None:
+        columns.insert(2, "probability")
     rows: list[list[object]] = []
     for rank, hit in enumerate(result.hits, 1):
         # a column for each language would leave no room
@@ -217,6 +225,8 @@ def show_result(result: "SearchResult") -> None:
             row.insert(2, "–" if hit.likelihood is None else hit.likelihood)
         if hit.similar is not None:
             row.append(hit.similar)
+        if hit.probability is not None:
+            row.insert(2, f"{hit.probability:.3f}")
         rows.append(row)
     title = query.describe() + (f"  where {query.where}" if query.where else "")
     show_table(columns, rows, title=title)

@@ -24,6 +24,9 @@ MIN_WEIGHT = 1e-6
 MAX_WEIGHT = 1e6
 """Range of the absolute weights, in which single precision can sum the terms."""
 
+MIN_PROBABILITY = 0.9
+"""What `relevant` keeps by default: an unrelated query gets an answer one time in ten."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
@@ -39,6 +42,8 @@ class Query:
     duplicates: results whose cosine with a better one is at least this are counted, not shown; None shows all.
     diversity: from 0, relevance only, to 1, diversity only (`ranking.diversify`).
     rerank_top: number of top results ordered by likelihood (`ranking.Reranker`); 0 reranks none.
+    relevant: results of at least this probability (`vlm.service.relevance`), which is a minimum cosine as `at_least`
+        is, whatever boosts or orders them; True is `MIN_PROBABILITY`, None or False keeps all.
     after: the `next` of a result of this query, to get the next page.
     """
 
@@ -55,10 +60,13 @@ class Query:
     duplicates: float | None = None
     diversity: float = 0.0
     rerank_top: int = 0
+    relevant: bool | float | None = None
     after: str = ""
 
     def __post_init__(self) -> None:
         """Make tuples of single terms: a text is a sequence too, of letters."""
+        if isinstance(self.relevant, bool):
+            object.__setattr__(self, "relevant", MIN_PROBABILITY if self.relevant else None)
         for name in ("texts", "items", "minus"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -82,6 +90,7 @@ class Query:
         if self.duplicates is not None and not 0 < self.duplicates <= 1:
             raise UsageError(f"duplicates = {self.duplicates}: the cosine must be above 0 and at most 1.")
         self._check_rerank()
+        self._check_relevant()
 
     def signed_weights(self) -> list[float]:
         """The factor of each term in the order texts, images, items, vectors, minus; negative for minus terms.
@@ -163,6 +172,9 @@ class Query:
         }
         for name in ("top", "where", "at_least", "words", "duplicates", "diversity", "rerank_top", "after"):
             values[name] = getattr(self, name)
+        # only where it is asked for, so that cursors of all other queries stay valid
+        if self.relevant is not None:
+            values["relevant"] = self.relevant
         return values
 
     def _check_unicode(self) -> None:
@@ -183,6 +195,23 @@ class Query:
             raise UsageError("Reranking needs a text, whose likelihood given an image it uses; this query has no text.")
         if self.rerank_top and self.diversity:
             raise UsageError("Reranking orders by likelihood, diversity by dissimilarity: use one of them.")
+
+    def _check_relevant(self) -> None:
+        if self.relevant is None:
+            return
+        if not 0 < self.relevant < 1:
+            raise UsageError(f"relevant = {self.relevant}: the probability must be above 0 and below 1.")
+        if self.vectors:
+            raise UsageError(
+                "What is relevant to a vector is unknown, since it does not say whether it is of a text or an image: "
+                "omit relevant, or give a minimum cosine."
+            )
+        has_words = bool(self.texts or self.minus)
+        if has_words and (self.images or self.items):
+            raise UsageError(
+                "What is relevant is calibrated for words and for images, not for a sum of both: use one of them, omit "
+                "relevant, or give a minimum cosine."
+            )
 
 
 # big-endian without padding, so that a cursor is the same on every machine; the score has all bits of a float32
@@ -363,6 +392,7 @@ _TEXTS = (lambda value: _is_text(value) or _is_list_of(_is_text)(value), "a text
 _TEXT = (_is_text, "a text", str)
 _NUMBER = (_is_number, "a number", float)
 _INTEGER = (_is_integer, "a whole number", int)
+_SWITCH = (lambda value: isinstance(value, bool) or _is_number(value), "true, false or a number", lambda value: value)
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "texts": _TEXTS,
@@ -378,6 +408,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "duplicates": _NUMBER,
     "diversity": _NUMBER,
     "rerank_top": _INTEGER,
+    "relevant": _SWITCH,
     "after": _TEXT,
 }
 """For each field of a query in JSON: whether a value is valid, what is expected, and how it is converted."""

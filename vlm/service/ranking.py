@@ -189,6 +189,7 @@ class Ranker:
 
     query_vector: unit vector of the query. allowed_rows: the rows that may be results, ascending; None: all live ones.
     reranker: of the top results. num_candidates: as `NUM_CANDIDATES`.
+    min_cosine: of results, as well as the query's `at_least`.
     """
 
     snapshot: IndexSnapshot
@@ -197,6 +198,7 @@ class Ranker:
     allowed_rows: Int64[Array, " N"] | None = None
     reranker: Reranker | None = None
     num_candidates: int = NUM_CANDIDATES
+    min_cosine: float | None = None
 
     def page(self) -> tuple[Ranking, str]:
         """The results after the query's cursor, and the cursor of the next page; empty at the end.
@@ -371,9 +373,10 @@ class Ranker:
         return ScoredRanking(rows=selected, scores=scores[: len(selected)])
 
     def _above_min_cosine(self, ranking: Ranking) -> Ranking:
-        if self.query.at_least is None:
+        limits = [limit for limit in (self.query.at_least, self.min_cosine) if limit is not None]
+        if not limits:
             return ranking
-        return ranking.take(np.flatnonzero(ranking.cosines >= self.query.at_least - _ROUNDING))
+        return ranking.take(np.flatnonzero(ranking.cosines >= max(limits) - _ROUNDING))
 
     def _cosines(self, rows: Int64[Array, " N"]) -> Float32[Array, " N"]:
         # in double precision, so that a row has the same score however it was found and with whatever others

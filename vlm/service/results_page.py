@@ -98,6 +98,7 @@ def _options(query: Query) -> list[str]:
     options = {
         "where": query.where,
         "words": query.words,
+        "probability ≥": "" if query.relevant is None else f"{query.relevant:g}",
         "cosine ≥": "" if query.at_least is None else f"{query.at_least:g}",
         "duplicates collapsed from cosine": "" if query.duplicates is None else f"{query.duplicates:g}",
         "diversity": f"{query.diversity:g}" if query.diversity else "",

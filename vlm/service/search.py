@@ -7,7 +7,7 @@ together and ranks each query (`vlm.service.ranking`).
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from math import isnan
@@ -29,6 +29,7 @@ from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Query, load_query_vector
 from vlm.service.query_encoder import QueryEncoder, embed_pixels, embed_query_texts, load_encoder, load_query_encoder
 from vlm.service.ranking import NUM_CANDIDATES, Ranker, Ranking, rows_matching
+from vlm.service.relevance import Calibrator, NullScores, Relevance, find_best, null_kind
 from vlm.tensor_types import Array, Float32, Int64
 
 # imported where it is used: it needs torch, which most searches do without
@@ -50,11 +51,13 @@ class RankedHit(Hit):
     fused: the score of rank fusion that orders the hits of a query with words; None for those ordered by cosine.
     similar: how many worse hits it stands for.
     likelihood: of the query's texts given the image (`Reranker.order`); None if it was not reranked.
+    probability: that an unrelated query has no row as near (`vlm.service.relevance`); None if it was not asked for.
     """
 
     fused: float | None = None
     similar: int | None = None
     likelihood: float | None = None
+    probability: float | None = None
 
     @property
     def uid(self) -> str:
@@ -94,7 +97,12 @@ class RankedHit(Hit):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; without those that the query did not ask for."""
-        optional = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood}
+        optional = {
+            "fused": self.fused,
+            "similar": self.similar,
+            "likelihood": self.likelihood,
+            "probability": self.probability,
+        }
         present = {name: value for name, value in optional.items() if value is not None}
         # not asdict, whose deep copies took two thirds of the time of a request to the service
         return {"score": self.score} | present | vars(self.entry) | {"path": self.path}
@@ -107,7 +115,8 @@ class SearchResult:
     next: the cursor of the next page, empty at the end. generation: version of the index that was searched.
     rerank_milliseconds: None without reranking. unread: uids that were not reranked because their images cannot be
     read, with the reason. cut: texts of the query that are longer than the model's context.
-    hint: why its filter matches no row, empty if it matches some.
+    hint: why its filter matches no row, or that nothing is likely relevant; empty otherwise.
+    relevance: the cut, if the query asks for what is relevant.
     """
 
     query: Query
@@ -120,6 +129,7 @@ class SearchResult:
     unread: dict[str, str] = field(default_factory=dict)
     cut: tuple[str, ...] = ()
     hint: str = ""
+    relevance: Relevance | None = None
 
     def __iter__(self) -> Iterator[RankedHit]:
         return iter(self.hits)
@@ -147,6 +157,8 @@ class SearchResult:
             plain["cut"] = list(self.cut)
         if self.hint:
             plain["hint"] = self.hint
+        if self.relevance is not None:
+            plain["relevance"] = self.relevance.to_json()
         if self.rerank_milliseconds is None:
             return plain
         return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
@@ -168,6 +180,7 @@ class SearchService:
     num_candidates: int = NUM_CANDIDATES
     refreshes: bool = True
     _model: QueryEncoder | None = field(default=None, init=False, repr=False)
+    _calibrator: Calibrator = field(default_factory=Calibrator, init=False, repr=False)
 
     @classmethod
     def open(
@@ -263,12 +276,18 @@ class SearchService:
         named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
         allowed_rows = _resolve_filters(named_queries, snapshot)
         rerankers = self._rerankers(queries, snapshot)
+        null_scores: list[NullScores | None] = []
+        for name, query in named_queries:
+            with _prefixing_errors(name):
+                null_scores.append(self._null_scores(query, snapshot))
         # loading the captioner is no part of the time that embedding takes
         started = time.perf_counter()
         query_vectors = self._embed(named_queries, snapshot)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(queries))
         results: list[SearchResult] = []
-        for (name, query), query_vector, reranker in zip(named_queries, query_vectors, rerankers, strict=True):
+        for (name, query), query_vector, reranker, null in zip(
+            named_queries, query_vectors, rerankers, null_scores, strict=True
+        ):
             ranker = Ranker(
                 snapshot=snapshot,
                 query_vector=query_vector,
@@ -276,9 +295,10 @@ class SearchService:
                 allowed_rows=allowed_rows[query.where],
                 reranker=reranker,
                 num_candidates=self.num_candidates,
+                min_cosine=null.min_cosine(query.relevant) if null and query.relevant else None,
             )
             with _prefixing_errors(name):
-                results.append(self._rank(ranker, reranker, embed_milliseconds))
+                results.append(self._rank(ranker, reranker, null, embed_milliseconds))
         return results
 
     def _rerankers(
@@ -322,11 +342,13 @@ class SearchService:
         self,
         ranker: Ranker,
         reranker: "vlm.service.reranking.LikelihoodReranker | None",
+        null_scores: NullScores | None,
         embed_milliseconds: float,
     ) -> SearchResult:
         started = time.perf_counter()
         ranking, next_cursor = ranker.page()
-        hits = _ranked_hits(ranking, ranker.snapshot.catalogue.entries(ranking.rows.tolist()))
+        hits = _ranked_hits(ranking, ranker.snapshot.catalogue.entries(ranking.rows.tolist()), null_scores)
+        relevance = _relevance(ranker, null_scores, has_hits=bool(hits)) if null_scores else None
         milliseconds = (time.perf_counter() - started) * 1000
         return SearchResult(
             query=ranker.query,
@@ -338,8 +360,16 @@ class SearchService:
             rerank_milliseconds=reranker.milliseconds if reranker else None,
             unread=reranker.unread if reranker else {},
             cut=self._cut_texts(ranker.query),
-            hint=_explain_filter(ranker),
+            hint=_explain_filter(ranker) or (relevance.explain() if relevance else ""),
+            relevance=relevance,
         )
+
+    def _null_scores(self, query: Query, snapshot: IndexSnapshot) -> NullScores | None:
+        """What the query's cosines are measured against, if it asks for what is relevant."""
+        if query.relevant is None:
+            return None
+        kind = null_kind(query, snapshot)
+        return self._calibrator.null_scores(snapshot, kind, lambda texts: embed_query_texts(self.model, texts))
 
     def _cut_texts(self, query: Query) -> tuple[str, ...]:
         texts = (*query.texts, *query.minus)
@@ -430,7 +460,22 @@ def _explain_filter(ranker: Ranker) -> str:
     return explain_no_match(ranker.snapshot.catalogue, ranker.query.where)
 
 
-def _ranked_hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit, ...]:
+def _relevance(ranker: Ranker, null_scores: NullScores, *, has_hits: bool) -> Relevance:
+    assert ranker.query.relevant is not None
+    assert ranker.min_cosine is not None
+    relevance = Relevance(
+        kind=null_kind(ranker.query, ranker.snapshot),
+        min_probability=ranker.query.relevant,
+        min_cosine=ranker.min_cosine,
+    )
+    if has_hits or ranker.query.after:
+        return relevance
+    best = find_best(ranker.snapshot, ranker.query_vector, ranker.allowed_rows, null_scores)
+    # there may be relevant rows that another option left out
+    return relevance if best is None or best >= relevance.min_probability else replace(relevance, best=best)
+
+
+def _ranked_hits(ranking: Ranking, entries: Sequence[Entry], null_scores: NullScores | None) -> tuple[RankedHit, ...]:
     none = [None] * len(ranking)
     # plain Python numbers and None: JSON has neither NumPy's types nor NaN
     columns = zip(
@@ -450,6 +495,7 @@ def _ranked_hits(ranking: Ranking, entries: Sequence[Entry]) -> tuple[RankedHit,
                 fused=_none_if_nan(fused),
                 similar=similar,
                 likelihood=_none_if_nan(likelihood),
+                probability=null_scores.probability(score) if null_scores else None,
             )
         )
     return tuple(hits)
