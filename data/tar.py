@@ -5,10 +5,9 @@ harm. Its headers are read once, guarded (`read_entries`); the offsets of every 
 file next to the shard (`open_index`); from then on a sample is one positioned read (`ShardReader`).
 """
 
-import io
 import json
-import math
 import os
+import re
 import stat
 import tarfile
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
+from vlm.data.npy_files import parse_npy
 from vlm.data.samples import Captions, Sample, parse_captions
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.errors import BadSample, UsageError, VlmError
@@ -356,6 +356,21 @@ def read_members(url: str, extension: str, cache: ShardCache | None = None) -> d
     return contents
 
 
+def _image_spans(url: str, name: str, cache: ShardCache | None) -> dict[int, Span]:
+    """Where the images `KEY.NAME.jpg` lie, of any image's extension, by the number of their samples."""
+    images: dict[int, Span] = {}
+    rows: list[_IndexRow] = []
+    with open_tar(url, file_identity(url, cache and cache.retry_policy), cache) as file:
+        for entry in read_entries(file, url)[0]:
+            # as the index is made, so that samples have the same numbers
+            _add_entry(rows, entry, Counter())
+            key, ending = _split_name(entry.name)
+            stem, _, extension = ending.rpartition(".")
+            if stem == name and extension in IMAGE_EXTENSIONS and rows and rows[-1].key == key:
+                images.setdefault(len(rows) - 1, Span(entry.offset_data, entry.size))
+    return images
+
+
 def _split_name(name: str) -> tuple[str, str]:
     """The key and the lower-case extension of a member: its base name is split at the first dot.
 
@@ -446,6 +461,8 @@ Arrays = dict[str, np.ndarray]
 
 _NO_BYTES = Span(0, 0)
 _SHOWN_ENDINGS = 4
+# names of one word: in `Track 2.0 (clean).jpg` the dot is one of the title
+_NAMED_IMAGE = re.compile(rf"[^\W\d][\w-]*\.({'|'.join(sorted(IMAGE_EXTENSIONS))})")
 _MAX_GAP_BYTES = 16_384
 _MAX_TRIES = 100
 
@@ -454,15 +471,17 @@ class ShardReader:
     """One tar: its index, and samples by number in any order.
 
     cache: where a remote or compressed tar is kept; the default one if not given. encoding: of captions and JSON,
-    where they are not UTF-8.
+    where they are not UTF-8. image_name: of a sample the image is `KEY.NAME.jpg`, not `KEY.jpg`.
     """
 
-    def __init__(self, url: str, cache: ShardCache | None = None, *, encoding: str = "") -> None:
+    def __init__(self, url: str, cache: ShardCache | None = None, *, encoding: str = "", image_name: str = "") -> None:
         self.url = url
         self._encoding = encoding
         self._cache = cache
         self.index: TarIndex = open_index(url, cache)
         path = local_path(url)
+        self._image_name = image_name.lower()
+        self._named_images = _image_spans(path, self._image_name, cache) if image_name else None
         is_cached = needs_cache(path)
         self._bytes: _Bytes = _CachedBytes(path, cache or default_cache()) if is_cached else _LocalBytes(path)
 
@@ -486,11 +505,16 @@ class ShardReader:
                 f"key {key!r} comes {self._num_with_key[key]} times; the parts of a sample must follow each other. "
                 "vlm pack --kind texts puts them together"
             )
+        if self._image_name:
+            return "no image", f"key {key!r} has no image {key}.{self._image_name}.jpg (or .png, .webp, …)"
         endings = self._endings_without_image.get(key, [])
         detail = f"key {key!r} has no image that a shard may hold (jpg, png, webp, gif, avif, bmp, tif …)"
         if endings:
             detail += f", but {', '.join(map(repr, endings[:_SHOWN_ENDINGS]))}"
-        if any("." in ending for ending in endings):
+        names = [ending.rpartition(".")[0] for ending in endings if _NAMED_IMAGE.fullmatch(ending)]
+        if names:
+            detail += f". vlm pack --image-name {names[0]} takes {key}.{names[0]}.… as the image of {key}"
+        elif any("." in ending for ending in endings):
             detail += ": a key ends at the first dot of the name. vlm pack --kind texts reads names to their last dot"
         elif set(endings) - {"txt", "json"}:
             detail += ". vlm pack --kind texts converts whatever image it can decode"
@@ -523,9 +547,10 @@ class ShardReader:
             VlmError: a shard that made room in the cache cannot be fetched again.
         """
         member = self.index[number]
-        if member.image is None:
+        image_span = member.image if self._named_images is None else self._named_images.get(number)
+        if image_span is None:
             raise BadSample(*self._why_no_image(member.key))
-        spans = [member.image, member.text or _NO_BYTES, member.json or _NO_BYTES]
+        spans = [image_span, member.text or _NO_BYTES, member.json or _NO_BYTES]
         for name in arrays:
             if name not in member.arrays:
                 raise BadSample("no array", f"key {member.key!r} has no {name}.npy")
@@ -534,7 +559,7 @@ class ShardReader:
         captions, metadata = _parse_words(text, content if member.json else None, self._encoding)
         parsed_arrays: Arrays = {}
         for name, data in zip(arrays, array_files, strict=True):
-            parsed_arrays[name] = _parse_array(data, f"{member.key}.{name}.npy")
+            parsed_arrays[name] = parse_npy(data, f"{member.key}.{name}.npy")
         return Sample(
             key=member.key,
             image=image,
@@ -663,20 +688,3 @@ def _parse_json_object(data: bytes, encoding: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadSample("unreadable json", f"an object was expected, found {type(value).__name__}")
     return value
-
-
-def _parse_array(data: bytes, name: str) -> np.ndarray:
-    """An array from the bytes of an .npy file; its header is checked before any memory is allocated."""
-    try:
-        file = io.BytesIO(data)
-        read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
-        shape, is_fortran, dtype = read_header(file)
-        rest = memoryview(data)[file.tell() :]
-        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(rest):
-            raise ValueError(f"{dtype} of shape {shape} in {len(rest):,} bytes")
-        return np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C").copy()
-    except Exception as error:  # numpy evaluates the header, and raises whatever that stumbles over
-        raise BadSample("unreadable array", f"{name}: {error}") from error
-
-
-_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -1,4 +1,4 @@
-"""Copying a shard with arrays added to its samples, and arrays as files."""
+"""Copying a shard with arrays added to its samples."""
 
 import io
 import os
@@ -6,8 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-import numpy as np
-
+from vlm.data.npy_files import npy_bytes
 from vlm.data.shard_cache import ShardCache
 from vlm.data.tar import Arrays, Member, open_index, open_tar, read_entries
 from vlm.storage import file_identity, local_path
@@ -82,10 +81,3 @@ def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.size = size
     return entry
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array as an .npy file."""
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()

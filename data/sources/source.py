@@ -90,6 +90,7 @@ class SourceOptions:
         that holds the captions, where looking leaves several.
     caption_lines: each line of a text next to an image is a caption.
     encoding: of tables, and of texts and JSON beside images or in shards, that are not UTF-8.
+    image_name: of shards with several images a sample, the one that is packed: `left` for `KEY.left.jpg`.
     template: the caption of a class, with {} for its name.
     allow_damage: read what is whole of a shard that was cut short.
     selection: of the samples of shards, only those of this file, each as often as it says.
@@ -105,12 +106,15 @@ class SourceOptions:
     captions: str = ""
     caption_lines: bool = False
     encoding: str = ""
+    image_name: str = ""
     template: str = "a photo of a {}."
     allow_damage: bool = False
     selection: Path | None = None
     scenes: SceneOptions = field(default_factory=SceneOptions)
 
     def __post_init__(self) -> None:
+        if self.image_name and self.kind not in (None, "shards"):
+            raise UsageError(f"image_name = {self.image_name!r} is of samples of shards, not of the kind {self.kind}.")
         try:
             # not empty, or no codec is looked up; not all can decode these very bytes, and need not
             with suppress(UnicodeError):

@@ -265,7 +265,8 @@ def recognise_source(url: str, options: SourceOptions | None = None) -> tuple[Pa
 
 def _open(location: SourceLocation) -> PairSource:
     options = location.options
-    kind = options.kind or _recognise(location)
+    # of other kinds of source none has several images a sample
+    kind = options.kind or ("shards" if options.image_name else _recognise(location))
     source = KINDS[kind].open(location)
     if options.selection and not isinstance(source, ShardSource):
         raise UsageError(
@@ -323,14 +324,18 @@ def _nothing_found(location: SourceLocation) -> str:
         number = pluralize(len(location.images), "image")
         return (
             f"No captions were found for the {number} of {location.url!r}: --captions none packs images alone; search "
-            f"needs none. Looked for: {looked}."
+            f"needs none. Where a sample of shards has several images, as in KEY.left.jpg, --image-name left packs "
+            f"one. Looked for: {looked}."
         )
     if any(name.lower().endswith(HEIC_ENDINGS) for name in location.names):
         cure = "Its HEIC images are read where pillow-heif is installed: pip install pillow-heif"
     elif any("/" in name and is_shard(name) for name in location.names):
         cure = f"Its tars lie deeper; name them by a pattern: '{location.url.rstrip('/')}/**/*.tar'."
     else:
-        cure = "Tars that hold samples all the same are read by --kind shards."
+        cure = (
+            "Tars that hold samples all the same are read by --kind shards; where those have several images, as in "
+            "KEY.left.jpg, --image-name left packs one."
+        )
     return f"Nothing to pack at {location.url!r} ({inside}). Looked for: {looked}. {cure}"
 
 
@@ -432,6 +437,7 @@ def _open_shards(location: SourceLocation) -> PairSource:
         caption_lines=options.caption_lines,
         captions_mode=options.captions,
         encoding=options.encoding,
+        image_name=options.image_name,
         selection=read_selection(options.selection) if options.selection else None,
     )
 

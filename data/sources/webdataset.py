@@ -35,7 +35,7 @@ class ShardSource:
 
     selection: only these samples, each as often as it says. caption_lines: each line of a caption is one of its own.
     captions_mode: `none` leaves captions out, `optional` takes samples without them as well. encoding: of captions and
-    JSON, where they are not UTF-8.
+    JSON, where they are not UTF-8. image_name: `KEY.NAME.jpg` is the image of a sample of several.
     """
 
     captions_are_labels = False
@@ -49,14 +49,16 @@ class ShardSource:
         caption_lines: bool = False,
         captions_mode: str = "",
         encoding: str = "",
+        image_name: str = "",
     ) -> None:
         self._shards = shards
+        self._image_name = image_name
         self._selection = selection
         self._caption_lines = caption_lines
         self._captions_mode = captions_mode
         self._encoding = encoding
         self._ends = list(accumulate(count_samples(shards, allow_damage=allow_damage)))
-        self._reader = ShardReader(shards[0], encoding=encoding)
+        self._reader = self._open_reader(shards[0])
         # a number among all samples of all shards; of a selection, as often as it says
         self._numbers = np.arange(self._ends[-1])
         if selection is not None:
@@ -100,8 +102,11 @@ class ShardSource:
         # packing reads in order, so that one open shard is enough
         if self._reader.url != self._shards[shard]:
             self._reader.close()
-            self._reader = ShardReader(self._shards[shard], encoding=self._encoding)
+            self._reader = self._open_reader(self._shards[shard])
         return place_of_all - (self._ends[shard - 1] if shard else 0)
+
+    def _open_reader(self, shard: str) -> ShardReader:
+        return ShardReader(shard, encoding=self._encoding, image_name=self._image_name)
 
     def _usable(self, key: str, captions: Captions, metadata: dict[str, Any]) -> Words:
         """The words as the options want them; BadSample where there are none."""
@@ -128,12 +133,15 @@ class ShardSource:
         chosen += ["caption lines"] if self._caption_lines else []
         chosen += [self._captions_mode] if self._captions_mode else []
         chosen += [f"encoding {self._encoding}"] if self._encoding else []
+        chosen += [f"image name {self._image_name}"] if self._image_name else []
         return compute_fingerprint(content, *chosen) if chosen else content
 
     def describe(self) -> dict[str, Any]:
         """The shards by address."""
-        lineage = {} if self._selection is None else {"selection": list(self._selection.lineage)}
-        return {"kind": "shards", "shards": self._shards} | lineage
+        described: dict[str, Any] = {"kind": "shards", "shards": self._shards}
+        if self._selection is not None:
+            described["selection"] = list(self._selection.lineage)
+        return described | ({"image_name": self._image_name} if self._image_name else {})
 
 
 def contains_samples(tar: Path) -> bool:

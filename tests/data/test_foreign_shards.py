@@ -10,9 +10,9 @@ import pytest
 from vlm.data.decode import EncodedImage
 from vlm.data.inspection.findings import contact_sheet
 from vlm.data.inspection.inspection import inspect_shards
-from vlm.data.pack import pack
+from vlm.data.pack import PackConfig, pack
 from vlm.data.sources.source import SourceOptions
-from vlm.data.sources.source_registry import open_source
+from vlm.data.sources.source_registry import open_source, recognise_source
 from vlm.data.tar import ShardReader, TarIndex
 from vlm.errors import BadSample, UsageError
 
@@ -58,6 +58,40 @@ def test_names_with_dots_are_named_as_the_cause_and_packed_on_request(write_tar,
 def test_of_several_images_a_sample_each_is_named(write_tar, make_image):
     url = write_tar("0.tar", [("7.depth.png", make_image(1)), ("7.image.png", make_image(2)), ("7.json", b"{}")])
     assert "but 'depth.png', 'image.png', 'json'" in why_unusable(url, 0)
+
+
+def test_one_of_several_images_a_sample_is_packed_by_its_name(write_tar, make_image, tmp_path):
+    lefts, rights = [make_image(0), make_image(1)], [make_image(2), make_image(3)]
+    members = []
+    for number in range(2):
+        members += [(f"{number}.LEFT.JPG", lefts[number]), (f"{number}.right.jpg", rights[number])]
+        members += [(f"{number}.txt", f"jug {number}".encode())]
+    # of another sample the same name comes twice, which begins a sample of its own
+    members += [("2.txt", b"a cat"), ("2.txt", b"a dog"), ("2.right.png", rights[0])]
+    url = write_tar("several.tar", members)
+    assert "vlm pack --image-name left takes 0.left.… as the image of 0" in why_unusable(url, 0)
+    with pytest.raises(UsageError, match="--image-name left"):
+        open_source(url)
+    for name, images in (("left", lefts), ("right", [*rights, rights[0]])):
+        pairs, _ = recognise_source(url, SourceOptions(image_name=name))
+        assert len(pairs) == 4
+        summary = pack(pairs, tmp_path / name, PackConfig(max_bad_share=1))
+        packed = open_source(str(tmp_path / name))
+        samples = [packed.read(number) for number in range(len(packed))]
+        assert [sample.image for sample in samples] == images
+        assert [sample.captions[""] for sample in samples][:2] == [("jug 0",), ("jug 1",)]
+        assert summary.bad == 4 - len(images)
+    assert samples[2].captions[""] == ("a dog",)
+
+
+def test_a_name_that_no_image_has_is_said(write_tar, make_image):
+    url = write_tar("0.tar", [("7.left.jpg", make_image(1)), ("7.txt", b"a jug")])
+    with pytest.raises(BadSample, match=r"key '7' has no image 7\.top\.jpg"):
+        open_source(url, SourceOptions(image_name="top")).read(0)
+    one = open_source(url, SourceOptions(image_name="left"))
+    assert one.fingerprint() != open_source(url, SourceOptions(kind="shards")).fingerprint()
+    with pytest.raises(UsageError, match="of samples of shards"):
+        SourceOptions(image_name="left", kind="texts")
 
 
 def test_images_that_no_shard_may_hold_are_named(write_tar, make_image):

@@ -28,6 +28,7 @@ def pack(
     captions: str = "",
     caption_lines: bool = False,
     encoding: str = "",
+    image_name: str = "",
     template: str = "a photo of a {}.",
     languages: Sequence[str] = (),
     samples_per_shard: int = 1000,
@@ -51,6 +52,7 @@ def pack(
             name the columns.
         split: pack only pairs whose annotations or table rows name one of these splits.
         captions: the file that holds the captions, `none`, or `optional` to pack also images that have none.
+        image_name: of shards with several images a sample, the one to pack: `left` for KEY.left.jpg.
         template: the caption of a class, with {} for its name.
         hold_out: at least so many samples go to val-*.tar, the rest to train-*.tar.
         max_bad: largest fraction of unusable pairs.
@@ -70,6 +72,7 @@ def pack(
         captions=captions,
         caption_lines=caption_lines,
         encoding=encoding,
+        image_name=image_name,
         template=template,
         allow_damage=allow_damage,
         selection=None if selection is None else Path(selection),

@@ -63,6 +63,9 @@ class Pack:
     encoding: str = ""
     """Encoding of tables, texts and captions of shards that are not UTF-8, such as latin-1 or gb18030."""
 
+    image_name: str = ""
+    """If the samples of SOURCE's shards have several images: the one to pack, such as left for KEY.left.jpg."""
+
     template: str = "a photo of a {}."
     """Caption template for class folders."""
 
