@@ -131,16 +131,17 @@ def _shards_among(files: Sequence[str], folder: str) -> list[str]:
         raise UsageError(f"{folder} is unfinished: run the command that makes it again.")
     shards = sorted(file for name, file in names.items() if is_shard(name) and not name.startswith("."))
     # a.tar next to a.tar.gz is most likely the same shard twice, whose samples would be seen twice an epoch
-    num_with_stem = Counter(map(_stem, shards))
+    num_with_stem = Counter(map(shard_stem, shards))
     for shard in shards:
-        if num_with_stem[_stem(shard)] > 1:
+        if num_with_stem[shard_stem(shard)] > 1:
             raise UsageError(
                 f"{folder} holds {url_basename(shard)} in more than one form; keep one, or name the ones to read."
             )
     return shards
 
 
-def _stem(shard: str) -> str:
+def shard_stem(shard: str) -> str:
+    """The file name of a shard without its ending, `.tar.gz` as a whole."""
     name = url_basename(shard)
     return next(name[: -len(suffix)] for suffix in SHARD_SUFFIXES[::-1] if name.lower().endswith(suffix))
 

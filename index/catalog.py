@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -415,7 +416,7 @@ class Catalogue:
         )
         with self._reading() as database:
             number = _field_id(database, field)
-            return [value for (value,) in database.execute(query, (number, limit))]
+            return list(map(itemgetter(0), database.execute(query, (number, limit))))
 
     def values_like(self, field: str, text: str, limit: int) -> list[str]:
         """The texts of a field that differ from this one at most in the case of A to Z; reads the whole field."""
@@ -461,7 +462,7 @@ class Catalogue:
         Case, accents and spelling variants of Latin letters are ignored (`vlm.index.caption_words`); nothing in `words`
         is an operator.
         """
-        return self.entries([row for row, _ in self.rank_text(words, top)])
+        return self.entries(list(map(itemgetter(0), self.rank_text(words, top))))
 
     def rank_text(self, words: str, top: int) -> list[tuple[int, float]]:
         """As `search_text`, but the rows, each with its BM25 score as SQLite has it: the lowest is the best."""
@@ -576,7 +577,7 @@ def _field_id(database: sqlite3.Connection, name: str) -> int:
 
 
 def _first_column(cursor: sqlite3.Cursor) -> list[int]:
-    return [number for (number,) in cursor]
+    return list(map(itemgetter(0), cursor))
 
 
 def read_entries(database: sqlite3.Connection, condition: str, *values: str | int) -> list[Entry]:

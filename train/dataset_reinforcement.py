@@ -26,14 +26,13 @@ from vlm.console import progress
 from vlm.data.loader import stream_batches
 from vlm.data.pack import read_journal
 from vlm.data.sampler import SequentialBatches
-from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.shards import count_samples, shard_stem, shards_fingerprint
 from vlm.data.tar import Arrays
 from vlm.data.tar_copy import copy_with_arrays
 from vlm.errors import UsageError, VlmError
 from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.storage import SHARD_SUFFIXES, url_basename
 from vlm.tensor_types import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,
@@ -73,12 +72,7 @@ def reinforced_shard_names(shards: Sequence[str]) -> list[str]:
     >>> reinforced_shard_names(["a/0.tar", "b/1.tar.gz"]), reinforced_shard_names(["a/0.tar", "b/0.tar"])
     (['0.tar', '1.tar'], ['00000-0.tar', '00001-0.tar'])
     """
-    stems: list[str] = []
-    for shard in shards:
-        name = url_basename(shard)
-
-        suffixes = [suffix for suffix in SHARD_SUFFIXES if name.lower().endswith(suffix)]
-        stems.append(name[: -len(max(suffixes, key=len))])
+    stems = list(map(shard_stem, shards))
     # the output is never compressed, so two inputs that differ only in their suffix would collide; so would names that
     # differ only in case, on macOS and Windows
     if len(set(map(str.lower, stems))) < len(stems) or any(stem.startswith(".") for stem in stems):
@@ -114,7 +108,9 @@ def finish_folder(
     left: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
     files: dict[str, FileRecord] = {}
+    paths: list[str] = []
     for shard in shards:
+        paths.append(str(out / shard.name))
         samples += shard.samples
         left += shard.left
         # a shard of nothing but bad samples has no features to take sizes from
@@ -127,7 +123,7 @@ def finish_folder(
     counts = {"samples": samples, "reinforced": samples - len(left), "bad": len(left), "shards": len(shards)}
     manifest = Manifest(
         kind="shards",
-        fingerprint=shards_fingerprint([str(out / shard.name) for shard in shards]),
+        fingerprint=shards_fingerprint(paths),
         counts=counts,
         configuration=configuration,
         inputs=inputs,
@@ -389,7 +385,7 @@ class _ReinforceJob:
         # teachers of the same size share a view, which is decoded and resized once
         views = [config.geometry.view_for(model.view) for model in teachers.models]
         self._views = tuple(dict.fromkeys(views))
-        self._view_indices = [self._views.index(view) for view in views]
+        self._view_indices = list(map(self._views.index, views))
 
     def write_remaining_shards(self, *, batch_size: int, workers: int, progress_bar: "tqdm") -> None:
         """Write the shards that are missing, one after the other."""

@@ -42,7 +42,7 @@ def merge_ledgers(ledger: Ledger) -> Ledger:
     """The ledgers of all processes as one."""
     if not dist.is_initialized():
         return ledger
-    first, *others = [Ledger.from_values(values) for values in gather_objects([ledger.to_values()])]
+    first, *others = map(Ledger.from_values, gather_objects([ledger.to_values()]))
     return first.merged(others)
 
 

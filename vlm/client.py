@@ -193,7 +193,7 @@ def search_body(
     vectors = [list(map(float, row)) for row in _rows(vector)]
     return {
         "texts": _listed(texts),
-        "images": [data_url(one) for one in _images(image)],
+        "images": list(map(data_url, _images(image))),
         "items": _listed(like),
         "vectors": vectors,
         "minus": _listed(minus),
@@ -278,6 +278,11 @@ def _opened(data: bytes) -> "Image":
     return Image.open(io.BytesIO(data))
 
 
+def _classification(image: ImageInput | Sequence[ImageInput], classes: Sequence[str], top: int) -> dict[str, Any]:
+    """The body of a request to classify images."""
+    return {"images": list(map(data_url, _images(image))), "classes": list(classes), "top": top}
+
+
 def _classes_of(answer: Mapping[str, Any]) -> list[tuple[RemoteClass, ...]]:
     ranked: list[tuple[RemoteClass, ...]] = []
     for result in answer["results"]:
@@ -353,7 +358,7 @@ class Client(_Connection):
     ) -> list[tuple[RemoteClass, ...]]:
         """The classes of each image, the most probable first."""
         self._use_index()
-        body = {"images": [data_url(one) for one in _images(image)], "classes": list(classes), "top": top}
+        body = _classification(image, classes, top)
         return _classes_of(self._call("POST", self._path("classify"), json=body))
 
     def image(self, uid: str) -> "Image":
@@ -432,7 +437,7 @@ class AsyncClient(_Connection):
     ) -> list[tuple[RemoteClass, ...]]:
         """As `Client.classify`."""
         await self._use_index()
-        body = {"images": [data_url(one) for one in _images(image)], "classes": list(classes), "top": top}
+        body = _classification(image, classes, top)
         return _classes_of(await self._call("POST", self._path("classify"), json=body))
 
     async def image(self, uid: str) -> "Image":

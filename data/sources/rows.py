@@ -38,7 +38,7 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_value(item) for item in value]
+        return list(map(plain_value, value))
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, timedelta):
@@ -88,7 +88,7 @@ def exact_value(scalar: pa.Scalar) -> Any:
         # by position, since a struct may have two fields of one name
         return {field.name: exact_value(scalar[position]) for position, field in enumerate(kind)}
     if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar | pa.ListViewScalar):
-        return [exact_value(item) for item in scalar.values]
+        return list(map(exact_value, scalar.values))
     if pa.types.is_duration(kind):
         return iso_duration(scalar.value * _NANOSECONDS[kind.unit])
     if pa.types.is_timestamp(kind) and kind.unit == "ns":

@@ -203,7 +203,7 @@ def _split_notes(source: PairSource) -> Iterator[str]:
 
 def _notes(location: SourceLocation, unused: Sequence[str]) -> Iterator[str]:
     """What else a person should know of the files."""
-    images = [name for name in unused if is_image_name(name)]
+    images = list(filter(is_image_name, unused))
     if images:
         yield f"{pluralize(len(images), 'image')} without a caption, such as {readable_text(images[0])}."
     odd_names = [name for name in location.names if readable_text(name) != name]

@@ -119,7 +119,7 @@ class TableSource:
     def read(self, number: int) -> Pair:
         """The image a row names or holds, with the captions of all rows that name it."""
         numbers = self._groups[number]
-        rows = [self._row(row) for row in numbers]
+        rows = list(map(self._row, numbers))
         self._check_image_named(numbers[0], rows[0])
         captions, metadata = self._words(number, rows)
         return Pair(
@@ -128,7 +128,7 @@ class TableSource:
 
     def words(self, number: int) -> Words:
         """What the rows say beside the image."""
-        return self._words(number, [self._row(row) for row in self._groups[number]])
+        return self._words(number, list(map(self._row, self._groups[number])))
 
     def _words(self, number: int, rows: Sequence[dict[str, Any]]) -> Words:
         captions: Captions = {}

@@ -138,7 +138,7 @@ def to_json_value(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): to_json_value(content) for name, content in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json_value(content) for content in value]
+        return list(map(to_json_value, value))
     return str(value)
 
 
@@ -160,13 +160,17 @@ def captions_of(value: Any) -> Captions:
 
 def to_records(batch: pa.RecordBatch, names: Sequence[str]) -> list[dict[str, Any]]:
     """The named columns of a batch, row by row; decimals, times and maps as `exact_value` gives them."""
-    columns = {name: _exact_column(batch.column(name)) for name in names}
-    return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
+    records: list[dict[str, Any]] = [{} for _ in range(len(batch))]
+    # column by column, since the type of a column says whether its cells need exact values
+    for name in names:
+        for record, value in zip(records, _exact_column(batch.column(name)), strict=True):
+            record[name] = value
+    return records
 
 
 def _exact_column(column: pa.Array) -> list[Any]:
     if _needs_exact_values(column.type):
-        return [exact_value(cell) for cell in column]
+        return list(map(exact_value, column))
     return column.to_pylist()
 
 
@@ -321,13 +325,13 @@ def find_file_pairs(source: Path, *, modality: Modality, metadata: Path | None =
         raise UsageError(f"{source if tables else metadata} holds no {'.npy' if tables else '.parquet'} file.")
     if not vectors and not tables:
         raise UsageError(f"{source} holds neither .npy nor .parquet nor FAISS files (.faiss, .index).")
-    if not vectors:
-        return [FilePair(vectors=None, table=table) for table in tables]
     if not tables:
         return [FilePair(vectors=matrix, table=None) for matrix in vectors]
-    if vectors[0].suffix in FAISS_SUFFIXES:
-        return [FilePair(vectors=vectors[0], table=table, is_slice=True) for table in tables]
-    return _join(vectors, tables)
+    if vectors and vectors[0].suffix not in FAISS_SUFFIXES:
+        return _join(vectors, tables)
+    # one FAISS file for all tables, or none where the tables hold the vectors themselves
+    faiss_file = vectors[0] if vectors else None
+    return [FilePair(vectors=faiss_file, table=table, is_slice=faiss_file is not None) for table in tables]
 
 
 def _files_of(source: Path, modality: Modality, metadata: Path | None) -> tuple[list[Path], list[Path]]:

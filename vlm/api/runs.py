@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def compare_runs(runs: Sequence[str | Path], *, to: str = "") -> RunComparison:
         raise UsageError("One run cannot be compared with itself: name another, or a recipe by --to.")
     recipe = find_recipe(to) if to else None
     # a run named twice would be two equal columns
-    records = tuple(read_run(Path(run)) for run in dict.fromkeys(map(str, runs)))
+    records = tuple(map(read_run, map(Path, dict.fromkeys(map(str, runs)))))
     comparisons = tuple(_compare_with_references(record, recipe) for record in records) if recipe else ()
     return RunComparison(
         runs=_short_names([record.folder for record in records]),
@@ -193,8 +192,10 @@ def _short_names(folders: Sequence[Path]) -> tuple[str, ...]:
 
 def _differing_settings(records: Sequence[RunRecord], recipe: Recipe | None) -> dict[str, list[Any]]:
     """The settings in which runs differ from each other or from the recipe, whose value then comes first."""
-    recipe_config = [asdict(PRESETS[recipe.preset][1])] if recipe else []
-    return config_differences([*recipe_config, *(record.configuration for record in records)])
+    configurations = [asdict(PRESETS[recipe.preset][1])] if recipe else []
+    for record in records:
+        configurations.append(record.configuration)
+    return config_differences(configurations)
 
 
 def _collect_figures(records: Sequence[RunRecord]) -> dict[str, list[float | None]]:
@@ -223,19 +224,26 @@ def _describe_comparisons(name: str, record: RunRecord, comparisons: Sequence[Re
     if not comparisons:
         cure = "train three seeds of it, then python scripts/write_docs.py --baselines"
         return [f"{name}: this recipe has no reference curves yet; {cure}"]
-    departures = list(chain.from_iterable(comparison.departures for comparison in comparisons))
+    summaries: list[str] = []
+    num_compared = 0
+    num_better = 0
+    num_worse = 0
+    for comparison in comparisons:
+        summaries.append(f"  {comparison.summary(record.planned_steps)} Source: {comparison.reference.source}.")
+        num_compared += comparison.compared
+        for departure in comparison.departures:
+            num_better += departure.is_better
+            num_worse += not departure.is_better
     # one metric that is worse decides, whatever the others are
-    if not any(comparison.compared for comparison in comparisons):
+    if not num_compared:
         verdict = "nothing to compare yet"
-    elif not all(departure.is_better for departure in departures):
+    elif num_worse:
         verdict = "NOT as expected: worse than its reference curves"
-    elif departures:
+    elif num_better:
         verdict = "better than expected"
     else:
         verdict = "as expected, within its reference curves"
-    lines = [f"{name}: {verdict}."]
-    for comparison in comparisons:
-        lines.append(f"  {comparison.summary(record.planned_steps)} Source: {comparison.reference.source}.")
+    lines = [f"{name}: {verdict}.", *summaries]
     if record.state != "finished":
         lines.append(f"  It is {record.state} at step {record.step:,} of {record.planned_steps:,}; this is so far.")
     return lines

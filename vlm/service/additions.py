@@ -12,7 +12,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -168,28 +167,27 @@ class AdditionPlanner:
         self._require_images()
         options.check(len(images))
         encoded = list(map(encoded_image, images))
-        uids = list(options.uids) or [_default_uid(image) for image in encoded]
-        uids = [f"{self._prefix}{uid}" for uid in uids]
+        uids = list(map(self._prefixed, options.uids or map(_default_uid, encoded)))
         for uid, times in Counter(uids).items():
             if times > 1:
                 raise UsageError(f"{times} of the images have the uid {uid!r}; give each its own (uids).")
-        existing = self._existing(uids)
+        existing = _entries_by_uid(self._snapshot, uids)
         if existing and options.uids and not self._replace_known:
             raise UsageError(
                 f"{self._snapshot.folder} has {next(iter(existing))!r} already ({len(existing):,} of {len(uids):,} "
                 "uids exist); nothing was added: update replaces them."
             )
-        numbers = [number for number, uid in enumerate(uids) if uid not in existing or self._replace_known]
         described = _Descriptions(uids, options)
         files: dict[int, Path] = {}
         others: dict[int, bytes] = {}
-        for number in numbers:
-            image = encoded[number]
+        for number, (uid, image) in enumerate(zip(uids, encoded, strict=True)):
+            if uid in existing and not self._replace_known:
+                continue
             if isinstance(image, Path):
                 files[number] = image
             else:
                 others[number] = image
-        additions = [Addition(batch=None, known=len(uids) - len(numbers))]
+        additions = [Addition(batch=None, known=len(uids) - len(files) - len(others))]
         if files:
             additions.append(self._from_files(files, described))
         if others:
@@ -200,10 +198,8 @@ class AdditionPlanner:
         if self._space.modality != "image":
             raise UsageError(f"{self._snapshot.folder} holds embeddings of texts; add shards or embeddings of texts.")
 
-    def _existing(self, uids: Iterable[str]) -> dict[str, Origin]:
-        rows = self._snapshot.catalogue.rows_by_uid(uids)
-        entries = self._snapshot.catalogue.entries(list(rows.values()))
-        return {entry.uid: entry for entry in entries}
+    def _prefixed(self, name: str) -> str:
+        return f"{self._prefix}{name}"
 
     def _work(self, *identity: str) -> Path:
         return self._snapshot.folder / WORK / compute_fingerprint(self._prefix, *identity)
@@ -217,10 +213,11 @@ class AdditionPlanner:
         names = list(scan.stamps)
         if not names:
             raise UsageError(f"{root} holds no images, no shards (*.tar) and no embeddings.")
-        existing = self._existing(f"{self._prefix}{name}" for name in names)
+        existing = _entries_by_uid(self._snapshot, map(self._prefixed, names))
         new_names: list[str] = []
         for name in names:
-            uid = f"{self._prefix}{name}"
+            uid = self._prefixed(name)
+            # known by place and size, so that files which the index has are not opened again
             new = _file_origin(uid, f"{root}/{name}", scan.stamps[name], {}, {})
             if self._replace_known or not _is_known(self._snapshot, existing.get(uid), new):
                 new_names.append(name)
@@ -231,7 +228,7 @@ class AdditionPlanner:
             fields = reading.content.fields if reading.content else {}
             described = {"file": path, "folder": path.rpartition("/")[0]} | fields | reading.file.metadata
             return _file_origin(
-                f"{self._prefix}{path}", f"{folder}{path}", reading.file.stamp, reading.file.captions, described
+                self._prefixed(path), f"{folder}{path}", reading.file.stamp, reading.file.captions, described
             )
 
         addition = self._embed_files(root, scan, new_names, origin)
@@ -289,7 +286,8 @@ class AdditionPlanner:
                         for readings in reader.batches(dict.fromkeys(part_names), _BATCH_SIZE):
                             rows.add(readings, origin, model)
                             bar.update(len(readings))
-                        unreadable |= {record.key: record.detail for record in rows.skipped}
+                        for record in rows.skipped:
+                            unreadable[record.key] = record.detail
                         writer.add(
                             str(root), rows.matrix(self._space.dimension), rows.origins, rows.skipped, number=number
                         )
@@ -304,7 +302,7 @@ class AdditionPlanner:
 
     def _from_bytes(self, images: Mapping[int, bytes], described: "_Descriptions") -> Addition:
         """Images without a file, each by its number: written to a shard in the index folder, then embedded from it."""
-        name = compute_fingerprint(*(content_digest(image) for image in images.values()))
+        name = compute_fingerprint(*map(content_digest, images.values()))
         path = self._snapshot.folder / IMAGES / f"{name}.tar"
         is_new = not path.exists()
         path.parent.mkdir(exist_ok=True)
@@ -377,9 +375,12 @@ class AdditionPlanner:
         batch = InsertBatch.from_folder(work, uid_column=column)
         if self._prefix:
             rows = batch.origins
-            batch = replace(
-                batch, origins=lambda: (replace(origin, uid=f"{self._prefix}{origin.uid}") for origin in rows())
-            )
+
+            def origins() -> Iterator[Origin]:
+                for origin in rows():
+                    yield replace(origin, uid=self._prefixed(origin.uid))
+
+            batch = replace(batch, origins=origins)
         return Addition(batch=batch, unreadable=_read_incidents(work / SKIPPED_JSONL), work=(work,))
 
 
@@ -449,16 +450,21 @@ def rows_to_write(addition: Addition, snapshot: IndexSnapshot) -> Addition:
     batch = addition.batch
     if batch is None:
         return addition
-    rows = snapshot.catalogue.rows_by_uid(batch.uids())
-    if not rows:
+    entries = _entries_by_uid(snapshot, batch.uids())
+    if not entries:
         return addition
-    entries = {entry.uid: entry for entry in snapshot.catalogue.entries(list(rows.values()))}
     selected: set[str] = set()
     for origin in batch.origins():
         if not _is_known(snapshot, entries.get(origin.uid), origin):
             selected.add(origin.uid)
     num_known = batch.count - len(selected)
     return replace(addition, batch=batch.select(selected) if selected else None, known=addition.known + num_known)
+
+
+def _entries_by_uid(snapshot: IndexSnapshot, uids: Iterable[str]) -> dict[str, Origin]:
+    """The rows of an index that have one of the uids."""
+    rows = snapshot.catalogue.rows_by_uid(uids)
+    return {entry.uid: entry for entry in snapshot.catalogue.entries(list(rows.values()))}
 
 
 def _selection(times: Mapping[str, np.ndarray]) -> Selection:
@@ -501,25 +507,54 @@ def _is_known(snapshot: IndexSnapshot, entry: Origin | None, new: Origin) -> boo
 
 def _joined(additions: Sequence[Addition]) -> Addition:
     """Several additions as one, so that they become one version."""
-    batches = [addition.batch for addition in additions if addition.batch is not None]
-    joined = Addition(
-        batch=None,
-        known=sum(addition.known for addition in additions),
-        unreadable={name: reason for addition in additions for name, reason in addition.unreadable.items()},
-        work=tuple(folder for addition in additions for folder in addition.work),
-        new_files=tuple(path for addition in additions for path in addition.new_files),
+    batches: list[InsertBatch] = []
+    known = 0
+    unreadable: dict[str, str] = {}
+    work: list[Path] = []
+    new_files: list[Path] = []
+    for addition in additions:
+        if addition.batch is not None:
+            batches.append(addition.batch)
+        known += addition.known
+        unreadable |= addition.unreadable
+        work += addition.work
+        new_files += addition.new_files
+    return Addition(
+        batch=_joined_batches(batches) if batches else None,
+        known=known,
+        unreadable=unreadable,
+        work=tuple(work),
+        new_files=tuple(new_files),
     )
-    if not batches:
-        return joined
-    batch = replace(
+
+
+def _joined_batches(batches: Sequence[InsertBatch]) -> InsertBatch:
+    """Several batches as one; their rows are read when asked for, one batch after the other."""
+    count = 0
+    sources: list[str] = []
+    shards: list[str] = []
+    for batch in batches:
+        count += batch.count
+        sources.append(batch.source)
+        shards += batch.shards
+
+    # functions, since both are read several times, and an iterator would be empty the second time
+    def blocks() -> Iterator[np.ndarray]:
+        for batch in batches:
+            yield from batch.blocks()
+
+    def origins() -> Iterator[Origin]:
+        for batch in batches:
+            yield from batch.origins()
+
+    return replace(
         batches[0],
-        count=sum(batch.count for batch in batches),
-        source=compute_fingerprint(*(batch.source for batch in batches)),
-        shards=tuple(shard for batch in batches for shard in batch.shards),
-        blocks=lambda: chain.from_iterable(batch.blocks() for batch in batches),
-        origins=lambda: chain.from_iterable(batch.origins() for batch in batches),
+        count=count,
+        source=compute_fingerprint(*sources),
+        shards=tuple(shards),
+        blocks=blocks,
+        origins=origins,
     )
-    return replace(joined, batch=batch)
 
 
 def _file_origin(uid: str, path: str, stamp: FileStamp, captions: Captions, metadata: dict[str, Any]) -> Origin:

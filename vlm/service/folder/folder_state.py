@@ -13,6 +13,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,13 +174,13 @@ class FolderState:
     def digests(self) -> set[bytes]:
         """Of every content that was read."""
         with self._errors_as_ours():
-            return {digest for (digest,) in self._database.execute("SELECT digest FROM contents")}
+            return set(map(itemgetter(0), self._database.execute("SELECT digest FROM contents")))
 
     def unreadable_digests(self) -> set[bytes]:
         """Of the contents that cannot be read."""
         query = "SELECT digest FROM contents WHERE vector IS NULL"
         with self._errors_as_ours():
-            return {digest for (digest,) in self._database.execute(query)}
+            return set(map(itemgetter(0), self._database.execute(query)))
 
     def unreadable(self) -> dict[str, str]:
         """The files that cannot be read, with the reason."""
@@ -253,7 +254,7 @@ class FolderState:
     def old_uids(self) -> list[str]:
         """The uids of rows that the index should no longer have."""
         with self._errors_as_ours():
-            return [path for (path,) in self._database.execute(f"SELECT path {_OLD_ROWS} ORDER BY path")]
+            return list(map(itemgetter(0), self._database.execute(f"SELECT path {_OLD_ROWS} ORDER BY path")))
 
     def new_origins(self) -> Iterator[Origin]:
         """The rows that the index lacks or has otherwise, by path; an image is a shard of its own."""
