@@ -19,9 +19,11 @@ def to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     Done by torch where it is loaded, since it uses the processor's conversion instruction: numpy takes ten times as
     long. Loading it for this would never pay.
     """
-    torch = sys.modules.get("torch")
-    if torch is None or rows.dtype != np.float16:
+    if "torch" not in sys.modules or rows.dtype != np.float16:
         return np.asarray(rows, np.float32)
+    # and not taken from there: another thread may be in the middle of loading it, which this waits for
+    import torch
+
     # torch warns about memory that it may not write to
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy()).float().numpy()
 
