@@ -36,7 +36,8 @@ class Observations:
 class Soak:
     """A server, its index on disk, queries, and the clients' shared state.
 
-    may_change: held by whoever changes the index or damages its newest version.
+    may_change: held by whoever changes the index over HTTP or damages its newest version. may_open: held by whoever
+    opens the newest version or damages it.
     """
 
     address: str
@@ -46,6 +47,7 @@ class Soak:
     token: str
     seen: Observations = field(default_factory=Observations)
     may_change: asyncio.Lock = field(default_factory=asyncio.Lock)
+    may_open: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def search_on(self, seed: int) -> None:
@@ -144,24 +146,25 @@ class Soak:
 
     async def compact_now(self) -> None:
         """Compact the index as another process would; searches go on, the server's own changes wait their turn."""
-        direct = vlm.open_index(self.index)
-        try:
+        async with self.may_open:
+            direct = vlm.open_index(self.index)
             for _ in range(_MAX_TRIES):
                 try:
                     await asyncio.to_thread(direct.compact)
                 except UsageError:
+                    # the server is changing it
                     await asyncio.sleep(0.1)
                 else:
                     self.seen.counts["compaction"] += 1
-                    return
-            self.seen.faults.append("compaction found no turn")
-        finally:
+                    break
+            else:
+                self.seen.faults.append("compaction found no turn")
             direct.close()
 
     async def damage_for(self, seconds: float) -> None:
         """Put a damaged newest version there, see that the one before goes on, and take it away."""
         manifest = self.index / "manifest.json"
-        async with self.may_change, vlm.AsyncClient(self.address, retries=0) as client:
+        async with self.may_change, self.may_open, vlm.AsyncClient(self.address, retries=0) as client:
             whole = manifest.read_bytes()
             before = (await client.indexes())[0]["generation"]
             self._replace(manifest, whole[: len(whole) // 2])

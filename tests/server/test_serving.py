@@ -82,6 +82,34 @@ def test_no_accepted_request_is_lost_at_the_end(start, index):
     assert {line["status"] for line in lines} == {200}
 
 
+def test_a_program_reads_the_address_from_one_line_of_json(index, tmp_path):
+    command = [sys.executable, "-m", "vlm", "serve", str(index), "--port", "0", "--json"]
+    shown = tmp_path / "shown"
+    with shown.open("w") as file:
+        process = preloaded.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if shown.read_text().endswith("\n") or process.poll() is not None:
+                break
+            threading.Event().wait(0.05)
+        [line] = shown.read_text().splitlines()
+        started = json.loads(line)
+        assert started["indexes"] == {"index": 11}
+        assert httpx.get(f"{started['address']}/health").status_code == 200
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+
+
+def test_without_the_extra_the_cure_is_named(capsys, index, monkeypatch):
+    for name in ("vlm.server.serving", "vlm.server.app", "uvicorn", "fastapi"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", str(index)]) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line == "vlm: vlm serve needs fastapi: pip install 'vlm-pipeline[serve]'."
+
+
 def test_tokens_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     (tmp_path / "tokens").write_text("# people\nread abc\nwrite def\n\n")
     monkeypatch.setenv("VLM_READ_TOKEN", "env")

@@ -189,6 +189,8 @@ def next_steps(out: Path) -> str:
             "Search and classify:",
             f'  vlm search {out}/index "three purple crosses on the left" --html result.html',
             f"  vlm classify {out}/run IMAGE --classes 'red circle,blue star,green heart'",
+            "Search in the browser, at http://127.0.0.1:8000 (extra serve):",
+            f"  vlm serve {out}/index",
             "Train a captioner (about 5 minutes) and check its captions:",
             f"  vlm train tiny-coca --data {out}/shards/train --val {out}/shards/val --run {out}/captioner "
             f"--tokenizer {out}/tokenizer.model",

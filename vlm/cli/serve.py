@@ -5,12 +5,16 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from vlm.console import read_text
 from vlm.errors import UsageError
+from vlm.files import json_text
+
+if TYPE_CHECKING:
+    from vlm.server.serving import ServerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +77,15 @@ class Serve:
     log_requests: bool = False
     """Log each request as a JSON line."""
 
+    json: bool = False
+    """Print one line of JSON with the address when requests are answered."""
+
     def run(self) -> None:
         """Open the indexes and serve until the end."""
-        from vlm.server.serving import open_service, serve
-
+        try:
+            from vlm.server.serving import open_service, serve
+        except ImportError as error:
+            raise UsageError(f"vlm serve needs {error.name}: pip install 'vlm-pipeline[serve]'.") from error
         if not self.indexes:
             raise UsageError("Name an index to serve: vlm serve INDEX.")
         read_tokens, write_tokens = read_tokens_of(self.tokens)
@@ -97,7 +106,18 @@ class Serve:
         )
         if not is_loopback(self.host) and not read_tokens:
             logger.warning(f"{self.host} is open to other machines and there is no token: everyone there may search.")
-        serve(service, host=self.host, port=self.port, logs_requests=self.log_requests)
+        serve(
+            service,
+            host=self.host,
+            port=self.port,
+            logs_requests=self.log_requests,
+            on_ready=show_address if self.json else None,
+        )
+
+
+def show_address(server: "ServerInfo") -> None:
+    """One line of JSON on stdout, at once, for the program that has started the server."""
+    print(json_text(server.to_json()), flush=True)
 
 
 def name_indexes(arguments: tuple[str, ...]) -> dict[str, Path]:

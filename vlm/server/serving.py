@@ -8,12 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
 from vlm.index.encoder import Encoder
+from vlm.results import Result
 from vlm.server.app import Service, create_app
 from vlm.server.guard import Limits, Tokens
 from vlm.server.served_index import ServedIndex
@@ -72,8 +74,25 @@ def open_service(
     )
 
 
-def serve(service: Service, *, host: str = "127.0.0.1", port: int = 8000, logs_requests: bool = False) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ServerInfo(Result):
+    """A server that answers: its address, and the indexes by name with their rows."""
+
+    address: str
+    indexes: dict[str, int]
+
+
+def serve(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    logs_requests: bool = False,
+    on_ready: Callable[[ServerInfo], None] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; accepted requests are answered before this returns.
+
+    on_ready: called once when requests are answered.
 
     Raises:
         VlmError: the address is taken or not one of this machine.
@@ -85,7 +104,7 @@ def serve(service: Service, *, host: str = "127.0.0.1", port: int = 8000, logs_r
 
     async def run() -> None:
         async with asyncio.TaskGroup() as tasks:
-            announcing = tasks.create_task(_announce(server, service, _address_of(listener)))
+            announcing = tasks.create_task(_announce(server, service, _address_of(listener), on_ready))
             await server.serve(sockets=[listener])
             announcing.cancel()
 
@@ -150,8 +169,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _announce(server: Any, service: Service, address: str) -> None:
+async def _announce(server: Any, service: Service, address: str, on_ready: Callable[[ServerInfo], None] | None) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
-    rows = sum(len(index.service.index) for index in service.indexes.values())
-    logger.info(f"Serving {', '.join(service.indexes)} ({pluralize(rows, 'row')}) at {address}; Ctrl-C ends it.")
+    rows = {name: len(index.service.index) for name, index in service.indexes.items()}
+    logger.info(f"Serving {', '.join(rows)} ({pluralize(sum(rows.values()), 'row')}) at {address}; Ctrl-C ends it.")
+    if on_ready:
+        on_ready(ServerInfo(address=address, indexes=rows))
