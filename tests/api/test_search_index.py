@@ -246,6 +246,34 @@ def test_a_table_is_packed_into_the_index_folder(index: vlm.SearchIndex, paint: 
     assert index.add(folder).known == 2
 
 
+def test_rows_of_a_table_without_a_usable_image_are_named(index: vlm.SearchIndex, paint: Paint, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(paint("red"))
+    (tmp_path / "1.png").write_bytes(b"no image")
+    table = tmp_path / "catalogue.csv"
+    table.write_text("image,caption\n0.png,a\n1.png,b\nnowhere.png,c\n")
+    summary = index.add(table)
+    assert summary.added == 1
+    assert list(summary.unreadable) == ["1.png", "nowhere.png"]
+    assert summary.unreadable["nowhere.png"].startswith("missing file")
+
+
+def test_a_table_of_known_rows_leaves_no_second_copy_of_its_images(
+    index: vlm.SearchIndex, paint: Paint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "table"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(paint("red"))
+    (folder / "catalogue.csv").write_text("image,caption\n0.png,a red one\n")
+    assert index.add(folder / "catalogue.csv").added == 1
+    copies = sorted((index.folder / "images").iterdir())
+    # another file of the folder makes it another source
+    (folder / "notes.txt").write_text("of no interest")
+    assert index.add(folder / "catalogue.csv").known == 1
+    assert sorted((index.folder / "images").iterdir()) == copies
+    assert index.search("red", top=1)[0].image().size
+    assert index.check().faults == ()
+
+
 def test_a_killed_addition_resumes_with_the_parts_it_has(
     tmp_path: Path, embeddings: Path, make_model: Callable[..., Any], paint: Paint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

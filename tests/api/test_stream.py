@@ -41,7 +41,7 @@ def whole(train_shards):
     return contents(vlm.stream(train_shards, **OPTIONS))
 
 
-@pytest.mark.parametrize("stop", [1, 7, 9, 10, 19])
+@pytest.mark.parametrize("stop", [1, 7, 9, 10, 19, 20])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_loads_a_state_gives_the_batches_that_were_left(train_shards, whole, stop, workers):
     before = []
@@ -153,6 +153,26 @@ def test_a_state_of_another_stream_is_refused(train_shards, scene_shards):
         vlm.stream(train_shards, **OPTIONS).load_state_dict({})
     with pytest.raises(vlm.UsageError, match="position = -1 is none"):
         vlm.stream(train_shards, **OPTIONS).load_state_dict(state | {"position": -1})
+    nothing: Any = None
+    with pytest.raises(vlm.UsageError, match="NoneType is not a state"):
+        vlm.stream(train_shards, **OPTIONS).load_state_dict(nothing)
+
+
+@pytest.mark.parametrize("transform", ["training", "evaluation"])
+def test_of_a_state_saved_at_the_last_batch_nothing_is_left_and_after_the_loop_a_pass_begins(train_shards, transform):
+    options = changed({"transform": transform})
+    in_loop: dict[str, Any] = {}
+    with vlm.stream(train_shards, **options) as stream:
+        for _ in stream:
+            in_loop = stream.state_dict()
+        after_loop = stream.state_dict()
+        following = contents(stream)
+    for state, lengths in ((in_loop, (0, len(following))), (after_loop, (len(following),))):
+        with vlm.stream(train_shards, **options) as stream:
+            stream.load_state_dict(state)
+            passes = [contents(stream) for _ in lengths]
+        assert tuple(map(len, passes)) == lengths
+        assert passes[-1] == following
 
 
 def test_closing_ends_the_workers(train_shards):
@@ -228,6 +248,7 @@ def test_an_error_of_the_loop_stays_what_it_is(train_shards):
         ({"rank": 1}, "give both"),
         ({"workers": -1}, "workers = -1"),
         ({"image_size": 0}, "image_size = 0"),
+        ({"image_size": (64, 32)}, r"image_size = \(64, 32\)"),
         ({"selection": "nowhere"}, "no selection 'nowhere'"),
         ({"tokenizer": "nowhere"}, "no tokenizer 'nowhere'"),
     ],

@@ -169,7 +169,8 @@ def _view_and_tokenizer(
         model = load_model(str(model), device="cpu")
     if model is not None:
         return model.view, model.tokenizer
-    if image_size < 1:
+    # not every caller's types are checked
+    if not isinstance(image_size, int) or image_size < 1:
         raise UsageError(f"image_size = {image_size}; give the pixels of an image's side, 1 or more.")
     view = EvalTransform(size=image_size, mean=tuple(mean), std=tuple(std))
     if isinstance(tokenizer, str | Path):

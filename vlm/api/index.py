@@ -467,7 +467,7 @@ class SearchIndex:
             for path in addition.new_files:
                 path.unlink(missing_ok=True)
             raise
-        addition.remove_work()
+        addition.remove_work(has_new_rows=bool(summary.added or summary.replaced))
         return summary
 
     def _terms_like(self, like: ImageInput | Sequence[ImageInput]) -> tuple[list[Path | bytes], tuple[str, ...]]:

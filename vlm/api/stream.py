@@ -265,7 +265,8 @@ class SampleStream:
     """What `vlm.stream` gives: loop over it for batches; close it, or use it in a `with`, to end its workers.
 
     A loop is one pass of so many epochs as were asked for. It goes on where the one before stopped, by `break`, by
-    `load_state_dict` or at the end of a pass, after which the next pass begins.
+    `load_state_dict` or at the end of a pass, after which the next pass begins. Of a state that was saved in the loop,
+    at the last batch of a pass, nothing is left: the first loop is empty, and the one after it is the next pass.
 
     num_failures: samples of this process so far that could not be used.
     """
@@ -279,6 +280,8 @@ class SampleStream:
         self._workers = workers
         self._is_normalised = is_normalised
         self._position = 0
+        self._is_between_passes = True
+        self._is_rest_empty = False
         self._batches: Generator[StreamBatch, None, None] | None = None
         self.num_failures = 0
 
@@ -310,7 +313,12 @@ class SampleStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, in plain values; every batch that was handed out counts as used."""
-        return {"position": self._position, "num_failures": self.num_failures, **self._reading.identity}
+        return {
+            "position": self._position,
+            "is_between_passes": self._is_between_passes,
+            "num_failures": self.num_failures,
+            **self._reading.identity,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a stream of the same samples was; the number of workers has no influence on its batches.
@@ -318,6 +326,8 @@ class SampleStream:
         Raises:
             UsageError: the state is that of another stream.
         """
+        if not isinstance(state, dict):
+            raise UsageError(f"{type(state).__name__} is not a state; give what state_dict gave.")
         for name, value in self._reading.identity.items():
             if state.get(name) != value:
                 raise UsageError(
@@ -330,6 +340,9 @@ class SampleStream:
         self.close()
         self._position = position
         self.num_failures = num_failures
+        self._is_between_passes = bool(state.get("is_between_passes", True))
+        length = self._reading.length
+        self._is_rest_empty = not self._is_between_passes and length is not None and position % max(length, 1) == 0
 
     def close(self) -> None:
         """End the workers; a later loop starts new ones."""
@@ -346,6 +359,10 @@ class SampleStream:
         self.close()
 
     def _open(self) -> Generator[StreamBatch, None, None]:
+        if self._is_rest_empty:
+            self._is_rest_empty = False
+            self._is_between_passes = True
+            return
         batches = stream_batches(
             self._reading.plan,
             self._shards,
@@ -359,10 +376,12 @@ class SampleStream:
                 with os_errors_explained():
                     batch = next(batches, None)
                 if batch is None:
+                    self._is_between_passes = True
                     return
                 rows = self._reading.rows(batch)
                 # before the yield: a state that is saved in the loop's body counts this batch as used
                 self._position += 1
+                self._is_between_passes = False
                 self.num_failures += len(rows.failures)
                 if rows.keys:
                     yield self._finished(rows)

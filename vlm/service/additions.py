@@ -19,11 +19,11 @@ import numpy as np
 
 from vlm.console import progress
 from vlm.data.image_inputs import ImageInput, encoded_image
-from vlm.data.pack import PackConfig, encode_pair, pack
+from vlm.data.pack import REJECTED, PackConfig, encode_pair, pack
 from vlm.data.samples import UNNAMED, Captions, Pair
 from vlm.data.selection import SelectedShard, Selection
 from vlm.data.shards import count_samples, expand_shards, is_remote
-from vlm.data.sources.source import FolderFiles
+from vlm.data.sources.source import FolderFiles, PairSource
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import open_index
 from vlm.data.tar_writer import SampleWriter
@@ -69,7 +69,7 @@ class Addition:
     known: rows that the index has already. unreadable: what cannot be embedded, with the reason.
     is_finished: the rows were embedded before, by whoever adds them, who then knows which are new.
     work: folders that can be removed once the rows are in the index. new_files: files that are of no use if they are
-    not.
+    not. copies: folders in the index folder that are of no use if no row is new.
     """
 
     batch: InsertBatch | None
@@ -78,10 +78,11 @@ class Addition:
     unreadable: dict[str, str] = field(default_factory=dict)
     work: tuple[Path, ...] = ()
     new_files: tuple[Path, ...] = ()
+    copies: tuple[Path, ...] = ()
 
-    def remove_work(self) -> None:
-        """Remove what served to prepare it."""
-        for folder in self.work:
+    def remove_work(self, *, has_new_rows: bool) -> None:
+        """Remove what served to prepare it, and copies of images of which not one row is new."""
+        for folder in self.work if has_new_rows else (*self.work, *self.copies):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -149,11 +150,7 @@ class AdditionPlanner:
             if not path.is_dir():
                 raise
         if source is not None and source.describe().get("kind") in ("table", "annotations"):
-            out = self._snapshot.folder / IMAGES / source.fingerprint()
-            if not (out / MANIFEST).is_file():
-                logger.info(f"The pairs of {address} are packed to {out} first.")
-                pack(source, out, PackConfig(max_bad_share=_PACK_ANYWAY))
-            return self._from_shards(expand_shards(str(out)))
+            return self._from_table(address, source)
         return self._from_folder(path)
 
     def from_images(self, images: Sequence[ImageInput], options: ImageOptions) -> Addition:
@@ -335,6 +332,20 @@ class AdditionPlanner:
             batch=replace(addition.batch, origins=origins),
             unreadable=unreadable | addition.unreadable,
             new_files=(path,) if is_new else (),
+        )
+
+    def _from_table(self, address: str, source: PairSource) -> Addition:
+        """The rows of a table, whose images are packed into the index folder; rows without a usable one are named."""
+        out = self._snapshot.folder / IMAGES / source.fingerprint()
+        is_new = not (out / MANIFEST).is_file()
+        if is_new:
+            logger.info(f"The pairs of {address} are packed to {out} first.")
+            pack(source, out, PackConfig(max_bad_share=_PACK_ANYWAY))
+        addition = self._from_shards(expand_shards(str(out)))
+        return replace(
+            addition,
+            unreadable=_read_rejected(out / REJECTED) | addition.unreadable,
+            copies=(out,) if is_new else (),
         )
 
     def _from_shards(self, shards: Sequence[str]) -> Addition:
@@ -594,6 +605,15 @@ def _read_incidents(path: Path) -> dict[str, str]:
         record = json.loads(line)
         unreadable[record["key"]] = f"{record['reason']}: {record['detail']}"
     return unreadable
+
+
+def _read_rejected(path: Path) -> dict[str, str]:
+    """The pairs that packing had no use for, by their files; there is no list if it had use for all."""
+    rejected: dict[str, str] = {}
+    for line in read_lines(path) if path.is_file() else ():
+        record = json.loads(line)
+        rejected[record.get("file") or f"number {record['number']}"] = f"{record['reason']}: {record['detail']}"
+    return rejected
 
 
 def parse_descriptions(
