@@ -38,8 +38,8 @@ _CLIP = OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=2000)
 _DATACOMP = OptimizerConfig(learning_rate=5e-4, weight_decay=0.2, warmup_steps=500)
 # DataComp's scale_configs.py, xlarge: what open_clip's authors use at batches of 90,000
 _HUGE_BATCH = OptimizerConfig(learning_rate=1e-3, beta2=0.95, weight_decay=0.2, warmup_steps=10_000)
-# Goyal et al. 2023 (FLYP): the loss of pretraining at a hundredth of its rate, which keeps what the model knows; a
-# shorter warm-up than their 500 steps, since collections of people's own are small
+# the loss of pretraining at a small rate, as Goyal et al. 2023 (Finetune like you pretrain) propose; the numbers are
+# our choice, not yet measured
 _FINE_TUNING = OptimizerConfig(learning_rate=1e-5, beta2=0.999, epsilon=1e-8, weight_decay=0.1, warmup_steps=50)
 # crops of nine tenths and more, as open_clip's
 _WEB = LoaderConfig(workers=12)
