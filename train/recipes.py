@@ -375,8 +375,8 @@ RECIPES: dict[str, Recipe] = {
             prepare=("vlm pack PAIRS shards --hold-out 1000",),
             options="--start-from MODEL --data 'shards/train-*.tar' --val 'shards/val-*.tar'",
             remarks="Not measured yet. Every weight is trained at 1e-5, a fiftieth of DataComp's rate of pretraining; "
-            "a larger one soon loses what MODEL knows. vlm soup RUN --interpolate MODEL --val SHARDS finds a mean of both that often is better "
-            "than either. A small MODEL of your own takes more: try --learning-rate 1e-4.",
+            "a larger one soon loses what MODEL knows. vlm soup RUN --interpolate MODEL --val SHARDS finds a mean of "
+            "both that often is better than either. A small MODEL of your own takes more: try --learning-rate 1e-4.",
         ),
         _web_recipe(
             "lit",

@@ -273,7 +273,11 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
 
 
 def _start_model(model_settings: ModelConfig, device: str) -> VisionLanguageModel:
-    """The model of `start_from`, with the image size that is configured."""
+    """The model of `start_from`, with the image size that is configured.
+
+    Raises:
+        UsageError: the configuration asks for another tokenizer or context length than the model's own.
+    """
     model = load_network(model_settings.start_from, device=device)
     length = model.tokenizer.context_length
     if model_settings.context_length not in (0, length):
@@ -281,6 +285,14 @@ def _start_model(model_settings: ModelConfig, device: str) -> VisionLanguageMode
             f"{model_settings.start_from} reads {length} tokens, and --context-length {model_settings.context_length} "
             "does not change that; leave it out."
         )
+    # clip is the default, so it is no request
+    if model_settings.tokenizer != ModelConfig.tokenizer:
+        tokenizer = open_tokenizer(model_settings.tokenizer, length)
+        if tokenizer.fingerprint() != model.tokenizer.fingerprint():
+            raise UsageError(
+                f"{model_settings.start_from} reads the tokens of its own tokenizer, and --tokenizer "
+                f"{model_settings.tokenizer} is another; leave it out."
+            )
     pixels = model_settings.image_size or model.view.size
     if pixels != model.view.size:
         logger.info(f"The image tower of {model_settings.start_from} goes from {model.view.size} to {pixels} px.")

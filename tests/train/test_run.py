@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlm.api.data import train_tokenizer
 from vlm.errors import UsageError, VlmError
 from vlm.manifest import read_manifest
 from vlm.models.load import WEIGHTS, load_model
@@ -178,6 +179,16 @@ def test_fine_tuning_at_another_image_size_interpolates_the_positions(configure)
     assert load_model(str(Path(first.run).parent / "second")).view.size == 48
     with pytest.raises(UsageError, match="reads 24 tokens, and --context-length 12 does not change that"):
         train(configure("third", steps=1, model={"start_from": first.run, "context_length": 12}))
+
+
+def test_another_tokenizer_than_the_start_models_own_is_refused(configure, scene_shards, tmp_path):
+    """Its tokens would not be those that the weights have learned; it used to be passed over in silence."""
+    first = configure("first", steps=0)
+    train(first)
+    train_tokenizer(str(scene_shards / "train"), tmp_path / "other.model", vocabulary=280, languages=("de",))
+    model = {"start_from": first.run, "tokenizer": str(tmp_path / "other.model")}
+    with pytest.raises(UsageError, match=r"reads the tokens of its own tokenizer, and --tokenizer .*other.model is an"):
+        train(configure("second", steps=1, model=model))
 
 
 def test_a_batch_larger_than_the_data_is_told(configure, logged):
