@@ -256,3 +256,26 @@ def test_names_roles_and_contrast(open_page):
     assert page.evaluate("document.documentElement.lang") == "en"
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_has_no_findings(open_page, scheme, paint):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    # its script is put into the page, which the page's policy forbids
+    page = open_page("?q=red&-q=blue", color_scheme=scheme, bypass_csp=True)
+    uids(page)
+    page.locator("summary").click()
+    page.locator(".tile .mark input").first.check()
+    shown = [axe.run(page).response]
+    page.locator(".tile > button").first.click()
+    shown.append(axe.run(page).response)
+    page.keyboard.press("Escape")
+    page.click("#tab-classify")
+    page.fill("#classes", "red\nblue")
+    page.set_input_files("#classify-file", {"name": "a.png", "mimeType": "image/png", "buffer": paint("blue")})
+    page.click("#classify button[type=submit]")
+    page.wait_for_selector("#classified li")
+    shown.append(axe.run(page).response)
+    for response in shown:
+        assert len(response["passes"]) > 15
+        assert [(finding["id"], finding["nodes"][0]["html"]) for finding in response["violations"]] == []
