@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -114,9 +115,9 @@ def read_journal(journal: Path, kind: type[Entry]) -> list[Entry]:
         VlmError: one of them is no longer there as it was.
     """
     lines = read_lines(journal)
-
+    # written again whole: half a line at its end would swallow the line that is appended next
     if journal.exists():
-        write_text(journal, "".join(f"{line}\n" for line in lines))
+        write_text(journal, "\n".join([*lines, ""]))
     shards = [kind(**json.loads(line)) for line in lines]
     for shard in shards:
         path = journal.parent / shard.name
@@ -374,7 +375,7 @@ class _PackJob:
         return {"file": self._source.file_of(number)} if isinstance(self._source, NamedSource) else {}
 
     def _count_caption(self, pair: Pair) -> None:
-        self._num_garbled += any(REPLACEMENT_CHARACTER in text for text in chain.from_iterable(pair.captions.values()))
+        self._num_garbled += REPLACEMENT_CHARACTER in "".join(chain.from_iterable(pair.captions.values()))
         text = next(iter(pair.captions.values()), ("",))[0]
         # of many different captions no single one can become nearly all later on
         if text in self._captions or len(self._captions) < _MAX_COUNTED_CAPTIONS:
@@ -397,7 +398,7 @@ class _PackJob:
 
 
 def _count_reasons(rejected: Sequence[dict[str, Any]]) -> Counter[str]:
-    return Counter(reject["reason"] for reject in rejected)
+    return Counter(map(itemgetter("reason"), rejected))
 
 
 def _describe_reject(reject: dict[str, Any]) -> str:
@@ -467,20 +468,25 @@ def _finish(
             f"None of the {len(source):,} pairs can be used; the first: {_describe_reject(work.rejected[0])}."
         )
     shards = sorted(work.shards, key=lambda shard: shard.name)
-    files = {shard.name: FileRecord(bytes=shard.bytes, sha256=shard.sha256) for shard in shards}
+    files: dict[str, FileRecord] = {}
+    paths: list[str] = []
+    endings: set[str] = set()
+    samples: Counter[str] = Counter()
+    for shard in shards:
+        files[shard.name] = FileRecord(bytes=shard.bytes, sha256=shard.sha256)
+        paths.append(str(out / shard.name))
+        endings.update(shard.endings)
+        samples[shard.split] += shard.samples
     if work.rejected:
         write_text(out / REJECTED, "".join(json_text(reject) + "\n" for reject in work.rejected))
         files[REJECTED] = record_file(out / REJECTED)
-    samples: Counter[str] = Counter()
-    for shard in shards:
-        samples[shard.split] += shard.samples
     counts = {"samples": samples.total(), "bad": len(work.rejected), "shards": len(shards)}
     facts = asdict(held_out) if held_out else {}
     # which pairs they are is recorded in the shards
     facts.pop("numbers", None)
     manifest = Manifest(
         kind="shards",
-        fingerprint=shards_fingerprint([str(out / shard.name) for shard in shards]),
+        fingerprint=shards_fingerprint(paths),
         counts=counts | (dict(samples) if held_out else {}),
         configuration=asdict(config),
         inputs={"source": source.fingerprint()},
@@ -491,7 +497,6 @@ def _finish(
             "held_out": facts,
         },
     )
-    endings = chain.from_iterable(shard.endings for shard in shards)
     card = dataset_card(work.columns, splits=samples, endings=endings, samples=samples.total())
     write_text(out / CARD, card)
     # the manifest marks the folder complete; only then is the journal of no more use

@@ -469,9 +469,10 @@ class Catalogue:
         with self._reading() as database:
             folding = _folding(database)
             # in quotes, a word is a phrase to FTS5 and never an operator; folded first, for a full-width quote folds
-            names = sanitize_text(words).replace('"', " ").split()
-            folded = [folding(name).replace('"', " ") for name in names]
-            phrases = [f'"{word}"' for word in folded]
+            phrases: list[str] = []
+            for word in sanitize_text(words).replace('"', " ").split():
+                folded = folding(word).replace('"', " ")
+                phrases.append(f'"{folded}"')
             if not phrases:
                 return []
             cursor = database.execute(
@@ -479,7 +480,7 @@ class Catalogue:
                 " AND born <= ? AND died > ? ORDER BY rank, row LIMIT ?",
                 (" ".join(phrases), *self._visible_at, top),
             )
-            return [(row, score) for row, score in cursor]
+            return cursor.fetchall()
 
     def field_summaries(self) -> list[FieldSummary]:
         """The columns of the metadata, by name."""

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from vlm.index.catalog import LATEST, Entry, digest_of, read_entries
@@ -55,10 +56,14 @@ def edit_addresses(database: sqlite3.Connection, addresses: Mapping[str, str]) -
     addresses: the new one by the old one; two shards may exchange theirs.
     """
     ids: dict[str, int] = dict(database.execute("SELECT address, id FROM shards"))
-    moved = {old: new for old, new in addresses.items() if old in ids and old != new}
+    moved: dict[str, str] = {}
+    remaining = dict(ids)
+    for old, new in addresses.items():
+        if old in ids and old != new:
+            moved[old] = new
+            del remaining[old]
     # unique names in between, because addresses are unique at any moment
     database.executemany("UPDATE shards SET address = ? WHERE id = ?", [(f"\0{ids[old]}", ids[old]) for old in moved])
-    remaining = {address: number for address, number in ids.items() if address not in moved}
     for old, new in moved.items():
         if new not in remaining:
             database.execute("UPDATE shards SET address = ? WHERE id = ?", (new, ids[old]))
@@ -71,7 +76,9 @@ def edit_addresses(database: sqlite3.Connection, addresses: Mapping[str, str]) -
     num_rows = 0
     for number in sorted(new_ids):
         query = "SELECT row FROM rows WHERE shard = ?"
-        rows = [row for (row,) in database.execute(query, (number,)).fetchall()]
+        # fetched before the first update: SQLite leaves undefined what a cursor sees of rows that change meanwhile
+        rows = list(map(itemgetter(0), database.execute(query, (number,)).fetchall()))
+        # the checksum of a row covers its address
         for entries in _blocks(database, rows):
             digests = [(digest_of(entry), entry.row) for entry in entries]
             database.executemany("UPDATE rows SET digest = ? WHERE row = ?", digests)

@@ -69,6 +69,7 @@ def match_table(
             or no row has any of the keys.
     """
     by_key = _lines_by_key(lines, key, columns)
+    # an ordered set over all lines: one without an empty cell has columns that others lack
     names = list(dict.fromkeys(name for line in by_key.values() for name in line))
     for name in names:
         if name in _FIXED or not is_field(name):
@@ -80,6 +81,7 @@ def match_table(
         raise UsageError(f"The table has no column besides its key {key!r}; nothing was set.")
     rows = _rows_by_key(catalogue, key, list(by_key))
     unknown = [value for value in by_key if value not in rows]
+    # some unknown keys are usual, as of a table for several indexes; no known one means the wrong column
     if len(unknown) == len(by_key):
         raise UsageError(
             f"No row has one of the {len(by_key):,} keys of the table as its {key}; the first is {unknown[0]!r}, and a "
@@ -102,6 +104,7 @@ def _lines_by_key(lines: Iterable[Mapping[str, Any]], key: str, columns: Sequenc
     by_key: dict[str, dict[str, Any]] = {}
     known: dict[str, None] = {}
     for number, line in enumerate(lines, 1):
+        # of every line, since empty cells are left out: a column may begin anywhere
         known |= dict.fromkeys(line)
         if key not in line:
             continue

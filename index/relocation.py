@@ -20,9 +20,11 @@ def addresses_below(addresses: Sequence[str], old: str, new: str) -> dict[str, s
         UsageError: none does.
     """
     old_folder = old.rstrip("/")
+    # absolute, since the index is opened from other working directories too
     new_folder = new if is_remote(new) else str(Path(new).expanduser().absolute())
     moved: dict[str, str] = {}
     for address in addresses:
+        # with the slash: /data/ab does not lie in /data/a
         if address == old_folder or address.startswith(f"{old_folder}/"):
             moved[address] = new_folder.rstrip("/") + address.removeprefix(old_folder)
     if not moved:
@@ -43,9 +45,16 @@ def addresses_by_name(addresses: Sequence[str], shards: Sequence[str]) -> dict[s
     moved: dict[str, str] = {}
     lacking: list[str] = []
     for address in addresses:
-        candidates = [shard for shard in shards if PurePosixPath(shard).name == PurePosixPath(address).name]
-        depth = max((_common_depth(address, shard) for shard in candidates), default=0)
-        nearest = [shard for shard in candidates if _common_depth(address, shard) == depth]
+        # of shards with the same file name, those that share most folders before it: train/0.tar and val/0.tar
+        nearest: list[str] = []
+        most_common = 1
+        for shard in shards:
+            depth = _common_depth(address, shard)
+            if depth > most_common:
+                nearest.clear()
+                most_common = depth
+            if depth == most_common:
+                nearest.append(shard)
         if len(nearest) > 1:
             raise UsageError(f"{address} may be {nearest[0]} or {nearest[1]} now; name its folder: OLD NEW.")
         if nearest:

@@ -205,11 +205,15 @@ def model_differences(first: VisionLanguageModel, other: VisionLanguageModel) ->
     for key, values in sorted(config_differences(spaces, absent=_ABSENT).items()):
         if key.rpartition(".")[2] in _TRAINING_ONLY:
             continue
-        one, two = ("absent" if value is _ABSENT else json.dumps(value) for value in values)
+        one, two = map(_shown_value, values)
         differences.append(f"{key} {one} against {two}")
     if first.tokenizer.fingerprint() != other.tokenizer.fingerprint():
         differences.append("the tokenizer")
     return differences + _shape_differences(first.network.state_dict(), other.network.state_dict())
+
+
+def _shown_value(value: object) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
 
 
 def check_finite(model: VisionLanguageModel) -> None:
@@ -311,7 +315,10 @@ def greedy_soup(names: Sequence[str], *, open_model: ModelLoader, measure: Measu
         UsageError: the models differ in more than their weights, or two are the same. VlmError: one has diverged.
     """
     builder = _SoupBuilder(open_model)
-    metrics_alone = [(measure(builder.open(name)), name) for name in names]
+    metrics_alone: list[tuple[float, str]] = []
+    for name in names:
+        # opened again when its turn comes: all of them at once would not fit into memory
+        metrics_alone.append((measure(builder.open(name)), name))
     metrics_alone.sort(key=lambda entry: -entry[0])
 
     mean = WeightedMean()
@@ -363,7 +370,10 @@ def interpolate(
     def between(alpha: float) -> VisionLanguageModel:
         return builder.fill(WeightedMean().plus(start_weights, 1 - alpha).plus(tuned_weights, alpha))
 
-    sweep = tuple((alpha, measure(between(alpha)) if measure else None) for alpha in alphas)
+    sweep: list[tuple[float, float | None]] = []
+    for alpha in alphas:
+        # without a measure there is one α, and nothing to choose: the network is filled once, below
+        sweep.append((alpha, measure(between(alpha)) if measure else None))
     # max returns the first of equal values
     best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
     ingredients = (
@@ -371,7 +381,7 @@ def interpolate(
         Ingredient(model=tuned, fingerprint=builder.fingerprints[tuned], share=best),
     )
     # filled again: the network holds the last interpolation tried, not the best one
-    return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=sweep)
+    return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=tuple(sweep))
 
 
 def build_soup(

@@ -131,7 +131,7 @@ def unsharded_weights(task: nn.Module) -> Iterator[None]:
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Clip the norm over all gradients, sharded or not, to `max_norm`; returns the norm before."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    groups = [group for group in split_by_sharding(trained) if group]
+    groups = list(filter(None, split_by_sharding(trained)))
     # the norms of sharded and whole gradients are computed apart and combined
     norms: list[Tensor] = []
     for group in groups:

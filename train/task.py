@@ -382,7 +382,9 @@ def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
         leaf = node if isinstance(node, torch.Tensor) else getattr(node, "variable", None)
         if leaf is not None:
             leaves.add(leaf)
-        pending += [next_node for next_node, _ in getattr(node, "next_functions", ())]
+        # each with the number of an output of it, which does not matter here
+        for next_node, _ in getattr(node, "next_functions", ()):
+            pending.append(next_node)
     return leaves
 
 

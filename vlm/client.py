@@ -156,11 +156,13 @@ class _Connection:
         Raises:
             UsageError: the request is wrong or not allowed. VlmError: the server failed.
         """
+        # an image comes as it is stored, everything else as JSON
         if response.status_code < 400:
             return response.json() if response.headers.get("content-type") == "application/json" else response.content
         try:
             message = str(response.json()["error"])
         except (ValueError, KeyError, TypeError):
+            # a proxy in front of the server answers with a page of its own
             message = f"The server answered {response.status_code}."
         raise (UsageError if response.status_code < 500 else VlmError)(message)
 
@@ -221,6 +223,7 @@ def _rows(vector: Any) -> Sequence[Any]:
 
 
 def _images(image: Any) -> list[Any]:
+    # here, so that queries by text do not load what reads images
     from vlm.data.image_inputs import image_list
 
     return image_list(image)
@@ -251,6 +254,7 @@ def _result_of(answer: Mapping[str, Any], client: "Client | None") -> RemoteResu
                 score=values["score"],
                 captions=values["captions"],
                 metadata=values["metadata"],
+                # the rest is there only if the query asked for it, or the server shows it
                 path=values.get("path", ""),
                 fused=values.get("fused"),
                 similar=values.get("similar"),
@@ -329,6 +333,7 @@ class Client(_Connection):
             try:
                 response = self._http.request(method, path, **options)
             except self._errors as error:
+                # a connection may break after the change was made: sent again, it could be made twice
                 if is_last or not is_repeatable:
                     raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
             else:
@@ -413,6 +418,7 @@ class AsyncClient(_Connection):
             try:
                 response = await self._http.request(method, path, **options)
             except self._errors as error:
+                # a connection may break after the change was made: sent again, it could be made twice
                 if is_last or not is_repeatable:
                     raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
             else:

@@ -137,9 +137,13 @@ def _find_tables(location: SourceLocation) -> list[Table]:
     candidates = _captions_apart(location)
     if not candidates and len(preferred) > 1 and not _are_parts(preferred):
         _refuse_several(preferred)
-    names = [table.name for table in candidates]
-    stems = {PurePosixPath(name).stem.lower() for name in names}
-    folders = {table.folder for table in candidates}
+    names: list[str] = []
+    stems: set[str] = set()
+    folders: set[str] = set()
+    for table in candidates:
+        names.append(table.name)
+        stems.add(PurePosixPath(table.name).stem.lower())
+        folders.add(table.folder)
     # Hugging Face's ImageFolder: train/metadata.csv, test/metadata.csv
     is_one_each = len(folders) == len(candidates) and len(stems) <= 1
     if len(candidates) > 1 and not is_one_each and not _are_parts(names):

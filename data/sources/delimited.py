@@ -7,7 +7,7 @@ import codecs
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -252,11 +252,16 @@ def _is_exact_float(text: str) -> bool:
     return _DECIMAL.fullmatch(text) is not None and len(text.partition(".")[0]) <= 15
 
 
+def _converted(texts: Sequence[str | None], convert: Callable[[str], int | float]) -> list[int | float | None]:
+    """Numbers, None where a cell is empty."""
+    return [convert(text) if text else None for text in texts]
+
+
 def _typed(texts: Sequence[str | None]) -> pa.Array:
     """A column as whole numbers or floats if each of its values is one; as text otherwise."""
     values = list(filter(None, texts))
     if values and all(map(_WHOLE.fullmatch, values)):
-        numbers = [int(text) if text else None for text in texts]
+        numbers = _converted(texts, int)
         # ids are often unsigned hashes; what 64 bits do not hold stays text
         for kind in (pa.int64(), pa.uint64()):
             try:
@@ -265,5 +270,5 @@ def _typed(texts: Sequence[str | None]) -> pa.Array:
                 continue
         return pa.array(texts, pa.string())
     if values and all(map(_is_exact_float, values)):
-        return pa.array([float(text) if text else None for text in texts], pa.float64())
+        return pa.array(_converted(texts, float), pa.float64())
     return pa.array(texts, pa.string())

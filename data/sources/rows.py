@@ -222,9 +222,11 @@ class ParquetRows:
         from pyarrow import parquet
 
         self._file = parquet.ParquetFile(file)
+        # no `with` can close it: its rows are read for as long as somebody holds them
         weakref.finalize(self, file.close)
         schema = self._file.schema_arrow
         self.embedded = frozenset(field.name for field in schema if _holds_bytes(field.type))
+        # the images of a table may be larger than memory; what describes them is not
         light_columns = list(filter(None, map(_light_path, schema)))
         self._table = self._file.read(columns=light_columns)
         self.class_names = _class_names(schema)

@@ -107,9 +107,13 @@ class TableSource:
             is_shared_name.append(self._image_column in table.rows.embedded)
             self._ends.append(len(names))
         self._groups = _rows_by_image(names, folders, is_shared_name, self._ends)
-        self._names = [names[rows[0]] for rows in self._groups]
-        first_keys = [keys[rows[0]] for rows in self._groups]
-        self._keys = unique_keys(list(zip(first_keys, self._names, strict=True)))
+        self._names: list[Any] = []
+        preferences: list[tuple[Any, Any]] = []
+        # an image with several rows has the key of its first one
+        for first_row, *_ in self._groups:
+            self._names.append(names[first_row])
+            preferences.append((keys[first_row], names[first_row]))
+        self._keys = unique_keys(preferences)
 
         self._identity = self._compute_fingerprint()
 

@@ -74,6 +74,7 @@ class Processor:
             named = name_images(images)
             view = self._encoder.view
             batches = read_batches(named, view, batch_size=max(len(named), 1), on_error="raise")
+            # the first is empty, so that an empty list of images gives a batch of none
             parts = [torch.zeros(0, 3, view.size, view.size, dtype=torch.uint8)]
             parts += [torch.from_numpy(batch.pixels) for batch in batches]
             inputs["pixel_values"] = normalise(torch.cat(parts).to(self._encoder.device), view)

@@ -46,7 +46,7 @@ class MtebEncoder:
         """
         # the first row is empty, so that no batches give a matrix of no rows
         rows = [np.zeros((0, self._model.embedding_size), np.float32)]
-        rows += [self._encode_batch(batch) for batch in inputs]
+        rows += map(self._encode_batch, inputs)
         return np.concatenate(rows)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Float32[Array, "N M"]:

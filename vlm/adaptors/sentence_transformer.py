@@ -57,14 +57,20 @@ class SentenceTransformerStyle:
         is_single = isinstance(sentences, str | Image.Image)
         inputs = [sentences] if is_single else list(sentences)
         rows = np.zeros((len(inputs), self._model.embedding_size), np.float32)
-        texts = [number for number, content in enumerate(inputs) if isinstance(content, str)]
-        images = [number for number, content in enumerate(inputs) if isinstance(content, Image.Image)]
-        if len(texts) + len(images) != len(inputs):
-            raise UsageError("encode takes texts and PIL images; open others with PIL.Image.open.")
+        # by their places in the answer: texts and images are embedded apart, each kind in batches
+        texts: dict[int, str] = {}
+        images: dict[int, Image.Image] = {}
+        for number, content in enumerate(inputs):
+            if isinstance(content, str):
+                texts[number] = f"{prompt}{content}"
+            elif isinstance(content, Image.Image):
+                images[number] = content
+            else:
+                raise UsageError("encode takes texts and PIL images; open others with PIL.Image.open.")
         if texts:
-            rows[texts] = self._model.embed_texts([f"{prompt}{inputs[number]}" for number in texts])
+            rows[list(texts)] = self._model.embed_texts(list(texts.values()))
         if images:
-            rows[images] = self._model.embed_images([inputs[number] for number in images], batch_size=batch_size)
+            rows[list(images)] = self._model.embed_images(list(images.values()), batch_size=batch_size)
         answer = rows[0] if is_single else rows
         return torch.from_numpy(answer) if convert_to_tensor else answer
 

@@ -324,6 +324,7 @@ class SearchIndex:
         if bool(names) == bool(where):
             raise UsageError("Name the rows to delete: either uids or a filter (where), not both.")
         if dry_run:
+            # of the newest version, which is the one that would be changed
             self._service.index.refresh()
             return self._preview_deletion(names, where)
 
@@ -344,6 +345,7 @@ class SearchIndex:
         """
         from vlm.index.ann.index_type_base import TuningParams
 
+        # None keeps the parameters, which belong to the type that the index has
         tuning = TuningParams() if index_type else None
         return self._change(lambda writer: writer.compact(kind=index_type, tuning=tuning, keep_previous=keep_previous))
 
@@ -373,6 +375,7 @@ class SearchIndex:
 
         if bool(shards) == bool(old or new) or bool(old) != bool(new):
             raise UsageError("Say what moved where: either OLD and NEW, or the shards where they are now.")
+        # listed before the index is locked: the answer of a bucket may take long
         present = expand_shards(shards) if shards else []
 
         def change(writer: "IndexWriter") -> "CommitInfo":
@@ -464,6 +467,7 @@ class SearchIndex:
         try:
             summary = self._change(change)
         except BaseException:
+            # no row names these files, so that nothing would ever remove them
             for path in addition.new_files:
                 path.unlink(missing_ok=True)
             raise
@@ -568,12 +572,12 @@ class _Described:
 def _address_of(items: Additions) -> str:
     """The address of a folder, shards, a table or embeddings; empty for images."""
     values = image_list(items)
-    is_address = [isinstance(value, str | Path) and not _is_image_file(value) for value in values]
-    if len(values) == 1 and is_address[0]:
-        return str(values[0])
-    for value, is_one in zip(values, is_address, strict=True):
-        if is_one:
-            raise UsageError(f"{value} is not an image file; add folders, shards and tables one by one.")
+    for value in values:
+        if not isinstance(value, str | Path) or _is_image_file(value):
+            continue
+        if len(values) == 1:
+            return str(value)
+        raise UsageError(f"{value} is not an image file; add folders, shards and tables one by one.")
     if not values:
         raise UsageError("There is nothing to add.")
     return ""
@@ -593,6 +597,7 @@ def _query_vectors(vector: Vectors) -> tuple[Path | tuple[float, ...], ...]:
     if isinstance(vector[0], str | Path):
         return tuple(map(Path, cast(Sequence[str], vector)))
     try:
+        # in double precision, which holds every float32 exactly
         rows = np.atleast_2d(np.asarray(vector, np.float64))
     except (TypeError, ValueError) as error:
         raise UsageError(
@@ -646,9 +651,9 @@ def build_index(
     from vlm.index.build import build_autotuned
     from vlm.index.build import build_index as build_plain
 
-    unknown = [name for name in tuning if name not in TUNING_PARAMETERS]
-    if unknown:
-        raise TypeError(f"build_index() got an unexpected keyword argument {unknown[0]!r}")
+    for name in tuning:
+        if name not in TUNING_PARAMETERS:
+            raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
     targets = (recall, latency_ms, memory, texts, images)
     # any of them asks for a search over configurations, and nothing else does
     if all(value is None for value in targets):
@@ -661,9 +666,9 @@ def build_index(
             tuning=TuningParams(seed=seed, **numbers),
             uid_column=uid_column,
         )
-    fixed = [name.replace("_", "-") for name, value in tuning.items() if value is not None]
-    if fixed:
-        raise UsageError(f"--{fixed[0]} is chosen by autotuning; omit it, or omit the targets.")
+    for name, value in tuning.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is chosen by autotuning; omit it, or omit the targets.")
     target = TuningTarget(
         recall=0.95 if recall is None else recall,
         at=recall_at,

@@ -169,6 +169,7 @@ class AdditionPlanner:
             if times > 1:
                 raise UsageError(f"{times} of the images have the uid {uid!r}; give each its own (uids).")
         existing = _entries_by_uid(self._snapshot, uids)
+        # a uid that was chosen and exists is a mistake; a path or a digest that exists is the same image again
         if existing and options.uids and not self._replace_known:
             raise UsageError(
                 f"{self._snapshot.folder} has {next(iter(existing))!r} already ({len(existing):,} of {len(uids):,} "
@@ -199,10 +200,12 @@ class AdditionPlanner:
         return f"{self._prefix}{name}"
 
     def _work(self, *identity: str) -> Path:
+        # named by what is added, so that the same call after a kill comes upon what it had finished
         return self._snapshot.folder / WORK / compute_fingerprint(self._prefix, *identity)
 
     def _from_folder(self, root: Path) -> Addition:
         """The images below a folder; their uids are their names in it, and those that are known stay."""
+        # resolved, since a row keeps the place of its file for processes started anywhere
         root = root.resolve()
         scan = scan_folder(root)
         for extra, count in scan.missing.items():
@@ -265,6 +268,7 @@ class AdditionPlanner:
     ) -> Addition:
         if not names:
             return Addition(batch=None)
+        # with their sizes: after a kill, files that were changed meanwhile are another addition
         stamps = [f"{name}\n{scan.stamps[name].size}" for name in names]
         work = self._work(str(root), *stamps)
         unreadable: dict[str, str] = {}
@@ -443,6 +447,7 @@ class _PartRows:
 
     def matrix(self, dimension: int) -> np.ndarray:
         """All vectors so far."""
+        # the first is empty, so that a part without a readable image has a matrix as well
         return np.concatenate([np.zeros((0, dimension), np.float32), *self._vectors])
 
     def _skip(self, name: str, reason: str) -> None:
@@ -584,6 +589,7 @@ def _file_origin(uid: str, path: str, stamp: FileStamp, captions: Captions, meta
 
 
 def _default_uid(image: Path | bytes) -> str:
+    # bytes have no name; by their digest, the same image added twice is one row
     return image.as_posix() if isinstance(image, Path) else content_digest(image).hex()
 
 

@@ -33,6 +33,7 @@ class FolderEncoder:
         Raises:
             UsageError: there is none of this name, or its fingerprint is another.
         """
+        # the threads that read ask for the view at once, and the first of them loads the model for all
         with self._lock:
             if self._encoder is None:
                 encoder = self._load(self._spec)

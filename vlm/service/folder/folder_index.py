@@ -6,12 +6,15 @@ stored. All of it lies in a home of its own; nothing is written into the folder 
 """
 
 import contextlib
+import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import PIL
 from filelock import FileLock, Timeout
 
@@ -19,20 +22,24 @@ from vlm.console import list_counts, pluralize, progress
 from vlm.data.photo_formats import HAS_RAW
 from vlm.data.sources.image_names import HAS_HEIF
 from vlm.errors import UsageError
-from vlm.files import content_digest
+from vlm.files import compute_fingerprint, content_digest
+from vlm.index.build import create_index
 from vlm.index.embeddings_folder import EmbeddingSpace
-from vlm.manifest import is_complete
+from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.manifest import is_complete, read_manifest
 from vlm.models.model_spec import absolute_spec
 from vlm.results import Result
-from vlm.service.folder.folder_commit import commit_to_index
 from vlm.service.folder.folder_encoder import FolderEncoder, LoadEncoder
 from vlm.service.folder.folder_reader import FileReading, FolderReader, pending_files
 from vlm.service.folder.folder_scan import FolderScan, scan_folder
 from vlm.service.folder.folder_state import ContentRecord, FolderState, KnownFile
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 64
 """Images that are embedded and stored at once: the most that a killed update embeds again."""
 
+# where these differ from those of the last update, images that could not be read are tried again
 _READERS = f"Pillow {PIL.__version__}, HEIF {HAS_HEIF}, raw {HAS_RAW}"
 LOCK_SECONDS = 5.0
 
@@ -150,6 +157,7 @@ class FolderIndex:
             ) from error
         path = self.home / "files.sqlite"
         with held:
+            # under the lock, or it would take the file away from a process that writes it
             if is_new:
                 path.unlink(missing_ok=True)
                 self._encoder = None
@@ -168,6 +176,7 @@ class FolderIndex:
         known = state.files()
         gone = [path for path in known if path not in scan.stamps]
         pending = pending_files(scan, known, gone)
+        # noted before anything is read: after a kill, the next update has to delete their rows all the same
         state.mark_gone(gone)
         counts = _ChangeCounts(known, gone, state.unreadable_digests())
         num_embedded = self._read(state, scan, pending, counts) if pending else 0
@@ -202,6 +211,7 @@ class FolderIndex:
     def _check_not_empty(self, scan: FolderScan, state: FolderState) -> None:
         if scan.stamps:
             return
+        # a disk that is not mounted looks like a folder whose images were all deleted
         if num_known := state.num_readable():
             raise UsageError(
                 f"{self.root} holds no image now, and its index has {num_known:,}: is its disk not mounted? If they "
@@ -228,6 +238,7 @@ class FolderIndex:
         spec = absolute_spec(self._model_spec) if self._model_spec else space.model
         if self._encoder is None:
             self._encoder = FolderEncoder(spec, self._load, fingerprint=space.fingerprint)
+            # a new location is checked at once; a known one is loaded only if something has to be embedded
             if spec != space.model:
                 self._encoder.get()
         return replace(space, model=spec)
@@ -244,10 +255,13 @@ class FolderIndex:
         with progress(total=total, done=total - len(pending), what="index", unit=" images") as bar:
             for readings in reader.batches(pending, BATCH_SIZE):
                 contents = self._encoder.embed(readings, known_digests)
+                # stored before anything else is done with them: a kill after this line embeds none of them again
                 state.record([reading.file for reading in readings], contents)
-                known_digests.update(content.digest for content in contents)
+                for content in contents:
+                    # the reader asks this set too, so that a copy in a later batch is not decoded
+                    known_digests.add(content.digest)
+                    num_embedded += content.vector is not None
                 counts.add(readings, contents)
-                num_embedded += sum(content.vector is not None for content in contents)
                 bar.update(len(readings))
         return num_embedded
 
@@ -270,11 +284,14 @@ class _ChangeCounts:
         self.moved = 0
         self._known = known
         self._unreadable = unreadable
+        # counted: of several new files with the bytes of one that is gone, one was moved and the others are copies
         self._gone_digests = Counter(known[path].digest for path in gone)
 
     def add(self, readings: Sequence[FileReading], contents: Sequence[ContentRecord]) -> None:
         """Count the files of a batch; those that cannot be read are no changes."""
-        self._unreadable |= {content.digest for content in contents if content.vector is None}
+        for content in contents:
+            if content.vector is None:
+                self._unreadable.add(content.digest)
         for reading in readings:
             file = reading.file
             before = self._known.get(file.path)
@@ -287,3 +304,62 @@ class _ChangeCounts:
                 self.moved += 1
             else:
                 self.new += 1
+
+
+def commit_to_index(index: Path, state: FolderState, space: EmbeddingSpace) -> None:
+    """Bring the index to what is stored; after a kill at any moment, the next call ends the same.
+
+    Raises:
+        VlmError: the disk is full, or the index is damaged.
+    """
+    was_made = is_complete(index)
+    if was_made and read_manifest(index, "index").fingerprint == state.index_fingerprint:
+        _change_index(index, state, space)
+        return
+    # killed before it could note what it did, or changed by another command
+    if was_made and state.index_fingerprint:
+        logger.info(f"{index} is not as it was left; it is made again from what was embedded.")
+    _make_index(index, state, space)
+
+
+def _change_index(index: Path, state: FolderState, space: EmbeddingSpace) -> None:
+    """Write the rows that differ, then delete those that are gone."""
+    old_uids = state.old_uids()
+    if not old_uids and not state.num_new_rows():
+        return
+    with IndexWriter(index) as writer:
+        writer.update(_new_rows(state, space))
+        # some may be gone already
+        rows = writer.snapshot.catalogue.rows_by_uid(old_uids)
+        commit = writer.delete_rows(np.sort(np.array(list(rows.values()), np.int64)))
+        if commit.dead > commit.rows:
+            writer.compact()
+        fingerprint = writer.snapshot.manifest.fingerprint
+    state.set_indexed(fingerprint)
+
+
+def _make_index(index: Path, state: FolderState, space: EmbeddingSpace) -> None:
+    state.forget_index()
+    # beside the old one, which readers may have open
+    unfinished = index.with_name(f"{index.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # exact, and cheap to change; a search of 100,000 rows takes some ten milliseconds
+    create_index(unfinished, space, kind="flat")
+    with IndexWriter(unfinished) as writer:
+        writer.add(_new_rows(state, space))
+        fingerprint = writer.snapshot.manifest.fingerprint
+    shutil.rmtree(index, ignore_errors=True)
+    unfinished.rename(index)
+    state.set_indexed(fingerprint)
+
+
+def _new_rows(state: FolderState, space: EmbeddingSpace) -> InsertBatch:
+    return InsertBatch(
+        space=space,
+        count=state.num_new_rows(),
+        # the same for every change of this folder: an index keeps a list of them
+        source=compute_fingerprint("folder", state.root),
+        shards=(state.root,),
+        blocks=state.new_vectors,
+        origins=state.new_origins,
+    )

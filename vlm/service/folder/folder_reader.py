@@ -92,6 +92,7 @@ class FolderReader:
                 ahead = submit(first + size)
                 yield [future.result() for future in current]
         finally:
+            # an error or an interrupt must not wait for a batch that nobody will take
             pool.shutdown(cancel_futures=True)
 
     def _read(self, path: str, digest: bytes | None) -> FileReading:
@@ -100,11 +101,13 @@ class FolderReader:
         )
         captions, metadata = self._words_beside(path)
         file = replace(file, captions=captions, metadata=metadata)
+        # of a file that was moved, or whose words alone changed, not even the bytes are read
         if digest is not None and digest in self._known_digests:
             return FileReading(file=file)
         try:
             data = (self._root / path).read_bytes()
         except OSError as error:
+            # without a digest the next update tries it again
             return FileReading(file=replace(file, digest=None, error=error.strerror or str(error)))
         file = replace(file, digest=content_digest(data))
         assert file.digest is not None

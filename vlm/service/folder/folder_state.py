@@ -113,6 +113,7 @@ class FolderState:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._errors_as_ours():
+            # transactions are begun by hand: Python's own begin with the first change, after what was read for it
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             # readers of files on a network cannot share memory, which the write-ahead log needs
             self._database.execute("PRAGMA journal_mode = TRUNCATE")

@@ -62,4 +62,5 @@ class ChangeWaiter:
         self._scan_seconds = seconds
 
     def _is_visible(self, path: str) -> bool:
+        # as `scan_folder`, which leaves hidden files out: a change of theirs is no reason for a scan
         return not any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
