@@ -448,6 +448,7 @@ def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit
             continue
         groups.add(number, pair.key, pair.captions, rgb_thumbnail(rgb))
     held_out = groups.hold_out(config.hold_out, seed=config.seed)
+    # sorted, for a set has no order, and a file of the same pack has the same bytes
     write_text(kept, json.dumps(asdict(held_out) | {"numbers": sorted(held_out.numbers)}))
     return held_out
 

@@ -159,6 +159,7 @@ class Ledger:
 
     def to_values(self) -> dict[str, Any]:
         """Plain values, read back by `from_values`."""
+        # under the names of earlier versions, whose checkpoints must stay readable
         return {
             "epochs": {str(number): _values(epoch) for number, epoch in sorted(self.epochs.items())},
             "closed": _values(self.closed),

@@ -287,6 +287,7 @@ class Mixture:
 
     def source_positions(self, position: int) -> tuple[int, ...]:
         """How many visits of each source come before a position."""
+        # by the divisions of source_at: the two must agree at every position
         before: list[int] = []
         remaining_shares = sum(self.shares)
         for share in self.shares[:-1]:

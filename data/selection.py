@@ -204,4 +204,5 @@ def stochastic_round(expected: Float[Array, " N"], rng: np.random.Generator) -> 
 
 
 def _clip_times(times: np.ndarray) -> UInt16[Array, " N"]:
+    # clipped first: the cast would wrap around
     return np.minimum(times, MAX_TIMES).astype(np.uint16)

@@ -420,6 +420,7 @@ class Catalogue:
 
     def values_like(self, field: str, text: str, limit: int) -> list[str]:
         """The texts of a field that differ from this one at most in the case of A to Z; reads the whole field."""
+        # wildcards of LIKE; the backslash comes first, or those put before the others would be doubled
         escaped = text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
         query = "SELECT DISTINCT value FROM facts WHERE field = ? AND value LIKE ? ESCAPE '\\' LIMIT ?"
         with self._reading() as database:
@@ -480,7 +481,7 @@ class Catalogue:
                 " AND born <= ? AND died > ? ORDER BY rank, row LIMIT ?",
                 (" ".join(phrases), *self._visible_at, top),
             )
-            return cursor.fetchall()
+            return [(row, score) for row, score in cursor]
 
     def field_summaries(self) -> list[FieldSummary]:
         """The columns of the metadata, by name."""

@@ -53,7 +53,9 @@ def _near_values(catalogue: Catalogue, field: str, value: FieldValue) -> list[st
         return []
     # of a field with very many values only those that differ in case are found beyond the first ones
     texts = catalogue.values_like(field, value, _NUM_SHOWN)
-    texts += [text for text in catalogue.distinct_values(field, _MOST_VALUES) if isinstance(text, str)]
+    for text in catalogue.distinct_values(field, _MOST_VALUES):
+        if isinstance(text, str):
+            texts.append(text)
     folded = "".join(value.casefold().split())
     alike = [text for text in texts if "".join(text.casefold().split()) == folded]
     return alike + difflib.get_close_matches(value, texts, n=_NUM_SHOWN, cutoff=_CLOSE)

@@ -219,6 +219,7 @@ def restored_version(snapshot: IndexSnapshot, previous: Manifest, *, next_row: i
         catalogue=catalogue_file(number),
         tombstones=tombstones_file(number) if len(dead) else "",
         next_row=next_row,
+        # goes on counting: the version that is undone is kept, and its files lie under their numbers
         next_segment=snapshot.details.next_segment,
     )
     manifest = replace(

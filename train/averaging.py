@@ -461,6 +461,7 @@ def retrieval_measure(
 
 
 def _copy_to_cpu(model: VisionLanguageModel) -> dict[str, Tensor]:
+    # cpu() alone copies nothing where the network is there already
     return {name: value.cpu().clone() for name, value in model.network.state_dict().items()}
 
 

@@ -210,7 +210,10 @@ class Teachers:
             numbers.append(len(row.captions))
         # all captions of the batch at once: one text alone leaves a GPU idle
         if self.models:
-            texts = _concatenate_embeddings([model.embed_texts(captions) for model in self.models])
+            embedded_by_model: list[Tensor] = []
+            for model in self.models:
+                embedded_by_model.append(model.embed_texts(captions))
+            texts = _concatenate_embeddings(embedded_by_model)
             _add_array(stored_arrays, "teacher_text", _rows(texts, numbers, np.float16, self.names, usable))
         if self.text_model is not None:
             kind = np.float16 if half else np.float32

@@ -203,6 +203,7 @@ def gather_detached(rows: Tensor) -> Tensor:
 
 
 def _gather(rows: Tensor) -> Tensor:
+    # collectives take memory as it lies, so a view is copied first
     output = rows.new_empty(num_processes() * len(rows), *rows.shape[1:])
     dist.all_gather_into_tensor(output, rows.contiguous())
     return output

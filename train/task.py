@@ -351,6 +351,7 @@ def freeze_unused_parameters(task: nn.Module, inputs: dict[str, Tensor], outputs
     """
     # per module, since frozen batch norms stay in evaluation mode
     modes = {module: module.training for module in task.modules()}
+    # in training mode a layer may be dropped, and its weights would seem unused
     task.eval()
     try:
         computed = task(inputs)
@@ -372,6 +373,7 @@ def _graph_leaves(outputs: Iterable[Tensor]) -> set[Tensor]:
     # with a list instead of recursion: graphs of deep networks exceed Python's stack
     leaves: set[Tensor] = set()
     visited: set[object] = set()
+    # an output without a grad_fn is a weight itself
     pending: list[object] = [output.grad_fn or output for output in outputs]
     while pending:
         node = pending.pop()

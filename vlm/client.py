@@ -192,6 +192,7 @@ def search_body(
     Raises:
         UsageError: an image cannot be read.
     """
+    # through float, since JSON has no numbers of numpy
     vectors = [list(map(float, row)) for row in _rows(vector)]
     return {
         "texts": _listed(texts),
@@ -342,6 +343,7 @@ class Client(_Connection):
             time.sleep(self._pause(attempt))
 
     def _use_index(self) -> None:
+        # once: what follows goes to the same index, whatever else the server opens
         self._index = self._index or self.indexes()[0]["name"]
 
     def indexes(self) -> list[dict[str, Any]]:

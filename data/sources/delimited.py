@@ -127,6 +127,7 @@ def _sniff_delimiter(text: str, promised: str) -> str:
         number = lines[0].count(delimiter)
         return sum(line.count(delimiter) >= number for line in lines) if number else 0
 
+    # a caption may hold any of these, but only the real one is in most lines as often as in the first
     # the first of equals is taken
     best = max((promised, *_DELIMITERS), key=num_alike)
     return best if 2 * num_alike(best) > len(lines) else promised

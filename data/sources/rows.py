@@ -276,6 +276,7 @@ class ParquetRows:
 
     def _named_class(self, column: str, value: Any) -> Any:
         names = self.class_names.get(column)
+        # Hugging Face gives rows without a label the class -1
         is_class = names and isinstance(value, int) and 0 <= value < len(names)
         return names[value] if names and is_class else value
 

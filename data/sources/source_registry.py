@@ -230,6 +230,7 @@ def _failed_downloads(location: SourceLocation) -> Counter[str]:
             continue
         if "status" in rows.columns:
             failed.update(map(str, rows.column("status")))
+    # a Counter lets go of what it does not hold without an error
     del failed["success"]
     return failed
 

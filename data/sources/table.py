@@ -216,6 +216,7 @@ class TableSource:
         embedded = table.rows.image(self._row_in_table(row), self._image_column) if is_embedded else None
         if embedded:
             return embedded
+        # img2dataset leaves a row for each address, also where the download failed
         status = values.get("status") or "success"
         if status != "success":
             raise BadSample("not downloaded", f"status {status!r}: {values.get('error_message')}")
@@ -227,6 +228,7 @@ class TableSource:
     def _captions(self, row: dict[str, Any]) -> Captions:
         value = row.get(self._caption_column) if self._caption_column else None
         if self.captions_are_labels and value is not None:
+            # names of classes are often identifiers, as hot_dog
             return {UNNAMED: (self._options.template.replace("{}", str(value).replace("_", " ")),)}
         in_languages = {name: row[name] for name in self._language_columns if name in row}
         return parse_captions(
@@ -261,6 +263,7 @@ def names_files(table: Table, files: SourceFiles, options: SourceOptions, *, tri
     if column is None or column not in table.rows.columns:
         return False
     finder = ImageFinder(files)
+    # one is enough: rows whose image was never downloaded are usual
     for number, name in enumerate(table.rows.column(column)[:tries]):
         if table.rows.image(number, column) is not None:
             return True

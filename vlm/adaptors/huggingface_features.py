@@ -44,6 +44,7 @@ class HuggingFaceStyle(nn.Module):
         """`image_embeds` and `text_embeds` of unit length, and `logits_per_image` [B, T] and `logits_per_text`."""
         image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
         text = nn.functional.normalize(self.get_text_features(input_ids), dim=-1)
+        # the scale is stored as its logarithm (CLIP, Radford et al. 2021)
         logits = image @ text.T * self.network.get_parameter("logit_scale").exp()
         # sigmoid models (SigLIP)
         bias = getattr(self.network, "logit_bias", None)

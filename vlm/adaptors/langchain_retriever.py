@@ -23,6 +23,7 @@ def as_retriever(index: SearchIndex, *, top: int = 10, **search: Any) -> "BaseRe
     except ImportError as error:
         raise UsageError("LangChain is not installed: pip install langchain-core.") from error
 
+    # defined here, since its base class is only there where LangChain is installed
     class IndexRetriever(BaseRetriever):
         def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Document]:
             documents: list[Document] = []

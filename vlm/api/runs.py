@@ -143,6 +143,7 @@ class RunComparison(Result):
         Raises:
             UsageError: the folder of `out` does not exist.
         """
+        # here: matplotlib is loaded by those who draw
         from vlm.train.plots import draw_comparison
 
         path = Path(out)

@@ -354,6 +354,7 @@ class AdditionPlanner:
 
     def _from_shards(self, shards: Sequence[str]) -> Addition:
         """The samples of shards that the index does not have; shards of which it has all are not read."""
+        # absolute, as the rows name their shard: by another address it would be another shard
         addresses = [shard if is_remote(shard) else str(Path(shard).absolute()) for shard in shards]
         counts = dict(zip(addresses, count_samples(addresses), strict=True))
         missing: dict[str, np.ndarray] = {}

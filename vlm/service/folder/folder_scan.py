@@ -97,6 +97,7 @@ def is_unsettled(beside: str) -> bool:
 
 def _stamp(root: Path, name: str, now: int) -> FileStamp:
     status = os.stat(f"{root}/{name}")
+    # on both sides: the clock of a network drive may be a little ahead of this one
     is_settled = abs(now - status.st_mtime_ns) > _TICK_NS
     return FileStamp(status.st_size, status.st_mtime_ns if is_settled else UNSETTLED, status.st_ino)
 

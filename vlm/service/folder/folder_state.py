@@ -310,6 +310,7 @@ class FolderState:
             yield
             self._database.execute("COMMIT")
         except BaseException:
+            # after an interrupt as well: SQLite begins no transaction within another
             self._database.execute("ROLLBACK")
             raise
 
