@@ -8,7 +8,7 @@ the processes; `SequentialBatches` goes through the shards once, in file order, 
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -263,7 +263,9 @@ class Mixture:
             positions_in[source].append(source_position)
 
         # all positions of a source at once: its order looks up a whole batch faster than one by one
-        visits = [iter(order.locate(own)) for order, own in zip(self.orders, positions_in, strict=True)]
+        visits: list[Iterator[SampleIndex]] = []
+        for order, own_positions in zip(self.orders, positions_in, strict=True):
+            visits.append(iter(order.locate(own_positions)))
         sample_indices: list[SampleIndex] = []
         for source in sources:
             visit = next(visits[source])

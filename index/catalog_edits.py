@@ -11,6 +11,7 @@ from typing import Any
 from vlm.index.catalog import LATEST, Entry, digest_of, read_entries
 from vlm.index.metadata import insert_field_values, metadata_fields
 
+# entries that are in memory at once: a change may be of every row
 _ROWS_AT_ONCE = 10_000
 
 
@@ -90,5 +91,6 @@ def edit_addresses(database: sqlite3.Connection, addresses: Mapping[str, str]) -
 def _blocks(database: sqlite3.Connection, rows: Iterable[int]) -> Iterator[list[Entry]]:
     """The entries of rows, some thousands at once."""
     remaining = iter(rows)
+    # as one JSON text, since SQLite bounds the number of parameters
     while block := list(islice(remaining, _ROWS_AT_ONCE)):
         yield read_entries(database, "WHERE row IN (SELECT value FROM json_each(?))", json.dumps(block))

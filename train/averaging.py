@@ -171,6 +171,7 @@ class WeightedMean:
 
 def _differing_names(one: Weights, other: Weights) -> list[str]:
     """Names that only one of the two has, or else those whose shapes differ."""
+    # sorted, so that the message names the same ones each time
     differing = sorted(one.keys() ^ other.keys())
     return differing or [name for name in one if one[name].shape != other[name].shape]
 

@@ -233,6 +233,7 @@ def _rows(
     # an overflow of float16 becomes infinite, which is reported below with the sample's key
     with np.errstate(over="ignore"):
         stored = vectors.numpy().astype(kind)
+    # where each sample's rows end; the last end is that of the whole
     parts = np.split(stored, list(accumulate(numbers))[:-1])
     for part, row in zip(parts, usable, strict=True):
         if not np.isfinite(part).all():

@@ -265,6 +265,7 @@ def _result_of(answer: Mapping[str, Any], client: "Client | None") -> RemoteResu
         )
     facets: dict[str, dict[int | float | str, int]] = {}
     for name, counts in answer.get("facets", {}).items():
+        # a list in JSON, whose objects have texts as keys alone: a year stays a number
         facets[name] = {count["value"]: count["rows"] for count in counts}
     return RemoteResult(
         hits=tuple(hits),

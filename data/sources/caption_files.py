@@ -63,6 +63,7 @@ class SourceLocation:
     def with_words(self) -> tuple[int, int]:
         """The number of images checked, evenly spread, and how many of them have captions next to them."""
         assert self.files is not None
+        # not the first ones: they are often of one folder, whose images may all have words or none
         step = max(1, len(self.images) // _CHECKED_IMAGES)
         checked = self.images[::step]
         num_with_words = sum(has_words_beside(self.files, image, self.all_names) for image in checked)

@@ -106,4 +106,5 @@ class MtebEncoder:
 
 def _unit(embeddings: Any) -> np.ndarray:
     rows = np.atleast_2d(np.asarray(embeddings, dtype=np.float32))
+    # a row of zeros has no direction: its cosines are 0, not NaN
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)

@@ -93,6 +93,7 @@ def _overview(record: RunRecord, root: Path) -> RunOverview:
         architecture=configuration.get("model", {}).get("architecture"),
         objective=configuration.get("objective", {}).get("objective"),
         step=record.step,
+        # 0 where a run does not record it
         planned_steps=record.planned_steps or None,
         samples=record.last("seen"),
         loss=record.last("loss"),

@@ -329,6 +329,7 @@ class AdditionPlanner:
 
         def origins() -> Iterator[Origin]:
             for origin in rows():
+                # a sample's key in the shard is the number of its image
                 yield replace(origin, uid=described.uids[int(origin.key)])
 
         return replace(

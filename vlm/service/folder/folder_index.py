@@ -193,6 +193,7 @@ class FolderIndex:
             new=counts.new,
             changed=counts.changed,
             moved=counts.moved,
+            # a file that moved is gone from its old place as well
             gone=len(gone) - counts.moved,
             embedded=num_embedded,
             unreadable=dict(sorted(unreadable.items())),

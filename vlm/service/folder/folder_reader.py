@@ -86,6 +86,7 @@ class FolderReader:
             return [pool.submit(self._read, path, pending[path]) for path in paths[first : first + size]]
 
         try:
+            # the next batch is read while the model embeds this one; more ahead would only hold more images
             ahead = submit(0)
             for first in range(0, len(paths), size):
                 current = ahead
