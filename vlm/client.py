@@ -56,6 +56,7 @@ class RemoteHit(Result):
     fused: float | None = None
     similar: int | None = None
     likelihood: float | None = None
+    probability: float | None = None
     client: "Client | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -75,7 +76,13 @@ class RemoteHit(Result):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without those that the query did not ask for."""
-        optional = {"fused": self.fused, "similar": self.similar, "likelihood": self.likelihood, "path": self.path}
+        optional = {
+            "fused": self.fused,
+            "similar": self.similar,
+            "likelihood": self.likelihood,
+            "probability": self.probability,
+            "path": self.path,
+        }
         present = {name: value for name, value in optional.items() if value not in (None, "")}
         plain = {"uid": self.uid, "score": self.score, "captions": self.captions, "metadata": self.metadata}
         return plain | present
@@ -91,6 +98,7 @@ class RemoteResult(Result):
     embed_milliseconds: float
     search_milliseconds: float
     cut: tuple[str, ...] = ()
+    hint: str = ""
     facets: dict[str, dict[int | float | str, int]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RemoteHit]:
@@ -111,6 +119,7 @@ class RemoteResult(Result):
             "embed_milliseconds": self.embed_milliseconds,
             "search_milliseconds": self.search_milliseconds,
             "cut": list(self.cut),
+            "hint": self.hint,
             "facets": self.facets,
         }
 
@@ -181,6 +190,7 @@ def search_body(
     at_least: float | None = None,
     group_duplicates: float | None = None,
     diversity: float = 0.0,
+    relevant: bool | float | None = None,
     rerank_top: int = 0,
     after: str = "",
     facets: Texts = (),
@@ -207,6 +217,7 @@ def search_body(
         "at_least": at_least,
         "duplicates": group_duplicates,
         "diversity": diversity,
+        "relevant": relevant,
         "rerank_top": rerank_top,
         "after": after,
         "facets": _listed(facets),
@@ -260,6 +271,7 @@ def _result_of(answer: Mapping[str, Any], client: "Client | None") -> RemoteResu
                 fused=values.get("fused"),
                 similar=values.get("similar"),
                 likelihood=values.get("likelihood"),
+                probability=values.get("probability"),
                 client=client,
             )
         )
@@ -274,6 +286,7 @@ def _result_of(answer: Mapping[str, Any], client: "Client | None") -> RemoteResu
         embed_milliseconds=answer["embed_milliseconds"],
         search_milliseconds=answer["search_milliseconds"],
         cut=tuple(answer.get("cut", ())),
+        hint=answer.get("hint", ""),
         facets=facets,
     )
 

@@ -216,3 +216,12 @@ def test_images_given_and_stored_are_classified(caller, data_url):
     wrong = caller.post("/api/v1/indexes/index/classify", body | {"templates": ["a photo"]})
     assert wrong.status_code == 400
     assert "{}" in wrong.json()["error"]
+
+
+def test_only_what_is_likely_relevant_is_kept_on_request(caller, expected):
+    refused = caller.post("/api/v1/indexes/index/search", {"texts": ["red"], "relevant": True})
+    # too few rows to measure against; the reason comes through
+    assert refused.status_code == 400
+    assert "20" in refused.json()["error"]
+    wrong = caller.post("/api/v1/indexes/index/search", {"texts": ["red"], "relevant": 1.5})
+    assert wrong.status_code == 422

@@ -5,8 +5,9 @@ import pytest
 
 from vlm.errors import VlmError
 from vlm.index.writer import IndexWriter
-from vlm.server.served_index import EmbeddingCache, ServedIndex, ThumbnailCache
+from vlm.server.served_index import ServedIndex, ThumbnailCache
 from vlm.service.query import Query
+from vlm.service.query_encoder import TextCache
 
 
 @pytest.fixture
@@ -52,14 +53,14 @@ def test_an_error_of_one_query_of_a_batch_is_its_own(served):
 
 
 def test_the_same_text_is_embedded_once(model):
-    cache = EmbeddingCache(model, size=2)
-    first = np.asarray(cache.embed_texts(["red", "blue", "red"]))
-    again = np.asarray(cache.embed_texts(["blue", "green"]))
+    cache = TextCache(size=2)
+    first = np.asarray(cache.embed(model, ["red", "blue", "red"]))
+    again = np.asarray(cache.embed(model, ["blue", "green"]))
     assert np.array_equal(first, np.asarray(model.embed_texts(["red", "blue", "red"])))
     assert np.array_equal(again, np.asarray(model.embed_texts(["blue", "green"])))
     assert (cache.hits, cache.misses) == (2, 3)
     # two texts are kept: red, the least recently used, is gone
-    cache.embed_texts(["red"])
+    cache.embed(model, ["red"])
     assert cache.misses == 4
 
 

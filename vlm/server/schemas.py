@@ -58,6 +58,9 @@ class SearchRequest(Strict):
         default=None, description="Fold hits whose cosine with a better one is at least this."
     )
     diversity: float = Field(default=0.0, ge=0, le=1)
+    relevant: bool | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Only hits that are likely relevant; a number is the least probability."
+    )
     rerank_top: int = Field(default=0, ge=0, le=1000, description="Hits to rerank by the captioner's likelihood.")
     after: str = Field(default="", max_length=1000, description="`next` of the page before.")
     facets: list[Annotated[str, Field(max_length=200)]] = Field(
@@ -85,6 +88,7 @@ class SearchRequest(Strict):
             words=self.words,
             duplicates=self.duplicates,
             diversity=self.diversity,
+            relevant=self.relevant,
             rerank_top=self.rerank_top,
             after=self.after,
         )
@@ -260,6 +264,7 @@ class HitModel(Item):
     fused: float | None = Field(default=None, description="Score of rank fusion, for queries with words.")
     similar: int | None = Field(default=None, description="Worse hits that are duplicates of this one.")
     likelihood: float | None = Field(default=None, description="Of the query's texts given the image, if reranked.")
+    probability: float | None = Field(default=None, description="Of being relevant, where the query asks for that.")
 
 
 class ValueCountModel(BaseModel):
@@ -279,6 +284,8 @@ class SearchAnswer(BaseModel):
     search_milliseconds: float
     cut: list[str] = Field(default=[], description="Texts longer than the model's context, which were truncated.")
     facets: dict[str, list[ValueCountModel]] = {}
+    hint: str = Field(default="", description="Why there is no hit.")
+    relevance: dict[str, Any] | None = Field(default=None, description="The cut, where the query asks for one.")
 
 
 class QueryProblem(BaseModel):

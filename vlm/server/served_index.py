@@ -9,8 +9,9 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from vlm.data.decode import open_image
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
-from vlm.index.encoder import Encoder
 from vlm.index.facets import FieldSummary, ValueCount
 from vlm.server.schemas import decode_data_url
 from vlm.service.images import read_image_bytes, thumbnail
 from vlm.service.query import Query
+from vlm.service.query_encoder import QueryEncoder, TextCache, embed_query_texts, load_query_encoder
 from vlm.service.ranking import rows_matching
-from vlm.service.search import RankedHit, SearchResult, SearchService, embed_query_images, load_encoder
+from vlm.service.search import RankedHit, SearchResult, SearchService, embed_query_images
 from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)
@@ -35,58 +36,6 @@ FACET_CACHE_SIZE = 256
 THUMBNAIL_CACHE_BYTES = 64 * 2**20
 THUMBNAIL_SIZES = (160, 320, 640)
 """Longer sides of thumbnails in pixels; a request gets the next larger one, so that few sizes are made and cached."""
-
-
-class EmbeddingCache:
-    """An encoder that remembers the vectors of the last texts; the same text is embedded once.
-
-    hits, misses: texts found and not found.
-    """
-
-    def __init__(self, encoder: Encoder, size: int) -> None:
-        self.encoder = encoder
-        self.hits = 0
-        self.misses = 0
-        self._size = size
-        self._vectors: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.encoder, name)
-
-    def embed_texts(self, texts: Sequence[str]) -> Any:
-        """Unit vectors [T, D] of the texts, as the encoder gives them."""
-        with self._lock:
-            vectors = {text: self._vectors[text] for text in texts if text in self._vectors}
-        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
-        self.hits += len(texts) - len(missing)
-        self.misses += len(missing)
-        if len(missing) == len(texts):
-            rows = self.encoder.embed_texts(missing)
-            self._remember(missing, rows)
-            return rows
-        if missing:
-            rows = self.encoder.embed_texts(missing)
-            self._remember(missing, rows)
-            vectors |= dict(zip(missing, rows, strict=True))
-        return stack_rows([vectors[text] for text in texts])
-
-    def _remember(self, texts: Sequence[str], rows: Iterable[Any]) -> None:
-        with self._lock:
-            for text, row in zip(texts, rows, strict=True):
-                self._vectors[text] = row
-                self._vectors.move_to_end(text)
-            while len(self._vectors) > self._size:
-                self._vectors.popitem(last=False)
-
-
-def stack_rows(rows: Sequence[Any]) -> Any:
-    """Rows [D] as one matrix of their own kind: NumPy's or torch's."""
-    if isinstance(rows[0], np.ndarray):
-        return np.stack(rows)
-    import torch
-
-    return torch.stack(list(rows))
 
 
 class ThumbnailCache:
@@ -141,7 +90,7 @@ class ServedIndex:
         rerank_spec: str = "",
         shows_paths: bool = False,
         cache_size: int = 10_000,
-        load: Callable[[str], Encoder] = load_encoder,
+        load: Callable[[str], QueryEncoder] = load_query_encoder,
     ) -> "ServedIndex":
         """Open an index folder; the model is loaded with the first query that needs it.
 
@@ -149,11 +98,8 @@ class ServedIndex:
 
         Raises: as of `SearchService.open`.
         """
-
-        def load_cached(spec: str) -> Any:
-            return EmbeddingCache(load(spec), cache_size)
-
-        service = SearchService.open(folder, model_spec=model_spec, rerank_spec=rerank_spec, load=load_cached)
+        service = SearchService.open(folder, model_spec=model_spec, rerank_spec=rerank_spec, load=load)
+        service.text_cache = TextCache(cache_size)
         # here and not in each search, so that a damaged new version is no error of a query
         service.refreshes = False
         return cls(name=name, service=service, shows_paths=shows_paths)
@@ -288,7 +234,7 @@ class ServedIndex:
     def hit_to_json(self, hit: RankedHit) -> dict[str, Any]:
         """A hit as answers show it, without what the query did not ask for."""
         values: dict[str, Any] = {"score": hit.score}
-        for name in ("fused", "similar", "likelihood"):
+        for name in ("fused", "similar", "likelihood", "probability"):
             value = getattr(hit, name)
             if value is not None:
                 values[name] = value
@@ -305,6 +251,10 @@ class ServedIndex:
         }
         if result.cut:
             answer["cut"] = list(result.cut)
+        if result.hint:
+            answer["hint"] = result.hint
+        if result.relevance is not None:
+            answer["relevance"] = result.relevance.to_json()
         return answer
 
     def info(self) -> dict[str, Any]:
@@ -337,7 +287,7 @@ class ServedIndex:
             query = Query(items=(index.catalogue.entries([int(index.snapshot.rows[0])])[0].uid,), top=1)
         else:
             # past the cache of embeddings, which would answer without the model
-            vector = self.cache().encoder.embed_texts([_READY_TEXT])[0]
+            vector = embed_query_texts(self.service.model, [_READY_TEXT])[0]
             query = Query(vectors=(tuple(map(float, vector)),), top=1)
         self.service.search(query)
         return (time.perf_counter() - started) * 1000
@@ -372,17 +322,25 @@ class ServedIndex:
         Raises:
             UsageError: the model has no caption decoder, or an image cannot be decoded.
         """
-        return [result.caption for result in self._model().caption(list(images), prompt=prompt)]
+        return [result.caption for result in self._captioner.caption(list(images), prompt=prompt)]
 
     def _model(self) -> Any:
-        # needs torch, which searches may do without
+        # needs more than searches do
         from vlm.api.inference import Model
 
         return Model(self.service.model)  # pyright: ignore[reportArgumentType]
 
+    @cached_property
+    def _captioner(self) -> Any:
+        # no export has a decoder
+        from vlm.api.inference import Model
+
+        return Model(self.service.row_encoder)  # pyright: ignore[reportArgumentType]
+
     def embed_texts(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
         """Unit vectors of texts by the index's model."""
-        return np.asarray(self.cache().embed_texts(texts), np.float32)
+        assert self.service.text_cache is not None
+        return self.service.text_cache.embed(self.service.model, texts)
 
     def embed_images(self, images: Sequence[bytes]) -> Float32[Array, "N D"]:
         """Unit vectors of encoded images by the index's model.
@@ -394,17 +352,8 @@ class ServedIndex:
 
     def cache_counts(self) -> tuple[int, int]:
         """Texts whose vectors were remembered, and texts that were embedded."""
-        cache = self.service.loaded_model
-        return (cache.hits, cache.misses) if isinstance(cache, EmbeddingCache) else (0, 0)
-
-    def cache(self) -> EmbeddingCache:
-        """The model with its cache of texts, loaded now if it was not.
-
-        Raises: as of `SearchService.model`.
-        """
-        model = self.service.model
-        assert isinstance(model, EmbeddingCache)
-        return model
+        cache = self.service.text_cache
+        return (cache.hits, cache.misses) if cache else (0, 0)
 
 
 def num_pixels(data: bytes, max_pixels: int) -> int:

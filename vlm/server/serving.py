@@ -14,12 +14,11 @@ from typing import Any
 
 from vlm.console import pluralize
 from vlm.errors import UsageError, VlmError
-from vlm.index.encoder import Encoder
 from vlm.results import Result
 from vlm.server.app import Service, create_app
 from vlm.server.guard import Limits, Tokens
 from vlm.server.served_index import ServedIndex
-from vlm.service.search import load_encoder
+from vlm.service.query_encoder import QueryEncoder, load_query_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def open_service(
     max_batch: int = 64,
     workers: int = 1,
     cors_origins: tuple[str, ...] = (),
-    load: Callable[[str], Encoder] = load_encoder,
+    load: Callable[[str], QueryEncoder] = load_query_encoder,
 ) -> Service:
     """Open index folders by name; arguments as the options of `vlm serve`.
 

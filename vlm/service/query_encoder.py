@@ -6,6 +6,8 @@
 import importlib.util
 import logging
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -128,3 +130,39 @@ def embed_query_texts(encoder: QueryEncoder, texts: Sequence[str]) -> Float32[Ar
 def _has_gpu() -> bool:
     # without torch, whose answer would cost more than the GPU saves
     return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and Path("/dev/nvidia0").exists()
+
+
+class TextCache:
+    """The vectors of the last texts that were embedded; the same text is embedded once. Several threads may share it.
+
+    hits, misses: texts found and not found.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.hits = 0
+        self.misses = 0
+        self._size = size
+        self._vectors: OrderedDict[str, Float32[Array, " D"]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def embed(self, encoder: QueryEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
+        """Unit vectors of texts; always of the same encoder."""
+        with self._lock:
+            known = {text: self._vectors[text] for text in texts if text in self._vectors}
+            for text in known:
+                self._vectors.move_to_end(text)
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        self.hits += len(texts) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            rows = embed_query_texts(encoder, missing)
+            known |= zip(missing, rows, strict=True)
+            self._remember(missing, rows)
+        return np.stack([known[text] for text in texts])
+
+    def _remember(self, texts: Sequence[str], rows: Float32[Array, "T D"]) -> None:
+        with self._lock:
+            for text, row in zip(texts, rows, strict=True):
+                self._vectors[text] = row
+            while len(self._vectors) > self._size:
+                self._vectors.popitem(last=False)

@@ -27,7 +27,14 @@ from vlm.index.reader import Hit, Index, IndexSnapshot
 from vlm.models.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Query, load_query_vector
-from vlm.service.query_encoder import QueryEncoder, embed_pixels, embed_query_texts, load_encoder, load_query_encoder
+from vlm.service.query_encoder import (
+    QueryEncoder,
+    TextCache,
+    embed_pixels,
+    embed_query_texts,
+    load_encoder,
+    load_query_encoder,
+)
 from vlm.service.ranking import NUM_CANDIDATES, Ranker, Ranking, rows_matching
 from vlm.service.relevance import Calibrator, NullScores, Relevance, find_best, null_kind
 from vlm.tensor_types import Array, Float32, Int64
@@ -171,6 +178,7 @@ class SearchService:
     model_spec: new location of the same model, or empty for the one the index names.
     rerank_spec: the model that reranks; any with a caption decoder, since it reads images, not vectors.
     num_candidates: as of `Ranker`. refreshes: whether each search looks for a newer version of the index first.
+    text_cache: remembers the vectors of texts, for a service that is asked the same again.
     """
 
     index: Index
@@ -179,6 +187,7 @@ class SearchService:
     load: LoadEncoder = field(default=load_query_encoder)
     num_candidates: int = NUM_CANDIDATES
     refreshes: bool = True
+    text_cache: TextCache | None = None
     _model: QueryEncoder | None = field(default=None, init=False, repr=False)
     _calibrator: Calibrator = field(default_factory=Calibrator, init=False, repr=False)
 
@@ -324,7 +333,7 @@ class SearchService:
             has_images = has_images or bool(query.images)
         model = self.model if all_texts or has_images else None
         # one batch for all queries, taken apart below: of each in turn the plus texts, then the minus texts
-        text_vectors = iter(embed_query_texts(model, all_texts) if model and all_texts else ())
+        text_vectors = iter(self._embed_texts(model, all_texts) if model and all_texts else ())
         query_vectors: list[Float32[Array, " D"]] = []
         for name, query in named_queries:
             with _prefixing_errors(name):
@@ -337,6 +346,9 @@ class SearchService:
                 terms = np.stack([*plus, *images, *items, *vectors, *minus])
                 query_vectors.append(combine_terms(terms, np.asarray(query.signed_weights(), np.float32)))
         return query_vectors
+
+    def _embed_texts(self, model: QueryEncoder, texts: Sequence[str]) -> Float32[Array, "T D"]:
+        return self.text_cache.embed(model, texts) if self.text_cache else embed_query_texts(model, texts)
 
     def _rank(
         self,

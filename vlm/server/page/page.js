@@ -61,7 +61,7 @@ async function showImage(img, path) {
 // --- state ------------------------------------------------------------------------------------------------------------
 
 // terms: {kind: "text" | "item" | "image", value, sign: 1 | -1, image?: data URL}; images are not part of the address
-const state = { index: "", terms: [], values: {}, ranges: {}, words: "", fold: false, least: "", sort: "" };
+const state = { index: "", terms: [], values: {}, ranges: {}, words: "", fold: false, relevant: false, least: "", sort: "" };
 let fields = [];
 let hits = [];
 let next = "";
@@ -81,6 +81,7 @@ function readAddress() {
   state.terms.push(...images);
   state.words = address.get("words") ?? "";
   state.fold = address.has("fold");
+  state.relevant = address.has("relevant");
   state.least = address.get("least") ?? "";
   state.sort = address.get("sort") ?? "";
   state.values = {};
@@ -99,7 +100,7 @@ function writeAddress() {
     address.append((term.sign < 0 ? "-" : "") + (term.kind === "text" ? "q" : "like"), term.value);
   }
   for (const name of ["words", "least", "sort"]) if (state[name]) address.set(name, state[name]);
-  if (state.fold) address.set("fold", "");
+  for (const name of ["fold", "relevant"]) if (state[name]) address.set(name, "");
   for (const [name, values] of Object.entries(state.values))
     for (const value of values) address.append(`in.${name}`, JSON.stringify(value));
   for (const [name, ends] of Object.entries(state.ranges)) if (ends.some(Boolean)) address.set(`range.${name}`, ends.join("~"));
@@ -145,6 +146,7 @@ function requestOf(after) {
   const positioned = [...texts, ...images, ...items];
   if (positioned.some((term) => term.sign < 0)) request.weights = [...positioned.map((term) => term.sign), ...minus.map(() => 1)];
   if (state.fold) request.duplicates = FOLD_COSINE;
+  if (state.relevant) request.relevant = true;
   if (state.least !== "") request.at_least = Number(state.least);
   return request;
 }
@@ -171,7 +173,7 @@ async function search() {
     const milliseconds = (answer.embed_milliseconds + answer.search_milliseconds).toFixed(1);
     const cut = answer.cut?.length ? " The text is longer than the model reads; its end was ignored." : "";
     byId("status").textContent = hits.length ? `First ${hits.length} results in ${milliseconds} ms.${cut}` : "";
-    if (!hits.length) results.replaceChildren(note("Nothing matches. Remove a filter or lower the minimum score."));
+    if (!hits.length) results.replaceChildren(note(answer.hint || "Nothing matches. Remove a filter or lower the minimum score."));
   } catch (error) {
     if (error.name !== "AbortError") showError(error.message);
   }
@@ -318,12 +320,13 @@ function showControls() {
   byId("terms").replaceChildren(...state.terms.map(chip));
   byId("words").value = state.words;
   byId("fold").checked = state.fold;
+  byId("relevant").checked = state.relevant;
   byId("least").value = state.least;
   byId("sort").value = state.sort;
   byId("index").value = state.index;
   const active = Object.values(state.values).filter((values) => values.length).length
     + Object.values(state.ranges).filter((ends) => ends.some(Boolean)).length
-    + [state.words, state.fold, state.least, state.sort].filter(Boolean).length;
+    + [state.words, state.fold, state.relevant, state.least, state.sort].filter(Boolean).length;
   byId("active").hidden = !active;
   byId("active").textContent = active;
   for (const box of document.querySelectorAll("#filters input[type=checkbox]"))
@@ -489,7 +492,7 @@ function listen() {
       if (kind === "drop") addFiles(event.dataTransfer.files);
     });
   }
-  for (const [id, read] of [["words", (node) => node.value.trim()], ["fold", (node) => node.checked], ["least", (node) => node.value], ["sort", (node) => node.value]]) {
+  for (const [id, read] of [["words", (node) => node.value.trim()], ["fold", (node) => node.checked], ["relevant", (node) => node.checked], ["least", (node) => node.value], ["sort", (node) => node.value]]) {
     byId(id).addEventListener("change", (event) => {
       state[id] = read(event.target);
       changed();
