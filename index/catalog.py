@@ -440,6 +440,11 @@ class Catalogue:
             found = database.execute(query, (_field_id(database, field),))
             return [(value, row) for value, row in found if row not in hidden]
 
+    def addresses(self) -> list[str]:
+        """The address of each shard and image file, those of deleted rows among them."""
+        with self._reading() as database:
+            return list(map(itemgetter(0), database.execute("SELECT address FROM shards")))
+
     def image_ends(self) -> dict[str, int]:
         """By the address of each shard or image file the byte at which its last image ends, 0 without images."""
         query = (

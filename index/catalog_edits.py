@@ -15,6 +15,31 @@ from vlm.index.metadata import insert_field_values, metadata_fields
 _ROWS_AT_ONCE = 10_000
 
 
+def metadata_edits(entries: Iterable[Entry], changes: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """Those of the changes of metadata that give their row, one of these entries, other metadata than it has."""
+    edits: dict[int, Mapping[str, Any]] = {}
+    for entry in entries:
+        values = changes[entry.row]
+        if _differ(entry.metadata, _edited(entry.metadata, values)):
+            edits[entry.row] = values
+    return edits
+
+
+def _edited(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    edited = dict(metadata)
+    for name, value in values.items():
+        if value is None:
+            edited.pop(name, None)
+        else:
+            edited[name] = value
+    return edited
+
+
+def _differ(metadata: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    # compared as stored: 1 and true, or 1 and 1.0, are equal in Python
+    return json.dumps(metadata) != json.dumps(other)
+
+
 def edit_metadata(database: sqlite3.Connection, changes: Mapping[int, Mapping[str, Any]]) -> int:
     """Set metadata of rows; how many rows changed. Nothing is committed.
 
@@ -26,14 +51,8 @@ def edit_metadata(database: sqlite3.Connection, changes: Mapping[int, Mapping[st
         removed: list[tuple[str, Any, int]] = []
         added: list[tuple[str, Any, int]] = []
         for old in entries:
-            metadata = dict(old.metadata)
-            for name, value in changes[old.row].items():
-                if value is None:
-                    metadata.pop(name, None)
-                else:
-                    metadata[name] = value
-            # compared as stored: 1 and true, or 1 and 1.0, are equal in Python
-            if json.dumps(metadata) == json.dumps(old.metadata):
+            metadata = _edited(old.metadata, changes[old.row])
+            if not _differ(metadata, old.metadata):
                 continue
             new = replace(old, metadata=metadata)
             lines.append((json.dumps(metadata, ensure_ascii=False), digest_of(new), old.row))

@@ -20,6 +20,7 @@ import numpy as np
 
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type_base import CopyToGpu
+from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.catalog import Catalogue, Entry
 from vlm.index.embeddings_folder import Modality, Origin, check_files
 from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, read_previous
@@ -227,6 +228,7 @@ class Index:
         self._stamp = stamp
         self._gpu = gpu
         self._refresh_lock = threading.Lock()
+        self._is_closed = False
 
     @classmethod
     def open(cls, folder: Path, *, gpu: CopyToGpu | None = None) -> "Index":
@@ -276,8 +278,10 @@ class Index:
         Costs one stat of the manifest while nothing has changed. Searches under way finish on the old version.
 
         Raises:
+            UsageError: it is closed.
             VlmError: the folder is gone or damaged; the old version stays open.
         """
+        self.require_open()
         # one thread opens the new version; the others wait and find it open
         with self._refresh_lock:
             stamp = _stamp(self.folder)
@@ -292,7 +296,17 @@ class Index:
 
     def close(self) -> None:
         """Release the catalogue."""
+        self._is_closed = True
         self.catalogue.close()
+
+    def require_open(self) -> None:
+        """Refuse what is asked after `close`.
+
+        Raises:
+            UsageError: it is closed.
+        """
+        if self._is_closed:
+            raise UsageError(f"The index {self.folder} is closed; open it again, as with vlm.open_index.")
 
     def require_model(self, fingerprint: str, name: str) -> None:
         """Refuse a model whose vectors cannot be compared with those of this index.
@@ -349,7 +363,7 @@ class Index:
         catalogue_bytes = self.catalogue.path.stat().st_size
         return IndexInfo(
             folder=str(self.folder),
-            kind=largest.kind if largest else details.kind,
+            kind=largest.kind if largest else resolve_index_type(details.kind, 0),
             parameters=largest.parameters if largest else {},
             rows=len(self),
             dead=manifest.counts["dead"],

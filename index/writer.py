@@ -26,11 +26,11 @@ from vlm.errors import IndexBusy, UsageError, VlmError
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
 from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
-from vlm.index.catalog_edits import edit_addresses, edit_metadata
+from vlm.index.catalog_edits import edit_addresses, edit_metadata, metadata_edits
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
 from vlm.index.ids import with_uid_of
 from vlm.index.index_files import FailPoint, IndexDetails, catalogue_file, no_failpoint
-from vlm.index.reader import open_snapshot
+from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, write_segment
 from vlm.index.versions import (
     PendingVersion,
@@ -211,6 +211,23 @@ def _lock_for_writing(folder: Path) -> FileLock:
 _NO_ROWS = np.zeros(0, np.int64)
 
 
+def rows_to_delete(snapshot: IndexSnapshot, uids: Sequence[str]) -> Int64[Array, " N"]:
+    """The rows of these uids, ascending.
+
+    Raises:
+        UsageError: one of them does not exist.
+    """
+    rows = snapshot.catalogue.rows_by_uid(uids)
+    unknown = [uid for uid in uids if uid not in rows]
+    if unknown:
+        raise UsageError(
+            f"{snapshot.folder} has no {unknown[0]!r} ({len(unknown):,} of {len(uids):,} uids are missing); nothing "
+            "was deleted: leave them out."
+        )
+    # unique, because a uid may be named twice
+    return np.unique(np.array(list(rows.values()), np.int64))
+
+
 class IndexWriter:
     """The one writer of an index folder, until `close`; it first rolls back what an earlier one left unfinished.
 
@@ -272,15 +289,7 @@ class IndexWriter:
         Raises:
             UsageError: one of them does not exist; nothing is deleted.
         """
-        rows = self.snapshot.catalogue.rows_by_uid(uids)
-        unknown = [uid for uid in uids if uid not in rows]
-        if unknown:
-            raise UsageError(
-                f"{self.folder} has no {unknown[0]!r} ({len(unknown):,} of {len(uids):,} uids are missing); nothing "
-                "was deleted: leave them out."
-            )
-        # unique, because a uid may be named twice
-        return self.delete_rows(np.unique(np.array(list(rows.values()), np.int64)))
+        return self.delete_rows(rows_to_delete(self.snapshot, uids))
 
     def delete_rows(self, rows: Int64[Array, " N"]) -> CommitInfo:
         """Delete the live ones of these rows (sorted, as from `Catalogue.where`); without any, nothing changes."""
@@ -329,18 +338,24 @@ class IndexWriter:
         return self._commit_info(started)
 
     def set_metadata(self, changes: Mapping[int, Mapping[str, Any]]) -> CommitInfo:
-        """Change metadata of rows, whose vectors stay.
+        """Change metadata of rows, whose vectors stay; where all rows have these values already, nothing changes.
 
         changes: by row the new values by name; a value of None removes the name, and other names stay.
         """
-        return self._edit("set", len(changes), lambda database: edit_metadata(database, changes))
+        rows = list(changes)
+        edits: dict[int, Mapping[str, Any]] = {}
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            entries = self.snapshot.catalogue.entries(rows[first : first + _ROWS_AT_ONCE])
+            edits |= metadata_edits(entries, changes)
+        return self._edit("set", len(edits), lambda database: edit_metadata(database, edits))
 
     def relocate(self, addresses: Mapping[str, str]) -> CommitInfo:
-        """Say where shards or image files lie now.
+        """Say where shards or image files lie now; where nothing of the index moves, nothing changes.
 
         addresses: the new one by the old one; those that no row has are ignored.
         """
-        moved = {old: new for old, new in addresses.items() if old != new}
+        present = {*self.snapshot.details.shards, *self.snapshot.catalogue.addresses()}
+        moved = {old: new for old, new in addresses.items() if old != new and old in present}
         shards = tuple(dict.fromkeys(moved.get(shard, shard) for shard in self.snapshot.details.shards))
         return self._edit("relocate", len(moved), lambda database: edit_addresses(database, moved), shards=shards)
 

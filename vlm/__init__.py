@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vlm.api.find import watch as watch
     from vlm.api.index import Hit as Hit
     from vlm.api.index import SearchIndex as SearchIndex
-    from vlm.api.index import build_index as build_index
     from vlm.api.index import open_index as open_index
+    from vlm.api.index_building import build_index as build_index
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
@@ -66,7 +66,7 @@ _MODULES: dict[str, str] = {
     "Hit": "vlm.api.index",
     "Model": "vlm.api.inference",
     "SearchIndex": "vlm.api.index",
-    "build_index": "vlm.api.index",
+    "build_index": "vlm.api.index_building",
     "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.training",

@@ -464,3 +464,40 @@ def test_uids_are_of_the_column_of_the_users_choice(tmp_path: Path, paint: Paint
         with pytest.raises(UsageError, match=message):
             vlm.build_index(tmp_path / "embeddings", tmp_path / "none", uid_column=column)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_table_that_is_set_twice_leaves_the_first_change_to_undo(index: vlm.SearchIndex, tmp_path: Path) -> None:
+    (tmp_path / "prices.csv").write_text("uid,price\n00,3\n01,4\n")
+    first = index.set_metadata(tmp_path / "prices.csv")
+    again = index.set_metadata(tmp_path / "prices.csv")
+    assert (first.edited, again.edited, again.generation) == (2, 0, first.generation)
+    index.rollback()
+    assert "price" not in index.search(like="00", top=1)[0].metadata
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda index: index.search("red"),
+        lambda index: index.search(like="00"),
+        lambda index: index.search_many(["red"]),
+        lambda index: index.delete("00"),
+        lambda index: index.delete(where="width = 16", dry_run=True),
+        lambda index: index.set_metadata({"00": {"price": 1}}),
+        lambda index: index.info(),
+        lambda index: index.check(),
+        len,
+        lambda index: "00" in index,
+    ],
+)
+def test_a_closed_index_says_that_it_is_closed(index: vlm.SearchIndex, ask: Callable[[Any], Any]) -> None:
+    index.close()
+    with pytest.raises(UsageError, match="is closed; open it again"):
+        ask(index)
+    assert "11 rows" in repr(index)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_missing_uid_is_said_alike_by_a_deletion_and_its_dry_run(index: vlm.SearchIndex, dry_run: bool) -> None:
+    with pytest.raises(UsageError, match=r"has no 'NOPE' \(1 of 2 uids are missing\); nothing was deleted: leave them"):
+        index.delete(["00", "NOPE"], dry_run=dry_run)

@@ -55,6 +55,22 @@ def test_an_open_reader_keeps_the_metadata_of_its_version(make_index: MakeIndex)
 def test_nothing_to_set_makes_no_version(make_index: MakeIndex) -> None:
     with IndexWriter(make_index(20)) as writer:
         assert writer.set_metadata({}).generation == writer.relocate({"/x.tar": "/x.tar"}).generation == 1
+        assert writer.relocate({"/nowhere.tar": "/elsewhere.tar"}).generation == 1
+
+
+def test_values_that_rows_have_already_make_no_version_and_leave_the_one_before_to_roll_back_to(
+    make_index: MakeIndex,
+) -> None:
+    folder = make_index(20)
+    with IndexWriter(folder) as writer:
+        assert writer.set_metadata({3: {"price": 1}, 4: {"price": 2}}).generation == 2
+        again = writer.set_metadata({3: {"price": 1, "absent": None}, 4: {"price": 2}})
+        assert (again.generation, again.edited) == (2, 0)
+        # equal in Python, but not as stored
+        assert writer.set_metadata({3: {"price": 1.0}, 4: {"price": 2}}).edited == 1
+        writer.rollback()
+    assert rows_of(folder, "price > 0") == [3, 4]
+    assert entry_of(Index.open(folder), "k3").metadata["price"] == 1
 
 
 def test_shards_lie_elsewhere_and_may_exchange_or_share_their_places(make_index: MakeIndex) -> None:

@@ -116,6 +116,9 @@ def test_rows_are_deleted_by_uid_and_by_filter_or_only_counted(writer, index):
     filtered = writer.post(DELETE, {"where": "width = 16"}).json()
     assert (filtered["rows"], filtered["generation"]) == (0, deleted["generation"] + 1)
     assert writer.search(texts=["red"])["hits"] == []
+    # without a segment, the type that the next one would have
+    described = writer.get("/api/v1/indexes").json()["indexes"][0]
+    assert described["kind"] == Index.open(index).info().kind == "flat"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`vlm.build_index` and `vlm.open_index`: embeddings to an index, and an index to hits and to its next version."""
+"""`vlm.open_index`: an index to hits and to its next version."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,6 @@ from vlm.service.search import LoadEncoder, RankedHit, SearchResult, SearchServi
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
 if TYPE_CHECKING:
     from vlm.api.inference import Model
-    from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.verify import CheckReport
     from vlm.index.writer import CommitInfo, IndexWriter
 
@@ -399,6 +398,7 @@ class SearchIndex:
         """Read all of it and list its faults: checksums, joins, metadata and, of `sample` rows, distances."""
         from vlm.index.verify import check_index
 
+        self._service.index.require_open()
         if sample < 1:
             raise UsageError(f"sample = {sample} is out of range: give at least 1.")
         return check_index(self.folder, sample=sample, seed=seed)
@@ -410,6 +410,7 @@ class SearchIndex:
     def _change(self, change: Callable[["IndexWriter"], Any]) -> Any:
         from vlm.index.writer import IndexWriter
 
+        self._service.index.require_open()
         with IndexWriter(self.folder) as writer:
             return change(writer)
 
@@ -497,14 +498,11 @@ class SearchIndex:
     def _preview_deletion(self, uids: list[str], where: str) -> DeletePreview:
         from vlm.index.filter_hints import explain_no_match
         from vlm.index.filter_language import parse_filter
+        from vlm.index.writer import rows_to_delete
 
         catalogue = self._catalogue
         if uids:
-            rows = sorted(catalogue.rows_by_uid(uids).values())
-            if len(rows) < len(set(uids)):
-                known = catalogue.rows_by_uid(uids)
-                unknown = [uid for uid in uids if uid not in known]
-                raise UsageError(f"{self.folder} has no {unknown[0]!r} ({len(unknown):,} uids are missing).")
+            rows = rows_to_delete(self._service.index.snapshot, uids).tolist()
         else:
             rows = catalogue.where(parse_filter(where)).tolist()
         examples = tuple(entry.uid for entry in catalogue.entries(rows[:_NUM_NAMED]))
@@ -606,95 +604,3 @@ def _query_vectors(vector: Vectors) -> tuple[Path | tuple[float, ...], ...]:
     if rows.ndim > 2:
         raise UsageError(f"vector has {rows.ndim} axes; give numbers, or a matrix of one vector a row.")
     return tuple(map(tuple, rows.tolist()))
-
-
-@os_errors_explained()
-def build_index(
-    embeddings: str | Path,
-    out: str | Path,
-    *,
-    index_type: str = "auto",
-    uid_column: str | None = None,
-    recall: float | None = None,
-    recall_at: int = 10,
-    latency_ms: float | None = None,
-    memory: str | None = None,
-    texts: str | Path | None = None,
-    images: str | Path | None = None,
-    tune_rows: int = 50_000,
-    seed: int = 0,
-    on_plan: Callable[[Any], None] | None = None,
-    **tuning: int | None,
-) -> "BuildSummary | AutotunedBuild":
-    """Build an index of embeddings, as `vlm index build` does.
-
-    With a target (`recall`, `latency_ms`, `memory`) or queries (`texts`, `images`), index type and search parameters
-    are autotuned on a sample of the rows.
-
-    Args:
-        embeddings: a folder of `vlm.embed`, or of `vlm index import`.
-        index_type: flat (exact), ivf, ivfsq, ivfpq, rabitq, sq8, hnsw, or auto.
-        uid_column: the metadata column whose values are the uids, `key` for the keys of the samples; None uses `file`
-            where each row has one of its own, as images packed from a folder have, else the uids of the embeddings.
-        recall, recall_at, latency_ms, memory: targets: least recall of so many results against exact search; most
-            milliseconds of one query on one thread (p95); most memory, as "4GB".
-        texts, images: embeddings to query with while tuning.
-        on_plan: called with the plan before a tuned index is built.
-        tuning: parameters of the index type: nlist, nprobe, hnsw_m, ef_construction, ef_search, refine_factor.
-
-    Raises:
-        UsageError: `out` exists, the embeddings are unfinished, or the index type or a target does not fit them.
-        VlmError: the embeddings are damaged, or the disk is full.
-    """
-    from vlm.index.ann.index_type_base import TuningParams
-    from vlm.index.autotune.trial import TuningTarget, parse_bytes
-    from vlm.index.build import build_autotuned
-    from vlm.index.build import build_index as build_plain
-
-    for name in tuning:
-        if name not in TUNING_PARAMETERS:
-            raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
-    targets = (recall, latency_ms, memory, texts, images)
-    # any of them asks for a search over configurations, and nothing else does
-    if all(value is None for value in targets):
-        # None stays None: the index type fills in its defaults, by the number of rows
-        numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}
-        return build_plain(
-            Path(embeddings),
-            Path(out),
-            kind=index_type,
-            tuning=TuningParams(seed=seed, **numbers),
-            uid_column=uid_column,
-        )
-    for name, value in tuning.items():
-        if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} is chosen by autotuning; omit it, or omit the targets.")
-    target = TuningTarget(
-        recall=0.95 if recall is None else recall,
-        at=recall_at,
-        latency_ms=latency_ms,
-        memory_bytes=None if memory is None else parse_bytes(memory),
-    )
-    return build_autotuned(
-        Path(embeddings),
-        Path(out),
-        target,
-        texts=Path(texts) if texts else None,
-        images=Path(images) if images else None,
-        kind=index_type,
-        max_rows=tune_rows,
-        seed=seed,
-        uid_column=uid_column,
-        on_plan=on_plan,
-    )
-
-
-TUNING_PARAMETERS = {
-    "nlist": "nlist",
-    "nprobe": "nprobe",
-    "hnsw_m": "links",
-    "ef_construction": "ef_construction",
-    "ef_search": "ef_search",
-    "refine_factor": "rerank",
-}
-"""The parameters that autotuning chooses, with the field of `TuningParams` that each sets."""

@@ -106,7 +106,7 @@ class BuildIndex:
 
     def run(self) -> None:
         """Build, autotuned if there is a target or are queries, and show; a missed target fails at the end."""
-        from vlm.api.index import build_index
+        from vlm.api.index_building import build_index
         from vlm.index.autotune.autotune_report import show_plan
         from vlm.index.build import AutotunedBuild
 

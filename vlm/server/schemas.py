@@ -354,7 +354,7 @@ class ChangeAnswer(BaseModel):
     rows: int = Field(description="Live rows now; after a dry run those that would be left.")
     added: int = 0
     known: int = Field(default=0, description="Images that the index had already; their rows stay as they were.")
-    deleted: int = 0
+    deleted: int = Field(default=0, description="Rows deleted; after a dry run those that match and would be.")
     generation: int = Field(description="The version that answers now.")
     uids: list[str] = Field(default=[], description="Of the images to add, in their order.")
 

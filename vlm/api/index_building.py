@@ -1,0 +1,103 @@
+"""`vlm.build_index`: embeddings to an index, of the type that is asked for or that autotuning chooses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.errors import UsageError, os_errors_explained
+
+# imported where they are used: they need FAISS's training
+if TYPE_CHECKING:
+    from vlm.index.build import AutotunedBuild, BuildSummary
+
+
+@os_errors_explained()
+def build_index(
+    embeddings: str | Path,
+    out: str | Path,
+    *,
+    index_type: str = "auto",
+    uid_column: str | None = None,
+    recall: float | None = None,
+    recall_at: int = 10,
+    latency_ms: float | None = None,
+    memory: str | None = None,
+    texts: str | Path | None = None,
+    images: str | Path | None = None,
+    tune_rows: int = 50_000,
+    seed: int = 0,
+    on_plan: Callable[[Any], None] | None = None,
+    **tuning: int | None,
+) -> "BuildSummary | AutotunedBuild":
+    """Build an index of embeddings, as `vlm index build` does.
+
+    With a target (`recall`, `latency_ms`, `memory`) or queries (`texts`, `images`), index type and search parameters
+    are autotuned on a sample of the rows.
+
+    Args:
+        embeddings: a folder of `vlm.embed`, or of `vlm index import`.
+        index_type: flat (exact), ivf, ivfsq, ivfpq, rabitq, sq8, hnsw, or auto.
+        uid_column: the metadata column whose values are the uids, `key` for the keys of the samples; None uses `file`
+            where each row has one of its own, as images packed from a folder have, else the uids of the embeddings.
+        recall, recall_at, latency_ms, memory: targets: least recall of so many results against exact search; most
+            milliseconds of one query on one thread (p95); most memory, as "4GB".
+        texts, images: embeddings to query with while tuning.
+        on_plan: called with the plan before a tuned index is built.
+        tuning: parameters of the index type: nlist, nprobe, hnsw_m, ef_construction, ef_search, refine_factor.
+
+    Raises:
+        UsageError: `out` exists, the embeddings are unfinished, or the index type or a target does not fit them.
+        VlmError: the embeddings are damaged, or the disk is full.
+    """
+    from vlm.index.ann.index_type_base import TuningParams
+    from vlm.index.autotune.trial import TuningTarget, parse_bytes
+    from vlm.index.build import build_autotuned
+    from vlm.index.build import build_index as build_plain
+
+    for name in tuning:
+        if name not in TUNING_PARAMETERS:
+            raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
+    targets = (recall, latency_ms, memory, texts, images)
+    # any of them asks for a search over configurations, and nothing else does
+    if all(value is None for value in targets):
+        # None stays None: the index type fills in its defaults, by the number of rows
+        numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}
+        return build_plain(
+            Path(embeddings),
+            Path(out),
+            kind=index_type,
+            tuning=TuningParams(seed=seed, **numbers),
+            uid_column=uid_column,
+        )
+    for name, value in tuning.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is chosen by autotuning; omit it, or omit the targets.")
+    target = TuningTarget(
+        recall=0.95 if recall is None else recall,
+        at=recall_at,
+        latency_ms=latency_ms,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+    )
+    return build_autotuned(
+        Path(embeddings),
+        Path(out),
+        target,
+        texts=Path(texts) if texts else None,
+        images=Path(images) if images else None,
+        kind=index_type,
+        max_rows=tune_rows,
+        seed=seed,
+        uid_column=uid_column,
+        on_plan=on_plan,
+    )
+
+
+TUNING_PARAMETERS = {
+    "nlist": "nlist",
+    "nprobe": "nprobe",
+    "hnsw_m": "links",
+    "ef_construction": "ef_construction",
+    "ef_search": "ef_search",
+    "refine_factor": "rerank",
+}
+"""The parameters that autotuning chooses, with the field of `TuningParams` that each sets."""
