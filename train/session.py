@@ -217,8 +217,7 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
     corpus = open_training_corpus(config, cache)
     if config.loader.decode_on_device:
         check_decoder(device)
-    if PrecomputedFeatures(names=config.loader.arrays).has_views:
-        check_views(corpus.shards, config.loader)
+    check_views(corpus.shards, config.loader)
     val_shards = expand_shards(config.val) if config.val else []
     count_samples(val_shards, cache=cache)
     return corpus, val_shards

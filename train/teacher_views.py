@@ -23,7 +23,7 @@ import torch
 from vlm.data.collate import SampleFailure, sample_failure
 from vlm.data.decode import EncodedImage
 from vlm.data.loader import ShardSet
-from vlm.data.precomputed_features import view_rng
+from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import SampleIndex
 from vlm.data.samples import Sample
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
@@ -87,13 +87,15 @@ def view_seeds(seed: int, key: str, number: int) -> np.ndarray:
 
 
 def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
-    """Check that the student sees the crops the teacher saw.
+    """Check that the student sees the crops the teacher saw. Does nothing unless features with views are read.
 
     shards: URLs as `expand_shards` gives them. Shards whose folder does not say are logged.
 
     Raises:
         UsageError: `crop_scale`, `flip` or the ratio is not that of the teacher's views.
     """
+    if not PrecomputedFeatures(names=loader.arrays).has_views:
+        return
     ours = ViewGeometry(crop_scale=loader.crop_scale, flip=loader.flip)
     for manifest, stored in _reinforcement_by_manifest(shards).items():
         if "views" not in stored:
