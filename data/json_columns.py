@@ -5,6 +5,7 @@ drops keys that come later and reads 6.9 as 6 in a column that began with whole 
 samples or lists by language in all.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,13 +16,29 @@ from vlm.data.samples import UNNAMED, Captions
 MAX_KEYS = 1000
 # a double holds every whole number up to it
 _MAX_EXACT = 2**53
+# columns that lost values are named up to so many
+_NUM_NAMED = 5
+
+
+class DroppedValue(NamedTuple):
+    """A value of a row that is not packed, because an earlier row of the same image has another one.
+
+    row: where it stands, as a person finds it.
+    """
+
+    image: str
+    row: str
+    column: str
+    value: Any
+    first_value: Any
 
 
 class Words(NamedTuple):
-    """What a sample says beside its image."""
+    """What a sample says beside its image; dropped: what it said that finds no place."""
 
     captions: Captions
     metadata: dict[str, Any]
+    dropped: tuple[DroppedValue, ...] = ()
 
 
 @runtime_checkable
@@ -143,6 +160,11 @@ class _Column:
         return names + (self.items.differing(f"{name}[]") if self.items else [])
 
 
+def _shortened(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
 @dataclass
 class JsonColumns:
     """The columns of the JSON of all samples that were added; without any, each sample is written as it is."""
@@ -151,15 +173,39 @@ class JsonColumns:
     _languages: dict[str, None] = field(default_factory=dict)
     # some samples have captions in named languages only, which a list under `captions` cannot say
     _are_by_language: bool = False
+    _dropped: Counter[str] = field(default_factory=Counter)
+    _num_rows_cut: int = 0
+    _first_dropped: DroppedValue | None = None
 
     def add(self, words: Words) -> None:
         """Take in one sample."""
         self._metadata.add(words.metadata)
         self._languages |= dict.fromkeys(words.captions)
         self._are_by_language |= bool(words.captions) and UNNAMED not in words.captions
+        if words.dropped:
+            self._dropped.update(value.column for value in words.dropped)
+            self._num_rows_cut += len({value.row for value in words.dropped})
+            self._first_dropped = self._first_dropped or words.dropped[0]
 
     def warnings(self) -> tuple[str, ...]:
-        """What could not be made alike, and for whom that matters."""
+        """What could not be made alike, and for whom that matters; what was dropped."""
+        return self._dropped_values() + self._differing_columns()
+
+    def _dropped_values(self) -> tuple[str, ...]:
+        first = self._first_dropped
+        if first is None:
+            return ()
+        columns = ", ".join(f"{column} ({count:,})" for column, count in self._dropped.most_common(_NUM_NAMED))
+        more = f" and {len(self._dropped) - _NUM_NAMED} more columns" if len(self._dropped) > _NUM_NAMED else ""
+        rows = "1 row lost a value" if self._num_rows_cut == 1 else f"{self._num_rows_cut:,} rows lost values"
+        return (
+            f"{rows} because rows of one image become one sample, which has the metadata of the first: {columns}{more}"
+            f"; {first.row} has {_shortened(first.value)} as {first.column}, and {first.image} keeps "
+            f"{_shortened(first.first_value)}. To keep them, put the values of an image into one row, or name a copy "
+            "of the image in each row.",
+        )
+
+    def _differing_columns(self) -> tuple[str, ...]:
         names = self._metadata.differing("")
         if not names:
             return ()

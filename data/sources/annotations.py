@@ -144,7 +144,7 @@ class AnnotationSource:
 
     def read(self, number: int) -> Pair:
         """The image with its captions."""
-        captions, metadata = self.words(number)
+        captions, metadata, _ = self.words(number)
         image = self._images[number]
         file = self._files.read(self._finder.find(image.file, *image.folders))
         return Pair(key=self._keys[number], image=file, captions=captions, metadata=metadata)

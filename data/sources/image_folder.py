@@ -52,7 +52,7 @@ class ClassFolderSource:
 
     def read(self, number: int) -> Pair:
         """The image with its class said through the template."""
-        captions, metadata = self.words(number)
+        captions, metadata, _ = self.words(number)
         image = self._files.read(self._names[number])
         return Pair(key=self._keys[number], image=image, captions=captions, metadata=metadata)
 
@@ -109,7 +109,7 @@ class ImageFolderSource:
 
     def read(self, number: int) -> Pair:
         """The image with the captions next to it."""
-        captions, metadata = self.words(number)
+        captions, metadata, _ = self.words(number)
         image = self._files.read(self._names[number])
         return Pair(key=self._keys[number], image=image, captions=captions, metadata=metadata)
 

@@ -78,7 +78,7 @@ class SyntheticShapesSource:
         rng = np.random.default_rng([options.seed, SPLITS.index(options.split), number, 1])
         file = io.BytesIO()
         render_scene(scene, pixels=options.pixels, rng=rng).save(file, **_JPEG)
-        captions, metadata = self.words(number)
+        captions, metadata, _ = self.words(number)
         return Pair(key=key, image=file.getvalue(), captions=captions, metadata=metadata)
 
     def words(self, number: int) -> Words:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.config import suggest
-from vlm.data.json_columns import Words
+from vlm.data.json_columns import DroppedValue, Words
 from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
 from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
@@ -125,14 +125,31 @@ class TableSource:
         numbers = self._groups[number]
         rows = list(map(self._row, numbers))
         self._check_image_named(numbers[0], rows[0])
-        captions, metadata = self._words(number, rows)
+        captions, metadata, _ = self._words(number, rows)
         return Pair(
             key=self._keys[number], image=self._image(numbers[0], rows[0]), captions=captions, metadata=metadata
         )
 
     def words(self, number: int) -> Words:
         """What the rows say beside the image."""
-        return self._words(number, list(map(self._row, self._groups[number])))
+        rows = list(map(self._row, self._groups[number]))
+        return self._words(number, rows)._replace(dropped=self._dropped_values(number, rows))
+
+    def _dropped_values(self, number: int, rows: Sequence[dict[str, Any]]) -> tuple[DroppedValue, ...]:
+        """What later rows of an image say that the first one does not, apart from captions.
+
+        The rows are parsed already, so that comparing them costs a fraction of reading them.
+        """
+        dropped: list[DroppedValue] = []
+        first = rows[0]
+        for row, values in zip(self._groups[number][1:], rows[1:], strict=True):
+            for column, value in values.items():
+                # the image is the same, though its name may carry the number of the caption
+                is_apart = column in (self._image_column, self._caption_column) or column in self._language_columns
+                if not is_apart and value != first.get(column):
+                    place = f"row {self._row_in_table(row) + 1} of {self._table_of(row).name}"
+                    dropped.append(DroppedValue(self.file_of(number), place, column, value, first.get(column)))
+        return tuple(dropped)
 
     def _words(self, number: int, rows: Sequence[dict[str, Any]]) -> Words:
         captions: Captions = {}

@@ -84,7 +84,7 @@ class ShardSource:
         """The sample as it lies in its shard, without the captions among its metadata."""
         position = self._open_shard_of(number)
         sample = self._reader.read(position, arrays=tuple(self._reader.index[position].arrays))
-        captions, metadata = self._usable(sample.key, sample.captions, sample.metadata)
+        captions, metadata, _ = self._usable(sample.key, sample.captions, sample.metadata)
         return Pair(
             key=self._keys[number], image=sample.image, captions=captions, metadata=metadata, arrays=sample.arrays
         )

@@ -296,3 +296,19 @@ def test_a_pair_without_words_has_no_text_member(tmp_path, make_image, size):
     pack(ListSource(made), tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "shard-00000.tar") as tar:
         assert sum(name.endswith(".txt") for name in tar.getnames()) == size
+
+
+def test_values_that_rows_of_one_image_lose_are_told(tmp_path, make_image):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(2):
+        (source / f"{number:03d}.png").write_bytes(make_image(number))
+    rows = ["sku,image,title,price", "A,000.png,one,1", "B,000.png,two,2", "C,001.png,three,3", "C,001.png,four,3"]
+    (source / "goods.csv").write_text("\n".join(rows))
+    summary = pack(open_source(str(source / "goods.csv")), tmp_path / "out")
+    (warning,) = summary.warnings
+    assert "1 row lost a value" in warning
+    assert "sku (1), price (1); row 2 of goods.csv has 'B' as sku, and 000.png keeps 'A'" in warning
+    # rows that differ in their captions alone lose nothing
+    (source / "goods.csv").write_text("\n".join([rows[0], *rows[3:]]))
+    assert pack(open_source(str(source / "goods.csv")), tmp_path / "other").warnings == ()
