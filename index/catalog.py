@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
@@ -395,14 +395,17 @@ class Catalogue:
             all_rows = np.array(_first_column(database.execute("SELECT row FROM rows")), np.int64)
             return np.setdiff1d(all_rows, self._hidden(database), assume_unique=True)
 
-    def where(self, condition: Condition) -> Int64[Array, " N"]:
+    def where(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> Int64[Array, " N"]:
         """The numbers of the rows that a condition selects, ascending.
 
+        optional_fields: may be named although no row has them, and then match none.
+
         Raises:
-            UsageError: it names a field that no row has, or compares numbers with texts.
+            UsageError: it names another field that no row has, or compares numbers with texts.
         """
         with self._reading() as database:
-            return np.setdiff1d(matching_rows(database, condition), self._hidden(database), assume_unique=True)
+            rows = matching_rows(database, condition, optional_fields=optional_fields)
+            return np.setdiff1d(rows, self._hidden(database), assume_unique=True)
 
     def distinct_values(self, field: str, limit: int) -> list[int | float | str]:
         """The first values of a field in their order, numbers before texts, those of deleted rows among them."""

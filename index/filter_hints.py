@@ -1,6 +1,7 @@
 """Why a filter matches no row: the part of it that matches none, and what the rows have instead."""
 
 import difflib
+from collections.abc import Collection
 
 from vlm.index.catalog import Catalogue
 from vlm.index.filter_language import And, Compare, Condition, IsIn, Like, parse_filter
@@ -12,8 +13,10 @@ _NUM_SHOWN = 5
 _CLOSE = 0.6
 
 
-def explain_no_match(catalogue: Catalogue, where: str) -> str:
+def explain_no_match(catalogue: Catalogue, where: str, *, optional_fields: Collection[str] = ()) -> str:
     """A sentence about a filter that matches no row of a catalogue, with the values that are near.
+
+    optional_fields: as of `Catalogue.where`.
 
     Raises:
         UsageError: the filter is malformed, or names a field that no row has.
@@ -23,12 +26,14 @@ def explain_no_match(catalogue: Catalogue, where: str) -> str:
         return "0 rows match: the index has no rows."
     parts = condition.conditions if isinstance(condition, And) else (condition,)
     for part in parts:
-        if not len(catalogue.where(part)):
+        if not len(catalogue.where(part, optional_fields=optional_fields)):
             return f"0 rows match: {_explain(catalogue, part)}."
     return "0 rows match: each part of the filter matches some rows, but no row matches all of them."
 
 
 def _explain(catalogue: Catalogue, condition: Condition) -> str:
+    if isinstance(condition, IsIn | Compare | Like) and condition.field not in catalogue.field_names():
+        return f"no row has a {condition.field}"
     match condition:
         case IsIn(field=field, values=values):
             return "; ".join(_explain_value(catalogue, field, value) for value in values[:_NUM_SHOWN])

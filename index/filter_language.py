@@ -28,7 +28,7 @@ A text goes through a lexer (`tokenize_filter`), a recursive-descent parser (`pa
 import json
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from itertools import chain
@@ -359,8 +359,12 @@ _IS_NUMBER = "value < ''"
 _IS_TEXT = "value >= ''"
 
 
-def matching_rows(database: sqlite3.Connection, condition: Condition) -> Int64[Array, " N"]:
+def matching_rows(
+    database: sqlite3.Connection, condition: Condition, *, optional_fields: Collection[str] = ()
+) -> Int64[Array, " N"]:
     """The numbers of the rows that a condition selects, ascending, live and deleted ones alike.
+
+    optional_fields: may be named although no row has them, and then match none.
 
     Raises:
         UsageError: it names a field that no row has (but `is missing` may name one that is always null, or that only
@@ -372,7 +376,11 @@ def matching_rows(database: sqlite3.Connection, condition: Condition) -> Int64[A
     if not types:
         return np.zeros(0, np.int64)
     for predicate in predicates(condition):
-        if not (isinstance(predicate, IsNull) and predicate.field in fields):
+        is_absent = predicate.field in optional_fields and predicate.field not in types
+        if is_absent:
+            # no field has this number, and so no value
+            fields.setdefault(predicate.field, -1)
+        elif not (isinstance(predicate, IsNull) and predicate.field in fields):
             _check_field(predicate, types)
     return _Evaluator(database, fields).rows(condition)
 

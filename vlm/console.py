@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
@@ -133,13 +134,26 @@ def bar(share: float, *, width: int = 30) -> str:
     return "█" * filled + "·" * (width - filled)
 
 
+_HAS_PROGRESS: ContextVar[bool] = ContextVar("has_progress", default=True)
+
+
+@contextlib.contextmanager
+def without_progress() -> Iterator[None]:
+    """Work of the block draws no progress bars: for a service, in whose log each request would leave some."""
+    token = _HAS_PROGRESS.set(False)
+    try:
+        yield
+    finally:
+        _HAS_PROGRESS.reset(token)
+
+
 def progress(
     *, total: int, what: str, done: int = 0, unit: str = "it", is_shown: bool = True, delay: float = 0.0
 ) -> "tqdm[NoReturn]":
     """A progress bar on stderr; if that is not a terminal, a line every ten seconds.
 
     It is drawn where the package's INFO messages are shown: by the command line, unless --quiet, and by a program that
-    configures logging so.
+    configures logging so; not `without_progress`.
 
     is_shown: False draws none, for work that is done in a moment.
     delay: seconds before it is first drawn, for what mostly takes less.
@@ -149,7 +163,7 @@ def progress(
     is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
-        disable=not (is_shown and logging.getLogger("vlm").isEnabledFor(logging.INFO)),
+        disable=not (is_shown and _HAS_PROGRESS.get() and logging.getLogger("vlm").isEnabledFor(logging.INFO)),
         desc=what,
         initial=done,
         unit=unit,

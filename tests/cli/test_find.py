@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import sqlite3
 import sys
@@ -151,6 +152,34 @@ def test_without_a_query_the_update_is_shown_and_what_is_wrong_is_named(
     assert json.loads(capsys.readouterr().out)["hits"][0]["uid"] == "1/005.png"
 
 
+def test_the_command_that_lists_what_is_unreadable_can_be_run_as_it_is_shown(
+    photos: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photos.rename(tmp_path / "my photos")
+    (folder / "bad.jpg").write_bytes(b"nothing")
+    home = tmp_path / "the index"
+    assert main(["find", str(folder), "a", "--model", str(model), "--index", str(home)]) == 0
+    shown = capsys.readouterr()
+    assert "caption or date" in shown.out
+    command = shown.err.partition("unreadable image")[2].partition(". vlm ")[2].partition(" lists all")[0]
+    assert main(shlex.split(command)) == 0
+    assert list(json.loads(capsys.readouterr().out)["unreadable"]) == ["bad.jpg"]
+
+
+def test_a_field_of_find_that_no_image_has_matches_nothing_and_an_unknown_one_is_an_error(
+    photos: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["find", str(photos), "a", "--model", str(model), "--where", "year = 2024", "-f"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "0 rows match: no row has a year" in shown.err
+    either = vlm.find(photos, "a", where="camera like 'Canon%' or folder = '1'", top=100)
+    assert {hit.entry.metadata["folder"] for hit in either.hits} == {"1"}
+    assert len(vlm.find(photos, "a", where="taken is missing", top=300).hits) == 200
+    assert main(["find", str(photos), "a", "--where", "yaer = 2024"]) == 2
+    assert "No row has the field 'yaer'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -160,6 +189,8 @@ def test_without_a_query_the_update_is_shown_and_what_is_wrong_is_named(
         (["a dog", "--no-update"], 2, "never indexed"),
         (["a dog", "--no-update", "--rebuild"], 2, "leave out --no-update"),
         (["a dog", "--model", "nowhere/model"], 2, "nowhere/model"),
+        (["a dog", "--json", "-f"], 2, "--json prints the results as JSON, --files (-f)"),
+        (["a dog", "--json", "-0"], 2, "give one"),
     ],
 )
 def test_mistakes_are_one_sentence(

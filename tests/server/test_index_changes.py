@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 import threading
 
 import pytest
@@ -207,3 +208,11 @@ def test_both_clients_add_and_delete(writing, paint, index):
     assert also_added["generation"] == added["generation"] + 1
     assert (counted["deleted"], deleted["deleted"]) == (1, 2)
     assert deleted["rows"] == len(all_uids(index)) == added["rows"] - 1
+
+
+def test_changes_leave_no_progress_bars_in_the_log(writer, data_url, capsys, caplog):
+    caplog.set_level(logging.INFO, logger="vlm")
+    item = {"image": data_url("magenta", "yellow"), "uid": "new/1"}
+    assert writer.post(ADD, {"items": [item]}).status_code == 200
+    assert writer.post(DELETE, {"uids": ["new/1"]}).status_code == 200
+    assert "%|" not in capsys.readouterr().err

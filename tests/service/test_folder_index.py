@@ -402,3 +402,36 @@ def test_damage_of_what_is_known_is_one_sentence(place: Place) -> None:
         database.execute("UPDATE facts SET value = '99' WHERE name = 'format'")
     with pytest.raises(UsageError, match="has format 99"):
         place.open().update()
+
+
+def test_a_folder_whose_first_update_was_killed_while_the_model_loads_keeps_the_model(place: Place) -> None:
+    class Killed(BaseException):
+        """As the end of the process, which no code of the library sees."""
+
+    asked: list[str] = []
+
+    def killed(spec: str) -> Any:
+        asked.append(spec)
+        raise Killed
+
+    def load(spec: str) -> Any:
+        asked.append(spec)
+        return place.model
+
+    with pytest.raises(Killed):
+        FolderIndex(place.root, place.home, model_spec="colours", load=killed).update()
+    # the environment may name another one meanwhile
+    FolderIndex(place.root, place.home, default_spec="shapes", load=load).update()
+    # nor does embedding again without a word of another model
+    FolderIndex(place.root, place.home, default_spec="shapes", load=load).update(rebuild=True)
+    assert [Path(spec).name for spec in asked] == ["colours"] * 3
+
+
+def test_a_model_that_cannot_be_loaded_is_not_kept(place: Place) -> None:
+    def missing(spec: str) -> Any:
+        raise UsageError(f"There is no model {spec}.")
+
+    with pytest.raises(UsageError, match="no model nowhere"):
+        FolderIndex(place.root, place.home, model_spec="nowhere", load=missing).update()
+    with pytest.raises(UsageError, match="no model is named"):
+        FolderIndex(place.root, place.home, load=missing).update()

@@ -1,4 +1,6 @@
 import json
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,17 @@ def test_an_answer_can_be_written_as_json(service: SearchService, paint: Callabl
     assert values["hits"][0]["key"] == result.hits[0].entry.key
     assert values["embed_milliseconds"] >= 0
     assert values["search_milliseconds"] >= 0
+
+
+def test_loading_the_model_is_logged_apart_from_embedding(
+    index: Path, make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(spec: str) -> Any:
+        time.sleep(0.3)
+        return make_model()
+
+    caplog.set_level(logging.INFO, logger="vlm")
+    service = SearchService.open(index, load=load)
+    result = service.search(Query(texts=("red",)))
+    assert result.embed_milliseconds < 300
+    assert [message for message in caplog.messages if "colours was loaded in 0.3 s" in message]

@@ -14,6 +14,7 @@ from vlm.errors import BadSample, UsageError, VlmError, os_errors_explained
 from vlm.files import compute_fingerprint
 from vlm.service.folder.folder_encoder import LoadEncoder
 from vlm.service.folder.folder_index import FolderBusyError, FolderIndex, FolderUpdate, NoModelError
+from vlm.service.folder.folder_reader import FOLDER_FIELDS
 from vlm.service.folder.folder_watch import ChangeWaiter
 from vlm.service.query import Query
 from vlm.service.query_encoder import load_encoder, load_query_encoder
@@ -227,6 +228,8 @@ class ImageFolder:
     def _open_service(self) -> SearchService:
         if self._service is None:
             self._service = SearchService.open(self.index_folder, model_spec=self._model, load=self._load)
+            # where no image has, say, EXIF, no row has a year: that is no mistake in a filter
+            self._service.optional_fields = FOLDER_FIELDS
         return self._service
 
 

@@ -1,6 +1,7 @@
 """`vlm find` and `vlm watch`: search a folder of images where it lies, and keep its index up to date."""
 
 import logging
+import shlex
 import sys
 import webbrowser
 from dataclasses import dataclass
@@ -100,13 +101,16 @@ class Find:
             raise UsageError("There is nothing to search for: give words, or an image with --like.")
         if self.rebuild and self.no_update:
             raise UsageError("--rebuild is an update; leave out --no-update.")
+        if self.json and (self.files or self.null):
+            raise UsageError("--json prints the results as JSON, --files (-f) and --null (-0) bare paths: give one.")
         images = ImageFolder(self.folder, model=self.model, index=self.index)
         update = None if self.no_update else images.update(rebuild=self.rebuild)
         if not has_query:
-            _show_update(update, as_json=self.json)
+            self._show_update(update)
             return
         if update is not None:
-            _log_update(update)
+            logger.info(update.describe())
+            self._log_problems(update)
         result = images.search(
             self.words,
             like=self.like,
@@ -128,7 +132,7 @@ class Find:
         elif self.json:
             show_json(result.to_json())
         else:
-            columns = ["", "score", "file", ""]
+            columns = ["", "score", "file", "caption or date"]
             if result.query.relevant is not None:
                 columns.insert(2, "probability")
             rows: list[list[object]] = []
@@ -139,6 +143,31 @@ class Find:
             show_table(columns, rows, title=title)
         if self.open:
             _open_results_page(images, result)
+
+    def _show_update(self, update: "FolderUpdate | None") -> None:
+        if update is None:
+            return
+        if self.json:
+            show_json(update.to_json())
+            return
+        fields = spaced_names(update.to_json())
+        fields["unreadable"] = len(update.unreadable)
+        fields["missing"] = list_counts(update.missing.items()) or 0
+        show_fields(fields, title=update.describe())
+        self._log_problems(update)
+
+    def _log_problems(self, update: "FolderUpdate") -> None:
+        for extra, count in update.missing.items():
+            logger.warning(f"{count:,} files are read with the extra {extra}: pip install 'vlm-pipeline[{extra}]'.")
+        if update.unreadable:
+            name, reason = next(iter(update.unreadable.items()))
+            number = len(update.unreadable)
+            index = [] if self.index is None else ["--index", str(self.index)]
+            command = shlex.join(["vlm", "find", update.folder, *index, "--json"])
+            logger.warning(
+                f"{number:,} cannot be read, and are tried again when they change; the first, {name}: {reason}. "
+                f"{command} lists all."
+            )
 
     def _path_of(self, hit: "RankedHit") -> Path:
         """The image as the user names the folder, so that it opens from where the command runs."""
@@ -178,36 +207,6 @@ class Watch:
                     print(update.describe(), flush=True)
         except KeyboardInterrupt:
             logger.info("Stopped watching; what was embedded is kept.")
-
-
-def _show_update(update: "FolderUpdate | None", *, as_json: bool) -> None:
-    if update is None:
-        return
-    if as_json:
-        show_json(update.to_json())
-        return
-    fields = spaced_names(update.to_json())
-    fields["unreadable"] = len(update.unreadable)
-    fields["missing"] = list_counts(update.missing.items()) or 0
-    show_fields(fields, title=update.describe())
-    _log_problems(update)
-
-
-def _log_update(update: "FolderUpdate") -> None:
-    logger.info(update.describe())
-    _log_problems(update)
-
-
-def _log_problems(update: "FolderUpdate") -> None:
-    for extra, count in update.missing.items():
-        logger.warning(f"{count:,} files are read with the extra {extra}: pip install 'vlm-pipeline[{extra}]'.")
-    if update.unreadable:
-        name, reason = next(iter(update.unreadable.items()))
-        number = len(update.unreadable)
-        logger.warning(
-            f"{number:,} cannot be read, and are tried again when they change; the first, {name}: {reason}. vlm find "
-            f"{update.folder} --json lists all."
-        )
 
 
 def _described(hit: "RankedHit") -> str:

@@ -88,6 +88,18 @@ class OnnxEncoder:
         """The model's; of its ids there is no doubt, they were compared at the export."""
         return open_tokenizer(str(self.export.path))
 
+    def open_towers(self, *, texts: bool, images: bool) -> None:
+        """Read what embeds texts or images now, rather than with the first of them.
+
+        Raises: as of `open_session`.
+        """
+        if texts:
+            # a cached property: to name it is to open it
+            _ = self.tokenizer
+            self._session(TEXT_TOWER)
+        if images:
+            self._session(IMAGE_TOWER)
+
     def embed_images(self, images: UInt8[Array, "B 3 H W"]) -> Float32[Array, "B D"]:
         """Unit vectors of images as `view` gives them."""
         batches = [images[first : first + _IMAGES_AT_ONCE] for first in range(0, len(images), _IMAGES_AT_ONCE)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.api.index import SearchIndex
+from vlm.console import without_progress
 from vlm.data.pack import storable_image
 from vlm.errors import BadSample, IndexBusy, UsageError, VlmError
 from vlm.files import content_digest
@@ -119,9 +120,13 @@ def delete_rows(index: ServedIndex, uids: Sequence[str], where: str, *, dry_run:
 
 @contextlib.contextmanager
 def _named(index: ServedIndex) -> Iterator[None]:
-    """Let errors name the index by its name, since answers show no paths unless asked to."""
+    """Let errors name the index by its name, since answers show no paths unless asked to; no progress bars.
+
+    A bar of each request would only fill the log.
+    """
     try:
-        yield
+        with without_progress():
+            yield
     except VlmError as error:
         folder = str(index.service.index.folder)
         if index.shows_paths or folder not in str(error):

@@ -6,7 +6,7 @@ it for as many as it needs, and that one searches the index deeper until it has 
     nearest rows → fused with full-text search → one of each group of duplicates → reranked or diverse → page
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -393,10 +393,14 @@ def _rerank(results: Ranking, reranker: Reranker, count: int) -> Ranking:
     return replace(reordered, likelihoods=np.concatenate([likelihoods, no_likelihoods]))
 
 
-def rows_matching(snapshot: IndexSnapshot, where: str) -> Int64[Array, " N"] | None:
+def rows_matching(
+    snapshot: IndexSnapshot, where: str, *, optional_fields: Collection[str] = ()
+) -> Int64[Array, " N"] | None:
     """The live rows that match a filter; None without a filter.
+
+    optional_fields: as of `Catalogue.where`.
 
     Raises:
         UsageError: the filter is malformed or fits no field.
     """
-    return snapshot.catalogue.where(parse_filter(where)) if where else None
+    return snapshot.catalogue.where(parse_filter(where), optional_fields=optional_fields) if where else None

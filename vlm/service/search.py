@@ -5,6 +5,7 @@ together and ranks each query (`vlm.service.ranking`).
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,10 +46,14 @@ if TYPE_CHECKING:
 
     import vlm.service.reranking
 
+logger = logging.getLogger(__name__)
+
 LoadEncoder = Callable[[str], QueryEncoder]
 
 # two opposite unit vectors computed in float32 leave about 1e-7; a sum this short has no direction
 _MIN_SUM_LENGTH = 1e-5
+# a model that takes longer to load is worth a line in the log
+_LOAD_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +184,7 @@ class SearchService:
     rerank_spec: the model that reranks; any with a caption decoder, since it reads images, not vectors.
     num_candidates: as of `Ranker`. refreshes: whether each search looks for a newer version of the index first.
     text_cache: remembers the vectors of texts, for a service that is asked the same again.
+    optional_fields: filters may name them although no row has them.
     """
 
     index: Index
@@ -188,6 +194,7 @@ class SearchService:
     num_candidates: int = NUM_CANDIDATES
     refreshes: bool = True
     text_cache: TextCache | None = None
+    optional_fields: frozenset[str] = frozenset()
     _model: QueryEncoder | None = field(default=None, init=False, repr=False)
     _calibrator: Calibrator = field(default_factory=Calibrator, init=False, repr=False)
 
@@ -283,15 +290,16 @@ class SearchService:
             self.index.refresh()
         snapshot = self.index.snapshot
         named_queries = list(zip(names or [""] * len(queries), queries, strict=True))
-        allowed_rows = _resolve_filters(named_queries, snapshot)
+        allowed_rows = _resolve_filters(named_queries, snapshot, self.optional_fields)
         rerankers = self._rerankers(queries, snapshot)
+        # loading models is no part of the time that embedding takes
+        model = self._ready_model(queries)
         null_scores: list[NullScores | None] = []
         for name, query in named_queries:
             with _prefixing_errors(name):
                 null_scores.append(self._null_scores(query, snapshot))
-        # loading the captioner is no part of the time that embedding takes
         started = time.perf_counter()
-        query_vectors = self._embed(named_queries, snapshot)
+        query_vectors = self._embed(model, named_queries, snapshot)
         embed_milliseconds = (time.perf_counter() - started) * 1000 / max(1, len(queries))
         results: list[SearchResult] = []
         for (name, query), query_vector, reranker, null in zip(
@@ -310,6 +318,21 @@ class SearchService:
                 results.append(self._rank(ranker, reranker, null, embed_milliseconds))
         return results
 
+    def _ready_model(self, queries: Sequence[Query]) -> QueryEncoder | None:
+        """The model with all that embeds the queries in memory; None if they need none."""
+        has_texts = any(query.texts or query.minus for query in queries)
+        has_images = any(query.images for query in queries)
+        if not (has_texts or has_images):
+            return None
+        started = time.perf_counter()
+        model = self.model
+        if isinstance(model, OnnxEncoder):
+            model.open_towers(texts=has_texts, images=has_images)
+        seconds = time.perf_counter() - started
+        if seconds > _LOAD_SECONDS:
+            logger.info(f"The model {self._spec} was loaded in {seconds:.1f} s")
+        return model
+
     def _rerankers(
         self, queries: Sequence[Query], snapshot: IndexSnapshot
     ) -> "list[vlm.service.reranking.LikelihoodReranker | None]":
@@ -324,14 +347,13 @@ class SearchService:
             rerankers.append(LikelihoodReranker(captioner, query, snapshot.catalogue) if query.rerank_top else None)
         return rerankers
 
-    def _embed(self, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot) -> list[Float32[Array, " D"]]:
+    def _embed(
+        self, model: QueryEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
+    ) -> list[Float32[Array, " D"]]:
         """The unit vector of each query; queries of items and vectors alone need no model."""
         all_texts: list[str] = []
-        has_images = False
         for _, query in named_queries:
             all_texts += [*query.texts, *query.minus]
-            has_images = has_images or bool(query.images)
-        model = self.model if all_texts or has_images else None
         # one batch for all queries, taken apart below: of each in turn the plus texts, then the minus texts
         text_vectors = iter(self._embed_texts(model, all_texts) if model and all_texts else ())
         query_vectors: list[Float32[Array, " D"]] = []
@@ -372,7 +394,7 @@ class SearchService:
             rerank_milliseconds=reranker.milliseconds if reranker else None,
             unread=reranker.unread if reranker else {},
             cut=self._cut_texts(ranker.query),
-            hint=_explain_filter(ranker) or (relevance.explain() if relevance else ""),
+            hint=_explain_filter(ranker, self.optional_fields) or (relevance.explain() if relevance else ""),
             relevance=relevance,
         )
 
@@ -402,7 +424,7 @@ def _prefixing_errors(name: str) -> Iterator[None]:
 
 
 def _resolve_filters(
-    named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
+    named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot, optional_fields: frozenset[str]
 ) -> dict[str, Int64[Array, " N"] | None]:
     """The rows that match each filter of the queries, by filter; every query is checked."""
     allowed_rows = {}
@@ -411,7 +433,7 @@ def _resolve_filters(
             query.check()
             # queries of one file mostly share their filter, which may scan every row of the catalogue
             if query.where not in allowed_rows:
-                allowed_rows[query.where] = rows_matching(snapshot, query.where)
+                allowed_rows[query.where] = rows_matching(snapshot, query.where, optional_fields=optional_fields)
     return allowed_rows
 
 
@@ -464,12 +486,12 @@ def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -
     return total / np.float32(length)
 
 
-def _explain_filter(ranker: Ranker) -> str:
+def _explain_filter(ranker: Ranker, optional_fields: frozenset[str]) -> str:
     if ranker.allowed_rows is None or len(ranker.allowed_rows):
         return ""
     from vlm.index.filter_hints import explain_no_match
 
-    return explain_no_match(ranker.snapshot.catalogue, ranker.query.where)
+    return explain_no_match(ranker.snapshot.catalogue, ranker.query.where, optional_fields=optional_fields)
 
 
 def _relevance(ranker: Ranker, null_scores: NullScores, *, has_hits: bool) -> Relevance:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from vlm.console import list_counts, pluralize, progress
 from vlm.data.photo_formats import HAS_RAW
 from vlm.data.sources.image_names import HAS_HEIF
-from vlm.errors import UsageError
+from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, content_digest
 from vlm.index.build import create_index
 from vlm.index.embeddings_folder import EmbeddingSpace
@@ -158,10 +158,14 @@ class FolderIndex:
         path = self.home / "files.sqlite"
         with held:
             # under the lock, or it would take the file away from a process that writes it
+            model = ""
             if is_new:
+                model = _model_of(path)
                 path.unlink(missing_ok=True)
                 self._encoder = None
             with contextlib.closing(FolderState(path)) as state:
+                if model:
+                    state.keep_model(model)
                 yield state
 
     def _update(self, state: FolderState) -> FolderUpdate:
@@ -225,11 +229,18 @@ class FolderIndex:
         """The model of the index, which is loaded only if it is a new one."""
         space = state.space
         if space is None:
-            spec = self._model_spec or self._default_spec
+            spec = self._model_spec or state.model or self._default_spec
             if not spec:
                 raise NoModelError(f"{self.root} was never indexed, and no model is named. {NO_MODEL_HINT}")
             self._encoder = self._encoder or FolderEncoder(spec, self._load)
-            encoder = self._encoder.get()
+            # before it is loaded: an update that is killed meanwhile is resumed without naming the model again
+            state.keep_model(absolute_spec(spec))
+            try:
+                encoder = self._encoder.get()
+            except Exception:
+                # there may be no such model, and the next update is not to ask for it again
+                state.keep_model("")
+                raise
             return EmbeddingSpace(
                 model=absolute_spec(spec),
                 fingerprint=encoder.fingerprint,
@@ -265,6 +276,15 @@ class FolderIndex:
                 counts.add(readings, contents)
                 bar.update(len(readings))
         return num_embedded
+
+
+def _model_of(path: Path) -> str:
+    """The model of a folder's state; empty where there is none, or it cannot be read."""
+    if not path.exists():
+        return ""
+    with contextlib.suppress(VlmError), contextlib.closing(FolderState(path)) as state:
+        return state.space.model if state.space else state.model
+    return ""
 
 
 NO_MODEL_HINT = (

@@ -60,6 +60,15 @@ def pending_files(scan: FolderScan, known: Mapping[str, KnownFile], gone: Sequen
     return pending
 
 
+FOLDER_FIELDS = frozenset(
+    (
+        *("file", "folder", "width", "height", "taken", "year", "month", "camera", "latitude", "longitude"),
+        *("caption", "language"),
+    )
+)
+"""The fields that rows of a folder's index have where the images say so."""
+
+
 class FolderReader:
     """Reads files of a folder in batches, a batch ahead of whoever takes them.
 

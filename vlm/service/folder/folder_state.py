@@ -144,6 +144,16 @@ class FolderState:
         values = self._get("space")
         return None if values is None else EmbeddingSpace(**values)
 
+    @property
+    def model(self) -> str:
+        """The model that the first update was told to use; empty if it has not got so far."""
+        return self._get("model") or ""
+
+    def keep_model(self, spec: str) -> None:
+        """Note the model before it is loaded, which may take long and be killed; empty forgets it."""
+        with self._errors_as_ours(), self._transaction():
+            self._set("model", spec)
+
     def begin(self, root: str, space: EmbeddingSpace, readers: str) -> None:
         """Set the folder, the model and what identifies the installed readers of images.
 
