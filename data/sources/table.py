@@ -94,6 +94,8 @@ class TableSource:
         self._language_columns: dict[str, None] = {}  # as an ordered set
         for table in tables:
             self._language_columns |= dict.fromkeys(filter(_LANGUAGE_COLUMN.fullmatch, table.rows.columns))
+        # the image is the same throughout, though its name may carry the number of the caption
+        self._merged_columns = {self._image_column, self._caption_column, *self._language_columns}
         names: list[Any] = []
         keys: list[Any] = []
         folders: list[str] = []
@@ -144,9 +146,7 @@ class TableSource:
         first = rows[0]
         for row, values in zip(self._groups[number][1:], rows[1:], strict=True):
             for column, value in values.items():
-                # the image is the same, though its name may carry the number of the caption
-                is_apart = column in (self._image_column, self._caption_column) or column in self._language_columns
-                if not is_apart and value != first.get(column):
+                if value != first.get(column) and column not in self._merged_columns:
                     place = f"row {self._row_in_table(row) + 1} of {self._table_of(row).name}"
                     dropped.append(DroppedValue(self.file_of(number), place, column, value, first.get(column)))
         return tuple(dropped)

@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from vlm.cli.main import main
 from vlm.data.pack import PackConfig, pack, shards_at
 from vlm.data.samples import Pair
 from vlm.data.shards import expand_shards, shards_fingerprint
@@ -312,3 +314,15 @@ def test_values_that_rows_of_one_image_lose_are_told(tmp_path, make_image):
     # rows that differ in their captions alone lose nothing
     (source / "goods.csv").write_text("\n".join([rows[0], *rows[3:]]))
     assert pack(open_source(str(source / "goods.csv")), tmp_path / "other").warnings == ()
+
+
+def test_the_next_command_can_be_run_as_it_is_shown(tmp_path, make_image, capsys):
+    source = tmp_path / "source" / "dogs"
+    source.mkdir(parents=True)
+    for number in range(2):
+        (source / f"{number}.png").write_bytes(make_image(number))
+    out = tmp_path / "my shards"
+    assert main(["pack", str(source.parent), str(out)]) == 0
+    command = capsys.readouterr().err.partition("Next: vlm ")[2].partition("   or")[0]
+    assert main(shlex.split(command)) == 0
+    assert (tmp_path / "my shards.html").is_file()

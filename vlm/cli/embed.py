@@ -1,6 +1,7 @@
 """`vlm embed`: shards to embeddings, in one process or several."""
 
 import logging
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -93,8 +94,8 @@ class Embed:
             shown = asdict(summary)
             del shown["incidents"]
             show_fields(spaced_names(shown))
-        texts = f" --texts {result.text.folder}" if result.image and result.text else ""
-        logger.info(f"Next: vlm index build {result.summaries[0].folder} INDEX{texts}")
+        texts = f" --texts {shlex.quote(str(result.text.folder))}" if result.image and result.text else ""
+        logger.info(f"Next: vlm index build {shlex.quote(str(result.summaries[0].folder))} INDEX{texts}")
 
 
 def _log_skipped(summary: "EmbedSummary") -> None:

@@ -1,6 +1,7 @@
 """The verbs of an index that do not change its rows: build, import, export, fit-head, upgrade, check, info."""
 
 import logging
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -185,7 +186,7 @@ class ImportEmbeddings:
             show_json(asdict(summary))
             return
         show_fields(spaced_names(asdict(summary)))
-        logger.info(f"Next: vlm index build {self.out} INDEX")
+        logger.info(f"Next: vlm index build {shlex.quote(str(self.out))} INDEX")
 
     def _log_changes(self, summary: "ImportSummary") -> None:
         from vlm.index.embeddings_folder import UNKNOWN
@@ -353,9 +354,11 @@ class UpgradeIndex:
             show_json(asdict(summary))
             return
         show_fields(spaced_names(asdict(summary)))
+        head = shlex.quote(str(self.head))
+        out = shlex.quote(str(self.out))
         logger.info(
-            f'Next: vlm search {self.out} "your query"; to replace migrated rows by the new model\'s own:\n'
-            f"vlm embed {self.head} SHARDS EMBEDDINGS && vlm index update {self.out} EMBEDDINGS"
+            f'Next: vlm search {out} "your query"; to replace migrated rows by the new model\'s own:\n'
+            f"vlm embed {head} SHARDS EMBEDDINGS && vlm index update {out} EMBEDDINGS"
         )
 
 

@@ -1,6 +1,7 @@
 """The verbs that change the rows of an index: add, update, set, delete, compact, rollback, relocate."""
 
 import logging
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -299,4 +300,5 @@ def show_commit_info(info: "CommitInfo", index: Path, *, as_json: bool) -> None:
 
 def _log_compaction(dead: int, rows: int, index: Path) -> None:
     if dead > _MAX_DELETED_SHARE * (dead + rows):
-        logger.info(f"Next: vlm index compact {index}, since every search skips {dead:,} deleted rows.")
+        command = shlex.join(["vlm", "index", "compact", str(index)])
+        logger.info(f"Next: {command}, since every search skips {dead:,} deleted rows.")

@@ -1,6 +1,7 @@
 """`vlm pack`: image-text pairs to shards."""
 
 import logging
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
@@ -116,5 +117,5 @@ class Pack:
         shown = {name: value for name, value in asdict(summary).items() if value not in ({}, None, ())}
         del shown["recognised"]
         show_fields(spaced_names(shown))
-        inspect = f"vlm inspect {self.out} --html {self.out}.html"
-        logger.info(f"Next: {inspect}   or   vlm train tiny --data {self.out} …")
+        inspect = shlex.join(["vlm", "inspect", str(self.out), "--html", f"{self.out}.html"])
+        logger.info(f"Next: {inspect}   or   vlm train tiny --data {shlex.quote(str(self.out))} …")
