@@ -10,13 +10,15 @@ more than 8 deep, and `captions`, `captions_NAME` and `caption_weights`, which `
 1,000 characters.
 """
 
+import json
 import math
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from vlm.data.samples import parse_tags
+from vlm.errors import UsageError
 from vlm.index.embeddings_folder import Origin
 
 FieldType = Literal["number", "text"]
@@ -115,6 +117,27 @@ def metadata_fields(origin: Origin) -> Iterator[tuple[str, FieldValue]]:
 def is_field(name: str) -> bool:
     """Whether metadata of this name is a field; names of captions are none, as the field `caption` has these."""
     return name not in _FROM_CAPTIONS and not name.startswith("captions_")
+
+
+def check_json(values: Any, what: str) -> None:
+    """Refuse metadata that is no mapping of names to plain values.
+
+    Raises:
+        UsageError: it is not; what: whose metadata it is.
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"The metadata of {what} is {values!r}, not a mapping: give names and values.")
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+            is_plain = isinstance(name, str)
+        except (TypeError, ValueError, RecursionError):
+            is_plain = False
+        if not is_plain:
+            raise UsageError(
+                f"The metadata of {what} has {name!r} = {value!r}, which is no JSON: names are texts, and values "
+                "texts, numbers, true, false, or lists and mappings of these."
+            )
 
 
 def sanitize_text(text: str) -> str:

@@ -112,6 +112,8 @@ def _lines_by_key(lines: Iterable[Mapping[str, Any]], key: str, columns: Sequenc
         values = {name: line[name] for name in columns or line if name in line and name != key}
         if by_key.setdefault(value, values) != values:
             raise UsageError(f"The key {value!r} occurs twice, and row {number} sets it otherwise; nothing was set.")
+    if not known:
+        raise UsageError(f"There is nothing to set: give at least one row, with its {key!r} and the values to set.")
     for name in (key, *columns):
         if name not in known:
             raise UsageError(f"The table has no column {name!r}; {suggest(name, list(known))}")

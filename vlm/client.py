@@ -13,12 +13,13 @@ import io
 import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from vlm.errors import UsageError, VlmError
 from vlm.results import Result
+from vlm.text_lists import number_list, text_list
 
 if TYPE_CHECKING:
     import httpx
@@ -153,6 +154,23 @@ class _Connection:
     def _path(self, verb: str) -> str:
         return f"{API}/indexes/{self._index}/{verb}"
 
+    def _request(
+        self, http: "httpx.Client | httpx.AsyncClient", method: str, path: str, options: dict[str, Any]
+    ) -> "httpx.Request":
+        """A request to send.
+
+        Raises:
+            UsageError: the client is closed, or a value of the request is no JSON.
+        """
+        if http.is_closed:
+            raise UsageError(f"The client of {self._options['base_url']} is closed; make a new one.")
+        try:
+            return http.build_request(method, path, **options)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"The request cannot be sent: {error}; give texts, numbers, lists and mappings."
+            ) from error
+
     def _pause(self, attempt: int) -> float:
         """Seconds before the next attempt."""
         # spread, so that clients that were refused together do not come back together
@@ -203,14 +221,14 @@ def search_body(
         UsageError: an image cannot be read.
     """
     # through float, since JSON has no numbers of numpy
-    vectors = [list(map(float, row)) for row in _rows(vector)]
+    vectors = [list(map(float, number_list(row, "vector"))) for row in _rows(vector)]
     return {
-        "texts": _listed(texts),
+        "texts": text_list(texts, "texts"),
         "images": list(map(data_url, _images(image))),
-        "items": _listed(like),
+        "items": text_list(like, "like"),
         "vectors": vectors,
-        "minus": _listed(minus),
-        "weights": list(map(float, weights)),
+        "minus": text_list(minus, "minus"),
+        "weights": list(map(float, number_list(weights, "weights"))),
         "where": where,
         "words": words,
         "top": top,
@@ -220,15 +238,13 @@ def search_body(
         "relevant": relevant,
         "rerank_top": rerank_top,
         "after": after,
-        "facets": _listed(facets),
+        "facets": text_list(facets, "facets"),
     }
 
 
-def _listed(texts: Texts) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
-
-
 def _rows(vector: Any) -> Sequence[Any]:
+    if not hasattr(vector, "__len__") or isinstance(vector, str | Mapping):
+        raise UsageError(f"vector = {vector!r}: give numbers, or a matrix of one vector a row.")
     if len(vector) and not hasattr(vector[0], "__len__"):
         return [vector]
     return vector
@@ -299,7 +315,7 @@ def _opened(data: bytes) -> "Image":
 
 def _classification(image: ImageInput | Sequence[ImageInput], classes: Sequence[str], top: int) -> dict[str, Any]:
     """The body of a request to classify images."""
-    return {"images": list(map(data_url, _images(image))), "classes": list(classes), "top": top}
+    return {"images": list(map(data_url, _images(image))), "classes": text_list(classes, "classes"), "top": top}
 
 
 def _classes_of(answer: Mapping[str, Any]) -> list[tuple[RemoteClass, ...]]:
@@ -309,12 +325,20 @@ def _classes_of(answer: Mapping[str, Any]) -> list[tuple[RemoteClass, ...]]:
     return ranked
 
 
-def _add_body(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"items": [{**item, "image": data_url(item["image"])} for item in items]}
+def _add_body(items: Any) -> dict[str, Any]:
+    is_list = isinstance(items, Iterable) and not isinstance(items, str | bytes | Mapping)
+    described: list[dict[str, Any]] = []
+    for item in items if is_list else (items,):
+        # a mapping alone is refused as well: an addition is a list, as in the service's own API
+        if not is_list or not isinstance(item, Mapping) or "image" not in item:
+            raise UsageError(f"{item!r} cannot be added: give a list of mappings, as [{{'image': 'new.jpg'}}].")
+        values = dict(cast(Mapping[str, Any], item))
+        described.append(values | {"image": data_url(values["image"])})
+    return {"items": described}
 
 
 def _delete_body(uids: Texts, where: str, dry_run: bool) -> dict[str, Any]:
-    return {"uids": _listed(uids), "where": where, "dry_run": dry_run}
+    return {"uids": text_list(uids, "uids"), "where": where, "dry_run": dry_run}
 
 
 class Client(_Connection):
@@ -346,7 +370,7 @@ class Client(_Connection):
         for attempt in itertools.count():
             is_last = attempt == self._retries
             try:
-                response = self._http.request(method, path, **options)
+                response = self._http.send(self._request(self._http, method, path, options))
             except self._errors as error:
                 # a connection may break after the change was made: sent again, it could be made twice
                 if is_last or not is_repeatable:
@@ -432,7 +456,7 @@ class AsyncClient(_Connection):
         for attempt in itertools.count():
             is_last = attempt == self._retries
             try:
-                response = await self._http.request(method, path, **options)
+                response = await self._http.send(self._request(self._http, method, path, options))
             except self._errors as error:
                 # a connection may break after the change was made: sent again, it could be made twice
                 if is_last or not is_repeatable:

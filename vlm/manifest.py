@@ -71,7 +71,10 @@ def read_manifest(folder: Path, kind: str, *, name: str = MANIFEST) -> Manifest:
     if not path.is_file():
         unfinished = (folder / PROGRESS).is_file()
         why = "is unfinished: run the command that makes it again" if unfinished else f"has no {MANIFEST}"
-        raise UsageError(f"{folder} {why}; a finished {kind} folder was expected.")
+        # as the folder that `vlm find --index` names, which holds one beside its record of files
+        inner = folder / kind
+        cure = f" There is one in it: {inner}." if (inner / MANIFEST).is_file() else ""
+        raise UsageError(f"{folder} {why}; a finished {kind} folder was expected.{cure}")
     # kind and format first: the fields of another format would only look damaged
     values = _read_object(path)
     if values.get("kind") != kind:

@@ -240,6 +240,7 @@ def test_only_two_batches_are_held(photos):
         (lambda model: model.embed_images([], on_error="ignore"), "give raise or skip"),
         (lambda model: model.embed_images([], batch_size=0), "batch_size = 0"),
         (lambda model: model.embed_texts([1]), "texts holds 1"),
+        (lambda model: model.embed_texts(3), "texts = 3 is not a text"),
         (lambda model: model.classify([], ["a", "b"], top=0), "top = 0"),
         (lambda model: model.classify([], ["a", "b"], templates="no place"), "has no {}"),
         (lambda model: vlm.load("nowhere"), "There is no model"),

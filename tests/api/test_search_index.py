@@ -501,3 +501,67 @@ def test_a_closed_index_says_that_it_is_closed(index: vlm.SearchIndex, ask: Call
 def test_a_missing_uid_is_said_alike_by_a_deletion_and_its_dry_run(index: vlm.SearchIndex, dry_run: bool) -> None:
     with pytest.raises(UsageError, match=r"has no 'NOPE' \(1 of 2 uids are missing\); nothing was deleted: leave them"):
         index.delete(["00", "NOPE"], dry_run=dry_run)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda index: index.search(3), "texts = 3 is not a text"),
+        (lambda index: index.search("red", top="5"), "top = '5' is not a whole number"),
+        (lambda index: index.search("red", top=True), "top = True is not a whole number"),
+        (lambda index: index.search("red", at_least="0.2"), "at_least = '0.2' is not a number"),
+        (lambda index: index.search("red", where=3), "where = 3 is not a text"),
+        (lambda index: index.search("red", weights=2), "weights = 2 is not a list of numbers"),
+        (lambda index: index.search("red", weights=["a"]), "weights holds 'a'"),
+        (lambda index: index.search(vector=3), "vector: numbers"),
+        (lambda index: index.search(vector={"a": 1}), "vector: numbers"),
+        (lambda index: index.search_many([{"texts": "red"}]), "queries holds {'texts': 'red'}"),
+        (lambda index: index.search_many("red"), "search takes a single one"),
+        (lambda index: index.search_many(["red"], tops=3), "no option 'tops'"),
+        (lambda index: index.delete(3), "uids = 3 is not a text"),
+        (lambda index: index.set_metadata({}), "There is nothing to set"),
+        (lambda index: index.set_metadata([]), "There is nothing to set"),
+        (lambda index: index.set_metadata(3), "values = 3"),
+        (lambda index: index.set_metadata({"00": 3}), "metadata of '00' is 3, not a mapping"),
+        (lambda index: index.set_metadata({"00": {"g": b"x"}}), "has 'g' = b'x', which is no JSON"),
+        (lambda index: index.set_metadata({"00": {"g": 1}}, columns=3), "columns = 3"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(index: vlm.SearchIndex, call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(index)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metadata": {"g": object()}}, "metadata of image 1 has 'g' = <object"),
+        ({"metadata": {3: "x"}}, "metadata of image 1 has 3 = 'x'"),
+        ({"metadata": 3}, "metadata = 3"),
+        ({"metadata": ["x"]}, "metadata of image 1 is 'x', not a mapping"),
+        ({"uids": 3}, "uids = 3"),
+        ({"captions": 3}, "captions = 3"),
+        ({"captions": {"en": 3}}, "captions in 'en' = 3"),
+    ],
+)
+def test_what_is_said_of_an_image_in_another_form_is_named_and_adds_nothing(
+    index: vlm.SearchIndex, paint: Paint, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        index.add(paint("red"), **options)
+    assert len(index) == 11
+
+
+def test_images_without_a_file_have_the_metadata_of_files(index: vlm.SearchIndex, paint: Paint, tmp_path: Path) -> None:
+    data = paint("red", "white")
+    (tmp_path / "a.png").write_bytes(data)
+    index.add([tmp_path / "a.png", data, Image.open(io.BytesIO(data))], uids=["file", "bytes", "pil"])
+    metadata = {hit.uid: hit.metadata for hit in index.search(like=["file", "bytes", "pil"], top=14)}
+    assert metadata["file"] == {"file": "a.png", "width": 16, "height": 16}
+    assert metadata["bytes"] == metadata["pil"] == {"width": 16, "height": 16}
+    assert {"file", "bytes", "pil"} <= set(uids(index.search("red", where="width = 16", top=20)))
+
+
+def test_a_folder_that_holds_an_index_names_it(index: vlm.SearchIndex) -> None:
+    with pytest.raises(UsageError, match=f"There is one in it: {index.folder}"):
+        vlm.open_index(index.folder.parent)

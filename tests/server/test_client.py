@@ -138,3 +138,39 @@ def test_arrays_are_images_too(address, expected):
     red[..., 0] = 255
     with vlm.Client(address) as client:
         assert client.search(image=red, top=1)[0].score > 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda client: client.add([{"uid": "a"}]), "{'uid': 'a'} cannot be added: give a list of mappings"),
+        (lambda client: client.add("path"), "'path' cannot be added"),
+        (lambda client: client.add({"image": "a.jpg"}), "cannot be added"),
+        (lambda client: client.add(3), "3 cannot be added"),
+        (lambda client: client.search(3), "texts = 3 is not a text"),
+        (lambda client: client.search("red", weights="ab"), "weights = 'ab'"),
+        (lambda client: client.search(vector=3), "vector = 3"),
+        (lambda client: client.search("red", top=object()), "cannot be sent: Object of type object"),
+        (lambda client: client.delete(3), "uids = 3"),
+        (lambda client: client.classify([], 3), "classes = 3"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named_before_anything_is_sent(call, message):
+    with vlm.Client("http://127.0.0.1:9", index="index", retries=0) as client, pytest.raises(UsageError, match=message):
+        call(client)
+
+
+def test_a_closed_client_says_so(refusing):
+    address, _ = refusing
+    client = vlm.Client(address)
+    client.close()
+    with pytest.raises(UsageError, match=f"The client of {address} is closed"):
+        client.search("red")
+
+    async def search():
+        client = vlm.AsyncClient(address)
+        await client.close()
+        await client.search("red")
+
+    with pytest.raises(UsageError, match="is closed"):
+        asyncio.run(search())

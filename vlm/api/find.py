@@ -187,7 +187,7 @@ class ImageFolder:
                 items.append(uid)
             else:
                 images.append(_query_image(image, data))
-        query = Query(
+        query = Query.of(
             texts=texts,
             images=tuple(images),
             items=tuple(items),

@@ -13,11 +13,13 @@ from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.index.catalog import Catalogue
 from vlm.index.encoder import Encoder
+from vlm.index.metadata import check_json
 from vlm.index.reader import IndexInfo
 from vlm.results import Result
 from vlm.service.query import Query
 from vlm.service.query_encoder import Backend, query_loader
 from vlm.service.search import LoadEncoder, RankedHit, SearchResult, SearchService
+from vlm.text_lists import text_list
 
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
 if TYPE_CHECKING:
@@ -169,13 +171,13 @@ class SearchIndex:
             VlmError: an image cannot be read, or the index is damaged.
         """
         images, uids = self._terms_like(like)
-        query = Query(
+        query = Query.of(
             texts=texts,
             images=(*map(encoded_image, image_list(image)), *images),
             items=uids,
             vectors=_query_vectors(vector),
             minus=minus,
-            weights=tuple(weights),
+            weights=weights,
             top=top,
             where=where,
             at_least=at_least,
@@ -199,9 +201,15 @@ class SearchIndex:
 
         Raises: as `search`.
         """
-        defaults = Query(**options)
+        if isinstance(queries, str) or not isinstance(queries, Iterable):
+            raise UsageError(f"queries = {queries!r}: give a list of texts or of queries; search takes a single one.")
+        defaults = Query.of(**options)
         prepared: list[Query] = []
         for query in queries:
+            if not isinstance(query, str | Query):
+                raise UsageError(
+                    f"queries holds {query!r}: give texts, or queries as vlm.service.query.Query(texts=…)."
+                )
             prepared.append(replace(defaults, texts=(query,)) if isinstance(query, str) else query)
         return self._service.search_many(prepared, names=names)
 
@@ -281,12 +289,9 @@ class SearchIndex:
 
         if isinstance(values, str | Path):
             lines: Iterable[Mapping[str, Any]] = read_table(Path(values), encoding=encoding)
-        elif isinstance(values, Mapping):
-            by_uid = cast(Mapping[str, Mapping[str, Any]], values)
-            lines = [{"uid": uid, **fields} for uid, fields in by_uid.items()]
         else:
-            lines = list(values)
-        names = (columns,) if isinstance(columns, str) else tuple(columns)
+            lines = _metadata_lines(values)
+        names = text_list(columns, "columns")
 
         def change(writer: "IndexWriter") -> "SetSummary":
             # matched under the lock, so that it fits the version that is changed
@@ -318,7 +323,7 @@ class SearchIndex:
         Raises:
             UsageError: a uid does not exist, the filter is malformed, or neither or both are given.
         """
-        names = [uids] if isinstance(uids, str) else list(uids)
+        names = text_list(uids, "uids")
         # both would leave open whether their union or their intersection is meant
         if bool(names) == bool(where):
             raise UsageError("Name the rows to delete: either uids or a filter (where), not both.")
@@ -587,17 +592,33 @@ def _is_image_file(path: str | Path) -> bool:
     return ending(str(path)) in PHOTO_ENDINGS and not Path(path).expanduser().is_dir()
 
 
+def _metadata_lines(values: Any) -> list[Mapping[str, Any]]:
+    """New values by uid, or one mapping a row, as the lines of a table."""
+    if not isinstance(values, Iterable):
+        raise UsageError(f"values = {values!r}: give a table, new values by uid, or a mapping for each row.")
+    lines: list[Mapping[str, Any]] = []
+    if isinstance(values, Mapping):
+        for uid, fields in values.items():
+            check_json(fields, f"{uid!r}")
+            lines.append({"uid": uid, **fields})
+    else:
+        for number, line in enumerate(values, 1):
+            check_json(line, f"row {number}")
+            lines.append(line)
+    return lines
+
+
 def _query_vectors(vector: Vectors) -> tuple[Path | tuple[float, ...], ...]:
     if isinstance(vector, str | Path):
         return (Path(vector),)
-    if not len(vector):
-        return ()
-    if isinstance(vector[0], str | Path):
-        return tuple(map(Path, cast(Sequence[str], vector)))
     try:
+        if not len(vector):
+            return ()
+        if isinstance(vector[0], str | Path):
+            return tuple(map(Path, cast(Sequence[str], vector)))
         # in double precision, which holds every float32 exactly
         rows = np.atleast_2d(np.asarray(vector, np.float64))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise UsageError(
             f"vector: numbers, a matrix of one vector a row, or .npy files were expected: {error}."
         ) from error

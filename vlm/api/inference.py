@@ -26,6 +26,7 @@ from vlm.files import json_text
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
+from vlm.text_lists import text_list
 
 # imported where it is used: an ONNX export needs no torch
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class Model:
         Raises:
             UsageError: one of them is not a text.
         """
-        listed = _listed(texts, "texts")
+        listed = text_list(texts, "texts")
         rows = np.zeros((len(listed), self.embedding_size), np.float32)
         with _progress(len(listed), _TEXT_BATCH_SIZE, "embedding texts", "text") as bar:
             for first in range(0, len(listed), _TEXT_BATCH_SIZE):
@@ -383,11 +384,11 @@ def read_prompts(classes: Classes, templates: str | Sequence[str] = DEFAULT_TEMP
         UsageError: there are fewer than two classes, one has no prompt, or a template has no {} for the name.
     """
     if isinstance(classes, Mapping):
-        prompts = {name: _listed(given, f"the prompts of {name!r}") for name, given in classes.items()}
+        prompts = {name: text_list(given, f"the prompts of {name!r}") for name, given in classes.items()}
     else:
         text = isinstance(classes, str | Path)
-        names = read_class_names(str(classes)) if text else list(dict.fromkeys(_listed(classes, "classes")))
-        sentences = read_templates(_listed(templates, "templates")) or DEFAULT_TEMPLATES
+        names = read_class_names(str(classes)) if text else list(dict.fromkeys(text_list(classes, "classes")))
+        sentences = read_templates(text_list(templates, "templates")) or DEFAULT_TEMPLATES
         prompts: dict[str, list[str]] = {}
         for name in names:
             prompts[name] = [fill_template(sentence, name) for sentence in sentences]
@@ -400,15 +401,6 @@ def read_prompts(classes: Classes, templates: str | Sequence[str] = DEFAULT_TEMP
         if not of_class:
             raise UsageError(f"The class {name!r} has no prompt; give one or more.")
     return prompts
-
-
-def _listed(texts: str | Iterable[str], what: str) -> list[str]:
-    """One text or several as a list; a text is never taken for its letters."""
-    listed = [texts] if isinstance(texts, str) else list(texts)
-    for text in listed:
-        if not isinstance(text, str):
-            raise UsageError(f"{what} holds {text!r}, which is not a text.")
-    return listed
 
 
 def _most_probable(names: Sequence[str], probabilities: Sequence[float], top: int) -> tuple[ClassProbability, ...]:

@@ -20,6 +20,7 @@ import numpy as np
 from vlm.console import progress
 from vlm.data.image_inputs import ImageInput, encoded_image
 from vlm.data.pack import REJECTED, PackConfig, encode_pair, pack
+from vlm.data.photo_formats import read_photo
 from vlm.data.samples import UNNAMED, Captions, Pair
 from vlm.data.selection import SelectedShard, Selection
 from vlm.data.shards import count_samples, expand_shards, is_remote
@@ -39,12 +40,14 @@ from vlm.index.embeddings_folder import (
 )
 from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.ids import UID_COLUMN
+from vlm.index.metadata import check_json, is_field
 from vlm.index.reader import IndexSnapshot
 from vlm.index.writer import InsertBatch
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.service.folder.folder_reader import FileReading, FolderReader
 from vlm.service.folder.folder_scan import FileStamp, FolderScan, scan_folder
 from vlm.service.images import read_stored_bytes
+from vlm.text_lists import text_list
 
 logger = logging.getLogger(__name__)
 
@@ -310,13 +313,11 @@ class AdditionPlanner:
         unreadable: dict[str, str] = {}
         with atomic_write(path) as file, SampleWriter(file) as tar:
             for number, image in images.items():
-                pair = Pair(
-                    key=f"{number:06d}",
-                    image=image,
-                    captions=described.captions(number),
-                    metadata=described.metadata(number),
-                )
                 try:
+                    # with the size and what the camera wrote, as of files
+                    metadata = read_photo(image, "").fields | described.metadata(number)
+                    captions = described.captions(number)
+                    pair = Pair(key=f"{number:06d}", image=image, captions=captions, metadata=metadata)
                     tar.write(encode_pair(pair))
                 except BadSample as error:
                     unreadable[described.uids[number]] = str(error)
@@ -330,7 +331,10 @@ class AdditionPlanner:
         def origins() -> Iterator[Origin]:
             for origin in rows():
                 # a sample's key in the shard is the number of its image
-                yield replace(origin, uid=described.uids[int(origin.key)])
+                number = int(origin.key)
+                # a shard has captions in its JSON, which are no metadata of an image that someone hands over
+                metadata = {name: value for name, value in origin.metadata.items() if is_field(name)}
+                yield replace(origin, uid=described.uids[number], metadata=metadata)
 
         return replace(
             addition,
@@ -627,32 +631,39 @@ def _read_rejected(path: Path) -> dict[str, str]:
 def parse_descriptions(
     count: int,
     *,
-    uids: str | Sequence[str] | None,
+    uids: Any,
     captions: Any,
-    metadata: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    metadata: Any,
 ) -> ImageOptions:
     """What is said of `count` images: of a single one without a list around it; one metadata mapping is for all.
 
     captions: for each image a text, several, or texts by language.
+
+    Raises:
+        UsageError: it is of another kind.
     """
-    uid_list = [uids] if isinstance(uids, str) else list(uids or ())
+    uid_list = [] if uids is None else text_list(uids, "uids")
     if captions is None:
         caption_list: list[Any] = []
+    elif not isinstance(captions, Iterable):
+        raise UsageError(f"captions = {captions!r}: give for each image a text, several, or texts by language.")
     elif count == 1 and (isinstance(captions, str | Mapping) or all(isinstance(item, str) for item in captions)):
         caption_list = [captions]
     elif isinstance(captions, str | Mapping):
         raise UsageError(f"One caption for {count:,} images: give a list with the captions of each.")
     else:
         caption_list = list(captions)
+    if not isinstance(metadata, Iterable | None) or isinstance(metadata, str):
+        raise UsageError(f"metadata = {metadata!r}: give a mapping for all images, or for each one.")
     metadata_list = [metadata] * count if isinstance(metadata, Mapping) else list(metadata or ())
+    for number, values in enumerate(metadata_list, 1):
+        check_json(values, f"image {number}")
     return ImageOptions(uids=uid_list, captions=list(map(_captions_of, caption_list)), metadata=metadata_list)
 
 
 def _captions_of(value: Any) -> Captions:
     if value is None:
         return {}
-    if isinstance(value, str):
-        return {UNNAMED: (value,)}
     if isinstance(value, Mapping):
-        return {language: (texts,) if isinstance(texts, str) else tuple(texts) for language, texts in value.items()}
-    return {UNNAMED: tuple(value)}
+        return {language: tuple(text_list(texts, f"captions in {language!r}")) for language, texts in value.items()}
+    return {UNNAMED: tuple(text_list(value, "captions"))}

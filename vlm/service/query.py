@@ -7,7 +7,8 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.tensor_types import Array, Float32, Float64
+from vlm.text_lists import number_list, text_list
 
 MAX_RERANK = 1000
 """Maximum number of images read to rerank one query."""
@@ -26,6 +28,15 @@ MAX_WEIGHT = 1e6
 
 MIN_PROBABILITY = 0.9
 """What `relevant` keeps by default: an unrelated query gets an answer one time in ten."""
+
+
+_KINDS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("where", "words", "after"), ("a text", str)),
+    **dict.fromkeys(("top", "rerank_top"), ("a whole number", Integral)),
+    "diversity": ("a number", Real),
+    **dict.fromkeys(("at_least", "duplicates", "relevant"), ("a number", Real | None)),
+}
+"""What each value of a query must be, in words and as a type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,29 @@ class Query:
         for name in ("texts", "items", "minus"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+    @classmethod
+    def of(cls, **values: Any) -> "Query":
+        """A query of what people hand over, which may be of any kind.
+
+        Raises:
+            UsageError: a query has no value of that name, or it is of another kind.
+        """
+        names = [attribute.name for attribute in fields(cls)]
+        for name, value in values.items():
+            if name not in names:
+                raise UsageError(f"A query has no option {name!r}; {suggest(name, names)}")
+            if name in ("texts", "items", "minus"):
+                values[name] = tuple(text_list(value, name))
+            elif name == "weights":
+                values[name] = tuple(number_list(value, name))
+            elif name in _KINDS:
+                expected, kind = _KINDS[name]
+                # bool is a subclass of int
+                is_switch = name == "relevant" and isinstance(value, bool)
+                if not is_switch and (isinstance(value, bool) or not isinstance(value, kind)):
+                    raise UsageError(f"{name} = {value!r} is not {expected}.")
+        return cls(**values)
 
     def check(self) -> None:
         """Refuse a query that cannot be searched for.
@@ -343,15 +377,15 @@ def _parse_query(line: str, defaults: Query) -> Query:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"it begins like a JSON object but is not one ({error}).") from error
-    fields = {}
+    values_set: dict[str, Any] = {}
     for name, value in values.items():
         if name not in _FIELDS:
             raise UsageError(f"a query has no {name!r}; {suggest(name, list(_FIELDS))}")
         is_valid, expected, convert = _FIELDS[name]
         if not is_valid(value):
             raise UsageError(f"{name} must be {expected}, given: {value!r}.")
-        fields[name] = convert(value)
-    return replace(defaults, **fields)
+        values_set[name] = convert(value)
+    return replace(defaults, **values_set)
 
 
 def _is_number(value: Any) -> bool:
