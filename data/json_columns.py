@@ -33,12 +33,20 @@ class DroppedValue(NamedTuple):
     first_value: Any
 
 
+class DroppedValues(NamedTuple):
+    """Those of an image: the column of each, of how many rows they are, and the first."""
+
+    columns: list[str]
+    num_rows: int
+    first: DroppedValue
+
+
 class Words(NamedTuple):
     """What a sample says beside its image; dropped: what it said that finds no place."""
 
     captions: Captions
     metadata: dict[str, Any]
-    dropped: tuple[DroppedValue, ...] = ()
+    dropped: DroppedValues | None = None
 
 
 @runtime_checkable
@@ -183,9 +191,9 @@ class JsonColumns:
         self._languages |= dict.fromkeys(words.captions)
         self._are_by_language |= bool(words.captions) and UNNAMED not in words.captions
         if words.dropped:
-            self._dropped.update(value.column for value in words.dropped)
-            self._num_rows_cut += len({value.row for value in words.dropped})
-            self._first_dropped = self._first_dropped or words.dropped[0]
+            self._dropped.update(words.dropped.columns)
+            self._num_rows_cut += words.dropped.num_rows
+            self._first_dropped = self._first_dropped or words.dropped.first
 
     def warnings(self) -> tuple[str, ...]:
         """What could not be made alike, and for whom that matters; what was dropped."""

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm.config import suggest
-from vlm.data.json_columns import DroppedValue, Words
+from vlm.data.json_columns import DroppedValue, DroppedValues, Words
 from vlm.data.samples import UNNAMED, Captions, Pair, parse_captions
 from vlm.data.sources.delimited import image_of_caption
 from vlm.data.sources.image_names import ImageFinder, is_web_address
@@ -137,19 +137,26 @@ class TableSource:
         rows = list(map(self._row, self._groups[number]))
         return self._words(number, rows)._replace(dropped=self._dropped_values(number, rows))
 
-    def _dropped_values(self, number: int, rows: Sequence[dict[str, Any]]) -> tuple[DroppedValue, ...]:
+    def _dropped_values(self, number: int, rows: Sequence[dict[str, Any]]) -> DroppedValues | None:
         """What later rows of an image say that the first one does not, apart from captions.
 
         The rows are parsed already, so that comparing them costs a fraction of reading them.
         """
-        dropped: list[DroppedValue] = []
+        columns: list[str] = []
+        num_rows = 0
+        example: DroppedValue | None = None
         first = rows[0]
         for row, values in zip(self._groups[number][1:], rows[1:], strict=True):
+            num_before = len(columns)
             for column, value in values.items():
                 if value != first.get(column) and column not in self._merged_columns:
-                    place = f"row {self._row_in_table(row) + 1} of {self._table_of(row).name}"
-                    dropped.append(DroppedValue(self.file_of(number), place, column, value, first.get(column)))
-        return tuple(dropped)
+                    columns.append(column)
+                    # its words are made for one value of an image alone
+                    if example is None:
+                        place = f"row {self._row_in_table(row) + 1} of {self._table_of(row).name}"
+                        example = DroppedValue(self.file_of(number), place, column, value, first.get(column))
+            num_rows += len(columns) > num_before
+        return DroppedValues(columns, num_rows, example) if example else None
 
     def _words(self, number: int, rows: Sequence[dict[str, Any]]) -> Words:
         captions: Captions = {}
