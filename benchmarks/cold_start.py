@@ -68,7 +68,7 @@ def main(arguments: Arguments) -> None:
     """Prepare, measure, show."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
-        prepare(folder)
+        prepare(folder, arguments.before)
         results: dict[str, Any] = {"commands": compare_commands(arguments, folder)}
         results["int8"] = {"recall": int8_recall(folder), "speed": int8_speed(arguments.speed_architecture)}
         results["parity"] = [asdict(measure_parity(name, folder / "quickstart")) for name in arguments.towers]
@@ -78,12 +78,12 @@ def main(arguments: Arguments) -> None:
         show(results)
 
 
-def prepare(folder: Path) -> None:
-    """A short quickstart by this checkout, its model's export, and an image of its shards."""
+def prepare(folder: Path, before: Path) -> None:
+    """A short quickstart by the other checkout, whose formats both can read; an export; an image of its shards."""
     quickstart = folder / "quickstart"
     if not is_complete(quickstart / "index"):
         say("preparing a model and an index …")
-        _run(ROOT, ["quickstart", str(quickstart), "--scenes", "3000", "--steps", "120"])
+        _run(before.resolve(), ["quickstart", str(quickstart), "--scenes", "3000", "--steps", "120"])
     if not is_complete(quickstart / "run" / "model" / "onnx"):
         say("exporting it …")
         _run(ROOT, ["export", str(quickstart / "run"), "--to", "onnx"])
