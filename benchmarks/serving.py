@@ -110,6 +110,8 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     python = own_python(arguments.cache.expanduser() / "bench-clip-retrieval", (*CLIP_RETRIEVAL, *same_torch()))
     say(f"Writing the model and {arguments.rows:,} vectors …")
     model, weights, config = write_model(Network(width=arguments.width, layers=arguments.layers), folder)
+    # as a server would have it: queries then need no torch
+    subprocess.run([sys.executable, "-m", "vlm", "export", str(model), "--to", "onnx"], capture_output=True, check=True)
     corpus = write_corpus(folder, rows=arguments.rows, dimension=arguments.width, model=model)
     port = _free_port()
     theirs = {"config": str(config), "weights": str(weights), "indices": str(corpus.indices), "port": port}
