@@ -253,10 +253,6 @@ def _cross() -> Points:
     return np.concatenate([_rotate(quarter, math.pi / 2 * turn) for turn in range(4)])
 
 
-def _cosine(degrees: float) -> float:
-    return math.cos(math.radians(degrees))
-
-
 @cache
 def _outline(shape: str) -> Points:
     """The polygon of a shape of radius about 1 around 0."""

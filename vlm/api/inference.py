@@ -18,6 +18,7 @@ from vlm.errors import UsageError, os_errors_explained
 from vlm.evaluation.class_prompts import (
     DEFAULT_TEMPLATES,
     class_probabilities,
+    class_vectors,
     fill_template,
     read_class_names,
     read_templates,
@@ -357,13 +358,7 @@ class Model:
     def _classifier(self, prompts: Mapping[str, Sequence[str]]) -> Float32[Array, "K D"]:
         """A unit vector for each class, [K, D]: the mean of those of its prompts, of unit length again."""
         rows = self.embed_texts([prompt for of_class in prompts.values() for prompt in of_class])
-        vectors: list[np.ndarray] = []
-        first = 0
-        for of_class in prompts.values():
-            vectors.append(rows[first : first + len(of_class)].mean(axis=0))
-            first += len(of_class)
-        means = np.stack(vectors)
-        return means / np.linalg.norm(means, axis=1, keepdims=True)
+        return class_vectors(rows, [len(of_class) for of_class in prompts.values()])
 
 
 def encoder_of(

@@ -147,6 +147,21 @@ def _is_file(name: str) -> bool:
         return False
 
 
+def class_vectors(prompts: Float32[Array, "N D"], num_prompts: Sequence[int]) -> Float32[Array, "K D"]:
+    """A unit vector for each class: the mean of the unit vectors of its prompts, of unit length again (CLIP §3.1.4).
+
+    prompts: of all classes, one after the other. num_prompts: of each class.
+    """
+    means: list[np.ndarray] = []
+    first = 0
+    for number in num_prompts:
+        means.append(prompts[first : first + number].mean(axis=0))
+        first += number
+    # a mean of unit vectors is shorter than 1, the more so the more the prompts disagree
+    stacked = np.stack(means)
+    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
+
+
 def class_probabilities(
     images: Float32[Array, "B D"], classifier: Float32[Array, "K D"], logit_scale: float
 ) -> Float32[Array, "B K"]:

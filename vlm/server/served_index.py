@@ -242,20 +242,7 @@ class ServedIndex:
 
     def result_to_json(self, result: SearchResult) -> dict[str, Any]:
         """A result of a search as answers show it."""
-        answer: dict[str, Any] = {
-            "hits": [self.hit_to_json(hit) for hit in result.hits],
-            "next": result.next,
-            "generation": result.generation,
-            "embed_milliseconds": round(result.embed_milliseconds, 3),
-            "search_milliseconds": round(result.search_milliseconds, 3),
-        }
-        if result.cut:
-            answer["cut"] = list(result.cut)
-        if result.hint:
-            answer["hint"] = result.hint
-        if result.relevance is not None:
-            answer["relevance"] = result.relevance.to_json()
-        return answer
+        return {"hits": [self.hit_to_json(hit) for hit in result.hits]} | result.facts_to_json()
 
     def info(self) -> dict[str, Any]:
         """The index in numbers."""

@@ -157,23 +157,26 @@ class SearchResult:
         hits: list[dict[str, Any]] = []
         for rank, hit in enumerate(self.hits, 1):
             hits.append({"rank": rank} | hit.to_json())
-        plain = {
-            "question": self.query.to_json(),
-            "hits": hits,
+        plain = {"question": self.query.to_json(), "hits": hits} | self.facts_to_json()
+        if self.rerank_milliseconds is None:
+            return plain
+        return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
+
+    def facts_to_json(self) -> dict[str, Any]:
+        """What is said of the hits as a whole: the next page, the version, the times, what was cut, the hint."""
+        facts: dict[str, Any] = {
             "next": self.next,
             "generation": self.generation,
             "embed_milliseconds": round(self.embed_milliseconds, 3),
             "search_milliseconds": round(self.search_milliseconds, 3),
         }
         if self.cut:
-            plain["cut"] = list(self.cut)
+            facts["cut"] = list(self.cut)
         if self.hint:
-            plain["hint"] = self.hint
+            facts["hint"] = self.hint
         if self.relevance is not None:
-            plain["relevance"] = self.relevance.to_json()
-        if self.rerank_milliseconds is None:
-            return plain
-        return plain | {"rerank_milliseconds": round(self.rerank_milliseconds, 3), "unread": self.unread}
+            facts["relevance"] = self.relevance.to_json()
+        return facts
 
 
 @dataclass(kw_only=True)
@@ -241,11 +244,6 @@ class SearchService:
         """
         model = self.model
         return load_encoder(self._spec) if isinstance(model, OnnxEncoder) else model
-
-    @property
-    def loaded_model(self) -> QueryEncoder | None:
-        """The model, if a query has needed it."""
-        return self._model
 
     @cached_property
     def captioner(self) -> "vlm.service.reranking.Captioner":
