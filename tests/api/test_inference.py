@@ -11,14 +11,11 @@ import torch
 from PIL import Image
 
 import vlm
+from tests.random_model import write_random_model
 from vlm.api.image_batches import name_images, read_batches
 from vlm.api.inference import read_prompts
 from vlm.cli.main import main
-from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
-from vlm.models.load import save_model_folder
-from vlm.models.model import VisionLanguageModel
 
 TEXTS = ["a red circle", "a blue star", "two green squares"]
 NUM_PHOTOS = 21
@@ -27,19 +24,7 @@ NUM_PHOTOS = 21
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, scene_tokenizer) -> Path:
     """A folder of a captioner with random weights."""
-    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
-    config = fit_to_tokenizer(model_config("tiny-coca"), tokenizer)
-    torch.manual_seed(0)
-    encoder = VisionLanguageModel(
-        name="random",
-        network=build_network(config).eval(),
-        config=config,
-        view=EvalTransform(size=32),
-        tokenizer=tokenizer,
-    )
-    path = tmp_path_factory.mktemp("model") / "model"
-    save_model_folder(path, encoder, inputs={})
-    return path
+    return write_random_model(tmp_path_factory.mktemp("model") / "model", "tiny-coca", scene_tokenizer)
 
 
 @pytest.fixture(scope="module")

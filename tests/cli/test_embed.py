@@ -1,33 +1,18 @@
 import json
 
 import pytest
-import torch
 
 from tests.data.tar_fixture import write_tar
+from tests.random_model import write_random_model
 from vlm.cli.main import main
-from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import EvalTransform
 from vlm.index.embeddings_folder import Embeddings
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
-from vlm.models.load import load_model, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.load import load_model
 
 
 @pytest.fixture
 def model(scene_tokenizer, tmp_path):
     """A folder with a tiny model of random weights."""
-    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
-    config = fit_to_tokenizer(model_config("micro"), tokenizer)
-    torch.manual_seed(0)
-    made = VisionLanguageModel(
-        name="micro",
-        network=build_network(config).eval(),
-        config=config,
-        view=EvalTransform(size=32),
-        tokenizer=tokenizer,
-    )
-    save_model_folder(tmp_path / "model", made, inputs={})
-    return tmp_path / "model"
+    return write_random_model(tmp_path / "model", "micro", scene_tokenizer)
 
 
 def test_both_modalities_of_a_prefix_with_codes_by_two_processes(scene_shards, model, tmp_path, capfd):

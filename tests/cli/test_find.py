@@ -16,37 +16,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 from PIL import Image
 
 import vlm
 from tests.data.raw_fixture import make_dng
 from tests.preloaded import Popen
+from tests.random_model import write_random_model
 from vlm.cli.main import main
-from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import EvalTransform
 from vlm.index.reader import Index
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
-from vlm.models.load import save_model_folder
-from vlm.models.model import VisionLanguageModel
 
 
 @pytest.fixture
 def model(scene_tokenizer: Path, tmp_path: Path) -> Path:
     """A folder with a tiny model of random weights."""
-    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
-    config = fit_to_tokenizer(model_config("micro"), tokenizer)
-    torch.manual_seed(0)
-    made = VisionLanguageModel(
-        name="micro",
-        network=build_network(config).eval(),
-        config=config,
-        view=EvalTransform(size=32),
-        tokenizer=tokenizer,
-    )
-    save_model_folder(tmp_path / "model", made, inputs={})
-    return tmp_path / "model"
+    return write_random_model(tmp_path / "model", "micro", scene_tokenizer)
 
 
 @pytest.fixture

@@ -5,28 +5,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.random_model import write_random_model
 from vlm.cli.main import main
 from vlm.data.shards import expand_shards
 from vlm.data.tar import ShardReader
-from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import EvalTransform
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
-from vlm.models.load import load_model, save_model_folder
-from vlm.models.model import VisionLanguageModel
+from vlm.models.load import load_model
 
 
 @pytest.fixture
 def teacher(tmp_path, scene_tokenizer) -> str:
     """The folder of a small model."""
-    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
-    config = fit_to_tokenizer(model_config("micro"), tokenizer)
-    torch.manual_seed(0)
-    network = build_network(config).eval()
-    model = VisionLanguageModel(
-        name="teacher", network=network, config=config, view=EvalTransform(size=32), tokenizer=tokenizer
-    )
-    save_model_folder(tmp_path / "teacher", model, inputs={})
-    return str(tmp_path / "teacher")
+    return str(write_random_model(tmp_path / "teacher", "micro", scene_tokenizer))
 
 
 @pytest.fixture

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.random_model import random_model
 from vlm.api.model_export import export
 from vlm.cli.main import main
 from vlm.data.tokenizers import SentencePieceTokenizer
-from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.onnx_int8 import quantize_export
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
 from vlm.models.onnx_encoder import OnnxEncoder
@@ -33,16 +32,7 @@ TEXTS = ["a red star", "two large blue circles on a white background " * 4, "", 
 def folder(tmp_path_factory, scene_tokenizer) -> Path:
     """A tiny model folder with its export."""
     path = tmp_path_factory.mktemp("exported") / "model"
-    tokenizer = SentencePieceTokenizer(scene_tokenizer.read_bytes(), 16)
-    torch.manual_seed(0)
-    config = fit_to_tokenizer(model_config("tiny"), tokenizer)
-    model = VisionLanguageModel(
-        name="tiny",
-        network=build_network(config).eval(),
-        config=config,
-        view=EvalTransform(size=32),
-        tokenizer=tokenizer,
-    )
+    model = random_model("tiny", SentencePieceTokenizer(scene_tokenizer.read_bytes(), 16))
     save_model_folder(path, model, inputs={})
     export(path, to="onnx")
     return path

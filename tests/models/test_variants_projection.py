@@ -2,28 +2,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.random_model import random_model
 from vlm.data.tokenizers import open_tokenizer
-from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.models.factory import build_network, fit_to_tokenizer, model_config
 from vlm.models.load import load_model, save_model_folder
-from vlm.models.model import VisionLanguageModel
 from vlm.models.variants import CompatibilityProjection, save_projection
 
 TEXTS = ["a small red circle", "two large blue stars on a white background"]
 
 
 def make_model(scene_tokenizer, seed=0):
-    tokenizer = open_tokenizer(str(scene_tokenizer), 24)
-    config = fit_to_tokenizer(model_config("micro"), tokenizer)
-    torch.manual_seed(seed)
-    return VisionLanguageModel(
-        name="test",
-        network=build_network(config).eval(),
-        config=config,
-        view=EvalTransform(size=32),
-        tokenizer=tokenizer,
-    )
+    return random_model("micro", open_tokenizer(str(scene_tokenizer), 24), seed=seed)
 
 
 def head_for(size, fingerprint, folder, *, old="old", extra=5):
