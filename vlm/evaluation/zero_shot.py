@@ -4,12 +4,11 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from vlm.config import suggest
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source import PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
@@ -25,15 +24,13 @@ from vlm.evaluation.class_prompts import (
     templates_beside,
     unique_names,
 )
+from vlm.evaluation.evaluation_set import CLS_LABEL, label_of
 from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches, rank_candidates
 from vlm.tensor_types import Array, Float32, Tensor, UInt8
 
 logger = logging.getLogger(__name__)
 
 LabelledBatch = tuple[UInt8[Array, "B 3 H W"], list[str]]
-
-
-CLS_LABEL = "cls"
 
 
 def read_labelled(
@@ -63,25 +60,6 @@ def read_labelled(
             if batch.decoded:
                 labels = [class_of(contents.get(item.key), item.key, class_list) for item in batch.decoded]
                 yield batch.images.numpy(), labels
-
-
-def label_of(metadata: dict[str, Any], label: str, key: str) -> str:
-    """The class name of a sample; a dotted label selects nested fields (`scene.shape`).
-
-    Raises:
-        UsageError: it has none (the nearest field is named), or not exactly one.
-    """
-    value: Any = metadata
-    for part in label.split("."):
-        if not isinstance(value, dict) or part not in value:
-            known = sorted(value) if isinstance(value, dict) else []
-            raise UsageError(f"Sample {key!r} has no metadata {label!r}; {suggest(part, known)} (--label FIELD)")
-        value = value[part]
-    # as text, null would be a class "None", and each list a class of its own
-    if value is None or isinstance(value, list | dict):
-        held = "nothing" if value is None else f"several values ({str(value)[:40]})"
-        raise UsageError(f"The metadata {label!r} of sample {key!r} holds {held}; a class is one text or number.")
-    return str(value)
 
 
 def _labelled_source(url: str) -> PairSource:

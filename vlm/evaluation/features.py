@@ -1,0 +1,255 @@
+"""Features of images and texts, computed once for each model and set and shared by all evaluators.
+
+On disk a matrix lies next to a small JSON file with its checksum, which is written last: without it, or where it does
+not fit, the features are computed again.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from vlm.console import progress
+from vlm.data.transforms import EvalTransform
+from vlm.errors import UsageError, VlmError
+from vlm.evaluation.evaluation_set import EvaluationSet
+from vlm.files import atomic_write, compute_fingerprint, json_text, sha256_file, write_text
+from vlm.models.onnx_encoder import OnnxEncoder
+from vlm.tensor_types import Array, Float32, Tensor, UInt8
+
+logger = logging.getLogger(__name__)
+
+Layer = Literal["projected", "pooled"]
+"""Unit vectors in the space of images and texts, or what the image tower gives before the projection into it."""
+
+_FORMAT = "1"
+TEXTS_AT_ONCE = 1024
+
+
+@runtime_checkable
+class EvaluatedEncoder(Protocol):
+    """What features need of a model."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of weights, image preprocessing and tokenizer."""
+        ...
+
+    @property
+    def view(self) -> EvalTransform:
+        """The transform of its images."""
+        ...
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned inverse temperature that turns cosines into logits."""
+        ...
+
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
+        """Unit vectors of images; of an `OnnxEncoder` from arrays to arrays."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
+        """Unit vectors of texts."""
+        ...
+
+
+@runtime_checkable
+class PoolingEncoder(Protocol):
+    """A model that gives features before their projection, too."""
+
+    def pool_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B P"]:
+        """What the image tower gives before the projection, not normalised."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """The JSON file of a matrix. failures: rows of the set without features, and why."""
+
+    sha256: str
+    shape: tuple[int, ...]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A row for each image that can be decoded, or for each text. failures: why others have none, by row of the set."""
+
+    vectors: Float32[Array, "N D"]
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+class FeatureCache:
+    """Features by key, in a folder, or in memory where there is none. Several processes may share a folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._in_memory: dict[str, Features] = {}
+
+    def get(self, key: str, compute: Callable[[], Features]) -> Features:
+        """What is kept under the key, memory-mapped from a folder; else what `compute` gives, which is kept.
+
+        Raises:
+            OSError: the folder cannot be written. Also as `compute`.
+        """
+        if key not in self._in_memory:
+            stored = None if self._folder is None else self._read(self._folder / key)
+            self._in_memory[key] = stored or self._keep(key, compute())
+        return self._in_memory[key]
+
+    def forget(self) -> None:
+        """Let go of what is in memory, and of the mappings of what is on disk."""
+        self._in_memory.clear()
+
+    def _keep(self, key: str, features: Features) -> Features:
+        if self._folder is None:
+            return features
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / key
+        with atomic_write(path.with_suffix(".npy")) as file:
+            np.save(file, features.vectors)
+        entry = _Entry(
+            sha256=sha256_file(path.with_suffix(".npy")),
+            shape=features.vectors.shape,
+            failures={str(row): reason for row, reason in features.failures.items()},
+        )
+        write_text(path.with_suffix(".json"), json_text(asdict(entry)) + "\n")
+        return Features(np.load(path.with_suffix(".npy"), mmap_mode="r"), features.failures)
+
+    def _read(self, path: Path) -> Features | None:
+        """What lies at a path, or None where nothing does, or nothing that can be used."""
+        if not path.with_suffix(".json").is_file():
+            return None
+        try:
+            values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            # JSON has no tuples
+            entry = _Entry(**(values | {"shape": tuple(values["shape"])}))
+            vectors = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            is_whole = vectors.shape == entry.shape and vectors.dtype == np.float32
+            if is_whole and sha256_file(path.with_suffix(".npy")) == entry.sha256:
+                return Features(vectors, {int(row): reason for row, reason in entry.failures.items()})
+        # whatever a damaged file holds: features can always be computed again
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.debug(f"{path}: {error}")
+        logger.warning(f"The features in {path.with_suffix('.npy')} are damaged; they are computed again.")
+        return None
+
+
+class EvaluatedModel:
+    """A model as evaluators use it: whatever several of them need is computed once.
+
+    encoder: the model itself, for what is not a feature. cache: where features are kept; in memory if not given.
+    workers: processes that read and decode images; 0 does it in this one.
+    """
+
+    def __init__(
+        self, encoder: EvaluatedEncoder | OnnxEncoder, *, cache: FeatureCache | None = None, workers: int = 0
+    ) -> None:
+        self.encoder = encoder
+        self._cache = cache or FeatureCache()
+        self._workers = workers
+
+    @property
+    def name(self) -> str:
+        """What it was loaded from."""
+        return self.encoder.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the embedding space."""
+        return self.encoder.fingerprint
+
+    @property
+    def view(self) -> EvalTransform:
+        """The transform of its images."""
+        return self.encoder.view
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned inverse temperature that turns cosines into logits."""
+        return self.encoder.logit_scale
+
+    def image_features(
+        self, data: EvaluationSet, *, layer: Layer = "projected"
+    ) -> tuple[EvaluationSet, Float32[Array, "N D"]]:
+        """The images of the set that can be decoded, as a set, and a row of features for each of them.
+
+        Raises:
+            UsageError: no image can be decoded, or the model gives no such features.
+            VlmError: features are not finite: the model has diverged.
+        """
+        key = self._key("images", layer, data.digest)
+        features = self._cache.get(key, lambda: self._compute_images(data, layer))
+        if not len(features.vectors):
+            reason = next(iter(features.failures.values()), "there are none")
+            raise UsageError(f"No image of {data.name} can be used: {reason}.")
+        if features.failures:
+            logger.warning(f"{len(features.failures):,} of {len(data):,} images of {data.name} cannot be decoded.")
+            data = data.select([row for row in range(len(data)) if row not in features.failures])
+        return data, features.vectors
+
+    def text_features(self, texts: Sequence[str]) -> Float32[Array, "T D"]:
+        """A unit vector for each text.
+
+        Raises:
+            VlmError: features are not finite: the model has diverged.
+        """
+        key = self._key("texts", compute_fingerprint(*texts))
+        return self._cache.get(key, lambda: self._compute_texts(texts)).vectors
+
+    def _key(self, kind: str, *parts: str) -> str:
+        precision = str(getattr(self.encoder, "precision", ""))
+        identity = compute_fingerprint(_FORMAT, type(self.encoder).__name__, self.fingerprint, precision, *parts)
+        return f"{kind}-{identity}"
+
+    def _compute_images(self, data: EvaluationSet, layer: Layer) -> Features:
+        rows: list[np.ndarray] = []
+        failures: dict[int, str] = {}
+        with progress(total=len(data), what=f"embedding {data.name}", unit="image") as bar:
+            for batch in data.iter_images(self.view, workers=self._workers):
+                failures |= batch.failures
+                if batch.rows:
+                    rows.append(self._embed(batch.images, layer))
+                bar.update(len(batch.rows) + len(batch.failures))
+        return Features(_finite(np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)), failures)
+
+    def _embed(self, images: UInt8[Tensor, "B 3 H W"], layer: Layer) -> Float32[Array, "B D"]:
+        if layer == "pooled":
+            if not isinstance(self.encoder, PoolingEncoder):
+                raise UsageError(f"{self.name} gives no features before their projection; use layer = 'projected'.")
+            return self.encoder.pool_images(images).numpy()
+        if isinstance(self.encoder, OnnxEncoder):
+            return self.encoder.embed_images(images.numpy())
+        return self.encoder.embed_images(images).numpy()
+
+    def _compute_texts(self, texts: Sequence[str]) -> Features:
+        # each text once: sets of products and emoji have the same one for many images
+        rows_by_text: dict[str, int] = {}
+        for text in texts:
+            rows_by_text.setdefault(text, len(rows_by_text))
+        unlike = list(rows_by_text)
+        parts: list[np.ndarray] = []
+        is_shown = len(unlike) > TEXTS_AT_ONCE
+        with progress(total=len(unlike), what="embedding texts", unit="text", is_shown=is_shown) as bar:
+            for first in range(0, len(unlike), TEXTS_AT_ONCE):
+                some = unlike[first : first + TEXTS_AT_ONCE]
+                parts.append(np.asarray(self.encoder.embed_texts(some)))
+                bar.update(len(some))
+        vectors = _finite(np.concatenate(parts) if parts else np.zeros((0, 0), np.float32))
+        return Features(vectors[[rows_by_text[text] for text in texts]] if len(unlike) < len(texts) else vectors)
+
+
+def _finite(vectors: Float32[Array, "N D"]) -> Float32[Array, "N D"]:
+    if not np.isfinite(vectors).all():
+        raise VlmError(
+            "The model's embeddings are not finite: its weights have diverged. Evaluate an earlier checkpoint, or "
+            "retrain with a lower learning rate."
+        )
+    return vectors
