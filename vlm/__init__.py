@@ -11,6 +11,7 @@ from vlm.errors import UsageError, VlmError
 if TYPE_CHECKING:
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.evaluation import evaluate as evaluate
     from vlm.api.find import find as find
     from vlm.api.find import watch as watch
     from vlm.api.index import Hit as Hit
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from vlm.api.runs import compare_runs as compare_runs
     from vlm.api.runs import list_runs as list_runs
     from vlm.api.training import embed as embed
-    from vlm.api.training import evaluate as evaluate
     from vlm.api.training import train as train
     from vlm.client import AsyncClient as AsyncClient
     from vlm.client import Client as Client
@@ -69,7 +69,7 @@ _MODULES: dict[str, str] = {
     "build_index": "vlm.api.index_building",
     "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
-    "evaluate": "vlm.api.training",
+    "evaluate": "vlm.api.evaluation",
     "fetch_model": "vlm.api.local_models",
     "find": "vlm.api.find",
     "list_models": "vlm.api.local_models",

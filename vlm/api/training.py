@@ -1,7 +1,5 @@
-"""`vlm.train`, `vlm.evaluate`, `vlm.embed`: shards to a run, a model to its scores, shards to embeddings."""
+"""`vlm.train`, `vlm.embed`: shards to a run, shards to embeddings."""
 
-import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,31 +9,21 @@ from typing import Any, Literal
 import torch
 
 from vlm.api.data import Shards, join_shards
-from vlm.api.inference import Model, encoder_of
+from vlm.api.inference import Model
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
-from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError, os_errors_explained
-from vlm.evaluation.caption_accuracy import measure_caption_truth
-from vlm.evaluation.class_prompts import read_class_list, read_templates
-from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
-from vlm.evaluation.retrieval import evaluate_retrieval
-from vlm.evaluation.zero_shot import evaluate_zero_shot
-from vlm.files import write_text
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage
 from vlm.launch import run_in_processes
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
-from vlm.pages import Provenance
 from vlm.results import Result
 from vlm.train.presets import open_preset
 from vlm.train.run import RunSummary
 from vlm.train.run import train as train_run
 from vlm.train.run_config import TrainConfig, override
-
-logger = logging.getLogger(__name__)
 
 
 @os_errors_explained()
@@ -125,77 +113,6 @@ def _check_processes(processes: int) -> None:
             f"A launcher has started {world_size} processes already; omit --processes. (A script that starts them "
             "itself makes this call under if __name__ == '__main__'.)"
         )
-
-
-@os_errors_explained()
-def evaluate(
-    model: str | Path | Model | VisionLanguageModel,
-    *,
-    retrieval: Shards | None = None,
-    classes: str | Path | None = None,
-    label: str = "label",
-    class_names: str | Path | Sequence[str] = (),
-    templates: Sequence[str] = (),
-    captions: Shards | None = None,
-    prompt: str = "",
-    languages: Sequence[str] = (),
-    captions_each: int = 0,
-    out: str | Path | None = None,
-    workers: int = 1,
-    device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> Evaluation:
-    """Measure a model: retrieval, zero-shot classification, the truth of captions, as `vlm eval` does.
-
-    Args:
-        retrieval: shards for image-text retrieval, with `captions_each` captions (0: all) per image and language.
-        classes: class folders, or shards with the class in the metadata field `label`; `class_names` are the
-            candidates, those of the data if not given, and `templates` the prompts.
-        captions: shards of synthetic shapes, which the model captions, beginning with `prompt`.
-        out: folder for evaluation.json and report.html.
-
-    Raises:
-        UsageError: there is nothing to evaluate, or no such model or data.
-        VlmError: the model's weights cannot be loaded, or have diverged.
-    """
-    if not (retrieval or classes or captions):
-        raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
-    model = encoder_of(model, device=device, precision=precision)
-    measured = Evaluation(model=model.name, fingerprint=model.fingerprint)
-    if retrieval:
-        result = evaluate_retrieval(
-            model,
-            shards_at(join_shards(retrieval)),
-            languages=tuple(languages),
-            captions_each=captions_each,
-            workers=workers,
-        )
-        measured = replace(measured, retrieval=result)
-    if classes:
-        names = read_class_list(str(class_names)) if isinstance(class_names, str | Path) else list(class_names)
-        zero_shot = evaluate_zero_shot(
-            model, str(classes), label=label, names=names, templates=read_templates(templates), workers=workers
-        )
-        measured = replace(measured, zero_shot=zero_shot)
-    if captions:
-        shards = expand_shards(join_shards(captions))
-        truth = measure_caption_truth(model, shards, prompt=prompt, workers=workers)
-        measured = replace(measured, caption_truth=truth)
-    if out is not None:
-        data = EvalData(
-            retrieval=join_shards(retrieval) if retrieval else "",
-            zero_shot=str(classes or ""),
-            captions=join_shards(captions) if captions else "",
-        )
-        _write_evaluation(measured, Path(out), data)
-    return measured
-
-
-def _write_evaluation(evaluation: Evaluation, out: Path, data: EvalData) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
-    write_report(evaluation, out / "report.html", data=data, provenance=Provenance.current())
-    logger.info(f"Report: {out / 'report.html'}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ class Eval:
         if not (self.retrieval or self.classes or self.captions):
             raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
         # after the check, which should not wait for torch
-        from vlm.api.training import evaluate
+        from vlm.api.evaluation import evaluate
 
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         del options["json"]
