@@ -15,6 +15,7 @@ from vlm.console import read_text
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source_registry import holds_shards
 from vlm.errors import UsageError
+from vlm.evaluation.prompt_ensembles import IMAGENET, TEMPLATE_SETS, imagenet_class_names, template_set
 from vlm.storage import is_remote
 from vlm.tensor_types import Array, Float32
 
@@ -41,7 +42,7 @@ def unique_names(class_list: Sequence[str]) -> list[str]:
 
 
 def read_class_list(classes: str) -> list[str]:
-    """Class names by number, from a file with one per line, whatever it contains, or from `a,b,c`.
+    """Class names by number, from a file with one per line, whatever it contains, from `a,b,c`, or `imagenet`.
 
     An empty line of a file is a class without a name, so that the numbers of those below it stay theirs.
 
@@ -50,8 +51,12 @@ def read_class_list(classes: str) -> list[str]:
     """
     if classes and _is_file(classes):
         return [name.strip() for name in read_text(Path(classes)).rstrip().splitlines()]
+    if classes == IMAGENET:
+        return imagenet_class_names()
     if classes and "," not in classes:
-        raise UsageError(f"There is no file {classes!r} of class names; give one, or names as a,b,c.")
+        raise UsageError(
+            f"There is no file {classes!r} of class names; give one, names as a,b,c, or {IMAGENET} for its 1,000."
+        )
     return [name.strip() for name in classes.split(",") if name.strip()]
 
 
@@ -105,15 +110,18 @@ def class_of(content: bytes | None, key: str, class_list: Sequence[str]) -> str:
 
 
 def read_templates(values: Sequence[str]) -> list[str]:
-    """Prompt templates, each given by itself or in a file with one per line.
+    """Prompt templates, each given by itself, in a file with one per line, or by the name of a set (`TEMPLATE_SETS`).
 
     Raises:
-        UsageError: one is neither a file nor has a {} (or {c}, as CLIP_benchmark writes) for the class name.
+        UsageError: one is none of these, or has no {} (or {c}, as CLIP_benchmark writes) for the class name.
     """
     templates: list[str] = []
     for value in values:
+        if value in TEMPLATE_SETS:
+            templates += template_set(value)
+            continue
         if _placeholder(value) or not _is_file(value):
-            templates.append(_checked(value, ""))
+            templates.append(_checked(value, f", which is no file and none of {', '.join(TEMPLATE_SETS)},"))
             continue
         for number, line in enumerate(read_text(Path(value)).splitlines(), 1):
             if line.strip():

@@ -1,0 +1,202 @@
+"""How right classes rank among all: accuracies with ties in expectation, label sets, average precision, confusion."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlm.errors import VlmError
+from vlm.evaluation.retrieval import Ranks
+from vlm.tensor_types import Array, Bool, Float, Float32, Int
+
+# a block of cosines with 1,000 classes takes 16 MB
+_IMAGES_AT_ONCE = 4096
+# a block of cosines with a million images takes 64 MB
+_CLASSES_AT_ONCE = 16
+
+LabelSets = Sequence[Sequence[int]]
+"""The right classes of each image by number: one, several (any is right), or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRanking:
+    """Each image against all classes.
+
+    ranks: of the best right class; meaningless where there is none. truth: the right class that scores highest, -1
+    where there is none. prediction: the class that scores highest, the first of equals. probability, similarity: its
+    softmax at the model's temperature, and its cosine. lowest: the class that scores lowest.
+    """
+
+    ranks: Ranks
+    truth: Int[Array, " N"]
+    prediction: Int[Array, " N"]
+    probability: Float[Array, " N"]
+    similarity: Float32[Array, " N"]
+    lowest: Int[Array, " N"]
+
+    @property
+    def has_truth(self) -> Bool[Array, " N"]:
+        """Which images have a right class; only they count for accuracies, as with ReaL labels (Beyer et al. 2020)."""
+        return self.truth >= 0
+
+
+def rank_classes(
+    images: Float32[Array, "N D"], classifier: Float32[Array, "K D"], truths: LabelSets, *, logit_scale: float = 1.0
+) -> ClassRanking:
+    """Rank the right classes of each image among all classes by cosine.
+
+    logit_scale: the learned inverse temperature, for probabilities.
+
+    Raises:
+        VlmError: a cosine is not finite: the model has diverged.
+    """
+    distinct, column_of = np.unique(classifier, axis=0, return_inverse=True)
+    column_of = column_of.reshape(-1)
+    columns: dict[str, list[np.ndarray]] = {}
+    for first in range(0, len(images), _IMAGES_AT_ONCE):
+        # equal classes get one column: a product of matrices may round equal columns differently, and break a tie
+        scores = (images[first : first + _IMAGES_AT_ONCE] @ distinct.T)[:, column_of]
+        if not np.isfinite(scores).all():
+            raise VlmError(
+                "The model's embeddings are not finite: its weights have diverged. Evaluate an earlier checkpoint, or "
+                "retrain with a lower learning rate."
+            )
+        block = _rank_block(scores, label_matrix(truths[first : first + len(scores)], len(classifier)), logit_scale)
+        for name, values in block.items():
+            columns.setdefault(name, []).append(values)
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    above, tied_negatives, tied_positives = (joined.pop(name) for name in ("above", "tied_negatives", "tied_positives"))
+    ranks = Ranks(above=above, tied_negatives=tied_negatives, tied_positives=tied_positives)
+    return ClassRanking(ranks=ranks, **joined)
+
+
+def _rank_block(scores: np.ndarray, is_right: np.ndarray, logit_scale: float) -> dict[str, np.ndarray]:
+    right_scores = np.where(is_right, scores, -np.inf)
+    best = right_scores.max(axis=1, keepdims=True)
+    is_tied = scores == best
+    tied_positives = (is_tied & is_right).sum(axis=1)
+    highest = scores.max(axis=1)
+    # the exponential of the highest is 1, so that none overflows
+    exponentials = np.exp(logit_scale * (scores.astype(np.float64) - highest[:, None]))
+    return {
+        "above": (scores > best).sum(axis=1),
+        "tied_negatives": is_tied.sum(axis=1) - tied_positives,
+        "tied_positives": tied_positives,
+        "truth": np.where(is_right.any(axis=1), right_scores.argmax(axis=1), -1),
+        "prediction": scores.argmax(axis=1),
+        "probability": 1 / exponentials.sum(axis=1),
+        "similarity": highest,
+        "lowest": scores.argmin(axis=1),
+    }
+
+
+def label_matrix(truths: LabelSets, num_classes: int) -> Bool[Array, "N K"]:
+    """Whether a class is right for an image."""
+    matrix = np.zeros((len(truths), num_classes), bool)
+    rows = np.repeat(np.arange(len(truths)), [len(classes) for classes in truths])
+    matrix[rows, np.fromiter((number for classes in truths for number in classes), np.int64)] = True
+    return matrix
+
+
+def chance_of_hit(truths: LabelSets, num_classes: int, k: int) -> float:
+    """Expected accuracy at k of random guessing, over the images that have a right class."""
+    chances: list[float] = []
+    for classes in truths:
+        if classes:
+            miss = 1.0
+            # k different classes are drawn, none of them right
+            for drawn in range(min(k, num_classes)):
+                miss *= max(num_classes - drawn - len(set(classes)), 0) / (num_classes - drawn)
+            chances.append(1.0 - miss)
+    return float(np.mean(chances))
+
+
+def class_means(
+    outcomes: Float[Array, " N"], truth: Int[Array, " N"], num_classes: int
+) -> tuple[Float[Array, " K"], Int[Array, " K"]]:
+    """Mean outcome and number of images of each class; NaN for a class without images."""
+    totals = np.bincount(truth, minlength=num_classes)
+    sums = np.bincount(truth, weights=outcomes, minlength=num_classes)
+    return np.where(totals > 0, sums / np.maximum(totals, 1), np.nan), totals
+
+
+def resampled_class_means(
+    outcomes: Float[Array, " N"], truth: Int[Array, " N"], *, rng: np.random.Generator, num_resamples: int = 1000
+) -> Float[Array, " R"]:
+    """The mean over classes of their mean outcomes, for resamples of the images within each class.
+
+    Within classes, since otherwise the share of a class would vary, which this mean does not depend on.
+    """
+    present = np.unique(truth)
+    total = np.zeros(num_resamples)
+    for number in present:
+        of_class = outcomes[truth == number]
+        drawn = rng.integers(len(of_class), size=(num_resamples, len(of_class)))
+        total += of_class[drawn].mean(axis=1)
+    return total / len(present)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfusionPair:
+    """Images of one class that were taken for another; share: of all images of the class."""
+
+    truth: str
+    prediction: str
+    num_images: int
+    share: float
+
+
+def confusion_pairs(
+    truth: Int[Array, " N"], prediction: Int[Array, " N"], names: Sequence[str], *, limit: int
+) -> tuple[ConfusionPair, ...]:
+    """The most frequent wrong pairs, first the most frequent; of equals those of the first classes."""
+    totals = Counter(truth.tolist())
+    counts = Counter(zip(truth.tolist(), prediction.tolist(), strict=True))
+    wrong = [(number, pair) for pair, number in counts.items() if pair[0] != pair[1]]
+    pairs: list[ConfusionPair] = []
+    for number, (true, predicted) in sorted(wrong, key=lambda entry: (-entry[0], entry[1]))[:limit]:
+        share = number / totals[true]
+        pairs.append(
+            ConfusionPair(truth=names[true], prediction=names[predicted], num_images=number, share=share),
+        )
+    return tuple(pairs)
+
+
+def average_precisions(
+    images: Float32[Array, "N D"],
+    classifier: Float32[Array, "K D"],
+    truths: LabelSets,
+    counts: Int[Array, "R N"] | None = None,
+) -> Float[Array, "R K"]:
+    """Average precision of each class over all images ranked by it; NaN for a class that is right for no image.
+
+    AP = Σ (recall_n - recall_n-1) precision_n over the distinct scores, equal scores entering together: images that all
+    score alike give the share of the positives. Images without a right class are negatives.
+
+    counts: how often each image was drawn, for R resamples; without it once.
+    """
+    weights = np.ones((1, len(images)), np.int64) if counts is None else counts
+    is_right = label_matrix(truths, len(classifier))
+    result = np.full((len(weights), len(classifier)), np.nan)
+    for first in range(0, len(classifier), _CLASSES_AT_ONCE):
+        scores = images @ classifier[first : first + _CLASSES_AT_ONCE].T
+        for offset in range(scores.shape[1]):
+            positives = is_right[:, first + offset]
+            if positives.any():
+                result[:, first + offset] = _average_precision(scores[:, offset], positives, weights)
+    return result
+
+
+def _average_precision(scores: np.ndarray, positives: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    order = np.argsort(-scores, kind="stable")
+    # the last of each run of equal scores
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    drawn = weights[:, order]
+    num_images = drawn.cumsum(axis=1)[:, ends]
+    num_positives = (drawn * positives[order]).cumsum(axis=1)[:, ends]
+    gained = np.diff(num_positives, axis=1, prepend=0)
+    precision = num_positives / np.maximum(num_images, 1)
+    total = num_positives[:, -1]
+    # a resample without any positive has no average precision
+    return np.where(total > 0, (gained * precision).sum(axis=1) / np.maximum(total, 1), np.nan)
