@@ -1,0 +1,285 @@
+"""Models side by side: intervals of all that has samples, and by how much models differ on the same samples."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlm.errors import UsageError
+from vlm.evaluation.bootstrap import holm, mean_interval, paired_difference
+from vlm.evaluation.measurement import Measurement, Value
+from vlm.results import Result, json_values
+from vlm.tensor_types import Array, Float64, Int64
+
+KEY = "key"
+SIGNIFICANCE_LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMeasurements(Result):
+    """All that was measured of one model. fingerprint: identity of its weights, empty where unknown."""
+
+    model: str
+    fingerprint: str = ""
+    measurements: tuple[Measurement, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurements without their samples."""
+        measurements = [measurement.to_json() for measurement in self.measurements]
+        return {"model": self.model, "fingerprint": self.fingerprint, "measurements": measurements}
+
+    def find(self, evaluator: str, data: str) -> Measurement | None:
+        """Its measurement by this evaluator on this set, None if there is none."""
+        for measurement in self.measurements:
+            if (measurement.evaluator, measurement.data) == (evaluator, data):
+                return measurement
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueDifference(Result):
+    """A value of the second model less that of the first, on the same samples.
+
+    low, high: the 95% interval of the difference; p: of the paired permutation test (`paired_difference`); None where
+        the value is no mean over samples that both models have.
+    adjusted_p: p by Holm's method among the main values (the first of each evaluator on each set) of all models
+        compared; None for other values, which say more of the same.
+    """
+
+    evaluator: str
+    data: str
+    value: str
+    first: str
+    second: str
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    adjusted_p: float | None = None
+
+    @property
+    def is_significant(self) -> bool:
+        """The adjusted p is below 0.05."""
+        return self.adjusted_p is not None and self.adjusted_p < SIGNIFICANCE_LEVEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """Models with their measurements; the differences of each from the first one, the baseline."""
+
+    models: tuple[ModelMeasurements, ...]
+    differences: tuple[ValueDifference, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the samples."""
+        models = [model.to_json() for model in self.models]
+        differences = [json_values(asdict(difference)) for difference in self.differences]
+        return {"models": models, "differences": differences}
+
+    def find(self, evaluator: str, data: str, value: str, second: str) -> ValueDifference | None:
+        """The difference of a model from the first one in a value, None if there is none."""
+        for entry in self.differences:
+            if (entry.evaluator, entry.data, entry.value, entry.second) == (evaluator, data, value, second):
+                return entry
+        return None
+
+    def measured(self) -> list[tuple[str, str]]:
+        """Evaluator and data set of each measurement of any model, in order."""
+        pairs: dict[tuple[str, str], None] = {}
+        for model in self.models:
+            for measurement in model.measurements:
+                pairs.setdefault((measurement.evaluator, measurement.data))
+        return list(pairs)
+
+
+def compare(models: Sequence[ModelMeasurements], *, rng: np.random.Generator) -> Comparison:
+    """The models with intervals of their values, and the difference of each from the first, with Holm's correction.
+
+    Raises:
+        UsageError: two models have the same name, or measured the same set by name on different images.
+    """
+    names = [model.model for model in models]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"Models of the same name cannot be told apart: {', '.join(names)}; rename one of the folders."
+        )
+    complete: list[ModelMeasurements] = []
+    for model in models:
+        measurements = tuple(with_intervals(measurement, rng=rng) for measurement in model.measurements)
+        complete.append(replace(model, measurements=measurements))
+    differences: list[ValueDifference] = []
+    for model in complete[1:]:
+        differences += _differences_of(complete[0], model, rng)
+    return Comparison(models=tuple(complete), differences=tuple(_adjusted(differences, complete[0])))
+
+
+def with_intervals(measurement: Measurement, *, rng: np.random.Generator) -> Measurement:
+    """The measurement with the interval of each value that has a column of samples and none yet."""
+    values: dict[str, Value] = {}
+    for name, value in measurement.values.items():
+        outcomes = sample_outcomes(measurement, name)
+        if outcomes is not None and value.low is None and value.high is None:
+            keys, column = outcomes
+            interval = mean_interval(column, rng=rng, clusters=_clusters(keys), share=is_share(name))
+            value = replace(value, low=interval.low, high=interval.high)
+        values[name] = value
+    return replace(measurement, values=values)
+
+
+def sample_outcomes(measurement: Measurement, value: str) -> tuple[pa.ChunkedArray, Float64[Array, " N"]] | None:
+    """Keys and outcomes of the samples a value is the mean of; None if it is no such mean, or there is no sample."""
+    samples = measurement.samples
+    if samples is None or value not in samples.column_names:
+        return None
+    column = samples[value]
+    present = pc.is_valid(column)
+    keys = samples[KEY].filter(present).cast(pa.string())
+    return (keys, _floats(column.filter(present))) if len(keys) else None
+
+
+def is_share(value: str) -> bool:
+    """Whether a value, by its name, lies in [0, 1] and is shown in percent: all but ranks and degrees.
+
+    >>> is_share("recall@5"), is_share("median_rank"), is_share("mean_reciprocal_rank")
+    (True, False, True)
+    """
+    name = value.rpartition("/")[2].partition("@")[0].lower().replace(" ", "_")
+    return not name.endswith(("rank", "loss", "count", "temperature", "scale")) or "reciprocal" in name
+
+
+def format_figure(name: str, figure: float | None) -> str:
+    """A figure in the unit of the value of this name.
+
+    >>> format_figure("top1", 0.4123), format_figure("median_rank", 2.0)
+    ('41.2%', '2')
+    """
+    if figure is None or not np.isfinite(figure):
+        return "–"
+    return f"{figure:.1%}" if is_share(name) else f"{figure:,.4g}"
+
+
+def format_value(name: str, value: Value) -> str:
+    """A value with half of its interval's width.
+
+    >>> format_value("top1", Value(value=0.4123, low=0.398, high=0.427)), format_value("median_rank", Value(value=2.0))
+    ('41.2% ±1.5', '2')
+    """
+    shown = format_figure(name, value.value)
+    if value.low is None or value.high is None:
+        return shown
+    half_width = (value.high - value.low) / 2
+    return f"{shown} ±{100 * half_width:.1f}" if is_share(name) else f"{shown} ±{half_width:,.2g}"
+
+
+def format_range(name: str, low: float | None, high: float | None) -> str:
+    """The ends of an interval; empty where there is none.
+
+    >>> format_range("top1", 0.398, 0.427), format_range("top1", -0.01, 0.02)
+    ('39.8 to 42.7', '−1.0 to 2.0')
+    """
+    if low is None or high is None:
+        return ""
+    ends = [f"{100 * end:.1f}" if is_share(name) else f"{end:,.4g}" for end in (low, high)]
+    return " to ".join(ends).replace("-", "−")
+
+
+def format_difference(name: str, difference: float) -> str:
+    """A difference with its sign, in percentage points for shares.
+
+    >>> format_difference("top1", -0.021), format_difference("median_rank", 1.5)
+    ('−2.1', '+1.5')
+    """
+    shown = f"{100 * difference:+.1f}" if is_share(name) else f"{difference:+,.4g}"
+    return shown.replace("-", "−")
+
+
+def _differences_of(
+    first: ModelMeasurements, second: ModelMeasurements, rng: np.random.Generator
+) -> Iterator[ValueDifference]:
+    for measurement in second.measurements:
+        baseline = first.find(measurement.evaluator, measurement.data)
+        if baseline is None:
+            continue
+        if baseline.data_digest != measurement.data_digest:
+            raise UsageError(
+                f"{first.model} and {second.model} were measured on different images of {measurement.data!r} "
+                f"({baseline.data_digest} and {measurement.data_digest}): evaluate both on the same set."
+            )
+        for name, value in measurement.values.items():
+            if name in baseline.values:
+                entry = ValueDifference(
+                    evaluator=measurement.evaluator,
+                    data=measurement.data,
+                    value=name,
+                    first=first.model,
+                    second=second.model,
+                    difference=value.value - baseline.values[name].value,
+                )
+                yield _with_test(entry, baseline, measurement, rng)
+
+
+def _with_test(
+    entry: ValueDifference, first: Measurement, second: Measurement, rng: np.random.Generator
+) -> ValueDifference:
+    outcomes = sample_outcomes(first, entry.value), sample_outcomes(second, entry.value)
+    if outcomes[0] is None or outcomes[1] is None:
+        return entry
+    (first_keys, first_values), (second_keys, second_values) = outcomes
+    first_rows, second_rows = _shared_rows(first_keys, second_keys)
+    # a test on other samples than those of the two values would say something else than the difference does
+    if len(first_rows) < max(len(first_keys), len(second_keys)):
+        return entry
+    keys = first_keys.take(pa.array(first_rows))
+    tested = paired_difference(first_values[first_rows], second_values[second_rows], rng=rng, clusters=_clusters(keys))
+    return replace(entry, low=tested.low, high=tested.high, p=tested.p)
+
+
+def _adjusted(differences: Sequence[ValueDifference], baseline: ModelMeasurements) -> Iterator[ValueDifference]:
+    """With Holm's p of the main values."""
+    numbers: list[int] = []
+    p_values: list[float] = []
+    for number, entry in enumerate(differences):
+        measurement = baseline.find(entry.evaluator, entry.data)
+        is_main = measurement is not None and next(iter(measurement.values)) == entry.value
+        if is_main and entry.p is not None:
+            numbers.append(number)
+            p_values.append(entry.p)
+    adjusted = dict(zip(numbers, holm(p_values), strict=True))
+    for number, entry in enumerate(differences):
+        yield replace(entry, adjusted_p=adjusted.get(number))
+
+
+def _shared_rows(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[Int64[Array, " M"], Int64[Array, " M"]]:
+    """Rows of both with the same key: of several rows of one key the first with the first, and so on."""
+    if first.equals(second):
+        rows = np.arange(len(first))
+        return rows, rows
+    row_of = {name: row for row, name in enumerate(_numbered(first.to_pylist()))}
+    first_rows: list[int] = []
+    second_rows: list[int] = []
+    for row, name in enumerate(_numbered(second.to_pylist())):
+        if name in row_of:
+            first_rows.append(row_of[name])
+            second_rows.append(row)
+    return np.array(first_rows, np.int64), np.array(second_rows, np.int64)
+
+
+def _numbered(keys: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Each key with how often it came before."""
+    times: dict[str, int] = {}
+    for key in keys:
+        yield key, times.get(key, 0)
+        times[key] = times.get(key, 0) + 1
+
+
+def _clusters(keys: pa.ChunkedArray) -> Int64[Array, " N"] | None:
+    """A number for each row, the same for rows of the same image; None where each row is another image."""
+    codes = pc.dictionary_encode(keys).combine_chunks()
+    return None if len(codes.dictionary) == len(keys) else codes.indices.to_numpy().astype(np.int64)
+
+
+def _floats(column: pa.ChunkedArray) -> Float64[Array, " N"]:
+    return column.cast(pa.float64()).to_numpy()
