@@ -33,6 +33,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
+from vlm.models.text_embedder import LanguageModelEmbedder
 from vlm.tensor_types import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,
@@ -366,6 +367,7 @@ def _reinforcement(teachers: Teachers, config: ReinforceConfig, before: dict[str
             "fingerprint": text_model.fingerprint,
             "precision": str(text_model.precision),
             "half": config.half,
+            **(text_model.describe() if isinstance(text_model, LanguageModelEmbedder) else {}),
         }
     return contents
 

@@ -1,5 +1,6 @@
 """Metrics of a run: means since the last line, speed, data wait, MFU and time left; progress line and TensorBoard."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,6 +16,8 @@ from vlm.errors import UsageError
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import gather_objects
 from vlm.train.flops import PeakFlops, SampleFlops
+
+logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -203,7 +206,8 @@ class StepTimer:
         """The values of this process for the steps since the last reading; then the timer is reset.
 
         samples_per_second (all processes), images_per_second (decoded for this process), data_wait (share in [0, 1]),
-        mfu (share of the peak, in [0, 1]; absent without a peak or a count), memory_bytes (largest use of the GPU so
+        mfu (share of the peak, in [0, 1]; absent without a peak or a count, and from the first reading on that is
+        higher than the peak), memory_bytes (largest use of the GPU so
         far, or resident memory of this process now), eta_seconds (absent where the number of steps is not known).
         """
         elapsed = max(self._now() - self._since, 1e-9)
@@ -213,13 +217,29 @@ class StepTimer:
             "data_wait": min(self._data_wait_seconds / elapsed, 1.0),
             "memory_bytes": float(_memory_bytes()),
         }
-        if self._peak and self._flops > 0 and math.isfinite(self._flops):
-            values["mfu"] = self._flops / elapsed / self._peak.flops
+        utilisation = self._utilisation(elapsed)
+        if utilisation is not None:
+            values["mfu"] = utilisation
         left = self._seconds_left(elapsed)
         if left is not None:
             values["eta_seconds"] = left
         self._restart()
         return values
+
+    def _utilisation(self, elapsed: float) -> float | None:
+        """Share of the peak; None where either is not known, or where the peak turns out to be none."""
+        if not self._peak or not math.isfinite(self._flops) or self._flops <= 0:
+            return None
+        share = self._flops / elapsed / self._peak.flops
+        if share <= 1:
+            return share
+        logger.warning(
+            f"The run reaches {self._flops / elapsed / 1e12:,.3g} TFLOP/s, more than its device's peak of "
+            f"{self._peak.flops / 1e12:,.3g} ({self._peak.source}), so MFU is not shown from here on: the peak was "
+            "measured while other work ran, or is another device's. Give the real one by --peak-tflops."
+        )
+        self._peak = None
+        return None
 
     def _seconds_left(self, elapsed: float) -> float | None:
         """From the mean over all windows but the first, which compiles and fills queues; evaluations count in it."""

@@ -209,7 +209,9 @@ def open_preset(name: str, *, resume: bool = False) -> TrainConfig:
     if path.is_dir():
         if not (path / "config.toml").is_file():
             raise UsageError(f"The folder {name!r} is not a run: it has no config.toml.")
-        return from_toml(TrainConfig, path / "config.toml")
+        config = from_toml(TrainConfig, path / "config.toml")
+        # where the folder lies now, which may have been moved since it was begun
+        return replace(config, run=name) if resume else config
     if path.suffix == ".toml":
         return _open_file(path)
     if _is_architecture(name):

@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,7 +54,7 @@ from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.flops import FlopCounter
-from vlm.train.objectives.loss_term import LossOptions
+from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import (
@@ -69,7 +70,7 @@ from vlm.train.run_config import (
 from vlm.train.state import TrainState
 from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
 from vlm.train.task import TrainingTask, build_task, lock_tower
-from vlm.train.teacher_views import check_views
+from vlm.train.teacher_views import check_text_embeddings, check_views
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     ema = EMA.from_network(config.optimizer.average_decay, model.network) if needs_ema(config, terms) else None
     input_providers = open_input_providers(config, model, terms, ema)
     check_loss_inputs(config, terms, task, input_providers)
+    check_text_embeddings(corpus.shards, config.loader.arrays, model)
     state = TrainState(
         task=task,
         model=model,
@@ -356,8 +358,9 @@ def open_task(
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Device, processes and precision; on a CPU, this process keeps the memory it frees."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    """Device and processes; on a CPU, this process keeps the memory it frees."""
+    # never with accelerate's own mixed precision: it has one for the whole process, and refuses a second run of another
+    accelerator = Accelerator(mixed_precision="no")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
@@ -374,7 +377,22 @@ def parallelize_task(accelerator: Accelerator, task: TrainingTask, config: Train
     if config.sharding == "fsdp":
         apply_fsdp(task, accelerator.device, is_bf16=config.precision == "bf16")
         return task
+    if config.precision == "bf16":
+        _autocast_forward(task, accelerator.device)
     return accelerator.prepare_model(task)
+
+
+def _autocast_forward(task: TrainingTask, device: torch.device) -> None:
+    """Let the task compute in bfloat16 where torch holds that to be safe, with outputs in single precision."""
+    forward = task.forward
+
+    def autocast_forward(inputs: Inputs, outputs: frozenset[str] | None = None) -> Outputs:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            computed = forward(inputs, outputs)
+        return cast(Outputs, convert_to_fp32(computed))
+
+    # on the instance, inside of what DDP wraps
+    task.forward = autocast_forward
 
 
 # of mallopt in glibc's malloc.h

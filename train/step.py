@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 from vlm.data.collate import TrainingBatch
 from vlm.tensor_types import Tensor
@@ -231,7 +232,7 @@ def _cache_output_gradients(
         # every micro-batch has the same shared outputs, since the weights do not change within a step
         whole = chunks[0] if name in SHARED_OUTPUTS else torch.cat(chunks)
         leaves[name] = whole.detach().requires_grad_()
-    whole_inputs = {name: torch.cat(chunks) for name, chunks in cached_inputs.items()}
+    whole_inputs = {name: join_rows(chunks, pad_token=options.pad_token) for name, chunks in cached_inputs.items()}
 
     losses = _batch_level_losses(leaves, whole_inputs, terms, options)
     total = torch.stack(list(losses.values())).sum()
@@ -242,6 +243,18 @@ def _cache_output_gradients(
         if gradient is not None:
             gradients[name] = gradient
     return _detached(losses), gradients
+
+
+def join_rows(chunks: Sequence[Tensor], *, pad_token: int) -> Tensor:
+    """The rows of all micro-batches; tokens, which each micro-batch has cut to its own longest text, are padded again.
+
+    >>> join_rows([torch.tensor([[1, 2, 3]]), torch.tensor([[4]])], pad_token=0).tolist()
+    [[1, 2, 3], [4, 0, 0]]
+    """
+    if chunks[0].ndim == 1:
+        return torch.cat(list(chunks))
+    longest = max(chunk.shape[-1] for chunk in chunks)
+    return torch.cat([F.pad(chunk, (0, longest - chunk.shape[-1]), value=pad_token) for chunk in chunks])
 
 
 def _detached(losses: LossDict) -> LossDict:

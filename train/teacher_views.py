@@ -29,6 +29,9 @@ from vlm.data.samples import Sample
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST
+from vlm.models.model import VisionLanguageModel
+from vlm.models.text_embedder import LanguageModelEmbedder
+from vlm.models.towers.language_model import FrozenLanguageTower
 from vlm.storage import is_remote, local_path, read_small, sibling_url
 from vlm.tensor_types import Array, Tensor, UInt8
 from vlm.train.run_config import LoaderConfig
@@ -112,6 +115,37 @@ def check_views(shards: Sequence[str], loader: LoaderConfig) -> None:
                 f"The teacher saw {_describe_geometry(theirs)} ({manifest}), but the run would show the student "
                 f"{_describe_geometry(ours)}: give --crop-scale {theirs.crop_scale[0]:g} {theirs.crop_scale[1]:g} "
                 f"--flip {theirs.flip:g}, or reinforce the shards again."
+            )
+
+
+def check_text_embeddings(shards: Sequence[str], arrays: Sequence[str], model: VisionLanguageModel) -> None:
+    """Check that stored text embeddings are what the model's frozen language model makes of the same texts.
+
+    Does nothing unless they are read, and the text tower is `lm:` (FLAME). Shards whose folder does not say are logged.
+
+    Raises:
+        UsageError: they are another language model's, or were made with other settings.
+    """
+    tower = getattr(model.network, "text", None)
+    if "text_embedding" not in arrays or not isinstance(tower, FrozenLanguageTower):
+        return
+    ours = LanguageModelEmbedder(tower, model.tokenizer, model.device)
+    for manifest, stored in _reinforcement_by_manifest(shards).items():
+        theirs = stored.get("text_embedding", {})
+        if "fingerprint" not in theirs:
+            logger.warning(
+                f"{manifest} does not say what the stored text embeddings were made by; the run needs those of "
+                f"{ours.describe()}."
+            )
+        elif theirs["fingerprint"] != ours.fingerprint:
+            differences: list[str] = []
+            for name, value in ours.describe().items():
+                if name in theirs and theirs[name] != value:
+                    differences.append(f"{name} {theirs[name]!r} there, {value!r} here")
+            raise UsageError(
+                f"The stored text embeddings ({manifest}) are not what this text tower makes: "
+                f"{'; '.join(differences) or 'another tokenizer or language model'}. Give the tower the same settings, "
+                "or add its own by vlm reinforce --text-model."
             )
 
 

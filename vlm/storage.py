@@ -9,6 +9,7 @@ Every access to the network goes through `Retry`: it says which errors are worth
 import importlib
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -198,6 +199,10 @@ class RetryPolicy:
     longest_wait: float = 30.0
 
 
+# a name server that is restarted answers so for a moment; a machine without network always does
+_UNKNOWN_HOST_ATTEMPTS = 3
+
+
 class FetchCancelled(Exception):
     """A fetch was cancelled; what it had is kept."""
 
@@ -238,6 +243,11 @@ class Retry:
                 f"{self.url} may not be read: {describe_error(error)}. Not tried again; check the credentials "
                 "in the environment of this command, and the permissions of that URL."
             ) from error
+        if outcome == "offline":
+            raise VlmError(
+                f"{self.url} is not read: HF_HUB_OFFLINE is set in the environment of this command. Unset it, or give "
+                "shards on this machine."
+            ) from error
         if self.wait(error):
             return
         if self.stop.is_set() and self._has_tries_left():
@@ -270,8 +280,8 @@ def _jitter_rng(url: str) -> np.random.Generator:
     return np.random.default_rng(int(compute_fingerprint(url, str(os.getpid())), 16))
 
 
-def classify_error(error: BaseException) -> Literal["absent", "refused", "again"]:
-    """Whether the file does not exist, may not be read, or is worth another try.
+def classify_error(error: BaseException) -> Literal["absent", "refused", "offline", "again"]:
+    """Whether the file does not exist, may not be read, may not be asked for, or is worth another try.
 
     fsspec's HTTP file system reports every failure to ask for a size as a missing file; its cause says what it was.
     """
@@ -281,6 +291,9 @@ def classify_error(error: BaseException) -> Literal["absent", "refused", "again"
     status = _status(error)
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError | IsADirectoryError)):
         return "absent"
+    # no other try helps where the Hugging Face Hub may not be asked at all (HF_HUB_OFFLINE)
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "offline"
     # object stores answer 403 for a missing file, too, where listing is not allowed
     is_refusal = isinstance(error, PermissionError) or type(error).__name__ in _ACCESS_ERRORS
     if is_refusal or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUSES):
@@ -491,7 +504,8 @@ def _with_retries(
     retry_policy: RetryPolicy | None = None,
     stop: threading.Event | None = None,
 ) -> ResultT:
-    retry = Retry(url, retry_policy or RetryPolicy(), stop=stop)
+    policy = retry_policy or RetryPolicy()
+    retry = Retry(url, policy, stop=stop)
     while True:
         try:
             return work(url)
@@ -499,7 +513,19 @@ def _with_retries(
         except (NotImplementedError, FetchCancelled):
             raise
         except Exception as error:
+            if _is_unknown_host(error) and retry.num_failures + 1 >= min(policy.attempts, _UNKNOWN_HOST_ATTEMPTS):
+                raise VlmError(
+                    f"{url} cannot be read: the name of its server is not known ({describe_error(error)}). This "
+                    "machine has no network, or the URL is misspelt."
+                ) from error
             retry.after(error)
+
+
+def _is_unknown_host(error: BaseException) -> bool:
+    """Whether the name of a server has no address, according to whatever error is at the bottom."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
 
 
 def _http_blocks(system: Any, path: str, start: int, identity: FileIdentity, block_bytes: int) -> Iterator[bytes]:

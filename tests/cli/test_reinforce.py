@@ -132,3 +132,26 @@ def test_something_else_in_the_way_is_left_alone(scene_shards, teacher, tmp_path
     assert main(words) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_stored_embeddings_of_another_pooling_prompt_or_length_are_refused(
+    scene_shards, language_model, tmp_path, capsys
+):
+    folder = language_model[0]
+    shards = str(tmp_path / "out")
+    stored = ["--text-model", folder, "--pooling", "mean", "--context-length", "24"]
+    assert main(["reinforce", str(scene_shards / "val"), shards, *stored]) == 0
+    capsys.readouterr()
+
+    def train(run: str, options: str, length: str) -> str:
+        words = ["train", f"vit:32x1/16+lm:{folder}{options}@16", "--tokenizer", folder, "--context-length", length]
+        words += ["--data", shards, "--arrays", "text_embedding", "--image-size", "32", "--run", str(tmp_path / run)]
+        code = main([*words, "--steps", "1", "--batch-size", "4", "--workers", "0", "--precision", "fp32"])
+        assert code in (0, 2)
+        return "" if code == 0 else capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert train("same", ",pooling=mean", "24") == ""
+    assert "pooling 'mean' there, 'last' here" in train("pooling", "", "24")
+    assert "context_length 24 there, 20 here" in train("length", ",pooling=mean", "20")
+    assert "prompts [] there, [[4]] here" in train("prompts", ",pooling=mean,prompts=['red']", "24")
+    assert [path.name for path in tmp_path.iterdir() if path.name in ("pooling", "length", "prompts")] == []

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
+from vlm.models.factory import build_network, enable_padding_trim
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
@@ -22,11 +23,22 @@ SAMPLES, LENGTH, VOCABULARY, PAD, SIZE, WIDTH = 8, 10, 40, 0, 32, 16
 class Case:
     """A student with its inputs; the same in every process, drawn from the seed.
 
+    trims: each part is cut to its own longest text, and the network is one that can read such rows: it has no decoder,
+        and no dropout in its text tower.
     dtype: of weights and inputs; bfloat16 stands for mixed precision as accelerate does it: weights and loss in
     float32, the forward pass under autocast.
     """
 
-    def __init__(self, expression: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> None:
+    def __init__(
+        self,
+        expression: str,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        trims: bool = False,
+        **config: Any,
+    ) -> None:
+        self.trims = trims
         self.is_mixed = dtype == torch.bfloat16
         dtype = torch.float32 if self.is_mixed else dtype
         self.config = ObjectiveConfig(objective=expression, text_embedding_size=12, **config)
@@ -34,8 +46,9 @@ class Case:
         self.terms = parse_objective(expression)
         self.noise = PerSampleNoise(seed=seed)
         torch.manual_seed(seed)
-        model = small_model()
-        assert use_per_sample_dropout(model.network, self.noise) >= 2
+        model = small_model(with_decoder=not trims)
+        assert enable_padding_trim(model.network) == trims
+        assert use_per_sample_dropout(model.network, self.noise) >= (1 if trims else 2)
         self.task: TrainingTask = build_task(model, self.terms, self.options).to(dtype).train()
         self.inputs = draw_inputs(seed, dtype)
 
@@ -55,6 +68,8 @@ class Case:
         def part(number: int, names: frozenset[str] = frozenset(self.inputs)) -> Inputs:
             first = process * share + number * size
             rows = {name: tensor[first : first + size] for name, tensor in self.inputs.items()}
+            if self.trims:
+                rows |= {name: cut_padding(rows[name]) for name in ("tokens", "sub_tokens")}
             self.noise.rows = rows["rows"]
             return rows
 
@@ -81,6 +96,11 @@ class Case:
         return cast(Outputs, convert_to_fp32(outputs)) if self.is_mixed else outputs
 
 
+def cut_padding(tokens: torch.Tensor) -> torch.Tensor:
+    """Rows cut to the longest of them."""
+    return tokens[..., : int((tokens != PAD).flatten(0, -2).any(dim=0).nonzero().max()) + 1]
+
+
 def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
     """The plain way: one forward pass, the terms added up, one backward pass."""
     case.task.zero_grad(set_to_none=True)
@@ -98,13 +118,13 @@ def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
     return float(total.detach()), {name: gradient.clone() for name, gradient in found.items()}
 
 
-def small_model():
-    """A captioner with patch dropout, dropout, a temperature and a bias."""
+def small_model(*, with_decoder: bool):
+    """A captioner with patch dropout, dropout, a temperature and a bias; or without decoder and without dropout."""
     from vlm.data.tokenizers import open_tokenizer
     from vlm.data.transforms import EvalTransform
-    from vlm.models.factory import build_network
     from vlm.models.model import VisionLanguageModel
 
+    pooler = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True}
     size = {"width": WIDTH, "heads": 2, "layers": 1, "context_length": LENGTH, "vocab_size": VOCABULARY}
     config: dict[str, Any] = {
         "embed_dim": WIDTH,
@@ -116,15 +136,20 @@ def small_model():
             "layers": 1,
             "patch_dropout": 0.25,
         }
-        | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True},
-        "text_cfg": size | {"embed_cls": True, "output_tokens": True, "pad_id": PAD},
-        "multimodal_cfg": size,
+        | (pooler if with_decoder else {}),
+        "text_cfg": size | {"pad_id": PAD},
         "custom_text": True,
         "init_logit_bias": -2.0,
     }
+    if with_decoder:
+        config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+        config["multimodal_cfg"] = size
+    else:
+        config["text_cfg"] |= {"pool_type": "eos", "eos_id": 2}
     network = build_network(config)
-    text = network.get_submodule("text")
-    text.token_embedding = nn.Sequential(text.get_submodule("token_embedding"), nn.Dropout(0.2))
+    if with_decoder:
+        text = network.get_submodule("text")
+        text.token_embedding = nn.Sequential(text.get_submodule("token_embedding"), nn.Dropout(0.2))
     tokenizer = open_tokenizer("clip", LENGTH)
     return VisionLanguageModel(
         name="small", network=network, config=config, view=EvalTransform(size=SIZE), tokenizer=tokenizer

@@ -62,6 +62,18 @@ def test_no_utilisation_without_a_peak_or_with_uncounted_flops():
     assert "mfu" not in clock.read()
 
 
+def test_a_peak_that_is_exceeded_is_no_peak(caplog):
+    hand = Hand()
+    clock = StepTimer(10, now=hand, peak=PeakFlops(flops=4e12, source="measured while others computed"))
+    for flops in (5e12, 1e12):
+        hand.seconds += 1
+        clock.tick(flops=flops)
+        assert "mfu" not in clock.read()
+    (record,) = caplog.records
+    assert "5 TFLOP/s, more than its device's peak of 4 (measured while others computed)" in record.message
+    assert "--peak-tflops" in record.message
+
+
 def test_the_time_left_forgets_the_start_up_and_counts_evaluations():
     hand = Hand()
     clock = StepTimer(10, steps=100, done=40, now=hand)

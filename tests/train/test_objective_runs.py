@@ -88,3 +88,23 @@ def test_trimmed_texts_train_as_whole_ones(configure, history):
         train(config)
     trim_tokens, whole = (history(config.run) for config in runs)
     assert [loss for _, loss, _ in trim_tokens] == pytest.approx([loss for _, loss, _ in whole], rel=1e-5)
+
+
+def test_parts_of_trimmed_texts_train_as_the_whole_batch(configure, history):
+    objective = {"objective": "dreamlip", "sub_captions": 2}
+    runs = [configure(f"parts{size}", steps=3, micro_batch=size, objective=objective) for size in (0, 5)]
+    for config in runs:
+        train(config)
+    whole, parts = (history(config.run) for config in runs)
+    assert [loss for _, loss, _ in parts] == pytest.approx([loss for _, loss, _ in whole], rel=1e-4)
+
+
+def test_runs_of_two_precisions_follow_each_other_in_one_process(configure, history):
+    runs = [configure(name, steps=2, precision=precision) for name, precision in (("a", "fp32"), ("b", "bf16"))]
+    losses = []
+    for config in [*runs, configure("again", steps=2)]:
+        train(config)
+        losses.append([loss for _, loss, _ in history(config.run)])
+    assert losses[0] == losses[2]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]

@@ -225,3 +225,14 @@ def test_a_changed_setting_resumes_only_where_it_is_allowed(configure):
     with pytest.raises(UsageError, match=r"--allow steps --allow optimizer\.learning_rate"):
         train(changed, resume=True)
     assert train(changed, resume=True, allow=("steps", "optimizer")).steps == 8
+
+
+def test_a_run_that_was_moved_resumes_where_it_lies(configure, history, tmp_path):
+    from vlm.api.training import train as train_preset
+
+    train(configure("run", steps=4))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    summary = train_preset(tmp_path / "moved", resume=True, allow=("steps",), steps=8)
+    assert summary.run == str(tmp_path / "moved")
+    assert not (tmp_path / "run").exists()
+    assert [step for step, *_ in history(summary.run)] == list(range(1, 9))

@@ -38,6 +38,16 @@ class LanguageModelEmbedder:
         digest = bytes(self._tower.get_buffer("language_model_digest").tolist())
         return compute_fingerprint(digest, self._tokenizer.fingerprint())
 
+    def describe(self) -> dict[str, Any]:
+        """What the vectors depend on, by name, as a manifest records it."""
+        return {
+            "language_model": self._tower.language_model.fingerprint,
+            "pooling": self._tower.pooling,
+            "facets": self._tower.facets,
+            "prompts": [list(prompt) for prompt in self._tower.prompts],
+            "context_length": self._tokenizer.context_length,
+        }
+
     @property
     def embedding_size(self) -> int:
         """E, the length of a vector."""

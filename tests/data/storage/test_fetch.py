@@ -232,3 +232,29 @@ def test_many_remote_shards_are_counted_together(faulty_server, served, write_sh
     (served / names[5]).unlink()
     with pytest.raises(UsageError, match=f"There is no shard .*{names[5]}"):
         count_samples([f"{faulty_server.url}/{name}" for name in names], cache=make_cache())
+
+
+def test_an_unknown_host_is_told_at_once(monkeypatch, capsys):
+    import socket
+
+    from vlm.storage import fetch_identity
+
+    def unknown(*arguments, **named):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    # no name server is asked, whatever network there is
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    pauses = RetryPolicy(first_wait=0.01)
+    with pytest.raises(VlmError, match=r"the name of its server is not known .*no network, or the URL is misspelt"):
+        fetch_identity("http://nowhere.invalid/00000.tar", pauses)
+
+
+def test_the_hub_is_not_asked_again_and_again_while_it_is_switched_off(monkeypatch):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    from vlm.storage import Retry
+
+    retry = Retry("hf://datasets/a/b/00000.tar", RetryPolicy())
+    with pytest.raises(VlmError, match="HF_HUB_OFFLINE is set"):
+        retry.after(OfflineModeIsEnabled("offline"))
+    assert retry.num_failures == 0
