@@ -78,6 +78,18 @@ def test_images_have_the_embeddings_of_transformers(folders, family):
     assert ours.embedding_size == ours_rows.shape[1]
 
 
+@pytest.mark.parametrize("family", FOLDERS)
+def test_pooled_features_are_projected_to_the_embedding_where_there_is_a_projection(folders, family):
+    ours = load_model(str(folders[family]), device="cpu")
+    pixels = torch.from_numpy(np.stack([ours.view(png(noise(32, 32)))]))
+    pooled = ours.pool_images(pixels)
+    trunk = ours.network.trunk
+    with torch.inference_mode():
+        projected = trunk.visual_projection(pooled) if "clip" in family else pooled
+    assert pooled.norm(dim=-1).item() != pytest.approx(1, abs=0.01)
+    assert torch.allclose(torch.nn.functional.normalize(projected, dim=-1), ours.embed_images(pixels), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "siglip"])
 @pytest.mark.parametrize("size", [(40, 64), (65, 33), (200, 90), (32, 35), (37, 32)])
 def test_the_view_is_their_image_processor_on_pillow(folders, family, size):

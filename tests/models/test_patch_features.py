@@ -7,7 +7,7 @@ from torch import nn
 from vlm.errors import UsageError
 from vlm.models import patch_features
 from vlm.models.factory import build_network, model_config
-from vlm.models.patch_features import encode_crops, resize_positions, supports_patch_features
+from vlm.models.patch_features import encode_crops, pool_images, resize_positions, supports_patch_features
 
 
 def network_of(name: str = "micro", **vision) -> Any:
@@ -160,3 +160,37 @@ def test_other_towers_see_small_crops_enlarged():
     network = timm_network("test_convnext", "avg", 64)
     enlarged = nn.functional.interpolate(images(2, 32), size=(64, 64), mode="bilinear")
     assert torch.allclose(encode_crops(network, images(2, 32), 64), network.encode_image(enlarged), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["micro", "micro-coca"])
+def test_pooled_features_are_projected_to_the_embedding(name):
+    network = network_of(name)
+    pooled = pool_images(network, images())
+    projection = network.visual.proj
+    assert pooled.shape == (2, len(projection))
+    embeddings = run_image_tower(network, images()).image
+    assert torch.allclose(pooled @ projection, embeddings, atol=1e-6)
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_pooled_features_of_timm_towers_are_what_their_head_reads(projection):
+    vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": projection, "image_size": 160}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    config: Any = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    network: Any = build_network(config).eval()
+    pixels = images(size=160)
+    pooled = pool_images(network, pixels)
+    assert pooled.shape == (2, network.visual.trunk.num_features)
+    assert torch.allclose(network.visual.head(pooled), network.encode_image(pixels), atol=1e-6)
+
+
+def test_towers_that_pool_and_project_in_one_layer_give_no_pooled_features():
+    network: Any = build_network(
+        {
+            "embed_dim": 16,
+            "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 16},
+            "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
+        }
+    ).eval()
+    with pytest.raises(UsageError, match=r"ModifiedResNet pools and projects in one layer.*layer = 'projected'"):
+        pool_images(network, images(size=64))

@@ -68,6 +68,12 @@ class HuggingFaceDualEncoder(nn.Module):
         inputs = _patches(image, self._patch_size) if self._patch_size else {"pixel_values": image}
         return _embeddings(self.trunk.get_image_features(**inputs), normalize)
 
+    def pool_image(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """Features of images before the projection; SigLIP has no projection, so they are the embeddings."""
+        if not hasattr(self.trunk, "visual_projection"):
+            return self.encode_image(image)
+        return self.visual(pixel_values=image).pooler_output
+
     def encode_text(self, text: Int64[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Embeddings of rows of tokens."""
         mask = self._mask(text) if self._has_text_mask and not self.can_trim_padding else None

@@ -14,6 +14,7 @@ from vlm.files import compute_fingerprint
 from vlm.models.coca import generate_captions, text_log_likelihoods
 from vlm.models.factory import ModelConfig, is_captioner
 from vlm.models.network import Captioner, Network
+from vlm.models.patch_features import pool_images
 from vlm.tensor_types import Float, Float32, Tensor, UInt8
 
 TEXT_BATCH_SIZE = 256
@@ -70,6 +71,17 @@ class VisionLanguageModel:
             features = self.network.encode_image(self._pixels(images))
         # normalised in float32: half precision would move the result by 1e-3
         return nn.functional.normalize(features.float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def pool_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B F"]:
+        """Features of images before the projection into the joint space, not normalised, on the CPU.
+
+        Raises:
+            UsageError: the image tower has none.
+        """
+        with self._inference():
+            features = pool_images(self.network, self._pixels(images))
+        return features.float().cpu()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:

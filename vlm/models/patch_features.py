@@ -1,4 +1,6 @@
-"""Embeddings of an image's patches, and of crops smaller than the images a tower was built for."""
+"""What image towers give beside embeddings of images: embeddings of patches and of small crops, features before the
+projection into the joint space.
+"""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -60,6 +62,40 @@ def supports_patch_features(network: nn.Module) -> bool:
         # such a head pools over the tokens itself, with learned queries for a whole map
         return "pool" not in dict(visual.head.named_children())
     return hasattr(visual, "forward_with_patches")
+
+
+def pool_images(network: Network, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+    """What the image tower gives before its projection: pooled and normed, as probes of frozen towers read it.
+
+    SigLIP's towers have no projection; theirs are the embeddings, not normalised.
+
+    Raises:
+        UsageError: the tower's pooling and projection are one.
+    """
+    from vlm.data.open_clip_private import VisionTransformer
+
+    pool = getattr(network, "pool_image", None)
+    if pool is not None:
+        return pool(pixels)
+    visual: Any = network.get_submodule("visual")
+    if isinstance(visual, VisionTransformer):
+        pooled, _ = visual._pool(visual.transformer(visual._embeds(pixels)))
+        return pooled
+    head = dict(visual.named_children()).get("head")
+    # heads that pool over the tokens are not read apart, as little as open_clip's ResNets, which attend and project
+    layers = dict(head.named_children()) if isinstance(head, nn.Sequential) else {}
+    if head is None or "pool" in layers or not {"proj", "mlp"} & set(layers):
+        raise UsageError(
+            f"{type(visual).__name__} pools and projects in one layer, so there are no features before the "
+            "projection; use those after it (layer = 'projected')."
+        )
+    inputs: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    try:
+        visual(pixels)
+    finally:
+        handle.remove()
+    return inputs[0]
 
 
 def encode_crops(network: Network, crops: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B D"]:
