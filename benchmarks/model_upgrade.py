@@ -24,7 +24,7 @@ from vlm.cli.index import show_recall
 from vlm.cli.main import print_error
 from vlm.console import show_fields, show_json
 from vlm.errors import VlmError
-from vlm.evaluation.retrieval import Retrieval
+from vlm.evaluation.retrieval import RetrievalResult
 from vlm.index.backward_compat import (
     EmbeddingPairs,
     basis_change,
@@ -94,7 +94,7 @@ def run(arguments: Arguments) -> None:
     _print(tables, facts, as_json=arguments.json)
 
 
-def _other_heads(train: EmbeddingPairs, val: EmbeddingPairs, penalty: float, seed: int) -> dict[str, Retrieval]:
+def _other_heads(train: EmbeddingPairs, val: EmbeddingPairs, penalty: float, seed: int) -> dict[str, RetrievalResult]:
     """New → old, and new → half new, with other matrices."""
     regression = predict_old(train, penalty)
     matrices = {"Procrustes": basis_change(_cross(train)), "regression, plus the new space": _dilation(regression)}
@@ -126,7 +126,7 @@ def _cross(pairs: EmbeddingPairs) -> np.ndarray:
     return images / len(pairs) + texts / len(pairs.captions)
 
 
-def _second(models: Models, first: CompatibilityProjection, seed: int) -> dict[str, Retrieval]:
+def _second(models: Models, first: CompatibilityProjection, seed: int) -> dict[str, RetrievalResult]:
     """The newer model queries rows of the first projection, and rows of the old model that were migrated twice."""
     fitted = fit_head(_behind(models.pairs("new", "newer", "train"), first), seed=seed)
     oldest, middle = models.pairs("old", "newer", "val"), _behind(models.pairs("new", "newer", "val"), first)
@@ -172,7 +172,7 @@ def _sizes(pairs: EmbeddingPairs) -> tuple[int, int]:
     return pairs.old.dimension, pairs.new.dimension
 
 
-def _print(tables: dict[str, dict[str, Retrieval]], facts: dict[str, Any], *, as_json: bool) -> None:
+def _print(tables: dict[str, dict[str, RetrievalResult]], facts: dict[str, Any], *, as_json: bool) -> None:
     command = shlex.join(["benchmarks/run", "model_upgrade", *sys.argv[1:]])
     if as_json:
         found = {title: {name: one.metrics() for name, one in table.items()} for title, table in tables.items()}

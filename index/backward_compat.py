@@ -18,7 +18,7 @@ import torch
 from vlm import __version__
 from vlm.data.samples import Captions
 from vlm.errors import UsageError
-from vlm.evaluation.retrieval import Retrieval, measure_retrieval
+from vlm.evaluation.retrieval import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat
@@ -230,7 +230,7 @@ def _check_spaces(sources: list[Embeddings]) -> None:
         )
 
 
-def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> dict[str, Retrieval]:
+def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> dict[str, RetrievalResult]:
     """Recall by the model of queries and of rows, each of images by captions and of captions by images."""
     images = project_through(head, pairs.new_images)
     texts = project_through(head, pairs.new_texts)
@@ -243,7 +243,7 @@ def measure_head(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: 
     }
 
 
-def query_old_rows(pairs: EmbeddingPairs, head: CompatibilityProjection) -> Retrieval:
+def query_old_rows(pairs: EmbeddingPairs, head: CompatibilityProjection) -> RetrievalResult:
     """Queries of the new model over old rows."""
     size = head.dimension
     return _retrieve(
@@ -255,7 +255,7 @@ def query_old_rows(pairs: EmbeddingPairs, head: CompatibilityProjection) -> Retr
     )
 
 
-def query_mixed_rows(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> Retrieval:
+def query_mixed_rows(pairs: EmbeddingPairs, head: CompatibilityProjection, *, seed: int) -> RetrievalResult:
     """Queries of the new model over rows of which half are its own.
 
     seed: of the half of the images that count as embedded again, with their captions.
@@ -285,13 +285,13 @@ def _retrieve(
     query_texts: Float32[Array, "T S"],
     images: Float32[Array, "N S"],
     texts: Float32[Array, "T S"],
-) -> Retrieval:
+) -> RetrievalResult:
     """Captions query `images`, images query `texts`."""
     captions = pairs.captions_of()
     # each call measures both directions, of which one has the queries and rows asked for
     by_texts = measure_retrieval(images, query_texts, captions)
     by_images = measure_retrieval(query_images, texts, captions)
-    return Retrieval(
+    return RetrievalResult(
         text_to_image=by_texts.text_to_image,
         image_to_text=by_images.image_to_text,
         num_images=by_texts.num_images,
@@ -378,7 +378,7 @@ def make_head(pairs: EmbeddingPairs, matrix: Float[Array, "S D"]) -> Compatibili
     )
 
 
-def _mean_recall(*retrievals: Retrieval) -> float:
+def _mean_recall(*retrievals: RetrievalResult) -> float:
     values: list[float] = []
     for retrieval in retrievals:
         values += retrieval.text_to_image.recall.values()

@@ -11,7 +11,7 @@ import pytest
 
 from vlm.evaluation.caption_accuracy import CaptionTruth
 from vlm.evaluation.eval_report import EvalData, Evaluation, evaluation_page
-from vlm.evaluation.retrieval import Direction, Retrieval
+from vlm.evaluation.retrieval import Direction, RetrievalResult
 from vlm.evaluation.zero_shot import ClassScore, ZeroShot
 from vlm.pages import Provenance, render
 
@@ -24,7 +24,7 @@ def page():
     evaluation = Evaluation(
         model="<b>run</b>",
         fingerprint="abc123",
-        retrieval=Retrieval(
+        retrieval=RetrievalResult(
             text_to_image=direction, image_to_text=direction, num_images=1000, num_texts=5000, num_bad=2
         ),
         zero_shot=ZeroShot(

@@ -11,7 +11,7 @@ from vlm.errors import UsageError
 if TYPE_CHECKING:
     from vlm.evaluation.caption_accuracy import CaptionTruth
     from vlm.evaluation.eval_report import Evaluation
-    from vlm.evaluation.retrieval import Retrieval
+    from vlm.evaluation.retrieval import RetrievalResult
     from vlm.evaluation.zero_shot import ZeroShot
 
 _HARDEST_SHOWN = 10
@@ -87,7 +87,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         _show_caption_truth(evaluation.caption_truth)
 
 
-def _show_retrieval(retrieval: "Retrieval") -> None:
+def _show_retrieval(retrieval: "RetrievalResult") -> None:
     columns = ["retrieval", *(f"recall@{k}" for k in retrieval.text_to_image.recall), "median rank", "queries"]
     rows: list[list[object]] = []
     for name, direction in (("text → image", retrieval.text_to_image), ("image → text", retrieval.image_to_text)):

@@ -13,7 +13,7 @@ from vlm.console import percent, show_fields, show_json, show_table, spaced_name
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
-    from vlm.evaluation.retrieval import Retrieval
+    from vlm.evaluation.retrieval import RetrievalResult
     from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.interop.importer import ImportSummary
 
@@ -311,7 +311,7 @@ class FitHead:
         logger.info(f"Next: vlm index upgrade INDEX OUT --head {self.head}")
 
 
-def show_recall(recall: "dict[str, Retrieval]", *, title: str) -> None:
+def show_recall(recall: "dict[str, RetrievalResult]", *, title: str) -> None:
     """A row for each combination of query model and index model."""
     # all combinations are measured with the same cutoffs
     cutoffs = next(iter(recall.values())).text_to_image.recall

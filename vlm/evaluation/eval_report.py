@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm.evaluation.caption_accuracy import CaptionTruth
-from vlm.evaluation.retrieval import Retrieval
+from vlm.evaluation.retrieval import RetrievalResult
 from vlm.evaluation.zero_shot import ZeroShot
 from vlm.files import write_text
 from vlm.pages import Provenance, render
@@ -17,7 +17,7 @@ class Evaluation(Result):
 
     model: str
     fingerprint: str
-    retrieval: Retrieval | None = None
+    retrieval: RetrievalResult | None = None
     zero_shot: ZeroShot | None = None
     caption_truth: CaptionTruth | None = None
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.retrieval import Retrieval, iter_sample_batches, measure_retrieval
+from vlm.evaluation.retrieval import RetrievalResult, iter_sample_batches, measure_retrieval
 from vlm.files import atomic_folder
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.models.onnx_export import quiet, write_onnx_manifest
@@ -161,7 +161,7 @@ def measure_loss(float32: OnnxEncoder, int8: OnnxEncoder, shards: Sequence[str],
     )
 
 
-def _recall(by_text: Retrieval, by_image: Retrieval) -> dict[str, float]:
+def _recall(by_text: RetrievalResult, by_image: RetrievalResult) -> dict[str, float]:
     named = {f"text_to_image_recall@{k}": value for k, value in by_text.text_to_image.recall.items()}
     return named | {f"image_to_text_recall@{k}": value for k, value in by_image.image_to_text.recall.items()}
 

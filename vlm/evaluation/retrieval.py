@@ -1,11 +1,10 @@
-"""Image-text retrieval: recall and median rank in both directions, with several captions per image and exact ties."""
+"""Image-text retrieval in both directions: several captions an image, several images a caption, exact ties."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,99 +15,24 @@ from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import UNNAMED, Captions, select_languages
 from vlm.data.shards import count_samples
 from vlm.data.transforms import EvalTransform
-from vlm.errors import BadSample, UsageError, VlmError
-from vlm.tensor_types import Array, Float, Float32, Int, Tensor, UInt8
+from vlm.errors import BadSample, UsageError
+from vlm.evaluation.rank_counts import PositivePairs, RankCounts, count_ranks
+from vlm.evaluation.rank_metrics import Ranks, average_precision, normalised_gain
+from vlm.tensor_types import Array, Float, Float32, Int64, Tensor, UInt8
 
 logger = logging.getLogger(__name__)
 
 # the cut-offs of the literature, as in Karpathy and Fei-Fei 2015
 RECALL_AT = (1, 5, 10)
+GAIN_AT = 10
 IMAGES_AT_ONCE = 256
-# a block of scores of 512 queries and a million candidates takes 2 GB
-QUERIES_AT_ONCE = 512
+# a hundred million pairs take 5 GB
+_MOST_PAIRS = 100_000_000
+# every positive is counted by itself, which is the work of so many passes over the scores
+_MOST_POSITIVES = 32
 
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """For each query the rank of its best positive, with ties resolved in expectation over all orderings.
-
-    above: negatives that score strictly higher than the best positive.
-    tied_negatives, tied_positives: negatives and positives with exactly its score (tied_positives >= 1).
-    """
-
-    above: Int[Array, " Q"]
-    tied_negatives: Int[Array, " Q"]
-    tied_positives: Int[Array, " Q"]
-
-    def recall(self, k: int) -> float:
-        """Fraction of queries with a positive in the top k, in expectation over all orderings of ties."""
-        return float(self.hits(k).mean())
-
-    def hits(self, k: int) -> Float[Array, " Q"]:
-        """Probability per query of a positive in the top k.
-
-        With j = k - above positions left for the tie, all j go to negatives with probability
-        C(tied_negatives, j) / C(tied_negatives + tied_positives, j).
-        """
-        positions_left = np.maximum(k - self.above, 0)
-        miss = np.ones(len(positions_left))
-        # the quotient of binomials, one factor for each position
-        for position in range(int(positions_left.max(initial=0))):
-            negatives = np.maximum(self.tied_negatives - position, 0)
-            tied = np.maximum(self.tied_negatives + self.tied_positives - position, 1)
-            is_open = position < positions_left
-            miss = np.where(is_open, miss * negatives / tied, miss)
-            if not miss[is_open].any():
-                break
-        return 1.0 - miss
-
-    def expected(self) -> Float[Array, " Q"]:
-        """Expected rank of the first positive, from 1."""
-        return self.above + 1 + self.tied_negatives / (self.tied_positives + 1)
-
-    def median(self) -> float:
-        """Median over the queries of the expected rank."""
-        return float(np.median(self.expected()))
-
-
-def rank_candidates(
-    queries: Float32[Array, "Q D"],
-    candidates: Float32[Array, "N D"],
-    positives: list[list[int]],
-    *,
-    queries_at_once: int = QUERIES_AT_ONCE,
-) -> Ranks:
-    """Rank the positives of each query among all candidates by inner product.
-
-    positives: for each query the positions of its positives, at least one.
-    Memory: queries_at_once × N scores.
-
-    Raises:
-        VlmError: a score is not finite: the model has diverged, and ranks would mean nothing.
-    """
-    above = np.empty(len(queries), np.int64)
-    tied_negatives = np.empty(len(queries), np.int64)
-    tied_positives = np.empty(len(queries), np.int64)
-    for first in range(0, len(queries), queries_at_once):
-        chunk = slice(first, min(first + queries_at_once, len(queries)))
-        scores = queries[chunk] @ candidates.T
-        if not np.isfinite(scores).all():
-            raise VlmError(
-                "The model's embeddings are not finite: its weights have diverged. Evaluate an earlier checkpoint, or "
-                "retrain with a lower learning rate."
-            )
-        # the positives of all queries of the chunk, flat: row is the query, column the candidate
-        rows = np.repeat(np.arange(len(scores)), list(map(len, positives[chunk])))
-        columns = np.fromiter(chain.from_iterable(positives[chunk]), np.int64)
-        positive_scores = scores[rows, columns]
-        # maximum.at, since rows repeat: best[rows] = … would keep the last positive of each query
-        best = np.full(len(scores), -np.inf, dtype=scores.dtype)
-        np.maximum.at(best, rows, positive_scores)
-        # counted, not sorted: linear in the candidates, and ties stay visible
-        above[chunk] = (scores > best[:, None]).sum(axis=1)
-        tied_positives[chunk] = np.bincount(rows, positive_scores == best[rows], minlength=len(scores))
-        tied_negatives[chunk] = (scores == best[:, None]).sum(axis=1) - tied_positives[chunk]
-    return Ranks(above=above, tied_negatives=tied_negatives, tied_positives=tied_positives)
+SameText = Literal["positive", "negative"]
+"""What another image with the same caption text is to a caption: right as well, or wrong (as CLIP_benchmark has it)."""
 
 
 @runtime_checkable
@@ -131,31 +55,48 @@ class DualEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Direction:
-    """One direction of retrieval: recall in [0, 1] by cut-off, median rank from 1, number of queries."""
+    """One direction of retrieval: recall in [0, 1] by cut-off, median rank from 1, number of queries.
+
+    recall is the fraction of queries with a positive in the top k; mean_reciprocal_rank is that of the first positive.
+    ndcg by cut-off and mean_average_precision are of all positives, and absent where only the best one was counted.
+    """
 
     recall: dict[int, float]
     median_rank: float
     num_queries: int
+    mean_reciprocal_rank: float | None = None
+    ndcg: dict[int, float] = field(default_factory=dict)
+    mean_average_precision: float | None = None
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Flat names to values, each beginning with the name of the direction."""
+        flat = {f"{name}_recall@{k}": value for k, value in self.recall.items()}
+        flat[f"{name}_median_rank"] = self.median_rank
+        if self.mean_reciprocal_rank is not None:
+            flat[f"{name}_mrr"] = self.mean_reciprocal_rank
+        flat |= {f"{name}_ndcg@{k}": value for k, value in self.ndcg.items()}
+        if self.mean_average_precision is not None:
+            flat[f"{name}_map"] = self.mean_average_precision
+        return flat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval:
-    """Both directions over the same images, and how many samples were skipped."""
+class RetrievalResult:
+    """Both directions over the same images, and how many samples were skipped.
+
+    by_language: the captions of each language alone against all images, where there are several languages.
+    """
 
     text_to_image: Direction
     image_to_text: Direction
     num_images: int
     num_texts: int
     num_bad: int = 0
+    by_language: dict[str, "RetrievalResult"] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat names to values, as logged."""
-        flat: dict[str, float] = {}
-        for name, direction in (("text_to_image", self.text_to_image), ("image_to_text", self.image_to_text)):
-            for k, value in direction.recall.items():
-                flat[f"{name}_recall@{k}"] = value
-            flat[f"{name}_median_rank"] = direction.median_rank
-        return flat
+        return self.text_to_image.metrics("text_to_image") | self.image_to_text.metrics("image_to_text")
 
 
 def iter_sample_batches(shards: Sequence[str], view: EvalTransform | None, *, workers: int) -> Iterable[EvalBatch]:
@@ -171,7 +112,7 @@ def evaluate_retrieval(
     languages: tuple[str, ...] = (),
     captions_each: int = 0,
     workers: int = 0,
-) -> Retrieval:
+) -> RetrievalResult:
     """Embed all images and all their captions, then rank each against all of the other modality.
 
     captions_each: number of captions per image and language, the first ones; 0 uses all. An image without a caption in
@@ -220,47 +161,128 @@ def _select_captions(captions: Captions, languages: tuple[str, ...], captions_ea
 
 
 def measure_retrieval(
-    images: Float32[Array, "N D"], texts: Float32[Array, "T D"], captions: Sequence[Sequence[str]], *, num_bad: int = 0
-) -> Retrieval:
-    """Recall and median rank in both directions.
+    images: Float32[Array, "N D"],
+    texts: Float32[Array, "T D"],
+    captions: Sequence[Sequence[str]],
+    *,
+    num_bad: int = 0,
+    same_text: SameText = "positive",
+    every_positive: bool = True,
+) -> RetrievalResult:
+    """All metrics in both directions.
 
     captions: those of each image, in the order of `texts`. Every caption is a query; an image is a positive when it
-    has the same caption text, so that two images with equal captions are no error of the model. Images without
-    captions are candidates but not queries.
-    """
-    # by text, not by number: an equal caption of another image is a match, too
-    flat_captions = list(chain.from_iterable(captions))
-    images_by_text: dict[str, set[int]] = defaultdict(set)
-    for image, of_image in enumerate(captions):
-        for text in of_image:
-            images_by_text[text].add(image)
-    captions_by_text: dict[str, list[int]] = defaultdict(list)
-    for caption, text in enumerate(flat_captions):
-        captions_by_text[text].append(caption)
+    has the same caption text, so that two images with equal captions are no error of the model, unless `same_text`
+    says so. Images without captions are candidates but not queries.
+    every_positive: nDCG and mAP, too, which count all positives of a query.
 
-    positive_images = [sorted(images_by_text[text]) for text in flat_captions]
-    captioned_images: list[int] = []
-    positive_captions: list[list[int]] = []
-    for image, of_image in enumerate(captions):
-        if of_image:
-            captioned_images.append(image)
-            own_captions: set[int] = set()
-            for text in of_image:
-                own_captions.update(captions_by_text[text])
-            positive_captions.append(sorted(own_captions))
-    image_queries = images[np.asarray(captioned_images, dtype=np.int64)]
-    return Retrieval(
-        text_to_image=_direction(rank_candidates(texts, images, positive_images)),
-        image_to_text=_direction(rank_candidates(image_queries, texts, positive_captions)),
+    Raises:
+        UsageError: captions are so often the same that their pairs would not fit into memory.
+    """
+    flat_captions = FlatCaptions.from_images(captions)
+    by_text, by_image = count_retrieval(
+        images, texts, flat_captions, same_text=same_text, every_positive=every_positive
+    )
+    return RetrievalResult(
+        text_to_image=direction_of(by_text, query_values(by_text)),
+        image_to_text=direction_of(by_image, query_values(by_image)),
         num_images=len(images),
-        num_texts=len(flat_captions),
+        num_texts=len(flat_captions.texts),
         num_bad=num_bad,
     )
 
 
-def _direction(ranks: Ranks) -> Direction:
+@dataclass(frozen=True)
+class FlatCaptions:
+    """The captions of images one after the other, and the number of the image of each."""
+
+    texts: list[str]
+    images: Int64[Array, " T"]
+
+    @classmethod
+    def from_images(cls, captions: Sequence[Sequence[str]]) -> "FlatCaptions":
+        """Of the captions of each image."""
+        numbers = np.repeat(np.arange(len(captions)), np.fromiter(map(len, captions), np.int64, len(captions)))
+        return cls(list(chain.from_iterable(captions)), numbers)
+
+    def pairs(self, num_images: int, same_text: SameText) -> PositivePairs:
+        """Which captions are right for which images.
+
+        Raises:
+            UsageError: there are too many.
+        """
+        columns = np.arange(len(self.texts))
+        if same_text == "negative":
+            return PositivePairs(rows=self.images, columns=columns)
+        numbers: dict[str, int] = {}
+        text_of = np.fromiter((numbers.setdefault(text, len(numbers)) for text in self.texts), np.int64)
+        # the images of each text, each once, in the order of the texts
+        image_of_text = np.unique(text_of * num_images + self.images)
+        first = np.searchsorted(image_of_text // max(1, num_images), np.arange(len(numbers) + 1))
+        images_each = np.diff(first)[text_of]
+        num_pairs = int(images_each.sum())
+        if num_pairs > _MOST_PAIRS:
+            raise UsageError(
+                f"{len(self.texts):,} captions with {len(numbers):,} different texts make {num_pairs:,} pairs of an "
+                "image and a right caption, more than fit into memory. Captions this alike name classes: evaluate "
+                "classification, or take fewer images."
+            )
+        before = np.cumsum(images_each) - images_each
+        place = np.arange(num_pairs) - np.repeat(before - first[text_of], images_each)
+        return PositivePairs(rows=image_of_text[place] % max(1, num_images), columns=np.repeat(columns, images_each))
+
+
+def count_retrieval(
+    images: Float32[Array, "N D"],
+    texts: Float32[Array, "T D"],
+    captions: FlatCaptions,
+    *,
+    same_text: SameText = "positive",
+    every_positive: bool = True,
+) -> tuple[RankCounts, RankCounts]:
+    """The counts of texts that look for images, and of images that look for texts.
+
+    every_positive: of all positives of a query, unless it has too many on average; then of the best one, as without.
+
+    Raises:
+        UsageError: there are more pairs than fit into memory.
+        VlmError: an embedding is not finite.
+    """
+    pairs = captions.pairs(len(images), same_text)
+    if every_positive and len(pairs.rows) > _MOST_POSITIVES * len(texts):
+        logger.warning(
+            f"A caption is right for {len(pairs.rows) / len(texts):,.0f} images on average, since so many have the "
+            "same text; nDCG and mAP, which count each of them, are left out."
+        )
+        every_positive = False
+    by_image, by_text = count_ranks(images, texts, pairs, every_positive=every_positive)
+    assert by_text is not None
+    return by_text, by_image
+
+
+def query_values(
+    counts: RankCounts, *, recall_at: Sequence[int] = RECALL_AT, gain_at: int = GAIN_AT
+) -> dict[str, Float[Array, " Q"]]:
+    """For each query that has a positive: recall@k, reciprocal rank (mrr) and rank; and where every positive was
+    counted, ndcg@k and average precision (map). All are expectations over the orderings of ties."""
+    ranks = Ranks.from_counts(counts)
+    values = {f"recall@{k}": ranks.hits(k) for k in recall_at}
+    values["mrr"] = ranks.reciprocal()
+    if counts.positives.sum() == counts.num_positives.sum():
+        values[f"ndcg@{gain_at}"] = normalised_gain(counts, gain_at)
+        values["map"] = average_precision(counts)
+    values["rank"] = ranks.expected()
+    return values
+
+
+def direction_of(counts: RankCounts, values: dict[str, Float[Array, " Q"]]) -> Direction:
+    """The means of `query_values`, and the median of the ranks."""
+    means = {name: float(of_query.mean()) for name, of_query in values.items()}
     return Direction(
-        recall={k: ranks.recall(k) for k in RECALL_AT},
-        median_rank=ranks.median(),
-        num_queries=len(ranks.above),
+        recall={int(name.removeprefix("recall@")): mean for name, mean in means.items() if name.startswith("recall@")},
+        median_rank=float(np.median(values["rank"])),
+        num_queries=len(values["rank"]),
+        mean_reciprocal_rank=means["mrr"],
+        ndcg={int(name.removeprefix("ndcg@")): mean for name, mean in means.items() if name.startswith("ndcg@")},
+        mean_average_precision=means.get("map"),
     )

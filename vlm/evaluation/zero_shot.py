@@ -25,7 +25,8 @@ from vlm.evaluation.class_prompts import (
     unique_names,
 )
 from vlm.evaluation.evaluation_set import CLS_LABEL, label_of
-from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches, rank_candidates
+from vlm.evaluation.rank_metrics import rank_candidates
+from vlm.evaluation.retrieval import IMAGES_AT_ONCE, iter_sample_batches
 from vlm.tensor_types import Array, Float32, Tensor, UInt8
 
 logger = logging.getLogger(__name__)
