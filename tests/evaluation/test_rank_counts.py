@@ -193,23 +193,38 @@ def test_embeddings_that_are_not_finite_have_no_ranks(value):
         count_ranks(broken, broken, pairs_of([[0], [1]]))
 
 
-def test_metrics_are_those_of_scikit_learn_and_torchmetrics_without_ties():
-    import torch
-    from sklearn.metrics import average_precision_score, ndcg_score
-    from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reciprocal_rank
-
+def random_retrieval():
+    """Counts without ties, the scores and the right answers."""
     rng = np.random.default_rng(5)
     rows, columns = rng.standard_normal((30, 6)).astype(np.float32), rng.standard_normal((50, 6)).astype(np.float32)
     is_right = rng.random((30, 50)) < 0.08
     is_right[:, 0] = True
     pairs = PositivePairs(rows=np.nonzero(is_right)[0], columns=np.nonzero(is_right)[1])
-    counts, _ = count_ranks(rows, columns, pairs, every_positive=True)
-    scores = rows @ columns.T
+    return count_ranks(rows, columns, pairs, every_positive=True)[0], rows @ columns.T, is_right
+
+
+def test_average_precision_and_gain_are_those_of_scikit_learn_without_ties():
+    from sklearn.metrics import average_precision_score, ndcg_score
+
+    counts, scores, is_right = random_retrieval()
+    precisions = [average_precision_score(*row) for row in zip(is_right, scores, strict=True)]
+    assert average_precision(counts) == pytest.approx(np.array(precisions))
+    assert normalised_gain(counts, 10).mean() == pytest.approx(ndcg_score(is_right, scores, k=10))
+
+
+@pytest.mark.slow  # importing torchmetrics takes ten seconds
+def test_metrics_are_those_of_torchmetrics_without_ties():
+    import torch
+    from torchmetrics.functional import retrieval
+
+    counts, scores, is_right = random_retrieval()
     ranks = Ranks.from_counts(counts)
     for row in range(30):
         # above 0: torchmetrics 1.9 takes a positive that scores less for a negative
         predicted, truth = torch.from_numpy(scores[row] - scores.min() + 1), torch.from_numpy(is_right[row])
-        assert ranks.hits(5)[row] == retrieval_hit_rate(predicted, truth, top_k=5)
-        assert ranks.reciprocal()[row] == pytest.approx(float(retrieval_reciprocal_rank(predicted, truth)))
-        assert average_precision(counts)[row] == pytest.approx(average_precision_score(is_right[row], scores[row]))
-        assert normalised_gain(counts, 10)[row] == pytest.approx(ndcg_score([is_right[row]], [scores[row]], k=10))
+        assert ranks.hits(5)[row] == retrieval.retrieval_hit_rate(predicted, truth, top_k=5)
+        assert ranks.reciprocal()[row] == pytest.approx(float(retrieval.retrieval_reciprocal_rank(predicted, truth)))
+        precision = retrieval.retrieval_average_precision(predicted, truth)
+        assert average_precision(counts)[row] == pytest.approx(float(precision))
+        gain = retrieval.retrieval_normalized_dcg(predicted, truth, top_k=10)
+        assert normalised_gain(counts, 10)[row] == pytest.approx(float(gain))
