@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlm.api.index import SearchIndex as SearchIndex
     from vlm.api.index import open_index as open_index
     from vlm.api.index_building import build_index as build_index
+    from vlm.api.inference import DecodingOptions as DecodingOptions
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
     from vlm.api.local_models import fetch_model as fetch_model
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "Client",
+    "DecodingOptions",
     "Hit",
     "Model",
     "SearchIndex",
@@ -63,6 +65,7 @@ __all__ = [
 _MODULES: dict[str, str] = {
     "AsyncClient": "vlm.client",
     "Client": "vlm.client",
+    "DecodingOptions": "vlm.api.inference",
     "Hit": "vlm.api.index",
     "Model": "vlm.api.inference",
     "SearchIndex": "vlm.api.index",

@@ -204,6 +204,36 @@ def test_captions_are_the_encoders_own(model, photos):
     assert [result.caption for result in model.caption(photos, prompt="a", batch_size=4)] == expected
 
 
+def test_several_captions_come_with_likelihoods_embedding_and_attention(model, photos):
+    decoding = vlm.DecodingOptions(beams=4, captions=3, max_length=8)
+    results = model.caption(photos, prompt="a", decoding=decoding, embeddings=True, attention=True, batch_size=5)
+    for result, row in zip(results, directly(model, photos), strict=True):
+        assert np.allclose(result.embedding, row, atol=1e-6)
+        assert result.caption == result.captions[0].caption
+        assert len({caption.caption for caption in result.captions}) >= 2
+        for caption in result.captions:
+            assert [word.word for word in caption.words] == caption.caption.split()
+            # of each word that was written; the prompt's was not
+            sums = [sum(word.weights) for word in caption.words[1:]]
+            assert sums == pytest.approx([1] * len(sums), abs=1e-4)
+            # the decoder sees all outputs of the pooler but the first, which is the embedding
+            assert {len(word.weights) for word in caption.words} == {15}
+    values = results.to_json()[0]
+    assert len(values["captions"]) == 3
+    assert values["captions"][0]["words"][0]["word"].startswith("a")
+
+
+def test_sampled_captions_depend_on_the_image_and_seed_alone(model, photos):
+    decoding = vlm.DecodingOptions(sample=True, captions=2, top_p=0.9, seed=3)
+    results = model.caption(photos, decoding=decoding, batch_size=8)
+    backwards = model.caption(photos[::-1], decoding=decoding, batch_size=3)
+    assert [result.to_json()["captions"][1]["caption"] for result in results] == [
+        result.to_json()["captions"][1]["caption"] for result in backwards[::-1]
+    ]
+    other = model.caption(photos, decoding=vlm.DecodingOptions(sample=True, captions=2, top_p=0.9, seed=4))
+    assert [result.caption for result in results] != [result.caption for result in other]
+
+
 def test_only_two_batches_are_held(photos):
     """Two hundred photos in memory at once were the way before."""
     read: list[int] = []
@@ -258,14 +288,17 @@ def run(capsys, *words):
 @pytest.mark.parametrize("verb", ["classify", "caption"])
 def test_the_verb_prints_what_the_call_returns(model, folder, photos, capsys, verb):
     root = photos[0].parent
-    flags = ["--classes", "red circle,blue star", "--top", "1"] if verb == "classify" else ["--prompt", "a"]
+    flags = ["--classes", "red circle,blue star", "--top", "1"]
+    if verb == "caption":
+        flags = ["--prompt", "a", "--beams", "3", "--captions", "2", "--max-length", "9"]
     code, out, err = run(capsys, verb, folder, root, *flags, "--batch-size", "8", "--device", "cpu", "--json")
     assert code == 0
     assert "Loading the model" in err
     if verb == "classify":
         results = model.classify(root, "red circle,blue star", top=1, batch_size=8)
     else:
-        results = model.caption(root, prompt="a", batch_size=8)
+        decoding = vlm.DecodingOptions(beams=3, captions=2, max_length=9)
+        results = model.caption(root, prompt="a", decoding=decoding, batch_size=8)
     assert json.loads(out) == results.to_json()
     assert len(results) == NUM_PHOTOS
 

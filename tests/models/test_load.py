@@ -149,11 +149,11 @@ def test_captions_end_at_the_end_token_and_greedy_is_the_likeliest(model):
         with pytest.raises(UsageError, match="no caption decoder"):
             model.caption_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         return
-    from vlm.models.coca import generate_captions
+    from vlm.models.caption_search import write_captions
 
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        rows = generate_captions(model.network, pixels, model.tokenizer)
+        rows = write_captions(model.network, pixels, model.tokenizer).tokens[:, 0]
         logits = model.network(pixels, rows)["logits"]
     tokenizer = model.tokenizer
     logits[:, :, [tokenizer.start_token, tokenizer.pad_token]] = -torch.inf

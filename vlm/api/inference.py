@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
@@ -24,6 +24,7 @@ from vlm.evaluation.class_prompts import (
     read_templates,
 )
 from vlm.files import json_text
+from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
@@ -31,7 +32,7 @@ from vlm.text_lists import text_list
 
 # imported where it is used: an ONNX export needs no torch
 if TYPE_CHECKING:
-    from vlm.models.model import VisionLanguageModel
+    from vlm.models.model import DecodedCaption, VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +76,54 @@ class ImageClasses:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageCaption:
-    """A caption for an image. error: why it cannot be used, where such are skipped; then the caption is empty."""
+class WordAttention:
+    """A word of a caption, and how much each token of the image counted when it was written, mean over layers."""
 
-    image: str
+    word: str
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredCaption:
+    """One of an image's captions.
+
+    log_likelihood: mean of its tokens, in nats, as the model scores them; the prompt does not count.
+    words: with the image tokens each attends to, where that was asked for.
+    """
+
     caption: str
-    error: str = ""
+    log_likelihood: float
+    words: tuple[WordAttention, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields; `error` only where there is one."""
-        values: dict[str, Any] = {"image": self.image, "caption": self.caption}
-        return values | {"error": self.error} if self.error else values
+        """The fields; `words` only where there are some."""
+        values: dict[str, Any] = {"caption": self.caption, "log_likelihood": self.log_likelihood}
+        return values | ({"words": [asdict(word) for word in self.words]} if self.words else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCaption:
+    """Captions for an image, the best first. error: why it cannot be used, where such are skipped; then there are none.
+
+    embedding: the image's unit vector from the same pass, where it was asked for.
+    """
+
+    image: str
+    captions: tuple[ScoredCaption, ...] = ()
+    embedding: tuple[float, ...] = ()
+    error: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The best caption; empty where the image cannot be used."""
+        return self.captions[0].caption if self.captions else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The best caption and all of them; `embedding` and `error` only where there is one."""
+        captions = [caption.to_json() for caption in self.captions]
+        values: dict[str, Any] = {"image": self.image, "caption": self.caption, "captions": captions}
+        values |= {"embedding": list(self.embedding)} if self.embedding else {}
+        return values | ({"error": self.error} if self.error else {})
 
 
 Item = TypeVar("Item", ImageClasses, ImageCaption)
@@ -313,9 +351,24 @@ class Model:
 
     @os_errors_explained()
     def caption(
-        self, images: Images, *, prompt: str = "", batch_size: int = IMAGE_BATCH_SIZE, on_error: OnError = "raise"
+        self,
+        images: Images,
+        *,
+        prompt: str = "",
+        decoding: DecodingOptions = GREEDY,
+        embeddings: bool = False,
+        attention: bool = False,
+        batch_size: int = IMAGE_BATCH_SIZE,
+        on_error: OnError = "raise",
     ) -> ImageResults[ImageCaption]:
-        """A caption for each image, written greedily and beginning with the prompt, as `vlm caption` does.
+        """Captions for each image, as `vlm caption` writes them.
+
+        Args:
+            prompt: words that each caption begins with.
+            decoding: how captions are written, `vlm.DecodingOptions`: beams, sampling, several captions, lengths; by
+                default the likeliest token is taken each time.
+            embeddings: give each image's embedding, too, which costs nothing more.
+            attention: give, for each word, how much each token of the image counted.
 
         Raises:
             UsageError: the model has no caption decoder, or an image cannot be used.
@@ -324,16 +377,21 @@ class Model:
 
         encoder = self.encoder
         encoder.check_can_caption()
+        options = replace(decoding, prompt=prompt or decoding.prompt)
         named = name_images(images)
         results: list[ImageCaption] = []
         with _progress(len(named), batch_size, "captioning", "image") as bar:
             for batch in read_batches(named, self.view, batch_size=batch_size, on_error=on_error):
                 _warn(batch.errors)
-                texts = encoder.caption_images(torch.from_numpy(batch.pixels), prompt) if batch.usable else []
-                captions = dict(zip(batch.usable, texts, strict=True))
+                written = encoder.decode_captions(torch.from_numpy(batch.pixels), options, has_attention=attention)
+                rows = written.embeddings.tolist() if embeddings else [()] * len(batch.usable)
+                captioned: dict[int, ImageCaption] = {}
+                for number, captions, row in zip(batch.usable, written.captions, rows, strict=True):
+                    scored = tuple(_scored(caption, self.tokenizer) for caption in captions)
+                    captioned[number] = ImageCaption(image=named[number].name, captions=scored, embedding=tuple(row))
                 for number in range(batch.first, batch.first + batch.size):
-                    name, error = named[number].name, batch.errors.get(number, "")
-                    results.append(ImageCaption(image=name, caption=captions.get(number, ""), error=error))
+                    failed = ImageCaption(image=named[number].name, error=batch.errors.get(number, ""))
+                    results.append(captioned.get(number, failed))
                 bar.update(batch.size)
         return ImageResults(tuple(results))
 
@@ -402,6 +460,14 @@ def _most_probable(names: Sequence[str], probabilities: Sequence[float], top: in
     # stable: classes of equal probability stay in the order given
     ranked = sorted(zip(names, probabilities, strict=True), key=lambda entry: -entry[1])[:top]
     return tuple(ClassProbability(name=name, probability=probability) for name, probability in ranked)
+
+
+def _scored(caption: "DecodedCaption", tokenizer: Tokenizer) -> ScoredCaption:
+    words: list[WordAttention] = []
+    if caption.attention is not None:
+        for word, weights in caption.attention_by_word(tokenizer):
+            words.append(WordAttention(word=word, weights=tuple(weights.tolist())))
+    return ScoredCaption(caption=caption.text, log_likelihood=caption.log_likelihood, words=tuple(words))
 
 
 def _progress(total: int, batch_size: int, what: str, unit: str) -> Any:

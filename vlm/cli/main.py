@@ -33,7 +33,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "export": ("export", "Export", "a model → another tool's format, verified there"),
     "eval": ("eval", "Eval", "zero-shot, retrieval and caption accuracy of a model, as JSON and a page"),
     "classify": ("predict", "Classify", "zero-shot classification of images"),
-    "caption": ("predict", "Caption", "captions for images, by a model with a caption decoder"),
+    "caption": ("caption", "Caption", "captions for images, by a model with a caption decoder"),
     "embed": ("embed", "Embed", "shards → embeddings, resumable"),
     "reinforce": ("reinforce", "Reinforce", "shards → shards with precomputed teacher embeddings, resumable"),
     "score": ("score", "Score", "embeddings → CLIP score, duplicates, clusters, target similarity for vlm curate"),

@@ -1,4 +1,4 @@
-"""What a model says of single images: `vlm classify` and `vlm caption`."""
+"""Zero-shot classification of single images: `vlm classify`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Classify:
 
         # these are checked first: a model takes long to load
         prompts = read_prompts(self.classes, self.templates)
-        _check_images(self.images)
+        check_images(self.images)
         results = load(self.model, device=self.device, backend=chosen_backend(self.backend)).classify(
             self.images, prompts, top=self.top, batch_size=self.batch_size, on_error=self.on_error
         )
@@ -63,41 +63,7 @@ class Classify:
             show_table(["class", "probability", ""], rows, title=result.image)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Caption:
-    """Caption images with a model that has a caption decoder, e.g. one of vlm train tiny-coca."""
-
-    model: ModelArgument
-
-    images: ImageArguments
-
-    prompt: str = ""
-    """Prefix of every caption, e.g. "a picture of"."""
-
-    batch_size: BatchSizeOption = 64
-
-    on_error: OnErrorOption = "raise"
-
-    device: DeviceOption = "auto"
-
-    json: JsonOption = False
-
-    def run(self) -> None:
-        """Show a caption for each image."""
-        from vlm.api.inference import load
-
-        # checked first: a model takes long to load
-        _check_images(self.images)
-        results = load(self.model, device=self.device).caption(
-            self.images, prompt=self.prompt, batch_size=self.batch_size, on_error=self.on_error
-        )
-        if self.json:
-            show_json(results.to_json())
-            return
-        show_table(["image", "caption"], [[result.image, result.caption] for result in results])
-
-
-def _check_images(images: Sequence[Path]) -> None:
+def check_images(images: Sequence[Path]) -> None:
     """Refuse folders without images, and no image at all."""
     from vlm.api.image_batches import name_images
 

@@ -1,4 +1,4 @@
-"""The caption decoder of a contrastive captioner (CoCa): captions token by token or all at once, and likelihoods."""
+"""The caption decoder of a contrastive captioner (CoCa): likelihoods of captions, and decoding all places at once."""
 
 from typing import Any, cast
 
@@ -7,33 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vlm.data.tokenizers import Tokenizer
 from vlm.models.network import Captioner
 from vlm.tensor_types import Bool, Float, Float32, Int64, Tensor
-
-
-def generate_captions(
-    network: Captioner, pixels: Float[Tensor, "B 3 H W"], tokenizer: Tokenizer, prompt: str = ""
-) -> Int64[Tensor, "B L"]:
-    """Greedy decoding (CoCa §3.2 with beam 1): each next token is the likeliest one, until all rows have ended.
-
-    prompt: words every caption begins with ("a picture of", as BLIP does), to get one kind of sentence.
-    Returns rows that begin with the start token; what follows an end token is padding.
-    """
-    _, image_tokens = network._encode_image(pixels)
-    prompt_tokens = [token for token in tokenizer.encode([prompt])[0].tolist() if token != tokenizer.pad_token]
-    begin = prompt_tokens[:-1]  # the prompt is not the end of the caption
-    rows = torch.tensor([begin], dtype=torch.int64, device=pixels.device).repeat(len(pixels), 1)
-    has_ended = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    while rows.shape[1] < tokenizer.context_length and not bool(has_ended.all()):
-        _, text_tokens = network._encode_text(rows)
-        logits = network.text_decoder(image_tokens, text_tokens)[:, -1].float()
-        # neither may be generated: the first is in every row, the second marks rows that have ended
-        logits[:, [tokenizer.start_token, tokenizer.pad_token]] = -torch.inf
-        next_tokens = logits.argmax(dim=-1).masked_fill(has_ended, tokenizer.pad_token)
-        has_ended |= next_tokens == tokenizer.end_token
-        rows = torch.cat([rows, next_tokens[:, None]], dim=1)
-    return rows
 
 
 def text_log_likelihoods(

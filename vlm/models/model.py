@@ -10,14 +10,62 @@ from torch import nn
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.files import compute_fingerprint
-from vlm.models.coca import generate_captions, text_log_likelihoods
+from vlm.files import compute_fingerprint, content_digest
+from vlm.models.caption_search import WrittenCaptions, write_captions
+from vlm.models.coca import text_log_likelihoods
+from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.factory import ModelConfig, is_captioner
 from vlm.models.network import Captioner, Network
 from vlm.models.patch_features import pool_images
 from vlm.tensor_types import Float, Float32, Tensor, UInt8
 
 TEXT_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodedCaption:
+    """A caption that a model wrote.
+
+    log_likelihood: mean of its tokens, the end among them and the prompt not, in nats.
+    tokens: start token, prompt, what was written, and the end token unless it was cut.
+    attention: of each token when it was written, over the image's M tokens, mean over layers and heads; zeros for the
+        prompt; None unless it was asked for.
+    """
+
+    text: str
+    log_likelihood: float
+    tokens: tuple[int, ...]
+    attention: Float32[Tensor, "L M"] | None = None
+
+    def attention_by_word(self, tokenizer: Tokenizer) -> list[tuple[str, Float32[Tensor, " M"]]]:
+        """Each word of the caption, the prompt's too, with the mean attention of its tokens.
+
+        A word is what spaces separate; a text without spaces is one.
+
+        Raises:
+            ValueError: the caption was written without attention.
+        """
+        if self.attention is None:
+            raise ValueError("This caption has no attention; write it with has_attention=True.")
+        words = self.text.split()
+        rows: list[list[Tensor]] = [[] for _ in words]
+        for place in range(1, len(self.tokens)):
+            # a token belongs to the last word of the text that ends with it; it may begin one, or be only a part
+            number = len(tokenizer.decode(self.tokens[: place + 1]).split()) - 1
+            if 0 <= number < len(words) and self.tokens[place] != tokenizer.end_token:
+                rows[number].append(self.attention[place])
+        nothing = torch.zeros(self.attention.shape[1])
+        return [
+            (word, torch.stack(maps).mean(dim=0) if maps else nothing) for word, maps in zip(words, rows, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionedImages:
+    """Captions of each image, the best first, and the unit vectors of the images from the same pass, on the CPU."""
+
+    captions: list[list[DecodedCaption]]
+    embeddings: Float32[Tensor, "B D"]
 
 
 @dataclass(kw_only=True)
@@ -98,17 +146,39 @@ class VisionLanguageModel:
             parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
         return torch.cat(parts) if parts else torch.zeros(0, self.embedding_size)
 
-    @torch.inference_mode()
     def caption_images(self, images: UInt8[Tensor, "B 3 H W"], prompt: str = "") -> list[str]:
         """A caption for each image, written greedily, beginning with the prompt.
 
         Raises:
             UsageError: the model has no decoder.
         """
+        written = self.decode_captions(images, DecodingOptions(prompt=prompt))
+        return [captions[0].text for captions in written.captions]
+
+    @torch.inference_mode()
+    def decode_captions(
+        self, images: UInt8[Tensor, "B 3 H W"], options: DecodingOptions = GREEDY, *, has_attention: bool = False
+    ) -> CaptionedImages:
+        """Captions of each image, and its embedding. Sampled captions depend on the image and `options.seed` alone.
+
+        Raises:
+            UsageError: the model has no decoder, or a length or the prompt does not fit it; see `write_captions`.
+        """
         captioner = self._captioner()
+        if not len(images):
+            return CaptionedImages(captions=[], embeddings=torch.zeros(0, self.embedding_size))
         with self._inference():
-            rows = generate_captions(captioner, self._pixels(images), self.tokenizer, prompt)
-        return [self.tokenizer.decode(row) for row in rows.tolist()]
+            written = write_captions(
+                captioner,
+                self._pixels(images),
+                self.tokenizer,
+                options,
+                seeds=_image_seeds(images, options.seed) if options.sample else (),
+                has_attention=has_attention,
+            )
+        # normalised again in float32, as `embed_images` does
+        embeddings = nn.functional.normalize(written.image_embeddings.float(), dim=-1).cpu()
+        return CaptionedImages(captions=_decoded(written, self.tokenizer), embeddings=embeddings)
 
     @torch.inference_mode()
     def text_log_likelihoods(self, images: UInt8[Tensor, "B 3 H W"], texts: Sequence[str]) -> Float32[Tensor, "B T"]:
@@ -146,6 +216,37 @@ class VisionLanguageModel:
 
     def _inference(self) -> torch.autocast:
         return autocast_to(self.precision, self.device)
+
+
+def _decoded(written: WrittenCaptions, tokenizer: Tokenizer) -> list[list[DecodedCaption]]:
+    lengths = written.lengths.tolist()
+    values = written.log_likelihoods.tolist()
+    captions: list[list[DecodedCaption]] = []
+    for image, rows in enumerate(written.tokens.tolist()):
+        of_image: list[DecodedCaption] = []
+        for number, row in enumerate(rows):
+            tokens = row[: lengths[image][number]]
+            attention = None
+            if written.attention is not None:
+                attention = written.attention[image, number, : len(tokens)].float().cpu()
+            caption = DecodedCaption(
+                text=tokenizer.decode(tokens),
+                log_likelihood=values[image][number],
+                tokens=tuple(tokens),
+                attention=attention,
+            )
+            of_image.append(caption)
+        captions.append(of_image)
+    return captions
+
+
+def _image_seeds(images: UInt8[Tensor, "B 3 H W"], seed: int) -> list[int]:
+    """A number of 64 bits of each image's pixels and the seed, so that neither order nor batch has an influence."""
+    seeds: list[int] = []
+    for image in images.cpu():
+        digest = content_digest(str(seed).encode() + image.contiguous().numpy().tobytes(), size=8)
+        seeds.append(int.from_bytes(digest, "little"))
+    return seeds
 
 
 def autocast_to(precision: torch.dtype, device: torch.device) -> torch.autocast:
