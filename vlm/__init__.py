@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
+    from vlm.api.captions import caption_metrics as caption_metrics
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
     from vlm.api.evaluation import evaluate as evaluate
@@ -44,6 +45,7 @@ __all__ = [
     "UsageError",
     "VlmError",
     "build_index",
+    "caption_metrics",
     "compare_runs",
     "embed",
     "evaluate",
@@ -70,6 +72,7 @@ _MODULES: dict[str, str] = {
     "Model": "vlm.api.inference",
     "SearchIndex": "vlm.api.index",
     "build_index": "vlm.api.index_building",
+    "caption_metrics": "vlm.api.captions",
     "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.evaluation",

@@ -10,6 +10,8 @@ import jinja2
 import pytest
 
 from vlm.evaluation.caption_accuracy import CaptionTruth
+from vlm.evaluation.caption_evaluator import CaptionExample, CaptionReport
+from vlm.evaluation.caption_metrics import caption_metrics
 from vlm.evaluation.eval_report import EvalData, Evaluation, evaluation_page
 from vlm.evaluation.retrieval import Direction, RetrievalResult
 from vlm.evaluation.zero_shot import ClassScore, ZeroShot
@@ -42,6 +44,12 @@ def page():
             wrong={"colour": 3},
             examples=({"key": "k1", "caption": "<i>a cat", "true": False, "reason": "no cat"},),
         ),
+        captions=CaptionReport(
+            scores=caption_metrics(["a cat", "a dog"], [["a cat"], ["the dog"]]),
+            num_different=2,
+            judge="<b>judge</b>",
+            examples=(CaptionExample(key="k2", caption="<i>a dog", references=("the <dog>",), cider_d=1.25),),
+        ),
     )
     data = EvalData(retrieval="data/val-{00..03}.tar", zero_shot="classes/", captions="shapes/")
     return evaluation_page(evaluation, data=data, provenance=PROVENANCE)
@@ -53,6 +61,8 @@ def test_an_evaluation_shows_every_figure_with_its_data_set(page):
     for figure in ("25.0%", "3.5", "1,200", "1,000 images", "5,000 captions", "2 unusable samples", "75.0%", "12.5%"):
         assert figure in page
     for text in ("62.5%", "wrong: colour", "no cat", "&lt;i&gt;a cat", "a &amp; b", "&lt;b&gt;run"):
+        assert text in page
+    for text in ("0.7500", "&lt;b&gt;judge", "&lt;i&gt;a dog", "the &lt;dog&gt;", "1.25"):
         assert text in page
 
 

@@ -13,8 +13,11 @@ from vlm.data.pack import shards_at
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, os_errors_explained
 from vlm.evaluation.caption_accuracy import measure_caption_truth
+from vlm.evaluation.caption_evaluator import CaptionMetrics
 from vlm.evaluation.class_prompts import read_class_list, read_templates
 from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
+from vlm.evaluation.evaluation_set import open_evaluation_set
+from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.retrieval import evaluate_retrieval
 from vlm.evaluation.zero_shot import evaluate_zero_shot
 from vlm.files import write_text
@@ -35,6 +38,7 @@ def evaluate(
     templates: Sequence[str] = (),
     captions: Shards | None = None,
     prompt: str = "",
+    meteor: bool = False,
     languages: Sequence[str] = (),
     captions_each: int = 0,
     out: str | Path | None = None,
@@ -42,13 +46,14 @@ def evaluate(
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Evaluation:
-    """Measure a model: retrieval, zero-shot classification, the truth of captions, as `vlm eval` does.
+    """Measure a model: retrieval, zero-shot classification, captions, as `vlm eval` does.
 
     Args:
         retrieval: shards for image-text retrieval, with `captions_each` captions (0: all) per image and language.
         classes: class folders, or shards with the class in the metadata field `label`; `class_names` are the
             candidates, those of the data if not given, and `templates` the prompts.
-        captions: shards of synthetic shapes, which the model captions, beginning with `prompt`.
+        captions: shards whose images the model captions, beginning with `prompt`; compared with their captions
+            (`meteor`: by METEOR, too, which needs Java), or, of synthetic shapes, checked against the scene.
         out: folder for evaluation.json and report.html.
 
     Raises:
@@ -75,9 +80,15 @@ def evaluate(
         )
         measured = replace(measured, zero_shot=zero_shot)
     if captions:
-        shards = expand_shards(join_shards(captions))
-        truth = measure_caption_truth(model, shards, prompt=prompt, workers=workers)
-        measured = replace(measured, caption_truth=truth)
+        data = open_evaluation_set(join_shards(captions))
+        if "scene" in data.metadata[0]:
+            shards = expand_shards(join_shards(captions))
+            truth = measure_caption_truth(model, shards, prompt=prompt, workers=workers)
+            measured = replace(measured, caption_truth=truth)
+        else:
+            evaluator = CaptionMetrics(prompt=prompt, languages=tuple(languages), meteor=meteor)
+            measurement = evaluator.run(EvaluatedModel(model, workers=workers), data)
+            measured = replace(measured, captions=measurement.details)
     if out is not None:
         data = EvalData(
             retrieval=join_shards(retrieval) if retrieval else "",

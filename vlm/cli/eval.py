@@ -10,6 +10,7 @@ from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.evaluation.caption_accuracy import CaptionTruth
+    from vlm.evaluation.caption_evaluator import CaptionReport
     from vlm.evaluation.eval_report import Evaluation
     from vlm.evaluation.retrieval import RetrievalResult
     from vlm.evaluation.zero_shot import ZeroShot
@@ -39,13 +40,16 @@ class Eval:
     """Prompt templates with {} or {c} for the class name, or files with one per line; empty uses three common ones."""
 
     captions: str = ""
-    """Shards of synthetic shapes to caption; each caption is checked against its scene."""
+    """Shards to caption: compared with their captions (BLEU, ROUGE-L, CIDEr), or checked against synthetic scenes."""
+
+    meteor: bool = False
+    """Compare captions by METEOR, too; needs Java and pip install 'vlm-pipeline[meteor]'."""
 
     prompt: str = ""
     """Prefix of every generated caption, e.g. "a picture of"."""
 
     languages: tuple[str, ...] = ()
-    """Caption languages for retrieval; empty uses the first of each sample."""
+    """Caption languages for retrieval and as references; empty uses the first of each sample."""
 
     captions_each: int = 0
     """Captions per image and language for retrieval, the first ones; 0 uses all."""
@@ -85,6 +89,8 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         _show_zero_shot(evaluation.zero_shot)
     if evaluation.caption_truth:
         _show_caption_truth(evaluation.caption_truth)
+    if evaluation.captions:
+        _show_captions(evaluation.captions)
 
 
 def _show_retrieval(retrieval: "RetrievalResult") -> None:
@@ -109,3 +115,30 @@ def _show_caption_truth(truth: "CaptionTruth") -> None:
     show_table(["captions", "accuracy", "checked"], [["synthetic shapes", percent(truth.true), truth.num_captions]])
     rows = [[example["key"], example["caption"], example["reason"] or "correct"] for example in truth.examples]
     show_table(["sample", "caption", "verdict"], rows)
+
+
+def _show_captions(report: "CaptionReport") -> None:
+    scores = report.scores
+    rows: list[list[object]] = []
+    for name, figure in scores.figures().items():
+        ends = "" if figure.low is None or figure.high is None else f"{figure.low:.4f} to {figure.high:.4f}"
+        rows.append([_CAPTION_METRICS.get(name, name), f"{figure.value:.4f}", ends])
+    title = f"{scores.num_images:,} captions, {report.num_different:,} of them different; CLIP score by {report.judge}"
+    show_table(["captions", "figure", "95% interval"], rows, title=title)
+    examples = [[example.key, example.caption, example.references[0]] for example in report.examples]
+    show_table(["sample", "caption", "reference"], examples)
+
+
+_CAPTION_METRICS = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L (COCO's)",
+    "rouge_l_single": "ROUGE-L (single reference)",
+    "cider": "CIDEr (plain)",
+    "cider_d": "CIDEr-D (COCO's CIDEr)",
+    "meteor": "METEOR",
+    "clip_score": "CLIP score",
+    "ref_clip_score": "RefCLIPScore",
+}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm.evaluation.caption_accuracy import CaptionTruth
+from vlm.evaluation.caption_evaluator import CaptionReport
 from vlm.evaluation.retrieval import RetrievalResult
 from vlm.evaluation.zero_shot import ZeroShot
 from vlm.files import write_text
@@ -20,6 +21,7 @@ class Evaluation(Result):
     retrieval: RetrievalResult | None = None
     zero_shot: ZeroShot | None = None
     caption_truth: CaptionTruth | None = None
+    captions: CaptionReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,154 @@
+"""Captions that a model writes for real images, compared with the images' own captions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from vlm.console import progress
+from vlm.data.samples import select_languages
+from vlm.errors import BadSample, UsageError
+from vlm.evaluation.caption_accuracy import Captioner
+from vlm.evaluation.caption_metrics import CaptionScores, add_clip_scores, caption_metrics
+from vlm.evaluation.evaluation_set import EvaluationSet
+from vlm.evaluation.features import EvaluatedModel
+from vlm.evaluation.measurement import Measurement, Value
+from vlm.results import Result
+
+_NUM_EXAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionExample:
+    """A caption with the image's references and its CIDEr-D."""
+
+    key: str
+    caption: str
+    references: tuple[str, ...]
+    cider_d: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionReport(Result):
+    """Captions of a model against references.
+
+    scores: without the figures of each image. num_different: unlike captions; a model that says the same of every
+    image has one. judge: the model that gave CLIP score and RefCLIPScore. examples: half are the first images, half
+    the worst by CIDEr-D.
+    """
+
+    scores: CaptionScores
+    num_different: int
+    judge: str
+    examples: tuple[CaptionExample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionMetrics:
+    """Caption the images of a set and compare with their captions: an evaluator.
+
+    prompt: beginning of every caption. languages: of the references, the first of them that an image has; empty takes
+    the image's first. meteor: compute METEOR, too. judge: a model for CLIP score and RefCLIPScore; the captioner itself
+    unless given, whose figures then say how well its two halves agree, not how good the captions are.
+    """
+
+    prompt: str = ""
+    languages: tuple[str, ...] = ()
+    meteor: bool = False
+    judge: EvaluatedModel | None = None
+    name: str = "captions"
+
+    def run(self, model: EvaluatedModel, data: EvaluationSet) -> Measurement:
+        """Measure a model.
+
+        Raises:
+            UsageError: the model has no caption decoder, no image has a reference, or METEOR cannot run.
+        """
+        captioner = model.encoder
+        # before images are embedded
+        if not isinstance(captioner, Captioner) or not getattr(captioner, "can_caption", True):
+            raise UsageError(f"{model.name} has no caption decoder; train one, e.g. vlm train tiny-coca.")
+        data, references = self._with_references(data)
+        judge = self.judge or model
+        data, images = judge.image_features(data)
+        references = [references[key] for key in data.keys]
+        captions = self._write_captions(captioner, data)
+
+        scores = caption_metrics(captions, references, meteor=self.meteor)
+        scores = add_clip_scores(scores, captions, references, images=images, embed_texts=judge.text_features)
+        report = CaptionReport(
+            scores=replace(scores, per_image={}),
+            num_different=len(set(captions)),
+            judge=judge.name,
+            examples=_examples(data.keys, captions, references, scores.per_image["cider_d"]),
+        )
+        return Measurement(
+            evaluator=self.name,
+            data=data.name,
+            data_digest=data.digest,
+            num_images=len(data),
+            values=_values(scores),
+            samples=_samples(data.keys, captions, scores),
+            details=report,
+            warnings=(*scores.warnings, *_sameness(report)),
+        )
+
+    def _with_references(self, data: EvaluationSet) -> tuple[EvaluationSet, dict[str, tuple[str, ...]]]:
+        references: dict[str, tuple[str, ...]] = {}
+        rows: list[int] = []
+        for row, (key, captions) in enumerate(zip(data.keys, data.captions, strict=True)):
+            try:
+                by_language = select_languages(captions, self.languages)
+            except BadSample:
+                continue
+            references[key] = next(iter(by_language.values()))
+            rows.append(row)
+        if not rows:
+            wanted = ", ".join(self.languages) or "any language"
+            raise UsageError(f"No image of {data.name} has a caption in {wanted} to compare with.")
+        return data.select(rows), references
+
+    def _write_captions(self, captioner: Captioner, data: EvaluationSet) -> list[str]:
+        captions: list[str] = []
+        with progress(total=len(data), what=f"captioning {data.name}", unit="image") as bar:
+            for batch in data.iter_images(captioner.view):
+                captions += captioner.caption_images(batch.images, self.prompt)
+                bar.update(len(batch.rows))
+        return captions
+
+
+def _values(scores: CaptionScores) -> dict[str, Value]:
+    """All figures; CIDEr-D, by which captioners are compared, first."""
+    figures = scores.figures()
+    ordered = {"cider_d": figures.pop("cider_d"), **figures}
+    return {name: Value(value=of.value, low=of.low, high=of.high) for name, of in ordered.items()}
+
+
+def _samples(keys: Sequence[str], captions: Sequence[str], scores: CaptionScores) -> pa.Table:
+    columns: dict[str, Sequence[str] | Sequence[float]] = {"key": list(keys), "caption": list(captions)}
+    for name, values in scores.per_image.items():
+        # of a corpus BLEU and METEOR are no means of the captions'
+        is_mean = not name.startswith(("bleu", "meteor"))
+        columns[name if is_mean else f"sentence_{name}"] = values
+    return pa.table(columns)
+
+
+def _examples(
+    keys: Sequence[str], captions: Sequence[str], references: Sequence[Sequence[str]], cider_d: Sequence[float]
+) -> tuple[CaptionExample, ...]:
+    half = _NUM_EXAMPLES // 2
+    worst = sorted(range(half, len(keys)), key=cider_d.__getitem__)[:half]
+    examples: list[CaptionExample] = []
+    for row in (*range(min(half, len(keys))), *worst):
+        examples.append(
+            CaptionExample(
+                key=keys[row], caption=captions[row], references=tuple(references[row]), cider_d=cider_d[row]
+            )
+        )
+    return tuple(examples)
+
+
+def _sameness(report: CaptionReport) -> tuple[str, ...]:
+    if report.num_different > 1 or report.scores.num_images < 2:
+        return ()
+    return ("The model says the same of every image: it has learned the commonest caption, not to look.",)
