@@ -34,6 +34,9 @@ RETRIED_CHANGES = frozenset({409, 429})
 
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
+# shorter than any server keeps a connection (uvicorn: 5 s, as httpx by default): a request sent on one that the server
+# is just closing would be lost, and a change must not be sent again
+_IDLE_SECONDS = 3.0
 _CHANGING: dict[str, Any] = {"is_repeatable": False, "timeout": 960.0}
 """Options of a request that changes an index: sent once, and with more time than the server takes for it."""
 
@@ -148,8 +151,14 @@ class _Connection:
         self._index = index
         self._retries = retries
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._options: dict[str, Any] = {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
+        self._options: dict[str, Any] = {
+            "base_url": url.rstrip("/"),
+            "headers": headers,
+            "timeout": timeout,
+            "limits": httpx.Limits(keepalive_expiry=_IDLE_SECONDS),
+        }
         self._errors = (httpx.TransportError,)
+        self._unsent = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
     def _path(self, verb: str) -> str:
         return f"{API}/indexes/{self._index}/{verb}"
@@ -170,6 +179,18 @@ class _Connection:
             raise UsageError(
                 f"The request cannot be sent: {error}; give texts, numbers, lists and mappings."
             ) from error
+
+    def _broken(self, error: Exception, *, is_change: bool) -> VlmError:
+        """The error for a connection that could not be made, or that broke."""
+        url = self._options["base_url"]
+        # errors of broken connections have no text
+        reason = str(error) or type(error).__name__
+        if is_change and not isinstance(error, self._unsent):
+            return VlmError(
+                f"The connection to {url} broke before the answer came ({reason}). Whether the change was made is not "
+                "known: look at the items, and make it again if they are as before."
+            )
+        return VlmError(f"{url} cannot be reached: {reason}.")
 
     def _pause(self, attempt: int) -> float:
         """Seconds before the next attempt."""
@@ -373,8 +394,8 @@ class Client(_Connection):
                 response = self._http.send(self._request(self._http, method, path, options))
             except self._errors as error:
                 # a connection may break after the change was made: sent again, it could be made twice
-                if is_last or not is_repeatable:
-                    raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
+                if is_last or not (is_repeatable or isinstance(error, self._unsent)):
+                    raise self._broken(error, is_change=not is_repeatable) from error
             else:
                 if is_last or response.status_code not in (RETRIED if is_repeatable else RETRIED_CHANGES):
                     return self._read(response)
@@ -459,8 +480,8 @@ class AsyncClient(_Connection):
                 response = await self._http.send(self._request(self._http, method, path, options))
             except self._errors as error:
                 # a connection may break after the change was made: sent again, it could be made twice
-                if is_last or not is_repeatable:
-                    raise VlmError(f"{self._options['base_url']} cannot be reached: {error}.") from error
+                if is_last or not (is_repeatable or isinstance(error, self._unsent)):
+                    raise self._broken(error, is_change=not is_repeatable) from error
             else:
                 if is_last or response.status_code not in (RETRIED if is_repeatable else RETRIED_CHANGES):
                     return self._read(response)

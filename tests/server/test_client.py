@@ -174,3 +174,29 @@ def test_a_closed_client_says_so(refusing):
 
     with pytest.raises(UsageError, match="is closed"):
         asyncio.run(search())
+
+
+def test_a_change_whose_connection_breaks_is_not_sent_again(free_port):
+    import socket
+    import threading
+
+    received: list[bytes] = []
+
+    def hang_up(listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                received.append(connection.recv(1 << 16))
+
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
+        threading.Thread(target=hang_up, args=(listener,), daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with vlm.Client(address, index="photos", retries=3) as client:
+            with pytest.raises(
+                VlmError, match=r"broke before the answer came .*Whether the change was made is not known"
+            ):
+                client.delete(["a"])
+            assert len(received) == 1
+            with pytest.raises(VlmError, match=r"cannot be reached: .*Server"):
+                client.indexes()
+            assert len(received) == 5

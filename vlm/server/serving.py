@@ -22,6 +22,7 @@ from vlm.service.query_encoder import QueryEncoder, load_query_encoder
 
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE_SECONDS = 75
 SHUTDOWN_SECONDS = 30
 """How long requests that were accepted may take after the signal to end."""
 
@@ -144,6 +145,9 @@ def _make_server(service: Service) -> Any:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        # longer than clients keep idle connections (uvicorn's 5 s are httpx's, too): a request that is sent while the
+        # server closes the connection is lost
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         lifespan="on",
     )
     return uvicorn.Server(config)

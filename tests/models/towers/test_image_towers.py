@@ -22,6 +22,11 @@ def make(tower, *, embed_dim=8, seed=0, **options) -> Any:
     return build_image_tower(values["vision_cfg"], embed_dim)
 
 
+def pool_of(pooling: str, width: int, **settings) -> Any:
+    config = read_image_config({"tower": "timm:test_vit", "image_size": 64, "pooling": pooling, **settings})
+    return POOLINGS[pooling](width, config)
+
+
 def images(size, number=2):
     return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -92,26 +97,63 @@ def test_native_pooling_is_what_timm_classifies():
 
 def test_average_leaves_prefix_tokens_out():
     tokens = TokenMap(prefix=torch.full((1, 2, 4), 9.0), patches=torch.arange(12.0).reshape(1, 3, 4))
-    layout = POOLINGS["avg"](4, 0)
-    assert layout(tokens).tolist() == [[4.0, 5.0, 6.0, 7.0]]
-    assert POOLINGS["token"](4, 0)(tokens).tolist() == [[9.0] * 4]
+    assert pool_of("avg", 4)(tokens).tolist() == [[4.0, 5.0, 6.0, 7.0]]
+    assert pool_of("token", 4)(tokens).tolist() == [[9.0] * 4]
 
 
-def test_simpool_attends_from_the_mean_patch():
-    pool: Any = POOLINGS["simpool"](8, 0)
+@pytest.mark.parametrize("gamma", [1.0, 1.25, 2.0])
+def test_simpool_attends_from_the_mean_patch(gamma):
+    pool = pool_of("simpool", 8, gamma=gamma)
     patches = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     attention = pool.get_submodule("attention")
     values = attention.get_submodule("norm")(patches)
     query = patches.mean(dim=1) @ attention.get_parameter("q.weight").T
     keys = values @ attention.get_parameter("k.weight").T
     weights = (torch.einsum("bc,bpc->bp", query, keys) / math.sqrt(8)).softmax(dim=-1)
-    expected = torch.einsum("bp,bpc->bc", weights, values)
-    assert torch.allclose(pool(TokenMap(prefix=patches[:, :0], patches=patches)), expected, atol=1e-6)
+    pooled = pool(TokenMap(prefix=patches[:, :0], patches=patches))
+    for image in range(2):
+        least = float(values[image].detach().min()) - 1e-6
+        for channel in range(8):
+            powers = ((values[image, :, channel] - least) ** gamma * weights[image]).sum().detach()
+            assert float(pooled[image, channel].detach()) == pytest.approx(
+                float(powers ** (1 / gamma)) + least, abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+def test_simpool_of_one_patch_is_that_patch(gamma):
+    pool = pool_of("simpool", 8, gamma=gamma)
+    patch = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(0))
+    found = pool(TokenMap(prefix=patch[:, :0], patches=patch))
+    assert torch.allclose(found, pool.get_submodule("attention").get_submodule("norm")(patch)[:, 0], atol=1e-5)
+
+
+def test_boq_with_its_convolution_sees_where_patches_are_and_shows_what_queries_attend_to():
+    torch.manual_seed(0)
+    pool: Any = pool_of("queries", 16, queries=6, rows=32, pool_width=8)
+    patches = torch.randn(2, 9, 16)
+    tokens = TokenMap(prefix=patches[:, :0], patches=patches)
+    found = pool(tokens)
+    assert found.shape == (2, 32 * 8)
+    assert not torch.allclose(found, pool(TokenMap(prefix=patches[:, :0], patches=patches.flip(1))), atol=1e-3)
+    maps = pool.query_maps(tokens)
+    assert maps.shape == (2, 2 * 6, 9)
+    assert torch.allclose(maps.sum(dim=-1), torch.ones(2, 12), atol=1e-5)
+    # the map of the first block's last query, from its equations
+    reduced = pool.norm_input(pool.reduce(patches.transpose(1, 2).reshape(2, 16, 3, 3)).flatten(2).transpose(1, 2))
+    block = pool.blocks[0]
+    encoded = block.encoder(reduced)
+    queries = block.queries.expand(2, -1, -1)
+    queries = block.norm_queries(queries + block.among(queries, queries, queries)[0])
+    q_weight, k_weight, _ = block.across.in_proj_weight.chunk(3)
+    q_bias, k_bias, _ = block.across.in_proj_bias.chunk(3)
+    logits = (queries @ q_weight.T + q_bias) @ (encoded @ k_weight.T + k_bias).transpose(1, 2) / math.sqrt(8)
+    assert torch.allclose(maps[:, 5], logits.softmax(dim=-1)[:, 5], atol=1e-5)
 
 
 def test_learned_queries_do_not_care_for_the_order_of_patches_but_for_their_content():
     torch.manual_seed(0)
-    pool: Any = POOLINGS["queries"](16, 6)
+    pool: Any = pool_of("queries", 16, queries=6)
     patches = torch.randn(2, 7, 16)
     empty = patches[:, :0]
     found = pool(TokenMap(prefix=empty, patches=patches))
@@ -122,7 +164,7 @@ def test_learned_queries_do_not_care_for_the_order_of_patches_but_for_their_cont
 
 def test_queries_of_boq_follow_its_equations():
     torch.manual_seed(0)
-    pool: Any = POOLINGS["queries"](8, 3).double()
+    pool: Any = pool_of("queries", 8, queries=3).double()
     patches = torch.randn(1, 4, 8, dtype=torch.float64)
 
     def attend(layer, queries, keys):
@@ -251,6 +293,8 @@ def test_heads_divide_the_width():
         ("timm:test_convnext", {"pooling": "token"}, "has no class token"),
         ("timm:halonet26t", {"image_size": 64}, "--image-size 256"),
         ("timm:test_vit", {"poling": "avg"}, "did you mean 'pooling'"),
+        ("timm:test_vit", {"pooling": "simpool", "gamma": 0.0}, "gamma above 0"),
+        ("timm:test_vit", {"pooling": "queries", "rows": 0}, "at least one row"),
         ("vit:32x1", {}, "vit:WIDTHxDEPTH/PATCH"),
         ("vit:32x1/8", {"image_size": 33}, "multiple of the patch"),
         ("hf:nowhere", {}, "neither a folder nor a model type"),

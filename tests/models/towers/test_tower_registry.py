@@ -197,9 +197,17 @@ def test_names_of_towers_are_read():
     config = model_config("timm:test_vit,pooling=simpool,registers=4+ngram,hidden=64,orders=(1,2)@128")
     assert config == {
         "embed_dim": 128,
-        "vision_cfg": {"tower": "timm:test_vit", "image_size": 160, "pooling": "simpool", "registers": 4},
+        "vision_cfg": {
+            "tower": "timm:test_vit",
+            "image_size": 160,
+            "pooling": "simpool",
+            "registers": 4,
+            "gamma": 1.25,
+        },
         "text_cfg": {"tower": "ngram", "hidden": 64, "orders": [1, 2]},
     }
+    assert model_config("timm:test_convnext,pooling=simpool+bag")["vision_cfg"]["gamma"] == 2
+    assert model_config("timm:test_convnext,pooling=simpool,gamma=1.5+bag")["vision_cfg"]["gamma"] == 1.5
     assert model_config("open_clip:ViT-B-32+bag")["vision_cfg"]["patch_size"] == 32
     assert model_config("vit:96x2/8+transformer:96x2")["text_cfg"] == {"width": 96, "heads": 3, "layers": 2}
     assert model_config("vit:96x2/8+bag")["embed_dim"] == 256

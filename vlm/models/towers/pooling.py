@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
+from vlm.models.towers.tower_config import ImageTowerConfig
 from vlm.tensor_types import Float, Tensor
 
 Features = Tensor | list[Tensor] | tuple[Tensor, ...]
@@ -140,8 +141,9 @@ def _unused_parameters(meta_trunk: nn.Module, outputs: Sequence[Tensor]) -> froz
     return frozenset(name for name, parameter in meta_trunk.named_parameters() if parameter.grad is None)
 
 
-_ROWS = 4
 _BLOCKS = 2
+# of SimPool's authors, and timm's: keeps what is raised to a power above 0
+_LEAST_VALUE = 1e-6
 _HEAD_WIDTH = 64
 
 
@@ -180,21 +182,33 @@ class ClassToken(Pooling):
 
 
 class SimPool(Pooling):
-    """SimPool (Psomas et al. 2023, §3.3): one attention head whose query is the mean patch.
+    """SimPool (Psomas et al. 2023, §3.3, equations 10–13): one attention head whose query is the mean patch.
 
-    timm's module; its gamma, the exponent of the mean over values, is left at 1, as the paper does for ViTs.
+    With values v (patches after a layer norm), weights a = softmax(q·k/√C) and m the least value of the image,
+    z = (Σ a (v - m + ε)^γ)^(1/γ) + m - ε. γ = 1 is the plain mean; the authors take 1.25 for transformers and 2 for
+    convolutional trunks. Their code has the least value of the whole batch for m and does not put it back: here it is
+    the image's, so that an embedding does not depend on its batch, and is put back, so that a single patch stays what
+    it is. The weights are timm's module's, whose own γ takes the least value of each channel, and leaves it out.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, gamma: float) -> None:
         from timm.layers.other_pool import SimPool1d
 
         super().__init__()
         self.width = width
+        self.gamma = gamma
         self.attention = SimPool1d(width)
 
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
         """The attended values."""
-        return self.attention(tokens.patches)
+        if self.gamma == 1:
+            return self.attention(tokens.patches)
+        attention = self.attention
+        values = attention.norm(tokens.patches)
+        query, keys = attention.q(tokens.patches.mean(dim=1, keepdim=True)), attention.k(values)
+        least = values.amin(dim=(1, 2), keepdim=True) - _LEAST_VALUE
+        raised = nn.functional.scaled_dot_product_attention(query, keys, (values - least).pow(self.gamma))
+        return (raised.pow(1 / self.gamma) + least)[:, 0]
 
 
 class LatentQueryPool(Pooling):
@@ -225,48 +239,71 @@ class QueryBlock(nn.Module):
         self.across = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, patches: Float[Tensor, "B P C"]) -> tuple[Float[Tensor, "B P C"], Float[Tensor, "B Q C"]]:
-        """The encoded patches, for the next block, and what each query found."""
+    def forward(
+        self, patches: Float[Tensor, "B P C"], *, with_maps: bool = False
+    ) -> tuple[Float[Tensor, "B P C"], Float[Tensor, "B Q C"], Float[Tensor, "B Q P"] | None]:
+        """The encoded patches, for the next block, what each query found, and on request the patches it looked at."""
         patches = self.encoder(patches)
         queries = self.queries.expand(len(patches), -1, -1)
         # a residual connection, then the norm
         queries = self.norm_queries(queries + self.among(queries, queries, queries, need_weights=False)[0])
-        return patches, self.norm_out(self.across(queries, patches, patches, need_weights=False)[0])
+        found, maps = self.across(queries, patches, patches, need_weights=with_maps)
+        return patches, self.norm_out(found), maps
 
 
 class BagOfQueries(Pooling):
-    """BoQ (Ali-bey et al. 2024): learned queries of several blocks; a linear layer over the queries makes few rows.
+    """BoQ (Ali-bey et al. 2024, §3): learned queries of several blocks; a linear layer over the queries makes few rows.
 
-    Two blocks as in the paper; its 64 queries and 16,384 outputs are fewer here, since the projection to the joint
-    space follows.
+    Two blocks as in the paper. The authors' own sizes are queries=64, rows=32, pool_width=512 (16,384 outputs); fewer
+    rows are the default here, since the projection to the joint space follows, which they do not have. pool_width: of
+    a 3×3 convolution and a layer norm before the blocks; 0 has neither.
     """
 
-    def __init__(self, width: int, queries: int) -> None:
+    def __init__(self, width: int, queries: int, rows: int, pool_width: int) -> None:
         super().__init__()
-        self.width = _ROWS * width
+        self.reduce = nn.Conv2d(width, pool_width, 3, padding=1) if pool_width else None
+        self.norm_input = nn.LayerNorm(pool_width) if pool_width else None
+        width = pool_width or width
+        self.width = rows * width
         self.blocks = nn.ModuleList(QueryBlock(width, queries) for _ in range(_BLOCKS))
-        self.rows = nn.Linear(_BLOCKS * queries, _ROWS)
+        self.rows = nn.Linear(_BLOCKS * queries, rows)
 
     def forward(self, tokens: TokenMap) -> Float[Tensor, "B F"]:
         """The rows, one after the other."""
-        patches = tokens.patches
+        patches = self._reduce(tokens.patches)
         outputs: list[Tensor] = []
         for block in self.blocks:
-            patches, queries = block(patches)
+            patches, queries, _ = block(patches)
             outputs.append(queries)
         # the linear layer mixes queries, so they must be the last dimension
         by_channel = torch.cat(outputs, dim=1).transpose(1, 2)
         return self.rows(by_channel).transpose(1, 2).flatten(1)
 
+    def query_maps(self, tokens: TokenMap) -> Float[Tensor, "B N P"]:
+        """How much each query of each block, one after the other, attends to each patch; rows sum to 1 (§4.6)."""
+        patches = self._reduce(tokens.patches)
+        all_maps: list[Tensor] = []
+        for block in self.blocks:
+            patches, _, maps = block(patches, with_maps=True)
+            all_maps.append(maps)
+        return torch.cat(all_maps, dim=1)
 
-POOLINGS: dict[str, Callable[[int, int], Pooling]] = {
+    def _reduce(self, patches: Float[Tensor, "B P C"]) -> Float[Tensor, "B P W"]:
+        if self.reduce is None or self.norm_input is None:
+            return patches
+        side = isqrt(patches.shape[1])
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))
+        return self.norm_input(self.reduce(grid).flatten(2).transpose(1, 2))
+
+
+POOLINGS: dict[str, Callable[[int, ImageTowerConfig], Pooling]] = {
     "avg": lambda width, _: AveragePool(width),
     "token": lambda width, _: ClassToken(width),
-    "simpool": lambda width, _: SimPool(width),
-    "queries": BagOfQueries,
+    "simpool": lambda width, config: SimPool(width, config.gamma),
+    "queries": lambda width, config: BagOfQueries(width, config.queries, config.rows, config.pool_width),
     "map": lambda width, _: LatentQueryPool(width),
 }
-"""Poolings in addition to the trunk's own, by name: (width, queries) → module."""
+"""Poolings in addition to the trunk's own, by name: from the width of the patches and the tower's settings."""
 
 
 def num_heads_for(width: int) -> int:
@@ -274,14 +311,31 @@ def num_heads_for(width: int) -> int:
     return next(heads for heads in range(max(1, width // _HEAD_WIDTH), 0, -1) if width % heads == 0)
 
 
-def build_pooling(pooling: str, layout: MapLayout, *, queries: int, has_class_token: bool, name: str) -> Pooling:
+def build_pooling(config: ImageTowerConfig, layout: MapLayout, *, has_class_token: bool) -> Pooling:
     """The pool for a map.
 
     Raises:
-        UsageError: the map lacks what the pooling reads.
+        UsageError: the map lacks what the pooling reads, or a setting is out of range.
     """
+    name, pooling = config.tower, config.pooling
     if pooling == "token" and not (layout.prefix and has_class_token):
         raise UsageError(f"{name} has no class token to pool by; give pooling=avg, native or simpool.")
     if pooling != "token" and not layout.patches:
         raise UsageError(f"{name} gives its class token alone, so pooling={pooling} cannot work; give native or token.")
-    return POOLINGS[pooling](layout.width, queries)
+    if config.gamma <= 0 or config.rows < 1 or config.pool_width < 0:
+        raise UsageError(
+            f"gamma = {config.gamma:g}, rows = {config.rows}, pool_width = {config.pool_width}: give a gamma above 0, "
+            "at least one row, and a width of at least 0."
+        )
+    if config.pool_width and isqrt(layout.patches) ** 2 != layout.patches:
+        raise UsageError(f"{name} gives {layout.patches} patches, no square for a convolution; leave out pool_width.")
+    return POOLINGS[pooling](layout.width, config)
+
+
+AUTHORS_GAMMA = {"transformer": 1.25, "convolutional": 2.0}
+"""SimPool's γ in its authors' training recipes."""
+
+
+def authors_gamma(layouts: Sequence[MapLayout]) -> float:
+    """γ for a trunk: convolutional ones give maps in NCHW, transformers tokens or NHWC."""
+    return AUTHORS_GAMMA["convolutional" if layouts[0].kind == "NCHW" else "transformer"]

@@ -81,14 +81,7 @@ class ImageTower(nn.Module, ABC):
         if not self.is_native:
             # several maps (CrossViT) are pooled apart and concatenated
             for layout in trunk_info.layouts:
-                pool = build_pooling(
-                    config.pooling,
-                    layout,
-                    queries=config.queries,
-                    has_class_token=has_class_token,
-                    name=config.tower,
-                )
-                pools.append(pool)
+                pools.append(build_pooling(config, layout, has_class_token=has_class_token))
         self.pools = nn.ModuleList(pools)
         self.width = sum(pool.width for pool in pools) or trunk_info.native_width
         # the trunk's last norm often stands in the head that is left out

@@ -74,6 +74,15 @@ class ImageTowerConfig:
     queries: int = 16
     """Learned queries of a block, for pooling by queries."""
 
+    rows: int = 4
+    """Output rows of pooling by queries, each as wide as a patch; BoQ's authors have 32."""
+
+    pool_width: int = 0
+    """Width of a 3×3 convolution and a norm before pooling by queries, as BoQ's authors have; 0 has neither."""
+
+    gamma: float = 1.0
+    """Exponent of pooling by simpool; 1 is plain attention. A tower named without it gets the authors' value."""
+
     registers: int = 0
     """Register tokens in addition to the patches of a ViT (Darcet et al. 2024)."""
 

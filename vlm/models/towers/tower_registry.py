@@ -19,7 +19,9 @@ from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import build_bag, build_ngram
 from vlm.models.towers.huggingface import build_hf_image, build_hf_text, default_pooling, hf_image_size, read_hf_config
 from vlm.models.towers.language_model import build_lm, complete_lm
+from vlm.models.towers.pooling import authors_gamma
 from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size
+from vlm.models.towers.tower import ImageTower
 from vlm.models.towers.tower_config import (
     INITIAL_WEIGHTS_KEY,
     TOWER_KEY,
@@ -259,13 +261,24 @@ def parse_towers(name: str) -> Values:
     image, text = _split(towers)
     image_tower, image_options = parse_tower_options(image)
     text_tower, text_options = parse_tower_options(text)
-    return resolve_tower_configs(
+    config = resolve_tower_configs(
         {
             "embed_dim": int(size),
             "vision_cfg": {TOWER_KEY: image_tower, **image_options},
             "text_cfg": {TOWER_KEY: text_tower, **text_options},
         }
     )
+    if image_options.get("pooling") == "simpool" and "gamma" not in image_options:
+        config["vision_cfg"]["gamma"] = _authors_gamma(config)
+    return config
+
+
+def _authors_gamma(config: Values) -> float:
+    """SimPool's γ for this kind of trunk; a saved configuration without γ is older than this, and means 1."""
+    with torch.device("meta"):
+        tower = build_image_tower(_without(config["vision_cfg"], INITIAL_WEIGHTS_KEY), config["embed_dim"])
+    assert isinstance(tower, ImageTower)
+    return authors_gamma(tower.trunk_info.layouts)
 
 
 def _split(towers: str) -> tuple[str, str]:
