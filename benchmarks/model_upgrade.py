@@ -24,7 +24,7 @@ from vlm.cli.index import show_recall
 from vlm.cli.main import print_error
 from vlm.console import show_fields, show_json
 from vlm.errors import VlmError
-from vlm.evaluation.retrieval import RetrievalResult
+from vlm.evaluation.retrieval_metrics import RetrievalResult
 from vlm.index.backward_compat import (
     EmbeddingPairs,
     basis_change,

@@ -18,7 +18,7 @@ import torch
 from vlm import __version__
 from vlm.data.samples import Captions
 from vlm.errors import UsageError
-from vlm.evaluation.retrieval import RetrievalResult, measure_retrieval
+from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat

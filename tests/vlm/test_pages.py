@@ -13,7 +13,7 @@ from vlm.evaluation.caption_accuracy import CaptionTruth
 from vlm.evaluation.caption_evaluator import CaptionExample, CaptionReport
 from vlm.evaluation.caption_metrics import caption_metrics
 from vlm.evaluation.eval_report import EvalData, Evaluation, evaluation_page
-from vlm.evaluation.retrieval import Direction, RetrievalResult
+from vlm.evaluation.retrieval_metrics import Direction, RetrievalResult
 from vlm.evaluation.zero_shot import ClassScore, ZeroShot
 from vlm.pages import Provenance, render
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.caption_accuracy import CaptionTruth
     from vlm.evaluation.caption_evaluator import CaptionReport
     from vlm.evaluation.eval_report import Evaluation
-    from vlm.evaluation.retrieval import RetrievalResult
+    from vlm.evaluation.retrieval_metrics import RetrievalResult
     from vlm.evaluation.zero_shot import ZeroShot
 
 _HARDEST_SHOWN = 10

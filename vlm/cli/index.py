@@ -13,7 +13,7 @@ from vlm.console import percent, show_fields, show_json, show_table, spaced_name
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
-    from vlm.evaluation.retrieval import RetrievalResult
+    from vlm.evaluation.retrieval_metrics import RetrievalResult
     from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.interop.importer import ImportSummary
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlm.evaluation.caption_accuracy import CaptionTruth
 from vlm.evaluation.caption_evaluator import CaptionReport
-from vlm.evaluation.retrieval import RetrievalResult
+from vlm.evaluation.retrieval_metrics import RetrievalResult
 from vlm.evaluation.zero_shot import ZeroShot
 from vlm.files import write_text
 from vlm.pages import Provenance, render

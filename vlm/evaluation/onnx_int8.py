@@ -14,7 +14,8 @@ import numpy as np
 
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.retrieval import RetrievalResult, iter_sample_batches, measure_retrieval
+from vlm.evaluation.retrieval import iter_sample_batches
+from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.models.onnx_export import quiet, write_onnx_manifest

@@ -58,6 +58,21 @@ class RankCounts:
     best_wrong: Int64[Array, " Q"]
     wrong_score: Float32[Array, " Q"]
 
+    @cached_property
+    def best_groups(self) -> Int64[Array, " A"]:
+        """The first group of each query that has a positive: that of its best positives."""
+        return np.flatnonzero(np.diff(self.query, prepend=-1))
+
+    @property
+    def queries(self) -> Int64[Array, " A"]:
+        """The queries that have a positive."""
+        return self.query[self.best_groups]
+
+    @property
+    def best_score(self) -> Float64[Array, " A"]:
+        """The score of the best positive of each of these queries."""
+        return self.score[self.best_groups]
+
 
 def count_ranks(
     rows: Float32[Array, "Q D"],

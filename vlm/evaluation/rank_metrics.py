@@ -27,7 +27,7 @@ class Ranks:
     @classmethod
     def from_counts(cls, counts: RankCounts) -> "Ranks":
         """Those of the queries that have a positive, in their order."""
-        best = np.flatnonzero(np.diff(counts.query, prepend=-1))
+        best = counts.best_groups
         return cls(above=counts.above[best], tied_negatives=counts.tied[best], tied_positives=counts.positives[best])
 
     @classmethod
@@ -132,7 +132,7 @@ class _TiedGroups:
 
     @classmethod
     def from_counts(cls, counts: RankCounts) -> "_TiedGroups":
-        first = np.flatnonzero(np.diff(counts.query, prepend=-1))
+        first = counts.best_groups
         cumulated = np.cumsum(counts.positives)
         so_far = cumulated - counts.positives
         groups_each = np.diff(first, append=len(counts.query))

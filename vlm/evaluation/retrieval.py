@@ -1,13 +1,13 @@
-"""Image-text retrieval in both directions: several captions an image, several images a caption, exact ties."""
+"""Image-text retrieval of a model on a set: metrics in both directions, for all captions and for each language."""
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch
+import pyarrow as pa
 
 from vlm.data.collate import EvalBatch, EvalCollator
 from vlm.data.loader import stream_batches
@@ -16,87 +16,40 @@ from vlm.data.samples import UNNAMED, Captions, select_languages
 from vlm.data.shards import count_samples
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
-from vlm.evaluation.rank_counts import PositivePairs, RankCounts, count_ranks
-from vlm.evaluation.rank_metrics import Ranks, average_precision, normalised_gain
-from vlm.tensor_types import Array, Float, Float32, Int64, Tensor, UInt8
+from vlm.evaluation.bootstrap import (
+    RESAMPLES,
+    STATISTIC_RESAMPLES,
+    Interval,
+    mean_interval,
+    statistic_interval,
+    weighted_median,
+)
+from vlm.evaluation.evaluation_set import IMAGES_AT_ONCE, EvaluationSet, open_evaluation_set
+from vlm.evaluation.features import EvaluatedEncoder, EvaluatedModel
+from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.rank_counts import RankCounts
+from vlm.evaluation.rank_metrics import chance_counts
+from vlm.evaluation.retrieval_metrics import (
+    FlatCaptions,
+    RetrievalResult,
+    SameText,
+    count_retrieval,
+    direction_of,
+    query_values,
+)
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)
 
-# the cut-offs of the literature, as in Karpathy and Fei-Fei 2015
-RECALL_AT = (1, 5, 10)
-GAIN_AT = 10
-IMAGES_AT_ONCE = 256
-# a hundred million pairs take 5 GB
-_MOST_PAIRS = 100_000_000
-# every positive is counted by itself, which is the work of so many passes over the scores
-_MOST_POSITIVES = 32
-
-SameText = Literal["positive", "negative"]
-"""What another image with the same caption text is to a caption: right as well, or wrong (as CLIP_benchmark has it)."""
-
-
-@runtime_checkable
-class DualEncoder(Protocol):
-    """What retrieval needs of a model."""
-
-    @property
-    def view(self) -> EvalTransform:
-        """The transform of its images."""
-        ...
-
-    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B D"]:
-        """Unit vectors of images."""
-        ...
-
-    def embed_texts(self, texts: Sequence[str]) -> Float32[Tensor, "T D"]:
-        """Unit vectors of texts."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Direction:
-    """One direction of retrieval: recall in [0, 1] by cut-off, median rank from 1, number of queries.
-
-    recall is the fraction of queries with a positive in the top k; mean_reciprocal_rank is that of the first positive.
-    ndcg by cut-off and mean_average_precision are of all positives, and absent where only the best one was counted.
-    """
-
-    recall: dict[int, float]
-    median_rank: float
-    num_queries: int
-    mean_reciprocal_rank: float | None = None
-    ndcg: dict[int, float] = field(default_factory=dict)
-    mean_average_precision: float | None = None
-
-    def metrics(self, name: str) -> dict[str, float]:
-        """Flat names to values, each beginning with the name of the direction."""
-        flat = {f"{name}_recall@{k}": value for k, value in self.recall.items()}
-        flat[f"{name}_median_rank"] = self.median_rank
-        if self.mean_reciprocal_rank is not None:
-            flat[f"{name}_mrr"] = self.mean_reciprocal_rank
-        flat |= {f"{name}_ndcg@{k}": value for k, value in self.ndcg.items()}
-        if self.mean_average_precision is not None:
-            flat[f"{name}_map"] = self.mean_average_precision
-        return flat
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalResult:
-    """Both directions over the same images, and how many samples were skipped.
-
-    by_language: the captions of each language alone against all images, where there are several languages.
-    """
-
-    text_to_image: Direction
-    image_to_text: Direction
-    num_images: int
-    num_texts: int
-    num_bad: int = 0
-    by_language: dict[str, "RetrievalResult"] = field(default_factory=dict)
-
-    def metrics(self) -> dict[str, float]:
-        """Flat names to values, as logged."""
-        return self.text_to_image.metrics("text_to_image") | self.image_to_text.metrics("image_to_text")
+ALL_LANGUAGES = "all"
+_TEXT_TO_IMAGE = "text_to_image"
+_IMAGE_TO_TEXT = "image_to_text"
+_ALL_CAPTIONS = "all"
+# recall@k has a handful of different values, the other metrics as many as there are queries
+_MOST_OUTCOMES = 16
+# the median of so many ranks hardly moves, and its draws would take minutes
+_MOST_MEDIAN_RANKS = 50_000
+_MEDIAN_RESAMPLES = 500
 
 
 def iter_sample_batches(shards: Sequence[str], view: EvalTransform | None, *, workers: int) -> Iterable[EvalBatch]:
@@ -106,7 +59,7 @@ def iter_sample_batches(shards: Sequence[str], view: EvalTransform | None, *, wo
 
 
 def evaluate_retrieval(
-    model: DualEncoder,
+    model: EvaluatedEncoder,
     shards: Sequence[str],
     *,
     languages: tuple[str, ...] = (),
@@ -115,174 +68,261 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Embed all images and all their captions, then rank each against all of the other modality.
 
-    captions_each: number of captions per image and language, the first ones; 0 uses all. An image without a caption in
-    these languages is a candidate, but not a query.
+    languages, captions_each: as of `Retrieval`.
 
     Raises:
         UsageError: no sample can be used.
     """
-    images: list[Tensor] = []
-    captions: list[tuple[str, ...]] = []
-    found_languages: set[str] = set()
-    num_bad = 0
-    for batch in iter_sample_batches(shards, model.view, workers=workers):
-        num_bad += len(batch.unread)
-        if batch.decoded:
-            images.append(model.embed_images(batch.images))
-            for sample in batch.decoded:
-                captions.append(_select_captions(sample.captions, languages, captions_each))
-                found_languages.update(sample.captions)
-    available = ", ".join(sorted(filter(None, found_languages)))
-    wanted = ", ".join(languages) or "any language"
-    if not images or not any(captions):
-        hint = f"; its captions are in {available}" if available and languages else ""
-        raise UsageError(f"No image with a caption in {wanted} can be used in {shards[0]} …{hint}.")
-    # captions of unnamed language count as the first one requested
-    for language in () if UNNAMED in found_languages else languages:
-        if language not in found_languages:
-            logger.warning(f"No image has a caption in {language!r}; there are captions in {available}.")
-    if num_without := captions.count(()):
-        logger.warning(
-            f"{num_without:,} of {len(captions):,} images have no caption in {wanted}: they are candidates of the "
-            "texts, but no queries."
-        )
-    texts = list(chain.from_iterable(captions))
-    return measure_retrieval(torch.cat(images).numpy(), model.embed_texts(texts).numpy(), captions, num_bad=num_bad)
+    evaluator = Retrieval(languages=languages, captions_each=captions_each)
+    data = open_evaluation_set("::".join(shards))
+    result, warnings = evaluator.measure(EvaluatedModel(model, workers=workers), data)
+    for warning in warnings:
+        logger.warning(warning)
+    return result
 
 
-def _select_captions(captions: Captions, languages: tuple[str, ...], captions_each: int) -> tuple[str, ...]:
-    selected: list[str] = []
-    try:
-        for texts in select_languages(captions, languages).values():
-            selected += texts[: captions_each or None]
-    except BadSample:
-        return ()
-    return tuple(selected)
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Every caption looks for its image among all images, and every image for its captions among all captions.
 
-
-def measure_retrieval(
-    images: Float32[Array, "N D"],
-    texts: Float32[Array, "T D"],
-    captions: Sequence[Sequence[str]],
-    *,
-    num_bad: int = 0,
-    same_text: SameText = "positive",
-    every_positive: bool = True,
-) -> RetrievalResult:
-    """All metrics in both directions.
-
-    captions: those of each image, in the order of `texts`. Every caption is a query; an image is a positive when it
-    has the same caption text, so that two images with equal captions are no error of the model, unless `same_text`
-    says so. Images without captions are candidates but not queries.
-    every_positive: nDCG and mAP, too, which count all positives of a query.
-
-    Raises:
-        UsageError: captions are so often the same that their pairs would not fit into memory.
+    languages: of the captions; none takes the first of each image, `all` every language of the set. With several, the
+        captions of all are queries and candidates together, and besides those of each language alone.
+    captions_each: captions per image and language, the first ones; 0 uses all. An image without a caption in these
+        languages is a candidate, but not a query.
+    same_text: what another image with the same caption text is to a caption.
+    every_positive: measure nDCG and mAP, too, which count all positives of a query.
+    seed: of the bootstrap.
     """
-    flat_captions = FlatCaptions.from_images(captions)
-    by_text, by_image = count_retrieval(
-        images, texts, flat_captions, same_text=same_text, every_positive=every_positive
-    )
-    return RetrievalResult(
-        text_to_image=direction_of(by_text, query_values(by_text)),
-        image_to_text=direction_of(by_image, query_values(by_image)),
-        num_images=len(images),
-        num_texts=len(flat_captions.texts),
-        num_bad=num_bad,
-    )
 
+    name: str = "retrieval"
+    languages: tuple[str, ...] = ()
+    captions_each: int = 0
+    same_text: SameText = "positive"
+    every_positive: bool = True
+    seed: int = 0
 
-@dataclass(frozen=True)
-class FlatCaptions:
-    """The captions of images one after the other, and the number of the image of each."""
-
-    texts: list[str]
-    images: Int64[Array, " T"]
-
-    @classmethod
-    def from_images(cls, captions: Sequence[Sequence[str]]) -> "FlatCaptions":
-        """Of the captions of each image."""
-        numbers = np.repeat(np.arange(len(captions)), np.fromiter(map(len, captions), np.int64, len(captions)))
-        return cls(list(chain.from_iterable(captions)), numbers)
-
-    def pairs(self, num_images: int, same_text: SameText) -> PositivePairs:
-        """Which captions are right for which images.
+    def run(self, model: EvaluatedModel, data: EvaluationSet) -> Measurement:
+        """Values named as in `RetrievalResult.metrics`, those of a language behind its name (`de/…`), with intervals by
+        image; a row of samples for each query: the expected rank of its first positive, and its best wrong candidate.
 
         Raises:
-            UsageError: there are too many.
+            UsageError: no image with a caption can be used.
+            VlmError: the model has diverged.
         """
-        columns = np.arange(len(self.texts))
-        if same_text == "negative":
-            return PositivePairs(rows=self.images, columns=columns)
-        numbers: dict[str, int] = {}
-        text_of = np.fromiter((numbers.setdefault(text, len(numbers)) for text in self.texts), np.int64)
-        # the images of each text, each once, in the order of the texts
-        image_of_text = np.unique(text_of * num_images + self.images)
-        first = np.searchsorted(image_of_text // max(1, num_images), np.arange(len(numbers) + 1))
-        images_each = np.diff(first)[text_of]
-        num_pairs = int(images_each.sum())
-        if num_pairs > _MOST_PAIRS:
-            raise UsageError(
-                f"{len(self.texts):,} captions with {len(numbers):,} different texts make {num_pairs:,} pairs of an "
-                "image and a right caption, more than fit into memory. Captions this alike name classes: evaluate "
-                "classification, or take fewer images."
-            )
-        before = np.cumsum(images_each) - images_each
-        place = np.arange(num_pairs) - np.repeat(before - first[text_of], images_each)
-        return PositivePairs(rows=image_of_text[place] % max(1, num_images), columns=np.repeat(columns, images_each))
-
-
-def count_retrieval(
-    images: Float32[Array, "N D"],
-    texts: Float32[Array, "T D"],
-    captions: FlatCaptions,
-    *,
-    same_text: SameText = "positive",
-    every_positive: bool = True,
-) -> tuple[RankCounts, RankCounts]:
-    """The counts of texts that look for images, and of images that look for texts.
-
-    every_positive: of all positives of a query, unless it has too many on average; then of the best one, as without.
-
-    Raises:
-        UsageError: there are more pairs than fit into memory.
-        VlmError: an embedding is not finite.
-    """
-    pairs = captions.pairs(len(images), same_text)
-    if every_positive and len(pairs.rows) > _MOST_POSITIVES * len(texts):
-        logger.warning(
-            f"A caption is right for {len(pairs.rows) / len(texts):,.0f} images on average, since so many have the "
-            "same text; nDCG and mAP, which count each of them, are left out."
+        rng = np.random.default_rng(self.seed)
+        combined, warnings = self._all_captions(model, data)
+        values = combined.values(rng)
+        tables = [combined.samples()]
+        by_language: dict[str, RetrievalResult] = {}
+        for language in self._several_languages(combined):
+            scope = combined.of_language(language)
+            values |= scope.values(rng)
+            tables.append(scope.samples())
+            by_language[language] = scope.result()
+        return Measurement(
+            evaluator=self.name,
+            data=data.name,
+            data_digest=data.digest,
+            num_images=len(combined.images),
+            values=values,
+            samples=pa.concat_tables(tables, promote_options="default"),
+            details=replace(combined.result(), by_language=by_language),
+            warnings=warnings,
         )
-        every_positive = False
-    by_image, by_text = count_ranks(images, texts, pairs, every_positive=every_positive)
-    assert by_text is not None
-    return by_text, by_image
+
+    def measure(self, model: EvaluatedModel, data: EvaluationSet) -> tuple[RetrievalResult, tuple[str, ...]]:
+        """The figures alone, without intervals and samples; and what the reader should know of them.
+
+        Raises: as `run`.
+        """
+        combined, warnings = self._all_captions(model, data)
+        by_language: dict[str, RetrievalResult] = {}
+        for language in self._several_languages(combined):
+            by_language[language] = combined.of_language(language).result()
+        return replace(combined.result(), by_language=by_language), warnings
+
+    def _several_languages(self, combined: "_Scope") -> list[str]:
+        """The languages to measure apart; none where there is one only."""
+        present = list(dict.fromkeys(combined.languages.tolist()))
+        return present if len(present) > 1 else []
+
+    def _all_captions(self, model: EvaluatedModel, data: EvaluationSet) -> tuple["_Scope", tuple[str, ...]]:
+        num_all = len(data) + data.num_bad
+        data, images = model.image_features(data)
+        languages = self.languages
+        if languages == (ALL_LANGUAGES,):
+            # captions of no named language count as the first one named
+            held = dict.fromkeys(language for captions in data.captions for language in captions)
+            languages = tuple(filter(None, held))
+        by_image = [_select_captions(captions, languages, self.captions_each) for captions in data.captions]
+        warnings = _check_languages(data, languages, by_image)
+        captions = FlatCaptions.from_images([[text for _, text in of_image] for of_image in by_image])
+        scope = _Scope(
+            evaluator=self,
+            language="",
+            data=data,
+            images=images,
+            captions=captions,
+            languages=np.array([language for of_image in by_image for language, _ in of_image], dtype=object),
+            texts=model.text_features(captions.texts),
+            num_bad=num_all - len(data),
+        )
+        return scope, warnings
 
 
-def query_values(
-    counts: RankCounts, *, recall_at: Sequence[int] = RECALL_AT, gain_at: int = GAIN_AT
-) -> dict[str, Float[Array, " Q"]]:
-    """For each query that has a positive: recall@k, reciprocal rank (mrr) and rank; and where every positive was
-    counted, ndcg@k and average precision (map). All are expectations over the orderings of ties."""
-    ranks = Ranks.from_counts(counts)
-    values = {f"recall@{k}": ranks.hits(k) for k in recall_at}
-    values["mrr"] = ranks.reciprocal()
-    if counts.positives.sum() == counts.num_positives.sum():
-        values[f"ndcg@{gain_at}"] = normalised_gain(counts, gain_at)
-        values["map"] = average_precision(counts)
-    values["rank"] = ranks.expected()
-    return values
+def _select_captions(captions: Captions, languages: tuple[str, ...], captions_each: int) -> list[tuple[str, str]]:
+    """The languages and texts of an image's captions that are evaluated."""
+    selected: list[tuple[str, str]] = []
+    try:
+        for language, texts in select_languages(captions, languages).items():
+            selected += [(language, text) for text in texts[: captions_each or None]]
+    except BadSample:
+        return []
+    return selected
 
 
-def direction_of(counts: RankCounts, values: dict[str, Float[Array, " Q"]]) -> Direction:
-    """The means of `query_values`, and the median of the ranks."""
-    means = {name: float(of_query.mean()) for name, of_query in values.items()}
-    return Direction(
-        recall={int(name.removeprefix("recall@")): mean for name, mean in means.items() if name.startswith("recall@")},
-        median_rank=float(np.median(values["rank"])),
-        num_queries=len(values["rank"]),
-        mean_reciprocal_rank=means["mrr"],
-        ndcg={int(name.removeprefix("ndcg@")): mean for name, mean in means.items() if name.startswith("ndcg@")},
-        mean_average_precision=means.get("map"),
-    )
+def _check_languages(
+    data: EvaluationSet, languages: tuple[str, ...], by_image: list[list[tuple[str, str]]]
+) -> tuple[str, ...]:
+    """What of the requested languages is missing, in words; raises UsageError where there is no caption at all."""
+    held = {language for captions in data.captions for language in captions}
+    available = ", ".join(sorted(filter(None, held)))
+    wanted = ", ".join(languages) or "any language"
+    if not any(by_image):
+        hint = f"; its captions are in {available}" if available and languages else ""
+        raise UsageError(f"No image with a caption in {wanted} can be used in {data.name}{hint}.")
+    warnings: list[str] = []
+    # captions of unnamed language count as the first one requested
+    for language in () if UNNAMED in held else languages:
+        if language not in held:
+            warnings.append(f"No image has a caption in {language!r}; there are captions in {available}.")
+    if num_without := sum(not of_image for of_image in by_image):
+        warnings.append(
+            f"{num_without:,} of {len(by_image):,} images have no caption in {wanted}: they are candidates of the "
+            "texts, but no queries."
+        )
+    return tuple(warnings)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scope:
+    """Captions that are ranked together, of all languages or of one, with all images.
+
+    languages: of each caption. num_bad: images of the set that are left out.
+    """
+
+    evaluator: "Retrieval"
+    language: str
+    data: EvaluationSet
+    images: Float32[Array, "N D"]
+    captions: FlatCaptions
+    languages: Array
+    texts: Float32[Array, "T D"]
+    num_bad: int
+
+    def of_language(self, language: str) -> "_Scope":
+        """The captions of one language."""
+        rows = np.flatnonzero(self.languages == language)
+        return replace(
+            self,
+            language=language,
+            captions=self.captions.select(rows),
+            languages=self.languages[rows],
+            texts=self.texts[rows],
+        )
+
+    @cached_property
+    def counts(self) -> dict[str, RankCounts]:
+        """By direction."""
+        by_text, by_image = count_retrieval(
+            self.images,
+            self.texts,
+            self.captions,
+            same_text=self.evaluator.same_text,
+            every_positive=self.evaluator.every_positive,
+        )
+        return {_TEXT_TO_IMAGE: by_text, _IMAGE_TO_TEXT: by_image}
+
+    @cached_property
+    def query_values(self) -> dict[str, dict[str, Float[Array, " Q"]]]:
+        """By direction and name."""
+        return {direction: query_values(counts) for direction, counts in self.counts.items()}
+
+    def result(self) -> RetrievalResult:
+        """The means and medians."""
+        return RetrievalResult(
+            text_to_image=direction_of(self.query_values[_TEXT_TO_IMAGE]),
+            image_to_text=direction_of(self.query_values[_IMAGE_TO_TEXT]),
+            num_images=len(self.images),
+            num_texts=len(self.texts),
+            num_bad=self.num_bad,
+        )
+
+    def _prefix(self, direction: str) -> str:
+        return f"{self.language}/{direction}_" if self.language else f"{direction}_"
+
+    def values(self, rng: np.random.Generator) -> dict[str, Value]:
+        """The figures of both directions, with intervals by image and what chance gives."""
+        values: dict[str, Value] = {}
+        for direction, counts in self.counts.items():
+            by_chance = query_values(chance_counts(counts.num_positives, counts.num_candidates))
+            images = self._images_of(direction)
+            for name, of_query in self.query_values[direction].items():
+                interval = _rank_interval(of_query, images, rng) if name == "rank" else _interval(of_query, images, rng)
+                chance = np.median(by_chance[name]) if name == "rank" else by_chance[name].mean()
+                shown = "median_rank" if name == "rank" else name
+                values[f"{self._prefix(direction)}{shown}"] = Value(
+                    value=interval.value, low=interval.low, high=interval.high, chance=float(chance)
+                )
+        return values
+
+    def _images_of(self, direction: str) -> Int64[Array, " Q"]:
+        """The image of each query."""
+        queries = self.counts[direction].queries
+        return self.captions.images[queries] if direction == _TEXT_TO_IMAGE else queries
+
+    def samples(self) -> pa.Table:
+        """A row for each query of both directions."""
+        tables = [self._samples_of(direction) for direction in self.counts]
+        return pa.concat_tables(tables, promote_options="default")
+
+    def _samples_of(self, direction: str) -> pa.Table:
+        counts = self.counts[direction]
+        keys = np.array(self.data.keys, dtype=object)
+        texts = np.array(self.captions.texts, dtype=object)
+        has_wrong = counts.best_wrong[counts.queries] >= 0
+        wrong = np.maximum(counts.best_wrong[counts.queries], 0)
+        num_queries = len(wrong)
+        columns: dict[str, Any] = {
+            "key": pa.array(keys[self._images_of(direction)], pa.string()),
+            "direction": pa.array([direction] * num_queries, pa.string()),
+            "captions": pa.array([self.language or _ALL_CAPTIONS] * num_queries, pa.string()),
+            "score": counts.best_score,
+            "wrong_score": pa.array(counts.wrong_score[counts.queries], mask=~has_wrong),
+        }
+        if direction == _TEXT_TO_IMAGE:
+            columns["caption"] = pa.array(texts[counts.queries], pa.string())
+            columns["language"] = pa.array(self.languages[counts.queries], pa.string())
+            columns["wrong_key"] = pa.array(keys[wrong], pa.string(), mask=~has_wrong)
+        else:
+            columns["wrong_key"] = pa.array(keys[self.captions.images[wrong]], pa.string(), mask=~has_wrong)
+            columns["wrong_caption"] = pa.array(texts[wrong], pa.string(), mask=~has_wrong)
+        for name, of_query in self.query_values[direction].items():
+            columns[f"{self._prefix(direction)}{name}"] = of_query
+        return pa.table(columns)
+
+
+def _interval(of_query: Float[Array, " Q"], images: Int64[Array, " Q"], rng: np.random.Generator) -> Interval:
+    # of outcomes draws cost nothing; the others differ from query to query, and each draw has to add them up
+    resamples = RESAMPLES if len(np.unique(of_query)) <= _MOST_OUTCOMES else STATISTIC_RESAMPLES
+    return mean_interval(of_query, rng=rng, clusters=images, share=True, resamples=resamples)
+
+
+def _rank_interval(ranks: Float[Array, " Q"], images: Int64[Array, " Q"], rng: np.random.Generator) -> Interval:
+    if len(ranks) > _MOST_MEDIAN_RANKS:
+        return Interval(value=float(np.median(ranks)), low=None, high=None)
+
+    def median(counts: Int64[Array, "B N"]) -> Float[Array, " B"]:
+        return weighted_median(ranks, counts)
+
+    return statistic_interval(median, len(ranks), rng=rng, clusters=images, resamples=_MEDIAN_RESAMPLES)
