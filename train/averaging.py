@@ -17,7 +17,8 @@ from torch import nn
 from vlm.config import config_differences, lookup
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.retrieval import RECALL_AT, evaluate_retrieval
+from vlm.evaluation.retrieval import evaluate_retrieval
+from vlm.evaluation.retrieval_metrics import RECALL_AT
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.errors import VlmError
-from vlm.evaluation.retrieval import Ranks
+from vlm.evaluation.rank_metrics import Ranks
 from vlm.tensor_types import Array, Bool, Float, Float32, Int
 
 # a block of cosines with 1,000 classes takes 16 MB
