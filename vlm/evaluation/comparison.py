@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vlm.errors import UsageError
 from vlm.evaluation.bootstrap import holm, mean_interval, paired_difference
@@ -135,7 +134,7 @@ def sample_outcomes(measurement: Measurement, value: str) -> tuple[pa.ChunkedArr
     if samples is None or value not in samples.column_names:
         return None
     column = samples[value]
-    present = pc.is_valid(column)
+    present = column.is_valid()
     keys = samples[KEY].filter(present).cast(pa.string())
     return (keys, _floats(column.filter(present))) if len(keys) else None
 
@@ -162,16 +161,28 @@ def format_figure(name: str, figure: float | None) -> str:
 
 
 def format_value(name: str, value: Value) -> str:
-    """A value with half of its interval's width.
+    """A value with half of its interval's width, or the other end of an interval that ends at the value.
 
-    >>> format_value("top1", Value(value=0.4123, low=0.398, high=0.427)), format_value("median_rank", Value(value=2.0))
+    >>> format_value("top1", Value(value=0.4123, low=0.398, high=0.428)), format_value("median_rank", Value(value=2.0))
     ('41.2% ±1.5', '2')
+    >>> format_value("top1", Value(value=1.0, low=0.832, high=1.0))
+    '100.0% ≥83.2'
     """
-    shown = format_figure(name, value.value)
+    return f"{format_figure(name, value.value)} {format_spread(name, value)}".strip()
+
+
+def format_spread(name: str, value: Value) -> str:
+    """The part of `format_value` after the figure; empty where there is no interval."""
     if value.low is None or value.high is None:
-        return shown
-    half_width = (value.high - value.low) / 2
-    return f"{shown} ±{100 * half_width:.1f}" if is_share(name) else f"{shown} ±{half_width:,.2g}"
+        return ""
+    scale = 100 if is_share(name) else 1
+    digits = ".1f" if is_share(name) else ",.2g"
+    # half the width would place such an interval around a value that it ends at
+    if value.low < value.high == value.value:
+        return f"≥{format(scale * value.low, digits)}"
+    if value.high > value.low == value.value:
+        return f"≤{format(scale * value.high, digits)}"
+    return f"±{format(scale * ((value.high - value.low) / 2), digits)}"
 
 
 def format_range(name: str, low: float | None, high: float | None) -> str:
@@ -224,10 +235,12 @@ def _differences_of(
 def _with_test(
     entry: ValueDifference, first: Measurement, second: Measurement, rng: np.random.Generator
 ) -> ValueDifference:
-    outcomes = sample_outcomes(first, entry.value), sample_outcomes(second, entry.value)
-    if outcomes[0] is None or outcomes[1] is None:
+    first_outcomes = sample_outcomes(first, entry.value)
+    second_outcomes = sample_outcomes(second, entry.value)
+    if first_outcomes is None or second_outcomes is None:
         return entry
-    (first_keys, first_values), (second_keys, second_values) = outcomes
+    first_keys, first_values = first_outcomes
+    second_keys, second_values = second_outcomes
     first_rows, second_rows = _shared_rows(first_keys, second_keys)
     # a test on other samples than those of the two values would say something else than the difference does
     if len(first_rows) < max(len(first_keys), len(second_keys)):
@@ -277,7 +290,7 @@ def _numbered(keys: Iterable[str]) -> Iterator[tuple[str, int]]:
 
 def _clusters(keys: pa.ChunkedArray) -> Int64[Array, " N"] | None:
     """A number for each row, the same for rows of the same image; None where each row is another image."""
-    codes = pc.dictionary_encode(keys).combine_chunks()
+    codes = keys.dictionary_encode().combine_chunks()
     return None if len(codes.dictionary) == len(keys) else codes.indices.to_numpy().astype(np.int64)
 
 

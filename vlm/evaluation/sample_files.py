@@ -80,10 +80,9 @@ def read_samples(path: Path) -> SavedSamples:
     return SavedSamples(model=described["model"], fingerprint=described["fingerprint"], measurement=measurement)
 
 
-def _value(figures: dict[str, float | None]) -> Value:
+def _value(figures: dict[str, Any]) -> Value:
     # JSON has null for a figure that is not finite
-    value = figures["value"]
-    return Value(**(figures | {"value": float("nan") if value is None else value}))
+    return Value(**(figures | {"value": float("nan") if figures["value"] is None else figures["value"]}))
 
 
 def _write(path: Path, model: ModelMeasurements, measurement: Measurement) -> None:

@@ -1,0 +1,310 @@
+"""An evaluation as a page: figures with intervals, models side by side, curves, classes, and the worst mistakes."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlm.evaluation.comparison import (
+    Comparison,
+    ValueDifference,
+    format_difference,
+    format_figure,
+    format_range,
+    format_spread,
+    format_value,
+    is_share,
+)
+from vlm.evaluation.evaluation_set import EvaluationSet
+from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.mistakes import Mistake, Thumbnails, count_wrong, worst_mistakes
+from vlm.evaluation.report_charts import (
+    ClassRow,
+    ConditionRow,
+    ConfusionRow,
+    LineChart,
+    class_rows,
+    condition_rows,
+    confusion_rows,
+    is_drawn,
+    line_charts,
+)
+from vlm.files import write_text
+from vlm.pages import Provenance, render
+
+# of images, in base64; with tables and curves a page stays below some 6 MB
+_IMAGE_BYTES = 4_000_000
+_MISTAKES_OF_A_SECTION = 24
+_LEAST_MISTAKES = 6
+_CLASSES_SHOWN = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """A model's value: the figure with its interval, its share of a bar, and how it differs from the first model's."""
+
+    figure: str = "–"
+    interval: str = ""
+    share: float | None = None
+    difference: str = ""
+    difference_interval: str = ""
+    p: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ValueRow:
+    """A value of all models. section: number of the section it is from."""
+
+    name: str
+    cells: tuple[_Cell, ...]
+    chance: str = ""
+    section: int = 0
+    heading: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Confusions:
+    model: str
+    rows: list[ConfusionRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mistakes:
+    model: str
+    shown: list[Mistake]
+    num_wrong: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """What an evaluator says of all models on one set. drawn_rows: values that stand in curves and conditions, too."""
+
+    evaluator: str
+    data: str
+    num_images: int
+    rows: list[_ValueRow]
+    drawn_rows: list[_ValueRow]
+    charts: list[LineChart]
+    classes: list[ClassRow]
+    confusions: list[_Confusions]
+    clean_name: str
+    conditions: list[ConditionRow]
+    mistakes: list[_Mistakes]
+
+    @property
+    def heading(self) -> str:
+        """Evaluator and set."""
+        return f"{self.evaluator} · {self.data}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Warning:
+    model: str
+    heading: str
+    text: str
+
+
+def write_evaluation_page(
+    comparison: Comparison,
+    path: Path,
+    *,
+    sets: Mapping[str, EvaluationSet] | None = None,
+    provenance: Provenance | None = None,
+    seed: int = 0,
+) -> None:
+    """Write `evaluation_page` to a file, atomically."""
+    write_text(path, evaluation_page(comparison, sets=sets, provenance=provenance, seed=seed))
+
+
+def evaluation_page(
+    comparison: Comparison,
+    *,
+    sets: Mapping[str, EvaluationSet] | None = None,
+    provenance: Provenance | None = None,
+    seed: int = 0,
+) -> str:
+    """The page of one or several models: warnings, main values side by side, and a section for each measurement.
+
+    comparison: of `compare`. sets: by the name that measurements give as their data, for the images of mistakes; a
+    page without them has their texts. seed: of the intervals of classes.
+    """
+    names = short_names([model.model for model in comparison.models])
+    thumbnails = Thumbnails(sets=sets or {}, bytes_left=_IMAGE_BYTES)
+    rng = np.random.default_rng(seed)
+    sections: list[_Section] = []
+    for number, (evaluator, data) in enumerate(comparison.measured()):
+        sections.append(_section(comparison, names, number, evaluator, data, thumbnails, rng))
+    libraries = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    return render(
+        "evaluation_page.html",
+        provenance=provenance,
+        title=_title(names),
+        names=names,
+        models=comparison.models,
+        warnings=_warnings(comparison, names),
+        sections=sections,
+        main_rows=_main_rows(sections),
+        sets=_described_sets(comparison),
+        libraries=libraries,
+        max_classes=_CLASSES_SHOWN,
+        format_figure=format_figure,
+        format_spread=format_spread,
+        format_difference=format_difference,
+    )
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The parts of paths in which models differ; of a single one its last part, or the folder of one called model.
+
+    >>> short_names(["/runs/fashion/model", "/runs/emoji/model"]), short_names(["/runs/fashion/model"])
+    (['fashion', 'emoji'], ['fashion'])
+    """
+    parts = [[part for part in name.split("/") if part] or [name] for name in names]
+    if len(parts) == 1:
+        (only,) = parts
+        return [only[-2] if only[-1] == "model" and len(only) > 1 else only[-1]]
+    shortest = min(map(len, parts))
+    skipped = 0
+    while skipped < shortest - 1 and len({tuple(part[: skipped + 1]) for part in parts}) == 1:
+        skipped += 1
+    parts = [part[skipped:] for part in parts]
+    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return ["/".join(part) for part in parts]
+
+
+def _title(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"Evaluation of {names[0]}"
+    return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(names) < 4 else f"{len(names)} models compared"
+
+
+def _section(
+    comparison: Comparison,
+    names: Sequence[str],
+    number: int,
+    evaluator: str,
+    data: str,
+    thumbnails: Thumbnails,
+    rng: np.random.Generator,
+) -> _Section:
+    measurements = [model.find(evaluator, data) for model in comparison.models]
+    by_name = list(zip(names, measurements, strict=True))
+    measured = [(name, measurement) for name, measurement in by_name if measurement is not None]
+    clean_name, conditions = condition_rows(by_name)
+    rows = _value_rows(comparison, measurements, number, evaluator, data)
+    confusions: list[_Confusions] = []
+    for name, measurement in measured:
+        pairs = confusion_rows(measurement)
+        if pairs:
+            confusions.append(_Confusions(model=name, rows=pairs))
+    return _Section(
+        evaluator=evaluator,
+        data=data,
+        num_images=measured[0][1].num_images,
+        rows=[row for row in rows if not is_drawn(row.name)],
+        drawn_rows=[row for row in rows if is_drawn(row.name)],
+        charts=line_charts(by_name),
+        classes=class_rows(by_name, rng=rng),
+        confusions=confusions,
+        clean_name=clean_name,
+        conditions=conditions,
+        mistakes=_mistakes(measured, thumbnails),
+    )
+
+
+def _mistakes(measured: Sequence[tuple[str, Measurement]], thumbnails: Thumbnails) -> list[_Mistakes]:
+    limit = max(_MISTAKES_OF_A_SECTION // len(measured), _LEAST_MISTAKES)
+    galleries: list[_Mistakes] = []
+    for name, measurement in measured:
+        shown = worst_mistakes(measurement, thumbnails, limit=limit)
+        if shown:
+            galleries.append(_Mistakes(model=name, shown=shown, num_wrong=count_wrong(measurement)))
+    return galleries
+
+
+def _value_rows(
+    comparison: Comparison, measurements: Sequence[Measurement | None], number: int, evaluator: str, data: str
+) -> list[_ValueRow]:
+    value_names: dict[str, None] = {}
+    for measurement in measurements:
+        value_names |= dict.fromkeys(measurement.values if measurement else ())
+    rows: list[_ValueRow] = []
+    for name in value_names:
+        cells: list[_Cell] = []
+        chance: float | None = None
+        for model, measurement in zip(comparison.models, measurements, strict=True):
+            value = measurement.values.get(name) if measurement else None
+            if value is None:
+                cells.append(_Cell())
+                continue
+            chance = value.chance if chance is None else chance
+            cells.append(_cell(name, value, comparison.find(evaluator, data, name, model.model)))
+        shown_chance = "" if chance is None else format_figure(name, chance)
+        rows.append(_ValueRow(name=name, cells=tuple(cells), chance=shown_chance, section=number))
+    return rows
+
+
+def _cell(name: str, value: Value, difference: ValueDifference | None) -> _Cell:
+    cell = _Cell(
+        figure=format_value(name, value),
+        interval=format_range(name, value.low, value.high),
+        share=value.value if is_share(name) and np.isfinite(value.value) else None,
+    )
+    if difference is None:
+        return cell
+    return replace(
+        cell,
+        difference=format_difference(name, difference.difference),
+        difference_interval=format_range(name, difference.low, difference.high),
+        p="" if difference.adjusted_p is None else format_p(difference.adjusted_p),
+        verdict=_verdict(name, difference),
+    )
+
+
+def format_p(p: float) -> str:
+    """A p value in two digits, the smallest as a bound.
+
+    >>> format_p(0.0312), format_p(0.00004)
+    ('p = 0.031', 'p < 0.001')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def _verdict(name: str, difference: ValueDifference) -> str:
+    """better or worse where the difference is significant, else nothing."""
+    if not difference.is_significant:
+        return ""
+    lowered = name.lower()
+    is_lower_better = not is_share(name) or any(word in lowered for word in ("error", "drop", "overconfidence"))
+    return "better" if (difference.difference > 0) != is_lower_better else "worse"
+
+
+def _warnings(comparison: Comparison, names: Sequence[str]) -> list[_Warning]:
+    warnings: list[_Warning] = []
+    for name, model in zip(names, comparison.models, strict=True):
+        for measurement in model.measurements:
+            heading = f"{measurement.evaluator} · {measurement.data}"
+            warnings += [_Warning(model=name, heading=heading, text=text) for text in measurement.warnings]
+    return warnings
+
+
+def _main_rows(sections: Sequence[_Section]) -> list[_ValueRow]:
+    """The first value of each section."""
+    rows: list[_ValueRow] = []
+    for section in sections:
+        first = [*section.rows, *section.drawn_rows][:1]
+        rows += [replace(row, heading=section.heading) for row in first]
+    return rows
+
+
+def _described_sets(comparison: Comparison) -> list[dict[str, str | int]]:
+    sets: dict[tuple[str, str], int] = {}
+    for model in comparison.models:
+        for measurement in model.measurements:
+            sets.setdefault((measurement.data, measurement.data_digest), measurement.num_images)
+    return [{"data set": data, "images": number, "digest": digest} for (data, digest), number in sets.items()]
