@@ -18,9 +18,10 @@ from vlm.console import show_json
 from vlm.data.shards import expand_shards
 from vlm.data.transforms import EvalTransform
 from vlm.evaluation.eval_report import Evaluation
+from vlm.evaluation.evaluation_set import label_of
 from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import measure_retrieval
-from vlm.evaluation.zero_shot import ZeroShot, label_of, measure_zero_shot
+from vlm.evaluation.zero_shot import ZeroShot, measure_zero_shot
 
 
 @dataclass(frozen=True, kw_only=True)

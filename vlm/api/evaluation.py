@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,6 @@ from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, os_errors_explained
 from vlm.evaluation.caption_accuracy import measure_caption_truth
 from vlm.evaluation.caption_evaluator import CaptionMetrics
-from vlm.evaluation.class_prompts import read_class_list, read_templates
 from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
@@ -23,6 +22,7 @@ from vlm.evaluation.zero_shot import evaluate_zero_shot
 from vlm.files import write_text
 from vlm.models.model import VisionLanguageModel
 from vlm.pages import Provenance
+from vlm.text_lists import text_list
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def evaluate(
     classes: str | Path | None = None,
     label: str = "label",
     class_names: str | Path | Sequence[str] = (),
-    templates: Sequence[str] = (),
+    templates: str | Sequence[str] = (),
+    class_descriptions: str | Path | Mapping[str, Sequence[str]] = "",
     captions: Shards | None = None,
     prompt: str = "",
     meteor: bool = False,
@@ -51,7 +52,10 @@ def evaluate(
     Args:
         retrieval: shards for image-text retrieval, with `captions_each` captions (0: all) per image and language.
         classes: class folders, or shards with the class in the metadata field `label`; `class_names` are the
-            candidates, those of the data if not given, and `templates` the prompts.
+            candidates, those of the data if not given, and `templates` the prompts: sentences with {}, files of them,
+            or names of sets such as `openai` and `simple`. `class_descriptions`: sentences by class name, or a JSON
+            file of them, as prompts beside the templates given, or alone. Names and templates may be JSON files with a
+            list for each language.
         captions: shards whose images the model captions, beginning with `prompt`; compared with their captions
             (`meteor`: by METEOR, too, which needs Java), or, of synthetic shapes, checked against the scene.
         out: folder for evaluation.json and report.html.
@@ -74,21 +78,19 @@ def evaluate(
         )
         measured = replace(measured, retrieval=result)
     if classes:
-        names = read_class_list(str(class_names)) if isinstance(class_names, str | Path) else list(class_names)
         zero_shot = evaluate_zero_shot(
-            model, str(classes), label=label, names=names, templates=read_templates(templates), workers=workers
+            model,
+            str(classes),
+            label=label,
+            names=class_names,
+            templates=text_list(templates, "templates"),
+            descriptions=class_descriptions,
+            workers=workers,
         )
         measured = replace(measured, zero_shot=zero_shot)
     if captions:
-        data = open_evaluation_set(join_shards(captions))
-        if "scene" in data.metadata[0]:
-            shards = expand_shards(join_shards(captions))
-            truth = measure_caption_truth(model, shards, prompt=prompt, workers=workers)
-            measured = replace(measured, caption_truth=truth)
-        else:
-            evaluator = CaptionMetrics(prompt=prompt, languages=tuple(languages), meteor=meteor)
-            measurement = evaluator.run(EvaluatedModel(model, workers=workers), data)
-            measured = replace(measured, captions=measurement.details)
+        evaluator = CaptionMetrics(prompt=prompt, languages=tuple(languages), meteor=meteor)
+        measured = _measure_captions(measured, model, join_shards(captions), evaluator, workers)
     if out is not None:
         data = EvalData(
             retrieval=join_shards(retrieval) if retrieval else "",
@@ -97,6 +99,19 @@ def evaluate(
         )
         _write_evaluation(measured, Path(out), data)
     return measured
+
+
+def _measure_captions(
+    measured: Evaluation, model: VisionLanguageModel, captions: str, evaluator: CaptionMetrics, workers: int
+) -> Evaluation:
+    """Against the scenes of drawn images; against the captions of others."""
+    data = open_evaluation_set(captions)
+    if "scene" in data.metadata[0]:
+        shards = expand_shards(captions)
+        truth = measure_caption_truth(model, shards, prompt=evaluator.prompt, workers=workers)
+        return replace(measured, caption_truth=truth)
+    measurement = evaluator.run(EvaluatedModel(model, workers=workers), data)
+    return replace(measured, captions=measurement.details)
 
 
 def _write_evaluation(evaluation: Evaluation, out: Path, data: EvalData) -> None:

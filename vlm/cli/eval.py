@@ -34,10 +34,16 @@ class Eval:
     """Metadata field with the class of a sample; dots select nested fields."""
 
     class_names: str = ""
-    """Candidate classes: a,b,c or a file with one per line; empty uses the classes of the data."""
+    """Candidate classes: a,b,c, a file with one per line, a JSON file with a list for each language, or imagenet; empty
+    uses the classes of the data."""
 
     templates: tuple[str, ...] = ()
-    """Prompt templates with {} or {c} for the class name, or files with one per line; empty uses three common ones."""
+    """Prompt templates with {} or {c} for the class name, files with one per line, a JSON file with a list for each
+    language, or names of sets: openai (80), simple (7), cifar, pets, food, aircraft, flowers, satellite, texture; empty
+    uses three common ones."""
+
+    class_descriptions: str = ""
+    """JSON file with a list of sentences for each class, as prompts beside the templates given, or alone."""
 
     captions: str = ""
     """Shards to caption: compared with their captions (BLEU, ROUGE-L, CIDEr), or checked against synthetic scenes."""

@@ -29,7 +29,8 @@ class Classify:
     """Candidate classes: a,b,c or a file with one per line."""
 
     templates: tuple[str, ...] = ()
-    """Prompt templates with {} or {c} for the class name, or files with one per line; default: three common ones."""
+    """Prompt templates with {} or {c} for the class name, files with one per line, or names of sets such as openai (80)
+    and simple (7); default: three common ones."""
 
     top: int = 5
     """Classes shown per image."""

@@ -14,6 +14,8 @@ from vlm.tensor_types import Array, Bool, Float, Float32, Int
 _IMAGES_AT_ONCE = 4096
 # a block of cosines with a million images takes 64 MB
 _CLASSES_AT_ONCE = 16
+# 32 MB of numbers of images
+_DRAWN_AT_ONCE = 4_000_000
 
 LabelSets = Sequence[Sequence[int]]
 """The right classes of each image by number: one, several (any is right), or none."""
@@ -40,6 +42,10 @@ class ClassRanking:
         """Which images have a right class; only they count for accuracies, as with ReaL labels (Beyer et al. 2020)."""
         return self.truth >= 0
 
+    def hits(self, k: int) -> Float[Array, " M"]:
+        """Probability of a right class in the top k, of each image that has one."""
+        return self.ranks.hits(k)[self.has_truth]
+
 
 def rank_classes(
     images: Float32[Array, "N D"], classifier: Float32[Array, "K D"], truths: LabelSets, *, logit_scale: float = 1.0
@@ -51,8 +57,7 @@ def rank_classes(
     Raises:
         VlmError: a cosine is not finite: the model has diverged.
     """
-    distinct, column_of = np.unique(classifier, axis=0, return_inverse=True)
-    column_of = column_of.reshape(-1)
+    distinct, column_of = _distinct_rows(classifier)
     columns: dict[str, list[np.ndarray]] = {}
     for first in range(0, len(images), _IMAGES_AT_ONCE):
         # equal classes get one column: a product of matrices may round equal columns differently, and break a tie
@@ -91,6 +96,15 @@ def _rank_block(scores: np.ndarray, is_right: np.ndarray, logit_scale: float) ->
     }
 
 
+def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that differ, and for each row which of these it is."""
+    number_of: dict[bytes, int] = {}
+    # 0.0 makes the two zeros one
+    numbers = [number_of.setdefault(row.tobytes(), len(number_of)) for row in rows + np.float32(0.0)]
+    inverse = np.asarray(numbers, dtype=np.int64)
+    return rows[np.unique(inverse, return_index=True)[1]], inverse
+
+
 def label_matrix(truths: LabelSets, num_classes: int) -> Bool[Array, "N K"]:
     """Whether a class is right for an image."""
     matrix = np.zeros((len(truths), num_classes), bool)
@@ -101,23 +115,17 @@ def label_matrix(truths: LabelSets, num_classes: int) -> Bool[Array, "N K"]:
 
 def chance_of_hit(truths: LabelSets, num_classes: int, k: int) -> float:
     """Expected accuracy at k of random guessing, over the images that have a right class."""
-    chances: list[float] = []
-    for classes in truths:
-        if classes:
-            miss = 1.0
-            # k different classes are drawn, none of them right
-            for drawn in range(min(k, num_classes)):
-                miss *= max(num_classes - drawn - len(set(classes)), 0) / (num_classes - drawn)
-            chances.append(1.0 - miss)
-    return float(np.mean(chances))
+    num_right = np.asarray([len(set(classes)) for classes in truths if classes], dtype=np.int64)
+    return Ranks.by_chance(num_right, num_classes).recall(k)
 
 
 def class_means(
-    outcomes: Float[Array, " N"], truth: Int[Array, " N"], num_classes: int
+    outcomes: Float[Array, " N"], truths: LabelSets, num_classes: int
 ) -> tuple[Float[Array, " K"], Int[Array, " K"]]:
-    """Mean outcome and number of images of each class; NaN for a class without images."""
-    totals = np.bincount(truth, minlength=num_classes)
-    sums = np.bincount(truth, weights=outcomes, minlength=num_classes)
+    """Mean outcome and number of images of each class, an image counting for all of its own; NaN without images."""
+    rows, classes = np.nonzero(label_matrix(truths, num_classes))
+    totals = np.bincount(classes, minlength=num_classes)
+    sums = np.bincount(classes, weights=outcomes[rows], minlength=num_classes)
     return np.where(totals > 0, sums / np.maximum(totals, 1), np.nan), totals
 
 
@@ -132,8 +140,10 @@ def resampled_class_means(
     total = np.zeros(num_resamples)
     for number in present:
         of_class = outcomes[truth == number]
-        drawn = rng.integers(len(of_class), size=(num_resamples, len(of_class)))
-        total += of_class[drawn].mean(axis=1)
+        at_once = max(1, _DRAWN_AT_ONCE // len(of_class))
+        for first in range(0, num_resamples, at_once):
+            block = total[first : first + at_once]
+            block += of_class[rng.integers(len(of_class), size=(len(block), len(of_class)))].mean(axis=1)
     return total / len(present)
 
 
@@ -158,7 +168,7 @@ def confusion_pairs(
     for number, (true, predicted) in sorted(wrong, key=lambda entry: (-entry[0], entry[1]))[:limit]:
         share = number / totals[true]
         pairs.append(
-            ConfusionPair(truth=names[true], prediction=names[predicted], num_images=number, share=share),
+            ConfusionPair(truth=names[int(true)], prediction=names[int(predicted)], num_images=number, share=share),
         )
     return tuple(pairs)
 
@@ -179,8 +189,10 @@ def average_precisions(
     weights = np.ones((1, len(images)), np.int64) if counts is None else counts
     is_right = label_matrix(truths, len(classifier))
     result = np.full((len(weights), len(classifier)), np.nan)
+    # as with classes: equal images have to score equally
+    distinct, row_of = _distinct_rows(images)
     for first in range(0, len(classifier), _CLASSES_AT_ONCE):
-        scores = images @ classifier[first : first + _CLASSES_AT_ONCE].T
+        scores = (distinct @ classifier[first : first + _CLASSES_AT_ONCE].T)[row_of]
         for offset in range(scores.shape[1]):
             positives = is_right[:, first + offset]
             if positives.any():

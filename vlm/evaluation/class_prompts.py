@@ -7,6 +7,7 @@ splits: `classnames.txt` and `zeroshot_classification_templates.txt`, whose temp
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,16 @@ from vlm.console import read_text
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source_registry import holds_shards
 from vlm.errors import UsageError
-from vlm.evaluation.prompt_ensembles import IMAGENET, TEMPLATE_SETS, imagenet_class_names, template_set
+from vlm.evaluation.prompt_ensembles import (
+    IMAGENET,
+    TEMPLATE_SETS,
+    Descriptions,
+    described_prompts,
+    imagenet_class_names,
+    read_by_language,
+    read_descriptions,
+    template_set,
+)
 from vlm.storage import is_remote
 from vlm.tensor_types import Array, Float32
 
@@ -153,6 +163,124 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:  # a long list of names is longer than a file name can be
         return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTexts:
+    """The classes in a language: class_list by number, names each once, and the prompts of each name.
+
+    language: empty where only one is given.
+    """
+
+    language: str
+    class_list: tuple[str, ...]
+    names: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_prompts(self) -> int:
+        """Of all classes together."""
+        return sum(map(len, self.prompts))
+
+
+def class_texts(
+    class_names: str | Sequence[str],
+    templates: Sequence[str] = (),
+    descriptions: str | Descriptions = "",
+) -> tuple[ClassTexts, ...]:
+    """The classes in each language, first the one that the others are translations of.
+
+    class_names: names, or what `read_class_list` reads, or a JSON file with a list for each language.
+    templates: what `read_templates` reads, or a JSON file with a list for each language; where there are none, the
+        three common ones, and for further languages the name alone.
+    descriptions: sentences by name in the first language, or their file; prompts beside the templates given, or alone.
+
+    Raises:
+        UsageError: there is no name; lists of languages differ in length; a language has no templates; also as those.
+    """
+    lists = _class_lists(class_names)
+    by_language = read_by_language(templates[0], "templates") if len(templates) == 1 else None
+    if by_language is not None and set(lists) - set(by_language):
+        missing = sorted(set(lists) - set(by_language))[0]
+        raise UsageError(
+            f"{templates[0]} has no templates in {missing!r}, only in {', '.join(by_language)}; class names and "
+            "templates by language need the same ones."
+        )
+    shared = [] if by_language is not None else read_templates(templates)
+    described = read_descriptions(descriptions) if isinstance(descriptions, str) and descriptions else descriptions
+    first = next(iter(lists.values()))
+    positions: dict[str, int] = {}
+    for position, name in enumerate(first):
+        # a name that stands twice is one class, in other languages too
+        positions.setdefault(name, position)
+    results: list[ClassTexts] = []
+    for language, class_list in lists.items():
+        names = tuple(class_list[positions[name]] for name in unique_names(first))
+        of_language = shared if by_language is None else read_templates(by_language[language])
+        # descriptions are by the names of the first language
+        prompts = _prompts(names, of_language, described if not results else "", is_first=not results)
+        results.append(ClassTexts(language=language, class_list=tuple(class_list), names=names, prompts=prompts))
+    return tuple(results)
+
+
+def _prompts(
+    names: Sequence[str], templates: Sequence[str], descriptions: str | Descriptions, *, is_first: bool
+) -> tuple[tuple[str, ...], ...]:
+    if not templates and not descriptions:
+        templates = DEFAULT_TEMPLATES if is_first else ("{}",)
+    described = described_prompts(names, descriptions) if not isinstance(descriptions, str) else [[] for _ in names]
+    prompts: list[tuple[str, ...]] = []
+    for name, sentences in zip(names, described, strict=True):
+        prompts.append((*(fill_template(template, name) for template in templates), *sentences))
+    return tuple(prompts)
+
+
+def _class_lists(class_names: str | Sequence[str]) -> dict[str, list[str]]:
+    """Class names by number for each language."""
+    if not isinstance(class_names, str):
+        lists = {"": list(class_names)}
+    else:
+        lists = read_by_language(class_names, "class names") or {"": read_class_list(class_names)}
+    language, first = next(iter(lists.items()))
+    if not unique_names(first):
+        raise UsageError("There is no class name; give names as a,b,c or a file with one a line.")
+    for other, class_list in lists.items():
+        if len(class_list) != len(first):
+            raise UsageError(
+                f"{class_names} has {len(class_list)} class names in {other!r} and {len(first)} in {language!r}; "
+                "each language needs all, in the same order."
+            )
+    return lists
+
+
+def class_numbers(
+    labels: Sequence[Sequence[str]], languages: Sequence[ClassTexts], own_list: Sequence[str] = ()
+) -> list[list[int]]:
+    """The numbers of the classes of each image: positions in `names`.
+
+    labels: of each image, by name in any of the languages, by number in the list of classes, or by name in the list of
+        the set itself (own_list) where that is as long.
+
+    Raises:
+        UsageError: one is neither.
+    """
+    number_of: dict[str, int] = {}
+    for texts in languages:
+        for number, name in enumerate(texts.names):
+            number_of.setdefault(name, number)
+    for position, name in enumerate(languages[0].class_list):
+        if name:
+            # a name that is a number goes by what it says
+            number_of.setdefault(str(position), number_of[name])
+    if len(own_list) == len(languages[0].class_list):
+        for position, name in enumerate(own_list):
+            if str(position) in number_of:
+                number_of.setdefault(name, number_of[str(position)])
+    distinct = set[str]().union(*labels)
+    unknown = sorted(distinct - set(number_of))
+    if unknown:
+        raise UsageError(f"{len(unknown)} classes of the images are not among the names: {unknown[:5]}")
+    return [[number_of[label] for label in of_image] for of_image in labels]
 
 
 def class_vectors(prompts: Float32[Array, "N D"], num_prompts: Sequence[int]) -> Float32[Array, "K D"]:

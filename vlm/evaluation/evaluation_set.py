@@ -397,7 +397,8 @@ def _classes_of(content: bytes | None, key: str, class_list: Sequence[str]) -> t
 def labels_of(metadata: dict[str, Any], label: str, key: str) -> tuple[str, ...]:
     """The class names of a sample: those of a list, else the one of `label_of`."""
     value = _nested(metadata, label, key)
-    if isinstance(value, list) and value and all(isinstance(name, str | int) for name in value):
+    # an empty list: an image of none of the classes
+    if isinstance(value, list) and all(isinstance(name, str | int) for name in value):
         return tuple(map(str, value))
     return (label_of(metadata, label, key),)
 

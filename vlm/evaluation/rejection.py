@@ -221,7 +221,7 @@ def read_reject_rule(value: str | float) -> RejectRule:
     try:
         threshold = float(value)
     except ValueError:
-        return _read_rule_file(Path(value))
+        return _read_rule_file(Path(str(value)))
     if not (math.isfinite(threshold) and -1 <= threshold <= 1):
         raise UsageError(f"The reject threshold {value} is out of range: a cosine is from -1 to 1.")
     return RejectRule(threshold=threshold)
