@@ -4,7 +4,8 @@
     benchmarks/run serving_soak [--minutes 30] [--rows 20000] [--searchers 6] [--json]
 
 Nothing may fail but what is asked to; after an answered addition its row is found, after a deletion it is gone; answers
-equal those of the index opened directly; while the newest version is damaged the one before answers; memory stays flat.
+equal those of the index opened directly; while the newest version is damaged the one before answers; memory and
+the number of open files stay flat.
 Exit code 1 if any of that is not so. In one minute: --minutes 1 --rows 5000.
 """
 
@@ -38,6 +39,7 @@ from parts.soak_clients import Soak
 
 TOKEN = "soak"
 MOST_FAULTS_SHOWN = 10
+MOST_NEW_FILES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +89,17 @@ def _soak(arguments: Arguments, folder: Path) -> dict[str, Any]:
     with _running(corpus.index, folder / "server.log") as (address, process):
         say(f"{arguments.minutes:g} minutes of load on {address} …")
         soak = Soak(address=address, index=corpus.index, captions=corpus.captions, vectors=corpus.queries, token=TOKEN)
-        memory = asyncio.run(_load(soak, arguments, process))
+        memory, open_files = asyncio.run(_load(soak, arguments, process))
     log = (folder / "server.log").read_text(errors="replace")
     faults = list(soak.seen.faults)
     if "Traceback" in log:
         faults.insert(0, f"the server's log has a traceback, which ends: {_end_of_traceback(log)}")
+    if open_files[-1] > open_files[0] + MOST_NEW_FILES:
+        faults.append(f"the server holds {open_files[-1]} files open, {open_files[0]} at the start")
     if process.returncode:
         faults.append(f"the server ended with {process.returncode}: {log[-1000:]}")
-    return {"counts": dict(soak.seen.counts), "memory": _memory_figures(memory), "faults": faults}
+    figures = _memory_figures(memory) | {"open files, at most": float(max(open_files))}
+    return {"counts": dict(soak.seen.counts), "memory": figures, "faults": faults}
 
 
 def _end_of_traceback(log: str) -> str:
@@ -104,8 +109,10 @@ def _end_of_traceback(log: str) -> str:
     return "\n".join(lines[max(0, last - 12) : last + 1])
 
 
-async def _load(soak: Soak, arguments: Arguments, process: subprocess.Popen[bytes]) -> list[tuple[float, float]]:
-    """Run all clients; memory of the server in MB by the second."""
+async def _load(
+    soak: Soak, arguments: Arguments, process: subprocess.Popen[bytes]
+) -> tuple[list[tuple[float, float]], list[int]]:
+    """Run all clients; memory of the server in MB by the second, and the files it holds open."""
     tasks = [asyncio.create_task(soak.search_on(seed)) for seed in range(arguments.searchers)]
     tasks += [asyncio.create_task(soak.change_on()), asyncio.create_task(soak.compare_on())]
     tasks.append(asyncio.create_task(_every(soak, arguments.compaction_seconds, soak.compact_now)))
@@ -113,12 +120,14 @@ async def _load(soak: Soak, arguments: Arguments, process: subprocess.Popen[byte
     server = psutil.Process(process.pid)
     began = time.monotonic()
     memory: list[tuple[float, float]] = []
+    open_files: list[int] = []
     while time.monotonic() - began < 60 * arguments.minutes and process.poll() is None:
         await asyncio.sleep(1)
         memory.append((time.monotonic() - began, server.memory_full_info().uss / 1e6))
+        open_files.append(server.num_fds())
     soak.is_over.set()
     await asyncio.gather(*tasks)
-    return memory
+    return memory, open_files
 
 
 async def _every(soak: Soak, seconds: float, act: Any) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
@@ -164,6 +164,11 @@ class ShardSet:
             self._open.pop(next(iter(self._open))).close()
         return reader
 
+    def close(self) -> None:
+        """Release the files of the shards; a later read opens them again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
@@ -269,7 +274,8 @@ def _receive(
 ) -> Generator[BatchT, None, None]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""
     is_any_cached = any(map(needs_cache, shard_set.shards))
-    with Prefetcher(shard_set.cache, shard_set.shards) as prefetcher:
+    # without workers this process reads the shards itself; a service streams batches as long as it lives
+    with closing(shard_set), Prefetcher(shard_set.cache, shard_set.shards) as prefetcher:
         for number in numbers:
             if is_any_cached:
                 prefetcher.request(plan.upcoming_shards(number))

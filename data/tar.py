@@ -610,6 +610,11 @@ class _LocalBytes:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def __del__(self) -> None:
+        # a number alone would stay open when its owner is gone
+        if hasattr(self, "_descriptor"):
+            self.close()
+
 
 class _CachedBytes:
     """A tar in the cache: opened for each sample, so that it takes no space once it made room for another."""

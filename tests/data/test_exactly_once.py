@@ -233,3 +233,25 @@ def test_a_killed_worker_ends_the_run_with_a_word(tmp_path):
 
     with pytest.raises((VlmError, RuntimeError), match=rf"DataLoader worker \(pid(\(s\))? {worker.pid}\)"):
         kill_and_read()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("is_read_whole", [True, False])
+def test_no_file_stays_open_after_the_batches(tmp_path, workers, is_read_whole):
+    corpus = make_corpus(tmp_path, [([5, 5, 5], False)], bad=0.0, seed=0)
+    plan = BatchSampler(order=corpus.order, batch_size=5)
+    tokenizer: Any = Letters()
+    collate = TrainingCollator(plan=plan, view=RandomResizedCrop(size=8), tokenizer=tokenizer)
+
+    def stream_once():
+        batches = stream_batches(plan, corpus.shards, collate, numbers=range(3), workers=workers)
+        next(batches)
+        if is_read_whole:
+            list(batches)
+        batches.close()
+
+    stream_once()
+    before = psutil.Process().num_fds()
+    for _ in range(4):
+        stream_once()
+    assert psutil.Process().num_fds() <= before

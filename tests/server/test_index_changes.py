@@ -5,6 +5,7 @@ import base64
 import logging
 import threading
 
+import psutil
 import pytest
 
 import vlm
@@ -216,3 +217,17 @@ def test_changes_leave_no_progress_bars_in_the_log(writer, data_url, capsys, cap
     assert writer.post(ADD, {"items": [item]}).status_code == 200
     assert writer.post(DELETE, {"uids": ["new/1"]}).status_code == 200
     assert "%|" not in capsys.readouterr().err
+
+
+def test_additions_leave_no_file_open(writer, data_url):
+    def add(number: int) -> None:
+        item = {"image": data_url("magenta", "yellow"), "uid": f"open/{number}"}
+        assert writer.post(ADD, {"items": [item]}).status_code == 200
+
+    for number in range(3):
+        add(number)
+    before = psutil.Process().num_fds()
+    for number in range(3, 6):
+        add(number)
+    # a version more may be open, until the one before it is let go
+    assert psutil.Process().num_fds() <= before + 2
