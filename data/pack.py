@@ -432,11 +432,23 @@ def _scan_columns(source: PairSource, config: PackConfig) -> JsonColumns:
 
 
 def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit:
-    """The split, from an earlier run if it came so far; bad pairs are left to the packing to name."""
+    """The split, from an earlier run if it came so far."""
     kept = out / _HELD_OUT
     if kept.is_file():
         values = json.loads(kept.read_text(encoding="utf-8"))
         return HeldOutSplit(**values | {"numbers": frozenset(values["numbers"])})
+    held_out = held_out_split(source, config)
+    # sorted, for a set has no order, and a file of the same pack has the same bytes
+    write_text(kept, json.dumps(asdict(held_out) | {"numbers": sorted(held_out.numbers)}))
+    return held_out
+
+
+def held_out_split(source: PairSource, config: PackConfig) -> HeldOutSplit:
+    """The pairs that a pack of this configuration holds out; bad ones are left to the packing to name.
+
+    Raises:
+        UsageError: so many cannot be held out.
+    """
     groups = GroupedSplit(by_caption=not source.captions_are_labels)
     for number in track(range(len(source)), total=len(source), what="grouping", unit="pair"):
         try:
@@ -447,10 +459,7 @@ def _hold_out(source: PairSource, out: Path, config: PackConfig) -> HeldOutSplit
         except BadSample:
             continue
         groups.add(number, pair.key, pair.captions, rgb_thumbnail(rgb))
-    held_out = groups.hold_out(config.hold_out, seed=config.seed)
-    # sorted, for a set has no order, and a file of the same pack has the same bytes
-    write_text(kept, json.dumps(asdict(held_out) | {"numbers": sorted(held_out.numbers)}))
-    return held_out
+    return groups.hold_out(config.hold_out, seed=config.seed)
 
 
 def _splits(total: int, held_out: HeldOutSplit | None) -> dict[str, Sequence[int]]:

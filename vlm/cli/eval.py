@@ -4,15 +4,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.cli.options import DeviceOption, JsonOption, ModelArgument, PrecisionOption, WorkersOption
-from vlm.console import percent, show_json, show_table
-from vlm.errors import UsageError
+from vlm.cli.options import DeviceOption, JsonOption, ModelArguments, PrecisionOption, WorkersOption
+from vlm.console import percent, pluralize, show_json, show_table
+from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
     from vlm.evaluation.caption_accuracy import CaptionTruth
     from vlm.evaluation.caption_evaluator import CaptionReport
     from vlm.evaluation.eval_report import Evaluation
     from vlm.evaluation.retrieval_metrics import RetrievalResult
+    from vlm.evaluation.suite import SuiteEvaluation
     from vlm.evaluation.zero_shot import ZeroShot
 
 _HARDEST_SHOWN = 10
@@ -20,9 +21,18 @@ _HARDEST_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Evaluate a model: image-text retrieval, zero-shot classification, caption accuracy on synthetic shapes."""
+    """Evaluate models: one by retrieval, zero-shot classification and caption accuracy, or several by a suite."""
 
-    model: ModelArgument
+    models: ModelArguments
+
+    suite: str = ""
+    """Suite: drawn-scenes, small-sets, clip-benchmark, datacomp, or a TOML file that names data and evaluators."""
+
+    data_root: Path = Path()
+    """Folder below which the data of the suite lies."""
+
+    features: Path | None = None
+    """Folder in which features are kept for the next command; OUT/features if not given."""
 
     retrieval: str = ""
     """Shards for image-text retrieval."""
@@ -73,18 +83,64 @@ class Eval:
 
     def run(self) -> None:
         """Evaluate, show."""
-        if not (self.retrieval or self.classes or self.captions):
-            raise UsageError("Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS.")
-        # after the check, which should not wait for torch
+        if not self.models:
+            raise UsageError("No model is given: vlm eval MODEL …")
+        if not (self.retrieval or self.classes or self.captions or self.suite):
+            raise UsageError(
+                "Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS, or --suite NAME."
+            )
+        # after the checks, which should not wait for torch
         from vlm.api.evaluation import evaluate
+        from vlm.evaluation.suite import SuiteEvaluation
 
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        del options["json"]
-        evaluation = evaluate(**options)
+        del options["json"], options["models"]
+        options["suite"] = self.suite or None
+        evaluation = evaluate(list(self.models), **options)
         if self.json:
             show_json(evaluation)
+        elif isinstance(evaluation, SuiteEvaluation):
+            show_suite(evaluation)
         else:
             show_evaluation(evaluation)
+        if isinstance(evaluation, SuiteEvaluation) and evaluation.failed:
+            first = evaluation.failed[0]
+            raise VlmError(
+                f"{pluralize(len(evaluation.failed), 'evaluation')} failed, first {first.evaluator} on {first.data} of "
+                f"{first.model}: {first.error}"
+            )
+
+
+def show_suite(evaluation: "SuiteEvaluation") -> None:
+    """The main value of every measurement, a column for each model; what is absent, and what failed."""
+    from vlm.evaluation.comparison import format_difference, format_value
+
+    comparison = evaluation.comparison
+    first = comparison.models[0].model
+    columns = ["evaluator", "data", "value"]
+    for model in comparison.models:
+        columns += [model.model] if model.model == first else [model.model, "difference"]
+    rows: list[list[object]] = []
+    for evaluator, data in comparison.measured():
+        measurements = [model.find(evaluator, data) for model in comparison.models]
+        value = next(next(iter(measurement.values)) for measurement in measurements if measurement)
+        row: list[object] = [evaluator, data, value]
+        for model, measurement in zip(comparison.models, measurements, strict=True):
+            row.append(format_value(value, measurement.values[value]) if measurement else "–")
+            if model.model != first:
+                entry = comparison.find(evaluator, data, value, model.model)
+                row.append(
+                    f"{format_difference(value, entry.difference)}{' *' * entry.is_significant}" if entry else "–"
+                )
+        rows.append(row)
+    title = f"{evaluation.title}{' (* p < 0.05 after correction)' if len(comparison.models) > 1 else ''}"
+    show_table(columns, rows, title=title)
+    if evaluation.absent:
+        rows = [[absent.name, absent.reason, absent.fetch] for absent in evaluation.absent]
+        show_table(["left out", "because", "fetch it by"], rows)
+    if evaluation.failed:
+        failures = [[failed.model, failed.evaluator, failed.data, failed.error] for failed in evaluation.failed]
+        show_table(["failed", "evaluator", "data", "because"], failures)
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:

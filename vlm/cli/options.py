@@ -25,6 +25,15 @@ ModelArgument = Annotated[
         help="Run folder, checkpoint, model folder, Hugging Face folder or ORGANISATION/NAME, open_clip NAME:WEIGHTS.",
     ),
 ]
+ModelArguments = Annotated[
+    tuple[str, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="MODEL [MODEL ...]",
+        help="Run folder, checkpoint, model folder, Hugging Face folder or ORGANISATION/NAME, open_clip NAME:WEIGHTS; "
+        "with --suite several, of which the first is the baseline.",
+    ),
+]
 ShardsArgument = Annotated[
     str,
     tyro.conf.Positional,

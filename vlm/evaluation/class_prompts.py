@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # three templates do most of what CLIP's eighty do, and suit drawings and product photos, too
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a picture of {}.", "{}")
 
-_CLASS_NAMES_FILE = "classnames.txt"
+CLASS_NAMES_FILE = "classnames.txt"
 _TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 _PLACEHOLDERS = ("{}", "{c}")
 # several class numbers, as of a multi-label data set
@@ -72,7 +72,7 @@ def read_class_list(classes: str) -> list[str]:
 
 def class_list_beside(url: str) -> list[str]:
     """The names in `classnames.txt` next to local shards, or one folder up; empty if there is no such file."""
-    path = _file_beside(url, _CLASS_NAMES_FILE)
+    path = _file_beside(url, CLASS_NAMES_FILE)
     return read_class_list(str(path)) if path else []
 
 

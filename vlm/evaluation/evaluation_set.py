@@ -19,8 +19,9 @@ from vlm.config import suggest
 from vlm.data.decode import open_image, to_rgb
 from vlm.data.json_columns import WordedSource
 from vlm.data.loader import ShardSet, stream_batches
+from vlm.data.npy_files import parse_npy
 from vlm.data.sampler import SampleIndex, SequentialBatches
-from vlm.data.samples import Captions
+from vlm.data.samples import Captions, split_lines
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
@@ -33,6 +34,7 @@ from vlm.tensor_types import Array, Int64, Tensor, UInt8
 
 IMAGES_AT_ONCE = 256
 CLS_LABEL = "cls"
+NPY_LABEL = "npy"
 # so many images are read for the identity of a set, which names and sizes alone would not tell from a newer one
 _IMAGES_IN_DIGEST = 16
 _NUMBERS = re.compile(r"\d+")
@@ -247,21 +249,24 @@ def open_evaluation_set(
     label: str = "",
     class_names: Sequence[str] = (),
     options: SourceOptions | None = None,
+    caption_lines: bool = False,
     limit: int = 0,
 ) -> EvaluationSet:
     """The set at an address: shards, or anything `vlm pack` reads.
 
     label: field of the metadata with the class, or a list of classes, of an image (dots select nested fields); `cls`
-        for KEY.cls of shards, a number or several. Class folders need none.
-    class_names: names by number for `cls`; empty uses `classnames.txt` next to the shards, or one folder up.
-    options: how to read a source that is no shards. limit: only the first images; 0 reads all.
+        for KEY.cls of shards, a number or several; `npy` for KEY.npy, a 1 for each class it is of. Class folders need
+        none.
+    class_names: names by number for `cls` and `npy`; empty uses `classnames.txt` next to the shards, or one folder up.
+    options: how to read a source that is no shards. caption_lines: each line of a text in shards is a caption.
+    limit: only the first images; 0 reads all.
 
     Raises:
         UsageError: there is nothing, a sample has no such label, or a number no name.
     """
     is_shards = options is None and holds_shards(url)
     if is_shards:
-        opened = _open_shards(url, label, class_names)
+        opened = _open_shards(url, label, class_names, caption_lines=caption_lines)
     else:
         opened = _open_source(url, label, options or SourceOptions())
     opened = replace(opened, name=name or url)
@@ -305,15 +310,15 @@ class _Rows:
         )
 
 
-def _open_shards(url: str, label: str, class_names: Sequence[str]) -> EvaluationSet:
+def _open_shards(url: str, label: str, class_names: Sequence[str], *, caption_lines: bool) -> EvaluationSet:
     shards = expand_shards(url)
     counts = count_samples(shards)
-    has_cls = label == CLS_LABEL
-    class_list = list(class_names) or (class_list_beside(url) if has_cls else [])
+    is_member = label in (CLS_LABEL, NPY_LABEL)
+    class_list = list(class_names) or (class_list_beside(url) if is_member else [])
     rows = _Rows()
     first = 0
     for shard, count in zip(shards, counts, strict=True):
-        contents = read_members(shard, CLS_LABEL) if has_cls else {}
+        contents = read_members(shard, label) if is_member else {}
         reader = ShardReader(shard)
         for number in range(count):
             try:
@@ -322,16 +327,19 @@ def _open_shards(url: str, label: str, class_names: Sequence[str]) -> Evaluation
                 rows.num_bad += 1
                 continue
             labels: tuple[str, ...] = ()
-            if has_cls:
+            if label == CLS_LABEL:
                 labels = _classes_of(contents.get(key), key, class_list)
+            elif label == NPY_LABEL:
+                labels = _classes_of_array(contents.get(key), key, class_list)
             elif label:
                 labels = labels_of(metadata, label, key)
+            captions = split_lines(captions) if caption_lines else captions
             rows.add(first + number, key, captions, metadata, labels)
         reader.close()
         first += count
     images = SetImages(shards=tuple(shards), counts=tuple(counts), numbers=np.zeros(0, np.int64))
     opened = rows.as_set(images, shards_fingerprint(shards), has_labels=bool(label))
-    templates = templates_beside(url) if has_cls else ()
+    templates = templates_beside(url) if is_member else ()
     return replace(opened, class_names=tuple(class_list), templates=tuple(templates))
 
 
@@ -392,6 +400,17 @@ def _classes_of(content: bytes | None, key: str, class_list: Sequence[str]) -> t
     if _SEVERAL_NUMBERS.fullmatch(text) and text not in class_list:
         return tuple(class_of(number.encode(), key, class_list) for number in _NUMBERS.findall(text))
     return (class_of(content, key, class_list),)
+
+
+def _classes_of_array(content: bytes | None, key: str, class_list: Sequence[str]) -> tuple[str, ...]:
+    """The classes of which KEY.npy, a number for each class, is not 0."""
+    if content is None:
+        raise UsageError(f"Sample {key!r} has no {key}.npy; name another label (--label FIELD).")
+    try:
+        numbers = np.flatnonzero(parse_npy(content, f"{key}.npy"))
+    except BadSample as error:
+        raise UsageError(f"The classes of sample {key!r} cannot be read: {error}.") from error
+    return tuple(class_of(str(number).encode(), key, class_list) for number in numbers)
 
 
 def labels_of(metadata: dict[str, Any], label: str, key: str) -> tuple[str, ...]:

@@ -1,0 +1,318 @@
+"""Suites: a TOML file that names sets, evaluators and their settings; what is measured of a model by one.
+
+    title = "Objects and products"
+
+    [data.cifar10]
+    path = "cifar10/cifar10.tar"
+    folder = "test"
+
+    [[evaluate]]
+    evaluator = "zero-shot"
+    data = "cifar10"
+    templates = ["openai"]
+
+`[data.NAME]` is a `SuiteData`. An entry of `evaluate` names an evaluator of `EVALUATORS` and one set or several; its
+other keys are the fields of the evaluator, of which those that are sets themselves (training images) name one of these.
+"""
+
+import importlib
+import importlib.resources
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+
+from vlm.config import from_values, read_toml, suggest
+from vlm.errors import UsageError, VlmError
+from vlm.evaluation.comparison import Comparison, ModelMeasurements, compare
+from vlm.evaluation.evaluation_set import EvaluationSet
+from vlm.evaluation.features import EvaluatedModel
+from vlm.evaluation.measurement import Evaluator, Measurement
+from vlm.evaluation.suite_data import AbsentData, SuiteData, find_absent, open_suite_data
+from vlm.results import Result
+
+logger = logging.getLogger(__name__)
+
+EVALUATORS = {
+    "zero-shot": "vlm.evaluation.zero_shot:ZeroShotClassification",
+    "retrieval": "vlm.evaluation.retrieval:Retrieval",
+    "captions": "vlm.evaluation.caption_evaluator:CaptionMetrics",
+}
+"""The evaluators by the name that suites give them: module and class. They are imported when they are used."""
+
+_KEYS = ("title", "data", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteEntry:
+    """One evaluator of a suite. data: the sets it is run on. main: the value that stands for all, shown first."""
+
+    evaluator: str
+    data: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    main: str = ""
+
+    def build(self, sets: Mapping[str, EvaluationSet]) -> Evaluator:
+        """The evaluator, with the sets it names among its settings.
+
+        Raises:
+            UsageError: a setting does not fit.
+        """
+        evaluator_type = evaluator_class(self.evaluator)
+        values = dict(self.settings)
+        for name in _set_fields(evaluator_type):
+            if isinstance(values.get(name), str):
+                values[name] = sets[values[name]]
+        return evaluator_type(**values)
+
+    def named_sets(self) -> list[str]:
+        """The sets among its settings."""
+        names = [self.settings.get(name) for name in _set_fields(evaluator_class(self.evaluator))]
+        return [name for name in names if isinstance(name, str)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Sets by name, and the evaluators in the order in which they run."""
+
+    name: str
+    title: str
+    data: dict[str, SuiteData]
+    entries: tuple[SuiteEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedEvaluation:
+    """An evaluator that could not measure a model on a set, and why."""
+
+    model: str
+    evaluator: str
+    data: str
+    error: str
+
+
+@dataclass(kw_only=True)
+class OpenSets:
+    """The sets of a suite below a folder, each opened once. absent: those that are not there, by name."""
+
+    suite: Suite
+    root: Path
+    cache: Path | None = None
+    absent: dict[str, AbsentData] = field(default_factory=dict)
+    _open: dict[str, EvaluationSet] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, data in self.suite.data.items():
+            if absent := find_absent(name, data, self.root):
+                self.absent[name] = absent
+
+    def get(self, name: str) -> EvaluationSet:
+        """A set that is there; raises as `open_suite_data`."""
+        if name not in self._open:
+            self._open[name] = open_suite_data(name, self.suite.data[name], self.root, cache=self.cache)
+        return self._open[name]
+
+    @property
+    def opened(self) -> dict[str, EvaluationSet]:
+        """Those that have been opened."""
+        return dict(self._open)
+
+
+def suite_names() -> list[str]:
+    """The suites that come with the package."""
+    folder = importlib.resources.files("vlm.evaluation").joinpath("suites")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_suite(name_or_file: str) -> Suite:
+    """A suite of the package by its name, or of a file.
+
+    Raises:
+        UsageError: there is neither, the file is not TOML, a key is unknown, or a value does not fit.
+    """
+    if name_or_file in suite_names():
+        folder = importlib.resources.files("vlm.evaluation").joinpath("suites")
+        with importlib.resources.as_file(folder.joinpath(f"{name_or_file}.toml")) as path:
+            return parse_suite(read_toml(path), name_or_file)
+    path = Path(name_or_file).expanduser()
+    if not path.is_file():
+        raise UsageError(
+            f"There is no suite {name_or_file!r}: no such file, and {suggest(name_or_file, suite_names())}"
+        )
+    return parse_suite(read_toml(path), path.stem)
+
+
+def parse_suite(values: dict[str, Any], name: str) -> Suite:
+    """A suite from the values of its TOML; raises as `read_suite`."""
+    where = f"Suite {name}"
+    for key in values:
+        if key not in _KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, _KEYS)}")
+    data: dict[str, SuiteData] = {}
+    for set_name, table in _table(values.get("data", {}), f"{where}: data").items():
+        data[set_name] = from_values(SuiteData, _table(table, f"{where}: data"), where=f"{where}, data {set_name!r}")
+    entries: list[SuiteEntry] = []
+    listed = values.get("evaluate", [])
+    for number, table in enumerate(listed if isinstance(listed, list) else [listed], 1):
+        entries.append(_entry(_table(table, f"{where}: evaluate"), data, f"{where}, evaluate {number}"))
+    if not entries:
+        raise UsageError(f"{where} evaluates nothing; it needs tables [data.NAME] and [[evaluate]].")
+    return Suite(name=name, title=str(values.get("title", name)), data=data, entries=tuple(entries))
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} holds {value!r}; a table is needed: [data.NAME] or [[evaluate]].")
+    return value
+
+
+def _entry(values: dict[str, Any], data: Mapping[str, SuiteData], where: str) -> SuiteEntry:
+    settings = dict(values)
+    evaluator = str(settings.pop("evaluator", ""))
+    names = settings.pop("data", ())
+    main = str(settings.pop("main", ""))
+    names = [names] if isinstance(names, str) else list(names)
+    evaluator_type = evaluator_class(evaluator, where)
+    set_fields = _set_fields(evaluator_type)
+    hints = get_type_hints(evaluator_type)
+    known = [field.name for field in fields(evaluator_type)]
+    for key, value in settings.items():
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, ['evaluator', 'data', 'main', *known])}")
+        if key in set_fields:
+            names_here = [value]
+        else:
+            names_here = []
+            settings[key] = _checked(hints[key], value, f"{where}: {key}")
+        for name in names_here:
+            _check_set(name, data, where)
+    for name in names:
+        _check_set(name, data, where)
+    if not names:
+        raise UsageError(f"{where} names no data; give data = NAME or a list of them.")
+    return SuiteEntry(evaluator=evaluator, data=tuple(names), settings=settings, main=main)
+
+
+def _check_set(name: Any, data: Mapping[str, SuiteData], where: str) -> None:
+    if name not in data:
+        raise UsageError(f"{where}: there is no data {name!r}; {suggest(str(name), list(data))}")
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except PydanticUserError as error:
+        raise UsageError(f"{where} is an object of Python, which no suite can name.") from error
+    except ValidationError as error:
+        raise UsageError(f"{where} = {value!r} does not fit: {error.errors()[0]['msg']}.") from error
+
+
+def evaluator_class(name: str, where: str = "evaluators") -> Any:
+    """The class of an evaluator by its name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in EVALUATORS:
+        raise UsageError(f"{where}: there is no evaluator {name!r}; {suggest(name, list(EVALUATORS))}")
+    module, _, attribute = EVALUATORS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _set_fields(evaluator_type: Any) -> list[str]:
+    """The fields of an evaluator that are sets."""
+    names: list[str] = []
+    for name, hint in get_type_hints(evaluator_type).items():
+        if EvaluationSet in (hint, *get_args(hint)):
+            names.append(name)
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteEvaluation(Result):
+    """What a suite says of one or several models: their measurements side by side, and what is missing and why."""
+
+    suite: str
+    title: str
+    comparison: Comparison
+    absent: tuple[AbsentData, ...] = ()
+    failed: tuple[FailedEvaluation, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the samples."""
+        absent = [asdict(entry) for entry in self.absent]
+        failed = [asdict(entry) for entry in self.failed]
+        names = {"suite": self.suite, "title": self.title}
+        return names | self.comparison.to_json() | {"absent": absent, "failed": failed}
+
+
+def evaluate_models(models: Iterable[EvaluatedModel], sets: OpenSets, *, seed: int = 0) -> SuiteEvaluation:
+    """Each model by the whole suite, one after the other; the first is the baseline of the others.
+
+    models: may be loaded as they are asked for. seed: of the resampling for intervals.
+
+    Raises:
+        UsageError: no set of the suite is there, or two models have the same name.
+        VlmError: nothing at all could be measured.
+    """
+    if all(any(name in sets.absent for name in (*entry.named_sets(), *entry.data)) for entry in sets.suite.entries):
+        first = next(iter(sets.absent.values()))
+        raise UsageError(
+            f"No set of the suite {sets.suite.name} is below {sets.root} ({first.name}: {first.reason}). Name "
+            f"the folder of the data by --data-root, or fetch it: {first.fetch}"
+        )
+    measured: list[ModelMeasurements] = []
+    failed: list[FailedEvaluation] = []
+    for model in models:
+        measurements: list[Measurement] = []
+        for outcome in measure_model(model, sets):
+            if isinstance(outcome, FailedEvaluation):
+                failed.append(outcome)
+            else:
+                measurements.append(outcome)
+        measured.append(
+            ModelMeasurements(model=model.name, fingerprint=model.fingerprint, measurements=tuple(measurements))
+        )
+    if not any(model.measurements for model in measured):
+        raise VlmError(f"Nothing could be measured: {failed[0].evaluator} on {failed[0].data}: {failed[0].error}")
+    return SuiteEvaluation(
+        suite=sets.suite.name,
+        title=sets.suite.title,
+        comparison=compare(measured, rng=np.random.default_rng(seed)),
+        absent=tuple(sets.absent.values()),
+        failed=tuple(failed),
+    )
+
+
+def measure_model(model: EvaluatedModel, sets: OpenSets) -> Iterator[Measurement | FailedEvaluation]:
+    """What a suite says of a model: a measurement for each evaluator and set that is there, as soon as it is made.
+
+    An evaluator that fails is named and ends no other. Raises VlmError where the model itself has diverged.
+    """
+    for entry in sets.suite.entries:
+        for name in entry.data:
+            needed = [name, *entry.named_sets()]
+            if any(other in sets.absent for other in needed):
+                continue
+            logger.info(f"{model.name}: {entry.evaluator} on {name}")
+            try:
+                evaluator = entry.build({other: sets.get(other) for other in needed[1:]})
+                yield _main_first(evaluator.run(model, sets.get(name)), entry.main)
+            except VlmError as error:
+                logger.warning(f"{entry.evaluator} on {name}: {error}")
+                yield FailedEvaluation(model=model.name, evaluator=entry.evaluator, data=name, error=str(error))
+
+
+def _main_first(measurement: Measurement, main: str) -> Measurement:
+    if not main:
+        return measurement
+    if main not in measurement.values:
+        raise UsageError(
+            f"main = {main!r} is no value of {measurement.evaluator}; {suggest(main, list(measurement.values))}"
+        )
+    return replace(measurement, values={main: measurement.values[main]} | measurement.values)
