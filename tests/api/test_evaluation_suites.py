@@ -73,7 +73,12 @@ def test_features_are_computed_once_for_all_evaluators_and_commands(models, suit
     first = vlm.evaluate(models[0], **options)
     # of one set the images once, for the classes and the captions
     assert len(list((tmp_path / "features").glob("images-*.npy"))) == 1
-    monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_images", None)
+
+    def refuse(*_):
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_images", refuse)
+    monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_texts", refuse)
     assert vlm.evaluate(models[0], **options).to_json() == first.to_json()
 
 
