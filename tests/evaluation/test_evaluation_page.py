@@ -1,108 +1,26 @@
-"""The page of an evaluation: what stands on it, and that nothing of it runs off a narrow screen."""
+"""The page of an evaluation: what stands on it."""
 
 import re
-import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
+from tests.evaluation.measured_pets import CLASSES, measurement_of, models_of, pets_at
+from vlm.evaluation.answers import answers_of
 from vlm.evaluation.comparison import ModelMeasurements, compare
 from vlm.evaluation.evaluation_page import evaluation_page, write_evaluation_page
-from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.evaluation.measurement import Measurement, Value
 from vlm.evaluation.mistakes import Thumbnails, worst_mistakes
 from vlm.evaluation.report_charts import Point, class_rows, condition_rows, confusion_rows, line_charts
 from vlm.pages import Provenance
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CLASSES = ["cat", "dog & wolf", "a class with a name of many words that is rather long"]
 PROVENANCE = Provenance(command="vlm eval 'a b' --out <c>", date="2026-01-02 03:04 UTC", version="9.8")
 
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
-    """Twelve images of three classes."""
-    folder = tmp_path_factory.mktemp("pets")
-    for number, name in enumerate(CLASSES):
-        (folder / name).mkdir()
-        for image in range(4):
-            Image.new("RGB", (40, 30), (60 * image, 80 * number, 90)).save(folder / name / f"{image}.png")
-    return open_evaluation_set(str(folder), name="pets")
-
-
-def classified(pets, predictions, *, shots=(), **fields):
-    """Zero-shot classification with these predictions, by number of the class."""
-    truths = [labels[0] for labels in pets.true_labels]
-    # four predictions for each class in turn
-    left = {name: list(predictions[4 * number : 4 * number + 4]) for number, name in enumerate(CLASSES)}
-    predicted = [CLASSES[left[truth].pop(0)] for truth in truths]
-    right = [float(truth == prediction) for truth, prediction in zip(truths, predicted, strict=True)]
-    samples = pa.table(
-        {
-            "key": list(pets.keys),
-            "top1": right,
-            "truth": truths,
-            "prediction": predicted,
-            "rank": [1.0 if entry else 3.0 for entry in right],
-            "probability": np.linspace(0.35, 0.99, 12),
-        }
-    )
-    values = {"top1": Value(value=float(np.mean(right)), chance=1 / 3), "calibration_error": Value(value=0.125)}
-    values |= {f"top1@{shot}-shot": Value(value=0.2 + shot / 40, low=0.1, high=0.7) for shot in shots}
-    values |= {f"top1@fog/{level}": Value(value=0.5 - level / 10) for level in (1, 3)}
-    return Measurement(
-        evaluator="zero-shot",
-        data="pets",
-        data_digest=pets.digest,
-        num_images=12,
-        values=values,
-        samples=samples,
-        **fields,
-    )
-
-
-def ranked(pets, ranks):
-    """Retrieval of images for texts."""
-    keys = list(pets.keys)
-    samples = pa.table(
-        {
-            "key": keys,
-            "recall@1": [float(rank <= 1) for rank in ranks],
-            "query": [f"text <{key}>" for key in keys],
-            "prediction_key": [keys[(number + (rank > 1)) % 12] for number, rank in enumerate(ranks)],
-            "rank": [float(rank) for rank in ranks],
-        }
-    )
-    values = {
-        "recall@1": Value(value=float(np.mean(samples["recall@1"].to_numpy())), chance=1 / 12),
-        "median_rank": Value(value=float(np.median(ranks))),
-    }
-    return Measurement(
-        evaluator="text to image", data="pets", data_digest=pets.digest, num_images=12, values=values, samples=samples
-    )
-
-
-RIGHT = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
-WRONG = [0, 0, 0, 1, 0, 0, 0, 0, 2, 2, 0, 0]
-
-
-def models_of(pets):
-    first = ModelMeasurements(
-        model="/runs/first/model",
-        fingerprint="abc123",
-        measurements=(
-            classified(pets, WRONG, shots=(1, 4), warnings=("Accuracy is at chance: swapped <columns>?",)),
-            ranked(pets, [1, 2, 3, 1, 12, 1, 1, 1, 7, 1, 1, 1]),
-        ),
-    )
-    second = ModelMeasurements(
-        model="/runs/second/model",
-        fingerprint="def456",
-        measurements=(classified(pets, RIGHT, shots=(1, 4)), ranked(pets, [1] * 12)),
-    )
-    return first, second
+    return pets_at(tmp_path_factory.mktemp("pets"))
 
 
 def page_of(pets, *models, sets=True):
@@ -135,7 +53,14 @@ def test_values_have_intervals_chance_and_differences(pets):
     assert re.search(r"top1 41.7% ±\d+\.\d 100.0% ≥\d+\.\d \+58.3 \(\d+\.\d to \d+\.\d\) p = 0.0\d+, better", text)
     assert "33.3%" in text
     # the median has no interval, and it is no share
-    assert re.search(r"median_rank 1 1 \+0", text)
+    assert re.search(r"text_to_image_median_rank 1 1 \+0", text)
+
+
+def test_languages_have_a_table_of_their_own(pets):
+    text = text_of(page_of(pets, *models_of(pets)))
+    assert "language top1, first top1, second de 25.0% 25.0%" in text
+    assert "language text_to_image_recall@1, first text_to_image_recall@1, second de 100.0%" in text
+    assert "top1/de" not in text
 
 
 def test_the_worst_mistakes_are_shown_with_truth_and_answer(pets):
@@ -144,7 +69,9 @@ def test_the_worst_mistakes_are_shown_with_truth_and_answer(pets):
     # 7 of 12 wrong classes and 4 wrong ranks, of which the same two classes are shown twice at most
     assert "5 of 7 wrong" in text_of(page)
     assert "4 of 4 wrong; left the right image, right the one ranked first" in text_of(page)
-    mistakes = worst_mistakes(first.measurements[0], Thumbnails(sets={"pets": pets}, bytes_left=10**6), limit=9)
+    thumbnails = Thumbnails(sets={"pets": pets}, bytes_left=10**6)
+    (answers,) = answers_of(first.measurements[0])
+    mistakes = worst_mistakes(answers, "pets", thumbnails, limit=9)
     assert mistakes[0].probability == max(mistake.probability for mistake in mistakes)
     pairs = [(mistake.truth, mistake.prediction) for mistake in mistakes]
     assert sorted(pairs) == [
@@ -154,7 +81,8 @@ def test_the_worst_mistakes_are_shown_with_truth_and_answer(pets):
         (CLASSES[1], "cat"),
         (CLASSES[1], "cat"),
     ]
-    queries = worst_mistakes(first.measurements[1], Thumbnails(sets={"pets": pets}, bytes_left=10**6), limit=9)
+    (answers,) = answers_of(first.measurements[1])
+    queries = worst_mistakes(answers, "pets", thumbnails, limit=9)
     assert [mistake.rank for mistake in queries] == [12, 7, 3, 2]
     assert [image.key for image in queries[0].images] == [pets.keys[4], pets.keys[5]]
     assert all(image.jpeg for mistake in queries for image in mistake.images)
@@ -165,7 +93,7 @@ def test_images_that_are_not_at_hand_are_said_and_the_page_stays_small(pets):
     first, _ = models_of(pets)
     assert "the image is not at hand" in page_of(pets, first, sets=False)
     thumbnails = Thumbnails(sets={"pets": pets}, bytes_left=1500)
-    mistakes = worst_mistakes(first.measurements[1], thumbnails, limit=9)
+    mistakes = worst_mistakes(answers_of(first.measurements[1])[0], "pets", thumbnails, limit=9)
     reasons = [image.reason for mistake in mistakes for image in mistake.images]
     assert 0 < reasons.count("") < 8
     assert set(reasons) == {"", "left out to keep the page small"}
@@ -186,27 +114,45 @@ def test_classes_are_listed_the_hardest_first_and_confusions_the_most_frequent(p
     assert confusion_rows(first.measurements[1]) == []
 
 
-def test_curves_show_recall_reliability_and_shots(pets):
+def charts_of(pets, number):
     first, second = models_of(pets)
-    charts = line_charts([("a", first.measurements[0]), ("b", second.measurements[0])])
-    assert [chart.title for chart in charts] == ["Recall", "Reliability", "top1"]
-    shots = charts[2]
-    assert [(point.x, point.y) for point in shots.lines[0].points] == [(0, 0.225), (1, pytest.approx(0.3))]
-    assert [text for _, text in shots.x_ticks] == ["1", "4"]
-    (recall,) = line_charts([("a", first.measurements[1])])
+    return line_charts([("a", first.measurements[number]), ("b", second.measurements[number])])
+
+
+def test_curves_show_recall_reliability_and_shots(pets):
+    recall, reliability = charts_of(pets, 0)
+    assert (recall.title, reliability.title) == ("Recall", "Reliability")
+    for line in reliability.lines:
+        assert all(0 <= point.x <= 1 and 0 <= point.y <= 1 for point in line.points)
+    (recall,) = charts_of(pets, 1)
+    assert recall.title == "text → image"
     assert recall.lines[0].points[0].y == pytest.approx(8 / 12)
     assert recall.lines[0].points[-1] == Point(x=1, y=1)
     assert "a from 66.7% to 100.0%" in recall.description
-    for line in charts[1].lines:
-        assert all(0 <= point.x <= 1 and 0 <= point.y <= 1 for point in line.points)
+    (shots,) = charts_of(pets, 2)
+    assert [(point.x, point.y) for point in shots.lines[0].points] == [(0, 0.225), (1, pytest.approx(0.3))]
+    assert [text for _, text in shots.x_ticks] == ["1", "4"]
 
 
-def test_conditions_show_the_drop_against_the_unaltered_images(pets):
+def test_edits_show_the_drop_against_the_unaltered_images(pets):
     first, second = models_of(pets)
-    clean, (fog,) = condition_rows([("a", first.measurements[0]), ("b", second.measurements[0]), ("c", None)])
-    assert (clean, fog.name) == ("top1", "fog")
-    assert fog.values == (pytest.approx(0.3), pytest.approx(0.3), None)
-    assert fog.drops == (pytest.approx(5 / 12 - 0.3), pytest.approx(0.7), None)
+    (fog,) = condition_rows([("a", first.measurements[3]), ("b", second.measurements[3]), ("c", None)])
+    assert (fog.name, [value and value.value for value in fog.values]) == ("fog", [0.3, 0.3, None])
+    assert fog.drops == (pytest.approx(0.3), pytest.approx(0.5), None)
+    (levels,) = charts_of(pets, 3)
+    assert [point.y for point in levels.lines[1].points] == pytest.approx([0.8, 0.4, 0.2])
+    assert "fog 30.0% −30.0" in text_of(page_of(pets, first))
+
+
+def test_captions_that_were_written_stand_beside_those_of_the_image(pets):
+    scores = [float(number) for number in range(12)]
+    samples = pa.table({"key": list(pets.keys), "caption": [f"caption {n}" for n in range(12)], "cider_d": scores})
+    measurement = measurement_of(pets, "captions", {"cider_d": Value(value=5.5)}, samples)
+    (answers,) = answers_of(measurement)
+    mistakes = worst_mistakes(answers, "pets", Thumbnails(sets={"pets": pets}, bytes_left=10**6), limit=3)
+    assert [mistake.prediction for mistake in mistakes] == ["caption 0", "caption 1", "caption 2"]
+    page = page_of(pets, ModelMeasurements(model="m", measurements=(measurement,)))
+    assert re.search(r"cider_d 5.5 ±\d", text_of(page))
 
 
 def test_a_measurement_without_samples_shows_its_values_alone():

@@ -140,13 +140,15 @@ def sample_outcomes(measurement: Measurement, value: str) -> tuple[pa.ChunkedArr
 
 
 def is_share(value: str) -> bool:
-    """Whether a value, by its name, lies in [0, 1] and is shown in percent: all but ranks and degrees.
+    """Whether a value, by its name, lies in [0, 1] and is shown in percent: all but ranks, CIDEr and CLIP scores.
 
-    >>> is_share("recall@5"), is_share("median_rank"), is_share("mean_reciprocal_rank")
+    >>> is_share("recall@5"), is_share("de/text_to_image_median_rank"), is_share("mean_reciprocal_rank")
     (True, False, True)
     """
-    name = value.rpartition("/")[2].partition("@")[0].lower().replace(" ", "_")
-    return not name.endswith(("rank", "loss", "count", "temperature", "scale")) or "reciprocal" in name
+    name = value.rpartition("/")[2].lower().replace(" ", "_")
+    is_rank = name.endswith("rank") and "reciprocal" not in name
+    # CIDEr goes to 10, and the CLIP score is 2.5 times a cosine
+    return not is_rank and "cider" not in name and "clip_score" not in name
 
 
 def format_figure(name: str, figure: float | None) -> str:
@@ -178,9 +180,9 @@ def format_spread(name: str, value: Value) -> str:
     scale = 100 if is_share(name) else 1
     digits = ".1f" if is_share(name) else ",.2g"
     # half the width would place such an interval around a value that it ends at
-    if value.low < value.high == value.value:
+    if is_share(name) and value.low < value.high == value.value:
         return f"≥{format(scale * value.low, digits)}"
-    if value.high > value.low == value.value:
+    if is_share(name) and value.high > value.low == value.value:
         return f"≤{format(scale * value.high, digits)}"
     return f"±{format(scale * ((value.high - value.low) / 2), digits)}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vlm.evaluation.answers import answers_of, split_by_language
 from vlm.evaluation.comparison import (
     Comparison,
     ValueDifference,
@@ -20,7 +21,7 @@ from vlm.evaluation.comparison import (
 )
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.mistakes import Mistake, Thumbnails, count_wrong, worst_mistakes
+from vlm.evaluation.mistakes import Mistake, Thumbnails, worst_mistakes
 from vlm.evaluation.report_charts import (
     ClassRow,
     ConditionRow,
@@ -64,6 +65,7 @@ class _ValueRow:
     chance: str = ""
     section: int = 0
     heading: str = ""
+    is_drawn: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,17 @@ class _Confusions:
 @dataclass(frozen=True, kw_only=True)
 class _Mistakes:
     model: str
+    title: str
     shown: list[Mistake]
     num_wrong: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Languages:
+    """Values by language: a column for each value of each model, a row for each language."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +99,10 @@ class _Section:
     num_images: int
     rows: list[_ValueRow]
     drawn_rows: list[_ValueRow]
+    languages: "_Languages | None"
     charts: list[LineChart]
     classes: list[ClassRow]
     confusions: list[_Confusions]
-    clean_name: str
     conditions: list[ConditionRow]
     mistakes: list[_Mistakes]
 
@@ -195,7 +206,6 @@ def _section(
     measurements = [model.find(evaluator, data) for model in comparison.models]
     by_name = list(zip(names, measurements, strict=True))
     measured = [(name, measurement) for name, measurement in by_name if measurement is not None]
-    clean_name, conditions = condition_rows(by_name)
     rows = _value_rows(comparison, measurements, number, evaluator, data)
     confusions: list[_Confusions] = []
     for name, measurement in measured:
@@ -206,35 +216,40 @@ def _section(
         evaluator=evaluator,
         data=data,
         num_images=measured[0][1].num_images,
-        rows=[row for row in rows if not is_drawn(row.name)],
-        drawn_rows=[row for row in rows if is_drawn(row.name)],
+        rows=[row for row in rows if not row.is_drawn],
+        drawn_rows=[row for row in rows if row.is_drawn],
+        languages=_languages(by_name),
         charts=line_charts(by_name),
         classes=class_rows(by_name, rng=rng),
         confusions=confusions,
-        clean_name=clean_name,
-        conditions=conditions,
+        conditions=condition_rows(by_name),
         mistakes=_mistakes(measured, thumbnails),
     )
 
 
 def _mistakes(measured: Sequence[tuple[str, Measurement]], thumbnails: Thumbnails) -> list[_Mistakes]:
-    limit = max(_MISTAKES_OF_A_SECTION // len(measured), _LEAST_MISTAKES)
+    answers_by_model = [(name, measurement.data, answers_of(measurement)) for name, measurement in measured]
+    num_galleries = sum(len(all_answers) for _, _, all_answers in answers_by_model)
+    limit = max(_MISTAKES_OF_A_SECTION // max(num_galleries, 1), _LEAST_MISTAKES)
     galleries: list[_Mistakes] = []
-    for name, measurement in measured:
-        shown = worst_mistakes(measurement, thumbnails, limit=limit)
-        if shown:
-            galleries.append(_Mistakes(model=name, shown=shown, num_wrong=count_wrong(measurement)))
+    for name, data, all_answers in answers_by_model:
+        for answers in all_answers:
+            shown = worst_mistakes(answers, data, thumbnails, limit=limit)
+            if shown:
+                num_wrong = int(answers.is_wrong.sum())
+                galleries.append(_Mistakes(model=name, title=answers.title, shown=shown, num_wrong=num_wrong))
     return galleries
 
 
 def _value_rows(
     comparison: Comparison, measurements: Sequence[Measurement | None], number: int, evaluator: str, data: str
 ) -> list[_ValueRow]:
-    value_names: dict[str, None] = {}
+    value_names: dict[str, bool] = {}
     for measurement in measurements:
-        value_names |= dict.fromkeys(measurement.values if measurement else ())
+        for name in split_by_language(measurement.values)[0] if measurement else ():
+            value_names[name] = measurement is not None and is_drawn(name, measurement)
     rows: list[_ValueRow] = []
-    for name in value_names:
+    for name, is_curve in value_names.items():
         cells: list[_Cell] = []
         chance: float | None = None
         for model, measurement in zip(comparison.models, measurements, strict=True):
@@ -245,8 +260,26 @@ def _value_rows(
             chance = value.chance if chance is None else chance
             cells.append(_cell(name, value, comparison.find(evaluator, data, name, model.model)))
         shown_chance = "" if chance is None else format_figure(name, chance)
-        rows.append(_ValueRow(name=name, cells=tuple(cells), chance=shown_chance, section=number))
+        rows.append(_ValueRow(name=name, cells=tuple(cells), chance=shown_chance, section=number, is_drawn=is_curve))
     return rows
+
+
+def _languages(models: Sequence[tuple[str, Measurement | None]]) -> _Languages | None:
+    """The main value, and its like in other directions, of each language; None where there is one language only."""
+    columns: list[str] = []
+    cells: dict[str, dict[int, str]] = {}
+    for model, measurement in models:
+        plain, by_language = split_by_language(measurement.values) if measurement else ([], {})
+        main = next((name for name in plain if any(name in names for names in by_language.values())), "")
+        ending = main[main.find("recall@") :] if "recall@" in main else main
+        for name in (name for name in plain if main and name.endswith(ending)):
+            columns.append(name if len(models) == 1 else f"{name}, {model}")
+            for language, names in by_language.items():
+                if measurement and name in names:
+                    value = measurement.values[names[name]]
+                    cells.setdefault(language, {})[len(columns) - 1] = format_value(name, value)
+    rows = [(language, [of.get(number, "–") for number in range(len(columns))]) for language, of in cells.items()]
+    return _Languages(columns=columns, rows=rows) if rows else None
 
 
 def _cell(name: str, value: Value, difference: ValueDifference | None) -> _Cell:
@@ -280,7 +313,9 @@ def _verdict(name: str, difference: ValueDifference) -> str:
     if not difference.is_significant:
         return ""
     lowered = name.lower()
-    is_lower_better = not is_share(name) or any(word in lowered for word in ("error", "drop", "overconfidence"))
+    is_lower_better = (lowered.endswith("rank") and "reciprocal" not in lowered) or any(
+        word in lowered for word in ("error", "drop", "attack")
+    )
     return "better" if (difference.difference > 0) != is_lower_better else "worse"
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlm.evaluation.answers import answers_of, classified
 from vlm.evaluation.bootstrap import mean_interval
 from vlm.evaluation.comparison import sample_outcomes
 from vlm.evaluation.measurement import Measurement, Value
-from vlm.tensor_types import Array, Bool, Float64
+from vlm.tensor_types import Array, Float64
 
 _LARGEST_K = 100
 _RELIABILITY_BINS = 10
 _CLASS_RESAMPLES = 2_000
 _MAX_CLASSES = 1_000
 _MAX_PAIRS = 12
-_SHOTS = re.compile(r"(?P<metric>.+)@(?P<amount>\d+)-shot")
-_SHARE = re.compile(r"(?P<metric>.+)@(?P<amount>\d+(\.\d+)?)%")
-_CONDITION = re.compile(r"(?P<metric>.+)@(?P<condition>[^/]+)(/(?P<severity>\d+))?")
-_CUTOFF = re.compile(r"\d+")
+_SHOTS = re.compile(r"(?P<amount>\d+)-shot")
+_SHARE = re.compile(r"(?P<amount>\d+(\.\d+)?)%")
+# the column of a kind of edit at one of its levels
+_LEVEL = re.compile(r".+/(?P<level>\d+(\.\d+)?)")
+CLEAN = "clean"
+# values of robustness that are no kind of edit
+_SUMMARIES = frozenset({CLEAN, "edited", "drop", "attack_success"})
 _SHARE_TICKS = tuple((tick / 4, f"{25 * tick}%") for tick in range(5))
 
 Tick = tuple[float, str]
@@ -91,10 +95,10 @@ class ConfusionRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionRow:
-    """A condition (a corruption): the mean value of each model over its severities, and how much less than clean."""
+    """A kind of edit (a corruption): the value of each model over its levels, and how much less it is than clean."""
 
     name: str
-    values: tuple[float | None, ...]
+    values: tuple[Value | None, ...]
     drops: tuple[float | None, ...]
 
 
@@ -105,11 +109,11 @@ Models = Sequence[tuple[str, Measurement | None]]
 def line_charts(models: Models) -> list[LineChart]:
     """All curves that the samples and values of an evaluator give."""
     charts: list[LineChart] = []
-    for direction in _directions(models):
-        charts += _recall_chart(models, direction)
+    charts += _recall_charts(models)
     charts += _reliability_chart(models)
-    charts += _amount_chart(models, _SHOTS, "Labelled images per class")
-    charts += _amount_chart(models, _SHARE, "Share of the labelled images, %")
+    charts += _amount_chart(models, _SHOTS, "Few-shot accuracy", "labelled images per class")
+    charts += _amount_chart(models, _SHARE, "Accuracy", "share of the labelled images, %")
+    charts += _level_chart(models)
     return charts
 
 
@@ -135,11 +139,11 @@ def class_rows(models: Models, *, rng: np.random.Generator) -> list[ClassRow]:
 
 def confusion_rows(measurement: Measurement) -> list[ConfusionRow]:
     """The classes taken most often for another; empty for what is no classification."""
-    table = _classified(measurement)
+    table = classified(measurement)
     if table is None:
         return []
     totals = dict(zip(*_columns(table.group_by("truth").aggregate([([], "count_all")])), strict=True))
-    counted = table.filter(pc.field("truth") != pc.field("prediction"))
+    counted = table.filter(~pc.field("is_right"))
     counted = counted.group_by(["truth", "prediction"]).aggregate([([], "count_all")])
     order = [("count_all", "descending"), ("truth", "ascending"), ("prediction", "ascending")]
     rows: list[ConfusionRow] = []
@@ -150,96 +154,76 @@ def confusion_rows(measurement: Measurement) -> list[ConfusionRow]:
     return rows
 
 
-def condition_rows(models: Models) -> tuple[str, list[ConditionRow]]:
-    """Name of the clean value, and what is left of it under each condition, the largest drop of the first model first.
-
-    Values METRIC@CONDITION/SEVERITY or METRIC@CONDITION belong to the clean value METRIC.
-    """
-    means: dict[str, dict[int, float]] = {}
-    clean_name = ""
-    for number, (_, measurement) in enumerate(models):
-        sums: dict[str, list[float]] = {}
-        measured = measurement.values if measurement else {}
-        for name, value in measured.items():
-            match = _CONDITION.fullmatch(name)
-            if match and match["metric"] in measured and not _is_amount(name, match["condition"]):
-                clean_name = clean_name or match["metric"]
-                if match["metric"] == clean_name:
-                    sums.setdefault(match["condition"], []).append(value.value)
-        for condition, figures in sums.items():
-            means.setdefault(condition, {})[number] = float(np.mean(figures))
-    rows: list[ConditionRow] = []
-    for condition, by_model in means.items():
-        values = tuple(by_model.get(number) for number in range(len(models)))
-        drops: list[float | None] = []
-        for (_, measurement), value in zip(models, values, strict=True):
-            if measurement is None or value is None:
-                drops.append(None)
-            else:
-                drops.append(measurement.values[clean_name].value - value)
-        rows.append(ConditionRow(name=condition, values=values, drops=tuple(drops)))
-    return clean_name, sorted(rows, key=lambda row: (-(row.drops[0] or 0.0), row.name))
-
-
-def is_drawn(value: str) -> bool:
-    """Whether a value, by its name, is a point of a curve or a condition: METRIC@4-shot, METRIC@10%, METRIC@fog/3.
-
-    >>> is_drawn("top1@4-shot"), is_drawn("top1@fog/3"), is_drawn("recall@5")
-    (True, True, False)
-    """
-    match = _CONDITION.fullmatch(value)
-    return match is not None and _CUTOFF.fullmatch(match["condition"]) is None
-
-
-def _directions(models: Models) -> list[str | None]:
-    directions: dict[str, None] = {}
+def condition_rows(models: Models) -> list[ConditionRow]:
+    """What is left of the clean value under each kind of edit, the largest drop of the first model first."""
+    kinds: dict[str, None] = {}
     for _, measurement in models:
-        table = measurement.samples if measurement else None
-        if table is not None and "direction" in table.column_names:
-            directions |= dict.fromkeys(filter(None, table["direction"].unique().to_pylist()))
-    return list(directions) or [None]
+        if measurement and CLEAN in measurement.values:
+            kinds |= dict.fromkeys(name for name in measurement.values if is_drawn(name, measurement))
+    rows: list[ConditionRow] = []
+    for kind in kinds:
+        values: list[Value | None] = []
+        drops: list[float | None] = []
+        for _, measurement in models:
+            value = measurement.values.get(kind) if measurement else None
+            values.append(value)
+            drops.append(measurement.values[CLEAN].value - value.value if measurement and value else None)
+        rows.append(ConditionRow(name=kind.replace("_", " "), values=tuple(values), drops=tuple(drops)))
+    return sorted(rows, key=lambda row: (-(row.drops[0] or 0.0), row.name))
 
 
-def _recall_chart(models: Models, direction: str | None) -> list[LineChart]:
-    ranks_by_model: list[tuple[int, str, np.ndarray]] = []
+def is_drawn(value: str, measurement: Measurement) -> bool:
+    """Whether a value stands in a curve (4-shot, 10%) or among the kinds of edits."""
+    if _SHOTS.fullmatch(value) or _SHARE.fullmatch(value):
+        return True
+    table = measurement.samples
+    return (
+        CLEAN in measurement.values
+        and table is not None
+        and any(column == value or column.startswith(f"{value}/") for column in table.column_names)
+        and value not in _SUMMARIES
+    )
+
+
+def _recall_charts(models: Models) -> list[LineChart]:
+    by_title: dict[str, list[tuple[int, str, Float64[Array, " M"]]]] = {}
     for number, (name, measurement) in enumerate(models):
-        table = measurement.samples if measurement else None
-        if table is not None and "rank" in table.column_names:
-            if direction is not None:
-                table = table.filter(pc.field("direction") == direction)
-            ranks = table["rank"].drop_null().cast(pa.float64()).to_numpy()
-            if len(ranks):
-                ranks_by_model.append((number, name, ranks))
-    largest = max((float(ranks.max()) for _, _, ranks in ranks_by_model), default=1.0)
-    end = min(_LARGEST_K, math.ceil(largest))
-    if end < 3:
-        return []
+        for answers in answers_of(measurement) if measurement else ():
+            if len(answers.ranks):
+                by_title.setdefault(answers.title, []).append((number, name, answers.ranks))
+    return [_recall_chart(title, ranks) for title, ranks in by_title.items() if _largest_cutoff(ranks) >= 3]
+
+
+def _largest_cutoff(ranks: Sequence[tuple[int, str, Float64[Array, " M"]]]) -> int:
+    return min(_LARGEST_K, math.ceil(max(float(of_model.max()) for _, _, of_model in ranks)))
+
+
+def _recall_chart(title: str, ranks: Sequence[tuple[int, str, Float64[Array, " M"]]]) -> LineChart:
+    end = _largest_cutoff(ranks)
     cutoffs = np.unique(np.geomspace(1, end, 40).round()).astype(int)
     lines: list[Line] = []
-    for number, name, ranks in ranks_by_model:
+    for number, name, of_model in ranks:
         points: list[Point] = []
         for cutoff in cutoffs.tolist():
-            points.append(Point(x=math.log(cutoff) / math.log(end), y=float(np.mean(ranks <= cutoff))))
+            points.append(Point(x=math.log(cutoff) / math.log(end), y=float(np.mean(of_model <= cutoff))))
         lines.append(Line(name=name, series=number, points=tuple(points)))
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick <= end]
-    return [
-        LineChart(
-            title=f"Recall{f', {direction}' if direction else ''}",
-            note="right answer within the first K",
-            lines=tuple(lines),
-            x_ticks=tuple((math.log(tick) / math.log(end), str(tick)) for tick in ticks),
-        )
-    ]
+    return LineChart(
+        title=title or "Recall",
+        note="right answer within the first K",
+        lines=tuple(lines),
+        x_ticks=tuple((math.log(tick) / math.log(end), str(tick)) for tick in ticks),
+    )
 
 
 def _reliability_chart(models: Models) -> list[LineChart]:
     lines: list[Line] = []
     for number, (name, measurement) in enumerate(models):
-        table = _classified(measurement) if measurement else None
+        table = classified(measurement) if measurement else None
         if table is None or "probability" not in table.column_names:
             continue
         probability = table["probability"].cast(pa.float64()).to_numpy()
-        is_right = _is_right(table)
+        is_right = table["is_right"].cast(pa.float64()).to_numpy()
         bin_of = np.minimum((probability * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
         points: list[Point] = []
         for bin_number in np.unique(bin_of):
@@ -260,77 +244,70 @@ def _reliability_chart(models: Models) -> list[LineChart]:
     ]
 
 
-def _amount_chart(models: Models, pattern: re.Pattern[str], note: str) -> list[LineChart]:
-    """A chart for each metric that was measured with several amounts of labelled images."""
-    figures: dict[str, dict[int, list[tuple[float, Value]]]] = {}
+def _amount_chart(models: Models, pattern: re.Pattern[str], title: str, note: str) -> list[LineChart]:
+    """Values by the amount of labelled images they were measured with."""
+    by_model: dict[int, dict[float, Value]] = {}
     for number, (_, measurement) in enumerate(models):
         for name, value in measurement.values.items() if measurement else ():
             match = pattern.fullmatch(name)
             if match:
-                by_model = figures.setdefault(match["metric"], {})
-                by_model.setdefault(number, []).append((float(match["amount"]), value))
-    charts: list[LineChart] = []
-    for metric, by_model in figures.items():
-        amounts = sorted({amount for entries in by_model.values() for amount, _ in entries})
-        if len(amounts) < 2:
+                by_model.setdefault(number, {})[float(match["amount"])] = value
+    return _spaced_chart(models, by_model, title, note)
+
+
+def _level_chart(models: Models) -> list[LineChart]:
+    """What is left at each level of the edits, mean over the kinds that have it; 0 is the clean image."""
+    by_model: dict[int, dict[float, Value]] = {}
+    for number, (_, measurement) in enumerate(models):
+        table = measurement.samples if measurement else None
+        if measurement is None or table is None or CLEAN not in measurement.values:
             continue
-        # evenly spaced, whatever the amounts: they double, or grow tenfold
-        position_of = {amount: place / (len(amounts) - 1) for place, amount in enumerate(amounts)}
-        lines: list[Line] = []
-        for number, entries in by_model.items():
-            points: list[Point] = []
-            for amount, value in sorted(entries, key=lambda entry: entry[0]):
-                points.append(Point(x=position_of[amount], y=value.value, low=value.low, high=value.high))
-            lines.append(Line(name=models[number][0], series=number, points=tuple(points)))
-        ticks = tuple((position, f"{amount:g}") for amount, position in position_of.items())
-        charts.append(LineChart(title=metric, note=note, lines=tuple(lines), x_ticks=ticks, is_marked=True))
-    return charts
+        of_level: dict[float, list[float]] = {}
+        for name in table.column_names:
+            match = _LEVEL.fullmatch(name)
+            if match:
+                of_level.setdefault(float(match["level"]), []).append(float(np.mean(table[name].to_numpy())))
+        if of_level:
+            means = {level: Value(value=float(np.mean(figures))) for level, figures in of_level.items()}
+            by_model[number] = {0.0: measurement.values[CLEAN]} | means
+    return _spaced_chart(models, by_model, "Altered images", "by severity, 0 is unaltered")
 
 
-def _is_amount(name: str, condition: str) -> bool:
-    is_cutoff = _CUTOFF.fullmatch(condition) is not None
-    return is_cutoff or _SHOTS.fullmatch(name) is not None or _SHARE.fullmatch(name) is not None
+def _spaced_chart(
+    models: Models, by_model: Mapping[int, Mapping[float, Value]], title: str, note: str
+) -> list[LineChart]:
+    amounts = sorted({amount for values in by_model.values() for amount in values})
+    if len(amounts) < 2:
+        return []
+    # evenly spaced, whatever the amounts: they double, or grow tenfold
+    position_of = {amount: place / (len(amounts) - 1) for place, amount in enumerate(amounts)}
+    lines: list[Line] = []
+    for number, values in by_model.items():
+        points: list[Point] = []
+        for amount in sorted(values):
+            value = values[amount]
+            points.append(Point(x=position_of[amount], y=value.value, low=value.low, high=value.high))
+        lines.append(Line(name=models[number][0], series=number, points=tuple(points)))
+    ticks = tuple((position, f"{amount:g}") for amount, position in position_of.items())
+    return [LineChart(title=title, note=note, lines=tuple(lines), x_ticks=ticks, is_marked=True)]
 
 
 def _accuracy_by_class(measurement: Measurement, rng: np.random.Generator) -> dict[str, tuple[Value, int]]:
-    table = _classified(measurement)
+    table = classified(measurement)
     if table is None:
         return {}
     truths = table["truth"].to_numpy()
-    outcomes = _main_outcomes(measurement, table)
+    # the first value's outcomes share ties; where it is a mean over classes, right is what the prediction is
+    outcomes = sample_outcomes(measurement, next(iter(measurement.values), ""))
+    is_of_rows = outcomes is not None and len(outcomes[1]) == table.num_rows
+    right = outcomes[1] if outcomes is not None and is_of_rows else table["is_right"].cast(pa.float64()).to_numpy()
     classes: dict[str, tuple[Value, int]] = {}
     for name in np.unique(truths):
-        of_class = outcomes[truths == name]
+        of_class = right[truths == name]
         interval = mean_interval(of_class, rng=rng, share=True, resamples=_CLASS_RESAMPLES)
         value = Value(value=interval.value, low=interval.low, high=interval.high)
         classes[str(name)] = (value, len(of_class))
     return classes
-
-
-def _main_outcomes(measurement: Measurement, table: pa.Table) -> Float64[Array, " N"]:
-    """The first value's outcomes, in which ties are shared, where the table has them; else right or wrong."""
-    name = next(iter(measurement.values), "")
-    outcomes = sample_outcomes(measurement, name)
-    if outcomes is not None and len(outcomes[1]) == table.num_rows:
-        return outcomes[1]
-    return _is_right(table).astype(np.float64)
-
-
-def _classified(measurement: Measurement) -> pa.Table | None:
-    """The samples with a true class and a prediction; None where truths are captions, or there are none."""
-    table = measurement.samples
-    if table is None or not {"truth", "prediction"} <= set(table.column_names) or "query" in table.column_names:
-        return None
-    if "direction" in table.column_names:
-        return None
-    table = table.filter(pc.field("truth").is_valid() & pc.field("prediction").is_valid())
-    num_truths = len(table["truth"].unique())
-    # captions are mostly all different, and classes have several images
-    return table if 0 < num_truths <= max(table.num_rows / 2, 2) else None
-
-
-def _is_right(table: pa.Table) -> Bool[Array, " N"]:
-    return np.asarray(table["truth"].to_numpy() == table["prediction"].to_numpy())
 
 
 def _columns(table: pa.Table) -> list[list[Any]]:
