@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from vlm.data.caption_sampler import CaptionSampler, SampledCaption
+from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import ShardSet
 from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex
-from vlm.data.samples import Captions, Sample, SampleRng, shuffled
+from vlm.data.samples import Captions, RandomSource, Sample, SampleRng, shuffled
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
@@ -186,13 +187,15 @@ class TrainingCollator:
     """Draws a view and a caption of each sample; replaces a sample that cannot be used by the next one that can.
 
     decode_on_device: leave the decoding to the device; batches then hold prepared images.
+    caption_mix: captions from sidecars that take the place of the sample's own, with a probability.
 
     Optional parts of a batch, none of which changes the rest. num_sentences: how many different sentences, drawn from
     all captions in the requested languages. local: small crops of the image. has_identities: hashes of key and image.
     trim_text: cut the tokens to the longest caption of the batch.
 
     Raises:
-        UsageError: small crops are requested of images that are decoded on the device.
+        UsageError: small crops are requested of images that are decoded on the device, or features of captions that are
+            not in the shards.
     """
 
     plan: BatchSampler
@@ -207,12 +210,18 @@ class TrainingCollator:
     local: LocalCrops | None = None
     has_identities: bool = False
     trim_text: bool = False
+    caption_mix: CaptionMix | None = None
 
     def __post_init__(self) -> None:
         if self.decode_on_device and self.local:
             raise UsageError(
                 "Small crops are decoded by the workers; leave out --decode-on-device, or the objective that asks "
                 "for them."
+            )
+        if self.caption_mix is not None and self.arrays.has_captions:
+            raise UsageError(
+                f"{', '.join(self.arrays.names)} have rows for the captions in the shards alone; leave out the new "
+                "captions (--captions-from), or these arrays."
             )
 
     @property
@@ -306,7 +315,7 @@ class TrainingCollator:
 
         # The order of the draws must not change, or a seed gives other data: the caption first, then the view.
         rng = self._rng_for(sample_index, sample.key)
-        caption = self.draw(sample, rng)
+        caption = self._draw_caption(sample_index, sample, rng)
         view_rng = rng
         view = 0
         if self.arrays.has_views:
@@ -323,6 +332,20 @@ class TrainingCollator:
         image = EncodedImage(sample.image)
         crop = self.view.draw(image.width, image.height, view_rng)
         return _DrawnSample(sample_index, attempt, sample.key, caption, arrays, sentences, identity, image, crop)
+
+    def _draw_caption(self, sample_index: SampleIndex, sample: Sample, rng: RandomSource) -> SampledCaption:
+        mixed = None
+        if self.caption_mix is not None:
+            mix_rng = self._rng_for(sample_index, sample.key, "mix")
+            mixed = self.caption_mix.draw(sample_index.shard, sample_index.number, sample.key, mix_rng)
+        # drawn in any case, so that mixing changes no crop
+        try:
+            own = self.draw(sample, rng)
+        except BadSample:
+            if mixed is None:
+                raise
+            return mixed
+        return own if mixed is None else mixed
 
     def _rng_for(self, sample_index: SampleIndex, key: str, purpose: str = "") -> SampleRng:
         """The generator of one visit; a purpose of its own keeps an extra draw from shifting the others."""

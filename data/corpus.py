@@ -18,6 +18,7 @@ import numpy as np
 
 from vlm.config import suggest
 from vlm.console import pluralize
+from vlm.data.caption_sidecar import CaptionMix, CaptionSidecar, MixedShard
 from vlm.data.sampler import DEFAULT_WINDOW, Mixture, SampleOrder, Sampler, integer_shares
 from vlm.data.selection import read_selection
 from vlm.data.shard_cache import ShardCache
@@ -37,6 +38,7 @@ class Source:
 
     weight: its share of the samples, relative to the weights of the others; 0 uses its visits times `repeats`.
     selection: file of a selection; empty shows every sample once.
+    captions_from: folder of `vlm caption`; a caption from there is shown with the probability `caption_mix`.
     """
 
     data: str
@@ -44,16 +46,24 @@ class Source:
     selection: str = ""
     weight: float = 0.0
     repeats: float = 1.0
+    captions_from: str = ""
+    caption_mix: float = 0.5
 
 
-def read_sources(url: str, selection: str = "") -> tuple[Source, ...]:
+def read_sources(
+    url: str, selection: str = "", *, captions_from: str = "", caption_mix: float = 0.5
+) -> tuple[Source, ...]:
     """The sources at a URL: those of a mixture file (`.toml`), or shards as the only one.
 
     Raises:
         UsageError: the file does not exist or has a key that a source does not have.
     """
     if not url.endswith(MIXTURE_SUFFIX):
-        return (Source(data=url, selection=selection, name="data"),)
+        return (
+            Source(data=url, selection=selection, name="data", captions_from=captions_from, caption_mix=caption_mix),
+        )
+    if captions_from:
+        raise UsageError(f"{url} names captions for each of its sources; leave out --captions-from {captions_from}.")
     if selection:
         raise UsageError(f"{url} names a selection for each of its sources; leave out --selection {selection}.")
     sources: list[Source] = []
@@ -94,7 +104,7 @@ def _parse_source(table: dict[str, Any], where: str) -> Source:
     for name, value in table.items():
         if name not in known:
             raise UsageError(f"{where}: unknown key {name!r}; {suggest(name, list(known))}.")
-        if name in ("weight", "repeats"):
+        if name in ("weight", "repeats", "caption_mix"):
             # a bool is an int to Python, and `weight = true` is a slip
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise UsageError(f"{where}: {name} = {value!r} must be a number.")
@@ -110,6 +120,8 @@ def _parse_source(table: dict[str, Any], where: str) -> Source:
             "its own."
         )
     source = Source(**table)
+    if source.caption_mix > 1:
+        raise UsageError(f"{where}: caption_mix = {source.caption_mix} is a probability; give at most 1.")
     if source.name and not _NAME.fullmatch(source.name):
         raise UsageError(f"{where}: name = {source.name!r} names files; use letters, digits, dots and dashes.")
     return source
@@ -123,6 +135,7 @@ class Corpus:
     """The opened sources: their shards numbered through, and the order in which samples are seen.
 
     samples, filtered: of each shard, how many there are, and how many its selection leaves out.
+    caption_mix: captions from sidecars, by shard; None if there are none.
     first_shards: of each source. fingerprint: of the sequence; the same content, selections and shares give the same.
     """
 
@@ -133,6 +146,7 @@ class Corpus:
     filtered: tuple[int, ...]
     order: Sampler
     fingerprint: str
+    caption_mix: CaptionMix | None = None
 
     def shards_of(self, source: int) -> range:
         """The numbers of the shards of a source."""
@@ -164,7 +178,9 @@ def open_corpus(
     shards: list[str] = []
     samples: list[int] = []
     filtered: list[int] = []
+    mixed: list[MixedShard | None] = []
     for source in opened:
+        mixed += source.mixed or [None] * len(source.shards)
         shards += source.shards
         samples += source.samples
         filtered += source.filtered
@@ -179,6 +195,7 @@ def open_corpus(
         filtered=tuple(filtered),
         order=order,
         fingerprint=compute_fingerprint(*sequence, *(source.identity for source in opened)),
+        caption_mix=CaptionMix(shards=tuple(mixed)) if any(mixed) else None,
     )
 
 
@@ -195,6 +212,7 @@ class _OpenedSource(NamedTuple):
     filtered: list[int]
     order: SampleOrder
     identity: str
+    mixed: list[MixedShard]
 
 
 def _source_seed(seed: int, number: int) -> int:
@@ -206,9 +224,15 @@ def _open_source(source: Source, options: _OpenOptions) -> _OpenedSource:
     shards = expand_shards(source.data)
     counts = count_samples(shards, allow_damage=options.allow_damage, cache=options.cache)
     content = shards_fingerprint(shards, options.cache)
+    mixed: list[MixedShard] = []
+    if source.captions_from:
+        sidecar = CaptionSidecar.open(Path(source.captions_from))
+        for table in sidecar.tables_of(shards, options.cache):
+            mixed.append(MixedShard(table, source.caption_mix))
+        content = compute_fingerprint(content, sidecar.manifest.fingerprint, str(source.caption_mix))
     if not source.selection:
         order = SampleOrder(counts=tuple(counts), seed=options.seed, window=options.window)
-        return _OpenedSource(shards, counts, [0] * len(counts), order, content)
+        return _OpenedSource(shards, counts, [0] * len(counts), order, content, mixed)
     selection = read_selection(Path(source.selection))
     times = selection.times_of(shards, cache=options.cache)
     order = SampleOrder.of_selection(times, seed=options.seed, window=options.window)
@@ -216,7 +240,8 @@ def _open_source(source: Source, options: _OpenOptions) -> _OpenedSource:
     if not order.num_samples:
         raise UsageError(f"The selection {source.selection} leaves nothing of {source.data}.")
     filtered = [int(np.count_nonzero(part == 0)) for part in times]
-    return _OpenedSource(shards, counts, filtered, order, compute_fingerprint(content, selection.fingerprint))
+    identity = compute_fingerprint(content, selection.fingerprint)
+    return _OpenedSource(shards, counts, filtered, order, identity, mixed)
 
 
 def _warn_of_repeated_samples(sources: Sequence[Source], opened: Sequence[_OpenedSource]) -> None:

@@ -49,6 +49,11 @@ class PrecomputedFeatures:
         """Whether views are those a teacher saw."""
         return any(ARRAY_ROWS[name] == "view" for name in self.names)
 
+    @cached_property
+    def has_captions(self) -> bool:
+        """Whether there are rows for captions, which belong to the one that is drawn."""
+        return any(ARRAY_ROWS[name] == "caption" for name in self.names)
+
     def sample_view(self, sample: Sample, rng: RandomSource) -> tuple[int, np.random.Generator]:
         """The number of a stored view, drawn at random, and the generator that draws the view again.
 

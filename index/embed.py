@@ -172,7 +172,7 @@ def embed_into(
     started = time.perf_counter()
     if options.is_compiled and "image" not in folders:
         raise UsageError("Only the image tower can be compiled; leave --compile out for texts.")
-    addresses = list(map(_absolute, shards))
+    addresses = list(map(absolute_shard, shards))
     # before a folder is begun: a shard that is missing leaves nothing behind
     counts = count_samples(addresses, allow_damage=options.allow_damage)
     # what decides over the rows: a folder begun with other inputs is refused
@@ -208,7 +208,7 @@ def embed_into(
     return summaries
 
 
-def _absolute(shard: str) -> str:
+def absolute_shard(shard: str) -> str:
     """The address from anywhere; a link to a tar stays a link, because its target need not be named `.tar`."""
     path = Path(shard)
     return shard if is_remote(shard) else str(path.parent.resolve() / path.name)

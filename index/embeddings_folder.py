@@ -334,8 +334,10 @@ _BATCH_SIZE = ".batch-size"
 _BEGIN_SECONDS = 5.0
 
 
-def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
+def begin_or_resume(folder: Path, identity: dict[str, Any], *, kind: str = "embeddings") -> None:
     """Open a folder for embeddings, new or unfinished, while other processes may do the same or were killed at it.
+
+    kind: what its manifest will say, for other work that is stored in such parts.
 
     Raises:
         UsageError: it is finished, holds something else, or was begun with another identity; nothing is changed.
@@ -343,7 +345,7 @@ def begin_or_resume(folder: Path, identity: dict[str, Any]) -> None:
     while True:
         was_begun = _is_begun(folder)
         try:
-            begin_or_resume_folder(folder, kind="embeddings", configuration=identity)
+            begin_or_resume_folder(folder, kind=kind, configuration=identity)
             break
         except UsageError:
             # in this order: between the two checks another process may have finished writing its marker
@@ -667,13 +669,13 @@ def sorted_checksums(files: dict[str, FileRecord]) -> list[str]:
     return [files[name].sha256 for name in sorted(files)]
 
 
-def check_compatible(folder: Path, identity: dict[str, Any]) -> Manifest:
+def check_compatible(folder: Path, identity: dict[str, Any], *, kind: str = "embeddings") -> Manifest:
     """The manifest of a finished folder, checked to be made from this model and these shards.
 
     Raises:
         UsageError: it was made from something else; the first difference is named.
     """
-    manifest = read_manifest(folder, "embeddings")
+    manifest = read_manifest(folder, kind)
     # through JSON, because a manifest read back has lists for tuples
     for name, value in json.loads(json.dumps(identity)).items():
         if manifest.configuration.get(name, "") != value:

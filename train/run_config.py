@@ -151,6 +151,12 @@ class LoaderConfig:
     selection: str = ""
     """Selection file of `vlm curate`: which samples to use, and how often per epoch; empty uses each once."""
 
+    captions_from: str = ""
+    """Folder of new captions of these shards, written by `vlm caption`; empty uses those in the shards alone."""
+
+    caption_mix: float = 0.5
+    """Probability of a new caption, of those of --captions-from, instead of the sample's own."""
+
     languages: tuple[str, ...] = ()
     """Caption languages to sample from; empty uses the first of each sample. `tags` stands for its tags."""
 
@@ -357,6 +363,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
 def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
     return (
         ("flip", config.loader.flip),
+        ("caption_mix", config.loader.caption_mix),
         ("max_bad", config.loader.max_bad),
         ("patch_dropout", config.model.patch_dropout),
         ("dropout", config.model.dropout),

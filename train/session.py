@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm import __version__
 from vlm.config import from_toml, to_toml
 from vlm.data.caption_sampler import CaptionSampler
+from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
@@ -131,7 +132,9 @@ class Session:
             num_processes=self.accelerator.num_processes,
             parts=self.num_micro_batches,
         )
-        collate = build_collator(config, plan, state.model, trim_text=self.trims_padding)
+        collate = build_collator(
+            config, plan, state.model, trim_text=self.trims_padding, caption_mix=self.corpus.caption_mix
+        )
         stream = stream_batches(
             plan,
             self.corpus.shards,
@@ -228,7 +231,12 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
 def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
     """The shards the configuration names, with the order of their samples."""
     return open_corpus(
-        read_sources(config.data, config.loader.selection),
+        read_sources(
+            config.data,
+            config.loader.selection,
+            captions_from=config.loader.captions_from,
+            caption_mix=config.loader.caption_mix,
+        ),
         seed=config.seed,
         window=config.loader.shuffle_window,
         allow_damage=config.loader.allow_damage,
@@ -450,7 +458,12 @@ def total_steps(config: TrainConfig, num_samples: int) -> int:
 
 
 def build_collator(
-    config: TrainConfig, plan: BatchSampler, model: VisionLanguageModel, *, trim_text: bool
+    config: TrainConfig,
+    plan: BatchSampler,
+    model: VisionLanguageModel,
+    *,
+    trim_text: bool,
+    caption_mix: CaptionMix | None = None,
 ) -> TrainingCollator:
     """What the workers make of the samples of a batch. trim_text: cut its tokens to the longest caption."""
     view = RandomResizedCrop(
@@ -477,6 +490,7 @@ def build_collator(
         local=LocalCrops.for_global_crop(view, number=num_crops) if num_crops else None,
         has_identities=config.objective.same_pairs != "negative",
         trim_text=trim_text,
+        caption_mix=caption_mix,
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlm.api.packing import pack as pack
     from vlm.api.runs import compare_runs as compare_runs
     from vlm.api.runs import list_runs as list_runs
+    from vlm.api.training import caption_shards as caption_shards
     from vlm.api.training import embed as embed
     from vlm.api.training import train as train
     from vlm.client import AsyncClient as AsyncClient
@@ -46,6 +47,7 @@ __all__ = [
     "VlmError",
     "build_index",
     "caption_metrics",
+    "caption_shards",
     "compare_runs",
     "embed",
     "evaluate",
@@ -73,6 +75,7 @@ _MODULES: dict[str, str] = {
     "SearchIndex": "vlm.api.index",
     "build_index": "vlm.api.index_building",
     "caption_metrics": "vlm.api.captions",
+    "caption_shards": "vlm.api.training",
     "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.evaluation",

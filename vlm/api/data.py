@@ -7,7 +7,7 @@ from typing import Literal, Protocol, TypeAlias
 from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingCollator
-from vlm.data.corpus import MIXTURE_SUFFIX, Corpus, open_corpus, read_sources
+from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
 from vlm.data.pack import shards_at
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
 from vlm.data.selection import read_selection
@@ -88,6 +88,8 @@ def stream(
     workers: int = 1,
     shuffle_window: int = DEFAULT_WINDOW,
     selection: str | Path | None = None,
+    captions_from: str | Path | None = None,
+    caption_mix: float = 0.5,
     allow_damage: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
@@ -112,6 +114,8 @@ def stream(
         epochs: of one loop over the stream, for training; None is endless.
         workers: processes that read and decode; 0 does it in this one.
         selection: file of `vlm curate` that says which samples are used, and how often.
+        captions_from: folder of `vlm caption`, for training: a caption from there is shown with the probability
+            `caption_mix` instead of the sample's own.
         rank, world_size: the share of this process; as the launcher (torchrun, accelerate, srun) says if not given.
 
     Raises:
@@ -127,13 +131,18 @@ def stream(
     if transform == "training":
         crop = RandomResizedCrop(size=view.size, scale=crop_scale, flip=flip, interpolation=view.interpolation)
         draw = CaptionSampler(languages=tuple(languages))
-        corpus = _open_corpus(shards, selection, seed=seed, window=shuffle_window, allow_damage=allow_damage)
+        sources = _read_sources(shards, selection, captions_from, caption_mix)
+        corpus = open_corpus(sources, seed=seed, window=shuffle_window, allow_damage=allow_damage)
         plan = BatchSampler(
             order=corpus.order, batch_size=batch_size, process=share.rank, num_processes=share.world_size
         )
-        collate = TrainingCollator(plan=plan, view=crop, tokenizer=texts_to_tokens, draw=draw, seed=seed)
+        collate = TrainingCollator(
+            plan=plan, view=crop, tokenizer=texts_to_tokens, draw=draw, seed=seed, caption_mix=corpus.caption_mix
+        )
         reading = TrainingReading(plan=plan, collate=collate, epochs=epochs, sequence=corpus.fingerprint)
         return SampleStream(corpus.shards, reading, view, workers=workers, is_normalised=normalised)
+    if captions_from is not None:
+        raise UsageError("captions_from is for training; evaluation shows the shards' own captions.")
     if transform != "evaluation":
         raise UsageError(f"transform = {transform!r}; give training or evaluation.")
     urls = shards_at(join_shards(shards))
@@ -178,12 +187,15 @@ def _view_and_tokenizer(
     return view, tokenizer if isinstance(tokenizer, Tokenizer) else CallableTokenizer(tokenizer)
 
 
-def _open_corpus(shards: Shards, selection: str | Path | None, *, seed: int, window: int, allow_damage: bool) -> Corpus:
+def _read_sources(
+    shards: Shards, selection: str | Path | None, captions_from: str | Path | None, caption_mix: float
+) -> tuple[Source, ...]:
+    if not 0 <= caption_mix <= 1:
+        raise UsageError(f"caption_mix = {caption_mix} is a probability; give a number from 0 to 1.")
     url = join_shards(shards)
     # a mixture names the shards of each of its sources
     data = url if url.endswith(MIXTURE_SUFFIX) else "::".join(shards_at(url))
-    sources = read_sources(data, "" if selection is None else str(selection))
-    return open_corpus(sources, seed=seed, window=window, allow_damage=allow_damage)
+    return read_sources(data, str(selection or ""), captions_from=str(captions_from or ""), caption_mix=caption_mix)
 
 
 def _sequential(

@@ -1,4 +1,4 @@
-"""`vlm.train`, `vlm.embed`: shards to a run, shards to embeddings."""
+"""`vlm.train`, `vlm.embed`, `vlm.caption_shards`: shards to a run, to embeddings, to new captions."""
 
 import os
 from collections.abc import Sequence
@@ -15,11 +15,14 @@ from vlm.data.selection import read_selection
 from vlm.errors import UsageError, VlmError, os_errors_explained
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage
+from vlm.index.recaption import RecaptionOptions, RecaptionSummary, recaption
 from vlm.launch import run_in_processes
 from vlm.manifest import MANIFEST, PROGRESS
+from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
 from vlm.results import Result
+from vlm.storage import is_remote
 from vlm.train.presets import open_preset
 from vlm.train.run import RunSummary
 from vlm.train.run import train as train_run
@@ -204,6 +207,96 @@ def embed(
     # the one that wrote the last manifest knows all counts; none did where all was complete already
     finished = next((result for result in results if result.summaries[0].ended_here), results[0])
     return replace(finished, share=SINGLE_PROCESS)
+
+
+@os_errors_explained()
+def caption_shards(
+    model: str | Path | Model | VisionLanguageModel,
+    shards: Shards,
+    out: str | Path | None = None,
+    *,
+    decoding: DecodingOptions = GREEDY,
+    batch_size: int = 64,
+    workers: int = 1,
+    processes: int = 1,
+    allow_damage: bool = False,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> RecaptionSummary:
+    """Write new captions of all samples of shards beside them, as `vlm caption MODEL SHARDS` does; repeat to resume.
+
+    Training mixes them in: `captions_from` and `caption_mix` of its loader, or of a source of a mixture.
+
+    Args:
+        model: MODEL as for `vlm.load`, or a model, whose device and precision then count; several processes load it
+            themselves, by its name.
+        out: folder for the captions; by default `captions` in the folder of the shards.
+        decoding: how captions are written, and how many of each image.
+        processes: how many to start, each with a model of its own; under a launcher each process makes this call.
+
+    Raises:
+        UsageError: the model has no caption decoder, an option is out of range, or `out` holds something else.
+        VlmError: a shard is damaged, or no sample can be used.
+    """
+    if isinstance(model, Model):
+        model = model.encoder
+    if isinstance(model, VisionLanguageModel):
+        precision = "fp32" if model.precision == torch.float32 else "bf16"
+    url = join_shards(shards)
+    job = _CaptionJob(
+        model=str(model) if isinstance(model, str | Path) else model,
+        shards=url,
+        out=sidecar_folder(shards_at(url)) if out is None else Path(out),
+        device=device,
+        options=RecaptionOptions(
+            model_spec=str(model) if isinstance(model, str | Path) else model.name,
+            decoding=decoding,
+            batch_size=batch_size,
+            workers=workers,
+            allow_damage=allow_damage,
+            precision=precision,
+        ),
+    )
+    _check_processes(processes)
+    if processes == 1:
+        return job.run()
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: each of several processes uses a GPU of its own; omit --device.")
+    results = run_in_processes(_CaptionJob.run, replace(job, model=job.options.model_spec), processes)
+    finished = next((result for result in results if result.ended_here), results[0])
+    return replace(finished, new_samples=sum(result.new_samples for result in results))
+
+
+def sidecar_folder(shards: Sequence[str]) -> Path:
+    """Where captions of shards go by default: `captions` in their folder.
+
+    Raises:
+        UsageError: they lie in several folders, or not on this machine.
+    """
+    folders = {shard.rpartition("/")[0] for shard in shards}
+    if len(folders) > 1 or is_remote(shards[0]):
+        raise UsageError(f"{shards[0]} and the others lie in no one local folder; name one for the captions (--out).")
+    return Path(shards[0]).parent / "captions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CaptionJob:
+    """The share of a process of the captions of shards."""
+
+    model: str | VisionLanguageModel
+    shards: str
+    out: Path
+    device: str
+    options: RecaptionOptions
+
+    def run(self) -> RecaptionSummary:
+        """Load the model and caption this process's share."""
+        rank = ProcessRank.from_environment()
+        model = self.model
+        if isinstance(model, str):
+            device = _device_of_rank(self.device, rank)
+            model = load_model(model, device=device, precision=self.options.precision)
+        return recaption(model, shards_at(self.shards), self.out, replace(self.options, share=rank))
 
 
 @dataclass(frozen=True, kw_only=True)

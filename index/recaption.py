@@ -1,0 +1,390 @@
+"""Re-captioning: shards to new captions of all their samples, in a folder beside them that the loader mixes in.
+
+One Parquet table for each shard, written whole or not at all, with a marker and in the end a manifest, as embeddings
+are (`embeddings_folder`); so the work may be killed at any moment, resumed, and divided among processes.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm.console import progress
+from vlm.data.caption_sidecar import KIND, SidecarShard, read_captions
+from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure
+from vlm.data.loader import stream_batches
+from vlm.data.sampler import SequentialBatches
+from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.tar import open_index
+from vlm.errors import UsageError, VlmError
+from vlm.files import atomic_write, compute_fingerprint, write_text
+from vlm.index.embed import SINGLE_PROCESS, ProcessRank, absolute_shard
+from vlm.index.embeddings_folder import (
+    PARTS,
+    SKIPPED_JSONL,
+    Part,
+    SkippedSampleRecord,
+    begin_or_resume,
+    check_compatible,
+    exclusive_lock,
+    first_mismatch,
+    part_name,
+    read_marker,
+    remove_leftovers,
+    sorted_checksums,
+    write_marker,
+)
+from vlm.manifest import FileRecord, Manifest, is_complete, mark_unfinished, record_file, write_manifest
+from vlm.models.decoding_options import GREEDY, DecodingOptions
+from vlm.models.model import VisionLanguageModel
+from vlm.models.model_spec import absolute_spec
+from vlm.results import Result
+
+if TYPE_CHECKING:
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecaptionOptions:
+    """How shards are captioned.
+
+    model_spec: what the model was loaded from. precision: what it computes in. workers: processes that read and decode
+    ahead of it. allow_damage: caption what precedes the damage of a truncated tar. share: which of several processes
+    that fill the folder together this one is.
+    """
+
+    model_spec: str
+    decoding: DecodingOptions = GREEDY
+    batch_size: int = 64
+    workers: int = 0
+    allow_damage: bool = False
+    precision: str = "fp32"
+    share: ProcessRank = SINGLE_PROCESS
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range before a folder is begun."""
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size = {self.batch_size} is out of range: it must be at least 1.")
+        if self.workers < 0:
+            raise UsageError(f"workers = {self.workers}; 0 is the least: reading and the model take turns then.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecaptionSummary(Result):
+    """What the folder holds, and what this call did: `new_samples` in `seconds`.
+
+    captioned: samples with captions. different: captions that differ from one another. bad: samples without captions,
+    listed in `incidents.jsonl`. incidents: their number by reason. mean_log_likelihood: of the first captions.
+    missing_parts: what other processes still have to write; 0 when the folder is complete.
+    ended_here: of several processes, this one wrote the manifest.
+    """
+
+    folder: str
+    shards: int
+    samples: int
+    captioned: int
+    captions: int
+    different: int
+    bad: int
+    incidents: dict[str, int]
+    mean_log_likelihood: float
+    missing_parts: int
+    new_samples: int
+    seconds: float
+    was_complete: bool
+    ended_here: bool
+
+
+def recaption(
+    model: VisionLanguageModel, shards: Sequence[str], out: Path, options: RecaptionOptions
+) -> RecaptionSummary:
+    """Write new captions of all samples of the shards into the folder `out`, or resume that.
+
+    Killed at any moment and repeated with the same batch size, by any number of processes, it leaves the files of an
+    uninterrupted run; repeated when complete, it makes damaged files again. Samples that cannot be used have no
+    captions in their row, and are listed with the reason.
+
+    Args:
+        shards: addresses as from `expand_shards`.
+
+    Raises:
+        UsageError: the model has no caption decoder, or the folder holds something else, or the work of another model,
+            of other shards or of other decoding options.
+        VlmError: a shard is damaged, out of memory, or no sample can be used.
+    """
+    started = time.perf_counter()
+    model.check_can_caption()
+    addresses = list(map(absolute_shard, shards))
+    # before a folder is begun: a shard that is missing leaves nothing behind
+    counts = count_samples(addresses, allow_damage=options.allow_damage)
+    identity = {
+        "model": model.fingerprint,
+        "shards": shards_fingerprint(addresses),
+        "decoding": options.decoding.to_values(),
+        "precision": options.precision,
+    }
+    job = _RecaptionJob(model, addresses, counts, out, identity, options)
+    was_complete = _open_folder(out, identity)
+    wrote_manifest = False
+    if not was_complete:
+        try:
+            job.write_missing_parts()
+        except torch.OutOfMemoryError as error:
+            raise VlmError(
+                f"A batch of {options.batch_size} does not fit into memory; finished shards are kept: repeat with a "
+                "smaller --batch-size."
+            ) from error
+        wrote_manifest = job.finish()
+    return job.summary(time.perf_counter() - started, was_complete=was_complete, ended_here=wrote_manifest)
+
+
+def _open_folder(out: Path, identity: dict[str, Any]) -> bool:
+    """Begin or resume the folder; True if it is complete and intact."""
+    if not is_complete(out):
+        try:
+            begin_or_resume(out, identity, kind=KIND)
+        except UsageError:
+            # unless another process has finished it just now
+            if not is_complete(out):
+                raise
+        else:
+            return False
+    with exclusive_lock(out):
+        manifest = check_compatible(out, identity, kind=KIND)
+        fault = first_mismatch(out, manifest.files, verify=True)
+        if not fault:
+            remove_leftovers(out)
+            return True
+        logger.info(f"{out} was complete: {fault}. The damaged tables are made again.")
+        mark_unfinished(out, kind=KIND, configuration=identity)
+    return False
+
+
+@dataclass(eq=False)
+class _Counts:
+    """Counted over parts, from their markers."""
+
+    samples: int = 0
+    captioned: int = 0
+    captions: int = 0
+    likelihood_sum: float = 0.0
+    texts: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _RecaptionJob:
+    """The captions of shards. counts: samples of each."""
+
+    model: VisionLanguageModel
+    shards: list[str]
+    counts: list[int]
+    out: Path
+    identity: dict[str, Any]
+    options: RecaptionOptions
+    new_samples: int = 0
+
+    def write_missing_parts(self) -> None:
+        """Write the tables that are missing of this process's shards; finished ones stay, whatever happens then."""
+        own = self.options.share.shard_indices(len(self.shards))
+        # with checksums, because what stopped the last run may have damaged a table
+        missing = [number for number in own if read_marker(self.out, part_name(number), verify=True) is None]
+        if not missing:
+            return
+        batch_size = self.options.batch_size
+        plan = SequentialBatches(counts=[self.counts[number] for number in missing], batch_size=batch_size)
+        # one stream over all missing shards, so that workers read ahead from one into the next
+        batches = stream_batches(
+            plan,
+            [self.shards[number] for number in missing],
+            EvalCollator(view=self.model.view),
+            numbers=range(len(plan)),
+            workers=self.options.workers,
+        )
+        total = sum(self.counts[number] for number in own)
+        done = total - sum(self.counts[number] for number in missing)
+        with progress(total=total, done=done, what="caption", unit=" samples") as bar:
+            for number in missing:
+                table = _Table(self.shards[number], number, self.counts[number])
+                for batch in islice(batches, ceil(self.counts[number] / batch_size)):
+                    table.add_batch(batch, self.model, self.options.decoding)
+                    bar.update(len(batch.samples) + len(batch.unread))
+                table.write(self.out)
+                self.new_samples += self.counts[number]
+
+    def finish(self) -> bool:
+        """Write the manifest if all tables are there; whether it was still to be written.
+
+        Raises:
+            VlmError: not one sample could be captioned.
+        """
+        with exclusive_lock(self.out):
+            if is_complete(self.out):
+                return False
+            parts: list[Part] = []
+            skipped: list[SkippedSampleRecord] = []
+            for number in range(len(self.shards)):
+                marker = read_marker(self.out, part_name(number))
+                if marker is None:
+                    return False
+                parts.append(marker.part)
+                skipped += marker.incidents
+            self._write_manifest(parts, skipped)
+            remove_leftovers(self.out)
+        return True
+
+    def _write_manifest(self, parts: list[Part], skipped: list[SkippedSampleRecord]) -> None:
+        lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in skipped]
+        # before the refusal below, which sends its reader to the list
+        write_text(self.out / SKIPPED_JSONL, "".join(lines))
+        if sum(part.rows for part in parts) == len(skipped):
+            first = f"{skipped[0].key} {skipped[0].reason} {skipped[0].detail}"
+            raise VlmError(
+                f"Not one of {len(skipped):,} samples could be captioned; the first: {first}. "
+                f"All are in {self.out / SKIPPED_JSONL}."
+            )
+        files: dict[str, FileRecord] = {}
+        shards: list[dict[str, Any]] = []
+        for part in parts:
+            files |= part.files
+            (path,) = part.files
+            fingerprint = open_index(part.shard).fingerprint
+            shards.append(SidecarShard(part.shard, fingerprint, path, part.rows)._asdict())
+        files[SKIPPED_JSONL] = record_file(self.out / SKIPPED_JSONL)
+        manifest = Manifest(
+            kind=KIND,
+            fingerprint=compute_fingerprint(self.identity["model"], *sorted_checksums(files)),
+            counts={"samples": sum(part.rows for part in parts), "bad": len(skipped), "shards": len(parts)},
+            configuration=self.identity,
+            inputs={"model": self.identity["model"], "shards": self.identity["shards"]},
+            files=files,
+            details={
+                "model": absolute_spec(self.options.model_spec),
+                "batch_size": self.options.batch_size,
+                "shards": shards,
+                "incidents": _by_reason(skipped),
+            },
+        )
+        write_manifest(self.out, manifest)
+
+    def summary(self, seconds: float, *, was_complete: bool, ended_here: bool) -> RecaptionSummary:
+        """Counted from the tables that are there."""
+        counts = _Counts()
+        skipped: list[SkippedSampleRecord] = []
+        num_parts = 0
+        for number in range(len(self.shards)):
+            marker = read_marker(self.out, part_name(number))
+            if marker is not None:
+                num_parts += 1
+                skipped += marker.incidents
+                _count_table(self.out, marker.part, counts)
+        return RecaptionSummary(
+            folder=str(self.out),
+            shards=len(self.shards),
+            samples=counts.samples,
+            captioned=counts.captioned,
+            captions=counts.captions,
+            different=len(counts.texts),
+            bad=len(skipped),
+            incidents=_by_reason(skipped),
+            mean_log_likelihood=counts.likelihood_sum / max(counts.captioned, 1),
+            missing_parts=len(self.shards) - num_parts,
+            new_samples=self.new_samples,
+            seconds=seconds,
+            was_complete=was_complete,
+            ended_here=ended_here,
+        )
+
+
+class _Table:
+    """The captions of a shard, while its batches come."""
+
+    def __init__(self, shard: str, number: int, num_samples: int) -> None:
+        self._shard = shard
+        self._number = number
+        index = open_index(shard)
+        self._keys = [index[place].key for place in range(num_samples)]
+        self._captions: list[list[str]] = [[] for _ in self._keys]
+        self._likelihoods: list[list[float]] = [[] for _ in self._keys]
+        self._skipped: list[SkippedSampleRecord] = []
+
+    def add_batch(self, batch: EvalBatch, model: VisionLanguageModel, decoding: DecodingOptions) -> None:
+        """Caption the images of a batch."""
+        failures = sorted([*batch.unread, *batch.undecoded], key=lambda failure: failure.sample_index.number)
+        self._skipped += map(self._skip, failures)
+        written = model.decode_captions(batch.images, decoding)
+        for sample, captions in zip(batch.decoded, written.captions, strict=True):
+            place = sample.sample_index.number
+            # a caption of no words is none
+            usable = [caption for caption in captions if caption.text.strip()]
+            if not usable:
+                self._skipped.append(self._record(place, "empty caption", "the model wrote no word"))
+            self._captions[place] = [caption.text for caption in usable]
+            self._likelihoods[place] = [caption.log_likelihood for caption in usable]
+
+    def write(self, out: Path) -> None:
+        """Write the table, then its marker; from then on it survives any crash."""
+        from pyarrow import parquet
+
+        name = part_name(self._number)
+        path = out / PARTS / f"{name}.parquet"
+        with atomic_write(path) as file:
+            parquet.write_table(self._to_arrow(), file, compression="zstd")
+        part = Part(
+            name=name,
+            shard=self._shard,
+            rows=len(self._keys),
+            bad=len(self._skipped),
+            files={f"{PARTS}/{path.name}": record_file(path)},
+        )
+        write_marker(out, part, sorted(self._skipped, key=lambda record: record.number))
+
+    def _to_arrow(self) -> "pyarrow.Table":
+        import pyarrow
+
+        types = {
+            "key": pyarrow.string(),
+            "captions": pyarrow.list_(pyarrow.string()),
+            "log_likelihoods": pyarrow.list_(pyarrow.float32()),
+        }
+        columns = {"key": self._keys, "captions": self._captions, "log_likelihoods": self._likelihoods}
+        return pyarrow.table(columns, schema=pyarrow.schema(types))
+
+    def _skip(self, failure: SampleFailure) -> SkippedSampleRecord:
+        return self._record(failure.sample_index.number, failure.reason, failure.detail)
+
+    def _record(self, place: int, reason: str, detail: str) -> SkippedSampleRecord:
+        return SkippedSampleRecord(
+            part=part_name(self._number),
+            shard=self._shard,
+            number=place,
+            key=self._keys[place],
+            reason=reason,
+            detail=detail,
+        )
+
+
+def _by_reason(skipped: Sequence[SkippedSampleRecord]) -> dict[str, int]:
+    return dict(sorted(Counter(record.reason for record in skipped).items()))
+
+
+def _count_table(out: Path, part: Part, counts: _Counts) -> None:
+    (path,) = part.files
+    table = read_captions(out / path)
+    counts.samples += part.rows
+    captions: list[list[str]] = table.column("captions").to_pylist()
+    for texts, values in zip(captions, table.column("log_likelihoods").to_pylist(), strict=True):
+        if texts:
+            counts.captioned += 1
+            counts.captions += len(texts)
+            counts.likelihood_sum += values[0]
+            counts.texts.update(texts)
