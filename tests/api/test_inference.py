@@ -16,6 +16,7 @@ from vlm.api.image_batches import name_images, read_batches
 from vlm.api.inference import read_prompts
 from vlm.cli.main import main
 from vlm.data.transforms import EvalTransform
+from vlm.evaluation.rejection import RejectRule, write_reject_rule
 
 TEXTS = ["a red circle", "a blue star", "two green squares"]
 NUM_PHOTOS = 21
@@ -234,6 +235,33 @@ def test_sampled_captions_depend_on_the_image_and_seed_alone(model, photos):
     assert [result.caption for result in results] != [result.caption for result in other]
 
 
+def test_images_below_the_threshold_are_none_of_the_classes(model, photos, tmp_path, caplog):
+    names = ["red circle", "blue star"]
+    plain = model.classify(photos, names)
+    assert "best" not in plain.to_json()[0]
+    cosines = model.similarity(photos, [f"a {name}" for name in names]).max(axis=1)
+    # between two images: one on the threshold would be on either side of it, by rounding
+    threshold = float(np.sort(cosines)[9:11].mean())
+    results = model.classify(photos, names, templates="a {}", reject=threshold, batch_size=3)
+    assert [result.is_rejected for result in results] == (cosines < threshold).tolist()
+    assert [result.reject_score for result in results] == pytest.approx(cosines.tolist(), abs=1e-5)
+    rejected = next(result for result in results if result.is_rejected)
+    assert rejected.best == rejected.to_json()["best"] == "none of these"
+    assert rejected.classes  # what it is most like is still said
+    assert {result.best for result in results} > {"none of these"}
+    # by the file of an evaluation: of this model, and these classes
+    path = tmp_path / "reject.safetensors"
+    write_reject_rule(RejectRule(threshold=threshold, fingerprint=model.fingerprint, classes=tuple(names)), path)
+    again = model.classify(photos, names, templates="a {}", reject=str(path))
+    assert [result.best for result in again] == [result.best for result in results]
+    assert not caplog.records
+    model.classify(photos[0], ["a", "b"], reject=str(path))
+    assert "measured with 2 other classes" in caplog.text
+    write_reject_rule(RejectRule(threshold=threshold, fingerprint="of another"), path)
+    with pytest.raises(vlm.UsageError, match="was measured on the model of another"):
+        model.classify(photos, names, reject=str(path))
+
+
 def test_only_two_batches_are_held(photos):
     """Two hundred photos in memory at once were the way before."""
     read: list[int] = []
@@ -257,6 +285,7 @@ def test_only_two_batches_are_held(photos):
         (lambda model: model.embed_texts([1]), "texts holds 1"),
         (lambda model: model.embed_texts(3), "texts = 3 is not a text"),
         (lambda model: model.classify([], ["a", "b"], top=0), "top = 0"),
+        (lambda model: model.classify([], ["a", "b"], reject=3), "from -1 to 1"),
         (lambda model: model.classify([], ["a", "b"], templates="no place"), "has no {}"),
         (lambda model: vlm.load("nowhere"), "There is no model"),
         (lambda model: vlm.load("nowhere", precision="fp64"), "precision = 'fp64'"),  # pyright: ignore[reportArgumentType]

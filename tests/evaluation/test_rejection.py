@@ -106,6 +106,12 @@ def test_whitened_lda_needs_classes_of_several_images(classes):
         fit_whitened_lda(np.eye(3, dtype=np.float32), np.array(classes))
 
 
+def test_whitened_lda_needs_images_that_differ():
+    images = np.eye(4, dtype=np.float32)[[0, 0, 0, 1, 1]]
+    with pytest.raises(UsageError, match="needs images that differ within a class"):
+        fit_whitened_lda(images, np.array([0, 0, 0, 1, 1]))
+
+
 def test_a_rule_comes_back_from_its_file(tmp_path):
     images, classes = clusters(np.random.default_rng(0))
     lda = fit_whitened_lda(images, classes, residual_weight=0.5)

@@ -23,6 +23,7 @@ from vlm.evaluation.class_prompts import (
     read_class_names,
     read_templates,
 )
+from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
 from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
@@ -43,6 +44,9 @@ Classes = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]]
 """Candidate classes: their names, names with the prompts of each, `a,b,c`, or a file with a name on each line."""
 
 
+NONE_OF_THESE = "none of these"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassProbability:
     """A class with its probability among the candidates."""
@@ -57,21 +61,28 @@ class ImageClasses:
 
     image: its path, or `images[3]` for the fourth of the call. error: why it cannot be used, where such are skipped;
     then there are no classes.
+    reject_score: what was held against a reject threshold; None where none was given. is_rejected: it is below.
     """
 
     image: str
     classes: tuple[ClassProbability, ...]
     error: str = ""
+    reject_score: float | None = None
+    is_rejected: bool = False
 
     @property
     def best(self) -> str:
-        """The most probable class; empty where the image cannot be used."""
+        """The most probable class, or `none of these` if the image is rejected; empty where it cannot be used."""
+        if self.is_rejected:
+            return NONE_OF_THESE
         return self.classes[0].name if self.classes else ""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields; `error` only where there is one."""
+        """The fields; `error` only where there is one, those of a reject threshold only where one was given."""
         classes = [{"name": entry.name, "probability": entry.probability} for entry in self.classes]
         values: dict[str, Any] = {"image": self.image, "classes": classes}
+        if self.reject_score is not None:
+            values |= {"best": self.best, "is_rejected": self.is_rejected, "reject_score": self.reject_score}
         return values | {"error": self.error} if self.error else values
 
 
@@ -318,6 +329,7 @@ class Model:
         *,
         templates: str | Sequence[str] = DEFAULT_TEMPLATES,
         top: int = 5,
+        reject: str | float | RejectRule | None = None,
         batch_size: int = IMAGE_BATCH_SIZE,
         on_error: OnError = "raise",
     ) -> ImageResults[ImageClasses]:
@@ -329,12 +341,16 @@ class Model:
             templates: sentences with {} for the name of a class, or files of them with one on each line; not used where
                 `classes` holds prompts.
             top: classes of each image.
+            reject: images below this threshold are of none of the classes: a cosine with the nearest class, or the
+                file `reject.safetensors` that `vlm eval --out-of-distribution` writes.
 
         Raises:
-            UsageError: there are fewer than two classes, a template has no {}, or an image cannot be used.
+            UsageError: there are fewer than two classes, a template has no {}, an image cannot be used, or the
+                threshold is of another model.
         """
         self._check_images()
         prompts = read_prompts(classes, templates)
+        rule = self._reject_rule(reject, list(prompts))
         if top < 1:
             raise UsageError(f"top = {top} is out of range: give 1 or more.")
         named = name_images(images)
@@ -345,8 +361,14 @@ class Model:
             for number, message in errors.items():
                 results[number] = ImageClasses(image=named[number].name, classes=(), error=message)
             rows = class_probabilities(vectors, classifier, self.logit_scale).tolist()
-            for number, row in zip(usable, rows, strict=True):
-                results[number] = ImageClasses(image=named[number].name, classes=_most_probable(names, row, top))
+            scores = rule.scores(vectors, (vectors @ classifier.T).max(axis=1)).tolist() if rule else [None] * len(rows)
+            for number, row, score in zip(usable, rows, scores, strict=True):
+                results[number] = ImageClasses(
+                    image=named[number].name,
+                    classes=_most_probable(names, row, top),
+                    reject_score=score,
+                    is_rejected=rule is not None and score is not None and score < rule.threshold,
+                )
         return ImageResults(tuple(results))
 
     @os_errors_explained()
@@ -412,6 +434,17 @@ class Model:
                     vectors = np.zeros((0, self.embedding_size), np.float32)
                 yield batch.usable, vectors, batch.errors
                 bar.update(batch.size)
+
+    def _reject_rule(self, reject: str | float | RejectRule | None, names: Sequence[str]) -> RejectRule | None:
+        rule = reject if reject is None or isinstance(reject, RejectRule) else read_reject_rule(reject)
+        if rule is not None:
+            rule.check_model(self.fingerprint)
+            if rule.classes and set(rule.classes) != set(names):
+                logger.warning(
+                    f"The reject threshold was measured with {len(rule.classes)} other classes "
+                    f"({', '.join(rule.classes[:3])} …); with these it may reject too much or too little."
+                )
+        return rule
 
     def _classifier(self, prompts: Mapping[str, Sequence[str]]) -> Float32[Array, "K D"]:
         """A unit vector for each class, [K, D]: the mean of those of its prompts, of unit length again."""

@@ -35,6 +35,10 @@ class Classify:
     top: int = 5
     """Classes shown per image."""
 
+    reject: str = ""
+    """Say `none of these` of images below this threshold: a cosine with the nearest class, or the reject.safetensors of
+    vlm eval --out-of-distribution."""
+
     batch_size: BatchSizeOption = 64
 
     on_error: OnErrorOption = "raise"
@@ -48,20 +52,28 @@ class Classify:
     def run(self) -> None:
         """Show the most probable classes of each image."""
         from vlm.api.inference import load, read_prompts
+        from vlm.evaluation.rejection import read_reject_rule
         from vlm.service.query_encoder import chosen_backend
 
         # these are checked first: a model takes long to load
         prompts = read_prompts(self.classes, self.templates)
+        rule = read_reject_rule(self.reject) if self.reject else None
         check_images(self.images)
         results = load(self.model, device=self.device, backend=chosen_backend(self.backend)).classify(
-            self.images, prompts, top=self.top, batch_size=self.batch_size, on_error=self.on_error
+            self.images,
+            prompts,
+            top=self.top,
+            reject=rule,
+            batch_size=self.batch_size,
+            on_error=self.on_error,
         )
         if self.json:
             show_json(results.to_json())
             return
         for result in results:
             rows = [[entry.name, entry.probability, bar(entry.probability)] for entry in result.classes]
-            show_table(["class", "probability", ""], rows, title=result.image)
+            rejected = f": {result.best} (score {result.reject_score:.4g})" if result.is_rejected else ""
+            show_table(["class", "probability", ""], rows, title=f"{result.image}{rejected}")
 
 
 def check_images(images: Sequence[Path]) -> None:

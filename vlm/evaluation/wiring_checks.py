@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm.tensor_types import Array, Bool, Float32, Int
+from vlm.evaluation.class_metrics import every_other_of_class
+from vlm.tensor_types import Array, Float32, Int
 
 # embeddings whose elements all differ by less are the same for a search
 _SAME = 1e-5
@@ -115,7 +116,7 @@ def _equal_classes(classifier: np.ndarray, names: Sequence[str]) -> list[str]:
 
 def _check_order(wiring: ClassWiring) -> list[str]:
     """Classes mixed up consistently: the order of the names is another than that of the labels."""
-    fit = _every_other_of_class(wiring.truth)
+    fit = every_other_of_class(wiring.truth)
     as_predicted = consistent_mapping(wiring.truth[fit], wiring.prediction[fit], len(wiring.names))
     # measured on the images that the mapping was not made from
     agreement = _balanced(as_predicted[wiring.truth[~fit]] == wiring.prediction[~fit], wiring.truth[~fit])
@@ -175,14 +176,6 @@ def consistent_mapping(truth: Int[Array, " N"], prediction: Int[Array, " N"], nu
             mapping[true] = predicted
             is_taken[predicted] = True
     return mapping
-
-
-def _every_other_of_class(truth: np.ndarray) -> Bool[Array, " N"]:
-    order = np.argsort(truth, kind="stable")
-    starts = np.searchsorted(truth[order], truth[order], side="left")
-    is_even = np.empty(len(truth), bool)
-    is_even[order] = (np.arange(len(truth)) - starts) % 2 == 0
-    return is_even
 
 
 def _balanced(correct: np.ndarray, truth: np.ndarray) -> float:
