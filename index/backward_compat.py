@@ -482,6 +482,7 @@ def _write_manifest(
         next_segment=1,
         tombstones="",
         evidence={},
+        map=None,
     )
     checksums = sorted_checksums(files)
     manifest = replace(

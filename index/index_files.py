@@ -13,6 +13,7 @@ LAYOUT = 2
 SEGMENTS = "segments"
 TOMBSTONES = "tombstones"
 VERSIONS = "versions"
+MAPS = "maps"
 METRIC = "inner product of unit vectors"
 FIRST_VERSION = 1
 REBUILD_HINT = "build the index again with vlm index build"
@@ -69,6 +70,21 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapRecord:
+    """The map of an index: a place in two dimensions for each row there was when it was made.
+
+    file: the places (`vlm.index.row_map`). rows: their number. fitted: how many of them `method` laid out; the others
+    lie among those. seed: of the layout.
+    """
+
+    file: str
+    rows: int
+    fitted: int
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexDetails:
     """The details of an index's manifest.
 
@@ -77,6 +93,7 @@ class IndexDetails:
     next_row, next_segment: the next unused numbers; none is ever used twice.
     kind, tuning: as they were asked for, for `compact`. evidence: the plan of the autotuner, if there was one.
     shards, sources: addresses of all tars, and fingerprints of all embeddings, that were ever inserted.
+    map: None until one is made.
     """
 
     space: EmbeddingSpace
@@ -90,6 +107,7 @@ class IndexDetails:
     sources: tuple[str, ...]
     tombstones: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
+    map: MapRecord | None = None
     metric: str = METRIC
     layout: int = LAYOUT
 
@@ -113,6 +131,8 @@ class IndexDetails:
                 "segments": tuple(Segment(**segment) for segment in details["segments"]),
                 "shards": tuple(details["shards"]),
                 "sources": tuple(details["sources"]),
+                # indexes of before maps have no such key
+                "map": MapRecord(**details["map"]) if details.get("map") else None,
             }
             # others read these without a check, so a manifest that lacks one is refused as damaged here
             for name, values_of in (
@@ -150,6 +170,15 @@ def tombstones_file(generation: int) -> str:
     'tombstones/00002.npy'
     """
     return f"{TOMBSTONES}/{generation:05d}.npy"
+
+
+def map_file(generation: int) -> str:
+    """The path of the map that a version brought.
+
+    >>> map_file(2)
+    'maps/00002.npy'
+    """
+    return f"{MAPS}/{generation:05d}.npy"
 
 
 def version_file(generation: int) -> str:

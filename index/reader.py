@@ -196,6 +196,7 @@ class IndexInfo(Result):
     kind, parameters: of the segment with most rows. dead: deleted rows that segments hold until `vlm index compact`.
     fresh: live rows outside that segment.
     kept_bytes: of files that are kept for a rollback to the version before alone.
+    map_rows: rows that had a place when the map was made; 0 without a map.
     """
 
     folder: str
@@ -214,6 +215,7 @@ class IndexInfo(Result):
     model_fingerprint: str
     embeddings_fingerprint: str
     num_shards: int
+    map_rows: int
     made_by: str
     made_at: str
     segments: tuple[SegmentInfo, ...]
@@ -378,6 +380,7 @@ class Index:
             model_fingerprint=space.fingerprint,
             embeddings_fingerprint=manifest.inputs["embeddings"],
             num_shards=len(details.shards),
+            map_rows=details.map.rows if details.map else 0,
             made_by=manifest.made_by,
             made_at=manifest.made_at,
             segments=segments,

@@ -14,6 +14,7 @@ from vlm.index.embeddings_folder import find_non_unit_rows, normalize_rows
 from vlm.index.index_files import IndexDetails
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.row_map import read_map
 from vlm.index.segments import SegmentReader
 from vlm.index.versions import strays
 from vlm.manifest import Manifest, read_manifest
@@ -31,7 +32,7 @@ _MAX_TRIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is wrong, and in which part: files, catalogue, joins, vectors, facts or distances."""
+    """What is wrong, and in which part: files, catalogue, joins, vectors, facts, map or distances."""
 
     part: str
     what: str
@@ -128,6 +129,7 @@ def _catalogue_faults(path: Path) -> Iterator[str]:
 def _content_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: int) -> list[Fault]:
     faults = _faults("joins", _join_faults(snapshot))
     faults += _faults("facts", _metadata_faults(snapshot, rng, sample))
+    faults += _faults("map", _map_faults(snapshot))
     num_stored = sum(len(view.segment) for view in snapshot.views)
     for view in snapshot.views:
         segment = view.segment
@@ -161,6 +163,23 @@ def _metadata_faults(snapshot: IndexSnapshot, rng: np.random.Generator, sample: 
     for entry in snapshot.catalogue.entries(rows):
         if fields[entry.row] != set(metadata_fields(entry)):
             yield f"the facts of row {entry.row:,} ({entry.uid}) are not those of its metadata"
+
+
+def _map_faults(snapshot: IndexSnapshot) -> Iterator[str]:
+    record = snapshot.details.map
+    if record is None:
+        return
+    try:
+        rows, places = read_map(snapshot.folder, record)
+    except VlmError as error:
+        yield str(error)
+        return
+    if not (np.diff(rows) > 0).all():
+        yield f"{record.file}: the rows do not ascend"
+    if len(rows) and rows.max() >= snapshot.details.next_row:
+        yield f"{record.file}: row {rows.max():,} has a place, but no such row was ever inserted"
+    if not np.isfinite(places).all():
+        yield f"{record.file}: a place is not a finite number"
 
 
 def _vector_faults(segment: SegmentReader) -> Iterator[str]:

@@ -19,11 +19,13 @@ from vlm.index.ann.index_types import search_params_dict
 from vlm.index.catalog import has_uncommitted_changes, roll_back_catalogue
 from vlm.index.embeddings_folder import check_files, sorted_checksums
 from vlm.index.index_files import (
+    MAPS,
     SEGMENTS,
     TOMBSTONES,
     VERSIONS,
     FailPoint,
     IndexDetails,
+    MapRecord,
     catalogue_file,
     no_failpoint,
     read_previous,
@@ -93,7 +95,14 @@ def strays(folder: Path, manifest: Manifest, details: IndexDetails) -> list[Path
         if previous := read_previous(folder, manifest):
             names = (*previous.files, previous.details["catalogue"], version_file(previous.generation))
             known.update(map(folder.joinpath, names))
-    patterns = (f"{SEGMENTS}/*", f"{TOMBSTONES}/*", f"{VERSIONS}/*", "catalogue-*", ".manifest.json.*.part")
+    patterns = (
+        f"{SEGMENTS}/*",
+        f"{TOMBSTONES}/*",
+        f"{VERSIONS}/*",
+        f"{MAPS}/*",
+        "catalogue-*",
+        ".manifest.json.*.part",
+    )
     matches: set[Path] = set()
     for pattern in patterns:
         matches.update(folder.glob(pattern))
@@ -148,6 +157,9 @@ def prepare_version(
         segments.append(written.segment)
         files |= written.files
         next_segment = written.segment.number + 1
+    # rows keep their numbers, so the map fits every later version; a row that it lacks is placed when it is read
+    if current_map := snapshot.details.map:
+        files[current_map.file] = snapshot.manifest.files[current_map.file]
 
     number = snapshot.number + 1
     # tombstones are rewritten each time: a reader of the old version still has the old file
@@ -183,6 +195,19 @@ def with_search_params(pending: PendingVersion, *, effort: int | None, rerank: i
     segments[number] = replace(largest, parameters=largest.parameters | search_params, rerank=rerank)
     changed = replace(pending.details, segments=tuple(segments), tuning=pending.details.tuning | search_params)
     return replace(pending, details=changed, manifest=replace(pending.manifest, details=asdict(changed)))
+
+
+def with_map(pending: PendingVersion, record: MapRecord, file: FileRecord) -> PendingVersion:
+    """The same with another map, or its first."""
+    files = {name: other for name, other in pending.manifest.files.items() if not name.startswith(f"{MAPS}/")}
+    changed = replace(pending.details, map=record)
+    manifest = replace(
+        pending.manifest,
+        fingerprint=compute_fingerprint(pending.manifest.fingerprint, file.sha256),
+        files=files | {record.file: file},
+        details=asdict(changed),
+    )
+    return replace(pending, details=changed, manifest=manifest)
 
 
 def version_to_restore(folder: Path, manifest: Manifest) -> Manifest:

@@ -29,8 +29,9 @@ from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows
 from vlm.index.catalog_edits import edit_addresses, edit_metadata, metadata_edits
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
 from vlm.index.ids import with_uid_of
-from vlm.index.index_files import FailPoint, IndexDetails, catalogue_file, no_failpoint
+from vlm.index.index_files import FailPoint, IndexDetails, MapRecord, catalogue_file, map_file, no_failpoint
 from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.row_map import write_map
 from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, write_segment
 from vlm.index.versions import (
     PendingVersion,
@@ -41,11 +42,12 @@ from vlm.index.versions import (
     restored_version,
     roll_back_unfinished,
     version_to_restore,
+    with_map,
     with_search_params,
 )
 from vlm.manifest import read_manifest
 from vlm.results import Result
-from vlm.tensor_types import Array, Bool, Float, Int64
+from vlm.tensor_types import Array, Bool, Float, Float32, Int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +411,24 @@ class IndexWriter:
 
                 self._commit(pending, write_catalogue)
         return self._commit_info(started, edited=num_edited)
+
+    def set_map(self, rows: Int64[Array, " N"], places: Float32[Array, "N 2"], record: MapRecord) -> CommitInfo:
+        """Give rows (ascending) their places on a map; a map of before is kept for a rollback.
+
+        record: its file and its number of rows are filled in.
+        """
+        started = time.perf_counter()
+        snapshot = self.snapshot
+        with self._rolling_back_on_error():
+            pending = prepare_version(
+                snapshot, what="map", keep=len(snapshot.views), written=None, deleted_rows=_NO_ROWS
+            )
+            record = replace(record, file=map_file(pending.number), rows=len(rows))
+            self._failpoint("map")
+            file = write_map(self.folder / record.file, rows, places)
+            pending = with_map(pending, record, file)
+            self._commit(pending, lambda: self._change_catalogue(pending, _NO_ROWS))
+        return self._commit_info(started)
 
     def set_search_params(self, *, effort: int | None, rerank: int) -> CommitInfo:
         """Search the largest segment with another effort (nprobe, efSearch) and reranking factor from now on."""

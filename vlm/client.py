@@ -358,8 +358,8 @@ def _add_body(items: Any) -> dict[str, Any]:
     return {"items": described}
 
 
-def _delete_body(uids: Texts, where: str, dry_run: bool) -> dict[str, Any]:
-    return {"uids": text_list(uids, "uids"), "where": where, "dry_run": dry_run}
+def _delete_body(uids: Texts, where: str, dry_run: bool, expect: int | None) -> dict[str, Any]:
+    return {"uids": text_list(uids, "uids"), "where": where, "dry_run": dry_run, "expect": expect}
 
 
 class Client(_Connection):
@@ -446,10 +446,20 @@ class Client(_Connection):
         self._use_index()
         return self._call("POST", self._path("add"), json=_add_body(items), **_CHANGING)
 
-    def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> dict[str, Any]:
-        """Delete rows by uid or by a filter. Needs a write token."""
+    def delete(
+        self, uids: Texts = (), *, where: str = "", dry_run: bool = False, expect: int | None = None
+    ) -> dict[str, Any]:
+        """Delete rows by uid or by a filter. Needs a write token.
+
+        dry_run: only say how many rows would go, as `deleted`, and name some, as `examples`.
+        expect: that number: if it is another by now, nothing is deleted. Needed for more than half of the index.
+
+        Raises:
+            UsageError: a uid does not exist, the filter is malformed, or `expect` is missing or another number.
+        """
         self._use_index()
-        return self._call("POST", self._path("delete"), json=_delete_body(uids, where, dry_run), **_CHANGING)
+        body = _delete_body(uids, where, dry_run, expect)
+        return self._call("POST", self._path("delete"), json=body, **_CHANGING)
 
 
 class AsyncClient(_Connection):
@@ -522,7 +532,10 @@ class AsyncClient(_Connection):
         await self._use_index()
         return await self._call("POST", self._path("add"), json=_add_body(items), **_CHANGING)
 
-    async def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> dict[str, Any]:
+    async def delete(
+        self, uids: Texts = (), *, where: str = "", dry_run: bool = False, expect: int | None = None
+    ) -> dict[str, Any]:
         """As `Client.delete`."""
         await self._use_index()
-        return await self._call("POST", self._path("delete"), json=_delete_body(uids, where, dry_run), **_CHANGING)
+        body = _delete_body(uids, where, dry_run, expect)
+        return await self._call("POST", self._path("delete"), json=body, **_CHANGING)

@@ -110,12 +110,12 @@ def test_one_bad_image_and_nothing_is_added(writer, index, data_url, paint, seco
 def test_rows_are_deleted_by_uid_and_by_filter_or_only_counted(writer, index):
     uids = all_uids(index)
     counted = writer.post(DELETE, {"where": "key in ('00', '01')", "dry_run": True}).json()
-    assert (counted["deleted"], counted["rows"]) == (2, len(uids) - 2)
+    assert (counted["deleted"], counted["rows"], counted["examples"]) == (2, len(uids) - 2, ["00", "01"])
     assert all_uids(index) == uids
     deleted = writer.post(DELETE, {"uids": uids[:1]}).json()
     assert (deleted["deleted"], deleted["rows"]) == (1, len(uids) - 1)
     assert uids[0] not in [hit["uid"] for hit in writer.search(texts=["red"], top=100)["hits"]]
-    filtered = writer.post(DELETE, {"where": "width = 16"}).json()
+    filtered = writer.post(DELETE, {"where": "width = 16", "expect": len(uids) - 1}).json()
     assert (filtered["rows"], filtered["generation"]) == (0, deleted["generation"] + 1)
     assert writer.search(texts=["red"])["hits"] == []
     # without a segment, the type that the next one would have
@@ -139,6 +139,43 @@ def test_a_wrong_deletion_deletes_nothing(writer, index, body, message):
     assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
     assert str(index.parent) not in answer.text
     assert all_uids(index) == before
+
+
+def test_most_of_an_index_is_deleted_only_by_who_says_how_much(writer, index):
+    before = all_uids(index)
+    for body in ({"where": "width = 16"}, {"uids": before[:6]}):
+        answer = writer.post(DELETE, body)
+        assert answer.status_code == 400
+        number = 11 if "where" in body else 6
+        assert (
+            f"{number} of 11 rows of index index would be deleted, more than half; send expect = {number}"
+            in answer.text
+        )
+    for body in ({"where": "width = 16", "expect": 10}, {"where": "key = '00'", "expect": 0}):
+        answer = writer.post(DELETE, body)
+        assert (answer.status_code, "nothing was deleted" in answer.json()["error"]) == (400, True)
+        assert writer.post(DELETE, body | {"dry_run": True}).status_code == 400
+    assert all_uids(index) == before
+    assert writer.post(DELETE, {"where": "key < '20'", "expect": 7}).json()["deleted"] == 7
+    hint = writer.post(DELETE, {"where": "width = 17", "dry_run": True}).json()["hint"]
+    assert hint.startswith("0 rows match: 17 is not a value of width")
+
+
+def test_both_clients_ask_before_most_of_an_index_goes(writing, index):
+    async def delete(address):
+        async with vlm.AsyncClient(address, token="w", retries=0) as client:
+            with pytest.raises(UsageError, match="7 rows would be deleted, not 8 as expected"):
+                await client.delete(where="key < '20'", expect=8)
+            return await client.delete(where="key < '20'", expect=7)
+
+    with serve_in_background(writing) as address:
+        with vlm.Client(address, token="w", retries=0) as client:
+            with pytest.raises(UsageError, match=r"11 of 11 rows .* more than half; send expect = 11"):
+                client.delete(where="width = 16")
+            assert client.delete(where="width = 16", dry_run=True)["deleted"] == 11
+            assert len(all_uids(index)) == 11
+        assert asyncio.run(delete(address))["deleted"] == 7
+    assert len(all_uids(index)) == 4
 
 
 def test_a_reader_may_not_change(writing, data_url, index):

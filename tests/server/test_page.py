@@ -176,7 +176,7 @@ def test_selected_results_are_saved(open_page):
     page = open_page("?q=red")
     wanted = uids(page)[:2]
     for number in range(2):
-        page.locator(".tile .mark input").nth(number).check()
+        page.locator(".tile .check-mark input").nth(number).check()
     assert page.inner_text("#selected") == "2 selected; save as"
     saved = {}
     for kind in ("selection", "csv", "json"):
@@ -265,7 +265,7 @@ def test_axe_has_no_findings(open_page, scheme, paint):
     page = open_page("?q=red&-q=blue", color_scheme=scheme, bypass_csp=True)
     uids(page)
     page.locator("summary").click()
-    page.locator(".tile .mark input").first.check()
+    page.locator(".tile .check-mark input").first.check()
     shown = [axe.run(page).response]
     page.locator(".tile > button").first.click()
     shown.append(axe.run(page).response)

@@ -1,5 +1,6 @@
 """`vlm.open_index`: an index to hits and to its next version."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.index.catalog import Catalogue
 from vlm.index.encoder import Encoder
+from vlm.index.map_layout import SAMPLE
 from vlm.index.metadata import check_json
 from vlm.index.reader import IndexInfo
 from vlm.results import Result
@@ -73,6 +75,8 @@ def open_index(
     Raises:
         UsageError: there is no finished index. VlmError: it is damaged.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise UsageError(f"folder = {folder!r}: give the folder of an index.")
     spec = ""
     load: LoadEncoder = query_loader(backend=backend, prefers_gpu=on_gpu)
     if isinstance(model, str | Path):
@@ -311,17 +315,28 @@ class SearchIndex:
         return self._change(change)
 
     @overload
-    def delete(self, uids: Texts = (), *, where: str = "", dry_run: Literal[False] = False) -> "CommitInfo": ...
+    def delete(
+        self, uids: Texts = (), *, where: str = "", dry_run: Literal[False] = False, expect: int | None = None
+    ) -> "CommitInfo": ...
     @overload
-    def delete(self, uids: Texts = (), *, where: str = "", dry_run: Literal[True]) -> DeletePreview: ...
+    def delete(
+        self, uids: Texts = (), *, where: str = "", dry_run: Literal[True], expect: int | None = None
+    ) -> DeletePreview: ...
     @overload
-    def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool) -> "CommitInfo | DeletePreview": ...
+    def delete(
+        self, uids: Texts = (), *, where: str = "", dry_run: bool, expect: int | None = None
+    ) -> "CommitInfo | DeletePreview": ...
     @os_errors_explained()
-    def delete(self, uids: Texts = (), *, where: str = "", dry_run: bool = False) -> "CommitInfo | DeletePreview":
+    def delete(
+        self, uids: Texts = (), *, where: str = "", dry_run: bool = False, expect: int | None = None
+    ) -> "CommitInfo | DeletePreview":
         """Delete rows by uid or by a filter; with `dry_run` only say what would go.
 
+        expect: the number of rows to delete, as `dry_run` gave it; if it is another by now, nothing is deleted.
+
         Raises:
-            UsageError: a uid does not exist, the filter is malformed, or neither or both are given.
+            UsageError: a uid does not exist, the filter is malformed, neither or both are given, or `expect` is not
+                the number of rows.
         """
         names = text_list(uids, "uids")
         # both would leave open whether their union or their intersection is meant
@@ -330,15 +345,22 @@ class SearchIndex:
         if dry_run:
             # of the newest version, which is the one that would be changed
             self._service.index.refresh()
-            return self._preview_deletion(names, where)
-
-        if names:
-            return self._change(lambda writer: writer.delete(names))
+            preview = self._preview_deletion(names, where)
+            _check_expected(preview.rows, expect)
+            return preview
         from vlm.index.filter_language import parse_filter
+        from vlm.index.writer import rows_to_delete
 
         # parsed before the index is locked, evaluated under the lock
-        condition = parse_filter(where)
-        return self._change(lambda writer: writer.delete_rows(writer.snapshot.catalogue.where(condition)))
+        condition = parse_filter(where) if where else None
+
+        def change(writer: "IndexWriter") -> "CommitInfo":
+            snapshot = writer.snapshot
+            rows = snapshot.catalogue.where(condition) if condition else rows_to_delete(snapshot, names)
+            _check_expected(len(rows), expect)
+            return writer.delete_rows(rows)
+
+        return self._change(change)
 
     @os_errors_explained()
     def compact(self, *, index_type: str = "", keep_previous: bool = True) -> "CommitInfo":
@@ -392,6 +414,38 @@ class SearchIndex:
             return writer.relocate(moved)
 
         return self._change(change)
+
+    @os_errors_explained()
+    def make_map(self, *, sample: int = SAMPLE, seed: int = 0) -> "MapSummary":
+        """Lay its rows out on a map in two dimensions, like ones together, for the page of `vlm serve`; a new version.
+
+        Rows that are added later are placed among their nearest; deleted ones vanish. A second call makes the map anew.
+
+        Args:
+            sample: the most rows that are laid out by UMAP; the others are placed among these.
+            seed: of the sample and of UMAP: the same rows and versions of libraries give the same map.
+
+        Raises:
+            UsageError: umap-learn is not installed, sample or seed is out of range, or the index has no rows.
+        """
+        from vlm.index.index_files import MapRecord
+        from vlm.index.map_layout import METHOD, lay_out
+
+        started = time.perf_counter()
+        self._service.index.refresh()
+        snapshot = self._service.index.snapshot
+        if not len(snapshot):
+            raise UsageError(f"{self.folder} has no rows to lay out; add some first.")
+        # before the index is locked; rows keep their numbers, whatever changes meanwhile
+        layout = lay_out(snapshot.rows, snapshot.vectors, sample=sample, seed=seed)
+        record = MapRecord(file="", rows=0, fitted=layout.fitted, method=METHOD, seed=seed)
+        info = self._change(lambda writer: writer.set_map(snapshot.rows, layout.places, record))
+        return MapSummary(
+            generation=info.generation,
+            rows=len(snapshot),
+            fitted=layout.fitted,
+            seconds=time.perf_counter() - started,
+        )
 
     def info(self) -> IndexInfo:
         """What it holds, in numbers."""
@@ -520,6 +574,16 @@ class SearchIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapSummary(Result):
+    """A map that was made: the version that has it, its rows, and how many of them UMAP laid out."""
+
+    generation: int
+    rows: int
+    fitted: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetSummary(Result):
     """What setting metadata did: the version it made, the rows it has, and how many of them have new values.
 
@@ -584,6 +648,14 @@ def _address_of(items: Additions) -> str:
     if not values:
         raise UsageError("There is nothing to add.")
     return ""
+
+
+def _check_expected(num_rows: int, expect: int | None) -> None:
+    if expect is not None and num_rows != expect:
+        raise UsageError(
+            f"{num_rows:,} rows would be deleted, not {expect:,} as expected; nothing was deleted: look again with "
+            "dry_run, then expect that number."
+        )
 
 
 def _is_image_file(path: str | Path) -> bool:

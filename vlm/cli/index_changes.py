@@ -1,4 +1,4 @@
-"""The verbs that change the rows of an index: add, update, set, delete, compact, rollback, relocate."""
+"""The verbs that change an index: add, update, set, delete, compact, rollback, map, relocate."""
 
 import logging
 import shlex
@@ -259,6 +259,33 @@ class RollBack:
     def run(self) -> None:
         """Roll back, then show the counts."""
         show_commit_info(_open(self.index).rollback(), self.index, as_json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeMap:
+    """Lay the rows of an index out on a map in two dimensions by UMAP, like ones together; vlm serve shows it.
+
+    Rows added later are placed among their nearest; run it again to lay all of them out anew. Needs the extra map.
+    """
+
+    index: IndexArgument
+
+    sample: int = 50_000
+    """Maximum number of rows that UMAP lays out; the others are placed among these."""
+
+    seed: int = 0
+    """Random seed of the sample and of UMAP."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Lay out, then show the counts and where to see it."""
+        summary = _open(self.index).make_map(sample=self.sample, seed=self.seed)
+        if self.json:
+            show_json(summary)
+            return
+        show_fields(asdict(summary))
+        logger.info(f"Next: {shlex.join(['vlm', 'serve', str(self.index)])}, whose page has a tab for it.")
 
 
 @dataclass(frozen=True, kw_only=True)

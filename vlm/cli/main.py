@@ -50,6 +50,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "index delete": ("index_changes", "DeleteRows", "delete rows by uid or filter"),
     "index rollback": ("index_changes", "RollBack", "undo the last change of an index"),
     "index compact": ("index_changes", "CompactIndex", "merge all segments into one and drop deleted rows"),
+    "index map": ("index_changes", "MakeMap", "lay the rows out on a map in two dimensions, for the page of vlm serve"),
     "index relocate": ("index_changes", "Relocate", "say where the images of an index lie now"),
     "index fit-head": (
         "index",

@@ -28,6 +28,7 @@ from vlm.server.batcher import MicroBatcher, Overloaded
 from vlm.server.guard import Guard, Limits, Refused, Tokens, problem_json
 from vlm.server.index_changes import ChangeQueue, add_items, delete_rows
 from vlm.server.json_bodies import json_route
+from vlm.server.map_reader import MapReader
 from vlm.server.served_index import ServedIndex, UnknownItem, checked_uploads
 from vlm.server.service_metrics import CONTENT_TYPE, ServiceMetrics
 from vlm.service.query import Query
@@ -40,6 +41,7 @@ API = "/api/v1"
 PAGE_FILES = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
+    "/map.js": ("map.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
 _OPEN_PATHS = {*PAGE_FILES, "/health", "/ready", "/favicon.ico"}
@@ -76,10 +78,12 @@ class Service:
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     batchers: dict[str, MicroBatcher[Query, SearchResult]] = field(default_factory=dict, init=False)
     changes: dict[str, ChangeQueue] = field(default_factory=dict, init=False)
+    maps: dict[str, MapReader] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for name, index in self.indexes.items():
             self.changes[name] = ChangeQueue()
+            self.maps[name] = MapReader(index=index)
             self.batchers[name] = MicroBatcher(
                 functools.partial(self._run_batch, index),
                 max_batch=self.max_batch,
@@ -320,6 +324,19 @@ def add_item_routes(api: FastAPI, service: Service) -> None:
         index = service.index(name)
         return reply(index.entry_to_json(await in_thread(index.entry, uid)))
 
+    @api.post(f"{API}/indexes/{{name}}/items", responses=PROBLEMS, response_model=schemas.ItemsAnswer)
+    async def items(name: str, request: schemas.ItemsRequest) -> Response:
+        """Captions and metadata of several items."""
+        index = service.index(name)
+        entries = await in_thread(index.entries, request.uids)
+        return reply({"items": [index.entry_to_json(entry) for entry in entries]})
+
+    @api.post(f"{API}/indexes/{{name}}/map", responses=PROBLEMS, response_model=schemas.MapAnswer)
+    async def points(name: str, request: schemas.MapRequest) -> Response:
+        """A region of the map that vlm index map made: more of its rows the nearer it is looked at."""
+        service.index(name)
+        return reply(await in_thread(service.maps[name].answer, request))
+
     @api.get(f"{API}/indexes/{{name}}/image", responses=PROBLEMS, response_class=Response)
     async def image(name: str, uid: Uid, request: Request) -> Response:
         """The image of an item as it is stored."""
@@ -403,9 +420,11 @@ def add_change_routes(api: FastAPI, service: Service) -> None:
         f"{API}/indexes/{{name}}/delete", responses=PROBLEMS | _CHANGE_PROBLEMS, response_model=schemas.ChangeAnswer
     )
     async def delete(name: str, request: schemas.DeleteRequest) -> Response:
-        """Delete rows by uid or by a filter."""
+        """Delete rows by uid or by a filter; more than half of the index only if `expect` says how many."""
         index = service.index(name)
-        delete_all = functools.partial(delete_rows, index, request.uids, request.where, dry_run=request.dry_run)
+        delete_all = functools.partial(
+            delete_rows, index, request.uids, request.where, dry_run=request.dry_run, expect=request.expect
+        )
         if request.dry_run:
             return reply(await in_thread(delete_all))
         return reply(await service.changes[name].run(delete_all))

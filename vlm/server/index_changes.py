@@ -101,21 +101,37 @@ def _checked_image(number: int, item: NewItem, max_pixels: int) -> bytes:
     return data
 
 
-def delete_rows(index: ServedIndex, uids: Sequence[str], where: str, *, dry_run: bool) -> dict[str, Any]:
-    """Delete rows by uid or by a filter; with `dry_run` only count them.
+def delete_rows(
+    index: ServedIndex, uids: Sequence[str], where: str, *, dry_run: bool, expect: int | None
+) -> dict[str, Any]:
+    """Delete rows by uid or by a filter; with `dry_run` only say what would go.
+
+    expect: the number of rows to delete; needed for more than half of the index.
 
     Raises:
-        UsageError: a uid does not exist, the filter is malformed, or neither or both are given. IndexBusy: another
-            process changes the index.
+        UsageError: a uid does not exist, the filter is malformed, neither or both are given, or `expect` is missing or
+            another number. IndexBusy: another process changes the index.
     """
     with _named(index):
         search_index = SearchIndex(index.service)
+        preview = search_index.delete(list(uids), where=where, dry_run=True, expect=expect)
         if dry_run:
-            preview = search_index.delete(list(uids), where=where, dry_run=True)
-            return {"rows": preview.remaining, "deleted": preview.rows, "generation": index.generation, "uids": []}
-        info = search_index.delete(list(uids), where=where)
+            return {
+                "rows": preview.remaining,
+                "deleted": preview.rows,
+                "generation": index.generation,
+                "examples": list(preview.examples),
+                "hint": preview.hint,
+            }
+        # who sends a filter sees no question, as at a terminal, before most of an index is gone
+        if preview.is_majority and expect is None:
+            raise UsageError(
+                f"{preview.rows:,} of {preview.rows + preview.remaining:,} rows of index {index.name} would be "
+                f"deleted, more than half; send expect = {preview.rows} if that is meant, dry_run shows some of them."
+            )
+        info = search_index.delete(list(uids), where=where, expect=expect)
     index.refresh()
-    return {"rows": info.rows, "deleted": info.removed, "generation": info.generation, "uids": []}
+    return {"rows": info.rows, "deleted": info.removed, "generation": info.generation}
 
 
 @contextlib.contextmanager

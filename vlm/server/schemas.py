@@ -15,6 +15,7 @@ MAX_FACETS = 20
 MAX_METADATA = 65_536
 MAX_DEPTH = 8
 MAX_CLASS_TEXTS = 20_000
+MAX_POINTS = 10_000
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Uid = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -179,11 +180,38 @@ class AddRequest(Strict):
 
 
 class DeleteRequest(Strict):
-    """Rows to delete: by uid or by a filter, not both."""
+    """Rows to delete: by uid or by a filter, not both. More than half of the index only if `expect` says how many."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"where": "year < 2000", "expect": 1200}]})
 
     uids: list[Uid] = Field(default=[], max_length=100_000)
     where: str = Field(default="", max_length=10_000)
-    dry_run: bool = False
+    dry_run: bool = Field(default=False, description="Only say what would be deleted.")
+    expect: int | None = Field(
+        default=None, ge=0, description="The number of rows to delete; if it is another, nothing is deleted."
+    )
+
+
+class MapRequest(Strict):
+    """A region of the map: its points, coloured by a column, and the places of some rows."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"box": [-0.5, -0.5, 0.5, 0.5], "top": 2000}]})
+
+    box: Annotated[list[Number], Field(min_length=4, max_length=4)] | None = Field(
+        default=None, description="Left, bottom, right, top; the whole map lies within -1 and 1."
+    )
+    top: int = Field(
+        default=2000, ge=1, le=MAX_POINTS, description="Most points; those of a wider view are among them."
+    )
+    colour: str = Field(default="", max_length=200, description="A column whose most frequent values have a number.")
+    where: str = Field(default="", max_length=10_000, description="Only rows that match this filter.")
+    uids: list[Uid] = Field(default=[], max_length=1000, description="Rows whose places are asked for, shown or not.")
+
+
+class ItemsRequest(Strict):
+    """Several items at once."""
+
+    uids: list[Uid] = Field(min_length=1, max_length=1000)
 
 
 class EmbeddingsRequest(BaseModel):
@@ -267,6 +295,12 @@ class HitModel(Item):
     probability: float | None = Field(default=None, description="Of being relevant, where the query asks for that.")
 
 
+class ItemsAnswer(BaseModel):
+    """The items, in the order of the uids."""
+
+    items: list[Item]
+
+
 class ValueCountModel(BaseModel):
     """A value of a column and the rows that have it."""
 
@@ -323,6 +357,28 @@ class FacetsAnswer(BaseModel):
     facets: dict[str, list[ValueCountModel]]
 
 
+class PointsModel(BaseModel):
+    """Points of a map, a list for each property."""
+
+    uids: list[str]
+    x: list[float]
+    y: list[float]
+    values: list[int] = Field(description="The number of each point's value in the legend; -1: none of these.")
+
+
+class MapAnswer(BaseModel):
+    """A region of a map."""
+
+    generation: int
+    rows: int = Field(description="Rows that have a place.")
+    new: int = Field(description="Rows added since the map was made, which lie among their nearest.")
+    unplaced: int = Field(description="Rows without a place, until vlm index map makes the map anew.")
+    inside: int = Field(description="Rows of the region that match the filter, shown or not.")
+    points: PointsModel
+    legend: list[ValueCountModel] = Field(description="The values with a colour, the most frequent first.")
+    places: dict[str, list[float]] = Field(description="By uid the place [x, y] of the rows asked for.")
+
+
 class ClassModel(BaseModel):
     """A class and its probability."""
 
@@ -357,6 +413,8 @@ class ChangeAnswer(BaseModel):
     deleted: int = Field(default=0, description="Rows deleted; after a dry run those that match and would be.")
     generation: int = Field(description="The version that answers now.")
     uids: list[str] = Field(default=[], description="Of the images to add, in their order.")
+    examples: list[str] = Field(default=[], description="After a dry run uids of some rows that would be deleted.")
+    hint: str = Field(default="", description="After a dry run why a filter matches no row.")
 
 
 class IndexModel(BaseModel):
@@ -370,6 +428,7 @@ class IndexModel(BaseModel):
     generation: int
     model: str
     model_fingerprint: str
+    map_rows: int = Field(description="Rows that had a place when the map was made; 0 without a map.")
     reload_error: str
 
 

@@ -188,6 +188,19 @@ class ServedIndex:
             raise UnknownItem(f"Index {self.name} has no item {uid!r}; use a uid from a search result.")
         return entry
 
+    def entries(self, uids: Sequence[str]) -> list[Entry]:
+        """The rows of several uids, in their order.
+
+        Raises:
+            UnknownItem: there is none of one of them.
+        """
+        catalogue = self.service.index.catalogue
+        rows = catalogue.rows_by_uid(uids)
+        for uid in uids:
+            if uid not in rows:
+                raise UnknownItem(f"Index {self.name} has no item {uid!r}; use a uid from a search result.")
+        return catalogue.entries([rows[uid] for uid in uids])
+
     def image(self, uid: str) -> bytes:
         """The encoded image of an item, from its shard's byte range.
 
@@ -256,6 +269,7 @@ class ServedIndex:
             "generation": info.generation,
             "model": info.model if self.shows_paths else Path(info.model).name,
             "model_fingerprint": info.model_fingerprint,
+            "map_rows": info.map_rows,
             "reload_error": ("The newest version cannot be opened." if self.reload_error else ""),
         }
 

@@ -61,17 +61,21 @@ async function showImage(img, path) {
 // --- state ------------------------------------------------------------------------------------------------------------
 
 // terms: {kind: "text" | "item" | "image", value, sign: 1 | -1, image?: data URL}; images are not part of the address
-const state = { index: "", terms: [], values: {}, ranges: {}, words: "", fold: false, relevant: false, least: "", sort: "" };
+const state = { index: "", view: "search", terms: [], values: {}, ranges: {}, words: "", fold: false, relevant: false, least: "", sort: "" };
 let fields = [];
 let hits = [];
 let next = "";
 let running = null;
 const selected = new Map();
+const VIEWS = ["search", "map", "classify"];
+let indexes = [];
+let map = null;
 
 function readAddress() {
   const address = new URLSearchParams(location.search);
   const images = state.terms.filter((term) => term.kind === "image");
   state.index = address.get("index") || state.index;
+  state.view = VIEWS.includes(address.get("view")) ? address.get("view") : "search";
   state.terms = [];
   for (const [name, value] of address) {
     const sign = name.startsWith("-") ? -1 : 1;
@@ -95,6 +99,7 @@ function readAddress() {
 function writeAddress() {
   const address = new URLSearchParams();
   if (byId("index").options.length > 1) address.set("index", state.index);
+  if (state.view !== "search") address.set("view", state.view);
   for (const term of state.terms) {
     if (term.kind === "image") continue;
     address.append((term.sign < 0 ? "-" : "") + (term.kind === "text" ? "q" : "like"), term.value);
@@ -157,6 +162,7 @@ async function search() {
   const { signal } = running;
   hits = [];
   next = "";
+  map?.update();
   byId("error").hidden = true;
   const results = byId("results");
   if (!state.terms.some((term) => term.sign > 0)) {
@@ -198,6 +204,7 @@ const isNear = (node) => node.getBoundingClientRect().top < innerHeight * 2;
 function take(answer) {
   hits.push(...answer.hits);
   next = answer.next;
+  map?.update();
   if (state.sort) showSorted();
   else byId("results").append(...answer.hits.map(tile));
 }
@@ -247,7 +254,8 @@ function tile(hit) {
   const button = element("button", { type: "button" }, img,
     element("span", { className: "text" }, element("span", { className: "caption" }, caption || hit.uid), facts));
   const box = element("input", { type: "checkbox", checked: selected.has(hit.uid), ariaLabel: `Select ${caption || hit.uid}` });
-  const item = element("li", { className: "tile" }, button, element("label", { className: "mark" }, box));
+  const item = element("li", { className: "tile" }, button, element("label", { className: "check-mark" }, box));
+  item.dataset.uid = hit.uid;
   img.addEventListener("error", () => button.classList.add("gone"));
   showImage(img, `${imagePath("thumbnail", hit.uid)}&size=320`);
   button.addEventListener("click", () => showDetail(hit));
@@ -268,7 +276,8 @@ function showDetail(hit) {
     if (value !== null) facts[name] = typeof value === "object" ? JSON.stringify(value) : String(value);
   if (hit.path) facts.path = hit.path;
   byId("detail-title").textContent = captionOf(hit) || hit.uid;
-  byId("detail-score").textContent = `Cosine similarity ${hit.score.toFixed(4)}` + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
+  // what was found on the map has none
+  byId("detail-score").textContent = hit.score === undefined ? "" : `Cosine similarity ${hit.score.toFixed(4)}` + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
   byId("detail-image").alt = captionOf(hit) || hit.uid;
   byId("detail-image").removeAttribute("src");
   showImage(byId("detail-image"), `${imagePath("thumbnail", hit.uid)}&size=640`);
@@ -279,6 +288,8 @@ function showDetail(hit) {
     byId("detail").close();
     state.terms = state.terms.filter((term) => term.kind !== "item" || term.value !== hit.uid);
     state.terms.push({ kind: "item", value: hit.uid, sign });
+    state.view = "search";
+    showView();
     changed();
   };
   byId("like").onclick = add(1);
@@ -291,6 +302,16 @@ function showDetail(hit) {
 function showSelection() {
   byId("selection").hidden = !selected.size;
   byId("selected").textContent = `${selected.size} selected; save as`;
+}
+
+function select(items) {
+  for (const item of items) if (!selected.has(item.uid)) selected.set(item.uid, item);
+  for (const tile of document.querySelectorAll("#results .tile")) {
+    const isSelected = selected.has(tile.dataset.uid);
+    tile.classList.toggle("selected", isSelected);
+    tile.querySelector(".check-mark input").checked = isSelected;
+  }
+  showSelection();
 }
 
 // a spreadsheet runs what begins like a formula
@@ -364,6 +385,7 @@ async function loadIndex() {
   const facets = names.length ? (await callJson(indexPath("facets"), { fields: names, top: MOST_VALUES })).facets : {};
   const ranges = fields.filter((field) => field.minimum !== null && !names.includes(field.name)).slice(0, 20);
   byId("filters").replaceChildren(...names.map((name) => valueFilter(name, facets[name])), ...ranges.map(rangeFilter));
+  map?.reset();
   showControls();
 }
 
@@ -446,13 +468,42 @@ function classified(name, image, classes) {
 
 // --- start ------------------------------------------------------------------------------------------------------------
 
-function showTab(name) {
-  for (const tab of ["search", "classify"]) {
-    const isShown = tab === name;
-    byId(`view-${tab}`).hidden = !isShown;
-    byId(`tab-${tab}`).ariaSelected = String(isShown);
-    byId(`tab-${tab}`).tabIndex = isShown ? 0 : -1;
+function showView() {
+  for (const name of VIEWS) {
+    const isShown = name === state.view;
+    byId(`view-${name}`).hidden = !isShown;
+    byId(`tab-${name}`).ariaSelected = String(isShown);
+    byId(`tab-${name}`).tabIndex = isShown ? 0 : -1;
   }
+  byId("query-parts").hidden = state.view === "classify";
+  if (state.view === "map") showMap();
+}
+
+function goTo(name) {
+  state.view = name;
+  showView();
+  writeAddress();
+}
+
+// the map's code is fetched when it is first looked at
+async function showMap() {
+  if (!map) {
+    const { createMap } = await import("./map.js");
+    map ??= createMap({
+      byId, element, callJson, indexPath, imagePath, showImage, showDetail, captionOf, filterText, select, state,
+      hits: () => hits,
+      fields: () => fields,
+      mapRows: () => indexes.find((index) => index.name === state.index)?.map_rows ?? 0,
+      searchLike(uids) {
+        state.terms = uids.map((uid) => ({ kind: "item", value: uid, sign: 1 }));
+        state.view = "search";
+        showView();
+        changed();
+      },
+    });
+    map.reset();
+  }
+  map.update();
 }
 
 function moveAmongResults(event) {
@@ -507,21 +558,23 @@ function listen() {
   byId("clear").addEventListener("click", () => {
     selected.clear();
     showSelection();
-    for (const box of document.querySelectorAll(".mark input:checked")) box.click();
+    for (const box of document.querySelectorAll(".check-mark input:checked")) box.click();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName)) {
       event.preventDefault();
+      if (state.view === "classify") goTo("search");
       byId("query").focus();
     }
     if (event.key.startsWith("Arrow")) moveAmongResults(event);
   });
-  for (const tab of ["search", "classify"]) {
-    byId(`tab-${tab}`).addEventListener("click", () => showTab(tab));
-    byId(`tab-${tab}`).addEventListener("keydown", (event) => {
-      if (event.key !== "ArrowRight" && event.key !== "ArrowLeft") return;
-      const other = tab === "search" ? "classify" : "search";
-      showTab(other);
+  for (const [at, name] of VIEWS.entries()) {
+    byId(`tab-${name}`).addEventListener("click", () => goTo(name));
+    byId(`tab-${name}`).addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: VIEWS.length - 1 }[event.key];
+      if (!step) return;
+      const other = VIEWS[(at + step) % VIEWS.length];
+      goTo(other);
       byId(`tab-${other}`).focus();
     });
   }
@@ -530,6 +583,7 @@ function listen() {
   addEventListener("popstate", () => {
     readAddress();
     showControls();
+    showView();
     search();
   });
   new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && searchMore(), { rootMargin: "800px" }).observe(byId("more"));
@@ -538,13 +592,14 @@ function listen() {
 async function start() {
   listen();
   try {
-    const { indexes } = await callJson(`${API}/indexes`);
+    ({ indexes } = await callJson(`${API}/indexes`));
     byId("index").replaceChildren(...indexes.map((index) => new Option(`${index.name} (${index.rows.toLocaleString("en")})`, index.name)));
     byId("index-picker").hidden = indexes.length < 2;
     state.index = indexes[0].name;
     document.title = indexes.length > 1 ? "Search images" : `Search ${indexes[0].name}`;
     readAddress();
     await loadIndex();
+    showView();
     search();
   } catch (error) {
     showError(error.message);

@@ -1,0 +1,183 @@
+"""The layout of a map: vectors to two dimensions by UMAP, so that like rows lie together.
+
+UMAP (McInnes, Healy & Melville 2018, arXiv:1802.03426; umap-learn) lays out at most `sample` rows, drawn by a seed.
+Their vectors are reduced by PCA first, their neighbours are exact, and the start is the two principal axes: the same
+rows, seed and versions of the libraries give the same map, bit by bit. Every other row is placed among its nearest
+laid-out rows. Memory grows with the sample; of the other rows only a block is held.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm.console import progress
+from vlm.errors import UsageError
+from vlm.index.ann.index_type_base import load_faiss
+from vlm.tensor_types import Array, Float, Float32, Int64
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
+
+logger = logging.getLogger(__name__)
+
+METHOD = "umap"
+SAMPLE = 50_000
+"""Rows that UMAP lays out."""
+
+PLACING_NEIGHBOURS = 5
+"""Laid-out rows among which another one is placed."""
+
+_NEIGHBOURS = 15
+_FEWEST = 2 * _NEIGHBOURS
+"""Below this number of rows neighbours say little, and the principal axes are the map."""
+
+_DIMENSIONS = 50
+_PCA_ROWS = 20_000
+_ROWS_AT_ONCE = 16_384
+_NEARLY_ZERO = 1e-6
+
+VectorsOf = Callable[[Int64[Array, " N"]], Float32[Array, "N D"]]
+"""The unit vectors of rows."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MapLayout:
+    """A place in [-1, 1]² for each row. fitted: how many of them UMAP laid out; the others lie among those."""
+
+    places: Float32[Array, "N 2"]
+    fitted: int
+
+
+def lay_out(rows: Int64[Array, " N"], vectors_of: VectorsOf, *, sample: int = SAMPLE, seed: int = 0) -> MapLayout:
+    """Lay out rows on a map.
+
+    Args:
+        sample: the most rows that UMAP sees. seed: of the sample and of UMAP.
+
+    Raises:
+        UsageError: sample or seed is out of range, or umap-learn is not installed.
+    """
+    if sample < _FEWEST:
+        raise UsageError(f"sample = {sample} is out of range: a map needs at least {_FEWEST}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed = {seed} is out of range: 0 to {2**32 - 1}.")
+    check_installed()
+    rng = np.random.default_rng(seed)
+    is_fitted = np.zeros(len(rows), bool)
+    is_fitted[rng.permutation(len(rows))[:sample]] = True
+    places = np.zeros((len(rows), 2), np.float32)
+    if len(rows) > 2:
+        reducer = _fit_reducer(rng.permutation(rows[is_fitted])[:_PCA_ROWS], vectors_of)
+        fitted = _reduce_blocks(rows[is_fitted], vectors_of, reducer)
+        places[is_fitted] = _run_umap(fitted, seed)
+        _place_others(places, rows, is_fitted, vectors_of, reducer, fitted)
+    return MapLayout(places=_scaled(places), fitted=int(is_fitted.sum()))
+
+
+def check_installed() -> None:
+    """Refuse to begin what would end without umap-learn.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            # that the kind of UMAP that needs TensorFlow cannot be had
+            warnings.simplefilter("ignore", ImportWarning)
+            import umap  # noqa: F401 # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise UsageError(f"A map needs {error.name}: pip install 'vlm-pipeline[map]'.") from error
+
+
+def place_among(places: Float[Array, "N K 2"], squared_distances: Float[Array, "N K"]) -> Float32[Array, "N 2"]:
+    """The mean of the places of K neighbours, the nearer the heavier.
+
+    >>> place_among(np.array([[[0.0, 0.0], [1.0, 1.0]]]), np.array([[0.5, 0.5]])).tolist()
+    [[0.5, 0.5]]
+    """
+    # a row equal to one that has a place lies there too
+    weights = 1 / (np.maximum(squared_distances, 0) + _NEARLY_ZERO)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.einsum("nk,nkd->nd", weights, places).astype(np.float32)
+
+
+def _fit_reducer(rows: Int64[Array, " N"], vectors_of: VectorsOf) -> "PCA":
+    from sklearn.decomposition import PCA
+
+    vectors = vectors_of(np.sort(rows))
+    # rows that are all equal have no variance to take shares of
+    with np.errstate(invalid="ignore"):
+        return PCA(min(_DIMENSIONS, *vectors.shape), svd_solver="covariance_eigh").fit(vectors)
+
+
+def _reduce_blocks(rows: Int64[Array, " N"], vectors_of: VectorsOf, reducer: "PCA") -> Float32[Array, "N E"]:
+    reduced: list[np.ndarray] = []
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        reduced.append(reducer.transform(vectors_of(rows[first : first + _ROWS_AT_ONCE])).astype(np.float32))
+    return np.concatenate(reduced)
+
+
+def _run_umap(vectors: Float32[Array, "N E"], seed: int) -> Float32[Array, "N 2"]:
+    # PCA orders its axes, the first are the principal ones
+    start = np.zeros((len(vectors), 2), np.float32)
+    start[:, : vectors.shape[1]] = vectors[:, :2]
+    if len(vectors) < _FEWEST:
+        return start
+    from umap import UMAP
+
+    logger.info(f"Laying out {len(vectors):,} rows by UMAP …")
+    squared, neighbours = _nearest(vectors, vectors, _NEIGHBOURS)
+    # UMAP divides by the extent of the start, which is zero where rows are equal
+    noise = np.random.default_rng(seed).normal(scale=1e-4, size=start.shape).astype(np.float32)
+    mapper = UMAP(
+        n_neighbors=_NEIGHBOURS,
+        init=start + noise,
+        precomputed_knn=(neighbours, np.sqrt(np.maximum(squared, 0)), None),
+        random_state=seed,
+        n_jobs=1,
+    )
+    with warnings.catch_warnings():
+        # that it cannot place further rows, which is done here
+        warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        return np.asarray(mapper.fit_transform(vectors), np.float32)
+
+
+def _nearest(
+    vectors: Float32[Array, "N E"], queries: Float32[Array, "Q E"], count: int
+) -> tuple[Float32[Array, "Q K"], Int64[Array, "Q K"]]:
+    """Squared distances and positions of the nearest vectors."""
+    index = load_faiss().IndexFlatL2(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors))
+    return index.search(np.ascontiguousarray(queries), min(count, len(vectors)))
+
+
+def _place_others(
+    places: Float32[Array, "N 2"],
+    rows: Int64[Array, " N"],
+    is_fitted: np.ndarray,
+    vectors_of: VectorsOf,
+    reducer: "PCA",
+    fitted: Float32[Array, "F E"],
+) -> None:
+    others = np.flatnonzero(~is_fitted)
+    fitted_places = places[is_fitted]
+    with progress(total=len(others), what="placing", unit="row", is_shown=bool(len(others))) as bar:
+        for first in range(0, len(others), _ROWS_AT_ONCE):
+            positions = others[first : first + _ROWS_AT_ONCE]
+            queries = _reduce_blocks(rows[positions], vectors_of, reducer)
+            squared, neighbours = _nearest(fitted, queries, PLACING_NEIGHBOURS)
+            places[positions] = place_among(fitted_places[neighbours], squared)
+            bar.update(len(positions))
+
+
+def _scaled(places: Float32[Array, "N 2"]) -> Float32[Array, "N 2"]:
+    """Centred, the longer side from -1 to 1."""
+    if not len(places):
+        return places
+    low = places.min(axis=0)
+    high = places.max(axis=0)
+    return (places - (low + high) / 2) / max(float((high - low).max()) / 2, _NEARLY_ZERO)
