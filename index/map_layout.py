@@ -135,6 +135,8 @@ def _run_umap(vectors: Float32[Array, "N E"], seed: int) -> Float32[Array, "N 2"
     noise = np.random.default_rng(seed).normal(scale=1e-4, size=start.shape).astype(np.float32)
     mapper = UMAP(
         n_neighbors=_NEIGHBOURS,
+        # more than the default, so that points can be told apart
+        min_dist=0.3,
         init=start + noise,
         precomputed_knn=(neighbours, np.sqrt(np.maximum(squared, 0)), None),
         random_state=seed,

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server.browser import CHROMIUM, watched_pages
 from vlm.server.app import Service, create_app
-from vlm.server.serving import open_service
+from vlm.server.serving import open_service, serve_in_background
 from vlm.service.query import Query
 from vlm.service.search import SearchService
 
@@ -78,6 +79,30 @@ def service(index: Path, model: Any) -> Service:
 def caller(service: Service) -> Caller:
     """A client without a token."""
     return Caller(create_app(service), {})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, without a window."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def address(service: Service) -> Iterator[str]:
+    """Where the index is served."""
+    with serve_in_background(service) as address:
+        yield address
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Opens the page with a query; errors in it and requests to other hosts fail the test."""
+    with watched_pages(browser, address) as make:
+        yield make
 
 
 @pytest.fixture

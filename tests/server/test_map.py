@@ -31,6 +31,7 @@ def test_the_whole_map_and_a_region_of_it(mapped_caller, mapped):
     assert whole["new"] == whole["unplaced"] == 0
     assert points["values"] == [-1] * 11
     assert max(map(abs, points["x"] + points["y"])) <= 1
+    assert whole["bounds"] == [min(points["x"]), min(points["y"]), max(points["x"]), max(points["y"])]
     middle = sum(sorted(points["x"])[5:7]) / 2
     left = mapped_caller.post(MAP, {"box": [-1, -1, middle, 1], "top": 3}).json()
     assert (left["inside"], len(left["points"]["uids"])) == (6, 3)

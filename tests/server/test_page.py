@@ -1,75 +1,14 @@
 """The page in the system's Chromium: each function of it, on a real server, without any other host."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.server.browser import CHROMIUM, search, uids, until
 from vlm.server.serving import open_service, serve_in_background
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def address(service):
-    with serve_in_background(service) as address:
-        yield address
-
-
-@pytest.fixture
-def open_page(browser, address):
-    """Opens the page with a query; errors in it and requests to other hosts fail the test."""
-    contexts, problems = [], []
-
-    def make(query="", **options):
-        context = browser.new_context(accept_downloads=True, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: problems.append(request.url) if is_foreign(request.url) else None)
-        page.goto(f"{address}/{query}")
-        return page
-
-    def is_foreign(url):
-        return not url.startswith((address, "data:", "blob:"))
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def uids(page):
-    page.wait_for_selector("#results .tile, #results .empty, #error:not([hidden])")
-    return page.eval_on_selector_all(
-        "#results .tile img", "images => images.map(image => new URL(image.src).searchParams.get('uid'))"
-    )
-
-
-def until(page, condition):
-    """Wait for a condition in JavaScript; Playwright's own way polls by eval, which the page's policy forbids."""
-    for _ in range(200):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"never: {condition}")
-
-
-def search(page, text):
-    page.fill("#query", text)
-    page.press("#query", "Enter")
 
 
 def test_a_search_shows_the_hits_and_the_address_holds_it(open_page, expected, address):

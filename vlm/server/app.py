@@ -436,7 +436,8 @@ def add_operation_routes(api: FastAPI, service: Service) -> None:
     @api.get(f"{API}/indexes", response_model=schemas.IndexesAnswer)
     async def indexes() -> Response:
         """The indexes served, in numbers."""
-        return reply({"indexes": [index.info() for index in service.indexes.values()]})
+        infos = [await in_thread(index.info) for index in service.indexes.values()]
+        return reply({"indexes": infos})
 
     @api.get("/health")
     async def health() -> Response:

@@ -60,6 +60,7 @@ class MapReader:
             "new": row_map.num_new,
             "unplaced": row_map.num_unplaced,
             "inside": num_inside,
+            "bounds": _bounds(row_map.places),
             "points": {
                 "uids": [entry.uid for entry in entries],
                 "x": [x for x, _ in places],
@@ -85,6 +86,13 @@ class MapReader:
                     raise VlmError(message) from error
                 self._snapshot = snapshot
             return snapshot, self._map
+
+
+def _bounds(places: Float32[Array, "N 2"]) -> list[float]:
+    if not len(places):
+        return [-1.0, -1.0, 1.0, 1.0]
+    low, high = _rounded(np.stack([places.min(axis=0), places.max(axis=0)]))
+    return [*low, *high]
 
 
 def _places_of(row_map: RowMap, known: dict[str, int]) -> dict[str, list[float]]:

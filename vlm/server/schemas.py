@@ -374,6 +374,7 @@ class MapAnswer(BaseModel):
     new: int = Field(description="Rows added since the map was made, which lie among their nearest.")
     unplaced: int = Field(description="Rows without a place, until vlm index map makes the map anew.")
     inside: int = Field(description="Rows of the region that match the filter, shown or not.")
+    bounds: list[float] = Field(description="Left, bottom, right and top of the whole map.")
     points: PointsModel
     legend: list[ValueCountModel] = Field(description="The values with a colour, the most frequent first.")
     places: dict[str, list[float]] = Field(description="By uid the place [x, y] of the rows asked for.")

@@ -258,7 +258,8 @@ class ServedIndex:
         return {"hits": [self.hit_to_json(hit) for hit in result.hits]} | result.facts_to_json()
 
     def info(self) -> dict[str, Any]:
-        """The index in numbers."""
+        """The newest version that can be opened, in numbers."""
+        self.refresh()
         info = self.service.index.info()
         return {
             "name": self.name,

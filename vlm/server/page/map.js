@@ -37,10 +37,14 @@ export function createMap(page) {
 
   const toScreen = (x, y) => [(x - view.x) * view.scale + view.width / 2, (view.y - y) * view.scale + view.height / 2];
   const toMap = (x, y) => [(x - view.width / 2) / view.scale + view.x, view.y - (y - view.height / 2) / view.scale];
-  const fitScale = () => Math.min(view.width, view.height) / 2.15;
+  const fitScale = () => {
+    const [left, bottom, right, top] = answer?.bounds ?? [-1, -1, 1, 1];
+    return Math.min(view.width / Math.max(right - left, 0.1), view.height / Math.max(top - bottom, 0.1)) / 1.1;
+  };
 
   function goHome() {
-    Object.assign(view, { x: 0, y: 0, scale: fitScale() });
+    const [left, bottom, right, top] = answer?.bounds ?? [-1, -1, 1, 1];
+    Object.assign(view, { x: (left + right) / 2, y: (bottom + top) / 2, scale: fitScale() });
     moving();
   }
 
@@ -93,7 +97,8 @@ export function createMap(page) {
     if (query === wanted && covered && isWithin(box(0), covered.box) && (hasAll || covered.scale === view.scale)) return;
     loading?.abort();
     loading = new AbortController();
-    const region = box(0.3);
+    const isFirst = !answer;
+    const region = isFirst ? [-9, -9, 9, 9] : box(0.3);
     const { scale } = view;
     const request = { box: region, top: MOST_POINTS, colour: byId("map-colour").value, where: page.filterText(), uids: hits };
     try {
@@ -107,6 +112,10 @@ export function createMap(page) {
       covered = { box: region, scale };
       wanted = query;
       current = -1;
+      if (isFirst) {
+        goHome();
+        covered.scale = view.scale;
+      }
       byId("map-error").hidden = true;
       if (JSON.stringify(answer.legend) !== legendBefore) showLegend();
       showStatus();
@@ -158,17 +167,18 @@ export function createMap(page) {
     const { points, places } = answer;
     const marked = Object.values(places);
     const radius = Math.min(6, 3 + 40 / Math.sqrt(points.uids.length + 1));
-    context.globalAlpha = marked.length ? 0.4 : 0.85;
+    const held = new Set(inLasso);
+    const dimmed = held.size ? 0.2 : marked.length ? 0.5 : 0.85;
     for (let number = 0; number < points.uids.length; number++) {
       if (!isVisible(number)) continue;
       const value = points.values[number];
+      context.globalAlpha = held.has(number) ? 1 : dimmed;
       context.fillStyle = colourOf(value, colour);
       drawShape(value < 0 ? OTHER : SHAPES[value], points.x[number], points.y[number], radius);
     }
     context.globalAlpha = 1;
     context.lineWidth = 2;
-    for (const [x, y] of marked) drawRing(x, y, radius + 3, colour("--accent"), colour("--ink"));
-    for (const number of inLasso) drawRing(points.x[number], points.y[number], radius + 1, "", colour("--ink"));
+    for (const [x, y] of marked) drawRing(x, y, radius + 1.5, colour("--accent"), colour("--ink"));
     if (current >= 0) drawRing(points.x[current], points.y[current], radius + 6, "", colour("--accent"));
     if (lasso?.length) drawLasso(colour("--accent"));
     if (document.activeElement === canvas && canvas.matches(":focus-visible")) drawCross(colour("--ink"));
@@ -227,8 +237,8 @@ export function createMap(page) {
     if (answer.legend.length) numbers.push(-1);
     byId("map-legend").replaceChildren(...numbers.map((number) => {
       const button = element("button", { type: "button", ariaPressed: "false" }, mark(number));
-      if (number < 0) button.append(" other or none");
-      else button.append(` ${answer.legend[number].value} `, element("span", { className: "soft" }, answer.legend[number].rows.toLocaleString("en")));
+      if (number < 0) button.append("other or none");
+      else button.append(`${answer.legend[number].value} `, element("span", { className: "soft" }, answer.legend[number].rows.toLocaleString("en")));
       button.addEventListener("click", () => {
         only = only === number ? null : number;
         for (const [at, item] of [...byId("map-legend").children].entries())
@@ -501,7 +511,7 @@ export function createMap(page) {
       clearLasso();
       hideCard();
       byId("map-legend").replaceChildren();
-      const names = page.fields().filter((field) => field.is_category && field.distinct > 1 && field.name !== "caption").map((field) => field.name);
+      const names = page.fields().filter((field) => field.is_category && field.distinct > 1 && field.distinct <= 200 && field.name !== "caption").map((field) => field.name);
       byId("map-colour").replaceChildren(new Option("nothing", ""), ...names.map((name) => new Option(name, name)));
       if (view.width) goHome();
     },

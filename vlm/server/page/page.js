@@ -490,10 +490,9 @@ async function showMap() {
   if (!map) {
     const { createMap } = await import("./map.js");
     map ??= createMap({
-      byId, element, callJson, indexPath, imagePath, showImage, showDetail, captionOf, filterText, select, state,
+      byId, element, callJson, indexPath, imagePath, showImage, showDetail, captionOf, filterText, select, state, mapRows,
       hits: () => hits,
       fields: () => fields,
-      mapRows: () => indexes.find((index) => index.name === state.index)?.map_rows ?? 0,
       searchLike(uids) {
         state.terms = uids.map((uid) => ({ kind: "item", value: uid, sign: 1 }));
         state.view = "search";
@@ -503,8 +502,12 @@ async function showMap() {
     });
     map.reset();
   }
+  // it may have been made since the page was opened
+  if (!mapRows()) ({ indexes } = await callJson(`${API}/indexes`));
   map.update();
 }
+
+const mapRows = () => indexes.find((index) => index.name === state.index)?.map_rows ?? 0;
 
 function moveAmongResults(event) {
   const buttons = [...document.querySelectorAll("#results .tile > button")];
