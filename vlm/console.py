@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -66,6 +67,15 @@ def spaced_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     {'new rows': 3}
     """
     return {name.replace("_", " "): value for name, value in fields.items()}
+
+
+def quoted(value: object) -> str:
+    """A path or other value as one word of a command line that is shown to be copied.
+
+    >>> quoted("runs/my first")
+    "'runs/my first'"
+    """
+    return shlex.quote(str(value))
 
 
 def pluralize(number: int, noun: str) -> str:

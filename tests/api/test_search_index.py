@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import shutil
 import tarfile
@@ -349,6 +350,21 @@ def test_a_deletion_can_be_looked_at_and_undone(index: vlm.SearchIndex) -> None:
             index.delete(**arguments)
     with pytest.raises(UsageError, match="has no '00'"):
         index.delete(["00", "03"], dry_run=True) if "00" not in index else index.delete("nobody00", dry_run=True)
+
+
+def test_a_deletion_of_another_number_than_expected_deletes_nothing(index: vlm.SearchIndex) -> None:
+    with pytest.raises(UsageError, match="2 rows would be deleted, not 3 as expected; nothing was deleted"):
+        index.delete(where="key < '02'", expect=3)
+    with pytest.raises(UsageError, match="1 rows would be deleted, not 0"):
+        index.delete("00", dry_run=True, expect=0)
+    assert index.info().generation == 1
+    assert index.delete(where="key < '02'", expect=2).removed == 2
+
+
+@pytest.mark.parametrize("folder", [3, None, b"index"])
+def test_what_is_no_folder_is_refused_by_name(folder: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"folder = {folder!r}: give the folder of an index.")):
+        vlm.open_index(folder)
 
 
 def test_info_says_what_a_rollback_costs_and_results_are_what_the_verbs_print(

@@ -195,7 +195,7 @@ def test_the_command_and_the_call_make_the_same_map(make_index: MakeIndex, capsy
         assert index.info().map_rows == 20
     assert (RowMap.open(Index.open(folder).snapshot).places == by_command.places).all()
     assert main(["index", "map", str(folder)]) == 0
-    assert "Next: vlm serve" in capsys.readouterr().err
+    assert "next: vlm serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

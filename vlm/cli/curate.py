@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
-from vlm.console import show_json, show_table
+from vlm.console import quoted, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -156,4 +156,4 @@ class Curate:
         elif not selection.kept:
             logger.warning("No sample is left; a run cannot train on this selection.")
         else:
-            logger.info(f"Next: vlm train … --data {self.shards} --selection {self.out}")
+            logger.info(f"Next: vlm train … --data {quoted(self.shards)} --selection {quoted(self.out)}")

@@ -1,7 +1,6 @@
 """`vlm embed`: shards to embeddings, in one process or several."""
 
 import logging
-import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.options import AllowDamageOption, DeviceOption, JsonOption, PrecisionOption, ShardsArgument, WorkersOption
-from vlm.console import show_fields, show_json, spaced_names
+from vlm.console import quoted, show_fields, show_json, spaced_names
 
 if TYPE_CHECKING:
     from vlm.api.training import EmbedResult
@@ -94,8 +93,8 @@ class Embed:
             shown = asdict(summary)
             del shown["incidents"]
             show_fields(spaced_names(shown))
-        texts = f" --texts {shlex.quote(str(result.text.folder))}" if result.image and result.text else ""
-        logger.info(f"Next: vlm index build {shlex.quote(str(result.summaries[0].folder))} INDEX{texts}")
+        texts = f" --texts {quoted(result.text.folder)}" if result.image and result.text else ""
+        logger.info(f"Next: vlm index build {quoted(result.summaries[0].folder)} INDEX{texts}")
 
 
 def _log_skipped(summary: "EmbedSummary") -> None:

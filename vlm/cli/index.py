@@ -1,7 +1,6 @@
 """The verbs of an index that do not change its rows: build, import, export, fit-head, upgrade, check, info."""
 
 import logging
-import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.options import IndexArgument, JsonOption
-from vlm.console import percent, show_fields, show_json, show_table, spaced_names
+from vlm.console import percent, quoted, show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class BuildIndex:
                 verification[name] = percent(verification[name])
             show_fields(verification, title=f"The finished index, queried {build.plan.direction}")
         show_fields(asdict(summary))
-        logger.info(f'Next: vlm search {self.out} "your query"')
+        logger.info(f'Next: vlm search {quoted(self.out)} "your query"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,7 @@ class ImportEmbeddings:
             show_json(asdict(summary))
             return
         show_fields(spaced_names(asdict(summary)))
-        logger.info(f"Next: vlm index build {shlex.quote(str(self.out))} INDEX")
+        logger.info(f"Next: vlm index build {quoted(self.out)} INDEX")
 
     def _log_changes(self, summary: "ImportSummary") -> None:
         from vlm.index.embeddings_folder import UNKNOWN
@@ -308,7 +307,7 @@ class FitHead:
             return
         show_fields(asdict(fitted.choice))
         show_recall(recall, title=f"{len(held_out):,} held-out images")
-        logger.info(f"Next: vlm index upgrade INDEX OUT --head {self.head}")
+        logger.info(f"Next: vlm index upgrade INDEX OUT --head {quoted(self.head)}")
 
 
 def show_recall(recall: "dict[str, RetrievalResult]", *, title: str) -> None:
@@ -354,8 +353,8 @@ class UpgradeIndex:
             show_json(asdict(summary))
             return
         show_fields(spaced_names(asdict(summary)))
-        head = shlex.quote(str(self.head))
-        out = shlex.quote(str(self.out))
+        head = quoted(self.head)
+        out = quoted(self.out)
         logger.info(
             f'Next: vlm search {out} "your query"; to replace migrated rows by the new model\'s own:\n'
             f"vlm embed {head} SHARDS EMBEDDINGS && vlm index update {out} EMBEDDINGS"

@@ -285,7 +285,7 @@ class MakeMap:
             show_json(summary)
             return
         show_fields(asdict(summary))
-        logger.info(f"Next: {shlex.join(['vlm', 'serve', str(self.index)])}, whose page has a tab for it.")
+        logger.info(f"To see it, next: {shlex.join(['vlm', 'serve', str(self.index)])}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from vlm.cli.options import JsonOption
-from vlm.console import format_bytes, show_json, show_table
+from vlm.console import format_bytes, quoted, show_json, show_table
 
 logger = logging.getLogger(__name__)
 
@@ -52,4 +52,4 @@ class ListModels:
         else:
             logger.info(f"No model is in {self.folder} or in the caches.")
         example = next((model.model for model in models.models if model.missing), "ViT-B-32:laion2b_s34b_b79k")
-        logger.info(f"Fetch one ahead: vlm models --fetch {example}   (into {models.cache})")
+        logger.info(f"Fetch one ahead: vlm models --fetch {quoted(example)}   (into {models.cache})")

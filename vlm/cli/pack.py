@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from vlm.cli.options import JsonOption
-from vlm.console import show_fields, show_json, spaced_names
+from vlm.console import quoted, show_fields, show_json, spaced_names
 from vlm.data.sources.source import SceneOptions, SourceKind
 
 logger = logging.getLogger(__name__)
@@ -118,4 +118,4 @@ class Pack:
         del shown["recognised"]
         show_fields(spaced_names(shown))
         inspect = shlex.join(["vlm", "inspect", str(self.out), "--html", f"{self.out}.html"])
-        logger.info(f"Next: {inspect}   or   vlm train tiny --data {shlex.quote(str(self.out))} …")
+        logger.info(f"Next: {inspect}   or   vlm train tiny --data {quoted(self.out)} …")

@@ -1,5 +1,6 @@
 """`vlm quickstart`: the whole pipeline by its own commands."""
 
+import importlib.util
 import json
 import logging
 import shlex
@@ -15,6 +16,7 @@ import tyro
 from vlm.console import percent, show_json, show_table
 from vlm.data.synthetic.shapes import shape_colour_classes
 from vlm.files import write_text
+from vlm.index.index_files import map_file
 from vlm.manifest import is_complete
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ CLASSES_FILE = "classes.txt"
 QUERIES = ("two green stars at the top", "a small blue heart on a white background", "three orange triangles")
 
 _HITS_SHOWN = 8
+_MAP_SAMPLE = 4_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,9 @@ def plan_steps(out: Path, *, num_train: int, num_steps: int) -> list[Step]:
         ("embedding", "embeddings", f"embed {folder}/run {train}::{val} {folder}/embeddings"),
         ("indexing", "index", f"index build {folder}/embeddings {folder}/index"),
     ]
+    # the page of vlm serve has a tab for it; a part of the rows is enough for shapes
+    if importlib.util.find_spec("umap"):
+        commands.append(("drawing a map", f"index/{map_file(2)}", f"index map {folder}/index --sample {_MAP_SAMPLE}"))
     return [Step(title=title, output=out / output, words=shlex.split(words)) for title, output, words in commands]
 
 
@@ -182,19 +188,20 @@ def show_metrics(metrics: dict[str, Any]) -> None:
 
 def next_steps(out: Path) -> str:
     """Commands to try after the quickstart."""
+    folder = shlex.quote(str(out))
     return "\n".join(
         [
             "",
             f"Pages:  {out}/gallery.html · {out}/evaluation/report.html · {out}/run/curves.png",
             "Search and classify:",
-            f'  vlm search {out}/index "three purple crosses on the left" --html result.html',
-            f"  vlm classify {out}/run IMAGE --classes 'red circle,blue star,green heart'",
+            f'  vlm search {folder}/index "three purple crosses on the left" --html result.html',
+            f"  vlm classify {folder}/run IMAGE --classes 'red circle,blue star,green heart'",
             "Search in the browser, at http://127.0.0.1:8000 (extra serve):",
-            f"  vlm serve {out}/index",
+            f"  vlm serve {folder}/index",
             "Train a captioner (about 5 minutes) and check its captions:",
-            f"  vlm train tiny-coca --data {out}/shards/train --val {out}/shards/val --run {out}/captioner "
-            f"--tokenizer {out}/tokenizer.model",
-            f"  vlm eval {out}/captioner --captions {out}/shards/val --prompt 'a picture of'",
+            f"  vlm train tiny-coca --data {folder}/shards/train --val {folder}/shards/val --run {folder}/captioner "
+            f"--tokenizer {folder}/tokenizer.model",
+            f"  vlm eval {folder}/captioner --captions {folder}/shards/val --prompt 'a picture of'",
             "Your own data:",
             "  vlm pack FOLDER shards && vlm train tiny --data shards --run runs/mine",
         ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlm.cli.options import DeviceOption, JsonOption, ShardsArgument, WorkersOption
-from vlm.console import show_fields, show_json, spaced_names
+from vlm.console import quoted, show_fields, show_json, spaced_names
 
 if TYPE_CHECKING:
     from vlm.train.dataset_reinforcement import Teachers
@@ -103,7 +103,7 @@ class Reinforce:
             return
         fields = {name: value for name, value in asdict(summary).items() if value != {}}
         show_fields(spaced_names(fields))
-        logger.info(f"Next: vlm train … --data {self.out} {self._train_flags()}")
+        logger.info(f"Next: vlm train … --data {quoted(self.out)} {self._train_flags()}")
 
     def _load_teachers(self) -> "Teachers":
         from vlm.models.load import load_model

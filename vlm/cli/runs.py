@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlm.cli.options import JsonOption
-from vlm.console import format_duration, show_json, show_table
+from vlm.console import format_duration, quoted, show_json, show_table
 
 if TYPE_CHECKING:
     from vlm.api.runs import RunOverview
@@ -34,14 +34,14 @@ class ListRuns:
             show_json(runs.to_json())
             return
         if not runs:
-            start = f"vlm train tiny --data SHARDS --run {self.folder}/a"
+            start = f"vlm train tiny --data SHARDS --run {quoted(self.folder / 'a')}"
             logger.info(f"There is no run in {self.folder}. Start one: {start}")
             return
         columns = ["run", "state", "model", "objective", "step", "samples", "loss"]
         columns += ["best t→i @1 / 10, %", "samples/s", "MFU", "time"]
         show_table(columns, list(map(_run_row, runs)))
         # the last two by time are most often what one wants to compare
-        latest = " ".join(str(self.folder / run.run) for run in runs.runs[-2:])
+        latest = " ".join(quoted(self.folder / run.run) for run in runs.runs[-2:])
         logger.info(f"Compare: vlm runs compare {latest} --out compare.png")
 
 

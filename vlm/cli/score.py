@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlm.cli.options import JsonOption
-from vlm.console import show_json, show_table
+from vlm.console import quoted, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Score:
             show_json(list(map(vars, scores)))
             return
         show_table(["score", "rows", "min", "median", "max", "details"], list(map(_row, scores)))
-        logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {self.embeddings / 'signals'} --filter …")
+        logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {quoted(self.embeddings / 'signals')} --filter …")
 
     def _compute(self) -> "list[ScoreColumn]":
         from vlm.index.curation_scores import ScoreWriter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption
-from vlm.console import percent, show_json, show_table
+from vlm.console import percent, quoted, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class MakeSoup:
             logger.info(
                 f"The soup is below its best ingredient ({percent(soup.metric)} < {percent(best)}); --greedy never is."
             )
-        logger.info(f"Next: vlm eval {self.out} --retrieval SHARDS")
+        logger.info(f"Next: vlm eval {quoted(self.out)} --retrieval SHARDS")
 
 
 def _parse_numbers(text: str, option: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from vlm.cli.options import JsonOption, ShardsArgument
-from vlm.console import show_fields, show_json, spaced_names
+from vlm.console import quoted, show_fields, show_json, spaced_names
 
 logger = logging.getLogger(__name__)
 
@@ -39,4 +39,4 @@ class TrainTokenizer:
             show_json(summary)
             return
         show_fields(spaced_names(asdict(summary)))
-        logger.info(f"Next: vlm train PRESET --data SHARDS --run DIR --tokenizer {self.out}")
+        logger.info(f"Next: vlm train PRESET --data SHARDS --run DIR --tokenizer {quoted(self.out)}")

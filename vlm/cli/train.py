@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlm.cli.options import JsonOption
-from vlm.console import show_fields, show_json, show_table
+from vlm.console import quoted, show_fields, show_json, show_table
 from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
@@ -87,4 +87,4 @@ def show_summary(summary: "RunSummary") -> None:
     show_fields(fields, title=summary.run)
     columns, rows = summary.ledger
     show_table(columns, rows, title="sample ledger (visits; the shards that lost most)")
-    logger.info(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {summary.run} --retrieval SHARDS")
+    logger.info(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {quoted(summary.run)} --retrieval SHARDS")

@@ -6,6 +6,7 @@
 import importlib.util
 import logging
 import os
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def open_export(spec: str) -> OnnxEncoder:
     """
     model, dimensions = split_model_spec(spec)
     folder = export_folder(model)
-    command = f"vlm export {model} --to onnx"
+    command = f"vlm export {shlex.quote(model)} --to onnx"
     if not is_onnx_folder(folder):
         raise UsageError(f"{model} has no ONNX export, with which queries start in a fraction of a second: {command}")
     if importlib.util.find_spec("onnxruntime") is None:

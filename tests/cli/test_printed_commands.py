@@ -1,0 +1,61 @@
+"""Commands that a verb prints to be copied: a path with spaces is one word of the shell."""
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.index.index_fixture import SPACE, origins, vectors
+from vlm.cli.main import main
+from vlm.cli.quickstart import next_steps, plan_steps
+from vlm.cli.train import show_summary
+from vlm.index.embeddings_folder import EmbeddingsWriter
+
+
+def printed_words(text: str) -> list[str]:
+    """The words of every command in a text."""
+    words: list[str] = []
+    for command in re.findall(r"vlm .+", text):
+        words += shlex.split(command)
+    return words
+
+
+def test_the_quickstart_and_what_it_offers_at_the_end() -> None:
+    out = Path("my first try")
+    words = printed_words(next_steps(out))
+    assert f"{out}/index" in words
+    assert f"{out}/shards/train" in words
+    assert not any(word in ("my", "first", "try/index") for word in words)
+    for step in plan_steps(out, num_train=10, num_steps=1):
+        assert any(str(out) in word for word in step.words)
+    # the map is part of it where it can be made
+    assert plan_steps(out, num_train=10, num_steps=1)[-1].words[:3] == ["index", "map", "my first try/index"]
+
+
+def test_what_to_do_after_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="vlm")
+    numbers = dict.fromkeys(("steps", "samples", "bad_samples", "skipped_steps", "seconds", "samples_per_second"), 1)
+    summary: Any = SimpleNamespace(run="my runs/a", metrics={}, ledger=(["shard"], []), **numbers)
+    show_summary(summary)
+    assert "my runs/a" in printed_words(caplog.text)
+
+
+def test_what_to_do_with_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    assert main(["runs", str(folder)]) == 0
+    assert f"{folder}/a" in printed_words(capsys.readouterr().err)
+
+
+def test_what_to_do_with_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    embeddings, index = tmp_path / "my embeddings", tmp_path / "my index"
+    writer = EmbeddingsWriter(embeddings, space=SPACE, identity={})
+    writer.add("/nowhere/0.tar", vectors(3, 0), origins(["a", "b", "c"]))
+    writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
+    assert main(["index", "build", str(embeddings), str(index)]) == 0
+    assert str(index) in printed_words(capsys.readouterr().err)
+    assert main(["index", "map", str(index)]) == 0
+    assert str(index) in printed_words(capsys.readouterr().err)
