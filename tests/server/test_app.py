@@ -2,12 +2,14 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.server.conftest import Caller
 from vlm.server.app import create_app
 from vlm.server.serving import open_service
 
@@ -193,9 +195,54 @@ def test_the_description_names_every_route_with_its_errors(caller):
     assert {"/v1/embeddings", "/knn-service", "/metadata", "/ready"} <= set(described["paths"])
 
 
+def resolved(described, schema):
+    """A schema of the description, without its reference."""
+    return described["components"]["schemas"][schema["$ref"].split("/")[-1]] if "$ref" in schema else schema
+
+
+def test_every_answer_is_described_and_every_body_has_an_example_that_is_answered(index, model):
+    service = open_service({"index": index}, write_tokens=frozenset({"w"}), load=lambda _: model)
+    caller = Caller(create_app(service), {"authorization": "Bearer w"})
+    described = caller.get("/api/v1/openapi.json").json()
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            [answer] = operation["responses"]["200"].get("content", {"": {}}).values()
+            is_file = path.endswith(("/image", "/thumbnail", "/metrics"))
+            assert is_file or answer["schema"], path
+            if method != "post":
+                continue
+            schema = resolved(described, operation["requestBody"]["content"]["application/json"]["schema"])
+            assert schema["examples"]
+            # the model that knows colours writes no captions; test_caption has one that does
+            for example in () if path.endswith("/caption") else schema["examples"]:
+                # the examples name items of other indexes, and a column that this one lacks
+                text = json.dumps(example).replace("train-000005", "00").replace("year < 2000", "key = '00'")
+                text = text.replace("1200", "1")
+                response = caller.post(path.replace("{name}", "index"), json.loads(text))
+                wanted = 404 if path.endswith("/map") else 200
+                assert response.status_code == wanted, (path, response.text)
+
+
+def test_words_are_fused_duplicates_folded_and_a_column_counted_in_one_answer(caller, expected):
+    wanted = expected(texts=("red",), words="stripes blue", top=5)
+    answer = caller.search(texts=["red"], words="stripes blue", top=5, facets=["width"])
+    assert uids(answer) == wanted
+    assert all("fused" in hit for hit in answer["hits"])
+    assert answer["facets"] == {"width": [{"value": 16, "rows": 11}]}
+    folded = caller.search(texts=["red"], duplicates=0.45, top=20)
+    assert uids(folded) == expected(texts=("red",), duplicates=0.45, top=20)
+    assert sum(hit.get("similar", 0) for hit in folded["hits"]) + len(folded["hits"]) <= 11
+    assert len(folded["hits"]) < 11
+
+
 def test_the_page_comes_with_a_policy_and_is_small(caller):
     sizes = 0
-    for path, media_type in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
+    for path, media_type in (
+        ("/", "text/html"),
+        ("/page.js", "text/javascript"),
+        ("/map.js", "text/javascript"),
+        ("/page.css", "text/css"),
+    ):
         response = caller.get(path)
         assert response.headers["content-type"].startswith(media_type)
         assert "default-src 'none'" in response.headers["content-security-policy"]

@@ -69,6 +69,20 @@ def test_metadata_is_found_by_the_ids_of_the_hits(caller):
     assert caller.get("/indices-list").json() == ["index"]
 
 
+def test_metadata_of_rows_that_are_not_there_is_refused_without_a_path(caller, index):
+    from vlm.api.index import open_index
+
+    ids = [hit["id"] for hit in ask_knn(caller, text="red").json()]
+    with open_index(index) as opened:
+        opened.delete(ask_knn(caller, text="red").json()[0]["uid"])
+    caller.search(texts=["red"])
+    for wrong in (ids[0], 10**6, -1, 2**70):
+        response = caller("POST", "/metadata", content=json.dumps({"ids": [ids[1], wrong]}).encode())
+        assert response.status_code in (400, 404), response.text
+        assert str(index) not in response.text
+    assert caller("POST", "/metadata", content=json.dumps({"ids": ids[1:]}).encode()).status_code == 200
+
+
 def test_no_address_is_fetched(caller):
     response = ask_knn(caller, image_url="http://127.0.0.1:1/a.jpg")
     assert response.status_code == 400

@@ -439,12 +439,12 @@ def add_operation_routes(api: FastAPI, service: Service) -> None:
         infos = [await in_thread(index.info) for index in service.indexes.values()]
         return reply({"indexes": infos})
 
-    @api.get("/health")
+    @api.get("/health", response_model=schemas.HealthAnswer)
     async def health() -> Response:
         """The process is alive."""
         return reply({"status": "ok"})
 
-    @api.get("/ready", responses=PROBLEMS)
+    @api.get("/ready", responses={503: {"model": schemas.NotReady}}, response_model=schemas.ReadyAnswer)
     async def ready() -> Response:
         """Every index has just answered a real query."""
         milliseconds: dict[str, float] = {}

@@ -12,7 +12,15 @@ from pydantic import BaseModel, ValidationError
 from vlm.errors import UsageError
 from vlm.index.catalog import Entry
 from vlm.server.app import PROBLEMS, Service, in_thread, reply
-from vlm.server.schemas import EmbeddingsRequest, KnnRequest, MetadataRequest, decode_data_url
+from vlm.server.schemas import (
+    EmbeddingsAnswer,
+    EmbeddingsRequest,
+    KnnRequest,
+    KnnResult,
+    MetadataRequest,
+    RowMetadata,
+    decode_data_url,
+)
 from vlm.server.served_index import ServedIndex, checked_uploads
 from vlm.service.query import Query
 
@@ -26,7 +34,7 @@ CLIP_RETRIEVAL_DUPLICATE = 0.94
 def add_openai_routes(api: FastAPI, service: Service) -> None:
     """`POST /v1/embeddings`: unit vectors of texts and images by the model of an index, named by `model`."""
 
-    @api.post("/v1/embeddings", responses=PROBLEMS)
+    @api.post("/v1/embeddings", responses=PROBLEMS, response_model=EmbeddingsAnswer)
     async def embeddings(request: EmbeddingsRequest) -> Response:
         """Embed texts, and images as data URLs, in the order given."""
         inputs = [request.input] if isinstance(request.input, str) else request.input
@@ -79,7 +87,7 @@ def add_clip_retrieval_routes(api: FastAPI, service: Service) -> None:
     clip-retrieval without these models. Addresses of images are refused: the server fetches nothing.
     """
 
-    @api.post("/knn-service", responses=PROBLEMS)
+    @api.post("/knn-service", responses=PROBLEMS, response_model=list[KnnResult], openapi_extra=_body_of(KnnRequest))
     async def knn_service(request: Request) -> Response:
         """Nearest rows of a text, an image in base64, or a vector."""
         # clip-retrieval's client sends JSON without saying so
@@ -94,18 +102,25 @@ def add_clip_retrieval_routes(api: FastAPI, service: Service) -> None:
             found.append(values | {"id": hit.entry.row, "similarity": hit.score})
         return reply(found)
 
-    @api.post("/metadata", responses=PROBLEMS)
+    @api.post(
+        "/metadata", responses=PROBLEMS, response_model=list[RowMetadata], openapi_extra=_body_of(MetadataRequest)
+    )
     async def metadata(request: Request) -> Response:
         """Metadata of rows by the ids that `/knn-service` gave."""
         body = await _parse(MetadataRequest, request)
         index = service.index(body.indice_name or next(iter(service.indexes)))
-        entries = await in_thread(index.service.index.catalogue.entries, body.ids)
+        entries = await in_thread(index.live_entries, body.ids)
         return reply([{"id": entry.row, "metadata": metadata_of(index, entry)} for entry in entries])
 
-    @api.get("/indices-list")
+    @api.get("/indices-list", response_model=list[str])
     async def indices_list() -> Response:
         """The names of the indexes."""
         return reply(list(service.indexes))
+
+
+def _body_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """What the description says of a body that is read without looking at its content type."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 async def _parse(kind: type[Body], request: Request) -> Body:

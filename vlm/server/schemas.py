@@ -98,11 +98,17 @@ class SearchRequest(Strict):
 class BatchRequest(Strict):
     """Several queries, answered from one version of the index."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"queries": [{"texts": ["a dog"]}, {"texts": ["a cat"], "top": 3}]}]}
+    )
+
     queries: list[SearchRequest] = Field(min_length=1, max_length=64)
 
 
 class FacetsRequest(Strict):
     """Columns to count the values of, among the rows that match a filter."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"fields": ["width"], "where": "width >= 16"}]})
 
     fields: list[Annotated[str, Field(max_length=200)]] = Field(min_length=1, max_length=MAX_FACETS)
     where: str = Field(default="", max_length=10_000)
@@ -131,6 +137,8 @@ class ClassifyRequest(Strict):
 
 class CaptionRequest(Strict):
     """Images, given or stored, to caption."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": ["train-000005"], "prompt": "a picture of"}]})
 
     images: list[DataUrl] = Field(default=[], max_length=MAX_TERMS)
     items: list[Uid] = Field(default=[], max_length=MAX_TERMS)
@@ -173,8 +181,19 @@ def _depth(value: Any) -> int:
     return MAX_DEPTH + 1
 
 
+_NEW_ITEM = {
+    # a GIF of one pixel
+    "image": "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs=",
+    "uid": "new-1",
+    "captions": ["a white square"],
+    "metadata": {"year": 2026},
+}
+
+
 class AddRequest(Strict):
     """Images to add to the index, which are embedded by its model."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": [_NEW_ITEM]}]})
 
     items: list[NewItem] = Field(min_length=1, max_length=256)
 
@@ -211,11 +230,15 @@ class MapRequest(Strict):
 class ItemsRequest(Strict):
     """Several items at once."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"uids": ["train-000005"]}]})
+
     uids: list[Uid] = Field(min_length=1, max_length=1000)
 
 
 class EmbeddingsRequest(BaseModel):
     """The request of OpenAI's `/v1/embeddings`: texts, or images as data URLs; further fields are ignored."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a dog", "a cat"], "model": "index"}]})
 
     input: str | list[str] = Field(description="A text or a data URL, or several.")
     model: str = ""
@@ -225,6 +248,8 @@ class EmbeddingsRequest(BaseModel):
 
 class KnnRequest(BaseModel):
     """The request of clip-retrieval's `/knn-service`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a dog", "num_images": 10}]})
 
     text: str | None = None
     image: str | None = Field(default=None, description="The bytes of an image in base64.")
@@ -244,6 +269,8 @@ class KnnRequest(BaseModel):
 
 class MetadataRequest(BaseModel):
     """The request of clip-retrieval's `/metadata`: row numbers of `/knn-service`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": [3, 4]}]})
 
     ids: list[int] = Field(max_length=10_000)
     indice_name: str | None = None
@@ -320,6 +347,39 @@ class SearchAnswer(BaseModel):
     facets: dict[str, list[ValueCountModel]] = {}
     hint: str = Field(default="", description="Why there is no hit.")
     relevance: dict[str, Any] | None = Field(default=None, description="The cut, where the query asks for one.")
+
+
+class EmbeddingModel(BaseModel):
+    """The unit vector of one input: numbers, or float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsAnswer(BaseModel):
+    """The answer of OpenAI's `/v1/embeddings`. usage: zeros, since nothing is counted."""
+
+    object: Literal["list"]
+    data: list[EmbeddingModel]
+    model: str
+    usage: dict[str, int]
+
+
+class KnnResult(BaseModel):
+    """A hit as clip-retrieval gives it; the first `num_images` also have their metadata."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: int
+    similarity: float
+
+
+class RowMetadata(BaseModel):
+    """The metadata of a row, its caption and its uid."""
+
+    id: int
+    metadata: dict[str, Any]
 
 
 class QueryProblem(BaseModel):
@@ -437,3 +497,23 @@ class IndexesAnswer(BaseModel):
     """All indexes of the server."""
 
     indexes: list[IndexModel]
+
+
+class HealthAnswer(BaseModel):
+    """The process is alive."""
+
+    status: Literal["ok"]
+
+
+class ReadyAnswer(BaseModel):
+    """Every index has answered a query, in so many milliseconds."""
+
+    status: Literal["ready"]
+    milliseconds: dict[str, float]
+
+
+class NotReady(BaseModel):
+    """An index cannot answer."""
+
+    status: Literal["not ready"]
+    index: str

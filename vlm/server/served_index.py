@@ -201,6 +201,20 @@ class ServedIndex:
                 raise UnknownItem(f"Index {self.name} has no item {uid!r}; use a uid from a search result.")
         return catalogue.entries([rows[uid] for uid in uids])
 
+    def live_entries(self, rows: Sequence[int]) -> list[Entry]:
+        """The entries of row numbers, in their order.
+
+        Raises:
+            UnknownItem: there is no such row, or it was deleted.
+        """
+        snapshot = self.service.index.snapshot
+        # an answer must not depend on whether a deleted row is still in the file
+        known = set(np.intersect1d(snapshot.rows, [row for row in rows if 0 <= row < snapshot.details.next_row]))
+        for row in rows:
+            if row not in known:
+                raise UnknownItem(f"Index {self.name} has no row {row:,}; use an id from /knn-service.")
+        return snapshot.catalogue.entries(rows)
+
     def image(self, uid: str) -> bytes:
         """The encoded image of an item, from its shard's byte range.
 

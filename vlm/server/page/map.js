@@ -250,11 +250,9 @@ export function createMap(page) {
   }
 
   function mark(number) {
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    for (const [name, value] of [["viewBox", "-1.6 -1.6 3.2 3.2"], ["aria-hidden", "true"], ["class", `mark mark-${number < 0 ? "other" : number}`]]) svg.setAttribute(name, value);
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    path.setAttribute("d", number < 0 ? OTHER : SHAPES[number]);
-    svg.append(path);
+    const svg = byId("map-mark").content.firstElementChild.cloneNode(true);
+    svg.classList.add(`mark-${number < 0 ? "other" : number}`);
+    svg.firstElementChild.setAttribute("d", number < 0 ? OTHER : SHAPES[number]);
     return svg;
   }
 
