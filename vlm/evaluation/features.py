@@ -93,16 +93,21 @@ class FeatureCache:
         self._folder = folder
         self._in_memory: dict[str, Features] = {}
 
-    def get(self, key: str, compute: Callable[[], Features]) -> Features:
+    def get(self, key: str, compute: Callable[[], Features], *, remember: bool = True) -> Features:
         """What is kept under the key, memory-mapped from a folder; else what `compute` gives, which is kept.
+
+        remember: False keeps it in a folder alone, not in memory.
 
         Raises:
             OSError: the folder cannot be written. Also as `compute`.
         """
-        if key not in self._in_memory:
-            stored = None if self._folder is None else self._read(self._folder / key)
-            self._in_memory[key] = stored or self._keep(key, compute())
-        return self._in_memory[key]
+        if key in self._in_memory:
+            return self._in_memory[key]
+        stored = None if self._folder is None else self._read(self._folder / key)
+        features = stored or self._keep(key, compute())
+        if remember:
+            self._in_memory[key] = features
+        return features
 
     def forget(self) -> None:
         """Let go of what is in memory, and of the mappings of what is on disk."""
@@ -186,7 +191,9 @@ class EvaluatedModel:
             VlmError: features are not finite: the model has diverged.
         """
         key = self._key("images", layer, data.digest)
-        features = self._cache.get(key, lambda: self._compute_images(data, layer))
+        # altered images are looked at once, in up to 75 ways
+        remember = not data.images.alterations
+        features = self._cache.get(key, lambda: self._compute_images(data, layer), remember=remember)
         if not len(features.vectors):
             reason = next(iter(features.failures.values()), "there are none")
             raise UsageError(f"No image of {data.name} can be used: {reason}.")
