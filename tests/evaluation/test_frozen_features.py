@@ -307,7 +307,7 @@ def test_evaluators_give_1_for_perfect_features_and_a_row_for_each_image(colour_
         assert list(measured.values) == ["2-shot", "1-shot", "50%"]
         assert [point.num_train for point in measured.details.points] == [6, 3, 6]
     else:
-        assert measured.samples.column("prediction").to_pylist() == measured.samples.column("label").to_pylist()
+        assert measured.samples.column("prediction").to_pylist() == measured.samples.column("truth").to_pylist()
         assert measured.values["accuracy"].low < 1
     # a probe of classes so far apart may end at either end of the search
     assert measured.warnings == () or kind is LinearProbe

@@ -180,7 +180,7 @@ class RednessAtLeast:
                 outcomes += [None, None] if data.keys[row].endswith("x.png") else [is_red, is_red]
         columns = {"key": keys, "redness": pa.array(outcomes, pa.float64())}
         if self.has_prediction:
-            columns["prediction"] = ["red" if outcome else "other" for outcome in outcomes]
+            columns["truth"] = columns["prediction"] = ["red" if outcome else "other" for outcome in outcomes]
         return Measurement(
             evaluator=self.name,
             data=data.name,

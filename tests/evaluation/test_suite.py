@@ -82,6 +82,24 @@ def test_an_entry_is_an_evaluator_with_its_settings_on_each_of_its_sets(root):
     assert encoder.num_images == 5
 
 
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ("zero-shot", "zero-shot-patches"),
+        ({"evaluator": "nearest-neighbours", "train": "all", "neighbours": 1}, "nearest-neighbours-projected-patches"),
+    ],
+)
+def test_an_evaluator_may_measure_another_one(root, of, name):
+    suite = suite_of(
+        {"evaluator": "robustness", "data": "two", "of": of, "edits": "patches", "shares": [0.0], "pixels": 0},
+        all={"path": "colours", "label": "label"},
+        two={"path": "colours", "label": "label", "limit": 2},
+    )
+    (measurement,) = measured(suite, root)
+    assert (measurement.evaluator, measurement.values["drop"].value) == (name, 0.0)
+    assert measurement.values["edited"].value == 1.0
+
+
 def test_what_is_absent_is_left_out_with_how_to_fetch_it(root):
     suite = suite_of(
         {"evaluator": "share", "data": ["all", "gone", "far"]},
@@ -128,6 +146,10 @@ def test_an_evaluator_that_fails_ends_no_other(root):
         ({"evaluate": [{"evaluator": "share", "data": "a", "train": "b"}]}, "there is no data 'b'"),
         ({"evaluate": [{"evaluator": "share", "data": "a", "colors": []}]}, "did you mean 'colours'"),
         ({"evaluate": [{"evaluator": "share", "data": "a", "colours": 3}]}, "colours = 3 does not fit"),
+        ({"evaluate": [{"evaluator": "robustness", "data": "a", "of": "shore"}]}, "mean 'share'"),
+        ({"evaluate": [{"evaluator": "robustness", "data": "a", "of": {"evaluator": "share", "hue": 3}}]}, "'hue'"),
+        ({"evaluate": [{"evaluator": "robustness", "data": "a", "of": {"evaluator": "share", "train": "b"}}]}, "'b'"),
+        ({"evaluate": [{"evaluator": "robustness", "data": "a", "of": 3}]}, "a table is needed"),
         ({"evaluate": []}, "evaluates nothing"),
     ],
 )

@@ -195,7 +195,7 @@ def measure_classifier(
             {
                 "key": list(probe.keys),
                 "accuracy": hits,
-                "label": names[labels].tolist(),
+                "truth": names[labels].tolist(),
                 "prediction": names[scores.argmax(axis=1)].tolist(),
             }
         ),

@@ -230,14 +230,15 @@ class Robustness:
         metric = self.metric or next(iter(columns), "")
         if metric not in columns:
             raise UsageError(f"{self.of.name!r} has no metric {metric!r} of samples; {suggest(metric, columns)}")
-        if self.edits == "scenes" and "prediction" not in samples.column_names:
+        is_classifier = {"truth", "prediction"} <= set(samples.column_names) and "direction" not in samples.column_names
+        if self.edits == "scenes" and not is_classifier:
             raise UsageError(
                 f"Scenes are edited for classification, which {self.of.name!r} is not: captions would no longer be "
                 "true of the edited images."
             )
         has_outcome = samples.column(metric).is_valid()
         rows = samples.filter(has_outcome)
-        predictions = rows.column("prediction").to_pylist() if "prediction" in rows.column_names else None
+        predictions = rows.column("prediction").to_pylist() if is_classifier else None
         return _Outcomes(
             metric=metric,
             keys=rows.column("key").to_pylist(),

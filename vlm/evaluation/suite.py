@@ -12,7 +12,8 @@
     templates = ["openai"]
 
 `[data.NAME]` is a `SuiteData`. An entry of `evaluate` names an evaluator of `EVALUATORS` and one set or several; its
-other keys are the fields of the evaluator, of which those that are sets themselves (training images) name one of these.
+other keys are the fields of the evaluator. Those that are sets themselves (training images) name one of these; one that
+is an evaluator (whose robustness is measured) is its name, or a table of its name and its fields.
 """
 
 import importlib
@@ -40,6 +41,11 @@ EVALUATORS = {
     "zero-shot": "vlm.evaluation.zero_shot:ZeroShotClassification",
     "retrieval": "vlm.evaluation.retrieval:Retrieval",
     "captions": "vlm.evaluation.caption_evaluator:CaptionMetrics",
+    "linear-probe": "vlm.evaluation.linear_probe:LinearProbe",
+    "nearest-neighbours": "vlm.evaluation.nearest_neighbours:NearestNeighbours",
+    "nearest-class-mean": "vlm.evaluation.nearest_neighbours:NearestClassMean",
+    "few-shot": "vlm.evaluation.few_shot:FewShot",
+    "robustness": "vlm.evaluation.robustness:Robustness",
 }
 """The evaluators by the name that suites give them: module and class. They are imported when they are used."""
 
@@ -66,11 +72,16 @@ class SuiteEntry:
         for name in _set_fields(evaluator_type):
             if isinstance(values.get(name), str):
                 values[name] = sets[values[name]]
+        for name, value in values.items():
+            if isinstance(value, SuiteEntry):
+                values[name] = value.build(sets)
         return evaluator_type(**values)
 
     def named_sets(self) -> list[str]:
         """The sets among its settings."""
         names = [self.settings.get(name) for name in _set_fields(evaluator_class(self.evaluator))]
+        for value in self.settings.values():
+            names += value.named_sets() if isinstance(value, SuiteEntry) else []
         return [name for name in names if isinstance(name, str)]
 
 
@@ -175,25 +186,36 @@ def _entry(values: dict[str, Any], data: Mapping[str, SuiteData], where: str) ->
     names = settings.pop("data", ())
     main = str(settings.pop("main", ""))
     names = [names] if isinstance(names, str) else list(names)
-    evaluator_type = evaluator_class(evaluator, where)
-    set_fields = _set_fields(evaluator_type)
-    hints = get_type_hints(evaluator_type)
-    known = [field.name for field in fields(evaluator_type)]
-    for key, value in settings.items():
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, ['evaluator', 'data', 'main', *known])}")
-        if key in set_fields:
-            names_here = [value]
-        else:
-            names_here = []
-            settings[key] = _checked(hints[key], value, f"{where}: {key}")
-        for name in names_here:
-            _check_set(name, data, where)
+    settings = _settings(evaluator, settings, data, where)
     for name in names:
         _check_set(name, data, where)
     if not names:
         raise UsageError(f"{where} names no data; give data = NAME or a list of them.")
     return SuiteEntry(evaluator=evaluator, data=tuple(names), settings=settings, main=main)
+
+
+def _settings(evaluator: str, values: Mapping[str, Any], data: Mapping[str, SuiteData], where: str) -> dict[str, Any]:
+    """The fields of an evaluator, checked: sets by their names, evaluators as entries of their own."""
+    evaluator_type = evaluator_class(evaluator, where)
+    set_fields = _set_fields(evaluator_type)
+    hints = get_type_hints(evaluator_type)
+    known = [field.name for field in fields(evaluator_type)]
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, ['evaluator', 'data', 'main', *known])}")
+        if key in set_fields:
+            _check_set(value, data, where)
+            settings[key] = value
+        elif hints[key] is Evaluator:
+            inner = {"evaluator": value} if isinstance(value, str) else dict(_table(value, f"{where}: {key}"))
+            name = str(inner.pop("evaluator", ""))
+            settings[key] = SuiteEntry(
+                evaluator=name, data=(), settings=_settings(name, inner, data, f"{where}, {key}")
+            )
+        else:
+            settings[key] = _checked(hints[key], value, f"{where}: {key}")
+    return settings
 
 
 def _check_set(name: Any, data: Mapping[str, SuiteData], where: str) -> None:
