@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
     from vlm.api.evaluation import evaluate as evaluate
+    from vlm.api.explanation import explain as explain
     from vlm.api.find import find as find
     from vlm.api.find import watch as watch
     from vlm.api.index import Hit as Hit
@@ -51,6 +52,7 @@ __all__ = [
     "compare_runs",
     "embed",
     "evaluate",
+    "explain",
     "fetch_model",
     "find",
     "list_models",
@@ -79,6 +81,7 @@ _MODULES: dict[str, str] = {
     "compare_runs": "vlm.api.runs",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.evaluation",
+    "explain": "vlm.api.explanation",
     "fetch_model": "vlm.api.local_models",
     "find": "vlm.api.find",
     "list_models": "vlm.api.local_models",

@@ -5,7 +5,7 @@ Two images of one scene show the same facts, never the same pixels.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -175,6 +175,35 @@ def render_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Imag
 
     Open are exact places and turns, tints, light and texture. Shapes of a group never touch.
     """
+    return draw_scenes([scene], pixels=pixels, rng=rng).image
+
+
+@dataclass(frozen=True)
+class DrawnScenes:
+    """An image with, for each scene on it, how much of a pixel its shapes cover, from 0 to 1."""
+
+    image: Image.Image
+    coverages: tuple[np.ndarray, ...]
+
+
+def draw_scenes(scenes: Sequence[Scene], *, pixels: int, rng: np.random.Generator) -> DrawnScenes:
+    """Scenes at different places on one image, with the background of the first, and where the shapes of each are.
+
+    >>> left = Scene(shape="star", colour="red", size="small", count=1, position="left", background="white")
+    >>> drawn = draw_scenes([left], pixels=32, rng=np.random.default_rng(0))
+    >>> bool(drawn.coverages[0][:, :16].any()), bool(drawn.coverages[0][:, 16:].any())
+    (True, False)
+    """
+    coverages = [_cover(scene, pixels=pixels, rng=rng) for scene in scenes]
+    image = _paint(BACKGROUND_RGB[scenes[0].background], pixels=pixels, rng=rng)
+    for scene, coverage in zip(scenes, coverages, strict=True):
+        ink = _paint(COLOUR_RGB[scene.colour], pixels=pixels, rng=rng)
+        image = image + coverage[..., None] * (ink - image)
+    return DrawnScenes(Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8)), tuple(coverages))
+
+
+def _cover(scene: Scene, *, pixels: int, rng: np.random.Generator) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """How much of each pixel the shapes of a scene cover."""
     radius = RADIUS[scene.size] * rng.uniform(0.94, 1.06)
     # Pillow draws polygons without antialiasing, so they are drawn larger and averaged
     canvas = Image.new("L", (pixels * SUPERSAMPLING, pixels * SUPERSAMPLING))
@@ -183,11 +212,7 @@ def render_scene(scene: Scene, *, pixels: int, rng: np.random.Generator) -> Imag
         turn = math.radians(rng.uniform(-TURN_DEGREES, TURN_DEGREES))
         corners = (_rotate(_outline(scene.shape), turn) * radius + centre) * canvas.width
         brush.polygon(corners.ravel().tolist(), fill=255)
-    coverage = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)[..., None] / 255
-    ground = _paint(BACKGROUND_RGB[scene.background], pixels=pixels, rng=rng)
-    ink = _paint(COLOUR_RGB[scene.colour], pixels=pixels, rng=rng)
-    image = ground + coverage * (ink - ground)
-    return Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8))
+    return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
 def _shape_centres(scene: Scene, *, radius: float, rng: np.random.Generator) -> Points:

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "eval": ("eval", "Eval", "zero-shot, retrieval and caption accuracy of a model, as JSON and a page"),
     "classify": ("predict", "Classify", "zero-shot classification of images"),
     "caption": ("caption", "Caption", "captions for images, by a model with a caption decoder"),
+    "explain": ("explain", "Explain", "why an image matches a text: heat maps over the image, word by word"),
     "embed": ("embed", "Embed", "shards → embeddings, resumable"),
     "reinforce": ("reinforce", "Reinforce", "shards → shards with precomputed teacher embeddings, resumable"),
     "score": ("score", "Score", "embeddings → CLIP score, duplicates, clusters, target similarity for vlm curate"),
