@@ -6,8 +6,9 @@
 Both servers hold the same vectors in an HNSW graph of the same parameters, the same captions and the same weights, and
 get the same requests from the same generator, which shares the machine with them. Text queries are measured twice: all
 different, so that each is embedded, and drawn from 200 popular ones, as people ask. Ours is measured with
-micro-batching and without. clip-retrieval's own client then asks ours. In two minutes: --rows 5000 --seconds 2
---clients 1 16.
+micro-batching and without, and beside the bare calls of model and index, by wall time and by CPU time of the server.
+clip-retrieval's own client then asks ours. In two minutes: --rows 5000 --seconds 2 --clients 1 16. With towers as wide
+as ViT-B/32's text tower: --width 512 --layers 12.
 """
 
 import base64
@@ -122,6 +123,7 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
         UNBATCHED: [*ours, "--max-batch", "1"],
     }
     rows: list[dict[str, Any]] = []
+    bare: list[dict[str, dict[str, float]]] = []
     starts: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
     for number in range(arguments.repeats):
         for name, command in servers.items():
@@ -130,12 +132,22 @@ def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
                 kinds = _requests(corpus, port, is_ours=name != THEIRS)
                 for kind, (url, bodies) in kinds.items():
                     for clients in arguments.clients:
+                        cpu = _cpu_seconds(process)
                         figures = _load(url, bodies, clients, arguments.seconds)
+                        figures["cpu_ms"] = 1000 * (_cpu_seconds(process) - cpu) / figures["requests"]
                         rows.append({"server": name, "queries": kind, "clients": clients} | figures)
                 starts[name].append({"boot_s": boot, "memory_mb": _memory_of(process) / 1e6})
                 if name == OURS and not number:
                     client = _ask_their_client(python, port, corpus)
-    return {"rows": rows, "starts": starts, "their_client": client, "options": _options(arguments)}
+        bare.append(_measure_bare(corpus, arguments.seconds))
+    return {"rows": rows, "bare": bare, "starts": starts, "their_client": client, "options": _options(arguments)}
+
+
+def _measure_bare(corpus: Corpus, seconds: float) -> dict[str, dict[str, float]]:
+    """The model's call and the index's alone, without service: what overhead is measured against."""
+    texts = [f"{caption} number {number}" for number, caption in enumerate(corpus.captions[:20_000])]
+    request = {"index": str(corpus.index), "texts": texts, "vectors": corpus.queries.tolist()}
+    return _run_part("bare_search.py", request | {"top": TOP, "seconds": seconds})
 
 
 def _options(arguments: Arguments) -> dict[str, Any]:
@@ -225,19 +237,28 @@ def _encoded(pixels: np.ndarray) -> str:
 
 def _load(url: str, bodies: list[dict[str, Any]], clients: int, seconds: float) -> dict[str, float]:
     request = {"url": url, "bodies": bodies, "clients": clients, "seconds": seconds}
-    done = subprocess.run(
-        [sys.executable, str(PARTS / "load_generator.py")],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise VlmError(f"The load generator failed: {done.stderr[-1500:]}")
-    figures = json.loads(done.stdout)
+    figures = _run_part("load_generator.py", request)
     if figures["failures"]:
         raise VlmError(f"{figures['failures']} requests to {url} failed.")
     return figures
+
+
+def _run_part(name: str, request: dict[str, Any]) -> Any:
+    """What a part of the benchmark that runs as a process prints."""
+    command = [sys.executable, str(PARTS / name)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        raise VlmError(f"{name} failed: {done.stderr[-1500:]}")
+    return json.loads(done.stdout)
+
+
+def _cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+    server = psutil.Process(process.pid)
+    times = [one.cpu_times() for one in (server, *server.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def _memory_of(process: subprocess.Popen[bytes]) -> int:
@@ -264,12 +285,16 @@ def _ask_their_client(python: Path, port: int, corpus: Corpus) -> str:
 
 
 def _show(result: dict[str, Any]) -> None:
-    columns = ["server", "queries", "clients", "QPS", "p50 ms", "p95 ms", "p99 ms"]
+    columns = ["server", "queries", "clients", "QPS", "p50 ms", "p95 ms", "p99 ms", "CPU ms"]
     rows = []
     for row in sorted(result["rows"], key=lambda row: (row["queries"], row["clients"], row["server"])):
-        percentiles = [f"{row[name]:.1f}" for name in ("p50", "p95", "p99")]
+        percentiles = [f"{row[name]:.1f}" for name in ("p50", "p95", "p99", "cpu_ms")]
         rows.append([row["server"], row["queries"], row["clients"], f"{row['qps']:.0f}", *percentiles])
     show_table(columns, rows, title="Requests over HTTP, each round")
+    bare = []
+    for figures in result["bare"]:
+        bare += [[kind, f"{one['wall_ms']:.2f}", f"{one['cpu_ms']:.2f}"] for kind, one in figures.items()]
+    show_table(["bare calls", "wall ms", "CPU ms"], bare, title="Model and index without a service, one by one")
     starts = []
     for name, rounds in result["starts"].items():
         for start in rounds:
