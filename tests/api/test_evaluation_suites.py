@@ -4,7 +4,6 @@ import pytest
 
 import vlm
 from tests.random_model import write_random_model
-from vlm.api.model_export import export
 from vlm.cli.main import main
 from vlm.evaluation.sample_files import read_samples
 
@@ -80,18 +79,6 @@ def test_features_are_computed_once_for_all_evaluators_and_commands(models, suit
     monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_images", refuse)
     monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_texts", refuse)
     assert vlm.evaluate(models[0], **options).to_json() == first.to_json()
-
-
-def test_an_onnx_export_is_evaluated_as_well(models, suite, scene_shards):
-    pytest.importorskip("onnxruntime")
-    export(models[0], to="onnx")
-    exported = vlm.load(models[0], backend="onnx")
-    figures = vlm.evaluate(exported, suite=suite, data_root=scene_shards, workers=0)
-    expected = vlm.evaluate(models[0], suite=suite, data_root=scene_shards, workers=0)
-    for one, other in zip(
-        figures.comparison.models[0].measurements, expected.comparison.models[0].measurements, strict=True
-    ):
-        assert next(iter(one.values.values())).value == pytest.approx(next(iter(other.values.values())).value, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import vlm
 from tests.random_model import random_model
 from vlm.api.model_export import export
 from vlm.cli.main import main
@@ -227,3 +228,18 @@ def test_a_loaded_export_embeds_and_says_what_it_cannot(folder):
     assert "onnxruntime" in repr(model)
     with pytest.raises(UsageError, match="load it with backend='torch'"):
         model.caption(image)
+
+
+def test_a_suite_measures_an_export_as_the_model_it_is_of(folder, scene_shards, tmp_path):
+    suite = tmp_path / "mine.toml"
+    suite.write_text(
+        '[data.scenes]\npath = "val"\nlabel = "scene.shape"\n[[evaluate]]\nevaluator = "zero-shot"\ndata = "scenes"\n'
+    )
+    options = {"suite": suite, "data_root": scene_shards, "workers": 0, "features": tmp_path / "features"}
+    exported = vlm.evaluate(vlm.load(folder, backend="onnx"), **options).comparison.models[0]
+    torch_model = vlm.evaluate(folder, **options).comparison.models[0]
+    # one space of embeddings, but features of their own
+    assert exported.fingerprint == torch_model.fingerprint
+    assert len(list((tmp_path / "features").glob("images-*.npy"))) == 2
+    values = exported.measurements[0].values["top1"], torch_model.measurements[0].values["top1"]
+    assert values[0].value == pytest.approx(values[1].value, abs=1 / 40)

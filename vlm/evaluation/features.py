@@ -237,11 +237,9 @@ class EvaluatedModel:
         return self.encoder.embed_images(images).numpy()
 
     def _compute_texts(self, texts: Sequence[str]) -> Features:
-        # each text once: sets of products and emoji have the same one for many images
-        rows_by_text: dict[str, int] = {}
-        for text in texts:
-            rows_by_text.setdefault(text, len(rows_by_text))
-        unlike = list(rows_by_text)
+        # each text once: sets of products and emoji have the same one for many images. By length, since a batch is as
+        # long as its longest text; equal lengths in alphabetical order, so that the batches depend on the texts alone
+        unlike = sorted(set(texts), key=lambda text: (len(text), text))
         parts: list[np.ndarray] = []
         is_shown = len(unlike) > TEXTS_AT_ONCE
         with progress(total=len(unlike), what="embedding texts", unit="text", is_shown=is_shown) as bar:
@@ -250,7 +248,8 @@ class EvaluatedModel:
                 parts.append(np.asarray(self.encoder.embed_texts(some)))
                 bar.update(len(some))
         vectors = _finite(np.concatenate(parts) if parts else np.zeros((0, 0), np.float32))
-        return Features(vectors[[rows_by_text[text] for text in texts]] if len(unlike) < len(texts) else vectors)
+        rows_by_text = {text: row for row, text in enumerate(unlike)}
+        return Features(vectors[[rows_by_text[text] for text in texts]])
 
 
 def _finite(vectors: Float32[Array, "N D"]) -> Float32[Array, "N D"]:
