@@ -71,6 +71,9 @@ class Arguments:
     steps: int = 60
     """Training steps of the model where none is given."""
 
+    large: bool = False
+    """Measure on the 5,000 and 6,000 images of the training splits instead of the 2,000 and 1,000 held out."""
+
     repeats: int = 3
     """Rounds; the two take turns."""
 
@@ -95,7 +98,7 @@ def run(arguments: Arguments) -> None:
 def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     python = own_python(arguments.cache.expanduser() / "bench-clip-benchmark", (*CLIP_BENCHMARK, *same_torch()))
     model = arguments.model.absolute() if arguments.model else _train(folder, arguments.steps)
-    write_sets(folder / "sets")
+    write_sets(folder / "sets", is_large=arguments.large)
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     for task in SETS:

@@ -19,9 +19,13 @@ RETRIEVAL = "wds_flickr8k"
 _SHARDS = 4
 
 
-def write_sets(folder: Path) -> None:
-    """CIFAR-10's test images with OpenAI's 80 templates, and Flickr8k's val photos with captions of their own."""
-    photos = open_evaluation_set(str(DATASETS / "cifar10" / "cifar10.tar"), options=SourceOptions(folder="test"))
+def write_sets(folder: Path, *, is_large: bool) -> None:
+    """CIFAR-10's test images with OpenAI's 80 templates, and Flickr8k's val photos with captions of their own.
+
+    is_large: the images of CIFAR-10's and Flickr8k's training instead, which are more.
+    """
+    options = SourceOptions(folder="train" if is_large else "test")
+    photos = open_evaluation_set(str(DATASETS / "cifar10" / "cifar10.tar"), options=options)
     classification = folder / CLASSIFICATION
     _write_shards(classification / "test", list(_classified(photos)))
     (classification / "classnames.txt").write_text("\n".join(photos.candidates) + "\n", encoding="utf-8")
@@ -29,7 +33,8 @@ def write_sets(folder: Path) -> None:
     (classification / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n", encoding="utf-8")
 
     retrieval = folder / RETRIEVAL
-    _write_shards(retrieval / "test", list(_captioned(open_evaluation_set(str(DATASETS / "flickr8k" / "val-*.tar")))))
+    shards = DATASETS / "flickr8k" / ("train-*.tar" if is_large else "val-*.tar")
+    _write_shards(retrieval / "test", list(_captioned(open_evaluation_set(str(shards)))))
     (retrieval / "dataset_type.txt").write_text("retrieval\n", encoding="utf-8")
 
 
