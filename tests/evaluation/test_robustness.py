@@ -3,6 +3,7 @@ import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.encoders import ColourEncoder
-from tests.evaluation.test_evaluation_set import png, write_tar
+from tests.evaluation.test_evaluation_set import colour_shards, png, write_tar
 from vlm.data.synthetic.shapes import render_scene, sample_scenes
 from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import open_evaluation_set
@@ -26,6 +27,7 @@ from vlm.evaluation.image_corruptions import (
 )
 from vlm.evaluation.measurement import Measurement, Value
 from vlm.evaluation.nearest_neighbours import NearestNeighbours
+from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.robustness import Robustness
 from vlm.evaluation.scene_edits import SceneEdit
 
@@ -51,10 +53,11 @@ def distance(first, second):
 @pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_each_corruption_changes_the_image_more_with_severity_and_depends_on_seed_and_key_alone(kind):
     pixels = photo_like()
-    state = np.random.get_state()[1].tolist()
+    state: Any = np.random.get_state()
     by_severity = [Corruption(kind=kind, severity=severity)(pixels, "key") for severity in SEVERITIES]
     # the process's own generator is where it was
-    assert np.random.get_state()[1].tolist() == state
+    state_after: Any = np.random.get_state()
+    assert np.array_equal(state_after[1], state[1])
     distances = [distance(image, pixels) for image in by_severity]
     assert min(distances) > 0.5
     assert distances[-1] > distances[0]
@@ -224,6 +227,7 @@ def test_drops_are_paired_and_kinds_count_equally(model, colours):
     )
     assert measured.values["clean"].chance == 0.25
     samples = measured.samples
+    assert samples is not None
     assert len(samples) == 8
     assert {"key", "edited", "clean", "drop", "noise_patches/0.25", "black_patches/0.75"} <= set(samples.column_names)
     for name, value in measured.values.items():
@@ -260,6 +264,23 @@ def test_corruptions_work_for_any_evaluator_with_samples_and_are_not_kept_in_mem
     assert num_images == 5 + 5 * 5
     assert robustness.run(model, colours).values == measured.values
     assert model.encoder.num_images == num_images + 5 * 5
+
+
+def test_retrieval_is_measured_by_query_and_drawn_by_image(model, tmp_path):
+    data = open_evaluation_set(colour_shards(tmp_path / "shards"), name="colours")
+    robustness = Robustness(
+        of=Retrieval(languages=("all",)), metric="image_to_text_recall@1", edits="patches", shares=(1.0,), pixels=0
+    )
+    measured = robustness.run(model, data)
+    assert (measured.evaluator, measured.details.metric) == (
+        "retrieval-image_to_text_recall@1-patches",
+        "image_to_text_recall@1",
+    )
+    assert measured.values["clean"].value == 1.0
+    # black images are all alike, so that each caption is as near as the other two
+    assert measured.values["black_patches"].value == pytest.approx(1 / 3, abs=0.2)
+    assert measured.samples is not None
+    assert set(measured.samples.column("key").to_pylist()) == set(data.keys)
 
 
 def test_typographic_attacks_count_how_often_the_written_class_is_named(model, colours):

@@ -74,7 +74,7 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.kind not in CORRUPTION_KINDS:
-            raise UsageError(f"There is no corruption {self.kind!r}; {suggest(self.kind, CORRUPTION_KINDS)}")
+            raise UsageError(f"There is no corruption {self.kind!r}; {suggest(self.kind, list(CORRUPTION_KINDS))}")
         if self.severity not in SEVERITIES:
             raise UsageError(f"A corruption of severity {self.severity} does not exist: severities are 1 to 5.")
         _corruption_functions()
@@ -95,8 +95,9 @@ class Corruption:
         # two kinds draw from generators of their own
         own_seed = {"seed": number} if self.kind in ("impulse_noise", "glass_blur") else {}
         with _seeded_global_generator(number):
-            # truncated, not rounded, as in the files of ImageNet-C
-            return np.uint8(corrupt(Image.fromarray(pixels), self.severity, **own_seed))
+            corrupted = corrupt(Image.fromarray(pixels), self.severity, **own_seed)
+        # truncated, not rounded, as in the files of ImageNet-C
+        return np.asarray(corrupted).astype(np.uint8)
 
 
 def _corruption_functions() -> Mapping[str, Any]:
@@ -225,7 +226,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 @cache
 def _is_missing(letter: str) -> bool:
     """Whether the font draws the box of an unknown letter."""
-    return not letter.isascii() and bytes(_font(16).getmask(letter)) == bytes(_font(16).getmask("\U0010ffff"))
+    return not letter.isascii() and _drawn(letter) == _drawn("\U0010ffff")
+
+
+def _drawn(letter: str) -> bytes:
+    image = Image.new("L", (32, 32))
+    ImageDraw.Draw(image).text((4, 4), letter, fill=255, font=_font(16))
+    return image.tobytes()
 
 
 def wrong_class_names(

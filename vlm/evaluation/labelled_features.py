@@ -70,7 +70,9 @@ def read_probe_data(model: EvaluatedModel, train: EvaluationSet, test: Evaluatio
             "classifier cannot learn them."
         )
     if len(classes) < 2:
-        raise UsageError(f"All images of {train.name} are of class {classes[0]!r}: a classifier needs two or more.")
+        raise UsageError(
+            f"All images of {train.name} are of class {', '.join(classes)!r}: a classifier needs two or more."
+        )
     warnings: tuple[str, ...] = ()
     if train.digest == test.digest:
         warnings = ("The training images are the test images, too: nothing is said of other images.",)

@@ -139,7 +139,8 @@ class Robustness:
     @property
     def name(self) -> str:
         """As it stands in reports."""
-        return f"{self.of.name}-{self.edits}"
+        # without the metric where it is the usual one, so that two metrics of one evaluator do not share a name
+        return "-".join(filter(None, (self.of.name, self.metric, self.edits)))
 
     def run(self, model: EvaluatedModel, data: EvaluationSet) -> Measurement:
         """Measure a model.
@@ -206,7 +207,7 @@ class Robustness:
             attack = TypographicAttack(texts=dict(written), seed=self.seed)
             variants.append(_Variant("typographic", "", edited(attack, *map("=".join, written.items()))))
         else:
-            raise UsageError(f"There are no edits {self.edits!r}; {suggest(self.edits, EDIT_FAMILIES)}")
+            raise UsageError(f"There are no edits {self.edits!r}; {suggest(self.edits, list(EDIT_FAMILIES))}")
         if not variants:
             raise UsageError(f"No {self.edits} are asked for: name one or more.")
         return edited(None), variants

@@ -161,7 +161,7 @@ def parse_suite(values: dict[str, Any], name: str) -> Suite:
     where = f"Suite {name}"
     for key in values:
         if key not in _KEYS:
-            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, _KEYS)}")
+            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, list(_KEYS))}")
     data: dict[str, SuiteData] = {}
     for set_name, table in _table(values.get("data", {}), f"{where}: data").items():
         data[set_name] = from_values(SuiteData, _table(table, f"{where}: data"), where=f"{where}, data {set_name!r}")
