@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
+from vlm.api.evaluation import Evaluation
 from vlm.cli.eval import show_evaluation
 from vlm.console import show_json
 from vlm.data.shards import expand_shards
 from vlm.data.transforms import EvalTransform
-from vlm.evaluation.eval_report import Evaluation
 from vlm.evaluation.evaluation_set import label_of
 from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import measure_retrieval

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -242,8 +243,12 @@ def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
         logger.handlers, logger.level, logger.propagate = before
 
 
+# 41.2%, 41.2% ±1.5, 12 ±2.5, 100.0% ≥83.2
+_FIGURE = re.compile(r"[\d.,]+%|[\d.,]+%? [±≥≤][\d.,]+")
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, str) and value.endswith("%"))
+    return isinstance(value, int | float) or (isinstance(value, str) and _FIGURE.fullmatch(value) is not None)
 
 
 def _cell(value: Any) -> str:

@@ -152,7 +152,8 @@ def test_eval_writes_json_and_a_page(capsys, loop, scene_shards, tmp_path):
     assert code == 0
     assert values["retrieval"]["num_images"] == 40
     assert values == json.loads((tmp_path / "report" / "evaluation.json").read_text())
-    assert "Zero-shot" in (tmp_path / "report" / "report.html").read_text()
+    assert "zero-shot" in (tmp_path / "report" / "report.html").read_text()
+    assert len(list((tmp_path / "report" / "samples").glob("*.parquet"))) == 2
 
 
 def test_an_index_of_another_model_is_refused(capsys, loop):

@@ -53,13 +53,13 @@ def test_values_have_intervals_chance_and_differences(pets):
     assert re.search(r"top1 41.7% ±\d+\.\d 100.0% ≥\d+\.\d \+58.3 \(\d+\.\d to \d+\.\d\) p = 0.0\d+, better", text)
     assert "33.3%" in text
     # the median has no interval, and it is no share
-    assert re.search(r"text_to_image_median_rank 1 1 \+0", text)
+    assert re.search(r"text → image median rank 1 1 \+0", text)
 
 
 def test_languages_have_a_table_of_their_own(pets):
     text = text_of(page_of(pets, *models_of(pets)))
     assert "language top1, first top1, second de 25.0% 25.0%" in text
-    assert "language text_to_image_recall@1, first text_to_image_recall@1, second de 100.0%" in text
+    assert "language text → image recall@1, first text → image recall@1, second de 100.0%" in text
     assert "top1/de" not in text
 
 
@@ -144,6 +144,15 @@ def test_edits_show_the_drop_against_the_unaltered_images(pets):
     assert "fog 30.0% −30.0" in text_of(page_of(pets, first))
 
 
+def test_captions_that_were_checked_show_what_is_wrong(pets):
+    verdicts = [1.0, 0.0, *[1.0] * 10]
+    columns = {"key": list(pets.keys), "caption": ["a red cat"] * 12, "accuracy": verdicts, "reason": ["no cat"] * 12}
+    measurement = measurement_of(pets, "scenes", {"accuracy": Value(value=11 / 12)}, pa.table(columns))
+    text = text_of(page_of(pets, ModelMeasurements(model="m", measurements=(measurement,))))
+    assert "1 of 1 wrong" in text
+    assert re.search("✗ a red cat .*no cat", text)
+
+
 def test_captions_that_were_written_stand_beside_those_of_the_image(pets):
     scores = [float(number) for number in range(12)]
     samples = pa.table({"key": list(pets.keys), "caption": [f"caption {n}" for n in range(12)], "cider_d": scores})
@@ -152,7 +161,8 @@ def test_captions_that_were_written_stand_beside_those_of_the_image(pets):
     mistakes = worst_mistakes(answers, "pets", Thumbnails(sets={"pets": pets}, bytes_left=10**6), limit=3)
     assert [mistake.prediction for mistake in mistakes] == ["caption 0", "caption 1", "caption 2"]
     page = page_of(pets, ModelMeasurements(model="m", measurements=(measurement,)))
-    assert re.search(r"cider_d 5.5 ±\d", text_of(page))
+    assert "6 of 6 in the lower half" in text_of(page)
+    assert re.search(r"cider d 5.5 ±\d", text_of(page))
 
 
 def test_a_measurement_without_samples_shows_its_values_alone():

@@ -2,36 +2,73 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
+
+import numpy as np
 
 from vlm.api.data import Shards, join_shards
 from vlm.api.inference import Model, encoder_of
 from vlm.data.pack import shards_at
-from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, os_errors_explained
-from vlm.evaluation.caption_accuracy import measure_caption_truth
-from vlm.evaluation.caption_evaluator import CaptionMetrics
-from vlm.evaluation.eval_report import EvalData, Evaluation, write_report
+from vlm.evaluation.caption_accuracy import CaptionAccuracy, CaptionTruth
+from vlm.evaluation.caption_evaluator import CaptionMetrics, CaptionReport
+from vlm.evaluation.comparison import Comparison, ModelMeasurements, compare
 from vlm.evaluation.evaluation_page import write_evaluation_page
-from vlm.evaluation.evaluation_set import open_evaluation_set
+from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, FeatureCache
-from vlm.evaluation.retrieval import evaluate_retrieval
+from vlm.evaluation.measurement import Evaluator, Measurement
+from vlm.evaluation.retrieval import Retrieval
+from vlm.evaluation.retrieval_metrics import RetrievalResult
 from vlm.evaluation.sample_files import write_samples
 from vlm.evaluation.suite import OpenSets, SuiteEvaluation, evaluate_models, read_suite
-from vlm.evaluation.zero_shot import evaluate_zero_shot
+from vlm.evaluation.zero_shot import ZeroShot, ZeroShotClassification, open_labelled_set
 from vlm.files import write_text
 from vlm.models.model import VisionLanguageModel
 from vlm.pages import Provenance
+from vlm.results import Result, json_values
 from vlm.text_lists import text_list
 
 logger = logging.getLogger(__name__)
 
 ModelLike = str | Path | Model | VisionLanguageModel
 """A model, or what names one (MODEL as for `vlm.load`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Result):
+    """Everything measured of one model; None where it was not requested. measurements: the same with intervals."""
+
+    model: str
+    fingerprint: str
+    retrieval: RetrievalResult | None = None
+    zero_shot: ZeroShot | None = None
+    caption_truth: CaptionTruth | None = None
+    captions: CaptionReport | None = None
+    measurements: tuple[Measurement, ...] = ()
+
+    @classmethod
+    def of(cls, model: EvaluatedModel, measurements: Sequence[Measurement]) -> "Evaluation":
+        """The results of the measurements, each in its place."""
+        places = {
+            RetrievalResult: "retrieval",
+            ZeroShot: "zero_shot",
+            CaptionTruth: "caption_truth",
+            CaptionReport: "captions",
+        }
+        results = {places[type(measurement.details)]: measurement.details for measurement in measurements}
+        return cls(model=model.name, fingerprint=model.fingerprint, measurements=tuple(measurements), **results)
+
+    def to_json(self) -> dict[str, Any]:
+        """The results; of each measurement all but its samples, and its details, which are the results."""
+        values = json_values(asdict(replace(self, measurements=())))
+        measurements = [measurement.to_json() for measurement in self.measurements]
+        for measurement in measurements:
+            del measurement["details"]
+        return values | {"measurements": measurements}
 
 
 @overload
@@ -109,7 +146,7 @@ def evaluate(
             list for each language.
         captions: shards whose images the model captions, beginning with `prompt`; compared with their captions
             (`meteor`: by METEOR, too, which needs Java), or, of synthetic shapes, checked against the scene.
-        out: folder for evaluation.json, report.html and, of a suite, the table of each measurement's samples.
+        out: folder for evaluation.json, report.html and the table of each measurement's samples.
 
     Raises:
         UsageError: there is nothing to evaluate, or no such model or data.
@@ -120,34 +157,46 @@ def evaluate(
         retrieval=join_shards(retrieval) if retrieval else "",
         classes=str(classes or ""),
         captions=join_shards(captions) if captions else "",
-        languages=tuple(languages),
-        workers=workers,
     )
     request.check(has_suite=suite is not None, num_models=len(models))
     if suite is not None:
         load = partial(_evaluated, device=device, precision=precision, workers=workers)
         folders = _Folders.of(data_root, out, features)
         return _evaluate_suite(models, str(suite), folders, load)
-    encoder = encoder_of(models[0], device=device, precision=precision)
-    measured = Evaluation(model=encoder.name, fingerprint=encoder.fingerprint)
-    if retrieval:
-        measured = request.measure_retrieval(encoder, measured, captions_each)
-    if classes:
-        zero_shot = evaluate_zero_shot(
-            encoder,
-            request.classes,
-            label=label,
-            names=class_names,
-            templates=text_list(templates, "templates"),
-            descriptions=class_descriptions,
-            workers=workers,
-        )
-        measured = replace(measured, zero_shot=zero_shot)
-    if captions:
-        measured = request.measure_captions(encoder, measured, prompt, meteor=meteor)
+    evaluated = EvaluatedModel(encoder_of(models[0], device=device, precision=precision), workers=workers)
+    sets: dict[str, EvaluationSet] = {}
+    measurements: list[Measurement] = []
+    for evaluator, data in request.evaluations(
+        retrieval=Retrieval(languages=tuple(languages), captions_each=captions_each),
+        zero_shot=_zero_shot(class_names, text_list(templates, "templates"), class_descriptions),
+        label=label,
+        scene_captions=CaptionAccuracy(prompt=prompt),
+        caption_metrics=CaptionMetrics(prompt=prompt, languages=tuple(languages), meteor=meteor),
+    ):
+        measurement = evaluator.run(evaluated, data)
+        for warning in measurement.warnings:
+            logger.warning(warning)
+        sets[data.name] = data
+        measurements.append(measurement)
+    measured = Evaluation.of(evaluated, measurements)
     if out is not None:
-        request.write(measured, Path(out))
+        single = ModelMeasurements(
+            model=evaluated.name, fingerprint=evaluated.fingerprint, measurements=measured.measurements
+        )
+        _write(Path(out), measured, compare([single], rng=np.random.default_rng(0)), sets)
     return measured
+
+
+def _zero_shot(
+    class_names: str | Path | Sequence[str],
+    templates: Sequence[str],
+    descriptions: str | Path | Mapping[str, Sequence[str]],
+) -> ZeroShotClassification:
+    return ZeroShotClassification(
+        class_names=str(class_names) if isinstance(class_names, str | Path) else tuple(class_names),
+        templates=tuple(templates),
+        class_descriptions=str(descriptions) if isinstance(descriptions, Path) else descriptions,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +206,6 @@ class _Request:
     retrieval: str
     classes: str
     captions: str
-    languages: tuple[str, ...]
-    workers: int
 
     def check(self, *, has_suite: bool, num_models: int) -> None:
         is_empty = not (self.retrieval or self.classes or self.captions)
@@ -173,30 +220,25 @@ class _Request:
         if num_models > 1 and not has_suite:
             raise UsageError(f"{num_models} models are compared by a suite: give --suite NAME|FILE.")
 
-    def measure_retrieval(self, model: VisionLanguageModel, measured: Evaluation, captions_each: int) -> Evaluation:
-        shards = shards_at(self.retrieval)
-        options = {"languages": self.languages, "captions_each": captions_each, "workers": self.workers}
-        return replace(measured, retrieval=evaluate_retrieval(model, shards, **options))
-
-    def measure_captions(
-        self, model: VisionLanguageModel, measured: Evaluation, prompt: str, *, meteor: bool
-    ) -> Evaluation:
-        """Against the scenes of drawn images; against the captions of others."""
-        data = open_evaluation_set(self.captions)
-        if "scene" in data.metadata[0]:
-            shards = expand_shards(self.captions)
-            truth = measure_caption_truth(model, shards, prompt=prompt, workers=self.workers)
-            return replace(measured, caption_truth=truth)
-        evaluator = CaptionMetrics(prompt=prompt, languages=self.languages, meteor=meteor)
-        measurement = evaluator.run(EvaluatedModel(model, workers=self.workers), data)
-        return replace(measured, captions=measurement.details)
-
-    def write(self, evaluation: Evaluation, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
-        data = EvalData(retrieval=self.retrieval, zero_shot=self.classes, captions=self.captions)
-        write_report(evaluation, out / "report.html", data=data, provenance=Provenance.current())
-        logger.info(f"Report: {out / 'report.html'}")
+    def evaluations(
+        self,
+        *,
+        retrieval: Retrieval,
+        zero_shot: ZeroShotClassification,
+        label: str,
+        scene_captions: CaptionAccuracy,
+        caption_metrics: CaptionMetrics,
+    ) -> Iterator[tuple[Evaluator, EvaluationSet]]:
+        """Each evaluator with its set, opened when it is its turn."""
+        if self.retrieval:
+            yield retrieval, open_evaluation_set("::".join(shards_at(self.retrieval)), name=self.retrieval)
+        if self.classes:
+            data = open_labelled_set(self.classes, label=label, class_names=zero_shot.class_names)
+            yield zero_shot, replace(data, name=self.classes)
+        if self.captions:
+            data = open_evaluation_set(self.captions)
+            # drawn images are checked against their scenes, others compared with their captions
+            yield (scene_captions if "scene" in data.metadata[0] else caption_metrics), data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +274,15 @@ def _evaluate_suite(
     # loaded one after the other: two large ones need not fit into memory together
     evaluation = evaluate_models((load(model, cache) for model in models), sets)
     if folders.out is not None:
-        out = folders.out
-        out.mkdir(parents=True, exist_ok=True)
-        write_samples(out / "samples", evaluation.comparison.models)
-        write_text(out / "evaluation.json", json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
-        page = out / "report.html"
-        write_evaluation_page(evaluation.comparison, page, sets=sets.opened, provenance=Provenance.current())
-        logger.info(f"Report: {page}")
+        _write(folders.out, evaluation, evaluation.comparison, sets.opened)
     return evaluation
+
+
+def _write(out: Path, result: Result, comparison: Comparison, sets: Mapping[str, EvaluationSet]) -> None:
+    """The figures, the samples and the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_samples(out / "samples", comparison.models)
+    write_text(out / "evaluation.json", json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n")
+    page = out / "report.html"
+    write_evaluation_page(comparison, page, sets=sets, provenance=Provenance.current())
+    logger.info(f"Report: {page}")

@@ -1,5 +1,6 @@
 """`vlm eval`: what a model can do, as tables, JSON and a page."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,10 @@ from vlm.console import percent, pluralize, show_json, show_table
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
+    from vlm.api.evaluation import Evaluation
     from vlm.evaluation.caption_accuracy import CaptionTruth
     from vlm.evaluation.caption_evaluator import CaptionReport
-    from vlm.evaluation.eval_report import Evaluation
+    from vlm.evaluation.measurement import Value
     from vlm.evaluation.retrieval_metrics import RetrievalResult
     from vlm.evaluation.suite import SuiteEvaluation
     from vlm.evaluation.zero_shot import ZeroShot
@@ -71,7 +73,7 @@ class Eval:
     """Captions per image and language for retrieval, the first ones; 0 uses all."""
 
     out: Path | None = None
-    """Folder for evaluation.json and report.html."""
+    """Folder for evaluation.json, report.html and samples/, a table for each measurement."""
 
     workers: WorkersOption = 1
 
@@ -145,36 +147,52 @@ def show_suite(evaluation: "SuiteEvaluation") -> None:
 
 def show_evaluation(evaluation: "Evaluation") -> None:
     """A table for each evaluation."""
+    values: dict[str, Value] = {}
+    for measurement in evaluation.measurements:
+        values |= measurement.values
     if evaluation.retrieval:
-        _show_retrieval(evaluation.retrieval)
+        _show_retrieval(evaluation.retrieval, values)
     if evaluation.zero_shot:
-        _show_zero_shot(evaluation.zero_shot)
+        _show_zero_shot(evaluation.zero_shot, values)
     if evaluation.caption_truth:
-        _show_caption_truth(evaluation.caption_truth)
+        _show_caption_truth(evaluation.caption_truth, values)
     if evaluation.captions:
         _show_captions(evaluation.captions)
 
 
-def _show_retrieval(retrieval: "RetrievalResult") -> None:
+def _with_interval(values: Mapping[str, "Value"], name: str, figure: float) -> str:
+    """The figure with half of its interval's width, where it was measured with one."""
+    from vlm.evaluation.comparison import format_figure, format_value
+
+    return format_value(name, values[name]) if name in values else format_figure(name, figure)
+
+
+def _show_retrieval(retrieval: "RetrievalResult", values: Mapping[str, "Value"]) -> None:
     columns = ["retrieval", *(f"recall@{k}" for k in retrieval.text_to_image.recall), "median rank", "queries"]
     rows: list[list[object]] = []
     for name, direction in (("text → image", retrieval.text_to_image), ("image → text", retrieval.image_to_text)):
-        rows.append([name, *map(percent, direction.recall.values()), direction.median_rank, direction.num_queries])
+        prefix = name.replace(" → ", "_to_")
+        recalls = [_with_interval(values, f"{prefix}_recall@{k}", recall) for k, recall in direction.recall.items()]
+        median = _with_interval(values, f"{prefix}_median_rank", direction.median_rank)
+        rows.append([name, *recalls, median, direction.num_queries])
     show_table(columns, rows, title=f"{retrieval.num_images:,} images, {retrieval.num_texts:,} captions")
 
 
-def _show_zero_shot(zero_shot: "ZeroShot") -> None:
+def _show_zero_shot(zero_shot: "ZeroShot", values: Mapping[str, "Value"]) -> None:
     columns = ["zero-shot", "top-1", "top-5", "mean per class", "largest class", "images", "classes"]
-    shares = [zero_shot.top1, zero_shot.top5, zero_shot.mean_per_class, zero_shot.majority]
-    show_table(columns, [["overall", *map(percent, shares), zero_shot.num_images, zero_shot.num_classes]])
+    shares = {"top1": zero_shot.top1, "top5": zero_shot.top5, "mean_per_class": zero_shot.mean_per_class}
+    shown = [_with_interval(values, name, share) for name, share in shares.items()]
+    counts = [zero_shot.num_images, zero_shot.num_classes]
+    show_table(columns, [["overall", *shown, percent(zero_shot.majority), *counts]])
     # of classes with equal accuracy first those with more images, where it is less of an accident
     hardest = sorted(zero_shot.classes, key=lambda score: (score.accuracy, -score.num_images))[:_HARDEST_SHOWN]
     rows = [[score.name, score.num_images, percent(score.accuracy)] for score in hardest]
     show_table(["hardest classes", "images", "accuracy"], rows)
 
 
-def _show_caption_truth(truth: "CaptionTruth") -> None:
-    show_table(["captions", "accuracy", "checked"], [["synthetic shapes", percent(truth.true), truth.num_captions]])
+def _show_caption_truth(truth: "CaptionTruth", values: Mapping[str, "Value"]) -> None:
+    accuracy = _with_interval(values, "accuracy", truth.true)
+    show_table(["captions", "accuracy", "checked"], [["synthetic shapes", accuracy, truth.num_captions]])
     rows = [[example["key"], example["caption"], example["reason"] or "correct"] for example in truth.examples]
     show_table(["sample", "caption", "verdict"], rows)
 

@@ -21,14 +21,15 @@ class Answers:
     """Rows that one kind of question was asked of.
 
     title: the direction of retrieval; empty where there is one kind only.
-    table: `key`, and of `query`, `truth`, `prediction`, `prediction_key`, `rank`, `probability` what there is.
-    is_wrong: rows that are wrong; badness: how much, larger is worse.
+    table: `key`, and of `query`, `truth`, `prediction`, `prediction_key`, `rank`, `probability`, `reason` some.
+    is_wrong: rows that are wrong, in words `noun`; badness: how much, larger is worse.
     """
 
     title: str
     table: pa.Table
     is_wrong: Bool[Array, " N"]
     badness: Float64[Array, " N"]
+    noun: str = "wrong"
 
     @property
     def ranks(self) -> Float64[Array, " M"]:
@@ -118,15 +119,18 @@ def _of_classifier(table: pa.Table) -> Answers:
 
 
 def _of_captioner(measurement: Measurement, table: pa.Table) -> list[Answers]:
-    """The lower half of the captions by the main value."""
+    """Captions that are false, or where the main value is a degree the lower half by it."""
     outcomes = sample_outcomes(measurement, next(iter(measurement.values), ""))
     if outcomes is None or len(outcomes[1]) != table.num_rows:
         return []
     figures = outcomes[1]
     columns = {KEY: table[KEY], "prediction": table["caption"]}
-    return [
-        Answers(title="", table=pa.table(columns), is_wrong=np.asarray(figures < np.median(figures)), badness=-figures)
-    ]
+    if "reason" in table.column_names:
+        columns["reason"] = table["reason"]
+    is_verdict = set(np.unique(figures)) <= {0.0, 1.0}
+    is_wrong = figures < 1 if is_verdict else figures <= np.median(figures)
+    noun = "wrong" if is_verdict else "in the lower half"
+    return [Answers(title="", table=pa.table(columns), is_wrong=np.asarray(is_wrong), badness=-figures, noun=noun)]
 
 
 def _is_right(table: pa.Table) -> Bool[Array, " N"]:

@@ -281,7 +281,7 @@ def clip_scores(images: Float32[Array, "N D"], candidates: Float32[Array, "N D"]
 
 
 def ref_clip_scores(
-    scores: Float[Array, " N"], candidates: Float32[Array, "N D"], references: Sequence[Float32[Array, "R D"]]
+    scores: Float[Array, " N"], candidates: Float32[Array, "N D"], references: Sequence[Float32[Array, "_ D"]]
 ) -> Float64[Array, " N"]:
     """RefCLIPScore: the harmonic mean of the CLIP score and the greatest cosine with a reference (not below 0)."""
     nearest = np.zeros(len(scores))

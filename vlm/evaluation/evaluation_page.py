@@ -38,8 +38,6 @@ from vlm.pages import Provenance, render
 
 # of images, in base64; with tables and curves a page stays below some 6 MB
 _IMAGE_BYTES = 4_000_000
-_MISTAKES_OF_A_SECTION = 24
-_LEAST_MISTAKES = 6
 _CLASSES_SHOWN = 200
 
 
@@ -80,6 +78,7 @@ class _Mistakes:
     title: str
     shown: list[Mistake]
     num_wrong: int
+    noun: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +87,15 @@ class _Languages:
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
+
+
+def display_name(value: str) -> str:
+    """A value's name as people write it.
+
+    >>> display_name("text_to_image_recall@1"), display_name("mean_per_class"), display_name("top1")
+    ('text → image recall@1', 'mean per class', 'top1')
+    """
+    return value.replace("_to_", " → ").replace("_", " ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +238,22 @@ def _section(
 def _mistakes(measured: Sequence[tuple[str, Measurement]], thumbnails: Thumbnails) -> list[_Mistakes]:
     answers_by_model = [(name, measurement.data, answers_of(measurement)) for name, measurement in measured]
     num_galleries = sum(len(all_answers) for _, _, all_answers in answers_by_model)
-    limit = max(_MISTAKES_OF_A_SECTION // max(num_galleries, 1), _LEAST_MISTAKES)
+    # full rows of five tiles on a wide screen
+    limit = 20 if num_galleries == 1 else 10 if num_galleries <= 4 else 5
     galleries: list[_Mistakes] = []
     for name, data, all_answers in answers_by_model:
         for answers in all_answers:
             shown = worst_mistakes(answers, data, thumbnails, limit=limit)
             if shown:
-                num_wrong = int(answers.is_wrong.sum())
-                galleries.append(_Mistakes(model=name, title=answers.title, shown=shown, num_wrong=num_wrong))
+                galleries.append(
+                    _Mistakes(
+                        model=name,
+                        title=answers.title,
+                        shown=shown,
+                        num_wrong=int(answers.is_wrong.sum()),
+                        noun=answers.noun,
+                    )
+                )
     return galleries
 
 
@@ -260,7 +276,11 @@ def _value_rows(
             chance = value.chance if chance is None else chance
             cells.append(_cell(name, value, comparison.find(evaluator, data, name, model.model)))
         shown_chance = "" if chance is None else format_figure(name, chance)
-        rows.append(_ValueRow(name=name, cells=tuple(cells), chance=shown_chance, section=number, is_drawn=is_curve))
+        rows.append(
+            _ValueRow(
+                name=display_name(name), cells=tuple(cells), chance=shown_chance, section=number, is_drawn=is_curve
+            )
+        )
     return rows
 
 
@@ -273,7 +293,8 @@ def _languages(models: Sequence[tuple[str, Measurement | None]]) -> _Languages |
         main = next((name for name in plain if any(name in names for names in by_language.values())), "")
         ending = main[main.find("recall@") :] if "recall@" in main else main
         for name in (name for name in plain if main and name.endswith(ending)):
-            columns.append(name if len(models) == 1 else f"{name}, {model}")
+            shown = display_name(name)
+            columns.append(shown if len(models) == 1 else f"{shown}, {model}")
             for language, names in by_language.items():
                 if measurement and name in names:
                     value = measurement.values[names[name]]

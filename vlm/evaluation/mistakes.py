@@ -37,11 +37,12 @@ class Mistake:
     prediction: str = ""
     rank: float | None = None
     probability: float | None = None
+    reason: str = ""
 
     @property
     def notes(self) -> list[str]:
-        """Where the right answer stands, how sure the model was."""
-        notes: list[str] = []
+        """What is wrong, where the right answer stands, how sure the model was."""
+        notes = [self.reason] if self.reason else []
         if self.rank is not None and self.rank > 1:
             notes.append(f"right answer at rank {self.rank:,.4g}")
         if self.probability is not None:
@@ -125,6 +126,7 @@ def _mistake(row: Mapping[str, Any], data: str, thumbnails: Thumbnails) -> Mista
         prediction=_shortened(row.get("prediction")),
         rank=row.get("rank"),
         probability=row.get("probability"),
+        reason=_shortened(row.get("reason")),
     )
 
 
