@@ -116,12 +116,13 @@ class Eval:
 def show_suite(evaluation: "SuiteEvaluation") -> None:
     """The main value of every measurement, a column for each model; what is absent, and what failed."""
     from vlm.evaluation.comparison import format_difference, format_value
+    from vlm.evaluation.evaluation_page import short_names
 
     comparison = evaluation.comparison
     first = comparison.models[0].model
     columns = ["evaluator", "data", "value"]
-    for model in comparison.models:
-        columns += [model.model] if model.model == first else [model.model, "difference"]
+    for model, name in zip(comparison.models, short_names([model.model for model in comparison.models]), strict=True):
+        columns += [name] if model.model == first else [name, "difference"]
     rows: list[list[object]] = []
     for evaluator, data in comparison.measured():
         measurements = [model.find(evaluator, data) for model in comparison.models]
