@@ -6,6 +6,7 @@ rows, seed and versions of the libraries give the same map, bit by bit. Every ot
 laid-out rows. Memory grows with the sample; of the other rows only a block is held.
 """
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -84,13 +85,9 @@ def check_installed() -> None:
     Raises:
         UsageError: it is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            # that the kind of UMAP that needs TensorFlow cannot be had
-            warnings.simplefilter("ignore", ImportWarning)
-            import umap  # noqa: F401 # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise UsageError(f"A map needs {error.name}: pip install 'vlm-pipeline[map]'.") from error
+    for name in ("umap", "sklearn"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"A map needs {name}: pip install 'vlm-pipeline[map]'.")
 
 
 def place_among(places: Float[Array, "N K 2"], squared_distances: Float[Array, "N K"]) -> Float32[Array, "N 2"]:
@@ -127,7 +124,10 @@ def _run_umap(vectors: Float32[Array, "N E"], seed: int) -> Float32[Array, "N 2"
     start[:, : vectors.shape[1]] = vectors[:, :2]
     if len(vectors) < _FEWEST:
         return start
-    from umap import UMAP
+    with warnings.catch_warnings():
+        # that the kind of UMAP that needs TensorFlow cannot be had
+        warnings.simplefilter("ignore", ImportWarning)
+        from umap import UMAP
 
     logger.info(f"Laying out {len(vectors):,} rows by UMAP …")
     squared, neighbours = _nearest(vectors, vectors, _NEIGHBOURS)

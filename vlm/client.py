@@ -346,6 +346,24 @@ def _classes_of(answer: Mapping[str, Any]) -> list[tuple[RemoteClass, ...]]:
     return ranked
 
 
+def _caption_body(image: ImageInput | Sequence[ImageInput], prompt: str) -> dict[str, Any]:
+    return {"images": list(map(data_url, _images(image))), "prompt": prompt}
+
+
+def map_body(
+    box: Sequence[float] | None = None, *, top: int = 2000, colour: str = "", where: str = "", uids: Texts = ()
+) -> dict[str, Any]:
+    """The body of a request for a region of the map.
+
+    Args:
+        box: left, bottom, right, top; None is the whole map.
+        top: most points. colour: a column whose most frequent values are numbered. where: only rows that match it.
+        uids: rows whose places are asked for.
+    """
+    region = None if box is None else list(map(float, number_list(box, "box")))
+    return {"box": region, "top": top, "colour": colour, "where": where, "uids": text_list(uids, "uids")}
+
+
 def _add_body(items: Any) -> dict[str, Any]:
     is_list = isinstance(items, Iterable) and not isinstance(items, str | bytes | Mapping)
     described: list[dict[str, Any]] = []
@@ -436,6 +454,33 @@ class Client(_Connection):
         self._use_index()
         return _opened(self._call("GET", self._path("image"), params={"uid": uid}))
 
+    def caption(self, image: ImageInput | Sequence[ImageInput], *, prompt: str = "") -> list[str]:
+        """A caption for each image, beginning with the prompt, where the index's model has a caption decoder.
+
+        Raises:
+            UsageError: it has none, or an image cannot be used.
+        """
+        self._use_index()
+        return self._call("POST", self._path("caption"), json=_caption_body(image, prompt))["captions"]
+
+    def items(self, uids: Texts) -> list[dict[str, Any]]:
+        """Captions and metadata of items, in the order of their uids.
+
+        Raises:
+            UsageError: there is no such item.
+        """
+        self._use_index()
+        return self._call("POST", self._path("items"), json={"uids": text_list(uids, "uids")})["items"]
+
+    def map(self, box: Sequence[float] | None = None, **options: Any) -> dict[str, Any]:
+        """A region of the map that `vlm index map` made; options as those of `map_body`.
+
+        Raises:
+            UsageError: the index has no map, or the column or the filter is wrong.
+        """
+        self._use_index()
+        return self._call("POST", self._path("map"), json=map_body(box, **options))
+
     def fields(self) -> list[dict[str, Any]]:
         """The columns of the metadata."""
         self._use_index()
@@ -521,6 +566,21 @@ class AsyncClient(_Connection):
         """As `Client.image`."""
         await self._use_index()
         return _opened(await self._call("GET", self._path("image"), params={"uid": uid}))
+
+    async def caption(self, image: ImageInput | Sequence[ImageInput], *, prompt: str = "") -> list[str]:
+        """As `Client.caption`."""
+        await self._use_index()
+        return (await self._call("POST", self._path("caption"), json=_caption_body(image, prompt)))["captions"]
+
+    async def items(self, uids: Texts) -> list[dict[str, Any]]:
+        """As `Client.items`."""
+        await self._use_index()
+        return (await self._call("POST", self._path("items"), json={"uids": text_list(uids, "uids")}))["items"]
+
+    async def map(self, box: Sequence[float] | None = None, **options: Any) -> dict[str, Any]:
+        """As `Client.map`."""
+        await self._use_index()
+        return await self._call("POST", self._path("map"), json=map_body(box, **options))
 
     async def fields(self) -> list[dict[str, Any]]:
         """As `Client.fields`."""

@@ -1,16 +1,18 @@
 """Captions over HTTP, by a model that has a decoder; random weights, so that nothing is asked of what they say."""
 
+import asyncio
 import base64
 
 import pytest
 
+import vlm
 from tests.random_model import write_random_model
 from tests.server.conftest import Caller
 from vlm.index.build import build_index
 from vlm.index.embed import EmbedOptions, embed_into
 from vlm.models.load import load_model
 from vlm.server.app import create_app
-from vlm.server.serving import open_service
+from vlm.server.serving import open_service, serve_in_background
 
 CAPTION = "/api/v1/indexes/scenes/caption"
 
@@ -41,6 +43,19 @@ def test_images_given_and_stored_are_captioned_in_their_order(serve_scenes):
     given, stored = answer.json()["captions"]
     assert given == stored
     assert given.startswith("a picture of")
+    with serve_in_background(service) as address:
+        with vlm.Client(address) as client:
+            assert client.caption(index.image(uid), prompt="a picture of") == [given]
+        assert asyncio.run(caption_with(address, index.image(uid))) == [given]
+
+
+async def caption_with(address, image):
+    async with vlm.AsyncClient(address) as client:
+        return await client.caption(image, prompt="a picture of")
+
+
+def test_a_wrong_request_for_captions_is_refused(serve_scenes):
+    _, caller = serve_scenes("tiny-coca")
     refused = caller.post(CAPTION, {})
     assert (refused.status_code, "Give an image" in refused.json()["error"]) == (400, True)
     assert caller.post(CAPTION, {"items": ["nobody"]}).status_code == 404

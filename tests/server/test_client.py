@@ -13,12 +13,6 @@ from vlm.errors import UsageError, VlmError
 from vlm.server.serving import open_service, serve_in_background
 
 
-@pytest.fixture
-def address(service):
-    with serve_in_background(service) as address:
-        yield address
-
-
 def uids(result):
     return [hit.uid for hit in result]
 
@@ -69,6 +63,32 @@ def test_the_asynchronous_client_answers_alike(address, expected):
     answers, size = asyncio.run(ask())
     assert answers == [expected(texts=(text,), top=3) for text in ("red", "blue", "green")]
     assert size == (16, 16)
+
+
+def test_items_and_a_map_come_to_both_clients(address, index, model):
+    async def ask():
+        async with vlm.AsyncClient(address, retries=0) as client:
+            with pytest.raises(UsageError, match="has no item 'nobody'"):
+                await client.items(["00", "nobody"])
+            with pytest.raises(UsageError, match="Give an image"):
+                await client.caption([])
+            return await client.items("00"), await client.map([-1, -1, 1, 1], top=3, uids="21", colour="width")
+
+    with vlm.Client(address, retries=0) as client:
+        with pytest.raises(UsageError, match="Index index has no map; make one with vlm index map"):
+            client.map()
+        with vlm.open_index(index, model=model) as opened:
+            opened.make_map()
+        assert [item["uid"] for item in client.items(["21", "00"])] == ["21", "00"]
+        assert len(client.map(where="key < '20'")["points"]["uids"]) == 7
+        with pytest.raises(UsageError, match="box = 3 is not a list of numbers"):
+            client.map(3)
+        with pytest.raises(UsageError, match="Give an image"):
+            client.caption([])
+    items, answer = asyncio.run(ask())
+    assert items[0]["captions"] == {"": ["black and blue", "stripes of blue"]}
+    assert (len(answer["points"]["uids"]), answer["legend"]) == (3, [{"value": 16, "rows": 11}])
+    assert answer["places"].keys() == {"21"}
 
 
 def test_a_token_is_sent(index, model):
