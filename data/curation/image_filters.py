@@ -4,11 +4,13 @@ Each filter is the dataclass of its parameters, then the function that decides.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
+from vlm.console import read_text
 from vlm.data.curation.filter import FilterContext, FilterResult, NoParameters, keep_one_per_group, require_one_of
 from vlm.data.curation.sample_table import RequiredColumn, SampleTable
 from vlm.data.curation.score_columns import ScoreValues
@@ -262,6 +264,46 @@ def _filter_by_score(context: FilterContext, score: str, parameters: MinimumScor
         # the highest are the lowest of the negated, with ties in the same order
         is_kept = _lowest(context, stored, -stored.values, share=parameters.top, k=None)
     return _score_result(context, stored, is_kept.astype(np.float64), score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyList:
+    """keys: a file with a sample a line, by its key or as an index names it: KEY@SHARD, or KEY@SHARD:NUMBER."""
+
+    keys: str
+
+
+def keep_listed(context: FilterContext, parameters: KeyList) -> FilterResult:
+    """Keep the samples that a file names, as the one that the search page saves for training."""
+    # a key may hold any character but a line feed
+    lines = list(filter(None, read_text(Path(parameters.keys)).split("\n")))
+    table = context.sample_table
+    exact = set(lines)
+    in_shards: dict[str, list[tuple[str, int | None]]] = {}
+    for line in lines:
+        key, sign, shard = line.rpartition("@")
+        if sign:
+            name, _, number = shard.rpartition(":")
+            is_numbered = bool(name) and number.isdecimal()
+            place = (name, int(number)) if is_numbered else (shard, None)
+            in_shards.setdefault(key, []).append(place)
+    is_listed = np.zeros(len(table), dtype=bool)
+    for position, key in enumerate(table.table.column("key").to_pylist()):
+        places = in_shards.get(key, ())
+        is_listed[position] = key in exact or any(_lies_at(table, position, *place) for place in places)
+    if lines and not is_listed.any():
+        raise UsageError(f"None of the {len(lines):,} keys of {parameters.keys} is in these shards.")
+    return FilterResult(
+        weights=is_listed.astype(np.float64),
+        why=lambda position: "listed" if is_listed[position] else "not listed",
+        record={"lines": len(lines), "fingerprint": compute_fingerprint(*sorted(exact))},
+    )
+
+
+def _lies_at(table: SampleTable, position: int, shard: str, number: int | None) -> bool:
+    address, own_number = table.where(position)
+    is_shard = f"/{address.removesuffix('.tar')}".endswith(f"/{shard}")
+    return is_shard and number in (None, own_number)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,6 +133,7 @@ FILTERS: dict[str, Filter] = {
         caption_filters.balance_concepts,
         _CAPTIONS,
     ),
+    "listed": Filter("what a file of keys names", image_filters.KeyList, image_filters.keep_listed, _NONE),
     "sample": Filter("a share, drawn", image_filters.KeepShare, image_filters.keep_random_share, _NONE),
     "weight": Filter("everything so many times", image_filters.Repeats, image_filters.apply_weight, _NONE),
 }

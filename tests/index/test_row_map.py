@@ -54,16 +54,13 @@ def share_near(places: np.ndarray, labels: np.ndarray) -> float:
 
 def test_like_rows_lie_together_and_the_same_seed_gives_the_same_map() -> None:
     rows, labels = clusters(6, each=50)
-    layout = lay_out(np.arange(len(rows)), lambda numbers: rows[numbers])
-    assert layout.fitted == len(rows)
-    assert share_near(layout.places, labels) > 0.95
+    layout = lay_out(np.arange(len(rows)), lambda numbers: rows[numbers], sample=200)
+    assert layout.fitted == 200
+    # the hundred beyond the sample among them
+    assert share_near(layout.places, labels) > 0.9
     assert np.abs(layout.places).max() == pytest.approx(1)
-    again = lay_out(np.arange(len(rows)), lambda numbers: rows[numbers])
+    again = lay_out(np.arange(len(rows)), lambda numbers: rows[numbers], sample=200)
     assert (again.places == layout.places).all()
-    # rows beyond the sample lie among those of it
-    sampled = lay_out(np.arange(len(rows)), lambda numbers: rows[numbers], sample=150)
-    assert sampled.fitted == 150
-    assert share_near(sampled.places, labels) > 0.9
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 20])

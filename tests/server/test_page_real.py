@@ -11,6 +11,9 @@ import pytest
 from tests.server.browser import CHROMIUM, search, uids, until, watched_pages
 from tests.server.conftest import ClassifyingModel
 from tests.server.real_indexes import LANGUAGES, ROWS, build_real_index, emoji, fashion, flickr8k
+from vlm.data.curation.filter import parse_filter
+from vlm.data.curation.pipeline import FILTERS, curate
+from vlm.data.curation.score_columns import ScoreColumns
 from vlm.server.serving import open_service, serve_in_background
 from vlm.service.query import Query
 
@@ -162,31 +165,45 @@ def test_columns_filter_sort_and_count(open_real, real_service):
     assert page.inner_text("#active") == "3"
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_names_of_every_language_are_searched_and_shown(open_real, real_service, language):
+def test_names_of_every_language_are_searched_and_shown(open_real, real_service):
     index = real_service.indexes["emoji"]
     [entry] = index.entries([expected_uids(real_service, "emoji", texts=("yellow",), top=1)[0]])
-    [word] = entry.captions[language]
-    page = open_real(f"?index=emoji&q=yellow&words={word}")
-    assert uids(page) == expected_uids(real_service, "emoji", texts=("yellow",), words=word, top=40)
-    assert uids(page)[0] == entry.uid
-    page.locator("#results .tile > button").first.click()
-    facts = page.inner_text("#detail-facts")
-    assert f"caption ({language})\n{word}" in facts
-    assert "vendor" in facts
+    page = open_real("?index=emoji")
+    page.wait_for_selector("#results .empty")
+    page.locator("#options summary").click()
+    search(page, "yellow")
+    for language in LANGUAGES:
+        [word] = entry.captions[language]
+        page.fill("#words", word)
+        page.press("#words", "Tab")
+        wanted = expected_uids(real_service, "emoji", texts=("yellow",), words=word, top=40)
+        assert wanted[0] == entry.uid
+        shown = "JSON.stringify([...document.querySelectorAll('#results .tile')].map(tile => tile.dataset.uid))"
+        until(page, f"new URLSearchParams(location.search).get('words') === {json.dumps(word)}")
+        until(page, f"{shown} === JSON.stringify({json.dumps(wanted)})")
+        page.locator("#results .tile > button").first.click()
+        facts = page.inner_text("#detail-facts")
+        assert f"caption ({language})\n{word}" in facts
+        assert "vendor" in facts
+        page.keyboard.press("Escape")
 
 
-def test_selected_results_keep_what_they_say_in_every_script(open_real):
+def test_selected_results_keep_what_they_say_in_every_script_and_select_for_training(open_real, real_service, tmp_path):
     page = open_real("?index=emoji&q=yellow")
     chosen = uids(page)[:3]
     for number in range(3):
         page.locator(".tile .check-mark input").nth(number).check()
     saved = {}
-    for kind in ("selection", "csv", "json"):
+    for kind in ("selection", "csv", "json", "training"):
         with page.expect_download() as download:
             page.click(f"[data-save={kind}]")
         saved[kind] = Path(download.value.path()).read_text(encoding="utf-8")
     assert saved["selection"].split() == chosen
+    keys = tmp_path / "keys.txt"
+    keys.write_text(saved["training"], encoding="utf-8")
+    [shard] = real_service.indexes["emoji"].service.index.details.shards
+    result = curate([shard], [parse_filter(f"listed:keys={keys}", FILTERS)], columns=ScoreColumns(()))
+    assert result.selection.kept == 3
     rows = json.loads(saved["json"])
     assert [row["uid"] for row in rows] == chosen
     assert set(rows[0]["captions"]) >= set(LANGUAGES)
@@ -231,3 +248,16 @@ def test_only_relevant_results_are_left_where_that_is_asked_for(open_real, real_
     page = open_real("?index=fashion&q=black&relevant")
     page.wait_for_selector("#results .tile, #results .empty", timeout=60_000)
     assert uids(page) == expected_uids(real_service, "fashion", texts=("black",), relevant=True, top=40)
+    # of images by their colours alone none is likely; what the page makes of one that is
+    page.route("**/search", lambda route: route.fulfill(json=with_probability(route.fetch().json())))
+    page.goto(f"{page.url.split('?')[0]}?q=red")
+    page.wait_for_selector(".tile")
+    assert "87%" in page.locator(".tile .facts").first.inner_text()
+    page.locator("#results .tile > button").first.click()
+    assert "relevant with probability 0.87" in page.inner_text("#detail-score")
+
+
+def with_probability(answer):
+    for hit in answer["hits"]:
+        hit["probability"] = 0.87
+    return answer

@@ -31,8 +31,8 @@ class Curate:
 
     usable, size:min=,max=, aspect:max=, words:min=,max=,languages=,of=, characters:…, language:any=en+de,script=,
     repeated-caption:max=, exact-duplicates, near-duplicates:distance=,
-    decontaminate:against=SHARDS,distance=,similarity=, balance:concepts=FILE,cap=,languages=, sample:share=,
-    weight:times=; and by stored scores: embedding-duplicates, similarity:min=,top=, near:min=,top=,
+    decontaminate:against=SHARDS,distance=,similarity=, balance:concepts=FILE,cap=,languages=, listed:keys=FILE,
+    sample:share=, weight:times=; and by stored scores: embedding-duplicates, similarity:min=,top=, near:min=,top=,
     typical:k=,share=, atypical:k=,share=, cluster-balance:cap=.
     """
 

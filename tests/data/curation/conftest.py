@@ -19,6 +19,7 @@ def make_shard(tmp_path, make_image) -> MakeShard:
 
     def make(samples, *, name="a.tar"):
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, given in enumerate(samples):
                 metadata = {k: v for k, v in given.items() if k not in ("key", "image")}

@@ -63,6 +63,26 @@ def test_no_caption_is_kept_more_often_than_asked(make_shard, times_by):
     assert times_by(shard, "repeated-caption:max=3") == times.tolist()
 
 
+def test_what_a_file_of_keys_names_is_kept(make_shard, times_by, tmp_path):
+    first = make_shard([{"key": "a"}, {"key": "b@c"}, {"key": "d e"}], name="x/0.tar")
+    second = make_shard([{"key": "a"}, {"key": "f"}, {"key": "f"}], name="y/0.tar")
+    keys = tmp_path / "keys, of mine.txt"
+
+    def kept(text):
+        keys.write_text(text, encoding="utf-8")
+        return times_by([first, second], f"listed:keys={keys}")
+
+    assert kept("b@c\nd e\nnobody\n") == [0, 1, 1, 0, 0, 0]
+    assert kept("a\n") == [1, 0, 0, 1, 0, 0]
+    # as an index names samples that share a key
+    assert kept("a@y/0\n") == [0, 0, 0, 1, 0, 0]
+    assert kept("f@y/0:2") == [0, 0, 0, 0, 0, 1]
+    with pytest.raises(UsageError, match="None of the 1 keys of"):
+        kept("nobody\n")
+    with pytest.raises(UsageError, match="nowhere"):
+        times_by(first, f"listed:keys={tmp_path / 'nowhere'}")
+
+
 def test_exact_duplicates_keep_the_first(make_shard, make_image, times_by):
     images = [make_image(number) for number in (0, 1, 0, 2, 1, 0)]
     shard = make_shard([{"image": image} for image in images])

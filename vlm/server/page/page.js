@@ -250,6 +250,7 @@ function tile(hit) {
   const caption = captionOf(hit);
   const img = element("img", { alt: caption || hit.uid, loading: "lazy", decoding: "async", width: 320, height: 320 });
   const facts = element("span", { className: "facts" }, element("span", { title: "cosine similarity" }, hit.score.toFixed(3)));
+  if (hit.probability !== undefined) facts.append(element("span", { title: "probability of being relevant" }, `${Math.round(100 * hit.probability)}%`));
   if (hit.similar) facts.append(element("span", {}, `+${hit.similar} alike`));
   const button = element("button", { type: "button" }, img,
     element("span", { className: "text" }, element("span", { className: "caption" }, caption || hit.uid), facts));
@@ -277,7 +278,8 @@ function showDetail(hit) {
   if (hit.path) facts.path = hit.path;
   byId("detail-title").textContent = captionOf(hit) || hit.uid;
   // what was found on the map has none
-  byId("detail-score").textContent = hit.score === undefined ? "" : `Cosine similarity ${hit.score.toFixed(4)}` + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
+  byId("detail-score").textContent = hit.score === undefined ? "" : `Cosine similarity ${hit.score.toFixed(4)}` + (hit.probability === undefined ? "" : `; relevant with probability ${hit.probability.toFixed(2)}`)
+    + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
   byId("detail-image").alt = captionOf(hit) || hit.uid;
   byId("detail-image").removeAttribute("src");
   showImage(byId("detail-image"), `${imagePath("thumbnail", hit.uid)}&size=640`);
@@ -320,6 +322,8 @@ const cell = (value) => `"${String(value ?? "").replace(/^[=+\-@\t\r]/, "'$&").r
 function save(kind) {
   const rows = [...selected.values()];
   let text = rows.map((hit) => hit.uid).join("\n") + "\n";
+  // as vlm curate --filter listed:keys=FILE reads it: samples of several shards that share a key are told apart
+  if (kind === "training") text = rows.map((hit) => (hit.uid.startsWith(`${hit.key}@`) ? hit.uid : hit.key)).join("\n") + "\n";
   if (kind === "json") text = JSON.stringify(rows, null, 1);
   if (kind === "csv") {
     const names = [...new Set(rows.flatMap((hit) => metadataOf(hit).map(([name]) => name)))];
@@ -329,8 +333,8 @@ function save(kind) {
     })]);
     text = [["uid", "score", "caption", ...names], ...lines].map((line) => line.map(cell).join(",")).join("\r\n");
   }
-  const ending = { selection: "txt", csv: "csv", json: "json" }[kind];
-  const link = element("a", { href: URL.createObjectURL(new Blob([text])), download: `selection.${ending}` });
+  const name = { selection: "uids.txt", training: "keys.txt", csv: "selection.csv", json: "selection.json" }[kind];
+  const link = element("a", { href: URL.createObjectURL(new Blob([text])), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
