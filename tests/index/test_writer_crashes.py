@@ -17,7 +17,9 @@ from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
+from vlm.index.index_files import MapRecord
 from vlm.index.reader import Index
+from vlm.index.row_map import RowMap
 from vlm.index.verify import check_index
 from vlm.index.writer import IndexWriter, InsertBatch
 
@@ -136,6 +138,39 @@ def test_killed_at_any_write_point_the_index_is_as_before_or_as_after(place: Pat
         assert check_index(copy).faults == ()
     assert found == sorted(found)
     assert set(found) == {3, 4}
+
+
+def test_killed_while_a_map_is_written_there_is_the_old_one_or_the_new_one(place: Path, folder: Path) -> None:
+    record = MapRecord(file="", rows=0, fitted=0, method="given", seed=0)
+
+    def give_places(writer: IndexWriter, value: float) -> object:
+        rows = writer.snapshot.rows
+        return writer.set_map(rows, np.full((len(rows), 2), value, np.float32), record)
+
+    def place_of(index: Path) -> float:
+        opened = Index.open(index)
+        try:
+            return float(RowMap.open(opened.snapshot).places[0, 0])
+        finally:
+            opened.close()
+
+    change(folder, lambda writer: give_places(writer, 0.25))
+    before, copy = state(folder), place / "copy"
+    shutil.copytree(folder, copy)
+    points = change(copy, lambda writer: give_places(writer, 0.75))
+    assert place_of(copy) == 0.75
+    places = []
+    for number in range(len(points)):
+        shutil.rmtree(copy)
+        shutil.copytree(folder, copy)
+        act = lambda number=number: change(copy, lambda writer: give_places(writer, 0.75), die_at=number)  # noqa: E731
+        assert in_child(act) == KILLED
+        places.append(place_of(copy))
+        with IndexWriter(copy):
+            assert (check_index(copy).strays, check_index(copy).faults) == ((), ())
+        assert state(copy) == before
+    assert places == sorted(places)
+    assert set(places) == {0.25, 0.75}
 
 
 def test_a_crash_while_a_crash_is_taken_back_is_taken_back_too(folder: Path) -> None:

@@ -80,7 +80,7 @@ def test_more_and_less_like_a_hit(open_page, expected):
 
 def test_filters_come_from_the_columns_with_counts(open_page, expected):
     page = open_page("?q=red")
-    page.locator("summary").click()
+    page.locator("#options summary").click()
     box = page.locator("fieldset", has_text="key").locator("label", has_text="00").first
     assert box.inner_text().split() == ["00", "1"]
     box.locator("input").check()
@@ -175,7 +175,7 @@ def test_a_token_is_asked_for_and_images_come_with_it(browser, index, model, ope
 def test_nothing_runs_off_the_edge(open_page, width, scheme, tmp_path):
     page = open_page("?q=red&-q=blue", viewport={"width": width, "height": 800}, color_scheme=scheme)
     uids(page)
-    page.locator("summary").click()
+    page.locator("#options summary").click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.screenshot(path=str(tmp_path / "page.png"))
 
@@ -184,7 +184,7 @@ def test_names_roles_and_contrast(open_page):
     """What axe would report first: controls without a name, pictures without a text, text that is hard to read."""
     page = open_page("?q=red")
     uids(page)
-    page.locator("summary").click()
+    page.locator("#options summary").click()
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('button, input, select, textarea, a')].filter(node =>
              node.offsetParent && !(node.ariaLabel || node.innerText?.trim() || node.labels?.length || node.title)
@@ -203,7 +203,7 @@ def test_axe_has_no_findings(open_page, scheme, paint):
     # its script is put into the page, which the page's policy forbids
     page = open_page("?q=red&-q=blue", color_scheme=scheme, bypass_csp=True)
     uids(page)
-    page.locator("summary").click()
+    page.locator("#options summary").click()
     page.locator(".tile .check-mark input").first.check()
     shown = [axe.run(page).response]
     page.locator(".tile > button").first.click()
