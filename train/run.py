@@ -19,7 +19,6 @@ from torch import nn
 from vlm.data.sample_ledger import Ledger
 from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
-from vlm.evaluation.retrieval import evaluate_retrieval
 from vlm.manifest import Manifest, write_manifest
 from vlm.models.factory import build_network
 from vlm.models.load import save_model_folder
@@ -46,6 +45,7 @@ from vlm.train.run_config import TrainConfig
 from vlm.train.session import CONFIG, Session, environment, open_remote_store, open_session
 from vlm.train.state import TrainState
 from vlm.train.step import train_step
+from vlm.train.validation import EvaluationClock
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,9 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     )
     # a resumed run counts the time of its earlier parts too; a monotonic clock, since wall clocks are set back
     started = time.monotonic() - state.elapsed_seconds
+    evaluation_clock = EvaluationClock(
+        evaluate_every=config.evaluate_every, is_main=session.accelerator.is_main_process
+    )
     with (
         reraise_lost_workers(session),
         # entered before the loader's workers are forked, which inherit its handlers
@@ -123,9 +126,10 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
             if state.step % config.log_every == 0 or is_last:
                 values = run_logger.read(result, micro_batches)
             before_pause = time.monotonic()
-            if session.val_shards and (state.step % config.evaluate_every == 0 or is_last):
+            if session.validation and (state.step % config.evaluate_every == 0 or is_last):
                 watchdog.set_phase("evaluating", after=f"step {state.step:,}")
                 values |= evaluate(session)
+                evaluation_clock.add(before_pause, time.monotonic())
             if values:
                 run_logger.write(values)
 
@@ -206,36 +210,19 @@ def roll_back_session(session: Session, writer: CheckpointWriter, run_logger: Ru
 
 
 def evaluate(session: Session) -> dict[str, float]:
-    """Retrieval on the validation shards with the weights the final model would have; logged in one line."""
+    """The validation with the weights the final model would have; all processes take part, the main one gets it."""
     state = session.state
     config = session.config
-    is_main = session.accelerator.is_main_process
-    # evaluation is not distributed: its ranks need every image against every text
-    # with FSDP every process has to take part, since each holds a share of the weights
-    if not is_main and config.sharding == "none":
-        return {}
-
+    assert session.validation is not None
     state.network.eval()
     ema_weights_applied = session.ema.swapped_in(state.network) if session.ema else contextlib.nullcontext()
     with ema_weights_applied, unsharded_weights(state.task):
-        retrieval = evaluate_retrieval(
-            state.model,
-            session.val_shards,
-            languages=config.loader.languages,
-            captions_each=config.val_captions_each,
-        )
+        metrics = session.validation.measure(state.model, state.step)
     state.network.train()
-
-    metrics = retrieval.metrics()
-    if not is_main:
+    if not session.accelerator.is_main_process:
         return {}
     if config.safety.keep_best:
         state.best = new_best(state.best, config.safety.keep_best, metrics, state.step) or state.best
-    logger.info(
-        f"step {state.step:,}: text→image recall@1 {metrics['text_to_image_recall@1']:.1%} "
-        f"@10 {metrics['text_to_image_recall@10']:.1%}, image→text @1 {metrics['image_to_text_recall@1']:.1%} "
-        f"@10 {metrics['image_to_text_recall@10']:.1%} ({retrieval.num_images:,} images)"
-    )
     return metrics
 
 

@@ -250,6 +250,9 @@ class TrainConfig:
     val_captions_each: int = 0
     """Captions per image and language for that evaluation, the first ones; 0 uses all."""
 
+    val_limit: int = 0
+    """Images of val to evaluate on, the first ones; 0 uses all."""
+
     run: str = ""
     """Run folder."""
 
@@ -331,6 +334,8 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("micro_batch", config.micro_batch, 0),
         ("log_every", config.log_every, 1),
         ("evaluate_every", config.evaluate_every, 1),
+        ("val_captions_each", config.val_captions_each, 0),
+        ("val_limit", config.val_limit, 0),
         ("steps", config.steps, -1),
         ("peak_tflops", config.peak_tflops, 0),
         ("checkpoint_every", safety.checkpoint_every, 1),
@@ -420,6 +425,7 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "val",
         "val_captions_each",
+        "val_limit",
         "run",
         "tensorboard",
         "peak_tflops",

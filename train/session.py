@@ -72,6 +72,7 @@ from vlm.train.state import TrainState
 from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
 from vlm.train.task import TrainingTask, build_task, lock_tower
 from vlm.train.teacher_views import check_text_embeddings, check_views
+from vlm.train.validation import Validation, open_validation
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +86,15 @@ class Session:
 
     parallel_task: the task as the accelerator wraps it. noise: what the network's dropout layers draw from.
     input_providers: models that compute inputs while training, by the inputs they give. flops: counts those of the
-    task. steps: number of the last step. num_micro_batches: into how many a process splits its share of a batch.
+    task. validation: what is measured meanwhile. steps: number of the last step. num_micro_batches: into how many a
+    process splits its share of a batch.
     trims_padding: whether batches are cut to their longest caption.
     """
 
     config: TrainConfig
     folder: Path
     corpus: Corpus
-    val_shards: list[str]
+    validation: Validation | None
     accelerator: Accelerator
     state: TrainState
     parallel_task: nn.Module
@@ -161,7 +163,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     config.check()
     terms = parse_objective(config.objective.objective)
     accelerator = build_accelerator(config)
-    corpus, val_shards = open_data(config, resolve_shard_cache(config.loader), accelerator.device)
+    corpus, validation = open_data(config, resolve_shard_cache(config.loader), accelerator.device)
     num_micro_batches = count_micro_batches(config, accelerator.num_processes)
 
     reads_bias = any("logit_bias" in weighted.term.outputs for weighted in terms)
@@ -201,7 +203,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         config=config,
         folder=Path(config.run),
         corpus=corpus,
-        val_shards=val_shards,
+        validation=validation,
         accelerator=accelerator,
         state=state,
         parallel_task=parallel_task,
@@ -217,15 +219,15 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     )
 
 
-def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, list[str]]:
-    """What is trained on, and the validation shards; errors in these come now rather than at the first evaluation."""
+def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, Validation | None]:
+    """What is trained on, and what is measured meanwhile; errors come now rather than at the first evaluation."""
     corpus = open_training_corpus(config, cache)
     if config.loader.decode_on_device:
         check_decoder(device)
     check_views(corpus.shards, config.loader)
-    val_shards = expand_shards(config.val) if config.val else []
-    count_samples(val_shards, cache=cache)
-    return corpus, val_shards
+    # indexed through the run's own cache; later reads meet them there
+    count_samples(expand_shards(config.val) if config.val else [], cache=cache)
+    return corpus, open_validation(config)
 
 
 def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:

@@ -6,17 +6,18 @@ not fit, the features are computed again.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 
 from vlm.console import progress
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.evaluation_set import EvaluationSet
+from vlm.evaluation.evaluation_set import IMAGES_AT_ONCE, EvaluationSet, SetBatch
 from vlm.files import atomic_write, compute_fingerprint, json_text, sha256_file, write_text
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.tensor_types import Array, Float32, Tensor, UInt8
@@ -27,7 +28,10 @@ Layer = Literal["projected", "pooled"]
 """Unit vectors in the space of images and texts, or what the image tower gives before the projection into it."""
 
 _FORMAT = "1"
-TEXTS_AT_ONCE = 1024
+# one batch of the network, so that processes that share the texts run it equally often
+TEXTS_AT_ONCE = 256
+
+Part = TypeVar("Part")
 
 
 @runtime_checkable
@@ -67,6 +71,65 @@ class PoolingEncoder(Protocol):
     def pool_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B P"]:
         """What the image tower gives before the projection, not normalised."""
         ...
+
+
+@runtime_checkable
+class WorkSharing(Protocol):
+    """Processes that compute features together, each a part of the batches; all have to ask for the same in turn."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+        ...
+
+    @property
+    def num_processes(self) -> int:
+        """How many there are."""
+        ...
+
+    def gather(self, parts: list[Part]) -> list[Part]:
+        """The parts of all processes."""
+        ...
+
+
+class _Alone:
+    rank = 0
+    num_processes = 1
+
+    def gather(self, parts: list[Part]) -> list[Part]:
+        return parts
+
+
+@dataclass
+class PixelMemory:
+    """Images of sets as a model sees them, kept for the next time they are embedded, up to so many bytes in all.
+
+    While a model trains its features change, and reading and decoding the same images again would take longer than
+    embedding them.
+    """
+
+    max_bytes: int
+    _batches: dict[str, list[SetBatch]] = field(default_factory=dict)
+    _used_bytes: int = 0
+
+    def batches(self, key: str, open_batches: Callable[[], Iterable[SetBatch]]) -> Iterator[SetBatch]:
+        """The batches that are kept under a key; else those that are opened, which are kept where there is room."""
+        if key in self._batches:
+            yield from self._batches[key]
+            return
+        kept: list[SetBatch] | None = []
+        num_bytes = 0
+        for batch in open_batches():
+            num_bytes += batch.images.numel()
+            if self._used_bytes + num_bytes > self.max_bytes:
+                kept = None
+            if kept is not None:
+                # a copy, since a batch of a loader may lie in memory that is used again
+                kept.append(batch.with_images(batch.images.clone()))
+            yield batch
+        if kept is not None:
+            self._batches[key] = kept
+            self._used_bytes += num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +214,24 @@ class EvaluatedModel:
     """A model as evaluators use it: whatever several of them need is computed once.
 
     encoder: the model itself, for what is not a feature. cache: where features are kept; in memory if not given.
-    workers: processes that read and decode images; 0 does it in this one.
+    workers: processes that read and decode images; 0 does it in this one. sharing: processes that compute features
+    together; their features are bit for bit those of one process. pixels: where decoded images are kept.
     """
 
     def __init__(
-        self, encoder: EvaluatedEncoder | OnnxEncoder, *, cache: FeatureCache | None = None, workers: int = 0
+        self,
+        encoder: EvaluatedEncoder | OnnxEncoder,
+        *,
+        cache: FeatureCache | None = None,
+        workers: int = 0,
+        sharing: WorkSharing | None = None,
+        pixels: PixelMemory | None = None,
     ) -> None:
         self.encoder = encoder
         self._cache = cache or FeatureCache()
         self._workers = workers
+        self._sharing = sharing or _Alone()
+        self._pixels = pixels or PixelMemory(max_bytes=0)
 
     @property
     def name(self) -> str:
@@ -217,15 +289,37 @@ class EvaluatedModel:
         return f"{kind}-{identity}"
 
     def _compute_images(self, data: EvaluationSet, layer: Layer) -> Features:
+        share = (self._sharing.rank, self._sharing.num_processes)
+        embedded: list[tuple[int, np.ndarray, dict[int, str]]] = []
+        num_embedded = 0
+        batches = self._pixels.batches(
+            f"{data.digest} {self.view}", lambda: data.iter_images(self.view, workers=self._workers, share=share)
+        )
+        with progress(total=len(data), what=f"embedding {data.name}", unit="image") as bar:
+            for batch in batches:
+                vectors = np.zeros((0, 0), np.float32)
+                if batch.rows:
+                    vectors = self._embed(batch.images, layer)
+                    num_embedded += 1
+                embedded.append((min((*batch.rows, *batch.failures)), vectors, batch.failures))
+                bar.update((len(batch.rows) + len(batch.failures)) * self._sharing.num_processes)
+        self._keep_pace(len(data.images.plan(IMAGES_AT_ONCE)), num_embedded, lambda: self._embed(self._blank(), layer))
         rows: list[np.ndarray] = []
         failures: dict[int, str] = {}
-        with progress(total=len(data), what=f"embedding {data.name}", unit="image") as bar:
-            for batch in data.iter_images(self.view, workers=self._workers):
-                failures |= batch.failures
-                if batch.rows:
-                    rows.append(self._embed(batch.images, layer))
-                bar.update(len(batch.rows) + len(batch.failures))
+        for _, vectors, failed in sorted(self._sharing.gather(embedded), key=lambda part: part[0]):
+            failures |= failed
+            if len(vectors):
+                rows.append(vectors)
         return Features(_finite(np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)), failures)
+
+    def _keep_pace(self, num_batches: int, num_embedded: int, embed: Callable[[], object]) -> None:
+        """Run the network as often as the process with the most batches does: sharded weights are gathered in step."""
+        for _ in range(-(-num_batches // self._sharing.num_processes) - num_embedded):
+            if self._sharing.num_processes > 1:
+                embed()
+
+    def _blank(self) -> UInt8[Tensor, "1 3 H W"]:
+        return torch.zeros(1, 3, self.view.size, self.view.size, dtype=torch.uint8)
 
     def _embed(self, images: UInt8[Tensor, "B 3 H W"], layer: Layer) -> Float32[Array, "B D"]:
         if layer == "pooled":
@@ -240,14 +334,17 @@ class EvaluatedModel:
         # each text once: sets of products and emoji have the same one for many images. By length, since a batch is as
         # long as its longest text; equal lengths in alphabetical order, so that the batches depend on the texts alone
         unlike = sorted(set(texts), key=lambda text: (len(text), text))
-        parts: list[np.ndarray] = []
-        is_shown = len(unlike) > TEXTS_AT_ONCE
+        parts: list[tuple[int, np.ndarray]] = []
+        firsts = range(0, len(unlike), TEXTS_AT_ONCE)
+        is_shown = len(unlike) > 4 * TEXTS_AT_ONCE
         with progress(total=len(unlike), what="embedding texts", unit="text", is_shown=is_shown) as bar:
-            for first in range(0, len(unlike), TEXTS_AT_ONCE):
+            for first in firsts[self._sharing.rank :: self._sharing.num_processes]:
                 some = unlike[first : first + TEXTS_AT_ONCE]
-                parts.append(np.asarray(self.encoder.embed_texts(some)))
-                bar.update(len(some))
-        vectors = _finite(np.concatenate(parts) if parts else np.zeros((0, 0), np.float32))
+                parts.append((first, np.asarray(self.encoder.embed_texts(some))))
+                bar.update(len(some) * self._sharing.num_processes)
+        self._keep_pace(len(firsts), len(parts), lambda: self.encoder.embed_texts([""]))
+        in_order = [part for _, part in sorted(self._sharing.gather(parts), key=lambda part: part[0])]
+        vectors = _finite(np.concatenate(in_order) if in_order else np.zeros((0, 0), np.float32))
         rows_by_text = {text: row for row, text in enumerate(unlike)}
         return Features(vectors[[rows_by_text[text] for text in texts]])
 

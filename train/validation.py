@@ -1,0 +1,132 @@
+"""What a run measures while it trains: opened with the run, every so many steps, shared by all its processes.
+
+Each process embeds its share of the batches of images and texts, and all get the whole. Batches are the same whatever
+the number of processes, and ranks do not depend on how they are computed (`vlm.evaluation.rank_counts`), so that the
+figures are bit for bit those of one process.
+"""
+
+import logging
+from dataclasses import dataclass, field, fields
+
+from vlm.console import without_progress
+from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
+from vlm.evaluation.features import EvaluatedModel, Part, PixelMemory
+from vlm.evaluation.retrieval import Retrieval
+from vlm.models.model import VisionLanguageModel
+from vlm.train.distributed import gather_objects, num_processes, process_rank
+from vlm.train.run_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+# of a process: 5,000 images of 256 px; more are read again each time
+_PIXEL_BYTES = 1 << 30
+_LARGEST_SHARE = 0.02
+
+
+class TrainingProcesses:
+    """The processes of a run, for features that they compute together."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        return process_rank()
+
+    @property
+    def num_processes(self) -> int:
+        """How many there are."""
+        return num_processes()
+
+    def gather(self, parts: list[Part]) -> list[Part]:
+        """The parts of all."""
+        return gather_objects(parts)
+
+
+@dataclass(kw_only=True, eq=False)
+class StepModel(VisionLanguageModel):
+    """A model while it trains. Its identity is its step: that of its weights would have to be computed each time."""
+
+    step: int = 0
+
+    @classmethod
+    def at_step(cls, model: VisionLanguageModel, step: int) -> "StepModel":
+        """With the network of the model itself."""
+        values = {entry.name: getattr(model, entry.name) for entry in fields(model) if entry.init}
+        return cls(**values, step=step)
+
+    @property
+    def fingerprint(self) -> str:
+        """The step."""
+        return f"step {self.step}"
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """What is measured, on which data; the pixels of its images are kept from one time to the next."""
+
+    retrieval: Retrieval
+    data: EvaluationSet
+    pixels: PixelMemory = field(default_factory=lambda: PixelMemory(max_bytes=_PIXEL_BYTES))
+
+    def measure(self, model: VisionLanguageModel, step: int) -> dict[str, float]:
+        """Values by name; all processes call it, and all get the same.
+
+        Raises:
+            VlmError: the model has diverged.
+        """
+        evaluated = EvaluatedModel(StepModel.at_step(model, step), sharing=TrainingProcesses(), pixels=self.pixels)
+        with without_progress():
+            result, warnings = self.retrieval.measure(evaluated, self.data)
+        if process_rank() == 0:
+            for warning in warnings:
+                logger.warning(warning)
+            _log_retrieval(result.metrics(), step, result.num_images)
+        return result.metrics()
+
+
+def open_validation(config: TrainConfig) -> Validation | None:
+    """What the configuration asks for; errors in it come now rather than at the first evaluation.
+
+    Raises:
+        UsageError: the shards do not exist, or hold no sample that can be used.
+    """
+    if not config.val:
+        return None
+    return Validation(
+        retrieval=Retrieval(languages=config.loader.languages, captions_each=config.val_captions_each),
+        data=open_evaluation_set(config.val, limit=config.val_limit),
+    )
+
+
+def _log_retrieval(metrics: dict[str, float], step: int, num_images: int) -> None:
+    logger.info(
+        f"step {step:,}: text→image recall@1 {metrics['text_to_image_recall@1']:.1%} "
+        f"@10 {metrics['text_to_image_recall@10']:.1%}, image→text @1 {metrics['image_to_text_recall@1']:.1%} "
+        f"@10 {metrics['image_to_text_recall@10']:.1%} ({num_images:,} images)"
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluationClock:
+    """How much of a run's time its evaluations take; says so once where it is too much."""
+
+    evaluate_every: int
+    is_main: bool = True
+    _last_end: float | None = None
+    _has_warned: bool = False
+
+    def add(self, began: float, ended: float) -> None:
+        """One more evaluation, from one time in seconds to another.
+
+        The first is not judged: it reads the images, which are then kept.
+        """
+        if self._last_end is not None:
+            share = (ended - began) / max(ended - self._last_end, 1e-9)
+            if share > _LARGEST_SHARE and self.is_main and not self._has_warned:
+                self._has_warned = True
+                cadence = round(self.evaluate_every * share / _LARGEST_SHARE, -1)
+                logger.warning(
+                    f"Evaluating takes {share:.0%} of the time of the run ({ended - began:,.1f} s every "
+                    f"{self.evaluate_every:,} steps): --evaluate-every {cadence:,.0f} would make it "
+                    f"{_LARGEST_SHARE:.0%}, and --val-limit evaluates on fewer images."
+                )
+        self._last_end = ended
