@@ -9,7 +9,9 @@ filter: it is off by at most γ = d·u / (1 − d·u) times the lengths of the v
 Memory beyond the embeddings: a block of scores, and some numbers for each query and positive.
 """
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,9 +100,16 @@ def count_ranks(
     directions = [by_row]
     if both:
         directions.append(_Direction(scores, pairs.columns, positive_scores, 0, every_positive=every_positive))
-    for block_scores in _iter_blocks(scores, pairs, block):
-        for direction in directions:
-            direction.add(block_scores)
+    # the product uses all cores unless told not to; so do the directions, each of which has counts of its own
+    num_threads = 1 if os.environ.get("OMP_NUM_THREADS") == "1" else len(directions)
+    with ThreadPoolExecutor(len(directions)) as threads:
+        for block_scores in _iter_blocks(scores, pairs, block):
+            if num_threads == 1:
+                for direction in directions:
+                    direction.add(block_scores)
+            else:
+                for counted in [threads.submit(direction.add, block_scores) for direction in directions]:
+                    counted.result()
     return by_row.counts(), directions[1].counts() if both else None
 
 
@@ -206,7 +215,7 @@ class _Direction:
         # outwards, so that rounding the limits to float32 decides nothing
         self.low = np.nextafter((self.score - margin).astype(np.float32), np.float32(-np.inf))
         self.high = np.nextafter((self.score + margin).astype(np.float32), np.float32(np.inf))
-        self._flags = np.empty(0, bool)
+        self._flags = np.empty((2, 0), bool)
 
     def _group_positives(
         self, queries: Int64[Array, " P"], positive_scores: Float64[Array, " P"], *, every_positive: bool
@@ -253,22 +262,23 @@ class _Direction:
         scores = block.scores
         if not np.array_equal(queries, np.arange(last_query - first_query)):
             scores = np.take(scores, queries, axis=1 - self.axis)
-        low = np.expand_dims(self.low[groups], self.axis)
-        high = np.expand_dims(self.high[groups], self.axis)
-        if len(self._flags) < scores.size:
-            self._flags = np.empty(scores.size, bool)
-        flags = self._flags[: scores.size].reshape(scores.shape)
-        num_above = _count_flags(np.greater(scores, high, out=flags), self.axis)
-        num_near = _count_flags(np.greater_equal(scores, low, out=flags), self.axis)
+        is_above, is_near = self._flags_like(scores)
+        np.greater(scores, np.expand_dims(self.high[groups], self.axis), out=is_above)
+        np.greater_equal(scores, np.expand_dims(self.low[groups], self.axis), out=is_near)
+        num_above = _count_flags(is_above, self.axis)
         self.above[groups] += num_above
-        unsure = np.flatnonzero(num_near > num_above)
-        if len(unsure):
-            scores = np.take(scores, unsure, axis=1 - self.axis)
-            low = np.take(low, unsure, axis=1 - self.axis)
-            high = np.take(high, unsure, axis=1 - self.axis)
-            places = np.nonzero((scores >= low) & (scores <= high))
+        if (_count_flags(is_near, self.axis) > num_above).any():
+            is_near ^= is_above
+            places = np.divmod(_places(is_near), scores.shape[1])
             candidates = places[self.axis] + block.first[self.axis]
-            self._compare(block, groups[unsure[places[1 - self.axis]]], candidates)
+            self._compare(block, groups[places[1 - self.axis]], candidates)
+
+    def _flags_like(self, scores: Float32[Array, "B N"]) -> tuple[Bool[Array, "B N"], Bool[Array, "B N"]]:
+        """Two arrays of flags, in memory that is used again for the next block."""
+        if self._flags.shape[1] < scores.size:
+            self._flags = np.empty((2, -(-scores.size // 8) * 8), bool)
+        first, second = self._flags[:, : scores.size].reshape(2, *scores.shape)
+        return first, second
 
     def _compare(self, block: _Block, groups: Int64[Array, " P"], candidates: Int64[Array, " P"]) -> None:
         """Compare the score of each candidate with that of its group."""
@@ -366,6 +376,17 @@ def _count_flags(flags: Bool[Array, "B N"], axis: int) -> Int64[Array, " Q"]:
     # the bytes of the sum of 255 words are eight counts, none of which overflows
     sums = np.add.reduce(words, axis=2)
     return sums.view(np.uint8).reshape(num_rows, -1).sum(axis=1, dtype=np.int64)
+
+
+def _places(flags: Bool[Array, "B N"]) -> Int64[Array, " P"]:
+    """Where in the flattened flags the few true ones are; eight at a time, which is as many times faster."""
+    flat = flags.reshape(-1)
+    num_words = len(flat) // 8
+    words = flat[: num_words * 8].view(np.uint64)
+    held = np.flatnonzero(words)
+    word, byte = np.nonzero(words[held].view(bool).reshape(-1, 8))
+    rest = num_words * 8 + np.flatnonzero(flat[num_words * 8 :])
+    return np.concatenate([held[word] * 8 + byte, rest])
 
 
 def _lengths(vectors: Float32[Array, "N D"]) -> Float64[Array, " N"]:
