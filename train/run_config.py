@@ -253,6 +253,12 @@ class TrainConfig:
     val_limit: int = 0
     """Images of val to evaluate on, the first ones; 0 uses all."""
 
+    val_suite: str = ""
+    """Evaluation suite (a name or a TOML file) to run at the same steps; logged as DATA/EVALUATOR/VALUE."""
+
+    val_suite_root: str = "."
+    """Folder of the suite's data."""
+
     run: str = ""
     """Run folder."""
 
@@ -278,7 +284,7 @@ class TrainConfig:
     """none: replicate the network (DDP); fsdp: shard weights and optimizer state (FSDP2)."""
 
     evaluate_every: int = 500
-    """Evaluation interval on val in steps; the last step is always evaluated."""
+    """Evaluation interval on val and val_suite in steps; the last step is always evaluated."""
 
     log_every: int = 10
     """Logging interval in steps (metrics.jsonl)."""
@@ -426,6 +432,8 @@ FREE_ON_RESUME = frozenset(
         "val",
         "val_captions_each",
         "val_limit",
+        "val_suite",
+        "val_suite_root",
         "run",
         "tensorboard",
         "peak_tflops",

@@ -7,11 +7,14 @@ figures are bit for bit those of one process.
 
 import logging
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from vlm.console import without_progress
+from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, Part, PixelMemory
 from vlm.evaluation.retrieval import Retrieval
+from vlm.evaluation.suite import FailedEvaluation, OpenSets, measure_model, read_suite
 from vlm.models.model import VisionLanguageModel
 from vlm.train.distributed import gather_objects, num_processes, process_rank
 from vlm.train.run_config import TrainConfig
@@ -61,21 +64,33 @@ class StepModel(VisionLanguageModel):
 
 @dataclass(kw_only=True)
 class Validation:
-    """What is measured, on which data; the pixels of its images are kept from one time to the next."""
+    """What is measured: retrieval on a set, the evaluators of a suite, or both; pixels are kept for the next time."""
 
-    retrieval: Retrieval
-    data: EvaluationSet
+    retrieval: Retrieval | None = None
+    data: EvaluationSet | None = None
+    suite: OpenSets | None = None
     pixels: PixelMemory = field(default_factory=lambda: PixelMemory(max_bytes=_PIXEL_BYTES))
 
     def measure(self, model: VisionLanguageModel, step: int) -> dict[str, float]:
-        """Values by name; all processes call it, and all get the same.
+        """Values by name, those of a suite behind set and evaluator (`cifar10/zero-shot/top1`); all processes call it,
+        and all get the same.
 
         Raises:
-            VlmError: the model has diverged.
+            VlmError: the model has diverged, or the suite measures nothing.
         """
         evaluated = EvaluatedModel(StepModel.at_step(model, step), sharing=TrainingProcesses(), pixels=self.pixels)
+        values: dict[str, float] = {}
         with without_progress():
-            result, warnings = self.retrieval.measure(evaluated, self.data)
+            if self.retrieval and self.data:
+                values |= self._retrieve(evaluated, self.retrieval, self.data, step)
+            if self.suite:
+                values |= _run_suite(evaluated, self.suite, step)
+        return values
+
+    def _retrieve(
+        self, model: EvaluatedModel, retrieval: Retrieval, data: EvaluationSet, step: int
+    ) -> dict[str, float]:
+        result, warnings = retrieval.measure(model, data)
         if process_rank() == 0:
             for warning in warnings:
                 logger.warning(warning)
@@ -87,14 +102,36 @@ def open_validation(config: TrainConfig) -> Validation | None:
     """What the configuration asks for; errors in it come now rather than at the first evaluation.
 
     Raises:
-        UsageError: the shards do not exist, or hold no sample that can be used.
+        UsageError: the shards do not exist, or hold no sample that can be used; or there is no such suite, or a set of
+            it is not there.
     """
-    if not config.val:
-        return None
-    return Validation(
-        retrieval=Retrieval(languages=config.loader.languages, captions_each=config.val_captions_each),
-        data=open_evaluation_set(config.val, limit=config.val_limit),
-    )
+    validation = Validation()
+    if config.val:
+        validation.retrieval = Retrieval(languages=config.loader.languages, captions_each=config.val_captions_each)
+        validation.data = open_evaluation_set(config.val, limit=config.val_limit)
+    if config.val_suite:
+        validation.suite = OpenSets(suite=read_suite(config.val_suite), root=Path(config.val_suite_root))
+        for absent in validation.suite.absent.values():
+            raise UsageError(
+                f"--val-suite {config.val_suite}: {absent.name} is left out ({absent.reason}). Fetch it, name the "
+                "folder of the data by --val-suite-root, or a suite without it."
+            )
+    return validation if validation.data or validation.suite else None
+
+
+def _run_suite(model: EvaluatedModel, sets: OpenSets, step: int) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for measurement in measure_model(model, sets):
+        if isinstance(measurement, FailedEvaluation):
+            # said by the suite
+            continue
+        prefix = f"{measurement.data}/{measurement.evaluator}"
+        for name, value in measurement.values.items():
+            values[f"{prefix}/{name}"] = value.value
+        if process_rank() == 0 and measurement.values:
+            main, value = next(iter(measurement.values.items()))
+            logger.info(f"step {step:,}: {prefix} {main} {value.value:.4g}")
+    return values
 
 
 def _log_retrieval(metrics: dict[str, float], step: int, num_images: int) -> None:

@@ -12,12 +12,13 @@ import pytest
 from tests import preloaded
 from tests.evaluation.encoders import ColourEncoder
 from tests.evaluation.test_evaluation_set import colour_shards
+from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, PixelMemory
 from vlm.train.history import read_metrics
-from vlm.train.validation import EvaluationClock
+from vlm.train.validation import EvaluationClock, open_validation
 
-SHARED = ("recall", "rank", "mrr", "ndcg", "map")
+SHARED = ("text_to_image", "image_to_text", "shapes/")
 
 
 def train(scene_shards, tokenizer, run, *, processes, port=0, more=()):
@@ -39,10 +40,26 @@ def train(scene_shards, tokenizer, run, *, processes, port=0, more=()):
     return [{name: value for name, value in line.items() if any(part in name for part in SHARED)} for line in lines]
 
 
+SUITE = """
+[data.shapes]
+path = "val"
+label = "scene.shape"
+
+[[evaluate]]
+evaluator = "zero-shot"
+data = "shapes"
+"""
+
+
 @pytest.mark.parametrize("more", [(), pytest.param(("--sharding", "fsdp"), marks=pytest.mark.slow)])
 def test_two_processes_measure_bit_for_bit_what_one_does(scene_shards, scene_tokenizer, tmp_path, free_port, more):
-    alone = train(scene_shards, scene_tokenizer, tmp_path / "alone", processes=1)
-    together = train(scene_shards, scene_tokenizer, tmp_path / "together", processes=2, port=free_port(), more=more)
+    (tmp_path / "suite.toml").write_text(SUITE)
+    suite = ("--val-suite", str(tmp_path / "suite.toml"), "--val-suite-root", str(scene_shards))
+    alone = train(scene_shards, scene_tokenizer, tmp_path / "alone", processes=1, more=suite)
+    together = train(
+        scene_shards, scene_tokenizer, tmp_path / "together", processes=2, port=free_port(), more=(*suite, *more)
+    )
+    assert any(name.startswith("shapes/zero-shot/") for name in alone[0])
     assert len(alone) == 1
     assert len(alone[0]) >= 14
     assert json.dumps(alone) == json.dumps(together)
@@ -122,3 +139,10 @@ def test_evaluations_that_take_much_of_the_time_are_named_with_a_better_cadence(
     logged.clear()
     clock.add(1220.0, 1230.0)
     assert not logged.text
+
+
+def test_a_suite_whose_data_is_not_there_is_named_at_once(configure, tmp_path):
+    (tmp_path / "suite.toml").write_text(SUITE)
+    config = configure("run", val_suite=str(tmp_path / "suite.toml"), val_suite_root=str(tmp_path))
+    with pytest.raises(UsageError, match=r"suite.toml: shapes is left out .*--val-suite-root"):
+        open_validation(config)

@@ -46,6 +46,7 @@ EVALUATORS = {
     "nearest-class-mean": "vlm.evaluation.nearest_neighbours:NearestClassMean",
     "few-shot": "vlm.evaluation.few_shot:FewShot",
     "robustness": "vlm.evaluation.robustness:Robustness",
+    "sentence-pairs": "vlm.evaluation.sentence_pairs:SentencePairs",
 }
 """The evaluators by the name that suites give them: module and class. They are imported when they are used."""
 

@@ -32,8 +32,8 @@ class SuiteData:
 
     path: below the folder of the user's data: shards, or anything `vlm pack` reads; `scenes` is drawn on the spot.
     layout: `clip-benchmark` is a folder with `classnames.txt`, `dataset_type.txt` and a folder of tars for each split.
-    kind, folder, image_column, caption_column: as of `vlm pack`. label, class_names, caption_lines, limit: as of
-        `open_evaluation_set`.
+    kind, folder, image_column, caption_column, captions: as of `vlm pack`. label, class_names, caption_lines, limit:
+        as of `open_evaluation_set`.
     hold_out: only the pairs that `vlm pack --hold-out` of this number would hold out.
     hub: a data set of the Hugging Face Hub that is this set in this layout. fetch: else how to get it.
     not_evaluated: of a set that is named only to say so: why no evaluator takes it.
@@ -46,6 +46,7 @@ class SuiteData:
     folder: str = ""
     image_column: str | None = None
     caption_column: str | None = None
+    captions: Literal["", "none", "optional"] = ""
     caption_lines: bool = False
     label: str = ""
     class_names: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ def open_suite_data(name: str, data: SuiteData, root: Path, *, cache: Path | Non
         folder=data.folder,
         image_column=data.image_column,
         caption_column=data.caption_column,
+        captions=data.captions,
         scenes=data.scenes,
     )
     label, caption_lines = data.label, data.caption_lines
