@@ -95,7 +95,9 @@ def test_what_cannot_be_evaluated_is_said_in_one_sentence(capsys, models, words,
     assert message in capsys.readouterr().err
 
 
-def test_several_models_need_a_suite_and_none_is_too_few(capsys, models, scene_shards):
+def test_several_models_need_a_suite_and_none_is_too_few(capsys, models, suite, scene_shards):
+    with pytest.raises(vlm.UsageError, match="A model is given twice"):
+        vlm.evaluate([models[0], models[0]], suite=suite, data_root=scene_shards)
     with pytest.raises(vlm.UsageError, match="2 models are compared by a suite"):
         vlm.evaluate(models, retrieval=scene_shards / "val")
     assert main(["eval", "--suite", "small-sets"]) == 2

@@ -269,10 +269,13 @@ def _evaluate_suite(
     folders: _Folders,
     load: Callable[[ModelLike, FeatureCache], EvaluatedModel],
 ) -> SuiteEvaluation:
-    cache = FeatureCache(folders.features)
+    names = [str(model) for model in models if isinstance(model, str | Path)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"A model is given twice: {', '.join(names)}; compare different ones.")
     sets = OpenSets(suite=read_suite(suite), root=folders.data, cache=folders.features)
-    # loaded one after the other: two large ones need not fit into memory together
-    evaluation = evaluate_models((load(model, cache) for model in models), sets)
+    # loaded one after the other, with features of their own: two large ones need not fit into memory together
+    evaluated = (load(model, FeatureCache(folders.features)) for model in models)
+    evaluation = evaluate_models(evaluated, sets)
     if folders.out is not None:
         _write(folders.out, evaluation, evaluation.comparison, sets.opened)
     return evaluation

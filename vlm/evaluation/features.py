@@ -172,10 +172,6 @@ class FeatureCache:
             self._in_memory[key] = features
         return features
 
-    def forget(self) -> None:
-        """Let go of what is in memory, and of the mappings of what is on disk."""
-        self._in_memory.clear()
-
     def _keep(self, key: str, features: Features) -> Features:
         if self._folder is None:
             return features

@@ -301,6 +301,8 @@ def evaluate_models(models: Iterable[EvaluatedModel], sets: OpenSets, *, seed: i
         measured.append(
             ModelMeasurements(model=model.name, fingerprint=model.fingerprint, measurements=tuple(measurements))
         )
+        # let go of before the next one is loaded
+        del model
     if not any(model.measurements for model in measured):
         raise VlmError(f"Nothing could be measured: {failed[0].evaluator} on {failed[0].data}: {failed[0].error}")
     return SuiteEvaluation(
