@@ -40,7 +40,7 @@ class Explain:
     """Also a map for each word by itself."""
 
     shifts: int = 0
-    """Shifts of the image along each axis that maps are averaged over; 0: two for coarse maps, else one."""
+    """Shifts of the image along each axis that maps are averaged over; 0: as many as make 14 places a side."""
 
     device: DeviceOption = "auto"
 

@@ -80,8 +80,8 @@ def heat_maps(
     """A map for each text over the image; higher means more of a reason.
 
     pixels: one image, normalised as the network takes it. texts: directions of any length.
-    shifts: for how many shifts along each axis the map is computed; 0 takes 2 for maps of fewer than 14 places a side,
-        else 1. Occlusion is never shifted.
+    shifts: for how many shifts along each axis the map is computed; 0 takes as many as make 14 places a side of it.
+        Occlusion is never shifted.
 
     Raises:
         UsageError: there is no such method, or the tower has nothing that it needs.
@@ -99,7 +99,7 @@ def heat_maps(
         if method == "occlusion":
             return _occlusion_maps(network, pixels, texts)
         coarse = _coarse_maps(network, pixels, texts, method)
-        shifts = shifts or (2 if min(coarse.shape[1:]) < _FINE_SIDE else 1)
+        shifts = shifts or math.ceil(_FINE_SIDE / min(coarse.shape[1:]))
         if shifts == 1:
             return _enlarged(coarse, pixels)
         return _shifted_maps(network, pixels, texts, method, shifts=shifts, cell=pixels.shape[2] / coarse.shape[1])
