@@ -403,7 +403,9 @@ def add_model_routes(api: FastAPI, service: Service) -> None:
         """Captions of images, where the index's model has a caption decoder."""
         index = service.index(name)
         images = await in_thread(index.images_of, request.images, request.items, service.limits.max_pixels)
-        return reply({"captions": await in_thread(index.caption, images, request.prompt)})
+        options = request.model_dump(exclude={"images", "items"})
+        results = await in_thread(index.caption, images, options)
+        return reply({"captions": [result["captions"][0]["caption"] for result in results], "results": results})
 
 
 def add_change_routes(api: FastAPI, service: Service) -> None:

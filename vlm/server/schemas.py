@@ -143,6 +143,13 @@ class CaptionRequest(Strict):
     images: list[DataUrl] = Field(default=[], max_length=MAX_TERMS)
     items: list[Uid] = Field(default=[], max_length=MAX_TERMS)
     prompt: str = Field(default="", max_length=MAX_TEXT, description="Prefix of every caption.")
+    captions: int = Field(default=1, ge=1, le=16, description="For each image, the best first.")
+    beams: int = Field(default=1, ge=1, le=16, description="Width of beam search; 1 is greedy.")
+    sample: bool = Field(default=False, description="Draw tokens at random, by temperature, top_p and seed.")
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_length: int = Field(default=0, ge=0, le=10_000, description="Tokens; 0 is the model's context length.")
+    seed: int = Field(default=0, ge=0, le=2**63)
 
 
 class NewItem(Strict):
@@ -459,10 +466,24 @@ class ClassifyAnswer(BaseModel):
     results: list[Classes]
 
 
+class ScoredCaption(BaseModel):
+    """One caption."""
+
+    caption: str
+    log_likelihood: float = Field(description="Mean of its tokens, in nats, without the prompt.")
+
+
+class ImageCaptions(BaseModel):
+    """The captions of one image, the best first."""
+
+    captions: list[ScoredCaption]
+
+
 class CaptionAnswer(BaseModel):
-    """A caption for each image: those given, then those stored."""
+    """For each image, those given, then those stored: the best caption, and all that were asked for."""
 
     captions: list[str]
+    results: list[ImageCaptions]
 
 
 class ChangeAnswer(BaseModel):

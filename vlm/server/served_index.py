@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -332,13 +332,16 @@ class ServedIndex:
         results = self._model().classify(list(images), list(classes), top=top, **options)
         return [{"classes": result.to_json()["classes"]} for result in results]
 
-    def caption(self, images: Sequence[bytes], prompt: str) -> list[str]:
-        """A caption for each image.
+    def caption(self, images: Sequence[bytes], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Captions for each image. options: of `vlm.DecodingOptions`.
 
         Raises:
-            UsageError: the model has no caption decoder, or an image cannot be decoded.
+            UsageError: the model has no caption decoder, an option does not fit it, or an image cannot be decoded.
         """
-        return [result.caption for result in self._captioner.caption(list(images), prompt=prompt)]
+        from vlm.api.inference import DecodingOptions
+
+        results = self._captioner.caption(list(images), decoding=DecodingOptions(**options))
+        return [{"captions": result.to_json()["captions"]} for result in results]
 
     def _model(self) -> Any:
         # needs more than searches do
