@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+import vlm
 from tests.data.tar_fixture import write_tar
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import TrainingBatch, TrainingCollator
@@ -144,6 +145,16 @@ def test_a_training_configuration_opens_them(shards, sidecar):
     assert [shard and shard.probability for shard in mix.shards] == [0.25, 0.25]
     with pytest.raises(UsageError, match=r"caption_mix = 1\.5 is not a share"):
         TrainConfig(data=str(shards), run="run", loader=LoaderConfig(caption_mix=1.5)).check()
+
+
+def test_a_stream_in_python_shows_them_too(shards, sidecar):
+    options: dict[str, Any] = {"batch_size": sum(SIZES), "image_size": 8, "workers": 0, "captions_from": sidecar}
+    [batch] = vlm.stream(shards, **options, caption_mix=1.0)
+    assert sum(" new " in text for text in batch.texts) == sum(SIZES) - len(SIZES)
+    with pytest.raises(UsageError, match="caption_mix = 2 is a probability"):
+        vlm.stream(shards, **options, caption_mix=2)
+    with pytest.raises(UsageError, match="captions_from is for training"):
+        vlm.stream(shards, **options, transform="evaluation")
 
 
 def test_other_shards_and_other_keys_are_refused(shards, sidecar, tmp_path):
