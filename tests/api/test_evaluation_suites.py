@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import vlm
 from tests.random_model import write_random_model
@@ -79,6 +81,30 @@ def test_features_are_computed_once_for_all_evaluators_and_commands(models, suit
     monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_images", refuse)
     monkeypatch.setattr("vlm.models.model.VisionLanguageModel.embed_texts", refuse)
     assert vlm.evaluate(models[0], **options).to_json() == first.to_json()
+
+
+def test_images_of_none_of_the_classes_are_rejected_by_the_threshold_that_was_measured(
+    capsys, models, scene_shards, tmp_path
+):
+    (tmp_path / "noise").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "noise" / f"{number}.png")
+    options = {"classes": scene_shards / "val", "label": "scene.shape", "workers": 0}
+    evaluation = vlm.evaluate(models[0], **options, out_of_distribution=tmp_path / "noise", out=tmp_path / "out")
+    # what is drawn has less detail than noise, even for weights that have learnt nothing
+    assert evaluation.rejection.whitened_lda.auroc > 0.9
+    assert "rejection" in (tmp_path / "out" / "report.html").read_text()
+    words = ["eval", models[0], "--classes", scene_shards / "val", "--label", "scene.shape", "--workers", "0"]
+    assert main([*map(str, words), "--out-of-distribution", str(tmp_path / "noise")]) == 0
+    assert "pass although of none" in capsys.readouterr().out
+    names = ",".join(score.name for score in evaluation.zero_shot.classes)
+    words = ["classify", models[0], tmp_path / "noise", "--classes", names]
+    assert main([*map(str, words), "--reject", str(tmp_path / "out" / "reject.safetensors")]) == 0
+    assert capsys.readouterr().out.count("none of these (score") >= 9
+    with pytest.raises(vlm.UsageError, match="give --classes FOLDER, too"):
+        vlm.evaluate(models[0], retrieval=scene_shards / "val", out_of_distribution=tmp_path / "noise")
 
 
 @pytest.mark.parametrize(

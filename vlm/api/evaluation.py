@@ -21,6 +21,8 @@ from vlm.evaluation.evaluation_page import write_evaluation_page
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, FeatureCache
 from vlm.evaluation.measurement import Evaluator, Measurement
+from vlm.evaluation.reject_evaluator import Rejection, RejectionResult, open_outside
+from vlm.evaluation.rejection import REJECT_RULE_FILE, RejectRule, write_reject_rule
 from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.retrieval_metrics import RetrievalResult
 from vlm.evaluation.sample_files import write_samples
@@ -48,6 +50,7 @@ class Evaluation(Result):
     zero_shot: ZeroShot | None = None
     caption_truth: CaptionTruth | None = None
     captions: CaptionReport | None = None
+    rejection: RejectionResult | None = None
     measurements: tuple[Measurement, ...] = ()
 
     @classmethod
@@ -58,6 +61,7 @@ class Evaluation(Result):
             ZeroShot: "zero_shot",
             CaptionTruth: "caption_truth",
             CaptionReport: "captions",
+            RejectionResult: "rejection",
         }
         results = {places[type(measurement.details)]: measurement.details for measurement in measurements}
         return cls(model=model.name, fingerprint=model.fingerprint, measurements=tuple(measurements), **results)
@@ -82,6 +86,7 @@ def evaluate(
     class_names: str | Path | Sequence[str] = (),
     templates: str | Sequence[str] = (),
     class_descriptions: str | Path | Mapping[str, Sequence[str]] = "",
+    out_of_distribution: str | Path | None = None,
     captions: Shards | None = None,
     prompt: str = "",
     meteor: bool = False,
@@ -121,6 +126,7 @@ def evaluate(
     class_names: str | Path | Sequence[str] = (),
     templates: str | Sequence[str] = (),
     class_descriptions: str | Path | Mapping[str, Sequence[str]] = "",
+    out_of_distribution: str | Path | None = None,
     captions: Shards | None = None,
     prompt: str = "",
     meteor: bool = False,
@@ -144,6 +150,8 @@ def evaluate(
             or names of sets such as `openai` and `simple`. `class_descriptions`: sentences by class name, or a JSON
             file of them, as prompts beside the templates given, or alone. Names and templates may be JSON files with a
             list for each language.
+        out_of_distribution: images of none of these classes; how well they are told apart, and, in `out`, the rule to
+            reject by for `Model.classify` (reject.safetensors).
         captions: shards whose images the model captions, beginning with `prompt`; compared with their captions
             (`meteor`: by METEOR, too, which needs Java), or, of synthetic shapes, checked against the scene.
         out: folder for evaluation.json, report.html and the table of each measurement's samples.
@@ -157,6 +165,7 @@ def evaluate(
         retrieval=join_shards(retrieval) if retrieval else "",
         classes=str(classes or ""),
         captions=join_shards(captions) if captions else "",
+        outside=str(out_of_distribution or ""),
     )
     request.check(has_suite=suite is not None, num_models=len(models))
     if suite is not None:
@@ -174,6 +183,8 @@ def evaluate(
         caption_metrics=CaptionMetrics(prompt=prompt, languages=tuple(languages), meteor=meteor),
     ):
         measurement = evaluator.run(evaluated, data)
+        if isinstance(evaluator, Rejection) and out is not None:
+            _write_rule(evaluator.rule(evaluated, data), Path(out))
         for warning in measurement.warnings:
             logger.warning(warning)
         sets[data.name] = data
@@ -199,6 +210,22 @@ def _zero_shot(
     )
 
 
+def _rejection(zero_shot: ZeroShotClassification, outside: str) -> Rejection:
+    """By the same classes and prompts."""
+    return Rejection(
+        outside=open_outside(outside),
+        class_names=zero_shot.class_names,
+        templates=zero_shot.templates,
+        class_descriptions=zero_shot.class_descriptions,
+    )
+
+
+def _write_rule(rule: RejectRule, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_reject_rule(rule, out / REJECT_RULE_FILE)
+    logger.info(f"Threshold for vlm classify --reject: {out / REJECT_RULE_FILE}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     """What is measured of one model, by the addresses of its data; they are empty where nothing is."""
@@ -206,6 +233,7 @@ class _Request:
     retrieval: str
     classes: str
     captions: str
+    outside: str
 
     def check(self, *, has_suite: bool, num_models: int) -> None:
         is_empty = not (self.retrieval or self.classes or self.captions)
@@ -215,6 +243,8 @@ class _Request:
             raise UsageError(
                 "Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS, or --suite NAME."
             )
+        if self.outside and not self.classes:
+            raise UsageError("Images out of distribution are told from images of classes: give --classes FOLDER, too.")
         if not num_models:
             raise UsageError("No model is given: vlm eval MODEL [MODEL ...] --suite NAME|FILE.")
         if num_models > 1 and not has_suite:
@@ -234,7 +264,10 @@ class _Request:
             yield retrieval, open_evaluation_set("::".join(shards_at(self.retrieval)), name=self.retrieval)
         if self.classes:
             data = open_labelled_set(self.classes, label=label, class_names=zero_shot.class_names)
-            yield zero_shot, replace(data, name=self.classes)
+            data = replace(data, name=self.classes)
+            yield zero_shot, data
+            if self.outside:
+                yield _rejection(zero_shot, self.outside), data
         if self.captions:
             data = open_evaluation_set(self.captions)
             # drawn images are checked against their scenes, others compared with their captions

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.caption_accuracy import CaptionTruth
     from vlm.evaluation.caption_evaluator import CaptionReport
     from vlm.evaluation.measurement import Value
+    from vlm.evaluation.reject_evaluator import RejectionResult
     from vlm.evaluation.retrieval_metrics import RetrievalResult
     from vlm.evaluation.suite import SuiteEvaluation
     from vlm.evaluation.zero_shot import ZeroShot
@@ -56,6 +57,10 @@ class Eval:
 
     class_descriptions: str = ""
     """JSON file with a list of sentences for each class, as prompts beside the templates given, or alone."""
+
+    out_of_distribution: str = ""
+    """Images of none of the classes (a folder, shards): how well similarity and whitened LDA tell them apart; OUT gets
+    the threshold for vlm classify --reject."""
 
     captions: str = ""
     """Shards to caption: compared with their captions (BLEU, ROUGE-L, CIDEr), or checked against synthetic scenes."""
@@ -155,6 +160,8 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         _show_retrieval(evaluation.retrieval, values)
     if evaluation.zero_shot:
         _show_zero_shot(evaluation.zero_shot, values)
+    if evaluation.rejection:
+        _show_rejection(evaluation.rejection)
     if evaluation.caption_truth:
         _show_caption_truth(evaluation.caption_truth, values)
     if evaluation.captions:
@@ -184,11 +191,35 @@ def _show_zero_shot(zero_shot: "ZeroShot", values: Mapping[str, "Value"]) -> Non
     shares = {"top1": zero_shot.top1, "top5": zero_shot.top5, "mean_per_class": zero_shot.mean_per_class}
     shown = [_with_interval(values, name, share) for name, share in shares.items()]
     counts = [zero_shot.num_images, zero_shot.num_classes]
-    show_table(columns, [["overall", *shown, percent(zero_shot.majority), *counts]])
+    row: list[object] = ["overall", *shown, percent(zero_shot.majority), *counts]
+    if zero_shot.mean_average_precision is not None:
+        columns.append("mAP")
+        row.append(percent(zero_shot.mean_average_precision))
+    if zero_shot.calibration:
+        columns.append("calibration error")
+        row.append(percent(zero_shot.calibration.error))
+    show_table(columns, [row])
+    if zero_shot.languages:
+        by_language = [[entry.language, percent(entry.top1), percent(entry.top5)] for entry in zero_shot.languages]
+        show_table(["language", "top-1", "top-5"], by_language)
     # of classes with equal accuracy first those with more images, where it is less of an accident
     hardest = sorted(zero_shot.classes, key=lambda score: (score.accuracy, -score.num_images))[:_HARDEST_SHOWN]
     rows = [[score.name, score.num_images, percent(score.accuracy)] for score in hardest]
     show_table(["hardest classes", "images", "accuracy"], rows)
+    if zero_shot.confusion:
+        pairs: list[list[object]] = []
+        for pair in zero_shot.confusion[:_HARDEST_SHOWN]:
+            pairs.append([pair.truth, pair.prediction, pair.num_images, percent(pair.share)])
+        show_table(["images of", "taken for", "images", "share of the class"], pairs)
+
+
+def _show_rejection(rejection: "RejectionResult") -> None:
+    rows: list[list[object]] = []
+    for name, separation in (("similarity", rejection.similarity), ("whitened LDA", rejection.whitened_lda)):
+        if separation:
+            rows.append([name, percent(separation.auroc), percent(separation.fpr_at_95_tpr), separation.threshold])
+    title = f"{rejection.num_inside:,} images of classes, {rejection.num_outside:,} of none of them"
+    show_table(["rejection", "AUROC", "pass although of none", "threshold"], rows, title=title)
 
 
 def _show_caption_truth(truth: "CaptionTruth", values: Mapping[str, "Value"]) -> None:

@@ -75,6 +75,10 @@ class Rejection:
         """Measure a model on images of the classes; raises as `measure`."""
         return self.measure(model, data)[0]
 
+    def rule(self, model: EvaluatedModel, data: EvaluationSet) -> RejectRule:
+        """The rule by the better of the scores; raises as `measure`."""
+        return self.measure(model, data)[1]
+
     def measure(self, model: EvaluatedModel, data: EvaluationSet) -> tuple[Measurement, RejectRule]:
         """The measurement, and the rule by the better of the scores.
 

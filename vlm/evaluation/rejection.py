@@ -25,6 +25,7 @@ _LEAST_VARIANCE = 1e-8
 # scores that are drawn for intervals, which takes some ten seconds
 _MOST_NUMBERS = 100_000_000
 _FORMAT = "1"
+REJECT_RULE_FILE = "reject.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

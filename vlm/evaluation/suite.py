@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 EVALUATORS = {
     "zero-shot": "vlm.evaluation.zero_shot:ZeroShotClassification",
+    "rejection": "vlm.evaluation.reject_evaluator:Rejection",
     "retrieval": "vlm.evaluation.retrieval:Retrieval",
     "captions": "vlm.evaluation.caption_evaluator:CaptionMetrics",
     "linear-probe": "vlm.evaluation.linear_probe:LinearProbe",
