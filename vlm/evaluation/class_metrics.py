@@ -10,8 +10,8 @@ from vlm.errors import VlmError
 from vlm.evaluation.rank_metrics import Ranks
 from vlm.tensor_types import Array, Bool, Float, Float32, Int
 
-# a block of cosines with 1,000 classes takes 16 MB
-_IMAGES_AT_ONCE = 4096
+# a block of cosines with 1,000 classes takes 2 MB: it is read several times, and stays in the cache
+_IMAGES_AT_ONCE = 512
 # a block of cosines with a million images takes 64 MB
 _CLASSES_AT_ONCE = 16
 # 32 MB of numbers of images
@@ -61,13 +61,15 @@ def rank_classes(
     columns: dict[str, list[np.ndarray]] = {}
     for first in range(0, len(images), _IMAGES_AT_ONCE):
         # equal classes get one column: a product of matrices may round equal columns differently, and break a tie
-        scores = (images[first : first + _IMAGES_AT_ONCE] @ distinct.T)[:, column_of]
+        scores = images[first : first + _IMAGES_AT_ONCE] @ distinct.T
+        if len(distinct) < len(classifier):
+            scores = scores[:, column_of]
         if not np.isfinite(scores).all():
             raise VlmError(
                 "The model's embeddings are not finite: its weights have diverged. Evaluate an earlier checkpoint, or "
                 "retrain with a lower learning rate."
             )
-        block = _rank_block(scores, label_matrix(truths[first : first + len(scores)], len(classifier)), logit_scale)
+        block = _rank_block(scores, truths[first : first + len(scores)], logit_scale)
         for name, values in block.items():
             columns.setdefault(name, []).append(values)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -76,24 +78,37 @@ def rank_classes(
     return ClassRanking(ranks=ranks, **joined)
 
 
-def _rank_block(scores: np.ndarray, is_right: np.ndarray, logit_scale: float) -> dict[str, np.ndarray]:
-    right_scores = np.where(is_right, scores, -np.inf)
-    best = right_scores.max(axis=1, keepdims=True)
-    is_tied = scores == best
-    tied_positives = (is_tied & is_right).sum(axis=1)
-    highest = scores.max(axis=1)
+def _rank_block(scores: np.ndarray, truths: LabelSets, logit_scale: float) -> dict[str, np.ndarray]:
+    rows, columns = _flat(truths)
+    right_scores = scores[rows, columns]
+    best = np.full(len(scores), -np.inf, scores.dtype)
+    np.maximum.at(best, rows, right_scores)
+    is_best = right_scores == best[rows]
+    truth = np.full(len(scores), -1)
+    # from the last to the first: of equals the first stays
+    truth[rows[is_best][::-1]] = columns[is_best][::-1]
+    tied_positives = np.bincount(rows, is_best, minlength=len(scores)).astype(np.int64)
+    prediction = scores.argmax(axis=1)
+    highest = scores[np.arange(len(scores)), prediction]
     # the exponential of the highest is 1, so that none overflows
-    exponentials = np.exp(logit_scale * (scores.astype(np.float64) - highest[:, None]))
+    exponentials = np.exp(np.float32(logit_scale) * (scores - highest[:, None]))
     return {
-        "above": (scores > best).sum(axis=1),
-        "tied_negatives": is_tied.sum(axis=1) - tied_positives,
+        "above": np.count_nonzero(scores > best[:, None], axis=1),
+        "tied_negatives": np.count_nonzero(scores == best[:, None], axis=1) - tied_positives,
         "tied_positives": tied_positives,
-        "truth": np.where(is_right.any(axis=1), right_scores.argmax(axis=1), -1),
-        "prediction": scores.argmax(axis=1),
-        "probability": 1 / exponentials.sum(axis=1),
+        "truth": truth,
+        "prediction": prediction,
+        "probability": 1 / exponentials.sum(axis=1, dtype=np.float64),
         "similarity": highest,
         "lowest": scores.argmin(axis=1),
     }
+
+
+def _flat(truths: LabelSets) -> tuple[np.ndarray, np.ndarray]:
+    """Image and class of each label, an image's classes in rising order and each once."""
+    sets = [sorted(set(classes)) for classes in truths]
+    rows = np.repeat(np.arange(len(sets)), [len(classes) for classes in sets])
+    return rows, np.fromiter((number for classes in sets for number in classes), np.int64)
 
 
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +123,7 @@ def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def label_matrix(truths: LabelSets, num_classes: int) -> Bool[Array, "N K"]:
     """Whether a class is right for an image."""
     matrix = np.zeros((len(truths), num_classes), bool)
-    rows = np.repeat(np.arange(len(truths)), [len(classes) for classes in truths])
-    matrix[rows, np.fromiter((number for classes in truths for number in classes), np.int64)] = True
+    matrix[_flat(truths)] = True
     return matrix
 
 
@@ -123,7 +137,7 @@ def class_means(
     outcomes: Float[Array, " N"], truths: LabelSets, num_classes: int
 ) -> tuple[Float[Array, " K"], Int[Array, " K"]]:
     """Mean outcome and number of images of each class, an image counting for all of its own; NaN without images."""
-    rows, classes = np.nonzero(label_matrix(truths, num_classes))
+    rows, classes = _flat(truths)
     totals = np.bincount(classes, minlength=num_classes)
     sums = np.bincount(classes, weights=outcomes[rows], minlength=num_classes)
     return np.where(totals > 0, sums / np.maximum(totals, 1), np.nan), totals
