@@ -1,5 +1,9 @@
 """A served index over its versions, and the caches before it."""
 
+import gc
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -83,3 +87,22 @@ def test_readiness_needs_the_model_and_a_search(served, model):
     model.embed_texts = None
     with pytest.raises(TypeError):
         served.check_ready()
+
+
+def test_a_remembered_text_does_not_hold_the_vectors_of_its_batch(model):
+    batches = []
+
+    class Watched:
+        def embed_texts(self, texts):
+            rows = np.array(model.embed_texts(texts))
+            batches.append(weakref.ref(rows))
+            return rows
+
+    cache = TextCache(size=10)
+    encoder: Any = Watched()
+    cache.embed(encoder, ["red", "blue", "green"])
+    gc.collect()
+    assert batches[0]() is None
+    assert cache.hits == 0
+    cache.embed(encoder, ["blue"])
+    assert cache.hits == 1

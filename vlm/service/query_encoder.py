@@ -164,6 +164,7 @@ class TextCache:
     def _remember(self, texts: Sequence[str], rows: Float32[Array, "T D"]) -> None:
         with self._lock:
             for text, row in zip(texts, rows, strict=True):
-                self._vectors[text] = row
+                # a view would keep the vectors of its whole batch for as long
+                self._vectors[text] = row.copy()
             while len(self._vectors) > self._size:
                 self._vectors.popitem(last=False)
