@@ -89,12 +89,12 @@ def test_readiness_needs_the_model_and_a_search(served, model):
         served.check_ready()
 
 
-def test_a_remembered_text_does_not_hold_the_vectors_of_its_batch(model):
+def test_a_remembered_text_does_not_hold_the_vectors_of_its_batch():
     batches = []
 
     class Watched:
         def embed_texts(self, texts):
-            rows = np.array(model.embed_texts(texts))
+            rows = np.ones((len(texts), 8), np.float32)
             batches.append(weakref.ref(rows))
             return rows
 
