@@ -2,11 +2,11 @@
 
 import gc
 import weakref
-from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.server.conftest import ClassifyingModel
 from vlm.errors import VlmError
 from vlm.index.writer import IndexWriter
 from vlm.server.served_index import ServedIndex, ThumbnailCache
@@ -92,14 +92,14 @@ def test_readiness_needs_the_model_and_a_search(served, model):
 def test_a_remembered_text_does_not_hold_the_vectors_of_its_batch():
     batches = []
 
-    class Watched:
+    class Watched(ClassifyingModel):
         def embed_texts(self, texts):
             rows = np.ones((len(texts), 8), np.float32)
             batches.append(weakref.ref(rows))
             return rows
 
     cache = TextCache(size=10)
-    encoder: Any = Watched()
+    encoder = Watched()
     cache.embed(encoder, ["red", "blue", "green"])
     gc.collect()
     assert batches[0]() is None
