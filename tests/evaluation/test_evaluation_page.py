@@ -144,6 +144,17 @@ def test_edits_show_the_drop_against_the_unaltered_images(pets):
     assert "fog 30.0% −30.0" in text_of(page_of(pets, first))
 
 
+def test_sentence_pairs_show_the_false_sentence_that_was_preferred(pets):
+    outcomes = [1.0, 0.0, *[1.0] * 10]
+    columns = {"key": list(pets.keys), "true": ["a cat"] * 12, "false": ["a dog"] * 12, "category": ["swap"] * 12}
+    values = {"accuracy": Value(value=11 / 12), "swap/accuracy": Value(value=11 / 12)}
+    measurement = measurement_of(pets, "pairs", values, pa.table(columns | {"accuracy": outcomes}))
+    text = text_of(page_of(pets, ModelMeasurements(model="m", measurements=(measurement,))))
+    assert "1 of 1 wrong" in text
+    assert "✗ a dog ✓ a cat" in text
+    assert "By category category accuracy swap 91.7%" in text
+
+
 def test_captions_that_were_checked_show_what_is_wrong(pets):
     verdicts = [1.0, 0.0, *[1.0] * 10]
     columns = {"key": list(pets.keys), "caption": ["a red cat"] * 12, "accuracy": verdicts, "reason": ["no cat"] * 12}

@@ -50,6 +50,8 @@ def answers_of(measurement: Measurement) -> list[Answers]:
         return [_of_classifier(table)]
     if "caption" in table.column_names:
         return _of_captioner(measurement, table)
+    if {"true", "false"} <= set(table.column_names):
+        return _of_sentence_pairs(measurement, table)
     return []
 
 
@@ -131,6 +133,16 @@ def _of_captioner(measurement: Measurement, table: pa.Table) -> list[Answers]:
     is_wrong = figures < 1 if is_verdict else figures <= np.median(figures)
     noun = "wrong" if is_verdict else "in the lower half"
     return [Answers(title="", table=pa.table(columns), is_wrong=np.asarray(is_wrong), badness=-figures, noun=noun)]
+
+
+def _of_sentence_pairs(measurement: Measurement, table: pa.Table) -> list[Answers]:
+    """The false sentence was preferred to the true one."""
+    outcomes = sample_outcomes(measurement, next(iter(measurement.values), ""))
+    if outcomes is None or len(outcomes[1]) != table.num_rows:
+        return []
+    # a tie is half right
+    columns = {KEY: table[KEY], "truth": table["true"], "prediction": table["false"]}
+    return [Answers(title="", table=pa.table(columns), is_wrong=outcomes[1] < 1, badness=1 - outcomes[1])]
 
 
 def _is_right(table: pa.Table) -> Bool[Array, " N"]:

@@ -83,8 +83,9 @@ class _Mistakes:
 
 @dataclass(frozen=True, kw_only=True)
 class _Languages:
-    """Values by language: a column for each value of each model, a row for each language."""
+    """Values by language or category (`noun`): a column for each value of each model, a row for each of them."""
 
+    noun: str
     columns: list[str]
     rows: list[tuple[str, list[str]]]
 
@@ -300,7 +301,9 @@ def _languages(models: Sequence[tuple[str, Measurement | None]]) -> _Languages |
                     value = measurement.values[names[name]]
                     cells.setdefault(language, {})[len(columns) - 1] = format_value(name, value)
     rows = [(language, [of.get(number, "–") for number in range(len(columns))]) for language, of in cells.items()]
-    return _Languages(columns=columns, rows=rows) if rows else None
+    tables = [measurement.samples for _, measurement in models if measurement and measurement.samples is not None]
+    noun = "category" if any("category" in table.column_names for table in tables) else "language"
+    return _Languages(noun=noun, columns=columns, rows=rows) if rows else None
 
 
 def _cell(name: str, value: Value, difference: ValueDifference | None) -> _Cell:

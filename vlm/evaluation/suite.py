@@ -42,6 +42,7 @@ EVALUATORS = {
     "rejection": "vlm.evaluation.reject_evaluator:Rejection",
     "retrieval": "vlm.evaluation.retrieval:Retrieval",
     "captions": "vlm.evaluation.caption_evaluator:CaptionMetrics",
+    "scene-captions": "vlm.evaluation.caption_accuracy:CaptionAccuracy",
     "linear-probe": "vlm.evaluation.linear_probe:LinearProbe",
     "nearest-neighbours": "vlm.evaluation.nearest_neighbours:NearestNeighbours",
     "nearest-class-mean": "vlm.evaluation.nearest_neighbours:NearestClassMean",
