@@ -137,7 +137,8 @@ def _run_umap(vectors: Float32[Array, "N E"], seed: int) -> Float32[Array, "N 2"
         n_neighbors=_NEIGHBOURS,
         # more than the default, so that points can be told apart
         min_dist=0.3,
-        init=start + noise,
+        # an array as well, which its annotation does not say
+        init=start + noise,  # pyright: ignore[reportArgumentType]
         precomputed_knn=(neighbours, np.sqrt(np.maximum(squared, 0)), None),
         random_state=seed,
         n_jobs=1,

@@ -114,7 +114,7 @@ class RowMap:
         positions = np.minimum(np.searchsorted(self.rows, rows), max(len(self.rows) - 1, 0))
         if not len(self.rows):
             return positions[:0]
-        return positions[self.rows[positions] == rows]
+        return positions[np.equal(self.rows[positions], rows)]
 
     def sample(
         self, box: Sequence[float] | None, top: int, allowed_rows: RowSet | None = None

@@ -275,6 +275,8 @@ def test_axe_has_no_findings_and_nothing_runs_off_the_edge(open_page, width, sch
 
 def test_what_is_typed_and_its_buttons_are_on_one_line_of_a_phone(open_page):
     page = open_page("?q=red&-q=blue", viewport={"width": 360, "height": 800})
+    # its terms move what is below them
+    assert len(uids(page)) == 11
     boxes = [page.locator(name).bounding_box() for name in ("#query", "label[for=file]", "#form .primary")]
     middles = [box["y"] + box["height"] / 2 for box in boxes]
     assert max(middles) - min(middles) < 3
