@@ -111,14 +111,17 @@ def write_network(folder: Path, arguments: Arguments) -> None:
 
 
 def compare(sides: list[Side], name: str, way: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Median seconds of both sides in turns, their ratio, and the share of rows with equal tokens."""
+    """Median seconds of both sides in turns, their ratios, and the share of rows with equal tokens."""
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    # what others do on the machine meanwhile changes these far less
+    cpu_seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     rows: dict[str, list[list[int]]] = {}
     for number in range(rounds):
         for side in sides:
             say(f"{name}, round {number + 1} of {rounds}: {side.name} …")
             answer = side.decode(way)
             seconds[side.name].append(answer["seconds"])
+            cpu_seconds[side.name].append(answer["cpu_seconds"])
             rows[side.name] = answer["rows"]
     if way["beams"] > 1:
         rows["theirs"] = sides[1].decode(way | {"log_softmax": True})["rows"]
@@ -130,6 +133,7 @@ def compare(sides: list[Side], name: str, way: dict[str, Any], rounds: int) -> d
         "ours_seconds": median(seconds["ours"]),
         "theirs_seconds": median(seconds["theirs"]),
         "times_faster": median(seconds["theirs"]) / median(seconds["ours"]),
+        "times_less_cpu": median(cpu_seconds["theirs"]) / median(cpu_seconds["ours"]),
         "same_rows": sum(same) / len(same),
         "different_captions": len({tuple(row) for row in rows["ours"]}),
     }
@@ -155,7 +159,10 @@ def main(arguments: Arguments) -> None:
         show_json(results)
         return
     rows = [[result[name] for name in result] for result in results]
-    show_table(["decoding", "ours, s", "open_clip, s", "times faster", "same rows", "different captions"], rows)
+    show_table(
+        ["decoding", "ours, s", "open_clip, s", "times faster", "times less CPU", "same rows", "different captions"],
+        rows,
+    )
 
 
 if __name__ == "__main__":
