@@ -123,10 +123,10 @@ class RowMap:
 
         box: left, bottom, right, top; None is the whole map. allowed_rows: only these count.
         """
-        is_inside = np.ones(len(self.rows), bool)
+        is_inside: np.ndarray = np.ones(len(self.rows), bool)
         if box is not None:
             low, high = np.array(box[:2], np.float32), np.array(box[2:], np.float32)
-            is_inside = ((self.places >= low) & (self.places <= high)).all(axis=1)
+            is_inside = np.all((self.places >= low) & (self.places <= high), axis=1)
         if allowed_rows is not None:
             is_inside &= np.isin(self.rows, allowed_rows, assume_unique=True)
         in_order = self._order[is_inside[self._order]]
