@@ -252,6 +252,8 @@ def _serve(address: str) -> dict[str, Any]:
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                # a shell starts what runs in the background with this one ignored, which is inherited
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 for number, stream in zip((1, 2), streams, strict=True):
                     os.dup2(stream, number)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -38,5 +38,7 @@ def test_two_processes_read_what_one_wrote_and_write_what_one_reads(kind, folder
     restore_newest(folder.parent / kind, again)
     assert again.step == state.step == 2
     for name, parameter in state.task.named_parameters():
-        torch.testing.assert_close(again.task.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
+        # a bias before a batch norm has no gradient but that of rounding, which AdamW makes a step of up to its rate
+        bound = 1e-2 if name == "network.first.bias" else 1e-6
+        torch.testing.assert_close(again.task.get_parameter(name), parameter, rtol=1e-5, atol=bound)
     assert read(stepped).keys() == want.keys()
