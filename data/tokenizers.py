@@ -12,6 +12,7 @@ from typing_extensions import override
 from vlm.data.clip_bpe import VOCABULARY, ClipBpe, shipped_vocabulary
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, write_bytes, write_text
+from vlm.weight_packages import locate_weights
 
 DESCRIPTION = "vlm_tokenizer.json"
 CLIP_CONTEXT_LENGTH = 77
@@ -259,9 +260,10 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
             f"context_length = {context_length} holds no piece between start and end; "
             f"give {_MIN_CONTEXT_LENGTH} or more."
         )
-    path = Path(source)
     if source == "clip":
         return ClipTokenizer(context_length or CLIP_CONTEXT_LENGTH)
+    source = locate_weights(source)
+    path = Path(source)
     if path.is_file():
         return SentencePieceTokenizer(path.read_bytes(), context_length or 32)
     if (path / DESCRIPTION).is_file():

@@ -278,12 +278,19 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
             details={
                 "sources": [asdict(source) for source in session.corpus.sources],
                 "environment": environment(),
+                "initial_weights": _initial_weights(state.model.network),
                 "utilisation": utilisation.to_values(),
                 "skipped": state.skipped,
                 "repeat": f"vlm train {run / CONFIG} --run NEW",
             },
         ),
     )
+
+
+def _initial_weights(network: nn.Module) -> dict[str, Any] | None:
+    """What the image tower started from; None if its weights were random, or those of another model."""
+    loaded = getattr(getattr(network, "visual", None), "loaded_weights", None)
+    return asdict(loaded) if loaded else None
 
 
 def summarise(session: Session, ledger: Ledger) -> RunSummary:

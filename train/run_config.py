@@ -17,7 +17,10 @@ class ModelConfig:
     """Architecture, tokenizer and regularisation."""
 
     architecture: str = "tiny"
-    """tiny, tiny-coca, small, any open_clip architecture (ViT-B-32, coca_ViT-L-14), or IMAGE_TOWER+TEXT_TOWER."""
+    """tiny, tiny-coca, small, any open_clip architecture (ViT-B-32, coca_ViT-L-14), or IMAGE_TOWER+TEXT_TOWER.
+
+    Options follow a tower after commas; initial_weights=FILE gives the trunk weights that are on this machine.
+    """
 
     start_from: str = ""
     """MODEL to initialise from: architecture, weights, image transform and tokenizer; empty initialises randomly."""
@@ -31,11 +34,11 @@ class ModelConfig:
     image_size: int = 0
     """Input resolution in pixels; 0 uses the architecture's. Position embeddings of start_from are interpolated."""
 
-    lock: Literal["", "image", "text"] = ""
-    """Tower to freeze: `image` is locked-image tuning (LiT)."""
+    lock: Literal["", "image", "text", "both"] = ""
+    """Tower to freeze: `image` is locked-image tuning (LiT); `both` leaves only the heads after the trunks to train."""
 
     unlocked_groups: int = 0
-    """Number of last layer groups of the locked tower to train all the same."""
+    """Number of last layer groups of each locked tower to train all the same."""
 
     patch_dropout: float = 0.0
     """Fraction of patches a ViT drops while training (patch dropout)."""

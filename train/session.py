@@ -49,7 +49,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import CHECKPOINTS
 from vlm.models.resolution import with_image_size
 from vlm.models.towers.tower import batch_norm_layers
-from vlm.models.towers.tower_registry import set_dropout
+from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
 from vlm.train.averaging import EMA
 from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
@@ -333,7 +333,9 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
     torch.manual_seed(config.seed)
     network = build_network(architecture).to(device)
     image_size = architecture["vision_cfg"].get("image_size", 224)
-    view = EvalTransform(size=image_size if isinstance(image_size, int) else int(image_size[0]))
+    size = image_size if isinstance(image_size, int) else int(image_size[0])
+    # trained weights see what they were trained to see, not CLIP's statistics
+    view = EvalTransform.from_preprocess({"size": size, **initial_preprocess(architecture["vision_cfg"])})
     return VisionLanguageModel(
         name=config.run, network=network, config=architecture, view=view, tokenizer=tokenizer, device=device
     )
@@ -360,8 +362,9 @@ def open_task(
     noise: PerSampleNoise,
 ) -> TrainingTask:
     """The network with the heads of its objective, locked as configured, its dropout drawing from `noise`."""
-    if config.model.lock:
-        lock_tower(model.network, config.model.lock, config.model.unlocked_groups)
+    for tower in ("image", "text"):
+        if config.model.lock in (tower, "both"):
+            lock_tower(model.network, tower, config.model.unlocked_groups)
     # after locking, before the optimizer sees the parameters: it replaces modules, not weights
     use_per_sample_dropout(model.network, noise)
     return build_task(model, terms, options)

@@ -2,8 +2,17 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
+import torch
+
+from vlm.manifest import read_manifest
+from vlm.models.load import load_model
+from vlm.train.run import train
+from vlm.train.session import open_session
 
 PAGE_FAULTS = """
 import resource, torch
@@ -38,3 +47,34 @@ def test_settings_of_the_environment_stay():
     is_kept, faults = page_faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert is_kept == "False"
     assert platform.libc_ver()[0] != "glibc" or faults > 20 * 8192 / 2
+
+
+def test_a_run_from_a_file_of_weights_records_it_and_sees_what_they_saw(configure, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), path)
+    towers = f"timm:test_efficientnet,initial_weights={path}+bag@16"
+    config = configure("run", steps=2, model={"architecture": towers, "lock": "both"})
+    train(config)
+    details = read_manifest(Path(config.run), "run").details
+    assert details["initial_weights"]["source"] == str(path)
+    assert details["initial_weights"]["matched"] == "name"
+    model = load_model(config.run)
+    # what timm says of this model, not the statistics of CLIP
+    assert model.view.mean == (0.485, 0.456, 0.406)
+    trunk = model.network.get_submodule("visual.trunk").state_dict()
+    saved = torch.load(path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in trunk.items())
+
+
+def test_with_both_towers_locked_only_the_heads_are_trained(configure, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(vocab_size=400, intermediate_size=16, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    towers = f"timm:test_vit+hf:{tmp_path / 'bert'}@16"
+    config = configure("run", steps=2, model={"architecture": towers, "lock": "both"})
+    session = open_session(config, resume=False)
+    trained = {name for name, value in session.state.model.network.named_parameters() if value.requires_grad}
+    assert trained == {"visual.head.proj.weight", "text.head.1.weight", "logit_scale"}

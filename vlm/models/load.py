@@ -30,6 +30,7 @@ from vlm.models.variants import (
     is_projection_folder,
     read_projection,
 )
+from vlm.weight_packages import locate_weights
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     - a run folder (its final model, else its newest checkpoint), a model folder, also one of open_clip (`local-dir:`
       may stand before it), or an upgrade folder (the new model with the projection on top);
     - a Hugging Face folder of CLIP, MetaCLIP 2, SigLIP or SigLIP 2, or a sentence-transformers folder (texts only);
+    - `package:all-minilm-l6-v2`: such a folder in an installed package (`vlm.weight_packages`);
     - `ORGANISATION/NAME` or `hf-hub:ORGANISATION/NAME`: such a folder or one of open_clip on the Hugging Face Hub;
     - `ViT-B-32:laion2b_s34b_b79k`, a name of open_clip with its weights (or a file of them); the name alone where there
       is one set of weights only.
@@ -160,7 +162,7 @@ def load_model(spec: str, *, device: str = "auto", precision: str = "fp32") -> V
     if precision not in PRECISIONS:
         raise UsageError(f"precision = {precision!r}; give {' or '.join(PRECISIONS)}.")
     dtype = PRECISIONS[precision]
-    path = Path(spec.removeprefix(LOCAL_PREFIX))
+    path = Path(locate_weights(spec.removeprefix(LOCAL_PREFIX)))
     # of a name it is said once it is known
     if path.is_dir():
         logger.info(f"Loading the model {spec} ({torch_device})")

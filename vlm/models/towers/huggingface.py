@@ -17,6 +17,7 @@ from vlm.models.towers.pooling import Features, as_tokens, probe_trunk
 from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, text_mask
 from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, suggest_names
 from vlm.tensor_types import Float, Int64, Tensor
+from vlm.weight_packages import locate_weights
 
 _STATE_DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "drop_rate")
 # attention dropout is inside one fused operation, where `PerSampleDropout` cannot replace it, so it is disabled
@@ -31,6 +32,7 @@ def read_hf_config(name: str) -> tuple[dict[str, Any], str]:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    name = locate_weights(name)
     folder = Path(name)
     if (folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(name, local_files_only=True)
@@ -43,6 +45,16 @@ def read_hf_config(name: str) -> tuple[dict[str, Any], str]:
         f"hf:{name} is neither a folder nor a model type of transformers; "
         f"{suggest_names(name, sorted(CONFIG_MAPPING))} Nothing is downloaded: give a folder on this machine."
     )
+
+
+def hf_preprocess(folder: str) -> dict[str, Any]:
+    """Channel statistics that a folder's weights were trained with, as keys of a `preprocess_cfg`; empty if untold."""
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    known = {"mean": values.get("image_mean"), "std": values.get("image_std")}
+    return {key: value for key, value in known.items() if value}
 
 
 def has_weights(folder: Path) -> bool:

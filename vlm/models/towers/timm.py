@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
+from vlm.models.towers.initial_weights import load_initial_weights
 from vlm.models.towers.pooling import Features, probe_trunk
 from vlm.models.towers.tower import ImageTower, group_by_layer
 from vlm.models.towers.tower_config import ImageTowerConfig, suggest_names
@@ -61,10 +62,10 @@ class TimmTower(ImageTower):
 
 
 def build_timm(config: ImageTowerConfig, name: str, embed_dim: int) -> ImageTower:
-    """`timm:NAME`, with fresh weights.
+    """`timm:NAME`, with the weights of `initial_weights` if that is given, else fresh ones.
 
     Raises:
-        UsageError: timm has no such model, or it does not take these options.
+        UsageError: timm has no such model, it does not take these options, or the weights are another's.
     """
     import timm
 
@@ -144,7 +145,10 @@ def _tower(build: Callable[[], nn.Module], config: ImageTowerConfig, embed_dim: 
     # built again, since the trial copy has no data
     trunk = build()
     has_class_token = getattr(trunk, "has_class_token", None)
-    return TimmTower(trunk, config, trunk_info, embed_dim, has_class_token=has_class_token is not False)
+    tower = TimmTower(trunk, config, trunk_info, embed_dim, has_class_token=has_class_token is not False)
+    if config.initial_weights:
+        tower.loaded_weights = load_initial_weights(trunk, config.initial_weights, config.tower)
+    return tower
 
 
 def _features(trunk: Any, pixels: Tensor) -> Features:
@@ -180,6 +184,13 @@ def timm_image_size(name: str) -> int:
         UsageError: timm has no such model; the nearest is named.
     """
     return int(_pretrained_config(name).input_size[-1])
+
+
+def timm_preprocess(name: str) -> dict[str, Any]:
+    """Channel statistics and filter that a timm model's weights were trained with, as keys of a `preprocess_cfg`."""
+    config = _pretrained_config(name)
+    filters = {"interpolation": config.interpolation} if config.interpolation in ("bicubic", "bilinear") else {}
+    return {"mean": list(config.mean), "std": list(config.std), **filters}
 
 
 def has_fixed_input_size(name: str) -> bool:

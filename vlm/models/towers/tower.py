@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlm.errors import UsageError
+from vlm.models.towers.initial_weights import LoadedWeights
 from vlm.models.towers.pooling import Features, Pooling, TokenMap, TrunkInfo, as_features, as_tokens, build_pooling
 from vlm.models.towers.tower_config import ImageTowerConfig
 from vlm.tensor_types import Bool, Float, Int64, Tensor
@@ -60,8 +61,11 @@ class ImageTower(nn.Module, ABC):
 
     The names of its parts are those of open_clip's TimmModel (trunk, head.proj), so that it can be saved as one.
 
-    image_size: the size it is built for. trunk_info: layouts and widths. width: of the pooled vector.
+    image_size: the size it is built for. trunk_info: layouts and widths. width: of the pooled vector. loaded_weights:
+    what the trunk started from; None if its weights are random.
     """
+
+    loaded_weights: LoadedWeights | None = None
 
     def __init__(
         self,

@@ -108,7 +108,7 @@ class ImageTowerConfig:
     """The configuration of a Hugging Face trunk, so that the model folder needs no other."""
 
     initial_weights: str = ""
-    """Folder with the Hugging Face weights a fresh network starts from."""
+    """What a fresh trunk starts from: a file of weights, a folder with one, or `package:NAME` of an installed one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,17 @@ from torch.nn import functional as F
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import build_bag, build_ngram
-from vlm.models.towers.huggingface import build_hf_image, build_hf_text, default_pooling, hf_image_size, read_hf_config
+from vlm.models.towers.huggingface import (
+    build_hf_image,
+    build_hf_text,
+    default_pooling,
+    hf_image_size,
+    hf_preprocess,
+    read_hf_config,
+)
 from vlm.models.towers.language_model import build_lm, complete_lm
 from vlm.models.towers.pooling import authors_gamma
-from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size
+from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size, timm_preprocess
 from vlm.models.towers.tower import ImageTower
 from vlm.models.towers.tower_config import (
     INITIAL_WEIGHTS_KEY,
@@ -329,6 +336,19 @@ def resolve_tower_configs(config: Values) -> Values:
 def uses_towers(config: Values) -> bool:
     """Whether a model_cfg names a tower that open_clip's format cannot express."""
     return TOWER_KEY in config["vision_cfg"] or TOWER_KEY in config["text_cfg"]
+
+
+def initial_preprocess(values: Values) -> dict[str, Any]:
+    """What the initial weights of an image tower were trained to see, as keys of a `preprocess_cfg`.
+
+    Empty where the weights are random, or do not say.
+    """
+    prefix, name = split_tower(values.get(TOWER_KEY, ""))
+    if not values.get(INITIAL_WEIGHTS_KEY):
+        return {}
+    if prefix == "timm":
+        return timm_preprocess(name)
+    return hf_preprocess(values[INITIAL_WEIGHTS_KEY]) if prefix == "hf" else {}
 
 
 def build_image_tower(values: Values, embed_dim: int) -> nn.Module:
