@@ -75,6 +75,9 @@ class ObjectiveConfig:
     negatives: Literal["both", "images", "texts", "hardest"] = "both"
     """Negatives of the ranking loss: images, texts, both, or the hardest of each."""
 
+    positive_sigma: float = 0.5
+    """σ of the weights of positives (`weighted_dcl`); smaller favours hard positives more."""
+
     teacher: str = ""
     """Teacher MODEL for online distillation; empty uses teacher embeddings stored in the shards."""
 
@@ -83,6 +86,9 @@ class ObjectiveConfig:
 
     sub_captions: int = 0
     """Sentences sampled per image as multiple positives; 0 uses one caption."""
+
+    patch_threshold: float = 0.1
+    """Patches whose stretched similarity to a sentence is below this have no part in its group (`grouping`)."""
 
     local_views: int = 0
     """Local crops per image for local-to-global self-distillation."""
@@ -238,6 +244,8 @@ class SafetyConfig:
 # a megabyte: less would hold no shard, and is likely a mistaken unit
 _MIN_CACHE_GB = 1e-3
 _MAX_EPOCHS = 1e9
+# e^(1/σ) stays a number in single precision
+_LEAST_SIGMA = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +370,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("text_embedding_size", objective.text_embedding_size, 0),
         ("margin", objective.margin, 0),
         ("teacher_scale", objective.teacher_scale, 0),
+        ("positive_sigma", objective.positive_sigma, _LEAST_SIGMA),
         ("sub_captions", objective.sub_captions, 0),
         ("local_views", objective.local_views, 0),
         ("table_rate", config.optimizer.table_rate, 0),
@@ -384,6 +393,7 @@ def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
         ("drop_path", config.model.drop_path),
         ("average_decay", config.optimizer.average_decay),
         ("parallel_share", config.objective.parallel_share),
+        ("patch_threshold", config.objective.patch_threshold),
     )
 
 

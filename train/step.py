@@ -26,7 +26,7 @@ from vlm.data.collate import TrainingBatch
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
 from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip_reason
-from vlm.train.objectives.contrastive import clamp_logit_scale
+from vlm.train.objectives.contrastive import clamp_logit_scales
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.optim import learning_rate_at, set_learning_rate
@@ -132,7 +132,7 @@ def update_weights(session: Session, result: StepResult) -> None:
     state = session.state
     set_learning_rate(state.optimizer, result.learning_rate)
     state.optimizer.step()
-    clamp_logit_scale(state.model.network)
+    clamp_logit_scales([state.task.network, *state.task.heads.values()])
     if session.ema is not None:
         session.ema.update(state.model.network, state.step + 1)
 

@@ -62,6 +62,8 @@ class TrainingTask(nn.Module):
         bias = getattr(self.network, "logit_bias", None)
         if bias is not None:
             computed["logit_bias"] = bias
+        for name in SHARED_OUTPUTS & self.heads.keys():
+            computed[name] = self.heads[name]()
         return computed
 
     @property
@@ -224,7 +226,7 @@ def select_output_heads(network: nn.Module, outputs: Sequence[str]) -> list[Outp
     """
     selected: list[OutputHead] = []
     for name in dict.fromkeys(outputs):
-        # temperature and bias are the network's own: no head computes them
+        # temperatures and bias are weights themselves: no head computes them
         if name in SHARED_OUTPUTS:
             continue
         output_head = next(output_head for output_head in OUTPUT_HEADS if name in output_head.provides)

@@ -36,9 +36,11 @@ class Case:
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
         trims: bool = False,
+        samples: int = SAMPLES,
         **config: Any,
     ) -> None:
         self.trims = trims
+        self.samples = samples
         self.is_mixed = dtype == torch.bfloat16
         dtype = torch.float32 if self.is_mixed else dtype
         self.config = ObjectiveConfig(objective=expression, text_embedding_size=12, **config)
@@ -50,7 +52,7 @@ class Case:
         assert enable_padding_trim(model.network) == trims
         assert use_per_sample_dropout(model.network, self.noise) >= (1 if trims else 2)
         self.task: TrainingTask = build_task(model, self.terms, self.options).to(dtype).train()
-        self.inputs = draw_inputs(seed, dtype)
+        self.inputs = draw_inputs(seed, dtype, samples)
 
     def gradients(
         self, *, split: int = 1, process: int = 0, processes: int = 1
@@ -62,7 +64,7 @@ class Case:
         def forward(inputs: Inputs, names: frozenset[str] | None) -> Outputs:
             return self.forward(wrapped, inputs, names)
 
-        share = SAMPLES // processes
+        share = self.samples // processes
         size = share // split
 
         def part(number: int, names: frozenset[str] = frozenset(self.inputs)) -> Inputs:
@@ -156,7 +158,7 @@ def small_model(*, with_decoder: bool):
     )
 
 
-def draw_inputs(seed: int, dtype: torch.dtype) -> Inputs:
+def draw_inputs(seed: int, dtype: torch.dtype, samples: int = SAMPLES) -> Inputs:
     """Inputs of every kind for a batch; three samples share identities with another."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -170,19 +172,19 @@ def draw_inputs(seed: int, dtype: torch.dtype) -> Inputs:
         words = torch.where(places == lengths[..., None] - 1, 2, words)
         return torch.where(places < lengths[..., None], words, PAD)
 
-    same = torch.arange(1, SAMPLES + 1)[:, None].repeat(1, 2)
+    same = torch.arange(1, samples + 1)[:, None].repeat(1, 2)
     same[5, 0], same[6, 1], same[7, 1] = same[1, 0], same[2, 1], 0
-    sub_tokens = tokens(SAMPLES, 3)
+    sub_tokens = tokens(samples, 3)
     sub_tokens[2, 1:] = PAD
     return {
-        "pixels": values(SAMPLES, 3, SIZE, SIZE),
-        "tokens": tokens(SAMPLES),
-        "rows": torch.arange(100, 100 + SAMPLES),
+        "pixels": values(samples, 3, SIZE, SIZE),
+        "tokens": tokens(samples),
+        "rows": torch.arange(100, 100 + samples),
         "same": same,
         "sub_tokens": sub_tokens,
-        "local_pixels": values(SAMPLES, 2, 3, SIZE, SIZE),
-        "teacher_image": F.normalize(values(SAMPLES, 12), dim=-1),
-        "teacher_text": F.normalize(values(SAMPLES, 12), dim=-1),
-        "text_embedding": values(SAMPLES, 12),
-        "global_target": F.normalize(values(SAMPLES, WIDTH), dim=-1),
+        "local_pixels": values(samples, 2, 3, SIZE, SIZE),
+        "teacher_image": F.normalize(values(samples, 12), dim=-1),
+        "teacher_text": F.normalize(values(samples, 12), dim=-1),
+        "text_embedding": values(samples, 12),
+        "global_target": F.normalize(values(samples, WIDTH), dim=-1),
     }

@@ -1,4 +1,4 @@
-"""Two processes give the loss and gradients of one, for every term that compares the pairs of a batch."""
+"""Two or four processes give the loss and gradients of one, for every term that compares the pairs of a batch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.train.objectives.pair_case import LOSS_TERMS, TREATMENTS, batch, valu
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS
 
-PAIRS = 6
+PAIRS = 12
 CASES = [
     (name, {"same_pairs": treatment, "negatives": negatives, "similarity_block": block})
     for name in LOSS_TERMS
@@ -54,15 +54,15 @@ def _measure(rank, world, port, queue):
     found = [_as_averaged(rank, world, name, config) for name, config in CASES]
     distributed._BACKENDS_WITHOUT_REDUCE_SCATTER = frozenset({"gloo"})
     found += [_as_averaged(rank, world, name, config) for name, config in CASES]
-    places = local_columns(3, torch.device("cpu")).tolist()
+    places = local_columns(PAIRS // world, torch.device("cpu")).tolist()
     if rank == world - 1:
         queue.put(([[tensor.tolist() for tensor in tensors] for tensors in found], places))
     leave_group()
 
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    """What two processes find: for each case the loss and gradients, twice; and where the second's columns are."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def of_processes(request):
+    """What processes find: for each case the loss and gradients, twice; and where the last one's columns are."""
     import socket
 
     with socket.socket() as probe:
@@ -70,7 +70,9 @@ def of_two(tmp_path_factory):
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=_measure, args=(rank, 2, port, queue)) for rank in range(2)]
+    workers = [
+        context.Process(target=_measure, args=(rank, request.param, port, queue)) for rank in range(request.param)
+    ]
     for worker in workers:
         worker.start()
     found = queue.get(timeout=300)
@@ -80,8 +82,8 @@ def of_two(tmp_path_factory):
     return found
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(of_two):
-    found, _ = of_two
+def test_processes_give_the_loss_and_gradients_of_one(of_processes):
+    found, _ = of_processes
     assert len(found) == 2 * len(CASES)
     for (name, config), tensors in zip([*CASES, *CASES], found, strict=True):
         outputs, inputs = batch(PAIRS)
@@ -90,8 +92,9 @@ def test_two_processes_give_the_loss_and_gradients_of_one(of_two):
             assert torch.allclose(torch.tensor(one, dtype=torch.float64), other, rtol=0, atol=1e-12), (name, config)
 
 
-def test_the_columns_of_the_second_process_follow_those_of_the_first(of_two):
-    assert of_two[1] == [3, 4, 5]
+def test_the_columns_of_the_last_process_follow_those_of_the_others(of_processes):
+    places = of_processes[1]
+    assert places == list(range(PAIRS - len(places), PAIRS))
 
 
 def test_one_process_has_its_own_rows():

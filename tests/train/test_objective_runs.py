@@ -14,11 +14,14 @@ SETTINGS = {
     "clip": {},
     "siglip": {},
     "dcl": {"objective": {"same_pairs": "ignore"}},
+    "weighted_dcl": {},
     "ranking": {"objective": {"negatives": "hardest"}},
     "caption": {"model": CAPTIONER},
     "cappa": {"model": CAPTIONER},
     "sub_captions": {"objective": {"sub_captions": 2}},
+    "joint_sub_captions": {"objective": {"sub_captions": 2}},
     "grouping": {"objective": {"sub_captions": 2}},
+    "sparc": {"objective": {"sub_captions": 2}},
     "local_to_global": {"objective": {"local_views": 2}, "optimizer": {"average_decay": 0.9}},
 }
 OF_STORED_ARRAYS = {"distill", "text_align"}

@@ -1,10 +1,13 @@
 """The gradient of a batch in parts, on several processes, is that of the undivided batch."""
 
+import json
+import os
+import sys
+
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
-from tests.leaving import leave_group
+from tests import preloaded
 from tests.train.step_case import Case, undivided
 from vlm.train.objectives.objective_registry import LOSS_TERMS
 
@@ -66,33 +69,31 @@ def test_in_mixed_precision_parts_are_as_near_to_single_precision_as_the_whole(o
     assert distance(case.gradients(split=split)[1], wanted) <= 1.05 * distance(whole, wanted)
 
 
-def _compare_in_process(rank, world, port, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    for objective, trims in ON_PROCESSES:
-        for split in (1, 2, 4):
-            losses, found = Case(objective, trims=trims).gradients(split=split, process=rank, processes=world)
-            total = torch.stack(list(losses.values())).sum() / world
-            torch.distributed.all_reduce(total)
-            if rank == 0:
-                queue.put(
-                    (objective, trims, split, float(total), {name: value.tolist() for name, value in found.items()})
-                )
-    leave_group()
-
-
-def test_two_processes_are_one(free_port):
-    context = multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), free_port()
-    workers = [context.Process(target=_compare_in_process, args=(rank, 2, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for _ in range(len(ON_PROCESSES) * 3):
-        objective, trims, split, loss, found = queue.get(timeout=300)
-        whole_loss, wanted = undivided(Case(objective, trims=trims))
-        assert loss == pytest.approx(whole_loss, rel=1e-9), (objective, trims, split)
-        gradients = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+def assert_processes_are_one(out, processes, parts, cases, port):
+    words = [sys.executable, "-m", "tests.train.step_ranks", str(out), json.dumps(parts), json.dumps(cases)]
+    preloaded.run_ranks(words, processes=processes, port=port, env=dict(os.environ))
+    results = json.loads(out.read_text())
+    assert len(results) == len(parts) * len(cases)
+    wholes = {}
+    for result in results:
+        objective, trims = result["case"]
+        if (objective, trims) not in wholes:
+            wholes[objective, trims] = undivided(Case(objective, trims=trims, samples=16))
+        whole_loss, wanted = wholes[objective, trims]
+        assert result["loss"] == pytest.approx(whole_loss, rel=1e-9), result["case"]
+        gradients = {name: torch.tensor(value, dtype=torch.float64) for name, value in result["gradients"].items()}
         assert_alike(gradients, wanted, BOUNDS[torch.float64])
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+
+
+def test_two_processes_are_one(tmp_path, free_port):
+    assert_processes_are_one(tmp_path / "found.json", 2, [1, 2, 4, 8], ON_PROCESSES, free_port())
+
+
+def test_four_processes_are_one(tmp_path, free_port):
+    cases = [("siglip", True), ("weighted_dcl", True), ("dreamlip", True), ("coca", False)]
+    assert_processes_are_one(tmp_path / "found.json", 4, [1, 4], cases, free_port())
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_for_every_objective(tmp_path, free_port):
+    assert_processes_are_one(tmp_path / "found.json", 4, [1, 2, 4], ON_PROCESSES, free_port())

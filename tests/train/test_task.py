@@ -13,7 +13,7 @@ from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, model_config
 from vlm.models.model import VisionLanguageModel
-from vlm.train.objectives.loss_term import LossOptions
+from vlm.train.objectives.loss_term import SHARED_OUTPUTS, LossOptions
 from vlm.train.objectives.objective_registry import LOSS_TERMS, parse_objective
 from vlm.train.run_config import ObjectiveConfig
 from vlm.train.task import OUTPUT_HEADS, TrainingTask, build_task
@@ -72,7 +72,7 @@ def loss_of(task, expression, options, inputs):
 
 
 def test_every_output_a_term_reads_has_one_maker():
-    read = {name for term in LOSS_TERMS.values() for name in term.outputs} - {"logit_scale", "logit_bias"}
+    read = {name for term in LOSS_TERMS.values() for name in term.outputs} - SHARED_OUTPUTS
     made = [name for output_head in OUTPUT_HEADS for name in output_head.provides]
     assert read <= set(made)
     assert len(made) == len(set(made))

@@ -1,4 +1,4 @@
-"""Losses that compare every image of the batch with every text: CLIP, SigLIP, DCL and max-margin ranking.
+"""Losses that compare every image of the batch with every text: CLIP, SigLIP, DCL, DCLW and max-margin ranking.
 
 A process compares its B rows with the N columns of all processes. The matrix of similarities is never held whole: each
 block of rows is computed, reduced to one number, dropped, and computed again when gradients are taken (Chen et al.
@@ -7,7 +7,7 @@ block of rows is computed, reduced to one number, dropped, and computed again wh
 A row is one image against all texts, or one text against all images. The losses of rows are pure functions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
@@ -83,6 +83,25 @@ def decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     return (pairs.mean_over_images(row_loss) + pairs.mean_over_texts(row_loss)) / 2
 
 
+def weighted_decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """The same with hard positives weighing more (DCLW, Yeh et al. 2021, equation 7 and §3.3).
+
+    The term of pair i's positive is multiplied by the negative von Mises-Fisher weight
+    w_i = 2 - exp(s_i/σ) / mean_j exp(s_j/σ), s_i the cosine of the pair, j over the global batch; the mean of all
+    weights is 1. σ is `config.positive_sigma`. As in the public code gradients flow through the weights.
+    """
+    pairs = build_contrastive_pairs(outputs, inputs, options.config)
+    scale = outputs["logit_scale"]
+    # the mean is over the pairs of all processes, so the weights are those of the columns
+    cosines_of_pairs = gather_with_gradient((pairs.images * pairs.texts).sum(dim=1))
+    weights = 2 - len(cosines_of_pairs) * (cosines_of_pairs / options.config.positive_sigma).softmax(dim=0)
+
+    def row_loss(cosines: Tensor, masks: PairMasks) -> Tensor:
+        return decoupled_loss(scale * cosines, masks, weights)
+
+    return (pairs.mean_over_images(row_loss) + pairs.mean_over_texts(row_loss)) / 2
+
+
 def ranking(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Max-margin ranking of cosines, the mean over pairs (VSE++, Faghri et al. 2018, ℓ_SH; `hardest`: ℓ_MH).
 
@@ -114,18 +133,21 @@ def softmax_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor
     return compared.logsumexp(dim=1) - masked_mean(logits, masks.positives)
 
 
-def decoupled_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
+def decoupled_loss(
+    logits: Float[Tensor, "B N"], masks: PairMasks, weights: Float[Tensor, " N"] | None = None
+) -> Float[Tensor, " B"]:
     """The same with the negatives alone in the denominator (DCL, Yeh et al. 2021, equation 6).
 
     The paper has two views of an image, with negatives among both; here are an image and a text, with the columns of
     the other modality alone. With several positives all of them leave the denominator, and the mean of their logits is
-    raised; the paper has one. The loss of a row without negatives is 0.
+    raised; the paper has one. The loss of a row without negatives is 0. weights: of positives, by their column.
     """
     negatives = masks.negatives
     has_negatives = negatives.any(dim=1)
     # rows without negatives keep their logits: a logsumexp over nothing but -inf has a NaN gradient
     compared = logits.masked_fill(~negatives & has_negatives[:, None], -torch.inf)
-    return torch.where(has_negatives, compared.logsumexp(dim=1) - masked_mean(logits, masks.positives), 0)
+    raised = logits if weights is None else weights * logits
+    return torch.where(has_negatives, compared.logsumexp(dim=1) - masked_mean(raised, masks.positives), 0)
 
 
 def sigmoid_loss(logits: Float[Tensor, "B N"], masks: PairMasks) -> Float[Tensor, " B"]:
@@ -284,6 +306,14 @@ DCL = LossTerm(
     batch_level=decoupled,
 )
 
+WEIGHTED_DCL = LossTerm(
+    summary="the same with von Mises-Fisher weights, which are larger where a positive is hard",
+    paper="Yeh et al. 2021, Decoupled Contrastive Learning, §3.3",
+    outputs=("image_features", "text_features", "logit_scale"),
+    inputs=("same",),
+    batch_level=weighted_decoupled,
+)
+
 RANKING = LossTerm(
     summary="max-margin ranking of cosines, with all negatives or the hardest",
     paper="Deep Learning Applied to Image and Text Matching; Faghri et al. 2018, VSE++, §3",
@@ -295,6 +325,10 @@ RANKING = LossTerm(
 
 
 @torch.no_grad()
-def clamp_logit_scale(network: nn.Module) -> None:
-    """Clamp the learned log of the inverse temperature to MAX_LOG_SCALE."""
-    network.get_parameter("logit_scale").clamp_(max=MAX_LOG_SCALE)
+def clamp_logit_scales(modules: Iterable[nn.Module]) -> None:
+    """Clamp the learned log of the inverse temperature of each module that has one to MAX_LOG_SCALE."""
+    for module in modules:
+        # its own alone: Swin V2's layers hold temperatures of the same name
+        scale = getattr(module, "logit_scale", None)
+        if scale is not None:
+            scale.clamp_(max=MAX_LOG_SCALE)

@@ -3,21 +3,33 @@
 import torch
 from torch.nn import functional as F
 
+from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Bool, Float, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns, num_processes
 from vlm.train.objectives.contrastive import at_least_float32, same_identity, similarity_matrix, sum_over_blocks
-from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
+from vlm.train.objectives.loss_term import Heads, Inputs, LearnedScale, LossOptions, LossTerm, Outputs
 
 
 def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Softmax contrastive learning with several texts an image, in both directions (DreamLIP, Zheng et al. 2024).
+    """Softmax contrastive learning with several texts an image, one of each image at a time (DreamLIP, §3.2).
 
-    An image is compared with each of its sentences and those of all other images, its own further sentences ignored; a
-    sentence with all images. Each is a mean over the image's sentences and then over the images that have any. The
-    paper compares the batch with one sentence of each image at a time; all are compared at once here, so that there are
-    S times the negatives. Pairs that share an identity are not negatives of each other unless `same_pairs` is
-    `negative`.
+    The mean over k = 1 … S of the loss of `clip` between the images and their k-th sentences, which is what the code of
+    Zheng et al. 2024 computes. Their images all have S sentences. Where some have fewer, a mean is over the image's
+    sentences and then over the images that have any; an image without a k-th sentence is still a wrong one for those
+    of others. Pairs that share an identity are not negatives of each other unless `same_pairs` is `negative`.
     """
+    return _contrast_sentences(outputs, inputs, options, is_joint=False)
+
+
+def joint_sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """The same with the sentences of all other images at once as an image's negatives, S times as many.
+
+    An image's own further sentences are ignored, neither right nor wrong. This form is ours.
+    """
+    return _contrast_sentences(outputs, inputs, options, is_joint=True)
+
+
+def _contrast_sentences(outputs: Outputs, inputs: Inputs, options: LossOptions, *, is_joint: bool) -> Tensor:
     images = at_least_float32(outputs["image_features"])
     sentences = at_least_float32(outputs["sub_features"])
     scale = outputs["logit_scale"]
@@ -38,10 +50,11 @@ def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tens
         logits = (scale * similarity_matrix(rows, all_sentences)).unflatten(1, (-1, num_sentences))
         is_other_image = ~same_identity(same, all_same) & (partners[:, None] != column_numbers)
         is_negative = is_other_image[..., None] & all_present
-        negatives = _mask_logits(logits, ~is_negative).flatten(1).logsumexp(dim=1)
+        masked = _mask_logits(logits, ~is_negative)
+        negatives = masked.flatten(1).logsumexp(dim=1, keepdim=True) if is_joint else masked.logsumexp(dim=1)
         positives = logits[torch.arange(len(rows), device=rows.device), partners]
-        # -log p of each sentence under the softmax over it and all negatives
-        return (weights * (torch.logaddexp(negatives[:, None], positives) - positives)).sum()
+        # -log p of each sentence under the softmax over it and its negatives
+        return (weights * (torch.logaddexp(negatives, positives) - positives)).sum()
 
     def sentence_loss(rows: Tensor, partners: Tensor, same: Tensor, weights: Tensor) -> Tensor:
         logits = (scale * similarity_matrix(rows.flatten(0, 1), all_images)).unflatten(0, rows.shape[:2])
@@ -58,42 +71,71 @@ def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tens
     return total / 2 * num_processes() / all_present.any(dim=1).sum().clamp(min=1)
 
 
+GROUPING_SCALE = "grouping_scale"
+"""Head that holds the inverse temperature of `grouping`, and the name of the output that gives it."""
+
+
 def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Each sentence finds its own group of patches among those of the image's other sentences, summed over images.
 
-    DreamLIP (Zheng et al. 2024), after SPARC (Bica et al. 2024): the similarities of a sentence to the P
-    patches are stretched to 0 … 1, those below 1/P dropped, and the rest are the weights with which patches are
-    averaged to the sentence's group. Groups and sentences are then contrasted inside the image, in both directions,
-    at the temperature of the contrastive term.
+    DreamLIP's form (Zheng et al. 2024, §3.3, with the choices of its code): with patches v_p of unit length and
+    sentences t_k, similarities v_p · t_k are stretched to 0 … 1 for each sentence, those below `patch_threshold` (0.1)
+    dropped, and the rest are the weights with which patches are averaged to the group g_k, of unit length. The loss is
+    -log softmax_j(τ g_j · t_k) at j = k, the mean over sentences: one direction, with a temperature τ of its own.
+    Their repository leaves it open which contrast is meant: beside this one, inside the image, it calls one over the
+    whole batch in both directions, with a temperature that its models leave undefined.
     """
-    patches = at_least_float32(outputs["patch_features"])
+    patches = F.normalize(at_least_float32(outputs["patch_features"]), dim=-1)
     sentences = at_least_float32(outputs["sub_features"])
     is_present = sentence_mask(inputs, options)
     # as in `similarity_matrix`: half precision is too coarse for logits
     with torch.autocast(patches.device.type, enabled=False):
-        groups = F.normalize(sparse_weights(sentences @ patches.mT) @ patches, dim=-1)
+        weights = sparse_weights(sentences @ patches.mT, options.config.patch_threshold)
+        groups = F.normalize(weights @ patches, dim=-1)
+        logits = outputs[GROUPING_SCALE] * (sentences @ groups.mT)
+    log_probabilities = _mask_logits(logits, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
+    return -(_sentence_weights(is_present, logits.dtype) * log_probabilities).sum()
+
+
+def add_grouping_scale(model: VisionLanguageModel, options: LossOptions) -> Heads:
+    """The temperature of `grouping`, at first CLIP's 0.07."""
+    return {GROUPING_SCALE: LearnedScale()}
+
+
+def sparc(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
+    """SPARC's form of the same (Bica et al. 2024, §3.2), with sentences in the place of its tokens.
+
+    Patches keep their length in the average, the threshold is 1/P for P patches, and groups and sentences are
+    contrasted inside the image in both directions, at the temperature of the contrastive term; the mean of both, of
+    which the paper takes the sum.
+    """
+    patches = at_least_float32(outputs["patch_features"])
+    sentences = at_least_float32(outputs["sub_features"])
+    is_present = sentence_mask(inputs, options)
+    with torch.autocast(patches.device.type, enabled=False):
+        # 1/P is the weight of each patch if all were alike
+        weights = sparse_weights(sentences @ patches.mT, 1 / patches.shape[1])
+        groups = F.normalize(weights @ patches, dim=-1)
         logits = outputs["logit_scale"] * (groups @ sentences.mT)
     by_group = _mask_logits(logits, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
     by_sentence = _mask_logits(logits.mT, ~is_present[:, None]).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
-    weights = _sentence_weights(is_present, logits.dtype)
-    return -(weights * (by_group + by_sentence) / 2).sum()
+    return -(_sentence_weights(is_present, logits.dtype) * (by_group + by_sentence) / 2).sum()
 
 
-def sparse_weights(similarity: Float[Tensor, "B S P"]) -> Float[Tensor, "B S P"]:
-    """The weight of each patch for a sentence: weights that sum to 1, many of them 0 (SPARC).
+def sparse_weights(similarity: Float[Tensor, "B S P"], threshold: float) -> Float[Tensor, "B S P"]:
+    """The weight of each patch for a sentence: weights that sum to 1, many of them 0.
 
     If all patches are equally similar, they have equal weights.
 
-    >>> sparse_weights(torch.tensor([[[0.0, 1.0, 2.0, 4.0]]])).tolist()
-    [[[0.0, 0.1428571492433548, 0.2857142984867096, 0.5714285969734192]]]
+    >>> sparse_weights(torch.tensor([[[0.0, 1.0, 2.0, 4.0]]]), 0.3).tolist()
+    [[[0.0, 0.0, 0.3333333432674408, 0.6666666865348816]]]
     """
     lowest = similarity.amin(dim=-1, keepdim=True)
     highest = similarity.amax(dim=-1, keepdim=True)
     are_equal = highest == lowest
     stretched = (similarity - lowest) / (highest - lowest).masked_fill(are_equal, 1)
     stretched = stretched.masked_fill(are_equal, 1)
-    # SPARC's threshold: 1/P is the weight of each patch if all were alike
-    sparse = stretched * (stretched >= 1 / similarity.shape[-1])
+    sparse = stretched * (stretched >= threshold)
     return sparse / sparse.sum(dim=-1, keepdim=True)
 
 
@@ -118,18 +160,36 @@ def _mask_logits(logits: Float[Tensor, "..."], ignored: Bool[Tensor, "..."]) -> 
 
 
 SUB_CAPTIONS = LossTerm(
-    summary="softmax contrastive with several sentences per image, each a positive",
-    paper="Zheng et al. 2024, DreamLIP",
+    summary="softmax contrastive with several sentences per image, one of each at a time",
+    paper="Zheng et al. 2024, DreamLIP, §3.2",
     outputs=("image_features", "sub_features", "logit_scale"),
     inputs=("sub_tokens", "same"),
     batch_level=sub_captions,
 )
 
+JOINT_SUB_CAPTIONS = LossTerm(
+    summary="the same with all sentences of the other images as negatives at once",
+    paper="after Zheng et al. 2024, DreamLIP",
+    outputs=("image_features", "sub_features", "logit_scale"),
+    inputs=("sub_tokens", "same"),
+    batch_level=joint_sub_captions,
+)
+
 GROUPING = LossTerm(
-    summary="contrastive matching of each sentence with its patches, within an image",
-    paper="Zheng et al. 2024, DreamLIP; Bica et al. 2024, SPARC",
-    outputs=("sub_features", "patch_features", "logit_scale"),
+    summary="contrastive matching of each sentence with its group of patches, within an image",
+    paper="Zheng et al. 2024, DreamLIP, §3.3",
+    outputs=("sub_features", "patch_features", GROUPING_SCALE),
     inputs=("sub_tokens",),
     sample_level=grouping,
+    normaliser=count_multi_sentence_images,
+    heads=add_grouping_scale,
+)
+
+SPARC = LossTerm(
+    summary="the same with patches of their own length, in both directions",
+    paper="Bica et al. 2024, SPARC, §3.2",
+    outputs=("sub_features", "patch_features", "logit_scale"),
+    inputs=("sub_tokens",),
+    sample_level=sparc,
     normaliser=count_multi_sentence_images,
 )

@@ -13,11 +13,12 @@ text_embedding float [B, E]          a stored embedding of the drawn caption
 rows          int64 [B]              the number of each sample in the run
 
 Outputs, by name: image_features and text_features [B, D] of unit length, logit_scale [] (the inverse temperature
-itself), and what else `OUTPUT_HEADS` of `vlm.train.task` gives.
+itself), grouping_scale [] (that of `grouping`), and what else `OUTPUT_HEADS` of `vlm.train.task` gives.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import nn
@@ -30,8 +31,20 @@ Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 Heads = dict[str, nn.Module]
 
-SHARED_OUTPUTS = frozenset({"logit_scale", "logit_bias"})
+SHARED_OUTPUTS = frozenset({"logit_scale", "logit_bias", "grouping_scale"})
 """Outputs that belong to the whole batch, not to its rows."""
+
+
+class LearnedScale(nn.Module):
+    """An inverse temperature of a term's own, a head that takes nothing: learned as its logarithm, first CLIP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(-log(0.07)))
+
+    def forward(self) -> Tensor:
+        """The inverse temperature itself, []."""
+        return self.logit_scale.exp()
 
 
 @dataclass(frozen=True, kw_only=True)

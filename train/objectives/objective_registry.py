@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from vlm.config import lookup
 from vlm.errors import UsageError
 from vlm.train.objectives.captioning import CAPPA, CAPTION
-from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP
+from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
 from vlm.train.objectives.distillation import DISTILL, LOCAL_TO_GLOBAL, TEXT_ALIGN
-from vlm.train.objectives.fine_grained import GROUPING, SUB_CAPTIONS
+from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
 from vlm.train.objectives.loss_term import LossTerm
 
 LOSS_TERMS: dict[str, LossTerm] = {
     "clip": CLIP,
     "siglip": SIGLIP,
     "dcl": DCL,
+    "weighted_dcl": WEIGHTED_DCL,
     "ranking": RANKING,
     "distill": DISTILL,
     "text_align": TEXT_ALIGN,
     "caption": CAPTION,
     "cappa": CAPPA,
     "sub_captions": SUB_CAPTIONS,
+    "joint_sub_captions": JOINT_SUB_CAPTIONS,
     "grouping": GROUPING,
+    "sparc": SPARC,
     "local_to_global": LOCAL_TO_GLOBAL,
 }
 """Adding an objective is one function in a file of this folder and one line here."""

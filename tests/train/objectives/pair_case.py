@@ -6,12 +6,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP
+from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
 from vlm.train.objectives.distillation import DISTILL
 from vlm.train.objectives.loss_term import Inputs, LossFunction, LossOptions, Outputs
 from vlm.train.run_config import ObjectiveConfig
 
-LOSS_TERMS = {"clip": CLIP, "siglip": SIGLIP, "dcl": DCL, "ranking": RANKING, "distill": DISTILL}
+LOSS_TERMS = {
+    "clip": CLIP,
+    "siglip": SIGLIP,
+    "dcl": DCL,
+    "weighted_dcl": WEIGHTED_DCL,
+    "ranking": RANKING,
+    "distill": DISTILL,
+}
 LOSSES: dict[str, LossFunction] = {name: term.batch_level for name, term in LOSS_TERMS.items() if term.batch_level}
 TREATMENTS = ("negative", "ignore", "positive")
 
@@ -72,7 +79,8 @@ def slow_loss(name: str, outputs: Outputs, inputs: Inputs, config: ObjectiveConf
             if name == "ranking":
                 loss = _slow_hinge(cosines, number, same, config)
             else:
-                loss = _slow_row(name, cosines, number, same, config.same_pairs, (scale, bias))
+                weights = _slow_weights(images, texts, config.positive_sigma) if name == "weighted_dcl" else None
+                loss = _slow_row(name, cosines, number, same, config.same_pairs, (scale, bias), weights)
             by_image, by_text = (by_image + loss, by_text) if rows is images else (by_image, by_text + loss)
     if name == "siglip":
         return by_image / len(images)
@@ -86,8 +94,19 @@ def dot(one: list[float], other: list[float]) -> float:
     return sum(first * second for first, second in zip(one, other, strict=True))
 
 
+def _slow_weights(images: list[list[float]], texts: list[list[float]], sigma: float) -> list[float]:
+    raised = [math.exp(dot(image, text) / sigma) for image, text in zip(images, texts, strict=True)]
+    return [2 - each * len(raised) / sum(raised) for each in raised]
+
+
 def _slow_row(
-    name: str, cosines: list[float], own: int, same: list[bool], treatment: str, scale_bias: tuple[float, float]
+    name: str,
+    cosines: list[float],
+    own: int,
+    same: list[bool],
+    treatment: str,
+    scale_bias: tuple[float, float],
+    weights: list[float] | None,
 ) -> float:
     scale, bias = scale_bias
     positives = [own] + [j for j in range(len(cosines)) if j != own and same[j] and treatment == "positive"]
@@ -97,10 +116,12 @@ def _slow_row(
     if name == "siglip":
         loss = sum(math.log1p(math.exp(-(scale * cosines[j] + bias))) for j in positives)
         return loss + sum(math.log1p(math.exp(scale * cosines[j] + bias)) for j in negatives)
-    below = negatives if name == "dcl" else positives + negatives
+    below = negatives if name in ("dcl", "weighted_dcl") else positives + negatives
     if not below:
         return 0.0
     denominator = sum(math.exp(scale * cosines[j]) for j in below)
+    if weights:
+        return math.log(denominator) - sum(weights[j] * scale * cosines[j] for j in positives) / len(positives)
     return -sum(math.log(math.exp(scale * cosines[j]) / denominator) for j in positives) / len(positives)
 
 

@@ -18,7 +18,7 @@ from tests.train.objectives.pair_case import (
 )
 from vlm.train.run_config import ObjectiveConfig
 
-CONTRASTIVE = ("clip", "siglip", "dcl")
+CONTRASTIVE = ("clip", "siglip", "dcl", "weighted_dcl")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

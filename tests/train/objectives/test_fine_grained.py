@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlm.train.objectives.fine_grained import GROUPING, grouping, sparse_weights, sub_captions
+from vlm.train.objectives.fine_grained import (
+    GROUPING,
+    grouping,
+    joint_sub_captions,
+    sparc,
+    sparse_weights,
+    sub_captions,
+)
 from vlm.train.objectives.loss_term import LossOptions
 from vlm.train.run_config import ObjectiveConfig
 
@@ -31,11 +38,15 @@ def case():
         "sub_features": F.normalize(values(BATCH, SENTENCES, WIDTH, seed=1), dim=-1) * is_there[..., None],
         "patch_features": values(BATCH, PATCHES, WIDTH, seed=2),
         "logit_scale": torch.tensor(3.0, dtype=torch.float64),
+        "grouping_scale": torch.tensor(5.0, dtype=torch.float64),
     }
     return outputs, {"sub_tokens": sub_tokens}, is_there
 
 
-def slow_sub_captions(outputs, is_there, same=lambda one, other: False):
+SUB_CAPTIONS = pytest.mark.parametrize(("term", "is_joint"), [(sub_captions, False), (joint_sub_captions, True)])
+
+
+def slow_sub_captions(outputs, is_there, is_joint, same=lambda one, other: False):
     images, sentences, scale = (outputs[name] for name in ("image_features", "sub_features", "logit_scale"))
 
     def exponential(one, other):
@@ -52,37 +63,54 @@ def slow_sub_captions(outputs, is_there, same=lambda one, other: False):
                 exponential(images[own], sentences[row, other])
                 for row in others
                 for other in range(SENTENCES)
-                if is_there[row, other]
+                if is_there[row, other] and (is_joint or other == place)
             )
             wrong_images = sum(exponential(images[row], sentences[own, place]) for row in others)
             total -= (math.log(hit / (hit + wrong_texts)) + math.log(hit / (hit + wrong_images))) / 2 / len(mine)
     return total / counted
 
 
-def test_sub_captions_are_their_definition(case):
+@SUB_CAPTIONS
+def test_sub_captions_are_their_definition(case, term, is_joint):
     outputs, inputs, is_there = case
-    found = sub_captions(outputs, inputs, OPTIONS)
-    assert float(found) == pytest.approx(slow_sub_captions(outputs, is_there), rel=1e-12)
+    found = term(outputs, inputs, OPTIONS)
+    assert float(found) == pytest.approx(slow_sub_captions(outputs, is_there, is_joint), rel=1e-12)
 
 
+def test_sub_captions_are_the_mean_of_the_contrastive_losses_of_their_places(case):
+    from open_clip.loss import ClipLoss
+
+    outputs, inputs, _ = case
+    outputs["sub_features"] = F.normalize(values(BATCH, SENTENCES, WIDTH, seed=5), dim=-1)
+    inputs["sub_tokens"] = torch.ones(BATCH, SENTENCES, 4, dtype=torch.int64)
+    places = [
+        ClipLoss()(outputs["image_features"], outputs["sub_features"][:, place], outputs["logit_scale"])
+        for place in range(SENTENCES)
+    ]
+    assert torch.allclose(sub_captions(outputs, inputs, OPTIONS), torch.stack(places).mean(), atol=1e-12)
+    assert joint_sub_captions(outputs, inputs, OPTIONS) > sub_captions(outputs, inputs, OPTIONS) + 0.5
+
+
+@SUB_CAPTIONS
 @pytest.mark.parametrize("same_pairs", ["ignore", "positive"])
-def test_images_that_share_an_identity_are_no_negatives(case, same_pairs):
+def test_images_that_share_an_identity_are_no_negatives(case, same_pairs, term, is_joint):
     outputs, inputs, is_there = case
     inputs["same"] = torch.tensor([[1, 0], [2, 8], [1, 0], [3, 8], [4, 0]])
-    found = sub_captions(outputs, inputs, options(same_pairs=same_pairs))
+    found = term(outputs, inputs, options(same_pairs=same_pairs))
     alike = {(0, 2), (2, 0), (1, 3), (3, 1)}
     assert float(found) == pytest.approx(
-        slow_sub_captions(outputs, is_there, lambda one, other: (one, other) in alike), rel=1e-12
+        slow_sub_captions(outputs, is_there, is_joint, lambda one, other: (one, other) in alike), rel=1e-12
     )
 
 
+@pytest.mark.parametrize("term", [sub_captions, joint_sub_captions])
 @pytest.mark.parametrize("block", [1, 2, 4])
-def test_blocks_change_neither_value_nor_gradients(case, block):
+def test_blocks_change_neither_value_nor_gradients(case, block, term):
     outputs, inputs, _ = case
 
     def run(block):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in outputs.items()}
-        loss = sub_captions(leaves, inputs, options(similarity_block=block))
+        loss = term(leaves, inputs, options(similarity_block=block))
         read = ("image_features", "sub_features", "logit_scale")
         return loss, *torch.autograd.grad(loss, [leaves[name] for name in read])
 
@@ -90,17 +118,18 @@ def test_blocks_change_neither_value_nor_gradients(case, block):
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_with_one_sentence_each_it_is_the_softmax_contrastive_loss(case):
+@pytest.mark.parametrize("term", [sub_captions, joint_sub_captions])
+def test_with_one_sentence_each_it_is_the_softmax_contrastive_loss(case, term):
     from open_clip.loss import ClipLoss
 
     outputs, inputs, _ = case
     outputs["sub_features"] = F.normalize(values(BATCH, 1, WIDTH, seed=5), dim=-1)
     inputs["sub_tokens"] = torch.ones(BATCH, 1, 4, dtype=torch.int64)
     wanted = ClipLoss()(outputs["image_features"], outputs["sub_features"][:, 0], outputs["logit_scale"])
-    assert torch.allclose(sub_captions(outputs, inputs, OPTIONS), wanted, atol=1e-12)
+    assert torch.allclose(term(outputs, inputs, OPTIONS), wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("term", [sub_captions, grouping])
+@pytest.mark.parametrize("term", [sub_captions, joint_sub_captions, grouping, sparc])
 def test_absent_sentences_have_no_part_and_a_batch_without_any_is_nothing(case, term):
     outputs, inputs, is_there = case
     before = term(outputs, inputs, OPTIONS)
@@ -119,49 +148,66 @@ def test_a_single_image_has_finite_gradients(case):
         name: (tensor[:1] if tensor.ndim else tensor).clone().requires_grad_() for name, tensor in outputs.items()
     }
     loss = sub_captions(leaves, {"sub_tokens": inputs["sub_tokens"][:1]}, OPTIONS)
-    loss = loss + grouping(leaves, {"sub_tokens": inputs["sub_tokens"][:1]}, OPTIONS)
+    for term in (joint_sub_captions, grouping, sparc):
+        loss = loss + term(leaves, {"sub_tokens": inputs["sub_tokens"][:1]}, OPTIONS)
     for gradient in torch.autograd.grad(loss, list(leaves.values())):
         assert torch.isfinite(gradient).all()
 
 
-def slow_grouping(outputs, is_there):
+def slow_groups(patches, sentences, threshold):
+    """The group of each sentence, of unit length."""
+    groups = []
+    for sentence in sentences:
+        products = [float(sentence @ patch) for patch in patches]
+        stretched = [(one - min(products)) / (max(products) - min(products)) for one in products]
+        kept = [one if one >= threshold else 0.0 for one in stretched]
+        group = sum((one * patch for one, patch in zip(kept, patches, strict=True)), torch.zeros(WIDTH).double())
+        groups.append(group / sum(kept) / (group / sum(kept)).norm())
+    return groups
+
+
+def slow_grouping(outputs, is_there, *, is_sparc, threshold=0.1):
     total = 0.0
     for patches, sentences, there in zip(outputs["patch_features"], outputs["sub_features"], is_there, strict=True):
-        mine = [place for place in range(SENTENCES) if there[place]]
-        groups = {}
-        for place in mine:
-            products = [float(sentences[place] @ patch) for patch in patches]
-            stretched = [(one - min(products)) / (max(products) - min(products)) for one in products]
-            kept = [one if one >= 1 / PATCHES else 0.0 for one in stretched]
-            group = torch.tensor(kept, dtype=torch.float64) @ patches
-            groups[place] = group / group.norm()
-        scaled = {
-            (one, other): math.exp(float(outputs["logit_scale"] * (groups[one] @ sentences[other])))
-            for one in mine
-            for other in mine
-        }
-        for place in mine:
-            hit = scaled[place, place]
-            total -= math.log(hit / sum(scaled[place, other] for other in mine)) / 2 / len(mine)
-            total -= math.log(hit / sum(scaled[other, place] for other in mine)) / 2 / len(mine)
+        mine = [sentence for sentence, is_present in zip(sentences, there, strict=True) if is_present]
+        if is_sparc:
+            groups, scale = slow_groups(patches, mine, 1 / PATCHES), float(outputs["logit_scale"])
+        else:
+            patches = [patch / patch.norm() for patch in patches]
+            groups, scale = slow_groups(patches, mine, threshold), float(outputs["grouping_scale"])
+        scaled = [[math.exp(scale * float(group @ sentence)) for group in groups] for sentence in mine]
+        for place, row in enumerate(scaled):
+            by_sentence = math.log(row[place] / sum(row))
+            by_group = math.log(row[place] / sum(other[place] for other in scaled))
+            total -= ((by_sentence + by_group) / 2 if is_sparc else by_sentence) / len(mine)
     return total
 
 
 def test_grouping_is_its_definition(case):
     outputs, inputs, is_there = case
-    assert float(grouping(outputs, inputs, OPTIONS)) == pytest.approx(slow_grouping(outputs, is_there), rel=1e-12)
+    for threshold in (0.0, 0.1, 0.6):
+        wanted = slow_grouping(outputs, is_there, is_sparc=False, threshold=threshold)
+        found = grouping(outputs, inputs, options(patch_threshold=threshold))
+        assert float(found) == pytest.approx(wanted, rel=1e-12)
     assert int(GROUPING.normaliser(inputs, OPTIONS)) == 3
 
 
-def test_parts_of_a_batch_add_up_to_its_gradients(case):
+def test_sparcs_form_is_its_definition(case):
+    outputs, inputs, is_there = case
+    wanted = slow_grouping(outputs, is_there, is_sparc=True)
+    assert float(sparc(outputs, inputs, OPTIONS)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("term", "scale"), [(grouping, "grouping_scale"), (sparc, "logit_scale")])
+def test_parts_of_a_batch_add_up_to_its_gradients(case, term, scale):
     outputs, inputs, _ = case
-    read = ("patch_features", "sub_features", "logit_scale")
+    read = ("patch_features", "sub_features", scale)
 
     def gradients(parts):
         leaves = {name: outputs[name].clone().requires_grad_() for name in read}
         for rows in parts:
-            part = {name: leaves[name] if name == "logit_scale" else leaves[name][rows] for name in read}
-            grouping(part, {"sub_tokens": inputs["sub_tokens"][rows]}, OPTIONS).backward()
+            part = {name: leaves[name] if name == scale else leaves[name][rows] for name in read}
+            term(part, {"sub_tokens": inputs["sub_tokens"][rows]}, OPTIONS).backward()
         return [leaves[name].grad for name in read]
 
     for one, other in zip(gradients([slice(0, 5)]), gradients([slice(0, 2), slice(2, 5)]), strict=True):
@@ -169,14 +215,21 @@ def test_parts_of_a_batch_add_up_to_its_gradients(case):
 
 
 def test_patches_that_are_all_alike_weigh_the_same():
-    assert torch.equal(sparse_weights(torch.full((1, 2, 4), 3.0)), torch.full((1, 2, 4), 0.25))
+    assert torch.equal(sparse_weights(torch.full((1, 2, 4), 3.0), 0.1), torch.full((1, 2, 4), 0.25))
 
 
 def test_grouping_finds_planted_groups(case):
     """Each sentence points where two patches do: they alone are kept, and the loss is as good as nothing."""
     sentences = torch.eye(6, dtype=torch.float64)[None, :3]
     patches = torch.cat([sentences, 2 * sentences], dim=1)
-    outputs = {"sub_features": sentences, "patch_features": patches, "logit_scale": torch.tensor(100.0)}
-    weights = sparse_weights(sentences @ patches.mT)
+    scale = torch.tensor(100.0)
+    outputs = {
+        "sub_features": sentences,
+        "patch_features": patches,
+        "logit_scale": scale,
+        "grouping_scale": scale,
+    }
+    weights = sparse_weights(sentences @ patches.mT, 0.1)
     assert torch.equal(weights[0] > 0, torch.eye(3, dtype=torch.bool).repeat(1, 2))
-    assert float(grouping(outputs, {"sub_tokens": torch.ones(1, 3, 4, dtype=torch.int64)}, OPTIONS)) < 1e-6
+    for term in (grouping, sparc):
+        assert float(term(outputs, {"sub_tokens": torch.ones(1, 3, 4, dtype=torch.int64)}, OPTIONS)) < 1e-6
