@@ -277,16 +277,22 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
     )
 
 
+_MARKS = 8
+"""More tokens than any tokenizer here adds of its own: a start, an end, the mark of a first word, of a language."""
+
+
 def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     """Those of the texts that do not fit into the context, whose end is therefore never seen.
 
     A text is cut when its row is the same without its last word, or without its last character, where there are no
     words (Chinese) or the last one is cut in its middle.
     """
-    if not texts:
+    # no token is less than a character of ASCII, so that most queries need not be encoded a second time
+    long_texts = [text for text in texts if not text.isascii() or len(text) > tokenizer.context_length - _MARKS]
+    if not long_texts:
         return []
     cut: list[str] = []
-    for text, row in zip(texts, tokenizer.encode(texts), strict=True):
+    for text, row in zip(long_texts, tokenizer.encode(long_texts), strict=True):
         # a row with padding left has room, so its text was not cut; the costly check is for full rows alone
         is_full = row[-1] == tokenizer.end_token or row[-1] != tokenizer.pad_token
         if not is_full or not text.strip():

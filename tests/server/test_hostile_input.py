@@ -4,6 +4,7 @@ Each is refused in words with a status of the client's (4xx), in bounded memory,
 """
 
 import base64
+import contextlib
 import io
 import json
 import resource
@@ -273,6 +274,45 @@ def test_requests_that_are_hardly_http(quick_address):
         answer = talk(quick_address, request)
         assert answer.startswith(b"HTTP/1.1 4") or not answer, answer[:200]
     assert is_alive(quick_address)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "endless"),
+    [
+        (b"GET / HTTP/1.1\r\na: ", b"x" * 65_536),
+        (b"GET /", b"a" * 65_536),
+        (b"GET / HTTP/1.1\r\n", b"name: value\r\n" * 5_000),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"name: value\r\n" * 5_000),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\na: ", b"x" * 65_536),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n2;", b"x" * 65_536),
+    ],
+    ids=["header", "request line", "headers", "trailers", "trailer", "chunk extension"],
+)
+def test_what_never_ends_is_cut_off_early(quick_address, beginning, endless):
+    with socket.create_connection(quick_address, timeout=10) as connection:
+        connection.sendall(beginning)
+        num_sent = 0
+        with contextlib.suppress(ConnectionError):
+            while num_sent < 50_000_000:
+                connection.sendall(endless)
+                num_sent += len(endless)
+        # the server closes within its bound, one read of its socket and what the system holds on the way
+        assert num_sent < 50_000_000
+    assert is_alive(quick_address)
+
+
+def test_headers_within_the_bound_are_read(quick_address):
+    headers = b"".join(b"h%d: %s\r\n" % (number, b"x" * 1000) for number in range(50))
+    assert b"200 OK" in talk(quick_address, b"GET /health HTTP/1.1\r\nhost: a\r\n" + headers + b"\r\n")
+
+
+def test_requests_in_one_packet_are_all_answered(quick_address):
+    request = b"GET /health HTTP/1.1\r\nhost: a\r\nx-filling: " + b"x" * 3_000 + b"\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    with socket.create_connection(quick_address, timeout=10) as connection:
+        connection.sendall(request * 40 + last)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.count(b"200 OK") == 41
 
 
 def test_a_slow_body_is_given_up_while_others_are_answered(quick_address):

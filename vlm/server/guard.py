@@ -39,6 +39,7 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "x-frame-options": "DENY",
 }
+_SECURITY_HEADERS = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,17 +174,15 @@ class Guard:
         seconds_taken = time.perf_counter() - started
         route = getattr(scope.get("route"), "path", "unmatched")
         self.observe(scope["method"], route, reply.status, seconds_taken)
-        logger.debug(
-            json.dumps(
-                {
-                    "request": request_id,
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": reply.status,
-                    "milliseconds": round(1000 * seconds_taken, 2),
-                }
-            )
-        )
+        if logger.isEnabledFor(logging.DEBUG):
+            facts = {
+                "request": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": reply.status,
+                "milliseconds": round(1000 * seconds_taken, 2),
+            }
+            logger.debug(json.dumps(facts))
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Refuse what needs no look at the body.
@@ -282,10 +281,8 @@ class _Reply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             present = {name.lower() for name, _ in message["headers"]}
-            extra = SECURITY_HEADERS | {"x-request-id": self._request_id}
-            for name, value in extra.items():
-                if name.encode() not in present:
-                    message["headers"] = [*message["headers"], (name.encode(), value.encode())]
+            missing = [header for header in _SECURITY_HEADERS if header[0] not in present]
+            message["headers"] = [*message["headers"], *missing, (b"x-request-id", self._request_id.encode())]
         await self._send(message)
 
     async def refuse(self, refused: Refused) -> None:

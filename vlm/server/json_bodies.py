@@ -7,6 +7,7 @@ import orjson
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 
 from vlm.server.guard import Refused
 
@@ -29,7 +30,11 @@ def load_json(body: bytes, max_values: int) -> Any:
 
 
 def json_route(max_values: int) -> type[APIRoute]:
-    """The class of routes whose requests read JSON so."""
+    """The class of routes whose requests read JSON so.
+
+    A route that takes one body of JSON, and names of its path alone, is called at once with a body that is valid:
+    FastAPI's way there costs a fifth of a short search. Whatever is not valid goes that way, which says why.
+    """
 
     class BoundedRequest(Request):
         async def json(self) -> Any:
@@ -38,10 +43,35 @@ def json_route(max_values: int) -> type[APIRoute]:
     class BoundedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
+            only_body = _only_body(self)
 
             async def handle_bounded(request: Request) -> Response:
-                return await handle(BoundedRequest(request.scope, request.receive))
+                bounded = BoundedRequest(request.scope, request.receive)
+                if only_body and request.headers.get("content-type") == _JSON:
+                    name, model = only_body
+                    try:
+                        body = model.model_validate(await bounded.json())
+                    except (orjson.JSONDecodeError, ValidationError):
+                        return await handle(bounded)
+                    return await self.endpoint(**request.path_params, **{name: body})
+                return await handle(bounded)
 
             return handle_bounded
 
     return BoundedRoute
+
+
+def _only_body(route: APIRoute) -> tuple[str, type[BaseModel]] | None:
+    """The name and model of the body of a route that takes nothing else but plain names of its path."""
+    parts = route.dependant
+    others = (parts.query_params, parts.header_params, parts.cookie_params, parts.dependencies)
+    if any(others) or len(parts.body_params) != 1:
+        return None
+    if any(parameter.field_info.annotation is not str for parameter in parts.path_params):
+        return None
+    body = parts.body_params[0]
+    model = body.field_info.annotation
+    return (body.name, model) if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+_JSON = "application/json"

@@ -111,7 +111,9 @@ def serve(
     # uvicorn raises the signal again when it has ended well, which would end this process as if it had been killed
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: setattr(server, "should_exit", True))
-    asyncio.run(run())
+    # uvloop's, where it is installed
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(run())
 
 
 @contextlib.contextmanager
@@ -137,10 +139,12 @@ def serve_in_background(service: Service, *, host: str = "127.0.0.1", port: int 
 def _make_server(service: Service) -> Any:
     import uvicorn
 
+    from vlm.server.http_protocol import BoundedHttpProtocol
+
     config = uvicorn.Config(
         create_app(service),
-        # it bounds the size of headers, which httptools, taken where it is installed, does not
-        http="h11",
+        http=BoundedHttpProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,10 @@ class Query:
         if not all(map(str.strip, (*self.texts, *self.minus))):
             raise UsageError("A text of the query is empty.")
         weights = self.weights or (1.0,) * num_terms
-        magnitudes = np.abs(np.asarray(weights, np.float64))
-        if len(weights) != num_terms or not (np.isfinite(magnitudes) & (magnitudes > 0)).all():
+        magnitudes = [abs(float(weight)) for weight in weights]
+        if len(weights) != num_terms or not all(0 < magnitude < inf for magnitude in magnitudes):
             raise UsageError(f"{num_terms} terms need as many weights that are not 0, given: {list(weights)}.")
-        if magnitudes.min() < MIN_WEIGHT or magnitudes.max() > MAX_WEIGHT:
+        if min(magnitudes) < MIN_WEIGHT or max(magnitudes) > MAX_WEIGHT:
             raise UsageError(
                 f"Weights {list(weights)}: without its sign each must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}; only "
                 "their ratios count."

@@ -463,6 +463,8 @@ def item_vectors(snapshot: IndexSnapshot, uids: Sequence[str]) -> Float32[Array,
     Raises:
         UsageError: there is no such item.
     """
+    if not uids:
+        return np.zeros((0, snapshot.details.space.dimension), np.float32)
     rows = snapshot.catalogue.rows_by_uid(uids)
     for uid in uids:
         if uid not in rows:
