@@ -65,7 +65,7 @@ class EncodedImage:
     RGB, YCbCr or grey, and orientation is that of its stored pixels (EXIF's 1 to 8).
 
     Raises:
-        BadSample: as `open_picture`.
+        BadSample: as `open_image`.
     """
 
     __slots__ = ("_stored", "data", "height", "is_jpeg", "orientation", "width")

@@ -20,7 +20,8 @@ from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import resolve_index_type, search_params_dict
 from vlm.index.autotune.autotune_report import PLOT, draw_plan
 from vlm.index.autotune.autotuner import MAX_ROWS, Plan, VerificationResult, autotune, retune, verify_plan
-from vlm.index.autotune.trial import SearchParams, TuningTarget
+from vlm.index.autotune.search_params import SearchParams
+from vlm.index.autotune.trial import TuningTarget
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace
 from vlm.index.ids import UID_COLUMN, choose_uid_column, with_uid_of

@@ -12,12 +12,11 @@ from pydantic import Field
 
 from vlm.console import read_text
 from vlm.data.curation.filter import FilterContext, FilterResult, NoParameters, keep_one_per_group, require_one_of
-from vlm.data.curation.sample_table import RequiredColumn, SampleTable
+from vlm.data.curation.sample_table import SampleTable
 from vlm.data.curation.score_columns import ScoreValues
-from vlm.data.dedup import DIGEST_BYTES, DISTANCE, connected_components, near_duplicate_pairs
+from vlm.data.dedup import DISTANCE, connected_components, near_duplicate_pairs
 from vlm.data.selection import MAX_TIMES
-from vlm.data.shards import expand_shards
-from vlm.errors import UsageError, VlmError
+from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
 
 Pixels = Annotated[int, Field(ge=1)]
@@ -105,7 +104,7 @@ Bits = Annotated[int, Field(ge=0, le=15)]
 def drop_exact_duplicates(context: FilterContext, parameters: NoParameters) -> FilterResult:
     """Keep one of the samples whose encoded images are equal byte by byte."""
     positions = context.remaining
-    _, groups = np.unique(_digests(context.sample_table)[positions], return_inverse=True)
+    _, groups = np.unique(context.sample_table.digests()[positions], return_inverse=True)
     return keep_one_per_group(context, positions, groups, lambda key: f"the same file as {key}")
 
 
@@ -119,7 +118,7 @@ class HashDistance:
 def drop_near_duplicates(context: FilterContext, parameters: HashDistance) -> FilterResult:
     """Keep one of the images that differ only by encoding, size, a little brightness or a crop by a few pixels."""
     positions = context.remaining
-    hashes, thumbnails = _signatures(context.sample_table, positions)
+    hashes, thumbnails = context.sample_table.signatures(positions)
     pairs = near_duplicate_pairs(hashes, thumbnails, distance=parameters.distance)
     groups = connected_components(pairs, len(positions))
     return keep_one_per_group(context, positions, groups, lambda key: f"the same image as {key}")
@@ -141,92 +140,6 @@ def drop_embedding_duplicates(context: FilterContext, parameters: NoParameters) 
         without_value=int((context.is_remaining & ~has_value).sum()),
         record={**result.record, "model": stored.model},
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decontamination:
-    """against: the evaluation shards; distance: as of near-duplicates; similarity: the cosine that counts as the same.
-
-    similarity is used only if a stored column `overlap` against these shards is given.
-    """
-
-    against: str
-    distance: Bits = DISTANCE
-    similarity: Annotated[float, Field(ge=-1, le=1)] = 0.95
-
-
-def decontaminate(context: FilterContext, parameters: Decontamination) -> FilterResult:
-    """Drop whatever an evaluation set also holds: the same file, the same image, or nearly the same embedding."""
-    sample_table = context.sample_table
-    evaluation_columns = frozenset({RequiredColumn.DIGEST, RequiredColumn.SIGNATURE})
-    evaluation = context.scan(expand_shards(parameters.against), evaluation_columns)
-    usable = np.flatnonzero(evaluation.is_usable)
-
-    is_same_file = np.isin(_digests(sample_table), _digests(evaluation)[usable])
-    is_same_image = np.zeros(len(sample_table), dtype=bool)
-    is_same_image[context.remaining] = _shared_images(context, evaluation, usable, distance=parameters.distance)
-    is_near = _near_evaluation(context, parameters, evaluation)
-    is_contaminated = is_same_file | is_same_image | is_near
-
-    def why(position: int) -> str:
-        if is_same_file[position]:
-            reason = "the same file"
-        elif is_same_image[position]:
-            reason = "the same image"
-        else:
-            reason = "nearly the same embedding" if is_near[position] else "not in it"
-        return f"{reason} · {parameters.against}"
-
-    return FilterResult(
-        weights=(~is_contaminated).astype(np.float64),
-        why=why,
-        record={
-            "against": compute_fingerprint(*(shard.fingerprint for shard in evaluation.shards)),
-            "same_files": int((is_same_file & context.is_remaining).sum()),
-            "same_pictures": int((is_same_image & ~is_same_file).sum()),
-            "same_embeddings": int((is_near & ~is_same_file & ~is_same_image & context.is_remaining).sum()),
-            "corrupt_in_evaluation": len(evaluation) - len(usable),
-        },
-    )
-
-
-def _shared_images(context: FilterContext, evaluation: SampleTable, usable: np.ndarray, *, distance: int) -> np.ndarray:
-    """bool, of each remaining sample: whether it is grouped with a usable image of the evaluation set."""
-    hashes, thumbnails = _signatures(context.sample_table, context.remaining)
-    evaluation_hashes, evaluation_thumbnails = _signatures(evaluation, usable)
-    pairs = near_duplicate_pairs(
-        np.concatenate([hashes, evaluation_hashes]),
-        np.concatenate([thumbnails, evaluation_thumbnails]),
-        distance=distance,
-    )
-    # by groups rather than pairs: a copy of a copy of an evaluation image counts too
-    groups = connected_components(pairs, len(hashes) + len(evaluation_hashes))
-    return np.isin(groups[: len(hashes)], groups[len(hashes) :])
-
-
-def _near_evaluation(context: FilterContext, parameters: Decontamination, evaluation: SampleTable) -> np.ndarray:
-    """bool [N]: whether the stored similarity to exactly these evaluation shards reaches the limit."""
-    if "overlap" not in context.columns:
-        return np.zeros(len(context.sample_table), dtype=bool)
-    stored = context.columns.aligned_values("overlap", context.sample_table)
-    # a score against fewer shards would pass for clean what was never compared
-    against = set(stored.details.get("against", ()))
-    missing = [shard.url for shard in evaluation.shards if shard.fingerprint not in against]
-    if missing:
-        raise VlmError(
-            f"The column 'overlap' was made against other shards: {missing[0]} is not among them; "
-            "make it again against the same evaluation shards, or leave the column out."
-        )
-    return stored.has_value & (stored.values >= parameters.similarity)
-
-
-def _digests(sample_table: SampleTable) -> np.ndarray:
-    # as one opaque value of 16 bytes each, which numpy can sort and compare
-    return np.ascontiguousarray(sample_table.fixed("digest")).view(f"V{DIGEST_BYTES}").reshape(-1)
-
-
-def _signatures(sample_table: SampleTable, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return sample_table.numbers("hash")[positions], sample_table.fixed("thumbnail")[positions]
 
 
 Fraction = Annotated[float, Field(gt=0, le=1)]

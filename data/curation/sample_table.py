@@ -112,6 +112,14 @@ class SampleTable:
         parts = [_fixed_bytes(chunk, width) for chunk in chunks]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros((0, width), np.uint8), *parts])
 
+    def digests(self) -> np.ndarray:
+        """Digests [N] of the encoded images, each one opaque value of 16 bytes, which numpy can sort and compare."""
+        return np.ascontiguousarray(self.fixed("digest")).view(f"V{DIGEST_BYTES}").reshape(-1)
+
+    def signatures(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Perceptual hashes [M] and thumbnails [M, bytes] of the samples at these positions."""
+        return self.numbers("hash")[positions], self.fixed("thumbnail")[positions]
+
     def key(self, position: int) -> str:
         """The key of the sample at a position."""
         return self.table.column("key")[position].as_py()

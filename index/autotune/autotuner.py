@@ -34,22 +34,19 @@ from vlm.index.autotune.query_sampling import (
     per_query_recall,
     sample_queries,
 )
+from vlm.index.autotune.search_params import MAX_TRIED_RERANK, SearchParams, extrapolate_power_law, minimize_params
 from vlm.index.autotune.trial import (
     CANDIDATE_CONFIGS,
-    MAX_TRIED_RERANK,
     CandidateConfig,
     LatencyProbe,
     ReversedResult,
-    SearchParams,
     Trial,
     TrialIndex,
     TunedIndex,
     TuningTarget,
     contenders,
-    extrapolate_power_law,
     format_bytes,
     measure_reversed,
-    minimize_params,
     one_thread,
     time_head_to_head,
     tuning_values,

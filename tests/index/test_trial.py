@@ -8,18 +8,14 @@ from hypothesis import strategies as st
 from vlm.errors import UsageError
 from vlm.index.autotune.autotuner import explain_choice, select_trial, unmet_targets
 from vlm.index.autotune.query_sampling import exact_scores, lower_bound, per_query_recall
-from vlm.index.autotune.trial import (
-    CandidateConfig,
-    Latency,
+from vlm.index.autotune.search_params import (
     SearchParams,
-    Trial,
-    TuningTarget,
     candidate_params,
     extrapolate_power_law,
     min_effort,
     minimize_params,
-    parse_bytes,
 )
+from vlm.index.autotune.trial import CandidateConfig, Latency, Trial, TuningTarget, parse_bytes
 
 
 def trial(kind: str = "ivf", *, p50: float = 1.0, memory: int = 100, recall: float = 0.99) -> Trial:
