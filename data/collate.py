@@ -15,6 +15,7 @@ import torch
 
 from vlm.data.caption_sampler import CaptionSampler, SampledCaption
 from vlm.data.caption_sidecar import CaptionMix
+from vlm.data.class_labels import ClassLabels
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import ShardSet
@@ -75,6 +76,7 @@ class TrainingBatch:
     position: of the first sample in the run; None if the sample indices are not from a sampler.
 
     On request (`TrainingCollator`), else None:
+    class_labels: the number of each sample's class.
     sub_tokens: drawn sentences; rows of padding alone where a sample has fewer.
     local_images: small crops, as images are. identities: hashes of key and encoded image.
     """
@@ -93,6 +95,7 @@ class TrainingBatch:
     sub_tokens: Int64[Tensor, "B S L"] | None = None
     local_images: UInt8[Tensor, "B V 3 h w"] | None = None
     identities: Int64[Tensor, "B 2"] | None = None
+    class_labels: Int64[Tensor, " B"] | None = None
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ class TrainingBatch:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the batch."""
-        optional = (self.sub_tokens, self.local_images, self.identities)
+        optional = (self.sub_tokens, self.local_images, self.identities, self.class_labels)
         present = (tensor for tensor in optional if tensor is not None)
         return (self.images, self.tokens, *present, *self.arrays.values())
 
@@ -146,7 +149,7 @@ class TrainingBatch:
     def _map_small(self, change: Callable[[Any], Any]) -> dict[str, Any]:
         """What a change makes of all tensors but images, by the name of their field."""
         changed: dict[str, Any] = {"arrays": {name: change(rows) for name, rows in self.arrays.items()}}
-        for name in ("tokens", "sub_tokens", "identities"):
+        for name in ("tokens", "sub_tokens", "identities", "class_labels"):
             tensor = getattr(self, name)
             if tensor is not None:
                 changed[name] = change(tensor)
@@ -169,6 +172,7 @@ class _DrawnSample(NamedTuple):
     arrays: tuple[np.ndarray, ...]
     sentences: list[str]
     identity: tuple[int, int]
+    class_label: int
     image: EncodedImage
     crop: Crop
 
@@ -191,6 +195,7 @@ class TrainingCollator:
 
     Optional parts of a batch, none of which changes the rest. num_sentences: how many different sentences, drawn from
     all captions in the requested languages. local: small crops of the image. has_identities: hashes of key and image.
+    class_labels: reads the class of each sample.
     trim_text: cut the tokens to the longest caption of the batch.
 
     Raises:
@@ -209,6 +214,7 @@ class TrainingCollator:
     num_sentences: int = 0
     local: LocalCrops | None = None
     has_identities: bool = False
+    class_labels: ClassLabels | None = None
     trim_text: bool = False
     caption_mix: CaptionMix | None = None
 
@@ -272,6 +278,7 @@ class TrainingCollator:
             sub_tokens=self._sub_tokens([sample.sentences for sample in samples]) if self.num_sentences else None,
             local_images=None if buffers.local is None else torch.from_numpy(buffers.local).permute(0, 1, 4, 2, 3),
             identities=torch.tensor([sample.identity for sample in samples]) if self.has_identities else None,
+            class_labels=torch.tensor([sample.class_label for sample in samples]) if self.class_labels else None,
         )
 
     def _read_usable(
@@ -331,7 +338,10 @@ class TrainingCollator:
         # the header alone; a header that cannot be read is found here, before any pixel is decoded
         image = EncodedImage(sample.image)
         crop = self.view.draw(image.width, image.height, view_rng)
-        return _DrawnSample(sample_index, attempt, sample.key, caption, arrays, sentences, identity, image, crop)
+        class_label = self.class_labels.number(sample.metadata) if self.class_labels else 0
+        return _DrawnSample(
+            sample_index, attempt, sample.key, caption, arrays, sentences, identity, class_label, image, crop
+        )
 
     def _draw_caption(self, sample_index: SampleIndex, sample: Sample, rng: RandomSource) -> SampledCaption:
         mixed = None

@@ -44,7 +44,7 @@ def train_tokenizer(
     """
     if out.exists():
         raise UsageError(f"{out} exists already; name another file or remove it.")
-    captions = _read_captions(shards, languages)
+    captions = read_captions(shards, languages)
     if not captions:
         raise UsageError(f"{shards[0]} … holds no captions in {languages or 'any language'}.")
     model = train_sentencepiece(captions, vocab_size=vocabulary)
@@ -62,7 +62,7 @@ def train_tokenizer(
     )
 
 
-def _read_captions(shards: Sequence[str], languages: tuple[str, ...]) -> list[str]:
+def read_captions(shards: Sequence[str], languages: tuple[str, ...]) -> list[str]:
     """All captions of the shards in these languages, and those without a language."""
     plan = SequentialBatches(counts=count_samples(list(shards)), batch_size=_SAMPLES_AT_ONCE)
     captions: list[str] = []

@@ -99,6 +99,12 @@ class ObjectiveConfig:
     text_embedding_size: int = 0
     """Dimension of the stored text embeddings that images are aligned with (`text_align`)."""
 
+    class_field: str = ""
+    """Metadata field with the class of a sample (`classify`); dots select nested fields."""
+
+    class_names: str = ""
+    """File of class names, one a line or a JSON list (`classify`)."""
+
     similarity_block: int = 1024
     """Rows of the similarity matrix computed at once; affects memory only."""
 

@@ -28,6 +28,7 @@ from vlm import __version__
 from vlm.config import from_toml, to_toml
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.caption_sidecar import CaptionMix
+from vlm.data.class_labels import open_class_labels
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
@@ -494,6 +495,7 @@ def build_collator(
         num_sentences=config.objective.sub_captions,
         local=LocalCrops.for_global_crop(view, number=num_crops) if num_crops else None,
         has_identities=config.objective.same_pairs != "negative",
+        class_labels=open_class_labels(config.objective.class_field, config.objective.class_names),
         trim_text=trim_text,
         caption_mix=caption_mix,
     )

@@ -69,6 +69,8 @@ class MicroBatchInputs:
         inputs: Inputs = {"tokens": batch.tokens, "rows": self._rows(number)} | batch.arrays
         if batch.sub_tokens is not None:
             inputs["sub_tokens"] = batch.sub_tokens
+        if batch.class_labels is not None:
+            inputs["class_label"] = batch.class_labels
         if self.with_identities:
             inputs["same"] = pair_identities(batch)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
@@ -179,6 +181,7 @@ _TEACHER_INPUTS = frozenset({"teacher_image", "teacher_text"})
 _EMA_INPUTS = frozenset({"global_target"})
 _HINTS = {
     "sub_tokens": "--sub-captions N, the sentences shown of each sample",
+    "class_label": "--class-field NAME --class-names FILE",
     "local_pixels": "--local-views N, the small crops of each image",
     "teacher_image": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
     "teacher_text": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
@@ -246,6 +249,7 @@ def check_loss_inputs(
         )
     available = _ALWAYS_AVAILABLE | input_providers.keys() | set(config.loader.arrays)
     available |= {"sub_tokens"} if config.objective.sub_captions else set[str]()
+    available |= {"class_label"} if config.objective.class_field else set[str]()
     available |= {"local_pixels"} if config.objective.local_views else set[str]()
     for name in sorted((input_names(terms) | task.inputs) - available):
         raise UsageError(f"objective = {config.objective.objective!r} needs {name}: give {_HINTS.get(name, name)}.")

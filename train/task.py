@@ -23,6 +23,7 @@ from vlm.models.patch_features import ImageTowerOutput, encode_crops, run_image_
 from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.objectives.captioning import MASK_EMBEDDING, choose_parallel_captions
+from vlm.train.objectives.classification import CLASS_HEAD
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm
 
@@ -191,6 +192,11 @@ def aligned_image_features(context: ForwardContext) -> Outputs:
     return {"aligned_image": context.task.heads.get_submodule("text_align")(context.image_features)}
 
 
+def class_logits(context: ForwardContext) -> Outputs:
+    """Logits of the classes [B, K]: head `classify` on the image's embedding, not normalised."""
+    return {"class_logits": context.task.heads.get_submodule(CLASS_HEAD)(context.image.image)}
+
+
 _CAPTIONER = "it needs a network with a decoder, e.g. --architecture tiny-coca"
 
 
@@ -214,6 +220,7 @@ OUTPUT_HEADS: tuple[OutputHead, ...] = (
     ),
     OutputHead(provides=("local_features",), compute=local_crop_features, inputs=("local_pixels",)),
     OutputHead(provides=("aligned_image",), compute=aligned_image_features),
+    OutputHead(provides=("class_logits",), compute=class_logits),
 )
 """Adding an output is one function and one line here."""
 

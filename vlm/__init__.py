@@ -10,6 +10,7 @@ from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
     from vlm.api.captions import caption_metrics as caption_metrics
+    from vlm.api.data import build_concepts as build_concepts
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
     from vlm.api.evaluation import evaluate as evaluate
@@ -46,6 +47,7 @@ __all__ = [
     "SearchIndex",
     "UsageError",
     "VlmError",
+    "build_concepts",
     "build_index",
     "caption_metrics",
     "caption_shards",
@@ -75,6 +77,7 @@ _MODULES: dict[str, str] = {
     "Hit": "vlm.api.index",
     "Model": "vlm.api.inference",
     "SearchIndex": "vlm.api.index",
+    "build_concepts": "vlm.api.data",
     "build_index": "vlm.api.index_building",
     "caption_metrics": "vlm.api.captions",
     "caption_shards": "vlm.api.training",

@@ -216,12 +216,14 @@ _CAPTIONS_PER_BLOCK = 1 << 16
 class ConceptCap:
     """concepts: a file, a JSON list or a concept a line; cap: expected number of samples of a concept, roughly.
 
-    languages: only these captions count (`tags` for tags).
+    languages: only these captions count (`tags` for tags). case: `fold` matches in lower case, `keep` as it is written,
+    as MetaCLIP's code does.
     """
 
     concepts: Path
     cap: Annotated[float, Field(gt=0)] = 20_000
     languages: tuple[str, ...] = ()
+    case: Literal["fold", "keep"] = "fold"
 
 
 def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterResult:
@@ -233,10 +235,13 @@ def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterRe
     above the cap, kept by the rarer concepts next to it. Theirs counts pairs of image and caption, this one samples.
     """
     sample_table = context.sample_table
-    names = read_concepts(parameters.concepts)
+    folds_case = parameters.case == "fold"
+    names = read_concepts(parameters.concepts, folds_case=folds_case)
     positions, _, texts = sample_table.captions(parameters.languages)
     is_remaining = context.is_remaining[positions]
-    samples, concepts = match(names, positions[is_remaining], texts.filter(pa.array(is_remaining)))
+    samples, concepts = match(
+        names, positions[is_remaining], texts.filter(pa.array(is_remaining)), folds_case=folds_case
+    )
 
     counts = np.bincount(concepts, minlength=len(names))
     chances = np.minimum(1.0, parameters.cap / np.maximum(counts, 1))
@@ -262,6 +267,7 @@ def balance_concepts(context: FilterContext, parameters: ConceptCap) -> FilterRe
         why=why,
         record={
             "concepts": compute_fingerprint(*names),
+            "case": parameters.case,
             "concepts_given": len(names),
             "concepts_matched": num_matched,
             "concepts_above_cap": int((counts > parameters.cap).sum()),
@@ -284,8 +290,8 @@ def keep_probabilities(samples: np.ndarray, chances: np.ndarray, number: int) ->
     return 0.0 - np.expm1(missed)
 
 
-def read_concepts(path: Path) -> list[str]:
-    """The concepts of a file, each once, lower case, in their order.
+def read_concepts(path: Path, *, folds_case: bool = True) -> list[str]:
+    """The concepts of a file, each once, in their order, as `spaced` writes them.
 
     Raises:
         UsageError: there is no such file, or it has no concept.
@@ -299,22 +305,24 @@ def read_concepts(path: Path) -> list[str]:
     names: dict[str, None] = {}
     for name in lines:
         if isinstance(name, str) and name.strip():
-            names[spaced(name)] = None
+            names[spaced(name, folds_case=folds_case)] = None
     if not names:
         raise UsageError(f"{path} names no concept; write one a line, or a JSON list.")
     return list(names)
 
 
-def spaced(text: str) -> str:
-    """A text as it is matched: lower case, `, . ; : ? ! \\`` set apart, words one space apart.
+def spaced(text: str, *, folds_case: bool = True) -> str:
+    """A text as it is matched: `, . ; : ? ! \\`` set apart, words one space apart, in lower case where case is folded.
 
     >>> spaced("A Dog,  running.")
     'a dog , running .'
     """
-    return " ".join(_PUNCTUATION.sub(r" \1 ", text.lower()).split())
+    return " ".join(_PUNCTUATION.sub(r" \1 ", text.lower() if folds_case else text).split())
 
 
-def match(names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def match(
+    names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray, *, folds_case: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Which concepts occur in the captions of which samples: parallel arrays of positions and concepts, each pair once.
 
     names: of `spaced`; positions (int64, ascending): the sample of each text. One pass of Aho and
@@ -331,7 +339,7 @@ def match(names: Sequence[str], positions: np.ndarray, texts: pa.ChunkedArray) -
         block = texts.slice(start, _CAPTIONS_PER_BLOCK).to_pylist()
         for position, text in zip(positions[start : start + _CAPTIONS_PER_BLOCK].tolist(), block, strict=True):
             # overlapping, since one concept may be part of another ("dog", "dog food"), and both count
-            matches = automaton.find_matches_as_indexes(f" {spaced(text)} ", overlapping=True)
+            matches = automaton.find_matches_as_indexes(f" {spaced(text, folds_case=folds_case)} ", overlapping=True)
             matched = {concept for concept, _, _ in matches}
             samples.extend([position] * len(matched))
             concepts.extend(matched)

@@ -1,6 +1,8 @@
 """One objective on a small network with everything that draws at random, as a whole batch and in parts."""
 
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,8 @@ from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
 from vlm.train.step import MicroBatches, backward_with_gradient_caching
 from vlm.train.task import TrainingTask, build_task
+
+CLASSES = 5
 
 SAMPLES, LENGTH, VOCABULARY, PAD, SIZE, WIDTH = 8, 10, 40, 0, 32, 16
 
@@ -43,6 +47,8 @@ class Case:
         self.samples = samples
         self.is_mixed = dtype == torch.bfloat16
         dtype = torch.float32 if self.is_mixed else dtype
+        if "classify" in expression or expression == "gpt4image":
+            config |= {"class_field": "kind", "class_names": str(class_names_file())}
         self.config = ObjectiveConfig(objective=expression, text_embedding_size=12, **config)
         self.options = LossOptions(config=self.config, pad_token=PAD)
         self.terms = parse_objective(expression)
@@ -96,6 +102,13 @@ class Case:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_mixed):
             outputs = task(inputs, names)
         return cast(Outputs, convert_to_fp32(outputs)) if self.is_mixed else outputs
+
+
+def class_names_file() -> Path:
+    """A file of CLASSES names."""
+    path = Path(tempfile.mkdtemp()) / "classes.txt"
+    path.write_text("".join(f"class {number}\n" for number in range(CLASSES)), encoding="utf-8")
+    return path
 
 
 def cut_padding(tokens: torch.Tensor) -> torch.Tensor:
@@ -182,6 +195,7 @@ def draw_inputs(seed: int, dtype: torch.dtype, samples: int = SAMPLES) -> Inputs
         "rows": torch.arange(100, 100 + samples),
         "same": same,
         "sub_tokens": sub_tokens,
+        "class_label": torch.randint(0, CLASSES, (samples,), generator=draw),
         "local_pixels": values(samples, 2, 3, SIZE, SIZE),
         "teacher_image": F.normalize(values(samples, 12), dim=-1),
         "teacher_text": F.normalize(values(samples, 12), dim=-1),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.synthetic.shapes import SHAPES
 from vlm.errors import UsageError
 from vlm.train.objectives.objective_registry import LOSS_TERMS
 from vlm.train.run import train
@@ -25,10 +26,11 @@ SETTINGS = {
     "local_to_global": {"objective": {"local_views": 2}, "optimizer": {"average_decay": 0.9}},
 }
 OF_STORED_ARRAYS = {"distill", "text_align"}
+OF_CLASSES = {"classify"}
 
 
 def test_every_term_is_tried():
-    assert SETTINGS.keys() | OF_STORED_ARRAYS == LOSS_TERMS.keys()
+    assert SETTINGS.keys() | OF_STORED_ARRAYS | OF_CLASSES == LOSS_TERMS.keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -41,6 +43,30 @@ def test_a_term_trains_in_parts_and_is_resumed(configure, name):
     summary = train(configure(name, steps=3, micro_batch=10, **settings), resume=True, allow=("steps", "micro_batch"))
     assert summary.steps == 3
     assert summary.skipped_steps == 0
+
+
+@pytest.fixture
+def shapes_file(tmp_path):
+    path = tmp_path / "shapes.txt"
+    path.write_text("\n".join(SHAPES), encoding="utf-8")
+    return path
+
+
+def test_a_classifier_trains_in_parts_and_is_resumed(configure, shapes_file):
+    objective = {"objective": "classify", "class_field": "scene.shape", "class_names": str(shapes_file)}
+    summary = train(configure("run", steps=2, micro_batch=5, objective=objective))
+    assert 0 < summary.metrics["classify"] < 2 * math.log(len(SHAPES))
+    config = configure("run", steps=3, micro_batch=10, objective=objective)
+    summary = train(config, resume=True, allow=("steps", "micro_batch"))
+    assert (summary.steps, summary.skipped_steps) == (3, 0)
+
+
+def test_samples_without_a_class_are_replaced_and_counted(configure, shapes_file):
+    shapes_file.write_text("\n".join(SHAPES[:-1]), encoding="utf-8")
+    objective = {"objective": "classify", "class_field": "scene.shape", "class_names": str(shapes_file)}
+    config = configure("run", steps=2, objective=objective, loader={"max_bad": 0.9})
+    train(config)
+    assert "no class" in (Path(config.run) / "ledger.json").read_text()
 
 
 def test_a_live_teacher_is_learnt_from(configure):
@@ -57,6 +83,7 @@ def test_a_live_teacher_is_learnt_from(configure):
         ("distill", "--teacher MODEL"),
         ("sub_captions", "--sub-captions N"),
         ("local_to_global", "--ema-decay"),
+        ("classify", "--class-names FILE"),
         ("clip + nonsense", "did you mean|known"),
         ("2**clip", "is not a term"),
         ("clip + clip", "twice"),

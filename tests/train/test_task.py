@@ -55,6 +55,7 @@ def inputs_of(count=3):
         "sub_tokens": F.pad(SENTENCES[:count], (0, LENGTH - 4)),
         "local_pixels": torch.randn(count, 2, 3, 16, 16, generator=draw),
         "global_target": torch.randn(count, 32, generator=draw),
+        "class_label": torch.arange(count) % 2,
         "teacher_image": torch.randn(count, 12, generator=draw),
         "teacher_text": torch.randn(count, 12, generator=draw),
         "text_embedding": torch.randn(count, 12, generator=draw),
@@ -232,8 +233,9 @@ def test_processes_need_not_search_for_unused_weights(alone, expression):
 
 
 @pytest.mark.parametrize("expression", [*LOSS_TERMS, "coca", "dreamlip", "clip + cappa", "clip + local_to_global"])
-def test_every_weight_that_is_trained_gets_a_gradient(expression):
-    options = options_of(text_embedding_size=12) if "text_align" in expression else options_of()
+def test_every_weight_that_is_trained_gets_a_gradient(expression, tmp_path):
+    (tmp_path / "classes.json").write_text('["cat", "dog"]', encoding="utf-8")
+    options = options_of(text_embedding_size=12, class_field="kind", class_names=str(tmp_path / "classes.json"))
     task = build_task(model_of(), parse_objective(expression), options)
     loss_of(task, expression, options, inputs_of()).backward()
     assert not [name for name, each in task.named_parameters() if each.requires_grad and each.grad is None]

@@ -10,6 +10,7 @@ local_pixels  float [B, V, 3, h, w]  V small crops of each image
 teacher_image float [B, D']          a teacher's embedding of the image in the view of the batch
 teacher_text  float [B, D']          its embedding of the drawn caption
 text_embedding float [B, E]          a stored embedding of the drawn caption
+class_label   int64 [B]              the number of each sample's class
 rows          int64 [B]              the number of each sample in the run
 
 Outputs, by name: image_features and text_features [B, D] of unit length, logit_scale [] (the inverse temperature

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vlm.config import lookup
 from vlm.errors import UsageError
 from vlm.train.objectives.captioning import CAPPA, CAPTION
+from vlm.train.objectives.classification import CLASSIFY
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
 from vlm.train.objectives.distillation import DISTILL, LOCAL_TO_GLOBAL, TEXT_ALIGN
 from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
@@ -20,6 +21,7 @@ LOSS_TERMS: dict[str, LossTerm] = {
     "ranking": RANKING,
     "distill": DISTILL,
     "text_align": TEXT_ALIGN,
+    "classify": CLASSIFY,
     "caption": CAPTION,
     "cappa": CAPPA,
     "sub_captions": SUB_CAPTIONS,
@@ -33,6 +35,7 @@ LOSS_TERMS: dict[str, LossTerm] = {
 ALIASES: dict[str, str] = {
     "coca": "clip + 2*caption",
     "dreamlip": "clip + sub_captions + grouping",
+    "gpt4image": "classify + text_align",
 }
 """Aliases of sums that papers use."""
 

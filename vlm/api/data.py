@@ -1,4 +1,4 @@
-"""`vlm.stream` and `vlm.train_tokenizer`: shards to batches and to a tokenizer."""
+"""`vlm.stream`, `vlm.train_tokenizer`, `vlm.build_concepts`: shards to batches, a tokenizer, a list of concepts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,13 @@ from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, T
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
+from vlm.data.curation.concept_list import ConceptLimits, ConceptSummary, TextLines
+from vlm.data.curation.concept_list import build_concepts as write_concepts
 from vlm.data.pack import shards_at
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
 from vlm.data.selection import read_selection
 from vlm.data.shards import count_samples, shards_fingerprint
-from vlm.data.tokenizer_training import TokenizerSummary
+from vlm.data.tokenizer_training import TokenizerSummary, read_captions
 from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, RandomResizedCrop
@@ -20,6 +22,8 @@ from vlm.errors import UsageError, os_errors_explained
 from vlm.files import compute_fingerprint
 from vlm.index.embed import ProcessRank
 from vlm.models.load import load_model
+
+TEXT_SUFFIX = ".txt"
 
 Shards: TypeAlias = str | Path | Sequence[str | Path]
 """Shards as a folder, a pattern, a URL, or several of these."""
@@ -52,6 +56,48 @@ def train_tokenizer(
     """
     urls = shards_at(join_shards(shards))
     return train_on_shards(urls, Path(out), vocabulary=vocabulary, languages=tuple(languages))
+
+
+@os_errors_explained()
+def build_concepts(
+    corpus: Shards,
+    out: str | Path,
+    *,
+    min_count: int = 100,
+    min_pmi: float = 5.0,
+    max_bigrams: int = 0,
+    titles: str | Path | None = None,
+    wordnet: str | Path | None = None,
+    case: Literal["fold", "keep"] = "fold",
+    languages: Sequence[str] = (),
+) -> ConceptSummary:
+    """Write a list of concepts for the filter `balance` of `vlm curate`, as `vlm concepts` does.
+
+    Args:
+        corpus: shards, whose captions are read, or a text file ending in .txt, a text a line.
+        out: JSON list to write. min_count: least occurrences of a word or a pair of words. min_pmi: least pointwise
+            mutual information of a pair in bits. max_bigrams: most pairs, 0 for all.
+        titles: a file of titles, one a line. wordnet: a folder of WordNet's database.
+        case: `fold` lower-cases everything. languages: of the captions; empty takes all.
+
+    Raises:
+        UsageError: `out` exists, a number is out of range, a source cannot be read, or no concept is left.
+    """
+    limits = ConceptLimits(min_count=min_count, min_pmi=min_pmi, max_bigrams=max_bigrams, folds_case=case == "fold")
+    address = join_shards(corpus)
+    if address.endswith(TEXT_SUFFIX):
+        if not Path(address).is_file():
+            raise UsageError(f"There is no text file {address}.")
+        texts = TextLines(Path(address))
+    else:
+        texts = read_captions(shards_at(address), tuple(languages))
+    return write_concepts(
+        texts,
+        Path(out),
+        limits,
+        titles=Path(titles) if titles else None,
+        wordnet=Path(wordnet) if wordnet else None,
+    )
 
 
 class HasView(Protocol):

@@ -31,7 +31,7 @@ class Curate:
 
     usable, size:min=,max=, aspect:max=, words:min=,max=,languages=,of=, characters:…, language:any=en+de,script=,
     repeated-caption:max=, exact-duplicates, near-duplicates:distance=,
-    decontaminate:against=SHARDS,distance=,similarity=, balance:concepts=FILE,cap=,languages=, listed:keys=FILE,
+    decontaminate:against=SHARDS,distance=,similarity=, balance:concepts=FILE,cap=,languages=,case=, listed:keys=FILE,
     sample:share=, weight:times=; and by stored scores: embedding-duplicates, similarity:min=,top=, near:min=,top=,
     typical:k=,share=, atypical:k=,share=, cluster-balance:cap=.
     """

@@ -22,6 +22,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "quickstart": ("quickstart", "Quickstart", "the whole pipeline on synthetic shapes, in minutes on two CPU cores"),
     "pack": ("pack", "Pack", "folder, CSV, JSONL, Parquet or img2dataset output → shards"),
     "inspect": ("inspect", "Inspect", "counts, sizes, captions, corrupt and duplicate samples of shards, as a page"),
+    "concepts": (
+        "concepts",
+        "BuildConcepts",
+        "captions or text, titles, WordNet → concepts that vlm curate balances over",
+    ),
     "curate": ("curate", "Curate", "filter, deduplicate, balance → a selection; nothing is repacked"),
     "doctor": ("doctor", "Doctor", "benchmark the input pipeline: disk, decode, augment, device, model"),
     "tokenizer train": ("tokenizer", "TrainTokenizer", "captions of shards → a SentencePiece tokenizer"),

@@ -67,6 +67,13 @@ def test_tags_and_scripts_without_spaces_are_matched(make_shard, apply, concepts
     assert apply(shard, f"balance:concepts={path},cap=9,languages=tags").selection.times[0].tolist() == [0, 1, 0]
 
 
+def test_case_is_kept_on_request_as_metaclips_code_does(make_shard, apply, concepts):
+    shard = make_shard([{"captions": ["A US flag"]}, {"captions": ["show us a flag"]}])
+    path = concepts("US")
+    assert apply(shard, f"balance:concepts={path},cap=9").selection.times[0].tolist() == [1, 1]
+    assert apply(shard, f"balance:concepts={path},cap=9,case=keep").selection.times[0].tolist() == [1, 0]
+
+
 def test_concepts_are_read_from_lines_or_a_json_list(tmp_path, concepts):
     assert read_concepts(concepts("Dog", "dog", "", "U.S.")) == ["dog", "u . s ."]
     path = tmp_path / "concepts.json"
