@@ -11,6 +11,8 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +149,11 @@ class Corpus:
     order: Sampler
     fingerprint: str
     caption_mix: CaptionMix | None = None
+
+    @cached_property
+    def sample_starts(self) -> tuple[int, ...]:
+        """The number of each shard's first sample among all samples, with their total at the end."""
+        return (0, *accumulate(self.samples))
 
     def shards_of(self, source: int) -> range:
         """The numbers of the shards of a source."""

@@ -93,7 +93,7 @@ class SampleOrder:
     seed: int = 0
     window: int = DEFAULT_WINDOW
     times: Sequence[np.ndarray] | None = None
-    _caches: dict[str, "_LruCache"] = field(default_factory=dict, repr=False)
+    _caches: dict[str, "LruCache"] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_selection(cls, times: Sequence[np.ndarray], *, seed: int = 0, window: int = DEFAULT_WINDOW) -> "SampleOrder":
@@ -215,15 +215,15 @@ class SampleOrder:
         times = self.times[shard]
         return self._cache("numbers", _CACHED_WINDOWS).get(shard, lambda: np.flatnonzero(times).astype(np.uint32))
 
-    def _cache(self, name: str, size: int) -> "_LruCache":
-        return self._caches.setdefault(name, _LruCache(size))
+    def _cache(self, name: str, size: int) -> "LruCache":
+        return self._caches.setdefault(name, LruCache(size))
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker makes its own; the permutations of a window are up to 256 KiB each
         return self.__dict__ | {"_caches": {}}
 
 
-class _LruCache:
+class LruCache:
     """The values used last, by key."""
 
     def __init__(self, size: int) -> None:
@@ -231,6 +231,7 @@ class _LruCache:
         self._values: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made where it is not held."""
         if key in self._values:
             self._values.move_to_end(key)
         else:

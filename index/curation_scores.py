@@ -117,6 +117,27 @@ class ScoreWriter:
         facts = {"threshold": threshold, "groups of several": int((sizes > 1).sum())}
         return self._write("duplicates", groups, facts | {"beyond the first": int((sizes[sizes > 1] - 1).sum())})
 
+    def neighbours(self, number: int) -> tuple[list[str], list[int], Int64[Array, "N K"]]:
+        """Shard content and sample number of each row, and its `number` nearest other rows, the nearest first.
+
+        All pairs are compared up to 200,000 rows; beyond, those in near lists of an inverted file, which may find
+        fewer: -1 for none.
+        """
+        if not 1 <= number < len(self.vectors):
+            raise UsageError(f"{number:,} neighbours of {len(self.vectors):,} images; give 1 to one less than that.")
+        index = self._searchable()
+        nearest = np.full((len(self.vectors), number), _ALONE, np.int64)
+        first = 0
+        for block in _blocks(self.vectors, "neighbours"):
+            _, positions = index.search(block, number + 1)
+            for row, own in enumerate(positions, first):
+                # of rows that are equal to it the row itself need not be the first
+                others = own[(own != row) & (own >= 0)][:number]
+                nearest[row, : len(others)] = others
+            first += len(block)
+        shards, numbers, _ = self._sample_columns
+        return shards, numbers, nearest
+
     def clusters(self, number: int, *, seed: int = 0) -> list[ScoreColumn]:
         """The nearest of `number` centroids, and 1 - cosine to it."""
         if not 1 <= number <= len(self.vectors):
@@ -160,6 +181,15 @@ class ScoreWriter:
 
     def _similar_pairs(self, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs of rows that are linked, as two arrays."""
+        index = self._searchable()
+        first = 0
+        for block in _blocks(self.vectors, "duplicates"):
+            limits, _, neighbours = index.range_search(block, threshold - _ROUNDING)
+            yield first + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))), neighbours
+            first += len(block)
+
+    def _searchable(self) -> faiss.Index:
+        """The rows in an index: all pairs up to a number of rows, then an inverted file."""
         count, dimension = self.vectors.shape
         index: faiss.Index = faiss.IndexFlatIP(dimension)
         # time grows with the square of the rows
@@ -170,11 +200,7 @@ class ScoreWriter:
             index.train(self.vectors[:: max(1, count // (40 * lists))])
             index.nprobe = 16
         index.add(self.vectors)
-        first = 0
-        for block in _blocks(self.vectors, "duplicates"):
-            limits, _, neighbours = index.range_search(block, threshold - _ROUNDING)
-            yield first + np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))), neighbours
-            first += len(block)
+        return index
 
     def _check_same_space(self, other: Embeddings) -> None:
         if other.space.fingerprint != self.images.space.fingerprint:

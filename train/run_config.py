@@ -78,6 +78,18 @@ class ObjectiveConfig:
     positive_sigma: float = 0.5
     """σ of the weights of positives (`weighted_dcl`); smaller favours hard positives more."""
 
+    temperature: float = 0.0
+    """Temperature to start from (sogclr keeps it); 0 uses the architecture's, e.g. 0.07, or that of start_from."""
+
+    inner_rate: float = 0.2
+    """γ of sogclr and fastclip: the share of a batch in the moving average of each of its samples, at its lowest."""
+
+    inner_rate_epochs: float = -1
+    """Epochs in which γ falls from 1 along a cosine; -1 is half of the run, 0 only the first epoch."""
+
+    rho: float = 6.5
+    """ρ of fastclip: how far negatives are to be from positives, in temperatures; larger lowers the temperature."""
+
     teacher: str = ""
     """Teacher MODEL for online distillation; empty uses teacher embeddings stored in the shards."""
 
@@ -166,6 +178,15 @@ class LoaderConfig:
     selection: str = ""
     """Selection file of `vlm curate`: which samples to use, and how often per epoch; empty uses each once."""
 
+    batches: Literal["random", "distinct", "hard"] = "random"
+    """Samples of a batch: random ones; without equal captions or near-duplicate images; or mutually similar ones."""
+
+    relations: str = ""
+    """File of `vlm relate`: which samples are equal or similar; for distinct and hard batches."""
+
+    hard_cluster: int = 8
+    """Mutually similar samples that stand together in a hard batch; 1 is a distinct batch."""
+
     captions_from: str = ""
     """Folder of new captions of these shards, written by `vlm caption`; empty uses those in the shards alone."""
 
@@ -252,6 +273,7 @@ _MIN_CACHE_GB = 1e-3
 _MAX_EPOCHS = 1e9
 # e^(1/σ) stays a number in single precision
 _LEAST_SIGMA = 0.02
+_MIN_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +364,15 @@ class TrainConfig:
             raise UsageError(f"epochs = {self.epochs} is not a length; give a positive number, or --steps.")
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
             raise UsageError("arrays with a row for each caption do not fit sentences of them; leave out --sentences.")
+        if 0 < self.objective.temperature < _MIN_TEMPERATURE:
+            raise UsageError(
+                f"temperature = {self.objective.temperature} is below the least, {_MIN_TEMPERATURE} (CLIP §2.5)."
+            )
+        if (self.loader.batches == "random") != (not self.loader.relations):
+            raise UsageError(
+                f"batches = {self.loader.batches!r} and relations = {self.loader.relations!r} do not fit: distinct and "
+                "hard batches need --relations FILE (vlm relate SHARDS FILE), and random ones none."
+            )
         if self.optimizer.optimizer == "muon" and self.sharding == "fsdp":
             raise UsageError("--optimizer muon needs whole matrices, and fsdp shards them; give --optimizer adamw.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
@@ -371,10 +402,14 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("workers", loader.workers, 0),
         ("shuffle_window", loader.shuffle_window, 1),
         ("max_bad_in_a_row", loader.max_bad_in_a_row, 1),
+        ("hard_cluster", loader.hard_cluster, 1),
         ("cache_gb", loader.cache_gb, 0),
         ("similarity_block", objective.similarity_block, 1),
         ("text_embedding_size", objective.text_embedding_size, 0),
         ("margin", objective.margin, 0),
+        ("temperature", objective.temperature, 0),
+        ("inner_rate_epochs", objective.inner_rate_epochs, -1),
+        ("rho", objective.rho, 0),
         ("teacher_scale", objective.teacher_scale, 0),
         ("positive_sigma", objective.positive_sigma, _LEAST_SIGMA),
         ("sub_captions", objective.sub_captions, 0),
@@ -400,6 +435,7 @@ def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
         ("average_decay", config.optimizer.average_decay),
         ("parallel_share", config.objective.parallel_share),
         ("patch_threshold", config.objective.patch_threshold),
+        ("inner_rate", config.objective.inner_rate),
     )
 
 

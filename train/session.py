@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm import __version__
 from vlm.config import from_toml, to_toml
+from vlm.data.batch_order import arrange_batches
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.class_labels import open_class_labels
@@ -35,6 +36,7 @@ from vlm.data.device_prefetch import DevicePrefetcher
 from vlm.data.gpu_decode import check_decoder
 from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import PrecomputedFeatures
+from vlm.data.sample_relations import read_relations
 from vlm.data.sampler import BatchSampler
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples, expand_shards
@@ -56,6 +58,7 @@ from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.flops import FlopCounter
+from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
@@ -123,6 +126,16 @@ class Session:
         """Samples of a global batch that this process trains on."""
         return self.config.batch_size // self.accelerator.num_processes
 
+    @property
+    def inner_rate(self) -> float:
+        """γ of the next step, for terms with a moving average of each sample."""
+        config, num_samples = self.config, self.corpus.order.num_samples
+        decay_epochs = config.objective.inner_rate_epochs
+        if decay_epochs < 0:
+            decay_epochs = self.steps * config.batch_size / num_samples / 2
+        epoch = self.state.position // num_samples
+        return inner_rate_at(epoch, lowest=config.objective.inner_rate, decay_epochs=decay_epochs)
+
     def open_batches(self) -> Iterator[list[TrainingBatch]]:
         """The batches from the state's position to the run's end, each as its micro-batches."""
         config = self.config
@@ -180,12 +193,14 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     input_providers = open_input_providers(config, model, terms, ema)
     check_loss_inputs(config, terms, task, input_providers)
     check_text_embeddings(corpus.shards, config.loader.arrays, model)
+    keeps_averages = any(weighted.term.new_averages for weighted in terms)
     state = TrainState(
         task=task,
         model=model,
         optimizer=build_optimizer(task, config.optimizer),
         sequence=corpus.fingerprint,
         ema_weights=ema.weights if ema else None,
+        averages=GlobalAverages.unseen(corpus.sample_starts[-1]) if keeps_averages else None,
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     steps = total_steps(config, corpus.order.num_samples)
@@ -233,7 +248,7 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
 
 def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
     """The shards the configuration names, with the order of their samples."""
-    return open_corpus(
+    corpus = open_corpus(
         read_sources(
             config.data,
             config.loader.selection,
@@ -243,6 +258,16 @@ def open_training_corpus(config: TrainConfig, cache: ShardCache) -> Corpus:
         seed=config.seed,
         window=config.loader.shuffle_window,
         allow_damage=config.loader.allow_damage,
+        cache=cache,
+    )
+    if config.loader.batches == "random":
+        return corpus
+    return arrange_batches(
+        corpus,
+        read_relations(Path(config.loader.relations)),
+        config.loader.batches,
+        batch_size=config.batch_size,
+        cluster=config.loader.hard_cluster,
         cache=cache,
     )
 
@@ -272,6 +297,8 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
             model = _with_dropout(model, model_settings)
     else:
         model = _fresh_model(config, device, with_bias=with_bias)
+    if config.objective.temperature:
+        model.network.get_parameter("logit_scale").data.fill_(-math.log(config.objective.temperature))
     batch_norms = batch_norm_layers(model.network)
     if batch_norms and config.micro_batch:
         raise UsageError(

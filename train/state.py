@@ -11,6 +11,7 @@ from vlm.files import compute_fingerprint
 from vlm.models.model import VisionLanguageModel
 from vlm.train.loss_guard import LossSpikeGuard
 from vlm.train.metrics import WindowMean
+from vlm.train.objectives.global_contrastive import GlobalAverages
 from vlm.train.task import TrainingTask
 
 
@@ -31,6 +32,7 @@ class TrainState:
         processes and epochs; after a rollback it is ahead of step times batch by what was passed over.
     sequence: fingerprint of the sequence of samples the position is in.
     ema_weights: EMA of the network's weights, by their names, where one is kept.
+    averages: of the samples, where a term keeps a state for each of them.
     spike_guard: what a loss is compared with. skipped: every skipped step and range of samples passed over, plain
         values. num_rollbacks: how often the run rolled back. best: the best value so far of the metric whose checkpoint
         is kept. window: what the next line of metrics is the mean of.
@@ -47,6 +49,7 @@ class TrainState:
     elapsed_seconds: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
     ema_weights: dict[str, torch.Tensor] | None = None
+    averages: GlobalAverages | None = None
     spike_guard: LossSpikeGuard = field(default_factory=LossSpikeGuard)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     num_rollbacks: int = 0

@@ -16,7 +16,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from vlm.train.objectives.objective_registry import WeightedLossTerm, input_name
 from vlm.train.optim import learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, record_skipped_step
 from vlm.train.session import Session
-from vlm.train.step_inputs import MicroBatchInputs
+from vlm.train.step_inputs import MicroBatchInputs, sample_numbers
 
 LossDict = dict[str, Tensor]
 """Weighted losses by name, of this process; their mean over the processes, summed, is what is minimised."""
@@ -40,11 +40,15 @@ LossDict = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Weighted losses, averaged over processes; the learning rate; the norm of the gradient before clipping."""
+    """Weighted losses, averaged over processes; the learning rate; the norm of the gradient before clipping.
+
+    averages: new ones of this process's samples, where a term keeps a state for each sample.
+    """
 
     losses: dict[str, float]
     learning_rate: float
     gradient_norm: float
+    averages: Inputs = field(default_factory=dict)
 
 
 def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult:
@@ -79,6 +83,9 @@ def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult
         # skipped losses must not become what later losses are compared with
         state.spike_guard.accept(sum(result.losses.values()))
         update_weights(session, result)
+        if state.averages is not None:
+            numbers = sample_numbers(batches, session.corpus.sample_starts)
+            state.averages.update(numbers.to(state.model.device), result.averages)
 
     # to None rather than to zero: frees memory, and a weight without gradient is not decayed by AdamW
     state.optimizer.zero_grad(set_to_none=True)
@@ -105,7 +112,11 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
         first_sample=state.position + accelerator.process_index * session.local_batch_size,
         with_identities=config.objective.same_pairs != "negative",
         input_providers=session.input_providers,
+        averages=state.averages,
+        shard_starts=session.corpus.sample_starts,
+        inner_rate=session.inner_rate,
     )
+    averages: Inputs = {}
     micro_batches = MicroBatches(
         count=len(batches),
         inputs=inputs,
@@ -113,6 +124,7 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
         forward=session.parallel_task,
         backward=accelerator.backward,
         no_sync=session.no_sync,
+        keep_averages=averages.update,
     )
 
     losses = backward_with_gradient_caching(micro_batches, session.terms, session.options)
@@ -124,6 +136,7 @@ def compute_gradients(session: Session, batches: Sequence[TrainingBatch]) -> Ste
         losses=average_losses(losses),
         learning_rate=learning_rate_at(state.step, config.optimizer, session.steps),
         gradient_norm=clip_gradients(list(state.task.parameters()), max_norm),
+        averages=averages,
     )
 
 
@@ -146,6 +159,7 @@ class MicroBatches:
     non_image_inputs(number): those inputs that normalisers are counted from; no image among them.
     forward: inputs to outputs, all or the named ones. backward: adds gradients to the weights.
     no_sync: a context in which gradients are not yet exchanged between processes.
+    keep_averages: takes the new averages of a term with a state for each sample.
     """
 
     count: int
@@ -154,6 +168,7 @@ class MicroBatches:
     forward: Callable[[Inputs, frozenset[str] | None], Outputs]
     backward: Callable[[Tensor], None]
     no_sync: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    keep_averages: Callable[[Inputs], None] = lambda averages: None
 
 
 def backward_with_gradient_caching(
@@ -199,6 +214,7 @@ def _backward_in_one_pass(
     inputs = micro_batches.inputs(0, input_names([*batch_level, *sample_level]))
     outputs = micro_batches.forward(inputs, None)
     # batch-level losses first in both paths, so that sums of floats have one order
+    inputs |= _averages(micro_batches, outputs, inputs, batch_level, options)
     losses = _batch_level_losses(outputs, inputs, batch_level, options)
     losses |= _sample_level_losses(outputs, inputs, sample_level, normalisers, options)
     micro_batches.backward(torch.stack(list(losses.values())).sum())
@@ -234,6 +250,7 @@ def _cache_output_gradients(
         leaves[name] = whole.detach().requires_grad_()
     whole_inputs = {name: join_rows(chunks, pad_token=options.pad_token) for name, chunks in cached_inputs.items()}
 
+    whole_inputs |= _averages(micro_batches, leaves, whole_inputs, terms, options)
     losses = _batch_level_losses(leaves, whole_inputs, terms, options)
     total = torch.stack(list(losses.values())).sum()
     # unlike backward(), this accumulates into no .grad
@@ -277,6 +294,22 @@ def _surrogate_losses(outputs: Outputs, gradients: Outputs, *, first_row: int, w
             own_rows = gradient[first_row : first_row + len(outputs[name])]
             surrogates.append((outputs[name] * own_rows).sum())
     return surrogates
+
+
+def _averages(
+    micro_batches: MicroBatches,
+    outputs: Outputs,
+    inputs: Inputs,
+    terms: Sequence[WeightedLossTerm],
+    options: LossOptions,
+) -> Inputs:
+    """What the losses of terms with a state for each sample read: the averages with this batch in them, kept too."""
+    averages: Inputs = {}
+    for weighted in terms:
+        if weighted.term.new_averages:
+            averages |= weighted.term.new_averages(outputs, inputs, options)
+    micro_batches.keep_averages(averages)
+    return averages
 
 
 def _batch_level_losses(

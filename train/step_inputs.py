@@ -17,6 +17,7 @@ from vlm.models.model import VisionLanguageModel, autocast_to, normalise
 from vlm.models.network import Network
 from vlm.tensor_types import Float, Int64, Tensor, UInt8
 from vlm.train.averaging import EMA
+from vlm.train.objectives.global_contrastive import IMAGE_AVERAGE, INNER_RATE, TEXT_AVERAGE, GlobalAverages
 from vlm.train.objectives.loss_term import Inputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.run_config import TrainConfig
@@ -32,6 +33,8 @@ class MicroBatchInputs:
     """The micro-batches of one process's share of a global batch.
 
     first_sample: number, in the run, of its first sample. input_providers: by the input they give.
+    averages: of all samples, where a term keeps them; shard_starts: the number of each shard's first sample in the
+    data; inner_rate: γ of this step.
     """
 
     batches: Sequence[TrainingBatch]
@@ -44,6 +47,9 @@ class MicroBatchInputs:
     first_sample: int
     with_identities: bool
     input_providers: dict[str, InputProvider]
+    averages: GlobalAverages | None = None
+    shard_starts: tuple[int, ...] = ()
+    inner_rate: float = 1.0
 
     def __call__(self, number: int, names: frozenset[str]) -> Inputs:
         """The inputs of a micro-batch, on the device; what the network draws from is seeded for it."""
@@ -73,12 +79,24 @@ class MicroBatchInputs:
             inputs["class_label"] = batch.class_labels
         if self.with_identities:
             inputs["same"] = pair_identities(batch)
+        if self.averages is not None:
+            samples = sample_numbers([batch], self.shard_starts)
+            inputs |= self.averages.inputs(samples)
+            inputs[INNER_RATE] = torch.full((len(samples),), self.inner_rate)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _rows(self, number: int) -> Int64[Tensor, " B"]:
         # numbers in the run, so that noise drawn by them does not depend on micro-batches or processes
         first = self.first_sample + sum(len(batch.keys) for batch in self.batches[:number])
         return torch.arange(first, first + len(self.batches[number].keys))
+
+
+def sample_numbers(batches: Sequence[TrainingBatch], shard_starts: Sequence[int]) -> Int64[Tensor, " B"]:
+    """The numbers, in the data, of the samples shown: of a replaced one that of its replacement."""
+    numbers: list[int] = []
+    for batch in batches:
+        numbers += [shard_starts[sample.shard] + sample.number for sample in batch.used]
+    return torch.tensor(numbers)
 
 
 def pair_identities(batch: TrainingBatch) -> Int64[Tensor, "B G"]:
@@ -187,7 +205,7 @@ _HINTS = {
     "teacher_text": "--teacher MODEL, or --arrays teacher_image teacher_text of shards made by vlm reinforce",
     "text_embedding": "--arrays text_embedding of shards made by vlm reinforce --text-model",
 }
-_ALWAYS_AVAILABLE = frozenset({"pixels", "tokens", "rows", "same"})
+_ALWAYS_AVAILABLE = frozenset({"pixels", "tokens", "rows", "same", IMAGE_AVERAGE, TEXT_AVERAGE, INNER_RATE})
 
 
 def needs_ema(config: TrainConfig, terms: Sequence[WeightedLossTerm]) -> bool:

@@ -122,12 +122,16 @@ def undivided(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
     case.noise.rows = case.inputs["rows"]
     outputs = case.forward(case.task, case.inputs)
     total = torch.zeros((), dtype=case.inputs["pixels"].dtype)
+    inputs = dict(case.inputs)
+    for part in case.terms:
+        if part.term.new_averages:
+            inputs |= part.term.new_averages(outputs, case.inputs, case.options)
     for part in case.terms:
         if part.term.batch_level:
-            total = total + part.weight * part.term.batch_level(outputs, case.inputs, case.options)
+            total = total + part.weight * part.term.batch_level(outputs, inputs, case.options)
         if part.term.sample_level:
-            normaliser = part.term.normaliser(case.inputs, case.options)
-            total = total + part.weight * part.term.sample_level(outputs, case.inputs, case.options) / normaliser
+            normaliser = part.term.normaliser(inputs, case.options)
+            total = total + part.weight * part.term.sample_level(outputs, inputs, case.options) / normaliser
     total.backward()
     found = {name: tensor.grad for name, tensor in case.task.named_parameters() if tensor.grad is not None}
     return float(total.detach()), {name: gradient.clone() for name, gradient in found.items()}
@@ -189,6 +193,9 @@ def draw_inputs(seed: int, dtype: torch.dtype, samples: int = SAMPLES) -> Inputs
     same[5, 0], same[6, 1], same[7, 1] = same[1, 0], same[2, 1], 0
     sub_tokens = tokens(samples, 3)
     sub_tokens[2, 1:] = PAD
+    # two samples were not seen yet
+    averages = torch.stack([torch.linspace(-3, 1, samples, dtype=dtype), torch.linspace(1, -2, samples, dtype=dtype)])
+    averages[:, [0, 4]] = torch.nan
     return {
         "pixels": values(samples, 3, SIZE, SIZE),
         "tokens": tokens(samples),
@@ -201,4 +208,7 @@ def draw_inputs(seed: int, dtype: torch.dtype, samples: int = SAMPLES) -> Inputs
         "teacher_text": F.normalize(values(samples, 12), dim=-1),
         "text_embedding": values(samples, 12),
         "global_target": F.normalize(values(samples, WIDTH), dim=-1),
+        "image_average": averages[0],
+        "text_average": averages[1],
+        "inner_rate": torch.full((samples,), 0.3, dtype=dtype),
     }

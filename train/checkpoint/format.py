@@ -31,6 +31,7 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 HEADS = "heads.safetensors"
 EMA_WEIGHTS = "average.safetensors"
+AVERAGES = "global-averages.safetensors"
 BEST = "best.json"
 FORMAT = 2
 _METADATA_BYTES = 16 << 20
@@ -173,6 +174,7 @@ def state_tensors(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
         WEIGHTS: state.network.state_dict(),
         HEADS: state.task.heads.state_dict(),
         EMA_WEIGHTS: state.ema_weights or {},
+        AVERAGES: state.averages.tensors() if state.averages else {},
         OPTIMIZER: optimizer_tensors,
     }
 

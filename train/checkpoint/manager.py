@@ -19,6 +19,7 @@ from vlm.data.sample_ledger import Ledger
 from vlm.errors import VlmError
 from vlm.models.load import WEIGHTS
 from vlm.train.checkpoint.format import (
+    AVERAGES,
     BEST,
     EMA_WEIGHTS,
     HEADS,
@@ -295,6 +296,11 @@ def restore(path: Path, state: TrainState, *, is_main: bool = True) -> None:
         if not (path / EMA_WEIGHTS).is_file():
             logger.warning(f"{path} holds no EMA weights; the EMA starts from its weights.")
         _load_tensors(state.ema_weights, _load_if_exists(path / EMA_WEIGHTS) or weights, path / EMA_WEIGHTS)
+    if state.averages is not None:
+        if (path / AVERAGES).is_file():
+            _load_tensors(state.averages.tensors(), load_file(path / AVERAGES), path / AVERAGES)
+        else:
+            logger.warning(f"{path} holds no averages of samples; each starts from the sample's next batch.")
     _restore_optimizer(state, load_file(path / OPTIMIZER))
 
 

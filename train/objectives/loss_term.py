@@ -12,6 +12,7 @@ teacher_text  float [B, D']          its embedding of the drawn caption
 text_embedding float [B, E]          a stored embedding of the drawn caption
 class_label   int64 [B]              the number of each sample's class
 rows          int64 [B]              the number of each sample in the run
+image_average, text_average, inner_rate  float [B]  see `vlm.train.objectives.global_contrastive`
 
 Outputs, by name: image_features and text_features [B, D] of unit length, logit_scale [] (the inverse temperature
 itself), grouping_scale [] (that of `grouping`), and what else `OUTPUT_HEADS` of `vlm.train.task` gives.
@@ -76,6 +77,8 @@ class LossTerm:
     normaliser: counts the units (samples, tokens) of some inputs, which are summed over the global batch.
     outputs, inputs: the names it reads; of inputs those beyond pixels and tokens.
     heads: modules it trains in addition to the network, by name; kept in checkpoints, not in the model folder.
+    new_averages: of a term with a state for each sample: the new values of its inputs of the same names, computed from
+        this batch; its loss reads these, and the run keeps them unless the step is skipped.
     """
 
     summary: str
@@ -86,3 +89,4 @@ class LossTerm:
     sample_level: LossFunction | None = None
     normaliser: Callable[[Inputs, LossOptions], Tensor] = one_per_sample
     heads: Callable[[VisionLanguageModel, LossOptions], Heads] | None = None
+    new_averages: Callable[[Outputs, Inputs, LossOptions], Inputs] | None = None

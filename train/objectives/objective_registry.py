@@ -11,6 +11,7 @@ from vlm.train.objectives.classification import CLASSIFY
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
 from vlm.train.objectives.distillation import DISTILL, LOCAL_TO_GLOBAL, TEXT_ALIGN
 from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
+from vlm.train.objectives.global_contrastive import FASTCLIP, SOGCLR
 from vlm.train.objectives.loss_term import LossTerm
 
 LOSS_TERMS: dict[str, LossTerm] = {
@@ -19,6 +20,8 @@ LOSS_TERMS: dict[str, LossTerm] = {
     "dcl": DCL,
     "weighted_dcl": WEIGHTED_DCL,
     "ranking": RANKING,
+    "sogclr": SOGCLR,
+    "fastclip": FASTCLIP,
     "distill": DISTILL,
     "text_align": TEXT_ALIGN,
     "classify": CLASSIFY,

@@ -43,6 +43,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "embed": ("embed", "Embed", "shards → embeddings, resumable"),
     "reinforce": ("reinforce", "Reinforce", "shards → shards with precomputed teacher embeddings, resumable"),
     "score": ("score", "Score", "embeddings → CLIP score, duplicates, clusters, target similarity for vlm curate"),
+    "relate": (
+        "relate",
+        "Relate",
+        "shards → equal captions, near-duplicate images, neighbours: for vlm train --batches",
+    ),
     "index build": ("index", "BuildIndex", "embeddings → a FAISS index with a metadata catalog"),
     "index import": (
         "index",
