@@ -193,14 +193,13 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     input_providers = open_input_providers(config, model, terms, ema)
     check_loss_inputs(config, terms, task, input_providers)
     check_text_embeddings(corpus.shards, config.loader.arrays, model)
-    keeps_averages = any(weighted.term.new_averages for weighted in terms)
     state = TrainState(
         task=task,
         model=model,
         optimizer=build_optimizer(task, config.optimizer),
         sequence=corpus.fingerprint,
         ema_weights=ema.weights if ema else None,
-        averages=GlobalAverages.unseen(corpus.sample_starts[-1]) if keeps_averages else None,
+        averages=open_averages(terms, corpus),
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     steps = total_steps(config, corpus.order.num_samples)
@@ -233,6 +232,12 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         num_micro_batches=num_micro_batches,
         trims_padding=trims_padding,
     )
+
+
+def open_averages(terms: tuple[WeightedLossTerm, ...], corpus: Corpus) -> GlobalAverages | None:
+    """The moving averages of all samples, none seen yet, where a term keeps them."""
+    keeps_averages = any(weighted.term.new_averages for weighted in terms)
+    return GlobalAverages.unseen(corpus.sample_starts[-1]) if keeps_averages else None
 
 
 def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, Validation | None]:
