@@ -109,7 +109,7 @@ def _tower(folder: str, tokenizer: Tokenizer, pooling: Pooling, prompts: Sequenc
         "pad_id": tokenizer.pad_token,
         "eos_id": tokenizer.end_token,
         "pooling": pooling,
-        "prompts": list(prompts),
+        "prompts": tuple(prompts),
     }
     tower = build_lm(read_text_config(complete_lm(values, folder)), folder, embed_dim=1)
     assert isinstance(tower, FrozenLanguageTower)

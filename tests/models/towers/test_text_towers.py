@@ -6,9 +6,9 @@ import torch
 
 from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import hash_ngrams
-from vlm.models.towers.language_model import FrozenLanguageTower, complete_lm, lm_fingerprint
+from vlm.models.towers.language_model import FrozenLanguageTower, complete_lm, lm_fingerprint, read_prompts
 from vlm.models.towers.tower import pool_states, text_mask
-from vlm.models.towers.tower_config import read_text_config
+from vlm.models.towers.tower_config import parse_tower_options, read_text_config
 from vlm.models.towers.tower_registry import build_text_tower, resolve_tower_configs
 
 ROWS = torch.tensor([[90, 5, 6, 7, 91, 0, 0, 0], [90, 8, 91, 0, 0, 0, 0, 0], [90, 5, 9, 10, 11, 12, 13, 91]])
@@ -180,6 +180,62 @@ def test_each_facet_prompt_follows_the_text_without_its_end_token(facets, folder
         expected = torch.cat(states) if facets == "concat" else (states[0] + states[1]) / 2
         assert torch.allclose(row, expected, atol=1e-5)
     assert tower.embedding_size == found.shape[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_all_prompts_are_read_in_one_pass_over_the_text(name, folders, monkeypatch):
+    prompts = ((40, 41), (50,), (7, 8, 9))
+    values = complete_lm({**IDS, "tower": "lm:x"}, str(folders / name))
+    tower = FrozenLanguageTower(read_text_config({**values, "prompts": ("a", "b", "c"), "prompt_tokens": prompts}), 6)
+    passes = []
+    read = tower.language_model.states
+    monkeypatch.setattr(tower.language_model, "states", lambda *given: passes.append(given) or read(*given))
+    in_one = tower.embed(ROWS)
+    assert len(passes) == 1
+    monkeypatch.setattr(tower.language_model, "takes_any_mask", lambda length: False)
+    apart = tower.embed(ROWS)
+    assert len(passes) == 4
+    assert torch.allclose(in_one, apart, atol=1e-5)
+    # a prompt has no part in the states of another
+    alone = FrozenLanguageTower(read_text_config({**values, "prompts": ("b",), "prompt_tokens": prompts[1:2]}), 6)
+    assert torch.allclose(in_one[:, 16:32], alone.embed(ROWS), atol=1e-5)
+
+
+def test_a_model_that_sees_a_window_only_reads_each_prompt_by_itself(tmp_path):
+    from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
+
+    small: dict[str, Any] = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    windowed = MistralConfig(**small, intermediate_size=24, num_key_value_heads=2, sliding_window=8)
+    for name, config in (("windowed", windowed), ("alibi", BloomConfig(vocab_size=100, hidden_size=16, n_head=2))):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    language_model = make(f"lm:{tmp_path / 'windowed'}").language_model
+    assert language_model.takes_any_mask(8)
+    assert not language_model.takes_any_mask(12)
+    # ALiBi counts places in the row, so it cannot be told others
+    assert not make(f"lm:{tmp_path / 'alibi'}").language_model.takes_any_mask(8)
+
+
+@pytest.mark.parametrize(
+    ("written", "prompts"),
+    [
+        ("prompts=The colour is", ["The colour is"]),
+        ("prompts=['Red, or (green]', \"it's + 5\"]", ["Red, or (green]", "it's + 5"]),
+        ("prompts='Where, and when'", ["Where, and when"]),
+        ("prompts=@facets.txt", ["It is, say,", "The place:"]),
+    ],
+)
+def test_prompts_are_written_as_a_shell_user_types_them(written, prompts, tmp_path, monkeypatch):
+    (tmp_path / "facets.txt").write_text("It is, say,\n\n The place:\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    tower, options = parse_tower_options(f"lm:models/o'neil,{written},facets=mean")
+    assert (tower, options["facets"]) == ("lm:models/o'neil", "mean")
+    assert read_prompts(options["prompts"]) == prompts
+
+
+@pytest.mark.parametrize("prompts", ["@none.txt", "", 5, [""], [3], {"a": 1}])
+def test_what_is_no_prompt_is_refused(prompts):
+    with pytest.raises(UsageError, match="prompts"):
+        read_prompts(prompts)
 
 
 def test_the_digest_follows_the_model_and_the_prompts(folders):

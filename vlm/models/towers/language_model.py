@@ -1,5 +1,6 @@
 """A frozen causal language model as text tower, whose embeddings can be precomputed (FLAME)."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,43 @@ class LazyLanguageModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> "LazyLanguageModel":
         return self
 
-    def states(self, tokens: Int64[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
-        """The last hidden states in float32, without gradient."""
+    def states(
+        self,
+        tokens: Int64[Tensor, "B L"],
+        mask: Bool[Tensor, "B L"] | Bool[Tensor, "B L L"],
+        positions: Int64[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L C"]:
+        """The last hidden states in float32, without gradient.
+
+        mask: which tokens are read, in a causal way; or, with the positions of the tokens, which each token sees.
+        """
         model = self._read().to(tokens.device)
+        given: dict[str, Tensor] = {"attention_mask": mask.long()}
+        if positions is not None:
+            # numbers to add rather than truth values: every kind of attention takes them
+            lowest = torch.finfo(torch.float32).min
+            added = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)[:, None]
+            given = {"attention_mask": added, "position_ids": positions}
         # in float32 whatever the run's precision, so that precomputed and online embeddings are the same
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            return model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+            return model(input_ids=tokens, **given).last_hidden_state
+
+    def takes_any_mask(self, length: int) -> bool:
+        """Whether each token of rows this long may be told what it sees, and where it stands.
+
+        Not by models without positions as an argument (ALiBi, recurrent ones), nor where a layer sees a window or all
+        before it in compressed form, whatever it is told.
+        """
+        model = self._read()
+        config = model.config
+        window = getattr(config, "sliding_window", None)
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        is_windowed = window is not None and window < length
+        return (
+            "position_ids" in inspect.signature(model.forward).parameters
+            and layers <= {"full_attention", "sliding_attention"}
+            and not is_windowed
+        )
 
     def _read(self) -> Any:
         if self._model is None:
@@ -78,8 +110,10 @@ class FrozenLanguageTower(TextTower):
     def embed(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B E"]:
         """The language model's embeddings of the texts: the pooled state, or that at the end of each facet prompt.
 
-        A prompt follows the text, whose end token is left out (FLAME §3.2); each is read by itself, which gives what
-        its facet-decoupled attention gives.
+        A prompt follows the text, whose end token is left out (FLAME, Cao et al. 2024, §3.2). All prompts are read in
+        one pass over the shared text: a prompt's tokens see the text and their own prompt alone, at the places they
+        would have right after the text (facet-decoupled attention). Models that cannot be told so read each prompt by itself,
+        which gives the same.
         """
         mask = text_mask(tokens, self.pad_id)
         if not self.prompts:
@@ -88,8 +122,35 @@ class FrozenLanguageTower(TextTower):
         last = tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
         # the prompt follows the text itself
         lengths = lengths - (last == self.end_id).long()
-        facets = [self._facet(tokens, lengths, prompt) for prompt in self.prompts]
+        length = tokens.shape[1] + sum(map(len, self.prompts))
+        # a single prompt needs no mask of its own
+        if len(self.prompts) > 1 and self.language_model.takes_any_mask(length):
+            facets = self._facets_in_one_pass(tokens, lengths)
+        else:
+            facets = [self._facet(tokens, lengths, prompt) for prompt in self.prompts]
         return torch.cat(facets, dim=1) if self.facets == "concat" else torch.stack(facets).mean(dim=0)
+
+    def _facets_in_one_pass(
+        self, tokens: Int64[Tensor, "B L"], lengths: Int64[Tensor, " B"]
+    ) -> list[Float[Tensor, "B C"]]:
+        facet_sizes = torch.tensor([len(prompt) for prompt in self.prompts], device=tokens.device)
+        prompt_tokens = [torch.tensor(prompt, device=tokens.device) for prompt in self.prompts]
+        rows = torch.cat([tokens, torch.cat(prompt_tokens).expand(len(tokens), -1)], dim=1)
+        numbers = torch.arange(rows.shape[1], device=tokens.device)
+        # 0 for the text, then the number of the prompt
+        facet = torch.zeros_like(numbers)
+        facet[tokens.shape[1] :] = torch.repeat_interleave(facet_sizes).add(1)
+        starts = tokens.shape[1] + facet_sizes.cumsum(0) - facet_sizes
+        offsets = numbers[tokens.shape[1] :] - torch.repeat_interleave(starts, facet_sizes)
+        positions = torch.cat([numbers[: tokens.shape[1]].expand(len(tokens), -1), lengths[:, None] + offsets], dim=1)
+
+        is_read = (numbers < lengths[:, None]) | (facet > 0)
+        is_shared = (facet == 0) | (facet == facet[:, None])
+        sees = is_shared & (numbers <= numbers[:, None])
+        # padding sees itself, since a softmax over nothing is not a number
+        mask = (sees & is_read[:, None]) | (numbers == numbers[:, None])
+        states = self.language_model.states(rows, mask, positions)
+        return list(states[:, starts + facet_sizes - 1].unbind(1))
 
     def _facet(
         self, tokens: Int64[Tensor, "B L"], lengths: Int64[Tensor, " B"], prompt: tuple[int, ...]
@@ -130,7 +191,7 @@ def complete_lm(values: dict[str, Any], name: str) -> dict[str, Any]:
     """
     hf_config, _ = read_language_model(name)
     config = build_hf_config(hf_config)
-    prompts = list(values.get("prompts", ()))
+    prompts = read_prompts(values.get("prompts", ()))
     tokens = _prompt_tokens(name, prompts)
     longest = max((len(prompt) for prompt in tokens), default=0)
     check_length(f"lm:{name}", config, values.get("context_length", 1) + longest)
@@ -166,6 +227,30 @@ def lm_fingerprint(folder: str) -> str:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_prompts(prompts: Any) -> list[str]:
+    """Facet prompts as they are written: a list, one text, or `@FILE` with one a line.
+
+    Raises:
+        UsageError: the file cannot be read, or a prompt is no text or empty.
+    """
+    if isinstance(prompts, str) and prompts.startswith("@"):
+        try:
+            lines = Path(prompts[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The prompts {prompts[1:]!r} cannot be read: {error}.") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UsageError("The file of prompts is empty; write one a line.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else [None]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError(
+                f"prompts = {prompts!r} is not a text or a list of texts; write prompts=['The colour is','It shows'], "
+                "or prompts=@FILE with one a line."
+            )
+    return texts
 
 
 def _prompt_tokens(folder: str, prompts: list[str]) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -10,7 +9,6 @@ from vlm.config import from_values
 from vlm.errors import UsageError
 
 _SHOWN = 5
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # but for those inside brackets
 
 
 def split_tower(tower: str) -> tuple[str, str]:
@@ -25,7 +23,7 @@ def parse_tower_options(words: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: an option has no value.
     """
-    tower, *options = _COMMA.split(words)
+    tower, *options = _split_at_commas(words)
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
@@ -33,6 +31,35 @@ def parse_tower_options(words: str) -> tuple[str, dict[str, Any]]:
             raise UsageError(f"{option!r} in {words!r} is not an option; write KEY=VALUE, e.g. pooling=simpool.")
         values[key] = _value(value)
     return tower, values
+
+
+def _split_at_commas(words: str) -> list[str]:
+    """The words between commas that are in no quotes and no brackets.
+
+    >>> _split_at_commas("lm:o'neil,prompts=['Red, (or'],facets=mean")
+    ["lm:o'neil", "prompts=['Red, (or']", 'facets=mean']
+    """
+    parts = [""]
+    quote = ""
+    depth = 0
+    before = ""
+    for character in words:
+        if quote:
+            if character == quote and before != "\\":
+                quote = ""
+        # an apostrophe inside a word, as a folder may have, opens nothing
+        elif character in "'\"" and before in "=[(,":
+            quote = character
+        elif character in "[({":
+            depth += 1
+        elif character in "])}":
+            depth -= 1
+        if character == "," and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+        before = character
+    return parts
 
 
 def suggest_names(name: str, known: list[str]) -> str:
