@@ -112,8 +112,8 @@ class FrozenLanguageTower(TextTower):
 
         A prompt follows the text, whose end token is left out (FLAME, Cao et al. 2024, §3.2). All prompts are read in
         one pass over the shared text: a prompt's tokens see the text and their own prompt alone, at the places they
-        would have right after the text (facet-decoupled attention). Models that cannot be told so read each prompt by itself,
-        which gives the same.
+        would have right after the text (facet-decoupled attention). Models that cannot be told so read each prompt by
+        itself, which gives the same.
         """
         mask = text_mask(tokens, self.pad_id)
         if not self.prompts:
