@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vlm.data.cached_features import CachedFeatures
 from vlm.data.caption_sampler import CaptionSampler, SampledCaption
 from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.class_labels import ClassLabels
@@ -170,6 +171,7 @@ class _DrawnSample(NamedTuple):
     key: str
     caption: SampledCaption
     arrays: tuple[np.ndarray, ...]
+    features: dict[str, np.ndarray]
     sentences: list[str]
     identity: tuple[int, int]
     class_label: int
@@ -191,6 +193,7 @@ class TrainingCollator:
     """Draws a view and a caption of each sample; replaces a sample that cannot be used by the next one that can.
 
     decode_on_device: leave the decoding to the device; batches then hold prepared images.
+    cached: features of frozen towers; where those of images are there, no image is decoded, and batches have none.
     caption_mix: captions from sidecars that take the place of the sample's own, with a probability.
 
     Optional parts of a batch, none of which changes the rest. num_sentences: how many different sentences, drawn from
@@ -217,6 +220,7 @@ class TrainingCollator:
     class_labels: ClassLabels | None = None
     trim_text: bool = False
     caption_mix: CaptionMix | None = None
+    cached: CachedFeatures | None = None
 
     def __post_init__(self) -> None:
         if self.decode_on_device and self.local:
@@ -233,7 +237,15 @@ class TrainingCollator:
     @property
     def image_bytes(self) -> int:
         """Bytes of an image as the model sees it; 0 where it is not decoded here."""
-        return 0 if self.decode_on_device else 3 * self.view.size**2
+        return 3 * self.view.size**2 if self._decodes else 0
+
+    @property
+    def _decodes(self) -> bool:
+        return not (self.decode_on_device or self._reads_cached_images)
+
+    @property
+    def _reads_cached_images(self) -> bool:
+        return self.cached is not None and self.cached.has_images
 
     def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> TrainingBatch:
         """Read, draw, decode and tokenize these samples."""
@@ -271,7 +283,7 @@ class TrainingCollator:
             sample_indices=tuple(sample_indices),
             used=tuple(used),
             failures=tuple(chain.from_iterable(failures)),
-            arrays=self.arrays.stack([sample.arrays for sample in samples], keys),
+            arrays=self.arrays.stack([sample.arrays for sample in samples], keys) | _stacked(samples),
             prepared=tuple(buffers.prepared),
             offsets=tuple(offsets),
             position=sample_indices.position if isinstance(sample_indices, BatchIndices) else None,
@@ -328,6 +340,10 @@ class TrainingCollator:
         if self.arrays.has_views:
             view, view_rng = self.arrays.sample_view(sample, rng)
         arrays = self.arrays.rows(sample, view=view, caption=caption)
+        features: dict[str, np.ndarray] = {}
+        if self.cached is not None:
+            feature_rng = self._rng_for(sample_index, sample.key, "features")
+            features = self.cached.rows(sample_index, sample, caption, feature_rng)
 
         sentences = self._sentences(sample_index, sample) if self.num_sentences else []
         identity = _NO_IDENTITIES
@@ -340,7 +356,7 @@ class TrainingCollator:
         crop = self.view.draw(image.width, image.height, view_rng)
         class_label = self.class_labels.number(sample.metadata) if self.class_labels else 0
         return _DrawnSample(
-            sample_index, attempt, sample.key, caption, arrays, sentences, identity, class_label, image, crop
+            sample_index, attempt, sample.key, caption, arrays, features, sentences, identity, class_label, image, crop
         )
 
     def _draw_caption(self, sample_index: SampleIndex, sample: Sample, rng: RandomSource) -> SampledCaption:
@@ -363,6 +379,8 @@ class TrainingCollator:
 
     def _decode_into(self, row: int, sample: _DrawnSample, buffers: _ImageBuffers) -> None:
         image = sample.image
+        if self._reads_cached_images:
+            return
         if self.decode_on_device:
             buffers.prepared.append(prepare_view(image, sample.crop, self.view))
             return
@@ -375,7 +393,7 @@ class TrainingCollator:
     def _allocate(self, number: int, shards: ShardSet) -> _ImageBuffers:
         size = self.view.size
         # channels last, as decoders leave them; the batch shows them as [B, 3, H, W] without a copy
-        images = shards.allocate_images((0 if self.decode_on_device else number, size, size, 3))
+        images = shards.allocate_images((number if self._decodes else 0, size, size, 3))
         if self.local is None:
             return _ImageBuffers(images, None)
         size = self.local.view.size
@@ -397,6 +415,14 @@ class TrainingCollator:
         # the mask picks the first slots of each sample row by row, the order in which the sentences were encoded
         tokens[np.arange(self.num_sentences) < counts[:, None]] = rows
         return torch.from_numpy(trim_tokens(tokens, self.tokenizer) if self.trim_text else tokens)
+
+
+def _stacked(samples: list[_DrawnSample]) -> dict[str, Float[Tensor, "B F"]]:
+    """The cached features of a batch, by name."""
+    stacked: dict[str, torch.Tensor] = {}
+    for name in samples[0].features if samples else ():
+        stacked[name] = torch.from_numpy(np.stack([sample.features[name] for sample in samples]))
+    return stacked
 
 
 def content_hash(content: bytes) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vlm.data.cached_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.data.collate import TrainingBatch
 from vlm.data.corpus import Corpus
 from vlm.data.sample_ledger import Epoch, Ledger, ShardCount, sum_counts
@@ -272,5 +273,5 @@ class RunLogger:
             shapes["sub_tokens"] = batch.sub_tokens[:1].expand(_ROWS, -1, -1)
         if batch.local_images is not None:
             shapes["local_pixels"] = torch.empty(_ROWS, *batch.local_images.shape[1:])
-        names = task.inputs | {"pixels", "tokens"}
+        names = task.inputs | {"pixels", "tokens", IMAGE_FEATURE, TEXT_FEATURE}
         return {name: value for name, value in shapes.items() if name in names}

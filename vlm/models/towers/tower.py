@@ -91,8 +91,10 @@ class ImageTower(nn.Module, ABC):
         # the trunk's last norm often stands in the head that is left out
         self.norm = nn.LayerNorm(self.width) if pools else nn.Identity()
         dropout = nn.Dropout(config.dropout)
-        projection = nn.Linear(self.width, embed_dim, bias=False)
-        self.head = nn.Sequential(OrderedDict(drop=dropout, proj=projection))
+        linear = nn.Linear(self.width, embed_dim, bias=False)
+        self.head = nn.Sequential(OrderedDict(drop=dropout, proj=linear))
+        if config.residual:
+            self.head = residual_head(self.width, config.residual, embed_dim, config.head_dropout)
         # parameters without a part in the output get no gradient, which DDP would wait for
         for name in trunk_info.unused_native if self.is_native else trunk_info.unused:
             trunk.get_parameter(name).requires_grad_(False)
@@ -119,9 +121,7 @@ class ImageTower(nn.Module, ABC):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Vectors of the joint space, not normalised."""
-        if self.is_native:
-            return self.head(self.native(pixels))
-        return self.head(self._pool(self.tokens(pixels)))
+        return self.project(self.embed(pixels))
 
     def forward_with_patches(
         self, pixels: Float[Tensor, "B 3 H W"]
@@ -146,6 +146,14 @@ class ImageTower(nn.Module, ABC):
         single_patch_maps = as_features(patches.flatten(0, 1), layouts[0])
         embedded = self.head(self.pool_features(single_patch_maps))
         return image, embedded.unflatten(0, patches.shape[:2])
+
+    def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """What the trunk makes of images, pooled: all that a frozen trunk is run for."""
+        return self.native(pixels) if self.is_native else self._pool(self.tokens(pixels))
+
+    def project(self, features: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
+        """Pooled features to vectors of the joint space, not normalised."""
+        return self.head(features)
 
     def pool_features(self, features: Features) -> Float[Tensor, "B F"]:
         """One vector per image, from the trunk's maps."""
@@ -251,3 +259,29 @@ def projection(width: int, hidden: int, embed_dim: int, dropout: float = 0.0) ->
     return nn.Sequential(
         nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, embed_dim, bias=False)
     )
+
+
+class ResidualProjection(nn.Module):
+    """A linear layer, plus a perceptron with one hidden layer that corrects it.
+
+    On frozen features the linear part learns in few steps, and what is not linear is left to the perceptron.
+    """
+
+    def __init__(self, width: int, hidden: int, embed_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, embed_dim)
+        self.hidden = projection(width, hidden, embed_dim, dropout)
+
+    def forward(self, features: Float[Tensor, "... F"]) -> Float[Tensor, "... D"]:
+        """Vectors of the joint space, not normalised."""
+        return self.linear(features) + self.hidden(features)
+
+
+def residual_head(width: int, hidden: int, embed_dim: int, dropout: float) -> nn.Sequential:
+    """Norm, dropout and a `ResidualProjection`: a head for features of a frozen trunk."""
+    layers: dict[str, nn.Module] = {
+        "norm": nn.LayerNorm(width),
+        "drop": nn.Dropout(dropout),
+        "proj": ResidualProjection(width, hidden, embed_dim, dropout),
+    }
+    return nn.Sequential(OrderedDict(layers))

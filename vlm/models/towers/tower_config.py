@@ -128,6 +128,12 @@ class ImageTowerConfig:
     patch_dropout: float = 0.0
     """Fraction of patches dropped while training."""
 
+    residual: int = 0
+    """Width of a hidden layer beside the projection, after a norm: a head for frozen trunks. 0 projects linearly."""
+
+    head_dropout: float = 0.0
+    """Probability of dropout before that head and inside it."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the timm builder, e.g. {"depth": 4}."""
 
@@ -165,6 +171,12 @@ class TextTowerConfig:
 
     hidden: int = 0
     """Width of the hidden layer between vector and embedding; 0 has none."""
+
+    residual: int = 0
+    """Width of a hidden layer beside the projection of hf:, after a norm: a head for frozen trunks. 0 has none."""
+
+    head_dropout: float = 0.0
+    """Probability of dropout before that head and inside it."""
 
     reduce: Literal["mean", "sum"] = "mean"
     """How the entries of bag and ngram are put together."""

@@ -127,7 +127,8 @@ def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> di
 
 def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
     prefix, name = split_tower(config.tower)
-    is_plain = prefix == "timm" and config.pooling == "native" and not (config.registers or config.overrides)
+    is_plain = prefix == "timm" and config.pooling == "native"
+    is_plain = is_plain and not (config.registers or config.overrides or config.residual)
     if not is_plain or config.image_size != timm_image_size(name):
         return None
     return {

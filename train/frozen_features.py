@@ -1,0 +1,266 @@
+"""Features of locked towers, computed once for a corpus: then only the heads after the trunks run in training.
+
+A part belongs to a shard, a trunk's weights and what it is given (view or tokenizer), all of which its name holds: runs
+that share a folder of features compute each part once. Parts are written whole, so that an interrupted run goes on
+after the last one.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vlm.console import progress
+from vlm.data.cached_features import CachedFeatures
+from vlm.data.collate import EvalBatch, EvalCollator
+from vlm.data.loader import stream_batches
+from vlm.data.sampler import SequentialBatches
+from vlm.data.samples import select_languages
+from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.tokenizers import trim_tokens
+from vlm.errors import BadSample, UsageError, VlmError
+from vlm.files import atomic_write, compute_fingerprint
+from vlm.models.model import VisionLanguageModel, normalise, space_fingerprint
+from vlm.tensor_types import Tensor
+from vlm.train.distributed import num_processes, process_rank
+from vlm.train.run_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Tower = Literal["image", "text"]
+_FOLDER = "features"
+_IMAGES_AT_ONCE = 32
+_TEXTS_AT_ONCE = 64
+# changes when the arrays of a part would be others for the same weights and shards
+_FORMAT = "1"
+
+
+def open_cached_features(config: TrainConfig, shards: Sequence[str], model: VisionLanguageModel) -> CachedFeatures:
+    """The features of the towers the configuration locks; what is missing of them is computed and stored first.
+
+    Each process computes a share of the shards; wait for all of them before reading.
+
+    Raises:
+        UsageError: a tower is not locked whole, or the configuration needs more of it than features. VlmError: a
+            feature is not finite.
+    """
+    towers = check_cacheable(config, model)
+    folder = Path(config.loader.feature_folder or Path(config.run) / _FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    languages = config.loader.languages
+    parts = {tower: part_paths(folder, tower, shards, model, languages) for tower in towers}
+    share = range(process_rank(), len(shards), num_processes())
+    missing: dict[int, dict[Tower, Path]] = {}
+    for number in share:
+        lacking = {tower: paths[number] for tower, paths in parts.items() if not paths[number].is_file()}
+        if lacking:
+            missing[number] = lacking
+    if missing:
+        logger.info(f"Computing the features of the locked towers ({' and '.join(towers)}) into {folder}, once.")
+        _compute_parts(model, shards, missing, languages=languages, workers=config.loader.workers)
+    return CachedFeatures(
+        image_parts=tuple(parts.get("image", ())),
+        text_parts=tuple(parts.get("text", ())),
+        blend=config.loader.caption_blend,
+    )
+
+
+def check_cacheable(config: TrainConfig, model: VisionLanguageModel) -> list[Tower]:
+    """The towers whose features can be cached: those that are locked.
+
+    Raises:
+        UsageError: there is none, or something asks for more than their features.
+    """
+    lock = config.model.lock
+    towers: list[Tower] = []
+    for tower in ("image", "text"):
+        if lock in (tower, "both"):
+            towers.append(tower)
+    loader, objective, settings = config.loader, config.objective, config.model
+    problems = (
+        (not towers, "no tower is locked; give --lock image, text or both"),
+        (settings.unlocked_groups, f"--unlocked-groups {settings.unlocked_groups} trains a part of the trunks"),
+        (config.sharding == "fsdp", "--sharding fsdp shards the trunks; leave it out, since the heads are small"),
+        (settings.drop_path or settings.patch_dropout or settings.dropout, "a locked trunk drops nothing"),
+        ("image" in towers and loader.decode_on_device, "--decode-on-device decodes images that are not read"),
+        ("image" in towers and objective.local_views, "--local-views shows the image tower more than is cached"),
+        ("text" in towers and loader.sentences, "--sentences shows parts of captions"),
+        ("text" in towers and loader.captions_from, "--captions-from shows captions that are not in the shards"),
+        (loader.caption_blend and "text" not in towers, "--caption-blend averages features of a locked text tower"),
+    )
+    for is_problem, reason in problems:
+        if is_problem:
+            raise UsageError(f"--cache-features: {reason}.")
+    for tower in towers:
+        module: Any = getattr(model.network, "visual" if tower == "image" else "text", None)
+        has_features = all(hasattr(module, name) for name in ("trunk", "embed", "project"))
+        # pooling of ours is trained
+        if not has_features or getattr(module, "pools", None):
+            raise UsageError(
+                f"--cache-features: this {tower} tower gives no features of its trunk alone; name a timm:, vit: or hf: "
+                "tower with its own pooling, or leave the flag out."
+            )
+    return towers
+
+
+def part_paths(
+    folder: Path, tower: Tower, shards: Sequence[str], model: VisionLanguageModel, languages: tuple[str, ...]
+) -> list[Path]:
+    """Where the features of each shard are, or will be. languages: of the captions that may be drawn."""
+    module: Any = model.network.get_submodule("visual" if tower == "image" else "text")
+    identity = space_fingerprint(module.trunk, model.view, model.tokenizer)
+    read = repr(languages) if tower == "text" else ""
+    pooling = str(getattr(module, "pooling", "native"))
+    paths: list[Path] = []
+    for shard in shards:
+        name = compute_fingerprint(identity, pooling, read, shards_fingerprint([shard]), _FORMAT)
+        paths.append(folder / f"{tower}-{name}.npy")
+    return paths
+
+
+def _compute_parts(
+    model: VisionLanguageModel,
+    shards: Sequence[str],
+    missing: dict[int, dict[Tower, Path]],
+    *,
+    languages: tuple[str, ...],
+    workers: int,
+) -> None:
+    """missing: the parts to compute of each shard, by its number."""
+    lacking_images = any("image" in paths for paths in missing.values())
+    counts = count_samples([shards[number] for number in missing])
+    plan = SequentialBatches(counts=counts, batch_size=_IMAGES_AT_ONCE)
+    batches = stream_batches(
+        plan,
+        [shards[number] for number in missing],
+        EvalCollator(view=model.view if lacking_images else None),
+        numbers=range(len(plan)),
+        workers=workers,
+    )
+    modes = {module: module.training for module in model.network.modules()}
+    model.network.eval()
+    try:
+        with progress(total=sum(counts), what="features", unit=" samples") as bar:
+            for paths, count in zip(missing.values(), counts, strict=True):
+                of_shard = islice(batches, ceil(count / _IMAGES_AT_ONCE))
+                for done in _compute_shard(model, of_shard, count, paths, languages):
+                    bar.update(done)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _compute_shard(
+    model: VisionLanguageModel,
+    batches: Iterator[EvalBatch],
+    count: int,
+    paths: dict[Tower, Path],
+    languages: tuple[str, ...],
+) -> Iterator[int]:
+    """Compute and write the parts of one shard; yields the samples done, batch by batch."""
+    images = _Rows(count)
+    texts = _Rows(count)
+    for batch in batches:
+        if "image" in paths and len(batch.images):
+            for sample, row in zip(batch.decoded, _embed_images(model, batch.images), strict=True):
+                images.add(sample.sample_index.number, row[None])
+        if "text" in paths and batch.samples:
+            for sample, rows in zip(batch.samples, _caption_rows(model, batch, languages), strict=True):
+                texts.add(sample.sample_index.number, rows)
+        yield len(batch.samples) + len(batch.unread)
+    for tower, rows in (("image", images), ("text", texts)):
+        if tower in paths:
+            with atomic_write(paths[tower]) as file:
+                np.save(file, rows.padded(), allow_pickle=False)
+
+
+def _caption_rows(model: VisionLanguageModel, batch: EvalBatch, languages: tuple[str, ...]) -> list[np.ndarray]:
+    """For each sample a row of each of its captions; NaN for those in languages that are not drawn from."""
+    drawable: list[list[bool]] = []
+    captions: list[str] = []
+    for sample in batch.samples:
+        try:
+            selected = {id(texts) for texts in select_languages(sample.captions, languages).values()}
+        # it has none, and will be replaced when it is drawn
+        except BadSample:
+            selected = set[int]()
+        own: list[bool] = []
+        for texts in sample.captions.values():
+            own += [id(texts) in selected] * len(texts)
+            captions += texts if id(texts) in selected else ()
+        drawable.append(own)
+    embedded = _embed_texts(model, captions)
+    rows_of_samples: list[np.ndarray] = []
+    first = 0
+    for own in drawable:
+        rows = np.full((len(own), embedded.shape[1]), np.nan, np.float32)
+        rows[own] = embedded[first : first + sum(own)]
+        first += sum(own)
+        rows_of_samples.append(rows)
+    return rows_of_samples
+
+
+@dataclass
+class _Rows:
+    """The rows of each sample of a shard while they are computed."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        self._by_sample: dict[int, np.ndarray] = {}
+
+    def add(self, number: int, rows: np.ndarray) -> None:
+        """The rows of a sample.
+
+        Raises:
+            VlmError: a value is not finite, or too large for half precision.
+        """
+        # an overflow becomes infinite, and is told here; NaN in a whole row stands for a row that is not there
+        with np.errstate(over="ignore"):
+            stored = rows.astype(np.float16)
+        if not (np.isfinite(stored) | np.isnan(rows).all(axis=1, keepdims=True)).all():
+            raise VlmError(
+                f"A locked tower gave features of sample {number} that are not finite in half precision: its weights "
+                "are damaged or of another kind; leave out --cache-features to train on them all the same."
+            )
+        self._by_sample[number] = stored
+
+    def padded(self) -> np.ndarray:
+        """All of them [N, R, F], as many rows for each sample as the most that one has; NaN where there are none."""
+        most = max((len(rows) for rows in self._by_sample.values()), default=1)
+        width = next((rows.shape[1] for rows in self._by_sample.values() if len(rows)), 1)
+        array = np.full((self.count, most, width), np.nan, np.float16)
+        for number, rows in self._by_sample.items():
+            array[number, : len(rows)] = rows
+        return array
+
+
+@torch.inference_mode()
+def _embed_images(model: VisionLanguageModel, images: Tensor) -> np.ndarray:
+    tower: Any = model.network.get_submodule("visual")
+    pixels = normalise(images.to(model.device), model.view)
+    return tower.embed(pixels).float().cpu().numpy()
+
+
+@torch.inference_mode()
+def _embed_texts(model: VisionLanguageModel, captions: Sequence[str]) -> np.ndarray:
+    """Rows in the order of the captions; those of like length are run together, so that little is padding."""
+    tower: Any = model.network.get_submodule("text")
+    if not captions:
+        return np.zeros((0, 1), np.float32)
+    tokens = model.tokenizer.encode(list(captions))
+    order = np.argsort((tokens != model.tokenizer.pad_token).sum(axis=1), kind="stable")
+    rows: list[np.ndarray] = []
+    for first in range(0, len(order), _TEXTS_AT_ONCE):
+        # these towers mask their padding
+        chunk = trim_tokens(tokens[order[first : first + _TEXTS_AT_ONCE]], model.tokenizer)
+        rows.append(tower.embed(torch.from_numpy(chunk).to(model.device)).float().cpu().numpy())
+    embedded = np.concatenate(rows)
+    # back into the order of the captions
+    return embedded[np.argsort(order, kind="stable")]
