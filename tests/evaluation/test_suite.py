@@ -12,6 +12,7 @@ from vlm.data.pack import PackConfig, pack
 from vlm.data.sources.source_registry import open_source
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
+from vlm.evaluation.comparison import ModelMeasurements
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value
@@ -19,11 +20,13 @@ from vlm.evaluation.suite import (
     EVALUATORS,
     FailedEvaluation,
     OpenSets,
+    evaluate_models,
     measure_model,
     parse_suite,
     read_suite,
     suite_names,
 )
+from vlm.evaluation.suite_averages import SuiteAverage, average_figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,65 @@ def test_an_entry_is_an_evaluator_with_its_settings_on_each_of_its_sets(root):
     assert next(iter(third.values)) == "training images"
     assert third.values["training images"].value == 3
     assert encoder.num_images == 5
+
+
+def test_an_average_is_the_mean_of_its_sets_or_says_which_is_missing(root):
+    colour_shards(root / "others")
+    entry = {"evaluator": "share", "data": ["first", "second"]}
+    values = {
+        "data": {"first": {"path": "colours"}, "second": {"path": "others"}, "third": {"path": "none"}},
+        "evaluate": [entry | {"colours": ["red", "blue"]}],
+        "average": [
+            {"name": "both", "evaluator": "share", "data": ["first", "second"]},
+            {"name": "images", "evaluator": "share", "data": ["first", "second"], "value": "images"},
+            {"name": "all", "evaluator": "share", "data": ["first", "second", "third"]},
+        ],
+    }
+    evaluation = evaluate_models([EvaluatedModel(ColourEncoder())], OpenSets(suite=parse_suite(values, "s"), root=root))
+    measured = [measurement.values for measurement in evaluation.comparison.models[0].measurements]
+    both, images, everything = evaluation.averages
+    assert both.value == Value(value=(measured[0]["share"].value + measured[1]["share"].value) / 2)
+    assert images.value == Value(value=(measured[0]["images"].value + measured[1]["images"].value) / 2)
+    assert (everything.value, everything.missing) == (None, ("third",))
+    assert [entry["name"] for entry in evaluation.to_json()["averages"]] == ["both", "images", "all"]
+
+
+def test_the_interval_of_an_average_is_that_of_independent_sets():
+    def of(data, value, half):
+        values = {"top1": Value(value=value, low=value - half, high=value + half)}
+        return Measurement(evaluator="e", data=data, data_digest="", num_images=1, values=values)
+
+    model = ModelMeasurements(model="m", measurements=(of("a", 0.2, 0.03), of("b", 0.6, 0.04)))
+    average = SuiteAverage(name="n", evaluator="e", data=("a", "b"))
+    (figure,) = average_figures([average], [model])
+    assert figure.value is not None
+    assert (figure.value.value, figure.value.low, figure.value.high) == pytest.approx((0.4, 0.375, 0.425))
+    with pytest.raises(UsageError, match="top1"):
+        average_figures([SuiteAverage(name="n", evaluator="e", data=("a", "b"), value="top5")], [model])
+
+
+@pytest.mark.parametrize(
+    ("average", "message"),
+    [
+        ({"name": "n", "evaluator": "share", "data": ["colours", "colour"]}, "colours"),
+        ({"name": "n", "evaluator": "shares", "data": ["colours", "second"]}, "share"),
+        ({"name": "n", "evaluator": "share", "data": ["colours"]}, "two different"),
+        ({"name": "n", "evaluator": "share", "data": ["colours", "colours"]}, "two different"),
+        ({"name": "n", "evaluator": "share"}, "data"),
+        ("shift", "table"),
+    ],
+)
+def test_a_mistake_in_an_average_is_named(average, message):
+    data = {"colours": {"path": "a"}, "second": {"path": "b"}}
+    values = {"data": data, "evaluate": [{"evaluator": "share", "data": ["colours"]}], "average": [average]}
+    with pytest.raises(UsageError, match=message):
+        parse_suite(values, "s")
+
+
+@pytest.mark.parametrize("name", ["clip-benchmark", "datacomp"])
+def test_basics_five_shifts_are_one_figure(name):
+    (average,) = read_suite(name).averages
+    assert set(average.data) == {"imagenet-a", "imagenet-r", "imagenetv2", "imagenet_sketch", "objectnet"}
 
 
 @pytest.mark.parametrize(

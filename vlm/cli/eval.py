@@ -143,6 +143,16 @@ def show_suite(evaluation: "SuiteEvaluation") -> None:
         rows.append(row)
     title = f"{evaluation.title}{' (* p < 0.05 after correction)' if len(comparison.models) > 1 else ''}"
     show_table(columns, rows, title=title)
+    if evaluation.averages:
+        averages: list[list[object]] = []
+        for figure in evaluation.averages:
+            shown = (
+                format_value(figure.name, figure.value)
+                if figure.value
+                else f"not measured: {', '.join(figure.missing)}"
+            )
+            averages.append([figure.name, figure.model, shown])
+        show_table(["average", "model", "value"], averages)
     if evaluation.absent:
         rows = [[absent.name, absent.reason, absent.fetch] for absent in evaluation.absent]
         show_table(["left out", "because", "fetch it by"], rows)

@@ -13,7 +13,8 @@
 
 `[data.NAME]` is a `SuiteData`. An entry of `evaluate` names an evaluator of `EVALUATORS` and one set or several; its
 other keys are the fields of the evaluator. Those that are sets themselves (training images) name one of these; one that
-is an evaluator (whose robustness is measured) is its name, or a table of its name and its fields.
+is an evaluator (whose robustness is measured) is its name, or a table of its name and its fields. `[[average]]` names a
+mean over sets (`SuiteAverage`), which is reported as one figure.
 """
 
 import importlib
@@ -32,6 +33,7 @@ from vlm.evaluation.comparison import Comparison, ModelMeasurements, compare
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.measurement import Evaluator, Measurement
+from vlm.evaluation.suite_averages import AverageFigure, SuiteAverage, average_figures, read_averages
 from vlm.evaluation.suite_data import AbsentData, SuiteData, find_absent, open_suite_data
 from vlm.results import Result
 
@@ -52,7 +54,7 @@ EVALUATORS = {
 }
 """The evaluators by the name that suites give them: module and class. They are imported when they are used."""
 
-_KEYS = ("title", "data", "evaluate")
+_KEYS = ("title", "data", "evaluate", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class Suite:
     title: str
     data: dict[str, SuiteData]
     entries: tuple[SuiteEntry, ...]
+    averages: tuple[SuiteAverage, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,10 @@ def parse_suite(values: dict[str, Any], name: str) -> Suite:
         entries.append(_entry(_table(table, f"{where}: evaluate"), data, f"{where}, evaluate {number}"))
     if not entries:
         raise UsageError(f"{where} evaluates nothing; it needs tables [data.NAME] and [[evaluate]].")
-    return Suite(name=name, title=str(values.get("title", name)), data=data, entries=tuple(entries))
+    evaluators = [entry.evaluator for entry in entries]
+    averages = read_averages(values.get("average", []), list(data), evaluators, where)
+    title = str(values.get("title", name))
+    return Suite(name=name, title=title, data=data, entries=tuple(entries), averages=averages)
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:
@@ -267,13 +273,15 @@ class SuiteEvaluation(Result):
     comparison: Comparison
     absent: tuple[AbsentData, ...] = ()
     failed: tuple[FailedEvaluation, ...] = ()
+    averages: tuple[AverageFigure, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All but the samples."""
         absent = [asdict(entry) for entry in self.absent]
         failed = [asdict(entry) for entry in self.failed]
+        averages = [asdict(entry) for entry in self.averages]
         names = {"suite": self.suite, "title": self.title}
-        return names | self.comparison.to_json() | {"absent": absent, "failed": failed}
+        return names | self.comparison.to_json() | {"averages": averages, "absent": absent, "failed": failed}
 
 
 def evaluate_models(models: Iterable[EvaluatedModel], sets: OpenSets, *, seed: int = 0) -> SuiteEvaluation:
@@ -313,6 +321,7 @@ def evaluate_models(models: Iterable[EvaluatedModel], sets: OpenSets, *, seed: i
         comparison=compare(measured, rng=np.random.default_rng(seed)),
         absent=tuple(sets.absent.values()),
         failed=tuple(failed),
+        averages=average_figures(sets.suite.averages, measured),
     )
 
 

@@ -243,14 +243,14 @@ def read_prompts(prompts: Any) -> list[str]:
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise UsageError("The file of prompts is empty; write one a line.")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else [None]
-    for text in texts:
+    entries: list[Any] = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
+    for text in entries:
         if not isinstance(text, str) or not text.strip():
             raise UsageError(
                 f"prompts = {prompts!r} is not a text or a list of texts; write prompts=['The colour is','It shows'], "
                 "or prompts=@FILE with one a line."
             )
-    return texts
+    return entries
 
 
 def _prompt_tokens(folder: str, prompts: list[str]) -> list[list[int]]:
