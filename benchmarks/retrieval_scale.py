@@ -53,6 +53,12 @@ class Arguments:
     kind: Literal["trained", "untrained"] = "trained"
     """Cosines as of a trained model, or of one whose positives score like the rest, which is the most work."""
 
+    bare_share: float = 1.0
+    """Share of the blocks whose bare product is timed, half before and half after the ranks; its time is scaled up."""
+
+    compiled: Literal["auto", "yes", "no"] = "auto"
+    """Count by numba's machine code, which is compiled before the clock starts; auto: where it pays."""
+
     best_positive: bool = False
     """Count for the best positive of a query alone (recall, rank, MRR), not for each (nDCG and mAP, too)."""
 
@@ -115,15 +121,18 @@ def _unit(rng: np.random.Generator, number: int, size: int) -> Float32[Array, "N
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def bare_product(images: Float32[Array, "N D"], texts: Float32[Array, "T D"]) -> None:
-    """All scores, block by block."""
+def bare_product(images: Float32[Array, "N D"], texts: Float32[Array, "T D"], blocks: slice) -> float:
+    """The scores of some of the blocks of rows, block by block; returns the share that they are of all."""
     left, right = np.asarray(images), np.asarray(texts)
     memory = np.empty(QUERIES_AT_ONCE * CANDIDATES_AT_ONCE, np.float32)
-    for row in range(0, len(left), QUERIES_AT_ONCE):
+    num_rows = 0
+    for row in range(0, len(left), QUERIES_AT_ONCE)[blocks]:
         rows = left[row : row + QUERIES_AT_ONCE]
+        num_rows += len(rows)
         for column in range(0, len(right), CANDIDATES_AT_ONCE):
             columns = right[column : column + CANDIDATES_AT_ONCE]
             np.matmul(rows, columns.T, out=memory[: len(rows) * len(columns)].reshape(len(rows), len(columns)))
+    return num_rows / len(left)
 
 
 class PeakMemory:
@@ -158,39 +167,52 @@ def measure(options: Arguments, folder: Path) -> Outcome:
     images, texts = write_embeddings(folder, options)
     columns = np.arange(options.texts)
     pairs = PositivePairs(rows=columns % options.images, columns=columns)
-    bare: list[Stopwatch] = []
-    ranked: list[Stopwatch] = []
+    compiled = None if options.compiled == "auto" else options.compiled == "yes"
+    if compiled:
+        few = PositivePairs(rows=columns[:2], columns=columns[:2])
+        count_ranks(np.array(images[:8]), np.array(texts[:8]), few, compiled=True)
+    costs: list[tuple[float, float, float, float]] = []
     peak = 0
     recalls: list[float] = []
+    # every so many blocks, the odd ones of these before the ranks and the even ones after
+    step = max(1, round(2 / options.bare_share))
     for _ in range(options.repeats):
-        with Stopwatch() as watch:
-            bare_product(images, texts)
-        bare.append(watch)
+        bare: list[tuple[float, Stopwatch]] = [_timed_product(images, texts, slice(step // 2, None, step))]
         with PeakMemory() as memory, Stopwatch() as watch:
-            by_image, by_text = count_ranks(images, texts, pairs, every_positive=not options.best_positive)
-        ranked.append(watch)
+            by_image, by_text = count_ranks(
+                images, texts, pairs, every_positive=not options.best_positive, compiled=compiled
+            )
+        bare.append(_timed_product(images, texts, slice(0, None, step)))
         peak = max(peak, memory.peak)
         assert by_text is not None
         recalls = [Ranks.from_counts(counts).recall(1) for counts in (by_text, by_image)]
-        print(f"bare {bare[-1].seconds:.1f} s, ranks {ranked[-1].seconds:.1f} s", file=sys.stderr)
-    ratios: list[float] = []
-    processor_ratios: list[float] = []
-    for ours, product in zip(ranked, bare, strict=True):
-        ratios.append(ours.seconds / product.seconds)
-        processor_ratios.append(ours.processor_seconds / product.processor_seconds)
+        share = sum(part for part, _ in bare)
+        seconds = sum(side.seconds for _, side in bare) / share
+        processor_seconds = sum(side.processor_seconds for _, side in bare) / share
+        costs.append((seconds, watch.seconds, watch.seconds / seconds, watch.processor_seconds / processor_seconds))
+        print(f"bare {seconds:.1f} s, ranks {watch.seconds:.1f} s", file=sys.stderr)
+    bare_seconds, rank_seconds, ratio, processor_ratio = map(median, zip(*costs, strict=True))
     return Outcome(
         images=options.images,
         texts=options.texts,
         size=options.size,
         kind=options.kind,
-        bare_seconds=median(watch.seconds for watch in bare),
-        rank_seconds=median(watch.seconds for watch in ranked),
-        ratio=median(ratios),
-        processor_ratio=median(processor_ratios),
+        bare_seconds=bare_seconds,
+        rank_seconds=rank_seconds,
+        ratio=ratio,
+        processor_ratio=processor_ratio,
         memory_mib=peak / 2**20,
         text_to_image_recall_at_1=recalls[0],
         image_to_text_recall_at_1=recalls[1],
     )
+
+
+def _timed_product(
+    images: Float32[Array, "N D"], texts: Float32[Array, "T D"], blocks: slice
+) -> tuple[float, Stopwatch]:
+    with Stopwatch() as watch:
+        share = bare_product(images, texts, blocks)
+    return share, watch
 
 
 def main() -> int:

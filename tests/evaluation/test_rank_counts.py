@@ -94,12 +94,13 @@ def vectors(rng, number, size, kind):
 @pytest.mark.parametrize("kind", ["other", "repeated", "nearly equal"])
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("block", [(1, 1), (3, 20), (7, 4), (20, 5), (13, 17)])
-def test_both_directions_count_as_the_slow_version_in_blocks_of_any_size(kind, every, block):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_directions_count_as_the_slow_version_in_blocks_of_any_size(kind, every, block, compiled):
     rng = np.random.default_rng(sum(block))
     rows, columns = vectors(rng, 13, 5, kind), vectors(rng, 17, 5, kind)
     is_right = rng.random((13, 17)) < 0.15
     pairs = PositivePairs(rows=np.nonzero(is_right)[0], columns=np.nonzero(is_right)[1])
-    by_row, by_column = count_ranks(rows, columns, pairs, every_positive=every, block=block)
+    by_row, by_column = count_ranks(rows, columns, pairs, every_positive=every, block=block, compiled=compiled)
     for counts, queries, candidates, right in (
         (by_row, rows, columns, is_right),
         (by_column, columns, rows, is_right.T),
@@ -115,26 +116,28 @@ def test_both_directions_count_as_the_slow_version_in_blocks_of_any_size(kind, e
         assert counts.wrong_score == pytest.approx(best_wrong, abs=1e-5)
 
 
-def test_scores_do_not_depend_on_where_a_vector_stands():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scores_do_not_depend_on_where_a_vector_stands(compiled):
     """A product of matrices rounds an element by its place; equal vectors are equal candidates all the same."""
     rng = np.random.default_rng(3)
     query = rng.standard_normal((1, 515)).astype(np.float32)
     columns = np.repeat(rng.standard_normal((1, 515)).astype(np.float32), 3001, axis=0)
     for position in (0, 1, 1999, 2039, 2040, 3000):
-        counts, _ = count_ranks(query, columns, pairs_of([[position]]))
+        counts, _ = count_ranks(query, columns, pairs_of([[position]]), compiled=compiled)
         assert (counts.above[0], counts.tied[0]) == (0, 3000)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-4, 1.0])
 @pytest.mark.parametrize("every", [False, True])
-def test_large_blocks_count_as_a_sort_does_however_close_the_scores_are(monkeypatch, spread, every):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_large_blocks_count_as_a_sort_does_however_close_the_scores_are(monkeypatch, spread, every, compiled):
     """Whole blocks, a collapsed model among them, whose pairs are all nearer than float32 can tell."""
     monkeypatch.setattr(rank_counts, "_ROWS_AT_ONCE", 500)
     rng = np.random.default_rng(1)
     rows = (np.ones((520, 8)) + spread * rng.standard_normal((520, 8))).astype(np.float32)
     columns = (np.ones((4100, 8)) + spread * rng.standard_normal((4100, 8))).astype(np.float32)
     positives = [[row * 7, row * 7 + 1] if row % 2 else [row * 7] for row in range(520)]
-    by_row, by_column = count_ranks(rows, columns, pairs_of(positives), every_positive=every)
+    by_row, by_column = count_ranks(rows, columns, pairs_of(positives), every_positive=every, compiled=compiled)
     scores = np.array([np.add.reduce(rows.astype(float)[row] * columns.astype(float), axis=1) for row in range(520)])
     is_right = np.zeros(scores.shape, bool)
     is_right[pairs_of(positives).rows, pairs_of(positives).columns] = True

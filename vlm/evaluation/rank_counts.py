@@ -7,18 +7,27 @@ filter: it is off by at most γ = d·u / (1 − d·u) times the lengths of the v
 2002, §3.1), and the few pairs closer to the score of a positive than that are compared by their own scores.
 
 Memory beyond the embeddings: a block of scores, and some numbers for each query and positive.
+
+Where there is much to count and numba is installed, blocks are counted by `vlm.evaluation.compiled_ranks`; the counts
+are the same.
 """
 
+import importlib
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from vlm.errors import VlmError
 from vlm.tensor_types import Array, Bool, Float32, Float64, Int64
+
+logger = logging.getLogger(__name__)
 
 # 8 bytes of a word count in parallel up to 255, so a row of 2,040 flags is summed as 255 words; 4 MB of scores
 _WORDS = 255
@@ -29,6 +38,8 @@ _PRODUCT_BYTES = 1 << 20
 _ROWS_AT_ONCE = 8192
 # more pairs of a block than this share of it are first narrowed down by a product in float64
 _DENSE_SHARE = 1 / 64
+# multiplications of the whole product, some twenty seconds' work of a core, from which on three to compile pay
+_WORTH_COMPILING = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +95,13 @@ def count_ranks(
     every_positive: bool = False,
     both: bool = True,
     block: tuple[int, int] = (QUERIES_AT_ONCE, CANDIDATES_AT_ONCE),
+    compiled: bool | None = None,
 ) -> tuple[RankCounts, RankCounts | None]:
     """The counts with rows as queries and columns as candidates, and the other way round.
 
     every_positive: count for all positives of a query, not for its best alone. both: False leaves the second out.
     block: rows and columns of the scores that are in memory at once.
+    compiled: count by machine code of numba; None where it is installed and pays. It changes no count.
 
     Raises:
         VlmError: an embedding is not finite: the model has diverged, and ranks would mean nothing.
@@ -96,10 +109,14 @@ def count_ranks(
     # an array itself rather than a memmap, whose every slice would be one
     scores = _PairScores(np.asarray(rows), np.asarray(columns))
     positive_scores = scores.of_pairs(pairs.rows, pairs.columns)
-    by_row = _Direction(scores, pairs.rows, positive_scores, 1, every_positive=every_positive)
+    kernels = _kernels(len(rows) * len(columns) * rows.shape[1], compiled)
+    by_row = _Direction(scores, pairs.rows, positive_scores, 1, every_positive=every_positive, kernels=kernels)
     directions = [by_row]
     if both:
-        directions.append(_Direction(scores, pairs.columns, positive_scores, 0, every_positive=every_positive))
+        by_column = _Direction(
+            scores, pairs.columns, positive_scores, 0, every_positive=every_positive, kernels=kernels
+        )
+        directions.append(by_column)
     # the product uses all cores unless told not to; so do the directions, each of which has counts of its own
     num_threads = 1 if os.environ.get("OMP_NUM_THREADS") == "1" else len(directions)
     with ThreadPoolExecutor(len(directions)) as threads:
@@ -111,6 +128,16 @@ def count_ranks(
                 for counted in [threads.submit(direction.add, block_scores) for direction in directions]:
                     counted.result()
     return by_row.counts(), directions[1].counts() if both else None
+
+
+def _kernels(num_products: int, compiled: bool | None) -> Any:
+    """The module of compiled loops; None where numpy counts."""
+    if compiled is None:
+        compiled = num_products >= _WORTH_COMPILING
+        if compiled and find_spec("numba") is None:
+            logger.info("Ranks are counted by numpy; pip install 'vlm-pipeline[evaluation]' has what counts faster.")
+            compiled = False
+    return importlib.import_module("vlm.evaluation.compiled_ranks") if compiled else None
 
 
 @dataclass(frozen=True)
@@ -145,6 +172,13 @@ class _PairScores:
     def lengths(self, axis: int) -> tuple[Float64[Array, " Q"], Float64[Array, " N"]]:
         """Those of the queries, whose candidates lie along `axis`, and of the candidates."""
         return (self.row_lengths, self.column_lengths) if axis else (self.column_lengths, self.row_lengths)
+
+    def vectors(self, block: _Block) -> tuple[Float32[Array, "B D"], Float32[Array, "N D"]]:
+        """The rows and columns of a block."""
+        first_row, first_column = block.first
+        num_rows, num_columns = block.scores.shape
+        rows = self.rows[first_row : first_row + num_rows]
+        return rows, self.columns[first_column : first_column + num_columns]
 
     def rounding(self, unit: float) -> float:
         """What a product of vectors of length 1 is off by at most, for a unit roundoff."""
@@ -199,8 +233,10 @@ class _Direction:
         axis: int,
         *,
         every_positive: bool,
+        kernels: Any = None,
     ) -> None:
         self.scores = scores
+        self.kernels = kernels
         self.axis = axis
         self.query_lengths, candidate_lengths = scores.lengths(axis)
         self.longest_candidate = float(candidate_lengths.max(initial=0.0))
@@ -216,6 +252,11 @@ class _Direction:
         self.low = np.nextafter((self.score - margin).astype(np.float32), np.float32(-np.inf))
         self.high = np.nextafter((self.score + margin).astype(np.float32), np.float32(np.inf))
         self._flags = np.empty((2, 0), bool)
+        # the first group of each query, and the one after the last of all
+        self.first_group = np.searchsorted(self.query, np.arange(len(self.query_lengths) + 1))
+        # scores of two pairs, each rounded once
+        self.score_margin = 2.0 * self._margin(2.0**-53)
+        self._near = np.empty((0, 3), np.int64)
 
     def _group_positives(
         self, queries: Int64[Array, " P"], positive_scores: Float64[Array, " P"], *, every_positive: bool
@@ -243,10 +284,35 @@ class _Direction:
 
     def add(self, block: _Block) -> None:
         """Count the negatives of a block."""
-        first_query, last_query = block.queries(self.axis)
         best = block.scores.max(axis=self.axis)
-        first_group, last_group = np.searchsorted(self.query, (first_query, last_query))
-        groups = np.arange(first_group, last_group)
+        if self.kernels is None or not self._count_compiled(block, best):
+            self._count_near(block, best)
+        self._note_best_wrong(block, best)
+
+    def _count_compiled(self, block: _Block, best: Float32[Array, " Q"]) -> bool:
+        """Count by compiled loops; False, with nothing counted, where more pairs are near than are looked at alone."""
+        first_query, last_query = block.queries(self.axis)
+        bounds = self.first_group[first_query : last_query + 1]
+        part = slice(bounds[0], bounds[-1])
+        if len(self._near) < block.scores.size * _DENSE_SHARE:
+            self._near = np.empty((int(block.scores.size * _DENSE_SHARE) + 1, 3), np.int64)
+        groups = np.stack([bounds[:-1], bounds[1:]], axis=1) - bounds[0]
+        count = self.kernels.count_rows if self.axis else self.kernels.count_columns
+        above, num_near = count(block.scores, groups, self.high[part], self.low[part], best, self._near)
+        if num_near > len(self._near):
+            return False
+        near = self._near[:num_near]
+        rows, columns = self.scores.vectors(block)
+        num_open = self.kernels.decide(rows, columns, near, self.score[part], self.score_margin[part], above)
+        self.above[part] += above
+        near = near[:num_open]
+        self._compare(block, near[:, 0] + bounds[0], near[:, 1 + self.axis] + block.first[self.axis])
+        return True
+
+    def _count_near(self, block: _Block, best: Float32[Array, " Q"]) -> None:
+        """Count by numpy those queries that have a candidate near a positive."""
+        first_query, last_query = block.queries(self.axis)
+        groups = np.arange(*self.first_group[[first_query, last_query]])
         # most blocks have nothing near the positives of a good model
         is_near = best[self.query[groups] - first_query] >= self.low[groups]
         # copying half of the queries costs more than comparing all
@@ -254,7 +320,6 @@ class _Direction:
         at_once = last_query - first_query
         for first in range(0, len(near), at_once):
             self._count(block, near[first : first + at_once])
-        self._note_best_wrong(block, best)
 
     def _count(self, block: _Block, groups: Int64[Array, " G"]) -> None:
         first_query, last_query = block.queries(self.axis)
@@ -298,13 +363,10 @@ class _Direction:
     ) -> Int64[Array, " N"]:
         """Count by a product in float64 the pairs that it can tell apart; the positions of the others are returned."""
         first_row, first_column = block.first
-        num_rows, num_columns = block.scores.shape
-        left = self.scores.rows[first_row : first_row + num_rows].astype(np.float64)
-        right = self.scores.columns[first_column : first_column + num_columns].astype(np.float64)
-        products = (left @ right.T)[rows - first_row, columns - first_column]
-        difference = products - self.score[groups]
-        # both scores are rounded, each once
-        margin = 2.0 * self._margin(2.0**-53)[groups]
+        left, right = self.scores.vectors(block)
+        products = left.astype(np.float64) @ right.astype(np.float64).T
+        difference = products[rows - first_row, columns - first_column] - self.score[groups]
+        margin = self.score_margin[groups]
         self._add_counts(self.above, groups[difference > margin])
         return np.flatnonzero(np.abs(difference) <= margin)
 
