@@ -181,11 +181,13 @@ def paired_statistic_difference(
     clusters: Clusters | None = None,
     confidence: float = CONFIDENCE,
     resamples: int = STATISTIC_RESAMPLES,
+    is_biased: bool = False,
 ) -> Difference:
     """The second figure less the first of two models on the same samples, for figures that are no means.
 
-    Both are computed on the same resampled sets. p is the bootstrap's, at least 2 / (resamples + 1); where no draw
-    has a figure, 1.
+    Both are computed on the same resampled sets. is_biased: resampling raises the figures, as sums of absolute values;
+    the draws are moved so that their mean is the difference itself. p is the bootstrap's, at least 2 / (resamples + 1);
+    where no draw has a figure, 1.
 
     Raises:
         UsageError: as `statistic_interval`.
@@ -201,9 +203,11 @@ def paired_statistic_difference(
         return Difference(difference=value, low=None, high=None, p=1.0, test="bootstrap")
     draws = _statistic_draws(difference, numbers, rng, resamples)
     defined = draws[~np.isnan(draws)]
+    if is_biased and len(defined):
+        defined = defined - defined.mean() + value
     smaller_tail = min((defined <= 0).sum(), (defined >= 0).sum())
     p = min(1.0, 2 * float(smaller_tail + 1) / (len(defined) + 1))
-    low, high = _ends(draws, confidence)
+    low, high = _ends(defined, confidence)
     return Difference(difference=value, low=low, high=high, p=p, test="bootstrap")
 
 

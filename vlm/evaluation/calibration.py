@@ -43,7 +43,7 @@ def measure_calibration(
 
     correct: whether each is right, 0 or 1; between them its chance where several classes tie.
     """
-    bin_of = _bins(probability, num_bins)
+    bin_of = calibration_bins(probability, num_bins)
     counts = np.bincount(bin_of, minlength=num_bins)
     confidence = np.bincount(bin_of, weights=probability, minlength=num_bins)
     right = np.bincount(bin_of, weights=correct, minlength=num_bins)
@@ -80,7 +80,7 @@ def calibration_interval(
     Its gaps are absolute values, to which resampling adds: the resampled errors are moved so that their mean is the
     measured one, without which the interval could lie above it.
     """
-    bin_of = _bins(probability, num_bins)
+    bin_of = calibration_bins(probability, num_bins)
     gaps = probability - correct
     errors = np.empty(num_resamples or int(np.clip(_MOST_NUMBERS // len(gaps), 200, 1000)))
     for number in range(len(errors)):
@@ -93,7 +93,8 @@ def calibration_interval(
     return float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
 
 
-def _bins(probability: np.ndarray, num_bins: int) -> Int[Array, " N"]:
+def calibration_bins(probability: np.ndarray, num_bins: int = NUM_BINS) -> Int[Array, " N"]:
+    """The bin of each probability, of bins of equal width."""
     # (low, high], so that a probability of 1 is in the last one
     edges = np.linspace(0, 1, num_bins + 1)
     return np.clip(np.searchsorted(edges, probability, side="left") - 1, 0, num_bins - 1)

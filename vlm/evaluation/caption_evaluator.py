@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
 from vlm.console import progress
 from vlm.data.samples import select_languages
 from vlm.errors import BadSample, UsageError
 from vlm.evaluation.caption_accuracy import Captioner
-from vlm.evaluation.caption_metrics import CaptionScores, add_clip_scores, caption_metrics
+from vlm.evaluation.caption_metrics import CaptionScores, add_clip_scores, bleu_statistics, caption_metrics
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.sample_statistics import SampleStatistic, ratio_of
 from vlm.results import Result
 
 _NUM_EXAMPLES = 16
@@ -89,6 +91,7 @@ class CaptionMetrics:
             num_images=len(data),
             values=_values(scores),
             samples=_samples(data.keys, captions, scores),
+            statistics=_statistics(captions, references, scores),
             details=report,
             warnings=(*scores.warnings, *_sameness(report)),
         )
@@ -131,6 +134,19 @@ def _samples(keys: Sequence[str], captions: Sequence[str], scores: CaptionScores
         is_mean = not name.startswith(("bleu", "meteor"))
         columns[name if is_mean else f"sentence_{name}"] = values
     return pa.table(columns)
+
+
+def _statistics(
+    captions: Sequence[str], references: Sequence[Sequence[str]], scores: CaptionScores
+) -> dict[str, SampleStatistic]:
+    """The scores of all captions that are no means of each one's."""
+    statistics = bleu_statistics(captions, references)
+    if scores.meteor is not None:
+        each = np.array(scores.per_image["meteor"])
+        # it moves with their mean, as its interval does
+        shift = scores.meteor.value - each.mean()
+        statistics["meteor"] = ratio_of(each + shift, np.ones_like(each))
+    return statistics
 
 
 def _examples(

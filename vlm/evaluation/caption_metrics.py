@@ -21,6 +21,7 @@ import numpy as np
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.bootstrap import Interval, mean_interval, statistic_interval
 from vlm.evaluation.ptb_tokenizer import caption_words
+from vlm.evaluation.sample_statistics import SampleStatistic
 from vlm.results import Result
 from vlm.tensor_types import Array, Float, Float32, Float64, Int64, Num
 
@@ -437,6 +438,18 @@ def _bleu_intervals(counts: BleuCounts, seed: int) -> tuple[Interval, ...]:
         rng = np.random.default_rng(seed)
         intervals.append(statistic_interval(partial(_bleu_of_order, counts, order), len(counts.lengths), rng=rng))
     return tuple(intervals)
+
+
+def bleu_statistics(candidates: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, SampleStatistic]:
+    """BLEU as a function of how often each image counts, by name; raises as `caption_metrics`."""
+    of_images = check_references(candidates, references)
+    ngrams = [count_ngrams(tuple(caption_words(text))) for text in candidates]
+    reference_ngrams = [[count_ngrams(tuple(caption_words(text))) for text in texts] for texts in of_images]
+    counts = bleu_counts(ngrams, reference_ngrams)
+    statistics: dict[str, SampleStatistic] = {}
+    for order in range(MAX_NGRAM):
+        statistics[f"bleu_{order + 1}"] = SampleStatistic(of_counts=partial(_bleu_of_order, counts, order))
+    return statistics
 
 
 def _bleu_of_order(counts: BleuCounts, order: int, drawn: Int64[Array, "B N"]) -> Float64[Array, " B"]:

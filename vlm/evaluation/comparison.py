@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from vlm.errors import UsageError
-from vlm.evaluation.bootstrap import holm, mean_interval, paired_difference
+from vlm.evaluation.bootstrap import holm, mean_interval, paired_difference, paired_statistic_difference
 from vlm.evaluation.measurement import Measurement, Value
 from vlm.results import Result, json_values
 from vlm.tensor_types import Array, Float64, Int64
@@ -42,8 +42,9 @@ class ModelMeasurements(Result):
 class ValueDifference(Result):
     """A value of the second model less that of the first, on the same samples.
 
-    low, high: the 95% interval of the difference; p: of the paired permutation test (`paired_difference`); None where
-        the value is no mean over samples that both models have.
+    low, high: the 95% interval of the difference; None where the models' samples are not the same.
+    p, test: of the paired permutation test of a mean (`paired_difference`), exact or over random exchanges; of a value
+        that is no mean, from paired resamples (`paired_statistic_difference`).
     adjusted_p: p by Holm's method among the main values (the first of each evaluator on each set) of all models
         compared; None for other values, which say more of the same.
     """
@@ -57,6 +58,7 @@ class ValueDifference(Result):
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    test: Literal["exact", "permutation", "bootstrap"] | None = None
     adjusted_p: float | None = None
 
     @property
@@ -240,7 +242,7 @@ def _with_test(
     first_outcomes = sample_outcomes(first, entry.value)
     second_outcomes = sample_outcomes(second, entry.value)
     if first_outcomes is None or second_outcomes is None:
-        return entry
+        return _with_resampled(entry, first, second, rng)
     first_keys, first_values = first_outcomes
     second_keys, second_values = second_outcomes
     first_rows, second_rows = _shared_rows(first_keys, second_keys)
@@ -249,7 +251,30 @@ def _with_test(
         return entry
     keys = first_keys.take(pa.array(first_rows))
     tested = paired_difference(first_values[first_rows], second_values[second_rows], rng=rng, clusters=_clusters(keys))
-    return replace(entry, low=tested.low, high=tested.high, p=tested.p)
+    return replace(entry, low=tested.low, high=tested.high, p=tested.p, test=tested.test)
+
+
+def _with_resampled(
+    entry: ValueDifference, first: Measurement, second: Measurement, rng: np.random.Generator
+) -> ValueDifference:
+    """The difference of a value that is no mean, where both models' tables have the same rows."""
+    of_first = first.statistics.get(entry.value)
+    of_second = second.statistics.get(entry.value)
+    if of_first is None or of_second is None or first.samples is None or second.samples is None:
+        return entry
+    keys = first.samples[KEY].cast(pa.string())
+    if not len(keys) or not keys.equals(second.samples[KEY].cast(pa.string())):
+        return entry
+    tested = paired_statistic_difference(
+        of_first.of_counts,
+        of_second.of_counts,
+        len(keys),
+        rng=rng,
+        clusters=_clusters(keys),
+        resamples=min(of_first.resamples, of_second.resamples),
+        is_biased=of_first.is_biased or of_second.is_biased,
+    )
+    return replace(entry, low=tested.low, high=tested.high, p=tested.p, test=tested.test)
 
 
 def _adjusted(differences: Sequence[ValueDifference], baseline: ModelMeasurements) -> Iterator[ValueDifference]:

@@ -3,8 +3,7 @@ near those of the positives.
 
 numpy compares whole blocks and writes a flag for every score; here a piece of a row is compared with all thresholds of
 its query while it lies in the processor's first cache. Compiled by numba (of the extra `evaluation`) when first called,
-which takes some
-three seconds. No function holds Python's lock while it runs.
+which takes some three seconds. No function holds Python's lock while it runs.
 """
 
 import inspect

@@ -13,6 +13,7 @@ from vlm.evaluation.class_metrics import resampled_class_means
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel, Layer
 from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.sample_statistics import mean_of_groups
 from vlm.tensor_types import Array, Bool, Float, Float64, Int64
 
 # votes and cosines of equal features differ by the rounding of a matrix product, which depends on the column
@@ -201,6 +202,7 @@ def measure_classifier(
                 "prediction": names[scores.argmax(axis=1)].tolist(),
             }
         ),
+        statistics={"mean_per_class": mean_of_groups(hits, labels, np.arange(len(hits)))},
         details=ClassifierResult(
             layer=layer, num_train=len(probe.train), num_classes=len(probe.train.classes), settings=settings
         ),

@@ -3,13 +3,14 @@
 An evaluator is a frozen dataclass with a name and `run(model, data)`; it is used alone, during training, and by suites.
 """
 
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
+from vlm.evaluation.sample_statistics import SampleStatistic
 from vlm.results import Result, json_values
 
 
@@ -32,6 +33,7 @@ class Measurement(Result):
     samples: rows with a `key`, the unit of resampling: rows of the same key are drawn together. A value that has the
         name of a column is the mean of that column over the rows in which it is not null; all other columns say more
         of a row (a prediction, its score) and have names of their own.
+    statistics: of values that are no such means, how they follow from the rows; for differences between models.
     details: the evaluator's own result, a dataclass. warnings: what the reader should know before he trusts the values.
     """
 
@@ -41,6 +43,7 @@ class Measurement(Result):
     num_images: int
     values: dict[str, Value]
     samples: pa.Table | None = None
+    statistics: dict[str, SampleStatistic] = field(default_factory=dict, repr=False, compare=False)
     details: Any = None
     warnings: tuple[str, ...] = ()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,10 @@ from vlm.evaluation.rejection import (
     Separation,
     fit_whitened_lda,
     measure_separation,
+    num_resamples_of,
     resampled_separations,
 )
+from vlm.evaluation.sample_statistics import SampleStatistic, figure_of_two_groups
 from vlm.evaluation.wiring_checks import is_at_chance
 from vlm.evaluation.zero_shot import text_classifier
 from vlm.tensor_types import Array, Float, Float32, Int
@@ -109,6 +112,7 @@ class Rejection:
             num_images=len(scored.inside) + len(scored.outside),
             values=values,
             samples=_samples(scored),
+            statistics=_statistics(scored),
             details=details,
             warnings=tuple(_warnings(values, scored)),
         )
@@ -189,6 +193,29 @@ def _samples(scored: _Scored) -> pa.Table:
         is_unknown = np.append(scored.is_fitted, np.zeros(num_outside, bool))
         columns["whitened_lda"] = pa.array(np.append(column, outside), mask=is_unknown)
     return pa.table(columns)
+
+
+def _statistics(scored: _Scored) -> dict[str, SampleStatistic]:
+    """All values, none of which is a mean over the rows of `_samples`."""
+    num_inside, num_outside = len(scored.inside), len(scored.outside)
+    is_outside = np.arange(num_inside + num_outside) >= num_inside
+    statistics: dict[str, SampleStatistic] = {}
+    for score, (inside, outside) in scored.scores.items():
+        is_held_out = ~is_outside
+        if score == "whitened-lda":
+            is_held_out[:num_inside] &= ~scored.is_fitted
+        column = np.zeros(len(is_outside))
+        column[is_held_out] = inside
+        column[is_outside] = outside
+        for name in ("auroc", "fpr_at_95_tpr"):
+            statistics[f"{score.replace('-', '_')}_{name}"] = figure_of_two_groups(
+                partial(_figure, name), column, is_held_out, is_outside, resamples=num_resamples_of(len(column))
+            )
+    return statistics
+
+
+def _figure(name: str, inside: Float[Array, " N"], outside: Float[Array, " M"]) -> float:
+    return float(getattr(measure_separation(inside, outside), name))
 
 
 def _warnings(values: Mapping[str, Value], scored: _Scored) -> list[str]:

@@ -74,7 +74,7 @@ def resampled_separations(
 
     num_resamples: 0 takes 1,000, of large sets fewer.
     """
-    num_resamples = num_resamples or int(np.clip(_MOST_NUMBERS // (len(inside) + len(outside)), 100, 1000))
+    num_resamples = num_resamples or num_resamples_of(len(inside) + len(outside))
     auroc = np.empty(num_resamples)
     fpr = np.empty(num_resamples)
     for number in range(num_resamples):
@@ -84,6 +84,11 @@ def resampled_separations(
         auroc[number] = separation.auroc
         fpr[number] = separation.fpr_at_95_tpr
     return auroc, fpr
+
+
+def num_resamples_of(num_images: int) -> int:
+    """As many as take some seconds: 1,000, of large sets fewer."""
+    return int(np.clip(_MOST_NUMBERS // num_images, 100, 1000))
 
 
 @dataclass(frozen=True, kw_only=True)

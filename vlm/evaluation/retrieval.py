@@ -37,6 +37,7 @@ from vlm.evaluation.retrieval_metrics import (
     direction_of,
     query_values,
 )
+from vlm.evaluation.sample_statistics import SampleStatistic, median_of
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,12 @@ class Retrieval:
         combined, warnings = self._all_captions(model, data)
         values = combined.values(rng)
         tables = [combined.samples()]
+        statistics = combined.medians(0)
         by_language: dict[str, RetrievalResult] = {}
         for language in self._several_languages(combined):
             scope = combined.of_language(language)
             values |= scope.values(rng)
+            statistics |= scope.medians(sum(map(len, tables)))
             tables.append(scope.samples())
             by_language[language] = scope.result()
         return Measurement(
@@ -126,6 +129,7 @@ class Retrieval:
             num_images=len(combined.images),
             values=values,
             samples=pa.concat_tables(tables, promote_options="default"),
+            statistics=statistics,
             details=replace(combined.result(), by_language=by_language),
             warnings=warnings,
         )
@@ -280,6 +284,18 @@ class _Scope:
         """The image of each query."""
         queries = self.counts[direction].queries
         return self.captions.images[queries] if direction == _TEXT_TO_IMAGE else queries
+
+    def medians(self, first_row: int) -> dict[str, SampleStatistic]:
+        """The median ranks as functions of the rows of `samples`, which begin at a row of the table."""
+        statistics: dict[str, SampleStatistic] = {}
+        for direction, values in self.query_values.items():
+            ranks = values["rank"]
+            if len(ranks) <= _MOST_MEDIAN_RANKS:
+                rows = first_row + np.arange(len(ranks))
+                name = f"{self._prefix(direction)}median_rank"
+                statistics[name] = median_of(ranks, rows, resamples=_MEDIAN_RESAMPLES)
+            first_row += len(ranks)
+        return statistics
 
     def samples(self) -> pa.Table:
         """A row for each query of both directions."""

@@ -28,10 +28,11 @@ from vlm.evaluation.image_corruptions import (
     wrong_class_names,
 )
 from vlm.evaluation.measurement import Evaluator, Measurement, Value
+from vlm.evaluation.sample_statistics import SampleStatistic, ratio_of
 from vlm.evaluation.scene_edits import EDITED_FACTS, SceneEdit, check_labels_survive, scenes_of
 from vlm.evaluation.wiring_checks import is_at_chance
 from vlm.files import compute_fingerprint
-from vlm.tensor_types import Array, Float, Float64, Int64
+from vlm.tensor_types import Array, Float64
 
 EDIT_FAMILIES = ("corruptions", "patches", "typographic", "scenes")
 # the side of ImageNet-C's images, for which the strengths of its corruptions were set
@@ -170,6 +171,7 @@ class Robustness:
             num_images=len(data),
             values=values,
             samples=pa.table({"key": clean.keys, **columns}),
+            statistics=_statistics(columns),
             details=result,
             warnings=tuple(warnings),
         )
@@ -326,15 +328,19 @@ def _values(
         high=None if edited.low is None else 1 - edited.low,
         chance=None if edited.chance is None else 1 - edited.chance,
     )
-    drop, base = columns["drop"], columns["clean"]
-
-    def relative(counts: Int64[Array, "B N"]) -> Float[Array, " B"]:
-        totals = counts @ base
-        return np.divide(counts @ drop, totals, out=np.full(len(totals), np.nan), where=totals > 0)
-
-    interval = statistic_interval(relative, len(base), rng=rng, clusters=clean.keys)
+    relative = _statistics(columns)["relative_drop"].of_counts
+    interval = statistic_interval(relative, len(clean.keys), rng=rng, clusters=clean.keys)
     values["relative_drop"] = Value(value=interval.value, low=interval.low, high=interval.high)
     return values
+
+
+def _statistics(columns: Mapping[str, Float64[Array, " R"]]) -> dict[str, SampleStatistic]:
+    """The values that are no means of columns."""
+    errors = 1 - columns["edited"]
+    return {
+        "mean_error": ratio_of(errors, np.ones_like(errors)),
+        "relative_drop": ratio_of(columns["drop"], columns["clean"]),
+    }
 
 
 def _taken_for(outcomes: _Outcomes, written: Mapping[str, str]) -> Float64[Array, " R"]:

@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from vlm.errors import UsageError
-from vlm.evaluation.bootstrap import mean_interval
+from vlm.evaluation.bootstrap import mean_interval, statistic_interval
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.sample_statistics import SampleStatistic, mean_of_groups
 from vlm.tensor_types import Array, Float32, Float64, Int64
 
 NEGATIVE_CAPTION = "negative_caption"
@@ -126,6 +127,7 @@ class SentencePairs:
         rng = np.random.default_rng(self.seed)
         categories = _rows_by_category(pairs)
         values: dict[str, Value] = {}
+        statistics: dict[str, SampleStatistic] = {}
         chance = _chance(pairs)
         for category, rows in ({"": np.arange(len(pairs))} | categories).items():
             images = np.array(keys)[rows]
@@ -140,8 +142,10 @@ class SentencePairs:
             by_category[category] = CategoryScores(num_pairs=len(rows), scores=scores)
         if by_category:
             first = next(iter(outcomes))
-            mean = float(np.mean([category.scores[first] for category in by_category.values()]))
-            values["mean_per_category"] = Value(value=mean)
+            category_of = np.unique([pair.category for pair in pairs], return_inverse=True)[1]
+            statistics["mean_per_category"] = mean_of_groups(outcomes[first], category_of, np.arange(len(pairs)))
+            mean = statistic_interval(statistics["mean_per_category"].of_counts, len(pairs), rng=rng, clusters=keys)
+            values["mean_per_category"] = Value(value=mean.value, low=mean.low, high=mean.high)
         missing = (
             f"{num_missing:,} of {num_missing + len(pairs):,} pairs are left out: their images are not in the set."
         )
@@ -152,6 +156,7 @@ class SentencePairs:
             num_images=len(data),
             values=values,
             samples=_samples(pairs, keys, outcomes),
+            statistics=statistics,
             details=SentencePairsResult(
                 num_pairs=len(pairs),
                 num_missing=num_missing,

@@ -14,7 +14,7 @@ from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.errors import UsageError
 from vlm.evaluation.bootstrap import Interval, mean_interval, statistic_interval
-from vlm.evaluation.calibration import Calibration, calibration_interval, measure_calibration
+from vlm.evaluation.calibration import Calibration, calibration_bins, calibration_interval, measure_calibration
 from vlm.evaluation.class_metrics import (
     ClassRanking,
     ConfusionPair,
@@ -31,6 +31,7 @@ from vlm.evaluation.class_prompts import ClassTexts, class_numbers, class_texts,
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedEncoder, EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.sample_statistics import SampleStatistic, mean_of_groups, sum_of_gaps
 from vlm.evaluation.wiring_checks import USUAL_ERRORS, ClassWiring, check_classes, is_at_chance
 from vlm.tensor_types import Array, Float, Float32, Int64
 
@@ -137,6 +138,7 @@ class ZeroShotClassification:
             num_images=len(data),
             values=values,
             samples=_samples(data, classified),
+            statistics=_statistics(images, classified[0], truths),
             details=_details(classified, truths, precision.value if precision else None),
             warnings=tuple(_warnings(images, classified[0], values)),
         )
@@ -206,9 +208,32 @@ def _by_language(name: str, language: str, *, is_first: bool) -> str:
     return name if is_first else f"{name}/{language}"
 
 
+def _statistics(images: Float32[Array, "N D"], result: _Classified, truths: LabelSets) -> dict[str, SampleStatistic]:
+    """The values that are no means over images."""
+    if is_multi_label(truths):
+        return {MEAN_AVERAGE_PRECISION: _precision_statistic(images, result, truths)}
+    ranking = result.ranking
+    hits = ranking.hits(1)
+    rows = np.arange(len(hits))
+    gaps = ranking.probability - hits
+    return {
+        "mean_per_class": mean_of_groups(hits, ranking.truth, rows),
+        "calibration_error": sum_of_gaps(gaps, calibration_bins(ranking.probability), rows),
+    }
+
+
 def _mean_average_precision(
     images: Float32[Array, "N D"], result: _Classified, truths: LabelSets, rng: np.random.Generator
 ) -> Value:
+    statistic = _precision_statistic(images, result, truths)
+    interval = statistic_interval(statistic.of_counts, len(images), rng=rng, resamples=statistic.resamples)
+    num_present = int(label_matrix(truths, len(result.texts.names)).any(axis=0).sum())
+    # equal scores give the share of the positives
+    chance = sum(map(len, truths)) / (len(images) * num_present)
+    return _value(interval, chance)
+
+
+def _precision_statistic(images: Float32[Array, "N D"], result: _Classified, truths: LabelSets) -> SampleStatistic:
     present = np.flatnonzero(label_matrix(truths, len(result.texts.names)).any(axis=0))
     number_of = {number: position for position, number in enumerate(present.tolist())}
     of_present = [[number_of[number] for number in classes] for classes in truths]
@@ -219,10 +244,7 @@ def _mean_average_precision(
         return np.nanmean(precisions, axis=1)
 
     resamples = int(np.clip(_AVERAGE_PRECISION_NUMBERS // (len(images) * len(present)), 100, 1000))
-    interval = statistic_interval(statistic, len(images), rng=rng, resamples=resamples)
-    # equal scores give the share of the positives
-    chance = sum(map(len, truths)) / (len(images) * len(present))
-    return _value(interval, chance)
+    return SampleStatistic(of_counts=statistic, resamples=resamples)
 
 
 def _class_scores(ranking: ClassRanking, truths: LabelSets, names: Sequence[str]) -> tuple[ClassScore, ...]:
