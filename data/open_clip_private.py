@@ -4,10 +4,19 @@ A release that moves one of them breaks here alone (`tests/models/test_open_clip
 functions, since open_clip takes seconds.
 """
 
+from open_clip.coca_model import _build_text_decoder_tower as build_text_decoder
 from open_clip.model import _build_text_tower as build_text_tower
 from open_clip.model import _build_vision_tower as build_vision_tower
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transformer import TextTransformer, VisionTransformer
 
-__all__ = ["HFTokenizer", "TextTransformer", "TimmModel", "VisionTransformer", "build_text_tower", "build_vision_tower"]
+__all__ = [
+    "HFTokenizer",
+    "TextTransformer",
+    "TimmModel",
+    "VisionTransformer",
+    "build_text_decoder",
+    "build_text_tower",
+    "build_vision_tower",
+]

@@ -40,6 +40,9 @@ class ModelConfig:
     lock: Literal["", "image", "text", "both"] = ""
     """Tower to freeze: `image` is locked-image tuning (LiT); `both` leaves only the heads after the trunks to train."""
 
+    locked_features_gb: float = 0.0
+    """Memory in GB (10⁹ bytes) for what the locked image tower gave, by view: a view that comes again costs nothing."""
+
     unlocked_groups: int = 0
     """Number of last layer groups of each locked tower to train all the same."""
 
@@ -47,7 +50,7 @@ class ModelConfig:
     """Fraction of patches a ViT drops while training (patch dropout)."""
 
     dropout: float = 0.0
-    """Dropout probability, for towers with dropout layers."""
+    """Dropout probability, for towers and caption decoders with dropout layers."""
 
     drop_path: float = 0.0
     """Maximum stochastic-depth rate of a timm tower; it rises linearly with depth."""
@@ -110,6 +113,9 @@ class ObjectiveConfig:
 
     parallel_share: float = 0.75
     """Fraction of captions predicted in parallel (CapPa); the others autoregressively."""
+
+    label_smoothing: float = 0.0
+    """Share of the next token's probability that `caption` spreads over all tokens (label smoothing)."""
 
     text_embedding_size: int = 0
     """Dimension of the stored text embeddings that images are aligned with (`text_align`)."""
@@ -436,6 +442,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("image_size", config.model.image_size, 0),
         ("context_length", config.model.context_length, 0),
         ("unlocked_groups", config.model.unlocked_groups, 0),
+        ("locked_features_gb", config.model.locked_features_gb, 0),
     )
 
 
@@ -451,6 +458,7 @@ def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
         ("parallel_share", config.objective.parallel_share),
         ("patch_threshold", config.objective.patch_threshold),
         ("inner_rate", config.objective.inner_rate),
+        ("label_smoothing", config.objective.label_smoothing),
     )
 
 

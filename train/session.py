@@ -61,6 +61,7 @@ from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.flops import FlopCounter
 from vlm.train.frozen_features import open_cached_features
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
+from vlm.train.locked_features import keep_locked_features
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
@@ -418,6 +419,8 @@ def open_task(
     for tower in ("image", "text"):
         if config.model.lock in (tower, "both"):
             lock_tower(model.network, tower, config.model.unlocked_groups)
+    if config.model.locked_features_gb:
+        keep_locked_features(model.network, config.model.locked_features_gb)
     # after locking, before the optimizer sees the parameters: it replaces modules, not weights
     use_per_sample_dropout(model.network, noise)
     return build_task(model, terms, options)

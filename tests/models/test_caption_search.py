@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlm.errors import UsageError
-from vlm.models.caption_search import WrittenCaptions, draw_tokens, write_captions
+from vlm.models.caption_search import WrittenCaptions, draw_tokens, largest, write_captions
 from vlm.models.coca import text_log_likelihoods
 from vlm.models.decoding_options import DecodingOptions
 from vlm.models.factory import build_network
@@ -379,3 +379,14 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_lengths_beyond_the_model_are_refused(double_network, options, message):
     with pytest.raises(UsageError, match=message):
         write(double_network, images_for(double_network), DecodingOptions(**options))
+
+
+@pytest.mark.parametrize("vocabulary", [12, 128 * 6, 128 * 40, 5003])
+def test_the_largest_of_many_tokens_are_those_of_topk(vocabulary):
+    values = torch.randn(3, 2, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    values[0, 0, -1] = 9.0  # the last token, which fills no block
+    values[1, 1, 5:9] = -torch.inf
+    wanted = values.topk(9, dim=2)
+    found, places = largest(values, 9)
+    assert torch.equal(found, wanted.values)
+    assert torch.equal(places, wanted.indices)

@@ -13,17 +13,31 @@ from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm,
 
 
 def caption(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Cross-entropy of each next token, padding left out, summed (CoCa, Yu et al. 2022, equation 2)."""
-    return next_token_loss(outputs["logits"], outputs["labels"], pad_token=options.pad_token)
+    """Cross-entropy of each next token, padding left out, summed (CoCa, Yu et al. 2022, equation 2).
+
+    With label smoothing while it trains (`label_smoothing`, Szegedy et al. 2016, §7).
+    """
+    return next_token_loss(
+        outputs["logits"],
+        outputs["labels"],
+        pad_token=options.pad_token,
+        label_smoothing=options.config.label_smoothing,
+    )
 
 
 def next_token_loss(
-    logits: Float[Tensor, "B L V"], labels: Int64[Tensor, "B L"], *, pad_token: int
+    logits: Float[Tensor, "B L V"], labels: Int64[Tensor, "B L"], *, pad_token: int, label_smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
     """Cross-entropy summed over the tokens that are not padding, in single precision at least."""
     # a softmax over tens of thousands of tokens loses small probabilities in half precision
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=pad_token, reduction="sum")
+    return F.cross_entropy(
+        precise.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=pad_token,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
 
 
 def count_target_tokens(inputs: Inputs, options: LossOptions) -> Tensor:

@@ -62,10 +62,12 @@ def can_cache(network: nn.Module) -> bool:
     Not of a text tower of Hugging Face, nor one without a causal mask: there, every token changes with the next.
     """
     from vlm.data.open_clip_private import TextTransformer
+    from vlm.models.towers.captioner import WordTower
 
     text: Any = getattr(network, "text", None)
     decoder: Any = getattr(network, "text_decoder", None)
-    if not isinstance(text, TextTransformer) or text.attn_mask is None or decoder is None:
+    is_causal = isinstance(text, WordTower) or (isinstance(text, TextTransformer) and text.attn_mask is not None)
+    if not is_causal or decoder is None:
         return False
     for block in (*text.transformer.resblocks, *decoder.resblocks, *decoder.cross_attn):
         # open_clip's other block has no nn.MultiheadAttention; weights of other sizes for keys are stored apart
@@ -76,110 +78,129 @@ def can_cache(network: nn.Module) -> bool:
 
 
 class _KeyValueCache:
-    """Keys and values of one layer's self attention [R, heads, length, E / heads], with room for `max_length`."""
+    """Keys and values [B, heads, E, D] of one layer's self attention: an entry for each token of each image's tree.
 
-    def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
+    Captions of an image that begin alike share their first entries, and a beam that goes on elsewhere moves nothing:
+    which entries belong to a caption is told to the attention (`_CachedState`).
+    """
+
+    def __init__(self) -> None:
         self._length = 0
         self._buffers: list[Tensor] = []
 
-    def append(self, *keys_and_values: Float[Tensor, "R heads 1 D"]) -> list[Float[Tensor, "R heads L D"]]:
-        """Both with those of one more token."""
+    def append(self, *keys_and_values: Float[Tensor, "B heads K D"], room: int) -> list[Float[Tensor, "B heads E D"]]:
+        """Both with the entries of K more tokens; `room` is how many there may be in the end."""
         if not self._buffers:
             # the precision and device are known only now
-            for states in keys_and_values:
-                rows, heads, _, size = states.shape
-                self._buffers.append(states.new_empty(rows, heads, self._max_length, size))
-        self._length += 1
+            self._buffers = [states[:, :, :0] for states in keys_and_values]
+        added = keys_and_values[0].shape[2]
         filled: list[Tensor] = []
-        for buffer, states in zip(self._buffers, keys_and_values, strict=True):
-            buffer[:, :, self._length - 1 : self._length] = states
-            filled.append(buffer[:, :, : self._length])
+        for number, states in enumerate(keys_and_values):
+            if self._buffers[number].shape[2] < self._length + added:
+                self._buffers[number] = self._with_room(self._buffers[number], room)
+            buffer = self._buffers[number]
+            buffer[:, :, self._length : self._length + added] = states
+            filled.append(buffer[:, :, : self._length + added])
+        self._length += added
         return filled
 
-    def select(self, rows: Int64[Tensor, " S"]) -> None:
-        """Keep copies of these rows."""
-        for number, buffer in enumerate(self._buffers):
-            filled = buffer[rows, :, : self._length]
-            if len(rows) != len(buffer):
-                buffer = buffer.new_empty(len(rows), *buffer.shape[1:])
-                self._buffers[number] = buffer
-            buffer[:, :, : self._length] = filled
+    def _with_room(self, buffer: Tensor, room: int) -> Tensor:
+        images, heads, _, size = buffer.shape
+        larger = buffer.new_empty(images, heads, room, size)
+        larger[:, :, : self._length] = buffer[:, :, : self._length]
+        return larger
+
+    def keep_images(self, images: Int64[Tensor, " C"]) -> None:
+        """Drop the entries of all other images."""
+        self._buffers = [buffer[images] for buffer in self._buffers]
 
 
 class _CachedState(CaptionState):
+    """is_own: which entries of its image belong to each caption, bool [B, K, E]."""
+
     def __init__(
         self, network: Captioner, image_tokens: Float[Tensor, "B M W"], *, max_length: int, has_attention: bool
     ) -> None:
         self._text: Any = network.text
         self._decoder: Any = network.text_decoder
         self._blocks = [*self._text.transformer.resblocks, *self._decoder.resblocks]
-        self._caches = [_KeyValueCache(max_length) for _ in self._blocks]
+        self._caches = [_KeyValueCache() for _ in self._blocks]
         self._image_states: list[tuple[Tensor, Tensor]] = []
         for block in self._decoder.cross_attn:
             self._image_states.append(_project_image(block, image_tokens))
-        self._num_images = len(image_tokens)
-        self._num_rows = 1
+        self._max_length = max_length
         self._length = 0
-        self._tokens = torch.zeros((self._num_images, max_length), dtype=torch.int64, device=image_tokens.device)
+        num_images = len(image_tokens)
+        device = image_tokens.device
+        self._is_own = torch.ones((num_images, 1, 0), dtype=torch.bool, device=device)
+        # of each entry, for text towers that look away from padding, and whether the token after it is looked at
+        self._is_visible = torch.ones((num_images, 0), dtype=torch.bool, device=device)
+        self._shows_next = torch.ones((num_images, 1), dtype=torch.bool, device=device)
         self._has_attention = has_attention
         self.attention = None
 
     def advance(self, tokens: Int64[Tensor, "B K"]) -> Float[Tensor, "B K V"]:
         text, decoder = self._text, self._decoder
-        flat_tokens = tokens.flatten()
-        self._tokens[:, self._length] = flat_tokens
-        states = text.token_embedding(flat_tokens).to(text.transformer.get_cast_dtype())
+        self._add_entries(tokens)
+        states = text.token_embedding(tokens).to(text.transformer.get_cast_dtype())
         states = states + text.positional_embedding[self._length].to(states.dtype)
         self._length += 1
+        num_entries = self._is_own.shape[2]
+        room = num_entries + tokens.shape[1] * (self._max_length - self._length)
+        # no entry is another caption's: nothing to mask
+        own = None if num_entries == self._length else self._is_own[:, None]
 
         num_text_blocks = len(text.transformer.resblocks)
-        is_visible = self._visible_tokens()
+        text_mask = self._text_mask(own)
         for block, cache in zip(self._blocks[:num_text_blocks], self._caches, strict=False):
-            states = _attend_to_text(block, states, cache, is_visible)
+            states = _attend_to_text(block, states, cache, text_mask, room)
         # with a class token open_clip norms that token alone
         if text.cls_emb is None:
             states = text.ln_final(states)
 
         maps: list[Tensor] = []
-        by_image = states.view(self._num_images, self._num_rows, -1)
         for number, block in enumerate(decoder.cross_attn):
             layer = num_text_blocks + number
-            states = _attend_to_text(self._blocks[layer], by_image.flatten(0, 1), self._caches[layer], None)
-            by_image = states.view(by_image.shape)
-            by_image, weights = _attend_to_image(
-                block, by_image, *self._image_states[number], has_attention=self._has_attention
+            states = _attend_to_text(self._blocks[layer], states, self._caches[layer], own, room)
+            states, weights = _attend_to_image(
+                block, states, *self._image_states[number], has_attention=self._has_attention
             )
             if weights is not None:
                 maps.append(weights)
         self.attention = torch.stack(maps).mean(dim=0) if maps else None
-        return _wide(decoder.ln_final(by_image) @ decoder.text_projection)
+        return _wide(decoder.ln_final(states) @ decoder.text_projection)
 
     def select(self, images: Int64[Tensor, " C"], rows: Int64[Tensor, "C J"]) -> None:
-        flat_rows = (images[:, None] * self._num_rows + rows).flatten()
-        # beams that stay in their order, as most do at most steps, need no copy
-        if not _is_counting(flat_rows, self._num_images * self._num_rows):
+        if not _is_counting(images, len(self._is_own)):
             for cache in self._caches:
-                cache.select(flat_rows)
-            self._tokens = self._tokens[flat_rows]
-        if not _is_counting(images, self._num_images):
+                cache.keep_images(images)
+            self._is_visible = self._is_visible[images]
             self._image_states = [(keys[images], values[images]) for keys, values in self._image_states]
+        self._is_own = self._is_own[images[:, None], rows]
+        self._shows_next = self._shows_next[images[:, None], rows]
         if self.attention is not None:
             self.attention = self.attention[images[:, None], rows]
-        self._num_images, self._num_rows = rows.shape
 
-    def _visible_tokens(self) -> Bool[Tensor, "R 1 1 L"] | None:
-        """Which tokens the text tower's attention sees; None if all, as in towers without a class token.
-
-        As open_clip masks padding: by default one place too far to the right, which its published weights expect.
-        """
+    def _add_entries(self, tokens: Int64[Tensor, "B K"]) -> None:
+        """An entry for the new token of each caption, its own alone."""
+        num_images, num_rows = tokens.shape
+        added = torch.eye(num_rows, dtype=torch.bool, device=tokens.device).expand(num_images, -1, -1)
+        self._is_own = torch.cat([self._is_own, added], dim=2)
         text = self._text
         if text.cls_emb is None:
-            return None
-        is_visible = self._tokens[:, : self._length] != text.pad_id
-        if not text.correct_cls_mask:
-            is_visible = F.pad(is_visible[:, :-1], (1, 0), value=True)
-        return is_visible[:, None, None]
+            return
+        # As open_clip masks padding: by default one place too far to the right, which its published weights expect.
+        is_text = tokens != text.pad_id
+        shown = is_text if text.correct_cls_mask else self._shows_next
+        self._is_visible = torch.cat([self._is_visible, shown], dim=1)
+        self._shows_next = is_text
+
+    def _text_mask(self, own: Bool[Tensor, "B 1 K E"] | None) -> Bool[Tensor, "B 1 #K E"] | None:
+        """Which entries the text tower's attention sees; None if all."""
+        if self._text.cls_emb is None or bool(self._is_visible.all()):
+            return own
+        is_visible = self._is_visible[:, None, None]
+        return is_visible if own is None else own & is_visible
 
 
 class _UncachedState(CaptionState):
@@ -208,15 +229,23 @@ class _UncachedState(CaptionState):
 
 
 def _attend_to_text(
-    block: Any, states: Float[Tensor, "R E"], cache: _KeyValueCache, is_visible: Bool[Tensor, "R 1 1 L"] | None
-) -> Float[Tensor, "R E"]:
-    """A layer of self attention for one new token, which sees all tokens before it."""
+    block: Any,
+    states: Float[Tensor, "B K W"],
+    cache: _KeyValueCache,
+    is_seen: Bool[Tensor, "B 1 #K E"] | None,
+    room: int,
+) -> Float[Tensor, "B K W"]:
+    """A layer of self attention for one new token of each caption, which sees all tokens before it."""
     attention = block.attn
     projected = F.linear(block.ln_1(states), attention.in_proj_weight, attention.in_proj_bias)
-    heads = projected.view(len(states), 3, attention.num_heads, 1, -1)
-    keys, values = cache.append(heads[:, 1], heads[:, 2])
-    attended = F.scaled_dot_product_attention(heads[:, 0], keys, values, attn_mask=is_visible)
-    states = states + block.ls_1(attention.out_proj(attended.flatten(1)))
+    queries, keys, values = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    keys, values = cache.append(keys, values, room=room)
+    # in three calls: with a mask the fused one costs as much, and rounds otherwise
+    weights = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+    if is_seen is not None:
+        weights = weights.masked_fill(~is_seen, -torch.inf)
+    attended = weights.softmax(dim=-1) @ values
+    states = states + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
     return states + block.ls_2(block.mlp(block.ln_2(states)))
 
 

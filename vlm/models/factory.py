@@ -121,9 +121,13 @@ def build_network(config: ModelConfig) -> Network:
     unit length, `logit_scale`, `logit_bias` if it has one, and for CoCa `logits` [B, L-1, V] with `labels` [B, L-1].
     """
     if _uses_towers(config):
-        from vlm.models.towers.tower_registry import TowerNetwork
+        from vlm.models.towers.tower_registry import CaptionerNetwork, TowerNetwork
 
-        return cast(Network, TowerNetwork(config))
+        if "multimodal_cfg" not in config:
+            return cast(Network, TowerNetwork(config))
+        captioner = cast(Network, CaptionerNetwork(config))
+        _initialise_decoder(captioner)
+        return captioner
     if "huggingface" in config:
         from vlm.models.huggingface_clip import HuggingFaceDualEncoder
 

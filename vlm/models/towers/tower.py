@@ -63,6 +63,10 @@ class ImageTower(nn.Module, ABC):
 
     image_size: the size it is built for. trunk_info: layouts and widths. width: of the pooled vector. loaded_weights:
     what the trunk started from; None if its weights are random.
+    memory: from the trunk's tokens to those that a caption decoder attends to; None where there is no decoder.
+
+    Raises:
+        UsageError: a decoder is to attend to the tokens of a trunk with several maps.
     """
 
     loaded_weights: LoadedWeights | None = None
@@ -81,6 +85,8 @@ class ImageTower(nn.Module, ABC):
         self.trunk_info = trunk_info
         self.image_size = (config.image_size, config.image_size)
         self.is_native = config.pooling == "native"
+        # whether the trunk's own pooling goes by `features`, too, rather than by a pass that fuses both
+        self.pools_features = False
         pools: list[Pooling] = []
         if not self.is_native:
             # several maps (CrossViT) are pooled apart and concatenated
@@ -95,8 +101,9 @@ class ImageTower(nn.Module, ABC):
         self.head = nn.Sequential(OrderedDict(drop=dropout, proj=linear))
         if config.residual:
             self.head = residual_head(self.width, config.residual, embed_dim, config.head_dropout)
+        self.memory = _memory_projection(config, trunk_info, type(trunk).__name__) if config.decoder_width else None
         # parameters without a part in the output get no gradient, which DDP would wait for
-        for name in trunk_info.unused_native if self.is_native else trunk_info.unused:
+        for name in trunk_info.unused_native if self.is_native and not self.memory else trunk_info.unused:
             trunk.get_parameter(name).requires_grad_(False)
 
     @abstractmethod
@@ -119,8 +126,21 @@ class ImageTower(nn.Module, ABC):
         """Prefix tokens and patches of each map (most trunks give one), of the trunk's width."""
         return as_tokens(self.features(pixels), self.trunk_info.layouts)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Vectors of the joint space, not normalised."""
+    @property
+    def output_tokens(self) -> bool:
+        """Whether it gives the tokens that a caption decoder attends to, as open_clip's towers say it."""
+        return self.memory is not None
+
+    def forward(
+        self, pixels: Float[Tensor, "B 3 H W"]
+    ) -> Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B M W"]]:
+        """Vectors of the joint space, not normalised; with a caption decoder, the tokens it attends to as well."""
+        if self.memory is not None:
+            # one pass of the trunk for both
+            features = self.features(pixels)
+            tokens = as_tokens(features, self.trunk_info.layouts)[0]
+            memory = self.memory(torch.cat([tokens.prefix, tokens.patches], dim=1))
+            return self.project(self.pool_features(features)), memory
         return self.project(self.embed(pixels))
 
     def forward_with_patches(
@@ -183,6 +203,18 @@ class ImageTower(nn.Module, ABC):
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the trunk's activations in the backward pass."""
+
+
+def _memory_projection(config: ImageTowerConfig, trunk_info: TrunkInfo, trunk: str) -> nn.Sequential:
+    if len(trunk_info.layouts) != 1:
+        raise UsageError(
+            f"{trunk} gives {', '.join(map(str, trunk_info.layouts))}, so there is no one set of tokens for a caption "
+            "decoder; choose another image tower."
+        )
+    width = trunk_info.layouts[0].width
+    # features of convolutions have a scale of their own, which attention would have to learn
+    norm = nn.LayerNorm(width) if config.decoder_norm else nn.Identity()
+    return nn.Sequential(OrderedDict(norm=norm, proj=nn.Linear(width, config.decoder_width)))
 
 
 def group_by_layer(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:

@@ -137,6 +137,12 @@ class ImageTowerConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the timm builder, e.g. {"depth": 4}."""
 
+    decoder_width: int = 0
+    """Width of the tokens that a caption decoder attends to; 0 gives none."""
+
+    decoder_norm: bool = True
+    """Whether these tokens are the trunk's patches after a layer norm; without it the map to them is linear."""
+
     hf_config: dict[str, Any] = field(default_factory=dict)
     """The configuration of a Hugging Face trunk, so that the model folder needs no other."""
 

@@ -17,6 +17,18 @@ from torch.nn import functional as F
 from vlm.config import suggest
 from vlm.errors import UsageError
 from vlm.models.towers.bag_of_words import build_bag, build_ngram
+from vlm.models.towers.captioner import (
+    COCA,
+    CPTR,
+    add_residual_dropout,
+    build_cptr,
+    build_decoder,
+    complete_coca,
+    complete_cptr,
+    decoder_config,
+    decoder_forward,
+    is_caption_tower,
+)
 from vlm.models.towers.huggingface import (
     build_hf_image,
     build_hf_text,
@@ -57,8 +69,8 @@ def set_dropout(
 ) -> dict[str, Any]:
     """The same model_cfg with dropout in every tower that has the kind; 0 leaves what is configured.
 
-    dropout: on pooled vectors (timm's head, open_clip's timm_drop), in the hidden layers of hf:, and before the
-    projection of bag, ngram and lm:. drop_path: residual branches of timm and hf trunks. patch_dropout: patches of ViTs
+    dropout: on pooled vectors (timm's head, open_clip's timm_drop), in the hidden layers of hf:, before the
+    projection of bag, ngram and lm:, and in the layers of coca: and cptr:. drop_path: residual branches of timm and hf trunks. patch_dropout: patches of ViTs
     (FLIP, Li et al. 2023).
 
     Raises:
@@ -69,6 +81,8 @@ def set_dropout(
         if not value:
             continue
         keys = {"vision_cfg": _vision_key(config["vision_cfg"], kind), "text_cfg": _text_key(config["text_cfg"], kind)}
+        if kind == "dropout" and DECODER_KEY in config and uses_towers(config):
+            keys[DECODER_KEY] = kind
         if not any(keys.values()):
             raise UsageError(
                 f"{kind} = {value}: neither tower of this model has it (image: {_tower_label(config['vision_cfg'])}; "
@@ -128,7 +142,7 @@ def portable_config(config: dict[str, Any], weights: Mapping[str, Tensor]) -> di
 def _to_open_clip_config(config: ImageTowerConfig) -> dict[str, Any] | None:
     prefix, name = split_tower(config.tower)
     is_plain = prefix == "timm" and config.pooling == "native"
-    is_plain = is_plain and not (config.registers or config.overrides or config.residual)
+    is_plain = is_plain and not (config.registers or config.overrides or config.residual or config.decoder_width)
     if not is_plain or config.image_size != timm_image_size(name):
         return None
     return {
@@ -251,6 +265,8 @@ TEXT_TOWERS: dict[str, TowerType] = {
     "lm": TowerType(complete=_complete_lm, build=build_lm),
     "bag": TowerType(complete=_complete_bag, build=build_bag),
     "ngram": TowerType(complete=_complete_bag, build=build_ngram),
+    COCA: TowerType(complete=complete_coca),
+    CPTR: TowerType(complete=complete_cptr, build=build_cptr),
 }
 """Adding a text tower is a builder and a line here."""
 
@@ -269,16 +285,29 @@ def parse_towers(name: str) -> Values:
     image, text = _split(towers)
     image_tower, image_options = parse_tower_options(image)
     text_tower, text_options = parse_tower_options(text)
-    config = resolve_tower_configs(
-        {
-            "embed_dim": int(size),
-            "vision_cfg": {TOWER_KEY: image_tower, **image_options},
-            "text_cfg": {TOWER_KEY: text_tower, **text_options},
-        }
-    )
+    named: Values = {
+        "embed_dim": int(size),
+        "vision_cfg": {TOWER_KEY: image_tower, **image_options},
+        "text_cfg": {TOWER_KEY: text_tower, **text_options},
+    }
+    if is_caption_tower(text_tower):
+        named = _with_decoder(named, text_tower)
+    config = resolve_tower_configs(named)
     if image_options.get("pooling") == "simpool" and "gamma" not in image_options:
         config["vision_cfg"]["gamma"] = _authors_gamma(config)
     return config
+
+
+def _with_decoder(config: Values, text_tower: str) -> Values:
+    image_tower = config["vision_cfg"][TOWER_KEY]
+    if _prefix_of(image_tower) == "open_clip":
+        raise UsageError(
+            f"{image_tower} gives a decoder no tokens; name a timm:, vit: or hf: tower, or one of open_clip's own "
+            "captioners, e.g. coca_ViT-B-32."
+        )
+    decoder = decoder_config(text_tower)
+    vision = config["vision_cfg"] | {"decoder_width": decoder["width"]}
+    return config | {"vision_cfg": vision, DECODER_KEY: decoder}
 
 
 def _authors_gamma(config: Values) -> float:
@@ -387,7 +416,8 @@ def _choose(table: dict[str, TowerType], tower: str) -> tuple[TowerType, str]:
     return table[prefix], name
 
 
-_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias", "custom_text")
+DECODER_KEY = "multimodal_cfg"
+_KEYS = ("embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "init_logit_scale", "init_logit_bias", "custom_text")
 INITIAL_SCALE = math.log(1 / 0.07)  # CLIP §2.5
 
 
@@ -438,3 +468,50 @@ class TowerNetwork(nn.Module):
         towers: tuple[Any, Any] = (self.visual, self.text)
         for tower in towers:
             tower.set_grad_checkpointing(enable)
+
+
+class CaptionerNetwork(TowerNetwork):
+    """A `TowerNetwork` with a caption decoder (`vlm.models.towers.captioner`), of the parts of open_clip's CoCa."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        values = config[DECODER_KEY]
+        self.text_decoder = build_decoder(values)
+        text: Any = self.text
+        add_residual_dropout(list(text.transformer.resblocks), values.get("dropout", 0.0))
+        # without a class token at the end of the row nothing depends on how long it is
+        self.can_trim_padding = text.cls_emb is None
+
+    def _encode_image(
+        self, images: Float[Tensor, "B 3 H W"], normalize: bool = True
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B M W"]]:
+        features, memory = self.visual(images)
+        return (F.normalize(features, dim=-1) if normalize else features), memory
+
+    def _encode_text(
+        self, text: Int64[Tensor, "B L"], normalize: bool = True
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L W"]]:
+        features, states = self.text(text)
+        return (F.normalize(features, dim=-1) if normalize else features), states
+
+    def encode_image(self, image: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Embeddings of images."""
+        return self._encode_image(image, normalize)[0]
+
+    def encode_text(self, text: Int64[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Embeddings of texts."""
+        return self._encode_text(text, normalize)[0]
+
+    def forward(self, image: Float[Tensor, "B 3 H W"], text: Int64[Tensor, "B L"]) -> dict[str, Tensor]:
+        """As `TowerNetwork`, and `logits` [B, L-1, V] with `labels` [B, L-1]."""
+        features, memory = self._encode_image(image)
+        outputs = {"image_features": features, "logit_scale": self.logit_scale.exp()}
+        outputs |= decoder_forward(self.text, self.text_decoder, memory, text)
+        bias = self.logit_bias
+        return outputs | {"logit_bias": bias} if isinstance(bias, torch.Tensor) else outputs
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As `TowerNetwork`, in the decoder, too."""
+        super().set_grad_checkpointing(enable)
+        decoder: Any = self.text_decoder
+        decoder.set_grad_checkpointing(enable)

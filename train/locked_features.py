@@ -1,0 +1,98 @@
+"""What a locked image trunk gave for each view it has seen, so that it runs once for a view that comes again.
+
+LiT (Zhai et al. 2022, §3.1) precomputes the embeddings of a locked tower; here a caption decoder gets the whole map, and
+what is kept is found by the pixels themselves, so that no augmentation can give another image's features.
+"""
+
+import copy
+import hashlib
+import logging
+from typing import Any
+
+import torch
+
+from vlm.errors import UsageError
+from vlm.models.network import Network
+from vlm.models.towers.tower import ImageTower
+from vlm.tensor_types import Float, Tensor
+
+logger = logging.getLogger(__name__)
+
+_BYTES_IN_GB = 1_000_000_000
+
+
+class LockedFeatures:
+    """The maps of a trunk by the digest of the pixels, up to `max_bytes`; what finds no room is computed each time."""
+
+    def __init__(self, tower: ImageTower, *, max_bytes: int) -> None:
+        self._compute: Any = tower.features
+        self._trunk = tower.trunk
+        self._max_bytes = max_bytes
+        self._rows: dict[bytes, int] = {}
+        self._maps: Tensor | None = None
+
+    # a copy of the network, as the counter of FLOPs makes one without data, computes for itself
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._compute, memo)
+
+    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B ..."]:
+        """The trunk's maps of these pixels."""
+        digests = [_digest(image) for image in pixels.detach().cpu()]
+        is_new: dict[bytes, int] = {}
+        for place, digest in enumerate(digests):
+            if digest not in self._rows:
+                is_new.setdefault(digest, place)
+        if is_new:
+            places = torch.tensor(list(is_new.values()), device=pixels.device)
+            computed = self._run(pixels[places])
+            if len(self._rows) + len(is_new) > self._room(computed):
+                return self._run(pixels)
+            assert self._maps is not None
+            first = len(self._rows)
+            self._maps[first : first + len(computed)] = computed.cpu()
+            for digest in is_new:
+                self._rows[digest] = len(self._rows)
+        assert self._maps is not None
+        rows = torch.tensor([self._rows[digest] for digest in digests])
+        return self._maps[rows].to(pixels.device)
+
+    @torch.no_grad()
+    def _run(self, pixels: Tensor) -> Tensor:
+        # a locked trunk drops nothing, whatever mode the network is in
+        was_training = self._trunk.training
+        self._trunk.eval()
+        maps = self._compute(pixels)
+        self._trunk.train(was_training)
+        if not isinstance(maps, Tensor):
+            raise UsageError("This image tower gives several maps; leave out --locked-features-gb.")
+        return maps
+
+    def _room(self, maps: Tensor) -> int:
+        """How many images there is room for, which is taken now."""
+        if self._maps is None:
+            size = maps[0].numel() * maps.element_size()
+            rows = self._max_bytes // size
+            # not one of inference mode, in which the first evaluation may run: no gradient goes through those
+            with torch.inference_mode(False):
+                self._maps = torch.empty(rows, *maps.shape[1:], dtype=maps.dtype)
+            logger.info(f"What the locked image tower gives is kept for {rows:,} views of {size / 1000:,.0f} kB.")
+        return len(self._maps)
+
+
+def keep_locked_features(network: Network, gigabytes: float) -> None:
+    """Let a network's image tower keep what its trunk gives.
+
+    Raises:
+        UsageError: the tower is none of timm:, vit: or hf:, or not locked whole.
+    """
+    tower: Any = network.get_submodule("visual")
+    if not isinstance(tower, ImageTower):
+        raise UsageError("--locked-features-gb is for timm:, vit: and hf: image towers; leave it out.")
+    if any(parameter.requires_grad for parameter in tower.trunk.parameters()):
+        raise UsageError("--locked-features-gb needs an image tower that is locked whole: give --lock image.")
+    tower.features = LockedFeatures(tower, max_bytes=int(gigabytes * _BYTES_IN_GB))
+    tower.pools_features = True
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
