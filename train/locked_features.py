@@ -1,7 +1,7 @@
 """What a locked image trunk gave for each view it has seen, so that it runs once for a view that comes again.
 
-LiT (Zhai et al. 2022, §3.1) precomputes the embeddings of a locked tower; here a caption decoder gets the whole map, and
-what is kept is found by the pixels themselves, so that no augmentation can give another image's features.
+LiT (Zhai et al. 2022, §3.1) precomputes the embeddings of a locked tower. Here a caption decoder gets the whole map,
+and what is kept is found by the pixels, so that no augmentation can give another view's features.
 """
 
 import copy

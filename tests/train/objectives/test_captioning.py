@@ -56,3 +56,12 @@ def test_logits_of_half_precision_are_summed_in_single():
     loss = next_token_loss(logits_of(torch.bfloat16), LABELS, pad_token=0)
     assert loss.dtype == torch.float32
     assert torch.allclose(loss, next_token_loss(logits_of(torch.bfloat16).float(), LABELS, pad_token=0))
+
+
+def test_label_smoothing_spreads_a_share_over_all_tokens():
+    options = LossOptions(config=ObjectiveConfig(label_smoothing=0.2), pad_token=0)
+    log_probabilities = logits_of().log_softmax(dim=-1)
+    is_target = LABELS != 0
+    likely = log_probabilities.gather(2, LABELS[..., None])[..., 0]
+    wanted = -(0.8 * likely + 0.2 * log_probabilities.mean(dim=2))[is_target].sum()
+    assert torch.allclose(caption({"logits": logits_of(), "labels": LABELS}, {}, options), wanted, atol=1e-12)

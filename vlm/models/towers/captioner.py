@@ -59,7 +59,10 @@ def decoder_config(tower: str) -> dict[str, Any]:
     """
     prefix, name = split_tower(tower)
     width, *_, layers = _sizes(prefix, name)
-    return {"width": width, "heads": _heads(width), "layers": layers}
+    # a tokenizer's sizes take the place of these
+    text = TextTowerConfig(tower=tower)
+    lengths = {"context_length": text.context_length, "vocab_size": text.vocab_size}
+    return {"width": width, "heads": _heads(width), "layers": layers} | lengths
 
 
 def _sizes(prefix: str, name: str) -> tuple[int, ...]:

@@ -133,7 +133,7 @@ class ImageTower(nn.Module, ABC):
 
     def forward(
         self, pixels: Float[Tensor, "B 3 H W"]
-    ) -> Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B M W"]]:
+    ) -> Float[Tensor, "B D"] | tuple[Float[Tensor, "B D"], Float[Tensor, "B M C"]]:
         """Vectors of the joint space, not normalised; with a caption decoder, the tokens it attends to as well."""
         if self.memory is not None:
             # one pass of the trunk for both

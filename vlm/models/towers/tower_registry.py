@@ -60,7 +60,13 @@ _VISION: dict[str, tuple[str, ...]] = {
     "vit": ("dropout", "drop_path", "patch_dropout"),
     "hf": ("dropout", "drop_path"),
 }
-_TEXT: dict[str, tuple[str, ...]] = {"hf": ("dropout",), "lm": ("dropout",), "bag": ("dropout",), "ngram": ("dropout",)}
+_TEXT: dict[str, tuple[str, ...]] = {
+    "hf": ("dropout",),
+    "lm": ("dropout",),
+    "bag": ("dropout",),
+    "ngram": ("dropout",),
+    CPTR: (),
+}
 _OPEN_CLIP_TIMM = {"dropout": "timm_drop", "drop_path": "timm_drop_path", "patch_dropout": "patch_dropout"}
 
 
@@ -70,8 +76,8 @@ def set_dropout(
     """The same model_cfg with dropout in every tower that has the kind; 0 leaves what is configured.
 
     dropout: on pooled vectors (timm's head, open_clip's timm_drop), in the hidden layers of hf:, before the
-    projection of bag, ngram and lm:, and in the layers of coca: and cptr:. drop_path: residual branches of timm and hf trunks. patch_dropout: patches of ViTs
-    (FLIP, Li et al. 2023).
+    projection of bag, ngram and lm:, and in the layers of coca: and cptr:. drop_path: residual branches of timm and hf
+    trunks. patch_dropout: patches of ViTs (FLIP, Li et al. 2023).
 
     Raises:
         UsageError: no tower has the kind.
@@ -484,13 +490,13 @@ class CaptionerNetwork(TowerNetwork):
 
     def _encode_image(
         self, images: Float[Tensor, "B 3 H W"], normalize: bool = True
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B M W"]]:
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B M C"]]:
         features, memory = self.visual(images)
         return (F.normalize(features, dim=-1) if normalize else features), memory
 
     def _encode_text(
         self, text: Int64[Tensor, "B L"], normalize: bool = True
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L W"]]:
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L C"]]:
         features, states = self.text(text)
         return (F.normalize(features, dim=-1) if normalize else features), states
 
