@@ -80,18 +80,19 @@ class LockedFeatures:
 
 
 def keep_locked_features(network: Network, gigabytes: float) -> None:
-    """Let a network's image tower keep what its trunk gives.
+    """Let the image tower of a captioner keep what its trunk gives.
 
     Raises:
-        UsageError: the tower is none of timm:, vit: or hf:, or not locked whole.
+        UsageError: a tower without a caption decoder, or not locked whole.
     """
     tower: Any = network.get_submodule("visual")
-    if not isinstance(tower, ImageTower):
-        raise UsageError("--locked-features-gb is for timm:, vit: and hf: image towers; leave it out.")
+    if not isinstance(tower, ImageTower) or tower.memory is None:
+        raise UsageError(
+            "--locked-features-gb is for captioners over towers (coca:, cptr:); for others give --cache-features."
+        )
     if any(parameter.requires_grad for parameter in tower.trunk.parameters()):
         raise UsageError("--locked-features-gb needs an image tower that is locked whole: give --lock image.")
     tower.features = LockedFeatures(tower, max_bytes=int(gigabytes * _BYTES_IN_GB))
-    tower.pools_features = True
 
 
 def _digest(image: Tensor) -> bytes:

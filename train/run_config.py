@@ -41,7 +41,7 @@ class ModelConfig:
     """Tower to freeze: `image` is locked-image tuning (LiT); `both` leaves only the heads after the trunks to train."""
 
     locked_features_gb: float = 0.0
-    """Memory in GB (10⁹ bytes) for what the locked image tower gave, by view: a view that comes again costs nothing."""
+    """GB (10⁹ bytes) of memory for what a captioner's locked image tower gave: a view seen again costs nothing."""
 
     unlocked_groups: int = 0
     """Number of last layer groups of each locked tower to train all the same."""

@@ -60,8 +60,8 @@ from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.flops import FlopCounter
 from vlm.train.frozen_features import open_cached_features
-from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.locked_features import keep_locked_features
+from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer

@@ -85,8 +85,6 @@ class ImageTower(nn.Module, ABC):
         self.trunk_info = trunk_info
         self.image_size = (config.image_size, config.image_size)
         self.is_native = config.pooling == "native"
-        # whether the trunk's own pooling goes by `features`, too, rather than by a pass that fuses both
-        self.pools_features = False
         pools: list[Pooling] = []
         if not self.is_native:
             # several maps (CrossViT) are pooled apart and concatenated
