@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Recall and latency of text search with and without re-ranking the top results by a captioner.
+"""Recall and latency of text search with and without re-ranking the top results, by a captioner or a poly-encoder.
 
     benchmarks/run reranking INDEX MODEL [--questions 1000] [--top 50] [--language en] [--json]
 
@@ -13,7 +13,7 @@ The index must hold images with captions that the model has not seen. On the syn
     benchmarks/run reranking held-out-index quickstart-out/captioner
 
 Each image's first caption is a query; every image with this caption is correct. Three orders of the same results are
-compared: by cosine, by likelihood, and by reciprocal rank fusion of the two (`fuse_ranks`).
+compared: by cosine, by likelihood (or a poly-encoder's score), and by reciprocal rank fusion of the two (`fuse_ranks`).
 """
 
 import shlex
@@ -28,7 +28,7 @@ import tyro
 from vlm.cli.main import print_error
 from vlm.console import show_fields, show_json, show_table, track
 from vlm.errors import UsageError, VlmError
-from vlm.service.ranking import fuse_ranks
+from vlm.service.ranking import ScoredRanking, fuse_ranks
 from vlm.service.search import Query, SearchResult, SearchService
 
 _COUNTS = (1, 5, 10)
@@ -43,7 +43,7 @@ class Arguments:
     """Index of held-out images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """MODEL with a caption decoder."""
+    """MODEL with a caption decoder, or a folder of vlm index fit-reranker."""
 
     queries: int = 1000
     """Number of caption queries; a random subset if there are more."""
@@ -52,7 +52,7 @@ class Arguments:
     """Number of results to re-rank."""
 
     language: str = "en"
-    """Language of the captions."""
+    """Language of the captions; empty if they name none."""
 
     seed: int = 0
     """Random seed of the subset."""
@@ -108,7 +108,8 @@ def _ranks(answer: SearchResult, text: str, language: str) -> dict[str, float]:
     is_right = np.array([text in hit.entry.captions.get(language, ()) for hit in hits])
     by_likelihood = np.arange(len(hits))
     by_cosine = np.argsort([-hit.score for hit in hits], kind="stable")
-    places, scores = fuse_ranks([by_cosine, by_likelihood])
+    by_rank = -np.arange(len(hits), dtype=np.float64)
+    places, scores = fuse_ranks([ScoredRanking(rows=order, scores=by_rank) for order in (by_cosine, by_likelihood)])
     orders = {"cosine": by_cosine, "likelihood": by_likelihood, "both": places[np.argsort(-scores, kind="stable")]}
     return {name: float(np.argmax(is_right[order])) + 1 if is_right.any() else np.inf for name, order in orders.items()}
 

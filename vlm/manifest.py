@@ -30,7 +30,7 @@ class FileRecord:
 class Manifest:
     """What a folder holds.
 
-    kind: shards, run, model, embeddings, index, upgrade (a head), or export (rows for other tools).
+    kind: shards, run, model, embeddings, index, upgrade (a head), reranker, or export (rows for other tools).
     fingerprint: identity of the content; readers compare it with what they were made from.
     inputs: fingerprint of each earlier stage, by name (`shards`, `model`, `embeddings`).
     configuration: the settings of the stage, plain values only.

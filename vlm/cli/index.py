@@ -310,6 +310,90 @@ class FitHead:
         logger.info(f"Next: vlm index upgrade INDEX OUT --head {quoted(self.head)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitReranker:
+    """Fit a poly-encoder that reranks text searches of an index by the single words of the query.
+
+    It is fitted on an embeddings folder of images with captions; the model stays unchanged, and no image is read. The
+    weights best on a held-out part are kept. Use it by vlm search INDEX --text … --rerank RERANKER. Prefer samples the
+    model was not trained on: among its own training samples nearly all captions find their image already.
+    """
+
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Image embeddings by the model of the index."""
+
+    reranker: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RERANKER")]
+    """Folder for the reranker."""
+
+    model: str = ""
+    """The MODEL that made the embeddings, if it was moved."""
+
+    codes: int = 16
+    """Number of learned codes: views of a query."""
+
+    candidates: int = 50
+    """Nearest images among which a caption is to find its own."""
+
+    epochs: int = 10
+    """Epochs over the captions."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+
+    held_out: float = 0.1
+    """Fraction of the images held out to choose the epoch and to measure."""
+
+    max_images: int = 50_000
+    """Maximum number of images used, sampled evenly."""
+
+    language: str = ""
+    """Language of the captions; empty uses the first of each image."""
+
+    seed: int = 0
+    """Random seed."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Fit, save, show."""
+        from vlm.files import check_not_exists
+        from vlm.index.embeddings_folder import Embeddings
+        from vlm.index.reranker_fit import FitOptions, fit_poly_encoder
+        from vlm.models.load import load_model
+        from vlm.models.poly_encoder import save_poly_encoder
+
+        options = FitOptions(
+            codes=self.codes,
+            candidates=self.candidates,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            held_out=self.held_out,
+            max_images=self.max_images,
+            language=self.language,
+            seed=self.seed,
+        )
+        options.check()
+        check_not_exists(self.reranker)
+        embeddings = Embeddings.open(self.embeddings)
+        result = fit_poly_encoder(load_model(self.model or embeddings.space.model), embeddings, options)
+        evidence = {
+            "images": result.images,
+            "held_out_images": result.held_out_images,
+            "epoch": result.epoch,
+            "before": result.before,
+            "after": result.after,
+        }
+        save_poly_encoder(self.reranker, result.fitted, configuration=asdict(options), details={"evidence": evidence})
+        if self.json:
+            show_json({"reranker": str(self.reranker), "fingerprint": result.fitted.fingerprint} | evidence)
+            return
+        rows = [["by cosine", *result.before.values()], ["reranked", *result.after.values()]]
+        show_table(["", *result.before], rows, title=f"{result.held_out_images:,} held-out images")
+        if not result.epoch:
+            logger.warning("No epoch was better than the cosine on the held-out images: the reranker adds nothing.")
+        logger.info(f"Next: vlm search INDEX --text QUERY --rerank {quoted(self.reranker)}")
+
+
 def show_recall(recall: "dict[str, RetrievalResult]", *, title: str) -> None:
     """A row for each combination of query model and index model."""
     # all combinations are measured with the same cutoffs

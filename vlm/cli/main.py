@@ -68,6 +68,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "FitHead",
         "embeddings by two models → a projection from the new model to the old rows",
     ),
+    "index fit-reranker": (
+        "index",
+        "FitReranker",
+        "image embeddings with captions → a poly-encoder for vlm search --rerank",
+    ),
     "index upgrade": ("index", "UpgradeIndex", "migrate an index to a new model without re-embedding"),
     "index check": ("index", "CheckIndex", "verify checksums, referential integrity, counts and distances"),
     "index info": ("index", "IndexInfo", "show what an index holds"),

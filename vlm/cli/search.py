@@ -42,8 +42,8 @@ _DIVERSITY_HELP = (
     "Maximal marginal relevance on the top 1,000, from 0 (relevance only) to 1 (diversity only); the others follow."
 )
 _RERANK_HELP = (
-    "Model with a caption decoder, which may be the index's own: rerank the top results by its log-likelihood of the "
-    "query text."
+    "Rerank the top results: a folder of vlm index fit-reranker (a poly-encoder over stored embeddings, milliseconds), "
+    "or a model with a caption decoder, which may be the index's own (its log-likelihood of the text; reads images)."
 )
 _QUERIES_HELP = (
     "File of queries, - for stdin: one text per line, or a JSON object with texts, images, items, vectors, minus, "

@@ -1,4 +1,4 @@
-"""Reranking of results by how likely a captioner finds the query's texts, given their images."""
+"""Reranking of results: by how likely a captioner finds the query's texts given their images, or by a poly-encoder."""
 
 import time
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ from typing_extensions import override
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Catalogue, Entry
+from vlm.index.reader import IndexSnapshot
+from vlm.models.model import VisionLanguageModel
+from vlm.models.poly_encoder import FittedPolyEncoder, token_states
 from vlm.service.images import read_image_bytes
 from vlm.service.query import Query
 from vlm.service.ranking import Reranker
@@ -57,7 +60,35 @@ def require_captioner(model: object, spec: str) -> Captioner:
     raise UsageError(f"{spec} has no caption decoder to rerank with; train one, e.g. vlm train tiny-coca.")
 
 
-class LikelihoodReranker(Reranker):
+class TimedReranker(Reranker, Protocol):
+    """A reranker that says how long it took, in milliseconds, and which images it could not read, and why, by uid."""
+
+    unread: dict[str, str]
+    milliseconds: float
+
+
+def require_text_tower(model: object) -> VisionLanguageModel:
+    """The model, if its text tower can be looked into.
+
+    Raises:
+        UsageError: it is not one of torch's.
+    """
+    if isinstance(model, VisionLanguageModel):
+        return model
+    raise UsageError("A poly-encoder needs the index's model itself, and this one is not loaded by torch.")
+
+
+def text_weights(query: Query) -> Float32[Tensor, " T"]:
+    """The weight of each plus text, then of each minus text, negative; their magnitudes sum to 1."""
+    # signed_weights are those of texts, images, items, vectors, minus: the texts' are at both ends
+    weights = query.signed_weights()
+    first_minus = len(weights) - len(query.minus)
+    own = [*weights[: len(query.texts)], *weights[first_minus:]]
+    # so that a likelihood stays one in nats per token whatever the scale of the weights
+    return torch.tensor(own, dtype=torch.float32) / sum(map(abs, own))
+
+
+class LikelihoodReranker(TimedReranker):
     """Orders rows by how likely a captioner finds the texts of a query, given their images.
 
     unread: why an image could not be read, by uid. milliseconds: spent reading images and running the captioner.
@@ -69,12 +100,7 @@ class LikelihoodReranker(Reranker):
         self.unread: dict[str, str] = {}
         self.milliseconds = 0.0
         self._texts = [*query.texts, *query.minus]
-        # signed_weights are those of texts, images, items, vectors, minus: the texts' are at both ends
-        weights = query.signed_weights()
-        first_minus = len(weights) - len(query.minus)
-        text_weights = [*weights[: len(query.texts)], *weights[first_minus:]]
-        # magnitudes sum to 1, so that a likelihood stays one in nats per token whatever the scale of the weights
-        self._weights = torch.tensor(text_weights) / sum(map(abs, text_weights))
+        self._weights = text_weights(query)
 
     @property
     @override
@@ -121,3 +147,49 @@ class LikelihoodReranker(Reranker):
         except (VlmError, BadSample) as error:
             self.unread[entry.uid] = str(error)
             return None
+
+
+class PolyEncoderReranker(TimedReranker):
+    """Orders rows by a poly-encoder's score of the query's texts and their stored embeddings; no image is read.
+
+    unread: always empty. milliseconds: spent encoding the texts and scoring.
+
+    Raises:
+        UsageError: the poly-encoder was fitted to another model than the index's.
+    """
+
+    def __init__(
+        self, fitted: FittedPolyEncoder, model: VisionLanguageModel, query: Query, snapshot: IndexSnapshot
+    ) -> None:
+        if fitted.model_fingerprint != model.fingerprint:
+            raise UsageError(
+                f"The reranker was fitted to {fitted.model}, and the index was made by another model ({model.name}); "
+                "fit one by vlm index fit-reranker with embeddings of that."
+            )
+        self.fitted = fitted
+        self.unread: dict[str, str] = {}
+        self.milliseconds = 0.0
+        self._model = model
+        self._snapshot = snapshot
+        self._texts = [*query.texts, *query.minus]
+        self._weights = text_weights(query)
+
+    @property
+    @override
+    def fingerprint(self) -> str:
+        return self.fitted.fingerprint
+
+    @override
+    def order(self, rows: Int64[Array, " N"]) -> tuple[Int64[Array, " N"], Float32[Array, " N"]]:
+        """Positions of the rows, the best first, and the score of each in this order.
+
+        The score of a row is the weighted mean over the texts of the poly-encoder's; minus texts count against it.
+        """
+        started = time.perf_counter()
+        states, mask, texts = token_states(self._model, self._texts)
+        vectors = torch.from_numpy(self._snapshot.vectors(rows)).expand(len(texts), -1, -1)
+        scores = (self._weights @ self.fitted.network(states.cpu(), mask.cpu(), texts.cpu(), vectors)).numpy()
+        # stable, so that equal scores keep their order
+        positions = np.argsort(-scores, kind="stable")
+        self.milliseconds += (time.perf_counter() - started) * 1000
+        return positions, scores[positions]

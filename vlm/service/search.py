@@ -44,6 +44,7 @@ from vlm.tensor_types import Array, Float32, Int64
 if TYPE_CHECKING:
     import PIL.Image
 
+    import vlm.models.poly_encoder
     import vlm.service.reranking
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class RankedHit(Hit):
 
     fused: the score of rank fusion that orders the hits of a query with words; None for those ordered by cosine.
     similar: how many worse hits it stands for.
-    likelihood: of the query's texts given the image (`Reranker.order`); None if it was not reranked.
+    likelihood: of the query's texts given the image, or a poly-encoder's score of both (`Reranker.order`); None if it
+    was not reranked.
     probability: that an unrelated query has no row as near (`vlm.service.relevance`); None if it was not asked for.
     """
 
@@ -184,7 +186,8 @@ class SearchService:
     """An open index with the model that embeds its queries; the model is loaded with the first query.
 
     model_spec: new location of the same model, or empty for the one the index names.
-    rerank_spec: the model that reranks; any with a caption decoder, since it reads images, not vectors.
+    rerank_spec: what reranks: a folder of `vlm index fit-reranker`, which reads the rows' vectors, or a model with a
+    caption decoder, any, since it reads images.
     num_candidates: as of `Ranker`. refreshes: whether each search looks for a newer version of the index first.
     text_cache: remembers the vectors of texts, for a service that is asked the same again.
     optional_fields: filters may name them although no row has them.
@@ -244,6 +247,14 @@ class SearchService:
         """
         model = self.model
         return load_encoder(self._spec) if isinstance(model, OnnxEncoder) else model
+
+    @cached_property
+    def poly_encoder(self) -> "vlm.models.poly_encoder.FittedPolyEncoder | None":
+        """The poly-encoder that reranks; None where a captioner does, or nothing."""
+        from vlm.models.poly_encoder import is_reranker_folder, read_poly_encoder
+
+        folder = Path(self.rerank_spec)
+        return read_poly_encoder(folder) if self.rerank_spec and is_reranker_folder(folder) else None
 
     @cached_property
     def captioner(self) -> "vlm.service.reranking.Captioner":
@@ -333,17 +344,19 @@ class SearchService:
 
     def _rerankers(
         self, queries: Sequence[Query], snapshot: IndexSnapshot
-    ) -> "list[vlm.service.reranking.LikelihoodReranker | None]":
+    ) -> "list[vlm.service.reranking.TimedReranker | None]":
         """For each query what reranks its results, if it asks for that."""
         if not any(query.rerank_top for query in queries):
             return [None] * len(queries)
-        from vlm.service.reranking import LikelihoodReranker
+        return [self._reranker(query, snapshot) if query.rerank_top else None for query in queries]
 
-        captioner = self.captioner
-        rerankers: list[LikelihoodReranker | None] = []
-        for query in queries:
-            rerankers.append(LikelihoodReranker(captioner, query, snapshot.catalogue) if query.rerank_top else None)
-        return rerankers
+    def _reranker(self, query: Query, snapshot: IndexSnapshot) -> "vlm.service.reranking.TimedReranker":
+        from vlm.service.reranking import LikelihoodReranker, PolyEncoderReranker, require_text_tower
+
+        if self.poly_encoder is None:
+            return LikelihoodReranker(self.captioner, query, snapshot.catalogue)
+        # torch's own model: an export gives no states of tokens
+        return PolyEncoderReranker(self.poly_encoder, require_text_tower(self.row_encoder), query, snapshot)
 
     def _embed(
         self, model: QueryEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
@@ -373,7 +386,7 @@ class SearchService:
     def _rank(
         self,
         ranker: Ranker,
-        reranker: "vlm.service.reranking.LikelihoodReranker | None",
+        reranker: "vlm.service.reranking.TimedReranker | None",
         null_scores: NullScores | None,
         embed_milliseconds: float,
     ) -> SearchResult:
