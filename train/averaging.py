@@ -48,6 +48,10 @@ class EMA:
         return cls(decay, means)
 
     @torch.no_grad()
+    def decay_at(self, step: int) -> float:
+        """d of the update after a step, which is smaller than the decay in the beginning."""
+        return min(self.decay, (1 + step) / (10 + step))
+
     def update(self, network: nn.Module, step: int) -> None:
         """Include the weights after optimizer step number `step`, counted from 1.
 
@@ -57,7 +61,7 @@ class EMA:
         current = self._weights_of(network)
         averaged = _averaged_parameter_names(network)
         # 1/5.5 at step 1, 0.99 at step 900
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = self.decay_at(step)
         means: list[Tensor] = []
         values: list[Tensor] = []
         for name, value in current.items():

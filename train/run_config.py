@@ -111,6 +111,15 @@ class ObjectiveConfig:
     local_views: int = 0
     """Local crops per image for local-to-global self-distillation."""
 
+    prototypes: int = 4096
+    """Number of prototypes (`dino`); DINO's own recipes have 65536."""
+
+    prototype_temperature: float = 0.1
+    """Temperature of the crops' distribution over prototypes (`dino`)."""
+
+    target_temperature: float = 0.04
+    """Temperature of the EMA network's distribution over prototypes (`dino`)."""
+
     parallel_share: float = 0.75
     """Fraction of captions predicted in parallel (CapPa); the others autoregressively."""
 
@@ -435,6 +444,9 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("positive_sigma", objective.positive_sigma, _LEAST_SIGMA),
         ("sub_captions", objective.sub_captions, 0),
         ("local_views", objective.local_views, 0),
+        ("prototypes", objective.prototypes, 2),
+        ("prototype_temperature", objective.prototype_temperature, _LEAST_SIGMA),
+        ("target_temperature", objective.target_temperature, _LEAST_SIGMA),
         ("table_rate", config.optimizer.table_rate, 0),
         ("gain_rate", config.optimizer.gain_rate, 0),
         ("kernel_rate", config.optimizer.kernel_rate, 0),

@@ -29,6 +29,7 @@ from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip
 from vlm.train.objectives.contrastive import clamp_logit_scales
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
+from vlm.train.objectives.prototypes import discard_prototype_statistics, update_prototype_heads
 from vlm.train.optim import learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, record_skipped_step
 from vlm.train.session import Session
@@ -71,6 +72,7 @@ def train_step(session: Session, batches: Sequence[TrainingBatch]) -> StepResult
     )
     if reason:
         restore_running_stats(running_stats)
+        discard_prototype_statistics(state.task.heads.values())
         skipped = SkippedStep(
             step=state.step + 1,
             position=state.position,
@@ -148,6 +150,7 @@ def update_weights(session: Session, result: StepResult) -> None:
     clamp_logit_scales([state.task.network, *state.task.heads.values()])
     if session.ema is not None:
         session.ema.update(state.model.network, state.step + 1)
+        update_prototype_heads(state.task.heads.values(), session.ema.decay_at(state.step + 1))
 
 
 @dataclass(frozen=True, kw_only=True)

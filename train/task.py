@@ -27,6 +27,7 @@ from vlm.train.objectives.captioning import MASK_EMBEDDING, choose_parallel_capt
 from vlm.train.objectives.classification import CLASS_HEAD
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm
+from vlm.train.objectives.prototypes import PROTOTYPE_HEAD
 
 
 class TrainingTask(nn.Module):
@@ -66,6 +67,8 @@ class TrainingTask(nn.Module):
             computed["logit_bias"] = bias
         for name in SHARED_OUTPUTS & self.heads.keys():
             computed[name] = self.heads[name]()
+        if PROTOTYPE_HEAD in self.heads:
+            computed["prototype_centre"] = self.heads.get_submodule(PROTOTYPE_HEAD).get_buffer("centre")
         return computed
 
     @property
@@ -106,6 +109,13 @@ class ForwardContext:
         if is_captioner(self.network):
             return cast(tuple[Tensor, Tensor], self.network.get_submodule("text")(self.inputs["tokens"]))
         return self.encode_text(self.inputs["tokens"]), None
+
+    @cached_property
+    def local_features(self) -> Float[Tensor, "B V D"]:
+        """Unit vectors of the small crops."""
+        crops = self.inputs["local_pixels"]
+        features = encode_crops(self.network, crops.flatten(0, 1), self.task.image_size)
+        return F.normalize(features, dim=-1).unflatten(0, crops.shape[:2])
 
     def encode_text(self, tokens: Int64[Tensor, "T L"]) -> Float[Tensor, "T D"]:
         """Embeddings of other texts than the captions."""
@@ -188,9 +198,7 @@ def patch_features(context: ForwardContext) -> Outputs:
 
 def local_crop_features(context: ForwardContext) -> Outputs:
     """Unit vectors [B, V, D] of small crops."""
-    crops = context.inputs["local_pixels"]
-    features = encode_crops(context.network, crops.flatten(0, 1), context.task.image_size)
-    return {"local_features": F.normalize(features, dim=-1).unflatten(0, crops.shape[:2])}
+    return {"local_features": context.local_features}
 
 
 def aligned_image_features(context: ForwardContext) -> Outputs:
@@ -201,6 +209,13 @@ def aligned_image_features(context: ForwardContext) -> Outputs:
 def class_logits(context: ForwardContext) -> Outputs:
     """Logits of the classes [B, K]: head `classify` on the image's embedding, not normalised."""
     return {"class_logits": context.task.heads.get_submodule(CLASS_HEAD)(context.image.image)}
+
+
+def prototype_cosines(context: ForwardContext) -> Outputs:
+    """Cosines with the prototypes: of crops [B, V, K], and of the EMA network's whole views [B, K]."""
+    head: Any = context.task.heads.get_submodule(PROTOTYPE_HEAD)
+    crops = context.local_features
+    return {"crop_prototypes": head(crops), "target_prototypes": head.teach(context.inputs["global_target"].to(crops))}
 
 
 _CAPTIONER = "it needs a network with a decoder, e.g. --architecture tiny-coca"
@@ -225,6 +240,11 @@ OUTPUT_HEADS: tuple[OutputHead, ...] = (
         hint="it needs an image tower with patches, a ViT or one of timm",
     ),
     OutputHead(provides=("local_features",), compute=local_crop_features, inputs=("local_pixels",)),
+    OutputHead(
+        provides=("crop_prototypes", "target_prototypes"),
+        compute=prototype_cosines,
+        inputs=("local_pixels", "global_target"),
+    ),
     OutputHead(provides=("aligned_image",), compute=aligned_image_features),
     OutputHead(provides=("class_logits",), compute=class_logits),
 )
@@ -286,6 +306,7 @@ def example_inputs(model: VisionLanguageModel, task: TrainingTask, options: Loss
         "rows": torch.arange(2),
         "sub_tokens": tokens[:, None],
         "local_pixels": torch.zeros(2, 1, 3, size, size, dtype=kind),
+        "global_target": torch.zeros(2, model.embedding_size, dtype=kind),
     }
     if takes_embeddings(model.network):
         text: Any = model.network.get_submodule("text")

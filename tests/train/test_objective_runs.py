@@ -24,6 +24,7 @@ SETTINGS = {
     "grouping": {"objective": {"sub_captions": 2}},
     "sparc": {"objective": {"sub_captions": 2}},
     "local_to_global": {"objective": {"local_views": 2}, "optimizer": {"average_decay": 0.9}},
+    "dino": {"objective": {"local_views": 2, "prototypes": 32}, "optimizer": {"average_decay": 0.9}},
 }
 OF_STORED_ARRAYS = {"distill", "text_align"}
 OF_CLASSES = {"classify"}

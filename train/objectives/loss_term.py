@@ -15,7 +15,8 @@ rows          int64 [B]              the number of each sample in the run
 image_average, text_average, inner_rate  float [B]  see `vlm.train.objectives.global_contrastive`
 
 Outputs, by name: image_features and text_features [B, D] of unit length, logit_scale [] (the inverse temperature
-itself), grouping_scale [] (that of `grouping`), and what else `OUTPUT_HEADS` of `vlm.train.task` gives.
+itself), grouping_scale [] (that of `grouping`), prototype_centre [K] (of `dino`), and what else `OUTPUT_HEADS` of
+`vlm.train.task` gives.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 Heads = dict[str, nn.Module]
 
-SHARED_OUTPUTS = frozenset({"logit_scale", "logit_bias", "grouping_scale"})
+SHARED_OUTPUTS = frozenset({"logit_scale", "logit_bias", "grouping_scale", "prototype_centre"})
 """Outputs that belong to the whole batch, not to its rows."""
 
 

@@ -13,6 +13,7 @@ from vlm.train.objectives.distillation import DISTILL, LOCAL_TO_GLOBAL, TEXT_ALI
 from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
 from vlm.train.objectives.global_contrastive import FASTCLIP, SOGCLR
 from vlm.train.objectives.loss_term import LossTerm
+from vlm.train.objectives.prototypes import DINO
 
 LOSS_TERMS: dict[str, LossTerm] = {
     "clip": CLIP,
@@ -32,6 +33,7 @@ LOSS_TERMS: dict[str, LossTerm] = {
     "grouping": GROUPING,
     "sparc": SPARC,
     "local_to_global": LOCAL_TO_GLOBAL,
+    "dino": DINO,
 }
 """Adding an objective is one function in a file of this folder and one line here."""
 
@@ -39,6 +41,7 @@ ALIASES: dict[str, str] = {
     "coca": "clip + 2*caption",
     "dreamlip": "clip + sub_captions + grouping",
     "gpt4image": "classify + text_align",
+    "rs-m-clip": "clip + dino",
 }
 """Aliases of sums that papers use."""
 
