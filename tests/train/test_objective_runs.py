@@ -16,6 +16,8 @@ SETTINGS = {
     "siglip": {},
     "dcl": {"objective": {"same_pairs": "ignore"}},
     "weighted_dcl": {},
+    "sogclr": {},
+    "fastclip": {},
     "ranking": {"objective": {"negatives": "hardest"}},
     "caption": {"model": CAPTIONER},
     "cappa": {"model": CAPTIONER},
