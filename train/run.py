@@ -215,9 +215,17 @@ def evaluate(session: Session) -> dict[str, float]:
     config = session.config
     assert session.validation is not None
     state.network.eval()
+    validation = session.validation
     ema_weights_applied = session.ema.swapped_in(state.network) if session.ema else contextlib.nullcontext()
     with ema_weights_applied, unsharded_weights(state.task):
-        metrics = session.validation.measure(state.model, state.step)
+        if session.drift is None:
+            metrics = validation.measure(state.model, state.step)
+        else:
+            metrics = session.drift.measure(state.network, lambda: validation.measure(state.model, state.step))
+    if session.drift is not None and state.ema_weights is not None:
+        # what was drawn back is gone with the EMA that was measured
+        session.drift.draw_back(state.network.state_dict())
+        session.drift.draw_back(state.ema_weights)
     state.network.train()
     if not session.accelerator.is_main_process:
         return {}
@@ -235,7 +243,12 @@ def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> No
     """Write model/ (the EMA where one is kept), ledger.json, curves.png, and last the manifest."""
     weights = final_weights(session.state)
     if session.accelerator.is_main_process:
-        _write_run(session, ledger, utilisation, final_model(session.state.model, weights))
+        model = final_model(session.state.model, weights)
+        _write_run(session, ledger, utilisation, model)
+        if session.validation and any(
+            {"logits", "parallel_logits"} & set(weighted.term.outputs) for weighted in session.terms
+        ):
+            session.validation.check_captions(model)
 
 
 def final_weights(state: TrainState) -> dict[str, Tensor]:

@@ -291,6 +291,9 @@ class SafetyConfig:
     rewind_limit: Annotated[int, tyro.conf.arg(name="rollback-limit")] = 3
     """Maximum number of rollbacks before the run fails."""
 
+    max_drift: float = 0.0
+    """How far recall@1 or top1 may fall below the start model; then its weights are drawn back. 0 holds nothing."""
+
     hang_minutes: Annotated[float, tyro.conf.arg(name="watchdog-minutes")] = 30.0
     """Watchdog timeout: end the run with a stack trace of each process if a step takes longer; 0 disables it."""
 
@@ -471,6 +474,7 @@ def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
         ("patch_threshold", config.objective.patch_threshold),
         ("inner_rate", config.objective.inner_rate),
         ("label_smoothing", config.objective.label_smoothing),
+        ("max_drift", config.safety.max_drift),
     )
 
 

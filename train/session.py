@@ -58,6 +58,7 @@ from vlm.train.averaging import EMA
 from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore
 from vlm.train.distributed import apply_fsdp, no_gradient_sync
+from vlm.train.drift import DriftGuard, open_drift_guard
 from vlm.train.flops import FlopCounter
 from vlm.train.frozen_features import open_cached_features
 from vlm.train.locked_features import keep_locked_features
@@ -96,6 +97,7 @@ class Session:
     task. validation: what is measured meanwhile. steps: number of the last step. num_micro_batches: into how many a
     process splits its share of a batch.
     trims_padding: whether batches are cut to their longest caption. cached: features of locked towers, if they are.
+    drift: what is told and held of the start's figures, where a model is tuned for captions.
     """
 
     config: TrainConfig
@@ -115,6 +117,7 @@ class Session:
     num_micro_batches: int
     trims_padding: bool
     cached: CachedFeatures | None = None
+    drift: DriftGuard | None = None
 
     def no_sync(self) -> AbstractContextManager[object]:
         """A context in which gradients are not yet exchanged between processes."""
@@ -199,6 +202,8 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     parallel_task = parallelize_task(accelerator, task, config)
 
     ema = EMA.from_network(config.optimizer.average_decay, model.network) if needs_ema(config, terms) else None
+    # before a checkpoint is read into the network
+    drift = open_drift_guard(config, model.network)
     input_providers = open_input_providers(config, model, terms, ema)
     check_loss_inputs(config, terms, task, input_providers)
     check_text_embeddings(corpus.shards, config.loader.arrays, model)
@@ -235,6 +240,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
         num_micro_batches=num_micro_batches,
         trims_padding=trims_padding,
         cached=cached,
+        drift=drift,
     )
 
 

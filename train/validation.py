@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlm.console import without_progress
 from vlm.errors import UsageError
+from vlm.evaluation.caption_evaluator import sameness
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, Part, PixelMemory
 from vlm.evaluation.retrieval import Retrieval
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 # of a process: 5,000 images of 256 px; more are read again each time
 _PIXEL_BYTES = 1 << 30
 _LARGEST_SHARE = 0.02
+_CAPTIONED_IMAGES = 64
 
 
 class TrainingProcesses:
@@ -86,6 +88,22 @@ class Validation:
             if self.suite:
                 values |= _run_suite(evaluated, self.suite, step)
         return values
+
+    def check_captions(self, model: VisionLanguageModel) -> int | None:
+        """How many different captions a trained captioner writes for the first images; warns where they are the same.
+
+        None where there are no images to caption.
+        """
+        if self.data is None or not model.can_caption:
+            return None
+        data = self.data.select(range(min(len(self.data), _CAPTIONED_IMAGES)))
+        captions: list[str] = []
+        for batch in data.iter_images(model.view):
+            captions += model.caption_images(batch.images)
+        logger.info(f"The captioner writes {len(set(captions)):,} different captions for {len(captions):,} images.")
+        if warning := sameness(captions):
+            logger.warning(warning)
+        return len(set(captions))
 
     def _retrieve(
         self, model: EvaluatedModel, retrieval: Retrieval, data: EvaluationSet, step: int

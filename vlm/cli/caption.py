@@ -119,6 +119,10 @@ def _show_captions(results: "ImageResults[ImageCaption]") -> None:
         for caption in result.captions:
             rows.append([result.image, caption.caption, f"{caption.log_likelihood:.2f}"])
     show_table(["image", "caption", "log-likelihood"], rows)
+    from vlm.evaluation.caption_evaluator import sameness
+
+    if warning := sameness([result.captions[0].caption for result in results if result.captions]):
+        logger.warning(warning)
 
 
 def _show_summary(summary: "RecaptionSummary", shards: str) -> None:

@@ -1,5 +1,6 @@
 """Captions that a model writes for real images, compared with the images' own captions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,8 @@ from vlm.evaluation.sample_statistics import SampleStatistic, ratio_of
 from vlm.results import Result
 
 _NUM_EXAMPLES = 16
+# a caption that stands for this share of the images is no description of them
+_MOST = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class CaptionMetrics:
             samples=_samples(data.keys, captions, scores),
             statistics=_statistics(captions, references, scores),
             details=report,
-            warnings=(*scores.warnings, *_sameness(report)),
+            warnings=(*scores.warnings, *filter(None, [sameness(captions)])),
         )
 
     def _with_references(self, data: EvaluationSet) -> tuple[EvaluationSet, dict[str, tuple[str, ...]]]:
@@ -164,7 +167,23 @@ def _examples(
     return tuple(examples)
 
 
-def _sameness(report: CaptionReport) -> tuple[str, ...]:
-    if report.num_different > 1 or report.scores.num_images < 2:
-        return ()
-    return ("The model says the same of every image: it has learned the commonest caption, not to look.",)
+def sameness(captions: Sequence[str]) -> str:
+    """A sentence that names a captioner which says the same of all images, or of most; empty for others.
+
+    >>> sameness(["a dog"] * 3 + ["a cat"])
+    "The model says 'a dog' of 75% of 4 images (2 different captions): it has hardly learned to look."
+    """
+    if len(captions) < 2:
+        return ""
+    caption, count = Counter(captions).most_common(1)[0]
+    if count == len(captions):
+        return (
+            f"The model says the same of every image ({caption!r}): it has learned the commonest caption, not to look."
+        )
+    share = count / len(captions)
+    if share < _MOST:
+        return ""
+    return (
+        f"The model says {caption!r} of {share:.0%} of {len(captions):,} images ({len(set(captions)):,} different "
+        "captions): it has hardly learned to look."
+    )

@@ -1,0 +1,127 @@
+"""Drift: how far retrieval and zero-shot figures have fallen since the model that a run started from, and holding it.
+
+A model that is tuned to write captions forgets what its embeddings were trained for. Each evaluation tells by how much;
+with a bound, the weights of the embeddings are drawn back half the way to the start until the bound holds (weight
+interpolation, Wortsman et al. 2022, WiSE-FT, §3). The caption decoder is left as it is.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError
+from vlm.tensor_types import Tensor
+from vlm.train.objectives.objective_registry import parse_objective
+from vlm.train.run_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+_DECODER = "text_decoder."
+_FIGURES = ("text_to_image_recall@1", "image_to_text_recall@1", "top1")
+# after so many halves a thousandth is left of what was learned
+_MOST_HALVES = 10
+DRIFT = "drift/"
+
+Figures = dict[str, float]
+
+
+@dataclass(kw_only=True)
+class DriftGuard:
+    """The start of a run, and how far its figures may fall below those of the start.
+
+    start: weights of the embeddings, by the names of `state_dict`. bound: share, e.g. 0.01 for a point; 0 only reports.
+    baseline: the figures of the start; measured once. halves: how often the last measurement drew weights back.
+    """
+
+    start: dict[str, Tensor]
+    bound: float
+    baseline: Figures = field(default_factory=dict)
+    halves: int = 0
+
+    @classmethod
+    def of(cls, network: nn.Module, *, bound: float) -> "DriftGuard":
+        """Before the first step, and before a checkpoint is read."""
+        start: dict[str, Tensor] = {}
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point() and not name.startswith(_DECODER):
+                start[name] = tensor.detach().clone()
+        return cls(start=start, bound=bound)
+
+    def measure(self, network: nn.Module, measure: Callable[[], Figures]) -> Figures:
+        """The figures with the drift of each beside them; where the bound is passed, those after drawing back.
+
+        measure: of the network as it is; all processes call it, and all get the same.
+        """
+        if not self.baseline:
+            with self._at_start(network):
+                self.baseline = _tracked(measure())
+        values = measure()
+        self.halves = 0
+        while self.bound and self._worst(values) > self.bound and self.halves < _MOST_HALVES:
+            self._draw_back(network.state_dict(), 0.5)
+            self.halves += 1
+            values = measure()
+        if self.halves:
+            logger.warning(
+                f"Retrieval or zero-shot had fallen by more than {self.bound:.1%} since the start: the embeddings' "
+                f"weights are drawn back, {0.5**self.halves:.1%} of their way is left."
+            )
+        drift = {DRIFT + name: values[name] - self.baseline[name] for name in self.baseline}
+        told = ", ".join(f"{name.removeprefix(DRIFT)} {change:+.1%}" for name, change in drift.items())
+        logger.info(f"Since the start: {told}.")
+        return values | drift
+
+    def draw_back(self, weights: Mapping[str, Tensor]) -> None:
+        """Draw other weights of the same names back as far as the network was."""
+        self._draw_back(weights, 1 - 0.5**self.halves)
+
+    def _worst(self, values: Figures) -> float:
+        return max((self.baseline[name] - values[name] for name in self.baseline), default=0.0)
+
+    @torch.no_grad()
+    def _draw_back(self, weights: Mapping[str, Tensor], share: float) -> None:
+        for name, start in self.start.items():
+            weights[name].lerp_(start.to(weights[name]), share)
+
+    @contextlib.contextmanager
+    def _at_start(self, network: nn.Module) -> Iterator[None]:
+        own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name in self.start}
+        try:
+            _copy(self.start, network)
+            yield
+        finally:
+            _copy(own, network)
+
+
+def open_drift_guard(config: TrainConfig, network: nn.Module) -> DriftGuard | None:
+    """A guard for a run that tunes a model to write captions, or has a bound; None for others.
+
+    Raises:
+        UsageError: there is a bound, and no start, nothing to measure, or weights that are spread over processes.
+    """
+    bound = config.safety.max_drift
+    has_start = bool(config.model.start_from and (config.val or config.val_suite))
+    if bound and not has_start:
+        raise UsageError(f"max_drift = {bound} is since the start: give --start-from, and --val or --val-suite.")
+    if bound and config.sharding == "fsdp":
+        raise UsageError("--max-drift draws whole weights back, and fsdp shards them; leave one of them out.")
+    outputs = [output for weighted in parse_objective(config.objective.objective) for output in weighted.term.outputs]
+    writes_captions = any(output.endswith("logits") for output in outputs)
+    if not has_start or config.sharding == "fsdp" or not (bound or writes_captions):
+        return None
+    return DriftGuard.of(network, bound=bound)
+
+
+def _tracked(values: Figures) -> Figures:
+    return {name: value for name, value in values.items() if name.rpartition("/")[2] in _FIGURES}
+
+
+@torch.no_grad()
+def _copy(weights: Mapping[str, Tensor], network: nn.Module) -> None:
+    for name, own in network.state_dict().items():
+        if name in weights:
+            own.copy_(weights[name])
