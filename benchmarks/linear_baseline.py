@@ -4,13 +4,18 @@
 The baseline that a trained model has to beat, evaluated by the same code on the same split as the models:
 
     benchmarks/run linear_baseline SHARDS/train-*.tar SHARDS/val-*.tar --label articleType
+
+With --preset the same between the features of that preset's locked towers, which are cached in --feature-folder:
+
+    benchmarks/run linear_baseline SHARDS/train-*.tar SHARDS/val-*.tar --preset lit-local --feature-folder features
 """
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 import tyro
 
 from vlm.api.evaluation import Evaluation
@@ -18,10 +23,16 @@ from vlm.cli.eval import show_evaluation
 from vlm.console import show_json
 from vlm.data.shards import expand_shards
 from vlm.data.transforms import EvalTransform
+from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import label_of
 from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import measure_retrieval
 from vlm.evaluation.zero_shot import ZeroShot, measure_zero_shot
+from vlm.models.model import VisionLanguageModel
+from vlm.train.frozen_features import open_cached_features
+from vlm.train.presets import PRESETS
+from vlm.train.run_config import TrainConfig
+from vlm.train.session import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,12 @@ class Arguments:
     pixels: int = 20
     """Image size in pixels."""
 
+    preset: str = ""
+    """Preset whose locked towers give features in place of pixels and bags of words."""
+
+    feature_folder: str = "features"
+    """Folder of these features."""
+
     dimensions: int = 256
     """Number of canonical directions."""
 
@@ -52,12 +69,16 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Pixels [N, 3·P·P] in [0, 1], captions of each image, metadata and key of each image."""
+    """Pixels [N, 3·P·P] in [0, 1], captions of each image, metadata and key of each image.
+
+    With locked towers pixels are features [N, F], and texts the features [T, F] of all captions.
+    """
 
     pixels: np.ndarray
     captions: list[list[str]]
     metadata: list[dict]
     keys: list[str]
+    texts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +98,31 @@ class LinearModel:
 
     def embed_words(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [T, D] of texts."""
-        return unit((bag_of_words(texts, self.words) * self.weights - self.text_mean) @ self.text_projection)
+        return self.embed_rows(bag_of_words(texts, self.words) * self.weights)
+
+    def embed_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The same of bags of words, or of features."""
+        return unit((rows - self.text_mean) @ self.text_projection)
 
 
 def main(arguments: Arguments) -> None:
     """Fit, evaluate and print the results."""
-    train, val = read(arguments.train, arguments.pixels), read(arguments.val, arguments.pixels)
+    name = f"{arguments.pixels}-pixel images and bags of words"
+    if arguments.preset:
+        if arguments.label:
+            raise UsageError("--label names classes by words, which --preset replaces by features; leave one out.")
+        network = build_model(preset_config(arguments, arguments.train), torch.device("cpu"))
+        train, val = (read_features(url, arguments, network) for url in (arguments.train, arguments.val))
+        name = f"the features of the towers of {arguments.preset}"
+    else:
+        train, val = read(arguments.train, arguments.pixels), read(arguments.val, arguments.pixels)
     model = fit(train, arguments.dimensions, arguments.ridge)
-    texts = [text for of_image in val.captions for text in of_image]
+    words = [text for of_image in val.captions for text in of_image]
+    texts = model.embed_words(words) if val.texts is None else model.embed_rows(val.texts)
     evaluation = Evaluation(
-        model=f"CCA of {arguments.pixels}-pixel images and bags of words",
+        model=f"CCA of {name}",
         fingerprint="",
-        retrieval=measure_retrieval(model.embed_pixels(val.pixels), model.embed_words(texts), val.captions),
+        retrieval=measure_retrieval(model.embed_pixels(val.pixels), texts, val.captions),
         zero_shot=classify(model, val, arguments.label) if arguments.label else None,
     )
     if arguments.json:
@@ -108,6 +142,34 @@ def read(url: str, pixels: int) -> Data:
     return Data(pixels=np.concatenate(images), captions=captions, metadata=metadata, keys=keys)
 
 
+def preset_config(arguments: Arguments, url: str) -> TrainConfig:
+    """The preset on these shards, with its features in the folder."""
+    config = replace(PRESETS[arguments.preset][1], data=url, run=arguments.feature_folder)
+    return replace(config, loader=replace(config.loader, feature_folder=arguments.feature_folder))
+
+
+def read_features(url: str, arguments: Arguments, model: VisionLanguageModel) -> Data:
+    """The cached features of all images and of the captions in their first language; computed where they are missing.
+
+    Samples whose image is damaged are left out.
+    """
+    shards = expand_shards(url)
+    cached = open_cached_features(preset_config(arguments, url), shards, model)
+    images, texts, captions = [], [], []
+    for shard, image_part, text_part in zip(shards, cached.image_parts, cached.text_parts, strict=True):
+        image_rows, text_rows = np.load(image_part), np.load(text_part)
+        for batch in iter_sample_batches([shard], None, workers=0):
+            for sample in batch.samples:
+                own = list(next(iter(sample.captions.values()), ()))
+                number = sample.sample_index.number
+                if own and np.isfinite(image_rows[number, 0]).all():
+                    images.append(image_rows[number, 0])
+                    texts.append(text_rows[number, : len(own)])
+                    captions.append(own)
+    rows = np.concatenate(texts).astype(np.float32)
+    return Data(pixels=np.stack(images).astype(np.float32), captions=captions, metadata=[], keys=[], texts=rows)
+
+
 def fit(data: Data, dimensions: int, ridge: float) -> LinearModel:
     """Ridge CCA: whiten both sides, then the singular vectors of their cross-covariance."""
     rows = np.repeat(np.arange(len(data.captions)), [len(texts) for texts in data.captions])
@@ -115,7 +177,8 @@ def fit(data: Data, dimensions: int, ridge: float) -> LinearModel:
     counts = Counter(word for text in texts for word in set(split(text)))
     words = {word: number for number, word in enumerate(sorted(w for w, c in counts.items() if c >= 2))}
     weights = np.log(len(texts) / np.array([counts[word] for word in words], np.float32))
-    bags, images = bag_of_words(texts, words) * weights, data.pixels[rows]
+    bags = bag_of_words(texts, words) * weights if data.texts is None else data.texts
+    images = data.pixels[rows]
     image_mean, text_mean = images.mean(axis=0), bags.mean(axis=0)
     images, bags = images - image_mean, bags - text_mean
     image_whitener, text_whitener = whitener(images, ridge), whitener(bags, ridge)

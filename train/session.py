@@ -195,6 +195,8 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     reads_bias = any("logit_bias" in weighted.term.outputs for weighted in terms)
     model = build_model(config, accelerator.device, with_bias=reads_bias)
     trims_padding = config.loader.trim_text and not config.model.compile and enable_padding_trim(model.network)
+    # for the evaluations of the run, whose captions would else be padded to the whole context
+    model.trims_padding = trims_padding
     options = LossOptions(config=config.objective, pad_token=model.tokenizer.pad_token)
     noise = PerSampleNoise(seed=config.seed)
     task = open_task(config, model, terms, options, noise)
