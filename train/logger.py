@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl, TensorBoard on request, the progress line, and the data ledger as files.
+"""What a run logs: metrics.jsonl, other sinks on request, the progress line, and the data ledger as files.
 
 The ledger is written once for each finished epoch of a source, and once for the whole run.
 """
@@ -23,13 +23,12 @@ from vlm.train.distributed import gather_objects, merge_ledgers
 from vlm.train.flops import device_peak
 from vlm.train.history import METRICS, MetricsLog, write_telemetry
 from vlm.train.metrics import (
-    TENSORBOARD_FOLDER,
     ProgressLine,
     StepTimer,
-    TensorBoardLog,
     Utilisation,
     reduce_over_processes,
 )
+from vlm.train.metrics_sinks import open_sinks
 from vlm.train.objectives.loss_term import Inputs
 from vlm.train.recovery import SkippedRange, skipped_sample_blocks
 from vlm.train.session import Session
@@ -167,11 +166,7 @@ class RunLogger:
             processes=session.accelerator.num_processes,
         )
         self._log = MetricsLog(session.folder / METRICS, resumed_step=state.step) if self._is_main else None
-        self._tensorboard = (
-            TensorBoardLog(session.folder / TENSORBOARD_FOLDER, resumed_step=state.step)
-            if self._is_main and config.tensorboard
-            else None
-        )
+        self._sinks = open_sinks(config, session.folder, resumed_step=state.step) if self._is_main else []
         self._exit_stack = contextlib.ExitStack()
         self._timer = self._new_timer()
         self._progress = ProgressLine(steps=session.steps, done=state.step, is_shown=self._is_main)
@@ -222,8 +217,8 @@ class RunLogger:
         step = self._session.state.step
         if self._log:
             self._log.write(step, values)
-        if self._tensorboard:
-            self._tensorboard.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def exclude_time(self, seconds: float) -> None:
         """Leave out time that was spent on neither data nor steps (evaluation, saving)."""
@@ -240,8 +235,8 @@ class RunLogger:
 
     def __enter__(self) -> "RunLogger":
         self._exit_stack.enter_context(self._progress)
-        if self._tensorboard:
-            self._exit_stack.callback(self._tensorboard.close)
+        for sink in self._sinks:
+            self._exit_stack.callback(sink.close)
         return self
 
     def __exit__(

@@ -1,56 +1,21 @@
-"""Metrics of a run: means since the last line, speed, data wait, MFU and time left; progress line and TensorBoard."""
+"""Metrics of a run: means since the last line, speed, data wait, MFU and time left; the progress line."""
 
 import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from vlm.console import format_duration, progress
-from vlm.errors import UsageError
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import gather_objects
 from vlm.train.flops import PeakFlops, SampleFlops
 
 logger = logging.getLogger(__name__)
-
-TENSORBOARD_FOLDER = "tensorboard"
-
-
-class TensorBoardLog:
-    """Event files in `folder`; what an interrupted run wrote after `resumed_step` is no longer shown.
-
-    Raises:
-        UsageError: the package tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, *, resumed_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError(
-                "--tensorboard needs the package tensorboard: pip install tensorboard, or leave the flag out; "
-                "metrics.jsonl and curves.png hold the same."
-            ) from error
-        # TensorBoard hides events of an interrupted run after this step; the files stay
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add the numbers among the values of one step, and make them visible."""
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, global_step=step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the event file."""
-        self._writer.close()
-
 
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 

@@ -364,6 +364,12 @@ class TrainConfig:
     tensorboard: bool = False
     """Log metrics to TensorBoard, too, in RUN/tensorboard."""
 
+    wandb: str = ""
+    """Project of Weights & Biases to log metrics to, too; $WANDB_MODE offline keeps them in RUN/wandb."""
+
+    trackio: str = ""
+    """Trackio project to log metrics to, too, on this machine ($TRACKIO_DIR)."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -531,6 +537,8 @@ FREE_ON_RESUME = frozenset(
         "val_suite_root",
         "run",
         "tensorboard",
+        "wandb",
+        "trackio",
         "peak_tflops",
         "objective.similarity_block",
         "safety.checkpoint_every",

@@ -60,6 +60,7 @@ def require_captioner(model: object, spec: str) -> Captioner:
     raise UsageError(f"{spec} has no caption decoder to rerank with; train one, e.g. vlm train tiny-coca.")
 
 
+@runtime_checkable
 class TimedReranker(Reranker, Protocol):
     """A reranker that says how long it took, in milliseconds, and which images it could not read, and why, by uid."""
 
