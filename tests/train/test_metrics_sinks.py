@@ -63,7 +63,10 @@ def test_wandb_keeps_the_numbers_offline_and_a_resumed_run_continues_there(confi
     resumed.write(20, {"loss": 1.0})
     resumed.close()
     assert (run / WANDB_ID).read_text() == identity
-    rows = wandb_rows(run)
+    # its own process writes the file, and may end a moment after the run
+    deadline = time.monotonic() + 20
+    while len(rows := wandb_rows(run)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 1.5), (20, 1.25), (20, 1.0)]
     assert all("samples" not in row for row in rows)
     assert capfd.readouterr().out == ""
