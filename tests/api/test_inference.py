@@ -131,6 +131,21 @@ def test_classes_by_names_and_by_prompts(model, photos):
     assert [result.image for result in by_names[1:3]] == [str(path) for path in photos[1:3]]
 
 
+def test_classes_by_descriptions_are_classes_by_those_prompts(model, photos, tmp_path):
+    descriptions = {"Red_Circle": ["a round red thing, no red circle without it"], "blue star": ["five points", "blue"]}
+    prompts = {
+        "red circle": ["a round red thing, no red circle without it"],
+        "blue star": ["blue star, which has five points", "blue star, which has blue"],
+    }
+    (tmp_path / "descriptions.json").write_text(json.dumps(descriptions))
+    by_prompts = model.classify(photos, prompts)
+    for described in (descriptions, tmp_path / "descriptions.json"):
+        assert model.classify(photos, list(prompts), class_descriptions=described) == by_prompts
+    beside = model.classify(photos, list(prompts), templates="a {}", class_descriptions=descriptions)
+    more = {name: [f"a {name}", *of_class] for name, of_class in prompts.items()}
+    assert beside == model.classify(photos, more)
+
+
 def test_probabilities_are_the_softmax_of_scaled_cosines(model, photos):
     names = ["red circle", "blue star", "square"]
     rows = model.embed_texts([f"a {name}" for name in names])
@@ -287,6 +302,8 @@ def test_only_two_batches_are_held(photos):
         (lambda model: model.classify([], ["a", "b"], top=0), "top = 0"),
         (lambda model: model.classify([], ["a", "b"], reject=3), "from -1 to 1"),
         (lambda model: model.classify([], ["a", "b"], templates="no place"), "has no {}"),
+        (lambda model: model.classify([], ["a", "b"], class_descriptions={"a": ["x"]}), "have no description, as 'b'"),
+        (lambda model: model.classify([], {"a": "x", "b": "y"}, class_descriptions={"a": ["x"]}), "hold their prompts"),
         (lambda model: vlm.load("nowhere"), "There is no model"),
         (lambda model: vlm.load("nowhere", precision="fp64"), "precision = 'fp64'"),  # pyright: ignore[reportArgumentType]
     ],

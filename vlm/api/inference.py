@@ -16,12 +16,10 @@ from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, os_errors_explained
 from vlm.evaluation.class_prompts import (
-    DEFAULT_TEMPLATES,
     class_probabilities,
+    class_texts,
     class_vectors,
-    fill_template,
     read_class_names,
-    read_templates,
 )
 from vlm.evaluation.rejection import RejectRule, read_reject_rule
 from vlm.files import json_text
@@ -327,7 +325,8 @@ class Model:
         images: Images,
         classes: Classes,
         *,
-        templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        templates: str | Sequence[str] = (),
+        class_descriptions: str | Path | Mapping[str, Sequence[str]] = "",
         top: int = 5,
         reject: str | float | RejectRule | None = None,
         batch_size: int = IMAGE_BATCH_SIZE,
@@ -338,18 +337,20 @@ class Model:
         Args:
             classes: names, as `["cat", "dog"]`; prompts of each, as `{"cat": ["a photo of a cat", "a kitten"]}`; the
                 text `cat,dog`; or a file with a name on each line.
-            templates: sentences with {} for the name of a class, or files of them with one on each line; not used where
-                `classes` holds prompts.
+            templates: sentences with {} for the name of a class, or files of them with one on each line; three common
+                ones if not given. Not used where `classes` holds prompts.
+            class_descriptions: sentences by class name, or a JSON file of them, as prompts beside the templates given,
+                or alone; as of `vlm.evaluate`.
             top: classes of each image.
             reject: images below this threshold are of none of the classes: a cosine with the nearest class, or the
                 file `reject.safetensors` that `vlm eval --out-of-distribution` writes.
 
         Raises:
-            UsageError: there are fewer than two classes, a template has no {}, an image cannot be used, or the
-                threshold is of another model.
+            UsageError: there are fewer than two classes, a template has no {}, a class has no description, an
+                image cannot be used, or the threshold is of another model.
         """
         self._check_images()
-        prompts = read_prompts(classes, templates)
+        prompts = read_prompts(classes, templates, class_descriptions)
         rule = self._reject_rule(reject, list(prompts))
         if top < 1:
             raise UsageError(f"top = {top} is out of range: give 1 or more.")
@@ -463,21 +464,28 @@ def encoder_of(
     return _load_by_torch(str(model), device=device, precision=precision)
 
 
-def read_prompts(classes: Classes, templates: str | Sequence[str] = DEFAULT_TEMPLATES) -> dict[str, list[str]]:
+def read_prompts(
+    classes: Classes,
+    templates: str | Sequence[str] = (),
+    class_descriptions: str | Path | Mapping[str, Sequence[str]] = "",
+) -> dict[str, list[str]]:
     """The prompts of each candidate class.
 
     Raises:
-        UsageError: there are fewer than two classes, one has no prompt, or a template has no {} for the name.
+        UsageError: there are fewer than two classes, one has no prompt or no description, a template has no {} for the
+            name, or the classes hold their prompts and are described besides.
     """
     if isinstance(classes, Mapping):
+        if class_descriptions:
+            raise UsageError("The classes hold their prompts: give their names, or no descriptions beside them.")
         prompts = {name: text_list(given, f"the prompts of {name!r}") for name, given in classes.items()}
     else:
         text = isinstance(classes, str | Path)
         names = read_class_names(str(classes)) if text else list(dict.fromkeys(text_list(classes, "classes")))
-        sentences = read_templates(text_list(templates, "templates")) or DEFAULT_TEMPLATES
-        prompts: dict[str, list[str]] = {}
-        for name in names:
-            prompts[name] = [fill_template(sentence, name) for sentence in sentences]
+        described = str(class_descriptions) if isinstance(class_descriptions, Path) else class_descriptions
+        sentences = tuple(text_list(templates, "templates"))
+        of_names = class_texts(names, sentences, described)[0].prompts if names else ()
+        prompts = {name: list(of_name) for name, of_name in zip(names, of_names, strict=True)}
     if len(prompts) < 2:
         raise UsageError(
             f"classes = {classes!r} names {len(prompts)} class, which every image would be; give two or more, as "

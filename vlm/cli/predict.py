@@ -32,6 +32,9 @@ class Classify:
     """Prompt templates with {} or {c} for the class name, files with one per line, or names of sets such as openai (80)
     and simple (7); default: three common ones."""
 
+    class_descriptions: str = ""
+    """JSON file with a list of sentences for each class, as prompts beside the templates given, or alone."""
+
     top: int = 5
     """Classes shown per image."""
 
@@ -56,7 +59,7 @@ class Classify:
         from vlm.service.query_encoder import chosen_backend
 
         # these are checked first: a model takes long to load
-        prompts = read_prompts(self.classes, self.templates)
+        prompts = read_prompts(self.classes, self.templates, self.class_descriptions)
         rule = read_reject_rule(self.reject) if self.reject else None
         check_images(self.images)
         results = load(self.model, device=self.device, backend=chosen_backend(self.backend)).classify(
