@@ -90,7 +90,10 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     # a resumed run counts the time of its earlier parts too; a monotonic clock, since wall clocks are set back
     started = time.monotonic() - state.elapsed_seconds
     evaluation_clock = EvaluationClock(
-        evaluate_every=config.evaluate_every, is_main=session.accelerator.is_main_process
+        evaluate_every=config.evaluate_every,
+        budget=config.evaluate_budget,
+        started=time.monotonic(),
+        is_main=session.accelerator.is_main_process,
     )
     with (
         reraise_lost_workers(session),
@@ -126,7 +129,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
             if state.step % config.log_every == 0 or is_last:
                 values = run_logger.read(result, micro_batches)
             before_pause = time.monotonic()
-            if session.validation and (state.step % config.evaluate_every == 0 or is_last):
+            if session.validation and (is_last or is_evaluation_due(session, evaluation_clock)):
                 watchdog.set_phase("evaluating", after=f"step {state.step:,}")
                 values |= evaluate(session)
                 evaluation_clock.add(before_pause, time.monotonic())
@@ -207,6 +210,18 @@ def roll_back_session(session: Session, writer: CheckpointWriter, run_logger: Ru
     )
     count_skipped_range(session, skipped_range)
     run_logger.roll_back()
+
+
+def is_evaluation_due(session: Session, clock: EvaluationClock) -> bool:
+    """Whether to evaluate at this step; the same on all processes."""
+    state = session.state
+    if state.step % session.config.evaluate_every:
+        return False
+    if not session.config.evaluate_budget:
+        return True
+    # clocks differ between processes, and that of the main one decides
+    is_allowed = session.accelerator.is_main_process and clock.allows(time.monotonic())
+    return any_across_processes([is_allowed], state.model.device)[0]
 
 
 def evaluate(session: Session) -> dict[str, float]:

@@ -355,6 +355,10 @@ class TrainConfig:
     evaluate_every: int = 500
     """Evaluation interval on val and val_suite in steps; the last step is always evaluated."""
 
+    evaluate_budget: float = 0.0
+    """Largest share of the run's time for evaluations, e.g. 0.02: one that would exceed it is put off to a later
+    multiple of evaluate_every; 0 puts none off."""
+
     log_every: int = 10
     """Logging interval in steps (metrics.jsonl)."""
 
@@ -426,6 +430,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("micro_batch", config.micro_batch, 0),
         ("log_every", config.log_every, 1),
         ("evaluate_every", config.evaluate_every, 1),
+        ("evaluate_budget", config.evaluate_budget, 0),
         ("val_captions_each", config.val_captions_each, 0),
         ("val_limit", config.val_limit, 0),
         ("steps", config.steps, -1),
@@ -529,6 +534,7 @@ FREE_ON_RESUME = frozenset(
         "loader.cache_gb",
         "loader.feature_folder",
         "evaluate_every",
+        "evaluate_budget",
         "log_every",
         "val",
         "val_captions_each",

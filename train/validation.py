@@ -162,26 +162,53 @@ def _log_retrieval(metrics: dict[str, float], step: int, num_images: int) -> Non
 
 @dataclass(kw_only=True)
 class EvaluationClock:
-    """How much of a run's time its evaluations take; says so once where it is too much."""
+    """How much of a run's time its evaluations take.
+
+    budget: the share of the time that they may take in all; 0 only says so once where it is above 2%.
+    """
 
     evaluate_every: int
+    budget: float = 0.0
+    started: float = 0.0
     is_main: bool = True
+    _spent: float = 0.0
+    _last_seconds: float = 0.0
     _last_end: float | None = None
     _has_warned: bool = False
 
-    def add(self, began: float, ended: float) -> None:
-        """One more evaluation, from one time in seconds to another.
+    def allows(self, now: float) -> bool:
+        """Whether one more evaluation, if it takes as long as the last one, is within the budget at this time.
 
-        The first is not judged: it reads the images, which are then kept.
+        The first one always is, since it tells how long they take.
         """
-        if self._last_end is not None:
-            share = (ended - began) / max(ended - self._last_end, 1e-9)
-            if share > _LARGEST_SHARE and self.is_main and not self._has_warned:
-                self._has_warned = True
-                cadence = round(self.evaluate_every * share / _LARGEST_SHARE, -1)
-                logger.warning(
-                    f"Evaluating takes {share:.0%} of the time of the run ({ended - began:,.1f} s every "
-                    f"{self.evaluate_every:,} steps): --evaluate-every {cadence:,.0f} would make it "
-                    f"{_LARGEST_SHARE:.0%}, and --val-limit evaluates on fewer images."
-                )
+        if not self.budget or self._last_end is None:
+            return True
+        expected = self._last_seconds
+        is_within = self._spent + expected <= self.budget * (now + expected - self.started)
+        if not is_within and not self._has_warned and self.is_main:
+            self._has_warned = True
+            logger.info(
+                f"An evaluation takes {expected:,.1f} s: it waits for a later multiple of {self.evaluate_every:,} "
+                f"steps, so that evaluations stay within {self.budget:.1%} of the time (--evaluate-budget)."
+            )
+        return is_within
+
+    def add(self, began: float, ended: float) -> None:
+        """One more evaluation, from one time in seconds to another."""
+        self._last_seconds = ended - began
+        self._spent += self._last_seconds
+        # the first is not judged: it reads the images, which are then kept
+        if self._last_end is not None and not self.budget:
+            self._judge(self._last_seconds / max(ended - self._last_end, 1e-9))
         self._last_end = ended
+
+    def _judge(self, share: float) -> None:
+        if share > _LARGEST_SHARE and self.is_main and not self._has_warned:
+            self._has_warned = True
+            cadence = round(self.evaluate_every * share / _LARGEST_SHARE, -1)
+            logger.warning(
+                f"Evaluating takes {share:.0%} of the time of the run ({self._last_seconds:,.1f} s every "
+                f"{self.evaluate_every:,} steps): --evaluate-every {cadence:,.0f} would make it "
+                f"{_LARGEST_SHARE:.0%}, --evaluate-budget {_LARGEST_SHARE} keeps it there, and --val-limit evaluates "
+                "on fewer images."
+            )

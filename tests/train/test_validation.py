@@ -141,6 +141,37 @@ def test_evaluations_that_take_much_of_the_time_are_named_with_a_better_cadence(
     assert not logged.text
 
 
+def test_evaluations_wait_until_they_are_within_the_budget(logged):
+    clock = EvaluationClock(evaluate_every=10, budget=0.02, started=100.0)
+    now, spent = 100.0, 0.0
+    evaluated = []
+    for number in range(1, 400):
+        now += 7.0
+        if clock.allows(now):
+            clock.add(now, now + 3.0)
+            now += 3.0
+            spent += 3.0
+            evaluated.append(number)
+            # all but the first, of which nobody knows how long it takes
+            assert len(evaluated) == 1 or spent <= 0.02 * (now - 100.0)
+    assert evaluated[0] == 1
+    # and no more seldom than it has to be
+    assert spent + 3.0 > 0.02 * (now + 3.0 + 7.0 - 100.0)
+    assert logged.text.count("An evaluation takes 3.0 s: it waits for a later multiple of 10 steps") == 1
+
+
+def test_a_run_beyond_its_budget_evaluates_at_first_and_at_last(scene_shards, scene_tokenizer, tmp_path):
+    more = ("--steps", "4", "--log-every", "1", "--val-limit", "20", "--evaluate-budget", "0.000001")
+    lines = train(scene_shards, scene_tokenizer, tmp_path / "run", processes=1, more=more)
+    assert [bool(values) for values in lines] == [True, False, False, True]
+
+
+def test_without_a_budget_no_evaluation_waits():
+    clock = EvaluationClock(evaluate_every=10)
+    clock.add(0.0, 50.0)
+    assert clock.allows(51.0)
+
+
 def test_a_suite_whose_data_is_not_there_is_named_at_once(configure, tmp_path):
     (tmp_path / "suite.toml").write_text(SUITE)
     config = configure("run", val_suite=str(tmp_path / "suite.toml"), val_suite_root=str(tmp_path))
