@@ -53,7 +53,8 @@ paper; to add one, write a function in `train/objectives/` and a line in `LOSS_T
 micro-batches (`--micro-batch`), on any number of processes, is that of the whole batch (`train/step.py`).
 
 `--same-pairs` sets how batch-level terms treat in-batch pairs that share a key, caption or image: as `negative` (as in
-CLIP), `ignore`, or `positive`. Written by `python scripts/write_docs.py`.
+CLIP), `ignore`, or `positive`. [Beside the authors' code](objectives-compared.md) the same input gives the same values,
+or differs as told there. Written by `python scripts/write_docs.py`.
 """
 
 

@@ -88,7 +88,8 @@ def weighted_decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -
 
     The term of pair i's positive is multiplied by the negative von Mises-Fisher weight
     w_i = 2 - exp(s_i/σ) / mean_j exp(s_j/σ), s_i the cosine of the pair, j over the global batch; the mean of all
-    weights is 1. σ is `config.positive_sigma`. As in the public code gradients flow through the weights.
+    weights is 1. σ is `config.positive_sigma`. Gradients flow through the weights; the library lightly holds them
+    constant.
     """
     pairs = build_contrastive_pairs(outputs, inputs, options.config)
     scale = outputs["logit_scale"]

@@ -53,12 +53,12 @@ def test_alignment_is_one_minus_the_cosine_summed_over_rows():
     projected, target = 3 * unit(4, 0), 2 * unit(4, 1)
     wanted = sum(1 - float(projected[row] @ target[row]) / 6 for row in range(4))
     found = text_align({"aligned_image": projected}, {"text_embedding": target}, options())
-    assert float(found) == pytest.approx(wanted)
+    assert float(found) == pytest.approx(wanted, abs=1e-12, rel=0)
     halves = [
         text_align({"aligned_image": projected[rows]}, {"text_embedding": target[rows]}, options())
         for rows in (slice(0, 1), slice(1, 4))
     ]
-    assert float(sum(halves)) == pytest.approx(wanted)
+    assert float(sum(halves)) == pytest.approx(wanted, abs=1e-12, rel=0)
 
 
 def test_alignment_names_the_size_that_is_stored():
