@@ -89,12 +89,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     )
     # a resumed run counts the time of its earlier parts too; a monotonic clock, since wall clocks are set back
     started = time.monotonic() - state.elapsed_seconds
-    evaluation_clock = EvaluationClock(
-        evaluate_every=config.evaluate_every,
-        budget=config.evaluate_budget,
-        started=time.monotonic(),
-        is_main=session.accelerator.is_main_process,
-    )
+    evaluation_clock = open_evaluation_clock(session)
     with (
         reraise_lost_workers(session),
         # entered before the loader's workers are forked, which inherit its handlers
@@ -161,6 +156,16 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     finish_run(session, ledger, run_logger.utilisation)
     session.accelerator.wait_for_everyone()
     return summarise(session, ledger)
+
+
+def open_evaluation_clock(session: Session) -> EvaluationClock:
+    """Says when to evaluate, from now on."""
+    return EvaluationClock(
+        evaluate_every=session.config.evaluate_every,
+        budget=session.config.evaluate_budget,
+        started=time.monotonic(),
+        is_main=session.accelerator.is_main_process,
+    )
 
 
 def open_watchdog(session: Session) -> Watchdog:
