@@ -231,8 +231,15 @@ _SAVED: dict[str, Callable[[Path, int, dict[str, Any]], Tokenizer]] = {
     ),
     "huggingface": lambda folder, length, saved: HuggingFaceTokenizer(str(folder), length, saved.get("options")),
     "transformers": lambda folder, length, saved: TransformersTokenizer(str(folder), length),
+    "causal": lambda folder, length, saved: _open_causal(str(folder), length),
     "fast": lambda folder, length, saved: _open_fast(folder, length),
 }
+
+
+def _open_causal(source: str, context_length: int) -> Tokenizer:
+    from vlm.data.causal_tokenizer import CausalTokenizer
+
+    return CausalTokenizer(source, context_length)
 
 
 def _open_clip_bpe(folder: Path, context_length: int) -> Tokenizer:
@@ -247,8 +254,13 @@ def _open_fast(folder: Path, context_length: int) -> Tokenizer:
     return FastTokenizer(folder, context_length)
 
 
+CAUSAL_PREFIX = "causal:"
+"""Before the folder of a causal language model, whose captions need an end (`vlm.data.causal_tokenizer`)."""
+
+
 def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
-    """The tokenizer named by `clip`, a SentencePiece `.model` file, a saved folder, or a Hugging Face folder.
+    """The tokenizer named by `clip`, a SentencePiece `.model` file, a saved folder, a Hugging Face folder, or `causal:`
+    with the folder of a causal language model.
 
     context_length: tokens a row; None or 0 takes the tokenizer's own.
 
@@ -262,6 +274,8 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
         )
     if source == "clip":
         return ClipTokenizer(context_length or CLIP_CONTEXT_LENGTH)
+    if source.startswith(CAUSAL_PREFIX):
+        return _open_causal(locate_weights(source.removeprefix(CAUSAL_PREFIX)), context_length or CLIP_CONTEXT_LENGTH)
     source = locate_weights(source)
     path = Path(source)
     if path.is_file():

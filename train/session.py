@@ -41,7 +41,7 @@ from vlm.data.sample_relations import read_relations
 from vlm.data.sampler import BatchSampler
 from vlm.data.shard_cache import ShardCache, default_cache
 from vlm.data.shards import count_samples, expand_shards
-from vlm.data.tokenizers import open_tokenizer
+from vlm.data.tokenizers import CAUSAL_PREFIX, open_tokenizer
 from vlm.data.transforms import EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 from vlm.files import write_text
@@ -373,7 +373,11 @@ def _fresh_model(config: TrainConfig, device: torch.device, *, with_bias: bool) 
     model_settings = config.model
     architecture = model_config(model_settings.architecture)
     length = model_settings.context_length or architecture["text_cfg"].get("context_length")
-    tokenizer = open_tokenizer(model_settings.tokenizer, length)
+    named = model_settings.tokenizer
+    # clip is the default, so it is no request; a language model reads its own tokens alone
+    if named == ModelConfig.tokenizer and architecture["text_cfg"].get("tower", "").startswith("limber:"):
+        named = CAUSAL_PREFIX + architecture["text_cfg"]["folder"]
+    tokenizer = open_tokenizer(named, length)
     if model_settings.image_size:
         architecture["vision_cfg"]["image_size"] = model_settings.image_size
     architecture = set_dropout(

@@ -41,7 +41,7 @@ def begin_captions(
     is_cached: bool = True,
     has_attention: bool = False,
 ) -> CaptionState:
-    """One empty caption of each image, for open_clip's CoCa.
+    """One empty caption of each image, for open_clip's CoCa and our captioners.
 
     image_tokens: what `_encode_image` gives the decoder. max_length: tokens of the longest row.
     is_cached: False computes every row anew at each step, as do networks that cannot be cached (`can_cache`).
@@ -49,6 +49,10 @@ def begin_captions(
     Raises:
         UsageError: the attention is asked for where it is not kept.
     """
+    # a language model keeps its own cache
+    begin: Any = getattr(network.text_decoder, "begin_captions", None)
+    if is_cached and begin is not None and not has_attention:
+        return begin(image_tokens, network.text)
     if is_cached and can_cache(network):
         return _CachedState(network, image_tokens, max_length=max_length, has_attention=has_attention)
     if has_attention:

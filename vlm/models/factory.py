@@ -126,7 +126,9 @@ def build_network(config: ModelConfig) -> Network:
         if "multimodal_cfg" not in config:
             return cast(Network, TowerNetwork(config))
         captioner = cast(Network, CaptionerNetwork(config))
-        _initialise_decoder(captioner)
+        # a language model's own projection is trained
+        if hasattr(captioner.get_submodule("text_decoder"), "text_projection"):
+            _initialise_decoder(captioner)
         return captioner
     if "huggingface" in config:
         from vlm.models.huggingface_clip import HuggingFaceDualEncoder

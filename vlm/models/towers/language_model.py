@@ -77,9 +77,11 @@ class LazyLanguageModel:
                 )
             # tensors made in inference mode could never be used in training
             with torch.inference_mode(False):
-                model = load_weights(build_hf_config(values, use_cache=False), weights)
-                self._model = model.eval().requires_grad_(False)
+                self._model = self._load(values, weights).eval().requires_grad_(False)
         return self._model
+
+    def _load(self, values: dict[str, Any], weights: str) -> Any:
+        return load_weights(build_hf_config(values, use_cache=False), weights)
 
 
 class FrozenLanguageTower(TextTower):

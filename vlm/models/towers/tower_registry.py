@@ -39,6 +39,7 @@ from vlm.models.towers.huggingface import (
 )
 from vlm.models.towers.language_model import build_lm, complete_lm
 from vlm.models.towers.pooling import authors_gamma
+from vlm.models.towers.soft_prompts import LIMBER, SoftPromptDecoder, build_limber, complete_limber
 from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size, timm_preprocess
 from vlm.models.towers.tower import ImageTower
 from vlm.models.towers.tower_config import (
@@ -66,6 +67,7 @@ _TEXT: dict[str, tuple[str, ...]] = {
     "bag": ("dropout",),
     "ngram": ("dropout",),
     CPTR: (),
+    LIMBER: (),
 }
 _OPEN_CLIP_TIMM = {"dropout": "timm_drop", "drop_path": "timm_drop_path", "patch_dropout": "patch_dropout"}
 
@@ -273,6 +275,7 @@ TEXT_TOWERS: dict[str, TowerType] = {
     "ngram": TowerType(complete=_complete_bag, build=build_ngram),
     COCA: TowerType(complete=complete_coca),
     CPTR: TowerType(complete=complete_cptr, build=build_cptr),
+    LIMBER: TowerType(complete=complete_limber, build=build_limber),
 }
 """Adding a text tower is a builder and a line here."""
 
@@ -297,21 +300,25 @@ def parse_towers(name: str) -> Values:
         "text_cfg": {TOWER_KEY: text_tower, **text_options},
     }
     if is_caption_tower(text_tower):
-        named = _with_decoder(named, text_tower)
+        named = _with_decoder(named, decoder_config(text_tower))
+    if _prefix_of(text_tower) == LIMBER:
+        named["text_cfg"] = complete_limber(named["text_cfg"], split_tower(text_tower)[1])
+        # one linear map to the language model's space, and nothing else
+        named = _with_decoder(named, {TOWER_KEY: LIMBER, "width": named["text_cfg"]["lm_width"]})
+        named["vision_cfg"]["decoder_norm"] = False
     config = resolve_tower_configs(named)
     if image_options.get("pooling") == "simpool" and "gamma" not in image_options:
         config["vision_cfg"]["gamma"] = _authors_gamma(config)
     return config
 
 
-def _with_decoder(config: Values, text_tower: str) -> Values:
+def _with_decoder(config: Values, decoder: Values) -> Values:
     image_tower = config["vision_cfg"][TOWER_KEY]
     if _prefix_of(image_tower) == "open_clip":
         raise UsageError(
             f"{image_tower} gives a decoder no tokens; name a timm:, vit: or hf: tower, or one of open_clip's own "
             "captioners, e.g. coca_ViT-B-32."
         )
-    decoder = decoder_config(text_tower)
     vision = config["vision_cfg"] | {"decoder_width": decoder["width"]}
     return config | {"vision_cfg": vision, DECODER_KEY: decoder}
 
@@ -482,8 +489,12 @@ class CaptionerNetwork(TowerNetwork):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         values = config[DECODER_KEY]
-        self.text_decoder = build_decoder(values)
         text: Any = self.text
+        if values.get(TOWER_KEY) == LIMBER:
+            self.text_decoder: nn.Module = SoftPromptDecoder(text.language_model, values["vocab_size"])
+            self.can_trim_padding = True
+            return
+        self.text_decoder = build_decoder(values)
         add_residual_dropout(list(text.transformer.resblocks), values.get("dropout", 0.0))
         # without a class token at the end of the row nothing depends on how long it is
         self.can_trim_padding = text.cls_emb is None
@@ -520,4 +531,6 @@ class CaptionerNetwork(TowerNetwork):
         """As `TowerNetwork`, in the decoder, too."""
         super().set_grad_checkpointing(enable)
         decoder: Any = self.text_decoder
-        decoder.set_grad_checkpointing(enable)
+        # a frozen language model has none of ours
+        if hasattr(decoder, "set_grad_checkpointing"):
+            decoder.set_grad_checkpointing(enable)
