@@ -54,6 +54,14 @@ def test_without_tokens_all_may_read_and_none_may_write(caller):
         assert (status == 403) == (path in WRITING), path
 
 
+@pytest.mark.parametrize("ending", ["%0A", "%0D", "%00", "%C2%85"])
+def test_a_line_break_behind_a_path_gives_no_right(guarded, ending):
+    for path in ("/api/v1/indexes/index/delete", "/api/v1/indexes/index/add", "/api/v1/indexes/index/search"):
+        answer = guarded["read"].post(path + ending, {"where": "number >= 0"})
+        assert (answer.status_code, answer.json()["kind"]) == (400, "bad_request"), path
+    assert guarded["read"].get("/api/v1/indexes").json()["indexes"][0]["generation"] == 1
+
+
 def test_the_page_itself_needs_no_token(guarded):
     assert guarded["none"].get("/").status_code == 200
     refused = guarded["none"].get("/api/v1/indexes")
@@ -155,6 +163,19 @@ def test_every_answer_carries_the_security_headers(caller):
         headers = caller.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in headers
+
+
+def test_browsers_of_a_named_origin_may_ask_for_permission_without_a_token(index, model):
+    service = open_service(
+        {"index": index}, cors_origins=("https://a.org",), read_tokens=frozenset({"r"}), load=lambda _: model
+    )
+    caller = Caller(create_app(service), {})
+    asking = {"origin": "https://a.org", "access-control-request-method": "POST"}
+    asking["access-control-request-headers"] = "authorization"
+    allowed = caller("OPTIONS", "/api/v1/indexes/index/search", headers=asking)
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://a.org")
+    refused = caller.get("/api/v1/indexes", headers={"origin": "https://a.org"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.org")
 
 
 def test_other_origins_are_let_in_only_where_named(index, model):

@@ -222,6 +222,13 @@ def test_many_large_images_in_one_request_are_refused(caller):
     assert refused(caller.post("/api/v1/indexes/index/batch", batch))
 
 
+@pytest.mark.parametrize("media_type", ["application/json", "application/json; charset=utf-8"])
+def test_too_many_values_are_refused_alike_however_json_is_named(caller, media_type):
+    content = b'{"texts": [' + b'"a",' * 1_000_000 + b'"a"]}'
+    response = caller("POST", SEARCH, content=content, headers={"content-type": media_type})
+    assert (response.status_code, response.json()["kind"]) == (413, "too_large")
+
+
 def test_more_texts_than_a_model_embeds_in_time_are_refused(caller, data_url):
     body = {"images": [data_url("red")], "classes": [f"c{number}" for number in range(5_000)], "templates": ["{}"] * 5}
     response = caller.post("/api/v1/indexes/index/classify", body)
@@ -313,6 +320,12 @@ def test_requests_in_one_packet_are_all_answered(quick_address):
         connection.sendall(request * 40 + last)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.count(b"200 OK") == 41
+
+
+def test_a_request_that_offers_an_upgrade_is_answered_as_any_other(quick_address):
+    body = b'{"texts": ["red"]}'
+    head = HEAD + b"connection: upgrade, close\r\nupgrade: h2c\r\ncontent-length: %d\r\n\r\n"
+    assert talk(quick_address, head % len(body) + body).startswith(b"HTTP/1.1 200")
 
 
 def test_a_slow_body_is_given_up_while_others_are_answered(quick_address):

@@ -268,3 +268,10 @@ def test_additions_leave_no_file_open(writer, data_url):
         add(number)
     # a version more may be open, until the one before it is let go
     assert psutil.Process().num_fds() <= before + 2
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/json; charset=utf-8"])
+def test_metadata_nested_as_deep_as_json_may_be(writer, media_type):
+    content = b'{"items":[{"image":"data:image/gif;base64,AA","metadata":{"a":' + b"[" * 1000 + b"]" * 1000 + b"}}]}"
+    response = writer("POST", ADD, content=content, headers={"content-type": media_type})
+    assert (response.status_code, "nested more than 8 levels" in response.json()["error"]) == (422, True)

@@ -25,7 +25,7 @@ from vlm.errors import IndexBusy, UsageError, VlmError
 from vlm.index.ann.faiss_search import use_one_search_thread
 from vlm.server import schemas
 from vlm.server.batcher import MicroBatcher, Overloaded
-from vlm.server.guard import Guard, Limits, Refused, Tokens, problem_json
+from vlm.server.guard import App, Guard, Limits, Refused, Tokens, problem_json
 from vlm.server.index_changes import ChangeQueue, add_items, delete_rows
 from vlm.server.json_bodies import json_route
 from vlm.server.map_reader import MapReader
@@ -178,7 +178,7 @@ def facets_to_json(counts: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[s
     return plain
 
 
-def create_app(service: Service) -> "Guard":
+def create_app(service: Service) -> App:
     """The ASGI application: the API, the page, and what guards them."""
 
     @contextlib.asynccontextmanager
@@ -209,19 +209,20 @@ def create_app(service: Service) -> "Guard":
 
     add_openai_routes(api, service)
     add_clip_retrieval_routes(api, service)
-    app: Any = api
-    if service.cors_origins:
-        from starlette.middleware.cors import CORSMiddleware
-
-        app = CORSMiddleware(app, allow_origins=list(service.cors_origins), allow_methods=["*"], allow_headers=["*"])
-    return Guard(
-        app=app,
+    guard = Guard(
+        app=api,
         limits=service.limits,
         tokens=service.tokens,
         is_open=lambda path: path in _OPEN_PATHS,
         needs_write=lambda method, path: path.endswith(_WRITING),
         observe=service.metrics.observe_request,
     )
+    if not service.cors_origins:
+        return guard
+    from starlette.middleware.cors import CORSMiddleware
+
+    # outside the guard: browsers ask for permission without the token
+    return CORSMiddleware(guard, allow_origins=list(service.cors_origins), allow_methods=["*"], allow_headers=["*"])
 
 
 def reply(value: Any, status: int = 200) -> Response:

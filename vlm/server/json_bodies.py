@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 
 from vlm.server.guard import Refused
 
@@ -54,7 +55,13 @@ def json_route(max_values: int) -> type[APIRoute]:
                     except (orjson.JSONDecodeError, ValidationError):
                         return await handle(bounded)
                     return await self.endpoint(**request.path_params, **{name: body})
-                return await handle(bounded)
+                try:
+                    return await handle(bounded)
+                except HTTPException as error:
+                    # FastAPI makes one of its own of whatever is raised while the body is read
+                    if isinstance(error.__cause__, Refused):
+                        raise error.__cause__ from None
+                    raise
 
             return handle_bounded
 

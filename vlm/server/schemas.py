@@ -164,11 +164,12 @@ class NewItem(Strict):
     @classmethod
     def check_metadata(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         """Refuse what would make rows large or their filters slow."""
+        # first: what is nested a thousand levels deep cannot be written as JSON
+        if _depth(metadata) > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
         size = len(json.dumps(metadata))
         if size > MAX_METADATA:
             raise ValueError(f"it has {size:,} bytes as JSON; at most {MAX_METADATA:,} are accepted")
-        if _depth(metadata) > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
         return metadata
 
 

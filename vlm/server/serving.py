@@ -139,11 +139,11 @@ def serve_in_background(service: Service, *, host: str = "127.0.0.1", port: int 
 def _make_server(service: Service) -> Any:
     import uvicorn
 
-    from vlm.server.http_protocol import BoundedHttpProtocol
-
     config = uvicorn.Config(
         create_app(service),
-        http=BoundedHttpProtocol,
+        # httptools would be faster, but with it uvicorn bounds neither headers nor the requests that one connection
+        # sends ahead, and misreads some that h11 reads right
+        http="h11",
         ws="none",
         log_config=None,
         access_log=False,
