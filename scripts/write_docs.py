@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Generate the pages of docs/ that derive from the code: cli.md, objectives.md, recipes.md.
+"""Generate the pages of docs/ that derive from the code: cli.md, findings.md, objectives.md, recipes.md.
 
 python scripts/write_docs.py             write the pages
 python scripts/write_docs.py --check     list the pages that are out of date; exit code 1 if there are any
@@ -24,6 +24,7 @@ from vlm.train.presets import PRESETS
 from vlm.train.recipes import RECIPES, Recipe, ReferenceCurve, reference_curve_of_runs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+FINDINGS = DOCS.parent / "findings"
 METRICS = ("loss", "text_to_image_recall@10", "image_to_text_recall@10")
 
 
@@ -158,8 +159,38 @@ def _value_at_end(reference: ReferenceCurve) -> str:
     return f"{name} {low:.1%} to {high:.1%}"
 
 
+_FINDINGS_HEAD = """# Findings
+
+What real libraries do that one would not guess, met while building this. Each is a script in `findings/` that installs
+the named versions in a temporary folder, runs them without our code on valid input, and fails if it no longer sees what
+stands here. Written by `python scripts/write_docs.py` from the heads of these scripts.
+"""
+
+
+def findings_page() -> str:
+    """docs/findings.md: what the scripts of findings/ show, from the comment at the head of each."""
+    parts = [_FINDINGS_HEAD]
+    for script in sorted(FINDINGS.glob("*.sh")):
+        title = script.stem.replace("_", " ")
+        parts.append(f"## {title}\n\n{_finding(script)}\n\n`bash findings/{script.name}`\n")
+    return "\n".join(parts)
+
+
+def _finding(script: Path) -> str:
+    """The head of a script as Markdown: a paragraph for what is seen, why it matters, the cure."""
+    lines: list[str] = []
+    for line in script.read_text(encoding="utf-8").splitlines()[1:]:
+        if not line.startswith("# "):
+            break
+        lines.append(line[2:])
+    # plain text in the scripts: nothing of it is meant as Markdown
+    text = re.sub(r"([*_<\[\]`])", r"\\\1", "\n".join(lines))
+    return re.sub(r"\s+(Why it matters|The cure|Also):", r"\n\n**\1:**", text)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
+    "findings.md": findings_page,
     "objectives.md": objectives_page,
     "recipes.md": recipes_page,
 }
@@ -201,7 +232,8 @@ def main() -> int:
     stale: list[str] = []
     for name, page in PAGES.items():
         content = page()
-        if (DOCS / name).read_text(encoding="utf-8") != content:
+        file = DOCS / name
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
             stale.append(name)
             if not arguments.check:
                 (DOCS / name).write_text(content, encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs_script import load_write_docs
+from tests.docs_script import is_up_to_date, load_write_docs
 from vlm.cli.main import VERB_ALIASES, VERBS, run_verb, split_verb
 from vlm.errors import UsageError
 
@@ -14,7 +14,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     # the log tells of earlier states of the tree
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "log.md"),
 ]
 FOLDERS = ("benchmarks", "data", "docs", "index", "scripts", "tests", "train", "vlm")
 README_MAX_LINES = 150
@@ -26,6 +26,11 @@ FENCED_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REPOSITORY_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/(?:[\w./-]*(?:\.py|\.md|\.toml|/)|[\w/-]*)")
 VLM_COMMAND = re.compile(r"^(?:accelerate launch .*?-m |torchrun .*?-m -- |for .*?; do |python -m )?(vlm .*)$")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z.-]*")
+# a table whose head names a verb: what stands below that cell are its flags
+TABLE = re.compile(r"^\|.*`vlm [a-z ]+`.*\|\n\|[-|]+\|\n(?:\|.*\|\n)+", re.MULTILINE)
+HEAD = re.compile(r"`(vlm [a-z ]+)`")
+# messages that a page quotes, with … for what is filled in
+QUOTED_MESSAGE = re.compile(r"^> (.+)$", re.MULTILINE)
 # words that stand for a verb
 PLACEHOLDERS = {"VERB", "…"}
 
@@ -77,6 +82,18 @@ def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def verb_columns(text: str) -> list[str]:
+    """A command for each cell with flags in the columns of tables that are headed by a verb."""
+    commands: list[str] = []
+    for table in TABLE.findall(text):
+        head, _, *rows = [row.strip("|").split("|") for row in table.strip().splitlines()]
+        for column, cell in enumerate(head):
+            verb = HEAD.search(cell)
+            flags = [" ".join(FLAG.findall(row[column])) for row in rows] if verb else []
+            commands += [f"{verb[1]} {words}" for words in flags if verb and words]
+    return commands
+
+
 @pages
 def test_relative_links_lead_to_files_and_headings(page):
     for link in LINK.findall(page.read_text(encoding="utf-8")):
@@ -117,7 +134,8 @@ def test_flags_of_commands_are_in_the_help(capsys):
     for page in PAGES:
         if page.name == "cli.md":
             continue
-        for command in vlm_commands(page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for command in [*vlm_commands(text), *verb_columns(text)]:
             words = command.split()[1:]
             if FLAG.search(command) and not words[0].startswith("-"):
                 commands_by_verb.setdefault(split_verb(words)[0], []).append(command)
@@ -127,6 +145,27 @@ def test_flags_of_commands_are_in_the_help(capsys):
         known_flags = set(FLAG.findall(help_of(verb, capsys)))
         for command in commands:
             assert set(FLAG.findall(command)) <= known_flags, command
+
+
+def test_tables_for_users_of_other_tools_name_flags():
+    for page in sorted((ROOT / "docs" / "coming-from").glob("*.md")):
+        assert len(verb_columns(page.read_text(encoding="utf-8"))) >= 5, page.name
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code():
+    sources = [path for folder in ("vlm", "data", "train", "index") for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    # parts of a text on lines of their own are one text
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    messages = QUOTED_MESSAGE.findall((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(messages) > 8
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in code, message
+
+
+def test_the_findings_are_those_of_the_scripts():
+    assert is_up_to_date("findings.md"), "python scripts/write_docs.py"
 
 
 def test_the_readme_is_short():
