@@ -332,7 +332,7 @@ RECIPES: dict[str, Recipe] = {
             remarks="EfficientNet-Lite2 (ImageNet) and all-MiniLM-L6-v2 stay frozen; their features are computed once "
             "(about twenty minutes on one shared core) into RUN/features, which several runs can share by "
             "--feature-folder. The heads see an average of an image's captions with random weights (--caption-blend). "
-            "Seeds 0 and 1: text→image recall@1/5/10 20.0 / 45.8 / 60.3% and 19.8 / 45.4 / 59.9% of 1,000 photos; "
+            "Three seeds: text→image recall@1/5/10 20.0 / 45.8 / 60.3%, 19.8 / 45.4 / 59.9% and 19.7 / 45.3 / 59.8%; "
             "ridge CCA of the same features 17.8 / 42.6 / 57.0% at its best ridge "
             "(benchmarks/run linear_baseline --preset lit-local --ridge 0.3). Other trunks: --architecture "
             "'timm:NAME,initial_weights=FILE,residual=1024,head_dropout=0.3+hf:FOLDER,residual=1024,head_dropout=0.3' "
