@@ -25,6 +25,7 @@ from vlm.train.recipes import RECIPES, Recipe, ReferenceCurve, reference_curve_o
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FINDINGS = DOCS.parent / "findings"
+_OWN_INPUTS = frozenset({"same", "rows", "image_average", "text_average", "inner_rate"})
 METRICS = ("loss", "text_to_image_recall@10", "image_to_text_recall@10")
 
 
@@ -54,8 +55,11 @@ paper; to add one, write a function in `train/objectives/` and a line in `LOSS_T
 micro-batches (`--micro-batch`), on any number of processes, is that of the whole batch (`train/step.py`).
 
 `--same-pairs` sets how batch-level terms treat in-batch pairs that share a key, caption or image: as `negative` (as in
-CLIP), `ignore`, or `positive`. [Beside the authors' code](objectives-compared.md) the same input gives the same values,
-or differs as told there. Written by `python scripts/write_docs.py`.
+CLIP), `ignore`, or `positive`. `sogclr` and `fastclip` keep two moving averages for each sample of the data in the
+checkpoint (`--inner-rate`, `--rho`, `--temperature`); what they and distinct or hard batches (`--batches`,
+[data.md](data.md#which-samples-share-a-batch)) gain is in [benchmarks.md](benchmarks.md#small-batches).
+[Beside the authors' code](objectives-compared.md) the same input gives the same values, or differs as told there.
+Written by `python scripts/write_docs.py`.
 """
 
 
@@ -68,7 +72,8 @@ def objectives_page() -> str:
     ]
     for name, term in LOSS_TERMS.items():
         level = "batch" if term.batch_level else "sample"
-        extra_inputs = [f"`{name}`" for name in term.inputs if name not in ("same", "rows")]
+        # what the run itself keeps or numbers is no input that a user gives
+        extra_inputs = [f"`{name}`" for name in term.inputs if name not in _OWN_INPUTS]
         lines.append(f"| `{name}` | {term.summary} | {term.paper} | {level} | {', '.join(extra_inputs) or '–'} |")
     lines += ["", "| alias | sum |", "|---|---|"]
     lines += [f"| `{name}` | `{expression}` |" for name, expression in ALIASES.items()]

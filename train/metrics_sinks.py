@@ -74,6 +74,7 @@ class WandbLog:
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
         try:
             import wandb
+            from wandb.errors import Error
         except ImportError as error:
             raise _missing("wandb", "--wandb") from error
         id_file = folder / WANDB_ID
@@ -89,7 +90,7 @@ class WandbLog:
                 # it would write to the terminal, and read what others write there
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        except (wandb.errors.Error, OSError) as error:
+        except (Error, OSError) as error:
             raise UsageError(
                 f"--wandb {project}: {error} Set WANDB_MODE=offline to keep the run in {folder}, for wandb sync later; "
                 "or leave the flag out: metrics.jsonl and curves.png hold the same."

@@ -7,6 +7,7 @@ import torch.multiprocessing as multiprocessing
 from tests.leaving import leave_group
 from tests.train.objectives.pair_case import LOSS_TERMS, TREATMENTS, batch, value_and_gradients
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
+from vlm.train.objectives.global_contrastive import IMAGE_AVERAGE, TEXT_AVERAGE, GlobalAverages
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS
 
 PAIRS = 12
@@ -54,9 +55,12 @@ def _measure(rank, world, port, queue):
     found = [_as_averaged(rank, world, name, config) for name, config in CASES]
     distributed._BACKENDS_WITHOUT_REDUCE_SCATTER = frozenset({"gloo"})
     found += [_as_averaged(rank, world, name, config) for name, config in CASES]
-    places = local_columns(PAIRS // world, torch.device("cpu")).tolist()
+    places = local_columns(PAIRS // world, torch.device("cpu"))
+    averages = GlobalAverages.unseen(PAIRS + 1)
+    averages.update(places, {IMAGE_AVERAGE: places * 1.0, TEXT_AVERAGE: -places * 1.0})
+    kept = [averages.images.tolist(), averages.texts.tolist()]
     if rank == world - 1:
-        queue.put(([[tensor.tolist() for tensor in tensors] for tensors in found], places))
+        queue.put(([[tensor.tolist() for tensor in tensors] for tensors in found], places.tolist(), kept))
     leave_group()
 
 
@@ -83,7 +87,7 @@ def of_processes(request):
 
 
 def test_processes_give_the_loss_and_gradients_of_one(of_processes):
-    found, _ = of_processes
+    found = of_processes[0]
     assert len(found) == 2 * len(CASES)
     for (name, config), tensors in zip([*CASES, *CASES], found, strict=True):
         outputs, inputs = batch(PAIRS)
@@ -95,6 +99,12 @@ def test_processes_give_the_loss_and_gradients_of_one(of_processes):
 def test_the_columns_of_the_last_process_follow_those_of_the_others(of_processes):
     places = of_processes[1]
     assert places == list(range(PAIRS - len(places), PAIRS))
+
+
+def test_every_process_keeps_the_averages_of_all_samples(of_processes):
+    images, texts = of_processes[2]
+    assert images[:-1] == [-text for text in texts[:-1]] == list(range(PAIRS))
+    assert images[-1] != images[-1]
 
 
 def test_one_process_has_its_own_rows():

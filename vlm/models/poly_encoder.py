@@ -127,7 +127,7 @@ def token_states(
         if getattr(text, "cls_emb", None) is not None:
             # a captioner's last norm sees its class token alone, which stands behind the others
             source = text.transformer
-        states, vectors = _run_with_states(source, lambda: model.network.encode_text(tokens))
+        states, vectors = _run_with_states(cast(nn.Module, source), lambda: model.network.encode_text(tokens))
         length = min(states.shape[1], mask.shape[1])
         states, mask = states[:, :length], mask[:, :length]
     return states.float(), mask, nn.functional.normalize(vectors.float(), dim=-1)
