@@ -8,7 +8,7 @@ import torch
 from tests.data.tar_fixture import tiny_image
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.evaluation.class_prompts import (
+from vlm.evaluation.class_vectors import (
     class_list_beside,
     class_texts,
     read_class_list,

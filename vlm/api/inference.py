@@ -15,7 +15,7 @@ from vlm.console import progress
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, os_errors_explained
-from vlm.evaluation.class_prompts import (
+from vlm.evaluation.class_vectors import (
     class_probabilities,
     class_texts,
     class_vectors,

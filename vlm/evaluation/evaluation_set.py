@@ -28,7 +28,7 @@ from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import ShardReader, read_members
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
-from vlm.evaluation.class_prompts import class_list_beside, class_of, templates_beside, unique_names
+from vlm.evaluation.class_vectors import class_list_beside, class_of, templates_beside, unique_names
 from vlm.files import compute_fingerprint
 from vlm.tensor_types import Array, Int64, Tensor, UInt8
 

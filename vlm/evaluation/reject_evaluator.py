@@ -11,7 +11,7 @@ from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import holds_shards
 from vlm.errors import UsageError
 from vlm.evaluation.class_metrics import every_other_of_class, rank_classes
-from vlm.evaluation.class_prompts import class_numbers, class_texts
+from vlm.evaluation.class_vectors import class_numbers, class_texts
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value

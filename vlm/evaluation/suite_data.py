@@ -15,7 +15,7 @@ from vlm.data.sources.caption_files import SCENES
 from vlm.data.sources.source import SceneOptions, SourceKind, SourceOptions
 from vlm.data.sources.source_registry import open_source
 from vlm.errors import UsageError
-from vlm.evaluation.class_prompts import CLASS_NAMES_FILE
+from vlm.evaluation.class_vectors import CLASS_NAMES_FILE
 from vlm.evaluation.evaluation_set import CLS_LABEL, NPY_LABEL, EvaluationSet, open_evaluation_set
 from vlm.files import compute_fingerprint, write_text
 from vlm.storage import is_remote

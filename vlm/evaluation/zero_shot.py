@@ -27,7 +27,7 @@ from vlm.evaluation.class_metrics import (
     rank_classes,
     resampled_class_means,
 )
-from vlm.evaluation.class_prompts import ClassTexts, class_numbers, class_texts, class_vectors
+from vlm.evaluation.class_vectors import ClassTexts, class_numbers, class_texts, class_vectors
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedEncoder, EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value

@@ -1,4 +1,4 @@
-"""Class names by number, and the prompt templates that turn a name into the sentences of a classifier.
+"""The vectors of classes: names by number, the templates that make sentences of a name, and the mean of their vectors.
 
 Both may be files with one entry per line. CLIP_benchmark keeps them at the root of a dataset, above the folders of its
 splits: `classnames.txt` and `zeroshot_classification_templates.txt`, whose templates have {c} for the name.
@@ -16,7 +16,7 @@ from vlm.console import read_text
 from vlm.data.shards import expand_shards
 from vlm.data.sources.source_registry import holds_shards
 from vlm.errors import UsageError
-from vlm.evaluation.prompt_ensembles import (
+from vlm.evaluation.prompt_sets import (
     IMAGENET,
     TEMPLATE_SETS,
     Descriptions,

@@ -6,8 +6,8 @@ import open_clip.zero_shot_metadata
 import pytest
 
 from vlm.errors import UsageError
-from vlm.evaluation.class_prompts import read_class_list, read_templates
-from vlm.evaluation.prompt_ensembles import TEMPLATE_SETS, described_prompts, read_by_language, read_descriptions
+from vlm.evaluation.class_vectors import read_class_list, read_templates
+from vlm.evaluation.prompt_sets import TEMPLATE_SETS, described_prompts, read_by_language, read_descriptions
 
 
 def test_sets_of_templates_go_by_name():
@@ -27,7 +27,7 @@ def test_sets_of_templates_go_by_name():
 
 
 def test_templates_of_imagenet_need_no_torch():
-    script = "import sys; from vlm.evaluation.class_prompts import read_templates; read_templates(['openai']); "
+    script = "import sys; from vlm.evaluation.class_vectors import read_templates; read_templates(['openai']); "
     subprocess.run([sys.executable, "-c", script + "assert 'torch' not in sys.modules"], check=True)
 
 
