@@ -199,7 +199,7 @@ class ReadingModel(CircleModel):
 
     @property
     def tokenizer(self) -> Any:
-        return SimpleNamespace(encode=self._encode, pad_token=0, end_token=1)
+        return SimpleNamespace(encode=self._encode, context_length=8, pad_token=0, end_token=1)
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         rows = np.zeros((len(texts), 8), np.int64)

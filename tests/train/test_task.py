@@ -59,6 +59,9 @@ def inputs_of(count=3):
         "teacher_image": torch.randn(count, 12, generator=draw),
         "teacher_text": torch.randn(count, 12, generator=draw),
         "text_embedding": torch.randn(count, 12, generator=draw),
+        "image_average": torch.full((count,), torch.nan),
+        "text_average": torch.full((count,), torch.nan),
+        "inner_rate": torch.ones(count),
     }
 
 

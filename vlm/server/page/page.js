@@ -435,7 +435,10 @@ const readFile = (file) => new Promise((resolve, reject) => {
 });
 
 async function addFiles(files) {
-  for (const file of files) {
+  // copied before the wait: a drop's files are gone when its event is over
+  const uploads = [...files];
+  await started;
+  for (const file of uploads) {
     if (!file.type.startsWith("image/")) continue;
     state.terms.push({ kind: "image", value: file.name || "image", sign: 1, image: await readFile(file) });
   }
@@ -527,10 +530,12 @@ function moveAmongResults(event) {
 }
 
 function listen() {
-  byId("form").addEventListener("submit", (event) => {
+  byId("form").addEventListener("submit", async (event) => {
     event.preventDefault();
-    addText(byId("query").value);
+    const text = byId("query").value;
     byId("query").value = "";
+    await started;
+    addText(text);
     changed();
   });
   byId("query").addEventListener("keydown", (event) => {
@@ -613,4 +618,5 @@ async function start() {
   }
 }
 
-start();
+// what is asked before the indexes are known waits: reading the address would overwrite it
+const started = start();
