@@ -370,7 +370,7 @@ def arrange_batches(
             f"--batches {mode} arranges the samples of one source, and a mixture has several; join their shards by "
             "::, or give --batches random."
         )
-    if mode == "hard" and not relations.has_neighbours:
+    if mode == "hard" and not relations.num_neighbours:
         raise UsageError(
             "--batches hard needs neighbours, and the relations have none; make them by vlm relate SHARDS OUT "
             "--embeddings FOLDER."

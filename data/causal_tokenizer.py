@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.tokenizers import describe_tokenizer
 from vlm.errors import UsageError
-from vlm.files import compute_fingerprint, write_text
+from vlm.files import compute_fingerprint
 
 
 class CausalTokenizer:
@@ -59,8 +60,7 @@ class CausalTokenizer:
     def save(self, folder: Path) -> None:
         """Write what `open_tokenizer(folder)` needs."""
         self._wrapped.save_pretrained(folder)
-        values = {"kind": "causal", "context_length": self.context_length}
-        write_text(folder / "vlm_tokenizer.json", json.dumps(values, indent=2) + "\n")
+        describe_tokenizer(folder, {"kind": "causal", "context_length": self.context_length})
 
     def fingerprint(self) -> str:
         """Identity of the mapping from text to ids."""

@@ -20,6 +20,7 @@ from vlm.data.shard_cache import ShardCache
 from vlm.data.tar import open_index
 from vlm.errors import UsageError
 from vlm.files import atomic_write, compute_fingerprint
+from vlm.results import Result
 from vlm.tensor_types import Array, Int64
 
 FORMAT = "1"
@@ -75,9 +76,9 @@ class SampleRelations:
         return sum(int((np.diff(shard.group_ends, prepend=0) > 0).sum()) for shard in self.shards)
 
     @property
-    def has_neighbours(self) -> bool:
-        """Whether any sample has neighbours."""
-        return any(len(shard.neighbours) for shard in self.shards)
+    def num_neighbours(self) -> int:
+        """Stored neighbours of all samples together."""
+        return sum(len(shard.neighbours) for shard in self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,6 +141,17 @@ class SampleRelations:
 
 
 _NONE = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationsSummary(Result):
+    """The file and its identity; samples, those with an equal caption or nearly the same image, stored neighbours."""
+
+    relations: str
+    fingerprint: str
+    samples: int
+    grouped_samples: int
+    neighbours: int
 
 
 def relate_samples(

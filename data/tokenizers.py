@@ -71,7 +71,7 @@ class ClipTokenizer(Tokenizer):
 
     @override
     def save(self, folder: Path) -> None:
-        _describe(folder, {"kind": "clip", "context_length": self.context_length})
+        describe_tokenizer(folder, {"kind": "clip", "context_length": self.context_length})
 
     @override
     def fingerprint(self) -> str:
@@ -113,7 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
     @override
     def save(self, folder: Path) -> None:
         write_bytes(folder / "tokenizer.model", self._model)
-        _describe(folder, {"kind": "sentencepiece", "context_length": self.context_length})
+        describe_tokenizer(folder, {"kind": "sentencepiece", "context_length": self.context_length})
 
     @override
     def fingerprint(self) -> str:
@@ -164,7 +164,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         self._wrapped.tokenizer.save_pretrained(folder)
         options = {"options": self.options} if self.options else {}
-        _describe(folder, {"kind": "huggingface", "context_length": self.context_length, **options})
+        describe_tokenizer(folder, {"kind": "huggingface", "context_length": self.context_length, **options})
 
     @override
     def fingerprint(self) -> str:
@@ -216,7 +216,7 @@ class TransformersTokenizer(Tokenizer):
     @override
     def save(self, folder: Path) -> None:
         self._wrapped.save_pretrained(folder)
-        _describe(folder, {"kind": "transformers", "context_length": self.context_length})
+        describe_tokenizer(folder, {"kind": "transformers", "context_length": self.context_length})
 
     @override
     def fingerprint(self) -> str:
@@ -354,5 +354,6 @@ def _first_not_none(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 
-def _describe(folder: Path, values: dict[str, Any]) -> None:
+def describe_tokenizer(folder: Path, values: dict[str, Any]) -> None:
+    """Say in a folder what `open_tokenizer` finds there: the kind of tokenizer and its settings."""
     write_text(folder / DESCRIPTION, json.dumps(values, indent=2) + "\n")

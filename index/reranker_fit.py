@@ -7,7 +7,8 @@ epoch with the best mean reciprocal rank there are kept, the untrained ones incl
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 
 from vlm.console import track
 from vlm.errors import UsageError
+from vlm.files import check_not_exists
 from vlm.index.embeddings_folder import Embeddings
 from vlm.models.model import VisionLanguageModel
-from vlm.models.poly_encoder import FittedPolyEncoder, PolyEncoder, PolyEncoderSize, token_states
+from vlm.models.poly_encoder import FittedPolyEncoder, PolyEncoder, PolyEncoderSize, save_poly_encoder, token_states
+from vlm.results import Result
 from vlm.tensor_types import Float32, Int64, Tensor
 
 _BATCH = 64
@@ -55,6 +58,19 @@ class FitOptions:
             raise UsageError(f"held_out = {self.held_out} is out of range: give a fraction between 0 and 1.")
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"learning_rate = {self.learning_rate} must be above 0, and finite.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerSummary(Result):
+    """The folder and its identity, and what the poly-encoder does on the held-out images; numbers as of `FitResult`."""
+
+    reranker: str
+    fingerprint: str
+    images: int
+    held_out_images: int
+    epoch: int
+    before: dict[str, float]
+    after: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +180,27 @@ def fit_poly_encoder(model: VisionLanguageModel, embeddings: Embeddings, options
         images=len(fitting.images),
         held_out_images=len(held_out.images),
     )
+
+
+def fit_reranker(model: VisionLanguageModel, embeddings: Embeddings, out: Path, options: FitOptions) -> RerankerSummary:
+    """Fit a poly-encoder and write its folder, whole or not at all.
+
+    Raises:
+        UsageError: `out` exists; otherwise as of `fit_poly_encoder`.
+    """
+    check_not_exists(out)
+    result = fit_poly_encoder(model, embeddings, options)
+    summary = RerankerSummary(
+        reranker=str(out),
+        fingerprint=result.fitted.fingerprint,
+        images=result.images,
+        held_out_images=result.held_out_images,
+        epoch=result.epoch,
+        before=result.before,
+        after=result.after,
+    )
+    save_poly_encoder(out, result.fitted, configuration=asdict(options), details={"evidence": summary.to_json()})
+    return summary
 
 
 def _train(

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm import __version__
-from vlm.config import from_toml, to_toml
+from vlm.config import from_toml, read_toml, to_toml
 from vlm.data.batch_order import arrange_batches
 from vlm.data.cached_features import CachedFeatures
 from vlm.data.caption_sampler import CaptionSampler
@@ -64,7 +64,7 @@ from vlm.train.frozen_features import open_cached_features
 from vlm.train.locked_features import keep_locked_features
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
-from vlm.train.objectives.objective_registry import WeightedLossTerm, parse_objective
+from vlm.train.objectives.objective_registry import FORMER_NAMES, WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import (
     FREE_ON_RESUME,
@@ -607,6 +607,7 @@ def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, .
             f"{remote_store.url} holds checkpoints of a run already; resume it with --resume, or name another run."
         )
     if resume and saved.is_file():
+        _check_same_losses(run, config)
         changed = changed_settings(asdict(from_toml(TrainConfig, saved)), asdict(config))
         refused = disallowed_changes(changed, allow, free=FREE_ON_RESUME)
         # everything that has an influence on the weights must be what the run was begun with
@@ -618,6 +619,25 @@ def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, .
         raise UsageError(f"{run} exists already; resume it with --resume, name another run, or remove it.")
     run.mkdir(parents=True, exist_ok=True)
     write_text(saved, to_toml(config))
+
+
+def _check_same_losses(run: Path, config: TrainConfig) -> None:
+    """Refuse to go on with a loss whose name meant another one when the run was begun.
+
+    Raises:
+        UsageError: it was begun before terms got other meanings (`FORMER_NAMES`), and has one of them.
+    """
+    # a setting that came with the new meanings
+    if "patch_threshold" in read_toml(run / CONFIG).get("objective", {}):
+        return
+    terms = parse_objective(config.objective.objective)
+    if not any(weighted.name in FORMER_NAMES for weighted in terms):
+        return
+    former = " + ".join(f"{weighted.weight:g}*{FORMER_NAMES.get(weighted.name, weighted.name)}" for weighted in terms)
+    raise UsageError(
+        f"{run} was begun when {' and '.join(FORMER_NAMES)} computed what {' and '.join(FORMER_NAMES.values())} do "
+        f"now: go on with --objective '{former}' --allow objective.objective."
+    )
 
 
 def restore_state(

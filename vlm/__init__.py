@@ -11,6 +11,7 @@ from vlm.errors import UsageError, VlmError
 if TYPE_CHECKING:
     from vlm.api.captions import caption_metrics as caption_metrics
     from vlm.api.data import build_concepts as build_concepts
+    from vlm.api.data import relate as relate
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
     from vlm.api.evaluation import evaluate as evaluate
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vlm.api.index import SearchIndex as SearchIndex
     from vlm.api.index import open_index as open_index
     from vlm.api.index_building import build_index as build_index
+    from vlm.api.index_building import fit_reranker as fit_reranker
     from vlm.api.inference import DecodingOptions as DecodingOptions
     from vlm.api.inference import Model as Model
     from vlm.api.inference import load as load
@@ -57,11 +59,13 @@ __all__ = [
     "explain",
     "fetch_model",
     "find",
+    "fit_reranker",
     "list_models",
     "list_runs",
     "load",
     "open_index",
     "pack",
+    "relate",
     "stream",
     "train",
     "train_tokenizer",
@@ -87,11 +91,13 @@ _MODULES: dict[str, str] = {
     "explain": "vlm.api.explanation",
     "fetch_model": "vlm.api.local_models",
     "find": "vlm.api.find",
+    "fit_reranker": "vlm.api.index_building",
     "list_models": "vlm.api.local_models",
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",
     "open_index": "vlm.api.index",
     "pack": "vlm.api.packing",
+    "relate": "vlm.api.data",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",
     "watch": "vlm.api.find",

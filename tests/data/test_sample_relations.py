@@ -102,7 +102,7 @@ def test_the_verb_writes_counts_and_refuses_other_names(shards, tmp_path, capsys
     words = ["relate", "::".join(shards), str(out)]
     assert main([*words, "--workers", "0", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["samples"], shown["with an equal caption or image"]) == (6, 4)
+    assert (shown["samples"], shown["grouped_samples"]) == (6, 4)
     assert shown["fingerprint"] == read_relations(out).fingerprint
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import vlm
 from tests.random_model import random_model
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
@@ -106,6 +107,19 @@ def test_a_fit_finds_what_the_cosine_does_not_and_a_search_uses_it(folders, tmp_
     # texts that count against it turn the order round
     against = service.search(Query(texts=("a red star",), minus=("a red star",), weights=(1, 2), top=5, rerank_top=5))
     assert [hit.likelihood for hit in against] == sorted((hit.likelihood for hit in against), reverse=True)
+
+
+def test_the_python_call_writes_what_a_search_uses(folders, tmp_path):
+    _, vectors = folders
+    summary = vlm.fit_reranker(vectors, tmp_path / "reranker", epochs=1, codes=2)
+    assert summary.images + summary.held_out_images == 200
+    vlm.build_index(vectors, tmp_path / "index", index_type="flat")
+    index = vlm.open_index(tmp_path / "index", rerank_model=tmp_path / "reranker")
+    assert all(hit.likelihood is not None for hit in index.search("a red star", top=5, rerank_top=5))
+    with pytest.raises(vlm.UsageError, match="exists"):
+        vlm.fit_reranker(vectors, tmp_path / "reranker")
+    with pytest.raises(TypeError, match="'code'"):
+        vlm.fit_reranker(vectors, tmp_path / "other", code=2)
 
 
 def test_a_reranker_of_another_model_is_refused(folders, tmp_path):

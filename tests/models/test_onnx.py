@@ -24,6 +24,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.models.onnx_folder import read_onnx_folder
 from vlm.service.query_encoder import load_query_encoder, open_export
+from vlm.service.search import SearchService
 
 HEAVY = {"torch", "open_clip", "transformers", "pyarrow", "pydantic", "matplotlib", "PIL"}
 TEXTS = ["a red star", "two large blue circles on a white background " * 4, "", "Ein Hund", "x"]
@@ -154,6 +155,13 @@ def test_a_search_by_words_loads_no_torch_and_has_torch_s_hits(index, capsys):
     assert [hit["uid"] for hit in ours["hits"]] == [hit["uid"] for hit in theirs["hits"]]
     scores = [[hit["score"] for hit in answer["hits"]] for answer in (ours, theirs)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_torch_s_model_is_loaded_once_for_what_an_export_cannot(index):
+    service = SearchService.open(index)
+    assert isinstance(service.model, OnnxEncoder)
+    assert service.text_encoder is service.text_encoder
+    service.close()
 
 
 def test_int8_is_measured_and_its_rows_do_not_depend_on_their_batch(folder, scene_shards, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -98,6 +99,25 @@ def test_states_and_vectors_are_those_of_the_tower(architecture, scene_tokenizer
     # what stands after a text, and which texts come along, changes none of its states
     alone, alone_mask, _ = token_states(model, texts[:1])
     torch.testing.assert_close(alone[alone_mask], states[0][mask[0]], rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_another_thread_embeds_meanwhile_change_nothing(scene_tokenizer, monkeypatch):
+    model = random_model("micro", open_tokenizer(str(scene_tokenizer), 24))
+    texts = ["a red star", "a blue circle"]
+    expected, _, _ = token_states(model, texts)
+    calling, encode_text = threading.get_ident(), model.network.encode_text
+
+    def encode_while_others_do(tokens):
+        vectors = encode_text(tokens)
+        if threading.get_ident() == calling:
+            other = threading.Thread(target=model.embed_texts, args=(["a green heart", "two squares"],))
+            other.start()
+            other.join()
+        return vectors
+
+    monkeypatch.setattr(model.network, "encode_text", encode_while_others_do)
+    states, _, _ = token_states(model, texts)
+    torch.testing.assert_close(states, expected)
 
 
 def test_a_tower_without_known_states_is_refused(scene_tokenizer):

@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 
+from vlm.errors import UsageError
 from vlm.manifest import read_manifest
 from vlm.models.load import load_model
 from vlm.train.run import train
-from vlm.train.session import open_session
+from vlm.train.session import open_session, prepare_run_folder
 
 PAGE_FAULTS = """
 import resource, torch
@@ -78,3 +79,18 @@ def test_with_both_towers_locked_only_the_heads_are_trained(configure, tmp_path)
     session = open_session(config, resume=False)
     trained = {name for name, value in session.state.model.network.named_parameters() if value.requires_grad}
     assert trained == {"visual.head.proj.weight", "text.head.1.weight", "logit_scale"}
+
+
+def test_a_run_whose_loss_had_another_meaning_is_not_gone_on_with(configure):
+    objective = {"objective": "clip + 0.5*sub_captions", "sub_captions": 2}
+    config = configure("run", objective=objective)
+    prepare_run_folder(config, resume=False)
+    # what was written with the meaning of today goes on
+    prepare_run_folder(config, resume=True)
+    saved = Path(config.run) / "config.toml"
+    lines = saved.read_text(encoding="utf-8").splitlines(keepends=True)
+    saved.write_text("".join(line for line in lines if not line.startswith("patch_threshold")), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"--objective '1\*clip \+ 0.5\*joint_sub_captions' --allow"):
+        prepare_run_folder(config, resume=True)
+    former = configure("run", objective=objective | {"objective": "1*clip + 0.5*joint_sub_captions"})
+    prepare_run_folder(former, resume=True, allow=("objective.objective",))

@@ -84,7 +84,7 @@ def decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
 
 
 def weighted_decoupled(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """The same with hard positives weighing more (DCLW, Yeh et al. 2021, equation 7 and §3.3).
+    """The same with hard positives weighing more (DCLW, Yeh et al. 2021).
 
     The term of pair i's positive is multiplied by the negative von Mises-Fisher weight
     w_i = 2 - exp(s_i/σ) / mean_j exp(s_j/σ), s_i the cosine of the pair, j over the global batch; the mean of all
@@ -309,7 +309,7 @@ DCL = LossTerm(
 
 WEIGHTED_DCL = LossTerm(
     summary="the same with von Mises-Fisher weights, which are larger where a positive is hard",
-    paper="Yeh et al. 2021, Decoupled Contrastive Learning, §3.3",
+    paper="Yeh et al. 2021, Decoupled Contrastive Learning",
     outputs=("image_features", "text_features", "logit_scale"),
     inputs=("same",),
     batch_level=weighted_decoupled,

@@ -11,7 +11,7 @@ from vlm.train.objectives.loss_term import Heads, Inputs, LearnedScale, LossOpti
 
 
 def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """Softmax contrastive learning with several texts an image, one of each image at a time (DreamLIP, §3.2).
+    """Softmax contrastive learning with several texts an image, one of each image at a time (DreamLIP).
 
     The mean over k = 1 … S of the loss of `clip` between the images and their k-th sentences, which is what the code of
     Zheng et al. 2024 computes. Their images all have S sentences. Where some have fewer, a mean is over the image's
@@ -78,7 +78,7 @@ GROUPING_SCALE = "grouping_scale"
 def grouping(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
     """Each sentence finds its own group of patches among those of the image's other sentences, summed over images.
 
-    DreamLIP's form (Zheng et al. 2024, §3.3, with the choices of its code): with patches v_p of unit length and
+    DreamLIP's form (Zheng et al. 2024, with the choices of its code): with patches v_p of unit length and
     sentences t_k, similarities v_p · t_k are stretched to 0 … 1 for each sentence, those below `patch_threshold` (0.1)
     dropped, and the rest are the weights with which patches are averaged to the group g_k, of unit length. The loss is
     -log softmax_j(τ g_j · t_k) at j = k, the mean over sentences: one direction, with a temperature τ of its own.
@@ -103,7 +103,7 @@ def add_grouping_scale(model: VisionLanguageModel, options: LossOptions) -> Head
 
 
 def sparc(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:
-    """SPARC's form of the same (Bica et al. 2024, §3.2), with sentences in the place of its tokens.
+    """SPARC's form of the same (Bica et al. 2024), with sentences in the place of its tokens.
 
     Patches keep their length in the average, the threshold is 1/P for P patches, and groups and sentences are
     contrasted inside the image in both directions, at the temperature of the contrastive term; the mean of both, of
@@ -161,7 +161,7 @@ def _mask_logits(logits: Float[Tensor, "..."], ignored: Bool[Tensor, "..."]) -> 
 
 SUB_CAPTIONS = LossTerm(
     summary="softmax contrastive with several sentences per image, one of each at a time",
-    paper="Zheng et al. 2024, DreamLIP, §3.2",
+    paper="Zheng et al. 2024, DreamLIP",
     outputs=("image_features", "sub_features", "logit_scale"),
     inputs=("sub_tokens", "same"),
     batch_level=sub_captions,
@@ -177,7 +177,7 @@ JOINT_SUB_CAPTIONS = LossTerm(
 
 GROUPING = LossTerm(
     summary="contrastive matching of each sentence with its group of patches, within an image",
-    paper="Zheng et al. 2024, DreamLIP, §3.3",
+    paper="Zheng et al. 2024, DreamLIP",
     outputs=("sub_features", "patch_features", GROUPING_SCALE),
     inputs=("sub_tokens",),
     sample_level=grouping,
@@ -187,7 +187,7 @@ GROUPING = LossTerm(
 
 SPARC = LossTerm(
     summary="the same with patches of their own length, in both directions",
-    paper="Bica et al. 2024, SPARC, §3.2",
+    paper="Bica et al. 2024, SPARC",
     outputs=("sub_features", "patch_features", "logit_scale"),
     inputs=("sub_tokens",),
     sample_level=sparc,

@@ -45,6 +45,9 @@ ALIASES: dict[str, str] = {
 }
 """Aliases of sums that papers use."""
 
+FORMER_NAMES: dict[str, str] = {"sub_captions": "joint_sub_captions", "grouping": "sparc"}
+"""What two terms computed before 2026-11-29 is computed by these since; their names went to DreamLIP's own forms."""
+
 _SUMMAND = re.compile(r"(?:(?P<weight>[0-9.eE+-]+)\s*\*\s*)?(?P<name>[a-z][a-z0-9_-]*)")
 
 

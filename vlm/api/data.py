@@ -1,4 +1,4 @@
-"""`vlm.stream`, `vlm.train_tokenizer`, `vlm.build_concepts`: shards to batches, a tokenizer, a list of concepts."""
+"""`vlm.stream`, `vlm.train_tokenizer`, `vlm.build_concepts`, `vlm.relate`: shards to batches and to what these need."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,8 @@ from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
 from vlm.data.curation.concept_list import ConceptLimits, ConceptSummary, TextLines
 from vlm.data.curation.concept_list import build_concepts as write_concepts
 from vlm.data.pack import shards_at
+from vlm.data.sample_relations import SUFFIX as RELATIONS_SUFFIX
+from vlm.data.sample_relations import RelationsSummary, relate_samples, write_relations
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
 from vlm.data.selection import read_selection
 from vlm.data.shards import count_samples, shards_fingerprint
@@ -19,8 +21,10 @@ from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, RandomResizedCrop
 from vlm.errors import UsageError, os_errors_explained
-from vlm.files import compute_fingerprint
+from vlm.files import check_parent_exists, compute_fingerprint
+from vlm.index.curation_scores import ScoreWriter
 from vlm.index.embed import ProcessRank
+from vlm.index.embeddings_folder import Embeddings
 from vlm.models.load import load_model
 
 TEXT_SUFFIX = ".txt"
@@ -97,6 +101,50 @@ def build_concepts(
         limits,
         titles=Path(titles) if titles else None,
         wordnet=Path(wordnet) if wordnet else None,
+    )
+
+
+@os_errors_explained()
+def relate(
+    shards: Shards,
+    out: str | Path,
+    *,
+    languages: Sequence[str] = (),
+    images: bool = True,
+    embeddings: str | Path | None = None,
+    neighbours: int = 32,
+    workers: int = 1,
+) -> RelationsSummary:
+    """Write what samples are to each other, for `vlm.train(..., batches="distinct")` or "hard", as `vlm relate` does.
+
+    Args:
+        out: file to write, ending in .relations.
+        languages: of the captions that are compared; empty takes the first of each sample, as training does.
+        images: look for near-duplicate images too, which decodes every image.
+        embeddings: image embeddings of the same shards, by which the nearest `neighbours` of each sample are stored.
+
+    Raises:
+        UsageError: `out` exists or has another suffix, or the embeddings are of other shards.
+        VlmError: a shard is damaged.
+    """
+    path = Path(out)
+    if path.suffix != RELATIONS_SUFFIX:
+        raise UsageError(f"{path} must end in {RELATIONS_SUFFIX}.")
+    if path.exists():
+        raise UsageError(f"{path} exists already; name another file or remove it.")
+    check_parent_exists(path)
+    # opened before the scan, which takes longer
+    nearest = ScoreWriter(Embeddings.open(Path(embeddings))).neighbours(neighbours) if embeddings else None
+    relations = relate_samples(shards_at(join_shards(shards)), languages=languages, images=images, workers=workers)
+    if nearest is not None:
+        relations = relations.with_neighbours(*nearest)
+    write_relations(path, relations)
+    return RelationsSummary(
+        relations=str(path),
+        fingerprint=relations.fingerprint,
+        samples=relations.samples,
+        grouped_samples=relations.grouped_samples,
+        neighbours=relations.num_neighbours,
     )
 
 

@@ -67,7 +67,7 @@ def open_index(
 
     Args:
         model: where the index's model lies now, if it has moved, or what `vlm.load` gave.
-        rerank_model: a model with a caption decoder, for `rerank_top`.
+        rerank_model: what reranks, for `rerank_top`: a folder of `vlm.fit_reranker`, or a model with a caption decoder.
         on_gpu: copy the index to a GPU where FAISS sees one, which pays off for many queries.
         backend: what embeds queries: `onnx`, the model's ONNX export, which needs no torch; `torch`; or `auto`, the
             export where there is one that is up to date.

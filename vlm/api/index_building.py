@@ -1,6 +1,7 @@
-"""`vlm.build_index`: embeddings to an index, of the type that is asked for or that autotuning chooses."""
+"""`vlm.build_index`, `vlm.fit_reranker`: embeddings to an index, and to what reranks searches of it."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from vlm.errors import UsageError, os_errors_explained
 # imported where they are used: they need FAISS's training
 if TYPE_CHECKING:
     from vlm.index.build import AutotunedBuild, BuildSummary
+    from vlm.index.reranker_fit import RerankerSummary
 
 
 @os_errors_explained()
@@ -101,3 +103,32 @@ TUNING_PARAMETERS = {
     "refine_factor": "rerank",
 }
 """The parameters that autotuning chooses, with the field of `TuningParams` that each sets."""
+
+
+@os_errors_explained()
+def fit_reranker(embeddings: str | Path, out: str | Path, *, model: str = "", **options: Any) -> "RerankerSummary":
+    """Fit a poly-encoder that reranks searches by the single words of a query, as `vlm index fit-reranker` does.
+
+    `vlm.open_index(INDEX, rerank_model=out)` uses it; no image is read for that.
+
+    Args:
+        embeddings: image embeddings with captions, by the model of the index. out: folder to write.
+        model: the MODEL that made the embeddings, if it was moved.
+        options: codes, candidates, epochs, learning_rate, weight_decay, held_out, max_images, language, seed.
+
+    Raises:
+        UsageError: `out` exists, an option is out of range, or the embeddings are of texts or of another model.
+    """
+    from vlm.index.embeddings_folder import Embeddings
+    from vlm.index.reranker_fit import FitOptions
+    from vlm.index.reranker_fit import fit_reranker as fit
+    from vlm.models.load import load_model
+
+    known = [attribute.name for attribute in fields(FitOptions)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"fit_reranker() got an unexpected keyword argument {name!r}")
+    settings = FitOptions(**options)
+    settings.check()
+    folder = Embeddings.open(Path(embeddings))
+    return fit(load_model(model or folder.space.model), folder, Path(out), settings)

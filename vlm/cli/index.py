@@ -315,7 +315,7 @@ class FitReranker:
     """Fit a poly-encoder that reranks text searches of an index by the single words of the query.
 
     It is fitted on an embeddings folder of images with captions; the model stays unchanged, and no image is read. The
-    weights best on a held-out part are kept. Use it by vlm search INDEX --text … --rerank RERANKER. Prefer samples the
+    weights best on a held-out part are kept. Use it by vlm search INDEX "words" --rerank RERANKER. Prefer samples the
     model was not trained on: among its own training samples nearly all captions find their image already.
     """
 
@@ -355,14 +355,13 @@ class FitReranker:
     json: JsonOption = False
 
     def run(self) -> None:
-        """Fit, save, show."""
-        from vlm.files import check_not_exists
-        from vlm.index.embeddings_folder import Embeddings
-        from vlm.index.reranker_fit import FitOptions, fit_poly_encoder
-        from vlm.models.load import load_model
-        from vlm.models.poly_encoder import save_poly_encoder
+        """Fit, show."""
+        from vlm.api.index_building import fit_reranker
 
-        options = FitOptions(
+        summary = fit_reranker(
+            self.embeddings,
+            self.reranker,
+            model=self.model,
             codes=self.codes,
             candidates=self.candidates,
             epochs=self.epochs,
@@ -372,26 +371,14 @@ class FitReranker:
             language=self.language,
             seed=self.seed,
         )
-        options.check()
-        check_not_exists(self.reranker)
-        embeddings = Embeddings.open(self.embeddings)
-        result = fit_poly_encoder(load_model(self.model or embeddings.space.model), embeddings, options)
-        evidence = {
-            "images": result.images,
-            "held_out_images": result.held_out_images,
-            "epoch": result.epoch,
-            "before": result.before,
-            "after": result.after,
-        }
-        save_poly_encoder(self.reranker, result.fitted, configuration=asdict(options), details={"evidence": evidence})
         if self.json:
-            show_json({"reranker": str(self.reranker), "fingerprint": result.fitted.fingerprint} | evidence)
+            show_json(summary)
             return
-        rows = [["by cosine", *result.before.values()], ["reranked", *result.after.values()]]
-        show_table(["", *result.before], rows, title=f"{result.held_out_images:,} held-out images")
-        if not result.epoch:
+        rows = [["by cosine", *summary.before.values()], ["reranked", *summary.after.values()]]
+        show_table(["", *summary.before], rows, title=f"{summary.held_out_images:,} held-out images")
+        if not summary.epoch:
             logger.warning("No epoch was better than the cosine on the held-out images: the reranker adds nothing.")
-        logger.info(f"Next: vlm search INDEX --text QUERY --rerank {quoted(self.reranker)}")
+        logger.info(f'Next: vlm search INDEX "a query" --rerank {quoted(self.reranker)}')
 
 
 def show_recall(recall: "dict[str, RetrievalResult]", *, title: str) -> None:

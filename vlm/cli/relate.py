@@ -1,22 +1,16 @@
 """`vlm relate`: what the samples of shards are to each other, for distinct and hard training batches."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
-from vlm.console import quoted, show_fields, show_json
-from vlm.errors import UsageError
-
-if TYPE_CHECKING:
-    from vlm.tensor_types import Array, Int64
+from vlm.console import quoted, show_fields, show_json, spaced_names
 
 logger = logging.getLogger(__name__)
-
-_SUFFIX = ".relations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,43 +43,21 @@ class Relate:
     json: JsonOption = False
 
     def run(self) -> None:
-        """Relate, write, and show the counts."""
-        if self.out.suffix != _SUFFIX:
-            raise UsageError(f"{self.out} must end in {_SUFFIX}.")
-        from vlm.data.sample_relations import relate_samples, write_relations
-        from vlm.data.shards import expand_shards
-        from vlm.files import check_parent_exists
+        """Relate, show the counts."""
+        from vlm.api.data import relate
 
-        if self.out.exists():
-            raise UsageError(f"{self.out} exists already; name another file or remove it.")
-        check_parent_exists(self.out)
-        # before the scan, which takes longer
-        nearest = self._nearest()
-        relations = relate_samples(
-            expand_shards(self.shards),
+        summary = relate(
+            self.shards,
+            self.out,
             languages=self.languages,
             images=not self.captions_only,
+            embeddings=self.embeddings,
+            neighbours=self.neighbours,
             workers=self.workers,
         )
-        if nearest is not None:
-            relations = relations.with_neighbours(*nearest)
-        write_relations(self.out, relations)
-        counts = {
-            "samples": relations.samples,
-            "with an equal caption or image": relations.grouped_samples,
-            "neighbours": sum(len(shard.neighbours) for shard in relations.shards),
-        }
         if self.json:
-            show_json({"out": str(self.out), "fingerprint": relations.fingerprint, **counts})
+            show_json(summary)
             return
-        show_fields(counts, title=str(self.out))
-        batches = "hard" if relations.has_neighbours else "distinct"
+        show_fields(spaced_names(asdict(summary)))
+        batches = "hard" if summary.neighbours else "distinct"
         logger.info(f"Next: vlm train PRESET --data SHARDS --relations {quoted(self.out)} --batches {batches}")
-
-    def _nearest(self) -> "tuple[list[str], list[int], Int64[Array, 'N K']] | None":
-        if self.embeddings is None:
-            return None
-        from vlm.index.curation_scores import ScoreWriter
-        from vlm.index.embeddings_folder import Embeddings
-
-        return ScoreWriter(Embeddings.open(self.embeddings)).neighbours(self.neighbours)

@@ -13,6 +13,7 @@ the reranker starts from the order there is. Candidates are read from an index: 
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -134,9 +135,16 @@ def token_states(
 
 
 def _run_with_states(source: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What a module inside a network gave while something ran, and the result of that."""
+    """What a module inside a network gave while something ran in this thread, and the result of that."""
     outputs: list[Any] = []
-    handle = source.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        # a service embeds other texts by the same network at the same time
+        if threading.get_ident() == thread:
+            outputs.append(output)
+
+    handle = source.register_forward_hook(keep)
     try:
         result = run()
     finally:

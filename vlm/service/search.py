@@ -44,6 +44,7 @@ from vlm.tensor_types import Array, Float32, Int64
 if TYPE_CHECKING:
     import PIL.Image
 
+    import vlm.models.model
     import vlm.models.poly_encoder
     import vlm.service.reranking
 
@@ -202,6 +203,9 @@ class SearchService:
     text_cache: TextCache | None = None
     optional_fields: frozenset[str] = frozenset()
     _model: QueryEncoder | None = field(default=None, init=False, repr=False)
+    _text_encoder: "tuple[str, vlm.models.model.VisionLanguageModel] | None" = field(
+        default=None, init=False, repr=False
+    )
     _calibrator: Calibrator = field(default_factory=Calibrator, init=False, repr=False)
 
     @classmethod
@@ -247,6 +251,19 @@ class SearchService:
         """
         model = self.model
         return load_encoder(self._spec) if isinstance(model, OnnxEncoder) else model
+
+    @property
+    def text_encoder(self) -> "vlm.models.model.VisionLanguageModel":
+        """Torch's own model, whose text tower a poly-encoder looks into; loaded once where queries use an export.
+
+        Raises: as of `model`; UsageError: its text tower cannot be looked into.
+        """
+        from vlm.service.reranking import require_text_tower
+
+        model = self.model
+        if self._text_encoder is None or self._text_encoder[0] != model.fingerprint:
+            self._text_encoder = model.fingerprint, require_text_tower(self.row_encoder)
+        return self._text_encoder[1]
 
     @cached_property
     def poly_encoder(self) -> "vlm.models.poly_encoder.FittedPolyEncoder | None":
@@ -351,12 +368,12 @@ class SearchService:
         return [self._reranker(query, snapshot) if query.rerank_top else None for query in queries]
 
     def _reranker(self, query: Query, snapshot: IndexSnapshot) -> "vlm.service.reranking.TimedReranker":
-        from vlm.service.reranking import LikelihoodReranker, PolyEncoderReranker, require_text_tower
+        from vlm.service.reranking import LikelihoodReranker, PolyEncoderReranker
 
         if self.poly_encoder is None:
             return LikelihoodReranker(self.captioner, query, snapshot.catalogue)
         # torch's own model: an export gives no states of tokens
-        return PolyEncoderReranker(self.poly_encoder, require_text_tower(self.row_encoder), query, snapshot)
+        return PolyEncoderReranker(self.poly_encoder, self.text_encoder, query, snapshot)
 
     def _embed(
         self, model: QueryEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
