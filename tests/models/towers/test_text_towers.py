@@ -10,6 +10,7 @@ from vlm.models.towers.language_model import FrozenLanguageTower, complete_lm, l
 from vlm.models.towers.tower import pool_states, text_mask
 from vlm.models.towers.tower_config import parse_tower_options, read_text_config
 from vlm.models.towers.tower_registry import build_text_tower, resolve_tower_configs
+from vlm.train.flops import FlopCounter
 
 ROWS = torch.tensor([[90, 5, 6, 7, 91, 0, 0, 0], [90, 8, 91, 0, 0, 0, 0, 0], [90, 5, 9, 10, 11, 12, 13, 91]])
 IDS: dict[str, Any] = {"context_length": 8, "vocab_size": 100, "pad_id": 0, "eos_id": 91}
@@ -163,6 +164,22 @@ def test_the_embedding_is_the_language_model_s_last_state(folders):
     with torch.no_grad():
         expected = trunk(input_ids=ROWS[1:2, :3]).last_hidden_state[:, -1]
     assert torch.allclose(tower.embed(ROWS)[1:2], expected, atol=1e-5)
+
+
+def test_counting_flops_leaves_the_language_model_its_weights(folders):
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = make(f"lm:{folders / 'llama'}")
+
+        def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"text_features": self.text(inputs["tokens"])}
+
+    network = Network()
+    expected = network.text.embed(ROWS)
+    # it is tried without data first
+    assert FlopCounter(network).of({"tokens": ROWS}) > 0
+    assert torch.equal(network.text.embed(ROWS), expected)
 
 
 @pytest.mark.parametrize("facets", ["concat", "mean"])

@@ -39,7 +39,7 @@ class LazyLanguageModel:
 
         mask: which tokens are read, in a causal way; or, with the positions of the tokens, which each token sees.
         """
-        model = self._read().to(tokens.device)
+        model = self._on(tokens.device)
         given: dict[str, Tensor] = {"attention_mask": mask.long()}
         if positions is not None:
             # numbers to add rather than truth values: every kind of attention takes them
@@ -66,6 +66,14 @@ class LazyLanguageModel:
             and layers <= {"full_attention", "sliding_attention"}
             and not is_windowed
         )
+
+    def _on(self, device: torch.device) -> Any:
+        model = self._read()
+        if device.type != "meta":
+            return model.to(device)
+        # FLOPs are counted without data, which the model itself must not lose
+        with torch.device("meta"):
+            return type(model)(model.config).eval().requires_grad_(False)
 
     def _read(self) -> Any:
         if self._model is None:

@@ -36,16 +36,6 @@ class LazyWriter(LazyLanguageModel):
         # trained weights are float32, whatever the map to them is
         return model(inputs_embeds=embeddings.to(model.dtype), past_key_values=past, use_cache=past is not None)
 
-    def _on(self, device: torch.device) -> Any:
-        model = self._read()
-        if device.type != "meta":
-            return model.to(device)
-        from transformers import AutoModelForCausalLM
-
-        # FLOPs are counted without data, which the model itself must not lose
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model.config)
-
     def _load(self, values: dict[str, Any], weights: str) -> Any:
         from transformers import AutoModelForCausalLM
 
