@@ -29,7 +29,7 @@ from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import measure_retrieval
 from vlm.evaluation.zero_shot import ZeroShot, measure_zero_shot
 from vlm.models.model import VisionLanguageModel
-from vlm.train.frozen_features import open_cached_features
+from vlm.train.feature_cache import open_cached_features
 from vlm.train.presets import PRESETS
 from vlm.train.run_config import TrainConfig
 from vlm.train.session import build_model

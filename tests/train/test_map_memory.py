@@ -7,7 +7,7 @@ import torch
 
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, model_config
-from vlm.train.locked_features import keep_locked_features
+from vlm.train.map_memory import keep_locked_features
 from vlm.train.run import train
 from vlm.train.task import lock_tower
 
