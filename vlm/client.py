@@ -350,6 +350,26 @@ def _caption_body(image: ImageInput | Sequence[ImageInput], prompt: str) -> dict
     return {"images": list(map(data_url, _images(image))), "prompt": prompt}
 
 
+def explain_body(
+    text: str,
+    *,
+    item: str = "",
+    image: ImageInput = None,
+    words: bool = False,
+    against: Texts = (),
+    method: str = "auto",
+) -> dict[str, Any]:
+    """The body of a request for heat maps of one image, `item` by its uid or `image` itself, as of `vlm.explain`.
+
+    Raises:
+        UsageError: neither is given, or both; or the image cannot be used.
+    """
+    if bool(item) == (image is not None):
+        raise UsageError("Give the image to explain: either item, a uid, or image.")
+    shown = {"item": item} if item else {"image": data_url(image)}
+    return shown | {"text": text, "words": words, "against": text_list(against, "against"), "method": method}
+
+
 def map_body(
     box: Sequence[float] | None = None, *, top: int = 2000, colour: str = "", where: str = "", uids: Texts = ()
 ) -> dict[str, Any]:
@@ -463,6 +483,17 @@ class Client(_Connection):
         self._use_index()
         return self._call("POST", self._path("caption"), json=_caption_body(image, prompt))["captions"]
 
+    def explain(self, text: str, **options: Any) -> dict[str, Any]:
+        """Heat maps over an image that say where it matches a text; options as those of `explain_body`.
+
+        The overlays are images as data URLs: docs/serve.md has the fields.
+
+        Raises:
+            UsageError: the model's image tower gives no map, there is no such item, or the image cannot be used.
+        """
+        self._use_index()
+        return self._call("POST", self._path("explain"), json=explain_body(text, **options))
+
     def items(self, uids: Texts) -> list[dict[str, Any]]:
         """Captions and metadata of items, in the order of their uids.
 
@@ -571,6 +602,11 @@ class AsyncClient(_Connection):
         """As `Client.caption`."""
         await self._use_index()
         return (await self._call("POST", self._path("caption"), json=_caption_body(image, prompt)))["captions"]
+
+    async def explain(self, text: str, **options: Any) -> dict[str, Any]:
+        """As `Client.explain`."""
+        await self._use_index()
+        return await self._call("POST", self._path("explain"), json=explain_body(text, **options))
 
     async def items(self, uids: Texts) -> list[dict[str, Any]]:
         """As `Client.items`."""

@@ -163,6 +163,9 @@ def explain(
     if len(named) != 1:
         raise UsageError(f"{len(named)} images were given: explain one at a time.")
     encoder = (model if isinstance(model, Model) else load(model, device=device)).encoder
+    # encoders of other origin that embed for an index need not be networks
+    if not hasattr(encoder, "network") or not encoder.embeds_images:
+        raise UsageError(f"{encoder.name} has no image tower to look into: heat maps need one that torch runs.")
     view = next(read_batches(named, encoder.view, batch_size=1, on_error="raise")).pixels
     texts = [text, *(text.split() if words else [])]
     rows = encoder.embed_texts(texts)

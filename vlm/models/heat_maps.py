@@ -18,6 +18,7 @@ A map of few places is refined by shifting the image by parts of a place and ave
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -231,9 +232,11 @@ def _recorded_activations(network: Network) -> Iterator[list[_Activation]]:
     activations: list[_Activation] = []
     # tokens are a map only on the grid of the patches that they were made of
     grid: list[tuple[int, int]] = []
+    # a server may embed images by the same network in other threads meanwhile
+    own_thread = threading.get_ident()
 
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, torch.Tensor) or output.shape[0] != 1:
+        if threading.get_ident() != own_thread or not isinstance(output, torch.Tensor) or output.shape[0] != 1:
             return
         # what does not depend on the image, as embeddings of positions
         if torch.is_grad_enabled() and not output.requires_grad:

@@ -37,6 +37,9 @@ from vlm.service.search import SearchResult
 Value = TypeVar("Value")
 Uid = Annotated[str, QueryParameter(min_length=1, max_length=schemas.MAX_TEXT)]
 
+Explained = tuple[bytes, schemas.ExplainRequest]
+"""An encoded image with what is asked about it."""
+
 API = "/api/v1"
 PAGE_FILES = {
     "/": ("page.html", "text/html"),
@@ -45,6 +48,7 @@ PAGE_FILES = {
     "/page.css": ("page.css", "text/css"),
 }
 _OPEN_PATHS = {*PAGE_FILES, "/health", "/ready", "/favicon.ico"}
+_MAX_EXPLANATIONS = 16
 _WRITING = ("/add", "/delete")
 """Ends of the paths that change an index."""
 _CHANGE_PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -77,6 +81,7 @@ class Service:
     cors_origins: tuple[str, ...] = ()
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     batchers: dict[str, MicroBatcher[Query, SearchResult]] = field(default_factory=dict, init=False)
+    explainers: dict[str, MicroBatcher[Explained, dict[str, Any]]] = field(default_factory=dict, init=False)
     changes: dict[str, ChangeQueue] = field(default_factory=dict, init=False)
     maps: dict[str, MapReader] = field(default_factory=dict, init=False)
 
@@ -91,6 +96,10 @@ class Service:
                 workers=self.workers,
                 # requests are answered side by side; threads that wait for one another in each would cost more
                 prepare_thread=use_one_search_thread,
+            )
+            # one at a time: the gradients of a tower take several times the memory of an embedding
+            self.explainers[name] = MicroBatcher(
+                functools.partial(_explain, index), max_batch=1, max_waiting=_MAX_EXPLANATIONS
             )
 
     def _run_batch(self, index: ServedIndex, queries: Sequence[Query]) -> list[SearchResult | VlmError]:
@@ -149,12 +158,22 @@ class Service:
 
     async def close(self) -> None:
         """Answer what was accepted, then release the indexes."""
-        for batcher in self.batchers.values():
+        for batcher in (*self.batchers.values(), *self.explainers.values()):
             await batcher.close()
         for changes in self.changes.values():
             await changes.close()
         for index in self.indexes.values():
             index.close()
+
+
+def _explain(index: ServedIndex, requests: Sequence[Explained]) -> list[dict[str, Any] | VlmError]:
+    answers: list[dict[str, Any] | VlmError] = []
+    for image, request in requests:
+        try:
+            answers.append(index.explain(image, request))
+        except VlmError as error:
+            answers.append(error)
+    return answers
 
 
 async def in_thread(function: Callable[..., Value], *arguments: Any, **options: Any) -> Value:
@@ -407,6 +426,15 @@ def add_model_routes(api: FastAPI, service: Service) -> None:
         options = request.model_dump(exclude={"images", "items"})
         results = await in_thread(index.caption, images, options)
         return reply({"captions": [result["captions"][0]["caption"] for result in results], "results": results})
+
+    @api.post(f"{API}/indexes/{{name}}/explain", responses=PROBLEMS, response_model=schemas.ExplainAnswer)
+    async def explain(name: str, request: schemas.ExplainRequest) -> Response:
+        """Heat maps over an image that say where it matches a text, and each of its words."""
+        uploads = [request.image] if request.image is not None else []
+        uids = [request.item] if request.item is not None else []
+        index = service.index(name)
+        [image] = await in_thread(index.images_of, uploads, uids, service.limits.max_pixels)
+        return reply(await service.explainers[name].submit((image, request)))
 
 
 def add_change_routes(api: FastAPI, service: Service) -> None:

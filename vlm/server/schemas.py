@@ -16,6 +16,7 @@ MAX_METADATA = 65_536
 MAX_DEPTH = 8
 MAX_CLASS_TEXTS = 20_000
 MAX_POINTS = 10_000
+MAX_WORDS = 32
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Uid = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -150,6 +151,27 @@ class CaptionRequest(Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_length: int = Field(default=0, ge=0, le=10_000, description="Tokens; 0 is the model's context length.")
     seed: int = Field(default=0, ge=0, le=2**63)
+
+
+class ExplainRequest(Strict):
+    """An image, given or stored, and the text that it is compared with."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"item": "train-000005", "text": "a dog in the snow"}]})
+
+    item: Uid | None = Field(default=None, description="Uid of a row; or give `image`.")
+    image: DataUrl | None = None
+    text: Text
+    words: bool = Field(default=False, description=f"A map for each word by itself, too; of {MAX_WORDS} words at most.")
+    against: list[Text] = Field(
+        default=[], max_length=MAX_TERMS, description="Other texts: what speaks for `text` rather than for these."
+    )
+    method: Literal["auto", "attention", "grad-cam", "hires-cam", "similarity", "eigen-cam", "occlusion"] = "auto"
+
+    @model_validator(mode="after")
+    def _has_one_image(self) -> "ExplainRequest":
+        if (self.item is None) == (self.image is None):
+            raise ValueError("give either item or image")
+        return self
 
 
 class NewItem(Strict):
@@ -300,6 +322,11 @@ def decode_data_url(url: str) -> bytes:
     # binascii.Error is one; letters beyond ASCII give another
     except ValueError as error:
         raise UsageError(f"The image's data URL is not valid base64: {error}.") from error
+
+
+def encode_data_url(data: bytes, media_type: str) -> str:
+    """Bytes as a base64 data URL."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 class ProblemModel(BaseModel):
@@ -485,6 +512,22 @@ class CaptionAnswer(BaseModel):
 
     captions: list[str]
     results: list[ImageCaptions]
+
+
+class HeatMapModel(BaseModel):
+    """Where an image matches a text."""
+
+    text: str
+    similarity: float = Field(description="Cosine of image and text.")
+    peak: tuple[float, float] = Field(description="The hottest place, in widths and heights from the left and the top.")
+    overlay: DataUrl
+
+
+class ExplainAnswer(HeatMapModel):
+    """The map of the text, over the image as the model sees it, and those of its words. method: never "auto"."""
+
+    method: str
+    words: list[HeatMapModel]
 
 
 class ChangeAnswer(BaseModel):

@@ -5,6 +5,8 @@ version of the index whole, and a new version that a writer commits is taken up 
 cannot be opened is reported and the one before keeps answering.
 """
 
+import importlib.util
+import io
 import logging
 import threading
 import time
@@ -22,7 +24,7 @@ from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.facets import FieldSummary, ValueCount
-from vlm.server.schemas import decode_data_url
+from vlm.server.schemas import MAX_WORDS, ExplainRequest, decode_data_url, encode_data_url
 from vlm.service.images import read_image_bytes, thumbnail
 from vlm.service.query import Query
 from vlm.service.query_encoder import QueryEncoder, TextCache, embed_query_texts, load_query_encoder
@@ -340,7 +342,7 @@ class ServedIndex:
         """
         from vlm.api.inference import DecodingOptions
 
-        results = self._captioner.caption(list(images), decoding=DecodingOptions(**options))
+        results = self._torch_model.caption(list(images), decoding=DecodingOptions(**options))
         return [{"captions": result.to_json()["captions"]} for result in results]
 
     def _model(self) -> Any:
@@ -349,9 +351,41 @@ class ServedIndex:
 
         return Model(self.service.model)  # pyright: ignore[reportArgumentType]
 
+    def explain(self, image: bytes, request: ExplainRequest) -> dict[str, Any]:
+        """Heat maps of an image for a text, and for each of its words if asked for, as images over it.
+
+        Raises:
+            UsageError: the tower has no map, the text too many words, or the image cannot be decoded.
+        """
+        from vlm.api.explanation import explain
+
+        num_words = len(request.text.split())
+        if request.words and num_words > MAX_WORDS:
+            raise UsageError(f"The text has {num_words} words; maps are made of {MAX_WORDS} at most: shorten it.")
+        explanation = explain(
+            self._torch_model,
+            image,
+            request.text,
+            method=request.method,
+            against=request.against,
+            words=request.words,
+        )
+        maps: list[dict[str, Any]] = []
+        for heat_map in (explanation.whole, *explanation.words):
+            overlay = io.BytesIO()
+            explanation.overlay(heat_map).save(overlay, "JPEG", quality=85)
+            maps.append(heat_map.to_json() | {"overlay": encode_data_url(overlay.getvalue(), "image/jpeg")})
+        return {"method": explanation.method, **maps[0], "words": maps[1:]}
+
     @cached_property
-    def _captioner(self) -> Any:
-        # no export has a decoder
+    def _torch_model(self) -> Any:
+        """The model with its network: no export has a decoder, nor gradients.
+
+        Raises:
+            UsageError: this machine has no torch. Others as of `SearchService.row_encoder`.
+        """
+        if importlib.util.find_spec("torch") is None:
+            raise UsageError("Captions and heat maps need torch, which this server has not: pip install torch there.")
         from vlm.api.inference import Model
 
         return Model(self.service.row_encoder)  # pyright: ignore[reportArgumentType]

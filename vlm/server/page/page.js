@@ -4,6 +4,7 @@ const API = "/api/v1";
 const PAGE_SIZE = 40;
 const FOLD_COSINE = 0.95;
 const MOST_VALUES = 12;
+const MOST_WORDS = 32;
 const byId = (id) => document.getElementById(id);
 
 // --- requests ---------------------------------------------------------------------------------------------------------
@@ -280,9 +281,8 @@ function showDetail(hit) {
   // what was found on the map has none
   byId("detail-score").textContent = hit.score === undefined ? "" : `Cosine similarity ${hit.score.toFixed(4)}` + (hit.probability === undefined ? "" : `; relevant with probability ${hit.probability.toFixed(2)}`)
     + (hit.similar ? `; stands for ${hit.similar} near-duplicates` : "");
-  byId("detail-image").alt = captionOf(hit) || hit.uid;
-  byId("detail-image").removeAttribute("src");
-  showImage(byId("detail-image"), `${imagePath("thumbnail", hit.uid)}&size=640`);
+  showDetailImage(hit);
+  resetWhy(hit);
   byId("original").href = imagePath("image", hit.uid);
   byId("original").hidden = Boolean(token.value);
   byId("detail-facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
@@ -297,6 +297,73 @@ function showDetail(hit) {
   byId("like").onclick = add(1);
   byId("unlike").onclick = add(-1);
   byId("detail").showModal();
+}
+
+function showDetailImage(hit) {
+  byId("detail-image").alt = captionOf(hit) || hit.uid;
+  byId("detail-image").removeAttribute("src");
+  showImage(byId("detail-image"), `${imagePath("thumbnail", hit.uid)}&size=640`);
+}
+
+// --- why ----------------------------------------------------------------------------------------------------------------
+
+let asking = null;
+
+function resetWhy(hit) {
+  asking?.abort();
+  byId("why-text").value = state.terms.filter((term) => term.kind === "text" && term.sign > 0).map((term) => term.value).join(" ");
+  byId("why-status").textContent = "";
+  byId("why-words").replaceChildren();
+  byId("why").onsubmit = (event) => {
+    event.preventDefault();
+    explain(hit);
+  };
+}
+
+async function explain(hit) {
+  const text = byId("why-text").value.trim();
+  const status = byId("why-status");
+  if (!text) {
+    status.textContent = "Say what to look for in the image.";
+    return;
+  }
+  asking?.abort();
+  asking = new AbortController();
+  const { signal } = asking;
+  status.textContent = "Looking…";
+  try {
+    const against = state.terms.filter((term) => term.kind === "text" && term.sign < 0).map((term) => term.value);
+    const numWords = text.split(/\s+/).length;
+    const words = numWords > 1 && numWords <= MOST_WORDS;
+    const answer = await callJson(indexPath("explain"), { item: hit.uid, text, words, against }, signal);
+    const image = { label: "Image", show: () => showDetailImage(hit) };
+    const maps = [answer, ...answer.words].map((map) => ({ label: map.text, show: () => showHeat(map, against) }));
+    showChoices([image, ...maps]);
+  } catch (error) {
+    if (error.name !== "AbortError") status.textContent = error.message;
+  }
+}
+
+// the text's own map first
+function showChoices(choices) {
+  const buttons = choices.map(({ label, show }) => {
+    const button = element("button", { type: "button", ariaPressed: "false" }, label);
+    button.addEventListener("click", () => {
+      byId("why-status").textContent = "";
+      for (const other of buttons) other.ariaPressed = String(other === button);
+      show();
+    });
+    return button;
+  });
+  byId("why-words").replaceChildren(...buttons);
+  buttons[1].click();
+}
+
+function showHeat(map, against) {
+  byId("detail-image").src = map.overlay;
+  byId("detail-image").alt = `Heat map of “${map.text}”, hottest ${Math.round(100 * map.peak[0])}% from the left and ${Math.round(100 * map.peak[1])}% from the top`;
+  const rather = against.length ? ` rather than for ${against.map((text) => `“${text}”`).join(", ")}` : "";
+  byId("why-status").textContent = `“${map.text}”: similarity ${map.similarity.toFixed(4)}, bright where the image speaks for it${rather}.`;
 }
 
 // --- selection --------------------------------------------------------------------------------------------------------
