@@ -1,4 +1,4 @@
-"""Measurements of the GPU benchmark, as generators: each result is kept even if the next one never comes."""
+"""Training as the GPU benchmark measures it, by generators: each result is kept even if the next one never comes."""
 
 import gc
 import itertools
@@ -29,6 +29,7 @@ class Settings:
 
     batch: micro-batch size. seconds: of timed steps. most: batch size at which the search for the largest stops.
     equal: batch whose gradients in four micro-batches are compared with those of the whole.
+    rows: of the searched index. is_tiny: small networks, to try the script.
     """
 
     shards: str
@@ -41,7 +42,9 @@ class Settings:
     warm_up: int
     most: int
     equal: int
+    rows: int
     objective: str
+    is_tiny: bool
 
 
 def device_name() -> Iterator[Row]:

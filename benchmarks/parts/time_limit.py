@@ -21,6 +21,7 @@ class Outcome:
     rows: list[Row]
     seconds: float
     problem: str = ""
+    ran_out_of_time: bool = False
 
 
 def run_limited(part: Part, *arguments: Any, limit_s: float) -> Outcome:
@@ -31,7 +32,7 @@ def run_limited(part: Part, *arguments: Any, limit_s: float) -> Outcome:
     process.start()
     sending.close()
     rows: list[Row] = []
-    problem = f"terminated after its {limit_s:.0f} s"
+    problem, ran_out_of_time = f"terminated after its {limit_s:.0f} s", True
     while receiving.poll(max(0.0, began + limit_s - time.monotonic())):
         try:
             row, said = receiving.recv()
@@ -39,13 +40,13 @@ def run_limited(part: Part, *arguments: Any, limit_s: float) -> Outcome:
             said = "its process was killed"
             row = None
         if row is None:
-            problem = said
+            problem, ran_out_of_time = said, False
             break
         rows.append(row)
     assert process.pid is not None
     _end(process.pid)
     process.join()
-    return Outcome(rows=rows, seconds=time.monotonic() - began, problem=problem)
+    return Outcome(rows=rows, seconds=time.monotonic() - began, problem=problem, ran_out_of_time=ran_out_of_time)
 
 
 def _send_rows(sending: Connection, part: Part, arguments: tuple[Any, ...]) -> None:
