@@ -21,6 +21,7 @@ from vlm.evaluation.retrieval import evaluate_retrieval
 from vlm.evaluation.retrieval_metrics import RECALL_AT
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Tensor
+from vlm.train.map_memory import keep_evaluated_features
 
 
 class EMA:
@@ -273,16 +274,29 @@ class Ingredient:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PathPoint:
+    """A place on the line between two models: α, the metric there, and the metric on other data; None if not measured.
+
+    is_allowed: whether the metric on other data is no further below that of the start than it may be.
+    """
+
+    alpha: float
+    metric: float | None = None
+    other: float | None = None
+    is_allowed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Soup:
     """The averaged model, its ingredients, and its metric if one was measured.
 
-    sweep: (α, metric) of each interpolation tried.
+    sweep: the interpolations tried.
     """
 
     model: VisionLanguageModel
     ingredients: tuple[Ingredient, ...]
     metric: float | None
-    sweep: tuple[tuple[float, float | None], ...] = ()
+    sweep: tuple[PathPoint, ...] = ()
 
 
 def weighted_soup(
@@ -354,11 +368,20 @@ def greedy_soup(names: Sequence[str], *, open_model: ModelLoader, measure: Measu
 
 
 def interpolate(
-    start: str, tuned: str, alphas: Sequence[float], *, open_model: ModelLoader, measure: Measure | None = None
+    start: str,
+    tuned: str,
+    alphas: Sequence[float],
+    *,
+    open_model: ModelLoader,
+    measure: Measure | None = None,
+    measure_other: Measure | None = None,
+    max_drift: float = 1.0,
 ) -> Soup:
     """(1 - α) · start + α · tuned (WiSE-FT, Wortsman et al. 2021, eq. 1): of several α the one with the best metric.
 
     alphas: in [0, 1]; 0 gives the start's weights and 1 the tuned ones bit for bit. Of equal metrics the first counts.
+    measure_other: on data that the start was good at. Only an α counts at which it is at most `max_drift` below its
+        value at α = 0, which is then measured, too; that one always counts.
 
     Raises:
         UsageError: an α outside [0, 1], several without a measure, models that differ in more than their weights.
@@ -372,22 +395,46 @@ def interpolate(
     # copied, since the network that holds the first model's weights takes up the mean
     start_weights = _copy_to_cpu(builder.open(start))
     tuned_weights = _copy_to_cpu(builder.open(tuned))
+    builder.keep_equal_trunks(start_weights, tuned_weights)
 
     def between(alpha: float) -> VisionLanguageModel:
         return builder.fill(WeightedMean().plus(start_weights, 1 - alpha).plus(tuned_weights, alpha))
 
-    sweep: list[tuple[float, float | None]] = []
+    if measure_other and 0.0 not in alphas:
+        # drift is since the start
+        alphas = (0.0, *alphas)
+    sweep: list[PathPoint] = []
     for alpha in alphas:
         # without a measure there is one α, and nothing to choose: the network is filled once, below
-        sweep.append((alpha, measure(between(alpha)) if measure else None))
+        model = between(alpha) if measure else None
+        sweep.append(
+            PathPoint(
+                alpha=alpha,
+                metric=measure(model) if measure and model else None,
+                other=measure_other(model) if measure_other and model else None,
+            )
+        )
+    sweep = _mark_allowed(sweep, max_drift)
     # max returns the first of equal values
-    best, metric = max(sweep, key=lambda point: -math.inf if point[1] is None else point[1])
+    best = max(
+        (point for point in sweep if point.is_allowed),
+        key=lambda point: -math.inf if point.metric is None else point.metric,
+    )
     ingredients = (
-        Ingredient(model=start, fingerprint=builder.fingerprints[start], share=1 - best),
-        Ingredient(model=tuned, fingerprint=builder.fingerprints[tuned], share=best),
+        Ingredient(model=start, fingerprint=builder.fingerprints[start], share=1 - best.alpha),
+        Ingredient(model=tuned, fingerprint=builder.fingerprints[tuned], share=best.alpha),
     )
     # filled again: the network holds the last interpolation tried, not the best one
-    return Soup(model=between(best), ingredients=ingredients, metric=metric, sweep=tuple(sweep))
+    return Soup(model=between(best.alpha), ingredients=ingredients, metric=best.metric, sweep=tuple(sweep))
+
+
+def _mark_allowed(sweep: Sequence[PathPoint], max_drift: float) -> list[PathPoint]:
+    at_start = next((point.other for point in sweep if point.alpha == 0), None)
+    marked: list[PathPoint] = []
+    for point in sweep:
+        drift = 0.0 if at_start is None or point.other is None else at_start - point.other
+        marked.append(dataclasses.replace(point, is_allowed=drift <= max_drift))
+    return marked
 
 
 def build_soup(
@@ -399,12 +446,14 @@ def build_soup(
     shares: Sequence[float] = (),
     start: str = "",
     alphas: Sequence[float] = (),
+    measure_other: Measure | None = None,
+    max_drift: float = 1.0,
 ) -> Soup:
     """Average models in one of three ways, with a progress bar.
 
     greedy: greedy soup; needs `measure`. start: interpolate between it and the one model. Else the weighted soup.
     shares: of the weighted soup; empty gives all the same. alphas: of the interpolation; empty is 0.5, or with a
-        measure the best of 0, 0.25, 0.5, 0.75, 1.
+        measure the best of 0, 0.25, 0.5, 0.75, 1. measure_other, max_drift: as of `interpolate`.
 
     Raises: as of `greedy_soup`, `interpolate` and `weighted_soup`.
     """
@@ -431,7 +480,15 @@ def build_soup(
 
         counted = measure_and_count if measure else None
         if start:
-            return interpolate(start, models[0], alphas, open_model=open_and_count, measure=counted)
+            return interpolate(
+                start,
+                models[0],
+                alphas,
+                open_model=open_and_count,
+                measure=counted,
+                measure_other=measure_other,
+                max_drift=max_drift,
+            )
         if greedy:
             return greedy_soup(models, open_model=open_and_count, measure=measure_and_count)
         return weighted_soup(models, shares or (1.0,) * len(models), open_model=open_and_count, measure=counted)
@@ -490,6 +547,16 @@ class _SoupBuilder:
                 raise UsageError(f"{other} and {name} are the same model; name it once.")
         self.fingerprints[name] = model.fingerprint
         return model
+
+    def keep_equal_trunks(self, one: Weights, other: Weights) -> None:
+        """Run a trunk once for each image or text where both have the same one, as after tuning heads alone."""
+        assert self._first is not None
+        network = self._first.network
+        for tower in ("visual", "text"):
+            names = [name for name in one if name.startswith(f"{tower}.trunk.")]
+            if names and all(torch.equal(one[name], other[name]) for name in names):
+                network.get_submodule(f"{tower}.trunk").requires_grad_(False)
+        keep_evaluated_features(network)
 
     def fill(self, mean: WeightedMean) -> VisionLanguageModel:
         """The mean as a model, until `fill` is called again."""

@@ -1,8 +1,8 @@
 """Drift: how far retrieval and zero-shot figures have fallen since the model that a run started from, and holding it.
 
-A model that is tuned to write captions forgets what its embeddings were trained for. Each evaluation tells by how much;
-with a bound, the weights of the embeddings are drawn back half the way to the start until the bound holds (weight
-interpolation, Wortsman et al. 2022, WiSE-FT, §3). The caption decoder is left as it is.
+A model that is tuned for other data, or to write captions, forgets what it was trained for. Each evaluation tells by
+how much; with a bound, the weights of the embeddings are drawn back half the way to the start until the bound holds
+(weight interpolation, Wortsman et al. 2022, WiSE-FT, §3). The caption decoder is left as it is.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
+from vlm.models.low_rank import FACTOR_A
 from vlm.tensor_types import Tensor
-from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,9 @@ class DriftGuard:
         """Before the first step, and before a checkpoint is read."""
         start: dict[str, Tensor] = {}
         for name, tensor in network.state_dict().items():
-            if tensor.is_floating_point() and not name.startswith(_DECODER):
-                start[name] = tensor.detach().clone()
+            # half of an adapter is half of B A, so that only B is drawn back
+            if tensor.is_floating_point() and not name.startswith(_DECODER) and FACTOR_A not in name:
+                start[name] = tensor.detach().to("cpu", copy=True)
         return cls(start=start, bound=bound)
 
     def measure(self, network: nn.Module, measure: Callable[[], Figures]) -> Figures:
@@ -98,20 +99,20 @@ class DriftGuard:
 
 
 def open_drift_guard(config: TrainConfig, network: nn.Module) -> DriftGuard | None:
-    """A guard for a run that tunes a model to write captions, or has a bound; None for others.
+    """A guard for a run that tunes a model and measures it; None for others.
 
     Raises:
         UsageError: there is a bound, and no start, nothing to measure, or weights that are spread over processes.
     """
     bound = config.safety.max_drift
-    has_start = bool(config.model.start_from and (config.val or config.val_suite))
+    has_start = bool(config.model.start_from and (config.val or config.val_suite or config.val_other))
     if bound and not has_start:
-        raise UsageError(f"max_drift = {bound} is since the start: give --start-from, and --val or --val-suite.")
+        raise UsageError(
+            f"max_drift = {bound} is since the start: give --start-from, and --val, --val-other or --val-suite."
+        )
     if bound and config.sharding == "fsdp":
         raise UsageError("--max-drift draws whole weights back, and fsdp shards them; leave one of them out.")
-    outputs = [output for weighted in parse_objective(config.objective.objective) for output in weighted.term.outputs]
-    writes_captions = any(output.endswith("logits") for output in outputs)
-    if not has_start or config.sharding == "fsdp" or not (bound or writes_captions):
+    if not has_start or config.sharding == "fsdp":
         return None
     return DriftGuard.of(network, bound=bound)
 

@@ -10,24 +10,31 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlm.errors import UsageError
 from vlm.models.network import Network
 from vlm.models.towers.tower import ImageTower
-from vlm.tensor_types import Float, Tensor
+from vlm.tensor_types import Float, Num, Tensor
 
 logger = logging.getLogger(__name__)
 
 _BYTES_IN_GB = 1_000_000_000
+# of a tower: pooled features of 50,000 images, or of 170,000 captions
+_EVALUATED_BYTES = 256_000_000
 
 
 class LockedFeatures:
-    """The maps of a trunk by the digest of the pixels, up to `max_bytes`; what finds no room is computed each time."""
+    """What a trunk gives by the digest of its input, up to `max_bytes`; what finds no room is computed each time.
 
-    def __init__(self, tower: ImageTower, *, max_bytes: int) -> None:
-        self._compute: Any = tower.features
-        self._trunk = tower.trunk
+    compute: a method of the tower that runs its trunk. only_evaluations: keep nothing while gradients are computed.
+    """
+
+    def __init__(self, tower: Any, compute: Any, *, max_bytes: int, only_evaluations: bool = False) -> None:
+        self._compute = compute
+        self._trunk: nn.Module = tower.trunk
         self._max_bytes = max_bytes
+        self._only_evaluations = only_evaluations
         self._rows: dict[bytes, int] = {}
         self._maps: Tensor | None = None
 
@@ -35,8 +42,10 @@ class LockedFeatures:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self._compute, memo)
 
-    def __call__(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B ..."]:
-        """The trunk's maps of these pixels."""
+    def __call__(self, pixels: Num[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """What the trunk gives for these pixels, or tokens."""
+        if self._only_evaluations and torch.is_grad_enabled():
+            return self._compute(pixels)
         digests = [_digest(image) for image in pixels.detach().cpu()]
         is_new: dict[bytes, int] = {}
         for place, digest in enumerate(digests):
@@ -75,7 +84,8 @@ class LockedFeatures:
             # not one of inference mode, in which the first evaluation may run: no gradient goes through those
             with torch.inference_mode(False):
                 self._maps = torch.empty(rows, *maps.shape[1:], dtype=maps.dtype)
-            logger.info(f"What the locked image tower gives is kept for {rows:,} views of {size / 1000:,.0f} kB.")
+            if not self._only_evaluations:
+                logger.info(f"What the locked image tower gives is kept for {rows:,} views of {size / 1000:,.0f} kB.")
         return len(self._maps)
 
 
@@ -92,7 +102,26 @@ def keep_locked_features(network: Network, gigabytes: float) -> None:
         )
     if any(parameter.requires_grad for parameter in tower.trunk.parameters()):
         raise UsageError("--locked-features-gb needs an image tower that is locked whole: give --lock image.")
-    tower.features = LockedFeatures(tower, max_bytes=int(gigabytes * _BYTES_IN_GB))
+    tower.features = LockedFeatures(tower, tower.features, max_bytes=int(gigabytes * _BYTES_IN_GB))
+
+
+def keep_evaluated_features(network: nn.Module) -> list[str]:
+    """Let towers whose trunks are locked whole keep their pooled features between evaluations, where only heads change.
+
+    Returns the names of these towers; others are left as they are. A pass with gradients keeps nothing.
+    """
+    names: list[str] = []
+    for name in ("visual", "text"):
+        tower: Any = getattr(network, name, None)
+        has_features = all(hasattr(tower, part) for part in ("trunk", "embed", "project"))
+        # pooling of ours is trained, and a captioner reads more than pooled features
+        if not has_features or len(getattr(tower, "pools", ())) or getattr(tower, "memory", None) is not None:
+            continue
+        if any(parameter.requires_grad for parameter in tower.trunk.parameters()):
+            continue
+        tower.embed = LockedFeatures(tower, tower.embed, max_bytes=_EVALUATED_BYTES, only_evaluations=True)
+        names.append(name)
+    return names
 
 
 def _digest(image: Tensor) -> bytes:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlm.train.distributed import split_by_sharding
+from vlm.train.layer_rates import layer_rates
 from vlm.train.run_config import OptimizerConfig
 
 _PIXEL_CHANNELS = 3
@@ -85,30 +86,38 @@ _LR_MULTIPLIER = "relative_rate"
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with weight decay for matrices, and without for gains, biases and temperature (as in CLIP §2.5).
 
-    With `optimizer` "muon" the matrices inside the towers are updated by Muon.
+    With `optimizer` "muon" the matrices inside the towers are updated by Muon. With a `layer_decay` the network is a
+    training task, whose towers are known.
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     tables = embedding_weight_names(network)
-    matrices: list[nn.Parameter] = []
+    # a task holds the network, and heads of its own beside it
+    layers = layer_rates(network.get_submodule("network"), config.layer_decay) if config.layer_decay != 1 else {}
+    rates = {name: layers.get(name.removeprefix("network."), 1.0) for name in trained}
+    matrices: dict[float, list[nn.Parameter]] = {}
     if config.optimizer == "muon":
         for name, weight in list(trained.items()):
             if name not in tables and is_hidden_matrix(name, weight):
-                matrices.append(trained.pop(name))
-    adamw = _adamw(trained, tables, config)
-    if not matrices:
+                matrices.setdefault(rates[name], []).append(trained.pop(name))
+    adamw = _adamw(trained, tables, config, rates)
+    groups: list[dict[str, Any]] = []
+    for rate, parameters in matrices.items():
+        groups += [{"params": weights, _LR_MULTIPLIER: rate} for weights in split_by_sharding(parameters) if weights]
+    if not groups:
         return adamw
-    groups = [{"params": weights, _LR_MULTIPLIER: 1.0} for weights in split_by_sharding(matrices) if weights]
     return MuonWithAdamW(
         groups, adamw, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
 
 
-def _adamw(weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig) -> torch.optim.AdamW:
+def _adamw(
+    weights: Mapping[str, nn.Parameter], tables: Collection[str], config: OptimizerConfig, rates: Mapping[str, float]
+) -> torch.optim.AdamW:
     by_settings: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in weights.items():
         # pulling gains towards 0 would shrink activations, and a bias has no scale to regularise
         decay = config.weight_decay if weight.ndim >= 2 else 0.0
-        multiplier = _lr_multiplier(name, weight, tables, config)
+        multiplier = rates[name] * _lr_multiplier(name, weight, tables, config)
         by_settings.setdefault((decay, multiplier), []).append(weight)
 
     groups: list[dict[str, Any]] = []

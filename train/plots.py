@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.files import atomic_write
+from vlm.train.averaging import PathPoint
 from vlm.train.recipes import ReferenceCurve
 
 if TYPE_CHECKING:
@@ -113,6 +114,26 @@ def draw_comparison(
             axes.legend(fontsize=8, frameon=False)
 
     _draw_panels(drawn, draw, path, title=title)
+
+
+def draw_path(points: Sequence[PathPoint], path: Path, *, metric: str, max_drift: float) -> None:
+    """The line between two models by what it gives on both data sets, as figure 1 of WiSE-FT (Wortsman et al. 2021)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    measured = [(100 * point.other, 100 * point.metric, point) for point in points if point.other and point.metric]
+    if measured:
+        axes.plot([other for other, _, _ in measured], [value for _, value, _ in measured], color="C0", marker="o")
+    for other, value, point in measured:
+        axes.annotate(f"α {point.alpha:g}", (other, value), xytext=(4, 4), textcoords="offset points")
+        if point.alpha == 0:
+            axes.axvline(other - 100 * max_drift, color="C3", linestyle="--", label=f"bound, {max_drift:.1%} below")
+            axes.legend()
+    axes.set_xlabel(f"{metric} on other data, %")
+    axes.set_ylabel(f"{metric} on the data it was tuned for, %")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _single_panels() -> list[Panel]:

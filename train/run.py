@@ -8,28 +8,32 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from vlm.data.collate import TrainingBatch
 from vlm.data.sample_ledger import Ledger
 from vlm.data.shards import shards_fingerprint
 from vlm.errors import VlmError
 from vlm.manifest import Manifest, write_manifest
 from vlm.models.factory import build_network
-from vlm.models.load import save_model_folder
+from vlm.models.load import WEIGHTS, save_model_folder
+from vlm.models.low_rank import LORA, merge_adapters
 from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import CHECKPOINTS, RUN_MODEL
 from vlm.results import Result
 from vlm.tensor_types import Tensor
-from vlm.train.checkpoint.format import new_best
+from vlm.train.checkpoint.format import EMA_WEIGHTS, checkpoint_name, new_best
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
 from vlm.train.distributed import merge_ledgers, to_full_tensor, unsharded_weights
-from vlm.train.history import METRICS, read_metrics
+from vlm.train.held_out import DEFAULT_METRIC, evaluations_without_gain, overfitting
+from vlm.train.history import METRICS, format_metric, read_metrics
 from vlm.train.logger import (
     RunLogger,
     check_bad_sample_limit,
@@ -101,7 +105,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
         if state.step == 0:
             # what early trouble rolls back to; and better to find now than later that there is no space
             writer.save(state, ledger=merge_ledgers(state.ledger), is_scheduled=True)
-        batches = run_logger.timed(session.open_batches())
+        batches = open_batches(session, run_logger)
         while (micro_batches := next(batches, None)) is not None:
             watchdog.set_phase(f"in step {state.step + 1:,}")
             result = train_step(session, micro_batches)
@@ -116,7 +120,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
                 # ends the workers of the old loader, which are ahead on samples that are passed over now
                 batches.close()
                 roll_back_session(session, writer, run_logger)
-                batches = run_logger.timed(session.open_batches())
+                batches = open_batches(session, run_logger)
                 continue
 
             is_last = state.step == session.steps
@@ -124,16 +128,19 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
             if state.step % config.log_every == 0 or is_last:
                 values = run_logger.read(result, micro_batches)
             before_pause = time.monotonic()
-            if session.validation and (is_last or is_evaluation_due(session, evaluation_clock)):
+            is_judged = bool(session.validation) and (is_last or is_evaluation_due(session, evaluation_clock))
+            if is_judged:
                 watchdog.set_phase("evaluating", after=f"step {state.step:,}")
                 values |= evaluate(session)
                 evaluation_clock.add(before_pause, time.monotonic())
             if values:
                 run_logger.write(values)
+            if is_judged and stops_early(session):
+                is_last = True
+                batches.close()
 
             # clocks, signals and metrics differ between processes, which must save and stop at the same step
-            is_requested = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested
-            wants_save = is_requested or is_best(state)
+            wants_save = schedule.is_due(state.step, state.elapsed_seconds) or stop.is_save_requested or is_best(state)
             is_stopping, is_due = any_across_processes([bool(stop), wants_save], state.model.device)
             if is_due or is_last or is_stopping:
                 watchdog.set_phase("saving", after=f"step {state.step:,}")
@@ -156,6 +163,14 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
     finish_run(session, ledger, run_logger.utilisation)
     session.accelerator.wait_for_everyone()
     return summarise(session, ledger)
+
+
+def open_batches(session: Session, run_logger: RunLogger) -> Generator[list[TrainingBatch], None, None]:
+    """The batches from the state's position on, timed; none where the run had stopped early before an interruption."""
+    batches = run_logger.timed(session.open_batches())
+    if session.state.step and session.config.safety.early_stop and stops_early(session):
+        batches.close()
+    return batches
 
 
 def open_evaluation_clock(session: Session) -> EvaluationClock:
@@ -254,6 +269,24 @@ def evaluate(session: Session) -> dict[str, float]:
     return metrics
 
 
+def stops_early(session: Session) -> bool:
+    """Whether the held-out figures have not improved for so long that the run ends; all processes call it.
+
+    Overfitting is told on the way.
+    """
+    safety = session.config.safety
+    has_stopped = False
+    if session.accelerator.is_main_process:
+        lines = read_metrics(session.folder / METRICS)
+        metric = safety.keep_best or DEFAULT_METRIC
+        if warning := overfitting(lines, metric):
+            logger.warning(warning)
+        if safety.early_stop and evaluations_without_gain(lines, metric) >= safety.early_stop:
+            has_stopped = True
+            logger.info(f"{metric} has not risen for {safety.early_stop} evaluations: the run ends (--early-stop).")
+    return any_across_processes([has_stopped], session.state.model.device)[0]
+
+
 def is_best(state: TrainState) -> bool:
     """Whether the state is the best one measured so far; known on the main process."""
     return state.best is not None and state.best.step == state.step
@@ -263,12 +296,22 @@ def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> No
     """Write model/ (the EMA where one is kept), ledger.json, curves.png, and last the manifest."""
     weights = final_weights(session.state)
     if session.accelerator.is_main_process:
-        model = final_model(session.state.model, weights)
+        model = final_model(session.state.model, best_weights(session) or weights)
         _write_run(session, ledger, utilisation, model)
         if session.validation and any(
             {"logits", "parallel_logits"} & set(weighted.term.outputs) for weighted in session.terms
         ):
             session.validation.check_captions(model)
+
+
+def best_weights(session: Session) -> dict[str, Tensor] | None:
+    """Those of the best checkpoint of a run that stops early; None where the last ones are the best, or are wanted."""
+    best = session.state.best
+    if not session.config.safety.early_stop or best is None or best.step == session.state.step:
+        return None
+    checkpoint = session.folder / CHECKPOINTS / checkpoint_name(best.step)
+    logger.info(f"The model is that of step {best.step:,}: {best.metric} {format_metric(best.metric, best.value)}.")
+    return load_file(checkpoint / (EMA_WEIGHTS if session.ema else WEIGHTS))
 
 
 def final_weights(state: TrainState) -> dict[str, Tensor]:
@@ -286,7 +329,8 @@ def final_model(model: VisionLanguageModel, weights: dict[str, Tensor]) -> Visio
     fresh = network.state_dict()
     # the EMA of half-precision weights is kept in float32
     network.load_state_dict({name: tensor.to(fresh[name].dtype) for name, tensor in weights.items()})
-    return replace(model, network=network.eval(), device=torch.device("cpu"))
+    config = merge_adapters(network, model.config) if LORA in model.config else model.config
+    return replace(model, network=network.eval(), config=config, device=torch.device("cpu"))
 
 
 def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model: VisionLanguageModel) -> None:
@@ -314,6 +358,7 @@ def _write_run(session: Session, ledger: Ledger, utilisation: Utilisation, model
                 "initial_weights": _initial_weights(state.model.network),
                 "utilisation": utilisation.to_values(),
                 "skipped": state.skipped,
+                "best": asdict(state.best) if state.best else None,
                 "repeat": f"vlm train {run / CONFIG} --run NEW",
             },
         ),
@@ -331,9 +376,11 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
     # validation metrics are only on some of the lines
     last_values: dict[str, Any] = {}
     lines = read_metrics(session.folder / METRICS)
-    for line in lines:
-        last_values |= line
     state = session.state
+    final_step = state.best.step if session.config.safety.early_stop and state.best else state.step
+    for line in lines:
+        # what the model at the end was measured to be
+        last_values |= line if line["step"] <= final_step else {}
     return RunSummary(
         run=str(session.folder),
         steps=state.step,

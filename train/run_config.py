@@ -46,6 +46,15 @@ class ModelConfig:
     unlocked_groups: int = 0
     """Number of last layer groups of each locked tower to train all the same."""
 
+    lora_rank: int = 0
+    """Rank of low-rank adapters (LoRA) for the matrices of the towers of start_from; 0 trains the weights themselves.
+
+    The adapters are added to the weights at the end; needs the extra lora (peft).
+    """
+
+    lora_alpha: float = 0.0
+    """α of the adapters, which are scaled by α / rank; 0 is twice the rank."""
+
     patch_dropout: float = 0.0
     """Fraction of patches a ViT drops while training (patch dropout)."""
 
@@ -173,6 +182,12 @@ class OptimizerConfig:
     epsilon: float = 1e-6
     """ε of Adam."""
 
+    layer_decay: Annotated[float, tyro.conf.arg(name="layer-lr-decay")] = 1.0
+    """Learning-rate multiplier from each group of layers to the one before it, in the towers; 1 trains all alike.
+
+    Features of early layers are general, and need smaller steps (BEiT, Bao et al. 2022, §A; timm's groups of layers).
+    """
+
     warmup_steps: int = 100
     """Warm-up steps."""
 
@@ -292,7 +307,14 @@ class SafetyConfig:
     """Maximum number of rollbacks before the run fails."""
 
     max_drift: float = 0.0
-    """How far recall@1 or top1 may fall below the start model; then its weights are drawn back. 0 holds nothing."""
+    """How far recall@1 or top1, on val, val_other or val_suite, may fall below the start model; then the weights are
+    drawn back towards it. 0 holds nothing."""
+
+    early_stop: int = 0
+    """Stop after so many evaluations in a row without a better keep_best metric; the model is that of the best one.
+
+    0 trains to the end, and the model is the last one.
+    """
 
     hang_minutes: Annotated[float, tyro.conf.arg(name="watchdog-minutes")] = 30.0
     """Watchdog timeout: end the run with a stack trace of each process if a step takes longer; 0 disables it."""
@@ -321,6 +343,10 @@ class TrainConfig:
 
     val_limit: int = 0
     """Images of val to evaluate on, the first ones; 0 uses all."""
+
+    val_other: str = ""
+    """Shards of other data, on which a fine-tuned model should stay as good as start_from: retrieval there is logged
+    as other/…, and how far it has fallen as drift/other/…; see max_drift."""
 
     val_suite: str = ""
     """Evaluation suite (a name or a TOML file) to run at the same steps; logged as DATA/EVALUATOR/VALUE."""
@@ -398,8 +424,14 @@ class TrainConfig:
                 raise UsageError(f"{name} = {value} is not a share; give a number from 0 to 1.")
         if 0 < self.loader.cache_gb < _MIN_CACHE_GB:
             raise UsageError(f"cache_gb = {self.loader.cache_gb} holds no shard; give gigabytes, or 0 for the default.")
-        if self.val.endswith(".toml"):
-            raise UsageError(f"val = {self.val!r} is a mixture; retrieval is measured on shards: name them.")
+        for name, value in (("val", self.val), ("val_other", self.val_other)):
+            if value.endswith(".toml"):
+                raise UsageError(f"{name} = {value!r} is a mixture; retrieval is measured on shards: name them.")
+        if self.safety.early_stop and not (self.safety.keep_best and (self.val or self.val_suite)):
+            raise UsageError(
+                f"early_stop = {self.safety.early_stop} judges held-out data: give --val SHARDS (or --val-suite), and "
+                "--keep-best METRIC, e.g. text_to_image_recall@10."
+            )
         if self.steps < 0 and not 0 < self.epochs < _MAX_EPOCHS:
             raise UsageError(f"epochs = {self.epochs} is not a length; give a positive number, or --steps.")
         if self.loader.sentences and {"teacher_text", "text_embedding"} & set(self.loader.arrays):
@@ -415,10 +447,24 @@ class TrainConfig:
             )
         if self.loader.caption_blend and not self.loader.cache_features:
             raise UsageError("caption_blend averages cached features; give --cache-features with a locked text tower.")
+        if self.model.lora_rank:
+            self._check_adapters()
         if self.optimizer.optimizer == "muon" and self.sharding == "fsdp":
             raise UsageError("--optimizer muon needs whole matrices, and fsdp shards them; give --optimizer adamw.")
         if not 0 < self.loader.crop_scale[0] <= self.loader.crop_scale[1] <= 1:
             raise UsageError(f"crop_scale = {self.loader.crop_scale} is not a range inside (0, 1].")
+
+    def _check_adapters(self) -> None:
+        rank = f"lora_rank = {self.model.lora_rank}"
+        if not self.model.start_from:
+            raise UsageError(f"{rank}: adapters change a trained model a little; name it by --start-from MODEL.")
+        if self.model.lock == "both" or self.model.unlocked_groups:
+            raise UsageError(
+                f"{rank} adapts whole towers: give --lock image or text to leave one as it is, without "
+                "--unlocked-groups, or leave --lora-rank out."
+            )
+        if self.sharding == "fsdp":
+            raise UsageError(f"{rank}: adapters are small, and fsdp shards weights; leave one of them out.")
 
 
 def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]:
@@ -441,6 +487,7 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("spike_factor", safety.spike_factor, 0),
         ("skip_limit", safety.skip_limit, 1),
         ("rewind_limit", safety.rewind_limit, 0),
+        ("early_stop", safety.early_stop, 0),
         ("hang_minutes", safety.hang_minutes, 0),
         ("workers", loader.workers, 0),
         ("caption_blend", loader.caption_blend, 0),
@@ -469,6 +516,8 @@ def _minimum_values(config: TrainConfig) -> tuple[tuple[str, float, float], ...]
         ("context_length", config.model.context_length, 0),
         ("unlocked_groups", config.model.unlocked_groups, 0),
         ("locked_features_gb", config.model.locked_features_gb, 0),
+        ("lora_rank", config.model.lora_rank, 0),
+        ("lora_alpha", config.model.lora_alpha, 0),
     )
 
 
@@ -486,6 +535,7 @@ def _fractions(config: TrainConfig) -> tuple[tuple[str, float], ...]:
         ("inner_rate", config.objective.inner_rate),
         ("label_smoothing", config.objective.label_smoothing),
         ("max_drift", config.safety.max_drift),
+        ("layer_decay", config.optimizer.layer_decay),
     )
 
 
@@ -539,6 +589,7 @@ FREE_ON_RESUME = frozenset(
         "val",
         "val_captions_each",
         "val_limit",
+        "val_other",
         "val_suite",
         "val_suite_root",
         "run",
@@ -556,6 +607,17 @@ FREE_ON_RESUME = frozenset(
     }
 )
 """Keys that may change when a run is resumed, since they have no influence on the weights."""
+
+_JUDGED = frozenset(
+    {"evaluate_every", "evaluate_budget", "val", "val_captions_each", "val_limit", "val_other", "val_suite"}
+    | {"val_suite_root", "safety.keep_best"}
+)
+
+
+def free_on_resume(config: TrainConfig) -> frozenset[str]:
+    """The keys that may change when this run is resumed: evaluations that stop it or draw it back have an influence."""
+    judges = config.safety.early_stop or config.safety.max_drift
+    return FREE_ON_RESUME - _JUDGED if judges else FREE_ON_RESUME
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

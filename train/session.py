@@ -49,6 +49,7 @@ from vlm.manifest import is_complete
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
 from vlm.models.factory import build_network, enable_padding_trim, fit_to_tokenizer, model_config
 from vlm.models.load import load_network
+from vlm.models.low_rank import LowRank, add_adapters
 from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import CHECKPOINTS
 from vlm.models.resolution import with_image_size
@@ -61,13 +62,12 @@ from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
 from vlm.train.feature_cache import open_cached_features
 from vlm.train.flops import FlopCounter
-from vlm.train.map_memory import keep_locked_features
+from vlm.train.map_memory import keep_evaluated_features, keep_locked_features
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import FORMER_NAMES, WeightedLossTerm, parse_objective
 from vlm.train.optim import build_optimizer
 from vlm.train.run_config import (
-    FREE_ON_RESUME,
     LoaderConfig,
     ModelConfig,
     TrainConfig,
@@ -75,6 +75,7 @@ from vlm.train.run_config import (
     changed_settings,
     check_allowed_keys,
     disallowed_changes,
+    free_on_resume,
 )
 from vlm.train.state import TrainState
 from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
@@ -219,11 +220,11 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     cached = open_cached_features(config, corpus.shards, model) if config.loader.cache_features else None
+    keep_evaluated_features(model.network)
     # every process has written its share
     accelerator.wait_for_everyone()
     steps = total_steps(config, corpus.order.num_samples)
-    if accelerator.is_main_process:
-        _warn_of_sizes(config, steps, corpus.order.num_samples)
+    _warn_of_sizes(config, steps, corpus.order.num_samples, accelerator)
     return Session(
         config=config,
         folder=Path(config.run),
@@ -252,8 +253,10 @@ def open_averages(terms: tuple[WeightedLossTerm, ...], corpus: Corpus) -> Global
     return GlobalAverages.unseen(corpus.sample_starts[-1]) if keeps_averages else None
 
 
-def _warn_of_sizes(config: TrainConfig, steps: int, num_samples: int) -> None:
-    """Tell of a warm-up as long as the run, and of batches larger than the data."""
+def _warn_of_sizes(config: TrainConfig, steps: int, num_samples: int, accelerator: Accelerator) -> None:
+    """Tell, once, of a warm-up as long as the run, and of batches larger than the data."""
+    if not accelerator.is_main_process:
+        return
     if 0 < steps <= config.optimizer.warmup_steps:
         logger.warning(
             f"The warm-up of {config.optimizer.warmup_steps:,} steps is as long as the run of {steps:,} or longer: the "
@@ -273,7 +276,8 @@ def open_data(config: TrainConfig, cache: ShardCache, device: torch.device) -> t
         check_decoder(device)
     check_views(corpus.shards, config.loader)
     # indexed through the run's own cache; later reads meet them there
-    count_samples(expand_shards(config.val) if config.val else [], cache=cache)
+    for shards in (config.val, config.val_other):
+        count_samples(expand_shards(shards) if shards else [], cache=cache)
     return corpus, open_validation(config)
 
 
@@ -339,7 +343,19 @@ def build_model(config: TrainConfig, device: torch.device, *, with_bias: bool = 
         )
     if model_settings.gradient_checkpointing:
         model.network.set_grad_checkpointing(True)
+    if model_settings.lora_rank:
+        return _with_adapters(model, config)
     return model
+
+
+def _with_adapters(model: VisionLanguageModel, config: TrainConfig) -> VisionLanguageModel:
+    """The model with fresh adapters in the towers that are not locked, drawn from the seed."""
+    settings = config.model
+    towers = tuple(tower for tower, lock in (("visual", "image"), ("text", "text")) if lock != settings.lock)
+    adapters = LowRank(rank=settings.lora_rank, alpha=settings.lora_alpha or 2 * settings.lora_rank, towers=towers)
+    torch.manual_seed(config.seed)
+    add_adapters(model.network, adapters)
+    return dataclasses.replace(model, config=model.config | adapters.to_config())
 
 
 def _start_model(model_settings: ModelConfig, device: str) -> VisionLanguageModel:
@@ -609,11 +625,11 @@ def prepare_run_folder(config: TrainConfig, *, resume: bool, allow: tuple[str, .
     if resume and saved.is_file():
         _check_same_losses(run, config)
         changed = changed_settings(asdict(from_toml(TrainConfig, saved)), asdict(config))
-        refused = disallowed_changes(changed, allow, free=FREE_ON_RESUME)
+        refused = disallowed_changes(changed, allow, free=free_on_resume(config))
         # everything that has an influence on the weights must be what the run was begun with
         if refused:
             raise changed_config_error(run, refused)
-        for line in disallowed_changes(changed, (), free=FREE_ON_RESUME):
+        for line in disallowed_changes(changed, (), free=free_on_resume(config)):
             logger.info(f"Changed, as allowed: {line}")
     elif run.exists() and (is_complete(run) or any(run.iterdir())):
         raise UsageError(f"{run} exists already; resume it with --resume, name another run, or remove it.")

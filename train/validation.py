@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _PIXEL_BYTES = 1 << 30
 _LARGEST_SHARE = 0.02
 _CAPTIONED_IMAGES = 64
+OTHER = "other/"
+"""Before the names of what is measured on other data."""
 
 
 class TrainingProcesses:
@@ -66,10 +68,12 @@ class StepModel(VisionLanguageModel):
 
 @dataclass(kw_only=True)
 class Validation:
-    """What is measured: retrieval on a set, the evaluators of a suite, or both; pixels are kept for the next time."""
+    """What is measured: retrieval on a set and on other data, the evaluators of a suite; pixels are kept for the next
+    time."""
 
     retrieval: Retrieval | None = None
     data: EvaluationSet | None = None
+    other: EvaluationSet | None = None
     suite: OpenSets | None = None
     pixels: PixelMemory = field(default_factory=lambda: PixelMemory(max_bytes=_PIXEL_BYTES))
 
@@ -85,6 +89,9 @@ class Validation:
         with without_progress():
             if self.retrieval and self.data:
                 values |= self._retrieve(evaluated, self.retrieval, self.data, step)
+            if self.retrieval and self.other:
+                result, _ = self.retrieval.measure(evaluated, self.other)
+                values |= {OTHER + name: value for name, value in result.metrics().items()}
             if self.suite:
                 values |= _run_suite(evaluated, self.suite, step)
         return values
@@ -125,8 +132,11 @@ def open_validation(config: TrainConfig) -> Validation | None:
     """
     validation = Validation()
     if config.val:
-        validation.retrieval = Retrieval(languages=config.loader.languages, captions_each=config.val_captions_each)
         validation.data = open_evaluation_set(config.val, limit=config.val_limit)
+    if config.val_other:
+        validation.other = open_evaluation_set(config.val_other, limit=config.val_limit)
+    if config.val or config.val_other:
+        validation.retrieval = Retrieval(languages=config.loader.languages, captions_each=config.val_captions_each)
     if config.val_suite:
         validation.suite = OpenSets(suite=read_suite(config.val_suite), root=Path(config.val_suite_root))
         for absent in validation.suite.absent.values():
@@ -134,7 +144,7 @@ def open_validation(config: TrainConfig) -> Validation | None:
                 f"--val-suite {config.val_suite}: {absent.name} is left out ({absent.reason}). Fetch it, name the "
                 "folder of the data by --val-suite-root, or a suite without it."
             )
-    return validation if validation.data or validation.suite else None
+    return validation if validation.retrieval or validation.suite else None
 
 
 def _run_suite(model: EvaluatedModel, sets: OpenSets, step: int) -> dict[str, float]:

@@ -121,6 +121,22 @@ def test_of_several_alphas_the_best_is_written(capsys, tuned, scene_shards):
     assert found["value"] == best["value"]
 
 
+def test_a_path_is_measured_on_both_data_sets_drawn_and_bounded(capsys, tuned, scene_shards):
+    words = ["--val", scene_shards / "val", "--val-other", scene_shards / "val", "--languages", "en", "--workers", "0"]
+    words += ["--alphas", "0.5,1", "--max-drift", "0"]
+    code, out, err = run(capsys, "soup", tuned / "c", "--interpolate", tuned / "start", "--out", tuned / "x", *words)
+    assert code == 0, err
+    assert "on other data" in out
+    assert (tuned / "x/path.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tuned / "x/soup.json").read_text())
+    assert [point["alpha"] for point in saved["sweep"]] == [0, 0.5, 1]
+    assert all(point["other"] == point["value"] for point in saved["sweep"])
+    at_start = saved["sweep"][0]["other"]
+    assert [point["is_allowed"] for point in saved["sweep"]] == [point["other"] >= at_start for point in saved["sweep"]]
+    inputs = json.loads((tuned / "x/manifest.json").read_text())["inputs"]
+    assert inputs["val-other"] == inputs["val"]
+
+
 def test_a_checkpoint_of_a_run_is_an_ingredient(capsys, tuned):
     checkpoint = tuned / "run" / "checkpoints" / "step-00000004"
     checkpoint.parent.mkdir(parents=True)
@@ -138,6 +154,8 @@ def test_a_checkpoint_of_a_run_is_an_ingredient(capsys, tuned):
         (["a", "b", "--greedy", "--weights", "1,2"], "--greedy and --weights"),
         (["a", "b", "--interpolate", "start"], "one tuned MODEL"),
         (["a", "b", "--alphas", "0.5"], "--interpolate START"),
+        (["a", "--interpolate", "start", "--val-other", "shards"], "beside --val"),
+        (["a", "--interpolate", "start", "--max-drift", "-1"], "not a share"),
         (["a", "b", "--weights", "1"], "2 models need 2 weights"),
         (["a", "b", "--weights", "half,half"], "not a list of numbers"),
         (["a", "--interpolate", "start", "--alphas", "0,1"], "--val SHARDS"),

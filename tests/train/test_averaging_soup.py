@@ -127,11 +127,31 @@ def test_interpolation_is_the_straight_line_and_the_best_alpha_is_taken():
     soup = interpolate("start", "tuned", alphas, open_model=kitchen, measure=nearness([6.0, 2.0]))
     assert point_of(soup.model) == [6.0, 2.0]
     assert [(part.model, part.share) for part in soup.ingredients] == [("start", 0.25), ("tuned", 0.75)]
-    assert [alpha for alpha, _ in soup.sweep] == alphas
-    assert dict(soup.sweep)[0.0] == pytest.approx(-(72**0.5))
+    assert [point.alpha for point in soup.sweep] == alphas
+    assert soup.sweep[0].metric == pytest.approx(-(72**0.5))
     assert soup.metric == 0
     flat = interpolate("start", "tuned", alphas, open_model=kitchen, measure=lambda found: 1.0)
     assert flat.ingredients[1].share == 0
+
+
+@pytest.mark.parametrize(("max_drift", "alpha"), [(0.0, 0.0), (2.1, 0.25), (4.0, 0.5), (20.0, 0.75)])
+def test_of_a_path_the_best_alpha_that_keeps_other_data_is_taken(max_drift, alpha):
+    kitchen = opener(start=model([0.0, 8.0]), tuned=model([8.0, 0.0]))
+    soup = interpolate(
+        "start",
+        "tuned",
+        [0.25, 0.5, 0.75, 1.0],
+        open_model=kitchen,
+        measure=nearness([6.0, 2.0]),
+        # how far the second coordinate is from the start's
+        measure_other=lambda found: point_of(found)[1],
+        max_drift=max_drift,
+    )
+    assert soup.ingredients[1].share == alpha
+    # the start is what is compared with, so that it is measured unasked
+    assert [(point.alpha, point.other) for point in soup.sweep] == [(0, 8), (0.25, 6), (0.5, 4), (0.75, 2), (1, 0)]
+    assert [point.is_allowed for point in soup.sweep] == [8 - point.other <= max_drift for point in soup.sweep]
+    assert point_of(soup.model) == [8 * alpha, 8 - 8 * alpha]
 
 
 @pytest.mark.parametrize(("alphas", "message"), [([], "none"), ([0.5, 1.2], "1.2"), ([0.1, 0.2], "--val")])

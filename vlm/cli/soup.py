@@ -14,7 +14,7 @@ from vlm.console import percent, quoted, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from vlm.train.averaging import Soup
+    from vlm.train.averaging import PathPoint, Soup
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class MakeSoup:
 
     Several MODELs give a uniform soup, a weighted one (--weights), or with --greedy one of those models that improve a
     metric on held-out shards. One MODEL and --interpolate START give an interpolation between the two (WiSE-FT); of
-    several --alphas the best.
+    several --alphas the best. With --val-other, which the base is good at, both are measured along the way and drawn
+    into OUT/path.png, and the best is of those where no more than --max-drift is lost.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -51,6 +52,12 @@ class MakeSoup:
     val: str = ""
     """Held-out shards to measure retrieval on."""
 
+    val_other: str = ""
+    """Shards of other data that the base is good at, for --interpolate."""
+
+    max_drift: float = 0.01
+    """How far the metric on --val-other may be below the base's, e.g. 0.01 for a point."""
+
     metric: str = "recall@10"
     """recall@1, @5 or @10, the mean of both directions, or one direction: text_to_image_recall@10, …"""
 
@@ -73,13 +80,18 @@ class MakeSoup:
         from vlm.data.shards import expand_shards, shards_fingerprint
         from vlm.files import atomic_folder, check_not_exists, write_text
         from vlm.models.load import save_model_folder
+        from vlm.train.plots import draw_path
 
         self._check()
         check_not_exists(self.out)
         shards = expand_shards(self.val) if self.val else []
         # the choice of ingredients depends on the held-out shards as well
-        inputs = {"val": shards_fingerprint(shards)} if shards else {}
-        soup = self._build(shards)
+        other = expand_shards(self.val_other) if self.val_other else []
+        inputs: dict[str, str] = {}
+        for name, paths in (("val", shards), ("val-other", other)):
+            if paths:
+                inputs[name] = shards_fingerprint(paths)
+        soup = self._build(shards, other)
         for ingredient in soup.ingredients:
             # models that greedy selection left out have no part in the weights
             if ingredient.share:
@@ -88,6 +100,8 @@ class MakeSoup:
         # the summary first, so that the manifest, written last, lists it
         with atomic_folder(self.out) as folder:
             write_text(folder / SOUP_FILE, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            if other:
+                draw_path(soup.sweep, folder / "path.png", metric=self.metric, max_drift=self.max_drift)
             save_model_folder(folder, soup.model, inputs=inputs)
         if self.json:
             show_json(summary)
@@ -122,32 +136,36 @@ class MakeSoup:
             raise UsageError("A soup needs two models or more; for one and its base give --interpolate START.")
         if self.alphas and not self.interpolate:
             raise UsageError("--alphas requires --interpolate START.")
+        if self.val_other and not (self.interpolate and self.val):
+            raise UsageError("--val-other is measured beside --val along --interpolate START; give both.")
+        if not 0 <= self.max_drift <= 1:
+            raise UsageError(f"--max-drift {self.max_drift} is not a share; give a number from 0 to 1.")
         if self.greedy and not self.val:
             raise UsageError("--greedy chooses by a metric on held-out shards: give --val SHARDS.")
         parse_metric(self.metric)
 
-    def _build(self, shards: list[str]) -> "Soup":
+    def _build(self, shards: list[str], other: list[str]) -> "Soup":
         from vlm.models.load import load_network
         from vlm.train.averaging import build_soup, retrieval_measure
 
-        measure = None
-        if shards:
-            measure = retrieval_measure(
-                self.metric,
-                shards,
-                languages=self.languages,
-                captions_each=self.captions_each,
-                workers=self.workers,
-            )
+        measure_on = functools.partial(
+            retrieval_measure,
+            self.metric,
+            languages=self.languages,
+            captions_each=self.captions_each,
+            workers=self.workers,
+        )
         return build_soup(
             self.models,
             # a function, so that models are opened one by one: large ones need not fit into memory together
             open_model=functools.partial(load_network, device=self.device, precision=self.precision),
-            measure=measure,
+            measure=measure_on(shards) if shards else None,
             greedy=self.greedy,
             shares=_parse_numbers(self.weights, "--weights"),
             start=self.interpolate,
             alphas=_parse_numbers(self.alphas, "--alphas"),
+            measure_other=measure_on(other) if other else None,
+            max_drift=self.max_drift,
         )
 
     def _summarize(self, soup: "Soup") -> dict[str, Any]:
@@ -159,7 +177,7 @@ class MakeSoup:
             "metric": self.metric if self.val else None,
             "value": soup.metric,
             "ingredients": [asdict(ingredient) for ingredient in soup.ingredients],
-            "sweep": [{"alpha": alpha, "value": value} for alpha, value in soup.sweep],
+            "sweep": [_point_values(point) for point in soup.sweep],
         }
 
     def _show(self, soup: "Soup") -> None:
@@ -179,13 +197,38 @@ class MakeSoup:
         value = "" if soup.metric is None else f": {self.metric} {percent(soup.metric)}"
         show_table(columns, rows, title=f"{self.method}{value}")
         if self.val and soup.sweep:
-            show_table(["α", self.metric], [[alpha, percent(value)] for alpha, value in soup.sweep])
+            self._show_path(soup)
         best = max((part.metric for part in soup.ingredients if part.metric is not None), default=None)
         if best is not None and soup.metric is not None and soup.metric < best:
             logger.info(
                 f"The soup is below its best ingredient ({percent(soup.metric)} < {percent(best)}); --greedy never is."
             )
         logger.info(f"Next: vlm eval {quoted(self.out)} --retrieval SHARDS")
+
+    def _show_path(self, soup: "Soup") -> None:
+        columns = ["α", self.metric]
+        if self.val_other:
+            columns += ["on other data", "drift", "allowed"]
+        at_start = next((point.other for point in soup.sweep if point.alpha == 0), None)
+        rows: list[list[object]] = []
+        for point in soup.sweep:
+            row: list[object] = [point.alpha, percent(point.metric)]
+            if self.val_other and point.other is not None and at_start is not None:
+                row += [percent(point.other), f"{point.other - at_start:+.1%}", "yes" if point.is_allowed else "no"]
+            rows.append(row)
+        show_table(columns, rows)
+        chosen = soup.ingredients[-1].share
+        tuned = soup.sweep[-1]
+        if self.val_other and not tuned.is_allowed:
+            logger.info(
+                f"At α = {tuned.alpha:g} more than {self.max_drift:.1%} is lost on other data; α = {chosen:g} is the "
+                f"best of those that keep it. The path: {self.out / 'path.png'}"
+            )
+
+
+def _point_values(point: "PathPoint") -> dict[str, Any]:
+    values: dict[str, Any] = {"alpha": point.alpha, "value": point.metric}
+    return values if point.other is None else values | {"other": point.other, "is_allowed": point.is_allowed}
 
 
 def _parse_numbers(text: str, option: str) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from torch import nn
 from vlm.config import suggest
 from vlm.data.tokenizers import Tokenizer
 from vlm.errors import UsageError
+from vlm.models.low_rank import LORA, LowRank, add_adapters
 from vlm.models.network import Network
 
 # sine positions, because learned ones start too weak to be used in a short run; 16 patches see a drawn scene well
@@ -119,7 +120,12 @@ def build_network(config: ModelConfig) -> Network:
 
     Its forward(images [B, 3, H, W], tokens [B, L]) gives a dict with `image_features` and `text_features` [B, D] of
     unit length, `logit_scale`, `logit_bias` if it has one, and for CoCa `logits` [B, L-1, V] with `labels` [B, L-1].
+    With the key `lora` its matrices have adapters (`vlm.models.low_rank`).
     """
+    if LORA in config:
+        network = build_network({key: value for key, value in config.items() if key != LORA})
+        add_adapters(network, LowRank.of(config))
+        return network
     if _uses_towers(config):
         from vlm.models.towers.tower_registry import CaptionerNetwork, TowerNetwork
 

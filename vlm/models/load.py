@@ -20,6 +20,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import write_text
 from vlm.manifest import Manifest, is_complete, read_manifest, record_file, write_manifest
 from vlm.models.factory import ModelConfig, build_network, enable_padding_trim
+from vlm.models.low_rank import LORA, merge_adapters
 from vlm.models.model import VisionLanguageModel, space_fingerprint
 from vlm.models.model_spec import CHECKPOINTS, CONFIG, LOCAL_PREFIX, RUN_MODEL, model_folder, split_model_spec
 from vlm.models.pretrained import download_from_hub, is_hub_name, load_open_clip, load_open_clip_folder
@@ -117,6 +118,9 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         network.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError, FileNotFoundError) as error:
         raise VlmError(f"The weights of {folder} cannot be read: {error}") from error
+    if LORA in config:
+        # of a checkpoint: as the final model would be
+        config = merge_adapters(network, config)
     model = VisionLanguageModel(
         name=str(folder),
         network=network.eval().to(device),
