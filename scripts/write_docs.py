@@ -18,8 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlm.cli.main import VERBS, overview, run_verb
-from vlm.train.history import read_run
+from vlm.data.shards import count_samples, expand_shards
+from vlm.evaluation.evaluation_set import open_evaluation_set
+from vlm.train.history import RunRecord, read_run
 from vlm.train.objectives.objective_registry import ALIASES, LOSS_TERMS
+from vlm.train.preset_band import held_out_fingerprint, measured_data
 from vlm.train.presets import PRESETS
 from vlm.train.recipes import RECIPES, Recipe, ReferenceCurve, reference_curve_of_runs
 
@@ -120,7 +123,8 @@ where `imagenet/val` holds one folder per class, named by the English class name
 _RECIPES_TAIL = """
 ## Measuring reference curves
 
-Train a recipe with three seeds, then print the curves as entries for `train/baselines.toml`:
+Train a recipe with three seeds, then print the curves as entries for `train/baselines.toml`, and what they are of as
+one for its table `measured-on`, by which a run knows that it is on the same data:
 
 ```
 for seed in 0 1 2; do vlm train fashion … --seed $seed --run runs/fashion-$seed; done
@@ -152,6 +156,12 @@ def _recipe_section(recipe: Recipe) -> str:
         f"- expected, {reference.kind}: {_value_at_end(reference)} ({reference.source})"
         for reference in recipe.reference_curves
     ]
+    data = measured_data().get(recipe.preset)
+    if data:
+        lines.append(
+            f"- `vlm train` says whether a run with these settings ends in these bands where it is on this data: "
+            f"{data.samples:,} samples, held-out captions `{data.held_out}`."
+        )
     lines += [f"- {recipe.remarks}"] if recipe.remarks else []
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -211,6 +221,13 @@ def baseline_entry(recipe: str, reference: ReferenceCurve) -> str:
     )
 
 
+def measured_data_entry(recipe: str, run: RunRecord) -> str:
+    """What a run was on, as an entry of [measured-on] in train/baselines.toml."""
+    samples = sum(count_samples(expand_shards(run.configuration["data"])))
+    held_out = held_out_fingerprint(open_evaluation_set(run.configuration["val"]).captions)
+    return f'{recipe} = {{ name = "…", samples = {samples}, held_out = "{held_out}" }}\n'
+
+
 def print_baselines(folders: Sequence[Path], metrics: Sequence[str], source: str) -> None:
     """Print the reference curves of finished runs of one recipe that differ only in their seed."""
     runs = [read_run(folder) for folder in folders]
@@ -218,6 +235,7 @@ def print_baselines(folders: Sequence[Path], metrics: Sequence[str], source: str
     for metric in metrics:
         curve = reference_curve_of_runs([(run.lines, run.planned_steps) for run in runs], metric, source=source)
         print(baseline_entry(recipe, curve))
+    print(measured_data_entry(recipe, runs[0]))
 
 
 def main() -> int:

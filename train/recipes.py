@@ -175,11 +175,17 @@ def _values_of_all_runs(runs: Sequence[tuple[Lines, int]], metric: str, *, width
 @cache
 def measured_curves() -> dict[str, tuple[ReferenceCurve, ...]]:
     """The reference curves measured with this code, by recipe, as `baselines.toml` lists them."""
-    text = (resources.files("vlm.train") / "baselines.toml").read_text(encoding="utf-8")
     curves: dict[str, tuple[ReferenceCurve, ...]] = {}
-    for recipe, entries in tomllib.loads(text).items():
-        curves[recipe] = tuple(map(_measured_curve, entries))
+    for recipe, entries in read_baselines().items():
+        # a list of curves; a table says what they were measured on
+        if isinstance(entries, list):
+            curves[recipe] = tuple(map(_measured_curve, entries))
     return curves
+
+
+def read_baselines() -> dict[str, Any]:
+    """The content of `baselines.toml`."""
+    return tomllib.loads((resources.files("vlm.train") / "baselines.toml").read_text(encoding="utf-8"))
 
 
 def _measured_curve(entry: Mapping[str, Any]) -> ReferenceCurve:

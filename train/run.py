@@ -44,6 +44,7 @@ from vlm.train.logger import (
 )
 from vlm.train.metrics import Utilisation
 from vlm.train.plots import draw_curves
+from vlm.train.preset_band import BandReport, compare_with_band, held_out_fingerprint
 from vlm.train.recovery import Watchdog, find_lost_worker, lost_worker_error, roll_back, should_roll_back
 from vlm.train.run_config import TrainConfig
 from vlm.train.session import CONFIG, Session, environment, open_remote_store, open_session
@@ -61,7 +62,7 @@ class RunSummary(Result):
     """How a run ended: where it is, its counts, its time, the last value of each metric, the ledger as a table.
 
     samples_per_second: over the whole run, with its evaluations and checkpoints. The metrics of throughput are means
-    over the run, too, of its steps alone.
+    over the run, too, of its steps alone. band: a run of a preset beside what the preset is expected to end with.
     """
 
     run: str
@@ -73,6 +74,7 @@ class RunSummary(Result):
     samples_per_second: float
     metrics: dict[str, Any]
     ledger: tuple[list[str], list[list[Any]]]
+    band: BandReport | None = None
 
 
 def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] = ()) -> RunSummary:
@@ -391,6 +393,18 @@ def summarise(session: Session, ledger: Ledger) -> RunSummary:
         samples_per_second=state.position / max(state.elapsed_seconds, 1e-9),
         metrics=last_values | _throughput_of_run(lines),
         ledger=ledger_table(session.corpus, ledger),
+        band=_band(session, lines),
+    )
+
+
+def _band(session: Session, lines: Sequence[Mapping[str, Any]]) -> BandReport | None:
+    data = session.validation.data if session.validation else None
+    return compare_with_band(
+        session.config,
+        lines,
+        steps=session.state.step,
+        samples=session.corpus.order.num_samples,
+        held_out=held_out_fingerprint(data.captions) if data else "",
     )
 
 

@@ -87,4 +87,8 @@ def show_summary(summary: "RunSummary") -> None:
     show_fields(fields, title=summary.run)
     columns, rows = summary.ledger
     show_table(columns, rows, title="sample ledger (visits; the shards that lost most)")
+    if summary.band:
+        # outside is worth more than a line among others
+        tell = logger.info if summary.band.is_inside else logger.warning
+        tell(summary.band.summary())
     logger.info(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {quoted(summary.run)} --retrieval SHARDS")
