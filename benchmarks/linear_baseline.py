@@ -21,11 +21,11 @@ import tyro
 from vlm.api.evaluation import Evaluation
 from vlm.cli.eval import show_evaluation
 from vlm.console import show_json
+from vlm.data.collate import iter_sample_batches
 from vlm.data.shards import expand_shards
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import label_of
-from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import measure_retrieval
 from vlm.evaluation.zero_shot import ZeroShot, measure_zero_shot
 from vlm.models.model import VisionLanguageModel

@@ -5,7 +5,7 @@
 and leaves out what cannot be used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, starmap
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.class_labels import ClassLabels
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
-from vlm.data.loader import ShardSet
+from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import PrecomputedFeatures
-from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex
+from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, RandomSource, Sample, SampleRng, shuffled
+from vlm.data.shard_set import ShardSet
+from vlm.data.shards import count_samples
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError
@@ -510,3 +512,11 @@ class EvalCollator:
             unread=tuple(unread),
             undecoded=tuple(undecoded),
         )
+
+
+def iter_sample_batches(
+    shards: Sequence[str], view: EvalTransform | None, *, workers: int, batch_size: int = 256
+) -> Iterable[EvalBatch]:
+    """Every sample of the shards once, in file order, ready for a model."""
+    plan = SequentialBatches(counts=count_samples(list(shards)), batch_size=batch_size)
+    return stream_batches(plan, shards, EvalCollator(view=view), numbers=range(len(plan)), workers=workers)

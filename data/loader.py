@@ -14,16 +14,15 @@ import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from typing_extensions import override
 
-from vlm.data.sampler import SampleIndex
-from vlm.data.samples import Sample
-from vlm.data.shard_cache import Prefetcher, ShardCache, default_cache
-from vlm.data.tar import ShardReader
+from vlm.data.shard_cache import Prefetcher, ShardCache
+from vlm.data.shard_set import BatchPlan, Collator, ShardSet
 from vlm.errors import UsageError, VlmError
 from vlm.storage import needs_cache
 from vlm.tensor_types import Array, Tensor, UInt8
@@ -102,92 +101,22 @@ class HasImages(Protocol):
 
 BatchT = TypeVar("BatchT", bound=HasImages, covariant=True)
 
-_MAX_OPEN_SHARDS = 64
 # beyond those that wait: the reader holds the current batch, and the next one on its way to the device
 _BUFFERS_IN_USE = 2
 _PARENT_SECONDS = 2.0
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-@runtime_checkable
-class BatchPlan(Protocol):
-    """Which samples batch `number` holds; a batch sampler of `vlm.data.sampler`."""
+class _WorkerShards(ShardSet):
+    """Shards whose images lie, in a worker, in a shared buffer that needs no copy, where one is free."""
 
-    @property
-    def largest_batch(self) -> int:
-        """Most samples a batch may hold."""
-        ...
+    buffers: SharedMemoryPool | None = None
 
-    def __getitem__(self, number: int) -> list[SampleIndex]: ...
-
-    def upcoming_shards(self, number: int) -> list[int]:
-        """The shards that batch `number` and those soon after it need, in order."""
-        ...
-
-
-class ShardSet:
-    """Samples by their index in some shards; keeps the shards used last open. Each worker process has its own.
-
-    cache: where remote and compressed shards are kept; the default one if not given.
-    """
-
-    def __init__(self, shards: Sequence[str], cache: ShardCache | None = None) -> None:
-        self.shards = tuple(shards)
-        self.cache = cache or default_cache()
-        self._open: dict[int, ShardReader] = {}
-        self.buffers: SharedMemoryPool | None = None
-
+    @override
     def allocate_images(self, shape: tuple[int, ...]) -> UInt8[Array, "..."]:
-        """Memory for the images of a batch: in a worker, if possible, a shared buffer that needs no copy."""
         worker = get_worker_info()
         buffer = self.buffers.acquire(worker.id, shape) if self.buffers and worker else None
-        return np.empty(shape, np.uint8) if buffer is None else buffer
-
-    def read(self, sample_index: SampleIndex, arrays: tuple[str, ...] = ()) -> Sample:
-        """The sample at an index, with the stored arrays of these names.
-
-        Raises:
-            BadSample: it cannot be read.
-            VlmError: its shard cannot be read.
-        """
-        return self._reader(sample_index.shard).read(sample_index.number, arrays=arrays)
-
-    def key_and_offset(self, sample_index: SampleIndex) -> tuple[str, int]:
-        """Key of a sample and the byte offset of its first part."""
-        return self._reader(sample_index.shard).key_and_offset(sample_index.number)
-
-    def _reader(self, shard: int) -> ShardReader:
-        # taken out and put back at the end: the dictionary is ordered by last use
-        reader = self._open.pop(shard, None) or ShardReader(self.shards[shard], self.cache)
-        self._open[shard] = reader
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            self._open.pop(next(iter(self._open))).close()
-        return reader
-
-    def close(self) -> None:
-        """Release the files of the shards; a later read opens them again."""
-        while self._open:
-            self._open.popitem()[1].close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
-
-
-@runtime_checkable
-class Collator(Protocol[BatchT]):
-    """Turns the sample indices of a batch into a batch; runs in the workers.
-
-    Images in memory of `ShardSet.allocate_images` are handed over without a copy.
-    """
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of the image of a sample in the batch."""
-        ...
-
-    def __call__(self, sample_indices: list[SampleIndex], shards: ShardSet) -> BatchT:
-        """The batch of these samples."""
-        ...
+        return super().allocate_images(shape) if buffer is None else buffer
 
 
 @dataclass(frozen=True)
@@ -208,7 +137,7 @@ class _SharedBatch(Generic[BatchT]):
 @dataclass
 class _Batches(Dataset, Generic[BatchT]):
     plan: BatchPlan
-    shards: ShardSet
+    shards: _WorkerShards
     collate: Collator[BatchT]
 
     def __getitem__(self, index: int) -> "BatchT | _SharedBatch[BatchT] | _WorkerError":
@@ -245,7 +174,7 @@ def stream_batches(
     """
     if workers < 0:
         raise UsageError(f"workers = {workers}; give 0 or more (with 0 this process reads and decodes).")
-    shard_set = ShardSet(shards, cache)
+    shard_set = _WorkerShards(shards, cache)
     if workers and collate.image_bytes:
         buffer_bytes = plan.largest_batch * collate.image_bytes
         with suppress(OSError):  # so much cannot be mapped; fresh memory is used batch by batch
@@ -269,7 +198,7 @@ def stream_batches(
 def _receive(
     produced: "Iterator[BatchT | _SharedBatch[BatchT] | _WorkerError]",
     plan: BatchPlan,
-    shard_set: ShardSet,
+    shard_set: _WorkerShards,
     numbers: range,
 ) -> Generator[BatchT, None, None]:
     """The batches, or the error that ended a worker; shards needed soon are fetched meanwhile."""

@@ -27,9 +27,10 @@ from vlm.console import pluralize
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.decode import EncodedImage, open_image
-from vlm.data.loader import Collator, ShardSet, stream_batches
+from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Sample, SampleRng
+from vlm.data.shard_set import Collator, ShardSet
 from vlm.data.shards import count_samples
 from vlm.data.tar import Span, TarIndex, open_index, read_entries
 from vlm.data.tokenizers import Tokenizer

@@ -73,8 +73,8 @@ def parse_captions(text: str | None, metadata: dict[str, Any]) -> Captions:
     return {language: texts for language, texts in captions.items() if texts}
 
 
-def split_lines(captions: Captions) -> Captions:
-    """Each line of a caption as one of its own.
+def split_lines(captions: Captions, *, keeps_repeated: bool = False) -> Captions:
+    """Each line of a caption as one of its own; the same line again only where it is kept.
 
     >>> split_lines({"": ("a jug\\n\\na pot ",)})
     {'': ('a jug', 'a pot')}
@@ -84,7 +84,8 @@ def split_lines(captions: Captions) -> Captions:
         lines: list[str] = []
         for text in texts:
             lines += map(str.strip, text.splitlines())
-        by_language[language] = tuple(dict.fromkeys(filter(None, lines)))
+        full = list(filter(None, lines))
+        by_language[language] = tuple(full if keeps_repeated else dict.fromkeys(full))
     return by_language
 
 

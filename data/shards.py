@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from braceexpand import braceexpand
 
@@ -26,15 +26,38 @@ from vlm.storage import (
     url_basename,
 )
 
-__all__ = ["count_samples", "expand_shards", "is_remote", "shards_fingerprint", "track_indexing"]
+__all__ = [
+    "Shards",
+    "count_samples",
+    "expand_shards",
+    "is_remote",
+    "join_shards",
+    "shards_fingerprint",
+    "track_indexing",
+]
 
 INDEXING_DELAY_SECONDS = 2.0
 """Opening the indexes of shards shows no progress before so many seconds."""
+
+Shards: TypeAlias = str | Path | Sequence[str | Path]
+"""Shards as a folder, a pattern, a URL, or several of these."""
 
 Item = TypeVar("Item")
 
 _THREADS = 8
 _MANY_REMOTE = 4
+
+
+def join_shards(shards: Shards) -> str:
+    """As one address, whose parts `::` separates.
+
+    Raises:
+        UsageError: none is given.
+    """
+    parts = [str(shards)] if isinstance(shards, str | Path) else [str(part) for part in shards]
+    if not any(parts):
+        raise UsageError("No shards are given: name a folder, a tar, a pattern or a URL.")
+    return "::".join(parts)
 
 
 def expand_shards(url: str) -> list[str]:

@@ -22,10 +22,10 @@ import torch
 
 from vlm.data.collate import SampleFailure, sample_failure
 from vlm.data.decode import EncodedImage
-from vlm.data.loader import ShardSet
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import SampleIndex
 from vlm.data.samples import Sample
+from vlm.data.shard_set import ShardSet
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST

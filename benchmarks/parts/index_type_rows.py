@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from vlm.data.decode import EncodedImage
-from vlm.data.loader import ShardSet
 from vlm.data.sampler import SampleIndex
 from vlm.data.samples import SampleRng
+from vlm.data.shard_set import ShardSet
 from vlm.data.shards import count_samples
 from vlm.data.transforms import RandomResizedCrop
 from vlm.index.embeddings_folder import (

@@ -11,11 +11,11 @@ import torch
 from tests.data.tar_fixture import members, without_tables, write_tar
 from vlm.data.caption_sampler import SampledCaption
 from vlm.data.collate import TrainingCollator
-from vlm.data.loader import ShardSet
 from vlm.data.pack import encode_pair
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Pair
+from vlm.data.shard_set import ShardSet
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
 

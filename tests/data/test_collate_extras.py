@@ -11,10 +11,11 @@ from tests.data.tar_fixture import write_tar
 from vlm.data.caption_sampler import split_sentences
 from vlm.data.collate import TrainingCollator
 from vlm.data.decode import EncodedImage, open_image, to_rgb
-from vlm.data.loader import ShardSet, stream_batches
+from vlm.data.loader import stream_batches
 from vlm.data.pack import encode_pair
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Pair, SampleRng
+from vlm.data.shard_set import ShardSet
 from vlm.data.transforms import LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 

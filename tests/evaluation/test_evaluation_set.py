@@ -66,6 +66,10 @@ def test_shards_are_read_in_order_with_all_that_is_said(tmp_path):
 def test_workers_and_shares_give_the_same_images(tmp_path):
     data = open_evaluation_set(colour_shards(tmp_path))
     assert np.array_equal(mean_colours(data, workers=1), mean_colours(data))
+    for threads in (0, 1, 3):
+        batches = batches_of(data, workers=threads, as_arrays=True)
+        assert all(isinstance(batch.images, np.ndarray) for batch in batches)
+        assert np.array_equal(np.concatenate([batch.images.mean(axis=(2, 3)) for batch in batches]), mean_colours(data))
     shares = [batches_of(data, share=(rank, 2)) for rank in range(2)]
     assert [batch.rows for share in shares for batch in share] == [(0, 1), (2,)]
 
@@ -105,6 +109,13 @@ def test_the_layout_of_clip_benchmark_is_read(tmp_path):
     data = open_evaluation_set(str(tmp_path / "test"), label="cls")
     assert data.labels == (("rose",), ("leaf", "sky"), ("sky",))
     assert (data.candidates, data.templates) == (["rose", "leaf", "sky"], ("a {c}.",))
+
+
+def test_each_line_is_a_caption_also_where_two_are_the_same(tmp_path):
+    members = [("0.png", png("red")), ("0.txt", b"a dog\na cat\n\na dog\n")]
+    write_tar(tmp_path / "0.tar", members)
+    data = open_evaluation_set(str(tmp_path), caption_lines=True)
+    assert data.captions[0][""] == ("a dog", "a cat", "a dog")
 
 
 def test_class_folders_bring_their_labels_also_inside_a_tar(tmp_path):

@@ -238,16 +238,58 @@ def test_a_loaded_export_embeds_and_says_what_it_cannot(folder):
         model.caption(image)
 
 
-def test_a_suite_measures_an_export_as_the_model_it_is_of(folder, scene_shards, tmp_path):
-    suite = tmp_path / "mine.toml"
-    suite.write_text(
+@pytest.fixture
+def suite(tmp_path) -> Path:
+    file = tmp_path / "mine.toml"
+    file.write_text(
         '[data.scenes]\npath = "val"\nlabel = "scene.shape"\n[[evaluate]]\nevaluator = "zero-shot"\ndata = "scenes"\n'
+        '[[evaluate]]\nevaluator = "retrieval"\ndata = "scenes"\nlanguages = ["en"]\n'
     )
+    return file
+
+
+def test_a_suite_measures_an_export_as_the_model_it_is_of(folder, suite, scene_shards, tmp_path):
     options = {"suite": suite, "data_root": scene_shards, "workers": 0, "features": tmp_path / "features"}
     exported = vlm.evaluate(vlm.load(folder, backend="onnx"), **options).comparison.models[0]
-    torch_model = vlm.evaluate(folder, **options).comparison.models[0]
+    torch_model = vlm.evaluate(folder, **options, backend="torch").comparison.models[0]
     # one space of embeddings, but features of their own
     assert exported.fingerprint == torch_model.fingerprint
     assert len(list((tmp_path / "features").glob("images-*.npy"))) == 2
     values = exported.measurements[0].values["top1"], torch_model.measurements[0].values["top1"]
     assert values[0].value == pytest.approx(values[1].value, abs=1 / 40)
+
+
+def test_an_evaluation_by_an_export_loads_no_torch(folder, suite, scene_shards, tmp_path):
+    words = ["eval", str(folder), "--suite", str(suite), "--data-root", str(scene_shards), "--json"]
+    words += ["--out", str(tmp_path / "out")]
+    code = f"import sys; from vlm.cli.main import main; main({words}); print(*sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "open_clip", "transformers", "matplotlib"} & set(done.stderr.split())
+    assert "is evaluated by its ONNX export (float32)" in done.stderr
+    loaded = vlm.evaluate(vlm.load(folder, backend="onnx"), suite=suite, data_root=scene_shards)
+    assert json.loads(done.stdout)["models"][0]["measurements"] == [
+        measurement.to_json() for measurement in loaded.comparison.models[0].measurements
+    ]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_what_an_export_does_not_give_is_measured_by_torch(folder, suite, scene_shards):
+    text = suite.read_text()
+    suite.write_text(f'{text}[[evaluate]]\nevaluator = "nearest-class-mean"\ndata = "scenes"\ntrain = "scenes"\n')
+    options = {"suite": suite, "data_root": scene_shards, "workers": 0}
+    assert not vlm.evaluate(folder, **options, backend="onnx").failed
+    suite.write_text(f'{suite.read_text()}layer = "pooled"\n')
+    assert not vlm.evaluate(folder, **options).failed
+    (failed,) = vlm.evaluate(folder, **options, backend="onnx").failed
+    assert "gives no features before their projection" in failed.error
+
+
+def test_an_int8_export_is_evaluated_only_where_it_is_named(copy, suite, scene_shards, logged):
+    manifest = copy / "onnx" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "float32"', '"precision": "int8"'))
+    options = {"suite": suite, "data_root": scene_shards, "workers": 0}
+    vlm.evaluate(copy, **options)
+    assert "is evaluated by its ONNX export" not in logged.text
+    vlm.evaluate(copy / "onnx", **options)
+    vlm.evaluate(copy, **options, backend="onnx")
+    assert logged.text.count("is evaluated by its ONNX export (int8)") == 2

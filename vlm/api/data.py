@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol
 
 from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
 from vlm.data.caption_sampler import CaptionSampler
@@ -15,7 +15,7 @@ from vlm.data.sample_relations import SUFFIX as RELATIONS_SUFFIX
 from vlm.data.sample_relations import RelationsSummary, relate_samples, write_relations
 from vlm.data.sampler import DEFAULT_WINDOW, BatchSampler, SequentialBatches
 from vlm.data.selection import read_selection
-from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.shards import Shards, count_samples, join_shards, shards_fingerprint
 from vlm.data.tokenizer_training import TokenizerSummary, read_captions
 from vlm.data.tokenizer_training import train_tokenizer as train_on_shards
 from vlm.data.tokenizers import Tokenizer, open_tokenizer
@@ -28,21 +28,6 @@ from vlm.index.embeddings_folder import Embeddings
 from vlm.models.load import load_model
 
 TEXT_SUFFIX = ".txt"
-
-Shards: TypeAlias = str | Path | Sequence[str | Path]
-"""Shards as a folder, a pattern, a URL, or several of these."""
-
-
-def join_shards(shards: Shards) -> str:
-    """As one address, whose parts `::` separates.
-
-    Raises:
-        UsageError: none is given.
-    """
-    parts = [str(shards)] if isinstance(shards, str | Path) else [str(part) for part in shards]
-    if not any(parts):
-        raise UsageError("No shards are given: name a folder, a tar, a pattern or a URL.")
-    return "::".join(parts)
 
 
 @os_errors_explained()

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
-from vlm.api.data import Shards, join_shards
-from vlm.api.inference import Model, encoder_of
+from vlm.api.inference import Model, encoder_of, load
 from vlm.data.pack import shards_at
+from vlm.data.shards import Shards, join_shards
 from vlm.errors import UsageError, os_errors_explained
 from vlm.evaluation.caption_accuracy import CaptionAccuracy, CaptionTruth
 from vlm.evaluation.caption_evaluator import CaptionMetrics, CaptionReport
@@ -29,14 +29,19 @@ from vlm.evaluation.sample_files import write_samples
 from vlm.evaluation.suite import OpenSets, SuiteEvaluation, evaluate_models, read_suite
 from vlm.evaluation.zero_shot import ZeroShot, ZeroShotClassification, open_labelled_set
 from vlm.files import write_text
-from vlm.models.model import VisionLanguageModel
+from vlm.models.onnx_encoder import OnnxEncoder
+from vlm.models.onnx_folder import is_onnx_folder
 from vlm.pages import Provenance
 from vlm.results import Result, json_values
+from vlm.service.query_encoder import Backend, chosen_backend
 from vlm.text_lists import text_list
+
+if TYPE_CHECKING:
+    from vlm.models.model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
-ModelLike = str | Path | Model | VisionLanguageModel
+ModelLike: TypeAlias = "str | Path | Model | VisionLanguageModel"
 """A model, or what names one (MODEL as for `vlm.load`)."""
 
 
@@ -96,12 +101,13 @@ def evaluate(
     workers: int = 1,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    backend: Backend | Literal[""] = "",
 ) -> Evaluation: ...
 
 
 @overload
 def evaluate(
-    model: ModelLike | Sequence[ModelLike],
+    model: "ModelLike | Sequence[ModelLike]",
     *,
     suite: str | Path,
     data_root: str | Path = ".",
@@ -110,12 +116,13 @@ def evaluate(
     workers: int = 1,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    backend: Backend | Literal[""] = "",
 ) -> SuiteEvaluation: ...
 
 
 @os_errors_explained()
 def evaluate(
-    model: ModelLike | Sequence[ModelLike],
+    model: "ModelLike | Sequence[ModelLike]",
     *,
     suite: str | Path | None = None,
     data_root: str | Path = ".",
@@ -136,6 +143,7 @@ def evaluate(
     workers: int = 1,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    backend: Backend | Literal[""] = "",
 ) -> Evaluation | SuiteEvaluation:
     """Measure a model, or several side by side, as `vlm eval` does.
 
@@ -155,12 +163,16 @@ def evaluate(
         captions: shards whose images the model captions, beginning with `prompt`; compared with their captions
             (`meteor`: by METEOR, too, which needs Java), or, of synthetic shapes, checked against the scene.
         out: folder for evaluation.json, report.html and the table of each measurement's samples.
+        workers: that read and decode, processes for torch and threads for an ONNX export; 0 does it in this one.
+        backend: `onnx` is the model's ONNX export (`vlm.export`), which starts without torch and runs on the CPU;
+            empty is what VLM_BACKEND says, else `auto`: the export where it is up to date and in float32, there is no
+            GPU, and nothing more than unit vectors is asked for (no captions, no features before the projection).
 
     Raises:
         UsageError: there is nothing to evaluate, or no such model or data.
         VlmError: the model's weights cannot be loaded, or have diverged.
     """
-    models = [model] if isinstance(model, str | Path | Model | VisionLanguageModel) else list(model)
+    models = list(model) if isinstance(model, Sequence) and not isinstance(model, str) else [model]
     request = _Request(
         retrieval=join_shards(retrieval) if retrieval else "",
         classes=str(classes or ""),
@@ -169,10 +181,13 @@ def evaluate(
     )
     request.check(has_suite=suite is not None, num_models=len(models))
     if suite is not None:
-        load = partial(_evaluated, device=device, precision=precision, workers=workers)
         folders = _Folders.of(data_root, out, features)
-        return _evaluate_suite(models, str(suite), folders, load)
-    evaluated = EvaluatedModel(encoder_of(models[0], device=device, precision=precision), workers=workers)
+        opened = partial(_encoder, device=device, precision=precision, backend=backend)
+        return _evaluate_suite(models, str(suite), folders, opened, workers)
+    encoder = _encoder(
+        models[0], device=device, precision=precision, backend=backend, needs_network=bool(request.captions)
+    )
+    evaluated = EvaluatedModel(encoder, workers=workers)
     sets: dict[str, EvaluationSet] = {}
     measurements: list[Measurement] = []
     for evaluator, data in request.evaluations(
@@ -290,25 +305,55 @@ class _Folders:
         return cls(data=Path(data), out=folder, features=None if features is None else Path(features))
 
 
-def _evaluated(model: ModelLike, cache: FeatureCache, *, device: str, precision: str, workers: int) -> EvaluatedModel:
-    # an ONNX export is a model as good as any here
-    encoder = model.query_encoder if isinstance(model, Model) else encoder_of(model, device=device, precision=precision)
-    return EvaluatedModel(encoder, cache=cache, workers=workers)  # pyright: ignore[reportArgumentType]
+def _encoder(
+    model: ModelLike,
+    *,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+    backend: Backend | Literal[""],
+    needs_network: bool,
+) -> "VisionLanguageModel | OnnxEncoder":
+    """What is evaluated: the model by torch, or its ONNX export.
+
+    needs_network: more is asked of the model than unit vectors, which are all that an export gives.
+    """
+    if isinstance(model, Model):
+        return model.query_encoder
+    if not isinstance(model, str | Path):
+        return model
+    choice = chosen_backend(backend)
+    if choice == "torch" or (choice == "auto" and needs_network):
+        return encoder_of(model, device=device, precision=precision)
+    encoder = load(model, device=device, precision=precision, backend=choice).query_encoder
+    if not isinstance(encoder, OnnxEncoder):
+        return encoder
+    is_rounded = encoder.export.details.precision != "float32"
+    # the figures are those of the model itself unless its int8 export was asked for
+    if is_rounded and choice == "auto" and not is_onnx_folder(Path(model)):
+        return encoder_of(model, device=device, precision=precision)
+    logger.info(f"{model} is evaluated by its ONNX export ({encoder.export.details.precision}).")
+    return encoder
 
 
 def _evaluate_suite(
     models: Sequence[ModelLike],
     suite: str,
     folders: _Folders,
-    load: Callable[[ModelLike, FeatureCache], EvaluatedModel],
+    open_encoder: Callable[..., "VisionLanguageModel | OnnxEncoder"],
+    workers: int,
 ) -> SuiteEvaluation:
     names = [str(model) for model in models if isinstance(model, str | Path)]
     if len(set(names)) < len(names):
         raise UsageError(f"A model is given twice: {', '.join(names)}; compare different ones.")
     sets = OpenSets(suite=read_suite(suite), root=folders.data, cache=folders.features)
+    needs_network = any(entry.needs_network for entry in sets.suite.entries)
+
+    def evaluated(model: ModelLike) -> EvaluatedModel:
+        encoder = open_encoder(model, needs_network=needs_network)
+        return EvaluatedModel(encoder, cache=FeatureCache(folders.features), workers=workers)
+
     # loaded one after the other, with features of their own: two large ones need not fit into memory together
-    evaluated = (load(model, FeatureCache(folders.features)) for model in models)
-    evaluation = evaluate_models(evaluated, sets)
+    evaluation = evaluate_models(map(evaluated, models), sets)
     if folders.out is not None:
         _write(folders.out, evaluation, evaluation.comparison, sets.opened)
     return evaluation

@@ -13,9 +13,10 @@ import torch
 from typing_extensions import override
 
 from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure, TrainingBatch, TrainingCollator
-from vlm.data.loader import BatchPlan, Collator, stream_batches
+from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler, SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, select_languages
+from vlm.data.shard_set import BatchPlan, Collator
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, os_errors_explained

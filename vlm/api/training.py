@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from vlm.api.data import Shards, join_shards
 from vlm.api.inference import Model
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
+from vlm.data.shards import Shards, join_shards
 from vlm.errors import UsageError, VlmError, os_errors_explained
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage

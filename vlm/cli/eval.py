@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.cli.options import DeviceOption, JsonOption, ModelArguments, PrecisionOption, WorkersOption
+from vlm.cli.options import BackendOption, DeviceOption, JsonOption, ModelArguments, PrecisionOption, WorkersOption
 from vlm.console import percent, pluralize, show_json, show_table
 from vlm.errors import UsageError, VlmError
 
@@ -85,6 +85,8 @@ class Eval:
     device: DeviceOption = "auto"
 
     precision: PrecisionOption = "fp32"
+
+    backend: BackendOption = ""
 
     json: JsonOption = False
 

@@ -3,10 +3,10 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vlm.evaluation.answers import answers_of, split_by_language
 from vlm.evaluation.comparison import (
@@ -158,7 +158,9 @@ def evaluation_page(
     sections: list[_Section] = []
     for number, (evaluator, data) in enumerate(comparison.measured()):
         sections.append(_section(comparison, names, number, evaluator, data, thumbnails, rng))
-    libraries = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    # by their packages: an evaluation by an ONNX export imports no torch
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "numpy")]
+    libraries = ", ".join((f"Python {platform.python_version()}", *versions))
     return render(
         "evaluation_page.html",
         provenance=provenance,

@@ -9,19 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 
 from vlm.config import suggest
 from vlm.data.decode import open_image, to_rgb
 from vlm.data.json_columns import WordedSource
-from vlm.data.loader import ShardSet, stream_batches
 from vlm.data.npy_files import parse_npy
 from vlm.data.sampler import SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, split_lines
+from vlm.data.shard_set import ShardSet, batches_by_threads
 from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
@@ -89,15 +88,28 @@ class SetImages:
         return image
 
 
+Pixels: TypeAlias = UInt8[Array, "..."] | UInt8[Tensor, "..."]
+"""Images as arrays, which a model without torch takes, or as tensors."""
+
+
+def as_pixels(pixels: UInt8[Array, "..."], *, as_arrays: bool) -> Pixels:
+    """The same images as a model takes them, in the same memory."""
+    if as_arrays:
+        return pixels
+    import torch
+
+    return torch.from_numpy(pixels)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetBatch:
     """Images as a model sees them. rows: theirs in the set. failures: why others of the batch have none, by row."""
 
-    images: UInt8[Tensor, "..."]
+    images: Pixels
     rows: tuple[int, ...]
     failures: dict[int, str] = field(default_factory=dict)
 
-    def with_images(self, images: UInt8[Tensor, "..."]) -> "SetBatch":
+    def with_images(self, images: Pixels) -> "SetBatch":
         """The same batch with other images."""
         return replace(self, images=images)
 
@@ -107,6 +119,7 @@ class _SetCollator:
     images: SetImages
     view: EvalTransform
     keys: tuple[str, ...]
+    as_arrays: bool
 
     @property
     def image_bytes(self) -> int:
@@ -126,7 +139,7 @@ class _SetCollator:
         pixels = shards.allocate_images((len(views), 3, self.view.size, self.view.size))
         if views:
             np.stack(views, out=pixels)
-        return SetBatch(images=torch.from_numpy(pixels), rows=tuple(rows), failures=failures)
+        return SetBatch(images=as_pixels(pixels, as_arrays=self.as_arrays), rows=tuple(rows), failures=failures)
 
     def _view(self, data: bytes, key: str) -> np.ndarray:
         # without alterations the view decodes by itself, no larger than it needs
@@ -212,18 +225,27 @@ class EvaluationSet:
         )
 
     def iter_images(
-        self, view: EvalTransform, *, workers: int = 0, share: tuple[int, int] = (0, 1)
+        self, view: EvalTransform, *, workers: int = 0, share: tuple[int, int] = (0, 1), as_arrays: bool = False
     ) -> Iterable[SetBatch]:
         """All images in batches, in the order of the rows, as a model sees them.
 
         workers: processes that read and decode; 0 does it in this one.
         share: rank and number of processes, each of which gets every so many'th batch.
+        as_arrays: images are arrays rather than tensors, and the workers threads, so that nothing needs torch.
         """
         plan = self.images.plan(IMAGES_AT_ONCE)
-        collate = _SetCollator(images=self.images, view=view, keys=self.keys)
+        collate = _SetCollator(images=self.images, view=view, keys=self.keys, as_arrays=as_arrays)
         rank, num_processes = share
         numbers = range(rank, len(plan), num_processes)
-        return stream_batches(plan, self.images.shards, collate, numbers=numbers, workers=workers)
+        if as_arrays:
+            # a source that is no shards has one place that it reads at
+            threads = workers if self.images.source is None else min(workers, 1)
+            return batches_by_threads(plan, self.images.shards, collate, numbers=numbers, threads=threads)
+        # here, since an evaluation by an ONNX export needs no torch, which takes seconds to load
+        from vlm.data.loader import stream_batches
+
+        tensors: Any = collate
+        return stream_batches(plan, self.images.shards, tensors, numbers=numbers, workers=workers)
 
     def image_file(self, row: int) -> bytes:
         """The file of an image as it lies in the set, unaltered.
@@ -333,7 +355,8 @@ def _open_shards(url: str, label: str, class_names: Sequence[str], *, caption_li
                 labels = _classes_of_array(contents.get(key), key, class_list)
             elif label:
                 labels = labels_of(metadata, label, key)
-            captions = split_lines(captions) if caption_lines else captions
+            # two people may write the same of an image; CLIP_benchmark asks for it twice, too
+            captions = split_lines(captions, keeps_repeated=True) if caption_lines else captions
             rows.add(first + number, key, captions, metadata, labels)
         reader.close()
         first += count

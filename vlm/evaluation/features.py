@@ -9,15 +9,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import torch
 
 from vlm.console import progress
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.evaluation_set import IMAGES_AT_ONCE, EvaluationSet, SetBatch
+from vlm.evaluation.evaluation_set import IMAGES_AT_ONCE, EvaluationSet, Pixels, SetBatch, as_pixels
 from vlm.files import atomic_write, compute_fingerprint, json_text, sha256_file, write_text
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.tensor_types import Array, Float32, Tensor, UInt8
@@ -120,12 +119,13 @@ class PixelMemory:
         kept: list[SetBatch] | None = []
         num_bytes = 0
         for batch in open_batches():
-            num_bytes += batch.images.numel()
+            num_bytes += batch.images.nbytes
             if self._used_bytes + num_bytes > self.max_bytes:
                 kept = None
             if kept is not None:
                 # a copy, since a batch of a loader may lie in memory that is used again
-                kept.append(batch.with_images(batch.images.clone()))
+                images = batch.images
+                kept.append(batch.with_images(images.copy() if isinstance(images, np.ndarray) else images.clone()))
             yield batch
         if kept is not None:
             self._batches[key] = kept
@@ -289,7 +289,8 @@ class EvaluatedModel:
         embedded: list[tuple[int, np.ndarray, dict[int, str]]] = []
         num_embedded = 0
         batches = self._pixels.batches(
-            f"{data.digest} {self.view}", lambda: data.iter_images(self.view, workers=self._workers, share=share)
+            f"{data.digest} {self.view}",
+            lambda: data.iter_images(self.view, workers=self._workers, share=share, as_arrays=self._takes_arrays),
         )
         with progress(total=len(data), what=f"embedding {data.name}", unit="image") as bar:
             for batch in batches:
@@ -314,17 +315,20 @@ class EvaluatedModel:
             if self._sharing.num_processes > 1:
                 embed()
 
-    def _blank(self) -> UInt8[Tensor, "1 3 H W"]:
-        return torch.zeros(1, 3, self.view.size, self.view.size, dtype=torch.uint8)
+    def _blank(self) -> Pixels:
+        return as_pixels(np.zeros((1, 3, self.view.size, self.view.size), np.uint8), as_arrays=self._takes_arrays)
 
-    def _embed(self, images: UInt8[Tensor, "B 3 H W"], layer: Layer) -> Float32[Array, "B D"]:
+    @property
+    def _takes_arrays(self) -> bool:
+        """Whether the model needs no torch, and its images neither."""
+        return isinstance(self.encoder, OnnxEncoder)
+
+    def _embed(self, images: Any, layer: Layer) -> Float32[Array, "B D"]:
         if layer == "pooled":
             if not isinstance(self.encoder, PoolingEncoder):
                 raise UsageError(f"{self.name} gives no features before their projection; use layer = 'projected'.")
-            return self.encoder.pool_images(images).numpy()
-        if isinstance(self.encoder, OnnxEncoder):
-            return self.encoder.embed_images(images.numpy())
-        return self.encoder.embed_images(images).numpy()
+            return np.asarray(self.encoder.pool_images(images))
+        return np.asarray(self.encoder.embed_images(images))
 
     def _compute_texts(self, texts: Sequence[str]) -> Features:
         # each text once: sets of products and emoji have the same one for many images. By length, since a batch is as

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.collate import iter_sample_batches
 from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder
 from vlm.models.onnx_encoder import OnnxEncoder

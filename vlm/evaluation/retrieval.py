@@ -1,7 +1,7 @@
 """Image-text retrieval of a model on a set: metrics in both directions, for all captions and for each language."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlm.data.collate import EvalBatch, EvalCollator
-from vlm.data.loader import stream_batches
-from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import UNNAMED, Captions, select_languages
-from vlm.data.shards import count_samples
-from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError
 from vlm.evaluation.bootstrap import (
     RESAMPLES,
@@ -24,7 +19,7 @@ from vlm.evaluation.bootstrap import (
     statistic_interval,
     weighted_median,
 )
-from vlm.evaluation.evaluation_set import IMAGES_AT_ONCE, EvaluationSet, open_evaluation_set
+from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedEncoder, EvaluatedModel
 from vlm.evaluation.measurement import Measurement, Value
 from vlm.evaluation.rank_counts import RankCounts
@@ -51,12 +46,6 @@ _MOST_OUTCOMES = 16
 # the median of so many ranks hardly moves, and its draws would take minutes
 _MOST_MEDIAN_RANKS = 50_000
 _MEDIAN_RESAMPLES = 500
-
-
-def iter_sample_batches(shards: Sequence[str], view: EvalTransform | None, *, workers: int) -> Iterable[EvalBatch]:
-    """Every sample of the shards once, in file order, ready for a model."""
-    plan = SequentialBatches(counts=count_samples(list(shards)), batch_size=IMAGES_AT_ONCE)
-    return stream_batches(plan, shards, EvalCollator(view=view), numbers=range(len(plan)), workers=workers)
 
 
 def evaluate_retrieval(

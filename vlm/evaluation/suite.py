@@ -54,6 +54,8 @@ EVALUATORS = {
 }
 """The evaluators by the name that suites give them: module and class. They are imported when they are used."""
 
+_OF_CAPTIONERS = frozenset({"captions", "scene-captions"})
+
 _KEYS = ("title", "data", "evaluate", "average")
 
 
@@ -81,6 +83,13 @@ class SuiteEntry:
             if isinstance(value, SuiteEntry):
                 values[name] = value.build(sets)
         return evaluator_type(**values)
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether it reads more of a model than unit vectors: captions, or features before the projection."""
+        layer = self.settings.get("layer", getattr(evaluator_class(self.evaluator), "layer", ""))
+        is_inner = any(isinstance(value, SuiteEntry) and value.needs_network for value in self.settings.values())
+        return self.evaluator in _OF_CAPTIONERS or layer == "pooled" or is_inner
 
     def named_sets(self) -> list[str]:
         """The sets among its settings."""
