@@ -2,9 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
@@ -180,14 +179,10 @@ def evaluate(
         outside=str(out_of_distribution or ""),
     )
     request.check(has_suite=suite is not None, num_models=len(models))
+    opening = _Opening(device=device, precision=precision, backend=backend, workers=workers)
     if suite is not None:
-        folders = _Folders.of(data_root, out, features)
-        opened = partial(_encoder, device=device, precision=precision, backend=backend)
-        return _evaluate_suite(models, str(suite), folders, opened, workers)
-    encoder = _encoder(
-        models[0], device=device, precision=precision, backend=backend, needs_network=bool(request.captions)
-    )
-    evaluated = EvaluatedModel(encoder, workers=workers)
+        return _evaluate_suite(models, str(suite), _Folders.of(data_root, out, features), opening)
+    evaluated = opening.open(models[0], FeatureCache(), needs_network=bool(request.captions))
     sets: dict[str, EvaluationSet] = {}
     measurements: list[Measurement] = []
     for evaluator, data in request.evaluations(
@@ -305,55 +300,55 @@ class _Folders:
         return cls(data=Path(data), out=folder, features=None if features is None else Path(features))
 
 
-def _encoder(
-    model: ModelLike,
-    *,
-    device: str,
-    precision: Literal["fp32", "bf16"],
-    backend: Backend | Literal[""],
-    needs_network: bool,
-) -> "VisionLanguageModel | OnnxEncoder":
-    """What is evaluated: the model by torch, or its ONNX export.
+@dataclass(frozen=True, kw_only=True)
+class _Opening:
+    """How models are opened for evaluation."""
 
-    needs_network: more is asked of the model than unit vectors, which are all that an export gives.
-    """
-    if isinstance(model, Model):
-        return model.query_encoder
-    if not isinstance(model, str | Path):
-        return model
-    choice = chosen_backend(backend)
-    if choice == "torch" or (choice == "auto" and needs_network):
-        return encoder_of(model, device=device, precision=precision)
-    encoder = load(model, device=device, precision=precision, backend=choice).query_encoder
-    if not isinstance(encoder, OnnxEncoder):
+    device: str
+    precision: Literal["fp32", "bf16"]
+    backend: Backend | Literal[""]
+    workers: int
+
+    def open(self, model: ModelLike, cache: FeatureCache, *, needs_network: bool) -> EvaluatedModel:
+        """The model by torch, or its ONNX export.
+
+        needs_network: more is asked of the model than unit vectors, which are all that an export gives.
+        """
+        if isinstance(model, Model):
+            encoder = model.query_encoder
+        else:
+            encoder = self._load(model, needs_network) if isinstance(model, str | Path) else model
+        return EvaluatedModel(encoder, cache=cache, workers=self.workers)  # pyright: ignore[reportArgumentType]
+
+    def _load(self, model: str | Path, needs_network: bool) -> "VisionLanguageModel | OnnxEncoder":
+        choice = chosen_backend(self.backend)
+        if choice == "auto" and needs_network:
+            choice = "torch"
+        encoder = load(model, device=self.device, precision=self.precision, backend=choice).query_encoder
+        if not isinstance(encoder, OnnxEncoder):
+            return encoder
+        is_rounded = encoder.export.details.precision != "float32"
+        # the figures are those of the model itself unless its int8 export was asked for
+        if is_rounded and choice == "auto" and not is_onnx_folder(Path(model)):
+            return encoder_of(model, device=self.device, precision=self.precision)
+        logger.info(f"{model} is evaluated by its ONNX export ({encoder.export.details.precision}).")
         return encoder
-    is_rounded = encoder.export.details.precision != "float32"
-    # the figures are those of the model itself unless its int8 export was asked for
-    if is_rounded and choice == "auto" and not is_onnx_folder(Path(model)):
-        return encoder_of(model, device=device, precision=precision)
-    logger.info(f"{model} is evaluated by its ONNX export ({encoder.export.details.precision}).")
-    return encoder
 
 
 def _evaluate_suite(
     models: Sequence[ModelLike],
     suite: str,
     folders: _Folders,
-    open_encoder: Callable[..., "VisionLanguageModel | OnnxEncoder"],
-    workers: int,
+    opening: _Opening,
 ) -> SuiteEvaluation:
     names = [str(model) for model in models if isinstance(model, str | Path)]
     if len(set(names)) < len(names):
         raise UsageError(f"A model is given twice: {', '.join(names)}; compare different ones.")
     sets = OpenSets(suite=read_suite(suite), root=folders.data, cache=folders.features)
     needs_network = any(entry.needs_network for entry in sets.suite.entries)
-
-    def evaluated(model: ModelLike) -> EvaluatedModel:
-        encoder = open_encoder(model, needs_network=needs_network)
-        return EvaluatedModel(encoder, cache=FeatureCache(folders.features), workers=workers)
-
     # loaded one after the other, with features of their own: two large ones need not fit into memory together
-    evaluation = evaluate_models(map(evaluated, models), sets)
+    evaluated = (opening.open(model, FeatureCache(folders.features), needs_network=needs_network) for model in models)
+    evaluation = evaluate_models(evaluated, sets)
     if folders.out is not None:
         _write(folders.out, evaluation, evaluation.comparison, sets.opened)
     return evaluation
