@@ -70,13 +70,16 @@ def copy_full_tensor(target: Tensor, tensor: Tensor) -> None:
 
 
 # a gather of fewer numbers costs its latency only
-_MIN_SHARDED_PARAMETERS = 1 << 16
+MIN_SHARDED_PARAMETERS = 1 << 16
 
 
-def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
+def apply_fsdp(
+    task: nn.Module, device: torch.device, *, is_bf16: bool, min_parameters: int = MIN_SHARDED_PARAMETERS
+) -> None:
     """Shard the task's weights over all processes, in place: block by block, and the rest as one.
 
-    Scalars (temperature, bias) stay whole on every process, see `average_unsharded_gradients`.
+    Scalars (temperature, bias) stay whole on every process, see `average_unsharded_gradients`. Blocks of fewer than
+    `min_parameters` weights are sharded with the rest.
 
     Raises:
         UsageError: there is one process only.
@@ -87,7 +90,7 @@ def apply_fsdp(task: nn.Module, device: torch.device, *, is_bf16: bool) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if is_bf16 else None
     fsdp_options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
-    for block in _blocks_to_shard(task):
+    for block in _blocks_to_shard(task, min_parameters):
         fully_shard(block, **fsdp_options)
     # fully_shard splits along the first dimension, which scalars do not have
     scalars = {parameter for parameter in task.parameters() if not parameter.ndim}
@@ -152,7 +155,7 @@ def split_by_sharding(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Param
     return sharded, whole
 
 
-def _blocks_to_shard(task: nn.Module) -> list[nn.Module]:
+def _blocks_to_shard(task: nn.Module, min_parameters: int) -> list[nn.Module]:
     """The layers of lists of layers that are large enough for a message of their own; innermost first."""
     lists = [module for module in task.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     blocks: dict[nn.Module, None] = {}
@@ -161,7 +164,7 @@ def _blocks_to_shard(task: nn.Module) -> list[nn.Module]:
         for layer in layers:
             num_parameters = sum(parameter.numel() for parameter in layer.parameters())
             is_list = isinstance(layer, nn.ModuleList | nn.Sequential)
-            if num_parameters >= _MIN_SHARDED_PARAMETERS and not is_list:
+            if num_parameters >= min_parameters and not is_list:
                 blocks[layer] = None
     return list(blocks)
 

@@ -243,7 +243,10 @@ def open_input_providers(
     if ema and _EMA_INPUTS & read:
         # functional_call would need the whole EMA, of which each process has a share
         if config.sharding == "fsdp":
-            raise UsageError("local_to_global learns from the whole mean of the weights; leave out --sharding fsdp.")
+            raise UsageError(
+                f"objective = {config.objective.objective!r} learns from the whole mean of the weights, of which each "
+                "process would hold a share; leave out --sharding fsdp."
+            )
         providers |= dict.fromkeys(_EMA_INPUTS, EMATeacher(ema.weights, model))
     return providers
 

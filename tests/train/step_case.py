@@ -1,7 +1,9 @@
 """One objective on a small network with everything that draws at random, as a whole batch and in parts."""
 
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm.models.dropout import PerSampleNoise, use_per_sample_dropout
 from vlm.models.factory import build_network, enable_padding_trim
+from vlm.train.distributed import apply_fsdp, average_unsharded_gradients, no_gradient_sync, to_full_tensor
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import parse_objective
 from vlm.train.run_config import ObjectiveConfig
@@ -45,6 +48,7 @@ class Case:
     ) -> None:
         self.trims = trims
         self.samples = samples
+        self.is_sharded = False
         self.is_mixed = dtype == torch.bfloat16
         dtype = torch.float32 if self.is_mixed else dtype
         if "classify" in expression or expression == "gpt4image":
@@ -60,12 +64,18 @@ class Case:
         self.task: TrainingTask = build_task(model, self.terms, self.options).to(dtype).train()
         self.inputs = draw_inputs(seed, dtype, samples)
 
+    def shard(self) -> None:
+        """Spread the weights over the processes (FSDP2), every layer of its own, for all that follows."""
+        apply_fsdp(self.task, torch.device("cpu"), is_bf16=False, min_parameters=1)
+        self.is_sharded = True
+
     def gradients(
         self, *, split: int = 1, process: int = 0, processes: int = 1
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Loss parts and gradients of this process's share of the batch, in `split` parts."""
         self.task.zero_grad(set_to_none=True)
-        wrapped = DistributedDataParallel(self.task) if processes > 1 else self.task
+        is_replicated = processes > 1 and not self.is_sharded
+        wrapped = DistributedDataParallel(self.task) if is_replicated else self.task
 
         def forward(inputs: Inputs, names: frozenset[str] | None) -> Outputs:
             return self.forward(wrapped, inputs, names)
@@ -87,15 +97,21 @@ class Case:
             non_image_inputs=part,
             forward=forward,
             backward=lambda loss: loss.backward(),
-            no_sync=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
+            no_sync=self._no_sync(wrapped),
         )
         losses = backward_with_gradient_caching(micro_batches, self.terms, self.options)
+        average_unsharded_gradients(self.task)
         found = {
-            name: parameter.grad.clone()
+            name: to_full_tensor(parameter.grad).clone()
             for name, parameter in self.task.named_parameters()
             if parameter.grad is not None
         }
         return losses, found
+
+    def _no_sync(self, wrapped: nn.Module) -> Callable[[], AbstractContextManager[object]]:
+        if self.is_sharded:
+            return partial(no_gradient_sync, self.task)
+        return wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
 
     def forward(self, task: nn.Module, inputs: Inputs, names: frozenset[str] | None = None) -> Outputs:
         """The student's outputs, in float32 also where it computes in bfloat16."""

@@ -1,6 +1,7 @@
 """One process of several: the gradients of its share of a batch, for each case on the command line, to a JSON file.
 
-python -m tests.train.step_ranks OUT.json PARTS CASES: PARTS and CASES are JSON lists, a case [objective, trims].
+python -m tests.train.step_ranks OUT.json CASES PARTS: CASES is a JSON list of [objective, trims]; PARTS an object, for
+each sharding (none, fsdp) the numbers of parts that a share is cut into.
 """
 
 import json
@@ -14,20 +15,24 @@ from tests.leaving import leave_group
 from tests.train.step_case import Case
 
 
-def main(out: str, parts: list[int], cases: list[tuple[str, bool]]) -> None:
+def main(out: str, cases: list[tuple[str, bool]], parts: dict[str, list[int]]) -> None:
     """The first process writes what all have found together."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = []
     for objective, trims in cases:
-        case = Case(objective, trims=trims, samples=16)
-        for split in parts:
-            losses, gradients = case.gradients(split=split, process=rank, processes=world)
-            total = torch.stack(list(losses.values())).sum() / world
-            torch.distributed.all_reduce(total)
-            found = {name: value.tolist() for name, value in gradients.items()}
-            results.append({"case": [objective, trims], "split": split, "loss": float(total), "gradients": found})
+        for sharding, splits in parts.items():
+            case = Case(objective, trims=trims, samples=16)
+            if sharding == "fsdp":
+                case.shard()
+            for split in splits:
+                losses, gradients = case.gradients(split=split, process=rank, processes=world)
+                total = torch.stack(list(losses.values())).sum() / world
+                torch.distributed.all_reduce(total)
+                found = {name: value.tolist() for name, value in gradients.items()}
+                told = {"case": [objective, trims], "sharding": sharding, "split": split}
+                results.append(told | {"loss": float(total), "gradients": found})
     if rank == 0:
         Path(out).write_text(json.dumps(results))
     leave_group()

@@ -69,31 +69,33 @@ def test_in_mixed_precision_parts_are_as_near_to_single_precision_as_the_whole(o
     assert distance(case.gradients(split=split)[1], wanted) <= 1.05 * distance(whole, wanted)
 
 
-def assert_processes_are_one(out, processes, parts, cases, port):
-    words = [sys.executable, "-m", "tests.train.step_ranks", str(out), json.dumps(parts), json.dumps(cases)]
+def assert_processes_are_one(out, processes, cases, port, **parts):
+    """parts: for each sharding the numbers of parts that each share is cut into."""
+    words = [sys.executable, "-m", "tests.train.step_ranks", str(out), json.dumps(cases), json.dumps(parts)]
     preloaded.run_ranks(words, processes=processes, port=port, env=dict(os.environ))
     results = json.loads(out.read_text())
-    assert len(results) == len(parts) * len(cases)
+    assert len(results) == len(cases) * sum(len(splits) for splits in parts.values())
     wholes = {}
     for result in results:
         objective, trims = result["case"]
+        told = [result["case"], result["sharding"], result["split"]]
         if (objective, trims) not in wholes:
             wholes[objective, trims] = undivided(Case(objective, trims=trims, samples=16))
         whole_loss, wanted = wholes[objective, trims]
-        assert result["loss"] == pytest.approx(whole_loss, rel=1e-9), result["case"]
+        assert result["loss"] == pytest.approx(whole_loss, rel=1e-9), told
         gradients = {name: torch.tensor(value, dtype=torch.float64) for name, value in result["gradients"].items()}
         assert_alike(gradients, wanted, BOUNDS[torch.float64])
 
 
-def test_two_processes_are_one(tmp_path, free_port):
-    assert_processes_are_one(tmp_path / "found.json", 2, [1, 2, 4, 8], ON_PROCESSES, free_port())
+def test_two_processes_are_one_replicated_or_sharded(tmp_path, free_port):
+    assert_processes_are_one(tmp_path / "found.json", 2, ON_PROCESSES, free_port(), none=[1, 2, 4, 8], fsdp=[1, 2])
 
 
 def test_four_processes_are_one(tmp_path, free_port):
     cases = [("siglip", True), ("weighted_dcl", True), ("dreamlip", True), ("coca", False)]
-    assert_processes_are_one(tmp_path / "found.json", 4, [1, 4], cases, free_port())
+    assert_processes_are_one(tmp_path / "found.json", 4, cases, free_port(), none=[1, 4], fsdp=[1, 2])
 
 
 @pytest.mark.slow
 def test_four_processes_are_one_for_every_objective(tmp_path, free_port):
-    assert_processes_are_one(tmp_path / "found.json", 4, [1, 2, 4], ON_PROCESSES, free_port())
+    assert_processes_are_one(tmp_path / "found.json", 4, ON_PROCESSES, free_port(), none=[1, 2, 4], fsdp=[1, 2, 4])
