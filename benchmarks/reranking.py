@@ -1,19 +1,22 @@
 #!/usr/bin/env python
-"""Recall and latency of text search with and without re-ranking the top results, by a captioner or a poly-encoder.
+"""Recall and latency of text search with and without re-ranking the top results, by captioners and poly-encoders.
 
-    benchmarks/run reranking INDEX MODEL [--questions 1000] [--top 50] [--language en] [--json]
+    benchmarks/run reranking INDEX MODEL [MODEL …] [--queries 1000] [--top 50] [--language en] [--json]
 
-The index must hold images with captions that the model has not seen. On the synthetic shapes:
+The index must hold images with captions that the models have not seen. On the synthetic shapes:
 
     vlm quickstart
     vlm train tiny-coca --data quickstart-out/shards/train --val quickstart-out/shards/val \\
         --run quickstart-out/captioner --tokenizer quickstart-out/tokenizer.model
     vlm embed quickstart-out/captioner quickstart-out/shards/val held-out
     vlm index build held-out held-out-index
-    benchmarks/run reranking held-out-index quickstart-out/captioner
+    vlm embed quickstart-out/captioner quickstart-out/shards/train seen
+    vlm index fit-reranker seen poly-encoder
+    benchmarks/run reranking held-out-index quickstart-out/captioner poly-encoder
 
-Each image's first caption is a query; every image with this caption is correct. Three orders of the same results are
-compared: by cosine, by likelihood (or a poly-encoder's score), and by reciprocal rank fusion of the two (`fuse_ranks`).
+Each image's first caption is a query; every image with this caption is correct. Of the same results several orders are
+compared: by cosine, by each MODEL's score (likelihood of a captioner, or that of a poly-encoder), and by reciprocal
+rank fusion of the two (`fuse_ranks`). All rerankers get the same queries.
 """
 
 import shlex
@@ -28,11 +31,13 @@ import tyro
 from vlm.cli.main import print_error
 from vlm.console import show_fields, show_json, show_table, track
 from vlm.errors import UsageError, VlmError
+from vlm.evaluation.bootstrap import paired_difference
 from vlm.service.ranking import ScoredRanking, fuse_ranks
 from vlm.service.search import Query, SearchResult, SearchService
 
 _COUNTS = (1, 5, 10)
-_ORDERS = ("cosine", "likelihood", "both")
+_COSINE = "cosine"
+_FUSED = "{} and cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,8 @@ class Arguments:
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Index of held-out images."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """MODEL with a caption decoder, or a folder of vlm index fit-reranker."""
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """MODELs with a caption decoder, or folders of vlm index fit-reranker."""
 
     queries: int = 1000
     """Number of caption queries; a random subset if there are more."""
@@ -55,7 +60,7 @@ class Arguments:
     """Language of the captions; empty if they name none."""
 
     seed: int = 0
-    """Random seed of the subset."""
+    """Random seed of the subset, and of the intervals' resamples."""
 
     json: bool = False
     """Print the result as JSON."""
@@ -63,32 +68,48 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Run the queries and print the results."""
-    service = SearchService.open(arguments.index, rerank_spec=arguments.model)
-    texts = _captions(service, arguments)
-    service.search(Query(texts=texts[:1], top=arguments.top, rerank_top=arguments.top))
-    ranks: dict[str, list[float]] = {order: [] for order in _ORDERS}
-    milliseconds: dict[str, list[float]] = {part: [] for part in ("embed", "search", "rerank")}
-    for text in track(texts, total=len(texts), what="asking"):
-        answer = service.search(Query(texts=(text,), top=arguments.top, rerank_top=arguments.top))
-        for order, rank in _ranks(answer, text, arguments.language).items():
-            ranks[order].append(rank)
-        for part, spent in milliseconds.items():
-            spent.append(getattr(answer, f"{part}_milliseconds"))
+    if not arguments.models:
+        raise UsageError("Name a MODEL to re-rank with.")
+    ranks: dict[str, np.ndarray] = {}
+    milliseconds: dict[str, dict[str, float]] = {}
+    for model in arguments.models:
+        service = SearchService.open(arguments.index, rerank_spec=model)
+        texts = _captions(service, arguments)
+        by_order, spent = _ask(service, texts, arguments, Path(model).name)
+        ranks |= by_order
+        milliseconds[Path(model).name] = spent
     result = {
         "command": shlex.join(["benchmarks/run", "reranking", *sys.argv[1:]]),
         "rows": len(service.index),
         "questions": len(texts),
         "top": arguments.top,
-        "recall": {order: _recalls(np.array(found)) for order, found in ranks.items()},
-        "likelihood_better": _share_better(ranks, "likelihood", "cosine"),
-        "likelihood_worse": _share_better(ranks, "cosine", "likelihood"),
-        "median_ms": {part: float(np.median(spent)) for part, spent in milliseconds.items()},
-        "p95_ms": {part: float(np.percentile(spent, 95)) for part, spent in milliseconds.items()},
+        "recall": {order: _recalls(found) for order, found in ranks.items()},
+        "less_cosine": {order: _less_cosine(ranks, order, arguments.seed) for order in ranks if order != _COSINE},
+        "first_only": {order: _first_only(ranks, order) for order in ranks if order != _COSINE},
+        "ms": milliseconds,
     }
     if arguments.json:
         show_json(result)
     else:
         _show(result)
+
+
+def _ask(
+    service: SearchService, texts: tuple[str, ...], arguments: Arguments, name: str
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The ranks of the right images in each order, and milliseconds a query: medians, and of re-ranking the 95th."""
+    service.search(Query(texts=texts[:1], top=arguments.top, rerank_top=arguments.top))
+    ranks: dict[str, list[float]] = {_COSINE: [], name: [], _FUSED.format(name): []}
+    milliseconds: dict[str, list[float]] = {part: [] for part in ("embed", "search", "rerank")}
+    for text in track(texts, total=len(texts), what=f"asking {name}"):
+        answer = service.search(Query(texts=(text,), top=arguments.top, rerank_top=arguments.top))
+        for order, rank in zip(ranks, _ranks(answer, text, arguments.language), strict=True):
+            ranks[order].append(rank)
+        for part, spent in milliseconds.items():
+            spent.append(getattr(answer, f"{part}_milliseconds"))
+    medians = {part: float(np.median(spent)) for part, spent in milliseconds.items()}
+    medians["rerank_p95"] = float(np.percentile(milliseconds["rerank"], 95))
+    return {order: np.array(found) for order, found in ranks.items()}, medians
 
 
 def _captions(service: SearchService, arguments: Arguments) -> tuple[str, ...]:
@@ -102,16 +123,19 @@ def _captions(service: SearchService, arguments: Arguments) -> tuple[str, ...]:
     return texts
 
 
-def _ranks(answer: SearchResult, text: str, language: str) -> dict[str, float]:
-    """The rank of the first correct image in each order, from 1; infinite if it is not among the results."""
+def _ranks(answer: SearchResult, text: str, language: str) -> tuple[float, float, float]:
+    """The rank of the first correct image, from 1: by cosine, re-ranked, fused; infinite if it is not among them."""
     hits = answer.hits
     is_right = np.array([text in hit.entry.captions.get(language, ()) for hit in hits])
-    by_likelihood = np.arange(len(hits))
+    if not is_right.any():
+        return np.inf, np.inf, np.inf
+    by_reranker = np.arange(len(hits))
     by_cosine = np.argsort([-hit.score for hit in hits], kind="stable")
     by_rank = -np.arange(len(hits), dtype=np.float64)
-    places, scores = fuse_ranks([ScoredRanking(rows=order, scores=by_rank) for order in (by_cosine, by_likelihood)])
-    orders = {"cosine": by_cosine, "likelihood": by_likelihood, "both": places[np.argsort(-scores, kind="stable")]}
-    return {name: float(np.argmax(is_right[order])) + 1 if is_right.any() else np.inf for name, order in orders.items()}
+    places, scores = fuse_ranks([ScoredRanking(rows=order, scores=by_rank) for order in (by_cosine, by_reranker)])
+    fused = places[np.argsort(-scores, kind="stable")]
+    first, second, third = (float(np.argmax(is_right[order])) + 1 for order in (by_cosine, by_reranker, fused))
+    return first, second, third
 
 
 def _recalls(ranks: np.ndarray) -> dict[str, float]:
@@ -119,23 +143,36 @@ def _recalls(ranks: np.ndarray) -> dict[str, float]:
     return found | {"top": float(np.isfinite(ranks).mean())}
 
 
-def _share_better(ranks: dict[str, list[float]], first: str, second: str) -> float:
-    """The share of queries whose correct image is the first result in one order but not in the other."""
-    return float(((np.array(ranks[first]) == 1) & (np.array(ranks[second]) > 1)).mean())
+def _less_cosine(ranks: dict[str, np.ndarray], order: str, seed: int) -> list[float | None]:
+    """Recall@1 less that by cosine, with its 95% interval over the queries."""
+    is_first = {name: ranks[name] == 1 for name in (_COSINE, order)}
+    told = paired_difference(is_first[_COSINE], is_first[order], rng=np.random.default_rng(seed))
+    return [told.difference, told.low, told.high]
+
+
+def _first_only(ranks: dict[str, np.ndarray], order: str) -> list[float]:
+    """The share of queries whose correct image comes first in this order alone, and by cosine alone."""
+    here, there = ranks[order] == 1, ranks[_COSINE] == 1
+    return [float((here & ~there).mean()), float((there & ~here).mean())]
 
 
 def _show(result: dict[str, Any]) -> None:
-    columns = ["ordered by", *(f"R@{count}" for count in _COUNTS), f"among the {result['top']}"]
-    rows = [[order, *found.values()] for order, found in result["recall"].items()]
+    columns = ["ordered by", *(f"R@{count}" for count in _COUNTS), f"among the {result['top']}", "R@1 less cosine"]
+    rows: list[list[Any]] = []
+    for order, found in result["recall"].items():
+        row: list[Any] = [order, *found.values(), ""]
+        if order in result["less_cosine"]:
+            difference, low, high = result["less_cosine"][order]
+            row[-1] = f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        rows.append(row)
     show_table(columns, rows, title=f"{result['questions']:,} caption queries over {result['rows']:,} images")
-    show_fields(
-        {
-            "right first only by likelihood": f"{result['likelihood_better']:.1%}",
-            "right first only by cosine": f"{result['likelihood_worse']:.1%}",
-            "median ms per query": ", ".join(f"{part} {spent:.1f}" for part, spent in result["median_ms"].items()),
-            "p95 ms per query": ", ".join(f"{part} {spent:.1f}" for part, spent in result["p95_ms"].items()),
-        }
-    )
+    fields: dict[str, Any] = {}
+    for order, (here, there) in result["first_only"].items():
+        fields[f"right first by {order} alone, by cosine alone"] = f"{here:.1%}, {there:.1%}"
+    for name, spent in result["ms"].items():
+        medians = ", ".join(f"{part} {spent[part]:.1f}" for part in ("embed", "search", "rerank"))
+        fields[f"median ms per query, {name}"] = f"{medians} (p95 {spent['rerank_p95']:.1f})"
+    show_fields(fields)
     print(f"To repeat: {result['command']}")
 
 

@@ -97,5 +97,6 @@ def test_four_processes_are_one(tmp_path, free_port):
 
 
 @pytest.mark.slow
-def test_four_processes_are_one_for_every_objective(tmp_path, free_port):
-    assert_processes_are_one(tmp_path / "found.json", 4, ON_PROCESSES, free_port(), none=[1, 2, 4], fsdp=[1, 2, 4])
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_four_processes_are_one_for_every_objective(sharding, tmp_path, free_port):
+    assert_processes_are_one(tmp_path / "found.json", 4, ON_PROCESSES, free_port(), **{sharding: [1, 2, 4]})
