@@ -1,14 +1,16 @@
-"""Scanning shards with several processes: what comes out, and in which order, does not depend on how many."""
+"""Scanning shards with several processes: what comes out, and in which order, does not depend on how many or where."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, Protocol, TypeVar
 
 from vlm.data.tar import ShardReader
 from vlm.errors import VlmError
+from vlm.ray_engine import RayCluster, run_on_ray
 
 _CHUNKS_AHEAD = 4
 """Submitted for each process, so that none is idle while results are consumed, and few results wait in memory."""
@@ -30,16 +32,24 @@ Scan = Callable[[ShardReader, Chunk], Result]
 
 
 def scan_shards(
-    make_scan: Callable[[], Scan[Chunk, Result]], chunks: Iterable[Chunk], *, workers: int
+    make_scan: Callable[[], Scan[Chunk, Result]],
+    chunks: Iterable[Chunk],
+    *,
+    workers: int,
+    cluster: RayCluster | None = None,
 ) -> Iterator[Result]:
     """The result of each chunk, in the order of the chunks.
 
     make_scan: called once in each process, so that what costs time to open (a tokenizer) is opened once.
     workers: processes that scan; 0 does it in this one.
+    cluster: processes that scan instead, of a Ray cluster, whose machines see the shards under the same addresses.
 
     Raises:
-        VlmError: a process was killed.
+        VlmError: a process was killed, on a cluster again and again at the same chunk.
     """
+    if cluster is not None:
+        yield from _scan_on_ray(make_scan, list(chunks), cluster)
+        return
     if not workers:
         scanner = _Scanner(make_scan())
         try:
@@ -69,6 +79,24 @@ def scan_shards(
     finally:
         # also when the consumer stops early and this generator is closed
         pool.shutdown(cancel_futures=True)
+
+
+def _scan_on_ray(
+    make_scan: Callable[[], Scan[Chunk, Result]], chunks: Sequence[Chunk], cluster: RayCluster
+) -> Iterator[Result]:
+    # they end in any order
+    waiting: dict[int, Result] = {}
+    num_yielded = 0
+    open_scanner = partial(_open_scanner, make_scan)
+    for number, result in run_on_ray(open_scanner, chunks, cluster, name_of=lambda chunk: chunk.shard):
+        waiting[number] = result
+        while num_yielded in waiting:
+            yield waiting.pop(num_yielded)
+            num_yielded += 1
+
+
+def _open_scanner(make_scan: Callable[[], Scan[Any, Any]]) -> "_Scanner":
+    return _Scanner(make_scan())
 
 
 class _Scanner:

@@ -28,6 +28,7 @@ from vlm.storage import (
 
 __all__ = [
     "Shards",
+    "absolute_shard",
     "count_samples",
     "expand_shards",
     "is_remote",
@@ -167,6 +168,12 @@ def shard_stem(shard: str) -> str:
     """The file name of a shard without its ending, `.tar.gz` as a whole."""
     name = url_basename(shard)
     return next(name[: -len(suffix)] for suffix in SHARD_SUFFIXES[::-1] if name.lower().endswith(suffix))
+
+
+def absolute_shard(shard: str) -> str:
+    """The address from anywhere; a link to a tar stays a link, because its target need not be named `.tar`."""
+    path = Path(shard)
+    return shard if is_remote(shard) else str(path.parent.resolve() / path.name)
 
 
 def count_samples(shards: list[str], *, allow_damage: bool = False, cache: ShardCache | None = None) -> list[int]:

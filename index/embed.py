@@ -3,7 +3,7 @@
 `embed_into` is the whole way: open the folders, see which parts are missing, read the shards of these parts batch by
 batch, embed each batch into rows of every folder, write each part when its shard ends, and write the manifests when all
 parts exist. A part is whole or absent, so a killed run loses at most the part it was in; several processes share the
-work by taking turns over the shards.
+work by taking turns over the shards, or, on a Ray cluster (`ray_parts.py`), take a shard whenever they are free.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import Captions
 from vlm.data.selection import Selection
-from vlm.data.shards import count_samples, is_remote, shards_fingerprint
+from vlm.data.shards import absolute_shard, count_samples, shards_fingerprint
 from vlm.data.tar import Span, TarIndex, open_index
 from vlm.errors import UsageError, VlmError
 from vlm.index.embedding_speed import compile_encoder, find_fastest_batch_size
@@ -54,6 +54,9 @@ from vlm.manifest import Manifest, is_complete, mark_unfinished, read_manifest
 from vlm.models.model_spec import absolute_spec
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -170,48 +173,42 @@ def embed_into(
         VlmError: a shard is damaged, a vector is not of unit length, out of memory, or no sample can be used.
     """
     started = time.perf_counter()
-    if options.is_compiled and "image" not in folders:
-        raise UsageError("Only the image tower can be compiled; leave --compile out for texts.")
-    addresses = list(map(absolute_shard, shards))
-    # before a folder is begun: a shard that is missing leaves nothing behind
-    counts = count_samples(addresses, allow_damage=options.allow_damage)
-    # what decides over the rows: a folder begun with other inputs is refused
-    inputs = {
-        "model": model.fingerprint,
-        "shards": shards_fingerprint(addresses),
-        "selection": options.selection.fingerprint if options.selection else "",
-    }
-    outputs: list[_Output] = []
-    for modality, path in folders.items():
-        outputs.append(_open_output(model, path, modality, addresses, inputs, options))
-
-    unfinished = [output for output in outputs if output.writer]
-    wrote_manifest = False
-    if unfinished:
-        batch_size = _choose_batch_size(model, outputs, options, largest=max(counts))
-        job = _EmbedJob(
-            shards=addresses,
-            counts=counts,
-            times=options.selection.times_of(addresses) if options.selection else None,
-            batch_size=batch_size,
-            workers=options.workers,
-            is_compiled=options.is_compiled,
-        )
-        job.write_missing_parts(model, unfinished, options.share.shard_indices(len(addresses)))
-        wrote_manifest = _finish(unfinished, inputs, {"shards": addresses, "batch_size": batch_size})
-
-    ended_here = wrote_manifest and all(output.manifest for output in outputs)
-    seconds = time.perf_counter() - started
-    summaries: dict[Modality, EmbedSummary] = {}
-    for output in outputs:
-        summaries[output.space.modality] = _summary(output, len(addresses), seconds, ended_here=ended_here)
-    return summaries
+    embedder = ShardEmbedder(model, EmbedPlan.make(model, shards, folders, options))
+    embedder.write_missing_parts(options.share.shard_indices(len(shards)))
+    return embedder.finish(seconds=time.perf_counter() - started)
 
 
-def absolute_shard(shard: str) -> str:
-    """The address from anywhere; a link to a tar stays a link, because its target need not be named `.tar`."""
-    path = Path(shard)
-    return shard if is_remote(shard) else str(path.parent.resolve() / path.name)
+@dataclass(frozen=True, kw_only=True)
+class EmbedPlan:
+    """What is embedded into which folders; travels by pickle, so that only one process reads all indexes of shards.
+
+    shards: absolute addresses. counts: samples of each. inputs: fingerprints that decide over the rows; a folder begun
+    with other ones is refused. assigner: of the uids; made from the indexes where it is needed, unless it travels too.
+    """
+
+    shards: list[str]
+    counts: list[int]
+    inputs: dict[str, str]
+    folders: Mapping[Modality, Path]
+    options: EmbedOptions
+    assigner: UidAssigner | None = None
+
+    @classmethod
+    def make(
+        cls, model: Encoder, shards: Sequence[str], folders: Mapping[Modality, Path], options: EmbedOptions
+    ) -> "EmbedPlan":
+        """Read the shards' indexes; nothing is written."""
+        if options.is_compiled and "image" not in folders:
+            raise UsageError("Only the image tower can be compiled; leave --compile out for texts.")
+        addresses = list(map(absolute_shard, shards))
+        # before a folder is begun: a shard that is missing leaves nothing behind
+        counts = count_samples(addresses, allow_damage=options.allow_damage)
+        inputs = {
+            "model": model.fingerprint,
+            "shards": shards_fingerprint(addresses),
+            "selection": options.selection.fingerprint if options.selection else "",
+        }
+        return cls(shards=addresses, counts=counts, inputs=inputs, folders=folders, options=options)
 
 
 @dataclass(kw_only=True)
@@ -236,16 +233,11 @@ class _Output:
         self.new_rows += len(part.origins)
 
 
-def _open_output(
-    model: Encoder,
-    path: Path,
-    modality: Modality,
-    addresses: list[str],
-    inputs: dict[str, str],
-    options: EmbedOptions,
-) -> _Output:
+def _open_output(model: Encoder, plan: EmbedPlan, modality: Modality) -> _Output:
     """Begin or resume a folder, or open a complete one; a complete but damaged one is resumed."""
-    identity: dict[str, Any] = {"modality": modality, **inputs, "addresses": addresses, **asdict(options.storage)}
+    path, options = plan.folders[modality], plan.options
+    identity: dict[str, Any] = {"modality": modality, **plan.inputs, "addresses": plan.shards}
+    identity |= asdict(options.storage)
     identity["precision"] = options.precision
     space = EmbeddingSpace(
         model=absolute_spec(options.model_spec),
@@ -267,7 +259,7 @@ def _open_output(
         logger.info(f"{path} was complete: {fault}. The damaged parts are made again.")
         _reopen(path, identity)
         # unfinished now, or complete again where another process repaired it meanwhile
-        return _open_output(model, path, modality, addresses, inputs, options)
+        return _open_output(model, plan, modality)
     remove_leftovers(path)
     logger.info(f"{path} is complete already: {manifest.counts['rows']:,} rows of this model and these shards.")
     return _Output(path=path, space=space, writer=None, manifest=manifest)
@@ -310,71 +302,108 @@ def _choose_batch_size(model: Encoder, outputs: Sequence[_Output], options: Embe
     return batch_size
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _EmbedJob:
-    """A pass over shards. counts: samples of each. times: how often a selection names each sample, 0 or 1."""
+class ShardEmbedder:
+    """A model and the folders that its embeddings of the shards of a plan go to, part by part."""
 
-    shards: Sequence[str]
-    counts: Sequence[int]
-    times: Sequence[np.ndarray] | None
-    batch_size: int
-    workers: int
-    is_compiled: bool
+    def __init__(self, model: Encoder, plan: EmbedPlan) -> None:
+        """Begin, resume or open the folders.
 
-    def write_missing_parts(self, model: Encoder, outputs: Sequence[_Output], numbers: range) -> None:
+        Raises:
+            UsageError: a folder holds something else, or the work of another model or of other shards.
+        """
+        self.plan = plan
+        self._model = model
+        self._is_compiled = False
+        self._outputs = [_open_output(model, plan, modality) for modality in plan.folders]
+        self._times: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def assigner(self) -> UidAssigner:
+        """Gives the rows their uids."""
+        return self.plan.assigner or UidAssigner.for_shards(self.plan.shards)
+
+    @cached_property
+    def _batch_size(self) -> int:
+        return _choose_batch_size(self._model, self._outputs, self.plan.options, largest=max(self.plan.counts))
+
+    def missing_parts(self, numbers: Iterable[int]) -> dict[int, list[_Output]]:
+        """Of these shards those that lack a part in a folder, and where."""
+        missing: dict[int, list[_Output]] = {}
+        for number in numbers:
+            # with checksums, because what stopped the last run may have damaged a part
+            lacking = [output for output in self._outputs if output.is_missing(number)]
+            if lacking:
+                missing[number] = lacking
+        return missing
+
+    def num_samples(self, numbers: Sequence[int]) -> list[int]:
+        """Of each of these shards the samples that are embedded: all, or those that the selection names."""
+        if (times := self._times_of(numbers)) is not None:
+            return [int(np.count_nonzero(times_of_shard)) for times_of_shard in times]
+        return [self.plan.counts[number] for number in numbers]
+
+    def _times_of(self, numbers: Sequence[int]) -> list[np.ndarray] | None:
+        """How often a selection names each sample of these shards, 0 or 1."""
+        if (selection := self.plan.options.selection) is None:
+            return None
+        # of these alone: finding a shard in the selection takes its index, which a process of a cluster lacks
+        unknown = [number for number in numbers if number not in self._times]
+        if unknown:
+            times = selection.times_of([self.plan.shards[number] for number in unknown])
+            self._times |= zip(unknown, times, strict=True)
+        return [self._times[number] for number in numbers]
+
+    def write_missing_parts(self, numbers: Sequence[int], *, is_shown: bool = True) -> None:
         """Write the parts of these shards that are missing; finished parts stay, whatever happens then.
+
+        is_shown: draw a progress bar.
 
         Raises:
             VlmError: a shard cannot be read, a vector is not of unit length, or a batch does not fit into memory.
         """
-        missing: dict[int, list[_Output]] = {}
-        has_images = False
-        for number in numbers:
-            # with checksums, because what stopped the last run may have damaged a part
-            lacking = [output for output in outputs if output.is_missing(number)]
-            if lacking:
-                missing[number] = lacking
-                has_images |= any(output.space.modality == "image" for output in lacking)
+        missing = self.missing_parts(numbers)
         if not missing:
             return
+        has_images = any(output.space.modality == "image" for lacking in missing.values() for output in lacking)
+        total = sum(self.num_samples(numbers))
+        done = total - sum(self.num_samples(list(missing)))
         try:
-            if has_images and self.is_compiled:
-                model = compile_encoder(model, self.batch_size)
-            self._embed(model, missing, all_numbers=numbers, has_images=has_images)
+            if has_images and self.plan.options.is_compiled and not self._is_compiled:
+                self._model = compile_encoder(self._model, self._batch_size)
+                self._is_compiled = True
+            with progress(total=total, done=done, what="embed", unit=" samples", is_shown=is_shown) as bar:
+                self._embed(missing, bar, has_images=has_images)
         except torch.OutOfMemoryError as error:
             raise VlmError(
-                f"A batch of {self.batch_size} does not fit into memory; finished parts are kept: repeat with a "
+                f"A batch of {self._batch_size} does not fit into memory; finished parts are kept: repeat with a "
                 "smaller --batch-size."
             ) from error
 
-    def _embed(
-        self, model: Encoder, missing: dict[int, list[_Output]], *, all_numbers: range, has_images: bool
-    ) -> None:
+    def _embed(self, missing: dict[int, list[_Output]], bar: "tqdm[NoReturn]", *, has_images: bool) -> None:
         """For every missing part: read its batches, embed them into rows, and write the part."""
-        assigner = UidAssigner.for_shards(self.shards)
+        shards = self.plan.shards
         # one stream over all missing shards, so that workers read ahead from one into the next
-        plan = self._plan(missing)
+        plan = SequentialBatches(
+            counts=[self.plan.counts[number] for number in missing],
+            batch_size=self._batch_size,
+            times=self._times_of(list(missing)),
+        )
         batches = stream_batches(
             plan,
-            [self.shards[number] for number in missing],
-            EvalCollator(view=model.view if has_images else None),
+            [shards[number] for number in missing],
+            EvalCollator(view=self._model.view if has_images else None),
             numbers=range(len(plan)),
-            workers=self.workers,
+            workers=self.plan.options.workers,
         )
-        total = sum(self._plan(all_numbers).samples_per_shard)
-        done = total - sum(plan.samples_per_shard)
         writing: Future[None] | None = None
-        with (
-            progress(total=total, done=done, what="embed", unit=" samples") as bar,
-            ThreadPoolExecutor(1) as pool,
-        ):
+        with ThreadPoolExecutor(1) as pool:
             for (number, outputs), num_samples in zip(missing.items(), plan.samples_per_shard, strict=True):
                 parts: list[_PartRows] = []
                 for output in outputs:
-                    parts.append(_PartRows(self.shards[number], number, assigner, output.space.modality))
-                for batch in islice(batches, ceil(num_samples / self.batch_size)):
+                    parts.append(_PartRows(shards[number], number, self.assigner, output.space.modality))
+                for batch in islice(batches, ceil(num_samples / self._batch_size)):
                     for part in parts:
-                        part.add_batch(batch, model)
+                        part.add_batch(batch, self._model)
                     bar.update(len(batch.samples) + len(batch.unread))
                 # a part is written while the next one is embedded, but not two at once
                 if writing:
@@ -383,13 +412,29 @@ class _EmbedJob:
             if writing:
                 writing.result()
 
-    def _plan(self, numbers: Iterable[int]) -> SequentialBatches:
-        chosen = list(numbers)
-        return SequentialBatches(
-            counts=[self.counts[number] for number in chosen],
-            batch_size=self.batch_size,
-            times=None if self.times is None else [self.times[number] for number in chosen],
-        )
+    def count_parts(self, numbers: Iterable[int]) -> None:
+        """Count these parts, which other processes wrote for this one, as new."""
+        for output in self._outputs:
+            for number in numbers:
+                if output.writer and (part := output.writer.part(number)):
+                    output.new_rows += part.rows
+
+    def finish(self, *, seconds: float) -> dict[Modality, EmbedSummary]:
+        """Write the manifests of the folders that have all parts; what each folder holds then.
+
+        seconds: what the work took, for the summaries.
+        """
+        shards = self.plan.shards
+        unfinished = [output for output in self._outputs if output.writer]
+        wrote_manifest = False
+        if unfinished:
+            details = {"shards": shards, "batch_size": self._batch_size}
+            wrote_manifest = _finish(unfinished, self.plan.inputs, details)
+        ended_here = wrote_manifest and all(output.manifest for output in self._outputs)
+        summaries: dict[Modality, EmbedSummary] = {}
+        for output in self._outputs:
+            summaries[output.space.modality] = _summary(output, len(shards), seconds, ended_here=ended_here)
+        return summaries
 
 
 class _PartRows:

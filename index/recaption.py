@@ -8,12 +8,12 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -22,11 +22,11 @@ from vlm.data.caption_sidecar import KIND, SidecarShard, read_captions
 from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches
-from vlm.data.shards import count_samples, shards_fingerprint
+from vlm.data.shards import absolute_shard, count_samples, shards_fingerprint
 from vlm.data.tar import open_index
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_write, compute_fingerprint, write_text
-from vlm.index.embed import SINGLE_PROCESS, ProcessRank, absolute_shard
+from vlm.index.embed import SINGLE_PROCESS, ProcessRank
 from vlm.index.embeddings_folder import (
     PARTS,
     SKIPPED_JSONL,
@@ -50,6 +50,7 @@ from vlm.results import Result
 
 if TYPE_CHECKING:
     import pyarrow
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -123,29 +124,40 @@ def recaption(
         VlmError: a shard is damaged, out of memory, or no sample can be used.
     """
     started = time.perf_counter()
-    model.check_can_caption()
-    addresses = list(map(absolute_shard, shards))
-    # before a folder is begun: a shard that is missing leaves nothing behind
-    counts = count_samples(addresses, allow_damage=options.allow_damage)
-    identity = {
-        "model": model.fingerprint,
-        "shards": shards_fingerprint(addresses),
-        "decoding": options.decoding.to_values(),
-        "precision": options.precision,
-    }
-    job = _RecaptionJob(model, addresses, counts, out, identity, options)
-    was_complete = _open_folder(out, identity)
-    wrote_manifest = False
-    if not was_complete:
-        try:
-            job.write_missing_parts()
-        except torch.OutOfMemoryError as error:
-            raise VlmError(
-                f"A batch of {options.batch_size} does not fit into memory; finished shards are kept: repeat with a "
-                "smaller --batch-size."
-            ) from error
-        wrote_manifest = job.finish()
-    return job.summary(time.perf_counter() - started, was_complete=was_complete, ended_here=wrote_manifest)
+    recaptioner = ShardRecaptioner(model, RecaptionPlan.make(model, shards, out, options))
+    recaptioner.write_missing_parts(options.share.shard_indices(len(shards)))
+    return recaptioner.finish(seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecaptionPlan:
+    """What is captioned into which folder; travels by pickle, so that only one process reads all indexes of shards.
+
+    shards: absolute addresses. counts: samples of each. identity: what decides over the captions.
+    """
+
+    shards: list[str]
+    counts: list[int]
+    out: Path
+    identity: dict[str, Any]
+    options: RecaptionOptions
+
+    @classmethod
+    def make(
+        cls, model: VisionLanguageModel, shards: Sequence[str], out: Path, options: RecaptionOptions
+    ) -> "RecaptionPlan":
+        """Read the shards' indexes; nothing is written."""
+        model.check_can_caption()
+        addresses = list(map(absolute_shard, shards))
+        # before a folder is begun: a shard that is missing leaves nothing behind
+        counts = count_samples(addresses, allow_damage=options.allow_damage)
+        identity = {
+            "model": model.fingerprint,
+            "shards": shards_fingerprint(addresses),
+            "decoding": options.decoding.to_values(),
+            "precision": options.precision,
+        }
+        return cls(shards=addresses, counts=counts, out=out, identity=identity, options=options)
 
 
 def _open_folder(out: Path, identity: dict[str, Any]) -> bool:
@@ -181,76 +193,117 @@ class _Counts:
     texts: set[str] = field(default_factory=set)
 
 
-@dataclass(eq=False)
-class _RecaptionJob:
-    """The captions of shards. counts: samples of each."""
+class ShardRecaptioner:
+    """A model and the folder that its captions of the shards of a plan go to, table by table."""
 
-    model: VisionLanguageModel
-    shards: list[str]
-    counts: list[int]
-    out: Path
-    identity: dict[str, Any]
-    options: RecaptionOptions
-    new_samples: int = 0
+    def __init__(self, model: VisionLanguageModel, plan: RecaptionPlan) -> None:
+        """Begin, resume or open the folder.
 
-    def write_missing_parts(self) -> None:
-        """Write the tables that are missing of this process's shards; finished ones stay, whatever happens then."""
-        own = self.options.share.shard_indices(len(self.shards))
+        Raises:
+            UsageError: it holds something else, or the work of another model, of other shards or decoding options.
+        """
+        self.plan = plan
+        self._model = model
+        self._was_complete = _open_folder(plan.out, plan.identity)
+        self._new_samples = 0
+
+    def missing_parts(self, numbers: Iterable[int]) -> list[int]:
+        """Of these shards those that lack their table."""
+        if self._was_complete:
+            return []
         # with checksums, because what stopped the last run may have damaged a table
-        missing = [number for number in own if read_marker(self.out, part_name(number), verify=True) is None]
+        return [number for number in numbers if read_marker(self.plan.out, part_name(number), verify=True) is None]
+
+    def num_samples(self, numbers: Sequence[int]) -> list[int]:
+        """The samples of each of these shards."""
+        return [self.plan.counts[number] for number in numbers]
+
+    def write_missing_parts(self, numbers: Sequence[int], *, is_shown: bool = True) -> None:
+        """Write the tables that are missing of these shards; finished ones stay, whatever happens then.
+
+        is_shown: draw a progress bar.
+
+        Raises:
+            VlmError: a shard cannot be read, or a batch does not fit into memory.
+        """
+        missing = self.missing_parts(numbers)
         if not missing:
             return
-        batch_size = self.options.batch_size
-        plan = SequentialBatches(counts=[self.counts[number] for number in missing], batch_size=batch_size)
+        total = sum(self.num_samples(numbers))
+        done = total - sum(self.num_samples(missing))
+        try:
+            with progress(total=total, done=done, what="caption", unit=" samples", is_shown=is_shown) as bar:
+                self._caption(missing, bar)
+        except torch.OutOfMemoryError as error:
+            raise VlmError(
+                f"A batch of {self.plan.options.batch_size} does not fit into memory; finished shards are kept: "
+                "repeat with a smaller --batch-size."
+            ) from error
+
+    def _caption(self, missing: list[int], bar: "tqdm[NoReturn]") -> None:
+        shards, counts, options = self.plan.shards, self.plan.counts, self.plan.options
+        plan = SequentialBatches(counts=[counts[number] for number in missing], batch_size=options.batch_size)
         # one stream over all missing shards, so that workers read ahead from one into the next
         batches = stream_batches(
             plan,
-            [self.shards[number] for number in missing],
-            EvalCollator(view=self.model.view),
+            [shards[number] for number in missing],
+            EvalCollator(view=self._model.view),
             numbers=range(len(plan)),
-            workers=self.options.workers,
+            workers=options.workers,
         )
-        total = sum(self.counts[number] for number in own)
-        done = total - sum(self.counts[number] for number in missing)
-        with progress(total=total, done=done, what="caption", unit=" samples") as bar:
-            for number in missing:
-                table = _Table(self.shards[number], number, self.counts[number])
-                for batch in islice(batches, ceil(self.counts[number] / batch_size)):
-                    table.add_batch(batch, self.model, self.options.decoding)
-                    bar.update(len(batch.samples) + len(batch.unread))
-                table.write(self.out)
-                self.new_samples += self.counts[number]
+        for number in missing:
+            table = _Table(shards[number], number, counts[number])
+            for batch in islice(batches, ceil(counts[number] / options.batch_size)):
+                table.add_batch(batch, self._model, options.decoding)
+                bar.update(len(batch.samples) + len(batch.unread))
+            table.write(self.plan.out)
+            self._new_samples += counts[number]
 
-    def finish(self) -> bool:
-        """Write the manifest if all tables are there; whether it was still to be written.
+    def count_parts(self, numbers: Iterable[int]) -> None:
+        """Count these tables, which other processes wrote for this one, as new."""
+        for number in numbers:
+            if read_marker(self.plan.out, part_name(number)) is not None:
+                self._new_samples += self.plan.counts[number]
+
+    def finish(self, *, seconds: float) -> RecaptionSummary:
+        """Write the manifest if all tables exist; what the folder holds then.
+
+        seconds: what the work took, for the summary.
 
         Raises:
             VlmError: not one sample could be captioned.
         """
-        with exclusive_lock(self.out):
-            if is_complete(self.out):
+        wrote_manifest = False if self._was_complete else self._complete()
+        return self._summary(seconds, ended_here=wrote_manifest)
+
+    def _complete(self) -> bool:
+        """Write the manifest if all tables exist; whether it was still to be written."""
+        out = self.plan.out
+        with exclusive_lock(out):
+            if is_complete(out):
                 return False
             parts: list[Part] = []
             skipped: list[SkippedSampleRecord] = []
-            for number in range(len(self.shards)):
-                marker = read_marker(self.out, part_name(number))
+            for number in range(len(self.plan.shards)):
+                marker = read_marker(out, part_name(number))
                 if marker is None:
                     return False
                 parts.append(marker.part)
                 skipped += marker.incidents
             self._write_manifest(parts, skipped)
-            remove_leftovers(self.out)
+            remove_leftovers(out)
         return True
 
     def _write_manifest(self, parts: list[Part], skipped: list[SkippedSampleRecord]) -> None:
+        out, identity = self.plan.out, self.plan.identity
         lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in skipped]
         # before the refusal below, which sends its reader to the list
-        write_text(self.out / SKIPPED_JSONL, "".join(lines))
+        write_text(out / SKIPPED_JSONL, "".join(lines))
         if sum(part.rows for part in parts) == len(skipped):
             first = f"{skipped[0].key} {skipped[0].reason} {skipped[0].detail}"
             raise VlmError(
                 f"Not one of {len(skipped):,} samples could be captioned; the first: {first}. "
-                f"All are in {self.out / SKIPPED_JSONL}."
+                f"All are in {out / SKIPPED_JSONL}."
             )
         files: dict[str, FileRecord] = {}
         shards: list[dict[str, Any]] = []
@@ -259,37 +312,38 @@ class _RecaptionJob:
             (path,) = part.files
             fingerprint = open_index(part.shard).fingerprint
             shards.append(SidecarShard(part.shard, fingerprint, path, part.rows)._asdict())
-        files[SKIPPED_JSONL] = record_file(self.out / SKIPPED_JSONL)
+        files[SKIPPED_JSONL] = record_file(out / SKIPPED_JSONL)
         manifest = Manifest(
             kind=KIND,
-            fingerprint=compute_fingerprint(self.identity["model"], *sorted_checksums(files)),
+            fingerprint=compute_fingerprint(identity["model"], *sorted_checksums(files)),
             counts={"samples": sum(part.rows for part in parts), "bad": len(skipped), "shards": len(parts)},
-            configuration=self.identity,
-            inputs={"model": self.identity["model"], "shards": self.identity["shards"]},
+            configuration=identity,
+            inputs={"model": identity["model"], "shards": identity["shards"]},
             files=files,
             details={
-                "model": absolute_spec(self.options.model_spec),
-                "batch_size": self.options.batch_size,
+                "model": absolute_spec(self.plan.options.model_spec),
+                "batch_size": self.plan.options.batch_size,
                 "shards": shards,
                 "incidents": _by_reason(skipped),
             },
         )
-        write_manifest(self.out, manifest)
+        write_manifest(out, manifest)
 
-    def summary(self, seconds: float, *, was_complete: bool, ended_here: bool) -> RecaptionSummary:
+    def _summary(self, seconds: float, *, ended_here: bool) -> RecaptionSummary:
         """Counted from the tables that are there."""
+        out = self.plan.out
         counts = _Counts()
         skipped: list[SkippedSampleRecord] = []
         num_parts = 0
-        for number in range(len(self.shards)):
-            marker = read_marker(self.out, part_name(number))
+        for number in range(len(self.plan.shards)):
+            marker = read_marker(out, part_name(number))
             if marker is not None:
                 num_parts += 1
                 skipped += marker.incidents
-                _count_table(self.out, marker.part, counts)
+                _count_table(out, marker.part, counts)
         return RecaptionSummary(
-            folder=str(self.out),
-            shards=len(self.shards),
+            folder=str(out),
+            shards=len(self.plan.shards),
             samples=counts.samples,
             captioned=counts.captioned,
             captions=counts.captions,
@@ -297,10 +351,10 @@ class _RecaptionJob:
             bad=len(skipped),
             incidents=_by_reason(skipped),
             mean_log_likelihood=counts.likelihood_sum / max(counts.captioned, 1),
-            missing_parts=len(self.shards) - num_parts,
-            new_samples=self.new_samples,
+            missing_parts=len(self.plan.shards) - num_parts,
+            new_samples=self._new_samples,
             seconds=seconds,
-            was_complete=was_complete,
+            was_complete=self._was_complete,
             ended_here=ended_here,
         )
 

@@ -30,7 +30,7 @@ _END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report(Generic[Value]):
+class Report(Generic[Value]):
     """What became of the work of a process: a value, a sentence for the user, or a failure nobody foresaw."""
 
     value: Value | None = None
@@ -60,7 +60,7 @@ def run_in_processes(work: Callable[[Argument], Value], argument: Argument, numb
             receiver, sender = spawn.Pipe(duplex=False)
             process = spawn.Process(target=_run_one, args=(work, argument, sender, level))
             # as they start, since torch reads some of them when it is imported
-            with _environment(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}):
+            with environment(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}):
                 process.start()
             # the process has the only other end, so that its death is an end of file here
             sender.close()
@@ -73,7 +73,7 @@ def run_in_processes(work: Callable[[Argument], Value], argument: Argument, numb
 
 
 def _collect(processes: Sequence[BaseProcess], pending: dict[Connection, int]) -> list[Any]:
-    reports: dict[int, _Report[Any]] = {}
+    reports: dict[int, Report[Any]] = {}
     while pending:
         for receiver in wait(list(pending)):
             assert isinstance(receiver, Connection)
@@ -85,7 +85,7 @@ def _collect(processes: Sequence[BaseProcess], pending: dict[Connection, int]) -
     return [reports[rank].value for rank in range(len(processes))]
 
 
-def _receive(receiver: Connection, process: BaseProcess) -> _Report[Any]:
+def _receive(receiver: Connection, process: BaseProcess) -> Report[Any]:
     try:
         return receiver.recv()
     except EOFError:
@@ -95,10 +95,10 @@ def _receive(receiver: Connection, process: BaseProcess) -> _Report[Any]:
         how = f"was killed by signal {-code}; finished work is kept. Rerun the same command to resume."
     else:
         how = f"failed with exit code {code} before it began; a script calls this under if __name__ == '__main__'."
-    return _Report(failure=how, exit_code=1)
+    return Report(failure=how, exit_code=1)
 
 
-def _failure(failed: Mapping[int, _Report[Any]], number: int) -> VlmError:
+def _failure(failed: Mapping[int, Report[Any]], number: int) -> VlmError:
     # a message is the cause; what nobody foresaw is often the loss of the process that had it
     rank, report = min(failed.items(), key=lambda item: bool(item[1].failure))
     if report.failure:
@@ -136,7 +136,7 @@ def _group_environment(number: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -178,21 +178,25 @@ def _forwarding(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 def _run_one(work: Callable[[Argument], Value], argument: Argument, sender: Connection, level: int) -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    report: _Report[Value]
-    try:
-        with log_to_stderr(level):
-            report = _Report(value=work(argument))
-    except VlmError as error:
-        report = _Report(message=str(error), exit_code=error.exit_code)
-    except OSError as error:
-        report = _Report(message=explain_os_error(error), exit_code=1)
-    except KeyboardInterrupt:
-        report = _Report(message="Interrupted; finished work is kept. Rerun the same command to resume.", exit_code=1)
-    except Exception:
-        report = _Report(failure=f"failed:\n{traceback.format_exc()}", exit_code=1)
+    with log_to_stderr(level):
+        report = report_of(work, argument)
     sender.send(report)
     sender.close()
     sys.exit(report.exit_code)
+
+
+def report_of(work: Callable[[Argument], Value], argument: Argument) -> Report[Value]:
+    """Do the work; what became of it, in a form that another process can be sent."""
+    try:
+        return Report(value=work(argument))
+    except VlmError as error:
+        return Report(message=str(error), exit_code=error.exit_code)
+    except OSError as error:
+        return Report(message=explain_os_error(error), exit_code=1)
+    except KeyboardInterrupt:
+        return Report(message="Interrupted; finished work is kept. Rerun the same command to resume.", exit_code=1)
+    except Exception:
+        return Report(failure=f"failed:\n{traceback.format_exc()}", exit_code=1)
 
 
 def _end_with_parent() -> None:

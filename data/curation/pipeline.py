@@ -25,6 +25,7 @@ from vlm.data.selection import (
 )
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
+from vlm.ray_engine import RayCluster
 
 _SIZE = frozenset({RequiredColumn.SIZE})
 _CAPTIONS = frozenset({RequiredColumn.CAPTIONS})
@@ -205,12 +206,13 @@ def curate(
     seed: int = 0,
     workers: int = 1,
     allow_damage: bool = False,
+    cluster: RayCluster | None = None,
 ) -> CurationResult:
     """Apply the filters in their order, each on what the earlier ones left; the times a sample gets multiply.
 
     A sample found unusable, as far as the filters require the scan to look, is left out before the first filter. A
     fractional weight is rounded at random from (seed, position of the filter, its name), so the result depends on
-    nothing else.
+    nothing else. `cluster`: scan on a Ray cluster instead of by `workers`.
 
     Raises:
         UsageError: a filter requires a stored column that is not given.
@@ -221,7 +223,7 @@ def curate(
         _check_scores_exist(configured, score_columns)
 
     def scan_shards(urls: Sequence[str], required_columns: frozenset[RequiredColumn]) -> SampleTable:
-        return scan(urls, required_columns, workers=workers, allow_damage=allow_damage)
+        return scan(urls, required_columns, workers=workers, allow_damage=allow_damage, cluster=cluster)
 
     # one scan for all filters: reading and decoding costs more than all of them together
     required_columns: frozenset[RequiredColumn] = frozenset()

@@ -19,10 +19,11 @@ from vlm.data.decode import open_image, to_rgb, upright_size
 from vlm.data.dedup import DIGEST_BYTES, THUMBNAIL_BYTES, image_signature
 from vlm.data.samples import TAGS, Sample, parse_tags
 from vlm.data.shard_workers import scan_shards
-from vlm.data.shards import count_samples
+from vlm.data.shards import absolute_shard, count_samples
 from vlm.data.tar import ShardReader, open_index
 from vlm.errors import BadSample, UsageError
 from vlm.files import content_digest
+from vlm.ray_engine import RayCluster
 
 compute: Any = pyarrow.compute
 """Arrow's functions; they are made when it is loaded, so type checkers do not know them."""
@@ -176,12 +177,17 @@ class _Chunk(NamedTuple):
 
 
 def scan(
-    shards: Sequence[str], required_columns: Iterable[RequiredColumn], *, workers: int = 1, allow_damage: bool = False
+    shards: Sequence[str],
+    required_columns: Iterable[RequiredColumn],
+    *,
+    workers: int = 1,
+    allow_damage: bool = False,
+    cluster: RayCluster | None = None,
 ) -> SampleTable:
     """Fill the required columns for every sample, in the order of the tars.
 
     A sample that cannot be used, as far as it was looked into, keeps its row, with the reason. The result does not
-    depend on `workers` (1 works in this process).
+    depend on `workers` (1 works in this process), nor on a Ray `cluster` that does the work instead.
 
     Raises:
         UsageError: two of the shards have the same fingerprint.
@@ -194,7 +200,9 @@ def scan(
         # the content as it is scanned: a selection must not fit a tar that was replaced later
         scanned.append(ScannedShard(url=shard, fingerprint=open_index(shard).fingerprint, samples=count))
         for first in range(0, count, _SAMPLES_PER_CHUNK):
-            chunks.append(_Chunk(shard, first, min(first + _SAMPLES_PER_CHUNK, count)))
+            # other machines have another working folder
+            address = shard if cluster is None else absolute_shard(shard)
+            chunks.append(_Chunk(address, first, min(first + _SAMPLES_PER_CHUNK, count)))
     _check_distinct_shards(scanned)
 
     required = frozenset(required_columns)
@@ -203,7 +211,7 @@ def scan(
     workers = num_processes if num_processes > 1 else 0
     batches: list[pa.RecordBatch] = []
     with progress(total=sum(counts), what="scanning", unit="sample") as shown:
-        for batch in scan_shards(partial(_make_scan, required), chunks, workers=workers):
+        for batch in scan_shards(partial(_make_scan, required), chunks, workers=workers, cluster=cluster):
             batches.append(batch)
             shown.update(batch.num_rows)
     return SampleTable(shards=tuple(scanned), table=pa.Table.from_batches(batches, schema_for(required)))

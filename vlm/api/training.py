@@ -15,12 +15,14 @@ from vlm.data.shards import Shards, join_shards
 from vlm.errors import UsageError, VlmError, os_errors_explained
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage
+from vlm.index.ray_parts import ModelSource, caption_on_ray, embed_on_ray
 from vlm.index.recaption import RecaptionOptions, RecaptionSummary, recaption
 from vlm.launch import run_in_processes
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
+from vlm.ray_engine import Engine, RayCluster
 from vlm.results import Result
 from vlm.storage import is_remote
 from vlm.train.presets import open_preset
@@ -159,6 +161,8 @@ def embed(
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     compile: bool = False,
+    engine: Engine = "local",
+    ray_address: str | None = None,
 ) -> EmbedResult:
     """Embed the images, the captions, or both, of shards, as `vlm embed` does; repeat the call to resume it.
 
@@ -170,9 +174,11 @@ def embed(
         selection: file of `vlm curate`: embed only its samples.
         store: precision of the vectors. quantize: quantized copies to store, too.
         compile: compile the image tower, which takes a minute or more at the start.
+        engine: ray starts the processes on a Ray cluster: that of `ray_address`, of the variable RAY_ADDRESS, or one of
+            this machine. Its machines must see the model, the shards and `out` under the same paths.
 
     Raises:
-        UsageError: an option is out of range, or `out` holds something else.
+        UsageError: an option is out of range, `out` holds something else, or the cluster has no room.
         VlmError: a shard is damaged, or no sample can be used.
     """
     if isinstance(model, Model):
@@ -198,11 +204,14 @@ def embed(
         selection=None if selection is None else Path(selection),
     )
     _check_processes(processes)
+    if engine != "local":
+        source, cluster = _on_cluster(job, engine, processes, ray_address)
+        folders = job.folders
+        summaries = embed_on_ray(source, shards_at(job.shards), folders, job.options, cluster, selection=job.selection)
+        return EmbedResult(image=summaries.get("image"), text=summaries.get("text"))
     if processes == 1:
         return job.run()
-    # one named GPU would hold a model of each process
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: each of several processes uses a GPU of its own; omit --device.")
+    _check_device(device)
     results = run_in_processes(_EmbedJob.run, replace(job, model=job.options.model_spec), processes)
     # the one that wrote the last manifest knows all counts; none did where all was complete already
     finished = next((result for result in results if result.summaries[0].ended_here), results[0])
@@ -222,6 +231,8 @@ def caption_shards(
     allow_damage: bool = False,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    engine: Engine = "local",
+    ray_address: str | None = None,
 ) -> RecaptionSummary:
     """Write new captions of all samples of shards beside them, as `vlm caption MODEL SHARDS` does; repeat to resume.
 
@@ -233,6 +244,7 @@ def caption_shards(
         out: folder for the captions; by default `captions` in the folder of the shards.
         decoding: how captions are written, and how many of each image.
         processes: how many to start, each with a model of its own; under a launcher each process makes this call.
+        engine, ray_address: as of `embed`.
 
     Raises:
         UsageError: the model has no caption decoder, an option is out of range, or `out` holds something else.
@@ -258,10 +270,12 @@ def caption_shards(
         ),
     )
     _check_processes(processes)
+    if engine != "local":
+        source, cluster = _on_cluster(job, engine, processes, ray_address)
+        return caption_on_ray(source, shards_at(job.shards), job.out, job.options, cluster)
     if processes == 1:
         return job.run()
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: each of several processes uses a GPU of its own; omit --device.")
+    _check_device(device)
     results = run_in_processes(_CaptionJob.run, replace(job, model=job.options.model_spec), processes)
     finished = next((result for result in results if result.ended_here), results[0])
     return replace(finished, new_samples=sum(result.new_samples for result in results))
@@ -322,6 +336,22 @@ class _EmbedJob:
             model = load_model(model, device=_device_of_rank(self.device, rank), precision=options.precision)
         summaries = embed_into(model, shards, self.folders, options)
         return EmbedResult(image=summaries.get("image"), text=summaries.get("text"), share=rank)
+
+
+def _on_cluster(
+    job: "_EmbedJob | _CaptionJob", engine: str, processes: int, ray_address: str | None
+) -> tuple[ModelSource, RayCluster]:
+    if engine != "ray":
+        raise UsageError(f"engine = {engine!r}; give local or ray.")
+    _check_device(job.device)
+    source = ModelSource(spec=job.options.model_spec, device=job.device, precision=job.options.precision)
+    return source, RayCluster(processes=processes, address=ray_address, uses_gpus=job.device != "cpu")
+
+
+def _check_device(device: str) -> None:
+    # one named GPU would hold a model of each process
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: each of several processes uses a GPU of its own; omit --device.")
 
 
 def _output_folders(out: Path, modality: Literal["image", "text", "both"]) -> dict[Modality, Path]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import AllowDamageOption, DeviceOption, JsonOption, ModelArgument, PrecisionOption, WorkersOption
+from vlm.cli.options import (
+    AllowDamageOption,
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    ModelArgument,
+    PrecisionOption,
+    RayAddressOption,
+    WorkersOption,
+)
 from vlm.cli.predict import BatchSizeOption, OnErrorOption, check_images
 from vlm.console import show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError
@@ -49,6 +58,10 @@ class Caption:
     processes: int = 1
     """Of shards: processes with a model each; on a machine with GPUs each uses one of them."""
 
+    engine: EngineOption = "local"
+
+    ray_address: RayAddressOption = None
+
     allow_damage: AllowDamageOption = False
 
     device: DeviceOption = "auto"
@@ -69,6 +82,8 @@ class Caption:
             return
         if self.out is not None or self.processes != 1:
             raise UsageError("--out and --processes are for shards; captions of images go to stdout (--json).")
+        if self.engine != "local":
+            raise UsageError(f"--engine {self.engine} is for shards; images are captioned on this machine.")
         # checked first: a model takes long to load
         check_images(list(map(Path, self.images)))
         results = load(self.model, device=self.device, precision=self.precision).caption(
@@ -93,6 +108,8 @@ class Caption:
             allow_damage=self.allow_damage,
             device=self.device,
             precision=self.precision,
+            engine=self.engine,
+            ray_address=self.ray_address,
         )
         if summary.missing_parts:
             logger.info(f"{summary.missing_parts} shards are left to other processes. If those have ended, rerun this.")

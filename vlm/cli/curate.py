@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
+from vlm.cli.options import EngineOption, JsonOption, RayAddressOption, ShardsArgument, WorkersOption
 from vlm.console import quoted, show_json, show_table
 from vlm.errors import UsageError
 
@@ -64,6 +64,10 @@ class Curate:
 
     workers: WorkersOption = 1
 
+    engine: EngineOption = "local"
+
+    ray_address: RayAddressOption = None
+
     allow_damage: Annotated[bool, tyro.conf.arg(help="Curate the intact samples of truncated shards.")] = False
 
     dry_run: bool = False
@@ -88,12 +92,15 @@ class Curate:
         from vlm.data.shards import expand_shards
         from vlm.files import write_text
         from vlm.pages import Provenance
+        from vlm.ray_engine import RayCluster
 
         filters = [parse_filter(text, FILTERS) for text in self.filter]
         # read before the long scan, which a selection that cannot be read would waste
         intersect = list(map(read_selection, self.and_))
         subtract = list(map(read_selection, self.minus))
         plus = list(map(read_selection, self.plus))
+        # a process more at least, where locally 0 scans in this one
+        cluster = RayCluster(processes=max(self.workers, 1), address=self.ray_address, uses_gpus=False)
         result = curate(
             expand_shards(self.shards),
             filters,
@@ -101,6 +108,7 @@ class Curate:
             seed=self.seed,
             workers=self.workers,
             allow_damage=self.allow_damage,
+            cluster=cluster if self.engine == "ray" else None,
         )
         selection = compose_selections(
             result.selection, intersect=intersect, subtract=subtract, plus=plus, weight=self.weight, seed=self.seed

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.cli.options import AllowDamageOption, DeviceOption, JsonOption, PrecisionOption, ShardsArgument, WorkersOption
+from vlm.cli.options import (
+    AllowDamageOption,
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    PrecisionOption,
+    RayAddressOption,
+    ShardsArgument,
+    WorkersOption,
+)
 from vlm.console import quoted, show_fields, show_json, spaced_names
 
 if TYPE_CHECKING:
@@ -58,6 +67,10 @@ class Embed:
     device: DeviceOption = "auto"
 
     precision: PrecisionOption = "fp32"
+
+    engine: EngineOption = "local"
+
+    ray_address: RayAddressOption = None
 
     compile: bool = False
     """Compile the image tower (torch.compile): a minute or more at the start, then faster."""

@@ -73,6 +73,20 @@ BackendOption = Annotated[
 ]
 PrecisionOption = Annotated[Literal["fp32", "bf16"], tyro.conf.arg(help="Precision of the model's forward pass.")]
 WorkersOption = Annotated[int, tyro.conf.arg(help="Worker processes that read and decode; 0 uses the main process.")]
+EngineOption = Annotated[
+    Literal["local", "ray"],
+    tyro.conf.arg(
+        help="ray: processes of a Ray cluster, whose machines see the same paths; a shard whose process dies is done "
+        "again."
+    ),
+]
+RayAddressOption = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="HOST:PORT",
+        help="Address of a running Ray cluster. Default: RAY_ADDRESS; without it a cluster is started on this machine.",
+    ),
+]
 AllowDamageOption = Annotated[
     bool, tyro.conf.arg(help="Use the intact samples of truncated shards instead of failing.")
 ]
