@@ -1,5 +1,6 @@
 """`vlm.explain` and the verb: what they give, draw and write."""
 
+import io
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 import vlm
 from tests.random_model import write_random_model
+from vlm.api.explanation import explainer
 from vlm.cli.main import main
 
 
@@ -62,6 +64,33 @@ def test_the_command_writes_a_figure_or_the_numbers(folder, photo, tmp_path, cap
     assert shown.pop("out") == str(tmp_path / "why.npy")
     assert shown == expected.to_json()
     assert np.array_equal(np.load(tmp_path / "why.npy"), expected.whole.heat)
+
+
+def test_a_report_shows_maps_beside_the_worst_mistakes(folder, scene_shards, tmp_path, capsys):
+    [shard, *_] = sorted(map(str, (scene_shards / "val").glob("*.tar")))
+    command = ["eval", str(folder), "--retrieval", shard, "--device", "cpu", "--workers", "0", "--captions-each", "1"]
+    assert main([*command, "--heat-maps", "--out", str(tmp_path / "with")]) == 0
+    page = (tmp_path / "with" / "report.html").read_text(encoding="utf-8")
+    assert page.count(" matches: ") >= 10
+    capsys.readouterr()
+    assert main([*command, "--heat-maps"]) == 2
+    assert "give --out FOLDER, too" in capsys.readouterr().err
+    with pytest.raises(vlm.UsageError, match="give the folder for it"):
+        vlm.evaluate(folder, retrieval=shard, heat_maps=True)
+
+
+def test_a_model_without_maps_is_said_once(folder, caplog):
+    class Blind:
+        name = "blind"
+
+    explain_mistake = explainer(lambda: vlm.Model(Blind()))
+    image = Image.new("RGB", (32, 32))
+    assert [explain_mistake(image, "a star", "") for _ in range(2)] == [None, None]
+    assert [record.message for record in caplog.records] == [
+        "The report has no heat maps: blind has no image tower to look into: heat maps need one that torch runs."
+    ]
+    drawn = Image.open(io.BytesIO(explainer(lambda: vlm.load(folder, device="cpu"))(image, "a star", "a circle")))
+    assert (drawn.format, drawn.size) == ("JPEG", (240, 240))
 
 
 def test_what_cannot_be_explained_is_refused(folder, photo, tmp_path, capsys):

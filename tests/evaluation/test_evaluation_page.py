@@ -1,5 +1,6 @@
 """The page of an evaluation: what stands on it."""
 
+import base64
 import re
 
 import numpy as np
@@ -97,6 +98,34 @@ def test_images_that_are_not_at_hand_are_said_and_the_page_stays_small(pets):
     reasons = [image.reason for mistake in mistakes for image in mistake.images]
     assert 0 < reasons.count("") < 8
     assert set(reasons) == {"", "left out to keep the page small"}
+
+
+def test_heat_maps_stand_beside_the_images_of_mistakes(pets):
+    first, second = models_of(pets)
+    asked = []
+
+    def explain(image, text, other):
+        asked.append((image.size, text, other))
+        return None if text == "cat" else b"heat of " + text.encode()
+
+    comparison = compare([first, second], rng=np.random.default_rng(0))
+    page = evaluation_page(comparison, sets={"pets": pets}, explainers={first.model: explain})
+    # of queries both images, of classes the answer rather than the truth; the second model has no mistakes
+    assert sum(other == "" for _, _, other in asked) == 8
+    pairs = [("cat", CLASSES[1]), ("cat", CLASSES[1]), ("cat", CLASSES[2]), ("cat", CLASSES[2]), (CLASSES[1], "cat")]
+    assert sorted((text, other) for _, text, other in asked if other) == sorted(pairs)
+    assert {size for size, _, _ in asked} == {(40, 30)}
+    assert page.count("data:image/jpeg") == 5 + 8 + 1 + 8
+    assert base64.b64encode(b"heat of " + CLASSES[1].encode()).decode() in page
+    assert page.count("Where ") == 9
+    text = text_of(page)
+    assert "heat maps: bright where the image speaks for ✗ rather than ✓" in text
+    assert "heat maps: bright where the image speaks for the text" in text
+    # the space for images holds for maps as well
+    thumbnails = Thumbnails(sets={"pets": pets}, bytes_left=3000)
+    (answers,) = answers_of(first.measurements[1])
+    mistakes = worst_mistakes(answers, "pets", thumbnails, limit=9, explain=lambda *_: b"0" * 400)
+    assert 0 < sum(image.heat is not None for mistake in mistakes for image in mistake.images) < 8
 
 
 def test_classes_are_listed_the_hardest_first_and_confusions_the_most_frequent(pets):

@@ -4,11 +4,13 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
+from vlm.api.explanation import explainer
 from vlm.api.inference import Model, encoder_of, load
 from vlm.data.pack import shards_at
 from vlm.data.shards import Shards, join_shards
@@ -20,6 +22,7 @@ from vlm.evaluation.evaluation_page import write_evaluation_page
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, FeatureCache
 from vlm.evaluation.measurement import Evaluator, Measurement
+from vlm.evaluation.mistakes import Explain
 from vlm.evaluation.reject_evaluator import Rejection, RejectionResult, open_outside
 from vlm.evaluation.rejection import REJECT_RULE_FILE, RejectRule, write_reject_rule
 from vlm.evaluation.retrieval import Retrieval
@@ -70,6 +73,11 @@ class Evaluation(Result):
         results = {places[type(measurement.details)]: measurement.details for measurement in measurements}
         return cls(model=model.name, fingerprint=model.fingerprint, measurements=tuple(measurements), **results)
 
+    def alone(self) -> Comparison:
+        """A comparison of this model with none, for the page."""
+        single = ModelMeasurements(model=self.model, fingerprint=self.fingerprint, measurements=self.measurements)
+        return compare([single], rng=np.random.default_rng(0))
+
     def to_json(self) -> dict[str, Any]:
         """The results; of each measurement all but its samples, and its details, which are the results."""
         values = json_values(asdict(replace(self, measurements=())))
@@ -97,6 +105,7 @@ def evaluate(
     languages: Sequence[str] = (),
     captions_each: int = 0,
     out: str | Path | None = None,
+    heat_maps: bool = False,
     workers: int = 1,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -112,6 +121,7 @@ def evaluate(
     data_root: str | Path = ".",
     features: str | Path | None = None,
     out: str | Path | None = None,
+    heat_maps: bool = False,
     workers: int = 1,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -139,6 +149,7 @@ def evaluate(
     languages: Sequence[str] = (),
     captions_each: int = 0,
     out: str | Path | None = None,
+    heat_maps: bool = False,
     workers: int = 1,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -162,6 +173,8 @@ def evaluate(
         captions: shards whose images the model captions, beginning with `prompt`; compared with their captions
             (`meteor`: by METEOR, too, which needs Java), or, of synthetic shapes, checked against the scene.
         out: folder for evaluation.json, report.html and the table of each measurement's samples.
+        heat_maps: the report shows, beside the images of the worst mistakes, where they match a text; models that are
+            named are loaded by torch for it.
         workers: that read and decode, processes for torch and threads for an ONNX export; 0 does it in this one.
         backend: `onnx` is the model's ONNX export (`vlm.export`), which starts without torch and runs on the CPU;
             empty is what VLM_BACKEND says, else `auto`: the export where it is up to date and in float32, there is no
@@ -180,8 +193,9 @@ def evaluate(
     )
     request.check(has_suite=suite is not None, num_models=len(models))
     opening = _Opening(device=device, precision=precision, backend=backend, workers=workers)
+    explainers = _explainers(models, opening, out) if heat_maps else []
     if suite is not None:
-        return _evaluate_suite(models, str(suite), _Folders.of(data_root, out, features), opening)
+        return _evaluate_suite(models, str(suite), _Folders.of(data_root, out, features), opening, explainers)
     evaluated = opening.open(models[0], FeatureCache(), needs_network=bool(request.captions))
     sets: dict[str, EvaluationSet] = {}
     measurements: list[Measurement] = []
@@ -201,10 +215,7 @@ def evaluate(
         measurements.append(measurement)
     measured = Evaluation.of(evaluated, measurements)
     if out is not None:
-        single = ModelMeasurements(
-            model=evaluated.name, fingerprint=evaluated.fingerprint, measurements=measured.measurements
-        )
-        _write(Path(out), measured, compare([single], rng=np.random.default_rng(0)), sets)
+        _write(Path(out), measured, measured.alone(), sets, explainers)
     return measured
 
 
@@ -320,6 +331,12 @@ class _Opening:
             encoder = self._load(model, needs_network) if isinstance(model, str | Path) else model
         return EvaluatedModel(encoder, cache=cache, workers=self.workers)  # pyright: ignore[reportArgumentType]
 
+    def with_network(self, model: ModelLike) -> Model:
+        """The model by torch, whatever evaluates it."""
+        if isinstance(model, Model):
+            return model
+        return Model(encoder_of(model, device=self.device, precision=self.precision))
+
     def _load(self, model: str | Path, needs_network: bool) -> "VisionLanguageModel | OnnxEncoder":
         choice = chosen_backend(self.backend)
         if choice == "auto" and needs_network:
@@ -335,11 +352,19 @@ class _Opening:
         return encoder
 
 
+def _explainers(models: Sequence[ModelLike], opening: _Opening, out: str | Path | None) -> list[Explain]:
+    """What makes heat maps of each model, which is loaded when the first is asked for."""
+    if out is None:
+        raise UsageError("heat_maps are shown in the report: give the folder for it, out, too.")
+    return [explainer(partial(opening.with_network, model)) for model in models]
+
+
 def _evaluate_suite(
     models: Sequence[ModelLike],
     suite: str,
     folders: _Folders,
     opening: _Opening,
+    explainers: Sequence[Explain],
 ) -> SuiteEvaluation:
     names = [str(model) for model in models if isinstance(model, str | Path)]
     if len(set(names)) < len(names):
@@ -350,15 +375,22 @@ def _evaluate_suite(
     evaluated = (opening.open(model, FeatureCache(folders.features), needs_network=needs_network) for model in models)
     evaluation = evaluate_models(evaluated, sets)
     if folders.out is not None:
-        _write(folders.out, evaluation, evaluation.comparison, sets.opened)
+        _write(folders.out, evaluation, evaluation.comparison, sets.opened, explainers)
     return evaluation
 
 
-def _write(out: Path, result: Result, comparison: Comparison, sets: Mapping[str, EvaluationSet]) -> None:
-    """The figures, the samples and the page."""
+def _write(
+    out: Path,
+    result: Result,
+    comparison: Comparison,
+    sets: Mapping[str, EvaluationSet],
+    explainers: Sequence[Explain],
+) -> None:
+    """The figures, the samples and the page. explainers: none, or one for each model of the comparison."""
     out.mkdir(parents=True, exist_ok=True)
     write_samples(out / "samples", comparison.models)
     write_text(out / "evaluation.json", json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n")
     page = out / "report.html"
-    write_evaluation_page(comparison, page, sets=sets, provenance=Provenance.current())
+    by_model = dict(zip((model.model for model in comparison.models), explainers, strict=False))
+    write_evaluation_page(comparison, page, sets=sets, provenance=Provenance.current(), explainers=by_model)
     logger.info(f"Report: {page}")

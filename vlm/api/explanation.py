@@ -1,8 +1,10 @@
 """`vlm.explain`: why an image matches a text, as heat maps over the image."""
 
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,11 @@ from vlm.tensor_types import Array, Float32, UInt8
 if TYPE_CHECKING:
     from vlm.models.heat_maps import Method
 
+logger = logging.getLogger(__name__)
+
 _PANEL_PIXELS = 336
+# of maps that stand beside a small image
+_SMALL_PIXELS = 240
 _LABEL_PIXELS = 26
 _PANELS_A_ROW = 4
 # matplotlib's, even in lightness, so that nothing looks like an edge that is none
@@ -111,6 +117,32 @@ class Explanation:
 
     def _enlarged_view(self) -> Image.Image:
         return Image.fromarray(self.view).resize((_PANEL_PIXELS, _PANEL_PIXELS), Image.Resampling.BICUBIC)
+
+
+def explainer(load_model: Callable[[], Model]) -> Callable[[Image.Image, str, str], bytes | None]:
+    """What makes heat maps of a model, loaded with the first: of a text, rather than of another unless that is empty.
+
+    Each as a JPEG over the view. Where its image tower gives none, that is said once, and there are none.
+    """
+
+    model = cache(load_model)
+    problems: set[str] = set()
+
+    def explain_mistake(image: Image.Image, text: str, other: str) -> bytes | None:
+        if problems:
+            return None
+        try:
+            overlay = explain(model(), image, text, against=(other,) if other else ()).overlay()
+        except UsageError as error:
+            problems.add(str(error))
+            logger.warning(f"The report has no heat maps: {error}")
+            return None
+        overlay.thumbnail((_SMALL_PIXELS, _SMALL_PIXELS))
+        content = io.BytesIO()
+        overlay.save(content, "JPEG", quality=80)
+        return content.getvalue()
+
+    return explain_mistake
 
 
 def check_out(path: Path) -> str:

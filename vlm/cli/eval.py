@@ -80,6 +80,10 @@ class Eval:
     out: Path | None = None
     """Folder for evaluation.json, report.html and samples/, a table for each measurement."""
 
+    heat_maps: bool = False
+    """Show in report.html, beside the images of the worst mistakes, where they match a text. Needs --out; takes a
+    second for each image of a large model on the CPU."""
+
     workers: WorkersOption = 1
 
     device: DeviceOption = "auto"
@@ -98,6 +102,8 @@ class Eval:
             raise UsageError(
                 "Nothing to evaluate: give --retrieval SHARDS, --classes FOLDER or --captions SHARDS, or --suite NAME."
             )
+        if self.heat_maps and self.out is None:
+            raise UsageError("--heat-maps are shown in the report: give --out FOLDER, too.")
         # after the checks, which should not wait for torch
         from vlm.api.evaluation import evaluate
         from vlm.evaluation.suite import SuiteEvaluation

@@ -21,7 +21,7 @@ from vlm.evaluation.comparison import (
 )
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.mistakes import Mistake, Thumbnails, worst_mistakes
+from vlm.evaluation.mistakes import Explain, Mistake, Thumbnails, worst_mistakes
 from vlm.evaluation.report_charts import (
     ClassRow,
     ConditionRow,
@@ -134,10 +134,12 @@ def write_evaluation_page(
     *,
     sets: Mapping[str, EvaluationSet] | None = None,
     provenance: Provenance | None = None,
+    explainers: Mapping[str, Explain] | None = None,
     seed: int = 0,
 ) -> None:
     """Write `evaluation_page` to a file, atomically."""
-    write_text(path, evaluation_page(comparison, sets=sets, provenance=provenance, seed=seed))
+    page = evaluation_page(comparison, sets=sets, provenance=provenance, explainers=explainers, seed=seed)
+    write_text(path, page)
 
 
 def evaluation_page(
@@ -145,19 +147,23 @@ def evaluation_page(
     *,
     sets: Mapping[str, EvaluationSet] | None = None,
     provenance: Provenance | None = None,
+    explainers: Mapping[str, Explain] | None = None,
     seed: int = 0,
 ) -> str:
     """The page of one or several models: warnings, main values side by side, and a section for each measurement.
 
     comparison: of `compare`. sets: by the name that measurements give as their data, for the images of mistakes; a
-    page without them has their texts. seed: of the intervals of classes.
+    page without them has their texts. explainers: by model; what makes heat maps of its mistakes. seed: of the
+    intervals of classes.
     """
     names = short_names([model.model for model in comparison.models])
     thumbnails = Thumbnails(sets=sets or {}, bytes_left=_IMAGE_BYTES)
+    by_model = explainers or {}
+    explain = {name: by_model.get(model.model) for name, model in zip(names, comparison.models, strict=True)}
     rng = np.random.default_rng(seed)
     sections: list[_Section] = []
     for number, (evaluator, data) in enumerate(comparison.measured()):
-        sections.append(_section(comparison, names, number, evaluator, data, thumbnails, rng))
+        sections.append(_section(comparison, names, number, evaluator, data, thumbnails, explain, rng))
     # by their packages: an evaluation by an ONNX export imports no torch
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "numpy")]
     libraries = ", ".join((f"Python {platform.python_version()}", *versions))
@@ -212,6 +218,7 @@ def _section(
     evaluator: str,
     data: str,
     thumbnails: Thumbnails,
+    explainers: Mapping[str, Explain | None],
     rng: np.random.Generator,
 ) -> _Section:
     measurements = [model.find(evaluator, data) for model in comparison.models]
@@ -234,11 +241,13 @@ def _section(
         classes=class_rows(by_name, rng=rng),
         confusions=confusions,
         conditions=condition_rows(by_name),
-        mistakes=_mistakes(measured, thumbnails),
+        mistakes=_mistakes(measured, thumbnails, explainers),
     )
 
 
-def _mistakes(measured: Sequence[tuple[str, Measurement]], thumbnails: Thumbnails) -> list[_Mistakes]:
+def _mistakes(
+    measured: Sequence[tuple[str, Measurement]], thumbnails: Thumbnails, explainers: Mapping[str, Explain | None]
+) -> list[_Mistakes]:
     answers_by_model = [(name, measurement.data, answers_of(measurement)) for name, measurement in measured]
     num_galleries = sum(len(all_answers) for _, _, all_answers in answers_by_model)
     # full rows of five tiles on a wide screen
@@ -246,7 +255,7 @@ def _mistakes(measured: Sequence[tuple[str, Measurement]], thumbnails: Thumbnail
     galleries: list[_Mistakes] = []
     for name, data, all_answers in answers_by_model:
         for answers in all_answers:
-            shown = worst_mistakes(answers, data, thumbnails, limit=limit)
+            shown = worst_mistakes(answers, data, thumbnails, limit=limit, explain=explainers.get(name))
             if shown:
                 galleries.append(
                     _Mistakes(

@@ -1,10 +1,11 @@
 """The worst mistakes of a model as images: what was asked, what is right, what it ranked first."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlm.data.decode import jpeg_thumbnail
 from vlm.errors import BadSample, VlmError
@@ -17,14 +18,22 @@ _THUMBNAIL_PIXELS = 320
 _SAME_PAIR_SHOWN = 2
 _TEXT_LENGTH = 300
 
+Explain = Callable[[Image.Image, str, str], bytes | None]
+"""A heat map over an image for a text rather than another (empty: as it is), as a JPEG; None where a model has none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MistakeImage:
-    """An image of a mistake as a JPEG; None with the reason where it is not shown."""
+    """An image of a mistake as a JPEG; None with the reason where it is not shown.
+
+    heat: where it matches the text `seen`, drawn over it as a JPEG; None where that was not asked for.
+    """
 
     key: str
     jpeg: bytes | None = None
     reason: str = ""
+    heat: bytes | None = None
+    seen: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,11 @@ class Mistake:
     rank: float | None = None
     probability: float | None = None
     reason: str = ""
+
+    @property
+    def has_heat(self) -> bool:
+        """Whether heat maps are shown."""
+        return any(image.heat for image in self.images)
 
     @property
     def notes(self) -> list[str]:
@@ -64,6 +78,15 @@ class Thumbnails:
             self._made[data, key] = self._make(data, key)
         return self._made[data, key]
 
+    def with_heat(self, image: MistakeImage, data: str, explain: Explain, text: str, other: str) -> MistakeImage:
+        """The same with a heat map of a text rather than another; without one where model or image have none."""
+        opened = self.sets.get(data)
+        if opened is None or image.jpeg is None or not text or self.bytes_left <= 0:
+            return image
+        heat = explain(opened.open_image(opened.rows_by_key[image.key]), text, "" if other == text else other)
+        self._count(heat or b"")
+        return replace(image, heat=heat, seen=text)
+
     def caption(self, data: str, key: str) -> str:
         """The first caption of a key; empty where there is none."""
         opened = self.sets.get(data)
@@ -83,15 +106,21 @@ class Thumbnails:
             jpeg = jpeg_thumbnail(opened.open_image(row), pixels=_THUMBNAIL_PIXELS)
         except (BadSample, VlmError, OSError) as error:
             return MistakeImage(key=key, reason=str(error))
-        # base64 takes four characters for three bytes
-        self.bytes_left -= len(jpeg) * 4 // 3
+        self._count(jpeg)
         return MistakeImage(key=key, jpeg=jpeg)
 
+    def _count(self, jpeg: bytes) -> None:
+        # base64 takes four characters for three bytes
+        self.bytes_left -= len(jpeg) * 4 // 3
 
-def worst_mistakes(answers: Answers, data: str, thumbnails: Thumbnails, *, limit: int) -> list[Mistake]:
+
+def worst_mistakes(
+    answers: Answers, data: str, thumbnails: Thumbnails, *, limit: int, explain: Explain | None = None
+) -> list[Mistake]:
     """The worst of the wrong rows, as images of the set of this name.
 
     An image and a text are shown once, and the same two classes at most twice.
+    explain: makes the heat maps: of a query over both images; of an answer over the image, rather than of the truth.
     """
     rows = np.flatnonzero(answers.is_wrong)
     rows = rows[np.argsort(-answers.badness[rows], kind="stable")]
@@ -108,7 +137,12 @@ def worst_mistakes(answers: Answers, data: str, thumbnails: Thumbnails, *, limit
             continue
         shown |= subjects
         times[pair] = times.get(pair, 0) + 1
-        mistakes.append(_mistake(row, data, thumbnails))
+        mistake = _mistake(row, data, thumbnails)
+        if explain is not None:
+            text, other = (mistake.query, "") if mistake.query else (mistake.prediction, mistake.truth)
+            images = [thumbnails.with_heat(image, data, explain, text, other) for image in mistake.images]
+            mistake = replace(mistake, images=tuple(images))
+        mistakes.append(mistake)
     return mistakes
 
 
