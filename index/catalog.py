@@ -13,7 +13,6 @@ import sqlite3
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -26,6 +25,7 @@ from vlm.errors import VlmError
 from vlm.files import fsync_folder
 from vlm.index.caption_words import WORDS_VERSION, fold, split_ideographs
 from vlm.index.embeddings_folder import Origin, captions_from_json
+from vlm.index.engine_base import EngineCatalogue, Entry, RowSelection, row_numbers
 from vlm.index.facets import FieldSummary, ValueCount, count_values, summarize_fields
 from vlm.index.filter_language import Condition, matching_rows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
@@ -310,14 +310,7 @@ FROM rows JOIN shards ON shards.id = rows.shard
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry(Origin):
-    """One row of an index: its number, which is never used again, and what it was made from."""
-
-    row: int
-
-
-class Catalogue:
+class Catalogue(EngineCatalogue):
     """An open catalogue, for reading only; several threads may use it.
 
     generation: the version whose rows it shows; later changes are not seen.
@@ -496,10 +489,11 @@ class Catalogue:
         with self._reading() as database:
             return summarize_fields(database)
 
-    def count_values(self, field: str, *, top: int, rows: Int64[Array, " N"] | None = None) -> list[ValueCount]:
+    def count_values(self, field: str, *, top: int, rows: RowSelection | None = None) -> list[ValueCount]:
         """The `top` most frequent values of a column among the given rows, or among all of this version."""
+        numbers = None if rows is None else row_numbers(rows)
         with self._reading() as database:
-            return count_values(database, field, top=top, rows=rows, hidden=self._hidden(database))
+            return count_values(database, field, top=top, rows=numbers, hidden=self._hidden(database))
 
     def metadata_fields(self, rows: Sequence[int]) -> dict[int, set[tuple[str, int | float | str]]]:
         """The metadata fields and values of each given row; reads the whole table of metadata."""

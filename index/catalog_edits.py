@@ -20,12 +20,13 @@ def metadata_edits(entries: Iterable[Entry], changes: Mapping[int, Mapping[str, 
     edits: dict[int, Mapping[str, Any]] = {}
     for entry in entries:
         values = changes[entry.row]
-        if _differ(entry.metadata, _edited(entry.metadata, values)):
+        if _differ(entry.metadata, edited_metadata(entry.metadata, values)):
             edits[entry.row] = values
     return edits
 
 
-def _edited(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def edited_metadata(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with new values by name; a value of None removes the name."""
     edited = dict(metadata)
     for name, value in values.items():
         if value is None:
@@ -51,7 +52,7 @@ def edit_metadata(database: sqlite3.Connection, changes: Mapping[int, Mapping[st
         removed: list[tuple[str, Any, int]] = []
         added: list[tuple[str, Any, int]] = []
         for old in entries:
-            metadata = _edited(old.metadata, changes[old.row])
+            metadata = edited_metadata(old.metadata, changes[old.row])
             if not _differ(metadata, old.metadata):
                 continue
             new = replace(old, metadata=metadata)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Collection
 
-from vlm.index.catalog import Catalogue
+from vlm.index.engine_base import EngineCatalogue
 from vlm.index.filter_language import And, Compare, Condition, IsIn, Like, parse_filter
 from vlm.index.metadata import FieldValue
 
@@ -13,10 +13,10 @@ _NUM_SHOWN = 5
 _CLOSE = 0.6
 
 
-def explain_no_match(catalogue: Catalogue, where: str, *, optional_fields: Collection[str] = ()) -> str:
+def explain_no_match(catalogue: EngineCatalogue, where: str, *, optional_fields: Collection[str] = ()) -> str:
     """A sentence about a filter that matches no row of a catalogue, with the values that are near.
 
-    optional_fields: as of `Catalogue.where`.
+    optional_fields: as of `EngineCatalogue.where`.
 
     Raises:
         UsageError: the filter is malformed, or names a field that no row has.
@@ -31,7 +31,7 @@ def explain_no_match(catalogue: Catalogue, where: str, *, optional_fields: Colle
     return "0 rows match: each part of the filter matches some rows, but no row matches all of them."
 
 
-def _explain(catalogue: Catalogue, condition: Condition) -> str:
+def _explain(catalogue: EngineCatalogue, condition: Condition) -> str:
     if isinstance(condition, IsIn | Compare | Like) and condition.field not in catalogue.field_names():
         return f"no row has a {condition.field}"
     match condition:
@@ -44,7 +44,7 @@ def _explain(catalogue: Catalogue, condition: Condition) -> str:
     return "no row matches a part of the filter; try its parts one by one"
 
 
-def _explain_value(catalogue: Catalogue, field: str, value: FieldValue) -> str:
+def _explain_value(catalogue: EngineCatalogue, field: str, value: FieldValue) -> str:
     for near in _near_values(catalogue, field, value):
         # a value may be one of deleted rows only
         if len(catalogue.where(IsIn(field=field, values=(near,)))):
@@ -52,7 +52,7 @@ def _explain_value(catalogue: Catalogue, field: str, value: FieldValue) -> str:
     return f"{_shown(value)} is not a value of {field}; {_listing(catalogue, field)}"
 
 
-def _near_values(catalogue: Catalogue, field: str, value: FieldValue) -> list[str]:
+def _near_values(catalogue: EngineCatalogue, field: str, value: FieldValue) -> list[str]:
     """Texts that differ in case or spaces, then those that are spelt much alike."""
     if not isinstance(value, str):
         return []
@@ -66,7 +66,7 @@ def _near_values(catalogue: Catalogue, field: str, value: FieldValue) -> list[st
     return alike + difflib.get_close_matches(value, texts, n=_NUM_SHOWN, cutoff=_CLOSE)
 
 
-def _listing(catalogue: Catalogue, field: str) -> str:
+def _listing(catalogue: EngineCatalogue, field: str) -> str:
     """The values of a field, or their range where they are many."""
     values = catalogue.distinct_values(field, _MOST_VALUES)
     numbers = [value for value in values if not isinstance(value, str)]

@@ -28,7 +28,7 @@ A text goes through a lexer (`tokenize_filter`), a recursive-descent parser (`pa
 import json
 import re
 import sqlite3
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from itertools import chain
@@ -375,17 +375,35 @@ def matching_rows(
     # every row has a key, so without fields there are no rows
     if not types:
         return np.zeros(0, np.int64)
-    for predicate in predicates(condition):
-        is_absent = predicate.field in optional_fields and predicate.field not in types
-        if is_absent:
-            # no field has this number, and so no value
-            fields.setdefault(predicate.field, -1)
-        elif not (isinstance(predicate, IsNull) and predicate.field in fields):
-            _check_field(predicate, types)
+    for name in check_fields(condition, types, fields, optional_fields):
+        # no field has this number, and so no value
+        fields.setdefault(name, -1)
     return _Evaluator(database, fields).rows(condition)
 
 
-def _check_field(predicate: Predicate, types: dict[str, tuple[FieldType, ...]]) -> None:
+def check_fields(
+    condition: Condition,
+    types: Mapping[str, tuple[FieldType, ...]],
+    names: Collection[str],
+    optional_fields: Collection[str] = (),
+) -> list[str]:
+    """The optional fields that a condition names and no row has.
+
+    types: of the fields that have values. names: of all fields, those without a value among them.
+
+    Raises:
+        UsageError: as of `matching_rows`.
+    """
+    absent: list[str] = []
+    for predicate in predicates(condition):
+        if predicate.field in optional_fields and predicate.field not in types:
+            absent.append(predicate.field)
+        elif not (isinstance(predicate, IsNull) and predicate.field in names):
+            _check_field(predicate, types)
+    return absent
+
+
+def _check_field(predicate: Predicate, types: Mapping[str, tuple[FieldType, ...]]) -> None:
     where = f"{predicate.field!r} (column {predicate.column} of the filter)"
     if predicate.field not in types:
         known = sorted(types)
@@ -477,7 +495,7 @@ class _Evaluator:
             # these read all values of a field, or all rows
             case Not() | IsNull() | Like():
                 return _COST_LIMIT
-            case IsIn() | Compare() if _instants(condition):
+            case IsIn() | Compare() if times_with_zone(condition):
                 return _COST_LIMIT
             case And(parts):
                 return min(map(self._estimated_cost, parts))
@@ -488,8 +506,8 @@ class _Evaluator:
         return self.database.execute(sql, (self.fields[condition.field], *values)).fetchone()[0]
 
 
-def _instants(predicate: Predicate) -> tuple[str, ...]:
-    """Those of its values that are times with a zone."""
+def times_with_zone(predicate: Predicate) -> tuple[str, ...]:
+    """Those of its values that are times with a zone, which are compared as instants."""
     if isinstance(predicate, Like):
         return ()
     return tuple(value for value in _values(predicate) if isinstance(value, str) and has_zone(value))
@@ -507,7 +525,7 @@ def _sorted_set(rows: RowIds) -> RowIds:
 
 def _predicate_sql(predicate: IsIn | Compare | Like) -> tuple[str, tuple[FieldValue, ...]]:
     """The predicate on a metadata value in SQL, and the values of its parameters."""
-    instants = _instants(predicate)
+    instants = times_with_zone(predicate)
     match predicate:
         case IsIn(values=values) if instants:
             others = tuple(value for value in values if value not in instants)

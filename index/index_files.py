@@ -85,25 +85,34 @@ class MapRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexDetails:
+class EngineDetails:
+    """What the manifest of an index says, whichever engine has its rows.
+
+    next_row: the next unused number; none is ever used twice. shards: addresses of all tars that were ever inserted.
+    """
+
+    space: EmbeddingSpace
+    next_row: int
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexDetails(EngineDetails):
     """The details of an index's manifest.
 
     catalogue: the SQLite file. tombstones: the file of the deleted rows, empty if there are none.
     segments: in the order of their rows, which never overlap.
-    next_row, next_segment: the next unused numbers; none is ever used twice.
+    next_segment: the next unused number of a segment.
     kind, tuning: as they were asked for, for `compact`. evidence: the plan of the autotuner, if there was one.
-    shards, sources: addresses of all tars, and fingerprints of all embeddings, that were ever inserted.
+    sources: fingerprints of all embeddings that were ever inserted.
     map: None until one is made.
     """
 
-    space: EmbeddingSpace
     catalogue: str
     segments: tuple[Segment, ...]
-    next_row: int
     next_segment: int
     kind: str
     tuning: dict[str, Any]
-    shards: tuple[str, ...]
     sources: tuple[str, ...]
     tombstones: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +129,11 @@ class IndexDetails:
         """
         with damage_as_error(folder / MANIFEST):
             details = manifest.details
+            if details.get("engine", "faiss") != "faiss":
+                raise UsageError(
+                    f"The rows of {folder} are kept by the engine {details['engine']}, and this needs those of a FAISS "
+                    "index: export its embeddings again, or build a FAISS index of them with vlm index build."
+                )
             # the first layout was not numbered
             layout = details.get("layout", 1)
             if layout != LAYOUT:

@@ -9,7 +9,7 @@ from typing import Any
 from vlm.config import suggest
 from vlm.data.sources.rows import TABLE_READERS, file_extension, read_rows
 from vlm.errors import BadSample, UsageError
-from vlm.index.catalog import Catalogue
+from vlm.index.engine_base import EngineCatalogue
 from vlm.index.metadata import is_field
 
 UID = "uid"
@@ -55,7 +55,7 @@ def read_table(path: Path, *, encoding: str = "") -> list[dict[str, Any]]:
 
 
 def match_table(
-    catalogue: Catalogue, lines: Iterable[Mapping[str, Any]], *, key: str = UID, columns: Sequence[str] = ()
+    catalogue: EngineCatalogue, lines: Iterable[Mapping[str, Any]], *, key: str = UID, columns: Sequence[str] = ()
 ) -> TableChanges:
     """What the lines of a table set.
 
@@ -120,7 +120,7 @@ def _lines_by_key(lines: Iterable[Mapping[str, Any]], key: str, columns: Sequenc
     return by_key
 
 
-def _rows_by_key(catalogue: Catalogue, key: str, values: list[str]) -> Mapping[str, Sequence[int]]:
+def _rows_by_key(catalogue: EngineCatalogue, key: str, values: list[str]) -> Mapping[str, Sequence[int]]:
     if key == UID:
         return {uid: (row,) for uid, row in catalogue.rows_by_uid(values).items()}
     known = catalogue.field_names()
@@ -132,7 +132,7 @@ def _rows_by_key(catalogue: Catalogue, key: str, values: list[str]) -> Mapping[s
     return rows
 
 
-def _example(catalogue: Catalogue, key: str) -> str:
+def _example(catalogue: EngineCatalogue, key: str) -> str:
     if key != UID:
         return _key_text(catalogue.distinct_values(key, 1)[0])
     first_row = catalogue.rows()[:1].tolist()

@@ -6,28 +6,32 @@ because it has them open. An `Index` holds a snapshot, answers queries from it, 
 """
 
 import logging
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from math import inf
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vlm.errors import UsageError, VlmError
+from vlm.errors import VlmError
 from vlm.index.ann.index_type_base import CopyToGpu
 from vlm.index.ann.index_types import resolve_index_type
-from vlm.index.catalog import Catalogue, Entry
-from vlm.index.embeddings_folder import Modality, Origin, check_files
+from vlm.index.catalog import Catalogue
+from vlm.index.embeddings_folder import Origin, check_files
+from vlm.index.engine_base import (
+    EngineIndex,
+    EngineSnapshot,
+    IndexInfo,
+    RowSelection,
+    ScoredRows,
+    SegmentInfo,
+    manifest_stamp,
+    row_numbers,
+)
 from vlm.index.index_files import REBUILD_HINT, IndexDetails, Segment, read_previous
-from vlm.index.segments import ScoredRows, SegmentReader, SegmentView, nearest, open_array
-from vlm.manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from vlm.results import Result
-from vlm.tensor_types import Array, Float, Float32, Int64
+from vlm.index.segments import SegmentReader, SegmentView, nearest, open_array
+from vlm.manifest import FileRecord, Manifest, read_manifest
+from vlm.tensor_types import Array, Float32, Int64
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ _Identity = tuple[str, tuple[tuple[str, FileRecord], ...]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class IndexSnapshot:
+class IndexSnapshot(EngineSnapshot):
     """One version of an index; later changes and removed files do not affect it.
 
     views: the segments with their live positions. dead: deleted rows that segments still hold, sorted.
@@ -54,18 +58,12 @@ class IndexSnapshot:
     views: tuple[SegmentView, ...]
     dead: Int64[Array, " N"]
 
-    def __len__(self) -> int:
-        return self.manifest.counts["rows"]
-
-    @property
-    def number(self) -> int:
-        """The version's number, `generation` on disk."""
-        return self.manifest.generation
-
-    @cached_property
-    def rows(self) -> Int64[Array, " N"]:
-        """All live rows, ascending."""
+    def _list_rows(self) -> Int64[Array, " N"]:
         return np.concatenate([np.zeros(0, np.int64), *(view.rows() for view in self.views)])
+
+    def nearest(self, queries: Float32[Array, "Q D"], top: int, allowed_rows: RowSelection | None = None) -> ScoredRows:
+        """As of `vlm.index.segments.nearest`."""
+        return nearest(self.views, queries, top, None if allowed_rows is None else row_numbers(allowed_rows))
 
     def entries(self) -> Iterator[tuple[int, Origin]]:
         """Each live row with what it was made from, ascending."""
@@ -161,76 +159,17 @@ def _read_tombstones(folder: Path, details: IndexDetails, manifest: Manifest) ->
     return np.array(open_array(folder / details.tombstones, np.dtype(np.int64), shape))
 
 
-# the squared length of a unit vector in float32 is no further from 1
-_ROUNDING = 1e-6
-
 RowSet = Int64[Array, " N"]
 """Row numbers, ascending."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """One result: `score` is the cosine of query and row, in [-1, 1]."""
-
-    score: float
-    entry: Entry
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentInfo:
-    """One segment; `rows` are its live ones, `dead` its deleted ones."""
-
-    number: int
-    kind: str
-    parameters: dict[str, int]
-    rerank: int
-    rows: int
-    dead: int
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexInfo(Result):
-    """An index in numbers.
-
-    kind, parameters: of the segment with most rows. dead: deleted rows that segments hold until `vlm index compact`.
-    fresh: live rows outside that segment.
-    kept_bytes: of files that are kept for a rollback to the version before alone.
-    map_rows: rows that had a place when the map was made; 0 without a map.
-    """
-
-    folder: str
-    kind: str
-    parameters: dict[str, int]
-    rows: int
-    dead: int
-    fresh: int
-    dimension: int
-    modality: Modality
-    metric: str
-    bytes: int
-    kept_bytes: int
-    generation: int
-    model: str
-    model_fingerprint: str
-    embeddings_fingerprint: str
-    num_shards: int
-    map_rows: int
-    made_by: str
-    made_at: str
-    segments: tuple[SegmentInfo, ...]
-    evidence: dict[str, Any]
-
-
-class Index:
-    """An index folder open for reading: one version of it, until `refresh` moves to the newest."""
+class Index(EngineIndex):
+    """An index folder of FAISS open for reading: one version of it, until `refresh` moves to the newest."""
 
     def __init__(self, snapshot: IndexSnapshot, stamp: tuple[int, ...], gpu: CopyToGpu | None = None) -> None:
-        self.snapshot = snapshot
-        self._stamp = stamp
+        super().__init__(stamp)
+        self.snapshot: IndexSnapshot = snapshot
         self._gpu = gpu
-        self._refresh_lock = threading.Lock()
-        self._is_closed = False
 
     @classmethod
     def open(cls, folder: Path, *, gpu: CopyToGpu | None = None) -> "Index":
@@ -245,21 +184,11 @@ class Index:
             VlmError: a file is missing or damaged, or segments and catalogue do not have the same rows.
         """
         # the stamp first: a change in between is then noticed by the next refresh
-        stamp = _stamp(folder)
+        stamp = manifest_stamp(folder)
         snapshot = open_snapshot(folder)
         for message in _copy_to_gpu(snapshot, gpu):
             logger.info(message)
         return cls(snapshot, stamp, gpu)
-
-    @property
-    def folder(self) -> Path:
-        """Its folder."""
-        return self.snapshot.folder
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of this version."""
-        return self.snapshot.manifest
 
     @property
     def details(self) -> IndexDetails:
@@ -271,89 +200,10 @@ class Index:
         """The catalogue of this version."""
         return self.snapshot.catalogue
 
-    def __len__(self) -> int:
-        return len(self.snapshot)
-
-    def refresh(self) -> bool:
-        """Move to the newest version, if there is a newer one; whether it moved.
-
-        Costs one stat of the manifest while nothing has changed. Searches under way finish on the old version.
-
-        Raises:
-            UsageError: it is closed.
-            VlmError: the folder is gone or damaged; the old version stays open.
-        """
-        self.require_open()
-        # one thread opens the new version; the others wait and find it open
-        with self._refresh_lock:
-            stamp = _stamp(self.folder)
-            if stamp == self._stamp:
-                return False
-            newest = open_snapshot(self.folder, before=self.snapshot)
-            _copy_to_gpu(newest, self._gpu)
-            has_moved = newest.manifest != self.manifest
-            self.snapshot = newest
-            self._stamp = stamp
-            return has_moved
-
-    def close(self) -> None:
-        """Release the catalogue."""
-        self._is_closed = True
-        self.catalogue.close()
-
-    def require_open(self) -> None:
-        """Refuse what is asked after `close`.
-
-        Raises:
-            UsageError: it is closed.
-        """
-        if self._is_closed:
-            raise UsageError(f"The index {self.folder} is closed; open it again, as with vlm.open_index.")
-
-    def require_model(self, fingerprint: str, name: str) -> None:
-        """Refuse a model whose vectors cannot be compared with those of this index.
-
-        Raises:
-            UsageError: its fingerprint is another.
-        """
-        space = self.details.space
-        if fingerprint == space.fingerprint:
-            return
-        if name == space.model:
-            raise UsageError(
-                f"{name} has changed since it embedded {self.folder}: its fingerprint was {space.fingerprint} and is "
-                f"now {fingerprint}. Put the old model back, or embed and index again."
-            )
-        raise UsageError(
-            f"{self.folder} was embedded by {space.model} (fingerprint {space.fingerprint}); {name} is another model "
-            f"(fingerprint {fingerprint}), and their vectors cannot be compared. Query with {space.model}, or embed "
-            f"and index again with {name}."
-        )
-
-    def search(self, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None = None) -> list[list[Hit]]:
-        """The `top` rows nearest to each query, best first. Fewer only if there are fewer rows.
-
-        Ties are ordered by row; which of several rows tied at the end are among the `top` is up to FAISS.
-
-        allowed_rows: only these rows are returned (as from `Catalogue.where`), deleted ones never.
-
-        Raises:
-            UsageError: another dimension, a query that is zero or not finite, or top < 1.
-        """
-        snapshot = self.snapshot
-        scores, rows = _nearest(snapshot, queries, top, allowed_rows)
-        # several queries share results, whose entries are read once
-        distinct_rows = np.unique(rows).tolist()
-        entries = dict(zip(distinct_rows, snapshot.catalogue.entries(distinct_rows), strict=True))
-        results = []
-        for query_scores, query_rows in zip(scores.tolist(), rows.tolist(), strict=True):
-            hits = zip(query_scores, query_rows, strict=True)
-            results.append([Hit(score=score, entry=entries[row]) for score, row in hits])
-        return results
-
-    def nearest(self, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None = None) -> ScoredRows:
-        """As `search`, but scores and rows alone, without reading the catalogue."""
-        return _nearest(self.snapshot, queries, top, allowed_rows)
+    def _open_newest(self) -> None:
+        newest = open_snapshot(self.folder, before=self.snapshot)
+        _copy_to_gpu(newest, self._gpu)
+        self.snapshot = newest
 
     def info(self) -> IndexInfo:
         """The index in numbers, from the manifest and the segments."""
@@ -413,37 +263,6 @@ def _copy_to_gpu(snapshot: IndexSnapshot, gpu: CopyToGpu | None) -> list[str]:
     return messages
 
 
-def _nearest(
-    snapshot: IndexSnapshot, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSet | None
-) -> ScoredRows:
-    units = _normalize_queries(queries, top, snapshot.details.space.dimension)
-    if allowed_rows is not None and not (np.diff(allowed_rows) > 0).all():
-        raise UsageError("allowed_rows must be distinct and ascending, as from Catalogue.where.")
-    scores, rows = nearest(snapshot.views, units, top, allowed_rows)
-    # rounding may lead out of the range; in place, which takes half the time of a copy by clip
-    np.minimum(scores, 1, out=scores)
-    np.maximum(scores, -1, out=scores)
-    return scores, rows
-
-
-def _normalize_queries(queries: Float[Array, "Q D"], top: int, dimension: int) -> Float32[Array, "Q D"]:
-    if top < 1:
-        raise UsageError(f"top = {top} is out of range: ask for at least one result.")
-    if queries.shape[1] != dimension:
-        raise UsageError(f"Queries have {queries.shape[1]} dimensions, the rows of this index {dimension}.")
-    vectors = queries.astype(np.float32, copy=False)
-    squares = np.vecdot(vectors, vectors)
-    # one query at a time is the rule, and for few numbers Python is faster than numpy
-    squares_list = squares.tolist()
-    if all([-_ROUNDING < square - 1 < _ROUNDING for square in squares_list]):
-        return vectors
-    # the comparison is false for NaN too
-    if not all([0 < square < inf for square in squares_list]):
-        wrong = int(np.argmin((squares > 0) & (squares < np.inf)))
-        raise UsageError(f"Query {wrong} has length {np.sqrt(squares[wrong])}: it must be finite and not zero.")
-    return vectors / np.sqrt(squares)[:, None]
-
-
 def _segment_info(view: SegmentView, manifest: Manifest) -> SegmentInfo:
     meta = view.segment.meta
     return SegmentInfo(
@@ -455,12 +274,3 @@ def _segment_info(view: SegmentView, manifest: Manifest) -> SegmentInfo:
         dead=meta.rows - view.count,
         bytes=sum(manifest.files[name].bytes for name in meta.files),
     )
-
-
-def _stamp(folder: Path) -> tuple[int, ...]:
-    """What changes whenever the manifest is replaced; all zero if there is none."""
-    try:
-        stat = os.stat(folder / MANIFEST)
-    except OSError:
-        return (0, 0, 0, 0)
-    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size

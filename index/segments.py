@@ -41,6 +41,7 @@ from vlm.index.ann.index_type_base import CopyToGpu, TuningParams, load_faiss
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.duplicate_rows import DuplicateRows, find_duplicate_rows
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
+from vlm.index.engine_base import ScoredRows
 from vlm.index.index_files import REBUILD_HINT, FailPoint, Segment, no_failpoint, segment_file
 from vlm.manifest import FileRecord, record_file
 from vlm.tensor_types import Array, Bool, Float, Float32, Int64, UInt8
@@ -200,7 +201,7 @@ def write_vectors(
     with atomic_write(path) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         for block in blocks:
-            _check_lengths(block, num_rows)
+            check_lengths(block, num_rows)
             file.write(np.ascontiguousarray(block, np.float16).tobytes())
             num_rows += len(block)
         if num_rows != shape[0]:
@@ -208,7 +209,12 @@ def write_vectors(
         failpoint(f"{path.name} before its rename")
 
 
-def _check_lengths(block: Float[Array, "N D"], first_row: int) -> None:
+def check_lengths(block: Float[Array, "N D"], first_row: int) -> None:
+    """Refuse embeddings that are no unit vectors; first_row: the number of the first of them, for the message.
+
+    Raises:
+        VlmError: a row is not finite or not of unit length.
+    """
     wrong, lengths = find_non_unit_rows(to_float32(block))
     if len(wrong):
         raise VlmError(
@@ -326,9 +332,6 @@ _MAX_QUERIES = 1024
 _NO_ROW = -1
 # factor by which a search goes deeper where it cuts off rows of equal score
 _DEEPER = 4
-
-ScoredRows = tuple[Float32[Array, "Q _"], Int64[Array, "Q _"]]
-"""Cosines, best first, and rows; where there are fewer, the score is -inf and the row -1."""
 
 
 @dataclass(frozen=True, eq=False)

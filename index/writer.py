@@ -28,9 +28,10 @@ from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
 from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
 from vlm.index.catalog_edits import edit_addresses, edit_metadata, metadata_edits
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
+from vlm.index.engine_base import EngineSnapshot
 from vlm.index.ids import with_uid_of
 from vlm.index.index_files import FailPoint, IndexDetails, MapRecord, catalogue_file, map_file, no_failpoint
-from vlm.index.reader import IndexSnapshot, open_snapshot
+from vlm.index.reader import open_snapshot
 from vlm.index.row_map import write_map
 from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, write_segment
 from vlm.index.versions import (
@@ -188,7 +189,7 @@ def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
 LOCK = "writer.lock"
 
 
-def _lock_for_writing(folder: Path) -> FileLock:
+def lock_for_writing(folder: Path) -> FileLock:
     """The writer's lock, held; its file names the process that holds it, and stays when it is released.
 
     Raises:
@@ -213,7 +214,7 @@ def _lock_for_writing(folder: Path) -> FileLock:
 _NO_ROWS = np.zeros(0, np.int64)
 
 
-def rows_to_delete(snapshot: IndexSnapshot, uids: Sequence[str]) -> Int64[Array, " N"]:
+def rows_to_delete(snapshot: EngineSnapshot, uids: Sequence[str]) -> Int64[Array, " N"]:
     """The rows of these uids, ascending.
 
     Raises:
@@ -246,7 +247,7 @@ class IndexWriter:
         self.folder = folder
         self._failpoint = failpoint
         self._needs_rollback = False
-        self._lock = _lock_for_writing(folder)
+        self._lock = lock_for_writing(folder)
         try:
             roll_back_unfinished(folder, failpoint=failpoint)
             self.snapshot = open_snapshot(folder)

@@ -1,6 +1,6 @@
 """The index against a model of it: random changes, searches and crashes beside a plain dictionary.
 
-python -m tests.index.model_based --operations 20000 --seed 1
+python -m tests.index.model_based --operations 20000 --seed 1 [--engine milvus]
 """
 
 import argparse
@@ -20,18 +20,26 @@ from tests.index.oracle_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_sto
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingsWriter, normalize_rows
+from vlm.index.engine_base import EngineIndex, RowSelection
+from vlm.index.engines import EngineWriter, open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
-from vlm.index.reader import Index
+from vlm.index.milvus.milvus_build import build_milvus_index
+from vlm.index.milvus.milvus_writer import MilvusWriter
 from vlm.index.writer import IndexWriter
 from vlm.manifest import read_manifest
 
 KILLED = 77
 
 
+class Killed(BaseException):
+    """Ends a change at a failpoint within this process, which has the server of milvus-lite and so cannot be forked."""
+
+
 @dataclass
 class Oracle:
     """Random operations on an index folder and on a dictionary, compared after each.
 
+    engine: faiss or milvus.
     exact: whether the index's kind is; else its answers may miss some, but must be right where they answer.
     readers: indexes that stay open, each with the rows it was opened or refreshed with.
     before: the rows of the version before, which a rollback brings back; None without one.
@@ -41,23 +49,27 @@ class Oracle:
     rng: np.random.Generator
     rows: Rows
     kind: str
+    engine: str = "faiss"
     done: Counter[str] = field(default_factory=Counter)
-    readers: list[tuple[Index, Rows]] = field(default_factory=list)
+    readers: list[tuple[EngineIndex, Rows]] = field(default_factory=list)
     recalled: list[float] = field(default_factory=list)
     num_named: int = 0
     before: Rows | None = None
 
     @classmethod
-    def begin(cls, folder: Path, seed: int, *, kind: str, rows: int, tuning: TuningParams) -> "Oracle":
+    def begin(
+        cls, folder: Path, seed: int, *, kind: str, rows: int, tuning: TuningParams, engine: str = "faiss"
+    ) -> "Oracle":
         """Build the first generation of `rows` random rows."""
-        oracle = cls(folder=folder / "index", rng=np.random.default_rng(seed), rows={}, kind=kind)
+        oracle = cls(folder=folder / "index", rng=np.random.default_rng(seed), rows={}, kind=kind, engine=engine)
         oracle.rows = oracle.draw(rows)
         writer = EmbeddingsWriter(folder / "embeddings", space=SPACE, identity={})
         vectors = np.stack([row.vector for row in oracle.rows.values()])
         writer.add("/nowhere/0.tar", vectors, [origin(*item) for item in oracle.rows.items()])
         writer.finish(inputs={}, details={"shards": ["/nowhere/0.tar"]})
-        build_index(folder / "embeddings", oracle.folder, kind=kind, tuning=tuning)
-        oracle.readers = [(Index.open(oracle.folder), dict(oracle.rows)) for _ in range(2)]
+        build = build_index if engine == "faiss" else build_milvus_index
+        build(folder / "embeddings", oracle.folder, kind=kind, tuning=tuning)
+        oracle.readers = [(open_engine_index(oracle.folder), dict(oracle.rows)) for _ in range(2)]
         return oracle
 
     def draw(self, count: int, uids: list[str] | None = None) -> Rows:
@@ -86,12 +98,13 @@ class Oracle:
             self.crash(*change)
         else:
             name, after, act = change
-            with IndexWriter(self.folder) as writer:
+            with open_writer(self.folder) as writer:
                 number = writer.snapshot.number
                 act(writer)
                 has_moved = writer.snapshot.number > number
             self.replace_rows(after, has_moved=has_moved)
             self.done[name] += 1
+            self.refresh_after(name)
         if self.rng.random() < 0.1:
             self.check_readers()
 
@@ -101,7 +114,14 @@ class Oracle:
             self.before = self.rows
         self.rows = after
 
-    def random_change(self) -> tuple[str, Rows, Callable[[IndexWriter], object]]:
+    def refresh_after(self, name: str) -> None:
+        """FAISS's readers keep the files of their version; a compaction of Milvus takes theirs from them."""
+        if name == "compact" and self.engine == "milvus":
+            for index, _ in self.readers:
+                index.refresh()
+            self.readers = [(index, dict(self.rows)) for index, _ in self.readers]
+
+    def random_change(self) -> tuple[str, Rows, Callable[[EngineWriter], object]]:
         """Its name, the rows after it, and how it is done."""
         name = str(
             self.rng.choice(
@@ -138,17 +158,13 @@ class Oracle:
         fresh = self.draw(count)
         return "add", self.rows | fresh, lambda writer: writer.add(new_rows(fresh))
 
-    def crash(self, name: str, after: Rows, act: Callable[[IndexWriter], object]) -> None:
+    def crash(self, name: str, after: Rows, act: Callable[[EngineWriter], object]) -> None:
         """Do it in a process that is killed at a random write point, then find one of the two states."""
-        last = int(self.rng.integers(1, 24))
+        # a change of Milvus has fewer steps than one of files
+        last = int(self.rng.integers(1, 24 if self.engine == "faiss" else 8))
         number = read_manifest(self.folder, "index").generation
-        child = os.fork()
-        if not child:
-            _act_and_die(self.folder, act, last)
-        _, status = os.waitpid(child, 0)
-        was_killed = os.waitstatus_to_exitcode(status) == KILLED
-        assert was_killed or os.waitstatus_to_exitcode(status) == 0, f"the {name} failed: {status}"
-        index = Index.open(self.folder)
+        was_killed = _was_killed(self.folder, act, last) if self.engine == "milvus" else self.forked(name, act, last)
+        index = open_engine_index(self.folder)
         if self.contents(index) == names_of(after) and (not was_killed or matches(index, after)):
             self.replace_rows(after, has_moved=index.snapshot.number > number)
             self.done[f"{name}, killed after the commit" if was_killed else f"{name}, done in time"] += 1
@@ -158,8 +174,19 @@ class Oracle:
             assert matches(index, self.rows)
             self.done[f"{name}, killed before the commit"] += 1
         index.close()
+        self.refresh_after(name)
 
-    def contents(self, index: Index) -> list[str]:
+    def forked(self, name: str, act: Callable[[EngineWriter], object], last: int) -> bool:
+        """Whether a process of its own was killed at the write point, or had done by then."""
+        child = os.fork()
+        if not child:
+            _act_and_die(self.folder, act, last)
+        _, status = os.waitpid(child, 0)
+        was_killed = os.waitstatus_to_exitcode(status) == KILLED
+        assert was_killed or os.waitstatus_to_exitcode(status) == 0, f"the {name} failed: {status}"
+        return was_killed
+
+    def contents(self, index: EngineIndex) -> list[str]:
         """The uids an index has."""
         return sorted(entry.uid for entry in index.catalogue.entries(index.snapshot.rows.tolist()))
 
@@ -191,7 +218,7 @@ class Oracle:
         ][int(self.rng.integers(3))]
 
     def compare(
-        self, index: Index, queries: np.ndarray, top: int, allowed_rows: np.ndarray | None, living: Rows
+        self, index: EngineIndex, queries: np.ndarray, top: int, allowed_rows: RowSelection | None, living: Rows
     ) -> None:
         """Answers are complete, true, and for exact kinds the best there are, up to ties."""
         names = sorted(living)
@@ -215,11 +242,11 @@ class Oracle:
             assert len(index) == len(rows)
             assert self.contents(index) == names_of(rows)
         self.readers[0][0].close()
-        self.readers[0] = Index.open(self.folder), dict(self.rows)
+        self.readers[0] = open_engine_index(self.folder), dict(self.rows)
         self.done["reopen"] += 1
 
 
-def set_sizes(writer: IndexWriter, sizes: dict[str, int]) -> None:
+def set_sizes(writer: EngineWriter, sizes: dict[str, int]) -> None:
     """Change the size of some rows and nothing else."""
     rows = writer.snapshot.catalogue.rows_by_uid(sizes)
     writer.set_metadata({rows[uid]: {"size": size} for uid, size in sizes.items()})
@@ -230,19 +257,40 @@ def names_of(rows: Rows) -> list[str]:
     return sorted(rows)
 
 
-def matches(index: Index, rows: Rows) -> bool:
+def matches(index: EngineIndex, rows: Rows) -> bool:
     """Whether every row has the vector and the facts the oracle knows."""
-    for view in index.snapshot.views:
-        entries = index.catalogue.entries(view.rows().tolist())
-        vectors = view.segment.vectors.take(view.positions)
-        for entry, vector in zip(entries, vectors, strict=True):
-            row = rows[entry.uid]
-            if not np.allclose(vector, as_stored(row.vector), atol=1e-6) or entry.metadata["size"] != row.size:
-                return False
+    entries = index.catalogue.entries(index.snapshot.rows.tolist())
+    vectors = index.snapshot.vectors(index.snapshot.rows)
+    for entry, vector in zip(entries, vectors, strict=True):
+        row = rows[entry.uid]
+        if not np.allclose(vector, as_stored(row.vector), atol=1e-6) or entry.metadata["size"] != row.size:
+            return False
     return True
 
 
-def _act_and_die(folder: Path, act: Callable[[IndexWriter], object], last: int) -> None:
+def _was_killed(folder: Path, act: Callable[[EngineWriter], object], last: int) -> bool:
+    """Whether a change of Milvus was ended at a write point; nothing is undone by then, as if the process were gone."""
+    passed = 0
+
+    def die_at_last(point: str) -> None:
+        nonlocal passed
+        passed += 1
+        if passed == last:
+            raise Killed
+
+    writer = None
+    try:
+        writer = MilvusWriter(folder, failpoint=die_at_last)
+        act(writer)
+    except Killed:
+        return True
+    finally:
+        if writer is not None:
+            writer.close()
+    return False
+
+
+def _act_and_die(folder: Path, act: Callable[[EngineWriter], object], last: int) -> None:
     passed = 0
 
     def die_at_last(point: str) -> None:
@@ -268,6 +316,7 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", default="flat")
+    parser.add_argument("--engine", default="faiss")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--crash-share", type=float, default=0.3)
     asked = parser.parse_args()
@@ -275,7 +324,9 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     folder, started = Path(tempfile.mkdtemp()), time.perf_counter()
     try:
-        oracle = Oracle.begin(folder, asked.seed, kind=asked.kind, rows=asked.rows, tuning=TuningParams())
+        oracle = Oracle.begin(
+            folder, asked.seed, kind=asked.kind, rows=asked.rows, tuning=TuningParams(), engine=asked.engine
+        )
         for number in range(asked.operations):
             oracle.step(crash_share=asked.crash_share)
             if (number + 1) % 1000 == 0:

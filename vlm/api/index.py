@@ -12,11 +12,11 @@ import numpy as np
 
 from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
-from vlm.index.catalog import Catalogue
 from vlm.index.encoder import Encoder
+from vlm.index.engine_base import EngineCatalogue, IndexInfo, row_numbers
+from vlm.index.engines import EngineWriter, check_index, open_writer, require_faiss
 from vlm.index.map_layout import SAMPLE
 from vlm.index.metadata import check_json
-from vlm.index.reader import IndexInfo
 from vlm.results import Result
 from vlm.service.query import Query
 from vlm.service.query_encoder import Backend, query_loader
@@ -27,7 +27,7 @@ from vlm.text_lists import text_list
 if TYPE_CHECKING:
     from vlm.api.inference import Model
     from vlm.index.verify import CheckReport
-    from vlm.index.writer import CommitInfo, IndexWriter
+    from vlm.index.writer import CommitInfo
 
 Hit = RankedHit
 Texts = str | Sequence[str]
@@ -297,7 +297,7 @@ class SearchIndex:
             lines = _metadata_lines(values)
         names = text_list(columns, "columns")
 
-        def change(writer: "IndexWriter") -> "SetSummary":
+        def change(writer: EngineWriter) -> "SetSummary":
             # matched under the lock, so that it fits the version that is changed
             table = match_table(writer.snapshot.catalogue, lines, key=key, columns=names)
             info = writer.set_metadata(table.changes)
@@ -354,7 +354,7 @@ class SearchIndex:
         # parsed before the index is locked, evaluated under the lock
         condition = parse_filter(where) if where else None
 
-        def change(writer: "IndexWriter") -> "CommitInfo":
+        def change(writer: EngineWriter) -> "CommitInfo":
             snapshot = writer.snapshot
             rows = snapshot.catalogue.where(condition) if condition else rows_to_delete(snapshot, names)
             _check_expected(len(rows), expect)
@@ -404,7 +404,7 @@ class SearchIndex:
         # listed before the index is locked: the answer of a bucket may take long
         present = expand_shards(shards) if shards else []
 
-        def change(writer: "IndexWriter") -> "CommitInfo":
+        def change(writer: EngineWriter) -> "CommitInfo":
             ends = writer.snapshot.catalogue.image_ends()
             if shards:
                 moved = addresses_by_name(list(ends), present)
@@ -431,6 +431,7 @@ class SearchIndex:
         from vlm.index.index_files import MapRecord
         from vlm.index.map_layout import METHOD, lay_out
 
+        require_faiss(self.folder, "A map")
         started = time.perf_counter()
         self._service.index.refresh()
         snapshot = self._service.index.snapshot
@@ -455,22 +456,18 @@ class SearchIndex:
     @os_errors_explained()
     def check(self, *, sample: int = 1000, seed: int = 0) -> "CheckReport":
         """Read all of it and list its faults: checksums, joins, metadata and, of `sample` rows, distances."""
-        from vlm.index.verify import check_index
-
         self._service.index.require_open()
         if sample < 1:
             raise UsageError(f"sample = {sample} is out of range: give at least 1.")
         return check_index(self.folder, sample=sample, seed=seed)
 
     @property
-    def _catalogue(self) -> Catalogue:
+    def _catalogue(self) -> EngineCatalogue:
         return self._service.index.catalogue
 
-    def _change(self, change: Callable[["IndexWriter"], Any]) -> Any:
-        from vlm.index.writer import IndexWriter
-
+    def _change(self, change: Callable[[EngineWriter], Any]) -> Any:
         self._service.index.require_open()
-        with IndexWriter(self.folder) as writer:
+        with open_writer(self.folder) as writer:
             return change(writer)
 
     def _insert(
@@ -503,7 +500,7 @@ class SearchIndex:
                 ),
             )
 
-        def change(writer: "IndexWriter") -> "AddSummary":
+        def change(writer: EngineWriter) -> "AddSummary":
             found = addition
             allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
             if not (replace_known or addition.is_finished):
@@ -563,7 +560,7 @@ class SearchIndex:
         if uids:
             rows = rows_to_delete(self._service.index.snapshot, uids).tolist()
         else:
-            rows = catalogue.where(parse_filter(where)).tolist()
+            rows = row_numbers(catalogue.where(parse_filter(where))).tolist()
         examples = tuple(entry.uid for entry in catalogue.entries(rows[:_NUM_NAMED]))
         return DeletePreview(
             rows=len(rows),

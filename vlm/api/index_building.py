@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.errors import UsageError, os_errors_explained
 
 # imported where they are used: they need FAISS's training
 if TYPE_CHECKING:
+    from vlm.index.ann.index_type_base import TuningParams
     from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.reranker_fit import RerankerSummary
 
@@ -19,6 +20,8 @@ def build_index(
     out: str | Path,
     *,
     index_type: str = "auto",
+    engine: Literal["faiss", "milvus"] = "faiss",
+    address: str = "",
     uid_column: str | None = None,
     recall: float | None = None,
     recall_at: int = 10,
@@ -39,6 +42,10 @@ def build_index(
     Args:
         embeddings: a folder of `vlm.embed`, or of `vlm index import`.
         index_type: flat (exact), ivf, ivfsq, ivfpq, rabitq, sq8, hnsw, or auto.
+        engine: what holds the rows: faiss, in the index folder; or milvus, in a collection of its own, where the types
+            are flat, ivf, ivfsq and hnsw, and targets cannot be given.
+        address: of Milvus: http(s)://HOST:PORT of a server, whose token is in the environment as VLM_MILVUS_TOKEN, or
+            a local file that ends in .db, for milvus-lite; by default such a file in the index folder.
         uid_column: the metadata column whose values are the uids, `key` for the keys of the samples; None uses `file`
             where each row has one of its own, as images packed from a folder have, else the uids of the embeddings.
         recall, recall_at, latency_ms, memory: targets: least recall of so many results against exact search; most
@@ -48,10 +55,10 @@ def build_index(
         tuning: parameters of the index type: nlist, nprobe, hnsw_m, ef_construction, ef_search, refine_factor.
 
     Raises:
-        UsageError: `out` exists, the embeddings are unfinished, or the index type or a target does not fit them.
-        VlmError: the embeddings are damaged, or the disk is full.
+        UsageError: `out` exists, the embeddings are unfinished, or the index type, a target or the engine does not fit
+            them.
+        VlmError: the embeddings are damaged, the disk is full, or Milvus does not answer.
     """
-    from vlm.index.ann.index_type_base import TuningParams
     from vlm.index.autotune.trial import TuningTarget, parse_bytes
     from vlm.index.build import build_autotuned
     from vlm.index.build import build_index as build_plain
@@ -61,15 +68,13 @@ def build_index(
             raise TypeError(f"build_index() got an unexpected keyword argument {name!r}")
     targets = (recall, latency_ms, memory, texts, images)
     # any of them asks for a search over configurations, and nothing else does
-    if all(value is None for value in targets):
-        # None stays None: the index type fills in its defaults, by the number of rows
-        numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}
+    is_autotuned = any(value is not None for value in targets)
+    if engine == "milvus" or address:
+        _check_engine(engine, address, is_autotuned)
+        return _build_in_milvus(embeddings, out, index_type, _tuning(tuning, seed), address, uid_column)
+    if not is_autotuned:
         return build_plain(
-            Path(embeddings),
-            Path(out),
-            kind=index_type,
-            tuning=TuningParams(seed=seed, **numbers),
-            uid_column=uid_column,
+            Path(embeddings), Path(out), kind=index_type, tuning=_tuning(tuning, seed), uid_column=uid_column
         )
     for name, value in tuning.items():
         if value is not None:
@@ -103,6 +108,39 @@ TUNING_PARAMETERS = {
     "refine_factor": "rerank",
 }
 """The parameters that autotuning chooses, with the field of `TuningParams` that each sets."""
+
+
+def _tuning(tuning: dict[str, int | None], seed: int) -> "TuningParams":
+    from vlm.index.ann.index_type_base import TuningParams
+
+    # None stays None: the index type fills in its defaults, by the number of rows
+    numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}
+    return TuningParams(seed=seed, **numbers)
+
+
+def _check_engine(engine: str, address: str, is_autotuned: bool) -> None:
+    if engine != "milvus":
+        raise UsageError(f"--address {address} is where Milvus has the rows: add --engine milvus, or leave it out.")
+    if is_autotuned:
+        raise UsageError(
+            "Targets (--recall, --latency-ms, --memory, --texts, --images) are met by trying FAISS indexes in this "
+            "process; with --engine milvus name the --index-type and its parameters."
+        )
+
+
+def _build_in_milvus(
+    embeddings: str | Path,
+    out: str | Path,
+    index_type: str,
+    tuning: "TuningParams",
+    address: str,
+    uid_column: str | None,
+) -> "BuildSummary":
+    from vlm.index.milvus.milvus_build import build_milvus_index
+
+    return build_milvus_index(
+        Path(embeddings), Path(out), address=address, kind=index_type, tuning=tuning, uid_column=uid_column
+    )
 
 
 @os_errors_explained()

@@ -36,6 +36,14 @@ _FORMAT_HELP = (
     "autofaiss reads too. faiss: index.faiss, whose ids are the rows of metadata.parquet. parquet: embeddings.parquet, "
     "with a column of vectors."
 )
+_ENGINE_HELP = (
+    "What holds the rows. faiss: files of the index folder. milvus: a collection, for more rows than a machine holds "
+    "(extra milvus); types flat, ivf, ivfsq and hnsw, no targets. Every later command finds the engine by the folder."
+)
+_ADDRESS_HELP = (
+    "Where Milvus is: http(s)://HOST:PORT of a server, its token in the environment as VLM_MILVUS_TOKEN, or a local "
+    "file ending in .db for milvus-lite; by default such a file in the index folder."
+)
 _UID_COLUMN_HELP = (
     "Metadata column whose values become the uids, or key for the keys of the samples; by default file, the name of an "
     "image in its folder, where each row has one of its own, else the uids of the embeddings."
@@ -44,7 +52,7 @@ _UID_COLUMN_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class BuildIndex:
-    """Build a FAISS index with its metadata catalog from embeddings.
+    """Build an index with its metadata catalog from embeddings: of FAISS, in a folder, or in Milvus.
 
     With a target (--recall, --latency-ms, --memory) or queries (--texts, --images), index type and search parameters
     are autotuned on a sample of the rows.
@@ -58,6 +66,10 @@ class BuildIndex:
 
     index_type: str = "auto"
     """flat (exact), ivf, ivfsq, ivfpq, rabitq, sq8, hnsw, or auto: flat for few rows, ivf for many, or autotuned."""
+
+    engine: Annotated[Literal["faiss", "milvus"], tyro.conf.arg(help=_ENGINE_HELP)] = "faiss"
+
+    address: Annotated[str, tyro.conf.arg(help=_ADDRESS_HELP)] = ""
 
     recall: float | None = None
     """Target: minimum recall against exact search; 0.95 if only another target is given."""
@@ -448,7 +460,7 @@ class CheckIndex:
 
     def run(self) -> None:
         """Check; a fault makes the command fail."""
-        from vlm.index.verify import check_index
+        from vlm.index.engines import check_index
 
         if self.sample < 1:
             raise UsageError(f"--sample {self.sample} is out of range: give at least 1.")
@@ -480,9 +492,11 @@ class IndexInfo:
 
     def run(self) -> None:
         """Show the fields, and a row for each segment."""
-        from vlm.index.reader import Index
+        from vlm.index.engines import open_engine_index
 
-        info = asdict(Index.open(self.index).info())
+        index = open_engine_index(self.index)
+        info = asdict(index.info())
+        index.close()
         if self.json:
             show_json(info)
             return

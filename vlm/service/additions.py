@@ -39,9 +39,9 @@ from vlm.index.embeddings_folder import (
     part_name,
 )
 from vlm.index.encoder import Encoder, check_unit_norm
+from vlm.index.engine_base import EngineSnapshot
 from vlm.index.ids import UID_COLUMN
 from vlm.index.metadata import check_json, is_field
-from vlm.index.reader import IndexSnapshot
 from vlm.index.writer import InsertBatch
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.service.folder.folder_reader import FileReading, FolderReader
@@ -118,7 +118,7 @@ class AdditionPlanner:
 
     def __init__(
         self,
-        snapshot: IndexSnapshot,
+        snapshot: EngineSnapshot,
         load: Callable[[], Encoder],
         *,
         uid_prefix: str = "",
@@ -463,7 +463,7 @@ class _PartRows:
         self.skipped.append(record)
 
 
-def rows_to_write(addition: Addition, snapshot: IndexSnapshot) -> Addition:
+def rows_to_write(addition: Addition, snapshot: EngineSnapshot) -> Addition:
     """The addition without the rows that a version of the index has already; changed files among them stay.
 
     Raises:
@@ -483,7 +483,7 @@ def rows_to_write(addition: Addition, snapshot: IndexSnapshot) -> Addition:
     return replace(addition, batch=batch.select(selected) if selected else None, known=addition.known + num_known)
 
 
-def _entries_by_uid(snapshot: IndexSnapshot, uids: Iterable[str]) -> dict[str, Origin]:
+def _entries_by_uid(snapshot: EngineSnapshot, uids: Iterable[str]) -> dict[str, Origin]:
     """The rows of an index that have one of the uids."""
     rows = snapshot.catalogue.rows_by_uid(uids)
     return {entry.uid: entry for entry in snapshot.catalogue.entries(list(rows.values()))}
@@ -503,7 +503,7 @@ def _nothing_readable(unreadable: Mapping[str, str]) -> UsageError:
     return UsageError(f"Not one of {len(unreadable):,} images can be decoded; the first, {name}: {reason}.")
 
 
-def _is_known(snapshot: IndexSnapshot, entry: Origin | None, new: Origin) -> bool:
+def _is_known(snapshot: EngineSnapshot, entry: Origin | None, new: Origin) -> bool:
     """Whether a row with the uid of a new one is of the same image; a file that has changed is not.
 
     Raises:

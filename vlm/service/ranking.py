@@ -13,10 +13,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from vlm.errors import UsageError
+from vlm.index.engine_base import EngineSnapshot, RowSelection, row_numbers
 from vlm.index.filter_language import parse_filter
 from vlm.index.metadata import sanitize_text
-from vlm.index.reader import IndexSnapshot
-from vlm.index.segments import nearest
 from vlm.service.query import Cursor, Query
 from vlm.tensor_types import Array, Float, Float32, Int64
 
@@ -187,15 +186,15 @@ class Ranking:
 class Ranker:
     """Ranks the rows of one index snapshot for one query.
 
-    query_vector: unit vector of the query. allowed_rows: the rows that may be results, ascending; None: all live ones.
+    query_vector: unit vector of the query. allowed_rows: the rows that may be results; None: all live ones.
     reranker: of the top results. num_candidates: as `NUM_CANDIDATES`.
     min_cosine: of results, as well as the query's `at_least`.
     """
 
-    snapshot: IndexSnapshot
+    snapshot: EngineSnapshot
     query_vector: Float32[Array, " D"]
     query: Query
-    allowed_rows: Int64[Array, " N"] | None = None
+    allowed_rows: RowSelection | None = None
     reranker: Reranker | None = None
     num_candidates: int = NUM_CANDIDATES
     min_cosine: float | None = None
@@ -327,7 +326,7 @@ class Ranker:
         return found.take(np.flatnonzero(found.cosines > found.cosines[-1] + _TIE)), False
 
     def _nearest(self, depth: int) -> Ranking:
-        _, row_table = nearest(self.snapshot.views, self.query_vector[None], depth, self.allowed_rows)
+        _, row_table = self.snapshot.nearest(self.query_vector[None], depth, self.allowed_rows)
         rows = row_table[0]
         cosines = self._cosines(rows)
         order = np.lexsort((rows, -cosines))
@@ -352,7 +351,7 @@ class Ranker:
             rows = np.array([row for row, _ in ranked], np.int64)
             scores = np.array([score for _, score in ranked], np.float64)
             if self.allowed_rows is not None:
-                is_allowed = np.isin(rows, self.allowed_rows)
+                is_allowed = np.isin(rows, row_numbers(self.allowed_rows))
                 rows, scores = rows[is_allowed], scores[is_allowed]
             # one more than needed, to see whether equals are cut off
             is_enough = len(rows) > depth and scores[-1] != scores[depth - 1]
@@ -368,7 +367,7 @@ class Ranker:
         equals = np.flatnonzero(scores == scores[depth - 1])
         # many captions may be equal, as those of a class; the search by cosine bounds what is read of their rows
         needed = depth - int(equals[0])
-        _, row_table = nearest(self.snapshot.views, self.query_vector[None], needed, np.sort(rows[equals]))
+        _, row_table = self.snapshot.nearest(self.query_vector[None], needed, np.sort(rows[equals]))
         selected = np.append(rows[: equals[0]], row_table[0])
         return ScoredRanking(rows=selected, scores=scores[: len(selected)])
 
@@ -394,8 +393,8 @@ def _rerank(results: Ranking, reranker: Reranker, count: int) -> Ranking:
 
 
 def rows_matching(
-    snapshot: IndexSnapshot, where: str, *, optional_fields: Collection[str] = ()
-) -> Int64[Array, " N"] | None:
+    snapshot: EngineSnapshot, where: str, *, optional_fields: Collection[str] = ()
+) -> RowSelection | None:
     """The live rows that match a filter; None without a filter.
 
     optional_fields: as of `Catalogue.where`.

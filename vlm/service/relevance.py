@@ -34,8 +34,7 @@ import numpy as np
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint, json_text, write_text
 from vlm.index.embeddings_folder import UNKNOWN
-from vlm.index.reader import IndexSnapshot
-from vlm.index.segments import nearest
+from vlm.index.engine_base import EngineSnapshot
 from vlm.service.query import Query
 from vlm.tensor_types import Array, Float32
 
@@ -109,7 +108,7 @@ class Relevance:
         )
 
 
-def null_kind(query: Query, snapshot: IndexSnapshot) -> NullKind:
+def null_kind(query: Query, snapshot: EngineSnapshot) -> NullKind:
     """Which unrelated queries a query is measured against.
 
     Raises:
@@ -140,7 +139,7 @@ class Calibrator:
     def __init__(self) -> None:
         self._records: dict[str, dict[str, Any]] = {}
 
-    def null_scores(self, snapshot: IndexSnapshot, kind: NullKind, embed_texts: EmbedTexts) -> NullScores:
+    def null_scores(self, snapshot: EngineSnapshot, kind: NullKind, embed_texts: EmbedTexts) -> NullScores:
         """Of one kind of query, measured now if need be: seconds for 100,000 rows.
 
         embed_texts: unit vectors of texts, by the index's model; unused for rows.
@@ -161,7 +160,7 @@ class Calibrator:
         return NullScores(median=record["median"], lower_quartile=record["lower_quartile"])
 
 
-def measure(snapshot: IndexSnapshot, kind: NullKind, embed_texts: EmbedTexts) -> NullScores:
+def measure(snapshot: EngineSnapshot, kind: NullKind, embed_texts: EmbedTexts) -> NullScores:
     """The best cosines of unrelated queries, found as those of any query are.
 
     Raises:
@@ -173,7 +172,7 @@ def measure(snapshot: IndexSnapshot, kind: NullKind, embed_texts: EmbedTexts) ->
             "--relevant."
         )
     queries = embed_texts(unrelated_texts()) if kind == "words" else _random_rows(snapshot)
-    scores, _ = nearest(snapshot.views, np.ascontiguousarray(queries, np.float32), 1)
+    scores, _ = snapshot.nearest(np.ascontiguousarray(queries, np.float32), 1)
     lower_quartile, median = np.quantile(scores[:, 0].astype(np.float64), [0.25, 0.5])
     return NullScores(median=float(median), lower_quartile=float(lower_quartile))
 
@@ -184,14 +183,14 @@ def unrelated_texts() -> list[str]:
 
 
 def find_best(
-    snapshot: IndexSnapshot, query_vector: Float32[Array, " D"], allowed_rows: Any, null_scores: NullScores
+    snapshot: EngineSnapshot, query_vector: Float32[Array, " D"], allowed_rows: Any, null_scores: NullScores
 ) -> float | None:
     """The probability of the nearest row; None if there is no row."""
-    scores, _ = nearest(snapshot.views, query_vector[None], 1, allowed_rows)
+    scores, _ = snapshot.nearest(query_vector[None], 1, allowed_rows)
     return null_scores.probability(float(scores[0, 0])) if scores.size else None
 
 
-def _random_rows(snapshot: IndexSnapshot) -> Float32[Array, "N D"]:
+def _random_rows(snapshot: EngineSnapshot) -> Float32[Array, "N D"]:
     """Unit vectors with the mean and covariance of the rows; the same ones for the same rows."""
     rng = np.random.default_rng(0)
     rows = snapshot.rows
@@ -205,7 +204,7 @@ def _random_rows(snapshot: IndexSnapshot) -> Float32[Array, "N D"]:
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
-def _identity(snapshot: IndexSnapshot) -> dict[str, Any]:
+def _identity(snapshot: EngineSnapshot) -> dict[str, Any]:
     rows = snapshot.rows
     return {
         "model_fingerprint": snapshot.details.space.fingerprint,
@@ -216,7 +215,7 @@ def _identity(snapshot: IndexSnapshot) -> dict[str, Any]:
     }
 
 
-def _fits(record: dict[str, Any], snapshot: IndexSnapshot) -> bool:
+def _fits(record: dict[str, Any], snapshot: EngineSnapshot) -> bool:
     """Whether it is of this model and mostly of these rows; numbers of rows are never used twice."""
     now = _identity(snapshot)
     if any(record[name] != now[name] for name in ("model_fingerprint", "embeddings", "texts")):

@@ -11,8 +11,7 @@ from typing_extensions import override
 
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.index.catalog import Catalogue, Entry
-from vlm.index.reader import IndexSnapshot
+from vlm.index.engine_base import EngineCatalogue, EngineSnapshot, Entry
 from vlm.models.model import VisionLanguageModel
 from vlm.models.poly_encoder import FittedPolyEncoder, token_states
 from vlm.service.images import read_image_bytes
@@ -95,7 +94,7 @@ class LikelihoodReranker(TimedReranker):
     unread: why an image could not be read, by uid. milliseconds: spent reading images and running the captioner.
     """
 
-    def __init__(self, captioner: Captioner, query: Query, catalogue: Catalogue) -> None:
+    def __init__(self, captioner: Captioner, query: Query, catalogue: EngineCatalogue) -> None:
         self.captioner = captioner
         self.catalogue = catalogue
         self.unread: dict[str, str] = {}
@@ -160,7 +159,7 @@ class PolyEncoderReranker(TimedReranker):
     """
 
     def __init__(
-        self, fitted: FittedPolyEncoder, model: VisionLanguageModel, query: Query, snapshot: IndexSnapshot
+        self, fitted: FittedPolyEncoder, model: VisionLanguageModel, query: Query, snapshot: EngineSnapshot
     ) -> None:
         if fitted.model_fingerprint != model.fingerprint:
             raise UsageError(

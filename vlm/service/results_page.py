@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm.errors import VlmError
 from vlm.files import write_text
-from vlm.index.reader import IndexInfo
+from vlm.index.engine_base import IndexInfo
 from vlm.pages import Provenance, render
 from vlm.service.images import read_image_bytes, thumbnail
 from vlm.service.query import Query

@@ -21,10 +21,10 @@ from vlm.data.samples import Captions
 from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.index.ann.index_type_base import CopyToGpu
-from vlm.index.catalog import Entry
 from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.encoder import Encoder
-from vlm.index.reader import Hit, Index, IndexSnapshot
+from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection
+from vlm.index.engines import open_engine_index
 from vlm.models.model_spec import absolute_spec
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query import Query, load_query_vector
@@ -38,7 +38,7 @@ from vlm.service.query_encoder import (
 )
 from vlm.service.ranking import NUM_CANDIDATES, Ranker, Ranking, rows_matching
 from vlm.service.relevance import Calibrator, NullScores, Relevance, find_best, null_kind
-from vlm.tensor_types import Array, Float32, Int64
+from vlm.tensor_types import Array, Float32
 
 # imported where it is used: it needs torch, which most searches do without
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class SearchService:
     optional_fields: filters may name them although no row has them.
     """
 
-    index: Index
+    index: EngineIndex
     model_spec: str = ""
     rerank_spec: str = ""
     load: LoadEncoder = field(default=load_query_encoder)
@@ -218,8 +218,8 @@ class SearchService:
         load: LoadEncoder = load_query_encoder,
         gpu: CopyToGpu | None = None,
     ) -> "SearchService":
-        """Open an index folder; gpu and raises as of `Index.open`."""
-        return cls(index=Index.open(folder, gpu=gpu), model_spec=model_spec, rerank_spec=rerank_spec, load=load)
+        """Open an index folder; gpu and raises as of `open_engine_index`."""
+        return cls(index=open_engine_index(folder, gpu=gpu), model_spec=model_spec, rerank_spec=rerank_spec, load=load)
 
     def close(self) -> None:
         """Release the index."""
@@ -360,14 +360,14 @@ class SearchService:
         return model
 
     def _rerankers(
-        self, queries: Sequence[Query], snapshot: IndexSnapshot
+        self, queries: Sequence[Query], snapshot: EngineSnapshot
     ) -> "list[vlm.service.reranking.TimedReranker | None]":
         """For each query what reranks its results, if it asks for that."""
         if not any(query.rerank_top for query in queries):
             return [None] * len(queries)
         return [self._reranker(query, snapshot) if query.rerank_top else None for query in queries]
 
-    def _reranker(self, query: Query, snapshot: IndexSnapshot) -> "vlm.service.reranking.TimedReranker":
+    def _reranker(self, query: Query, snapshot: EngineSnapshot) -> "vlm.service.reranking.TimedReranker":
         from vlm.service.reranking import LikelihoodReranker, PolyEncoderReranker
 
         if self.poly_encoder is None:
@@ -376,7 +376,7 @@ class SearchService:
         return PolyEncoderReranker(self.poly_encoder, self.text_encoder, query, snapshot)
 
     def _embed(
-        self, model: QueryEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot
+        self, model: QueryEncoder | None, named_queries: Sequence[tuple[str, Query]], snapshot: EngineSnapshot
     ) -> list[Float32[Array, " D"]]:
         """The unit vector of each query; queries of items and vectors alone need no model."""
         all_texts: list[str] = []
@@ -422,11 +422,11 @@ class SearchService:
             rerank_milliseconds=reranker.milliseconds if reranker else None,
             unread=reranker.unread if reranker else {},
             cut=self._cut_texts(ranker.query),
-            hint=_explain_filter(ranker, self.optional_fields) or (relevance.explain() if relevance else ""),
+            hint=_explain_filter(ranker, hits, self.optional_fields) or (relevance.explain() if relevance else ""),
             relevance=relevance,
         )
 
-    def _null_scores(self, query: Query, snapshot: IndexSnapshot) -> NullScores | None:
+    def _null_scores(self, query: Query, snapshot: EngineSnapshot) -> NullScores | None:
         """What the query's cosines are measured against, if it asks for what is relevant."""
         if query.relevant is None:
             return None
@@ -452,8 +452,8 @@ def _prefixing_errors(name: str) -> Iterator[None]:
 
 
 def _resolve_filters(
-    named_queries: Sequence[tuple[str, Query]], snapshot: IndexSnapshot, optional_fields: frozenset[str]
-) -> dict[str, Int64[Array, " N"] | None]:
+    named_queries: Sequence[tuple[str, Query]], snapshot: EngineSnapshot, optional_fields: frozenset[str]
+) -> dict[str, RowSelection | None]:
     """The rows that match each filter of the queries, by filter; every query is checked."""
     allowed_rows = {}
     for name, query in named_queries:
@@ -487,7 +487,7 @@ def _load_query_image(model: QueryEncoder, image: Path | bytes) -> np.ndarray:
         raise VlmError(f"{name} cannot be used as a query: {error}.") from error
 
 
-def item_vectors(snapshot: IndexSnapshot, uids: Sequence[str]) -> Float32[Array, "N D"]:
+def item_vectors(snapshot: EngineSnapshot, uids: Sequence[str]) -> Float32[Array, "N D"]:
     """The stored vector of each item.
 
     Raises:
@@ -516,8 +516,9 @@ def combine_terms(terms: Float32[Array, "T D"], weights: Float32[Array, " T"]) -
     return total / np.float32(length)
 
 
-def _explain_filter(ranker: Ranker, optional_fields: frozenset[str]) -> str:
-    if ranker.allowed_rows is None or len(ranker.allowed_rows):
+def _explain_filter(ranker: Ranker, hits: Sequence[RankedHit], optional_fields: frozenset[str]) -> str:
+    # hits first: a server counts the rows of a filter only if asked
+    if hits or ranker.allowed_rows is None or len(ranker.allowed_rows):
         return ""
     from vlm.index.filter_hints import explain_no_match
 

@@ -1,0 +1,209 @@
+"""The catalogue of an index of Milvus: what its rows were made from, and their metadata, read from the collection."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from vlm.errors import UsageError, VlmError
+from vlm.index.engine_base import EngineCatalogue, Entry, FilteredRows, RowSelection
+from vlm.index.facets import MOST_DISTINCT, FieldSummary, ValueCount
+from vlm.index.filter_language import Condition
+from vlm.index.index_files import REBUILD_HINT
+from vlm.index.metadata import FieldValue
+from vlm.index.milvus.collection import StoredField, entry_of, shard_term, uid_digest, values_of_terms
+from vlm.index.milvus.connection import MilvusConnection
+from vlm.index.milvus.expressions import expression_of
+from vlm.tensor_types import Array, Int64
+
+_FOLDED = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
+
+
+class MilvusCatalogue(EngineCatalogue):
+    """The rows of one version.
+
+    visible: gives the expression that selects them, or refuses a version that was compacted away.
+    num_rows: their number.
+    """
+
+    def __init__(
+        self,
+        connection: MilvusConnection,
+        collection: str,
+        fields: Sequence[StoredField],
+        visible: Callable[[], str],
+        num_rows: int,
+    ) -> None:
+        self._connection = connection
+        self._collection = collection
+        self._fields = tuple(fields)
+        self._numbers = {stored.name: number for number, stored in enumerate(fields)}
+        self._visible = visible
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def close(self) -> None:
+        """Let go of the server."""
+        self._connection.close()
+
+    def entries(self, rows: Sequence[int]) -> list[Entry]:
+        """The entries of the given rows, in their order, live or deleted.
+
+        Raises:
+            VlmError: one is missing.
+        """
+        entities = self._connection.fetch(
+            self._collection, "row", sorted(set(rows)), ["row", "origin"], where="row >= 0"
+        )
+        by_row = {entity["row"]: entry_of(entity) for entity in entities}
+        for row in rows:
+            if row not in by_row:
+                raise VlmError(
+                    f"The collection {self._collection} at {self._connection.uri} has no row {row:,}, which the index "
+                    f"has; {REBUILD_HINT}."
+                )
+        return [by_row[row] for row in rows]
+
+    def find(self, uid: str) -> Entry | None:
+        """The entry of this uid, if there is one."""
+        rows = self.rows_by_uid([uid])
+        return self.entries([rows[uid]])[0] if rows else None
+
+    def rows_by_uid(self, uids: Iterable[str]) -> dict[str, int]:
+        """The row of each of these uids that exists."""
+        by_digest = {uid_digest(uid): uid for uid in uids}
+        entities = self._connection.fetch(
+            self._collection, "uid_digest", list(by_digest), ["row", "uid_digest"], where=self._visible()
+        )
+        return {by_digest[entity["uid_digest"]]: entity["row"] for entity in entities}
+
+    def rows(self) -> Int64[Array, " N"]:
+        """All row numbers, ascending."""
+        return self._connection.rows(self._collection, self._visible())
+
+    def where(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> RowSelection:
+        """The rows that a condition selects, which the server does anew in each search.
+
+        Raises: as of `EngineCatalogue.where`, and UsageError: Milvus cannot evaluate it (`expressions`).
+        """
+        return self._selection(expression_of(condition, self._fields, optional_fields=optional_fields))
+
+    def _selection(self, expression: str) -> FilteredRows:
+        def whole() -> str:
+            return f"{self._visible()} and ({expression})"
+
+        return FilteredRows(
+            expression=expression,
+            count=lambda: self._connection.count(self._collection, whole()),
+            list_rows=lambda: self._connection.rows(self._collection, whole()),
+        )
+
+    def rank_text(self, words: str, top: int) -> list[tuple[int, float]]:
+        """Refused: the words of captions are in no index that Milvus could search as SQLite does.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "An index of the engine milvus has no full-text search of captions: leave --words out, use a filter as "
+            "--where \"caption like '%word%'\", or a FAISS index."
+        )
+
+    def field_names(self) -> list[str]:
+        """The metadata fields that have values, by name, those of deleted rows among them."""
+        return sorted(stored.name for stored in self._fields if stored.types)
+
+    def field_values(self, field: str) -> list[tuple[FieldValue, int]]:
+        """Each value of a field with its row."""
+        return list(self._values(field, "row >= 0"))
+
+    def _values(self, field: str, expression: str) -> Iterator[tuple[FieldValue, int]]:
+        """Each value of a field among the live rows that an expression selects; reads the terms of all of these."""
+        number = self._numbers.get(field)
+        if number is None:
+            return
+        whole = f'{self._visible()} and array_contains(terms, "f{number}") and ({expression})'
+        for entity in self._connection.iterate(self._collection, whole, ["row", "terms"]):
+            for of_field, value in values_of_terms(entity["terms"]):
+                if of_field == number:
+                    yield value, entity["row"]
+
+    def distinct_values(self, field: str, limit: int) -> list[FieldValue]:
+        """The first values of a field in their order, numbers before texts."""
+        values = {value for value, _ in self._values(field, "row >= 0")}
+        return sorted(values, key=_in_order)[:limit]
+
+    def values_like(self, field: str, text: str, limit: int) -> list[str]:
+        """The texts of a field that differ from this one at most in the case of A to Z; reads the whole field."""
+        folded = text.translate(_FOLDED)
+        texts: dict[str, None] = {}
+        for value, _ in self._values(field, "row >= 0"):
+            if isinstance(value, str) and value.translate(_FOLDED) == folded:
+                texts[value] = None
+        return list(texts)[:limit]
+
+    def field_summaries(self) -> list[FieldSummary]:
+        """The columns of the metadata, by name; reads the terms of every row."""
+        values: defaultdict[str, set[FieldValue]] = defaultdict(set)
+        numbers: defaultdict[str, list[int | float]] = defaultdict(list)
+        for entity in self._connection.iterate(self._collection, self._visible(), ["row", "terms"]):
+            for number, value in values_of_terms(entity["terms"]):
+                name = self._fields[number].name
+                # beyond that the column is no category, and its values would fill the memory
+                if len(values[name]) <= MOST_DISTINCT:
+                    values[name].add(value)
+                if not isinstance(value, str):
+                    ends = (*numbers[name], value)
+                    numbers[name] = [min(ends), max(ends)]
+        summaries: list[FieldSummary] = []
+        for stored in sorted(self._fields, key=lambda stored: stored.name):
+            if stored.name not in values:
+                continue
+            ends = numbers[stored.name]
+            summaries.append(
+                FieldSummary(
+                    name=stored.name,
+                    types=stored.types,
+                    distinct=len(values[stored.name]),
+                    minimum=ends[0] if ends else None,
+                    maximum=ends[1] if ends else None,
+                )
+            )
+        return summaries
+
+    def count_values(self, field: str, *, top: int, rows: RowSelection | None = None) -> list[ValueCount]:
+        """The `top` most frequent values of a column, ties by value; reads the terms of the rows that count."""
+        if rows is None or isinstance(rows, FilteredRows):
+            values = self._values(field, rows.expression if rows is not None else "row >= 0")
+            counts = Counter(value for value, _ in values)
+        else:
+            counted = set(rows.tolist())
+            counts = Counter(value for value, row in self._values(field, "row >= 0") if row in counted)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], _in_order(item[0])))
+        return [ValueCount(value=value, rows=number) for value, number in ordered[:top]]
+
+    def image_ends(self) -> dict[str, int]:
+        """By the address of each shard or image file the byte at which its last image ends, 0 without images."""
+        ends: dict[str, int] = {}
+        for entity in self._connection.iterate(self._collection, self._visible(), ["row", "origin"]):
+            entry = entry_of(entity)
+            ends[entry.shard] = max(ends.get(entry.shard, 0), entry.image_offset + entry.image_size)
+        return ends
+
+    def sample_numbers(self, address: str) -> list[int]:
+        """The positions in a shard of the samples that have a row."""
+        whole = f'{self._visible()} and array_contains(terms, "{shard_term(address)}")'
+        entities = self._connection.iterate(self._collection, whole, ["row", "origin"])
+        return [entry_of(entity).number for entity in entities]
+
+
+def _in_order(value: FieldValue) -> tuple[bool, float | str]:
+    """By which values sort: numbers before texts."""
+    return isinstance(value, str), value
+
+
+def as_row_list(rows: Int64[Array, " N"]) -> str:
+    """Row numbers as an expression lists them."""
+    return f"row in [{', '.join(map(str, np.asarray(rows).tolist()))}]"
