@@ -37,6 +37,10 @@ def show_plan(plan: Plan) -> None:
     for name, why in plan.left_out.items():
         print(f"Not tried: {name}: {why}.")
     print(f"Taken: {plan.why}")
+    is_enough = plan.machine.is_enough
+    print("One machine is enough:" if is_enough else "One machine is not enough (vlm index build --engine milvus):")
+    for line in plan.machine.arithmetic:
+        print(f"  {line}")
     if plan.is_optimistic:
         print(
             "Its recall is optimistic: the queries were rows, and texts need more effort. Give text queries by --texts."

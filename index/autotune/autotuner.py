@@ -22,6 +22,7 @@ from vlm.errors import UsageError
 from vlm.index.ann.faiss_search import effort_limit, set_search_effort
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import INDEX_TYPES, MAX_RERANK, search_params_dict
+from vlm.index.autotune.machine_limits import Machine, MachineLimits, machine_limits
 from vlm.index.autotune.query_sampling import (
     MIN_REVERSED_ROWS,
     SHOWN,
@@ -76,6 +77,7 @@ class Plan:
     num_rows, sample_rows: rows of all, and rows indexed in the trials.
     tuned_with, judged_by: number of queries to tune with, and to evaluate on by direction.
     left_out: configurations that were not tried, and why. unturned: reversed directions that were not, and why.
+    machine: when one no longer is enough, and what a cluster would need.
     questions: queries of the target's direction it was evaluated on. tuning_questions: those it was tuned with.
     """
 
@@ -92,6 +94,7 @@ class Plan:
     trials: tuple[Trial, ...]
     left_out: dict[str, str]
     unturned: dict[str, str]
+    machine: MachineLimits
     questions: Float32[Array, "Q D"] = field(repr=False, compare=False)
     tuning_questions: Float32[Array, "P D"] = field(repr=False, compare=False)
 
@@ -175,6 +178,13 @@ def autotune(
         trials=tuple(autotuner.trials),
         left_out=autotuner.left_out,
         unturned=sample.unturned,
+        machine=machine_limits(
+            best,
+            num_rows=len(source),
+            sample_rows=len(sample.rows),
+            dimension=source.dimension,
+            machine=Machine.present(),
+        ),
         questions=sample.eval_queries[sample.target_direction],
         tuning_questions=sample.tuning_queries,
     )

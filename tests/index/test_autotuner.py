@@ -210,6 +210,8 @@ def test_the_plan_is_shown_and_drawn(plan: Plan, tmp_path: Path, capsys: pytest.
         "taken",
         "Not tried: hnsw: needs 4 GB.",
         f"Taken: {plan.why[:20]}",
+        "One machine is enough:",
+        plan.machine.arithmetic[0],
         "optimistic",
     ):
         assert shown in printed
