@@ -178,15 +178,19 @@ def autotune(
         trials=tuple(autotuner.trials),
         left_out=autotuner.left_out,
         unturned=sample.unturned,
-        machine=machine_limits(
-            best,
-            num_rows=len(source),
-            sample_rows=len(sample.rows),
-            dimension=source.dimension,
-            machine=Machine.present(),
-        ),
+        machine=_limits_here(best, source, sample),
         questions=sample.eval_queries[sample.target_direction],
         tuning_questions=sample.tuning_queries,
+    )
+
+
+def _limits_here(best: Trial, source: Embeddings, sample: TuningSample) -> MachineLimits:
+    return machine_limits(
+        best,
+        num_rows=len(source),
+        sample_rows=len(sample.rows),
+        dimension=source.dimension,
+        machine=Machine.present(),
     )
 
 

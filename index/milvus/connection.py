@@ -85,6 +85,8 @@ class MilvusAddress:
         return str((folder / self.text).absolute()) if self.is_local else self.text
 
 
+_NO_DOTENV = "PYTHON_DOTENV_DISABLED"
+
 # milvus-lite runs its server within the process; it is stopped when the last index on its file is closed, so that
 # another process can open the file
 _users: Counter[str] = Counter()
@@ -97,12 +99,20 @@ def load_pymilvus() -> Any:
     Raises:
         UsageError: it is not installed.
     """
+    switch = os.environ.get(_NO_DOTENV)
+    # its first import reads the .env file above site-packages into this process (findings)
+    os.environ[_NO_DOTENV] = "1"
     try:
         import pymilvus
     except ImportError as error:
         raise UsageError(
             f"An index of the engine milvus needs pymilvus ({error}): pip install 'vlm-pipeline[milvus]'."
         ) from error
+    finally:
+        if switch is None:
+            del os.environ[_NO_DOTENV]
+        else:
+            os.environ[_NO_DOTENV] = switch
     # it logs each refusal with a traceback before it raises it, and so does the server of milvus-lite
     for name in ("pymilvus", "milvus_lite", "grpc._server"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
