@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +22,8 @@ from vlm.evaluation.retrieval import evaluate_retrieval
 from vlm.evaluation.retrieval_metrics import RECALL_AT
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Tensor
-from vlm.train.map_memory import keep_evaluated_features
+from vlm.train.feature_cache import evaluated_paths
+from vlm.train.map_memory import LockedFeatures, keep_evaluated_features
 
 
 class EMA:
@@ -376,12 +378,14 @@ def interpolate(
     measure: Measure | None = None,
     measure_other: Measure | None = None,
     max_drift: float = 1.0,
+    feature_folder: Path | None = None,
 ) -> Soup:
     """(1 - α) · start + α · tuned (WiSE-FT, Wortsman et al. 2021, eq. 1): of several α the one with the best metric.
 
     alphas: in [0, 1]; 0 gives the start's weights and 1 the tuned ones bit for bit. Of equal metrics the first counts.
     measure_other: on data that the start was good at. Only an α counts at which it is at most `max_drift` below its
         value at α = 0, which is then measured, too; that one always counts.
+    feature_folder: where what equal trunks give is kept for other calls and runs.
 
     Raises:
         UsageError: an α outside [0, 1], several without a measure, models that differ in more than their weights.
@@ -395,7 +399,7 @@ def interpolate(
     # copied, since the network that holds the first model's weights takes up the mean
     start_weights = _copy_to_cpu(builder.open(start))
     tuned_weights = _copy_to_cpu(builder.open(tuned))
-    builder.keep_equal_trunks(start_weights, tuned_weights)
+    trunks = builder.keep_equal_trunks(start_weights, tuned_weights, feature_folder)
 
     def between(alpha: float) -> VisionLanguageModel:
         return builder.fill(WeightedMean().plus(start_weights, 1 - alpha).plus(tuned_weights, alpha))
@@ -414,6 +418,8 @@ def interpolate(
                 other=measure_other(model) if measure_other and model else None,
             )
         )
+        for trunk in trunks:
+            trunk.save()
     sweep = _mark_allowed(sweep, max_drift)
     # max returns the first of equal values
     best = max(
@@ -448,12 +454,14 @@ def build_soup(
     alphas: Sequence[float] = (),
     measure_other: Measure | None = None,
     max_drift: float = 1.0,
+    feature_folder: Path | None = None,
 ) -> Soup:
     """Average models in one of three ways, with a progress bar.
 
     greedy: greedy soup; needs `measure`. start: interpolate between it and the one model. Else the weighted soup.
     shares: of the weighted soup; empty gives all the same. alphas: of the interpolation; empty is 0.5, or with a
-        measure the best of 0, 0.25, 0.5, 0.75, 1. measure_other, max_drift: as of `interpolate`.
+        measure the best of 0, 0.25, 0.5, 0.75, 1. measure_other, max_drift, feature_folder: as of
+        `interpolate`.
 
     Raises: as of `greedy_soup`, `interpolate` and `weighted_soup`.
     """
@@ -488,6 +496,7 @@ def build_soup(
                 measure=counted,
                 measure_other=measure_other,
                 max_drift=max_drift,
+                feature_folder=feature_folder,
             )
         if greedy:
             return greedy_soup(models, open_model=open_and_count, measure=measure_and_count)
@@ -548,7 +557,7 @@ class _SoupBuilder:
         self.fingerprints[name] = model.fingerprint
         return model
 
-    def keep_equal_trunks(self, one: Weights, other: Weights) -> None:
+    def keep_equal_trunks(self, one: Weights, other: Weights, folder: Path | None) -> list[LockedFeatures]:
         """Run a trunk once for each image or text where both have the same one, as after tuning heads alone."""
         assert self._first is not None
         network = self._first.network
@@ -556,7 +565,7 @@ class _SoupBuilder:
             names = [name for name in one if name.startswith(f"{tower}.trunk.")]
             if names and all(torch.equal(one[name], other[name]) for name in names):
                 network.get_submodule(f"{tower}.trunk").requires_grad_(False)
-        keep_evaluated_features(network)
+        return keep_evaluated_features(network, evaluated_paths(folder, self._first) if folder else None)
 
     def fill(self, mean: WeightedMean) -> VisionLanguageModel:
         """The mean as a model, until `fill` is called again."""

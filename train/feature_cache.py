@@ -109,6 +109,21 @@ def check_cacheable(config: TrainConfig, model: VisionLanguageModel) -> list[Tow
     return towers
 
 
+def evaluated_paths(folder: Path, model: VisionLanguageModel) -> dict[str, Path]:
+    """Where what evaluations need of each trunk is kept, whatever data it is of."""
+    paths: dict[str, Path] = {}
+    for tower in ("visual", "text"):
+        module: Any = getattr(model.network, tower, None)
+        if hasattr(module, "trunk"):
+            paths[tower] = folder / f"evaluated-{tower}-{_trunk_identity(module, model)}.npz"
+    return paths
+
+
+def _trunk_identity(module: Any, model: VisionLanguageModel) -> str:
+    pooling = str(getattr(module, "pooling", "native"))
+    return compute_fingerprint(space_fingerprint(module.trunk, model.view, model.tokenizer), pooling, _FORMAT)
+
+
 def part_paths(
     folder: Path, tower: Tower, shards: Sequence[str], model: VisionLanguageModel, languages: tuple[str, ...]
 ) -> list[Path]:

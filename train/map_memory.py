@@ -7,12 +7,17 @@ and what is kept is found by the pixels, so that no augmentation can give anothe
 import copy
 import hashlib
 import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vlm.errors import UsageError
+from vlm.files import atomic_write
 from vlm.models.network import Network
 from vlm.models.towers.tower import ImageTower
 from vlm.tensor_types import Float, Num, Tensor
@@ -22,21 +27,30 @@ logger = logging.getLogger(__name__)
 _BYTES_IN_GB = 1_000_000_000
 # of a tower: pooled features of 50,000 images, or of 170,000 captions
 _EVALUATED_BYTES = 256_000_000
+_AT_ONCE = 32
+_DIGEST_BYTES = 16
 
 
 class LockedFeatures:
     """What a trunk gives by the digest of its input, up to `max_bytes`; what finds no room is computed each time.
 
     compute: a method of the tower that runs its trunk. only_evaluations: keep nothing while gradients are computed.
+    path: a file that `save` writes and later runs begin with.
     """
 
-    def __init__(self, tower: Any, compute: Any, *, max_bytes: int, only_evaluations: bool = False) -> None:
+    def __init__(
+        self, tower: Any, compute: Any, *, max_bytes: int, only_evaluations: bool = False, path: Path | None = None
+    ) -> None:
         self._compute = compute
         self._trunk: nn.Module = tower.trunk
         self._max_bytes = max_bytes
         self._only_evaluations = only_evaluations
         self._rows: dict[bytes, int] = {}
         self._maps: Tensor | None = None
+        self._path = path
+        self._num_saved = 0
+        if path is not None and path.is_file():
+            self._load(path)
 
     # a copy of the network, as the counter of FLOPs makes one without data, computes for itself
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -70,11 +84,42 @@ class LockedFeatures:
         # a locked trunk drops nothing, whatever mode the network is in
         was_training = self._trunk.training
         self._trunk.eval()
-        maps = self._compute(pixels)
+        computed: list[Tensor] = []
+        # all images of an evaluation's batch at once would take gigabytes for activations
+        for part in pixels.split(_AT_ONCE):
+            maps = self._compute(part)
+            if not isinstance(maps, Tensor):
+                raise UsageError("This image tower gives several maps; leave out --locked-features-gb.")
+            computed.append(maps)
         self._trunk.train(was_training)
-        if not isinstance(maps, Tensor):
-            raise UsageError("This image tower gives several maps; leave out --locked-features-gb.")
-        return maps
+        return torch.cat(computed)
+
+    def save(self) -> None:
+        """Write what is kept to the file, if there is one and anything has come since."""
+        if self._path is None or self._maps is None or len(self._rows) == self._num_saved:
+            return
+        digests = np.frombuffer(b"".join(self._rows), np.uint8).reshape(-1, _DIGEST_BYTES)
+        with atomic_write(self._path) as file:
+            np.savez(file, digests=digests, features=self._maps[: len(self._rows)].numpy())
+        self._num_saved = len(self._rows)
+
+    def _load(self, path: Path) -> None:
+        try:
+            # opened here, since numpy leaves a damaged archive open
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                digests, features = arrays["digests"], torch.from_numpy(arrays["features"])
+            is_whole = digests.shape == (len(features), _DIGEST_BYTES)
+        # whatever a damaged file holds: features can always be computed again
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            is_whole = False
+        if not is_whole or not len(features):
+            logger.warning(f"{path} is damaged; the features in it are computed again.")
+            return
+        number = min(len(features), self._room(features))
+        assert self._maps is not None
+        self._maps[:number] = features[:number]
+        self._rows = {digest.tobytes(): row for row, digest in enumerate(digests[:number])}
+        self._num_saved = number
 
     def _room(self, maps: Tensor) -> int:
         """How many images there is room for, which is taken now."""
@@ -105,12 +150,13 @@ def keep_locked_features(network: Network, gigabytes: float) -> None:
     tower.features = LockedFeatures(tower, tower.features, max_bytes=int(gigabytes * _BYTES_IN_GB))
 
 
-def keep_evaluated_features(network: nn.Module) -> list[str]:
+def keep_evaluated_features(network: nn.Module, paths: Mapping[str, Path] | None = None) -> list[LockedFeatures]:
     """Let towers whose trunks are locked whole keep their pooled features between evaluations, where only heads change.
 
-    Returns the names of these towers; others are left as they are. A pass with gradients keeps nothing.
+    paths: files for those of `visual` and of `text`. Other towers are left as they are. A pass with gradients keeps
+    nothing.
     """
-    names: list[str] = []
+    kept: list[LockedFeatures] = []
     for name in ("visual", "text"):
         tower: Any = getattr(network, name, None)
         has_features = all(hasattr(tower, part) for part in ("trunk", "embed", "project"))
@@ -119,10 +165,11 @@ def keep_evaluated_features(network: nn.Module) -> list[str]:
             continue
         if any(parameter.requires_grad for parameter in tower.trunk.parameters()):
             continue
-        tower.embed = LockedFeatures(tower, tower.embed, max_bytes=_EVALUATED_BYTES, only_evaluations=True)
-        names.append(name)
-    return names
+        path = (paths or {}).get(name)
+        tower.embed = LockedFeatures(tower, tower.embed, max_bytes=_EVALUATED_BYTES, only_evaluations=True, path=path)
+        kept.append(tower.embed)
+    return kept
 
 
 def _digest(image: Tensor) -> bytes:
-    return hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
+    return hashlib.blake2b(image.contiguous().numpy(), digest_size=_DIGEST_BYTES).digest()

@@ -62,7 +62,7 @@ from vlm.train.distributed import apply_fsdp, no_gradient_sync
 from vlm.train.drift import DriftGuard, open_drift_guard
 from vlm.train.feature_cache import open_cached_features
 from vlm.train.flops import FlopCounter
-from vlm.train.map_memory import keep_evaluated_features, keep_locked_features
+from vlm.train.map_memory import keep_locked_features
 from vlm.train.objectives.global_contrastive import GlobalAverages, inner_rate_at
 from vlm.train.objectives.loss_term import Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import FORMER_NAMES, WeightedLossTerm, parse_objective
@@ -81,7 +81,7 @@ from vlm.train.state import TrainState
 from vlm.train.step_inputs import InputProvider, check_loss_inputs, needs_ema, open_input_providers
 from vlm.train.task import TrainingTask, build_task, lock_tower
 from vlm.train.teacher_views import check_text_embeddings, check_views
-from vlm.train.validation import Validation, open_validation
+from vlm.train.validation import Validation, keep_features, open_validation
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def open_session(config: TrainConfig, *, resume: bool, allow: tuple[str, ...] = 
     )
     open_folder(config, state, corpus, accelerator, resume=resume, allow=allow)
     cached = open_cached_features(config, corpus.shards, model) if config.loader.cache_features else None
-    keep_evaluated_features(model.network)
+    keep_features(validation, config, model)
     # every process has written its share
     accelerator.wait_for_everyone()
     steps = total_steps(config, corpus.order.num_samples)

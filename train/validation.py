@@ -18,6 +18,8 @@ from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.suite import FailedEvaluation, OpenSets, measure_model, read_suite
 from vlm.models.model import VisionLanguageModel
 from vlm.train.distributed import gather_objects, num_processes, process_rank
+from vlm.train.feature_cache import evaluated_paths
+from vlm.train.map_memory import LockedFeatures, keep_evaluated_features
 from vlm.train.run_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -69,13 +71,14 @@ class StepModel(VisionLanguageModel):
 @dataclass(kw_only=True)
 class Validation:
     """What is measured: retrieval on a set and on other data, the evaluators of a suite; pixels are kept for the next
-    time."""
+    time, and so is what locked trunks give, in files where features are cached."""
 
     retrieval: Retrieval | None = None
     data: EvaluationSet | None = None
     other: EvaluationSet | None = None
     suite: OpenSets | None = None
     pixels: PixelMemory = field(default_factory=lambda: PixelMemory(max_bytes=_PIXEL_BYTES))
+    trunks: tuple[LockedFeatures, ...] = ()
 
     def measure(self, model: VisionLanguageModel, step: int) -> dict[str, float]:
         """Values by name, those of a suite behind set and evaluator (`cifar10/zero-shot/top1`); all processes call it,
@@ -94,6 +97,9 @@ class Validation:
                 values |= {OTHER + name: value for name, value in result.metrics().items()}
             if self.suite:
                 values |= _run_suite(evaluated, self.suite, step)
+        if num_processes() == 1:
+            for trunk in self.trunks:
+                trunk.save()
         return values
 
     def check_captions(self, model: VisionLanguageModel) -> int | None:
@@ -145,6 +151,15 @@ def open_validation(config: TrainConfig) -> Validation | None:
                 "folder of the data by --val-suite-root, or a suite without it."
             )
     return validation if validation.retrieval or validation.suite else None
+
+
+def keep_features(validation: Validation | None, config: TrainConfig, model: VisionLanguageModel) -> None:
+    """Let locked trunks run once for each image and text that is evaluated; once for all runs that share a folder."""
+    if validation is None:
+        return
+    folder = Path(config.loader.feature_folder or Path(config.run) / "features")
+    paths = evaluated_paths(folder, model) if config.loader.cache_features else {}
+    validation.trunks = tuple(keep_evaluated_features(model.network, paths))
 
 
 def _run_suite(model: EvaluatedModel, sets: OpenSets, step: int) -> dict[str, float]:

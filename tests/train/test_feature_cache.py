@@ -164,3 +164,30 @@ def test_a_sample_whose_image_was_damaged_is_replaced(configure_frozen, scene_sh
     assert "no features" in (Path(config.run) / "ledger.json").read_text()
     features = np.concatenate([np.load(path) for path in Path(config.run, "features").glob("image-*.npy")])
     assert np.isnan(features).all(axis=(1, 2)).sum() == 1
+
+
+def test_evaluations_run_a_frozen_trunk_once_for_all_runs_of_a_folder(configure_frozen, scene_shards, tmp_path, logged):
+    def measure(name: str) -> tuple[dict[str, float], int]:
+        changes = {"val": str(scene_shards / "val"), "val_limit": 12}
+        session = open_session(
+            configure_frozen(name, loader={"feature_folder": str(tmp_path / "features")}, **changes), resume=False
+        )
+        runs: list[int] = []
+        network = session.state.model.network.eval()
+        for tower in (network.visual, network.text):
+            tower.trunk.register_forward_pre_hook(lambda *_, **__: runs.append(1), with_kwargs=True)
+        assert session.validation is not None
+        return session.validation.measure(session.state.model, 0), len(runs)
+
+    first, num_runs = measure("first")
+    assert num_runs
+    assert measure("second") == (first, 0)
+    kept = sorted((tmp_path / "features").glob("evaluated-*.npz"))
+    assert [path.name.split("-")[1] for path in kept] == ["text", "visual"]
+    # damage costs a pass, and is told
+    kept[0].write_bytes(kept[0].read_bytes()[:-200])
+    again, num_runs = measure("third")
+    assert again == first
+    assert num_runs
+    assert f"{kept[0]} is damaged" in logged.text
+    assert measure("fourth") == (first, 0)

@@ -58,6 +58,9 @@ class MakeSoup:
     max_drift: float = 0.01
     """How far the metric on --val-other may be below the base's, e.g. 0.01 for a point."""
 
+    feature_folder: str = ""
+    """Folder of a run's features (its --feature-folder, or RUN/features): equal trunks then need not run again."""
+
     metric: str = "recall@10"
     """recall@1, @5 or @10, the mean of both directions, or one direction: text_to_image_recall@10, …"""
 
@@ -166,6 +169,7 @@ class MakeSoup:
             alphas=_parse_numbers(self.alphas, "--alphas"),
             measure_other=measure_on(other) if other else None,
             max_drift=self.max_drift,
+            feature_folder=Path(self.feature_folder) if self.feature_folder else None,
         )
 
     def _summarize(self, soup: "Soup") -> dict[str, Any]:
