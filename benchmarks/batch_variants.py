@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 METRICS = ("text_to_image_recall@1", "text_to_image_recall@10", "image_to_text_recall@1")
 _FIRST_SEED = 1000
 # a step is timed by the difference of a long and a short run, in which the start and the end are equal
-_TIMED_STEPS = (4, 20)
+_TIMED_STEPS = (8, 72)
 _NEVER = 1_000_000
 # of Student's distribution at 97.5%, by degrees of freedom
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -99,7 +99,7 @@ class Arguments:
     hard_cluster: int = 8
     """Mutually similar samples that stand together in hard batches."""
 
-    rounds: int = 3
+    rounds: int = 2
     """Rounds in which the steps of all variants are timed."""
 
     json: Annotated[bool, tyro.conf.arg(help="Print the results as JSON.")] = False

@@ -13,7 +13,7 @@ from vlm.train.objectives.objective_registry import LOSS_TERMS
 
 OBJECTIVES = [*LOSS_TERMS, "clip + 2*caption"]
 # a decoder's rows are never cut, see `enable_padding_trim`
-TRIMMED = [name for name in LOSS_TERMS if name not in ("caption", "cappa")] + ["dreamlip"]
+TRIMMED = [name for name in LOSS_TERMS if name not in ("caption", "cappa")] + ["dreamlip", "gpt4image", "rs-m-clip"]
 ON_PROCESSES = [*((name, False) for name in OBJECTIVES), *((name, True) for name in TRIMMED)]
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5}
 

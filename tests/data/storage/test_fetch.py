@@ -258,3 +258,15 @@ def test_the_hub_is_not_asked_again_and_again_while_it_is_switched_off(monkeypat
     with pytest.raises(VlmError, match="HF_HUB_OFFLINE is set"):
         retry.after(OfflineModeIsEnabled("offline"))
     assert retry.num_failures == 0
+
+
+@pytest.mark.parametrize("verb", ["inspect", "train"])
+def test_verbs_fail_at_once_while_the_hub_is_switched_off(verb, monkeypatch, tmp_path, capsys):
+    from vlm.cli.main import main
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("vlm.storage.Retry.wait", lambda *arguments: pytest.fail("it waits for another attempt"))
+    words = {"inspect": ["inspect"], "train": ["train", "tiny", "--run", str(tmp_path / "run"), "--data"]}[verb]
+    assert main([*words, "hf://datasets/someone/nothing/{00000..00003}.tar"]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

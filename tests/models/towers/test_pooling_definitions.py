@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlm.models.towers.pooling import POOLINGS, TokenMap
+from vlm.models.towers.tower import pool_states
 from vlm.models.towers.tower_config import read_image_config
 
 IMAGES, PATCHES, BOUND = 2, 9, 1e-9
@@ -176,3 +177,29 @@ def test_bag_of_queries(pool_width):
         return [row[place] for place in range(2) for row in by_channel]
 
     assert_is(pool, tokens_of(8), slow)
+
+
+def test_every_pooling_of_images_is_here():
+    assert POOLINGS.keys() == {"avg", "token", "simpool", "map", "queries"}
+
+
+SLOW_TEXT_POOLINGS = {
+    "mean": lambda rows: [sum(channel) / len(rows) for channel in zip(*rows, strict=True)],
+    "last": lambda rows: rows[-1],
+    "cls": lambda rows: rows[0],
+}
+
+
+@pytest.mark.parametrize("pooling", SLOW_TEXT_POOLINGS)
+@pytest.mark.parametrize("begins", [0, 3])
+def test_poolings_of_text_read_the_tokens_of_text_alone(pooling, begins):
+    lengths = [1, 4, 6]
+    states = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    places = torch.arange(9)
+    mask = (places >= begins) & (places < begins + torch.tensor(lengths)[:, None])
+    # what is no text may be anything finite
+    states = torch.where(mask[..., None], states, 1e6)
+    found = pool_states(states, mask, pooling)
+    for row, length in enumerate(lengths):
+        own = states[row, begins : begins + length].tolist()
+        assert found[row].tolist() == pytest.approx(SLOW_TEXT_POOLINGS[pooling](own), abs=BOUND, rel=0)
