@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from vlm.data.tokenizers import open_tokenizer
+from vlm.data.transforms import EvalTransform
 from vlm.models.factory import build_network, enable_padding_trim, model_config
+from vlm.models.load import load_model, save_model_folder
+from vlm.models.model import VisionLanguageModel
 
 
 def encode(network, tokens):
@@ -33,7 +37,23 @@ def test_networks_that_need_the_whole_row_are_left_alone(name):
     assert not any(layer._forward_pre_hooks for layer in network.modules())
 
 
-def test_texts_that_pass_through_dropout_stay_whole():
+def test_texts_that_pass_through_dropout_stay_whole_in_training_alone():
     network = build_network(model_config("micro") | {"custom_text": True})
     network.get_submodule("text").add_module("drop", nn.Dropout(0.1))
     assert not enable_padding_trim(network)
+    assert enable_padding_trim(network, is_trained=False)
+
+
+def test_a_loaded_model_with_dropout_embeds_short_texts_as_padded_ones(tmp_path):
+    config = model_config("timm:test_vit+bag,dropout=0.3@16")
+    tokenizer = open_tokenizer("clip", 24)
+    view = EvalTransform(size=32)
+    built = VisionLanguageModel(
+        name="dropping", network=build_network(config), config=config, view=view, tokenizer=tokenizer
+    )
+    save_model_folder(tmp_path / "model", built, inputs={})
+    model = load_model(str(tmp_path / "model"))
+    texts = ["a red star", "two blue squares"]
+    assert model.trims_padding
+    whole = model.network.encode_text(torch.from_numpy(tokenizer.encode(texts)))
+    assert torch.allclose(model.embed_texts(texts), nn.functional.normalize(whole, dim=-1), atol=1e-6)

@@ -199,7 +199,7 @@ def _initialise_decoder(network: nn.Module) -> None:
 _POOLS_BY_TOKEN = frozenset({"argmax", "eos", "first"})
 
 
-def enable_padding_trim(network: nn.Module) -> bool:
+def enable_padding_trim(network: nn.Module, *, is_trained: bool = True) -> bool:
     """Let `encode_text` take rows cut to the batch's longest caption, if that gives the same embeddings.
 
     open_clip's transformer adds its mask of the whole context; here it is cut to the row. In a causal tower nothing
@@ -207,12 +207,13 @@ def enable_padding_trim(network: nn.Module) -> bool:
 
     Returns False, and changes nothing, for captioners, whose class token is at the end of the row; for open_clip's CLIP
     without `custom_text`, which adds the positions of the whole context; for towers that pool a token counted from the
-    row's end; and where texts pass through dropout, since what it drops depends on the length of the row.
+    row's end; and, if it is to be trained, where texts pass through dropout, since what it drops depends on the length
+    of the row.
     """
     if hasattr(network, "can_trim_padding"):
         return bool(network.can_trim_padding)
     text = getattr(network, "text", None)
-    if is_captioner(network) or text is None or _has_dropout(text):
+    if is_captioner(network) or text is None or (is_trained and _has_dropout(text)):
         return False
     if not hasattr(text, "attn_mask"):
         return True

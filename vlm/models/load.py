@@ -129,7 +129,7 @@ def load_model_folder(folder: Path, device: torch.device, precision: torch.dtype
         tokenizer=open_tokenizer(str(folder), config["text_cfg"].get("context_length")),
         device=device,
         precision=precision,
-        trims_padding=enable_padding_trim(network),
+        trims_padding=enable_padding_trim(network, is_trained=False),
     )
     if is_complete(folder) and read_manifest(folder, "model").fingerprint != model.fingerprint:
         raise VlmError(

@@ -182,7 +182,7 @@ def _loaded(
         tokenizer=tokenizer,
         device=device,
         precision=precision,
-        trims_padding=enable_padding_trim(network),
+        trims_padding=enable_padding_trim(network, is_trained=False),
     )
 
 
