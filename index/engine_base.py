@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -236,12 +236,14 @@ class IndexInfo(Result):
     collection: str = ""
 
 
-class EngineIndex(ABC):
+SnapshotT = TypeVar("SnapshotT", bound=EngineSnapshot)
+
+
+class EngineIndex(ABC, Generic[SnapshotT]):
     """An index folder open for reading: one version of it, until `refresh` moves to the newest."""
 
-    snapshot: EngineSnapshot
-
-    def __init__(self, stamp: tuple[int, ...]) -> None:
+    def __init__(self, snapshot: SnapshotT, stamp: tuple[int, ...]) -> None:
+        self.snapshot: SnapshotT = snapshot
         self._stamp = stamp
         self._refresh_lock = threading.Lock()
         self._is_closed = False
@@ -372,8 +374,7 @@ def _nearest(
     snapshot: EngineSnapshot, queries: Float[Array, "Q D"], top: int, allowed_rows: RowSelection | None
 ) -> ScoredRows:
     units = normalize_queries(queries, top, snapshot.details.space.dimension)
-    is_array = allowed_rows is not None and not isinstance(allowed_rows, FilteredRows)
-    if is_array and not (np.diff(allowed_rows) > 0).all():
+    if isinstance(allowed_rows, np.ndarray) and not (np.diff(allowed_rows) > 0).all():
         raise UsageError("allowed_rows must be distinct and ascending, as from Catalogue.where.")
     scores, rows = snapshot.nearest(units, top, allowed_rows)
     # rounding may lead out of the range; in place, which takes half the time of a copy by clip

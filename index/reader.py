@@ -163,12 +163,11 @@ RowSet = Int64[Array, " N"]
 """Row numbers, ascending."""
 
 
-class Index(EngineIndex):
+class Index(EngineIndex[IndexSnapshot]):
     """An index folder of FAISS open for reading: one version of it, until `refresh` moves to the newest."""
 
     def __init__(self, snapshot: IndexSnapshot, stamp: tuple[int, ...], gpu: CopyToGpu | None = None) -> None:
-        super().__init__(stamp)
-        self.snapshot: IndexSnapshot = snapshot
+        super().__init__(snapshot, stamp)
         self._gpu = gpu
 
     @classmethod

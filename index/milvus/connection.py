@@ -31,6 +31,7 @@ MOST_RESULTS = 16_384
 """Results of one search, and rows of one answer, of which a server gives no more."""
 
 _CONNECT_SECONDS = 10.0
+_IDLE_MILLISECONDS = 3_600_000
 # pymilvus goes on trying for as long as this
 _CALL_SECONDS = 120.0
 # a message of gRPC holds 64 MB with the settings of a Milvus server; entities are bigger there than here
@@ -161,7 +162,10 @@ class MilvusConnection:
         if not Path(self.uri).parent.is_dir():
             raise UsageError(f"{self.uri} cannot be opened: there is no folder {Path(self.uri).parent}.")
         try:
-            return pymilvus.MilvusClient(self.uri, timeout=_CONNECT_SECONDS)
+            # an idle client would ask every ten seconds whether the server lives, which hangs up on that with a message
+            return pymilvus.MilvusClient(
+                self.uri, timeout=_CONNECT_SECONDS, grpc_options={"grpc.keepalive_time_ms": _IDLE_MILLISECONDS}
+            )
         except pymilvus.exceptions.MilvusException as error:
             raise UsageError(
                 f"{self.uri} cannot be opened by milvus-lite ({_message(error)}). One process at a time can have it "

@@ -274,12 +274,8 @@ def open_milvus_snapshot(folder: Path, connection: MilvusConnection | None = Non
     return snapshot
 
 
-class MilvusIndex(EngineIndex):
+class MilvusIndex(EngineIndex[MilvusSnapshot]):
     """An index folder of Milvus open for reading: one version of it, until `refresh` moves to the newest."""
-
-    def __init__(self, snapshot: MilvusSnapshot, stamp: tuple[int, ...]) -> None:
-        super().__init__(stamp)
-        self.snapshot: MilvusSnapshot = snapshot
 
     @classmethod
     def open(cls, folder: Path) -> "MilvusIndex":

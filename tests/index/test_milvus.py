@@ -22,6 +22,7 @@ from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
+from vlm.index.engine_base import FilteredRows
 from vlm.index.engines import check_index, open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.connection import MilvusAddress, MilvusConnection
@@ -178,6 +179,7 @@ def test_texts_of_a_filter_never_reach_milvus_as_they_are(built: Path) -> None:
         for operator in ("=", "!=", "<", "like", "not like", "in"):
             literal = f"({quoted})" if operator == "in" else quoted
             selection = reader.catalogue.where(parse_filter(f"colour {operator} {literal}"))
+            assert isinstance(selection, FilteredRows)
             assert set(selection.expression) <= plain
         assert len(reader.catalogue.where(parse_filter(f"colour = {quoted}"))) == 0
     reader.close()
