@@ -4,14 +4,16 @@
     benchmarks/run evaluation [--model FOLDER] [--repeats 3] [--json]
 
 CIFAR-10's test images with 80 templates (zero-shot) and Flickr8k's val photos with five captions each (retrieval), in
-CLIP_benchmark's layout, are measured in float32 by both. CLIP_benchmark runs in an environment of its own; the two take
-turns, so that a busy machine slows both. The model is open_clip's: its network and its tokenizer, read by both from one
-folder. Without --model one is trained for a minute, so that the figures are not those of chance.
+CLIP_benchmark's layout, are measured in float32 by both. CLIP_benchmark runs in an environment of its own; they take
+turns, so that a busy machine slows all. The model is open_clip's: its network and its tokenizer, read from one folder,
+of which vlm eval reads the ONNX export (made before, not timed) and, a third command, the weights by torch. Without
+--model one is trained for a minute, so that the figures are not those of chance.
 """
 
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,7 +38,10 @@ from parts.messages import say
 # its release needs requests without saying so, and fails with NumPy 2.4 (2026-11)
 CLIP_BENCHMARK = ("clip-benchmark==1.6.2", "open_clip_torch==3.3.0", "numpy<2.4", "requests")
 OURS = "vlm eval"
+OURS_BY_TORCH = "vlm eval --backend torch"
 THEIRS = "CLIP_benchmark"
+# the file that each command's figures of a task are in
+FILES = {OURS: "ours", OURS_BY_TORCH: "torch", THEIRS: "theirs"}
 SETS = {"zero-shot": CLASSIFICATION, "retrieval": RETRIEVAL}
 # CLIP_benchmark's names of the figures, and ours
 FIGURES = {
@@ -66,7 +71,7 @@ class Arguments:
     """Options of the evaluation benchmark."""
 
     model: Path | None = None
-    """Model folder of open_clip (vlm export MODEL OUT) with CLIP's tokenizer."""
+    """Model folder of open_clip (vlm export MODEL OUT) with CLIP's tokenizer; a copy of it is used."""
 
     steps: int = 60
     """Training steps of the model where none is given."""
@@ -97,29 +102,43 @@ def run(arguments: Arguments) -> None:
 
 def _measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     python = own_python(arguments.cache.expanduser() / "bench-clip-benchmark", (*CLIP_BENCHMARK, *same_torch()))
-    model = arguments.model.absolute() if arguments.model else _train(folder, arguments.steps)
+    model = folder / "model"
+    if arguments.model:
+        shutil.copytree(arguments.model, model)
+    else:
+        _train(folder, model, arguments.steps)
+    _run_vlm(["export", str(model), "--to", "onnx"])
     write_sets(folder / "sets", is_large=arguments.large)
     rows: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     for task in SETS:
-        commands = {THEIRS: _their_command(python, model, folder, task), OURS: _our_command(model, folder, task)}
+        commands = {
+            THEIRS: _their_command(python, model, folder, task),
+            OURS: _our_command(model, folder, task),
+            OURS_BY_TORCH: [*_our_command(model, folder, task), "--backend", "torch"],
+        }
         costs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         for number in range(arguments.repeats):
             for name, command in commands.items():
                 say(f"{task}, round {number + 1}: {name} …")
                 costs[name].append(_cost(command, folder))
+                if name != THEIRS:
+                    (folder / "stdout").rename(_figures_file(folder, task, name))
         rows += [_summary(task, name, of_name) for name, of_name in costs.items()]
         figures += _figures(task, folder)
     return {"rows": rows, "figures": figures, "model": str(arguments.model or f"{arguments.steps} steps")}
 
 
-def _train(folder: Path, steps: int) -> Path:
+def _figures_file(folder: Path, task: str, command: str) -> Path:
+    return folder / f"{task}.{FILES[command]}.json"
+
+
+def _train(folder: Path, model: Path, steps: int) -> None:
     say(f"Training a model with CLIP's tokenizer for {steps} steps …")
     shards = str(DATASETS / "flickr8k" / "train-*.tar")
     words = ["train", "flickr8k", "--data", shards, "--tokenizer", "clip", "--run", str(folder / "run")]
     _run_vlm([*words, "--steps", str(steps)])
-    _run_vlm(["export", str(folder / "run"), str(folder / "model")])
-    return folder / "model"
+    _run_vlm(["export", str(folder / "run"), str(model)])
 
 
 def _run_vlm(words: Sequence[str]) -> None:
@@ -139,7 +158,7 @@ def _their_command(python: Path, model: Path, folder: Path, task: str) -> list[s
             "--pretrained",
             "local",
         ),
-        *("--no_amp", "--recall_k", "1", "5", "10", "--output", str(folder / f"{task}.theirs.json")),
+        *("--no_amp", "--recall_k", "1", "5", "10", "--output", str(_figures_file(folder, task, THEIRS))),
     ]
 
 
@@ -162,9 +181,6 @@ def _cost(command: list[str], folder: Path) -> dict[str, float]:
         seconds = time.perf_counter() - started
     if status:
         raise VlmError(f"{command[0]} failed: {(folder / 'stderr').read_text()[-2000:]}")
-    if command[1:3] == ["-m", "vlm"]:
-        suite = Path(command[command.index("--suite") + 1])
-        suite.with_suffix(".ours.json").write_bytes((folder / "stdout").read_bytes())
     return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "megabytes": usage.ru_maxrss / 1024}
 
 
@@ -174,28 +190,28 @@ def _summary(task: str, name: str, costs: list[dict[str, float]]) -> dict[str, A
 
 
 def _figures(task: str, folder: Path) -> list[dict[str, Any]]:
-    theirs = json.loads((folder / f"{task}.theirs.json").read_text())["metrics"]
-    ours = json.loads((folder / f"{task}.ours.json").read_text())["models"][0]["measurements"][0]["values"]
+    theirs = json.loads(_figures_file(folder, task, THEIRS).read_text())["metrics"]
     rows: list[dict[str, Any]] = []
-    for their_name, our_name in FIGURES[task].items():
-        figure = ours[our_name]["value"]
-        # CLIP_benchmark's are of float32
-        is_equal = abs(figure - theirs[their_name]) < 1e-6
-        rows.append({"task": task, "figure": our_name, THEIRS: theirs[their_name], OURS: figure, "equal": is_equal})
+    for command in (OURS, OURS_BY_TORCH):
+        measured = json.loads(_figures_file(folder, task, command).read_text())["models"][0]["measurements"][0]
+        for their_name, our_name in FIGURES[task].items():
+            figure = measured["values"][our_name]["value"]
+            row = {"task": task, "command": command, "figure": our_name, "theirs": theirs[their_name], "ours": figure}
+            # CLIP_benchmark's are of float32
+            rows.append(row | {"equal": abs(figure - theirs[their_name]) < 1e-6})
     return rows
 
 
 def _show(result: dict[str, Any]) -> None:
     rows: list[list[object]] = []
-    seconds = {(row["task"], row["command"]): row["seconds"] for row in result["rows"]}
+    costs = {(row["task"], row["command"]): row for row in result["rows"]}
     for row in result["rows"]:
-        ratio = seconds[row["task"], THEIRS] / row["seconds"]
-        rows.append(
-            [row["task"], row["command"], row["seconds"], row["cpu_seconds"], row["megabytes"], f"{ratio:.1f}×"]
-        )
-    show_table(["task", "command", "seconds", "CPU seconds", "MB", "faster"], rows)
-    figures = [[*list(row.values())[:4], "yes" if row["equal"] else "no"] for row in result["figures"]]
-    show_table(["task", "figure", THEIRS, OURS, "equal"], figures)
+        theirs = costs[row["task"], THEIRS]
+        ratios = [f"{theirs[key] / row[key]:.1f}×" for key in ("seconds", "cpu_seconds")]
+        rows.append([*(row[key] for key in ("task", "command", "seconds", "cpu_seconds", "megabytes")), *ratios])
+    show_table(["task", "command", "seconds", "CPU seconds", "MB", "faster", "by CPU"], rows)
+    figures = [[*list(row.values())[:-1], "yes" if row["equal"] else "no"] for row in result["figures"]]
+    show_table(["task", "command", "figure", THEIRS, "ours", "equal"], figures)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from vlm.cli.options import BackendOption, DeviceOption, JsonOption, ModelArguments, PrecisionOption, WorkersOption
+import tyro
+
+from vlm.cli.options import DeviceOption, JsonOption, ModelArguments, PrecisionOption
 from vlm.console import percent, pluralize, show_json, show_table
 from vlm.errors import UsageError, VlmError
 
@@ -84,13 +86,17 @@ class Eval:
     """Show in report.html, beside the images of the worst mistakes, where they match a text. Needs --out; takes a
     second for each image of a large model on the CPU."""
 
-    workers: WorkersOption = 1
+    workers: int = 1
+    """Workers that read and decode: processes, or threads where an ONNX export is evaluated; 0 uses the main
+    process."""
 
     device: DeviceOption = "auto"
 
     precision: PrecisionOption = "fp32"
 
-    backend: BackendOption = ""
+    backend: Annotated[str, tyro.conf.arg(metavar="auto|onnx|torch")] = ""
+    """onnx: the model's ONNX export (vlm export MODEL --to onnx), which starts without torch; torch; or auto, the export
+    where it is up to date, float32, and gives all that is measured. Default: VLM_BACKEND, else auto."""
 
     json: JsonOption = False
 

@@ -27,8 +27,8 @@ _EVALUATE_HELP = "Shards with captions on which the loss of int8 is measured; ne
 class Export:
     """Export a model to another tool's format and verify there that its embeddings are the same.
 
-    With an ONNX export beside the model, search and classify need no torch and start in a fraction of a second. It is
-    used as long as the model's files are unchanged; VLM_BACKEND=torch or --backend torch ignores it.
+    With an ONNX export beside the model, search, classify and eval need no torch and start in a fraction of the time.
+    It is used as long as the model's files are unchanged; VLM_BACKEND=torch or --backend torch ignores it.
     """
 
     model: ModelArgument
@@ -67,7 +67,9 @@ class Export:
         fields["largest difference"] = f"{result.largest_difference:.1e}"
         if isinstance(result, OnnxExport):
             show_fields(fields | {"bytes": format_bytes(result.bytes), "quality": _quality(result)})
-            logger.info("Searches with this model now start without torch; --backend torch ignores the export.")
+            logger.info(
+                "Searches and evaluations with this model now start without torch; --backend torch ignores the export."
+            )
         else:
             show_fields(fields)
             logger.info(f"Next, in Python:\n\n{result.snippet}")

@@ -103,7 +103,9 @@ def open_export(spec: str) -> OnnxEncoder:
     folder = export_folder(model)
     command = f"vlm export {shlex.quote(model)} --to onnx"
     if not is_onnx_folder(folder):
-        raise UsageError(f"{model} has no ONNX export, with which queries start in a fraction of a second: {command}")
+        raise UsageError(
+            f"{model} has no ONNX export, with which searches and evaluations start without torch: {command}"
+        )
     if importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(f"The ONNX export of {model} needs onnxruntime: pip install 'vlm-pipeline[onnx]'.")
     export = read_onnx_folder(folder)
