@@ -95,8 +95,8 @@ class Eval:
     precision: PrecisionOption = "fp32"
 
     backend: Annotated[str, tyro.conf.arg(metavar="auto|onnx|torch")] = ""
-    """onnx: the model's ONNX export (vlm export MODEL --to onnx), which starts without torch; torch; or auto, the export
-    where it is up to date, float32, and gives all that is measured. Default: VLM_BACKEND, else auto."""
+    """onnx: the model's ONNX export (vlm export MODEL --to onnx), which needs no torch; torch; or auto, the export
+    where it is up to date, in float32, and gives all that is measured. Default: VLM_BACKEND, else auto."""
 
     json: JsonOption = False
 
