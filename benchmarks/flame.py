@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 import vlm
 from vlm.console import show_json, show_table, track
+from vlm.data.collate import iter_sample_batches
 from vlm.data.shards import expand_shards
-from vlm.evaluation.retrieval import iter_sample_batches
 from vlm.evaluation.retrieval_metrics import measure_retrieval
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,6 +68,9 @@ class Case:
     def shard(self) -> None:
         """Spread the weights over the processes (FSDP2), every layer of its own, for all that follows."""
         apply_fsdp(self.task, torch.device("cpu"), is_bf16=False, min_parameters=1)
+        whole = [name for name, parameter in self.task.named_parameters() if not isinstance(parameter, DTensor)]
+        # temperatures and the bias alone
+        assert all(name.endswith(("logit_scale", "logit_bias")) for name in whole), whole
         self.is_sharded = True
 
     def gradients(
