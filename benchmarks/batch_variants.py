@@ -109,23 +109,23 @@ def main(arguments: Arguments) -> None:
     """Run what is missing and show the table."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     first_steps = round(arguments.epochs * sum(count_samples(expand_shards(arguments.train))) / arguments.batch_size)
+    before = {name: relate(arguments)[1] if "batches" in VARIANTS[name] else 0.0 for name in arguments.variants}
     steps = dict.fromkeys(arguments.variants, first_steps)
     if arguments.equal == "time":
-        steps = equal_time_steps(arguments, first_steps)
+        steps = equal_time_steps(arguments, first_steps, before)
         say(f"Steps at equal time: {steps}")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.variants}
     for seed in arguments.seeds:
         for name in arguments.variants:
             results[name].append(run_once(arguments, name, seed, steps[name]))
-            show(arguments, results)
+            show(arguments, results, before)
     if arguments.json:
         show_json({"steps": steps, "results": results})
 
 
-def equal_time_steps(arguments: Arguments, first_steps: int) -> dict[str, int]:
-    """Steps of each variant in the processor time of the first one's, less what it needs before its first step."""
+def equal_time_steps(arguments: Arguments, first_steps: int, before: dict[str, float]) -> dict[str, int]:
+    """Steps of each variant in the processor time of the first one's, less the seconds before its first step."""
     record = arguments.out / f"step-seconds-{arguments.batch_size}.json"
-    before = {name: relate(arguments)[1] if "batches" in VARIANTS[name] else 0.0 for name in arguments.variants}
     if not record.is_file():
         record.write_text(json.dumps(time_steps(arguments)) + "\n", encoding="utf-8")
     seconds = json.loads(record.read_text(encoding="utf-8"))
@@ -232,8 +232,11 @@ def evaluate_heads(arguments: Arguments, run: Path) -> dict[str, float]:
     return values
 
 
-def show(arguments: Arguments, results: dict[str, list[dict[str, Any]]]) -> None:
-    """A row for each variant: means, and the differences to the first at equal seeds with 95% intervals."""
+def show(arguments: Arguments, results: dict[str, list[dict[str, Any]]], before: dict[str, float]) -> None:
+    """A row for each variant: means, and the differences to the first at equal seeds with 95% intervals.
+
+    Time is that of the runs with what each needs before its first step, relative to the first variant's.
+    """
     base = results[arguments.variants[0]]
     rows: list[list[Any]] = []
     for name, runs in results.items():
@@ -245,7 +248,9 @@ def show(arguments: Arguments, results: dict[str, list[dict[str, Any]]]) -> None
         for metric in METRICS[:1] + METRICS[2:]:
             differences = [100 * (own[metric] - other[metric]) for own, other in zip(runs, base, strict=False)]
             row.append(interval(differences) if name != arguments.variants[0] else "")
-        ratios = [own["cpu_seconds"] / other["cpu_seconds"] for own, other in zip(runs, base, strict=False)]
+        ratios: list[float] = []
+        for own, other in zip(runs, base, strict=False):
+            ratios.append((own["cpu_seconds"] + before[name]) / other["cpu_seconds"])
         row += [f"{mean(ratios):.2f}", f"{mean(run['loss'] for run in runs):.3f}"]
         row.append(f"{mean(run['logit_scale'] for run in runs):.1f}")
         rows.append(row)

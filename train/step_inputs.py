@@ -22,7 +22,7 @@ from vlm.train.objectives.loss_term import Inputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.run_config import TrainConfig
 from vlm.train.state import seed_step
-from vlm.train.task import TrainingTask
+from vlm.train.task import TrainingTask, takes_embeddings
 
 InputProvider = Callable[[UInt8[Tensor, "B 3 H W"], Sequence[str]], Inputs]
 """Inputs that a model computes from images and captions while training, without gradient."""
@@ -272,5 +272,7 @@ def check_loss_inputs(
     available |= {"sub_tokens"} if config.objective.sub_captions else set[str]()
     available |= {"class_label"} if config.objective.class_field else set[str]()
     available |= {"local_pixels"} if config.objective.local_views else set[str]()
-    for name in sorted((input_names(terms) | task.inputs) - available):
+    # a language model embeds the captions itself where no embedding of them is stored (FLAME)
+    optional = {"text_embedding"} if takes_embeddings(task.network) else set[str]()
+    for name in sorted((input_names(terms) | (task.inputs - optional)) - available):
         raise UsageError(f"objective = {config.objective.objective!r} needs {name}: give {_HINTS.get(name, name)}.")

@@ -10,6 +10,7 @@ from vlm.cli.main import main
 from vlm.data.shards import expand_shards
 from vlm.data.tar import ShardReader
 from vlm.models.load import load_model
+from vlm.train.history import read_metrics
 
 
 @pytest.fixture
@@ -132,6 +133,27 @@ def test_something_else_in_the_way_is_left_alone(scene_shards, teacher, tmp_path
     assert main(words) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_learns_the_same_from_stored_embeddings_and_from_the_language_model_itself(
+    scene_shards, language_model, tmp_path
+):
+    folder, shards = language_model[0], str(tmp_path / "out")
+    prompts = ["--prompt", "red", "--prompt", "small and"]
+    assert (
+        main(
+            ["reinforce", str(scene_shards / "val"), shards, "--text-model", folder, *prompts, "--context-length", "24"]
+        )
+        == 0
+    )
+    losses = []
+    for name, arrays in (("stored", ["--arrays", "text_embedding"]), ("online", [])):
+        words = ["train", f"vit:32x1/16+lm:{folder},prompts=['red','small and']@16", "--tokenizer", folder, *arrays]
+        words += ["--context-length", "24", "--data", shards, "--image-size", "32", "--run", str(tmp_path / name)]
+        words += ["--steps", "3", "--batch-size", "8", "--workers", "0", "--precision", "fp32", "--log-every", "1"]
+        assert main([*words, "--peak-tflops", "1"]) == 0
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_stored_embeddings_of_another_pooling_prompt_or_length_are_refused(
