@@ -28,6 +28,7 @@ from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.connection import MilvusAddress, MilvusConnection
 from vlm.index.milvus.milvus_build import build_milvus_index
 from vlm.manifest import read_manifest
+from vlm.server.served_index import ServedIndex
 
 ORACLE = runpy.run_path(str(Path(__file__).with_name("model_based.py")))["Oracle"]
 CHANGES = ("add", "update", "delete", "compact", "set", "rollback")
@@ -278,3 +279,26 @@ def test_damage_of_the_collection_is_found(index: Path) -> None:
     whats = [fault.what for fault in check_index(index).faults]
     assert "the collection has 29 live rows, 30 were written" in whats
     assert any("the facts of row 4 (u4)" in what for what in whats)
+
+
+def test_shards_that_moved_are_said_to_lie_elsewhere(index: Path) -> None:
+    with open_writer(index) as writer:
+        assert writer.relocate({"/nowhere/0.tar": "/elsewhere/0.tar", "/unknown.tar": "/known.tar"}).edited == 30
+        assert writer.relocate({"/nowhere/0.tar": "/elsewhere/0.tar"}).edited == 0
+        catalogue = writer.snapshot.catalogue
+        assert catalogue.image_ends() == {"/elsewhere/0.tar": 0}
+        assert catalogue.sample_numbers("/elsewhere/0.tar") == [0] * 30
+        assert catalogue.sample_numbers("/nowhere/0.tar") == []
+        assert writer.snapshot.details.shards == ("/elsewhere/0.tar",)
+        assert writer.rollback().rows == 30
+        assert writer.snapshot.catalogue.image_ends() == {"/nowhere/0.tar": 0}
+    assert check_index(index).faults == ()
+
+
+def test_the_service_counts_facets_of_milvus(built: Path) -> None:
+    served = ServedIndex.open(name="here", folder=built)
+    counts = served.facets(["colour", "tags"], where="width < 10", top=5)
+    assert [(count.value, count.rows) for count in counts["colour"]] == [("red", 4), ("blue", 3), ("green", 3)]
+    assert [(count.value, count.rows) for count in counts["tags"]] == [("a", 6), ("b", 3)]
+    assert served.live_entries([3])[0].uid == "u3"
+    served.close()
