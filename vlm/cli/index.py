@@ -500,6 +500,8 @@ class IndexInfo:
         if self.json:
             show_json(info)
             return
+        if info["engine"] == "faiss":
+            del info["address"], info["collection"]
         # nested values, shown as tables of their own
         segments = info.pop("segments")
         evidence = info.pop("evidence")
