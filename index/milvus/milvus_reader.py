@@ -250,28 +250,38 @@ def open_milvus_snapshot(folder: Path, connection: MilvusConnection | None = Non
     manifest = read_manifest(folder, "index")
     details = MilvusDetails.from_manifest(manifest, folder)
     address = MilvusAddress.parse(details.address)
-    if connection is None or connection.address != address:
-        if address.is_local and not Path(address.uri(folder)).exists():
-            raise VlmError(f"{address.uri(folder)}, which has the rows of {folder}, is missing; restore a copy of it.")
-        connection = MilvusConnection(address, folder)
-    if not connection.has(details.collection):
-        uri = connection.uri
-        connection.close()
-        raise VlmError(
-            f"Milvus at {uri} has no collection {details.collection}, which has the rows of {folder}: restore it, or "
-            "build the index again."
-        )
-    connection.load(details.collection)
+    is_reused = connection is not None and connection.address == address
+    opened = connection if connection is not None and is_reused else _connect(address, folder)
+    try:
+        _load(opened, details.collection, folder)
+    except BaseException:
+        # one that was handed over still serves the version before
+        if not is_reused:
+            opened.close()
+        raise
     snapshot: MilvusSnapshot
 
     def visible() -> str:
         return snapshot.visible()
 
-    catalogue = MilvusCatalogue(connection, details.collection, details.fields, visible, manifest.counts["rows"])
-    snapshot = MilvusSnapshot(
-        folder=folder, manifest=manifest, details=details, catalogue=catalogue, connection=connection
-    )
+    catalogue = MilvusCatalogue(opened, details.collection, details.fields, visible, manifest.counts["rows"])
+    snapshot = MilvusSnapshot(folder=folder, manifest=manifest, details=details, catalogue=catalogue, connection=opened)
     return snapshot
+
+
+def _connect(address: MilvusAddress, folder: Path) -> MilvusConnection:
+    if address.is_local and not Path(address.uri(folder)).exists():
+        raise VlmError(f"{address.uri(folder)}, which has the rows of {folder}, is missing; restore a copy of it.")
+    return MilvusConnection(address, folder)
+
+
+def _load(connection: MilvusConnection, collection: str, folder: Path) -> None:
+    if not connection.has(collection):
+        raise VlmError(
+            f"Milvus at {connection.uri} has no collection {collection}, which has the rows of {folder}: restore it, "
+            "or build the index again."
+        )
+    connection.load(collection)
 
 
 class MilvusIndex(EngineIndex[MilvusSnapshot]):
