@@ -6,6 +6,7 @@ Wortsman et al. 2021).
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,19 @@ from torch import nn
 from vlm.config import config_differences, lookup
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
-from vlm.evaluation.retrieval import evaluate_retrieval
+from vlm.evaluation.evaluation_set import open_evaluation_set
+from vlm.evaluation.features import EvaluatedModel, PixelMemory
+from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.retrieval_metrics import RECALL_AT
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Tensor
 from vlm.train.feature_cache import evaluated_paths
 from vlm.train.map_memory import LockedFeatures, keep_evaluated_features
+
+logger = logging.getLogger(__name__)
+
+# of decoded images: 5,000 of 256 px; more are read again for each model
+_PIXEL_BYTES = 1 << 30
 
 
 class EMA:
@@ -521,12 +529,18 @@ def parse_metric(name: str) -> tuple[str, ...]:
 def retrieval_measure(
     metric: str, shards: Sequence[str], *, languages: tuple[str, ...] = (), captions_each: int = 0, workers: int = 0
 ) -> Measure:
-    """The metric on held-out shards, as `build_soup` uses it; options as of `evaluate_retrieval`."""
+    """The metric on held-out shards, as `build_soup` uses it; options as of `Retrieval`, and workers that decode."""
     recalls = parse_metric(metric)
+    retrieval = Retrieval(languages=languages, captions_each=captions_each)
+    data = open_evaluation_set("::".join(shards))
+    # the models of a soup see images alike, so that they are decoded once
+    pixels = PixelMemory(max_bytes=_PIXEL_BYTES)
 
     def measure(model: VisionLanguageModel) -> float:
-        retrieval = evaluate_retrieval(model, shards, languages=languages, captions_each=captions_each, workers=workers)
-        values = retrieval.metrics()
+        result, warnings = retrieval.measure(EvaluatedModel(model, workers=workers, pixels=pixels), data)
+        for warning in warnings:
+            logger.warning(warning)
+        values = result.metrics()
         return sum(values[recall] for recall in recalls) / len(recalls)
 
     return measure
