@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vlm.config import config_differences, lookup
-from vlm.console import progress
+from vlm.console import progress, without_progress
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel, PixelMemory
@@ -537,7 +537,9 @@ def retrieval_measure(
     pixels = PixelMemory(max_bytes=_PIXEL_BYTES)
 
     def measure(model: VisionLanguageModel) -> float:
-        result, warnings = retrieval.measure(EvaluatedModel(model, workers=workers, pixels=pixels), data)
+        # the models are counted, not the images of each
+        with without_progress():
+            result, warnings = retrieval.measure(EvaluatedModel(model, workers=workers, pixels=pixels), data)
         for warning in warnings:
             logger.warning(warning)
         values = result.metrics()
