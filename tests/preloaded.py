@@ -155,16 +155,22 @@ def run(
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
-def run_ranks(args: Sequence[str], *, processes: int, port: int, env: Mapping[str, str]) -> None:
-    """Run the same command in several processes that find each other, as a launcher starts them; all must succeed."""
+def run_ranks(args: Sequence[str], *, processes: int, port: int, env: Mapping[str, str]) -> list[str]:
+    """Run the same command in several processes that find each other, as a launcher starts them; all must succeed.
+
+    Returns what each wrote to stderr, by rank.
+    """
     group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         Popen(args, env={**env, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(processes)
     ]
+    errors: list[str] = []
     for process in started:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
+        errors.append(err)
+    return errors
 
 
 def _stream(wanted: Any, inherited: int) -> tuple[int, Any]:

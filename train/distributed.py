@@ -5,6 +5,7 @@ every process must call with the same shapes, in the same order.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -16,9 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vlm.console import format_bytes
 from vlm.data.sample_ledger import Ledger
 from vlm.errors import UsageError
 from vlm.tensor_types import Float, Int64, Tensor
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -81,6 +85,9 @@ def apply_fsdp(
     Scalars (temperature, bias) stay whole on every process, see `average_unsharded_gradients`. Blocks of fewer than
     `min_parameters` weights are sharded with the rest.
 
+    The first process logs what came of it, in bytes of the tensors themselves: a launcher's own setting of FSDP can be
+    passed over without a word.
+
     Raises:
         UsageError: there is one process only.
     """
@@ -95,6 +102,30 @@ def apply_fsdp(
     # fully_shard splits along the first dimension, which scalars do not have
     scalars = {parameter for parameter in task.parameters() if not parameter.ndim}
     fully_shard(task, ignored_params=scalars, **fsdp_options)
+    if dist.get_rank() == 0:
+        logger.info(describe_sharding(task, device))
+
+
+def describe_sharding(task: nn.Module, device: torch.device) -> str:
+    """How much of the weights is sharded, counted from the tensors themselves, in one line."""
+    whole = 0
+    sharded = 0
+    held = 0
+    for parameter in task.parameters():
+        size = parameter.numel() * parameter.element_size()
+        whole += size
+        if isinstance(parameter, DTensor):
+            sharded += size
+            local = parameter.to_local()
+            held += local.numel() * local.element_size()
+        else:
+            held += size
+    if not sharded:
+        return f"FSDP2 shards nothing of the {format_bytes(whole)} of weights: every process holds all of them."
+    return (
+        f"FSDP2: {sharded / whole:.1%} of {format_bytes(whole)} of weights are sharded over {dist.get_world_size()} "
+        f"{device.type} processes; this one holds {format_bytes(held)}."
+    )
 
 
 def average_unsharded_gradients(task: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """Weights spread over two processes (FSDP2) are trained, measured, averaged and saved as whole ones are."""
 
+import re
+
 import pytest
 from safetensors.torch import load_file
 
@@ -16,10 +18,15 @@ def options(scene_shards):
 def test_spread_weights_train_as_whole_ones_and_go_on_in_one_process(
     scene_shards, scene_tokenizer, tmp_path, free_port
 ):
+    logs: dict[str, list[str]] = {}
     for kind, processes in (("none", 1), ("fsdp", 2)):
         words = command(scene_shards / "train", scene_tokenizer, tmp_path / kind, workers=0)
         words += [*options(scene_shards), "--sharding", kind]
-        preloaded.run_ranks(words, processes=processes, port=free_port(), env=environment())
+        logs[kind] = preloaded.run_ranks(words, processes=processes, port=free_port(), env=environment())
+    # what is sharded is counted, and said by one process
+    (share,) = re.findall(r"FSDP2: ([\d.]+)% of .* are sharded over 2 cpu processes; this one holds", logs["fsdp"][0])
+    assert float(share) > 99
+    assert "FSDP2" not in logs["fsdp"][1] + logs["none"][0]
     whole, spread = (read_metrics(tmp_path / kind / "metrics.jsonl") for kind in ("none", "fsdp"))
     for name in ("loss", "gradient_norm", "logit_scale"):
         assert [line[name] for line in spread] == pytest.approx([line[name] for line in whole], rel=1e-4)

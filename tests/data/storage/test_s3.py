@@ -3,9 +3,14 @@ import pytest
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.faulty_server import Fault
 from tests.data.storage.test_fetch import read_all
+from tests.index.conftest import ColourModel
+from vlm.data.curation.filter import parse_filter
+from vlm.data.curation.pipeline import FILTERS, curate
+from vlm.data.selection import write_selection
 from vlm.data.shards import count_samples, expand_shards
 from vlm.data.tar import ShardReader
 from vlm.errors import UsageError, VlmError
+from vlm.index.embed import EmbedOptions, embed_into
 from vlm.storage import RetryPolicy
 
 
@@ -48,3 +53,18 @@ def test_giving_up_on_s3_names_the_address(s3, bucket, make_cache):
         cache.local_path(url)
     s3.faults = []
     assert len(read_all(url, cache)) == 4
+
+
+def test_a_bucket_is_curated_and_embedded_as_the_folder_is(s3, bucket, served, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    places = {"near": str(served), "far": f"s3://{BUCKET}/set"}
+    for place, shards in places.items():
+        filters = [parse_filter("near-duplicates", FILTERS)]
+        write_selection(tmp_path / f"{place}.selection", curate(expand_shards(shards), filters).selection)
+        options = EmbedOptions(model_spec="colours", batch_size=3)
+        embed_into(ColourModel(), expand_shards(shards), {"image": tmp_path / place}, options)
+    assert (tmp_path / "near.selection").read_bytes() == (tmp_path / "far.selection").read_bytes()
+    for number in range(len(bucket)):
+        vectors = [(tmp_path / place / "parts" / f"part-{number:05d}.npy").read_bytes() for place in places]
+        assert vectors[0] == vectors[1]
+    assert any(request.path.endswith(".tar") for request in s3.requests)
