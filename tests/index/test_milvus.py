@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     ("kind", "tuning", "operations", "least"),
     [
         ("flat", TuningParams(), 60, 1.0),
-        pytest.param("flat", TuningParams(), 2000, 1.0, marks=pytest.mark.slow),
+        pytest.param("flat", TuningParams(), 600, 1.0, marks=pytest.mark.slow),
         pytest.param("hnsw", TuningParams(), 300, 0.97, marks=pytest.mark.slow),
         pytest.param("ivf", TuningParams(nlist=12, nprobe=6), 300, 0.8, marks=pytest.mark.slow),
         pytest.param("ivfsq", TuningParams(nlist=12, nprobe=6), 300, 0.8, marks=pytest.mark.slow),
