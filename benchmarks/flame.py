@@ -266,7 +266,10 @@ def measure(model: VisionLanguageModel, arguments: Arguments) -> dict[str, dict[
         sets[language] = [captions.get(language, ()) for captions in photos.captions]
     results: dict[str, dict[str, float]] = {}
     for name, captions in sets.items():
-        texts = embed_texts(model, [caption for own in captions for caption in own])
+        flat: list[str] = []
+        for own in captions:
+            flat += own
+        texts = embed_texts(model, flat)
         found = measure_retrieval(images, texts, captions, every_positive=False)
         values: dict[str, float] = {}
         for direction in ("text_to_image", "image_to_text"):

@@ -72,15 +72,15 @@ def run(arguments: Arguments) -> None:
         raise UsageError("Name a MODEL to re-rank with.")
     ranks: dict[str, np.ndarray] = {}
     milliseconds: dict[str, dict[str, float]] = {}
-    for model in arguments.models:
-        service = SearchService.open(arguments.index, rerank_spec=model)
-        texts = _captions(service, arguments)
+    services = [SearchService.open(arguments.index, rerank_spec=model) for model in arguments.models]
+    texts = _captions(services[0], arguments)
+    for model, service in zip(arguments.models, services, strict=True):
         by_order, spent = _ask(service, texts, arguments, Path(model).name)
         ranks |= by_order
         milliseconds[Path(model).name] = spent
     result = {
         "command": shlex.join(["benchmarks/run", "reranking", *sys.argv[1:]]),
-        "rows": len(service.index),
+        "rows": len(services[0].index),
         "questions": len(texts),
         "top": arguments.top,
         "recall": {order: _recalls(found) for order, found in ranks.items()},
