@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Generate the pages of docs/ that derive from the code: cli.md, findings.md, objectives.md, recipes.md.
+"""Generate the pages of docs/ that derive from the code or from records, and README's table of comparisons:
+benchmark-results.md, cli.md, findings.md, objectives.md, recipes.md.
 
 python scripts/write_docs.py             write the pages
 python scripts/write_docs.py --check     list the pages that are out of date; exit code 1 if there are any
@@ -26,8 +27,13 @@ from vlm.train.preset_band import held_out_fingerprint, measured_data
 from vlm.train.presets import PRESETS
 from vlm.train.recipes import RECIPES, Recipe, ReferenceCurve, reference_curve_of_runs
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from parts.suite_page import read_records, readme_table, results_page, with_table
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FINDINGS = DOCS.parent / "findings"
+README = DOCS.parent / "README.md"
+
 _OWN_INPUTS = frozenset({"same", "rows", "image_average", "text_average", "inner_rate"})
 METRICS = ("loss", "text_to_image_recall@10", "image_to_text_recall@10")
 
@@ -203,7 +209,14 @@ def _finding(script: Path) -> str:
     return re.sub(r"\s+(Why it matters|The cure|Also):", r"\n\n**\1:**", text)
 
 
+def readme_page() -> str:
+    """README.md with the table of what was recorded last."""
+    return with_table(README.read_text(encoding="utf-8"), readme_table(read_records()))
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "../README.md": readme_page,
+    "benchmark-results.md": lambda: results_page(read_records()),
     "cli.md": cli_page,
     "findings.md": findings_page,
     "objectives.md": objectives_page,

@@ -1,0 +1,229 @@
+"""The comparisons of `benchmarks/run --all`: their short commands, their peers, and the ratios that count."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times better ours is than a peer: above 1 a win, whatever is measured.
+
+    values: one for each round, data set or command; shown as their median and range.
+    in_readme: whether README's table shows it.
+    """
+
+    what: str
+    peer: str
+    values: tuple[float, ...]
+    in_readme: bool = False
+
+    @property
+    def text(self) -> str:
+        """The median, and the range if there are several values."""
+        middle = f"{_number(median(self.values))} ×"
+        if len(self.values) < 2:
+            return middle
+        return f"{middle} ({_number(min(self.values))}–{_number(max(self.values))})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A comparison: `benchmarks/run NAME ARGUMENTS --json` and what its JSON says.
+
+    stage: its name in tables. peers: what it is compared with, with versions. minutes: it is ended after that long.
+    Arguments may name {folder}, an empty folder of the run, and {before}, a checkout of the commit BEFORE.
+    """
+
+    name: str
+    stage: str
+    peers: str
+    arguments: str
+    minutes: float
+    ratios: Callable[[Any], list[Ratio]]
+
+
+# the last commit before cold starts were worked on
+BEFORE = "b9855a3"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 3 else f"{value:.2f}"
+
+
+def _loading(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    peers = {"open_clip": "open_clip's pipeline", "bare": "bare decoding", "bare, Pillow": "bare decoding by Pillow"}
+    for key, peer in peers.items():
+        for row in result["speed"]:
+            runs = zip(row["runs"]["ours"], row["runs"][key], strict=True)
+            values = tuple(ours["images_per_s"] / theirs["images_per_s"] for ours, theirs in runs)
+            what = f"images/s, {row['shards']}, {row['workers']} worker"
+            ratios.append(Ratio(what=what, peer=peer, values=values, in_readme=key != "bare, Pillow"))
+    return ratios
+
+
+def _training(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    for row in result["throughput"]:
+        runs = zip(row["runs"]["ours"], row["runs"]["open_clip"], strict=True)
+        values = tuple(ours / theirs for ours, theirs in runs)
+        ratios.append(Ratio(what="samples/s of training", peer="open_clip's trainer", values=values, in_readme=True))
+    runs = zip(result["step"]["runs"]["bare"], result["step"]["runs"]["ours"], strict=True)
+    values = tuple(bare / ours for bare, ours in runs)
+    return [*ratios, Ratio(what="one step", peer="a bare PyTorch loop", values=values, in_readme=True)]
+
+
+def _quality(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    for row in result["ratios"]:
+        what = f"{row['metric'].replace('_', ' ')} at equal samples, {row['data']}"
+        ratios.append(Ratio(what=what, peer="open_clip's trainer", values=(row["ratio"],), in_readme=True))
+    return ratios
+
+
+def _evaluation(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    for task in dict.fromkeys(row["task"] for row in result["rows"]):
+        by_command = {row["command"]: row for row in result["rows"] if row["task"] == task}
+        theirs = by_command.pop("CLIP_benchmark")
+        for command, ours in by_command.items():
+            runs = zip(theirs["all_seconds"], ours["all_seconds"], strict=True)
+            values = tuple(their_seconds / our_seconds for their_seconds, our_seconds in runs)
+            what = f"{task}, whole command" if len(by_command) == 1 else f"{task}, whole command ({command})"
+            ratios.append(Ratio(what=what, peer="CLIP_benchmark", values=values, in_readme=True))
+    return ratios
+
+
+def _captioning(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    for row in result:
+        what = f"captions/s, {row['way']}"
+        ratios.append(Ratio(what=what, peer="open_clip's generate", values=(row["times_faster"],), in_readme=True))
+    return ratios
+
+
+def _embedding(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    ours = [run["vlm embed"] for run in result["runs"]]
+    for peer in [name for name in result["runs"][0] if name not in ("vlm embed", "one reader")]:
+        for kind in result["runs"][0][peer]:
+            theirs = [run[peer] for run in result["runs"]]
+            values = tuple(mine[kind] / other[kind] for mine, other in zip(ours, theirs, strict=True))
+            is_first = peer == "clip-retrieval"
+            ratios.append(Ratio(what=f"pairs/s, {kind}", peer=peer, values=values, in_readme=is_first))
+    return ratios
+
+
+def _index(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    for peer, row in result["ratios"].items():
+        low, high = row["quartiles"]
+        values = (low, row["questions_per_s"], high)
+        ratios.append(Ratio(what="queries/s at its recall@10", peer=peer, values=values, in_readme=True))
+        ratios.append(Ratio(what="time to build", peer=peer, values=(1 / row["build_s"],)))
+    return ratios
+
+
+def _serving(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    keys = dict.fromkeys((row["queries"], row["clients"]) for row in result["rows"])
+    for queries, clients in keys:
+        rows = [row for row in result["rows"] if (row["queries"], row["clients"]) == (queries, clients)]
+        theirs = [row for row in rows if row["server"] == "clip-retrieval back"]
+        ours = [row for row in rows if row["server"] == "vlm serve"]
+        for field, what in (("qps", "queries/s"), ("p99", "99th percentile of latency")):
+            pairs = zip(ours, theirs, strict=True)
+            values = tuple(
+                mine[field] / other[field] if field == "qps" else other[field] / mine[field] for mine, other in pairs
+            )
+            is_first = queries.startswith("texts, all")
+            what_of = f"{what}, {queries}, {clients} clients"
+            ratios.append(Ratio(what=what_of, peer="clip-retrieval's back", values=values, in_readme=is_first))
+    return ratios
+
+
+def _cold_start(result: Any) -> list[Ratio]:
+    ratios: list[Ratio] = []
+    for command, row in result["commands"].items():
+        for field, what in (("wall", "time"), ("megabytes", "memory")):
+            value = (1 / row["ratio"][field],)
+            ratios.append(Ratio(what=f"{command}: {what}", peer=f"this project at {BEFORE}", values=value))
+    return ratios
+
+
+ENTRIES = (
+    Entry(
+        name="loading",
+        stage="data loading, 224 px",
+        peers="open_clip 3.3.0 with webdataset 0.2.86; decoding alone",
+        arguments="--workers 1 --batches 24 --epochs 0 --plan-samples",
+        minutes=7,
+        ratios=_loading,
+    ),
+    Entry(
+        name="training",
+        stage="training, CPU",
+        peers="open_clip 3.3.0's trainer; a bare PyTorch loop",
+        arguments="--only throughput step --shards flickr8k --allocators default --steps 4 --repeats 2",
+        minutes=7,
+        ratios=_training,
+    ),
+    Entry(
+        name="quality",
+        stage="quality",
+        peers="open_clip 3.3.0's trainer, its defaults",
+        arguments="--data fashion --seeds 0 --epochs 4 --keep {folder}",
+        minutes=9,
+        ratios=_quality,
+    ),
+    Entry(
+        name="evaluation",
+        stage="evaluation",
+        peers="CLIP_benchmark 1.6.2",
+        arguments="--repeats 2",
+        minutes=6,
+        ratios=_evaluation,
+    ),
+    Entry(
+        name="captioning",
+        stage="captioning, batch 32, 32 tokens",
+        peers="open_clip 3.3.0 with transformers 4.56",
+        arguments="--layers 4",
+        minutes=5,
+        ratios=_captioning,
+    ),
+    Entry(
+        name="embedding",
+        stage="bulk embedding",
+        peers="clip-retrieval 2.45.0; the bare model",
+        arguments="--pairs 1500 --repeats 2 --bare-seconds 4",
+        minutes=6,
+        ratios=_embedding,
+    ),
+    Entry(
+        name="index_search",
+        stage="index, 50,000 × 192, recall@10 ≥ 0.99",
+        peers="autofaiss 2.18.0; bare FAISS, same parameters",
+        arguments="--rows 50000 --plan-rows 20000 --rounds 20",
+        minutes=8,
+        ratios=_index,
+    ),
+    Entry(
+        name="serving",
+        stage="search service, 50,000 rows",
+        peers="clip-retrieval 2.45.0's back",
+        arguments="--rows 50000 --clients 16 --seconds 3",
+        minutes=6,
+        ratios=_serving,
+    ),
+    Entry(
+        name="cold_start",
+        stage="cold start from the shell",
+        peers="the build before it was worked on",
+        arguments="--before {before} --rounds 3 --towers",
+        minutes=6,
+        ratios=_cold_start,
+    ),
+)

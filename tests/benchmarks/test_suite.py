@@ -1,0 +1,126 @@
+"""`benchmarks/run --all`: ratios point the right way, failures are told, and docs and README are what was recorded."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import pytest
+
+from vlm.errors import UsageError
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SPEED = {"runs": {"ours": [{"images_per_s": 20.0}], "open_clip": [{"images_per_s": 10.0}]}}
+SPEED["runs"] |= {"bare": [{"images_per_s": 10.0}], "bare, Pillow": [{"images_per_s": 10.0}]}
+
+# results in which ours is twice as good in everything
+TWICE_AS_GOOD = {
+    "loading": {"speed": [SPEED | {"shards": "drawn", "workers": 1}]},
+    "training": {
+        "throughput": [{"runs": {"ours": [20.0], "open_clip": [10.0]}}],
+        "step": {"runs": {"ours": [1.0], "bare": [2.0]}},
+    },
+    "quality": {"ratios": [{"metric": "text_to_image_recall@10", "data": "drawn", "ratio": 2.0}]},
+    "evaluation": {
+        "rows": [
+            {"task": "zero-shot", "command": "CLIP_benchmark", "all_seconds": [2.0, 4.0]},
+            {"task": "zero-shot", "command": "vlm eval", "all_seconds": [1.0, 2.0]},
+        ]
+    },
+    "captioning": [{"way": "greedy", "times_faster": 2.0}],
+    "embedding": {
+        "runs": [{"vlm embed": {"whole call": 4.0}, "clip-retrieval": {"whole call": 2.0}, "one reader": {}}],
+    },
+    "index_search": {"ratios": {"autofaiss": {"questions_per_s": 2.0, "quartiles": [2.0, 2.0], "build_s": 0.5}}},
+    "serving": {
+        "rows": [
+            {"server": "vlm serve", "queries": "texts", "clients": 16, "qps": 20.0, "p99": 1.0},
+            {"server": "clip-retrieval back", "queries": "texts", "clients": 16, "qps": 10.0, "p99": 2.0},
+        ]
+    },
+    "cold_start": {"commands": {"search": {"ratio": {"wall": 0.5, "megabytes": 0.5}}}},
+}
+
+
+@pytest.fixture(scope="module")
+def suite() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import suite
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return suite
+
+
+@pytest.fixture(scope="module")
+def page(suite) -> ModuleType:
+    return sys.modules["parts.suite_page"]
+
+
+def entry_of(suite: ModuleType, name: str) -> object:
+    return next(entry for entry in suite.ENTRIES if entry.name == name)
+
+
+@pytest.mark.parametrize("name", TWICE_AS_GOOD)
+def test_above_one_is_better_whatever_is_measured(suite, name):
+    ratios = entry_of(suite, name).ratios(TWICE_AS_GOOD[name])
+    assert ratios
+    for ratio in ratios:
+        assert median(ratio.values) == 2.0, ratio
+
+
+def test_every_comparison_is_a_benchmark_and_the_whole_takes_less_than_an_hour(suite):
+    assert {entry.name for entry in suite.ENTRIES} == set(TWICE_AS_GOOD)
+    for entry in suite.ENTRIES:
+        assert (BENCHMARKS / f"{entry.name}.py").is_file()
+    assert sum(entry.minutes for entry in suite.ENTRIES) <= 60
+
+
+def test_a_failure_is_told_and_leaves_no_record(suite, tmp_path, monkeypatch, capsys):
+    broken = suite.Entry(
+        name="serving", stage="s", peers="p", arguments="--no-such-option", minutes=5, ratios=lambda result: []
+    )
+    monkeypatch.setattr(suite, "ENTRIES", (broken,))
+    (tmp_path / "serving.json").write_text("an earlier record")
+
+    assert suite.run(suite.Arguments(out=tmp_path)) == 1
+
+    assert "exit code 2" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "serving.json").read_text() == "an earlier record"
+
+
+def test_what_takes_too_long_is_ended(suite, monkeypatch, tmp_path):
+    slow = suite.Entry(name="suite", stage="s", peers="p", arguments="--help", minutes=1e-4, ratios=lambda result: [])
+    monkeypatch.setattr(suite, "ENTRIES", (slow,))
+
+    assert suite.run(suite.Arguments(out=tmp_path, json=True)) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_name_is_an_error(suite, tmp_path):
+    with pytest.raises(UsageError, match="there is no such comparison; there are loading"):
+        suite.run(suite.Arguments(only=("speed",), out=tmp_path))
+
+
+def test_a_loss_stands_on_the_page_and_in_the_table(suite, page):
+    ratio = {"what": "queries/s", "peer": "bare FAISS", "values": [0.8, 0.9], "in_readme": True}
+    record = {"name": "index_search", "stage": "index", "peers": "FAISS", "command": "benchmarks/run index_search"}
+    record |= {"date": "2026-11-29", "seconds": 9, "versions": {"torch": "2"}, "ratios": [ratio]}
+    record |= {"machine": {"processor": "P", "cores": 2, "memory_gib": 24}}
+
+    written = page.results_page([record])
+    assert "| index | queries/s | bare FAISS | 0.85 × (0.80–0.90) |" in written.split("## Index")[0]
+    assert "| index | bare FAISS | queries/s: 0.85 × (0.80–0.90) |" in page.readme_table([record])
+    readme = f"a\n{page.README_BEGIN}old\n{page.README_END}b\n"
+    assert page.with_table(readme, "new\n") == f"a\n{page.README_BEGIN}new\n{page.README_END}b\n"
+
+
+def test_records_have_what_repeats_them(page):
+    for file in page.RESULTS.glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        assert record["command"].startswith(f"benchmarks/run {record['name']}")
+        assert record["date"]
+        assert record["versions"]["torch"]
+        assert record["ratios"], file.name
+        assert not record["problem"]
