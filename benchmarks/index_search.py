@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The autotuned index compared with bare FAISS (same parameters) and autofaiss, in one run, one thread each.
+"""The autotuned index compared with bare FAISS (same parameters), autofaiss and HNSW graphs of others, one thread each.
 
     benchmarks/run index_search [--rows 200000 --dimension 192] [--images EMBEDDINGS --texts EMBEDDINGS] [--json]
 
@@ -8,6 +8,7 @@ alternate in short rounds, since the speed of shared machines varies within seco
 embeddings, vectors are synthetic: clusters of images, and texts across a modality gap.
 """
 
+import importlib.metadata
 import shlex
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from parts.isolated_environment import AUTOFAISS, own_python
 from parts.measure_process import Side
 from parts.messages import say
 
+GRAPHS = ("hnswlib==0.8.0", "usearch==2.26.6", "psutil")
 _MEASURED = ("recall@1", "recall@10", "recall@100", "p50_ms", "p95_ms", "questions_per_s")
 
 
@@ -70,6 +72,9 @@ class Arguments:
     autofaiss: bool = True
     """Measure autofaiss too."""
 
+    graphs: tuple[str, ...] = ("hnswlib", "usearch", "FAISS HNSW")
+    """Libraries whose HNSW graph (16 links, efConstruction 200) is measured too, at the ef that reaches the recall."""
+
     rounds: int = 50
     """Rounds per side, a fifth of a second each; the sides alternate."""
 
@@ -77,7 +82,7 @@ class Arguments:
     """Random seed of synthetic vectors."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Folder of autofaiss's environment (bench-autofaiss)."""
+    """Folder of the environments of autofaiss (bench-autofaiss) and the graphs' libraries (bench-graphs)."""
 
     json: bool = False
     """Print the results as JSON."""
@@ -118,6 +123,8 @@ def _write(arguments: Arguments, folder: Path) -> tuple[int, int]:
     np.save(folder / "rows.npy", rows)
     np.save(folder / "questions.npy", asked)
     np.save(folder / "truth.npy", exact_scores([rows], asked, 100))
+    np.save(folder / "planned.npy", planned)
+    np.save(folder / "planned_truth.npy", exact_scores([rows], planned, 100))
     return len(rows), rows.shape[1]
 
 
@@ -135,6 +142,7 @@ def _compare(arguments: Arguments, folder: Path) -> dict[str, Any]:
     built["bare FAISS"] = sides["bare FAISS"].ask(do="build", folder=str(folder), **same)
     if arguments.autofaiss:
         _add_autofaiss(arguments, folder, sides, built)
+    _add_graphs(arguments, folder, sides, built)
     say("Measuring recall …")
     recalls = {name: side.ask(do="recall", folder=str(folder)) for name, side in sides.items()}
     seconds = _time(arguments, folder, sides)
@@ -188,6 +196,18 @@ def _add_autofaiss(
         sides["autofaiss"] = side
 
 
+def _add_graphs(arguments: Arguments, folder: Path, sides: dict[str, Side], built: dict[str, dict[str, Any]]) -> None:
+    """Add the HNSW graphs of other libraries to the sides."""
+    if not arguments.graphs:
+        return
+    faiss = f"faiss-cpu=={importlib.metadata.version('faiss-cpu')}"
+    python = own_python(arguments.cache.expanduser() / "bench-graphs", (*GRAPHS, faiss))
+    for library in arguments.graphs:
+        say(f"{library}: building …")
+        sides[library] = Side(python, "graph_library_index.py", threads=1)
+        built[library] = sides[library].ask(do="build", folder=str(folder), library=library, recall=arguments.recall)
+
+
 def _ratios(built: dict[str, dict[str, Any]], seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
     """Ours relative to each other side: queries per second (median of rounds, quartiles) and build seconds."""
     ratios = {}
@@ -200,6 +220,7 @@ def _ratios(built: dict[str, dict[str, Any]], seconds: dict[str, list[list[float
             "questions_per_s": middle,
             "quartiles": [low, high],
             "build_s": built["ours"]["build_s"] / built[name]["build_s"],
+            "memory": built["ours"]["index_mb"] / built[name]["index_mb"],
             "plan_and_build_s": (built["ours"]["plan_s"] + built["ours"]["build_s"]) / built[name]["build_s"],
         }
     return ratios
@@ -224,7 +245,7 @@ def _show(result: dict[str, Any]) -> None:
     cells = [_cells(name, built, result["medians"].get(name)) for name, built in result["built"].items()]
     show_table(columns, cells, title=f"{rows:,} × {dimension}, text queries, one thread")
     show_table(
-        ["ours to", "queries per second", "middle half of the rounds", "build time", "autotune and build"],
+        ["ours to", "queries per second", "middle half of the rounds", "build time", "autotune and build", "bytes"],
         [
             [
                 name,
@@ -232,6 +253,7 @@ def _show(result: dict[str, Any]) -> None:
                 " to ".join(f"{quartile:.2f}" for quartile in ratio["quartiles"]),
                 f"{ratio['build_s']:.2f}",
                 f"{ratio['plan_and_build_s']:.2f}",
+                f"{ratio['memory']:.2f}",
             ]
             for name, ratio in result["ratios"].items()
         ],

@@ -123,6 +123,7 @@ def _index(result: Any) -> list[Ratio]:
         values = (low, row["questions_per_s"], high)
         ratios.append(Ratio(what="queries/s at its recall@10", peer=peer, values=values, in_readme=True))
         ratios.append(Ratio(what="time to build", peer=peer, values=(1 / row["build_s"],)))
+        ratios.append(Ratio(what="bytes of the index", peer=peer, values=(1 / row["memory"],)))
     return ratios
 
 
@@ -205,7 +206,7 @@ ENTRIES = (
     Entry(
         name="index_search",
         stage="index, 50,000 × 192, recall@10 ≥ 0.99",
-        peers="autofaiss 2.18.0; bare FAISS, same parameters",
+        peers="autofaiss 2.18.0; bare FAISS, same parameters; HNSW of hnswlib 0.8.0, usearch 2.26.6 and FAISS",
         arguments="--rows 50000 --plan-rows 20000 --rounds 20",
         minutes=8,
         ratios=_index,

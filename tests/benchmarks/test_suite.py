@@ -32,7 +32,9 @@ TWICE_AS_GOOD = {
     "embedding": {
         "runs": [{"vlm embed": {"whole call": 4.0}, "clip-retrieval": {"whole call": 2.0}, "one reader": {}}],
     },
-    "index_search": {"ratios": {"autofaiss": {"questions_per_s": 2.0, "quartiles": [2.0, 2.0], "build_s": 0.5}}},
+    "index_search": {
+        "ratios": {"autofaiss": {"questions_per_s": 2.0, "quartiles": [2.0, 2.0], "build_s": 0.5, "memory": 0.5}}
+    },
     "serving": {
         "rows": [
             {"server": "vlm serve", "queries": "texts", "clients": 16, "qps": 20.0, "p99": 1.0},
