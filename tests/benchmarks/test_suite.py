@@ -1,5 +1,6 @@
 """`benchmarks/run --all`: ratios point the right way, failures are told, and docs and README are what was recorded."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -47,17 +48,20 @@ TWICE_AS_GOOD = {
 
 @pytest.fixture(scope="module")
 def suite() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import suite
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return suite
+    return benchmark_module("suite")
 
 
 @pytest.fixture(scope="module")
-def page(suite) -> ModuleType:
-    return sys.modules["parts.suite_page"]
+def page() -> ModuleType:
+    return benchmark_module("parts.suite_page")
+
+
+def benchmark_module(name: str) -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
 def entry_of(suite: ModuleType, name: str) -> object:
