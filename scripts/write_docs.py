@@ -210,8 +210,9 @@ def _finding(script: Path) -> str:
 
 
 def readme_page() -> str:
-    """README.md with the table of what was recorded last."""
-    return with_table(README.read_text(encoding="utf-8"), readme_table(read_records()))
+    """README.md with the table of what was recorded last; as it is where nothing was recorded."""
+    readme, records = README.read_text(encoding="utf-8"), read_records()
+    return with_table(readme, readme_table(records)) if records else readme
 
 
 PAGES: dict[str, Callable[[], str]] = {

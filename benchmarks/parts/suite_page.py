@@ -38,6 +38,8 @@ def results_page(records: Sequence[dict[str, Any]]) -> str:
             if median(ratio.values) < 1:
                 lost.append(f"| {record['stage']} | {ratio.what} | {ratio.peer} | {ratio.text} |")
         sections.append(_section(record, ratios))
+    if not records:
+        return f"{_HEAD}\nNo run is recorded yet.\n"
     parts = [_HEAD, "## What is lost\n"]
     if lost:
         parts += ["| stage | what | compared with | times better |\n|---|---|---|---|", "\n".join(lost) + "\n"]
