@@ -13,7 +13,7 @@ README_BEGIN = "<!-- from benchmarks/results by scripts/write_docs.py: begin -->
 README_END = "<!-- end -->\n"
 _HEAD = """# Comparisons in one run
 
-Written by `python scripts/write_docs.py` from `benchmarks/results`, which `benchmarks/run --all` writes: every
+Written by `python scripts/write_docs.py` from `benchmarks/results/*.json`, which `benchmarks/run --all` writes: every
 comparison with a peer in a short form, in under an hour on two cores. Longer measurements, and how each is made, are in
 [benchmarks.md](benchmarks.md).
 
