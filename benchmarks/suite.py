@@ -8,11 +8,13 @@ exit code is then 1. Its ratios go to FOLDER/NAME.json (default: benchmarks/resu
 versions; `python scripts/write_docs.py` makes docs/benchmark-results.md and README's table of them.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,17 +118,19 @@ def _result_of(entry: Entry, folder: Path, minutes: float) -> Any:
         _checkout(BEFORE, places["before"])
     words = shlex.split(entry.arguments.format(**places))
     command = [sys.executable, str(BENCHMARKS / f"{entry.name}.py"), *words, "--json"]
+    # a session of its own: servers and sides that it started end with it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60 * minutes, cwd=ROOT)
+        printed, _ = process.communicate(timeout=60 * minutes)
     except subprocess.TimeoutExpired:
         raise VlmError(f"{entry.name} was ended after its {minutes:g} minutes; --patience allows more.") from None
     finally:
-        _end_children()
+        _end_group(process)
         if "before" in places:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "prune"], check=False)
-    if done.returncode:
-        raise VlmError(f"{entry.name} ended with exit code {done.returncode}; its messages stand above.")
-    return json.loads(done.stdout)
+    if process.returncode:
+        raise VlmError(f"{entry.name} ended with exit code {process.returncode}; its messages stand above.")
+    return json.loads(printed)
 
 
 def _checkout(commit: str, folder: Path) -> None:
@@ -136,13 +140,11 @@ def _checkout(commit: str, folder: Path) -> None:
         raise VlmError(f"commit {commit} cannot be checked out: {done.stderr.strip()}")
 
 
-def _end_children() -> None:
-    """End what a comparison that was ended has left running: servers and sides of their own."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End a comparison and what it has left running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def _machine() -> dict[str, Any]:

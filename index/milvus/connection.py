@@ -103,6 +103,9 @@ def load_pymilvus() -> Any:
     switch = os.environ.get(_NO_DOTENV)
     # its first import reads the .env file above site-packages into this process (findings)
     os.environ[_NO_DOTENV] = "1"
+    # gRPC, which it imports, would say on stderr of every process that is forked while a connection is open, that it
+    # leaves that one alone
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         import pymilvus
     except ImportError as error:

@@ -72,7 +72,7 @@ def test_photos_without_the_weights_say_what_to_install(tmp_path: Path, monkeypa
 def test_what_to_do_after_a_run(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="vlm")
     numbers = dict.fromkeys(("steps", "samples", "bad_samples", "skipped_steps", "seconds", "samples_per_second"), 1)
-    summary: Any = SimpleNamespace(run="my runs/a", metrics={}, ledger=(["shard"], []), **numbers)
+    summary: Any = SimpleNamespace(run="my runs/a", metrics={}, ledger=(["shard"], []), band=None, **numbers)
     show_summary(summary)
     assert "my runs/a" in printed_words(caplog.text)
 
