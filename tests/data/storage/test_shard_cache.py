@@ -42,10 +42,11 @@ class Watch:
 def folder_bytes(folder) -> int:
     """Bytes the folder held at one moment: of files seen before and after it, since they come and go while one looks.
 
-    Files only grow, so the sizes seen before are no more than those of the moment.
+    Files only grow, so the sizes seen before are no more than those of the moment; one that shrank is another with the
+    name and inode of a removed one.
     """
     before, after = sizes_in(folder), sizes_in(folder)
-    return sum(size for file, size in before.items() if file in after)
+    return sum(size for file, size in before.items() if after.get(file, -1) >= size)
 
 
 def sizes_in(folder) -> dict[tuple[str, int], int]:
