@@ -195,9 +195,7 @@ class TarIndex:
         self._has_arrays = any(len(chunk.flatten()) for chunk in self._arrays.chunks)
         self._spans: list[tuple[np.ndarray, np.ndarray]] = []
         for role in _ROLES:
-            offsets = table.column(f"{role}_offset").to_numpy(zero_copy_only=False)
-            sizes = table.column(f"{role}_size").to_numpy(zero_copy_only=False)
-            self._spans.append((offsets, sizes))
+            self._spans.append((_numbers(table, f"{role}_offset"), _numbers(table, f"{role}_size")))
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -225,8 +223,14 @@ class TarIndex:
 
     def image_bytes(self) -> int:
         """Sum of the image sizes, in bytes."""
-        sizes = self.table.column("image_size").to_numpy(zero_copy_only=False)
+        sizes = _numbers(self.table, "image_size")
         return int(sizes[sizes > 0].sum())
+
+
+def _numbers(table: pa.Table, column: str) -> np.ndarray:
+    """A column of integers without nulls."""
+    # to_numpy would import pandas where it is installed, in every process that opens a shard
+    return np.from_dlpack(table.column(column).combine_chunks())
 
 
 def _read_counts(data: bytes) -> dict[str, int]:
@@ -448,7 +452,7 @@ def _table(rows: list[_IndexRow]) -> pa.Table:
 
 def _content_fingerprint(table: pa.Table) -> str:
     """Of keys and sizes, not of offsets: padding and folders between the members do not count."""
-    sizes = [table.column(f"{role}_size").to_numpy().astype("<i8").tobytes() for role in _ROLES]
+    sizes = [_numbers(table, f"{role}_size").astype("<i8").tobytes() for role in _ROLES]
     arrays: list[str] = []
     for number, row in enumerate(table.column("arrays").to_pylist()):
         for array in row:
@@ -524,7 +528,7 @@ class ShardReader:
     def _endings_without_image(self) -> dict[str, list[str]]:
         """What the samples without an image have instead, by key; the index has no place for members of no use."""
         table = self.index.table
-        has_none = table.column("image_size").to_numpy(zero_copy_only=False) < 0
+        has_none = _numbers(table, "image_size") < 0
         imageless = set(table.column("key").filter(pa.array(has_none)).to_pylist())
         endings: dict[str, list[str]] = {}
         path = local_path(self.url)

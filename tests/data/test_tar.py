@@ -1,6 +1,8 @@
 import contextlib
 import gzip
 import io
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -277,3 +279,13 @@ def test_a_read_only_folder_gets_its_index_elsewhere(write_tar, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_an_index_is_read_without_pandas(write_tar):
+    path = write_tar(tar_bytes(members_of(3)))
+    open_index(path)
+    code = (
+        "import sys; from vlm.data.tar import open_index; print(len(open_index(sys.argv[1])), 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "False"]
