@@ -5,9 +5,9 @@
 
 Every size is a corpus of small JPEGs with captions of their own; each stage is a process of its own. Shown are CPU
 seconds, which other programs disturb least, the peak memory, and the power of the size with which the CPU seconds
-beyond those of an empty start grow from each size to the next (1 is linear). Loader and server must not need more
-memory for a larger corpus: their lines are memory that cannot be given back (anonymous pages). Stages of `--without`
-are left out. 10^6 take hours; with --keep, an interrupted run goes on.
+beyond those for one sample grow from each size to the next (1 is linear). Loader and server must not need more memory
+for a larger corpus: the loader's is that of all its processes, shared pages counted once, the server's what it cannot
+give back (anonymous pages). 10^6 take hours; with --keep, an interrupted run goes on.
 """
 
 import io

@@ -148,13 +148,14 @@ def _end_group(process: subprocess.Popen[str]) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    memory_gib = round(psutil.virtual_memory().total / 2**30)
-    return {"processor": processor, "cores": os.cpu_count(), "memory_gib": memory_gib}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    }
 
 
 def _show(records: Sequence[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from parts.suite_entries import ENTRIES, Ratio
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-README_BEGIN = "<!-- from benchmarks/results by scripts/write_docs.py: begin -->\n"
+README_BEGIN = "<!-- comparisons: written by scripts/write_docs.py where benchmarks/results has records -->\n"
 README_END = "<!-- end -->\n"
 _HEAD = """# Comparisons in one run
 
