@@ -10,22 +10,23 @@ from typing import Any
 
 from torch import nn
 
+from vlm.models.low_rank import tower_of
+
 _BLOCK = re.compile(r"(?:resblocks|blocks|layers?|h)\.(\d+)\.")
 _FIRST = re.compile(r"embed|conv1|ln_pre|pre_layrnorm|patch|stem|cls_token")
-_IMAGE = re.compile(r"(?:trunk\.)?(?:visual|vision)")
 
 
 def layer_rates(network: nn.Module, decay: float) -> dict[str, float]:
     """The multiplier of the learning rate of each weight, by its name; 1 for those that are after the layers."""
     depths = _layer_depths(network)
-    counts: dict[bool, int] = {}
+    counts: dict[str, int] = {}
     for name, depth in depths.items():
-        is_image = bool(_IMAGE.match(name))
-        counts[is_image] = max(counts.get(is_image, 0), depth + 1)
+        tower = tower_of(name)
+        counts[tower] = max(counts.get(tower, 0), depth + 1)
     rates: dict[str, float] = {}
     for name, _ in network.named_parameters():
-        # temperature, projections and heads have no depth
-        above = counts[bool(_IMAGE.match(name))] - depths[name] if name in depths else 0
+        # temperature, projections, heads and caption decoders have no depth
+        above = counts[tower_of(name)] - depths[name] if name in depths else 0
         rates[name] = decay**above
     return rates
 
@@ -35,7 +36,7 @@ def _layer_depths(network: nn.Module) -> dict[str, int]:
     depths = _timm_depths(network)
     has_timm_trunk = bool(depths)
     for name, _ in network.named_parameters():
-        if has_timm_trunk and name.startswith("visual."):
+        if not tower_of(name) or (has_timm_trunk and name.startswith("visual.")):
             continue
         block = _BLOCK.search(name)
         if block:

@@ -47,6 +47,14 @@ def test_texts_have_depths_of_their_own():
     assert rates["text.text_projection"] == 1
 
 
+def test_a_caption_decoder_is_no_early_part_of_the_text_tower():
+    rates = rates_of("micro-coca")
+    decoder = {name: rate for name, rate in rates.items() if name.startswith("text_decoder.")}
+    assert decoder
+    assert set(decoder.values()) == {1}
+    assert rates["text.token_embedding.weight"] < 1
+
+
 def test_groups_of_a_convolutional_trunk_are_timms():
     rates = rates_of("timm:test_efficientnet,image_size=32+bag@8")
     assert rates["visual.trunk.conv_stem.weight"] < rates["visual.trunk.blocks.1.0.conv_exp.weight"] < 1

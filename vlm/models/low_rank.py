@@ -22,6 +22,7 @@ LORA = "lora"
 FACTOR_A = ".lora_A."
 """Part of the names of A, which is random from the start; what was learned is in B, zero at first."""
 DECODER = "text_decoder"
+"""Where the names of a caption decoder's weights begin."""
 # the others are of Hugging Face's dual encoders
 _IMAGE_PARTS = ("visual", "trunk.vision", "trunk.visual")
 
@@ -88,7 +89,7 @@ def adapted_layers(network: nn.Module, towers: tuple[str, ...]) -> list[str]:
     names: list[str] = []
     inside: set[str] = set()
     for name, module in network.named_modules():
-        if not name or _tower_of(name) not in towers or name in inside:
+        if not name or tower_of(name) not in towers or name in inside:
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside.add(f"{name}.out_proj")
@@ -167,12 +168,15 @@ def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
-def _tower_of(name: str) -> str:
-    """The tower of a weight or layer; open_clip's CLIP keeps the parts of its text tower in itself."""
+def tower_of(name: str) -> str:
+    """The tower of a weight or layer, `visual` or `text`; empty for a caption decoder, which is in neither.
+
+    open_clip's CLIP keeps the parts of its text tower in itself.
+    """
     if name.startswith(DECODER):
         return ""
     return "visual" if name.startswith(_IMAGE_PARTS) else "text"
 
 
 def _batch_norms(network: nn.Module, towers: tuple[str, ...]) -> list[str]:
-    return [name for name in batch_norm_layers(network) if _tower_of(name) in towers]
+    return [name for name in batch_norm_layers(network) if tower_of(name) in towers]
