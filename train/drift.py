@@ -8,19 +8,18 @@ how much; with a bound, the weights of the embeddings are drawn back half the wa
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.models.low_rank import FACTOR_A
+from vlm.models.low_rank import DECODER, FACTOR_A
 from vlm.tensor_types import Tensor
 from vlm.train.run_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-_DECODER = "text_decoder."
 _FIGURES = ("text_to_image_recall@1", "image_to_text_recall@1", "top1")
 # after so many halves a thousandth is left of what was learned
 _MOST_HALVES = 10
@@ -34,12 +33,13 @@ class DriftGuard:
     """The start of a run, and how far its figures may fall below those of the start.
 
     start: weights of the embeddings, by the names of `state_dict`. bound: share, e.g. 0.01 for a point; 0 only reports.
-    baseline: the figures of the start; measured once. halves: how often the last measurement drew weights back.
+    baseline: the figures of the start; None until they are measured, once. halves: how often the last measurement drew
+        weights back.
     """
 
     start: dict[str, Tensor]
     bound: float
-    baseline: Figures = field(default_factory=dict)
+    baseline: Figures | None = None
     halves: int = 0
 
     @classmethod
@@ -48,7 +48,7 @@ class DriftGuard:
         start: dict[str, Tensor] = {}
         for name, tensor in network.state_dict().items():
             # half of an adapter is half of B A, so that only B is drawn back
-            if tensor.is_floating_point() and not name.startswith(_DECODER) and FACTOR_A not in name:
+            if tensor.is_floating_point() and not name.startswith(DECODER) and FACTOR_A not in name:
                 start[name] = tensor.detach().to("cpu", copy=True)
         return cls(start=start, bound=bound)
 
@@ -57,12 +57,12 @@ class DriftGuard:
 
         measure: of the network as it is; all processes call it, and all get the same.
         """
-        if not self.baseline:
+        if self.baseline is None:
             with self._at_start(network):
                 self.baseline = _tracked(measure())
         values = measure()
         self.halves = 0
-        while self.bound and self._worst(values) > self.bound and self.halves < _MOST_HALVES:
+        while self.bound and _worst_fall(self.baseline, values) > self.bound and self.halves < _MOST_HALVES:
             self._draw_back(network.state_dict(), 0.5)
             self.halves += 1
             values = measure()
@@ -71,17 +71,16 @@ class DriftGuard:
                 f"Retrieval or zero-shot had fallen by more than {self.bound:.1%} since the start: the embeddings' "
                 f"weights are drawn back, {0.5**self.halves:.1%} of their way is left."
             )
-        drift = {DRIFT + name: values[name] - self.baseline[name] for name in self.baseline}
-        told = ", ".join(f"{name.removeprefix(DRIFT)} {change:+.1%}" for name, change in drift.items())
-        logger.info(f"Since the start: {told}.")
+        drift = {DRIFT + name: values[name] - before for name, before in self.baseline.items()}
+        changes = ", ".join(f"{name.removeprefix(DRIFT)} {change:+.1%}" for name, change in drift.items())
+        if changes:
+            logger.info(f"Since the start: {changes}.")
         return values | drift
 
     def draw_back(self, weights: Mapping[str, Tensor]) -> None:
         """Draw other weights of the same names back as far as the network was."""
-        self._draw_back(weights, 1 - 0.5**self.halves)
-
-    def _worst(self, values: Figures) -> float:
-        return max((self.baseline[name] - values[name] for name in self.baseline), default=0.0)
+        if self.halves:
+            self._draw_back(weights, 1 - 0.5**self.halves)
 
     @torch.no_grad()
     def _draw_back(self, weights: Mapping[str, Tensor], share: float) -> None:
@@ -119,6 +118,10 @@ def open_drift_guard(config: TrainConfig, network: nn.Module) -> DriftGuard | No
 
 def _tracked(values: Figures) -> Figures:
     return {name: value for name, value in values.items() if name.rpartition("/")[2] in _FIGURES}
+
+
+def _worst_fall(before: Figures, values: Figures) -> float:
+    return max((before[name] - values[name] for name in before), default=0.0)
 
 
 @torch.no_grad()

@@ -76,6 +76,21 @@ def test_the_decoder_and_whole_numbers_are_not_drawn_back():
     assert torch.allclose(average["visual.weight"], torch.full((2,), 3.0))
 
 
+def test_the_start_is_measured_once_also_where_it_has_no_such_figures(logged):
+    network = torch.nn.Linear(2, 2)
+    guard = DriftGuard.of(network, bound=0.0)
+    measured: list[int] = []
+
+    def measure() -> dict[str, float]:
+        measured.append(len(measured))
+        return {"captions/cider": 0.5}
+
+    for times in (2, 3):
+        assert guard.measure(network, measure) == {"captions/cider": 0.5}
+        assert len(measured) == times
+    assert "Since the start" not in logged.text
+
+
 @pytest.mark.parametrize("changes", [{}, {"model": COCA}])
 def test_a_bound_without_a_start_or_figures_is_refused(configure, changes):
     with pytest.raises(UsageError, match="give --start-from, and --val"):
