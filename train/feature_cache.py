@@ -58,7 +58,10 @@ def open_cached_features(config: TrainConfig, shards: Sequence[str], model: Visi
     share = range(process_rank(), len(shards), num_processes())
     missing: dict[int, dict[Tower, Path]] = {}
     for number in share:
-        lacking = {tower: paths[number] for tower, paths in parts.items() if not paths[number].is_file()}
+        lacking: dict[Tower, Path] = {}
+        for tower, paths in parts.items():
+            if not paths[number].is_file():
+                lacking[tower] = paths[number]
         if lacking:
             missing[number] = lacking
     if missing:
@@ -110,7 +113,7 @@ def check_cacheable(config: TrainConfig, model: VisionLanguageModel) -> list[Tow
 
 
 def evaluated_paths(folder: Path, model: VisionLanguageModel) -> dict[str, Path]:
-    """Where what evaluations need of each trunk is kept, whatever data it is of."""
+    """Where what evaluations need of each trunk is kept, whatever data it is of; apart for each precision."""
     paths: dict[str, Path] = {}
     for tower in ("visual", "text"):
         module: Any = getattr(model.network, tower, None)
@@ -121,7 +124,9 @@ def evaluated_paths(folder: Path, model: VisionLanguageModel) -> dict[str, Path]
 
 def _trunk_identity(module: Any, model: VisionLanguageModel) -> str:
     pooling = str(getattr(module, "pooling", "native"))
-    return compute_fingerprint(space_fingerprint(module.trunk, model.view, model.tokenizer), pooling, _FORMAT)
+    rounding = () if model.precision == torch.float32 else (str(model.precision),)
+    space = space_fingerprint(module.trunk, model.view, model.tokenizer)
+    return compute_fingerprint(space, pooling, _FORMAT, *rounding)
 
 
 def part_paths(

@@ -100,19 +100,23 @@ class LockedFeatures:
             return
         digests = np.frombuffer(b"".join(self._rows), np.uint8).reshape(-1, _DIGEST_BYTES)
         with atomic_write(self._path) as file:
-            np.savez(file, digests=digests, features=self._maps[: len(self._rows)].numpy())
+            # numpy has no bfloat16
+            np.savez(file, digests=digests, features=self._maps[: len(self._rows)].float().numpy())
         self._num_saved = len(self._rows)
 
     def _load(self, path: Path) -> None:
         try:
             # opened here, since numpy leaves a damaged archive open
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                digests, features = arrays["digests"], torch.from_numpy(arrays["features"])
-            is_whole = digests.shape == (len(features), _DIGEST_BYTES)
+                digests = arrays["digests"]
+                features = torch.from_numpy(arrays["features"])
+            is_whole = len(features) > 0 and digests.shape == (len(features), _DIGEST_BYTES)
         # whatever a damaged file holds: features can always be computed again
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            digests = np.empty((0, _DIGEST_BYTES), np.uint8)
+            features = torch.empty(0)
             is_whole = False
-        if not is_whole or not len(features):
+        if not is_whole:
             logger.warning(f"{path} is damaged; the features in it are computed again.")
             return
         number = min(len(features), self._room(features))
@@ -172,4 +176,4 @@ def keep_evaluated_features(network: nn.Module, paths: Mapping[str, Path] | None
 
 
 def _digest(image: Tensor) -> bytes:
-    return hashlib.blake2b(image.contiguous().numpy(), digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(image.contiguous().numpy().data, digest_size=_DIGEST_BYTES).digest()

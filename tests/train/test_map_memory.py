@@ -7,7 +7,7 @@ import torch
 
 from vlm.errors import UsageError
 from vlm.models.factory import build_network, model_config
-from vlm.train.map_memory import keep_locked_features
+from vlm.train.map_memory import keep_evaluated_features, keep_locked_features
 from vlm.train.run import train
 from vlm.train.task import lock_tower
 
@@ -54,6 +54,22 @@ def test_what_finds_no_room_is_computed_each_time():
     first = network.encode_image(pixels_of(1))
     assert torch.equal(network.encode_image(pixels_of(1)), first)
     assert sum(runs) >= 8
+
+
+def test_features_of_bfloat16_are_stored_and_read_again(tmp_path):
+    path = tmp_path / "visual.npz"
+    outputs: list[torch.Tensor] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network: Any = build_network(model_config("timm:test_byobnet,image_size=32+bag@8"))
+        lock_tower(network, "image")
+        [features] = keep_evaluated_features(network, {"visual": path})
+        runs = count_runs(network)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(network.visual.embed(pixels_of(1)).float())
+        features.save()
+    assert not runs
+    assert torch.equal(*outputs)
 
 
 def test_only_a_tower_that_is_locked_whole_is_kept():
