@@ -1,7 +1,7 @@
 """Averages of weights: the EMA kept while training, and soups of several models tuned from the same start.
 
-Soups are uniform, weighted or greedy (Wortsman et al. 2022), or interpolate between a start and a tuned model (WiSE-FT,
-Wortsman et al. 2021).
+Soups are uniform, weighted or greedy (Model soups, Wortsman et al. 2022), or interpolate between a start and a tuned
+model (WiSE-FT, Wortsman et al. 2022).
 """
 
 import dataclasses
@@ -388,7 +388,7 @@ def interpolate(
     max_drift: float = 1.0,
     feature_folder: Path | None = None,
 ) -> Soup:
-    """(1 - α) · start + α · tuned (WiSE-FT, Wortsman et al. 2021, eq. 1): of several α the one with the best metric.
+    """(1 - α) · start + α · tuned (WiSE-FT, Wortsman et al. 2022, eq. 1): of several α the one with the best metric.
 
     alphas: in [0, 1]; 0 gives the start's weights and 1 the tuned ones bit for bit. Of equal metrics the first counts.
     measure_other: on data that the start was good at. Only an α counts at which it is at most `max_drift` below its

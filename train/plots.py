@@ -117,12 +117,15 @@ def draw_comparison(
 
 
 def draw_path(points: Sequence[PathPoint], path: Path, *, metric: str, max_drift: float) -> None:
-    """The line between two models by what it gives on both data sets, as figure 1 of WiSE-FT (Wortsman et al. 2021)."""
+    """The line between two models by what it gives on both data sets, as figure 1 of WiSE-FT (Wortsman et al. 2022)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    measured = [(100 * point.other, 100 * point.metric, point) for point in points if point.other and point.metric]
+    measured: list[tuple[float, float, PathPoint]] = []
+    for point in points:
+        if point.other is not None and point.metric is not None:
+            measured.append((100 * point.other, 100 * point.metric, point))
     if measured:
         axes.plot([other for other, _, _ in measured], [value for _, value, _ in measured], color="C0", marker="o")
     for other, value, point in measured:
