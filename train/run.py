@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -137,7 +137,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow: tuple[str, ...] =
                 evaluation_clock.add(before_pause, time.monotonic())
             if values:
                 run_logger.write(values)
-            if is_judged and stops_early(session):
+            if is_judged and stops_early(session, values):
                 is_last = True
                 batches.close()
 
@@ -271,16 +271,19 @@ def evaluate(session: Session) -> dict[str, float]:
     return metrics
 
 
-def stops_early(session: Session) -> bool:
+def stops_early(session: Session, measured: Collection[str] = ()) -> bool:
     """Whether the held-out figures have not improved for so long that the run ends; all processes call it.
 
-    Overfitting is told on the way.
+    Warns of overfitting on the way.
+
+    measured: the figures that were just measured.
     """
     safety = session.config.safety
+    metric = safety.keep_best or DEFAULT_METRIC
     has_stopped = False
-    if session.accelerator.is_main_process:
+    # all that the run has logged is read only where there is something to judge
+    if session.accelerator.is_main_process and (safety.early_stop or metric in measured):
         lines = read_metrics(session.folder / METRICS)
-        metric = safety.keep_best or DEFAULT_METRIC
         if warning := overfitting(lines, metric):
             logger.warning(warning)
         if safety.early_stop and evaluations_without_gain(lines, metric) >= safety.early_stop:

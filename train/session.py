@@ -254,7 +254,7 @@ def open_averages(terms: tuple[WeightedLossTerm, ...], corpus: Corpus) -> Global
 
 
 def _warn_of_sizes(config: TrainConfig, steps: int, num_samples: int, accelerator: Accelerator) -> None:
-    """Tell, once, of a warm-up as long as the run, and of batches larger than the data."""
+    """Warn, once, of a warm-up as long as the run, and of batches larger than the data."""
     if not accelerator.is_main_process:
         return
     if 0 < steps <= config.optimizer.warmup_steps:
