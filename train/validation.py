@@ -8,6 +8,7 @@ figures are bit for bit those of one process.
 import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from vlm.console import without_progress
 from vlm.errors import UsageError
@@ -112,7 +113,8 @@ class Validation:
         data = self.data.select(range(min(len(self.data), _CAPTIONED_IMAGES)))
         captions: list[str] = []
         for batch in data.iter_images(model.view):
-            captions += model.caption_images(batch.images)
+            images: Any = batch.images
+            captions += model.caption_images(images)
         logger.info(f"The captioner writes {len(set(captions)):,} different captions for {len(captions):,} images.")
         if warning := sameness(captions):
             logger.warning(warning)

@@ -79,7 +79,8 @@ class CaptionAccuracy:
         checks: list[CaptionCheck] = []
         with progress(total=len(data), what=f"captioning {data.name}", unit="image") as bar:
             for batch in data.iter_images(captioner.view):
-                for row, caption in zip(batch.rows, captioner.caption_images(batch.images, self.prompt), strict=True):
+                images: Any = batch.images
+                for row, caption in zip(batch.rows, captioner.caption_images(images, self.prompt), strict=True):
                     keys.append(data.keys[row])
                     captions.append(caption)
                     checks.append(check_caption(caption, Scene(**data.metadata[row]["scene"])))

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,7 +119,8 @@ class CaptionMetrics:
         captions: list[str] = []
         with progress(total=len(data), what=f"captioning {data.name}", unit="image") as bar:
             for batch in data.iter_images(captioner.view):
-                captions += captioner.caption_images(batch.images, self.prompt)
+                images: Any = batch.images
+                captions += captioner.caption_images(images, self.prompt)
                 bar.update(len(batch.rows))
         return captions
 

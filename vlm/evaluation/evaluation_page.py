@@ -164,9 +164,7 @@ def evaluation_page(
     sections: list[_Section] = []
     for number, (evaluator, data) in enumerate(comparison.measured()):
         sections.append(_section(comparison, names, number, evaluator, data, thumbnails, explain, rng))
-    # by their packages: an evaluation by an ONNX export imports no torch
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "numpy")]
-    libraries = ", ".join((f"Python {platform.python_version()}", *versions))
+    libraries = f"Python {platform.python_version()}, torch {_torch_version()}, numpy {np.__version__}"
     return render(
         "evaluation_page.html",
         provenance=provenance,
@@ -209,6 +207,14 @@ def _title(names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"Evaluation of {names[0]}"
     return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(names) < 4 else f"{len(names)} models compared"
+
+
+def _torch_version() -> str:
+    """By its package, since an evaluation by an ONNX export imports no torch, nor needs one that is installed."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _section(
