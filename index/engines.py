@@ -3,81 +3,21 @@
 The manifest names it, so every command and call that takes an index folder finds it here.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, cast
 
 from vlm.errors import UsageError
 from vlm.index.ann.index_type_base import CopyToGpu
-from vlm.index.engine_base import EngineIndex, EngineSnapshot, RowSelection
+from vlm.index.engine_base import EngineIndex
 from vlm.index.reader import Index
 from vlm.manifest import read_manifest
 
 # imported where they are used: a search needs neither a writer nor a check
 if TYPE_CHECKING:
-    from vlm.index.index_files import MapRecord
+    from vlm.index.engine_writer import EngineWriter
     from vlm.index.verify import CheckReport
-    from vlm.index.writer import CommitInfo, InsertBatch
-    from vlm.tensor_types import Array, Float32, Int64
 
 Engine = Literal["faiss", "milvus"]
-
-
-@runtime_checkable
-class EngineWriter(Protocol):
-    """The one writer of an index folder, until `close`; each change is one new version, whole or not at all."""
-
-    @property
-    def snapshot(self) -> EngineSnapshot:
-        """The version that is changed next."""
-        ...
-
-    def __enter__(self) -> "EngineWriter": ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None: ...
-
-    def describe(self) -> "CommitInfo":
-        """The present version, as a change that did nothing."""
-        ...
-
-    def add(self, batch: "InsertBatch") -> "CommitInfo":
-        """Insert new rows."""
-        ...
-
-    def update(self, batch: "InsertBatch", *, allowed_rows: RowSelection | None = None) -> "CommitInfo":
-        """Insert rows; one whose uid exists replaces the row that has it, if that is among the allowed ones."""
-        ...
-
-    def delete(self, uids: Sequence[str]) -> "CommitInfo":
-        """Delete the rows of these uids."""
-        ...
-
-    def delete_rows(self, rows: RowSelection) -> "CommitInfo":
-        """Delete the live ones of these rows."""
-        ...
-
-    def compact(self, *, kind: str = "", tuning: Any = None, keep_previous: bool = True) -> "CommitInfo":
-        """Drop deleted rows for good."""
-        ...
-
-    def set_metadata(self, changes: Mapping[int, Mapping[str, Any]]) -> "CommitInfo":
-        """Change metadata of rows, whose vectors stay."""
-        ...
-
-    def relocate(self, addresses: Mapping[str, str]) -> "CommitInfo":
-        """Say where shards or image files lie now."""
-        ...
-
-    def rollback(self) -> "CommitInfo":
-        """Bring the rows of the version before back, as a new version."""
-        ...
-
-    def set_map(self, rows: "Int64[Array, ' N']", places: "Float32[Array, 'N 2']", record: "MapRecord") -> "CommitInfo":
-        """Give rows their places on a map."""
-        ...
 
 
 def engine_of(folder: Path) -> Engine:
@@ -107,7 +47,7 @@ def open_engine_index(folder: Path, *, gpu: CopyToGpu | None = None) -> EngineIn
     return MilvusIndex.open(folder)
 
 
-def open_writer(folder: Path) -> EngineWriter:
+def open_writer(folder: Path) -> "EngineWriter":
     """The writer of an index folder, by its engine.
 
     Raises:
@@ -116,7 +56,7 @@ def open_writer(folder: Path) -> EngineWriter:
     if engine_of(folder) == "faiss":
         from vlm.index.writer import IndexWriter
 
-        return cast(EngineWriter, IndexWriter(folder))
+        return IndexWriter(folder)
     from vlm.index.milvus.milvus_writer import MilvusWriter
 
     return MilvusWriter(folder)

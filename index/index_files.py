@@ -88,12 +88,14 @@ class MapRecord:
 class EngineDetails:
     """What the manifest of an index says, whichever engine has its rows.
 
-    next_row: the next unused number; none is ever used twice. shards: addresses of all tars that were ever inserted.
+    next_row: the next unused number; none is ever used twice.
+    shards, sources: addresses of all tars, and fingerprints of all embeddings, that were ever inserted.
     """
 
     space: EmbeddingSpace
     next_row: int
     shards: tuple[str, ...]
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,6 @@ class IndexDetails(EngineDetails):
     segments: in the order of their rows, which never overlap.
     next_segment: the next unused number of a segment.
     kind, tuning: as they were asked for, for `compact`. evidence: the plan of the autotuner, if there was one.
-    sources: fingerprints of all embeddings that were ever inserted.
     map: None until one is made.
     """
 
@@ -113,7 +114,6 @@ class IndexDetails(EngineDetails):
     next_segment: int
     kind: str
     tuning: dict[str, Any]
-    sources: tuple[str, ...]
     tombstones: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
     map: MapRecord | None = None

@@ -4,36 +4,28 @@ The order of a change: files under new names; the catalogue's transaction, whose
 sees (edits of rows that stay go to a copy of the catalogue); the manifest, which is the commit; then files that neither
 it nor the version before names are removed. Readers continue. If the process is killed in between, the next
 writer rolls back what the manifest does not know.
-
-Only one writer at a time: it holds a lock on a file of the folder, which the system frees when the process ends.
 """
 
-import contextlib
-import os
 import sqlite3
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, compress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from vlm.errors import IndexBusy, UsageError, VlmError
 from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
 from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
-from vlm.index.catalog_edits import edit_addresses, edit_metadata, metadata_edits
-from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, Origin
-from vlm.index.engine_base import EngineSnapshot
-from vlm.index.ids import with_uid_of
-from vlm.index.index_files import FailPoint, IndexDetails, MapRecord, catalogue_file, map_file, no_failpoint
-from vlm.index.reader import open_snapshot
+from vlm.index.catalog_edits import edit_addresses, edit_metadata
+from vlm.index.embeddings_folder import Origin
+from vlm.index.engine_writer import CommitInfo, EngineWriter, InsertBatch
+from vlm.index.index_files import IndexDetails, MapRecord, catalogue_file, map_file
+from vlm.index.reader import IndexSnapshot, open_snapshot
 from vlm.index.row_map import write_map
-from vlm.index.segments import SegmentView, WrittenSegment, iter_stored_blocks, write_segment
+from vlm.index.segments import SegmentView, WrittenSegment, write_segment
 from vlm.index.versions import (
     PendingVersion,
     commit,
@@ -47,117 +39,7 @@ from vlm.index.versions import (
     with_search_params,
 )
 from vlm.manifest import read_manifest
-from vlm.results import Result
-from vlm.tensor_types import Array, Bool, Float, Float32, Int64
-
-
-@dataclass(frozen=True, kw_only=True)
-class InsertBatch:
-    """Rows to insert: as many vectors as origins, in the same order; both can be iterated several times.
-
-    source: fingerprint of where they are from. shards: addresses of their tars.
-    """
-
-    space: EmbeddingSpace
-    count: int
-    source: str
-    shards: tuple[str, ...]
-    blocks: Callable[[], Iterable[Float[Array, "_ D"]]]
-    origins: Callable[[], Iterable[Origin]]
-
-    @classmethod
-    def from_folder(cls, folder: Path, *, uid_column: str = "") -> "InsertBatch":
-        """The rows of a finished embeddings folder, whose checksums are verified.
-
-        uid_column: metadata that gives rows their uids (`ids.with_uid_of`).
-
-        Raises:
-            UsageError: it is unfinished or of another kind.
-            VlmError: it is damaged.
-        """
-        source = Embeddings.open(folder, verify=True)
-        return cls(
-            space=source.space,
-            count=len(source),
-            source=source.manifest.fingerprint,
-            shards=tuple(source.manifest.details["shards"]),
-            blocks=lambda: iter_stored_blocks(source),
-            origins=lambda: (with_uid_of(origin, uid_column) for origin in source.origins()),
-        )
-
-    def uids(self) -> Iterator[str]:
-        """The uid of each row.
-
-        Raises:
-            VlmError: two rows have the same.
-        """
-        seen: set[str] = set()
-        for origin in self.origins():
-            if origin.uid in seen:
-                raise VlmError(f"Two of the new rows have the same uid {origin.uid!r}; embed again with distinct keys.")
-            seen.add(origin.uid)
-            yield origin.uid
-
-    def select(self, uids: Container[str]) -> "InsertBatch":
-        """The rows of these uids."""
-        is_selected = np.fromiter((origin.uid in uids for origin in self.origins()), bool, self.count)
-        return replace(
-            self,
-            count=int(is_selected.sum()),
-            blocks=lambda: _filter_blocks(self.blocks(), is_selected),
-            origins=lambda: compress(self.origins(), is_selected),
-        )
-
-    def check_compatible_space(self, space: EmbeddingSpace, folder: Path) -> None:
-        """Refuse rows that cannot be compared with those of an index.
-
-        Raises:
-            UsageError: they are of another model, modality or dimension.
-        """
-        if self.space.fingerprint != space.fingerprint:
-            raise UsageError(
-                f"{folder} was embedded by {space.model} (fingerprint {space.fingerprint}), the new rows by "
-                f"{self.space.model} (fingerprint {self.space.fingerprint}), and their vectors cannot be compared. "
-                f"Embed the new shards with {space.model}."
-            )
-        if (self.space.modality, self.space.dimension) != (space.modality, space.dimension):
-            raise UsageError(
-                f"{folder} holds {space.modality} embeddings of {space.dimension} dimensions, the new rows are "
-                f"{self.space.modality} embeddings of {self.space.dimension}; make an index of their own of them."
-            )
-
-
-def _filter_blocks(
-    blocks: Iterable[Float[Array, "_ D"]], is_selected: Bool[Array, " N"]
-) -> Iterator[Float[Array, "_ D"]]:
-    # the mask is over all rows, a block over some of them
-    first = 0
-    for block in blocks:
-        yield block[is_selected[first : first + len(block)]]
-        first += len(block)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommitInfo(Result):
-    """What a change did: the version it made, and how many rows there are now.
-
-    added: new rows. replaced: new rows whose uid existed. removed: deleted rows.
-    edited: rows whose metadata or image address changed.
-    left_out: rows of an update that was limited by a filter, whose uid no selected row has.
-    dead: deleted rows that segments hold until `compact`.
-    """
-
-    generation: int
-    rows: int
-    segments: int
-    dead: int
-    added: int = 0
-    replaced: int = 0
-    removed: int = 0
-    edited: int = 0
-    left_out: int = 0
-    seconds: float = 0.0
-
+from vlm.tensor_types import Array, Float, Float32, Int64
 
 _ROWS_AT_ONCE = 65_536
 
@@ -186,126 +68,30 @@ def iter_live_blocks(view: SegmentView) -> Iterator[Float[Array, "_ D"]]:
         yield view.segment.vectors.stored[view.positions[first : first + _ROWS_AT_ONCE]]
 
 
-LOCK = "writer.lock"
-
-
-def lock_for_writing(folder: Path) -> FileLock:
-    """The writer's lock, held; its file names the process that holds it, and stays when it is released.
-
-    Raises:
-        IndexBusy: another writer holds it.
-    """
-    path = folder / LOCK
-    # any thread may close the writer
-    lock = FileLock(path, timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        owner = path.read_text(encoding="utf-8", errors="replace").strip()
-        raise IndexBusy(
-            f"{folder} is being changed by another process ({owner or 'unknown'}); wait until it has finished, or end "
-            "it: its unfinished change is then rolled back."
-        ) from error
-    # for that message only: the lock is the system's, so the number of a process that is gone does no harm
-    path.write_text(f"{os.getpid()}\n", encoding="utf-8")
-    return lock
-
-
 _NO_ROWS = np.zeros(0, np.int64)
 
 
-def rows_to_delete(snapshot: EngineSnapshot, uids: Sequence[str]) -> Int64[Array, " N"]:
-    """The rows of these uids, ascending.
+class IndexWriter(EngineWriter[IndexSnapshot]):
+    """The one writer of an index folder of FAISS, until `close`; new rows become a flat segment.
 
-    Raises:
-        UsageError: one of them does not exist.
-    """
-    rows = snapshot.catalogue.rows_by_uid(uids)
-    unknown = [uid for uid in uids if uid not in rows]
-    if unknown:
-        raise UsageError(
-            f"{snapshot.folder} has no {unknown[0]!r} ({len(unknown):,} of {len(uids):,} uids are missing); nothing "
-            "was deleted: leave them out."
-        )
-    # unique, because a uid may be named twice
-    return np.unique(np.array(list(rows.values()), np.int64))
-
-
-class IndexWriter:
-    """The one writer of an index folder, until `close`; it first rolls back what an earlier one left unfinished.
-
-    failpoint: called before each step that changes the folder.
-
-    Raises:
-        UsageError: there is another writer, or no index of this layout.
-        VlmError: the index is damaged.
+    Small flat segments before it are merged with it.
     """
 
-    def __init__(self, folder: Path, *, failpoint: FailPoint = no_failpoint) -> None:
-        # refuse what is not an index before a lock file appears in it
+    def _check_layout(self, folder: Path) -> None:
         IndexDetails.from_manifest(read_manifest(folder, "index"), folder)
-        self.folder = folder
-        self._failpoint = failpoint
-        self._needs_rollback = False
-        self._lock = lock_for_writing(folder)
-        try:
-            roll_back_unfinished(folder, failpoint=failpoint)
-            self.snapshot = open_snapshot(folder)
-        except BaseException:
-            self._lock.release()
-            raise
 
-    def __enter__(self) -> "IndexWriter":
-        return self
+    def _open(self) -> None:
+        roll_back_unfinished(self.folder, failpoint=self._failpoint)
+        self.snapshot = open_snapshot(self.folder)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+    def _roll_back(self) -> None:
+        roll_back_unfinished(self.folder, failpoint=self._failpoint)
+        self.snapshot = open_snapshot(self.folder, before=self.snapshot)
 
-    def close(self) -> None:
-        """Release the lock and the files."""
-        self.snapshot.catalogue.close()
-        self._lock.release()
-
-    def describe(self) -> CommitInfo:
-        """The present version, as a change that did nothing."""
-        return self._commit_info(time.perf_counter())
-
-    def add(self, batch: InsertBatch) -> CommitInfo:
-        """Insert new rows as a flat segment; small flat ones before it are merged with it.
-
-        Raises:
-            UsageError: they are of another model, or a uid exists already.
-            VlmError: two of them have the same uid, or a vector is not of unit length.
-        """
-        return self._insert(batch, is_upsert=False)
-
-    def update(self, batch: InsertBatch, *, allowed_rows: Int64[Array, " N"] | None = None) -> CommitInfo:
-        """As `add`, but a row whose uid exists replaces the one that has it (upsert).
-
-        allowed_rows: only these rows (as from `Catalogue.where`) are replaced; new rows of other uids are left out.
-        """
-        return self._insert(batch, is_upsert=True, allowed_rows=allowed_rows)
-
-    def delete(self, uids: Sequence[str]) -> CommitInfo:
-        """Delete the rows of these uids.
-
-        Raises:
-            UsageError: one of them does not exist; nothing is deleted.
-        """
-        return self.delete_rows(rows_to_delete(self.snapshot, uids))
-
-    def delete_rows(self, rows: Int64[Array, " N"]) -> CommitInfo:
-        """Delete the live ones of these rows (sorted, as from `Catalogue.where`); without any, nothing changes."""
-        started = time.perf_counter()
+    def _write_deletion(self, rows: Int64[Array, " N"]) -> None:
         snapshot = self.snapshot
-        deleted_rows = np.intersect1d(rows, snapshot.rows, assume_unique=True)
-        if len(deleted_rows):
-            with self._rolling_back_on_error():
-                pending = prepare_version(
-                    snapshot, what="delete", keep=len(snapshot.views), written=None, deleted_rows=deleted_rows
-                )
-                self._commit(pending, lambda: self._change_catalogue(pending, deleted_rows))
-        return self._commit_info(started, removed=len(deleted_rows))
+        pending = prepare_version(snapshot, what="delete", keep=len(snapshot.views), written=None, deleted_rows=rows)
+        self._commit(pending, lambda: self._change_catalogue(pending, rows))
 
     def compact(self, *, kind: str = "", tuning: TuningParams | None = None, keep_previous: bool = True) -> CommitInfo:
         """Merge all segments into one, retrain it, and drop deleted rows from it and from the catalogue.
@@ -341,15 +127,8 @@ class IndexWriter:
         return self._commit_info(started)
 
     def set_metadata(self, changes: Mapping[int, Mapping[str, Any]]) -> CommitInfo:
-        """Change metadata of rows, whose vectors stay; where all rows have these values already, nothing changes.
-
-        changes: by row the new values by name; a value of None removes the name, and other names stay.
-        """
-        rows = list(changes)
-        edits: dict[int, Mapping[str, Any]] = {}
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            entries = self.snapshot.catalogue.entries(rows[first : first + _ROWS_AT_ONCE])
-            edits |= metadata_edits(entries, changes)
+        """As of `EngineWriter.set_metadata`."""
+        edits = self._metadata_edits(changes)
         return self._edit("set", len(edits), lambda database: edit_metadata(database, edits))
 
     def relocate(self, addresses: Mapping[str, str]) -> CommitInfo:
@@ -455,53 +234,30 @@ class IndexWriter:
         """A row number that was never used, not even by a change that was rolled back."""
         return max(self.snapshot.details.next_row, max_row(self.snapshot.catalogue.path) + 1)
 
-    def _insert(
-        self, batch: InsertBatch, *, is_upsert: bool, allowed_rows: Int64[Array, " N"] | None = None
-    ) -> CommitInfo:
-        started = time.perf_counter()
+    def _write_batch(
+        self,
+        batch: InsertBatch,
+        deleted_rows: Int64[Array, " N"],
+        *,
+        what: str,
+        shards: tuple[str, ...],
+        sources: tuple[str, ...],
+    ) -> None:
         snapshot = self.snapshot
-        num_given = batch.count
-        batch.check_compatible_space(snapshot.details.space, self.folder)
-        # all refusals come before anything is written
-        existing = snapshot.catalogue.rows_by_uid(batch.uids())
-        if allowed_rows is not None:
-            allowed = set(allowed_rows.tolist())
-            existing = {uid: row for uid, row in existing.items() if row in allowed}
-            batch = batch.select(existing)
-        if existing and not is_upsert:
-            raise UsageError(
-                f"{self.folder} has {next(iter(existing))!r} already ({len(existing):,} of the {batch.count:,} new "
-                "rows exist); nothing was added: vlm index update replaces them."
-            )
-        if not batch.count:
-            return self._commit_info(started, left_out=num_given)
-
-        deleted_rows = np.sort(np.array(list(existing.values()), np.int64))
-        with self._rolling_back_on_error():
-            # an upsert deletes the old row and inserts a new one: row numbers are never used again
-            first = self._next_row()
-            keep = len(snapshot.views) - num_segments_to_merge(snapshot.views, batch.count)
-            written = self._write_merged(batch, keep, deleted_rows, first)
-            pending = prepare_version(
-                snapshot,
-                what="update" if is_upsert else "add",
-                keep=keep,
-                written=written,
-                deleted_rows=deleted_rows,
-                next_row=first + batch.count,
-                # without repeats, in the order of their first insert
-                shards=tuple(dict.fromkeys((*snapshot.details.shards, *batch.shards))),
-                sources=tuple(dict.fromkeys((*snapshot.details.sources, batch.source))),
-            )
-            self._commit(
-                pending, lambda: self._change_catalogue(pending, deleted_rows, enumerate(batch.origins(), first))
-            )
-        return self._commit_info(
-            started,
-            added=batch.count - len(existing),
-            replaced=len(existing),
-            left_out=num_given - batch.count,
+        first = self._next_row()
+        keep = len(snapshot.views) - num_segments_to_merge(snapshot.views, batch.count)
+        written = self._write_merged(batch, keep, deleted_rows, first)
+        pending = prepare_version(
+            snapshot,
+            what=what,
+            keep=keep,
+            written=written,
+            deleted_rows=deleted_rows,
+            next_row=first + batch.count,
+            shards=shards,
+            sources=sources,
         )
+        self._commit(pending, lambda: self._change_catalogue(pending, deleted_rows, enumerate(batch.origins(), first)))
 
     def _write_merged(
         self, batch: InsertBatch, keep: int, deleted_rows: Int64[Array, " N"], first: int
@@ -559,38 +315,5 @@ class IndexWriter:
         # readers of the old version keep what they have open
         remove_orphans(self.folder, self.snapshot.manifest, self.snapshot.details, failpoint=self._failpoint)
 
-    @contextlib.contextmanager
-    def _rolling_back_on_error(self) -> Iterator[None]:
-        """If the block fails, its change is rolled back: at once or, if that fails too, before the next change."""
-        if self._needs_rollback:
-            self._roll_back()
-        try:
-            yield
-        except BaseException:  # a keyboard interrupt too
-            # set first: rolling back may fail for the same reason, as on a full disk
-            self._needs_rollback = True
-            with contextlib.suppress(Exception):
-                self._roll_back()
-            raise
-
-    def _roll_back(self) -> None:
-        roll_back_unfinished(self.folder, failpoint=self._failpoint)
-        self.snapshot = open_snapshot(self.folder, before=self.snapshot)
-        self._needs_rollback = False
-
-    def _commit_info(
-        self, started: float, *, added: int = 0, replaced: int = 0, removed: int = 0, edited: int = 0, left_out: int = 0
-    ) -> CommitInfo:
-        snapshot = self.snapshot
-        return CommitInfo(
-            generation=snapshot.number,
-            rows=len(snapshot),
-            segments=len(snapshot.views),
-            dead=len(snapshot.dead),
-            added=added,
-            replaced=replaced,
-            removed=removed,
-            edited=edited,
-            left_out=left_out,
-            seconds=time.perf_counter() - started,
-        )
+    def _num_segments(self) -> int:
+        return len(self.snapshot.views)

@@ -16,10 +16,11 @@ from measure_server import serve
 from vlm.index import build
 from vlm.index.ann.index_type_base import load_faiss
 from vlm.index.autotune.query_sampling import exact_scores, per_query_recall
+from vlm.index.engine_writer import InsertBatch
 from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
-from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.index.writer import IndexWriter
 from vlm.manifest import is_complete
 from vlm.tensor_types import Array, Float32, Int64
 

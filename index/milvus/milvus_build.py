@@ -7,9 +7,8 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-
-import numpy as np
 
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
@@ -18,6 +17,7 @@ from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.build import BuildSummary
 from vlm.index.embeddings_folder import Embeddings
+from vlm.index.engine_writer import InsertBatch
 from vlm.index.ids import UID_COLUMN, choose_uid_column
 from vlm.index.index_files import FIRST_VERSION
 from vlm.index.milvus.collection import (
@@ -25,14 +25,11 @@ from vlm.index.milvus.collection import (
     REFUSED_TYPES,
     FieldRegister,
     create_collection,
-    entity_of,
 )
 from vlm.index.milvus.connection import LOCAL_SUFFIX, MilvusAddress, MilvusConnection
-from vlm.index.milvus.milvus_reader import MilvusDetails, plain_details, vector_bytes
-from vlm.index.milvus.milvus_writer import NewRow, rows_of_batch
-from vlm.index.writer import InsertBatch
+from vlm.index.milvus.milvus_reader import MilvusDetails, vector_bytes
+from vlm.index.milvus.milvus_writer import NewRow, insert_rows, rows_of_batch
 from vlm.manifest import Manifest, write_manifest
-from vlm.tensor_types import Array, Float32
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +157,10 @@ def _new_collection(place: MilvusAddress, folder: Path, details: MilvusDetails) 
         )
         yield connection
     except BaseException:  # a keyboard interrupt too
-        with contextlib.suppress(Exception):
+        try:
             connection.drop(details.collection)
+        except Exception as error:
+            logger.warning(f"The collection that was begun stays at {connection.uri}; drop it by hand ({error}).")
         raise
     finally:
         # before the folder is renamed: milvus-lite has its files open under the old name
@@ -175,15 +174,9 @@ def _fill(
     register = FieldRegister()
     digest = hashlib.sha256()
 
-    def entities() -> Iterator[dict[str, object]]:
-        for row, (origin, vector) in enumerate(_with_progress(rows_of_batch(batch), batch.count)):
-            entity = entity_of(row, origin, vector, register.facts(origin), born=FIRST_VERSION)
-            digest.update(entity["origin"].encode() + _bytes_of(vector))
-            yield entity
-
-    connection.insert(details.collection, entities())
+    rows = _with_progress(rows_of_batch(batch), batch.count)
+    insert_rows(connection, details.collection, rows, register, first=0, version=FIRST_VERSION, digest=digest)
     connection.flush(details.collection)
-    complete = plain_details(details) | {"fields": [vars(field) for field in register.fields]}
     return Manifest(
         kind="index",
         fingerprint=compute_fingerprint(source.manifest.fingerprint, "milvus", details.kind, digest.digest()),
@@ -196,7 +189,7 @@ def _fill(
             **details.parameters,
         },
         inputs={"model": source.space.fingerprint, "embeddings": source.manifest.fingerprint},
-        details=complete,
+        details=asdict(replace(details, fields=tuple(register.fields))),
     )
 
 
@@ -208,7 +201,3 @@ def _with_progress(rows: Iterable[NewRow], count: int) -> Iterator[NewRow]:
         for row in rows:
             yield row
             bar.update(1)
-
-
-def _bytes_of(vector: Float32[Array, " D"]) -> bytes:
-    return np.ascontiguousarray(vector).tobytes()

@@ -6,7 +6,7 @@ born <= g < died, whatever is inserted meanwhile; the manifest, replaced last, i
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class MilvusDetails(EngineDetails):
     """The details of the manifest of an index that Milvus has.
 
     address: as of `MilvusAddress`. kind, parameters: the index type, by our name, and its parameters.
-    fields: metadata fields, in the order of their numbers. sources: fingerprints of all embeddings ever inserted.
+    fields: metadata fields, in the order of their numbers.
     oldest: the first version whose rows are all there still; a compaction raises it.
     """
 
@@ -51,7 +51,6 @@ class MilvusDetails(EngineDetails):
     kind: str
     parameters: dict[str, int]
     fields: tuple[StoredField, ...]
-    sources: tuple[str, ...]
     oldest: int = 1
     evidence: dict[str, Any] = field(default_factory=dict)
     map: None = None
@@ -334,8 +333,3 @@ class MilvusIndex(EngineIndex[MilvusSnapshot]):
 def vector_bytes(rows: int, dimension: int) -> int:
     """What the vectors of an index take, as float32."""
     return rows * dimension * np.dtype(np.float32).itemsize
-
-
-def plain_details(details: MilvusDetails) -> dict[str, Any]:
-    """As the manifest has them."""
-    return asdict(details)

@@ -7,8 +7,8 @@ import numpy as np
 
 from tests.index.origin_fixture import make_origin
 from vlm.index.embeddings_folder import EmbeddingSpace, Origin, normalize_rows
+from vlm.index.engine_writer import InsertBatch
 from vlm.index.reader import Index
-from vlm.index.writer import InsertBatch
 
 SPACE = EmbeddingSpace(model="given", fingerprint="given", dimension=16, modality="image")
 MakeIndex = Callable[..., Path]

@@ -21,7 +21,8 @@ from vlm.index.ann.index_type_base import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingsWriter, normalize_rows
 from vlm.index.engine_base import EngineIndex, RowSelection
-from vlm.index.engines import EngineWriter, open_engine_index, open_writer
+from vlm.index.engine_writer import EngineWriter
+from vlm.index.engines import open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.milvus_build import build_milvus_index
 from vlm.index.milvus.milvus_writer import MilvusWriter
@@ -275,7 +276,8 @@ def _was_killed(folder: Path, act: Callable[[EngineWriter], object], last: int) 
     def die_at_last(point: str) -> None:
         nonlocal passed
         passed += 1
-        if passed == last:
+        # what rolls the change back ends there too
+        if passed >= last:
             raise Killed
 
     writer = None

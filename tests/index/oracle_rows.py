@@ -7,7 +7,7 @@ import numpy as np
 from tests.index.index_fixture import insert_batch
 from tests.index.origin_fixture import make_origin
 from vlm.index.embeddings_folder import EmbeddingSpace, Origin, normalize_rows
-from vlm.index.writer import InsertBatch
+from vlm.index.engine_writer import InsertBatch
 
 DIMENSION = 8
 SPACE = EmbeddingSpace(model="given", fingerprint="given", dimension=DIMENSION, modality="image")

@@ -23,10 +23,11 @@ from vlm.index.backward_compat import (
 )
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import Embeddings
+from vlm.index.engine_writer import InsertBatch
 from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index
 from vlm.index.verify import check_index
-from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.index.writer import IndexWriter
 from vlm.models.variants import CompatibilityProjection, read_projection, save_projection
 
 EVERYTHING = np.eye(TRAITS)

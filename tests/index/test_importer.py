@@ -17,10 +17,11 @@ from vlm.errors import UsageError
 from vlm.files import read_lines
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import Embeddings, Origin
+from vlm.index.engine_writer import InsertBatch
 from vlm.index.filter_language import parse_filter
 from vlm.index.interop.import_layouts import ColumnChoice
 from vlm.index.reader import Index
-from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.index.writer import IndexWriter
 from vlm.service.query import Query
 from vlm.service.search import SearchService
 

@@ -12,7 +12,8 @@ from tests.service.paging_helper import pages, uids
 from vlm.index.ann.index_types import INDEX_TYPES
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingsWriter
-from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.index.engine_writer import InsertBatch
+from vlm.index.writer import IndexWriter
 from vlm.service.query import Query
 from vlm.service.search import SearchService
 

@@ -14,7 +14,7 @@ from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineCatalogue, IndexInfo, row_numbers
-from vlm.index.engines import EngineWriter, check_index, open_writer, require_faiss
+from vlm.index.engines import check_index, open_writer, require_faiss
 from vlm.index.map_layout import SAMPLE
 from vlm.index.metadata import check_json
 from vlm.results import Result
@@ -26,8 +26,8 @@ from vlm.text_lists import text_list
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
 if TYPE_CHECKING:
     from vlm.api.inference import Model
+    from vlm.index.engine_writer import CommitInfo, EngineWriter
     from vlm.index.verify import CheckReport
-    from vlm.index.writer import CommitInfo
 
 Hit = RankedHit
 Texts = str | Sequence[str]
@@ -297,7 +297,7 @@ class SearchIndex:
             lines = _metadata_lines(values)
         names = text_list(columns, "columns")
 
-        def change(writer: EngineWriter) -> "SetSummary":
+        def change(writer: "EngineWriter") -> "SetSummary":
             # matched under the lock, so that it fits the version that is changed
             table = match_table(writer.snapshot.catalogue, lines, key=key, columns=names)
             info = writer.set_metadata(table.changes)
@@ -348,13 +348,13 @@ class SearchIndex:
             preview = self._preview_deletion(names, where)
             _check_expected(preview.rows, expect)
             return preview
+        from vlm.index.engine_writer import rows_to_delete
         from vlm.index.filter_language import parse_filter
-        from vlm.index.writer import rows_to_delete
 
         # parsed before the index is locked, evaluated under the lock
         condition = parse_filter(where) if where else None
 
-        def change(writer: EngineWriter) -> "CommitInfo":
+        def change(writer: "EngineWriter") -> "CommitInfo":
             snapshot = writer.snapshot
             rows = snapshot.catalogue.where(condition) if condition else rows_to_delete(snapshot, names)
             _check_expected(len(rows), expect)
@@ -404,7 +404,7 @@ class SearchIndex:
         # listed before the index is locked: the answer of a bucket may take long
         present = expand_shards(shards) if shards else []
 
-        def change(writer: EngineWriter) -> "CommitInfo":
+        def change(writer: "EngineWriter") -> "CommitInfo":
             ends = writer.snapshot.catalogue.image_ends()
             if shards:
                 moved = addresses_by_name(list(ends), present)
@@ -465,7 +465,7 @@ class SearchIndex:
     def _catalogue(self) -> EngineCatalogue:
         return self._service.index.catalogue
 
-    def _change(self, change: Callable[[EngineWriter], Any]) -> Any:
+    def _change(self, change: Callable[["EngineWriter"], Any]) -> Any:
         self._service.index.require_open()
         with open_writer(self.folder) as writer:
             return change(writer)
@@ -500,7 +500,7 @@ class SearchIndex:
                 ),
             )
 
-        def change(writer: EngineWriter) -> "AddSummary":
+        def change(writer: "EngineWriter") -> "AddSummary":
             found = addition
             allowed_rows = writer.snapshot.catalogue.where(condition) if condition else None
             if not (replace_known or addition.is_finished):
@@ -552,9 +552,9 @@ class SearchIndex:
         return images, tuple(uids)
 
     def _preview_deletion(self, uids: list[str], where: str) -> DeletePreview:
+        from vlm.index.engine_writer import rows_to_delete
         from vlm.index.filter_hints import explain_no_match
         from vlm.index.filter_language import parse_filter
-        from vlm.index.writer import rows_to_delete
 
         catalogue = self._catalogue
         if uids:

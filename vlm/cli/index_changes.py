@@ -15,7 +15,7 @@ from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.api.index import AddSummary, DeletePreview, SearchIndex
-    from vlm.index.writer import CommitInfo
+    from vlm.index.engine_writer import CommitInfo
 
 logger = logging.getLogger(__name__)
 

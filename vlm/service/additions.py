@@ -40,9 +40,9 @@ from vlm.index.embeddings_folder import (
 )
 from vlm.index.encoder import Encoder, check_unit_norm
 from vlm.index.engine_base import EngineSnapshot
+from vlm.index.engine_writer import InsertBatch
 from vlm.index.ids import UID_COLUMN
 from vlm.index.metadata import check_json, is_field
-from vlm.index.writer import InsertBatch
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.service.folder.folder_reader import FileReading, FolderReader
 from vlm.service.folder.folder_scan import FileStamp, FolderScan, scan_folder

@@ -25,7 +25,8 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import compute_fingerprint, content_digest
 from vlm.index.build import create_index
 from vlm.index.embeddings_folder import EmbeddingSpace
-from vlm.index.writer import IndexWriter, InsertBatch
+from vlm.index.engine_writer import InsertBatch
+from vlm.index.writer import IndexWriter
 from vlm.manifest import is_complete, read_manifest
 from vlm.models.model_spec import absolute_spec
 from vlm.results import Result
