@@ -29,7 +29,7 @@ from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import CHECKPOINTS, RUN_MODEL
 from vlm.results import Result
 from vlm.tensor_types import Tensor
-from vlm.train.checkpoint.format import EMA_WEIGHTS, checkpoint_name, new_best
+from vlm.train.checkpoint.format import EMA_WEIGHTS, checkpoint_name, find_damage, new_best
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
 from vlm.train.distributed import merge_ledgers, to_full_tensor, unsharded_weights
 from vlm.train.held_out import DEFAULT_METRIC, evaluations_without_gain, overfitting
@@ -310,11 +310,25 @@ def finish_run(session: Session, ledger: Ledger, utilisation: Utilisation) -> No
 
 
 def best_weights(session: Session) -> dict[str, Tensor] | None:
-    """Those of the best checkpoint of a run that stops early; None where the last ones are the best, or are wanted."""
+    """Those of the best checkpoint of a run that stops early; None where the last ones are the best, or are wanted.
+
+    Raises:
+        VlmError: the checkpoint is damaged, or gone with another machine's disk, and so is its remote copy.
+    """
     best = session.state.best
     if not session.config.safety.early_stop or best is None or best.step == session.state.step:
         return None
     checkpoint = session.folder / CHECKPOINTS / checkpoint_name(best.step)
+    damage = find_damage(checkpoint) if checkpoint.is_dir() else "absent"
+    remote_store = open_remote_store(session.config)
+    # a run that was resumed on another machine fetched the newest one only
+    if damage and remote_store and checkpoint.name in remote_store.names():
+        damage = remote_store.fetch(checkpoint.name, checkpoint.parent)
+    if damage:
+        raise VlmError(
+            f"{checkpoint}, the best one, cannot be used ({damage}), nor a copy of it: train to the end instead, "
+            "with --resume --early-stop 0 --allow safety.early_stop."
+        )
     logger.info(f"The model is that of step {best.step:,}: {best.metric} {format_metric(best.metric, best.value)}.")
     return load_file(checkpoint / (EMA_WEIGHTS if session.ema else WEIGHTS))
 

@@ -1,11 +1,13 @@
 """Early stopping keeps the best model, and overfitting is told in words, once."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vlm.errors import UsageError
+from vlm.errors import UsageError, VlmError
 from vlm.models.load import load_model
 from vlm.train.held_out import overfitting
 from vlm.train.history import read_metrics
@@ -88,6 +90,23 @@ def test_a_run_without_gain_ends_early_with_its_best_weights(configure, scene_sh
     # interrupted before its model was written, it does not go on
     (Path(config.run) / "manifest.json").unlink()
     assert train(config, resume=True).steps == summary.steps
+
+
+def test_a_best_checkpoint_that_is_gone_is_fetched_from_the_copies(configure, scene_shards, tmp_path):
+    config = stopping(configure, scene_shards, "run")
+    train(config)
+    fingerprint = load_model(config.run, device="cpu").fingerprint
+    run = Path(config.run)
+    best = json.loads((run / "manifest.json").read_text())["details"]["best"]["step"]
+    # as on another machine: the run is resumed from its last checkpoint, and has no other
+    (run / "manifest.json").unlink()
+    shutil.rmtree(run / "model")
+    (tmp_path / "copies" / run.name).mkdir(parents=True)
+    shutil.move(run / f"checkpoints/step-{best:08d}", tmp_path / "copies" / run.name)
+    with pytest.raises(VlmError, match=r"absent.*--early-stop 0 --allow safety.early_stop"):
+        train(config, resume=True)
+    train(replace(config, safety=replace(config.safety, checkpoint_to=str(tmp_path / "copies"))), resume=True)
+    assert load_model(config.run, device="cpu").fingerprint == fingerprint
 
 
 def test_early_stopping_needs_something_to_judge(configure):
