@@ -54,7 +54,9 @@ def open_cached_features(config: TrainConfig, shards: Sequence[str], model: Visi
     folder = Path(config.loader.feature_folder or Path(config.run) / _FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     languages = config.loader.languages
-    parts = {tower: part_paths(folder, tower, shards, model, languages) for tower in towers}
+    parts: dict[Tower, list[Path]] = {}
+    for tower in towers:
+        parts[tower] = part_paths(folder, tower, shards, model, languages)
     share = range(process_rank(), len(shards), num_processes())
     missing: dict[int, dict[Tower, Path]] = {}
     for number in share:
