@@ -132,7 +132,7 @@ class IndexDetails(EngineDetails):
             if details.get("engine", "faiss") != "faiss":
                 raise UsageError(
                     f"The rows of {folder} are kept by the engine {details['engine']}, and this needs those of a FAISS "
-                    "index: export its embeddings again, or build a FAISS index of them with vlm index build."
+                    "index: build one of the same embeddings with vlm index build."
                 )
             # the first layout was not numbered
             layout = details.get("layout", 1)

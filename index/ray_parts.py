@@ -52,7 +52,7 @@ def embed_on_ray(
     *,
     selection: Path | None = None,
 ) -> dict[Modality, EmbedSummary]:
-    """As `embed_into`, on a Ray cluster; killed or interrupted and repeated, it goes on with what is missing.
+    """As `embed_into`, on a Ray cluster; safe to interrupt: called again, it does what is missing.
 
     The model is loaded on this machine too, on the CPU: for its name in the manifest, and so that a mistake shows
     before the cluster is asked.
@@ -140,7 +140,7 @@ def _begun(folders: Sequence[Path]) -> Iterator[_Begun]:
             mark.unlink(missing_ok=True)
 
 
-def _open_worker(open_writer: Callable[[], ShardEmbedder | ShardRecaptioner], begun: _Begun) -> Callable[[int], None]:
+def _open_worker(open_writer: Callable[[], _Writer], begun: _Begun) -> Callable[[int], None]:
     """In a process of the cluster: check its machine, load the model, and write parts by their numbers."""
     node = platform.node()
     if begun.version != __version__:

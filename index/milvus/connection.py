@@ -61,13 +61,15 @@ class MilvusAddress:
         if "://" not in text:
             if not text.endswith(LOCAL_SUFFIX):
                 raise UsageError(
-                    f"{text!r} is no address of Milvus: give http://HOST:19530 of a server, or a local file that ends "
-                    f"in {LOCAL_SUFFIX}, for milvus-lite."
+                    f"{text!r} is not an address of Milvus: give http://HOST:19530 of a server, or a local file "
+                    f"that ends in {LOCAL_SUFFIX}, for milvus-lite."
                 )
             return cls(text)
         parts = urlsplit(text)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{text!r} is no address of a Milvus server: give http://HOST:19530 or https://HOST:PORT.")
+            raise UsageError(
+                f"{text!r} is not an address of a Milvus server: give http://HOST:19530 or https://HOST:PORT."
+            )
         # not repeated in the message: it may be a password
         if parts.username is not None or parts.password is not None or parts.query:
             raise UsageError(

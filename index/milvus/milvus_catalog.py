@@ -14,9 +14,8 @@ from vlm.index.metadata import FieldValue
 from vlm.index.milvus.collection import StoredField, entry_of, shard_term, uid_digest, values_of_terms
 from vlm.index.milvus.connection import MilvusConnection
 from vlm.index.milvus.expressions import expression_of
+from vlm.index.milvus.value_keys import fold_ascii
 from vlm.tensor_types import Array, Int64
-
-_FOLDED = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
 
 
 class MilvusCatalogue(EngineCatalogue):
@@ -84,7 +83,7 @@ class MilvusCatalogue(EngineCatalogue):
         return self._connection.rows(self._collection, self._visible())
 
     def where(self, condition: Condition, *, optional_fields: Collection[str] = ()) -> RowSelection:
-        """The rows that a condition selects, which the server does anew in each search.
+        """The rows that a condition selects, evaluated by the server in each search.
 
         Raises: as of `EngineCatalogue.where`, and UsageError: Milvus cannot evaluate it (`expressions`).
         """
@@ -137,10 +136,10 @@ class MilvusCatalogue(EngineCatalogue):
 
     def values_like(self, field: str, text: str, limit: int) -> list[str]:
         """The texts of a field that differ from this one at most in the case of A to Z; reads the whole field."""
-        folded = text.translate(_FOLDED)
+        folded = fold_ascii(text)
         texts: dict[str, None] = {}
         for value, _ in self._values(field, "row >= 0"):
-            if isinstance(value, str) and value.translate(_FOLDED) == folded:
+            if isinstance(value, str) and fold_ascii(value) == folded:
                 texts[value] = None
         return list(texts)[:limit]
 

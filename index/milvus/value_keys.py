@@ -101,9 +101,14 @@ def value_of(kind: str, key: str) -> FieldValue:
     return number_of(key) if kind == "n" else text_of(key)
 
 
+def fold_ascii(text: str) -> str:
+    """The text with A to Z as small letters, which is how `like` and hints compare."""
+    return text.translate(_FOLDED)
+
+
 def folded_key(text: str) -> str:
     """The key of a text whose A to Z are small letters, for `like`."""
-    return text_key(text.translate(_FOLDED))
+    return text_key(fold_ascii(text))
 
 
 def pattern_key(pattern: str) -> str:
