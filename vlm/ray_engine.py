@@ -31,7 +31,7 @@ Engine = Literal["local", "ray"]
 Task = TypeVar("Task")
 Value = TypeVar("Value")
 
-# a shard that ends its process each time, most likely out of memory, would be tried for ever
+# a shard that ends its process each time, most likely out of memory, would be retried endlessly
 MAX_ATTEMPTS = 3
 # one task runs while the next waits beside it; more would leave other processes idle at the end
 _TASKS_PER_PROCESS = 2
@@ -65,6 +65,18 @@ class NodeResources:
 
     cpus: float
     gpus: float = 0.0
+
+
+def check_engine(engine: str, ray_address: str | None) -> None:
+    """Refuse an engine that does not exist, and an address that would be ignored.
+
+    Raises:
+        UsageError: either of them.
+    """
+    if engine not in ("local", "ray"):
+        raise UsageError(f"engine = {engine!r}; give local or ray.")
+    if engine == "local" and ray_address is not None:
+        raise UsageError(f"--ray-address {ray_address} is for --engine ray; add that, or omit the address.")
 
 
 def run_on_ray(
@@ -119,7 +131,7 @@ def run_on_ray(
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise VlmError(f"Ray ended the work: {reason} What is finished is kept; rerun to resume.") from error
         finally:
-            # ends the processes of a cluster that goes on
+            # ends the processes, where the cluster stays
             if isinstance(rows, Generator):
                 rows.close()
 

@@ -132,6 +132,9 @@ def test_the_commands_take_an_index_of_milvus(
         code, _, err = run(*words)
         assert code == 2
         assert reason in err
+    with pytest.raises(UsageError, match="engine = 'Milvus'; give faiss or milvus"):
+        vlm.build_index(embeddings, tmp_path / "b", **{"engine": "Milvus"})
+    assert not (tmp_path / "b").exists()
 
 
 def test_python_calls_search_group_and_count_as_with_faiss(built: Path, embeddings: Path, tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_a_build_that_fails_leaves_neither_folder_nor_collection(tmp_path: Path)
         ({"kind": "sq8"}, "ivfsq"),
         ({"tuning": TuningParams(rerank=4)}, "--refine-factor"),
         ({"address": "milvus"}, "a local file that ends in .db"),
-        ({"address": "ftp://host:1"}, "is no address of a Milvus server"),
+        ({"address": "ftp://host:1"}, "is not an address of a Milvus server"),
         ({"address": "http://me:secret@host:19530"}, "VLM_MILVUS_TOKEN"),
         ({"address": "/nowhere/at/all.db"}, "there is no folder /nowhere/at"),
     ],

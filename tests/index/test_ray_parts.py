@@ -121,6 +121,7 @@ def test_a_machine_that_does_not_see_the_folder_is_named(model, shards, tmp_path
         ({"processes": 0}, "processes = 0"),
         ({"device": "cuda:1"}, "uses a GPU of its own"),
         ({"engine": "spark"}, "spark"),
+        ({"engine": "local", "ray_address": "head:6379"}, "--ray-address head:6379 is for --engine ray"),
     ],
 )
 def test_what_a_cluster_cannot_do_is_refused(options, message, model, shards, tmp_path):

@@ -69,7 +69,7 @@ def build_index(
     targets = (recall, latency_ms, memory, texts, images)
     # any of them asks for a search over configurations, and nothing else does
     is_autotuned = any(value is not None for value in targets)
-    if engine == "milvus" or address:
+    if engine != "faiss" or address:
         _check_engine(engine, address, is_autotuned)
         return _build_in_milvus(embeddings, out, index_type, _tuning(tuning, seed), address, uid_column)
     if not is_autotuned:
@@ -119,7 +119,9 @@ def _tuning(tuning: dict[str, int | None], seed: int) -> "TuningParams":
 
 
 def _check_engine(engine: str, address: str, is_autotuned: bool) -> None:
-    if engine != "milvus":
+    if engine not in ("faiss", "milvus"):
+        raise UsageError(f"engine = {engine!r}; give faiss or milvus.")
+    if engine == "faiss":
         raise UsageError(f"--address {address} is where Milvus has the rows: add --engine milvus, or leave it out.")
     if is_autotuned:
         raise UsageError(

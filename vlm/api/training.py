@@ -22,7 +22,7 @@ from vlm.manifest import MANIFEST, PROGRESS
 from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.load import load_model
 from vlm.models.model import VisionLanguageModel
-from vlm.ray_engine import Engine, RayCluster
+from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result
 from vlm.storage import is_remote
 from vlm.train.presets import open_preset
@@ -204,8 +204,9 @@ def embed(
         selection=None if selection is None else Path(selection),
     )
     _check_processes(processes)
-    if engine != "local":
-        source, cluster = _on_cluster(job, engine, processes, ray_address)
+    check_engine(engine, ray_address)
+    if engine == "ray":
+        source, cluster = _on_cluster(job, processes, ray_address)
         folders = job.folders
         summaries = embed_on_ray(source, shards_at(job.shards), folders, job.options, cluster, selection=job.selection)
         return EmbedResult(image=summaries.get("image"), text=summaries.get("text"))
@@ -270,8 +271,9 @@ def caption_shards(
         ),
     )
     _check_processes(processes)
-    if engine != "local":
-        source, cluster = _on_cluster(job, engine, processes, ray_address)
+    check_engine(engine, ray_address)
+    if engine == "ray":
+        source, cluster = _on_cluster(job, processes, ray_address)
         return caption_on_ray(source, shards_at(job.shards), job.out, job.options, cluster)
     if processes == 1:
         return job.run()
@@ -339,10 +341,8 @@ class _EmbedJob:
 
 
 def _on_cluster(
-    job: "_EmbedJob | _CaptionJob", engine: str, processes: int, ray_address: str | None
+    job: "_EmbedJob | _CaptionJob", processes: int, ray_address: str | None
 ) -> tuple[ModelSource, RayCluster]:
-    if engine != "ray":
-        raise UsageError(f"engine = {engine!r}; give local or ray.")
     _check_device(job.device)
     source = ModelSource(spec=job.options.model_spec, device=job.device, precision=job.options.precision)
     return source, RayCluster(processes=processes, address=ray_address, uses_gpus=job.device != "cpu")

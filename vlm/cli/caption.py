@@ -82,8 +82,8 @@ class Caption:
             return
         if self.out is not None or self.processes != 1:
             raise UsageError("--out and --processes are for shards; captions of images go to stdout (--json).")
-        if self.engine != "local":
-            raise UsageError(f"--engine {self.engine} is for shards; images are captioned on this machine.")
+        if self.engine != "local" or self.ray_address is not None:
+            raise UsageError("--engine ray and --ray-address are for shards; images are captioned on this machine.")
         # checked first: a model takes long to load
         check_images(list(map(Path, self.images)))
         results = load(self.model, device=self.device, precision=self.precision).caption(

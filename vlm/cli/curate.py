@@ -92,13 +92,14 @@ class Curate:
         from vlm.data.shards import expand_shards
         from vlm.files import write_text
         from vlm.pages import Provenance
-        from vlm.ray_engine import RayCluster
+        from vlm.ray_engine import RayCluster, check_engine
 
         filters = [parse_filter(text, FILTERS) for text in self.filter]
         # read before the long scan, which a selection that cannot be read would waste
         intersect = list(map(read_selection, self.and_))
         subtract = list(map(read_selection, self.minus))
         plus = list(map(read_selection, self.plus))
+        check_engine(self.engine, self.ray_address)
         # a process more at least, where locally 0 scans in this one
         cluster = RayCluster(processes=max(self.workers, 1), address=self.ray_address, uses_gpus=False)
         result = curate(
