@@ -76,7 +76,10 @@ def test_a_stream_gives_the_batches_that_training_sees(trained, scene_shards):
 
 def test_a_run_is_the_preset_of_another_and_is_resumed(trained, tmp_path, scene_shards):
     run, _, _ = trained
-    other = vlm.train(run, run=tmp_path / "other", optimizer={"learning_rate": 1e-4, "beta1": 0.8}, steps=2)
+    # other data as paths, like the rest of the shards
+    others = {"val_other": [scene_shards / "val"], "val_limit": 20}
+    other = vlm.train(run, run=tmp_path / "other", optimizer={"learning_rate": 1e-4, "beta1": 0.8}, steps=2, **others)
+    assert "other/text_to_image_recall@1" in other.metrics
     assert other.steps == 2
     assert open_preset(other.run).optimizer.beta1 == 0.8
     assert vlm.train(other.run, resume=True).samples == other.samples

@@ -63,7 +63,7 @@ def train(
         VlmError: the run had to end; what it has saved is kept.
     """
     config = preset if isinstance(preset, TrainConfig) else open_preset(str(preset), resume=resume)
-    for name, value in (("data", data), ("val", val)):
+    for name, value in (("data", data), ("val", val), ("val_other", settings.get("val_other"))):
         if value is not None:
             settings[name] = join_shards(value)
     if run is not None:
