@@ -27,6 +27,7 @@ from vlm.index.engines import check_index, open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.connection import MilvusAddress, MilvusConnection
 from vlm.index.milvus.milvus_build import build_milvus_index
+from vlm.index.milvus.milvus_writer import MilvusWriter
 from vlm.manifest import read_manifest
 from vlm.server.served_index import ServedIndex
 
@@ -268,6 +269,33 @@ def test_no_token_is_ever_written(index: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read_manifest(index, "index").generation == 2
     for path in index.rglob("*.json"):
         assert "very-secret" not in path.read_text()
+
+
+def test_an_interrupted_change_is_rolled_back_at_once_or_else_before_the_next(
+    index: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures: dict[str, BaseException] = {"manifest": KeyboardInterrupt()}
+
+    def fail(point: str) -> None:
+        if point in failures:
+            raise failures[point]
+
+    with MilvusWriter(index, failpoint=fail) as writer:
+        # by then the deleted row is marked
+        with pytest.raises(KeyboardInterrupt):
+            writer.delete(["u1"])
+        assert check_index(index).strays == ()
+        failures["bringing deleted rows back"] = VlmError("no server")
+        with pytest.raises(KeyboardInterrupt):
+            writer.delete(["u1"])
+        assert "stays until the next one rolls it back (no server)" in caplog.text
+        assert len(check_index(index).strays) == 1
+        failures.clear()
+        assert writer.delete(["u2"]).rows == 29
+        assert check_index(index).strays == ()
+    reader = open_engine_index(index)
+    assert reader.catalogue.find("u1") is not None
+    reader.close()
 
 
 def test_damage_of_the_collection_is_found(index: Path) -> None:
