@@ -159,10 +159,6 @@ def _read_tombstones(folder: Path, details: IndexDetails, manifest: Manifest) ->
     return np.array(open_array(folder / details.tombstones, np.dtype(np.int64), shape))
 
 
-RowSet = Int64[Array, " N"]
-"""Row numbers, ascending."""
-
-
 class Index(EngineIndex[IndexSnapshot]):
     """An index folder of FAISS open for reading: one version of it, until `refresh` moves to the newest."""
 

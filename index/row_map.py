@@ -16,7 +16,7 @@ from vlm.errors import UsageError
 from vlm.files import atomic_write
 from vlm.index.index_files import MapRecord
 from vlm.index.map_layout import PLACING_NEIGHBOURS, place_among
-from vlm.index.reader import IndexSnapshot, RowSet
+from vlm.index.reader import IndexSnapshot
 from vlm.index.segments import nearest, open_array
 from vlm.manifest import FileRecord, record_file
 from vlm.tensor_types import Array, Float32, Int64
@@ -117,11 +117,11 @@ class RowMap:
         return positions[np.equal(self.rows[positions], rows)]
 
     def sample(
-        self, box: Sequence[float] | None, top: int, allowed_rows: RowSet | None = None
+        self, box: Sequence[float] | None, top: int, allowed_rows: Int64[Array, " A"] | None = None
     ) -> tuple[Int64[Array, " K"], int]:
         """The positions of at most `top` rows of a region, and how many rows it has.
 
-        box: left, bottom, right, top; None is the whole map. allowed_rows: only these count.
+        box: left, bottom, right, top; None is the whole map. allowed_rows: only these count, ascending.
         """
         is_inside: np.ndarray = np.ones(len(self.rows), bool)
         if box is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm.errors import VlmError
 from vlm.index.catalog import Entry
+from vlm.index.engine_base import row_numbers
 from vlm.index.facets import ValueCount
 from vlm.index.metadata import metadata_fields
 from vlm.index.reader import IndexSnapshot
@@ -50,7 +51,9 @@ class MapReader:
             # refused before the rows are read
             counts = self.index.facets([request.colour], where=request.where, top=LEGEND_SIZE)
             legend = counts[request.colour]
-        positions, num_inside = row_map.sample(request.box, request.top, rows_matching(snapshot, request.where))
+        matching = rows_matching(snapshot, request.where)
+        allowed_rows = None if matching is None else row_numbers(matching)
+        positions, num_inside = row_map.sample(request.box, request.top, allowed_rows)
         entries = snapshot.catalogue.entries(row_map.rows[positions].tolist())
         places = _rounded(row_map.places[positions])
         known = snapshot.catalogue.rows_by_uid(request.uids)
