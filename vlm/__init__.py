@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vlm.api.runs import list_runs as list_runs
     from vlm.api.training import caption_shards as caption_shards
     from vlm.api.training import embed as embed
+    from vlm.api.training import soup as soup
     from vlm.api.training import train as train
     from vlm.client import AsyncClient as AsyncClient
     from vlm.client import Client as Client
@@ -66,6 +67,7 @@ __all__ = [
     "open_index",
     "pack",
     "relate",
+    "soup",
     "stream",
     "train",
     "train_tokenizer",
@@ -98,6 +100,7 @@ _MODULES: dict[str, str] = {
     "open_index": "vlm.api.index",
     "pack": "vlm.api.packing",
     "relate": "vlm.api.data",
+    "soup": "vlm.api.training",
     "stream": "vlm.api.data",
     "train_tokenizer": "vlm.api.data",
     "watch": "vlm.api.find",

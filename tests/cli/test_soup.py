@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import vlm
 from vlm.cli.main import main
 from vlm.data.tokenizers import open_tokenizer
 from vlm.data.transforms import EvalTransform
@@ -137,6 +138,28 @@ def test_a_path_is_measured_on_both_data_sets_drawn_and_bounded(capsys, tuned, s
     assert inputs["val-other"] == inputs["val"]
 
 
+def test_a_call_makes_and_gives_what_the_verb_does(capsys, tuned, scene_shards):
+    val = scene_shards / "val"
+    words = ["--val", val, "--val-other", val, "--alphas", "0.5,1", "--max-drift", "1", "--workers", "0", "--json"]
+    base = ["--interpolate", tuned / "start"]
+    code, out, err = run(capsys, "soup", tuned / "a", *base, "--out", tuned / "x", *words)
+    assert code == 0, err
+    (tuned / "x").rename(tuned / "of-the-verb")
+    summary = vlm.soup(
+        tuned / "a",
+        tuned / "x",
+        interpolate=tuned / "start",
+        val=[val],
+        val_other=val,
+        alphas=[0.5, 1],
+        max_drift=1,
+        workers=0,
+    )
+    assert summary.to_json() == json.loads(out) == json.loads((tuned / "x/soup.json").read_text())
+    with pytest.raises(vlm.UsageError, match="greedy chooses by a metric on held-out shards"):
+        vlm.soup([tuned / "a", tuned / "b"], tuned / "y", greedy=True)
+
+
 def test_a_checkpoint_of_a_run_is_an_ingredient(capsys, tuned):
     checkpoint = tuned / "run" / "checkpoints" / "step-00000004"
     checkpoint.parent.mkdir(parents=True)
@@ -150,11 +173,11 @@ def test_a_checkpoint_of_a_run_is_an_ingredient(capsys, tuned):
     ("words", "message"),
     [
         (["a"], "two models or more"),
-        (["a", "b", "--greedy"], "--val"),
-        (["a", "b", "--greedy", "--weights", "1,2"], "--greedy and --weights"),
-        (["a", "b", "--interpolate", "start"], "one tuned MODEL"),
-        (["a", "b", "--alphas", "0.5"], "--interpolate START"),
-        (["a", "--interpolate", "start", "--val-other", "shards"], "beside --val"),
+        (["a", "b", "--greedy"], "held-out shards: give them as val"),
+        (["a", "b", "--greedy", "--weights", "1,2"], "greedy and weights are different ways"),
+        (["a", "b", "--interpolate", "start"], "needs one tuned model besides it; 2 were given"),
+        (["a", "b", "--alphas", "0.5"], "give the base of the one model as interpolate"),
+        (["a", "--interpolate", "start", "--val-other", "shards"], "measured beside val"),
         (["a", "--interpolate", "start", "--max-drift", "-1"], "not a share"),
         (["a", "b", "--weights", "1"], "2 models need 2 weights"),
         (["a", "b", "--weights", "half,half"], "not a list of numbers"),

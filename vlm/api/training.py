@@ -1,8 +1,9 @@
-"""`vlm.train`, `vlm.embed`, `vlm.caption_shards`: shards to a run, to embeddings, to new captions."""
+"""`vlm.train`, `vlm.soup`, `vlm.embed`, `vlm.caption_shards`: shards to a run, to embeddings, to new captions."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import torch
 from vlm.api.inference import Model
 from vlm.data.pack import shards_at
 from vlm.data.selection import read_selection
-from vlm.data.shards import Shards, join_shards
+from vlm.data.shards import Shards, expand_shards, join_shards, shards_fingerprint
 from vlm.errors import UsageError, VlmError, os_errors_explained
+from vlm.files import atomic_folder, check_not_exists, json_text, write_text
 from vlm.index.embed import SINGLE_PROCESS, EmbedOptions, EmbedSummary, ProcessRank, embed_into
 from vlm.index.embeddings_folder import Modality, VectorStorage
 from vlm.index.ray_parts import ModelSource, caption_on_ray, embed_on_ray
@@ -20,11 +22,12 @@ from vlm.index.recaption import RecaptionOptions, RecaptionSummary, recaption
 from vlm.launch import run_in_processes
 from vlm.manifest import MANIFEST, PROGRESS
 from vlm.models.decoding_options import GREEDY, DecodingOptions
-from vlm.models.load import load_model
+from vlm.models.load import load_model, load_network, save_model_folder
 from vlm.models.model import VisionLanguageModel
 from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result
 from vlm.storage import is_remote
+from vlm.train.averaging import Ingredient, Measure, PathPoint, build_soup, parse_metric, retrieval_measure
 from vlm.train.presets import open_preset
 from vlm.train.run import RunSummary
 from vlm.train.run import train as train_run
@@ -118,6 +121,165 @@ def _check_processes(processes: int) -> None:
             f"A launcher has started {world_size} processes already; omit --processes. (A script that starts them "
             "itself makes this call under if __name__ == '__main__'.)"
         )
+
+
+SOUP_FILE = "soup.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoupSummary(Result):
+    """A soup that was written, its ingredients, and its metric with its value if one was measured.
+
+    sweep: the interpolations that were tried.
+    """
+
+    out: str
+    method: Literal["uniform", "weighted", "greedy", "interpolation"]
+    fingerprint: str
+    metric: str | None
+    value: float | None
+    ingredients: tuple[Ingredient, ...]
+    sweep: tuple[PathPoint, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `vlm soup --json` prints; a point of the sweep has the keys of what was measured there."""
+        points: list[dict[str, Any]] = []
+        for point in self.sweep:
+            points.append({"alpha": point.alpha, "value": point.metric})
+            if point.other is not None:
+                points[-1] |= {"other": point.other, "is_allowed": point.is_allowed}
+        return super().to_json() | {"sweep": points}
+
+
+@os_errors_explained()
+def soup(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    greedy: bool = False,
+    weights: Sequence[float] = (),
+    interpolate: str | Path = "",
+    alphas: Sequence[float] = (),
+    val: Shards = "",
+    val_other: Shards = "",
+    max_drift: float = 0.01,
+    feature_folder: str | Path = "",
+    metric: str = "recall@10",
+    languages: Sequence[str] = (),
+    captions_each: int = 0,
+    workers: int = 1,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> SoupSummary:
+    """Average fine-tuned models of the same base into one, as `vlm soup` does.
+
+    Args:
+        models: several for a uniform, weighted or greedy soup; one for an interpolation.
+        out: model folder to write.
+        greedy: begin with the best model and add each that does not lower the metric on `val`.
+        weights: one for each model; empty weighs all equally.
+        interpolate: the base of the one model: the result is (1 - α) · base + α · model.
+        alphas: α of the interpolation; empty uses 0.5, or with `val` the best of 0, 0.25, 0.5, 0.75, 1.
+        val: held-out shards to measure retrieval on.
+        val_other: shards of other data that the base is good at, for an interpolation, which is then drawn into
+            path.png. max_drift: how far the metric on them may be below that of the base.
+        feature_folder: folder of a run's features: equal trunks then need not run again.
+        metric: recall@1, @5 or @10, the mean of both directions, or one direction: text_to_image_recall@10, ….
+        languages: of captions; empty uses the first of each sample. captions_each: captions per image and language, 0
+            for all.
+
+    Raises:
+        UsageError: options exclude each other, `out` exists, or the models differ in more than their weights.
+        VlmError: a model has diverged.
+    """
+    names = [str(models)] if isinstance(models, str | Path) else list(map(str, models))
+    method = _soup_method(len(names), greedy=greedy, weights=weights, interpolate=interpolate)
+    _check_soup_measures(method, val, val_other, alphas, max_drift)
+    parse_metric(metric)
+    check_not_exists(Path(out))
+    # the choice of ingredients depends on the held-out shards as well
+    inputs: dict[str, str] = {}
+    measures: dict[str, Measure] = {}
+    for name, held_out in (("val", val), ("val-other", val_other)):
+        if held_out:
+            shards = expand_shards(join_shards(held_out))
+            inputs[name] = shards_fingerprint(shards)
+            measures[name] = retrieval_measure(
+                metric, shards, languages=tuple(languages), captions_each=captions_each, workers=workers
+            )
+    mean = build_soup(
+        names,
+        # a function, so that models are opened one by one: large ones need not fit into memory together
+        open_model=partial(load_network, device=device, precision=precision),
+        measure=measures.get("val"),
+        greedy=greedy,
+        shares=tuple(weights),
+        start=str(interpolate),
+        alphas=tuple(alphas),
+        measure_other=measures.get("val-other"),
+        max_drift=max_drift,
+        feature_folder=Path(feature_folder) if feature_folder else None,
+    )
+    summary = SoupSummary(
+        out=str(out),
+        method=method,
+        fingerprint=mean.model.fingerprint,
+        metric=metric if val else None,
+        value=mean.metric,
+        ingredients=mean.ingredients,
+        sweep=mean.sweep,
+    )
+    _write_soup(summary, mean.model, inputs, max_drift=max_drift)
+    return summary
+
+
+def _soup_method(
+    number: int, *, greedy: bool, weights: Sequence[float], interpolate: str | Path
+) -> Literal["uniform", "weighted", "greedy", "interpolation"]:
+    """The way of averaging, in a word; options that exclude each other are refused before anything is read."""
+    methods = {"greedy": greedy, "weights": len(weights) > 0, "interpolate": bool(interpolate)}
+    requested = [name for name, value in methods.items() if value]
+    if len(requested) > 1:
+        raise UsageError(f"{' and '.join(requested)} are different ways to average; give one of them.")
+    if interpolate and number != 1:
+        raise UsageError(f"interpolate, the base, needs one tuned model besides it; {number} were given.")
+    if not interpolate and number < 2:
+        raise UsageError("A soup needs two models or more; for one and its base give the base as interpolate.")
+    if interpolate:
+        return "interpolation"
+    if greedy:
+        return "greedy"
+    return "weighted" if requested else "uniform"
+
+
+def _check_soup_measures(
+    method: str, val: Shards, val_other: Shards, alphas: Sequence[float], max_drift: float
+) -> None:
+    if len(alphas) and method != "interpolation":
+        raise UsageError("alphas are of an interpolation: give the base of the one model as interpolate.")
+    if val_other and not (method == "interpolation" and val):
+        raise UsageError("val-other is measured beside val along an interpolation; give val and interpolate, too.")
+    if not 0 <= max_drift <= 1:
+        raise UsageError(f"max-drift {max_drift} is not a share; give a number from 0 to 1.")
+    if method == "greedy" and not val:
+        raise UsageError("greedy chooses by a metric on held-out shards: give them as val.")
+
+
+def _write_soup(summary: SoupSummary, model: VisionLanguageModel, inputs: dict[str, str], *, max_drift: float) -> None:
+    inputs = dict(inputs)
+    for ingredient in summary.ingredients:
+        # models that greedy selection left out have no part in the weights
+        if ingredient.share:
+            inputs[f"model {ingredient.model}"] = ingredient.fingerprint
+    # the summary first, so that the manifest, written last, lists it
+    with atomic_folder(Path(summary.out)) as folder:
+        write_text(folder / SOUP_FILE, json_text(summary.to_json(), indent=2) + "\n")
+        if summary.metric and "val-other" in inputs:
+            # here: matplotlib is loaded by those who draw
+            from vlm.train.plots import draw_path
+
+            draw_path(summary.sweep, folder / "path.png", metric=summary.metric, max_drift=max_drift)
+        save_model_folder(folder, model, inputs=inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
