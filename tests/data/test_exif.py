@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
-from vlm.data.exif import exif_fields
+from vlm.data.photo_formats import exif_fields
 
 
 def read_back(exif: Image.Exif) -> dict[str, Any]:
