@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from operator import itemgetter
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlm.console import list_counts, pluralize, progress, track
-from vlm.data.dataset_card import CARD, dataset_card
 from vlm.data.decode import open_image, packable_formats, to_rgb
 from vlm.data.dedup import rgb_thumbnail
 from vlm.data.json_columns import JsonColumns, WordedSource, Words
@@ -27,6 +26,7 @@ from vlm.data.shards import expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource
 from vlm.data.sources.source_registry import Recognition, holds_shards, open_source
 from vlm.data.split import GroupedSplit, HeldOutSplit
+from vlm.data.tar import IMAGE_EXTENSIONS
 from vlm.data.tar_writer import SampleWriter
 from vlm.errors import BadSample, UsageError, VlmError
 from vlm.files import append_line, atomic_write, json_text, read_lines, write_text
@@ -514,3 +514,33 @@ def _finish(
     (out / _JOURNAL).unlink()
     (out / _HELD_OUT).unlink(missing_ok=True)
     return manifest
+
+
+CARD = "README.md"
+_KEYS = ("__key__", "__url__")
+
+
+def dataset_card(columns: JsonColumns, *, splits: Iterable[str], endings: Iterable[str], samples: int) -> str:
+    """The text of the card. splits: the names before the number of a shard. endings: of the members in all shards.
+
+    The types are left out where a column has none that holds all its values, and where arrays are stored.
+    """
+    endings = sorted(set(endings))
+    # shards that are not split are called shard-*.tar
+    data_files = [{"split": "train" if split == "shard" else split, "path": f"{split}-*.tar"} for split in splits]
+    card: dict[str, Any] = {"configs": [{"config_name": "default", "data_files": data_files}]}
+    json_feature = columns.feature()
+    if json_feature is not None and not any(ending.endswith("npy") for ending in endings):
+        features: list[dict[str, Any]] = []
+        for ending in endings:
+            if ending == "json":
+                features.append({"name": ending} | json_feature)
+            else:
+                features.append({"name": ending, "dtype": "image" if ending in IMAGE_EXTENSIONS else "string"})
+        features += [{"name": key, "dtype": "string"} for key in _KEYS]
+        card["dataset_info"] = {"features": features}
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in card.items()]
+    parts = ", ".join(endings)
+    return "\n".join(
+        ["---", *lines, "---", "", f"{samples:,} samples in WebDataset shards ({parts}), written by vlm pack.", ""]
+    )
