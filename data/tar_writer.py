@@ -1,10 +1,16 @@
 """Writing samples to a shard."""
 
 import io
+import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO, Self
+
+from vlm.data.npy_files import npy_bytes
+from vlm.data.shard_cache import ShardCache
+from vlm.data.tar import Arrays, Member, open_index, open_tar, read_entries
+from vlm.storage import file_identity, local_path
 
 _MODE = 0o444
 _OWNER = "bigdata"
@@ -37,3 +43,74 @@ class SampleWriter:
             entry.mode = _MODE
             entry.uname = entry.gname = _OWNER
             self._tar.addfile(entry, io.BytesIO(data))
+
+
+def copy_with_arrays(url: str, out: BinaryIO, arrays: Iterator[Arrays], cache: ShardCache | None = None) -> None:
+    """Copy the tar at `url`, with `KEY.NAME.npy` after the last part of each sample.
+
+    Contents and order of the regular files stay, and so do names, but for endings, which become lower-case as other
+    readers expect them; times, owners, links and folders are left out, so the same
+    arrays give the same bytes. A stored array that the sample had under the same name is replaced. Of a tar cut short,
+    the file that is cut is left out.
+
+    Args:
+        url: of a plain, compressed or remote tar.
+        out: where the plain copy is written.
+        arrays: those of each sample in the order of the index, by name; empty for a sample that gets none.
+        cache: where remote and compressed tars are kept; the default one if not given.
+    """
+    index = open_index(url, cache)
+    members: list[Member] = []
+    sample_at: dict[int, int] = {}
+    for number in range(len(index)):
+        member = index[number]
+        members.append(member)
+        for span in member.spans:
+            sample_at[span.offset] = number
+
+    path = local_path(url)
+    identity = file_identity(path, cache.retry_policy if cache else None)
+    current = -1
+    added = Arrays()
+    with (
+        open_tar(path, identity, cache) as file,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        end = file.seek(0, os.SEEK_END)
+        for entry in read_entries(file, url)[0]:
+            if entry.offset_data + entry.size > end:
+                break
+            number = sample_at.get(entry.offset_data)
+            if number is None:  # not part of a sample, as the index sees it
+                _copy_entry(tar, entry, file)
+                continue
+            while current < number:
+                current += 1
+                added = next(arrays)
+            member = members[number]
+            if not _is_replaced(entry, member, added):
+                _copy_entry(tar, entry, file)
+            # after the last part, so that the run of members that makes the sample is not broken
+            if entry.offset_data == max(span.offset for span in member.spans):
+                for name in sorted(added):
+                    data = npy_bytes(added[name])
+                    tar.addfile(_tar_entry(f"{member.key}.{name}.npy", len(data)), io.BytesIO(data))
+        for _ in arrays:  # run to the end, also past samples without any part that is known
+            pass
+
+
+def _is_replaced(entry: tarfile.TarInfo, member: Member, added: Arrays) -> bool:
+    return any(span.offset == entry.offset_data for name, span in member.arrays.items() if name in added)
+
+
+def _copy_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> None:
+    file.seek(entry.offset_data)
+    folder, slash, name = entry.name.rpartition("/")
+    stem, dot, ending = name.partition(".")
+    tar.addfile(_tar_entry(f"{folder}{slash}{stem}{dot}{ending.lower()}", entry.size), file)
+
+
+def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    return entry

@@ -28,7 +28,7 @@ from vlm.data.pack import read_journal
 from vlm.data.sampler import SequentialBatches
 from vlm.data.shards import count_samples, shard_stem, shards_fingerprint
 from vlm.data.tar import Arrays
-from vlm.data.tar_copy import copy_with_arrays
+from vlm.data.tar_writer import copy_with_arrays
 from vlm.errors import UsageError, VlmError
 from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
