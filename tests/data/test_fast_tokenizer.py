@@ -6,8 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm.data.fast_tokenizer import FastTokenizer, save_without_torch, trial_texts
-from vlm.data.tokenizers import HuggingFaceTokenizer, TransformersTokenizer, open_tokenizer
+from vlm.data.tokenizers import (
+    FastTokenizer,
+    HuggingFaceTokenizer,
+    TransformersTokenizer,
+    open_tokenizer,
+    save_without_torch,
+    trial_texts,
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from vlm.data.clip_bpe import VOCABULARY, shipped_vocabulary
-from vlm.data.fast_tokenizer import save_without_torch
-from vlm.data.tokenizers import ClipTokenizer, open_tokenizer
+from vlm.data.tokenizers import ClipTokenizer, open_tokenizer, save_without_torch
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder
 from vlm.manifest import Manifest, record_file, write_manifest
