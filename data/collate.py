@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlm.data.cached_features import CachedFeatures
 from vlm.data.caption_sampler import CaptionSampler, SampledCaption
 from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.class_labels import ClassLabels
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view
 from vlm.data.loader import stream_batches
-from vlm.data.precomputed_features import PrecomputedFeatures
+from vlm.data.precomputed_features import CachedFeatures, PrecomputedFeatures
 from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, RandomSource, Sample, SampleRng, shuffled
 from vlm.data.shard_set import ShardSet

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from vlm.console import progress
-from vlm.data.cached_features import CachedFeatures
 from vlm.data.collate import EvalBatch, EvalCollator
 from vlm.data.loader import stream_batches
+from vlm.data.precomputed_features import CachedFeatures
 from vlm.data.sampler import SequentialBatches
 from vlm.data.samples import select_languages
 from vlm.data.shards import count_samples, shards_fingerprint

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from vlm.data.cached_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.data.collate import TrainingBatch
 from vlm.data.corpus import Corpus
+from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.data.sample_ledger import Epoch, Ledger, ShardCount, sum_counts
 from vlm.errors import VlmError
 from vlm.files import compute_fingerprint, write_text

@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm import __version__
 from vlm.config import from_toml, read_toml, to_toml
 from vlm.data.batch_order import arrange_batches
-from vlm.data.cached_features import CachedFeatures
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.caption_sidecar import CaptionMix
 from vlm.data.class_labels import open_class_labels
@@ -36,7 +35,7 @@ from vlm.data.corpus import Corpus, open_corpus, read_sources
 from vlm.data.device_prefetch import DevicePrefetcher
 from vlm.data.gpu_decode import check_decoder
 from vlm.data.loader import stream_batches
-from vlm.data.precomputed_features import PrecomputedFeatures
+from vlm.data.precomputed_features import CachedFeatures, PrecomputedFeatures
 from vlm.data.sample_relations import read_relations
 from vlm.data.sampler import BatchSampler
 from vlm.data.shard_cache import ShardCache, default_cache

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm.data.cached_features import IMAGE_FEATURE, TEXT_FEATURE
+from vlm.data.precomputed_features import IMAGE_FEATURE, TEXT_FEATURE
 from vlm.errors import UsageError
 from vlm.models.coca import can_caption_in_parallel, parallel_logits
 from vlm.models.factory import is_captioner
