@@ -521,9 +521,14 @@ _KEYS = ("__key__", "__url__")
 
 
 def dataset_card(columns: JsonColumns, *, splits: Iterable[str], endings: Iterable[str], samples: int) -> str:
-    """The text of the card. splits: the names before the number of a shard. endings: of the members in all shards.
+    """The README.md of a folder of shards, by which Hugging Face datasets knows its splits and the type of each column.
 
-    The types are left out where a column has none that holds all its values, and where arrays are stored.
+    Without it `load_dataset` takes the types from the first five samples: it drops what comes later, or fails where a
+    column is empty in those five. The block between `---` is YAML, of which JSON is a part
+    (https://huggingface.co/docs/hub/datasets-cards). The types are left out where a column has none that holds all its
+    values, and where arrays are stored.
+
+    splits: the names before the number of a shard. endings: of the members in all shards.
     """
     endings = sorted(set(endings))
     # shards that are not split are called shard-*.tar

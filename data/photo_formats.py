@@ -153,6 +153,7 @@ def _rawpy() -> Any:
     return importlib.import_module("rawpy")
 
 
+# EXIF 2.32 numbers what a camera writes: when, where and with what a photo was taken
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 _MAKE, _MODEL, _CHANGED = 0x010F, 0x0110, 0x0132
 _TAKEN, _DIGITISED = 0x9003, 0x9004

@@ -1,4 +1,6 @@
-"""Precomputed features stored next to a sample: a teacher's embeddings of views and captions, or text embeddings.
+"""Features read in place of what would be computed: those stored next to a sample, and a cache of frozen towers'.
+
+`PrecomputedFeatures` are a teacher's embeddings of views and captions, or text embeddings, stored next to a sample.
 
 A sample may hold `key.NAME.npy` members. Those of NAME `view_seeds` (uint64 [A]) are seeds of A views a teacher saw;
 `teacher_image` (float [A, D]) is what it made of them: the student is shown the same view (dataset reinforcement,
@@ -134,7 +136,13 @@ _SEEDS = 1 << 53
 
 @dataclass(frozen=True, kw_only=True)
 class CachedFeatures:
-    """The parts of all shards of a corpus, in their order; none where that tower is not frozen.
+    """Features of frozen towers, computed once and read in training instead of images and captions.
+
+    A part holds the features of one shard, in the order of its samples: of images [N, V, F] for V views, of captions
+    [N, C, F] for the longest list of captions, numbered over all languages as the shard has them. What could not be
+    computed (a damaged image) or is not there (a shorter list) is NaN. Parts are float16 .npy files, memory-mapped.
+
+    image_parts, text_parts: of all shards of a corpus, in their order; none where that tower is not frozen.
 
     blend: concentration of the Dirichlet weights by which the captions of a sample, those in the language of the drawn
         one, are averaged; 0 takes the drawn caption alone. A large number gives nearly their mean, 1 all weights alike.

@@ -1,4 +1,4 @@
-"""Writing samples to a shard."""
+"""Writing a shard: samples one by one, or those of another shard with arrays added."""
 
 import io
 import os

@@ -224,6 +224,109 @@ class TransformersTokenizer(Tokenizer):
         return compute_fingerprint("transformers", vocabulary, str(self.context_length), self._wrapped.padding_side)
 
 
+class CausalTokenizer:
+    """The tokenizer in a folder of a causal language model (GPT-2, OPT, Llama).
+
+    These put no end token after a text, and many pad with it, so that a captioner would never learn to stop: here each
+    row has both, and `pad_token` is one more than all ids of the folder.
+
+    Raises:
+        UsageError: the folder has no tokenizer, or one without an end token.
+    """
+
+    def __init__(self, source: str, context_length: int) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._wrapped: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"No tokenizer of a language model at {source!r}: {error}") from error
+        end = self._wrapped.eos_token_id
+        if end is None:
+            raise UsageError(f"The tokenizer of {source} has no end token, so captions would never end; give it one.")
+        start = self._wrapped.bos_token_id
+        self.start_token, self.end_token = end if start is None else start, end
+        self.pad_token = len(self._wrapped)
+        self.vocab_size = self.pad_token + 1
+        self.context_length = context_length
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts to int64 [T, L]; what does not fit is cut, the end token is kept."""
+        rows = np.full((len(texts), self.context_length), self.pad_token, np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            pieces = self._wrapped.encode(text, add_special_tokens=False)[: self.context_length - 2]
+            row[: len(pieces) + 2] = [self.start_token, *pieces, self.end_token]
+        return rows
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of one row, up to its end token."""
+        pieces: list[int] = []
+        for place, token in enumerate(tokens):
+            # the start token may be the end token itself
+            if token in (self.end_token, self.pad_token) and place:
+                break
+            if token not in (self.start_token, self.pad_token):
+                pieces.append(token)
+        return self._wrapped.decode(pieces, skip_special_tokens=True).strip()
+
+    def save(self, folder: Path) -> None:
+        """Write what `open_tokenizer(folder)` needs."""
+        self._wrapped.save_pretrained(folder)
+        describe_tokenizer(folder, {"kind": "causal", "context_length": self.context_length})
+
+    def fingerprint(self) -> str:
+        """Identity of the mapping from text to ids."""
+        vocabulary = json.dumps(self._wrapped.get_vocab(), sort_keys=True)
+        return compute_fingerprint("causal", vocabulary, str(self.context_length))
+
+
+_FAST_FILE = "tokenizer.json"
+
+
+class FastTokenizer(Tokenizer):
+    """A `tokenizer.json` with its truncation and padding, and the cleaning of texts before it.
+
+    By the library `tokenizers` alone: the ids of transformers and open_clip, without torch.
+    """
+
+    def __init__(self, folder: Path, context_length: int) -> None:
+        import tokenizers
+
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        self._folder = folder
+        self._described = described
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(folder / _FAST_FILE))
+        except Exception as error:  # the library raises no type of its own
+            raise VlmError(f"{folder / _FAST_FILE} cannot be read: {error}") from error
+        if context_length != described["context_length"]:
+            raise VlmError(f"{folder} was saved for {described['context_length']} tokens, not {context_length}.")
+        self.context_length, self.vocab_size = context_length, described["vocab_size"]
+        self.start_token, self.end_token = described["start_token"], described["end_token"]
+        self.pad_token = described["pad_token"]
+
+    @override
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        cleaning = self._described["cleaning"]
+        if cleaning:
+            texts = [clean_text(text, cleaning) for text in texts]
+        rows = [encoding.ids for encoding in self._inner.encode_batch(list(texts))]
+        return np.array(rows, np.int64).reshape(len(rows), self.context_length)
+
+    @override
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._inner.decode(list(tokens), skip_special_tokens=True).strip()
+
+    @override
+    def save(self, folder: Path) -> None:
+        write_text(folder / _FAST_FILE, (self._folder / _FAST_FILE).read_text(encoding="utf-8"))
+        write_text(folder / DESCRIPTION, json.dumps(self._described, indent=2) + "\n")
+
+    @override
+    def fingerprint(self) -> str:
+        return compute_fingerprint("fast", self._inner.to_str(), json.dumps(self._described, sort_keys=True))
+
+
 _SAVED: dict[str, Callable[[Path, int, dict[str, Any]], Tokenizer]] = {
     "clip": lambda folder, length, saved: _open_clip_bpe(folder, length),
     "sentencepiece": lambda folder, length, saved: SentencePieceTokenizer(
@@ -231,14 +334,9 @@ _SAVED: dict[str, Callable[[Path, int, dict[str, Any]], Tokenizer]] = {
     ),
     "huggingface": lambda folder, length, saved: HuggingFaceTokenizer(str(folder), length, saved.get("options")),
     "transformers": lambda folder, length, saved: TransformersTokenizer(str(folder), length),
-    "causal": lambda folder, length, saved: _open_causal(str(folder), length),
-    "fast": lambda folder, length, saved: _open_fast(folder, length),
+    "causal": lambda folder, length, saved: CausalTokenizer(str(folder), length),
+    "fast": lambda folder, length, saved: FastTokenizer(folder, length),
 }
-
-
-def _open_causal(source: str, context_length: int) -> Tokenizer:
-
-    return CausalTokenizer(source, context_length)
 
 
 def _open_clip_bpe(folder: Path, context_length: int) -> Tokenizer:
@@ -247,13 +345,8 @@ def _open_clip_bpe(folder: Path, context_length: int) -> Tokenizer:
     return ClipTokenizer(context_length, vocabulary=path.read_bytes() if path.is_file() else None)
 
 
-def _open_fast(folder: Path, context_length: int) -> Tokenizer:
-
-    return FastTokenizer(folder, context_length)
-
-
 CAUSAL_PREFIX = "causal:"
-"""Before the folder of a causal language model, whose captions need an end (`vlm.data.tokenizers`)."""
+"""Before the folder of a causal language model, whose captions need an end (`CausalTokenizer`)."""
 
 
 def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
@@ -273,7 +366,8 @@ def open_tokenizer(source: str, context_length: int | None = None) -> Tokenizer:
     if source == "clip":
         return ClipTokenizer(context_length or CLIP_CONTEXT_LENGTH)
     if source.startswith(CAUSAL_PREFIX):
-        return _open_causal(locate_weights(source.removeprefix(CAUSAL_PREFIX)), context_length or CLIP_CONTEXT_LENGTH)
+        language_model = locate_weights(source.removeprefix(CAUSAL_PREFIX))
+        return CausalTokenizer(language_model, context_length or CLIP_CONTEXT_LENGTH)
     source = locate_weights(source)
     path = Path(source)
     if path.is_file():
@@ -357,64 +451,6 @@ def describe_tokenizer(folder: Path, values: dict[str, Any]) -> None:
     write_text(folder / DESCRIPTION, json.dumps(values, indent=2) + "\n")
 
 
-class CausalTokenizer:
-    """The tokenizer in a folder of a causal language model (GPT-2, OPT, Llama).
-
-    These put no end token after a text, and many pad with it, so that a captioner would never learn to stop: here each
-    row has both, and `pad_token` is one more than all ids of the folder.
-
-    Raises:
-        UsageError: the folder has no tokenizer, or one without an end token.
-    """
-
-    def __init__(self, source: str, context_length: int) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._wrapped: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"No tokenizer of a language model at {source!r}: {error}") from error
-        end = self._wrapped.eos_token_id
-        if end is None:
-            raise UsageError(f"The tokenizer of {source} has no end token, so captions would never end; give it one.")
-        start = self._wrapped.bos_token_id
-        self.start_token, self.end_token = end if start is None else start, end
-        self.pad_token = len(self._wrapped)
-        self.vocab_size = self.pad_token + 1
-        self.context_length = context_length
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts to int64 [T, L]; what does not fit is cut, the end token is kept."""
-        rows = np.full((len(texts), self.context_length), self.pad_token, np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            pieces = self._wrapped.encode(text, add_special_tokens=False)[: self.context_length - 2]
-            row[: len(pieces) + 2] = [self.start_token, *pieces, self.end_token]
-        return rows
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of one row, up to its end token."""
-        pieces: list[int] = []
-        for place, token in enumerate(tokens):
-            # the start token may be the end token itself
-            if token in (self.end_token, self.pad_token) and place:
-                break
-            if token not in (self.start_token, self.pad_token):
-                pieces.append(token)
-        return self._wrapped.decode(pieces, skip_special_tokens=True).strip()
-
-    def save(self, folder: Path) -> None:
-        """Write what `open_tokenizer(folder)` needs."""
-        self._wrapped.save_pretrained(folder)
-        describe_tokenizer(folder, {"kind": "causal", "context_length": self.context_length})
-
-    def fingerprint(self) -> str:
-        """Identity of the mapping from text to ids."""
-        vocabulary = json.dumps(self._wrapped.get_vocab(), sort_keys=True)
-        return compute_fingerprint("causal", vocabulary, str(self.context_length))
-
-
-FILE = "tokenizer.json"
-
 # what texts look like that tokenizers treat differently: scripts, case folding, entities, controls, broken encodings
 _ODD = (
     *(
@@ -440,47 +476,6 @@ _ODD = (
 _NUM_TRIAL_TEXTS = 3000
 
 
-class FastTokenizer(Tokenizer):
-    """A `tokenizer.json` with its truncation and padding, and the cleaning of texts before it."""
-
-    def __init__(self, folder: Path, context_length: int) -> None:
-        import tokenizers
-
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        self._folder = folder
-        self._described = described
-        try:
-            self._inner = tokenizers.Tokenizer.from_file(str(folder / FILE))
-        except Exception as error:  # the library raises no type of its own
-            raise VlmError(f"{folder / FILE} cannot be read: {error}") from error
-        if context_length != described["context_length"]:
-            raise VlmError(f"{folder} was saved for {described['context_length']} tokens, not {context_length}.")
-        self.context_length, self.vocab_size = context_length, described["vocab_size"]
-        self.start_token, self.end_token = described["start_token"], described["end_token"]
-        self.pad_token = described["pad_token"]
-
-    @override
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        cleaning = self._described["cleaning"]
-        if cleaning:
-            texts = [clean_text(text, cleaning) for text in texts]
-        rows = [encoding.ids for encoding in self._inner.encode_batch(list(texts))]
-        return np.array(rows, np.int64).reshape(len(rows), self.context_length)
-
-    @override
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._inner.decode(list(tokens), skip_special_tokens=True).strip()
-
-    @override
-    def save(self, folder: Path) -> None:
-        write_text(folder / FILE, (self._folder / FILE).read_text(encoding="utf-8"))
-        write_text(folder / DESCRIPTION, json.dumps(self._described, indent=2) + "\n")
-
-    @override
-    def fingerprint(self) -> str:
-        return compute_fingerprint("fast", self._inner.to_str(), json.dumps(self._described, sort_keys=True))
-
-
 def save_without_torch(tokenizer: Tokenizer, folder: Path, open_saved: Callable[[str], Tokenizer]) -> bool:
     """Save a tokenizer so that it opens without torch and gives the same ids; False if that cannot be, and saved as is.
 
@@ -492,7 +487,7 @@ def save_without_torch(tokenizer: Tokenizer, folder: Path, open_saved: Callable[
     inner: Any = tokenizer.transformers_tokenizer
     if getattr(inner, "is_fast", False):
         tokenizer.encode(["a"])  # sets the truncation and padding that are saved with it
-        write_text(folder / FILE, inner.backend_tokenizer.to_str())
+        write_text(folder / _FAST_FILE, inner.backend_tokenizer.to_str())
         values = {"kind": "fast", "cleaning": tokenizer.cleaning}
         for name in ("context_length", "vocab_size", "start_token", "end_token", "pad_token"):
             values[name] = getattr(tokenizer, name)
@@ -500,7 +495,7 @@ def save_without_torch(tokenizer: Tokenizer, folder: Path, open_saved: Callable[
         texts = trial_texts()
         if np.array_equal(open_saved(str(folder)).encode(texts), tokenizer.encode(texts)):
             return True
-        (folder / FILE).unlink()
+        (folder / _FAST_FILE).unlink()
     tokenizer.save(folder)
     return False
 
