@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlm.data.caption_sampler import CaptionSampler, SampledCaption
-from vlm.data.caption_sidecar import CaptionMix
+from vlm.data.caption_sampler import CaptionMix, CaptionSampler, SampledCaption
 from vlm.data.class_labels import ClassLabels
 from vlm.data.decode import EncodedImage
 from vlm.data.gpu_decode import PreparedView, prepare_view

@@ -20,7 +20,7 @@ import numpy as np
 
 from vlm.config import suggest
 from vlm.console import pluralize
-from vlm.data.caption_sidecar import CaptionMix, CaptionSidecar, MixedShard
+from vlm.data.caption_sampler import CaptionMix, CaptionSidecar, MixedShard
 from vlm.data.sampler import DEFAULT_WINDOW, Mixture, SampleOrder, Sampler, integer_shares
 from vlm.data.selection import read_selection
 from vlm.data.shard_cache import ShardCache

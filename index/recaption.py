@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from vlm.console import progress
-from vlm.data.caption_sidecar import KIND, SidecarShard, read_captions
+from vlm.data.caption_sampler import KIND, SidecarShard, read_captions
 from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import SequentialBatches

@@ -27,8 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm import __version__
 from vlm.config import from_toml, read_toml, to_toml
 from vlm.data.batch_order import arrange_batches
-from vlm.data.caption_sampler import CaptionSampler
-from vlm.data.caption_sidecar import CaptionMix
+from vlm.data.caption_sampler import CaptionMix, CaptionSampler
 from vlm.data.class_labels import open_class_labels
 from vlm.data.collate import TrainingBatch, TrainingCollator
 from vlm.data.corpus import Corpus, open_corpus, read_sources

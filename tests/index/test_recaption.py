@@ -19,7 +19,7 @@ import vlm
 from tests import preloaded
 from tests.random_model import random_model, write_random_model
 from vlm.cli.main import main
-from vlm.data.caption_sidecar import CaptionSidecar, read_captions
+from vlm.data.caption_sampler import CaptionSidecar, read_captions
 from vlm.data.shards import expand_shards
 from vlm.data.tar import open_index
 from vlm.data.tokenizers import open_tokenizer
