@@ -37,10 +37,11 @@ from vlm.data.sources.source import (
     SceneOptions,
     SourceKind,
     SourceOptions,
+    SplitFilter,
     TarFiles,
+    named_splits,
     readable_text,
 )
-from vlm.data.sources.split_filter import SplitFilter, named_splits
 from vlm.data.sources.table import TableSource, read_table
 from vlm.data.sources.webdataset import ShardSource, contains_samples, looks_like_shard
 from vlm.data.synthetic.shape_captions import LANGUAGES, describe
