@@ -20,9 +20,9 @@ from vlm.data.json_columns import Words
 from vlm.data.samples import Pair
 from vlm.data.selection import read_selection
 from vlm.data.shards import expand_shards
-from vlm.data.sources.annotations import AnnotationSource
 from vlm.data.sources.caption_files import (
     SCENES,
+    AnnotationSource,
     SourceLocation,
     is_bookkeeping,
     is_table_file,
