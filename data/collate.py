@@ -21,8 +21,7 @@ from vlm.data.loader import stream_batches
 from vlm.data.precomputed_features import CachedFeatures, PrecomputedFeatures
 from vlm.data.sampler import BatchIndices, BatchSampler, SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, RandomSource, Sample, SampleRng, shuffled
-from vlm.data.shard_set import ShardSet
-from vlm.data.shards import count_samples
+from vlm.data.shards import ShardSet, count_samples
 from vlm.data.tokenizers import Tokenizer, trim_tokens
 from vlm.data.transforms import Crop, EvalTransform, LocalCrops, RandomResizedCrop
 from vlm.errors import BadSample, UsageError, VlmError

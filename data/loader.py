@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from typing_extensions import override
 
 from vlm.data.shard_cache import Prefetcher, ShardCache
-from vlm.data.shard_set import BatchPlan, Collator, ShardSet
+from vlm.data.shards import BatchPlan, Collator, ShardSet
 from vlm.errors import UsageError, VlmError
 from vlm.storage import needs_cache
 from vlm.tensor_types import Array, Tensor, UInt8

@@ -30,8 +30,7 @@ from vlm.data.decode import EncodedImage, open_image
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Sample, SampleRng
-from vlm.data.shard_set import Collator, ShardSet
-from vlm.data.shards import count_samples
+from vlm.data.shards import Collator, ShardSet, count_samples
 from vlm.data.tar import Span, TarIndex, open_index, read_entries
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import RandomResizedCrop

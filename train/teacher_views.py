@@ -25,7 +25,7 @@ from vlm.data.decode import EncodedImage
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import SampleIndex
 from vlm.data.samples import Sample
-from vlm.data.shard_set import ShardSet
+from vlm.data.shards import ShardSet
 from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST

@@ -10,8 +10,7 @@ import torch
 from vlm.data.decode import EncodedImage
 from vlm.data.sampler import SampleIndex
 from vlm.data.samples import SampleRng
-from vlm.data.shard_set import ShardSet
-from vlm.data.shards import count_samples
+from vlm.data.shards import ShardSet, count_samples
 from vlm.data.transforms import RandomResizedCrop
 from vlm.index.embeddings_folder import (
     Embeddings,

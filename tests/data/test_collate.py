@@ -15,7 +15,7 @@ from vlm.data.pack import encode_pair
 from vlm.data.precomputed_features import PrecomputedFeatures, view_rng
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Pair
-from vlm.data.shard_set import ShardSet
+from vlm.data.shards import ShardSet
 from vlm.data.transforms import RandomResizedCrop
 from vlm.errors import VlmError
 

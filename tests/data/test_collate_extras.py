@@ -15,7 +15,7 @@ from vlm.data.loader import stream_batches
 from vlm.data.pack import encode_pair
 from vlm.data.sampler import BatchSampler, SampleIndex, SampleOrder
 from vlm.data.samples import Pair, SampleRng
-from vlm.data.shard_set import ShardSet
+from vlm.data.shards import ShardSet
 from vlm.data.transforms import LocalCrops, RandomResizedCrop
 from vlm.errors import UsageError
 

@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 
 from vlm.data.sampler import SequentialBatches
-from vlm.data.shard_set import batches_by_threads
+from vlm.data.shards import batches_by_threads
 from vlm.errors import UsageError, VlmError
 
 

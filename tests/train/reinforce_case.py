@@ -13,8 +13,7 @@ from vlm.data.pack import encode_pair
 from vlm.data.precomputed_features import PrecomputedFeatures
 from vlm.data.sampler import BatchSampler, SampleOrder
 from vlm.data.samples import Pair
-from vlm.data.shard_set import ShardSet
-from vlm.data.shards import count_samples, expand_shards
+from vlm.data.shards import ShardSet, count_samples, expand_shards
 from vlm.data.transforms import EvalTransform
 from vlm.train.dataset_reinforcement import ReinforceConfig, Teachers
 from vlm.train.run_config import LoaderConfig

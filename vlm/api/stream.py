@@ -16,7 +16,7 @@ from vlm.data.collate import EvalBatch, EvalCollator, SampleFailure, TrainingBat
 from vlm.data.loader import stream_batches
 from vlm.data.sampler import BatchSampler, SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, select_languages
-from vlm.data.shard_set import BatchPlan, Collator
+from vlm.data.shards import BatchPlan, Collator
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
 from vlm.errors import BadSample, UsageError, os_errors_explained

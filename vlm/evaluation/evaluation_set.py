@@ -20,8 +20,7 @@ from vlm.data.json_columns import WordedSource
 from vlm.data.npy_files import parse_npy
 from vlm.data.sampler import SampleIndex, SequentialBatches
 from vlm.data.samples import Captions, split_lines
-from vlm.data.shard_set import ShardSet, batches_by_threads
-from vlm.data.shards import count_samples, expand_shards, shards_fingerprint
+from vlm.data.shards import ShardSet, batches_by_threads, count_samples, expand_shards, shards_fingerprint
 from vlm.data.sources.source import NamedSource, PairSource, SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.data.tar import ShardReader, read_members
