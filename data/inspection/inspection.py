@@ -11,8 +11,7 @@ import numpy as np
 
 from vlm.console import progress
 from vlm.data.inspection.findings import BadRecord, Inspection
-from vlm.data.inspection.sample_scan import SampleScanner, ScanChunk, ScanOptions
-from vlm.data.inspection.statistics import DatasetStats
+from vlm.data.inspection.statistics import DatasetStats, SampleScanner, ScanChunk, ScanOptions
 from vlm.data.shard_workers import scan_shards
 from vlm.data.shards import track_indexing
 from vlm.data.tar import ShardReader, open_index

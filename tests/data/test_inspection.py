@@ -14,8 +14,7 @@ from vlm.data.dedup import DigestList
 from vlm.data.inspection.distribution import distribution_of_counts, log_distribution
 from vlm.data.inspection.findings import contact_sheet
 from vlm.data.inspection.inspection import inspect_shards
-from vlm.data.inspection.sample_scan import image_traits, metadata_columns, token_lengths
-from vlm.data.inspection.statistics import BoundedCounter
+from vlm.data.inspection.statistics import BoundedCounter, image_traits, metadata_columns, token_lengths
 from vlm.data.pack import encode_pair
 from vlm.data.samples import Pair
 from vlm.data.tokenizers import open_tokenizer
