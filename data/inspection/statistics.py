@@ -12,8 +12,15 @@ from PIL import Image
 
 from vlm.data.decode import jpeg_thumbnail, open_image, to_rgb, upright_size
 from vlm.data.dedup import DISTANCE, THUMBNAIL_BYTES, DigestList, ImageSignature, image_signature, near_duplicate_pairs
-from vlm.data.inspection.distribution import Distribution, distribution_of_counts, log_distribution
-from vlm.data.inspection.findings import BadRecord, ColumnStats, ContactSheetSample, LanguageStats
+from vlm.data.inspection.findings import (
+    BadRecord,
+    ColumnStats,
+    ContactSheetSample,
+    Distribution,
+    LanguageStats,
+    distribution_of_counts,
+    log_distribution,
+)
 from vlm.data.samples import REPLACEMENT_CHARACTER, Captions, Sample, parse_tags, split_lines
 from vlm.data.tar import ShardReader
 from vlm.data.tokenizers import Tokenizer, open_tokenizer

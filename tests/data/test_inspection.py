@@ -11,8 +11,7 @@ from PIL import Image
 
 from tests.data.tar_fixture import tiny_image
 from vlm.data.dedup import DigestList
-from vlm.data.inspection.distribution import distribution_of_counts, log_distribution
-from vlm.data.inspection.findings import contact_sheet
+from vlm.data.inspection.findings import contact_sheet, distribution_of_counts, log_distribution
 from vlm.data.inspection.inspection import inspect_shards
 from vlm.data.inspection.statistics import BoundedCounter, image_traits, metadata_columns, token_lengths
 from vlm.data.pack import encode_pair

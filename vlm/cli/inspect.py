@@ -9,8 +9,7 @@ from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
 from vlm.console import format_bytes, pluralize, show_fields, show_json, show_table
 
 if TYPE_CHECKING:
-    from vlm.data.inspection.distribution import Distribution
-    from vlm.data.inspection.findings import ColumnStats, Inspection, LanguageStats
+    from vlm.data.inspection.findings import ColumnStats, Distribution, Inspection, LanguageStats
 
 logger = logging.getLogger(__name__)
 
