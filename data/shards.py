@@ -1,4 +1,7 @@
-"""Where shards are: from what a person types to a list of tars."""
+"""Shards: from what a person types to a list of tars, and their samples by index, as batches read them.
+
+Nothing here needs torch: `batches_by_threads` makes batches in this process, `vlm.data.loader` in worker processes.
+"""
 
 import glob
 import threading
@@ -32,8 +35,12 @@ from vlm.storage import (
 from vlm.tensor_types import Array, UInt8
 
 __all__ = [
+    "BatchPlan",
+    "Collator",
+    "ShardSet",
     "Shards",
     "absolute_shard",
+    "batches_by_threads",
     "count_samples",
     "expand_shards",
     "is_remote",

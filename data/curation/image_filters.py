@@ -1,4 +1,4 @@
-"""Filters by image and by score: size and chance, duplicates, and the scores a model gave to samples.
+"""Filters by image and by score: size and chance, duplicates, evaluation sets, and the scores a model gave to samples.
 
 Each filter is the dataclass of its parameters, then the function that decides.
 """

@@ -1,6 +1,6 @@
 """Curation: the table of filters, and applying some in their order over shards, which gives a selection.
 
-Adding a filter is a function in `caption_filters`, `image_filters` or `decontamination` and an entry in `FILTERS`.
+Adding a filter is a function in `caption_filters` or `image_filters` and an entry in `FILTERS`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.curation import caption_filters, decontamination, image_filters
+from vlm.data.curation import caption_filters, image_filters
 from vlm.data.curation.filter import ConfiguredFilter, Filter, FilterContext, FilterResult, NoParameters
 from vlm.data.curation.sample_table import RequiredColumn, SampleTable, scan
 from vlm.data.curation.score_columns import SCORES, ScoreColumns
@@ -93,8 +93,8 @@ FILTERS: dict[str, Filter] = {
     ),
     "decontaminate": Filter(
         "nothing that the evaluation shards also hold",
-        decontamination.Decontamination,
-        decontamination.decontaminate,
+        image_filters.Decontamination,
+        image_filters.decontaminate,
         _BOTH,
     ),
     "similarity": Filter(

@@ -1,4 +1,4 @@
-"""The result of an inspection: plain data, and the page of `vlm inspect --html` with histograms and a contact sheet."""
+"""The result of an inspection: plain data with distributions, and the page of `vlm inspect --html` that shows it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""Dataset statistics: counts and distributions, summed up sample by sample in bounded memory."""
+"""Dataset statistics: what one sample shows, and counts and distributions summed up over all in bounded memory."""
 
 from array import array
 from collections import Counter
@@ -33,6 +33,7 @@ MAX_COUNTED_TOKENS = 1024
 # bounds of what crosses between processes for each sample
 _THUMBNAIL_PIXELS = 200
 _MAX_VALUE_LENGTH = 60
+# of one sample, and of all together
 _MAX_COLUMNS = 64
 _ORIENTATION = 0x0112
 
@@ -214,7 +215,6 @@ def image_traits(image: Image.Image) -> tuple[str, ...]:
 
 # bounds of what is kept by name; everything beyond is only counted
 _MAX_BAD = 1000
-_MAX_COLUMNS = 64
 _MAX_VALUES = 20
 
 

@@ -1,4 +1,7 @@
-"""The files at an address, listed once: its images, the captions next to them, and the tables that name them."""
+"""The files at an address, listed once: its images, the captions next to them, and the tables that name them.
+
+`AnnotationSource` reads captions in one JSON file: COCO's `captions_*.json` and Karpathy's `dataset_*.json`.
+"""
 
 import json
 import re
