@@ -4,6 +4,7 @@ Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; l
 mean square as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import cos, pi
 from typing import Any
@@ -11,9 +12,58 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm.models.low_rank import tower_of
 from vlm.train.distributed import split_by_sharding
-from vlm.train.layer_rates import layer_rates
 from vlm.train.run_config import OptimizerConfig
+
+_BLOCK = re.compile(r"(?:resblocks|blocks|layers?|h)\.(\d+)\.")
+_FIRST = re.compile(r"embed|conv1|ln_pre|pre_layrnorm|patch|stem|cls_token")
+
+
+def layer_rates(network: nn.Module, decay: float) -> dict[str, float]:
+    """The multiplier of the learning rate of each weight, by its name; 1 for those that are after the layers."""
+    depths = _layer_depths(network)
+    counts: dict[str, int] = {}
+    for name, depth in depths.items():
+        tower = tower_of(name)
+        counts[tower] = max(counts.get(tower, 0), depth + 1)
+    rates: dict[str, float] = {}
+    for name, _ in network.named_parameters():
+        # temperature, projections, heads and caption decoders have no depth
+        above = counts[tower_of(name)] - depths[name] if name in depths else 0
+        rates[name] = decay**above
+    return rates
+
+
+def _layer_depths(network: nn.Module) -> dict[str, int]:
+    """The number of the group of layers each weight is in, from 0."""
+    depths = _timm_depths(network)
+    has_timm_trunk = bool(depths)
+    for name, _ in network.named_parameters():
+        if not tower_of(name) or (has_timm_trunk and name.startswith("visual.")):
+            continue
+        block = _BLOCK.search(name)
+        if block:
+            depths[name] = int(block[1]) + 1
+        elif _FIRST.search(name):
+            depths[name] = 0
+    return depths
+
+
+def _timm_depths(network: nn.Module) -> dict[str, int]:
+    trunk: Any = getattr(getattr(network, "visual", None), "trunk", None)
+    if not hasattr(trunk, "group_matcher"):
+        return {}
+    from timm.models import group_parameters
+
+    depths: dict[str, int] = {}
+    # timm numbers its groups, and leaves numbers out where a group has no weights
+    groups = group_parameters(trunk, trunk.group_matcher())
+    for depth, number in enumerate(sorted(groups)):
+        for name in groups[number]:
+            depths[f"visual.trunk.{name}"] = depth
+    return depths
+
 
 _PIXEL_CHANNELS = 3
 

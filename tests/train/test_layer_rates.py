@@ -5,7 +5,7 @@ import torch
 
 from vlm.models.factory import build_network, model_config
 from vlm.models.load import load_model
-from vlm.train.layer_rates import layer_rates
+from vlm.train.optim import layer_rates
 from vlm.train.run import train
 
 
