@@ -32,8 +32,14 @@ from vlm.tensor_types import Tensor
 from vlm.train.checkpoint.format import EMA_WEIGHTS, checkpoint_name, find_damage, new_best
 from vlm.train.checkpoint.manager import CheckpointSchedule, CheckpointWriter, any_across_processes
 from vlm.train.distributed import merge_ledgers, to_full_tensor, unsharded_weights
-from vlm.train.held_out import DEFAULT_METRIC, evaluations_without_gain, overfitting
-from vlm.train.history import METRICS, format_metric, read_metrics
+from vlm.train.history import (
+    DEFAULT_METRIC,
+    METRICS,
+    evaluations_without_gain,
+    format_metric,
+    overfitting,
+    read_metrics,
+)
 from vlm.train.logger import (
     RunLogger,
     check_bad_sample_limit,

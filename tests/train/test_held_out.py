@@ -9,8 +9,7 @@ import pytest
 
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import load_model
-from vlm.train.held_out import overfitting
-from vlm.train.history import read_metrics
+from vlm.train.history import overfitting, read_metrics
 from vlm.train.run import train
 
 METRIC = "text_to_image_recall@10"
