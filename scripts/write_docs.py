@@ -23,9 +23,15 @@ from vlm.data.shards import count_samples, expand_shards
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.train.history import RunRecord, read_run
 from vlm.train.objectives.objective_registry import ALIASES, LOSS_TERMS
-from vlm.train.preset_band import held_out_fingerprint, measured_data
 from vlm.train.presets import PRESETS
-from vlm.train.recipes import RECIPES, Recipe, ReferenceCurve, reference_curve_of_runs
+from vlm.train.recipes import (
+    RECIPES,
+    Recipe,
+    ReferenceCurve,
+    held_out_fingerprint,
+    measured_data,
+    reference_curve_of_runs,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from parts.suite_page import read_records, readme_table, results_page, with_table

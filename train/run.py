@@ -50,7 +50,7 @@ from vlm.train.logger import (
 )
 from vlm.train.metrics import Utilisation
 from vlm.train.plots import draw_curves
-from vlm.train.preset_band import BandReport, compare_with_band, held_out_fingerprint
+from vlm.train.recipes import BandReport, compare_with_band, held_out_fingerprint
 from vlm.train.recovery import Watchdog, find_lost_worker, lost_worker_error, roll_back, should_roll_back
 from vlm.train.run_config import TrainConfig
 from vlm.train.session import CONFIG, Session, environment, open_remote_store, open_session

@@ -7,9 +7,8 @@ import pytest
 
 from vlm.cli.train import show_summary
 from vlm.evaluation.evaluation_set import open_evaluation_set
-from vlm.train.preset_band import MeasuredData, compare_with_band, held_out_fingerprint, measured_data
 from vlm.train.presets import PRESETS
-from vlm.train.recipes import RECIPES
+from vlm.train.recipes import RECIPES, MeasuredData, compare_with_band, held_out_fingerprint, measured_data
 from vlm.train.run import train
 
 FLICKR = measured_data()["flickr8k"]
