@@ -5,7 +5,7 @@ import pytest
 
 from vlm.errors import UsageError
 from vlm.train.history import MetricsLog, read_metrics
-from vlm.train.metrics_sinks import TensorBoardLog
+from vlm.train.logger import TensorBoardLog
 
 
 def test_nothing_after_a_resumed_step_survives(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
-from vlm.train.metrics_sinks import WANDB_ID, TrackioLog, WandbLog, open_sinks
+from vlm.train.logger import WANDB_ID, TrackioLog, WandbLog, open_sinks
 
 
 @pytest.mark.parametrize(("sink", "package"), [(WandbLog, "wandb"), (TrackioLog, "trackio")])
