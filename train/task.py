@@ -25,9 +25,9 @@ from vlm.models.towers.tower import batch_norm_layers, freeze_batch_norm
 from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.objectives.captioning import MASK_EMBEDDING, choose_parallel_captions
 from vlm.train.objectives.classification import CLASS_HEAD
+from vlm.train.objectives.distillation import PROTOTYPE_HEAD
 from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Heads, Inputs, LossOptions, Outputs
 from vlm.train.objectives.objective_registry import WeightedLossTerm
-from vlm.train.objectives.prototypes import PROTOTYPE_HEAD
 
 
 class TrainingTask(nn.Module):

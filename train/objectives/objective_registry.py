@@ -9,11 +9,10 @@ from vlm.errors import UsageError
 from vlm.train.objectives.captioning import CAPPA, CAPTION
 from vlm.train.objectives.classification import CLASSIFY
 from vlm.train.objectives.contrastive import CLIP, DCL, RANKING, SIGLIP, WEIGHTED_DCL
-from vlm.train.objectives.distillation import DISTILL, LOCAL_TO_GLOBAL, TEXT_ALIGN
+from vlm.train.objectives.distillation import DINO, DISTILL, LOCAL_TO_GLOBAL, TEXT_ALIGN
 from vlm.train.objectives.fine_grained import GROUPING, JOINT_SUB_CAPTIONS, SPARC, SUB_CAPTIONS
 from vlm.train.objectives.global_contrastive import FASTCLIP, SOGCLR
 from vlm.train.objectives.loss_term import LossTerm
-from vlm.train.objectives.prototypes import DINO
 
 LOSS_TERMS: dict[str, LossTerm] = {
     "clip": CLIP,

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.train.objectives.pair_case import options
-from vlm.train.objectives.prototypes import DINO, PrototypeHead, dino
+from vlm.train.objectives.distillation import DINO, PrototypeHead, dino
 
 ROWS, VIEWS, PROTOTYPES, WIDTH = 4, 3, 7, 6
 
