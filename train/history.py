@@ -1,4 +1,8 @@
-"""Runs on disk: which there are, their configuration, their progress, their quality and their speed."""
+"""Runs on disk: which there are, their configuration, their progress, their quality and their speed.
+
+The held-out figures say when to stop, and whether a run learns its pairs by heart. Both are read from the lines of
+`metrics.jsonl`, so that a resumed run judges as one that was never interrupted.
+"""
 
 import itertools
 import json

@@ -39,6 +39,9 @@ from vlm.train.session import Session
 from vlm.train.step import StepResult
 from vlm.train.task import example_inputs
 
+logger = logging.getLogger(__name__)
+
+
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = "wandb-id.txt"
 """File of a run's folder with its id at Weights & Biases, so that a resumed run continues there."""
@@ -46,7 +49,11 @@ WANDB_ID = "wandb-id.txt"
 
 @runtime_checkable
 class MetricsSink(Protocol):
-    """Takes the metrics of steps."""
+    """Another place than metrics.jsonl that a run's metrics go to: TensorBoard, Weights & Biases, Trackio.
+
+    Each is an extra of this package and imported when it is used. They show what metrics.jsonl holds, which stays the
+    record of a run: an interrupted run that is resumed may have sent steps to them that it then repeats.
+    """
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """The values of one step, of which numbers are shown."""
@@ -198,8 +205,6 @@ def _missing(package: str, flag: str) -> UsageError:
         "metrics.jsonl and curves.png hold the same."
     )
 
-
-logger = logging.getLogger(__name__)
 
 LEDGER_FOLDER = "ledger"
 _MIN_ALLOWED_BAD = 10

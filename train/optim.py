@@ -1,7 +1,8 @@
 """AdamW with weight decay on matrices only, Muon in addition for the matrices inside a network, and their schedule.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; learning rates matched to AdamW's root
-mean square as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.
+mean square as in Liu et al. 2025, "Muon is scalable for LLM training", eq. 4. `layer_rates` lets a pretrained tower's
+early layers take smaller steps than its late ones.
 """
 
 import re
@@ -21,7 +22,12 @@ _FIRST = re.compile(r"embed|conv1|ln_pre|pre_layrnorm|patch|stem|cls_token")
 
 
 def layer_rates(network: nn.Module, decay: float) -> dict[str, float]:
-    """The multiplier of the learning rate of each weight, by its name; 1 for those that are after the layers."""
+    """The multiplier of the learning rate of each weight, by its name; 1 for those that are after the layers.
+
+    The rate of a group of layers is `decay` times that of the group after it, and the last group's that of what comes
+    after the trunk (Howard and Ruder 2018, ULMFiT, §3.2; BEiT, Bao et al. 2022, §A). Groups are timm's where a trunk has
+    them, else blocks by their number, with embeddings before the first.
+    """
     depths = _layer_depths(network)
     counts: dict[str, int] = {}
     for name, depth in depths.items():

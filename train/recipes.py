@@ -1,7 +1,8 @@
 """Recipes: a preset with its data, commands and reference curves, and the comparison of a run with these.
 
 A reference curve is the interval in which a metric is expected in the course of a run. Curves measured with this code
-are in `baselines.toml`; published ones are figures at the end of a run.
+are in `baselines.toml`; published ones are figures at the end of a run. `compare_with_band` says in words whether a
+finished run of a preset ended where the preset's runs end.
 """
 
 import tomllib
@@ -16,11 +17,10 @@ from typing import Any, Literal
 from vlm.config import config_differences, flatten_config, lookup
 from vlm.errors import UsageError
 from vlm.files import compute_fingerprint
-from vlm.train.history import format_metric
+from vlm.train.history import Lines, format_metric
 from vlm.train.presets import PRESETS
 from vlm.train.run_config import FREE_ON_RESUME, TrainConfig
 
-Lines = Sequence[Mapping[str, Any]]
 Point = tuple[float, float, float]
 """Share of a run's steps, and the lowest and the highest value expected there."""
 
@@ -509,6 +509,10 @@ def compare_with_band(
     config: TrainConfig, lines: Lines, *, steps: int, samples: int, held_out: str
 ) -> BandReport | None:
     """The run's figures at its end beside its preset's; None for other settings, other data, or a preset without.
+
+    Only a run with the preset's settings on the very data is compared. What the data were, `baselines.toml` says: how
+    many samples were trained on, and a fingerprint of the captions held out, which packing the same data again leaves
+    as it is.
 
     samples: of an epoch. held_out: as `held_out_fingerprint`.
     """

@@ -26,9 +26,8 @@ from vlm.data.collate import TrainingBatch
 from vlm.tensor_types import Tensor
 from vlm.train.distributed import average_losses, average_unsharded_gradients, clip_gradients, gather_objects
 from vlm.train.loss_guard import copy_running_stats, restore_running_stats, skip_reason
-from vlm.train.objectives.contrastive import clamp_logit_scales
 from vlm.train.objectives.distillation import discard_prototype_statistics, update_prototype_heads
-from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs
+from vlm.train.objectives.loss_term import SHARED_OUTPUTS, Inputs, LossOptions, Outputs, clamp_logit_scales
 from vlm.train.objectives.objective_registry import WeightedLossTerm, input_names
 from vlm.train.optim import learning_rate_at, set_learning_rate
 from vlm.train.recovery import SkippedStep, record_skipped_step

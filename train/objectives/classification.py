@@ -9,8 +9,7 @@ from vlm.data.class_labels import read_class_names
 from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Tensor
-from vlm.train.objectives.contrastive import at_least_float32
-from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs
+from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs, at_least_float32
 
 CLASS_HEAD = "classify"
 """Head from an image's embedding to the logits of the classes."""

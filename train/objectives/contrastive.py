@@ -7,23 +7,26 @@ block of rows is computed, reduced to one number, dropped, and computed again wh
 A row is one image against all texts, or one text against all images. The losses of rows are pure functions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import log
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
-from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
+from vlm.train.objectives.loss_term import (
+    Inputs,
+    LossOptions,
+    LossTerm,
+    Outputs,
+    at_least_float32,
+    same_identity,
+    similarity_matrix,
+    sum_over_blocks,
+)
 from vlm.train.run_config import ObjectiveConfig
-
-MAX_LOG_SCALE = log(100)
-"""Keeps the temperature from falling below 0.01 (CLIP §2.5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,49 +243,6 @@ def build_contrastive_pairs(outputs: Outputs, inputs: Inputs, config: ObjectiveC
     )
 
 
-def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], block: int) -> Float[Tensor, ""]:
-    """The sum of a loss over blocks of rows, each computed again when gradients are taken.
-
-    block_loss: from some rows of each tensor, in the order given, to the sum of their losses, a scalar; it must draw
-    no random numbers and exchange nothing between processes. What it reads in addition (columns, a temperature) gets
-    its gradient as well. rows: tensors of the same length. A single block is kept instead of computed twice.
-    """
-    blocks = list(zip(*(tensor.split(block) for tensor in rows), strict=True))
-    if len(blocks) == 1:
-        return block_loss(*blocks[0])
-    sums: list[Tensor] = []
-    for tensors in blocks:
-        # without a saved random state, since block losses draw nothing
-        loss = checkpoint(block_loss, *tensors, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(loss, torch.Tensor)
-        sums.append(loss)
-    return torch.stack(sums).sum()
-
-
-def similarity_matrix(rows: Float[Tensor, "B D"], columns: Float[Tensor, "N D"]) -> Float[Tensor, "B N"]:
-    """All dot products of rows and columns, in single precision or better, inside autocast too."""
-    # bf16 has 8 bits: cosines would be rounded to 1/256, and differences of logits by a temperature of 0.01 to 0.4
-    with torch.autocast(rows.device.type, enabled=False):
-        return at_least_float32(rows) @ at_least_float32(columns).T
-
-
-def at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The values in single precision, or in double where they already are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def same_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) -> Bool[Tensor, "B N"]:
-    """Whether row and column have the same number in any of the G entries; 0 is no identity and equals nothing.
-
-    >>> same_identity(torch.tensor([[1, 0], [2, 5]]), torch.tensor([[1, 5], [0, 0]])).tolist()
-    [[True, False], [True, False]]
-    """
-    is_same = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
-    for own, others in zip(rows.T, columns.T, strict=True):
-        is_same |= (own[:, None] == others) & (own != 0)[:, None]
-    return is_same
-
-
 CLIP = LossTerm(
     summary="softmax contrastive (InfoNCE)",
     paper="Radford et al. 2021, CLIP, §2.3",
@@ -323,13 +283,3 @@ RANKING = LossTerm(
     batch_level=ranking,
 )
 """The right partner before every wrong one, by a margin."""
-
-
-@torch.no_grad()
-def clamp_logit_scales(modules: Iterable[nn.Module]) -> None:
-    """Clamp the learned log of the inverse temperature of each module that has one to MAX_LOG_SCALE."""
-    for module in modules:
-        # its own alone: Swin V2's layers hold temperatures of the same name
-        scale = getattr(module, "logit_scale", None)
-        if scale is not None:
-            scale.clamp_(max=MAX_LOG_SCALE)

@@ -12,8 +12,16 @@ from vlm.errors import UsageError
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Float, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, num_processes
-from vlm.train.objectives.contrastive import at_least_float32, similarity_matrix, sum_over_blocks
-from vlm.train.objectives.loss_term import Heads, Inputs, LossOptions, LossTerm, Outputs
+from vlm.train.objectives.loss_term import (
+    Heads,
+    Inputs,
+    LossOptions,
+    LossTerm,
+    Outputs,
+    at_least_float32,
+    similarity_matrix,
+    sum_over_blocks,
+)
 
 
 def distill(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:

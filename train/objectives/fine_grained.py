@@ -6,8 +6,18 @@ from torch.nn import functional as F
 from vlm.models.model import VisionLanguageModel
 from vlm.tensor_types import Bool, Float, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns, num_processes
-from vlm.train.objectives.contrastive import at_least_float32, same_identity, similarity_matrix, sum_over_blocks
-from vlm.train.objectives.loss_term import Heads, Inputs, LearnedScale, LossOptions, LossTerm, Outputs
+from vlm.train.objectives.loss_term import (
+    Heads,
+    Inputs,
+    LearnedScale,
+    LossOptions,
+    LossTerm,
+    Outputs,
+    at_least_float32,
+    same_identity,
+    similarity_matrix,
+    sum_over_blocks,
+)
 
 
 def sub_captions(outputs: Outputs, inputs: Inputs, options: LossOptions) -> Tensor:

@@ -22,8 +22,16 @@ import torch
 
 from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.distributed import gather_detached, gather_with_gradient, local_columns
-from vlm.train.objectives.contrastive import at_least_float32, same_identity, similarity_matrix, sum_over_blocks
-from vlm.train.objectives.loss_term import Inputs, LossOptions, LossTerm, Outputs
+from vlm.train.objectives.loss_term import (
+    Inputs,
+    LossOptions,
+    LossTerm,
+    Outputs,
+    at_least_float32,
+    same_identity,
+    similarity_matrix,
+    sum_over_blocks,
+)
 
 IMAGE_AVERAGE = "image_average"
 """Input and new value: the logarithm of u of each image [B]; NaN for a sample that was not seen yet."""

@@ -1,4 +1,4 @@
-"""A loss term: its function with its paper, its inputs, and whether it compares the pairs of a batch.
+"""A loss term: its function with its paper, its inputs, and whether it compares the pairs of a batch; what terms share.
 
 Inputs, by name, of the B samples that go through the network at once:
 
@@ -19,15 +19,16 @@ itself), grouping_scale [] (that of `grouping`), prototype_centre [K] (of `dino`
 `vlm.train.task` gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import log
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm.models.model import VisionLanguageModel
-from vlm.tensor_types import Tensor
+from vlm.tensor_types import Bool, Float, Int64, Tensor
 from vlm.train.run_config import ObjectiveConfig
 
 Inputs = dict[str, Tensor]
@@ -48,6 +49,20 @@ class LearnedScale(nn.Module):
     def forward(self) -> Tensor:
         """The inverse temperature itself, []."""
         return self.logit_scale.exp()
+
+
+MAX_LOG_SCALE = log(100)
+"""Keeps the temperature from falling below 0.01 (CLIP §2.5)."""
+
+
+@torch.no_grad()
+def clamp_logit_scales(modules: Iterable[nn.Module]) -> None:
+    """Clamp the learned log of the inverse temperature of each module that has one to MAX_LOG_SCALE."""
+    for module in modules:
+        # its own alone: Swin V2's layers hold temperatures of the same name
+        scale = getattr(module, "logit_scale", None)
+        if scale is not None:
+            scale.clamp_(max=MAX_LOG_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +106,46 @@ class LossTerm:
     normaliser: Callable[[Inputs, LossOptions], Tensor] = one_per_sample
     heads: Callable[[VisionLanguageModel, LossOptions], Heads] | None = None
     new_averages: Callable[[Outputs, Inputs, LossOptions], Inputs] | None = None
+
+
+def sum_over_blocks(block_loss: Callable[..., Tensor], rows: Sequence[Tensor], block: int) -> Float[Tensor, ""]:
+    """The sum of a loss over blocks of rows, each computed again when gradients are taken.
+
+    block_loss: from some rows of each tensor, in the order given, to the sum of their losses, a scalar; it must draw
+    no random numbers and exchange nothing between processes. What it reads in addition (columns, a temperature) gets
+    its gradient as well. rows: tensors of the same length. A single block is kept instead of computed twice.
+    """
+    blocks = list(zip(*(tensor.split(block) for tensor in rows), strict=True))
+    if len(blocks) == 1:
+        return block_loss(*blocks[0])
+    sums: list[Tensor] = []
+    for tensors in blocks:
+        # without a saved random state, since block losses draw nothing
+        loss = checkpoint(block_loss, *tensors, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(loss, torch.Tensor)
+        sums.append(loss)
+    return torch.stack(sums).sum()
+
+
+def similarity_matrix(rows: Float[Tensor, "B D"], columns: Float[Tensor, "N D"]) -> Float[Tensor, "B N"]:
+    """All dot products of rows and columns, in single precision or better, inside autocast too."""
+    # bf16 has 8 bits: cosines would be rounded to 1/256, and differences of logits by a temperature of 0.01 to 0.4
+    with torch.autocast(rows.device.type, enabled=False):
+        return at_least_float32(rows) @ at_least_float32(columns).T
+
+
+def at_least_float32(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The values in single precision, or in double where they already are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def same_identity(rows: Int64[Tensor, "B G"], columns: Int64[Tensor, "N G"]) -> Bool[Tensor, "B N"]:
+    """Whether row and column have the same number in any of the G entries; 0 is no identity and equals nothing.
+
+    >>> same_identity(torch.tensor([[1, 0], [2, 5]]), torch.tensor([[1, 5], [0, 0]])).tolist()
+    [[True, False], [True, False]]
+    """
+    is_same = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+    for own, others in zip(rows.T, columns.T, strict=True):
+        is_same |= (own[:, None] == others) & (own != 0)[:, None]
+    return is_same

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.train.objectives.pair_case import LOSS_TERMS, LOSSES, TREATMENTS, batch, options, value_and_gradients
-from vlm.train.objectives.contrastive import same_identity, sum_over_blocks
+from vlm.train.objectives.loss_term import same_identity, sum_over_blocks
 
 COUNT, WIDTH, BLOCK = 64, 4, 8
 
