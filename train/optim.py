@@ -25,8 +25,8 @@ def layer_rates(network: nn.Module, decay: float) -> dict[str, float]:
     """The multiplier of the learning rate of each weight, by its name; 1 for those that are after the layers.
 
     The rate of a group of layers is `decay` times that of the group after it, and the last group's that of what comes
-    after the trunk (Howard and Ruder 2018, ULMFiT, §3.2; BEiT, Bao et al. 2022, §A). Groups are timm's where a trunk has
-    them, else blocks by their number, with embeddings before the first.
+    after the trunk (Howard and Ruder 2018, ULMFiT, §3.2; BEiT, Bao et al. 2022, §A). Groups are timm's where a trunk
+    has them, else blocks by their number, with embeddings before the first.
     """
     depths = _layer_depths(network)
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A loss term: its function with its paper, its inputs, and whether it compares the pairs of a batch; what terms share.
+"""A loss term: its function with its paper, its inputs, and whether it compares the pairs of a batch.
 
 Inputs, by name, of the B samples that go through the network at once:
 
@@ -17,6 +17,8 @@ image_average, text_average, inner_rate  float [B]  see `vlm.train.objectives.gl
 Outputs, by name: image_features and text_features [B, D] of unit length, logit_scale [] (the inverse temperature
 itself), grouping_scale [] (that of `grouping`), prototype_centre [K] (of `dino`), and what else `OUTPUT_HEADS` of
 `vlm.train.task` gives.
+
+Terms share the engine over blocks of the similarity matrix (`sum_over_blocks`), so that it is never held whole.
 """
 
 from collections.abc import Callable, Iterable, Sequence
