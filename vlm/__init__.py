@@ -11,6 +11,9 @@ from vlm.errors import UsageError, VlmError
 if TYPE_CHECKING:
     from vlm.api.captions import caption_metrics as caption_metrics
     from vlm.api.data import build_concepts as build_concepts
+    from vlm.api.data import curate as curate
+    from vlm.api.data import doctor as doctor
+    from vlm.api.data import inspect as inspect
     from vlm.api.data import relate as relate
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
@@ -55,12 +58,15 @@ __all__ = [
     "caption_metrics",
     "caption_shards",
     "compare_runs",
+    "curate",
+    "doctor",
     "embed",
     "evaluate",
     "explain",
     "fetch_model",
     "find",
     "fit_reranker",
+    "inspect",
     "list_models",
     "list_runs",
     "load",
@@ -88,12 +94,15 @@ _MODULES: dict[str, str] = {
     "caption_metrics": "vlm.api.captions",
     "caption_shards": "vlm.api.training",
     "compare_runs": "vlm.api.runs",
+    "curate": "vlm.api.data",
+    "doctor": "vlm.api.data",
     "embed": "vlm.api.training",
     "evaluate": "vlm.api.evaluation",
     "explain": "vlm.api.explanation",
     "fetch_model": "vlm.api.local_models",
     "find": "vlm.api.find",
     "fit_reranker": "vlm.api.index_building",
+    "inspect": "vlm.api.data",
     "list_models": "vlm.api.local_models",
     "list_runs": "vlm.api.runs",
     "load": "vlm.api.inference",

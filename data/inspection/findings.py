@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm.data.samples import UNNAMED, Captions
 from vlm.pages import Provenance, render
+from vlm.results import Result, json_values
 
 BINS = 24
 
@@ -149,7 +150,7 @@ class ContactSheetSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(Result):
     """What shards hold.
 
     samples, image_bytes: of all shards; everything else is about the `looked_at` samples among them.
@@ -202,11 +203,11 @@ class Inspection:
         """Samples that cannot be used."""
         return sum(self.reasons.values())
 
-    def facts(self) -> dict[str, Any]:
-        """All but the images, as plain values."""
+    def to_json(self) -> dict[str, Any]:
+        """All but the images."""
         values = asdict(self)
         del values["shown"]
-        return values
+        return json_values(values)
 
 
 _MAX_RECORDS = 100

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+import vlm
 from vlm.cli.main import main
 from vlm.data.curation.pipeline import FILTERS
 from vlm.data.selection import read_selection
@@ -39,6 +40,26 @@ def test_selections_given_compose_and_the_report_tells_the_curve(scene_shards, t
     assert {row["concept"] for row in curves[0]["curve"]} == {"red", "blue"}
     assert main(["curate", shards, str(tmp_path / "rest.selection"), "--minus", str(one)]) == 0
     assert read_selection(tmp_path / "rest.selection").kept == 96 - read_selection(one).kept
+
+
+def test_the_call_makes_and_gives_what_the_verb_does(scene_shards, tmp_path, capsys):
+    shards, out, page = scene_shards / "train", tmp_path / "a.selection", tmp_path / "page.html"
+    half = vlm.curate([shards], tmp_path / "half.selection", filter="sample:share=0.5", seed=3)
+    flags = ["--filter", "size:min=8", "--filter", "sample:share=0.5", "--minus", str(half.out), "--weight", "2"]
+    assert main(["curate", str(shards), str(out), *flags, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = read_selection(out)
+    out.unlink()
+    filters = ["size:min=8", "sample:share=0.5"]
+    options = {"filter": filters, "minus": half.out, "weight": 2}
+    dry = vlm.curate(shards, out, **options, dry_run=True, html=page)
+    assert page.exists()
+    assert not out.exists()
+    made = vlm.curate(shards, out, **options)
+    assert made.to_json() == printed == dry.to_json() | {"out": str(out)}
+    assert read_selection(out).fingerprint == written.fingerprint
+    with pytest.raises(vlm.UsageError, match="exists already"):
+        vlm.curate(shards, out)
 
 
 def test_a_dry_run_writes_only_the_page(scene_shards, tmp_path, capsys):

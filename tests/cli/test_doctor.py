@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+import vlm
+import vlm.data.profiling as profiling
 from vlm.cli.main import main
 
 DATA_STAGES = [
@@ -49,16 +51,38 @@ def test_all_stages_of_the_data_are_measured_and_one_is_named(capsys, scene_shar
     assert found["samples"] == 32
 
 
-def test_a_model_adds_its_stages_and_brings_its_size(capsys, scene_shards, fresh_run, small):
-    code, out, _ = run(capsys, "doctor", scene_shards / "train", fresh_run, *small, "--device", "cpu", "--json")
+def test_a_model_adds_its_stages_and_the_call_gives_what_the_verb_prints(
+    capsys, scene_shards, scene_tokenizer, fresh_run, monkeypatch
+):
+    calls = []
+    measure = profiling.profile_pipeline
+
+    def measure_once(setup, workers, **options):
+        calls.append((setup.shards, setup.view, setup.samples, setup.batch_size, list(workers)))
+        profiles.append(profiles[0] if profiles else measure(setup, workers, **options))
+        return profiles[0]
+
+    profiles = []
+    monkeypatch.setattr(profiling, "profile_pipeline", measure_once)
+    train = scene_shards / "train"
+    options = {"workers": [1, 0], "samples": 32, "batch_size": 16, "device": "cpu"}
+    diagnosis = vlm.doctor([train], vlm.load(fresh_run), **options)
+    flags = ["--workers", "0,1,1", "--samples", 32, "--batch-size", 16, "--device", "cpu", "--json"]
+    code, out, err = run(capsys, "doctor", train, fresh_run, *flags)
+    assert code == 0, err
     found = json.loads(out)
-    assert code == 0
     assert [stage["name"] for stage in found["stages"]] == [
         *DATA_STAGES,
         "model, forward",
         "model, forward and backward",
     ]
     assert found["shares_cores"] is True
+    assert found == diagnosis.to_json()
+    assert calls[0] == calls[1]
+    with pytest.raises(vlm.UsageError, match="omit size = 8"):
+        vlm.doctor(train, fresh_run, size=8)
+    with pytest.raises(vlm.UsageError, match="give numbers from 0 on"):
+        vlm.doctor(train, tokenizer=scene_tokenizer, workers=[-1])
 
 
 def test_people_see_a_bar_for_each_stage_and_the_verdict(capsys, scene_shards, small):
@@ -95,7 +119,7 @@ def test_misuse_is_explained(capsys, scene_shards, scene_tokenizer, flags, words
 def test_a_size_that_is_not_the_models_is_refused(capsys, scene_shards, fresh_run):
     code, _, err = run(capsys, "doctor", scene_shards / "train", fresh_run, "--size", 1000)
     assert code == 2
-    assert "omit --size 1000" in err
+    assert "omit size = 1000" in err
 
 
 def test_shards_that_are_not_there_are_named(capsys, tmp_path, scene_tokenizer):

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 
+import vlm
 import vlm.data.inspection.inspection as inspection
 from tests.data.tar_fixture import write_tar
 from vlm.cli.main import main
@@ -34,3 +37,20 @@ def test_facts_are_told_in_units_and_numbers_that_fit(tmp_path, capsys):
     page = (tmp_path / "x.html").read_text()
     assert "1 sample in 1 shard<" in page
     assert "<dt>language</dt><dd>1</dd>" in page
+
+
+def test_the_call_gives_what_the_verb_prints(scene_shards, scene_tokenizer, tmp_path, capsys):
+    selection = tmp_path / "half.selection"
+    vlm.curate(scene_shards / "val", selection, filter="sample:share=0.5")
+    words = ["inspect", str(scene_shards / "val"), "--selection", str(selection), "--sample", "10", "--json"]
+    assert main([*words, "--tokenizer", str(scene_tokenizer)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    page = tmp_path / "page.html"
+    inspection = vlm.inspect(
+        [scene_shards / "val"], selection=selection, sample=10, tokenizer=scene_tokenizer, html=page
+    )
+    assert inspection.to_json() == printed
+    assert inspection.looked_at == 10 == len(inspection.shown)
+    assert page.read_text().count("data:image/jpeg") == 10
+    with pytest.raises(vlm.UsageError, match="sample = 0 is outside its range"):
+        vlm.inspect(scene_shards / "val", sample=0)

@@ -69,7 +69,7 @@ def test_everything_is_counted_and_the_corrupt_are_named(shards):
     assert found.languages["en"].words.most == 3
     assert found.languages["zh"].characters.median == 3
     assert found.repeated_captions["two words"] == 18
-    assert json.loads(json.dumps(found.facts()))["samples"] == 20
+    assert json.loads(json.dumps(found.to_json()))["samples"] == 20
 
 
 def test_a_damaged_shard_is_reported_and_the_others_are_read(shards, tmp_path):

@@ -1,23 +1,17 @@
 """`vlm doctor`: which stage of the input pipeline is the bottleneck."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, ShardsArgument
+from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, ShardsArgument, call_options
 from vlm.console import bar, show_fields, show_json, show_table
 from vlm.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from vlm.data.bottleneck_report import BottleneckReport
-    from vlm.data.collate import TrainingBatch
-    from vlm.data.profiling import PipelineProfile, ProfileSetup, Stage
-    from vlm.models.model import VisionLanguageModel
-
-_DEFAULT_SIZE = 224
+    from vlm.data.profiling import PipelineProfile, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,63 +50,13 @@ class Doctor:
 
     def run(self) -> None:
         """Profile, find the bottleneck, show both."""
-        from vlm.data.bottleneck_report import find_bottleneck
-        from vlm.data.profiling import profile_pipeline
-        from vlm.models.load import load_model
-        from vlm.models.throughput import measure_copy, measure_model
+        from vlm.api.data import doctor
 
-        workers = _parse_workers(self.workers)
-        device = self._device()
-        model = None
-        if self.model:
-            model = load_model(self.model, device=self.device, precision=self.precision)
-
-        def measure_compute(batch: "TrainingBatch") -> "list[Stage]":
-            stages = measure_copy(batch.images, device)
-            return stages if model is None else [*stages, *measure_model(model, batch.images, batch.tokens)]
-
-        profile = profile_pipeline(
-            self._setup(model),
-            workers,
-            device=_device_name(device),
-            # on a CPU the model and the workers compete, so that their rates do not add up
-            shares_cores=device.type == "cpu",
-            precision=self.precision,
-            measure_compute=measure_compute,
-        )
-        report = find_bottleneck(profile)
-        # the key stays "verdict", which scripts read
+        diagnosis = doctor(**call_options(self, workers=_parse_workers(self.workers)))
         if self.json:
-            show_json(asdict(profile) | {"verdict": asdict(report)})
+            show_json(diagnosis)
         else:
-            show_profile(profile, report)
-
-    def _setup(self, model: "VisionLanguageModel | None") -> "ProfileSetup":
-        from vlm.data.profiling import ProfileSetup
-        from vlm.data.shards import expand_shards
-        from vlm.data.tokenizers import open_tokenizer
-        from vlm.data.transforms import RandomResizedCrop
-
-        default_size = model.view.size if model else _DEFAULT_SIZE
-        size = default_size if self.size is None else self.size
-        # a model of fixed positions sees one size only
-        if model and size != model.view.size:
-            raise UsageError(f"{self.model} has an image size of {model.view.size} px; omit --size {size}.")
-        return ProfileSetup(
-            shards=tuple(expand_shards(self.shards)),
-            view=RandomResizedCrop(size=size),
-            tokenizer=model.tokenizer if model else open_tokenizer(self.tokenizer),
-            samples=self.samples,
-            batch_size=self.batch_size,
-        )
-
-    def _device(self) -> "torch.device":
-        from vlm.models.load import choose_device
-
-        device = choose_device(self.device)
-        if device.type not in ("cpu", "cuda"):
-            raise UsageError(f"--device {self.device}: only cpu and cuda are measured.")
-        return device
+            show_diagnosis(diagnosis.profile, diagnosis.report)
 
 
 def _parse_workers(text: str) -> tuple[int, ...]:
@@ -124,16 +68,10 @@ def _parse_workers(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words or not all(map(str.isdecimal, words)):
         raise UsageError(f"--workers {text!r}: give numbers from 0 on, separated by commas, as 0,1,2.")
-    return tuple(sorted(set(map(int, words))))
+    return tuple(map(int, words))
 
 
-def _device_name(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no accelerator"
-
-
-def show_profile(profile: "PipelineProfile", report: "BottleneckReport") -> None:
+def show_diagnosis(profile: "PipelineProfile", report: "BottleneckReport") -> None:
     """Tables of each stage with its time per sample as a bar and of the loader by workers, then the verdict."""
     fields = {
         "samples": f"{profile.samples:,} in batches of {profile.batch_size:,}, at {profile.size} px",

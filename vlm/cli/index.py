@@ -1,13 +1,13 @@
 """The verbs of an index that do not change its rows: build, import, export, fit-head, upgrade, check, info."""
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlm.cli.options import IndexArgument, JsonOption
+from vlm.cli.options import IndexArgument, JsonOption, call_options
 from vlm.console import percent, quoted, show_fields, show_json, show_table, spaced_names
 from vlm.errors import UsageError, VlmError
 
@@ -122,8 +122,7 @@ class BuildIndex:
         from vlm.index.autotune.autotune_report import show_plan
         from vlm.index.build import AutotunedBuild
 
-        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "json"}
-        build = build_index(**options, on_plan=None if self.json else show_plan)
+        build = build_index(**call_options(self), on_plan=None if self.json else show_plan)
         if self.json:
             show_json(build)
         else:
@@ -370,19 +369,8 @@ class FitReranker:
         """Fit, show."""
         from vlm.api.index_building import fit_reranker
 
-        summary = fit_reranker(
-            self.embeddings,
-            self.reranker,
-            model=self.model,
-            codes=self.codes,
-            candidates=self.candidates,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            held_out=self.held_out,
-            max_images=self.max_images,
-            language=self.language,
-            seed=self.seed,
-        )
+        options = call_options(self)
+        summary = fit_reranker(out=options.pop("reranker"), **options)
         if self.json:
             show_json(summary)
             return

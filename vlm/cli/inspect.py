@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
+from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption, call_options
 from vlm.console import format_bytes, pluralize, show_fields, show_json, show_table
 
 if TYPE_CHECKING:
@@ -47,30 +47,11 @@ class Inspect:
 
     def run(self) -> None:
         """Inspect, show, and list what is damaged."""
-        from vlm.data.inspection.findings import contact_sheet
-        from vlm.data.inspection.inspection import inspect_shards
-        from vlm.data.pack import shards_at
-        from vlm.data.selection import read_selection
-        from vlm.files import check_parent_exists, write_text
-        from vlm.pages import Provenance
+        from vlm.api.data import inspect
 
-        # before the scan, whose result would be lost
-        if self.html:
-            check_parent_exists(self.html)
-        inspection = inspect_shards(
-            shards_at(self.shards),
-            sample=self.sample,
-            workers=self.workers,
-            selection=read_selection(self.selection) if self.selection else None,
-            tokenizer=self.tokenizer,
-            context_length=self.context_length,
-            near_limit=self.near_limit,
-        )
-        if self.html:
-            write_text(self.html, contact_sheet(inspection, title=self.shards, provenance=Provenance.current()))
-            logger.info(f"Page: {self.html}")
+        inspection = inspect(**call_options(self))
         if self.json:
-            show_json(inspection.facts())
+            show_json(inspection)
         else:
             show_inspection(inspection)
 

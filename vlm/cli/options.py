@@ -1,7 +1,8 @@
 """What a verb is, and the options that several verbs share."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -14,6 +15,15 @@ class Verb(Protocol):
     def run(self) -> None:
         """Do the work and show the result."""
         ...
+
+
+def call_options(verb: Any, **parsed: Any) -> dict[str, Any]:
+    """The options of a verb as the arguments of its Python call: all but --json.
+
+    parsed: values in place of texts that hold several, as --weights 0.7,0.3.
+    """
+    options = {field.name: getattr(verb, field.name) for field in fields(verb) if field.name != "json"}
+    return options | parsed
 
 
 # types rather than a base class, so that each verb lists its options in its own order

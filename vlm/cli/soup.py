@@ -1,13 +1,13 @@
 """`vlm soup`: several fine-tuned models to one."""
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption
+from vlm.cli.options import DeviceOption, JsonOption, PrecisionOption, WorkersOption, call_options
 from vlm.console import percent, quoted, show_json, show_table
 from vlm.errors import UsageError
 
@@ -78,10 +78,9 @@ class MakeSoup:
         """Average, write, show the ingredients."""
         from vlm.api.training import soup
 
-        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "json"}
-        for name in ("weights", "alphas"):
-            options[name] = _parse_numbers(options[name], f"--{name}")
-        summary = soup(**options)
+        weights = _parse_numbers(self.weights, "--weights")
+        alphas = _parse_numbers(self.alphas, "--alphas")
+        summary = soup(**call_options(self, weights=weights, alphas=alphas))
         if self.json:
             show_json(summary)
         else:

@@ -14,6 +14,11 @@ from vlm.tensor_types import Int64, Tensor, UInt8
 _WARM_UP = 2
 
 
+def accelerator_name(device: torch.device) -> str:
+    """What the device is called, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no accelerator"
+
+
 def measure_copy(images: UInt8[Tensor, "B 3 H W"], device: torch.device) -> list[Stage]:
     """Copying a batch from page-locked memory, with the rate from ordinary memory as a note; nothing on a CPU."""
     if device.type != "cuda":
