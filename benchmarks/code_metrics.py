@@ -18,8 +18,7 @@ import numpy as np
 import tyro
 
 from vlm.console import show_json, show_table
-from vlm.index.ann.index_type_base import num_subvectors
-from vlm.index.ann.index_types import default_lists
+from vlm.index.ann.index_types import default_lists, num_subvectors
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.index_vectors import read_vectors

@@ -20,8 +20,7 @@ from vlm.data.samples import Captions
 from vlm.errors import UsageError
 from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import fall_back_to_flat
+from vlm.index.ann.index_types import TuningParams, fall_back_to_flat
 from vlm.index.catalog import write_catalogue
 from vlm.index.embeddings_folder import Embeddings, EmbeddingSpace, sorted_checksums
 from vlm.index.ids import UID_COLUMN

@@ -16,8 +16,7 @@ import numpy as np
 
 from vlm.errors import VlmError
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint, json_text
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import resolve_index_type, search_params_dict
+from vlm.index.ann.index_types import TuningParams, resolve_index_type, search_params_dict
 from vlm.index.autotune.autotune_report import PLOT, draw_plan
 from vlm.index.autotune.autotuner import MAX_ROWS, Plan, VerificationResult, autotune, retune, verify_plan
 from vlm.index.autotune.search_params import SearchParams

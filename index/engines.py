@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from vlm.errors import UsageError
-from vlm.index.ann.index_type_base import CopyToGpu
+from vlm.index.ann.gpu import CopyToGpu
 from vlm.index.engine_base import EngineIndex
 from vlm.index.reader import Index
 from vlm.manifest import read_manifest

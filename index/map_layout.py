@@ -17,7 +17,7 @@ import numpy as np
 
 from vlm.console import progress
 from vlm.errors import UsageError
-from vlm.index.ann.index_type_base import load_faiss
+from vlm.index.ann.faiss_search import load_faiss
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import VlmError
-from vlm.index.ann.index_type_base import CopyToGpu
+from vlm.index.ann.gpu import CopyToGpu
 from vlm.index.ann.index_types import resolve_index_type
 from vlm.index.catalog import Catalogue
 from vlm.index.embeddings_folder import Origin, check_files

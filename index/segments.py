@@ -29,6 +29,7 @@ from vlm.errors import VlmError
 from vlm.files import atomic_write
 from vlm.index.ann.faiss_search import (
     effort_limit,
+    load_faiss,
     make_search_function,
     num_candidates,
     rerank,
@@ -36,9 +37,8 @@ from vlm.index.ann.faiss_search import (
     set_search_effort,
     to_float32,
 )
-from vlm.index.ann.gpu import MAX_GPU_RESULTS, find_gpu, gpu_unsupported_reason, make_add_function
-from vlm.index.ann.index_type_base import CopyToGpu, TuningParams, load_faiss
-from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.ann.gpu import MAX_GPU_RESULTS, CopyToGpu, find_gpu, gpu_unsupported_reason, make_add_function
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
 from vlm.index.duplicate_rows import DuplicateRows, find_duplicate_rows
 from vlm.index.embeddings_folder import Embeddings, find_non_unit_rows, normalize_rows, open_vectors
 from vlm.index.engine_base import ScoredRows

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import fall_back_to_flat, resolve_index_type
+from vlm.index.ann.index_types import TuningParams, fall_back_to_flat, resolve_index_type
 from vlm.index.catalog import copy_catalogue, edited_copy, max_row, restore_rows, update_catalogue
 from vlm.index.catalog_edits import edit_addresses, edit_metadata
 from vlm.index.embeddings_folder import Origin

@@ -14,7 +14,7 @@ from index_vectors import Mixture
 from measure_server import serve
 
 from vlm.index import build
-from vlm.index.ann.index_type_base import load_faiss
+from vlm.index.ann.faiss_search import load_faiss
 from vlm.index.autotune.query_sampling import exact_scores, per_query_recall
 from vlm.index.engine_writer import InsertBatch
 from vlm.index.filter_language import parse_filter

@@ -5,8 +5,7 @@ from itertools import pairwise
 from math import log
 from typing import Any
 
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
 from vlm.index.autotune.trial import format_bytes
 
 Steps = dict[str, dict[str, Any]]

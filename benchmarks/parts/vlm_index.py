@@ -8,7 +8,7 @@ from typing import Any
 from index_measure import PeakMemory, measure
 from measure_server import serve
 
-from vlm.index.ann.index_type_base import load_faiss
+from vlm.index.ann.faiss_search import load_faiss
 from vlm.index.autotune.autotuner import autotune, retune
 from vlm.index.autotune.trial import TuningTarget
 from vlm.index.build import build_index

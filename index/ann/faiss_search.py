@@ -1,16 +1,39 @@
-"""Searching any FAISS index: with more or less effort, among selected positions, reranked by exact cosines."""
+"""FAISS, loaded on first use; any index searched: more or less effort, selected positions, exact reranking."""
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm.index.ann.index_type_base import load_faiss, unwrap_transforms
+from vlm.errors import VlmError
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 if TYPE_CHECKING:
     import faiss
+
+
+def load_faiss() -> ModuleType:
+    """The faiss module.
+
+    Raises:
+        VlmError: it is not installed.
+    """
+    # on first use, so that what needs no index works without FAISS
+    try:
+        import faiss
+    except ImportError as error:
+        raise VlmError(f"FAISS cannot be imported ({error}); install it with: pip install faiss-cpu") from error
+    return faiss
+
+
+def unwrap_transforms(index: "faiss.Index") -> Any:
+    """The index behind the transforms of its rows, if it has any, as FAISS's own class; it lives as long as `index`."""
+    faiss = load_faiss()
+    # FAISS hands out base classes, whose parameters Python cannot see
+    inner = faiss.downcast_index(index)
+    return unwrap_transforms(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 
 
 def to_float32(rows: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlm.index.ann.index_type_base import CopyToGpu, load_faiss, unwrap_transforms
+from vlm.index.ann.faiss_search import load_faiss, unwrap_transforms
 from vlm.tensor_types import Array, Float32
 
 if TYPE_CHECKING:
     import faiss
+
+
+CopyToGpu = Callable[["faiss.Index"], "faiss.Index"]
+"""Makes the copy of an index that lives on a GPU."""
 
 
 MAX_GPU_RESULTS = 2048

@@ -1,5 +1,8 @@
 """The FAISS index types: each one entry of `INDEX_TYPES`, with its factory string, its default parameters and its cost.
 
+`IndexType` is what an entry says: how an index is made and trained, what it costs, which parameter trades latency for
+recall.
+
 flat     every row is compared, exactly
 ivf      rows by their nearest centroid; a search reads the `nprobe` nearest of `nlist` lists
 ivfsq    the same with 8 bits per dimension, ivfpq with product codes of 2 bits, rabitq with 1 bit
@@ -12,27 +15,154 @@ compare by inner product of unit vectors, for which the nearest rows are also th
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil, log2, sqrt
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from vlm.config import lookup
 from vlm.errors import UsageError
-from vlm.index.ann.gpu import extract_ivf, train
-from vlm.index.ann.index_type_base import (
-    CopyToGpu,
-    IndexType,
-    TrainingRows,
-    TuningParams,
-    check_range,
-    load_faiss,
-    num_subvectors,
-)
+from vlm.index.ann.faiss_search import load_faiss
+from vlm.index.ann.gpu import CopyToGpu, extract_ivf, train
+from vlm.tensor_types import Array, Float32
 
 if TYPE_CHECKING:
     import faiss
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class TrainingRows(Protocol):
+    """The rows an index will hold, as its training sees them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        ...
+
+    def sample(self, count: int, *, seed: int) -> Float32[Array, "N D"]:
+        """Distinct rows sampled uniformly."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningParams:
+    """Parameters of an index; None leaves a number to the type's own rule.
+
+    nlist: lists of an IVF index. nprobe: lists that a search reads.
+    links: edges of a node in an HNSW graph (M).
+    ef_construction, ef_search: candidates kept while a graph is built, and while it is searched.
+    rerank: how many times more rows than results are taken by their codes, for exact cosines to decide.
+    seed: of the training sample and of k-means.
+    """
+
+    nlist: int | None = None
+    nprobe: int | None = None
+    links: int | None = None
+    ef_construction: int | None = None
+    ef_search: int | None = None
+    rerank: int | None = None
+    seed: int = 0
+
+    def set_values(self) -> dict[str, int]:
+        """The parameters that are set, not left to the type's own rule."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedIndex:
+    """A trained index without rows, and the parameters it was made with.
+
+    rerank: 0 if its scores are exact cosines; else a search takes more rows (`faiss_search.num_candidates`), and the
+        cosines with the stored float16 rows decide among them (`faiss_search.rerank`).
+    """
+
+    index: "faiss.Index"
+    parameters: dict[str, int]
+    rerank: int = 0
+
+
+def _train_nothing(
+    index: "faiss.Index", rows: TrainingRows, parameters: Mapping[str, int], gpu: CopyToGpu | None
+) -> None:
+    """For an index type that learns nothing from its rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexType:
+    """One type of index; called with rows and tuning parameters it prepares one.
+
+    factory: its description for `faiss.index_factory`, with the names of parameters, `dimension` and `num_subvectors`
+        in braces.
+    parameters: all its numbers for so many rows, from the tuning parameters and its own rule.
+    resident_bytes: memory that an index of (rows, dimension, parameters) needs, as read from its file; the float16
+        rows that reranking maps from disk are not counted.
+    num_distances: computed by a query in an index of (rows, parameters), to scale a latency with the size.
+    make: an empty index of (dimension, parameters), where the factory knows none.
+    train: trains the empty index and sets its search parameters; with a GPU at hand it may learn there.
+    tunable: the fields of `TuningParams` it uses besides the seed.
+    effort: the parameter that trades latency for recall and can change after the build; None: there is none.
+    """
+
+    name: str
+    factory: str
+    parameters: Callable[[int, TuningParams], dict[str, int]]
+    resident_bytes: Callable[[int, int, Mapping[str, int]], int]
+    num_distances: Callable[[int, Mapping[str, int]], float]
+    make: Callable[[int, Mapping[str, int]], "faiss.Index"] | None = None
+    train: Callable[["faiss.Index", TrainingRows, Mapping[str, int], CopyToGpu | None], None] = _train_nothing
+    tunable: tuple[str, ...] = ()
+    effort: str | None = None
+
+    def parameters_for(self, num_rows: int, tuning: TuningParams) -> dict[str, int]:
+        """All numbers of an index of so many rows.
+
+        Raises:
+            UsageError: a parameter that this type does not have, a number out of range, or too few rows.
+        """
+        # a parameter that would have no effect is refused, not ignored
+        for name in tuning.set_values():
+            if name != "seed" and name not in self.tunable:
+                has = f"it has {', '.join(self.tunable)}" if self.tunable else "it has no parameters"
+                raise UsageError(f"The index type {self.name} has no {name}: {has}. Leave {name} out.")
+        return self.parameters(num_rows, tuning)
+
+    def __call__(self, rows: TrainingRows, tuning: TuningParams, gpu: CopyToGpu | None = None) -> PreparedIndex:
+        """A trained index without rows; trained on a GPU if one is given and the type can.
+
+        Raises:
+            UsageError: as `parameters_for`.
+        """
+        parameters = self.parameters_for(len(rows), tuning)
+        index = self._make_empty(rows.dimension, parameters)
+        self.train(index, rows, parameters, gpu)
+        return PreparedIndex(index=index, parameters=parameters, rerank=parameters.get("rerank", 0))
+
+    def _make_empty(self, dimension: int, parameters: dict[str, int]) -> "faiss.Index":
+        if self.make is not None:
+            return self.make(dimension, parameters)
+        faiss = load_faiss()
+        description = self.factory.format(dimension=dimension, num_subvectors=num_subvectors(dimension), **parameters)
+        return faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
+
+
+def num_subvectors(dimension: int) -> int:
+    """Subvectors of a product code: pairs of dimensions, or single ones where their number is odd."""
+    return dimension // 2 if dimension % 2 == 0 else dimension
+
+
+def check_range(name: str, value: int, limit: int, reason: str, *, least: int = 1) -> None:
+    """Refuse a number outside least … limit; `reason` says where the limit comes from.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not least <= value <= limit:
+        raise UsageError(f"{name} = {value:,} is out of range: it must be {least} to {limit:,} ({reason}).")
+
 
 Parameters = Mapping[str, int]
 Result = TypeVar("Result")

@@ -20,8 +20,7 @@ from vlm.config import lookup
 from vlm.console import percent
 from vlm.errors import UsageError
 from vlm.index.ann.faiss_search import effort_limit, set_search_effort
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import INDEX_TYPES, MAX_RERANK, search_params_dict
+from vlm.index.ann.index_types import INDEX_TYPES, MAX_RERANK, TuningParams, search_params_dict
 from vlm.index.autotune.machine_limits import Machine, MachineLimits, machine_limits
 from vlm.index.autotune.query_sampling import (
     MIN_REVERSED_ROWS,

@@ -19,9 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vlm.errors import UsageError
-from vlm.index.ann.faiss_search import effort_limit, num_candidates, rerank, search_parameters
-from vlm.index.ann.index_type_base import TuningParams, load_faiss
-from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST
+from vlm.index.ann.faiss_search import effort_limit, load_faiss, num_candidates, rerank, search_parameters
+from vlm.index.ann.index_types import INDEX_TYPES, MAX_EF, MIN_LISTS, MIN_ROWS_PER_LIST, TuningParams
 from vlm.index.autotune.query_sampling import SHOWN, QuerySet, SampledRows, lower_bound, mean_recalls, per_query_recall
 from vlm.index.autotune.search_params import SearchParams, candidate_params, minimize_params
 from vlm.tensor_types import Array, Float, Float32

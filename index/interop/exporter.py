@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 
 from vlm.errors import UsageError
 from vlm.files import atomic_folder, atomic_write, check_not_exists, compute_fingerprint, json_text
-from vlm.index.ann.faiss_search import to_float32
-from vlm.index.ann.index_type_base import TuningParams, load_faiss
-from vlm.index.ann.index_types import fall_back_to_flat
+from vlm.index.ann.faiss_search import load_faiss, to_float32
+from vlm.index.ann.index_types import TuningParams, fall_back_to_flat
 from vlm.index.catalog import Catalogue, Entry
 from vlm.index.embeddings_folder import normalize_rows
 from vlm.index.filter_language import parse_filter

@@ -22,7 +22,7 @@ from vlm.config import suggest
 from vlm.data.samples import Captions
 from vlm.data.sources.rows import exact_value
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type_base import load_faiss
+from vlm.index.ann.faiss_search import load_faiss
 from vlm.index.embeddings_folder import PARTS_JSONL, Modality, Origin
 from vlm.tensor_types import Array, Float, Float32
 

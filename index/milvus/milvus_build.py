@@ -13,8 +13,7 @@ from pathlib import Path
 from vlm.console import progress
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, check_not_exists, compute_fingerprint
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import resolve_index_type
+from vlm.index.ann.index_types import TuningParams, resolve_index_type
 from vlm.index.build import BuildSummary
 from vlm.index.embeddings_folder import Embeddings
 from vlm.index.engine_writer import InsertBatch

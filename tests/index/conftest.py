@@ -16,7 +16,7 @@ from PIL import Image
 from tests.index.embed_fixture import embed_shards
 from tests.index.index_fixture import SPACE, MakeIndex, origins, vectors
 from vlm.data.transforms import EvalTransform
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Modality, Origin
 from vlm.tensor_types import Float32, Tensor, UInt8

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.index.oracle_rows import COLOURS, DIMENSION, SPACE, Row, Rows, as_stored, new_rows, origin
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingsWriter, normalize_rows
 from vlm.index.engine_base import EngineIndex, RowSelection

@@ -9,8 +9,7 @@ import pytest
 from tests.index.embeddings_fixture import CAPTIONS, write, write_images_and_texts
 from vlm.cli.main import main
 from vlm.errors import UsageError
-from vlm.index.ann.index_type_base import TuningParams
-from vlm.index.ann.index_types import INDEX_TYPES
+from vlm.index.ann.index_types import INDEX_TYPES, TuningParams
 from vlm.index.autotune.autotune_report import draw_plan, show_plan
 from vlm.index.autotune.autotuner import Plan, autotune, retune, verify_plan
 from vlm.index.autotune.query_sampling import SampledRows, sample_queries

@@ -14,7 +14,7 @@ from tests.index.index_fixture import SPACE, MakeIndex, make_batch, vectors
 from tests.index.origin_fixture import make_origin
 from vlm.cli.main import main
 from vlm.errors import UsageError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import Embeddings, EmbeddingsWriter, Origin
 from vlm.index.filter_language import parse_filter

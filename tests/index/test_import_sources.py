@@ -10,7 +10,7 @@ from tests.index.clip_retrieval_fixture import D, bring, unit, write_table
 from tests.index.index_fixture import MakeIndex, vectors
 from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.embeddings_folder import Embeddings
 from vlm.index.interop.exporter import export_index
 from vlm.index.interop.importer import import_embeddings

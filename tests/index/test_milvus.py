@@ -20,7 +20,7 @@ from tests.index.index_fixture import vectors
 from tests.index.origin_fixture import make_origin
 from vlm.cli.main import main
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
 from vlm.index.engine_base import FilteredRows
 from vlm.index.engines import check_index, open_engine_index, open_writer

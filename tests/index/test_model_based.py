@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 
 CHANGES = ("add", "update", "delete", "compact", "set", "rollback")
 ORACLE = runpy.run_path(str(Path(__file__).with_name("model_based.py")))["Oracle"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import Embeddings, normalize_rows
 from vlm.index.reader import Index

@@ -4,7 +4,7 @@ import pytest
 
 from tests.index.index_fixture import MakeIndex, insert_batch, make_batch, origins, uids_of, vectors
 from vlm.errors import UsageError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.filter_language import parse_filter
 from vlm.index.reader import Index

@@ -14,7 +14,7 @@ import pytest
 from tests.index.index_fixture import insert_batch
 from tests.index.origin_fixture import make_origin
 from vlm.errors import UsageError, VlmError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, Origin, normalize_rows
 from vlm.index.engine_writer import InsertBatch

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.service.circle_fixture import SPACE, CircleModel, OpenService, origin, points
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingsWriter, Origin
 from vlm.service.search import SearchService

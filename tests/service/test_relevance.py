@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.service.circle_fixture import origin
 from vlm.data.transforms import EvalTransform
 from vlm.errors import UsageError
-from vlm.index.ann.index_type_base import TuningParams
+from vlm.index.ann.index_types import TuningParams
 from vlm.index.build import build_index
 from vlm.index.embeddings_folder import UNKNOWN, EmbeddingSpace, EmbeddingsWriter, Modality, normalize_rows
 from vlm.index.writer import IndexWriter

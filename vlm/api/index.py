@@ -369,7 +369,7 @@ class SearchIndex:
         index_type: change to this type, with its default parameters. keep_previous: without, the version before is
             removed at once and cannot be rolled back to, which frees its disk space.
         """
-        from vlm.index.ann.index_type_base import TuningParams
+        from vlm.index.ann.index_types import TuningParams
 
         # None keeps the parameters, which belong to the type that the index has
         tuning = TuningParams() if index_type else None

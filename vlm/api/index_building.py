@@ -9,7 +9,7 @@ from vlm.errors import UsageError, os_errors_explained
 
 # imported where they are used: they need FAISS's training
 if TYPE_CHECKING:
-    from vlm.index.ann.index_type_base import TuningParams
+    from vlm.index.ann.index_types import TuningParams
     from vlm.index.build import AutotunedBuild, BuildSummary
     from vlm.index.reranker_fit import RerankerSummary
 
@@ -111,7 +111,7 @@ TUNING_PARAMETERS = {
 
 
 def _tuning(tuning: dict[str, int | None], seed: int) -> "TuningParams":
-    from vlm.index.ann.index_type_base import TuningParams
+    from vlm.index.ann.index_types import TuningParams
 
     # None stays None: the index type fills in its defaults, by the number of rows
     numbers: dict[str, Any] = {TUNING_PARAMETERS[name]: value for name, value in tuning.items()}

@@ -20,7 +20,7 @@ import numpy as np
 from vlm.data.samples import Captions
 from vlm.data.tokenizers import cut_texts
 from vlm.errors import BadSample, UsageError, VlmError
-from vlm.index.ann.index_type_base import CopyToGpu
+from vlm.index.ann.gpu import CopyToGpu
 from vlm.index.embeddings_folder import UNKNOWN
 from vlm.index.encoder import Encoder
 from vlm.index.engine_base import EngineIndex, EngineSnapshot, Entry, Hit, RowSelection
