@@ -31,6 +31,7 @@ import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
+from datetime import UTC, datetime
 from itertools import chain
 from textwrap import shorten
 from typing import Literal, NoReturn, cast
@@ -39,9 +40,39 @@ import numpy as np
 
 from vlm.config import suggest
 from vlm.errors import UsageError
-from vlm.index.instants import has_zone, instant_of
 from vlm.index.metadata import KEY, LONGEST_TEXT, FieldType, FieldValue, field_types, sanitize_text
 from vlm.tensor_types import Array, Int64
+
+_ISO_TIME = re.compile(
+    r"(?P<date>\d{4}-\d\d-\d\d)"
+    r"(?:[T ](?P<clock>\d\d:\d\d(?::\d\d)?)(?:\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d:?\d\d)?)?"
+)
+
+
+def has_zone(text: str) -> bool:
+    """Whether a text is an ISO 8601 time with a zone or Z."""
+    match = _ISO_TIME.fullmatch(text)
+    return bool(match and match["zone"]) and instant_of(text) is not None
+
+
+def instant_of(value: object) -> str | None:
+    """An ISO 8601 date or time in UTC with nine decimals, so that texts sort as times; None: it is neither.
+
+    What has no zone is taken as UTC.
+
+    >>> instant_of("2025-12-01T08:30:00.5+09:00"), instant_of("2025-11-30T23:30Z"), instant_of("noon")
+    ('2025-11-30T23:30:00.500000000', '2025-11-30T23:30:00.000000000', None)
+    """
+    match = _ISO_TIME.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    zone = (match["zone"] or "Z").replace("Z", "+00:00")
+    try:
+        time = datetime.fromisoformat(f"{match['date']}T{match['clock'] or '00:00'}{zone}").astimezone(UTC)
+    except (ValueError, OverflowError):  # the 30th of February, or year 0 after the shift
+        return None
+    return f"{time:%Y-%m-%dT%H:%M:%S}.{(match['fraction'] or '').ljust(9, '0')}"
+
 
 LONGEST_FILTER = 10_000
 _KEYWORDS = frozenset({"and", "or", "not", "in", "has", "like", "is", "missing", "true", "false"})

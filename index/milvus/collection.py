@@ -28,7 +28,7 @@ from vlm.files import content_digest
 from vlm.index.catalog import LATEST
 from vlm.index.embeddings_folder import Origin
 from vlm.index.engine_base import Entry
-from vlm.index.instants import instant_of
+from vlm.index.filter_language import instant_of
 from vlm.index.metadata import FieldType, FieldValue, is_field, metadata_fields, sanitize_text
 from vlm.index.milvus.connection import MilvusConnection, load_pymilvus
 from vlm.index.milvus.value_keys import folded_key, number_key, text_key, value_of

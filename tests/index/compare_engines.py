@@ -24,7 +24,7 @@ from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter, normal
 from vlm.index.engine_base import EngineIndex, row_numbers
 from vlm.index.engines import open_engine_index
 from vlm.index.filter_language import parse_filter
-from vlm.index.milvus.milvus_build import build_milvus_index
+from vlm.index.milvus.milvus_writer import build_milvus_index
 
 DIMENSION = 8
 SPACE = EmbeddingSpace(model="given", fingerprint="given", dimension=DIMENSION, modality="image")

@@ -24,8 +24,7 @@ from vlm.index.engine_base import EngineIndex, RowSelection
 from vlm.index.engine_writer import EngineWriter
 from vlm.index.engines import open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
-from vlm.index.milvus.milvus_build import build_milvus_index
-from vlm.index.milvus.milvus_writer import MilvusWriter
+from vlm.index.milvus.milvus_writer import MilvusWriter, build_milvus_index
 from vlm.index.writer import IndexWriter
 from vlm.manifest import read_manifest
 

@@ -26,8 +26,7 @@ from vlm.index.engine_base import FilteredRows
 from vlm.index.engines import check_index, open_engine_index, open_writer
 from vlm.index.filter_language import parse_filter
 from vlm.index.milvus.connection import MilvusAddress, MilvusConnection
-from vlm.index.milvus.milvus_build import build_milvus_index
-from vlm.index.milvus.milvus_writer import MilvusWriter
+from vlm.index.milvus.milvus_writer import MilvusWriter, build_milvus_index
 from vlm.manifest import read_manifest
 from vlm.server.served_index import ServedIndex
 

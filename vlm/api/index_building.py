@@ -138,7 +138,7 @@ def _build_in_milvus(
     address: str,
     uid_column: str | None,
 ) -> "BuildSummary":
-    from vlm.index.milvus.milvus_build import build_milvus_index
+    from vlm.index.milvus.milvus_writer import build_milvus_index
 
     return build_milvus_index(
         Path(embeddings), Path(out), address=address, kind=index_type, tuning=tuning, uid_column=uid_column
