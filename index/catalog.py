@@ -3,13 +3,20 @@
 A row has the version that inserted it (`born`) and the one that deleted it (`died`, `LATEST` while it is live). A
 reader of version g sees the rows with born <= g < died, so a change shows only once the manifest says g. A build writes
 the catalogue whole, each change in one transaction; after a crash, rows that no manifest knows are hidden again.
+
+Captions are searched so that lodz finds Łódź, strasse straße, and 狗 finds 小狗: SQLite's tokenizer ignores case, and
+accents that Unicode writes as marks. Letters such as ł, ø and ß are letters of their own to it; they are spelled out
+here (anyascii), as are compatibility forms (full-width, ligatures). In scripts that are written without spaces, or that
+attach particles to a word (Hangul), each character counts as a word, and the characters of a search word as a phrase.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
+import unicodedata
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anyascii import anyascii
 
 from vlm.data.samples import Captions
 from vlm.errors import VlmError
 from vlm.files import fsync_folder
-from vlm.index.caption_words import WORDS_VERSION, fold, split_ideographs
 from vlm.index.embeddings_folder import Origin, captions_from_json
 from vlm.index.engine_base import EngineCatalogue, Entry, RowSelection, row_numbers
 from vlm.index.facets import FieldSummary, ValueCount, count_values, summarize_fields
@@ -32,6 +39,48 @@ from vlm.index.index_files import REBUILD_HINT, FailPoint, no_failpoint
 from vlm.index.metadata import SCHEMA as METADATA_SCHEMA
 from vlm.index.metadata import field_types, insert_metadata_fields, sanitize_text
 from vlm.tensor_types import Array, Int64
+
+WORDS_VERSION = 1
+"""Kept in the catalogue as SQLite's user_version. In one of version 0 only `split_ideographs` was applied."""
+
+# with 々 and 〇, which count as letters of Chinese and Japanese, and ー, which lengthens a vowel
+_UNSPACED = re.compile(
+    r"([\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    r"\u1100-\u11ff\uac00-\ud7af"  # Hangul
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])"  # Thai, Lao, Burmese, Khmer
+)
+_IDEOGRAPH = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+
+
+class _Spelling(dict[int, str]):
+    """For `str.translate`: Latin letters in ASCII, all else as it is; each character is looked up once."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        is_latin = code > 127 and unicodedata.name(character, "").startswith("LATIN ")
+        self[code] = anyascii(character) if is_latin else character
+        return self[code]
+
+
+_SPELLING = _Spelling()
+
+
+def fold(text: str) -> str:
+    """The text as it is indexed and searched.
+
+    >>> fold("Łódź, Straße"), fold("小狗"), fold("ﬁsh in ＡＢＣ")
+    ('Lodz, Strasse', ' 小  狗 ', 'fish in ABC')
+    """
+    if text.isascii():
+        return text
+    folded = unicodedata.normalize("NFKC", text).translate(_SPELLING)
+    return folded if folded.isascii() else _UNSPACED.sub(r" \1 ", folded)
+
+
+def split_ideographs(text: str) -> str:
+    """The text with each Chinese or Japanese character as a word, as catalogues of version 0 have it."""
+    return _IDEOGRAPH.sub(r" \1 ", text)
+
 
 LATEST = 2**63 - 1
 _ROWS_AT_ONCE = 10_000
@@ -461,7 +510,7 @@ class Catalogue(EngineCatalogue):
     def search_text(self, words: str, top: int) -> list[Entry]:
         """The entries whose captions contain all the words, best first (BM25; ties by row).
 
-        Case, accents and spelling variants of Latin letters are ignored (`vlm.index.caption_words`); nothing in `words`
+        Case, accents and spelling variants of Latin letters are ignored (`vlm.index.catalog`); nothing in `words`
         is an operator.
         """
         return self.entries(list(map(itemgetter(0), self.rank_text(words, top))))

@@ -73,7 +73,7 @@ class Segment:
 class MapRecord:
     """The map of an index: a place in two dimensions for each row there was when it was made.
 
-    file: the places (`vlm.index.row_map`). rows: their number. fitted: how many of them `method` laid out; the others
+    file: the places (`vlm.index.reader`). rows: their number. fitted: how many of them `method` laid out; the others
     lie among those. seed: of the layout.
     """
 

@@ -24,9 +24,8 @@ from vlm.index.engine_base import (
     manifest_stamp,
 )
 from vlm.index.index_files import EngineDetails
-from vlm.index.milvus.collection import StoredField, vector_of
+from vlm.index.milvus.collection import MilvusCatalogue, StoredField, as_row_list, vector_of
 from vlm.index.milvus.connection import MOST_RESULTS, MilvusAddress, MilvusConnection
-from vlm.index.milvus.milvus_catalog import MilvusCatalogue, as_row_list
 from vlm.manifest import MANIFEST, Manifest, damage_as_error, read_manifest
 from vlm.tensor_types import Array, Float32, Int64
 

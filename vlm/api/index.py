@@ -397,7 +397,7 @@ class SearchIndex:
             UsageError: nothing of the index lies at `old`, or a file is not there, or is another one.
         """
         from vlm.data.shards import expand_shards
-        from vlm.index.relocation import addresses_below, addresses_by_name, check_addresses
+        from vlm.index.catalog_edits import addresses_below, addresses_by_name, check_addresses
 
         if bool(shards) == bool(old or new) or bool(old) != bool(new):
             raise UsageError("Say what moved where: either OLD and NEW, or the shards where they are now.")

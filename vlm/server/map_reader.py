@@ -12,8 +12,7 @@ from vlm.index.catalog import Entry
 from vlm.index.engine_base import row_numbers
 from vlm.index.facets import ValueCount
 from vlm.index.metadata import metadata_fields
-from vlm.index.reader import IndexSnapshot
-from vlm.index.row_map import RowMap
+from vlm.index.reader import IndexSnapshot, RowMap
 from vlm.server.schemas import MapRequest
 from vlm.server.served_index import ServedIndex, UnknownItem
 from vlm.service.ranking import rows_matching
