@@ -26,7 +26,7 @@ from vlm.cli.main import print_error
 from vlm.console import show_fields, show_json
 from vlm.errors import VlmError
 from vlm.evaluation.rank_counts import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, PositivePairs, count_ranks
-from vlm.evaluation.rank_metrics import Ranks
+from vlm.evaluation.retrieval_metrics import Ranks
 from vlm.tensor_types import Array, Float32
 
 # mean and standard deviation of the cosine of an image with its text, that of others is 0 ± 1/√size

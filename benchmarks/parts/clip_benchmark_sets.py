@@ -9,8 +9,8 @@ import numpy as np
 
 from vlm.data.samples import UNNAMED
 from vlm.data.sources.source import SourceOptions
+from vlm.evaluation.class_vectors import template_set
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
-from vlm.evaluation.prompt_sets import template_set
 
 DATASETS = Path(__file__).parents[3] / "shared" / "datasets"
 CLASSIFICATION = "wds_cifar10"

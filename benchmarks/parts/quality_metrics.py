@@ -12,8 +12,7 @@ from parts.quality_settings import LABELS
 from vlm.data.collate import iter_sample_batches
 from vlm.data.samples import select_languages
 from vlm.data.shards import expand_shards
-from vlm.evaluation.rank_metrics import rank_candidates
-from vlm.evaluation.retrieval_metrics import measure_retrieval
+from vlm.evaluation.retrieval_metrics import measure_retrieval, rank_candidates
 from vlm.evaluation.zero_shot import evaluate_zero_shot
 from vlm.models.model import VisionLanguageModel
 

@@ -10,12 +10,13 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, to
 from torchmetrics.functional.classification import multiclass_calibration_error, multilabel_average_precision
 
 from vlm.errors import VlmError
-from vlm.evaluation.calibration import calibration_interval, measure_calibration
 from vlm.evaluation.class_metrics import (
     average_precisions,
+    calibration_interval,
     chance_of_hit,
     class_means,
     confusion_pairs,
+    measure_calibration,
     rank_classes,
     resampled_class_means,
 )

@@ -8,11 +8,10 @@ import pyarrow as pa
 import pytest
 
 from tests.evaluation.measured_pets import CLASSES, measurement_of, models_of, pets_at
-from vlm.evaluation.answers import answers_of
 from vlm.evaluation.comparison import ModelMeasurements, compare
 from vlm.evaluation.evaluation_page import evaluation_page, write_evaluation_page
 from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.mistakes import Thumbnails, worst_mistakes
+from vlm.evaluation.mistakes import Thumbnails, answers_of, worst_mistakes
 from vlm.evaluation.report_charts import Point, class_rows, condition_rows, confusion_rows, line_charts
 from vlm.pages import Provenance
 

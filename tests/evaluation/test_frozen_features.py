@@ -13,10 +13,18 @@ from tests.evaluation.test_evaluation_set import png
 from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
-from vlm.evaluation.few_shot import FewShot, SubsetSize, crossed_interval, nested_subset
+from vlm.evaluation.few_shot import (
+    FewShot,
+    NearestClassMean,
+    NearestNeighbours,
+    SubsetSize,
+    class_mean_cosines,
+    crossed_interval,
+    neighbour_votes,
+    nested_subset,
+)
 from vlm.evaluation.labelled_features import LabelledFeatures, expected_hits, hold_out, unit_rows
 from vlm.evaluation.linear_probe import LinearProbe, StrengthTrial, fit_linear, fit_probe, halving_search, log_loss
-from vlm.evaluation.nearest_neighbours import NearestClassMean, NearestNeighbours, class_mean_cosines, neighbour_votes
 
 COLOURS = ("red", "green", "blue")
 
@@ -76,7 +84,7 @@ def weigh_distances(distances):
 def test_votes_are_those_of_a_slow_version_and_of_scikit_learn(monkeypatch, neighbours):
     train, test = random_features(150), random_features(40, seed=1)
     # the queries in several blocks
-    monkeypatch.setattr("vlm.evaluation.nearest_neighbours._COSINES_AT_ONCE", 150 * 7)
+    monkeypatch.setattr("vlm.evaluation.few_shot._COSINES_AT_ONCE", 150 * 7)
     votes = neighbour_votes(train, test.features, neighbours=neighbours)
     np.testing.assert_allclose(votes, slow_votes(train, test.features, neighbours, 0.07), rtol=1e-4, atol=1e-12)
     weigh: Any = weigh_distances

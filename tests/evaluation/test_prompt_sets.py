@@ -6,8 +6,14 @@ import open_clip.zero_shot_metadata
 import pytest
 
 from vlm.errors import UsageError
-from vlm.evaluation.class_vectors import read_class_list, read_templates
-from vlm.evaluation.prompt_sets import TEMPLATE_SETS, described_prompts, read_by_language, read_descriptions
+from vlm.evaluation.class_vectors import (
+    TEMPLATE_SETS,
+    described_prompts,
+    read_by_language,
+    read_class_list,
+    read_descriptions,
+    read_templates,
+)
 
 
 def test_sets_of_templates_go_by_name():

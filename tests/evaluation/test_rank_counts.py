@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlm.errors import VlmError
 from vlm.evaluation import rank_counts
 from vlm.evaluation.rank_counts import PositivePairs, count_ranks
-from vlm.evaluation.rank_metrics import Ranks, average_precision, chance_counts, normalised_gain
+from vlm.evaluation.retrieval_metrics import Ranks, average_precision, chance_counts, normalised_gain
 
 
 def pairs_of(positives):

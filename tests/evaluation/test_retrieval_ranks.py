@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import VlmError
-from vlm.evaluation.rank_metrics import rank_candidates
+from vlm.evaluation.retrieval_metrics import rank_candidates
 
 
 def slow_hits(scores, positives, k):

@@ -16,20 +16,20 @@ from vlm.data.synthetic.shapes import render_scene, sample_scenes
 from vlm.errors import UsageError
 from vlm.evaluation.evaluation_set import open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
+from vlm.evaluation.few_shot import NearestNeighbours
 from vlm.evaluation.image_corruptions import (
     CORRUPTION_KINDS,
     PATCH_SHARES,
     SEVERITIES,
     Corruption,
     PatchCorruption,
+    SceneEdit,
     TypographicAttack,
     wrong_class_names,
 )
 from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.nearest_neighbours import NearestNeighbours
 from vlm.evaluation.retrieval import Retrieval
 from vlm.evaluation.robustness import Robustness
-from vlm.evaluation.scene_edits import SceneEdit
 
 # kinds whose distance in pixels need not grow from one severity to the next: several settings change at once
 NOT_MONOTONE = ("glass_blur", "snow", "frost", "fog")

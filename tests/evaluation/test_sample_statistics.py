@@ -4,17 +4,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vlm.evaluation.calibration import calibration_bins, measure_calibration
+from vlm.evaluation.class_metrics import calibration_bins, measure_calibration
 from vlm.evaluation.comparison import ModelMeasurements, compare
-from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.rejection import measure_separation
-from vlm.evaluation.sample_statistics import (
+from vlm.evaluation.measurement import (
+    Measurement,
+    Value,
     figure_of_two_groups,
     mean_of_groups,
     median_of,
     ratio_of,
     sum_of_gaps,
 )
+from vlm.evaluation.rejection import measure_separation
 
 NUM_ROWS = 60
 RNG = np.random.default_rng(0)

@@ -20,13 +20,14 @@ from vlm.evaluation.suite import (
     EVALUATORS,
     FailedEvaluation,
     OpenSets,
+    SuiteAverage,
+    average_figures,
     evaluate_models,
     measure_model,
     parse_suite,
     read_suite,
     suite_names,
 )
-from vlm.evaluation.suite_averages import SuiteAverage, average_figures
 
 
 @dataclass(frozen=True, kw_only=True)

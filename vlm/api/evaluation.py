@@ -15,8 +15,7 @@ from vlm.api.inference import Model, encoder_of, load
 from vlm.data.pack import shards_at
 from vlm.data.shards import Shards, join_shards
 from vlm.errors import UsageError, os_errors_explained
-from vlm.evaluation.caption_accuracy import CaptionAccuracy, CaptionTruth
-from vlm.evaluation.caption_evaluator import CaptionMetrics, CaptionReport
+from vlm.evaluation.caption_evaluator import CaptionAccuracy, CaptionMetrics, CaptionReport, CaptionTruth
 from vlm.evaluation.comparison import Comparison, ModelMeasurements, compare
 from vlm.evaluation.evaluation_page import write_evaluation_page
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set

@@ -13,8 +13,7 @@ from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
     from vlm.api.evaluation import Evaluation
-    from vlm.evaluation.caption_accuracy import CaptionTruth
-    from vlm.evaluation.caption_evaluator import CaptionReport
+    from vlm.evaluation.caption_evaluator import CaptionReport, CaptionTruth
     from vlm.evaluation.measurement import Value
     from vlm.evaluation.reject_evaluator import RejectionResult
     from vlm.evaluation.retrieval_metrics import RetrievalResult

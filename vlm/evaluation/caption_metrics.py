@@ -20,8 +20,8 @@ import numpy as np
 
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.bootstrap import Interval, mean_interval, statistic_interval
+from vlm.evaluation.measurement import SampleStatistic
 from vlm.evaluation.ptb_tokenizer import caption_words
-from vlm.evaluation.sample_statistics import SampleStatistic
 from vlm.results import Result
 from vlm.tensor_types import Array, Float, Float32, Float64, Int64, Num
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.evaluation.answers import answers_of, split_by_language
 from vlm.evaluation.comparison import (
     Comparison,
     ValueDifference,
@@ -21,7 +20,7 @@ from vlm.evaluation.comparison import (
 )
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.mistakes import Explain, Mistake, Thumbnails, worst_mistakes
+from vlm.evaluation.mistakes import Explain, Mistake, Thumbnails, answers_of, split_by_language, worst_mistakes
 from vlm.evaluation.report_charts import (
     ClassRow,
     ConditionRow,

@@ -12,8 +12,7 @@ from vlm.evaluation.bootstrap import mean_interval
 from vlm.evaluation.class_metrics import resampled_class_means
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel, Layer
-from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.sample_statistics import mean_of_groups
+from vlm.evaluation.measurement import Measurement, Value, mean_of_groups
 from vlm.tensor_types import Array, Bool, Float, Float64, Int64
 
 # votes and cosines of equal features differ by the rounding of a matrix product, which depends on the column

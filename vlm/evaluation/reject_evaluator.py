@@ -14,7 +14,7 @@ from vlm.evaluation.class_metrics import every_other_of_class, rank_classes
 from vlm.evaluation.class_vectors import class_numbers, class_texts
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
-from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.measurement import Measurement, SampleStatistic, Value, figure_of_two_groups
 from vlm.evaluation.rejection import (
     PASS_RATE,
     RejectRule,
@@ -25,7 +25,6 @@ from vlm.evaluation.rejection import (
     num_resamples_of,
     resampled_separations,
 )
-from vlm.evaluation.sample_statistics import SampleStatistic, figure_of_two_groups
 from vlm.evaluation.wiring_checks import is_at_chance
 from vlm.evaluation.zero_shot import text_classifier
 from vlm.tensor_types import Array, Float, Float32, Int

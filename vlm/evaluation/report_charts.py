@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm.evaluation.answers import answers_of, classified
 from vlm.evaluation.bootstrap import mean_interval
 from vlm.evaluation.comparison import sample_outcomes
 from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.mistakes import answers_of, classified
 from vlm.tensor_types import Array, Float64
 
 _LARGEST_K = 100

@@ -21,18 +21,17 @@ from vlm.evaluation.bootstrap import (
 )
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedEncoder, EvaluatedModel
-from vlm.evaluation.measurement import Measurement, Value
+from vlm.evaluation.measurement import Measurement, SampleStatistic, Value, median_of
 from vlm.evaluation.rank_counts import RankCounts
-from vlm.evaluation.rank_metrics import chance_counts
 from vlm.evaluation.retrieval_metrics import (
     FlatCaptions,
     RetrievalResult,
     SameText,
+    chance_counts,
     count_retrieval,
     direction_of,
     query_values,
 )
-from vlm.evaluation.sample_statistics import SampleStatistic, median_of
 from vlm.tensor_types import Array, Float, Float32, Int64
 
 logger = logging.getLogger(__name__)

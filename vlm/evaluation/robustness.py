@@ -19,17 +19,19 @@ from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
 from vlm.evaluation.image_corruptions import (
     CORRUPTION_KINDS,
+    EDITED_FACTS,
     PATCH_SHARES,
     SEVERITIES,
     Corruption,
     PatchCorruption,
     Pixels,
+    SceneEdit,
     TypographicAttack,
+    check_labels_survive,
+    scenes_of,
     wrong_class_names,
 )
-from vlm.evaluation.measurement import Evaluator, Measurement, Value
-from vlm.evaluation.sample_statistics import SampleStatistic, ratio_of
-from vlm.evaluation.scene_edits import EDITED_FACTS, SceneEdit, check_labels_survive, scenes_of
+from vlm.evaluation.measurement import Evaluator, Measurement, SampleStatistic, Value, ratio_of
 from vlm.evaluation.wiring_checks import is_at_chance
 from vlm.files import compute_fingerprint
 from vlm.tensor_types import Array, Float64

@@ -21,8 +21,7 @@ from vlm.errors import UsageError
 from vlm.evaluation.bootstrap import mean_interval, statistic_interval
 from vlm.evaluation.evaluation_set import EvaluationSet
 from vlm.evaluation.features import EvaluatedModel
-from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.sample_statistics import SampleStatistic, mean_of_groups
+from vlm.evaluation.measurement import Measurement, SampleStatistic, Value, mean_of_groups
 from vlm.tensor_types import Array, Float32, Float64, Int64
 
 NEGATIVE_CAPTION = "negative_caption"

@@ -14,40 +14,281 @@
 `[data.NAME]` is a `SuiteData`. An entry of `evaluate` names an evaluator of `EVALUATORS` and one set or several; its
 other keys are the fields of the evaluator. Those that are sets themselves (training images) name one of these; one that
 is an evaluator (whose robustness is measured) is its name, or a table of its name and its fields. `[[average]]` names a
-mean over sets (`SuiteAverage`), which is reported as one figure.
+mean over sets (`SuiteAverage`), which is reported as one
+figure (BASIC's accuracy under five shifts).
 """
 
 import importlib
 import importlib.resources
+import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
 from vlm.config import from_values, read_toml, suggest
+from vlm.data.pack import PackConfig, held_out_split
+from vlm.data.shards import expand_shards
+from vlm.data.sources.caption_files import SCENES
+from vlm.data.sources.source import SceneOptions, SourceKind, SourceOptions
+from vlm.data.sources.source_registry import open_source
 from vlm.errors import UsageError, VlmError
+from vlm.evaluation.class_vectors import CLASS_NAMES_FILE
 from vlm.evaluation.comparison import Comparison, ModelMeasurements, compare
-from vlm.evaluation.evaluation_set import EvaluationSet
+from vlm.evaluation.evaluation_set import CLS_LABEL, NPY_LABEL, EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedModel
-from vlm.evaluation.measurement import Evaluator, Measurement
-from vlm.evaluation.suite_averages import AverageFigure, SuiteAverage, average_figures, read_averages
-from vlm.evaluation.suite_data import AbsentData, SuiteData, find_absent, open_suite_data
+from vlm.evaluation.measurement import Evaluator, Measurement, Value
+from vlm.files import compute_fingerprint, write_text
 from vlm.results import Result
+from vlm.storage import is_remote
 
 logger = logging.getLogger(__name__)
+
+
+DATASET_TYPE_FILE = "dataset_type.txt"
+_LABELS_OF_TYPES = {"classification": CLS_LABEL, "multilabel": NPY_LABEL, "retrieval": ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteData:
+    """The table `[data.NAME]` of a suite.
+
+    path: below the folder of the user's data: shards, or anything `vlm pack` reads; `scenes` is drawn on the spot.
+    layout: `clip-benchmark` is a folder with `classnames.txt`, `dataset_type.txt` and a folder of tars for each split.
+    kind, folder, image_column, caption_column, captions: as of `vlm pack`. label, class_names, caption_lines, limit:
+        as of `open_evaluation_set`.
+    hold_out: only the pairs that `vlm pack --hold-out` of this number would hold out.
+    hub: a data set of the Hugging Face Hub that is this set in this layout. fetch: else how to get it.
+    not_evaluated: of a set that is named only to say so: why no evaluator takes it.
+    """
+
+    path: str
+    layout: Literal["", "clip-benchmark"] = ""
+    split: str = "test"
+    kind: SourceKind | None = None
+    folder: str = ""
+    image_column: str | None = None
+    caption_column: str | None = None
+    captions: Literal["", "none", "optional"] = ""
+    caption_lines: bool = False
+    label: str = ""
+    class_names: tuple[str, ...] = ()
+    hold_out: int = 0
+    limit: int = 0
+    scenes: SceneOptions = field(default_factory=lambda: SceneOptions(split="val"))
+    hub: str = ""
+    fetch: str = ""
+    not_evaluated: str = ""
+
+    def address(self, root: Path) -> str:
+        """Where it lies."""
+        is_elsewhere = self.path == SCENES or is_remote(self.path)
+        path = self.path if is_elsewhere else str(root.expanduser() / self.path)
+        return f"{path}/{self.split}" if self.layout else path
+
+    def how_to_fetch(self, root: Path) -> str:
+        """What the user does to have it."""
+        target = root / self.path
+        if self.hub:
+            return f"hf download {self.hub} --repo-type dataset --local-dir {target}"
+        return self.fetch or f"put it at {target}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsentData:
+    """A set that is left out. reason: why. fetch: how to get what is not there; empty where that would not help."""
+
+    name: str
+    reason: str
+    fetch: str = ""
+
+
+def find_absent(name: str, data: SuiteData, root: Path) -> AbsentData | None:
+    """The set as one that is left out, None if it is there."""
+    if data.not_evaluated:
+        return AbsentData(name=name, reason=data.not_evaluated)
+    address = data.address(root)
+    if address == SCENES or is_remote(address):
+        return None
+    path = Path(address)
+    is_there = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if not is_there and not path.exists():
+        try:
+            is_there = bool(expand_shards(address))
+        except UsageError:
+            is_there = False
+    return None if is_there else AbsentData(name=name, reason=f"not at {address}", fetch=data.how_to_fetch(root))
+
+
+def open_suite_data(name: str, data: SuiteData, root: Path, *, cache: Path | None = None) -> EvaluationSet:
+    """A set of a suite that is there.
+
+    cache: folder in which is kept which pairs are held out, for which all images have to be decoded.
+
+    Raises:
+        UsageError: it cannot be read so, or lacks the label.
+    """
+    address = data.address(root)
+    options = SourceOptions(
+        kind=data.kind,
+        folder=data.folder,
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        captions=data.captions,
+        scenes=data.scenes,
+    )
+    label, caption_lines = data.label, data.caption_lines
+    if data.layout:
+        label, caption_lines = _clip_benchmark_labels(Path(address), data)
+    is_plain = data.path != SCENES and options == SourceOptions(scenes=data.scenes)
+    opened = open_evaluation_set(
+        address,
+        name=name,
+        label=label,
+        class_names=data.class_names,
+        options=None if is_plain else options,
+        caption_lines=caption_lines,
+    )
+    if data.hold_out:
+        opened = _held_out(opened, data.hold_out, address, options, cache)
+    return opened.select(range(data.limit)) if 0 < data.limit < len(opened) else opened
+
+
+def _clip_benchmark_labels(split: Path, data: SuiteData) -> tuple[str, bool]:
+    """The label of a set in CLIP_benchmark's layout, and whether each line of a text is a caption.
+
+    Raises:
+        UsageError: its type is not known.
+    """
+    type_file = split.parent / DATASET_TYPE_FILE
+    # the file may be missing, and then it is classification
+    kind = type_file.read_text(encoding="utf-8").strip().lower() if type_file.is_file() else "classification"
+    if kind not in _LABELS_OF_TYPES:
+        raise UsageError(f"{type_file} says {kind!r}; {suggest(kind, list(_LABELS_OF_TYPES))}")
+    label = data.label or _LABELS_OF_TYPES[kind]
+    if label == CLS_LABEL and not data.class_names and not (split.parent / CLASS_NAMES_FILE).is_file():
+        logger.warning(f"{split.parent} has no {CLASS_NAMES_FILE}, so that its classes have numbers for names.")
+    return label, kind == "retrieval" or data.caption_lines
+
+
+def _held_out(
+    opened: EvaluationSet, number: int, address: str, options: SourceOptions, cache: Path | None
+) -> EvaluationSet:
+    key = compute_fingerprint(opened.digest, str(number))
+    kept = cache / f"held-out-{key}.json" if cache else None
+    if kept is not None and kept.is_file():
+        numbers = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        split = held_out_split(open_source(address, options), PackConfig(hold_out=number))
+        numbers = sorted(split.numbers)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(numbers))
+    return opened.select(np.flatnonzero(np.isin(opened.images.numbers, numbers)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteAverage:
+    """A mean over sets: of one value of one evaluator, by its name. value: empty takes each measurement's first."""
+
+    name: str
+    evaluator: str
+    data: tuple[str, ...]
+    value: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageFigure:
+    """A mean of a model; None, with the sets that were not measured, where any is missing.
+
+    value: with a 95% interval if each set has one; sets are independent of each other, so half its width is the root of
+    the summed squares of theirs, divided by their number.
+    """
+
+    name: str
+    model: str
+    value: Value | None
+    missing: tuple[str, ...] = ()
+
+
+def read_averages(listed: Any, data: Sequence[str], evaluators: Sequence[str], where: str) -> tuple[SuiteAverage, ...]:
+    """The tables [[average]] of a suite.
+
+    Raises:
+        UsageError: a key does not fit, a set or an evaluator is not the suite's, or there is one set only.
+    """
+    averages: list[SuiteAverage] = []
+    for number, table in enumerate(listed if isinstance(listed, list) else [listed], 1):
+        place = f"{where}, average {number}"
+        if not isinstance(table, dict):
+            raise UsageError(f"{place} is {table!r}; write a table [[average]] with name, evaluator and data.")
+        average = from_values(SuiteAverage, table, where=place)
+        for name in average.data:
+            if name not in data:
+                raise UsageError(f"{place}: there is no data {name!r}; {suggest(name, list(data))}")
+        if average.evaluator not in evaluators:
+            raise UsageError(
+                f"{place}: no entry evaluates by {average.evaluator!r}; {suggest(average.evaluator, list(evaluators))}"
+            )
+        if len(set(average.data)) < max(2, len(average.data)):
+            raise UsageError(f"{place}: data = {list(average.data)} is no list of at least two different sets.")
+        averages.append(average)
+    return tuple(averages)
+
+
+def average_figures(averages: Sequence[SuiteAverage], models: Sequence[ModelMeasurements]) -> tuple[AverageFigure, ...]:
+    """Each mean of each model.
+
+    Raises:
+        UsageError: a measurement has no value of the name that a mean is of.
+    """
+    figures: list[AverageFigure] = []
+    for average in averages:
+        for model in models:
+            values: dict[str, Value] = {}
+            for name in average.data:
+                measurement = model.find(average.evaluator, name)
+                if measurement is not None:
+                    values[name] = _value_of(measurement.values, average)
+            missing = tuple(name for name in average.data if name not in values)
+            mean = None if missing else _mean(list(values.values()))
+            figures.append(AverageFigure(name=average.name, model=model.model, value=mean, missing=missing))
+    return tuple(figures)
+
+
+def _value_of(values: Mapping[str, Value], average: SuiteAverage) -> Value:
+    name = average.value or next(iter(values))
+    if name not in values:
+        raise UsageError(
+            f"average {average.name!r}: {average.evaluator} has no value {name!r}; {suggest(name, list(values))}"
+        )
+    return values[name]
+
+
+def _mean(values: Sequence[Value]) -> Value:
+    mean = math.fsum(value.value for value in values) / len(values)
+    squares: list[float] = []
+    for value in values:
+        if value.low is None or value.high is None:
+            return Value(value=mean)
+        squares.append(((value.high - value.low) / 2) ** 2)
+    half_width = math.sqrt(math.fsum(squares)) / len(values)
+    return Value(value=mean, low=mean - half_width, high=mean + half_width)
+
 
 EVALUATORS = {
     "zero-shot": "vlm.evaluation.zero_shot:ZeroShotClassification",
     "rejection": "vlm.evaluation.reject_evaluator:Rejection",
     "retrieval": "vlm.evaluation.retrieval:Retrieval",
     "captions": "vlm.evaluation.caption_evaluator:CaptionMetrics",
-    "scene-captions": "vlm.evaluation.caption_accuracy:CaptionAccuracy",
+    "scene-captions": "vlm.evaluation.caption_evaluator:CaptionAccuracy",
     "linear-probe": "vlm.evaluation.linear_probe:LinearProbe",
-    "nearest-neighbours": "vlm.evaluation.nearest_neighbours:NearestNeighbours",
-    "nearest-class-mean": "vlm.evaluation.nearest_neighbours:NearestClassMean",
+    "nearest-neighbours": "vlm.evaluation.few_shot:NearestNeighbours",
+    "nearest-class-mean": "vlm.evaluation.few_shot:NearestClassMean",
     "few-shot": "vlm.evaluation.few_shot:FewShot",
     "robustness": "vlm.evaluation.robustness:Robustness",
     "sentence-pairs": "vlm.evaluation.sentence_pairs:SentencePairs",

@@ -14,24 +14,26 @@ from vlm.data.sources.source import SourceOptions
 from vlm.data.sources.source_registry import holds_shards, open_source
 from vlm.errors import UsageError
 from vlm.evaluation.bootstrap import Interval, mean_interval, statistic_interval
-from vlm.evaluation.calibration import Calibration, calibration_bins, calibration_interval, measure_calibration
 from vlm.evaluation.class_metrics import (
+    Calibration,
     ClassRanking,
     ConfusionPair,
     LabelSets,
     average_precisions,
+    calibration_bins,
+    calibration_interval,
     chance_of_hit,
     class_means,
     confusion_pairs,
     label_matrix,
+    measure_calibration,
     rank_classes,
     resampled_class_means,
 )
 from vlm.evaluation.class_vectors import ClassTexts, class_numbers, class_texts, class_vectors
 from vlm.evaluation.evaluation_set import EvaluationSet, open_evaluation_set
 from vlm.evaluation.features import EvaluatedEncoder, EvaluatedModel
-from vlm.evaluation.measurement import Measurement, Value
-from vlm.evaluation.sample_statistics import SampleStatistic, mean_of_groups, sum_of_gaps
+from vlm.evaluation.measurement import Measurement, SampleStatistic, Value, mean_of_groups, sum_of_gaps
 from vlm.evaluation.wiring_checks import USUAL_ERRORS, ClassWiring, check_classes, is_at_chance
 from vlm.tensor_types import Array, Float, Float32, Int64
 
