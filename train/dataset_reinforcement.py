@@ -33,7 +33,7 @@ from vlm.errors import UsageError, VlmError
 from vlm.files import append_line, atomic_write, write_text
 from vlm.manifest import FileRecord, Manifest, begin_or_resume_folder, record_file, write_manifest
 from vlm.models.model import VisionLanguageModel
-from vlm.models.text_embedder import LanguageModelEmbedder
+from vlm.models.sentence_encoder import LanguageModelEmbedder
 from vlm.tensor_types import Float32, Tensor
 from vlm.train.teacher_views import (
     REINFORCEMENT,

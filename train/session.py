@@ -50,9 +50,9 @@ from vlm.models.load import load_network
 from vlm.models.low_rank import LowRank, add_adapters
 from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import CHECKPOINTS
-from vlm.models.resolution import with_image_size
 from vlm.models.towers.tower import batch_norm_layers
 from vlm.models.towers.tower_registry import initial_preprocess, set_dropout
+from vlm.models.variants import with_image_size
 from vlm.train.averaging import EMA
 from vlm.train.checkpoint.manager import restore_newest
 from vlm.train.checkpoint.remote_checkpoints import RemoteCheckpointStore

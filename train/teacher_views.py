@@ -30,7 +30,7 @@ from vlm.data.transforms import EvalTransform, RandomResizedCrop
 from vlm.errors import BadSample, UsageError
 from vlm.manifest import MANIFEST
 from vlm.models.model import VisionLanguageModel
-from vlm.models.text_embedder import LanguageModelEmbedder
+from vlm.models.sentence_encoder import LanguageModelEmbedder
 from vlm.models.towers.language_model import FrozenLanguageTower
 from vlm.storage import is_remote, local_path, read_small, sibling_url
 from vlm.tensor_types import Array, Tensor, UInt8

@@ -21,8 +21,7 @@ from vlm.index.build import build_index
 from vlm.index.embeddings_folder import EmbeddingSpace, EmbeddingsWriter
 from vlm.models.load import load_model, save_model_folder
 from vlm.models.model import VisionLanguageModel
-from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.models.onnx_folder import read_onnx_folder
+from vlm.models.onnx_encoder import OnnxEncoder, read_onnx_folder
 from vlm.service.query_encoder import load_query_encoder, open_export
 from vlm.service.search import SearchService
 

@@ -15,7 +15,7 @@ import torch
 from tests.models.huggingface_fixture import CAPTIONS, clip_folder, siglip_folder
 from vlm.errors import UsageError, VlmError
 from vlm.models.load import load_model, save_model_folder
-from vlm.models.text_embedder import load_text_model
+from vlm.models.sentence_encoder import load_text_model
 
 CONFIG = {
     "embed_dim": 8,

@@ -83,7 +83,7 @@ def test_the_cache_gives_the_tokens_of_none(model, options):
 
 
 def test_all_that_is_trained_for_captions_is_one_linear_map(writer, configure):
-    from vlm.models.towers.soft_prompts import LazyWriter
+    from vlm.models.towers.language_model import LazyWriter
 
     architecture = f"{IMAGE}+limber:{writer}@16"
     config = configure(

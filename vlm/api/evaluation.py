@@ -30,8 +30,7 @@ from vlm.evaluation.sample_files import write_samples
 from vlm.evaluation.suite import OpenSets, SuiteEvaluation, evaluate_models, read_suite
 from vlm.evaluation.zero_shot import ZeroShot, ZeroShotClassification, open_labelled_set
 from vlm.files import write_text
-from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.models.onnx_folder import is_onnx_folder
+from vlm.models.onnx_encoder import OnnxEncoder, is_onnx_folder
 from vlm.pages import Provenance
 from vlm.results import Result, json_values
 from vlm.service.query_encoder import Backend, chosen_backend

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.errors import UsageError
 from vlm.files import check_not_exists
-from vlm.models.onnx_folder import (
+from vlm.models.onnx_encoder import (
     OnnxFolder,
     OnnxPrecision,
     export_folder,

@@ -107,7 +107,7 @@ class Reinforce:
 
     def _load_teachers(self) -> "Teachers":
         from vlm.models.load import load_model
-        from vlm.models.text_embedder import load_text_model
+        from vlm.models.sentence_encoder import load_text_model
         from vlm.train.dataset_reinforcement import Teachers
 
         text_model = None

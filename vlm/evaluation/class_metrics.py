@@ -1,4 +1,4 @@
-"""How right classes rank among all: accuracies with ties in expectation, label sets, average precision, confusion."""
+"""How right classes rank: accuracies with ties in expectation, label sets, average precision, calibration."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -17,9 +17,8 @@ from vlm.data.shards import expand_shards
 from vlm.errors import UsageError, VlmError
 from vlm.evaluation.retrieval_metrics import RetrievalResult, measure_retrieval
 from vlm.files import atomic_folder
-from vlm.models.onnx_encoder import OnnxEncoder
+from vlm.models.onnx_encoder import IMAGE_TOWER, TEXT_TOWER, OnnxEncoder, OnnxFolder, read_onnx_folder
 from vlm.models.onnx_export import quiet, write_onnx_manifest
-from vlm.models.onnx_folder import IMAGE_TOWER, TEXT_TOWER, OnnxFolder, read_onnx_folder
 from vlm.results import Result
 from vlm.tensor_types import Array, Float32
 

@@ -1,7 +1,7 @@
 """Export of both towers to ONNX, compared with torch before anything is kept.
 
 Pixels are normalised inside the image tower and embeddings inside both, so that each graph gives unit vectors of bytes
-of colour or of tokens. `onnx_folder` says what lies where, `onnx_encoder` runs it.
+of colour or of tokens. `onnx_encoder` says what lies where, and runs it.
 """
 
 import contextlib
@@ -24,10 +24,21 @@ from vlm.data.tokenizers import ClipTokenizer, open_tokenizer, save_without_torc
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder
 from vlm.manifest import Manifest, record_file, write_manifest
-from vlm.models import onnx_folder as layout
 from vlm.models.model import VisionLanguageModel, normalise
-from vlm.models.onnx_encoder import OnnxEncoder
-from vlm.models.onnx_folder import OnnxDetails, OnnxFolder, OnnxPrecision, read_onnx_folder
+from vlm.models.onnx_encoder import (
+    EMBEDDINGS,
+    IMAGE_TOWER,
+    KIND,
+    PIXELS,
+    TEXT_TOWER,
+    TOKENS,
+    OnnxDetails,
+    OnnxEncoder,
+    OnnxFolder,
+    OnnxPrecision,
+    read_onnx_folder,
+    record_sources,
+)
 from vlm.tensor_types import Float32, Int64, Tensor, UInt8
 
 logger = logging.getLogger(__name__)
@@ -74,13 +85,13 @@ def export_onnx(model: VisionLanguageModel, out: Path, *, spec: str, source: Pat
         VlmError: torch cannot export the network, or the result differs by more than `TOLERANCE`.
     """
     _require_libraries()
-    sources = {} if source is None else layout.record_sources(source)
+    sources = {} if source is None else record_sources(source)
     # what a tower loads with its first text must be there before: the exporter would give it tensors without values,
     # and it would keep them
     model.embed_texts(_TEXTS[:1])
     with atomic_folder(out) as folder:
-        _export_tower(_ImageTower(model), _example_pixels(model), folder / layout.IMAGE_TOWER, model.name)
-        has_any_length = _export_text_tower(model, folder / layout.TEXT_TOWER)
+        _export_tower(_ImageTower(model), _example_pixels(model), folder / IMAGE_TOWER, model.name)
+        has_any_length = _export_text_tower(model, folder / TEXT_TOWER)
         is_free_of_torch = save_without_torch(model.tokenizer, folder, open_tokenizer)
         if not is_free_of_torch:
             logger.warning(
@@ -128,7 +139,7 @@ def write_onnx_manifest(
     write_manifest(
         folder,
         Manifest(
-            kind=layout.KIND,
+            kind=KIND,
             fingerprint=fingerprint,
             counts={"embedding_size": details.embedding_size, "context_length": details.context_length},
             configuration={"precision": precision, "view": details.view},
@@ -182,7 +193,7 @@ def _export_text_tower(model: VisionLanguageModel, path: Path) -> bool:
 
 
 def _export_tower(tower: nn.Module, example: Tensor, path: Path, name: str, *, length: Any = None) -> None:
-    input_name = layout.PIXELS if path.name == layout.IMAGE_TOWER else layout.TOKENS
+    input_name = PIXELS if path.name == IMAGE_TOWER else TOKENS
     axes = {0: torch.export.Dim("batch", min=1)} | ({} if length is None else {1: length})
     try:
         with torch.no_grad(), quiet():
@@ -191,7 +202,7 @@ def _export_tower(tower: nn.Module, example: Tensor, path: Path, name: str, *, l
                 (example,),
                 str(path),
                 input_names=[input_name],
-                output_names=[layout.EMBEDDINGS],
+                output_names=[EMBEDDINGS],
                 dynamic_shapes=(axes,),
                 dynamo=True,
                 # weights in a file of their own are mapped, not read: a query touches few pages of them

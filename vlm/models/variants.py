@@ -1,4 +1,4 @@
-"""Models derived from a loaded one: truncated (Matryoshka) embeddings, and a backward-compatible projection.
+"""Models derived from a loaded one: shorter (Matryoshka) embeddings, backward-compatible ones, another image size.
 
 `MODEL#64` keeps the first 64 numbers of an embedding, normalised again; meant for models whose leading numbers say most
 (Matryoshka representations, Kusupati et al. 2022).
@@ -7,13 +7,20 @@ A backward-compatible model is a new one whose embeddings can be compared with t
 al., ICCV 2023) its embedding is [what is compared with old ones | the rest], by a matrix with orthonormal columns, so
 that no cosine between two new embeddings changes; old ones are padded with zeros. BT² also learns a rotation of the
 space; for a model that is trained already it can be part of the matrix.
+
+For images of another size the weights stay and position embeddings are interpolated to the new grid; so Dosovitskiy et
+al. 2021 (§3.2) fine-tune ViT at a higher resolution.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,9 +28,57 @@ from torch import nn
 from vlm.errors import UsageError, VlmError
 from vlm.files import atomic_folder, compute_fingerprint
 from vlm.manifest import Manifest, read_manifest, record_file, write_manifest
+from vlm.models.factory import build_network
 from vlm.models.model import VisionLanguageModel
 from vlm.models.model_spec import DIMENSIONS_SEPARATOR, truncated_fingerprint
-from vlm.tensor_types import Float32, Tensor, UInt8
+from vlm.tensor_types import Float, Float32, Tensor, UInt8
+
+# tokens before the patches: none, a class token, or that with registers
+_PREFIX_TOKENS = (0, 1, 2, 4, 5)
+
+
+def with_image_size(model: VisionLanguageModel, size: int) -> VisionLanguageModel:
+    """The model for images of size × size pixels.
+
+    Raises:
+        UsageError: one of its weights depends on the size of the image and is not a grid of position embeddings.
+    """
+    if size == model.view.size:
+        return model
+    config = deepcopy(model.config)
+    # networks of other libraries keep their size elsewhere
+    if not isinstance(config.get("vision_cfg", {}).get("image_size"), int):
+        raise UsageError(f"{model.name} takes images of {model.view.size} px only; leave out --image-size.")
+    config["vision_cfg"]["image_size"] = size
+    network = build_network(config).to(model.device)
+    weights = network.state_dict()
+    # sine positions are computed for their grid, not learned
+    is_fixed = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    for name, tensor in model.network.state_dict().items():
+        if name not in weights or name in is_fixed:
+            continue
+        if weights[name].shape != tensor.shape:
+            tensor = _interpolated(tensor, weights[name].shape, f"{model.name} takes {model.view.size} px: {name}")
+        weights[name] = tensor
+    network.load_state_dict(weights)
+    view = dataclasses.replace(model.view, size=size)
+    return dataclasses.replace(model, network=network.eval(), config=config, view=view)
+
+
+def _interpolated(positions: Float[Tensor, "*B N C"], shape: torch.Size, name: str) -> Float[Tensor, "*B M C"]:
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    is_grid = positions.ndim in (2, 3) and len(shape) == positions.ndim and shape[-1] == positions.shape[-1]
+    old_length, new_length = positions.shape[-2:][0], shape[-2:][0]
+    for num_prefix in _PREFIX_TOKENS if is_grid else ():
+        old_side, new_side = (isqrt(max(length - num_prefix, 0)) for length in (old_length, new_length))
+        if (old_side**2 + num_prefix, new_side**2 + num_prefix) == (old_length, new_length):
+            rows = positions.reshape(1, old_length, -1)
+            resampled = resample_abs_pos_embed(
+                rows, [new_side, new_side], [old_side, old_side], num_prefix_tokens=num_prefix
+            )
+            return resampled.reshape(shape)
+    raise UsageError(f"{name} depends on the image size in a way that cannot be interpolated; leave out --image-size.")
 
 
 def _fields_of(model: VisionLanguageModel) -> dict[str, Any]:

@@ -37,9 +37,15 @@ from vlm.models.towers.huggingface import (
     hf_preprocess,
     read_hf_config,
 )
-from vlm.models.towers.language_model import build_lm, complete_lm
+from vlm.models.towers.language_model import (
+    LIMBER,
+    SoftPromptDecoder,
+    build_limber,
+    build_lm,
+    complete_limber,
+    complete_lm,
+)
 from vlm.models.towers.pooling import authors_gamma
-from vlm.models.towers.soft_prompts import LIMBER, SoftPromptDecoder, build_limber, complete_limber
 from vlm.models.towers.timm import build_timm, build_vit, parse_vit_size, timm_image_size, timm_preprocess
 from vlm.models.towers.tower import ImageTower
 from vlm.models.towers.tower_config import (
