@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from vlm.errors import UsageError, VlmError
 
 if TYPE_CHECKING:
-    from vlm.api.captions import caption_metrics as caption_metrics
     from vlm.api.data import build_concepts as build_concepts
     from vlm.api.data import curate as curate
     from vlm.api.data import doctor as doctor
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from vlm.api.data import relate as relate
     from vlm.api.data import stream as stream
     from vlm.api.data import train_tokenizer as train_tokenizer
+    from vlm.api.evaluation import caption_metrics as caption_metrics
     from vlm.api.evaluation import evaluate as evaluate
     from vlm.api.explanation import explain as explain
     from vlm.api.find import find as find
@@ -91,7 +91,7 @@ _MODULES: dict[str, str] = {
     "SearchIndex": "vlm.api.index",
     "build_concepts": "vlm.api.data",
     "build_index": "vlm.api.index_building",
-    "caption_metrics": "vlm.api.captions",
+    "caption_metrics": "vlm.api.evaluation",
     "caption_shards": "vlm.api.training",
     "compare_runs": "vlm.api.runs",
     "curate": "vlm.api.data",

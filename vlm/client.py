@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from vlm.config import number_list, text_list
 from vlm.errors import UsageError, VlmError
 from vlm.results import Result
-from vlm.text_lists import number_list, text_list
 
 if TYPE_CHECKING:
     import httpx

@@ -1,4 +1,4 @@
-"""`vlm.evaluate`: models to their scores, as tables, JSON and a page."""
+"""`vlm.evaluate`: models to their scores, as tables, JSON and a page; `vlm.caption_metrics`: of captions alone."""
 
 import json
 import logging
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import numpy as np
 
 from vlm.api.explanation import explainer
+from vlm.api.image_batches import Images
 from vlm.api.inference import Model, encoder_of, load
+from vlm.config import text_list
 from vlm.data.pack import shards_at
 from vlm.data.shards import Shards, join_shards
 from vlm.errors import UsageError, os_errors_explained
+from vlm.evaluation import caption_metrics as metrics
 from vlm.evaluation.caption_evaluator import CaptionAccuracy, CaptionMetrics, CaptionReport, CaptionTruth
 from vlm.evaluation.comparison import Comparison, ModelMeasurements, compare
 from vlm.evaluation.evaluation_page import write_evaluation_page
@@ -34,12 +37,12 @@ from vlm.models.onnx_encoder import OnnxEncoder, is_onnx_folder
 from vlm.pages import Provenance
 from vlm.results import Result, json_values
 from vlm.service.query_encoder import Backend, chosen_backend
-from vlm.text_lists import text_list
 
 if TYPE_CHECKING:
     from vlm.models.model import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
+
 
 ModelLike: TypeAlias = "str | Path | Model | VisionLanguageModel"
 """A model, or what names one (MODEL as for `vlm.load`)."""
@@ -392,3 +395,46 @@ def _write(
     by_model = dict(zip((model.model for model in comparison.models), explainers, strict=False))
     write_evaluation_page(comparison, page, sets=sets, provenance=Provenance.current(), explainers=by_model)
     logger.info(f"Report: {page}")
+
+
+@os_errors_explained()
+def caption_metrics(
+    candidates: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    *,
+    images: Images | None = None,
+    model: str | Path | Model | None = None,
+    meteor: bool = False,
+    seed: int = 0,
+) -> metrics.CaptionScores:
+    """BLEU, ROUGE-L, CIDEr and CIDEr-D of captions, and where asked for METEOR, CLIP score and RefCLIPScore.
+
+    On the words of COCO's tokenizer, whose rules need no Java here. With images and a model, CLIP score is that
+    model's; published figures are those of OpenAI's ViT-B/32.
+
+    Args:
+        candidates: a caption for each image.
+        references: for each image its references, or one.
+        images: the images, in the same order. model: MODEL as for `vlm.load`, or a model.
+        meteor: compute METEOR, by the Java program that comes with pycocoevalcap.
+        seed: of the bootstrap that gives the intervals.
+
+    Raises:
+        UsageError: there are no captions, not as many references or images, or METEOR cannot run.
+
+    >>> scores = caption_metrics(["a dog runs", "two cats"], [["a dog runs"], ["a cat", "two cats sleep"]])
+    >>> scores.cider_d.value > scores.bleu[3].value
+    True
+    """
+    if (images is None) != (model is None):
+        raise UsageError("CLIP score needs images and a model: give both, or neither.")
+    scores = metrics.caption_metrics(candidates, references, meteor=meteor, seed=seed)
+    if images is None or model is None:
+        return scores
+    judge = model if isinstance(model, Model) else load(model)
+    rows = judge.embed_images(images)
+    if len(rows) != len(candidates):
+        raise UsageError(f"{len(candidates):,} captions for {len(rows):,} images: give a caption for each.")
+    return metrics.add_clip_scores(
+        scores, candidates, references, images=rows, embed_texts=judge.embed_texts, seed=seed
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
+from vlm.config import text_list
 from vlm.data.image_inputs import ImageInput, encoded_image, image_list
 from vlm.errors import UsageError, os_errors_explained
 from vlm.index.encoder import Encoder
@@ -21,7 +22,6 @@ from vlm.results import Result
 from vlm.service.query import Query
 from vlm.service.query_encoder import Backend, query_loader
 from vlm.service.search import LoadEncoder, RankedHit, SearchResult, SearchService
-from vlm.text_lists import text_list
 
 # imported where they are used: a search needs none of them, and they need torch, FAISS's training or tables
 if TYPE_CHECKING:

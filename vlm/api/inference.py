@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 import numpy as np
 
 from vlm.api.image_batches import Images, NamedImage, OnError, name_images, read_batches
+from vlm.config import text_list
 from vlm.console import progress
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import EvalTransform
@@ -27,7 +28,6 @@ from vlm.models.decoding_options import GREEDY, DecodingOptions
 from vlm.models.onnx_encoder import OnnxEncoder
 from vlm.service.query_encoder import Backend, chosen_backend, embed_pixels, embed_query_texts, load_query_encoder
 from vlm.tensor_types import Array, Float32
-from vlm.text_lists import text_list
 
 # imported where it is used: an ONNX export needs no torch
 if TYPE_CHECKING:

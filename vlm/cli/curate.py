@@ -1,17 +1,19 @@
-"""`vlm curate`: shards to a selection."""
+"""`vlm curate`: shards to a selection, with the concepts (`vlm concepts`) and scores (`vlm score`) that it goes by."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from vlm.cli.options import EngineOption, JsonOption, RayAddressOption, ShardsArgument, WorkersOption, call_options
-from vlm.console import quoted, show_json, show_table
+from vlm.console import quoted, show_fields, show_json, show_table, spaced_names
+from vlm.errors import UsageError
 
 if TYPE_CHECKING:
     from vlm.api.data import CurationSummary
+    from vlm.index.curation_scores import ScoreColumn
 
 logger = logging.getLogger(__name__)
 
@@ -99,3 +101,132 @@ class Curate:
             logger.warning("No sample is left; a run cannot train on this selection.")
         else:
             logger.info(f"Next: vlm train … --data {quoted(self.shards)} --selection {quoted(self.out)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConcepts:
+    """Write a list of concepts for `vlm curate --filter balance:concepts=OUT`, built as MetaCLIP builds its own.
+
+    Frequent words of a corpus, pairs of words of high pointwise mutual information, titles, and WordNet's synsets.
+    """
+
+    corpus: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
+    """Shards, whose captions are read, or a text file ending in .txt with a text a line."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.json")]
+    """JSON list to write."""
+
+    min_count: int = 100
+    """Minimum number of occurrences of a word or a pair; MetaCLIP's 100 is for all of Wikipedia."""
+
+    min_pmi: float = 5.0
+    """Minimum pointwise mutual information of a pair, in bits."""
+
+    max_bigrams: int = 0
+    """Maximum number of pairs, those of the highest information; 0 takes all."""
+
+    titles: Path | None = None
+    """File of titles, one a line, e.g. of Wikipedia."""
+
+    wordnet: Path | None = None
+    """Folder of WordNet's database (data.noun, …)."""
+
+    case: Literal["fold", "keep"] = "fold"
+    """fold: lower-case everything; keep: leave it as it is written."""
+
+    languages: tuple[str, ...] = ()
+    """Caption languages to read; empty uses all."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Build, show."""
+        from vlm.api.data import build_concepts
+
+        summary = build_concepts(
+            self.corpus,
+            self.out,
+            min_count=self.min_count,
+            min_pmi=self.min_pmi,
+            max_bigrams=self.max_bigrams,
+            titles=self.titles,
+            wordnet=self.wordnet,
+            case=self.case,
+            languages=self.languages,
+        )
+        if self.json:
+            show_json(summary)
+            return
+        show_fields(spaced_names(asdict(summary)))
+        logger.info(f"Next: vlm curate SHARDS OUT.selection --filter balance:concepts={quoted(self.out)},cap=CAP")
+
+
+_SUMMARY = ("least", "median", "most")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Score embedded images for `vlm curate`: CLIP score, duplicates, clusters, similarity to a target set.
+
+    The scores are written as Parquet files to EMBEDDINGS/signals; pass that folder to vlm curate --columns.
+    """
+
+    embeddings: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Image embeddings, made by vlm embed."""
+
+    texts: Path | None = None
+    """Embeddings of the same shards' captions (--modality text): write the CLIP score, similarity."""
+
+    duplicates: float | None = None
+    """Minimum cosine similarity of duplicate images: write duplicates."""
+
+    clusters: int | None = None
+    """Number of k-means clusters: write cluster and centre-distance."""
+
+    near: Path | None = None
+    """Embeddings of a target set: write near."""
+
+    overlap: Path | None = None
+    """Embeddings of an evaluation set to decontaminate from: write overlap."""
+
+    seed: int = 0
+    """Random seed of k-means."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Compute the scores and show their distributions."""
+
+        requested = (self.texts, self.duplicates, self.clusters, self.near, self.overlap)
+        if all(value is None for value in requested):
+            raise UsageError("Nothing to compute; give --texts, --duplicates, --clusters, --near or --overlap.")
+        scores = self._compute()
+        if self.json:
+            show_json(list(map(vars, scores)))
+            return
+        show_table(["score", "rows", "min", "median", "max", "details"], list(map(_row, scores)))
+        logger.info(f"Next: vlm curate SHARDS OUT.selection --columns {quoted(self.embeddings / 'signals')} --filter …")
+
+    def _compute(self) -> "list[ScoreColumn]":
+        from vlm.index.curation_scores import ScoreWriter
+        from vlm.index.embeddings_folder import Embeddings
+
+        writer = ScoreWriter(Embeddings.open(self.embeddings))
+        scores: list[ScoreColumn] = []
+        if self.texts is not None:
+            scores.append(writer.similarity(Embeddings.open(self.texts)))
+        if self.duplicates is not None:
+            scores.append(writer.duplicates(self.duplicates))
+        if self.clusters is not None:
+            scores += writer.clusters(self.clusters, seed=self.seed)
+        if self.near is not None:
+            scores.append(writer.near(Embeddings.open(self.near)))
+        if self.overlap is not None:
+            scores.append(writer.overlap(Embeddings.open(self.overlap)))
+        return scores
+
+
+def _row(score: "ScoreColumn") -> list[object]:
+    summary = [score.facts.get(name, "") for name in _SUMMARY]
+    details = [f"{name} {value}" for name, value in score.facts.items() if name not in _SUMMARY]
+    return [score.name, score.rows, *summary, ", ".join(details)]

@@ -1,14 +1,14 @@
-"""`vlm train`: shards to a run."""
+"""`vlm train`: shards to a run, with what it may take beside them: `vlm tokenizer train`, `vlm relate`."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from vlm.cli.options import JsonOption
-from vlm.console import quoted, show_fields, show_json, show_table
+from vlm.cli.options import JsonOption, ShardsArgument, WorkersOption
+from vlm.console import quoted, show_fields, show_json, show_table, spaced_names
 from vlm.train.presets import PRESETS, open_preset
 from vlm.train.run_config import TrainConfig
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlm.train.run import RunSummary
 
 logger = logging.getLogger(__name__)
+
 
 _HIDDEN_METRICS = ("memory_bytes", "samples_per_second", "images_per_second", "eta_seconds", "seconds")
 
@@ -92,3 +93,82 @@ def show_summary(summary: "RunSummary") -> None:
         tell = logger.info if summary.band.is_inside else logger.warning
         tell(summary.band.summary())
     logger.info(f"Curves: {Path(summary.run) / 'curves.png'}\nNext: vlm eval {quoted(summary.run)} --retrieval SHARDS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relate:
+    """Find samples with equal captions or nearly the same image and, given embeddings, the nearest neighbours of each.
+
+    vlm train --batches distinct keeps equal samples out of one batch, --batches hard puts similar ones into one; both
+    read the file by --relations.
+    """
+
+    shards: ShardsArgument
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.relations")]
+    """File to write."""
+
+    languages: tuple[str, ...] = ()
+    """Languages of the captions to compare; empty takes the first of each sample, as vlm train does."""
+
+    captions_only: bool = False
+    """Do not look for near-duplicate images, which decodes every image."""
+
+    embeddings: Path | None = None
+    """Image embeddings of the same shards, made by vlm embed: store the nearest neighbours of each sample."""
+
+    neighbours: int = 32
+    """Number of neighbours of a sample."""
+
+    workers: WorkersOption = 1
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Relate, show the counts."""
+        from vlm.api.data import relate
+
+        summary = relate(
+            self.shards,
+            self.out,
+            languages=self.languages,
+            images=not self.captions_only,
+            embeddings=self.embeddings,
+            neighbours=self.neighbours,
+            workers=self.workers,
+        )
+        if self.json:
+            show_json(summary)
+            return
+        show_fields(spaced_names(asdict(summary)))
+        batches = "hard" if summary.neighbours else "distinct"
+        logger.info(f"Next: vlm train PRESET --data SHARDS --relations {quoted(self.out)} --batches {batches}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer:
+    """Train a SentencePiece tokenizer on the captions of shards, for `vlm train --tokenizer OUT`."""
+
+    shards: ShardsArgument
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Model file to write, ending in .model."""
+
+    vocabulary: int = 8192
+    """Maximum vocabulary size; fewer pieces if the captions do not yield as many."""
+
+    languages: tuple[str, ...] = ()
+    """Caption languages to train on; empty uses all."""
+
+    json: JsonOption = False
+
+    def run(self) -> None:
+        """Train, show."""
+        from vlm.api.data import train_tokenizer
+
+        summary = train_tokenizer(self.shards, self.out, vocabulary=self.vocabulary, languages=self.languages)
+        if self.json:
+            show_json(summary)
+            return
+        show_fields(spaced_names(asdict(summary)))
+        logger.info(f"Next: vlm train PRESET --data SHARDS --run DIR --tokenizer {quoted(self.out)}")

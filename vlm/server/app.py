@@ -25,11 +25,9 @@ from vlm.errors import IndexBusy, UsageError, VlmError
 from vlm.index.ann.faiss_search import use_one_search_thread
 from vlm.server import schemas
 from vlm.server.batcher import MicroBatcher, Overloaded
-from vlm.server.guard import App, Guard, Limits, Refused, Tokens, problem_json
+from vlm.server.guard import App, Guard, Limits, Refused, Tokens, json_route, problem_json
 from vlm.server.index_changes import ChangeQueue, add_items, delete_rows
-from vlm.server.json_bodies import json_route
-from vlm.server.map_reader import MapReader
-from vlm.server.served_index import ServedIndex, UnknownItem, checked_uploads
+from vlm.server.served_index import MapReader, ServedIndex, UnknownItem, checked_uploads
 from vlm.server.service_metrics import CONTENT_TYPE, ServiceMetrics
 from vlm.service.query import Query
 from vlm.service.search import SearchResult

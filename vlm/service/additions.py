@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.config import text_list
 from vlm.console import progress
 from vlm.data.image_inputs import ImageInput, encoded_image
 from vlm.data.pack import REJECTED, PackConfig, encode_pair, pack
@@ -47,7 +48,6 @@ from vlm.manifest import MANIFEST, PROGRESS
 from vlm.service.folder.folder_reader import FileReading, FolderReader
 from vlm.service.folder.folder_scan import FileStamp, FolderScan, scan_folder
 from vlm.service.images import read_stored_bytes
-from vlm.text_lists import text_list
 
 logger = logging.getLogger(__name__)
 

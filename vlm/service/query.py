@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm.config import suggest
+from vlm.config import number_list, suggest, text_list
 from vlm.errors import UsageError
 from vlm.tensor_types import Array, Float32, Float64
-from vlm.text_lists import number_list, text_list
 
 MAX_RERANK = 1000
 """Maximum number of images read to rerank one query."""
