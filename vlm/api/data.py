@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlm.api.stream import CallableTokenizer, EvaluationReading, SampleStream, TextsToTokens, TrainingReading
+from vlm.config import number_list, text_list
 from vlm.data.caption_sampler import CaptionSampler
 from vlm.data.collate import EvalCollator, TrainingBatch, TrainingCollator
 from vlm.data.corpus import MIXTURE_SUFFIX, Source, open_corpus, read_sources
@@ -33,7 +34,6 @@ from vlm.index.embeddings_folder import Embeddings
 from vlm.models.load import load_model
 from vlm.ray_engine import Engine, RayCluster, check_engine
 from vlm.results import Result, json_values
-from vlm.text_lists import number_list, text_list
 
 # imported where they are used: a stream needs none of them
 if TYPE_CHECKING:
