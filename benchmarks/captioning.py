@@ -29,6 +29,7 @@ from vlm.models.factory import build_network, model_config
 sys.path.insert(0, str(Path(__file__).parent))
 from parts.isolated_environment import own_python, same_torch
 from parts.messages import say
+from parts.open_clip_environment import open_clip_python
 
 SIDE = Path(__file__).parent / "parts" / "caption_side.py"
 OPEN_CLIP = ("open_clip_torch==3.3.0", "transformers==4.56.2")
@@ -56,8 +57,8 @@ class Arguments:
     threads: int = 2
     """Threads of each side."""
 
-    environment: Path = Path("~/.cache/vlm-benchmarks/open-clip-captions")
-    """Folder of open_clip's environment, created if missing."""
+    cache: Path = Path.home() / ".cache" / "vlm"
+    """Folder of open_clip's environments (bench-open-clip; bench-captions, the same with transformers)."""
 
     json: bool = False
     """Print the result as JSON."""
@@ -141,7 +142,9 @@ def compare(sides: list[Side], name: str, way: dict[str, Any], rounds: int) -> d
 
 def main(arguments: Arguments) -> None:
     """Measure and show."""
-    python = own_python(arguments.environment.expanduser(), (*OPEN_CLIP, *same_torch()))
+    plain = arguments.cache.expanduser() / "bench-open-clip"
+    open_clip_python(plain)
+    python = own_python(plain.with_name("bench-captions"), (*OPEN_CLIP, *same_torch()), over=plain)
     base = {"length": arguments.length, "min_length": 6, "groups": 1, "log_softmax": False}
     ways = {"greedy": base | {"beams": 1}}
     if arguments.beams > 1:

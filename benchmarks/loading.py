@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Loader throughput compared with open_clip's training pipeline and two kinds of bare decoding, in one run.
+"""Loader throughput beside open_clip's training pipeline, Energon, mosaicml-streaming and bare decoding, in one run.
 
     benchmarks/run loading [--shards clothing flickr8k] [--workers 1 2] [--json]
 
-Every side has its own process; runs alternate, and medians and ratios of one session are reported. Also: time to the
-first batch, memory over 20 epochs, and the cost of the sampler for 10^4 to 10^7 samples.
+Every side has its own process; runs alternate, and medians and ratios of one session are reported. Energon and
+mosaicml-streaming read copies that they convert first; they get open_clip's crop by Pillow and torchvision, and
+"ours, float" does the same work (and tokenises). Also: time to the first batch, memory over 20 epochs, and the cost of
+the sampler for 10^4 to 10^7 samples.
 """
 
 import json
@@ -24,12 +26,13 @@ import tyro
 from vlm.console import show_json, show_table
 
 sys.path.insert(0, str(Path(__file__).parent))
+from parts.isolated_environment import CONVERTING_LOADERS, own_python, same_torch
 from parts.messages import say
 from parts.open_clip_environment import open_clip_python, shards_of
 
 BENCH = Path(__file__).parent / "parts"
-SIDES = ("ours", "ours, float", "open_clip", "bare", "bare, Pillow")
-RATIOS = (("ours", "open_clip"), ("ours, float", "open_clip"), ("ours", "bare"), ("ours", "bare, Pillow"))
+SIDES = ("ours", "ours, float", "open_clip", "Energon", "mosaicml", "bare", "bare, Pillow")
+OURS = SIDES[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class Arguments:
     """Sizes of the simulated corpora; none skips them."""
 
     cache: Path = Path.home() / ".cache" / "vlm"
-    """Folder of open_clip's environment (bench-open-clip) and the packed photos."""
+    """Folder of the environments (bench-open-clip, bench-streams) and the packed photos."""
 
     json: bool = False
     """Print the results as JSON."""
@@ -111,21 +114,28 @@ def run(arguments: Arguments) -> None:
     """Run the measurements and print the results."""
     cache = arguments.cache.expanduser()
     shards = shards_of(arguments.shards, cache, max(arguments.workers))
-    theirs = Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py")
+    others = own_python(cache / "bench-streams", (*CONVERTING_LOADERS, *same_torch(), "psutil"))
     ours, bare = Side(sys.executable, "vlm_loader.py"), Side(sys.executable, "bare_decoding.py")
-    asked = {"ours": ours, "ours, float": ours, "open_clip": theirs, "bare": bare, "bare, Pillow": bare}
-    result = {
-        "command": shlex.join(["benchmarks/run", "loading", *sys.argv[1:]]),
-        "speed": [
-            _compare(arguments, asked, name=name, shards=found, workers=workers)
+    theirs = {
+        "open_clip": Side(open_clip_python(cache / "bench-open-clip"), "open_clip_pipeline.py"),
+        "Energon": Side(others, "energon_pipeline.py"),
+        "mosaicml": Side(others, "mosaicml_pipeline.py"),
+    }
+    asked = {"ours": ours, "ours, float": ours, **theirs, "bare": bare, "bare, Pillow": bare}
+    with tempfile.TemporaryDirectory() as copies:
+        speed = [
+            _compare(arguments, asked, name=name, shards=found, workers=workers, copies=f"{copies}/{name}")
             for name, found in shards.items()
             for workers in arguments.workers
-        ],
-        "imports_s": {"ours": ours.start_s, "open_clip": theirs.start_s},
+        ]
+    result = {
+        "command": shlex.join(["benchmarks/run", "loading", *sys.argv[1:]]),
+        "speed": speed,
+        "imports_s": {"ours": ours.start_s, **{name: side.start_s for name, side in theirs.items()}},
         "memory_mb": _memory(arguments, ours, next(iter(shards.values()))),
         "plans": [_plan(samples) for samples in arguments.plan_samples],
     }
-    for side in (ours, theirs, bare):
+    for side in (ours, bare, *theirs.values()):
         side.close()
     if arguments.json:
         show_json(result)
@@ -134,9 +144,10 @@ def run(arguments: Arguments) -> None:
 
 
 def _compare(
-    arguments: Arguments, asked: dict[str, Side], *, name: str, shards: list[str], workers: int
+    arguments: Arguments, asked: dict[str, Side], *, name: str, shards: list[str], workers: int, copies: str
 ) -> dict[str, Any]:
     request = {field: getattr(arguments, field) for field in ("size", "batch", "batches", "skip")}
+    request["copies"] = copies
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for repeat in range(arguments.repeats):
         say(f"{name}, {workers} workers, run {repeat + 1} of {arguments.repeats} …")
@@ -150,7 +161,8 @@ def _compare(
         f"{mine} / {other}": median(
             one["images_per_s"] / two["images_per_s"] for one, two in zip(runs[mine], runs[other], strict=True)
         )
-        for mine, other in RATIOS
+        for other in SIDES[len(OURS) :]
+        for mine in OURS
     }
     return {"shards": name, "workers": workers, "medians": medians, "ratios": ratios, "runs": runs}
 
@@ -172,12 +184,12 @@ def _plan(samples: int) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     show_table(
-        ["shards", "workers", *SIDES, "× open_clip", "float × open_clip", "÷ bare", "÷ bare, Pillow"],
-        [_speed_row(row) for row in result["speed"]],
+        ["shards", "workers", "side", "images/s", *(f"{mine} ÷ it" for mine in OURS)],
+        [_speed_row(row, side) for row in result["speed"] for side in SIDES],
         title="Images per second",
     )
     show_table(
-        ["shards", "workers", "side", "first batch s", "with imports s", "memory MB"],
+        ["shards", "workers", "side", "converted before s", "first batch s", "with imports s", "memory MB"],
         [
             _start_row(row, side, imports_s)
             for row in result["speed"]
@@ -195,15 +207,18 @@ def _show(result: dict[str, Any]) -> None:
     print(f"To repeat: {result['command']}")
 
 
-def _speed_row(row: dict[str, Any]) -> list[Any]:
-    rates = [round(row["medians"][side]["images_per_s"]) for side in SIDES]
-    return [row["shards"], row["workers"], *rates, *(f"{ratio:.2f}" for ratio in row["ratios"].values())]
+def _speed_row(row: dict[str, Any], side: str) -> list[Any]:
+    ratios = [row["ratios"].get(f"{mine} / {side}") for mine in OURS]
+    cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+    return [row["shards"], row["workers"], side, round(row["medians"][side]["images_per_s"]), *cells]
 
 
 def _start_row(row: dict[str, Any], side: str, imports_s: float) -> list[Any]:
     found = row["medians"][side]
     first = found["first_s"]
-    return [row["shards"], row["workers"], side, f"{first:.2f}", f"{first + imports_s:.1f}", round(found["memory_mb"])]
+    converted = f"{found['prepare_s']:.1f}" if "prepare_s" in found else "–"
+    times = [converted, f"{first:.2f}", f"{first + imports_s:.1f}"]
+    return [row["shards"], row["workers"], side, *times, round(found["memory_mb"])]
 
 
 def _plan_row(plan: dict[str, Any], kind: str) -> list[Any]:

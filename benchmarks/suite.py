@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Every comparison with a peer in a short form, in one run of under an hour; records figures for docs/ and README.
 
-    benchmarks/run --all [--only NAME …] [--out FOLDER] [--json]
+    benchmarks/run --all [--only NAME …] [--out FOLDER] [--tiny] [--json]
 
 Each comparison is a process of its own with a time limit; one that fails or has no data is told and left out, and the
 exit code is then 1. Its ratios go to FOLDER/NAME.json (default: benchmarks/results) with command, date, machine and
-versions; `python scripts/write_docs.py` makes docs/benchmark-results.md and README's table of them.
+versions; `python scripts/write_docs.py` makes docs/benchmark-results.md and README's table of them. With --tiny, at
+the smallest sizes, it shows that every comparison runs; its figures mean nothing.
 """
 
 import contextlib
@@ -54,19 +55,24 @@ class Arguments:
     out: Path = BENCHMARKS / "results"
     """Folder of the records, one file for each comparison."""
 
+    tiny: bool = False
+    """The smallest sizes, to see that all comparisons run; --out must name another folder."""
+
     json: bool = False
     """Print the records as JSON."""
 
 
 def run(arguments: Arguments) -> int:
     """Run the comparisons one after the other; returns the exit code."""
+    if arguments.tiny and arguments.out == Arguments.out:
+        raise UsageError("--tiny gives no figures to keep; name another folder by --out.")
     entries = _entries(arguments.only)
     arguments.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     for number, entry in enumerate(entries):
         minutes = arguments.patience * entry.minutes
         say(f"{number + 1} of {len(entries)}: {entry.name}, at most {minutes:g} minutes …")
-        record = _run_entry(entry, minutes)
+        record = _run_entry(entry, entry.tiny if arguments.tiny else entry.arguments, minutes)
         records.append(record)
         if not record["problem"]:
             # written at once, so that an interrupted run keeps what it has
@@ -87,20 +93,25 @@ def _entries(names: Sequence[str]) -> list[Entry]:
     return [known[name] for name in names or known]
 
 
-def _run_entry(entry: Entry, minutes: float) -> dict[str, Any]:
+def _run_entry(entry: Entry, words: str, minutes: float) -> dict[str, Any]:
     """The record of one comparison; `problem` says why it has no figures."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            result = _result_of(entry, Path(folder), minutes)
+            result = _result_of(entry.name, words, Path(folder), minutes)
             ratios, problem = [asdict(ratio) for ratio in entry.ratios(result)], ""
         except VlmError as error:
             ratios, problem = [], str(error)
+        except Exception as error:
+            # whatever fails in one comparison, the others still run
+            ratios, problem = [], f"{entry.name} failed: {type(error).__name__}: {error}"
+    if problem:
+        say(problem)
     return {
         "name": entry.name,
         "stage": entry.stage,
         "peers": entry.peers,
-        "command": f"benchmarks/run {entry.name} {entry.arguments}".replace("{before}", "BEFORE"),
+        "command": f"benchmarks/run {entry.name} {words}".replace("{before}", "BEFORE").replace("{folder}", "FOLDER"),
         "date": date.today().isoformat(),
         "seconds": round(time.monotonic() - began),
         "machine": _machine(),
@@ -110,26 +121,27 @@ def _run_entry(entry: Entry, minutes: float) -> dict[str, Any]:
     }
 
 
-def _result_of(entry: Entry, folder: Path, minutes: float) -> Any:
+def _result_of(name: str, arguments: str, folder: Path, minutes: float) -> Any:
     """What the comparison prints as JSON."""
     places = {"folder": folder / "work"}
-    if "{before}" in entry.arguments:
+    if "{before}" in arguments:
         places["before"] = folder / "before"
         _checkout(BEFORE, places["before"])
-    words = shlex.split(entry.arguments.format(**places))
-    command = [sys.executable, str(BENCHMARKS / f"{entry.name}.py"), *words, "--json"]
+    words = shlex.split(arguments.format(**places))
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words, "--json"]
     # a session of its own: servers and sides that it started end with it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     try:
         printed, _ = process.communicate(timeout=60 * minutes)
     except subprocess.TimeoutExpired:
-        raise VlmError(f"{entry.name} was ended after its {minutes:g} minutes; --patience allows more.") from None
+        raise VlmError(f"{name} was ended after its {minutes:g} minutes; --patience allows more.") from None
     finally:
         _end_group(process)
         if "before" in places:
-            subprocess.run(["git", "-C", str(ROOT), "worktree", "prune"], check=False)
+            remove = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(places["before"])]
+            subprocess.run(remove, check=False)
     if process.returncode:
-        raise VlmError(f"{entry.name} ended with exit code {process.returncode}; its messages stand above.")
+        raise VlmError(f"{name} ended with exit code {process.returncode}; its messages stand above.")
     return json.loads(printed)
 
 

@@ -14,6 +14,8 @@ from vlm.errors import VlmError
 AUTOFAISS = ("autofaiss==2.18.0", "pyarrow<20", "psutil")
 # sentence-transformers 2, which it imports, needs transformers 4
 CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "transformers<5", "setuptools<81")
+# loaders of files that they prepare or convert first
+CONVERTING_LOADERS = ("megatron-energon==7.4.1", "mosaicml-streaming==0.13.0")
 
 
 def same_torch() -> tuple[str, ...]:
@@ -24,8 +26,10 @@ def same_torch() -> tuple[str, ...]:
     return tuple(f"{module.__name__}=={module.__version__.split('+')[0]}" for module in (torch, torchvision))
 
 
-def own_python(folder: Path, packages: Sequence[str]) -> Path:
+def own_python(folder: Path, packages: Sequence[str], *, over: Path | None = None) -> Path:
     """The interpreter of an environment in `folder` with these packages; the environment is created if missing.
+
+    over: another environment whose packages it uses where it has none of its own, since torch alone takes 5 GB.
 
     Raises:
         VlmError: it cannot be created.
@@ -40,9 +44,16 @@ def own_python(folder: Path, packages: Sequence[str]) -> Path:
             run_quietly([uv, "pip", "install", "--python", str(python), *packages])
         else:
             run_quietly([sys.executable, "-m", "venv", str(folder)])
+            if over:
+                # pip reads it too, and leaves what lies there as it is
+                (_packages_of(folder) / "over.pth").write_text(f"{_packages_of(over)}\n", encoding="utf-8")
             run_quietly([str(python), "-m", "pip", "install", *packages])
         (folder / "ready").touch()
     return python
+
+
+def _packages_of(environment: Path) -> Path:
+    return next(environment.glob("lib/python*/site-packages"))
 
 
 def run_quietly(command: list[str]) -> None:

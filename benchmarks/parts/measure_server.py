@@ -3,12 +3,14 @@
 Imported by all sides, also in open_clip's own environment, so it must not import vlm.
 """
 
+import contextlib
 import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -59,3 +61,15 @@ def memory_mb() -> float:
         except psutil.NoSuchProcess:
             continue
     return total / 1e6
+
+
+def peak_mb(process: psutil.Process | None = None) -> float:
+    """Sum of the largest resident memory of a process (this one) and of its children, in MB."""
+    root = process or psutil.Process()
+    total = 0
+    for one in (root, *root.children(recursive=True)):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
+            # not the peak of getrusage, which has that of whoever started the process
+            total += next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return total * 1024 / 1e6

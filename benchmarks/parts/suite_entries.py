@@ -33,13 +33,15 @@ class Entry:
     """A comparison: `benchmarks/run NAME ARGUMENTS --json` and what its JSON says.
 
     stage: its name in tables. peers: what it is compared with, with versions. minutes: it is ended after that long.
-    Arguments may name {folder}, an empty folder of the run, and {before}, a checkout of the commit BEFORE.
+    Arguments may name {folder}, an empty folder of the run, and {before}, a checkout of the commit BEFORE. tiny: those
+    of the smallest sizes at which everything runs.
     """
 
     name: str
     stage: str
     peers: str
     arguments: str
+    tiny: str
     minutes: float
     ratios: Callable[[Any], list[Ratio]]
 
@@ -54,13 +56,20 @@ def _number(value: float) -> str:
 
 def _loading(result: Any) -> list[Ratio]:
     ratios: list[Ratio] = []
-    peers = {"open_clip": "open_clip's pipeline", "bare": "bare decoding", "bare, Pillow": "bare decoding by Pillow"}
-    for key, peer in peers.items():
+    # those that hand on floats are compared with ours made floats
+    peers = {
+        ("ours", "open_clip"): "open_clip's pipeline",
+        ("ours, float", "Energon"): "Energon",
+        ("ours, float", "mosaicml"): "mosaicml-streaming",
+        ("ours", "bare"): "bare decoding",
+        ("ours", "bare, Pillow"): "bare decoding by Pillow",
+    }
+    for (mine, other), peer in peers.items():
         for row in result["speed"]:
-            runs = zip(row["runs"]["ours"], row["runs"][key], strict=True)
+            runs = zip(row["runs"][mine], row["runs"][other], strict=True)
             values = tuple(ours["images_per_s"] / theirs["images_per_s"] for ours, theirs in runs)
             what = f"images/s, {row['shards']}, {row['workers']} worker"
-            ratios.append(Ratio(what=what, peer=peer, values=values, in_readme=key != "bare, Pillow"))
+            ratios.append(Ratio(what=what, peer=peer, values=values, in_readme=other != "bare, Pillow"))
     return ratios
 
 
@@ -158,8 +167,9 @@ ENTRIES = (
     Entry(
         name="loading",
         stage="data loading, 224 px",
-        peers="open_clip 3.3.0 with webdataset 0.2.86; decoding alone",
+        peers="open_clip 3.3.0 with webdataset 0.2.86; Energon 7.4.1 and mosaicml-streaming 0.13.0; decoding alone",
         arguments="--workers 1 --batches 24 --epochs 0 --plan-samples",
+        tiny="--shards flickr8k --workers 1 --size 64 --batches 6 --skip 2 --repeats 1 --epochs 0 --plan-samples",
         minutes=7,
         ratios=_loading,
     ),
@@ -168,6 +178,8 @@ ENTRIES = (
         stage="training, CPU",
         peers="open_clip 3.3.0's trainer; a bare PyTorch loop",
         arguments="--only throughput step --shards flickr8k --allocators default --steps 4 --repeats 2",
+        tiny="--only throughput step --shards flickr8k --allocators default --steps 2 --margin 2 --repeats 1 "
+        "--batch 16 --large 16 --split 16 --width 32 --layers 1 --text-layers 1 --image-size 32",
         minutes=7,
         ratios=_training,
     ),
@@ -176,6 +188,7 @@ ENTRIES = (
         stage="quality",
         peers="open_clip 3.3.0's trainer, its defaults",
         arguments="--data fashion --seeds 0 --epochs 4 --keep {folder}",
+        tiny="--data fashion --seeds 0 --epochs 1 --shards 1 --keep {folder}",
         minutes=9,
         ratios=_quality,
     ),
@@ -184,6 +197,7 @@ ENTRIES = (
         stage="evaluation",
         peers="CLIP_benchmark 1.6.2",
         arguments="--repeats 2",
+        tiny="--repeats 1 --steps 2",
         minutes=6,
         ratios=_evaluation,
     ),
@@ -192,6 +206,7 @@ ENTRIES = (
         stage="captioning, batch 32, 32 tokens",
         peers="open_clip 3.3.0 with transformers 4.56",
         arguments="--layers 4",
+        tiny="--batch 2 --layers 1 --length 8",
         minutes=5,
         ratios=_captioning,
     ),
@@ -200,6 +215,7 @@ ENTRIES = (
         stage="bulk embedding",
         peers="clip-retrieval 2.45.0; the bare model",
         arguments="--pairs 1500 --repeats 2 --bare-seconds 4",
+        tiny="--pairs 96 --tars 3 --width 32 --layers 1 --batch-size 16 --repeats 1 --bare-seconds 0.5",
         minutes=6,
         ratios=_embedding,
     ),
@@ -208,6 +224,7 @@ ENTRIES = (
         stage="index, 50,000 × 192, recall@10 ≥ 0.99",
         peers="autofaiss 2.18.0; bare FAISS, same parameters; HNSW of hnswlib 0.8.0, usearch 2.26.6 and FAISS",
         arguments="--rows 50000 --plan-rows 20000 --rounds 20",
+        tiny="--rows 4000 --dimension 32 --questions 200 --plan-rows 2000 --rounds 2",
         minutes=8,
         ratios=_index,
     ),
@@ -216,6 +233,7 @@ ENTRIES = (
         stage="search service, 50,000 rows",
         peers="clip-retrieval 2.45.0's back",
         arguments="--rows 50000 --clients 16 --seconds 3",
+        tiny="--rows 2000 --width 64 --layers 1 --clients 2 --seconds 1 --repeats 1",
         minutes=6,
         ratios=_serving,
     ),
@@ -224,6 +242,7 @@ ENTRIES = (
         stage="cold start from the shell",
         peers="the build before it was worked on",
         arguments="--before {before} --rounds 3 --towers",
+        tiny="--before {before} --rounds 1 --towers",
         minutes=6,
         ratios=_cold_start,
     ),

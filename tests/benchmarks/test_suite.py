@@ -12,8 +12,10 @@ import pytest
 from vlm.errors import UsageError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SPEED = {"runs": {"ours": [{"images_per_s": 20.0}], "open_clip": [{"images_per_s": 10.0}]}}
-SPEED["runs"] |= {"bare": [{"images_per_s": 10.0}], "bare, Pillow": [{"images_per_s": 10.0}]}
+SPEED = {"runs": {side: [{"images_per_s": 20.0}] for side in ("ours", "ours, float")}}
+SPEED["runs"] |= {
+    side: [{"images_per_s": 10.0}] for side in ("open_clip", "Energon", "mosaicml", "bare", "bare, Pillow")
+}
 
 # results in which ours is twice as good in everything
 TWICE_AS_GOOD = {
@@ -83,25 +85,61 @@ def test_every_comparison_is_a_benchmark_and_the_whole_takes_less_than_an_hour(s
     assert sum(entry.minutes for entry in suite.ENTRIES) <= 60
 
 
-def test_a_failure_is_told_and_leaves_no_record(suite, tmp_path, monkeypatch, capsys):
-    broken = suite.Entry(
-        name="serving", stage="s", peers="p", arguments="--no-such-option", minutes=5, ratios=lambda result: []
-    )
-    monkeypatch.setattr(suite, "ENTRIES", (broken,))
-    (tmp_path / "serving.json").write_text("an earlier record")
+@pytest.fixture
+def entries(suite, tmp_path, monkeypatch):
+    """The suite runs these comparisons, each a script, of which the ratio is the number that it prints."""
 
-    assert suite.run(suite.Arguments(out=tmp_path)) == 1
+    def made(**scripts: str) -> None:
+        found = []
+        for name, script in scripts.items():
+            (tmp_path / f"{name}.py").write_text(script)
+            found.append(
+                suite.Entry(
+                    name=name,
+                    stage=name,
+                    peers="p",
+                    arguments="",
+                    tiny="",
+                    minutes=1,
+                    ratios=lambda result: [ratio_type(what="w", peer="p", values=(result["ratio"],))],
+                )
+            )
+        monkeypatch.setattr(suite, "ENTRIES", tuple(found))
 
-    assert "exit code 2" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "serving.json").read_text() == "an earlier record"
+    ratio_type = benchmark_module("parts.suite_entries").Ratio
+    monkeypatch.setattr(suite, "BENCHMARKS", tmp_path)
+    return made
 
 
-def test_what_takes_too_long_is_ended(suite, monkeypatch, tmp_path):
-    slow = suite.Entry(name="suite", stage="s", peers="p", arguments="--help", minutes=1e-4, ratios=lambda result: [])
-    monkeypatch.setattr(suite, "ENTRIES", (slow,))
+def test_a_failure_is_told_leaves_no_record_and_lets_the_others_run(suite, entries, tmp_path, capsys):
+    entries(wrong="exit(2)", mute="", other="print('{}')", fine="print('{\"ratio\": 3}')")
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "wrong.json").write_text("an earlier record")
 
-    assert suite.run(suite.Arguments(out=tmp_path, json=True)) == 1
-    assert not list(tmp_path.iterdir())
+    assert suite.run(suite.Arguments(out=results)) == 1
+
+    told = capsys.readouterr().err
+    assert "wrong ended with exit code 2" in told
+    assert "mute failed: JSONDecodeError" in told
+    assert "other failed: KeyError: 'ratio'" in told
+    assert (results / "wrong.json").read_text() == "an earlier record"
+    assert json.loads((results / "fine.json").read_text())["ratios"][0]["values"] == [3]
+    assert {file.name for file in results.iterdir()} == {"wrong.json", "fine.json"}
+
+
+def test_what_takes_too_long_is_ended(suite, entries, tmp_path, capsys):
+    entries(slow="import time; time.sleep(600)")
+
+    assert suite.run(suite.Arguments(out=tmp_path / "results", patience=0.01)) == 1
+
+    assert "slow was ended after its 0.01 minutes" in capsys.readouterr().err
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_figures_of_the_smallest_sizes_are_not_kept_as_results(suite):
+    with pytest.raises(UsageError, match="--tiny gives no figures to keep; name another folder by --out"):
+        suite.run(suite.Arguments(tiny=True))
 
 
 def test_an_unknown_name_is_an_error(suite, tmp_path):
